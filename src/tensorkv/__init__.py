@@ -1,0 +1,52 @@
+"""tensorkv: a key-value store for tensors, written to by summing and read by copying."""
+
+from importlib.metadata import version
+
+from . import engines, errors
+from .entry import KeyInfo
+from .errors import (
+    ArgumentError,
+    ArrayTypeError,
+    CheckpointError,
+    EngineNotFoundError,
+    ForkedStoreError,
+    KeyExistsError,
+    KeyNotFoundError,
+    KeyTypeError,
+    NonFiniteError,
+    OptimizerError,
+    SparseOutWarning,
+    StoreClosedError,
+    TensorKVError,
+    UpdaterError,
+    ValueMismatchError,
+)
+from .rows import Rows
+from .store import KVStore, create
+
+__version__ = version("tensorkv")
+
+__all__ = [
+    "ArgumentError",
+    "ArrayTypeError",
+    "CheckpointError",
+    "EngineNotFoundError",
+    "ForkedStoreError",
+    "KVStore",
+    "KeyExistsError",
+    "KeyInfo",
+    "KeyNotFoundError",
+    "KeyTypeError",
+    "NonFiniteError",
+    "OptimizerError",
+    "Rows",
+    "SparseOutWarning",
+    "StoreClosedError",
+    "TensorKVError",
+    "UpdaterError",
+    "ValueMismatchError",
+    "__version__",
+    "create",
+    "engines",
+    "errors",
+]

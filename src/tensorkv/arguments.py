@@ -1,0 +1,138 @@
+"""What callers may write, made one plain form: keys without repeats, and per key a list of arrays.
+
+(key, array) · (key, [arrays]) · (keys, arrays) · (keys, [[arrays], ...]) · keys repeated · {key: array or arrays}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Set
+from typing import Any
+
+import numpy as np
+
+from .errors import ArgumentError, KeyExistsError, KeyTypeError, quote
+from .optim import Key
+
+_LISTS = (list, tuple)
+_NO_KEY_LISTS = (bytes, bytearray, memoryview, Set)
+
+
+def pairs(verb: str, what: str, key: Any, value: Any) -> tuple[list[Key], list[list[Any]]]:
+    """Return keys in order of first appearance, and per key its arrays in the order given.
+
+    Args:
+        verb, what: for messages, such as ``"push"`` and ``"value"``.
+        key: a key, a collection of keys, or a mapping of key to value (then ``value`` is None).
+        value: what belongs to the keys, in one of the forms above.
+
+    Raises:
+        KeyTypeError: a key that is no key, or keys of two types.
+        ArgumentError: unequal lengths, an empty or nested list, a mapping and a value.
+
+    >>> pairs("push", "value", ["a", "b", "a"], [1, [2, 3], 4])
+    (['a', 'b'], [[1, 4], [2, 3]])
+    """
+    if is_key(key):
+        checked = check_key(verb, key)
+        return [checked], [_arrays(verb, what, checked, value)]
+    if isinstance(key, Mapping):
+        if value is not None:
+            raise ArgumentError(f"{verb}: key is a mapping, so its values are the {what}s; got {what}= as well")
+        listed, values = list(key), list(key.values())
+    else:
+        listed, values = key_list(verb, key), value
+        if isinstance(value, Mapping):
+            values = _align(verb, what, listed, value)
+        if type(values) not in _LISTS:
+            raise ArgumentError(
+                f"{verb}: got {len(listed)} keys and a {type(value).__name__} as {what}; expected a list of "
+                f"{len(listed)} {what}s, one for each key"
+            )
+        if len(values) != len(listed):
+            raise ArgumentError(f"{verb}: got {len(listed)} keys and {len(values)} {what}s; expected one for each key")
+    grouped: dict[Key, list[Any]] = {}
+    for each, arrays in zip(listed, values, strict=True):
+        checked = check_key(verb, each)
+        grouped.setdefault(checked, []).extend(_arrays(verb, what, checked, arrays))
+    _check_one_type(verb, grouped)
+    return list(grouped), list(grouped.values())
+
+
+def single_values(verb: str, key: Any, value: Any) -> tuple[list[Key], list[Any]]:
+    """Return keys and one array for each, as ``init`` takes them.
+
+    Raises:
+        KeyExistsError: a key given twice.
+        KeyTypeError, ArgumentError: as for ``pairs``.
+    """
+    if is_key(key) and type(value) in _LISTS:
+        raise ArgumentError(f"{verb}({quote(key)}): got a list; expected one array, the value that all devices share")
+    keys, values = pairs(verb, "value", key, value)
+    listed = [key] if is_key(key) else list(key)
+    if len(listed) != len(keys):
+        twice = next(each for index, each in enumerate(listed) if each in listed[:index])
+        raise KeyExistsError(f"{verb}: {quote(twice)} is given twice in one call")
+    for each, arrays in zip(keys, values, strict=True):
+        if len(arrays) != 1:
+            raise ArgumentError(f"{verb}({quote(each)}): got {len(arrays)} arrays; expected one, the value itself")
+    return keys, [arrays[0] for arrays in values]
+
+
+def keys_of(verb: str, key: Any) -> list[Key]:
+    """Return the keys of a call as they stand, repeats included."""
+    if is_key(key):
+        return [check_key(verb, key)]
+    keys = [check_key(verb, each) for each in key_list(verb, key)]
+    _check_one_type(verb, keys)
+    return keys
+
+
+def is_key(key: Any) -> bool:
+    """Tell whether this is one key rather than several."""
+    return isinstance(key, str | int | np.integer)
+
+
+def check_key(verb: str, key: Any) -> Key:
+    """Return the key as a plain str or int, or raise KeyTypeError."""
+    if type(key) is str and key:
+        return key
+    if type(key) is int:
+        return key
+    if isinstance(key, bool | np.bool_) or not is_key(key):
+        raise KeyTypeError(f"{verb}: {key!r} is no key; keys are non-empty str, or int")
+    if isinstance(key, str):
+        if not key:
+            raise KeyTypeError(f"{verb}: the key is an empty string; keys are non-empty str, or int")
+        return str(key)
+    return int(key)
+
+
+def key_list(verb: str, keys: Any) -> list[Any]:
+    """Return a collection of keys as a list."""
+    if isinstance(keys, _NO_KEY_LISTS) or not isinstance(keys, Collection) or hasattr(keys, "__array__"):
+        raise KeyTypeError(
+            f"{verb}: {type(keys).__name__} is no key; expected a str, an int, a list of them or a mapping from them"
+        )
+    return list(keys)
+
+
+def _check_one_type(verb: str, keys: Collection[Key]) -> None:
+    if len({type(key) for key in keys}) > 1:
+        raise KeyTypeError(f"{verb}: the keys are of two types, str and int; one store has one key type")
+
+
+def _align(verb: str, what: str, keys: list[Any], values: Mapping[Any, Any]) -> list[Any]:
+    if len(values) != len(keys) or any(key not in values for key in keys):
+        raise ArgumentError(f"{verb}: the keys of the {what} mapping are not those of the call")
+    return [values[key] for key in keys]
+
+
+def _arrays(verb: str, what: str, key: Key, value: Any) -> list[Any]:
+    if type(value) not in _LISTS:
+        return [value]
+    if not value:
+        raise ArgumentError(f"{verb}({quote(key)}): got an empty list; expected at least one {what}")
+    for index, each in enumerate(value):
+        if type(each) in _LISTS:
+            raise ArgumentError(f"{verb}({quote(key)}): {what} {index} is a list; expected an array")
+    return list(value)

@@ -1,0 +1,403 @@
+"""Arrays of any library in and out: NumPy, PyTorch, JAX, CuPy and whatever speaks DLPack.
+
+Inside the store there are only torch tensors. ``take`` turns a caller's array into a tensor that
+shares its memory; ``target`` does the same for an array to be filled; ``give`` turns a tensor that
+nobody else holds into an array of the caller's library. This is the only file that names jax or cupy,
+and it imports them only when the caller already has.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.dlpack
+
+from .errors import ArgumentError, ArrayTypeError
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+COMPLEX = (torch.complex64, torch.complex128)
+SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+DTYPES = frozenset((torch.bool, *SIGNED, *UNSIGNED, *FLOATS, *COMPLEX))
+
+# How hard numpy.shares_memory may search for a common byte before two arrays count as overlapping.
+_OVERLAP_WORK = 100_000
+_PLAIN_TORCH = (torch.Tensor, torch.nn.Parameter)
+_NUMPY_DTYPES = {dtype: np.dtype(str(dtype).removeprefix("torch.")) for dtype in DTYPES - {torch.bfloat16}}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Which library an array came from, and the device it was on (None: the library's default)."""
+
+    library: str
+    device: Any = None
+
+
+NUMPY = Origin("numpy")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``"float32"`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_named(name: str) -> torch.dtype | None:
+    """Return ``torch.float32`` for ``"float32"``, None for a dtype that a store cannot hold."""
+    dtype = getattr(torch, name, None)
+    return dtype if dtype in DTYPES else None
+
+
+def family(dtype: torch.dtype) -> str:
+    """Return the dtype's family: ``"bool"``, ``"int"``, ``"float"`` or ``"complex"``."""
+    if dtype.is_floating_point:
+        return "float"
+    if dtype.is_complex:
+        return "complex"
+    return "bool" if dtype is torch.bool else "int"
+
+
+def may_push(part: torch.dtype, value: torch.dtype) -> bool:
+    """Tell whether a part of one dtype may be summed into a value of another without silent loss."""
+    if part is value:
+        return True
+    if family(part) != family(value):
+        return False
+    low = (*LOW_PRECISION, torch.float32)
+    return (part in low and value in low) or _is_safe(part, value)
+
+
+def may_pull(value: torch.dtype, out: torch.dtype) -> bool:
+    """Tell whether a value may be cast to ``out``'s dtype: the same family, or a safe cast."""
+    return family(value) == family(out) or _is_safe(value, out)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that sums of values of a dtype are made in: at least float32 for floats."""
+    return torch.float32 if dtype in LOW_PRECISION else dtype
+
+
+_SIGNED_TWIN = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
+def signed(tensor: torch.Tensor) -> torch.Tensor:
+    """View uint16, uint32 and uint64 as signed: torch has no sums for them, and the bits are the same."""
+    twin = _SIGNED_TWIN.get(tensor.dtype)
+    return tensor if twin is None else tensor.view(twin)
+
+
+def _is_safe(source: torch.dtype, target: torch.dtype) -> bool:
+    if torch.bfloat16 in (source, target):
+        return source is torch.bool or (source is torch.bfloat16 and target in (*FLOATS[2:], *COMPLEX))
+    return bool(np.can_cast(_NUMPY_DTYPES[source], _NUMPY_DTYPES[target], "safe"))
+
+
+# ---------------------------------------------------------------- in
+
+
+def take(array: Any) -> torch.Tensor:
+    """Return a strided tensor that shares the array's memory where its layout allows.
+
+    Args:
+        array: an array of NumPy, PyTorch, JAX, CuPy or any library with ``__dlpack__``; any shape.
+
+    Returns:
+        A tensor for reading only: the memory belongs to the caller.
+
+    Raises:
+        ArrayTypeError: not an array, or one without plain numbers in memory (meta, quantized,
+            nested, sparse, object, str, masked).
+
+    >>> take(np.arange(3)).tolist()
+    [0, 1, 2]
+    """
+    kind = type(array)
+    if kind is np.ndarray and array.flags.writeable:
+        try:
+            return torch.from_numpy(array)
+        except (TypeError, ValueError):
+            return _take_numpy(array)
+    if kind in _PLAIN_TORCH:
+        return _take_torch(array)
+    if isinstance(array, np.ndarray | np.generic):
+        return _take_numpy(array)
+    if isinstance(array, torch.Tensor):
+        return _take_torch(array)
+    return _take_dlpack(array)
+
+
+def _take_torch(array: torch.Tensor) -> torch.Tensor:
+    if type(array) not in _PLAIN_TORCH and _dispatches(array):
+        raise ArrayTypeError(
+            f"is a {type(array).__name__}, a tensor that keeps no plain numbers of its own; "
+            "give a plain torch.Tensor (a DTensor's local one is .to_local())"
+        )
+    if array.layout is not torch.strided:
+        raise ArrayTypeError(
+            f"is a torch tensor of layout {array.layout}; give a dense tensor, Rows, "
+            "or a sparse COO tensor with one sparse dimension"
+        )
+    if array.is_meta or array.is_quantized or array.is_nested:
+        kind = "meta" if array.is_meta else "quantized" if array.is_quantized else "nested"
+        raise ArrayTypeError(f"is a {kind} tensor; give a dense tensor with numbers in memory")
+    if array.dtype not in DTYPES:
+        raise ArrayTypeError(_bad_dtype(dtype_name(array.dtype)))
+    if array.requires_grad:
+        array = array.detach()
+    if array.is_conj() or array.is_neg():
+        array = array.resolve_conj().resolve_neg()
+    return array
+
+
+def _dispatches(array: torch.Tensor) -> bool:
+    return type(array).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
+def _take_numpy(array: Any) -> torch.Tensor:
+    if isinstance(array, np.ma.MaskedArray):
+        raise ArrayTypeError("is a masked array, whose mask a store cannot keep; fill it first: x.filled(0)")
+    array = np.asarray(array)
+    if array.dtype.name == "bfloat16":
+        return _take_numpy(array.view(np.int16)).view(torch.bfloat16)
+    if array.dtype.newbyteorder("=") not in _NUMPY_DTYPES.values():
+        raise ArrayTypeError(_bad_dtype(array.dtype.name))
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if any(step < 0 or step % array.itemsize for step in array.strides):
+        array = array.copy()
+    if not array.flags.writeable:
+        array = np.asarray(_Writable(array))
+    return torch.from_numpy(array)
+
+
+class _Writable:
+    """Show a read-only array as a writable one: torch warns about the others, and nobody writes here."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        interface = dict(array.__array_interface__)
+        interface["data"] = (interface["data"][0], False)
+        self.__array_interface__ = interface
+        self._keep_alive = array
+
+
+def _take_dlpack(array: Any) -> torch.Tensor:
+    if is_jax(array):
+        return _take_jax(array)
+    if isinstance(array, type) or not hasattr(array, "__dlpack__"):
+        raise ArrayTypeError(f"is {_describe(array)}, not an array; wrap numbers with numpy.asarray(x, dtype)")
+    try:
+        tensor = torch.utils.dlpack.from_dlpack(array)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise ArrayTypeError(f"is {_describe(array)} that DLPack cannot pass on: {error}") from error
+    return _take_torch(tensor)
+
+
+def _take_jax(array: Any) -> torch.Tensor:
+    jax = sys.modules["jax"]
+    if isinstance(array, jax.core.Tracer):
+        raise ArrayTypeError("is a traced JAX array, which has no numbers yet; call the store outside of jit")
+    if not jax.numpy.issubdtype(array.dtype, jax.numpy.number) and array.dtype != bool:
+        raise ArrayTypeError(_bad_dtype(str(array.dtype)))
+    if array.is_deleted():
+        raise ArrayTypeError("is a JAX array that was deleted or donated; its numbers are gone")
+    if len(array.devices()) > 1 or array.dtype.name not in _NUMPY_NAMES:
+        return _take_numpy(np.asarray(array))
+    return _take_torch(torch.utils.dlpack.from_dlpack(array))
+
+
+_NUMPY_NAMES = {dtype.name for dtype in _NUMPY_DTYPES.values()} | {"bfloat16"}
+
+
+def _bad_dtype(name: str) -> str:
+    known = ", ".join(sorted(dtype_name(dtype) for dtype in DTYPES))
+    return f"has dtype {name}, which a store cannot hold; it holds {known}"
+
+
+def _describe(thing: Any) -> str:
+    return "None" if thing is None else f"a {type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def is_jax(array: Any) -> bool:
+    """Tell whether this is a JAX array, without importing JAX."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(array, jax.Array)
+
+
+def is_sparse_tensor(array: Any) -> bool:
+    """Tell whether this is a torch tensor of a sparse layout."""
+    return isinstance(array, torch.Tensor) and array.layout is not torch.strided
+
+
+# ---------------------------------------------------------------- out
+
+
+def origin(array: Any) -> Origin:
+    """Return the library and device that ``give`` needs to make an array like this one."""
+    if isinstance(array, torch.Tensor):
+        return Origin("torch", array.device)
+    if isinstance(array, np.ndarray | np.generic):
+        return NUMPY
+    if is_jax(array):
+        return Origin("jax", array.sharding)
+    if type(array).__module__.partition(".")[0] == "cupy":
+        return Origin("cupy", array.device)
+    if hasattr(array, "__array_namespace__"):
+        return Origin("array-api", array.__array_namespace__())
+    if hasattr(array, "__dlpack__"):
+        return Origin("torch")
+    raise ArrayTypeError(f"is {_describe(array)}, not an array")
+
+
+def give(tensor: torch.Tensor, origin: Origin) -> Any:
+    """Return the tensor as an array of another library, without copying where devices agree.
+
+    Args:
+        tensor: a tensor that nobody else holds; the result may share its memory.
+        origin: what to make of it.
+
+    Raises:
+        ArrayTypeError: the library is not installed, or has no such dtype.
+    """
+    if origin.library == "torch":
+        return tensor if origin.device is None else tensor.to(origin.device)
+    if origin.library == "numpy":
+        return view(tensor.cpu(), origin)
+    if origin.library == "jax":
+        import jax
+
+        array = jax.dlpack.from_dlpack(tensor.cpu())
+        return array if origin.device in (None, array.sharding) else jax.device_put(array, origin.device)
+    if origin.library == "cupy":
+        import cupy
+
+        with origin.device:
+            return cupy.from_dlpack(tensor.to(f"cuda:{origin.device.id}"))
+    return origin.device.from_dlpack(tensor)
+
+
+def view(tensor: torch.Tensor, origin: Origin) -> Any:
+    """Return an array that a function can change in place: torch for torch, CuPy for CuPy, else NumPy."""
+    if origin.library == "torch" or (tensor.device.type != "cpu" and origin.library != "cupy"):
+        return tensor
+    if origin.library == "cupy" and tensor.is_cuda:
+        import cupy
+
+        return cupy.from_dlpack(tensor)
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(_numpy_bfloat16())
+    return tensor.numpy()
+
+
+def _numpy_bfloat16() -> Any:
+    try:
+        import ml_dtypes
+    except ModuleNotFoundError:
+        raise ArrayTypeError(
+            "is bfloat16, which NumPy has only with the package ml_dtypes (JAX brings it); "
+            "install it, or pull into a torch tensor or a float32 array"
+        ) from None
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+Finish = Callable[[], None]
+
+
+def target(out: Any) -> tuple[torch.Tensor, Finish | None]:
+    """Return a tensor to write, and what to call once it is written (None: nothing).
+
+    Args:
+        out: a writable array, any strides, any device.
+
+    Raises:
+        ArrayTypeError: not an array, or one that cannot be written (read-only, JAX, overlapping itself).
+    """
+    if type(out) is np.ndarray:
+        if not out.flags.writeable:
+            raise ArrayTypeError("is read-only; give an array that can be written")
+        try:
+            return _no_overlap(torch.from_numpy(out)), None
+        except (TypeError, ValueError):
+            return _numpy_target(out)
+    if isinstance(out, torch.Tensor):
+        tensor = _take_torch(out)
+        if tensor.data_ptr() != out.data_ptr():
+            raise ArrayTypeError("is a lazily conjugated or negated view; give the tensor it views")
+        return _no_overlap(tensor), None
+    if isinstance(out, np.ndarray):
+        return target(out.view(np.ndarray)) if not isinstance(out, np.ma.MaskedArray) else _refuse_masked()
+    if is_jax(out):
+        raise ArrayTypeError("is a JAX array, which cannot be written; use what the call returns: like=x")
+    tensor = _take_dlpack(out)
+    return _no_overlap(tensor), (torch.cuda.synchronize if tensor.is_cuda else None)
+
+
+def _refuse_masked() -> Any:
+    raise ArrayTypeError("is a masked array; give its data: x.data")
+
+
+def _numpy_target(out: np.ndarray[Any, Any]) -> tuple[torch.Tensor, Finish | None]:
+    if out.dtype.name == "bfloat16":
+        tensor, finish = target(out.view(np.int16))
+        return tensor.view(torch.bfloat16), finish
+    source = _take_numpy(np.empty(0, out.dtype))  # raises for dtypes that a store cannot hold
+    written = torch.empty(out.shape, dtype=source.dtype)
+    return written, lambda: np.copyto(out, written.numpy())
+
+
+def _no_overlap(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_contiguous() and any(
+        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    ):
+        raise ArrayTypeError("is expanded: several of its elements share one place in memory; give a plain array")
+    return tensor
+
+
+def check_apart(outs: list[tuple[str, Any, torch.Tensor]]) -> None:
+    """Raise if two outs share memory, since the one filled last would spoil the other.
+
+    Args:
+        outs: per out its name in messages, the caller's array and the tensor that will be written.
+    """
+    if len(outs) < 2:
+        return
+    spans = sorted((*_span(array, tensor), index) for index, (_, array, tensor) in enumerate(outs) if tensor.numel())
+    open_spans: list[tuple[str, int, int, int]] = []
+    for span in spans:
+        device, start, _, index = span
+        open_spans = [other for other in open_spans if other[0] == device and other[2] > start]
+        for *_, earlier in open_spans:
+            if _share(outs[earlier][1], outs[index][1]):
+                raise ArgumentError(f"{outs[earlier][0]} and {outs[index][0]} overlap in memory; give separate arrays")
+        open_spans.append(span)
+
+
+def _span(array: Any, tensor: torch.Tensor) -> tuple[str, int, int]:
+    if isinstance(array, np.ndarray):
+        low, high = np.lib.array_utils.byte_bounds(array)
+        return "cpu", low, high
+    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    start = tensor.data_ptr()
+    return str(tensor.device), start, start + reach * tensor.element_size()
+
+
+def _share(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor) and left.device.type != "cpu":
+        return True
+    arrays = [x if isinstance(x, np.ndarray) else _take_torch(x) for x in (left, right)]
+    views = [x if isinstance(x, np.ndarray) else _bytes_view(x) for x in arrays]
+    try:
+        return bool(np.shares_memory(views[0], views[1], max_work=_OVERLAP_WORK))  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _bytes_view(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.view(integer[real.element_size()]).numpy()

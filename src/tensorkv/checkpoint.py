@@ -1,0 +1,271 @@
+"""Checkpoints: a directory of safetensors files and a JSON manifest with their sizes and sha256.
+
+A save writes new data files under names of their own, then replaces ``manifest.json`` by a rename, which
+is the moment when the new checkpoint counts; only then are the old data files removed. A load checks
+digests first, then everything that they cover. docs/checkpoint-format.md has the format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from . import manifest
+from .errors import CheckpointError, quote
+from .manifest import Contents, Kind, Tensors
+from .shard import Shard
+from .table import Table
+
+FORMAT = "tensorkv-checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+_DATA_NAME = re.compile(r"data-[0-9a-f]{16}-[0-9]{5}\.safetensors")
+_OWN_NAME = re.compile(rf"manifest-[0-9a-f]{{16}}\.tmp|{_DATA_NAME.pattern}")
+# Serialising holds a file's tensors in memory twice, so files are kept to about this size.
+FILE_BYTES = 1 << 30
+_MANIFEST_BYTES = 1 << 28
+
+
+def save(shard: Shard, path: str, kind: Kind) -> None:
+    """Write what a shard holds; no other thread can push meanwhile.
+
+    Raises:
+        CheckpointError: the path holds something else, or cannot be written.
+    """
+    with shard.frozen() as (entries, rule):
+        body, tensors = manifest.describe(kind, entries, rule)
+        write(path, body, tensors)
+
+
+def load(shard: Shard, path: str, kind: Kind) -> None:
+    """Make a shard what was saved.
+
+    Raises:
+        CheckpointError: nothing that ``save`` wrote, or it does not fit; the shard is as it was.
+    """
+    contents = read(path)
+    if contents.kind != kind:
+        raise CheckpointError(f"{path}: holds {contents.kind}, expected {kind}; save and load with the same pair")
+    if kind == "store":
+        shard.restore(contents.entries, contents.rule)
+        return
+    for saved in contents.entries:
+        if saved.key not in shard:
+            raise CheckpointError(f"{path}: has state of {quote(saved.key)}, which is not in the store")
+        mine = shard.entry("load_optimizer_states", saved.key)
+        same = isinstance(mine.value, Table) == isinstance(saved.value, Table)
+        if not same or mine.shape != saved.shape or mine.value.dtype is not saved.value.dtype:
+            raise CheckpointError(f"{path}: {quote(saved.key)} was {saved.info()}, in the store it is {mine.info()}")
+    shard.restore_states(contents.entries, contents.rule)
+
+
+# ---------------------------------------------------------------- files
+
+
+def write(path: str, body: dict[str, Any], tensors: Tensors) -> None:
+    """Write a checkpoint's files so that a crash at any moment leaves the old checkpoint or the new."""
+    folder = Path(path)
+    token = secrets.token_hex(8)
+    written: list[Path] = []
+    try:
+        _open_folder(folder)
+        with _locked(folder, exclusive=True):
+            files = []
+            for number, group in enumerate(_groups(tensors)):
+                file = folder / f"data-{token}-{number:05}.safetensors"
+                written.append(file)
+                files.append(_write_data(file, group))
+            temporary = folder / f"manifest-{token}.tmp"
+            written.append(temporary)
+            _write_manifest(temporary, {**body, "files": files})
+            _sync(folder)
+            os.replace(temporary, folder / MANIFEST)
+            _sync(folder)
+            _remove_old(folder, keep={file["name"] for file in files})
+    except OSError as error:
+        for file in written:
+            file.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot write the checkpoint: {error}") from error
+
+
+def read(path: str) -> Contents:
+    """Read and check a checkpoint.
+
+    Raises:
+        CheckpointError: missing, foreign, damaged, of a newer version, or not what ``write`` writes.
+    """
+    folder = Path(path)
+    try:
+        with _locked(folder, exclusive=False):
+            body = read_manifest(path)
+            tensors: Tensors = {}
+            for described in body["files"]:
+                tensors.update(_read_data(folder, described))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read the checkpoint: {error}") from error
+    try:
+        return manifest.restore(body, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_manifest(path: str) -> dict[str, Any]:
+    """Return the body of a checkpoint's manifest after checking its digest, without reading tensors."""
+    file = Path(path) / MANIFEST
+    try:
+        text = _read_bytes(file, limit=_MANIFEST_BYTES)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no checkpoint here (no {MANIFEST})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read the checkpoint: {error}") from error
+    try:
+        outer = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not JSON: {error}") from None
+    if not isinstance(outer, dict) or outer.get("format") != FORMAT:
+        raise CheckpointError(f"{file}: not a {FORMAT}")
+    if outer.get("version") != VERSION:
+        raise CheckpointError(
+            f"{file}: format version {outer.get('version')!r}, this tensorkv reads {VERSION}; use a newer one"
+        )
+    body = outer.get("body")
+    if not isinstance(body, dict) or not isinstance(body.get("files"), list):
+        raise CheckpointError(f"{file}: no list of files")
+    if outer.get("sha256") != _digest(_canonical(body)):
+        raise CheckpointError(f"{file}: damaged: its sha256 does not fit its contents")
+    return body
+
+
+def _open_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: is a file; a checkpoint is a directory") from None
+        names = os.listdir(folder)
+        if MANIFEST in names:
+            read_manifest_format(folder)
+        elif any(not _OWN_NAME.fullmatch(name) for name in names):
+            raise CheckpointError(
+                f"{folder}: holds other files and no checkpoint; give a new or empty directory"
+            ) from None
+    _sync(folder.parent)
+
+
+def read_manifest_format(folder: Path) -> None:
+    """Raise CheckpointError if the manifest in a folder is another program's, which a save must not replace."""
+    text = _read_bytes(folder / MANIFEST, limit=_MANIFEST_BYTES)
+    if f'"{FORMAT}"'.encode() not in text[:200]:
+        raise CheckpointError(f"{folder}: its {MANIFEST} is not a {FORMAT}'s; give a new or empty directory")
+
+
+def _groups(tensors: Tensors) -> Iterator[Tensors]:
+    group: Tensors = {}
+    nbytes = 0
+    for name, tensor in tensors.items():
+        if group and nbytes + tensor.nbytes > FILE_BYTES:
+            yield group
+            group, nbytes = {}, 0
+        group[name] = tensor
+        nbytes += tensor.nbytes
+    if group:
+        yield group
+
+
+def _write_data(file: Path, group: Tensors) -> dict[str, Any]:
+    data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in group.items()})
+    _write_synced(file, data)
+    return {"name": file.name, "nbytes": len(data), "sha256": _digest(data)}
+
+
+def _write_manifest(file: Path, body: dict[str, Any]) -> None:
+    head = {"format": FORMAT, "version": VERSION, "sha256": _digest(_canonical(body)), "body": body}
+    _write_synced(file, json.dumps(head, indent=1, allow_nan=False).encode())
+
+
+def _canonical(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write_synced(file: Path, data: bytes) -> None:
+    with open(file, "xb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_old(folder: Path, keep: set[str]) -> None:
+    for name in os.listdir(folder):
+        if _OWN_NAME.fullmatch(name) and name not in keep:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _read_data(folder: Path, described: Any) -> Tensors:
+    name, nbytes = (described.get("name"), described.get("nbytes")) if isinstance(described, dict) else (None, None)
+    if not isinstance(name, str) or not _DATA_NAME.fullmatch(name) or type(nbytes) is not int:
+        raise CheckpointError(f"{folder}: the manifest names {name!r}, which is no data file of a checkpoint")
+    file = folder / name
+    try:
+        data = _read_bytes(file, limit=nbytes)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: missing") from None
+    if len(data) != nbytes:
+        raise CheckpointError(f"{file}: truncated: {len(data)} bytes of {nbytes}")
+    if _digest(data) != described.get("sha256"):
+        raise CheckpointError(f"{file}: damaged: its sha256 is not the manifest's")
+    try:
+        return safetensors.torch.load(data)
+    except Exception as error:  # safetensors raises what its parser meets
+        raise CheckpointError(f"{file}: not safetensors: {error}") from None
+
+
+def _read_bytes(file: Path, limit: int) -> bytes:
+    # Neither follow a link out of the folder nor wait on a pipe.
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb") as handle:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{file}: not a regular file")
+        if status.st_size > limit:
+            raise CheckpointError(f"{file}: {status.st_size} bytes, expected at most {limit}")
+        return handle.read()
+
+
+@contextmanager
+def _locked(folder: Path, *, exclusive: bool) -> Iterator[None]:
+    """Keep two saves, or a save and a load, of one folder apart where the file system has locks."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")

@@ -1,0 +1,325 @@
+"""StoreControl: what a store offers beside its verbs. Update rules, checkpoints, introspection, the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, Self
+
+from . import arguments, engines, optim
+from .arguments import keys_of
+from .entry import KeyInfo
+from .errors import ArgumentError, ForkedStoreError, OptimizerError, StoreClosedError
+from .metrics import Metrics, clock
+from .optim import Key
+from .rules import Updater
+
+CAPABILITIES = ("checkpoint", "optimizer", "rows", "updater")
+
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
+
+
+class StoreControl:
+    """The part of ``KVStore`` that moves no arrays."""
+
+    def __init__(self, engine: engines.Engine, type: str) -> None:
+        self._engine = engine
+        self._type = type
+        self._metrics = Metrics()
+        self._closed = False
+        self._forks = _forks
+
+    # ------------------------------------------------------------ the update rule
+
+    def set_updater(self, updater: Updater | None) -> None:
+        """Update values with a function instead of by assignment.
+
+        Args:
+            updater: ``updater(key, received, stored)`` changes ``stored`` in place. Both arrays are of
+                the key's library (NumPy for JAX, whose arrays cannot be changed); for a push of Rows
+                they are Rows with equal ids, and ``stored.values`` is what to change. None restores
+                assignment.
+
+        Raises:
+            ArgumentError: not callable.
+
+        An updater that raises leaves its key as it was, and the exception reaches the caller of the
+        push. One that calls the store raises UpdaterError. It runs while the store is locked.
+
+        >>> import tensorkv, numpy as np
+        >>> def update(key, received, stored):
+        ...     stored += received * 2
+        >>> kv = tensorkv.create()
+        >>> kv.init(3, np.ones(2))
+        >>> kv.set_updater(update)
+        >>> kv.pushpull(3, np.ones(2))
+        array([3., 3.])
+        """
+        self._begin("set_updater")
+        if updater is not None and not callable(updater):
+            raise ArgumentError(f"set_updater: {updater!r} cannot be called; expected updater(key, received, stored)")
+        self._engine.set_updater(updater)
+
+    def set_optimizer(self, optimizer: Any, **numbers: Any) -> None:
+        """Update values by an optimizer, the sum of a push being the gradient.
+
+        Args:
+            optimizer: the name or class of an optimizer of torch.optim, such as ``"sgd"``, ``"adamw"``
+                or ``torch.optim.SGD``. Not LBFGS and SparseAdam, which need more than a gradient.
+            **numbers: hyperparameters by their torch.optim names; also ``rescale_grad`` (factor on the
+                sum, default 1) and ``clip_gradient`` (bound on each element's absolute value after
+                rescaling, default None).
+
+        Raises:
+            OptimizerError: unknown name or number, or a number out of range.
+
+        Only the keys of a push step. A second call with the same optimizer keeps its state and
+        replaces its numbers. Rows step lazily: rows that a push does not name do not move, and neither
+        does their momentum.
+
+        >>> import tensorkv, numpy as np
+        >>> kv = tensorkv.create()
+        >>> kv.init("w", np.ones(2))
+        >>> kv.set_optimizer("sgd", lr=0.5)
+        >>> kv.pushpull("w", np.ones(2))
+        array([0.5, 0.5])
+        """
+        self._begin("set_optimizer")
+        self._engine.set_optimizer(optim.spec(optimizer, numbers))
+
+    def set_hyperparameters(self, keys: Any = None, **numbers: Any) -> None:
+        """Change numbers of the optimizer while it runs, keeping its state.
+
+        Args:
+            keys: a key or a list of keys; None changes all, single keys' own numbers included.
+            **numbers: such as ``lr=0.01``.
+
+        Raises:
+            OptimizerError: no optimizer, unknown number, or a number out of range.
+            KeyNotFoundError: a key that was not initialised.
+
+        >>> import tensorkv
+        >>> kv = tensorkv.create()
+        >>> kv.set_optimizer("sgd", lr=0.5)
+        >>> kv.set_hyperparameters(lr=0.25)
+        >>> kv.optimizer["lr"]
+        0.25
+        """
+        self._begin("set_hyperparameters")
+        listed = None if keys is None else keys_of("set_hyperparameters", keys)
+        self._engine.set_hyperparameters(numbers, listed)
+
+    @property
+    def optimizer(self) -> dict[str, Any] | None:
+        """The optimizer's name and numbers as a dict, None without one."""
+        spec = self._engine.optimizer
+        if spec is None:
+            return None
+        own = {"rescale_grad": spec.rescale_grad, "clip_gradient": spec.clip_gradient}
+        return {"name": spec.name, **spec.numbers, **own}
+
+    # ------------------------------------------------------------ checkpoints
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write values, rows, versions, the optimizer and its state to a checkpoint.
+
+        Args:
+            path: a directory, new or an older checkpoint. A crash at any moment leaves the old
+                checkpoint or the new one.
+
+        Raises:
+            CheckpointError: the path holds something else, or cannot be written.
+
+        An updater is a function and is not saved; set it again after ``load``.
+        """
+        self._begin("save")
+        self._engine.save(os.fspath(path), "store")
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Become what was saved: every key and the update rule are replaced.
+
+        Args:
+            path: a directory that ``save`` wrote.
+
+        Raises:
+            CheckpointError: not a checkpoint, or a damaged one; the store is as it was.
+
+        >>> import tempfile, tensorkv, numpy as np
+        >>> kv = tensorkv.create()
+        >>> kv.init("w", np.ones(2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     kv.save(folder)
+        ...     other = tensorkv.create()
+        ...     other.load(folder)
+        >>> other.pull("w")
+        array([1., 1.])
+        """
+        self._begin("load")
+        self._engine.load(os.fspath(path), "store")
+
+    def save_optimizer_states(self, path: str | os.PathLike[str]) -> None:
+        """Write the optimizer and its state, without the values.
+
+        Raises:
+            OptimizerError: the store has no optimizer.
+            CheckpointError: as for ``save``.
+        """
+        self._begin("save_optimizer_states")
+        if self._engine.optimizer is None:
+            raise OptimizerError("save_optimizer_states: the store has no optimizer; call set_optimizer first")
+        self._engine.save(os.fspath(path), "optimizer-states")
+
+    def load_optimizer_states(self, path: str | os.PathLike[str]) -> None:
+        """Set the optimizer, its numbers and its state to what ``save_optimizer_states`` wrote.
+
+        Raises:
+            CheckpointError: not such a file, a damaged one, or keys and shapes that are not the store's;
+                the store is as it was.
+        """
+        self._begin("load_optimizer_states")
+        self._engine.load(os.fspath(path), "optimizer-states")
+
+    # ------------------------------------------------------------ looking
+
+    @property
+    def type(self) -> str:
+        """The type name that ``create`` was given."""
+        return self._type
+
+    @property
+    def rank(self) -> int:
+        """This worker's number, from 0."""
+        return self._engine.rank
+
+    @property
+    def num_workers(self) -> int:
+        """How many workers push to this store."""
+        return self._engine.num_workers
+
+    def keys(self) -> list[Key]:
+        """Return every key, in the order of init."""
+        self._begin("keys")
+        return self._engine.keys()
+
+    def __contains__(self, key: object) -> bool:
+        self._begin("in")
+        return type(key) is not bool and arguments.is_key(key) and key in self._engine
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self.keys())
+
+    def info(self, key: Key) -> KeyInfo:
+        """Describe a key: shape, dtype, device, version, nbytes, kind.
+
+        Raises:
+            KeyNotFoundError: a key that was not initialised.
+
+        >>> import tensorkv, numpy as np
+        >>> kv = tensorkv.create()
+        >>> kv.init("w", np.ones((2, 3), np.float32))
+        >>> kv.info("w")
+        KeyInfo(shape=(2, 3), dtype='float32', device='cpu', version=0, nbytes=24, kind='dense')
+        """
+        self._begin("info")
+        return self._engine.info(arguments.check_key("info", key))
+
+    def delete(self, key: Any) -> None:
+        """Forget a key or a list of keys, and their optimizer state; all or none.
+
+        Raises:
+            KeyNotFoundError: a key that was not initialised.
+        """
+        self._begin("delete")
+        keys = list(dict.fromkeys(keys_of("delete", key)))
+        self._engine.delete(keys)
+        self._metrics.forget(keys)
+
+    def is_capable(self, name: str) -> bool:
+        """Tell whether this type of store can do something.
+
+        Args:
+            name: ``"optimizer"``, ``"updater"``, ``"rows"`` or ``"checkpoint"``.
+
+        Raises:
+            ArgumentError: no such capability.
+
+        >>> import tensorkv
+        >>> tensorkv.create().is_capable("optimizer")
+        True
+        """
+        self._begin("is_capable")
+        if name not in CAPABILITIES:
+            raise ArgumentError(f"is_capable: {name!r} is unknown; the capabilities are {', '.join(CAPABILITIES)}")
+        return name in self._engine.capabilities
+
+    def stats(self) -> dict[str, Any]:
+        """Return counts, bytes and seconds per verb, counts and bytes per key, and the engine's own.
+
+        >>> import tensorkv, numpy as np
+        >>> kv = tensorkv.create()
+        >>> kv.init("w", np.ones(3, np.float32))
+        >>> kv.push("w", np.ones(3, np.float32))
+        >>> kv.stats()["keys"]["w"]["push"]
+        {'calls': 1, 'nbytes': 12}
+        """
+        self._begin("stats")
+        return {**self._metrics.read(), **self._engine.stats()}
+
+    def barrier(self) -> None:
+        """Wait until every worker has come here; with one worker, at once."""
+        self._begin("barrier")
+        self._engine.barrier()
+
+    # ------------------------------------------------------------ the end
+
+    def close(self) -> None:
+        """Finish pending pushes and let go of the values; once is enough, twice does no harm."""
+        if not self._closed:
+            self._check_fork("close")
+            self._closed = True
+            self._engine.close()
+
+    def __enter__(self) -> Self:
+        self._begin("with")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return f"KVStore({self._type!r}, closed)"
+        spec = self._engine.optimizer
+        count = len(self._engine.keys())
+        what = f"{count} key{'' if count == 1 else 's'}"
+        return f"KVStore({self._type!r}, {what}{'' if spec is None else ', optimizer=' + repr(spec.name)})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a KVStore cannot be pickled or copied; create one in each process, or save() and load()")
+
+    # ------------------------------------------------------------ inside
+
+    def _begin(self, verb: str, priority: int = 0) -> float:
+        start = clock()
+        if self._closed:
+            raise StoreClosedError(f"{verb}: this store was closed; create another")
+        if self._forks != _forks:
+            self._check_fork(verb)
+        if type(priority) is not int:
+            raise ArgumentError(f"{verb}: priority is {priority!r}; expected an int")
+        return start
+
+    def _check_fork(self, verb: str) -> None:
+        if self._forks != _forks:
+            raise ForkedStoreError(f"{verb}: this store belongs to the parent process; create one in the child")

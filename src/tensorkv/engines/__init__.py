@@ -1,0 +1,163 @@
+"""Engines: how pushes from several places meet. The contract, and the look-up by type name.
+
+Third parties add engines with ``register``, or with an entry point in the group ``tensorkv.engines``
+whose name is the type and whose object is the factory.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+import torch
+
+from ..arrays import Origin
+from ..entry import Batch, KeyInfo, KeySpec, Part
+from ..errors import ArgumentError, EngineNotFoundError, quote, suggestion
+from ..manifest import Kind
+from ..optim import Key, OptimizerSpec
+from ..rows import Rows
+from ..rules import Updater
+from .local import LocalEngine
+
+GROUP = "tensorkv.engines"
+
+
+class Engine(Protocol):
+    """What a KVStore asks of an engine.
+
+    Arrays are torch tensors or Rows of them that share the caller's memory: an engine reads them
+    before its method returns and keeps none. It raises the errors of ``tensorkv.errors`` before it
+    changes anything, and may be called from several threads.
+    """
+
+    capabilities: frozenset[str]
+
+    @property
+    def rank(self) -> int:
+        """This worker's number, from 0."""
+
+    @property
+    def num_workers(self) -> int:
+        """How many workers push."""
+
+    @property
+    def optimizer(self) -> OptimizerSpec | None:
+        """The optimizer in force, None without one."""
+
+    def init(self, keys: Sequence[Key], values: Sequence[Part], origins: Sequence[Origin]) -> None:
+        """Hold copies of new values; all keys or none."""
+
+    def push(self, batch: Batch, priority: int) -> None:
+        """Sum the parts of each key and update its value; the whole batch is checked first."""
+
+    def pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]], priority: int) -> None:
+        """Copy each key's value into its tensors, which have its shape."""
+
+    def pushpull(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]], priority: int) -> None:
+        """Push, then pull the same keys, in one trip."""
+
+    def pull_rows(self, key: Key, ids: torch.Tensor) -> Rows:
+        """Return copies of the rows of unique, sorted ids."""
+
+    def delete(self, keys: Sequence[Key]) -> None:
+        """Forget keys; all or none."""
+
+    def set_updater(self, updater: Updater | None) -> None:
+        """Apply a function to each sum; None restores assignment."""
+
+    def set_optimizer(self, spec: OptimizerSpec) -> None:
+        """Step an optimizer with each sum as the gradient."""
+
+    def set_hyperparameters(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> None:
+        """Change numbers of the optimizer, for all keys or some."""
+
+    def spec(self, verb: str, key: Key) -> KeySpec:
+        """Tell what an array for a key must be like."""
+
+    def info(self, key: Key) -> KeyInfo:
+        """Describe a key."""
+
+    def keys(self) -> list[Key]:
+        """Every key, in the order of init."""
+
+    def __contains__(self, key: object) -> bool: ...
+
+    def stats(self) -> Mapping[str, Any]:
+        """Counters of the engine's own, merged into ``KVStore.stats()``."""
+
+    def save(self, path: str, kind: Kind) -> None:
+        """Write a checkpoint."""
+
+    def load(self, path: str, kind: Kind) -> None:
+        """Read a checkpoint; on an error nothing has changed."""
+
+    def barrier(self) -> None:
+        """Wait until every worker is here."""
+
+    def close(self) -> None:
+        """Finish pending pushes and let go of everything; called once."""
+
+
+Factory = Callable[..., Engine]
+
+_factories: dict[str, Factory] = {
+    **{name: partial(LocalEngine, False) for name in ("local", "local_allreduce_cpu", "local_update_cpu")},
+    **{name: partial(LocalEngine, True) for name in ("device", "local_allreduce_device", "nccl")},
+}
+
+
+def register(name: str, factory: Factory) -> None:
+    """Make ``tensorkv.create(name, **options)`` call ``factory(**options)``.
+
+    Args:
+        name: a type name that is not taken.
+        factory: returns an ``Engine``; its keyword parameters are the store's options.
+
+    Raises:
+        ArgumentError: the name is taken or empty, or the factory cannot be called.
+
+    >>> from tensorkv.engines.local import LocalEngine
+    >>> register("doctest", lambda: LocalEngine(False))
+    >>> import tensorkv
+    >>> tensorkv.create("doctest").type
+    'doctest'
+    """
+    if not isinstance(name, str) or not name:
+        raise ArgumentError(f"register: {name!r} is no type name; expected a non-empty str")
+    if name in _factories:
+        raise ArgumentError(f"register: the type {quote(name)} exists already; choose another name")
+    if not callable(factory):
+        raise ArgumentError(f"register({quote(name)}): {factory!r} cannot be called; expected a function")
+    _factories[name] = factory
+
+
+def names() -> list[str]:
+    """Return every type name that ``tensorkv.create`` takes now."""
+    return sorted({*_factories, *(point.name for point in entry_points(group=GROUP))})
+
+
+def build(name: Any, options: dict[str, Any]) -> Engine:
+    """Return a new engine of a type.
+
+    Raises:
+        EngineNotFoundError: no such type; the message lists those there are.
+        ArgumentError: an option that the type does not have.
+    """
+    factory = _factories.get(name) if isinstance(name, str) else None
+    if factory is None:
+        for point in entry_points(group=GROUP, name=str(name)):
+            factory = point.load()
+    if factory is None:
+        known = names()
+        raise EngineNotFoundError(f"no store type {name!r}{suggestion(name, known)}; the types are {', '.join(known)}")
+    signature = inspect.signature(factory)
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        taken = ", ".join(signature.parameters) or "none"
+        raise ArgumentError(f"create({quote(name)}): {error}; its options are: {taken}") from None
+    return factory(**options)

@@ -1,0 +1,92 @@
+"""The local engine: one process, any number of devices, one Shard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .. import arrays, checkpoint
+from ..entry import Batch, KeyInfo, KeySpec, Part
+from ..manifest import Kind
+from ..optim import Key, OptimizerSpec
+from ..rows import Rows
+from ..rules import Updater
+from ..shard import NonFinite, Shard
+
+
+class LocalEngine:
+    """Values in this process; a push is summed and applied before it returns.
+
+    Args:
+        on_device: keep each value on the device of its arrays (``"device"``) or on the CPU (``"local"``).
+        nonfinite: ``"pass"``, ``"raise"`` or ``"skip"`` updates whose sum has NaN or Inf.
+    """
+
+    rank = 0
+    num_workers = 1
+    capabilities = frozenset({"optimizer", "updater", "rows", "checkpoint"})
+
+    def __init__(self, on_device: bool, *, nonfinite: NonFinite = "pass") -> None:
+        self._on_device = on_device
+        self._nonfinite = nonfinite
+        self._shard = Shard(on_device=on_device, nonfinite=nonfinite)
+
+    def init(self, keys: Sequence[Key], values: Sequence[Part], origins: Sequence[arrays.Origin]) -> None:
+        self._shard.init(keys, values, origins)
+
+    def push(self, batch: Batch, priority: int) -> None:
+        self._shard.push(batch)
+
+    def pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]], priority: int) -> None:
+        self._shard.pull(keys, outs)
+
+    def pushpull(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]], priority: int) -> None:
+        self._shard.pushpull(batch, outs)
+
+    def pull_rows(self, key: Key, ids: torch.Tensor) -> Rows:
+        return self._shard.pull_rows(key, ids)
+
+    def delete(self, keys: Sequence[Key]) -> None:
+        self._shard.delete(keys)
+
+    def set_updater(self, updater: Updater | None) -> None:
+        self._shard.set_updater(updater)
+
+    def set_optimizer(self, spec: OptimizerSpec) -> None:
+        self._shard.set_optimizer(spec)
+
+    def set_hyperparameters(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> None:
+        self._shard.set_hyperparameters(numbers, keys)
+
+    @property
+    def optimizer(self) -> OptimizerSpec | None:
+        return self._shard.optimizer
+
+    def spec(self, verb: str, key: Key) -> KeySpec:
+        return self._shard.entry(verb, key).spec()
+
+    def info(self, key: Key) -> KeyInfo:
+        return self._shard.entry("info", key).info()
+
+    def keys(self) -> list[Key]:
+        return self._shard.keys()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._shard
+
+    def stats(self) -> Mapping[str, Any]:
+        return {"nonfinite": dict(self._shard.nonfinite_counts)}
+
+    def save(self, path: str, kind: Kind) -> None:
+        checkpoint.save(self._shard, path, kind)
+
+    def load(self, path: str, kind: Kind) -> None:
+        checkpoint.load(self._shard, path, kind)
+
+    def barrier(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._shard = Shard(on_device=self._on_device, nonfinite=self._nonfinite)

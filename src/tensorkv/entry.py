@@ -1,0 +1,114 @@
+"""Entry: what a shard holds of one key; Batch: the work that one call brings to a shard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import arrays
+from .errors import quote
+from .optim import Key, State
+from .rows import Rows
+from .table import Table
+
+Part = torch.Tensor | Rows
+
+
+@dataclass(slots=True)
+class Entry:
+    """What a shard holds of one key."""
+
+    key: Key
+    origin: arrays.Origin
+    value: torch.Tensor | Table
+    version: int = 0
+    state: State = field(default_factory=dict)
+    # On CUDA: the moment when the last work on the value is done, for callers on other streams.
+    ready: Any = None
+
+    @property
+    def shape(self) -> torch.Size:
+        if isinstance(self.value, Table):
+            return torch.Size((self.value.num_rows, *self.value.row_shape))
+        return self.value.shape
+
+    def read_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return copies of rows in the order of ``ids``."""
+        if isinstance(self.value, Table):
+            return self.value.read(ids)
+        return arrays.signed(self.value)[ids].view(self.value.dtype)
+
+    def write_rows(self, rows: Rows) -> None:
+        """Replace the rows that ``rows`` (merged, of the value's dtype) names."""
+        if isinstance(self.value, Table):
+            self.value.write(rows.ids, rows.values)
+        else:
+            arrays.signed(self.value)[rows.ids] = arrays.signed(rows.values)
+
+    def move(self, device: torch.device) -> None:
+        """Bring the value, and the state that has its shape, to a device."""
+        self.value = self.value.to(device)
+        for name, tensor in self.state.items():
+            if tensor.shape == self.shape:
+                self.state[name] = tensor.to(device)
+
+    def spec(self) -> KeySpec:
+        """Tell what an array for this key must be like."""
+        return KeySpec(self.shape, self.value.dtype, self.origin, isinstance(self.value, Table))
+
+    def info(self) -> KeyInfo:
+        """Describe the key."""
+        return KeyInfo(
+            tuple(self.shape),
+            arrays.dtype_name(self.value.dtype),
+            str(self.value.device),
+            self.version,
+            self.value.nbytes,
+            "rows" if isinstance(self.value, Table) else "dense",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class KeySpec:
+    """What callers need to know of a key to make an array for it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    origin: arrays.Origin
+    is_table: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KeyInfo:
+    """What ``KVStore.info`` tells of a key.
+
+    Args:
+        shape: of the value.
+        dtype: name such as ``"float32"``.
+        device: where the value lives, such as ``"cpu"``.
+        version: how many updates the key has had.
+        nbytes: bytes that the value holds (of a sparse table, the rows it has seen).
+        kind: ``"dense"``, or ``"rows"`` for a sparse table.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    version: int
+    nbytes: int
+    kind: str
+
+
+@dataclass(slots=True)
+class Batch:
+    """One call's work: the verb that the user called, keys, and per key its parts."""
+
+    verb: str
+    keys: list[Key]
+    parts: list[list[Part]]
+
+    def name(self, key: Key, part: int | None = None) -> str:
+        """Return how messages begin: ``push("w"): part 1``."""
+        return f"{self.verb}({quote(key)})" + ("" if part is None else f": part {part}")

@@ -1,0 +1,101 @@
+"""Every error that tensorkv raises on purpose.
+
+TensorKVError
+├── KeyTypeError           (TypeError)     a key that is no str or int, or of the other type
+├── KeyNotFoundError       (KeyError)      a key that was never initialised
+├── KeyExistsError         (ValueError)    init of a key that is there already
+├── ArgumentError          (ValueError)    forms that do not fit: unequal lengths, unknown options
+├── ArrayTypeError         (TypeError)     something that is no array, or an array of no use here
+├── ValueMismatchError     (ValueError)    shape or dtype that differs from the key's
+├── NonFiniteError         (ValueError)    NaN or Inf pushed to a store with nonfinite="raise"
+├── OptimizerError         (ValueError)    unknown optimizer, bad number, value it cannot update
+├── UpdaterError           (RuntimeError)  an updater that broke its contract
+├── CheckpointError        (ValueError)    a checkpoint that cannot be written or trusted
+├── EngineNotFoundError    (ValueError)    a type name that no engine has
+├── StoreClosedError       (RuntimeError)  a verb after close()
+└── ForkedStoreError       (RuntimeError)  a parent's store used in a forked child
+
+SparseOutWarning (UserWarning)             a sparse `out` that a plain pull has skipped
+
+Messages name the key, what was expected, what came and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class TensorKVError(Exception):
+    """Base class of every error that tensorkv raises on purpose."""
+
+
+class KeyTypeError(TensorKVError, TypeError):
+    """A key is neither a non-empty str nor an int, or not of the store's key type."""
+
+
+class KeyNotFoundError(TensorKVError, KeyError):
+    """A key was used before ``init``."""
+
+    # KeyError shows repr(message); people read messages, not reprs.
+    __str__ = Exception.__str__
+
+
+class KeyExistsError(TensorKVError, ValueError):
+    """``init`` of a key that the store holds already, or twice in one call."""
+
+
+class ArgumentError(TensorKVError, ValueError):
+    """The arguments of a call do not fit together."""
+
+
+class ArrayTypeError(TensorKVError, TypeError):
+    """An argument is no array, or an array that a store cannot hold, read or fill."""
+
+
+class ValueMismatchError(TensorKVError, ValueError):
+    """An array's shape or dtype does not fit the key's value."""
+
+
+class NonFiniteError(TensorKVError, ValueError):
+    """A push brought NaN or Inf to a store created with ``nonfinite="raise"``."""
+
+
+class OptimizerError(TensorKVError, ValueError):
+    """The optimizer is unknown, a number is out of its range, or it cannot update a value."""
+
+
+class UpdaterError(TensorKVError, RuntimeError):
+    """An updater called the store that runs it, or returned an array instead of changing its own."""
+
+
+class CheckpointError(TensorKVError, ValueError):
+    """A checkpoint is damaged, foreign or does not fit, or cannot be written."""
+
+
+class EngineNotFoundError(TensorKVError, ValueError):
+    """No engine has this type name."""
+
+
+class StoreClosedError(TensorKVError, RuntimeError):
+    """A verb was called after ``close``."""
+
+
+class ForkedStoreError(TensorKVError, RuntimeError):
+    """A store made by the parent process was used in a forked child."""
+
+
+class SparseOutWarning(UserWarning):
+    """A plain ``pull`` skipped a sparse ``out``."""
+
+
+def suggestion(word: object, choices: Iterable[object]) -> str:
+    """Return ``' (did you mean "x"?)'`` for the choice nearest to ``word``, or ``''``."""
+    known = {str(choice): choice for choice in choices}
+    near = get_close_matches(str(word), list(known), n=1)
+    return f" (did you mean {quote(known[near[0]])}?)" if near else ""
+
+
+def quote(key: object) -> str:
+    """Show a key as messages do: ``"w"`` for a str, ``3`` for an int."""
+    return f'"{key}"' if isinstance(key, str) else repr(key)

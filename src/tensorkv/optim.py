@@ -1,0 +1,392 @@
+"""Optimizers by name and numbers, run by torch.optim for the keys of a push alone.
+
+An optimizer is data: a name from the list below and numbers that JSON can carry, so that it can travel
+to a server or lie in a checkpoint without anything being unpickled.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import arrays
+from .errors import OptimizerError, quote, suggestion
+from .rows import Rows
+from .table import Table
+
+Key = str | int
+State = dict[str, torch.Tensor]
+
+# LBFGS calls the model again and SparseAdam takes no dense gradients: they cannot run in a store.
+CLASSES: dict[str, str] = {
+    name.lower(): name
+    for name in [
+        "SGD",
+        "Adam",
+        "AdamW",
+        "Adagrad",
+        "Adadelta",
+        "Adafactor",
+        "Adamax",
+        "ASGD",
+        "Muon",
+        "NAdam",
+        "RAdam",
+        "RMSprop",
+        "Rprop",
+    ]
+    if hasattr(torch.optim, name)
+}
+# Those that treat each element alone, and so can update some rows and leave the others.
+ROWWISE = frozenset(CLASSES) - {"adafactor", "muon"}
+_FUSED = frozenset({"sgd", "adam", "adamw", "adagrad"})
+# How a step is computed is the store's business, not a hyperparameter.
+_NOT_NUMBERS = frozenset({"self", "params", "foreach", "fused", "capturable", "differentiable"})
+_OTHER_WORDS = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "beta1": "betas",
+    "beta2": "betas",
+    "epsilon": "eps",
+}
+
+
+@dataclass(slots=True)
+class OptimizerSpec:
+    """What ``set_optimizer`` was told, as plain data.
+
+    Args:
+        name: such as ``"sgd"``.
+        numbers: every hyperparameter of the torch.optim class, defaults filled in.
+        rescale_grad: factor on the summed gradient, before clipping.
+        clip_gradient: bound on each element's absolute value after rescaling (None: no bound).
+        overrides: hyperparameters of single keys, set while running.
+    """
+
+    name: str
+    numbers: dict[str, Any]
+    rescale_grad: float = 1.0
+    clip_gradient: float | None = None
+    overrides: dict[Key, dict[str, Any]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``from_json`` reads; overrides become pairs, since JSON has no int keys."""
+        return {**asdict(self), "overrides": [[key, numbers] for key, numbers in self.overrides.items()]}
+
+    @classmethod
+    def from_json(cls, data: Any) -> OptimizerSpec:
+        """Check and read what ``to_json`` made.
+
+        Raises:
+            OptimizerError: not such data, or names and numbers that ``spec`` refuses.
+        """
+        if not isinstance(data, dict) or not isinstance(data.get("numbers"), dict):
+            raise OptimizerError("the optimizer's description has no numbers")
+        made = spec(
+            data.get("name"),
+            {
+                **data["numbers"],
+                "rescale_grad": data.get("rescale_grad"),
+                "clip_gradient": data.get("clip_gradient"),
+            },
+        )
+        overrides = data.get("overrides")
+        if not isinstance(overrides, list) or any(not isinstance(x, list) or len(x) != 2 for x in overrides):
+            raise OptimizerError("the optimizer's overrides are no list of pairs")
+        for key, numbers in overrides:
+            if not isinstance(key, str | int) or not isinstance(numbers, dict):
+                raise OptimizerError("an optimizer's override is no pair of key and numbers")
+            made.overrides[key] = check_numbers(made.name, numbers)
+        return made
+
+
+def spec(optimizer: Any, numbers: Mapping[str, Any]) -> OptimizerSpec:
+    """Check an optimizer's name or class and its numbers.
+
+    Args:
+        optimizer: ``"sgd"`` or ``torch.optim.SGD``.
+        numbers: hyperparameters by their torch.optim names, and ``rescale_grad``, ``clip_gradient``.
+
+    Raises:
+        OptimizerError: unknown name, unknown number, or a number out of range.
+
+    >>> spec("sgd", {"lr": 0.1, "momentum": 0.9}).numbers["momentum"]
+    0.9
+    """
+    name = _name(optimizer)
+    numbers = dict(numbers)
+    rescale = numbers.pop("rescale_grad", 1.0)
+    clip = numbers.pop("clip_gradient", None)
+    if not _is_finite(rescale):
+        raise OptimizerError(f"rescale_grad is {rescale!r}; expected a finite number, such as 1 / batch_size")
+    if clip is not None and not (_is_finite(clip) and clip > 0):
+        raise OptimizerError(f"clip_gradient is {clip!r}; expected a number above 0, or None for no bound")
+    given = check_numbers(name, numbers)
+    return OptimizerSpec(name, {**_defaults(name), **given}, float(rescale), None if clip is None else float(clip))
+
+
+def check_numbers(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers as plain Python values, or raise OptimizerError."""
+    known = _defaults(name)
+    plain: dict[str, Any] = {}
+    for word, number in numbers.items():
+        if word not in known:
+            near = f' (did you mean "{_OTHER_WORDS[word]}"?)' if _OTHER_WORDS.get(word) in known else ""
+            raise OptimizerError(
+                f"{name} has no {quote(word)}{near or suggestion(word, known)}; it has {', '.join(known)}"
+            )
+        plain[word] = _plain(name, word, number)
+    try:
+        _new(name, [_probe(name)], {**known, **plain})
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise OptimizerError(f"{name}: {error}") from None
+    return plain
+
+
+def _name(optimizer: Any) -> str:
+    if isinstance(optimizer, str) and optimizer.lower() in CLASSES:
+        return optimizer.lower()
+    for name, attribute in CLASSES.items():
+        if optimizer is getattr(torch.optim, attribute):
+            return name
+    if isinstance(optimizer, torch.optim.Optimizer):
+        what = f"an instance of {type(optimizer).__name__}; give its name and numbers instead"
+    elif isinstance(optimizer, type):
+        what = f"the class {optimizer.__qualname__}{suggestion(optimizer.__name__.lower(), CLASSES)}"
+    else:
+        what = f"{optimizer!r}{suggestion(str(optimizer).lower(), CLASSES)}"
+    raise OptimizerError(f"no optimizer for a store: {what}; the names are {', '.join(CLASSES)}")
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    parameters = inspect.signature(getattr(torch.optim, CLASSES[name]).__init__).parameters
+    return {word: p.default for word, p in parameters.items() if word not in _NOT_NUMBERS}
+
+
+def _is_finite(number: Any) -> bool:
+    return isinstance(number, int | float | np.number) and not isinstance(number, bool) and math.isfinite(number)
+
+
+def _plain(name: str, word: str, number: Any) -> Any:
+    if isinstance(number, np.generic):
+        number = number.item()
+    if number is None or isinstance(number, bool | str | int):
+        return number
+    if isinstance(number, float) and math.isfinite(number):
+        return number
+    if isinstance(number, list | tuple):
+        return tuple(_plain(name, word, each) for each in number)
+    raise OptimizerError(f"{name}: {word} is {number!r}; expected a finite number")
+
+
+def _probe(name: str) -> torch.Tensor:
+    return torch.zeros(2, 1) if name == "muon" else torch.zeros(2)
+
+
+def _new(name: str, params: list[torch.Tensor], numbers: Mapping[str, Any], **how: Any) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, CLASSES[name])(params, **numbers, **how)
+    return optimizer
+
+
+class Optimizer:
+    """One torch.optim optimizer, stepped with the parameters of a push as its only ones.
+
+    The state of a key lives with the key (``State``: name to tensor); this class holds none.
+    A step costs O(keys pushed), however many the store holds.
+    """
+
+    def __init__(self, spec: OptimizerSpec) -> None:
+        self.spec = spec
+        self._runners: dict[bool, torch.optim.Optimizer] = {}
+        self._fills = self._probe_fills()
+
+    def check(self, key: Key, value: torch.Tensor | Table, *, by_rows: bool) -> None:
+        """Raise OptimizerError if this optimizer cannot update such a value."""
+        name = self.spec.name
+        if arrays.family(value.dtype) not in ("float", "complex"):
+            raise OptimizerError(
+                f"{quote(key)} is {arrays.dtype_name(value.dtype)}, and {name} updates floating-point values only; "
+                "keep counters in a store without an optimizer"
+            )
+        if by_rows and name not in ROWWISE:
+            raise OptimizerError(f"{name} needs whole gradients, and {quote(key)} was pushed as Rows")
+        if name == "muon" and isinstance(value, torch.Tensor) and value.ndim != 2:
+            raise OptimizerError(f"muon updates matrices, and {quote(key)} has shape {tuple(value.shape)}")
+
+    def step(
+        self,
+        keys: Sequence[Key],
+        values: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor],
+        states: Sequence[State],
+    ) -> None:
+        """Update values and states in place from the summed gradients (see ``changes_grads``).
+
+        Args:
+            keys, values, grads, states: of equal length; a grad has its value's shape and dtype.
+        """
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for index, (key, value, state) in enumerate(zip(keys, values, states, strict=True)):
+            if state:
+                self._complete(state, value)
+            own = key if key in self.spec.overrides else None
+            fused = self.spec.name in _FUSED and value.is_floating_point() and value.numel() > 0
+            # torch's fused kernels take either all new or no new parameters.
+            groups.setdefault((own, fused, bool(state)), []).append(index)
+        for (own, fused, _), members in groups.items():
+            self._run(
+                {**self.spec.numbers, **self.spec.overrides.get(own, {})},
+                [values[i] for i in members],
+                [self._prepare(grads[i]) for i in members],
+                [states[i] for i in members],
+                fused,
+            )
+
+    def step_rows(self, key: Key, value: torch.Tensor | Table, rows: Rows, state: State) -> None:
+        """Update only the rows that ``rows`` (merged) names, and their state; the others do not move.
+
+        Counters in the state, such as Adam's step, are the key's, as in torch.optim.SparseAdam.
+        """
+        ids = rows.ids
+        columns = _Columns(value, state)
+        picked = columns.read_value(ids)
+        held: State = {name: columns.read(name, ids) for name in columns.names()}
+        held.update({name: tensor for name, tensor in state.items() if name not in held})
+        self.step([key], [picked], [rows.values], [held])
+        for name, tensor in held.items():
+            if tensor.shape == picked.shape and name in self._fills:
+                columns.write(name, ids, tensor, self._fills[name])
+            else:
+                state[name] = tensor
+        columns.write_value(ids, picked)
+
+    @property
+    def changes_grads(self) -> bool:
+        """Whether ``step`` overwrites the gradients that it is given."""
+        return self.spec.rescale_grad != 1.0 or self.spec.clip_gradient is not None
+
+    def _prepare(self, grad: torch.Tensor) -> torch.Tensor:
+        if self.spec.rescale_grad != 1.0:
+            grad.mul_(self.spec.rescale_grad)
+        if self.spec.clip_gradient is not None:
+            real = torch.view_as_real(grad) if grad.is_complex() else grad
+            real.clamp_(-self.spec.clip_gradient, self.spec.clip_gradient)
+        return grad
+
+    def _run(
+        self,
+        numbers: dict[str, Any],
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        states: list[State],
+        fused: bool,
+    ) -> None:
+        if not states[0]:
+            # Adagrad and its kind make their state when they are constructed.
+            fresh = _new(self.spec.name, params, numbers).state
+            for param, state in zip(params, states, strict=True):
+                state.update(fresh.get(param, {}))
+        runner = self._runner(fused)
+        group = runner.param_groups[0]
+        group.update(numbers)
+        group["params"] = params
+        runner.state = dict(zip(params, states, strict=True))  # type: ignore[assignment]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        try:
+            runner.step()
+        finally:
+            for param, state in zip(params, states, strict=True):
+                param.grad = None
+                for name in [name for name, tensor in state.items() if tensor is None]:
+                    del state[name]
+            group["params"], runner.state = [], {}  # type: ignore[assignment]
+
+    def _runner(self, fused: bool) -> torch.optim.Optimizer:
+        if fused not in self._runners:
+            how = {"fused": True} if fused else {"foreach": False} if self.spec.name != "muon" else {}
+            self._runners[fused] = _new(self.spec.name, [_probe(self.spec.name)], self.spec.numbers, **how)
+        return self._runners[fused]
+
+    def check_state(self, key: Key, value: torch.Tensor | Table, state: State) -> None:
+        """Raise OptimizerError if a state from outside is not one that ``step`` could go on from."""
+        columns = value.columns if isinstance(value, Table) else []
+        if not state and not columns:
+            return
+        shape = torch.Size((2,)) if isinstance(value, Table) else value.shape
+        expected = self._state_like(shape, value.dtype)
+        for name in expected:
+            if name not in state and name not in columns and name not in self._fills:
+                raise OptimizerError(f"{quote(key)}: the state of {self.spec.name} lacks {quote(name)}")
+        for name, tensor in state.items():
+            wanted = expected.get(name, tensor.new_empty(shape, dtype=value.dtype, device="meta"))
+            if tensor.shape != wanted.shape or tensor.dtype is not wanted.dtype:
+                raise OptimizerError(
+                    f"{quote(key)}: {quote(name)} of {self.spec.name} is {arrays.dtype_name(tensor.dtype)} "
+                    f"{tuple(tensor.shape)}, expected {arrays.dtype_name(wanted.dtype)} {tuple(wanted.shape)}"
+                )
+
+    def _state_like(self, shape: torch.Size, dtype: torch.dtype) -> State:
+        """Return a state of the right names, shapes and dtypes; the numbers in it mean nothing."""
+        whole = self.spec.name not in ROWWISE
+        probe, state = torch.zeros(shape if whole else 2, dtype=dtype), State()
+        self._run(self.spec.numbers, [probe], [torch.zeros_like(probe)], [state], fused=False)
+        if whole:
+            return state
+        columns = {n: t.new_empty(shape, device="meta") for n, t in state.items() if t.shape == probe.shape}
+        return {**state, **columns}
+
+    def _probe_fills(self) -> dict[str, float]:
+        """What the state of a row holds before its first gradient: the state after a gradient of zero."""
+        fills: dict[str, float] = {}
+        for numbers in ({}, *self.spec.overrides.values()):
+            probe, state = _probe(self.spec.name), State()
+            self._run({**self.spec.numbers, **numbers}, [probe], [torch.zeros_like(probe)], [state], fused=False)
+            fills.update({name: float(t.flatten()[0]) for name, t in state.items() if t.shape == probe.shape})
+        return fills
+
+    def _complete(self, state: State, value: torch.Tensor) -> None:
+        """Add what a change of numbers (amsgrad, centered, momentum) newly asks of an old state."""
+        for name, fill in self._fills.items():
+            if name not in state and self.spec.name in ROWWISE:
+                state[name] = torch.full_like(value, fill)
+
+
+class _Columns:
+    """The rows of a value and of its state, the same for a dense tensor and for a Table."""
+
+    def __init__(self, value: torch.Tensor | Table, state: State) -> None:
+        self._value = value
+        self._state = state
+
+    def names(self) -> list[str]:
+        if isinstance(self._value, Table):
+            return self._value.columns
+        return [name for name, tensor in self._state.items() if tensor.shape == self._value.shape]
+
+    def read_value(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._value.read(ids) if isinstance(self._value, Table) else self._value[ids]
+
+    def write_value(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
+        if isinstance(self._value, Table):
+            self._value.write(ids, rows)
+        else:
+            self._value[ids] = rows
+
+    def read(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        return self._value.read(ids, name) if isinstance(self._value, Table) else self._state[name][ids]
+
+    def write(self, name: str, ids: torch.Tensor, rows: torch.Tensor, fill: float) -> None:
+        if isinstance(self._value, Table):
+            self._value.add_column(name, rows.dtype, fill)
+            self._value.write(ids, rows, name)
+        else:
+            if name not in self._state:
+                self._state[name] = torch.full_like(self._value, fill)
+            self._state[name][ids] = rows

@@ -1,0 +1,124 @@
+"""What a pull fills: arrays that the caller gave, or new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from . import arguments, arrays
+from .entry import KeySpec
+from .errors import ArrayTypeError, SparseOutWarning, ValueMismatchError, quote
+from .optim import Key
+from .rows import Rows
+
+
+class GivenOuts:
+    """The caller's arrays, as tensors to be written.
+
+    Args:
+        verb: for messages.
+        key, out: in any form of ``arguments.pairs``.
+        skip_sparse: leave sparse outs alone instead of raising.
+
+    Raises:
+        ArrayTypeError: an out that cannot be written.
+        ArgumentError: two outs overlap in memory, or forms that do not fit.
+    """
+
+    def __init__(self, verb: str, key: Any, out: Any, *, skip_sparse: bool = False) -> None:
+        self._verb = verb
+        self._finishes: list[arrays.Finish] = []
+        self.skipped: SparseOutWarning | None = None
+        self.keys, groups = arguments.pairs(verb, "out", key, out)
+        written: list[tuple[str, Any, torch.Tensor]] = []
+        self.tensors = [
+            [
+                self._open(f"{verb}({quote(each)}): out {index}", array, written)
+                for index, array in enumerate(group)
+                if not (skip_sparse and self._skips(each, array))
+            ]
+            for each, group in zip(self.keys, groups, strict=True)
+        ]
+        arrays.check_apart(written)
+
+    def check(self, specs: Sequence[KeySpec]) -> None:
+        """Raise ValueMismatchError if an out differs in shape from its key, or cannot hold its dtype."""
+        for key, spec, tensors in zip(self.keys, specs, self.tensors, strict=True):
+            if tensors:
+                check_dense(self._verb, key, spec)
+            for index, tensor in enumerate(tensors):
+                if tensor.shape != spec.shape:
+                    raise ValueMismatchError(
+                        f"{self._verb}({quote(key)}): out {index} has shape {tuple(tensor.shape)}, "
+                        f"the key was initialised with {tuple(spec.shape)}"
+                    )
+                if tensor.dtype is not spec.dtype and not arrays.may_pull(spec.dtype, tensor.dtype):
+                    raise ValueMismatchError(
+                        f"{self._verb}({quote(key)}): out {index} is {arrays.dtype_name(tensor.dtype)}, which cannot "
+                        f"hold the key's {arrays.dtype_name(spec.dtype)}; give an out of the same kind of number"
+                    )
+
+    def result(self, key: Any) -> None:
+        """Finish arrays that torch could not write itself."""
+        for finish in self._finishes:
+            finish()
+
+    def _open(self, name: str, array: Any, written: list[tuple[str, Any, torch.Tensor]]) -> torch.Tensor:
+        try:
+            tensor, finish = arrays.target(array)
+        except ArrayTypeError as error:
+            raise ArrayTypeError(f"{name} {error}") from None
+        if finish is not None:
+            self._finishes.append(finish)
+        written.append((name, array, tensor))
+        return tensor
+
+    def _skips(self, key: Key, array: Any) -> bool:
+        sparse = isinstance(array, Rows) or arrays.is_sparse_tensor(array)
+        if sparse:
+            self.skipped = SparseOutWarning(
+                f"{self._verb}({quote(key)}): a sparse out was left as it is; use row_sparse_pull for rows"
+            )
+        return sparse
+
+
+class NewOuts:
+    """New arrays, of the library, dtype and device that each key was initialised with.
+
+    Args:
+        verb: for messages.
+        keys: as the caller listed them; each place gets an array of its own.
+        specs: of those keys.
+        like: an array whose library and device to use instead.
+    """
+
+    def __init__(self, verb: str, keys: Sequence[Key], specs: Sequence[KeySpec], like: Any = None) -> None:
+        origin = None if like is None else arrays.origin(like)
+        self._made: list[tuple[torch.Tensor, arrays.Origin]] = []
+        grouped: dict[Key, list[torch.Tensor]] = {}
+        for key, spec in zip(keys, specs, strict=True):
+            check_dense(verb, key, spec)
+            source = spec.origin if origin is None else origin
+            device = source.device if source.library == "torch" else None
+            tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+            self._made.append((tensor, source))
+            grouped.setdefault(key, []).append(tensor)
+        self.keys = list(grouped)
+        self.tensors = list(grouped.values())
+
+    def result(self, key: Any) -> Any:
+        """Return the arrays in the form of the caller's ``key``: one, a list, or a dict."""
+        given = [arrays.give(tensor, origin) for tensor, origin in self._made]
+        if arguments.is_key(key):
+            return given[0]
+        return dict(zip(key, given, strict=True)) if isinstance(key, Mapping) else given
+
+
+def check_dense(verb: str, key: Key, spec: KeySpec) -> None:
+    """Raise ValueMismatchError if a key holds a sparse table, which has no dense copy."""
+    if spec.is_table:
+        raise ValueMismatchError(
+            f"{verb}({quote(key)}): the key holds rows of a sparse table; use row_sparse_pull(key, row_ids=...)"
+        )

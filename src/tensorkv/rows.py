@@ -1,0 +1,175 @@
+"""Rows: a selection of a tensor's rows, the sparse form of a push and of a pull."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import arrays
+from .errors import ArgumentError, ArrayTypeError, ValueMismatchError
+
+
+@dataclass(slots=True, eq=False)
+class Rows:
+    """Some rows of a tensor with ``num_rows`` rows; the others are zero (in a push: not touched).
+
+    Args:
+        ids: which rows, shape ``(n,)``, integers in ``[0, num_rows)``, any order, repeats allowed.
+        values: the rows, shape ``(n, ...)``, any dtype that a store holds.
+        num_rows: rows of the whole tensor.
+
+    Raises:
+        ArrayTypeError: ids are no integers, or one of the two is no array.
+        ValueMismatchError: ids and values differ in length, or an id is out of range.
+
+    >>> import numpy as np
+    >>> rows = Rows(np.array([4, 1, 4]), np.array([[1.0], [2.0], [3.0]]), num_rows=6)
+    >>> rows.shape
+    (6, 1)
+    >>> merged = rows.merged()
+    >>> merged.ids.tolist(), merged.values.tolist()
+    ([1, 4], [[2.0], [4.0]])
+    """
+
+    ids: Any
+    values: Any
+    num_rows: int
+
+    def __post_init__(self) -> None:
+        take_rows(self)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor: ``(num_rows, ...)``."""
+        return (self.num_rows, *self.values.shape[1:])
+
+    @property
+    def dtype(self) -> str:
+        """Name of the values' dtype, such as ``"float32"``."""
+        return arrays.dtype_name(arrays.take(self.values).dtype)
+
+    def merged(self) -> Rows:
+        """Return torch Rows with unique, sorted ids; values of equal ids are summed in the order given."""
+        return merge([take_rows(self)])
+
+    def to(self, device: torch.device | str) -> Rows:
+        """Return torch Rows on a device."""
+        taken = take_rows(self)
+        return _unchecked(taken.ids.to(device), taken.values.to(device), self.num_rows)
+
+    def to_dense(self) -> torch.Tensor:
+        """Return the whole tensor, shape ``(num_rows, ...)``, rows that are not here being zero.
+
+        >>> Rows(torch.tensor([2]), torch.ones(1, 2), num_rows=3).to_dense().tolist()
+        [[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+        """
+        rows = self.merged()
+        dense = torch.zeros(self.shape, dtype=rows.values.dtype, device=rows.values.device)
+        arrays.signed(dense)[rows.ids] = arrays.signed(rows.values)
+        return dense
+
+    def __repr__(self) -> str:
+        return f"Rows({len(self.ids)} of {self.num_rows} rows, shape {self.shape}, {self.dtype})"
+
+
+def is_rows(thing: Any) -> bool:
+    """Tell whether this is ``Rows`` or a torch sparse COO tensor."""
+    return isinstance(thing, Rows) or (isinstance(thing, torch.Tensor) and thing.layout is torch.sparse_coo)
+
+
+def take_rows(thing: Any) -> Rows:
+    """Return Rows of torch tensors that share memory with ``Rows`` of any library or a sparse COO tensor.
+
+    Raises:
+        ArrayTypeError, ValueMismatchError: as for Rows.
+    """
+    if not isinstance(thing, Rows):
+        return _take_coo(thing)
+    ids, values = _take_part(thing.ids, "ids"), _take_part(thing.values, "values")
+    if isinstance(thing.num_rows, bool) or not isinstance(thing.num_rows, int) or thing.num_rows < 0:
+        raise ArgumentError(f"num_rows is {thing.num_rows!r}; expected an int of at least 0")
+    if arrays.family(ids.dtype) != "int" or ids.dtype is torch.uint64:
+        raise ArrayTypeError(f"ids have dtype {arrays.dtype_name(ids.dtype)}; expected int64")
+    if ids.ndim != 1 or values.ndim < 1 or len(ids) != len(values):
+        raise ValueMismatchError(
+            f"ids have shape {tuple(ids.shape)} and values {tuple(values.shape)}; "
+            "expected (n,) and (n, ...) with the same n"
+        )
+    _check_range(ids, thing.num_rows)
+    if ids is thing.ids and values is thing.values and ids.dtype is torch.int64:
+        return thing
+    return _unchecked(ids.long(), values, thing.num_rows)
+
+
+def _take_part(array: Any, name: str) -> torch.Tensor:
+    try:
+        return arrays.take(array)
+    except ArrayTypeError as error:
+        raise ArrayTypeError(f"{name} of Rows: {error}") from None
+
+
+def _take_coo(tensor: torch.Tensor) -> Rows:
+    if tensor.sparse_dim() != 1:
+        raise ArrayTypeError(
+            f"is a sparse COO tensor with {tensor.sparse_dim()} sparse dimensions; expected one (whole rows)"
+        )
+    ids, values = tensor.detach()._indices()[0], arrays.take(tensor.detach()._values())
+    _check_range(ids, tensor.shape[0])
+    return _unchecked(ids, values, tensor.shape[0])
+
+
+def _unchecked(ids: torch.Tensor, values: torch.Tensor, num_rows: int) -> Rows:
+    rows = object.__new__(Rows)
+    rows.ids, rows.values, rows.num_rows = ids, values, num_rows
+    return rows
+
+
+def _check_range(ids: torch.Tensor, num_rows: int) -> None:
+    if not len(ids):
+        return
+    low, high = (int(bound) for bound in torch.aminmax(ids.long()))
+    if low < 0 or high >= num_rows:
+        raise ValueMismatchError(
+            f"row id {low if low < 0 else high} is out of range; there are rows 0 to {num_rows - 1}"
+        )
+
+
+def merge(parts: list[Rows], dtype: torch.dtype | None = None) -> Rows:
+    """Sum torch Rows: unique, sorted ids; values of one id are added in the order given.
+
+    Args:
+        parts: at least one, all of one row shape.
+        dtype: of the result (default: the first part's). float16 and bfloat16 are added in float32
+            and rounded once.
+    """
+    first = parts[0].values
+    dtype = first.dtype if dtype is None else dtype
+    wide = arrays.accumulator(dtype)
+    ids = torch.cat([part.ids.to(first.device) for part in parts])
+    values = torch.cat([arrays.signed(part.values.to(first.device, wide)) for part in parts])
+    unique, places = torch.unique(ids, return_inverse=True)
+    merged = values.new_zeros((len(unique), *values.shape[1:]))
+    if len(unique) == len(ids):
+        merged[places] = values
+    else:
+        merged.index_add_(0, places, values)
+    return _unchecked(unique, merged.view(wide).to(dtype), parts[0].num_rows)
+
+
+def take_ids(row_ids: Any, num_rows: int) -> torch.Tensor:
+    """Return unique, sorted int64 row ids from an integer array or a list of ints.
+
+    Raises:
+        ArrayTypeError: not integers.
+        ValueMismatchError: an id outside ``[0, num_rows)``.
+    """
+    if isinstance(row_ids, list | tuple | range) and all(type(x) is int for x in row_ids):
+        row_ids = torch.tensor(list(row_ids), dtype=torch.int64)
+    ids = _take_part(row_ids, "row_ids")
+    if arrays.family(ids.dtype) != "int" or ids.dtype is torch.uint64:
+        raise ArrayTypeError(f"row_ids have dtype {arrays.dtype_name(ids.dtype)}; expected integers")
+    unique: torch.Tensor = torch.unique(ids.long().cpu())  # type: ignore[no-untyped-call]
+    _check_range(unique, num_rows)
+    return unique

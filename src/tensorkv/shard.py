@@ -1,0 +1,380 @@
+"""Shard: the one place where values, optimizer state and versions live, and where pushes are applied.
+
+A shard knows nothing of processes, files or frameworks. Engines decide where shards are and when
+they are called; checks, sums, updates and versions are written once, here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from . import arrays, reduce, rows
+from .entry import Batch, Entry, Part
+from .errors import (
+    ArgumentError,
+    KeyExistsError,
+    KeyNotFoundError,
+    KeyTypeError,
+    NonFiniteError,
+    OptimizerError,
+    UpdaterError,
+    ValueMismatchError,
+    quote,
+    suggestion,
+)
+from .optim import Key, OptimizerSpec, check_numbers
+from .rows import Rows
+from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater
+from .table import Table
+
+NonFinite = Literal["pass", "raise", "skip"]
+
+
+class Shard:
+    """Values by key, and how pushes change them.
+
+    Every public method may be called from several threads; a batch is applied as a whole.
+
+    Args:
+        on_device: keep values on the device of their arrays (else on the CPU).
+        nonfinite: what a push of NaN or Inf does: ``"pass"``, ``"raise"`` or ``"skip"`` that key's update.
+    """
+
+    def __init__(self, *, on_device: bool = False, nonfinite: NonFinite = "pass") -> None:
+        if nonfinite not in ("pass", "raise", "skip"):
+            raise ArgumentError(f'nonfinite is {nonfinite!r}; expected "pass", "raise" or "skip"')
+        self._entries: dict[Key, Entry] = {}
+        self._key_type: type | None = None
+        self._on_device = on_device
+        self._nonfinite = nonfinite
+        self.nonfinite_counts = {"raised": 0, "skipped": 0}
+        self._rule: Rule = Assign()
+        self._lock = threading.RLock()
+        self._in_order: Callable[[Sequence[Entry]], AbstractContextManager[Any]]
+        self._in_order = _cuda_order if on_device else nullcontext
+
+    # ------------------------------------------------------------ the verbs
+
+    def init(self, keys: Sequence[Key], values: Sequence[Part], origins: Sequence[arrays.Origin]) -> None:
+        """Hold copies of new values; all keys or none."""
+        with self._lock:
+            self._refuse_reentry()
+            self._check_new(keys)
+            made = [
+                Entry(key, origin, self._copy_in(value))
+                for key, value, origin in zip(keys, values, origins, strict=True)
+            ]
+            self._entries.update(zip(keys, made, strict=True))
+            if keys:
+                self._key_type = type(keys[0])
+
+    def push(self, batch: Batch) -> None:
+        """Sum the parts of each key and apply the update rule; the whole batch is checked first."""
+        with self._lock:
+            self._refuse_reentry()
+            self._push(batch)
+
+    def pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Copy values into tensors of their shapes."""
+        with self._lock:
+            self._refuse_reentry()
+            self._pull(keys, outs)
+
+    def pushpull(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Push, then pull the same keys, with nothing in between."""
+        with self._lock:
+            self._refuse_reentry()
+            self._push(batch)
+            self._pull(batch.keys, outs)
+
+    def pull_rows(self, key: Key, ids: torch.Tensor) -> Rows:
+        """Return copies of the rows of unique, sorted ids."""
+        with self._lock:
+            self._refuse_reentry()
+            entry = self.entry("row_sparse_pull", key)
+            with self._in_order([entry]):
+                values = entry.read_rows(ids.to(entry.value.device))
+            return Rows(ids, values, entry.shape[0])
+
+    def delete(self, keys: Sequence[Key]) -> None:
+        """Forget values and their optimizer state; all keys or none."""
+        with self._lock:
+            self._refuse_reentry()
+            for key in keys:
+                self.entry("delete", key)
+            for key in keys:
+                del self._entries[key]
+                if self.optimizer is not None:
+                    self.optimizer.overrides.pop(key, None)
+
+    # ------------------------------------------------------------ the update rule
+
+    def set_updater(self, updater: Updater | None) -> None:
+        """Apply ``updater(key, received, stored)`` to each sum; None restores assignment."""
+        with self._lock:
+            self._refuse_reentry()
+            self._drop_states()
+            self._rule = Assign() if updater is None else CallUpdater(updater)
+
+    def set_optimizer(self, spec: OptimizerSpec) -> None:
+        """Step an optimizer with each sum as the gradient; one of the same name keeps its state."""
+        rule = StepOptimizer(spec)
+        with self._lock:
+            self._refuse_reentry()
+            if self.optimizer is None or self.optimizer.name != spec.name:
+                self._drop_states()
+            self._rule = rule
+
+    def set_hyperparameters(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> None:
+        """Change hyperparameters for some keys, or for all (which ends what was set for some)."""
+        with self._lock:
+            self._refuse_reentry()
+            spec = self.optimizer
+            if spec is None:
+                raise OptimizerError("set_hyperparameters: the store has no optimizer; call set_optimizer first")
+            numbers = check_numbers(spec.name, numbers)
+            if keys is None:
+                common, overrides = {**spec.numbers, **numbers}, {}
+                for key, own in spec.overrides.items():
+                    overrides[key] = {word: number for word, number in own.items() if word not in numbers}
+            else:
+                common, overrides = spec.numbers, dict(spec.overrides)
+                for key in keys:
+                    self.entry("set_hyperparameters", key)
+                    overrides[key] = {**overrides.get(key, {}), **numbers}
+            overrides = {key: own for key, own in overrides.items() if own}
+            self._rule = StepOptimizer(replace(spec, numbers=common, overrides=overrides))
+
+    @property
+    def optimizer(self) -> OptimizerSpec | None:
+        """The optimizer's description, None without one."""
+        return self._rule.optimizer.spec if isinstance(self._rule, StepOptimizer) else None
+
+    # ------------------------------------------------------------ looking
+
+    def keys(self) -> list[Key]:
+        """Keys in the order of their init."""
+        return list(self._entries)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def entry(self, verb: str, key: Key) -> Entry:
+        """Return what is held of a key.
+
+        Raises:
+            KeyNotFoundError: there is none; the message names the nearest key.
+        """
+        entry = self._entries.get(key)
+        if entry is None:
+            self._check_key_type(verb, key)
+            raise KeyNotFoundError(
+                f"{verb}({quote(key)}): no such key{suggestion(key, self._entries)}; call init first"
+            )
+        return entry
+
+    # ------------------------------------------------------------ checkpoints
+
+    @contextmanager
+    def frozen(self) -> Iterator[tuple[list[Entry], Rule]]:
+        """Give every entry and the rule for reading while no other thread can push."""
+        with self._lock:
+            self._refuse_reentry()
+            yield list(self._entries.values()), self._rule
+
+    def restore(self, entries: Sequence[Entry], rule: Rule | None) -> None:
+        """Become these entries and this rule (None: the present rule stays)."""
+        with self._lock:
+            self._refuse_reentry()
+            for entry in entries:
+                self._to_device(entry)
+            self._entries = {entry.key: entry for entry in entries}
+            self._key_type = type(entries[0].key) if entries else None
+            self._rule = self._rule if rule is None else rule
+
+    def restore_states(self, entries: Sequence[Entry], rule: Rule | None) -> None:
+        """Take over the optimizer state of these entries, whose shapes are this shard's; others start afresh."""
+        with self._lock:
+            self._refuse_reentry()
+            mine = [self.entry("load_optimizer_states", entry.key) for entry in entries]
+            self._drop_states()
+            for entry, saved in zip(mine, entries, strict=True):
+                entry.state = saved.state
+                entry.move(entry.value.device)
+                if isinstance(entry.value, Table) and isinstance(saved.value, Table):
+                    entry.value.take_columns(saved.value)
+            self._rule = self._rule if rule is None else rule
+
+    # ------------------------------------------------------------ checks, which change nothing
+
+    def _check_new(self, keys: Sequence[Key]) -> None:
+        for key in keys:
+            self._check_key_type("init", key)
+            if key in self._entries:
+                raise KeyExistsError(f"init({quote(key)}): the key exists; push to it, or delete it first")
+
+    def _check_key_type(self, verb: str, key: Key) -> None:
+        if self._key_type is not None and type(key) is not self._key_type:
+            raise KeyTypeError(
+                f"{verb}({quote(key)}): this store's keys are {self._key_type.__name__}, got "
+                f"{type(key).__name__}; one store has one key type, fixed by its first init"
+            )
+
+    def _check_push(self, batch: Batch) -> list[Entry]:
+        entries = []
+        for key, parts in zip(batch.keys, batch.parts, strict=True):
+            entry = self.entry(batch.verb, key)
+            shape, dtype, by_rows = entry.shape, entry.value.dtype, False
+            for index, part in enumerate(parts):
+                if isinstance(part, Rows):
+                    by_rows = True
+                    fits, kind = part.shape == shape, part.values.dtype
+                else:
+                    fits, kind = part.shape == shape, part.dtype
+                if not fits or (kind is not dtype and not arrays.may_push(kind, dtype)):
+                    raise _mismatch(batch, entry, index, part)
+            if isinstance(entry.value, Table) and not all(isinstance(part, Rows) for part in parts):
+                raise ValueMismatchError(
+                    f"{batch.name(key)}: a part is dense, the key was initialised with Rows; push Rows"
+                )
+            self._rule.check(entry, by_rows=by_rows)
+            entries.append(entry)
+        return entries
+
+    def _refuse_reentry(self) -> None:
+        if self._rule.running:
+            raise UpdaterError("an updater called the store that runs it; do this after the push has returned")
+
+    # ------------------------------------------------------------ push and pull, the lock being held
+
+    def _push(self, batch: Batch) -> None:
+        entries = self._check_push(batch)
+        parts: list[list[Any]] = batch.parts
+        if self._on_device:
+            _move_to_parts(entries, parts)
+        with self._in_order(entries):
+            if self._nonfinite != "pass":
+                entries, parts = self._finite_sums(batch, entries)
+            if any(isinstance(part, Rows) for key_parts in parts for part in key_parts):
+                entries, parts = self._push_rows(entries, parts)
+            self._rule.apply(entries, parts)
+
+    def _push_rows(self, entries: list[Entry], parts: list[list[Part]]) -> tuple[list[Entry], list[list[Part]]]:
+        """Apply what was pushed as Rows alone; return the rest, Rows beside dense parts made dense."""
+        rest: tuple[list[Entry], list[list[Part]]] = ([], [])
+        for entry, key_parts in zip(entries, parts, strict=True):
+            total = [_merged(entry, key_parts)] if all(isinstance(p, Rows) for p in key_parts) else None
+            if total:
+                self._rule.apply_rows(entry, total[0])
+            else:
+                rest[0].append(entry)
+                rest[1].append([p.to_dense() if isinstance(p, Rows) else p for p in key_parts])
+        return rest
+
+    def _finite_sums(self, batch: Batch, entries: list[Entry]) -> tuple[list[Entry], list[list[Any]]]:
+        """Sum every key beside its value, and refuse or leave out sums with NaN or Inf."""
+        kept: tuple[list[Entry], list[list[Any]]] = ([], [])
+        for entry, key_parts in zip(entries, batch.parts, strict=True):
+            total: Any
+            if all(isinstance(part, Rows) for part in key_parts):
+                total = _merged(entry, key_parts)
+                bad = reduce.count_nonfinite(total.values)
+            else:
+                dense = [part.to_dense() if isinstance(part, Rows) else part for part in key_parts]
+                total = reduce.total(entry.value, dense)  # type: ignore[arg-type]
+                bad = reduce.count_nonfinite(total)
+            if not bad:
+                kept[0].append(entry)
+                kept[1].append([total])
+            elif self._nonfinite == "raise":
+                self.nonfinite_counts["raised"] += 1
+                raise NonFiniteError(
+                    f"{batch.name(entry.key)}: the sum of {len(key_parts)} parts has {bad} NaN or Inf elements; "
+                    'the store was created with nonfinite="raise", and nothing was changed'
+                )
+            else:
+                self.nonfinite_counts["skipped"] += 1
+        return kept
+
+    def _pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]]) -> None:
+        entries = [self.entry("pull", key) for key in keys]
+        with self._in_order(entries):
+            if len(entries) == 1:
+                value: Any = entries[0].value
+                for out in outs[0]:
+                    out.copy_(value)
+                return
+            targets: list[Any] = [out for key_outs in outs for out in key_outs]
+            if targets:
+                sources: list[Any] = [e.value for e, key_outs in zip(entries, outs, strict=True) for _ in key_outs]
+                torch._foreach_copy_(targets, sources)
+
+    def _drop_states(self) -> None:
+        for entry in self._entries.values():
+            entry.state = {}
+            if isinstance(entry.value, Table):
+                entry.value.drop_columns()
+
+    def _to_device(self, entry: Entry) -> None:
+        if self._on_device and isinstance(entry.origin.device, torch.device):
+            entry.move(entry.origin.device)
+
+    def _copy_in(self, value: Part) -> torch.Tensor | Table:
+        if isinstance(value, Rows):
+            merged = rows.merge([value])
+            device = merged.values.device if self._on_device else "cpu"
+            table = Table(value.num_rows, merged.values.shape[1:], merged.values.dtype, device)
+            table.write(merged.ids, merged.values.to(device))
+            return table
+        device = value.device if self._on_device else "cpu"
+        return torch.empty(value.shape, dtype=value.dtype, device=device).copy_(value)
+
+
+def _mismatch(batch: Batch, entry: Entry, index: int, part: Part) -> ValueMismatchError:
+    name = batch.name(entry.key, index)
+    if tuple(part.shape) != tuple(entry.shape):
+        return ValueMismatchError(
+            f"{name} has shape {tuple(part.shape)}, the key was initialised with {tuple(entry.shape)}"
+        )
+    kind = part.dtype if isinstance(part, Rows) else arrays.dtype_name(part.dtype)
+    return ValueMismatchError(
+        f"{name} is {kind}, which does not fit the key's {arrays.dtype_name(entry.value.dtype)} "
+        "without silent loss; convert it first"
+    )
+
+
+def _merged(entry: Entry, parts: Sequence[Any]) -> Rows:
+    device = entry.value.device
+    moved = [part if part.values.device == device else part.to(device) for part in parts]
+    return rows.merge(moved, entry.value.dtype)
+
+
+def _move_to_parts(entries: Sequence[Entry], parts: Sequence[list[Any]]) -> None:
+    """Bring a CPU value to the GPU where its parts are, once: from then on it stays there."""
+    for entry, key_parts in zip(entries, parts, strict=True):
+        first = key_parts[0].values if isinstance(key_parts[0], Rows) else key_parts[0]
+        if first.is_cuda and entry.value.device.type == "cpu":
+            entry.move(first.device)
+
+
+@contextmanager
+def _cuda_order(entries: Sequence[Entry]) -> Iterator[None]:
+    """Put work on CUDA values after all earlier work on them, whatever stream the caller is on."""
+    on_cuda = [entry for entry in entries if entry.value.device.type == "cuda"]
+    for entry in on_cuda:
+        if entry.ready is not None:
+            torch.cuda.current_stream(entry.value.device).wait_event(entry.ready)
+    try:
+        yield
+    finally:
+        for entry in on_cuda:
+            entry.ready = torch.cuda.current_stream(entry.value.device).record_event()

@@ -1,0 +1,342 @@
+"""KVStore: the verbs. A push and a pull can be read here from the caller's arguments to the engine."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from operator import add
+from typing import Any
+
+import torch
+
+from . import arguments, arrays, engines
+from .arguments import keys_of, pairs, single_values
+from .control import StoreControl
+from .entry import Batch, KeySpec, Part
+from .errors import (
+    ArgumentError,
+    ArrayTypeError,
+    SparseOutWarning,
+    TensorKVError,
+    ValueMismatchError,
+    quote,
+)
+from .optim import Key
+from .outs import GivenOuts, NewOuts
+from .rows import Rows, is_rows, take_ids, take_rows
+
+
+def create(type: str = "local", **options: Any) -> KVStore:
+    """Return a new, empty store.
+
+    Args:
+        type: ``"local"`` sums on the CPU; ``"device"`` sums on the device where arrays are. See
+            ``tensorkv.engines.names()`` for all, aliases included.
+        **options: of the engine. ``local`` and ``device`` take ``nonfinite``: ``"pass"`` (default),
+            ``"raise"`` or ``"skip"`` updates whose sum has NaN or Inf.
+
+    Raises:
+        EngineNotFoundError: no such type.
+        ArgumentError: an option that the type does not have.
+
+    >>> create("local")
+    KVStore('local', 0 keys)
+    """
+    return KVStore(engines.build(type, options), type)
+
+
+class KVStore(StoreControl):
+    """A key-value store of tensors: write by summing (``push``), read by copying (``pull``).
+
+    Made by ``tensorkv.create``. Keys are str or int, one type per store. Arrays may be NumPy, PyTorch,
+    JAX, CuPy or any with ``__dlpack__``; the store never shares memory with its callers. Every method
+    may be called from several threads. A store is also a context manager that closes itself.
+
+    >>> import numpy as np
+    >>> with create("local") as kv:
+    ...     kv.init("w", np.zeros(3, np.float32))
+    ...     kv.push("w", [np.ones(3, np.float32), np.full(3, 2, np.float32)])
+    ...     kv.pull("w")
+    array([3., 3., 3.], dtype=float32)
+    """
+
+    _warned_sparse_out = False
+
+    # ------------------------------------------------------------ init, push, pull
+
+    def init(self, key: Any, value: Any = None) -> None:
+        """Put new keys into the store, with copies of their first values.
+
+        Args:
+            key: a key, a list of keys, or a mapping of key to value.
+            value: an array or ``Rows`` (a sparse table), or a list of as many as keys.
+
+        Raises:
+            KeyExistsError: a key is there already, or given twice.
+            KeyTypeError: not a key, or not of the store's key type.
+            ArrayTypeError: not an array that a store can hold.
+
+        >>> import numpy as np
+        >>> kv = create()
+        >>> kv.init([5, 7], [np.ones(2), np.zeros((2, 3))])
+        >>> kv.keys()
+        [5, 7]
+        """
+        start = self._begin("init")
+        keys, values = single_values("init", key, value)
+        taken, origins, _ = _take_values("init", keys, values)
+        self._engine.init(keys, taken, origins)
+        self._metrics.add("init", start, keys, _nbytes([[value] for value in taken]))
+
+    def push(self, key: Any, value: Any = None, priority: int = 0) -> None:
+        """Sum the parts of each key, in the order given, and update the key's value with the sum.
+
+        The update is assignment, or what ``set_updater`` or ``set_optimizer`` said. The whole call is
+        checked before any key changes. float16 and bfloat16 are summed in float32 and rounded once;
+        integers wrap around on overflow; bool adds by "or".
+
+        Args:
+            key: a key, a list of keys (a repeated key's parts are summed), or a mapping.
+            value: an array or ``Rows`` or a list of parts, or a list of those, one for each key.
+            priority: higher goes first where an engine queues pushes; ``local`` does not.
+
+        Raises:
+            KeyNotFoundError: a key that was not initialised.
+            ValueMismatchError: a part's shape or dtype does not fit.
+            ArrayTypeError, ArgumentError, KeyTypeError, NonFiniteError, OptimizerError.
+
+        >>> import numpy as np
+        >>> kv = create()
+        >>> kv.init("w", np.zeros(2))
+        >>> kv.push("w", [np.ones(2), np.ones(2)])
+        >>> kv.pull("w")
+        array([2., 2.])
+        """
+        start = self._begin("push", priority)
+        batch = _batch("push", key, value)
+        self._engine.push(batch, priority)
+        self._metrics.add("push", start, batch.keys, _nbytes(batch.parts))
+
+    def pull(
+        self, key: Any, out: Any = None, priority: int = 0, ignore_sparse: bool = True, *, like: Any = None
+    ) -> Any:
+        """Copy values out of the store.
+
+        Args:
+            key: a key, a list of keys, or a mapping of key to out.
+            out: an array to fill, a list of arrays (several devices), or a list of those, one for each
+                key. Any strides, any device; the value is cast to its dtype if that is of the same
+                family or holds every value exactly.
+            priority: as for ``push``.
+            ignore_sparse: skip a sparse ``out`` with one warning rather than raise.
+            like: without ``out``, an array whose library and device the result has.
+
+        Returns:
+            None with ``out``. Else a new array (a list for a list of keys) of the library, dtype and
+            device that the key was initialised with.
+
+        Raises:
+            KeyNotFoundError: a key that was not initialised.
+            ValueMismatchError: an out's shape or dtype does not fit.
+            ArrayTypeError: an out that cannot be written (read-only, JAX). Nothing has been written.
+            ArgumentError: two outs overlap in memory, or forms that do not fit.
+
+        >>> import numpy as np
+        >>> kv = create()
+        >>> kv.init("w", np.array([1.5, 2.5], np.float32))
+        >>> a, b = np.zeros(2), np.zeros(2, np.float16)
+        >>> kv.pull("w", out=[a, b])
+        >>> a, b
+        (array([1.5, 2.5]), array([1.5, 2.5], dtype=float16))
+        """
+        start = self._begin("pull", priority)
+        outs: NewOuts | GivenOuts
+        if out is None and not isinstance(key, Mapping):
+            keys = keys_of("pull", key)
+            outs = NewOuts("pull", keys, self._specs("pull", keys), like)
+        elif like is not None:
+            raise ArgumentError("pull: got out= and like=; like= chooses what a pull without out returns")
+        else:
+            outs = GivenOuts("pull", key, out, skip_sparse=ignore_sparse)
+            outs.check(self._specs("pull", outs.keys))
+            self._warn_once(outs.skipped)
+        self._engine.pull(outs.keys, outs.tensors, priority)
+        self._metrics.add("pull", start, outs.keys, _nbytes(outs.tensors))
+        return outs.result(key)
+
+    def pushpull(self, key: Any, value: Any = None, out: Any = None, priority: int = 0) -> Any:
+        """Push, then pull the same keys, in one trip.
+
+        Args:
+            key, value, priority: as for ``push``.
+            out: as for ``pull``; may be the pushed arrays themselves. With a mapping as key, a mapping.
+
+        Returns:
+            As ``pull``; without ``out`` and with a mapping as key, a dict of new arrays.
+
+        Raises:
+            As ``push`` and ``pull``; nothing has changed then.
+
+        >>> import numpy as np
+        >>> kv = create()
+        >>> kv.init("w", np.zeros(2))
+        >>> kv.pushpull("w", [np.ones(2), np.ones(2)])
+        array([2., 2.])
+        """
+        start = self._begin("pushpull", priority)
+        batch = _batch("pushpull", key, value)
+        specs = self._specs("pushpull", batch.keys)
+        outs: NewOuts | GivenOuts
+        if out is None:
+            listed = list(key) if isinstance(key, Mapping) else keys_of("pushpull", key)
+            by_key = dict(zip(batch.keys, specs, strict=True))
+            outs = NewOuts("pushpull", listed, [by_key[each] for each in listed])
+        else:
+            outs = GivenOuts("pushpull", list(key) if isinstance(key, Mapping) else key, out)
+            outs.check(specs)
+        self._engine.pushpull(batch, outs.tensors, priority)
+        nbytes = map(add, _nbytes(batch.parts), _nbytes(outs.tensors))
+        self._metrics.add("pushpull", start, batch.keys, list(nbytes))
+        return outs.result(key)
+
+    def broadcast(self, key: Any, value: Any = None, out: Any = None, priority: int = 0) -> Any:
+        """Put new keys into the store, then pull them: init and pull in one call.
+
+        Args:
+            key, value: as for ``init``.
+            out: as for ``pull``.
+            priority: as for ``push``.
+
+        Returns:
+            As ``pushpull``.
+
+        Raises:
+            As ``init`` and ``pull``; nothing has changed then.
+
+        >>> import numpy as np
+        >>> create().broadcast("w", np.ones(2))
+        array([1., 1.])
+        """
+        start = self._begin("broadcast", priority)
+        keys, values = single_values("broadcast", key, value)
+        taken, origins, specs = _take_values("broadcast", keys, values)
+        outs: NewOuts | GivenOuts
+        if out is None:
+            outs = NewOuts("broadcast", keys, specs)
+        else:
+            outs = GivenOuts("broadcast", list(key) if isinstance(key, Mapping) else key, out)
+            outs.check(specs)
+        self._engine.init(keys, taken, origins)
+        self._engine.pull(outs.keys, outs.tensors, priority)
+        self._metrics.add("broadcast", start, keys, _nbytes(outs.tensors))
+        return outs.result(key)
+
+    def row_sparse_pull(self, key: Any, out: Any = None, priority: int = 0, row_ids: Any = None) -> Any:
+        """Copy some rows out of the store.
+
+        Args:
+            key: a key of a sparse table or of a dense value, or a list of keys.
+            out: ``Rows`` whose ids and values are to be replaced, or a list of as many as keys.
+            priority: as for ``push``.
+            row_ids: integers, any order, repeats allowed; for a list of keys, a list of as many.
+
+        Returns:
+            None with ``out``. Else ``Rows`` with unique, sorted ids (a list for a list of keys), in the
+            library that the key was initialised with. Rows that a table has never seen are zero.
+
+        Raises:
+            KeyNotFoundError, ArrayTypeError: as for ``pull``.
+            ValueMismatchError: an id out of range, or a value without rows.
+
+        >>> import numpy as np, tensorkv
+        >>> kv = create()
+        >>> kv.init("t", tensorkv.Rows(np.array([7]), np.ones((1, 2)), num_rows=2_000_000_000))
+        >>> rows = kv.row_sparse_pull("t", row_ids=[9, 7, 7])
+        >>> rows.ids.tolist(), rows.values.tolist()
+        ([7, 9], [[1.0, 1.0], [0.0, 0.0]])
+        """
+        start = self._begin("row_sparse_pull", priority)
+        listed = keys_of("row_sparse_pull", key)
+        single = arguments.is_key(key)
+        wanted = _matching("row_sparse_pull", "row_ids", listed, [row_ids] if single else row_ids)
+        outs = None if out is None else _matching("row_sparse_pull", "out", listed, [out] if single else out)
+        ids = [
+            _take_ids(each, spec, own)
+            for each, spec, own in zip(listed, self._specs("row_sparse_pull", listed), wanted, strict=True)
+        ]
+        for each, target in zip(listed, outs or (), strict=False):
+            if not isinstance(target, Rows):
+                raise ArrayTypeError(f"row_sparse_pull({quote(each)}): out is a {type(target).__name__}; expected Rows")
+        pulled = [self._pull_rows(each, own) for each, own in zip(listed, ids, strict=True)]
+        self._metrics.add("row_sparse_pull", start, listed, [rows.values.nbytes for rows in pulled])
+        if outs is None:
+            return pulled[0] if single else pulled
+        for target, rows in zip(outs, pulled, strict=True):
+            target.ids, target.values, target.num_rows = rows.ids, rows.values, rows.num_rows
+        return None
+
+    # ------------------------------------------------------------ inside
+
+    def _specs(self, verb: str, keys: Sequence[Key]) -> list[KeySpec]:
+        return [self._engine.spec(verb, key) for key in keys]
+
+    def _pull_rows(self, key: Key, ids: torch.Tensor) -> Rows:
+        origin = self._engine.spec("row_sparse_pull", key).origin
+        rows = self._engine.pull_rows(key, ids)
+        return Rows(arrays.give(rows.ids, origin), arrays.give(rows.values, origin), rows.num_rows)
+
+    def _warn_once(self, warning: SparseOutWarning | None) -> None:
+        if warning is not None and not self._warned_sparse_out:
+            self._warned_sparse_out = True
+            warnings.warn(warning, stacklevel=3)
+
+
+def _batch(verb: str, key: Any, value: Any) -> Batch:
+    keys, groups = pairs(verb, "value", key, value)
+    parts = [
+        [_take(verb, each, index, array) for index, array in enumerate(group)]
+        for each, group in zip(keys, groups, strict=True)
+    ]
+    return Batch(verb, keys, parts)
+
+
+def _take(verb: str, key: Key, index: int | None, array: Any) -> Part:
+    try:
+        return take_rows(array) if is_rows(array) else arrays.take(array)
+    except TensorKVError as error:
+        part = "the value" if index is None else f"part {index}"
+        raise type(error)(f"{verb}({quote(key)}): {part} {error}") from None
+
+
+def _take_values(
+    verb: str, keys: Sequence[Key], values: Sequence[Any]
+) -> tuple[list[Part], list[arrays.Origin], list[KeySpec]]:
+    taken = [_take(verb, key, None, value) for key, value in zip(keys, values, strict=True)]
+    origins = [arrays.origin(value.values if isinstance(value, Rows) else value) for value in values]
+    specs = [
+        KeySpec(torch.Size(part.shape), part.values.dtype, origin, True)
+        if isinstance(part, Rows)
+        else KeySpec(part.shape, part.dtype, origin, False)
+        for part, origin in zip(taken, origins, strict=True)
+    ]
+    return taken, origins, specs
+
+
+def _take_ids(key: Key, spec: KeySpec, row_ids: Any) -> torch.Tensor:
+    if not spec.shape:
+        raise ValueMismatchError(f"row_sparse_pull({quote(key)}): the value is 0-d and has no rows; use pull")
+    try:
+        return take_ids(row_ids, spec.shape[0])
+    except TensorKVError as error:
+        raise type(error)(f"row_sparse_pull({quote(key)}): {error}") from None
+
+
+def _matching(verb: str, what: str, keys: Sequence[Key], values: Any) -> list[Any]:
+    if not isinstance(values, list | tuple) or len(values) != len(keys):
+        count = len(values) if isinstance(values, list | tuple) else f"a {type(values).__name__}"
+        raise ArgumentError(f"{verb}: got {len(keys)} keys and {count} as {what}; expected a list, one for each key")
+    return list(values)
+
+
+def _nbytes(groups: Sequence[Sequence[Part]]) -> list[int]:
+    return [sum(part.values.nbytes if isinstance(part, Rows) else part.nbytes for part in group) for group in groups]

@@ -9,7 +9,7 @@ and it imports them only when the caller already has.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 
-from .errors import ArgumentError, ArrayTypeError
+from .errors import ArrayTypeError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -358,39 +358,45 @@ def _no_overlap(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def check_apart(outs: list[tuple[str, Any, torch.Tensor]]) -> None:
-    """Raise if two outs share memory, since the one filled last would spoil the other.
+def overlapping(outs: Sequence[Any]) -> tuple[int, int] | None:
+    """Return the indices of two outs that share memory, where the one filled last would spoil the other.
 
     Args:
-        outs: per out its name in messages, the caller's array and the tensor that will be written.
+        outs: what will be written: tensors, or NumPy arrays that torch cannot view.
     """
-    if len(outs) < 2:
-        return
-    spans = sorted((*_span(array, tensor), index) for index, (_, array, tensor) in enumerate(outs) if tensor.numel())
-    open_spans: list[tuple[str, int, int, int]] = []
+    spans = []
+    for index, out in enumerate(outs):
+        if isinstance(out, torch.Tensor) and out.is_contiguous():
+            start = out.data_ptr()
+            spans.append((start, start + out.nbytes, index))
+        elif out.size if isinstance(out, np.ndarray) else out.numel():
+            spans.append((*_bounds(out), index))
+    spans.sort()
+    active: list[tuple[int, int, int]] = []
     for span in spans:
-        device, start, _, index = span
-        open_spans = [other for other in open_spans if other[0] == device and other[2] > start]
-        for *_, earlier in open_spans:
-            if _share(outs[earlier][1], outs[index][1]):
-                raise ArgumentError(f"{outs[earlier][0]} and {outs[index][0]} overlap in memory; give separate arrays")
-        open_spans.append(span)
+        active = [other for other in active if other[1] > span[0]]
+        for *_, earlier in active:
+            if _share(outs[earlier], outs[span[2]]):
+                return earlier, span[2]
+        active.append(span)
+    return None
 
 
-def _span(array: Any, tensor: torch.Tensor) -> tuple[str, int, int]:
-    if isinstance(array, np.ndarray):
-        low, high = np.lib.array_utils.byte_bounds(array)
-        return "cpu", low, high
-    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    start = tensor.data_ptr()
-    return str(tensor.device), start, start + reach * tensor.element_size()
+def _bounds(out: Any) -> tuple[int, int]:
+    if isinstance(out, np.ndarray):
+        return np.lib.array_utils.byte_bounds(out)
+    reach = sum((size - 1) * step for size, step in zip(out.shape, out.stride(), strict=True)) + 1
+    start = out.data_ptr()
+    return start, start + reach * out.element_size()
 
 
 def _share(left: Any, right: Any) -> bool:
-    if isinstance(left, torch.Tensor) and left.device.type != "cpu":
+    devices = [out.device if isinstance(out, torch.Tensor) else torch.device("cpu") for out in (left, right)]
+    if devices[0] != devices[1]:
+        return False
+    if devices[0].type != "cpu":
         return True
-    arrays = [x if isinstance(x, np.ndarray) else _take_torch(x) for x in (left, right)]
-    views = [x if isinstance(x, np.ndarray) else _bytes_view(x) for x in arrays]
+    views = [out if isinstance(out, np.ndarray) else _bytes_view(out) for out in (left, right)]
     try:
         return bool(np.shares_memory(views[0], views[1], max_work=_OVERLAP_WORK))  # type: ignore[arg-type]
     except np.exceptions.TooHardError:

@@ -64,7 +64,7 @@ def load(shard: Shard, path: str, kind: Kind) -> None:
             raise CheckpointError(f"{path}: has state of {quote(saved.key)}, which is not in the store")
         mine = shard.entry("load_optimizer_states", saved.key)
         same = isinstance(mine.value, Table) == isinstance(saved.value, Table)
-        if not same or mine.shape != saved.shape or mine.value.dtype is not saved.value.dtype:
+        if not same or mine.spec.shape != saved.spec.shape or mine.value.dtype is not saved.value.dtype:
             raise CheckpointError(f"{path}: {quote(saved.key)} was {saved.info()}, in the store it is {mine.info()}")
     shard.restore_states(contents.entries, contents.rule)
 

@@ -16,23 +16,27 @@ from .table import Table
 Part = torch.Tensor | Rows
 
 
+@dataclass(frozen=True, slots=True)
+class KeySpec:
+    """What callers need to know of a key to make an array for it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    origin: arrays.Origin
+    is_table: bool
+
+
 @dataclass(slots=True)
 class Entry:
     """What a shard holds of one key."""
 
     key: Key
-    origin: arrays.Origin
+    spec: KeySpec
     value: torch.Tensor | Table
     version: int = 0
     state: State = field(default_factory=dict)
     # On CUDA: the moment when the last work on the value is done, for callers on other streams.
     ready: Any = None
-
-    @property
-    def shape(self) -> torch.Size:
-        if isinstance(self.value, Table):
-            return torch.Size((self.value.num_rows, *self.value.row_shape))
-        return self.value.shape
 
     def read_rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Return copies of rows in the order of ``ids``."""
@@ -51,33 +55,19 @@ class Entry:
         """Bring the value, and the state that has its shape, to a device."""
         self.value = self.value.to(device)
         for name, tensor in self.state.items():
-            if tensor.shape == self.shape:
+            if tensor.shape == self.spec.shape:
                 self.state[name] = tensor.to(device)
-
-    def spec(self) -> KeySpec:
-        """Tell what an array for this key must be like."""
-        return KeySpec(self.shape, self.value.dtype, self.origin, isinstance(self.value, Table))
 
     def info(self) -> KeyInfo:
         """Describe the key."""
         return KeyInfo(
-            tuple(self.shape),
+            tuple(self.spec.shape),
             arrays.dtype_name(self.value.dtype),
             str(self.value.device),
             self.version,
             self.value.nbytes,
-            "rows" if isinstance(self.value, Table) else "dense",
+            "rows" if self.spec.is_table else "dense",
         )
-
-
-@dataclass(frozen=True, slots=True)
-class KeySpec:
-    """What callers need to know of a key to make an array for it."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    origin: arrays.Origin
-    is_table: bool
 
 
 @dataclass(frozen=True, slots=True)

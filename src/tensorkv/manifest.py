@@ -15,7 +15,7 @@ import torch
 
 from . import arrays
 from .arguments import check_key
-from .entry import Entry
+from .entry import Entry, KeySpec
 from .errors import CheckpointError, TensorKVError, quote
 from .optim import OptimizerSpec, State
 from .rules import Assign, CallUpdater, Rule, StepOptimizer
@@ -65,11 +65,11 @@ def _describe_entry(kind: Kind, entry: Entry, tensors: Tensors) -> dict[str, Any
     return {
         "key": key,
         "kind": "rows" if isinstance(value, Table) else "dense",
-        "shape": list(entry.shape),
+        "shape": list(entry.spec.shape),
         "dtype": arrays.dtype_name(value.dtype),
         "version": entry.version,
-        "library": entry.origin.library,
-        "device": str(entry.origin.device) if entry.origin.library == "torch" else None,
+        "library": entry.spec.origin.library,
+        "device": str(entry.spec.origin.device) if entry.spec.origin.library == "torch" else None,
         "state": sorted(entry.state),
         "columns": columns,
     }
@@ -138,7 +138,8 @@ def _restore_entry(kind: str, described: Any, tensors: Tensors, rule: Rule | Non
     else:
         columns = value.columns if isinstance(value, Table) else []
         _check(not state and not columns, f"{quote(key)}: optimizer state without an optimizer")
-    return Entry(key, _origin(described), value, version, state)
+    is_table = isinstance(value, Table)
+    return Entry(key, KeySpec(shape, dtype, _origin(described), is_table), value, version, state)
 
 
 def _restore_table(

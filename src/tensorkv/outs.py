@@ -9,7 +9,7 @@ import torch
 
 from . import arguments, arrays
 from .entry import KeySpec
-from .errors import ArrayTypeError, SparseOutWarning, ValueMismatchError, quote
+from .errors import ArgumentError, ArrayTypeError, SparseOutWarning, ValueMismatchError, quote
 from .optim import Key
 from .rows import Rows
 
@@ -32,16 +32,26 @@ class GivenOuts:
         self._finishes: list[arrays.Finish] = []
         self.skipped: SparseOutWarning | None = None
         self.keys, groups = arguments.pairs(verb, "out", key, out)
-        written: list[tuple[str, Any, torch.Tensor]] = []
-        self.tensors = [
-            [
-                self._open(f"{verb}({quote(each)}): out {index}", array, written)
-                for index, array in enumerate(group)
-                if not (skip_sparse and self._skips(each, array))
-            ]
-            for each, group in zip(self.keys, groups, strict=True)
-        ]
-        arrays.check_apart(written)
+        self.tensors: list[list[torch.Tensor]] = []
+        written: list[Any] = []
+        for each, group in zip(self.keys, groups, strict=True):
+            tensors = []
+            for index, array in enumerate(group):
+                if skip_sparse and self._skips(each, array):
+                    continue
+                try:
+                    tensor, finish = arrays.target(array)
+                except ArrayTypeError as error:
+                    raise ArrayTypeError(f"{verb}({quote(each)}): out {index} {error}") from None
+                tensors.append(tensor)
+                if finish is None:
+                    written.append(tensor)
+                else:
+                    self._finishes.append(finish)
+                    written.append(array)
+            self.tensors.append(tensors)
+        if len(written) > 1:
+            self._check_apart(written)
 
     def check(self, specs: Sequence[KeySpec]) -> None:
         """Raise ValueMismatchError if an out differs in shape from its key, or cannot hold its dtype."""
@@ -65,15 +75,12 @@ class GivenOuts:
         for finish in self._finishes:
             finish()
 
-    def _open(self, name: str, array: Any, written: list[tuple[str, Any, torch.Tensor]]) -> torch.Tensor:
-        try:
-            tensor, finish = arrays.target(array)
-        except ArrayTypeError as error:
-            raise ArrayTypeError(f"{name} {error}") from None
-        if finish is not None:
-            self._finishes.append(finish)
-        written.append((name, array, tensor))
-        return tensor
+    def _check_apart(self, written: list[Any]) -> None:
+        pair = arrays.overlapping(written)
+        if pair is not None:
+            keys = [key for key, tensors in zip(self.keys, self.tensors, strict=True) for _ in tensors]
+            first, second = (f"an out of {quote(keys[index])}" for index in sorted(pair))
+            raise ArgumentError(f"{self._verb}: {first} and {second} overlap in memory; give separate arrays")
 
     def _skips(self, key: Key, array: Any) -> bool:
         sparse = isinstance(array, Rows) or arrays.is_sparse_tensor(array)

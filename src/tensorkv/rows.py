@@ -50,6 +50,11 @@ class Rows:
         """Name of the values' dtype, such as ``"float32"``."""
         return arrays.dtype_name(arrays.take(self.values).dtype)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows held, without the ids."""
+        return int(self.values.nbytes)
+
     def merged(self) -> Rows:
         """Return torch Rows with unique, sorted ids; values of equal ids are summed in the order given."""
         return merge([take_rows(self)])
@@ -170,6 +175,6 @@ def take_ids(row_ids: Any, num_rows: int) -> torch.Tensor:
     ids = _take_part(row_ids, "row_ids")
     if arrays.family(ids.dtype) != "int" or ids.dtype is torch.uint64:
         raise ArrayTypeError(f"row_ids have dtype {arrays.dtype_name(ids.dtype)}; expected integers")
-    unique: torch.Tensor = torch.unique(ids.long().cpu())  # type: ignore[no-untyped-call]
+    unique: torch.Tensor = torch.unique(ids.long().cpu())
     _check_range(unique, num_rows)
     return unique

@@ -77,14 +77,14 @@ class CallUpdater:
             value: Any = entry.value
             received = reduce.total(value, key_parts)
             scratch = value.clone()
-            stored = arrays.view(scratch.view_as(scratch), entry.origin)
-            self._call(entry, arrays.view(received, entry.origin), stored)
+            stored = arrays.view(scratch.view_as(scratch), entry.spec.origin)
+            self._call(entry, arrays.view(received, entry.spec.origin), stored)
             value.copy_(scratch)
             entry.version += 1
 
     def apply_rows(self, entry: Entry, received: Rows) -> None:
         scratch = Rows(received.ids.clone(), entry.read_rows(received.ids), received.num_rows)
-        self._call(entry, _view_rows(received, entry.origin), _view_rows(scratch, entry.origin))
+        self._call(entry, _view_rows(received, entry.spec.origin), _view_rows(scratch, entry.spec.origin))
         entry.write_rows(scratch)
         entry.version += 1
 

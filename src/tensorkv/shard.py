@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from . import arrays, reduce, rows
-from .entry import Batch, Entry, Part
+from .entry import Batch, Entry, KeySpec, Part
 from .errors import (
     ArgumentError,
     KeyExistsError,
@@ -61,14 +61,13 @@ class Shard:
 
     # ------------------------------------------------------------ the verbs
 
-    def init(self, keys: Sequence[Key], values: Sequence[Part], origins: Sequence[arrays.Origin]) -> None:
+    def init(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
         """Hold copies of new values; all keys or none."""
         with self._lock:
             self._refuse_reentry()
             self._check_new(keys)
             made = [
-                Entry(key, origin, self._copy_in(value))
-                for key, value, origin in zip(keys, values, origins, strict=True)
+                Entry(key, spec, self._copy_in(value)) for key, value, spec in zip(keys, values, specs, strict=True)
             ]
             self._entries.update(zip(keys, made, strict=True))
             if keys:
@@ -100,7 +99,7 @@ class Shard:
             entry = self.entry("row_sparse_pull", key)
             with self._in_order([entry]):
                 values = entry.read_rows(ids.to(entry.value.device))
-            return Rows(ids, values, entry.shape[0])
+            return Rows(ids, values, entry.spec.shape[0])
 
     def delete(self, keys: Sequence[Key]) -> None:
         """Forget values and their optimizer state; all keys or none."""
@@ -232,20 +231,24 @@ class Shard:
     def _check_push(self, batch: Batch) -> list[Entry]:
         entries = []
         for key, parts in zip(batch.keys, batch.parts, strict=True):
-            entry = self.entry(batch.verb, key)
-            shape, dtype, by_rows = entry.shape, entry.value.dtype, False
+            entry = self._entries.get(key) or self.entry(batch.verb, key)
+            spec, by_rows = entry.spec, False
+            shape, dtype = spec.shape, spec.dtype
             for index, part in enumerate(parts):
                 if isinstance(part, Rows):
                     by_rows = True
-                    fits, kind = part.shape == shape, part.values.dtype
+                    found: Any = part.shape
+                    kind = part.values.dtype
                 else:
-                    fits, kind = part.shape == shape, part.dtype
-                if not fits or (kind is not dtype and not arrays.may_push(kind, dtype)):
+                    found, kind = part.shape, part.dtype
+                if found != shape or (kind is not dtype and not arrays.may_push(kind, dtype)):
                     raise _mismatch(batch, entry, index, part)
-            if isinstance(entry.value, Table) and not all(isinstance(part, Rows) for part in parts):
+            if spec.is_table and not all(isinstance(part, Rows) for part in parts):
                 raise ValueMismatchError(
                     f"{batch.name(key)}: a part is dense, the key was initialised with Rows; push Rows"
                 )
+            if by_rows and not shape:
+                raise ValueMismatchError(f"{batch.name(key)}: the value is 0-d and has no rows; push an array")
             self._rule.check(entry, by_rows=by_rows)
             entries.append(entry)
         return entries
@@ -325,8 +328,8 @@ class Shard:
                 entry.value.drop_columns()
 
     def _to_device(self, entry: Entry) -> None:
-        if self._on_device and isinstance(entry.origin.device, torch.device):
-            entry.move(entry.origin.device)
+        if self._on_device and isinstance(entry.spec.origin.device, torch.device):
+            entry.move(entry.spec.origin.device)
 
     def _copy_in(self, value: Part) -> torch.Tensor | Table:
         if isinstance(value, Rows):
@@ -341,9 +344,9 @@ class Shard:
 
 def _mismatch(batch: Batch, entry: Entry, index: int, part: Part) -> ValueMismatchError:
     name = batch.name(entry.key, index)
-    if tuple(part.shape) != tuple(entry.shape):
+    if tuple(part.shape) != tuple(entry.spec.shape):
         return ValueMismatchError(
-            f"{name} has shape {tuple(part.shape)}, the key was initialised with {tuple(entry.shape)}"
+            f"{name} has shape {tuple(part.shape)}, the key was initialised with {tuple(entry.spec.shape)}"
         )
     kind = part.dtype if isinstance(part, Rows) else arrays.dtype_name(part.dtype)
     return ValueMismatchError(

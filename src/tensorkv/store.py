@@ -84,8 +84,8 @@ class KVStore(StoreControl):
         """
         start = self._begin("init")
         keys, values = single_values("init", key, value)
-        taken, origins, _ = _take_values("init", keys, values)
-        self._engine.init(keys, taken, origins)
+        taken, specs = _take_values("init", keys, values)
+        self._engine.init(keys, taken, specs)
         self._metrics.add("init", start, keys, _nbytes([[value] for value in taken]))
 
     def push(self, key: Any, value: Any = None, priority: int = 0) -> None:
@@ -219,14 +219,14 @@ class KVStore(StoreControl):
         """
         start = self._begin("broadcast", priority)
         keys, values = single_values("broadcast", key, value)
-        taken, origins, specs = _take_values("broadcast", keys, values)
+        taken, specs = _take_values("broadcast", keys, values)
         outs: NewOuts | GivenOuts
         if out is None:
             outs = NewOuts("broadcast", keys, specs)
         else:
             outs = GivenOuts("broadcast", list(key) if isinstance(key, Mapping) else key, out)
             outs.check(specs)
-        self._engine.init(keys, taken, origins)
+        self._engine.init(keys, taken, specs)
         self._engine.pull(outs.keys, outs.tensors, priority)
         self._metrics.add("broadcast", start, keys, _nbytes(outs.tensors))
         return outs.result(key)
@@ -308,18 +308,16 @@ def _take(verb: str, key: Key, index: int | None, array: Any) -> Part:
         raise type(error)(f"{verb}({quote(key)}): {part} {error}") from None
 
 
-def _take_values(
-    verb: str, keys: Sequence[Key], values: Sequence[Any]
-) -> tuple[list[Part], list[arrays.Origin], list[KeySpec]]:
+def _take_values(verb: str, keys: Sequence[Key], values: Sequence[Any]) -> tuple[list[Part], list[KeySpec]]:
     taken = [_take(verb, key, None, value) for key, value in zip(keys, values, strict=True)]
-    origins = [arrays.origin(value.values if isinstance(value, Rows) else value) for value in values]
-    specs = [
-        KeySpec(torch.Size(part.shape), part.values.dtype, origin, True)
-        if isinstance(part, Rows)
-        else KeySpec(part.shape, part.dtype, origin, False)
-        for part, origin in zip(taken, origins, strict=True)
-    ]
-    return taken, origins, specs
+    specs = []
+    for part, value in zip(taken, values, strict=True):
+        if isinstance(part, Rows):
+            library = value.values if isinstance(value, Rows) else value
+            specs.append(KeySpec(torch.Size(part.shape), part.values.dtype, arrays.origin(library), True))
+        else:
+            specs.append(KeySpec(part.shape, part.dtype, arrays.origin(value), False))
+    return taken, specs
 
 
 def _take_ids(key: Key, spec: KeySpec, row_ids: Any) -> torch.Tensor:
@@ -339,4 +337,4 @@ def _matching(verb: str, what: str, keys: Sequence[Key], values: Any) -> list[An
 
 
 def _nbytes(groups: Sequence[Sequence[Part]]) -> list[int]:
-    return [sum(part.values.nbytes if isinstance(part, Rows) else part.nbytes for part in group) for group in groups]
+    return [group[0].nbytes if len(group) == 1 else sum([part.nbytes for part in group]) for group in groups]

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import torch
 
-from ..arrays import Origin
 from ..entry import Batch, KeyInfo, KeySpec, Part
 from ..errors import ArgumentError, EngineNotFoundError, quote, suggestion
 from ..manifest import Kind
@@ -48,7 +47,7 @@ class Engine(Protocol):
     def optimizer(self) -> OptimizerSpec | None:
         """The optimizer in force, None without one."""
 
-    def init(self, keys: Sequence[Key], values: Sequence[Part], origins: Sequence[Origin]) -> None:
+    def init(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
         """Hold copies of new values; all keys or none."""
 
     def push(self, batch: Batch, priority: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import arrays, checkpoint
+from .. import checkpoint
 from ..entry import Batch, KeyInfo, KeySpec, Part
 from ..manifest import Kind
 from ..optim import Key, OptimizerSpec
@@ -33,8 +33,8 @@ class LocalEngine:
         self._nonfinite = nonfinite
         self._shard = Shard(on_device=on_device, nonfinite=nonfinite)
 
-    def init(self, keys: Sequence[Key], values: Sequence[Part], origins: Sequence[arrays.Origin]) -> None:
-        self._shard.init(keys, values, origins)
+    def init(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
+        self._shard.init(keys, values, specs)
 
     def push(self, batch: Batch, priority: int) -> None:
         self._shard.push(batch)
@@ -65,7 +65,7 @@ class LocalEngine:
         return self._shard.optimizer
 
     def spec(self, verb: str, key: Key) -> KeySpec:
-        return self._shard.entry(verb, key).spec()
+        return self._shard.entry(verb, key).spec
 
     def info(self, key: Key) -> KeyInfo:
         return self._shard.entry("info", key).info()

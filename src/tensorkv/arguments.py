@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import numpy as np
-
 from .errors import ArgumentError, KeyExistsError, KeyTypeError, quote
-from .optim import Key
+from .keys import Key, check_key, is_key
 
 _LISTS = (list, tuple)
-_NO_KEY_LISTS = (bytes, bytearray, memoryview, Set)
+_NO_KEY_LISTS = (bytes, bytearray, memoryview, set, frozenset)
 
 
 def pairs(verb: str, what: str, key: Any, value: Any) -> tuple[list[Key], list[list[Any]]]:
@@ -85,26 +83,6 @@ def keys_of(verb: str, key: Any) -> list[Key]:
     keys = [check_key(verb, each) for each in key_list(verb, key)]
     _check_one_type(verb, keys)
     return keys
-
-
-def is_key(key: Any) -> bool:
-    """Tell whether this is one key rather than several."""
-    return isinstance(key, str | int | np.integer)
-
-
-def check_key(verb: str, key: Any) -> Key:
-    """Return the key as a plain str or int, or raise KeyTypeError."""
-    if type(key) is str and key:
-        return key
-    if type(key) is int:
-        return key
-    if isinstance(key, bool | np.bool_) or not is_key(key):
-        raise KeyTypeError(f"{verb}: {key!r} is no key; keys are non-empty str, or int")
-    if isinstance(key, str):
-        if not key:
-            raise KeyTypeError(f"{verb}: the key is an empty string; keys are non-empty str, or int")
-        return str(key)
-    return int(key)
 
 
 def key_list(verb: str, keys: Any) -> list[Any]:

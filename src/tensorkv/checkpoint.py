@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from typing import Any
 import safetensors.torch
 
 from . import manifest
+from .entry import Entry
 from .errors import CheckpointError, quote
 from .manifest import Contents, Kind, Tensors
+from .optim import Key
 from .shard import Shard
-from .table import Table
 
 FORMAT = "tensorkv-checkpoint"
 VERSION = 1
@@ -56,17 +57,27 @@ def load(shard: Shard, path: str, kind: Kind) -> None:
     contents = read(path)
     if contents.kind != kind:
         raise CheckpointError(f"{path}: holds {contents.kind}, expected {kind}; save and load with the same pair")
-    if kind == "store":
-        shard.restore(contents.entries, contents.rule)
-        return
-    for saved in contents.entries:
-        if saved.key not in shard:
-            raise CheckpointError(f"{path}: has state of {quote(saved.key)}, which is not in the store")
-        mine = shard.entry("load_optimizer_states", saved.key)
-        same = isinstance(mine.value, Table) == isinstance(saved.value, Table)
-        if not same or mine.spec.shape != saved.spec.shape or mine.value.dtype is not saved.value.dtype:
-            raise CheckpointError(f"{path}: {quote(saved.key)} was {saved.info()}, in the store it is {mine.info()}")
-    shard.restore_states(contents.entries, contents.rule)
+    with shard.frozen() as (held, _), _naming(path):
+        if kind == "optimizer-states":
+            _check_held(contents.entries, {entry.key: entry for entry in held})
+        manifest.check_states(contents)
+        if kind == "optimizer-states":
+            shard.restore_states(contents.entries, contents.rule)
+        else:
+            shard.restore(contents.entries, contents.rule)
+
+
+def _check_held(entries: list[Entry], held: dict[Key, Entry]) -> None:
+    for saved in entries:
+        mine = held.get(saved.key)
+        if mine is None:
+            raise CheckpointError(f"has state of {quote(saved.key)}, which is not in the store")
+        if (mine.spec.shape, mine.spec.dtype, mine.spec.is_table) != (
+            saved.spec.shape,
+            saved.spec.dtype,
+            saved.spec.is_table,
+        ):
+            raise CheckpointError(f"{quote(saved.key)} was {saved.info()}, in the store it is {mine.info()}")
 
 
 # ---------------------------------------------------------------- files
@@ -76,25 +87,28 @@ def write(path: str, body: dict[str, Any], tensors: Tensors) -> None:
     """Write a checkpoint's files so that a crash at any moment leaves the old checkpoint or the new."""
     folder = Path(path)
     token = secrets.token_hex(8)
-    written: list[Path] = []
     try:
         _open_folder(folder)
         with _locked(folder, exclusive=True):
-            files = []
-            for number, group in enumerate(_groups(tensors)):
-                file = folder / f"data-{token}-{number:05}.safetensors"
-                written.append(file)
-                files.append(_write_data(file, group))
-            temporary = folder / f"manifest-{token}.tmp"
-            written.append(temporary)
-            _write_manifest(temporary, {**body, "files": files})
-            _sync(folder)
-            os.replace(temporary, folder / MANIFEST)
-            _sync(folder)
-            _remove_old(folder, keep={file["name"] for file in files})
-    except OSError as error:
-        for file in written:
-            file.unlink(missing_ok=True)
+            try:
+                files = [
+                    _write_data(folder / f"data-{token}-{number:05}.safetensors", group)
+                    for number, group in enumerate(_groups(tensors))
+                ]
+                temporary = folder / f"manifest-{token}.tmp"
+                _write_manifest(temporary, {**body, "files": files})
+                _sync(folder)
+                os.replace(temporary, folder / MANIFEST)
+                _sync(folder)
+            except BaseException:
+                _discard(folder, token)
+                raise
+            # What cannot be removed now, the next save removes: this one is written.
+            with suppress(OSError):
+                _remove(folder, lambda name: token not in name)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot write the checkpoint: {error}") from error
 
 
@@ -110,13 +124,16 @@ def read(path: str) -> Contents:
             body = read_manifest(path)
             tensors: Tensors = {}
             for described in body["files"]:
-                tensors.update(_read_data(folder, described))
-    except OSError as error:
+                read_here = _read_data(folder, described)
+                if not tensors.keys().isdisjoint(read_here):
+                    raise CheckpointError(f"{path}: a tensor stands there twice")
+                tensors.update(read_here)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot read the checkpoint: {error}") from error
-    try:
+    with _naming(path):
         return manifest.restore(body, tensors)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
 
 
 def read_manifest(path: str) -> dict[str, Any]:
@@ -127,9 +144,11 @@ def read_manifest(path: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no checkpoint here (no {MANIFEST})") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot read the checkpoint: {error}") from error
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
     try:
-        outer = json.loads(text, parse_constant=_refuse_constant)
+        outer = json.loads(text)
+        # Also finds repeated names, NaN, and numbers written in another way.
+        exact = _encode(outer) == text
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not JSON: {error}") from None
     if not isinstance(outer, dict) or outer.get("format") != FORMAT:
@@ -141,12 +160,13 @@ def read_manifest(path: str) -> dict[str, Any]:
     body = outer.get("body")
     if not isinstance(body, dict) or not isinstance(body.get("files"), list):
         raise CheckpointError(f"{file}: no list of files")
-    if outer.get("sha256") != _digest(_canonical(body)):
+    if not exact or outer.get("sha256") != _digest(_canonical(body)):
         raise CheckpointError(f"{file}: damaged: its sha256 does not fit its contents")
     return body
 
 
 def _open_folder(folder: Path) -> None:
+    missing = [each for each in folder.parents if not each.exists()]
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
@@ -159,7 +179,8 @@ def _open_folder(folder: Path) -> None:
             raise CheckpointError(
                 f"{folder}: holds other files and no checkpoint; give a new or empty directory"
             ) from None
-    _sync(folder.parent)
+    for each in (folder, *missing):
+        _sync(each.parent)
 
 
 def read_manifest_format(folder: Path) -> None:
@@ -190,7 +211,11 @@ def _write_data(file: Path, group: Tensors) -> dict[str, Any]:
 
 def _write_manifest(file: Path, body: dict[str, Any]) -> None:
     head = {"format": FORMAT, "version": VERSION, "sha256": _digest(_canonical(body)), "body": body}
-    _write_synced(file, json.dumps(head, indent=1, allow_nan=False).encode())
+    _write_synced(file, _encode(head))
+
+
+def _encode(head: Any) -> bytes:
+    return json.dumps(head, indent=1, allow_nan=False).encode()
 
 
 def _canonical(body: dict[str, Any]) -> bytes:
@@ -216,10 +241,21 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_old(folder: Path, keep: set[str]) -> None:
+def _remove(folder: Path, wanted: Callable[[str], bool]) -> None:
     for name in os.listdir(folder):
-        if _OWN_NAME.fullmatch(name) and name not in keep:
+        if _OWN_NAME.fullmatch(name) and wanted(name):
             (folder / name).unlink(missing_ok=True)
+
+
+def _discard(folder: Path, token: str) -> None:
+    """Remove the files of a save that failed, unless its manifest took its place before that."""
+    with suppress(OSError, CheckpointError):
+        try:
+            in_force = token.encode() in _read_bytes(folder / MANIFEST, limit=_MANIFEST_BYTES)
+        except FileNotFoundError:
+            in_force = False
+        if not in_force:
+            _remove(folder, lambda name: token in name)
 
 
 def _read_data(folder: Path, described: Any) -> Tensors:
@@ -244,13 +280,16 @@ def _read_data(folder: Path, described: Any) -> Tensors:
 def _read_bytes(file: Path, limit: int) -> bytes:
     # Neither follow a link out of the folder nor wait on a pipe.
     descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with open(descriptor, "rb") as handle:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{file}: not a regular file")
         if status.st_size > limit:
             raise CheckpointError(f"{file}: {status.st_size} bytes, expected at most {limit}")
-        return handle.read()
+        with open(descriptor, "rb", closefd=False) as handle:
+            return handle.read(status.st_size)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -267,5 +306,9 @@ def _locked(folder: Path, *, exclusive: bool) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None

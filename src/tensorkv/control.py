@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator
 from typing import Any, Self
 
-from . import arguments, engines, optim
+from . import engines, optim
 from .arguments import keys_of
 from .entry import KeyInfo
 from .errors import ArgumentError, ForkedStoreError, OptimizerError, StoreClosedError
+from .keys import Key, check_key, is_key
 from .metrics import Metrics, clock
-from .optim import Key
 from .rules import Updater
 
 CAPABILITIES = ("checkpoint", "optimizer", "rows", "updater")
@@ -211,7 +211,7 @@ class StoreControl:
 
     def __contains__(self, key: object) -> bool:
         self._begin("in")
-        return type(key) is not bool and arguments.is_key(key) and key in self._engine
+        return type(key) is not bool and is_key(key) and key in self._engine
 
     def __len__(self) -> int:
         return len(self.keys())
@@ -232,7 +232,7 @@ class StoreControl:
         KeyInfo(shape=(2, 3), dtype='float32', device='cpu', version=0, nbytes=24, kind='dense')
         """
         self._begin("info")
-        return self._engine.info(arguments.check_key("info", key))
+        return self._engine.info(check_key("info", key))
 
     def delete(self, key: Any) -> None:
         """Forget a key or a list of keys, and their optimizer state; all or none.

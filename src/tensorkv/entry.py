@@ -9,7 +9,8 @@ import torch
 
 from . import arrays
 from .errors import quote
-from .optim import Key, State
+from .keys import Key
+from .optim import State
 from .rows import Rows
 from .table import Table
 

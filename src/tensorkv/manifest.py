@@ -14,15 +14,19 @@ from typing import Any, Literal
 import torch
 
 from . import arrays
-from .arguments import check_key
 from .entry import Entry, KeySpec
-from .errors import CheckpointError, TensorKVError, quote
-from .optim import OptimizerSpec, State
+from .errors import CheckpointError, OptimizerError, TensorKVError, quote
+from .keys import check_key
+from .optim import Key, OptimizerSpec, State
 from .rules import Assign, CallUpdater, Rule, StepOptimizer
 from .table import Table
 
 Kind = Literal["store", "optimizer-states"]
 Tensors = dict[str, torch.Tensor]
+
+_DTYPES = {arrays.dtype_name(dtype): dtype for dtype in arrays.DTYPES}
+# States that torch computes divisors from, and what they can be at most.
+_COUNTERS = {"step": torch.finfo(torch.float32).max, "mu_product": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +57,15 @@ def _describe_entry(kind: Kind, entry: Entry, tensors: Tensors) -> dict[str, Any
     columns: dict[str, float] = {}
     if isinstance(value, Table):
         columns = {name: value.fill(name) for name in value.columns}
-        tensors[f"ids/{key}"] = value.ids
+        tensors[_name("ids", key)] = value.ids
         for name in columns:
-            tensors[f"column/{name}/{key}"] = _real(value.read(value.ids, name))
+            tensors[_name(f"column/{name}", key)] = _real(value.read(value.ids, name))
         if kind == "store":
-            tensors[f"value/{key}"] = _real(value.read(value.ids))
+            tensors[_name("value", key)] = _real(value.read(value.ids))
     elif kind == "store":
-        tensors[f"value/{key}"] = _real(value)
+        tensors[_name("value", key)] = _real(value)
     for name, tensor in entry.state.items():
-        tensors[f"state/{name}/{key}"] = _real(tensor)
+        tensors[_name(f"state/{name}", key)] = _real(tensor)
     return {
         "key": key,
         "kind": "rows" if isinstance(value, Table) else "dense",
@@ -73,6 +77,11 @@ def _describe_entry(kind: Kind, entry: Entry, tensors: Tensors) -> dict[str, Any
         "state": sorted(entry.state),
         "columns": columns,
     }
+
+
+def _name(what: str, key: Key) -> str:
+    # safetensors names are UTF-8, which has no half of a surrogate pair; a key may.
+    return f"{what}/" + str(key).replace("\\", "\\\\").encode("utf-8", "backslashreplace").decode()
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:
@@ -92,14 +101,19 @@ def restore(body: Any, tensors: Tensors) -> Contents:
     try:
         kind = _one_of(body, "kind", ("store", "optimizer-states"))
         update = _one_of(body, "update", ("assign", "updater", "optimizer"))
+        _check(update == "optimizer" or kind == "store", "optimizer states without an optimizer")
         rule: Rule | None = Assign() if update == "assign" else None
         if update == "optimizer":
-            rule = StepOptimizer(OptimizerSpec.from_json(body.get("optimizer")))
+            rule = _restore_rule(body.get("optimizer"))
         left = dict(tensors)
-        entries = [_restore_entry(kind, described, left, rule) for described in _field(body, "keys", list)]
+        entries = [_restore_entry(kind, described, left) for described in _field(body, "keys", list)]
         _check(not left, f"tensors that no key has: {', '.join(list(left)[:3])}")
-        _check(len({entry.key for entry in entries}) == len(entries), "a key stands there twice")
-        _check(len({type(entry.key) for entry in entries}) <= 1, "keys of two types")
+        keys = {entry.key for entry in entries}
+        _check(len(keys) == len(entries), "a key stands there twice")
+        _check(len({type(key) for key in keys}) <= 1, "keys of two types")
+        if isinstance(rule, StepOptimizer):
+            others = [key for key in rule.optimizer.spec.overrides if isinstance(key, bool) or key not in keys]
+            _check(not others, f"the optimizer has numbers for {others[:3]}, which are no keys")
         return Contents(kind, entries, rule)
     except CheckpointError:
         raise
@@ -107,65 +121,89 @@ def restore(body: Any, tensors: Tensors) -> Contents:
         raise CheckpointError(str(error)) from None
 
 
-def _restore_entry(kind: str, described: Any, tensors: Tensors, rule: Rule | None) -> Entry:
+def check_states(contents: Contents) -> None:
+    """Raise CheckpointError if the optimizer could not go on from the states.
+
+    This makes tensors of the keys' shapes, so for optimizer states alone, which come without values to
+    prove their shapes, compare with the store first.
+    """
+    for entry in contents.entries:
+        value, state = entry.value, entry.state
+        if isinstance(value, Table):
+            _check(all(tensor.ndim == 0 for tensor in state.values()), f"{quote(entry.key)}: state that is no column")
+            # Columns are to a row what the state is to a dense key.
+            columns, value = value.columns, torch.empty(2, dtype=value.dtype)
+            state = {**state, **dict.fromkeys(columns, value)}
+        if not state:
+            continue
+        if not isinstance(contents.rule, StepOptimizer):
+            raise CheckpointError(f"{quote(entry.key)}: optimizer state without an optimizer")
+        try:
+            contents.rule.optimizer.check(entry.key, value, by_rows=entry.spec.is_table)
+            contents.rule.optimizer.check_state(entry.key, value, state)
+        except OptimizerError as error:
+            raise CheckpointError(str(error)) from None
+        for name, limit in _COUNTERS.items():
+            if name in state:
+                number = float(state[name])
+                _check(0 <= number <= limit, f"{quote(entry.key)}: {quote(name)} is {number}")
+
+
+def _restore_rule(described: Any) -> StepOptimizer:
+    try:
+        rule = StepOptimizer(OptimizerSpec.from_json(described))
+        # Numbers that do not fit together show in a step: a first one and one that goes on.
+        for key in ("", *rule.optimizer.spec.overrides):
+            value, state = torch.zeros((2, 1) if rule.optimizer.spec.name == "muon" else 2), State()
+            for _ in range(2):
+                rule.optimizer.step([key], [value], [torch.zeros_like(value)], [state])
+    except Exception as error:  # torch raises what the numbers lead to
+        raise CheckpointError(f"the optimizer: {error}") from None
+    return rule
+
+
+def _restore_entry(kind: str, described: Any, tensors: Tensors) -> Entry:
     key = check_key("load", _field(described, "key", (str, int)))
-    shape = _shape(described)
-    dtype = arrays.dtype_named(_field(described, "dtype", str))
+    name = _field(described, "dtype", str)
+    dtype = _DTYPES.get(name)
     if dtype is None:
-        raise CheckpointError(f"{quote(key)}: dtype {described['dtype']!r} is unknown")
+        raise CheckpointError(f"{quote(key)}: dtype {name!r} is unknown")
+    is_table = _one_of(described, "kind", ("dense", "rows")) == "rows"
+    shape = _shape(key, described, dtype, is_table)
     version = _field(described, "version", int)
-    _check(version >= 0, f"{quote(key)}: version {version}")
+    _check(0 <= version < 1 << 63, f"{quote(key)}: version {version}")
     state: State = {}
     for name in _field(described, "state", list):
         _check(isinstance(name, str) and name.isidentifier(), f"{quote(key)}: state {name!r}")
-        state[name] = _typed(_pop(tensors, f"state/{name}/{key}"), dtype, shape)
+        state[name] = _pop(tensors, _name(f"state/{name}", key), dtype, shape)
     value: torch.Tensor | Table
-    if _one_of(described, "kind", ("dense", "rows")) == "rows":
+    if is_table:
         value = _restore_table(kind, key, described, shape, dtype, tensors)
     else:
-        _check(not described.get("columns"), f"{quote(key)}: a dense key with columns")
+        _check(_field(described, "columns", dict) == {}, f"{quote(key)}: a dense key with columns")
         value = torch.empty(shape, dtype=dtype, device="meta")
         if kind == "store":
-            value = _typed(_pop(tensors, f"value/{key}"), dtype, shape)
-            _check(
-                value.shape == shape and value.dtype is dtype,
-                f"{quote(key)}: the tensor is {arrays.dtype_name(value.dtype)} {tuple(value.shape)}, "
-                f"the manifest says {arrays.dtype_name(dtype)} {tuple(shape)}",
-            )
-    if isinstance(rule, StepOptimizer):
-        rule.optimizer.check(key, value, by_rows=False)
-        rule.optimizer.check_state(key, value, state)
-    else:
-        columns = value.columns if isinstance(value, Table) else []
-        _check(not state and not columns, f"{quote(key)}: optimizer state without an optimizer")
-    is_table = isinstance(value, Table)
+            value = _pop_exactly(tensors, _name("value", key), dtype, shape)
     return Entry(key, KeySpec(shape, dtype, _origin(described), is_table), value, version, state)
 
 
 def _restore_table(
-    kind: str, key: str | int, described: Any, shape: torch.Size, dtype: torch.dtype, tensors: Tensors
+    kind: str, key: Key, described: Any, shape: torch.Size, dtype: torch.dtype, tensors: Tensors
 ) -> Table:
-    _check(len(shape) >= 1, f"{quote(key)}: rows of a 0-d tensor")
-    ids = _pop(tensors, f"ids/{key}")
+    ids = _pop(tensors, _name("ids", key), torch.int64, shape)
     _check(ids.dtype is torch.int64 and ids.ndim == 1, f"{quote(key)}: ids are no list of int64")
     rises = bool((ids[1:] > ids[:-1]).all()) and (not len(ids) or (int(ids[0]) >= 0 and int(ids[-1]) < shape[0]))
     _check(rises, f"{quote(key)}: ids are not unique, sorted and in range")
     rows_shape = torch.Size((len(ids), *shape[1:]))
     table = Table(shape[0], shape[1:], dtype)
-    filled = {"": 0.0, **_field(described, "columns", dict)}
-    for name, fill in filled.items():
-        if name:
-            _check(name.isidentifier() and type(fill) in (int, float) and math.isfinite(fill), f"column {name!r}")
-            table.add_column(name, dtype, fill)
-        if name or kind == "store":
-            rows = _typed(_pop(tensors, f"column/{name}/{key}" if name else f"value/{key}"), dtype, rows_shape)
-        else:
-            rows = torch.zeros(rows_shape, dtype=dtype)
-        _check(
-            rows.shape == rows_shape and rows.dtype is dtype,
-            f"{quote(key)}: rows are not {tuple(rows_shape)}",
-        )
-        table.write(ids, rows, name)
+    for name, fill in _field(described, "columns", dict).items():
+        fits = type(fill) in (int, float) and dtype.is_floating_point | dtype.is_complex
+        _check(fits and abs(fill) <= torch.finfo(dtype).max, f"{quote(key)}: {quote(name)} is filled with {fill!r}")
+        _check(name.isidentifier(), f"{quote(key)}: column {name!r}")
+        table.add_column(name, dtype, fill)
+        table.write(ids, _pop_exactly(tensors, _name(f"column/{name}", key), dtype, rows_shape), name)
+    if kind == "store":
+        table.write(ids, _pop_exactly(tensors, _name("value", key), dtype, rows_shape))
     return table
 
 
@@ -185,21 +223,33 @@ def _origin(described: Any) -> arrays.Origin:
     return arrays.Origin("torch", device)
 
 
-def _typed(tensor: torch.Tensor, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
-    if dtype.is_complex and tensor.is_floating_point() and tensor.shape == (*shape, 2):
+def _shape(key: Key, described: Any, dtype: torch.dtype, is_table: bool) -> torch.Size:
+    shape = _field(described, "shape", list)
+    fits = all(type(size) is int and 0 <= size < 1 << 63 for size in shape) and len(shape) >= is_table
+    # Of a table, only a row must fit into memory.
+    nbytes = dtype.itemsize * math.prod(size or 1 for size in shape[is_table:]) if fits else 0
+    _check(fits and nbytes < 1 << 63, f"{quote(key)}: shape {shape}")
+    return torch.Size(shape)
+
+
+def _pop(tensors: Tensors, name: str, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    _check(name in tensors, f"the tensor {quote(name)} is missing")
+    tensor = tensors.pop(name)
+    if dtype.is_complex and tensor.dtype is dtype.to_real() and tensor.shape == (*shape, 2):
         return torch.view_as_complex(tensor)
     return tensor
 
 
-def _shape(described: Any) -> torch.Size:
-    shape = _field(described, "shape", list)
-    _check(all(type(size) is int and 0 <= size < 1 << 62 for size in shape), f"shape {shape}")
-    return torch.Size(shape)
-
-
-def _pop(tensors: Tensors, name: str) -> torch.Tensor:
-    _check(name in tensors, f"the tensor {quote(name)} is missing")
-    return tensors.pop(name)
+def _pop_exactly(tensors: Tensors, name: str, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    tensor = _pop(tensors, name, dtype, shape)
+    _check(
+        tensor.shape == shape and tensor.dtype is dtype,
+        f"the tensor {quote(name)} is {arrays.dtype_name(tensor.dtype)} {tuple(tensor.shape)}, "
+        f"the manifest says {arrays.dtype_name(dtype)} {tuple(shape)}",
+    )
+    is_bool = dtype is torch.bool
+    _check(not is_bool or bool((tensor.view(torch.uint8) <= 1).all()), f"{quote(name)}: bytes that are no bool")
+    return tensor
 
 
 def _field(data: Any, name: str, kind: Any) -> Any:

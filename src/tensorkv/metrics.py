@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
-from .optim import Key
+from .keys import Key
 
 clock = perf_counter
 

@@ -17,10 +17,10 @@ import torch
 
 from . import arrays
 from .errors import OptimizerError, quote, suggestion
+from .keys import Key
 from .rows import Rows
 from .table import Table
 
-Key = str | int
 State = dict[str, torch.Tensor]
 
 # LBFGS calls the model again and SparseAdam takes no dense gradients: they cannot run in a store.

@@ -10,7 +10,7 @@ import torch
 from . import arguments, arrays
 from .entry import KeySpec
 from .errors import ArgumentError, ArrayTypeError, SparseOutWarning, ValueMismatchError, quote
-from .optim import Key
+from .keys import Key, is_key
 from .rows import Rows
 
 
@@ -118,7 +118,7 @@ class NewOuts:
     def result(self, key: Any) -> Any:
         """Return the arrays in the form of the caller's ``key``: one, a list, or a dict."""
         given = [arrays.give(tensor, origin) for tensor, origin in self._made]
-        if arguments.is_key(key):
+        if is_key(key):
             return given[0]
         return dict(zip(key, given, strict=True)) if isinstance(key, Mapping) else given
 

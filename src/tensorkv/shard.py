@@ -28,7 +28,8 @@ from .errors import (
     quote,
     suggestion,
 )
-from .optim import Key, OptimizerSpec, check_numbers
+from .keys import Key
+from .optim import OptimizerSpec, check_numbers
 from .rows import Rows
 from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater
 from .table import Table

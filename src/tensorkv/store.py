@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import arguments, arrays, engines
+from . import arrays, engines
 from .arguments import keys_of, pairs, single_values
 from .control import StoreControl
 from .entry import Batch, KeySpec, Part
@@ -21,7 +21,7 @@ from .errors import (
     ValueMismatchError,
     quote,
 )
-from .optim import Key
+from .keys import Key, is_key
 from .outs import GivenOuts, NewOuts
 from .rows import Rows, is_rows, take_ids, take_rows
 
@@ -257,7 +257,7 @@ class KVStore(StoreControl):
         """
         start = self._begin("row_sparse_pull", priority)
         listed = keys_of("row_sparse_pull", key)
-        single = arguments.is_key(key)
+        single = is_key(key)
         wanted = _matching("row_sparse_pull", "row_ids", listed, [row_ids] if single else row_ids)
         outs = None if out is None else _matching("row_sparse_pull", "out", listed, [out] if single else out)
         ids = [

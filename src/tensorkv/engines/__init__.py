@@ -16,8 +16,9 @@ import torch
 
 from ..entry import Batch, KeyInfo, KeySpec, Part
 from ..errors import ArgumentError, EngineNotFoundError, quote, suggestion
+from ..keys import Key
 from ..manifest import Kind
-from ..optim import Key, OptimizerSpec
+from ..optim import OptimizerSpec
 from ..rows import Rows
 from ..rules import Updater
 from .local import LocalEngine

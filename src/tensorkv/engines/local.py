@@ -9,8 +9,9 @@ import torch
 
 from .. import checkpoint
 from ..entry import Batch, KeyInfo, KeySpec, Part
+from ..keys import Key
 from ..manifest import Kind
-from ..optim import Key, OptimizerSpec
+from ..optim import OptimizerSpec
 from ..rows import Rows
 from ..rules import Updater
 from ..shard import NonFinite, Shard

@@ -1,0 +1,206 @@
+"""Trainer: the gradients of PyTorch modules into a store, new weights out of it.
+
+A step is one ``pushpull``. Who updates is the only choice: the store (``_StoreUpdate``), or the replicas
+with optimizers of their own, the store only summing (``_WorkerUpdate``).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import arrays, checkpoint, manifest, optim
+from .errors import ArgumentError, CheckpointError, OptimizerError, ValueMismatchError, quote, suggestion
+from .optim import OptimizerSpec
+from .rules import StepOptimizer
+from .store import KVStore
+
+# By key, the parameter of every replica.
+Params = dict[str, list[nn.Parameter]]
+
+
+class Trainer:
+    """Train one module, or replicas of it on several devices, through a store.
+
+    Args:
+        model_or_replicas: an ``nn.Module``, or a list of replicas with equal parameters (such as
+            ``copy.deepcopy`` makes). All start from the first one's weights; buffers stay each replica's own.
+        kv: a store with str keys. The keys are ``prefix`` + the parameter's name, in the order of
+            ``named_parameters()``; tied parameters have one key, frozen ones (``requires_grad=False``) none.
+        optimizer: the name or class of an optimizer, as ``KVStore.set_optimizer`` takes it. With
+            ``update_on_store=False`` also any function or class that makes a ``torch.optim.Optimizer``
+            when called as ``optimizer(params, **numbers)``; each replica gets one.
+        prefix: put before each name, so that several models can share a store.
+        update_on_store: True: the store updates and replicas pull weights. False: the store only sums,
+            replicas pull the sum into ``.grad`` and step their own optimizers.
+        **numbers: hyperparameters such as ``lr=0.1``; also ``rescale_grad`` (factor on the sum, default
+            1) and ``clip_gradient`` (bound on each element after rescaling).
+
+    Raises:
+        ArgumentError: not modules, nothing to train, or replicas whose parameters differ in name.
+        ValueMismatchError: replicas whose parameters differ in shape or dtype.
+        KeyExistsError: the store has a parameter's key; give another ``prefix``, or delete the key.
+        OptimizerError: unknown optimizer or number; or the store has another optimizer, or other numbers:
+            a store has one optimizer for all its keys.
+
+    The gradient is the **sum** over replicas and workers. Where each replica's loss is the mean over its
+    part of the batch, ``rescale_grad=1 / (number of replicas and workers)`` gives the mean over the batch.
+    Sparse gradients (``nn.Embedding(sparse=True)``) update only their rows if the store updates.
+
+    >>> import torch, tensorkv
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> trainer = Trainer(model, tensorkv.create(), "sgd", lr=0.5)
+    >>> before = model.weight.tolist()[0]
+    >>> model(torch.tensor([[1.0, 2.0]])).sum().backward()
+    >>> trainer.step()
+    >>> [round(b - a, 3) for a, b in zip(model.weight.tolist()[0], before)]
+    [0.5, 1.0]
+    """
+
+    def __init__(
+        self,
+        model_or_replicas: Any,
+        kv: KVStore,
+        optimizer: Any = "sgd",
+        *,
+        prefix: str = "",
+        update_on_store: bool = True,
+        **numbers: Any,
+    ) -> None:
+        if not isinstance(kv, KVStore):
+            raise ArgumentError(f"Trainer: kv is a {type(kv).__name__}; expected a KVStore, from tensorkv.create()")
+        if not isinstance(prefix, str):
+            raise ArgumentError(f"Trainer: prefix is {prefix!r}; expected a str")
+        self._prefix = prefix
+        self._params = _aligned(_replicas(model_or_replicas), prefix)
+        self._update: _StoreUpdate | _WorkerUpdate
+        kind = _StoreUpdate if update_on_store else _WorkerUpdate
+        self._update = kind(kv, optimizer, numbers, self._params)
+        _broadcast(kv, self._params, {key: params[0].detach() for key, params in self._params.items()})
+        self._update.start()
+
+    def step(self) -> None:
+        """Push each parameter's gradients, summed over replicas, and update every replica.
+
+        Call it after ``backward`` on every replica. A parameter without a gradient in any replica is not
+        pushed and does not move; where only some replicas have one, the others count as nothing.
+        Gradients stay until ``zero_grad``.
+
+        Raises:
+            As ``KVStore.pushpull``; no parameter has changed then.
+
+        Limits: all workers of a synchronous store must have gradients for the same parameters.
+        """
+        self._update.step({k: params for k, params in self._params.items() if any(p.grad is not None for p in params)})
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of every replica's trained parameters.
+
+        Args:
+            set_to_none: False fills gradients with zeros, which the next ``step`` pushes like any other.
+        """
+        for params in self._params.values():
+            for param in params:
+                if set_to_none:
+                    param.grad = None
+                elif param.grad is not None:
+                    param.grad = param.grad.detach_().zero_()
+
+    @property
+    def keys(self) -> list[str]:
+        """The store's keys of the trained parameters, in the order they are pushed.
+
+        >>> import torch, tensorkv
+        >>> kv = tensorkv.create()
+        >>> trainer = Trainer(torch.nn.Linear(2, 1), kv, lr=0.1, prefix="net.")
+        >>> trainer.keys
+        ['net.weight', 'net.bias']
+        >>> kv.set_hyperparameters("net.bias", lr=0.2)  # for this parameter alone
+        """
+        return list(self._params)
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Each replica's optimizer; empty if the store updates."""
+        return list(self._update.optimizers)
+
+    @property
+    def learning_rate(self) -> float:
+        """The optimizer's ``lr``. Setting it counts for every key of the store, or every parameter group.
+
+        Raises:
+            OptimizerError: set to something else than a finite number of at least 0.
+
+        >>> import torch, tensorkv
+        >>> trainer = Trainer(torch.nn.Linear(2, 1), tensorkv.create(), lr=0.1)
+        >>> trainer.learning_rate /= 10
+        >>> trainer.learning_rate
+        0.01
+        """
+        return self._update.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, lr: float) -> None:
+        if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 <= lr < math.inf:
+            raise OptimizerError(f"learning_rate is {lr!r}; expected a finite number of at least 0")
+        self._update.learning_rate = lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of the trained weights, the optimizer's numbers and its state.
+
+        Returns:
+            Plain tensors, numbers and str in dicts, under the parameters' names without prefix;
+            ``torch.load(weights_only=True)`` reads what ``torch.save`` made of it.
+
+        Limits: frozen parameters and buffers are in ``model.state_dict()``. If the store updates, its
+        optimizer state passes through a temporary directory, which must have room for it.
+
+        >>> import torch, tensorkv
+        >>> trainer = Trainer(torch.nn.Linear(2, 1), tensorkv.create(), "adam", lr=0.1)
+        >>> sorted(trainer.state_dict())
+        ['optimizer', 'state', 'update_on_store', 'weights']
+        """
+        state = self._update.state()
+        return {name: self._unprefixed(value) if name != "optimizer" else value for name, value in state.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Become what ``state_dict`` returned; a training that goes on from it gives the same bits.
+
+        Args:
+            state_dict: of a trainer with the same parameter names, shapes, dtypes and optimizer; its
+                prefix, number of replicas and devices may differ.
+
+        Raises:
+            CheckpointError: not such a state, or one of other parameters or of another optimizer.
+            Nothing has changed then.
+
+        Limits: if the store updates, the keys are deleted and initialised again (their versions start at
+        0); no other thread or worker may push to them meanwhile. Their state is then the loaded one, and
+        the optimizer's numbers count for the whole store.
+        """
+        if not isinstance(state_dict, Mapping) or state_dict.get("update_on_store") is not self._update.on_store:
+            raise CheckpointError(f"load_state_dict: no state of a Trainer with update_on_store={self._update.on_store}")
+        missing = {"weights", "state", "optimizer"} - set(state_dict)
+        if missing or not all(isinstance(state_dict[part], Mapping) for part in ("weights", "state", "optimizer")):
+            raise CheckpointError("load_state_dict: expected mappings as weights, state and optimizer")
+        weights = {self._prefix + name: weight for name, weight in state_dict["weights"].items()}
+        states = {self._prefix + name: state for name, state in state_dict["state"].items()}
+        _check_weights(self._params, weights)
+        self._update.load({"weights": weights, "state": states, "optimizer": state_dict["optimizer"]})
+
+    def _unprefixed(self, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key.removeprefix(self._prefix): each for key, each in value.items()}
+
+    def __repr__(self) -> str:
+        count = len(next(iter(self._params.values())))
+        where = "" if self._update.on_store else ", update_on_store=False"
+        return f"Trainer({len(self._params)} keys, {count} replica{'' if count == 1 else 's'}{where})"

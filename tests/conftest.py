@@ -1,0 +1,87 @@
+"""Fixtures for every test: array libraries, and a check that a test leaves no thread or descriptor behind."""
+
+import gc
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+# Before JAX starts: three CPU devices, so that parts can live on devices of their own.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "3")
+
+
+class NumpyLibrary:
+    name = "numpy"
+
+    def make(self, values, dtype="float32"):
+        return np.array(values, dtype)
+
+    def read(self, array):
+        assert type(array) is np.ndarray
+        return array.copy()
+
+
+class TorchLibrary:
+    name = "torch"
+
+    def make(self, values, dtype="float32"):
+        return torch.tensor(np.array(values).tolist(), dtype=getattr(torch, dtype))
+
+    def read(self, array):
+        assert type(array) is torch.Tensor
+        return array.detach().numpy().copy()
+
+
+class JaxLibrary:
+    name = "jax"
+
+    def make(self, values, dtype="float32"):
+        import jax.numpy as jnp
+
+        return jnp.array(values, dtype)
+
+    def read(self, array):
+        import jax
+
+        assert isinstance(array, jax.Array)
+        return np.array(array)
+
+
+LIBRARIES = {"numpy": NumpyLibrary(), "torch": TorchLibrary(), "jax": JaxLibrary()}
+
+
+@pytest.fixture(params=list(LIBRARIES))
+def library(request):
+    if request.param == "jax":
+        pytest.importorskip("jax")
+    return LIBRARIES[request.param]
+
+
+def _descriptors():
+    return set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
+
+
+@pytest.fixture(autouse=True)
+def no_leaks():
+    """Fail a test that leaves a thread of its own running or a file open."""
+    threads, descriptors = set(threading.enumerate()), _descriptors()
+    yield
+    left = [thread for thread in threading.enumerate() if thread not in threads and not thread.daemon]
+    for thread in left:
+        thread.join(timeout=5)
+    assert not [thread for thread in left if thread.is_alive()]
+    if len(_descriptors()) > len(descriptors):
+        gc.collect()
+    open_now = _descriptors() - descriptors
+    assert not [fd for fd in open_now if _is_file(fd)], "files left open"
+
+
+def _is_file(descriptor):
+    try:
+        target = os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        return False
+    # Libraries open what they need on first use (shared objects, /dev/shm of OpenMP); tests open paths.
+    return target.startswith("/") and not target.startswith(("/dev/", "/proc/", "/sys/", "/usr/", "/etc/"))

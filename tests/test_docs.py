@@ -1,0 +1,185 @@
+"""The documentation is true: its examples run, its links lead somewhere, and it names everything public."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import re
+import textwrap
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tensorkv
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = [path for name in ("*.md", "docs/*.md") for path in sorted(ROOT.glob(name))]
+NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
+# Taken at import, before other tests can register types of their own.
+TYPES = tensorkv.engines.names()
+
+_FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\S*)\s*$")
+_LINK = re.compile(r"(?<!!)\[[^\]]+\]\((?P<target>[^)\s]+)\)")
+_HEADING = re.compile(r"^#{1,6} +(?P<title>.+?) *$")
+_LANGUAGES = {"python", "console", "text", "json", "toml"}
+_OPTIONS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a Markdown file; ``line`` is the number of its first line of content."""
+
+    language: str
+    line: int
+    text: str
+
+
+def read_blocks(text: str) -> list[Block]:
+    """Return the fenced blocks of a Markdown text.
+
+    >>> read_blocks("a\\n```python\\nx = 1\\n```")
+    [Block(language='python', line=3, text='x = 1')]
+    """
+    blocks: list[Block] = []
+    start, language, indent, lines = 0, "", "", list[str]()
+    for number, line in enumerate(text.splitlines(), 1):
+        fence = _FENCE.match(line)
+        if not start and fence:
+            start, language, indent, lines = number + 1, fence["language"], fence["indent"], []
+        elif start and line == f"{indent}```":
+            blocks.append(Block(language, start, textwrap.dedent("\n".join(lines))))
+            start = 0
+        elif start:
+            lines.append(line)
+    assert not start, f"line {start - 1}: a fence that never ends"
+    return blocks
+
+
+def prose(text: str) -> str:
+    """Return a Markdown text with its fenced blocks blanked out, line for line."""
+    lines, inside = list[str](), False
+    for line in text.splitlines():
+        fence = _FENCE.match(line)
+        lines.append("" if inside or fence else line)
+        inside = inside != bool(fence)
+    return "\n".join(lines)
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors that the headings of a Markdown text get.
+
+    >>> sorted(anchors("# A `b`: c\\n## A `b`: c"))
+    ['a-b-c', 'a-b-c-1']
+    """
+    found: set[str] = set()
+    for line in prose(text).splitlines():
+        heading = _HEADING.match(line)
+        if not heading:
+            continue
+        slug = re.sub(r"[^\w\- ]", "", heading["title"].lower()).replace(" ", "-")
+        count = 0
+        while (f"{slug}-{count}" if count else slug) in found:
+            count += 1
+        found.add(f"{slug}-{count}" if count else slug)
+    return found
+
+
+def run_block(block: Block, file: str, namespace: dict[str, Any]) -> None:
+    """Run one Python block: as a doctest where it has prompts, else as a script."""
+    if not block.text.lstrip().startswith(">>>"):
+        # Blank lines in front make line numbers in tracebacks those of the Markdown file.
+        exec(compile("\n" * (block.line - 1) + block.text, file, "exec"), namespace)
+        return
+    test = doctest.DocTestParser().get_doctest(block.text, namespace, file, file, block.line - 1)
+    report: list[str] = []
+    doctest.DocTestRunner(optionflags=_OPTIONS).run(test, out=report.append, clear_globs=False)
+    namespace.update(test.globs)
+    assert not report, "".join(report)
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tensorkv.engines, "_factories", dict(tensorkv.engines._factories))
+    namespace: dict[str, Any] = {"__name__": "example"}
+    for block in read_blocks(path.read_text()):
+        if block.language == "python":
+            run_block(block, str(path), namespace)
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_blocks_are_of_a_known_kind(path: Path) -> None:
+    for block in read_blocks(path.read_text()):
+        assert block.language in _LANGUAGES, f"line {block.line - 1}: a block of {block.language or 'no language'}"
+        if block.language == "json":
+            json.loads(block.text)
+        elif block.language == "toml":
+            tomllib.loads(block.text)
+        elif block.language in ("console", "text"):
+            assert ">>>" not in block.text, f"line {block.line}: Python in a block that is not run"
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_links_lead_somewhere(path: Path) -> None:
+    text = path.read_text()
+    for link in _LINK.finditer(prose(text)):
+        target, _, anchor = link["target"].partition("#")
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        file = (path.parent / target).resolve() if target else path
+        assert file.is_relative_to(ROOT), f"{link[0]} leads out of the project"
+        assert file.exists(), f"{link[0]}: there is no {target}"
+        assert not anchor or anchor in anchors(file.read_text()), f"{link[0]}: {file.name} has no #{anchor}"
+
+
+def test_readme_is_short_and_starts_with_an_example() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 150
+    first = next(block for block in read_blocks(text) if block.language == "python")
+    assert first.line <= 25
+
+
+def test_every_document_is_reached_from_the_readme() -> None:
+    linked = {link["target"].partition("#")[0] for link in _LINK.finditer((ROOT / "README.md").read_text())}
+    assert linked.issuperset(name for name in NAMES if name.startswith("docs/"))
+
+
+@pytest.mark.parametrize("name", tensorkv.__all__)
+def test_docs_name_everything_public(name: str) -> None:
+    whole = "\n".join(path.read_text() for path in FILES if path.name != "CHANGELOG.md")
+    assert re.search(rf"\b{re.escape(name)}\b", whole), f"no document mentions {name}"
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_docs_name_every_type(name: str) -> None:
+    whole = "\n".join(path.read_text() for path in FILES if path.name != "CHANGELOG.md")
+    assert re.search(rf"\b{re.escape(name)}\b", whole), f"no document mentions the type {name}"
+
+
+def test_docs_name_every_method_of_the_store() -> None:
+    semantics = (ROOT / "docs" / "semantics.md").read_text()
+    methods = [name for name in dir(tensorkv.KVStore) if not name.startswith("_")]
+    assert [name for name in methods if not re.search(rf"\b{name}\b", semantics)] == []
+
+
+def test_docs_name_every_error() -> None:
+    semantics = (ROOT / "docs" / "semantics.md").read_text()
+    errors = [name for name in vars(tensorkv.errors) if name.endswith(("Error", "Warning"))]
+    assert [name for name in errors if name not in semantics] == []
+
+
+def test_every_module_is_in_the_architecture() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    source = ROOT / "src" / "tensorkv"
+    modules = [path.relative_to(source).as_posix() for path in source.rglob("*.py")]
+    assert [name for name in modules if f"`{name}`" not in text] == []
+
+
+def test_commands_in_the_docs_exist() -> None:
+    console = [block.text for path in FILES for block in read_blocks(path.read_text()) if block.language == "console"]
+    wanted = set(re.findall(r"^\$ make ([a-z-]+)", "\n".join(console), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert wanted <= targets

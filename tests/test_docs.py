@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import tensorkv
+from tensorkv import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [path for name in ("*.md", "docs/*.md") for path in sorted(ROOT.glob(name))]
@@ -25,7 +26,7 @@ _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\S*)\s*$")
 _LINK = re.compile(r"(?<!!)\[[^\]]+\]\((?P<target>[^)\s]+)\)")
 _HEADING = re.compile(r"^#{1,6} +(?P<title>.+?) *$")
 _LANGUAGES = {"python", "console", "text", "json", "toml"}
-_OPTIONS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
+_OPTIONS = doctest.ELLIPSIS
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Block:
 
 
 def read_blocks(text: str) -> list[Block]:
-    """Return the fenced blocks of a Markdown text.
+    r"""Return the fenced blocks of a Markdown text.
 
-    >>> read_blocks("a\\n```python\\nx = 1\\n```")
+    >>> read_blocks("a\n```python\nx = 1\n```")
     [Block(language='python', line=3, text='x = 1')]
     """
     blocks: list[Block] = []
@@ -69,9 +70,9 @@ def prose(text: str) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """Return the anchors that the headings of a Markdown text get.
+    r"""Return the anchors that the headings of a Markdown text get.
 
-    >>> sorted(anchors("# A `b`: c\\n## A `b`: c"))
+    >>> sorted(anchors("# A `b`: c\n## A `b`: c"))
     ['a-b-c', 'a-b-c-1']
     """
     found: set[str] = set()
@@ -178,8 +179,18 @@ def test_every_module_is_in_the_architecture() -> None:
     assert [name for name in modules if f"`{name}`" not in text] == []
 
 
-def test_commands_in_the_docs_exist() -> None:
+def commands(program: str) -> set[str]:
+    """Return the first arguments with which the console blocks call a program."""
     console = [block.text for path in FILES for block in read_blocks(path.read_text()) if block.language == "console"]
-    wanted = set(re.findall(r"^\$ make ([a-z-]+)", "\n".join(console), re.MULTILINE))
+    return set(re.findall(rf"^\$ {program} ([a-z-]+)", "\n".join(console), re.MULTILINE))
+
+
+def test_make_targets_in_the_docs_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert wanted <= targets
+    assert {"demo", "test"} <= commands("make") <= targets
+
+
+def test_commands_in_the_docs_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in sorted(commands("tensorkv")):
+        assert cli.main([command, "--help"]) == 0
+        assert f"tensorkv {command}" in capsys.readouterr().out

@@ -21,10 +21,8 @@ from typing import Any
 import safetensors.torch
 
 from . import manifest
-from .entry import Entry
-from .errors import CheckpointError, quote
+from .errors import CheckpointError
 from .manifest import Contents, Kind, Tensors
-from .optim import Key
 from .shard import Shard
 
 FORMAT = "tensorkv-checkpoint"
@@ -59,25 +57,12 @@ def load(shard: Shard, path: str, kind: Kind) -> None:
         raise CheckpointError(f"{path}: holds {contents.kind}, expected {kind}; save and load with the same pair")
     with shard.frozen() as (held, _), _naming(path):
         if kind == "optimizer-states":
-            _check_held(contents.entries, {entry.key: entry for entry in held})
+            manifest.check_held(contents, {entry.key: entry for entry in held})
         manifest.check_states(contents)
         if kind == "optimizer-states":
             shard.restore_states(contents.entries, contents.rule)
         else:
             shard.restore(contents.entries, contents.rule)
-
-
-def _check_held(entries: list[Entry], held: dict[Key, Entry]) -> None:
-    for saved in entries:
-        mine = held.get(saved.key)
-        if mine is None:
-            raise CheckpointError(f"has state of {quote(saved.key)}, which is not in the store")
-        if (mine.spec.shape, mine.spec.dtype, mine.spec.is_table) != (
-            saved.spec.shape,
-            saved.spec.dtype,
-            saved.spec.is_table,
-        ):
-            raise CheckpointError(f"{quote(saved.key)} was {saved.info()}, in the store it is {mine.info()}")
 
 
 # ---------------------------------------------------------------- files

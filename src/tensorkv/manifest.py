@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,8 +16,8 @@ import torch
 from . import arrays
 from .entry import Entry, KeySpec
 from .errors import CheckpointError, OptimizerError, TensorKVError, quote
-from .keys import check_key
-from .optim import Key, OptimizerSpec, State
+from .keys import Key, check_key
+from .optim import OptimizerSpec, State
 from .rules import Assign, CallUpdater, Rule, StepOptimizer
 from .table import Table
 
@@ -121,11 +121,21 @@ def restore(body: Any, tensors: Tensors) -> Contents:
         raise CheckpointError(str(error)) from None
 
 
+def check_held(contents: Contents, held: Mapping[Key, Entry]) -> None:
+    """Raise CheckpointError if the entries are not of keys that are held, in shape and dtype."""
+    for saved in contents.entries:
+        mine = held.get(saved.key)
+        if mine is None:
+            raise CheckpointError(f"has state of {quote(saved.key)}, which is not in the store")
+        if replace(mine.spec, origin=saved.spec.origin) != saved.spec:
+            raise CheckpointError(f"{quote(saved.key)} was {saved.info()}, in the store it is {mine.info()}")
+
+
 def check_states(contents: Contents) -> None:
     """Raise CheckpointError if the optimizer could not go on from the states.
 
     This makes tensors of the keys' shapes, so for optimizer states alone, which come without values to
-    prove their shapes, compare with the store first.
+    prove their shapes, call ``check_held`` first.
     """
     for entry in contents.entries:
         value, state = entry.value, entry.state

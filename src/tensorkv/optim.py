@@ -7,9 +7,10 @@ to a server or lie in a checkpoint without anything being unpickled.
 from __future__ import annotations
 
 import inspect
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from . import arrays
 from .errors import OptimizerError, quote, suggestion
 from .keys import Key
 from .rows import Rows
-from .table import Table
+from .table import Columns, Table, fill_with
 
 State = dict[str, torch.Tensor]
 
@@ -43,7 +44,8 @@ CLASSES: dict[str, str] = {
     ]
     if hasattr(torch.optim, name)
 }
-# Those that treat each element alone, and so can update some rows and leave the others.
+# Those that treat each element alone, and so can update some rows and leave the others. The rest take
+# no complex numbers either, and divide by the number of elements.
 ROWWISE = frozenset(CLASSES) - {"adafactor", "muon"}
 _FUSED = frozenset({"sgd", "adam", "adamw", "adagrad"})
 # How a step is computed is the store's business, not a hyperparameter.
@@ -121,18 +123,22 @@ def spec(optimizer: Any, numbers: Mapping[str, Any]) -> OptimizerSpec:
     """
     name = _name(optimizer)
     numbers = dict(numbers)
-    rescale = numbers.pop("rescale_grad", 1.0)
-    clip = numbers.pop("clip_gradient", None)
+    rescale = _own(numbers.pop("rescale_grad", 1.0))
+    clip = _own(numbers.pop("clip_gradient", None))
     if not _is_finite(rescale):
         raise OptimizerError(f"rescale_grad is {rescale!r}; expected a finite number, such as 1 / batch_size")
     if clip is not None and not (_is_finite(clip) and clip > 0):
         raise OptimizerError(f"clip_gradient is {clip!r}; expected a number above 0, or None for no bound")
-    given = check_numbers(name, numbers)
-    return OptimizerSpec(name, {**_defaults(name), **given}, float(rescale), None if clip is None else float(clip))
+    whole = {**_defaults(name), **check_numbers(name, numbers)}
+    initial_state(name, tuple(whole.items()))
+    return OptimizerSpec(name, whole, float(rescale), None if clip is None else float(clip))
 
 
 def check_numbers(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the numbers as plain Python values, or raise OptimizerError."""
+    """Return the numbers as plain Python values, or raise OptimizerError.
+
+    Each is checked for itself; ``Optimizer`` checks that they are in range and go together.
+    """
     known = _defaults(name)
     plain: dict[str, Any] = {}
     for word, number in numbers.items():
@@ -141,12 +147,29 @@ def check_numbers(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
             raise OptimizerError(
                 f"{name} has no {quote(word)}{near or suggestion(word, known)}; it has {', '.join(known)}"
             )
-        plain[word] = _plain(name, word, number)
-    try:
-        _new(name, [_probe(name)], {**known, **plain})
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise OptimizerError(f"{name}: {error}") from None
+        try:
+            plain[word] = _plain(number, known[word])
+        except ValueError as error:
+            raise OptimizerError(f"{name}: {word} is {number!r}; expected {error}") from None
     return plain
+
+
+@lru_cache(maxsize=1024)
+def initial_state(name: str, numbers: tuple[tuple[str, Any], ...]) -> dict[str, float]:
+    """Return what the state of an element holds before its first gradient: the state after one of zero.
+
+    Raises:
+        OptimizerError: numbers out of range, or that do not go together.
+    """
+    probe = torch.zeros((2, 1) if name == "muon" else (2,), dtype=torch.float64, device="cpu")
+    try:
+        optimizer = _new(name, [probe], dict(numbers))
+        probe.grad = torch.zeros_like(probe)
+        optimizer.step()
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise OptimizerError(f"{name}: {error}") from None
+    state = {word: tensor for word, tensor in optimizer.state[probe].items() if tensor is not None}
+    return {word: float(tensor.flatten()[0]) for word, tensor in state.items() if tensor.shape == probe.shape}
 
 
 def _name(optimizer: Any) -> str:
@@ -169,24 +192,28 @@ def _defaults(name: str) -> dict[str, Any]:
     return {word: p.default for word, p in parameters.items() if word not in _NOT_NUMBERS}
 
 
+def _own(number: Any) -> Any:
+    """Return NumPy's numbers as Python's."""
+    return number.item() if isinstance(number, np.generic) else number
+
+
 def _is_finite(number: Any) -> bool:
-    return isinstance(number, int | float | np.number) and not isinstance(number, bool) and math.isfinite(number)
+    return isinstance(number, int | float) and not isinstance(number, bool) and abs(number) <= sys.float_info.max
 
 
-def _plain(name: str, word: str, number: Any) -> Any:
-    if isinstance(number, np.generic):
-        number = number.item()
-    if number is None or isinstance(number, bool | str | int):
-        return number
-    if isinstance(number, float) and math.isfinite(number):
-        return number
-    if isinstance(number, list | tuple):
-        return tuple(_plain(name, word, each) for each in number)
-    raise OptimizerError(f"{name}: {word} is {number!r}; expected a finite number")
-
-
-def _probe(name: str) -> torch.Tensor:
-    return torch.zeros(2, 1) if name == "muon" else torch.zeros(2)
+def _plain(number: Any, default: Any) -> Any:
+    """Return a number as Python's own if it is like the default; else raise ValueError with what is expected."""
+    number = _own(number)
+    if isinstance(default, tuple):
+        if not isinstance(number, list | tuple) or len(number) != len(default):
+            raise ValueError(f"{len(default)} numbers")
+        return tuple(_plain(each, own) for each, own in zip(number, default, strict=True))
+    if isinstance(default, bool):
+        if not isinstance(number, bool):
+            raise ValueError("True or False")
+    elif not _is_finite(number) and (default is not None or not isinstance(number, str | None)):
+        raise ValueError("a finite number")
+    return number
 
 
 def _new(name: str, params: list[torch.Tensor], numbers: Mapping[str, Any], **how: Any) -> torch.optim.Optimizer:
@@ -204,7 +231,10 @@ class Optimizer:
     def __init__(self, spec: OptimizerSpec) -> None:
         self.spec = spec
         self._runners: dict[bool, torch.optim.Optimizer] = {}
-        self._fills = self._probe_fills()
+        self._fills = initial_state(spec.name, tuple(spec.numbers.items()))
+        self._own_fills = {
+            key: initial_state(spec.name, tuple({**spec.numbers, **own}.items())) for key, own in spec.overrides.items()
+        }
 
     def check(self, key: Key, value: torch.Tensor | Table, *, by_rows: bool) -> None:
         """Raise OptimizerError if this optimizer cannot update such a value."""
@@ -213,6 +243,10 @@ class Optimizer:
             raise OptimizerError(
                 f"{quote(key)} is {arrays.dtype_name(value.dtype)}, and {name} updates floating-point values only; "
                 "keep counters in a store without an optimizer"
+            )
+        if value.dtype.is_complex and name not in ROWWISE:
+            raise OptimizerError(
+                f"{quote(key)} is {arrays.dtype_name(value.dtype)}, and {name} updates real values only"
             )
         if by_rows and name not in ROWWISE:
             raise OptimizerError(f"{name} needs whole gradients, and {quote(key)} was pushed as Rows")
@@ -233,8 +267,10 @@ class Optimizer:
         """
         groups: dict[tuple[Any, ...], list[int]] = {}
         for index, (key, value, state) in enumerate(zip(keys, values, states, strict=True)):
+            if not value.numel() and self.spec.name not in ROWWISE:
+                continue
             if state:
-                self._complete(state, value)
+                self._complete(key, state, value)
             own = key if key in self.spec.overrides else None
             fused = self.spec.name in _FUSED and value.is_floating_point() and value.numel() > 0
             # torch's fused kernels take either all new or no new parameters.
@@ -254,14 +290,14 @@ class Optimizer:
         Counters in the state, such as Adam's step, are the key's, as in torch.optim.SparseAdam.
         """
         ids = rows.ids
-        columns = _Columns(value, state)
+        columns, fills = Columns(value, state), self._fills_of(key)
         picked = columns.read_value(ids)
         held: State = {name: columns.read(name, ids) for name in columns.names()}
         held.update({name: tensor for name, tensor in state.items() if name not in held})
         self.step([key], [picked], [rows.values], [held])
         for name, tensor in held.items():
-            if tensor.shape == picked.shape and name in self._fills:
-                columns.write(name, ids, tensor, self._fills[name])
+            if tensor.shape == picked.shape and name in fills:
+                columns.write(name, ids, tensor, fills[name])
             else:
                 state[name] = tensor
         columns.write_value(ids, picked)
@@ -277,7 +313,8 @@ class Optimizer:
         if self.spec.clip_gradient is not None:
             real = torch.view_as_real(grad) if grad.is_complex() else grad
             real.clamp_(-self.spec.clip_gradient, self.spec.clip_gradient)
-        return grad
+        # torch's fused CPU kernels read memory in order, whatever the strides.
+        return grad.contiguous()
 
     def _run(
         self,
@@ -311,7 +348,8 @@ class Optimizer:
     def _runner(self, fused: bool) -> torch.optim.Optimizer:
         if fused not in self._runners:
             how = {"fused": True} if fused else {"foreach": False} if self.spec.name != "muon" else {}
-            self._runners[fused] = _new(self.spec.name, [_probe(self.spec.name)], self.spec.numbers, **how)
+            anything = torch.zeros((2, 1), device="cpu")
+            self._runners[fused] = _new(self.spec.name, [anything], self.spec.numbers, **how)
         return self._runners[fused]
 
     def check_state(self, key: Key, value: torch.Tensor | Table, state: State) -> None:
@@ -322,7 +360,7 @@ class Optimizer:
         shape = torch.Size((2,)) if isinstance(value, Table) else value.shape
         expected = self._state_like(shape, value.dtype)
         for name in expected:
-            if name not in state and name not in columns and name not in self._fills:
+            if name not in state and name not in columns and name not in self._fills_of(key):
                 raise OptimizerError(f"{quote(key)}: the state of {self.spec.name} lacks {quote(name)}")
         for name, tensor in state.items():
             wanted = expected.get(name, tensor.new_empty(shape, dtype=value.dtype, device="meta"))
@@ -335,58 +373,21 @@ class Optimizer:
     def _state_like(self, shape: torch.Size, dtype: torch.dtype) -> State:
         """Return a state of the right names, shapes and dtypes; the numbers in it mean nothing."""
         whole = self.spec.name not in ROWWISE
-        probe, state = torch.zeros(shape if whole else 2, dtype=dtype), State()
+        if whole and not shape.numel():
+            return {}
+        probe, state = torch.zeros(shape if whole else 2, dtype=dtype, device="cpu"), State()
         self._run(self.spec.numbers, [probe], [torch.zeros_like(probe)], [state], fused=False)
         if whole:
             return state
         columns = {n: t.new_empty(shape, device="meta") for n, t in state.items() if t.shape == probe.shape}
         return {**state, **columns}
 
-    def _probe_fills(self) -> dict[str, float]:
-        """What the state of a row holds before its first gradient: the state after a gradient of zero."""
-        fills: dict[str, float] = {}
-        for numbers in ({}, *self.spec.overrides.values()):
-            probe, state = _probe(self.spec.name), State()
-            self._run({**self.spec.numbers, **numbers}, [probe], [torch.zeros_like(probe)], [state], fused=False)
-            fills.update({name: float(t.flatten()[0]) for name, t in state.items() if t.shape == probe.shape})
-        return fills
+    def _fills_of(self, key: Key) -> dict[str, float]:
+        return self._own_fills.get(key, self._fills)
 
-    def _complete(self, state: State, value: torch.Tensor) -> None:
+    def _complete(self, key: Key, state: State, value: torch.Tensor) -> None:
         """Add what a change of numbers (amsgrad, centered, momentum) newly asks of an old state."""
-        for name, fill in self._fills.items():
-            if name not in state and self.spec.name in ROWWISE:
-                state[name] = torch.full_like(value, fill)
-
-
-class _Columns:
-    """The rows of a value and of its state, the same for a dense tensor and for a Table."""
-
-    def __init__(self, value: torch.Tensor | Table, state: State) -> None:
-        self._value = value
-        self._state = state
-
-    def names(self) -> list[str]:
-        if isinstance(self._value, Table):
-            return self._value.columns
-        return [name for name, tensor in self._state.items() if tensor.shape == self._value.shape]
-
-    def read_value(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._value.read(ids) if isinstance(self._value, Table) else self._value[ids]
-
-    def write_value(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
-        if isinstance(self._value, Table):
-            self._value.write(ids, rows)
-        else:
-            self._value[ids] = rows
-
-    def read(self, name: str, ids: torch.Tensor) -> torch.Tensor:
-        return self._value.read(ids, name) if isinstance(self._value, Table) else self._state[name][ids]
-
-    def write(self, name: str, ids: torch.Tensor, rows: torch.Tensor, fill: float) -> None:
-        if isinstance(self._value, Table):
-            self._value.add_column(name, rows.dtype, fill)
-            self._value.write(ids, rows, name)
-        else:
-            if name not in self._state:
-                self._state[name] = torch.full_like(self._value, fill)
-            self._state[name][ids] = rows
+        if self.spec.name in ROWWISE:
+            for name, fill in self._fills_of(key).items():
+                if name not in state:
+                    state[name] = fill_with(torch.empty_like(value), fill)

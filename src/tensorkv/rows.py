@@ -155,11 +155,12 @@ def merge(parts: list[Rows], dtype: torch.dtype | None = None) -> Rows:
     ids = torch.cat([part.ids.to(first.device) for part in parts])
     values = torch.cat([arrays.signed(part.values.to(first.device, wide)) for part in parts])
     unique, places = torch.unique(ids, return_inverse=True)
-    merged = values.new_zeros((len(unique), *values.shape[1:]))
-    if len(unique) == len(ids):
-        merged[places] = values
-    else:
-        merged.index_add_(0, places, values)
+    order = torch.arange(len(ids), device=ids.device)
+    first = torch.empty_like(unique).scatter_reduce_(0, places, order, "amin", include_self=False)
+    merged = values[first]
+    if len(unique) < len(ids):
+        again = first[places] != order
+        merged.index_add_(0, places[again], values[again])
     return _unchecked(unique, merged.view(wide).to(dtype), parts[0].num_rows)
 
 
@@ -171,7 +172,7 @@ def take_ids(row_ids: Any, num_rows: int) -> torch.Tensor:
         ValueMismatchError: an id outside ``[0, num_rows)``.
     """
     if isinstance(row_ids, list | tuple | range) and all(type(x) is int for x in row_ids):
-        row_ids = torch.tensor(list(row_ids), dtype=torch.int64)
+        row_ids = torch.tensor(list(row_ids), dtype=torch.int64, device="cpu")
     ids = _take_part(row_ids, "row_ids")
     if arrays.family(ids.dtype) != "int" or ids.dtype is torch.uint64:
         raise ArrayTypeError(f"row_ids have dtype {arrays.dtype_name(ids.dtype)}; expected integers")

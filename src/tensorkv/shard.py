@@ -30,6 +30,7 @@ from .errors import (
 )
 from .keys import Key
 from .optim import OptimizerSpec, check_numbers
+from .plan import Plans
 from .rows import Rows
 from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater
 from .table import Table
@@ -56,6 +57,7 @@ class Shard:
         self._nonfinite = nonfinite
         self.nonfinite_counts = {"raised": 0, "skipped": 0}
         self._rule: Rule = Assign()
+        self._plans = Plans()
         self._lock = threading.RLock()
         self._in_order: Callable[[Sequence[Entry]], AbstractContextManager[Any]]
         self._in_order = _cuda_order if on_device else nullcontext
@@ -93,6 +95,30 @@ class Shard:
             self._push(batch)
             self._pull(batch.keys, outs)
 
+    def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
+        """Push raw values and fill raw outs of many small keys at once, if there is a plan for such a call.
+
+        Args:
+            keys: as the caller gave them.
+            values, outs: the caller's lists of arrays; None for a pull or a push alone.
+
+        Returns:
+            Bytes moved per key, or None when nothing was done and the general way is to be taken.
+        """
+        with self._lock:
+            self._refuse_reentry()
+            if values is not None and not (isinstance(self._rule, Assign) and self._nonfinite == "pass"):
+                return None
+            plan = self._plans.find(keys, self._entries)
+            if plan is None:
+                return None
+            columns = [] if values is None else plan.columns(values)
+            targets = [] if outs is None else plan.targets(outs)
+            if columns is None or targets is None:
+                return None
+            plan.run(columns, targets)
+            return plan.moved(len(columns) + len(targets))
+
     def pull_rows(self, key: Key, ids: torch.Tensor) -> Rows:
         """Return copies of the rows of unique, sorted ids."""
         with self._lock:
@@ -109,6 +135,7 @@ class Shard:
             for key in keys:
                 self.entry("delete", key)
             for key in keys:
+                self._plans.forget(key)
                 del self._entries[key]
                 if self.optimizer is not None:
                     self.optimizer.overrides.pop(key, None)
@@ -197,6 +224,7 @@ class Shard:
             self._refuse_reentry()
             for entry in entries:
                 self._to_device(entry)
+            self._plans.clear()
             self._entries = {entry.key: entry for entry in entries}
             self._key_type = type(entries[0].key) if entries else None
             self._rule = self._rule if rule is None else rule
@@ -264,7 +292,7 @@ class Shard:
         entries = self._check_push(batch)
         parts: list[list[Any]] = batch.parts
         if self._on_device:
-            _move_to_parts(entries, parts)
+            self._move_to_parts(entries, parts)
         with self._in_order(entries):
             if self._nonfinite != "pass":
                 entries, parts = self._finite_sums(batch, entries)
@@ -328,6 +356,14 @@ class Shard:
             if isinstance(entry.value, Table):
                 entry.value.drop_columns()
 
+    def _move_to_parts(self, entries: Sequence[Entry], parts: Sequence[list[Any]]) -> None:
+        """Bring a CPU value to the GPU where its parts are, once: from then on it stays there."""
+        for entry, key_parts in zip(entries, parts, strict=True):
+            first = key_parts[0].values if isinstance(key_parts[0], Rows) else key_parts[0]
+            if first.is_cuda and entry.value.device.type == "cpu":
+                self._plans.forget(entry.key)
+                entry.move(first.device)
+
     def _to_device(self, entry: Entry) -> None:
         if self._on_device and isinstance(entry.spec.origin.device, torch.device):
             entry.move(entry.spec.origin.device)
@@ -360,14 +396,6 @@ def _merged(entry: Entry, parts: Sequence[Any]) -> Rows:
     device = entry.value.device
     moved = [part if part.values.device == device else part.to(device) for part in parts]
     return rows.merge(moved, entry.value.dtype)
-
-
-def _move_to_parts(entries: Sequence[Entry], parts: Sequence[list[Any]]) -> None:
-    """Bring a CPU value to the GPU where its parts are, once: from then on it stays there."""
-    for entry, key_parts in zip(entries, parts, strict=True):
-        first = key_parts[0].values if isinstance(key_parts[0], Rows) else key_parts[0]
-        if first.is_cuda and entry.value.device.type == "cpu":
-            entry.move(first.device)
 
 
 @contextmanager

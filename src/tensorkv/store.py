@@ -23,6 +23,7 @@ from .errors import (
 )
 from .keys import Key, is_key
 from .outs import GivenOuts, NewOuts
+from .plan import MANY
 from .rows import Rows, is_rows, take_ids, take_rows
 
 
@@ -113,6 +114,8 @@ class KVStore(StoreControl):
         array([2., 2.])
         """
         start = self._begin("push", priority)
+        if self._many("push", start, key, value, None):
+            return
         batch = _batch("push", key, value)
         self._engine.push(batch, priority)
         self._metrics.add("push", start, batch.keys, _nbytes(batch.parts))
@@ -150,6 +153,8 @@ class KVStore(StoreControl):
         (array([1.5, 2.5]), array([1.5, 2.5], dtype=float16))
         """
         start = self._begin("pull", priority)
+        if out is not None and like is None and self._many("pull", start, key, None, out):
+            return None
         outs: NewOuts | GivenOuts
         if out is None and not isinstance(key, Mapping):
             keys = keys_of("pull", key)
@@ -184,6 +189,8 @@ class KVStore(StoreControl):
         array([2., 2.])
         """
         start = self._begin("pushpull", priority)
+        if out is not None and self._many("pushpull", start, key, value, out):
+            return None
         batch = _batch("pushpull", key, value)
         specs = self._specs("pushpull", batch.keys)
         outs: NewOuts | GivenOuts
@@ -276,6 +283,15 @@ class KVStore(StoreControl):
         return None
 
     # ------------------------------------------------------------ inside
+
+    def _many(self, verb: str, start: float, key: Any, value: Any, out: Any) -> bool:
+        if type(key) is not list or len(key) < MANY or (value is None and verb != "pull"):
+            return False
+        moved = self._engine.many(key, value, out)
+        if moved is None:
+            return False
+        self._metrics.add(verb, start, key, moved)
+        return True
 
     def _specs(self, verb: str, keys: Sequence[Key]) -> list[KeySpec]:
         return [self._engine.spec(verb, key) for key in keys]

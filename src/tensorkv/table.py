@@ -33,8 +33,8 @@ class Table:
         self.row_shape = row_shape
         self.dtype = dtype
         self.device = torch.device(device)
-        self._ids = torch.empty(0, dtype=torch.int64)
-        self._places = torch.empty(0, dtype=torch.int64)
+        self._ids = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._places = torch.empty(0, dtype=torch.int64, device="cpu")
         self._columns: dict[str, torch.Tensor] = {}
         self._fills: dict[str, float] = {}
         self.add_column("", dtype, 0)
@@ -58,11 +58,12 @@ class Table:
         return len(self) * self.row_shape.numel() * self.dtype.itemsize
 
     def add_column(self, name: str, dtype: torch.dtype, fill: float) -> None:
-        """Hold one more row per id, ``fill`` everywhere; nothing if there is one of that name."""
+        """Hold one more row per id, ``fill`` everywhere (see ``fill_with``); nothing if the name is there."""
         if name in self._columns:
             return
         room = len(self._columns[""]) if self._columns else 0
-        self._columns[name] = torch.full((room, *self.row_shape), fill, dtype=dtype, device=self.device)
+        column = torch.empty((room, *self.row_shape), dtype=dtype, device=self.device)
+        self._columns[name] = fill_with(column, fill)
         self._fills[name] = fill
 
     def drop_columns(self) -> None:
@@ -72,11 +73,11 @@ class Table:
 
     def read(self, ids: torch.Tensor, column: str = "") -> torch.Tensor:
         """Return copies of rows, shape ``(n, *row_shape)``, in the order of ``ids``; absent ones hold the fill."""
-        source = arrays.signed(self._columns[column])
-        rows = torch.full((len(ids), *self.row_shape), self._fills[column], dtype=source.dtype, device=self.device)
+        source = self._columns[column]
+        rows = fill_with(source.new_empty((len(ids), *self.row_shape)), self._fills[column])
         held, places = self._find(ids)
-        rows[held] = source[places]
-        return rows.view(self._columns[column].dtype)
+        arrays.signed(rows)[held] = arrays.signed(source)[places]
+        return rows
 
     def write(self, ids: torch.Tensor, rows: torch.Tensor, column: str = "") -> None:
         """Replace rows; ids are unique, and those not held yet are added."""
@@ -108,7 +109,7 @@ class Table:
     def _find(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ids = ids.cpu()
         if not len(self._ids):
-            return torch.zeros(len(ids), dtype=torch.bool), self._places
+            return torch.zeros(len(ids), dtype=torch.bool, device=self.device), self._places.to(self.device)
         spots = torch.searchsorted(self._ids, ids).clamp_(max=len(self._ids) - 1)
         held = self._ids[spots] == ids
         return held.to(self.device), self._places[spots[held]].to(self.device)
@@ -121,7 +122,7 @@ class Table:
         count = len(self)
         self._grow(count + len(new))
         joined = torch.cat([self._ids, new])
-        places = torch.cat([self._places, torch.arange(count, count + len(new))])
+        places = torch.cat([self._places, torch.arange(count, count + len(new), device="cpu")])
         self._ids, order = torch.sort(joined)
         self._places = places[order]
 
@@ -132,6 +133,51 @@ class Table:
         larger = min(max(needed, room + room // 2, 16), self.num_rows)
         for name, column in self._columns.items():
             grown = column.new_empty((larger, *self.row_shape))
-            grown[:room] = column
-            arrays.signed(grown)[room:] = self._fills[name]
+            arrays.signed(grown)[:room] = arrays.signed(column)
+            fill_with(grown[room:], self._fills[name])
             self._columns[name] = grown
+
+
+class Columns:
+    """The rows of a value and of its state, the same for a dense tensor and for a Table."""
+
+    def __init__(self, value: torch.Tensor | Table, state: dict[str, torch.Tensor]) -> None:
+        self._value = value
+        self._state = state
+
+    def names(self) -> list[str]:
+        """Names of the states that have a row for each of the value's."""
+        if isinstance(self._value, Table):
+            return self._value.columns
+        return [name for name, tensor in self._state.items() if tensor.shape == self._value.shape]
+
+    def read_value(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return copies of the value's rows."""
+        return self._value.read(ids) if isinstance(self._value, Table) else self._value[ids]
+
+    def write_value(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """Replace rows of the value."""
+        if isinstance(self._value, Table):
+            self._value.write(ids, rows)
+        else:
+            self._value[ids] = rows
+
+    def read(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        """Return copies of a state's rows."""
+        return self._value.read(ids, name) if isinstance(self._value, Table) else self._state[name][ids]
+
+    def write(self, name: str, ids: torch.Tensor, rows: torch.Tensor, fill: float) -> None:
+        """Replace rows of a state, which begins as ``fill`` everywhere if it is new."""
+        if isinstance(self._value, Table):
+            self._value.add_column(name, rows.dtype, fill)
+            self._value.write(ids, rows, name)
+        else:
+            if name not in self._state:
+                self._state[name] = fill_with(torch.empty_like(self._value), fill)
+            self._state[name][ids] = rows
+
+
+def fill_with(tensor: torch.Tensor, number: float) -> torch.Tensor:
+    """Set every element, of complex ones both parts: so do torch's optimizers begin their state."""
+    (torch.view_as_real(tensor) if tensor.is_complex() else arrays.signed(tensor)).fill_(number)
+    return tensor

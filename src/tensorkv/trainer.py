@@ -1,29 +1,24 @@
 """Trainer: the gradients of PyTorch modules into a store, new weights out of it.
 
-A step is one ``pushpull``. Who updates is the only choice: the store (``_StoreUpdate``), or the replicas
-with optimizers of their own, the store only summing (``_WorkerUpdate``).
+Here is what users call and what replicas must have in common; ``updates`` has the step itself.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import arrays, checkpoint, manifest, optim
-from .errors import ArgumentError, CheckpointError, OptimizerError, ValueMismatchError, quote, suggestion
-from .optim import OptimizerSpec
-from .rules import StepOptimizer
+from . import arrays
+from .errors import ArgumentError, CheckpointError, OptimizerError, ValueMismatchError, quote
 from .store import KVStore
+from .updates import Params, StoreUpdate, WorkerUpdate, broadcast
 
-# By key, the parameter of every replica.
-Params = dict[str, list[nn.Parameter]]
+# What of a state is told by key: weights, optimizer state, and numbers that are a key's own.
+_BY_KEY = ("weights", "state", "overrides")
 
 
 class Trainer:
@@ -80,10 +75,10 @@ class Trainer:
             raise ArgumentError(f"Trainer: prefix is {prefix!r}; expected a str")
         self._prefix = prefix
         self._params = _aligned(_replicas(model_or_replicas), prefix)
-        self._update: _StoreUpdate | _WorkerUpdate
-        kind = _StoreUpdate if update_on_store else _WorkerUpdate
+        self._update: StoreUpdate | WorkerUpdate
+        kind = StoreUpdate if update_on_store else WorkerUpdate
         self._update = kind(kv, optimizer, numbers, self._params)
-        _broadcast(kv, self._params, {key: params[0].detach() for key, params in self._params.items()})
+        broadcast(kv, self._params, {key: params[0].detach() for key, params in self._params.items()})
         self._update.start()
 
     def step(self) -> None:
@@ -165,10 +160,12 @@ class Trainer:
         >>> import torch, tensorkv
         >>> trainer = Trainer(torch.nn.Linear(2, 1), tensorkv.create(), "adam", lr=0.1)
         >>> sorted(trainer.state_dict())
-        ['optimizer', 'state', 'update_on_store', 'weights']
+        ['optimizer', 'overrides', 'state', 'update_on_store', 'weights']
         """
-        state = self._update.state()
-        return {name: self._unprefixed(value) if name != "optimizer" else value for name, value in state.items()}
+        state: dict[str, Any] = {"update_on_store": self._update.on_store, **self._update.state()}
+        for part in _BY_KEY:
+            state[part] = {key.removeprefix(self._prefix): each for key, each in state[part].items()}
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Become what ``state_dict`` returned; a training that goes on from it gives the same bits.
@@ -186,21 +183,79 @@ class Trainer:
         the optimizer's numbers count for the whole store.
         """
         if not isinstance(state_dict, Mapping) or state_dict.get("update_on_store") is not self._update.on_store:
-            raise CheckpointError(f"load_state_dict: no state of a Trainer with update_on_store={self._update.on_store}")
-        missing = {"weights", "state", "optimizer"} - set(state_dict)
-        if missing or not all(isinstance(state_dict[part], Mapping) for part in ("weights", "state", "optimizer")):
-            raise CheckpointError("load_state_dict: expected mappings as weights, state and optimizer")
-        weights = {self._prefix + name: weight for name, weight in state_dict["weights"].items()}
-        states = {self._prefix + name: state for name, state in state_dict["state"].items()}
-        _check_weights(self._params, weights)
-        self._update.load({"weights": weights, "state": states, "optimizer": state_dict["optimizer"]})
-
-    def _unprefixed(self, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {key.removeprefix(self._prefix): each for key, each in value.items()}
+            raise CheckpointError(
+                f"load_state_dict: not the state of a Trainer with update_on_store={self._update.on_store}"
+            )
+        state: dict[str, Any] = {part: state_dict.get(part) for part in (*_BY_KEY, "optimizer")}
+        for part, held in state.items():
+            if not isinstance(held, Mapping):
+                raise CheckpointError(f"load_state_dict: {part} is a {type(held).__name__}; expected a mapping")
+        for part in _BY_KEY:
+            state[part] = {f"{self._prefix}{name}": each for name, each in state[part].items()}
+        _check_weights(self._params, state["weights"])
+        self._update.load(state)
 
     def __repr__(self) -> str:
         count = len(next(iter(self._params.values())))
         where = "" if self._update.on_store else ", update_on_store=False"
         return f"Trainer({len(self._params)} keys, {count} replica{'' if count == 1 else 's'}{where})"
+
+
+def _replicas(given: Any) -> list[nn.Module]:
+    replicas = list(given) if isinstance(given, list | tuple) else [given]
+    if not replicas:
+        raise ArgumentError("Trainer: got an empty list; expected an nn.Module or a list of replicas")
+    for index, replica in enumerate(replicas):
+        if not isinstance(replica, nn.Module):
+            raise ArgumentError(f"Trainer: replica {index} is a {type(replica).__name__}; expected an nn.Module")
+    return replicas
+
+
+def _aligned(replicas: list[nn.Module], prefix: str) -> Params:
+    """Return by key the trained parameter of every replica; raise if replicas differ."""
+    first, *others = [dict(replica.named_parameters()) for replica in replicas]
+    seen = {id(param) for param in first.values()}
+    for index, other in enumerate(others, start=1):
+        for name in [*first, *other]:
+            if name not in first or name not in other:
+                has, lacks = (0, index) if name in first else (index, 0)
+                raise ArgumentError(
+                    f"Trainer: replica {has} has a parameter {quote(name)}, replica {lacks} does not; "
+                    "make replicas with copy.deepcopy"
+                )
+            if id(other[name]) in seen:
+                raise ArgumentError(
+                    f"Trainer: {quote(name)} of replica {index} is the parameter of another replica; "
+                    "make replicas with copy.deepcopy"
+                )
+            if _facts(other[name]) != _facts(first[name]):
+                raise ValueMismatchError(
+                    f"Trainer: {quote(name)} is {_facts(other[name])} in replica {index}, "
+                    f"in replica 0 it is {_facts(first[name])}"
+                )
+        seen.update(map(id, other.values()))
+    trained = [name for name, param in first.items() if param.requires_grad]
+    if not trained:
+        raise ArgumentError("Trainer: no parameter requires a gradient; there is nothing to train")
+    for name in trained:
+        if nn.parameter.is_lazy(first[name]):
+            raise ArgumentError(f"Trainer: {quote(name)} has no shape yet; run the lazy module once first")
+    return {prefix + name: [first[name], *(other[name] for other in others)] for name in trained}
+
+
+def _facts(param: nn.Parameter) -> str:
+    shape = "without shape" if nn.parameter.is_lazy(param) else str(tuple(param.shape))
+    return f"{arrays.dtype_name(param.dtype)} {shape}, {'trained' if param.requires_grad else 'frozen'}"
+
+
+def _check_weights(params: Params, weights: dict[str, Any]) -> None:
+    for key in [*params, *weights]:
+        if key not in weights or key not in params:
+            where = "the state" if key in weights else "this trainer"
+            raise CheckpointError(f"load_state_dict: only {where} has a parameter for the key {quote(key)}")
+        weight, param = weights[key], params[key][0]
+        if not isinstance(weight, torch.Tensor) or weight.shape != param.shape or weight.dtype is not param.dtype:
+            came = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, torch.Tensor) else repr(weight)
+            raise CheckpointError(
+                f"load_state_dict: the weight of {quote(key)} is {came}, expected {param.dtype} {tuple(param.shape)}"
+            )

@@ -60,6 +60,13 @@ class Engine(Protocol):
     def pushpull(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]], priority: int) -> None:
         """Push, then pull the same keys, in one trip."""
 
+    def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
+        """Do the work of a call on many small keys at once, from the caller's own lists of arrays.
+
+        Returns bytes moved per key, or None when nothing was done, as an engine may always do: the store
+        then goes the general way.
+        """
+
     def pull_rows(self, key: Key, ids: torch.Tensor) -> Rows:
         """Return copies of the rows of unique, sorted ids."""
 

@@ -46,6 +46,9 @@ class LocalEngine:
     def pushpull(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]], priority: int) -> None:
         self._shard.pushpull(batch, outs)
 
+    def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
+        return self._shard.many(keys, values, outs)
+
     def pull_rows(self, key: Key, ids: torch.Tensor) -> Rows:
         return self._shard.pull_rows(key, ids)
 

@@ -1,0 +1,292 @@
+"""The command line: ``tensorkv demo``, ``tensorkv tutorial``, ``tensorkv inspect``."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from . import __version__, demo, engines, inspection, optim, tutorial
+from .errors import TensorKVError, suggestion
+
+N = TypeVar("N", int, float)
+
+FAILURE = 1
+USAGE = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+PIPE_CLOSED = 141  # 128 + SIGPIPE
+
+# What the demo reaches with its own settings, with room to spare; other settings answer for themselves.
+MIN_ACCURACY = 0.96
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+    """
+    if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the terminal's encoding lacks is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    extra: str | None = None
+    try:
+        arguments = _parser().parse_args(argv)
+        extra = arguments.extra
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except SystemExit as stop:  # argparse, after a usage error or --help
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _discard_stdout()
+        return PIPE_CLOSED
+    except ModuleNotFoundError as error:
+        if extra is None:
+            raise
+        return _fail(f"{error}; install what is missing: pip install 'tensorkv[{extra}]'")
+    except (TensorKVError, OSError) as error:
+        return _fail(str(error))
+
+
+def _fail(message: str, status: int = FAILURE) -> int:
+    print(f"tensorkv: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _discard_stdout() -> None:
+    # Else the interpreter would flush into the closed pipe at exit, and complain.
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(_fail(f"{message} (see: {self.prog} --help)", USAGE))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="tensorkv",
+        description="A key-value store for tensors: write by summing, read by copying, update in the store.",
+        epilog="Each command has a --help of its own, with examples.\n"
+        "Exit status: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C.",
+    )
+    parser.add_argument("--version", action="version", version=f"tensorkv {__version__}")
+    parser.set_defaults(run=partial(_help, parser), extra=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_demo(commands)
+    _add_tutorial(commands)
+    _add_inspect(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="train a network on handwritten digits with several replicas, and plot it",
+        description="Train a small network on handwritten digits, data-parallel: every replica pushes the\n"
+        "gradient of its share of a batch, the store sums them and steps the optimizer, and every\n"
+        "replica pulls the new weights. Then train once more with one replica on whole batches, and\n"
+        "plot both: the curves coincide. Takes some seconds; the digits come with scikit-learn.",
+        epilog="examples:\n"
+        "  tensorkv demo\n"
+        "  tensorkv demo --replicas 8 --store device --out eight.png\n"
+        "  tensorkv demo --optimizer sgd --lr 0.1 --epochs 40 --min-accuracy 0.95\n\n"
+        "The last line of the output names the PNG. Needs: pip install 'tensorkv[examples]'",
+    )
+    own = demo.Settings()
+    rates = ", ".join(f"{lr} for {name}" for name, lr in demo.LEARNING_RATES.items())
+    add = parser.add_argument
+    add("--replicas", type=_positive, default=own.replicas, metavar="N", help="copies of the network (%(default)s)")
+    add("--epochs", type=_positive, default=own.epochs, metavar="N", help="passes over the digits (%(default)s)")
+    add(
+        "--batch-size",
+        type=_positive,
+        default=own.batch_size,
+        metavar="N",
+        help="images of a batch, all replicas together (%(default)s)",
+    )
+    add(
+        "--lr",
+        type=_rate,
+        metavar="RATE",
+        help=f"learning rate of the first epoch, falling to 0 (default: {rates}, else torch.optim's own)",
+    )
+    add(
+        "--optimizer",
+        type=_optimizer_name,
+        default=own.optimizer,
+        metavar="NAME",
+        help="the store's optimizer, by its torch.optim name (%(default)s)",
+    )
+    add("--seed", type=_seed, default=own.seed, metavar="N", help="of first weights and shuffling (%(default)s)")
+    add("--store", type=_store_type, default=own.store, metavar="TYPE", help="type of the store (%(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("tensorkv-demo.png"),
+        metavar="PATH",
+        help="the PNG to write, replacing an older one (%(default)s)",
+    )
+    add(
+        "--min-accuracy",
+        type=_share,
+        metavar="SHARE",
+        help="test accuracy, from 0 to 1, under which to exit with status 1 (default: "
+        f"{MIN_ACCURACY}, or 0 where --epochs, --batch-size, --lr or --optimizer is given)",
+    )
+    add("--quiet", action="store_true", help="print only the line that names the PNG")
+    parser.set_defaults(run=_demo, extra="examples")
+
+
+def _add_tutorial(commands: Any) -> None:
+    parser = commands.add_parser(
+        "tutorial",
+        help="show the store's verbs step by step, with results",
+        description="Run the store's verbs step by step and print each statement with its result:\n"
+        "init, push, push from several devices, an updater, pull to several devices, lists of keys.\n"
+        "The statements and results are the same for every array library.",
+        epilog="examples:\n"
+        "  tensorkv tutorial\n"
+        "  tensorkv tutorial --arrays jax\n\n"
+        "JAX is shown with four CPU devices, and needs: pip install 'tensorkv[jax]'",
+    )
+    parser.add_argument(
+        "--arrays",
+        choices=list(tutorial.MODULES),
+        default="numpy",
+        help="the library whose arrays are pushed and pulled (default: %(default)s)",
+    )
+    parser.set_defaults(run=_tutorial, extra="jax")
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="list what a checkpoint holds",
+        description="List a checkpoint's keys with kind, shape, dtype, version and size, its update rule and its\n"
+        "files. Only the manifest's digest is checked, unless --verify is given; nothing is changed.",
+        epilog="examples:\n"
+        "  tensorkv inspect runs/checkpoint\n"
+        "  tensorkv inspect --verify runs/checkpoint\n"
+        "  tensorkv inspect --json runs/checkpoint | jq '.keys[].key'",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a directory that KVStore.save wrote")
+    parser.add_argument("--json", action="store_true", help="print JSON, for scripts (sizes in bytes)")
+    parser.add_argument("--verify", action="store_true", help="read all data and check every digest")
+    parser.set_defaults(run=_inspect, extra=None)
+
+
+def _positive(text: str) -> int:
+    return _number(text, int, lambda number: number >= 1, "a whole number from 1")
+
+
+def _rate(text: str) -> float:
+    return _number(text, float, lambda number: 0 < number < math.inf, "a number above 0")
+
+
+def _seed(text: str) -> int:
+    return _number(text, int, lambda number: 0 <= number < 1 << 63, "a whole number from 0")
+
+
+def _share(text: str) -> float:
+    return _number(text, float, lambda number: 0 <= number <= 1, "a number from 0 to 1")
+
+
+def _number(text: str, kind: Callable[[str], N], holds: Callable[[N], bool], expected: str) -> N:
+    with suppress(ValueError):
+        number = kind(text)
+        if holds(number):
+            return number
+    raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
+
+
+def _store_type(text: str) -> str:
+    return _name("store type", text, engines.names())
+
+
+def _optimizer_name(text: str) -> str:
+    return _name("optimizer", text, list(optim.CLASSES))
+
+
+def _name(what: str, text: str, known: Sequence[str]) -> str:
+    if text not in known:
+        near = suggestion(text, known)
+        raise argparse.ArgumentTypeError(f"no {what} {text!r}{near}; there are {', '.join(known)}")
+    return text
+
+
+# ---------------------------------------------------------------- commands
+
+
+def _help(parser: argparse.ArgumentParser, _: argparse.Namespace) -> int:
+    parser.print_help()
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    names = ("replicas", "epochs", "batch_size", "optimizer", "lr", "seed", "store")
+    settings = demo.Settings(**{name: getattr(arguments, name) for name in names})
+    out: Path = arguments.out
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {out}: is a directory; name a file")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: the directory {out.parent} does not exist")
+    curves = demo.run(settings, out, quiet=arguments.quiet)
+    reached, wanted = curves.accuracies[-1], _wanted_accuracy(arguments.min_accuracy, settings)
+    if reached < wanted:
+        sys.stdout.flush()
+        return _fail(f"demo: the test accuracy is {reached:.4f}, under {wanted:g}")
+    return 0
+
+
+def _wanted_accuracy(given: float | None, settings: demo.Settings) -> float:
+    if given is not None:
+        return given
+    names = ("epochs", "batch_size", "optimizer", "lr")
+    is_own = all(getattr(settings, name) == getattr(demo.Settings(), name) for name in names)
+    return MIN_ACCURACY if is_own else 0.0
+
+
+def _tutorial(arguments: argparse.Namespace) -> int:
+    tutorial.run(arguments.arrays)
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    report = inspection.describe(arguments.checkpoint, verify=arguments.verify)
+    if arguments.json:
+        print(json.dumps(report, indent=1))
+        return 0
+    rows = inspection.table(report)
+    print("\n".join(inspection.summary(report)))
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(inspection.rich_table(rows))
+    else:
+        print("\n".join(["", *inspection.plain(rows)]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

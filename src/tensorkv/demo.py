@@ -1,0 +1,230 @@
+"""The demo: data-parallel training on handwritten digits, with the weights and the optimizer in the store.
+
+``train`` is the part to read: each replica works on its share of a batch, the store sums the replicas'
+gradients and steps the optimizer, and every replica pulls the new weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from .store import create
+
+# For the others, torch.optim's own default.
+LEARNING_RATES = {"adam": 0.005, "adamw": 0.005, "sgd": 0.2}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to train; the defaults are the demo's."""
+
+    replicas: int = 4
+    epochs: int = 20
+    batch_size: int = 64
+    optimizer: str = "adam"
+    lr: float | None = None
+    seed: int = 0
+    store: str = "local"
+
+
+@dataclass(frozen=True)
+class Digits:
+    """8 × 8 images of digits as rows of 64 numbers from 0 to 1, and what digit each shows."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Of each epoch: the mean training loss, and the accuracy on the test images after it."""
+
+    losses: list[float]
+    accuracies: list[float]
+
+
+def load_digits() -> Digits:
+    """Return scikit-learn's 1797 handwritten digits, a quarter of each digit held out for the test."""
+    from sklearn import datasets, model_selection
+
+    images, labels = datasets.load_digits(return_X_y=True)
+    images = (images / 16).astype("float32")
+    split = model_selection.train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0)
+    images, test_images, labels, test_labels = map(torch.from_numpy, split)
+    return Digits(images, labels, test_images, test_labels)
+
+
+def network(seed: int) -> nn.Module:
+    """Return a small convolutional network whose first weights depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)),
+            nn.Conv2d(1, 16, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * 4 * 4, 10),
+        )
+
+
+def train(digits: Digits, settings: Settings, on_epoch: Callable[[float, float], None] | None = None) -> Curves:
+    """Train ``settings.replicas`` copies of one network in step and return how it went.
+
+    Args:
+        digits: the images.
+        settings: how many replicas, how long, how fast.
+        on_epoch: called after each epoch with its loss and accuracy.
+    """
+    first = network(settings.seed)
+    replicas = [first, *(copy.deepcopy(first) for _ in range(settings.replicas - 1))]
+    shuffler = torch.Generator().manual_seed(settings.seed)
+    curves = Curves([], [])
+
+    # A name, and the parameter of that name in every replica.
+    parameters = {
+        name: [dict(replica.named_parameters())[name] for replica in replicas] for name, _ in first.named_parameters()
+    }
+    with create(settings.store) as kv:
+        kv.init({name: copies[0] for name, copies in parameters.items()})
+        kv.set_optimizer(settings.optimizer, **_learning_rate(settings))
+        lr = (kv.optimizer or {})["lr"]
+
+        for epoch in range(settings.epochs):
+            kv.set_hyperparameters(lr=lr * (1 - epoch / settings.epochs))
+            epoch_loss = 0.0
+            order = torch.randperm(len(digits.labels), generator=shuffler)
+            for start in range(0, len(order), settings.batch_size):
+                batch = order[start : start + settings.batch_size]
+                for replica, share in zip(replicas, batch.tensor_split(len(replicas)), strict=True):
+                    replica.zero_grad()
+                    # Sums divided by the whole batch's length: the shares' gradients add up to the batch's.
+                    losses = cross_entropy(replica(digits.images[share]), digits.labels[share], reduction="none")
+                    loss = losses.sum() / len(batch)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    epoch_loss += losses.sum().item()
+
+                kv.push({name: [copy.grad for copy in copies] for name, copies in parameters.items()})
+                kv.pull(parameters)
+
+            curves.losses.append(epoch_loss / len(digits.labels))
+            curves.accuracies.append(accuracy(first, digits))
+            if on_epoch is not None:
+                on_epoch(curves.losses[-1], curves.accuracies[-1])
+    return curves
+
+
+def _learning_rate(settings: Settings) -> dict[str, float]:
+    lr = LEARNING_RATES.get(settings.optimizer) if settings.lr is None else settings.lr
+    return {} if lr is None else {"lr": lr}
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, digits: Digits) -> float:
+    """Return the share of the test images that the model names right."""
+    right = model(digits.test_images).argmax(1) == digits.test_labels
+    return float(right.float().mean())
+
+
+def figure(many: Curves, one: Curves, settings: Settings) -> Any:
+    """Return a matplotlib figure of the curves of many replicas over those of one."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    label = f"{_count(settings.replicas)}, gradients summed in the store"
+    epochs = range(1, len(many.losses) + 1)
+    drawn = Figure(figsize=(11, 4.8), layout="constrained")
+    loss_axes, accuracy_axes = drawn.subplots(1, 2)
+    for axes, below, above in (
+        (loss_axes, one.losses, many.losses),
+        (accuracy_axes, one.accuracies, many.accuracies),
+    ):
+        # A wide pale line under a thin dark dashed one: where the curves coincide, both are seen.
+        axes.plot(epochs, below, color="#f5b041", linewidth=7, alpha=0.75, label="1 replica, whole batches")
+        axes.plot(epochs, above, color="#1b2a6b", linewidth=1.8, linestyle="--", marker="o", markersize=4, label=label)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    loss_axes.set_title("Training loss")
+    loss_axes.set_ylabel("mean cross-entropy (log scale)")
+    loss_axes.set_yscale("log")
+    accuracy_axes.set_title("Test accuracy")
+    accuracy_axes.set_ylabel("share of test images named right")
+    drawn.suptitle(
+        f"Handwritten digits, {settings.optimizer} in the store: final test accuracy {many.accuracies[-1]:.1%} "
+        f"with {settings.replicas}, {one.accuracies[-1]:.1%} with 1",
+        fontsize=13,
+        fontweight="bold",
+    )
+    return drawn
+
+
+def run(settings: Settings, out: Path, *, quiet: bool = False) -> Curves:
+    """Train with many replicas and with one, save the curves of both as a PNG and print how it went.
+
+    Args:
+        settings: how many replicas, how long, how fast.
+        out: where the PNG goes.
+        quiet: no progress bar, and of the result only the line that names the PNG.
+
+    Returns:
+        The curves of the many replicas.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn or matplotlib is not installed.
+        OSError: the PNG cannot be written.
+    """
+    import matplotlib.figure  # noqa: F401 - one that is missing should not be found out after the training
+
+    digits = load_digits()
+    many = _train_showing(digits, settings, quiet)
+    one = _train_showing(digits, replace(settings, replicas=1), quiet)
+    figure(many, one, settings).savefig(out, format="png", dpi=120)
+    if not quiet:
+        apart = max(abs(a - b) for a, b in zip(many.losses, one.losses, strict=True))
+        print(
+            f"{len(digits.labels)} training images, {len(digits.test_labels)} test images, "
+            f"{settings.epochs} epochs, {settings.optimizer} in a store of type {settings.store}"
+        )
+        print(f"{_count(settings.replicas)}: test accuracy {many.accuracies[-1]:.4f}, loss {many.losses[-1]:.4f}")
+        print(f"{_count(1)}: test accuracy {one.accuracies[-1]:.4f}, loss {one.losses[-1]:.4f}")
+        print(f"the two loss curves are at most {apart:.1e} apart")
+    print(f"curves: {out}")
+    return many
+
+
+def _train_showing(digits: Digits, settings: Settings, quiet: bool) -> Curves:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("epochs"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[news]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+        task = progress.add_task(f"{_count(settings.replicas):>11}", total=settings.epochs, news="")
+
+        def show(loss: float, share: float) -> None:
+            progress.update(task, advance=1, news=f"loss {loss:.3f}, accuracy {share:.3f}")
+
+        return train(digits, settings, show)
+
+
+def _count(replicas: int) -> str:
+    return f"{replicas} replica{'' if replicas == 1 else 's'}"

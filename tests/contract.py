@@ -359,9 +359,9 @@ class Contract:
         kv.push("a", ones(2))
         assert kv.pull("a").tolist() == [3, 3]
 
-    @pytest.mark.parametrize("verb", ["push", "pull", "pushpull", "init", "delete", "set_updater"])
+    @pytest.mark.parametrize("verb", ["push", "pull", "pushpull", "init", "delete", "set_updater", "close"])
     def test_an_updater_cannot_call_its_store(self, kv, verb):
-        arguments = {"init": ("new", ones(2)), "set_updater": (None,), "pull": ("w",), "delete": ("w",)}
+        arguments = {"init": ("new", ones(2)), "set_updater": (None,), "pull": ("w",), "delete": ("w",), "close": ()}
 
         def update(key, received, stored):
             getattr(kv, verb)(*arguments.get(verb, ("w", ones(2))))
@@ -387,6 +387,17 @@ class Contract:
         kv.set_optimizer("sgd", lr=0.5, rescale_grad=0.5, clip_gradient=1.0)
         kv.push("w", [np.array([1, 8], F32), np.array([1, 8], F32)])
         assert kv.pull("w").tolist() == [0.5, 0.5]
+
+    def test_hyperparameters_change_while_running(self, kv):
+        kv.init({"a": ones(1), "b": ones(1)})
+        kv.set_optimizer("sgd", lr=1.0)
+        kv.set_hyperparameters(lr=0.5, keys="a")
+        kv.push(["a", "b"], [ones(1), ones(1)])
+        assert [x.tolist() for x in kv.pull(["a", "b"])] == [[0.5], [0]]
+        kv.set_hyperparameters(lr=0.25, rescale_grad=2.0)
+        kv.push(["a", "b"], [ones(1), ones(1)])
+        assert [x.tolist() for x in kv.pull(["a", "b"])] == [[0], [-0.5]]
+        assert (kv.optimizer["lr"], kv.optimizer["rescale_grad"]) == (0.25, 2.0)
 
     # ---------------------------------------------------------------- no aliasing
 
@@ -510,6 +521,12 @@ class Contract:
             assert library.read(kv.pull(key, like=library.make([0]))).tolist() == [1, 1]
         assert all(library.read(x).tolist() == [1, 1] for x in kv.pull(["n", "t"], like=library.make([0])))
 
+    def test_like_never_cuts_numbers_down(self, kv):
+        jax = pytest.importorskip("jax")
+        kv.init("i", np.array([2**40]))
+        with pytest.raises(tensorkv.ArrayTypeError, match="jax_enable_x64"):
+            kv.pull("i", like=jax.numpy.zeros(1))
+
     def test_nothing_is_written_when_one_out_is_wrong(self, kv):
         kv.init({"a": ones(2), "b": ones(2)})
         good, read_only = np.zeros(2, F32), np.zeros(2, F32)
@@ -594,6 +611,12 @@ class Contract:
         kv.push("w", [Rows(np.array([1]), ones(1, 1), 3), ones(3, 1)])
         assert kv.pull("w").flatten().tolist() == [1, 2, 1]
 
+    def test_rows_beside_a_dense_part_are_not_rounded_before_the_sum(self, kv):
+        kv.init("w", np.zeros((2, 1), F32))
+        rows = Rows(np.array([0, 0]), np.array([[2048], [1]], np.float16), 2)
+        kv.push("w", [rows, np.zeros((2, 1), F32)])
+        assert kv.pull("w").flatten().tolist() == [2049, 0]
+
     def test_row_sparse_pull(self, kv, library):
         kv.init("w", library.make([[1], [2], [3]]))
         rows = kv.row_sparse_pull("w", row_ids=library.make([2, 0, 2], "int32"))
@@ -609,7 +632,15 @@ class Contract:
         assert kv.row_sparse_pull("w", out=out, row_ids=np.array([2])) is None
         assert (out.ids.tolist(), out.values.tolist()) == ([2], [[3]])
 
-    @pytest.mark.parametrize("ids", [[3], [-1], [10**12], np.array([0.5]), "text", None, np.array([True])])
+    def test_row_ids_may_be_any_integers(self, kv):
+        kv.init("w", np.arange(5, dtype=F32).reshape(5, 1))
+        for ids in ([4, 0], (4, 0), range(0, 5, 4), [np.int32(4), np.int64(0)], np.array([4, 0], np.uint8)):
+            assert kv.row_sparse_pull("w", row_ids=ids).ids.tolist() == [0, 4]
+        assert kv.row_sparse_pull("w", row_ids=[]).values.shape == (0, 1)
+
+    @pytest.mark.parametrize(
+        "ids", [[3], [-1], [10**12], [True], [0.5], np.array([0.5]), "text", None, np.array([True])]
+    )
     def test_bad_row_ids(self, kv, ids):
         kv.init("w", np.zeros((3, 1), F32))
         with pytest.raises(tensorkv.TensorKVError, match=r'row_sparse_pull\("w"\)'):
@@ -772,6 +803,7 @@ class Contract:
         assert kv.type == self.TYPE
         assert (kv.rank, kv.num_workers) == (0, 1)
         kv.init({"a": ones(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)})
+        assert kv, "a store is true, also an empty one"
         assert (len(kv), kv.keys(), list(kv)) == (2, ["a", "b"], ["a", "b"])
         assert "a" in kv
         assert "c" not in kv

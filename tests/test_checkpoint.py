@@ -139,9 +139,7 @@ def test_training_goes_on_with_the_same_bits(tmp_path, name):
         kv.init({key: random_bits.standard_normal(shape).astype(F32) for key, shape in shapes.items()})
         kv.init("unpushed", np.ones((2, 2), F32))
         kv.init("counter", np.zeros(2, np.int64))
-        kv.set_optimizer(name, lr=0.01, weight_decay=0.1 if name != "rprop" else 0) if name != "rprop" else (
-            kv.set_optimizer(name, lr=0.01)
-        )
+        kv.set_optimizer(name, lr=0.01, **({"momentum": 0.9} if name == "sgd" else {}))
         again(kv, tmp_path)
         for _ in range(3):
             push(kv)
@@ -208,7 +206,7 @@ def test_integers_and_vectors_beside_an_optimizer_that_cannot_update_them(tmp_pa
 
 
 def test_an_updater_stays(tmp_path):
-    def double(key, received, stored):
+    def double(_, received, stored):
         stored += 2 * received
 
     with small(1) as kv, small(5) as other:
@@ -507,7 +505,7 @@ for number, folder in enumerate(folders, 1):
 
 
 @pytest.mark.parametrize("name", PREPARE)
-def test_a_crash_at_any_moment_leaves_the_old_or_the_new(tmp_path, monkeypatch, name):
+def test_a_crash_at_any_moment_leaves_the_old_or_the_new(tmp_path, name):
     prepare, allowed = PREPARE[name]
     total = len(_count(tmp_path, prepare))
     assert total > 30
@@ -546,8 +544,8 @@ def test_an_io_error_at_any_step(tmp_path, name, code):
         raise OSError(code, os.strerror(code))
 
     for number, (what, _) in enumerate(log, 1):
-        if what == "open after":
-            continue  # a call that fails returns no descriptor
+        if what in ("open after", "mkdir after"):
+            continue  # an open that fails gives no descriptor, and a directory that is there is what was wanted
         folder = tmp_path / str(number) / "deep"
         prepare(folder)
         with pytest.MonkeyPatch.context() as patch, small(2) as kv:

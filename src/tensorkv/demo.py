@@ -1,7 +1,8 @@
 """The demo: data-parallel training on handwritten digits, with the weights and the optimizer in the store.
 
 ``train`` is the part to read: each replica works on its share of a batch, the store sums the replicas'
-gradients and steps the optimizer, and every replica pulls the new weights.
+gradients and steps the optimizer, and every replica pulls the new weights. ``Trainer`` does the pushing
+and pulling.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from .store import create
+from .trainer import Trainer
 
 # For the others, torch.optim's own default.
 LEARNING_RATES = {"adam": 0.005, "adamw": 0.005, "sgd": 0.2}
@@ -95,31 +97,24 @@ def train(digits: Digits, settings: Settings, on_epoch: Callable[[float, float],
     shuffler = torch.Generator().manual_seed(settings.seed)
     curves = Curves([], [])
 
-    # A name, and the parameter of that name in every replica.
-    parameters = {
-        name: [dict(replica.named_parameters())[name] for replica in replicas] for name, _ in first.named_parameters()
-    }
     with create(settings.store) as kv:
-        kv.init({name: copies[0] for name, copies in parameters.items()})
-        kv.set_optimizer(settings.optimizer, **_learning_rate(settings))
-        lr = (kv.optimizer or {})["lr"]
+        trainer = Trainer(replicas, kv, settings.optimizer, **_learning_rate(settings))
+        first_rate = trainer.learning_rate
 
         for epoch in range(settings.epochs):
-            kv.set_hyperparameters(lr=lr * (1 - epoch / settings.epochs))
+            trainer.learning_rate = first_rate * (1 - epoch / settings.epochs)
             epoch_loss = 0.0
             order = torch.randperm(len(digits.labels), generator=shuffler)
             for start in range(0, len(order), settings.batch_size):
                 batch = order[start : start + settings.batch_size]
-                for replica, share in zip(replicas, batch.tensor_split(len(replicas)), strict=True):
-                    replica.zero_grad()
-                    # Sums divided by the whole batch's length: the shares' gradients add up to the batch's.
-                    losses = cross_entropy(replica(digits.images[share]), digits.labels[share], reduction="none")
-                    loss = losses.sum() / len(batch)
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    epoch_loss += losses.sum().item()
 
-                kv.push({name: [copy.grad for copy in copies] for name, copies in parameters.items()})
-                kv.pull(parameters)
+                trainer.zero_grad()
+                for replica, share in zip(replicas, batch.tensor_split(len(replicas)), strict=True):
+                    loss = cross_entropy(replica(digits.images[share]), digits.labels[share], reduction="sum")
+                    # Divided by the whole batch's length, so that the sum of the gradients is the batch's.
+                    (loss / len(batch)).backward()
+                    epoch_loss += loss.item()
+                trainer.step()  # push every replica's gradients, update in the store, pull the weights
 
             curves.losses.append(epoch_loss / len(digits.labels))
             curves.accuracies.append(accuracy(first, digits))
@@ -167,7 +162,7 @@ def figure(many: Curves, one: Curves, settings: Settings) -> Any:
     accuracy_axes.set_ylabel("share of test images named right")
     drawn.suptitle(
         f"Handwritten digits, {settings.optimizer} in the store: final test accuracy {many.accuracies[-1]:.1%} "
-        f"with {settings.replicas}, {one.accuracies[-1]:.1%} with 1",
+        f"with {_count(settings.replicas)}, {one.accuracies[-1]:.1%} with 1",
         fontsize=13,
         fontweight="bold",
     )

@@ -9,6 +9,7 @@ import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import Any, Literal
 
 import torch
@@ -219,14 +220,14 @@ def _restore_table(
 
 def _origin(described: Any) -> arrays.Origin:
     library = _one_of(described, "library", ("numpy", "torch", "jax", "cupy", "array-api"))
+    name = _field(described, "device", (str, NoneType)) or ""
     if library == "numpy":
         return arrays.NUMPY
     if library == "jax" and importlib.util.find_spec("jax") is not None:
         return arrays.Origin("jax")
     # Where the library or the device is missing, pulls give torch tensors on the CPU.
     device = torch.device("cpu")
-    name = described.get("device")
-    if library == "torch" and isinstance(name, str) and name.startswith("cuda") and torch.cuda.is_available():
+    if library == "torch" and name.startswith("cuda") and torch.cuda.is_available():
         index = name.partition(":")[2]
         if index.isdigit() and int(index) < torch.cuda.device_count():
             device = torch.device("cuda", int(index))

@@ -77,6 +77,10 @@ class OptimizerSpec:
     clip_gradient: float | None = None
     overrides: dict[Key, dict[str, Any]] = field(default_factory=dict)
 
+    def to_numbers(self) -> dict[str, Any]:
+        """Return everything that ``spec`` takes as numbers."""
+        return {**self.numbers, "rescale_grad": self.rescale_grad, "clip_gradient": self.clip_gradient}
+
     def to_json(self) -> dict[str, Any]:
         """Return what ``from_json`` reads; overrides become pairs, since JSON has no int keys."""
         return {**asdict(self), "overrides": [[key, numbers] for key, numbers in self.overrides.items()]}

@@ -64,13 +64,16 @@ class Rows:
         taken = take_rows(self)
         return _unchecked(taken.ids.to(device), taken.values.to(device), self.num_rows)
 
-    def to_dense(self) -> torch.Tensor:
+    def to_dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the whole tensor, shape ``(num_rows, ...)``, rows that are not here being zero.
+
+        Args:
+            dtype: of the result and of the sums of repeated ids (default: the values').
 
         >>> Rows(torch.tensor([2]), torch.ones(1, 2), num_rows=3).to_dense().tolist()
         [[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
         """
-        rows = self.merged()
+        rows = merge([take_rows(self)], dtype)
         dense = torch.zeros(self.shape, dtype=rows.values.dtype, device=rows.values.device)
         arrays.signed(dense)[rows.ids] = arrays.signed(rows.values)
         return dense
@@ -164,6 +167,21 @@ def merge(parts: list[Rows], dtype: torch.dtype | None = None) -> Rows:
     return _unchecked(unique, merged.view(wide).to(dtype), parts[0].num_rows)
 
 
+def _add_in_order(merged: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:
+    """Add each value at its place, those of one place in the order given, on every device."""
+    if merged.is_cpu:
+        merged.index_add_(0, places, values)
+        return
+    # index_add_ on CUDA adds in no fixed order: add first occurrences, then second ones, and so on.
+    order = torch.argsort(places, stable=True)
+    _, counts = torch.unique_consecutive(places[order], return_counts=True)
+    firsts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    turns = torch.arange(len(order), device=places.device) - firsts
+    for turn in range(int(counts.max())):
+        picked = order[turns == turn]
+        merged[places[picked]] += values[picked]
+
+
 def take_ids(row_ids: Any, num_rows: int) -> torch.Tensor:
     """Return unique, sorted int64 row ids from an integer array or a list of ints.
 
@@ -171,8 +189,12 @@ def take_ids(row_ids: Any, num_rows: int) -> torch.Tensor:
         ArrayTypeError: not integers.
         ValueMismatchError: an id outside ``[0, num_rows)``.
     """
-    if isinstance(row_ids, list | tuple | range) and all(type(x) is int for x in row_ids):
-        row_ids = torch.tensor(list(row_ids), dtype=torch.int64, device="cpu")
+    if row_ids is None:
+        raise ArrayTypeError("row_ids= is missing; give the ids of the rows to pull")
+    if isinstance(row_ids, list | tuple | range) and not any(isinstance(x, bool) for x in row_ids):
+        if not all(isinstance(x, int | np.integer) for x in row_ids):
+            raise ArrayTypeError(f"row_ids are {row_ids!r:.40}; expected integers")
+        row_ids = np.array(row_ids, np.int64)
     ids = _take_part(row_ids, "row_ids")
     if arrays.family(ids.dtype) != "int" or ids.dtype is torch.uint64:
         raise ArrayTypeError(f"row_ids have dtype {arrays.dtype_name(ids.dtype)}; expected integers")

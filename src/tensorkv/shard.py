@@ -30,6 +30,7 @@ from .errors import (
 )
 from .keys import Key
 from .optim import OptimizerSpec, check_numbers
+from .optim import spec as make_spec
 from .plan import Plans
 from .rows import Rows
 from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater
@@ -119,14 +120,16 @@ class Shard:
             plan.run(columns, targets)
             return plan.moved(len(columns) + len(targets))
 
-    def pull_rows(self, key: Key, ids: torch.Tensor) -> Rows:
-        """Return copies of the rows of unique, sorted ids."""
+    def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
+        """Return copies of rows; ids are unique and sorted."""
         with self._lock:
             self._refuse_reentry()
-            entry = self.entry("row_sparse_pull", key)
-            with self._in_order([entry]):
-                values = entry.read_rows(ids.to(entry.value.device))
-            return Rows(ids, values, entry.spec.shape[0])
+            entries = [self.entry("row_sparse_pull", key) for key in keys]
+            with self._in_order(entries):
+                return [
+                    Rows(own, entry.read_rows(own.to(entry.value.device)), entry.spec.shape[0])
+                    for entry, own in zip(entries, ids, strict=True)
+                ]
 
     def delete(self, keys: Sequence[Key]) -> None:
         """Forget values and their optimizer state; all keys or none."""
@@ -165,18 +168,19 @@ class Shard:
             spec = self.optimizer
             if spec is None:
                 raise OptimizerError("set_hyperparameters: the store has no optimizer; call set_optimizer first")
-            numbers = check_numbers(spec.name, numbers)
             if keys is None:
-                common, overrides = {**spec.numbers, **numbers}, {}
+                changed = make_spec(spec.name, {**spec.to_numbers(), **numbers})
+                overrides = {}
                 for key, own in spec.overrides.items():
                     overrides[key] = {word: number for word, number in own.items() if word not in numbers}
             else:
-                common, overrides = spec.numbers, dict(spec.overrides)
+                changed, overrides = spec, dict(spec.overrides)
+                numbers = check_numbers(spec.name, numbers)
                 for key in keys:
                     self.entry("set_hyperparameters", key)
                     overrides[key] = {**overrides.get(key, {}), **numbers}
             overrides = {key: own for key, own in overrides.items() if own}
-            self._rule = StepOptimizer(replace(spec, numbers=common, overrides=overrides))
+            self._rule = StepOptimizer(replace(changed, overrides=overrides))
 
     @property
     def optimizer(self) -> OptimizerSpec | None:
@@ -208,6 +212,13 @@ class Shard:
                 f"{verb}({quote(key)}): no such key{suggestion(key, self._entries)}; call init first"
             )
         return entry
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._refuse_reentry()
+            self._plans.clear()
+            self._entries.clear()
 
     # ------------------------------------------------------------ checkpoints
 
@@ -309,7 +320,7 @@ class Shard:
                 self._rule.apply_rows(entry, total[0])
             else:
                 rest[0].append(entry)
-                rest[1].append([p.to_dense() if isinstance(p, Rows) else p for p in key_parts])
+                rest[1].append([_dense(entry, part) for part in key_parts])
         return rest
 
     def _finite_sums(self, batch: Batch, entries: list[Entry]) -> tuple[list[Entry], list[list[Any]]]:
@@ -321,7 +332,7 @@ class Shard:
                 total = _merged(entry, key_parts)
                 bad = reduce.count_nonfinite(total.values)
             else:
-                dense = [part.to_dense() if isinstance(part, Rows) else part for part in key_parts]
+                dense = [_dense(entry, part) for part in key_parts]
                 total = reduce.total(entry.value, dense)  # type: ignore[arg-type]
                 bad = reduce.count_nonfinite(total)
             if not bad:
@@ -339,6 +350,13 @@ class Shard:
 
     def _pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]]) -> None:
         entries = [self.entry("pull", key) for key in keys]
+        for entry, key_outs in zip(entries, outs, strict=True):
+            for out in key_outs:
+                if out.shape != entry.spec.shape:
+                    # The key was deleted and initialised anew since the outs were checked.
+                    raise ValueMismatchError(
+                        f"pull({quote(entry.key)}): out has shape {tuple(out.shape)}, the key {tuple(entry.spec.shape)}"
+                    )
         with self._in_order(entries):
             if len(entries) == 1:
                 value: Any = entries[0].value
@@ -390,6 +408,11 @@ def _mismatch(batch: Batch, entry: Entry, index: int, part: Part) -> ValueMismat
         f"{name} is {kind}, which does not fit the key's {arrays.dtype_name(entry.value.dtype)} "
         "without silent loss; convert it first"
     )
+
+
+def _dense(entry: Entry, part: Part) -> torch.Tensor:
+    # In the dtype that sums are made in, so that rows are not rounded before the sum is.
+    return part.to_dense(arrays.accumulator(entry.spec.dtype)) if isinstance(part, Rows) else part
 
 
 def _merged(entry: Entry, parts: Sequence[Any]) -> Rows:

@@ -267,14 +267,13 @@ class KVStore(StoreControl):
         single = is_key(key)
         wanted = _matching("row_sparse_pull", "row_ids", listed, [row_ids] if single else row_ids)
         outs = None if out is None else _matching("row_sparse_pull", "out", listed, [out] if single else out)
-        ids = [
-            _take_ids(each, spec, own)
-            for each, spec, own in zip(listed, self._specs("row_sparse_pull", listed), wanted, strict=True)
-        ]
+        specs = self._specs("row_sparse_pull", listed)
+        ids = [_take_ids(each, spec, own) for each, spec, own in zip(listed, specs, wanted, strict=True)]
         for each, target in zip(listed, outs or (), strict=False):
             if not isinstance(target, Rows):
                 raise ArrayTypeError(f"row_sparse_pull({quote(each)}): out is a {type(target).__name__}; expected Rows")
-        pulled = [self._pull_rows(each, own) for each, own in zip(listed, ids, strict=True)]
+        found = self._engine.pull_rows(listed, ids)
+        pulled = [_give_rows(rows, spec.origin) for rows, spec in zip(found, specs, strict=True)]
         self._metrics.add("row_sparse_pull", start, listed, [rows.values.nbytes for rows in pulled])
         if outs is None:
             return pulled[0] if single else pulled
@@ -285,9 +284,10 @@ class KVStore(StoreControl):
     # ------------------------------------------------------------ inside
 
     def _many(self, verb: str, start: float, key: Any, value: Any, out: Any) -> bool:
-        if type(key) is not list or len(key) < MANY or (value is None and verb != "pull"):
+        many = getattr(self._engine, "many", None)
+        if many is None or type(key) is not list or len(key) < MANY or (value is None and verb != "pull"):
             return False
-        moved = self._engine.many(key, value, out)
+        moved = many(key, value, out)
         if moved is None:
             return False
         self._metrics.add(verb, start, key, moved)
@@ -295,11 +295,6 @@ class KVStore(StoreControl):
 
     def _specs(self, verb: str, keys: Sequence[Key]) -> list[KeySpec]:
         return [self._engine.spec(verb, key) for key in keys]
-
-    def _pull_rows(self, key: Key, ids: torch.Tensor) -> Rows:
-        origin = self._engine.spec("row_sparse_pull", key).origin
-        rows = self._engine.pull_rows(key, ids)
-        return Rows(arrays.give(rows.ids, origin), arrays.give(rows.values, origin), rows.num_rows)
 
     def _warn_once(self, warning: SparseOutWarning | None) -> None:
         if warning is not None and not self._warned_sparse_out:
@@ -343,6 +338,12 @@ def _take_ids(key: Key, spec: KeySpec, row_ids: Any) -> torch.Tensor:
         return take_ids(row_ids, spec.shape[0])
     except TensorKVError as error:
         raise type(error)(f"row_sparse_pull({quote(key)}): {error}") from None
+
+
+def _give_rows(rows: Rows, origin: arrays.Origin) -> Rows:
+    # JAX has int64 only on demand, and seldom needs it for ids.
+    ids = rows.ids.int() if origin.library == "jax" and rows.num_rows <= 1 << 31 else rows.ids
+    return Rows(arrays.give(ids, origin), arrays.give(rows.values, origin), rows.num_rows)
 
 
 def _matching(verb: str, what: str, keys: Sequence[Key], values: Any) -> list[Any]:

@@ -102,7 +102,8 @@ class StoreUpdate:
             if isinstance(entry.key, str) and entry.key in states:
                 entry.state = states[entry.key]
         body, tensors = manifest.describe("optimizer-states", contents.entries, StepOptimizer(loaded))
-        manifest.restore(body, dict(tensors))  # raises here, before anything changes
+        # Raises here, before anything changes.
+        manifest.check_states(manifest.restore(body, tensors))
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.write(folder, body, tensors)
             # A push would step: to set weights to what they were, keys begin anew.
@@ -183,13 +184,11 @@ class WorkerUpdate:
         return {"weights": weights, "state": {}, "overrides": {}, "optimizer": own}
 
     def load(self, state: dict[str, Any]) -> None:
-        before = self.optimizers[0].state_dict()
         try:
+            # Copies, for an optimizer keeps the tensors that it is given.
             for each in self.optimizers:
                 each.load_state_dict(copy.deepcopy(state["optimizer"]))
         except (KeyError, TypeError, ValueError) as error:
-            for each in self.optimizers:
-                each.load_state_dict(copy.deepcopy(before))
             raise CheckpointError(f"load_state_dict: not the state of such an optimizer: {error}") from error
         for key, replicas in self._params.items():
             for param in replicas:

@@ -32,6 +32,10 @@ class Engine(Protocol):
     Arrays are torch tensors or Rows of them that share the caller's memory: an engine reads them
     before its method returns and keeps none. It raises the errors of ``tensorkv.errors`` before it
     changes anything, and may be called from several threads.
+
+    An engine may also have ``many(keys, values, outs) -> list[int] | None``: do the work of a call on many
+    small keys at once from the caller's own lists of arrays (None for what the verb lacks), and return
+    the bytes moved per key; or return None, having done nothing, and be called the general way.
     """
 
     capabilities: frozenset[str]
@@ -60,15 +64,8 @@ class Engine(Protocol):
     def pushpull(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]], priority: int) -> None:
         """Push, then pull the same keys, in one trip."""
 
-    def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
-        """Do the work of a call on many small keys at once, from the caller's own lists of arrays.
-
-        Returns bytes moved per key, or None when nothing was done, as an engine may always do: the store
-        then goes the general way.
-        """
-
-    def pull_rows(self, key: Key, ids: torch.Tensor) -> Rows:
-        """Return copies of the rows of unique, sorted ids."""
+    def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
+        """Return copies of the rows of each key; ids are unique and sorted."""
 
     def delete(self, keys: Sequence[Key]) -> None:
         """Forget keys; all or none."""

@@ -30,8 +30,6 @@ class LocalEngine:
     capabilities = frozenset({"optimizer", "updater", "rows", "checkpoint"})
 
     def __init__(self, on_device: bool, *, nonfinite: NonFinite = "pass") -> None:
-        self._on_device = on_device
-        self._nonfinite = nonfinite
         self._shard = Shard(on_device=on_device, nonfinite=nonfinite)
 
     def init(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
@@ -49,8 +47,8 @@ class LocalEngine:
     def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
         return self._shard.many(keys, values, outs)
 
-    def pull_rows(self, key: Key, ids: torch.Tensor) -> Rows:
-        return self._shard.pull_rows(key, ids)
+    def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
+        return self._shard.pull_rows(keys, ids)
 
     def delete(self, keys: Sequence[Key]) -> None:
         self._shard.delete(keys)
@@ -93,4 +91,4 @@ class LocalEngine:
         pass
 
     def close(self) -> None:
-        self._shard = Shard(on_device=self._on_device, nonfinite=self._nonfinite)
+        self._shard.clear()

@@ -1,0 +1,124 @@
+"""Sums: the same bits whatever the slices, layouts and ways, and no temporary of a value's size."""
+
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tensorkv import arrays, reduce
+
+
+def reference(parts, dtype):
+    total = parts[0].to(arrays.accumulator(dtype)).numpy().copy()
+    for part in parts[1:]:
+        total = total + part.to(arrays.accumulator(dtype)).numpy()
+    return torch.from_numpy(np.asarray(total)).to(dtype)
+
+
+DTYPES = [
+    "float32",
+    "float64",
+    "float16",
+    "bfloat16",
+    "int8",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint64",
+    "bool",
+    "complex64",
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 127, 128, 129, 1000])
+def test_slices_change_no_bit(dtype, size, monkeypatch):
+    dtype = getattr(torch, dtype)
+    generator = torch.Generator().manual_seed(0)
+    parts = [(torch.randn(size, generator=generator) * 100).abs().to(dtype) for _ in range(4)]
+    expected = reference(parts, dtype)
+    for slice_size in (1, 64, 100, 1 << 18):
+        monkeypatch.setattr(reduce, "SLICE", slice_size)
+        out = torch.empty(size, dtype=dtype)
+        reduce.sum_into(out, parts)
+        assert out.numpy().tobytes() == expected.numpy().tobytes() if dtype is not torch.bfloat16 else torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("shape", [(7, 30), (1, 210), (210, 1), (7, 5, 6)])
+def test_layouts_change_no_bit(shape, monkeypatch):
+    monkeypatch.setattr(reduce, "SLICE", 16)
+    plain = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    expected = reference(plain, torch.float32)
+    turned = [part.movedim(0, -1).contiguous().movedim(-1, 0) for part in plain]
+    out = torch.empty(shape)
+    reduce.sum_into(out, [plain[0], turned[1], plain[2]])
+    assert torch.equal(out, expected)
+    out = torch.empty(shape).movedim(0, -1).contiguous().movedim(-1, 0)
+    reduce.sum_into(out, turned)
+    assert torch.equal(out, expected)
+
+
+def test_mixed_dtypes_are_summed_in_the_values():
+    out = torch.empty(1, dtype=torch.float64)
+    reduce.sum_into(out, [torch.tensor([2.0**-30]), torch.ones(1, dtype=torch.float64), torch.ones(1).half()])
+    assert out.item() == 2 + 2.0**-30
+
+
+def test_many_at_once():
+    parts = [[torch.full((i,), float(i)), torch.full((i,), 1.0)] for i in range(5)]
+    outs = [torch.empty(i) for i in range(5)]
+    reduce.sum_many(outs, parts)
+    assert [out.tolist() for out in outs] == [[float(i + 1)] * i for i in range(5)]
+
+
+def test_total_may_share_the_only_part():
+    value, part = torch.zeros(3), torch.ones(3)
+    assert reduce.total(value, [part], may_share=True) is part
+    assert reduce.total(value, [part]).data_ptr() != part.data_ptr()
+    assert reduce.total(value, [part.half()], may_share=True).dtype is torch.float32
+
+
+def test_count_nonfinite(monkeypatch):
+    monkeypatch.setattr(reduce, "SLICE", 2)
+    assert reduce.count_nonfinite(torch.tensor([1, np.nan, np.inf, -np.inf, 2])) == 3
+    assert reduce.count_nonfinite(torch.tensor([1 + 1j, complex(0, np.nan)])) == 1
+    assert reduce.count_nonfinite(torch.arange(3)) == 0
+
+
+MEMORY = """
+import resource, sys, numpy as np, tensorkv
+n, dtype, optimizer = 30_000_000, sys.argv[1], sys.argv[2]
+parts = [np.ones((n // 10, 10), np.float32).astype(dtype) for _ in range(4)]
+if sys.argv[3] == "strided":
+    parts = [np.asfortranarray(part) for part in parts]
+kv = tensorkv.create()
+kv.init("w", parts[0])
+kv.init("warm", parts[0][:1])
+if optimizer:
+    kv.set_optimizer(optimizer, lr=0.1)
+kv.push("warm", [part[:1] for part in parts])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+kv.push("w", parts)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) * 1024 / parts[0].nbytes)
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "optimizer", "layout", "values"),
+    [
+        ("float32", "", "plain", 0.1),
+        ("float16", "", "plain", 0.1),
+        ("float32", "", "strided", 0.1),
+        ("float32", "sgd", "plain", 1.1),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+def test_a_push_needs_at_most_one_buffer_of_a_values_size(dtype, optimizer, layout, values):
+    command = [sys.executable, "-c", MEMORY, dtype, optimizer, layout]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    assert float(shown.stdout) <= values
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0

@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -360,7 +361,7 @@ CHANGES = [
     *_bad(
         *NUMBERS, values=[None, [], "lr", 1, ABSENT, {"__class__": 1}, {"params": []}, {"foreach": True}, {"lr": {}}]
     ),
-    *_bad(*NUMBERS, "lr", values=[-1, "0.1", None, True, [], [0.1], {}, 10**400, 1e308]),
+    *_bad(*NUMBERS, "lr", values=[-1, "0.1", None, True, [], [0.1], {}, 10**400]),
     *_bad(
         *NUMBERS, "betas", values=[[0.9], [0.9, 0.9, 0.9], 0.9, ["0.9", 0.9], [2, 0.9], [0.9, -1], None, [[], []], []]
     ),
@@ -568,7 +569,7 @@ def test_half_complex_pairs(tmp_path, victim):
 def little_memory():
     """Let the process grow by less than what the manifests below claim."""
     before = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(open("/proc/self/statm").read().split()[0])  # noqa: SIM115
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGESIZE") + 2**30, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)

@@ -44,7 +44,11 @@ def test_slices_change_no_bit(dtype, size, monkeypatch):
         monkeypatch.setattr(reduce, "SLICE", slice_size)
         out = torch.empty(size, dtype=dtype)
         reduce.sum_into(out, parts)
-        assert out.numpy().tobytes() == expected.numpy().tobytes() if dtype is not torch.bfloat16 else torch.equal(out, expected)
+        assert (
+            out.numpy().tobytes() == expected.numpy().tobytes()
+            if dtype is not torch.bfloat16
+            else torch.equal(out, expected)
+        )
 
 
 @pytest.mark.parametrize("shape", [(7, 30), (1, 210), (210, 1), (7, 5, 6)])

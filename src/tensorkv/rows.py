@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import arrays
@@ -163,16 +164,18 @@ def merge(parts: list[Rows], dtype: torch.dtype | None = None) -> Rows:
     merged = values[first]
     if len(unique) < len(ids):
         again = first[places] != order
-        merged.index_add_(0, places[again], values[again])
+        if merged.is_cpu:
+            merged.index_add_(0, places[again], values[again])
+        else:
+            add_by_turns(merged, places[again], values[again])
     return _unchecked(unique, merged.view(wide).to(dtype), parts[0].num_rows)
 
 
-def _add_in_order(merged: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:
-    """Add each value at its place, those of one place in the order given, on every device."""
-    if merged.is_cpu:
-        merged.index_add_(0, places, values)
-        return
-    # index_add_ on CUDA adds in no fixed order: add first occurrences, then second ones, and so on.
+def add_by_turns(merged: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:
+    """Add each value at its place, those of one place in the order given: first ones first, then second ones.
+
+    On the CPU this is what ``index_add_`` does; on CUDA that adds in no fixed order.
+    """
     order = torch.argsort(places, stable=True)
     _, counts = torch.unique_consecutive(places[order], return_counts=True)
     firsts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)

@@ -1,0 +1,33 @@
+# Every target does its own set-up: a virtual environment in .venv with the versions of constraints.txt.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## Train a network on handwritten digits over four replicas; its curves go to out/demo.png
+	@mkdir -p out
+	$(BIN)/tensorkv demo --out out/demo.png
+
+test: $(STAMP) ## Run every test
+	$(BIN)/python -m pytest
+
+check: $(STAMP) ## Check format, lint, types and the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+clean: ## Remove caches and outputs; .venv stays
+	rm -rf build dist out .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,examples,jax]'
+	@touch $@

@@ -1,0 +1,73 @@
+"""Update rules on entries, without a store around them."""
+
+import pytest
+import torch
+
+from tensorkv import arrays
+from tensorkv.entry import Entry, KeySpec
+from tensorkv.errors import OptimizerError
+from tensorkv.optim import spec
+from tensorkv.rows import Rows
+from tensorkv.rules import Assign, CallUpdater, StepOptimizer
+
+
+def entry(value, library="torch"):
+    return Entry("w", KeySpec(value.shape, value.dtype, arrays.Origin(library), False), value)
+
+
+def test_assign_many_and_few():
+    entries = [entry(torch.zeros(3)), entry(torch.zeros(2)), entry(torch.zeros(1).half())]
+    Assign().apply(entries, [[torch.ones(3)] * 2, [torch.ones(2)], [torch.ones(1)] * 2])
+    assert [e.value.tolist() for e in entries] == [[2, 2, 2], [1, 1], [2]]
+    assert [e.version for e in entries] == [1, 1, 1]
+
+
+def test_a_value_stays_where_it_is():
+    held = entry(torch.zeros(3))
+    place = held.value.data_ptr()
+    for rule in (Assign(), CallUpdater(lambda k, r, s: s.add_(r)), StepOptimizer(spec("sgd", {"lr": 1.0}))):
+        rule.apply([held], [[torch.ones(3)]])
+    assert held.value.data_ptr() == place
+    assert held.version == 3
+
+
+def test_an_updater_sees_a_copy():
+    held = entry(torch.ones(3))
+
+    def update(key, received, stored):
+        stored.mul_(5)
+        assert held.value.tolist() == [1, 1, 1]
+        raise ZeroDivisionError
+
+    rule = CallUpdater(update)
+    with pytest.raises(ZeroDivisionError):
+        rule.apply([held], [[torch.ones(3)]])
+    assert held.value.tolist() == [1, 1, 1]
+    assert not rule.running
+
+
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_an_updater_on_rows(library):
+    held = entry(torch.zeros(4, 2), library)
+
+    def update(key, received, stored):
+        assert isinstance(received, Rows)
+        assert received.ids.tolist() == stored.ids.tolist() == [1, 3]
+        stored.values += received.values
+        received.ids[:] = 0
+
+    CallUpdater(update).apply_rows(held, Rows(torch.tensor([1, 3]), torch.ones(2, 2), 4))
+    assert held.value[:, 0].tolist() == [0, 1, 0, 1]
+
+
+def test_an_updater_that_resizes_its_copy_does_no_harm():
+    held = entry(torch.ones(3))
+    CallUpdater(lambda k, r, s: s.resize_(5).fill_(7)).apply([held], [[torch.ones(3)]])
+    assert held.value.tolist() == [7, 7, 7]
+
+
+def test_a_step_checks_before_it_changes():
+    rule = StepOptimizer(spec("adam", {}))
+    with pytest.raises(OptimizerError, match="int64"):
+        rule.check(entry(torch.ones(2, dtype=torch.int64)), by_rows=False)
+    rule.check(entry(torch.ones(2)), by_rows=True)

@@ -568,6 +568,12 @@ class Contract:
         kv.pushpull("w", parts, out=parts)
         assert [part.tolist() for part in parts] == [[11, 22], [11, 22]]
 
+    def test_pushpull_into_the_parts_of_other_keys(self, kv):
+        kv.init(["a", "b"], [np.zeros(2, F32), np.zeros(2, F32)])
+        x, y = np.array([1, 2], F32), np.array([3, 4], F32)
+        kv.pushpull(["a", "b"], [x, y], out=[y, x])
+        assert (x.tolist(), y.tolist()) == ([3, 4], [1, 2])
+
     def test_pushpull_into_a_shifted_part(self, kv):
         kv.init("w", np.zeros(4, F32))
         base = np.arange(5, dtype=F32)

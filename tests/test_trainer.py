@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tensorkv
-from tensorkv.trainer import Trainer
+from tensorkv import Trainer
 
 MODES = [True, False]
 OPTIMIZERS = [

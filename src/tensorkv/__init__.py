@@ -23,6 +23,7 @@ from .errors import (
 )
 from .rows import Rows
 from .store import KVStore, create
+from .trainer import Trainer
 
 __version__ = version("tensorkv")
 
@@ -43,6 +44,7 @@ __all__ = [
     "SparseOutWarning",
     "StoreClosedError",
     "TensorKVError",
+    "Trainer",
     "UpdaterError",
     "ValueMismatchError",
     "__version__",

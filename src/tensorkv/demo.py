@@ -112,7 +112,7 @@ def train(digits: Digits, settings: Settings, on_epoch: Callable[[float, float],
                 for replica, share in zip(replicas, batch.tensor_split(len(replicas)), strict=True):
                     loss = cross_entropy(replica(digits.images[share]), digits.labels[share], reduction="sum")
                     # Divided by the whole batch's length, so that the sum of the gradients is the batch's.
-                    (loss / len(batch)).backward()
+                    (loss / len(batch)).backward()  # type: ignore[no-untyped-call]
                     epoch_loss += loss.item()
                 trainer.step()  # push every replica's gradients, update in the store, pull the weights
 
@@ -123,7 +123,7 @@ def train(digits: Digits, settings: Settings, on_epoch: Callable[[float, float],
     return curves
 
 
-def _learning_rate(settings: Settings) -> dict[str, float]:
+def _learning_rate(settings: Settings) -> dict[str, Any]:
     lr = LEARNING_RATES.get(settings.optimizer) if settings.lr is None else settings.lr
     return {} if lr is None else {"lr": lr}
 

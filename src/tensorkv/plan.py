@@ -117,19 +117,25 @@ class Plan:
     def run(self, columns: list[Column], targets: list[Column]) -> None:
         """Make the values the sums of the columns (none: leave them), then copy them to the targets."""
         with torch.no_grad():
-            for chunk in self._chunks:
-                cut = slice(chunk.start, chunk.stop)
-                if len(columns) == 1:
-                    chunk.values.gather(columns[0][cut])
-                elif columns:
-                    for part, column in zip(self._scratch(chunk, len(columns)), columns, strict=True):
-                        part.gather(column[cut])
-                    reduce.sum_into(chunk.values.tensor, [part.tensor for part in chunk.scratch[: len(columns)]])
-                for target in targets:
-                    chunk.values.scatter(target[cut])
+            if columns:
+                for chunk in self._chunks:
+                    self._assign(chunk, [column[chunk.start : chunk.stop] for column in columns])
+            # Only now, since an out may be the part of another key.
+            for target in targets:
+                for chunk in self._chunks:
+                    chunk.values.scatter(target[chunk.start : chunk.stop])
         if columns:
             for entry in self.entries:
                 entry.version += 1
+
+    def _assign(self, chunk: _Chunk, columns: list[Column]) -> None:
+        if len(columns) == 1:
+            chunk.values.gather(columns[0])
+            return
+        scratch = self._scratch(chunk, len(columns))
+        for part, column in zip(scratch, columns, strict=True):
+            part.gather(column)
+        reduce.sum_into(chunk.values.tensor, [part.tensor for part in scratch])
 
     def _move_in(self, start: int, stop: int) -> _Chunk:
         entries = self.entries[start:stop]

@@ -16,6 +16,7 @@ FLOORS = [
     {"arrays", "metrics"},
     {"rows"},
     {"table", "arguments"},
+    {"kernels", "pool"},
     {"optim", "reduce"},
     {"entry"},
     {"rules", "plan"},
@@ -27,7 +28,7 @@ FLOORS = [
     {"store"},
     {"updates"},
     {"trainer"},
-    {"demo", "tutorial"},
+    {"demo", "tutorial", "inspection"},
     {"cli"},
 ]
 HEAVY = {"ray", "jax", "cupy", "matplotlib", "sklearn"}

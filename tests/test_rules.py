@@ -7,8 +7,12 @@ from tensorkv import arrays
 from tensorkv.entry import Entry, KeySpec
 from tensorkv.errors import OptimizerError
 from tensorkv.optim import spec
+from tensorkv.pool import Pool
 from tensorkv.rows import Rows
 from tensorkv.rules import Assign, CallUpdater, StepOptimizer
+
+
+POOL = Pool(2)
 
 
 def entry(value, library="torch"):
@@ -17,7 +21,7 @@ def entry(value, library="torch"):
 
 def test_assign_many_and_few():
     entries = [entry(torch.zeros(3)), entry(torch.zeros(2)), entry(torch.zeros(1).half())]
-    Assign().apply(entries, [[torch.ones(3)] * 2, [torch.ones(2)], [torch.ones(1)] * 2])
+    Assign().apply(entries, [[torch.ones(3)] * 2, [torch.ones(2)], [torch.ones(1)] * 2], [()] * 3, POOL)
     assert [e.value.tolist() for e in entries] == [[2, 2, 2], [1, 1], [2]]
     assert [e.version for e in entries] == [1, 1, 1]
 
@@ -26,7 +30,7 @@ def test_a_value_stays_where_it_is():
     held = entry(torch.zeros(3))
     place = held.value.data_ptr()
     for rule in (Assign(), CallUpdater(lambda k, r, s: s.add_(r)), StepOptimizer(spec("sgd", {"lr": 1.0}))):
-        rule.apply([held], [[torch.ones(3)]])
+        rule.apply([held], [[torch.ones(3)]], [()], POOL)
     assert held.value.data_ptr() == place
     assert held.version == 3
 
@@ -41,7 +45,7 @@ def test_an_updater_sees_a_copy():
 
     rule = CallUpdater(update)
     with pytest.raises(ZeroDivisionError):
-        rule.apply([held], [[torch.ones(3)]])
+        rule.apply([held], [[torch.ones(3)]], [()], POOL)
     assert held.value.tolist() == [1, 1, 1]
     assert not rule.running
 
@@ -62,7 +66,7 @@ def test_an_updater_on_rows(library):
 
 def test_an_updater_that_resizes_its_copy_does_no_harm():
     held = entry(torch.ones(3))
-    CallUpdater(lambda k, r, s: s.resize_(5).fill_(7)).apply([held], [[torch.ones(3)]])
+    CallUpdater(lambda k, r, s: s.resize_(5).fill_(7)).apply([held], [[torch.ones(3)]], [()], POOL)
     assert held.value.tolist() == [7, 7, 7]
 
 

@@ -567,7 +567,7 @@ class StoreMachine(RuleBasedStateMachine):
         elif fault == "other key type":
             key, bad, expected = self.stranger, np.ones(2), tensorkv.KeyTypeError
         elif fault == "shape":
-            bad = random_array(rng, (*known.shape, 2), known.stored_dtype)
+            bad = random_array(rng, (*known.shape, 2) if known.rows is None else (2,), known.stored_dtype)
         elif fault == "dtype":
             bad = random_array(rng, known.shape if known.rows is None else (2,), rng.choice(BAD_PARTS[known.dtype]))
         elif fault == "no array":

@@ -18,6 +18,8 @@ import torch
 
 from . import arrays
 from .errors import OptimizerError, quote, suggestion
+from .kernels import NAMES as KERNELS
+from .kernels import Kernel
 from .keys import Key
 from .rows import Rows
 from .table import Columns, Table, fill_with
@@ -283,10 +285,26 @@ class Optimizer:
             self._run(
                 {**self.spec.numbers, **self.spec.overrides.get(own, {})},
                 [values[i] for i in members],
-                [self._prepare(grads[i]) for i in members],
+                [self.prepare(grads[i]) for i in members],
                 [states[i] for i in members],
                 fused,
             )
+
+    def kernel(self, key: Key, value: torch.Tensor, state: State) -> Kernel | None:
+        """Return the step of a key as a kernel for slices, None where torch.optim has to see the whole value.
+
+        An empty or incomplete state is completed.
+        """
+        if self.spec.name not in KERNELS or not value.is_cpu or not value.is_floating_point():
+            return None
+        own = self.spec.overrides.get(key)
+        numbers = self.spec.numbers if own is None else {**self.spec.numbers, **own}
+        kernel = Kernel(self.spec.name, numbers, first="momentum_buffer" not in state)
+        if not state:
+            state.update(kernel.fresh(value))
+        else:
+            self._complete(key, state, value)
+        return kernel
 
     def step_rows(self, key: Key, value: torch.Tensor | Table, rows: Rows, state: State) -> None:
         """Update only the rows that ``rows`` (merged) names, and their state; the others do not move.
@@ -311,7 +329,8 @@ class Optimizer:
         """Whether ``step`` overwrites the gradients that it is given."""
         return self.spec.rescale_grad != 1.0 or self.spec.clip_gradient is not None
 
-    def _prepare(self, grad: torch.Tensor) -> torch.Tensor:
+    def prepare(self, grad: torch.Tensor) -> torch.Tensor:
+        """Rescale and clip a summed gradient in place; return it with its elements in order in memory."""
         if self.spec.rescale_grad != 1.0:
             grad.mul_(self.spec.rescale_grad)
         if self.spec.clip_gradient is not None:

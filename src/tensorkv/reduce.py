@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,6 +12,8 @@ from . import arrays
 
 # 1 MiB of float32: several parts of a slice and its value fit in a core's second-level cache.
 SLICE = 1 << 18
+
+_local = threading.local()
 
 
 def sum_into(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
@@ -27,22 +31,26 @@ def sum_into(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
     >>> out.tolist()
     [2.0, 2.0, 2.0]
     """
+    for piece, *sources in cut([out, *parts]):
+        sum_piece(piece, sources)
+
+
+def sum_piece(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+    """Do ``sum_into`` for one slice. ``out`` is written once, by the last addition."""
     if len(parts) == 1:
         out.copy_(parts[0], non_blocking=True)
         return
     wide = arrays.accumulator(out.dtype)
-    direct = wide is out.dtype and all(part.dtype is wide and part.device == out.device for part in parts)
-    for piece, *sources in _slices(out, parts):
-        if direct:
-            acc = arrays.signed(piece)
-            torch.add(arrays.signed(sources[0]), arrays.signed(sources[1]), out=acc)
-            for source in sources[2:]:
-                acc.add_(arrays.signed(source))
-        else:
-            acc = arrays.signed(sources[0].to(out.device, wide, non_blocking=True, copy=True))
-            for source in sources[1:]:
-                acc.add_(arrays.signed(source.to(out.device, wide, non_blocking=True)))
-            piece.copy_(acc.view(wide))
+    *firsts, last = (arrays.signed(part.to(out.device, wide, non_blocking=True)) for part in parts)
+    total = firsts[0]
+    if len(firsts) > 1:
+        total = torch.add(firsts[0], firsts[1], out=arrays.signed(scratch(out, wide)))
+        for part in firsts[2:]:
+            total.add_(part)
+    if wide is out.dtype:
+        torch.add(total, last, out=arrays.signed(out))
+    else:
+        out.copy_(torch.add(total, last, out=scratch(out, wide)))
 
 
 def total(value: torch.Tensor, parts: Sequence[torch.Tensor], *, may_share: bool = False) -> torch.Tensor:
@@ -55,19 +63,19 @@ def total(value: torch.Tensor, parts: Sequence[torch.Tensor], *, may_share: bool
 
 
 def sum_many(outs: Sequence[torch.Tensor], parts: Sequence[Sequence[torch.Tensor]]) -> None:
-    """Do ``sum_into`` for many small tensors at once, in a few calls of torch for all of them.
+    """Do ``sum_into`` for many small tensors at once, in a few calls of torch; the last one writes every out.
 
     Args:
         outs: CPU tensors, all small.
         parts: per out as many parts as for every other, of the out's dtype, of at least float32.
     """
-    signed_outs = [arrays.signed(out) for out in outs]
-    for index, sources in enumerate(zip(*parts, strict=True)):
-        signed_sources = [arrays.signed(source) for source in sources]
-        if index:
-            torch._foreach_add_(signed_outs, signed_sources)
-        else:
-            torch._foreach_copy_(signed_outs, signed_sources)
+    columns = [[arrays.signed(part) for part in column] for column in zip(*parts, strict=True)]
+    totals: Sequence[torch.Tensor] = columns[0]
+    if len(columns) > 1:
+        totals = torch._foreach_add(columns[0], columns[1])
+        for column in columns[2:]:
+            torch._foreach_add_(totals, column)
+    torch._foreach_copy_([arrays.signed(out) for out in outs], list(totals))
 
 
 def is_small(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:
@@ -78,22 +86,65 @@ def is_small(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:
     return all(part.dtype is dtype and part.is_cpu for part in parts)
 
 
+def scratch(like: torch.Tensor, dtype: torch.dtype, purpose: str = "sum") -> torch.Tensor:
+    """Return a contiguous tensor of a shape, good until this thread's next call for the purpose and dtype."""
+    numel = like.numel()
+    if not like.is_cpu or numel > SLICE:
+        return torch.empty(like.shape, dtype=dtype, device=like.device)
+    held: dict[str, torch.Tensor] = _local.__dict__
+    name = f"{purpose} {dtype}"
+    if name not in held or len(held[name]) < numel:
+        held[name] = torch.empty(numel, dtype=dtype)
+    return held[name][:numel].view(like.shape)
+
+
 def count_nonfinite(tensor: torch.Tensor) -> int:
     """Return how many elements are NaN or Inf."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return 0
-    return sum(piece.numel() - int(torch.isfinite(piece).sum()) for (piece,) in _slices(tensor, ()))
+    return sum(piece.numel() - int(torch.isfinite(piece).sum()) for (piece,) in cut([tensor]))
 
 
-def _slices(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Cut out and parts alike: flat where all are contiguous, else along the first dimension."""
-    tensors = [out, *parts]
-    if not out.is_cpu or out.numel() <= SLICE:
-        yield tensors
+def are_apart(parts: Sequence[Sequence[torch.Tensor]], outs: Sequence[Sequence[torch.Tensor]]) -> bool:
+    """Tell whether outs may be written slice by slice, before all parts have been read.
+
+    An out may be one of its key's parts, element for element; other memory of parts it must not touch.
+    """
+    if sum([key_parts[0].numel() for key_parts in parts]) < SLICE:
+        return False
+    spans = sorted((*_span(part), index) for index, key_parts in enumerate(parts) for part in key_parts)
+    starts = [start for start, _, _ in spans]
+    longest = max((end - start for start, end, _ in spans), default=0)
+    for index, key_outs in enumerate(outs):
+        for out in key_outs:
+            start, end = _span(out)
+            near = spans[bisect_left(starts, start - longest) : bisect_left(starts, end)]
+            same = (start, end, index) if any(_is_same(out, part) for part in parts[index]) else None
+            if any(other[1] > start and other != same for other in near):
+                return False
+    return True
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    start = tensor.data_ptr()
+    return start, start + reach * tensor.element_size()
+
+
+def _is_same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    same_place = left.data_ptr() == right.data_ptr() and left.stride() == right.stride()
+    return same_place and left.dtype is right.dtype
+
+
+def cut(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Cut tensors of one shape alike: flat where all are contiguous, else along the first dimension."""
+    first = tensors[0]
+    if not first.is_cpu or first.numel() <= SLICE:
+        yield list(tensors)
         return
     if all(tensor.is_contiguous() for tensor in tensors):
         tensors = [tensor.view(-1) for tensor in tensors]
     length = len(tensors[0])
-    step = max(1, SLICE * length // out.numel())
+    step = max(1, SLICE * length // first.numel())
     for start in range(0, length, step):
         yield [tensor[start : start + step] for tensor in tensors]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -10,14 +11,23 @@ import torch
 from . import arrays, reduce
 from .entry import Entry
 from .errors import UpdaterError, quote
+from .kernels import Kernel
 from .optim import Optimizer, OptimizerSpec
+from .pool import Job, Pool
 from .rows import Rows
 
 Updater = Callable[[Any, Any, Any], Any]
 
 
+Parts = Sequence[list[torch.Tensor]]
+Outs = Sequence[Sequence[torch.Tensor]]
+
+# Pushes of fewer elements are done before a thread of the pool would have woken up.
+_WORTH_A_THREAD = 1 << 16
+
+
 class Rule(Protocol):
-    """How values change. Sums reach a rule as parts, so that it can add them where it needs them."""
+    """How values change. Sums reach a rule as parts, so that it can add them slice by slice."""
 
     running: bool
     """Whether code of the user is being run, which must not call the store."""
@@ -25,8 +35,11 @@ class Rule(Protocol):
     def check(self, entry: Entry, *, by_rows: bool) -> None:
         """Raise if the rule cannot update this value; changes nothing."""
 
-    def apply(self, entries: Sequence[Entry], parts: Sequence[list[torch.Tensor]]) -> None:
-        """Update dense values from the sums of their parts."""
+    def apply(self, entries: Sequence[Entry], parts: Parts, outs: Outs, pool: Pool) -> None:
+        """Update dense values from the sums of their parts, and copy each to its outs.
+
+        An out shares no memory with a part, unless it is a part of the same key and the same array.
+        """
 
     def apply_rows(self, entry: Entry, received: Rows) -> None:
         """Update the rows that ``received`` (merged, of the value's dtype) names; touch no others."""
@@ -40,22 +53,58 @@ class Assign:
     def check(self, entry: Entry, *, by_rows: bool) -> None:
         pass
 
-    def apply(self, entries: Sequence[Entry], parts: Sequence[list[torch.Tensor]]) -> None:
+    def apply(self, entries: Sequence[Entry], parts: Parts, outs: Outs, pool: Pool) -> None:
         small: dict[int, list[int]] = {}
-        for index, (entry, key_parts) in enumerate(zip(entries, parts, strict=True)):
+        jobs: list[Job] = []
+        for index, (entry, key_parts, key_outs) in enumerate(zip(entries, parts, outs, strict=True)):
             value: Any = entry.value
             if len(entries) > 1 and reduce.is_small(value, key_parts):
                 small.setdefault(len(key_parts), []).append(index)
-            else:
-                reduce.sum_into(value, key_parts)
-            entry.version += 1
+                continue
+            for piece, *others in reduce.cut([value, *key_parts, *key_outs]):
+                jobs.append(partial(_assign, piece, others[: len(key_parts)], others[len(key_parts) :]))
         for members in small.values():
-            outs: list[Any] = [entries[index].value for index in members]
-            reduce.sum_many(outs, [parts[index] for index in members])
+            values: list[Any] = [entries[index].value for index in members]
+            reduce.sum_many(values, [parts[index] for index in members])
+            copied = [(out, value) for i, value in zip(members, values, strict=True) for out in outs[i]]
+            if copied:
+                torch._foreach_copy_([out for out, _ in copied], [value for _, value in copied])
+        if jobs and _is_worth_threads(entries):
+            pool.run(jobs, then=partial(_count_versions, entries))
+            return
+        for job in jobs:
+            job()
+        _count_versions(entries)
 
     def apply_rows(self, entry: Entry, received: Rows) -> None:
         entry.write_rows(received)
         entry.version += 1
+
+
+def _assign(value: torch.Tensor, parts: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
+    reduce.sum_piece(value, parts)
+    _copy_out(value, outs)
+
+
+def _copy_out(value: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
+    for out in outs:
+        out.copy_(value)
+
+
+def _is_worth_threads(entries: Sequence[Entry]) -> bool:
+    numel = sum([entry.spec.shape.numel() for entry in entries])
+    return numel >= _WORTH_A_THREAD and all(entry.value.device.type == "cpu" for entry in entries)
+
+
+def _count_versions(entries: Sequence[Entry]) -> None:
+    for entry in entries:
+        entry.version += 1
+
+
+def _count(entries: Sequence[Entry], counters: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for counter, step in counters:
+        counter.copy_(step)
+    _count_versions(entries)
 
 
 class CallUpdater:
@@ -72,8 +121,8 @@ class CallUpdater:
     def check(self, entry: Entry, *, by_rows: bool) -> None:
         pass
 
-    def apply(self, entries: Sequence[Entry], parts: Sequence[list[torch.Tensor]]) -> None:
-        for entry, key_parts in zip(entries, parts, strict=True):
+    def apply(self, entries: Sequence[Entry], parts: Parts, outs: Outs, pool: Pool) -> None:
+        for entry, key_parts, key_outs in zip(entries, parts, outs, strict=True):
             value: Any = entry.value
             received = reduce.total(value, key_parts)
             scratch = value.clone()
@@ -81,6 +130,7 @@ class CallUpdater:
             self._call(entry, arrays.view(received, entry.spec.origin), stored)
             value.copy_(scratch)
             entry.version += 1
+            _copy_out(value, key_outs)
 
     def apply_rows(self, entry: Entry, received: Rows) -> None:
         scratch = Rows(received.ids.clone(), entry.read_rows(received.ids), received.num_rows)
@@ -117,13 +167,70 @@ class StepOptimizer:
     def check(self, entry: Entry, *, by_rows: bool) -> None:
         self.optimizer.check(entry.key, entry.value, by_rows=by_rows)
 
-    def apply(self, entries: Sequence[Entry], parts: Sequence[list[torch.Tensor]]) -> None:
+    def apply(self, entries: Sequence[Entry], parts: Parts, outs: Outs, pool: Pool) -> None:
+        in_pool = _is_worth_threads(entries)
+        jobs: list[Job] = []
+        stepped: list[Entry] = []
+        counters: list[tuple[torch.Tensor, torch.Tensor]] = []
+        whole: list[int] = []
+        for index, (entry, key_parts, key_outs) in enumerate(zip(entries, parts, outs, strict=True)):
+            value: Any = entry.value
+            kernel = self.optimizer.kernel(entry.key, value, entry.state)
+            if kernel is None:
+                whole.append(index)
+                continue
+            counter = entry.state.get("step")
+            step = None if counter is None else counter + 1
+            columns = [entry.state[name] for name in kernel.columns]
+            stepped.append(entry)
+            if not in_pool:
+                grad = self._gradient(value, key_parts).view(-1)
+                kernel.at_once(value.view(-1), grad, [column.view(-1) for column in columns], step, counter)
+                _copy_out(value, key_outs)
+                continue
+            if counter is not None and step is not None:
+                counters.append((counter, step))
+            ends = (len(columns), len(columns) + len(key_parts))
+            for piece, *others in reduce.cut([value, *columns, *key_parts, *key_outs]):
+                cuts = others[: ends[0]], others[ends[0] : ends[1]], others[ends[1] :]
+                jobs.append(partial(self._step, kernel, step, piece, *cuts))
+        if jobs:
+            pool.run(jobs, then=partial(_count, stepped, counters))
+        else:
+            _count_versions(stepped)
+        if whole:
+            self._step_whole([entries[i] for i in whole], [parts[i] for i in whole], [outs[i] for i in whole])
+
+    def _step(
+        self,
+        kernel: Kernel,
+        step: torch.Tensor | None,
+        value: torch.Tensor,
+        columns: Sequence[torch.Tensor],
+        parts: Sequence[torch.Tensor],
+        outs: Sequence[torch.Tensor],
+    ) -> None:
+        grad = self._gradient(value, parts)
+        kernel(value.view(-1), grad.view(-1), [column.view(-1) for column in columns], step)
+        _copy_out(value, outs)
+
+    def _gradient(self, value: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        grad = parts[0]
+        plain = len(parts) == 1 and grad.dtype is value.dtype and grad.is_contiguous() and grad.is_cpu
+        if plain and not self.optimizer.changes_grads:
+            return grad
+        grad = reduce.scratch(value, value.dtype, "gradient")
+        reduce.sum_piece(grad, parts)
+        return self.optimizer.prepare(grad)
+
+    def _step_whole(self, entries: Sequence[Entry], parts: Parts, outs: Outs) -> None:
         values: list[Any] = [entry.value for entry in entries]
         may_share = not self.optimizer.changes_grads
         grads = [reduce.total(v, p, may_share=may_share) for v, p in zip(values, parts, strict=True)]
         self.optimizer.step([e.key for e in entries], values, grads, [e.state for e in entries])
-        for entry in entries:
-            entry.version += 1
+        _count_versions(entries)
+        for value, key_outs in zip(values, outs, strict=True):
+            _copy_out(value, key_outs)
 
     def apply_rows(self, entry: Entry, received: Rows) -> None:
         self.optimizer.step_rows(entry.key, entry.value, received, entry.state)

@@ -32,6 +32,7 @@ from .keys import Key
 from .optim import OptimizerSpec, check_numbers
 from .optim import spec as make_spec
 from .plan import Plans
+from .pool import Pool
 from .rows import Rows
 from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater
 from .table import Table
@@ -47,9 +48,10 @@ class Shard:
     Args:
         on_device: keep values on the device of their arrays (else on the CPU).
         nonfinite: what a push of NaN or Inf does: ``"pass"``, ``"raise"`` or ``"skip"`` that key's update.
+        threads: that sum and update (None: as many as cores).
     """
 
-    def __init__(self, *, on_device: bool = False, nonfinite: NonFinite = "pass") -> None:
+    def __init__(self, *, on_device: bool = False, nonfinite: NonFinite = "pass", threads: int | None = None) -> None:
         if nonfinite not in ("pass", "raise", "skip"):
             raise ArgumentError(f'nonfinite is {nonfinite!r}; expected "pass", "raise" or "skip"')
         self._entries: dict[Key, Entry] = {}
@@ -59,6 +61,7 @@ class Shard:
         self.nonfinite_counts = {"raised": 0, "skipped": 0}
         self._rule: Rule = Assign()
         self._plans = Plans()
+        self._pool = Pool(threads)
         self._lock = threading.RLock()
         self._in_order: Callable[[Sequence[Entry]], AbstractContextManager[Any]]
         self._in_order = _cuda_order if on_device else nullcontext
@@ -81,7 +84,7 @@ class Shard:
         """Sum the parts of each key and apply the update rule; the whole batch is checked first."""
         with self._lock:
             self._refuse_reentry()
-            self._push(batch)
+            self._push(batch, ())
 
     def pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]]) -> None:
         """Copy values into tensors of their shapes."""
@@ -93,8 +96,8 @@ class Shard:
         """Push, then pull the same keys, with nothing in between."""
         with self._lock:
             self._refuse_reentry()
-            self._push(batch)
-            self._pull(batch.keys, outs)
+            if not self._push(batch, outs):
+                self._pull(batch.keys, outs)
 
     def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
         """Push raw values and fill raw outs of many small keys at once, if there is a plan for such a call.
@@ -213,12 +216,13 @@ class Shard:
             )
         return entry
 
-    def clear(self) -> None:
-        """Forget everything."""
+    def close(self) -> None:
+        """Forget everything and end the threads."""
         with self._lock:
             self._refuse_reentry()
             self._plans.clear()
             self._entries.clear()
+            self._pool.close()
 
     # ------------------------------------------------------------ checkpoints
 
@@ -299,7 +303,8 @@ class Shard:
 
     # ------------------------------------------------------------ push and pull, the lock being held
 
-    def _push(self, batch: Batch) -> None:
+    def _push(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]]) -> bool:
+        """Apply a batch; return whether its outs were filled on the way."""
         entries = self._check_push(batch)
         parts: list[list[Any]] = batch.parts
         if self._on_device:
@@ -309,7 +314,9 @@ class Shard:
                 entries, parts = self._finite_sums(batch, entries)
             if any(isinstance(part, Rows) for key_parts in parts for part in key_parts):
                 entries, parts = self._push_rows(entries, parts)
-            self._rule.apply(entries, parts)
+            fill = len(outs) == len(entries) and all(map(_fit, entries, outs)) and reduce.are_apart(parts, outs)
+            self._rule.apply(entries, parts, outs if fill else [()] * len(entries), self._pool)
+            return fill
 
     def _push_rows(self, entries: list[Entry], parts: list[list[Part]]) -> tuple[list[Entry], list[list[Part]]]:
         """Apply what was pushed as Rows alone; return the rest, Rows beside dense parts made dense."""
@@ -351,12 +358,10 @@ class Shard:
     def _pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]]) -> None:
         entries = [self.entry("pull", key) for key in keys]
         for entry, key_outs in zip(entries, outs, strict=True):
-            for out in key_outs:
-                if out.shape != entry.spec.shape:
-                    # The key was deleted and initialised anew since the outs were checked.
-                    raise ValueMismatchError(
-                        f"pull({quote(entry.key)}): out has shape {tuple(out.shape)}, the key {tuple(entry.spec.shape)}"
-                    )
+            if not _fit(entry, key_outs):
+                raise ValueMismatchError(
+                    f"pull({quote(entry.key)}): the key was deleted and initialised anew with another shape; pull again"
+                )
         with self._in_order(entries):
             if len(entries) == 1:
                 value: Any = entries[0].value
@@ -395,6 +400,10 @@ class Shard:
             return table
         device = value.device if self._on_device else "cpu"
         return torch.empty(value.shape, dtype=value.dtype, device=device).copy_(value)
+
+
+def _fit(entry: Entry, outs: Sequence[torch.Tensor]) -> bool:
+    return all(out.shape == entry.spec.shape for out in outs)
 
 
 def _mismatch(batch: Batch, entry: Entry, index: int, part: Part) -> ValueMismatchError:

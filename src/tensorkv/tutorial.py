@@ -140,7 +140,7 @@ def run(library: str) -> None:
         print(f"\n{number}. {step.title}\n{step.text}\n")
         for statement in ast.parse(step.code).body:
             source = ast.get_source_segment(step.code, statement) or ""
-            print(_prompted(source, compound=isinstance(statement, ast.FunctionDef)), flush=True)
+            print(_prompted(source, compound=hasattr(statement, "body")), flush=True)
             # Nobody's text but this module's own.
             exec(source, names)  # noqa: S102
 

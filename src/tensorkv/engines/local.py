@@ -23,14 +23,15 @@ class LocalEngine:
     Args:
         on_device: keep each value on the device of its arrays (``"device"``) or on the CPU (``"local"``).
         nonfinite: ``"pass"``, ``"raise"`` or ``"skip"`` updates whose sum has NaN or Inf.
+        threads: that sum and update large values (None: as many as cores).
     """
 
     rank = 0
     num_workers = 1
     capabilities = frozenset({"optimizer", "updater", "rows", "checkpoint"})
 
-    def __init__(self, on_device: bool, *, nonfinite: NonFinite = "pass") -> None:
-        self._shard = Shard(on_device=on_device, nonfinite=nonfinite)
+    def __init__(self, on_device: bool, *, nonfinite: NonFinite = "pass", threads: int | None = None) -> None:
+        self._shard = Shard(on_device=on_device, nonfinite=nonfinite, threads=threads)
 
     def init(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
         self._shard.init(keys, values, specs)
@@ -91,4 +92,4 @@ class LocalEngine:
         pass
 
     def close(self) -> None:
-        self._shard.clear()
+        self._shard.close()

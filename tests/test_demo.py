@@ -1,0 +1,207 @@
+"""The demo learns, shows that many replicas are as good as one, and says where its picture is."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tensorkv import cli, demo
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+PNG = b"\x89PNG\r\n\x1a\n"
+SHORT = demo.Settings(epochs=2)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return demo.load_digits()
+
+
+def test_demo_reaches_its_accuracy_and_names_the_png_last(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo"]) == 0
+    shown = capsys.readouterr()
+    *_, many, one, apart, last = shown.out.splitlines()
+    assert last == "curves: tensorkv-demo.png"
+    assert (tmp_path / "tensorkv-demo.png").read_bytes().startswith(PNG)
+    assert many.startswith("4 replicas: test accuracy 0.")
+    assert one.startswith("1 replica: test accuracy 0.")
+    assert float(many.split()[4].rstrip(",")) >= 0.96
+    assert float(one.split()[4].rstrip(",")) >= 0.96
+    assert float(apart.split()[-2]) < 1e-3
+    assert "4 replicas" in shown.err
+    assert "20/20" in shown.err
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize(("replicas", "batch_size"), [(4, 64), (3, 50)])
+def test_replicas_learn_what_one_learns_from_whole_batches(digits, optimizer, replicas, batch_size):
+    settings = replace(SHORT, optimizer=optimizer, replicas=replicas, batch_size=batch_size)
+    many = demo.train(digits, settings)
+    one = demo.train(digits, replace(settings, replicas=1))
+    assert many.losses == pytest.approx(one.losses, rel=1e-3)
+    assert many.accuracies == pytest.approx(one.accuracies, abs=0.01)
+    assert many.losses[1] < many.losses[0]
+
+
+def test_a_batch_may_be_smaller_than_the_number_of_replicas(digits):
+    few = demo.Digits(digits.images[:9], digits.labels[:9], digits.test_images, digits.test_labels)
+    settings = replace(SHORT, replicas=4, batch_size=2)
+    assert demo.train(few, settings).losses == pytest.approx(
+        demo.train(few, replace(settings, replicas=1)).losses, rel=1e-3
+    )
+
+
+def test_training_depends_on_the_seed_alone(digits):
+    settings = replace(SHORT, epochs=1, replicas=2)
+    first = demo.train(digits, settings)
+    before = torch.get_rng_state()
+    torch.rand(3)
+    assert demo.train(digits, settings) == first
+    assert demo.train(digits, replace(settings, seed=1)) != first
+    torch.set_rng_state(before)
+
+
+def test_training_leaves_the_callers_random_numbers_alone(digits):
+    before = torch.get_rng_state()
+    demo.train(digits, replace(SHORT, epochs=1, replicas=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_digits_are_split_by_class_without_overlap(digits):
+    assert (len(digits.labels), len(digits.test_labels)) == (1347, 450)
+    # The images are all different but for few; a leak of whole images would be seen here.
+    train, test = ({bytes(image.numpy()) for image in images} for images in (digits.images, digits.test_images))
+    assert not train & test
+    per_class = digits.test_labels.bincount()
+    assert len(per_class) == 10
+    assert int(per_class.max() - per_class.min()) <= 3
+    assert digits.images.dtype is torch.float32
+    assert (float(digits.images.min()), float(digits.images.max())) == (0.0, 1.0)
+
+
+def test_accuracy_counts_the_test_images_named_right(digits):
+    class Perfect(torch.nn.Module):
+        def forward(self, images):
+            wrong = torch.arange(len(images)) < 45
+            return torch.nn.functional.one_hot((digits.test_labels + wrong) % 10, 10)
+
+    assert demo.accuracy(Perfect(), digits) == pytest.approx(0.9)
+
+
+def test_both_lines_of_the_picture_can_be_seen_where_they_coincide():
+    curves = demo.Curves([2.0, 1.0], [0.5, 0.975])
+    drawn = demo.figure(curves, replace(curves, accuracies=[0.5, 0.9]), demo.Settings())
+    assert "97.5% with 4 replicas, 90.0% with 1 replica" in drawn.get_suptitle()
+    for axes in drawn.axes:
+        below, above = axes.get_lines()
+        assert below.get_zorder() <= above.get_zorder()
+        assert below.get_linewidth() > 2 * above.get_linewidth()
+        assert below.get_linestyle() != above.get_linestyle()
+        assert axes.get_xlabel() == "epoch"
+        assert axes.get_ylabel()
+        assert axes.get_title()
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+            "1 replica, whole batches",
+            "4 replicas, gradients summed in the store",
+        ]
+    assert drawn.axes[0].get_lines()[1].get_ydata() == [2.0, 1.0]
+    assert drawn.axes[1].get_lines()[0].get_ydata() == [0.5, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr", "expected"), [("sgd", None, 0.2), ("sgd", 0.5, 0.5), ("nadam", None, 2e-3)]
+)
+def test_learning_rate_is_the_one_given_or_the_optimizers(digits, monkeypatch, optimizer, lr, expected):
+    rates = []
+
+    class Watched(demo.Trainer):
+        def step(self):
+            rates.append(self.learning_rate)
+            super().step()
+
+    monkeypatch.setattr(demo, "Trainer", Watched)
+    demo.train(digits, replace(SHORT, optimizer=optimizer, lr=lr, replicas=1, batch_size=1347))
+    assert rates == pytest.approx([expected, expected / 2])
+
+
+# ---------------------------------------------------------------- the command
+
+
+def run_demo(tmp_path, *options):
+    out = tmp_path / "curves.png"
+    return cli.main(["demo", "--out", str(out), "--replicas", "2", *options]), out
+
+
+def test_quiet_prints_only_the_line_with_the_png(tmp_path, capsys):
+    status, out = run_demo(tmp_path, "--epochs", "1", "--quiet")
+    assert status == 0
+    assert capsys.readouterr() == (f"curves: {out}\n", "")
+    assert out.read_bytes().startswith(PNG)
+
+
+def test_options_reach_the_training(tmp_path, capsys):
+    options = ["--epochs", "1", "--batch-size", "200", "--lr", "0.1", "--optimizer", "sgd", "--seed", "7"]
+    status, _ = run_demo(tmp_path, *options, "--store", "device")
+    assert status == 0
+    expected = demo.train(
+        demo.load_digits(), demo.Settings(2, epochs=1, batch_size=200, lr=0.1, optimizer="sgd", seed=7)
+    )
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "1347 training images, 450 test images, 1 epochs, sgd in a store of type device"
+    assert shown[1] == f"2 replicas: test accuracy {expected.accuracies[0]:.4f}, loss {expected.losses[0]:.4f}"
+
+
+def test_too_low_an_accuracy_is_a_failure_that_still_shows_the_curves(tmp_path, capsys):
+    status, out = run_demo(tmp_path, "--epochs", "1", "--quiet", "--min-accuracy", "1")
+    shown = capsys.readouterr()
+    assert status == 1
+    assert shown.out == f"curves: {out}\n"
+    assert shown.err.startswith("tensorkv: error: demo: the test accuracy is 0.")
+    assert shown.err.endswith(", under 1\n")
+    assert shown.err.count("\n") == 1
+    assert out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [
+        ([], 1),
+        (["--seed", "1", "--replicas", "2", "--store", "device"], 1),
+        (["--epochs", "1"], 0),
+        (["--batch-size", "10"], 0),
+        (["--lr", "1e-3"], 0),
+        (["--optimizer", "sgd"], 0),
+        (["--epochs", "1", "--min-accuracy", "0.6"], 1),
+        (["--min-accuracy", "0.5"], 0),
+    ],
+)
+def test_only_the_demos_own_training_is_held_to_its_accuracy(tmp_path, monkeypatch, options, status):
+    monkeypatch.setattr(demo, "run", lambda *_, **__: demo.Curves([1.0], [0.55]))
+    assert cli.main(["demo", "--out", str(tmp_path / "a.png"), *options]) == status
+
+
+def test_a_training_that_blows_up_is_plotted_too(tmp_path, capsys):
+    status, out = run_demo(tmp_path, "--epochs", "2", "--lr", "1e30")
+    assert status == 0
+    assert "loss nan" in capsys.readouterr().out
+    assert out.read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("name", ["sklearn", "matplotlib"])
+def test_a_missing_extra_is_named_before_the_training(tmp_path, monkeypatch, capsys, name):
+    import sys
+
+    for loaded in [module for module in sys.modules if module.partition(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(demo, "train", lambda *_: pytest.fail("trained"))
+    status, out = run_demo(tmp_path)
+    shown = capsys.readouterr()
+    assert status == 1
+    assert shown.err.startswith(f"tensorkv: error: import of {name}")
+    assert shown.err.endswith("pip install 'tensorkv[examples]'\n")
+    assert shown.err.count("\n") == 1
+    assert not out.exists()

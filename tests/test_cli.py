@@ -130,11 +130,14 @@ def test_an_interrupted_process_ends_with_130():
 
 @pytest.mark.parametrize("arguments", [["tutorial"], ["--help"]])
 def test_a_reader_that_has_gone_is_no_traceback(arguments):
+    environment = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"}
     reader, writer = os.pipe()
     os.close(reader)
     try:
         command = [sys.executable, "-m", "tensorkv.cli", *arguments]
-        ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=100)
+        ended = subprocess.run(
+            command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=100, env=environment
+        )
     finally:
         os.close(writer)
     assert (ended.returncode, ended.stderr) == (141, "")

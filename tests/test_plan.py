@@ -39,8 +39,8 @@ def planned(kv):
 def runs(monkeypatch):
     """How many calls went through a plan."""
     counted = []
-    run = plan.Plan.run
-    monkeypatch.setattr(plan.Plan, "run", lambda self, *a: (counted.append(1), run(self, *a))[1])
+    moved = plan.Plan.moved
+    monkeypatch.setattr(plan.Plan, "moved", lambda self, *a: (counted.append(1), moved(self, *a))[1])
     return counted
 
 
@@ -82,6 +82,82 @@ def test_many_chunks(monkeypatch, runs):
         expected = [(a + b) + c for a, b, c in zip(*parts, strict=True)]
         assert all(np.array_equal(x, y) for x, y in zip(kv.pull(KEYS), expected, strict=True))
     assert runs
+
+
+OPTIMIZERS = {
+    "sgd": {"lr": 0.1},
+    "momentum": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "dampening": 0.1},
+    "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "clip_gradient": 5, "rescale_grad": 0.5},
+    "adam": {"amsgrad": True},
+    "adamw": {"maximize": True},
+    "adagrad": {"initial_accumulator_value": 0.5},
+    "rmsprop": {},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_an_optimizer_gives_the_bits_of_the_general_way(name, count, library, runs, monkeypatch):
+    """Also when single keys, rows of a key or other numbers come in between."""
+    wrap = torch.from_numpy if library == "torch" else np.asarray
+    results = []
+    for planned in (True, False):
+        rng = np.random.default_rng(7)
+        if not planned:
+            monkeypatch.setattr(plan.Plans, "find", lambda *_: None)
+        with tensorkv.create() as kv:
+            kv.init(KEYS, [wrap(x) for x in random_arrays(rng)])
+            optimizer = {"momentum": "sgd", "nesterov": "sgd"}.get(name, name)
+            kv.set_optimizer(optimizer, **OPTIMIZERS[name])
+            for turn in range(12):
+                parts = [[wrap(x) for x in random_arrays(rng)] for _ in range(count)]
+                outs = [wrap(np.zeros(shape, F32)) for shape, _ in zip(SHAPES, KEYS, strict=False)]
+                kv.pushpull(KEYS, list(zip(*parts, strict=True)), out=outs)
+                results.append([np.asarray(x).tobytes() for x in outs])
+                if turn == 5:
+                    kv.push(KEYS, parts[0])
+                    kv.push("k3", parts[0][3])
+                    kv.push("k3", tensorkv.Rows(np.array([1]), np.ones((1, 3), F32), 2))
+                if turn == 7:
+                    for key, part in zip(KEYS, parts[0], strict=True):
+                        kv.push(key, [part] * (1 if key == "k3" else 2))
+                if turn == 9:
+                    kv.set_hyperparameters(lr=0.05)
+            results.append([kv.info(key).version for key in KEYS])
+    half = len(results) // 2
+    assert results[:half] == results[half:]
+    assert (len(runs) > 3) == (name != "rmsprop")
+
+
+def test_one_keys_own_numbers_are_kept(planned):
+    planned.set_optimizer("sgd", lr=1.0)
+    planned.set_hyperparameters(lr=0.0, keys="k3")
+    before = planned.pull(KEYS)
+    for _ in range(3):
+        planned.push(KEYS, [np.ones(x.shape, F32) for x in before])
+    for key, old, new in zip(KEYS, before, planned.pull(KEYS), strict=True):
+        np.testing.assert_allclose(new, old - (0 if key == "k3" else 3), rtol=1e-5, atol=1e-4)
+
+
+def test_a_saved_state_goes_on_the_same(planned, tmp_path):
+    planned.set_optimizer("adam", lr=0.1)
+    ones = [np.ones(shape, F32) for shape, _ in zip(SHAPES, KEYS, strict=False)]
+    planned.push(KEYS, ones)
+    planned.save(tmp_path / "all")
+    planned.save_optimizer_states(tmp_path / "states")
+    planned.push(KEYS, ones)
+    expected = [x.tobytes() for x in planned.pull(KEYS)]
+    planned.load(tmp_path / "all")
+    for _ in range(2):
+        planned.load_optimizer_states(tmp_path / "states")
+        planned.push(KEYS, ones)
+        assert [x.tobytes() for x in planned.pull(KEYS)] == expected
+        planned.load(tmp_path / "all")
+    planned.set_optimizer("sgd", lr=0.0)
+    planned.set_optimizer("adam", lr=0.1)
+    planned.push(KEYS, ones)
+    assert [x.tobytes() for x in planned.pull(KEYS)] != expected, "another optimizer in between drops the state"
 
 
 BAD = {

@@ -60,7 +60,8 @@ def _run(argv: Sequence[str] | None) -> int:
     except ModuleNotFoundError as error:
         if arguments.extra is None:
             raise
-        return _fail(f"{error}; install what is missing: pip install 'tensorkv[{arguments.extra}]'")
+        missing = (error.name or str(error)).partition(".")[0]
+        return _fail(f"{missing} is not installed; it comes with: pip install 'tensorkv[{arguments.extra}]'")
 
 
 def _fail(message: str, status: int = FAILURE) -> int:

@@ -162,7 +162,7 @@ def figure(many: Curves, one: Curves, settings: Settings) -> Any:
     accuracy_axes.set_ylabel("share of test images named right")
     drawn.suptitle(
         f"Handwritten digits, {settings.optimizer} in the store: final test accuracy {many.accuracies[-1]:.1%} "
-        f"with {_count(settings.replicas)}, {one.accuracies[-1]:.1%} with 1",
+        f"with {_count(settings.replicas)}, {one.accuracies[-1]:.1%} with {_count(1)}",
         fontsize=13,
         fontweight="bold",
     )

@@ -16,6 +16,7 @@ from .errors import CheckpointError
 # The head of a safetensors file is a length in 8 bytes and JSON; the format allows no more than this.
 _HEAD_BYTES = 100_000_000
 
+_KINDS = {"store": "a store: values, versions, update rule", "optimizer-states": "optimizer states, without values"}
 COLUMNS = ("key", "kind", "shape", "dtype", "version", "rows", "size", "state size")
 _RIGHT = frozenset({"version", "rows", "size", "state size"})
 
@@ -35,6 +36,8 @@ def describe(path: str, *, verify: bool = False) -> dict[str, Any]:
         checkpoint.read(path)
     body = checkpoint.read_manifest(path)
     try:
+        if body["kind"] not in _KINDS:
+            raise ValueError(f"kind {body['kind']!r}")
         tensors = _tensors(Path(path), body["files"])
         return {
             "path": path,
@@ -46,7 +49,7 @@ def describe(path: str, *, verify: bool = False) -> dict[str, Any]:
             "keys": [_describe_key(body["kind"], each, tensors) for each in body["keys"]],
             "files": [{name: file[name] for name in ("name", "nbytes", "sha256")} for file in body["files"]],
         }
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: the manifest is not what a save writes: {error!r}") from None
 
 
@@ -74,8 +77,8 @@ def _tensors(folder: Path, files: Sequence[dict[str, Any]]) -> dict[str, Any] | 
         for file in files:
             if Path(file["name"]).name != file["name"]:
                 return None
-            heads.update(_read_head(folder / file["name"]))
-    except (OSError, ValueError, struct.error):
+            heads |= _read_head(folder / file["name"])
+    except (OSError, ValueError, TypeError, struct.error):
         return None
     heads.pop("__metadata__", None)
     return heads
@@ -101,9 +104,8 @@ def summary(report: dict[str, Any]) -> list[str]:
     """Return the lines that stand above the table of keys."""
     count, files = len(report["keys"]), len(report["files"])
     checked = "every digest checked" if report["verified"] else "only the manifest checked; --verify reads everything"
-    kind = {"store": "a store: values, versions, update rule"}.get(report["kind"], "optimizer states, without values")
     lines = [
-        f"{printable(report['path'])}: checkpoint of {kind}",
+        f"{printable(report['path'])}: checkpoint of {_KINDS[report['kind']]}",
         f"keys:   {count}",
         f"update: {_update(report)}",
         f"size:   {size(report['nbytes'])} in {files} data file{'' if files == 1 else 's'} ({checked})",

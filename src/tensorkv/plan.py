@@ -10,7 +10,8 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ import torch
 
 from . import arrays, reduce
 from .entry import Entry
+from .kernels import Kernel
 from .keys import Key
+from .optim import Optimizer, State
 
 # Below this many keys, a plan saves nothing worth having.
 MANY = 8
@@ -32,21 +35,22 @@ _REMEMBERED_CALLS = 256
 Column = Sequence[Any]
 
 
-@dataclass(slots=True)
 class _Flat:
     """One flat array, and the keys' shapes in it as torch and as NumPy see them."""
 
-    tensor: torch.Tensor
-    array: np.ndarray[Any, Any]
-    tensors: list[torch.Tensor]
-    arrays: list[np.ndarray[Any, Any]]
+    def __init__(self, shapes: Sequence[torch.Size], flat: torch.Tensor) -> None:
+        self._shapes = shapes
+        self.tensor = flat
+        self.array: np.ndarray[Any, Any] = flat.numpy()
 
-    @classmethod
-    def make(cls, shapes: Sequence[torch.Size], dtype: torch.dtype) -> _Flat:
-        sizes = [shape.numel() for shape in shapes]
-        flat = torch.empty(sum(sizes), dtype=dtype)
-        tensors = [piece.view(shape) for piece, shape in zip(torch.split(flat, sizes), shapes, strict=True)]
-        return cls(flat, flat.numpy(), tensors, [tensor.numpy() for tensor in tensors])
+    @cached_property
+    def tensors(self) -> list[torch.Tensor]:
+        pieces = torch.split(self.tensor, [shape.numel() for shape in self._shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
+
+    @cached_property
+    def arrays(self) -> list[np.ndarray[Any, Any]]:
+        return [tensor.numpy() for tensor in self.tensors]
 
     def gather(self, column: Column) -> None:
         if type(column[0]) is np.ndarray:
@@ -62,12 +66,41 @@ class _Flat:
             torch._foreach_copy_(list(column), self.tensors)
 
 
-@dataclass(slots=True)
 class _Chunk:
-    start: int
-    stop: int
-    values: _Flat
-    scratch: list[_Flat]
+    """Some keys of a plan that lie side by side in one flat array."""
+
+    def __init__(self, entries: Sequence[Entry], start: int, stop: int) -> None:
+        self.cut = slice(start, stop)
+        self.shapes = [entry.spec.shape for entry in entries[self.cut]]
+        self.numel = sum([shape.numel() for shape in self.shapes])
+        self.values = self.make(entries[start].spec.dtype)
+        self.parts: list[_Flat] = []
+        for entry, room in zip(entries[self.cut], self.values.tensors, strict=True):
+            entry.value = room.copy_(entry.value)  # type: ignore[arg-type]
+
+    def make(self, dtype: torch.dtype) -> _Flat:
+        return _Flat(self.shapes, torch.empty(self.numel, dtype=dtype))
+
+
+@dataclass(slots=True)
+class _Joined:
+    """The optimizer state of a plan's keys, side by side as their values are."""
+
+    optimizer: Optimizer
+    kernel: Kernel
+    views: dict[str, list[torch.Tensor]]
+    flats: list[list[torch.Tensor]]
+    counters: list[torch.Tensor]
+    versions: list[int]
+
+    def is_of(self, optimizer: Optimizer, states: Sequence[State]) -> bool:
+        """Tell whether nobody has replaced a state or counted a step since."""
+        return (
+            self.optimizer is optimizer
+            and all(_are([state.get(name) for state in states], views) for name, views in self.views.items())
+            and [counter._version for counter in self.counters] == self.versions
+            and (not self.counters or _are([state.get("step") for state in states], self.counters))
+        )
 
 
 class Plan:
@@ -85,8 +118,10 @@ class Plan:
         self._shapes = [entry.spec.shape for entry in entries]
         self._dtype = entries[0].spec.dtype
         self._numpy_dtype = torch.empty(0, dtype=self._dtype).numpy().dtype
-        self._chunks = [self._move_in(start, stop) for start, stop in _cuts(entries)]
+        self._chunks = [_Chunk(entries, start, stop) for start, stop in _cuts(entries)]
+        self._buffers: list[torch.Tensor] = []
         self._outs_apart: list[Any] = []
+        self._joined: _Joined | None = None
 
     def columns(self, values: Any) -> list[Column] | None:
         """Return the parts as columns, one array of each key, if every one is exactly what its key asks for."""
@@ -114,40 +149,77 @@ class Plan:
             self._moved[count] = [count * nbytes for nbytes in self._nbytes]
         return self._moved[count]
 
-    def run(self, columns: list[Column], targets: list[Column]) -> None:
-        """Make the values the sums of the columns (none: leave them), then copy them to the targets."""
+    def assign(self, columns: list[Column]) -> None:
+        """Make the values the sums of the columns."""
         with torch.no_grad():
-            if columns:
-                for chunk in self._chunks:
-                    self._assign(chunk, [column[chunk.start : chunk.stop] for column in columns])
-            # Only now, since an out may be the part of another key.
+            for chunk in self._chunks:
+                if len(columns) == 1:
+                    chunk.values.gather(columns[0][chunk.cut])
+                else:
+                    reduce.sum_into(chunk.values.tensor, self._gather(chunk, columns))
+        self._count()
+
+    def step(self, columns: list[Column], joined: _Joined) -> None:
+        """Step the optimizer, the sums of the columns being the gradients."""
+        optimizer, kernel = joined.optimizer, joined.kernel
+        step = joined.counters[0] + 1 if joined.counters else None
+        with torch.no_grad():
+            for chunk, state in zip(self._chunks, joined.flats, strict=True):
+                parts = self._gather(chunk, columns)
+                grad = parts[0]
+                if len(parts) > 1:
+                    reduce.sum_into(grad, parts)
+                kernel(chunk.values.tensor, optimizer.prepare(grad), state, step)
+            if step is not None:
+                torch._foreach_copy_(joined.counters, [step] * len(joined.counters))
+        joined.versions = [counter._version for counter in joined.counters]
+        joined.kernel = replace(kernel, first=False)
+        self._count()
+
+    def fill(self, targets: list[Column]) -> None:
+        """Copy the values to the targets."""
+        with torch.no_grad():
             for target in targets:
                 for chunk in self._chunks:
-                    chunk.values.scatter(target[chunk.start : chunk.stop])
-        if columns:
-            for entry in self.entries:
-                entry.version += 1
+                    chunk.values.scatter(target[chunk.cut])
 
-    def _assign(self, chunk: _Chunk, columns: list[Column]) -> None:
-        if len(columns) == 1:
-            chunk.values.gather(columns[0])
-            return
-        scratch = self._scratch(chunk, len(columns))
-        for part, column in zip(scratch, columns, strict=True):
-            part.gather(column)
-        reduce.sum_into(chunk.values.tensor, [part.tensor for part in scratch])
+    def join(self, optimizer: Optimizer) -> _Joined | None:
+        """Return the keys' optimizer state side by side; None if they are not all at the same step."""
+        joined, states = self._joined, [entry.state for entry in self.entries]
+        if joined is not None and joined.is_of(optimizer, states):
+            return joined
+        if any(key in optimizer.spec.overrides for key in self.keys):
+            return None
+        kernels = [optimizer.kernel(e.key, e.value, e.state) for e in self.entries]  # type: ignore[arg-type]
+        kernel = kernels[0]
+        counters = [state["step"] for state in states if "step" in state]
+        if kernel is None or any(other != kernel for other in kernels) or len({float(c) for c in counters}) > 1:
+            return None
+        flats: list[list[torch.Tensor]] = [[] for _ in self._chunks]
+        views: dict[str, list[torch.Tensor]] = {name: [] for name in kernel.columns}
+        for name in kernel.columns:
+            for chunk, held in zip(self._chunks, flats, strict=True):
+                flat = chunk.make(self._dtype)
+                for state, room in zip(states[chunk.cut], flat.tensors, strict=True):
+                    state[name] = room.copy_(state[name])
+                held.append(flat.tensor)
+                views[name] += flat.tensors
+        self._joined = _Joined(optimizer, kernel, views, flats, counters, [c._version for c in counters])
+        return self._joined
 
-    def _move_in(self, start: int, stop: int) -> _Chunk:
-        entries = self.entries[start:stop]
-        values = _Flat.make(self._shapes[start:stop], self._dtype)
-        for entry, room in zip(entries, values.tensors, strict=True):
-            entry.value = room.copy_(entry.value)  # type: ignore[arg-type]
-        return _Chunk(start, stop, values, [])
+    def _gather(self, chunk: _Chunk, columns: list[Column]) -> list[torch.Tensor]:
+        """Copy a chunk's parts side by side, into memory that all chunks share."""
+        while len(self._buffers) < len(columns):
+            self._buffers.append(torch.empty(max(each.numel for each in self._chunks), dtype=self._dtype))
+        while len(chunk.parts) < len(columns):
+            chunk.parts.append(_Flat(chunk.shapes, self._buffers[len(chunk.parts)][: chunk.numel]))
+        for part, column in zip(chunk.parts, columns, strict=False):
+            part.gather(column[chunk.cut])
+        return [part.tensor for part in chunk.parts[: len(columns)]]
 
-    def _scratch(self, chunk: _Chunk, count: int) -> list[_Flat]:
-        while len(chunk.scratch) < count:
-            chunk.scratch.append(_Flat.make(self._shapes[chunk.start : chunk.stop], self._dtype))
-        return chunk.scratch[:count]
+    def _count(self) -> None:
+        for entry in self.entries:
+            entry.version += 1
 
     def _transpose(self, values: Any) -> list[Column] | None:
         if type(values) not in (list, tuple) or len(values) != len(self.keys):
@@ -179,6 +251,10 @@ class Plan:
         return len(columns) == len(self._outs_apart) and all(map(_matches, columns, self._outs_apart))
 
 
+def _are(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    return len(left) == len(right) and all(map(operator.is_, left, right))
+
+
 def _cuts(entries: Sequence[Entry]) -> list[tuple[int, int]]:
     cuts, start, size = [], 0, 0
     for index, entry in enumerate(entries):
@@ -203,8 +279,9 @@ def _signature(column: Column) -> Any:
 
 def _matches(column: Column, signature: Any) -> bool:
     if isinstance(signature[0], weakref.ref):
-        same = all(map(operator.is_, column, [known() for known in signature]))
-        return same and [out.flags.writeable for out in column].count(True) == len(column)
+        return _are(column, [known() for known in signature]) and [out.flags.writeable for out in column].count(
+            True
+        ) == len(column)
     if type(column[0]) is np.ndarray or [out.is_contiguous() for out in column].count(True) < len(column):
         return False
     return bool([out.data_ptr() for out in column] == signature)

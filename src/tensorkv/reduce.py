@@ -23,7 +23,7 @@ def sum_into(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
     bool adds by "or".
 
     Args:
-        out: any shape; must not share memory with a part.
+        out: any shape; shares no memory with a part, unless it is one, element for element.
         parts: at least one, of out's shape, of any dtype that ``arrays.may_push`` allows, on any device.
 
     >>> out = torch.empty(3)

@@ -10,11 +10,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
-from . import arrays, reduce, rows
+from . import arrays, cuda, reduce, rows
+from .checks import check_push
 from .entry import Batch, Entry, KeySpec, Part
 from .errors import (
     ArgumentError,
@@ -64,7 +66,7 @@ class Shard:
         self._pool = Pool(threads)
         self._lock = threading.RLock()
         self._in_order: Callable[[Sequence[Entry]], AbstractContextManager[Any]]
-        self._in_order = _cuda_order if on_device else nullcontext
+        self._in_order = cuda.in_order if on_device else nullcontext
 
     # ------------------------------------------------------------ the verbs
 
@@ -111,7 +113,8 @@ class Shard:
         """
         with self._lock:
             self._refuse_reentry()
-            if values is not None and not (isinstance(self._rule, Assign) and self._nonfinite == "pass"):
+            rule = self._rule
+            if values is not None and (self._nonfinite != "pass" or not isinstance(rule, Assign | StepOptimizer)):
                 return None
             plan = self._plans.find(keys, self._entries)
             if plan is None:
@@ -120,7 +123,15 @@ class Shard:
             targets = [] if outs is None else plan.targets(outs)
             if columns is None or targets is None:
                 return None
-            plan.run(columns, targets)
+            if columns and isinstance(rule, StepOptimizer):
+                joined = plan.join(rule.optimizer)
+                if joined is None:
+                    return None
+                self._pool.run([partial(plan.step, columns, joined)])
+            elif columns:
+                plan.assign(columns)
+            # Only now, since an out may be the part of another key.
+            plan.fill(targets)
             return plan.moved(len(columns) + len(targets))
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
@@ -272,31 +283,6 @@ class Shard:
                 f"{type(key).__name__}; one store has one key type, fixed by its first init"
             )
 
-    def _check_push(self, batch: Batch) -> list[Entry]:
-        entries = []
-        for key, parts in zip(batch.keys, batch.parts, strict=True):
-            entry = self._entries.get(key) or self.entry(batch.verb, key)
-            spec, by_rows = entry.spec, False
-            shape, dtype = spec.shape, spec.dtype
-            for index, part in enumerate(parts):
-                if isinstance(part, Rows):
-                    by_rows = True
-                    found: Any = part.shape
-                    kind = part.values.dtype
-                else:
-                    found, kind = part.shape, part.dtype
-                if found != shape or (kind is not dtype and not arrays.may_push(kind, dtype)):
-                    raise _mismatch(batch, entry, index, part)
-            if spec.is_table and not all(isinstance(part, Rows) for part in parts):
-                raise ValueMismatchError(
-                    f"{batch.name(key)}: a part is dense, the key was initialised with Rows; push Rows"
-                )
-            if by_rows and not shape:
-                raise ValueMismatchError(f"{batch.name(key)}: the value is 0-d and has no rows; push an array")
-            self._rule.check(entry, by_rows=by_rows)
-            entries.append(entry)
-        return entries
-
     def _refuse_reentry(self) -> None:
         if self._rule.running:
             raise UpdaterError("an updater called the store that runs it; do this after the push has returned")
@@ -305,10 +291,12 @@ class Shard:
 
     def _push(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]]) -> bool:
         """Apply a batch; return whether its outs were filled on the way."""
-        entries = self._check_push(batch)
+        entries = [self.entry(batch.verb, key) for key in batch.keys]
+        check_push(batch, entries, self._rule)
         parts: list[list[Any]] = batch.parts
         if self._on_device:
-            self._move_to_parts(entries, parts)
+            for entry in cuda.move_to_parts(entries, parts):
+                self._plans.forget(entry.key)
         with self._in_order(entries):
             if self._nonfinite != "pass":
                 entries, parts = self._finite_sums(batch, entries)
@@ -379,14 +367,6 @@ class Shard:
             if isinstance(entry.value, Table):
                 entry.value.drop_columns()
 
-    def _move_to_parts(self, entries: Sequence[Entry], parts: Sequence[list[Any]]) -> None:
-        """Bring a CPU value to the GPU where its parts are, once: from then on it stays there."""
-        for entry, key_parts in zip(entries, parts, strict=True):
-            first = key_parts[0].values if isinstance(key_parts[0], Rows) else key_parts[0]
-            if first.is_cuda and entry.value.device.type == "cpu":
-                self._plans.forget(entry.key)
-                entry.move(first.device)
-
     def _to_device(self, entry: Entry) -> None:
         if self._on_device and isinstance(entry.spec.origin.device, torch.device):
             entry.move(entry.spec.origin.device)
@@ -406,19 +386,6 @@ def _fit(entry: Entry, outs: Sequence[torch.Tensor]) -> bool:
     return all(out.shape == entry.spec.shape for out in outs)
 
 
-def _mismatch(batch: Batch, entry: Entry, index: int, part: Part) -> ValueMismatchError:
-    name = batch.name(entry.key, index)
-    if tuple(part.shape) != tuple(entry.spec.shape):
-        return ValueMismatchError(
-            f"{name} has shape {tuple(part.shape)}, the key was initialised with {tuple(entry.spec.shape)}"
-        )
-    kind = part.dtype if isinstance(part, Rows) else arrays.dtype_name(part.dtype)
-    return ValueMismatchError(
-        f"{name} is {kind}, which does not fit the key's {arrays.dtype_name(entry.value.dtype)} "
-        "without silent loss; convert it first"
-    )
-
-
 def _dense(entry: Entry, part: Part) -> torch.Tensor:
     # In the dtype that sums are made in, so that rows are not rounded before the sum is.
     return part.to_dense(arrays.accumulator(entry.spec.dtype)) if isinstance(part, Rows) else part
@@ -428,17 +395,3 @@ def _merged(entry: Entry, parts: Sequence[Any]) -> Rows:
     device = entry.value.device
     moved = [part if part.values.device == device else part.to(device) for part in parts]
     return rows.merge(moved, entry.value.dtype)
-
-
-@contextmanager
-def _cuda_order(entries: Sequence[Entry]) -> Iterator[None]:
-    """Put work on CUDA values after all earlier work on them, whatever stream the caller is on."""
-    on_cuda = [entry for entry in entries if entry.value.device.type == "cuda"]
-    for entry in on_cuda:
-        if entry.ready is not None:
-            torch.cuda.current_stream(entry.value.device).wait_event(entry.ready)
-    try:
-        yield
-    finally:
-        for entry in on_cuda:
-            entry.ready = torch.cuda.current_stream(entry.value.device).record_event()

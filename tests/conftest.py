@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import threading
 
 import numpy as np
@@ -83,5 +84,5 @@ def _is_file(descriptor):
         target = os.readlink(f"/proc/self/fd/{descriptor}")
     except OSError:
         return False
-    # Libraries open what they need on first use (shared objects, /dev/shm of OpenMP); tests open paths.
-    return target.startswith("/") and not target.startswith(("/dev/", "/proc/", "/sys/", "/usr/", "/etc/"))
+    # Libraries open what they need on first use (shared objects, fonts, /dev/shm of OpenMP); tests open paths.
+    return target.startswith("/") and not target.startswith(("/dev/", "/proc/", "/sys/", "/usr/", "/etc/", sys.prefix))

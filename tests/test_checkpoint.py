@@ -74,7 +74,7 @@ def test_int_keys(tmp_path):
         kv.init(keys, [np.full(2, index) for index in range(len(keys))])
         other = again(kv, tmp_path)
         assert other.keys() == keys
-        assert all(type(key) is int for key in other.keys())  # noqa: SIM118
+        assert all(type(key) is int for key in other.keys())
 
 
 def test_odd_str_keys(tmp_path):
@@ -233,6 +233,21 @@ def test_the_library_is_kept(tmp_path, library):
         assert library.read(again(kv, tmp_path).pull("w")).tolist() == [1, 2]
 
 
+def test_many_small_keys_that_are_pushed_again_and_again(tmp_path):
+    keys = [f"k{number}" for number in range(20)]
+    grads = [np.full((3, number + 1), number, F32) for number in range(20)]
+    with tensorkv.create() as kv:
+        kv.init(keys, grads)
+        for _ in range(5):
+            kv.push(keys, grads)
+        other = again(kv, tmp_path)
+        kv.load(tmp_path)
+        for each in (kv, other):
+            each.push(keys, [2 * grad for grad in grads])
+        assert snapshot(other) == snapshot(kv)
+        assert other.pull("k3").tolist() == [[6] * 4] * 3
+
+
 def test_nothing_is_shared_after_a_load(tmp_path):
     with store() as kv:
         kv.save(tmp_path)
@@ -274,6 +289,18 @@ def test_several_data_files(tmp_path, monkeypatch):
         kv.load(tmp_path)
         kv.save(tmp_path)
         assert len(os.listdir(tmp_path)) == 2
+
+
+def test_more_names_than_a_data_file_takes(tmp_path, monkeypatch):
+    with store() as kv:
+        monkeypatch.setattr(checkpoint, "HEAD_BYTES", 1000)
+        again(kv, tmp_path)
+        assert len(body_of(tmp_path)["files"]) > 2
+    with tensorkv.create() as kv:
+        kv.init("x" * 100_000_001, np.ones(1))
+        with refused(kv, str(tmp_path), "header too large"):
+            kv.save(tmp_path)
+    assert len(os.listdir(tmp_path)) > 2, "the older checkpoint is still there"
 
 
 def test_a_save_replaces_an_older_one_and_touches_no_other_file(tmp_path):
@@ -713,7 +740,7 @@ def test_every_byte_of_the_manifest(tmp_path):
 
 
 def test_bit_flips_in_data(tmp_path):
-    seeded = random.Random(7)  # noqa: S311
+    seeded = random.Random(7)
     with store() as kv, small(5) as other:
         kv.save(tmp_path)
         (file,) = tmp_path.glob("data-*")

@@ -108,8 +108,8 @@ def test_both_lines_of_the_picture_can_be_seen_where_they_coincide():
             "1 replica, whole batches",
             "4 replicas, gradients summed in the store",
         ]
-    assert drawn.axes[0].get_lines()[1].get_ydata() == [2.0, 1.0]
-    assert drawn.axes[1].get_lines()[0].get_ydata() == [0.5, 0.9]
+    assert list(drawn.axes[0].get_lines()[1].get_ydata()) == [2.0, 1.0]
+    assert list(drawn.axes[1].get_lines()[0].get_ydata()) == [0.5, 0.9]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_options_reach_the_training(tmp_path, capsys):
         demo.load_digits(), demo.Settings(2, epochs=1, batch_size=200, lr=0.1, optimizer="sgd", seed=7)
     )
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0] == "1347 training images, 450 test images, 1 epochs, sgd in a store of type device"
+    assert shown[0] == "1347 training images, 450 test images, 1 epoch, sgd in a store of type device"
     assert shown[1] == f"2 replicas: test accuracy {expected.accuracies[0]:.4f}, loss {expected.losses[0]:.4f}"
 
 

@@ -32,6 +32,8 @@ _DATA_NAME = re.compile(r"data-[0-9a-f]{16}-[0-9]{5}\.safetensors")
 _OWN_NAME = re.compile(rf"manifest-[0-9a-f]{{16}}\.tmp|{_DATA_NAME.pattern}")
 # Serialising holds a file's tensors in memory twice, so files are kept to about this size.
 FILE_BYTES = 1 << 30
+# safetensors takes no more than 100 MB of names and shapes in a file.
+HEAD_BYTES = 90_000_000
 _MANIFEST_BYTES = 1 << 28
 
 
@@ -93,7 +95,7 @@ def write(path: str, body: dict[str, Any], tensors: Tensors) -> None:
                 _remove(folder, lambda name: token not in name)
     except CheckpointError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot write the checkpoint: {error}") from error
 
 
@@ -139,9 +141,8 @@ def read_manifest(path: str) -> dict[str, Any]:
     if not isinstance(outer, dict) or outer.get("format") != FORMAT:
         raise CheckpointError(f"{file}: not a {FORMAT}")
     if type(outer.get("version")) is not int or outer["version"] != VERSION:
-        raise CheckpointError(
-            f"{file}: format version {outer.get('version')!r}, this tensorkv reads {VERSION}; use a newer one"
-        )
+        found = outer.get("version")
+        raise CheckpointError(f"{file}: format version {found!r}, this tensorkv reads {VERSION}; use a newer one")
     body = outer.get("body")
     if not isinstance(body, dict) or not isinstance(body.get("files"), list):
         raise CheckpointError(f"{file}: no list of files")
@@ -159,7 +160,9 @@ def _open_folder(folder: Path) -> None:
             raise CheckpointError(f"{folder}: is a file; a checkpoint is a directory") from None
         names = os.listdir(folder)
         if MANIFEST in names:
-            read_manifest_format(folder)
+            # Another program's manifest must not be replaced; a damaged one of ours may.
+            if f'"{FORMAT}"'.encode() not in _read_bytes(folder / MANIFEST, limit=_MANIFEST_BYTES)[:200]:
+                raise CheckpointError(f"{folder}: its {MANIFEST} is not a {FORMAT}'s; give a new or empty directory")
         elif any(not _OWN_NAME.fullmatch(name) for name in names):
             raise CheckpointError(
                 f"{folder}: holds other files and no checkpoint; give a new or empty directory"
@@ -168,22 +171,17 @@ def _open_folder(folder: Path) -> None:
         _sync(each.parent)
 
 
-def read_manifest_format(folder: Path) -> None:
-    """Raise CheckpointError if the manifest in a folder is another program's, which a save must not replace."""
-    text = _read_bytes(folder / MANIFEST, limit=_MANIFEST_BYTES)
-    if f'"{FORMAT}"'.encode() not in text[:200]:
-        raise CheckpointError(f"{folder}: its {MANIFEST} is not a {FORMAT}'s; give a new or empty directory")
-
-
 def _groups(tensors: Tensors) -> Iterator[Tensors]:
     group: Tensors = {}
-    nbytes = 0
+    room, head_room = FILE_BYTES, HEAD_BYTES
     for name, tensor in tensors.items():
-        if group and nbytes + tensor.nbytes > FILE_BYTES:
+        # JSON may escape a byte as six; dtype, shape and place come with the name.
+        head = 6 * len(name.encode()) + 256
+        if group and (tensor.nbytes > room or head > head_room):
             yield group
-            group, nbytes = {}, 0
+            group, room, head_room = {}, FILE_BYTES, HEAD_BYTES
         group[name] = tensor
-        nbytes += tensor.nbytes
+        room, head_room = room - tensor.nbytes, head_room - head
     if group:
         yield group
 

@@ -194,7 +194,7 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> Curves:
         apart = max(abs(a - b) for a, b in zip(many.losses, one.losses, strict=True))
         print(
             f"{len(digits.labels)} training images, {len(digits.test_labels)} test images, "
-            f"{settings.epochs} epochs, {settings.optimizer} in a store of type {settings.store}"
+            f"{_count(settings.epochs, 'epoch')}, {settings.optimizer} in a store of type {settings.store}"
         )
         print(f"{_count(settings.replicas)}: test accuracy {many.accuracies[-1]:.4f}, loss {many.losses[-1]:.4f}")
         print(f"{_count(1)}: test accuracy {one.accuracies[-1]:.4f}, loss {one.losses[-1]:.4f}")
@@ -221,5 +221,5 @@ def _train_showing(digits: Digits, settings: Settings, quiet: bool) -> Curves:
         return train(digits, settings, show)
 
 
-def _count(replicas: int) -> str:
-    return f"{replicas} replica{'' if replicas == 1 else 's'}"
+def _count(number: int, what: str = "replica") -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -16,6 +16,9 @@ import torch
 
 # A multiple of what torch's vector loops take at a time, for every dtype and instruction set.
 ALIGN = 64
+# torch 2.12 and 2.13 leave float16 and bfloat16 values of sgd as they are and write noise into their momentum
+# (pytorch issue 191763), so those dtypes go through torch.optim's single-tensor code.
+DTYPES = (torch.float32, torch.float64)
 NAMES = frozenset({"sgd", "adam", "adamw", "adagrad"})
 
 

@@ -18,6 +18,7 @@ import torch
 
 from . import arrays
 from .errors import OptimizerError, quote, suggestion
+from .kernels import DTYPES as KERNEL_DTYPES
 from .kernels import NAMES as KERNELS
 from .kernels import Kernel
 from .keys import Key
@@ -49,7 +50,6 @@ CLASSES: dict[str, str] = {
 # Those that treat each element alone, and so can update some rows and leave the others. The rest take
 # no complex numbers either, and divide by the number of elements.
 ROWWISE = frozenset(CLASSES) - {"adafactor", "muon"}
-_FUSED = frozenset({"sgd", "adam", "adamw", "adagrad"})
 # How a step is computed is the store's business, not a hyperparameter.
 _NOT_NUMBERS = frozenset({"self", "params", "foreach", "fused", "capturable", "differentiable"})
 _OTHER_WORDS = {
@@ -278,7 +278,7 @@ class Optimizer:
             if state:
                 self._complete(key, state, value)
             own = key if key in self.spec.overrides else None
-            fused = self.spec.name in _FUSED and value.is_floating_point() and value.numel() > 0
+            fused = self.spec.name in KERNELS and value.dtype in KERNEL_DTYPES and value.numel() > 0
             # torch's fused kernels take either all new or no new parameters.
             groups.setdefault((own, fused, bool(state)), []).append(index)
         for (own, fused, _), members in groups.items():
@@ -295,7 +295,7 @@ class Optimizer:
 
         An empty or incomplete state is completed.
         """
-        if self.spec.name not in KERNELS or not value.is_cpu or not value.is_floating_point():
+        if self.spec.name not in KERNELS or not value.is_cpu or value.dtype not in KERNEL_DTYPES:
             return None
         own = self.spec.overrides.get(key)
         numbers = self.spec.numbers if own is None else {**self.spec.numbers, **own}

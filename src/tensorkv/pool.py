@@ -81,6 +81,8 @@ class Pool:
 def _use_one_torch_thread(together: threading.Barrier) -> None:
     # Wait for the others, so that each thread of the pool runs this once.
     together.wait(timeout=60)
+    # torch sets a thread's number when it is first asked for, and would undo ours.
+    torch.get_num_threads()
     torch.set_num_threads(1)
 
 

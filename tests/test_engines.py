@@ -19,7 +19,7 @@ class Doubling(LocalEngine):
         super().__init__(False)
         self.times = times
 
-    many = None
+    one = many = None
 
     def push(self, batch, priority):
         batch.parts = [parts * self.times for parts in batch.parts]
@@ -80,7 +80,7 @@ def test_register(registered):
 
 def test_an_engine_without_the_short_way(registered):
     class Plain(LocalEngine):
-        many = None
+        one = many = None
 
     registered("plain", lambda: Plain(False))
     keys = list(range(20))

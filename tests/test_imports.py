@@ -19,7 +19,7 @@ FLOORS = [
     {"kernels", "pool"},
     {"optim", "reduce"},
     {"entry"},
-    {"rules", "plan", "cuda"},
+    {"rules", "plan", "cuda", "quick"},
     {"checks"},
     {"manifest", "shard"},
     {"checkpoint"},

@@ -20,9 +20,11 @@ from hypothesis.stateful import (
 )
 
 import tensorkv
-from tensorkv import Rows, arrays, reduce, rules, shard
+from tensorkv import Rows, arrays, plan, reduce, rules, shard
 
-EXAMPLES = 30
+# Enough small keys that calls which repeat them run on flat arrays.
+NUM_LAYERS = 9
+EXAMPLES = 280
 STEPS = 50
 STEPS_WANTED = 20_000
 
@@ -62,7 +64,7 @@ BAD_PARTS = {
 steps_run = 0
 
 seeds = st.integers(0, 2**32 - 1)
-picks = st.lists(st.integers(0, 4), min_size=1, max_size=4)
+picks = st.lists(st.integers(0, 13), min_size=1, max_size=4)
 
 
 # ---------------------------------------------------------------- numbers, as the documentation has them
@@ -201,7 +203,7 @@ class Known:
         return add([once, received], self.dtype)
 
 
-class UpdaterFailure(Exception):
+class UpdaterFailureError(Exception):
     """What the updater of these tests raises."""
 
 
@@ -215,7 +217,7 @@ def twice(failing):
             received, stored = received.view(torch.int16), stored.view(torch.int16)
         stored += received
         if key in failing:
-            raise UpdaterFailure(key)
+            raise UpdaterFailureError(key)
         stored += received
 
     return update
@@ -234,9 +236,11 @@ class Call:
 class StoreMachine(RuleBasedStateMachine):
     TYPE = "local"
 
-    @initialize(int_keys=st.booleans())
-    def open(self, int_keys):
+    @initialize(int_keys=st.booleans(), layer_dtype=st.sampled_from(["float32", "float64", "int64", "bool", "float16"]))
+    def open(self, int_keys, layer_dtype):
         self.names = [3, 0, -7, 2**40, 11] if int_keys else ["w", "bias", "emb/0", "ü", "3"]
+        self.layers = [100 + i if int_keys else f"layer{i}" for i in range(NUM_LAYERS)]
+        self.layer_dtype = layer_dtype
         self.stranger = "3" if int_keys else 3
         self.kv = tensorkv.create(self.TYPE)
         self.model = {}
@@ -247,6 +251,9 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self):
         if hasattr(self, "kv"):
             self.kv.close()
+
+    def name(self, i):
+        return self.names[i % len(self.names)]
 
     def count(self):
         global steps_run
@@ -266,20 +273,22 @@ class StoreMachine(RuleBasedStateMachine):
             assert (info.shape, info.dtype, info.version) == (known.shape, known.dtype, known.version)
             if known.rows is None:
                 assert info.kind == "dense"
-                self.compare(self.kv.pull(key), known, known.value)
             else:
                 assert info.kind == "rows"
                 ids = sorted(i for i in {*known.rows, 0, 5, NUM_ROWS - 1} if i < known.shape[0])
                 got = self.kv.row_sparse_pull(key, row_ids=ids)
                 assert read(got.ids).tolist() == ids
                 self.compare(got.values, known, known.read_rows(ids))
+        dense = [key for key, known in self.model.items() if known.rows is None]
+        for key, array in zip(dense, self.kv.pull(dense), strict=True):
+            self.compare(array, self.model[key], self.model[key].value)
         for array, before in self.kept + self.pulled:
             assert bits(read(array)) == before
 
     def compare(self, got, known, expected):
         assert type(got) is (torch.Tensor if known.library == "torch" else np.ndarray)
         assert str(got.dtype).removeprefix("torch.") == known.dtype
-        assert bits(read(got)) == bits(expected)
+        assert bits(read(got)) == bits(expected), f"{known.dtype}: got {got}, expected {expected}"
 
     def keep(self, arrays_pulled):
         self.pulled = [*self.pulled, *((array, bits(read(array))) for array in arrays_pulled)][-8:]
@@ -288,7 +297,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def new_values(self, chosen, seed):
         rng = Random(seed)
-        fresh = list(dict.fromkeys(self.names[i] for i in chosen if self.names[i] not in self.model))
+        fresh = list(dict.fromkeys(self.name(i) for i in chosen if self.name(i) not in self.model))
         values, known = [], []
         for _ in fresh:
             dtype, shape = rng.choice(DTYPES), rng.choice(SHAPES)
@@ -307,12 +316,11 @@ class StoreMachine(RuleBasedStateMachine):
                 known.append(Known(shape, dtype, library, array))
         return fresh, values, known
 
-    def new_rows(self, rng, num_rows, row_shape, dtype, library, *, repeats=True):
+    def new_rows(self, rng, num_rows, row_shape, dtype, library):
         pool = [0, 1, 2, 3, 5] if num_rows < 10 else [0, 5, 1_000_000_007, num_rows - 1]
         pool = [i for i in pool if i < num_rows]
-        count = rng.randint(0, 5 if repeats else len(pool)) if pool else 0
-        ids = [rng.choice(pool) for _ in range(count)] if repeats else rng.sample(pool, count)
-        values = random_array(rng, (count, *row_shape), dtype)
+        ids = [rng.choice(pool) for _ in range(rng.randint(0, 5))] if pool else []
+        values = random_array(rng, (len(ids), *row_shape), dtype)
         array = as_array(values, dtype, library, rng.choice(["plain", "strided"]), rng)
         if library == "torch" and rng.random() < 0.3 and not array.requires_grad:
             index = torch.tensor([ids], dtype=torch.int64)
@@ -353,7 +361,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(chosen=picks, strange=st.booleans())
     def delete(self, chosen, strange):
         self.count()
-        keys = list(dict.fromkeys(self.names[i] for i in chosen))[:2]
+        keys = list(dict.fromkeys(self.name(i) for i in chosen))[:2]
         if strange:
             with pytest.raises((tensorkv.KeyNotFoundError, tensorkv.KeyTypeError)):
                 self.kv.delete([*keys, "nowhere" if isinstance(keys[0], str) else 99])
@@ -377,14 +385,10 @@ class StoreMachine(RuleBasedStateMachine):
         call = Call()
         for key in self.held(chosen):
             known = self.model[key]
-            # A key's first place decides whether rows and dense parts mix: then ids are not repeated,
-            # since only what is added across parts has a documented order.
-            kind = "rows" if known.rows is not None else rng.choice(["dense"] * 3 + ["rows", "mixed"])
-            if known.rows is None and (not known.shape or any(k == key for k in call.keys)):
-                kind = "dense" if not known.shape else "mixed"
-            group = []
-            for _ in range(rng.choice([1, 1, 2, 3])):
-                group.append(self.new_part(call, key, known, kind, rng))
+            kind = "rows" if known.rows is not None else "dense"
+            if kind == "dense" and known.shape:
+                kind = rng.choice(["dense"] * 3 + ["rows", "mixed"])
+            group = [self.new_part(call, key, known, kind, rng) for _ in range(rng.choice([1, 1, 2, 3]))]
             call.keys.append(key)
             call.groups.append(group[0] if len(group) == 1 and rng.random() < 0.7 else group)
         return call
@@ -393,9 +397,7 @@ class StoreMachine(RuleBasedStateMachine):
         dtype = rng.choice([known.dtype, known.dtype, *PARTS.get(known.dtype, [])])
         library = "torch" if dtype == "bfloat16" else rng.choice(["numpy", "torch"])
         if kind == "rows" or (kind == "mixed" and rng.random() < 0.5):
-            part, ids, values = self.new_rows(
-                rng, known.shape[0], known.shape[1:], dtype, library, repeats=kind == "rows"
-            )
+            part, ids, values = self.new_rows(rng, known.shape[0], known.shape[1:], dtype, library)
             call.parts.setdefault(key, []).append((ids, values))
             if isinstance(part, Rows):
                 call.watched.extend([part.values, part.ids])
@@ -411,7 +413,10 @@ class StoreMachine(RuleBasedStateMachine):
         known = self.model[key]
         if all(isinstance(part, tuple) for part in parts):
             return merge(parts, known.dtype)
-        return add([part if not isinstance(part, tuple) else spread(part, known.shape) for part in parts], known.dtype)
+        return add(
+            [part if not isinstance(part, tuple) else spread(part, known.shape, known.dtype) for part in parts],
+            known.dtype,
+        )
 
     @precondition(lambda self: self.model)
     @rule(
@@ -424,24 +429,28 @@ class StoreMachine(RuleBasedStateMachine):
     def push(self, chosen, seed, form, pull, overwrite):
         self.count()
         call = self.new_call(chosen[:1] if form == "single" else chosen, seed)
-        keys = list(dict.fromkeys(call.keys))
         if form == "single":
             args = (call.keys[0], call.groups[0])
-        elif form == "mapping" and len(keys) == len(call.keys):
+        elif form == "mapping" and len(set(call.keys)) == len(call.keys):
             args = (dict(zip(call.keys, call.groups, strict=True)),)
         else:
             args = (call.keys, call.groups)
-        if any(self.model[key].rows is not None for key in keys):
+        if any(self.model[key].rows is not None for key in call.keys):
             pull = "no"
+        self.make(call, args, pull, overwrite)
+
+    def make(self, call, args, pull, overwrite):
+        keys = list(dict.fromkeys(call.keys))
         before = [bits(read(array)) for array in call.watched]
         outs = []
         if pull == "out":
-            outs = [np.zeros(self.model[key].shape, self.model[key].stored_dtype) for key in keys]
+            outs = [np.zeros(self.model[key].shape, self.model[key].stored_dtype) for key in call.keys]
             args = (*args, None) if len(args) == 1 else args
-            args = (*args, dict(zip(keys, outs, strict=True)) if len(keys) > 1 or form != "single" else outs[0])
+            out = dict(zip(call.keys, outs, strict=True)) if len(keys) == len(call.keys) and overwrite else outs
+            args = (*args, out if isinstance(args[0], dict | list) else outs[0])
         verb = self.kv.push if pull == "no" else self.kv.pushpull
         if self.mode == "twice" and self.failing & set(keys):
-            with pytest.raises(UpdaterFailure):
+            with pytest.raises(UpdaterFailureError):
                 verb(*args)
             # The failing key is as it was; of the others, those before it have been updated.
             for key in set(keys) - self.failing:
@@ -451,7 +460,7 @@ class StoreMachine(RuleBasedStateMachine):
             got = verb(*args)
             for key in keys:
                 self.model[key].update(self.total(key, call.parts[key]), self.mode)
-            self.check_pushpull(pull, call, keys, got, outs)
+            self.check_pushpull(pull, call, got, outs)
         after = [bits(read(array)) for array in call.watched]
         assert after == before
         if overwrite:
@@ -460,9 +469,52 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             self.kept = [*self.kept, *zip(call.watched, before, strict=True)][-8:]
 
-    def check_pushpull(self, pull, call, keys, got, outs):
+    @rule(
+        seed=seeds,
+        verb=st.sampled_from(["push", "push", "push new", "push out", "pull", "delete"]),
+        columns=st.integers(1, 3),
+        library=st.sampled_from(["numpy", "torch"]),
+        odd=st.booleans(),
+    )
+    def layers_again(self, seed, verb, columns, library, odd):
+        """Name all layers in their order, mostly with arrays exactly as the keys ask for."""
+        self.count()
+        rng = Random(seed)
+        missing = [i for i, key in enumerate(self.layers) if key not in self.model]
+        if missing:
+            values = [random_array(rng, SHAPES[i % len(SHAPES)], self.layer_dtype) for i in missing]
+            made = [as_array(value, self.layer_dtype, library, "plain", Random(0)) for value in values]
+            self.kv.init([self.layers[i] for i in missing], made)
+            for i, value in zip(missing, values, strict=True):
+                self.model[self.layers[i]] = Known(value.shape, self.layer_dtype, library, value)
+        elif verb == "delete":
+            self.kv.delete(self.layers[2])
+            del self.model[self.layers[2]]
+        elif verb == "pull":
+            zeros = [np.zeros_like(self.model[key].value) for key in self.layers]
+            outs = [as_array(zero, self.layer_dtype, library, "plain", Random(0)) for zero in zeros]
+            self.kv.pull(self.layers, out=outs)
+            for key, out in zip(self.layers, outs, strict=True):
+                assert bits(read(out)) == bits(self.model[key].value)
+            self.keep(outs)
+        else:
+            call = Call(list(self.layers), [[] for _ in self.layers])
+            for place in range(columns * NUM_LAYERS):
+                key = self.layers[place % NUM_LAYERS]
+                known = self.model[key]
+                if odd and rng.random() < 0.1:
+                    part = self.new_part(call, key, known, "mixed" if known.shape else "dense", rng)
+                else:
+                    array = random_array(rng, known.shape, self.layer_dtype)
+                    part = as_array(array, self.layer_dtype, library, "plain", Random(0))
+                    call.parts.setdefault(key, []).append(array)
+                    call.watched.append(part)
+                call.groups[place % NUM_LAYERS].append(part)
+            self.make(call, (call.keys, call.groups), {"push": "no"}.get(verb, verb[5:]), overwrite=odd)
+
+    def check_pushpull(self, pull, call, got, outs):
         if pull == "out":
-            for key, out in zip(keys, outs, strict=True):
+            for key, out in zip(call.keys, outs, strict=True):
                 assert bits(out) == bits(self.model[key].value)
         elif pull == "new":
             if isinstance(got, dict):
@@ -671,8 +723,9 @@ def merge(parts, dtype):
     return sorted(sums), to_dtype(rows.astype(wide(dtype)), dtype).astype(stored)
 
 
-def spread(part, shape):
-    ids, values = part
+def spread(part, shape, dtype):
+    """Return Rows as a dense array: repeated ids are summed first, and not rounded."""
+    ids, values = merge([part], wide(dtype))
     dense = np.zeros(shape, values.dtype)
     dense[ids] = values
     return dense
@@ -711,20 +764,20 @@ def test_enough_steps_were_run(request):
 
 
 def forget_last_part(monkeypatch):
-    right = reduce.sum_into
-    monkeypatch.setattr(reduce, "sum_into", lambda out, parts: right(out, parts[:2]))
+    right = reduce.sum_piece
+    monkeypatch.setattr(reduce, "sum_piece", lambda out, parts: right(out, parts[:2]))
 
 
 def add_from_the_right(monkeypatch):
-    right = reduce.sum_into
-    monkeypatch.setattr(reduce, "sum_into", lambda out, parts: right(out, parts[::-1]))
+    right = reduce.sum_piece
+    monkeypatch.setattr(reduce, "sum_piece", lambda out, parts: right(out, parts[::-1]))
 
 
 def keep_what_was_pushed(monkeypatch):
     right = rules.Assign.apply
 
-    def apply(self, entries, parts):
-        right(self, entries, parts)
+    def apply(self, entries, parts, *rest):
+        right(self, entries, parts, *rest)
         for entry, key_parts in zip(entries, parts, strict=True):
             if len(key_parts) == 1 and key_parts[0].dtype is entry.value.dtype:
                 entry.value = key_parts[0]
@@ -748,16 +801,30 @@ def hand_out_what_is_stored(monkeypatch):
 def update_in_place(monkeypatch):
     right = rules.CallUpdater.apply
 
-    def apply(self, entries, parts):
-        for entry, key_parts in zip(entries, parts, strict=True):
-            stored = entry.value.clone()
-            try:
-                right(self, [entry], [key_parts])
-            except Exception:
-                entry.value.copy_(stored + reduce.total(entry.value, key_parts))
-                raise
+    def apply(self, entries, parts, *rest):
+        stored = [entry.value.clone() for entry in entries]
+        try:
+            right(self, entries, parts, *rest)
+        except UpdaterFailureError:
+            for entry, value, key_parts in zip(entries, stored, parts, strict=True):
+                entry.value.copy_(reduce.total(value, [value, *key_parts]))
+            raise
 
     monkeypatch.setattr(rules.CallUpdater, "apply", apply)
+
+
+def forget_a_version(monkeypatch):
+    monkeypatch.setattr(rules, "_count_versions", lambda entries: None)
+
+
+def mix_up_the_layers(monkeypatch):
+    right = plan.Plan.columns
+
+    def columns(self, values):
+        found = right(self, values)
+        return found and found[::-1]
+
+    monkeypatch.setattr(plan.Plan, "columns", columns)
 
 
 def check_less(monkeypatch):
@@ -772,6 +839,8 @@ def check_less(monkeypatch):
         keep_what_was_pushed,
         hand_out_what_is_stored,
         update_in_place,
+        forget_a_version,
+        mix_up_the_layers,
         check_less,
     ],
 )

@@ -162,7 +162,9 @@ def _open_folder(folder: Path) -> None:
         if MANIFEST in names:
             # Another program's manifest must not be replaced; a damaged one of ours may.
             if f'"{FORMAT}"'.encode() not in _read_bytes(folder / MANIFEST, limit=_MANIFEST_BYTES)[:200]:
-                raise CheckpointError(f"{folder}: its {MANIFEST} is not a {FORMAT}'s; give a new or empty directory")
+                raise CheckpointError(
+                    f"{folder}: its {MANIFEST} is not a {FORMAT}'s; give a new or empty directory"
+                ) from None
         elif any(not _OWN_NAME.fullmatch(name) for name in names):
             raise CheckpointError(
                 f"{folder}: holds other files and no checkpoint; give a new or empty directory"

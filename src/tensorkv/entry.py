@@ -38,6 +38,8 @@ class Entry:
     state: State = field(default_factory=dict)
     # On CUDA: the moment when the last work on the value is done, for callers on other streams.
     ready: Any = None
+    # What ``quick`` keeps to reach a small value without converting arrays.
+    door: Any = None
 
     def read_rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Return copies of rows in the order of ``ids``."""

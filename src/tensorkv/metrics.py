@@ -43,6 +43,21 @@ class Metrics:
                     count[0] += 1
                     count[1] += size
 
+    def add_one(self, verb: str, start: float, key: Key, nbytes: int) -> None:
+        """Count one call of a single key."""
+        seconds = clock() - start
+        with self._lock:
+            total = self._verbs.get(verb)
+            count = None if total is None else self._keys[verb].get(key)
+            if total is not None and count is not None:
+                total[0] += 1
+                total[1] += nbytes
+                total[2] += seconds
+                count[0] += 1
+                count[1] += nbytes
+                return
+        self.add(verb, start, [key], [nbytes])
+
     def read(self) -> dict[str, Any]:
         """Return ``{"verbs": {verb: {calls, nbytes, seconds}}, "keys": {key: {verb: {calls, nbytes}}}}``."""
         with self._lock:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from . import arrays, cuda, reduce, rows
+from . import arrays, cuda, quick, reduce, rows
 from .checks import check_push
 from .entry import Batch, Entry, KeySpec, Part
 from .errors import (
@@ -100,6 +100,23 @@ class Shard:
             self._refuse_reentry()
             if not self._push(batch, outs):
                 self._pull(batch.keys, outs)
+
+    def one(self, key: Key, value: Any, out: Any) -> int | None:
+        """Assign a raw array to one small key and fill a raw out, if both are plain.
+
+        Args:
+            key: as the caller gave it.
+            value, out: the caller's arrays; None for a pull or a push alone.
+
+        Returns:
+            Bytes moved, or None when nothing was done and the general way is to be taken.
+        """
+        with self._lock:
+            self._refuse_reentry()
+            entry = self._entries.get(key) if type(key) is self._key_type else None
+            if entry is None or (value is not None and not self._assigns):
+                return None
+            return quick.exchange(entry, value, out)
 
     def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
         """Push raw values and fill raw outs of many small keys at once, if there is a plan for such a call.
@@ -282,6 +299,10 @@ class Shard:
                 f"{verb}({quote(key)}): this store's keys are {self._key_type.__name__}, got "
                 f"{type(key).__name__}; one store has one key type, fixed by its first init"
             )
+
+    @property
+    def _assigns(self) -> bool:
+        return type(self._rule) is Assign and self._nonfinite == "pass"
 
     def _refuse_reentry(self) -> None:
         if self._rule.running:

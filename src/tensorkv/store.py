@@ -114,7 +114,7 @@ class KVStore(StoreControl):
         array([2., 2.])
         """
         start = self._begin("push", priority)
-        if self._many("push", start, key, value, None):
+        if self._short("push", start, key, value, None):
             return
         batch = _batch("push", key, value)
         self._engine.push(batch, priority)
@@ -153,7 +153,7 @@ class KVStore(StoreControl):
         (array([1.5, 2.5]), array([1.5, 2.5], dtype=float16))
         """
         start = self._begin("pull", priority)
-        if out is not None and like is None and self._many("pull", start, key, None, out):
+        if out is not None and like is None and self._short("pull", start, key, None, out):
             return None
         outs: NewOuts | GivenOuts
         if out is None and not isinstance(key, Mapping):
@@ -189,7 +189,7 @@ class KVStore(StoreControl):
         array([2., 2.])
         """
         start = self._begin("pushpull", priority)
-        if out is not None and self._many("pushpull", start, key, value, out):
+        if out is not None and self._short("pushpull", start, key, value, out):
             return None
         batch = _batch("pushpull", key, value)
         specs = self._specs("pushpull", batch.keys)
@@ -283,15 +283,21 @@ class KVStore(StoreControl):
 
     # ------------------------------------------------------------ inside
 
-    def _many(self, verb: str, start: float, key: Any, value: Any, out: Any) -> bool:
-        many = getattr(self._engine, "many", None)
-        if many is None or type(key) is not list or len(key) < MANY or (value is None and verb != "pull"):
+    def _short(self, verb: str, start: float, key: Any, value: Any, out: Any) -> bool:
+        """Let the engine do a common call in a short way; False: nothing was done."""
+        if value is None and verb != "pull":
             return False
-        moved = many(key, value, out)
-        if moved is None:
-            return False
-        self._metrics.add(verb, start, key, moved)
-        return True
+        if type(key) is list:
+            many = getattr(self._engine, "many", None)
+            moved = many(key, value, out) if many is not None and len(key) >= MANY else None
+            if moved is not None:
+                self._metrics.add(verb, start, key, moved)
+            return moved is not None
+        one = getattr(self._engine, "one", None)
+        nbytes = one(key, value, out) if one is not None else None
+        if nbytes is not None:
+            self._metrics.add_one(verb, start, key, nbytes)
+        return nbytes is not None
 
     def _specs(self, verb: str, keys: Sequence[Key]) -> list[KeySpec]:
         return [self._engine.spec(verb, key) for key in keys]

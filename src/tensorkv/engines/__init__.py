@@ -33,9 +33,10 @@ class Engine(Protocol):
     before its method returns and keeps none. It raises the errors of ``tensorkv.errors`` before it
     changes anything, and may be called from several threads.
 
-    An engine may also have ``many(keys, values, outs) -> list[int] | None``: do the work of a call on many
-    small keys at once from the caller's own lists of arrays (None for what the verb lacks), and return
-    the bytes moved per key; or return None, having done nothing, and be called the general way.
+    An engine may also have two short ways, which are handed the caller's own arrays (None for what the verb
+    lacks) and return None when they have done nothing and the general way is to be taken:
+    ``one(key, value, out) -> int | None`` for one plain array, returning bytes moved, and
+    ``many(keys, values, outs) -> list[int] | None`` for many small keys, returning bytes moved per key.
     """
 
     capabilities: frozenset[str]

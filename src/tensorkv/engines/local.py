@@ -45,6 +45,9 @@ class LocalEngine:
     def pushpull(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]], priority: int) -> None:
         self._shard.pushpull(batch, outs)
 
+    def one(self, key: Key, value: Any, out: Any) -> int | None:
+        return self._shard.one(key, value, out)
+
     def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
         return self._shard.many(keys, values, outs)
 

@@ -26,7 +26,7 @@ def kv():
         yield store
 
 
-@pytest.mark.parametrize("wrap", [np.asarray, torch.from_numpy])
+@pytest.mark.parametrize("wrap", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
 def test_plain_arrays_take_it(kv, taken, wrap):
     part, out = np.arange(6, dtype=F32).reshape(2, 3), np.zeros((2, 3), F32)
     kv.push("w", wrap(part))
@@ -69,6 +69,7 @@ def test_the_rest_is_left_to_the_general_way(kv, part):
         lambda: np.broadcast_to(F32(0), (2, 3)),
         lambda: np.zeros((2, 3), np.int32),
     ],
+    ids=["expanded", "shape", "read-only", "dtype"],
 )
 def test_a_bad_out_stops_the_push(kv, taken, out):
     with pytest.raises(tensorkv.TensorKVError):

@@ -24,7 +24,7 @@ from tensorkv import Rows, arrays, plan, reduce, rules, shard
 
 # Enough small keys that calls which repeat them run on flat arrays.
 NUM_LAYERS = 9
-EXAMPLES = 280
+EXAMPLES = 300
 STEPS = 50
 STEPS_WANTED = 20_000
 

@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-
 from works import LR, MOMENTUM, Verb, Work, check, first_values, make_parts, new_outs
 
 NAMES = {"tensorkv": "tensorkv", "mxnet": "MXNet", "torch": "plain torch", "numpy": "plain NumPy"}

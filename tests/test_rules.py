@@ -11,7 +11,6 @@ from tensorkv.pool import Pool
 from tensorkv.rows import Rows
 from tensorkv.rules import Assign, CallUpdater, StepOptimizer
 
-
 POOL = Pool(2)
 
 

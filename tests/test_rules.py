@@ -74,3 +74,21 @@ def test_a_step_checks_before_it_changes():
     with pytest.raises(OptimizerError, match="int64"):
         rule.check(entry(torch.ones(2, dtype=torch.int64)), by_rows=False)
     rule.check(entry(torch.ones(2)), by_rows=True)
+
+
+@pytest.mark.parametrize(
+    ("off", "on"),
+    [
+        (("sgd", {"lr": 0.1}), ("sgd", {"lr": 0.1, "momentum": 0.9})),
+        (("adam", {}), ("adam", {"amsgrad": True})),
+    ],
+)
+def test_rows_while_a_part_of_the_state_is_switched_off(off, on):
+    """The state that is not in use stays whole, for when it is used again."""
+    held = entry(torch.ones(4000, 2))
+    whole, rows = torch.ones(4000, 2), Rows(torch.tensor([1]), torch.ones(1, 2), 4000)
+    for name, numbers in (on, off, on):
+        rule = StepOptimizer(spec(name, numbers))
+        rule.apply([held], [[whole]], [()], POOL)
+        rule.apply_rows(held, rows)
+        assert all(tensor.shape in ((), (4000, 2)) for tensor in held.state.values())

@@ -49,7 +49,7 @@ class Kernel:
         """Return the state before the first step."""
         fill = self.numbers["initial_accumulator_value"] if self.name == "adagrad" else 0
         state = {name: torch.full_like(value, fill) for name in self.columns}
-        return state if self.name == "sgd" else {"step": torch.tensor(0.0), **state}
+        return state if self.name == "sgd" else {"step": torch.zeros((), dtype=torch.float32, device="cpu"), **state}
 
     def __call__(
         self, value: torch.Tensor, grad: torch.Tensor, columns: Sequence[torch.Tensor], step: torch.Tensor | None

@@ -7,6 +7,7 @@ to a server or lie in a checkpoint without anything being unpickled.
 from __future__ import annotations
 
 import inspect
+import reprlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -52,13 +53,7 @@ CLASSES: dict[str, str] = {
 ROWWISE = frozenset(CLASSES) - {"adafactor", "muon"}
 # How a step is computed is the store's business, not a hyperparameter.
 _NOT_NUMBERS = frozenset({"self", "params", "foreach", "fused", "capturable", "differentiable"})
-_OTHER_WORDS = {
-    "learning_rate": "lr",
-    "wd": "weight_decay",
-    "beta1": "betas",
-    "beta2": "betas",
-    "epsilon": "eps",
-}
+_OTHER_WORDS = {"learning_rate": "lr", "wd": "weight_decay", "beta1": "betas", "beta2": "betas", "epsilon": "eps"}
 
 
 @dataclass(slots=True)
@@ -132,9 +127,11 @@ def spec(optimizer: Any, numbers: Mapping[str, Any]) -> OptimizerSpec:
     rescale = _own(numbers.pop("rescale_grad", 1.0))
     clip = _own(numbers.pop("clip_gradient", None))
     if not _is_finite(rescale):
-        raise OptimizerError(f"rescale_grad is {rescale!r}; expected a finite number, such as 1 / batch_size")
+        raise OptimizerError(
+            f"rescale_grad is {reprlib.repr(rescale)}; expected a finite number, such as 1 / batch_size"
+        )
     if clip is not None and not (_is_finite(clip) and clip > 0):
-        raise OptimizerError(f"clip_gradient is {clip!r}; expected a number above 0, or None for no bound")
+        raise OptimizerError(f"clip_gradient is {reprlib.repr(clip)}; expected a number above 0, or None for no bound")
     whole = {**_defaults(name), **check_numbers(name, numbers)}
     initial_state(name, tuple(whole.items()))
     return OptimizerSpec(name, whole, float(rescale), None if clip is None else float(clip))
@@ -156,7 +153,7 @@ def check_numbers(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
         try:
             plain[word] = _plain(number, known[word])
         except ValueError as error:
-            raise OptimizerError(f"{name}: {word} is {number!r}; expected {error}") from None
+            raise OptimizerError(f"{name}: {word} is {reprlib.repr(number)}; expected {error}") from None
     return plain
 
 
@@ -315,11 +312,12 @@ class Optimizer:
         columns, fills = Columns(value, state), self._fills_of(key)
         picked = columns.read_value(ids)
         held: State = {name: columns.read(name, ids) for name in columns.names()}
+        by_row = set(held)
         held.update({name: tensor for name, tensor in state.items() if name not in held})
         self.step([key], [picked], [rows.values], [held])
         for name, tensor in held.items():
-            if tensor.shape == picked.shape and name in fills:
-                columns.write(name, ids, tensor, fills[name])
+            if name in by_row or (tensor.shape == picked.shape and name in fills):
+                columns.write(name, ids, tensor, fills.get(name, 0.0))
             else:
                 state[name] = tensor
         columns.write_value(ids, picked)
@@ -383,7 +381,8 @@ class Optimizer:
         shape = torch.Size((2,)) if isinstance(value, Table) else value.shape
         expected = self._state_like(shape, value.dtype)
         for name in expected:
-            if name not in state and name not in columns and name not in self._fills_of(key):
+            can_be_made = name in self._fills_of(key) and self.spec.name in ROWWISE
+            if name not in state and name not in columns and not can_be_made:
                 raise OptimizerError(f"{quote(key)}: the state of {self.spec.name} lacks {quote(name)}")
         for name, tensor in state.items():
             wanted = expected.get(name, tensor.new_empty(shape, dtype=value.dtype, device="meta"))

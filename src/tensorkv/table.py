@@ -130,7 +130,7 @@ class Table:
         room = len(self._columns[""])
         if needed <= room:
             return
-        larger = min(max(needed, room + room // 2, 16), self.num_rows)
+        larger = min(max(needed, room + room // 2), self.num_rows)
         for name, column in self._columns.items():
             grown = column.new_empty((larger, *self.row_shape))
             arrays.signed(grown)[:room] = arrays.signed(column)

@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test check bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,11 +23,14 @@ check: $(STAMP) ## Check format, lint, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
+bench: $(STAMP) ## Measure one machine beside MXNet, torch and NumPy; tables and plots go to out/bench/
+	$(BIN)/python benchmarks/bench_local.py --growth --memory --out out/bench $(BENCH)
+
 clean: ## Remove caches and outputs; .venv stays
 	rm -rf build dist out .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,examples,jax]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[bench,dev,examples,jax]'
 	@touch $@

@@ -25,8 +25,8 @@ class Runner(Protocol):
     def time(self, verb: Verb, calls: int = 1) -> float:
         """Do ``verb`` with all keys so many times; return the seconds of one."""
 
-    def spoil(self) -> None:
-        """Fill the outs with NaN."""
+    def renew(self) -> None:
+        """Make sure that old results are not right any more."""
 
     def check(self) -> None:
         """Raise unless the outs are right."""
@@ -86,11 +86,11 @@ def _measure_verb(work: Work, verb: Verb, runners: dict[str, Runner], copy: Copy
     progress(f"{work.name}: {verb}, warm-up")
     for runner in runners.values():
         runner.time(verb, WARM_UP_CALLS)
-        runner.spoil()
+        runner.renew()
     copy.time()
     times: dict[str, list[float]] = {name: [] for name in (*runners, "copy")}
     for rep in range(reps):
-        progress(f"{work.name}: {verb}, {rep + 1} of {reps}")
+        progress(f"{work.name}: {verb}, {rep + 1} of {reps}", step=True)
         # Back and forth, so that nobody always comes after the same one.
         for name in list(times)[:: -1 if rep % 2 else 1]:
             time.sleep(_PAUSE_S)
@@ -101,9 +101,15 @@ def _measure_verb(work: Work, verb: Verb, runners: dict[str, Runner], copy: Copy
     return times
 
 
-def progress(line: str) -> None:
-    """Show what is going on, in place on a terminal."""
+def progress(line: str, *, step: bool = False) -> None:
+    """Say what is going on: in place on a terminal, elsewhere line by line and without single steps."""
     if sys.stderr.isatty():
         print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
-    elif not line.endswith(tuple("0123456789")):
+    elif not step:
         print(line, file=sys.stderr, flush=True)
+
+
+def end_progress() -> None:
+    """Leave the line that ``progress`` writes."""
+    if sys.stderr.isatty():
+        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)

@@ -25,7 +25,8 @@ class Contender:
     def __init__(self, work: Work) -> None:
         self.work = work
         self.steps = 0
-        self.parts = make_parts(work)
+        self.scale = 1
+        self.parts: list[Any] = make_parts(work)
         self.outs: list[Any] = new_outs(work)
 
     def time(self, verb: Verb, calls: int = 1) -> float:
@@ -41,14 +42,19 @@ class Contender:
         """Return what does each verb to all keys, and returns when everything is done."""
         raise NotImplementedError
 
-    def spoil(self) -> None:
-        """Fill the outs with NaN, so that one that is never written is noticed."""
+    def renew(self) -> None:
+        """Make sure that old results are not right any more: NaN in the outs, and for assign other parts."""
         for out in self.outs:
-            out[...] = np.nan
+            out[:] = np.nan
+        if self.work.rule == "assign":
+            self.scale *= 2
+            for group in self.parts:
+                for part in group:
+                    part *= 2
 
     def check(self) -> None:
         """Raise ``WrongResultError`` unless the outs are right."""
-        check(self.work, self.steps, lambda key: np.asarray(self.outs[key]))
+        check(self.work, self.steps, self.scale, lambda key: np.asarray(self.outs[key]))
 
     def close(self) -> None:
         """Let go of what garbage collection does not."""
@@ -112,10 +118,9 @@ class MXNet(Contender):
         super().__init__(work)
         import mxnet as mx
 
-        self._mx = mx
         self._wait = mx.nd.waitall
         given = [[mx.nd.array(part, mx.cpu(index)) for index, part in enumerate(group)] for group in self.parts]
-        self.parts = []
+        self.parts = given
         self.outs = [mx.nd.zeros(work.shape) for _ in range(work.keys)]
         self._keys = _one_or_list(work, list(range(work.keys)))
         self._given = _one_or_list(work, given)
@@ -144,12 +149,12 @@ class MXNet(Contender):
 
         return {"push": push, "push+pull": push_pull, "pushpull": pushpull}
 
-    def spoil(self) -> None:
-        super().spoil()
+    def renew(self) -> None:
+        super().renew()
         self._wait()
 
     def check(self) -> None:
-        check(self.work, self.steps, lambda key: self.outs[key].asnumpy())
+        check(self.work, self.steps, self.scale, lambda key: self.outs[key].asnumpy())
 
 
 class PlainTorch(Contender):

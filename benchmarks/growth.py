@@ -14,12 +14,15 @@ from works import Rule, Work
 
 # Enough for a timer that is worth believing, little enough for two minutes in all.
 _SECONDS_PER_POINT = 0.3
+_QUICK_SECONDS_PER_POINT = 0.01
 _MOST_CALLS = 300
 
 
 def measure(arrays: str, *, quick: bool) -> list[dict[str, Any]]:
     """Return the lines of the plot: what grows, by which rule, the points and the slope of their upper half."""
-    return [_line(title, rule, axis, arrays) for title, axis in _axes(quick).items() for rule in ("assign", "sgd")]
+    seconds = _QUICK_SECONDS_PER_POINT if quick else _SECONDS_PER_POINT
+    rules: tuple[Rule, ...] = ("assign", "sgd")
+    return [_line(title, rule, axis, arrays, seconds) for title, axis in _axes(quick).items() for rule in rules]
 
 
 def _axes(quick: bool) -> dict[str, list[tuple[int, tuple[int, int, int]]]]:
@@ -36,21 +39,23 @@ def _axes(quick: bool) -> dict[str, list[tuple[int, tuple[int, int, int]]]]:
     }
 
 
-def _line(title: str, rule: Rule, axis: Sequence[tuple[int, tuple[int, int, int]]], arrays: str) -> dict[str, Any]:
+def _line(
+    title: str, rule: Rule, axis: Sequence[tuple[int, tuple[int, int, int]]], arrays: str, seconds: float
+) -> dict[str, Any]:
     points = []
     for x, (keys, elements, parts) in axis:
-        progress(f"growth, {title}, {rule}: {x:,} ")
-        points.append({"x": x, **_point(Work(keys, (elements,), parts, rule), arrays)})
+        progress(f"growth, {title}, {rule}: {x:,}")
+        points.append({"x": x, **_point(Work(keys, (elements,), parts, rule), arrays, seconds)})
     return {"title": title, "rule": rule, "points": points, "slope": slope(points)}
 
 
-def _point(work: Work, arrays: str) -> dict[str, Any]:
+def _point(work: Work, arrays: str, seconds: float) -> dict[str, Any]:
     ours = TensorKV(work, arrays)
     try:
         ours.time("pushpull", WARM_UP_CALLS)
-        ours.spoil()
+        ours.renew()
         once = ours.time("pushpull")
-        calls = int(min(_MOST_CALLS, max(3, _SECONDS_PER_POINT / once)))
+        calls = int(min(_MOST_CALLS, max(3, seconds / once)))
         times = [ours.time("pushpull") for _ in range(calls)]
         ours.check()
     finally:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+# Of variables that change how threads work.
+_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MKL_", "MXNET_")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -45,7 +47,17 @@ def describe() -> dict[str, Any]:
         "kernel": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
         "torch_threads": torch.get_num_threads(),
+        "environment": {name: text for name, text in sorted(os.environ.items()) if name.startswith(_PREFIXES)},
     }
+
+
+def available_nbytes() -> int:
+    """Return how much memory programs can still take without anything being swapped out."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def load() -> list[float]:
@@ -65,14 +77,15 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Return the commit of this checkout, with ``+changes`` if files differ from it; None outside of git."""
+    """Return the commit of this checkout, with ``+changes`` if ``src`` differs from it; None outside of git."""
     git = shutil.which("git")
     if git is None:
         return None
-    head = subprocess.run([git, "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    asked = [git, "--no-optional-locks", "-C", str(ROOT)]
+    head = subprocess.run([*asked, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     if head.returncode:
         return None
-    changed = subprocess.run([git, "diff", "--quiet", "HEAD", "--", "src"], cwd=ROOT, capture_output=True)
+    changed = subprocess.run([*asked, "diff", "--quiet", "HEAD", "--", "src"], capture_output=True)
     return head.stdout.strip() + ("+changes" if changed.returncode else "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -38,10 +39,11 @@ class ProcessPeer:
 
     def __init__(self, name: str, python: str | Path = sys.executable) -> None:
         self.name = name
-        self._stderr: IO[str] = tempfile.TemporaryFile("w+")
+        self.python = str(python)
+        self._stderr: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by end()
         try:
             self._process = subprocess.Popen(
-                [str(python), str(HERE / "peer_process.py"), name],
+                [self.python, str(HERE / "peer_process.py"), name],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
@@ -65,16 +67,16 @@ class ProcessPeer:
         seconds: float = self._ask("time", verb=verb, calls=calls)["seconds"]
         return seconds
 
-    def spoil(self) -> None:
+    def renew(self) -> None:
         """As of a contender."""
-        self._ask("spoil")
+        self._ask("renew")
 
     def check(self) -> None:
         """As of a contender."""
         self._ask("check")
 
     def memory(self) -> dict[str, int]:
-        """Return resident bytes: ``rss``, ``peak`` and ``ru_maxrss``."""
+        """Return resident bytes: ``rss`` now, and the ``peak`` since the last call."""
         return self._ask("memory")
 
     def close(self) -> None:
@@ -84,11 +86,9 @@ class ProcessPeer:
     def end(self) -> None:
         """End the process."""
         if self._process.stdin is not None and self._process.stdout is not None:
-            # A write that is still buffered fails when the process is gone already.
-            try:
+            # What is still buffered cannot be written when the process is gone already.
+            with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
-            except BrokenPipeError:
-                pass
             self._process.stdout.close()
         try:
             self._process.wait(timeout=10)

@@ -66,16 +66,18 @@ def _conditions(result: Mapping[str, Any]) -> list[str]:
     machine, versions = result["machine"], result["versions"]
     loads = [" ".join(f"{each:.2f}" for each in machine[when]) for when in ("load_before", "load_after")]
     reps = result["arguments"]["reps"]
+    memory = f"{machine['memory_nbytes'] / 2**30:.0f} GiB"
     lines = [
         f"- {result['date']}, git revision {result['git'] or 'unknown'}",
-        f"- {machine['cpu']}, {machine['cores']} cores, {machine['memory_nbytes'] / 2**30:.0f} GiB, {machine['kernel']}",
+        f"- {machine['cpu']}, {machine['cores']} cores, {memory}, {machine['kernel']}",
         f"- load average before: {loads[0]}; after: {loads[1]}",
         "- " + ", ".join(f"{name} {version}" for name, version in versions.items()),
         f"- float32; tensorkv is given {result['arguments']['arrays']} arrays; {reps} repetitions in turns",
     ]
     if result["quick"]:
         lines.append("- **A quick run at toy sizes: it shows that the benchmark works, not how fast anything is.**")
-    lines += [f"- **{NAMES[name]} was not measured**: {reason}" for name, reason in result["missing"].items()]
+    lines += [f"- {name} is {text}" for name, text in machine["environment"].items()]
+    lines += [f"- **{NAMES.get(name, name)} was not measured**: {text}" for name, text in result["missing"].items()]
     return lines
 
 
@@ -146,15 +148,15 @@ def _growth(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 def _memory(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     cells = []
     for row in rows:
-        found = [_bytes(row[each]) for each in ("held_nbytes", "state_nbytes", "added_nbytes")]
+        found = [_bytes(row[each]) for each in ("before_nbytes", "state_nbytes", "added_nbytes")]
         cells.append([row["work"], NAMES[row["who"]], *found, f"{row['added_nbytes'] / row['value_nbytes']:.2f}"])
     return [
         "## Memory of a push",
         "",
-        "Peak resident memory of a process of its own. Held: values and parts, before the first push. State: the "
-        "optimizer's momentum. Added: the peak over some pushes, less what is held, less the state.",
+        "Of a process of its own. Before: what is resident before the first push, that is values, parts and the "
+        "libraries. State: the optimizer's momentum. Added: the peak during some pushes, less the two.",
         "",
-        *_table(["work", "who", "held", "state", "added", "added ÷ values"], cells),
+        *_table(["work", "who", "before", "state", "added", "added ÷ values"], cells),
     ]
 
 
@@ -175,7 +177,7 @@ def _times(number: float) -> str:
 
 
 def _ms(number: float) -> str:
-    return f"{number:.1f}" if number >= 10 else f"{number:.2f}" if number >= 1 else f"{number:.4f}"
+    return f"{number:.1f}" if number >= 10 else f"{number:.2f}" if number >= 1 else f"{number:.3g}"
 
 
 def _bytes(count: float) -> str:

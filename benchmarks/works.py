@@ -92,11 +92,11 @@ WORKS = (
     Work(1000, (1000,), 1, "sgd", calls=10),
 )
 QUICK = (
-    Work(1, (300_000,), 4),
+    Work(1, (100_000,), 4),
     Work(16, (1600,), 4),
     Work(20, (100,), 2, calls=2),
     Work(1, (2, 3), 1, calls=10),
-    Work(1, (300_000,), 4, "sgd"),
+    Work(1, (100_000,), 4, "sgd"),
     Work(16, (1600,), 1, "sgd"),
     Work(20, (100,), 1, "sgd", calls=2),
 )
@@ -133,12 +133,13 @@ def new_outs(work: Work) -> list[Floats]:
     return [np.zeros(work.shape, np.float32) for _ in range(work.keys)]
 
 
-def check(work: Work, steps: int, outs: Callable[[int], npt.NDArray[Any]]) -> None:
-    """Raise unless the pulled values are what they have to be after so many steps.
+def check(work: Work, steps: int, scale: int, outs: Callable[[int], npt.NDArray[Any]]) -> None:
+    """Raise unless the pulled values are what they have to be.
 
     Args:
         work: what was done.
-        steps: how many updates each key has had.
+        steps: how many updates each key has had, by the parts as they were made.
+        scale: by what the parts have been multiplied since; 1 for SGD.
         outs: of a key's index, what was pulled.
 
     Raises:
@@ -148,7 +149,7 @@ def check(work: Work, steps: int, outs: Callable[[int], npt.NDArray[Any]]) -> No
         out = np.asarray(outs(key))
         if out.shape != work.shape or out.dtype != np.float32:
             raise WrongResultError(f"{work.name}: key {key} came out as {out.dtype} of shape {out.shape}")
-        for start, right in _right_slices(work, key, steps):
+        for start, right in _right_slices(work, key, steps, scale):
             piece = out.reshape(-1)[start : start + len(right)]
             exact = work.rule == "assign"
             good = piece == right if exact else np.isclose(piece, right, rtol=TOLERANCE, atol=TOLERANCE * LR)
@@ -159,13 +160,14 @@ def check(work: Work, steps: int, outs: Callable[[int], npt.NDArray[Any]]) -> No
                 )
 
 
-def _right_slices(work: Work, key: int, steps: int) -> Iterator[tuple[int, Floats]]:
+def _right_slices(work: Work, key: int, steps: int, scale: int) -> Iterator[tuple[int, Floats]]:
     """Yield the right result in pieces that start at multiples of the pattern's length."""
     ramp = np.arange(_PATTERN, dtype=np.float64)
-    total = sum((ramp + 1 + part + key % _SHIFTS) / 8 for part in range(work.parts))
+    shifts = [1 + part + key % _SHIFTS for part in range(work.parts)]
+    total = scale * (len(shifts) * ramp + sum(shifts)) / 8
     if work.rule == "sgd":
         # The gradient is the same at every step, so the momentum is a geometric series of it.
-        grown = sum((1 - MOMENTUM**step) / (1 - MOMENTUM) for step in range(1, steps + 1))
+        grown: float = sum((1 - MOMENTUM**step) / (1 - MOMENTUM) for step in range(1, steps + 1))
         total = FIRST - LR * grown * total
     length = _PATTERN * max(1, min(_SLICE, work.elements) // _PATTERN + 1)
     right = np.tile(np.asarray(total, np.float32), length // _PATTERN)
@@ -173,7 +175,7 @@ def _right_slices(work: Work, key: int, steps: int) -> Iterator[tuple[int, Float
         yield start, right[: work.elements - start]
 
 
-def _repeat(pattern: Floats, work: Work) -> Floats:
+def _repeat(pattern: npt.NDArray[np.floating[Any]], work: Work) -> Floats:
     whole = np.empty(work.elements, np.float32)
     fits = work.elements // _PATTERN * _PATTERN
     whole[:fits].reshape(-1, _PATTERN)[...] = pattern

@@ -176,6 +176,8 @@ class Contract:
         assert (out["a"].tolist(), out["b"].tolist()) == ([2], [7])
         pushed = kv.pushpull({"a": 4 * ones(1), "b": 5 * ones(1)})
         assert {key: value.tolist() for key, value in pushed.items()} == {"a": [4], "b": [5]}
+        kv.pushpull(["a", "b", "a"], [ones(1)] * 3, out=out)
+        assert (out["a"].tolist(), out["b"].tolist()) == ([2], [1])
         kv.pushpull({"a": ones(1), "b": ones(1)}, out={"b": out["b"], "a": out["a"]})
         assert (out["a"].tolist(), out["b"].tolist()) == ([1], [1])
 
@@ -719,6 +721,30 @@ class Contract:
             with pytest.raises((tensorkv.ArrayTypeError, tensorkv.ArgumentError), match=r'"[wx]"'):
                 call()
         assert state(kv) == before
+
+    @pytest.mark.parametrize("optimizer", [None, "sgd", "adam", "rmsprop"])
+    def test_inference_mode(self, kv, optimizer):
+        """A store that is filled in inference mode is the same store."""
+        keys = [f"k{i}" for i in range(12)]
+        results = []
+        for mode in (False, True):
+            with self.create() as kv:
+                with torch.inference_mode(mode):
+                    kv.init([*keys, "big"], [torch.ones(3)] * 12 + [torch.ones(300_000)])
+                    if optimizer:
+                        kv.set_optimizer(optimizer, lr=0.1)
+                    outs = [torch.zeros(3) for _ in keys]
+                    for _ in range(4):
+                        kv.pushpull(keys, [torch.ones(3)] * 12, out=outs)
+                        kv.push(keys[0], torch.ones(3))
+                    large = torch.zeros(300_000)
+                    kv.pushpull("big", [torch.ones(300_000)] * 3, out=large)
+                for _ in range(3):
+                    kv.push(keys, [torch.ones(3)] * 12)
+                    kv.push(keys[0], torch.ones(3))
+                kv.pushpull("big", [torch.ones(300_000)] * 2)
+                results.append([x.tolist() for x in (*outs, large[:5], *kv.pull(keys))])
+        assert results[0] == results[1]
 
     # ---------------------------------------------------------------- life
 

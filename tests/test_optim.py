@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import tensorkv
 from tensorkv import OptimizerError, Rows
@@ -44,7 +46,6 @@ NUMBERS = [
     ("rprop", {"lr": 0.1, "etas": (0.4, 1.5), "step_sizes": (1e-3, 1.0), "maximize": True}),
 ]
 NUMBERS = [(name, numbers) for name, numbers in NUMBERS if name in CLASSES]
-# Changes of numbers while running that need state which was not there before.
 ROW_NUMBERS = [
     ("sgd", {"lr": 0.1, "weight_decay": 0.1}),
     ("sgd", {"lr": 0.1, "momentum": 0.9}),
@@ -106,7 +107,7 @@ def state_of(kv, key):
 
 
 def bits(tensor):
-    return tensor.numpy().tobytes()
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 # ---------------------------------------------------------------- the numbers of torch.optim
@@ -237,6 +238,72 @@ def test_keys_that_come_later_have_counters_of_their_own():
     assert torch.equal(kv.pull("b"), expected)
 
 
+def do_single(kv, verb, step, grads, case):
+    """Do what concerns a single key, or the optimizer."""
+    name, numbers = case
+    if verb == "one":
+        kv.push(3, grads[3])
+    elif verb == "rows":
+        kv.push(4, Rows(np.array([5, 1, 5]), grads[4][:3], 7))
+    elif verb == "lr":
+        kv.set_hyperparameters(lr=0.05 + step / 100)
+    elif verb == "own lr":
+        kv.set_hyperparameters([2, 7], lr=0.3)
+    elif verb == "later":
+        kv.set_hyperparameters(**LATER.get(name, {"lr": 0.2}))
+    elif verb == "again":
+        kv.set_optimizer(name, **numbers)
+    elif verb == "delete":
+        kv.delete(1)
+        kv.init(1, grads[1])
+
+
+LATER = {"sgd": {"momentum": 0.5}, "adam": {"amsgrad": True}, "adamw": {"amsgrad": True}, "rmsprop": {"centered": True}}
+
+
+@settings(max_examples=60, deadline=None, print_blob=True)
+@given(
+    case=st.sampled_from([case for case in NUMBERS if case[0] in ROWWISE]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    library=st.sampled_from(["numpy", "torch"]),
+    verbs=st.lists(
+        st.sampled_from(["all", "all", "pushpull", "one", "rows", "lr", "own lr", "later", "some", "again", "delete"]),
+        min_size=4,
+        max_size=12,
+    ),
+    scaled=st.booleans(),
+)
+@example(NUMBERS[2], torch.float32, "numpy", ["all", "delete", "all", "all"], False)
+def test_many_keys_at_once_are_the_keys_one_by_one(case, dtype, library, verbs, scaled):
+    name, numbers = case
+    library = "torch" if dtype is torch.bfloat16 else library
+    shapes = [(3,), (2, 5), (), (64,), (7, 11), (1,), (0, 2), (130,), (4, 4), (2, 2, 3)]
+    keys = list(range(len(shapes)))
+    scaling = {"rescale_grad": 0.5, "clip_gradient": 1.0} if scaled else {}
+
+    def make(seed):
+        made = [random(*shape, seed=seed + i, dtype=dtype) for i, shape in enumerate(shapes)]
+        return made if library == "torch" else [tensor.numpy() for tensor in made]
+
+    together, apart = (store(dict(zip(keys, make(0), strict=True)), name, **numbers, **scaling) for _ in range(2))
+    for step, verb in enumerate(verbs):
+        grads = make(100 * step + 100)
+        if verb in ("all", "pushpull", "some"):
+            chosen = keys if verb != "some" else [key for key in keys if (key + step) % 4]
+            parts = [[grads[key], grads[key]] for key in chosen]
+            (together.pushpull if verb == "pushpull" else together.push)(chosen, parts)
+            for key, own in zip(chosen, parts, strict=True):
+                apart.push(key, own)
+        for kv in (together, apart):
+            do_single(kv, verb, step, grads, case)
+        for key, array in zip(keys, together.pull(keys), strict=True):
+            assert bits(torch.as_tensor(array)) == bits(torch.as_tensor(apart.pull(key)))
+            mine, theirs = state_of(together, key), state_of(apart, key)
+            assert mine.keys() == theirs.keys()
+            assert all(bits(mine[word]) == bits(theirs[word]) for word in mine)
+            assert together.info(key).version == apart.info(key).version
+
+
 # ---------------------------------------------------------------- the caller's arrays
 
 
@@ -248,7 +315,7 @@ ALIAS_NUMBERS = [*NUMBERS, ("sgd", {"momentum": 0.9}), ("sgd", {"rescale_grad": 
 @pytest.mark.parametrize(("name", "numbers"), ALIAS_NUMBERS, ids=ids_of(ALIAS_NUMBERS))
 def test_pushed_arrays_are_neither_changed_nor_kept(name, numbers, dtype, count):
     if dtype.is_complex and name not in ROWWISE:
-        pytest.skip("updates real values only")
+        dtype = torch.float64
     kv, other = (store({"w": random(8, 8, dtype=dtype)}, name, **numbers) for _ in range(2))
     for step in range(3):
         parts = [random(8, 8, seed=10 * step + i + 1, dtype=dtype) for i in range(count)]

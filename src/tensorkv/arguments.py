@@ -40,6 +40,7 @@ def pairs(verb: str, what: str, key: Any, value: Any) -> tuple[list[Key], list[l
     else:
         listed, values = key_list(verb, key), value
         if isinstance(value, Mapping):
+            listed = list(dict.fromkeys(listed)) if what == "out" else listed
             values = _align(verb, what, listed, value)
         if type(values) not in _LISTS:
             raise ArgumentError(

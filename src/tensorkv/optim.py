@@ -288,20 +288,19 @@ class Optimizer:
             )
 
     def kernel(self, key: Key, value: torch.Tensor, state: State) -> Kernel | None:
-        """Return the step of a key as a kernel for slices, None where torch.optim has to see the whole value.
-
-        An empty or incomplete state is completed.
-        """
+        """Return the step of a key as a kernel for slices, None where torch.optim has to see the whole value."""
         if self.spec.name not in KERNELS or not value.is_cpu or value.dtype not in KERNEL_DTYPES:
             return None
         own = self.spec.overrides.get(key)
         numbers = self.spec.numbers if own is None else {**self.spec.numbers, **own}
-        kernel = Kernel(self.spec.name, numbers, first="momentum_buffer" not in state)
-        if not state:
-            state.update(kernel.fresh(value))
-        else:
+        return Kernel(self.spec.name, numbers, first="momentum_buffer" not in state)
+
+    def complete(self, kernel: Kernel, key: Key, value: torch.Tensor, state: State) -> None:
+        """Add to a state what its next step as a kernel asks for."""
+        if state:
             self._complete(key, state, value)
-        return kernel
+        else:
+            state.update(kernel.fresh(value))
 
     def step_rows(self, key: Key, value: torch.Tensor | Table, rows: Rows, state: State) -> None:
         """Update only the rows that ``rows`` (merged) names, and their state; the others do not move.

@@ -192,8 +192,12 @@ class Plan:
             return None
         kernels = [optimizer.kernel(e.key, e.value, e.state) for e in self.entries]  # type: ignore[arg-type]
         kernel = kernels[0]
+        if kernel is None or any(other != kernel for other in kernels):
+            return None
+        for entry in self.entries:
+            optimizer.complete(kernel, entry.key, entry.value, entry.state)  # type: ignore[arg-type]
         counters = [state["step"] for state in states if "step" in state]
-        if kernel is None or any(other != kernel for other in kernels) or len({float(c) for c in counters}) > 1:
+        if len({float(counter) for counter in counters}) > 1:
             return None
         flats: list[list[torch.Tensor]] = [[] for _ in self._chunks]
         views: dict[str, list[torch.Tensor]] = {name: [] for name in kernel.columns}

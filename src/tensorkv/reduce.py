@@ -35,22 +35,26 @@ def sum_into(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
         sum_piece(piece, sources)
 
 
-def sum_piece(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
-    """Do ``sum_into`` for one slice. ``out`` is written once, by the last addition."""
+def sum_piece(out: torch.Tensor, parts: Sequence[torch.Tensor], *, at_once: bool = True) -> None:
+    """Do ``sum_into`` for one slice.
+
+    Args:
+        out, parts: as for ``sum_into``.
+        at_once: write ``out`` in the last addition alone, so that no interrupt can divide the sum; without it
+            sums of more than two parts are faster.
+    """
     if len(parts) == 1:
         out.copy_(parts[0], non_blocking=True)
         return
     wide = arrays.accumulator(out.dtype)
-    *firsts, last = (arrays.signed(part.to(out.device, wide, non_blocking=True)) for part in parts)
-    total = firsts[0]
-    if len(firsts) > 1:
-        total = torch.add(firsts[0], firsts[1], out=arrays.signed(scratch(out, wide)))
-        for part in firsts[2:]:
-            total.add_(part)
-    if wide is out.dtype:
-        torch.add(total, last, out=arrays.signed(out))
-    else:
-        out.copy_(torch.add(total, last, out=scratch(out, wide)))
+    first, second, *others = [arrays.signed(part.to(out.device, wide, non_blocking=True)) for part in parts]
+    directly = wide is out.dtype and not (at_once and others)
+    into = arrays.signed(out if directly else scratch(out, wide))
+    torch.add(first, second, out=into)
+    for part in others:
+        into.add_(part)
+    if not directly:
+        out.copy_(into.view(wide))
 
 
 def total(value: torch.Tensor, parts: Sequence[torch.Tensor], *, may_share: bool = False) -> torch.Tensor:

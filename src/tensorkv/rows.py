@@ -197,7 +197,10 @@ def take_ids(row_ids: Any, num_rows: int) -> torch.Tensor:
     if isinstance(row_ids, list | tuple | range) and not any(isinstance(x, bool) for x in row_ids):
         if not all(isinstance(x, int | np.integer) for x in row_ids):
             raise ArrayTypeError(f"row_ids are {row_ids!r:.40}; expected integers")
-        row_ids = np.array(row_ids, np.int64)
+        try:
+            row_ids = np.array(row_ids, np.int64)
+        except OverflowError:
+            raise ValueMismatchError(f"a row id is out of range; there are rows 0 to {num_rows - 1}") from None
     ids = _take_part(row_ids, "row_ids")
     if arrays.family(ids.dtype) != "int" or ids.dtype is torch.uint64:
         raise ArrayTypeError(f"row_ids have dtype {arrays.dtype_name(ids.dtype)}; expected integers")

@@ -54,6 +54,7 @@ class Assign:
         pass
 
     def apply(self, entries: Sequence[Entry], parts: Parts, outs: Outs, pool: Pool) -> None:
+        in_pool = _is_worth_threads(entries)
         small: dict[int, list[int]] = {}
         jobs: list[Job] = []
         for index, (entry, key_parts, key_outs) in enumerate(zip(entries, parts, outs, strict=True)):
@@ -62,14 +63,15 @@ class Assign:
                 small.setdefault(len(key_parts), []).append(index)
                 continue
             for piece, *others in reduce.cut([value, *key_parts, *key_outs]):
-                jobs.append(partial(_assign, piece, others[: len(key_parts)], others[len(key_parts) :]))
+                pieces = others[: len(key_parts)], others[len(key_parts) :]
+                jobs.append(partial(_assign, piece, *pieces, at_once=not in_pool))
         for members in small.values():
             values: list[Any] = [entries[index].value for index in members]
             reduce.sum_many(values, [parts[index] for index in members])
             copied = [(out, value) for i, value in zip(members, values, strict=True) for out in outs[i]]
             if copied:
                 torch._foreach_copy_([out for out, _ in copied], [value for _, value in copied])
-        if jobs and _is_worth_threads(entries):
+        if jobs and in_pool:
             pool.run(jobs, then=partial(_count_versions, entries))
             return
         for job in jobs:
@@ -81,8 +83,8 @@ class Assign:
         entry.version += 1
 
 
-def _assign(value: torch.Tensor, parts: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
-    reduce.sum_piece(value, parts)
+def _assign(value: torch.Tensor, parts: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], *, at_once: bool) -> None:
+    reduce.sum_piece(value, parts, at_once=at_once)
     _copy_out(value, outs)
 
 
@@ -179,6 +181,7 @@ class StepOptimizer:
             if kernel is None:
                 whole.append(index)
                 continue
+            self.optimizer.complete(kernel, entry.key, value, entry.state)
             counter = entry.state.get("step")
             step = None if counter is None else counter + 1
             columns = [entry.state[name] for name in kernel.columns]
@@ -220,7 +223,7 @@ class StepOptimizer:
         if plain and not self.optimizer.changes_grads:
             return grad
         grad = reduce.scratch(value, value.dtype, "gradient")
-        reduce.sum_piece(grad, parts)
+        reduce.sum_piece(grad, parts, at_once=False)
         return self.optimizer.prepare(grad)
 
     def _step_whole(self, entries: Sequence[Entry], parts: Parts, outs: Outs) -> None:

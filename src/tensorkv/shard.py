@@ -72,7 +72,7 @@ class Shard:
 
     def init(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
         """Hold copies of new values; all keys or none."""
-        with self._lock:
+        with self._lock, _kept():
             self._refuse_reentry()
             self._check_new(keys)
             made = [
@@ -86,7 +86,8 @@ class Shard:
         """Sum the parts of each key and apply the update rule; the whole batch is checked first."""
         with self._lock:
             self._refuse_reentry()
-            self._push(batch, ())
+            with _kept():
+                self._push(batch, ())
 
     def pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]]) -> None:
         """Copy values into tensors of their shapes."""
@@ -98,7 +99,9 @@ class Shard:
         """Push, then pull the same keys, with nothing in between."""
         with self._lock:
             self._refuse_reentry()
-            if not self._push(batch, outs):
+            with _kept():
+                filled = self._push(batch, outs)
+            if not filled:
                 self._pull(batch.keys, outs)
 
     def one(self, key: Key, value: Any, out: Any) -> int | None:
@@ -133,7 +136,8 @@ class Shard:
             rule = self._rule
             if values is not None and (self._nonfinite != "pass" or not isinstance(rule, Assign | StepOptimizer)):
                 return None
-            plan = self._plans.find(keys, self._entries)
+            with _kept():
+                plan = self._plans.find(keys, self._entries)
             if plan is None:
                 return None
             columns = [] if values is None else plan.columns(values)
@@ -141,7 +145,8 @@ class Shard:
             if columns is None or targets is None:
                 return None
             if columns and isinstance(rule, StepOptimizer):
-                joined = plan.join(rule.optimizer)
+                with _kept():
+                    joined = plan.join(rule.optimizer)
                 if joined is None:
                     return None
                 self._pool.run([partial(plan.step, columns, joined)])
@@ -324,6 +329,8 @@ class Shard:
             if any(isinstance(part, Rows) for key_parts in parts for part in key_parts):
                 entries, parts = self._push_rows(entries, parts)
             fill = len(outs) == len(entries) and all(map(_fit, entries, outs)) and reduce.are_apart(parts, outs)
+            # The pool's threads are not in the caller's inference mode, which such outs ask for.
+            fill = fill and not any(out.is_inference() for key_outs in outs for out in key_outs)
             self._rule.apply(entries, parts, outs if fill else [()] * len(entries), self._pool)
             return fill
 
@@ -401,6 +408,11 @@ class Shard:
             return table
         device = value.device if self._on_device else "cpu"
         return torch.empty(value.shape, dtype=value.dtype, device=device).copy_(value)
+
+
+def _kept() -> AbstractContextManager[Any]:
+    """Tensors that a store keeps must be normal ones, also when the caller is in torch.inference_mode()."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _fit(entry: Entry, outs: Sequence[torch.Tensor]) -> bool:

@@ -27,7 +27,8 @@ def comparison(result: Mapping[str, Any], path: Path) -> None:
     _draw_ratios(left, works, peer)
     _draw_limits(right, works)
     left.set_yticks(range(len(works)), [work["name"].replace(", ", "\n", 1) for work in works])
-    left.invert_yaxis()
+    # From top to bottom, with room above for what the dashed lines are.
+    left.set_ylim(len(works) - 0.5, -0.85)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     quick = "   [quick run at toy sizes]" if result["quick"] else ""

@@ -32,6 +32,8 @@ class StoreControl:
 
     def __init__(self, engine: engines.Engine, type: str) -> None:
         self._engine = engine
+        self._one = getattr(engine, "one", None)
+        self._many = getattr(engine, "many", None)
         self._type = type
         self._metrics = Metrics()
         self._closed = False

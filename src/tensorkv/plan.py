@@ -26,9 +26,9 @@ from .optim import Optimizer, State
 # Below this many keys, a plan saves nothing worth having.
 MANY = 8
 # Values of more elements are worth a call of their own.
-_SMALL = 1 << 16
+_SMALL = 1 << 13
 # As many elements as stay in a core's cache together with the parts.
-_CHUNK = reduce.SLICE
+_CHUNK = 1 << 18
 _TORCH_TYPES = {torch.Tensor, torch.nn.Parameter}
 _REMEMBERED_CALLS = 256
 

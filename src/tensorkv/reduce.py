@@ -10,8 +10,11 @@ import torch
 
 from . import arrays
 
-# 1 MiB of float32: several parts of a slice and its value fit in a core's second-level cache.
-SLICE = 1 << 18
+# 2 MiB of float32: long enough to stream well, short enough to be in cache when the next step needs it.
+SLICE = 1 << 19
+
+# Up to here a sum costs more in calls than in bytes.
+_SMALL = 1 << 13
 
 _local = threading.local()
 
@@ -84,7 +87,7 @@ def sum_many(outs: Sequence[torch.Tensor], parts: Sequence[Sequence[torch.Tensor
 
 def is_small(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:
     """Tell whether ``sum_many`` may take this sum."""
-    if not out.is_cpu or out.numel() >= SLICE or out.dtype in arrays.LOW_PRECISION:
+    if not out.is_cpu or out.numel() > _SMALL or out.dtype in arrays.LOW_PRECISION:
         return False
     dtype = out.dtype
     return all(part.dtype is dtype and part.is_cpu for part in parts)
@@ -143,12 +146,15 @@ def _is_same(left: torch.Tensor, right: torch.Tensor) -> bool:
 def cut(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Cut tensors of one shape alike: flat where all are contiguous, else along the first dimension."""
     first = tensors[0]
-    if not first.is_cpu or first.numel() <= SLICE:
+    # Where numbers are converted, each part of a slice has a copy of its own.
+    convert = first.dtype in arrays.LOW_PRECISION or any(tensor.dtype is not first.dtype for tensor in tensors)
+    size = max(1, SLICE // 4) if convert else SLICE
+    if not first.is_cpu or first.numel() <= size:
         yield list(tensors)
         return
     if all(tensor.is_contiguous() for tensor in tensors):
         tensors = [tensor.view(-1) for tensor in tensors]
     length = len(tensors[0])
-    step = max(1, SLICE * length // first.numel())
+    step = max(1, size * length // first.numel())
     for start in range(0, length, step):
         yield [tensor[start : start + step] for tensor in tensors]

@@ -115,9 +115,11 @@ class Shard:
             Bytes moved, or None when nothing was done and the general way is to be taken.
         """
         with self._lock:
-            self._refuse_reentry()
+            rule = self._rule
+            if rule.running:
+                self._refuse_reentry()
             entry = self._entries.get(key) if type(key) is self._key_type else None
-            if entry is None or (value is not None and not self._assigns):
+            if entry is None or (value is not None and (type(rule) is not Assign or self._nonfinite != "pass")):
                 return None
             return quick.exchange(entry, value, out)
 
@@ -304,10 +306,6 @@ class Shard:
                 f"{verb}({quote(key)}): this store's keys are {self._key_type.__name__}, got "
                 f"{type(key).__name__}; one store has one key type, fixed by its first init"
             )
-
-    @property
-    def _assigns(self) -> bool:
-        return type(self._rule) is Assign and self._nonfinite == "pass"
 
     def _refuse_reentry(self) -> None:
         if self._rule.running:

@@ -288,13 +288,11 @@ class KVStore(StoreControl):
         if value is None and verb != "pull":
             return False
         if type(key) is list:
-            many = getattr(self._engine, "many", None)
-            moved = many(key, value, out) if many is not None and len(key) >= MANY else None
+            moved = self._many(key, value, out) if self._many is not None and len(key) >= MANY else None
             if moved is not None:
                 self._metrics.add(verb, start, key, moved)
             return moved is not None
-        one = getattr(self._engine, "one", None)
-        nbytes = one(key, value, out) if one is not None else None
+        nbytes = self._one(key, value, out) if self._one is not None else None
         if nbytes is not None:
             self._metrics.add_one(verb, start, key, nbytes)
         return nbytes is not None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tensorkv.errors import ArgumentError
-from tensorkv.pool import Pool, default_threads
+from tensorkv.pool import WORTH_A_THREAD, OneTorchThread, Pool, default_threads
 
 
 @pytest.fixture
@@ -72,6 +72,28 @@ def test_a_closed_pool_starts_again(pool):
     pool.close()
     assert not any(thread.name.startswith("tensorkv") for thread in threading.enumerate())
     pool.run([int])
+
+
+def test_one_torch_thread_for_a_block():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with OneTorchThread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ZeroDivisionError), OneTorchThread():
+            1 / 0  # noqa: B018
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_work_for_the_pool(pool):
+    assert pool.is_worth([torch.empty(WORTH_A_THREAD - 1), torch.empty(1)])
+    assert not pool.is_worth([torch.empty(WORTH_A_THREAD - 1)])
+    assert not pool.is_worth([])
+    with torch.inference_mode():
+        assert not pool.is_worth([torch.empty(WORTH_A_THREAD)])
 
 
 def test_threads_option():

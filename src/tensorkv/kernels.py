@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .pool import OneTorchThread
+
 # A multiple of what torch's vector loops take at a time, for every dtype and instruction set.
 ALIGN = 64
 # torch 2.12 and 2.13 leave float16 and bfloat16 values of sgd as they are and write noise into their momentum
@@ -78,7 +80,8 @@ class Kernel:
         count = value.numel()
         missing = (0, -count % ALIGN)
         padded = [torch.constant_pad_nd(tensor, missing) for tensor in (value, *columns)]
-        self._call(padded[0], torch.constant_pad_nd(grad, missing), padded[1:], step)
+        with OneTorchThread():
+            self._call(padded[0], torch.constant_pad_nd(grad, missing), padded[1:], step)
         sources = [tensor[:count] for tensor in padded]
         if counter is None or step is None:
             torch._foreach_copy_([value, *columns], sources)

@@ -22,6 +22,7 @@ from .entry import Entry
 from .kernels import Kernel
 from .keys import Key
 from .optim import Optimizer, State
+from .pool import OneTorchThread
 
 # Below this many keys, a plan saves nothing worth having.
 MANY = 8
@@ -151,7 +152,7 @@ class Plan:
 
     def assign(self, columns: list[Column]) -> None:
         """Make the values the sums of the columns."""
-        with torch.no_grad():
+        with torch.no_grad(), OneTorchThread():
             for chunk in self._chunks:
                 if len(columns) == 1:
                     chunk.values.gather(columns[0][chunk.cut])
@@ -178,7 +179,7 @@ class Plan:
 
     def fill(self, targets: list[Column]) -> None:
         """Copy the values to the targets."""
-        with torch.no_grad():
+        with torch.no_grad(), OneTorchThread():
             for target in targets:
                 for chunk in self._chunks:
                     chunk.values.scatter(target[chunk.cut])

@@ -6,12 +6,16 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import torch
 
 from .errors import ArgumentError
 
-Job = Callable[[], None]
+Job = Callable[[], Any]
+
+# Work on fewer elements is done before a thread of the pool would have woken up.
+WORTH_A_THREAD = 1 << 16
 
 
 def default_threads() -> int:
@@ -19,6 +23,21 @@ def default_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+class OneTorchThread:
+    """Let torch use one thread in this block: to wake others takes longer than small work does."""
+
+    __slots__ = ("_outside",)
+
+    def __enter__(self) -> None:
+        self._outside = torch.get_num_threads()
+        if self._outside > 1:
+            torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        if self._outside > 1:
+            torch.set_num_threads(self._outside)
 
 
 class Pool:
@@ -59,6 +78,15 @@ class Pool:
         _wait_for_all(futures)
         for future in futures:
             future.result()
+
+    def is_worth(self, outs: Sequence[torch.Tensor]) -> bool:
+        """Tell whether filling these tensors is work for the pool.
+
+        Inference tensors are not: the pool's threads are not in the caller's ``torch.inference_mode``.
+        """
+        return sum([out.numel() for out in outs]) >= WORTH_A_THREAD and all(
+            out.is_cpu and not out.is_inference() for out in outs
+        )
 
     def close(self) -> None:
         """End the threads; a later ``run`` starts new ones."""

@@ -13,7 +13,7 @@ from .entry import Entry
 from .errors import UpdaterError, quote
 from .kernels import Kernel
 from .optim import Optimizer, OptimizerSpec
-from .pool import Job, Pool
+from .pool import WORTH_A_THREAD, Job, Pool
 from .rows import Rows
 
 Updater = Callable[[Any, Any, Any], Any]
@@ -21,9 +21,6 @@ Updater = Callable[[Any, Any, Any], Any]
 
 Parts = Sequence[list[torch.Tensor]]
 Outs = Sequence[Sequence[torch.Tensor]]
-
-# Pushes of fewer elements are done before a thread of the pool would have woken up.
-_WORTH_A_THREAD = 1 << 16
 
 
 class Rule(Protocol):
@@ -95,7 +92,7 @@ def _copy_out(value: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
 
 def _is_worth_threads(entries: Sequence[Entry]) -> bool:
     numel = sum([entry.spec.shape.numel() for entry in entries])
-    return numel >= _WORTH_A_THREAD and all(entry.value.device.type == "cpu" for entry in entries)
+    return numel >= WORTH_A_THREAD and all(entry.value.device.type == "cpu" for entry in entries)
 
 
 def _count_versions(entries: Sequence[Entry]) -> None:

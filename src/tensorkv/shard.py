@@ -327,8 +327,7 @@ class Shard:
             if any(isinstance(part, Rows) for key_parts in parts for part in key_parts):
                 entries, parts = self._push_rows(entries, parts)
             fill = len(outs) == len(entries) and all(map(_fit, entries, outs)) and reduce.are_apart(parts, outs)
-            # The pool's threads are not in the caller's inference mode, which such outs ask for.
-            fill = fill and not any(out.is_inference() for key_outs in outs for out in key_outs)
+            fill = fill and self._pool.is_worth([out for key_outs in outs for out in key_outs])
             self._rule.apply(entries, parts, outs if fill else [()] * len(entries), self._pool)
             return fill
 
@@ -377,15 +376,12 @@ class Shard:
                     f"pull({quote(entry.key)}): the key was deleted and initialised anew with another shape; pull again"
                 )
         with self._in_order(entries):
-            if len(entries) == 1:
-                value: Any = entries[0].value
-                for out in outs[0]:
-                    out.copy_(value)
-                return
-            targets: list[Any] = [out for key_outs in outs for out in key_outs]
-            if targets:
-                sources: list[Any] = [e.value for e, key_outs in zip(entries, outs, strict=True) for _ in key_outs]
-                torch._foreach_copy_(targets, sources)
+            pairs: list[Any] = [(out, e.value) for e, key_outs in zip(entries, outs, strict=True) for out in key_outs]
+            if self._pool.is_worth([out for out, _ in pairs]):
+                cuts = [cut for pair in pairs for cut in reduce.cut(pair)]
+                self._pool.run([partial(out.copy_, value) for out, value in cuts])
+            elif pairs:
+                torch._foreach_copy_([out for out, _ in pairs], [value for _, value in pairs])
 
     def _drop_states(self) -> None:
         for entry in self._entries.values():

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--arrays", choices=("numpy", "torch"), default="numpy", help="what tensorkv is given (default numpy)")
     add("--no-mxnet", action="store_true", help="leave MXNet out")
     add("--mxnet-python", metavar="PATH", help=f"a Python that has MXNet (default: that of {MXNET_VENV.name}/)")
-    add("--growth", action="store_true", help="also how the cost grows with keys, elements, parts (about 2 minutes)")
+    add("--growth", action="store_true", help="also how the cost grows with keys, elements, parts (some minutes)")
     add("--memory", action="store_true", help="also what a push adds to the memory; needs 14 GB")
     add("--quick", action="store_true", help="toy sizes; installs nothing; no result to publish")
     return parser

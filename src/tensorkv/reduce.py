@@ -46,11 +46,13 @@ def sum_piece(out: torch.Tensor, parts: Sequence[torch.Tensor], *, at_once: bool
         at_once: write ``out`` in the last addition alone, so that no interrupt can divide the sum; without it
             sums of more than two parts are faster.
     """
+    # A copy to the CPU that does not wait could be read before it is there.
+    ahead = out.is_cuda
     if len(parts) == 1:
-        out.copy_(parts[0], non_blocking=True)
+        out.copy_(parts[0], non_blocking=ahead)
         return
     wide = arrays.accumulator(out.dtype)
-    first, second, *others = [arrays.signed(part.to(out.device, wide, non_blocking=True)) for part in parts]
+    first, second, *others = [arrays.signed(part.to(out.device, wide, non_blocking=ahead)) for part in parts]
     directly = wide is out.dtype and not (at_once and others)
     into = arrays.signed(out if directly else scratch(out, wide))
     torch.add(first, second, out=into)

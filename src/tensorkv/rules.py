@@ -51,7 +51,7 @@ class Assign:
         pass
 
     def apply(self, entries: Sequence[Entry], parts: Parts, outs: Outs, pool: Pool) -> None:
-        in_pool = _is_worth_threads(entries)
+        in_pool = _is_worth_threads(entries, parts)
         small: dict[int, list[int]] = {}
         jobs: list[Job] = []
         for index, (entry, key_parts, key_outs) in enumerate(zip(entries, parts, outs, strict=True)):
@@ -90,9 +90,12 @@ def _copy_out(value: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
         out.copy_(value)
 
 
-def _is_worth_threads(entries: Sequence[Entry]) -> bool:
-    numel = sum([entry.spec.shape.numel() for entry in entries])
-    return numel >= WORTH_A_THREAD and all(entry.value.device.type == "cpu" for entry in entries)
+def _is_worth_threads(entries: Sequence[Entry], parts: Parts) -> bool:
+    """Tell whether this is work for the pool, whose threads are not on the caller's CUDA streams."""
+    if sum([entry.spec.shape.numel() for entry in entries]) < WORTH_A_THREAD:
+        return False
+    on_cpu = all(entry.value.device.type == "cpu" for entry in entries)
+    return on_cpu and all(part.is_cpu for key_parts in parts for part in key_parts)
 
 
 def _count_versions(entries: Sequence[Entry]) -> None:
@@ -167,7 +170,7 @@ class StepOptimizer:
         self.optimizer.check(entry.key, entry.value, by_rows=by_rows)
 
     def apply(self, entries: Sequence[Entry], parts: Parts, outs: Outs, pool: Pool) -> None:
-        in_pool = _is_worth_threads(entries)
+        in_pool = _is_worth_threads(entries, parts)
         jobs: list[Job] = []
         stepped: list[Entry] = []
         counters: list[tuple[torch.Tensor, torch.Tensor]] = []

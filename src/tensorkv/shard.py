@@ -377,7 +377,7 @@ class Shard:
                 )
         with self._in_order(entries):
             pairs: list[Any] = [(out, e.value) for e, key_outs in zip(entries, outs, strict=True) for out in key_outs]
-            if self._pool.is_worth([out for out, _ in pairs]):
+            if self._pool.is_worth([tensor for pair in pairs for tensor in pair]):
                 cuts = [cut for pair in pairs for cut in reduce.cut(pair)]
                 self._pool.run([partial(out.copy_, value) for out, value in cuts])
             elif pairs:

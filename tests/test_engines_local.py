@@ -6,6 +6,7 @@ import torch
 from contract import Contract
 
 import tensorkv
+from tensorkv import reduce
 
 
 class TestLocal(Contract):
@@ -35,6 +36,28 @@ def test_more_elements_than_a_slice_holds():
         assert np.array_equal(kv.pushpull("w", parts), (parts[0] + parts[1]) + parts[2])
         columns = [np.asfortranarray(part) for part in parts]
         assert np.array_equal(kv.pushpull("w", columns), (parts[0] + parts[1]) + parts[2])
+
+
+@pytest.mark.parametrize("optimizer", [None, "sgd", "adam", "rmsprop"])
+@pytest.mark.parametrize("size", [(1 << 17) - 1, 1 << 17, (1 << 17) + 1, 70_000])
+def test_threads_and_slices_change_no_bit(optimizer, size, monkeypatch):
+    generator = np.random.default_rng(size)
+    parts = [generator.standard_normal(size).astype(np.float32) for _ in range(3)]
+    first = generator.standard_normal(size).astype(np.float32)
+    results = set()
+    for threads in (1, 2, 3, 4):
+        for slice_size in (1 << 16, 1 << 17, 1 << 19):
+            monkeypatch.setattr(reduce, "SLICE", slice_size)
+            with tensorkv.create(threads=threads) as kv:
+                kv.init("w", first)
+                if optimizer:
+                    kv.set_optimizer(optimizer, lr=0.1, weight_decay=0.01)
+                out = np.empty_like(first)
+                for _ in range(3):
+                    kv.push("w", parts[:2])
+                    kv.pushpull("w", parts, out=out)
+                results.add((out.tobytes(), kv.pull("w").tobytes()))
+    assert len(results) == 1
 
 
 def test_jax_parts_on_devices_of_their_own():

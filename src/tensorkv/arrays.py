@@ -48,12 +48,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def dtype_named(name: str) -> torch.dtype | None:
-    """Return ``torch.float32`` for ``"float32"``, None for a dtype that a store cannot hold."""
-    dtype = getattr(torch, name, None)
-    return dtype if dtype in DTYPES else None
-
-
 def family(dtype: torch.dtype) -> str:
     """Return the dtype's family: ``"bool"``, ``"int"``, ``"float"`` or ``"complex"``."""
     if dtype.is_floating_point:

@@ -36,8 +36,7 @@ class StoreUpdate:
     def __init__(self, kv: KVStore, optimizer: Any, numbers: dict[str, Any], params: Params) -> None:
         self._kv, self._params = kv, params
         spec = optim.spec(optimizer, numbers)
-        own = {"rescale_grad": spec.rescale_grad, "clip_gradient": spec.clip_gradient}
-        self._wanted = {"name": spec.name, **spec.numbers, **own}
+        self._wanted = {"name": spec.name, **spec.to_numbers()}
         held = kv.optimizer or self._wanted
         words = [word for word in {**held, **self._wanted} if held.get(word) != self._wanted.get(word)]
         if words:

@@ -17,7 +17,7 @@ FLOORS = [
     {"rows"},
     {"table", "arguments"},
     {"pool"},
-    {"kernels"},
+    {"native", "kernels"},
     {"optim", "reduce"},
     {"entry"},
     {"rules", "plan", "cuda", "quick"},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tensorkv import optim
-from tensorkv.kernels import ALIGN, DTYPES, NAMES, Kernel
+from tensorkv.kernels import ALIGN, DTYPES, FUSED, NAMES, Kernel
 
 CASES = {
     "sgd": ("sgd", {"lr": 0.1}),
@@ -17,6 +17,8 @@ CASES = {
     "decoupled": ("adam", {"lr": 0.1, "weight_decay": 0.1, "decoupled_weight_decay": True}),
     "adamw": ("adamw", {"lr": 0.1, "weight_decay": 0.1}),
     "adagrad": ("adagrad", {"lr": 0.1, "lr_decay": 0.01, "initial_accumulator_value": 0.5}),
+    "rmsprop": ("rmsprop", {"lr": 0.1, "weight_decay": 0.01}),
+    "centered": ("rmsprop", {"lr": 0.1, "momentum": 0.9, "centered": True, "maximize": True}),
 }
 
 
@@ -61,13 +63,14 @@ def test_slices_change_no_bit(case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("size", [ALIGN, 16 * ALIGN])
-def test_the_bits_are_torchs_fused_step(case, dtype, size):
+def test_the_bits_are_torchs_own_step(case, dtype, size):
     """Bit for bit where the size is a multiple of ALIGN; what torch computes one by one may differ in the last bit."""
     name, numbers = CASES[case]
     value, _ = run(case, dtype, size, [])
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(size, generator=generator).to(dtype)
-    reference = getattr(torch.optim, optim.CLASSES[name])([weight], **numbers, fused=True)
+    how = {"fused": True} if name in FUSED else {"foreach": False}
+    reference = getattr(torch.optim, optim.CLASSES[name])([weight], **numbers, **how)
     for _ in range(4):
         weight.grad = torch.randn(size, generator=generator).to(dtype)
         reference.step()

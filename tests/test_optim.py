@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import tensorkv
 from tensorkv import OptimizerError, Rows
-from tensorkv.kernels import NAMES as KERNELS
+from tensorkv.kernels import FUSED
 from tensorkv.optim import CLASSES, ROWWISE, OptimizerSpec, spec
 
 # Numbers other than the defaults, several for some.
@@ -77,7 +77,7 @@ def same_kernels(name, dtype):
     """Return the flags with which torch.optim computes as the store does."""
     if name == "muon":
         return {}
-    return {"fused": True} if name in KERNELS and dtype in (torch.float32, torch.float64) else {"foreach": False}
+    return {"fused": True} if name in FUSED and dtype in (torch.float32, torch.float64) else {"foreach": False}
 
 
 def reference(name, numbers, values, grads, **how):
@@ -213,15 +213,15 @@ def test_only_pushed_keys_step(name, numbers):
 
 def test_a_step_sees_the_pushed_parameters_alone(monkeypatch):
     seen = []
-    right = torch.optim.RMSprop.step
-    kv = store({i: torch.ones(2) for i in range(50)}, "rmsprop")
+    right = torch.optim.NAdam.step
+    kv = store({i: torch.ones(2) for i in range(50)}, "nadam")
     kv.push(list(range(50)), [torch.ones(2)] * 50)
 
     def step(self, *args):
         seen.append((sum(len(group["params"]) for group in self.param_groups), len(self.state)))
         return right(self, *args)
 
-    monkeypatch.setattr(torch.optim.RMSprop, "step", step)
+    monkeypatch.setattr(torch.optim.NAdam, "step", step)
     kv.push([3, 7], [torch.ones(2), torch.ones(2)])
     assert seen == [(2, 2)]
 

@@ -1,4 +1,4 @@
-"""Kernels: one step of an optimizer on a slice, in one call of torch's own fused CPU kernels.
+"""Kernels: one step of an optimizer on a slice, by torch's own code: its fused CPU kernels where it has one.
 
 torch computes most of a tensor in vectors and the last few elements one by one, and the two may round
 differently in the last bit. Here every element is computed in a vector: slices end at multiples of
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.optim.rmsprop import rmsprop
 
 from .pool import OneTorchThread
 
@@ -21,7 +22,8 @@ ALIGN = 64
 # torch 2.12 and 2.13 leave float16 and bfloat16 values of sgd as they are and write noise into their momentum
 # (pytorch issue 191763), so those dtypes go through torch.optim's single-tensor code.
 DTYPES = (torch.float32, torch.float64)
-NAMES = frozenset({"sgd", "adam", "adamw", "adagrad"})
+FUSED = frozenset({"sgd", "adam", "adamw", "adagrad"})
+NAMES = FUSED | {"rmsprop"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,9 @@ class Kernel:
             return ["momentum_buffer"] if self.numbers["momentum"] else []
         if self.name == "adagrad":
             return ["sum"]
+        if self.name == "rmsprop":
+            used = {"momentum_buffer": self.numbers["momentum"] > 0, "grad_avg": self.numbers["centered"]}
+            return ["square_avg", *(name for name, is_used in used.items() if is_used)]
         return ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if self.numbers["amsgrad"] else [])]
 
     def fresh(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -116,6 +121,25 @@ class Kernel:
                 weight_decay=numbers["weight_decay"],
                 eps=numbers["eps"],
                 maximize=numbers["maximize"],
+            )
+        elif self.name == "rmsprop":
+            of = dict(zip(self.columns, columns, strict=True))
+            rmsprop(
+                [value],
+                [grad],
+                [of["square_avg"]],
+                [of["grad_avg"]] if "grad_avg" in of else [],
+                [of["momentum_buffer"]] if "momentum_buffer" in of else [],
+                # Which torch counts itself.
+                [step - 1],  # type: ignore[list-item,operator]
+                foreach=False,
+                maximize=numbers["maximize"],
+                lr=numbers["lr"],
+                alpha=numbers["alpha"],
+                eps=numbers["eps"],
+                weight_decay=numbers["weight_decay"],
+                momentum=numbers["momentum"],
+                centered=numbers["centered"],
             )
         else:
             decoupled = self.name == "adamw" or numbers["decoupled_weight_decay"]

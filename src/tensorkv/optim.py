@@ -20,8 +20,8 @@ import torch
 from . import arrays
 from .errors import OptimizerError, quote, suggestion
 from .kernels import DTYPES as KERNEL_DTYPES
+from .kernels import FUSED, Kernel
 from .kernels import NAMES as KERNELS
-from .kernels import Kernel
 from .keys import Key
 from .rows import Rows
 from .table import Columns, Table, fill_with
@@ -275,7 +275,7 @@ class Optimizer:
             if state:
                 self._complete(key, state, value)
             own = key if key in self.spec.overrides else None
-            fused = self.spec.name in KERNELS and value.dtype in KERNEL_DTYPES and value.numel() > 0
+            fused = self.spec.name in FUSED and value.dtype in KERNEL_DTYPES and value.numel() > 0
             # torch's fused kernels take either all new or no new parameters.
             groups.setdefault((own, fused, bool(state)), []).append(index)
         for (own, fused, _), members in groups.items():

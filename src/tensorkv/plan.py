@@ -1,39 +1,48 @@
-"""Plans: calls that name the same many small keys again and again, done on a few flat arrays.
+"""Plans: calls that name the same many keys again and again.
 
-For small keys the price is per array, not per byte. A plan keeps the values of its keys side by side in
-flat chunks, checks the arrays of a call by whole lists, and gathers and scatters each chunk in one call of
-NumPy or torch. Whatever is out of the ordinary goes the general way, which also words the errors.
+For many keys the price is per array, not per byte. A plan keeps the values of its keys side by side in flat
+chunks, checks the arrays of a call by whole columns, and sums, steps and copies out whole columns at once.
+Whatever is out of the ordinary goes the general way, which also words the errors.
 """
 
 from __future__ import annotations
 
 import operator
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from . import arrays, reduce
+from . import arrays, native, reduce
 from .entry import Entry
 from .kernels import Kernel
 from .keys import Key
 from .optim import Optimizer, State
-from .pool import OneTorchThread
+from .pool import WORTH_A_THREAD, Job, OneTorchThread, Pool
 
 # Below this many keys, a plan saves nothing worth having.
 MANY = 8
-# Values of more elements are worth a call of their own.
+# Values of more elements are worth a call of their own, unless the compiled kernel does all in one.
 _SMALL = 1 << 13
 # As many elements as stay in a core's cache together with the parts.
 _CHUNK = 1 << 18
-_TORCH_TYPES = {torch.Tensor, torch.nn.Parameter}
 _REMEMBERED_CALLS = 256
 
-Column = Sequence[Any]
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One array of each key: a part or an out, every one exactly as its key asks for.
+
+    Args:
+        arrays: all of NumPy or all of torch, in the order of the keys.
+        addresses: as the compiled kernel takes them.
+    """
+
+    arrays: tuple[Any, ...]
+    addresses: bytes
 
 
 class _Flat:
@@ -53,13 +62,13 @@ class _Flat:
     def arrays(self) -> list[np.ndarray[Any, Any]]:
         return [tensor.numpy() for tensor in self.tensors]
 
-    def gather(self, column: Column) -> None:
+    def gather(self, column: Sequence[Any]) -> None:
         if type(column[0]) is np.ndarray:
             np.concatenate(column, axis=None, out=self.array, casting="no")
         else:
             torch._foreach_copy_(self.tensors, list(column))
 
-    def scatter(self, column: Column) -> None:
+    def scatter(self, column: Sequence[Any]) -> None:
         if type(column[0]) is np.ndarray:
             for out, value in zip(column, self.arrays, strict=True):
                 out[...] = value
@@ -73,11 +82,14 @@ class _Chunk:
     def __init__(self, entries: Sequence[Entry], start: int, stop: int) -> None:
         self.cut = slice(start, stop)
         self.shapes = [entry.spec.shape for entry in entries[self.cut]]
-        self.numel = sum([shape.numel() for shape in self.shapes])
-        self.values = self.make(entries[start].spec.dtype)
+        self.counts = [shape.numel() for shape in self.shapes]
+        self.numel = sum(self.counts)
         self.parts: list[_Flat] = []
-        for entry, room in zip(entries[self.cut], self.values.tensors, strict=True):
-            entry.value = room.copy_(entry.value)  # type: ignore[arg-type]
+        held: list[Any] = [entry.value for entry in entries[self.cut]]
+        self.values = _Flat(self.shapes, held[0].view(-1)) if len(held) == 1 else self.make(held[0].dtype)
+        if len(held) > 1:
+            for entry, room in zip(entries[self.cut], self.values.tensors, strict=True):
+                entry.value = room.copy_(entry.value)  # type: ignore[arg-type]
 
     def make(self, dtype: torch.dtype) -> _Flat:
         return _Flat(self.shapes, torch.empty(self.numel, dtype=dtype))
@@ -117,31 +129,31 @@ class Plan:
         self._nbytes = [entry.value.nbytes for entry in entries]
         self._moved: dict[int, list[int]] = {}
         self._shapes = [entry.spec.shape for entry in entries]
+        self._counts = [shape.numel() for shape in self._shapes]
         self._dtype = entries[0].spec.dtype
-        self._numpy_dtype = torch.empty(0, dtype=self._dtype).numpy().dtype
+        # A chunk steps in one thread; a longer one is to be shared between threads.
+        self.can_step = max(self._counts) <= reduce.SLICE
         self._chunks = [_Chunk(entries, start, stop) for start, stop in _cuts(entries)]
+        self._values = native.column_of([entry.value for entry in entries])  # type: ignore[misc]
         self._buffers: list[torch.Tensor] = []
-        self._outs_apart: list[Any] = []
+        self._apart: tuple[bytes, ...] | None = None
         self._joined: _Joined | None = None
 
-    def columns(self, values: Any) -> list[Column] | None:
-        """Return the parts as columns, one array of each key, if every one is exactly what its key asks for."""
-        columns = self._transpose(values)
-        if columns is None or not all(self._fits(column) for column in columns):
-            return None
-        return columns
+    def columns(self, values: Any, *, writable: bool = False) -> list[Column] | None:
+        """Return parts or outs as columns, if every array is exactly what its key asks for."""
+        found = []
+        for column in self._transpose(values):
+            addresses = native.addresses(column, self._dtype, self._shapes, writable=writable)
+            if addresses is None:
+                return None
+            found.append(Column(column, addresses))
+        return found or None
 
     def targets(self, outs: Any) -> list[Column] | None:
         """Return outs as columns if every one can be written and no two share memory."""
-        columns = self.columns(outs)
-        if columns is None or self._known_apart(columns):
-            return columns
-        targets = [arrays.target(out) for column in columns for out in column if _is_writable(out)]
-        if len(targets) < len(columns) * len(self.keys) or any(finish for _, finish in targets):
+        columns = self.columns(outs, writable=True)
+        if columns is None or native.overlap([column.addresses for column in columns], self._nbytes):
             return None
-        if arrays.overlapping([tensor for tensor, _ in targets]) is not None:
-            return None
-        self._outs_apart = [_signature(column) for column in columns]
         return columns
 
     def moved(self, count: int) -> list[int]:
@@ -150,39 +162,89 @@ class Plan:
             self._moved[count] = [count * nbytes for nbytes in self._nbytes]
         return self._moved[count]
 
-    def assign(self, columns: list[Column]) -> None:
-        """Make the values the sums of the columns."""
-        with torch.no_grad(), OneTorchThread():
-            for chunk in self._chunks:
-                if len(columns) == 1:
-                    chunk.values.gather(columns[0][chunk.cut])
-                else:
+    def assign(self, columns: list[Column], targets: list[Column], pool: Pool) -> None:
+        """Make the values the sums of the columns, and copy them to the targets."""
+        if not native.can_sum(self._dtype):
+            with torch.no_grad(), OneTorchThread():
+                for chunk in self._chunks:
                     reduce.sum_into(chunk.values.tensor, self._gather(chunk, columns))
+            self._count()
+            self.fill(targets, pool)
+            return
+        parts = [column.addresses for column in columns]
+        outs = [target.addresses for target in targets]
+        at_once = self._are_apart(parts, outs)
+        self._sum([self._values, *(outs if at_once else ())], parts, pool)
         self._count()
+        if not at_once:
+            # An out is the part of another key, which had to be read first.
+            self._sum(outs, [self._values], pool)
 
-    def step(self, columns: list[Column], joined: _Joined) -> None:
-        """Step the optimizer, the sums of the columns being the gradients."""
-        optimizer, kernel = joined.optimizer, joined.kernel
-        step = joined.counters[0] + 1 if joined.counters else None
+    def step(self, columns: list[Column], targets: list[Column], joined: _Joined, pool: Pool) -> None:
+        """Step the optimizer, the sums of the columns being the gradients; copy the values to the targets."""
+        counter = joined.counters[0] + 1 if joined.counters else None
+        parts, outs = ([column.addresses for column in each] for each in (columns, targets))
+        at_once = native.can_sum(self._dtype) and self._are_apart(parts, outs)
+        jobs: list[Job] = [
+            partial(self._step_chunk, chunk, columns, outs if at_once else [], joined, state, counter)
+            for chunk, state in zip(self._chunks, joined.flats, strict=True)
+        ]
+        if not native.can_sum(self._dtype):
+            jobs = [partial(_run_all, jobs)]
+        pool.run(jobs, then=partial(self._count_steps, joined, counter))
+        if not at_once:
+            # An out is the part of another key, which had to be read first.
+            self.fill(targets, pool)
+
+    def _step_chunk(
+        self,
+        chunk: _Chunk,
+        columns: list[Column],
+        outs: list[bytes],
+        joined: _Joined,
+        state: list[torch.Tensor],
+        counter: torch.Tensor | None,
+    ) -> None:
         with torch.no_grad():
-            for chunk, state in zip(self._chunks, joined.flats, strict=True):
-                parts = self._gather(chunk, columns)
-                grad = parts[0]
-                if len(parts) > 1:
-                    reduce.sum_into(grad, parts)
-                kernel(chunk.values.tensor, optimizer.prepare(grad), state, step)
-            if step is not None:
-                torch._foreach_copy_(joined.counters, [step] * len(joined.counters))
+            grad = joined.optimizer.prepare(self._gradient(chunk, columns, joined.optimizer))
+            joined.kernel(chunk.values.tensor, grad, state, counter)
+        if outs:
+            # In this thread, while the values are in its cache.
+            cut = slice(8 * chunk.cut.start, 8 * chunk.cut.stop)
+            sums = native.Sums([out[cut] for out in outs], [self._values[cut]], chunk.counts, self._dtype)
+            sums.jobs(1, past_cache=native.leaves_cache(sum(self._nbytes) * len(outs)))[0]()
+
+    def _gradient(self, chunk: _Chunk, columns: list[Column], optimizer: Optimizer) -> torch.Tensor:
+        """Return the sum of a chunk's parts, which the caller may change if the optimizer does."""
+        if not native.can_sum(self._dtype):
+            parts = self._gather(chunk, columns)
+            if len(parts) > 1:
+                reduce.sum_into(parts[0], parts)
+            return parts[0]
+        if len(chunk.counts) == len(columns) == 1 and not optimizer.changes_grads:
+            return arrays.take(columns[0].arrays[chunk.cut.start]).view(-1)
+        grad = reduce.scratch(chunk.values.tensor, self._dtype, "gradient")
+        cut = slice(8 * chunk.cut.start, 8 * chunk.cut.stop)
+        rooms = native.column_beside(grad, chunk.counts)
+        native.Sums([rooms], [column.addresses[cut] for column in columns], chunk.counts, self._dtype).jobs(1)[0]()
+        return grad
+
+    def _count_steps(self, joined: _Joined, counter: torch.Tensor | None) -> None:
+        if counter is not None:
+            torch._foreach_copy_(joined.counters, [counter] * len(joined.counters))
         joined.versions = [counter._version for counter in joined.counters]
-        joined.kernel = replace(kernel, first=False)
+        joined.kernel = replace(joined.kernel, first=False)
         self._count()
 
-    def fill(self, targets: list[Column]) -> None:
+    def fill(self, targets: list[Column], pool: Pool) -> None:
         """Copy the values to the targets."""
+        if targets and native.can_sum(self._dtype):
+            self._sum([target.addresses for target in targets], [self._values], pool)
+            return
         with torch.no_grad(), OneTorchThread():
             for target in targets:
                 for chunk in self._chunks:
-                    chunk.values.scatter(target[chunk.cut])
+                    chunk.values.scatter(target.arrays[chunk.cut])
 
     def join(self, optimizer: Optimizer) -> _Joined | None:
         """Return the keys' optimizer state side by side; None if they are not all at the same step."""
@@ -204,6 +266,11 @@ class Plan:
         views: dict[str, list[torch.Tensor]] = {name: [] for name in kernel.columns}
         for name in kernel.columns:
             for chunk, held in zip(self._chunks, flats, strict=True):
+                alone = states[chunk.cut.start][name] if len(chunk.counts) == 1 else None
+                if alone is not None and alone.is_contiguous():
+                    held.append(alone.view(-1))
+                    views[name].append(alone)
+                    continue
                 flat = chunk.make(self._dtype)
                 for state, room in zip(states[chunk.cut], flat.tensors, strict=True):
                     state[name] = room.copy_(state[name])
@@ -219,41 +286,43 @@ class Plan:
         while len(chunk.parts) < len(columns):
             chunk.parts.append(_Flat(chunk.shapes, self._buffers[len(chunk.parts)][: chunk.numel]))
         for part, column in zip(chunk.parts, columns, strict=False):
-            part.gather(column[chunk.cut])
+            part.gather(column.arrays[chunk.cut])
         return [part.tensor for part in chunk.parts[: len(columns)]]
 
     def _count(self) -> None:
         for entry in self.entries:
             entry.version += 1
 
-    def _transpose(self, values: Any) -> list[Column] | None:
+    def _sum(self, outs: list[bytes], parts: list[bytes], pool: Pool) -> None:
+        sums = native.Sums(outs, parts, self._counts, self._dtype)
+        if sum(self._counts) >= WORTH_A_THREAD * 4:
+            pool.run(sums.jobs(pool.threads))
+        else:
+            sums.jobs(1)[0]()
+
+    def _are_apart(self, parts: list[bytes], outs: list[bytes]) -> bool:
+        """Tell whether outs may be written before all parts have been read; asked once for the same arrays."""
+        called = (*parts, *outs)
+        if self._apart != called:
+            if not native.are_apart(parts, outs, self._nbytes):
+                return False
+            self._apart = called
+        return True
+
+    def _transpose(self, values: Any) -> list[tuple[Any, ...]]:
+        """Return one tuple per part or out, with the array of each key; an empty list for other forms."""
         if type(values) not in (list, tuple) or len(values) != len(self.keys):
-            return None
+            return []
         if type(values[0]) not in (list, tuple):
-            return [values]
+            return [tuple(values)]
         if not set(map(type, values)) <= {list, tuple} or len(set(map(len, values))) > 1:
-            return None
-        return list(zip(*values, strict=True)) or None
+            return []
+        return list(zip(*values, strict=True))
 
-    def _fits(self, column: Column) -> bool:
-        types = set(map(type, column))
-        count = len(column)
-        if types == {np.ndarray}:
-            return [a.dtype for a in column].count(self._numpy_dtype) == count and [
-                a.shape for a in column
-            ] == self._shapes
-        if not types <= _TORCH_TYPES:
-            return False
-        return (
-            [t.is_cpu for t in column].count(True) == count
-            and [t.layout for t in column].count(torch.strided) == count
-            and [t.dtype for t in column].count(self._dtype) == count
-            and not any(t.is_nested for t in column)
-            and [t.shape for t in column] == self._shapes
-        )
 
-    def _known_apart(self, columns: list[Column]) -> bool:
-        return len(columns) == len(self._outs_apart) and all(map(_matches, columns, self._outs_apart))
+def _run_all(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        job()
 
 
 def _are(left: Sequence[Any], right: Sequence[Any]) -> bool:
@@ -269,27 +338,6 @@ def _cuts(entries: Sequence[Entry]) -> list[tuple[int, int]]:
             start, size = index, 0
         size += numel
     return [*cuts, (start, len(entries))]
-
-
-def _is_writable(out: Any) -> bool:
-    return bool(out.flags.writeable) if type(out) is np.ndarray else bool(out.is_contiguous())
-
-
-def _signature(column: Column) -> Any:
-    """What shows later that these are the outs that were checked: the arrays themselves, or their addresses."""
-    if type(column[0]) is np.ndarray:
-        return [weakref.ref(out) for out in column]
-    return [out.data_ptr() for out in column]
-
-
-def _matches(column: Column, signature: Any) -> bool:
-    if isinstance(signature[0], weakref.ref):
-        return _are(column, [known() for known in signature]) and [out.flags.writeable for out in column].count(
-            True
-        ) == len(column)
-    if type(column[0]) is np.ndarray or [out.is_contiguous() for out in column].count(True) < len(column):
-        return False
-    return bool([out.data_ptr() for out in column] == signature)
 
 
 class Plans:
@@ -341,11 +389,12 @@ class Plans:
 
 def _can_plan(entries: Sequence[Entry]) -> bool:
     dtype = entries[0].spec.dtype
+    most = None if native.can_sum(dtype) else _SMALL
     fits = (
         not entry.spec.is_table
         and entry.spec.dtype is dtype
         and entry.value.device.type == "cpu"
-        and entry.spec.shape.numel() <= _SMALL
+        and (most is None or entry.spec.shape.numel() <= most)
         for entry in entries
     )
     return dtype is not torch.bfloat16 and all(fits)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
-from . import arrays
+from . import arrays, native
+from .pool import Job
 
 # 2 MiB of float32: long enough to stream well, short enough to be in cache when the next step needs it.
 SLICE = 1 << 19
@@ -60,6 +62,21 @@ def sum_piece(out: torch.Tensor, parts: Sequence[torch.Tensor], *, at_once: bool
         into.add_(part)
     if not directly:
         out.copy_(into.view(wide))
+
+
+def copies(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], threads: int) -> list[Job]:
+    """Return jobs that make each first tensor the second, all of which may run at the same time."""
+    plain: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    jobs: list[Job] = []
+    for pair in pairs:
+        if native.is_plain(pair):
+            plain.setdefault(pair[0].dtype, []).append(pair)
+        else:
+            jobs += [partial(out.copy_, value) for out, value in cut(pair)]
+    for dtype, members in plain.items():
+        outs, values = (native.column_of(column) for column in zip(*members, strict=True))
+        jobs += native.Sums([outs], [values], [out.numel() for out, _ in members], dtype).jobs(threads)
+    return jobs
 
 
 def total(value: torch.Tensor, parts: Sequence[torch.Tensor], *, may_share: bool = False) -> torch.Tensor:
@@ -135,6 +152,9 @@ def are_apart(parts: Sequence[Sequence[torch.Tensor]], outs: Sequence[Sequence[t
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    if tensor.is_contiguous():
+        start = tensor.data_ptr()
+        return start, start + tensor.nbytes
     reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     start = tensor.data_ptr()
     return start, start + reach * tensor.element_size()

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from . import arrays, reduce
+from . import arrays, native, reduce
 from .entry import Entry
 from .errors import UpdaterError, quote
 from .kernels import Kernel
@@ -53,9 +53,14 @@ class Assign:
     def apply(self, entries: Sequence[Entry], parts: Parts, outs: Outs, pool: Pool) -> None:
         in_pool = _is_worth_threads(entries, parts)
         small: dict[int, list[int]] = {}
+        plain: dict[tuple[Any, int, int], list[list[torch.Tensor]]] = {}
         jobs: list[Job] = []
         for index, (entry, key_parts, key_outs) in enumerate(zip(entries, parts, outs, strict=True)):
             value: Any = entry.value
+            columns = [value, *key_outs, *key_parts]
+            if native.is_plain(columns):
+                plain.setdefault((value.dtype, len(key_outs), len(key_parts)), []).append(columns)
+                continue
             if len(entries) > 1 and reduce.is_small(value, key_parts):
                 small.setdefault(len(key_parts), []).append(index)
                 continue
@@ -68,6 +73,11 @@ class Assign:
             copied = [(out, value) for i, value in zip(members, values, strict=True) for out in outs[i]]
             if copied:
                 torch._foreach_copy_([out for out, _ in copied], [value for _, value in copied])
+        for (dtype, num_outs, _), rows in plain.items():
+            columns = [native.column_of(column) for column in zip(*rows, strict=True)]
+            counts = [tensors[0].numel() for tensors in rows]
+            sums = native.Sums(columns[: num_outs + 1], columns[num_outs + 1 :], counts, dtype)
+            jobs += sums.jobs(pool.threads if in_pool else 1)
         if jobs and in_pool:
             pool.run(jobs, then=partial(_count_versions, entries))
             return

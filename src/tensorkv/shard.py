@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -148,14 +147,14 @@ class Shard:
                 return None
             if columns and isinstance(rule, StepOptimizer):
                 with _kept():
-                    joined = plan.join(rule.optimizer)
+                    joined = plan.join(rule.optimizer) if plan.can_step else None
                 if joined is None:
                     return None
-                self._pool.run([partial(plan.step, columns, joined)])
+                plan.step(columns, targets, joined, self._pool)
             elif columns:
-                plan.assign(columns)
-            # Only now, since an out may be the part of another key.
-            plan.fill(targets)
+                plan.assign(columns, targets, self._pool)
+            else:
+                plan.fill(targets, self._pool)
             return plan.moved(len(columns) + len(targets))
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
@@ -378,8 +377,7 @@ class Shard:
         with self._in_order(entries):
             pairs: list[Any] = [(out, e.value) for e, key_outs in zip(entries, outs, strict=True) for out in key_outs]
             if self._pool.is_worth([tensor for pair in pairs for tensor in pair]):
-                cuts = [cut for pair in pairs for cut in reduce.cut(pair)]
-                self._pool.run([partial(out.copy_, value) for out, value in cuts])
+                self._pool.run(reduce.copies(pairs, self._pool.threads))
             elif pairs:
                 torch._foreach_copy_([out for out, _ in pairs], [value for _, value in pairs])
 

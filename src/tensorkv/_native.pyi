@@ -1,0 +1,14 @@
+from collections.abc import Sequence
+from typing import Any
+
+def sum_columns(
+    outs: list[bytes],
+    parts: list[bytes],
+    counts: bytes,
+    itemsize: int,
+    past_cache: bool,
+    start: int,
+    stop: int,
+    /,
+) -> None: ...
+def addresses(arrays: Sequence[Any], type: type, format: str, shapes: list[Any], writable: bool, /) -> bytes | None: ...

@@ -1,0 +1,185 @@
+"""Sums of plain arrays by the compiled kernel: all parts of all keys in one pass over memory.
+
+The kernel takes columns of addresses: one column for each part and each out, one address for each key.
+Where the package was installed without a C compiler it is not there; torch does the sums then, with the
+same bits.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from .pool import Job
+
+try:
+    from . import _native
+except ImportError:
+    _native = None  # type: ignore[assignment]
+
+_ITEMSIZES = {torch.float32: 4, torch.float64: 8}
+_TORCH_TYPES = {torch.Tensor, torch.nn.Parameter}
+# Threads begin at multiples of a cache line, which no two of them write then.
+_ALIGN = 64
+# About what a core keeps of what it has just written, shared cache included.
+_PAST_CACHE_NBYTES = 8 << 20
+# Of the kernel: columns of one sum.
+_MAX_COLUMNS = 256
+
+
+@dataclass(slots=True)
+class Sums:
+    """Keys with as many parts and outs each, as columns.
+
+    Args:
+        outs, parts: columns of addresses, as ``column_of`` or ``addresses`` gives them.
+        counts: number of elements of each key.
+        dtype: of all.
+    """
+
+    outs: list[bytes]
+    parts: list[bytes]
+    counts: Sequence[int]
+    dtype: torch.dtype
+
+    def jobs(self, threads: int, *, past_cache: bool | None = None) -> list[Job]:
+        """Return the sums as jobs of about equal size, which may run at the same time.
+
+        Args:
+            threads: how many jobs at the most.
+            past_cache: store past the processor's cache (None: if the outs would not stay there).
+        """
+        total, itemsize = sum(self.counts), _ITEMSIZES[self.dtype]
+        if past_cache is None:
+            past_cache = leaves_cache(total * itemsize * len(self.outs))
+        counts = array("q", self.counts).tobytes()
+        step = max(_ALIGN, -(-total // threads // _ALIGN) * _ALIGN)
+        return [
+            partial(
+                _native.sum_columns,
+                self.outs,
+                self.parts,
+                counts,
+                itemsize,
+                past_cache,
+                start,
+                min(total, start + step),
+            )
+            for start in range(0, total, step)
+        ]
+
+
+def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
+    """Tell whether the kernel can read and write these tensors of one key."""
+    dtype = tensors[0].dtype
+    if _native is None or dtype not in _ITEMSIZES or len(tensors) > _MAX_COLUMNS:
+        return False
+    return all(tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
+
+
+def can_sum(dtype: torch.dtype) -> bool:
+    """Tell whether the kernel is there and takes this dtype."""
+    return _native is not None and dtype in _ITEMSIZES
+
+
+def leaves_cache(nbytes: int) -> bool:
+    """Tell whether so many bytes have left a core's cache before anybody reads them."""
+    return nbytes > _PAST_CACHE_NBYTES
+
+
+def column_of(tensors: Sequence[torch.Tensor]) -> bytes:
+    """Return the addresses of plain tensors."""
+    return array("Q", [tensor.data_ptr() for tensor in tensors]).tobytes()
+
+
+def column_beside(flat: torch.Tensor, counts: Sequence[int]) -> bytes:
+    """Return the addresses of keys that lie side by side in a flat tensor."""
+    offsets = np.cumsum([0, *counts[:-1]], dtype=np.uint64) * np.uint64(flat.element_size())
+    return (offsets + np.uint64(flat.data_ptr())).tobytes()
+
+
+def addresses(arrays: Sequence[Any], dtype: torch.dtype, shapes: list[torch.Size], *, writable: bool) -> bytes | None:
+    """Return the addresses of arrays of one library; None if one is not of just this dtype and shape.
+
+    Nor are arrays what is asked for whose elements do not lie side by side in the order of C.
+
+    Args:
+        arrays: all of NumPy, or all of torch on the CPU; no subclass but ``torch.nn.Parameter``.
+        dtype: of every array.
+        shapes: of each array.
+        writable: whether arrays must be.
+    """
+    types = set(map(type, arrays))
+    if types == {np.ndarray}:
+        return _numpy_addresses(arrays, dtype, shapes, writable)
+    count = len(arrays)
+    if (
+        not types <= _TORCH_TYPES
+        or [t.is_cpu for t in arrays].count(True) < count
+        or [t.layout for t in arrays].count(torch.strided) < count
+        or [t.dtype for t in arrays].count(dtype) < count
+        or any(t.is_nested for t in arrays)
+        or [t.shape for t in arrays] != shapes
+        or [t.is_contiguous() for t in arrays].count(True) < count
+        or (writable and dtype.is_complex and any(t.is_conj() for t in arrays))
+    ):
+        return None
+    return column_of(arrays)
+
+
+def _numpy_addresses(
+    arrays: Sequence[Any], dtype: torch.dtype, shapes: list[torch.Size], writable: bool
+) -> bytes | None:
+    like = torch.empty(0, dtype=dtype).numpy()
+    if _native is not None:
+        return _native.addresses(arrays, np.ndarray, memoryview(like.data).format, shapes, writable)
+    flags = [array.flags for array in arrays]
+    if (
+        any(a.dtype != like.dtype for a in arrays)
+        or [a.shape for a in arrays] != shapes
+        or not all(f.c_contiguous and (f.writeable or not writable) for f in flags)
+    ):
+        return None
+    return array("Q", [a.__array_interface__["data"][0] for a in arrays]).tobytes()
+
+
+def overlap(columns: Sequence[bytes], nbytes: Sequence[int]) -> bool:
+    """Tell whether two arrays of these columns share memory.
+
+    Args:
+        columns: of addresses.
+        nbytes: of each key's arrays.
+    """
+    starts = np.concatenate([np.frombuffer(column, np.uint64) for column in columns])
+    order = np.argsort(starts)
+    ends = starts + np.tile(np.asarray(nbytes, np.uint64), len(columns))
+    return bool((ends[order][:-1] > starts[order][1:]).any())
+
+
+def are_apart(parts: Sequence[bytes], outs: Sequence[bytes], nbytes: Sequence[int]) -> bool:
+    """Tell whether outs may be written before all parts have been read.
+
+    An out may be one of its key's parts; other memory of parts it must not touch.
+
+    Args:
+        parts, outs: columns of addresses; the outs share no memory with each other.
+        nbytes: of each key's arrays.
+    """
+    if not outs:
+        return True
+    sizes = np.asarray(nbytes, np.uint64)
+    read = np.stack([np.frombuffer(column, np.uint64) for column in parts])
+    written = np.stack([np.frombuffer(column, np.uint64) for column in outs])
+    others = ~(read[:, None] == written[None]).any(1)
+    starts, ends = read[others], (read + sizes)[others]
+    order = np.argsort(starts)
+    # The furthest end of what begins before each place.
+    reach = np.concatenate([[np.uint64(0)], np.maximum.accumulate(ends[order])])
+    before = np.searchsorted(starts[order], (written + sizes).ravel())
+    return not bool((reach[before] > written.ravel()).any())

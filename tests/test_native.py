@@ -1,0 +1,194 @@
+"""The compiled sum gives torch's bits, whatever is cut where, and everything works without it."""
+
+import numpy as np
+import pytest
+import torch
+
+import tensorkv
+from tensorkv import native
+from tensorkv.native import Sums, addresses, are_apart, column_beside, column_of, is_plain, overlap
+
+DTYPES = [torch.float32, torch.float64]
+
+
+@pytest.fixture(autouse=True)
+def compiled():
+    """The suite is to run with the compiled part; where it could not be built, that is a failure."""
+    assert native._native is not None
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def run(jobs):
+    for job in jobs:
+        job()
+
+
+def left_to_right(parts):
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+@pytest.mark.parametrize("past_cache", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 16])
+def test_sums_have_torchs_bits(count, dtype, past_cache):
+    # Around borders of the kernel's blocks (8 KiB), of vectors, and of cache lines.
+    for size in (1, 3, 15, 63, 64, 65, 1023, 1024, 1025, 2047, 2048, 2049, 5000):
+        parts = [randn(size + 1, dtype=dtype, seed=i)[1:] for i in range(count)]
+        outs = [torch.full((size + 3,), torch.nan, dtype=dtype) for _ in range(2)]
+        columns = [column_of([out[i + 1 : i + 1 + size]]) for i, out in enumerate(outs)]
+        run(Sums(columns, [column_of([part]) for part in parts], [size], dtype).jobs(1, past_cache=past_cache))
+        for i, out in enumerate(outs):
+            assert torch.equal(out[i + 1 : i + 1 + size], left_to_right(parts))
+            rest = torch.cat([out[: i + 1], out[i + 1 + size :]])
+            assert rest.isnan().all(), "wrote beside the out"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4, 7])
+def test_keys_of_any_size_are_shared_between_threads(threads):
+    sizes = [1, 0, 100, 64, 3000, 5, 0, 777]
+    parts = [[randn(size, seed=10 * i + k) for k, size in enumerate(sizes)] for i in range(3)]
+    outs = [torch.full((size,), torch.nan) for size in sizes]
+    jobs = Sums([column_of(outs)], [column_of(column) for column in parts], sizes, torch.float32).jobs(threads)
+    assert len(jobs) == threads
+    run(jobs[::-1])
+    for out, *key_parts in zip(outs, *parts, strict=True):
+        assert torch.equal(out, left_to_right(key_parts))
+
+
+def test_special_numbers_are_torchs():
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, 3.4e38, 1.0])
+    left, right = (grid.flatten().contiguous() for grid in torch.meshgrid(special, special, indexing="ij"))
+    out = torch.empty_like(left)
+    run(Sums([column_of([out])], [column_of([left]), column_of([right])], [len(left)], torch.float32).jobs(1))
+    expected = left + right
+    assert torch.equal(out.isnan(), expected.isnan())
+    kept = ~out.isnan()
+    assert torch.equal(out.view(torch.int32)[kept], expected.view(torch.int32)[kept])
+
+
+@pytest.mark.parametrize("own", [0, 1, 2])
+def test_an_out_may_be_a_part_of_its_key(own):
+    parts = [randn(9000, seed=i) for i in range(3)]
+    expected = left_to_right(parts)
+    value = torch.empty(9000)
+    run(
+        Sums([column_of([value]), column_of([parts[own]])], [column_of([p]) for p in parts], [9000], value.dtype).jobs(
+            1
+        )
+    )
+    assert torch.equal(value, expected)
+    assert torch.equal(parts[own], expected)
+
+
+def test_bad_columns_are_refused():
+    four, three = bytes(32), bytes(24)
+    for outs, parts, itemsize in (
+        ([four], [three], 4),
+        ([four], [], 4),
+        ([four] * 200, [four] * 57, 4),
+        ([four], [four], 2),
+    ):
+        with pytest.raises(ValueError, match="sum_columns"):
+            native._native.sum_columns(outs, parts, four, itemsize, False, 0, 0)
+    with pytest.raises(TypeError):
+        native._native.sum_columns([4], [four], four, 4, False, 0, 0)
+
+
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize("without", [False, True], ids=["compiled", "without"])
+def test_addresses_take_only_what_is_asked_for(without, monkeypatch):
+    if without:
+        monkeypatch.setattr(native, "_native", None)
+    f4 = torch.float32
+    shape = torch.Size([2, 3])
+
+    def asked(array, *, writable=False, dtype=f4):
+        return addresses((array,), dtype, [shape], writable=writable)
+
+    good = np.zeros((2, 3), np.float32)
+    assert asked(good) == asked(torch.from_numpy(good)) == column_of([torch.from_numpy(good)])
+    assert asked(torch.nn.Parameter(torch.from_numpy(good)), writable=True) == asked(good, writable=True) is not None
+    assert asked(read_only(np.zeros((2, 3), np.float32))) is not None
+    assert asked(read_only(np.zeros((2, 3), np.float32)), writable=True) is None
+    others = [
+        np.zeros((2, 3), np.float64),
+        np.zeros((2, 3), np.int32),
+        np.zeros((2, 3), ">f4"),
+        np.zeros((3, 2), np.float32),
+        np.zeros(6, np.float32),
+        np.zeros((2, 3, 1), np.float32),
+        np.zeros((3, 2), np.float32).T,
+        np.zeros((2, 6), np.float32)[:, ::2],
+        np.ma.zeros((2, 3), np.float32),
+        np.zeros((2, 3), np.float32).view(type("Sub", (np.ndarray,), {})),
+        np.float32(0),
+        [[0.0] * 3] * 2,
+        None,
+        torch.zeros(3, 2).T,
+        torch.zeros(2, 3, dtype=torch.float64),
+        torch.zeros(2, 3, device="meta"),
+        torch.zeros(2, 3).to_sparse(),
+        torch.zeros(3, 2),
+    ]
+    for array in others:
+        assert asked(array) is None, array
+    assert addresses((good, torch.zeros(2, 3)), f4, [shape, shape], writable=False) is None
+    assert addresses((good,), f4, [shape, shape], writable=False) is None
+
+
+def test_overlap_and_apart():
+    memory = torch.zeros(40)
+    cut = [memory[i : i + 10] for i in (0, 10, 20, 5)]
+    column = [column_of([a, b]) for a, b in [(cut[0], cut[1]), (cut[2], cut[3]), (cut[1], cut[0])]]
+    sizes = [40, 40]
+    assert not overlap([column_of([cut[0], cut[1]]), column_of([cut[2], memory[30:]])], sizes)
+    assert overlap([column[0], column[1]], sizes)
+    assert are_apart([column[0]], [column[0]], sizes), "an out is its own key's part"
+    assert not are_apart([column[0]], [column[2]], sizes), "an out is another key's part"
+    assert not are_apart([column_of([cut[3], cut[2]])], [column[0]], sizes), "an out overlaps a part"
+    assert are_apart([column_of([cut[2], cut[2]])], [column[0]], sizes)
+    assert not are_apart([column_of([memory[:10], memory[2:12]])], [column_of([cut[0], cut[2]])], sizes)
+    assert are_apart([column[0]], [], sizes)
+
+
+def test_column_beside():
+    flat = torch.zeros(10)
+    assert column_beside(flat, [3, 2, 5]) == column_of([flat[:3], flat[3:5], flat[5:]])
+
+
+def test_plain():
+    assert is_plain([torch.zeros(3), torch.zeros(3)])
+    assert not is_plain([torch.zeros(3), torch.zeros(3, dtype=torch.float64)])
+    assert not is_plain([torch.zeros(3, 2).T])
+    assert not is_plain([torch.zeros(3, dtype=torch.int32)])
+    assert not is_plain([torch.zeros(3, device="meta")])
+    assert not is_plain([torch.zeros(1)] * 257)
+
+
+@pytest.mark.parametrize("optimizer", [None, "sgd", "adam"])
+@pytest.mark.parametrize(("keys", "size"), [(1, 200_000), (20, 100), (12, 30_000)])
+def test_without_the_compiled_part_the_bits_are_the_same(keys, size, optimizer, monkeypatch):
+    def train():
+        kv = tensorkv.create("local", threads=2)
+        kv.init(list(range(keys)), [randn(size, seed=i).numpy() for i in range(keys)])
+        if optimizer:
+            kv.set_optimizer(optimizer, lr=0.1)
+        outs = [np.zeros(size, np.float32) for _ in range(keys)]
+        for turn in range(5):
+            parts = [[randn(size, seed=100 * turn + 10 * i + k).numpy() for i in range(3)] for k in range(keys)]
+            kv.pushpull(list(range(keys)), parts, out=outs)
+        return outs
+
+    compiled = train()
+    monkeypatch.setattr(native, "_native", None)
+    assert all(map(np.array_equal, compiled, train()))

@@ -820,10 +820,11 @@ def forget_a_version(monkeypatch):
 def mix_up_the_layers(monkeypatch):
     right = plan.Plan.assign
 
-    def assign(self, columns):
-        right(self, columns)
+    def assign(self, columns, targets, pool):
+        right(self, columns, [], pool)
         for chunk in self._chunks:
             chunk.values.tensor.copy_(chunk.values.tensor.flip(0))
+        self.fill(targets, pool)
 
     monkeypatch.setattr(plan.Plan, "assign", assign)
 

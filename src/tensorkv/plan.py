@@ -330,13 +330,14 @@ def _are(left: Sequence[Any], right: Sequence[Any]) -> bool:
 
 
 def _cuts(entries: Sequence[Entry]) -> list[tuple[int, int]]:
-    cuts, start, size = [], 0, 0
+    cuts, start, size, last = [], 0, 0, 0
     for index, entry in enumerate(entries):
         numel = entry.spec.shape.numel()
-        if size and size + numel > _CHUNK:
+        # A long value stays where it is, alone.
+        if size and (size + numel > _CHUNK or max(numel, last) > _SMALL):
             cuts.append((start, index))
             start, size = index, 0
-        size += numel
+        size, last = size + numel, numel
     return [*cuts, (start, len(entries))]
 
 

@@ -1,0 +1,90 @@
+"""Segment: memory that the processes of one host share. It has no name, so nothing can be left behind.
+
+The kernel frees a segment when the last process that has mapped it is gone, however it went. Others open it
+through /proc while its maker holds it open, which takes one user and one PID namespace. The size of /dev/shm
+does not matter.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+
+import torch
+
+try:
+    from .. import _shared
+except ImportError:
+    _shared = None  # type: ignore[assignment]
+
+LINE = 64
+
+# struct flock of Linux on 64-bit processors: type, whence, start, length, pid.
+_FLOCK = "hhqqi4x"
+
+
+def can_share() -> bool:
+    """Tell whether this platform has what shared memory takes: the compiled part, memfd and /proc."""
+    return _shared is not None and hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
+
+
+class Segment:
+    """Zeroed memory, all of which is there from the beginning.
+
+    Args:
+        nbytes: to make a new one.
+        path: to open another process's, whose ``nbytes`` are the same.
+
+    Raises:
+        OSError: no memory, or the other process's cannot be opened.
+    """
+
+    def __init__(self, nbytes: int, path: str | None = None) -> None:
+        self.nbytes = max(nbytes, LINE)
+        if path is None:
+            self.descriptor = os.memfd_create("tensorkv", os.MFD_CLOEXEC)
+            # What is missing must be missed now, not as a bus error when it is touched.
+            os.posix_fallocate(self.descriptor, 0, self.nbytes)
+        else:
+            self.descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            if os.fstat(self.descriptor).st_size != self.nbytes:
+                os.close(self.descriptor)
+                raise OSError(f"{path} is not the segment that was shared")
+        self.path = f"/proc/{os.getpid()}/fd/{self.descriptor}"
+        self.memory = mmap.mmap(self.descriptor, self.nbytes)
+        self._bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
+        self.address = self._bytes.data_ptr()
+
+    def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor in this memory, at an offset that is a multiple of ``LINE``."""
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        return self._bytes[offset : offset + nbytes].view(dtype).view(torch.Size(shape))
+
+    def close_file(self) -> None:
+        """Keep the memory, but let nobody open it any more."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    # ------------------------------------------------------------ who lives
+
+    def mark_alive(self, rank: int) -> None:
+        """Hold a lock that the kernel takes away when this process ends; forked children do not hold it."""
+        import fcntl
+
+        fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+
+    def is_alive(self, rank: int) -> bool:
+        """Tell whether another process holds the lock of this rank."""
+        import fcntl
+
+        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, rank, 1, 0)
+        kind: int = struct.unpack(_FLOCK, fcntl.fcntl(self.descriptor, fcntl.F_GETLK, asked))[0]
+        return kind != fcntl.F_UNLCK
+
+
+def aligned(nbytes: int) -> int:
+    """Return the next multiple of ``LINE``."""
+    return -(-nbytes // LINE) * LINE

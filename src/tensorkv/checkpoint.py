@@ -72,27 +72,52 @@ def load(shard: Shard, path: str, kind: Kind) -> None:
 
 def write(path: str, body: dict[str, Any], tensors: Tensors) -> None:
     """Write a checkpoint's files so that a crash at any moment leaves the old checkpoint or the new."""
-    folder = Path(path)
     token = secrets.token_hex(8)
-    try:
+    with writing(path, token):
+        publish(path, token, {**body, "files": write_files(path, token, 0, tensors)})
+
+
+@contextmanager
+def writing(path: str, token: str) -> Iterator[None]:
+    """Open a folder for a checkpoint whose files have this token in their names; on an error, remove them."""
+    folder = Path(path)
+    with _explaining(path):
         _open_folder(folder)
         with _locked(folder, exclusive=True):
             try:
-                files = [
-                    _write_data(folder / f"data-{token}-{number:05}.safetensors", group)
-                    for number, group in enumerate(_groups(tensors))
-                ]
-                temporary = folder / f"manifest-{token}.tmp"
-                _write_manifest(temporary, {**body, "files": files})
-                _sync(folder)
-                os.replace(temporary, folder / MANIFEST)
-                _sync(folder)
+                yield
             except BaseException:
                 _discard(folder, token)
                 raise
-            # What cannot be removed now, the next save removes: this one is written.
-            with suppress(OSError):
-                _remove(folder, lambda name: token not in name)
+
+
+def write_files(path: str, token: str, first: int, tensors: Tensors) -> list[dict[str, Any]]:
+    """Write data files, numbered from ``first`` on, and return what the manifest says of them."""
+    with _explaining(path):
+        return [
+            _write_data(Path(path) / f"data-{token}-{number:05}.safetensors", group)
+            for number, group in enumerate(_groups(tensors), start=first)
+        ]
+
+
+def publish(path: str, token: str, body: dict[str, Any]) -> None:
+    """Put a manifest in force whose data files are written, and remove what the one before named."""
+    folder = Path(path)
+    with _explaining(path):
+        temporary = folder / f"manifest-{token}.tmp"
+        _write_manifest(temporary, body)
+        _sync(folder)
+        os.replace(temporary, folder / MANIFEST)
+        _sync(folder)
+        # What cannot be removed now, the next save removes: this one is written.
+        with suppress(OSError):
+            _remove(folder, lambda name: token not in name)
+
+
+@contextmanager
+def _explaining(path: str) -> Iterator[None]:
+    try:
+        yield
     except CheckpointError:
         raise
     except (OSError, ValueError, safetensors.SafetensorError) as error:

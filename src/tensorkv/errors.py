@@ -12,6 +12,9 @@ TensorKVError
 ├── UpdaterError           (RuntimeError)  an updater that broke its contract
 ├── CheckpointError        (ValueError)    a checkpoint that cannot be written or trusted
 ├── EngineNotFoundError    (ValueError)    a type name that no engine has
+├── WorkerMismatchError    (RuntimeError)  workers in step that did not make the same call
+├── RankLostError          (RuntimeError)  a worker in step that died, stalled or left early
+├── WorkerError            (RuntimeError)  what another worker's updater raised
 ├── StoreClosedError       (RuntimeError)  a verb after close()
 └── ForkedStoreError       (RuntimeError)  a parent's store used in a forked child
 
@@ -75,6 +78,18 @@ class CheckpointError(TensorKVError, ValueError):
 
 class EngineNotFoundError(TensorKVError, ValueError):
     """No engine has this type name."""
+
+
+class WorkerMismatchError(TensorKVError, RuntimeError):
+    """Workers that must make the same calls in the same order did not; the store refuses work from then on."""
+
+
+class RankLostError(TensorKVError, RuntimeError):
+    """Another worker died, did not come in time, or ended early; the store refuses work from then on."""
+
+
+class WorkerError(TensorKVError, RuntimeError):
+    """Another worker failed inside a call that all workers made; the message says which and how."""
 
 
 class StoreClosedError(TensorKVError, RuntimeError):

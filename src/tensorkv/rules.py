@@ -38,8 +38,70 @@ class Rule(Protocol):
         An out shares no memory with a part, unless it is a part of the same key and the same array.
         """
 
+    def sees_whole(self, entry: Entry) -> bool:
+        """Tell whether a step of this dense CPU value changes it in ``finish`` alone."""
+
+    def step(self, entry: Entry, pool: Pool) -> Step:
+        """Begin an update of a dense CPU value whose sum comes in pieces."""
+
     def apply_rows(self, entry: Entry, received: Rows) -> None:
         """Update the rows that ``received`` (merged, of the value's dtype) names; touch no others."""
+
+
+class Step(Protocol):
+    """One update of one dense value, of which the sums come piece by piece."""
+
+    def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor]) -> None:
+        """Take the sum of parts for some elements of the flattened value."""
+
+    def finish(self) -> None:
+        """Count the update, every element having been given."""
+
+
+class _AssignStep:
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+
+    def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor]) -> None:
+        value: Any = self._entry.value
+        reduce.sum_piece(value.view(-1)[start:stop], parts, at_once=False)
+
+    def finish(self) -> None:
+        self._entry.version += 1
+
+
+class _WholeStep:
+    def __init__(self, rule: Rule, entry: Entry, pool: Pool) -> None:
+        self._rule, self._entry, self._pool = rule, entry, pool
+        self._total: Any = torch.empty_like(entry.value)  # type: ignore[arg-type]
+
+    def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor]) -> None:
+        reduce.sum_piece(self._total.view(-1)[start:stop], parts, at_once=False)
+
+    def finish(self) -> None:
+        self._rule.apply([self._entry], [[self._total]], [()], self._pool)
+
+
+class _KernelStep:
+    def __init__(self, rule: StepOptimizer, kernel: Kernel, entry: Entry) -> None:
+        value: Any = entry.value
+        rule.optimizer.complete(kernel, entry.key, value, entry.state)
+        self._rule, self._kernel, self._entry = rule, kernel, entry
+        self._value = value.view(-1)
+        self._columns = [entry.state[name].view(-1) for name in kernel.columns]
+        counter = entry.state.get("step")
+        self._step = None if counter is None else counter + 1
+
+    def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor]) -> None:
+        piece = slice(start, stop)
+        self._rule.step_piece(
+            self._kernel, self._step, self._value[piece], [column[piece] for column in self._columns], parts
+        )
+
+    def finish(self) -> None:
+        if self._step is not None:
+            self._entry.state["step"].copy_(self._step)
+        self._entry.version += 1
 
 
 class Assign:
@@ -84,6 +146,12 @@ class Assign:
         for job in jobs:
             job()
         _count_versions(entries)
+
+    def sees_whole(self, entry: Entry) -> bool:
+        return False
+
+    def step(self, entry: Entry, pool: Pool) -> Step:
+        return _AssignStep(entry)
 
     def apply_rows(self, entry: Entry, received: Rows) -> None:
         entry.write_rows(received)
@@ -143,6 +211,12 @@ class CallUpdater:
             value.copy_(scratch)
             entry.version += 1
             _copy_out(value, key_outs)
+
+    def sees_whole(self, entry: Entry) -> bool:
+        return True
+
+    def step(self, entry: Entry, pool: Pool) -> Step:
+        return _WholeStep(self, entry, pool)
 
     def apply_rows(self, entry: Entry, received: Rows) -> None:
         scratch = Rows(received.ids.clone(), entry.read_rows(received.ids), received.num_rows)
@@ -206,7 +280,7 @@ class StepOptimizer:
             ends = (len(columns), len(columns) + len(key_parts))
             for piece, *others in reduce.cut([value, *columns, *key_parts, *key_outs]):
                 cuts = others[: ends[0]], others[ends[0] : ends[1]], others[ends[1] :]
-                jobs.append(partial(self._step, kernel, step, piece, *cuts))
+                jobs.append(partial(self.step_piece, kernel, step, piece, *cuts))
         if jobs:
             pool.run(jobs, then=partial(_count, stepped, counters))
         else:
@@ -214,15 +288,23 @@ class StepOptimizer:
         if whole:
             self._step_whole([entries[i] for i in whole], [parts[i] for i in whole], [outs[i] for i in whole])
 
-    def _step(
+    def sees_whole(self, entry: Entry) -> bool:
+        return self.optimizer.kernel(entry.key, entry.value, entry.state) is None  # type: ignore[arg-type]
+
+    def step(self, entry: Entry, pool: Pool) -> Step:
+        kernel = self.optimizer.kernel(entry.key, entry.value, entry.state)  # type: ignore[arg-type]
+        return _WholeStep(self, entry, pool) if kernel is None else _KernelStep(self, kernel, entry)
+
+    def step_piece(
         self,
         kernel: Kernel,
         step: torch.Tensor | None,
         value: torch.Tensor,
         columns: Sequence[torch.Tensor],
         parts: Sequence[torch.Tensor],
-        outs: Sequence[torch.Tensor],
+        outs: Sequence[torch.Tensor] = (),
     ) -> None:
+        """Step one slice from the sum of its parts, then copy it out."""
         grad = self._gradient(value, parts)
         kernel(value.view(-1), grad.view(-1), [column.view(-1) for column in columns], step)
         _copy_out(value, outs)

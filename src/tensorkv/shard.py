@@ -73,7 +73,7 @@ class Shard:
         """Hold copies of new values; all keys or none."""
         with self._lock, _kept():
             self._refuse_reentry()
-            self._check_new(keys)
+            self.check_new(keys)
             made = [
                 Entry(key, spec, self._copy_in(value)) for key, value, spec in zip(keys, values, specs, strict=True)
             ]
@@ -202,22 +202,39 @@ class Shard:
         """Change hyperparameters for some keys, or for all (which ends what was set for some)."""
         with self._lock:
             self._refuse_reentry()
-            spec = self.optimizer
-            if spec is None:
-                raise OptimizerError("set_hyperparameters: the store has no optimizer; call set_optimizer first")
-            if keys is None:
-                changed = make_spec(spec.name, {**spec.to_numbers(), **numbers})
-                overrides = {}
-                for key, own in spec.overrides.items():
-                    overrides[key] = {word: number for word, number in own.items() if word not in numbers}
-            else:
-                changed, overrides = spec, dict(spec.overrides)
-                numbers = check_numbers(spec.name, numbers)
-                for key in keys:
-                    self.entry("set_hyperparameters", key)
-                    overrides[key] = {**overrides.get(key, {}), **numbers}
-            overrides = {key: own for key, own in overrides.items() if own}
-            self._rule = StepOptimizer(replace(changed, overrides=overrides))
+            self._rule = self._changed_rule(numbers, keys)
+
+    def _changed_rule(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> StepOptimizer:
+        spec = self.optimizer
+        if spec is None:
+            raise OptimizerError("set_hyperparameters: the store has no optimizer; call set_optimizer first")
+        if keys is None:
+            changed = make_spec(spec.name, {**spec.to_numbers(), **numbers})
+            overrides = {}
+            for key, own in spec.overrides.items():
+                overrides[key] = {word: number for word, number in own.items() if word not in numbers}
+        else:
+            changed, overrides = spec, dict(spec.overrides)
+            numbers = check_numbers(spec.name, numbers)
+            for key in keys:
+                self.entry("set_hyperparameters", key)
+                overrides[key] = {**overrides.get(key, {}), **numbers}
+        overrides = {key: own for key, own in overrides.items() if own}
+        return StepOptimizer(replace(changed, overrides=overrides))
+
+    def check_hyperparameters(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> None:
+        """Raise what ``set_hyperparameters`` would raise; changes nothing."""
+        self._changed_rule(numbers, keys)
+
+    @property
+    def rule(self) -> Rule:
+        """What is done with sums."""
+        return self._rule
+
+    @property
+    def has_updater(self) -> bool:
+        """Whether a function updates values."""
+        return isinstance(self._rule, CallUpdater)
 
     @property
     def optimizer(self) -> OptimizerSpec | None:
@@ -267,6 +284,13 @@ class Shard:
             self._refuse_reentry()
             yield list(self._entries.values()), self._rule
 
+    def add(self, entries: Sequence[Entry]) -> None:
+        """Hold entries that were made elsewhere, their values where they are."""
+        with self._lock:
+            self._entries.update({entry.key: entry for entry in entries})
+            if entries:
+                self._key_type = type(entries[0].key)
+
     def restore(self, entries: Sequence[Entry], rule: Rule | None) -> None:
         """Become these entries and this rule (None: the present rule stays)."""
         with self._lock:
@@ -293,7 +317,14 @@ class Shard:
 
     # ------------------------------------------------------------ checks, which change nothing
 
-    def _check_new(self, keys: Sequence[Key]) -> None:
+    def check(self, batch: Batch) -> None:
+        """Raise what a push of a batch would raise."""
+        self._refuse_reentry()
+        check_push(batch, [self.entry(batch.verb, key) for key in batch.keys], self._rule)
+
+    def check_new(self, keys: Sequence[Key]) -> None:
+        """Raise if a key cannot be initialised."""
+        self._refuse_reentry()
         for key in keys:
             self._check_key_type("init", key)
             if key in self._entries:

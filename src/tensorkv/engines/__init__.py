@@ -109,8 +109,16 @@ class Engine(Protocol):
 
 Factory = Callable[..., Engine]
 
+
+def _build_dist(*, timeout_s: float = 60.0, shared_memory: bool = True) -> Engine:
+    from . import dist
+
+    return dist.build(timeout_s=timeout_s, shared_memory=shared_memory)
+
+
 _factories: dict[str, Factory] = {
     **{name: partial(LocalEngine, False) for name in ("local", "local_allreduce_cpu", "local_update_cpu")},
+    **dict.fromkeys(("dist", "dist_sync", "dist_device_sync", "dist_sync_device"), _build_dist),
     **{name: partial(LocalEngine, True) for name in ("device", "local_allreduce_device", "nccl")},
 }
 

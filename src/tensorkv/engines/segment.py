@@ -56,6 +56,11 @@ class Segment:
         self.memory = mmap.mmap(self.descriptor, self.nbytes)
         self._bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
         self.address = self._bytes.data_ptr()
+        self.words: range = range(0)
+
+    def set_words(self, count: int) -> None:
+        """Say how many words the segment begins with."""
+        self.words = range(self.address, self.address + count * LINE, LINE)
 
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Return a tensor in this memory, at an offset that is a multiple of ``LINE``."""

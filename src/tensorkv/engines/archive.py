@@ -1,0 +1,172 @@
+"""Archive: checkpoints of a dist store, written by the workers of a host in parallel, under one manifest.
+
+The format is that of every store: what four ranks have saved, three can load, or a local store.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .. import arrays, checkpoint, manifest
+from ..entry import Entry
+from ..errors import CheckpointError
+from ..keys import Key
+from ..manifest import Contents, Kind, Tensors
+from ..shard import Shard
+from ..table import Table
+from .chain import Chain
+from .group import Group
+from .meeting import Meeting
+from .route import Held
+from .segment import aligned
+
+# File numbers that each writer has for itself.
+_FILES = 1000
+
+
+def save(
+    group: Group, meeting: Meeting, chain: Chain, shard: Shard, held: Mapping[Key, Held], path: str, kind: Kind
+) -> None:
+    """Write what the workers hold; the host that updates values writes.
+
+    Raises:
+        CheckpointError: on every worker, if one cannot write; the old checkpoint is in force then.
+    """
+    doing = f"save({path})"
+    writes, leads = chain.is_last, chain.is_last and meeting.me == 0
+    with shard.frozen() as (entries, rule), ExitStack() as stack:
+        whole = _whole_entries(group, meeting, writes, entries, held, doing)
+
+        def start() -> str:
+            token = secrets.token_hex(8)
+            stack.enter_context(checkpoint.writing(path, token))
+            return token
+
+        token = next(each for each in _everyone(group, start if leads else None, doing) if each)
+        body, tensors = manifest.describe(kind, whole, rule) if writes else ({}, {})
+        mine = _share_of(tensors, meeting.me, meeting.size) if writes else {}
+        files = _everyone(
+            group, lambda: checkpoint.write_files(path, token, meeting.me * _FILES, mine) if writes else [], doing
+        )
+
+        def publish() -> None:
+            listed = [file for own in files if own for file in own]
+            checkpoint.publish(path, token, {**body, "files": listed})
+
+        _everyone(group, publish if leads else None, doing)
+
+
+def _everyone(group: Group, do: Callable[[], Any] | None, doing: str) -> list[Any]:
+    """Do something and return what every rank's returned; raise on every rank what one has raised."""
+    error: Exception | None = None
+    said: Any = None
+    try:
+        said = None if do is None else do()
+    except CheckpointError as caught:
+        error = caught
+    note = json.dumps([said, None if error is None else str(error)]).encode()
+    found = group.gather(torch.frombuffer(bytearray(note), dtype=torch.uint8), doing)
+    answers = [json.loads(bytes(each.numpy())) for each in found]
+    if error is not None:
+        raise error
+    for rank, (_, problem) in enumerate(answers):
+        if problem is not None:
+            raise CheckpointError(f"rank {rank}: {problem}")
+    return [answer for answer, _ in answers]
+
+
+def _whole_entries(
+    group: Group, meeting: Meeting, writes: bool, entries: Sequence[Entry], held: Mapping[Key, Held], doing: str
+) -> list[Entry]:
+    """Return entries with whole values and whole state, which the host's workers put together in shared memory."""
+    mine = {}
+    for index, entry in enumerate(entries):
+        if entry.key in held and entry.state and writes:
+            mine[index] = {name: [arrays.dtype_name(each.dtype), each.ndim] for name, each in entry.state.items()}
+    found: dict[int, dict[str, list[Any]]] = {}
+    for own in _everyone(group, lambda: mine, doing):
+        for index, names in own.items():
+            found.setdefault(int(index), {}).update(names)
+    places: list[tuple[int, str, torch.dtype, torch.Size, int]] = []
+    at = 0
+    for index, names in sorted(found.items()):
+        for name, (dtype_name, ndim) in names.items():
+            dtype = getattr(torch, dtype_name)
+            full = held[entries[index].key].value.shape
+            shape = full if ndim == len(full) and (ndim or name != "step") else torch.Size(())
+            places.append((index, name, dtype, shape, at))
+            at += aligned(shape.numel() * dtype.itemsize)
+    if not writes:
+        return list(entries)
+    memory = meeting.share(at, 0, doing) if at else None
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    for index, name, dtype, shape, offset in places:
+        room = memory.tensor(offset, shape, dtype)  # type: ignore[union-attr]
+        states.setdefault(index, {})[name] = room
+        own = entries[index].state.get(name)
+        if own is not None:
+            _part_of(room, held[entries[index].key], meeting.me).copy_(own)
+    meeting.barrier(doing)
+    return [
+        replace(entry, value=held[entry.key].value, state=states.get(index, {})) if entry.key in held else entry
+        for index, entry in enumerate(entries)
+    ]
+
+
+def _part_of(room: torch.Tensor, held: Held, owner: int) -> torch.Tensor:
+    if room.shape != held.value.shape or not room.ndim:
+        return room
+    return room[held.borders[owner] : held.borders[owner + 1]]
+
+
+def _share_of(tensors: Tensors, worker: int, workers: int) -> Tensors:
+    """Return a worker's share of the tensors, about equal in bytes."""
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    mine: Tensors = {}
+    at = 0
+    for name, tensor in tensors.items():
+        if min(workers - 1, at * workers // max(1, total)) == worker:
+            mine[name] = tensor
+        at += tensor.nbytes
+    return mine
+
+
+def read(group: Group, shard: Shard, path: str, kind: Kind) -> Contents:
+    """Read a checkpoint on every worker and check that it fits.
+
+    Raises:
+        CheckpointError: on every worker, if it does not on one.
+    """
+    found: list[Contents] = []
+
+    def look() -> None:
+        contents = checkpoint.read(path)
+        if contents.kind != kind:
+            raise CheckpointError(f"{path}: holds {contents.kind}, expected {kind}; save and load with the same pair")
+        with shard.frozen() as (entries, _):
+            if kind == "optimizer-states":
+                manifest.check_held(contents, {entry.key: entry for entry in entries})
+        manifest.check_states(contents)
+        found.append(contents)
+
+    _everyone(group, look, f"load({path})")
+    return found[0]
+
+
+def own_state(saved: Entry, held: Held, owner: int) -> dict[str, torch.Tensor]:
+    """Return what an owner keeps of a whole key's state."""
+    if held.borders[owner] == held.borders[owner + 1]:
+        return {}
+    return {name: _part_of(each, held, owner).clone() for name, each in saved.state.items()}
+
+
+def is_table(entry: Entry) -> bool:
+    """Tell whether an entry holds rows, which every worker has whole."""
+    return isinstance(entry.value, Table)

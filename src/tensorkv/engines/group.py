@@ -1,0 +1,241 @@
+"""Group: the workers of a dist store. Who they are, which of them share a host, and links between hosts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .. import errors
+from ..errors import ArgumentError, RankLostError, TensorKVError
+from .segment import can_share
+
+log = logging.getLogger("tensorkv")
+
+# How long to wait for the one who has noticed a fault to say what it was.
+_NEWS_S = 2.0
+_made = 0
+
+
+class Group:
+    """The processes that ``torchrun`` started, or those of a process group that is there already.
+
+    Args:
+        timeout_s: how long another worker may take.
+        shared_memory: let workers of one host meet in shared memory.
+
+    Raises:
+        RankLostError: not all workers came in time.
+    """
+
+    def __init__(self, timeout_s: float, shared_memory: bool) -> None:
+        self.timeout_s = timeout_s
+        self.rank, self.size = 0, 1
+        self._store: Any = None
+        self._links: Any = None
+        self._tags: dict[int, int] = {}
+        self._error: TensorKVError | None = None
+        store = self._join()
+        if store is None:
+            log.info("tensorkv: no process group and no RANK and WORLD_SIZE: one worker")
+            self.hosts, self.host = [[0]], 0
+            return
+        global _made
+        _made += 1
+        self._store = dist.PrefixStore(f"tensorkv/{_made}", store)
+        self.hosts = self._find_hosts(shared_memory)
+        self.host = next(index for index, ranks in enumerate(self.hosts) if self.rank in ranks)
+
+    def _join(self) -> Any:
+        if dist.is_available() and dist.is_initialized():
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            return dist.distributed_c10d._get_default_store() if self.size > 1 else None
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+            return None
+        try:
+            store, self.rank, self.size = next(
+                dist.rendezvous("env://", timeout=timedelta(seconds=self.timeout_s))  # type: ignore[no-untyped-call]
+            )
+        except (ValueError, dist.DistError) as error:
+            raise RankLostError(f"create: the workers did not meet at MASTER_ADDR and MASTER_PORT: {error}") from error
+        return store
+
+    def _find_hosts(self, shared_memory: bool) -> list[list[int]]:
+        """Return runs of neighbouring ranks that can share memory; every worker comes to the same result."""
+        mine = [_machine(), shared_memory and can_share()]
+        self._store.set(f"host/{self.rank}", json.dumps(mine))
+        found = [json.loads(self._get(f"host/{rank}", rank)) for rank in range(self.size)]
+        self.on_one_machine = all(machine == found[0][0] for machine, _ in found)
+        hosts: list[list[int]] = []
+        for rank, (machine, shares) in enumerate(found):
+            if hosts and shares and found[rank - 1] == [machine, True]:
+                hosts[-1].append(rank)
+            else:
+                hosts.append([rank])
+        if self.rank == 0 and shared_memory and not can_share():
+            log.warning("tensorkv: no shared memory here; workers of one host meet through Gloo, which is slower")
+        return hosts
+
+    def split_hosts(self) -> None:
+        """Let every worker stand for itself, since shared memory does not work between them."""
+        self.hosts, self.host = [[rank] for rank in range(self.size)], self.rank
+
+    def agree(self, name: str, holds: bool) -> bool:
+        """Tell whether something holds for every worker."""
+        self._store.set(f"{name}/{self.rank}", b"1" if holds else b"0")
+        return all(self._get(f"{name}/{rank}", rank) == b"1" for rank in range(self.size))
+
+    def tell(self, key: str, text: str) -> None:
+        """Leave a text for others to ``ask`` for."""
+        self._store.set(key, text)
+
+    def ask(self, key: str, rank: int) -> str:
+        """Return what a rank has told under a key."""
+        return self._get(key, rank).decode()
+
+    def _get(self, key: str, rank: int) -> bytes:
+        try:
+            self._store.wait([key], timedelta(seconds=self.timeout_s))
+            value: bytes = self._store.get(key)
+        except dist.DistError as error:
+            raise RankLostError(
+                f"rank {rank} of {self.size} did not come within {self.timeout_s:g} s: {error}"
+            ) from error
+        return value
+
+    # ------------------------------------------------------------ faults
+
+    def publish(self, error: TensorKVError) -> None:
+        """Tell workers on other hosts why this one ends, then cut the links on which they wait."""
+        if self._store is None or self._error is not None:
+            return
+        self._error = error
+        note = json.dumps([type(error).__name__, str(error), self.rank])
+        # A store that is gone has taken its worker with it, and the others see that.
+        telling = threading.Thread(target=self._tell, args=(note,), daemon=True)
+        telling.start()
+        telling.join(_NEWS_S)
+        self.cut_links()
+
+    def _tell(self, note: str) -> None:
+        try:
+            self._store.compare_set("error", "", note)
+        except dist.DistError:
+            log.debug("tensorkv: the store of the process group is gone", exc_info=True)
+
+    def news(self, otherwise: str) -> TensorKVError:
+        """Return the error that another worker has published, or a RankLostError with this text."""
+        try:
+            self._store.wait(["error"], timedelta(seconds=_NEWS_S))
+            kind, message, _ = json.loads(self._store.get("error"))
+        except dist.DistError:
+            return RankLostError(otherwise)
+        made: TensorKVError = getattr(errors, kind)(message)
+        return made
+
+    # ------------------------------------------------------------ links
+
+    @property
+    def links(self) -> Any:
+        """A Gloo group of the store's own, so that nobody else's messages come in between."""
+        if self._links is None:
+            self._links = self._connect()
+        return self._links
+
+    def _connect(self) -> Any:
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=self.timeout_s)
+        name = os.environ.get("GLOO_SOCKET_IFNAME")
+        if name:
+            device = dist.ProcessGroupGloo.create_device(interface=name.partition(",")[0])
+        elif self.on_one_machine:
+            device = dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")
+        else:
+            device = dist.ProcessGroupGloo.create_default_device()
+        options._devices = [device]
+        try:
+            return dist.ProcessGroupGloo(dist.PrefixStore("links", self._store), self.rank, self.size, options)
+        except RuntimeError as error:
+            raise self.news(f"the workers cannot be linked through Gloo: {error}") from error
+
+    def send(self, tensor: torch.Tensor, rank: int) -> Any:
+        """Begin to send a contiguous CPU tensor; return what can be waited for."""
+        return self._start("send", tensor, rank)
+
+    def receive(self, tensor: torch.Tensor, rank: int) -> Any:
+        """Begin to receive into a contiguous CPU tensor; return what can be waited for."""
+        return self._start("recv", tensor, rank)
+
+    def _start(self, what: str, tensor: torch.Tensor, rank: int) -> Any:
+        try:
+            return getattr(self.links, what)([tensor], rank, 0)
+        except RuntimeError as error:
+            raise self.news(f"rank {rank} was lost: {error}") from error
+
+    def finish(self, work: Any, rank: int, doing: str) -> None:
+        """Wait for a message from or to a rank."""
+        try:
+            work.wait()
+        except RuntimeError as error:
+            text = str(error)
+            how = f"did not answer within {self.timeout_s:g} s" if "imed out" in text else "died or ended early"
+            raise self.news(f"{doing}: rank {rank} {how}; start the workers again from a checkpoint") from error
+
+    def gather(self, tensor: torch.Tensor, doing: str) -> list[torch.Tensor]:
+        """Return every rank's tensor, flat; they may differ in length, not in dtype."""
+        flat = tensor.reshape(-1).contiguous()
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        self._collect(lengths, torch.tensor([flat.numel()]), doing)
+        longest = max(int(length) for length in lengths)
+        padded = torch.zeros(longest, dtype=flat.dtype)
+        padded[: flat.numel()] = flat
+        found = [torch.empty_like(padded) for _ in range(self.size)]
+        if longest:
+            self._collect(found, padded, doing)
+        return [each[: int(length)] for each, length in zip(found, lengths, strict=True)]
+
+    def _collect(self, into: list[torch.Tensor], tensor: torch.Tensor, doing: str) -> None:
+        try:
+            self.links.allgather([into], [tensor]).wait()
+        except RuntimeError as error:
+            raise self.news(f"{doing}: a rank died or ended early: {error}") from error
+
+    def cut_links(self) -> None:
+        """Close the connections to other workers."""
+        links, self._links = self._links, None
+        if links is not None:
+            links.abort()
+
+    def close(self) -> None:
+        """Let go of everything; the process group that was there before stays."""
+        self._links = None
+        self._store = None
+
+
+def check_timeout(timeout_s: Any) -> float:
+    """Return the option as a float.
+
+    Raises:
+        ArgumentError: not a number above 0.
+    """
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < 1e9:
+        raise ArgumentError(f"timeout_s is {timeout_s!r}; expected a number of seconds above 0")
+    return float(timeout_s)
+
+
+def _machine() -> str:
+    """Name what processes must have in common to share memory: kernel, network and host name."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    network = Path("/proc/self/ns/net")
+    parts = [socket.gethostname()]
+    parts += [boot.read_text().strip()] if boot.exists() else []
+    parts += [os.readlink(network)] if network.exists() else []
+    return " ".join(parts)

@@ -1,0 +1,384 @@
+"""Meeting: the workers of one host agree on calls, wait for each other, and notice who is lost.
+
+In a segment that all of them map, each worker has words (see ``_shared.c``) and a ring of entries. Before a
+call moves data, each enters a fingerprint of it; who finds another one at the same number of calls raises.
+The first to see a fault writes a note and stops every wait of the others.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+from time import monotonic
+from typing import Any
+
+from .. import errors
+from ..errors import RankLostError, TensorKVError, WorkerMismatchError
+from ..pool import default_threads
+from .group import Group
+from .segment import LINE, Segment
+
+try:
+    from .. import _shared
+except ImportError:
+    _shared = None  # type: ignore[assignment]
+
+# Entries that a worker can be ahead of the others.
+ENTRIES = 32
+_ENTRY_NBYTES = 4096
+_NOTE_NBYTES = 8192
+_HEAD = struct.Struct("8sI")
+_TEXT = _ENTRY_NBYTES - _HEAD.size
+# Words of a worker.
+_ENTERED, _AGREED, _SHARED, _ARRIVED, _WAITS_FOR = range(5)
+_WORDS = 5
+# Long enough to meet a worker that is on its way, short enough to leave the core to it if it is not.
+_SPIN_S = 50e-6
+# How often a wait looks whether the other one lives.
+_LOOK_S = 0.05
+
+LEFT = b"left...."
+REFUSED = b"refused."
+
+
+def fingerprint(text: str) -> bytes:
+    """Return 8 bytes that differ where texts differ."""
+    return blake2b(text.encode("utf-8", "backslashreplace"), digest_size=8).digest()
+
+
+class Meeting:
+    """The workers of one host.
+
+    Args:
+        group: of all workers.
+        memory: the segment of ``control_nbytes`` that those of this host share; None for one alone.
+    """
+
+    def __init__(self, group: Group, memory: Segment | None) -> None:
+        self.group = group
+        self.ranks = group.hosts[group.host]
+        self.me = self.ranks.index(group.rank)
+        self.size = len(self.ranks)
+        self.calls = 0
+        self._memory: Any = memory
+        self._others = [index for index in range(self.size) if index != self.me]
+        # Where workers outnumber cores, one that spins keeps another from working.
+        self._spin_s = _SPIN_S if self.size <= default_threads() else 0.0
+        self._arrivals = 0
+        self._shares = 0
+        self._segments: list[Segment] = []
+        self.error: TensorKVError | None = None
+        if memory is not None:
+            memory.mark_alive(self.me)
+
+    @staticmethod
+    def control_nbytes(size: int) -> int:
+        """Return the size of the segment in which so many workers meet."""
+        return LINE + size * (_WORDS * LINE + ENTRIES * _ENTRY_NBYTES) + _NOTE_NBYTES
+
+    # ------------------------------------------------------------ where things lie
+
+    def _word(self, worker: int, which: int) -> int:
+        address: int = self._memory.address
+        return address + LINE * (1 + worker * _WORDS + which)
+
+    def _column(self, which: int) -> bytes:
+        return array("Q", [self._word(index, which) for index in range(self.size)]).tobytes()
+
+    def _entry(self, worker: int, number: int) -> int:
+        return LINE * (1 + self.size * _WORDS) + (worker * ENTRIES + number % ENTRIES) * _ENTRY_NBYTES
+
+    @property
+    def _note(self) -> int:
+        return LINE * (1 + self.size * _WORDS) + self.size * ENTRIES * _ENTRY_NBYTES
+
+    # ------------------------------------------------------------ words
+
+    def store(self, address: int, count: int) -> None:
+        """Store a word that others may wait for."""
+        if self.size > 1:
+            _shared.store(address, count)
+
+    def is_there(self, addresses: bytes, least: int) -> bool:
+        """Tell whether words have a count, without waiting."""
+        return self.size == 1 or _shared.wait(addresses, least, self._stop, 0.0, 0.0) == len(addresses) // 8
+
+    def wait(self, addresses: bytes, least: int, doing: str, workers: Sequence[int] | None = None) -> None:
+        """Wait until a word of each worker has a count.
+
+        Args:
+            addresses: a column with the word of each worker.
+            least: the count.
+            doing: the call, for messages.
+            workers: whose words these are (None: of the first ones, or of all).
+
+        Raises:
+            RankLostError: the one awaited died, or did not come in time; or another error of a call that
+                another worker made.
+        """
+        if self.size == 1:
+            return
+        stop, count = self._stop, len(addresses) // 8
+        done = _shared.wait(addresses, least, stop, _LOOK_S, self._spin_s)
+        if done == count:
+            return
+        deadline = monotonic() + self.group.timeout_s
+        while done < count:
+            awaited = done if workers is None else workers[done]
+            self.check()
+            _shared.store(self._word(self.me, _WAITS_FOR), awaited + 1)
+            if not self._memory.is_alive(awaited):
+                self._lost(awaited, "died or ended early", doing)
+            if monotonic() > deadline:
+                self._lost(self._last_awaited(awaited), f"did not come within {self.group.timeout_s:g} s", doing)
+            done = _shared.wait(addresses, least, stop, _LOOK_S, 0.0)
+        _shared.store(self._word(self.me, _WAITS_FOR), 0)
+
+    @property
+    def _stop(self) -> int:
+        address: int = self._memory.address
+        return address
+
+    def _last_awaited(self, worker: int) -> int:
+        """Follow who waits for whom to the one who waits for nobody."""
+        for _ in range(self.size):
+            ahead = _shared.load(self._word(worker, _WAITS_FOR))
+            if not ahead or ahead - 1 == self.me:
+                break
+            worker = ahead - 1
+        return worker
+
+    def _lost(self, worker: int, how: str, doing: str) -> None:
+        raise self.stop(
+            RankLostError(f"{doing}: rank {self.ranks[worker]} {how}; start the workers again from a checkpoint")
+        )
+
+    # ------------------------------------------------------------ faults
+
+    def check(self) -> None:
+        """Raise the error that has ended this store, if there was one."""
+        if self.error is None and self.size > 1 and _shared.load(self._stop):
+            at = self._note
+            (length,) = struct.unpack_from("I", self._memory.memory, at)
+            kind, message = json.loads(self._memory.memory[at + 4 : at + 4 + length])
+            self.error = getattr(errors, kind)(message)
+            self.group.publish(self.error)  # type: ignore[arg-type]
+        if self.error is not None:
+            raise type(self.error)(str(self.error))
+
+    def stop(self, error: TensorKVError) -> TensorKVError:
+        """End the store for every worker; return the error to raise, which is the first one's."""
+        if self.error is not None:
+            return self.error
+        if self.size > 1:
+            if _shared.load(self._stop):
+                try:
+                    self.check()
+                except TensorKVError as first:
+                    return first
+            note = json.dumps([type(error).__name__, str(error)[:600]]).encode()
+            at, memory = self._note, self._memory
+            memory.memory[at : at + 4 + len(note)] = struct.pack("I", len(note)) + note
+            _shared.store(self._stop, 1)
+            self._wake_everyone()
+        self.error = error
+        self.group.publish(error)
+        return error
+
+    def _wake_everyone(self) -> None:
+        for segment in (self._memory, *self._segments):
+            for address in segment.words if segment is not None else ():
+                _shared.wake(address)
+
+    # ------------------------------------------------------------ calls
+
+    def enter(self, mark: bytes, text: str) -> int:
+        """Enter this worker's next call and return its number.
+
+        Args:
+            mark: what the entries of all workers must have in common.
+            text: what it stands for, as far as there is room.
+        """
+        number = self.calls
+        if self._memory is not None:
+            if number >= ENTRIES:
+                # Another one may still have to read what is written over.
+                self.wait(self._column(_AGREED), number - ENTRIES + 1, text)
+            data = text.encode("utf-8", "backslashreplace")[:_TEXT]
+            at = self._entry(self.me, number)
+            self._memory.memory[at : at + _HEAD.size + len(data)] = _HEAD.pack(mark, len(data)) + data
+            _shared.store(self._word(self.me, _ENTERED), number + 1)
+        self.calls += 1
+        return number
+
+    def agree(self, number: int, doing: str) -> list[int]:
+        """Wait until every worker has entered a call; return who takes part.
+
+        Raises:
+            WorkerMismatchError: they have not entered the same call.
+        """
+        if self._memory is None:
+            return [0]
+        self.wait(self._column(_ENTERED), number + 1, doing)
+        marks = [self._read(worker, number)[0] for worker in range(self.size)]
+        present = [worker for worker, mark in enumerate(marks) if mark != LEFT]
+        if len({marks[worker] for worker in present}) > 1:
+            raise self.stop(self._mismatch(number, present))
+        _shared.store(self._word(self.me, _AGREED), number + 1)
+        return present
+
+    def has_been_entered(self, number: int) -> bool:
+        """Tell whether every worker has entered a call."""
+        return self._memory is None or self.is_there(self._column(_ENTERED), number + 1)
+
+    def pass_over(self, number: int) -> None:
+        """Let others write over an entry that this worker need not compare."""
+        if self._memory is not None:
+            _shared.store(self._word(self.me, _AGREED), number + 1)
+
+    def text(self, worker: int, number: int) -> str:
+        """Return what another worker has entered."""
+        return self._read(worker, number)[1]
+
+    def _read(self, worker: int, number: int) -> tuple[bytes, str]:
+        at, memory = self._entry(worker, number), self._memory.memory
+        mark, length = _HEAD.unpack_from(memory, at)
+        return mark, memory[at + _HEAD.size : at + _HEAD.size + length].decode(errors="replace")
+
+    def _mismatch(self, number: int, present: Sequence[int]) -> WorkerMismatchError:
+        said: dict[str, list[int]] = {}
+        for worker in present:
+            said.setdefault(shorten(self._read(worker, number)[1]), []).append(self.ranks[worker])
+        return mismatch(number, said)
+
+    # ------------------------------------------------------------ together
+
+    def barrier(self, doing: str) -> None:
+        """Wait for every worker of this host."""
+        self._arrivals += 1
+        if self.size > 1:
+            _shared.store(self._word(self.me, _ARRIVED), self._arrivals)
+            self.wait(self._column(_ARRIVED), self._arrivals, doing)
+
+    def share(self, nbytes: int, words: int, doing: str) -> Segment:
+        """Return new memory that all workers of this host see; all of them call this.
+
+        Args:
+            nbytes: of the whole.
+            words: how many words it begins with.
+            doing: the call, for messages.
+
+        Raises:
+            MemoryError: on every worker, when there is not so much.
+        """
+        self._shares += 1
+        maker = self.me == 0
+        segment: Segment | None = None
+        if maker:
+            try:
+                segment = Segment(nbytes)
+            except OSError:
+                segment = None
+        if self.size > 1:
+            segment = self._pass_on(segment, nbytes, doing)
+        if segment is None:
+            raise MemoryError(f"{doing}: no {nbytes:,} bytes of memory to share")
+        if words:
+            segment.set_words(words)
+            self._segments.append(segment)
+        return segment
+
+    def _pass_on(self, segment: Segment | None, nbytes: int, doing: str) -> Segment | None:
+        memory, at = self._memory, self._note + _NOTE_NBYTES // 2
+        shared = self._column(_SHARED)
+        if self.me == 0:
+            path = (segment.path if segment is not None else "").encode()
+            memory.memory[at : at + 4 + len(path)] = struct.pack("I", len(path)) + path
+            _shared.store(self._word(0, _SHARED), self._shares)
+        else:
+            self.wait(shared[:8], self._shares, doing)
+            (length,) = struct.unpack_from("I", memory.memory, at)
+            path = memory.memory[at + 4 : at + 4 + length]
+            segment = Segment(nbytes, path.decode()) if path else None
+            _shared.store(self._word(self.me, _SHARED), self._shares)
+        self.wait(shared, self._shares, doing)
+        # The maker's path may be written over once all have read it.
+        self.barrier(doing)
+        if segment is not None:
+            segment.close_file()
+        return segment
+
+    def forget(self, segment: Segment) -> None:
+        """Drop a segment that nobody waits in any more."""
+        self._segments.remove(segment)
+
+    def close(self) -> None:
+        """Let go of the memory; others see that this worker is gone."""
+        self._segments.clear()
+        if self._memory is not None:
+            self._memory.close_file()
+
+
+def mismatch(number: int, said: dict[str, list[int]]) -> WorkerMismatchError:
+    """Return the error that names who said what."""
+    parts = [
+        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {text}" for text, ranks in said.items()
+    ]
+    return WorkerMismatchError(
+        f"the workers' calls differ at call {number}: {'; '.join(parts)}. "
+        "Every worker must make the same calls with the same keys in the same order"
+    )
+
+
+def shorten(text: str, most: int = 300) -> str:
+    """Return a text for a message, without its middle if it is long."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
+def meet(group: Group) -> Meeting:
+    """Return the meeting of this worker's host; without shared memory every worker is a host of its own."""
+    ranks = group.hosts[group.host]
+    memory: Segment | None = None
+    opened = True
+    if len(ranks) > 1:
+        memory = _open_control(group, ranks)
+        opened = memory is not None
+    if group.size > 1 and any(len(each) > 1 for each in group.hosts) and not group.agree("opened", opened):
+        if group.rank == 0:
+            import warnings
+
+            warnings.warn(
+                "shared memory does not work between the workers; they meet through Gloo, which is slower", stacklevel=5
+            )
+        group.split_hosts()
+        memory = None
+    return Meeting(group, memory)
+
+
+def _open_control(group: Group, ranks: Sequence[int]) -> Segment | None:
+    nbytes = Meeting.control_nbytes(len(ranks))
+    name = f"control/{ranks[0]}"
+    try:
+        if group.rank == ranks[0]:
+            segment = Segment(nbytes)
+            group.tell(name, segment.path)
+        else:
+            segment = Segment(nbytes, group.ask(name, ranks[0]))
+    except OSError:
+        if group.rank == ranks[0]:
+            group.tell(name, "")
+        return None
+    segment.set_words(1 + len(ranks) * _WORDS)
+    return segment
+
+
+def describe(verb: str, **what: Any) -> str:
+    """Return a call as text that tells all that must be equal for every worker.
+
+    >>> describe("push", keys=["a", "b"])
+    'push {"keys": ["a", "b"]}'
+    """
+    return f"{verb} {json.dumps(what, default=str)}" if what else verb

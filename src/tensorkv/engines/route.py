@@ -1,0 +1,235 @@
+"""Route: how one list of keys travels. Which pieces lie in which chunk and slot, who updates them, as columns.
+
+A route is made once for a list of keys and used at every call that names them.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from .. import arrays, native, placement, reduce
+from ..placement import Piece, Run
+from .meeting import Meeting
+from .segment import LINE, aligned
+
+# What a worker lays out at a time: small enough to be in the shared cache when the others read it.
+SLOT_NBYTES = 1 << 20
+# Slots of the stage that calls share: one is filled while others are summed and copied out.
+RING = 4
+
+Tensors = Sequence[torch.Tensor]
+
+
+@dataclass(slots=True)
+class Held:
+    """What every worker knows of a dense key: the whole value, and whose rows are whose."""
+
+    value: torch.Tensor
+    borders: list[int]
+
+    @property
+    def flat(self) -> torch.Tensor:
+        """The value, element by element."""
+        return self.value.view(-1)
+
+    def span(self, owner: int) -> tuple[int, int]:
+        """Return which elements an owner updates."""
+        rows = self.borders[-1]
+        width = self.value.numel() // rows if rows else 0
+        return self.borders[owner] * width, self.borders[owner + 1] * width
+
+    def part(self, owner: int) -> torch.Tensor:
+        """Return an owner's part as a value of its own, with the rows that it updates."""
+        start, stop = self.borders[owner], self.borders[owner + 1]
+        if not self.value.ndim:
+            return self.value if stop > start else self.flat[:0]
+        return self.value[start:stop]
+
+
+class Stage:
+    """Memory in which the workers of a host lay out their parts for each other, slot by slot.
+
+    A slot has three words of each worker: it has filled the slot, it has read it, and the values that were
+    made of it can be copied out. They count how often the slot was used.
+    """
+
+    def __init__(self, meeting: Meeting, slots: int, slot_nbytes: int, doing: str) -> None:
+        size = meeting.size
+        self._row = aligned(slot_nbytes)
+        words = slots * 3 * size
+        self._data = words * LINE
+        self.segment = meeting.share(self._data + slots * size * self._row, words, doing)
+        self.slots = slots
+        self.uses = [0] * slots
+        self._size, self._me = size, meeting.me
+        self.filled, self.read, self.ready = (
+            [self._column(slot, which) for slot in range(slots)] for which in range(3)
+        )
+
+    def _word(self, slot: int, which: int, worker: int) -> int:
+        return self.segment.address + LINE * ((slot * 3 + which) * self._size + worker)
+
+    def _column(self, slot: int, which: int) -> bytes:
+        return array("Q", [self._word(slot, which, worker) for worker in range(self._size)]).tobytes()
+
+    def mine(self, slot: int) -> tuple[int, int, int]:
+        """Return the addresses of this worker's three words."""
+        filled, read, ready = (self._word(slot, which, self._me) for which in range(3))
+        return filled, read, ready
+
+    def tensor(self, slot: int, worker: int, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return what a worker lays out at an offset of a slot."""
+        at = self._data + (slot * self._size + worker) * self._row + offset
+        return self.segment.tensor(at, (count,), dtype)
+
+
+@dataclass(slots=True)
+class Leg:
+    """The pieces of one chunk that have one dtype, in the order of their owners.
+
+    Args:
+        dtype: of the values.
+        pieces: as ``placement.cut`` made them.
+        own: which of them this worker updates.
+        rooms: by worker, where each piece lies in the stage.
+        values: the piece of each value.
+    """
+
+    dtype: torch.dtype
+    pieces: list[Piece]
+    own: slice
+    rooms: list[list[torch.Tensor]]
+    values: list[torch.Tensor]
+    wide: torch.dtype = field(init=False)
+    counts: list[int] = field(init=False)
+    keys: np.ndarray = field(init=False)  # type: ignore[type-arg]
+    starts: np.ndarray = field(init=False)  # type: ignore[type-arg]
+    room_columns: list[bytes] = field(init=False)
+    value_column: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.wide = arrays.accumulator(self.dtype)
+        self.counts = [piece.stop - piece.start for piece in self.pieces]
+        self.keys = np.array([piece.key for piece in self.pieces], np.int64)
+        self.starts = np.array([piece.start * self.dtype.itemsize for piece in self.pieces], np.uint64)
+        self.room_columns = [native.column_of(column) for column in self.rooms]
+        self.value_column = native.column_of(self.values)
+
+    def column(self, bases: np.ndarray) -> bytes:  # type: ignore[type-arg]
+        """Return where the pieces begin in whole arrays, one of each key."""
+        return (bases[self.keys] + self.starts).tobytes()
+
+    def own_columns(self, columns: Sequence[bytes]) -> list[bytes]:
+        """Return of columns what belongs to this worker's pieces."""
+        return [column[8 * self.own.start : 8 * self.own.stop] for column in columns]
+
+    def sums(self, outs: list[bytes], parts: list[bytes], cut: slice | None = None) -> None:
+        """Sum columns in one pass; ``cut``: of these pieces alone."""
+        counts = self.counts if cut is None else self.counts[cut]
+        if counts:
+            native.Sums(outs, parts, counts, self.dtype).jobs(1, past_cache=False)[0]()
+
+
+class Route:
+    """A list of keys, cut into chunks.
+
+    Args:
+        keys: of the call.
+        held: of these keys.
+        meeting: of this worker's host.
+        owners: how many of its workers update values.
+    """
+
+    def __init__(self, held: Sequence[Held], meeting: Meeting, owners: int) -> None:
+        self.held = held
+        self._meeting = meeting
+        self._wide = [arrays.accumulator(each.value.dtype) for each in held]
+        runs = [
+            [
+                Run(key, *each.span(owner), self._wide[key].itemsize)
+                for key, each in enumerate(held)
+                if each.borders[owner] < each.borders[owner + 1] and each.value.numel()
+            ]
+            for owner in range(owners)
+        ]
+        self.chunks = placement.cut(runs, SLOT_NBYTES)
+        ends = [p.offset + (p.stop - p.start) * self._wide[p.key].itemsize for chunk in self.chunks for p in chunk]
+        self.slot_nbytes = max(ends, default=0)
+        self.native = all(native.can_sum(each.value.dtype) for each in held)
+        self._legs: dict[int, list[list[Leg]]] = {}
+        self.own_stage: Stage | None = None
+
+    def legs(self, stage: Stage) -> list[list[Leg]]:
+        """Return the legs of each chunk on a stage; chunk c is in slot c modulo their number."""
+        known = self._legs.get(id(stage))
+        if known is None:
+            known = self._legs[id(stage)] = [
+                self._legs_of(chunk, stage, number % stage.slots) for number, chunk in enumerate(self.chunks)
+            ]
+        return known
+
+    def _legs_of(self, chunk: Sequence[Piece], stage: Stage, slot: int) -> list[Leg]:
+        by_dtype: dict[torch.dtype, list[Piece]] = {}
+        for piece in chunk:
+            by_dtype.setdefault(self.held[piece.key].value.dtype, []).append(piece)
+        legs = []
+        for dtype, pieces in by_dtype.items():
+            mine = [index for index, piece in enumerate(pieces) if piece.owner == self._meeting.me]
+            own = slice(mine[0], mine[-1] + 1) if mine else slice(0, 0)
+            wide = arrays.accumulator(dtype)
+            rooms = [
+                [stage.tensor(slot, worker, p.offset, p.stop - p.start, wide) for p in pieces]
+                for worker in range(self._meeting.size)
+            ]
+            values = [self.held[p.key].flat[p.start : p.stop] for p in pieces]
+            legs.append(Leg(dtype, pieces, own, rooms, values))
+        return legs
+
+
+class Arrays:
+    """One call's parts or outs: as whole arrays, and as columns of addresses where all are plain.
+
+    Args:
+        groups: per key, its arrays.
+        dtypes: per key, what a plain array has.
+    """
+
+    def __init__(self, groups: Sequence[Tensors], dtypes: Sequence[torch.dtype]) -> None:
+        self.groups = groups
+        counts = set(map(len, groups))
+        self.bases: list[np.ndarray] | None = None  # type: ignore[type-arg]
+        plain = len(counts) == 1 and all(
+            native.can_sum(dtype) and array.dtype is dtype and array.is_cpu and array.is_contiguous()
+            for group, dtype in zip(groups, dtypes, strict=True)
+            for array in group
+        )
+        if plain:
+            self.bases = [
+                np.array([group[index].data_ptr() for group in groups], np.uint64) for index in range(counts.pop())
+            ]
+
+    def columns(self, leg: Leg) -> list[bytes]:
+        """Return a leg's pieces of these arrays, which are plain."""
+        return [leg.column(base) for base in self.bases or ()]
+
+
+def lay_out(leg: Leg, me: int, parts: Arrays) -> None:
+    """Put the sum of this worker's own parts into the stage."""
+    if parts.bases is not None:
+        leg.sums([leg.room_columns[me]], parts.columns(leg))
+        return
+    for room, piece in zip(leg.rooms[me], leg.pieces, strict=True):
+        own = [part.reshape(-1)[piece.start : piece.stop] for part in parts.groups[piece.key]]
+        reduce.sum_piece(room, own, at_once=False)
+
+
+def copy_out(leg: Leg, outs: Arrays, past_cache: bool) -> None:
+    """Copy values into the outs, which are all plain."""
+    columns = outs.columns(leg)
+    if columns:
+        native.Sums(columns, [leg.value_column], leg.counts, leg.dtype).jobs(1, past_cache=past_cache)[0]()

@@ -1,0 +1,96 @@
+"""Rows between workers: every worker gets what all have pushed, in the order of ranks, and updates its own rows."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import arrays, rows
+from ..entry import Entry, Part
+from ..errors import WorkerError, quote
+from ..keys import Key
+from ..rows import Rows
+from ..rules import Rule
+from ..table import Table
+from .group import Group
+from .route import Held
+
+
+def kind(parts: Sequence[Part]) -> bool:
+    """Tell whether a key's parts are Rows alone, which update only the rows that they name."""
+    return all(isinstance(part, Rows) for part in parts)
+
+
+def dense(entry: Entry, parts: Sequence[Part]) -> list[torch.Tensor]:
+    """Return parts as dense CPU tensors, Rows in the dtype that sums are made in."""
+    made = [part.to_dense(arrays.accumulator(entry.spec.dtype)) if isinstance(part, Rows) else part for part in parts]
+    return [part if part.is_cpu else part.cpu() for part in made]
+
+
+def gather(group: Group, entry: Entry, mine: Rows | None, doing: str) -> Rows:
+    """Return the sum of every rank's rows, added in the order of ranks, in the value's dtype.
+
+    Args:
+        group: of all workers.
+        entry: of the key.
+        mine: this worker's rows, merged, in the dtype that sums are made in; None: nothing.
+        doing: the call, for messages.
+    """
+    shape, wide = entry.spec.shape, arrays.accumulator(entry.spec.dtype)
+    ids = torch.empty(0, dtype=torch.int64) if mine is None else mine.ids.cpu()
+    values = torch.empty((0, *shape[1:]), dtype=wide) if mine is None else mine.values.cpu()
+    found_ids = group.gather(ids, doing)
+    found_values = group.gather(_bytes(values), doing)
+    parts = [
+        Rows(own, each.clone().view(wide).view(len(own), *shape[1:]), shape[0])
+        for own, each in zip(found_ids, found_values, strict=True)
+    ]
+    return rows.merge(parts, entry.spec.dtype)
+
+
+def apply(rule: Rule, entry: Entry, held: Held, owner: int, merged: Rows) -> None:
+    """Update those rows of a dense value that this worker owns."""
+    low, high = held.borders[owner], held.borders[owner + 1]
+    chosen = (merged.ids >= low) & (merged.ids < high)
+    version = entry.version
+    if high > low:
+        rule.apply_rows(entry, Rows(merged.ids[chosen] - low, merged.values[chosen], high - low))
+    entry.version = version + 1
+
+
+def copy_rows(group: Group, held: Held, ids: torch.Tensor, source: int, writes: bool, doing: str) -> None:
+    """Copy rows of a dense value from one rank to the hosts that do not update it."""
+    signed = arrays.signed(held.value)
+    mine = _bytes(signed[ids]) if group.rank == source else torch.empty(0, dtype=torch.uint8)
+    found = group.gather(mine, doing)[source]
+    if writes:
+        signed[ids] = found.clone().view(signed.dtype).view(len(ids), *signed.shape[1:])
+
+
+def first_table(group: Group, value: Rows, doing: str) -> Table:
+    """Return a table with rank 0's rows."""
+    merged = rows.merge([value])
+    first = group.rank == 0
+    ids = group.gather(merged.ids.cpu() if first else torch.empty(0, dtype=torch.int64), doing)[0]
+    sent = _bytes(merged.values.cpu()) if first else torch.empty(0, dtype=torch.uint8)
+    values = group.gather(sent, doing)[0].clone().view(merged.values.dtype)
+    table = Table(value.num_rows, merged.values.shape[1:], merged.values.dtype, "cpu")
+    table.write(ids, values.view(len(ids), *merged.values.shape[1:]))
+    return table
+
+
+def raised_elsewhere(rank: int, key: Key, kind: str, message: str) -> Exception:
+    """Return what another worker's updater raised: the same kind of error if it is one of Python's own."""
+    made: Any = getattr(builtins, kind, None)
+    if isinstance(made, type) and issubclass(made, Exception) and not issubclass(made, OSError | UnicodeError):
+        error: Exception = made(message)
+        error.add_note(f"raised by the updater of {quote(key)} on rank {rank}")
+        return error
+    return WorkerError(f"the updater of {quote(key)} raised on rank {rank}: {kind}: {message}")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,108 @@
+"""Placement: which owner updates which part of which value, and how a call is cut into chunks. Pure functions.
+
+A value is owned in runs of whole rows (of a 1-d value: elements), so that an owner's part is a value of its own
+with fewer rows. Small values have one owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Values of fewer elements are not worth dividing.
+_WHOLE = 1 << 14
+_LINE = 64
+
+
+def borders(shape: Sequence[int], owners: int, lead: int, *, whole: bool = False) -> list[int]:
+    """Return the rows where each owner's part begins, and the number of rows.
+
+    Args:
+        shape: of the value; a 0-d value has one row.
+        owners: how many there are.
+        lead: the owner of a value that is not divided.
+        whole: do not divide this value.
+
+    >>> borders((1_000_000,), 4, 0)
+    [0, 250000, 500000, 750000, 1000000]
+    >>> borders((2, 3), 4, lead=1)
+    [0, 0, 2, 2, 2]
+    """
+    rows = shape[0] if shape else 1
+    numel = rows
+    for size in shape[1:]:
+        numel *= size
+    if whole or numel < _WHOLE or rows < owners:
+        return [0] * (lead + 1) + [rows] * (owners - lead)
+    return [rows * owner // owners for owner in range(owners + 1)]
+
+
+def lightest(loads: Sequence[int]) -> int:
+    """Return the owner with the least to do.
+
+    >>> lightest([5, 3, 3])
+    1
+    """
+    return min(range(len(loads)), key=lambda owner: (loads[owner], owner))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Some elements of one key that one owner updates.
+
+    Args:
+        key: index of the key in its call.
+        start, stop: elements of the flattened value.
+        itemsize: bytes of an element on its way.
+    """
+
+    key: int
+    start: int
+    stop: int
+    itemsize: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run that is short enough, and where in a slot its elements lie."""
+
+    owner: int
+    key: int
+    start: int
+    stop: int
+    offset: int
+
+
+def cut(runs: Sequence[Sequence[Run]], slot_nbytes: int) -> list[list[Piece]]:
+    """Cut what each owner has to do into chunks, in each of which every owner finds about as much.
+
+    Args:
+        runs: of each owner, in order.
+        slot_nbytes: the bytes that the pieces of one chunk may take.
+
+    Returns:
+        Chunks: pieces in the order of their owners.
+
+    >>> [(p.owner, p.start, p.stop) for p in cut([[Run(0, 0, 100, 4)], [Run(0, 100, 180, 4)]], 640)[0]]
+    [(0, 0, 80), (1, 100, 180)]
+    """
+    room = max(_LINE, slot_nbytes // len(runs) // _LINE * _LINE)
+    columns = [_fill(owner, each, room) for owner, each in enumerate(runs)]
+    count = max(len(column) for column in columns)
+    return [[piece for column in columns if chunk < len(column) for piece in column[chunk]] for chunk in range(count)]
+
+
+def _fill(owner: int, runs: Sequence[Run], room: int) -> list[list[Piece]]:
+    chunks: list[list[Piece]] = []
+    used = room
+    for run in runs:
+        start = run.start
+        while start < run.stop:
+            if used + run.itemsize > room:
+                chunks.append([])
+                used = 0
+            stop = min(run.stop, start + (room - used) // run.itemsize)
+            chunks[-1].append(Piece(owner, run.key, start, stop, owner * room + used))
+            used += -(-(stop - start) * run.itemsize // _LINE) * _LINE
+            start = stop
+    return chunks

@@ -18,6 +18,7 @@ FLOORS = [
     {"table", "arguments"},
     {"pool"},
     {"native", "kernels"},
+    {"columns"},
     {"optim", "reduce"},
     {"entry"},
     {"rules", "plan", "cuda", "quick"},

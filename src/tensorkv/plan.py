@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from . import arrays, native, reduce
+from .columns import Column, Form
 from .entry import Entry
 from .kernels import Kernel
 from .keys import Key
@@ -30,19 +31,6 @@ _SMALL = 1 << 13
 # As many elements as stay in a core's cache together with the parts.
 _CHUNK = 1 << 18
 _REMEMBERED_CALLS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One array of each key: a part or an out, every one exactly as its key asks for.
-
-    Args:
-        arrays: all of NumPy or all of torch, in the order of the keys.
-        addresses: as the compiled kernel takes them.
-    """
-
-    arrays: tuple[Any, ...]
-    addresses: bytes
 
 
 class _Flat:
@@ -126,41 +114,14 @@ class Plan:
     def __init__(self, entries: list[Entry]) -> None:
         self.entries = entries
         self.keys = [entry.key for entry in entries]
-        self._nbytes = [entry.value.nbytes for entry in entries]
-        self._moved: dict[int, list[int]] = {}
-        self._shapes = [entry.spec.shape for entry in entries]
-        self._counts = [shape.numel() for shape in self._shapes]
-        self._dtype = entries[0].spec.dtype
+        self.form = Form([entry.spec.shape for entry in entries], entries[0].spec.dtype)
+        self._counts, self._dtype = self.form.counts, self.form.dtype
         # A chunk steps in one thread; a longer one is to be shared between threads.
         self.can_step = max(self._counts) <= reduce.SLICE
         self._chunks = [_Chunk(entries, start, stop) for start, stop in _cuts(entries)]
         self._values = native.column_of([entry.value for entry in entries])  # type: ignore[misc]
         self._buffers: list[torch.Tensor] = []
-        self._apart: tuple[bytes, ...] | None = None
         self._joined: _Joined | None = None
-
-    def columns(self, values: Any, *, writable: bool = False) -> list[Column] | None:
-        """Return parts or outs as columns, if every array is exactly what its key asks for."""
-        found = []
-        for column in self._transpose(values):
-            addresses = native.addresses(column, self._dtype, self._shapes, writable=writable)
-            if addresses is None:
-                return None
-            found.append(Column(column, addresses))
-        return found or None
-
-    def targets(self, outs: Any) -> list[Column] | None:
-        """Return outs as columns if every one can be written and no two share memory."""
-        columns = self.columns(outs, writable=True)
-        if columns is None or native.overlap([column.addresses for column in columns], self._nbytes):
-            return None
-        return columns
-
-    def moved(self, count: int) -> list[int]:
-        """Return the bytes that a call with so many columns and targets moves for each key."""
-        if count not in self._moved:
-            self._moved[count] = [count * nbytes for nbytes in self._nbytes]
-        return self._moved[count]
 
     def assign(self, columns: list[Column], targets: list[Column], pool: Pool) -> None:
         """Make the values the sums of the columns, and copy them to the targets."""
@@ -173,7 +134,7 @@ class Plan:
             return
         parts = [column.addresses for column in columns]
         outs = [target.addresses for target in targets]
-        at_once = self._are_apart(parts, outs)
+        at_once = self.form.are_apart(parts, outs)
         self._sum([self._values, *(outs if at_once else ())], parts, pool)
         self._count()
         if not at_once:
@@ -184,7 +145,7 @@ class Plan:
         """Step the optimizer, the sums of the columns being the gradients; copy the values to the targets."""
         counter = joined.counters[0] + 1 if joined.counters else None
         parts, outs = ([column.addresses for column in each] for each in (columns, targets))
-        at_once = native.can_sum(self._dtype) and self._are_apart(parts, outs)
+        at_once = native.can_sum(self._dtype) and self.form.are_apart(parts, outs)
         jobs: list[Job] = [
             partial(self._step_chunk, chunk, columns, outs if at_once else [], joined, state, counter)
             for chunk, state in zip(self._chunks, joined.flats, strict=True)
@@ -212,7 +173,7 @@ class Plan:
             # In this thread, while the values are in its cache.
             cut = slice(8 * chunk.cut.start, 8 * chunk.cut.stop)
             sums = native.Sums([out[cut] for out in outs], [self._values[cut]], chunk.counts, self._dtype)
-            sums.jobs(1, past_cache=native.leaves_cache(sum(self._nbytes) * len(outs)))[0]()
+            sums.jobs(1, past_cache=native.leaves_cache(sum(self.form.nbytes) * len(outs)))[0]()
 
     def _gradient(self, chunk: _Chunk, columns: list[Column], optimizer: Optimizer) -> torch.Tensor:
         """Return the sum of a chunk's parts, which the caller may change if the optimizer does."""
@@ -299,25 +260,6 @@ class Plan:
             pool.run(sums.jobs(pool.threads))
         else:
             sums.jobs(1)[0]()
-
-    def _are_apart(self, parts: list[bytes], outs: list[bytes]) -> bool:
-        """Tell whether outs may be written before all parts have been read; asked once for the same arrays."""
-        called = (*parts, *outs)
-        if self._apart != called:
-            if not native.are_apart(parts, outs, self._nbytes):
-                return False
-            self._apart = called
-        return True
-
-    def _transpose(self, values: Any) -> list[tuple[Any, ...]]:
-        """Return one tuple per part or out, with the array of each key; an empty list for other forms."""
-        if type(values) not in (list, tuple) or len(values) != len(self.keys):
-            return []
-        if type(values[0]) not in (list, tuple):
-            return [tuple(values)]
-        if not set(map(type, values)) <= {list, tuple} or len(set(map(len, values))) > 1:
-            return []
-        return list(zip(*values, strict=True))
 
 
 def _run_all(jobs: Sequence[Job]) -> None:

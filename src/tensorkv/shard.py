@@ -141,8 +141,8 @@ class Shard:
                 plan = self._plans.find(keys, self._entries)
             if plan is None:
                 return None
-            columns = [] if values is None else plan.columns(values)
-            targets = [] if outs is None else plan.targets(outs)
+            columns = [] if values is None else plan.form.columns(values)
+            targets = [] if outs is None else plan.form.targets(outs)
             if columns is None or targets is None:
                 return None
             if columns and isinstance(rule, StepOptimizer):
@@ -155,7 +155,7 @@ class Shard:
                 plan.assign(columns, targets, self._pool)
             else:
                 plan.fill(targets, self._pool)
-            return plan.moved(len(columns) + len(targets))
+            return plan.form.moved(len(columns) + len(targets))
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         """Return copies of rows; ids are unique and sorted."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .. import arrays, placement, reduce, rows
+from ..columns import Column
 from ..entry import Batch, Entry, KeyInfo, KeySpec, Part
 from ..errors import RankLostError, TensorKVError, WorkerError, WorkerMismatchError
 from ..keys import Key
@@ -191,6 +192,71 @@ class DistEngine:
         if outs is not None and any(kinds):
             self.pull(batch.keys, outs, priority)
 
+    def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
+        """Do a call that names the keys of an earlier one; None: it is to go the general way."""
+        route = self._routes.get(tuple(keys)) if set(map(type, keys)) in ({str}, {int}) else None
+        if route is None or route.form is None or self._shard.has_updater:
+            return None
+        form = route.form
+        columns = [] if values is None else form.columns(values)
+        targets = [] if outs is None else form.targets(outs)
+        if columns is None or targets is None:
+            return None
+        with self._lock:
+            entries = [self._shard.entry("push", key) for key in keys]
+            if not columns:
+                self._meeting.check()
+                self._settle(keys)
+                route.fill(targets)
+            elif not self._push_columns(route, keys, entries, columns, targets):
+                return None
+        return form.moved(len(columns) + len(targets))
+
+    def _push_columns(
+        self,
+        route: Route,
+        keys: Sequence[Key],
+        entries: Sequence[Entry],
+        columns: Sequence[Column],
+        targets: Sequence[Column],
+    ) -> bool:
+        try:
+            for entry in entries:
+                self._shard.rule.check(entry, by_rows=False)
+        except TensorKVError:
+            return False
+        verb = "pushpull" if targets else "push"
+        if verb not in route.texts:
+            route.texts[verb] = self._text(verb, keys, [False])
+        text = route.texts[verb]
+        parts = Arrays.of_columns(columns)
+        with self._call(text) as number:
+            exchange = self._exchange(number, text, keys, entries, own_stage=not targets)
+            who = self._who(number, text)
+            if not targets:
+                self._push_later(exchange, parts, who, keys, 0)
+                return True
+            self._drain()
+            apart = exchange.count == 1 or self._are_apart(route, columns, targets)
+            past = sum(route.form.nbytes) * len(targets) > _PAST_CACHE_NBYTES  # type: ignore[union-attr]
+            exchange.run(parts, Arrays.of_columns(targets) if apart else None, who, past)
+            if not apart:
+                exchange.wait_for_values()
+                route.fill(targets)
+        return True
+
+    def _are_apart(self, route: Route, columns: Sequence[Column], targets: Sequence[Column]) -> bool:
+        parts, outs = ([each.addresses for each in group] for group in (columns, targets))
+        return route.form is not None and route.form.are_apart(parts, outs)
+
+    def _who(self, number: int, text: str) -> Callable[[], list[int]]:
+        def who() -> list[int]:
+            present = self._meeting.agree(number, text)
+            self._chain.greet(number, fingerprint(text), text)
+            return present
+
+        return who
+
     def _push_mixed(self, number: int, text: str, batch: Batch, kinds: Sequence[bool]) -> Exception | None:
         self._drain()
         self._meeting.agree(number, text)
@@ -233,20 +299,16 @@ class DistEngine:
         entries = [self._shard.entry("push", key) for key in keys]
         held = [self._held[key] for key in keys]
         dtypes = [each.value.dtype for each in held]
-        parts = Arrays([sparse.dense(entry, group) for entry, group in zip(entries, groups, strict=True)], dtypes)
+        parts = Arrays.of([sparse.dense(entry, group) for entry, group in zip(entries, groups, strict=True)], dtypes)
         later = outs is None and not self._shard.has_updater
         exchange = self._exchange(number, text, keys, entries, own_stage=later)
 
-        def who() -> list[int]:
-            present = self._meeting.agree(number, text)
-            self._chain.greet(number, fingerprint(text), text)
-            return present
-
+        who = self._who(number, text)
         if later:
             self._push_later(exchange, parts, who, keys, priority)
             return None
         self._drain()
-        ready = None if outs is None else Arrays(outs, dtypes)
+        ready = None if outs is None else Arrays.of(outs, dtypes)
         direct = ready is not None and ready.bases is not None
         if direct and exchange.count > 1:
             direct = reduce.are_apart(parts.groups, outs)  # type: ignore[arg-type]

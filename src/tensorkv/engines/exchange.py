@@ -215,6 +215,10 @@ class Exchange:
 
     def _finish(self) -> None:
         """Count the update of every key, once, on every worker."""
+        if not self._steps and not self._at_end:
+            for entry in self._entries:
+                entry.version += 1
+            return
         for key, (entry, held) in enumerate(zip(self._entries, self.route.held, strict=True)):
             version = entry.version
             # No piece has come of a value without elements, and its updater is called all the same.

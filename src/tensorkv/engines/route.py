@@ -8,11 +8,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from .. import arrays, native, placement, reduce
+from ..columns import Column, Form
 from ..placement import Piece, Run
 from .meeting import Meeting
 from .segment import LINE, aligned
@@ -107,8 +109,8 @@ class Leg:
     values: list[torch.Tensor]
     wide: torch.dtype = field(init=False)
     counts: list[int] = field(init=False)
-    keys: np.ndarray = field(init=False)  # type: ignore[type-arg]
-    starts: np.ndarray = field(init=False)  # type: ignore[type-arg]
+    keys: np.ndarray[Any, Any] = field(init=False)
+    starts: np.ndarray[Any, Any] = field(init=False)
     room_columns: list[bytes] = field(init=False)
     value_column: bytes = field(init=False)
 
@@ -120,9 +122,10 @@ class Leg:
         self.room_columns = [native.column_of(column) for column in self.rooms]
         self.value_column = native.column_of(self.values)
 
-    def column(self, bases: np.ndarray) -> bytes:  # type: ignore[type-arg]
+    def column(self, bases: np.ndarray[Any, Any]) -> bytes:
         """Return where the pieces begin in whole arrays, one of each key."""
-        return (bases[self.keys] + self.starts).tobytes()
+        column: bytes = (bases[self.keys] + self.starts).tobytes()
+        return column
 
     def own_columns(self, columns: Sequence[bytes]) -> list[bytes]:
         """Return of columns what belongs to this worker's pieces."""
@@ -160,7 +163,12 @@ class Route:
         self.chunks = placement.cut(runs, SLOT_NBYTES)
         ends = [p.offset + (p.stop - p.start) * self._wide[p.key].itemsize for chunk in self.chunks for p in chunk]
         self.slot_nbytes = max(ends, default=0)
-        self.native = all(native.can_sum(each.value.dtype) for each in held)
+        dtypes = {each.value.dtype for each in held}
+        # For calls that name these keys again; None where they have no form in common.
+        self.form = Form([each.value.shape for each in held], dtypes.pop()) if len(dtypes) == 1 else None
+        if self.form is not None and not native.can_sum(self.form.dtype):
+            self.form = None
+        self.texts: dict[str, str] = {}
         self._legs: dict[int, list[list[Leg]]] = {}
         self.own_stage: Stage | None = None
 
@@ -172,6 +180,13 @@ class Route:
                 self._legs_of(chunk, stage, number % stage.slots) for number, chunk in enumerate(self.chunks)
             ]
         return known
+
+    def fill(self, targets: Sequence[Column]) -> None:
+        """Copy whole values to arrays that have the route's form."""
+        if self.form is not None and targets:
+            values = native.column_of([each.value for each in self.held])
+            sums = native.Sums([each.addresses for each in targets], [values], self.form.counts, self.form.dtype)
+            sums.jobs(1)[0]()
 
     def _legs_of(self, chunk: Sequence[Piece], stage: Stage, slot: int) -> list[Leg]:
         by_dtype: dict[torch.dtype, list[Piece]] = {}
@@ -192,26 +207,35 @@ class Route:
 
 
 class Arrays:
-    """One call's parts or outs: as whole arrays, and as columns of addresses where all are plain.
+    """One call's parts or outs: as whole arrays, and as columns of addresses where all are plain."""
 
-    Args:
-        groups: per key, its arrays.
-        dtypes: per key, what a plain array has.
-    """
+    def __init__(self, groups: Sequence[Tensors], bases: list[np.ndarray[Any, Any]] | None) -> None:
+        self.groups, self.bases = groups, bases
 
-    def __init__(self, groups: Sequence[Tensors], dtypes: Sequence[torch.dtype]) -> None:
-        self.groups = groups
+    @classmethod
+    def of_columns(cls, columns: Sequence[Column]) -> Arrays:
+        """Return plain arrays that have been looked at by the column."""
+        return cls([], [np.frombuffer(column.addresses, np.uint64) for column in columns])
+
+    @classmethod
+    def of(cls, groups: Sequence[Tensors], dtypes: Sequence[torch.dtype]) -> Arrays:
+        """Look at arrays one by one.
+
+        Args:
+            groups: per key, its arrays.
+            dtypes: per key, what a plain array has.
+        """
         counts = set(map(len, groups))
-        self.bases: list[np.ndarray] | None = None  # type: ignore[type-arg]
         plain = len(counts) == 1 and all(
             native.can_sum(dtype) and array.dtype is dtype and array.is_cpu and array.is_contiguous()
             for group, dtype in zip(groups, dtypes, strict=True)
             for array in group
         )
-        if plain:
-            self.bases = [
-                np.array([group[index].data_ptr() for group in groups], np.uint64) for index in range(counts.pop())
-            ]
+        if not plain:
+            return cls(groups, None)
+        count = counts.pop()
+        bases = [np.array([group[index].data_ptr() for group in groups], np.uint64) for index in range(count)]
+        return cls(groups, bases)
 
     def columns(self, leg: Leg) -> list[bytes]:
         """Return a leg's pieces of these arrays, which are plain."""

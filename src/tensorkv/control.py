@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from functools import wraps
 from typing import Any, Self
 
 from . import engines, optim
 from .arguments import keys_of
 from .entry import KeyInfo
-from .errors import ArgumentError, ForkedStoreError, OptimizerError, StoreClosedError
+from .errors import ArgumentError, ForkedStoreError, OptimizerError, StoreClosedError, TensorKVError
 from .keys import Key, check_key, is_key
 from .metrics import Metrics, clock
 from .rules import Updater
 
+# The calls that all workers of a store in step make together.
+IN_STEP = (
+    "init",
+    "push",
+    "pushpull",
+    "broadcast",
+    "set_updater",
+    "set_optimizer",
+    "set_hyperparameters",
+    "delete",
+    "save",
+    "load",
+    "save_optimizer_states",
+    "load_optimizer_states",
+)
 CAPABILITIES = ("checkpoint", "optimizer", "rows", "updater")
 
 _forks = 0
@@ -27,6 +44,23 @@ def _count_fork() -> None:
 os.register_at_fork(after_in_child=_count_fork)
 
 
+def _telling(engine: Any, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Have an engine tell the other workers of a call that was refused before it began."""
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        engine.begin()
+        try:
+            return method(*args, **kwargs)
+        except (StoreClosedError, ForkedStoreError):
+            raise
+        except (TensorKVError, TypeError, ValueError) as error:
+            engine.refuse(name, error)
+            raise
+
+    return call
+
+
 class StoreControl:
     """The part of ``KVStore`` that moves no arrays."""
 
@@ -38,6 +72,9 @@ class StoreControl:
         self._metrics = Metrics()
         self._closed = False
         self._forks = _forks
+        if hasattr(engine, "refuse"):
+            for name in IN_STEP:
+                setattr(self, name, _telling(engine, name, getattr(self, name)))
 
     # ------------------------------------------------------------ the update rule
 
@@ -288,6 +325,22 @@ class StoreControl:
         self._begin("barrier")
         self._engine.barrier()
 
+    def leave(self) -> None:
+        """Push no more until every worker has left; with one worker, at once.
+
+        For workers with unequal numbers of batches: who has none left calls this, the others go on, and a push
+        sums the parts of those who still push. It returns when every worker has left; then all may push again.
+        Until then, others may push and pull and nothing else.
+
+        Raises:
+            RankLostError, WorkerMismatchError: as for ``push``.
+
+        >>> import tensorkv
+        >>> tensorkv.create().leave()
+        """
+        self._begin("leave")
+        self._engine.leave()
+
     # ------------------------------------------------------------ the end
 
     def close(self) -> None:
@@ -301,8 +354,10 @@ class StoreControl:
         self._begin("with")
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        # What other workers say of the end must not hide why this one ends.
+        with nullcontext() if kind is None else suppress(TensorKVError):
+            self.close()
 
     def __repr__(self) -> str:
         if self._closed:

@@ -70,13 +70,19 @@ class _AssignStep:
         self._entry.version += 1
 
 
-class _WholeStep:
+class WholeStep:
+    """Puts the sum together beside the value and applies the rule to the whole of it."""
+
     def __init__(self, rule: Rule, entry: Entry, pool: Pool) -> None:
         self._rule, self._entry, self._pool = rule, entry, pool
         self._total: Any = torch.empty_like(entry.value)  # type: ignore[arg-type]
 
     def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor]) -> None:
         reduce.sum_piece(self._total.view(-1)[start:stop], parts, at_once=False)
+
+    def count_nonfinite(self) -> int:
+        """Return how many elements of the sum are NaN or Inf."""
+        return reduce.count_nonfinite(self._total)
 
     def finish(self) -> None:
         self._rule.apply([self._entry], [[self._total]], [()], self._pool)
@@ -216,7 +222,7 @@ class CallUpdater:
         return True
 
     def step(self, entry: Entry, pool: Pool) -> Step:
-        return _WholeStep(self, entry, pool)
+        return WholeStep(self, entry, pool)
 
     def apply_rows(self, entry: Entry, received: Rows) -> None:
         scratch = Rows(received.ids.clone(), entry.read_rows(received.ids), received.num_rows)
@@ -293,7 +299,7 @@ class StepOptimizer:
 
     def step(self, entry: Entry, pool: Pool) -> Step:
         kernel = self.optimizer.kernel(entry.key, entry.value, entry.state)  # type: ignore[arg-type]
-        return _WholeStep(self, entry, pool) if kernel is None else _KernelStep(self, kernel, entry)
+        return WholeStep(self, entry, pool) if kernel is None else _KernelStep(self, kernel, entry)
 
     def step_piece(
         self,

@@ -71,8 +71,8 @@ class Shard:
 
     def init(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
         """Hold copies of new values; all keys or none."""
-        with self._lock, _kept():
-            self._refuse_reentry()
+        with self._lock, kept():
+            self.refuse_reentry()
             self.check_new(keys)
             made = [
                 Entry(key, spec, self._copy_in(value)) for key, value, spec in zip(keys, values, specs, strict=True)
@@ -84,21 +84,21 @@ class Shard:
     def push(self, batch: Batch) -> None:
         """Sum the parts of each key and apply the update rule; the whole batch is checked first."""
         with self._lock:
-            self._refuse_reentry()
-            with _kept():
+            self.refuse_reentry()
+            with kept():
                 self._push(batch, ())
 
     def pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]]) -> None:
         """Copy values into tensors of their shapes."""
         with self._lock:
-            self._refuse_reentry()
+            self.refuse_reentry()
             self._pull(keys, outs)
 
     def pushpull(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]]) -> None:
         """Push, then pull the same keys, with nothing in between."""
         with self._lock:
-            self._refuse_reentry()
-            with _kept():
+            self.refuse_reentry()
+            with kept():
                 filled = self._push(batch, outs)
             if not filled:
                 self._pull(batch.keys, outs)
@@ -116,7 +116,7 @@ class Shard:
         with self._lock:
             rule = self._rule
             if rule.running:
-                self._refuse_reentry()
+                self.refuse_reentry()
             entry = self._entries.get(key) if type(key) is self._key_type else None
             if entry is None or (value is not None and (type(rule) is not Assign or self._nonfinite != "pass")):
                 return None
@@ -133,11 +133,11 @@ class Shard:
             Bytes moved per key, or None when nothing was done and the general way is to be taken.
         """
         with self._lock:
-            self._refuse_reentry()
+            self.refuse_reentry()
             rule = self._rule
             if values is not None and (self._nonfinite != "pass" or not isinstance(rule, Assign | StepOptimizer)):
                 return None
-            with _kept():
+            with kept():
                 plan = self._plans.find(keys, self._entries)
             if plan is None:
                 return None
@@ -146,7 +146,7 @@ class Shard:
             if columns is None or targets is None:
                 return None
             if columns and isinstance(rule, StepOptimizer):
-                with _kept():
+                with kept():
                     joined = plan.join(rule.optimizer) if plan.can_step else None
                 if joined is None:
                     return None
@@ -160,7 +160,7 @@ class Shard:
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         """Return copies of rows; ids are unique and sorted."""
         with self._lock:
-            self._refuse_reentry()
+            self.refuse_reentry()
             entries = [self.entry("row_sparse_pull", key) for key in keys]
             with self._in_order(entries):
                 return [
@@ -171,7 +171,7 @@ class Shard:
     def delete(self, keys: Sequence[Key]) -> None:
         """Forget values and their optimizer state; all keys or none."""
         with self._lock:
-            self._refuse_reentry()
+            self.refuse_reentry()
             for key in keys:
                 self.entry("delete", key)
             for key in keys:
@@ -185,7 +185,7 @@ class Shard:
     def set_updater(self, updater: Updater | None) -> None:
         """Apply ``updater(key, received, stored)`` to each sum; None restores assignment."""
         with self._lock:
-            self._refuse_reentry()
+            self.refuse_reentry()
             self._drop_states()
             self._rule = Assign() if updater is None else CallUpdater(updater)
 
@@ -193,7 +193,7 @@ class Shard:
         """Step an optimizer with each sum as the gradient; one of the same name keeps its state."""
         rule = StepOptimizer(spec)
         with self._lock:
-            self._refuse_reentry()
+            self.refuse_reentry()
             if self.optimizer is None or self.optimizer.name != spec.name:
                 self._drop_states()
             self._rule = rule
@@ -201,7 +201,7 @@ class Shard:
     def set_hyperparameters(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> None:
         """Change hyperparameters for some keys, or for all (which ends what was set for some)."""
         with self._lock:
-            self._refuse_reentry()
+            self.refuse_reentry()
             self._rule = self._changed_rule(numbers, keys)
 
     def _changed_rule(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> StepOptimizer:
@@ -270,7 +270,7 @@ class Shard:
     def close(self) -> None:
         """Forget everything and end the threads."""
         with self._lock:
-            self._refuse_reentry()
+            self.refuse_reentry()
             self._plans.clear()
             self._entries.clear()
             self._pool.close()
@@ -281,7 +281,7 @@ class Shard:
     def frozen(self) -> Iterator[tuple[list[Entry], Rule]]:
         """Give every entry and the rule for reading while no other thread can push."""
         with self._lock:
-            self._refuse_reentry()
+            self.refuse_reentry()
             yield list(self._entries.values()), self._rule
 
     def add(self, entries: Sequence[Entry]) -> None:
@@ -294,7 +294,7 @@ class Shard:
     def restore(self, entries: Sequence[Entry], rule: Rule | None) -> None:
         """Become these entries and this rule (None: the present rule stays)."""
         with self._lock:
-            self._refuse_reentry()
+            self.refuse_reentry()
             for entry in entries:
                 self._to_device(entry)
             self._plans.clear()
@@ -305,7 +305,7 @@ class Shard:
     def restore_states(self, entries: Sequence[Entry], rule: Rule | None) -> None:
         """Take over the optimizer state of these entries, whose shapes are this shard's; others start afresh."""
         with self._lock:
-            self._refuse_reentry()
+            self.refuse_reentry()
             mine = [self.entry("load_optimizer_states", entry.key) for entry in entries]
             self._drop_states()
             for entry, saved in zip(mine, entries, strict=True):
@@ -319,12 +319,12 @@ class Shard:
 
     def check(self, batch: Batch) -> None:
         """Raise what a push of a batch would raise."""
-        self._refuse_reentry()
+        self.refuse_reentry()
         check_push(batch, [self.entry(batch.verb, key) for key in batch.keys], self._rule)
 
     def check_new(self, keys: Sequence[Key]) -> None:
         """Raise if a key cannot be initialised."""
-        self._refuse_reentry()
+        self.refuse_reentry()
         for key in keys:
             self._check_key_type("init", key)
             if key in self._entries:
@@ -337,7 +337,8 @@ class Shard:
                 f"{type(key).__name__}; one store has one key type, fixed by its first init"
             )
 
-    def _refuse_reentry(self) -> None:
+    def refuse_reentry(self) -> None:
+        """Raise UpdaterError if an updater is running."""
         if self._rule.running:
             raise UpdaterError("an updater called the store that runs it; do this after the push has returned")
 
@@ -433,7 +434,7 @@ class Shard:
         return torch.empty(value.shape, dtype=value.dtype, device=device).copy_(value)
 
 
-def _kept() -> AbstractContextManager[Any]:
+def kept() -> AbstractContextManager[Any]:
     """Tensors that a store keeps must be normal ones, also when the caller is in torch.inference_mode()."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 

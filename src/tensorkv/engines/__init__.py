@@ -21,6 +21,7 @@ from ..manifest import Kind
 from ..optim import OptimizerSpec
 from ..rows import Rows
 from ..rules import Updater
+from ..shard import NonFinite
 from .local import LocalEngine
 
 GROUP = "tensorkv.engines"
@@ -103,6 +104,9 @@ class Engine(Protocol):
     def barrier(self) -> None:
         """Wait until every worker is here."""
 
+    def leave(self) -> None:
+        """Serve the others until every worker has left."""
+
     def close(self) -> None:
         """Finish pending pushes and let go of everything; called once."""
 
@@ -110,10 +114,11 @@ class Engine(Protocol):
 Factory = Callable[..., Engine]
 
 
-def _build_dist(*, timeout_s: float = 60.0, shared_memory: bool = True) -> Engine:
+def _build_dist(*, nonfinite: NonFinite = "pass", timeout_s: float = 60.0, shared_memory: bool = True) -> Engine:
+    # Only here: torch.distributed takes a while to import.
     from . import dist
 
-    return dist.build(timeout_s=timeout_s, shared_memory=shared_memory)
+    return dist.build(nonfinite=nonfinite, timeout_s=timeout_s, shared_memory=shared_memory)
 
 
 _factories: dict[str, Factory] = {

@@ -47,10 +47,10 @@ class Background:
                 self._thread.start()
             self._changed.notify_all()
 
-    def wait_for(self, what: Exchange | Stage) -> None:
-        """Wait until a push, or every push on a stage, is done as far as this worker is concerned."""
+    def wait_for(self, what: Exchange | Stage | None) -> None:
+        """Wait until a push, every push on a stage, or every push is done as far as this worker is concerned."""
         with self._changed:
-            while any(what in (job.exchange, job.exchange.stage) for job in self._jobs):
+            while any(what in (None, job.exchange, job.exchange.stage) for job in self._jobs):
                 self._meeting.check()
                 self._changed.wait(0.1)
         self._meeting.check()

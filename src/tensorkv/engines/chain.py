@@ -45,18 +45,18 @@ class Chain:
 
     # ------------------------------------------------------------ messages
 
-    def send(self, tensor: torch.Tensor, rank: int, doing: str) -> None:
+    def send(self, tensor: torch.Tensor, rank: Any, doing: str) -> None:
         """Begin to send; the tensor is the chain's until ``flush``, or until some more messages were sent."""
         while len(self._sending) >= 2 * DEPTH:
             self._finish_oldest(doing)
         self._sending.append((self._group.send(tensor, rank), rank, tensor))
         self.sent_nbytes += tensor.nbytes
 
-    def receive(self, tensor: torch.Tensor, rank: int) -> Any:
+    def receive(self, tensor: torch.Tensor, rank: Any) -> Any:
         """Begin to receive; ``finish`` waits."""
         return self._group.receive(tensor, rank)
 
-    def finish(self, work: Any, rank: int, doing: str) -> None:
+    def finish(self, work: Any, rank: Any, doing: str) -> None:
         """Wait for what ``receive`` began."""
         try:
             self._group.finish(work, rank, doing)
@@ -83,7 +83,7 @@ class Chain:
         if self.before is not None:
             head = torch.empty(_HEAD_NBYTES, dtype=torch.uint8)
             self.finish(self.receive(head, self.before), self.before, text)
-            theirs, other, length = _HEAD.unpack_from(head.numpy())
+            theirs, other, length = _HEAD.unpack_from(head.numpy().data)
             if (theirs, other) != (number, mark):
                 said = bytes(head[_HEAD.size : _HEAD.size + length].numpy()).decode(errors="replace")
                 ranks = {shorten(said): [self.before], shorten(text): [self._group.rank]}
@@ -91,7 +91,7 @@ class Chain:
         if self.after is not None:
             data = text.encode("utf-8", "backslashreplace")[: _HEAD_NBYTES - _HEAD.size]
             head = torch.zeros(_HEAD_NBYTES, dtype=torch.uint8)
-            _HEAD.pack_into(head.numpy(), 0, number, mark, len(data))
+            _HEAD.pack_into(head.numpy().data, 0, number, mark, len(data))
             head[_HEAD.size : _HEAD.size + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             self.send(head, self.after, text)
 

@@ -12,9 +12,11 @@ import torch
 
 from .. import native, reduce
 from ..entry import Entry
+from ..errors import quote
 from ..pool import Pool
-from ..rules import Assign, Rule, Step
+from ..rules import Assign, Rule, Step, WholeStep
 from .chain import DEPTH, Chain
+from .finite import Guard
 from .meeting import Meeting
 from .route import Arrays, Leg, Route, Stage, copy_out, lay_out
 from .segment import aligned
@@ -35,6 +37,7 @@ class Exchange:
         doing: the call, for messages.
         entries: what this worker updates of each key.
         rule: how.
+        guard: against NaN and Inf; None: they pass.
     """
 
     def __init__(
@@ -47,10 +50,12 @@ class Exchange:
         doing: str,
         entries: Sequence[Entry],
         rule: Rule,
+        guard: Guard | None = None,
     ) -> None:
         self._meeting, self._chain, self.stage, self._doing = meeting, chain, stage, doing
         self.route, self.number = route, number
-        self._entries, self._rule = entries, rule
+        self._entries, self._rule, self._guard = entries, rule, guard
+        self.refusal: Exception | None = None
         self._legs = route.legs(stage)
         self.count = len(self._legs)
         # How often each chunk's slot will have been used after this call.
@@ -62,7 +67,8 @@ class Exchange:
         self._owners = 8 * chain.owners
         self._is_owner = meeting.me < chain.owners
         self._updates = self._is_owner and chain.is_last
-        self._at_end = any(map(rule.sees_whole, entries))
+        self._at_end = guard is not None or any(map(rule.sees_whole, entries))
+        self._assigns = isinstance(rule, Assign) and guard is None
         self._steps: dict[int, Step] = {}
         self._coming: dict[int, tuple[list[torch.Tensor], object]] = {}
         self._returning: dict[int, tuple[list[torch.Tensor], object]] = {}
@@ -188,7 +194,7 @@ class Exchange:
 
     def _sum_leg(self, leg: Leg, present: list[int], before: torch.Tensor | None, sums: torch.Tensor | None) -> None:
         own = leg.own
-        if native.can_sum(leg.dtype) and (sums is not None or isinstance(self._rule, Assign)):
+        if native.can_sum(leg.dtype) and (sums is not None or self._assigns):
             columns = leg.own_columns([leg.room_columns[worker] for worker in present])
             if before is not None:
                 columns.insert(0, native.column_beside(before, leg.counts[own]))
@@ -210,7 +216,9 @@ class Exchange:
 
     def _step(self, key: int) -> Step:
         if key not in self._steps:
-            self._steps[key] = self._rule.step(self._entries[key], _POOL)
+            entry = self._entries[key]
+            step = self._rule.step(entry, _POOL) if self._guard is None else WholeStep(self._rule, entry, _POOL)
+            self._steps[key] = step
         return self._steps[key]
 
     def _finish(self) -> None:
@@ -219,7 +227,10 @@ class Exchange:
             for entry in self._entries:
                 entry.version += 1
             return
+        left_out = set() if self._guard is None else self._sift(self._guard)
         for key, (entry, held) in enumerate(zip(self._entries, self.route.held, strict=True)):
+            if key in left_out:
+                continue
             version = entry.version
             # No piece has come of a value without elements, and its updater is called all the same.
             if self._at_end and self._updates and self._meeting.me == 0 and not held.value.numel():
@@ -231,6 +242,14 @@ class Exchange:
                 entry.version = version + 1
             except Exception as error:
                 self.failed.append((key, error))
+
+    def _sift(self, guard: Guard) -> set[int]:
+        """Agree with all workers on which keys are left out."""
+        bad = {key: step.count_nonfinite() for key, step in self._steps.items() if isinstance(step, WholeStep)}
+        verb = self._doing.partition(" ")[0]
+        names = [f"{verb}({quote(entry.key)})" for entry in self._entries]
+        left_out, self.refusal = guard.decide(bad, names, self._doing)
+        return left_out
 
     def _receive(self, chunk: int, legs: list[Leg]) -> list[torch.Tensor] | None:
         """Return what the hosts before have summed of this worker's pieces, asking for the next chunk already."""

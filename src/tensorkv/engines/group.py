@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from .. import errors
 from ..errors import ArgumentError, RankLostError, TensorKVError
@@ -22,7 +24,10 @@ log = logging.getLogger("tensorkv")
 
 # How long to wait for the one who has noticed a fault to say what it was.
 _NEWS_S = 2.0
+# How many dist stores this process has made, which tells apart what they say to each other.
 _made = 0
+# The meeting place that torchrun's variables name; its server lives as long as rank 0's process.
+_met: Any = None
 
 
 class Group:
@@ -50,7 +55,7 @@ class Group:
             return
         global _made
         _made += 1
-        self._store = dist.PrefixStore(f"tensorkv/{_made}", store)
+        self._store = PrefixStore(f"tensorkv/{_made}", store)
         self.hosts = self._find_hosts(shared_memory)
         self.host = next(index for index, ranks in enumerate(self.hosts) if self.rank in ranks)
 
@@ -60,12 +65,15 @@ class Group:
             return dist.distributed_c10d._get_default_store() if self.size > 1 else None
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
             return None
-        try:
-            store, self.rank, self.size = next(
-                dist.rendezvous("env://", timeout=timedelta(seconds=self.timeout_s))  # type: ignore[no-untyped-call]
-            )
-        except (ValueError, dist.DistError) as error:
-            raise RankLostError(f"create: the workers did not meet at MASTER_ADDR and MASTER_PORT: {error}") from error
+        global _met
+        if _met is None:
+            try:
+                _met = next(rendezvous("env://", timeout=timedelta(seconds=self.timeout_s)))
+            except (ValueError, dist.DistError) as error:
+                raise RankLostError(
+                    f"create: the workers did not meet at MASTER_ADDR and MASTER_PORT: {error}"
+                ) from error
+        store, self.rank, self.size = _met
         return store
 
     def _find_hosts(self, shared_memory: bool) -> list[list[int]]:
@@ -151,7 +159,7 @@ class Group:
         return self._links
 
     def _connect(self) -> Any:
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=self.timeout_s)
         name = os.environ.get("GLOO_SOCKET_IFNAME")
         if name:
@@ -162,7 +170,7 @@ class Group:
             device = dist.ProcessGroupGloo.create_default_device()
         options._devices = [device]
         try:
-            return dist.ProcessGroupGloo(dist.PrefixStore("links", self._store), self.rank, self.size, options)
+            return dist.ProcessGroupGloo(PrefixStore("links", self._store), self.rank, self.size, options)
         except RuntimeError as error:
             raise self.news(f"the workers cannot be linked through Gloo: {error}") from error
 

@@ -94,5 +94,8 @@ class LocalEngine:
     def barrier(self) -> None:
         pass
 
+    def leave(self) -> None:
+        pass
+
     def close(self) -> None:
         self._shard.close()

@@ -163,9 +163,9 @@ class Meeting:
         if self.error is None and self.size > 1 and _shared.load(self._stop):
             at = self._note
             (length,) = struct.unpack_from("I", self._memory.memory, at)
-            kind, message = json.loads(self._memory.memory[at + 4 : at + 4 + length])
+            kind, message = json.loads(bytes(self._memory.memory[at + 4 : at + 4 + length]))
             self.error = getattr(errors, kind)(message)
-            self.group.publish(self.error)  # type: ignore[arg-type]
+            self.group.publish(self.error)
         if self.error is not None:
             raise type(self.error)(str(self.error))
 
@@ -246,7 +246,7 @@ class Meeting:
     def _read(self, worker: int, number: int) -> tuple[bytes, str]:
         at, memory = self._entry(worker, number), self._memory.memory
         mark, length = _HEAD.unpack_from(memory, at)
-        return mark, memory[at + _HEAD.size : at + _HEAD.size + length].decode(errors="replace")
+        return mark, bytes(memory[at + _HEAD.size : at + _HEAD.size + length]).decode(errors="replace")
 
     def _mismatch(self, number: int, present: Sequence[int]) -> WorkerMismatchError:
         said: dict[str, list[int]] = {}
@@ -275,12 +275,11 @@ class Meeting:
             MemoryError: on every worker, when there is not so much.
         """
         self._shares += 1
-        maker = self.me == 0
         segment: Segment | None = None
-        if maker:
+        if self.me == 0:
             try:
-                segment = Segment(nbytes)
-            except OSError:
+                segment = Segment(nbytes, private=self.size == 1)
+            except (OSError, RuntimeError):
                 segment = None
         if self.size > 1:
             segment = self._pass_on(segment, nbytes, doing)
@@ -301,7 +300,7 @@ class Meeting:
         else:
             self.wait(shared[:8], self._shares, doing)
             (length,) = struct.unpack_from("I", memory.memory, at)
-            path = memory.memory[at + 4 : at + 4 + length]
+            path = bytes(memory.memory[at + 4 : at + 4 + length])
             segment = Segment(nbytes, path.decode()) if path else None
             _shared.store(self._word(self.me, _SHARED), self._shares)
         self.wait(shared, self._shares, doing)

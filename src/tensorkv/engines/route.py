@@ -181,6 +181,11 @@ class Route:
             ]
         return known
 
+    def are_apart(self, columns: Sequence[Column], targets: Sequence[Column]) -> bool:
+        """Tell whether targets may be written before all columns have been read."""
+        parts, outs = ([each.addresses for each in group] for group in (columns, targets))
+        return self.form is not None and self.form.are_apart(parts, outs)
+
     def fill(self, targets: Sequence[Column]) -> None:
         """Copy whole values to arrays that have the route's form."""
         if self.form is not None and targets:

@@ -7,7 +7,6 @@ does not matter.
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from collections.abc import Sequence
@@ -36,13 +35,20 @@ class Segment:
     Args:
         nbytes: to make a new one.
         path: to open another process's, whose ``nbytes`` are the same.
+        private: make memory of this process alone.
 
     Raises:
         OSError: no memory, or the other process's cannot be opened.
     """
 
-    def __init__(self, nbytes: int, path: str | None = None) -> None:
+    def __init__(self, nbytes: int, path: str | None = None, *, private: bool = False) -> None:
         self.nbytes = max(nbytes, LINE)
+        self.words: range = range(0)
+        if private:
+            self.descriptor = -1
+            self._bytes = torch.zeros(self.nbytes, dtype=torch.uint8)
+            self.address = self._bytes.data_ptr()
+            return
         if path is None:
             self.descriptor = os.memfd_create("tensorkv", os.MFD_CLOEXEC)
             # What is missing must be missed now, not as a bus error when it is touched.
@@ -53,10 +59,12 @@ class Segment:
                 os.close(self.descriptor)
                 raise OSError(f"{path} is not the segment that was shared")
         self.path = f"/proc/{os.getpid()}/fd/{self.descriptor}"
-        self.memory = mmap.mmap(self.descriptor, self.nbytes)
-        self._bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
+        # Not mmap.mmap, which keeps a descriptor for as long as somebody looks at the memory. This comes before any
+        # lock, since to close a descriptor of a file ends the locks that this process has on it.
+        storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{self.descriptor}", True, self.nbytes)
+        self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
+        self.memory = memoryview(self._bytes.numpy().data)
         self.address = self._bytes.data_ptr()
-        self.words: range = range(0)
 
     def set_words(self, count: int) -> None:
         """Say how many words the segment begins with."""

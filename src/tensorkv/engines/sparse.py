@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .. import arrays, rows
+from .. import arrays, errors, rows
 from ..entry import Entry, Part
 from ..errors import WorkerError, quote
 from ..keys import Key
@@ -83,8 +83,8 @@ def first_table(group: Group, value: Rows, doing: str) -> Table:
 
 
 def raised_elsewhere(rank: int, key: Key, kind: str, message: str) -> Exception:
-    """Return what another worker's updater raised: the same kind of error if it is one of Python's own."""
-    made: Any = getattr(builtins, kind, None)
+    """Return what another worker's updater raised: of the same kind if Python or this package has it."""
+    made: Any = getattr(builtins, kind, None) or getattr(errors, kind, None)
     if isinstance(made, type) and issubclass(made, Exception) and not issubclass(made, OSError | UnicodeError):
         error: Exception = made(message)
         error.add_note(f"raised by the updater of {quote(key)} on rank {rank}")

@@ -1,0 +1,88 @@
+"""Calls: what every worker enters in the same order, and what happens when one does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from threading import RLock
+
+import torch
+
+from ..errors import TensorKVError, WorkerError, WorkerMismatchError
+from ..shard import Shard, kept
+from .chain import Chain
+from .meeting import REFUSED, Meeting, fingerprint
+
+
+class Calls:
+    """The calls of one worker.
+
+    Args:
+        meeting: of its host.
+        chain: to other hosts.
+        shard: whose updater must not call the store.
+        rank: of this worker, for messages.
+    """
+
+    def __init__(self, meeting: Meeting, chain: Chain, shard: Shard, rank: int) -> None:
+        self._meeting, self._chain, self._shard, self._rank = meeting, chain, shard, rank
+        self.lock = RLock()
+        self._entered = False
+
+    @contextmanager
+    def entered(self, text: str) -> Iterator[int]:
+        """Enter a call and give its number; what goes wrong inside it ends the store for every worker."""
+        with self.lock, kept(), torch.no_grad():
+            self.check()
+            number = self._meeting.enter(fingerprint(text), text)
+            self._entered = True
+            try:
+                yield number
+            except (TensorKVError, MemoryError):
+                raise
+            except BaseException as error:
+                how = f"{type(error).__name__}: {error}"
+                self._meeting.stop(WorkerError(f"{text[:200]}: rank {self._rank} broke off: {how}"))
+                raise
+
+    def check(self) -> None:
+        """Raise if an updater is running, or what has ended this store."""
+        self._shard.refuse_reentry()
+        self._meeting.check()
+
+    def together(self, number: int, text: str) -> None:
+        """Return when every worker has entered this call; they must all take part."""
+        present = self._meeting.agree(number, text)
+        if len(present) < self._meeting.size:
+            gone = [rank for worker, rank in enumerate(self._meeting.ranks) if worker not in present]
+            raise self._meeting.stop(
+                WorkerMismatchError(f"{text}: rank {gone[0]} has left; until all have, others may push and pull only")
+            )
+        self._chain.agree(number, fingerprint(text), text)
+        self._meeting.barrier(text)
+
+    def who(self, number: int, text: str) -> Callable[[], list[int]]:
+        """Return a function that tells which workers of this host take part in a push."""
+
+        def ask() -> list[int]:
+            present = self._meeting.agree(number, text)
+            self._chain.greet(number, fingerprint(text), text)
+            return present
+
+        return ask
+
+    # ------------------------------------------------------------ calls that do not come to be
+
+    def begin(self) -> None:
+        """Begin another call, which has not been entered yet."""
+        # What an updater calls is inside another call.
+        if not self._shard.rule.running:
+            self._entered = False
+
+    def refuse(self, verb: str, error: Exception) -> None:
+        """Tell the others that this worker did not make its call, since what it was given does not fit."""
+        if self._entered or self._shard.rule.running or self._meeting.error is not None:
+            return
+        with self.lock, suppress(TensorKVError):
+            number = self._meeting.enter(REFUSED, f"{verb} refused: {error}")
+            self._meeting.pass_over(number)

@@ -1,0 +1,354 @@
+"""Pushes and pulls of a dist store, from the checked batch to the exchange.
+
+A push without an updater lays its parts out in a stage of its own and leaves the rest to the background. A pushpull,
+and everything else that has to see its end, goes through a small stage that all calls share and stays in cache.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .. import arrays, reduce, rows
+from ..columns import Column
+from ..entry import Batch, Entry, Part
+from ..errors import TensorKVError, WorkerError, WorkerMismatchError
+from ..keys import Key
+from ..rows import Rows
+from ..shard import Shard
+from ..table import Table
+from . import sparse
+from .background import Background
+from .calls import Calls
+from .chain import Chain
+from .exchange import Exchange
+from .finite import Guard
+from .group import Group
+from .meeting import LEFT, Meeting, describe, fingerprint
+from .route import RING, SLOT_NBYTES, Arrays, Held, Route, Stage
+
+# Calls whose outs are larger together do not find them in the cache afterwards.
+_PAST_CACHE_NBYTES = 4 << 20
+
+Outs = Sequence[Sequence[torch.Tensor]]
+
+
+class Pushes:
+    """What one worker has pushed, and how it goes on its way.
+
+    Args:
+        group: of all workers.
+        meeting: of this worker's host.
+        chain: to other hosts.
+        calls: of this worker.
+        shard: what it updates.
+        held: whole values, by key.
+        guard: against NaN and Inf; None: they pass.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        meeting: Meeting,
+        chain: Chain,
+        calls: Calls,
+        shard: Shard,
+        held: Mapping[Key, Held],
+        guard: Guard | None,
+    ) -> None:
+        self._group, self._meeting, self._chain, self._calls = group, meeting, chain, calls
+        self._shard, self._held, self._guard = shard, held, guard
+        self._routes: dict[tuple[Key, ...], Route] = {}
+        self._stage: Stage | None = None
+        self._pending: dict[Key, Exchange] = {}
+        self._background = Background(meeting, in_order=len(group.hosts) > 1)
+
+    # ------------------------------------------------------------ push
+
+    def push(self, batch: Batch, outs: Outs | None, priority: int) -> None:
+        """Push a batch; with outs, pull its keys."""
+        self._shard.check(batch)
+        kinds = [sparse.kind(parts) for parts in batch.parts]
+        text = _text("push" if outs is None else "pushpull", batch.keys, kinds)
+        with self._calls.entered(text) as number:
+            if any(kinds):
+                problem, filled = self._push_mixed(number, text, batch, kinds), False
+            else:
+                problem, filled = self._push_dense(number, text, batch.keys, batch.parts, outs, priority)
+        # Not inside the call: an updater that raises does not end the store.
+        if problem is not None:
+            raise problem
+        if outs is not None and not filled:
+            self.pull(batch.keys, outs)
+
+    def _push_dense(
+        self,
+        number: int,
+        text: str,
+        keys: Sequence[Key],
+        groups: Sequence[Sequence[Part]],
+        outs: Outs | None,
+        priority: int,
+    ) -> tuple[Exception | None, bool]:
+        """Push dense parts; return what went wrong without ending the store, and whether outs were filled."""
+        entries = [self._shard.entry("push", key) for key in keys]
+        dtypes = [self._held[key].value.dtype for key in keys]
+        parts = Arrays.of([sparse.dense(entry, group) for entry, group in zip(entries, groups, strict=True)], dtypes)
+        later = outs is None and self._may_be_later
+        exchange = self._exchange(number, text, keys, entries, own_stage=later)
+        who = self._calls.who(number, text)
+        if later:
+            self._push_later(exchange, parts, who, keys, priority)
+            return None, False
+        self.drain()
+        ready = None if outs is None else Arrays.of(outs, dtypes)
+        direct = ready is not None and ready.bases is not None
+        if direct and exchange.count > 1:
+            direct = reduce.are_apart(parts.groups, outs)  # type: ignore[arg-type]
+        past = outs is not None and sum([out.nbytes for group in outs for out in group]) > _PAST_CACHE_NBYTES
+        exchange.run(parts, ready if direct else None, who, past)
+        if not direct:
+            exchange.wait_for_values()
+        return self._problem(exchange, entries, text), direct
+
+    @property
+    def _may_be_later(self) -> bool:
+        """Whether nothing can go wrong with a push that its caller would have to hear of."""
+        return not self._shard.has_updater and self._guard is None
+
+    def _push_later(
+        self, exchange: Exchange, parts: Arrays, who: Callable[[], list[int]], keys: Sequence[Key], priority: int
+    ) -> None:
+        # Pushes of one key are applied in the order in which they were made.
+        for earlier in {id(each): each for key in keys if (each := self._pending.get(key))}.values():
+            if earlier.route is not exchange.route:
+                self._background.wait_for(earlier)
+        for chunk in range(exchange.count):
+            exchange.lay_out(chunk, parts)
+        for key in keys:
+            self._pending[key] = exchange
+        self._background.add(exchange, who, priority)
+
+    def _push_mixed(self, number: int, text: str, batch: Batch, kinds: Sequence[bool]) -> Exception | None:
+        """Push keys of which some came as Rows alone."""
+        self.drain()
+        self._meeting.agree(number, text)
+        merged: dict[Key, Rows] = {}
+        for key, parts, is_rows in zip(batch.keys, batch.parts, kinds, strict=True):
+            if is_rows:
+                entry = self._shard.entry(batch.verb, key)
+                total = rows.merge(parts, arrays.accumulator(entry.spec.dtype))  # type: ignore[arg-type]
+                merged[key] = sparse.gather(self._group, entry, total, text)
+        self._meeting.barrier(text)
+        rest = [index for index, is_rows in enumerate(kinds) if not is_rows]
+        problem: Exception | None = None
+        if rest:
+            keys, groups = [batch.keys[i] for i in rest], [batch.parts[i] for i in rest]
+            inner = _text("push", keys, [])
+            number = self._meeting.enter(fingerprint(inner), inner)
+            problem, _ = self._push_dense(number, inner, keys, groups, None, 0)
+        if self._guard is not None and problem is None:
+            problem = self._guard.sift(batch.verb, merged)
+        if problem is None:
+            for key, total in merged.items():
+                self._take_rows(self._shard.entry(batch.verb, key), total, text)
+        return problem
+
+    def _take_rows(self, entry: Entry, merged: Rows, text: str) -> None:
+        if isinstance(entry.value, Table):
+            self._shard.rule.apply_rows(entry, merged)
+            return
+        held = self._held[entry.key]
+        updates = self._chain.is_last and self._meeting.me < self._chain.owners
+        sparse.apply(self._shard.rule, entry, held, self._meeting.me if updates else self._chain.owners, merged)
+        self._meeting.barrier(text)
+        if len(self._group.hosts) > 1:
+            writes = self._meeting.me == 0 and not self._chain.is_last
+            sparse.copy_rows(self._group, held, merged.ids, self._group.hosts[-1][0], writes, text)
+            self._meeting.barrier(text)
+
+    def _problem(self, exchange: Exchange, entries: Sequence[Entry], text: str) -> Exception | None:
+        """Return, on every worker, what an updater has raised on one, or that a sum was refused."""
+        if self._guard is not None and exchange.refusal is not None:
+            return exchange.refusal
+        if not self._shard.has_updater:
+            return None
+        mine = [[key, type(error).__name__, str(error)[:1000]] for key, error in exchange.failed]
+        said = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
+        found = self._group.gather(said, text)
+        failed = [(rank, *each) for rank, own in enumerate(found) for each in json.loads(bytes(own.numpy()))]
+        for rank, key, _, _ in failed:
+            if rank != self._group.rank:
+                entries[key].version -= 1
+        if exchange.failed:
+            return exchange.failed[0][1]
+        if failed:
+            rank, key, kind, message = failed[0]
+            return sparse.raised_elsewhere(rank, entries[key].key, kind, message)
+        return None
+
+    # ------------------------------------------------------------ the short way
+
+    def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
+        """Do a call that names the keys of an earlier one; None: it is to go the general way."""
+        route = self._routes.get(tuple(keys)) if set(map(type, keys)) in ({str}, {int}) else None
+        if route is None or route.form is None or not self._may_be_later:
+            return None
+        form = route.form
+        columns = [] if values is None else form.columns(values)
+        targets = [] if outs is None else form.targets(outs)
+        if columns is None or targets is None:
+            return None
+        with self._calls.lock:
+            self._calls.check()
+            entries = [self._shard.entry("push", key) for key in keys]
+            if not columns:
+                self.settle(keys)
+                route.fill(targets)
+            elif not self._push_columns(route, keys, entries, columns, targets):
+                return None
+        return form.moved(len(columns) + len(targets))
+
+    def _push_columns(
+        self,
+        route: Route,
+        keys: Sequence[Key],
+        entries: Sequence[Entry],
+        columns: Sequence[Column],
+        targets: Sequence[Column],
+    ) -> bool:
+        try:
+            for entry in entries:
+                self._shard.rule.check(entry, by_rows=False)
+        except TensorKVError:
+            return False
+        verb = "pushpull" if targets else "push"
+        if verb not in route.texts:
+            route.texts[verb] = _text(verb, keys, [])
+        text, parts = route.texts[verb], Arrays.of_columns(columns)
+        with self._calls.entered(text) as number:
+            exchange = self._exchange(number, text, keys, entries, own_stage=not targets)
+            who = self._calls.who(number, text)
+            if not targets:
+                self._push_later(exchange, parts, who, keys, 0)
+                return True
+            self.drain()
+            apart = exchange.count == 1 or route.are_apart(columns, targets)
+            past = sum(route.form.nbytes) * len(targets) > _PAST_CACHE_NBYTES  # type: ignore[union-attr]
+            exchange.run(parts, Arrays.of_columns(targets) if apart else None, who, past)
+            if not apart:
+                exchange.wait_for_values()
+                route.fill(targets)
+        return True
+
+    # ------------------------------------------------------------ pull
+
+    def pull(self, keys: Sequence[Key], outs: Outs) -> None:
+        """Copy values out, after this worker's earlier pushes of these keys."""
+        with self._calls.lock:
+            self._calls.check()
+            for key in keys:
+                self._shard.entry("pull", key)
+            self.settle(keys)
+            pairs = [(out, self._held[key].value) for key, group in zip(keys, outs, strict=True) for out in group]
+            with torch.no_grad():
+                for job in reduce.copies(pairs, 1):
+                    job()
+
+    def settle(self, keys: Sequence[Key]) -> None:
+        """Wait for this worker's earlier pushes of some keys."""
+        for exchange in {id(each): each for key in keys if (each := self._pending.pop(key, None))}.values():
+            self._background.wait_for(exchange)
+            exchange.wait_for_values()
+
+    def drain(self) -> None:
+        """Wait for all of this worker's earlier pushes."""
+        self._background.wait_for(None)
+        self.settle(list(self._pending))
+
+    # ------------------------------------------------------------ those who have left
+
+    def leave(self) -> None:
+        """Serve the others until every worker has left."""
+        with self._calls.lock:
+            self._calls.check()
+            if len(self._group.hosts) > 1:
+                raise WorkerError("leave: not yet over several hosts; give every worker as many batches")
+            self.drain()
+            while True:
+                number = self._meeting.enter(LEFT, "leave")
+                present = self._meeting.agree(number, "leave")
+                if not present:
+                    return
+                self._serve(number, self._meeting.text(present[0], number), present)
+
+    def _serve(self, number: int, text: str, present: list[int]) -> None:
+        verb, _, rest = text.partition(" ")
+        if verb not in ("push", "pushpull"):
+            raise self._meeting.stop(
+                WorkerMismatchError(
+                    f"rank {self._group.rank} has left; the others may push and pull only, not {text[:200]}"
+                )
+            )
+        try:
+            called = json.loads(rest)
+        except ValueError:
+            raise self._meeting.stop(WorkerError("leave: the others push too many keys in one call")) from None
+        keys = called["keys"]
+        if "rows" in called:
+            raise self._meeting.stop(WorkerError("leave: the others push Rows, which every worker has to be there for"))
+        entries = [self._shard.entry("push", key) for key in keys]
+        later = verb == "push" and self._may_be_later
+        exchange = self._exchange(number, text, keys, entries, own_stage=later)
+        exchange.run(None, None, lambda: present, False)
+        self._problem(exchange, entries, text)
+
+    # ------------------------------------------------------------ routes
+
+    def _exchange(
+        self, number: int, text: str, keys: Sequence[Key], entries: Sequence[Entry], *, own_stage: bool
+    ) -> Exchange:
+        route = self._route(tuple(keys))
+        if own_stage:
+            if route.own_stage is None:
+                slots = max(1, len(route.chunks))
+                route.own_stage = Stage(self._meeting, slots, route.slot_nbytes, text)
+            else:
+                # Its slots are filled again only when what was laid out before has been taken.
+                self._background.wait_for(route.own_stage)
+            stage = route.own_stage
+        else:
+            if self._stage is None:
+                self._stage = Stage(self._meeting, RING, SLOT_NBYTES, text)
+            stage = self._stage
+        rule = self._shard.rule
+        return Exchange(self._meeting, self._chain, route, stage, number, text, entries, rule, self._guard)
+
+    def _route(self, keys: tuple[Key, ...]) -> Route:
+        route = self._routes.get(keys)
+        if route is None:
+            route = Route([self._held[key] for key in keys], self._meeting, self._chain.owners)
+            self._routes[keys] = route
+        return route
+
+    def forget(self, keys: Sequence[Key] | None = None) -> None:
+        """Drop the routes of some keys, or all."""
+        gone = None if keys is None else set(keys)
+        for called in [each for each in self._routes if gone is None or not gone.isdisjoint(each)]:
+            stage = self._routes.pop(called).own_stage
+            if stage is not None:
+                self._meeting.forget(stage.segment)
+
+    def close(self) -> None:
+        """End the background thread and let go of the memory."""
+        self._background.close()
+        self._routes.clear()
+        self._pending.clear()
+        self._stage = None
+
+
+def _text(verb: str, keys: Sequence[Key], kinds: Sequence[bool]) -> str:
+    return describe(verb, keys=list(keys), rows=list(kinds)) if any(kinds) else describe(verb, keys=list(keys))

@@ -31,7 +31,7 @@ class Team:
         if isinstance(command, str):
             command = [sys.executable, str(HERE / "dist_programs.py"), command]
         self.port = free_port()
-        self.outputs = [tempfile.TemporaryFile("w+") for _ in range(count)]
+        self.outputs = [tempfile.TemporaryFile("w+") for _ in range(count)]  # noqa: SIM115 - closed by __exit__
         self.processes = []
         for rank in range(count):
             variables = {

@@ -15,11 +15,14 @@ from .errors import (
     KeyTypeError,
     NonFiniteError,
     OptimizerError,
+    RankLostError,
     SparseOutWarning,
     StoreClosedError,
     TensorKVError,
     UpdaterError,
     ValueMismatchError,
+    WorkerError,
+    WorkerMismatchError,
 )
 from .rows import Rows
 from .store import KVStore, create
@@ -40,6 +43,7 @@ __all__ = [
     "KeyTypeError",
     "NonFiniteError",
     "OptimizerError",
+    "RankLostError",
     "Rows",
     "SparseOutWarning",
     "StoreClosedError",
@@ -47,6 +51,8 @@ __all__ = [
     "Trainer",
     "UpdaterError",
     "ValueMismatchError",
+    "WorkerError",
+    "WorkerMismatchError",
     "__version__",
     "create",
     "engines",

@@ -11,7 +11,7 @@ from typing import Any, Self
 from . import engines, optim
 from .arguments import keys_of
 from .entry import KeyInfo
-from .errors import ArgumentError, ForkedStoreError, OptimizerError, StoreClosedError, TensorKVError
+from .errors import ArgumentError, ForkedStoreError, OptimizerError, StoreClosedError, TensorKVError, UpdaterError
 from .keys import Key, check_key, is_key
 from .metrics import Metrics, clock
 from .rules import Updater
@@ -347,7 +347,13 @@ class StoreControl:
         """Finish pending pushes and let go of the values; once is enough, twice does no harm."""
         if not self._closed:
             self._check_fork("close")
-            self._engine.close()
+            try:
+                self._engine.close()
+            except UpdaterError:
+                raise
+            except BaseException:
+                self._closed = True
+                raise
             self._closed = True
 
     def __enter__(self) -> Self:

@@ -6,12 +6,15 @@ with fewer rows. Small values have one owner.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Values of fewer elements are not worth dividing.
 _WHOLE = 1 << 14
 _LINE = 64
+# A multiple of the elements that torch's vector loops take at a time.
+_VECTOR = 64
 
 
 def borders(shape: Sequence[int], owners: int, lead: int, *, whole: bool = False) -> list[int]:
@@ -24,17 +27,18 @@ def borders(shape: Sequence[int], owners: int, lead: int, *, whole: bool = False
         whole: do not divide this value.
 
     >>> borders((1_000_000,), 4, 0)
-    [0, 250000, 500000, 750000, 1000000]
+    [0, 249984, 499968, 749952, 1000000]
     >>> borders((2, 3), 4, lead=1)
     [0, 0, 2, 2, 2]
     """
     rows = shape[0] if shape else 1
-    numel = rows
-    for size in shape[1:]:
-        numel *= size
+    numel = math.prod(shape)
     if whole or numel < _WHOLE or rows < owners:
         return [0] * (lead + 1) + [rows] * (owners - lead)
-    return [rows * owner // owners for owner in range(owners + 1)]
+    # torch computes the last few elements of an array otherwise than the rest, and they may round differently:
+    # parts end where its vectors end.
+    step = _VECTOR // math.gcd(_VECTOR, numel // rows)
+    return [rows * owner // owners // step * step for owner in range(owners)] + [rows]
 
 
 def lightest(loads: Sequence[int]) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 
 from . import arrays
 from .errors import ArgumentError, CheckpointError, OptimizerError, ValueMismatchError, quote
+from .overlap import Overlap
 from .store import KVStore
 from .updates import Params, StoreUpdate, WorkerUpdate, broadcast
 
@@ -35,6 +36,8 @@ class Trainer:
         prefix: put before each name, so that several models can share a store.
         update_on_store: True: the store updates and replicas pull weights. False: the store only sums,
             replicas pull the sum into ``.grad`` and step their own optimizers.
+        overlap: push each gradient when backward has made it, so that the exchange between workers goes on during
+            backward. Each ``backward`` is then followed by ``step``. Worth it where ``push`` does not wait.
         **numbers: hyperparameters such as ``lr=0.1``; also ``rescale_grad`` (factor on the sum, default
             1) and ``clip_gradient`` (bound on each element after rescaling).
 
@@ -67,6 +70,7 @@ class Trainer:
         *,
         prefix: str = "",
         update_on_store: bool = True,
+        overlap: bool = False,
         **numbers: Any,
     ) -> None:
         if not isinstance(kv, KVStore):
@@ -80,6 +84,7 @@ class Trainer:
         self._update = kind(kv, optimizer, numbers, self._params)
         broadcast(kv, self._params, {key: params[0].detach() for key, params in self._params.items()})
         self._update.start()
+        self._overlap = Overlap(kv, self._params) if overlap else None
 
     def step(self) -> None:
         """Push each parameter's gradients, summed over replicas, and update every replica.
@@ -93,7 +98,10 @@ class Trainer:
 
         Limits: all workers of a synchronous store must have gradients for the same parameters.
         """
-        self._update.step({k: params for k, params in self._params.items() if any(p.grad is not None for p in params)})
+        if self._overlap is not None:
+            self._overlap.finish()
+        pushed = {k: params for k, params in self._params.items() if any(p.grad is not None for p in params)}
+        self._update.step(pushed, is_pushed=self._overlap is not None)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of every replica's trained parameters.

@@ -53,7 +53,10 @@ class StoreUpdate:
             numbers = dict(self._wanted)
             self._kv.set_optimizer(numbers.pop("name"), **numbers)
 
-    def step(self, params: Params) -> None:
+    def step(self, params: Params, *, is_pushed: bool) -> None:
+        if is_pushed:
+            self._kv.pull(list(params), out=list(params.values()))
+            return
         grads = [[p.grad for p in replicas if p.grad is not None] for replicas in params.values()]
         self._kv.pushpull(list(params), grads, out=list(params.values()))
 
@@ -153,12 +156,15 @@ class WorkerUpdate:
     def start(self) -> None:
         pass
 
-    def step(self, params: Params) -> None:
+    def step(self, params: Params, *, is_pushed: bool) -> None:
         self._refuse_optimizer()
         # Sparse gradients are summed whole: a worker does not know which rows others have pushed.
         grads = [[_dense(p.grad) for p in replicas if p.grad is not None] for replicas in params.values()]
         sums = [[_sum_buffer(p) for p in replicas] for replicas in params.values()]
-        self._kv.pushpull(list(params), grads, out=sums)
+        if is_pushed:
+            self._kv.pull(list(params), out=sums)
+        else:
+            self._kv.pushpull(list(params), grads, out=sums)
         for replicas, totals in zip(params.values(), sums, strict=True):
             sparse = all(p.grad is None or p.grad.is_sparse for p in replicas)
             for param, total in zip(replicas, totals, strict=True):

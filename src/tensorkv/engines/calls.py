@@ -79,10 +79,19 @@ class Calls:
         if not self._shard.rule.running:
             self._entered = False
 
-    def refuse(self, verb: str, error: Exception) -> None:
-        """Tell the others that this worker did not make its call, since what it was given does not fit."""
+    def refuse(self, verb: str, error: Exception, drain: Callable[[], None]) -> None:
+        """Tell the others that this worker did not make its call, since what it was given does not fit.
+
+        Args:
+            verb: of the call.
+            error: what was wrong.
+            drain: waits for this worker's earlier pushes, which go to other hosts in order.
+        """
         if self._entered or self._shard.rule.running or self._meeting.error is not None:
             return
         with self.lock, suppress(TensorKVError):
-            number = self._meeting.enter(REFUSED, f"{verb} refused: {error}")
+            drain()
+            text = f"{verb} refused: {error}"
+            number = self._meeting.enter(REFUSED, text)
             self._meeting.pass_over(number)
+            self._chain.refuse(number, text)

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import TensorKVError
 from .group import Group
-from .meeting import Meeting, mismatch, shorten
+from .meeting import REFUSED, Meeting, mismatch, shorten
 
 _HEAD = struct.Struct("q8si")
 _HEAD_NBYTES = 1024
@@ -42,6 +42,7 @@ class Chain:
         self.is_first = host == 0
         self.sent_nbytes = 0
         self._sending: list[tuple[Any, int, torch.Tensor]] = []
+        self._refused: set[int] = set()
 
     # ------------------------------------------------------------ messages
 
@@ -80,20 +81,37 @@ class Chain:
         Raises:
             WorkerMismatchError: the host before has made another call.
         """
-        if self.before is not None:
-            head = torch.empty(_HEAD_NBYTES, dtype=torch.uint8)
-            self.finish(self.receive(head, self.before), self.before, text)
-            theirs, other, length = _HEAD.unpack_from(head.numpy().data)
+        theirs = -1
+        while self.before is not None and theirs != number:
+            theirs, other, said = self._hear(text)
+            if other == REFUSED and theirs in self._refused:
+                # Both have refused that call, and it was none.
+                continue
             if (theirs, other) != (number, mark):
-                said = bytes(head[_HEAD.size : _HEAD.size + length].numpy()).decode(errors="replace")
-                ranks = {shorten(said): [self.before], shorten(text): [self._group.rank]}
+                own = "refused a call" if theirs in self._refused else text
+                ranks = {shorten(said): [self.before], shorten(own): [self._group.rank]}
                 raise self._meeting.stop(mismatch(number, ranks))
-        if self.after is not None:
-            data = text.encode("utf-8", "backslashreplace")[: _HEAD_NBYTES - _HEAD.size]
-            head = torch.zeros(_HEAD_NBYTES, dtype=torch.uint8)
-            _HEAD.pack_into(head.numpy().data, 0, number, mark, len(data))
-            head[_HEAD.size : _HEAD.size + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            self.send(head, self.after, text)
+        self._say(number, mark, text)
+
+    def refuse(self, number: int, text: str) -> None:
+        """Tell the host after that this worker's call was refused; all that was pushed before has gone."""
+        self._refused.add(number)
+        self._say(number, REFUSED, text)
+
+    def _say(self, number: int, mark: bytes, text: str) -> None:
+        if self.after is None:
+            return
+        data = text.encode("utf-8", "backslashreplace")[: _HEAD_NBYTES - _HEAD.size]
+        head = torch.zeros(_HEAD_NBYTES, dtype=torch.uint8)
+        _HEAD.pack_into(head.numpy().data, 0, number, mark, len(data))
+        head[_HEAD.size : _HEAD.size + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        self.send(head, self.after, text)
+
+    def _hear(self, doing: str) -> tuple[int, bytes, str]:
+        head = torch.empty(_HEAD_NBYTES, dtype=torch.uint8)
+        self.finish(self.receive(head, self.before), self.before, doing)
+        number, mark, length = _HEAD.unpack_from(head.numpy().data)
+        return number, mark, bytes(head[_HEAD.size : _HEAD.size + length].numpy()).decode(errors="replace")
 
     def agree(self, number: int, mark: bytes, text: str) -> None:
         """Return when every host has made the same call."""

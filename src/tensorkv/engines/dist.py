@@ -70,9 +70,13 @@ class DistEngine:
         self._loads = [0] * self._chain.owners
         self._guard = None if nonfinite == "pass" else Guard(group, nonfinite)
         self._pushes = Pushes(group, self._meeting, self._chain, self._calls, self._shard, self._held, self._guard)
-        self.begin, self.refuse = self._calls.begin, self._calls.refuse
+        self.begin = self._calls.begin
         self.many, self.leave = self._pushes.many, self._pushes.leave
         self.rank, self.num_workers = group.rank, group.size
+
+    def refuse(self, verb: str, error: Exception) -> None:
+        """Tell the other workers that this one's call was refused before it began."""
+        self._calls.refuse(verb, error, self._pushes.drain if len(self._group.hosts) > 1 else lambda: None)
 
     @contextmanager
     def _call(self, text: str) -> Iterator[None]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from .. import errors
@@ -23,7 +23,7 @@ from .segment import can_share
 log = logging.getLogger("tensorkv")
 
 # How long to wait for the one who has noticed a fault to say what it was.
-_NEWS_S = 2.0
+_NEWS_S = 1.0
 # How many dist stores this process has made, which tells apart what they say to each other.
 _made = 0
 # The meeting place that torchrun's variables name; its server lives as long as rank 0's process.
@@ -68,8 +68,8 @@ class Group:
         global _met
         if _met is None:
             try:
-                _met = next(rendezvous("env://", timeout=timedelta(seconds=self.timeout_s)))
-            except (ValueError, dist.DistError) as error:
+                _met = _meet(timedelta(seconds=self.timeout_s))
+            except (KeyError, OSError, ValueError, dist.DistError) as error:
                 raise RankLostError(
                     f"create: the workers did not meet at MASTER_ADDR and MASTER_PORT: {error}"
                 ) from error
@@ -144,6 +144,10 @@ class Group:
         try:
             self._store.wait(["error"], timedelta(seconds=_NEWS_S))
             kind, message, _ = json.loads(self._store.get("error"))
+        except dist.DistNetworkError:
+            # The store is gone, and with it whoever keeps it.
+            keeper = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+            return RankLostError(f"{keeper} died or ended early; start the workers again from a checkpoint")
         except dist.DistError:
             return RankLostError(otherwise)
         made: TensorKVError = getattr(errors, kind)(message)
@@ -226,6 +230,23 @@ class Group:
         """Let go of everything; the process group that was there before stays."""
         self._links = None
         self._store = None
+
+
+def _meet(timeout: timedelta) -> tuple[Any, int, int]:
+    """Join the store of keys at MASTER_ADDR and MASTER_PORT; return it, the rank and the number of workers."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_loopback = host == "localhost" or host.startswith("127.")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not is_loopback:
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        return store, rank, size
+    # torch would listen on every address of this host.
+    listening = socket.create_server((host, port)) if rank == 0 else None
+    descriptor = None if listening is None else listening.detach()
+    store = TCPStore(
+        host, port, size, rank == 0, timeout, wait_for_workers=False, multi_tenant=True, master_listen_fd=descriptor
+    )
+    return store, rank, size
 
 
 def check_timeout(timeout_s: Any) -> float:

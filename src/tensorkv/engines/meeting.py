@@ -164,8 +164,9 @@ class Meeting:
             at = self._note
             (length,) = struct.unpack_from("I", self._memory.memory, at)
             kind, message = json.loads(bytes(self._memory.memory[at + 4 : at + 4 + length]))
-            self.error = getattr(errors, kind)(message)
-            self.group.publish(self.error)
+            error = getattr(errors, kind)(message)
+            self.group.publish(error)
+            self.error = error
         if self.error is not None:
             raise type(self.error)(str(self.error))
 
@@ -184,8 +185,9 @@ class Meeting:
             memory.memory[at : at + 4 + len(note)] = struct.pack("I", len(note)) + note
             _shared.store(self._stop, 1)
             self._wake_everyone()
-        self.error = error
+        # Before this worker's other threads go on and use the store of keys for something else.
         self.group.publish(error)
+        self.error = error
         return error
 
     def _wake_everyone(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import arrays, reduce, rows
+from .. import reduce
 from ..columns import Column
 from ..entry import Batch, Entry, Part
 from ..errors import TensorKVError, WorkerError, WorkerMismatchError
@@ -135,13 +135,12 @@ class Pushes:
     def _push_mixed(self, number: int, text: str, batch: Batch, kinds: Sequence[bool]) -> Exception | None:
         """Push keys of which some came as Rows alone."""
         self.drain()
-        self._meeting.agree(number, text)
+        self._calls.together(number, text)
         merged: dict[Key, Rows] = {}
         for key, parts, is_rows in zip(batch.keys, batch.parts, kinds, strict=True):
             if is_rows:
                 entry = self._shard.entry(batch.verb, key)
-                total = rows.merge(parts, arrays.accumulator(entry.spec.dtype))  # type: ignore[arg-type]
-                merged[key] = sparse.gather(self._group, entry, total, text)
+                merged[key] = sparse.gather(self._group, entry, parts, text)  # type: ignore[arg-type]
         self._meeting.barrier(text)
         rest = [index for index, is_rows in enumerate(kinds) if not is_rows]
         problem: Exception | None = None
@@ -314,6 +313,8 @@ class Pushes:
         route = self._route(tuple(keys))
         if own_stage:
             if route.own_stage is None:
+                # Memory is shared by workers that make the same call.
+                self._meeting.agree(number, text)
                 slots = max(1, len(route.chunks))
                 route.own_stage = Stage(self._meeting, slots, route.slot_nbytes, text)
             else:
@@ -322,6 +323,7 @@ class Pushes:
             stage = route.own_stage
         else:
             if self._stage is None:
+                self._meeting.agree(number, text)
                 self._stage = Stage(self._meeting, RING, SLOT_NBYTES, text)
             stage = self._stage
         rule = self._shard.rule

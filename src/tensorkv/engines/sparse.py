@@ -30,18 +30,18 @@ def dense(entry: Entry, parts: Sequence[Part]) -> list[torch.Tensor]:
     return [part if part.is_cpu else part.cpu() for part in made]
 
 
-def gather(group: Group, entry: Entry, mine: Rows | None, doing: str) -> Rows:
-    """Return the sum of every rank's rows, added in the order of ranks, in the value's dtype.
+def gather(group: Group, entry: Entry, mine: Sequence[Rows], doing: str) -> Rows:
+    """Return the sum of every rank's rows, added in the order of ranks and parts, in the value's dtype.
 
     Args:
         group: of all workers.
         entry: of the key.
-        mine: this worker's rows, merged, in the dtype that sums are made in; None: nothing.
+        mine: this worker's parts. They travel as they are, since to merge them first would round otherwise.
         doing: the call, for messages.
     """
     shape, wide = entry.spec.shape, arrays.accumulator(entry.spec.dtype)
-    ids = torch.empty(0, dtype=torch.int64) if mine is None else mine.ids.cpu()
-    values = torch.empty((0, *shape[1:]), dtype=wide) if mine is None else mine.values.cpu()
+    ids = torch.cat([part.ids.cpu() for part in mine])
+    values = torch.cat([part.values.cpu().to(wide) for part in mine])
     found_ids = group.gather(ids, doing)
     found_values = group.gather(_bytes(values), doing)
     parts = [

@@ -1,0 +1,235 @@
+"""Workers in step: the contract, the local store's bits, and an error instead of every hang."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from dist_programs import PAIRS, PHASES, REFUSED
+from workers import HERE, Team, free_port, run
+
+import tensorkv
+
+pytestmark = pytest.mark.timeout(180)
+
+
+def errors_of(text):
+    """The kinds of errors that a worker has printed."""
+    return re.findall(r"^(\w+) \|", text, re.MULTILINE)
+
+
+def seconds_of(text):
+    return float(re.search(r"seconds ([\d.]+)", text)[1])
+
+
+# ---------------------------------------------------------------- the contract
+
+
+@pytest.mark.parametrize(
+    ("workers", "chosen"), [(1, "TestDist"), (2, "TestDist"), (4, "TestDist"), (2, "TestGloo"), (3, "TestGloo")]
+)
+def test_the_contract(workers, chosen, tmp_path):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "dist_contract.py")]
+    env = {"TENSORKV_TEST_FOLDER": str(tmp_path), "PYTEST_ADDOPTS": ""}
+    for text in run(workers, command, "-k", chosen, env=env, timeout_s=170):
+        passed = int(re.search(r"(\d+) passed", text)[1])
+        assert passed > (200 if chosen == "TestDist" else 50)
+
+
+# ---------------------------------------------------------------- bits
+
+
+@pytest.mark.parametrize(
+    ("workers", "count", "seed", "shared_memory"),
+    [(2, 80, 0, True), (3, 40, 1000, True), (4, 40, 2000, True), (2, 40, 3000, False)],
+)
+def test_random_programs_give_the_bits_of_the_local_store(workers, count, seed, shared_memory):
+    for text in run(workers, "programs", count, seed, shared_memory):
+        assert "same bits" in text
+
+
+@pytest.mark.parametrize("update_on_store", [True, False])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_trainer_over_workers_equals_one_over_replicas(overlap, update_on_store):
+    for text in run(2, "train", overlap, update_on_store):
+        assert "same weights" in text
+        assert ("twice Trainer: backward has made" in text) == overlap
+
+
+# ---------------------------------------------------------------- errors instead of hangs
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_a_mismatch_is_an_error_on_every_worker(shared_memory):
+    """Never a hang, an abort or a wrong number."""
+    for rank, text in enumerate(run(2, "mismatches", shared_memory)):
+        cases = dict(zip(PAIRS, text.split("===")[1:], strict=True))
+        for pair, said in cases.items():
+            (kind,) = errors_of(said)
+            assert seconds_of(said) < 5, said
+            if rank == 1 and pair[1] in REFUSED:
+                assert kind not in ("WorkerMismatchError", "RankLostError"), said
+                continue
+            assert kind == "WorkerMismatchError", said
+            assert "rank 0" in said
+            assert "rank 1" in said
+            assert re.search("refuses (WorkerMismatch|StoreClosed)Error", said), said
+
+
+def test_a_refused_call_is_told_to_the_others():
+    texts = run(3, "mismatch", "push a", "push more elements", True)
+    assert "ranks 0, 1: push" in texts[0]
+    assert "rank 2: push refused" in texts[0]
+    assert "part 0 has shape (4,), the key was initialised with (3,)" in texts[0]
+    assert "ValueMismatchError" in texts[2]
+
+
+@pytest.mark.parametrize("repeat", range(5))
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_killed_worker_is_named(phase, repeat):
+    with Team(3, "lost", phase, "kill", repeat) as team:
+        codes = team.wait(60)
+        texts = [team.text(rank) for rank in range(3)]
+    assert codes == [0, 0, -signal.SIGKILL]
+    assert "fault fired" in texts[2]
+    for text in texts[:2]:
+        assert errors_of(text) == ["RankLostError"], text
+        assert "rank 2 died or ended early" in text
+        assert seconds_of(text) < 2
+        assert "refuses RankLostError at once" in text
+
+
+def test_a_worker_that_ends_early_is_named():
+    with Team(2, "lost", "between", "exit", 0) as team:
+        assert team.wait(60) == [0, 3]
+        assert "RankLostError | pushpull" in team.text(0)
+        assert "rank 1 died or ended early" in team.text(0)
+
+
+@pytest.mark.parametrize("phase", ["between", "summed", "background"])
+def test_a_stopped_worker_is_named_after_the_timeout(phase):
+    with Team(3, "lost", phase, "stop", 0) as team:
+        codes = [process.wait(timeout=60) for process in team.processes[:2]]
+        texts = [team.text(rank) for rank in range(3)]
+    assert codes == [0, 0]
+    assert "fault fired" in texts[2]
+    for text in texts[:2]:
+        assert errors_of(text) == ["RankLostError"], text
+        assert "rank 2 did not come within 5 s" in text
+        assert 4.5 < seconds_of(text) < 8
+
+
+def test_ctrl_c_ends_every_worker():
+    with Team(2, "interrupted") as team:
+        deadline = time.monotonic() + 60
+        while "ready" not in team.text(1) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.5)
+        team.processes[1].send_signal(signal.SIGINT)
+        team.processes[1].wait(timeout=20)
+        text = team.text(1)
+        assert "interrupted" in text
+        assert seconds_of(text) < 5
+
+
+def test_nothing_is_left_in_shared_memory():
+    before = set(os.listdir("/dev/shm"))
+    with Team(2, "lost", "between", "stop", 0) as team:
+        deadline = time.monotonic() + 60
+        while "fault fired" not in team.text(1) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        during = set(os.listdir("/dev/shm"))
+        for process in team.processes:
+            process.kill()
+    assert not {name for name in during - before if "tensorkv" in name}
+    assert not {name for name in set(os.listdir("/dev/shm")) - before if "tensorkv" in name}
+
+
+# ---------------------------------------------------------------- unequal batches, checkpoints
+
+
+@pytest.mark.parametrize("optimizer", ["assign", "adam", "nadam"])
+def test_leave(optimizer):
+    for text in run(3, "leave", optimizer):
+        assert "left and back" in text
+
+
+def test_others_may_only_push_and_pull_while_one_has_left():
+    for text in run(2, "left_and_barrier"):
+        assert "rank 0 has left" in text
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "nadam"])
+def test_checkpoints_go_to_another_number_of_workers(optimizer, tmp_path):
+    """Saved by 4, loaded by 2 and by one: the same weights after more steps."""
+    run(4, "save", tmp_path / "saved", optimizer)
+    files = list((tmp_path / "saved").glob("data-*"))
+    assert len(files) > 1, "workers write in parallel"
+    results = []
+    for workers in (1, 2, 4):
+        run(workers, "load", tmp_path / "saved", tmp_path / f"{workers}.npz")
+        with np.load(tmp_path / f"{workers}.npz") as loaded:
+            results.append({key: loaded[key] for key in loaded})
+    for other in results[1:]:
+        for key, value in results[0].items():
+            assert torch.allclose(torch.from_numpy(value), torch.from_numpy(other[key]), atol=1e-5), key
+
+
+# ---------------------------------------------------------------- joining
+
+
+def test_a_process_group_that_exists_is_used_and_stays():
+    for text in run(2, "existing_group"):
+        assert "still there" in text
+
+
+def test_everything_stays_on_loopback():
+    for text in run(2, "addresses"):
+        lines = [line.split() for line in text.splitlines() if line.startswith("tcp")]
+        assert lines
+        for table, local, remote, state in lines:
+            host = local.partition(":")[0]
+            assert host.endswith("0100007F"), (table, local, remote, state)
+
+
+def test_one_worker_is_a_local_store(caplog):
+    caplog.set_level("INFO", "tensorkv")
+    for name in ("dist", "dist_sync", "dist_device_sync", "dist_sync_device"):
+        with tensorkv.create(name) as kv:
+            assert (kv.type, kv.rank, kv.num_workers) == (name, 0, 1)
+            kv.init("w", torch.zeros(2))
+            assert kv.pushpull("w", torch.ones(2)).tolist() == [1, 1]
+            kv.leave()
+    assert "one worker" in caplog.text
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, "60", True, None, float("inf")])
+def test_bad_timeouts(timeout_s):
+    with pytest.raises(tensorkv.ArgumentError, match="timeout_s"):
+        tensorkv.create("dist_sync", timeout_s=timeout_s)
+
+
+def test_workers_that_do_not_come_are_an_error():
+    """One of two is never started."""
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    env["MASTER_PORT"] = str(free_port())
+    code = (
+        "import tensorkv\ntry: tensorkv.create('dist_sync', timeout_s=1)\nexcept tensorkv.RankLostError as e: print(e)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "rank 1 of 2 did not come within 1 s" in shown.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces take root")
+@pytest.mark.parametrize("per_host", [(1, 1), (2, 2), (1, 3)], ids=str)
+def test_hosts(per_host, hosts):
+    """Two network namespaces joined by a wire, with equal and unequal numbers of workers."""
+    for text in hosts(per_host, "programs", 12, 5000, True):
+        assert "same bits" in text

@@ -20,13 +20,14 @@ class Contender:
 
     Args:
         work: what to do.
+        part: the index of the one part of each key that this process has; all if not given.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, part: int | None = None) -> None:
         self.work = work
         self.steps = 0
         self.scale = 1
-        self.parts: list[Any] = make_parts(work)
+        self.parts: list[Any] = make_parts(work, part)
         self.outs: list[Any] = new_outs(work)
 
     def time(self, verb: Verb, calls: int = 1) -> float:
@@ -60,7 +61,7 @@ class Contender:
         """Let go of what garbage collection does not."""
 
 
-def _one_or_list(work: Work, groups: list[Any]) -> Any:
+def one_or_list(work: Work, groups: list[Any]) -> Any:
     """What a user would write: one key's array or parts, or a list of one entry for each key."""
     groups = [group[0] if isinstance(group, list) and len(group) == 1 else group for group in groups]
     return groups[0] if work.keys == 1 else groups
@@ -84,9 +85,9 @@ class TensorKV(Contender):
 
             given = [[torch.from_numpy(part) for part in group] for group in self.parts]
             outs = [torch.from_numpy(out) for out in self.outs]
-        self._keys = _one_or_list(work, list(range(work.keys)))
-        self._given = _one_or_list(work, given)
-        self._given_outs = _one_or_list(work, outs)
+        self._keys = one_or_list(work, list(range(work.keys)))
+        self._given = one_or_list(work, given)
+        self._given_outs = one_or_list(work, outs)
         self._kv = tensorkv.create("local")
         self._kv.init(list(range(work.keys)), first_values(work))
         if work.rule == "sgd":
@@ -122,9 +123,9 @@ class MXNet(Contender):
         given = [[mx.nd.array(part, mx.cpu(index)) for index, part in enumerate(group)] for group in self.parts]
         self.parts = given
         self.outs = [mx.nd.zeros(work.shape) for _ in range(work.keys)]
-        self._keys = _one_or_list(work, list(range(work.keys)))
-        self._given = _one_or_list(work, given)
-        self._given_outs = _one_or_list(work, self.outs)
+        self._keys = one_or_list(work, list(range(work.keys)))
+        self._given = one_or_list(work, given)
+        self._given_outs = one_or_list(work, self.outs)
         self._kv = mx.kv.create("local")
         self._kv.init(list(range(work.keys)), [mx.nd.array(value) for value in first_values(work)])
         if work.rule == "sgd":

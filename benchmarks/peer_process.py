@@ -64,9 +64,8 @@ def _status(field: str) -> int:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
-def serve(name: str, commands: TextIO, replies: TextIO) -> None:
+def serve(answers: Any, commands: TextIO, replies: TextIO) -> None:
     """Answer until there are no more commands."""
-    answers = Answers(name)
     for line in commands:
         command = json.loads(line)
         try:
@@ -82,4 +81,4 @@ if __name__ == "__main__":
     # Libraries print to stdout when they like; the replies go where none of them can write.
     with os.fdopen(os.dup(1), "w") as private:
         os.dup2(2, 1)
-        serve(sys.argv[1], sys.stdin, private)
+        serve(Answers(sys.argv[1]), sys.stdin, private)

@@ -1,4 +1,4 @@
-"""Peers in processes of their own, and the virtual environment that MXNet needs."""
+"""Peers in processes of their own, and the virtual environments that some of them need."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from select import select
@@ -19,6 +20,9 @@ HERE = Path(__file__).resolve().parent
 MXNET_VENV = HERE.parent / ".venv-mxnet"
 # MXNet 1.9.1 is the last release, and uses names that newer versions of NumPy do not have.
 MXNET_REQUIREMENTS = ("mxnet==1.9.1", "numpy==1.23.5")
+MPI_VENV = HERE.parent / ".venv-mpi"
+# The wheel of MPICH brings the library and mpiexec, so that nothing of the system is needed or changed.
+MPI_REQUIREMENTS = ("mpi4py==4.1.2", "mpich==5.0.2", "numpy>=2.0")
 _REPLY_TIMEOUT_S = 600
 
 
@@ -120,7 +124,12 @@ class ProcessPeer:
 
     def _last_words(self) -> str:
         self._stderr.seek(0)
-        return "\n".join(self._stderr.read().splitlines()[-5:])
+        return last_words(self._stderr.read())
+
+
+def last_words(text: str) -> str:
+    """Return the end of what a process said before it ended."""
+    return "\n".join(text.splitlines()[-5:])
 
 
 def start_mxnet(python: str | None = None, *, may_install: bool) -> ProcessPeer:
@@ -133,32 +142,49 @@ def start_mxnet(python: str | None = None, *, may_install: bool) -> ProcessPeer:
     Raises:
         PeerError: saying in one line why there is no MXNet.
     """
-    chosen = Path(python) if python else MXNET_VENV / "bin" / "python"
+    return _start("mxnet", MXNET_VENV, python, _install_mxnet if may_install else None)
+
+
+def start_mpi(*, may_install: bool) -> ProcessPeer:
+    """Start mpi4py in its own process, one without MPI; see ``start_mxnet``."""
+    return _start("mpi4py", MPI_VENV, None, _install_mpi if may_install else None)
+
+
+def _start(module: str, venv: Path, python: str | None, install: Callable[[], None] | None) -> ProcessPeer:
+    chosen = Path(python) if python else venv / "bin" / "python"
     try:
         if not chosen.exists():
-            raise PeerError(f"there is no {python or MXNET_VENV.name}")
-        return ProcessPeer("mxnet", chosen)
+            raise PeerError(f"there is no {python or venv.name}")
+        return ProcessPeer(module, chosen)
     except PeerError:
-        if python or not may_install:
+        if python or install is None:
             raise
-    _install_mxnet()
-    return ProcessPeer("mxnet", chosen)
+    install()
+    return ProcessPeer(module, chosen)
 
 
 def _install_mxnet() -> None:
     python = sys.executable if sys.version_info[:2] == (3, 11) else shutil.which("python3.11")
     if python is None:
         raise PeerError("MXNet 1.9.1 and its NumPy need python3.11, which is not there")
-    print(f"installing {' '.join(MXNET_REQUIREMENTS)} into {MXNET_VENV.name}/ (once)", file=sys.stderr)
-    in_venv = str(MXNET_VENV / "bin" / "python")
+    _install("MXNet", python, MXNET_VENV, MXNET_REQUIREMENTS)
+
+
+def _install_mpi() -> None:
+    _install("MPI", sys.executable, MPI_VENV, MPI_REQUIREMENTS)
+
+
+def _install(name: str, python: str, venv: Path, requirements: Sequence[str]) -> None:
+    print(f"installing {' '.join(requirements)} into {venv.name}/ (once)", file=sys.stderr)
+    in_venv = str(venv / "bin" / "python")
     for command in (
-        [python, "-m", "venv", str(MXNET_VENV)],
-        [in_venv, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *MXNET_REQUIREMENTS],
+        [python, "-m", "venv", str(venv)],
+        [in_venv, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements],
     ):
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise PeerError(f"MXNet cannot be installed: {error}") from None
+            raise PeerError(f"{name} cannot be installed: {error}") from None
         if done.returncode:
             last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
-            raise PeerError(f"MXNet cannot be installed: {''.join(last) or 'no reason given'}")
+            raise PeerError(f"{name} cannot be installed: {''.join(last) or 'no reason given'}")

@@ -53,9 +53,9 @@ def _draw_ratios(axes: Axes, works: Sequence[Mapping[str, Any]], peer: str) -> N
         axes.barh(ys, medians, height=_BAR, color=_COLORS[verb], label=verb)
         axes.errorbar(medians, ys, xerr=around, fmt="none", ecolor="#777777", elinewidth=1, capsize=2.5)
         for y, each in zip(ys, found, strict=True):
-            _label(axes, f"{each['median']:.1f}×", max(each["median"], each["max"]), y)
+            label(axes, f"{each['median']:.1f}×", max(each["median"], each["max"]), y)
         farthest = max([farthest, *(each["max"] for each in found)])
-    _finish(axes, farthest, f"as fast as {NAMES[peer]}")
+    finish(axes, farthest, f"as fast as {NAMES[peer]}")
     axes.set_title(f"Times faster than {NAMES[peer]}\nmedian; whiskers: least and largest of a repetition", fontsize=11)
     axes.set_xlabel(f"time of {NAMES[peer]} ÷ time of tensorkv   (longer is better)")
 
@@ -67,18 +67,19 @@ def _draw_limits(axes: Axes, works: Sequence[Mapping[str, Any]]) -> None:
             y = index + (place - 0.5) * _BAR
             if work["moved_nbytes"] < _TINY_NBYTES:
                 text = f"a call's cost alone: {1e3 * work['summary'][verb]['spread']['tensorkv']['p50_ms']:.0f} µs"
-                _label(axes, text, 0, y, fontweight="normal", color="#555555")
+                label(axes, text, 0, y, fontweight="normal", color="#555555")
                 continue
             times = work["summary"]["times_limit"][verb]
             axes.barh(y, times, height=_BAR, color=_COLORS[verb])
-            _label(axes, f"{times:.1f}×", times, y)
+            label(axes, f"{times:.1f}×", times, y)
             farthest = max(farthest, times)
-    _finish(axes, farthest, "the limit")
+    finish(axes, farthest, "the limit")
     axes.set_title("Distance to the limit of the memory\n1× = bytes to move ÷ copy bandwidth", fontsize=11)
     axes.set_xlabel("time of tensorkv ÷ limit   (shorter is better)")
 
 
-def _label(axes: Axes, text: str, x: float, y: float, **style: Any) -> None:
+def label(axes: Axes, text: str, x: float, y: float, **style: Any) -> None:
+    """Write a text to the right of a place."""
     axes.annotate(
         text, (x, y), (5, 0), textcoords="offset points", va="center", zorder=5,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
@@ -86,7 +87,8 @@ def _label(axes: Axes, text: str, x: float, y: float, **style: Any) -> None:
     )  # fmt: skip
 
 
-def _finish(axes: Axes, farthest: float, line: str) -> None:
+def finish(axes: Axes, farthest: float, line: str) -> None:
+    """Draw the line at 1, say what it is, and leave room for labels."""
     axes.axvline(1, color="#c0392b", linewidth=1.4, linestyle="--", zorder=3)
     axes.annotate(
         line, (1, 1), (4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",

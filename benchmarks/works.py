@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -51,10 +51,13 @@ class Work:
     rule: Rule = "assign"
     calls: int = 1
 
+    # Who pushes a part, in the name.
+    pusher: ClassVar[str] = "part"
+
     @property
     def name(self) -> str:
         """What tables and ``--only`` call it."""
-        parts = f"{self.parts} part{'' if self.parts == 1 else 's'}"
+        parts = f"{self.parts} {self.pusher}{'' if self.parts == 1 else 's'}"
         rule = "assign" if self.rule == "assign" else f"SGD momentum {MOMENTUM}"
         if len(self.shape) > 1:
             size = "×".join(map(str, self.shape)) + (" key" if self.keys == 1 else "")
@@ -115,12 +118,16 @@ def short(count: int) -> str:
     return str(count) if count < 10_000 else f"{count:,}"
 
 
-def make_parts(work: Work) -> list[list[Floats]]:
-    """Return the parts of each key: multiples of 1/8, so that the right sum has no rounding."""
+def make_parts(work: Work, only: int | None = None) -> list[list[Floats]]:
+    """Return the parts of each key: multiples of 1/8, so that the right sum has no rounding.
+
+    Args:
+        work: what they are for.
+        only: the index of the one part of each key that is wanted; all if not given.
+    """
     ramp = np.arange(_PATTERN, dtype=np.float32)
-    return [
-        [_repeat((ramp + 1 + part + key % _SHIFTS) / 8, work) for part in range(work.parts)] for key in range(work.keys)
-    ]
+    wanted = range(work.parts) if only is None else (only,)
+    return [[_repeat((ramp + 1 + part + key % _SHIFTS) / 8, work) for part in wanted] for key in range(work.keys)]
 
 
 def first_values(work: Work) -> list[Floats]:

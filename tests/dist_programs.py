@@ -316,6 +316,19 @@ def end(how):
     time.sleep(60)
 
 
+def endless():
+    """Push and pull until something goes wrong."""
+    kv = create(timeout_s=5)
+    kv.init("a", np.ones(50_000, F32))
+    try:
+        for turn in range(1_000_000):
+            kv.pushpull("a", np.ones(50_000, F32))
+            if turn == 20:
+                say("turn 20")
+    except tensorkv.TensorKVError as error:
+        say(type(error).__name__, "|", error)
+
+
 def interrupted():
     """Ctrl-C in a call that waits: this worker ends at once, and so do the others."""
     kv = create(timeout_s=60)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from dist_programs import PAIRS, PHASES, REFUSED
+from hosts import CAN_MAKE, cut, two_hosts
 from workers import HERE, Team, free_port, run
 
 import tensorkv
@@ -227,9 +228,29 @@ def test_workers_that_do_not_come_are_an_error():
     assert "rank 1 of 2 did not come within 1 s" in shown.stdout
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces take root")
+# ---------------------------------------------------------------- hosts
+
+needs_hosts = pytest.mark.skipif(not CAN_MAKE, reason="network namespaces take root and iproute2")
+
+
+@needs_hosts
 @pytest.mark.parametrize("per_host", [(1, 1), (2, 2), (1, 3)], ids=str)
-def test_hosts(per_host, hosts):
-    """Two network namespaces joined by a wire, with equal and unequal numbers of workers."""
-    for text in hosts(per_host, "programs", 12, 5000, True):
-        assert "same bits" in text
+def test_hosts_give_the_bits_of_the_local_store(per_host):
+    """Two hosts joined by a wire, with equal and unequal numbers of workers."""
+    with two_hosts() as hosts:
+        placed = [hosts[0]] * per_host[0] + [hosts[1]] * per_host[1]
+        for text in run(sum(per_host), "programs", 15, 5000, True, hosts=placed):
+            assert "same bits" in text
+
+
+@needs_hosts
+def test_a_wire_that_breaks_is_an_error_on_both_hosts():
+    with two_hosts() as hosts, Team(2, "endless", hosts=hosts) as team:
+        deadline = time.monotonic() + 60
+        while "turn 20" not in team.text(1) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        cut(hosts[1])
+        assert team.wait(60) == [0, 0]
+        for rank in range(2):
+            assert errors_of(team.text(rank)) == ["RankLostError"], team.text(rank)
+            assert f"rank {1 - rank}" in team.text(rank)

@@ -25,9 +25,10 @@ class Team:
         command: what each runs; a program of ``dist_programs`` if it is a name.
         args: more arguments.
         env: more variables.
+        hosts: for each worker, a host of ``hosts.two_hosts``.
     """
 
-    def __init__(self, count, command, *args, env=None, ranks=None):
+    def __init__(self, count, command, *args, env=None, hosts=None):
         if isinstance(command, str):
             command = [sys.executable, str(HERE / "dist_programs.py"), command]
         self.port = free_port()
@@ -44,9 +45,13 @@ class Team:
                 "OMP_NUM_THREADS": "1",
                 **(env or {}),
             }
+            start = []
+            if hosts is not None:
+                start, _, interface = hosts[rank]
+                variables |= {"MASTER_ADDR": hosts[0][1], "GLOO_SOCKET_IFNAME": interface}
             self.processes.append(
                 subprocess.Popen(
-                    [*command, *map(str, args)],
+                    [*start, *command, *map(str, args)],
                     env=variables,
                     stdout=self.outputs[rank],
                     stderr=subprocess.STDOUT,
@@ -76,9 +81,9 @@ class Team:
         return [process.wait(timeout=timeout_s) for process in self.processes]
 
 
-def run(count, command, *args, timeout_s=90, env=None):
+def run(count, command, *args, timeout_s=90, env=None, hosts=None):
     """Run a program on some workers, fail if one fails, and return what each has printed."""
-    with Team(count, command, *args, env=env) as team:
+    with Team(count, command, *args, env=env, hosts=hosts) as team:
         try:
             codes = team.wait(timeout_s)
         except subprocess.TimeoutExpired:

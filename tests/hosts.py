@@ -1,0 +1,45 @@
+"""Hosts for tests: network namespaces joined by a wire, made without any tool but ``unshare`` and ``ip``."""
+
+import itertools
+import os
+import shutil
+import subprocess
+from contextlib import contextmanager
+
+CAN_MAKE = os.geteuid() == 0 and shutil.which("ip") is not None
+_numbers = itertools.count()
+
+
+def _ip(*words):
+    subprocess.run(["ip", *words], check=True, timeout=20, capture_output=True)
+
+
+@contextmanager
+def two_hosts():
+    """Make two hosts and give, for each, the words that start a command there, its address, and its interface."""
+    tag = f"tkv{os.getpid() % 100_000}x{next(_numbers)}"
+    names = [f"{tag}a", f"{tag}b"]
+    made = []
+    try:
+        for name in names:
+            _ip("netns", "add", name)
+            made.append(name)
+        ends = ["veth0", "veth1"]
+        _ip("link", "add", ends[0], "netns", names[0], "type", "veth", "peer", "name", ends[1], "netns", names[1])
+        hosts = []
+        for number, (name, end) in enumerate(zip(names, ends, strict=True), start=1):
+            address = f"10.213.7.{number}"
+            _ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
+            _ip("-n", name, "link", "set", end, "up")
+            _ip("-n", name, "link", "set", "lo", "up")
+            hosts.append((["ip", "netns", "exec", name], address, end))
+        yield hosts
+    finally:
+        for name in made:
+            _ip("netns", "del", name)
+
+
+def cut(host):
+    """Take down a host's end of the wire."""
+    start, _, end = host
+    _ip("-n", start[-1], "link", "set", end, "down")

@@ -29,6 +29,7 @@ FLOORS = [
     {"engines.group", "placement"},
     {"engines.meeting"},
     {"engines.route", "engines.chain", "engines.finite"},
+    {"engines.message"},
     {"engines.exchange", "engines.calls", "engines.sparse", "engines.archive"},
     {"engines.background"},
     {"engines.pushes"},

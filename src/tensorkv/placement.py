@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Values of fewer elements are not worth dividing.
-_WHOLE = 1 << 14
+_WHOLE = 1 << 18
 _LINE = 64
 # A multiple of the elements that torch's vector loops take at a time.
 _VECTOR = 64

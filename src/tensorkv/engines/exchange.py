@@ -18,8 +18,8 @@ from ..rules import Assign, Rule, Step, WholeStep
 from .chain import DEPTH, Chain
 from .finite import Guard
 from .meeting import Meeting
+from .message import Message, pieces
 from .route import Arrays, Leg, Route, Stage, copy_out, lay_out
-from .segment import aligned
 
 # One call runs in one thread: its workers share the cores.
 _POOL = Pool(1)
@@ -70,8 +70,9 @@ class Exchange:
         self._at_end = guard is not None or any(map(rule.sees_whole, entries))
         self._assigns = isinstance(rule, Assign) and guard is None
         self._steps: dict[int, Step] = {}
-        self._coming: dict[int, tuple[list[torch.Tensor], object]] = {}
-        self._returning: dict[int, tuple[list[torch.Tensor], object]] = {}
+        self._direct: Arrays | None = None
+        self._coming: dict[int, tuple[Message, object]] = {}
+        self._returning: dict[int, tuple[Message, object]] = {}
         self.failed: list[tuple[int, Exception]] = []
 
     # ------------------------------------------------------------ whole calls
@@ -86,13 +87,10 @@ class Exchange:
             past_cache: write outs past the processor's cache.
         """
         count, present = self.count, list[int]()
-        at_sum = 1 if count > 1 else 0
-        at_settle = at_sum
-        if self._at_end:
-            at_settle += count
-        elif not self._chain.is_last:
-            at_settle += DEPTH - 2
-        at_copy = at_settle + at_sum
+        if self._meeting.size == 1 and parts is not None and parts.bases is not None and len(parts.bases) == 1:
+            # Alone on its host: what would be laid out for others is read where it is.
+            self._direct = parts
+        at_sum, at_settle, at_copy = self._turns()
         for turn in range(max(1, count + at_copy)):
             if turn < count and parts is not None:
                 self.lay_out(turn, parts)
@@ -107,6 +105,13 @@ class Exchange:
             if outs is not None and 0 <= turn - at_copy < count:
                 self.copy_out(turn - at_copy, outs, past_cache)
         self._chain.flush(self._doing)
+
+    def _turns(self) -> tuple[int, int, int]:
+        """Return by how many turns each stage comes after a chunk was laid out."""
+        at_sum = 1 if self.count > 1 else 0
+        on_the_way = 0 if self._chain.is_last else DEPTH - 2
+        waits = self.count if self._at_end else on_the_way
+        return at_sum, at_sum + waits, at_sum + waits + at_sum
 
     def serve(self, present: list[int]) -> None:
         """Do what the other workers wait for, the parts having been laid out."""
@@ -142,7 +147,7 @@ class Exchange:
         """Put this worker's parts into the stage, once its slot has been read."""
         slot, use = chunk % self.stage.slots, self._uses[chunk]
         self._meeting.wait(self.stage.read[slot][: self._owners], use - 1, self._doing)
-        for leg in self._legs[chunk]:
+        for leg in self._legs[chunk] if self._direct is None else ():
             lay_out(leg, self._meeting.me, parts)
         self._meeting.store(self.stage.mine(slot)[0], use)
 
@@ -156,9 +161,10 @@ class Exchange:
             self._meeting.wait(column, use, self._doing, present)
             legs = [leg for leg in self._legs[chunk] if leg.own.stop > leg.own.start]
             before = self._receive(chunk, legs)
-            sums = None if self._chain.is_last else _rooms([(leg, leg.wide) for leg in legs])
+            sums = None if self._chain.is_last or not legs else Message.new([(leg, leg.wide) for leg in legs])
             for index, leg in enumerate(legs):
-                self._sum_leg(leg, present, before[index] if before else None, sums[index] if sums else None)
+                earlier = None if before is None else before.rooms[index]
+                self._sum_leg(leg, present, earlier, None if sums is None else sums.rooms[index])
             self._meeting.store(self.stage.mine(slot)[1], use)
             if sums is not None:
                 self._send_on(chunk, legs, sums)
@@ -170,18 +176,16 @@ class Exchange:
         if not self._is_owner:
             return
         legs = [leg for leg in self._legs[chunk] if leg.own.stop > leg.own.start]
-        rooms: list[torch.Tensor] = []
+        message: Message | None = None
         if not self._chain.is_last and legs:
-            rooms, work = self._returning.pop(chunk)
+            message, work = self._returning.pop(chunk)
             self._chain.finish(work, self._chain.after, self._doing)
-            for leg, room in zip(legs, rooms, strict=True):
-                _copy(leg.values[leg.own], _pieces(leg, room))
+            message.unpack(legs)
         if self._chain.before is not None and legs:
-            if self._chain.is_last:
-                rooms = _rooms([(leg, leg.dtype) for leg in legs])
-                for leg, room in zip(legs, rooms, strict=True):
-                    _copy(_pieces(leg, room), leg.values[leg.own])
-            self._chain.send(_whole(rooms), self._chain.before, self._doing)
+            if message is None:
+                message = Message.of_values(legs)
+                message.pack(legs)
+            self._chain.send(message.whole, self._chain.before, self._doing)
         self._meeting.store(self.stage.mine(chunk % self.stage.slots)[2], self._uses[chunk])
 
     def copy_out(self, chunk: int, outs: Arrays, past_cache: bool) -> None:
@@ -195,14 +199,18 @@ class Exchange:
     def _sum_leg(self, leg: Leg, present: list[int], before: torch.Tensor | None, sums: torch.Tensor | None) -> None:
         own = leg.own
         if native.can_sum(leg.dtype) and (sums is not None or self._assigns):
-            columns = leg.own_columns([leg.room_columns[worker] for worker in present])
+            laid_out = [leg.room_columns[worker] for worker in present]
+            columns = leg.own_columns(laid_out if self._direct is None else self._direct.columns(leg))
             if before is not None:
                 columns.insert(0, native.column_beside(before, leg.counts[own]))
             out = leg.own_columns([leg.value_column])[0]
             leg.sums([out if sums is None else native.column_beside(sums, leg.counts[own])], columns, own)
             return
-        earlier = None if before is None else _pieces(leg, before)
-        targets = None if sums is None else _pieces(leg, sums)
+        earlier = None if before is None else pieces(leg, before)
+        targets = None if sums is None else pieces(leg, sums)
+        if self._direct is not None:
+            # A rule that sees pieces as tensors finds them in the stage.
+            lay_out(leg, self._meeting.me, self._direct)
         for index, at in enumerate(range(own.start, own.stop)):
             parts = [leg.rooms[worker][at] for worker in present]
             if earlier is not None:
@@ -251,52 +259,23 @@ class Exchange:
         left_out, self.refusal = guard.decide(bad, names, self._doing)
         return left_out
 
-    def _receive(self, chunk: int, legs: list[Leg]) -> list[torch.Tensor] | None:
+    def _receive(self, chunk: int, legs: list[Leg]) -> Message | None:
         """Return what the hosts before have summed of this worker's pieces, asking for the next chunk already."""
         if self._chain.before is None:
             return None
         for each in range(chunk, min(chunk + 2, self.count)):
             mine = [leg for leg in self._legs[each] if leg.own.stop > leg.own.start]
             if each not in self._coming and mine:
-                rooms = _rooms([(leg, leg.wide) for leg in mine])
-                self._coming[each] = rooms, self._chain.receive(_whole(rooms), self._chain.before)
+                message = Message.new([(leg, leg.wide) for leg in mine])
+                self._coming[each] = message, self._chain.receive(message.whole, self._chain.before)
         if not legs:
             return None
-        rooms, work = self._coming.pop(chunk)
+        message, work = self._coming.pop(chunk)
         self._chain.finish(work, self._chain.before, self._doing)
-        return rooms
+        return message
 
-    def _send_on(self, chunk: int, legs: list[Leg], sums: list[torch.Tensor]) -> None:
-        if not legs:
-            return
+    def _send_on(self, chunk: int, legs: list[Leg], sums: Message) -> None:
         after = self._chain.after
-        self._chain.send(_whole(sums), after, self._doing)
-        rooms = _rooms([(leg, leg.dtype) for leg in legs])
-        self._returning[chunk] = rooms, self._chain.receive(_whole(rooms), after)
-
-
-def _rooms(wanted: list[tuple[Leg, torch.dtype]]) -> list[torch.Tensor]:
-    """Return flat tensors for the own pieces of legs, side by side in one message."""
-    counts = [sum(leg.counts[leg.own]) for leg, _ in wanted]
-    sizes = [aligned(count * dtype.itemsize) for count, (_, dtype) in zip(counts, wanted, strict=True)]
-    message = torch.empty(sum(sizes), dtype=torch.uint8)
-    places = torch.split(message, sizes)
-    return [
-        place[: count * dtype.itemsize].view(dtype)
-        for place, count, (_, dtype) in zip(places, counts, wanted, strict=True)
-    ]
-
-
-def _whole(rooms: list[torch.Tensor]) -> torch.Tensor:
-    """Return the message that rooms are parts of."""
-    storage = rooms[0].untyped_storage()
-    return torch.empty(0, dtype=torch.uint8).set_(storage)
-
-
-def _pieces(leg: Leg, room: torch.Tensor) -> list[torch.Tensor]:
-    return list(torch.split(room, leg.counts[leg.own]))
-
-
-def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(list(targets), list(sources))
+        self._chain.send(sums.whole, after, self._doing)
+        message = Message.of_values(legs)
+        self._returning[chunk] = message, self._chain.receive(message.whole, after)

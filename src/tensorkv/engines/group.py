@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,9 @@ class Group:
         self._store = PrefixStore(f"tensorkv/{_made}", store)
         self.hosts = self._find_hosts(shared_memory)
         self.host = next(index for index, ranks in enumerate(self.hosts) if self.rank in ranks)
+        if len(self.hosts) > 1:
+            # All workers take part in connecting, also those that will send nothing.
+            self._links = self._connect()
 
     def _join(self) -> Any:
         if dist.is_available() and dist.is_initialized():
@@ -95,6 +99,7 @@ class Group:
     def split_hosts(self) -> None:
         """Let every worker stand for itself, since shared memory does not work between them."""
         self.hosts, self.host = [[rank] for rank in range(self.size)], self.rank
+        self._links = self._links or self._connect()
 
     def agree(self, name: str, holds: bool) -> bool:
         """Tell whether something holds for every worker."""
@@ -127,29 +132,27 @@ class Group:
             return
         self._error = error
         note = json.dumps([type(error).__name__, str(error), self.rank])
+        store = self._store
         # A store that is gone has taken its worker with it, and the others see that.
-        telling = threading.Thread(target=self._tell, args=(note,), daemon=True)
-        telling.start()
-        telling.join(_NEWS_S)
+        _within(_NEWS_S, lambda: store.compare_set("error", "", note))
         self.cut_links()
-
-    def _tell(self, note: str) -> None:
-        try:
-            self._store.compare_set("error", "", note)
-        except dist.DistError:
-            log.debug("tensorkv: the store of the process group is gone", exc_info=True)
 
     def news(self, otherwise: str) -> TensorKVError:
         """Return the error that another worker has published, or a RankLostError with this text."""
-        try:
-            self._store.wait(["error"], timedelta(seconds=_NEWS_S))
-            kind, message, _ = json.loads(self._store.get("error"))
-        except dist.DistNetworkError:
+        store = self._store
+
+        def ask() -> Any:
+            store.wait(["error"], timedelta(seconds=_NEWS_S))
+            return store.get("error")
+
+        answer = _within(2 * _NEWS_S, ask)
+        if isinstance(answer, dist.DistNetworkError):
             # The store is gone, and with it whoever keeps it.
             keeper = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
             return RankLostError(f"{keeper} died or ended early; start the workers again from a checkpoint")
-        except dist.DistError:
+        if not isinstance(answer, bytes):
             return RankLostError(otherwise)
+        kind, message, _ = json.loads(answer)
         made: TensorKVError = getattr(errors, kind)(message)
         return made
 
@@ -230,6 +233,22 @@ class Group:
         """Let go of everything; the process group that was there before stays."""
         self._links = None
         self._store = None
+
+
+def _within(seconds: float, do: Callable[[], Any]) -> Any:
+    """Return what a function of the store returns or raises; None if it takes longer, as behind a broken wire."""
+    answers: list[Any] = []
+
+    def ask() -> None:
+        try:
+            answers.append(do())
+        except dist.DistError as error:
+            answers.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return answers[0] if answers else None
 
 
 def _meet(timeout: timedelta) -> tuple[Any, int, int]:

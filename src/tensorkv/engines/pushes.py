@@ -28,7 +28,7 @@ from .exchange import Exchange
 from .finite import Guard
 from .group import Group
 from .meeting import LEFT, Meeting, describe, fingerprint
-from .route import RING, SLOT_NBYTES, Arrays, Held, Route, Stage
+from .route import RING, SLOT_NBYTES, SLOT_NBYTES_OVER_HOSTS, Arrays, Held, Route, Stage
 
 # Calls whose outs are larger together do not find them in the cache afterwards.
 _PAST_CACHE_NBYTES = 4 << 20
@@ -63,6 +63,7 @@ class Pushes:
         self._shard, self._held, self._guard = shard, held, guard
         self._routes: dict[tuple[Key, ...], Route] = {}
         self._stage: Stage | None = None
+        self._slot_nbytes = SLOT_NBYTES if len(group.hosts) == 1 else SLOT_NBYTES_OVER_HOSTS
         self._pending: dict[Key, Exchange] = {}
         self._background = Background(meeting, in_order=len(group.hosts) > 1)
 
@@ -324,7 +325,7 @@ class Pushes:
         else:
             if self._stage is None:
                 self._meeting.agree(number, text)
-                self._stage = Stage(self._meeting, RING, SLOT_NBYTES, text)
+                self._stage = Stage(self._meeting, RING, self._slot_nbytes, text)
             stage = self._stage
         rule = self._shard.rule
         return Exchange(self._meeting, self._chain, route, stage, number, text, entries, rule, self._guard)
@@ -332,7 +333,7 @@ class Pushes:
     def _route(self, keys: tuple[Key, ...]) -> Route:
         route = self._routes.get(keys)
         if route is None:
-            route = Route([self._held[key] for key in keys], self._meeting, self._chain.owners)
+            route = Route([self._held[key] for key in keys], self._meeting, self._chain.owners, self._slot_nbytes)
             self._routes[keys] = route
         return route
 

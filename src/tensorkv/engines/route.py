@@ -19,8 +19,10 @@ from ..placement import Piece, Run
 from .meeting import Meeting
 from .segment import LINE, aligned
 
-# What a worker lays out at a time: small enough to be in the shared cache when the others read it.
+# What a worker lays out at a time: small enough to be in the shared cache when the others read it; over hosts,
+# long enough for a message.
 SLOT_NBYTES = 1 << 20
+SLOT_NBYTES_OVER_HOSTS = 1 << 22
 # Slots of the stage that calls share: one is filled while others are summed and copied out.
 RING = 4
 
@@ -146,9 +148,10 @@ class Route:
         held: of these keys.
         meeting: of this worker's host.
         owners: how many of its workers update values.
+        slot_nbytes: what one chunk may take.
     """
 
-    def __init__(self, held: Sequence[Held], meeting: Meeting, owners: int) -> None:
+    def __init__(self, held: Sequence[Held], meeting: Meeting, owners: int, slot_nbytes: int) -> None:
         self.held = held
         self._meeting = meeting
         self._wide = [arrays.accumulator(each.value.dtype) for each in held]
@@ -160,7 +163,7 @@ class Route:
             ]
             for owner in range(owners)
         ]
-        self.chunks = placement.cut(runs, SLOT_NBYTES)
+        self.chunks = placement.cut(runs, slot_nbytes)
         ends = [p.offset + (p.stop - p.start) * self._wide[p.key].itemsize for chunk in self.chunks for p in chunk]
         self.slot_nbytes = max(ends, default=0)
         dtypes = {each.value.dtype for each in held}

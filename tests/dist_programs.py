@@ -469,6 +469,34 @@ def train(overlap, update_on_store):
             trainer.step()
 
 
+def demo_killed(folder):
+    """The demo, whose last worker is killed after some epochs at its first start."""
+    from tensorkv import cli, demo
+
+    keep, seen = demo._keep, []
+
+    def killing(settings, kv, curves):
+        keep(settings, kv, curves)
+        seen.append(len(curves.losses))
+        if RANK == SIZE - 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(curves.losses) == 3:
+            end("kill")
+
+    demo._keep = killing
+    words = [
+        "demo",
+        "--store",
+        "dist_sync",
+        "--epochs",
+        "6",
+        "--checkpoint",
+        f"{folder}/run",
+        "--out",
+        f"{folder}/a.png",
+    ]
+    assert cli.main(words) == 0
+    say(f"rank {RANK} made epochs {seen[0]} to {seen[-1]}")
+
+
 def existing_group():
     """A process group that is there already is used and stays."""
     import torch.distributed as dist

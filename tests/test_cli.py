@@ -77,7 +77,7 @@ def test_help_of_a_command_names_its_options_and_defaults(capsys, monkeypatch, c
         (["demo", "--lr", "nan"], "--lr: expected a number above 0, not 'nan'"),
         (["demo", "--seed", str(1 << 64)], "--seed: expected a whole number from 0"),
         (["demo", "--min-accuracy", "96"], "--min-accuracy: expected a number from 0 to 1, not '96'"),
-        (["demo", "--store", "lokal"], """no store type 'lokal' (did you mean "local"?); there are device, local,"""),
+        (["demo", "--store", "lokal"], """no store type 'lokal' (did you mean "local"?); there are device, dist,"""),
         (["demo", "--optimizer", "sdg"], """no optimizer 'sdg' (did you mean "sgd"?)"""),
         (["tutorial", "--arrays", "fortran"], "invalid choice: 'fortran'"),
         (["inspect"], "CHECKPOINT"),

@@ -181,6 +181,41 @@ def test_checkpoints_go_to_another_number_of_workers(optimizer, tmp_path):
             assert torch.allclose(torch.from_numpy(value), torch.from_numpy(other[key]), atol=1e-5), key
 
 
+# ---------------------------------------------------------------- the demo
+
+
+def apart(text):
+    return float(re.search(r"the two loss curves are at most (\S+) apart", text)[1])
+
+
+def test_the_demo_over_workers(tmp_path):
+    command = [sys.executable, "-m", "tensorkv.cli", "demo", "--store", "dist_sync", "--workers", "4", "--epochs", "4"]
+    shown = subprocess.run(
+        [*command, "--out", str(tmp_path / "demo.png")], capture_output=True, text=True, timeout=150, check=False
+    )
+    assert shown.returncode == 0, shown.stderr[-3000:]
+    assert shown.stdout.count("curves: ") == 1, "rank 0 alone speaks"
+    assert "4 replicas: test accuracy" in shown.stdout
+    assert apart(shown.stdout) < 1e-5
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
+
+
+def test_torchrun_goes_on_from_the_last_checkpoint(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    shown = subprocess.run(
+        [*launcher, str(HERE / "dist_programs.py"), "demo_killed", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr[-3000:]
+    assert "fault fired" in shown.stdout
+    assert "rank 0 made epochs 4 to 6" in shown.stdout
+    assert "rank 1 made epochs 4 to 6" in shown.stdout
+    assert apart(shown.stdout) < 1e-5, "as if nobody had been killed"
+
+
 # ---------------------------------------------------------------- joining
 
 

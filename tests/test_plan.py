@@ -39,8 +39,8 @@ def planned(kv):
 def runs(monkeypatch):
     """How many calls went through a plan."""
     counted = []
-    moved = plan.Plan.moved
-    monkeypatch.setattr(plan.Plan, "moved", lambda self, *a: (counted.append(1), moved(self, *a))[1])
+    moved = plan.Form.moved
+    monkeypatch.setattr(plan.Form, "moved", lambda self, *a: (counted.append(1), moved(self, *a))[1])
     return counted
 
 

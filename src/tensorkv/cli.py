@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -115,6 +116,8 @@ def _add_demo(commands: Any) -> None:
         epilog="examples:\n"
         "  tensorkv demo\n"
         "  tensorkv demo --replicas 8 --store device --out eight.png\n"
+        "  tensorkv demo --store dist_sync --workers 4\n"
+        "  torchrun --nproc-per-node=4 -m tensorkv.cli demo --store dist_sync\n"
         "  tensorkv demo --optimizer sgd --lr 0.1 --epochs 40 --min-accuracy 0.95\n\n"
         "The last line of the output names the PNG. Needs: pip install 'tensorkv[examples]'",
     )
@@ -145,6 +148,18 @@ def _add_demo(commands: Any) -> None:
     )
     add("--seed", type=_seed, default=own.seed, metavar="N", help="of first weights and shuffling (%(default)s)")
     add("--store", type=_store_type, default=own.store, metavar="TYPE", help="type of the store (%(default)s)")
+    add(
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="with a store of type dist_sync: start N processes with torchrun, each of which trains one replica",
+    )
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="save after every epoch, and go on from there if DIR holds a checkpoint",
+    )
     add(
         "--out",
         type=Path,
@@ -249,19 +264,30 @@ def _help(parser: argparse.ArgumentParser, _: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    names = ("replicas", "epochs", "batch_size", "optimizer", "lr", "seed", "store")
+    names = ("replicas", "epochs", "batch_size", "optimizer", "lr", "seed", "store", "checkpoint")
     settings = demo.Settings(**{name: getattr(arguments, name) for name in names})
     out: Path = arguments.out
     if out.is_dir():
         raise IsADirectoryError(f"--out {out}: is a directory; name a file")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: the directory {out.parent} does not exist")
+    if arguments.workers is not None and "RANK" not in os.environ:
+        if not settings.store.startswith("dist"):
+            return _fail(f"demo: --workers is for stores of type dist_sync, not {settings.store}", USAGE)
+        return _launch(arguments.workers)
     curves = demo.run(settings, out, quiet=arguments.quiet)
     reached, wanted = curves.accuracies[-1], _wanted_accuracy(arguments.min_accuracy, settings)
     if reached < wanted:
         sys.stdout.flush()
         return _fail(f"demo: the test accuracy is {reached:.4f}, under {wanted:g}")
     return 0
+
+
+def _launch(workers: int) -> int:
+    """Run this command once more, in each of some processes that torchrun starts on this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
+    # Standard error stays that of the workers: the launcher reports failures there, too.
+    return subprocess.run([*launcher, "-m", "tensorkv.cli", *sys.argv[1:]], check=False).returncode  # noqa: S603 - our own words
 
 
 def _wanted_accuracy(given: float | None, settings: demo.Settings) -> float:

@@ -8,6 +8,8 @@ and pulling.
 from __future__ import annotations
 
 import copy
+import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from .store import create
+from .store import KVStore, create
 from .trainer import Trainer
 
 # For the others, torch.optim's own default.
@@ -38,6 +40,7 @@ class Settings:
     lr: float | None = None
     seed: int = 0
     store: str = "local"
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -89,40 +92,75 @@ def network(seed: int) -> nn.Module:
 def train(digits: Digits, settings: Settings, on_epoch: Callable[[float, float], None] | None = None) -> Curves:
     """Train ``settings.replicas`` copies of one network in step and return how it went.
 
+    With several workers each trains one copy on its share of every batch, and all return the same.
+
     Args:
         digits: the images.
-        settings: how many replicas, how long, how fast.
+        settings: how many replicas, how long, how fast; from which checkpoint to go on.
         on_epoch: called after each epoch with its loss and accuracy.
     """
     first = network(settings.seed)
-    replicas = [first, *(copy.deepcopy(first) for _ in range(settings.replicas - 1))]
     shuffler = torch.Generator().manual_seed(settings.seed)
-    curves = Curves([], [])
 
-    with _one_thread(), create(settings.store) as kv:
+    with _one_thread(), create(settings.store) as kv, create(settings.store) as sums:
+        copies = settings.replicas if kv.num_workers == 1 else 1
+        replicas = [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
+        shares = slice(kv.rank * copies, (kv.rank + 1) * copies)
         trainer = Trainer(replicas, kv, settings.optimizer, **_learning_rate(settings))
         first_rate = trainer.learning_rate
+        sums.init("loss", torch.zeros(1, dtype=torch.float64))
+        curves = _resume(settings, kv, trainer)
 
         for epoch in range(settings.epochs):
+            order = torch.randperm(len(digits.labels), generator=shuffler)
+            if epoch < len(curves.losses):
+                continue
             trainer.learning_rate = first_rate * (1 - epoch / settings.epochs)
             epoch_loss = 0.0
-            order = torch.randperm(len(digits.labels), generator=shuffler)
             for start in range(0, len(order), settings.batch_size):
                 batch = order[start : start + settings.batch_size]
 
                 trainer.zero_grad()
-                for replica, share in zip(replicas, batch.tensor_split(len(replicas)), strict=True):
+                parts = batch.tensor_split(copies * kv.num_workers)[shares]
+                for replica, share in zip(replicas, parts, strict=True):
                     loss = cross_entropy(replica(digits.images[share]), digits.labels[share], reduction="sum")
                     # Divided by the whole batch's length, so that the sum of the gradients is the batch's.
                     (loss / len(batch)).backward()  # type: ignore[no-untyped-call]
                     epoch_loss += loss.item()
                 trainer.step()  # push every replica's gradients, update in the store, pull the weights
 
-            curves.losses.append(epoch_loss / len(digits.labels))
+            total = sums.pushpull("loss", torch.tensor([epoch_loss], dtype=torch.float64)).item()
+            curves.losses.append(total / len(digits.labels))
             curves.accuracies.append(accuracy(first, digits))
+            _keep(settings, kv, curves)
             if on_epoch is not None:
                 on_epoch(curves.losses[-1], curves.accuracies[-1])
     return curves
+
+
+def _resume(settings: Settings, kv: KVStore, trainer: Trainer) -> Curves:
+    """Go on from the checkpoint, if there is one, and return the curves up to it."""
+    if settings.checkpoint is None or not (settings.checkpoint / "store" / "manifest.json").exists():
+        return Curves([], [])
+    kv.load(settings.checkpoint / "store")
+    trainer.refresh()
+    losses, accuracies = json.loads((settings.checkpoint / "curves.json").read_text())
+    steps = -(-len(load_digits().labels) // settings.batch_size)
+    # The curves are written before the checkpoint, and so may be one epoch longer.
+    done = kv.info(trainer.keys[0]).version // steps
+    return Curves(losses[:done], accuracies[:done])
+
+
+def _keep(settings: Settings, kv: KVStore, curves: Curves) -> None:
+    if settings.checkpoint is None:
+        return
+    if kv.rank == 0:
+        settings.checkpoint.mkdir(parents=True, exist_ok=True)
+        written = settings.checkpoint / "curves.tmp"
+        written.write_text(json.dumps([curves.losses, curves.accuracies]))
+        os.replace(written, settings.checkpoint / "curves.json")
+    kv.barrier()
+    kv.save(settings.checkpoint / "store")
 
 
 @contextmanager
@@ -200,8 +238,14 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> Curves:
     import matplotlib.figure  # noqa: F401 - one that is missing should not be found out after the training
 
     digits = load_digits()
-    many = _train_showing(digits, settings, quiet)
-    one = _train_showing(digits, replace(settings, replicas=1), quiet)
+    workers = int(os.environ.get("WORLD_SIZE", "1")) if settings.store.startswith("dist") else 1
+    leads = workers == 1 or os.environ.get("RANK") == "0"
+    if workers > 1:
+        settings = replace(settings, replicas=workers)
+    many = _train_showing(digits, settings, quiet or not leads)
+    if not leads:
+        return many
+    one = _train_showing(digits, replace(settings, replicas=1, store="local", checkpoint=None), quiet)
     figure(many, one, settings).savefig(out, format="png", dpi=120)
     if not quiet:
         apart = max(abs(a - b) for a, b in zip(many.losses, one.losses, strict=True))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from . import arrays
+from . import arrays, rows
 from .errors import quote
 from .keys import Key
 from .optim import State
@@ -40,6 +41,17 @@ class Entry:
     ready: Any = None
     # What ``quick`` keeps to reach a small value without converting arrays.
     door: Any = None
+
+    def dense(self, part: Part) -> torch.Tensor:
+        """Return a part as a dense tensor."""
+        # In the dtype that sums are made in, so that rows are not rounded before the sum is.
+        return part.to_dense(arrays.accumulator(self.spec.dtype)) if isinstance(part, Rows) else part
+
+    def merged(self, parts: Sequence[Any]) -> Rows:
+        """Return the sum of parts that are all Rows, on the value's device and in its dtype."""
+        device = self.value.device
+        moved = [part if part.values.device == device else part.to(device) for part in parts]
+        return rows.merge(moved, self.value.dtype)
 
     def read_rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Return copies of rows in the order of ``ids``."""

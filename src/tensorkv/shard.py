@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from . import arrays, cuda, quick, reduce, rows
+from . import cuda, quick, reduce, rows
 from .checks import check_push
 from .entry import Batch, Entry, KeySpec, Part
 from .errors import (
@@ -366,12 +366,12 @@ class Shard:
         """Apply what was pushed as Rows alone; return the rest, Rows beside dense parts made dense."""
         rest: tuple[list[Entry], list[list[Part]]] = ([], [])
         for entry, key_parts in zip(entries, parts, strict=True):
-            total = [_merged(entry, key_parts)] if all(isinstance(p, Rows) for p in key_parts) else None
+            total = [entry.merged(key_parts)] if all(isinstance(p, Rows) for p in key_parts) else None
             if total:
                 self._rule.apply_rows(entry, total[0])
             else:
                 rest[0].append(entry)
-                rest[1].append([_dense(entry, part) for part in key_parts])
+                rest[1].append([entry.dense(part) for part in key_parts])
         return rest
 
     def _finite_sums(self, batch: Batch, entries: list[Entry]) -> tuple[list[Entry], list[list[Any]]]:
@@ -380,10 +380,10 @@ class Shard:
         for entry, key_parts in zip(entries, batch.parts, strict=True):
             total: Any
             if all(isinstance(part, Rows) for part in key_parts):
-                total = _merged(entry, key_parts)
+                total = entry.merged(key_parts)
                 bad = reduce.count_nonfinite(total.values)
             else:
-                dense = [_dense(entry, part) for part in key_parts]
+                dense = [entry.dense(part) for part in key_parts]
                 total = reduce.total(entry.value, dense)  # type: ignore[arg-type]
                 bad = reduce.count_nonfinite(total)
             if not bad:
@@ -441,14 +441,3 @@ def kept() -> AbstractContextManager[Any]:
 
 def _fit(entry: Entry, outs: Sequence[torch.Tensor]) -> bool:
     return all(out.shape == entry.spec.shape for out in outs)
-
-
-def _dense(entry: Entry, part: Part) -> torch.Tensor:
-    # In the dtype that sums are made in, so that rows are not rounded before the sum is.
-    return part.to_dense(arrays.accumulator(entry.spec.dtype)) if isinstance(part, Rows) else part
-
-
-def _merged(entry: Entry, parts: Sequence[Any]) -> Rows:
-    device = entry.value.device
-    moved = [part if part.values.device == device else part.to(device) for part in parts]
-    return rows.merge(moved, entry.value.dtype)

@@ -77,6 +77,7 @@ class Trainer:
             raise ArgumentError(f"Trainer: kv is a {type(kv).__name__}; expected a KVStore, from tensorkv.create()")
         if not isinstance(prefix, str):
             raise ArgumentError(f"Trainer: prefix is {prefix!r}; expected a str")
+        self._kv = kv
         self._prefix = prefix
         self._params = _aligned(_replicas(model_or_replicas), prefix)
         self._update: StoreUpdate | WorkerUpdate
@@ -102,6 +103,15 @@ class Trainer:
             self._overlap.finish()
         pushed = {k: params for k, params in self._params.items() if any(p.grad is not None for p in params)}
         self._update.step(pushed, is_pushed=self._overlap is not None)
+
+    def refresh(self) -> None:
+        """Pull the weights from the store into every replica, as after ``kv.load``.
+
+        Raises:
+            As ``KVStore.pull``.
+        """
+        with torch.no_grad():
+            self._kv.pull(list(self._params), out=[[p.detach() for p in params] for params in self._params.values()])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of every replica's trained parameters.

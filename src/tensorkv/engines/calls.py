@@ -85,7 +85,7 @@ class Calls:
         Args:
             verb: of the call.
             error: what was wrong.
-            drain: waits for this worker's earlier pushes, which go to other hosts in order.
+            drain: waits for this worker's earlier pushes, since calls are compared in order.
         """
         if self._entered or self._shard.rule.running or self._meeting.error is not None:
             return

@@ -76,7 +76,7 @@ class DistEngine:
 
     def refuse(self, verb: str, error: Exception) -> None:
         """Tell the other workers that this one's call was refused before it began."""
-        self._calls.refuse(verb, error, self._pushes.drain if len(self._group.hosts) > 1 else lambda: None)
+        self._calls.refuse(verb, error, self._pushes.drain)
 
     @contextmanager
     def _call(self, text: str) -> Iterator[None]:

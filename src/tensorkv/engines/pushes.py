@@ -32,6 +32,8 @@ from .route import RING, SLOT_NBYTES, SLOT_NBYTES_OVER_HOSTS, Arrays, Held, Rout
 
 # Calls whose outs are larger together do not find them in the cache afterwards.
 _PAST_CACHE_NBYTES = 4 << 20
+# Lists of keys whose way is remembered; each that is pushed alone has a stage of its own.
+_REMEMBERED_ROUTES = 256
 
 Outs = Sequence[Sequence[torch.Tensor]]
 
@@ -314,8 +316,7 @@ class Pushes:
         route = self._route(tuple(keys))
         if own_stage:
             if route.own_stage is None:
-                # Memory is shared by workers that make the same call.
-                self._meeting.agree(number, text)
+                self._agree_first(number, text)
                 slots = max(1, len(route.chunks))
                 route.own_stage = Stage(self._meeting, slots, route.slot_nbytes, text)
             else:
@@ -324,26 +325,41 @@ class Pushes:
             stage = route.own_stage
         else:
             if self._stage is None:
-                self._meeting.agree(number, text)
+                self._agree_first(number, text)
                 self._stage = Stage(self._meeting, RING, self._slot_nbytes, text)
             stage = self._stage
         rule = self._shard.rule
         return Exchange(self._meeting, self._chain, route, stage, number, text, entries, rule, self._guard)
 
+    def _agree_first(self, number: int, text: str) -> None:
+        # Memory is shared by workers that make the same call, and calls are compared in order.
+        self._background.wait_for(None)
+        self._meeting.agree(number, text)
+
     def _route(self, keys: tuple[Key, ...]) -> Route:
-        route = self._routes.get(keys)
-        if route is None:
-            route = Route([self._held[key] for key in keys], self._meeting, self._chain.owners, self._slot_nbytes)
+        route = self._routes.pop(keys, None)
+        if route is not None:
             self._routes[keys] = route
+            return route
+        # Every worker makes the same calls, and so forgets the same route.
+        if len(self._routes) >= _REMEMBERED_ROUTES:
+            oldest = next(iter(self._routes))
+            self.settle(oldest)
+            self._drop(oldest)
+        route = Route([self._held[key] for key in keys], self._meeting, self._chain.owners, self._slot_nbytes)
+        self._routes[keys] = route
         return route
 
     def forget(self, keys: Sequence[Key] | None = None) -> None:
         """Drop the routes of some keys, or all."""
         gone = None if keys is None else set(keys)
         for called in [each for each in self._routes if gone is None or not gone.isdisjoint(each)]:
-            stage = self._routes.pop(called).own_stage
-            if stage is not None:
-                self._meeting.forget(stage.segment)
+            self._drop(called)
+
+    def _drop(self, called: tuple[Key, ...]) -> None:
+        stage = self._routes.pop(called).own_stage
+        if stage is not None:
+            self._meeting.forget(stage.segment)
 
     def close(self) -> None:
         """End the background thread and let go of the memory."""

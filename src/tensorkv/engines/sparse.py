@@ -26,7 +26,7 @@ def kind(parts: Sequence[Part]) -> bool:
 
 def dense(entry: Entry, parts: Sequence[Part]) -> list[torch.Tensor]:
     """Return parts as dense CPU tensors, Rows in the dtype that sums are made in."""
-    made = [part.to_dense(arrays.accumulator(entry.spec.dtype)) if isinstance(part, Rows) else part for part in parts]
+    made = [entry.dense(part) for part in parts]
     return [part if part.is_cpu else part.cpu() for part in made]
 
 

@@ -1,0 +1,71 @@
+"""Every element has one owner and one place, and chunks give every owner about as much."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tensorkv.placement import Run, borders, cut, lightest
+
+SHAPES = st.lists(st.integers(0, 2000), max_size=3).map(tuple)
+
+
+@given(SHAPES, st.integers(1, 9), st.booleans(), st.data())
+def test_borders_cover_every_row_once(shape, owners, whole, data):
+    lead = data.draw(st.integers(0, owners - 1))
+    found = borders(shape, owners, lead, whole=whole)
+    assert len(found) == owners + 1
+    assert found[0] == 0
+    assert found[-1] == (shape[0] if shape else 1)
+    assert found == sorted(found)
+    if whole or math.prod(shape) < 1 << 18:
+        assert found[lead + 1] - found[lead] == found[-1], "one owner"
+
+
+@pytest.mark.parametrize("shape", [(1_000_000,), (5003, 65), (4096, 1000), (70_000, 3, 5)])
+@pytest.mark.parametrize("owners", [2, 3, 8])
+def test_large_values_are_divided_where_vectors_end(shape, owners):
+    found = borders(shape, owners, 0)
+    width = math.prod(shape[1:])
+    sizes = [(high - low) * width for low, high in itertools.pairwise(found)]
+    assert all(low * width % 64 == 0 for low in found[:-1])
+    assert max(sizes) < 1.25 * sum(sizes) / owners
+
+
+def test_few_rows_have_one_owner():
+    assert borders((3, 10_000_000), 4, 2) == [0, 0, 0, 3, 3]
+
+
+RUNS = st.lists(st.tuples(st.integers(0, 5000), st.sampled_from([1, 2, 4, 8, 16])), max_size=12)
+
+
+@given(st.lists(RUNS, min_size=1, max_size=4), st.sampled_from([256, 1024, 4096]))
+def test_chunks_hold_every_element_once_and_in_order(sizes, slot_nbytes):
+    runs, key = [], 0
+    for own in sizes:
+        runs.append([])
+        for count, itemsize in own:
+            runs[-1].append(Run(key, 10, 10 + count, itemsize))
+            key += 1
+    wanted = {run.key: run for own in runs for run in own}
+    seen = {key: run.start for key, run in wanted.items()}
+    for chunk in cut(runs, slot_nbytes):
+        places = []
+        assert [piece.owner for piece in chunk] == sorted(piece.owner for piece in chunk)
+        for piece in chunk:
+            assert piece.start == seen[piece.key]
+            assert piece.stop > piece.start
+            seen[piece.key] = piece.stop
+            nbytes = (piece.stop - piece.start) * wanted[piece.key].itemsize
+            places.append((piece.offset, piece.offset + nbytes))
+            assert piece.offset % 64 == 0
+        places.sort()
+        assert all(before[1] <= after[0] for before, after in itertools.pairwise(places))
+        assert not places or places[-1][1] <= max(slot_nbytes, 64 * len(runs))
+    assert seen == {key: run.stop for key, run in wanted.items()}
+
+
+def test_the_lightest_is_the_first_of_equals():
+    assert lightest([3, 1, 1]) == 1

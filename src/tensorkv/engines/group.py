@@ -56,7 +56,9 @@ class Group:
             return
         global _made
         _made += 1
-        self._store = PrefixStore(f"tensorkv/{_made}", store)
+        # torchrun's store outlives the workers that it starts again.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = PrefixStore(f"tensorkv/{attempt}/{_made}", store)
         self.hosts = self._find_hosts(shared_memory)
         self.host = next(index for index, ranks in enumerate(self.hosts) if self.rank in ranks)
         if len(self.hosts) > 1:

@@ -26,7 +26,20 @@ def say(*words):
 
 # ------------------------------------------------------------ the same bits as the local store
 
-SHAPES = [(), (3,), (0, 2), (7, 5), (64,), (300, 70), (40_000,), (2, 3, 4), (1, 30_000), (513, 65)]
+SHAPES = [
+    (),
+    (3,),
+    (0, 2),
+    (7, 5),
+    (64,),
+    (300, 70),
+    (40_000,),
+    (2, 3, 4),
+    (1, 30_000),
+    (513, 65),
+    (700, 513),
+    (300_001,),
+]
 DTYPES = ["float32", "float32", "float64", "float16", "bfloat16", "int32", "complex64"]
 OPTIMIZERS = [
     ("sgd", {"lr": 0.1}),
@@ -382,6 +395,49 @@ def leave(optimizer):
         say("left and back")
 
 
+def updater_raises():
+    """What an updater raises on one worker reaches all, for Rows and tables too; the store goes on."""
+
+    def update(key, received, stored):
+        rows = isinstance(received, tensorkv.Rows)
+        stored = stored.values if rows else stored
+        stored += 1
+        if (received.values if rows else received).flatten()[0] < 0:
+            raise KeyError("a negative number")
+
+    with create() as kv:
+        kv.init({"d": np.zeros((4, 2), F32), "e": np.zeros(3, F32)})
+        kv.init("t", tensorkv.Rows(np.array([1]), np.zeros((1, 2), F32), 1000))
+        kv.set_updater(update)
+        sign = F32(-1 if RANK == SIZE - 1 else 0)
+        for key, value in {
+            "d": tensorkv.Rows(np.array([2]), np.full((1, 2), sign), 4),
+            "t": tensorkv.Rows(np.array([1]), np.full((1, 2), sign), 1000),
+            "e": np.full(3, sign),
+        }.items():
+            try:
+                kv.push(key, value)
+                say("nothing raised")
+            except KeyError as error:
+                say("raised", key, error)
+            assert kv.info(key).version == 0, key
+        kv.push("d", tensorkv.Rows(np.array([2]), np.ones((1, 2), F32), 4))
+        assert kv.pull("d").tolist() == [[0, 0], [0, 0], [1, 1], [0, 0]]
+        assert kv.info("d").version == 1
+        say("goes on")
+
+
+def forgotten_close():
+    """A process that ends without close, its last push being on the way."""
+    kv = create(shared_memory=False, timeout_s=20)
+    kv.init("a", np.zeros(3_000_000, F32))
+    for _ in range(3):
+        kv.push("a", np.ones(3_000_000, F32))
+    if RANK == SIZE - 1:
+        kv.pull("a")
+    say("the end")
+
+
 def left_and_barrier():
     """Others may not do more than push and pull while somebody has left."""
     kv = create(timeout_s=10)
@@ -460,6 +516,16 @@ def train(overlap, update_on_store):
             for got, expected in zip(mine.parameters(), replicas[0].parameters(), strict=True):
                 assert torch.equal(got, expected), turn
         say("same weights")
+        state = trainer.state_dict()
+        trainer.load_state_dict(state)
+        right.load_state_dict({**state, "optimizer": right.state_dict()["optimizer"]})
+        for each, data_of in ((mine, data[RANK]), *zip(replicas, data, strict=True)):
+            each.zero_grad()
+            each(data_of).square().mean().backward()
+        trainer.step()
+        right.step()
+        assert all(map(torch.equal, mine.parameters(), replicas[0].parameters()))
+        say("same after load_state_dict")
         if overlap == "True":
             mine(data[RANK]).sum().backward()
             try:

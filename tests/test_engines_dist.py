@@ -59,6 +59,7 @@ def test_random_programs_give_the_bits_of_the_local_store(workers, count, seed, 
 def test_a_trainer_over_workers_equals_one_over_replicas(overlap, update_on_store):
     for text in run(2, "train", overlap, update_on_store):
         assert "same weights" in text
+        assert "same after load_state_dict" in text
         assert ("twice Trainer: backward has made" in text) == overlap
 
 
@@ -149,6 +150,21 @@ def test_nothing_is_left_in_shared_memory():
             process.kill()
     assert not {name for name in during - before if "tensorkv" in name}
     assert not {name for name in set(os.listdir("/dev/shm")) - before if "tensorkv" in name}
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_what_an_updater_raises_reaches_every_worker(workers):
+    for text in run(workers, "updater_raises"):
+        assert text.count("raised") == 3
+        assert "nothing raised" not in text
+        assert "goes on" in text
+
+
+@pytest.mark.parametrize("repeat", range(3))
+def test_a_process_may_end_without_close(repeat):
+    for text in run(2, "forgotten_close"):
+        assert "the end" in text
+        assert "terminate called" not in text
 
 
 # ---------------------------------------------------------------- unequal batches, checkpoints

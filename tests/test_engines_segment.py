@@ -1,7 +1,8 @@
 """Memory that processes share: words, locks that tell who lives, and nothing that is left."""
 
-import os
 import struct
+import subprocess
+import sys
 import time
 
 import pytest
@@ -18,21 +19,34 @@ def column(*addresses):
     return struct.pack(f"{len(addresses)}Q", *addresses)
 
 
-def child(work):
-    """Run a function in a forked process and return its status."""
-    pid = os.fork()
-    if not pid:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return pid
+ANSWER = """
+import struct, sys
+from tensorkv import _shared
+from tensorkv.engines.segment import LINE, Segment
+theirs, turns, spin_s = Segment(4096, sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+for turn in range(1, turns + 1):
+    column = struct.pack("Q", theirs.address)
+    assert _shared.wait(column, turn, theirs.address + 9 * LINE, 20.0, spin_s) == 1
+    assert struct.unpack_from("Q", theirs.memory, 2048)[0] == turn
+    struct.pack_into("Q", theirs.memory, 3072, 3 * turn)
+    _shared.store(theirs.address + LINE, turn)
+"""
+LIVE = """
+import os, sys, time
+from tensorkv.engines.segment import Segment
+theirs = Segment(4096, sys.argv[1])
+theirs.mark_alive(1)
+if not os.fork():
+    # Holds every descriptor of its parent, and lives longer.
+    time.sleep(3)
+    os._exit(0)
+print("ready", flush=True)
+time.sleep(60)
+"""
 
 
-def status_of(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def start(program, *words):
+    return subprocess.Popen([sys.executable, "-c", program, *map(str, words)], stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("spin_s", [0.0, 50e-6])
@@ -41,22 +55,13 @@ def test_what_was_written_before_a_store_is_seen_after_the_wait(spin_s):
     assert can_share()
     mine = Segment(4096)
     stop, turns = word(mine, 9), 20_000
-
-    def answer():
-        theirs = Segment(4096, mine.path)
+    with start(ANSWER, mine.path, turns, spin_s) as other:
         for turn in range(1, turns + 1):
-            assert _shared.wait(column(word(theirs, 0)), turn, word(theirs, 9), 20.0, spin_s) == 1
-            assert struct.unpack_from("Q", theirs.memory, 2048)[0] == turn
-            struct.pack_into("Q", theirs.memory, 3072, 3 * turn)
-            _shared.store(word(theirs, 1), turn)
-
-    pid = child(answer)
-    for turn in range(1, turns + 1):
-        struct.pack_into("Q", mine.memory, 2048, turn)
-        _shared.store(word(mine, 0), turn)
-        assert _shared.wait(column(word(mine, 1)), turn, stop, 20.0, spin_s) == 1
-        assert struct.unpack_from("Q", mine.memory, 3072)[0] == 3 * turn
-    assert status_of(pid) == 0
+            struct.pack_into("Q", mine.memory, 2048, turn)
+            _shared.store(word(mine, 0), turn)
+            assert _shared.wait(column(word(mine, 1)), turn, stop, 20.0, spin_s) == 1
+            assert struct.unpack_from("Q", mine.memory, 3072)[0] == 3 * turn
+        assert other.wait(timeout=20) == 0
     mine.close_file()
 
 
@@ -76,31 +81,16 @@ def test_a_wait_ends_with_time_and_with_the_stop_word():
 def test_who_lives_is_seen_by_others_and_not_inherited():
     mine = Segment(4096)
     mine.mark_alive(0)
-    ready = Segment(4096)
-
-    def live():
-        theirs = Segment(4096, mine.path)
-        theirs.mark_alive(1)
-        grandchild = os.fork()
-        if not grandchild:
-            # Holds every descriptor of its parent, and lives longer.
-            time.sleep(3)
-            os._exit(0)
-        _shared.store(word(Segment(4096, ready.path), 0), 1)
-        time.sleep(60)
-
-    pid = child(live)
-    assert _shared.wait(column(word(ready, 0)), 1, word(ready, 9), 20.0, 0.0) == 1
-    assert mine.is_alive(1)
-    assert not mine.is_alive(2)
-    os.kill(pid, 9)
-    deadline = time.monotonic() + 2
-    while mine.is_alive(1) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not mine.is_alive(1)
-    assert status_of(pid) == -9
+    with start(LIVE, mine.path) as other:
+        assert other.stdout.readline() == "ready\n"
+        assert mine.is_alive(1)
+        assert not mine.is_alive(2)
+        other.kill()
+        deadline = time.monotonic() + 2
+        while mine.is_alive(1) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not mine.is_alive(1)
     mine.close_file()
-    ready.close_file()
 
 
 def test_memory_that_is_not_there_is_missed_at_once():

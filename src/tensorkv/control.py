@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from . import engines, optim
@@ -227,6 +228,19 @@ class StoreControl:
         """
         self._begin("load_optimizer_states")
         self._engine.load(os.fspath(path), "optimizer-states")
+
+    @contextmanager
+    def _scratch_folder(self) -> Iterator[str]:
+        """Give a temporary directory that every worker sees, gone afterwards; all workers call this together.
+
+        >>> import os, tensorkv
+        >>> with tensorkv.create()._scratch_folder() as folder:
+        ...     os.path.isdir(folder)
+        True
+        """
+        with TemporaryDirectory() as mine:
+            yield self._engine.tell(mine)
+            self._engine.barrier()
 
     # ------------------------------------------------------------ looking
 

@@ -114,7 +114,7 @@ class KVStore(StoreControl):
         array([2., 2.])
         """
         start = self._begin("push", priority)
-        if self._short("push", start, key, value, None):
+        if self._short("push", start, key, value, None, priority):
             return
         batch = _batch("push", key, value)
         self._engine.push(batch, priority)
@@ -153,7 +153,7 @@ class KVStore(StoreControl):
         (array([1.5, 2.5]), array([1.5, 2.5], dtype=float16))
         """
         start = self._begin("pull", priority)
-        if out is not None and like is None and self._short("pull", start, key, None, out):
+        if out is not None and like is None and self._short("pull", start, key, None, out, priority):
             return None
         outs: NewOuts | GivenOuts
         if out is None and not isinstance(key, Mapping):
@@ -189,7 +189,7 @@ class KVStore(StoreControl):
         array([2., 2.])
         """
         start = self._begin("pushpull", priority)
-        if out is not None and self._short("pushpull", start, key, value, out):
+        if out is not None and self._short("pushpull", start, key, value, out, priority):
             return None
         batch = _batch("pushpull", key, value)
         specs = self._specs("pushpull", batch.keys)
@@ -283,12 +283,12 @@ class KVStore(StoreControl):
 
     # ------------------------------------------------------------ inside
 
-    def _short(self, verb: str, start: float, key: Any, value: Any, out: Any) -> bool:
+    def _short(self, verb: str, start: float, key: Any, value: Any, out: Any, priority: int) -> bool:
         """Let the engine do a common call in a short way; False: nothing was done."""
         if value is None and verb != "pull":
             return False
         if type(key) is list:
-            moved = self._many(key, value, out) if self._many is not None and len(key) >= MANY else None
+            moved = self._many(key, value, out, priority) if self._many is not None and len(key) >= MANY else None
             if moved is not None:
                 self._metrics.add(verb, start, key, moved)
             return moved is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,15 +105,16 @@ class StoreUpdate:
         body, tensors = manifest.describe("optimizer-states", contents.entries, StepOptimizer(loaded))
         # Raises here, before anything changes.
         manifest.check_states(manifest.restore(body, tensors))
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint.write(folder, body, tensors)
+        with self._kv._scratch_folder() as folder:
+            if self._kv.rank == 0:
+                checkpoint.write(folder, body, tensors)
             # A push would step: to set weights to what they were, keys begin anew.
             self._kv.delete(list(self._params))
             broadcast(self._kv, self._params, state["weights"])
             self._kv.load_optimizer_states(folder)
 
     def _saved(self) -> tuple[manifest.Contents, OptimizerSpec]:
-        with tempfile.TemporaryDirectory() as folder:
+        with self._kv._scratch_folder() as folder:
             self._kv.save_optimizer_states(folder)
             contents = checkpoint.read(folder)
         if not isinstance(contents.rule, StepOptimizer):

@@ -37,7 +37,7 @@ class Engine(Protocol):
     An engine may also have two short ways, which are handed the caller's own arrays (None for what the verb
     lacks) and return None when they have done nothing and the general way is to be taken:
     ``one(key, value, out) -> int | None`` for one plain array, returning bytes moved, and
-    ``many(keys, values, outs) -> list[int] | None`` for many small keys, returning bytes moved per key.
+    ``many(keys, values, outs, priority) -> list[int] | None`` for many keys, returning bytes moved per key.
     """
 
     capabilities: frozenset[str]
@@ -103,6 +103,9 @@ class Engine(Protocol):
 
     def barrier(self) -> None:
         """Wait until every worker is here."""
+
+    def tell(self, text: str) -> str:
+        """Return rank 0's text to every worker."""
 
     def leave(self) -> None:
         """Serve the others until every worker has left."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from ..errors import TensorKVError, WorkerError
 from .exchange import Exchange
 from .meeting import Meeting
 from .route import Stage
+
+# How long the end of a process or a store waits for the thread.
+_LAST_WORDS_S = 5.0
 
 
 @dataclass(slots=True)
@@ -45,6 +49,7 @@ class Background:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="tensorkv-dist", daemon=True)
                 self._thread.start()
+                atexit.register(self._leave_process)
             self._changed.notify_all()
 
     def wait_for(self, what: Exchange | Stage | None) -> None:
@@ -55,6 +60,13 @@ class Background:
                 self._changed.wait(0.1)
         self._meeting.check()
 
+    def _leave_process(self) -> None:
+        # A process that ends while the thread waits inside of Gloo would be aborted.
+        with self._changed:
+            self._changed.wait_for(lambda: not self._jobs, _LAST_WORDS_S)
+        self._meeting.group.cut_links()
+        self.close()
+
     def close(self) -> None:
         """End the thread once it has done what it has begun."""
         with self._changed:
@@ -62,7 +74,8 @@ class Background:
             self._changed.notify_all()
             thread = self._thread
         if thread is not None:
-            thread.join(timeout=1 if self._meeting.error is not None else None)
+            thread.join(_LAST_WORDS_S)
+            atexit.unregister(self._leave_process)
 
     def _work(self) -> None:
         while True:
@@ -91,6 +104,8 @@ class Background:
                 else:
                     self._jobs.remove(job)
                 self._changed.notify_all()
+            # Else they would hold their stage until the next push.
+            del job, jobs
 
     def _choose(self, jobs: list[_Job]) -> _Job:
         if self._in_order or len(jobs) == 1:

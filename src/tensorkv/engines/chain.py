@@ -19,8 +19,8 @@ from .meeting import REFUSED, Meeting, mismatch, shorten
 
 _HEAD = struct.Struct("q8si")
 _HEAD_NBYTES = 1024
-# Buffers of each kind, so that a message is on its way while the next one is made.
-DEPTH = 4
+# Messages that may be on their way to a neighbour.
+DEPTH = 8
 
 
 class Chain:
@@ -39,7 +39,7 @@ class Chain:
         self.before = group.hosts[host - 1][me] if linked and host > 0 else None
         self.after = group.hosts[host + 1][me] if linked and host + 1 < len(group.hosts) else None
         self.is_last = host == len(group.hosts) - 1
-        self.is_first = host == 0
+        self.hosts_after = len(group.hosts) - 1 - host
         self.sent_nbytes = 0
         self._sending: list[tuple[Any, int, torch.Tensor]] = []
         self._refused: set[int] = set()
@@ -48,7 +48,7 @@ class Chain:
 
     def send(self, tensor: torch.Tensor, rank: Any, doing: str) -> None:
         """Begin to send; the tensor is the chain's until ``flush``, or until some more messages were sent."""
-        while len(self._sending) >= 2 * DEPTH:
+        while len(self._sending) >= DEPTH + 2 * self.hosts_after:
             self._finish_oldest(doing)
         self._sending.append((self._group.send(tensor, rank), rank, tensor))
         self.sent_nbytes += tensor.nbytes

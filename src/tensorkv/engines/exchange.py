@@ -15,7 +15,7 @@ from ..entry import Entry
 from ..errors import quote
 from ..pool import Pool
 from ..rules import Assign, Rule, Step, WholeStep
-from .chain import DEPTH, Chain
+from .chain import Chain
 from .finite import Guard
 from .meeting import Meeting
 from .message import Message, pieces
@@ -109,7 +109,8 @@ class Exchange:
     def _turns(self) -> tuple[int, int, int]:
         """Return by how many turns each stage comes after a chunk was laid out."""
         at_sum = 1 if self.count > 1 else 0
-        on_the_way = 0 if self._chain.is_last else DEPTH - 2
+        # A chunk goes to the last host and back while the next ones follow it.
+        on_the_way = 2 * self._chain.hosts_after
         waits = self.count if self._at_end else on_the_way
         return at_sum, at_sum + waits, at_sum + waits + at_sum
 

@@ -48,7 +48,7 @@ class LocalEngine:
     def one(self, key: Key, value: Any, out: Any) -> int | None:
         return self._shard.one(key, value, out)
 
-    def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
+    def many(self, keys: Sequence[Key], values: Any, outs: Any, priority: int) -> list[int] | None:
         return self._shard.many(keys, values, outs)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
@@ -93,6 +93,9 @@ class LocalEngine:
 
     def barrier(self) -> None:
         pass
+
+    def tell(self, text: str) -> str:
+        return text
 
     def leave(self) -> None:
         pass

@@ -154,39 +154,60 @@ class Pushes:
             problem, _ = self._push_dense(number, inner, keys, groups, None, 0)
         if self._guard is not None and problem is None:
             problem = self._guard.sift(batch.verb, merged)
-        if problem is None:
-            for key, total in merged.items():
-                self._take_rows(self._shard.entry(batch.verb, key), total, text)
-        return problem
+        if problem is not None:
+            return problem
+        entries = [self._shard.entry(batch.verb, key) for key in merged]
+        failed: list[tuple[int, Exception]] = []
+        for index, (entry, total) in enumerate(zip(entries, merged.values(), strict=True)):
+            try:
+                self._take_rows(entry, total)
+            except Exception as error:
+                failed.append((index, error))
+        self._meeting.barrier(text)
+        self._spread_rows(merged, text)
+        return self._raised(failed, entries, text)
 
-    def _take_rows(self, entry: Entry, merged: Rows, text: str) -> None:
+    def _take_rows(self, entry: Entry, merged: Rows) -> None:
         if isinstance(entry.value, Table):
             self._shard.rule.apply_rows(entry, merged)
             return
-        held = self._held[entry.key]
         updates = self._chain.is_last and self._meeting.me < self._chain.owners
-        sparse.apply(self._shard.rule, entry, held, self._meeting.me if updates else self._chain.owners, merged)
-        self._meeting.barrier(text)
+        owner = self._meeting.me if updates else self._chain.owners
+        sparse.apply(self._shard.rule, entry, self._held[entry.key], owner, merged)
+
+    def _spread_rows(self, merged: Mapping[Key, Rows], text: str) -> None:
+        """Copy the rows that the last host has updated to the others."""
         if len(self._group.hosts) > 1:
             writes = self._meeting.me == 0 and not self._chain.is_last
-            sparse.copy_rows(self._group, held, merged.ids, self._group.hosts[-1][0], writes, text)
+            for key, rows in merged.items():
+                if key in self._held:
+                    source = self._group.hosts[-1][0]
+                    sparse.copy_rows(self._group, self._held[key], rows.ids, source, writes, text)
             self._meeting.barrier(text)
 
     def _problem(self, exchange: Exchange, entries: Sequence[Entry], text: str) -> Exception | None:
         """Return, on every worker, what an updater has raised on one, or that a sum was refused."""
         if self._guard is not None and exchange.refusal is not None:
             return exchange.refusal
+        return self._raised(exchange.failed, entries, text)
+
+    def _raised(
+        self, mine_failed: Sequence[tuple[int, Exception]], entries: Sequence[Entry], text: str
+    ) -> Exception | None:
+        """Return, on every worker, what an updater has raised on one; its key counts no update."""
         if not self._shard.has_updater:
+            for _, problem in mine_failed:
+                raise problem
             return None
-        mine = [[key, type(error).__name__, str(error)[:1000]] for key, error in exchange.failed]
+        mine = [[key, type(error).__name__, str(error)[:1000]] for key, error in mine_failed]
         said = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
         found = self._group.gather(said, text)
         failed = [(rank, *each) for rank, own in enumerate(found) for each in json.loads(bytes(own.numpy()))]
-        for rank, key, _, _ in failed:
-            if rank != self._group.rank:
-                entries[key].version -= 1
-        if exchange.failed:
-            return exchange.failed[0][1]
+        own = {key for key, _ in mine_failed}
+        for key in {key for _, key, _, _ in failed} - own:
+            entries[key].version -= 1
+        if mine_failed:
+            return mine_failed[0][1]
         if failed:
             rank, key, kind, message = failed[0]
             return sparse.raised_elsewhere(rank, entries[key].key, kind, message)
@@ -194,7 +215,7 @@ class Pushes:
 
     # ------------------------------------------------------------ the short way
 
-    def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
+    def many(self, keys: Sequence[Key], values: Any, outs: Any, priority: int) -> list[int] | None:
         """Do a call that names the keys of an earlier one; None: it is to go the general way."""
         route = self._routes.get(tuple(keys)) if set(map(type, keys)) in ({str}, {int}) else None
         if route is None or route.form is None or not self._may_be_later:
@@ -210,7 +231,7 @@ class Pushes:
             if not columns:
                 self.settle(keys)
                 route.fill(targets)
-            elif not self._push_columns(route, keys, entries, columns, targets):
+            elif not self._push_columns(route, keys, entries, columns, targets, priority):
                 return None
         return form.moved(len(columns) + len(targets))
 
@@ -221,6 +242,7 @@ class Pushes:
         entries: Sequence[Entry],
         columns: Sequence[Column],
         targets: Sequence[Column],
+        priority: int,
     ) -> bool:
         try:
             for entry in entries:
@@ -235,7 +257,7 @@ class Pushes:
             exchange = self._exchange(number, text, keys, entries, own_stage=not targets)
             who = self._calls.who(number, text)
             if not targets:
-                self._push_later(exchange, parts, who, keys, 0)
+                self._push_later(exchange, parts, who, keys, priority)
                 return True
             self.drain()
             apart = exchange.count == 1 or route.are_apart(columns, targets)
@@ -278,7 +300,9 @@ class Pushes:
         with self._calls.lock:
             self._calls.check()
             if len(self._group.hosts) > 1:
-                raise WorkerError("leave: not yet over several hosts; give every worker as many batches")
+                raise self._meeting.stop(
+                    WorkerError("leave: not yet over several hosts; give every worker as many batches")
+                )
             self.drain()
             while True:
                 number = self._meeting.enter(LEFT, "leave")

@@ -7,6 +7,7 @@ does not matter.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Sequence
@@ -50,6 +51,9 @@ class Segment:
             self.address = self._bytes.data_ptr()
             return
         if path is None:
+            if self.nbytes > _available_nbytes():
+                # The kernel would begin to give what it does not have, and kill somebody for it.
+                raise OSError(errno.ENOMEM, f"no {self.nbytes:,} bytes of memory")
             self.descriptor = os.memfd_create("tensorkv", os.MFD_CLOEXEC)
             # What is missing must be missed now, not as a bus error when it is touched.
             os.posix_fallocate(self.descriptor, 0, self.nbytes)
@@ -96,6 +100,11 @@ class Segment:
         asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, rank, 1, 0)
         kind: int = struct.unpack(_FLOCK, fcntl.fcntl(self.descriptor, fcntl.F_GETLK, asked))[0]
         return kind != fcntl.F_UNLCK
+
+
+def _available_nbytes() -> int:
+    with open("/proc/meminfo") as lines:
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def aligned(nbytes: int) -> int:

@@ -906,6 +906,32 @@ class Contract:
             assert kv.pull("a").tolist() == [5, 5]
             assert kv.stats()["nonfinite"] == {"raised": 1, "skipped": 0}
 
+    def test_nonfinite_raise_with_rows_beside(self):
+        with self.create(nonfinite="raise") as kv:
+            kv.init({"d": ones(2), "r": ones(2, 1)})
+            before = state(kv)
+            with pytest.raises(tensorkv.NonFiniteError):
+                kv.push({"d": 5 * ones(2), "r": Rows(np.array([0]), np.array([[np.nan]], F32), 2)})
+            assert state(kv) == before
+
+    @pytest.mark.parametrize("keys", [1, 9])
+    def test_hundreds_of_parts_and_outs(self, kv, keys):
+        names = list(range(keys))
+        kv.init(names, [ones(3)] * keys)
+        outs = [[ones(3) for _ in range(300)] for _ in names]
+        for _ in range(4):
+            kv.pushpull(names, [[ones(3)] * 300] * keys, out=outs)
+        assert all(out.tolist() == [300] * 3 for group in outs for out in group)
+
+    def test_many_empty_keys(self, kv):
+        names = list(range(9))
+        kv.init(names, [ones(0, 2)] * 9)
+        for _ in range(5):
+            kv.push(names, [ones(0, 2)] * 9)
+            kv.pull(names, out=[ones(0, 2) for _ in names])
+            kv.pushpull(names, [ones(0, 2)] * 9, out=[ones(0, 2) for _ in names])
+        assert kv.info(3).version == 10
+
     def test_nonfinite_skip(self):
         with self.create(nonfinite="skip") as kv:
             kv.init({"a": ones(2), "b": ones(2), "r": ones(2, 1)})

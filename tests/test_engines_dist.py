@@ -167,7 +167,41 @@ def test_a_process_may_end_without_close(repeat):
         assert "terminate called" not in text
 
 
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_may_be_far_ahead(workers):
+    for text in run(workers, "ahead"):
+        assert "all there" in text
+
+
+def test_an_interrupted_pull_is_asked_again():
+    texts = run(2, "interrupted_pull")
+    assert "interrupted" in texts[0]
+    assert all("new values" in text for text in texts)
+
+
+def test_options_are_compared():
+    for text in run(2, "other_options"):
+        assert "create: the options of rank 0 are" in text
+        assert "those of rank 1" in text
+
+
 # ---------------------------------------------------------------- unequal batches, checkpoints
+
+
+def test_owners_and_state_stay():
+    for text in run(2, "state_stays"):
+        assert "same state" in text
+
+
+def test_state_of_other_shapes_is_saved(tmp_path):
+    for text in run(2, "saved_state", tmp_path):
+        assert "same after load" in text
+
+
+def test_leave_with_long_names_and_a_refused_call():
+    texts = run(2, "leave_with_long_names")
+    assert "refused" in texts[0]
+    assert all("left" in text for text in texts)
 
 
 @pytest.mark.parametrize("optimizer", ["assign", "adam", "nadam"])

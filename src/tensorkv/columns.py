@@ -43,7 +43,10 @@ class Form:
     def columns(self, values: Any, *, writable: bool = False) -> list[Column] | None:
         """Return parts or outs as columns, if every array is exactly what its key asks for."""
         found = []
-        for column in self._transpose(values):
+        transposed = self._transpose(values)
+        if len(transposed) > native.MOST_COLUMNS:
+            return None
+        for column in transposed:
             addresses = native.addresses(column, self.dtype, self.shapes, writable=writable)
             if addresses is None:
                 return None

@@ -55,7 +55,7 @@ def _telling(engine: Any, name: str, method: Callable[..., Any]) -> Callable[...
             return method(*args, **kwargs)
         except (StoreClosedError, ForkedStoreError):
             raise
-        except (TensorKVError, TypeError, ValueError) as error:
+        except Exception as error:
             engine.refuse(name, error)
             raise
 

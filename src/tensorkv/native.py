@@ -31,6 +31,8 @@ _ALIGN = 64
 _PAST_CACHE_NBYTES = 8 << 20
 # Of the kernel: columns of one sum.
 _MAX_COLUMNS = 256
+# Of the parts or the outs of one call, so that there is room for both, and for values.
+MOST_COLUMNS = 100
 
 
 @dataclass(slots=True)
@@ -71,7 +73,7 @@ class Sums:
                 start,
                 min(total, start + step),
             )
-            for start in range(0, total, step)
+            for start in range(0, max(total, 1), step)
         ]
 
 

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -89,23 +90,15 @@ def _whole_entries(
     mine = {}
     for index, entry in enumerate(entries):
         if entry.key in held and entry.state and writes:
-            mine[index] = {name: [arrays.dtype_name(each.dtype), each.ndim] for name, each in entry.state.items()}
+            mine[index] = {name: [arrays.dtype_name(each.dtype), each.shape] for name, each in entry.state.items()}
     found: dict[int, dict[str, list[Any]]] = {}
     for own in _everyone(group, lambda: mine, doing):
         for index, names in own.items():
             found.setdefault(int(index), {}).update(names)
-    places: list[tuple[int, str, torch.dtype, torch.Size, int]] = []
-    at = 0
-    for index, names in sorted(found.items()):
-        for name, (dtype_name, ndim) in names.items():
-            dtype = getattr(torch, dtype_name)
-            full = held[entries[index].key].value.shape
-            shape = full if ndim == len(full) and (ndim or name != "step") else torch.Size(())
-            places.append((index, name, dtype, shape, at))
-            at += aligned(shape.numel() * dtype.itemsize)
+    places, nbytes = _places(entries, held, found)
     if not writes:
         return list(entries)
-    memory = meeting.share(at, 0, doing) if at else None
+    memory = meeting.share(nbytes, 0, doing) if nbytes else None
     states: dict[int, dict[str, torch.Tensor]] = {}
     for index, name, dtype, shape, offset in places:
         room = memory.tensor(offset, shape, dtype)  # type: ignore[union-attr]
@@ -120,8 +113,30 @@ def _whole_entries(
     ]
 
 
+def _places(
+    entries: Sequence[Entry], held: Mapping[Key, Held], found: Mapping[int, Mapping[str, list[Any]]]
+) -> tuple[list[tuple[int, str, torch.dtype, torch.Size, int]], int]:
+    """Return where each state tensor is to lie, whole, and how many bytes all take."""
+    places, at = [], 0
+    for index, names in sorted(found.items()):
+        whole = held[entries[index].key]
+        for name, (dtype_name, own_shape) in names.items():
+            dtype, shape = getattr(torch, dtype_name), torch.Size(own_shape)
+            if _is_divided(whole) and len(shape) == whole.value.ndim:
+                shape = whole.value.shape
+            places.append((index, name, dtype, shape, at))
+            at += aligned(shape.numel() * dtype.itemsize)
+    return places, at
+
+
+def _is_divided(held: Held) -> bool:
+    """Tell whether several owners update a value; only optimizers that treat each element alone allow it."""
+    rows = held.borders[-1]
+    return rows not in [high - low for low, high in pairwise(held.borders)]
+
+
 def _part_of(room: torch.Tensor, held: Held, owner: int) -> torch.Tensor:
-    if room.shape != held.value.shape or not room.ndim:
+    if not _is_divided(held) or room.shape != held.value.shape:
         return room
     return room[held.borders[owner] : held.borders[owner + 1]]
 

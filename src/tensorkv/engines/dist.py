@@ -47,7 +47,7 @@ def build(
         shared_memory: let workers of one host meet in shared memory; without it they use Gloo.
     """
     alone = LocalEngine(False, nonfinite=nonfinite)
-    group = Group(check_timeout(timeout_s), bool(shared_memory))
+    group = Group(check_timeout(timeout_s), bool(shared_memory), {"nonfinite": nonfinite})
     return alone if group.size == 1 else DistEngine(group, nonfinite)
 
 
@@ -68,6 +68,7 @@ class DistEngine:
         self._calls = Calls(self._meeting, self._chain, self._shard, group.rank)
         self._held: dict[Key, Held] = {}
         self._loads = [0] * self._chain.owners
+        self._divided_for_whole = False
         self._guard = None if nonfinite == "pass" else Guard(group, nonfinite)
         self._pushes = Pushes(group, self._meeting, self._chain, self._calls, self._shard, self._held, self._guard)
         self.begin = self._calls.begin
@@ -127,16 +128,24 @@ class DistEngine:
             at += size
         return held
 
-    def _borders(self, value: torch.Tensor) -> list[int]:
+    @property
+    def _sees_whole(self) -> bool:
+        """Whether the update rule has to see whole values."""
         optimizer = self._shard.optimizer
-        whole = self._shard.has_updater or (optimizer is not None and optimizer.name not in ROWWISE)
+        return self._shard.has_updater or (optimizer is not None and optimizer.name not in ROWWISE)
+
+    def _borders(self, value: torch.Tensor) -> list[int]:
+        whole = self._sees_whole
         lead = placement.lightest(self._loads) if value.numel() else 0
         borders = placement.borders(value.shape, self._chain.owners, lead, whole=whole)
-        width = value.nbytes // borders[-1] if borders[-1] else 0
-        for owner in range(self._chain.owners):
-            self._loads[owner] += (borders[owner + 1] - borders[owner]) * width
+        self._add_load(value, borders, 1)
         # One more part, which is empty, for workers that own nothing.
         return [*borders, borders[-1]]
+
+    def _add_load(self, value: torch.Tensor, borders: Sequence[int], sign: int) -> None:
+        width = value.nbytes // borders[-1] if borders[-1] else 0
+        for owner in range(self._chain.owners):
+            self._loads[owner] += sign * (borders[owner + 1] - borders[owner]) * width
 
     def push(self, batch: Batch, priority: int) -> None:
         self._pushes.push(batch, None, priority)
@@ -171,7 +180,9 @@ class DistEngine:
 
     def _forget(self, keys: Sequence[Key]) -> None:
         for key in keys:
-            self._held.pop(key, None)
+            held = self._held.pop(key, None)
+            if held is not None:
+                self._add_load(held.value, held.borders, -1)
         self._pushes.forget(keys)
 
     # ------------------------------------------------------------ the update rule
@@ -197,16 +208,15 @@ class DistEngine:
             self._divide_anew(text)
 
     def _divide_anew(self, text: str) -> None:
-        """Give values the owners that the present rule asks for."""
+        """Give values the owners that the present rule asks for; a rule of the same kind keeps owners and state."""
+        if self._sees_whole == self._divided_for_whole:
+            return
+        self._divided_for_whole = self._sees_whole
         self._loads = [0] * self._chain.owners
-        changed = False
         for key, held in self._held.items():
-            borders = self._borders(held.value)
-            changed = changed or borders != held.borders
-            held.borders = borders
+            held.borders = self._borders(held.value)
             self._shard.entry("set_optimizer", key).value = held.part(self._part)
-        if changed:
-            self._pushes.forget()
+        self._pushes.forget()
         self._meeting.barrier(text)
 
     @property
@@ -266,6 +276,7 @@ class DistEngine:
 
     def _become(self, contents: Contents, text: str) -> None:
         self._shard.restore([], contents.rule)
+        self._divided_for_whole = self._sees_whole
         self._forget(list(self._held))
         self._loads = [0] * self._chain.owners
         held = self._allot([each.key for each in contents.entries], [each.spec for each in contents.entries], text)

@@ -18,7 +18,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.distributed.rendezvous import rendezvous
 
 from .. import errors
-from ..errors import ArgumentError, RankLostError, TensorKVError
+from ..errors import ArgumentError, RankLostError, TensorKVError, WorkerMismatchError
 from .segment import can_share
 
 log = logging.getLogger("tensorkv")
@@ -37,12 +37,13 @@ class Group:
     Args:
         timeout_s: how long another worker may take.
         shared_memory: let workers of one host meet in shared memory.
+        options: what must be equal for every worker.
 
     Raises:
         RankLostError: not all workers came in time.
     """
 
-    def __init__(self, timeout_s: float, shared_memory: bool) -> None:
+    def __init__(self, timeout_s: float, shared_memory: bool, options: dict[str, Any] | None = None) -> None:
         self.timeout_s = timeout_s
         self.rank, self.size = 0, 1
         self._store: Any = None
@@ -59,7 +60,7 @@ class Group:
         # torchrun's store outlives the workers that it starts again.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = PrefixStore(f"tensorkv/{attempt}/{_made}", store)
-        self.hosts = self._find_hosts(shared_memory)
+        self.hosts = self._find_hosts(shared_memory, {"shared_memory": shared_memory, **(options or {})})
         self.host = next(index for index, ranks in enumerate(self.hosts) if self.rank in ranks)
         if len(self.hosts) > 1:
             # All workers take part in connecting, also those that will send nothing.
@@ -82,11 +83,17 @@ class Group:
         store, self.rank, self.size = _met
         return store
 
-    def _find_hosts(self, shared_memory: bool) -> list[list[int]]:
+    def _find_hosts(self, shared_memory: bool, options: dict[str, Any]) -> list[list[int]]:
         """Return runs of neighbouring ranks that can share memory; every worker comes to the same result."""
-        mine = [_machine(), shared_memory and can_share()]
+        mine = [_machine(), shared_memory and can_share(), options]
         self._store.set(f"host/{self.rank}", json.dumps(mine))
-        found = [json.loads(self._get(f"host/{rank}", rank)) for rank in range(self.size)]
+        told = [json.loads(self._get(f"host/{rank}", rank)) for rank in range(self.size)]
+        for rank, (_, _, theirs) in enumerate(told):
+            if theirs != told[0][2]:
+                raise WorkerMismatchError(
+                    f"create: the options of rank 0 are {told[0][2]}, those of rank {rank} {theirs}"
+                )
+        found = [each[:2] for each in told]
         self.on_one_machine = all(machine == found[0][0] for machine, _ in found)
         hosts: list[list[int]] = []
         for rank, (machine, shares) in enumerate(found):

@@ -70,6 +70,7 @@ class Meeting:
         self._arrivals = 0
         self._shares = 0
         self._segments: list[Segment] = []
+        self._agreed: dict[int, list[int]] = {}
         self.error: TensorKVError | None = None
         if memory is not None:
             memory.mark_alive(self.me)
@@ -127,7 +128,7 @@ class Meeting:
             return
         deadline = monotonic() + self.group.timeout_s
         while done < count:
-            awaited = done if workers is None else workers[done]
+            awaited = self._suspect(done if workers is None else workers[done])
             self.check()
             _shared.store(self._word(self.me, _WAITS_FOR), awaited + 1)
             if not self._memory.is_alive(awaited):
@@ -136,6 +137,12 @@ class Meeting:
                 self._lost(self._last_awaited(awaited), f"did not come within {self.group.timeout_s:g} s", doing)
             done = _shared.wait(addresses, least, stop, _LOOK_S, 0.0)
         _shared.store(self._word(self.me, _WAITS_FOR), 0)
+
+    def _suspect(self, awaited: int) -> int:
+        """Return who is to be looked at; where this worker's own thread is behind, whom that one waits for."""
+        if awaited != self.me:
+            return awaited
+        return min(self._others, key=lambda worker: _shared.load(self._word(worker, _ENTERED)))
 
     @property
     def _stop(self) -> int:
@@ -163,7 +170,11 @@ class Meeting:
         if self.error is None and self.size > 1 and _shared.load(self._stop):
             at = self._note
             (length,) = struct.unpack_from("I", self._memory.memory, at)
-            kind, message = json.loads(bytes(self._memory.memory[at + 4 : at + 4 + length]))
+            try:
+                kind, message = json.loads(bytes(self._memory.memory[at + 4 : at + 4 + length]))
+            except ValueError:
+                # Two workers have written at the same time.
+                kind, message = "RankLostError", "several workers have ended this store at the same time"
             error = getattr(errors, kind)(message)
             self.group.publish(error)
             self.error = error
@@ -224,6 +235,8 @@ class Meeting:
         """
         if self._memory is None:
             return [0]
+        if number in self._agreed:
+            return self._agreed.pop(number)
         self.wait(self._column(_ENTERED), number + 1, doing)
         marks = [self._read(worker, number)[0] for worker in range(self.size)]
         present = [worker for worker, mark in enumerate(marks) if mark != LEFT]
@@ -231,6 +244,11 @@ class Meeting:
             raise self.stop(self._mismatch(number, present))
         _shared.store(self._word(self.me, _AGREED), number + 1)
         return present
+
+    def agree_early(self, number: int, doing: str) -> None:
+        """Agree on a call whose ``agree`` comes later: entries are read once, and may be written over then."""
+        if self._memory is not None:
+            self._agreed[number] = self.agree(number, doing)
 
     def has_been_entered(self, number: int) -> bool:
         """Tell whether every worker has entered a call."""
@@ -241,9 +259,9 @@ class Meeting:
         if self._memory is not None:
             _shared.store(self._word(self.me, _AGREED), number + 1)
 
-    def text(self, worker: int, number: int) -> str:
-        """Return what another worker has entered."""
-        return self._read(worker, number)[1]
+    def read(self, worker: int, number: int) -> tuple[bytes, str]:
+        """Return the mark and the text that another worker has entered."""
+        return self._read(worker, number)
 
     def _read(self, worker: int, number: int) -> tuple[bytes, str]:
         at, memory = self._entry(worker, number), self._memory.memory

@@ -27,7 +27,7 @@ from .chain import Chain
 from .exchange import Exchange
 from .finite import Guard
 from .group import Group
-from .meeting import LEFT, Meeting, describe, fingerprint
+from .meeting import LEFT, REFUSED, Meeting, describe, fingerprint
 from .route import RING, SLOT_NBYTES, SLOT_NBYTES_OVER_HOSTS, Arrays, Held, Route, Stage
 
 # Calls whose outs are larger together do not find them in the cache afterwards.
@@ -67,6 +67,8 @@ class Pushes:
         self._stage: Stage | None = None
         self._slot_nbytes = SLOT_NBYTES if len(group.hosts) == 1 else SLOT_NBYTES_OVER_HOSTS
         self._pending: dict[Key, Exchange] = {}
+        # Whole texts of calls by their marks: an entry has no room for many keys.
+        self._texts: dict[bytes, str] = {}
         self._background = Background(meeting, in_order=len(group.hosts) > 1)
 
     # ------------------------------------------------------------ push
@@ -146,14 +148,12 @@ class Pushes:
                 merged[key] = sparse.gather(self._group, entry, parts, text)  # type: ignore[arg-type]
         self._meeting.barrier(text)
         rest = [index for index, is_rows in enumerate(kinds) if not is_rows]
-        problem: Exception | None = None
-        if rest:
+        problem = None if self._guard is None else self._guard.sift(batch.verb, merged)
+        if rest and problem is None:
             keys, groups = [batch.keys[i] for i in rest], [batch.parts[i] for i in rest]
             inner = _text("push", keys, [])
             number = self._meeting.enter(fingerprint(inner), inner)
             problem, _ = self._push_dense(number, inner, keys, groups, None, 0)
-        if self._guard is not None and problem is None:
-            problem = self._guard.sift(batch.verb, merged)
         if problem is not None:
             return problem
         entries = [self._shard.entry(batch.verb, key) for key in merged]
@@ -284,9 +284,12 @@ class Pushes:
 
     def settle(self, keys: Sequence[Key]) -> None:
         """Wait for this worker's earlier pushes of some keys."""
-        for exchange in {id(each): each for key in keys if (each := self._pending.pop(key, None))}.values():
+        for exchange in {id(each): each for key in keys if (each := self._pending.get(key))}.values():
             self._background.wait_for(exchange)
             exchange.wait_for_values()
+        # Only now: whoever is interrupted while waiting asks again.
+        for key in keys:
+            self._pending.pop(key, None)
 
     def drain(self) -> None:
         """Wait for all of this worker's earlier pushes."""
@@ -309,7 +312,10 @@ class Pushes:
                 present = self._meeting.agree(number, "leave")
                 if not present:
                     return
-                self._serve(number, self._meeting.text(present[0], number), present)
+                mark, text = self._meeting.read(present[0], number)
+                # A call that was refused is none.
+                if mark != REFUSED:
+                    self._serve(number, self._texts.get(mark, text), present)
 
     def _serve(self, number: int, text: str, present: list[int]) -> None:
         verb, _, rest = text.partition(" ")
@@ -322,7 +328,11 @@ class Pushes:
         try:
             called = json.loads(rest)
         except ValueError:
-            raise self._meeting.stop(WorkerError("leave: the others push too many keys in one call")) from None
+            raise self._meeting.stop(
+                WorkerError(
+                    "leave: the others push a list of keys that they have not pushed before, and it is too long"
+                )
+            ) from None
         keys = called["keys"]
         if "rows" in called:
             raise self._meeting.stop(WorkerError("leave: the others push Rows, which every worker has to be there for"))
@@ -338,6 +348,7 @@ class Pushes:
         self, number: int, text: str, keys: Sequence[Key], entries: Sequence[Entry], *, own_stage: bool
     ) -> Exchange:
         route = self._route(tuple(keys))
+        self._texts[fingerprint(text)] = text
         if own_stage:
             if route.own_stage is None:
                 self._agree_first(number, text)
@@ -358,7 +369,7 @@ class Pushes:
     def _agree_first(self, number: int, text: str) -> None:
         # Memory is shared by workers that make the same call, and calls are compared in order.
         self._background.wait_for(None)
-        self._meeting.agree(number, text)
+        self._meeting.agree_early(number, text)
 
     def _route(self, keys: tuple[Key, ...]) -> Route:
         route = self._routes.pop(keys, None)
@@ -381,6 +392,8 @@ class Pushes:
             self._drop(called)
 
     def _drop(self, called: tuple[Key, ...]) -> None:
+        if len(self._texts) > 4 * _REMEMBERED_ROUTES:
+            self._texts.clear()
         stage = self._routes.pop(called).own_stage
         if stage is not None:
             self._meeting.forget(stage.segment)

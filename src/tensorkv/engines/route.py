@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -220,6 +221,11 @@ class Arrays:
     def __init__(self, groups: Sequence[Tensors], bases: list[np.ndarray[Any, Any]] | None) -> None:
         self.groups, self.bases = groups, bases
 
+    @cached_property
+    def flat(self) -> list[list[torch.Tensor]]:
+        """The arrays with their elements in order: copied once, and not for each piece."""
+        return [[array.reshape(-1) for array in group] for group in self.groups]
+
     @classmethod
     def of_columns(cls, columns: Sequence[Column]) -> Arrays:
         """Return plain arrays that have been looked at by the column."""
@@ -234,10 +240,14 @@ class Arrays:
             dtypes: per key, what a plain array has.
         """
         counts = set(map(len, groups))
-        plain = len(counts) == 1 and all(
-            native.can_sum(dtype) and array.dtype is dtype and array.is_cpu and array.is_contiguous()
-            for group, dtype in zip(groups, dtypes, strict=True)
-            for array in group
+        plain = (
+            len(counts) == 1
+            and max(counts) <= native.MOST_COLUMNS
+            and all(
+                native.can_sum(dtype) and array.dtype is dtype and array.is_cpu and array.is_contiguous()
+                for group, dtype in zip(groups, dtypes, strict=True)
+                for array in group
+            )
         )
         if not plain:
             return cls(groups, None)
@@ -256,7 +266,7 @@ def lay_out(leg: Leg, me: int, parts: Arrays) -> None:
         leg.sums([leg.room_columns[me]], parts.columns(leg))
         return
     for room, piece in zip(leg.rooms[me], leg.pieces, strict=True):
-        own = [part.reshape(-1)[piece.start : piece.stop] for part in parts.groups[piece.key]]
+        own = [part[piece.start : piece.stop] for part in parts.flat[piece.key]]
         reduce.sum_piece(room, own, at_once=False)
 
 

@@ -543,6 +543,33 @@ def other_options():
         say(error)
 
 
+def no_sharing():
+    """The last rank cannot open what the others share: all go through Gloo, and one of them says so."""
+    import warnings
+
+    from tensorkv.engines import meeting
+
+    right, asked = meeting.Segment, []
+
+    class Closed(right):
+        def __init__(self, nbytes, path=None, *, private=False):
+            if path is not None:
+                asked.append(path)
+                raise PermissionError("planted")
+            super().__init__(nbytes, path, private=private)
+
+    if RANK == SIZE - 1:
+        meeting.Segment = Closed
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        kv = create()
+    with kv:
+        say("fault fired" if asked else "no fault", "warnings:", [str(each.message) for each in caught])
+        assert kv.stats()["dist"]["hosts"] == SIZE
+        kv.init("a", np.zeros(3, F32))
+        assert kv.pushpull("a", np.full(3, RANK, F32)).tolist() == [SIZE * (SIZE - 1) / 2] * 3
+
+
 def left_and_barrier():
     """Others may not do more than push and pull while somebody has left."""
     kv = create(timeout_s=10)

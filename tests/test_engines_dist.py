@@ -283,6 +283,12 @@ def test_everything_stays_on_loopback():
             assert host.endswith("0100007F"), (table, local, remote, state)
 
 
+def test_where_memory_cannot_be_shared_gloo_takes_over_with_one_warning():
+    texts = run(3, "no_sharing")
+    assert ["fault fired" in text for text in texts] == [False, False, True]
+    assert [text.count("they meet through Gloo") for text in texts] == [1, 0, 0]
+
+
 def test_one_worker_is_a_local_store(caplog):
     caplog.set_level("INFO", "tensorkv")
     for name in ("dist", "dist_sync", "dist_device_sync", "dist_sync_device"):

@@ -16,8 +16,7 @@ from pathlib import Path
 from time import monotonic, perf_counter
 from typing import IO, Any
 
-from peers import PeerError, last_words
-from works import WrongResultError
+from peers import PeerError, last_words, reply_of
 
 _START_TIMEOUT_S = 120
 _REPLY_TIMEOUT_S = 300
@@ -157,12 +156,7 @@ class Team:
         line = _line(connection)
         if not line:
             raise PeerError(f"{self.name}: a rank ended at {do!r}\n{self._last_words()}")
-        reply: dict[str, Any] = json.loads(line)
-        if "wrong" in reply:
-            raise WrongResultError(f"{self.name}: {reply['wrong']}")
-        if "error" in reply:
-            raise PeerError(f"{self.name}: {do}: {reply['error']}")
-        return reply
+        return reply_of(self.name, do, line)
 
     def open(self) -> None:
         """Bring the ranks together for the work that they have built."""

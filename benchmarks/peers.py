@@ -115,16 +115,21 @@ class ProcessPeer:
         line = process.stdout.readline()
         if not line:
             raise PeerError(f"{self.name}: its process ended at {do!r}\n{self._last_words()}")
-        reply: dict[str, Any] = json.loads(line)
-        if "wrong" in reply:
-            raise WrongResultError(f"{self.name}: {reply['wrong']}")
-        if "error" in reply:
-            raise PeerError(f"{self.name}: {do}: {reply['error']}")
-        return reply
+        return reply_of(self.name, do, line)
 
     def _last_words(self) -> str:
         self._stderr.seek(0)
         return last_words(self._stderr.read())
+
+
+def reply_of(name: str, do: str, line: str) -> dict[str, Any]:
+    """Return what a process has answered to a command, or raise what it says went wrong."""
+    reply: dict[str, Any] = json.loads(line)
+    if "wrong" in reply:
+        raise WrongResultError(f"{name}: {reply['wrong']}")
+    if "error" in reply:
+        raise PeerError(f"{name}: {do}: {reply['error']}")
+    return reply
 
 
 def last_words(text: str) -> str:

@@ -109,7 +109,7 @@ def train(digits: Digits, settings: Settings, on_epoch: Callable[[float, float],
         trainer = Trainer(replicas, kv, settings.optimizer, **_learning_rate(settings))
         first_rate = trainer.learning_rate
         sums.init("loss", torch.zeros(1, dtype=torch.float64))
-        curves = _resume(settings, kv, trainer)
+        curves = _resume(settings, kv, trainer, steps=-(-len(digits.labels) // settings.batch_size))
 
         for epoch in range(settings.epochs):
             order = torch.randperm(len(digits.labels), generator=shuffler)
@@ -138,14 +138,20 @@ def train(digits: Digits, settings: Settings, on_epoch: Callable[[float, float],
     return curves
 
 
-def _resume(settings: Settings, kv: KVStore, trainer: Trainer) -> Curves:
-    """Go on from the checkpoint, if there is one, and return the curves up to it."""
+def _resume(settings: Settings, kv: KVStore, trainer: Trainer, steps: int) -> Curves:
+    """Go on from the checkpoint, if there is one, and return the curves up to it.
+
+    Args:
+        settings: with the checkpoint.
+        kv: becomes the checkpoint.
+        trainer: gets its weights.
+        steps: of one epoch.
+    """
     if settings.checkpoint is None or not (settings.checkpoint / "store" / "manifest.json").exists():
         return Curves([], [])
     kv.load(settings.checkpoint / "store")
     trainer.refresh()
     losses, accuracies = json.loads((settings.checkpoint / "curves.json").read_text())
-    steps = -(-len(load_digits().labels) // settings.batch_size)
     # The curves are written before the checkpoint, and so may be one epoch longer.
     done = kv.info(trainer.keys[0]).version // steps
     return Curves(losses[:done], accuracies[:done])

@@ -427,9 +427,7 @@ class Shard:
         if isinstance(value, Rows):
             merged = rows.merge([value])
             device = merged.values.device if self._on_device else "cpu"
-            table = Table(value.num_rows, merged.values.shape[1:], merged.values.dtype, device)
-            table.write(merged.ids, merged.values.to(device))
-            return table
+            return Table.of(merged, device)
         device = value.device if self._on_device else "cpu"
         return torch.empty(value.shape, dtype=value.dtype, device=device).copy_(value)
 

@@ -39,6 +39,13 @@ class Table:
         self._fills: dict[str, float] = {}
         self.add_column("", dtype, 0)
 
+    @classmethod
+    def of(cls, rows: Rows, device: torch.device | str) -> Table:
+        """Return a table that holds these rows (merged)."""
+        table = cls(rows.num_rows, rows.values.shape[1:], rows.values.dtype, device)
+        table.write(rows.ids, rows.values.to(device))
+        return table
+
     def __len__(self) -> int:
         return len(self._ids)
 

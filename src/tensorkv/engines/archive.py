@@ -5,7 +5,6 @@ The format is that of every store: what four ranks have saved, three can load, o
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,7 +20,6 @@ from ..errors import CheckpointError
 from ..keys import Key
 from ..manifest import Contents, Kind, Tensors
 from ..shard import Shard
-from ..table import Table
 from .chain import Chain
 from .group import Group
 from .meeting import Meeting
@@ -72,9 +70,7 @@ def _everyone(group: Group, do: Callable[[], Any] | None, doing: str) -> list[An
         said = None if do is None else do()
     except CheckpointError as caught:
         error = caught
-    note = json.dumps([said, None if error is None else str(error)]).encode()
-    found = group.gather(torch.frombuffer(bytearray(note), dtype=torch.uint8), doing)
-    answers = [json.loads(bytes(each.numpy())) for each in found]
+    answers = group.gather_json([said, None if error is None else str(error)], doing)
     if error is not None:
         raise error
     for rank, (_, problem) in enumerate(answers):
@@ -180,8 +176,3 @@ def own_state(saved: Entry, held: Held, owner: int) -> dict[str, torch.Tensor]:
     if held.borders[owner] == held.borders[owner + 1]:
         return {}
     return {name: _part_of(each, held, owner).clone() for name, each in saved.state.items()}
-
-
-def is_table(entry: Entry) -> bool:
-    """Tell whether an entry holds rows, which every worker has whole."""
-    return isinstance(entry.value, Table)

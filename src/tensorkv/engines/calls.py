@@ -58,7 +58,7 @@ class Calls:
             raise self._meeting.stop(
                 WorkerMismatchError(f"{text}: rank {gone[0]} has left; until all have, others may push and pull only")
             )
-        self._chain.agree(number, fingerprint(text), text)
+        self._chain.agree(number, text)
         self._meeting.barrier(text)
 
     def who(self, number: int, text: str) -> Callable[[], list[int]]:
@@ -66,7 +66,7 @@ class Calls:
 
         def ask() -> list[int]:
             present = self._meeting.agree(number, text)
-            self._chain.greet(number, fingerprint(text), text)
+            self._chain.greet(number, text)
             return present
 
         return ask

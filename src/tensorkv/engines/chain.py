@@ -15,7 +15,7 @@ import torch
 
 from ..errors import TensorKVError
 from .group import Group
-from .meeting import REFUSED, Meeting, mismatch, shorten
+from .meeting import REFUSED, Meeting, fingerprint, mismatch, shorten
 
 _HEAD = struct.Struct("q8si")
 _HEAD_NBYTES = 1024
@@ -75,13 +75,15 @@ class Chain:
 
     # ------------------------------------------------------------ agreement
 
-    def greet(self, number: int, mark: bytes, text: str) -> None:
+    def greet(self, number: int, text: str) -> None:
         """Compare a call with the host before, and tell the host after.
 
         Raises:
             WorkerMismatchError: the host before has made another call.
         """
-        theirs = -1
+        if self.before is None and self.after is None:
+            return
+        theirs, mark = -1, fingerprint(text)
         while self.before is not None and theirs != number:
             theirs, other, said = self._hear(text)
             if other == REFUSED and theirs in self._refused:
@@ -113,11 +115,11 @@ class Chain:
         number, mark, length = _HEAD.unpack_from(head.numpy().data)
         return number, mark, bytes(head[_HEAD.size : _HEAD.size + length].numpy()).decode(errors="replace")
 
-    def agree(self, number: int, mark: bytes, text: str) -> None:
+    def agree(self, number: int, text: str) -> None:
         """Return when every host has made the same call."""
         if self._meeting.me != 0 or len(self._group.hosts) == 1:
             return
-        self.greet(number, mark, text)
+        self.greet(number, text)
         answer = torch.zeros(1, dtype=torch.uint8)
         if self.after is not None:
             self.finish(self.receive(answer, self.after), self.after, text)

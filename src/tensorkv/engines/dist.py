@@ -268,7 +268,7 @@ class DistEngine:
         self._divide_anew(text)
         kept = [
             each
-            if archive.is_table(each)
+            if isinstance(each.value, Table)
             else replace(each, state=archive.own_state(each, self._held[each.key], self._part))
             for each in contents.entries
         ]
@@ -298,8 +298,7 @@ class DistEngine:
 
     def tell(self, text: str) -> str:
         with self._call("tell"):
-            said = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-            return bytes(self._group.gather(said, "tell")[0].numpy()).decode()
+            return str(self._group.gather_json(text, "tell")[0])
 
     def close(self) -> None:
         self._shard.refuse_reentry()

@@ -150,7 +150,7 @@ class Exchange:
         self._meeting.wait(self.stage.read[slot][: self._owners], use - 1, self._doing)
         for leg in self._legs[chunk] if self._direct is None else ():
             lay_out(leg, self._meeting.me, parts)
-        self._meeting.store(self.stage.mine(slot)[0], use)
+        self._meeting.store(self.stage.own_filled[slot], use)
 
     def sum(self, chunk: int, present: list[int]) -> None:
         """Update the pieces that this worker owns, or send their sums on."""
@@ -160,13 +160,13 @@ class Exchange:
             if len(present) < self._meeting.size:
                 column = b"".join(column[8 * worker : 8 * worker + 8] for worker in present)
             self._meeting.wait(column, use, self._doing, present)
-            legs = [leg for leg in self._legs[chunk] if leg.own.stop > leg.own.start]
+            legs = self._own_legs(chunk)
             before = self._receive(chunk, legs)
             sums = None if self._chain.is_last or not legs else Message.new([(leg, leg.wide) for leg in legs])
             for index, leg in enumerate(legs):
                 earlier = None if before is None else before.rooms[index]
                 self._sum_leg(leg, present, earlier, None if sums is None else sums.rooms[index])
-            self._meeting.store(self.stage.mine(slot)[1], use)
+            self._meeting.store(self.stage.own_read[slot], use)
             if sums is not None:
                 self._send_on(chunk, legs, sums)
         if chunk == self.count - 1:
@@ -176,7 +176,7 @@ class Exchange:
         """Have the values of this worker's pieces in place, here and on the host before."""
         if not self._is_owner:
             return
-        legs = [leg for leg in self._legs[chunk] if leg.own.stop > leg.own.start]
+        legs = self._own_legs(chunk)
         message: Message | None = None
         if not self._chain.is_last and legs:
             message, work = self._returning.pop(chunk)
@@ -187,7 +187,7 @@ class Exchange:
                 message = Message.of_values(legs)
                 message.pack(legs)
             self._chain.send(message.whole, self._chain.before, self._doing)
-        self._meeting.store(self.stage.mine(chunk % self.stage.slots)[2], self._uses[chunk])
+        self._meeting.store(self.stage.own_ready[chunk % self.stage.slots], self._uses[chunk])
 
     def copy_out(self, chunk: int, outs: Arrays, past_cache: bool) -> None:
         """Copy everyone's pieces to this worker's outs."""
@@ -196,6 +196,10 @@ class Exchange:
             copy_out(leg, outs, past_cache)
 
     # ------------------------------------------------------------ inside
+
+    def _own_legs(self, chunk: int) -> list[Leg]:
+        """Return the legs of a chunk that have pieces of this worker's."""
+        return [leg for leg in self._legs[chunk] if leg.own.stop > leg.own.start]
 
     def _sum_leg(self, leg: Leg, present: list[int], before: torch.Tensor | None, sums: torch.Tensor | None) -> None:
         own = leg.own
@@ -265,7 +269,7 @@ class Exchange:
         if self._chain.before is None:
             return None
         for each in range(chunk, min(chunk + 2, self.count)):
-            mine = [leg for leg in self._legs[each] if leg.own.stop > leg.own.start]
+            mine = self._own_legs(each)
             if each not in self._coming and mine:
                 message = Message.new([(leg, leg.wide) for leg in mine])
                 self._coming[each] = message, self._chain.receive(message.whole, self._chain.before)

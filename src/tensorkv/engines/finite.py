@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-
-import torch
 
 from .. import reduce
 from ..errors import NonFiniteError, quote
@@ -35,10 +32,9 @@ class Guard:
             names: of the keys, for messages.
             doing: the call, for messages.
         """
-        said = torch.frombuffer(bytearray(json.dumps(list(mine.items())).encode()), dtype=torch.uint8)
         bad: dict[int, int] = {}
-        for each in self._group.gather(said, doing):
-            for key, count in json.loads(bytes(each.numpy())):
+        for each in self._group.gather_json(list(mine.items()), doing):
+            for key, count in each:
                 bad[key] = bad.get(key, 0) + count
         bad = {key: count for key, count in sorted(bad.items()) if count}
         if bad and self._mode == "raise":

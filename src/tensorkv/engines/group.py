@@ -226,6 +226,11 @@ class Group:
             self._collect(found, padded, doing)
         return [each[: int(length)] for each, length in zip(found, lengths, strict=True)]
 
+    def gather_json(self, mine: Any, doing: str) -> list[Any]:
+        """Return what every rank gives, as JSON can hold it."""
+        data = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
+        return [json.loads(bytes(each.numpy())) for each in self.gather(data, doing)]
+
     def _collect(self, into: list[torch.Tensor], tensor: torch.Tensor, doing: str) -> None:
         try:
             self.links.allgather([into], [tensor]).wait()

@@ -31,7 +31,8 @@ ENTRIES = 32
 _ENTRY_NBYTES = 4096
 _NOTE_NBYTES = 8192
 _HEAD = struct.Struct("8sI")
-_TEXT = _ENTRY_NBYTES - _HEAD.size
+# What an entry has room for, in bytes; ``describe`` gives one for each character.
+ENTRY_TEXT = _ENTRY_NBYTES - _HEAD.size
 # Words of a worker.
 _ENTERED, _AGREED, _SHARED, _ARRIVED, _WAITS_FOR = range(5)
 _WORDS = 5
@@ -220,7 +221,7 @@ class Meeting:
             if number >= ENTRIES:
                 # Another one may still have to read what is written over.
                 self.wait(self._column(_AGREED), number - ENTRIES + 1, text)
-            data = text.encode("utf-8", "backslashreplace")[:_TEXT]
+            data = text.encode("utf-8", "backslashreplace")[:ENTRY_TEXT]
             at = self._entry(self.me, number)
             self._memory.memory[at : at + _HEAD.size + len(data)] = _HEAD.pack(mark, len(data)) + data
             _shared.store(self._word(self.me, _ENTERED), number + 1)
@@ -238,7 +239,7 @@ class Meeting:
         if number in self._agreed:
             return self._agreed.pop(number)
         self.wait(self._column(_ENTERED), number + 1, doing)
-        marks = [self._read(worker, number)[0] for worker in range(self.size)]
+        marks = [self.read(worker, number)[0] for worker in range(self.size)]
         present = [worker for worker, mark in enumerate(marks) if mark != LEFT]
         if len({marks[worker] for worker in present}) > 1:
             raise self.stop(self._mismatch(number, present))
@@ -260,10 +261,7 @@ class Meeting:
             _shared.store(self._word(self.me, _AGREED), number + 1)
 
     def read(self, worker: int, number: int) -> tuple[bytes, str]:
-        """Return the mark and the text that another worker has entered."""
-        return self._read(worker, number)
-
-    def _read(self, worker: int, number: int) -> tuple[bytes, str]:
+        """Return the mark and the text that a worker has entered."""
         at, memory = self._entry(worker, number), self._memory.memory
         mark, length = _HEAD.unpack_from(memory, at)
         return mark, bytes(memory[at + _HEAD.size : at + _HEAD.size + length]).decode(errors="replace")
@@ -271,7 +269,7 @@ class Meeting:
     def _mismatch(self, number: int, present: Sequence[int]) -> WorkerMismatchError:
         said: dict[str, list[int]] = {}
         for worker in present:
-            said.setdefault(shorten(self._read(worker, number)[1]), []).append(self.ranks[worker])
+            said.setdefault(shorten(self.read(worker, number)[1]), []).append(self.ranks[worker])
         return mismatch(number, said)
 
     # ------------------------------------------------------------ together

@@ -27,7 +27,7 @@ from .chain import Chain
 from .exchange import Exchange
 from .finite import Guard
 from .group import Group
-from .meeting import LEFT, REFUSED, Meeting, describe, fingerprint
+from .meeting import ENTRY_TEXT, LEFT, REFUSED, Meeting, describe, fingerprint
 from .route import RING, SLOT_NBYTES, SLOT_NBYTES_OVER_HOSTS, Arrays, Held, Route, Stage
 
 # Calls whose outs are larger together do not find them in the cache afterwards.
@@ -67,7 +67,7 @@ class Pushes:
         self._stage: Stage | None = None
         self._slot_nbytes = SLOT_NBYTES if len(group.hosts) == 1 else SLOT_NBYTES_OVER_HOSTS
         self._pending: dict[Key, Exchange] = {}
-        # Whole texts of calls by their marks: an entry has no room for many keys.
+        # Texts of calls by their marks, where an entry has no room for the whole.
         self._texts: dict[bytes, str] = {}
         self._background = Background(meeting, in_order=len(group.hosts) > 1)
 
@@ -200,9 +200,8 @@ class Pushes:
                 raise problem
             return None
         mine = [[key, type(error).__name__, str(error)[:1000]] for key, error in mine_failed]
-        said = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
-        found = self._group.gather(said, text)
-        failed = [(rank, *each) for rank, own in enumerate(found) for each in json.loads(bytes(own.numpy()))]
+        found = self._group.gather_json(mine, text)
+        failed = [(rank, *each) for rank, own in enumerate(found) for each in own]
         own = {key for key, _ in mine_failed}
         for key in {key for _, key, _, _ in failed} - own:
             entries[key].version -= 1
@@ -348,7 +347,8 @@ class Pushes:
         self, number: int, text: str, keys: Sequence[Key], entries: Sequence[Entry], *, own_stage: bool
     ) -> Exchange:
         route = self._route(tuple(keys))
-        self._texts[fingerprint(text)] = text
+        if len(text) > ENTRY_TEXT:
+            self._texts[fingerprint(text)] = text
         if own_stage:
             if route.own_stage is None:
                 self._agree_first(number, text)

@@ -71,9 +71,13 @@ class Stage:
         self.segment = meeting.share(self._data + slots * size * self._row, words, doing)
         self.slots = slots
         self.uses = [0] * slots
-        self._size, self._me = size, meeting.me
+        self._size = size
         self.filled, self.read, self.ready = (
             [self._column(slot, which) for slot in range(slots)] for which in range(3)
+        )
+        # Of each slot, the addresses of this worker's own words.
+        self.own_filled, self.own_read, self.own_ready = (
+            [self._word(slot, which, meeting.me) for slot in range(slots)] for which in range(3)
         )
 
     def _word(self, slot: int, which: int, worker: int) -> int:
@@ -81,11 +85,6 @@ class Stage:
 
     def _column(self, slot: int, which: int) -> bytes:
         return array("Q", [self._word(slot, which, worker) for worker in range(self._size)]).tobytes()
-
-    def mine(self, slot: int) -> tuple[int, int, int]:
-        """Return the addresses of this worker's three words."""
-        filled, read, ready = (self._word(slot, which, self._me) for which in range(3))
-        return filled, read, ready
 
     def tensor(self, slot: int, worker: int, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """Return what a worker lays out at an offset of a slot."""
@@ -173,14 +172,14 @@ class Route:
         if self.form is not None and not native.can_sum(self.form.dtype):
             self.form = None
         self.texts: dict[str, str] = {}
-        self._legs: dict[int, list[list[Leg]]] = {}
+        self._legs: dict[Stage, list[list[Leg]]] = {}
         self.own_stage: Stage | None = None
 
     def legs(self, stage: Stage) -> list[list[Leg]]:
         """Return the legs of each chunk on a stage; chunk c is in slot c modulo their number."""
-        known = self._legs.get(id(stage))
+        known = self._legs.get(stage)
         if known is None:
-            known = self._legs[id(stage)] = [
+            known = self._legs[stage] = [
                 self._legs_of(chunk, stage, number % stage.slots) for number, chunk in enumerate(self.chunks)
             ]
         return known

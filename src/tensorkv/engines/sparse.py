@@ -77,9 +77,7 @@ def first_table(group: Group, value: Rows, doing: str) -> Table:
     ids = group.gather(merged.ids.cpu() if first else torch.empty(0, dtype=torch.int64), doing)[0]
     sent = _bytes(merged.values.cpu()) if first else torch.empty(0, dtype=torch.uint8)
     values = group.gather(sent, doing)[0].clone().view(merged.values.dtype)
-    table = Table(value.num_rows, merged.values.shape[1:], merged.values.dtype, "cpu")
-    table.write(ids, values.view(len(ids), *merged.values.shape[1:]))
-    return table
+    return Table.of(Rows(ids, values.view(len(ids), *merged.values.shape[1:]), value.num_rows), "cpu")
 
 
 def raised_elsewhere(rank: int, key: Key, kind: str, message: str) -> Exception:

@@ -11,6 +11,7 @@ TensorKVError
 ├── OptimizerError         (ValueError)    unknown optimizer, bad number, value it cannot update
 ├── UpdaterError           (RuntimeError)  an updater that broke its contract
 ├── CheckpointError        (ValueError)    a checkpoint that cannot be written or trusted
+├── JournalError           (RuntimeError)  a store's folder that cannot be written, trusted or shared
 ├── EngineNotFoundError    (ValueError)    a type name that no engine has
 ├── WorkerMismatchError    (RuntimeError)  workers in step that did not make the same call
 ├── RankLostError          (RuntimeError)  a worker in step that died, stalled or left early
@@ -74,6 +75,10 @@ class UpdaterError(TensorKVError, RuntimeError):
 
 class CheckpointError(TensorKVError, ValueError):
     """A checkpoint is damaged, foreign or does not fit, or cannot be written."""
+
+
+class JournalError(TensorKVError, RuntimeError):
+    """The log or a snapshot of a durable store cannot be written or trusted, or another process has it open."""
 
 
 class EngineNotFoundError(TensorKVError, ValueError):

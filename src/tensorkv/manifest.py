@@ -105,7 +105,7 @@ def restore(body: Any, tensors: Tensors) -> Contents:
         _check(update == "optimizer" or kind == "store", "optimizer states without an optimizer")
         rule: Rule | None = Assign() if update == "assign" else None
         if update == "optimizer":
-            rule = _restore_rule(body.get("optimizer"))
+            rule = restore_rule(body.get("optimizer"))
         left = dict(tensors)
         entries = [_restore_entry(kind, described, left) for described in _field(body, "keys", list)]
         _check(not left, f"tensors that no key has: {', '.join(list(left)[:3])}")
@@ -160,7 +160,12 @@ def check_states(contents: Contents) -> None:
                 _check(0 <= number <= limit, f"{quote(entry.key)}: {quote(name)} is {number}")
 
 
-def _restore_rule(described: Any) -> StepOptimizer:
+def restore_rule(described: Any) -> StepOptimizer:
+    """Check an optimizer's description and return its rule.
+
+    Raises:
+        CheckpointError: names or numbers that no optimizer takes.
+    """
     try:
         rule = StepOptimizer(OptimizerSpec.from_json(described))
         # Numbers that do not fit together show in a step: a first one and one that goes on.

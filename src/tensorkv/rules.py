@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,7 +13,9 @@ from . import arrays, native, reduce
 from .entry import Entry
 from .errors import UpdaterError, quote
 from .kernels import Kernel
-from .optim import Optimizer, OptimizerSpec
+from .keys import Key
+from .optim import Optimizer, OptimizerSpec, check_numbers
+from .optim import spec as make_spec
 from .pool import WORTH_A_THREAD, Job, Pool
 from .rows import Rows
 
@@ -210,11 +213,7 @@ class CallUpdater:
     def apply(self, entries: Sequence[Entry], parts: Parts, outs: Outs, pool: Pool) -> None:
         for entry, key_parts, key_outs in zip(entries, parts, outs, strict=True):
             value: Any = entry.value
-            received = reduce.total(value, key_parts)
-            scratch = value.clone()
-            stored = arrays.view(scratch.view_as(scratch), entry.spec.origin)
-            self._call(entry, arrays.view(received, entry.spec.origin), stored)
-            value.copy_(scratch)
+            value.copy_(self.updated(entry, reduce.total(value, key_parts)))
             entry.version += 1
             _copy_out(value, key_outs)
 
@@ -225,10 +224,21 @@ class CallUpdater:
         return WholeStep(self, entry, pool)
 
     def apply_rows(self, entry: Entry, received: Rows) -> None:
+        entry.write_rows(self.updated_rows(entry, received))
+        entry.version += 1
+
+    def updated(self, entry: Entry, received: torch.Tensor) -> torch.Tensor:
+        """Return what the function makes of a value, which stays as it is."""
+        scratch: torch.Tensor = entry.value.clone()  # type: ignore[union-attr]
+        stored = arrays.view(scratch.view_as(scratch), entry.spec.origin)
+        self._call(entry, arrays.view(received, entry.spec.origin), stored)
+        return scratch
+
+    def updated_rows(self, entry: Entry, received: Rows) -> Rows:
+        """Return what the function makes of some rows, which stay as they are."""
         scratch = Rows(received.ids.clone(), entry.read_rows(received.ids), received.num_rows)
         self._call(entry, _view_rows(received, entry.spec.origin), _view_rows(scratch, entry.spec.origin))
-        entry.write_rows(scratch)
-        entry.version += 1
+        return scratch
 
     def _call(self, entry: Entry, received: Any, stored: Any) -> None:
         self.running = True
@@ -243,6 +253,19 @@ class CallUpdater:
             )
 
 
+class LostUpdater(CallUpdater):
+    """Stands for a function that updated values in a process that has ended."""
+
+    def __init__(self) -> None:
+        super().__init__(self._refuse)
+
+    def _refuse(self, key: Key, received: Any, stored: Any) -> None:
+        raise UpdaterError(
+            f"push({quote(key)}): this store's updater was a function of a process that has ended, and is not kept; "
+            "call set_updater again, or set_updater(None) for assignment"
+        )
+
+
 def _view_rows(rows: Rows, origin: arrays.Origin) -> Rows:
     # The ids are the updater's own copy: what it does to them moves no row of the store.
     return Rows(arrays.view(rows.ids.clone(), origin), arrays.view(rows.values, origin), rows.num_rows)
@@ -255,6 +278,20 @@ class StepOptimizer:
 
     def __init__(self, spec: OptimizerSpec) -> None:
         self.optimizer = Optimizer(spec)
+
+    def changed(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> StepOptimizer:
+        """Return the rule with other numbers for some keys, or for all (which ends what was set for some)."""
+        spec = self.optimizer.spec
+        changed, overrides = spec, dict(spec.overrides)
+        if keys is None:
+            changed = make_spec(spec.name, {**spec.to_numbers(), **numbers})
+            for key, own in spec.overrides.items():
+                overrides[key] = {word: number for word, number in own.items() if word not in numbers}
+        else:
+            numbers = check_numbers(spec.name, numbers)
+            for key in keys:
+                overrides[key] = {**overrides.get(key, {}), **numbers}
+        return StepOptimizer(replace(changed, overrides={key: own for key, own in overrides.items() if own}))
 
     def check(self, entry: Entry, *, by_rows: bool) -> None:
         self.optimizer.check(entry.key, entry.value, by_rows=by_rows)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -30,8 +29,7 @@ from .errors import (
     suggestion,
 )
 from .keys import Key
-from .optim import OptimizerSpec, check_numbers
-from .optim import spec as make_spec
+from .optim import OptimizerSpec
 from .plan import Plans
 from .pool import Pool
 from .rows import Rows
@@ -77,9 +75,7 @@ class Shard:
             made = [
                 Entry(key, spec, self._copy_in(value)) for key, value, spec in zip(keys, values, specs, strict=True)
             ]
-            self._entries.update(zip(keys, made, strict=True))
-            if keys:
-                self._key_type = type(keys[0])
+            self._hold(made)
 
     def push(self, batch: Batch) -> None:
         """Sum the parts of each key and apply the update rule; the whole batch is checked first."""
@@ -174,11 +170,7 @@ class Shard:
             self.refuse_reentry()
             for key in keys:
                 self.entry("delete", key)
-            for key in keys:
-                self._plans.forget(key)
-                del self._entries[key]
-                if self.optimizer is not None:
-                    self.optimizer.overrides.pop(key, None)
+            self._forget(keys)
 
     # ------------------------------------------------------------ the update rule
 
@@ -186,41 +178,27 @@ class Shard:
         """Apply ``updater(key, received, stored)`` to each sum; None restores assignment."""
         with self._lock:
             self.refuse_reentry()
-            self._drop_states()
-            self._rule = Assign() if updater is None else CallUpdater(updater)
+            self._take_rule(Assign() if updater is None else CallUpdater(updater))
 
     def set_optimizer(self, spec: OptimizerSpec) -> None:
         """Step an optimizer with each sum as the gradient; one of the same name keeps its state."""
         rule = StepOptimizer(spec)
         with self._lock:
             self.refuse_reentry()
-            if self.optimizer is None or self.optimizer.name != spec.name:
-                self._drop_states()
-            self._rule = rule
+            self._take_rule(rule)
 
     def set_hyperparameters(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> None:
         """Change hyperparameters for some keys, or for all (which ends what was set for some)."""
         with self._lock:
             self.refuse_reentry()
-            self._rule = self._changed_rule(numbers, keys)
+            self._take_rule(self._changed_rule(numbers, keys))
 
     def _changed_rule(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> StepOptimizer:
-        spec = self.optimizer
-        if spec is None:
+        if not isinstance(self._rule, StepOptimizer):
             raise OptimizerError("set_hyperparameters: the store has no optimizer; call set_optimizer first")
-        if keys is None:
-            changed = make_spec(spec.name, {**spec.to_numbers(), **numbers})
-            overrides = {}
-            for key, own in spec.overrides.items():
-                overrides[key] = {word: number for word, number in own.items() if word not in numbers}
-        else:
-            changed, overrides = spec, dict(spec.overrides)
-            numbers = check_numbers(spec.name, numbers)
-            for key in keys:
-                self.entry("set_hyperparameters", key)
-                overrides[key] = {**overrides.get(key, {}), **numbers}
-        overrides = {key: own for key, own in overrides.items() if own}
-        return StepOptimizer(replace(changed, overrides=overrides))
+        for key in keys or ():
+            self.entry("set_hyperparameters", key)
+        return self._rule.changed(numbers, keys)
 
     def check_hyperparameters(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> None:
         """Raise what ``set_hyperparameters`` would raise; changes nothing."""
@@ -287,9 +265,7 @@ class Shard:
     def add(self, entries: Sequence[Entry]) -> None:
         """Hold entries that were made elsewhere, their values where they are."""
         with self._lock:
-            self._entries.update({entry.key: entry for entry in entries})
-            if entries:
-                self._key_type = type(entries[0].key)
+            self._hold(entries)
 
     def restore(self, entries: Sequence[Entry], rule: Rule | None) -> None:
         """Become these entries and this rule (None: the present rule stays)."""
@@ -342,6 +318,40 @@ class Shard:
         if self._rule.running:
             raise UpdaterError("an updater called the store that runs it; do this after the push has returned")
 
+    # ------------------------------------------------------------ every change, checked, the lock being held
+
+    def _hold(self, entries: Sequence[Entry]) -> None:
+        """Add keys."""
+        self._entries.update({entry.key: entry for entry in entries})
+        if entries:
+            self._key_type = type(entries[0].key)
+
+    def _forget(self, keys: Sequence[Key]) -> None:
+        """Remove keys."""
+        for key in keys:
+            self._plans.forget(key)
+            del self._entries[key]
+            if self.optimizer is not None:
+                self.optimizer.overrides.pop(key, None)
+
+    def _take_rule(self, rule: Rule) -> None:
+        """Put a rule in force; an optimizer goes on from the state of one of the same name."""
+        new = rule.optimizer.spec.name if isinstance(rule, StepOptimizer) else None
+        if new is None or self.optimizer is None or self.optimizer.name != new:
+            self._drop_states()
+        self._rule = rule
+
+    def _apply(
+        self, entries: Sequence[Entry], parts: Sequence[list[Any]], outs: Sequence[Sequence[torch.Tensor]]
+    ) -> bool:
+        """Update values from the sums of their parts; return whether the outs were filled on the way."""
+        if any(isinstance(part, Rows) for key_parts in parts for part in key_parts):
+            entries, parts = self._push_rows(entries, parts)
+        fill = len(outs) == len(entries) and all(map(_fit, entries, outs)) and reduce.are_apart(parts, outs)
+        fill = fill and self._pool.is_worth([out for key_outs in outs for out in key_outs])
+        self._rule.apply(entries, parts, outs if fill else [()] * len(entries), self._pool)
+        return fill
+
     # ------------------------------------------------------------ push and pull, the lock being held
 
     def _push(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]]) -> bool:
@@ -355,14 +365,9 @@ class Shard:
         with self._in_order(entries):
             if self._nonfinite != "pass":
                 entries, parts = self._finite_sums(batch, entries)
-            if any(isinstance(part, Rows) for key_parts in parts for part in key_parts):
-                entries, parts = self._push_rows(entries, parts)
-            fill = len(outs) == len(entries) and all(map(_fit, entries, outs)) and reduce.are_apart(parts, outs)
-            fill = fill and self._pool.is_worth([out for key_outs in outs for out in key_outs])
-            self._rule.apply(entries, parts, outs if fill else [()] * len(entries), self._pool)
-            return fill
+            return self._apply(entries, parts, outs)
 
-    def _push_rows(self, entries: list[Entry], parts: list[list[Part]]) -> tuple[list[Entry], list[list[Part]]]:
+    def _push_rows(self, entries: Sequence[Entry], parts: Sequence[list[Any]]) -> tuple[list[Entry], list[list[Part]]]:
         """Apply what was pushed as Rows alone; return the rest, Rows beside dense parts made dense."""
         rest: tuple[list[Entry], list[list[Part]]] = ([], [])
         for entry, key_parts in zip(entries, parts, strict=True):

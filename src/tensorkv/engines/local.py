@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .. import checkpoint
+from ..durable import DurableShard
 from ..entry import Batch, KeyInfo, KeySpec, Part
+from ..errors import ArgumentError
+from ..journal import Durability
 from ..keys import Key
 from ..manifest import Kind
 from ..optim import OptimizerSpec
@@ -24,14 +28,36 @@ class LocalEngine:
         on_device: keep each value on the device of its arrays (``"device"``) or on the CPU (``"local"``).
         nonfinite: ``"pass"``, ``"raise"`` or ``"skip"`` updates whose sum has NaN or Inf.
         threads: that sum and update large values (None: as many as cores).
+        path: a folder where the store is kept, and opened again by the next that names it (``"local"`` only).
+        durability: ``"process"``: what a call has changed outlives the process, ``"disk"``: and the machine's power.
+        log_nbytes: how long the log in the folder may grow (None: twice the store, at most 1 GiB).
     """
 
     rank = 0
     num_workers = 1
     capabilities = frozenset({"optimizer", "updater", "rows", "checkpoint"})
 
-    def __init__(self, on_device: bool, *, nonfinite: NonFinite = "pass", threads: int | None = None) -> None:
-        self._shard = Shard(on_device=on_device, nonfinite=nonfinite, threads=threads)
+    def __init__(
+        self,
+        on_device: bool,
+        *,
+        nonfinite: NonFinite = "pass",
+        threads: int | None = None,
+        path: str | os.PathLike[str] | None = None,
+        durability: Durability = "process",
+        log_nbytes: int | None = None,
+    ) -> None:
+        self._durable: DurableShard | None = None
+        if path is None:
+            if durability != "process" or log_nbytes is not None:
+                raise ArgumentError("durability and log_nbytes are of a store that is kept in a folder; give its path")
+            self._shard = Shard(on_device=on_device, nonfinite=nonfinite, threads=threads)
+        elif on_device:
+            raise ArgumentError(f'path is {os.fspath(path)!r}, and "device" keeps nothing in a folder; use "local"')
+        else:
+            self._shard = self._durable = DurableShard(
+                os.fspath(path), durability=durability, log_nbytes=log_nbytes, nonfinite=nonfinite, threads=threads
+            )
 
     def init(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
         self._shard.init(keys, values, specs)
@@ -83,7 +109,8 @@ class LocalEngine:
         return key in self._shard
 
     def stats(self) -> Mapping[str, Any]:
-        return {"nonfinite": dict(self._shard.nonfinite_counts)}
+        counts = {"nonfinite": dict(self._shard.nonfinite_counts)}
+        return counts if self._durable is None else {**counts, "journal": self._durable.journal_counts}
 
     def save(self, path: str, kind: Kind) -> None:
         checkpoint.save(self._shard, path, kind)

@@ -1,0 +1,382 @@
+"""DurableShard: a Shard whose every change stands in a journal before it is made.
+
+A change is checked, its sums are made beside the values, it is written to the log, and then applied. Opening the
+folder again reads the snapshot and makes the logged changes once more, by the same code.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from . import manifest, reduce
+from .checks import check_push
+from .clients import Clients
+from .entry import Batch, Entry
+from .errors import CheckpointError, JournalError, TensorKVError, quote
+from .journal import Durability, Journal
+from .keys import Key
+from .pool import Pool
+from .record import Item, Record, nbytes_of, pack
+from .rows import Rows
+from .rules import Assign, CallUpdater, LostUpdater, Rule, StepOptimizer
+from .shard import NonFinite, Shard
+
+# So many records are replayed before what they led to is compared with what it was.
+DIGEST_EVERY = 64
+# Small tensors of a snapshot share a record.
+_TOGETHER = 1 << 20
+
+_logger = logging.getLogger(__name__)
+
+
+class DurableShard(Shard):
+    """Values that outlive their process.
+
+    Args:
+        path: a folder of this shard's own.
+        durability, log_nbytes, wait_s: as for ``Journal``.
+        nonfinite, threads: as for ``Shard``.
+        clients: whose requests are logged with what they change.
+
+    Raises:
+        JournalError: another process has the folder open, or what is in it cannot be trusted.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        durability: Durability = "process",
+        log_nbytes: int | None = None,
+        wait_s: float = 10.0,
+        nonfinite: NonFinite = "pass",
+        threads: int | None = None,
+        clients: Clients | None = None,
+    ) -> None:
+        super().__init__(nonfinite=nonfinite, threads=threads)
+        self.clients = Clients() if clients is None else clients
+        self._shield = Pool(1)
+        self._broken: str | None = None
+        self._touched: dict[Key, list[torch.Tensor] | None] = {}
+        self._unproven = 0
+        self._journal = Journal(path, durability, log_nbytes, wait_s)
+        try:
+            self._recover()
+        except BaseException:
+            self._journal.close()
+            raise
+
+    @property
+    def journal_counts(self) -> dict[str, int]:
+        """Records and bytes written, snapshots made, and the length of the log in bytes."""
+        return {**self._journal.counts, "log_nbytes": self._journal.nbytes, "lsn": self._journal.lsn}
+
+    # ------------------------------------------------------------ the short ways, which do not log
+
+    def one(self, key: Key, value: Any, out: Any) -> int | None:
+        return super().one(key, value, out) if value is None else None
+
+    def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
+        return super().many(keys, values, outs) if values is None else None
+
+    # ------------------------------------------------------------ every change, logged
+
+    def _hold(self, entries: Sequence[Entry]) -> None:
+        body, tensors = manifest.describe("store", entries, Assign())
+        items = [Item(name, "tensor", tensor) for name, tensor in tensors.items()]
+        self._commit(pack({"verb": "init", "body": body}, items), partial(super()._hold, entries))
+
+    def _forget(self, keys: Sequence[Key]) -> None:
+        self._commit(Record({"verb": "delete", "keys": list(keys)}), partial(super()._forget, keys))
+
+    def _take_rule(self, rule: Rule) -> None:
+        self._commit(Record({"verb": "rule", **_describe_rule(rule)}), partial(self._change_rule, rule))
+
+    def _apply(
+        self, entries: Sequence[Entry], parts: Sequence[list[Any]], outs: Sequence[Sequence[torch.Tensor]]
+    ) -> bool:
+        sums = [_sum(entry, key_parts) for entry, key_parts in zip(entries, parts, strict=True)]
+        if isinstance(self._rule, CallUpdater):
+            for entry, total in zip(entries, sums, strict=True):
+                self._put(entry, _updated(self._rule, entry, total))
+            return False
+        record = pack({"verb": "push"}, _items(entries, sums))
+        change = partial(super()._apply, entries, [[total] for total in sums], outs)
+        filled: bool = self._commit(record, change, entries, sums)
+        return filled
+
+    def _put(self, entry: Entry, made: Any) -> None:
+        """Take over what an updater has made of a value, which no replay could make again."""
+        self._commit(pack({"verb": "put"}, _items([entry], [made])), partial(_replace, entry, made), [entry], [made])
+
+    def restore(self, entries: Sequence[Entry], rule: Rule | None) -> None:
+        with self._lock:
+            super().restore(entries, rule)
+            self._write_down()
+
+    def restore_states(self, entries: Sequence[Entry], rule: Rule | None) -> None:
+        with self._lock:
+            super().restore_states(entries, rule)
+            self._write_down()
+
+    def close(self) -> None:
+        with self._lock:
+            super().close()
+            self._journal.close()
+            self._shield.close()
+
+    def refuse_reentry(self) -> None:
+        """Raise UpdaterError if an updater is running, JournalError if memory may not be what the journal says."""
+        super().refuse_reentry()
+        if self._broken is not None:
+            raise JournalError(f"{self._journal.path}: {self._broken}; close this store and open it again")
+
+    def _commit(
+        self, record: Record, change: Callable[[], Any], entries: Sequence[Entry] = (), sums: Sequence[Any] = ()
+    ) -> Any:
+        request = self.clients.current
+        if request is not None:
+            record = Record({**record.head, "client": request[0], "seq": request[1]}, record.layout, record.payload)
+        results: list[Any] = []
+
+        def work() -> None:
+            self._journal.append(record)
+            try:
+                results.append(change())
+                self.clients.done()
+            except BaseException:
+                self._take_back()
+                raise
+            self._note(entries, sums)
+            self._look_after_the_log()
+
+        if threading.current_thread() is threading.main_thread():
+            # Where an interrupt cannot strike between the log and the change.
+            self._shield.run([work])
+        else:
+            work()
+        return results[0]
+
+    def _take_back(self) -> None:
+        """Undo the record whose change has failed, and become what the journal says."""
+        try:
+            self._journal.undo()
+            self._recover()
+        except BaseException as error:
+            self._broken = f"a change failed halfway and could not be taken back ({error})"
+            raise
+
+    def _look_after_the_log(self) -> None:
+        # The change counts already, whatever goes wrong here.
+        try:
+            if self._unproven >= DIGEST_EVERY:
+                self._journal.append(Record({"verb": "digest", "keys": self._digests()}))
+                self._touched, self._unproven = {}, 0
+            if self._journal.is_due(self._state_nbytes()):
+                self._snapshot()
+        except Exception as error:
+            _logger.warning("%s: no digest or snapshot: %s", self._journal.path, error)
+
+    def _write_down(self) -> None:
+        if not self._snapshot():
+            self._recover()
+            raise JournalError(f"{self._journal.path}: what was loaded could not be written; the store is as it was")
+
+    def _snapshot(self) -> bool:
+        made = self._journal.snapshot(self._snapshot_records())
+        if made:
+            self._touched, self._unproven = {}, 0
+        return made
+
+    def _snapshot_records(self) -> Iterator[Record]:
+        body, tensors = manifest.describe("store", list(self._entries.values()), self._rule)
+        group: list[Item] = []
+        for name, tensor in tensors.items():
+            group.append(Item(name, "tensor", tensor))
+            if sum(item.tensor.nbytes for item in group) > _TOGETHER:
+                yield pack({"verb": "tensors"}, group)
+                group = []
+        yield pack({"verb": "tensors"}, group)
+        yield Record({"verb": "end", "body": body, "clients": self.clients.last})
+
+    def _state_nbytes(self) -> int:
+        return sum(e.value.nbytes + sum(t.nbytes for t in e.state.values()) for e in self._entries.values())
+
+    # ------------------------------------------------------------ recovery
+
+    def _recover(self) -> None:
+        """Become what the journal says."""
+        self._plans.clear()
+        self._entries, self._key_type, self._rule = {}, None, Assign()
+        self.clients.last.clear()
+        self._touched, self._unproven = {}, 0
+        tensors: manifest.Tensors = {}
+        for record, of_snapshot in self._journal.read():
+            try:
+                if of_snapshot:
+                    self._take_snapshot_record(record, tensors)
+                else:
+                    self._replay(record)
+            except JournalError as error:
+                raise JournalError(f"{self._journal.path}: record {self._journal.lsn}: {error}") from None
+            except (TensorKVError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+                raise JournalError(
+                    f"{self._journal.path}: record {self._journal.lsn} is not one that a store writes: {error}"
+                ) from error
+        self._journal.begin()
+
+    def _take_snapshot_record(self, record: Record, tensors: manifest.Tensors) -> None:
+        tensors.update({str(item.key): item.tensor for item in record.items()})
+        if record.head["verb"] != "end":
+            return
+        contents = manifest.restore(record.head["body"], tensors)
+        manifest.check_states(contents)
+        Shard._hold(self, contents.entries)
+        self._rule = LostUpdater() if contents.rule is None else contents.rule
+        for client, seq in record.head["clients"].items():
+            self._note_client(client, seq)
+
+    def _replay(self, record: Record) -> None:
+        head = record.head
+        match head.get("verb"):
+            case "push":
+                self._replay_push(record)
+            case "put":
+                entries, made = self._read_items(record)
+                _replace(entries[0], made[0])
+                self._note(entries, made)
+            case "init":
+                contents = manifest.restore(head["body"], {str(item.key): item.tensor for item in record.items()})
+                self.check_new([entry.key for entry in contents.entries])
+                Shard._hold(self, contents.entries)
+                self._note((), ())
+            case "delete":
+                for key in head["keys"]:
+                    self.entry("delete", key)
+                Shard._forget(self, head["keys"])
+                self._note((), ())
+            case "rule":
+                self._change_rule(_restore_rule(head))
+                self._note((), ())
+            case "digest":
+                self._check_digests(head["keys"])
+            case verb:
+                raise JournalError(f"{verb!r} is unknown to this version of tensorkv; use a newer one")
+        if "client" in head:
+            self._note_client(head["client"], head["seq"])
+
+    def _replay_push(self, record: Record) -> None:
+        entries, sums = self._read_items(record)
+        keys, parts = [entry.key for entry in entries], [[total] for total in sums]
+        check_push(Batch("push", keys, parts), entries, self._rule)
+        Shard._apply(self, entries, parts, ())
+        self._note(entries, sums)
+
+    def _read_items(self, record: Record) -> tuple[list[Entry], list[Any]]:
+        items = iter(record.items())
+        entries, sums = [], []
+        for item in items:
+            entry = self.entry("push", item.key)
+            entries.append(entry)
+            total: Any = item.tensor
+            if item.role == "ids":
+                total = Rows(item.tensor, next(items).tensor, entry.spec.shape[0])
+            if total.shape != entry.spec.shape:
+                raise JournalError(f"{quote(item.key)}: a sum of shape {tuple(total.shape)}")
+            sums.append(total)
+        return entries, sums
+
+    def _change_rule(self, rule: Rule) -> None:
+        Shard._take_rule(self, rule)
+
+    def _note_client(self, client: Any, seq: Any) -> None:
+        if type(client) is not str or type(seq) is not int:
+            raise JournalError(f"a client {client!r} with request {seq!r}")
+        self.clients.last[client] = seq
+
+    # ------------------------------------------------------------ digests
+
+    def _note(self, entries: Sequence[Entry], sums: Sequence[Any]) -> None:
+        """Remember what the next digest is to cover: every value, or row of one, that has changed."""
+        self._unproven += 1
+        for entry, total in zip(entries, sums, strict=True):
+            if not isinstance(total, Rows):
+                self._touched[entry.key] = None
+            elif (ids := self._touched.setdefault(entry.key, [])) is not None:
+                ids.append(total.ids)
+
+    def _digests(self) -> list[list[Any]]:
+        """Return each touched key with a checksum of its version, its value and its state."""
+        return [[key, _digest(self._entries[key], ids)] for key, ids in self._touched.items() if key in self._entries]
+
+    def _check_digests(self, written: Any) -> None:
+        mine = self._digests()
+        if mine != written:
+            differ = next((key for (key, _), other in zip(mine, written, strict=False) if [key, _] != other), None)
+            raise JournalError(
+                f"replaying the log does not lead to what it led to before (first at {quote(differ)}): another "
+                "processor or version of torch, or an array that was changed during its push; open the store where "
+                "it was written, save() it there and load() it here"
+            )
+        self._touched, self._unproven = {}, 0
+
+
+def _sum(entry: Entry, parts: Sequence[Any]) -> Any:
+    if all(isinstance(part, Rows) for part in parts):
+        return entry.merged(parts)
+    dense = [entry.dense(part) for part in parts]
+    return reduce.total(entry.value, dense, may_share=True)  # type: ignore[arg-type]
+
+
+def _updated(rule: CallUpdater, entry: Entry, total: Any) -> Any:
+    return rule.updated_rows(entry, total) if isinstance(total, Rows) else rule.updated(entry, total)
+
+
+def _replace(entry: Entry, made: Any) -> None:
+    if isinstance(made, Rows):
+        entry.write_rows(made)
+    else:
+        entry.value.copy_(made)  # type: ignore[union-attr]
+    entry.version += 1
+
+
+def _items(entries: Sequence[Entry], sums: Sequence[Any]) -> list[Item]:
+    items = []
+    for entry, total in zip(entries, sums, strict=True):
+        if isinstance(total, Rows):
+            items += [Item(entry.key, "ids", total.ids), Item(entry.key, "rows", total.values)]
+        else:
+            items.append(Item(entry.key, "sum", total))
+    return items
+
+
+def _digest(entry: Entry, ids: list[torch.Tensor] | None) -> int:
+    states = [entry.state[name] for name in sorted(entry.state)]
+    tensors: list[Any] = [entry.value, *states]
+    if ids is not None:
+        tensors = [entry.read_rows(torch.unique(torch.cat(ids))), *(state for state in states if state.numel() == 1)]
+    checksum = zlib.crc32(str(entry.version).encode())
+    for tensor in tensors:
+        checksum = zlib.crc32(nbytes_of(tensor), checksum)
+    return checksum
+
+
+def _describe_rule(rule: Rule) -> dict[str, Any]:
+    if isinstance(rule, StepOptimizer):
+        return {"update": "optimizer", "optimizer": rule.optimizer.spec.to_json()}
+    return {"update": "assign" if type(rule) is Assign else "updater"}
+
+
+def _restore_rule(head: dict[str, Any]) -> Rule:
+    if head["update"] == "optimizer":
+        return manifest.restore_rule(head["optimizer"])
+    if head["update"] not in ("assign", "updater"):
+        raise CheckpointError(f"update is {head['update']!r}")
+    return Assign() if head["update"] == "assign" else LostUpdater()

@@ -1,0 +1,93 @@
+"""FolderLock: one process at a time has a folder open, and one that was taken for dead notices.
+
+The kernel lets go of the lock however its holder ends. Where the lock itself cannot be trusted (some network
+file systems), the epoch in its file tells a holder that another has come after it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+import weakref
+from pathlib import Path
+
+from .errors import JournalError
+
+_held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+class FolderLock:
+    """The lock of a folder, taken until ``close`` or the end of the process.
+
+    Args:
+        folder: that exists.
+        wait_s: how long to wait for another holder; a process that was killed may take a moment to end.
+
+    Raises:
+        JournalError: another holder has not let go in time; the message has its process id.
+    """
+
+    NAME = "lock"
+
+    def __init__(self, folder: Path, wait_s: float) -> None:
+        self._folder = folder
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        # A file object, which a store that is forgotten and never closed lets go of.
+        self._file = open(os.open(folder / self.NAME, flags, 0o600), "r+b", buffering=0)  # noqa: SIM115
+        try:
+            self._take(time.monotonic() + wait_s)
+            self.epoch = self._read_epoch() + 1
+            # In place, so that whoever has the file open sees it.
+            os.pwrite(self._file.fileno(), f"{self.epoch:016x} {os.getpid():>10}\n".encode(), 0)
+            os.fsync(self._file.fileno())
+        except BaseException:
+            self._file.close()
+            raise
+        _held.add(self)
+
+    def check(self) -> None:
+        """Raise JournalError if another process has opened the folder since."""
+        if self._read_epoch() != self.epoch:
+            raise JournalError(
+                f"{self._folder}: another process has opened this store since, as if this one had died; "
+                "nothing can be written from here; close this store"
+            )
+
+    def close(self) -> None:
+        """Let go."""
+        self._file.close()
+        _held.discard(self)
+
+    def _take(self, deadline: float) -> None:
+        while True:
+            try:
+                fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.02)
+                    continue
+                holder = os.pread(self._file.fileno(), 27, 17).decode("ascii", "replace").strip()
+                raise JournalError(
+                    f"{self._folder}: another store has this folder open (process {holder}); "
+                    "close it, or give another path"
+                ) from None
+
+    def _read_epoch(self) -> int:
+        text = os.pread(self._file.fileno(), 16, 0)
+        try:
+            return int(text, 16) if text else 0
+        except ValueError:
+            raise JournalError(
+                f"{self._folder / self.NAME}: not a lock of a store; remove it if no store is open"
+            ) from None
+
+
+def _let_go_in_child() -> None:
+    # A forked data loader must not keep its parent's lock when that has died.
+    for lock in list(_held):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)

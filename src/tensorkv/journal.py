@@ -1,0 +1,310 @@
+"""Journal: a folder with a snapshot of a shard and a log of what has changed since, written before it counts.
+
+``append`` returns when the record is as safe as the durability asks for. What stands in the folder is one
+snapshot, the log behind it, and a lock; docs/journal-format.md has the format. What a record means is not
+known here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from . import record_file
+from .errors import ArgumentError, JournalError
+from .folder_lock import FolderLock
+from .record import Record, frame
+
+Durability = Literal["process", "disk"]
+
+_SNAPSHOT = re.compile(r"snapshot-([0-9a-f]{16})\.tkv")
+_LOG = re.compile(r"log-([0-9a-f]{16})-([0-9a-f]{8})\.tkv")
+_TEMPORARY = re.compile(r"snapshot-[0-9a-f]{16}\.tmp")
+# A log is at most as long as twice the state, and this; a short one is not worth a snapshot.
+LOG_NBYTES = 1 << 30
+_SHORT_LOG = 1 << 22
+# Every opening begins a log of its own; so many are worth a snapshot.
+_MOST_LOGS = 16
+
+_logger = logging.getLogger(__name__)
+
+
+class Journal:
+    """The folder of one durable shard, open for one process.
+
+    Args:
+        path: of the folder, which is made if it is not there.
+        durability: ``"process"``: an appended record survives the end of this process, however it ends;
+            ``"disk"``: that of the machine as well.
+        log_nbytes: how long the log may grow before a snapshot is due (None: twice the state, at most 1 GiB).
+        wait_s: how long to wait for another process that has the folder open.
+
+    Raises:
+        ArgumentError: an option out of range.
+        JournalError: another process has the folder open, it holds something else, or it cannot be written.
+    """
+
+    def __init__(self, path: str, durability: Durability, log_nbytes: int | None = None, wait_s: float = 10.0) -> None:
+        if durability not in ("process", "disk"):
+            raise ArgumentError(f'durability is {durability!r}; with a path, expected "process" or "disk"')
+        if log_nbytes is not None and (type(log_nbytes) is not int or log_nbytes < 1):
+            raise ArgumentError(f"log_nbytes is {log_nbytes!r}; expected a number of bytes, or None")
+        self.path = path
+        self._folder = Path(path)
+        self._to_disk = durability == "disk"
+        self._log_nbytes = log_nbytes
+        self._file: int | None = None
+        self._broken: str | None = None
+        self.lsn = 0
+        self.nbytes = 0
+        """Of the log behind the snapshot."""
+        self._end = self._undo_end = self._undo_nbytes = 0
+        self._retry_nbytes = 0
+        self._logs = 0
+        self.counts = {"records": 0, "nbytes": 0, "snapshots": 0, "failed_snapshots": 0}
+        self._open_folder()
+        self._lock = FolderLock(self._folder, wait_s)
+
+    # ------------------------------------------------------------ reading
+
+    def read(self) -> Iterator[tuple[Record, bool]]:
+        """Give every record that counts, oldest first, and whether it is of the snapshot.
+
+        Raises:
+            JournalError: a damaged or missing file. A log that ends inside a record has been cut off by the
+                end of its writer: that record was never acknowledged, and is not given.
+        """
+        snapshots, logs = self._files()
+        self.lsn, self.nbytes = (snapshots[-1][0] if snapshots else 0), 0
+        if snapshots:
+            yield from ((record, True) for record in self._read_snapshot(snapshots[-1][1], self.lsn))
+        # The last log that begins before what the snapshot lacks may hold it, after what the snapshot has.
+        begun = sum(first <= self.lsn + 1 for first, _, _ in logs)
+        behind = [(first, name) for first, _, name in logs[max(0, begun - 1) :]]
+        self._logs = len(behind)
+        for index, (first, name) in enumerate(behind):
+            following = behind[index + 1][0] if index + 1 < len(behind) else None
+            yield from ((record, False) for record in self._read_log(name, first, following))
+
+    def _files(self) -> tuple[list[tuple[int, str]], list[tuple[int, int, str]]]:
+        names = os.listdir(self._folder)
+        snapshots = [(int(found[1], 16), found[0]) for found in map(_SNAPSHOT.fullmatch, names) if found]
+        logs = [(int(found[1], 16), int(found[2], 16), found[0]) for found in map(_LOG.fullmatch, names) if found]
+        return sorted(snapshots), sorted(logs)
+
+    def _read_snapshot(self, name: str, lsn: int) -> Iterator[Record]:
+        ended = False
+        with record_file.Reader(self._folder / name) as reader:
+            for found, record in reader.records():
+                if ended or found != lsn:
+                    raise JournalError(f"{reader.file}: records that do not belong together")
+                ended = record.head.get("verb") == "end"
+                yield record
+        if not ended or reader.is_torn:
+            raise JournalError(f"{reader.file}: damaged: it ends early; restore the folder from a copy")
+
+    def _read_log(self, name: str, first: int, following: int | None) -> Iterator[Record]:
+        expected = first
+        with record_file.Reader(self._folder / name) as reader:
+            for lsn, record in reader.records():
+                # Whoever opened the folder after this writer has gone on from where it found the log to end.
+                if following is not None and lsn >= following:
+                    break
+                if lsn != expected:
+                    self._missing(name, expected, lsn)
+                expected += 1
+                if lsn <= self.lsn:
+                    continue
+                if lsn != self.lsn + 1:
+                    self._missing(name, self.lsn + 1, lsn)
+                self.lsn, self.nbytes = lsn, self.nbytes + reader.record_nbytes
+                yield record
+        if following is not None and self.lsn + 1 != following:
+            self._missing(name, self.lsn + 1, following)
+
+    def _missing(self, name: str, lsn: int, found: int) -> NoReturn:
+        raise JournalError(
+            f"{self._folder / name}: record {lsn} is missing, {found} comes next; restore the folder from a copy"
+        )
+
+    # ------------------------------------------------------------ writing
+
+    def begin(self) -> None:
+        """Start a log of this process's own behind what was read.
+
+        Raises:
+            JournalError: it cannot be written.
+        """
+        with self._explaining("begin a log"):
+            self._start_log()
+
+    def append(self, record: Record) -> None:
+        """Write a record behind the others; it counts when this returns.
+
+        Raises:
+            JournalError: it does not count; where its bytes could not be taken back, or the folder is not this
+                process's any more, nothing can be appended from now on.
+        """
+        if self._broken is not None:
+            raise JournalError(f"{self.path}: nothing can be written: {self._broken}; open the store again")
+        with self._explaining("append to the log"):
+            self._lock.check()
+            end = self._end
+            try:
+                self._end = record_file.write(self._descriptor(), frame(record, self.lsn + 1), end)
+                if self._to_disk:
+                    self._sync_log()
+            except BaseException:
+                self._cut(end)
+                raise
+        written = self._end - end
+        self._undo_end, self._undo_nbytes = end, written
+        self.lsn, self.nbytes = self.lsn + 1, self.nbytes + written
+        self.counts["records"] += 1
+        self.counts["nbytes"] += written
+
+    def undo(self) -> None:
+        """Take the record back that was appended last.
+
+        Raises:
+            JournalError: it cannot be taken back, and counts; nothing can be appended from now on.
+        """
+        with self._explaining("take a record back"):
+            self._cut(self._undo_end)
+        if self._broken is not None:
+            raise JournalError(f"{self.path}: a record could not be taken back and will count when the store is opened")
+        self.lsn, self.nbytes = self.lsn - 1, self.nbytes - self._undo_nbytes
+
+    def is_due(self, state_nbytes: int) -> bool:
+        """Tell whether the log has grown so long that a snapshot is to be made."""
+        most = self._log_nbytes
+        if most is None:
+            most = max(_SHORT_LOG, min(LOG_NBYTES, 2 * state_nbytes))
+        is_long = self.nbytes > most or self._logs > _MOST_LOGS
+        return is_long and self.nbytes >= self._retry_nbytes and self._broken is None
+
+    def snapshot(self, records: Iterable[Record]) -> bool:
+        """Replace snapshot and log by a new snapshot; whatever ends it early leaves the old ones in force.
+
+        Args:
+            records: the whole state, the last one's verb being ``"end"``.
+
+        Returns:
+            Whether it was made; a disk that has no room for one may have room for the log.
+        """
+        temporary = self._folder / f"snapshot-{self.lsn:016x}.tmp"
+        target = temporary.with_suffix(".tkv")
+        try:
+            self._lock.check()
+            self._write_snapshot(temporary, records)
+            os.replace(temporary, target)
+            self._sync_folder()
+            self._start_log()
+        except (OSError, JournalError) as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            self.counts["failed_snapshots"] += 1
+            # Not at every record from now on.
+            self._retry_nbytes = self.nbytes + self.nbytes // 4
+            _logger.warning("%s: no snapshot, the log goes on: %s", self.path, error)
+            return False
+        self.counts["snapshots"] += 1
+        self._retry_nbytes = self.nbytes = 0
+        self._remove_old()
+        return True
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        file, self._file = self._file, None
+        self._broken = "it was closed"
+        if file is not None:
+            os.close(file)
+        self._lock.close()
+
+    # ------------------------------------------------------------ inside
+
+    def _open_folder(self) -> None:
+        with self._explaining("open the folder"):
+            missing = [each for each in (self._folder, *self._folder.parents) if not each.exists()]
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for each in missing:
+                record_file.sync(each.parent)
+            names = set(os.listdir(self._folder)) - {FolderLock.NAME}
+            foreign = sorted(n for n in names if not any(p.fullmatch(n) for p in (_SNAPSHOT, _LOG, _TEMPORARY)))
+        if foreign:
+            what = "a checkpoint; make a store and load() it" if "manifest.json" in foreign else "other files"
+            raise JournalError(f"{self.path}: holds {what} ({foreign[0]}); give a new or empty directory")
+
+    def _write_snapshot(self, temporary: Path, records: Iterable[Record]) -> None:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            end = 0
+            for record in records:
+                end = record_file.write(descriptor, frame(record, self.lsn), end)
+            # The old files go when this one counts, so it has to be safe whatever the durability.
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _start_log(self) -> None:
+        name = f"log-{self.lsn + 1:016x}-{self._lock.epoch:08x}.tkv"
+        descriptor = os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        if self._to_disk:
+            try:
+                self._sync_folder()
+            except BaseException:
+                os.close(descriptor)
+                raise
+        old, self._file = self._file, descriptor
+        self._end = self._undo_end = 0
+        self._logs += 1
+        if old is not None:
+            os.close(old)
+
+    def _remove_old(self) -> None:
+        self._logs = 1
+        # What cannot be removed now, the next snapshot removes.
+        with suppress(OSError):
+            snapshots, logs = self._files()
+            old = [name for lsn, name in snapshots if lsn < self.lsn]
+            old += [name for first, _, name in logs if first <= self.lsn]
+            old += [name for name in os.listdir(self._folder) if _TEMPORARY.fullmatch(name)]
+            for name in old:
+                (self._folder / name).unlink(missing_ok=True)
+
+    def _sync_log(self) -> None:
+        try:
+            os.fdatasync(self._descriptor())
+        except OSError as error:
+            # What the system could not write once it may forget: another try would succeed and mean nothing.
+            self._broken = f"the disk failed ({error})"
+            raise
+
+    def _cut(self, end: int) -> None:
+        try:
+            os.ftruncate(self._descriptor(), end)
+            self._end = end
+            if self._to_disk and self._broken is None:
+                self._sync_log()
+        except OSError as error:
+            self._broken = f"a record could not be taken back ({error})"
+
+    def _sync_folder(self) -> None:
+        record_file.sync(self._folder)
+
+    def _descriptor(self) -> int:
+        if self._file is None:
+            raise JournalError(f"{self.path}: the log is not open")
+        return self._file
+
+    @contextmanager
+    def _explaining(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise JournalError(f"{self.path}: cannot {doing}: {error}") from error

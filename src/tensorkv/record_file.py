@@ -1,0 +1,139 @@
+"""Files of records: written from buffers without a copy, read with nothing in them trusted."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from .errors import JournalError
+from .record import FRAME_NBYTES, Record, read_frame, read_record
+
+# A call of the system takes at most 1024 buffers and 2 GiB.
+_BUFFERS, _CALL_NBYTES = 512, 1 << 30
+
+
+def write(descriptor: int, buffers: Sequence[Any], at: int) -> int:
+    """Write buffers one after another; return where they end.
+
+    Raises:
+        OSError: some of the bytes may be written then.
+    """
+    left = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+    first = 0
+    while first < len(left):
+        call, nbytes = [], 0
+        for buffer in left[first : first + _BUFFERS]:
+            call.append(buffer[: _CALL_NBYTES - nbytes])
+            nbytes += len(call[-1])
+            if nbytes == _CALL_NBYTES:
+                break
+        written = os.pwritev(descriptor, call, at)
+        at += written
+        while first < len(left) and written >= len(left[first]):
+            written -= len(left[first])
+            first += 1
+        if written:
+            left[first] = left[first][written:]
+    return at
+
+
+def sync(folder: Path) -> None:
+    """Make the names in a folder safe."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Reader:
+    """The records of one file, in order.
+
+    Args:
+        file: a regular file; links out of the folder are not followed.
+
+    Raises:
+        JournalError: it cannot be read.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.is_torn = False
+        self.record_nbytes = 0
+        """Of the record given last."""
+        try:
+            self._descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise JournalError(f"{file}: cannot be read: {error}") from error
+        self._size = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    def records(self) -> Iterator[tuple[int, Record]]:
+        """Give lsn and record until the file ends, or was cut off inside a record (``is_torn``).
+
+        Raises:
+            JournalError: damaged. Where a record is whole in length, its writer has finished it, and it may
+                have been acknowledged: it is not left out.
+        """
+        try:
+            status = os.fstat(self._descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise JournalError(f"{self.file}: not a regular file")
+            self._size = status.st_size
+            at = 0
+            while at < self._size:
+                found = self._record(at)
+                if found is None:
+                    self.is_torn = True
+                    return
+                lsn, record, end = found
+                self.record_nbytes, at = end - at, end
+                yield lsn, record
+        except OSError as error:
+            raise JournalError(f"{self.file}: cannot be read: {error}") from error
+
+    def _record(self, at: int) -> tuple[int, Record, int] | None:
+        head = at + FRAME_NBYTES
+        if head > self._size or self._is_blank(at):
+            return None
+        try:
+            frame = read_frame(bytes(self._bytes(at, head)))
+            words = head + frame.words
+            end = words + frame.payload_nbytes
+            if end > self._size:
+                return None
+            record = read_record(frame, bytes(self._bytes(head, words)), self._bytes(words, end))
+            return frame.lsn, record, end
+        except JournalError as error:
+            raise JournalError(
+                f"{self.file}: damaged at byte {at}: {error}; restore the folder from a copy, or cut the file off "
+                "there and lose what was pushed since"
+            ) from None
+
+    def _is_blank(self, at: int) -> bool:
+        """Tell whether nothing but zeros follows: a file grown by a write that the machine did not finish."""
+        if any(self._bytes(at, at + FRAME_NBYTES)):
+            return False
+        step = 1 << 20
+        return not any(any(self._bytes(start, min(start + step, self._size))) for start in range(at, self._size, step))
+
+    def _bytes(self, start: int, stop: int) -> Any:
+        # NumPy's memory is aligned for every dtype.
+        room = np.empty(stop - start, np.uint8).data
+        done = 0
+        while done < len(room):
+            count = os.preadv(self._descriptor, [room[done : done + _CALL_NBYTES]], start + done)
+            if not count:
+                raise JournalError("it became shorter while it was read")
+            done += count
+        return room

@@ -2,12 +2,8 @@
 
 import tempfile
 
-import numpy as np
 import pytest
 from contract import Contract
-
-import tensorkv
-from tensorkv import JournalError, Rows, UpdaterError
 
 
 class TestDurable(Contract):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,17 +11,24 @@ import torch
 from . import native
 
 
-@dataclass(frozen=True, slots=True)
 class Column:
     """One array of each key: a part or an out, every one exactly as its key asks for.
 
     Args:
-        arrays: all of NumPy or all of torch, in the order of the keys.
         addresses: as the compiled kernel takes them.
+        arrays: all of NumPy or all of torch, in the order of the keys; or what makes them when somebody asks.
     """
 
-    arrays: tuple[Any, ...]
-    addresses: bytes
+    def __init__(self, addresses: bytes, arrays: tuple[Any, ...] | Callable[[], tuple[Any, ...]]) -> None:
+        self.addresses = addresses
+        self._arrays = arrays
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """The arrays, in the order of the keys."""
+        if not isinstance(self._arrays, tuple):
+            self._arrays = self._arrays()
+        return self._arrays
 
 
 class Form:
@@ -50,8 +57,12 @@ class Form:
             addresses = native.addresses(column, self.dtype, self.shapes, writable=writable)
             if addresses is None:
                 return None
-            found.append(Column(column, addresses))
+            found.append(Column(addresses, column))
         return found or None
+
+    def flat(self, tensor: torch.Tensor) -> Column:
+        """Return arrays that lie side by side in a flat tensor as a column."""
+        return Column(native.column_beside(tensor, self.counts), partial(self._split, tensor))
 
     def targets(self, outs: Any) -> list[Column] | None:
         """Return outs as columns if every one can be written and no two share memory."""
@@ -74,6 +85,10 @@ class Form:
                 return False
             self._apart = called
         return True
+
+    def _split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        pieces = torch.split(tensor, self.counts)
+        return tuple(piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True))
 
     def _transpose(self, values: Any) -> list[tuple[Any, ...]]:
         """Return one tuple per part or out, with the array of each key; an empty list for other forms."""

@@ -20,13 +20,14 @@ from .checks import check_push
 from .clients import Clients
 from .entry import Batch, Entry
 from .errors import CheckpointError, JournalError, TensorKVError, quote
+from .finite import NonFinite
 from .journal import Durability, Journal
 from .keys import Key
 from .pool import Pool
 from .record import Item, Record, nbytes_of, pack
 from .rows import Rows
 from .rules import Assign, CallUpdater, LostUpdater, Rule, StepOptimizer
-from .shard import NonFinite, Shard
+from .shard import Shard
 
 # So many records are replayed before what they led to is compared with what it was.
 DIGEST_EVERY = 64

@@ -123,6 +123,22 @@ class Plan:
         self._buffers: list[torch.Tensor] = []
         self._joined: _Joined | None = None
 
+    def takes_flat(self, flats: Sequence[torch.Tensor | None]) -> bool:
+        """Tell whether these may hold the keys' arrays side by side."""
+        numel = sum(self._counts)
+        return native.can_sum(self._dtype) and all(
+            each is None or (each.dtype is self._dtype and each.ndim == 1 and len(each) == numel) for each in flats
+        )
+
+    def run(self, columns: list[Column], targets: list[Column], joined: _Joined | None, pool: Pool) -> None:
+        """Push the columns, if any, stepping the optimizer whose state is joined, and fill the targets."""
+        if columns and joined is not None:
+            self.step(columns, targets, joined, pool)
+        elif columns:
+            self.assign(columns, targets, pool)
+        else:
+            self.fill(targets, pool)
+
     def assign(self, columns: list[Column], targets: list[Column], pool: Pool) -> None:
         """Make the values the sums of the columns, and copy them to the targets."""
         if not native.can_sum(self._dtype):

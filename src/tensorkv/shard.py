@@ -9,34 +9,32 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from . import cuda, quick, reduce, rows
 from .checks import check_push
+from .columns import Column
 from .entry import Batch, Entry, KeySpec, Part
 from .errors import (
-    ArgumentError,
     KeyExistsError,
     KeyNotFoundError,
     KeyTypeError,
-    NonFiniteError,
     OptimizerError,
     UpdaterError,
     ValueMismatchError,
     quote,
     suggestion,
 )
+from .finite import FiniteSums, NonFinite
 from .keys import Key
 from .optim import OptimizerSpec
-from .plan import Plans
+from .plan import Plan, Plans
 from .pool import Pool
 from .rows import Rows
 from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater
 from .table import Table
-
-NonFinite = Literal["pass", "raise", "skip"]
 
 
 class Shard:
@@ -51,13 +49,10 @@ class Shard:
     """
 
     def __init__(self, *, on_device: bool = False, nonfinite: NonFinite = "pass", threads: int | None = None) -> None:
-        if nonfinite not in ("pass", "raise", "skip"):
-            raise ArgumentError(f'nonfinite is {nonfinite!r}; expected "pass", "raise" or "skip"')
         self._entries: dict[Key, Entry] = {}
         self._key_type: type | None = None
         self._on_device = on_device
-        self._nonfinite = nonfinite
-        self.nonfinite_counts = {"raised": 0, "skipped": 0}
+        self._finite = FiniteSums(nonfinite)
         self._rule: Rule = Assign()
         self._plans = Plans()
         self._pool = Pool(threads)
@@ -114,7 +109,7 @@ class Shard:
             if rule.running:
                 self.refuse_reentry()
             entry = self._entries.get(key) if type(key) is self._key_type else None
-            if entry is None or (value is not None and (type(rule) is not Assign or self._nonfinite != "pass")):
+            if entry is None or (value is not None and (type(rule) is not Assign or self._finite.looks)):
                 return None
             return quick.exchange(entry, value, out)
 
@@ -129,29 +124,44 @@ class Shard:
             Bytes moved per key, or None when nothing was done and the general way is to be taken.
         """
         with self._lock:
-            self.refuse_reentry()
-            rule = self._rule
-            if values is not None and (self._nonfinite != "pass" or not isinstance(rule, Assign | StepOptimizer)):
-                return None
-            with kept():
-                plan = self._plans.find(keys, self._entries)
+            plan = self._plan(keys, pushes=values is not None)
             if plan is None:
                 return None
             columns = [] if values is None else plan.form.columns(values)
             targets = [] if outs is None else plan.form.targets(outs)
-            if columns is None or targets is None:
+            if columns is None or targets is None or not self._run(plan, columns, targets):
                 return None
-            if columns and isinstance(rule, StepOptimizer):
-                with kept():
-                    joined = plan.join(rule.optimizer) if plan.can_step else None
-                if joined is None:
-                    return None
-                plan.step(columns, targets, joined, self._pool)
-            elif columns:
-                plan.assign(columns, targets, self._pool)
-            else:
-                plan.fill(targets, self._pool)
             return plan.form.moved(len(columns) + len(targets))
+
+    def flat(self, keys: Sequence[Key], values: torch.Tensor | None, out: torch.Tensor | None) -> bool:
+        """Do ``many`` for arrays that lie side by side, each kind in one flat tensor of the keys' dtype.
+
+        Returns:
+            Whether it was done; False: the general way is to be taken.
+        """
+        with self._lock:
+            plan = self._plan(keys, pushes=values is not None)
+            if plan is None or not plan.takes_flat((values, out)):
+                return False
+            columns, targets = ([] if each is None else [plan.form.flat(each)] for each in (values, out))
+            return self._run(plan, columns, targets)
+
+    def _plan(self, keys: Sequence[Key], *, pushes: bool) -> Plan | None:
+        self.refuse_reentry()
+        if pushes and (self._finite.looks or not isinstance(self._rule, Assign | StepOptimizer)):
+            return None
+        with kept():
+            return self._plans.find(keys, self._entries)
+
+    def _run(self, plan: Plan, columns: list[Column], targets: list[Column]) -> bool:
+        joined = None
+        if columns and isinstance(self._rule, StepOptimizer):
+            with kept():
+                joined = plan.join(self._rule.optimizer) if plan.can_step else None
+            if joined is None:
+                return False
+        plan.run(columns, targets, joined, self._pool)
+        return True
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         """Return copies of rows; ids are unique and sorted."""
@@ -218,6 +228,11 @@ class Shard:
     def optimizer(self) -> OptimizerSpec | None:
         """The optimizer's description, None without one."""
         return self._rule.optimizer.spec if isinstance(self._rule, StepOptimizer) else None
+
+    @property
+    def nonfinite_counts(self) -> dict[str, int]:
+        """How many pushes were refused, and how many updates left out, for NaN or Inf."""
+        return self._finite.counts
 
     # ------------------------------------------------------------ looking
 
@@ -363,8 +378,8 @@ class Shard:
             for entry in cuda.move_to_parts(entries, parts):
                 self._plans.forget(entry.key)
         with self._in_order(entries):
-            if self._nonfinite != "pass":
-                entries, parts = self._finite_sums(batch, entries)
+            if self._finite.looks:
+                entries, parts = self._finite.sums(batch, entries)
             return self._apply(entries, parts, outs)
 
     def _push_rows(self, entries: Sequence[Entry], parts: Sequence[list[Any]]) -> tuple[list[Entry], list[list[Part]]]:
@@ -378,31 +393,6 @@ class Shard:
                 rest[0].append(entry)
                 rest[1].append([entry.dense(part) for part in key_parts])
         return rest
-
-    def _finite_sums(self, batch: Batch, entries: list[Entry]) -> tuple[list[Entry], list[list[Any]]]:
-        """Sum every key beside its value, and refuse or leave out sums with NaN or Inf."""
-        kept: tuple[list[Entry], list[list[Any]]] = ([], [])
-        for entry, key_parts in zip(entries, batch.parts, strict=True):
-            total: Any
-            if all(isinstance(part, Rows) for part in key_parts):
-                total = entry.merged(key_parts)
-                bad = reduce.count_nonfinite(total.values)
-            else:
-                dense = [entry.dense(part) for part in key_parts]
-                total = reduce.total(entry.value, dense)  # type: ignore[arg-type]
-                bad = reduce.count_nonfinite(total)
-            if not bad:
-                kept[0].append(entry)
-                kept[1].append([total])
-            elif self._nonfinite == "raise":
-                self.nonfinite_counts["raised"] += 1
-                raise NonFiniteError(
-                    f"{batch.name(entry.key)}: the sum of {len(key_parts)} parts has {bad} NaN or Inf elements; "
-                    'the store was created with nonfinite="raise", and nothing was changed'
-                )
-            else:
-                self.nonfinite_counts["skipped"] += 1
-        return kept
 
     def _pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]]) -> None:
         entries = [self.entry("pull", key) for key in keys]

@@ -16,12 +16,12 @@ import torch
 
 from ..entry import Batch, KeyInfo, KeySpec, Part
 from ..errors import ArgumentError, EngineNotFoundError, quote, suggestion
+from ..finite import NonFinite
 from ..keys import Key
 from ..manifest import Kind
 from ..optim import OptimizerSpec
 from ..rows import Rows
 from ..rules import Updater
-from ..shard import NonFinite
 from .local import LocalEngine
 
 GROUP = "tensorkv.engines"

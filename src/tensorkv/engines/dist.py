@@ -17,12 +17,13 @@ import torch
 from .. import arrays, placement
 from ..entry import Batch, Entry, KeyInfo, KeySpec, Part
 from ..errors import RankLostError
+from ..finite import NonFinite
 from ..keys import Key
 from ..manifest import Contents, Kind
 from ..optim import ROWWISE, OptimizerSpec
 from ..rows import Rows
 from ..rules import StepOptimizer, Updater
-from ..shard import NonFinite, Shard
+from ..shard import Shard
 from ..table import Table
 from . import archive, sparse
 from .calls import Calls

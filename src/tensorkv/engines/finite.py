@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from .. import reduce
 from ..errors import NonFiniteError, quote
+from ..finite import NonFinite
 from ..keys import Key
 from ..rows import Rows
-from ..shard import NonFinite
 from .group import Group
 
 

@@ -12,13 +12,14 @@ from .. import checkpoint
 from ..durable import DurableShard
 from ..entry import Batch, KeyInfo, KeySpec, Part
 from ..errors import ArgumentError
+from ..finite import NonFinite
 from ..journal import Durability
 from ..keys import Key
 from ..manifest import Kind
 from ..optim import OptimizerSpec
 from ..rows import Rows
 from ..rules import Updater
-from ..shard import NonFinite, Shard
+from ..shard import Shard
 
 
 class LocalEngine:

@@ -1,0 +1,60 @@
+"""FiniteSums: what a shard does with a sum that has NaN or Inf."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from . import reduce
+from .entry import Batch, Entry
+from .errors import ArgumentError, NonFiniteError
+from .rows import Rows
+
+NonFinite = Literal["pass", "raise", "skip"]
+
+
+class FiniteSums:
+    """Refuses or leaves out sums that are not finite.
+
+    Args:
+        mode: ``"pass"`` (nobody looks), ``"raise"`` or ``"skip"``.
+
+    Raises:
+        ArgumentError: another mode.
+    """
+
+    def __init__(self, mode: NonFinite) -> None:
+        if mode not in ("pass", "raise", "skip"):
+            raise ArgumentError(f'nonfinite is {mode!r}; expected "pass", "raise" or "skip"')
+        self.looks = mode != "pass"
+        self._mode = mode
+        self.counts = {"raised": 0, "skipped": 0}
+
+    def sums(self, batch: Batch, entries: Sequence[Entry]) -> tuple[list[Entry], list[list[Any]]]:
+        """Return the entries whose sums are finite, and those sums, made beside the values.
+
+        Raises:
+            NonFiniteError: a sum is not finite, and the mode is ``"raise"``.
+        """
+        kept: tuple[list[Entry], list[list[Any]]] = ([], [])
+        for entry, key_parts in zip(entries, batch.parts, strict=True):
+            total: Any
+            if all(isinstance(part, Rows) for part in key_parts):
+                total = entry.merged(key_parts)
+                bad = reduce.count_nonfinite(total.values)
+            else:
+                dense = [entry.dense(part) for part in key_parts]
+                total = reduce.total(entry.value, dense)  # type: ignore[arg-type]
+                bad = reduce.count_nonfinite(total)
+            if not bad:
+                kept[0].append(entry)
+                kept[1].append([total])
+            elif self._mode == "raise":
+                self.counts["raised"] += 1
+                raise NonFiniteError(
+                    f"{batch.name(entry.key)}: the sum of {len(key_parts)} parts has {bad} NaN or Inf elements; "
+                    'the store was created with nonfinite="raise", and nothing was changed'
+                )
+            else:
+                self.counts["skipped"] += 1
+        return kept

@@ -1,0 +1,131 @@
+"""Rounds: how far each worker is, who is alive, and who has to wait for whom. No arrays, no messages.
+
+A worker's round is how often it has pushed the key that it has pushed most. Bounded staleness after Ho et al.,
+"More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server", NeurIPS 2013.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from .keys import Key
+
+
+@dataclass(slots=True)
+class _Worker:
+    seen: float | None = None
+    left: bool = False
+    lost: bool = False
+    base: int = 0
+    counts: dict[Key, int] = field(default_factory=dict)
+    most: int = 0
+
+    @property
+    def round(self) -> int:
+        return self.base + self.most
+
+
+class Rounds:
+    """The workers of a store as one server sees them; every method may be called from several threads.
+
+    Args:
+        num_workers: ranks that are expected, whether they have come yet or not.
+        lost_after_s: a worker that was here and has been silent for so long is lost: nobody waits for it.
+        now: a clock in seconds.
+
+    >>> rounds = Rounds(2, lost_after_s=5)
+    >>> rounds.seen(0)
+    >>> rounds.pushed(0, ["w"])
+    >>> rounds.ahead(0), rounds.behind(0, 0)
+    (1, [1])
+    """
+
+    def __init__(self, num_workers: int, lost_after_s: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._lost_after_s = lost_after_s
+        self._now = now
+        self._workers = {rank: _Worker() for rank in range(num_workers)}
+        self._lock = threading.RLock()
+        self.most_ahead = 0
+        """The largest lead over the slowest live worker that a worker has had after a push."""
+
+    def seen(self, rank: int) -> None:
+        """Note that a worker is alive; one that comes late or comes back begins where the slowest is."""
+        with self._lock:
+            worker = self._workers.setdefault(rank, _Worker(lost=True))
+            if worker.lost:
+                worker.lost = False
+                others = [each.round for other, each in self._live() if other != rank]
+                worker.base = max(worker.base, min(others, default=worker.round) - worker.most)
+            worker.seen = self._now()
+
+    def pushed(self, rank: int, keys: Sequence[Key]) -> None:
+        """Count a push of some keys."""
+        with self._lock:
+            worker = self._workers[rank]
+            counts = worker.counts
+            for key in keys:
+                counts[key] = count = counts.get(key, 0) + 1
+                if count > worker.most:
+                    worker.most = count
+            self.most_ahead = max(self.most_ahead, self.ahead(rank))
+
+    def leave(self, rank: int) -> None:
+        """Wait for this worker no more."""
+        with self._lock:
+            self._workers[rank].left = True
+
+    def come_back(self) -> None:
+        """Expect every worker again, once all have left."""
+        with self._lock:
+            for worker in self._workers.values():
+                worker.left = False
+                worker.base, worker.counts, worker.most = 0, {}, 0
+
+    def all_left(self) -> bool:
+        """Tell whether every worker has left or is lost."""
+        with self._lock:
+            return not self._live()
+
+    def ahead(self, rank: int) -> int:
+        """Return by how many rounds a worker is ahead of the slowest live one."""
+        with self._lock:
+            live = [worker.round for _, worker in self._live()]
+            return max(0, self._workers[rank].round - min(live, default=self._workers[rank].round))
+
+    def behind(self, rank: int, staleness: int) -> list[int]:
+        """Return the live workers that are more than so many rounds behind one."""
+        with self._lock:
+            mine = self._workers[rank].round
+            return [other for other, worker in self._live() if mine - worker.round > staleness]
+
+    def live(self) -> list[int]:
+        """Return the ranks that are waited for: those alive, and those that have not come yet."""
+        with self._lock:
+            return [rank for rank, _ in self._live()]
+
+    def dead(self) -> list[int]:
+        """Return the ranks that were here and have been silent for too long."""
+        with self._lock:
+            self._look()
+            return sorted(rank for rank, worker in self._workers.items() if worker.lost and worker.seen is not None)
+
+    def read(self) -> dict[int, int]:
+        """Return every worker's round."""
+        with self._lock:
+            return {rank: worker.round for rank, worker in sorted(self._workers.items())}
+
+    def _live(self) -> list[tuple[int, _Worker]]:
+        self._look()
+        return [(rank, self._workers[rank]) for rank in sorted(self._workers) if not self._is_gone(rank)]
+
+    def _is_gone(self, rank: int) -> bool:
+        return self._workers[rank].lost or self._workers[rank].left
+
+    def _look(self) -> None:
+        horizon = self._now() - self._lost_after_s
+        for worker in self._workers.values():
+            if worker.seen is not None and worker.seen < horizon:
+                worker.lost = True

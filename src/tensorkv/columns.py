@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,19 +15,27 @@ class Column:
 
     Args:
         addresses: as the compiled kernel takes them.
-        arrays: all of NumPy or all of torch, in the order of the keys; or what makes them when somebody asks.
+        arrays: all of NumPy or all of torch, in the order of the keys; None: the pieces of ``flat``.
+        flat: the tensor in which all lie side by side, if they do.
+        split: makes pieces of it, when somebody asks for them.
     """
 
-    def __init__(self, addresses: bytes, arrays: tuple[Any, ...] | Callable[[], tuple[Any, ...]]) -> None:
-        self.addresses = addresses
-        self._arrays = arrays
+    def __init__(
+        self,
+        addresses: bytes,
+        arrays: tuple[Any, ...] | None,
+        flat: torch.Tensor | None = None,
+        split: Callable[[torch.Tensor], tuple[Any, ...]] | None = None,
+    ) -> None:
+        self.addresses, self.flat = addresses, flat
+        self._arrays, self._split = arrays, split
 
     @property
     def arrays(self) -> tuple[Any, ...]:
         """The arrays, in the order of the keys."""
-        if not isinstance(self._arrays, tuple):
-            self._arrays = self._arrays()
-        return self._arrays
+        if self._arrays is None and self.flat is not None and self._split is not None:
+            self._arrays = self._split(self.flat)
+        return self._arrays or ()
 
 
 class Form:
@@ -62,7 +69,7 @@ class Form:
 
     def flat(self, tensor: torch.Tensor) -> Column:
         """Return arrays that lie side by side in a flat tensor as a column."""
-        return Column(native.column_beside(tensor, self.counts), partial(self._split, tensor))
+        return Column(native.column_beside(tensor, self.counts), None, tensor, self._split)
 
     def targets(self, outs: Any) -> list[Column] | None:
         """Return outs as columns if every one can be written and no two share memory."""

@@ -12,19 +12,23 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from . import manifest, reduce
 from .checks import check_push
 from .clients import Clients
+from .columns import Column
 from .entry import Batch, Entry
 from .errors import CheckpointError, JournalError, TensorKVError, quote
 from .finite import NonFinite
 from .journal import Durability, Journal
 from .keys import Key
+from .optim import Optimizer
+from .plan import Plan
 from .pool import Pool
-from .record import Item, Record, nbytes_of, pack
+from .record import Item, Record, describe, nbytes_of, pack
 from .rows import Rows
 from .rules import Assign, CallUpdater, LostUpdater, Rule, StepOptimizer
 from .shard import Shard
@@ -65,6 +69,7 @@ class DurableShard(Shard):
         self.clients = Clients() if clients is None else clients
         self._shield = Pool(1)
         self._broken: str | None = None
+        self._layouts: WeakKeyDictionary[Plan, bytes] = WeakKeyDictionary()
         self._touched: dict[Key, list[torch.Tensor] | None] = {}
         self._unproven = 0
         self._journal = Journal(path, durability, log_nbytes, wait_s)
@@ -79,13 +84,14 @@ class DurableShard(Shard):
         """Records and bytes written, snapshots made, and the length of the log in bytes."""
         return {**self._journal.counts, "log_nbytes": self._journal.nbytes, "lsn": self._journal.lsn}
 
-    # ------------------------------------------------------------ the short ways, which do not log
-
     def one(self, key: Key, value: Any, out: Any) -> int | None:
+        # A push goes the long way, which logs it.
         return super().one(key, value, out) if value is None else None
 
-    def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
-        return super().many(keys, values, outs) if values is None else None
+    def _plan(self, keys: Sequence[Key], *, pushes: bool) -> Plan | None:
+        plan = super()._plan(keys, pushes=pushes)
+        # Sums that are logged are made beside the values, which costs more than a plan gains without the kernel.
+        return plan if plan is None or plan.is_compiled or not pushes else None
 
     # ------------------------------------------------------------ every change, logged
 
@@ -112,6 +118,21 @@ class DurableShard(Shard):
         change = partial(super()._apply, entries, [[total] for total in sums], outs)
         filled: bool = self._commit(record, change, entries, sums)
         return filled
+
+    def _apply_plan(
+        self, plan: Plan, columns: list[Column], targets: list[Column], optimizer: Optimizer | None
+    ) -> None:
+        if not columns:
+            super()._apply_plan(plan, columns, targets, optimizer)
+            return
+        total = plan.total(columns)
+        layout = self._layouts.get(plan)
+        if layout is None:
+            layout = describe([(entry.key, "sum", entry.spec.dtype, entry.spec.shape) for entry in plan.entries])
+            self._layouts[plan] = layout
+        record = Record({"verb": "push"}, layout, [nbytes_of(total)])
+        change = partial(super()._apply_plan, plan, [plan.form.flat(total)], targets, optimizer)
+        self._commit(record, change, plan.entries, [total] * len(plan.entries))
 
     def _put(self, entry: Entry, made: Any) -> None:
         """Take over what an updater has made of a value, which no replay could make again."""

@@ -123,17 +123,31 @@ class Plan:
         self._buffers: list[torch.Tensor] = []
         self._joined: _Joined | None = None
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the compiled kernel adds these values."""
+        return native.can_sum(self._dtype)
+
+    def total(self, columns: list[Column]) -> torch.Tensor:
+        """Return the sums of the columns side by side in one flat tensor, made by the compiled kernel."""
+        if len(columns) == 1 and columns[0].flat is not None:
+            return columns[0].flat
+        total = torch.empty(sum(self._counts), dtype=self._dtype)
+        rooms = native.column_beside(total, self._counts)
+        native.Sums([rooms], [column.addresses for column in columns], self._counts, self._dtype).jobs(1)[0]()
+        return total
+
     def takes_flat(self, flats: Sequence[torch.Tensor | None]) -> bool:
         """Tell whether these may hold the keys' arrays side by side."""
         numel = sum(self._counts)
-        return native.can_sum(self._dtype) and all(
+        return self.is_compiled and all(
             each is None or (each.dtype is self._dtype and each.ndim == 1 and len(each) == numel) for each in flats
         )
 
-    def run(self, columns: list[Column], targets: list[Column], joined: _Joined | None, pool: Pool) -> None:
-        """Push the columns, if any, stepping the optimizer whose state is joined, and fill the targets."""
-        if columns and joined is not None:
-            self.step(columns, targets, joined, pool)
+    def run(self, columns: list[Column], targets: list[Column], optimizer: Optimizer | None, pool: Pool) -> None:
+        """Push the columns, if any, stepping the optimizer whose state was joined, and fill the targets."""
+        if columns and optimizer is not None and self._joined is not None:
+            self.step(columns, targets, self._joined, pool)
         elif columns:
             self.assign(columns, targets, pool)
         else:
@@ -223,11 +237,16 @@ class Plan:
                 for chunk in self._chunks:
                     chunk.values.scatter(target.arrays[chunk.cut])
 
-    def join(self, optimizer: Optimizer) -> _Joined | None:
-        """Return the keys' optimizer state side by side; None if they are not all at the same step."""
+    def join(self, optimizer: Optimizer) -> bool:
+        """Bring the keys' optimizer state side by side; False if they are not all at the same step."""
         joined, states = self._joined, [entry.state for entry in self.entries]
-        if joined is not None and joined.is_of(optimizer, states):
-            return joined
+        if not self.can_step:
+            return False
+        if joined is None or not joined.is_of(optimizer, states):
+            self._joined = self._join(optimizer, states)
+        return self._joined is not None
+
+    def _join(self, optimizer: Optimizer, states: Sequence[State]) -> _Joined | None:
         if any(key in optimizer.spec.overrides for key in self.keys):
             return None
         kernels = [optimizer.kernel(e.key, e.value, e.state) for e in self.entries]  # type: ignore[arg-type]
@@ -253,8 +272,7 @@ class Plan:
                     state[name] = room.copy_(state[name])
                 held.append(flat.tensor)
                 views[name] += flat.tensors
-        self._joined = _Joined(optimizer, kernel, views, flats, counters, [c._version for c in counters])
-        return self._joined
+        return _Joined(optimizer, kernel, views, flats, counters, [c._version for c in counters])
 
     def _gather(self, chunk: _Chunk, columns: list[Column]) -> list[torch.Tensor]:
         """Copy a chunk's parts side by side, into memory that all chunks share."""

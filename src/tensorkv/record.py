@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -95,7 +95,12 @@ def pack(head: dict[str, Any], items: Sequence[Item]) -> Record:
 
 def layout(items: Sequence[Item]) -> bytes:
     """Return what says how tensors lie in a payload: one after another, each at a multiple of its element's size."""
-    described = [[key, role, arrays.dtype_name(tensor.dtype), list(tensor.shape)] for key, role, tensor in items]
+    return describe([(key, role, tensor.dtype, tensor.shape) for key, role, tensor in items])
+
+
+def describe(items: Iterable[tuple[Key, str, torch.dtype, Sequence[int]]]) -> bytes:
+    """Return the layout of tensors of which key, role, dtype and shape are known."""
+    described = [[key, role, arrays.dtype_name(dtype), list(shape)] for key, role, dtype, shape in items]
     return json.dumps(described, separators=(",", ":")).encode()
 
 

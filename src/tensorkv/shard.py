@@ -29,7 +29,7 @@ from .errors import (
 )
 from .finite import FiniteSums, NonFinite
 from .keys import Key
-from .optim import OptimizerSpec
+from .optim import Optimizer, OptimizerSpec
 from .plan import Plan, Plans
 from .pool import Pool
 from .rows import Rows
@@ -154,13 +154,12 @@ class Shard:
             return self._plans.find(keys, self._entries)
 
     def _run(self, plan: Plan, columns: list[Column], targets: list[Column]) -> bool:
-        joined = None
-        if columns and isinstance(self._rule, StepOptimizer):
+        optimizer = self._rule.optimizer if columns and isinstance(self._rule, StepOptimizer) else None
+        if optimizer is not None:
             with kept():
-                joined = plan.join(self._rule.optimizer) if plan.can_step else None
-            if joined is None:
-                return False
-        plan.run(columns, targets, joined, self._pool)
+                if not plan.join(optimizer):
+                    return False
+        self._apply_plan(plan, columns, targets, optimizer)
         return True
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
@@ -366,6 +365,12 @@ class Shard:
         fill = fill and self._pool.is_worth([out for key_outs in outs for out in key_outs])
         self._rule.apply(entries, parts, outs if fill else [()] * len(entries), self._pool)
         return fill
+
+    def _apply_plan(
+        self, plan: Plan, columns: list[Column], targets: list[Column], optimizer: Optimizer | None
+    ) -> None:
+        """Do ``_apply`` for the keys of a plan, and fill the targets."""
+        plan.run(columns, targets, optimizer, self._pool)
 
     # ------------------------------------------------------------ push and pull, the lock being held
 

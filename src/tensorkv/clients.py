@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -22,24 +22,32 @@ class Clients:
 
     def __init__(self) -> None:
         self.last: dict[str, int] = {}
-        self.current: tuple[str, int] | None = None
-        """Client and number of the request that is being applied."""
+        self.current: Sequence[tuple[str, int]] = ()
+        """Clients and numbers of the requests that are being applied."""
+
+    def has_applied(self, client: str, seq: int) -> bool:
+        """Tell whether a request has been applied."""
+        return seq <= self.last.get(client, 0)
 
     @contextmanager
     def request(self, client: str, seq: int) -> Iterator[bool]:
         """Give whether a request is new; it counts as applied when the block ends without an error."""
-        if seq <= self.last.get(client, 0):
+        if self.has_applied(client, seq):
             yield False
             return
-        self.current = (client, seq)
-        try:
+        with self.together([(client, seq)]):
             yield True
+
+    @contextmanager
+    def together(self, requests: Sequence[tuple[str, int]]) -> Iterator[None]:
+        """Apply several requests in one change; they count when the block ends without an error."""
+        self.current = requests
+        try:
+            yield
             self.done()
         finally:
-            self.current = None
+            self.current = ()
 
     def done(self) -> None:
-        """Count the current request as applied."""
-        if self.current is not None:
-            client, seq = self.current
-            self.last[client] = seq
+        """Count the current requests as applied."""
+        self.last.update(self.current)

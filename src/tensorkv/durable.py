@@ -68,6 +68,7 @@ class DurableShard(Shard):
         super().__init__(nonfinite=nonfinite, threads=threads)
         self.clients = Clients() if clients is None else clients
         self._shield = Pool(1)
+        self.notes: dict[str, Any] = {}
         self._broken: str | None = None
         self._layouts: WeakKeyDictionary[Plan, bytes] = WeakKeyDictionary()
         self._touched: dict[Key, list[torch.Tensor] | None] = {}
@@ -148,6 +149,17 @@ class DurableShard(Shard):
             super().restore_states(entries, rule)
             self._write_down()
 
+    def note(self, name: str, data: Any) -> None:
+        """Keep some plain data, for JSON, beside the values; None takes it away."""
+        with self._lock:
+            self._commit(Record({"verb": "note", "name": name, "data": data}), partial(self._take_note, name, data))
+
+    def _take_note(self, name: str, data: Any) -> None:
+        if data is None:
+            self.notes.pop(name, None)
+        else:
+            self.notes[name] = data
+
     def close(self) -> None:
         with self._lock:
             super().close()
@@ -163,9 +175,8 @@ class DurableShard(Shard):
     def _commit(
         self, record: Record, change: Callable[[], Any], entries: Sequence[Entry] = (), sums: Sequence[Any] = ()
     ) -> Any:
-        request = self.clients.current
-        if request is not None:
-            record = Record({**record.head, "client": request[0], "seq": request[1]}, record.layout, record.payload)
+        if self.clients.current:
+            record = Record({**record.head, "requests": list(self.clients.current)}, record.layout, record.payload)
         results: list[Any] = []
 
         def work() -> None:
@@ -226,7 +237,7 @@ class DurableShard(Shard):
                 yield pack({"verb": "tensors"}, group)
                 group = []
         yield pack({"verb": "tensors"}, group)
-        yield Record({"verb": "end", "body": body, "clients": self.clients.last})
+        yield Record({"verb": "end", "body": body, "clients": self.clients.last, "notes": self.notes})
 
     def _state_nbytes(self) -> int:
         return sum(e.value.nbytes + sum(t.nbytes for t in e.state.values()) for e in self._entries.values())
@@ -238,6 +249,7 @@ class DurableShard(Shard):
         self._plans.clear()
         self._entries, self._key_type, self._rule = {}, None, Assign()
         self.clients.last.clear()
+        self.notes.clear()
         self._touched, self._unproven = {}, 0
         tensors: manifest.Tensors = {}
         for record, of_snapshot in self._journal.read():
@@ -264,6 +276,7 @@ class DurableShard(Shard):
         self._rule = LostUpdater() if contents.rule is None else contents.rule
         for client, seq in record.head["clients"].items():
             self._note_client(client, seq)
+        self.notes.update(record.head["notes"])
 
     def _replay(self, record: Record) -> None:
         head = record.head
@@ -287,12 +300,15 @@ class DurableShard(Shard):
             case "rule":
                 self._change_rule(_restore_rule(head))
                 self._note((), ())
+            case "note":
+                self._take_note(head["name"], head["data"])
+                self._note((), ())
             case "digest":
                 self._check_digests(head["keys"])
             case verb:
                 raise JournalError(f"{verb!r} is unknown to this version of tensorkv; use a newer one")
-        if "client" in head:
-            self._note_client(head["client"], head["seq"])
+        for client, seq in head.get("requests", ()):
+            self._note_client(client, seq)
 
     def _replay_push(self, record: Record) -> None:
         entries, sums = self._read_items(record)

@@ -12,10 +12,14 @@ TensorKVError
 ├── UpdaterError           (RuntimeError)  an updater that broke its contract
 ├── CheckpointError        (ValueError)    a checkpoint that cannot be written or trusted
 ├── JournalError           (RuntimeError)  a store's folder that cannot be written, trusted or shared
+├── SnapshotError          (RuntimeError)  a snapshot that is not held any more, or one too many
 ├── EngineNotFoundError    (ValueError)    a type name that no engine has
 ├── WorkerMismatchError    (RuntimeError)  workers in step that did not make the same call
 ├── RankLostError          (RuntimeError)  a worker in step that died, stalled or left early
 ├── WorkerError            (RuntimeError)  what another worker's updater raised
+├── ServerLostError        (RuntimeError)  a parameter server that is gone, with the values that it held
+├── PushOutcomeUnknownError (RuntimeError) a request that no server has answered in time
+├── WaitTimeoutError       (TimeoutError)  a version, a round or a worker that did not come in time
 ├── StoreClosedError       (RuntimeError)  a verb after close()
 └── ForkedStoreError       (RuntimeError)  a parent's store used in a forked child
 
@@ -81,6 +85,10 @@ class JournalError(TensorKVError, RuntimeError):
     """The log or a snapshot of a durable store cannot be written or trusted, or another process has it open."""
 
 
+class SnapshotError(TensorKVError, RuntimeError):
+    """A snapshot is not held any more, or too many are."""
+
+
 class EngineNotFoundError(TensorKVError, ValueError):
     """No engine has this type name."""
 
@@ -95,6 +103,18 @@ class RankLostError(TensorKVError, RuntimeError):
 
 class WorkerError(TensorKVError, RuntimeError):
     """Another worker failed inside a call that all workers made; the message says which and how."""
+
+
+class ServerLostError(TensorKVError, RuntimeError):
+    """A parameter server has ended for good, or came back without the values that it held in memory alone."""
+
+
+class PushOutcomeUnknownError(TensorKVError, RuntimeError):
+    """No server has answered a request in time, however often it was sent: it was applied once, or not at all."""
+
+
+class WaitTimeoutError(TensorKVError, TimeoutError):
+    """A version, a round or another worker did not come in time; the store goes on."""
 
 
 class StoreClosedError(TensorKVError, RuntimeError):

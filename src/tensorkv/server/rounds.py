@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from .keys import Key
+from ..keys import Key
 
 
 @dataclass(slots=True)
@@ -77,12 +77,14 @@ class Rounds:
         with self._lock:
             self._workers[rank].left = True
 
-    def come_back(self) -> None:
-        """Expect every worker again, once all have left."""
+    def come_back(self, rank: int) -> None:
+        """Expect a worker again that had left."""
         with self._lock:
-            for worker in self._workers.values():
+            worker = self._workers[rank]
+            if worker.left:
                 worker.left = False
                 worker.base, worker.counts, worker.most = 0, {}, 0
+                worker.base = min((each.round for other, each in self._live() if other != rank), default=0)
 
     def all_left(self) -> bool:
         """Tell whether every worker has left or is lost."""

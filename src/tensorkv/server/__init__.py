@@ -1,0 +1,329 @@
+"""Server: what is done with what clients ask. No Ray in it, and no thread of its own.
+
+A request is a head (plain data), a layout and a payload, as in a record; ``serve`` may be called from many threads.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..clients import Clients
+from ..entry import Part
+from ..errors import ArgumentError, TensorKVError, quote
+from ..keys import Key
+from ..metrics import Metrics, clock
+from .attendance import Attendance
+from .call import keys_of, read
+from .cut import Cut
+from .gathering import Gathering, Pushed
+from .holding import Holding, contents_of
+from .waits import Monitor, Waits
+from .wire import Reply, Request, Settings
+
+
+class Server:
+    """One server of a store.
+
+    Args:
+        settings: of the store and this server.
+
+    Raises:
+        JournalError: its folder cannot be opened.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        # Tells a server that has begun again from the one that was there before.
+        self.incarnation = secrets.token_hex(8)
+        self._clients = Clients()
+        self._holding = Holding(settings, self._clients)
+        self._monitor = Monitor()
+        self._attendance = Attendance(self._monitor, settings.num_workers, settings.lost_after_s)
+        self._rounds = self._attendance.rounds
+        self._cut = Cut(self._monitor, self._clients, settings.index)
+        self._gathering = Gathering(self._apply_round)
+        self._metrics = Metrics()
+        self._resent = 0
+        self._verbs: dict[str, Callable[[Request, torch.Tensor | None], Reply]] = {
+            "push": self._push,
+            "pull": self._pull,
+            "pull_rows": self._pull_rows,
+            "init": self._init,
+            "delete": self._delete,
+            "rule": self._rule,
+            "restore": self._restore,
+            "list": self._list,
+            "stats": self._stats,
+            "hello": self._hello,
+            "beat": self._beat,
+            "bye": self._bye,
+            "leave": self._leave,
+            "meet": self._meet,
+            "tell": self._tell,
+            "freeze": self._freeze,
+            "settle": self._settle,
+            "thaw": self._thaw,
+            "drop": self._drop,
+        }
+
+    def serve(self, request: Request, out: torch.Tensor | None = None) -> Reply:
+        """Answer a request.
+
+        Args:
+            request: from a client.
+            out: bytes, in which pulled values are put if they fit, instead of in new memory.
+
+        Returns:
+            A reply. Its head has ``"error"`` (class name and message) if the request was refused, and ``"waits"``
+            if it has to be sent again.
+        """
+        verb, start = str(request.head.get("verb")), clock()
+        try:
+            method = self._verbs.get(verb)
+            if method is None:
+                raise ArgumentError(f"a server knows no {verb!r}")
+            self._attendance.hear(request.head)
+            reply = method(request, out)
+        except Waits as waits:
+            return Reply({"waits": str(waits)})
+        except TensorKVError as error:
+            return _refusal(type(error).__name__, str(error))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return _refusal("ArgumentError", f"a request that cannot be read: {type(error).__name__}: {error}")
+        except (MemoryError, OSError, RuntimeError) as error:
+            return _refusal("WorkerError", f"server {self.settings.index} failed: {type(error).__name__}: {error}")
+        moved = len(request.payload) + (0 if reply.payload is None else len(reply.payload))
+        self._metrics.add(verb, start, [verb], [moved])
+        return reply
+
+    def close(self) -> None:
+        """Let go of the values and the folder."""
+        with self._monitor:
+            self._holding.shard.close()
+
+    # ------------------------------------------------------------ pushes and pulls
+
+    def _push(self, request: Request, out: torch.Tensor | None) -> Reply:
+        keys, pulls = read(request.layout).keys, bool(request.head.get("pulls"))
+        staleness, rank = self.settings.staleness, request.head.get("rank")
+        reply = None
+        if self.settings.mode == "sync":
+            self._push_in_step(request, keys)
+        else:
+            with self._turn(request) as is_new:
+                if is_new:
+                    reply = self._holding.push(request, out, fill=pulls and staleness is None)
+                    if rank is not None:
+                        self._rounds.pushed(rank, keys)
+            if staleness is not None and rank is not None:
+                self._wait_for_the_slow(rank, staleness)
+        if reply is None:
+            reply = self._holding.values(keys, out) if pulls else Reply({})
+        return reply
+
+    def _wait_for_the_slow(self, rank: int, staleness: int) -> None:
+        with self._monitor:
+            self._monitor.wait_until(
+                lambda: not self._rounds.behind(rank, staleness),
+                lambda: f"ranks {self._rounds.behind(rank, staleness)}, more than {staleness} rounds behind",
+            )
+
+    def _push_in_step(self, request: Request, keys: tuple[Key, ...]) -> None:
+        rank, client, seq = request.head.get("rank"), request.client, request.seq
+        if rank is None:
+            raise ArgumentError("push: this client has no rank, and in step only workers push")
+        with self._monitor:
+            if not self._is_resent(request) and self._gathering.refused(client, seq) is None:
+                self._cut.admit(client, seq)
+                batch = self._holding.batch(request)
+                self._holding.shard.check(batch)
+                self._gathering.add(keys, rank, Pushed(client, seq, [parts[0] for parts in batch.parts]))
+            self._monitor.wait_until(
+                lambda: self._has_closed(client, seq),
+                lambda: f"ranks {self._gathering.awaited(keys, self._rounds.live())}, which have not pushed yet",
+            )
+            self._cut.note(client, seq, request.head.get("fan", ()))
+            refused = self._gathering.refused(client, seq)
+        if refused is not None:
+            raise refused
+
+    def _has_closed(self, client: str, seq: int) -> bool:
+        self._gathering.close(self._rounds.live())
+        return self._clients.has_applied(client, seq) or self._gathering.refused(client, seq) is not None
+
+    def _apply_round(
+        self, keys: Sequence[Key], parts: Sequence[list[Part]], requests: Sequence[tuple[int, str, int]]
+    ) -> None:
+        with self._clients.together([(client, seq) for _, client, seq in requests]):
+            self._holding.push_round(keys, parts)
+        for rank, _, _ in requests:
+            self._rounds.pushed(rank, keys)
+        self._monitor.changed()
+
+    def _pull(self, request: Request, out: torch.Tensor | None) -> Reply:
+        keys, wanted = keys_of(request.layout), request.head.get("min_version")
+        if wanted is not None:
+            shard = self._holding.shard
+            with self._monitor:
+                self._monitor.wait_until(
+                    lambda: all(shard.entry("pull", key).version >= wanted for key in keys),
+                    lambda: f"version {wanted}, which has not come yet",
+                )
+        with self._monitor:
+            return self._holding.values(keys, out, request.head.get("view"))
+
+    def _pull_rows(self, request: Request, out: torch.Tensor | None) -> Reply:
+        with self._monitor:
+            return self._holding.rows(request)
+
+    # ------------------------------------------------------------ keys and the rule
+
+    def _init(self, request: Request, out: torch.Tensor | None) -> Reply:
+        contents = contents_of(request)
+        with self._turn(request) as is_new:
+            if is_new:
+                self._holding.init(request, contents)
+        return Reply({})
+
+    def _delete(self, request: Request, out: torch.Tensor | None) -> Reply:
+        with self._turn(request) as is_new:
+            if is_new:
+                self._holding.delete(request.head["keys"])
+        return Reply({})
+
+    def _rule(self, request: Request, out: torch.Tensor | None) -> Reply:
+        awaited, shard = request.head.get("awaits"), self._holding.shard
+        if awaited is not None:
+            with self._monitor:
+                self._monitor.wait_until(
+                    lambda: shard.optimizer is not None and shard.optimizer.name == awaited,
+                    lambda: f"rank 0, which has not set the optimizer {awaited} yet",
+                )
+            return Reply({})
+        with self._turn(request) as is_new:
+            if is_new:
+                self._holding.change_rule(request.head)
+        return Reply({})
+
+    def _restore(self, request: Request, out: torch.Tensor | None) -> Reply:
+        contents = contents_of(request)
+        with self._turn(request) as is_new:
+            if is_new:
+                self._holding.restore(request, contents)
+        return Reply({})
+
+    def _list(self, request: Request, out: torch.Tensor | None) -> Reply:
+        wanted, shard = request.head.get("awaits", ()), self._holding.shard
+        with self._monitor:
+            self._monitor.wait_until(
+                lambda: all(key in shard for key in wanted),
+                lambda: f"{quote(next(k for k in wanted if k not in shard))}, which nobody has initialised yet",
+            )
+        return Reply(self._listing())
+
+    def _listing(self) -> dict[str, Any]:
+        return {"incarnation": self.incarnation, **self._holding.listing()}
+
+    def _stats(self, request: Request, out: torch.Tensor | None) -> Reply:
+        rounds = self._rounds
+        mine = {
+            "verbs": self._metrics.read()["verbs"],
+            "clients": len(self._attendance.clients()),
+            "live": rounds.live(),
+            "dead": rounds.dead(),
+            "rounds": list(rounds.read().items()),
+            "most_ahead": rounds.most_ahead,
+            "resent": self._resent,
+            "waits": self._monitor.count,
+            "waited_s": self._monitor.seconds,
+        }
+        return Reply({**mine, **self._holding.stats()})
+
+    # ------------------------------------------------------------ clients
+
+    def _hello(self, request: Request, out: torch.Tensor | None) -> Reply:
+        head = request.head
+        rank = self._attendance.take_rank(request.client, head.get("wants")) if head["ranks"] else None
+        return Reply({"rank": rank, **self._listing()})
+
+    def _beat(self, request: Request, out: torch.Tensor | None) -> Reply:
+        with self._monitor:
+            self._holding.views.drop_all_but_of(self._attendance.clients())
+        return Reply({"incarnation": self.incarnation, "dead": self._rounds.dead()})
+
+    def _bye(self, request: Request, out: torch.Tensor | None) -> Reply:
+        self._attendance.forget(request.client, request.head.get("rank"))
+        with self._monitor:
+            self._holding.views.drop_all_but_of(self._attendance.clients())
+        return Reply({"clients": len(self._attendance.clients())})
+
+    def _leave(self, request: Request, out: torch.Tensor | None) -> Reply:
+        if request.head.get("returns"):
+            self._rounds.come_back(request.head["rank"])
+        else:
+            self._attendance.leave(request.head["rank"])
+        return Reply({})
+
+    def _meet(self, request: Request, out: torch.Tensor | None) -> Reply:
+        self._attendance.meet(request.head["number"], request.head["rank"])
+        return Reply({})
+
+    def _tell(self, request: Request, out: torch.Tensor | None) -> Reply:
+        return Reply({"text": self._attendance.tell(request.head["number"], request.head["text"])})
+
+    # ------------------------------------------------------------ one moment on every server
+
+    def _freeze(self, request: Request, out: torch.Tensor | None) -> Reply:
+        with self._monitor:
+            return Reply({"fans": self._cut.freeze(request.client)})
+
+    def _settle(self, request: Request, out: torch.Tensor | None) -> Reply:
+        head = request.head
+
+        def look() -> Reply:
+            if head.get("states"):
+                return self._holding.describe()
+            versions = self._holding.views.add(head["view"], request.client, self._holding.shard)
+            return Reply({"versions": list(versions.items())})
+
+        with self._monitor:
+            found: Reply = self._cut.settle(request.client, head["wanted"], look)
+            return found
+
+    def _thaw(self, request: Request, out: torch.Tensor | None) -> Reply:
+        with self._monitor:
+            self._cut.thaw(request.client)
+        return Reply({})
+
+    def _drop(self, request: Request, out: torch.Tensor | None) -> Reply:
+        with self._monitor:
+            self._holding.views.drop(request.head["view"])
+        return Reply({})
+
+    # ------------------------------------------------------------ inside
+
+    @contextmanager
+    def _turn(self, request: Request) -> Iterator[bool]:
+        """Hold the lock for a change; give whether it is new."""
+        client, seq = request.client, request.seq
+        with self._monitor:
+            if not self._is_resent(request):
+                self._cut.admit(client, seq)
+            with self._clients.request(client, seq) as is_new:
+                yield is_new
+            self._cut.note(client, seq, request.head.get("fan", ()))
+            self._monitor.changed()
+
+    def _is_resent(self, request: Request) -> bool:
+        applied = self._clients.has_applied(request.client, request.seq)
+        self._resent += applied
+        return applied
+
+
+def _refusal(name: str, message: str) -> Reply:
+    return Reply({"error": [name, message]})

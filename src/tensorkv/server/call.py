@@ -1,0 +1,90 @@
+"""Call: what the layout of a request says, looked at once for all requests that have the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from ..entry import Part
+from ..errors import ArgumentError
+from ..keys import Key, check_key
+from ..record import places, unpack
+from ..rows import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The keys of a push.
+
+    Args:
+        keys: in order, none twice.
+        flat_dtype: of all parts, if they are dense and lie side by side; else None.
+        layout: of the request.
+    """
+
+    keys: tuple[Key, ...]
+    flat_dtype: torch.dtype | None
+    layout: bytes
+
+    def flat(self, payload: torch.Tensor) -> torch.Tensor | None:
+        """Return a payload as one flat tensor, if it is that."""
+        if self.flat_dtype is None or len(payload) != places(self.layout)[-1].stop:
+            return None
+        return payload.view(self.flat_dtype)
+
+    def parts(self, payload: Any, num_rows: Sequence[int]) -> list[Part]:
+        """Return one part for each key; they share the payload's memory.
+
+        Args:
+            payload: of the request.
+            num_rows: of each key's value.
+
+        Raises:
+            JournalError, ValueMismatchError: no parts of such keys.
+        """
+        items = iter(unpack(self.layout, payload))
+        found: list[Part] = []
+        for item, count in zip(items, num_rows, strict=False):
+            found.append(Rows(item.tensor, next(items).tensor, count) if item.role == "ids" else item.tensor)
+        return found
+
+
+@lru_cache(maxsize=256)
+def read(layout: bytes) -> Call:
+    """Return what a push's layout says.
+
+    Raises:
+        JournalError, ArgumentError: it is not one of a push.
+    """
+    found = places(layout)
+    roles = [place.role for place in found]
+    keys = tuple(place.key for place in found if place.role != "rows")
+    pairs = list(pairwise(found))
+    fits = all((a.role == "ids") == (b.role == "rows" and a.key == b.key) for a, b in pairs)
+    if not keys or not fits or set(roles) - {"sum", "ids", "rows"} or roles[0] == "rows" or roles[-1] == "ids":
+        raise ArgumentError("a push whose layout is not one")
+    if len(set(keys)) < len(keys):
+        raise ArgumentError("a push that names a key twice")
+    dtypes = {place.dtype for place in found}
+    flat = dtypes.pop() if set(roles) == {"sum"} and len(dtypes) == 1 else None
+    return Call(keys, flat, layout)
+
+
+@lru_cache(maxsize=256)
+def keys_of(text: bytes) -> tuple[Key, ...]:
+    """Return the keys that a pull names.
+
+    >>> keys_of(b'["w", "b"]')
+    ('w', 'b')
+    """
+    try:
+        listed = json.loads(text)
+        return tuple(check_key("pull", key) for key in listed)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ArgumentError(f"a list of keys that is none: {error}") from None

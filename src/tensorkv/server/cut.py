@@ -1,0 +1,89 @@
+"""Cut: one moment that is the same for several servers, so that no push is before it on one and after it on another.
+
+Whoever takes a snapshot has every server hold new requests (``freeze``), learns which requests have reached some of
+the servers they go to, has the others apply those too, and lets each server look and go on (``settle``). This is a
+consistent cut in the sense of Chandy and Lamport, "Distributed Snapshots", ACM TOCS 1985, for clients that send one
+request at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..clients import Clients
+from ..errors import SnapshotError
+from .waits import Monitor
+
+# A freeze whose owner is gone ends by itself.
+_LIMIT_S = 10.0
+
+
+class Cut:
+    """What one server knows of a cut under way.
+
+    Args:
+        monitor, clients: of the server.
+        index: of the server.
+    """
+
+    def __init__(self, monitor: Monitor, clients: Clients, index: int) -> None:
+        self._monitor, self._clients, self._index = monitor, clients, index
+        self._owner: str | None = None
+        self._until = 0.0
+        self._admitted: Mapping[str, int] = {}
+        self._fans: dict[str, tuple[int, list[int]]] = {}
+
+    def note(self, client: str, seq: int, fan: Sequence[int]) -> None:
+        """Remember to which servers a client's last request went."""
+        if len(fan) > 1:
+            self._fans[client] = (seq, list(fan))
+
+    def admit(self, client: str, seq: int) -> None:
+        """Wait until a new request may be applied."""
+        self._monitor.wait_until(
+            lambda: not self._is_frozen() or seq <= self._admitted.get(client, 0),
+            lambda: "a snapshot that is being taken",
+        )
+
+    def freeze(self, owner: str) -> dict[str, Any]:
+        """Hold new requests; return each client's last request to several servers, and which."""
+        self._monitor.wait_until(
+            lambda: not self._is_frozen() or self._owner == owner, lambda: "another snapshot that is being taken"
+        )
+        self._owner, self._until, self._admitted = owner, time.monotonic() + _LIMIT_S, {}
+        return dict(self._fans)
+
+    def settle(self, owner: str, wanted: Mapping[str, Sequence[Any]], look: Callable[[], Any]) -> Any:
+        """Have the requests applied that others have applied, then look, and go on.
+
+        Args:
+            owner: of the freeze.
+            wanted: by client, the number of its last request and the servers to which it goes.
+            look: called when this server has applied what it should have.
+
+        Raises:
+            SnapshotError: the freeze has ended in the meantime.
+        """
+        mine = {client: seq for client, (seq, fan) in wanted.items() if self._index in fan}
+        if not self._is_frozen() or self._owner != owner:
+            raise SnapshotError("snapshot: it took too long, and the servers went on; take another")
+        self._admitted = mine
+        self._monitor.changed()
+        self._monitor.wait_until(
+            lambda: all(self._clients.has_applied(client, seq) for client, seq in mine.items()),
+            lambda: f"requests of {len(mine)} workers that are on their way",
+        )
+        found = look()
+        self.thaw(owner)
+        return found
+
+    def thaw(self, owner: str) -> None:
+        """Go on."""
+        if self._owner == owner:
+            self._owner = None
+            self._monitor.changed()
+
+    def _is_frozen(self) -> bool:
+        return self._owner is not None and time.monotonic() < self._until

@@ -1,0 +1,203 @@
+"""Holding: what a server holds, and how requests become calls of its shard. Nobody waits here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import arrays, manifest
+from ..clients import Clients
+from ..durable import DurableShard
+from ..entry import Batch, Part
+from ..errors import ArgumentError, quote
+from ..keys import Key
+from ..manifest import Contents
+from ..optim import OptimizerSpec
+from ..plan import MANY
+from ..record import Item, describe, pack, places, unpack
+from ..shard import Shard
+from .call import read
+from .views import Views
+from .wire import Reply, Request, Room, Settings
+
+
+class Holding:
+    """A shard, notes on where the pieces of its keys are, and views of earlier moments.
+
+    Args:
+        settings: of the server.
+        clients: whose requests are logged with what they change.
+
+    Raises:
+        JournalError: the folder cannot be opened.
+    """
+
+    def __init__(self, settings: Settings, clients: Clients) -> None:
+        common: dict[str, Any] = {"nonfinite": settings.nonfinite, "threads": settings.threads}
+        self._notes: Any
+        if settings.path is None:
+            self.shard, self._notes = Shard(**common), _Notes()
+        else:
+            durability: Any = settings.durability
+            self.shard = self._notes = DurableShard(settings.path, durability=durability, clients=clients, **common)
+        self.views = Views(settings.keep)
+        self._layouts: dict[tuple[Key, ...], bytes] = {}
+
+    # ------------------------------------------------------------ pushes and pulls
+
+    def push(self, request: Request, out: torch.Tensor | None, *, fill: bool) -> Reply | None:
+        """Push what a request brings; return the reply with the new values if they are to be filled."""
+        call = read(request.layout)
+        payload = bytes_of(request.payload)
+        room = self._room(call.keys, out) if fill else None
+        self.views.save(call.keys)
+        flat = call.flat(payload) if len(call.keys) >= MANY else None
+        if flat is not None:
+            target = None if room is None else room.flat
+            if (room is None or target is not None) and self.shard.flat(call.keys, flat, target):
+                return None if room is None else Reply({}, room.payload)
+        batch = self.batch(request)
+        if room is None:
+            self.shard.push(batch)
+            return None
+        self.shard.pushpull(batch, [[each] for each in room.tensors])
+        return Reply({}, room.payload)
+
+    def batch(self, request: Request) -> Batch:
+        """Return what a request pushes, one part for each key."""
+        call = read(request.layout)
+        rows = [(*self.shard.entry("push", key).spec.shape, 0)[0] for key in call.keys]
+        return Batch("push", list(call.keys), [[part] for part in call.parts(bytes_of(request.payload), rows)])
+
+    def push_round(self, keys: Sequence[Key], parts: Sequence[list[Part]]) -> None:
+        """Push the parts of a round."""
+        self.views.save(keys)
+        self.shard.push(Batch("push", list(keys), list(parts)))
+
+    def values(self, keys: tuple[Key, ...], out: torch.Tensor | None, view: str | None = None) -> Reply:
+        """Return values, of now or of a view."""
+        room = self._room(keys, out)
+        if view is not None:
+            for each, value in zip(room.tensors, self.views.read(view, keys), strict=True):
+                each.copy_(value)
+            return Reply({}, room.payload)
+        target = room.flat
+        if len(keys) < MANY or target is None or not self.shard.flat(keys, None, target):
+            self.shard.pull(keys, [[each] for each in room.tensors])
+        return Reply({}, room.payload)
+
+    def rows(self, request: Request) -> Reply:
+        """Return the rows that a request names."""
+        items = unpack(request.layout, request.payload)
+        keys, ids = [item.key for item in items], [item.tensor for item in items]
+        view = request.head.get("view")
+        found = self.shard.pull_rows(keys, ids) if view is None else self.views.read_rows(view, keys, ids)
+        record = pack({}, [Item(key, "rows", rows.values) for key, rows in zip(keys, found, strict=True)])
+        return Reply({"layout": record.layout.decode()}, bytes_of(b"".join(record.payload)))
+
+    def _room(self, keys: tuple[Key, ...], out: torch.Tensor | None) -> Room:
+        layout = self._layouts.get(keys)
+        if layout is None:
+            entries = [self.shard.entry("pull", key) for key in keys]
+            tables = [entry.key for entry in entries if entry.spec.is_table]
+            if tables:
+                raise ArgumentError(f"pull({quote(tables[0])}): a table has no dense value; pull rows of it")
+            layout = describe((entry.key, "value", entry.spec.dtype, entry.spec.shape) for entry in entries)
+            self._layouts[keys] = layout
+        return Room(places(layout), out)
+
+    # ------------------------------------------------------------ keys and the rule
+
+    def init(self, request: Request, contents: Contents) -> None:
+        """Hold new keys."""
+        self.shard.check_new([entry.key for entry in contents.entries])
+        self._take_notes(request.head["notes"])
+        for entry in contents.entries:
+            # The payload belongs to the request; values are the shard's own.
+            if isinstance(entry.value, torch.Tensor):
+                entry.value = entry.value.clone()
+        self.shard.add(contents.entries)
+        self._layouts.clear()
+
+    def delete(self, keys: Sequence[Key]) -> None:
+        """Forget keys."""
+        self.views.save(keys)
+        self.shard.delete(keys)
+        self._take_notes({json.dumps(key): None for key in keys})
+        self._layouts.clear()
+
+    def change_rule(self, head: Any) -> None:
+        """Put a rule in force, or other numbers of an optimizer."""
+        if "numbers" in head:
+            self.shard.set_hyperparameters(head["numbers"], head["keys"])
+        elif head["optimizer"] is None:
+            self.shard.set_updater(None)
+        else:
+            self.shard.set_optimizer(OptimizerSpec.from_json(head["optimizer"]))
+
+    def restore(self, request: Request, contents: Contents) -> None:
+        """Become what a checkpoint holds."""
+        if contents.kind == "optimizer-states":
+            self.shard.restore_states(contents.entries, contents.rule)
+            return
+        manifest.check_states(contents)
+        self.views.save(self.shard.keys())
+        self._take_notes(request.head["notes"])
+        self.shard.restore(contents.entries, contents.rule)
+        self._layouts.clear()
+
+    def listing(self) -> dict[str, Any]:
+        """Return every key with its note, version and bytes, and the optimizer."""
+        with self.shard.frozen() as (entries, _):
+            spec = self.shard.optimizer
+            notes = self._notes.notes
+            keys = [[e.key, notes.get(json.dumps(e.key)), e.version, e.value.nbytes] for e in entries]
+        return {"keys": keys, "optimizer": None if spec is None else spec.to_json()}
+
+    def describe(self) -> Reply:
+        """Return everything that the shard holds, as a checkpoint has it."""
+        with self.shard.frozen() as (entries, rule):
+            body, tensors = manifest.describe("store", entries, rule)
+            record = pack({}, [Item(name, "tensor", tensor) for name, tensor in tensors.items()])
+            return Reply({"body": body, "layout": record.layout.decode()}, bytes_of(b"".join(record.payload)))
+
+    def stats(self) -> dict[str, Any]:
+        """Return counts of what is held."""
+        with self.shard.frozen() as (entries, _):
+            nbytes = sum(entry.value.nbytes for entry in entries)
+        found: dict[str, Any] = {"keys": len(entries), "nbytes": nbytes, "snapshots": len(self.views)}
+        found["nonfinite"] = self.shard.nonfinite_counts
+        return found | ({"journal": self.shard.journal_counts} if isinstance(self.shard, DurableShard) else {})
+
+    def _take_notes(self, notes: dict[str, Any]) -> None:
+        for name, data in notes.items():
+            self._notes.note(name, data)
+
+
+class _Notes:
+    """Plain data beside the values of a shard that keeps nothing."""
+
+    def __init__(self) -> None:
+        self.notes: dict[str, Any] = {}
+
+    def note(self, name: str, data: Any) -> None:
+        self.notes[name] = data
+
+
+def contents_of(request: Request) -> Contents:
+    """Check and return the entries that a request brings, in memory of the request.
+
+    Raises:
+        CheckpointError, JournalError: not what a client writes.
+    """
+    tensors = {str(item.key): item.tensor for item in unpack(request.layout, request.payload)}
+    return manifest.restore(request.head["body"], tensors)
+
+
+def bytes_of(buffer: Any) -> torch.Tensor:
+    """Return a buffer as a flat tensor that shares its memory."""
+    return arrays.take(np.frombuffer(buffer, np.uint8)) if len(buffer) else torch.empty(0, dtype=torch.uint8)

@@ -1,0 +1,68 @@
+"""Waits: requests that have to wait for others wait a moment, and are then answered with whom they wait for.
+
+The worker asks again. So neither a lost worker nor a lost server keeps a thread for ever.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+# How long a request waits before it is answered.
+PATIENCE_S = 1.0
+# How often somebody who waits looks whether a worker has been lost.
+_LOOK_S = 0.05
+
+
+class Waits(Exception):  # noqa: N818
+    """What is waited for, as an answer to a request."""
+
+
+class Monitor:
+    """A lock with changes to wait for.
+
+    >>> monitor = Monitor(patience_s=0.01)
+    >>> with monitor:
+    ...     monitor.wait_until(lambda: True, lambda: "nobody")
+    >>> with monitor:
+    ...     monitor.wait_until(lambda: False, lambda: "rank 1")
+    Traceback (most recent call last):
+        ...
+    tensorkv.server.waits.Waits: rank 1
+    """
+
+    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+        self._condition = threading.Condition(threading.RLock())
+        self._patience_s = patience_s
+        self.count = 0
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._condition.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._condition.__exit__(None, None, None)
+
+    def changed(self) -> None:
+        """Let all who wait look again."""
+        self._condition.notify_all()
+
+    def wait_until(self, holds: Callable[[], bool], whom: Callable[[], str]) -> None:
+        """Wait, without the lock, until something holds.
+
+        Raises:
+            Waits: it does not hold yet; the text is what ``whom`` says.
+        """
+        if holds():
+            return
+        start = time.monotonic()
+        self.count += 1
+        try:
+            while time.monotonic() - start < self._patience_s:
+                self._condition.wait(_LOOK_S)
+                if holds():
+                    return
+        finally:
+            self.seconds += time.monotonic() - start
+        raise Waits(whom())

@@ -1,0 +1,99 @@
+"""Wire: what clients and servers send each other, as plain data and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+
+from ..finite import NonFinite
+from ..record import Place
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a server is told when it begins; plain data, for JSON.
+
+    Args:
+        index, num_servers: which of how many servers this is.
+        num_workers: ranks whose pushes make a round.
+        mode: ``"async"``: a push is applied at once; ``"sync"``: once a push of every live worker is there.
+        staleness: how many rounds a worker may be ahead of the slowest (None: any number).
+        path: a folder of this server's own (None: values end with the process).
+        durability: of the folder, as for ``Journal``.
+        lost_after_s: how long a silent worker is waited for.
+        nonfinite, threads: as for ``Shard``.
+        keep: how many snapshots may be held at a time.
+    """
+
+    index: int = 0
+    num_servers: int = 1
+    num_workers: int = 1
+    mode: str = "async"
+    staleness: int | None = None
+    path: str | None = None
+    durability: str = "memory"
+    lost_after_s: float = 5.0
+    nonfinite: NonFinite = "pass"
+    threads: int | None = None
+    keep: int = 4
+
+
+class Request(NamedTuple):
+    """What a client asks; nothing in it is trusted.
+
+    Args:
+        head: plain data: verb, client, seq (of a change), rank (of a worker), and what the verb takes.
+        layout: of the payload; for a pull, the keys.
+        payload: bytes.
+    """
+
+    head: Mapping[str, Any]
+    layout: bytes = b"[]"
+    payload: Any = b""
+
+    @property
+    def client(self) -> str:
+        """Who asks."""
+        return str(self.head["client"])
+
+    @property
+    def seq(self) -> int:
+        """The number of a change."""
+        return int(self.head["seq"])
+
+
+class Reply(NamedTuple):
+    """What a server answers: plain data, and the layout and bytes of tensors."""
+
+    head: dict[str, Any]
+    payload: torch.Tensor | None = None
+
+
+class Room:
+    """Memory for the values of some keys, side by side.
+
+    Args:
+        places: of each value.
+        out: bytes to use, if there are enough; else new ones are made.
+    """
+
+    def __init__(self, places: Sequence[Place], out: torch.Tensor | None = None) -> None:
+        self._places = places
+        nbytes = places[-1].stop if places else 0
+        fits = out is not None and len(out) >= nbytes
+        self.payload: torch.Tensor = out[:nbytes] if fits else torch.empty(nbytes, dtype=torch.uint8)  # type: ignore[index]
+
+    @property
+    def flat(self) -> torch.Tensor | None:
+        """All values as one tensor, if they are of one dtype."""
+        dtypes = {place.dtype for place in self._places}
+        return self.payload.view(dtypes.pop()) if len(dtypes) == 1 else None
+
+    @cached_property
+    def tensors(self) -> list[torch.Tensor]:
+        """Each value."""
+        return [self.payload[p.start : p.stop].view(p.dtype).view(p.shape) for p in self._places]

@@ -200,7 +200,7 @@ def _restore_entry(kind: str, described: Any, tensors: Tensors) -> Entry:
         value = torch.empty(shape, dtype=dtype, device="meta")
         if kind == "store":
             value = _pop_exactly(tensors, _name("value", key), dtype, shape)
-    return Entry(key, KeySpec(shape, dtype, _origin(described), is_table), value, version, state)
+    return Entry(key, KeySpec(shape, dtype, origin_of(described), is_table), value, version, state)
 
 
 def _restore_table(
@@ -223,7 +223,8 @@ def _restore_table(
     return table
 
 
-def _origin(described: Any) -> arrays.Origin:
+def origin_of(described: Any) -> arrays.Origin:
+    """Return the library and device that pulls are to have, of those that are here."""
     library = _one_of(described, "library", ("numpy", "torch", "jax", "cupy", "array-api"))
     name = _field(described, "device", (str, NoneType)) or ""
     if library == "numpy":

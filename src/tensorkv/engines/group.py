@@ -72,20 +72,16 @@ class Group:
             return dist.distributed_c10d._get_default_store() if self.size > 1 else None
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
             return None
-        global _met
-        if _met is None:
-            try:
-                _met = _meet(timedelta(seconds=self.timeout_s))
-            except (KeyError, OSError, ValueError, dist.DistError) as error:
-                raise RankLostError(
-                    f"create: the workers did not meet at MASTER_ADDR and MASTER_PORT: {error}"
-                ) from error
-        store, self.rank, self.size = _met
+        try:
+            met = meet(timedelta(seconds=self.timeout_s))
+        except (KeyError, OSError, ValueError, dist.DistError) as error:
+            raise RankLostError(f"create: the workers did not meet at MASTER_ADDR and MASTER_PORT: {error}") from error
+        store, self.rank, self.size = met
         return store
 
     def _find_hosts(self, shared_memory: bool, options: dict[str, Any]) -> list[list[int]]:
         """Return runs of neighbouring ranks that can share memory; every worker comes to the same result."""
-        mine = [_machine(), shared_memory and can_share(), options]
+        mine = [machine(), shared_memory and can_share(), options]
         self._store.set(f"host/{self.rank}", json.dumps(mine))
         told = [json.loads(self._get(f"host/{rank}", rank)) for rank in range(self.size)]
         for rank, (_, _, theirs) in enumerate(told):
@@ -94,10 +90,10 @@ class Group:
                     f"create: the options of rank 0 are {told[0][2]}, those of rank {rank} {theirs}"
                 )
         found = [each[:2] for each in told]
-        self.on_one_machine = all(machine == found[0][0] for machine, _ in found)
+        self.on_one_machine = all(name == found[0][0] for name, _ in found)
         hosts: list[list[int]] = []
-        for rank, (machine, shares) in enumerate(found):
-            if hosts and shares and found[rank - 1] == [machine, True]:
+        for rank, (name, shares) in enumerate(found):
+            if hosts and shares and found[rank - 1] == [name, True]:
                 hosts[-1].append(rank)
             else:
                 hosts.append([rank])
@@ -265,8 +261,16 @@ def _within(seconds: float, do: Callable[[], Any]) -> Any:
     return answers[0] if answers else None
 
 
-def _meet(timeout: timedelta) -> tuple[Any, int, int]:
+def meet(timeout: timedelta) -> tuple[Any, int, int]:
     """Join the store of keys at MASTER_ADDR and MASTER_PORT; return it, the rank and the number of workers."""
+    global _met
+    if _met is None:
+        _met = _meet(timeout)
+    found: tuple[Any, int, int] = _met
+    return found
+
+
+def _meet(timeout: timedelta) -> tuple[Any, int, int]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_loopback = host == "localhost" or host.startswith("127.")
@@ -293,7 +297,7 @@ def check_timeout(timeout_s: Any) -> float:
     return float(timeout_s)
 
 
-def _machine() -> str:
+def machine() -> str:
     """Name what processes must have in common to share memory: kernel, network and host name."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     network = Path("/proc/self/ns/net")

@@ -14,7 +14,7 @@ import torch
 
 from ..clients import Clients
 from ..entry import Part
-from ..errors import ArgumentError, TensorKVError, quote
+from ..errors import ArgumentError, TensorKVError
 from ..keys import Key
 from ..metrics import Metrics, clock
 from .attendance import Attendance
@@ -52,12 +52,14 @@ class Server:
         self._verbs: dict[str, Callable[[Request, torch.Tensor | None], Reply]] = {
             "push": self._push,
             "pull": self._pull,
+            "await": self._await,
             "pull_rows": self._pull_rows,
             "init": self._init,
             "delete": self._delete,
             "rule": self._rule,
             "restore": self._restore,
             "list": self._list,
+            "info": self._info,
             "stats": self._stats,
             "hello": self._hello,
             "beat": self._beat,
@@ -101,6 +103,15 @@ class Server:
         self._metrics.add(verb, start, [verb], [moved])
         return reply
 
+    def owners(self) -> list[str]:
+        """Return the processes that are alive and use this server."""
+        return self._attendance.clients()
+
+    def signature(self, layout: bytes) -> tuple[int, ...]:
+        """Return the versions of the keys of a pull, which tell whether their values have changed."""
+        with self._monitor:
+            return self._holding.versions(keys_of(layout))
+
     def close(self) -> None:
         """Let go of the values and the folder."""
         with self._monitor:
@@ -142,12 +153,12 @@ class Server:
                 self._cut.admit(client, seq)
                 batch = self._holding.batch(request)
                 self._holding.shard.check(batch)
+                self._cut.note(client, seq, request.head.get("fan", ()))
                 self._gathering.add(keys, rank, Pushed(client, seq, [parts[0] for parts in batch.parts]))
             self._monitor.wait_until(
                 lambda: self._has_closed(client, seq),
                 lambda: f"ranks {self._gathering.awaited(keys, self._rounds.live())}, which have not pushed yet",
             )
-            self._cut.note(client, seq, request.head.get("fan", ()))
             refused = self._gathering.refused(client, seq)
         if refused is not None:
             raise refused
@@ -166,6 +177,12 @@ class Server:
         self._monitor.changed()
 
     def _pull(self, request: Request, out: torch.Tensor | None) -> Reply:
+        self._await(request, out)
+        with self._monitor:
+            return self._holding.values(keys_of(request.layout), out, request.head.get("view"))
+
+    def _await(self, request: Request, out: torch.Tensor | None) -> Reply:
+        """Answer, without values, when the versions that a pull wants are there."""
         keys, wanted = keys_of(request.layout), request.head.get("min_version")
         if wanted is not None:
             shard = self._holding.shard
@@ -174,8 +191,7 @@ class Server:
                     lambda: all(shard.entry("pull", key).version >= wanted for key in keys),
                     lambda: f"version {wanted}, which has not come yet",
                 )
-        with self._monitor:
-            return self._holding.values(keys, out, request.head.get("view"))
+        return Reply({})
 
     def _pull_rows(self, request: Request, out: torch.Tensor | None) -> Reply:
         with self._monitor:
@@ -218,13 +234,11 @@ class Server:
         return Reply({})
 
     def _list(self, request: Request, out: torch.Tensor | None) -> Reply:
-        wanted, shard = request.head.get("awaits", ()), self._holding.shard
-        with self._monitor:
-            self._monitor.wait_until(
-                lambda: all(key in shard for key in wanted),
-                lambda: f"{quote(next(k for k in wanted if k not in shard))}, which nobody has initialised yet",
-            )
         return Reply(self._listing())
+
+    def _info(self, request: Request, out: torch.Tensor | None) -> Reply:
+        info = self._holding.shard.entry("info", request.head["key"]).info()
+        return Reply({"version": info.version, "nbytes": info.nbytes, "device": info.device})
 
     def _listing(self) -> dict[str, Any]:
         return {"incarnation": self.incarnation, **self._holding.listing()}
@@ -248,7 +262,7 @@ class Server:
 
     def _hello(self, request: Request, out: torch.Tensor | None) -> Reply:
         head = request.head
-        rank = self._attendance.take_rank(request.client, head.get("wants")) if head["ranks"] else None
+        rank = self._attendance.take_rank(request.owner, head.get("wants")) if head["ranks"] else None
         return Reply({"rank": rank, **self._listing()})
 
     def _beat(self, request: Request, out: torch.Tensor | None) -> Reply:
@@ -257,7 +271,7 @@ class Server:
         return Reply({"incarnation": self.incarnation, "dead": self._rounds.dead()})
 
     def _bye(self, request: Request, out: torch.Tensor | None) -> Reply:
-        self._attendance.forget(request.client, request.head.get("rank"))
+        self._attendance.forget(request.owner, request.head.get("rank"))
         with self._monitor:
             self._holding.views.drop_all_but_of(self._attendance.clients())
         return Reply({"clients": len(self._attendance.clients())})
@@ -280,7 +294,7 @@ class Server:
 
     def _freeze(self, request: Request, out: torch.Tensor | None) -> Reply:
         with self._monitor:
-            return Reply({"fans": self._cut.freeze(request.client)})
+            return Reply({"fans": self._cut.freeze(request.owner)})
 
     def _settle(self, request: Request, out: torch.Tensor | None) -> Reply:
         head = request.head
@@ -288,16 +302,19 @@ class Server:
         def look() -> Reply:
             if head.get("states"):
                 return self._holding.describe()
-            versions = self._holding.views.add(head["view"], request.client, self._holding.shard)
+            versions = self._holding.views.add(head["view"], request.owner, self._holding.shard)
             return Reply({"versions": list(versions.items())})
 
         with self._monitor:
-            found: Reply = self._cut.settle(request.client, head["wanted"], look)
+            if head.get("view") in self._holding.views:
+                # The answer was lost.
+                return Reply({"versions": list(self._holding.views.versions(head["view"]).items())})
+            found: Reply = self._cut.settle(request.owner, head["wanted"], look)
             return found
 
     def _thaw(self, request: Request, out: torch.Tensor | None) -> Reply:
         with self._monitor:
-            self._cut.thaw(request.client)
+            self._cut.thaw(request.owner)
         return Reply({})
 
     def _drop(self, request: Request, out: torch.Tensor | None) -> Reply:
@@ -314,9 +331,9 @@ class Server:
         with self._monitor:
             if not self._is_resent(request):
                 self._cut.admit(client, seq)
+            self._cut.note(client, seq, request.head.get("fan", ()))
             with self._clients.request(client, seq) as is_new:
                 yield is_new
-            self._cut.note(client, seq, request.head.get("fan", ()))
             self._monitor.changed()
 
     def _is_resent(self, request: Request) -> bool:

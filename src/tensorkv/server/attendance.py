@@ -35,7 +35,7 @@ class Attendance:
 
     def hear(self, head: Mapping[str, Any]) -> None:
         """Note that a client is alive."""
-        self._heard[str(head["client"])] = time.monotonic()
+        self._heard[str(head["owner"])] = time.monotonic()
         if head.get("rank") is not None:
             self.rounds.seen(head["rank"])
 

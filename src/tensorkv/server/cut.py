@@ -53,7 +53,7 @@ class Cut:
             lambda: not self._is_frozen() or self._owner == owner, lambda: "another snapshot that is being taken"
         )
         self._owner, self._until, self._admitted = owner, time.monotonic() + _LIMIT_S, {}
-        return dict(self._fans)
+        return {client: list(last) for client, last in self._fans.items() if self._clients.has_applied(client, last[0])}
 
     def settle(self, owner: str, wanted: Mapping[str, Sequence[Any]], look: Callable[[], Any]) -> Any:
         """Have the requests applied that others have applied, then look, and go on.

@@ -46,6 +46,7 @@ class Holding:
             self.shard = self._notes = DurableShard(settings.path, durability=durability, clients=clients, **common)
         self.views = Views(settings.keep)
         self._layouts: dict[tuple[Key, ...], bytes] = {}
+        self._inits = 0
 
     # ------------------------------------------------------------ pushes and pulls
 
@@ -71,7 +72,7 @@ class Holding:
         """Return what a request pushes, one part for each key."""
         call = read(request.layout)
         rows = [(*self.shard.entry("push", key).spec.shape, 0)[0] for key in call.keys]
-        return Batch("push", list(call.keys), [[part] for part in call.parts(bytes_of(request.payload), rows)])
+        return Batch("push", list(call.keys), [[part] for part in call.parts(request.payload, rows)])
 
     def push_round(self, keys: Sequence[Key], parts: Sequence[list[Part]]) -> None:
         """Push the parts of a round."""
@@ -89,6 +90,10 @@ class Holding:
         if len(keys) < MANY or target is None or not self.shard.flat(keys, None, target):
             self.shard.pull(keys, [[each] for each in room.tensors])
         return Reply({}, room.payload)
+
+    def versions(self, keys: Sequence[Key]) -> tuple[int, ...]:
+        """Return the version of each key, and what changes when one is made anew."""
+        return (self._inits, *[self.shard.entry("pull", key).version for key in keys])
 
     def rows(self, request: Request) -> Reply:
         """Return the rows that a request names."""
@@ -121,14 +126,14 @@ class Holding:
             if isinstance(entry.value, torch.Tensor):
                 entry.value = entry.value.clone()
         self.shard.add(contents.entries)
-        self._layouts.clear()
+        self._forget_layouts()
 
     def delete(self, keys: Sequence[Key]) -> None:
         """Forget keys."""
         self.views.save(keys)
         self.shard.delete(keys)
         self._take_notes({json.dumps(key): None for key in keys})
-        self._layouts.clear()
+        self._forget_layouts()
 
     def change_rule(self, head: Any) -> None:
         """Put a rule in force, or other numbers of an optimizer."""
@@ -148,7 +153,7 @@ class Holding:
         self.views.save(self.shard.keys())
         self._take_notes(request.head["notes"])
         self.shard.restore(contents.entries, contents.rule)
-        self._layouts.clear()
+        self._forget_layouts()
 
     def listing(self) -> dict[str, Any]:
         """Return every key with its note, version and bytes, and the optimizer."""
@@ -172,6 +177,10 @@ class Holding:
         found: dict[str, Any] = {"keys": len(entries), "nbytes": nbytes, "snapshots": len(self.views)}
         found["nonfinite"] = self.shard.nonfinite_counts
         return found | ({"journal": self.shard.journal_counts} if isinstance(self.shard, DurableShard) else {})
+
+    def _forget_layouts(self) -> None:
+        self._layouts.clear()
+        self._inits += 1
 
     def _take_notes(self, notes: dict[str, Any]) -> None:
         for name, data in notes.items():

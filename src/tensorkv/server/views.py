@@ -40,6 +40,13 @@ class Views:
     def __len__(self) -> int:
         return len(self._views)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._views
+
+    def versions(self, name: str) -> dict[Key, int]:
+        """Return the version of every key of a view."""
+        return dict(self._views[name].versions)
+
     def add(self, name: str, client: str, shard: Shard) -> dict[Key, int]:
         """Hold what a shard has now; return the version of every key."""
         if name not in self._views and len(self._views) >= self._keep:

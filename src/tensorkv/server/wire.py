@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +13,9 @@ import torch
 
 from ..finite import NonFinite
 from ..record import Place
+
+_SIZES = struct.Struct("<II")
+_ALIGN = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,7 @@ class Request(NamedTuple):
     """What a client asks; nothing in it is trusted.
 
     Args:
-        head: plain data: verb, client, seq (of a change), rank (of a worker), and what the verb takes.
+        head: plain data: verb, owner, client and seq (of a change), rank (of a worker), and what the verb takes.
         layout: of the payload; for a pull, the keys.
         payload: bytes.
     """
@@ -57,8 +62,13 @@ class Request(NamedTuple):
 
     @property
     def client(self) -> str:
-        """Who asks."""
+        """Who numbers the requests: one of a process that sends one at a time."""
         return str(self.head["client"])
+
+    @property
+    def owner(self) -> str:
+        """The process that asks."""
+        return str(self.head["owner"])
 
     @property
     def seq(self) -> int:
@@ -71,6 +81,27 @@ class Reply(NamedTuple):
 
     head: dict[str, Any]
     payload: torch.Tensor | None = None
+
+
+def join(head: Mapping[str, Any], layout: bytes = b"[]", payload: Any = b"") -> bytes:
+    """Return head, layout and a small payload as one message.
+
+    >>> split(join({"verb": "pull"}, b'["w"]'))[:2]
+    ({'verb': 'pull'}, b'["w"]')
+    """
+    text = json.dumps(head, separators=(",", ":")).encode()
+    if len(payload):
+        # The payload is to begin where every dtype may.
+        text += b" " * (-(_SIZES.size + len(text) + len(layout)) % _ALIGN)
+    return b"".join([_SIZES.pack(len(text), len(layout)), text, layout, payload])
+
+
+def split(message: bytes) -> tuple[dict[str, Any], bytes, memoryview]:
+    """Return what ``join`` has joined; the payload shares the message's memory."""
+    words, layout = _SIZES.unpack_from(message)
+    start = _SIZES.size + words
+    view = memoryview(message)
+    return json.loads(message[_SIZES.size : start]), message[start : start + layout], view[start + layout :]
 
 
 class Room:

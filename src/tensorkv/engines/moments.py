@@ -1,0 +1,128 @@
+"""Moments: all keys of all servers as they are at one moment, so that nobody sees half of an update."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from .. import manifest
+from ..entry import KeySpec
+from ..errors import KeyNotFoundError, TensorKVError, quote
+from ..keys import Key
+from ..manifest import Contents
+from ..record import Record
+from ..rows import Rows
+from .directory import Directory
+from .ray_lane import Lanes, Letter
+from .traffic import Traffic
+
+
+class Moments:
+    """What takes snapshots of a store.
+
+    Args:
+        lanes: to the servers.
+        directory: of keys.
+        traffic: of this client.
+        num_servers: how many there are.
+    """
+
+    def __init__(self, lanes: Lanes, directory: Directory, traffic: Traffic, num_servers: int) -> None:
+        self._lanes, self._directory, self._traffic = lanes, directory, traffic
+        self._all = range(num_servers)
+
+    def take(self) -> Moment:
+        """Have every server hold what it has at one moment.
+
+        Raises:
+            SnapshotError: too many are held.
+        """
+        name = secrets.token_hex(8)
+        self._directory.refresh()
+        specs = {key: self._directory.find("snapshot", key).spec for key in self._directory.names()}
+        versions: dict[Key, int] = {}
+        try:
+            for head, _ in self._look({"view": name}):
+                for key, version in head["versions"]:
+                    versions.setdefault(key, version)
+        except TensorKVError:
+            self.drop(name)
+            raise
+        return Moment(self, self._traffic, name, {key: specs[key] for key in specs if key in versions}, versions)
+
+    def states(self) -> list[Contents]:
+        """Return everything that each server holds."""
+        found = []
+        for head, payload in self._look({"states": True}):
+            record = Record({}, head["layout"].encode(), [payload.numpy().data])
+            # Answers lie in memory that the next request uses.
+            tensors = {str(item.key): item.tensor.clone() for item in record.items()}
+            found.append(manifest.restore(head["body"], tensors))
+        return found
+
+    def drop(self, name: str) -> None:
+        """Hold a moment no more."""
+        with suppress(TensorKVError), self._lanes.take() as lane:
+            lane.send("drop", [Letter(server, {"view": name}) for server in self._all])
+
+    def _look(self, words: dict[str, Any]) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        """Stop every server at the same moment, and return what each answers."""
+        with self._lanes.take() as lane:
+            try:
+                wanted: dict[str, list[Any]] = {}
+                for answer in lane.send("freeze", [Letter(server, {}) for server in self._all]):
+                    for client, (seq, fan) in answer.head["fans"].items():
+                        if seq > wanted.get(client, [0])[0]:
+                            wanted[client] = [seq, fan]
+                letters = [Letter(server, {**words, "wanted": wanted}) for server in self._all]
+                return [(answer.head, answer.payload.clone()) for answer in lane.send("settle", letters)]
+            except TensorKVError:
+                with suppress(TensorKVError):
+                    lane.send("thaw", [Letter(server, {}) for server in self._all])
+                raise
+
+
+class Moment:
+    """The values of one moment, for reading; what an engine is to a store.
+
+    Args:
+        moments: that has taken it.
+        traffic: to read by.
+        name: under which servers hold it.
+        specs: of its keys.
+        versions: of its keys.
+    """
+
+    def __init__(
+        self, moments: Moments, traffic: Traffic, name: str, specs: dict[Key, KeySpec], versions: dict[Key, int]
+    ) -> None:
+        self._moments, self._traffic, self._name = moments, traffic, name
+        self._specs = specs
+        self.versions = versions
+
+    def spec(self, verb: str, key: Key) -> KeySpec:
+        """Tell what an array for a key must be like."""
+        spec = self._specs.get(key)
+        if spec is None:
+            raise KeyNotFoundError(f"{verb}({quote(key)}): the key was not there when this snapshot was taken")
+        return spec
+
+    def keys(self) -> list[Key]:
+        """Every key, in the order of init."""
+        return list(self._specs)
+
+    def pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]], priority: int) -> None:
+        """Copy values into tensors."""
+        self._traffic.pull(keys, outs, {"view": self._name})
+
+    def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
+        """Return copies of rows."""
+        return self._traffic.pull_rows(keys, ids, {"view": self._name})
+
+    def close(self) -> None:
+        """Hold it no more."""
+        self._moments.drop(self._name)

@@ -1,0 +1,410 @@
+"""The Ray engine: parameter servers, each an actor with a shard; workers anywhere in the cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .. import errors, manifest
+from ..entry import Batch, Entry, KeyInfo, KeySpec, Part
+from ..errors import (
+    ArgumentError,
+    OptimizerError,
+    TensorKVError,
+    ValueMismatchError,
+    WaitTimeoutError,
+    quote,
+)
+from ..keys import Key
+from ..manifest import Kind
+from ..optim import ROWWISE, OptimizerSpec
+from ..record import Item, pack
+from ..rows import Rows, merge
+from ..rules import Assign, StepOptimizer, Updater
+from ..server.wire import Settings
+from ..table import Table
+from . import ray_cluster, servers_archive, spread
+from .directory import Directory
+from .group import machine
+from .moments import Moment, Moments
+from .ray_lane import Lane, Lanes, Letter
+from .ray_link import Link
+from .segment import can_share
+from .spread import Held
+from .traffic import Traffic, letter_of
+
+Outs = Sequence[Sequence[torch.Tensor]]
+_BEAT_S = 1.0
+
+
+class RayEngine:
+    """A client of parameter servers.
+
+    Args:
+        actors: the servers.
+        settings: of the store; of each server but for its index and folder.
+        places: of the servers.
+        timeout_s: how long to wait for servers and other workers.
+        started: whether this process has started the Ray cluster.
+    """
+
+    capabilities = frozenset({"optimizer", "rows", "checkpoint", "snapshot"})
+
+    def __init__(
+        self, actors: Sequence[Any], settings: Settings, places: Sequence[Any], timeout_s: float, *, started: bool
+    ) -> None:
+        self._actors, self._settings, self._timeout_s, self._started = list(actors), settings, timeout_s, started
+        self._near = [can_share() and place[0] == machine() for place in places]
+        self._owner = secrets.token_hex(8)
+        self._rank: int | None = None
+        self._lanes = Lanes(self._make_lane)
+        self._directory = Directory(len(actors), self._list, wide=settings.mode == "sync")
+        self._traffic = Traffic(self._lanes, self._directory, self._near, in_step=settings.mode == "sync")
+        self._moment = Moments(self._lanes, self._directory, self._traffic, len(actors))
+        self._meetings = self._texts = 0
+        self._all = range(len(actors))
+        self._rank = self._take_rank()
+        self._directory.refresh()
+        self._ending = threading.Event()
+        self._dead: list[int] = []
+        self._beating = threading.Thread(target=self._beat, name="tensorkv-beat", daemon=True)
+        self._beating.start()
+
+    def _make_lane(self, number: int) -> Lane:
+        links = [
+            Link(
+                actor,
+                index,
+                shares_memory=self._near[index],
+                keeps=self._settings.path is not None,
+                timeout_s=self._timeout_s,
+            )
+            for index, actor in enumerate(self._actors)
+        ]
+        return Lane(self._owner, number, links, self._counted_rank)
+
+    @property
+    def _counted_rank(self) -> int | None:
+        """The rank, if rounds wait for this worker."""
+        return self._rank if self._rank is not None and self._rank < self._settings.num_workers else None
+
+    def _take_rank(self) -> int:
+        wanted = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
+        with self._lanes.take() as lane:
+            words = {"ranks": True, "wants": None if wanted is None else int(wanted)}
+            rank = int(lane.send("hello", [Letter(0, words)])[0].head["rank"])
+        # The lane was made without a rank.
+        self._lanes.clear()
+        return rank
+
+    @property
+    def rank(self) -> int:
+        """This worker's number."""
+        return self._rank or 0
+
+    @property
+    def num_workers(self) -> int:
+        """How many workers push."""
+        return self._settings.num_workers
+
+    # ------------------------------------------------------------ asking servers
+
+    def _ask(self, verb: str, words: Mapping[str, Any], servers: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """Ask servers for plain data."""
+        with self._lanes.take() as lane:
+            letters = [Letter(server, dict(words)) for server in (self._all if servers is None else servers)]
+            return [answer.head for answer in lane.send(verb, letters)]
+
+    def _list(self) -> list[dict[str, Any]]:
+        return self._ask("list", {})
+
+    def _beat(self) -> None:
+        """Tell the servers that this worker is alive, and hear who is not."""
+        lane = self._make_lane(-1)
+        while not self._ending.wait(_BEAT_S):
+            try:
+                answers = lane.send("beat", [Letter(server, {}) for server in self._all], timeout_s=_BEAT_S)
+                self._dead = answers[0].head["dead"]
+            except TensorKVError:
+                # Whoever calls next hears of it.
+                continue
+
+    # ------------------------------------------------------------ init, push, pull
+
+    def init(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
+        if self._counted_rank not in (0, None) and self._settings.num_workers > 1:
+            self._wait_for_keys(keys, specs)
+            return
+        self._directory.refresh()
+        self._directory.check_new(keys)
+        held = self._directory.place(keys, specs)
+        letters = [self._init_letter(server, keys, values, held) for server in self._all]
+        with self._lanes.take() as lane:
+            lane.send("init", [letter for letter in letters if letter is not None])
+        self._directory.refresh()
+
+    def _init_letter(
+        self, server: int, keys: Sequence[Key], values: Sequence[Part], held: Sequence[Held]
+    ) -> Letter | None:
+        entries, notes = [], {}
+        for key, value, each in zip(keys, values, held, strict=True):
+            piece = self._piece(server, value, each)
+            if piece is not None:
+                shape = each.spec.shape if isinstance(piece, Table) else piece.shape
+                entries.append(Entry(key, replace(each.spec, shape=shape), piece))
+                notes[json.dumps(key)] = spread.to_note(each)
+        if not entries:
+            return None
+        body, tensors = manifest.describe("store", entries, Assign())
+        items = [Item(name, "tensor", tensor) for name, tensor in tensors.items()]
+        return letter_of(server, {"body": body, "notes": notes}, pack({}, items))
+
+    def _piece(self, server: int, value: Part, held: Held) -> torch.Tensor | Table | None:
+        """Return what of a new value a server gets."""
+        if isinstance(value, Rows):
+            merged = merge([value])
+            mine = merged.ids % len(self._actors) == server
+            return Table.of(Rows(merged.ids[mine], merged.values[mine], merged.num_rows), "cpu")
+        for owner, start, stop in held.pieces:
+            if owner == server:
+                return value[start:stop] if value.ndim else value
+        return None
+
+    def _wait_for_keys(self, keys: Sequence[Key], specs: Sequence[KeySpec]) -> None:
+        deadline = time.monotonic() + self._timeout_s
+        while not all(key in self._directory for key in keys):
+            if time.monotonic() > deadline:
+                missing = next(key for key in keys if key not in self._directory)
+                raise WaitTimeoutError(
+                    f"init({quote(missing)}): rank 0 has not initialised it in {self._timeout_s:g} s"
+                )
+            time.sleep(0.01)
+            self._directory.refresh()
+        for key, spec in zip(keys, specs, strict=True):
+            theirs = self._directory.find("init", key).spec
+            if (theirs.shape, theirs.dtype, theirs.is_table) != (spec.shape, spec.dtype, spec.is_table):
+                raise ValueMismatchError(
+                    f"init({quote(key)}): rank 0's value is {theirs.dtype} {tuple(theirs.shape)}, here it is "
+                    f"{spec.dtype} {tuple(spec.shape)}"
+                )
+
+    def push(self, batch: Batch, priority: int) -> None:
+        self._traffic.push(batch, None)
+
+    def pushpull(self, batch: Batch, outs: Outs, priority: int) -> None:
+        self._traffic.push(batch, outs)
+
+    def pull(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
+        self._traffic.pull(keys, outs)
+
+    def many(self, keys: Sequence[Key], values: Any, outs: Any, priority: int) -> list[int] | None:
+        return self._traffic.many(keys, values, outs)
+
+    def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
+        return self._traffic.pull_rows(keys, ids)
+
+    def delete(self, keys: Sequence[Key]) -> None:
+        held = [self._directory.find("delete", key) for key in keys]
+        self._change(
+            "delete",
+            {
+                server: {"keys": [key for key, each in zip(keys, held, strict=True) if server in each.servers]}
+                for server in {server for each in held for server in each.servers}
+            },
+        )
+        self._directory.refresh()
+
+    def _change(self, verb: str, words: Mapping[int, Mapping[str, Any]]) -> None:
+        """Have servers change something, all of them in one request."""
+        with self._lanes.take() as lane:
+            lane.send(verb, [Letter(server, dict(own)) for server, own in sorted(words.items())])
+
+    # ------------------------------------------------------------ the rule
+
+    def set_updater(self, updater: Updater | None) -> None:
+        if updater is not None:
+            raise ArgumentError(
+                "set_updater: a function cannot travel to servers as data; use set_optimizer, or a store of type "
+                '"local" or "dist_sync", which run functions in your process'
+            )
+        if self._decides:
+            self._change("rule", {server: {"optimizer": None} for server in self._all})
+        self._directory.refresh()
+
+    def set_optimizer(self, spec: OptimizerSpec) -> None:
+        self._check_whole(spec)
+        if self._decides:
+            self._change("rule", {server: {"optimizer": spec.to_json()} for server in self._all})
+        else:
+            self._ask("rule", {"awaits": spec.name})
+        self._directory.refresh()
+
+    def _check_whole(self, spec: OptimizerSpec) -> None:
+        """Refuse an optimizer that needs whole values where one is divided."""
+        if spec.name in ROWWISE:
+            return
+        for key in self._directory.names():
+            if len(self._directory.find("set_optimizer", key).pieces) > 1:
+                raise OptimizerError(
+                    f"{spec.name} needs whole values, and {quote(key)} is divided between servers; call set_optimizer "
+                    "before init, which then divides nothing"
+                )
+
+    def set_hyperparameters(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> None:
+        self._directory.refresh()
+        rule = self._directory.rule
+        if not isinstance(rule, StepOptimizer):
+            raise OptimizerError("set_hyperparameters: the store has no optimizer; call set_optimizer first")
+        held = {key: self._directory.find("set_hyperparameters", key) for key in keys or ()}
+        rule.changed(numbers, keys)
+        plain = json.loads(json.dumps(numbers, default=float))
+        servers = {server for each in held.values() for server in each.servers} if keys is not None else set(self._all)
+        self._change(
+            "rule",
+            {
+                server: {
+                    "numbers": plain,
+                    "keys": None if keys is None else [key for key in keys if server in held[key].servers],
+                }
+                for server in servers
+            },
+        )
+        self._directory.refresh()
+
+    @property
+    def _decides(self) -> bool:
+        """Whether what this client says of the rule counts: rank 0's, or everybody's where one worker is expected."""
+        return self._settings.num_workers == 1 or self._rank == 0
+
+    @property
+    def optimizer(self) -> OptimizerSpec | None:
+        self._directory.refresh()
+        return self._directory.optimizer
+
+    # ------------------------------------------------------------ looking
+
+    def spec(self, verb: str, key: Key) -> KeySpec:
+        return self._directory.find(verb, key).spec
+
+    def info(self, key: Key) -> KeyInfo:
+        held = self._directory.find("info", key)
+        told = self._ask("info", {"key": key}, sorted(set(held.servers)))
+        shape, dtype = tuple(held.spec.shape), str(held.spec.dtype).removeprefix("torch.")
+        kind = "rows" if held.spec.is_table else "dense"
+        return KeyInfo(shape, dtype, "cpu", told[0]["version"], sum(each["nbytes"] for each in told), kind)
+
+    def keys(self) -> list[Key]:
+        self._directory.refresh()
+        return self._directory.names()
+
+    def __contains__(self, key: object) -> bool:
+        if key not in self._directory:
+            self._directory.refresh()
+        return key in self._directory
+
+    def stats(self) -> Mapping[str, Any]:
+        told = self._ask("stats", {})
+        return {"servers": told, "resent": self._lanes.resent, "dead_workers": self.dead_workers()}
+
+    def dead_workers(self) -> list[int]:
+        """Return the ranks of workers that were here and have been silent for too long."""
+        dead: list[int] = self._ask("stats", {}, [0])[0]["dead"]
+        return dead
+
+    # ------------------------------------------------------------ all workers
+
+    def barrier(self) -> None:
+        if self._counted_rank is not None:
+            self._meetings += 1
+            self._ask("meet", {"number": self._meetings}, [0])
+
+    def tell(self, text: str) -> str:
+        if self._settings.num_workers == 1:
+            return text
+        self._texts += 1
+        mine = text if self._rank == 0 else None
+        told: str = self._ask("tell", {"number": self._texts, "text": mine}, [0])[0]["text"]
+        return told
+
+    def leave(self) -> None:
+        if self._counted_rank is None or self._settings.num_workers == 1:
+            return
+        self._ask("leave", {})
+        self.barrier()
+        self._ask("leave", {"returns": True})
+        self.barrier()
+
+    # ------------------------------------------------------------ checkpoints
+
+    def save(self, path: str, kind: Kind) -> None:
+        self._first(lambda: servers_archive.save(self._moment.states(), self._directory, path, kind))
+
+    def load(self, path: str, kind: Kind) -> None:
+        self._first(lambda: self._load(path, kind))
+        self._directory.refresh()
+
+    def _load(self, path: str, kind: Kind) -> None:
+        self._directory.refresh()
+        letters = servers_archive.load(path, kind, self._directory, len(self._actors))
+        with self._lanes.take() as lane:
+            lane.send("restore", letters)
+
+    def _first(self, do: Callable[[], Any]) -> None:
+        """Have rank 0 do something, and tell everybody how it went."""
+        problem: TensorKVError | None = None
+        if self._decides:
+            try:
+                do()
+            except TensorKVError as error:
+                problem = error
+        told = json.loads(self.tell(json.dumps(None if problem is None else [type(problem).__name__, str(problem)])))
+        if problem is not None:
+            raise problem
+        if told is not None:
+            raise getattr(errors, told[0])(told[1])
+
+    def snapshot(self) -> Moment:
+        """Hold what all servers have at one moment."""
+        return self._moment.take()
+
+    def wait_for(self, keys: Sequence[Key], min_version: int, timeout_s: float) -> None:
+        """Return when every key has had so many updates."""
+        route = self._directory.route("pull", list(dict.fromkeys(keys)))
+        letters = [Letter(share.server, {"min_version": min_version}, share.keys) for share in route.shares]
+        with self._lanes.take() as lane:
+            lane.send("await", letters, timeout_s=timeout_s)
+
+    # ------------------------------------------------------------ the end
+
+    def close(self) -> None:
+        self._ending.set()
+        self._beating.join()
+        left = 1
+        # Where it fails, there is nobody to say goodbye to.
+        with suppress(TensorKVError):
+            left = max(head["clients"] for head in self._ask("bye", {}))
+            if self._started and left:
+                left = self._wait_for_others()
+        self._lanes.close()
+        self._traffic.close()
+        if left == 0:
+            ray_cluster.stop_servers(self._actors)
+        ray_cluster.leave(self._started)
+
+    def _wait_for_others(self) -> int:
+        """Wait, before their Ray ends, until others have closed their stores; return how many have not."""
+        deadline = time.monotonic() + self._timeout_s
+        left = 1
+        while left and time.monotonic() < deadline:
+            time.sleep(0.05)
+            left = max(head["clients"] for head in self._ask("bye", {}))
+        return left

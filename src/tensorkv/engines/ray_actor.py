@@ -1,0 +1,133 @@
+"""ServerActor: a Server as Ray runs it, and the memory that it shares with clients of its host."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from ..server import Server
+from ..server.wire import Reply, Request, Settings, join, split
+from .copies import Copies
+from .group import machine
+from .mailbox import OpenMailboxes
+
+# Up to here a payload travels inside of its message, and Ray puts it into no object store.
+INLINE_NBYTES = 64 << 10
+# How long a server stays when no client is left.
+FORGOTTEN_S = 120.0
+
+_logger = logging.getLogger(__name__)
+
+
+class ServerActor:
+    """One parameter server.
+
+    Args:
+        settings: of a ``Server``, as JSON: nothing that a restart would have to fetch from somewhere.
+    """
+
+    def __init__(self, settings: str) -> None:
+        self._server = Server(Settings(**json.loads(settings)))
+        self._mailboxes = OpenMailboxes()
+        self._copies = Copies()
+        self._copying = threading.Lock()
+        threading.Thread(target=self._end_when_forgotten, daemon=True).start()
+
+    def serve(self, message: bytes, payload: Any = None) -> Any:
+        """Answer a message, whose payload is in it, beside it, or in the client's mailbox."""
+        head, layout, inline = split(message)
+        out = None
+        box = head.get("box")
+        if payload is None:
+            payload = inline
+        if box is not None:
+            try:
+                sent, out = self._mailboxes.find(str(head["client"]), box)
+            except (OSError, TypeError, ValueError) as error:
+                return join({"unboxed": str(error)})
+            payload = sent.numpy() if len(sent) else payload
+        request = Request(head, layout, payload)
+        if head["verb"] in ("beat", "bye"):
+            self._mailboxes.close_all_but(self._server.owners())
+        if head.get("shares"):
+            shared = self._share(request)
+            if shared is not None:
+                return join(shared)
+        return _answer(self._server.serve(request, out), out)
+
+    def place(self) -> list[Any]:
+        """Return what tells where this server is: its host, process, and whether it trusts strangers."""
+        from ray._raylet import get_authentication_mode  # type: ignore[attr-defined]
+
+        return [machine(), os.getpid(), int(get_authentication_mode()), ray.get_runtime_context().get_node_id()]
+
+    def settings(self) -> dict[str, Any]:
+        """Return what this server was told when it began."""
+        return asdict(self._server.settings)
+
+    def stop(self) -> None:
+        """End for good; what is in the folder stays."""
+        self._server.close()
+        ray.actor.exit_actor()  # type: ignore[no-untyped-call]
+
+    def _end_when_forgotten(self) -> None:
+        """End when every client has been gone for long: nobody else would end a detached actor."""
+        alone_since = time.monotonic()
+        while time.monotonic() - alone_since < FORGOTTEN_S:
+            time.sleep(1)
+            if self._server.owners():
+                alone_since = time.monotonic()
+        self._server.close()
+        # Ray starts an actor again whose process ends in any other way.
+        ray.kill(ray.get_runtime_context().current_actor)
+
+    def _share(self, request: Request) -> dict[str, Any] | None:
+        """Return where a copy of the values is that all clients of this host read, or a refusal."""
+        waiting = Request({**request.head, "verb": "await"}, request.layout)
+        reply = self._server.serve(waiting)
+        if reply.head:
+            return reply.head
+        nbytes = int(request.head["shares"])
+        with self._copying:
+            signature = self._server.signature(request.layout)
+            place = self._copies.find(request.layout, signature)
+            if place is None:
+                replies: list[Reply] = []
+                try:
+                    place = self._copies.make(
+                        request.layout,
+                        signature,
+                        nbytes,
+                        lambda room: replies.append(self._server.serve(request, room)),
+                    )
+                except OSError as error:
+                    _logger.warning("no memory for a copy that readers share: %s", error)
+                    return None
+                if replies[0].head:
+                    return replies[0].head
+                payload = replies[0].payload
+                if payload is None or len(payload) != nbytes:
+                    # Not what the client takes the values to be: it is to see for itself.
+                    self._copies.forget(request.layout)
+                    return None
+        return {"copy": place}
+
+
+def _answer(reply: Reply, out: torch.Tensor | None) -> Any:
+    payload = reply.payload
+    if payload is None or not len(payload):
+        return join(reply.head)
+    if out is not None and payload.data_ptr() == out.data_ptr():
+        return join({**reply.head, "boxed": len(payload)})
+    if len(payload) <= INLINE_NBYTES:
+        return join(reply.head, payload=payload.numpy().data)
+    return [join(reply.head), np.asarray(payload.numpy())]

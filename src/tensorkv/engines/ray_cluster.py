@@ -1,0 +1,245 @@
+"""Cluster: the Ray that servers run in. Started here when there is none, joined otherwise, and looked at for safety."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._raylet import Config  # type: ignore[attr-defined]
+from ray.exceptions import RayActorError, RayError
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+from ..errors import ArgumentError, JournalError, RankLostError, ServerLostError
+from ..server.wire import Settings
+from .group import meet
+from .ray_actor import ServerActor
+
+NAMESPACE = "tensorkv"
+# Requests that may wait in a server at a time, each in a thread.
+_THREADS = 64
+# Ray's actors and workers of a cluster on one machine keep to it.
+_LOOPBACK = "127.0.0.2"
+_OBJECT_STORE_NBYTES = 1 << 30
+
+# How many stores of this process use the Ray that it has started.
+_started = 0
+_meetings = 0
+
+
+def enter(address: str | None, timeout_s: float) -> bool:
+    """Be in a Ray cluster; return whether this process has started it, and is to end it.
+
+    Args:
+        address: of a cluster (None: ``RAY_ADDRESS``, or the one that this process is in already).
+        timeout_s: how long another process may take that starts one.
+
+    Raises:
+        ArgumentError: workers on several hosts, and no cluster.
+        RankLostError: the process that starts one did not come.
+    """
+    global _started
+    address = address or os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized():
+        _started += _started > 0
+        return _started > 0
+    # A lost server is told from a slow one in milliseconds instead of seconds.
+    _set({"RAY_timeout_ms_task_wait_for_death_info": "0"})
+    if address is not None:
+        _join(address)
+        return False
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        _start()
+        return True
+    if int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size:
+        raise ArgumentError(
+            "create: the workers are on several hosts, and there is no Ray cluster; start one and set RAY_ADDRESS"
+        )
+    return _start_together(rank, timeout_s)
+
+
+def leave(started: bool) -> None:
+    """Leave the cluster, and end it if this process has started it and no other store of the process is in it."""
+    global _started
+    if started:
+        _started -= 1
+        if _started == 0:
+            ray.shutdown()
+
+
+def _set(variables: Mapping[str, str]) -> None:
+    """Set variables that Ray reads, where the user has not, for this process and those that it starts."""
+    for name, text in variables.items():
+        os.environ.setdefault(name, text)
+    # Ray has read them when it was imported, and does not look again by itself.
+    Config.initialize("")
+
+
+def _start() -> None:
+    global _started
+    _started = 1
+    # Strangers on this machine are kept out by a token; servers are no less urgent than workers.
+    _set({"RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"})
+    ray.init(
+        _node_ip_address=_LOOPBACK,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        namespace=NAMESPACE,
+        object_store_memory=_OBJECT_STORE_NBYTES,
+    )
+
+
+def _join(address: str) -> None:
+    local: dict[str, Any] = {"_node_ip_address": _LOOPBACK} if address.startswith(f"{_LOOPBACK}:") else {}
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE, **local)
+
+
+def _start_together(rank: int, timeout_s: float) -> bool:
+    """Have rank 0 start a cluster and the others join it."""
+    global _meetings
+    _meetings += 1
+    wait = timedelta(seconds=timeout_s)
+    try:
+        store, _, _ = meet(wait)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"tensorkv/ray/{attempt}/{_meetings}", store)
+        if rank == 0:
+            _start()
+            store.set("address", ray.get_runtime_context().gcs_address)
+            return True
+        _set({"RAY_AUTH_MODE": "token"})
+        store.wait(["address"], wait)
+        _join(store.get("address").decode())
+    except (KeyError, OSError, ValueError, RuntimeError) as error:
+        raise RankLostError(f"create: the workers did not meet at MASTER_ADDR and MASTER_PORT: {error}") from error
+    return False
+
+
+# ---------------------------------------------------------------- servers
+
+
+def find_servers(name: str, timeout_s: float) -> tuple[list[Any], Settings] | None:
+    """Return the servers of a store that is there, and what they were told; None if there is none."""
+    first = _get(name, 0)
+    if first is None:
+        return None
+    settings = Settings(**_ask(first.settings.remote(), name, timeout_s))
+    actors = [first]
+    deadline = time.monotonic() + timeout_s
+    while len(actors) < settings.num_servers:
+        actor = _get(name, len(actors))
+        if actor is not None:
+            actors.append(actor)
+        elif time.monotonic() > deadline:
+            raise ServerLostError(f"create({name!r}): server {len(actors)} of {settings.num_servers} is not there")
+        else:
+            time.sleep(0.02)
+    return actors, settings
+
+
+def make_servers(name: str, settings: Settings, timeout_s: float) -> tuple[list[Any], Settings]:
+    """Start the servers of a store; where another client was faster, return its.
+
+    Raises:
+        JournalError: a server's folder cannot be opened.
+    """
+    folders = _folders(settings)
+    handles = [
+        _make(name, {**asdict(settings), "index": index, "path": folder}) for index, folder in enumerate(folders)
+    ]
+    for handle in handles:
+        _ask(handle.place.remote(), name, timeout_s)
+    found = find_servers(name, timeout_s)
+    if found is None:
+        raise ServerLostError(f"create({name!r}): the servers ended at once")
+    return found
+
+
+def check_safety(actors: Sequence[Any], insecure: bool, timeout_s: float) -> list[list[Any]]:
+    """Return each server's place; refuse servers that strangers on the network could reach.
+
+    Raises:
+        ArgumentError: a cluster that is not on loopback alone and asks nobody for a token.
+    """
+    places = [_ask(actor.place.remote(), "place", timeout_s) for actor in actors]
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    addresses = [node["NodeManagerAddress"] for node in nodes if node["Alive"]]
+    open_to_others = [each for each in addresses if not ipaddress.ip_address(each).is_loopback]
+    if open_to_others and not insecure and not all(place[2] for place in places):
+        raise ArgumentError(
+            f"create: the Ray cluster has a node at {open_to_others[0]} and asks nobody for a token: whoever reaches "
+            "it can run code there; start it with RAY_AUTH_MODE=token, or say insecure=True if nobody else can"
+        )
+    return places
+
+
+def stop_servers(actors: Sequence[Any]) -> None:
+    """End servers for good."""
+    for actor in actors:
+        with suppress(RayError):
+            ray.get(actor.stop.remote(), timeout=5)
+        ray.kill(actor)
+
+
+def _folders(settings: Settings) -> list[str | None]:
+    if settings.path is None:
+        return [None] * settings.num_servers
+    folder = Path(settings.path)
+    known = sorted(each.name for each in folder.glob("server-*")) if folder.is_dir() else []
+    if known and len(known) != settings.num_servers:
+        raise JournalError(
+            f"{settings.path}: was written by {len(known)} servers, and num_servers is {settings.num_servers}; "
+            "use as many, or save() with them and load() with others"
+        )
+    return [str(folder / f"server-{index}") for index in range(settings.num_servers)]
+
+
+def _make(name: str, settings: Mapping[str, Any]) -> Any:
+    options = {
+        "name": f"{name}/{settings['index']}",
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "num_cpus": 0,
+        "max_concurrency": _THREADS,
+        # A server without a folder would come back empty, and nobody would know.
+        "max_restarts": -1 if settings["path"] else 0,
+        "max_task_retries": 0,
+        "enable_task_events": False,
+    }
+    return ray.remote(ServerActor).options(**options).remote(json.dumps(settings))
+
+
+def _get(name: str, index: int) -> Any:
+    try:
+        return ray.get_actor(f"{name}/{index}", namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def _ask(ref: Any, name: str, timeout_s: float) -> Any:
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except RayActorError as error:
+        text = str(error)
+        kind = JournalError if "JournalError" in text else ServerLostError
+        raise kind(f"create({name!r}): a server could not start: {_reason(text)}") from error
+    except RayError as error:
+        raise ServerLostError(f"create({name!r}): a server does not answer: {error}") from error
+
+
+def _reason(text: str) -> str:
+    """Return the line that says why, of a message that has a whole traceback."""
+    lines = [line.strip() for line in text.splitlines() if "Error: " in line]
+    return lines[-1].partition("Error: ")[2] if lines else text.partition("\n")[0]

@@ -1,0 +1,134 @@
+"""Lane: one client as servers know it, which sends one request at a time, to several servers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from .ray_link import Answer, Link
+
+Fill = Callable[[torch.Tensor], Any]
+
+
+class Letter(NamedTuple):
+    """What is sent to one server.
+
+    Args:
+        server: which.
+        words: of the head.
+        layout: of the payload; for a pull, the keys.
+        nbytes: of the payload.
+        fill: lays it out in the memory it is given.
+        reply_nbytes: of the values that come back.
+    """
+
+    server: int
+    words: dict[str, Any]
+    layout: bytes = b"[]"
+    nbytes: int = 0
+    fill: Fill | None = None
+    reply_nbytes: int = 0
+
+
+class Lane:
+    """A client of its own number.
+
+    Args:
+        owner: the process, as servers know it.
+        number: of the lane.
+        links: to every server.
+        rank: of the worker (None: it is none).
+    """
+
+    def __init__(self, owner: str, number: int, links: Sequence[Link], rank: int | None) -> None:
+        self._head = {"owner": owner, "client": f"{owner}.{number}", "rank": rank}
+        self._links = links
+        self._seq = 0
+        self.is_clear = True
+        """Whether every request has been answered."""
+
+    def send(self, verb: str, letters: Sequence[Letter], *, timeout_s: float | None = None) -> list[Answer]:
+        """Send a letter to each of some servers and return what they answer, in order.
+
+        Raises:
+            As ``Link.finish``, after every server has answered.
+        """
+        self._seq += 1
+        fan = [letter.server for letter in letters]
+        self.is_clear = False
+        for letter in letters:
+            link = self._links[letter.server]
+            room = link.room(letter.nbytes, letter.reply_nbytes)
+            if letter.fill is not None:
+                letter.fill(room)
+            head = {"verb": verb, **self._head, "seq": self._seq, **letter.words}
+            link.begin(head if len(fan) == 1 else {**head, "fan": fan}, letter.layout, timeout_s=timeout_s)
+        answers, error = [], None
+        for letter in letters:
+            try:
+                answers.append(self._links[letter.server].finish())
+            except Exception as caught:
+                error = error or caught
+        self.is_clear = True
+        if error is not None:
+            raise error
+        return answers
+
+    def is_whole(self, server: int, answer: Answer) -> bool:
+        """Tell whether an answer's payload, which was read, was not written over meanwhile."""
+        return self._links[server].is_whole(answer)
+
+    @property
+    def resent(self) -> int:
+        """How many requests were sent again."""
+        return sum(link.resent for link in self._links)
+
+    def close(self) -> None:
+        """Let go of shared memory."""
+        for link in self._links:
+            link.close()
+
+
+class Lanes:
+    """As many lanes as threads that call at the same time.
+
+    Args:
+        make: a lane of a number.
+    """
+
+    def __init__(self, make: Callable[[int], Lane]) -> None:
+        self._make = make
+        self._free: list[Lane] = []
+        self._all: list[Lane] = []
+
+    @contextmanager
+    def take(self) -> Iterator[Lane]:
+        """Give a lane that nobody uses."""
+        try:
+            lane = self._free.pop()
+        except IndexError:
+            # Numbers are not used twice: a server remembers what it has had from each.
+            lane = self._make(len(self._all))
+            self._all.append(lane)
+        try:
+            yield lane
+        finally:
+            # One that was interrupted may have a request under way.
+            if lane.is_clear:
+                self._free.append(lane)
+
+    @property
+    def resent(self) -> int:
+        """How many requests were sent again."""
+        return sum(lane.resent for lane in self._all)
+
+    def clear(self) -> None:
+        """Let go of every lane; the next one is a new client."""
+        for lane in self._all:
+            lane.close()
+        self._free.clear()
+
+    close = clear

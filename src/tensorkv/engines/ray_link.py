@@ -1,0 +1,194 @@
+"""Link: one request to one server, sent until it is answered, applied once however often it was sent.
+
+Ray's own retries are off: it would run a request again whose reply was lost. Here each request has a number, and a
+server answers one that it has applied without applying it again.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
+
+from .. import errors
+from ..errors import PushOutcomeUnknownError, ServerLostError, TensorKVError, WaitTimeoutError
+from ..server.holding import bytes_of
+from ..server.wire import join, split
+from .copies import CopyReader
+from .mailbox import Mailbox
+from .ray_actor import INLINE_NBYTES
+
+# How long to wait for an answer before the request is sent again.
+_RESEND_S = 10.0
+# How long to wait before a server is asked again that is being restarted.
+_PAUSE_S = 0.01
+
+
+class Answer(NamedTuple):
+    """A server's answer; the payload is to be read before the link's next request."""
+
+    head: dict[str, Any]
+    payload: torch.Tensor
+    copy: list[Any] | None = None
+
+
+class Link:
+    """The way from one client to one server.
+
+    Args:
+        actor: the server's handle.
+        index: of the server, for messages.
+        shares_memory: whether the server may be on this host.
+        keeps: whether the server comes back with its values.
+        timeout_s: how long to try.
+    """
+
+    def __init__(self, actor: Any, index: int, *, shares_memory: bool, keeps: bool, timeout_s: float) -> None:
+        self._actor, self._index = actor, index
+        self._keeps, self._timeout_s = keeps, timeout_s
+        self._shares_memory = shares_memory
+        self._box = Mailbox()
+        self._copies = CopyReader()
+        self._room = torch.empty(0, dtype=torch.uint8)
+        self._head: dict[str, Any] = {}
+        self._layout = b""
+        self._ref: Any = None
+        self._deadline = 0.0
+        self._sent = 0
+        self._unsure = False
+        self._waits: str | None = None
+        self.resent = 0
+
+    def room(self, payload_nbytes: int, reply_nbytes: int) -> torch.Tensor:
+        """Return memory for the next request's payload."""
+        if self._shares_memory and max(payload_nbytes, reply_nbytes) > INLINE_NBYTES:
+            try:
+                self._room = self._box.take_room(payload_nbytes, reply_nbytes)
+                return self._room
+            except OSError:
+                self._shares_memory = False
+        self._box.give_up()
+        if len(self._room) != payload_nbytes:
+            self._room = torch.empty(payload_nbytes, dtype=torch.uint8)
+        return self._room
+
+    def begin(self, head: dict[str, Any], layout: bytes, *, timeout_s: float | None = None) -> None:
+        """Send a request whose payload is in ``room``."""
+        self._head, self._layout = head, layout
+        self._deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
+        self._sent, self._unsure, self._waits = 0, False, None
+        self._send()
+
+    def finish(self) -> Answer:
+        """Wait for the answer.
+
+        Raises:
+            TensorKVError: what the server has refused the request with.
+            WaitTimeoutError: others have not come in time; the message names them.
+            PushOutcomeUnknownError: no answer came in time.
+            ServerLostError: the server is gone for good.
+        """
+        try:
+            while True:
+                answer = self._receive()
+                if answer is not None:
+                    return answer
+                self._send()
+        except BaseException:
+            if self._unsure or self._ref is not None:
+                # The server may still be reading or writing there.
+                self._box.give_up()
+                self._room = torch.empty(0, dtype=torch.uint8)
+            raise
+
+    def is_whole(self, answer: Answer) -> bool:
+        """Tell whether the payload, which was read, has not been written over meanwhile."""
+        return answer.copy is None or self._copies.is_whole(answer.copy)
+
+    def close(self) -> None:
+        """Let go of shared memory."""
+        self._box.give_up()
+
+    # ------------------------------------------------------------ inside
+
+    def _send(self) -> None:
+        self._sent += 1
+        if not ray.is_initialized():
+            # Else Ray would start another cluster, all by itself.
+            raise ServerLostError(f"server {self._index}: Ray has been shut down in this process")
+        head, box = self._head, self._box.describe()
+        if box is not None:
+            self._ref = self._actor.serve.remote(join({**head, "box": box}, self._layout))
+        elif len(self._room) <= INLINE_NBYTES:
+            self._ref = self._actor.serve.remote(join(head, self._layout, self._room.numpy().data))
+        else:
+            self._ref = self._actor.serve.remote(join(head, self._layout), self._room.numpy())
+
+    def _receive(self) -> Answer | None:
+        """Return the answer; None if the request is to be sent again."""
+        left = self._deadline - time.monotonic()
+        try:
+            found = ray.get(self._ref, timeout=max(0.001, min(left, _RESEND_S)))
+            self._ref = None
+        except GetTimeoutError:
+            self._again("has not answered")
+            return None
+        except ActorDiedError as error:
+            raise ServerLostError(
+                f"server {self._index} has ended for good: {_first_line(error)}; what was not saved is lost"
+            ) from error
+        except RayActorError:
+            time.sleep(_PAUSE_S)
+            self._again("is not there")
+            return None
+        except RayError as error:
+            raise ServerLostError(f"server {self._index}: {_first_line(error)}") from error
+        return self._open(found)
+
+    def _again(self, how: str) -> None:
+        self._ref = None
+        self.resent += 1
+        self._unsure = True
+        if time.monotonic() >= self._deadline:
+            seconds = f"{self._timeout_s:g} s"
+            raise PushOutcomeUnknownError(
+                f"{self._head['verb']}: server {self._index} {how} for {seconds}, though asked {self._sent} times: the "
+                "request was applied once, or not at all; look at the key's version, or load a checkpoint"
+            )
+        self._box.move()
+
+    def _open(self, found: Any) -> Answer | None:
+        message, beside = (found, None) if isinstance(found, bytes) else found
+        head, _, inline = split(message)
+        if "unboxed" in head:
+            # Not of this host after all: from now on the payload travels with the message.
+            self._room, self._shares_memory = self._box.payload.clone(), False
+            self._box.give_up()
+            return None
+        if "error" in head:
+            name, text = head["error"]
+            kind = getattr(errors, name, None)
+            known = isinstance(kind, type) and issubclass(kind, TensorKVError)
+            raise (kind if known else TensorKVError)(text)  # type: ignore[misc]
+        if "waits" in head:
+            if time.monotonic() >= self._deadline:
+                raise WaitTimeoutError(f"{self._head['verb']}: waited in vain for {head['waits']}")
+            self._waits = head["waits"]
+            return None
+        if "copy" in head:
+            try:
+                return Answer(head, self._copies.find(head["copy"]), head["copy"])
+            except OSError:
+                self._head = {word: each for word, each in self._head.items() if word != "shares"}
+                return None
+        if "boxed" in head:
+            return Answer(head, self._box.reply[: head["boxed"]])
+        return Answer(head, bytes_of(inline if beside is None else np.asarray(beside)))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,75 @@
+"""What `create` takes for a store on servers, checked; and how a client comes to its servers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..errors import ArgumentError, quote
+from ..server.wire import Settings
+from . import ray_cluster
+from .group import check_timeout
+from .ray import RayEngine
+
+
+def build(name: str, address: str | None, timeout_s: float, insecure: bool, options: Mapping[str, Any]) -> RayEngine:
+    """Return a client of the store of a name; its servers are started if there are none.
+
+    Args:
+        name, address, timeout_s, insecure: as for ``tensorkv.create("dist_async")``.
+        options: of the store; those that are None are not asked for.
+
+    Raises:
+        ArgumentError: options out of range, or other than those of the store that is there.
+        JournalError: a server's folder cannot be opened.
+        RankLostError, ServerLostError: others did not come in time.
+    """
+    timeout_s = check_timeout(timeout_s)
+    if not isinstance(name, str) or not name or "/" in name:
+        raise ArgumentError(f"create: name is {name!r}; expected a str without a slash")
+    asked = {word: each for word, each in options.items() if each is not None}
+    if "path" in asked:
+        asked["path"] = os.path.abspath(asked["path"])
+    wanted = _settings(asked)
+    started = ray_cluster.enter(address, timeout_s)
+    try:
+        actors, settings = ray_cluster.find_servers(name, timeout_s) or ray_cluster.make_servers(
+            name, wanted, timeout_s
+        )
+        for word, each in asked.items():
+            if getattr(settings, word) != each:
+                raise ArgumentError(
+                    f"create: the store {quote(name)} is there, and its {word} is {getattr(settings, word)!r}, not "
+                    f"{each!r}; leave the option out to join it, or choose another name"
+                )
+        places = ray_cluster.check_safety(actors, insecure, timeout_s)
+        return RayEngine(actors, settings, places, timeout_s, started=started)
+    except BaseException:
+        ray_cluster.leave(started)
+        raise
+
+
+def _settings(asked: Mapping[str, Any]) -> Settings:
+    """Check the options of a new store."""
+    settings = Settings(**{"num_workers": int(os.environ.get("WORLD_SIZE", 1)), **asked})
+    for word in ("num_servers", "num_workers", "keep"):
+        number = getattr(settings, word)
+        if type(number) is not int or number < 1:
+            raise ArgumentError(f"create: {word} is {number!r}; expected an int of at least 1")
+    if settings.mode not in ("async", "sync"):
+        raise ArgumentError(f'create: mode is {settings.mode!r}; expected "async" or "sync"')
+    if settings.staleness is not None and (type(settings.staleness) is not int or settings.staleness < 0):
+        raise ArgumentError(f"create: staleness is {settings.staleness!r}; expected an int of at least 0, or None")
+    if settings.staleness is not None and settings.mode == "sync":
+        raise ArgumentError("create: staleness is of mode async; in mode sync no worker is ahead")
+    if settings.path is None:
+        if settings.durability != "memory":
+            raise ArgumentError(f"create: durability={settings.durability!r} needs path=, a folder to keep things in")
+        return settings
+    if "durability" not in asked:
+        settings = replace(settings, durability="process")
+    if settings.durability not in ("process", "disk"):
+        raise ArgumentError(f'create: durability is {settings.durability!r}; with a path, expected "process" or "disk"')
+    return settings

@@ -1,0 +1,243 @@
+"""Traffic: pushes and pulls of a client, cut into letters to servers, and put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from .. import arrays, reduce, rows
+from ..checks import check_push
+from ..columns import Column
+from ..entry import Batch, Part
+from ..errors import KeyNotFoundError, ValueMismatchError
+from ..keys import Key
+from ..optim import ROWWISE
+from ..pool import Pool
+from ..record import Item, Record, pack
+from ..rows import Rows
+from . import spread
+from .directory import Directory
+from .ray_lane import Lane, Lanes, Letter
+from .spread import Held, Route
+
+Outs = Sequence[Sequence[torch.Tensor]]
+# Pulls of as many bytes are read from a copy that all readers of a host share.
+_SHARED_NBYTES = 64 << 10
+
+
+class Traffic:
+    """What one client pushes and pulls.
+
+    Args:
+        lanes: to the servers.
+        directory: of keys.
+        near: of each server, whether it may be on this host.
+        in_step: whether sums of several workers are added before they are rounded.
+    """
+
+    def __init__(self, lanes: Lanes, directory: Directory, near: Sequence[bool], *, in_step: bool) -> None:
+        self._lanes, self._directory, self._near, self._in_step = lanes, directory, list(near), in_step
+        self._pool = Pool()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.close()
+
+    # ------------------------------------------------------------ push
+
+    def push(self, batch: Batch, outs: Outs | None) -> None:
+        """Push a batch; with outs, pull its keys."""
+        entries = [self._directory.entry(batch.verb, key) for key in batch.keys]
+        check_push(batch, entries, self._directory.rule)
+        route = self._directory.route(batch.verb, batch.keys)
+        if any(isinstance(part, Rows) for parts in batch.parts for part in parts):
+            self._push_rows(batch)
+            if outs is not None:
+                self.pull(batch.keys, outs)
+            return
+        parts: Any = batch.parts
+        columns = None if route.form is None else route.form.columns(parts)
+        targets = None if route.form is None or outs is None else route.form.targets(outs)
+        self._exchange(route, columns, parts, outs, targets)
+
+    def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
+        """Push raw values and fill raw outs of many keys, if all are plain; None: nothing was done."""
+        if not all(key in self._directory for key in keys) or len(set(keys)) < len(keys):
+            return None
+        route = self._directory.route("push", keys)
+        form, spec = route.form, self._directory.optimizer
+        if form is None or route.has_tables or (spec is not None and spec.name not in ROWWISE):
+            return None
+        columns = [] if values is None else form.columns(values)
+        targets = [] if outs is None else form.targets(outs)
+        if columns is None or targets is None:
+            return None
+        if values is None:
+            self._collect(route, keys, outs, targets, {})
+        else:
+            self._exchange(route, columns, (), None if outs is None else (), targets)
+        return form.moved(len(columns) + len(targets))
+
+    def _exchange(
+        self,
+        route: Route,
+        columns: list[Column] | None,
+        parts: Sequence[Any],
+        outs: Outs | None,
+        targets: list[Column] | None,
+    ) -> None:
+        pulls = outs is not None
+        letters = []
+        for share, reply in zip(route.shares, route.replies, strict=True):
+            fill = partial(share.gather, parts)
+            if columns is not None and route.form is not None:
+                addresses = [column.addresses for column in columns]
+                fill = partial(spread.gather, share, route.form.dtype, addresses, pool=self._pool)
+            words = {"pulls": True} if pulls else {}
+            letters.append(Letter(share.server, words, share.layout, share.nbytes, fill, reply.nbytes if pulls else 0))
+        with self._lanes.take() as lane:
+            answers = self._send(lane, "push", letters)
+            for reply, answer in zip(route.replies, answers, strict=True):
+                if outs is not None:
+                    self._scatter(route, reply, answer.payload, outs, targets)
+
+    def _scatter(
+        self, route: Route, share: spread.Share, values: torch.Tensor, outs: Outs, targets: list[Column] | None
+    ) -> None:
+        if targets and route.form is not None:
+            spread.scatter(share, route.form.dtype, values, [target.addresses for target in targets], self._pool)
+        else:
+            share.scatter(values, outs)
+
+    def _push_rows(self, batch: Batch) -> None:
+        held = [self._directory.find(batch.verb, key) for key in batch.keys]
+        sums = [self._sum(each, parts) for each, parts in zip(held, batch.parts, strict=True)]
+        letters = []
+        for server in sorted({server for each in held for server in each.servers}):
+            items: list[Item] = []
+            for key, each, total in zip(batch.keys, held, sums, strict=True):
+                items += self._items(key, each, total, server)
+            letters.append(letter_of(server, {}, pack({}, items)))
+        with self._lanes.take() as lane:
+            self._send(lane, "push", letters)
+
+    def _sum(self, held: Held, parts: Sequence[Part]) -> Part:
+        dtype = held.spec.dtype
+        wide = arrays.accumulator(dtype) if self._in_step else dtype
+        if not all(isinstance(part, Rows) for part in parts):
+            dense = [part.to_dense(arrays.accumulator(dtype)) if isinstance(part, Rows) else part for part in parts]
+            total = torch.empty(held.spec.shape, dtype=wide)
+            reduce.sum_into(total, dense)
+            return total
+        on_cpu: Any = [part.to("cpu") for part in parts]
+        if not self._in_step:
+            return rows.merge(on_cpu, dtype)
+        # The rows of all workers are to be added in one order, which is not that of the sums of each.
+        ids, values = torch.cat([part.ids for part in on_cpu]), torch.cat([part.values.to(wide) for part in on_cpu])
+        return Rows(ids, values, held.spec.shape[0])
+
+    def _items(self, key: Key, held: Held, total: Part, server: int) -> list[Item]:
+        for owner, start, stop in held.pieces:
+            if owner != server:
+                continue
+            if isinstance(total, torch.Tensor):
+                return [Item(key, "sum", total[start:stop] if total.ndim else total)]
+            if held.spec.is_table:
+                mine, first = total.ids % len(held.pieces) == server, 0
+            else:
+                mine, first = (total.ids >= start) & (total.ids < stop), start
+            return [Item(key, "ids", total.ids[mine] - first), Item(key, "rows", total.values[mine])]
+        return []
+
+    # ------------------------------------------------------------ pull
+
+    def pull(self, keys: Sequence[Key], outs: Outs, words: Mapping[str, Any] | None = None) -> None:
+        """Fill outs with the values of keys, of now or of what ``words`` say."""
+        listed = [(key, own) for key, own in zip(keys, outs, strict=True) if own]
+        if not listed:
+            return
+        named = [key for key, _ in listed]
+        wanted = [own for _, own in listed]
+        route = self._directory.route("pull", named)
+        targets = None if route.form is None else route.form.targets(wanted)
+        self._collect(route, named, wanted, targets, words or {})
+
+    def _collect(
+        self, route: Route, keys: Sequence[Key], outs: Outs, targets: list[Column] | None, words: Mapping[str, Any]
+    ) -> None:
+        letters = []
+        for share in route.replies:
+            own = dict(words)
+            if self._near[share.server] and share.nbytes > _SHARED_NBYTES and "view" not in words:
+                own["shares"] = share.nbytes
+            letters.append(Letter(share.server, own, share.keys, reply_nbytes=share.nbytes))
+        with self._lanes.take() as lane:
+            answers = self._send(lane, "pull", letters)
+            for share, letter, answer in zip(route.replies, letters, answers, strict=True):
+                self._scatter(route, share, answer.payload, outs, targets)
+                while not lane.is_whole(share.server, answer):
+                    (answer,) = self._send(lane, "pull", [letter])
+                    self._scatter(route, share, answer.payload, outs, targets)
+
+    def pull_rows(
+        self, keys: Sequence[Key], ids: Sequence[torch.Tensor], words: Mapping[str, Any] | None = None
+    ) -> list[Rows]:
+        """Return copies of rows; ids are unique and sorted."""
+        held = [self._directory.find("row_sparse_pull", key) for key in keys]
+        found = [
+            torch.empty((len(own), *each.spec.shape[1:]), dtype=each.spec.dtype)
+            for each, own in zip(held, ids, strict=True)
+        ]
+        letters, places = [], []
+        for server in sorted({server for each in held for server in each.servers}):
+            items, where = [], []
+            for index, (key, each, own) in enumerate(zip(keys, held, ids, strict=True)):
+                selected = _selected(each, own.cpu(), server)
+                if selected is not None:
+                    items.append(Item(key, "ids", selected[0]))
+                    where.append((index, selected[1]))
+            letters.append(letter_of(server, dict(words or {}), pack({}, items)))
+            places.append(where)
+        with self._lanes.take() as lane:
+            answers = self._send(lane, "pull_rows", letters)
+            for answer, where in zip(answers, places, strict=True):
+                record = Record({}, answer.head["layout"].encode(), [answer.payload.numpy().data])
+                for item, (index, mine) in zip(record.items(), where, strict=True):
+                    arrays.signed(found[index])[mine] = arrays.signed(item.tensor)
+        return [Rows(own, each, h.spec.shape[0]) for own, each, h in zip(ids, found, held, strict=True)]
+
+    def _send(self, lane: Lane, verb: str, letters: Sequence[Letter]) -> list[Any]:
+        try:
+            return lane.send(verb, letters)
+        except (KeyNotFoundError, ValueMismatchError):
+            # Another client has deleted a key, or made it anew.
+            self._directory.refresh()
+            raise
+
+
+def letter_of(server: int, words: dict[str, Any], record: Record) -> Letter:
+    """Return a letter that brings a record's payload."""
+    nbytes = sum(len(buffer) for buffer in record.payload)
+    return Letter(server, words, record.layout, nbytes, partial(_copy, record.payload))
+
+
+def _copy(buffers: Sequence[Any], room: torch.Tensor) -> None:
+    at, memory = 0, room.numpy()
+    for buffer in buffers:
+        memory[at : at + len(buffer)] = memoryview(buffer)
+        at += len(buffer)
+
+
+def _selected(held: Held, ids: torch.Tensor, server: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the ids that a server knows as its own, and their places; None if it has no piece."""
+    for owner, start, stop in held.pieces:
+        if owner == server:
+            if held.spec.is_table:
+                mine, first = ids % len(held.pieces) == server, 0
+            else:
+                mine, first = (ids >= start) & (ids < stop), start
+            return ids[mine] - first, mine
+    return None

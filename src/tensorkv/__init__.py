@@ -16,17 +16,21 @@ from .errors import (
     KeyTypeError,
     NonFiniteError,
     OptimizerError,
+    PushOutcomeUnknownError,
     RankLostError,
+    ServerLostError,
+    SnapshotError,
     SparseOutWarning,
     StoreClosedError,
     TensorKVError,
     UpdaterError,
     ValueMismatchError,
+    WaitTimeoutError,
     WorkerError,
     WorkerMismatchError,
 )
 from .rows import Rows
-from .store import KVStore, create
+from .store import KVStore, Snapshot, create
 from .trainer import Trainer
 
 __version__ = version("tensorkv")
@@ -45,14 +49,19 @@ __all__ = [
     "KeyTypeError",
     "NonFiniteError",
     "OptimizerError",
+    "PushOutcomeUnknownError",
     "RankLostError",
     "Rows",
+    "ServerLostError",
+    "Snapshot",
+    "SnapshotError",
     "SparseOutWarning",
     "StoreClosedError",
     "TensorKVError",
     "Trainer",
     "UpdaterError",
     "ValueMismatchError",
+    "WaitTimeoutError",
     "WorkerError",
     "WorkerMismatchError",
     "__version__",

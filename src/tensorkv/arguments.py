@@ -115,3 +115,14 @@ def _arrays(verb: str, what: str, key: Key, value: Any) -> list[Any]:
         if type(each) in _LISTS:
             raise ArgumentError(f"{verb}({quote(key)}): {what} {index} is a list; expected an array")
     return list(value)
+
+
+def check_timeout(timeout_s: Any) -> float:
+    """Return the option as a float.
+
+    Raises:
+        ArgumentError: not a number above 0.
+    """
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < 1e9:
+        raise ArgumentError(f"timeout_s is {timeout_s!r}; expected a number of seconds above 0")
+    return float(timeout_s)

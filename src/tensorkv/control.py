@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from . import engines, optim
-from .arguments import keys_of
+from .arguments import check_timeout, keys_of
 from .entry import KeyInfo
-from .errors import ArgumentError, ForkedStoreError, OptimizerError, StoreClosedError, TensorKVError, UpdaterError
+from .errors import (
+    ArgumentError,
+    ForkedStoreError,
+    OptimizerError,
+    StoreClosedError,
+    TensorKVError,
+    UpdaterError,
+    WaitTimeoutError,
+    quote,
+)
 from .keys import Key, check_key, is_key
 from .metrics import Metrics, clock
 from .rules import Updater
@@ -32,7 +42,10 @@ IN_STEP = (
     "save_optimizer_states",
     "load_optimizer_states",
 )
-CAPABILITIES = ("checkpoint", "optimizer", "rows", "updater")
+CAPABILITIES = ("checkpoint", "optimizer", "rows", "snapshot", "updater")
+# How long a pull waits for a version, and how often it looks where an engine has no better way.
+_WAIT_S = 60.0
+_LOOK_S = 0.001
 
 _forks = 0
 
@@ -307,7 +320,7 @@ class StoreControl:
         """Tell whether this type of store can do something.
 
         Args:
-            name: ``"optimizer"``, ``"updater"``, ``"rows"`` or ``"checkpoint"``.
+            name: ``"optimizer"``, ``"updater"``, ``"rows"``, ``"checkpoint"`` or ``"snapshot"``.
 
         Raises:
             ArgumentError: no such capability.
@@ -355,6 +368,17 @@ class StoreControl:
         self._begin("leave")
         self._engine.leave()
 
+    def dead_workers(self) -> list[int]:
+        """Return the ranks of workers that were here and have been silent for too long; without servers, none.
+
+        >>> import tensorkv
+        >>> tensorkv.create().dead_workers()
+        []
+        """
+        self._begin("dead_workers")
+        ask = getattr(self._engine, "dead_workers", None)
+        return [] if ask is None else list(ask())
+
     # ------------------------------------------------------------ the end
 
     def close(self) -> None:
@@ -401,6 +425,25 @@ class StoreControl:
         if type(priority) is not int:
             raise ArgumentError(f"{verb}: priority is {priority!r}; expected an int")
         return start
+
+    def _wait_for(self, keys: Sequence[Key], min_version: int, timeout_s: float | None) -> None:
+        """Return when every key has had so many updates."""
+        if type(min_version) is not int:
+            raise ArgumentError(f"pull: min_version is {min_version!r}; expected an int")
+        seconds = _WAIT_S if timeout_s is None else check_timeout(timeout_s)
+        wait = getattr(self._engine, "wait_for", None)
+        if wait is not None:
+            wait(keys, min_version, seconds)
+            return
+        deadline = time.monotonic() + seconds
+        for key in keys:
+            while self._engine.info(key).version < min_version:
+                if time.monotonic() >= deadline:
+                    raise WaitTimeoutError(
+                        f"pull({quote(key)}): version {min_version} has not come within {seconds:g} s; it is "
+                        f"{self._engine.info(key).version}"
+                    )
+                time.sleep(_LOOK_S)
 
     def _check_fork(self, verb: str) -> None:
         if self._forks != _forks:

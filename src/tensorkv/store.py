@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from operator import add
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -121,7 +121,15 @@ class KVStore(StoreControl):
         self._metrics.add("push", start, batch.keys, _nbytes(batch.parts))
 
     def pull(
-        self, key: Any, out: Any = None, priority: int = 0, ignore_sparse: bool = True, *, like: Any = None
+        self,
+        key: Any,
+        out: Any = None,
+        priority: int = 0,
+        ignore_sparse: bool = True,
+        *,
+        like: Any = None,
+        min_version: int | None = None,
+        timeout_s: float | None = None,
     ) -> Any:
         """Copy values out of the store.
 
@@ -133,6 +141,8 @@ class KVStore(StoreControl):
             priority: as for ``push``.
             ignore_sparse: skip a sparse ``out`` with one warning rather than raise.
             like: without ``out``, an array whose library and device the result has.
+            min_version: wait until every key has had so many updates (``info(key).version``), by whomever.
+            timeout_s: how long to wait for them, in seconds (default 60).
 
         Returns:
             None with ``out``. Else a new array (a list for a list of keys) of the library, dtype and
@@ -143,6 +153,7 @@ class KVStore(StoreControl):
             ValueMismatchError: an out's shape or dtype does not fit.
             ArrayTypeError: an out that cannot be written (read-only, JAX). Nothing has been written.
             ArgumentError: two outs overlap in memory, or forms that do not fit.
+            WaitTimeoutError: the version did not come in time; nothing has been written.
 
         >>> import numpy as np
         >>> kv = create()
@@ -153,6 +164,10 @@ class KVStore(StoreControl):
         (array([1.5, 2.5]), array([1.5, 2.5], dtype=float16))
         """
         start = self._begin("pull", priority)
+        if min_version is not None:
+            self._wait_for(keys_of("pull", list(key) if isinstance(key, Mapping) else key), min_version, timeout_s)
+        elif timeout_s is not None:
+            raise ArgumentError("pull: timeout_s is how long to wait for min_version; give that as well")
         if out is not None and like is None and self._short("pull", start, key, None, out, priority):
             return None
         outs: NewOuts | GivenOuts
@@ -281,6 +296,29 @@ class KVStore(StoreControl):
             target.ids, target.values, target.num_rows = rows.ids, rows.values, rows.num_rows
         return None
 
+    def snapshot(self) -> Snapshot:
+        """Hold all values as they are now, for reading: no update is half in it, on whatever server its keys are.
+
+        Returns:
+            A ``Snapshot`` with ``pull``, ``row_sparse_pull``, ``keys`` and ``versions``; close it when you are done.
+
+        Raises:
+            ArgumentError: this type of store takes none (``is_capable("snapshot")``).
+            SnapshotError: as many are held as the store keeps.
+
+        >>> import numpy as np
+        >>> kv = create()
+        >>> kv.init("w", np.zeros(2))
+        >>> with kv.snapshot() as moment:
+        ...     kv.push("w", np.ones(2))
+        ...     moment.pull("w"), moment.versions["w"]
+        (array([0., 0.]), 0)
+        """
+        self._begin("snapshot")
+        if "snapshot" not in self._engine.capabilities:
+            raise ArgumentError(f"snapshot: a store of type {quote(self._type)} takes none; use save()")
+        return Snapshot(self._engine.snapshot(), self._type)  # type: ignore[attr-defined]
+
     # ------------------------------------------------------------ inside
 
     def _short(self, verb: str, start: float, key: Any, value: Any, out: Any, priority: int) -> bool:
@@ -304,6 +342,54 @@ class KVStore(StoreControl):
         if warning is not None and not self._warned_sparse_out:
             self._warned_sparse_out = True
             warnings.warn(warning, stacklevel=3)
+
+
+class Snapshot:
+    """All values of a store as they were at one moment.
+
+    Made by ``KVStore.snapshot``; also a context manager that closes itself.
+    """
+
+    def __init__(self, moment: Any, type: str) -> None:
+        self._moment = moment
+        self._store = KVStore(moment, type)
+        self.versions: dict[Key, int] = dict(moment.versions)
+        """How many updates each key had had."""
+
+    def keys(self) -> list[Key]:
+        """Return every key, in the order of init."""
+        return list(self.versions)
+
+    def pull(self, key: Any, out: Any = None, *, like: Any = None) -> Any:
+        """Copy values, as ``KVStore.pull`` does.
+
+        Raises:
+            SnapshotError: it is not held any more.
+            As ``KVStore.pull``.
+        """
+        return self._store.pull(key, out, like=like)
+
+    def row_sparse_pull(self, key: Any, out: Any = None, *, row_ids: Any = None) -> Any:
+        """Copy rows, as ``KVStore.row_sparse_pull`` does.
+
+        Raises:
+            SnapshotError: it is not held any more.
+            As ``KVStore.row_sparse_pull``.
+        """
+        return self._store.row_sparse_pull(key, out, row_ids=row_ids)
+
+    def close(self) -> None:
+        """Hold it no more."""
+        self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Snapshot({len(self.versions)} keys)"
 
 
 def _batch(verb: str, key: Any, value: Any) -> Batch:

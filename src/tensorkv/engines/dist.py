@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .. import arrays, placement
+from ..arguments import check_timeout
 from ..entry import Batch, Entry, KeyInfo, KeySpec, Part
 from ..errors import RankLostError
 from ..finite import NonFinite
@@ -29,7 +30,7 @@ from . import archive, sparse
 from .calls import Calls
 from .chain import Chain
 from .finite import Guard
-from .group import Group, check_timeout, log
+from .group import Group, log
 from .local import LocalEngine
 from .meeting import describe, meet
 from .pushes import Pushes

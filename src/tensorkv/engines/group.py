@@ -18,7 +18,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.distributed.rendezvous import rendezvous
 
 from .. import errors
-from ..errors import ArgumentError, RankLostError, TensorKVError, WorkerMismatchError
+from ..errors import RankLostError, TensorKVError, WorkerMismatchError
 from .segment import can_share
 
 log = logging.getLogger("tensorkv")
@@ -284,17 +284,6 @@ def _meet(timeout: timedelta) -> tuple[Any, int, int]:
         host, port, size, rank == 0, timeout, wait_for_workers=False, multi_tenant=True, master_listen_fd=descriptor
     )
     return store, rank, size
-
-
-def check_timeout(timeout_s: Any) -> float:
-    """Return the option as a float.
-
-    Raises:
-        ArgumentError: not a number above 0.
-    """
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < 1e9:
-        raise ArgumentError(f"timeout_s is {timeout_s!r}; expected a number of seconds above 0")
-    return float(timeout_s)
 
 
 def machine() -> str:

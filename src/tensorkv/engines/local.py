@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..optim import OptimizerSpec
 from ..rows import Rows
 from ..rules import Updater
 from ..shard import Shard
+from ..table import Table
 
 
 class LocalEngine:
@@ -36,7 +38,7 @@ class LocalEngine:
 
     rank = 0
     num_workers = 1
-    capabilities = frozenset({"optimizer", "updater", "rows", "checkpoint"})
+    capabilities = frozenset({"optimizer", "updater", "rows", "checkpoint", "snapshot"})
 
     def __init__(
         self,
@@ -48,6 +50,7 @@ class LocalEngine:
         durability: Durability = "process",
         log_nbytes: int | None = None,
     ) -> None:
+        self.versions: dict[Key, int] = {}
         self._durable: DurableShard | None = None
         if path is None:
             if durability != "process" or log_nbytes is not None:
@@ -119,6 +122,14 @@ class LocalEngine:
     def load(self, path: str, kind: Kind) -> None:
         checkpoint.load(self._shard, path, kind)
 
+    def snapshot(self) -> LocalEngine:
+        """Return an engine of its own with copies of all values."""
+        copy = LocalEngine(False)
+        with self._shard.frozen() as (entries, _):
+            copy.versions = {entry.key: entry.version for entry in entries}
+            copy._shard.add([replace(entry, value=_copy(entry.value), state={}, door=None) for entry in entries])
+        return copy
+
     def barrier(self) -> None:
         pass
 
@@ -130,3 +141,7 @@ class LocalEngine:
 
     def close(self) -> None:
         self._shard.close()
+
+
+def _copy(value: torch.Tensor | Table) -> torch.Tensor | Table:
+    return Table.of(value.to_rows(), value.device) if isinstance(value, Table) else value.clone()

@@ -32,7 +32,7 @@ from ..rows import Rows, merge
 from ..rules import Assign, StepOptimizer, Updater
 from ..server.wire import Settings
 from ..table import Table
-from . import ray_cluster, servers_archive, spread
+from . import ray_cluster, server_stats, servers_archive, spread
 from .directory import Directory
 from .group import machine
 from .moments import Moment, Moments
@@ -313,7 +313,7 @@ class RayEngine:
 
     def stats(self) -> Mapping[str, Any]:
         told = self._ask("stats", {})
-        return {"servers": told, "resent": self._lanes.resent, "dead_workers": self.dead_workers()}
+        return {**server_stats.merge(told), "resent": self._lanes.resent, "servers": told}
 
     def dead_workers(self) -> list[int]:
         """Return the ranks of workers that were here and have been silent for too long."""
@@ -392,7 +392,7 @@ class RayEngine:
         # Where it fails, there is nobody to say goodbye to.
         with suppress(TensorKVError):
             left = max(head["clients"] for head in self._ask("bye", {}))
-            if self._started and left:
+            if left and ray_cluster.is_last(self._started):
                 left = self._wait_for_others()
         self._lanes.close()
         self._traffic.close()

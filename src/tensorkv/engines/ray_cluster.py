@@ -68,6 +68,11 @@ def enter(address: str | None, timeout_s: float) -> bool:
     return _start_together(rank, timeout_s)
 
 
+def is_last(started: bool) -> bool:
+    """Tell whether to leave ends the cluster."""
+    return started and _started == 1
+
+
 def leave(started: bool) -> None:
     """Leave the cluster, and end it if this process has started it and no other store of the process is in it."""
     global _started

@@ -174,10 +174,10 @@ class Link:
             kind = getattr(errors, name, None)
             known = isinstance(kind, type) and issubclass(kind, TensorKVError)
             raise (kind if known else TensorKVError)(text)  # type: ignore[misc]
-        if "waits" in head:
+        if "wait_for" in head:
             if time.monotonic() >= self._deadline:
-                raise WaitTimeoutError(f"{self._head['verb']}: waited in vain for {head['waits']}")
-            self._waits = head["waits"]
+                raise WaitTimeoutError(f"{self._head['verb']}: waited in vain for {head['wait_for']}")
+            self._waits = head["wait_for"]
             return None
         if "copy" in head:
             try:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..arguments import check_timeout
 from ..errors import ArgumentError, quote
 from ..server.wire import Settings
 from . import ray_cluster
-from .group import check_timeout
 from .ray import RayEngine
 
 

@@ -81,7 +81,7 @@ class Server:
             out: bytes, in which pulled values are put if they fit, instead of in new memory.
 
         Returns:
-            A reply. Its head has ``"error"`` (class name and message) if the request was refused, and ``"waits"``
+            A reply. Its head has ``"error"`` (class name and message) if the request was refused, and ``"wait_for"``
             if it has to be sent again.
         """
         verb, start = str(request.head.get("verb")), clock()
@@ -92,7 +92,7 @@ class Server:
             self._attendance.hear(request.head)
             reply = method(request, out)
         except Waits as waits:
-            return Reply({"waits": str(waits)})
+            return Reply({"wait_for": str(waits)})
         except TensorKVError as error:
             return _refusal(type(error).__name__, str(error))
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""Workers that are started again find each other, whatever their launchers have counted and earlier starts have left."""
+"""Workers that are started again find each other, whatever launchers have counted and earlier starts have left."""
 
 import sys
 

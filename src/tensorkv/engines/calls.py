@@ -66,9 +66,9 @@ class Calls:
             raise self._meeting.stop(
                 WorkerMismatchError(f"{text}: rank {gone[0]} has left; until all have, others may push and pull only")
             )
-        self.gather(text)
+        self.all_agree(text)
 
-    def gather(self, text: str) -> None:
+    def all_agree(self, text: str) -> None:
         """Return when every worker has agreed on this call, those who have left too."""
         self._chain.answer(text)
         self._meeting.barrier(text)

@@ -88,7 +88,8 @@ class Chain:
         self.reach = sys.maxsize if self.after is None else -1
         self.sent_nbytes = 0
         self._sending: list[tuple[Any, int, torch.Tensor]] = []
-        self._refused: set[int] = set()
+        # Why calls of this worker were refused, by their numbers.
+        self._refused: dict[int, str] = {}
 
     # ------------------------------------------------------------ messages
 
@@ -149,11 +150,11 @@ class Chain:
             if theirs.number in self._refused and theirs.mark in (REFUSED, LEFT):
                 # Refused there and here, and so it was no call.
                 if theirs.mark == LEFT:
-                    self._say(self.before, Head(theirs.number, REFUSED, "refused"))
+                    self._say(self.before, Head(theirs.number, REFUSED, self._refused[theirs.number]))
                 continue
             mark, text = calls.get(theirs.number, calls[number])
             if theirs.number not in calls or (mark != LEFT and theirs.mark not in (mark, LEFT)):
-                own = "refused a call" if theirs.number in self._refused else text
+                own = self._refused.get(theirs.number, text)
                 ranks = {shorten(theirs.text): [self.before], shorten(own): [self._group.rank]}
                 raise self._meeting.stop(mismatch(theirs.number, ranks))
             return theirs.number, theirs
@@ -174,7 +175,7 @@ class Chain:
 
     def refuse(self, number: int, text: str) -> None:
         """Tell the host after that this worker's call was refused; all that was pushed before has gone."""
-        self._refused.add(number)
+        self._refused[number] = text
         self._say(self.after, Head(number, REFUSED, text))
 
     def _say(self, rank: int | None, said: Head) -> None:

@@ -138,7 +138,7 @@ class Pushes:
         self.drain()
         self._remember(text)
         self._calls.who(number, text)()
-        self._calls.gather(text)
+        self._calls.all_agree(text)
         pairs = list(zip(batch.keys, batch.parts, kinds, strict=True))
         rest = [(key, parts) for key, parts, is_rows in pairs if not is_rows]
 
@@ -318,7 +318,7 @@ class Pushes:
         self, text: str, verb: str, keys: Sequence[Key], kinds: Sequence[bool], rest: Callable[[], Exception | None]
     ) -> Exception | None:
         """Take part in a push of Rows without parts of this worker's; ``rest`` does what is dense in it."""
-        self._calls.gather(text)
+        self._calls.all_agree(text)
         chosen = [key for key, is_rows in zip(keys, kinds, strict=True) if is_rows]
         parts = {key: [sparse.nothing(self._shard.entry(verb, key))] for key in chosen}
         return self._push_rows(text, verb, parts, rest if len(chosen) < len(keys) else None)

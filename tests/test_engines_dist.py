@@ -175,6 +175,13 @@ def test_workers_may_be_far_ahead(workers):
         assert "all there" in text
 
 
+@pytest.mark.parametrize("workers", [2, 3])
+def test_stages_of_many_lists_of_keys_are_bounded(workers):
+    for text in run(workers, "many_lists"):
+        assert "bounded" in text, text
+        assert "same bits" in text
+
+
 def test_an_interrupted_pull_is_asked_again():
     texts = run(2, "interrupted_pull")
     assert "interrupted" in texts[0]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import reduce
+from .. import arrays, reduce
 from ..columns import Column
 from ..entry import Batch, Entry, Part
 from ..errors import TensorKVError
@@ -33,6 +33,8 @@ from .route import RING, SLOT_NBYTES, SLOT_NBYTES_OVER_HOSTS, Arrays, Held, Rout
 _PAST_CACHE_NBYTES = 4 << 20
 # Lists of keys whose way is remembered; each that is pushed alone has a stage of its own.
 _REMEMBERED_ROUTES = 256
+# What these stages may take together: so many times the values, and at least so many bytes.
+_MOST_STAGES, _LEAST_STAGES_NBYTES = 4, 64 << 20
 
 Outs = Sequence[Sequence[torch.Tensor]]
 
@@ -336,9 +338,9 @@ class Pushes:
         self._remember(text)
         if own_stage:
             if route.own_stage is None:
+                self._make_room(route)
                 self._agree_first(number, text)
-                slots = max(1, len(route.chunks))
-                route.own_stage = Stage(self._meeting, slots, route.slot_nbytes, text)
+                route.own_stage = Stage(self._meeting, max(1, len(route.chunks)), route.slot_nbytes, text)
             else:
                 # Its slots are filled again only when what was laid out before has been taken.
                 self._background.wait_for(route.own_stage)
@@ -373,6 +375,19 @@ class Pushes:
         route = Route([self._held[key] for key in keys], self._meeting, self._chain.owners, self._slot_nbytes)
         self._routes[keys] = route
         return route
+
+    def _make_room(self, route: Route) -> None:
+        """Drop the routes that were used least lately until there is room for another one's stage."""
+        values = sum(each.value.numel() * arrays.accumulator(each.value.dtype).itemsize for each in self._held.values())
+        most = max(_LEAST_STAGES_NBYTES, _MOST_STAGES * values)
+        staged = {keys: each.stage_nbytes for keys, each in self._routes.items() if each.own_stage is not None}
+        room = most - route.stage_nbytes - sum(staged.values())
+        for keys, nbytes in staged.items():
+            if room >= 0:
+                break
+            self.settle(keys)
+            self._drop(keys)
+            room += nbytes
 
     def forget(self, keys: Sequence[Key] | None = None) -> None:
         """Drop the routes of some keys, or all."""

@@ -7,6 +7,9 @@ import time
 import numpy as np
 from dist_programs import RANK, SIZE, create, say
 from torch.distributed import TCPStore
+from torch.distributed.run import main as torchrun
+
+from tensorkv import RankLostError
 
 
 def other_counts():
@@ -25,7 +28,7 @@ def stale(before, first):
     def has_come():
         if first == "0":
             return keys.get("tensorkv/1/start").decode() != before
-        return keys.add(f"tensorkv/1/{before}/turns", 0) == SIZE
+        return keys.add(f"tensorkv/1/{before}/turns", 0) >= SIZE
 
     deadline = time.monotonic() + 30
     while int(first) != RANK and not has_come() and time.monotonic() < deadline:
@@ -33,6 +36,31 @@ def stale(before, first):
     with create(timeout_s=20) as kv:
         assert kv.broadcast("a", np.full(3, RANK, np.float32)).tolist() == [0, 0, 0]
     say("met")
+
+
+def node(*addresses):
+    """One of two launchers, each on a host of its own, with one worker."""
+    words = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--monitor-interval=0.5", "--rdzv-backend=c10d"]
+    place = [f"--rdzv-endpoint={addresses[0]}:29400", f"--rdzv-conf=is_host={int(RANK == 0)}"]
+    torchrun([*words, *place, f"--local-addr={addresses[RANK]}", __file__, "one_node_fails"])
+
+
+def one_node_fails():
+    """At the first start the last worker ends; the other stays, until its launcher starts it again."""
+    count = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    with create(timeout_s=20) as kv:
+        kv.init("a", np.zeros(3, np.float32))
+        kv.barrier()
+        say(f"rank {RANK} at count {count}")
+        try:
+            if RANK == SIZE - 1 and count == "0":
+                say("fault fired")
+                os._exit(3)
+            assert kv.pushpull("a", np.ones(3, np.float32)).tolist() == [SIZE] * 3
+            say(f"rank {RANK} met the others at count {count}")
+        except RankLostError:
+            say(f"rank {RANK} waits")
+            time.sleep(30)
 
 
 if __name__ == "__main__":

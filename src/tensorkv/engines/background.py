@@ -103,7 +103,8 @@ class Background:
             try:
                 job = self._agreed(jobs)
                 job.exchange.serve(job.presence)
-                self._chain.report(self._reach(), job.exchange.doing)
+                if self._chain.linked:
+                    self._chain.report(self._reach(), job.exchange.doing)
                 for _, problem in job.exchange.failed:
                     raise problem
             except TensorKVError as error:

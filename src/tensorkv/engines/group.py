@@ -8,10 +8,9 @@ import os
 import socket
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 from uuid import uuid4
 
@@ -28,8 +27,8 @@ log = logging.getLogger("tensorkv")
 
 # How long to wait for the one who has noticed a fault to say what it was.
 _NEWS_S = 1.0
-# How often a worker looks whether rank 0 has announced another start.
-_LOOK_S = 0.2
+# How often a worker looks whether rank 0 has answered, or announced another start.
+_LOOK_S = 0.02
 # How many dist stores this process has made, which tells apart what they say to each other.
 _made = 0
 # The meeting place that torchrun's variables name; its server lives as long as rank 0's process.
@@ -106,9 +105,9 @@ class Group:
                 found = start
                 turn = self._store.add(f"{start}/turns", 1)
                 self._store.set(f"{start}/hello/{turn}", json.dumps([self.rank, mine]))
-            with suppress(dist.DistError):
-                self._store.wait([f"welcome/{mine}"], timedelta(seconds=_LOOK_S))
+            if self._store.check([f"welcome/{mine}"]):
                 return found
+            sleep(_LOOK_S)
         raise RankLostError(f"rank 0 of {self.size} did not come within {self.timeout_s:g} s")
 
     def _find_hosts(self, shared_memory: bool, options: dict[str, Any]) -> list[list[int]]:

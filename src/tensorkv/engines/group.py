@@ -95,7 +95,7 @@ class Group:
             while missing:
                 turn += 1
                 rank, word = json.loads(self._get(f"{mine}/hello/{turn}", min(missing)))
-                self._store.set(f"welcome/{word}", b"")
+                self._store.set(f"{mine}/welcome/{word}", b"")
                 missing.discard(rank)
             return mine
         found, deadline = "", monotonic() + self.timeout_s
@@ -105,8 +105,8 @@ class Group:
                 found = start
                 turn = self._store.add(f"{start}/turns", 1)
                 self._store.set(f"{start}/hello/{turn}", json.dumps([self.rank, mine]))
-            if self._store.check([f"welcome/{mine}"]):
-                return found
+            if self._store.check([f"{start}/welcome/{mine}"]):
+                return start
             sleep(_LOOK_S)
         raise RankLostError(f"rank 0 of {self.size} did not come within {self.timeout_s:g} s")
 

@@ -462,6 +462,31 @@ def ahead():
         say("all there")
 
 
+def many_lists():
+    """Another choice of keys at each push: memory is bounded, and the numbers are right."""
+    from tensorkv.engines import pushes
+
+    pushes._LEAST_STAGES_NBYTES = 0
+    rng, count, nbytes = random.Random(5), 100_000, 0
+    with create() as kv, tensorkv.create("local") as local:
+        for store in (kv, local):
+            store.init(list(range(12)), [np.zeros(count, F32)] * 12)
+            store.set_optimizer("sgd", lr=0.5)
+        for turn in range(60):
+            chosen = rng.sample(range(12), 6)
+            kv.push(chosen, [np.full(count, turn + RANK, F32)] * 6)
+            local.push(chosen, [[np.full(count, turn + rank, F32) for rank in range(SIZE)]] * 6)
+            nbytes += 6 * count * 4
+        with open("/proc/self/maps") as lines:
+            ends = [line.split()[0].split("-") for line in lines if "memfd:tensorkv" in line]
+        mapped = sum(int(stop, 16) - int(start, 16) for start, stop in ends)
+        most = 12 * count * 4 * (1 + 4 * SIZE) + (1 << 20)
+        say("bounded" if mapped < most < nbytes * SIZE else f"{mapped} of {most}, {nbytes * SIZE} pushed")
+        for key in range(12):
+            check(torch.from_numpy(kv.pull(key)), torch.from_numpy(local.pull(key)))
+        say("same bits")
+
+
 def state_stays():
     """Owners and optimizer state stay when keys go and the optimizer gets other numbers."""
     with create() as kv, tensorkv.create("local") as local:

@@ -83,9 +83,11 @@ def test_a_mismatch_is_an_error_on_every_worker(shared_memory):
             assert re.search("refuses (WorkerMismatch|StoreClosed)Error", said), said
 
 
-def test_a_refused_call_is_told_to_the_others():
-    texts = run(3, "mismatch", "push a", "push more elements", True)
-    assert "ranks 0, 1: push" in texts[0]
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_a_refused_call_is_told_to_the_others(shared_memory):
+    texts = run(3, "mismatch", "push a", "push more elements", shared_memory)
+    # Over hosts the one before the worker that refused has found out.
+    assert ("ranks 0, 1: push" if shared_memory else "rank 1: push") in texts[0]
     assert "rank 2: push refused" in texts[0]
     assert "part 0 has shape (4,), the key was initialised with (3,)" in texts[0]
     assert "ValueMismatchError" in texts[2]
@@ -171,6 +173,13 @@ def test_a_process_may_end_without_close(repeat):
 def test_workers_may_be_far_ahead(workers):
     for text in run(workers, "ahead"):
         assert "all there" in text
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_stages_of_many_lists_of_keys_are_bounded(workers):
+    for text in run(workers, "many_lists"):
+        assert "bounded" in text, text
+        assert "same bits" in text
 
 
 def test_an_interrupted_pull_is_asked_again():

@@ -45,6 +45,7 @@ FLOORS = [
     {"engines.exchange", "engines.calls", "engines.sparse", "engines.archive"},
     {"engines.background"},
     {"engines.pushes"},
+    {"engines.leaving"},
     {"engines.dist"},
     {"engines"},
     {"outs", "control"},

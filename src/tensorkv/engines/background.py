@@ -4,48 +4,63 @@ from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import takewhile
 
 from ..errors import TensorKVError, WorkerError
+from .chain import Chain, Presence
 from .exchange import Exchange
-from .meeting import Meeting
+from .meeting import Meeting, fingerprint
 from .route import Stage
 
 # How long the end of a process or a store waits for the thread.
 _LAST_WORDS_S = 5.0
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class _Job:
     exchange: Exchange
-    who: Callable[[], list[int]]
     priority: int
-    present: list[int] | None = None
+    here: list[int] = field(default_factory=list)
+    parts_come: bool = False
+
+    @property
+    def number(self) -> int:
+        return self.exchange.number
+
+    @cached_property
+    def mark(self) -> bytes:
+        return fingerprint(self.exchange.doing)
+
+    @property
+    def presence(self) -> Presence:
+        return Presence(self.here, self.parts_come)
 
 
 class Background:
     """Pushes whose parts lie in the stage, and a thread that does the rest of them.
 
     The one with the highest priority comes first among those whose parts every worker has laid out; where none
-    is complete, the oldest is waited for.
+    is complete, the oldest is waited for. Over hosts the worker of the first one chooses for those that it is linked
+    with: a push that all of them have laid out, since a worker may wait for an older push before it makes the next.
 
     Args:
         meeting: of this worker's host.
-        in_order: whether other hosts wait for the pushes in the order in which they were made.
+        chain: to other hosts.
     """
 
-    def __init__(self, meeting: Meeting, *, in_order: bool) -> None:
-        self._meeting, self._in_order = meeting, in_order
+    def __init__(self, meeting: Meeting, chain: Chain) -> None:
+        self._meeting, self._chain = meeting, chain
         self._jobs: list[_Job] = []
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
 
-    def add(self, exchange: Exchange, who: Callable[[], list[int]], priority: int) -> None:
-        """Take over a push; ``who`` is called once and tells which workers take part."""
+    def add(self, exchange: Exchange, priority: int) -> None:
+        """Take over a push."""
         with self._changed:
-            self._jobs.append(_Job(exchange, who, priority))
+            self._jobs.append(_Job(exchange, priority))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="tensorkv-dist", daemon=True)
                 self._thread.start()
@@ -86,10 +101,10 @@ class Background:
                     return
                 jobs = list(self._jobs)
             try:
-                job = self._choose(jobs)
-                if job.present is None:
-                    job.present = job.who()
-                job.exchange.serve(job.present)
+                job = self._agreed(jobs)
+                job.exchange.serve(job.presence)
+                if self._chain.linked:
+                    self._chain.report(self._reach(), job.exchange.doing)
                 for _, problem in job.exchange.failed:
                     raise problem
             except TensorKVError as error:
@@ -107,16 +122,38 @@ class Background:
             # Else they would hold their stage until the next push.
             del job, jobs
 
+    def _agreed(self, jobs: list[_Job]) -> _Job:
+        """Return the push that comes next, all hosts having agreed on it."""
+        before = None
+        if self._chain.before is None:
+            job = self._choose(jobs)
+        else:
+            # The first host has chosen.
+            number, before = self._chain.hear({each.number: (each.mark, each.exchange.doing) for each in jobs})
+            job = next(each for each in jobs if each.number == number)
+        for each in jobs[: jobs.index(job) + 1]:
+            self._compare(each)
+        if self._chain.linked:
+            job.parts_come = self._chain.go_on(job.number, job.mark, job.exchange.doing, before).parts_come
+        return job
+
     def _choose(self, jobs: list[_Job]) -> _Job:
-        if self._in_order or len(jobs) == 1:
-            return jobs[0]
-        complete = []
-        for job in jobs:
-            if job.present is None:
-                # In the order of the calls, for entries are written over in that order.
-                if not self._meeting.has_been_entered(job.exchange.number):
-                    break
-                job.present = job.who()
-            if job.exchange.is_laid_out():
-                complete.append(job)
+        complete = [each for each in takewhile(self._is_complete, jobs) if each.number <= self._chain.reach]
         return max(complete, key=lambda job: job.priority, default=jobs[0])
+
+    def _is_complete(self, job: _Job) -> bool:
+        """Tell whether all workers of this host have laid their parts out; asked in the order of the calls."""
+        if not job.here and not self._meeting.has_been_entered(job.number):
+            return False
+        self._compare(job)
+        return job.exchange.is_laid_out(job.here)
+
+    def _compare(self, job: _Job) -> None:
+        # In the order of the calls, for entries are written over in that order.
+        job.here = job.here or self._meeting.agree(job.number, job.exchange.doing)
+
+    def _reach(self) -> int:
+        """Return the last call up to which all workers of this host have laid their parts out."""
+        with self._changed:
+            jobs = list(self._jobs)
+        return max((job.number for job in takewhile(self._is_complete, jobs)), default=-1)

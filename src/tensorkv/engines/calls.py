@@ -10,7 +10,7 @@ import torch
 
 from ..errors import TensorKVError, WorkerError, WorkerMismatchError
 from ..shard import Shard, kept
-from .chain import Chain
+from .chain import Chain, Presence
 from .meeting import REFUSED, Meeting, fingerprint
 
 
@@ -36,14 +36,20 @@ class Calls:
             self.check()
             number = self._meeting.enter(fingerprint(text), text)
             self._entered = True
-            try:
+            with self.unbroken(text):
                 yield number
-            except (TensorKVError, MemoryError):
-                raise
-            except BaseException as error:
-                how = f"{type(error).__name__}: {error}"
-                self._meeting.stop(WorkerError(f"{text[:200]}: rank {self._rank} broke off: {how}"))
-                raise
+
+    @contextmanager
+    def unbroken(self, text: str) -> Iterator[None]:
+        """End the store for every worker if this one breaks off inside a call."""
+        try:
+            yield
+        except (TensorKVError, MemoryError):
+            raise
+        except BaseException as error:
+            how = f"{type(error).__name__}: {error}"
+            self._meeting.stop(WorkerError(f"{text[:200]}: rank {self._rank} broke off: {how}"))
+            raise
 
     def check(self) -> None:
         """Raise if an updater is running, or what has ended this store."""
@@ -52,22 +58,28 @@ class Calls:
 
     def together(self, number: int, text: str) -> None:
         """Return when every worker has entered this call; they must all take part."""
-        present = self._meeting.agree(number, text)
-        if len(present) < self._meeting.size:
-            gone = [rank for worker, rank in enumerate(self._meeting.ranks) if worker not in present]
+        here, parts_come = self.who(number, text)()
+        gone = [rank for worker, rank in enumerate(self._meeting.ranks) if worker not in here]
+        if self._chain.before is not None and not parts_come:
+            gone.append(self._chain.before)
+        if gone:
             raise self._meeting.stop(
                 WorkerMismatchError(f"{text}: rank {gone[0]} has left; until all have, others may push and pull only")
             )
-        self._chain.agree(number, text)
+        self.all_agree(text)
+
+    def all_agree(self, text: str) -> None:
+        """Return when every worker has agreed on this call, those who have left too."""
+        self._chain.answer(text)
         self._meeting.barrier(text)
 
-    def who(self, number: int, text: str) -> Callable[[], list[int]]:
-        """Return a function that tells which workers of this host take part in a push."""
+    def who(self, number: int, text: str) -> Callable[[], Presence]:
+        """Return a function that agrees on a push with the others, and tells which of them take part."""
 
-        def ask() -> list[int]:
-            present = self._meeting.agree(number, text)
-            self._chain.greet(number, text)
-            return present
+        def ask() -> Presence:
+            here = self._meeting.agree(number, text)
+            linked = self._chain.linked
+            return Presence(here, linked and self._chain.greet(number, fingerprint(text), text).parts_come)
 
         return ask
 

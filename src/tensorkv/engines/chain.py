@@ -8,19 +8,62 @@ updates the values and sends them back. Each link carries every element once in 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import TensorKVError
 from .group import Group
-from .meeting import REFUSED, Meeting, fingerprint, mismatch, shorten
+from .meeting import LEFT, REFUSED, Meeting, mismatch, shorten
 
 _HEAD = struct.Struct("q8si")
 _HEAD_NBYTES = 1024
+# What a head has room for, in bytes; ``describe`` gives one for each character.
+HEAD_TEXT = _HEAD_NBYTES - _HEAD.size
 # Messages that may be on their way to a neighbour.
 DEPTH = 8
+
+
+class Head(NamedTuple):
+    """What goes ahead of a call from host to host.
+
+    Args:
+        number: of the call.
+        mark: its fingerprint; LEFT: nobody takes part on the host that says so, nor on those before it.
+        text: the call, as far as there is room.
+    """
+
+    number: int
+    mark: bytes
+    text: str
+
+
+class Called(NamedTuple):
+    """What all hosts call.
+
+    Args:
+        mark: its fingerprint; LEFT: every worker has left.
+        text: the call, as far as there is room in a head.
+        parts_come: whether the host before sends a sum.
+    """
+
+    mark: bytes
+    text: str
+    parts_come: bool
+
+
+class Presence(NamedTuple):
+    """Who takes part in a push, as far as a worker has to know.
+
+    Args:
+        here: workers of its host.
+        parts_come: whether the host before sends a sum of parts.
+    """
+
+    here: list[int]
+    parts_come: bool
 
 
 class Chain:
@@ -40,9 +83,13 @@ class Chain:
         self.after = group.hosts[host + 1][me] if linked and host + 1 < len(group.hosts) else None
         self.is_last = host == len(group.hosts) - 1
         self.hosts_after = len(group.hosts) - 1 - host
+        self.linked = self.before is not None or self.after is not None
+        # Up to which call the hosts after have laid their parts out, as far as is known here.
+        self.reach = sys.maxsize if self.after is None else -1
         self.sent_nbytes = 0
         self._sending: list[tuple[Any, int, torch.Tensor]] = []
-        self._refused: set[int] = set()
+        # Why calls of this worker were refused, by their numbers.
+        self._refused: dict[int, str] = {}
 
     # ------------------------------------------------------------ messages
 
@@ -75,57 +122,95 @@ class Chain:
 
     # ------------------------------------------------------------ agreement
 
-    def greet(self, number: int, text: str) -> None:
-        """Compare a call with the host before, and tell the host after.
+    def greet(self, number: int, mark: bytes, text: str) -> Called:
+        """Compare a call with the hosts before and after; return what is called.
+
+        Args:
+            number: of the call.
+            mark: its fingerprint, or LEFT where nobody of this host takes part.
+            text: what the mark stands for.
 
         Raises:
-            WorkerMismatchError: the host before has made another call.
+            WorkerMismatchError: a host has made another call.
         """
-        if self.before is None and self.after is None:
-            return
-        theirs, mark = -1, fingerprint(text)
-        while self.before is not None and theirs != number:
-            theirs, other, said = self._hear(text)
-            if other == REFUSED and theirs in self._refused:
-                # Both have refused that call, and it was none.
+        _, before = self.hear({number: (mark, text)})
+        return self.go_on(number, mark, text, before)
+
+    def hear(self, calls: Mapping[int, tuple[bytes, str]]) -> tuple[int, Head | None]:
+        """Return which of some calls the host before makes next, and what it says.
+
+        Args:
+            calls: mark and text of each call that this worker has entered, by number, the oldest first.
+        """
+        number = next(iter(calls))
+        if self.before is None:
+            return number, None
+        while True:
+            theirs = self._read(self.before, calls[number][1])
+            if theirs.number in self._refused and theirs.mark in (REFUSED, LEFT):
+                # Refused there and here, and so it was no call.
+                if theirs.mark == LEFT:
+                    self._say(self.before, Head(theirs.number, REFUSED, self._refused[theirs.number]))
                 continue
-            if (theirs, other) != (number, mark):
-                own = "refused a call" if theirs in self._refused else text
-                ranks = {shorten(said): [self.before], shorten(own): [self._group.rank]}
-                raise self._meeting.stop(mismatch(number, ranks))
-        self._say(number, mark, text)
+            mark, text = calls.get(theirs.number, calls[number])
+            if theirs.number not in calls or (mark != LEFT and theirs.mark not in (mark, LEFT)):
+                own = self._refused.get(theirs.number, text)
+                ranks = {shorten(theirs.text): [self.before], shorten(own): [self._group.rank]}
+                raise self._meeting.stop(mismatch(theirs.number, ranks))
+            return theirs.number, theirs
+
+    def go_on(self, number: int, mark: bytes, text: str, before: Head | None) -> Called:
+        """Tell the hosts after this one what ``hear`` has heard; return what is called.
+
+        Where nobody takes part up to here, the hosts after say what they call.
+        """
+        parts_come = before is not None and before.mark != LEFT
+        head = before if mark == LEFT and before is not None else Head(number, mark, text)
+        self._say(self.after, head)
+        if head.mark == LEFT and self.after is not None:
+            head = self._read(self.after, text)
+        if before is not None and before.mark == LEFT:
+            self._say(self.before, head)
+        return Called(head.mark, head.text, parts_come)
 
     def refuse(self, number: int, text: str) -> None:
         """Tell the host after that this worker's call was refused; all that was pushed before has gone."""
-        self._refused.add(number)
-        self._say(number, REFUSED, text)
+        self._refused[number] = text
+        self._say(self.after, Head(number, REFUSED, text))
 
-    def _say(self, number: int, mark: bytes, text: str) -> None:
-        if self.after is None:
+    def _say(self, rank: int | None, said: Head) -> None:
+        if rank is None:
             return
-        data = text.encode("utf-8", "backslashreplace")[: _HEAD_NBYTES - _HEAD.size]
+        data = said.text.encode("utf-8", "backslashreplace")[:HEAD_TEXT]
         head = torch.zeros(_HEAD_NBYTES, dtype=torch.uint8)
-        _HEAD.pack_into(head.numpy().data, 0, number, mark, len(data))
+        _HEAD.pack_into(head.numpy().data, 0, said.number, said.mark, len(data))
         head[_HEAD.size : _HEAD.size + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        self.send(head, self.after, text)
+        self.send(head, rank, said.text)
 
-    def _hear(self, doing: str) -> tuple[int, bytes, str]:
+    def _read(self, rank: int, doing: str) -> Head:
         head = torch.empty(_HEAD_NBYTES, dtype=torch.uint8)
-        self.finish(self.receive(head, self.before), self.before, doing)
+        self.finish(self.receive(head, rank), rank, doing)
         number, mark, length = _HEAD.unpack_from(head.numpy().data)
-        return number, mark, bytes(head[_HEAD.size : _HEAD.size + length].numpy()).decode(errors="replace")
+        return Head(number, mark, bytes(head[_HEAD.size : _HEAD.size + length].numpy()).decode(errors="replace"))
 
-    def agree(self, number: int, text: str) -> None:
+    def answer(self, text: str) -> None:
         """Return when every host has made the same call."""
-        if self._meeting.me != 0 or len(self._group.hosts) == 1:
-            return
-        self.greet(number, text)
         answer = torch.zeros(1, dtype=torch.uint8)
         if self.after is not None:
             self.finish(self.receive(answer, self.after), self.after, text)
         if self.before is not None:
             self.send(answer, self.before, text)
         self.flush(text)
+
+    def report(self, reach: int, doing: str) -> None:
+        """Tell the host before up to which call parts are laid out, here and on the hosts after."""
+        if self.after is not None:
+            theirs = torch.empty(1, dtype=torch.int64)
+            self.finish(self.receive(theirs, self.after), self.after, doing)
+            reach = self.reach = min(reach, int(theirs))
+        if self.before is not None:
+            self.send(torch.tensor([reach]), self.before, doing)
+        self.flush(doing)
 
     def spread(self, tensors: Sequence[torch.Tensor], doing: str) -> None:
         """Copy contiguous tensors of the first host's first worker to the first workers of the others."""

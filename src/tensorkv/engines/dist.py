@@ -31,6 +31,7 @@ from .calls import Calls
 from .chain import Chain
 from .finite import Guard
 from .group import Group, log
+from .leaving import Leaving
 from .local import LocalEngine
 from .meeting import describe, meet
 from .pushes import Pushes
@@ -74,7 +75,8 @@ class DistEngine:
         self._guard = None if nonfinite == "pass" else Guard(group, nonfinite)
         self._pushes = Pushes(group, self._meeting, self._chain, self._calls, self._shard, self._held, self._guard)
         self.begin = self._calls.begin
-        self.many, self.leave = self._pushes.many, self._pushes.leave
+        self.many = self._pushes.many
+        self.leave = Leaving(self._meeting, self._chain, self._calls, self._pushes).leave
         self.rank, self.num_workers = group.rank, group.size
 
     def refuse(self, verb: str, error: Exception) -> None:

@@ -15,7 +15,7 @@ from ..entry import Entry
 from ..errors import quote
 from ..pool import Pool
 from ..rules import Assign, Rule, Step, WholeStep
-from .chain import Chain
+from .chain import Chain, Presence
 from .finite import Guard
 from .meeting import Meeting
 from .message import Message, pieces
@@ -52,7 +52,7 @@ class Exchange:
         rule: Rule,
         guard: Guard | None = None,
     ) -> None:
-        self._meeting, self._chain, self.stage, self._doing = meeting, chain, stage, doing
+        self._meeting, self._chain, self.stage, self.doing = meeting, chain, stage, doing
         self.route, self.number = route, number
         self._entries, self._rule, self._guard = entries, rule, guard
         self.refusal: Exception | None = None
@@ -77,16 +77,16 @@ class Exchange:
 
     # ------------------------------------------------------------ whole calls
 
-    def run(self, parts: Arrays | None, outs: Arrays | None, who: Callable[[], list[int]], past_cache: bool) -> None:
+    def run(self, parts: Arrays | None, outs: Arrays | None, who: Callable[[], Presence], past_cache: bool) -> None:
         """Do everything, the stages overlapping.
 
         Args:
             parts: this worker's; None if it only serves the others.
             outs: plain arrays that may be written as soon as values are there.
-            who: tells, when the first parts are laid out, which workers of this host take part.
+            who: tells, when the first parts are laid out, who takes part.
             past_cache: write outs past the processor's cache.
         """
-        count, present = self.count, list[int]()
+        count, presence = self.count, Presence([], False)
         if self._meeting.size == 1 and parts is not None and parts.bases is not None and len(parts.bases) == 1:
             # Alone on its host: what would be laid out for others is read where it is.
             self._direct = parts
@@ -95,16 +95,16 @@ class Exchange:
             if turn < count and parts is not None:
                 self.lay_out(turn, parts)
             if turn == 0:
-                present = who()
+                presence = who()
                 if not count:
                     self._finish()
             if 0 <= turn - at_sum < count:
-                self.sum(turn - at_sum, present)
+                self.sum(turn - at_sum, presence)
             if 0 <= turn - at_settle < count:
                 self.settle(turn - at_settle)
             if outs is not None and 0 <= turn - at_copy < count:
                 self.copy_out(turn - at_copy, outs, past_cache)
-        self._chain.flush(self._doing)
+        self._chain.flush(self.doing)
 
     def _turns(self) -> tuple[int, int, int]:
         """Return by how many turns each stage comes after a chunk was laid out."""
@@ -114,25 +114,22 @@ class Exchange:
         waits = self.count if self._at_end else on_the_way
         return at_sum, at_sum + waits, at_sum + waits + at_sum
 
-    def serve(self, present: list[int]) -> None:
+    def serve(self, presence: Presence) -> None:
         """Do what the other workers wait for, the parts having been laid out."""
         if not self.count:
             self._finish()
         for chunk in range(self.count):
-            self.sum(chunk, present)
+            self.sum(chunk, presence)
             if not self._at_end and self._chain.is_last:
                 self.settle(chunk)
         if self._at_end or not self._chain.is_last:
             for chunk in range(self.count):
                 self.settle(chunk)
-        self._chain.flush(self._doing)
+        self._chain.flush(self.doing)
 
-    def is_laid_out(self) -> bool:
-        """Tell whether every worker of the host has laid its parts out."""
-        return all(
-            self._meeting.is_there(self.stage.filled[chunk % self.stage.slots], self._uses[chunk])
-            for chunk in range(self.count)
-        )
+    def is_laid_out(self, here: list[int]) -> bool:
+        """Tell whether these workers of the host have laid their parts out."""
+        return all(self._meeting.is_there(self._filled(chunk, here), self._uses[chunk]) for chunk in range(self.count))
 
     def wait_for_values(self) -> None:
         """Wait until every owner has made its values."""
@@ -142,32 +139,26 @@ class Exchange:
     # ------------------------------------------------------------ one chunk
 
     def _wait(self, columns: list[bytes], chunk: int) -> None:
-        self._meeting.wait(columns[chunk % self.stage.slots][: self._owners], self._uses[chunk], self._doing)
+        self._meeting.wait(columns[chunk % self.stage.slots][: self._owners], self._uses[chunk], self.doing)
 
     def lay_out(self, chunk: int, parts: Arrays) -> None:
         """Put this worker's parts into the stage, once its slot has been read."""
         slot, use = chunk % self.stage.slots, self._uses[chunk]
-        self._meeting.wait(self.stage.read[slot][: self._owners], use - 1, self._doing)
+        self._meeting.wait(self.stage.read[slot][: self._owners], use - 1, self.doing)
         for leg in self._legs[chunk] if self._direct is None else ():
             lay_out(leg, self._meeting.me, parts)
         self._meeting.store(self.stage.own_filled[slot], use)
 
-    def sum(self, chunk: int, present: list[int]) -> None:
+    def sum(self, chunk: int, presence: Presence) -> None:
         """Update the pieces that this worker owns, or send their sums on."""
         slot, use = chunk % self.stage.slots, self._uses[chunk]
         if self._is_owner:
-            column = self.stage.filled[slot]
-            if len(present) < self._meeting.size:
-                column = b"".join(column[8 * worker : 8 * worker + 8] for worker in present)
-            self._meeting.wait(column, use, self._doing, present)
+            self._meeting.wait(self._filled(chunk, presence.here), use, self.doing, presence.here)
             legs = self._own_legs(chunk)
-            before = self._receive(chunk, legs)
-            sums = None if self._chain.is_last or not legs else Message.new([(leg, leg.wide) for leg in legs])
-            for index, leg in enumerate(legs):
-                earlier = None if before is None else before.rooms[index]
-                self._sum_leg(leg, present, earlier, None if sums is None else sums.rooms[index])
+            before = self._receive(chunk, legs) if presence.parts_come else None
+            sums = self._sum_legs(legs, presence.here, before)
             self._meeting.store(self.stage.own_read[slot], use)
-            if sums is not None:
+            if legs and not self._chain.is_last:
                 self._send_on(chunk, legs, sums)
         if chunk == self.count - 1:
             self._finish()
@@ -180,13 +171,13 @@ class Exchange:
         message: Message | None = None
         if not self._chain.is_last and legs:
             message, work = self._returning.pop(chunk)
-            self._chain.finish(work, self._chain.after, self._doing)
+            self._chain.finish(work, self._chain.after, self.doing)
             message.unpack(legs)
         if self._chain.before is not None and legs:
             if message is None:
                 message = Message.of_values(legs)
                 message.pack(legs)
-            self._chain.send(message.whole, self._chain.before, self._doing)
+            self._chain.send(message.whole, self._chain.before, self.doing)
         self._meeting.store(self.stage.own_ready[chunk % self.stage.slots], self._uses[chunk])
 
     def copy_out(self, chunk: int, outs: Arrays, past_cache: bool) -> None:
@@ -200,6 +191,23 @@ class Exchange:
     def _own_legs(self, chunk: int) -> list[Leg]:
         """Return the legs of a chunk that have pieces of this worker's."""
         return [leg for leg in self._legs[chunk] if leg.own.stop > leg.own.start]
+
+    def _filled(self, chunk: int, here: list[int]) -> bytes:
+        """Return the words of a chunk that some workers of this host store when they have laid their parts out."""
+        column = self.stage.filled[chunk % self.stage.slots]
+        if len(here) == self._meeting.size:
+            return column
+        return b"".join(column[8 * worker : 8 * worker + 8] for worker in here)
+
+    def _sum_legs(self, legs: list[Leg], here: list[int], before: Message | None) -> Message | None:
+        """Update values, or return the sums for the host after; None where there are no parts up to here."""
+        if not self._chain.is_last and not (here and legs):
+            return before
+        sums = None if self._chain.is_last else Message.new([(leg, leg.wide) for leg in legs])
+        for index, leg in enumerate(legs):
+            earlier = None if before is None else before.rooms[index]
+            self._sum_leg(leg, here, earlier, None if sums is None else sums.rooms[index])
+        return sums
 
     def _sum_leg(self, leg: Leg, present: list[int], before: torch.Tensor | None, sums: torch.Tensor | None) -> None:
         own = leg.own
@@ -259,15 +267,13 @@ class Exchange:
     def _sift(self, guard: Guard) -> set[int]:
         """Agree with all workers on which keys are left out."""
         bad = {key: step.count_nonfinite() for key, step in self._steps.items() if isinstance(step, WholeStep)}
-        verb = self._doing.partition(" ")[0]
+        verb = self.doing.partition(" ")[0]
         names = [f"{verb}({quote(entry.key)})" for entry in self._entries]
-        left_out, self.refusal = guard.decide(bad, names, self._doing)
+        left_out, self.refusal = guard.decide(bad, names, self.doing)
         return left_out
 
     def _receive(self, chunk: int, legs: list[Leg]) -> Message | None:
         """Return what the hosts before have summed of this worker's pieces, asking for the next chunk already."""
-        if self._chain.before is None:
-            return None
         for each in range(chunk, min(chunk + 2, self.count)):
             mine = self._own_legs(each)
             if each not in self._coming and mine:
@@ -276,11 +282,12 @@ class Exchange:
         if not legs:
             return None
         message, work = self._coming.pop(chunk)
-        self._chain.finish(work, self._chain.before, self._doing)
+        self._chain.finish(work, self._chain.before, self.doing)
         return message
 
-    def _send_on(self, chunk: int, legs: list[Leg], sums: Message) -> None:
+    def _send_on(self, chunk: int, legs: list[Leg], sums: Message | None) -> None:
         after = self._chain.after
-        self._chain.send(sums.whole, after, self._doing)
+        if sums is not None:
+            self._chain.send(sums.whole, after, self.doing)
         message = Message.of_values(legs)
         self._returning[chunk] = message, self._chain.receive(message.whole, after)

@@ -10,7 +10,9 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,8 @@ log = logging.getLogger("tensorkv")
 
 # How long to wait for the one who has noticed a fault to say what it was.
 _NEWS_S = 1.0
+# How often a worker looks whether rank 0 has answered, or announced another start.
+_LOOK_S = 0.02
 # How many dist stores this process has made, which tells apart what they say to each other.
 _made = 0
 # The meeting place that torchrun's variables name; its server lives as long as rank 0's process.
@@ -57,9 +61,8 @@ class Group:
             return
         global _made
         _made += 1
-        # torchrun's store outlives the workers that it starts again.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = PrefixStore(f"tensorkv/{attempt}/{_made}", store)
+        self._store = PrefixStore(f"tensorkv/{_made}", store)
+        self._store = PrefixStore(self._agree_on_start(), self._store)
         self.hosts = self._find_hosts(shared_memory, {"shared_memory": shared_memory, **(options or {})})
         self.host = next(index for index, ranks in enumerate(self.hosts) if self.rank in ranks)
         if len(self.hosts) > 1:
@@ -78,6 +81,34 @@ class Group:
             raise RankLostError(f"create: the workers did not meet at MASTER_ADDR and MASTER_PORT: {error}") from error
         store, self.rank, self.size = met
         return store
+
+    def _agree_on_start(self) -> str:
+        """Return what to call this start, the same for all workers and for no other start.
+
+        torchrun's store outlives the workers that it starts again, so what an earlier start has announced may still
+        be there. Who finds an announcement believes it when rank 0 has read a word that nobody said before.
+        """
+        mine = uuid4().hex
+        if self.rank == 0:
+            self._store.set("start", mine)
+            missing, turn = set(range(1, self.size)), 0
+            while missing:
+                turn += 1
+                rank, word = json.loads(self._get(f"{mine}/hello/{turn}", min(missing)))
+                self._store.set(f"{mine}/welcome/{word}", b"")
+                missing.discard(rank)
+            return mine
+        found, deadline = "", monotonic() + self.timeout_s
+        while monotonic() < deadline:
+            start = self._get("start", 0).decode()
+            if start != found:
+                found = start
+                turn = self._store.add(f"{start}/turns", 1)
+                self._store.set(f"{start}/hello/{turn}", json.dumps([self.rank, mine]))
+            if self._store.check([f"{start}/welcome/{mine}"]):
+                return start
+            sleep(_LOOK_S)
+        raise RankLostError(f"rank 0 of {self.size} did not come within {self.timeout_s:g} s")
 
     def _find_hosts(self, shared_memory: bool, options: dict[str, Any]) -> list[list[int]]:
         """Return runs of neighbouring ranks that can share memory; every worker comes to the same result."""

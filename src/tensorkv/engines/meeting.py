@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -34,7 +35,7 @@ _HEAD = struct.Struct("8sI")
 # What an entry has room for, in bytes; ``describe`` gives one for each character.
 ENTRY_TEXT = _ENTRY_NBYTES - _HEAD.size
 # Words of a worker.
-_ENTERED, _AGREED, _SHARED, _ARRIVED, _WAITS_FOR = range(5)
+_ENTERED, _AGREED, _TOLD, _ARRIVED, _WAITS_FOR = range(5)
 _WORDS = 5
 # Long enough to meet a worker that is on its way, short enough to leave the core to it if it is not.
 _SPIN_S = 50e-6
@@ -69,7 +70,7 @@ class Meeting:
         # Where workers outnumber cores, one that spins keeps another from working.
         self._spin_s = _SPIN_S if self.size <= default_threads() else 0.0
         self._arrivals = 0
-        self._shares = 0
+        self._told = 0
         self._segments: list[Segment] = []
         self._agreed: dict[int, list[int]] = {}
         self.error: TensorKVError | None = None
@@ -292,7 +293,6 @@ class Meeting:
         Raises:
             MemoryError: on every worker, when there is not so much.
         """
-        self._shares += 1
         segment: Segment | None = None
         if self.me == 0:
             try:
@@ -309,24 +309,32 @@ class Meeting:
         return segment
 
     def _pass_on(self, segment: Segment | None, nbytes: int, doing: str) -> Segment | None:
-        memory, at = self._memory, self._note + _NOTE_NBYTES // 2
-        shared = self._column(_SHARED)
-        if self.me == 0:
-            path = (segment.path if segment is not None else "").encode()
-            memory.memory[at : at + 4 + len(path)] = struct.pack("I", len(path)) + path
-            _shared.store(self._word(0, _SHARED), self._shares)
-        else:
-            self.wait(shared[:8], self._shares, doing)
-            (length,) = struct.unpack_from("I", memory.memory, at)
-            path = bytes(memory.memory[at + 4 : at + 4 + length])
-            segment = Segment(nbytes, path.decode()) if path else None
-            _shared.store(self._word(self.me, _SHARED), self._shares)
-        self.wait(shared, self._shares, doing)
-        # The maker's path may be written over once all have read it.
+        path = self.tell("" if segment is None else segment.path, doing)
+        if self.me != 0:
+            segment = Segment(nbytes, path) if path else None
+        # All have opened it now.
         self.barrier(doing)
         if segment is not None:
             segment.close_file()
         return segment
+
+    def tell(self, text: str, doing: str) -> str:
+        """Return the text of this host's first worker; all of them call this."""
+        if self.size == 1:
+            return text
+        self._told += 1
+        memory, at, word = self._memory, self._note + _NOTE_NBYTES // 2, self._word(0, _TOLD)
+        if self.me == 0:
+            data = text.encode()
+            memory.memory[at : at + 4 + len(data)] = struct.pack("I", len(data)) + data
+            _shared.store(word, self._told)
+        else:
+            self.wait(word.to_bytes(8, sys.byteorder), self._told, doing)
+            (length,) = struct.unpack_from("I", memory.memory, at)
+            text = bytes(memory.memory[at + 4 : at + 4 + length]).decode()
+        # The text may be written over once all have read it.
+        self.barrier(doing)
+        return text
 
     def forget(self, segment: Segment) -> None:
         """Drop a segment that nobody waits in any more."""

@@ -6,16 +6,15 @@ and everything else that has to see its end, goes through a small stage that all
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from .. import reduce
+from .. import arrays, reduce
 from ..columns import Column
 from ..entry import Batch, Entry, Part
-from ..errors import TensorKVError, WorkerError, WorkerMismatchError
+from ..errors import TensorKVError
 from ..keys import Key
 from ..rows import Rows
 from ..shard import Shard
@@ -23,17 +22,19 @@ from ..table import Table
 from . import sparse
 from .background import Background
 from .calls import Calls
-from .chain import Chain
+from .chain import HEAD_TEXT, Chain, Presence
 from .exchange import Exchange
 from .finite import Guard
 from .group import Group
-from .meeting import ENTRY_TEXT, LEFT, REFUSED, Meeting, describe, fingerprint
+from .meeting import Meeting, describe, fingerprint
 from .route import RING, SLOT_NBYTES, SLOT_NBYTES_OVER_HOSTS, Arrays, Held, Route, Stage
 
 # Calls whose outs are larger together do not find them in the cache afterwards.
 _PAST_CACHE_NBYTES = 4 << 20
 # Lists of keys whose way is remembered; each that is pushed alone has a stage of its own.
 _REMEMBERED_ROUTES = 256
+# What these stages may take together: so many times the values, and at least so many bytes.
+_MOST_STAGES, _LEAST_STAGES_NBYTES = 4, 64 << 20
 
 Outs = Sequence[Sequence[torch.Tensor]]
 
@@ -67,9 +68,9 @@ class Pushes:
         self._stage: Stage | None = None
         self._slot_nbytes = SLOT_NBYTES if len(group.hosts) == 1 else SLOT_NBYTES_OVER_HOSTS
         self._pending: dict[Key, Exchange] = {}
-        # Texts of calls by their marks, where an entry has no room for the whole.
+        # Texts of calls by their marks, where an entry or a head may have no room for the whole.
         self._texts: dict[bytes, str] = {}
-        self._background = Background(meeting, in_order=len(group.hosts) > 1)
+        self._background = Background(meeting, chain)
 
     # ------------------------------------------------------------ push
 
@@ -104,9 +105,8 @@ class Pushes:
         parts = Arrays.of([sparse.dense(entry, group) for entry, group in zip(entries, groups, strict=True)], dtypes)
         later = outs is None and self._may_be_later
         exchange = self._exchange(number, text, keys, entries, own_stage=later)
-        who = self._calls.who(number, text)
         if later:
-            self._push_later(exchange, parts, who, keys, priority)
+            self._push_later(exchange, parts, keys, priority)
             return None, False
         self.drain()
         ready = None if outs is None else Arrays.of(outs, dtypes)
@@ -114,7 +114,7 @@ class Pushes:
         if direct and exchange.count > 1:
             direct = reduce.are_apart(parts.groups, outs)  # type: ignore[arg-type]
         past = outs is not None and sum([out.nbytes for group in outs for out in group]) > _PAST_CACHE_NBYTES
-        exchange.run(parts, ready if direct else None, who, past)
+        exchange.run(parts, ready if direct else None, self._calls.who(number, text), past)
         if not direct:
             exchange.wait_for_values()
         return self._problem(exchange, entries, text), direct
@@ -124,9 +124,7 @@ class Pushes:
         """Whether nothing can go wrong with a push that its caller would have to hear of."""
         return not self._shard.has_updater and self._guard is None
 
-    def _push_later(
-        self, exchange: Exchange, parts: Arrays, who: Callable[[], list[int]], keys: Sequence[Key], priority: int
-    ) -> None:
+    def _push_later(self, exchange: Exchange, parts: Arrays, keys: Sequence[Key], priority: int) -> None:
         # Pushes of one key are applied in the order in which they were made.
         for earlier in {id(each): each for key in keys if (each := self._pending.get(key))}.values():
             if earlier.route is not exchange.route:
@@ -135,37 +133,47 @@ class Pushes:
             exchange.lay_out(chunk, parts)
         for key in keys:
             self._pending[key] = exchange
-        self._background.add(exchange, who, priority)
+        self._background.add(exchange, priority)
 
     def _push_mixed(self, number: int, text: str, batch: Batch, kinds: Sequence[bool]) -> Exception | None:
         """Push keys of which some came as Rows alone."""
         self.drain()
-        self._calls.together(number, text)
-        merged: dict[Key, Rows] = {}
-        for key, parts, is_rows in zip(batch.keys, batch.parts, kinds, strict=True):
-            if is_rows:
-                entry = self._shard.entry(batch.verb, key)
-                merged[key] = sparse.gather(self._group, entry, parts, text)  # type: ignore[arg-type]
-        self._meeting.barrier(text)
-        rest = [index for index, is_rows in enumerate(kinds) if not is_rows]
-        problem = None if self._guard is None else self._guard.sift(batch.verb, merged)
-        if rest and problem is None:
-            keys, groups = [batch.keys[i] for i in rest], [batch.parts[i] for i in rest]
-            inner = _text("push", keys, [])
+        self._remember(text)
+        self._calls.who(number, text)()
+        self._calls.all_agree(text)
+        pairs = list(zip(batch.keys, batch.parts, kinds, strict=True))
+        rest = [(key, parts) for key, parts, is_rows in pairs if not is_rows]
+
+        def push_rest() -> Exception | None:
+            inner = _text("push", [key for key, _ in rest], [])
             number = self._meeting.enter(fingerprint(inner), inner)
-            problem, _ = self._push_dense(number, inner, keys, groups, None, 0)
+            return self._push_dense(number, inner, [key for key, _ in rest], [parts for _, parts in rest], None, 0)[0]
+
+        rows: dict[Key, Any] = {key: parts for key, parts, is_rows in pairs if is_rows}
+        return self._push_rows(text, batch.verb, rows, push_rest if rest else None)
+
+    def _push_rows(
+        self, text: str, verb: str, parts: Mapping[Key, Sequence[Rows]], rest: Callable[[], Exception | None] | None
+    ) -> Exception | None:
+        """Push Rows, every worker doing the same with what all have given; before them, the rest of the call."""
+        entries = {key: self._shard.entry(verb, key) for key in parts}
+        merged = {key: sparse.gather(self._group, entries[key], own, text) for key, own in parts.items()}
+        self._meeting.barrier(text)
+        problem = None if self._guard is None else self._guard.sift(verb, merged)
+        if rest is not None and problem is None:
+            problem = rest()
         if problem is not None:
             return problem
-        entries = [self._shard.entry(batch.verb, key) for key in merged]
         failed: list[tuple[int, Exception]] = []
-        for index, (entry, total) in enumerate(zip(entries, merged.values(), strict=True)):
+        taken = [entries[key] for key in merged]
+        for index, (entry, total) in enumerate(zip(taken, merged.values(), strict=True)):
             try:
                 self._take_rows(entry, total)
             except Exception as error:
                 failed.append((index, error))
         self._meeting.barrier(text)
         self._spread_rows(merged, text)
-        return self._raised(failed, entries, text)
+        return self._raised(failed, taken, text)
 
     def _take_rows(self, entry: Entry, merged: Rows) -> None:
         if isinstance(entry.value, Table):
@@ -254,13 +262,13 @@ class Pushes:
         text, parts = route.texts[verb], Arrays.of_columns(columns)
         with self._calls.entered(text) as number:
             exchange = self._exchange(number, text, keys, entries, own_stage=not targets)
-            who = self._calls.who(number, text)
             if not targets:
-                self._push_later(exchange, parts, who, keys, priority)
+                self._push_later(exchange, parts, keys, priority)
                 return True
             self.drain()
             apart = exchange.count == 1 or route.are_apart(columns, targets)
             past = sum(route.form.nbytes) * len(targets) > _PAST_CACHE_NBYTES  # type: ignore[union-attr]
+            who = self._calls.who(number, text)
             exchange.run(parts, Arrays.of_columns(targets) if apart else None, who, past)
             if not apart:
                 exchange.wait_for_values()
@@ -295,51 +303,31 @@ class Pushes:
         self._background.wait_for(None)
         self.settle(list(self._pending))
 
-    # ------------------------------------------------------------ those who have left
+    # ------------------------------------------------------------ what the others push
 
-    def leave(self) -> None:
-        """Serve the others until every worker has left."""
-        with self._calls.lock:
-            self._calls.check()
-            if len(self._group.hosts) > 1:
-                raise self._meeting.stop(
-                    WorkerError("leave: not yet over several hosts; give every worker as many batches")
-                )
-            self.drain()
-            while True:
-                number = self._meeting.enter(LEFT, "leave")
-                present = self._meeting.agree(number, "leave")
-                if not present:
-                    return
-                mark, text = self._meeting.read(present[0], number)
-                # A call that was refused is none.
-                if mark != REFUSED:
-                    self._serve(number, self._texts.get(mark, text), present)
-
-    def _serve(self, number: int, text: str, present: list[int]) -> None:
-        verb, _, rest = text.partition(" ")
-        if verb not in ("push", "pushpull"):
-            raise self._meeting.stop(
-                WorkerMismatchError(
-                    f"rank {self._group.rank} has left; the others may push and pull only, not {text[:200]}"
-                )
-            )
-        try:
-            called = json.loads(rest)
-        except ValueError:
-            raise self._meeting.stop(
-                WorkerError(
-                    "leave: the others push a list of keys that they have not pushed before, and it is too long"
-                )
-            ) from None
-        keys = called["keys"]
-        if "rows" in called:
-            raise self._meeting.stop(WorkerError("leave: the others push Rows, which every worker has to be there for"))
-        entries = [self._shard.entry("push", key) for key in keys]
+    def serve(self, number: int, text: str, verb: str, keys: Sequence[Key], presence: Presence) -> Exception | None:
+        """Take part in a dense push without parts of this worker's."""
+        entries = [self._shard.entry(verb, key) for key in keys]
         later = verb == "push" and self._may_be_later
         exchange = self._exchange(number, text, keys, entries, own_stage=later)
-        exchange.run(None, None, lambda: present, False)
-        self._problem(exchange, entries, text)
+        exchange.run(None, None, lambda: presence, False)
+        if later:
+            # Nothing beyond, since this worker takes calls in their order.
+            self._chain.report(-1, text)
+        return self._problem(exchange, entries, text)
+
+    def serve_rows(
+        self, text: str, verb: str, keys: Sequence[Key], kinds: Sequence[bool], rest: Callable[[], Exception | None]
+    ) -> Exception | None:
+        """Take part in a push of Rows without parts of this worker's; ``rest`` does what is dense in it."""
+        self._calls.all_agree(text)
+        chosen = [key for key, is_rows in zip(keys, kinds, strict=True) if is_rows]
+        parts = {key: [sparse.nothing(self._shard.entry(verb, key))] for key in chosen}
+        return self._push_rows(text, verb, parts, rest if len(chosen) < len(keys) else None)
+
+    def text_of(self, mark: bytes, text: str) -> str:
+        """Return the whole text of a call that this worker has made as well, else what there was room for."""
+        return self._texts.get(mark, text)
 
     # ------------------------------------------------------------ routes
 
@@ -347,13 +335,12 @@ class Pushes:
         self, number: int, text: str, keys: Sequence[Key], entries: Sequence[Entry], *, own_stage: bool
     ) -> Exchange:
         route = self._route(tuple(keys))
-        if len(text) > ENTRY_TEXT:
-            self._texts[fingerprint(text)] = text
+        self._remember(text)
         if own_stage:
             if route.own_stage is None:
+                self._make_room(route)
                 self._agree_first(number, text)
-                slots = max(1, len(route.chunks))
-                route.own_stage = Stage(self._meeting, slots, route.slot_nbytes, text)
+                route.own_stage = Stage(self._meeting, max(1, len(route.chunks)), route.slot_nbytes, text)
             else:
                 # Its slots are filled again only when what was laid out before has been taken.
                 self._background.wait_for(route.own_stage)
@@ -365,6 +352,10 @@ class Pushes:
             stage = self._stage
         rule = self._shard.rule
         return Exchange(self._meeting, self._chain, route, stage, number, text, entries, rule, self._guard)
+
+    def _remember(self, text: str) -> None:
+        if len(text) > HEAD_TEXT:
+            self._texts[fingerprint(text)] = text
 
     def _agree_first(self, number: int, text: str) -> None:
         # Memory is shared by workers that make the same call, and calls are compared in order.
@@ -384,6 +375,19 @@ class Pushes:
         route = Route([self._held[key] for key in keys], self._meeting, self._chain.owners, self._slot_nbytes)
         self._routes[keys] = route
         return route
+
+    def _make_room(self, route: Route) -> None:
+        """Drop the routes that were used least lately until there is room for another one's stage."""
+        values = sum(each.value.numel() * arrays.accumulator(each.value.dtype).itemsize for each in self._held.values())
+        most = max(_LEAST_STAGES_NBYTES, _MOST_STAGES * values)
+        staged = {keys: each.stage_nbytes for keys, each in self._routes.items() if each.own_stage is not None}
+        room = most - route.stage_nbytes - sum(staged.values())
+        for keys, nbytes in staged.items():
+            if room >= 0:
+                break
+            self.settle(keys)
+            self._drop(keys)
+            room += nbytes
 
     def forget(self, keys: Sequence[Key] | None = None) -> None:
         """Drop the routes of some keys, or all."""

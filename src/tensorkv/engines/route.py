@@ -175,6 +175,11 @@ class Route:
         self._legs: dict[Stage, list[list[Leg]]] = {}
         self.own_stage: Stage | None = None
 
+    @property
+    def stage_nbytes(self) -> int:
+        """What one worker's parts take in a stage with a slot for each chunk."""
+        return len(self.chunks) * aligned(self.slot_nbytes)
+
     def legs(self, stage: Stage) -> list[list[Leg]]:
         """Return the legs of each chunk on a stage; chunk c is in slot c modulo their number."""
         known = self._legs.get(stage)

@@ -51,6 +51,12 @@ def gather(group: Group, entry: Entry, mine: Sequence[Rows], doing: str) -> Rows
     return rows.merge(parts, entry.spec.dtype)
 
 
+def nothing(entry: Entry) -> Rows:
+    """Return no rows of a value, for a worker that has left."""
+    shape = entry.spec.shape
+    return Rows(torch.empty(0, dtype=torch.int64), torch.empty(0, *shape[1:], dtype=entry.spec.dtype), shape[0])
+
+
 def apply(rule: Rule, entry: Entry, held: Held, owner: int, merged: Rows) -> None:
     """Update those rows of a dense value that this worker owns."""
     low, high = held.borders[owner], held.borders[owner + 1]

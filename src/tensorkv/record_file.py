@@ -112,7 +112,7 @@ class Reader:
                 return None
             words, end = head + frame.words, at + frame.nbytes
             mark = bytes(self._bytes(end - len(END), end))
-            if end == self._size and not any(mark):
+            if end == self._size and not mark[-1]:
                 return None
             record = read_record(frame, bytes(self._bytes(head, words)), self._bytes(words, end - len(END)))
             if mark != END:

@@ -85,7 +85,7 @@ def test_a_tail_of_zeros_is_a_write_that_was_not_finished(tmp_path):
     log = write_log(tmp_path, numbers(3))
     data = log.read_bytes()
     record = len(data) // 3
-    for kept in [*range(2 * record, 2 * record + 60), *range(2 * record, 3 * record - 3, 7)]:
+    for kept in range(2 * record, 3 * record):
         for size in (3 * record, kept + 1, kept + 5000 if kept < 2 * record + 36 else 3 * record):
             log.write_bytes(data[:kept].ljust(size, b"\0")[: max(size, kept)])
             assert lsns(log) == ([1, 2], True), (kept, size)

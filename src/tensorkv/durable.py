@@ -90,6 +90,10 @@ class DurableShard(Shard):
         self._refuse_broken()
         return super().one(key, value, out)
 
+    def entry(self, verb: str, key: Key) -> Entry:
+        self._refuse_broken()
+        return super().entry(verb, key)
+
     def _plan(self, keys: Sequence[Key], *, pushes: bool) -> Plan | None:
         plan = super()._plan(keys, pushes=pushes)
         # Sums that are logged are made beside the values, which costs more than a plan gains without the kernel.

@@ -24,7 +24,7 @@ FLOORS = [
     {"rules", "plan", "cuda", "quick", "finite"},
     {"checks"},
     {"manifest", "shard", "clients", "folder_lock", "record"},
-    {"checkpoint", "record_file"},
+    {"checkpoint", "record_file", "changes"},
     {"journal"},
     {"durable"},
     {"server.waits", "server.rounds", "server.call", "server.wire", "server.views"},

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+
+# Threads answer requests side by side; each sees its own.
+_running: ContextVar[tuple[Clients | None, Sequence[tuple[str, int]]]] = ContextVar("_running", default=(None, ()))
 
 
 class Clients:
     """The last applied request of each client.
 
-    A client numbers its requests from 1 and sends one at a time: the next when the last is answered.
+    A client numbers its requests from 1 and sends one at a time: the next when the last is answered. What a
+    request asks for is one change of a shard: one call of ``init``, ``push``, ``pushpull``, ``delete`` and so on.
+    Requests of several clients may be answered by several threads; the same request by one at a time.
 
     >>> clients = Clients()
     >>> with clients.request("worker-a", 1) as is_new:
@@ -22,8 +28,12 @@ class Clients:
 
     def __init__(self) -> None:
         self.last: dict[str, int] = {}
-        self.current: Sequence[tuple[str, int]] = ()
-        """Clients and numbers of the requests that are being applied."""
+
+    @property
+    def current(self) -> Sequence[tuple[str, int]]:
+        """Clients and numbers of the requests that are being applied here."""
+        owner, requests = _running.get()
+        return requests if owner is self else ()
 
     def has_applied(self, client: str, seq: int) -> bool:
         """Tell whether a request has been applied."""
@@ -41,13 +51,13 @@ class Clients:
     @contextmanager
     def together(self, requests: Sequence[tuple[str, int]]) -> Iterator[None]:
         """Apply several requests in one change; they count when the block ends without an error."""
-        self.current = requests
+        token = _running.set((self, requests))
         try:
             yield
-            self.done()
+            self.done(requests)
         finally:
-            self.current = ()
+            _running.reset(token)
 
-    def done(self) -> None:
-        """Count the current requests as applied."""
-        self.last.update(self.current)
+    def done(self, requests: Sequence[tuple[str, int]]) -> None:
+        """Count requests as applied."""
+        self.last.update(requests)

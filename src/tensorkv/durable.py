@@ -7,8 +7,6 @@ folder again reads the snapshot and makes the logged changes once more, by the s
 from __future__ import annotations
 
 import logging
-import threading
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -16,12 +14,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from . import manifest, reduce
+from . import changes, manifest
 from .checks import check_push
 from .clients import Clients
 from .columns import Column
 from .entry import Batch, Entry
-from .errors import CheckpointError, JournalError, TensorKVError, quote
+from .errors import JournalError, quote
 from .finite import NonFinite
 from .journal import Durability, Journal
 from .keys import Key
@@ -30,7 +28,7 @@ from .plan import Plan
 from .pool import Pool
 from .record import Item, Record, describe, nbytes_of, pack
 from .rows import Rows
-from .rules import Assign, CallUpdater, LostUpdater, Rule, StepOptimizer
+from .rules import Assign, CallUpdater, LostUpdater, Rule
 from .shard import Shard
 
 # So many records are replayed before what they led to is compared with what it was.
@@ -75,9 +73,10 @@ class DurableShard(Shard):
         self._unproven = 0
         self._journal = Journal(path, durability, log_nbytes, wait_s)
         try:
-            self._recover()
+            self._shield.run([self._recover])
         except BaseException:
             self._journal.close()
+            self._shield.close()
             raise
 
     @property
@@ -86,8 +85,14 @@ class DurableShard(Shard):
         return {**self._journal.counts, "log_nbytes": self._journal.nbytes, "lsn": self._journal.lsn}
 
     def one(self, key: Key, value: Any, out: Any) -> int | None:
-        # A push goes the long way, which logs it.
-        return super().one(key, value, out) if value is None else None
+        if value is not None:
+            return None
+        self._refuse_broken()
+        return super().one(key, value, out)
+
+    def entry(self, verb: str, key: Key) -> Entry:
+        self._refuse_broken()
+        return super().entry(verb, key)
 
     def _plan(self, keys: Sequence[Key], *, pushes: bool) -> Plan | None:
         plan = super()._plan(keys, pushes=pushes)
@@ -102,20 +107,21 @@ class DurableShard(Shard):
         self._commit(pack({"verb": "init", "body": body}, items), partial(super()._hold, entries))
 
     def _forget(self, keys: Sequence[Key]) -> None:
-        self._commit(Record({"verb": "delete", "keys": list(keys)}), partial(super()._forget, keys))
+        self._commit(Record({"verb": "delete", "keys": list(keys)}), partial(self._drop, keys))
 
     def _take_rule(self, rule: Rule) -> None:
-        self._commit(Record({"verb": "rule", **_describe_rule(rule)}), partial(self._change_rule, rule))
+        self._commit(Record({"verb": "rule", **changes.describe_rule(rule)}), partial(self._change_rule, rule))
 
     def _apply(
         self, entries: Sequence[Entry], parts: Sequence[list[Any]], outs: Sequence[Sequence[torch.Tensor]]
     ) -> bool:
-        sums = [_sum(entry, key_parts) for entry, key_parts in zip(entries, parts, strict=True)]
         if isinstance(self._rule, CallUpdater):
-            for entry, total in zip(entries, sums, strict=True):
-                self._put(entry, _updated(self._rule, entry, total))
+            self._update(self._rule, entries, parts)
             return False
-        record = pack({"verb": "push"}, _items(entries, sums))
+        sums = [
+            changes.total(entry, key_parts, may_share=True) for entry, key_parts in zip(entries, parts, strict=True)
+        ]
+        record = pack({"verb": "push"}, changes.items_of(entries, sums))
         change = partial(super()._apply, entries, [[total] for total in sums], outs)
         filled: bool = self._commit(record, change, entries, sums)
         return filled
@@ -135,19 +141,29 @@ class DurableShard(Shard):
         change = partial(super()._apply_plan, plan, [plan.form.flat(total)], targets, optimizer)
         self._commit(record, change, plan.entries, [total] * len(plan.entries))
 
-    def _put(self, entry: Entry, made: Any) -> None:
-        """Take over what an updater has made of a value, which no replay could make again."""
-        self._commit(pack({"verb": "put"}, _items([entry], [made])), partial(_replace, entry, made), [entry], [made])
+    def _update(self, rule: CallUpdater, entries: Sequence[Entry], parts: Sequence[list[Any]]) -> None:
+        """Take over what an updater makes of values, which no replay could make again."""
+        made: list[Any] = []
+        try:
+            for entry, key_parts in zip(entries, parts, strict=True):
+                made.append(changes.updated(rule, entry, changes.total(entry, key_parts, may_share=False)))
+        except BaseException:
+            # The keys before the one that failed are changed, as in any store; but a request is whole or not made.
+            if made and not self.clients.current:
+                self._put(entries[: len(made)], made)
+            raise
+        self._put(entries, made)
 
-    def restore(self, entries: Sequence[Entry], rule: Rule | None) -> None:
-        with self._lock:
-            super().restore(entries, rule)
-            self._write_down()
+    def _put(self, entries: Sequence[Entry], made: Sequence[Any]) -> None:
+        self._commit(
+            pack({"verb": "put"}, changes.items_of(entries, made)), partial(changes.put, entries, made), entries, made
+        )
 
-    def restore_states(self, entries: Sequence[Entry], rule: Rule | None) -> None:
-        with self._lock:
-            super().restore_states(entries, rule)
-            self._write_down()
+    def _become(self, entries: Sequence[Entry], rule: Rule) -> None:
+        self._write_down(partial(super()._become, entries, rule))
+
+    def _take_states(self, saved: Sequence[Entry], rule: Rule) -> None:
+        self._write_down(partial(super()._take_states, saved, rule))
 
     def note(self, name: str, data: Any) -> None:
         """Keep some plain data, for JSON, beside the values; None takes it away."""
@@ -162,6 +178,9 @@ class DurableShard(Shard):
 
     def close(self) -> None:
         with self._lock:
+            # One that is broken may be closed.
+            super().refuse_reentry()
+            self._broken = None
             super().close()
             self._journal.close()
             self._shield.close()
@@ -169,38 +188,41 @@ class DurableShard(Shard):
     def refuse_reentry(self) -> None:
         """Raise UpdaterError if an updater is running, JournalError if memory may not be what the journal says."""
         super().refuse_reentry()
+        self._refuse_broken()
+
+    def _refuse_broken(self) -> None:
         if self._broken is not None:
             raise JournalError(f"{self._journal.path}: {self._broken}; close this store and open it again")
 
     def _commit(
         self, record: Record, change: Callable[[], Any], entries: Sequence[Entry] = (), sums: Sequence[Any] = ()
     ) -> Any:
-        if self.clients.current:
-            record = Record({**record.head, "requests": list(self.clients.current)}, record.layout, record.payload)
+        requests = list(self.clients.current)
+        if requests:
+            record = Record({**record.head, "requests": requests}, record.layout, record.payload)
         results: list[Any] = []
 
         def work() -> None:
             self._journal.append(record)
             try:
                 results.append(change())
-                self.clients.done()
             except BaseException:
-                self._take_back()
+                self._take_back(self._journal.undo)
                 raise
+            self.clients.done(requests)
             self._note(entries, sums)
             self._look_after_the_log()
 
-        if threading.current_thread() is threading.main_thread():
-            # Where an interrupt cannot strike between the log and the change.
-            self._shield.run([work])
-        else:
-            work()
+        # No interrupt strikes between the log and the change in there. Replays run there as well: what torch
+        # computes may depend on its number of threads.
+        self._shield.run([work])
         return results[0]
 
-    def _take_back(self) -> None:
-        """Undo the record whose change has failed, and become what the journal says."""
+    def _take_back(self, undo: Callable[[], None] | None = None) -> None:
+        """Become what the journal says, a change having failed."""
         try:
-            self._journal.undo()
+            if undo is not None:
+                undo()
             self._recover()
         except BaseException as error:
             self._broken = f"a change failed halfway and could not be taken back ({error})"
@@ -212,20 +234,32 @@ class DurableShard(Shard):
             if self._unproven >= DIGEST_EVERY:
                 self._journal.append(Record({"verb": "digest", "keys": self._digests()}))
                 self._touched, self._unproven = {}, 0
-            if self._journal.is_due(self._state_nbytes()):
+            if self._journal.is_due(self._state_nbytes):
                 self._snapshot()
         except Exception as error:
             _logger.warning("%s: no digest or snapshot: %s", self._journal.path, error)
 
-    def _write_down(self) -> None:
-        if not self._snapshot():
-            self._recover()
-            raise JournalError(f"{self._journal.path}: what was loaded could not be written; the store is as it was")
+    def _write_down(self, change: Callable[[], None]) -> None:
+        """Make a change that is too large for the log, and a snapshot of what it leads to."""
+        requests = list(self.clients.current)
+
+        def work() -> None:
+            try:
+                change()
+                self.clients.done(requests)
+                if not self._snapshot():
+                    raise JournalError(f"{self._journal.path}: what was loaded cannot be written; all is as it was")
+            except BaseException:
+                self._take_back()
+                raise
+
+        self._shield.run([work])
 
     def _snapshot(self) -> bool:
         made = self._journal.snapshot(self._snapshot_records())
         if made:
             self._touched, self._unproven = {}, 0
+            self._journal.remove_old()
         return made
 
     def _snapshot_records(self) -> Iterator[Record]:
@@ -260,18 +294,17 @@ class DurableShard(Shard):
                     self._replay(record)
             except JournalError as error:
                 raise JournalError(f"{self._journal.path}: record {self._journal.lsn}: {error}") from None
-            except (TensorKVError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            except Exception as error:  # whatever the data leads to
                 raise JournalError(
                     f"{self._journal.path}: record {self._journal.lsn} is not one that a store writes: {error}"
                 ) from error
         self._journal.begin()
 
     def _take_snapshot_record(self, record: Record, tensors: manifest.Tensors) -> None:
-        tensors.update({str(item.key): item.tensor for item in record.items()})
+        changes.name_tensors(record, tensors)
         if record.head["verb"] != "end":
             return
-        contents = manifest.restore(record.head["body"], tensors)
-        manifest.check_states(contents)
+        contents = changes.restore(record.head["body"], tensors, None)
         Shard._hold(self, contents.entries)
         self._rule = LostUpdater() if contents.rule is None else contents.rule
         for client, seq in record.head["clients"].items():
@@ -285,20 +318,18 @@ class DurableShard(Shard):
                 self._replay_push(record)
             case "put":
                 entries, made = self._read_items(record)
-                _replace(entries[0], made[0])
+                changes.put(entries, made)
                 self._note(entries, made)
             case "init":
-                contents = manifest.restore(head["body"], {str(item.key): item.tensor for item in record.items()})
+                contents = changes.restore(head["body"], changes.name_tensors(record, {}), self._rule)
                 self.check_new([entry.key for entry in contents.entries])
                 Shard._hold(self, contents.entries)
                 self._note((), ())
             case "delete":
-                for key in head["keys"]:
-                    self.entry("delete", key)
-                Shard._forget(self, head["keys"])
+                self._drop(changes.as_list(head["keys"]))
                 self._note((), ())
             case "rule":
-                self._change_rule(_restore_rule(head))
+                self._change_rule(changes.restore_rule(head, self._entries))
                 self._note((), ())
             case "note":
                 self._take_note(head["name"], head["data"])
@@ -319,17 +350,21 @@ class DurableShard(Shard):
 
     def _read_items(self, record: Record) -> tuple[list[Entry], list[Any]]:
         items = iter(record.items())
-        entries, sums = [], []
+        entries: list[Entry] = []
+        sums: list[Any] = []
         for item in items:
             entry = self.entry("push", item.key)
             entries.append(entry)
-            total: Any = item.tensor
-            if item.role == "ids":
-                total = Rows(item.tensor, next(items).tensor, entry.spec.shape[0])
-            if total.shape != entry.spec.shape:
-                raise JournalError(f"{quote(item.key)}: a sum of shape {tuple(total.shape)}")
-            sums.append(total)
+            sums.append(changes.read_sum(entry, item, items))
+        if len({entry.key for entry in entries}) < len(entries):
+            raise JournalError("a key stands there twice")
         return entries, sums
+
+    def _drop(self, keys: Sequence[Key]) -> None:
+        Shard._forget(self, keys)
+        for key in keys:
+            # A key that comes again may have other rows, or none.
+            self._touched.pop(key, None)
 
     def _change_rule(self, rule: Rule) -> None:
         Shard._take_rule(self, rule)
@@ -352,7 +387,9 @@ class DurableShard(Shard):
 
     def _digests(self) -> list[list[Any]]:
         """Return each touched key with a checksum of its version, its value and its state."""
-        return [[key, _digest(self._entries[key], ids)] for key, ids in self._touched.items() if key in self._entries]
+        return [
+            [key, changes.digest(self._entries[key], ids)] for key, ids in self._touched.items() if key in self._entries
+        ]
 
     def _check_digests(self, written: Any) -> None:
         mine = self._digests()
@@ -364,57 +401,3 @@ class DurableShard(Shard):
                 "it was written, save() it there and load() it here"
             )
         self._touched, self._unproven = {}, 0
-
-
-def _sum(entry: Entry, parts: Sequence[Any]) -> Any:
-    if all(isinstance(part, Rows) for part in parts):
-        return entry.merged(parts)
-    dense = [entry.dense(part) for part in parts]
-    return reduce.total(entry.value, dense, may_share=True)  # type: ignore[arg-type]
-
-
-def _updated(rule: CallUpdater, entry: Entry, total: Any) -> Any:
-    return rule.updated_rows(entry, total) if isinstance(total, Rows) else rule.updated(entry, total)
-
-
-def _replace(entry: Entry, made: Any) -> None:
-    if isinstance(made, Rows):
-        entry.write_rows(made)
-    else:
-        entry.value.copy_(made)  # type: ignore[union-attr]
-    entry.version += 1
-
-
-def _items(entries: Sequence[Entry], sums: Sequence[Any]) -> list[Item]:
-    items = []
-    for entry, total in zip(entries, sums, strict=True):
-        if isinstance(total, Rows):
-            items += [Item(entry.key, "ids", total.ids), Item(entry.key, "rows", total.values)]
-        else:
-            items.append(Item(entry.key, "sum", total))
-    return items
-
-
-def _digest(entry: Entry, ids: list[torch.Tensor] | None) -> int:
-    states = [entry.state[name] for name in sorted(entry.state)]
-    tensors: list[Any] = [entry.value, *states]
-    if ids is not None:
-        tensors = [entry.read_rows(torch.unique(torch.cat(ids))), *(state for state in states if state.numel() == 1)]
-    checksum = zlib.crc32(str(entry.version).encode())
-    for tensor in tensors:
-        checksum = zlib.crc32(nbytes_of(tensor), checksum)
-    return checksum
-
-
-def _describe_rule(rule: Rule) -> dict[str, Any]:
-    if isinstance(rule, StepOptimizer):
-        return {"update": "optimizer", "optimizer": rule.optimizer.spec.to_json()}
-    return {"update": "assign" if type(rule) is Assign else "updater"}
-
-
-def _restore_rule(head: dict[str, Any]) -> Rule:
-    if head["update"] == "optimizer":
-        return manifest.restore_rule(head["optimizer"])
-    if head["update"] not in ("assign", "updater"):
-        raise CheckpointError(f"update is {head['update']!r}")
-    return Assign() if head["update"] == "assign" else LostUpdater()

@@ -23,21 +23,24 @@ class FolderLock:
     Args:
         folder: that exists.
         wait_s: how long to wait for another holder; a process that was killed may take a moment to end.
+        least_epoch: what the epoch exceeds, even if the lock's file was removed.
 
     Raises:
+        OSError: the file cannot be opened or written.
         JournalError: another holder has not let go in time; the message has its process id.
     """
 
     NAME = "lock"
+    _MOST_EPOCHS = 1 << 31
 
-    def __init__(self, folder: Path, wait_s: float) -> None:
+    def __init__(self, folder: Path, wait_s: float, least_epoch: int = 0) -> None:
         self._folder = folder
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         # A file object, which a store that is forgotten and never closed lets go of.
         self._file = open(os.open(folder / self.NAME, flags, 0o600), "r+b", buffering=0)  # noqa: SIM115
         try:
             self._take(time.monotonic() + wait_s)
-            self.epoch = self._read_epoch() + 1
+            self.epoch = max(self._read_epoch(), least_epoch) + 1
             # In place, so that whoever has the file open sees it.
             os.pwrite(self._file.fileno(), f"{self.epoch:016x} {os.getpid():>10}\n".encode(), 0)
             os.fsync(self._file.fileno())
@@ -77,11 +80,12 @@ class FolderLock:
     def _read_epoch(self) -> int:
         text = os.pread(self._file.fileno(), 16, 0)
         try:
-            return int(text, 16) if text else 0
+            epoch = int(text, 16) if text else 0
         except ValueError:
-            raise JournalError(
-                f"{self._folder / self.NAME}: not a lock of a store; remove it if no store is open"
-            ) from None
+            epoch = -1
+        if not 0 <= epoch < self._MOST_EPOCHS:
+            raise JournalError(f"{self._folder / self.NAME}: not a lock of a store; remove it if no store is open")
+        return epoch
 
 
 def _let_go_in_child() -> None:

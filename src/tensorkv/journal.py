@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -58,6 +58,7 @@ class Journal:
         self._folder = Path(path)
         self._to_disk = durability == "disk"
         self._log_nbytes = log_nbytes
+        self._most_nbytes = log_nbytes or _SHORT_LOG
         self._file: int | None = None
         self._broken: str | None = None
         self.lsn = 0
@@ -68,7 +69,9 @@ class Journal:
         self._logs = 0
         self.counts = {"records": 0, "nbytes": 0, "snapshots": 0, "failed_snapshots": 0}
         self._open_folder()
-        self._lock = FolderLock(self._folder, wait_s)
+        with self._explaining("lock the folder"):
+            # Logs sort by it where they begin alike.
+            self._lock = FolderLock(self._folder, wait_s, max((epoch for _, epoch, _ in self._files()[1]), default=0))
 
     # ------------------------------------------------------------ reading
 
@@ -109,6 +112,8 @@ class Journal:
             raise JournalError(f"{reader.file}: damaged: it ends early; restore the folder from a copy")
 
     def _read_log(self, name: str, first: int, following: int | None) -> Iterator[Record]:
+        if first > self.lsn + 1:
+            self._missing(name, self.lsn + 1, first)
         expected = first
         with record_file.Reader(self._folder / name) as reader:
             for lsn, record in reader.records():
@@ -150,8 +155,7 @@ class Journal:
             JournalError: it does not count; where its bytes could not be taken back, or the folder is not this
                 process's any more, nothing can be appended from now on.
         """
-        if self._broken is not None:
-            raise JournalError(f"{self.path}: nothing can be written: {self._broken}; open the store again")
+        self._check()
         with self._explaining("append to the log"):
             self._lock.check()
             end = self._end
@@ -162,6 +166,7 @@ class Journal:
             except BaseException:
                 self._cut(end)
                 raise
+            self._check_holder()
         written = self._end - end
         self._undo_end, self._undo_nbytes = end, written
         self.lsn, self.nbytes = self.lsn + 1, self.nbytes + written
@@ -175,18 +180,23 @@ class Journal:
             JournalError: it cannot be taken back, and counts; nothing can be appended from now on.
         """
         with self._explaining("take a record back"):
+            self._check_holder()
             self._cut(self._undo_end)
         if self._broken is not None:
             raise JournalError(f"{self.path}: a record could not be taken back and will count when the store is opened")
         self.lsn, self.nbytes = self.lsn - 1, self.nbytes - self._undo_nbytes
 
-    def is_due(self, state_nbytes: int) -> bool:
-        """Tell whether the log has grown so long that a snapshot is to be made."""
-        most = self._log_nbytes
-        if most is None:
-            most = max(_SHORT_LOG, min(LOG_NBYTES, 2 * state_nbytes))
-        is_long = self.nbytes > most or self._logs > _MOST_LOGS
-        return is_long and self.nbytes >= self._retry_nbytes and self._broken is None
+    def is_due(self, state_nbytes: Callable[[], int]) -> bool:
+        """Tell whether the log has grown so long that a snapshot is to be made.
+
+        Args:
+            state_nbytes: what there is to write; asked for seldom, since it takes a look at every key.
+        """
+        if self._broken is not None or self.nbytes < self._retry_nbytes:
+            return False
+        if self.nbytes > self._most_nbytes and self._log_nbytes is None:
+            self._most_nbytes = max(_SHORT_LOG, min(LOG_NBYTES, 2 * state_nbytes()))
+        return self.nbytes > self._most_nbytes or self._logs > _MOST_LOGS
 
     def snapshot(self, records: Iterable[Record]) -> bool:
         """Replace snapshot and log by a new snapshot; whatever ends it early leaves the old ones in force.
@@ -196,27 +206,43 @@ class Journal:
 
         Returns:
             Whether it was made; a disk that has no room for one may have room for the log.
+
+        Raises:
+            JournalError: it was made, and there is no log behind it; nothing can be appended from now on.
         """
+        self._check()
         temporary = self._folder / f"snapshot-{self.lsn:016x}.tmp"
-        target = temporary.with_suffix(".tkv")
         try:
-            self._lock.check()
-            self._write_snapshot(temporary, records)
-            os.replace(temporary, target)
-            self._sync_folder()
-            self._start_log()
-        except (OSError, JournalError) as error:
+            with self._explaining("make a snapshot"):
+                self._lock.check()
+                self._write_snapshot(temporary, records)
+                self._put_in_force(temporary)
+        except BaseException as error:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             self.counts["failed_snapshots"] += 1
             # Not at every record from now on.
             self._retry_nbytes = self.nbytes + self.nbytes // 4
+            if self._broken is not None or not isinstance(error, Exception):
+                raise
             _logger.warning("%s: no snapshot, the log goes on: %s", self.path, error)
             return False
         self.counts["snapshots"] += 1
         self._retry_nbytes = self.nbytes = 0
-        self._remove_old()
+        self._logs = 1
         return True
+
+    def remove_old(self) -> None:
+        """Remove what the snapshot has made useless; what cannot be removed now, the next one removes."""
+        old: list[str] = []
+        with suppress(OSError):
+            snapshots, logs = self._files()
+            old += [name for lsn, name in snapshots if lsn < self.lsn]
+            old += [name for first, _, name in logs if first <= self.lsn]
+            old += [name for name in os.listdir(self._folder) if _TEMPORARY.fullmatch(name)]
+        for name in old:
+            with suppress(OSError):
+                (self._folder / name).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -241,7 +267,8 @@ class Journal:
             raise JournalError(f"{self.path}: holds {what} ({foreign[0]}); give a new or empty directory")
 
     def _write_snapshot(self, temporary: Path, records: Iterable[Record]) -> None:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        temporary.unlink(missing_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             end = 0
             for record in records:
@@ -251,9 +278,23 @@ class Journal:
         finally:
             os.close(descriptor)
 
+    def _put_in_force(self, temporary: Path) -> None:
+        # From the rename on, what is written to the old log does not count.
+        self._broken = "a snapshot was made, and no log behind it"
+        try:
+            os.replace(temporary, temporary.with_suffix(".tkv"))
+        except BaseException:
+            if temporary.exists():
+                self._broken = None
+            raise
+        self._sync_folder()
+        self._start_log()
+        self._broken = None
+
     def _start_log(self) -> None:
         name = f"log-{self.lsn + 1:016x}-{self._lock.epoch:08x}.tkv"
-        descriptor = os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(self._folder / name, flags, 0o600)
         if self._to_disk:
             try:
                 self._sync_folder()
@@ -266,23 +307,24 @@ class Journal:
         if old is not None:
             os.close(old)
 
-    def _remove_old(self) -> None:
-        self._logs = 1
-        # What cannot be removed now, the next snapshot removes.
-        with suppress(OSError):
-            snapshots, logs = self._files()
-            old = [name for lsn, name in snapshots if lsn < self.lsn]
-            old += [name for first, _, name in logs if first <= self.lsn]
-            old += [name for name in os.listdir(self._folder) if _TEMPORARY.fullmatch(name)]
-            for name in old:
-                (self._folder / name).unlink(missing_ok=True)
-
     def _sync_log(self) -> None:
         try:
             os.fdatasync(self._descriptor())
         except OSError as error:
             # What the system could not write once it may forget: another try would succeed and mean nothing.
             self._broken = f"the disk failed ({error})"
+            raise
+
+    def _check(self) -> None:
+        if self._broken is not None:
+            raise JournalError(f"{self.path}: nothing can be written: {self._broken}; open the store again")
+
+    def _check_holder(self) -> None:
+        try:
+            self._lock.check()
+        except BaseException as error:
+            # Whoever has the folder now may have read what stands in this log: it must stay as it is.
+            self._broken = str(error)
             raise
 
     def _cut(self, end: int) -> None:

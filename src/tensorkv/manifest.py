@@ -253,7 +253,8 @@ def _pop(tensors: Tensors, name: str, dtype: torch.dtype, shape: torch.Size) -> 
     _check(name in tensors, f"the tensor {quote(name)} is missing")
     tensor = tensors.pop(name)
     if dtype.is_complex and tensor.dtype is dtype.to_real() and tensor.shape == (*shape, 2):
-        return torch.view_as_complex(tensor)
+        # torch views pairs as complex numbers only where they begin at an even place.
+        return torch.view_as_complex(tensor.clone() if tensor.storage_offset() % 2 else tensor)
     return tensor
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import reprlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -81,6 +81,11 @@ class OptimizerSpec:
     def to_json(self) -> dict[str, Any]:
         """Return what ``from_json`` reads; overrides become pairs, since JSON has no int keys."""
         return {**asdict(self), "overrides": [[key, numbers] for key, numbers in self.overrides.items()]}
+
+    def keep(self, keys: Container[Key]) -> None:
+        """Forget what was set for other keys than these."""
+        for key in [key for key in self.overrides if key not in keys]:
+            del self.overrides[key]
 
     @classmethod
     def from_json(cls, data: Any) -> OptimizerSpec:

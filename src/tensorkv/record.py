@@ -6,6 +6,7 @@ A log and a snapshot are files of records. docs/journal-format.md has the format
 from __future__ import annotations
 
 import json
+import math
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
@@ -24,9 +25,11 @@ MAGIC = b"tkv1"
 # Magic, checksum of the rest of the frame, lsn, bytes of head, layout and payload, checksum of those three.
 _FRAME = struct.Struct("<4sIQIIQII")
 FRAME_NBYTES = _FRAME.size
+# Behind every record: a write that the machine did not finish leaves zeros here, or nothing.
+END = b"end\n"
 _DTYPES = {arrays.dtype_name(dtype): dtype for dtype in arrays.DTYPES}
-# No head of ours comes near; more is not read into memory on a file's word.
-_MOST_HEAD = 1 << 28
+# More is not read into memory on a file's word, and so not written either.
+_MOST_WORDS = 1 << 28
 
 
 class Item(NamedTuple):
@@ -136,7 +139,7 @@ def unpack(layout: bytes, payload: Any) -> list[Item]:
     return items
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def places(layout: bytes) -> tuple[Place, ...]:
     """Return what a layout says, checked; one that came before costs nothing.
 
@@ -152,7 +155,7 @@ def places(layout: bytes) -> tuple[Place, ...]:
             fits = type(key) in (str, int) and type(role) is str and all(type(n) is int and n >= 0 for n in sizes)
             shape = torch.Size(sizes)
             start = at + -at % dtype.itemsize
-            at = start + shape.numel() * dtype.itemsize
+            at = start + math.prod(sizes) * dtype.itemsize
             if not fits or at >= 1 << 62:
                 raise ValueError(f"{key!r} {role!r} {sizes!r}")
             found.append(Place(key, role, dtype, shape, start, at))
@@ -165,15 +168,21 @@ def places(layout: bytes) -> tuple[Place, ...]:
 
 
 def frame(record: Record, lsn: int) -> list[Any]:
-    """Return the buffers of a record as they stand in a file."""
+    """Return the buffers of a record as they stand in a file.
+
+    Raises:
+        JournalError: it is one that ``read_frame`` would refuse.
+    """
     head = json.dumps(record.head, separators=(",", ":"), allow_nan=False).encode()
+    if len(head) + len(record.layout) > _MOST_WORDS:
+        raise JournalError(f"a record with a head of {len(head) + len(record.layout)} bytes could not be read again")
     checksum = zlib.crc32(record.layout, zlib.crc32(head))
     for buffer in record.payload:
         checksum = zlib.crc32(buffer, checksum)
     nbytes = sum(len(buffer) for buffer in record.payload)
     rest = _FRAME.pack(MAGIC, 0, lsn, len(head), len(record.layout), nbytes, checksum, 0)
     framed = _FRAME.pack(MAGIC, zlib.crc32(rest[8:]), lsn, len(head), len(record.layout), nbytes, checksum, 0)
-    return [framed, head, record.layout, *record.payload]
+    return [framed, head, record.layout, *record.payload, END]
 
 
 class Frame(NamedTuple):
@@ -190,6 +199,11 @@ class Frame(NamedTuple):
         """Bytes of head and layout, which stand right behind the frame."""
         return self.head_nbytes + self.layout_nbytes
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole record, frame and end mark included."""
+        return FRAME_NBYTES + self.words + self.payload_nbytes + len(END)
+
 
 def read_frame(data: bytes) -> Frame:
     """Check and read the bytes of a frame.
@@ -201,7 +215,7 @@ def read_frame(data: bytes) -> Frame:
     if magic != MAGIC or checksum != zlib.crc32(data[8:]) or spare:
         raise JournalError("no frame of a record, or a damaged one")
     found = Frame(*numbers)
-    if found.words > _MOST_HEAD:
+    if found.words > _MOST_WORDS:
         raise JournalError(f"a record with a head of {found.words} bytes")
     return found
 

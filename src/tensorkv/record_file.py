@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from .errors import JournalError
-from .record import FRAME_NBYTES, Record, read_frame, read_record
+from .record import END, FRAME_NBYTES, Frame, Record, read_frame, read_record
 
 # A call of the system takes at most 1024 buffers and 2 GiB.
 _BUFFERS, _CALL_NBYTES = 512, 1 << 30
@@ -79,10 +79,10 @@ class Reader:
         os.close(self._descriptor)
 
     def records(self) -> Iterator[tuple[int, Record]]:
-        """Give lsn and record until the file ends, or was cut off inside a record (``is_torn``).
+        """Give lsn and record until the file ends, or the write of a record did (``is_torn``).
 
         Raises:
-            JournalError: damaged. Where a record is whole in length, its writer has finished it, and it may
+            JournalError: damaged. Where the end of a record is there, its writer has finished it, and it may
                 have been acknowledged: it is not left out.
         """
         try:
@@ -104,15 +104,19 @@ class Reader:
 
     def _record(self, at: int) -> tuple[int, Record, int] | None:
         head = at + FRAME_NBYTES
-        if head > self._size or self._is_blank(at):
+        if head > self._size:
             return None
         try:
-            frame = read_frame(bytes(self._bytes(at, head)))
-            words = head + frame.words
-            end = words + frame.payload_nbytes
-            if end > self._size:
+            frame = self._frame(at)
+            if frame is None or at + frame.nbytes > self._size:
                 return None
-            record = read_record(frame, bytes(self._bytes(head, words)), self._bytes(words, end))
+            words, end = head + frame.words, at + frame.nbytes
+            mark = bytes(self._bytes(end - len(END), end))
+            if end == self._size and not mark[-1]:
+                return None
+            record = read_record(frame, bytes(self._bytes(head, words)), self._bytes(words, end - len(END)))
+            if mark != END:
+                raise JournalError("a damaged record: its end does not fit")
             return frame.lsn, record, end
         except JournalError as error:
             raise JournalError(
@@ -120,12 +124,17 @@ class Reader:
                 "there and lose what was pushed since"
             ) from None
 
-    def _is_blank(self, at: int) -> bool:
-        """Tell whether nothing but zeros follows: a file grown by a write that the machine did not finish."""
-        if any(self._bytes(at, at + FRAME_NBYTES)):
-            return False
-        step = 1 << 20
-        return not any(any(self._bytes(start, min(start + step, self._size))) for start in range(at, self._size, step))
+    def _frame(self, at: int) -> Frame | None:
+        """Return the frame, None where a write that the machine did not finish has left zeros behind it."""
+        behind = at + FRAME_NBYTES
+        try:
+            return read_frame(bytes(self._bytes(at, behind)))
+        except JournalError:
+            step = 1 << 20
+            for start in range(behind, self._size, step):
+                if np.frombuffer(self._bytes(start, min(start + step, self._size)), np.uint8).any():
+                    raise
+            return None
 
     def _bytes(self, start: int, stop: int) -> Any:
         # NumPy's memory is aligned for every dtype.

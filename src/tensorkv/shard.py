@@ -285,25 +285,13 @@ class Shard:
         """Become these entries and this rule (None: the present rule stays)."""
         with self._lock:
             self.refuse_reentry()
-            for entry in entries:
-                self._to_device(entry)
-            self._plans.clear()
-            self._entries = {entry.key: entry for entry in entries}
-            self._key_type = type(entries[0].key) if entries else None
-            self._rule = self._rule if rule is None else rule
+            self._become(entries, self._rule if rule is None else rule)
 
     def restore_states(self, entries: Sequence[Entry], rule: Rule | None) -> None:
         """Take over the optimizer state of these entries, whose shapes are this shard's; others start afresh."""
         with self._lock:
             self.refuse_reentry()
-            mine = [self.entry("load_optimizer_states", entry.key) for entry in entries]
-            self._drop_states()
-            for entry, saved in zip(mine, entries, strict=True):
-                entry.state = saved.state
-                entry.move(entry.value.device)
-                if isinstance(entry.value, Table) and isinstance(saved.value, Table):
-                    entry.value.take_columns(saved.value)
-            self._rule = self._rule if rule is None else rule
+            self._take_states(entries, self._rule if rule is None else rule)
 
     # ------------------------------------------------------------ checks, which change nothing
 
@@ -345,14 +333,35 @@ class Shard:
         for key in keys:
             self._plans.forget(key)
             del self._entries[key]
-            if self.optimizer is not None:
-                self.optimizer.overrides.pop(key, None)
+        if self.optimizer is not None:
+            self.optimizer.keep(self._entries)
 
     def _take_rule(self, rule: Rule) -> None:
         """Put a rule in force; an optimizer goes on from the state of one of the same name."""
         new = rule.optimizer.spec.name if isinstance(rule, StepOptimizer) else None
         if new is None or self.optimizer is None or self.optimizer.name != new:
             self._drop_states()
+        self._rule = rule
+
+    def _become(self, entries: Sequence[Entry], rule: Rule) -> None:
+        """Hold these entries instead of the present ones."""
+        for entry in entries:
+            self._to_device(entry)
+        self._plans.clear()
+        self._entries, self._rule = {entry.key: entry for entry in entries}, rule
+        self._key_type = type(entries[0].key) if entries else None
+        if self.optimizer is not None:
+            self.optimizer.keep(self._entries)
+
+    def _take_states(self, saved: Sequence[Entry], rule: Rule) -> None:
+        """Take over the optimizer states of saved entries."""
+        mine = [self.entry("load_optimizer_states", entry.key) for entry in saved]
+        self._drop_states()
+        for entry, other in zip(mine, saved, strict=True):
+            entry.state = other.state
+            entry.move(entry.value.device)
+            if isinstance(entry.value, Table) and isinstance(other.value, Table):
+                entry.value.take_columns(other.value)
         self._rule = rule
 
     def _apply(

@@ -1,0 +1,70 @@
+"""Seams of a durable shard where a test lets something go wrong: before, inside or behind a step of a push."""
+
+import os
+
+from tensorkv import changes, journal, record_file, shard
+from tensorkv.durable import DurableShard
+from tensorkv.journal import Journal
+
+# Name of the seam: where the step is found, its name there, and when it goes wrong.
+SEAMS = {
+    "check": (shard, "check_push", "before"),
+    "sum": (changes, "total", "before"),
+    "frame": (journal, "frame", "after"),
+    "write, not begun": (os, "pwritev", "before"),
+    "write, half done": (os, "pwritev", "half"),
+    "write, done": (os, "pwritev", "after"),
+    "sync of the log": (os, "fdatasync", "after"),
+    "change, not begun": (shard.Shard, "_apply", "before"),
+    "change, done": (shard.Shard, "_apply", "after"),
+    "digest": (DurableShard, "_digests", "before"),
+    "snapshot": (Journal, "_write_snapshot", "before"),
+    "sync of the snapshot": (os, "fsync", "before"),
+    "rename, not done": (os, "replace", "before"),
+    "rename, done": (os, "replace", "after"),
+    "sync of the folder": (record_file, "sync", "before"),
+    "new log": (Journal, "_start_log", "before"),
+    "new log, begun": (Journal, "_start_log", "after"),
+    "removal": (os, "unlink", "before"),
+}
+
+
+class Seam:
+    """A step that goes wrong once.
+
+    Args:
+        name: in ``SEAMS``.
+        number: of the call that goes wrong.
+        fail: what it does then.
+    """
+
+    def __init__(self, name, number, fail):
+        self._owner, self._step, self._part = SEAMS[name]
+        self._left = number
+        self._fail = fail
+        self._real = getattr(self._owner, self._step)
+        self.fired = False
+
+    def __enter__(self):
+        def step(*arguments, **options):
+            return self._call(*arguments, **options)
+
+        setattr(self._owner, self._step, step)
+        return self
+
+    def __exit__(self, *_):
+        setattr(self._owner, self._step, self._real)
+
+    def _call(self, *arguments, **options):
+        self._left -= 1
+        if self._left:
+            return self._real(*arguments, **options)
+        self.fired = True
+        if self._part == "half":
+            descriptor, buffers, at = arguments
+            whole = b"".join(bytes(buffer) for buffer in buffers)
+            os.pwrite(descriptor, whole[: len(whole) // 2], at)
+        elif self._part == "after":
+            self._real(*arguments, **options)
+        self._fail()
+        raise AssertionError("nothing went wrong")

@@ -1,0 +1,98 @@
+"""The lock of a folder: one holder at a time, in one process and in several."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tensorkv import JournalError
+from tensorkv.folder_lock import FolderLock
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from tensorkv.folder_lock import FolderLock
+lock = FolderLock(Path(sys.argv[1]), 5)
+if len(sys.argv) > 2 and not os.fork():
+    time.sleep(20)
+    os._exit(0)
+print("held", flush=True)
+time.sleep(20)
+"""
+
+
+def hold(folder, *how):
+    program = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), *how], stdout=subprocess.PIPE, text=True)
+    assert program.stdout.readline() == "held\n"
+    return program
+
+
+def test_two_in_one_process(tmp_path):
+    first = FolderLock(tmp_path, 0)
+    with pytest.raises(JournalError, match=rf"has this folder open \(process {os.getpid()}\)"):
+        FolderLock(tmp_path, 0)
+    first.close()
+    second = FolderLock(tmp_path, 0)
+    assert second.epoch == first.epoch + 1
+    second.close()
+
+
+def test_a_process_that_is_killed_lets_go(tmp_path):
+    program = hold(tmp_path)
+    with pytest.raises(JournalError, match=rf"process {program.pid}\)"):
+        FolderLock(tmp_path, 0)
+    program.kill()
+    lock = FolderLock(tmp_path, 10)
+    assert lock.epoch == 2
+    lock.close()
+    program.communicate()
+
+
+def test_a_forked_child_does_not_keep_its_parents_lock(tmp_path):
+    program = hold(tmp_path, "fork")
+    try:
+        program.kill()
+        program.wait()
+        # The child lives, and would be seen in the end of the pipe.
+        FolderLock(tmp_path, 10).close()
+        os.set_blocking(program.stdout.fileno(), False)
+        assert os.getpgid(0)
+    finally:
+        for child in children_of(program.pid, tmp_path):
+            os.kill(child, 9)
+        program.stdout.close()
+
+
+def children_of(pid, folder):
+    """Return the processes that were started with this folder and are not this one's child."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != pid:
+            try:
+                with open(f"/proc/{name}/cmdline", "rb") as file:
+                    words = file.read().split(b"\0")
+            except OSError:
+                continue
+            if str(folder).encode() in words and b"fork" in words:
+                found.append(int(name))
+    assert found, "the child should live"
+    return found
+
+
+@pytest.mark.parametrize("content", [b"hello", b"-000000000000001", b"ffffffffffffffff", b"1000000000000000 1\n"])
+def test_a_file_that_is_no_lock_is_left_alone(content, tmp_path):
+    (tmp_path / "lock").write_bytes(content)
+    with pytest.raises(JournalError, match="not a lock of a store"):
+        FolderLock(tmp_path, 0)
+    assert (tmp_path / "lock").read_bytes() == content
+
+
+def test_a_later_holder_is_noticed(tmp_path):
+    lock = FolderLock(tmp_path, 0)
+    lock.check()
+    with open(tmp_path / "lock", "r+b") as file:
+        file.write(b"%016x" % 7)
+    with pytest.raises(JournalError, match="another process has opened this store since"):
+        lock.check()
+    lock.close()

@@ -2,7 +2,6 @@
 
 import itertools
 
-import numpy as np
 import pytest
 from contract import BaseContract
 
@@ -23,6 +22,8 @@ def cluster():
 
 class TestOneServer(BaseContract):
     TYPE = "dist_async"
+    # The keeper of the servers is rank 0.
+    PLACE = (1, 1)
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from . import reduce
@@ -30,22 +30,23 @@ class FiniteSums:
         self._mode = mode
         self.counts = {"raised": 0, "skipped": 0}
 
-    def sums(self, batch: Batch, entries: Sequence[Entry]) -> tuple[list[Entry], list[list[Any]]]:
+    def sums(
+        self, batch: Batch, entries: Sequence[Entry], add: Callable[[Entry, Sequence[Any]], Any] | None = None
+    ) -> tuple[list[Entry], list[list[Any]]]:
         """Return the entries whose sums are finite, and those sums, made beside the values.
+
+        Args:
+            batch: of a push.
+            entries: of its keys.
+            add: returns the sum of a key's parts (None: as a shard makes it).
 
         Raises:
             NonFiniteError: a sum is not finite, and the mode is ``"raise"``.
         """
         kept: tuple[list[Entry], list[list[Any]]] = ([], [])
         for entry, key_parts in zip(entries, batch.parts, strict=True):
-            total: Any
-            if all(isinstance(part, Rows) for part in key_parts):
-                total = entry.merged(key_parts)
-                bad = reduce.count_nonfinite(total.values)
-            else:
-                dense = [entry.dense(part) for part in key_parts]
-                total = reduce.total(entry.value, dense)  # type: ignore[arg-type]
-                bad = reduce.count_nonfinite(total)
+            total = (add or _add)(entry, key_parts)
+            bad = reduce.count_nonfinite(total.values if isinstance(total, Rows) else total)
             if not bad:
                 kept[0].append(entry)
                 kept[1].append([total])
@@ -58,3 +59,9 @@ class FiniteSums:
             else:
                 self.counts["skipped"] += 1
         return kept
+
+
+def _add(entry: Entry, parts: Sequence[Any]) -> Any:
+    if all(isinstance(part, Rows) for part in parts):
+        return entry.merged(parts)
+    return reduce.total(entry.value, [entry.dense(part) for part in parts])  # type: ignore[arg-type]

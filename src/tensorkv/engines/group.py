@@ -62,7 +62,7 @@ class Group:
         global _made
         _made += 1
         self._store = PrefixStore(f"tensorkv/{_made}", store)
-        self._store = PrefixStore(self._agree_on_start(), self._store)
+        self._store = PrefixStore(agree_on_start(self._store, self.rank, self.size, self.timeout_s), self._store)
         self.hosts = self._find_hosts(shared_memory, {"shared_memory": shared_memory, **(options or {})})
         self.host = next(index for index, ranks in enumerate(self.hosts) if self.rank in ranks)
         if len(self.hosts) > 1:
@@ -81,34 +81,6 @@ class Group:
             raise RankLostError(f"create: the workers did not meet at MASTER_ADDR and MASTER_PORT: {error}") from error
         store, self.rank, self.size = met
         return store
-
-    def _agree_on_start(self) -> str:
-        """Return what to call this start, the same for all workers and for no other start.
-
-        torchrun's store outlives the workers that it starts again, so what an earlier start has announced may still
-        be there. Who finds an announcement believes it when rank 0 has read a word that nobody said before.
-        """
-        mine = uuid4().hex
-        if self.rank == 0:
-            self._store.set("start", mine)
-            missing, turn = set(range(1, self.size)), 0
-            while missing:
-                turn += 1
-                rank, word = json.loads(self._get(f"{mine}/hello/{turn}", min(missing)))
-                self._store.set(f"{mine}/welcome/{word}", b"")
-                missing.discard(rank)
-            return mine
-        found, deadline = "", monotonic() + self.timeout_s
-        while monotonic() < deadline:
-            start = self._get("start", 0).decode()
-            if start != found:
-                found = start
-                turn = self._store.add(f"{start}/turns", 1)
-                self._store.set(f"{start}/hello/{turn}", json.dumps([self.rank, mine]))
-            if self._store.check([f"{start}/welcome/{mine}"]):
-                return start
-            sleep(_LOOK_S)
-        raise RankLostError(f"rank 0 of {self.size} did not come within {self.timeout_s:g} s")
 
     def _find_hosts(self, shared_memory: bool, options: dict[str, Any]) -> list[list[int]]:
         """Return runs of neighbouring ranks that can share memory; every worker comes to the same result."""
@@ -151,14 +123,7 @@ class Group:
         return self._get(key, rank).decode()
 
     def _get(self, key: str, rank: int) -> bytes:
-        try:
-            self._store.wait([key], timedelta(seconds=self.timeout_s))
-            value: bytes = self._store.get(key)
-        except dist.DistError as error:
-            raise RankLostError(
-                f"rank {rank} of {self.size} did not come within {self.timeout_s:g} s: {error}"
-            ) from error
-        return value
+        return _get(self._store, key, rank, self.size, self.timeout_s)
 
     # ------------------------------------------------------------ faults
 
@@ -325,3 +290,44 @@ def machine() -> str:
     parts += [boot.read_text().strip()] if boot.exists() else []
     parts += [os.readlink(network)] if network.exists() else []
     return " ".join(parts)
+
+
+def agree_on_start(store: Any, rank: int, size: int, timeout_s: float) -> str:
+    """Return what to call this start, the same for all workers and for no other start.
+
+    torchrun's store outlives the workers that it starts again, so what an earlier start has announced may still
+    be there. Who finds an announcement believes it when rank 0 has read a word that nobody said before.
+
+    Raises:
+        RankLostError: not all workers came in time.
+    """
+    mine = uuid4().hex
+    if rank == 0:
+        store.set("start", mine)
+        missing, turn = set(range(1, size)), 0
+        while missing:
+            turn += 1
+            other, word = json.loads(_get(store, f"{mine}/hello/{turn}", min(missing), size, timeout_s))
+            store.set(f"{mine}/welcome/{word}", b"")
+            missing.discard(other)
+        return mine
+    found, deadline = "", monotonic() + timeout_s
+    while monotonic() < deadline:
+        start = _get(store, "start", 0, size, timeout_s).decode()
+        if start != found:
+            found = start
+            turn = store.add(f"{start}/turns", 1)
+            store.set(f"{start}/hello/{turn}", json.dumps([rank, mine]))
+        if store.check([f"{start}/welcome/{mine}"]):
+            return start
+        sleep(_LOOK_S)
+    raise RankLostError(f"rank 0 of {size} did not come within {timeout_s:g} s")
+
+
+def _get(store: Any, key: str, rank: int, size: int, timeout_s: float) -> bytes:
+    try:
+        store.wait([key], timedelta(seconds=timeout_s))
+        value: bytes = store.get(key)
+    except dist.DistError as error:
+        raise RankLostError(f"rank {rank} of {size} did not come within {timeout_s:g} s: {error}") from error
+    return value

@@ -24,6 +24,7 @@ from ..errors import (
     WaitTimeoutError,
     quote,
 )
+from ..finite import FiniteSums
 from ..keys import Key
 from ..manifest import Kind
 from ..optim import ROWWISE, OptimizerSpec
@@ -68,7 +69,10 @@ class RayEngine:
         self._rank: int | None = None
         self._lanes = Lanes(self._make_lane)
         self._directory = Directory(len(actors), self._list, wide=settings.mode == "sync")
-        self._traffic = Traffic(self._lanes, self._directory, self._near, in_step=settings.mode == "sync")
+        in_step = settings.mode == "sync"
+        # In step, sums are known to the servers alone.
+        self._finite = FiniteSums("pass" if in_step else settings.nonfinite)
+        self._traffic = Traffic(self._lanes, self._directory, self._near, in_step=in_step, finite=self._finite)
         self._moment = Moments(self._lanes, self._directory, self._traffic, len(actors))
         self._meetings = self._texts = 0
         self._all = range(len(actors))
@@ -313,7 +317,10 @@ class RayEngine:
 
     def stats(self) -> Mapping[str, Any]:
         told = self._ask("stats", {})
-        return {**server_stats.merge(told), "resent": self._lanes.resent, "servers": told}
+        merged = server_stats.merge(told)
+        for what, count in self._finite.counts.items():
+            merged["nonfinite"][what] += count
+        return {**merged, "resent": self._lanes.resent, "servers": told}
 
     def dead_workers(self) -> list[int]:
         """Return the ranks of workers that were here and have been silent for too long."""

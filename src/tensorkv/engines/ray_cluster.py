@@ -21,7 +21,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from ..errors import ArgumentError, JournalError, RankLostError, ServerLostError
 from ..server.wire import Settings
-from .group import meet
+from .group import agree_on_start, meet
 from .ray_actor import ServerActor
 
 NAMESPACE = "tensorkv"
@@ -116,9 +116,9 @@ def _start_together(rank: int, timeout_s: float) -> bool:
     _meetings += 1
     wait = timedelta(seconds=timeout_s)
     try:
-        store, _, _ = meet(wait)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = PrefixStore(f"tensorkv/ray/{attempt}/{_meetings}", store)
+        store, _, size = meet(wait)
+        store = PrefixStore(f"tensorkv/ray/{_meetings}", store)
+        store = PrefixStore(agree_on_start(store, rank, size, timeout_s), store)
         if rank == 0:
             _start()
             store.set("address", ray.get_runtime_context().gcs_address)

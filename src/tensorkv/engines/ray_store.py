@@ -58,18 +58,32 @@ def _settings(asked: Mapping[str, Any]) -> Settings:
         number = getattr(settings, word)
         if type(number) is not int or number < 1:
             raise ArgumentError(f"create: {word} is {number!r}; expected an int of at least 1")
-    if settings.mode not in ("async", "sync"):
-        raise ArgumentError(f'create: mode is {settings.mode!r}; expected "async" or "sync"')
-    if settings.staleness is not None and (type(settings.staleness) is not int or settings.staleness < 0):
-        raise ArgumentError(f"create: staleness is {settings.staleness!r}; expected an int of at least 0, or None")
-    if settings.staleness is not None and settings.mode == "sync":
-        raise ArgumentError("create: staleness is of mode async; in mode sync no worker is ahead")
+    _check_one_of("mode", settings.mode, ("async", "sync"))
+    _check_one_of("nonfinite", settings.nonfinite, ("pass", "raise", "skip"))
+    in_step = settings.mode == "sync"
+    if settings.staleness is not None and (type(settings.staleness) is not int or settings.staleness < 0 or in_step):
+        raise ArgumentError(
+            f"create: staleness is {settings.staleness!r}; expected an int of at least 0, or None, in mode async"
+        )
+    if settings.nonfinite != "pass" and in_step and settings.num_servers > 1:
+        raise ArgumentError(
+            f"create: nonfinite={settings.nonfinite!r} in mode sync takes one server: of several, one would refuse a "
+            "sum whose other pieces the others have taken"
+        )
+    return _durable(settings, asked)
+
+
+def _durable(settings: Settings, asked: Mapping[str, Any]) -> Settings:
     if settings.path is None:
         if settings.durability != "memory":
             raise ArgumentError(f"create: durability={settings.durability!r} needs path=, a folder to keep things in")
         return settings
     if "durability" not in asked:
-        settings = replace(settings, durability="process")
-    if settings.durability not in ("process", "disk"):
-        raise ArgumentError(f'create: durability is {settings.durability!r}; with a path, expected "process" or "disk"')
+        return replace(settings, durability="process")
+    _check_one_of("with a path, durability", settings.durability, ("process", "disk"))
     return settings
+
+
+def _check_one_of(word: str, found: Any, choices: tuple[str, ...]) -> None:
+    if found not in choices:
+        raise ArgumentError(f"create: {word} is {found!r}; expected one of {', '.join(choices)}")

@@ -128,6 +128,8 @@ class Route:
     @cached_property
     def form(self) -> Form | None:
         """What the keys' arrays must be to be packed by the column; None if they are of several dtypes."""
+        if not self._sent:
+            return None
         dtype = self._sent[0]
         if (
             any(each is not dtype for each in self._sent)

@@ -11,8 +11,9 @@ import torch
 from .. import arrays, reduce, rows
 from ..checks import check_push
 from ..columns import Column
-from ..entry import Batch, Part
+from ..entry import Batch, Entry, Part
 from ..errors import KeyNotFoundError, ValueMismatchError
+from ..finite import FiniteSums
 from ..keys import Key
 from ..optim import ROWWISE
 from ..pool import Pool
@@ -36,10 +37,14 @@ class Traffic:
         directory: of keys.
         near: of each server, whether it may be on this host.
         in_step: whether sums of several workers are added before they are rounded.
+        finite: looks at sums before they are sent, so that no server refuses what another has taken.
     """
 
-    def __init__(self, lanes: Lanes, directory: Directory, near: Sequence[bool], *, in_step: bool) -> None:
+    def __init__(
+        self, lanes: Lanes, directory: Directory, near: Sequence[bool], *, in_step: bool, finite: FiniteSums
+    ) -> None:
         self._lanes, self._directory, self._near, self._in_step = lanes, directory, list(near), in_step
+        self._finite = finite
         self._pool = Pool()
 
     def close(self) -> None:
@@ -52,6 +57,19 @@ class Traffic:
         """Push a batch; with outs, pull its keys."""
         entries = [self._directory.entry(batch.verb, key) for key in batch.keys]
         check_push(batch, entries, self._directory.rule)
+        if self._finite.looks:
+            kept, sums = self._finite.sums(batch, entries, self._sum_of)
+            if len(kept) < len(entries):
+                self._send_out(Batch(batch.verb, [entry.key for entry in kept], sums), None)
+                self.pull(batch.keys, outs or ())
+                return
+            batch = Batch(batch.verb, batch.keys, sums)
+        self._send_out(batch, outs)
+
+    def _sum_of(self, entry: Entry, parts: Sequence[Any]) -> Part:
+        return self._sum(self._directory.find("push", entry.key), parts)
+
+    def _send_out(self, batch: Batch, outs: Outs | None) -> None:
         route = self._directory.route(batch.verb, batch.keys)
         if any(isinstance(part, Rows) for parts in batch.parts for part in parts):
             self._push_rows(batch)
@@ -65,7 +83,8 @@ class Traffic:
 
     def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
         """Push raw values and fill raw outs of many keys, if all are plain; None: nothing was done."""
-        if not all(key in self._directory for key in keys) or len(set(keys)) < len(keys):
+        unknown = not all(key in self._directory for key in keys) or len(set(keys)) < len(keys)
+        if unknown or (self._finite.looks and values is not None):
             return None
         route = self._directory.route("push", keys)
         form, spec = route.form, self._directory.optimizer
@@ -156,7 +175,7 @@ class Traffic:
 
     def pull(self, keys: Sequence[Key], outs: Outs, words: Mapping[str, Any] | None = None) -> None:
         """Fill outs with the values of keys, of now or of what ``words`` say."""
-        listed = [(key, own) for key, own in zip(keys, outs, strict=True) if own]
+        listed = [(key, own) for key, own in zip(keys, outs, strict=False) if own]
         if not listed:
             return
         named = [key for key, _ in listed]

@@ -201,15 +201,22 @@ class Server:
 
     def _init(self, request: Request, out: torch.Tensor | None) -> Reply:
         contents = contents_of(request)
-        with self._turn(request) as is_new:
-            if is_new:
-                self._holding.init(request, contents)
+        with self._monitor:
+            if not self._clients.has_applied(request.client, request.seq):
+                self._holding.shard.check_new([entry.key for entry in contents.entries])
+                self._holding.take_notes(request.head["notes"])
+            with self._turn(request) as is_new:
+                if is_new:
+                    self._holding.init(contents)
         return Reply({})
 
     def _delete(self, request: Request, out: torch.Tensor | None) -> Reply:
-        with self._turn(request) as is_new:
+        keys = request.head["keys"]
+        with self._monitor, self._turn(request) as is_new:
             if is_new:
-                self._holding.delete(request.head["keys"])
+                self._holding.delete(keys)
+        with self._monitor:
+            self._holding.drop_notes(keys)
         return Reply({})
 
     def _rule(self, request: Request, out: torch.Tensor | None) -> Reply:
@@ -228,9 +235,12 @@ class Server:
 
     def _restore(self, request: Request, out: torch.Tensor | None) -> Reply:
         contents = contents_of(request)
-        with self._turn(request) as is_new:
-            if is_new:
-                self._holding.restore(request, contents)
+        with self._monitor:
+            if not self._clients.has_applied(request.client, request.seq):
+                self._holding.take_notes(request.head["notes"])
+            with self._turn(request) as is_new:
+                if is_new:
+                    self._holding.restore(contents)
         return Reply({})
 
     def _list(self, request: Request, out: torch.Tensor | None) -> Reply:

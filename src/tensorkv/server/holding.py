@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,10 +117,9 @@ class Holding:
 
     # ------------------------------------------------------------ keys and the rule
 
-    def init(self, request: Request, contents: Contents) -> None:
-        """Hold new keys."""
+    def init(self, contents: Contents) -> None:
+        """Hold new keys, whose notes have been taken."""
         self.shard.check_new([entry.key for entry in contents.entries])
-        self._take_notes(request.head["notes"])
         for entry in contents.entries:
             # The payload belongs to the request; values are the shard's own.
             if isinstance(entry.value, torch.Tensor):
@@ -132,7 +131,6 @@ class Holding:
         """Forget keys."""
         self.views.save(keys)
         self.shard.delete(keys)
-        self._take_notes({json.dumps(key): None for key in keys})
         self._forget_layouts()
 
     def change_rule(self, head: Any) -> None:
@@ -144,16 +142,20 @@ class Holding:
         else:
             self.shard.set_optimizer(OptimizerSpec.from_json(head["optimizer"]))
 
-    def restore(self, request: Request, contents: Contents) -> None:
+    def restore(self, contents: Contents) -> None:
         """Become what a checkpoint holds."""
         if contents.kind == "optimizer-states":
             self.shard.restore_states(contents.entries, contents.rule)
             return
         manifest.check_states(contents)
         self.views.save(self.shard.keys())
-        self._take_notes(request.head["notes"])
         self.shard.restore(contents.entries, contents.rule)
         self._forget_layouts()
+
+    def drop_notes(self, keys: Sequence[Key]) -> None:
+        """Forget where the pieces of deleted keys were."""
+        gone = [json.dumps(key) for key in keys if key not in self.shard]
+        self.take_notes({name: None for name in gone if name in self._notes.notes})
 
     def listing(self) -> dict[str, Any]:
         """Return every key with its note, version and bytes, and the optimizer."""
@@ -182,7 +184,11 @@ class Holding:
         self._layouts.clear()
         self._inits += 1
 
-    def _take_notes(self, notes: dict[str, Any]) -> None:
+    def take_notes(self, notes: Mapping[str, Any]) -> None:
+        """Keep where the pieces of keys are; None forgets it.
+
+        Not in the request that makes or deletes the keys, which is one change: a note without its key means nothing.
+        """
         for name, data in notes.items():
             self._notes.note(name, data)
 
@@ -194,7 +200,10 @@ class _Notes:
         self.notes: dict[str, Any] = {}
 
     def note(self, name: str, data: Any) -> None:
-        self.notes[name] = data
+        if data is None:
+            self.notes.pop(name, None)
+        else:
+            self.notes[name] = data
 
 
 def contents_of(request: Request) -> Contents:

@@ -33,5 +33,5 @@ clean: ## Remove caches and outputs; .venv stays
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[bench,dev,examples,jax]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[bench,dev,examples,jax,ray]'
 	@touch $@

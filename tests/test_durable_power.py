@@ -87,7 +87,7 @@ def finish_without_sync(self, temporary, descriptor, lsn):
     os.close(descriptor)
     os.replace(temporary, temporary.with_suffix(".tkv"))
     self._sync_folder()
-    self.remove_old(lsn)
+    self._remove_old(lsn)
 
 
 PLANTS = {

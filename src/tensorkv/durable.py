@@ -262,7 +262,6 @@ class DurableShard(Shard):
         made = self._journal.snapshot(self._snapshot_records())
         if made:
             self._touched, self._unproven = {}, 0
-            self._journal.remove_old()
         return made
 
     def _snapshot_records(self) -> Iterator[Record]:

@@ -209,35 +209,14 @@ class Journal:
 
         Returns:
             Whether it was made; a disk that has no room for one may have room for the log.
-
-        Raises:
-            JournalError: it was made, and there is no log behind it; nothing can be appended from now on.
         """
+        made = self.counts["snapshots"]
+        self.snapshot_behind(records)
         self.settle()
-        self._check()
-        temporary = self._folder / f"snapshot-{self.lsn:016x}.tmp"
-        try:
-            with self._explaining("make a snapshot"):
-                self._lock.check()
-                descriptor = self._write_snapshot(temporary, records)
-                try:
-                    # The old files go when this one counts, so it has to be safe whatever the durability.
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-                self._put_in_force(temporary)
-        except BaseException as error:
-            self._fail(temporary, error)
-            if self._broken is not None or not isinstance(error, Exception):
-                raise
-            return False
-        self.counts["snapshots"] += 1
-        self._retry_nbytes = self.nbytes = 0
-        self._logs = 1
-        return True
+        return self.counts["snapshots"] > made
 
-    def snapshot_behind(self, records: Iterable[Record]) -> bool:
-        """Do ``snapshot`` and ``remove_old``, but wait for the disk in a thread, while the next log is written.
+    def snapshot_behind(self, records: Iterable[Record]) -> None:
+        """Do ``snapshot``, but wait for the disk in a thread, while the next log is written.
 
         Until the disk has it, the old snapshot and both logs are in force.
         """
@@ -257,11 +236,10 @@ class Journal:
             self._fail(temporary, error)
             if not isinstance(error, Exception):
                 raise
-            return False
+            return
         self._retry_nbytes = self.nbytes = 0
         self._finishing = threading.Thread(target=self._finish, args=(temporary, descriptor, self.lsn), daemon=True)
         self._finishing.start()
-        return True
 
     def settle(self) -> None:
         """Wait for the thread that finishes a snapshot."""
@@ -284,7 +262,7 @@ class Journal:
             self._fail(temporary, error)
             return
         try:
-            self.remove_old(lsn)
+            self._remove_old(lsn)
         except BaseException as error:
             _logger.warning("%s: old files are left: %s", self.path, error)
 
@@ -297,14 +275,9 @@ class Journal:
         self._retry_nbytes = self.nbytes + max(self.nbytes, self._most_nbytes) // 4
         _logger.warning("%s: no snapshot, the log goes on: %s", self.path, error)
 
-    def remove_old(self, lsn: int | None = None) -> None:
-        """Remove what the snapshot has made useless; what cannot be removed now, the next one removes.
-
-        Args:
-            lsn: of the snapshot (None: of the last record).
-        """
+    def _remove_old(self, made: int) -> None:
+        """Remove what a snapshot has made useless; what cannot be removed now, the next one removes."""
         old: list[str] = []
-        made = self.lsn if lsn is None else lsn
         with suppress(OSError):
             snapshots, logs = self._files()
             old += [name for lsn, name in snapshots if lsn < made]
@@ -349,19 +322,6 @@ class Journal:
             os.close(descriptor)
             raise
         return descriptor
-
-    def _put_in_force(self, temporary: Path) -> None:
-        # From the rename on, what is written to the old log does not count.
-        self._broken = "a snapshot was made, and no log behind it"
-        try:
-            os.replace(temporary, temporary.with_suffix(".tkv"))
-        except BaseException:
-            if temporary.exists():
-                self._broken = None
-            raise
-        self._sync_folder()
-        self._start_log()
-        self._broken = None
 
     def _start_log(self) -> None:
         name = f"log-{self.lsn + 1:016x}-{self._lock.epoch:08x}.tkv"

@@ -48,7 +48,7 @@ FLOORS = [
     {"engines.leaving"},
     {"engines.dist"},
     {"engines"},
-    {"outs", "control"},
+    {"outs", "control", "versions", "snapshot"},
     {"store"},
     {"updates", "overlap"},
     {"trainer"},

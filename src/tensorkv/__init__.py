@@ -30,7 +30,8 @@ from .errors import (
     WorkerMismatchError,
 )
 from .rows import Rows
-from .store import KVStore, Snapshot, create
+from .snapshot import Snapshot
+from .store import KVStore, create
 from .trainer import Trainer
 
 __version__ = version("tensorkv")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from . import engines, optim
-from .arguments import check_timeout, keys_of
+from .arguments import keys_of
 from .entry import KeyInfo
 from .errors import (
     ArgumentError,
@@ -20,8 +19,6 @@ from .errors import (
     StoreClosedError,
     TensorKVError,
     UpdaterError,
-    WaitTimeoutError,
-    quote,
 )
 from .keys import Key, check_key, is_key
 from .metrics import Metrics, clock
@@ -43,9 +40,6 @@ IN_STEP = (
     "load_optimizer_states",
 )
 CAPABILITIES = ("checkpoint", "optimizer", "rows", "snapshot", "updater")
-# How long a pull waits for a version, and how often it looks where an engine has no better way.
-_WAIT_S = 60.0
-_LOOK_S = 0.001
 
 _forks = 0
 
@@ -425,25 +419,6 @@ class StoreControl:
         if type(priority) is not int:
             raise ArgumentError(f"{verb}: priority is {priority!r}; expected an int")
         return start
-
-    def _wait_for(self, keys: Sequence[Key], min_version: int, timeout_s: float | None) -> None:
-        """Return when every key has had so many updates."""
-        if type(min_version) is not int:
-            raise ArgumentError(f"pull: min_version is {min_version!r}; expected an int")
-        seconds = _WAIT_S if timeout_s is None else check_timeout(timeout_s)
-        wait = getattr(self._engine, "wait_for", None)
-        if wait is not None:
-            wait(keys, min_version, seconds)
-            return
-        deadline = time.monotonic() + seconds
-        for key in keys:
-            while self._engine.info(key).version < min_version:
-                if time.monotonic() >= deadline:
-                    raise WaitTimeoutError(
-                        f"pull({quote(key)}): version {min_version} has not come within {seconds:g} s; it is "
-                        f"{self._engine.info(key).version}"
-                    )
-                time.sleep(_LOOK_S)
 
     def _check_fork(self, verb: str) -> None:
         if self._forks != _forks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from operator import add
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -25,6 +25,8 @@ from .keys import Key, is_key
 from .outs import GivenOuts, NewOuts
 from .plan import MANY
 from .rows import Rows, is_rows, take_ids, take_rows
+from .snapshot import Snapshot
+from .versions import wait_for
 
 
 def create(type: str = "local", **options: Any) -> KVStore:
@@ -165,7 +167,8 @@ class KVStore(StoreControl):
         """
         start = self._begin("pull", priority)
         if min_version is not None:
-            self._wait_for(keys_of("pull", list(key) if isinstance(key, Mapping) else key), min_version, timeout_s)
+            listed = keys_of("pull", list(key) if isinstance(key, Mapping) else key)
+            wait_for(self._engine, listed, min_version, timeout_s)
         elif timeout_s is not None:
             raise ArgumentError("pull: timeout_s is how long to wait for min_version; give that as well")
         if out is not None and like is None and self._short("pull", start, key, None, out, priority):
@@ -317,7 +320,8 @@ class KVStore(StoreControl):
         self._begin("snapshot")
         if "snapshot" not in self._engine.capabilities:
             raise ArgumentError(f"snapshot: a store of type {quote(self._type)} takes none; use save()")
-        return Snapshot(self._engine.snapshot(), self._type)  # type: ignore[attr-defined]
+        moment: Any = self._engine.snapshot()  # type: ignore[attr-defined]
+        return Snapshot(KVStore(moment, self._type), moment.versions)
 
     # ------------------------------------------------------------ inside
 
@@ -342,54 +346,6 @@ class KVStore(StoreControl):
         if warning is not None and not self._warned_sparse_out:
             self._warned_sparse_out = True
             warnings.warn(warning, stacklevel=3)
-
-
-class Snapshot:
-    """All values of a store as they were at one moment.
-
-    Made by ``KVStore.snapshot``; also a context manager that closes itself.
-    """
-
-    def __init__(self, moment: Any, type: str) -> None:
-        self._moment = moment
-        self._store = KVStore(moment, type)
-        self.versions: dict[Key, int] = dict(moment.versions)
-        """How many updates each key had had."""
-
-    def keys(self) -> list[Key]:
-        """Return every key, in the order of init."""
-        return list(self.versions)
-
-    def pull(self, key: Any, out: Any = None, *, like: Any = None) -> Any:
-        """Copy values, as ``KVStore.pull`` does.
-
-        Raises:
-            SnapshotError: it is not held any more.
-            As ``KVStore.pull``.
-        """
-        return self._store.pull(key, out, like=like)
-
-    def row_sparse_pull(self, key: Any, out: Any = None, *, row_ids: Any = None) -> Any:
-        """Copy rows, as ``KVStore.row_sparse_pull`` does.
-
-        Raises:
-            SnapshotError: it is not held any more.
-            As ``KVStore.row_sparse_pull``.
-        """
-        return self._store.row_sparse_pull(key, out, row_ids=row_ids)
-
-    def close(self) -> None:
-        """Hold it no more."""
-        self._store.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"Snapshot({len(self.versions)} keys)"
 
 
 def _batch(verb: str, key: Any, value: Any) -> Batch:

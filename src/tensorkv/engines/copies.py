@@ -6,6 +6,7 @@ it changes, by which a reader who was slow notices that it has to ask again.
 
 from __future__ import annotations
 
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,7 +34,8 @@ class Copies:
 
     def __init__(self) -> None:
         self._shelves: OrderedDict[bytes, _Shelf] = OrderedDict()
-        self._mark = 0
+        # No two servers count alike: memory of one that is gone may seem to be another's.
+        self._mark = secrets.randbits(48)
 
     def find(self, layout: bytes, signature: Any) -> list[Any] | None:
         """Return where the copy of these keys is, if they have not changed since it was made."""

@@ -7,8 +7,8 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -74,7 +74,7 @@ class RayEngine:
         self._finite = FiniteSums("pass" if in_step else settings.nonfinite)
         self._traffic = Traffic(self._lanes, self._directory, self._near, in_step=in_step, finite=self._finite)
         self._moment = Moments(self._lanes, self._directory, self._traffic, len(actors))
-        self._meetings = self._texts = 0
+        self._claiming, self._claims = threading.Lock(), 0
         self._all = range(len(actors))
         self._rank = self._take_rank()
         self._directory.refresh()
@@ -105,10 +105,11 @@ class RayEngine:
         wanted = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
         with self._lanes.take() as lane:
             words = {"ranks": True, "wants": None if wanted is None else int(wanted)}
-            rank = int(lane.send("hello", [Letter(0, words)])[0].head["rank"])
+            told = lane.send("hello", [Letter(0, words)])[0].head
+        self._meetings, self._texts = told["meetings"], told["texts"]
         # The lane was made without a rank.
         self._lanes.clear()
-        return rank
+        return int(told["rank"])
 
     @property
     def rank(self) -> int:
@@ -148,13 +149,30 @@ class RayEngine:
         if self._counted_rank not in (0, None) and self._settings.num_workers > 1:
             self._wait_for_keys(keys, specs)
             return
+        with self._claim():
+            self._directory.check_new(keys)
+            leftovers = self._directory.leftovers(keys)
+            if leftovers:
+                # Of an init that did not reach every server; nobody else is at one now.
+                self._change("delete", {server: {"keys": own} for server, own in leftovers.items()})
+            held = self._directory.place(keys, specs)
+            letters = [self._init_letter(server, keys, values, held) for server in self._all]
+            with self._lanes.take() as lane:
+                lane.send("init", [letter for letter in letters if letter is not None])
         self._directory.refresh()
-        self._directory.check_new(keys)
-        held = self._directory.place(keys, specs)
-        letters = [self._init_letter(server, keys, values, held) for server in self._all]
-        with self._lanes.take() as lane:
-            lane.send("init", [letter for letter in letters if letter is not None])
-        self._directory.refresh()
+
+    @contextmanager
+    def _claim(self) -> Iterator[None]:
+        """Be the only one that makes or deletes keys, and know those that there are."""
+        with self._claiming:
+            self._claims += 1
+            try:
+                self._ask("claim", {"wants": True, "number": self._claims}, [0])
+                self._directory.refresh()
+                yield
+            finally:
+                with suppress(TensorKVError):
+                    self._ask("claim", {"wants": False, "number": self._claims}, [0])
 
     def _init_letter(
         self, server: int, keys: Sequence[Key], values: Sequence[Part], held: Sequence[Held]
@@ -217,14 +235,15 @@ class RayEngine:
         return self._traffic.pull_rows(keys, ids)
 
     def delete(self, keys: Sequence[Key]) -> None:
-        held = [self._directory.find("delete", key) for key in keys]
-        self._change(
-            "delete",
-            {
-                server: {"keys": [key for key, each in zip(keys, held, strict=True) if server in each.servers]}
-                for server in {server for each in held for server in each.servers}
-            },
-        )
+        with self._claim():
+            held = [self._directory.find("delete", key) for key in keys]
+            self._change(
+                "delete",
+                {
+                    server: {"keys": [key for key, each in zip(keys, held, strict=True) if server in each.servers]}
+                    for server in {server for each in held for server in each.servers}
+                },
+            )
         self._directory.refresh()
 
     def _change(self, verb: str, words: Mapping[int, Mapping[str, Any]]) -> None:
@@ -360,10 +379,10 @@ class RayEngine:
         self._directory.refresh()
 
     def _load(self, path: str, kind: Kind) -> None:
-        self._directory.refresh()
-        letters = servers_archive.load(path, kind, self._directory, len(self._actors))
-        with self._lanes.take() as lane:
-            lane.send("restore", letters)
+        with self._claim():
+            letters = servers_archive.load(path, kind, self._directory, len(self._actors))
+            with self._lanes.take() as lane:
+                lane.send("restore", letters)
 
     def _first(self, do: Callable[[], Any]) -> None:
         """Have rank 0 do something, and tell everybody how it went."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import ray
 import torch
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
+from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, RayActorError, RayError
 
 from .. import errors
 from ..errors import PushOutcomeUnknownError, ServerLostError, TensorKVError, WaitTimeoutError
@@ -99,8 +99,8 @@ class Link:
                     return answer
                 self._send()
         except BaseException:
-            if self._unsure or self._ref is not None:
-                # The server may still be reading or writing there.
+            if self._unsure or self._ref is not None or self._waits is not None:
+                # The server may still be reading or writing there, or keep a push for when the others come.
                 self._box.give_up()
                 self._room = torch.empty(0, dtype=torch.uint8)
             raise
@@ -141,7 +141,7 @@ class Link:
             raise ServerLostError(
                 f"server {self._index} has ended for good: {_first_line(error)}; what was not saved is lost"
             ) from error
-        except RayActorError:
+        except (RayActorError, ObjectLostError):
             time.sleep(_PAUSE_S)
             self._again("is not there")
             return None
@@ -175,9 +175,9 @@ class Link:
             known = isinstance(kind, type) and issubclass(kind, TensorKVError)
             raise (kind if known else TensorKVError)(text)  # type: ignore[misc]
         if "wait_for" in head:
-            if time.monotonic() >= self._deadline:
-                raise WaitTimeoutError(f"{self._head['verb']}: waited in vain for {head['wait_for']}")
             self._waits = head["wait_for"]
+            if time.monotonic() >= self._deadline:
+                raise WaitTimeoutError(f"{self._head['verb']}: waited in vain for {self._waits}")
             return None
         if "copy" in head:
             try:

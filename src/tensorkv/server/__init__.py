@@ -90,6 +90,8 @@ class Server:
             method = self._verbs.get(verb)
             if method is None:
                 raise ArgumentError(f"a server knows no {verb!r}")
+            patience = request.head.get("patience_s")
+            self._monitor.be_patient(None if patience is None else float(patience))
             if verb != "bye":
                 self._attendance.hear(request.head)
             reply = method(request, out)

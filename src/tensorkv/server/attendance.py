@@ -105,7 +105,7 @@ class Attendance:
             self._heard.pop(client, None)
             self._starts.pop(client, None)
             if rank is not None:
-                self.rounds.leave(rank)
+                self.rounds.end(rank)
                 # Whoever has it next follows one that is gone.
                 self._ranks[rank] = ""
             self._monitor.changed()

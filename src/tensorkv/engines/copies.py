@@ -63,6 +63,10 @@ class Copies:
             shelf.segments.append(Segment(LINE + aligned(nbytes)))
         shelf.turn = (shelf.turn + 1) % len(shelf.segments)
         segment = shelf.segments[shelf.turn]
+        if segment.nbytes < LINE + aligned(nbytes):
+            # A key was made anew, and is larger now.
+            segment.close_file()
+            segment = shelf.segments[shelf.turn] = Segment(LINE + aligned(nbytes))
         shelf.place, shelf.signature = None, None
         self._mark += 1
         marks = segment.tensor(0, (2,), torch.int64)

@@ -33,14 +33,18 @@ class Directory:
         self._num_servers, self._ask, self._wide = num_servers, ask, wide
         self._lock = threading.RLock()
         self._held: dict[Key, Held] = {}
+        self._asked = self._heard = 0
         self._halves: dict[Key, set[int]] = {}
         self._entries: dict[Key, Entry] = {}
         self._routes: dict[tuple[Key, ...], Route] = {}
         self.rule: Rule = Assign()
 
-    def refresh(self) -> None:
-        """Learn what the servers have now."""
-        listings = self._ask()
+    def refresh(self, ask: Callable[[], Sequence[Mapping[str, Any]]] | None = None) -> None:
+        """Learn what the servers have now; ``ask`` is another way to ask them."""
+        with self._lock:
+            self._asked += 1
+            number = self._asked
+        listings = (ask or self._ask)()
         notes: dict[Key, Any] = {}
         found: dict[Key, set[int]] = {}
         for server, listing in enumerate(listings):
@@ -48,6 +52,10 @@ class Directory:
                 notes[key] = note
                 found.setdefault(key, set()).add(server)
         with self._lock:
+            if number < self._heard:
+                # Somebody has asked later, and heard sooner.
+                return
+            self._heard = number
             old, new, halves = self._held, {}, {}
             for key in sorted(notes, key=lambda key: notes[key]["order"]):
                 held = from_note(notes[key])

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,16 +130,23 @@ class RayEngine:
             letters = [Letter(server, dict(words)) for server in (self._all if servers is None else servers)]
             return [answer.head for answer in lane.send(verb, letters)]
 
-    def _list(self) -> list[dict[str, Any]]:
-        return self._ask("list", {})
+    def _list(self, lane: Lane | None = None) -> list[dict[str, Any]]:
+        if lane is None:
+            return self._ask("list", {})
+        letters = [Letter(server, {}) for server in self._all]
+        return [answer.head for answer in lane.send("list", letters, timeout_s=_BEAT_S)]
 
     def _beat(self) -> None:
         """Tell the servers that this worker is alive, and hear who is not."""
-        lane = self._make_lane(-1)
+        lane, changes = self._make_lane(-1), None
         while not self._ending.wait(_BEAT_S):
             try:
                 answers = lane.send("beat", [Letter(server, {}) for server in self._all], timeout_s=_BEAT_S)
                 self._dead = answers[0].head["dead"]
+                if changes != [answer.head["changes"] for answer in answers]:
+                    # Keys that others have made, deleted or made anew.
+                    self._directory.refresh(partial(self._list, lane))
+                    changes = [answer.head["changes"] for answer in answers]
             except TensorKVError:
                 # Whoever calls next hears of it.
                 continue

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,9 @@ def find_servers(name: str, timeout_s: float) -> tuple[list[Any], Settings] | No
     if first is None:
         return None
     settings = Settings(**_ask(first.settings.remote(), name, timeout_s))
+    if settings.path is not None:
+        # A server knows the folder of its own, in that of the store.
+        settings = replace(settings, path=os.path.dirname(settings.path))
     actors = [first]
     deadline = time.monotonic() + timeout_s
     while len(actors) < settings.num_servers:

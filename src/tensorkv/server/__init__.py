@@ -298,7 +298,8 @@ class Server:
     def _beat(self, request: Request, out: torch.Tensor | None) -> Reply:
         with self._monitor:
             self._holding.views.drop_all_but_of(self._attendance.clients())
-        return Reply({"incarnation": self.incarnation, "dead": self._rounds.dead()})
+        changes = [self.incarnation, self._holding.inits]
+        return Reply({"incarnation": self.incarnation, "changes": changes, "dead": self._rounds.dead()})
 
     def _bye(self, request: Request, out: torch.Tensor | None) -> Reply:
         self._attendance.forget(request.owner, request.head.get("rank"))

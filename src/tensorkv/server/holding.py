@@ -50,7 +50,8 @@ class Holding:
             self.shard = self._notes = DurableShard(settings.path, durability=durability, clients=clients, **common)
         self.views = Views(settings.keep)
         self._layouts: dict[tuple[Key, ...], tuple[bytes, int]] = {}
-        self._inits = 0
+        self.inits = 0
+        """How often keys were made, deleted or made anew."""
 
     # ------------------------------------------------------------ pushes and pulls
 
@@ -102,7 +103,7 @@ class Holding:
     def versions(self, keys: tuple[Key, ...], checksum: Any) -> tuple[int, ...]:
         """Return the version of each key, and what changes when one is made anew."""
         self._layout(keys, checksum)
-        return (self._inits, *[self.shard.entry("pull", key).version for key in keys])
+        return (self.inits, *[self.shard.entry("pull", key).version for key in keys])
 
     def rows(self, request: Request) -> Reply:
         """Return the rows that a request names."""
@@ -200,7 +201,7 @@ class Holding:
 
     def _forget_layouts(self) -> None:
         self._layouts.clear()
-        self._inits += 1
+        self.inits += 1
 
     def take_notes(self, notes: Mapping[str, Any]) -> None:
         """Keep where the pieces of keys are; None forgets it.

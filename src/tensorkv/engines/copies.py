@@ -97,7 +97,8 @@ class CopyReader:
         """
         path, nbytes, _, own_nbytes = place
         segment = self._open.get(path)
-        if segment is None:
+        if segment is None or segment.nbytes != nbytes:
+            # The same path may name other memory than it did.
             segment = Segment(nbytes, path)
             segment.close_file()
             self._open[path] = segment

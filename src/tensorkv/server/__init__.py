@@ -292,8 +292,8 @@ class Server:
         head = request.head
         if not head["ranks"]:
             return Reply({"rank": None, **self._listing()})
-        rank, meetings, texts = self._attendance.take_rank(request.owner, head.get("wants"))
-        return Reply({"rank": rank, "meetings": meetings, "texts": texts, **self._listing()})
+        rank, over = self._attendance.take_rank(request.owner, head.get("wants"))
+        return Reply({"rank": rank, "over": over, **self._listing()})
 
     def _beat(self, request: Request, out: torch.Tensor | None) -> Reply:
         with self._monitor:
@@ -308,10 +308,7 @@ class Server:
         return Reply({"clients": len(self._attendance.clients())})
 
     def _leave(self, request: Request, out: torch.Tensor | None) -> Reply:
-        if request.head.get("returns"):
-            self._rounds.come_back(request.head["rank"])
-        else:
-            self._attendance.leave(request.head["rank"])
+        self._attendance.leave(request.head["number"], request.head["rank"])
         return Reply({})
 
     def _meet(self, request: Request, out: torch.Tensor | None) -> Reply:

@@ -33,10 +33,12 @@ class Attendance:
         # Who makes or deletes keys, and of each process the number of its last claim that is over.
         self._claimant: tuple[str, int] = ("", 0)
         self._claimed: dict[str, int] = {}
-        self._starts: dict[str, tuple[int, int]] = {}
+        self._starts: dict[str, tuple[int, int, int]] = {}
         # Of each worker, the last meeting it has come to; and the last one to which all had come.
         self._at: dict[int, int] = {}
         self._met = 0
+        self._leaving: set[int] = set()
+        self._left = 0
         self._texts: dict[int, str] = {}
 
     def hear(self, head: Mapping[str, Any]) -> None:
@@ -62,10 +64,10 @@ class Attendance:
         horizon = time.monotonic() - self._lost_after_s
         return [client for client, heard in list(self._heard.items()) if heard >= horizon]
 
-    def take_rank(self, client: str, wanted: int | None) -> tuple[int, int, int]:
+    def take_rank(self, client: str, wanted: int | None) -> tuple[int, tuple[int, int, int]]:
         """Return the rank of a new worker: the one it asks for, or the first that nobody alive has.
 
-        Also how many meetings and texts are over for it: all that there were, if it follows one that is gone.
+        Also how many meetings, texts and leaves are over for it: all that there were, if it follows one that is gone.
         """
         if wanted is not None and (type(wanted) is not int or wanted < 0):
             raise ArgumentError(f"create: rank is {wanted!r}; expected an int of at least 0")
@@ -76,12 +78,12 @@ class Attendance:
             holder = self._ranks.get(rank)
             if holder in alive - {client}:
                 raise ArgumentError(f"create: rank {rank} is another worker that is alive; give each a RANK of its own")
-            told = (self._met, max(self._texts, default=0)) if rank in self._ranks else (0, 0)
-            start = self._starts.setdefault(client, told)
+            over = (self._met, max(self._texts, default=0), self._left) if rank in self._ranks else (0, 0, 0)
+            start = self._starts.setdefault(client, over)
             if rank < self._num_workers:
                 self._know(rank, client)
             self._ranks[rank] = client
-            return rank, *start
+            return rank, start
 
     def claim(self, owner: str, number: int, *, wants: bool) -> None:
         """Let one process at a time make and delete keys; it numbers its claims."""
@@ -106,18 +108,30 @@ class Attendance:
             self._starts.pop(client, None)
             if rank is not None:
                 self.rounds.end(rank)
+                self._leaving.discard(rank)
                 # Whoever has it next follows one that is gone.
                 self._ranks[rank] = ""
             self._monitor.changed()
 
-    def leave(self, rank: int) -> None:
-        """Let a worker push no more; return when every worker has left."""
+    def leave(self, number: int, rank: int) -> None:
+        """Let a worker push no more; return when every worker has left for the ``number``th time, and is back."""
         with self._monitor:
+            if self._left >= number:
+                return
             self.rounds.leave(rank)
+            self._leaving.add(rank)
             self._monitor.changed()
             self._monitor.wait_until(
-                self.rounds.all_left, lambda: f"ranks {self.rounds.live()}, which have not left yet"
+                lambda: self._left >= number or self.rounds.all_left(),
+                lambda: f"ranks {self.rounds.live()}, which have not left yet",
             )
+            if self._left < number:
+                # All at once: whoever goes on first is to wait for the others.
+                self._left = number
+                for each in self._leaving:
+                    self.rounds.come_back(each)
+                self._leaving.clear()
+                self._monitor.changed()
 
     def meet(self, number: int, rank: int) -> None:
         """Return when every live worker has come to meeting ``number``."""

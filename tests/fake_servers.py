@@ -120,7 +120,7 @@ class Cluster:
 
     def __enter__(self):
         self._patches.enter_context(mock.patch.object(ray_link, "ray", PLAYED_RAY))
-        self._patches.enter_context(mock.patch.object(ray_cluster, "stop_servers", lambda actors: None))
+        self._patches.enter_context(mock.patch.object(ray_cluster, "stop_servers"))
         return self
 
     def store(self, **more):

@@ -6,6 +6,7 @@ it changes, by which a reader who was slow notices that it has to ask again.
 
 from __future__ import annotations
 
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,7 +34,8 @@ class Copies:
 
     def __init__(self) -> None:
         self._shelves: OrderedDict[bytes, _Shelf] = OrderedDict()
-        self._mark = 0
+        # No two servers count alike: memory of one that is gone may seem to be another's.
+        self._mark = secrets.randbits(48)
 
     def find(self, layout: bytes, signature: Any) -> list[Any] | None:
         """Return where the copy of these keys is, if they have not changed since it was made."""
@@ -61,6 +63,10 @@ class Copies:
             shelf.segments.append(Segment(LINE + aligned(nbytes)))
         shelf.turn = (shelf.turn + 1) % len(shelf.segments)
         segment = shelf.segments[shelf.turn]
+        if segment.nbytes < LINE + aligned(nbytes):
+            # A key was made anew, and is larger now.
+            segment.close_file()
+            segment = shelf.segments[shelf.turn] = Segment(LINE + aligned(nbytes))
         shelf.place, shelf.signature = None, None
         self._mark += 1
         marks = segment.tensor(0, (2,), torch.int64)
@@ -91,7 +97,8 @@ class CopyReader:
         """
         path, nbytes, _, own_nbytes = place
         segment = self._open.get(path)
-        if segment is None:
+        if segment is None or segment.nbytes != nbytes:
+            # The same path may name other memory than it did.
             segment = Segment(nbytes, path)
             segment.close_file()
             self._open[path] = segment

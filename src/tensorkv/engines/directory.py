@@ -33,13 +33,18 @@ class Directory:
         self._num_servers, self._ask, self._wide = num_servers, ask, wide
         self._lock = threading.RLock()
         self._held: dict[Key, Held] = {}
+        self._asked = self._heard = 0
+        self._halves: dict[Key, set[int]] = {}
         self._entries: dict[Key, Entry] = {}
         self._routes: dict[tuple[Key, ...], Route] = {}
         self.rule: Rule = Assign()
 
-    def refresh(self) -> None:
-        """Learn what the servers have now."""
-        listings = self._ask()
+    def refresh(self, ask: Callable[[], Sequence[Mapping[str, Any]]] | None = None) -> None:
+        """Learn what the servers have now; ``ask`` is another way to ask them."""
+        with self._lock:
+            self._asked += 1
+            number = self._asked
+        listings = (ask or self._ask)()
         notes: dict[Key, Any] = {}
         found: dict[Key, set[int]] = {}
         for server, listing in enumerate(listings):
@@ -47,13 +52,21 @@ class Directory:
                 notes[key] = note
                 found.setdefault(key, set()).add(server)
         with self._lock:
-            old, self._held = self._held, {}
+            if number < self._heard:
+                # Somebody has asked later, and heard sooner.
+                return
+            self._heard = number
+            old, new, halves = self._held, {}, {}
             for key in sorted(notes, key=lambda key: notes[key]["order"]):
                 held = from_note(notes[key])
                 # A key is there when every piece of it is.
                 if found[key] >= set(held.servers):
-                    self._held[key] = old[key] if old.get(key) == held else held
-            self._entries = {key: each for key, each in self._entries.items() if self._held.get(key) is old.get(key)}
+                    new[key] = old[key] if old.get(key) == held else held
+                else:
+                    halves[key] = found[key]
+            # Others read them meanwhile: they are replaced, not changed.
+            self._held, self._halves = new, halves
+            self._entries = {key: each for key, each in self._entries.copy().items() if new.get(key) is old.get(key)}
             described = listings[0]["optimizer"]
             self._take_rule(None if described is None else OptimizerSpec.from_json(described))
 
@@ -104,6 +117,14 @@ class Directory:
                 value = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
             entry = self._entries[key] = Entry(key, spec, value)
         return entry
+
+    def leftovers(self, keys: Sequence[Key]) -> dict[int, list[Key]]:
+        """Return the servers that have pieces of keys of which others are missing."""
+        found: dict[int, list[Key]] = {}
+        for key in keys:
+            for server in self._halves.get(key, ()):
+                found.setdefault(server, []).append(key)
+        return found
 
     def check_new(self, keys: Sequence[Key]) -> None:
         """Raise if a key cannot be initialised."""

@@ -11,13 +11,14 @@ import torch
 
 from .. import manifest
 from ..entry import KeySpec
-from ..errors import KeyNotFoundError, TensorKVError, quote
+from ..errors import KeyNotFoundError, SnapshotError, TensorKVError, quote
 from ..keys import Key
 from ..manifest import Contents
 from ..record import Record
 from ..rows import Rows
 from .directory import Directory
 from .ray_lane import Lanes, Letter
+from .spread import Held
 from .traffic import Traffic
 
 
@@ -43,7 +44,7 @@ class Moments:
         """
         name = secrets.token_hex(8)
         self._directory.refresh()
-        specs = {key: self._directory.find("snapshot", key).spec for key in self._directory.names()}
+        held = {key: self._directory.find("snapshot", key) for key in self._directory.names()}
         versions: dict[Key, int] = {}
         try:
             for head, _ in self._look({"view": name}):
@@ -52,12 +53,12 @@ class Moments:
         except TensorKVError:
             self.drop(name)
             raise
-        return Moment(self, self._traffic, name, {key: specs[key] for key in specs if key in versions}, versions)
+        return Moment(self, self._traffic, name, {key: held[key] for key in held if key in versions}, versions)
 
     def states(self) -> list[Contents]:
         """Return everything that each server holds."""
         found = []
-        for head, payload in self._look({"states": True}):
+        for head, payload in self._look_again({"states": True}):
             record = Record({}, head["layout"].encode(), [payload.numpy().data])
             # Answers lie in memory that the next request uses.
             tensors = {str(item.key): item.tensor.clone() for item in record.items()}
@@ -69,12 +70,23 @@ class Moments:
         with suppress(TensorKVError), self._lanes.take() as lane:
             lane.send("drop", [Letter(server, {"view": name}) for server in self._all])
 
+    def _look_again(self, words: dict[str, Any]) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        """Look; once more where an answer was lost, or the servers did not stand still for long enough."""
+        try:
+            return self._look(words)
+        except SnapshotError:
+            return self._look(words)
+
     def _look(self, words: dict[str, Any]) -> list[tuple[dict[str, Any], torch.Tensor]]:
         """Stop every server at the same moment, and return what each answers."""
         with self._lanes.take() as lane:
             try:
                 wanted: dict[str, list[Any]] = {}
-                for answer in lane.send("freeze", [Letter(server, {}) for server in self._all]):
+                # The first decides between those who look at the same time: whoever stops it, stops the others.
+                answers = lane.send("freeze", [Letter(0, {})])
+                if len(self._all) > 1:
+                    answers += lane.send("freeze", [Letter(server, {}) for server in self._all[1:]])
+                for answer in answers:
                     for client, (seq, fan) in answer.head["fans"].items():
                         if seq > wanted.get(client, [0])[0]:
                             wanted[client] = [seq, fan]
@@ -93,35 +105,35 @@ class Moment:
         moments: that has taken it.
         traffic: to read by.
         name: under which servers hold it.
-        specs: of its keys.
+        held: of its keys.
         versions: of its keys.
     """
 
     def __init__(
-        self, moments: Moments, traffic: Traffic, name: str, specs: dict[Key, KeySpec], versions: dict[Key, int]
+        self, moments: Moments, traffic: Traffic, name: str, held: dict[Key, Held], versions: dict[Key, int]
     ) -> None:
         self._moments, self._traffic, self._name = moments, traffic, name
-        self._specs = specs
+        self._held = held
         self.versions = versions
 
     def spec(self, verb: str, key: Key) -> KeySpec:
         """Tell what an array for a key must be like."""
-        spec = self._specs.get(key)
-        if spec is None:
+        held = self._held.get(key)
+        if held is None:
             raise KeyNotFoundError(f"{verb}({quote(key)}): the key was not there when this snapshot was taken")
-        return spec
+        return held.spec
 
     def keys(self) -> list[Key]:
         """Every key, in the order of init."""
-        return list(self._specs)
+        return list(self._held)
 
     def pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]], priority: int) -> None:
         """Copy values into tensors."""
-        self._traffic.pull(keys, outs, {"view": self._name})
+        self._traffic.pull(keys, outs, {"view": self._name}, self._held)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         """Return copies of rows."""
-        return self._traffic.pull_rows(keys, ids, {"view": self._name})
+        return self._traffic.pull_rows(keys, ids, {"view": self._name}, self._held)
 
     def close(self) -> None:
         """Hold it no more."""

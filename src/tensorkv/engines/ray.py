@@ -7,9 +7,10 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class RayEngine:
         self._finite = FiniteSums("pass" if in_step else settings.nonfinite)
         self._traffic = Traffic(self._lanes, self._directory, self._near, in_step=in_step, finite=self._finite)
         self._moment = Moments(self._lanes, self._directory, self._traffic, len(actors))
-        self._meetings = self._texts = 0
+        self._claiming, self._claims = threading.Lock(), 0
         self._all = range(len(actors))
         self._rank = self._take_rank()
         self._directory.refresh()
@@ -105,10 +106,11 @@ class RayEngine:
         wanted = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
         with self._lanes.take() as lane:
             words = {"ranks": True, "wants": None if wanted is None else int(wanted)}
-            rank = int(lane.send("hello", [Letter(0, words)])[0].head["rank"])
+            told = lane.send("hello", [Letter(0, words)])[0].head
+        self._meetings, self._texts, self._leaves = told["over"]
         # The lane was made without a rank.
         self._lanes.clear()
-        return rank
+        return int(told["rank"])
 
     @property
     def rank(self) -> int:
@@ -128,16 +130,23 @@ class RayEngine:
             letters = [Letter(server, dict(words)) for server in (self._all if servers is None else servers)]
             return [answer.head for answer in lane.send(verb, letters)]
 
-    def _list(self) -> list[dict[str, Any]]:
-        return self._ask("list", {})
+    def _list(self, lane: Lane | None = None) -> list[dict[str, Any]]:
+        if lane is None:
+            return self._ask("list", {})
+        letters = [Letter(server, {}) for server in self._all]
+        return [answer.head for answer in lane.send("list", letters, timeout_s=_BEAT_S)]
 
     def _beat(self) -> None:
         """Tell the servers that this worker is alive, and hear who is not."""
-        lane = self._make_lane(-1)
+        lane, changes = self._make_lane(-1), None
         while not self._ending.wait(_BEAT_S):
             try:
                 answers = lane.send("beat", [Letter(server, {}) for server in self._all], timeout_s=_BEAT_S)
                 self._dead = answers[0].head["dead"]
+                if changes != [answer.head["changes"] for answer in answers]:
+                    # Keys that others have made, deleted or made anew.
+                    self._directory.refresh(partial(self._list, lane))
+                    changes = [answer.head["changes"] for answer in answers]
             except TensorKVError:
                 # Whoever calls next hears of it.
                 continue
@@ -148,13 +157,30 @@ class RayEngine:
         if self._counted_rank not in (0, None) and self._settings.num_workers > 1:
             self._wait_for_keys(keys, specs)
             return
+        with self._claim():
+            self._directory.check_new(keys)
+            leftovers = self._directory.leftovers(keys)
+            if leftovers:
+                # Of an init that did not reach every server; nobody else is at one now.
+                self._change("delete", {server: {"keys": own} for server, own in leftovers.items()})
+            held = self._directory.place(keys, specs)
+            letters = [self._init_letter(server, keys, values, held) for server in self._all]
+            with self._lanes.take() as lane:
+                lane.send("init", [letter for letter in letters if letter is not None])
         self._directory.refresh()
-        self._directory.check_new(keys)
-        held = self._directory.place(keys, specs)
-        letters = [self._init_letter(server, keys, values, held) for server in self._all]
-        with self._lanes.take() as lane:
-            lane.send("init", [letter for letter in letters if letter is not None])
-        self._directory.refresh()
+
+    @contextmanager
+    def _claim(self) -> Iterator[None]:
+        """Be the only one that makes or deletes keys, and know those that there are."""
+        with self._claiming:
+            self._claims += 1
+            try:
+                self._ask("claim", {"wants": True, "number": self._claims}, [0])
+                self._directory.refresh()
+                yield
+            finally:
+                with suppress(TensorKVError):
+                    self._ask("claim", {"wants": False, "number": self._claims}, [0])
 
     def _init_letter(
         self, server: int, keys: Sequence[Key], values: Sequence[Part], held: Sequence[Held]
@@ -217,14 +243,15 @@ class RayEngine:
         return self._traffic.pull_rows(keys, ids)
 
     def delete(self, keys: Sequence[Key]) -> None:
-        held = [self._directory.find("delete", key) for key in keys]
-        self._change(
-            "delete",
-            {
-                server: {"keys": [key for key, each in zip(keys, held, strict=True) if server in each.servers]}
-                for server in {server for each in held for server in each.servers}
-            },
-        )
+        with self._claim():
+            held = [self._directory.find("delete", key) for key in keys]
+            self._change(
+                "delete",
+                {
+                    server: {"keys": [key for key, each in zip(keys, held, strict=True) if server in each.servers]}
+                    for server in {server for each in held for server in each.servers}
+                },
+            )
         self._directory.refresh()
 
     def _change(self, verb: str, words: Mapping[int, Mapping[str, Any]]) -> None:
@@ -345,10 +372,8 @@ class RayEngine:
     def leave(self) -> None:
         if self._counted_rank is None or self._settings.num_workers == 1:
             return
-        self._ask("leave", {})
-        self.barrier()
-        self._ask("leave", {"returns": True})
-        self.barrier()
+        self._leaves += 1
+        self._ask("leave", {"number": self._leaves})
 
     # ------------------------------------------------------------ checkpoints
 
@@ -360,10 +385,10 @@ class RayEngine:
         self._directory.refresh()
 
     def _load(self, path: str, kind: Kind) -> None:
-        self._directory.refresh()
-        letters = servers_archive.load(path, kind, self._directory, len(self._actors))
-        with self._lanes.take() as lane:
-            lane.send("restore", letters)
+        with self._claim():
+            letters = servers_archive.load(path, kind, self._directory, len(self._actors))
+            with self._lanes.take() as lane:
+                lane.send("restore", letters)
 
     def _first(self, do: Callable[[], Any]) -> None:
         """Have rank 0 do something, and tell everybody how it went."""

@@ -98,7 +98,9 @@ class ServerActor:
             return reply.head
         nbytes = int(request.head["shares"])
         with self._copying:
-            signature = self._server.signature(request.layout)
+            signature = self._server.signature(request)
+            if signature is None:
+                return None
             place = self._copies.find(request.layout, signature)
             if place is None:
                 replies: list[Reply] = []
@@ -112,11 +114,9 @@ class ServerActor:
                 except OSError as error:
                     _logger.warning("no memory for a copy that readers share: %s", error)
                     return None
-                if replies[0].head:
-                    return replies[0].head
                 payload = replies[0].payload
-                if payload is None or len(payload) != nbytes:
-                    # Not what the client takes the values to be: it is to see for itself.
+                if replies[0].head or payload is None or len(payload) != nbytes:
+                    # There is no such copy: the client is to see for itself.
                     self._copies.forget(request.layout)
                     return None
         return {"copy": place}

@@ -160,6 +160,7 @@ def make_servers(name: str, settings: Settings, timeout_s: float) -> tuple[list[
         JournalError: a server's folder cannot be opened.
     """
     _check_folders(settings)
+    _wait_for_the_end(name, settings.num_servers, timeout_s)
     handles = [_make(name, {**asdict(settings), "index": index}) for index in range(settings.num_servers)]
     for handle in handles:
         _ask(handle.place.remote(), name, timeout_s)
@@ -167,6 +168,22 @@ def make_servers(name: str, settings: Settings, timeout_s: float) -> tuple[list[
     if found is None:
         raise ServerLostError(f"create({name!r}): the servers ended at once")
     return found
+
+
+def _wait_for_the_end(name: str, num_servers: int, timeout_s: float) -> None:
+    """Wait until no server is left of a store of this name whose first has ended.
+
+    Raises:
+        ServerLostError: they stay.
+    """
+    deadline = time.monotonic() + timeout_s
+    while _get(name, 0) is None and any(_get(name, index) is not None for index in range(1, num_servers)):
+        if time.monotonic() > deadline:
+            raise ServerLostError(
+                f"create({name!r}): server 0 of the store has ended, and what it held is lost, but others are there; "
+                "close it everywhere, or choose another name"
+            )
+        time.sleep(0.05)
 
 
 def check_safety(actors: Sequence[Any], insecure: bool, timeout_s: float) -> list[list[Any]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import StoreClosedError
 from .ray_link import Answer, Link
 
 Fill = Callable[[torch.Tensor], Any]
@@ -101,24 +103,35 @@ class Lanes:
 
     def __init__(self, make: Callable[[int], Lane]) -> None:
         self._make = make
+        self._lock = threading.Lock()
+        self._closed = False
         self._free: list[Lane] = []
         self._all: list[Lane] = []
 
     @contextmanager
     def take(self) -> Iterator[Lane]:
-        """Give a lane that nobody uses."""
-        try:
+        """Give a lane that nobody uses.
+
+        Raises:
+            StoreClosedError: there are no more.
+        """
+        with self._lock:
+            if self._closed:
+                raise StoreClosedError("this store was closed; create another")
+            if not self._free:
+                # Numbers are not used twice: a server remembers what it has had from each.
+                self._free.append(self._make(len(self._all)))
+                self._all.append(self._free[-1])
             lane = self._free.pop()
-        except IndexError:
-            # Numbers are not used twice: a server remembers what it has had from each.
-            lane = self._make(len(self._all))
-            self._all.append(lane)
         try:
             yield lane
         finally:
-            # One that was interrupted may have a request under way.
-            if lane.is_clear:
-                self._free.append(lane)
+            with self._lock:
+                # One that was interrupted may have a request under way.
+                if lane.is_clear and not self._closed:
+                    self._free.append(lane)
+                else:
+                    lane.close()
 
     @property
     def resent(self) -> int:
@@ -126,9 +139,14 @@ class Lanes:
         return sum(lane.resent for lane in self._all)
 
     def clear(self) -> None:
-        """Let go of every lane; the next one is a new client."""
-        for lane in self._all:
-            lane.close()
-        self._free.clear()
+        """Let go of the lanes that nobody uses; the next one is a new client."""
+        with self._lock:
+            for lane in self._free:
+                lane.close()
+            self._free.clear()
 
-    close = clear
+    def close(self) -> None:
+        """Give no more lanes; those in use go when they are brought back."""
+        with self._lock:
+            self._closed = True
+        self.clear()

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import ray
 import torch
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
+from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, RayActorError, RayError
 
 from .. import errors
 from ..errors import PushOutcomeUnknownError, ServerLostError, TensorKVError, WaitTimeoutError
 from ..server.holding import bytes_of
+from ..server.waits import PATIENCE_S
 from ..server.wire import join, split
 from .copies import CopyReader
 from .mailbox import Mailbox
@@ -99,8 +100,8 @@ class Link:
                     return answer
                 self._send()
         except BaseException:
-            if self._unsure or self._ref is not None:
-                # The server may still be reading or writing there.
+            if self._unsure or self._ref is not None or self._waits is not None:
+                # The server may still be reading or writing there, or keep a push for when the others come.
                 self._box.give_up()
                 self._room = torch.empty(0, dtype=torch.uint8)
             raise
@@ -121,6 +122,10 @@ class Link:
             # Else Ray would start another cluster, all by itself.
             raise ServerLostError(f"server {self._index}: Ray has been shut down in this process")
         head, box = self._head, self._box.describe()
+        left = self._deadline - time.monotonic()
+        if left < 2 * PATIENCE_S:
+            # An answer that names who is waited for has to come in time.
+            head = {**head, "patience_s": max(0.0, left / 2)}
         if box is not None:
             self._ref = self._actor.serve.remote(join({**head, "box": box}, self._layout))
         elif len(self._room) <= INLINE_NBYTES:
@@ -141,7 +146,7 @@ class Link:
             raise ServerLostError(
                 f"server {self._index} has ended for good: {_first_line(error)}; what was not saved is lost"
             ) from error
-        except RayActorError:
+        except (RayActorError, ObjectLostError):
             time.sleep(_PAUSE_S)
             self._again("is not there")
             return None
@@ -154,12 +159,17 @@ class Link:
         self.resent += 1
         self._unsure = True
         if time.monotonic() >= self._deadline:
+            if self._waits is not None:
+                raise self._in_vain()
             seconds = f"{self._timeout_s:g} s"
             raise PushOutcomeUnknownError(
                 f"{self._head['verb']}: server {self._index} {how} for {seconds}, though asked {self._sent} times: the "
                 "request was applied once, or not at all; look at the key's version, or load a checkpoint"
             )
         self._box.move()
+
+    def _in_vain(self) -> WaitTimeoutError:
+        return WaitTimeoutError(f"{self._head['verb']}: waited in vain for {self._waits}")
 
     def _open(self, found: Any) -> Answer | None:
         message, beside = (found, None) if isinstance(found, bytes) else found
@@ -175,9 +185,9 @@ class Link:
             known = isinstance(kind, type) and issubclass(kind, TensorKVError)
             raise (kind if known else TensorKVError)(text)  # type: ignore[misc]
         if "wait_for" in head:
-            if time.monotonic() >= self._deadline:
-                raise WaitTimeoutError(f"{self._head['verb']}: waited in vain for {head['wait_for']}")
             self._waits = head["wait_for"]
+            if time.monotonic() >= self._deadline:
+                raise self._in_vain()
             return None
         if "copy" in head:
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,6 +78,8 @@ class Share:
                     described.append((keys[index], "sum", dtypes[index], each.shape(start, stop)))
         self.layout = describe(described)
         self.keys = json.dumps([keys[piece.key] for piece in self.pieces]).encode()
+        # By which a server tells whether its values are what this client takes them to be.
+        self.checksum = zlib.crc32(self.layout)
         self._places = places(self.layout)
         self.nbytes = self._places[-1].stop if self._places else 0
         # For columns of addresses: which key, and where in its array the piece begins.

@@ -12,7 +12,7 @@ from .. import arrays, reduce, rows
 from ..checks import check_push
 from ..columns import Column
 from ..entry import Batch, Entry, Part
-from ..errors import KeyNotFoundError, ValueMismatchError
+from ..errors import KeyNotFoundError, ValueMismatchError, quote
 from ..finite import FiniteSums
 from ..keys import Key
 from ..optim import ROWWISE
@@ -115,7 +115,7 @@ class Traffic:
             if columns is not None and route.form is not None:
                 addresses = [column.addresses for column in columns]
                 fill = partial(spread.gather, share, route.form.dtype, addresses, pool=self._pool)
-            words = {"pulls": True} if pulls else {}
+            words = {"pulls": True, "of": reply.checksum} if pulls else {}
             letters.append(Letter(share.server, words, share.layout, share.nbytes, fill, reply.nbytes if pulls else 0))
         with self._lanes.take() as lane:
             answers = self._send(lane, "push", letters)
@@ -173,14 +173,23 @@ class Traffic:
 
     # ------------------------------------------------------------ pull
 
-    def pull(self, keys: Sequence[Key], outs: Outs, words: Mapping[str, Any] | None = None) -> None:
-        """Fill outs with the values of keys, of now or of what ``words`` say."""
+    def pull(
+        self,
+        keys: Sequence[Key],
+        outs: Outs,
+        words: Mapping[str, Any] | None = None,
+        held: Mapping[Key, Held] | None = None,
+    ) -> None:
+        """Fill outs with the values of keys, of now or of what ``words`` say, which lay where ``held`` says."""
         listed = [(key, own) for key, own in zip(keys, outs, strict=False) if own]
         if not listed:
             return
         named = [key for key, _ in listed]
         wanted = [own for _, own in listed]
-        route = self._directory.route("pull", named)
+        if held is None:
+            route = self._directory.route("pull", named)
+        else:
+            route = Route(named, [held[key] for key in named], wide=False)
         targets = None if route.form is None else route.form.targets(wanted)
         self._collect(route, named, wanted, targets, words or {})
 
@@ -189,7 +198,7 @@ class Traffic:
     ) -> None:
         letters = []
         for share in route.replies:
-            own = dict(words)
+            own: dict[str, Any] = {**words, "of": share.checksum}
             if self._near[share.server] and share.nbytes > _SHARED_NBYTES and "view" not in words:
                 own["shares"] = share.nbytes
             letters.append(Letter(share.server, own, share.keys, reply_nbytes=share.nbytes))
@@ -202,31 +211,43 @@ class Traffic:
                     self._scatter(route, share, answer.payload, outs, targets)
 
     def pull_rows(
-        self, keys: Sequence[Key], ids: Sequence[torch.Tensor], words: Mapping[str, Any] | None = None
+        self,
+        keys: Sequence[Key],
+        ids: Sequence[torch.Tensor],
+        words: Mapping[str, Any] | None = None,
+        where: Mapping[Key, Held] | None = None,
     ) -> list[Rows]:
         """Return copies of rows; ids are unique and sorted."""
-        held = [self._directory.find("row_sparse_pull", key) for key in keys]
+        held = [self._directory.find("row_sparse_pull", key) if where is None else where[key] for key in keys]
         found = [
             torch.empty((len(own), *each.spec.shape[1:]), dtype=each.spec.dtype)
             for each, own in zip(held, ids, strict=True)
         ]
         letters, places = [], []
         for server in sorted({server for each in held for server in each.servers}):
-            items, where = [], []
+            items, wanted = [], []
             for index, (key, each, own) in enumerate(zip(keys, held, ids, strict=True)):
                 selected = _selected(each, own.cpu(), server)
                 if selected is not None:
                     items.append(Item(key, "ids", selected[0]))
-                    where.append((index, selected[1]))
+                    wanted.append((index, selected[1]))
             letters.append(letter_of(server, dict(words or {}), pack({}, items)))
-            places.append(where)
+            places.append(wanted)
         with self._lanes.take() as lane:
             answers = self._send(lane, "pull_rows", letters)
-            for answer, where in zip(answers, places, strict=True):
+            for answer, wanted in zip(answers, places, strict=True):
                 record = Record({}, answer.head["layout"].encode(), [answer.payload.numpy().data])
-                for item, (index, mine) in zip(record.items(), where, strict=True):
+                for item, (index, mine) in zip(record.items(), wanted, strict=True):
+                    self._check_rows(keys[index], item.tensor, found[index][mine])
                     arrays.signed(found[index])[mine] = arrays.signed(item.tensor)
         return [Rows(own, each, h.spec.shape[0]) for own, each, h in zip(ids, found, held, strict=True)]
+
+    def _check_rows(self, key: Key, rows: torch.Tensor, expected: torch.Tensor) -> None:
+        if rows.dtype is not expected.dtype or rows.shape != expected.shape:
+            self._directory.refresh()
+            raise ValueMismatchError(
+                f"row_sparse_pull({quote(key)}): another client has made this key anew; call again"
+            )
 
     def _send(self, lane: Lane, verb: str, letters: Sequence[Letter]) -> list[Any]:
         try:

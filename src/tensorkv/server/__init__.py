@@ -62,6 +62,7 @@ class Server:
             "info": self._info,
             "stats": self._stats,
             "hello": self._hello,
+            "claim": self._claim,
             "beat": self._beat,
             "bye": self._bye,
             "leave": self._leave,
@@ -89,13 +90,16 @@ class Server:
             method = self._verbs.get(verb)
             if method is None:
                 raise ArgumentError(f"a server knows no {verb!r}")
-            self._attendance.hear(request.head)
+            patience = request.head.get("patience_s")
+            self._monitor.be_patient(None if patience is None else float(patience))
+            if verb != "bye":
+                self._attendance.hear(request.head)
             reply = method(request, out)
         except Waits as waits:
             return Reply({"wait_for": str(waits)})
         except TensorKVError as error:
             return _refusal(type(error).__name__, str(error))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             return _refusal("ArgumentError", f"a request that cannot be read: {type(error).__name__}: {error}")
         except (MemoryError, OSError, RuntimeError) as error:
             return _refusal("WorkerError", f"server {self.settings.index} failed: {type(error).__name__}: {error}")
@@ -107,10 +111,13 @@ class Server:
         """Return the processes that are alive and use this server."""
         return self._attendance.clients()
 
-    def signature(self, layout: bytes) -> tuple[int, ...]:
-        """Return the versions of the keys of a pull, which tell whether their values have changed."""
-        with self._monitor:
-            return self._holding.versions(keys_of(layout))
+    def signature(self, request: Request) -> tuple[int, ...] | None:
+        """Return the versions of the keys of a pull, which tell whether their values have changed; None: refused."""
+        try:
+            with self._monitor:
+                return self._holding.versions(keys_of(request.layout), request.head.get("of"))
+        except TensorKVError:
+            return None
 
     def close(self) -> None:
         """Let go of the values and the folder."""
@@ -126,23 +133,28 @@ class Server:
         if self.settings.mode == "sync":
             self._push_in_step(request, keys)
         else:
-            with self._turn(request) as is_new:
-                if is_new:
-                    reply = self._holding.push(request, out, fill=pulls and staleness is None)
-                    if rank is not None:
-                        self._rounds.pushed(rank, keys)
-            if staleness is not None and rank is not None:
-                self._wait_for_the_slow(rank, staleness)
+            with self._monitor:
+                if not self._clients.has_applied(request.client, request.seq):
+                    # One that did not wait until the end for its last push.
+                    self._wait_for_the_slow(rank, staleness, "")
+                with self._turn(request) as is_new:
+                    if is_new:
+                        reply = self._holding.push(request, out, fill=pulls and staleness is None)
+                        if rank is not None:
+                            self._rounds.pushed(rank, keys)
+                self._wait_for_the_slow(rank, staleness, "; this push has been applied")
         if reply is None:
-            reply = self._holding.values(keys, out) if pulls else Reply({})
+            with self._monitor:
+                reply = self._holding.values(keys, out, request.head) if pulls else Reply({})
         return reply
 
-    def _wait_for_the_slow(self, rank: int, staleness: int) -> None:
-        with self._monitor:
-            self._monitor.wait_until(
-                lambda: not self._rounds.behind(rank, staleness),
-                lambda: f"ranks {self._rounds.behind(rank, staleness)}, more than {staleness} rounds behind",
-            )
+    def _wait_for_the_slow(self, rank: int | None, staleness: int | None, then: str) -> None:
+        if rank is None or staleness is None:
+            return
+        self._monitor.wait_until(
+            lambda: not self._rounds.behind(rank, staleness),
+            lambda: f"ranks {self._rounds.behind(rank, staleness)}, more than {staleness} rounds behind{then}",
+        )
 
     def _push_in_step(self, request: Request, keys: tuple[Key, ...]) -> None:
         rank, client, seq = request.head.get("rank"), request.client, request.seq
@@ -164,7 +176,7 @@ class Server:
             raise refused
 
     def _has_closed(self, client: str, seq: int) -> bool:
-        self._gathering.close(self._rounds.live())
+        self._gathering.close(self._rounds.live(), self._cut.admits)
         return self._clients.has_applied(client, seq) or self._gathering.refused(client, seq) is not None
 
     def _apply_round(
@@ -179,7 +191,7 @@ class Server:
     def _pull(self, request: Request, out: torch.Tensor | None) -> Reply:
         self._await(request, out)
         with self._monitor:
-            return self._holding.values(keys_of(request.layout), out, request.head.get("view"))
+            return self._holding.values(keys_of(request.layout), out, request.head)
 
     def _await(self, request: Request, out: torch.Tensor | None) -> Reply:
         """Answer, without values, when the versions that a pull wants are there."""
@@ -203,6 +215,7 @@ class Server:
         contents = contents_of(request)
         with self._monitor:
             if not self._clients.has_applied(request.client, request.seq):
+                self._cut.admit(request.client, request.seq)
                 self._holding.shard.check_new([entry.key for entry in contents.entries])
                 self._holding.take_notes(request.head["notes"])
             with self._turn(request) as is_new:
@@ -233,10 +246,15 @@ class Server:
                 self._holding.change_rule(request.head)
         return Reply({})
 
+    def _claim(self, request: Request, out: torch.Tensor | None) -> Reply:
+        self._attendance.claim(request.owner, int(request.head["number"]), wants=request.head["wants"])
+        return Reply({})
+
     def _restore(self, request: Request, out: torch.Tensor | None) -> Reply:
         contents = contents_of(request)
         with self._monitor:
             if not self._clients.has_applied(request.client, request.seq):
+                self._cut.admit(request.client, request.seq)
                 self._holding.take_notes(request.head["notes"])
             with self._turn(request) as is_new:
                 if is_new:
@@ -272,13 +290,16 @@ class Server:
 
     def _hello(self, request: Request, out: torch.Tensor | None) -> Reply:
         head = request.head
-        rank = self._attendance.take_rank(request.owner, head.get("wants")) if head["ranks"] else None
-        return Reply({"rank": rank, **self._listing()})
+        if not head["ranks"]:
+            return Reply({"rank": None, **self._listing()})
+        rank, over = self._attendance.take_rank(request.owner, head.get("wants"))
+        return Reply({"rank": rank, "over": over, **self._listing()})
 
     def _beat(self, request: Request, out: torch.Tensor | None) -> Reply:
         with self._monitor:
             self._holding.views.drop_all_but_of(self._attendance.clients())
-        return Reply({"incarnation": self.incarnation, "dead": self._rounds.dead()})
+        changes = [self.incarnation, self._holding.inits]
+        return Reply({"incarnation": self.incarnation, "changes": changes, "dead": self._rounds.dead()})
 
     def _bye(self, request: Request, out: torch.Tensor | None) -> Reply:
         self._attendance.forget(request.owner, request.head.get("rank"))
@@ -287,10 +308,7 @@ class Server:
         return Reply({"clients": len(self._attendance.clients())})
 
     def _leave(self, request: Request, out: torch.Tensor | None) -> Reply:
-        if request.head.get("returns"):
-            self._rounds.come_back(request.head["rank"])
-        else:
-            self._attendance.leave(request.head["rank"])
+        self._attendance.leave(request.head["number"], request.head["rank"])
         return Reply({})
 
     def _meet(self, request: Request, out: torch.Tensor | None) -> Reply:
@@ -304,7 +322,7 @@ class Server:
 
     def _freeze(self, request: Request, out: torch.Tensor | None) -> Reply:
         with self._monitor:
-            return Reply({"fans": self._cut.freeze(request.owner)})
+            return Reply({"fans": self._cut.freeze(request.client, request.seq, self._attendance.clients())})
 
     def _settle(self, request: Request, out: torch.Tensor | None) -> Reply:
         head = request.head
@@ -319,12 +337,12 @@ class Server:
             if head.get("view") in self._holding.views:
                 # The answer was lost.
                 return Reply({"versions": list(self._holding.views.versions(head["view"]).items())})
-            found: Reply = self._cut.settle(request.owner, head["wanted"], look)
+            found: Reply = self._cut.settle(request.client, request.seq, head["wanted"], look)
             return found
 
     def _thaw(self, request: Request, out: torch.Tensor | None) -> Reply:
         with self._monitor:
-            self._cut.thaw(request.owner)
+            self._cut.thaw(request.client, request.seq)
         return Reply({})
 
     def _drop(self, request: Request, out: torch.Tensor | None) -> Reply:

@@ -31,59 +31,81 @@ class Cut:
     def __init__(self, monitor: Monitor, clients: Clients, index: int) -> None:
         self._monitor, self._clients, self._index = monitor, clients, index
         self._owner: str | None = None
+        self._ended: tuple[str, int] = ("", 0)
         self._until = 0.0
         self._admitted: Mapping[str, int] = {}
         self._fans: dict[str, tuple[int, list[int]]] = {}
 
     def note(self, client: str, seq: int, fan: Sequence[int]) -> None:
         """Remember to which servers a client's last request went."""
-        if len(fan) > 1:
+        if len(fan) > 1 and seq > self._fans.get(client, (0,))[0]:
             self._fans[client] = (seq, list(fan))
 
     def admit(self, client: str, seq: int) -> None:
         """Wait until a new request may be applied."""
-        self._monitor.wait_until(
-            lambda: not self._is_frozen() or seq <= self._admitted.get(client, 0),
-            lambda: "a snapshot that is being taken",
-        )
+        self._monitor.wait_until(lambda: self.admits(client, seq), lambda: "a snapshot that is being taken")
 
-    def freeze(self, owner: str) -> dict[str, Any]:
-        """Hold new requests; return each client's last request to several servers, and which."""
+    def admits(self, client: str, seq: int) -> bool:
+        """Tell whether a request may be applied now."""
+        return not self._is_frozen() or seq <= self._admitted.get(client, 0)
+
+    def freeze(self, owner: str, seq: int, alive: Sequence[str]) -> dict[str, Any]:
+        """Hold new requests; return each client's last request to several servers, and which.
+
+        Args:
+            owner: the client that freezes.
+            seq: of its request.
+            alive: processes whose requests may still be on their way to other servers.
+        """
         self._monitor.wait_until(
             lambda: not self._is_frozen() or self._owner == owner, lambda: "another snapshot that is being taken"
         )
-        self._owner, self._until, self._admitted = owner, time.monotonic() + _LIMIT_S, {}
-        return {client: list(last) for client, last in self._fans.items() if self._clients.has_applied(client, last[0])}
+        if self._ended[0] == owner and self._ended[1] >= seq:
+            raise SnapshotError("snapshot: a request that comes late; this one is over")
+        if not self._is_frozen():
+            self._owner, self._until, self._admitted = owner, time.monotonic() + _LIMIT_S, {}
+        processes = set(alive)
+        return {
+            client: list(last)
+            for client, last in self._fans.items()
+            if self._clients.has_applied(client, last[0]) and client.partition(".")[0] in processes
+        }
 
-    def settle(self, owner: str, wanted: Mapping[str, Sequence[Any]], look: Callable[[], Any]) -> Any:
+    def settle(self, owner: str, seq: int, wanted: Mapping[str, Sequence[Any]], look: Callable[[], Any]) -> Any:
         """Have the requests applied that others have applied, then look, and go on.
 
         Args:
             owner: of the freeze.
+            seq: of its request.
             wanted: by client, the number of its last request and the servers to which it goes.
             look: called when this server has applied what it should have.
 
         Raises:
             SnapshotError: the freeze has ended in the meantime.
         """
-        mine = {client: seq for client, (seq, fan) in wanted.items() if self._index in fan}
-        if not self._is_frozen() or self._owner != owner:
-            raise SnapshotError("snapshot: it took too long, and the servers went on; take another")
+        mine = {client: number for client, (number, fan) in wanted.items() if self._index in fan}
+        self._check_frozen(owner)
         self._admitted = mine
         self._monitor.changed()
         self._monitor.wait_until(
             lambda: all(self._clients.has_applied(client, seq) for client, seq in mine.items()),
             lambda: f"requests of {len(mine)} workers that are on their way",
         )
+        # It may have ended while this waited.
+        self._check_frozen(owner)
         found = look()
-        self.thaw(owner)
+        self.thaw(owner, seq)
         return found
 
-    def thaw(self, owner: str) -> None:
+    def thaw(self, owner: str, seq: int) -> None:
         """Go on."""
         if self._owner == owner:
-            self._owner = None
+            self._owner, self._ended = None, (owner, seq)
             self._monitor.changed()
+
+    def _check_frozen(self, owner: str) -> None:
+        if not self._is_frozen() or self._owner != owner:
+            raise SnapshotError("snapshot: it took too long, and the servers went on; take another")
 
     def _is_frozen(self) -> bool:
         return self._owner is not None and time.monotonic() < self._until

@@ -49,10 +49,11 @@ class Gathering:
         found = self._refused.get(client)
         return WorkerError(found[1]) if found is not None and found[0] == seq else None
 
-    def close(self, live: Sequence[int]) -> None:
-        """Apply every round to which each live worker has come."""
+    def close(self, live: Sequence[int], admits: Callable[[str, int], bool]) -> None:
+        """Apply every round to which each live worker has come, and whose requests may be applied now."""
         for keys, waiting in list(self._rounds.items()):
-            if waiting.pushed.keys() >= set(live):
+            free = all(admits(each.client, each.seq) for each in waiting.pushed.values())
+            if waiting.pushed.keys() >= set(live) and free:
                 del self._rounds[keys]
                 self._finish(keys, waiting.pushed)
 
@@ -67,6 +68,7 @@ class Gathering:
         parts = [[each.parts[index] for each in by_rank] for index in range(len(keys))]
         try:
             self._apply(keys, parts, [(rank, pushed[rank].client, pushed[rank].seq) for rank in ranks])
-        except TensorKVError as error:
+        except Exception as error:
+            # All of them hear of it: one that did not would wait for the others' next round.
             for each in by_rank:
                 self._refused[each.client] = (each.seq, f"the round was refused: {type(error).__name__}: {error}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from .. import arrays, manifest
 from ..clients import Clients
 from ..durable import DurableShard
 from ..entry import Batch, Part
-from ..errors import ArgumentError, quote
+from ..errors import ArgumentError, ValueMismatchError, quote
 from ..keys import Key
 from ..manifest import Contents
 from ..optim import OptimizerSpec
@@ -23,6 +24,9 @@ from ..shard import Shard
 from .call import read
 from .views import Views
 from .wire import Reply, Request, Room, Settings
+
+# Lists of keys that are pulled together.
+_REMEMBERED_LAYOUTS = 1024
 
 
 class Holding:
@@ -45,8 +49,9 @@ class Holding:
             durability: Any = settings.durability
             self.shard = self._notes = DurableShard(settings.folder, durability=durability, clients=clients, **common)
         self.views = Views(settings.keep)
-        self._layouts: dict[tuple[Key, ...], bytes] = {}
-        self._inits = 0
+        self._layouts: dict[tuple[Key, ...], tuple[bytes, int]] = {}
+        self.inits = 0
+        """How often keys were made, deleted or made anew."""
 
     # ------------------------------------------------------------ pushes and pulls
 
@@ -54,7 +59,7 @@ class Holding:
         """Push what a request brings; return the reply with the new values if they are to be filled."""
         call = read(request.layout)
         payload = bytes_of(request.payload)
-        room = self._room(call.keys, out) if fill else None
+        room = self._room(call.keys, out, request.head.get("of")) if fill else None
         self.views.save(call.keys)
         flat = call.flat(payload) if len(call.keys) >= MANY else None
         if flat is not None:
@@ -79,21 +84,26 @@ class Holding:
         self.views.save(keys)
         self.shard.push(Batch("push", list(keys), list(parts)))
 
-    def values(self, keys: tuple[Key, ...], out: torch.Tensor | None, view: str | None = None) -> Reply:
-        """Return values, of now or of a view."""
-        room = self._room(keys, out)
-        if view is not None:
-            for each, value in zip(room.tensors, self.views.read(view, keys), strict=True):
+    def values(self, keys: tuple[Key, ...], out: torch.Tensor | None, head: Mapping[str, Any]) -> Reply:
+        """Return values, of now or of the view that a request's head names."""
+        if head.get("view") is not None:
+            found = self.views.read(head["view"], keys)
+            layout, checksum = _layout(zip(keys, (v.dtype for v in found), (v.shape for v in found), strict=True))
+            _check_same(keys, checksum, head.get("of"))
+            room = Room(places(layout), out)
+            for each, value in zip(room.tensors, found, strict=True):
                 each.copy_(value)
             return Reply({}, room.payload)
+        room = self._room(keys, out, head.get("of"))
         target = room.flat
         if len(keys) < MANY or target is None or not self.shard.flat(keys, None, target):
             self.shard.pull(keys, [[each] for each in room.tensors])
         return Reply({}, room.payload)
 
-    def versions(self, keys: Sequence[Key]) -> tuple[int, ...]:
+    def versions(self, keys: tuple[Key, ...], checksum: Any) -> tuple[int, ...]:
         """Return the version of each key, and what changes when one is made anew."""
-        return (self._inits, *[self.shard.entry("pull", key).version for key in keys])
+        self._layout(keys, checksum)
+        return (self.inits, *[self.shard.entry("pull", key).version for key in keys])
 
     def rows(self, request: Request) -> Reply:
         """Return the rows that a request names."""
@@ -104,16 +114,25 @@ class Holding:
         record = pack({}, [Item(key, "rows", rows.values) for key, rows in zip(keys, found, strict=True)])
         return Reply({"layout": record.layout.decode()}, bytes_of(b"".join(record.payload)))
 
-    def _room(self, keys: tuple[Key, ...], out: torch.Tensor | None) -> Room:
-        layout = self._layouts.get(keys)
-        if layout is None:
+    def _room(self, keys: tuple[Key, ...], out: torch.Tensor | None, checksum: Any) -> Room:
+        return Room(places(self._layout(keys, checksum)), out)
+
+    def _layout(self, keys: tuple[Key, ...], checksum: Any) -> bytes:
+        """Return how values lie in a reply; refuse it if that is not what the client expects."""
+        found = self._layouts.get(keys)
+        if found is None:
             entries = [self.shard.entry("pull", key) for key in keys]
             tables = [entry.key for entry in entries if entry.spec.is_table]
             if tables:
+                # A client that knows what there is asks for no such thing.
+                _check_same(tables, -1, checksum)
                 raise ArgumentError(f"pull({quote(tables[0])}): a table has no dense value; pull rows of it")
-            layout = describe((entry.key, "value", entry.spec.dtype, entry.spec.shape) for entry in entries)
-            self._layouts[keys] = layout
-        return Room(places(layout), out)
+            found = _layout((entry.key, entry.spec.dtype, entry.spec.shape) for entry in entries)
+            if len(self._layouts) >= _REMEMBERED_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[keys] = found
+        _check_same(keys, found[1], checksum)
+        return found[0]
 
     # ------------------------------------------------------------ keys and the rule
 
@@ -182,7 +201,7 @@ class Holding:
 
     def _forget_layouts(self) -> None:
         self._layouts.clear()
-        self._inits += 1
+        self.inits += 1
 
     def take_notes(self, notes: Mapping[str, Any]) -> None:
         """Keep where the pieces of keys are; None forgets it.
@@ -214,6 +233,21 @@ def contents_of(request: Request) -> Contents:
     """
     tensors = {str(item.key): item.tensor for item in unpack(request.layout, request.payload)}
     return manifest.restore(request.head["body"], tensors)
+
+
+def _layout(described: Iterable[tuple[Key, torch.dtype, Sequence[int]]]) -> tuple[bytes, int]:
+    """Return how values lie in a reply, and a checksum of it."""
+    # Named as the client names them: it compares.
+    layout = describe((key, "sum", dtype, shape) for key, dtype, shape in described)
+    return layout, zlib.crc32(layout)
+
+
+def _check_same(keys: Sequence[Key], checksum: int, expected: Any) -> None:
+    if expected is not None and expected != checksum:
+        raise ValueMismatchError(
+            f"{', '.join(map(quote, keys[:3]))}: another client has made a key anew, with another shape or dtype; "
+            "call again"
+        )
 
 
 def bytes_of(buffer: Any) -> torch.Tensor:

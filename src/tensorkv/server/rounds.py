@@ -77,6 +77,12 @@ class Rounds:
         with self._lock:
             self._workers[rank].left = True
 
+    def end(self, rank: int) -> None:
+        """Wait for this worker no more, which has said goodbye."""
+        with self._lock:
+            worker = self._workers[rank]
+            worker.left, worker.lost, worker.seen = True, False, None
+
     def come_back(self, rank: int) -> None:
         """Expect a worker again that had left."""
         with self._lock:

@@ -35,6 +35,7 @@ class Monitor:
     def __init__(self, patience_s: float = PATIENCE_S) -> None:
         self._condition = threading.Condition(threading.RLock())
         self._patience_s = patience_s
+        self._own = threading.local()
         self.count = 0
         self.seconds = 0.0
 
@@ -48,6 +49,10 @@ class Monitor:
         """Let all who wait look again."""
         self._condition.notify_all()
 
+    def be_patient(self, seconds: float | None) -> None:
+        """Let this thread's waits be shorter than usual, for a client whose time is running out."""
+        self._own.patience_s = self._patience_s if seconds is None else min(self._patience_s, seconds)
+
     def wait_until(self, holds: Callable[[], bool], whom: Callable[[], str]) -> None:
         """Wait, without the lock, until something holds.
 
@@ -56,11 +61,11 @@ class Monitor:
         """
         if holds():
             return
-        start = time.monotonic()
+        start, patience_s = time.monotonic(), getattr(self._own, "patience_s", self._patience_s)
         self.count += 1
         try:
-            while time.monotonic() - start < self._patience_s:
-                self._condition.wait(_LOOK_S)
+            while (left := start + patience_s - time.monotonic()) > 0:
+                self._condition.wait(min(left, _LOOK_S))
                 if holds():
                     return
         finally:

@@ -1,0 +1,171 @@
+"""Parameter servers in this process: clients and servers are the real ones, only Ray is played.
+
+What Ray does to messages (it loses requests and replies, is late, brings one twice) is chosen by a test.
+"""
+
+import contextlib
+import random
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
+
+from ray.exceptions import ActorUnavailableError, GetTimeoutError
+
+from tensorkv.engines import ray as ray_engine
+from tensorkv.engines import ray_cluster, ray_link
+from tensorkv.engines.copies import Copies
+from tensorkv.engines.group import machine
+from tensorkv.engines.mailbox import OpenMailboxes
+from tensorkv.engines.ray_actor import ServerActor
+from tensorkv.server import Server
+from tensorkv.server.wire import Settings, split
+from tensorkv.store import KVStore
+
+NONE = "nothing"
+
+
+def get(future, timeout=None):
+    try:
+        return future.result(timeout)
+    except FutureTimeoutError:
+        raise GetTimeoutError("late") from None
+
+
+PLAYED_RAY = SimpleNamespace(get=get, is_initialized=lambda: True)
+
+
+class Actor:
+    """One server, and what happens to its messages.
+
+    Args:
+        settings: of the server.
+        pool: threads that answer.
+        fate: given the head of a message, what happens: "nothing", "lose request", "lose reply", or "twice" (a copy of
+            it comes again later, with other messages in between).
+    """
+
+    def __init__(self, settings, pool, fate):
+        self.actor = object.__new__(ServerActor)
+        self.actor._server = self.server = Server(settings)
+        self.actor._mailboxes = OpenMailboxes()
+        self.actor._copies = Copies()
+        self.actor._copying = threading.Lock()
+        self._pool, self._fate = pool, fate
+        self._late = []
+        self.fates = {}
+        self.paused = threading.Event()
+        self.paused.set()
+        self.serve = SimpleNamespace(remote=self._remote)
+
+    def _remote(self, *message):
+        fate = self._fate(split(message[0])[0])
+        self.fates[fate] = self.fates.get(fate, 0) + 1
+        future = Future()
+        # Payloads beside a message are the actor's own copies, as Ray's object store makes them.
+        message = [part if isinstance(part, bytes) else part.copy() for part in message]
+        self._pool.submit(self._run, fate, message, future)
+        return future
+
+    def _run(self, fate, message, future):
+        lost = ActorUnavailableError("lost", None)
+        if fate == "lose request":
+            future.set_exception(lost)
+            return
+        self.paused.wait()
+        try:
+            answer = self.actor.serve(*message)
+        except BaseException as error:
+            future.set_exception(error)
+            return
+        if fate == "twice":
+            self._late.append(message)
+        elif self._late and random.random() < 0.5:
+            # Comes behind what its client has sent since.
+            self.actor.serve(*self._late.pop(0))
+        if fate == "lose reply":
+            future.set_exception(lost)
+        else:
+            future.set_result(answer)
+
+
+class Cluster:
+    """Servers, and stores on them; a context manager.
+
+    Args:
+        num_servers: how many.
+        near: whether clients and servers share memory.
+        fate: as for ``Actor``.
+        timeout_s: of the stores.
+        settings: of the servers.
+    """
+
+    def __init__(self, num_servers=1, *, near=True, fate=lambda head: NONE, timeout_s=20.0, **settings):
+        self.settings = Settings(num_servers=num_servers, threads=1, **settings)
+        self._near, self._timeout_s = near, timeout_s
+        self._pool = ThreadPoolExecutor(64)
+        paths = [settings.get("path") and f"{settings['path']}/server-{index}" for index in range(num_servers)]
+        self.actors = [
+            Actor(replace(self.settings, index=index, path=paths[index]), self._pool, fate)
+            for index in range(num_servers)
+        ]
+        self._stores = []
+        self._patches = contextlib.ExitStack()
+
+    @property
+    def servers(self):
+        return [actor.server for actor in self.actors]
+
+    def __enter__(self):
+        self._patches.enter_context(mock.patch.object(ray_link, "ray", PLAYED_RAY))
+        self._patches.enter_context(mock.patch.object(ray_cluster, "stop_servers"))
+        return self
+
+    def store(self, **more):
+        """A new client; each is the next rank."""
+        places = [[machine() if self._near else "elsewhere", 0, 1, ""]] * len(self.actors)
+        timeout_s = more.get("timeout_s", self._timeout_s)
+        engine = ray_engine.RayEngine(self.actors, self.settings, places, timeout_s, started=False)
+        self._stores.append(KVStore(engine, "dist_async"))
+        return self._stores[-1]
+
+    def stores(self, count):
+        return [self.store() for _ in range(count)]
+
+    def __exit__(self, *_):
+        for actor in self.actors:
+            actor.paused.set()
+        for store in self._stores:
+            store.close()
+        self._pool.shutdown()
+        for actor in self.actors:
+            actor.server.close()
+            for layout in list(actor.actor._copies._shelves):
+                actor.actor._copies.forget(layout)
+        self._patches.close()
+
+    def fired(self, fate):
+        """How often something has happened to a message."""
+        return sum(actor.fates.get(fate, 0) for actor in self.actors)
+
+
+def together(*jobs):
+    """Run functions in threads of their own and return what each returns; the first error is raised."""
+    results, errors = [None] * len(jobs), []
+
+    def run(index):
+        try:
+            results[index] = jobs[index]()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results

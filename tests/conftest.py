@@ -84,5 +84,8 @@ def _is_file(descriptor):
         target = os.readlink(f"/proc/self/fd/{descriptor}")
     except OSError:
         return False
+    if "/ray/session_" in target and "/logs/" in target:
+        # Ray keeps its logs of a process open after its shutdown.
+        return False
     # Libraries open what they need on first use (shared objects, fonts, /dev/shm of OpenMP); tests open paths.
     return target.startswith("/") and not target.startswith(("/dev/", "/proc/", "/sys/", "/usr/", "/etc/", sys.prefix))

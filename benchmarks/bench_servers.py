@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--only", action="append", default=[], metavar="NAME", help="works whose name contains NAME; may be repeated")
     add("--reps", type=int, metavar="N", help=f"repetitions of each, at least {_LEAST_REPS} (default 11; quick: 2)")
-    add("--workers", type=_counts, metavar="N,N", help="workers of growth (default 1,2,4,8; quick: 1,2)")
+    add("--workers", type=_counts, metavar="N,N", help="workers of growth (default 1,2,4,8; quick: 2)")
     add("--servers", type=_counts, metavar="N,N", help="servers of growth (default 1,2,4; quick: 1,2)")
     add("--readers", type=_counts, metavar="N,N", help="readers at once (default 1,4,16; quick: 1,2)")
     add("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="where files go (default out/bench)")
@@ -97,7 +97,7 @@ def _plan(options: argparse.Namespace) -> dict[str, list[Serving]]:
     """Return the works of each topic; complete the options."""
     quick = options.quick
     options.reps = options.reps or (2 if quick else 11)
-    options.workers = options.workers or ((1, 2) if quick else (1, 2, 4, 8))
+    options.workers = options.workers or ((2,) if quick else (1, 2, 4, 8))
     options.servers = options.servers or ((1, 2) if quick else (1, 2, 4))
     options.readers = options.readers or ((1, 2) if quick else (1, 4, 16))
     return {
@@ -139,12 +139,17 @@ def _run(options: argparse.Namespace, wanted: dict[str, list[Serving]]) -> dict[
     before = machine.load()
     versions, missing = machine.versions(), dict[str, str]()
     found: dict[str, list[dict[str, Any]]] = {}
+    # One server each, so that many processes less have to start.
+    contenders = ("tensorkv1", "mxnet1") if options.quick else servers_compare.CONTENDERS
+    levels = servers_compare.DURABILITIES[: 2 if options.quick else 3]
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.folder) as folder:
         roster = Roster(_launchers(options, folder, versions, missing), missing, versions, fresh=servers_compare.PEERS)
         try:
-            found["works"] = [servers_compare.beside_peers(work, roster, options.reps) for work in wanted["works"]]
+            found["works"] = [
+                servers_compare.beside_peers(work, contenders, roster, options.reps) for work in wanted["works"]
+            ]
             found["durability"] = [
-                servers_compare.durability(work, roster, options.reps) for work in wanted["durability"]
+                servers_compare.durability(work, levels, roster, options.reps) for work in wanted["durability"]
             ]
         finally:
             roster.end()

@@ -18,6 +18,7 @@ from report import quantile, ratios, spread
 from servers_works import Serving
 
 PEERS = ("mxnet1", "mxnet2")
+CONTENDERS = ("tensorkv1", "tensorkv2", *PEERS)
 DURABILITIES = ("memory", "process", "disk")
 # How long any command to workers may take.
 REPLY_TIMEOUT_S = 90
@@ -32,14 +33,20 @@ def launch(name: str, workers: int, member: str = "servers", **options: Any) -> 
 # ---------------------------------------------------------------- in turns
 
 
-def beside_peers(work: Serving, roster: Roster, reps: int) -> dict[str, Any]:
-    """Time the store and MXNet at a work, in turns, each with one and with two servers.
+def beside_peers(work: Serving, names: Sequence[str], roster: Roster, reps: int) -> dict[str, Any]:
+    """Time the store and MXNet at a work, in turns.
+
+    Args:
+        work: what to do.
+        names: of the contenders, some of ``CONTENDERS``.
+        roster: has their teams.
+        reps: how many turns each has.
 
     Raises:
         WrongResultError: somebody's result is wrong.
         PeerError: a team failed after it had been ready.
     """
-    found = dist_compare.measure(work, ("tensorkv1", "tensorkv2", *PEERS), roster, reps, look=_laps)
+    found = dist_compare.measure(work, names, roster, reps, look=_laps)
     found["summary"] = summarize(found["times_s"])
     return found
 
@@ -56,9 +63,9 @@ def summarize(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     return {"spread": spread(times), "ratios": found}
 
 
-def durability(work: Serving, roster: Roster, reps: int) -> dict[str, Any]:
-    """Time the store with each durability, in turns; as ``beside_peers``."""
-    found = dist_compare.measure(work, DURABILITIES, roster, reps, look=_journal)
+def durability(work: Serving, names: Sequence[str], roster: Roster, reps: int) -> dict[str, Any]:
+    """Time the store with each durability, in turns; as ``beside_peers``, of ``DURABILITIES``."""
+    found = dist_compare.measure(work, names, roster, reps, look=_journal)
     found["summary"] = summarize_durability(found["times_s"])
     return found
 

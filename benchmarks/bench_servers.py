@@ -73,8 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--only", action="append", default=[], metavar="NAME", help="works whose name contains NAME; may be repeated")
     add("--reps", type=int, metavar="N", help=f"repetitions of each, at least {_LEAST_REPS} (default 11; quick: 2)")
-    add("--workers", type=_counts, metavar="N,N", help="workers of growth (default 1,2,4,8; quick: 2)")
-    add("--servers", type=_counts, metavar="N,N", help="servers of growth (default 1,2,4; quick: 1,2)")
+    add("--workers", type=_counts, metavar="N,N", help="workers of growth (default 1,2,4,8; quick: 1)")
+    add("--servers", type=_counts, metavar="N,N", help="servers of growth (default 1,2,4; quick: 2)")
     add("--readers", type=_counts, metavar="N,N", help="readers at once (default 1,4,16; quick: 1,2)")
     add("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="where files go (default out/bench)")
     add("--folder", metavar="DIR", help="where durable servers keep what they have (default: among temporary files)")
@@ -97,8 +97,8 @@ def _plan(options: argparse.Namespace) -> dict[str, list[Serving]]:
     """Return the works of each topic; complete the options."""
     quick = options.quick
     options.reps = options.reps or (2 if quick else 11)
-    options.workers = options.workers or ((2,) if quick else (1, 2, 4, 8))
-    options.servers = options.servers or ((1, 2) if quick else (1, 2, 4))
+    options.workers = options.workers or ((1,) if quick else (1, 2, 4, 8))
+    options.servers = options.servers or ((2,) if quick else (1, 2, 4))
     options.readers = options.readers or ((1, 2) if quick else (1, 4, 16))
     return {
         "works": servers_works.beside_peers(quick=quick),
@@ -180,7 +180,6 @@ def _launchers(
     launchers: dict[str, Any] = {
         f"tensorkv{count}": partial(launch, f"tensorkv{count}", 2, num_servers=count) for count in (1, 2)
     }
-    launchers["memory"] = partial(launch, "memory", 2)
     for level in ("process", "disk"):
         launchers[level] = partial(launch, level, 2, durability=level, path=f"{folder}/{level}")
     if options.no_mxnet:

@@ -82,6 +82,8 @@ class Roster:
 
     def end(self) -> None:
         """End all processes."""
+        for team in self._teams.values():
+            team.dismiss()
         for name in list(self._teams):
             self._end(name)
 

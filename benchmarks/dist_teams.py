@@ -199,11 +199,15 @@ class Team:
 
     # ------------------------------------------------------------ the end
 
-    def end(self) -> None:
-        """End the processes that this team has started."""
+    def dismiss(self) -> None:
+        """Let the ranks end, without waiting for it."""
         for connection in self._connections:
             if connection is not None:
                 connection.close()
+
+    def end(self) -> None:
+        """End the processes that this team has started."""
+        self.dismiss()
         # Those of a broken team may wait for each other for a long time.
         if self._broken or not self._have_ended():
             for process in self._processes:

@@ -24,9 +24,8 @@ NAMES = {
     "mxnet1": "MXNet, 1 server",
     "mxnet2": "MXNet, 2 servers",
     "mxnet": "MXNet",
-    "memory": "memory",
-    "process": "process",
-    "disk": "disk",
+    "process": "a log, process",
+    "disk": "a log, disk",
 }
 _TIMEOUT_S = 40
 

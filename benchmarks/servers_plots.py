@@ -59,6 +59,8 @@ def _draw_ratios(axes: Axes, works: Sequence[Mapping[str, Any]], title: str, wha
             [line] = axes.plot([goal, goal], [index - _BAR, index + _BAR], color=_GOAL, linewidth=2)
             drawn["goal"] = line
             ends.append(goal)
+        if not found:
+            label(axes, "not measured", 1, index, fontsize=8, fontweight="normal", color="#555555")
     axes.set_xscale("log")
     axes.set_xlim(min(ends) / 1.3, max(ends) * 2)
     axes.axvline(1, color="#555555", linewidth=1.2, linestyle="--", zorder=3)

@@ -27,7 +27,7 @@ def _beside(result: Mapping[str, Any]) -> list[str]:
     for work in result["works"]:
         found = work["summary"]["ratios"]
         cells = [_p50(work, "tensorkv1"), ratio_text(found.get("mxnet1")), _goal(work["name"])]
-        rows.append([work["name"], *cells, _p50(work, "tensorkv2"), ratio_text(found.get("mxnet2"))])
+        rows.append([_size(work), *cells, _p50(work, "tensorkv2"), ratio_text(found.get("mxnet2"))])
     heads = ["work", "tensorkv, 1 server, ms", "MXNet ÷ tensorkv, 1 server", "goal", "tensorkv, 2 servers, ms",
              "MXNet ÷ tensorkv, 2 servers"]  # fmt: skip
     return rows and [
@@ -46,7 +46,7 @@ def _latency(result: Mapping[str, Any]) -> list[str]:
     for work in result["works"]:
         for name, found in work["found"].items():
             if found and work["keys"] == 1:
-                rows.append([work["name"], NAMES[name], *(ms_text(found[f"p{share}_ms"]) for share in (50, 90, 99))])
+                rows.append([_size(work), NAMES[name], *(ms_text(found[f"p{share}_ms"]) for share in (50, 90, 99))])
     return rows and [
         "## Single calls",
         "",
@@ -65,7 +65,7 @@ def _durability(result: Mapping[str, Any]) -> list[str]:
             cells = [ms_text(found["p50_ms"]), ms_text(found["mean_ms"]), ratio_text(summary["ratios"].get(name))]
             cells += ["–" if mean is None else f"**{times_text(mean)}**"]
             cells += [_goal(work["name"]) if name == "process" else "–", _snapshots(work["found"][name])]
-            rows.append([work["name"].partition(": ")[2], NAMES[name], *cells])
+            rows.append([_size(work), "memory" if name == "tensorkv1" else name, *cells])
     heads = ["work", "who", "median, ms", "mean, ms", "÷ memory, medians", "÷ memory, means", "goal", "snapshots"]
     return rows and [
         "## Durability",
@@ -105,7 +105,7 @@ def by_size(points: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
     """
     sizes: dict[str, list[Mapping[str, Any]]] = {}
     for point in points:
-        sizes.setdefault(point["name"].partition(": ")[2].partition(", ")[0], []).append(point)
+        sizes.setdefault(_size(point).partition(", ")[0], []).append(point)
     return sizes
 
 
@@ -156,6 +156,12 @@ def _spreads(result: Mapping[str, Any]) -> list[str]:
 def _p50(work: Mapping[str, Any], name: str) -> str:
     found = work["summary"]["spread"].get(name)
     return ms_text(found["p50_ms"]) if found else "–"
+
+
+def _size(work: Mapping[str, Any]) -> str:
+    """The name without what the section says."""
+    name: str = work["name"]
+    return name.partition(": ")[2]
 
 
 def _goal(name: str) -> str:

@@ -39,12 +39,15 @@ class Serving(Work):
 def beside_peers(*, quick: bool) -> list[Serving]:
     """Return what is measured beside peers."""
     if quick:
-        return [Serving(20, (100,), 2, "sgd", calls=2), Serving(1, (2, 3), 2, "sgd", calls=10)]
+        return [
+            Serving(20, (100,), 2, "sgd", calls=2, topic="MXNet"),
+            Serving(1, (2, 3), 2, "sgd", calls=10, topic="MXNet"),
+        ]
     return [
-        Serving(1, (25_000_000,), 2, "sgd"),
-        Serving(160, (160_000,), 2, "sgd"),
-        Serving(1000, (1000,), 2, "sgd", calls=10),
-        Serving(1, (2, 3), 2, "sgd", calls=200),
+        Serving(1, (25_000_000,), 2, "sgd", topic="MXNet"),
+        Serving(160, (160_000,), 2, "sgd", topic="MXNet"),
+        Serving(1000, (1000,), 2, "sgd", calls=10, topic="MXNet"),
+        Serving(1, (2, 3), 2, "sgd", calls=200, topic="MXNet"),
     ]
 
 
@@ -81,10 +84,10 @@ def readers(count: int, *, quick: bool) -> Serving:
 # What one worker has to wait for beside MXNet with as many servers, at least so many times faster; and how many times
 # slower than in memory alone a durable store may be.
 GOALS = {
-    "1 × 25M, 2 workers, SGD momentum 0.9": 4.0,
-    "160 × 160k, 2 workers, SGD momentum 0.9": 2.5,
-    "1000 × 1000, 2 workers, SGD momentum 0.9": 20.0,
-    "one 2×3 key, 2 workers, SGD momentum 0.9": 0.7,
+    "MXNet: 1 × 25M, 2 workers, SGD momentum 0.9": 4.0,
+    "MXNet: 160 × 160k, 2 workers, SGD momentum 0.9": 2.5,
+    "MXNet: 1000 × 1000, 2 workers, SGD momentum 0.9": 20.0,
+    "MXNet: one 2×3 key, 2 workers, SGD momentum 0.9": 0.7,
     "durability: 1 × 25M, 2 workers, SGD momentum 0.9": 2.0,
     "durability: 1000 × 1000, 2 workers, SGD momentum 0.9": 1.3,
 }

@@ -23,9 +23,10 @@ check: $(STAMP) ## Check format, lint, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
-bench: $(STAMP) ## Measure one process and processes in step beside their peers; tables and plots go to out/bench/
+bench: $(STAMP) ## Measure one process, processes in step and servers beside peers; tables and plots go to out/bench/
 	$(BIN)/python benchmarks/bench_local.py --growth --memory --out out/bench $(BENCH)
 	$(BIN)/python benchmarks/bench_dist.py --out out/bench $(BENCH_DIST)
+	$(BIN)/python benchmarks/bench_servers.py --out out/bench $(BENCH_SERVERS)
 
 soak: $(STAMP) ## Kill durable stores for MINUTES minutes (10); the report goes to out/soak.json
 	$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),10)

@@ -11,9 +11,10 @@ from compare import WARM_UP_CALLS, progress
 from dist_contenders import PEERS
 from dist_hosts import Hosts
 from dist_teams import Team
-from dist_works import Exchange, Training, check_losses
+from dist_works import Training, check_losses
 from peers import PeerError
 from report import ratios, spread
+from works import Work
 
 _PAUSE_S = 0.02
 # Whose processes train, and what they do then.
@@ -81,12 +82,19 @@ class Roster:
 
     def end(self) -> None:
         """End all processes."""
+        for team in self._teams.values():
+            team.dismiss()
         for name in list(self._teams):
             self._end(name)
 
 
 def measure(
-    work: Exchange, names: Iterable[str], roster: Roster, reps: int, hosts: Hosts | None = None
+    work: Work,
+    names: Iterable[str],
+    roster: Roster,
+    reps: int,
+    hosts: Hosts | None = None,
+    look: Callable[[Team], Any] | None = None,
 ) -> dict[str, Any]:
     """Time teams at an exchange, in turns, and check what each rank has got.
 
@@ -96,6 +104,7 @@ def measure(
         roster: has their teams.
         reps: how many turns each has.
         hosts: where the ranks are, if not all on this one.
+        look: finds out more of a team before it forgets the work.
 
     Returns:
         The work, all raw times in seconds of one call, and bytes of memory.
@@ -124,13 +133,14 @@ def measure(
     times = _take_turns(work.name, teams, work.calls, reps)
     for team in teams.values():
         team.ask("check")
+    found = {name: look(team) for name, team in teams.items()} if look else {}
     roster.release(teams)
     return {
         "name": work.name,
         "keys": work.keys,
         "shape": list(work.shape),
         "ranks": work.parts,
-        "hosts": work.hosts,
+        "hosts": getattr(work, "hosts", 1),
         "rule": work.rule,
         "calls": work.calls,
         "value_nbytes": work.value_nbytes,
@@ -138,6 +148,7 @@ def measure(
         "memory_nbytes": {name: memory[name] for name in teams},
         "sent_nbytes": sent,
         "summary": summarize(times),
+        **({"found": found} if look else {}),
     }
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from contenders import Contender, one_or_list
+from dist_works import Exchange
 from works import LR, MOMENTUM, Verb, Work, check, first_values
 
 NAMES = {
@@ -37,6 +38,8 @@ class Member(Contender):
         rank: which part.
     """
 
+    WORK: ClassVar[type[Work]] = Exchange
+
     def __init__(self, work: Work, rank: int) -> None:
         super().__init__(work, rank)
         self.rank = rank
@@ -46,11 +49,12 @@ class Member(Contender):
         """Import the library and join the group that all works have in common; return versions."""
         return {}
 
-    def open(self, port: int) -> None:
+    def open(self, port: int, **options: Any) -> None:
         """Make what the first call needs.
 
         Args:
             port: free, and the same for every rank.
+            **options: of the team.
         """
 
     def ready(self, calls: int) -> None:
@@ -80,7 +84,7 @@ class TensorKV(Member):
 
         return {}
 
-    def open(self, port: int) -> None:
+    def open(self, port: int, **options: Any) -> None:
         self._kv = open_store(port)
         self._kv.init(list(range(self.work.keys)), first_values(self.work))
         if self.work.rule == "sgd":
@@ -109,6 +113,8 @@ class MXNet(Member):
     A pull of MXNet also writes into the array that was pushed last, so each call gets arrays of its own.
     """
 
+    TYPE: ClassVar[str] = "dist_sync"
+
     def __init__(self, work: Work, rank: int) -> None:
         super().__init__(work, rank)
         import mxnet as mx
@@ -127,10 +133,10 @@ class MXNet(Member):
 
         return {}
 
-    def open(self, port: int) -> None:
+    def open(self, port: int, **options: Any) -> None:
         del port  # the scheduler has had one since it was started
         mx = self._mx
-        self._kv = mx.kv.create("dist_sync")
+        self._kv = mx.kv.create(self.TYPE)
         self._kv.init(list(range(self.work.keys)), [mx.nd.array(value) for value in first_values(self.work)])
         if self.work.rule == "sgd":
             self._kv.set_optimizer(mx.optimizer.SGD(learning_rate=LR, momentum=MOMENTUM, wd=0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dist_teams import Process, Team, free_port
 from peers import HERE
@@ -12,12 +13,18 @@ from peers import HERE
 _MEMBER = str(HERE / "dist_process.py")
 
 
-def torchrun(name: str, ranks: int) -> Team:
-    """Start ranks as torchrun does, all on this host."""
-    port = free_port()
-    return Team(
-        name, ranks, [_torchrun_rank(name, rank, ranks, ranks, "127.0.0.1", port, "lo") for rank in range(ranks)]
-    )
+def torchrun(name: str, ranks: int, member: str | None = None, **team: Any) -> Team:
+    """Start ranks as torchrun does, all on this host.
+
+    Args:
+        name: of the contender.
+        ranks: how many.
+        member: what each of them is, if that has another name.
+        **team: more of what a ``Team`` takes.
+    """
+    port, member = free_port(), member or name
+    processes = [_torchrun_rank(member, rank, ranks, ranks, "127.0.0.1", port, "lo") for rank in range(ranks)]
+    return Team(name, ranks, processes, **team)
 
 
 def torchrun_on_hosts(name: str, ranks: int, hosts: Sequence[tuple[Sequence[str], str, str]]) -> Team:
@@ -52,8 +59,8 @@ def _torchrun_rank(name: str, rank: int, ranks: int, per_host: int, address: str
     return Process([sys.executable, _MEMBER, name], environment)
 
 
-def mxnet(servers: int, python: str, ranks: int) -> Team:
-    """Start a scheduler, servers and workers of MXNet on this host."""
+def mxnet(servers: int, python: str, ranks: int, member: str = "mxnet", **team: Any) -> Team:
+    """Start a scheduler, servers and workers of MXNet on this host; ``member`` and ``team`` as for ``torchrun``."""
     environment = {
         "DMLC_PS_ROOT_URI": "127.0.0.1",
         "DMLC_PS_ROOT_PORT": str(free_port()),
@@ -67,8 +74,8 @@ def mxnet(servers: int, python: str, ranks: int) -> Team:
     processes += [Process(helper, {**environment, "DMLC_ROLE": "server"}, helps=True) for _ in range(servers)]
     for rank in range(ranks):
         own = {**environment, "DMLC_ROLE": "worker", "RANK": str(rank)}
-        processes.append(Process([python, _MEMBER, "mxnet"], own))
-    return Team(f"mxnet{servers}", ranks, processes)
+        processes.append(Process([python, _MEMBER, member], own))
+    return Team(f"mxnet{servers}", ranks, processes, **team)
 
 
 def mpi(python: str, ranks: int) -> Team:

@@ -14,8 +14,11 @@ import time
 from typing import Any
 
 import dist_contenders
-from dist_works import Exchange, Training
+import servers_contenders
+from dist_works import Training
 from peer_process import serve
+
+_CLASSES = dist_contenders.CLASSES | servers_contenders.CLASSES
 
 
 class Answers:
@@ -27,7 +30,7 @@ class Answers:
     """
 
     def __init__(self, name: str, rank: int) -> None:
-        self._class = dist_contenders.CLASSES[name]
+        self._class = _CLASSES[name]
         self._rank = rank
         self._contender: Any = None
 
@@ -38,7 +41,7 @@ class Answers:
     def build(self, **work: Any) -> dict[str, Any]:
         """Make the arrays of a work."""
         work["shape"] = tuple(work["shape"])
-        self._contender = self._class(Exchange(**work), self._rank)
+        self._contender = self._class(self._class.WORK(**work), self._rank)
         return {}
 
     def train(self, kind: str, **work: Any) -> dict[str, Any]:
@@ -48,8 +51,8 @@ class Answers:
         self._contender = TrainingMember(Training(**work), kind, self._rank)
         return {}
 
-    def open(self, port: int) -> dict[str, Any]:
-        self._contender.open(port)
+    def open(self, port: int, **options: Any) -> dict[str, Any]:
+        self._contender.open(port, **options)
         return {}
 
     def ready(self, calls: int) -> dict[str, Any]:
@@ -74,6 +77,10 @@ class Answers:
 
     def losses(self) -> dict[str, Any]:
         return {"losses": self._contender.losses}
+
+    def tell(self, what: str, **arguments: Any) -> dict[str, Any]:
+        """Return what else a contender can tell."""
+        return {"told": getattr(self._contender, what)(**arguments)}
 
     def close(self) -> dict[str, Any]:
         if self._contender is not None:

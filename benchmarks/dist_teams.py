@@ -10,7 +10,7 @@ import selectors
 import socket
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -19,7 +19,6 @@ from typing import IO, Any
 from peers import PeerError, last_words, reply_of
 
 _START_TIMEOUT_S = 120
-_REPLY_TIMEOUT_S = 300
 _END_TIMEOUT_S = 10
 # How long before a common start its time is told, and how often a team is asked again if a rank heard too late.
 _LEAD_S = 0.02
@@ -52,13 +51,22 @@ class Team:
         name: of the contender.
         ranks: how many processes will take commands.
         processes: to start; they run ``dist_process.py``, or start something that does, or help.
+        options: of what the ranks open.
+        reply_timeout_s: how long a command may take.
 
     Raises:
         PeerError: not all came.
     """
 
-    def __init__(self, name: str, ranks: int, processes: Sequence[Process]) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        ranks: int,
+        processes: Sequence[Process],
+        options: Mapping[str, Any] | None = None,
+        reply_timeout_s: float = 300,
+    ) -> None:
+        self.name, self.options, self._reply_timeout_s = name, dict(options or {}), reply_timeout_s
         self._log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by end()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._helpers: list[int] = []
@@ -107,7 +115,7 @@ class Team:
                 if ended or monotonic() > until:
                     why = "ended at its start" if ended else f"did not start within {_START_TIMEOUT_S} s"
                     raise PeerError(f"{self.name}: a process {why}\n{self._last_words()}") from None
-        connection.settimeout(_REPLY_TIMEOUT_S)
+        connection.settimeout(self._reply_timeout_s)
         rank, pid = map(int, _line(connection).split())
         self._connections[rank], self._pids[rank] = connection, pid
 
@@ -138,13 +146,13 @@ class Team:
 
     def _replies(self, do: str, meanwhile: Callable[[], None] | None) -> list[dict[str, Any]]:
         replies: list[dict[str, Any]] = [{} for _ in self._connections]
-        until = monotonic() + _REPLY_TIMEOUT_S
+        until = monotonic() + self._reply_timeout_s
         with selectors.DefaultSelector() as waiting:
             for rank, connection in enumerate(self._connections):
                 waiting.register(connection, selectors.EVENT_READ, rank)
             while waiting.get_map():
                 if monotonic() > until:
-                    raise PeerError(f"{self.name}: no answer to {do!r} within {_REPLY_TIMEOUT_S} s")
+                    raise PeerError(f"{self.name}: no answer to {do!r} within {self._reply_timeout_s:g} s")
                 if meanwhile is not None:
                     meanwhile()
                 for key, _ in waiting.select(_LOOK_S if meanwhile else 1):
@@ -160,7 +168,7 @@ class Team:
 
     def open(self) -> None:
         """Bring the ranks together for the work that they have built."""
-        self.ask("open", port=free_port())
+        self.ask("open", port=free_port(), **self.options)
 
     def time(self, calls: int = 1) -> float:
         """Return the seconds of one call, from a common start of all ranks to the end of the last one."""
@@ -191,11 +199,15 @@ class Team:
 
     # ------------------------------------------------------------ the end
 
-    def end(self) -> None:
-        """End the processes that this team has started."""
+    def dismiss(self) -> None:
+        """Let the ranks end, without waiting for it."""
         for connection in self._connections:
             if connection is not None:
                 connection.close()
+
+    def end(self) -> None:
+        """End the processes that this team has started."""
+        self.dismiss()
         # Those of a broken team may wait for each other for a long time.
         if self._broken or not self._have_ended():
             for process in self._processes:

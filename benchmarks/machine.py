@@ -60,6 +60,16 @@ def available_nbytes() -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
+def file_system(path: str) -> str:
+    """Return the type of the file system that a folder is on. Linux only; elsewhere it is unknown."""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return "unknown"
+    under = [(len(where), kind) for where, kind in mounts if Path(path).resolve().is_relative_to(where)]
+    return max(under, default=(0, "unknown"))[1]
+
+
 def load() -> list[float]:
     """Return the load average of the last 1, 5 and 15 minutes."""
     return [round(each, 2) for each in os.getloadavg()]

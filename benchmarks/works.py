@@ -156,7 +156,7 @@ def check(work: Work, steps: int, scale: int, outs: Callable[[int], npt.NDArray[
         out = np.asarray(outs(key))
         if out.shape != work.shape or out.dtype != np.float32:
             raise WrongResultError(f"{work.name}: key {key} came out as {out.dtype} of shape {out.shape}")
-        for start, right in _right_slices(work, key, steps, scale):
+        for start, right in right_slices(work, key, steps, scale):
             piece = out.reshape(-1)[start : start + len(right)]
             exact = work.rule == "assign"
             good = piece == right if exact else np.isclose(piece, right, rtol=TOLERANCE, atol=TOLERANCE * LR)
@@ -167,8 +167,13 @@ def check(work: Work, steps: int, scale: int, outs: Callable[[int], npt.NDArray[
                 )
 
 
-def _right_slices(work: Work, key: int, steps: int, scale: int) -> Iterator[tuple[int, Floats]]:
-    """Yield the right result in pieces that start at multiples of the pattern's length."""
+def right_slices(work: Work, key: int, steps: int, scale: int) -> Iterator[tuple[int, Floats]]:
+    """Yield the right result of a key in pieces that start at multiples of the pattern's length.
+
+    Args:
+        work, steps, scale: as for ``check``.
+        key: its index.
+    """
     ramp = np.arange(_PATTERN, dtype=np.float64)
     shifts = [1 + part + key % _SHIFTS for part in range(work.parts)]
     total = scale * (len(shifts) * ramp + sum(shifts)) / 8

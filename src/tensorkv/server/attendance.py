@@ -34,7 +34,9 @@ class Attendance:
         self._returned: dict[int, set[int]] = {}
 
     def hear(self, head: Mapping[str, Any]) -> None:
-        """Note that a client is alive."""
+        """Note that a client is alive; one without an owner only looks, and counts for nothing."""
+        if head["owner"] is None:
+            return
         self._heard[str(head["owner"])] = time.monotonic()
         if head.get("rank") is not None:
             self.rounds.seen(head["rank"])

@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench soak clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ check: $(STAMP) ## Check format, lint, types and the direction of imports
 bench: $(STAMP) ## Measure one process and processes in step beside their peers; tables and plots go to out/bench/
 	$(BIN)/python benchmarks/bench_local.py --growth --memory --out out/bench $(BENCH)
 	$(BIN)/python benchmarks/bench_dist.py --out out/bench $(BENCH_DIST)
+
+soak: $(STAMP) ## Kill durable stores for MINUTES minutes (10); the report goes to out/soak.json
+	$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),10)
 
 clean: ## Remove caches and outputs; .venv stays
 	rm -rf build dist out .hypothesis .mypy_cache .pytest_cache .ruff_cache

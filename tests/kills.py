@@ -242,15 +242,15 @@ def forget_requests_in_snapshots():
 
 def old_log_goes_first():
     """Remove what a snapshot replaces before the snapshot counts."""
-    real = journal.Journal._put_in_force
+    real = journal.Journal._finish
 
-    def put_in_force(self, temporary):
-        self.remove_old()
-        for _, _, name in self._files()[1]:
-            (self._folder / name).unlink()
-        real(self, temporary)
+    def finish(self, temporary, descriptor, lsn):
+        for first, _, name in self._files()[1]:
+            if first <= lsn:
+                (self._folder / name).unlink()
+        real(self, temporary, descriptor, lsn)
 
-    journal.Journal._put_in_force = put_in_force
+    journal.Journal._finish = finish
 
 
 PLANTS = {

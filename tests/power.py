@@ -134,3 +134,30 @@ class Disk:
 
 def _with(names, changed):
     return {name: file for name, file in {**names, **changed}.items() if file is not None}
+
+
+class AtOnce:
+    """A thread that has done everything before its starter goes on."""
+
+    def __init__(self, target, args=(), daemon=None):
+        self._run = lambda: target(*args)
+
+    def start(self):
+        self._do()
+
+    def join(self):
+        pass
+
+    def _do(self):
+        run, self._run = self._run, lambda: None
+        run()
+
+
+class AtLast(AtOnce):
+    """A thread that does nothing before somebody waits for it."""
+
+    def start(self):
+        pass
+
+    def join(self):
+        self._do()

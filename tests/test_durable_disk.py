@@ -178,7 +178,7 @@ def test_no_file_where_a_snapshot_is_to_be_written(strange, tmp_path, caplog):
     folder, other = tmp_path / "store", tmp_path / "other"
     other.write_bytes(b"mine")
     kv = tensorkv.create("local", path=folder, log_nbytes=1)
-    STRANGE[strange](folder / "snapshot-0000000000000001.tmp", other)
+    STRANGE[strange](folder / "snapshot-0000000000000002.tmp", other)
     kv.init("w", np.ones(1))
     assert bool(caplog.records) == (strange == "folder")
     kv.push("w", np.full(1, 2.0))

@@ -10,7 +10,7 @@ import kills
 import pytest
 from seams import SEAMS, Seam
 
-from tensorkv import JournalError, durable
+from tensorkv import JournalError, durable, journal
 from tensorkv.durable import DurableShard
 
 SEED = int(os.environ.get("TENSORKV_TEST_SEED", "20"))
@@ -125,16 +125,12 @@ def never_undo(monkeypatch):
     return "change, not begun", fail_memory
 
 
-def go_on_behind_a_snapshot(monkeypatch):
-    def put_in_force(self, temporary):
-        os.replace(temporary, temporary.with_suffix(".tkv"))
-        self._start_log()
-
-    monkeypatch.setattr(durable.Journal, "_put_in_force", put_in_force)
+def leave_a_log_that_was_not_begun(monkeypatch):
+    monkeypatch.setattr(journal, "_gone", lambda file: True)
     return "sync of the folder", fail_io
 
 
-@pytest.mark.parametrize("plant", [change_first, never_undo, go_on_behind_a_snapshot])
+@pytest.mark.parametrize("plant", [change_first, never_undo, leave_a_log_that_was_not_begun])
 def test_planted_faults_are_noticed(plant, monkeypatch):
     seam, fail = plant(monkeypatch)
     # Fewer snapshots, which make good what is wrong with a log.

@@ -36,7 +36,8 @@ def seconds_of(text):
 )
 def test_the_contract(workers, chosen, tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "dist_contract.py")]
-    env = {"TENSORKV_TEST_FOLDER": str(tmp_path), "PYTEST_ADDOPTS": ""}
+    # Each pytest has folders of its own, since one that ends removes those of others that have ended.
+    env = {"TENSORKV_TEST_FOLDER": str(tmp_path), "PYTEST_ADDOPTS": f"--basetemp {tmp_path}/pytest-{{rank}}"}
     for text in run(workers, command, "-k", chosen, env=env, timeout_s=170):
         passed = int(re.search(r"(\d+) passed", text)[1])
         assert passed > (200 if chosen == "TestDist" else 50)

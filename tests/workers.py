@@ -24,7 +24,7 @@ class Team:
         count: how many.
         command: what each runs; a program of ``dist_programs`` if it is a name.
         args: more arguments.
-        env: more variables.
+        env: more variables; ``{rank}`` in them is the worker's.
         hosts: for each worker, a host of ``hosts.two_hosts``.
     """
 
@@ -43,7 +43,7 @@ class Team:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(self.port),
                 "OMP_NUM_THREADS": "1",
-                **(env or {}),
+                **{name: text.replace("{rank}", str(rank)) for name, text in (env or {}).items()},
             }
             start = []
             if hosts is not None:

@@ -235,7 +235,10 @@ class DurableShard(Shard):
                 self._journal.append(Record({"verb": "digest", "keys": self._digests()}))
                 self._touched, self._unproven = {}, 0
             if self._journal.is_due(self._state_nbytes):
-                self._snapshot()
+                # Whoever replays from before the snapshot has to begin anew where those do who replay from it.
+                self._journal.append(Record({"verb": "mark"}))
+                self._touched, self._unproven = {}, 0
+                self._journal.snapshot_behind(self._snapshot_records())
         except Exception as error:
             _logger.warning("%s: no digest or snapshot: %s", self._journal.path, error)
 
@@ -334,6 +337,8 @@ class DurableShard(Shard):
             case "note":
                 self._take_note(head["name"], head["data"])
                 self._note((), ())
+            case "mark":
+                self._touched, self._unproven = {}, 0
             case "digest":
                 self._check_digests(head["keys"])
             case verb:

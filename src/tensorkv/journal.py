@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,6 +68,7 @@ class Journal:
         self._end = self._undo_end = self._undo_nbytes = 0
         self._retry_nbytes = 0
         self._logs = 0
+        self._finishing: threading.Thread | None = None
         self.counts = {"records": 0, "nbytes": 0, "snapshots": 0, "failed_snapshots": 0}
         self._open_folder()
         with self._explaining("lock the folder"):
@@ -82,6 +84,7 @@ class Journal:
             JournalError: a damaged or missing file. A log that ends inside a record has been cut off by the
                 end of its writer: that record was never acknowledged, and is not given.
         """
+        self.settle()
         snapshots, logs = self._files()
         self.lsn, self.nbytes = (snapshots[-1][0] if snapshots else 0), 0
         if snapshots:
@@ -210,35 +213,102 @@ class Journal:
         Raises:
             JournalError: it was made, and there is no log behind it; nothing can be appended from now on.
         """
+        self.settle()
         self._check()
         temporary = self._folder / f"snapshot-{self.lsn:016x}.tmp"
         try:
             with self._explaining("make a snapshot"):
                 self._lock.check()
-                self._write_snapshot(temporary, records)
+                descriptor = self._write_snapshot(temporary, records)
+                try:
+                    # The old files go when this one counts, so it has to be safe whatever the durability.
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
                 self._put_in_force(temporary)
         except BaseException as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            self.counts["failed_snapshots"] += 1
-            # Not at every record from now on.
-            self._retry_nbytes = self.nbytes + self.nbytes // 4
+            self._fail(temporary, error)
             if self._broken is not None or not isinstance(error, Exception):
                 raise
-            _logger.warning("%s: no snapshot, the log goes on: %s", self.path, error)
             return False
         self.counts["snapshots"] += 1
         self._retry_nbytes = self.nbytes = 0
         self._logs = 1
         return True
 
-    def remove_old(self) -> None:
-        """Remove what the snapshot has made useless; what cannot be removed now, the next one removes."""
+    def snapshot_behind(self, records: Iterable[Record]) -> bool:
+        """Do ``snapshot`` and ``remove_old``, but wait for the disk in a thread, while the next log is written.
+
+        Until the disk has it, the old snapshot and both logs are in force.
+        """
+        self.settle()
+        self._check()
+        temporary = self._folder / f"snapshot-{self.lsn:016x}.tmp"
+        try:
+            with self._explaining("make a snapshot"):
+                self._lock.check()
+                descriptor = self._write_snapshot(temporary, records)
+                try:
+                    self._start_log()
+                except BaseException:
+                    os.close(descriptor)
+                    raise
+        except BaseException as error:
+            self._fail(temporary, error)
+            if not isinstance(error, Exception):
+                raise
+            return False
+        self._retry_nbytes = self.nbytes = 0
+        self._finishing = threading.Thread(target=self._finish, args=(temporary, descriptor, self.lsn), daemon=True)
+        self._finishing.start()
+        return True
+
+    def settle(self) -> None:
+        """Wait for the thread that finishes a snapshot."""
+        if self._finishing is not None:
+            self._finishing.join()
+            self._finishing = None
+
+    def _finish(self, temporary: Path, descriptor: int, lsn: int) -> None:
+        try:
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            self._lock.check()
+            os.replace(temporary, temporary.with_suffix(".tkv"))
+            self._sync_folder()
+            self.counts["snapshots"] += 1
+            self._logs = 1
+        except BaseException as error:
+            self._fail(temporary, error)
+            return
+        try:
+            self.remove_old(lsn)
+        except BaseException as error:
+            _logger.warning("%s: old files are left: %s", self.path, error)
+
+    def _fail(self, temporary: Path, error: BaseException) -> None:
+        """Leave the old snapshot in force."""
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        self.counts["failed_snapshots"] += 1
+        # Not at every record from now on.
+        self._retry_nbytes = self.nbytes + max(self.nbytes, self._most_nbytes) // 4
+        _logger.warning("%s: no snapshot, the log goes on: %s", self.path, error)
+
+    def remove_old(self, lsn: int | None = None) -> None:
+        """Remove what the snapshot has made useless; what cannot be removed now, the next one removes.
+
+        Args:
+            lsn: of the snapshot (None: of the last record).
+        """
         old: list[str] = []
+        made = self.lsn if lsn is None else lsn
         with suppress(OSError):
             snapshots, logs = self._files()
-            old += [name for lsn, name in snapshots if lsn < self.lsn]
-            old += [name for first, _, name in logs if first <= self.lsn]
+            old += [name for lsn, name in snapshots if lsn < made]
+            old += [name for first, _, name in logs if first <= made]
             old += [name for name in os.listdir(self._folder) if _TEMPORARY.fullmatch(name)]
         for name in old:
             with suppress(OSError):
@@ -246,6 +316,7 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the folder."""
+        self.settle()
         file, self._file = self._file, None
         self._broken = "it was closed"
         if file is not None:
@@ -266,17 +337,18 @@ class Journal:
             what = "a checkpoint; make a store and load() it" if "manifest.json" in foreign else "other files"
             raise JournalError(f"{self.path}: holds {what} ({foreign[0]}); give a new or empty directory")
 
-    def _write_snapshot(self, temporary: Path, records: Iterable[Record]) -> None:
+    def _write_snapshot(self, temporary: Path, records: Iterable[Record]) -> int:
+        """Write a snapshot that is not in force; return its descriptor."""
         temporary.unlink(missing_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             end = 0
             for record in records:
                 end = record_file.write(descriptor, frame(record, self.lsn), end)
-            # The old files go when this one counts, so it has to be safe whatever the durability.
-            os.fsync(descriptor)
-        finally:
+        except BaseException:
             os.close(descriptor)
+            raise
+        return descriptor
 
     def _put_in_force(self, temporary: Path) -> None:
         # From the rename on, what is written to the old log does not count.
@@ -295,12 +367,15 @@ class Journal:
         name = f"log-{self.lsn + 1:016x}-{self._lock.epoch:08x}.tkv"
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         descriptor = os.open(self._folder / name, flags, 0o600)
-        if self._to_disk:
-            try:
+        try:
+            if self._to_disk:
                 self._sync_folder()
-            except BaseException:
-                os.close(descriptor)
-                raise
+        except BaseException:
+            os.close(descriptor)
+            # The log before goes on, and readers would not look in it for what comes behind where this one begins.
+            if not _gone(self._folder / name):
+                self._broken = "a log was begun and could not be taken back"
+            raise
         old, self._file = self._file, descriptor
         self._end = self._undo_end = 0
         self._logs += 1
@@ -350,3 +425,11 @@ class Journal:
             yield
         except OSError as error:
             raise JournalError(f"{self.path}: cannot {doing}: {error}") from error
+
+
+def _gone(file: Path) -> bool:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True

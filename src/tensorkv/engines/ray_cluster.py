@@ -217,10 +217,8 @@ def make_servers(name: str, settings: Settings, timeout_s: float) -> tuple[list[
     Raises:
         JournalError: a server's folder cannot be opened.
     """
-    folders = _folders(settings)
-    handles = [
-        _make(name, {**asdict(settings), "index": index, "path": folder}) for index, folder in enumerate(folders)
-    ]
+    _check_folders(settings)
+    handles = [_make(name, {**asdict(settings), "index": index}) for index in range(settings.num_servers)]
     for handle in handles:
         _ask(handle.place.remote(), name, timeout_s)
     found = find_servers(name, timeout_s)
@@ -255,17 +253,15 @@ def stop_servers(actors: Sequence[Any]) -> None:
         ray.kill(actor)
 
 
-def _folders(settings: Settings) -> list[str | None]:
+def _check_folders(settings: Settings) -> None:
     if settings.path is None:
-        return [None] * settings.num_servers
-    folder = Path(settings.path)
-    known = sorted(each.name for each in folder.glob("server-*")) if folder.is_dir() else []
+        return
+    known = list(Path(settings.path).glob("server-*"))
     if known and len(known) != settings.num_servers:
         raise JournalError(
             f"{settings.path}: was written by {len(known)} servers, and num_servers is {settings.num_servers}; "
             "use as many, or save() with them and load() with others"
         )
-    return [str(folder / f"server-{index}") for index in range(settings.num_servers)]
 
 
 def _make(name: str, settings: Mapping[str, Any]) -> Any:

@@ -39,11 +39,11 @@ class Holding:
     def __init__(self, settings: Settings, clients: Clients) -> None:
         common: dict[str, Any] = {"nonfinite": settings.nonfinite, "threads": settings.threads}
         self._notes: Any
-        if settings.path is None:
+        if settings.folder is None:
             self.shard, self._notes = Shard(**common), _Notes()
         else:
             durability: Any = settings.durability
-            self.shard = self._notes = DurableShard(settings.path, durability=durability, clients=clients, **common)
+            self.shard = self._notes = DurableShard(settings.folder, durability=durability, clients=clients, **common)
         self.views = Views(settings.keep)
         self._index = settings.index
         self._layouts: dict[tuple[Key, ...], bytes] = {}

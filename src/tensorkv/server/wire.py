@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class Settings:
         num_workers: ranks whose pushes make a round.
         mode: ``"async"``: a push is applied at once; ``"sync"``: once a push of every live worker is there.
         staleness: how many rounds a worker may be ahead of the slowest (None: any number).
-        path: a folder of this server's own (None: values end with the process).
+        path: a folder in which each server has its own (None: values end with the process).
         durability: of the folder, as for ``Journal``.
         lost_after_s: how long a silent worker is waited for.
         nonfinite, threads: as for ``Shard``.
@@ -45,6 +46,11 @@ class Settings:
     nonfinite: NonFinite = "pass"
     threads: int | None = None
     keep: int = 4
+
+    @property
+    def folder(self) -> str | None:
+        """Where this server keeps everything."""
+        return None if self.path is None else os.path.join(self.path, f"server-{self.index}")
 
 
 class Request(NamedTuple):

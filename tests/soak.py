@@ -1,0 +1,76 @@
+"""Kill durable shards for as long as you like, and report: ``make soak MINUTES=30``.
+
+The programs of the tests run with seeds of their own, two at a time, over both durabilities, every way to be
+killed and two optimizers. The first wrong state ends it with exit status 1 and the command that shows it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from test_durable_kills import finish, start
+
+KILLS = 200
+RUNS = list(itertools.product(("process", "disk"), ("time", "calls", "seams"), ("sgd", "adam")))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long, default 10")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the first program, default: the time")
+    parser.add_argument("--out", type=Path, default=Path("out/soak.json"), help="the report, default out/soak.json")
+    options = parser.parse_args()
+    report = {"seed": options.seed, "seconds": 0.0, "runs": {}}
+    began = time.monotonic()
+    status, seed = 0, options.seed
+    for pair in itertools.cycle(zip(RUNS[::2], RUNS[1::2], strict=True)):
+        if status or time.monotonic() - began > 60 * options.minutes:
+            break
+        status = run(pair, seed, report)
+        seed += len(pair)
+        report["seconds"] = round(time.monotonic() - began, 1)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"{report['seconds']:8.0f} s, {total(report)} kills", flush=True)
+    show(report)
+    return status
+
+
+def run(pair, seed, report):
+    """Run two programs at a time; return 1 if what one of them found is wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        programs = [
+            start(folder, seed + index, KILLS, durability, how, optimizer)
+            for index, (durability, how, optimizer) in enumerate(pair)
+        ]
+        for index, ((durability, how, optimizer), (status, found, text)) in enumerate(
+            zip(pair, finish(programs), strict=True)
+        ):
+            if status:
+                print(f"wrong: tests/kills.py FOLDER {seed + index} {KILLS} {durability} {how} {optimizer}\n{text}")
+                return 1
+            counts = report["runs"].setdefault(f"{durability}, {how}, {optimizer}", Counter())
+            counts.update({name: each for name, each in found.items() if isinstance(each, int)})
+    return 0
+
+
+def total(report):
+    return sum(counts["kills"] for counts in report["runs"].values())
+
+
+def show(report):
+    names = ["kills", "in the middle", "resent, known", "pushes", "stores"]
+    print("\n| run | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
+    for run_name, counts in report["runs"].items():
+        print(f"| {run_name} | " + " | ".join(str(counts[name]) for name in names) + " |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -169,15 +169,14 @@ def draw(found: Mapping[str, Any]) -> Group:
 
 
 def _servers_table(servers: list[dict[str, Any]]) -> Table:
-    drawn = _table("server", "state", "process", "keys", "size", "pushes/s", "pulls/s", "bytes/s", "waits", "log")
+    drawn = _table("server", "state", "process", "keys", "size", "pushes/s", "pulls/s", "waits", "log")
     for each in servers:
         if each["state"] == "down":
             drawn.add_row(str(each["index"]), _coloured("down"))
             continue
         log = "" if each["log_nbytes"] is None else size(each["log_nbytes"])
         rates = [f"{each[word]:.0f}" for word in ("pushes_per_s", "pulls_per_s")]
-        moved = size(int(each["nbytes_per_s"]))
-        cells = [str(each["pid"]), str(each["keys"]), size(each["nbytes"]), *rates, moved, str(each["waits"]), log]
+        cells = [str(each["pid"]), str(each["keys"]), size(each["nbytes"]), *rates, str(each["waits"]), log]
         drawn.add_row(str(each["index"]), _coloured(each["state"]), *cells)
     return drawn
 
@@ -192,7 +191,7 @@ def _workers_table(workers: list[dict[str, Any]]) -> Table:
 def _table(*names: str) -> Table:
     drawn = Table(box=box.SIMPLE_HEAD)
     for name in names:
-        drawn.add_column(name, justify="left" if name == "state" else "right")
+        drawn.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
     return drawn
 
 

@@ -129,7 +129,9 @@ def main(folder: str) -> int:
         while ray.wait(tasks, num_returns=WORKERS, timeout=1)[1]:
             done = kv.info("words").version
             share = quality(vectors(kv, vocabulary), held_out, ids)
-            print(f"{time.monotonic() - begin:5.1f} s: {done} of about {total} updates, quality {share:.3f}", flush=True)
+            print(
+                f"{time.monotonic() - begin:5.1f} s: {done} of about {total} updates, quality {share:.3f}", flush=True
+            )
             if killed is None and done > total / 3:
                 killed = kv.stats()["servers"][1]["pid"]
                 os.kill(killed, signal.SIGKILL)

@@ -31,6 +31,13 @@ def store(tmp_path_factory):
         yield kv
 
 
+def look_on(look):
+    """Look until there is nothing any more."""
+    for _ in range(100):
+        look()
+        time.sleep(0.05)
+
+
 def test_an_observer_sees_what_the_store_tells(store):
     observer = ray_observer.observe(store.name)
     store.pushpull("w", np.ones((2, 3), np.float32))
@@ -62,9 +69,7 @@ def test_servers_end_with_their_last_client_though_somebody_looks(store):
     observer.stats()
     kv.close()
     with pytest.raises(tensorkv.TensorKVError, match=f'the store "{name}" has ended'):
-        for _ in range(100):
-            observer.stats()
-            time.sleep(0.05)
+        look_on(observer.stats)
     store.stats()
 
 
@@ -137,8 +142,7 @@ def test_it_ends_with_the_store(store, capsys):
     next(reports)
     kv.close()
     with pytest.raises(tensorkv.TensorKVError, match="has ended"):
-        for _ in range(100):
-            next(reports)
+        look_on(lambda: next(reports))
 
 
 # ---------------------------------------------------------------- what a report says

@@ -106,7 +106,8 @@ def train(digits: Digits, settings: Settings, kv: KVStore, *, averages: bool, pr
             if kv.rank == 0:
                 trainer.learning_rate = first_rate * (1 - epoch / settings.epochs)
             order = torch.randperm(len(digits.labels), generator=shuffler)
-            for batch in order.split(settings.batch_size):
+            for start in range(0, len(order), settings.batch_size):
+                batch = order[start : start + settings.batch_size]
                 share = batch.tensor_split(workers)[kv.rank]
                 if kv.rank == workers - 1:
                     time.sleep(SLEEP_S)
@@ -201,9 +202,7 @@ def run(
             steps = settings.epochs * -(-len(digits.labels) // settings.batch_size)
             total = steps if pace.mode == "sync" else steps * kv.num_workers
             task = bar.add_task(f"{pace.name:>12}", total=total, news="")
-            courses[pace.name] = train(
-                digits, settings, kv, averages=pace.mode == "sync", progress=_showing(bar, task)
-            )
+            courses[pace.name] = train(digits, settings, kv, averages=pace.mode == "sync", progress=_showing(bar, task))
         workers = stores[0].num_workers
     if not leads:
         return 1.0

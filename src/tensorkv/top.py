@@ -23,7 +23,13 @@ _COLOURS = {"up": "green", "alive": "green", "down": "red", "dead": "red"}
 
 
 def run(
-    name: str, address: str | None, every_s: float, *, once: bool = False, as_json: bool = False, timeout_s: float = 10.0
+    name: str,
+    address: str | None,
+    every_s: float,
+    *,
+    once: bool = False,
+    as_json: bool = False,
+    timeout_s: float = 10.0,
 ) -> None:
     """Show a store until it ends or Ctrl-C; it does not notice.
 
@@ -159,7 +165,8 @@ def draw(found: Mapping[str, Any]) -> Group:
     kept = "in memory" if store["path"] is None else f"{printable(store['path'])} ({store['durability']})"
     lines = [
         f"store {printable(store['name'])}: {store['mode']}{limit}, {kept}",
-        f"{found['num_keys']} keys, {size(found['nbytes'])}; {found['clients']} clients, {found['snapshots']} snapshots",
+        f"{found['num_keys']} keys, {size(found['nbytes'])}; {found['clients']} clients, "
+        f"{found['snapshots']} snapshots",
         f"{found['pushes_per_s'] or 0:.0f} pushes/s, {found['pulls_per_s'] or 0:.0f} pulls/s, "
         f"{size(int(found['nbytes_per_s'] or 0))}/s",
         f"staleness: {found['ahead']} rounds now, {found['most_ahead']} at most; "

@@ -111,11 +111,12 @@ def _check_listens(address: str) -> None:
 
 def _clusters_here() -> list[str]:
     """Return the addresses of the clusters that run on this machine; those of stores, on loopback, come first."""
-    from ray._private.services import find_gcs_addresses
+    from ray._private import services
 
+    found: Any = services.find_gcs_addresses
     # It remembers what it has found, and the process may have been there before the cluster.
-    find_gcs_addresses.cache_clear()
-    return sorted(find_gcs_addresses(), key=lambda each: (not each.startswith(f"{_LOOPBACK}:"), each))
+    found.cache_clear()
+    return sorted(found(), key=lambda each: (not each.startswith(f"{_LOOPBACK}:"), each))
 
 
 def _store_names() -> set[str]:

@@ -39,7 +39,8 @@ class Observer:
             raise ServerLostError(f"the store {quote(self._name)} has ended: Ray has been shut down in this process")
         refs = [actor.serve.remote(_QUESTION) for actor in self._actors]
         ray.wait(refs, num_returns=len(refs), timeout=self._timeout_s)
-        told, ended = [], 0
+        told: list[dict[str, Any] | None] = []
+        ended = 0
         for ref in refs:
             try:
                 told.append(split(ray.get(ref, timeout=0))[0])

@@ -33,7 +33,7 @@ soak: $(STAMP) ## Kill durable stores for MINUTES minutes (10); the report goes 
 
 clean: ## Remove caches and outputs; .venv stays
 	rm -rf build dist out .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

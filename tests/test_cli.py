@@ -37,7 +37,7 @@ def error_of(capsys, *arguments, status):
 def test_without_arguments_it_prints_help(capsys):
     status, out, err = run(capsys)
     assert (status, err) == (0, "")
-    for command in ("demo", "tutorial", "inspect", "--version"):
+    for command in ("demo", "tutorial", "inspect", "top", "--version"):
         assert command in out
     assert run(capsys, "--help")[1] == out
 
@@ -51,11 +51,13 @@ def test_version(capsys):
     [
         (
             "demo",
-            "--replicas --epochs --batch-size --lr --optimizer --seed --store --out --min-accuracy --quiet "
+            "--replicas --epochs --batch-size --lr --optimizer --seed --store --out --min-accuracy --quiet --workers "
+            "--servers --mode --staleness "
             "tensorkv-demo.png (4) (20) (64) (adam) (local) examples: tensorkv[examples]",
         ),
         ("tutorial", "--arrays numpy torch jax examples: tensorkv[jax]"),
         ("inspect", "CHECKPOINT --json --verify examples:"),
+        ("top", "--name --address --every --once --json (tensorkv) (1.0) RAY_ADDRESS examples: tensorkv[ray]"),
     ],
 )
 def test_help_of_a_command_names_its_options_and_defaults(capsys, monkeypatch, command, words):
@@ -81,6 +83,7 @@ def test_help_of_a_command_names_its_options_and_defaults(capsys, monkeypatch, c
         (["demo", "--optimizer", "sdg"], """no optimizer 'sdg' (did you mean "sgd"?)"""),
         (["tutorial", "--arrays", "fortran"], "invalid choice: 'fortran'"),
         (["inspect"], "CHECKPOINT"),
+        (["top", "--every", "0"], "--every: expected a number above 0, not '0'"),
         (["inspect", "a", "b"], "unrecognized arguments: b"),
     ],
 )

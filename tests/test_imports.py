@@ -31,10 +31,10 @@ FLOORS = [
     {"server.attendance", "server.cut", "server.gathering", "server.holding"},
     {"server"},
     {"engines.local", "engines.segment"},
-    {"engines.group", "placement", "engines.mailbox", "engines.copies", "engines.server_stats"},
+    {"engines.group", "placement", "engines.mailbox", "engines.copies", "engines.server_stats", "engines.ray_metrics"},
     {"engines.spread", "engines.ray_actor"},
     {"engines.directory", "engines.ray_cluster", "engines.ray_link"},
-    {"engines.ray_lane"},
+    {"engines.ray_lane", "engines.ray_observer"},
     {"engines.traffic"},
     {"engines.moments", "engines.servers_archive"},
     {"engines.ray"},
@@ -53,6 +53,7 @@ FLOORS = [
     {"updates", "overlap"},
     {"trainer"},
     {"demo", "tutorial", "inspection"},
+    {"demo_servers", "top"},
     {"cli"},
 ]
 HEAVY = {"ray", "jax", "cupy", "matplotlib", "sklearn"}

@@ -1,4 +1,4 @@
-"""The command line: ``tensorkv demo``, ``tensorkv tutorial``, ``tensorkv inspect``."""
+"""The command line: ``tensorkv demo``, ``tensorkv tutorial``, ``tensorkv inspect``, ``tensorkv top``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from . import __version__, demo, engines, inspection, optim, tutorial
+from . import __version__, demo, demo_servers, engines, inspection, optim, top, tutorial
 from .errors import TensorKVError, suggestion
 
 N = TypeVar("N", int, float)
@@ -27,6 +27,7 @@ PIPE_CLOSED = 141  # 128 + SIGPIPE
 
 # What the demo reaches with its own settings, with room to spare; other settings answer for themselves.
 MIN_ACCURACY = 0.96
+MIN_ACCURACY_ON_SERVERS = 0.95
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_tutorial(commands)
     _add_inspect(commands)
+    _add_top(commands)
     return parser
 
 
@@ -112,11 +114,14 @@ def _add_demo(commands: Any) -> None:
         description="Train a small network on handwritten digits, data-parallel: every replica pushes the\n"
         "gradient of its share of a batch, the store sums them and steps the optimizer, and every\n"
         "replica pulls the new weights. Then train once more with one replica on whole batches, and\n"
-        "plot both: the curves coincide. Takes some seconds; the digits come with scikit-learn.",
+        "plot both: the curves coincide. Takes some seconds; the digits come with scikit-learn.\n\n"
+        "With a store of type dist_async the weights are on parameter servers, and one worker is slow:\n"
+        "the plot shows accuracy against time in step, with bounded staleness, and without a bound.",
         epilog="examples:\n"
         "  tensorkv demo\n"
         "  tensorkv demo --replicas 8 --store device --out eight.png\n"
         "  tensorkv demo --store dist_sync --workers 4\n"
+        "  tensorkv demo --store dist_async --workers 4 --staleness 2\n"
         "  torchrun --nproc-per-node=4 -m tensorkv.cli demo --store dist_sync\n"
         "  tensorkv demo --optimizer sgd --lr 0.1 --epochs 40 --min-accuracy 0.95\n\n"
         "The last line of the output names the PNG. Needs: pip install 'tensorkv[examples]'",
@@ -152,7 +157,16 @@ def _add_demo(commands: Any) -> None:
         "--workers",
         type=_positive,
         metavar="N",
-        help="with a store of type dist_sync: start N processes with torchrun, each of which trains one replica",
+        help="with a store of type dist_sync or dist_async: start N processes with torchrun, each of which trains "
+        "one replica (dist_async: 4)",
+    )
+    add("--servers", type=_positive, metavar="N", help="with dist_async: how many hold the weights (1)")
+    add("--mode", choices=["sync", "async"], help="with dist_async: train in this mode alone")
+    add(
+        "--staleness",
+        type=_seed,
+        metavar="N",
+        help="with dist_async: how many rounds a worker may be ahead of the slowest (2; with --mode async: any number)",
     )
     add(
         "--checkpoint",
@@ -172,7 +186,7 @@ def _add_demo(commands: Any) -> None:
         type=_share,
         metavar="SHARE",
         help="test accuracy, from 0 to 1, under which to exit with status 1 (default: "
-        f"{MIN_ACCURACY}, or 0 where --epochs, --batch-size, --lr or --optimizer is given)",
+        f"{MIN_ACCURACY}, dist_async {MIN_ACCURACY_ON_SERVERS}, or 0 where --epochs, --batch-size, --lr or --optimizer is given)",
     )
     add("--quiet", action="store_true", help="print only the line that names the PNG")
     parser.set_defaults(run=_demo, extra="examples")
@@ -214,6 +228,33 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts (sizes in bytes)")
     parser.add_argument("--verify", action="store_true", help="read all data and check every digest")
     parser.set_defaults(run=_inspect, extra=None)
+
+
+def _add_top(commands: Any) -> None:
+    parser = commands.add_parser(
+        "top",
+        help="watch a running store of type dist_async",
+        description="Show a store on parameter servers while it runs: its servers and workers, keys and bytes,\n"
+        "pushes and pulls per second, how far workers are apart, waits, and the size of its log.\n"
+        "The store does not notice. Ends with the store, or with Ctrl-C.",
+        epilog="examples:\n"
+        "  tensorkv top\n"
+        "  tensorkv top --name embeddings --every 5\n"
+        "  tensorkv top --once --json | jq '.workers[] | select(.state == \"dead\").rank'\n\n"
+        "Rates count requests at servers: a push to two servers counts at each.\n"
+        "Needs: pip install 'tensorkv[ray]'",
+    )
+    add = parser.add_argument
+    add("--name", default="tensorkv", metavar="NAME", help="of the store (%(default)s)")
+    add(
+        "--address",
+        metavar="HOST:PORT",
+        help="of its Ray cluster (default: RAY_ADDRESS, else that of this machine which has the store)",
+    )
+    add("--every", type=_rate, default=1.0, metavar="SECONDS", help="between two looks (%(default)s)")
+    add("--once", action="store_true", help="show it once, after that many seconds")
+    add("--json", action="store_true", help="print each time a line of JSON, for scripts")
+    parser.set_defaults(run=_top, extra="ray")
 
 
 def _positive(text: str) -> int:
@@ -271,12 +312,19 @@ def _demo(arguments: argparse.Namespace) -> int:
         raise IsADirectoryError(f"--out {out}: is a directory; name a file")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: the directory {out.parent} does not exist")
-    if arguments.workers is not None and "RANK" not in os.environ:
-        if not settings.store.startswith("dist"):
-            return _fail(f"demo: --workers is for stores of type dist_sync, not {settings.store}", USAGE)
-        return _launch(arguments.workers)
-    curves = demo.run(settings, out, quiet=arguments.quiet)
-    reached, wanted = curves.accuracies[-1], _wanted_accuracy(arguments.min_accuracy, settings)
+    on_servers = "async" in settings.store
+    problem = _demo_problem(arguments, on_servers)
+    if problem is not None:
+        return _fail(f"demo: {problem}", USAGE)
+    workers = arguments.workers or (4 if on_servers else None)
+    if workers is not None and "RANK" not in os.environ:
+        return _launch(workers)
+    if on_servers:
+        chosen = {name: getattr(arguments, name) for name in ("mode", "staleness", "quiet")}
+        reached = demo_servers.run(settings, out, servers=arguments.servers or 1, **chosen)
+    else:
+        reached = demo.run(settings, out, quiet=arguments.quiet).accuracies[-1]
+    wanted = _wanted_accuracy(arguments.min_accuracy, settings, MIN_ACCURACY_ON_SERVERS if on_servers else MIN_ACCURACY)
     if reached < wanted:
         sys.stdout.flush()
         return _fail(f"demo: the test accuracy is {reached:.4f}, under {wanted:g}")
@@ -290,12 +338,26 @@ def _launch(workers: int) -> int:
     return subprocess.run([*launcher, "-m", "tensorkv.cli", *sys.argv[1:]], check=False).returncode  # noqa: S603 - our own words
 
 
-def _wanted_accuracy(given: float | None, settings: demo.Settings) -> float:
+def _demo_problem(arguments: argparse.Namespace, on_servers: bool) -> str | None:
+    """Return which options do not go together, if any."""
+    if arguments.workers is not None and not arguments.store.startswith("dist"):
+        return f"--workers is for stores of type dist_sync or dist_async, not {arguments.store}"
+    for name in ("servers", "mode", "staleness"):
+        if getattr(arguments, name) is not None and not on_servers:
+            return f"--{name} is for stores of type dist_async, not {arguments.store}"
+    if on_servers and arguments.checkpoint is not None:
+        return "--checkpoint is for stores without servers"
+    if arguments.mode == "sync" and arguments.staleness is not None:
+        return "--staleness is for --mode async"
+    return None
+
+
+def _wanted_accuracy(given: float | None, settings: demo.Settings, own: float) -> float:
     if given is not None:
         return given
     names = ("epochs", "batch_size", "optimizer", "lr")
     is_own = all(getattr(settings, name) == getattr(demo.Settings(), name) for name in names)
-    return MIN_ACCURACY if is_own else 0.0
+    return own if is_own else 0.0
 
 
 def _tutorial(arguments: argparse.Namespace) -> int:
@@ -316,6 +378,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
         Console().print(inspection.rich_table(rows))
     else:
         print("\n".join(["", *inspection.plain(rows)]))
+    return 0
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    top.run(arguments.name, arguments.address, arguments.every, once=arguments.once, as_json=arguments.json)
     return 0
 
 

@@ -102,11 +102,11 @@ def train(digits: Digits, settings: Settings, on_epoch: Callable[[float, float],
     first = network(settings.seed)
     shuffler = torch.Generator().manual_seed(settings.seed)
 
-    with _one_thread(), create(settings.store) as kv, create(settings.store) as sums:
+    with one_thread(), create(settings.store) as kv, create(settings.store) as sums:
         copies = settings.replicas if kv.num_workers == 1 else 1
         replicas = [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
         shares = slice(kv.rank * copies, (kv.rank + 1) * copies)
-        trainer = Trainer(replicas, kv, settings.optimizer, **_learning_rate(settings))
+        trainer = Trainer(replicas, kv, settings.optimizer, **learning_rate(settings))
         first_rate = trainer.learning_rate
         sums.init("loss", torch.zeros(1, dtype=torch.float64))
         curves = _resume(settings, kv, trainer, steps=-(-len(digits.labels) // settings.batch_size))
@@ -170,7 +170,8 @@ def _keep(settings: Settings, kv: KVStore, curves: Curves) -> None:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Have torch compute in one thread."""
     # The network is so small that torch's threads wait for each other for longer than they compute.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -180,7 +181,8 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _learning_rate(settings: Settings) -> dict[str, Any]:
+def learning_rate(settings: Settings) -> dict[str, Any]:
+    """Return the learning rate of the first epoch, as an optimizer takes it; nothing where its own counts."""
     lr = LEARNING_RATES.get(settings.optimizer) if settings.lr is None else settings.lr
     return {} if lr is None else {"lr": lr}
 

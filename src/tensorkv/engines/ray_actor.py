@@ -19,11 +19,14 @@ from ..server.wire import Reply, Request, Settings, join, split
 from .copies import Copies
 from .group import machine
 from .mailbox import OpenMailboxes
+from .ray_metrics import ServerMetrics
 
 # Up to here a payload travels inside of its message, and Ray puts it into no object store.
 INLINE_NBYTES = 64 << 10
 # How long a server stays when no client is left.
 FORGOTTEN_S = 120.0
+
+_WATCH_S = 1.0
 
 _logger = logging.getLogger(__name__)
 
@@ -40,7 +43,9 @@ class ServerActor:
         self._mailboxes = OpenMailboxes()
         self._copies = Copies()
         self._copying = threading.Lock()
-        threading.Thread(target=self._end_when_forgotten, daemon=True).start()
+        name = ray.get_runtime_context().get_actor_name() or ""
+        self._metrics = ServerMetrics(name.rpartition("/")[0], self._server.settings.index)
+        threading.Thread(target=self._keep_watch, daemon=True).start()
 
     def serve(self, message: bytes, payload: Any = None) -> Any:
         """Answer a message, whose payload is in it, beside it, or in the client's mailbox."""
@@ -79,11 +84,12 @@ class ServerActor:
         self._server.close()
         ray.actor.exit_actor()  # type: ignore[no-untyped-call]
 
-    def _end_when_forgotten(self) -> None:
-        """End when every client has been gone for long: nobody else would end a detached actor."""
+    def _keep_watch(self) -> None:
+        """Tell Ray's metrics how things are; end when all clients are long gone, since nobody else would do it."""
         alone_since = time.monotonic()
         while time.monotonic() - alone_since < FORGOTTEN_S:
-            time.sleep(1)
+            time.sleep(_WATCH_S)
+            self._metrics.tell(self._server.stats())
             if self._server.owners():
                 alone_since = time.monotonic()
         self._server.close()

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +20,7 @@ from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.exceptions import RayActorError, RayError
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from ..errors import ArgumentError, JournalError, RankLostError, ServerLostError
+from ..errors import ArgumentError, JournalError, RankLostError, ServerLostError, quote
 from ..server.wire import Settings
 from .group import agree_on_start, meet
 from .ray_actor import ServerActor
@@ -68,6 +69,61 @@ def enter(address: str | None, timeout_s: float) -> bool:
     return _start_together(rank, timeout_s)
 
 
+def find(name: str, address: str | None) -> None:
+    """Be in a cluster that has a store of this name, and start none.
+
+    Args:
+        name: of the store.
+        address: of the cluster (None: ``RAY_ADDRESS``, else those of this machine are tried).
+
+    Raises:
+        ServerLostError: there is none; the message names the stores that there are.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    stores: set[str] = set()
+    if ray.is_initialized():
+        stores |= _store_names()
+        if name in stores:
+            return
+    else:
+        for each in [address] if address not in (None, "auto") else _clusters_here():
+            try:
+                # Ray itself would try for half a minute.
+                _check_listens(str(each))
+                _join(str(each))
+            except (OSError, RayError, RuntimeError, ValueError) as error:
+                if address not in (None, "auto"):
+                    raise ServerLostError(f"no Ray cluster answers at {address}: {error}") from error
+                continue
+            stores |= _store_names()
+            if name in stores:
+                return
+            ray.shutdown()
+    known = f"there are {', '.join(map(quote, sorted(stores)))}" if stores else "none is running"
+    where = "on this machine" if address in (None, "auto") else f"at {address}"
+    raise ServerLostError(f"no store {quote(name)} {where}; {known}")
+
+
+def _check_listens(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+
+
+def _clusters_here() -> list[str]:
+    """Return the addresses of the clusters that run on this machine; those of stores, on loopback, come first."""
+    from ray._private import services
+
+    found: Any = services.find_gcs_addresses
+    # It remembers what it has found, and the process may have been there before the cluster.
+    found.cache_clear()
+    return sorted(found(), key=lambda each: (not each.startswith(f"{_LOOPBACK}:"), each))
+
+
+def _store_names() -> set[str]:
+    named = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True) if each["namespace"] == NAMESPACE]
+    return {name.rpartition("/")[0] for name in named if "/" in name}
+
+
 def is_last(started: bool) -> bool:
     """Tell whether to leave ends the cluster."""
     return started and _started == 1
@@ -106,7 +162,11 @@ def _start() -> None:
 
 
 def _join(address: str) -> None:
-    local: dict[str, Any] = {"_node_ip_address": _LOOPBACK} if address.startswith(f"{_LOOPBACK}:") else {}
+    local: dict[str, Any] = {}
+    if address.startswith(f"{_LOOPBACK}:"):
+        # Started by a store, which asks for the token that this user's processes have.
+        _set({"RAY_AUTH_MODE": "token"})
+        local["_node_ip_address"] = _LOOPBACK
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE, **local)
 
 
@@ -123,7 +183,6 @@ def _start_together(rank: int, timeout_s: float) -> bool:
             _start()
             store.set("address", ray.get_runtime_context().gcs_address)
             return True
-        _set({"RAY_AUTH_MODE": "token"})
         store.wait(["address"], wait)
         _join(store.get("address").decode())
     except (KeyError, OSError, ValueError, RuntimeError) as error:

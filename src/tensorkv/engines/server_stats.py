@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+_SUMS = ("nbytes", "waits", "waited_s")
+_MOST = ("ahead", "most_ahead", "clients", "snapshots")
+
 
 def merge(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return sums over servers, and of workers what the one says that sees most.
@@ -13,11 +16,10 @@ def merge(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     >>> merge([one, one])["server_verbs"]["push"]["nbytes"]
     8
     """
-    found: dict[str, Any] = {word: sum(each.get(word, 0) for each in told) for word in ("nbytes", "waits", "waited_s")}
-    found["most_ahead"] = max(each.get("most_ahead", 0) for each in told)
+    found: dict[str, Any] = {word: sum(each.get(word, 0) for each in told) for word in _SUMS}
+    found["num_keys"] = sum(each.get("first_keys", 0) for each in told)
+    found |= {word: max((each.get(word, 0) for each in told), default=0) for word in _MOST}
     found["dead_workers"] = sorted({rank for each in told for rank in each.get("dead", ())})
-    found["clients"] = max(each.get("clients", 0) for each in told)
-    found["snapshots"] = max(each.get("snapshots", 0) for each in told)
     for word in ("nonfinite", "journal"):
         parts = [each[word] for each in told if word in each]
         if parts:

@@ -5,6 +5,7 @@ A request is a head (plain data), a layout and a payload, as in a record; ``serv
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -104,12 +105,32 @@ class Server:
         except (MemoryError, OSError, RuntimeError) as error:
             return _refusal("WorkerError", f"server {self.settings.index} failed: {type(error).__name__}: {error}")
         moved = len(request.payload) + (0 if reply.payload is None else len(reply.payload))
-        self._metrics.add(verb, start, [verb], [moved])
+        name = "pushpull" if request.head.get("pulls") else verb
+        self._metrics.add(name, start, [name], [moved])
         return reply
 
     def owners(self) -> list[str]:
         """Return the processes that are alive and use this server."""
         return self._attendance.clients()
+
+    def stats(self) -> dict[str, Any]:
+        """Return counts of what is held, of what was asked, and of workers."""
+        rounds = self._rounds
+        mine = {
+            "verbs": self._metrics.read()["verbs"],
+            "clients": len(self._attendance.clients()),
+            "live": rounds.live(),
+            "here": rounds.here(),
+            "dead": rounds.dead(),
+            "rounds": list(rounds.read().items()),
+            "ahead": rounds.lead(),
+            "most_ahead": rounds.most_ahead,
+            "pid": os.getpid(),
+            "resent": self._resent,
+            "waits": self._monitor.count,
+            "waited_s": self._monitor.seconds,
+        }
+        return {**mine, **self._holding.stats()}
 
     def signature(self, request: Request) -> tuple[int, ...] | None:
         """Return the versions of the keys of a pull, which tell whether their values have changed; None: refused."""
@@ -272,19 +293,7 @@ class Server:
         return {"incarnation": self.incarnation, **self._holding.listing()}
 
     def _stats(self, request: Request, out: torch.Tensor | None) -> Reply:
-        rounds = self._rounds
-        mine = {
-            "verbs": self._metrics.read()["verbs"],
-            "clients": len(self._attendance.clients()),
-            "live": rounds.live(),
-            "dead": rounds.dead(),
-            "rounds": list(rounds.read().items()),
-            "most_ahead": rounds.most_ahead,
-            "resent": self._resent,
-            "waits": self._monitor.count,
-            "waited_s": self._monitor.seconds,
-        }
-        return Reply({**mine, **self._holding.stats()})
+        return Reply(self.stats())
 
     # ------------------------------------------------------------ clients
 

@@ -42,7 +42,9 @@ class Attendance:
         self._texts: dict[int, str] = {}
 
     def hear(self, head: Mapping[str, Any]) -> None:
-        """Note that a client is alive."""
+        """Note that a client is alive; one without an owner only looks, and counts for nothing."""
+        if head["owner"] is None:
+            return
         owner, rank = str(head["owner"]), head.get("rank")
         if rank is not None and (type(rank) is not int or not 0 <= rank < self._num_workers):
             raise ArgumentError(f"a worker's rank is {rank!r}; expected less than {self._num_workers}")

@@ -52,6 +52,7 @@ class Holding:
         self._layouts: dict[tuple[Key, ...], tuple[bytes, int]] = {}
         self.inits = 0
         """How often keys were made, deleted or made anew."""
+        self._index = settings.index
 
     # ------------------------------------------------------------ pushes and pulls
 
@@ -195,9 +196,16 @@ class Holding:
         """Return counts of what is held."""
         with self.shard.frozen() as (entries, _):
             nbytes = sum(entry.value.nbytes for entry in entries)
-        found: dict[str, Any] = {"keys": len(entries), "nbytes": nbytes, "snapshots": len(self.views)}
+            firsts = sum(self._is_first(entry.key) for entry in entries)
+        found: dict[str, Any] = {"keys": len(entries), "first_keys": firsts, "nbytes": nbytes}
+        found["snapshots"] = len(self.views)
         found["nonfinite"] = self.shard.nonfinite_counts
         return found | ({"journal": self.shard.journal_counts} if isinstance(self.shard, DurableShard) else {})
+
+    def _is_first(self, key: Key) -> bool:
+        """Tell whether the first piece of a key is here, so that servers together count each key once."""
+        note = self._notes.notes.get(json.dumps(key))
+        return note is not None and bool(note["pieces"][0][0] == self._index)
 
     def _forget_layouts(self) -> None:
         self._layouts.clear()

@@ -114,6 +114,17 @@ class Rounds:
         with self._lock:
             return [rank for rank, _ in self._live()]
 
+    def here(self) -> list[int]:
+        """Return the ranks that have come and are waited for."""
+        with self._lock:
+            return [rank for rank, worker in self._live() if worker.seen is not None]
+
+    def lead(self) -> int:
+        """Return by how many rounds the fastest live worker is ahead of the slowest."""
+        with self._lock:
+            rounds = [worker.round for _, worker in self._live()]
+            return max(rounds, default=0) - min(rounds, default=0)
+
     def dead(self) -> list[int]:
         """Return the ranks that were here and have been silent for too long."""
         with self._lock:

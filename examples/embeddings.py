@@ -1,0 +1,166 @@
+"""Word vectors in a sparse table on parameter servers, trained by several workers; one server is killed on the way.
+
+The text is Python's own language reference, which every Python has for ``help()``: ``pydoc_data.topics``, about
+64,000 words, part of CPython and under its licence (PSF-2.0); nothing is downloaded. Words that stand near each other
+get similar vectors: skip-gram with negative samples (Mikolov et al., NeurIPS 2013). A word's row is a hash of it, so
+workers need no common vocabulary, and the tables hold only the rows of words that were seen, of four billion.
+
+Every tenth pair of neighbouring words is held out. The quality is how often a held-out pair gets a higher score than the
+same word with another one, drawn as often as words occur: 0.5 is guessing, and knowing how common each word is does no
+better. Words that often meet are held out in one place and learned from in others.
+
+In the middle of the training a server is ended with SIGKILL. It comes back with what its folder has, the workers send
+again what was not answered, and in the end there is one update for every push.
+
+    python examples/embeddings.py
+
+Needs: pip install 'tensorkv[ray]'
+"""
+
+from __future__ import annotations
+
+import os
+import pydoc_data.topics
+import re
+import signal
+import sys
+import tempfile
+import time
+import zlib
+
+import numpy as np
+import ray
+
+import tensorkv
+
+NAME = "word-vectors"
+WORKERS, SERVERS = 3, 2
+DIMENSION, WINDOW, NEGATIVES = 64, 2, 5
+EPOCHS, BATCH = 4, 1024
+ROWS = 1 << 32
+
+
+def words() -> list[str]:
+    """Return the text as lower-case words."""
+    return re.findall(r"[a-z_]+", " ".join(pydoc_data.topics.topics.values()).lower())
+
+
+def pairs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pairs of words at most WINDOW apart: those to learn from, and every tenth, held out."""
+    both = [np.stack([ids[:-apart], ids[apart:]], axis=1) for apart in range(1, WINDOW + 1)]
+    shuffled = np.random.default_rng(0).permutation(np.concatenate(both))
+    return shuffled[len(shuffled) // 10 :], shuffled[: len(shuffled) // 10]
+
+
+def row_of(word: str) -> int:
+    """Return the row of a word in both tables; two words may share one, which is rare."""
+    return zlib.crc32(word.encode())
+
+
+def learn(worker: int) -> int:
+    """Train on this worker's share of the pairs; return how many pushes that took."""
+    ids = np.array([row_of(word) for word in words()])
+    mine = pairs(ids)[0][worker::WORKERS]
+    random = np.random.default_rng(worker + 1)
+    pushes = 0
+    with tensorkv.create("dist_async", name=NAME, timeout_s=60) as kv:
+        for _ in range(EPOCHS):
+            random.shuffle(mine)
+            for start in range(0, len(mine), BATCH):
+                words_, near = mine[start : start + BATCH].T
+                far = random.choice(ids, (len(near), NEGATIVES))  # words as often as they occur
+                contexts = np.concatenate([near[:, None], far], axis=1)
+                kv.push(["words", "contexts"], gradients(kv, words_, contexts))
+                pushes += 1
+    return pushes
+
+
+def gradients(kv: tensorkv.KVStore, centres: np.ndarray, contexts: np.ndarray) -> list[tensorkv.Rows]:
+    """Return what the two tables' rows are to move by, for words and, of each, a true and some random contexts."""
+    words_, contexts_ = kv.row_sparse_pull(["words", "contexts"], row_ids=[centres, contexts.ravel()])
+    of_centre = np.searchsorted(words_.ids, centres)
+    of_context = np.searchsorted(contexts_.ids, contexts)
+    u, v = words_.values[of_centre], contexts_.values[of_context]
+    truth = np.zeros(contexts.shape, np.float32)
+    truth[:, 0] = 1
+    error = 1 / (1 + np.exp(-np.einsum("nd,nkd->nk", u, v))) - truth
+    for_words = np.einsum("nk,nkd->nd", error, v)
+    for_contexts = (error[:, :, None] * u[:, None]).reshape(-1, DIMENSION)
+    # Repeated ids are summed by the store.
+    return [
+        tensorkv.Rows(centres, for_words, ROWS),
+        tensorkv.Rows(contexts.ravel(), for_contexts, ROWS),
+    ]
+
+
+def quality(score, held_out: np.ndarray, ids: np.ndarray) -> float:
+    """Return the share of held-out pairs that score higher than the same word with a random word of the text."""
+    other = np.random.default_rng(7).choice(ids, len(held_out))
+    true, false = score(held_out[:, 0], held_out[:, 1]), score(held_out[:, 0], other)
+    return float((true > false).mean() + (true == false).mean() / 2)
+
+
+def vectors(kv: tensorkv.KVStore, ids: np.ndarray):
+    """Pull both tables and return what scores pairs of words."""
+    u, v = kv.row_sparse_pull(["words", "contexts"], row_ids=[ids, ids])
+
+    def score(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+        return (u.values[np.searchsorted(u.ids, one)] * v.values[np.searchsorted(v.ids, two)]).sum(1)
+
+    return score
+
+
+def main(folder: str) -> int:
+    """Train, kill a server in the middle, and say how good the vectors are."""
+    text = words()
+    ids = np.array([row_of(word) for word in text])
+    vocabulary = np.unique(ids)
+    held_out = pairs(ids)[1]
+    start = np.random.default_rng(0).uniform(-0.5, 0.5, (len(vocabulary), DIMENSION)).astype(np.float32) / DIMENSION
+    with tensorkv.create("dist_async", name=NAME, num_servers=SERVERS, num_workers=1, path=folder) as kv:
+        kv.init("words", tensorkv.Rows(vocabulary, start, ROWS))
+        kv.init("contexts", tensorkv.Rows(vocabulary, np.zeros_like(start), ROWS))
+        kv.set_optimizer("adagrad", lr=0.1)
+        print(f"{len(text)} words, {len(vocabulary)} different; tables of {ROWS} rows, in {folder}")
+        begin = time.monotonic()
+        tasks = [ray.remote(num_cpus=0)(learn).remote(worker) for worker in range(WORKERS)]
+        total = WORKERS * EPOCHS * -(-(len(pairs(ids)[0]) // WORKERS) // BATCH)
+        killed = None
+        while ray.wait(tasks, num_returns=WORKERS, timeout=1)[1]:
+            done = kv.info("words").version
+            share = quality(vectors(kv, vocabulary), held_out, ids)
+            print(
+                f"{time.monotonic() - begin:5.1f} s: {done} of about {total} updates, quality {share:.3f}", flush=True
+            )
+            if killed is None and done > total / 3:
+                killed = kv.stats()["servers"][1]["pid"]
+                os.kill(killed, signal.SIGKILL)
+                print(f"server 1 (process {killed}) was killed", flush=True)
+        pushes = sum(ray.get(tasks))
+        after = kv.stats()["servers"][1]["pid"]
+        versions = [kv.info(key).version for key in ("words", "contexts")]
+        share = quality(vectors(kv, vocabulary), held_out, ids)
+        common = dict(zip(*np.unique(ids, return_counts=True), strict=True))
+        baseline = quality(lambda _, two: np.array([common[each] for each in two]), held_out, ids)
+        show_neighbours(kv, text)
+    print(f"server 1 came back as process {after}; {pushes} pushes, versions {versions[0]} and {versions[1]}")
+    print(f"held-out pairs told from others: {share:.3f} (by how common words are: {baseline:.3f})")
+    return 0 if killed not in (None, after) and versions == [pushes, pushes] and share > baseline else 1
+
+
+def show_neighbours(kv: tensorkv.KVStore, text: list[str]) -> None:
+    """Print, for some words, those whose vectors point the same way."""
+    names, counts = np.unique(text, return_counts=True)
+    names = names[counts >= 20]
+    rows = [row_of(name) for name in names]
+    found = kv.row_sparse_pull("words", row_ids=rows)
+    points = found.values[np.searchsorted(found.ids, rows)]
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    for name in ("tuple", "method", "integer", "await"):
+        near = np.argsort(points @ points[list(names).index(name)])[::-1]
+        print(f"near {name!r}: {', '.join(names[near[1:6]])}")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as own:
+        sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else own))

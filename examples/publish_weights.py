@@ -1,0 +1,95 @@
+"""One process learns and publishes its weights, others read each version as it comes.
+
+The learner trains a network on scikit-learn's handwritten digits and pushes its weights after every epoch; there is no
+optimizer in the store, so a push replaces the values. The readers, processes of their own, wait for news, take a
+snapshot and measure its accuracy. A check sum travels with the weights: half of an update would not fit it.
+
+    python examples/publish_weights.py
+
+Needs: pip install 'tensorkv[examples,ray]'
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import ray
+from sklearn.neural_network import MLPClassifier
+
+import tensorkv
+from tensorkv import demo
+
+READERS = 3
+VERSIONS = 20
+NAME = "published-weights"
+LAYERS = {"weights0": (64, 64), "bias0": (64,), "weights1": (64, 10), "bias1": (10,)}
+
+
+def checksum(layers: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the sum of all weights, which two versions hardly share."""
+    return np.array(sum(float(layers[name].sum()) for name in LAYERS))
+
+
+def learn() -> int:
+    """Publish the weights of every epoch; return 0 if all readers saw what they should."""
+    digits = demo.load_digits()
+    model = MLPClassifier((64,), random_state=0)
+    # One worker, the learner: readers are not waited for. keep= has room for a snapshot of each of them.
+    with tensorkv.create("dist_async", name=NAME, num_servers=2, num_workers=1, keep=READERS, timeout_s=30) as kv:
+        kv.init({name: np.zeros(shape) for name, shape in LAYERS.items()} | {"checksum": np.zeros(())})
+        environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        command = [sys.executable, __file__, "reader"]
+        readers = [subprocess.Popen([*command, str(number)], env=environment) for number in range(READERS)]  # noqa: S603 - this file
+        try:
+            wait_for(kv, readers)
+            for _ in range(VERSIONS):
+                model.partial_fit(digits.images.numpy(), digits.labels.numpy(), classes=np.arange(10))
+                arrays = [model.coefs_[0], model.intercepts_[0], model.coefs_[1], model.intercepts_[1]]
+                layers = dict(zip(LAYERS, map(np.float64, arrays), strict=True))
+                kv.push(layers | {"checksum": checksum(layers)})
+            failed = [number for number, reader in enumerate(readers) if reader.wait(timeout=30) != 0]
+        finally:
+            for reader in readers:
+                reader.kill()
+                reader.wait()
+    if failed:
+        print(f"readers {failed} did not see rising versions and whole updates")
+        return 1
+    print(f"all {READERS} readers saw rising versions and whole updates, up to version {VERSIONS}")
+    return 0
+
+
+def wait_for(kv: tensorkv.KVStore, readers: list[subprocess.Popen[bytes]]) -> None:
+    """Return when all readers have the store open, or one of them has ended."""
+    while kv.stats()["clients"] <= len(readers) and all(reader.poll() is None for reader in readers):
+        time.sleep(0.05)
+
+
+def read(number: int) -> int:
+    """Measure every version that comes, until the last; return 0 if they rose and every one was whole."""
+    digits = demo.load_digits()
+    images, labels = digits.test_images.numpy(), digits.test_labels.numpy()
+    seen, whole = [0], True
+    with tensorkv.create("dist_async", name=NAME, timeout_s=30) as kv:
+        while seen[-1] < VERSIONS:
+            kv.pull("checksum", min_version=seen[-1] + 1, timeout_s=30)  # waits for news
+            with kv.snapshot() as moment:
+                layers = {name: moment.pull(name) for name in LAYERS}
+                versions = set(moment.versions.values())
+                whole &= len(versions) == 1 and moment.pull("checksum") == checksum(layers)
+            seen.append(max(versions))
+            hidden = np.maximum(images @ layers["weights0"] + layers["bias0"], 0)
+            right = (hidden @ layers["weights1"] + layers["bias1"]).argmax(1) == labels
+            print(f"reader {number}: version {seen[-1]:2}, test accuracy {right.mean():.3f}", flush=True)
+    rising = all(a < b for a, b in zip(seen, seen[1:], strict=False))
+    how = f"{'rising' if rising else 'NOT rising'}, {'whole' if whole else 'NOT whole'}"
+    print(f"reader {number}: {len(seen) - 1} versions, {how}: {' '.join(map(str, seen[1:]))}", flush=True)
+    return 0 if rising and whole else 1
+
+
+if __name__ == "__main__":
+    sys.exit(read(int(sys.argv[2])) if sys.argv[1:2] == ["reader"] else learn())

@@ -1,0 +1,257 @@
+"""The demo on parameter servers: the same digits, in step, with bounded staleness, and with everyone at their own pace.
+
+``train`` is the part to read. Every worker is a process with one network; the last of them is slow.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from torch.nn.functional import cross_entropy
+
+from .demo import Digits, Settings, accuracy, learning_rate, load_digits, network, one_thread
+from .store import KVStore, create
+from .trainer import Trainer
+
+# What a worker that is slow sleeps in every step: some times what a step takes.
+SLEEP_S = 0.02
+# How often the weights are measured while workers train.
+_LOOK_S = 0.1
+_GOAL = 0.9
+_COLOURS = ("#1b2a6b", "#f5b041", "#2e8b57")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How far workers may be apart.
+
+    Args:
+        mode, staleness: as for ``tensorkv.create("dist_async")``.
+
+    >>> Pace("sync").name, Pace("async", 2).name, Pace("async").name
+    ('sync', 'staleness 2', 'async')
+    """
+
+    mode: str
+    staleness: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called in the picture."""
+        return self.mode if self.staleness is None else f"staleness {self.staleness}"
+
+
+@dataclass
+class Course:
+    """The test accuracy at moments of a training, in seconds from its start."""
+
+    seconds: list[float] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
+
+    def seconds_to(self, goal: float) -> float | None:
+        """Return when the accuracy first was that high.
+
+        >>> Course([0.5, 1.0], [0.3, 0.95]).seconds_to(0.9)
+        1.0
+        """
+        return next((at for at, share in zip(self.seconds, self.accuracies, strict=True) if share >= goal), None)
+
+
+def paces(mode: str | None, staleness: int | None) -> list[Pace]:
+    """Return what to train with; the last one's accuracy is the one that counts.
+
+    >>> [pace.name for pace in paces(None, None)]
+    ['sync', 'async', 'staleness 2']
+    >>> [pace.name for pace in paces("async", None)]
+    ['async']
+    """
+    if mode is not None:
+        return [Pace(mode, staleness)]
+    return [Pace("sync"), Pace("async"), Pace("async", 2 if staleness is None else staleness)]
+
+
+def train(digits: Digits, settings: Settings, kv: KVStore, *, averages: bool, progress: Any = None) -> Course:
+    """Train this worker's network on its share of every batch, the weights being in the store.
+
+    Args:
+        digits: the images.
+        settings: how long and how fast.
+        kv: the store, new; all workers call this together.
+        averages: whether a push is summed with those of the other workers, in step.
+        progress: told how many updates there were, and the accuracy.
+
+    Returns:
+        At rank 0, how the accuracy of the weights in the store went; elsewhere nothing.
+    """
+    model = network(settings.seed)
+    workers = kv.num_workers
+    scale = 1 / workers if averages else 1.0
+    trainer = Trainer(model, kv, settings.optimizer, rescale_grad=scale, **learning_rate(settings))
+    first_rate = trainer.learning_rate
+    shuffler = torch.Generator().manual_seed(settings.seed)
+    kv.barrier()  # the time starts when everyone is there
+
+    with _measuring(kv, trainer, digits, settings, progress) as course:
+        for epoch in range(settings.epochs):
+            if kv.rank == 0:
+                trainer.learning_rate = first_rate * (1 - epoch / settings.epochs)
+            order = torch.randperm(len(digits.labels), generator=shuffler)
+            for start in range(0, len(order), settings.batch_size):
+                batch = order[start : start + settings.batch_size]
+                share = batch.tensor_split(workers)[kv.rank]
+                if kv.rank == workers - 1:
+                    time.sleep(SLEEP_S)
+                if len(share):
+                    trainer.zero_grad()
+                    loss = cross_entropy(model(digits.images[share]), digits.labels[share])
+                    loss.backward()  # type: ignore[no-untyped-call]
+                trainer.step()  # push this worker's gradient, pull what weights there are now
+        kv.barrier()
+    return course
+
+
+@contextmanager
+def _measuring(kv: KVStore, trainer: Trainer, digits: Digits, settings: Settings, progress: Any) -> Iterator[Course]:
+    """At rank 0, pull the weights while everybody trains, and measure their accuracy."""
+    course = Course()
+    if kv.rank != 0:
+        yield course
+        return
+    model = network(settings.seed)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    start, ending = time.monotonic(), threading.Event()
+
+    def look() -> None:
+        kv.pull(weights)
+        at = time.monotonic() - start
+        course.seconds.append(at)
+        course.accuracies.append(accuracy(model, digits))
+        if progress is not None:
+            progress(kv.info(trainer.keys[0]).version, course.accuracies[-1])
+
+    def keep_looking() -> None:
+        while not ending.wait(_LOOK_S):
+            look()
+
+    thread = threading.Thread(target=keep_looking, name="tensorkv-demo-look")
+    thread.start()
+    try:
+        yield course
+    finally:
+        ending.set()
+        thread.join()
+    look()
+
+
+def run(
+    settings: Settings,
+    out: Path,
+    *,
+    servers: int = 1,
+    mode: str | None = None,
+    staleness: int | None = None,
+    quiet: bool = False,
+) -> float:
+    """Train at every pace, save accuracy against time as a PNG and print how it went; all workers call this.
+
+    Args:
+        settings: what to train; its store is of a type with servers.
+        out: where the PNG goes.
+        servers: how many hold the weights.
+        mode, staleness: train at this pace alone (None: in step, with bounded staleness, and without).
+        quiet: no progress bar, and of the result only the line that names the PNG.
+
+    Returns:
+        The final test accuracy at the chosen pace, or with bounded staleness; at other ranks than 0, 1.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn, matplotlib or Ray is not installed.
+        OSError: the PNG cannot be written.
+    """
+    import matplotlib.figure  # noqa: F401 - one that is missing should not be found out after the training
+
+    digits, chosen = load_digits(), paces(mode, staleness)
+    leads = os.environ.get("RANK", "0") == "0"
+    courses: dict[str, Course] = {}
+    with one_thread(), ExitStack() as stack:
+        # All of them now: the one that is closed last ends the Ray that they are in.
+        stores = [
+            stack.enter_context(
+                create(
+                    settings.store,
+                    num_servers=servers,
+                    mode=pace.mode,
+                    staleness=pace.staleness,
+                    name=f"tensorkv-demo-{index}",
+                )
+            )
+            for index, pace in enumerate(chosen)
+        ]
+        bar = stack.enter_context(_bar(quiet or not leads))
+        for pace, kv in zip(chosen, stores, strict=True):
+            steps = settings.epochs * -(-len(digits.labels) // settings.batch_size)
+            total = steps if pace.mode == "sync" else steps * kv.num_workers
+            task = bar.add_task(f"{pace.name:>12}", total=total, news="")
+            courses[pace.name] = train(digits, settings, kv, averages=pace.mode == "sync", progress=_showing(bar, task))
+        workers = stores[0].num_workers
+    if not leads:
+        return 1.0
+    figure(courses, settings, workers, servers).savefig(out, format="png", dpi=120)
+    if not quiet:
+        print(
+            f"{len(digits.labels)} training images, {len(digits.test_labels)} test images, {settings.epochs} epochs, "
+            f"{settings.optimizer} on {servers} server{'' if servers == 1 else 's'}; {workers} workers, "
+            f"the last sleeps {1000 * SLEEP_S:.0f} ms in every step"
+        )
+        for name, course in courses.items():
+            reached = course.seconds_to(_GOAL)
+            when = "never" if reached is None else f"after {reached:.1f} s"
+            print(
+                f"{name}: test accuracy {course.accuracies[-1]:.4f} after {course.seconds[-1]:.1f} s, {_GOAL:.0%} {when}"
+            )
+    print(f"accuracy against time: {out}")
+    return courses[chosen[-1].name].accuracies[-1]
+
+
+def figure(courses: Mapping[str, Course], settings: Settings, workers: int, servers: int) -> Any:
+    """Return a matplotlib figure of accuracy against seconds, one line for each pace."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(9, 5), layout="constrained")
+    axes = drawn.subplots()
+    for (name, course), colour in zip(courses.items(), _COLOURS, strict=False):
+        axes.plot(course.seconds, course.accuracies, color=colour, linewidth=2, label=name)
+    # The first second is the one that tells them apart.
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds (log scale)")
+    axes.set_ylabel("share of test images named right")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    axes.set_title(
+        f"Handwritten digits, {settings.optimizer} on {servers} server{'' if servers == 1 else 's'}: {workers} workers, "
+        f"one slowed by {1000 * SLEEP_S:.0f} ms a step"
+    )
+    return drawn
+
+
+def _bar(disable: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("updates"))
+    rest = (TimeElapsedColumn(), TextColumn("{task.fields[news]}"))
+    return Progress(*columns, *rest, console=Console(stderr=True), disable=disable)
+
+
+def _showing(bar: Progress, task: TaskID) -> Any:
+    def show(updates: int, share: float) -> None:
+        bar.update(task, completed=updates, news=f"accuracy {share:.3f}")
+
+    return show

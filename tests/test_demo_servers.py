@@ -1,0 +1,114 @@
+"""The demo on parameter servers: it learns at every pace, and says where its picture is."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import tensorkv
+from tensorkv import cli, demo, demo_servers
+from tensorkv.demo_servers import Course, Pace
+
+pytest.importorskip("ray")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray for tests in this process."""
+    with tensorkv.create("dist_async", name="keeper"):
+        yield
+
+
+def run_demo(tmp_path, *options):
+    command = [sys.executable, "-m", "tensorkv.cli", "demo", "--store", "dist_async", *map(str, options)]
+    environment = {name: text for name, text in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "RAY_ADDRESS")}
+    return subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=280
+    )
+
+
+@pytest.mark.timeout(300)
+def test_the_demo_reaches_its_accuracy_and_names_the_png_last(tmp_path):
+    ended = run_demo(tmp_path, "--workers", 4, "--staleness", 2, "--servers", 2)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    first, *paces, last = ended.stdout.splitlines()[-5:]
+    assert last == "accuracy against time: tensorkv-demo.png"
+    assert (tmp_path / "tensorkv-demo.png").read_bytes().startswith(PNG)
+    assert first.startswith("1347 training images, 450 test images, 20 epochs, adam on 2 servers; 4 workers, ")
+    found = [re.match(r"(.+): test accuracy (0\.\d+) after [\d.]+ s, 90% after [\d.]+ s$", line) for line in paces]
+    assert [match[1] for match in found] == ["sync", "async", "staleness 2"]
+    assert all(float(match[2]) >= 0.95 for match in found)
+    for word in ("sync", "async", "staleness 2", "440/440", "1760/1760"):
+        assert word in ended.stderr
+
+
+@pytest.mark.timeout(200)
+def test_one_mode_alone_and_quiet_prints_only_the_line_with_the_png(tmp_path):
+    ended = run_demo(tmp_path, "--mode", "async", "--workers", 2, "--epochs", 2, "--quiet", "--out", "one.png")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "accuracy against time: one.png\n"
+    assert (tmp_path / "one.png").read_bytes().startswith(PNG)
+
+
+def test_one_worker_trains_in_this_process(cluster, monkeypatch):
+    monkeypatch.setattr(demo_servers, "SLEEP_S", 0.0)
+    digits, told = demo.load_digits(), []
+    settings = demo.Settings(epochs=2, store="dist_async")
+    with tensorkv.create("dist_async", name="one-worker") as kv:
+        course = demo_servers.train(
+            digits, settings, kv, averages=False, progress=lambda updates, share: told.append(updates)
+        )
+    assert course.accuracies[-1] > 0.7
+    assert told[-1] == 2 * 22
+    assert course.seconds == sorted(course.seconds)
+    assert len(course.seconds) == len(course.accuracies) == len(told)
+
+
+def test_paces_are_the_one_asked_for_or_three():
+    assert demo_servers.paces("sync", None) == [Pace("sync")]
+    assert demo_servers.paces("async", 3) == [Pace("async", 3)]
+    assert demo_servers.paces(None, 0)[-1] == Pace("async", 0)
+
+
+def test_the_picture_has_a_line_for_each_pace():
+    courses = {"sync": Course([0.1, 0.2], [0.1, 0.5]), "async": Course([0.1, 0.2], [0.4, 0.9])}
+    drawn = demo_servers.figure(courses, demo.Settings(), 4, 2)
+    (axes,) = drawn.axes
+    assert [list(line.get_ydata()) for line in axes.get_lines()] == [[0.1, 0.5], [0.4, 0.9]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["sync", "async"]
+    assert "adam on 2 servers: 4 workers, one slowed" in axes.get_title()
+    assert axes.get_xlabel().startswith("seconds")
+
+
+def test_an_accuracy_that_was_never_reached_has_no_time():
+    assert Course([0.1], [0.5]).seconds_to(0.9) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--servers", "2"], "--servers is for stores of type dist_async, not local"),
+        (["--mode", "sync"], "--mode is for stores of type dist_async, not local"),
+        (["--staleness", "0"], "--staleness is for stores of type dist_async, not local"),
+        (["--workers", "2"], "--workers is for stores of type dist_sync or dist_async, not local"),
+        (["--store", "dist_async", "--mode", "sync", "--staleness", "1"], "--staleness is for --mode async"),
+        (["--store", "dist_async", "--checkpoint", "a"], "--checkpoint is for stores without servers"),
+    ],
+)
+def test_options_that_do_not_go_together_are_wrong_usage(capsys, options, problem):
+    assert cli.main(["demo", *options]) == 2
+    assert capsys.readouterr().err == f"tensorkv: error: demo: {problem}\n"
+
+
+@pytest.mark.parametrize(("options", "status"), [([], 1), (["--epochs", "1"], 0), (["--min-accuracy", "0.9"], 0)])
+def test_only_the_demos_own_training_is_held_to_its_accuracy(tmp_path, monkeypatch, options, status):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(demo_servers, "run", lambda *_, **__: 0.94)
+    out = str(tmp_path / "a.png")
+    assert cli.main(["demo", "--store", "dist_async", "--out", out, *options]) == status

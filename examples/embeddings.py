@@ -3,9 +3,9 @@
 The text is Python's own language reference, which every Python has for ``help()``: ``pydoc_data.topics``, about
 64,000 words, part of CPython and under its licence (PSF-2.0); nothing is downloaded. Words that stand near each other
 get similar vectors: skip-gram with negative samples (Mikolov et al., NeurIPS 2013). A word's row is a hash of it, so
-workers need no common vocabulary, and the tables hold only the rows of words that were seen, of four billion.
+workers need no common vocabulary, and of four billion rows the tables hold only those of words that were seen.
 
-Every tenth pair of neighbouring words is held out. The quality is how often a held-out pair gets a higher score than the
+Every tenth pair of neighbouring words is held out. The quality is how often a held-out pair scores higher than the
 same word with another one, drawn as often as words occur: 0.5 is guessing, and knowing how common each word is does no
 better. Words that often meet are held out in one place and learned from in others.
 

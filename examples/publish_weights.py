@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import numpy as np
 import ray
@@ -85,7 +86,7 @@ def read(number: int) -> int:
             hidden = np.maximum(images @ layers["weights0"] + layers["bias0"], 0)
             right = (hidden @ layers["weights1"] + layers["bias1"]).argmax(1) == labels
             print(f"reader {number}: version {seen[-1]:2}, test accuracy {right.mean():.3f}", flush=True)
-    rising = all(a < b for a, b in zip(seen, seen[1:], strict=False))
+    rising = all(a < b for a, b in pairwise(seen))
     how = f"{'rising' if rising else 'NOT rising'}, {'whole' if whole else 'NOT whole'}"
     print(f"reader {number}: {len(seen) - 1} versions, {how}: {' '.join(map(str, seen[1:]))}", flush=True)
     return 0 if rising and whole else 1

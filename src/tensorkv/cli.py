@@ -186,8 +186,8 @@ def _add_demo(commands: Any) -> None:
         type=_share,
         metavar="SHARE",
         help="test accuracy, from 0 to 1, under which to exit with status 1 (default: "
-        f"{MIN_ACCURACY}, dist_async {MIN_ACCURACY_ON_SERVERS}, or 0 "
-        "where --epochs, --batch-size, --lr or --optimizer is given)",
+        f"{MIN_ACCURACY}, dist_async {MIN_ACCURACY_ON_SERVERS}, or 0 where --epochs, "
+        "--batch-size, --lr or --optimizer is given)",
     )
     add("--quiet", action="store_true", help="print only the line that names the PNG")
     parser.set_defaults(run=_demo, extra="examples")

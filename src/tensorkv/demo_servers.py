@@ -217,7 +217,8 @@ def run(
             reached = course.seconds_to(_GOAL)
             when = "never" if reached is None else f"after {reached:.1f} s"
             print(
-                f"{name}: test accuracy {course.accuracies[-1]:.4f} after {course.seconds[-1]:.1f} s, {_GOAL:.0%} {when}"
+                f"{name}: test accuracy {course.accuracies[-1]:.4f} after {course.seconds[-1]:.1f} s, "
+                f"{_GOAL:.0%} {when}"
             )
     print(f"accuracy against time: {out}")
     return courses[chosen[-1].name].accuracies[-1]
@@ -238,8 +239,8 @@ def figure(courses: Mapping[str, Course], settings: Settings, workers: int, serv
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     axes.set_title(
-        f"Handwritten digits, {settings.optimizer} on {servers} server{'' if servers == 1 else 's'}: {workers} workers, "
-        f"one slowed by {1000 * SLEEP_S:.0f} ms a step"
+        f"Handwritten digits, {settings.optimizer} on {servers} server{'' if servers == 1 else 's'}: "
+        f"{workers} workers, one slowed by {1000 * SLEEP_S:.0f} ms a step"
     )
     return drawn
 

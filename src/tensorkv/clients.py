@@ -59,5 +59,6 @@ class Clients:
             _running.reset(token)
 
     def done(self, requests: Sequence[tuple[str, int]]) -> None:
-        """Count requests as applied."""
-        self.last.update(requests)
+        """Count requests as applied; one that comes late does not undo the count of a later one."""
+        for client, seq in requests:
+            self.last[client] = max(seq, self.last.get(client, 0))

@@ -66,6 +66,8 @@ class Directory:
                     halves[key] = found[key]
             # Others read them meanwhile: they are replaced, not changed.
             self._held, self._halves = new, halves
+            if new != old:
+                self._routes = {}
             self._entries = {key: each for key, each in self._entries.copy().items() if new.get(key) is old.get(key)}
             described = listings[0]["optimizer"]
             self._take_rule(None if described is None else OptimizerSpec.from_json(described))
@@ -172,17 +174,20 @@ class Directory:
             _load(loads, made[index])
         return [made[index] for index in range(len(keys))]
 
+    def known_route(self, keys: Sequence[Key]) -> Route | None:
+        """Return how these keys lie over servers, if that was asked for before."""
+        return self._routes.get(tuple(keys))
+
     def route(self, verb: str, keys: Sequence[Key]) -> Route:
         """Return how these keys lie over servers."""
-        called = tuple(keys)
-        with self._lock:
-            route = self._routes.get(called)
-        if route is None or not route.is_of(self._held):
+        # Those of keys that change meanwhile go with the dict that they are put into.
+        called, routes = tuple(keys), self._routes
+        route = routes.get(called)
+        if route is None:
             route = Route(keys, [self.find(verb, key) for key in keys], wide=self._wide)
-            with self._lock:
-                if len(self._routes) >= _REMEMBERED_ROUTES:
-                    self._routes.clear()
-                self._routes[called] = route
+            if len(routes) >= _REMEMBERED_ROUTES:
+                routes.clear()
+            routes[called] = route
         return route
 
 

@@ -80,7 +80,6 @@ class RayEngine:
         self._rank = self._take_rank()
         self._directory.refresh()
         self._ending = threading.Event()
-        self._dead: list[int] = []
         self._beating = threading.Thread(target=self._beat, name="tensorkv-beat", daemon=True)
         self._beating.start()
 
@@ -90,7 +89,6 @@ class RayEngine:
                 actor,
                 index,
                 shares_memory=self._near[index],
-                keeps=self._settings.path is not None,
                 timeout_s=self._timeout_s,
             )
             for index, actor in enumerate(self._actors)
@@ -142,7 +140,6 @@ class RayEngine:
         while not self._ending.wait(_BEAT_S):
             try:
                 answers = lane.send("beat", [Letter(server, {}) for server in self._all], timeout_s=_BEAT_S)
-                self._dead = answers[0].head["dead"]
                 if changes != [answer.head["changes"] for answer in answers]:
                     # Keys that others have made, deleted or made anew.
                     self._directory.refresh(partial(self._list, lane))

@@ -44,13 +44,12 @@ class Link:
         actor: the server's handle.
         index: of the server, for messages.
         shares_memory: whether the server may be on this host.
-        keeps: whether the server comes back with its values.
         timeout_s: how long to try.
     """
 
-    def __init__(self, actor: Any, index: int, *, shares_memory: bool, keeps: bool, timeout_s: float) -> None:
+    def __init__(self, actor: Any, index: int, *, shares_memory: bool, timeout_s: float) -> None:
         self._actor, self._index = actor, index
-        self._keeps, self._timeout_s = keeps, timeout_s
+        self._timeout_s = timeout_s
         self._shares_memory = shares_memory
         self._box = Mailbox()
         self._copies = CopyReader()

@@ -125,7 +125,6 @@ class Route:
         self.shares = [Share(server, keys, held, sent) for server in servers]
         # What comes back is always of the values' own dtypes.
         self.replies = self.shares if sent == dtypes else [Share(server, keys, held, dtypes) for server in servers]
-        self.fan = servers
         self._sent = sent
 
     @cached_property
@@ -142,14 +141,10 @@ class Route:
             return None
         return Form([each.spec.shape for each in self._held], dtype)
 
-    @property
+    @cached_property
     def has_tables(self) -> bool:
         """Whether a key has no dense value."""
         return any(each.spec.is_table for each in self._held)
-
-    def is_of(self, held: Mapping[Key, Held]) -> bool:
-        """Tell whether the keys are still where they were."""
-        return all(held.get(key) is each for key, each in zip(self.keys, self._held, strict=True))
 
 
 def gather(share: Share, dtype: torch.dtype, columns: Sequence[bytes], room: torch.Tensor, pool: Pool) -> None:

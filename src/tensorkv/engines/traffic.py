@@ -83,10 +83,14 @@ class Traffic:
 
     def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
         """Push raw values and fill raw outs of many keys, if all are plain; None: nothing was done."""
-        unknown = not all(key in self._directory for key in keys) or len(set(keys)) < len(keys)
-        if unknown or (self._finite.looks and values is not None):
+        # True and 1.0 would be found as 1.
+        if set(map(type, keys)) not in ({str}, {int}) or (self._finite.looks and values is not None):
             return None
-        route = self._directory.route("push", keys)
+        route = self._directory.known_route(keys)
+        if route is None:
+            if not all(key in self._directory for key in keys) or len(set(keys)) < len(keys):
+                return None
+            route = self._directory.route("push", keys)
         form, spec = route.form, self._directory.optimizer
         if form is None or route.has_tables or (spec is not None and spec.name not in ROWWISE):
             return None

@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 from ray._raylet import Config  # type: ignore[attr-defined]
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from ..errors import ArgumentError, JournalError, RankLostError, ServerLostError
@@ -139,7 +139,7 @@ def find_servers(name: str, timeout_s: float) -> tuple[list[Any], Settings] | No
     first = _get(name, 0)
     if first is None:
         return None
-    settings = Settings(**_ask(first.settings.remote(), name, timeout_s))
+    settings = Settings(**_ask(first.settings, name, timeout_s))
     if settings.path is not None:
         # A server knows the folder of its own, in that of the store.
         settings = replace(settings, path=os.path.dirname(settings.path))
@@ -168,7 +168,7 @@ def make_servers(name: str, settings: Settings, timeout_s: float) -> tuple[list[
         _make(name, {**asdict(settings), "index": index, "path": folder}) for index, folder in enumerate(folders)
     ]
     for handle in handles:
-        _ask(handle.place.remote(), name, timeout_s)
+        _ask(handle.place, name, timeout_s)
     found = find_servers(name, timeout_s)
     if found is None:
         raise ServerLostError(f"create({name!r}): the servers ended at once")
@@ -197,7 +197,7 @@ def check_safety(actors: Sequence[Any], insecure: bool, timeout_s: float) -> lis
     Raises:
         ArgumentError: a cluster that is not on loopback alone and asks nobody for a token.
     """
-    places = [_ask(actor.place.remote(), "place", timeout_s) for actor in actors]
+    places = [_ask(actor.place, "place", timeout_s) for actor in actors]
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     addresses = [node["NodeManagerAddress"] for node in nodes if node["Alive"]]
     open_to_others = [each for each in addresses if not ipaddress.ip_address(each).is_loopback]
@@ -253,15 +253,21 @@ def _get(name: str, index: int) -> Any:
         return None
 
 
-def _ask(ref: Any, name: str, timeout_s: float) -> Any:
-    try:
-        return ray.get(ref, timeout=timeout_s)
-    except RayActorError as error:
-        text = str(error)
-        kind = JournalError if "JournalError" in text else ServerLostError
-        raise kind(f"create({name!r}): a server could not start: {_reason(text)}") from error
-    except RayError as error:
-        raise ServerLostError(f"create({name!r}): a server does not answer: {error}") from error
+def _ask(method: Any, name: str, timeout_s: float) -> Any:
+    """Call a method of a server that may be called twice; one that is starting again is asked again."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return ray.get(method.remote(), timeout=max(0.001, deadline - time.monotonic()))
+        except RayActorError as error:
+            if isinstance(error, ActorUnavailableError) and time.monotonic() < deadline:
+                time.sleep(0.01)
+                continue
+            text = str(error)
+            kind = JournalError if "JournalError" in text else ServerLostError
+            raise kind(f"create({name!r}): a server could not start: {_reason(text)}") from error
+        except RayError as error:
+            raise ServerLostError(f"create({name!r}): a server does not answer: {error}") from error
 
 
 def _reason(text: str) -> str:

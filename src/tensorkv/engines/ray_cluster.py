@@ -48,7 +48,7 @@ def enter(address: str | None, timeout_s: float) -> bool:
         RankLostError: the process that starts one did not come.
     """
     global _started
-    address = address or os.environ.get("RAY_ADDRESS")
+    address = address or os.environ.get("RAY_ADDRESS") or None
     if ray.is_initialized():
         _started += _started > 0
         return _started > 0

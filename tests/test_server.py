@@ -1,6 +1,8 @@
 """Servers and their clients without Ray: each push counts once, rounds are whole, snapshots are of one moment."""
 
+import contextlib
 import random
+import shutil
 import threading
 import time
 from concurrent.futures import Future
@@ -12,7 +14,9 @@ import torch
 
 import tensorkv
 from tensorkv import Rows, placement
-from tensorkv.record import nbytes_of
+from tensorkv.durable import DurableShard
+from tensorkv.journal import Journal
+from tensorkv.record import Record, nbytes_of
 from tensorkv.server.cut import Cut
 from tensorkv.server.wire import Request
 
@@ -85,6 +89,45 @@ def test_a_server_that_forgets_requests_is_noticed(monkeypatch):
         for _ in range(50):
             kv.push("n", np.ones(1, F32))
         assert kv.pull("n")[0] > 50
+
+
+def lost_when_killed(folder):
+    """Push, and after each acknowledgement look at what a kill would leave; return how many were lost."""
+    lost = 0
+    with Cluster(path=str(folder / "store"), durability="process") as cluster:
+        kv = cluster.store()
+        count_up(kv)
+        kv.init("n", np.zeros(3, F32))
+        for count in range(1, 11):
+            kv.push("n", np.ones(3, F32))
+            copy = folder / f"copy{count}"
+            shutil.copytree(folder / "store" / "server-0", copy)
+            with contextlib.closing(DurableShard(str(copy))) as shard:
+                value = torch.empty(3)
+                shard.pull(["n"], [[value]])
+                assert set(value.tolist()) <= {count, count - 1}
+                lost += count - int(value[0])
+                assert list(shard.clients.last.values())
+    return lost
+
+
+def test_what_is_acknowledged_is_kept(tmp_path):
+    assert lost_when_killed(tmp_path) == 0
+
+
+def test_a_push_that_is_acknowledged_before_it_is_logged_is_noticed(tmp_path, monkeypatch):
+    real, late = Journal.append, []
+
+    def append(self, record):
+        if record.head["verb"] == "push":
+            # As long as the request is under way, its memory is its own.
+            late.append(Record(record.head, record.layout, [bytes(part) for part in record.payload]))
+            record = late.pop(0) if len(late) > 1 else None
+        if record is not None:
+            real(self, record)
+
+    monkeypatch.setattr(Journal, "append", append)
+    assert lost_when_killed(tmp_path) == 10
 
 
 def test_threads_of_a_client_count_apart():

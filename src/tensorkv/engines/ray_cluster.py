@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 from ray._raylet import Config  # type: ignore[attr-defined]
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from ..errors import ArgumentError, JournalError, RankLostError, ServerLostError, quote
@@ -49,7 +49,7 @@ def enter(address: str | None, timeout_s: float) -> bool:
         RankLostError: the process that starts one did not come.
     """
     global _started
-    address = address or os.environ.get("RAY_ADDRESS")
+    address = address or os.environ.get("RAY_ADDRESS") or None
     if ray.is_initialized():
         _started += _started > 0
         return _started > 0
@@ -198,7 +198,7 @@ def find_servers(name: str, timeout_s: float) -> tuple[list[Any], Settings] | No
     first = _get(name, 0)
     if first is None:
         return None
-    settings = Settings(**_ask(first.settings.remote(), name, timeout_s))
+    settings = Settings(**_ask(first.settings, name, timeout_s))
     actors = [first]
     deadline = time.monotonic() + timeout_s
     while len(actors) < settings.num_servers:
@@ -222,7 +222,7 @@ def make_servers(name: str, settings: Settings, timeout_s: float) -> tuple[list[
     _wait_for_the_end(name, settings.num_servers, timeout_s)
     handles = [_make(name, {**asdict(settings), "index": index}) for index in range(settings.num_servers)]
     for handle in handles:
-        _ask(handle.place.remote(), name, timeout_s)
+        _ask(handle.place, name, timeout_s)
     found = find_servers(name, timeout_s)
     if found is None:
         raise ServerLostError(f"create({name!r}): the servers ended at once")
@@ -251,7 +251,7 @@ def check_safety(actors: Sequence[Any], insecure: bool, timeout_s: float) -> lis
     Raises:
         ArgumentError: a cluster that is not on loopback alone and asks nobody for a token.
     """
-    places = [_ask(actor.place.remote(), "place", timeout_s) for actor in actors]
+    places = [_ask(actor.place, "place", timeout_s) for actor in actors]
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     addresses = [node["NodeManagerAddress"] for node in nodes if node["Alive"]]
     open_to_others = [each for each in addresses if not ipaddress.ip_address(each).is_loopback]
@@ -305,15 +305,21 @@ def _get(name: str, index: int) -> Any:
         return None
 
 
-def _ask(ref: Any, name: str, timeout_s: float) -> Any:
-    try:
-        return ray.get(ref, timeout=timeout_s)
-    except RayActorError as error:
-        text = str(error)
-        kind = JournalError if "JournalError" in text else ServerLostError
-        raise kind(f"create({name!r}): a server could not start: {_reason(text)}") from error
-    except RayError as error:
-        raise ServerLostError(f"create({name!r}): a server does not answer: {error}") from error
+def _ask(method: Any, name: str, timeout_s: float) -> Any:
+    """Call a method of a server that may be called twice; one that is starting again is asked again."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return ray.get(method.remote(), timeout=max(0.001, deadline - time.monotonic()))
+        except RayActorError as error:
+            if isinstance(error, ActorUnavailableError) and time.monotonic() < deadline:
+                time.sleep(0.01)
+                continue
+            text = str(error)
+            kind = JournalError if "JournalError" in text else ServerLostError
+            raise kind(f"create({name!r}): a server could not start: {_reason(text)}") from error
+        except RayError as error:
+            raise ServerLostError(f"create({name!r}): a server does not answer: {error}") from error
 
 
 def _reason(text: str) -> str:

@@ -55,11 +55,12 @@ class Rounds:
         """Note that a worker is alive; one that comes late or comes back begins where the slowest is."""
         with self._lock:
             worker = self._workers.setdefault(rank, _Worker(lost=True))
+            # First, or it would be found to be lost once more.
+            worker.seen = self._now()
             if worker.lost:
                 worker.lost = False
                 others = [each.round for other, each in self._live() if other != rank]
                 worker.base = max(worker.base, min(others, default=worker.round) - worker.most)
-            worker.seen = self._now()
 
     def pushed(self, rank: int, keys: Sequence[Key]) -> None:
         """Count a push of some keys."""

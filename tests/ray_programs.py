@@ -1,0 +1,116 @@
+"""What workers on parameter servers run: each program is one function; the process is started with its name.
+
+They find the cluster by RAY_ADDRESS, or as torchrun's workers do.
+"""
+
+import json
+import os
+import sys
+import time
+
+import numpy as np
+
+import tensorkv
+
+F32 = np.float32
+RANK = int(os.environ.get("RANK", "0"))
+SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def say(*words):
+    print(*words, flush=True)
+
+
+def one_hot(n, i):
+    gradient = np.zeros(n, F32)
+    gradient[i] = 1
+    return gradient
+
+
+def push_set(name, n, start, step, acknowledged):
+    """Push number i of "w" adds 1 to element i; each is written down once it is acknowledged."""
+    n, start, step = int(n), int(start), int(step)
+    kv = tensorkv.create("dist_async", name=name, timeout_s=60)
+    with open(acknowledged, "a", buffering=1) as file:
+        say("ready")
+        for i in range(start, n, step):
+            kv.push("w", one_hot(n, i))
+            file.write(f"{i}\n")
+    if int(os.environ.get("WANTS_RESENT", "0")):
+        assert kv.stats()["resent"] >= int(os.environ["WANTS_RESENT"]), kv.stats()["resent"]
+    say("resent", kv.stats()["resent"])
+    kv.close()
+
+
+def train():
+    """Workers as torchrun starts them train together, on a Ray that rank 0 starts."""
+    kv = tensorkv.create("dist_async", mode="sync", timeout_s=60)
+    assert (kv.rank, kv.num_workers) == (RANK, SIZE)
+    kv.set_optimizer("sgd", lr=0.5)
+    kv.init("w", np.full(4, 8, F32))
+    for _ in range(3):
+        # Each wants the weights to be its rank; the mean is what they come to.
+        kv.push("w", (kv.pull("w") - RANK) / SIZE)
+        kv.barrier()
+    expected = 8.0
+    for _ in range(3):
+        expected -= 0.5 * (expected - (SIZE - 1) / 2)
+    assert np.allclose(kv.pull("w"), expected), (kv.pull("w"), expected)
+    assert kv.info("w").version == 3
+    kv.barrier()
+    kv.close()
+    say("trained")
+
+
+def leave_early(name):
+    """Rank 1 has less to do than the others, who go on without it."""
+    kv = tensorkv.create("dist_async", name=name, mode="sync", timeout_s=60)
+    kv.set_optimizer("sgd", lr=1.0, maximize=True)
+    kv.init("n", np.zeros(2, F32))
+    for _ in range(1 if RANK == 1 else 4):
+        kv.push("n", np.ones(2, F32))
+    kv._engine.leave()
+    assert kv.pull("n").tolist() == [5, 5]
+    kv.close()
+
+
+def silent(name):
+    """Be there, and then be killed."""
+    kv = tensorkv.create("dist_async", name=name)
+    say("rank", kv.rank)
+    while True:
+        kv.push("n", np.ones(1, F32))
+        time.sleep(0.01)
+
+
+def rely_on_rays_retries(n, forgets):
+    """Let Ray send again what was not answered, to a server that knows its requests or does not."""
+    from dataclasses import asdict
+
+    import ray
+
+    from tensorkv.engines import ray_cluster
+    from tensorkv.engines.ray import RayEngine
+    from tensorkv.engines.ray_actor import ServerActor
+    from tensorkv.server.wire import Settings
+    from tensorkv.store import KVStore
+
+    class Forgetful(ServerActor):
+        def __init__(self, settings):
+            super().__init__(settings)
+            if forgets == "forgets":
+                self._server._clients.has_applied = lambda client, seq: False
+
+    ray_cluster.enter(None, 60)
+    options = {"num_cpus": 0, "max_concurrency": 8, "max_restarts": -1, "max_task_retries": -1}
+    actor = ray.remote(Forgetful).options(**options).remote(json.dumps(asdict(Settings())))
+    kv = KVStore(RayEngine([actor], Settings(), [["elsewhere", 0, 1, ""]], 60, started=False), "dist_async")
+    kv.init("n", np.zeros(1, F32))
+    for _ in range(int(n)):
+        kv.push("n", np.ones(1, F32))
+    say("version", kv.info("n").version, "resent", kv.stats()["resent"])
+    ray.kill(actor)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -322,14 +322,11 @@ def test_lost_replies(tmp_path):
         assert kv.info("w").version == n
 
 
-@pytest.mark.parametrize("forgets", ["forgets", "knows"])
-def test_rays_own_retries_would_make_pushes_twice_were_requests_not_known(forgets):
+def test_rays_own_retries_would_make_pushes_twice_were_requests_not_known():
     """A fault that was planted: it shows that replies are lost, and that it would be noticed."""
-    n = 150
-    with Program("rely_on_rays_retries", n, forgets, RAY_testing_rpc_failure=LOSE_REPLIES) as program:
-        _, version, _, resent = program.wait_for("version").split()
-    assert int(resent) == 0, "Ray has sent again, and the client has not"
-    assert int(version) > n if forgets == "forgets" else int(version) == n
+    n = 100
+    with Program("rely_on_rays_retries", n, RAY_testing_rpc_failure=LOSE_REPLIES) as program:
+        assert int(program.wait_for("version").split()[1]) > n
 
 
 # ---------------------------------------------------------------- a disk that is full

@@ -106,11 +106,7 @@ class Cluster:
         self.settings = Settings(num_servers=num_servers, threads=1, **settings)
         self._near, self._timeout_s = near, timeout_s
         self._pool = ThreadPoolExecutor(64)
-        paths = [settings.get("path") and f"{settings['path']}/server-{index}" for index in range(num_servers)]
-        self.actors = [
-            Actor(replace(self.settings, index=index, path=paths[index]), self._pool, fate)
-            for index in range(num_servers)
-        ]
+        self.actors = [Actor(replace(self.settings, index=index), self._pool, fate) for index in range(num_servers)]
         self._stores = []
         self._patches = contextlib.ExitStack()
 

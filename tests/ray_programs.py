@@ -63,18 +63,6 @@ def train():
     say("trained")
 
 
-def leave_early(name):
-    """Rank 1 has less to do than the others, who go on without it."""
-    kv = tensorkv.create("dist_async", name=name, mode="sync", timeout_s=60)
-    kv.set_optimizer("sgd", lr=1.0, maximize=True)
-    kv.init("n", np.zeros(2, F32))
-    for _ in range(1 if RANK == 1 else 4):
-        kv.push("n", np.ones(2, F32))
-    kv._engine.leave()
-    assert kv.pull("n").tolist() == [5, 5]
-    kv.close()
-
-
 def silent(name):
     """Be there, and then be killed."""
     kv = tensorkv.create("dist_async", name=name)

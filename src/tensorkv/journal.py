@@ -11,8 +11,9 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -89,13 +90,16 @@ class Journal:
         self.lsn, self.nbytes = (snapshots[-1][0] if snapshots else 0), 0
         if snapshots:
             yield from ((record, True) for record in self._read_snapshot(snapshots[-1][1], self.lsn))
-        # The last log that begins before what the snapshot lacks may hold it, after what the snapshot has.
-        begun = sum(first <= self.lsn + 1 for first, _, _ in logs)
-        behind = [(first, name) for first, _, name in logs[max(0, begun - 1) :]]
+        behind = [(first, name) for first, _, name in logs[self._first_to_read(snapshots, logs) :]]
         self._logs = len(behind)
         for index, (first, name) in enumerate(behind):
             following = behind[index + 1][0] if index + 1 < len(behind) else None
             yield from ((record, False) for record in self._read_log(name, first, following))
+
+    def _first_to_read(self, snapshots: Sequence[tuple[int, str]], logs: Sequence[tuple[int, int, str]]) -> int:
+        # The last log that begins before what the snapshot lacks may hold it, after what the snapshot has.
+        lsn = snapshots[-1][0] if snapshots else 0
+        return max(0, sum(first <= lsn + 1 for first, _, _ in logs) - 1)
 
     def _files(self) -> tuple[list[tuple[int, str]], list[tuple[int, int, str]]]:
         names = os.listdir(self._folder)
@@ -149,6 +153,7 @@ class Journal:
             JournalError: it cannot be written.
         """
         with self._explaining("begin a log"):
+            self._tidy()
             self._start_log()
 
     def append(self, record: Record) -> None:
@@ -275,6 +280,18 @@ class Journal:
         self._retry_nbytes = self.nbytes + max(self.nbytes, self._most_nbytes) // 4
         _logger.warning("%s: no snapshot, the log goes on: %s", self.path, error)
 
+    def _tidy(self) -> None:
+        """Remove what ``read`` passes over: left by processes that ended before they could."""
+        snapshots, logs = self._files()
+        behind = self._first_to_read(snapshots, logs)
+        old = [name for _, name in snapshots[:-1]] + [name for _, _, name in logs[:behind]]
+        # Of logs that begin alike, the last has gone on from where the others did not come.
+        old += [one[2] for one, next_one in pairwise(logs[behind:]) if one[0] == next_one[0]]
+        if old:
+            # The snapshot has to be safe under its name before what it replaces goes.
+            self._sync_folder()
+            self._remove(old)
+
     def _remove_old(self, made: int) -> None:
         """Remove what a snapshot has made useless; what cannot be removed now, the next one removes."""
         old: list[str] = []
@@ -283,7 +300,10 @@ class Journal:
             old += [name for lsn, name in snapshots if lsn < made]
             old += [name for first, _, name in logs if first <= made]
             old += [name for name in os.listdir(self._folder) if _TEMPORARY.fullmatch(name)]
-        for name in old:
+        self._remove(old)
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
             with suppress(OSError):
                 (self._folder / name).unlink(missing_ok=True)
 

@@ -15,7 +15,7 @@ demo: $(STAMP) ## Train a network on handwritten digits over four replicas; its 
 	$(BIN)/tensorkv demo --out out/demo.png
 
 test: $(STAMP) ## Run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP) ## Check format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .

@@ -852,7 +852,7 @@ def test_machine_finds_a_planted_fault(monkeypatch, plant):
         run_state_machine_as_test(
             StoreMachine,
             settings=settings(
-                max_examples=200,
+                max_examples=800,
                 stateful_step_count=STEPS,
                 deadline=None,
                 database=None,

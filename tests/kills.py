@@ -150,7 +150,7 @@ def child(folder, durability, acknowledged, acks, deaths, how):
     try:
         if how == "calls":
             # Some live long: a store that was opened often takes many calls to open.
-            number = random.randrange(1, random.choice([60, 60, 400]))
+            number = random.randrange(1, 400 if random.random() < 0.05 else 60)
             part = random.choice(["before", "half", "after"])
 
             def die(name):

@@ -36,7 +36,7 @@ def finish(programs):
     ended = []
     try:
         for program in programs:
-            out, err = program.communicate(timeout=580)
+            out, err = program.communicate(timeout=280)
             ended.append((program.returncode, json.loads(out) if out else None, err))
     finally:
         for program in programs:
@@ -45,7 +45,7 @@ def finish(programs):
     return ended
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("durability", ["process", "disk"])
 def test_acknowledged_pushes_count_once_whenever_the_process_is_killed(folder, durability):
     print("seed", SEED)

@@ -15,7 +15,8 @@ demo: $(STAMP) ## Train a network on handwritten digits over four replicas; its 
 	$(BIN)/tensorkv demo --out out/demo.png
 
 test: $(STAMP) ## Run every test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 check: $(STAMP) ## Check format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .

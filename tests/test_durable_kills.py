@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from seams import SEAMS
 
+pytestmark = pytest.mark.alone
 PROGRAM = Path(__file__).with_name("kills.py")
 SEED = int(os.environ.get("TENSORKV_TEST_SEED", "20"))
 WRONG = 3

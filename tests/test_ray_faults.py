@@ -29,7 +29,7 @@ LOSE_REPLIES = json.dumps(
 )
 names = (f"faulty{number}" for number in itertools.count())
 called = {}
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.alone]
 
 
 @pytest.fixture(scope="module", autouse=True)

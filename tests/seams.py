@@ -2,14 +2,14 @@
 
 import os
 
-from tensorkv import changes, journal, record_file, shard
+from tensorkv import finite, journal, record_file, shard
 from tensorkv.durable import DurableShard
 from tensorkv.journal import Journal
 
 # Name of the seam: where the step is found, its name there, and when it goes wrong.
 SEAMS = {
     "check": (shard, "check_push", "before"),
-    "sum": (changes, "total", "before"),
+    "sum": (finite, "total", "before"),
     "frame": (journal, "frame", "after"),
     "write, not begun": (os, "pwritev", "before"),
     "write, half done": (os, "pwritev", "half"),

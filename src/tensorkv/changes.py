@@ -9,21 +9,13 @@ from typing import Any
 
 import torch
 
-from . import manifest, reduce
+from . import manifest
 from .entry import Entry
 from .errors import CheckpointError, JournalError, quote
 from .keys import Key
 from .record import Item, Record, nbytes_of
 from .rows import Rows
 from .rules import Assign, CallUpdater, LostUpdater, Rule, StepOptimizer
-
-
-def total(entry: Entry, parts: Sequence[Any], *, may_share: bool) -> Any:
-    """Return the sum of the parts of one key, beside the value (``may_share``: or the only part itself)."""
-    if all(isinstance(part, Rows) for part in parts):
-        return entry.merged(parts)
-    dense = [entry.dense(part) for part in parts]
-    return reduce.total(entry.value, dense, may_share=may_share)  # type: ignore[arg-type]
 
 
 def updated(rule: CallUpdater, entry: Entry, total: Any) -> Any:

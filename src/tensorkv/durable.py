@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from . import changes, manifest
+from . import changes, finite, manifest
 from .checks import check_push
 from .clients import Clients
 from .columns import Column
@@ -118,9 +118,7 @@ class DurableShard(Shard):
         if isinstance(self._rule, CallUpdater):
             self._update(self._rule, entries, parts)
             return False
-        sums = [
-            changes.total(entry, key_parts, may_share=True) for entry, key_parts in zip(entries, parts, strict=True)
-        ]
+        sums = [finite.total(entry, key_parts, may_share=True) for entry, key_parts in zip(entries, parts, strict=True)]
         record = pack({"verb": "push"}, changes.items_of(entries, sums))
         change = partial(super()._apply, entries, [[total] for total in sums], outs)
         filled: bool = self._commit(record, change, entries, sums)
@@ -146,7 +144,7 @@ class DurableShard(Shard):
         made: list[Any] = []
         try:
             for entry, key_parts in zip(entries, parts, strict=True):
-                made.append(changes.updated(rule, entry, changes.total(entry, key_parts, may_share=False)))
+                made.append(changes.updated(rule, entry, finite.total(entry, key_parts, may_share=False)))
         except BaseException:
             # The keys before the one that failed are changed, as in any store; but a request is whole or not made.
             if made and not self.clients.current:

@@ -45,11 +45,11 @@ class FiniteSums:
         """
         kept: tuple[list[Entry], list[list[Any]]] = ([], [])
         for entry, key_parts in zip(entries, batch.parts, strict=True):
-            total = (add or _add)(entry, key_parts)
-            bad = reduce.count_nonfinite(total.values if isinstance(total, Rows) else total)
+            made = total(entry, key_parts) if add is None else add(entry, key_parts)
+            bad = reduce.count_nonfinite(made.values if isinstance(made, Rows) else made)
             if not bad:
                 kept[0].append(entry)
-                kept[1].append([total])
+                kept[1].append([made])
             elif self._mode == "raise":
                 self.counts["raised"] += 1
                 raise NonFiniteError(
@@ -61,7 +61,9 @@ class FiniteSums:
         return kept
 
 
-def _add(entry: Entry, parts: Sequence[Any]) -> Any:
+def total(entry: Entry, parts: Sequence[Any], *, may_share: bool = False) -> Any:
+    """Return the sum of the parts of one key, beside the value (``may_share``: or the only part itself)."""
     if all(isinstance(part, Rows) for part in parts):
         return entry.merged(parts)
-    return reduce.total(entry.value, [entry.dense(part) for part in parts])  # type: ignore[arg-type]
+    dense = [entry.dense(part) for part in parts]
+    return reduce.total(entry.value, dense, may_share=may_share)  # type: ignore[arg-type]

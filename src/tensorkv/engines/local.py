@@ -50,7 +50,6 @@ class LocalEngine:
         durability: Durability = "process",
         log_nbytes: int | None = None,
     ) -> None:
-        self.versions: dict[Key, int] = {}
         self._durable: DurableShard | None = None
         if path is None:
             if durability != "process" or log_nbytes is not None:
@@ -122,11 +121,16 @@ class LocalEngine:
     def load(self, path: str, kind: Kind) -> None:
         checkpoint.load(self._shard, path, kind)
 
+    @property
+    def versions(self) -> dict[Key, int]:
+        """How many updates each key has had."""
+        with self._shard.frozen() as (entries, _):
+            return {entry.key: entry.version for entry in entries}
+
     def snapshot(self) -> LocalEngine:
         """Return an engine of its own with copies of all values."""
         copy = LocalEngine(False)
         with self._shard.frozen() as (entries, _):
-            copy.versions = {entry.key: entry.version for entry in entries}
             copy._shard.add([replace(entry, value=_copy(entry.value), state={}, door=None) for entry in entries])
         return copy
 

@@ -87,7 +87,7 @@ static void sum_range(const Sum *sum, Py_ssize_t key, size_t start, size_t stop)
         for (Py_ssize_t i = 0; i < sum->outs; i++) {
             char *out = (char *)(uintptr_t)sum->columns[i][key] + offset;
             /* An out may be the only part itself. */
-            if (out != from) copy_block(out, from, n * sum->itemsize, sum->past_cache);
+            if (out != from) copy_block(out, from, n * sum->itemsize, i >= sum->outs - sum->past_cache);
         }
     }
 }
@@ -102,7 +102,7 @@ PyDoc_STRVAR(sum_doc,
              "        parts; other memory of parts it must not touch.\n"
              "    counts: a buffer with a 64-bit number of elements for each key.\n"
              "    itemsize: 4 for float32, 8 for float64.\n"
-             "    past_cache: store past the processor's cache.\n"
+             "    past_cache: how many of the outs, the last ones, are stored past the processor's cache.\n"
              "    start, stop: which elements to do, counted through all keys.\n\n"
              "The interpreter's lock is not held, so that several threads can each do their own range.\n\n"
              "Raises:\n"

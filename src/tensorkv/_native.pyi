@@ -6,7 +6,7 @@ def sum_columns(
     parts: list[bytes],
     counts: bytes,
     itemsize: int,
-    past_cache: bool,
+    past_cache: int,
     start: int,
     stop: int,
     /,

@@ -50,16 +50,17 @@ class Sums:
     counts: Sequence[int]
     dtype: torch.dtype
 
-    def jobs(self, threads: int, *, past_cache: bool | None = None) -> list[Job]:
+    def jobs(self, threads: int, *, past_cache: int | None = None) -> list[Job]:
         """Return the sums as jobs of about equal size, which may run at the same time.
 
         Args:
             threads: how many jobs at the most.
-            past_cache: store past the processor's cache (None: if the outs would not stay there).
+            past_cache: how many of the outs, the last ones, to store past the processor's cache (None: all if they
+                would not stay there).
         """
         total, itemsize = sum(self.counts), _ITEMSIZES[self.dtype]
         if past_cache is None:
-            past_cache = leaves_cache(total * itemsize * len(self.outs))
+            past_cache = len(self.outs) if leaves_cache(total * itemsize * len(self.outs)) else 0
         counts = array("q", self.counts).tobytes()
         step = max(_ALIGN, -(-total // threads // _ALIGN) * _ALIGN)
         return [

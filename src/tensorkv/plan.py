@@ -203,7 +203,8 @@ class Plan:
             # In this thread, while the values are in its cache.
             cut = slice(8 * chunk.cut.start, 8 * chunk.cut.stop)
             sums = native.Sums([out[cut] for out in outs], [self._values[cut]], chunk.counts, self._dtype)
-            sums.jobs(1, past_cache=native.leaves_cache(sum(self.form.nbytes) * len(outs)))[0]()
+            past_cache = len(outs) if native.leaves_cache(sum(self.form.nbytes) * len(outs)) else 0
+            sums.jobs(1, past_cache=past_cache)[0]()
 
     def _gradient(self, chunk: _Chunk, columns: list[Column], optimizer: Optimizer) -> torch.Tensor:
         """Return the sum of a chunk's parts, which the caller may change if the optimizer does."""

@@ -87,8 +87,8 @@ class Exchange:
             past_cache: write outs past the processor's cache.
         """
         count, presence = self.count, Presence([], False)
-        if self._meeting.size == 1 and parts is not None and parts.bases is not None and len(parts.bases) == 1:
-            # Alone on its host: what would be laid out for others is read where it is.
+        if parts is not None and parts.bases is not None and len(parts.bases) == 1:
+            # Only what others sum is laid out; this worker reads its own pieces where they are.
             self._direct = parts
         at_sum, at_settle, at_copy = self._turns()
         for turn in range(max(1, count + at_copy)):
@@ -101,7 +101,7 @@ class Exchange:
             if 0 <= turn - at_sum < count:
                 self.sum(turn - at_sum, presence)
             if 0 <= turn - at_settle < count:
-                self.settle(turn - at_settle)
+                self.settle(turn - at_settle, outs, past_cache)
             if outs is not None and 0 <= turn - at_copy < count:
                 self.copy_out(turn - at_copy, outs, past_cache)
         self._chain.flush(self.doing)
@@ -110,7 +110,7 @@ class Exchange:
         """Return by how many turns each stage comes after a chunk was laid out."""
         at_sum = 1 if self.count > 1 else 0
         # A chunk goes to the last host and back while the next ones follow it.
-        on_the_way = 2 * self._chain.hosts_after
+        on_the_way = 4 * self._chain.hosts_after
         waits = self.count if self._at_end else on_the_way
         return at_sum, at_sum + waits, at_sum + waits + at_sum
 
@@ -145,8 +145,9 @@ class Exchange:
         """Put this worker's parts into the stage, once its slot has been read."""
         slot, use = chunk % self.stage.slots, self._uses[chunk]
         self._meeting.wait(self.stage.read[slot][: self._owners], use - 1, self.doing)
-        for leg in self._legs[chunk] if self._direct is None else ():
-            lay_out(leg, self._meeting.me, parts)
+        for leg in self._legs[chunk]:
+            cuts = leg.whole if self._direct is None else leg.others
+            lay_out(leg, self._meeting.me, parts, cuts)
         self._meeting.store(self.stage.own_filled[slot], use)
 
     def sum(self, chunk: int, presence: Presence) -> None:
@@ -163,8 +164,8 @@ class Exchange:
         if chunk == self.count - 1:
             self._finish()
 
-    def settle(self, chunk: int) -> None:
-        """Have the values of this worker's pieces in place, here and on the host before."""
+    def settle(self, chunk: int, outs: Arrays | None = None, past_cache: bool = False) -> None:
+        """Have the values of this worker's pieces in place, here and on the host before; over hosts in outs, too."""
         if not self._is_owner:
             return
         legs = self._own_legs(chunk)
@@ -172,11 +173,11 @@ class Exchange:
         if not self._chain.is_last and legs:
             message, work = self._returning.pop(chunk)
             self._chain.finish(work, self._chain.after, self.doing)
-            message.unpack(legs)
+            message.unpack(legs, outs, past_cache)
         if self._chain.before is not None and legs:
             if message is None:
                 message = Message.of_values(legs)
-                message.pack(legs)
+                message.pack(legs, outs, past_cache)
             self._chain.send(message.whole, self._chain.before, self.doing)
         self._meeting.store(self.stage.own_ready[chunk % self.stage.slots], self._uses[chunk])
 
@@ -184,7 +185,7 @@ class Exchange:
         """Copy everyone's pieces to this worker's outs."""
         self._wait(self.stage.ready, chunk)
         for leg in self._legs[chunk]:
-            copy_out(leg, outs, past_cache)
+            copy_out(leg, outs, leg.others if self._chain.linked else leg.whole, past_cache)
 
     # ------------------------------------------------------------ inside
 
@@ -201,9 +202,15 @@ class Exchange:
 
     def _sum_legs(self, legs: list[Leg], here: list[int], before: Message | None) -> Message | None:
         """Update values, or return the sums for the host after; None where there are no parts up to here."""
-        if not self._chain.is_last and not (here and legs):
-            return before
-        sums = None if self._chain.is_last else Message.new([(leg, leg.wide) for leg in legs])
+        sums: Message | None = None
+        if not self._chain.is_last:
+            if not here or not legs:
+                return before
+            if before is None and here == [self._meeting.me] and self._direct is not None:
+                sums = Message.of_parts(legs, self._direct)
+            if sums is not None:
+                return sums
+            sums = Message.new([(leg, leg.wide) for leg in legs])
         for index, leg in enumerate(legs):
             earlier = None if before is None else before.rooms[index]
             self._sum_leg(leg, here, earlier, None if sums is None else sums.rooms[index])
@@ -212,8 +219,7 @@ class Exchange:
     def _sum_leg(self, leg: Leg, present: list[int], before: torch.Tensor | None, sums: torch.Tensor | None) -> None:
         own = leg.own
         if native.can_sum(leg.dtype) and (sums is not None or self._assigns):
-            laid_out = [leg.room_columns[worker] for worker in present]
-            columns = leg.own_columns(laid_out if self._direct is None else self._direct.columns(leg))
+            columns = leg.own_columns([self._column(leg, worker) for worker in present])
             if before is not None:
                 columns.insert(0, native.column_beside(before, leg.counts[own]))
             out = leg.own_columns([leg.value_column])[0]
@@ -223,7 +229,7 @@ class Exchange:
         targets = None if sums is None else pieces(leg, sums)
         if self._direct is not None:
             # A rule that sees pieces as tensors finds them in the stage.
-            lay_out(leg, self._meeting.me, self._direct)
+            lay_out(leg, self._meeting.me, self._direct, [own])
         for index, at in enumerate(range(own.start, own.stop)):
             parts = [leg.rooms[worker][at] for worker in present]
             if earlier is not None:
@@ -234,6 +240,12 @@ class Exchange:
             else:
                 start, _ = self.route.held[piece.key].span(self._meeting.me)
                 self._step(piece.key).apply(piece.start - start, piece.stop - start, parts)
+
+    def _column(self, leg: Leg, worker: int) -> bytes:
+        """Return where a worker's parts of a leg can be read."""
+        if self._direct is None or worker != self._meeting.me:
+            return leg.room_columns[worker]
+        return self._direct.columns(leg)[0]
 
     def _step(self, key: int) -> Step:
         if key not in self._steps:
@@ -272,12 +284,18 @@ class Exchange:
         left_out, self.refusal = guard.decide(bad, names, self.doing)
         return left_out
 
+    def _message(self, legs: list[Leg]) -> Message:
+        """Return memory for the sums of the hosts before: where they are only added to, that of the values."""
+        if self._assigns and self._chain.is_last and all(native.can_sum(leg.dtype) for leg in legs):
+            return Message.of_values(legs)
+        return Message.new([(leg, leg.wide) for leg in legs])
+
     def _receive(self, chunk: int, legs: list[Leg]) -> Message | None:
         """Return what the hosts before have summed of this worker's pieces, asking for the next chunk already."""
         for each in range(chunk, min(chunk + 2, self.count)):
             mine = self._own_legs(each)
             if each not in self._coming and mine:
-                message = Message.new([(leg, leg.wide) for leg in mine])
+                message = self._message(mine)
                 self._coming[each] = message, self._chain.receive(message.whole, self._chain.before)
         if not legs:
             return None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from .route import Leg
+from .. import native
+from .route import Arrays, Leg
 from .segment import aligned
 
 
@@ -39,26 +42,53 @@ class Message:
 
     @classmethod
     def of_values(cls, legs: Sequence[Leg]) -> Message:
-        """Return memory for the values of pieces: that of the value itself if it is one piece."""
-        if len(legs) == 1 and len(legs[0].values[legs[0].own]) == 1:
-            value = legs[0].values[legs[0].own][0]
-            flat = value.view(torch.uint8)
-            # As long as the message that workers elsewhere make.
-            if flat.numel() == aligned(flat.numel()):
-                return cls(flat, [value], True)
-        return cls.new([(leg, leg.dtype) for leg in legs])
+        """Return memory for the values of pieces: that of the values themselves if they lie side by side."""
+        found = _side_by_side(legs, legs[0].value_column)
+        if found is None:
+            return cls.new([(leg, leg.dtype) for leg in legs])
+        return cls(found, [found.view(legs[0].dtype)], True)
 
-    def pack(self, legs: Sequence[Leg]) -> None:
-        """Copy values into the message."""
-        if not self.is_value:
-            for leg, room in zip(legs, self.rooms, strict=True):
-                torch._foreach_copy_(pieces(leg, room), leg.values[leg.own])
+    @classmethod
+    def of_parts(cls, legs: Sequence[Leg], parts: Arrays) -> Message | None:
+        """Return the memory of a worker's plain parts if the pieces lie side by side; None otherwise."""
+        found = _side_by_side(legs, *parts.columns(legs[0]))
+        return None if found is None else cls(found, [found.view(legs[0].dtype)])
 
-    def unpack(self, legs: Sequence[Leg]) -> None:
-        """Copy the message into values."""
-        if not self.is_value:
-            for leg, room in zip(legs, self.rooms, strict=True):
-                torch._foreach_copy_(leg.values[leg.own], pieces(leg, room))
+    def pack(self, legs: Sequence[Leg], outs: Arrays | None, past_cache: bool) -> None:
+        """Copy values into the message, and to outs that are plain."""
+        for leg, room in zip(legs, self.rooms, strict=True):
+            if outs is None and not native.can_sum(leg.dtype):
+                if not self.is_value:
+                    torch._foreach_copy_(pieces(leg, room), leg.values[leg.own])
+                continue
+            rooms = [] if self.is_value else [native.column_beside(room, leg.counts[leg.own])]
+            _spread(leg, leg.own_columns([leg.value_column])[0], rooms, outs, past_cache)
+
+    def unpack(self, legs: Sequence[Leg], outs: Arrays | None, past_cache: bool) -> None:
+        """Copy the message into values, and to outs that are plain."""
+        for leg, room in zip(legs, self.rooms, strict=True):
+            if outs is None and not native.can_sum(leg.dtype):
+                if not self.is_value:
+                    torch._foreach_copy_(leg.values[leg.own], pieces(leg, room))
+                continue
+            values = [] if self.is_value else leg.own_columns([leg.value_column])
+            _spread(leg, native.column_beside(room, leg.counts[leg.own]), values, outs, past_cache)
+
+
+def _side_by_side(legs: Sequence[Leg], column: bytes) -> torch.Tensor | None:
+    """Return the memory of a leg's own pieces if it is what a message of them would be; its owner keeps it."""
+    leg = legs[0]
+    addresses = np.frombuffer(leg.own_columns([column])[0], np.uint64)
+    nbytes = np.array(leg.counts[leg.own], np.uint64) * np.uint64(leg.dtype.itemsize)
+    total = int(nbytes.sum())
+    if len(legs) > 1 or total != aligned(total) or (addresses[1:] != addresses[:-1] + nbytes[:-1]).any():
+        return None
+    return torch.frombuffer((ctypes.c_uint8 * total).from_address(int(addresses[0])), dtype=torch.uint8)
+
+
+def _spread(leg: Leg, source: bytes, targets: list[bytes], outs: Arrays | None, past_cache: bool) -> None:
+    columns = [] if outs is None else leg.own_columns(outs.columns(leg))
+    leg.sums([*targets, *columns], [source], leg.own, len(columns) if past_cache else 0)
 
 
 def pieces(leg: Leg, room: torch.Tensor) -> list[torch.Tensor]:

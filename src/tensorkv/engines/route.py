@@ -23,7 +23,7 @@ from .segment import LINE, aligned
 # What a worker lays out at a time: small enough to be in the shared cache when the others read it; over hosts,
 # long enough for a message.
 SLOT_NBYTES = 1 << 20
-SLOT_NBYTES_OVER_HOSTS = 1 << 22
+SLOT_NBYTES_OVER_HOSTS = 16 << 20
 # Slots of the stage that calls share: one is filled while others are summed and copied out.
 RING = 4
 
@@ -129,15 +129,25 @@ class Leg:
         column: bytes = (bases[self.keys] + self.starts).tobytes()
         return column
 
+    @property
+    def others(self) -> list[slice]:
+        """The pieces that other workers update."""
+        return [slice(0, self.own.start), slice(self.own.stop, len(self.pieces))]
+
+    @property
+    def whole(self) -> list[slice]:
+        """All pieces."""
+        return [slice(0, len(self.pieces))]
+
     def own_columns(self, columns: Sequence[bytes]) -> list[bytes]:
         """Return of columns what belongs to this worker's pieces."""
-        return [column[8 * self.own.start : 8 * self.own.stop] for column in columns]
+        return [_cut(column, self.own) for column in columns]
 
-    def sums(self, outs: list[bytes], parts: list[bytes], cut: slice | None = None) -> None:
-        """Sum columns in one pass; ``cut``: of these pieces alone."""
-        counts = self.counts if cut is None else self.counts[cut]
-        if counts:
-            native.Sums(outs, parts, counts, self.dtype).jobs(1, past_cache=False)[0]()
+    def sums(self, outs: list[bytes], parts: list[bytes], cut: slice, past_cache: int = 0) -> None:
+        """Sum columns of some pieces in one pass; so many of the last outs are stored past the processor's cache."""
+        counts = self.counts[cut]
+        if counts and outs:
+            native.Sums(outs, parts, counts, self.dtype).jobs(1, past_cache=past_cache)[0]()
 
 
 class Route:
@@ -264,18 +274,25 @@ class Arrays:
         return [leg.column(base) for base in self.bases or ()]
 
 
-def lay_out(leg: Leg, me: int, parts: Arrays) -> None:
-    """Put the sum of this worker's own parts into the stage."""
+def lay_out(leg: Leg, me: int, parts: Arrays, cuts: Sequence[slice]) -> None:
+    """Put the sum of this worker's own parts into the stage; of plain parts, only these pieces."""
     if parts.bases is not None:
-        leg.sums([leg.room_columns[me]], parts.columns(leg))
+        rooms, columns = leg.room_columns[me], parts.columns(leg)
+        for cut in cuts:
+            leg.sums([_cut(rooms, cut)], [_cut(column, cut) for column in columns], cut)
         return
     for room, piece in zip(leg.rooms[me], leg.pieces, strict=True):
         own = [part[piece.start : piece.stop] for part in parts.flat[piece.key]]
         reduce.sum_piece(room, own, at_once=False)
 
 
-def copy_out(leg: Leg, outs: Arrays, past_cache: bool) -> None:
-    """Copy values into the outs, which are all plain."""
+def copy_out(leg: Leg, outs: Arrays, cuts: Sequence[slice], past_cache: bool) -> None:
+    """Copy the values of some pieces into the outs, which are all plain."""
     columns = outs.columns(leg)
-    if columns:
-        native.Sums(columns, [leg.value_column], leg.counts, leg.dtype).jobs(1, past_cache=past_cache)[0]()
+    past = len(columns) if past_cache else 0
+    for cut in cuts:
+        leg.sums([_cut(column, cut) for column in columns], [_cut(leg.value_column, cut)], cut, past)
+
+
+def _cut(column: bytes, cut: slice) -> bytes:
+    return column[8 * cut.start : 8 * cut.stop]

@@ -53,6 +53,16 @@ def lightest(loads: Sequence[int]) -> int:
     return min(range(len(loads)), key=lambda owner: (loads[owner], owner))
 
 
+def whose(borders: Sequence[int]) -> int:
+    """Return the owner of a value that is not divided; for others, more than there are owners.
+
+    >>> whose([0, 0, 2, 2, 2]), whose([0, 249984, 1000000])
+    (1, 3)
+    """
+    lead = max(0, borders.index(borders[-1]) - 1)
+    return len(borders) if borders[lead] else lead
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """Some elements of one key that one owner updates.

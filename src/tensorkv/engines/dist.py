@@ -121,16 +121,18 @@ class DistEngine:
     def _allot(self, keys: Sequence[Key], specs: Sequence[KeySpec], text: str) -> dict[Key, Held]:
         """Give dense keys memory and owners."""
         dense = [(key, spec) for key, spec in zip(keys, specs, strict=True) if not spec.is_table]
-        sizes = [aligned(spec.shape.numel() * spec.dtype.itemsize) for _, spec in dense]
         if not dense:
             return {}
-        memory, at = self._meeting.share(sum(sizes), 0, text), 0
-        held = {}
-        for (key, spec), size in zip(dense, sizes, strict=True):
-            value = memory.tensor(at, spec.shape, spec.dtype)
-            held[key] = Held(value, self._borders(value))
-            at += size
-        return held
+        sizes = [spec.shape.numel() * spec.dtype.itemsize for _, spec in dense]
+        memory, at = self._meeting.share(sum(map(aligned, sizes)), 0, text), 0
+        borders = [self._borders(spec.shape, size) for (_, spec), size in zip(dense, sizes, strict=True)]
+        held: dict[Key, Held] = {}
+        # What one owner sends to another host at a time lies side by side, as far as can be.
+        for index in sorted(range(len(dense)), key=lambda index: placement.whose(borders[index])):
+            key, spec = dense[index]
+            held[key] = Held(memory.tensor(at, spec.shape, spec.dtype), borders[index])
+            at += aligned(sizes[index])
+        return {key: held[key] for key, _ in dense}
 
     @property
     def _sees_whole(self) -> bool:
@@ -138,16 +140,15 @@ class DistEngine:
         optimizer = self._shard.optimizer
         return self._shard.has_updater or (optimizer is not None and optimizer.name not in ROWWISE)
 
-    def _borders(self, value: torch.Tensor) -> list[int]:
-        whole = self._sees_whole
-        lead = placement.lightest(self._loads) if value.numel() else 0
-        borders = placement.borders(value.shape, self._chain.owners, lead, whole=whole)
-        self._add_load(value, borders, 1)
+    def _borders(self, shape: Sequence[int], nbytes: int) -> list[int]:
+        lead = placement.lightest(self._loads) if nbytes else 0
+        borders = placement.borders(shape, self._chain.owners, lead, whole=self._sees_whole)
+        self._add_load(nbytes, borders, 1)
         # One more part, which is empty, for workers that own nothing.
         return [*borders, borders[-1]]
 
-    def _add_load(self, value: torch.Tensor, borders: Sequence[int], sign: int) -> None:
-        width = value.nbytes // borders[-1] if borders[-1] else 0
+    def _add_load(self, nbytes: int, borders: Sequence[int], sign: int) -> None:
+        width = nbytes // borders[-1] if borders[-1] else 0
         for owner in range(self._chain.owners):
             self._loads[owner] += sign * (borders[owner + 1] - borders[owner]) * width
 
@@ -186,7 +187,7 @@ class DistEngine:
         for key in keys:
             held = self._held.pop(key, None)
             if held is not None:
-                self._add_load(held.value, held.borders, -1)
+                self._add_load(held.value.nbytes, held.borders, -1)
         self._pushes.forget(keys)
 
     # ------------------------------------------------------------ the update rule
@@ -218,7 +219,7 @@ class DistEngine:
         self._divided_for_whole = self._sees_whole
         self._loads = [0] * self._chain.owners
         for key, held in self._held.items():
-            held.borders = self._borders(held.value)
+            held.borders = self._borders(held.value.shape, held.value.nbytes)
             self._shard.entry("set_optimizer", key).value = held.part(self._part)
         self._pushes.forget()
         self._meeting.barrier(text)

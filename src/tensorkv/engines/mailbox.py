@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from .segment import LINE, Segment, aligned
+from .bell import HEAD_NBYTES, NONCE_NBYTES, Answer, Attendant, Bell, Sheet, layout
+from .segment import Segment, aligned, can_share
 
 # Memory that is touched for the first time costs twenty times a copy: grow seldom.
 _GROWTH = 1.5
-_NONCE_NBYTES = 16
+_NOTHING = Sheet(0, 0, 0, 0, 0, 0)
 
 
 class Mailbox:
@@ -24,52 +25,61 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._segment: Segment | None = None
-        self._places = (0, 0, 0, 0)
+        self._sheet = _NOTHING
 
-    def take_room(self, payload_nbytes: int, reply_nbytes: int) -> torch.Tensor:
-        """Return memory for a payload of so many bytes, with room for a reply behind it.
+    def take_room(self, payload_nbytes: int, reply_nbytes: int, message_nbytes: int = 0) -> torch.Tensor:
+        """Return memory for a payload, with room for a reply and a message.
 
         Raises:
             OSError: there is no memory.
         """
-        reply_at = LINE + aligned(payload_nbytes)
-        needed = reply_at + aligned(reply_nbytes)
+        self._sheet, needed = layout(message_nbytes, payload_nbytes, reply_nbytes)
         if self._segment is None or self._segment.nbytes < needed:
             self.give_up()
             self._segment = Segment(aligned(int(needed * _GROWTH)) if needed < 1 << 28 else needed)
-            self._nonce = secrets.token_bytes(_NONCE_NBYTES)
-            self._segment.memory[:_NONCE_NBYTES] = self._nonce
-        self._places = (LINE, payload_nbytes, reply_at, reply_nbytes)
-        return self._slice(LINE, payload_nbytes)
+            self._nonce = secrets.token_bytes(NONCE_NBYTES)
+            self._segment.memory[:NONCE_NBYTES] = self._nonce
+            self._bell = Bell(self._segment)
+        return self.payload
+
+    def ring(self, message: bytes) -> bool:
+        """Ask the server that attends this mailbox; False: nobody does, or there is no room for the message."""
+        if self._segment is None or len(message) > self._sheet.message_nbytes or not self._bell.is_attended:
+            return False
+        self._bell.ring(message, self._sheet._replace(message_nbytes=len(message)))
+        return True
+
+    def hear(self, timeout_s: float) -> bytes:
+        """Wait for the answer to a ring, as ``Bell.hear`` does."""
+        return self._bell.hear(timeout_s)
 
     def move(self) -> None:
         """Go on with new memory, into which the payload is copied; a server may still use the old."""
-        old, (at, nbytes, _, reply_nbytes) = self._segment, self._places
-        if old is not None:
-            payload = old.tensor(at, (nbytes,), torch.uint8)
-            old.close_file()
-            self._segment = None
-            self.take_room(nbytes, reply_nbytes).copy_(payload)
+        sheet, payload = self._sheet, self.payload
+        if self._segment is not None:
+            self.give_up()
+            self.take_room(sheet.payload_nbytes, sheet.reply_nbytes, sheet.message_nbytes).copy_(payload)
 
     def describe(self) -> list[Any] | None:
         """Return what a server needs to know, as plain data."""
         if self._segment is None:
             return None
-        return [self._segment.path, self._segment.nbytes, self._nonce.hex(), *self._places]
+        return [self._segment.path, self._segment.nbytes, self._nonce.hex(), *self._sheet[2:]]
 
     @property
     def payload(self) -> torch.Tensor:
         """The bytes to send."""
-        return self._slice(*self._places[:2])
+        return self._slice(*self._sheet[2:4])
 
     @property
     def reply(self) -> torch.Tensor:
         """The bytes that the server may have written."""
-        return self._slice(*self._places[2:])
+        return self._slice(*self._sheet[4:])
 
     def give_up(self) -> None:
         """Let go of the memory."""
         if self._segment is not None:
+            self._bell.end()
             self._segment.close_file()
             self._segment = None
 
@@ -80,9 +90,14 @@ class Mailbox:
 
 
 class OpenMailboxes:
-    """A server's side: the mailbox of each client."""
+    """A server's side: the mailbox of each client.
 
-    def __init__(self) -> None:
+    Args:
+        answer: what is asked by ringing; None: clients ask through Ray alone.
+    """
+
+    def __init__(self, answer: Answer | None = None) -> None:
+        self._answer = answer if can_share() else None
         self._open: dict[str, tuple[str, Segment]] = {}
 
     def find(self, client: str, described: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,11 +113,7 @@ class OpenMailboxes:
         path, nbytes, nonce, at, payload_nbytes, reply_at, reply_nbytes = described
         known, segment = self._open.get(client, ("", None))
         if segment is None or known != nonce:
-            segment = Segment(nbytes, path)
-            segment.close_file()
-            if bytes(segment.memory[:_NONCE_NBYTES]).hex() != nonce:
-                raise OSError(f"{path} is not the mailbox that was meant")
-            self._open[client] = (nonce, segment)
+            segment = self._enter(client, Segment(nbytes, path), nonce)
         sizes = (at, payload_nbytes, reply_at, reply_nbytes)
         if min(sizes) < 0 or max(at + payload_nbytes, reply_at + reply_nbytes) > segment.nbytes:
             raise OSError(f"{path}: a payload or a reply outside of the mailbox")
@@ -110,6 +121,17 @@ class OpenMailboxes:
             segment.tensor(at, (payload_nbytes,), torch.uint8),
             segment.tensor(reply_at, (reply_nbytes,), torch.uint8),
         )
+
+    def _enter(self, client: str, segment: Segment, nonce: str) -> Segment:
+        if bytes(segment.memory[:NONCE_NBYTES]).hex() != nonce:
+            segment.close_file()
+            raise OSError(f"{segment.path} is not the mailbox that was meant")
+        self._open[client] = (nonce, segment)
+        if self._answer is None or segment.nbytes < HEAD_NBYTES:
+            segment.close_file()
+        else:
+            Attendant(segment, self._answer, lambda: self._open.get(client) == (nonce, segment))
+        return segment
 
     def close_all_but(self, owners: Sequence[str]) -> None:
         """Let go of the memory of clients whose process, which their name begins with, is gone."""

@@ -40,7 +40,7 @@ class ServerActor:
 
     def __init__(self, settings: str) -> None:
         self._server = Server(Settings(**json.loads(settings)))
-        self._mailboxes = OpenMailboxes()
+        self._mailboxes = OpenMailboxes(self._answer_ring)
         self._copies = Copies()
         self._copying = threading.Lock()
         name = ray.get_runtime_context().get_actor_name() or ""
@@ -60,10 +60,18 @@ class ServerActor:
             except (OSError, TypeError, ValueError) as error:
                 return join({"unboxed": str(error)})
             payload = sent.numpy() if len(sent) else payload
-        request = Request(head, layout, payload)
         if head["verb"] in ("beat", "bye"):
             self._mailboxes.close_all_but(self._server.owners())
-        if head.get("shares"):
+        return self._answer(Request(head, layout, payload), out)
+
+    def _answer_ring(self, message: bytes, payload: torch.Tensor, room: torch.Tensor) -> bytes:
+        """Answer what lies in a mailbox; without bytes if that takes Ray."""
+        head, layout, _ = split(message)
+        answer = self._answer(Request(head, layout, payload.numpy()), room)
+        return answer if isinstance(answer, bytes) else b""
+
+    def _answer(self, request: Request, out: torch.Tensor | None) -> Any:
+        if request.head.get("shares"):
             shared = self._share(request)
             if shared is not None:
                 return join(shared)

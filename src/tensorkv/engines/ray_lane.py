@@ -63,7 +63,7 @@ class Lane:
         self.is_clear = False
         for letter in letters:
             link = self._links[letter.server]
-            room = link.room(letter.nbytes, letter.reply_nbytes)
+            room = link.room(verb, letter.nbytes, letter.reply_nbytes, len(letter.layout))
             if letter.fill is not None:
                 letter.fill(room)
             head = {"verb": verb, **self._head, "seq": self._seq, **letter.words}

@@ -27,6 +27,9 @@ from .ray_actor import INLINE_NBYTES
 _RESEND_S = 10.0
 # How long to wait before a server is asked again that is being restarted.
 _PAUSE_S = 0.01
+# What is asked often enough to be asked without Ray, and what its head takes, in bytes.
+_RINGS = frozenset({"push", "pull", "pull_rows"})
+_HEAD_NBYTES = 1024
 
 
 class Answer(NamedTuple):
@@ -57,21 +60,23 @@ class Link:
         self._head: dict[str, Any] = {}
         self._layout = b""
         self._ref: Any = None
+        self._is_asked = self._has_rung = self._rings = self._boxed = False
         self._deadline = 0.0
         self._sent = 0
         self._unsure = False
         self._waits: str | None = None
         self.resent = 0
 
-    def room(self, payload_nbytes: int, reply_nbytes: int) -> torch.Tensor:
+    def room(self, verb: str, payload_nbytes: int, reply_nbytes: int, layout_nbytes: int) -> torch.Tensor:
         """Return memory for the next request's payload."""
-        if self._shares_memory and max(payload_nbytes, reply_nbytes) > INLINE_NBYTES:
+        self._boxed = self._shares_memory and (verb in _RINGS or max(payload_nbytes, reply_nbytes) > INLINE_NBYTES)
+        if self._boxed:
             try:
-                self._room = self._box.take_room(payload_nbytes, reply_nbytes)
+                self._room = self._box.take_room(payload_nbytes, reply_nbytes, layout_nbytes + _HEAD_NBYTES)
                 return self._room
             except OSError:
-                self._shares_memory = False
-        self._box.give_up()
+                self._boxed = self._shares_memory = False
+                self._box.give_up()
         if len(self._room) != payload_nbytes:
             self._room = torch.empty(payload_nbytes, dtype=torch.uint8)
         return self._room
@@ -80,7 +85,7 @@ class Link:
         """Send a request whose payload is in ``room``."""
         self._head, self._layout = head, layout
         self._deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
-        self._sent, self._unsure, self._waits = 0, False, None
+        self._sent, self._unsure, self._waits, self._rings = 0, False, None, head["verb"] in _RINGS
         self._send()
 
     def finish(self) -> Answer:
@@ -99,7 +104,7 @@ class Link:
                     return answer
                 self._send()
         except BaseException:
-            if self._unsure or self._ref is not None or self._waits is not None:
+            if self._unsure or self._is_asked or self._waits is not None:
                 # The server may still be reading or writing there, or keep a push for when the others come.
                 self._box.give_up()
                 self._room = torch.empty(0, dtype=torch.uint8)
@@ -120,11 +125,15 @@ class Link:
         if not ray.is_initialized():
             # Else Ray would start another cluster, all by itself.
             raise ServerLostError(f"server {self._index}: Ray has been shut down in this process")
-        head, box = self._head, self._box.describe()
+        head, box = self._head, self._box.describe() if self._boxed else None
         left = self._deadline - time.monotonic()
         if left < 2 * PATIENCE_S:
             # An answer that names who is waited for has to come in time.
             head = {**head, "patience_s": max(0.0, left / 2)}
+        self._is_asked = True
+        self._has_rung = self._boxed and self._rings and self._box.ring(join(head, self._layout))
+        if self._has_rung:
+            return
         if box is not None:
             self._ref = self._actor.serve.remote(join({**head, "box": box}, self._layout))
         elif len(self._room) <= INLINE_NBYTES:
@@ -134,27 +143,30 @@ class Link:
 
     def _receive(self) -> Answer | None:
         """Return the answer; None if the request is to be sent again."""
-        left = self._deadline - time.monotonic()
+        timeout_s = max(0.001, min(self._deadline - time.monotonic(), _RESEND_S))
         try:
-            found = ray.get(self._ref, timeout=max(0.001, min(left, _RESEND_S)))
-            self._ref = None
-        except GetTimeoutError:
+            found = self._box.hear(timeout_s) if self._has_rung else ray.get(self._ref, timeout=timeout_s)
+            self._is_asked = False
+        except (GetTimeoutError, TimeoutError):
             self._again("has not answered")
             return None
         except ActorDiedError as error:
             raise ServerLostError(
                 f"server {self._index} has ended for good: {_first_line(error)}; what was not saved is lost"
             ) from error
-        except (RayActorError, ObjectLostError):
+        except (RayActorError, ObjectLostError, ConnectionError):
             time.sleep(_PAUSE_S)
             self._again("is not there")
             return None
         except RayError as error:
             raise ServerLostError(f"server {self._index}: {_first_line(error)}") from error
+        if found == b"":
+            self._rings = False
+            return None
         return self._open(found)
 
     def _again(self, how: str) -> None:
-        self._ref = None
+        self._is_asked = False
         self.resent += 1
         self._unsure = True
         if time.monotonic() >= self._deadline:
@@ -165,7 +177,9 @@ class Link:
                 f"{self._head['verb']}: server {self._index} {how} for {seconds}, though asked {self._sent} times: the "
                 "request was applied once, or not at all; look at the key's version, or load a checkpoint"
             )
-        self._box.move()
+        if self._boxed:
+            self._box.move()
+            self._room = self._box.payload
 
     def _in_vain(self) -> WaitTimeoutError:
         return WaitTimeoutError(f"{self._head['verb']}: waited in vain for {self._waits}")
@@ -175,7 +189,7 @@ class Link:
         head, _, inline = split(message)
         if "unboxed" in head:
             # Not of this host after all: from now on the payload travels with the message.
-            self._room, self._shares_memory = self._box.payload.clone(), False
+            self._room, self._boxed, self._shares_memory = self._box.payload.clone(), False, False
             self._box.give_up()
             return None
         if "error" in head:

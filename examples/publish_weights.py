@@ -85,11 +85,16 @@ def read(number: int) -> int:
             seen.append(max(versions))
             hidden = np.maximum(images @ layers["weights0"] + layers["bias0"], 0)
             right = (hidden @ layers["weights1"] + layers["bias1"]).argmax(1) == labels
-            print(f"reader {number}: version {seen[-1]:2}, test accuracy {right.mean():.3f}", flush=True)
+            say(f"reader {number}: version {seen[-1]:2}, test accuracy {right.mean():.3f}")
     rising = all(a < b for a, b in pairwise(seen))
     how = f"{'rising' if rising else 'NOT rising'}, {'whole' if whole else 'NOT whole'}"
-    print(f"reader {number}: {len(seen) - 1} versions, {how}: {' '.join(map(str, seen[1:]))}", flush=True)
+    say(f"reader {number}: {len(seen) - 1} versions, {how}: {' '.join(map(str, seen[1:]))}")
     return 0 if rising and whole else 1
+
+
+def say(line: str) -> None:
+    """Print a line at once, since several processes print to the same place."""
+    print(f"{line}\n", end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ They find the cluster by RAY_ADDRESS, or as torchrun's workers do.
 import contextlib
 import json
 import os
+import random
 import sys
 import time
 
@@ -28,9 +29,35 @@ def one_hot(n, i):
     return gradient
 
 
+def ask_through_ray_alone():
+    """Let no request go through shared memory, where nothing of Ray can fail."""
+    from tensorkv.engines import ray_link
+
+    ray_link._RINGS = frozenset()
+
+
+def lose_answers(chance):
+    """Let answers to rings come, and be lost, now and then."""
+    from tensorkv.engines.mailbox import Mailbox
+
+    hear, draw = Mailbox.hear, random.Random(1)
+
+    def hear_or_lose(self, timeout_s):
+        answer = hear(self, timeout_s)
+        if draw.random() < chance:
+            raise TimeoutError
+        return answer
+
+    Mailbox.hear = hear_or_lose
+
+
 def push_set(name, n, start, step, acknowledged):
     """Push number i of "w" adds 1 to element i; each is written down once it is acknowledged."""
     n, start, step = int(n), int(start), int(step)
+    if "RAY_testing_rpc_failure" in os.environ:
+        ask_through_ray_alone()
+    if "LOSE_ANSWERS" in os.environ:
+        lose_answers(float(os.environ["LOSE_ANSWERS"]))
     kv = tensorkv.create("dist_async", name=name, timeout_s=60)
     with open(acknowledged, "a", buffering=1) as file:
         say("ready")
@@ -39,6 +66,8 @@ def push_set(name, n, start, step, acknowledged):
             file.write(f"{i}\n")
     if int(os.environ.get("WANTS_RESENT", "0")):
         assert kv.stats()["resent"] >= int(os.environ["WANTS_RESENT"]), kv.stats()["resent"]
+    if "LOSE_ANSWERS" in os.environ:
+        assert kv.stats()["rung"] >= kv.stats()["resent"]
     say("resent", kv.stats()["resent"])
     kv.close()
 

@@ -31,6 +31,7 @@ FLOORS = [
     {"server.attendance", "server.cut", "server.gathering", "server.holding"},
     {"server"},
     {"engines.local", "engines.segment"},
+    {"engines.bell"},
     {"engines.group", "placement", "engines.mailbox", "engines.copies", "engines.server_stats", "engines.ray_metrics"},
     {"engines.spread", "engines.ray_actor"},
     {"engines.directory", "engines.ray_cluster", "engines.ray_link"},

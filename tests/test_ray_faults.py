@@ -307,7 +307,9 @@ def test_when_nothing_answers_in_time_the_outcome_is_unknown_and_the_store_goes_
         kv.push("n", np.zeros(30_000, F32))
 
 
-def test_lost_replies(tmp_path):
+@pytest.mark.parametrize("fault", [{"RAY_testing_rpc_failure": LOSE_REPLIES}, {"LOSE_ANSWERS": "0.3"}])
+def test_lost_replies(fault, tmp_path):
+    """Those that Ray brings, and those to rings in shared memory."""
     n = 240
     with create(num_servers=2) as kv:
         count_up(kv)
@@ -315,7 +317,7 @@ def test_lost_replies(tmp_path):
         with contextlib.ExitStack() as stack:
             file = tmp_path / "acknowledged"
             words = ("push_set", name_of(kv), n, 0, 1, file)
-            program = stack.enter_context(Program(*words, RAY_testing_rpc_failure=LOSE_REPLIES, WANTS_RESENT="60"))
+            program = stack.enter_context(Program(*words, **fault, WANTS_RESENT="60"))
             program.wait_for("resent")
             assert read_numbers(file) == list(range(n))
         assert kv.pull("w").tolist() == [1] * n

@@ -344,7 +344,7 @@ class RayEngine:
         merged = server_stats.merge(told)
         for what, count in self._finite.counts.items():
             merged["nonfinite"][what] += count
-        return {**merged, "resent": self._lanes.resent, "servers": told}
+        return {**merged, "resent": self._lanes.resent, "rung": self._lanes.rung, "servers": told}
 
     def dead_workers(self) -> list[int]:
         """Return the ranks of workers that were here and have been silent for too long."""

@@ -88,6 +88,11 @@ class Lane:
         """How many requests were sent again."""
         return sum(link.resent for link in self._links)
 
+    @property
+    def rung(self) -> int:
+        """How many requests were sent without Ray."""
+        return sum(link.rung for link in self._links)
+
     def close(self) -> None:
         """Let go of shared memory."""
         for link in self._links:
@@ -137,6 +142,11 @@ class Lanes:
     def resent(self) -> int:
         """How many requests were sent again."""
         return sum(lane.resent for lane in self._all)
+
+    @property
+    def rung(self) -> int:
+        """How many requests were sent without Ray."""
+        return sum(lane.rung for lane in self._all)
 
     def clear(self) -> None:
         """Let go of the lanes that nobody uses; the next one is a new client."""

@@ -65,7 +65,7 @@ class Link:
         self._sent = 0
         self._unsure = False
         self._waits: str | None = None
-        self.resent = 0
+        self.resent = self.rung = 0
 
     def room(self, verb: str, payload_nbytes: int, reply_nbytes: int, layout_nbytes: int) -> torch.Tensor:
         """Return memory for the next request's payload."""
@@ -133,6 +133,7 @@ class Link:
         self._is_asked = True
         self._has_rung = self._boxed and self._rings and self._box.ring(join(head, self._layout))
         if self._has_rung:
+            self.rung += 1
             return
         if box is not None:
             self._ref = self._actor.serve.remote(join({**head, "box": box}, self._layout))

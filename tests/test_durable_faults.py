@@ -10,7 +10,7 @@ import kills
 import pytest
 from seams import SEAMS, Seam
 
-from tensorkv import JournalError, durable, journal
+from tensorkv import JournalError, durable, log_file
 from tensorkv.durable import DurableShard
 
 SEED = int(os.environ.get("TENSORKV_TEST_SEED", "20"))
@@ -126,7 +126,7 @@ def never_undo(monkeypatch):
 
 
 def leave_a_log_that_was_not_begun(monkeypatch):
-    monkeypatch.setattr(journal, "_gone", lambda file: True)
+    monkeypatch.setattr(log_file, "_gone", lambda file: True)
     return "sync of the folder", fail_io
 
 

@@ -12,6 +12,7 @@ from power import AtLast, AtOnce, Disk
 from tensorkv import JournalError, durable, journal, record_file
 from tensorkv.durable import DurableShard
 from tensorkv.journal import Journal
+from tensorkv.log_file import LogFile
 
 SEED = int(os.environ.get("TENSORKV_TEST_SEED", "20"))
 
@@ -92,7 +93,7 @@ def finish_without_sync(self, temporary, descriptor, lsn):
 
 PLANTS = {
     "folders": (record_file, "sync", lambda folder: None),
-    "the log": (Journal, "_sync_log", lambda self: None),
+    "the log": (LogFile, "_sync", lambda self: None),
     "snapshots": (Journal, "_finish", finish_without_sync),
 }
 

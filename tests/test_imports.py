@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "tensorkv"
 FLOORS = [
     {"errors"},
     {"keys"},
-    {"arrays", "metrics"},
+    {"arrays", "metrics", "checksum"},
     {"rows"},
     {"table", "arguments"},
     {"pool"},
@@ -24,7 +24,8 @@ FLOORS = [
     {"rules", "plan", "cuda", "quick", "finite"},
     {"checks"},
     {"manifest", "shard", "clients", "folder_lock", "record"},
-    {"checkpoint", "record_file", "changes"},
+    {"checkpoint", "record_file", "changes", "spares"},
+    {"log_file"},
     {"journal"},
     {"durable"},
     {"server.waits", "server.rounds", "server.call", "server.wire", "server.views"},

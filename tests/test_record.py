@@ -15,17 +15,20 @@ from tensorkv.rows import Rows
 
 # A change of these is a change of the format: docs/journal-format.md, a new magic, and a reader for the old one.
 LOG = (
-    b"tkv1\xceo \xcb\x03\x00\x00\x00\x00\x00\x00\x00$\x00\x00\x004\x00\x00\x00\x0c\x00\x00\x00\x00\x00\x00\x006\xa5I"
-    b'\x98\x00\x00\x00\x00{"verb":"push","requests":[["a",2]]}[["w","ids","int64",[1]],["w","rows","float32",[1]]]'
-    b"\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\xa0@end\n"
+    b"tkv12U\xdf\xf1\x03\x00\x00\x00\x00\x00\x00\x00$\x00\x00\x004\x00\x00\x00\x0c\x00\x00\x00\x00\x00\x00\x00mY"
+    b'\xf7Zyw\xab8{"verb":"push","requests":[["a",2]]}[["w","ids","int64'
+    b'",[1]],["w","rows","float32",[1]]]\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\xa0@end\n'
 )
 SNAPSHOT = (
-    b"tkv1\xed\xf3R$\x02\x00\x00\x00\x00\x00\x00\x00\x12\x00\x00\x00$\x00\x00\x00\x08\x00\x00\x00\x00\x00\x00\x00Ki\xf7"
-    b'3\x00\x00\x00\x00{"verb":"tensors"}[["value/w","tensor","float32",[2]]]\x00\x00\x80?\x00\x00\x00@end\n'
-    b"tkv1J\x11\xfe4\x02\x00\x00\x00\x00\x00\x00\x00\xec\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x008"
-    b'\xdeN5\x00\x00\x00\x00{"verb":"end","body":{"kind":"store","update":"assign","optimizer":null,"keys":[{"key":"w",'
-    b'"kind":"dense","shape":[2],"dtype":"float32","version":1,"library":"numpy","device":null,"state":[],"columns":{}}'
-    b']},"clients":{"a":1},"notes":{}}[]end\n'
+    b"tkv1\x92D\xba\xa8\x02\x00\x00\x00\x00\x00\x00\x00\x12\x00\x00\x00$\x00\x00\x00\x08\x00\x00\x00\x00\x00\x00"
+    b'\x00\xc2\xe5\xc6zv\xa5?.{"verb":"tensors"}[["value/w","tensor","float32",[2'
+    b"]]]\x00\x00\x80?\x00\x00\x00@end\n"
+    b"tkv1J\x11\xfe4\x02\x00\x00\x00\x00\x00\x00\x00\xec\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+    b'\x008\xdeN5\x00\x00\x00\x00{"verb":"end","body":{"kind":"store","update":"assi'
+    b'gn","optimizer":null,"keys":[{"key":"w","kind":"dense","shap'
+    b'e":[2],"dtype":"float32","version":1,"library":"numpy","devi'
+    b'ce":null,"state":[],"columns":{}}]},"clients":{"a":1},"notes'
+    b'":{}}[]end\n'
 )
 
 
@@ -124,7 +127,7 @@ def test_bytes_that_are_no_bool_are_refused():
 @pytest.mark.parametrize("head", [b"[]", b"3", b"{", b'{"a":' * 100_000, b"\xff"])
 def test_heads_that_are_no_object_are_refused(head):
     with pytest.raises(JournalError):
-        read_record(record.Frame(1, len(head), 0, 0, zlib.crc32(head)), head, b"")
+        read_record(record.Frame(1, len(head), 0, 0, zlib.crc32(head), 0), head, b"")
 
 
 def test_a_frame_with_a_huge_head_is_refused():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from . import manifest
+from .checksum import crc32
 from .entry import Entry
 from .errors import CheckpointError, JournalError, quote
 from .keys import Key
@@ -90,9 +90,9 @@ def digest(entry: Entry, ids: list[torch.Tensor] | None) -> int:
     tensors: list[Any] = [entry.value, *states]
     if ids is not None:
         tensors = [entry.read_rows(torch.unique(torch.cat(ids))), *(state for state in states if state.numel() == 1)]
-    checksum = zlib.crc32(str(entry.version).encode())
+    checksum = crc32(str(entry.version).encode())
     for tensor in tensors:
-        checksum = zlib.crc32(nbytes_of(tensor), checksum)
+        checksum = crc32(nbytes_of(tensor), checksum)
     return checksum
 
 

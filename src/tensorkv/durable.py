@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,6 +17,7 @@ import torch
 
 from . import changes, finite, manifest
 from .checks import check_push
+from .checksum import recall
 from .clients import Clients
 from .columns import Column
 from .entry import Batch, Entry
@@ -120,6 +122,7 @@ class DurableShard(Shard):
             return False
         sums = [finite.total(entry, key_parts, may_share=True) for entry, key_parts in zip(entries, parts, strict=True)]
         record = pack({"verb": "push"}, changes.items_of(entries, sums))
+        record = replace(record, checksum=recall(record.payload))
         change = partial(super()._apply, entries, [[total] for total in sums], outs)
         filled: bool = self._commit(record, change, entries, sums)
         return filled
@@ -135,7 +138,8 @@ class DurableShard(Shard):
         if layout is None:
             layout = describe([(entry.key, "sum", entry.spec.dtype, entry.spec.shape) for entry in plan.entries])
             self._layouts[plan] = layout
-        record = Record({"verb": "push"}, layout, [nbytes_of(total)])
+        payload = [nbytes_of(total)]
+        record = Record({"verb": "push"}, layout, payload, recall(payload))
         change = partial(super()._apply_plan, plan, [plan.form.flat(total)], targets, optimizer)
         self._commit(record, change, plan.entries, [total] * len(plan.entries))
 
@@ -197,7 +201,7 @@ class DurableShard(Shard):
     ) -> Any:
         requests = list(self.clients.current)
         if requests:
-            record = Record({**record.head, "requests": requests}, record.layout, record.payload)
+            record = replace(record, head={**record.head, "requests": requests})
         results: list[Any] = []
 
         def work() -> None:
@@ -265,11 +269,13 @@ class DurableShard(Shard):
     def _snapshot_records(self) -> Iterator[Record]:
         body, tensors = manifest.describe("store", list(self._entries.values()), self._rule)
         group: list[Item] = []
+        nbytes = 0
         for name, tensor in tensors.items():
             group.append(Item(name, "tensor", tensor))
-            if sum(item.tensor.nbytes for item in group) > _TOGETHER:
+            nbytes += tensor.nbytes
+            if nbytes > _TOGETHER:
                 yield pack({"verb": "tensors"}, group)
-                group = []
+                group, nbytes = [], 0
         yield pack({"verb": "tensors"}, group)
         yield Record({"verb": "end", "body": body, "clients": self.clients.last, "notes": self.notes})
 

@@ -20,7 +20,10 @@ from typing import Literal, NoReturn
 from . import record_file
 from .errors import ArgumentError, JournalError
 from .folder_lock import FolderLock
+from .log_file import LogFile
 from .record import Record, frame
+from .spares import NAME as SPARE
+from .spares import Spares
 
 Durability = Literal["process", "disk"]
 
@@ -61,12 +64,10 @@ class Journal:
         self._to_disk = durability == "disk"
         self._log_nbytes = log_nbytes
         self._most_nbytes = log_nbytes or _SHORT_LOG
-        self._file: int | None = None
-        self._broken: str | None = None
         self.lsn = 0
         self.nbytes = 0
         """Of the log behind the snapshot."""
-        self._end = self._undo_end = self._undo_nbytes = 0
+        self._undo_end = self._undo_nbytes = 0
         self._retry_nbytes = 0
         self._logs = 0
         self._finishing: threading.Thread | None = None
@@ -75,6 +76,9 @@ class Journal:
         with self._explaining("lock the folder"):
             # Logs sort by it where they begin alike.
             self._lock = FolderLock(self._folder, wait_s, max((epoch for _, epoch, _ in self._files()[1]), default=0))
+        # What the machine leaves of files that were written over says nothing of which bytes are old.
+        self._spares = None if self._to_disk else Spares(self._folder, self._lock.epoch)
+        self._log = LogFile(self._folder, to_disk=self._to_disk, spares=self._spares)
 
     # ------------------------------------------------------------ reading
 
@@ -166,16 +170,16 @@ class Journal:
         self._check()
         with self._explaining("append to the log"):
             self._lock.check()
-            end = self._end
+            end = self._log.end
             try:
-                self._end = record_file.write(self._descriptor(), frame(record, self.lsn + 1), end)
-                if self._to_disk:
-                    self._sync_log()
+                self._log.write(frame(record, self.lsn + 1))
             except BaseException:
-                self._cut(end)
+                if self._spares is not None:
+                    # The disk may be full.
+                    self._spares.remove()
                 raise
             self._check_holder()
-        written = self._end - end
+        written = self._log.end - end
         self._undo_end, self._undo_nbytes = end, written
         self.lsn, self.nbytes = self.lsn + 1, self.nbytes + written
         self.counts["records"] += 1
@@ -189,8 +193,8 @@ class Journal:
         """
         with self._explaining("take a record back"):
             self._check_holder()
-            self._cut(self._undo_end)
-        if self._broken is not None:
+            self._log.cut(self._undo_end)
+        if self._log.broken is not None:
             raise JournalError(f"{self.path}: a record could not be taken back and will count when the store is opened")
         self.lsn, self.nbytes = self.lsn - 1, self.nbytes - self._undo_nbytes
 
@@ -200,7 +204,10 @@ class Journal:
         Args:
             state_nbytes: what there is to write; asked for seldom, since it takes a look at every key.
         """
-        if self._broken is not None or self.nbytes < self._retry_nbytes:
+        if self._log.broken is not None or self.nbytes < self._retry_nbytes:
+            return False
+        if self._finishing is not None and self._finishing.is_alive() and self.nbytes <= 2 * self._most_nbytes:
+            # Pushes do not wait for the disk as long as the log is not twice what it should be.
             return False
         if self.nbytes > self._most_nbytes and self._log_nbytes is None:
             self._most_nbytes = max(_SHORT_LOG, min(LOG_NBYTES, 2 * state_nbytes()))
@@ -275,6 +282,8 @@ class Journal:
         """Leave the old snapshot in force."""
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if self._spares is not None:
+            self._spares.remove()
         self.counts["failed_snapshots"] += 1
         # Not at every record from now on.
         self._retry_nbytes = self.nbytes + max(self.nbytes, self._most_nbytes) // 4
@@ -287,6 +296,7 @@ class Journal:
         old = [name for _, name in snapshots[:-1]] + [name for _, _, name in logs[:behind]]
         # Of logs that begin alike, the last has gone on from where the others did not come.
         old += [one[2] for one, next_one in pairwise(logs[behind:]) if one[0] == next_one[0]]
+        old += filter(SPARE.fullmatch, os.listdir(self._folder))
         if old:
             # The snapshot has to be safe under its name before what it replaces goes.
             self._sync_folder()
@@ -298,8 +308,14 @@ class Journal:
         with suppress(OSError):
             snapshots, logs = self._files()
             old += [name for lsn, name in snapshots if lsn < made]
-            old += [name for first, _, name in logs if first <= made]
+            if self._spares is not None and old:
+                self._spares.keep_snapshot(old.pop())
+            mine = [name for first, epoch, name in logs if first <= made and epoch == self._lock.epoch]
+            old += [name for first, _, name in logs if first <= made and name not in mine[-1:]]
             old += [name for name in os.listdir(self._folder) if _TEMPORARY.fullmatch(name)]
+            if self._spares is not None and mine:
+                self._spares.keep_log(mine.pop())
+            old += mine[-1:]
         self._remove(old)
 
     def _remove(self, names: Iterable[str]) -> None:
@@ -310,10 +326,12 @@ class Journal:
     def close(self) -> None:
         """Let go of the folder."""
         self.settle()
-        file, self._file = self._file, None
-        self._broken = "it was closed"
-        if file is not None:
-            os.close(file)
+        if self._spares is not None:
+            self._spares.remove()
+            with suppress(OSError, JournalError):
+                self._lock.check()
+                self._log.trim()
+        self._log.close()
         self._lock.close()
 
     # ------------------------------------------------------------ inside
@@ -325,7 +343,7 @@ class Journal:
             for each in missing:
                 record_file.sync(each.parent)
             names = set(os.listdir(self._folder)) - {FolderLock.NAME}
-            foreign = sorted(n for n in names if not any(p.fullmatch(n) for p in (_SNAPSHOT, _LOG, _TEMPORARY)))
+            foreign = sorted(n for n in names if not any(p.fullmatch(n) for p in (_SNAPSHOT, _LOG, _TEMPORARY, SPARE)))
         if foreign:
             what = "a checkpoint; make a store and load() it" if "manifest.json" in foreign else "other files"
             raise JournalError(f"{self.path}: holds {what} ({foreign[0]}); give a new or empty directory")
@@ -333,71 +351,40 @@ class Journal:
     def _write_snapshot(self, temporary: Path, records: Iterable[Record]) -> int:
         """Write a snapshot that is not in force; return its descriptor."""
         temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        if self._spares is None or not self._spares.give_snapshot(temporary):
+            flags |= os.O_CREAT | os.O_EXCL
+        descriptor = os.open(temporary, flags, 0o600)
         try:
             end = 0
             for record in records:
                 end = record_file.write(descriptor, frame(record, self.lsn), end)
+            if not flags & os.O_EXCL:
+                os.ftruncate(descriptor, end)
         except BaseException:
             os.close(descriptor)
             raise
         return descriptor
 
     def _start_log(self) -> None:
-        name = f"log-{self.lsn + 1:016x}-{self._lock.epoch:08x}.tkv"
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        descriptor = os.open(self._folder / name, flags, 0o600)
-        try:
-            if self._to_disk:
-                self._sync_folder()
-        except BaseException:
-            os.close(descriptor)
-            # The log before goes on, and readers would not look in it for what comes behind where this one begins.
-            if not _gone(self._folder / name):
-                self._broken = "a log was begun and could not be taken back"
-            raise
-        old, self._file = self._file, descriptor
-        self._end = self._undo_end = 0
+        self._log.start(f"log-{self.lsn + 1:016x}-{self._lock.epoch:08x}.tkv")
+        self._undo_end = 0
         self._logs += 1
-        if old is not None:
-            os.close(old)
-
-    def _sync_log(self) -> None:
-        try:
-            os.fdatasync(self._descriptor())
-        except OSError as error:
-            # What the system could not write once it may forget: another try would succeed and mean nothing.
-            self._broken = f"the disk failed ({error})"
-            raise
 
     def _check(self) -> None:
-        if self._broken is not None:
-            raise JournalError(f"{self.path}: nothing can be written: {self._broken}; open the store again")
+        if self._log.broken is not None:
+            raise JournalError(f"{self.path}: nothing can be written: {self._log.broken}; open the store again")
 
     def _check_holder(self) -> None:
         try:
             self._lock.check()
         except BaseException as error:
             # Whoever has the folder now may have read what stands in this log: it must stay as it is.
-            self._broken = str(error)
+            self._log.broken = str(error)
             raise
-
-    def _cut(self, end: int) -> None:
-        try:
-            os.ftruncate(self._descriptor(), end)
-            self._end = end
-            if self._to_disk and self._broken is None:
-                self._sync_log()
-        except OSError as error:
-            self._broken = f"a record could not be taken back ({error})"
 
     def _sync_folder(self) -> None:
         record_file.sync(self._folder)
-
-    def _descriptor(self) -> int:
-        if self._file is None:
-            raise JournalError(f"{self.path}: the log is not open")
-        return self._file
 
     @contextmanager
     def _explaining(self, doing: str) -> Iterator[None]:
@@ -405,11 +392,3 @@ class Journal:
             yield
         except OSError as error:
             raise JournalError(f"{self.path}: cannot {doing}: {error}") from error
-
-
-def _gone(file: Path) -> bool:
-    try:
-        file.unlink(missing_ok=True)
-    except OSError:
-        return False
-    return True

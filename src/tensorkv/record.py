@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,11 +17,13 @@ import numpy as np
 import torch
 
 from . import arrays
+from .checksum import crc32
 from .errors import JournalError
 from .keys import Key
 
 MAGIC = b"tkv1"
-# Magic, checksum of the rest of the frame, lsn, bytes of head, layout and payload, checksum of those three.
+# Magic, checksum of the rest of the frame, lsn, bytes of head, layout and payload, checksum of the first two and of
+# the payload.
 _FRAME = struct.Struct("<4sIQIIQII")
 FRAME_NBYTES = _FRAME.size
 # Behind every record: a write that the machine did not finish leaves zeros here, or nothing.
@@ -59,11 +60,13 @@ class Record:
         head: plain data, for JSON.
         layout: what the payload holds, as ``layout`` makes it.
         payload: its bytes, in one or more buffers.
+        checksum: of the payload, where it is known.
     """
 
     head: dict[str, Any]
     layout: bytes = b"[]"
     payload: Sequence[Any] = ()
+    checksum: int | None = None
 
     def items(self) -> list[Item]:
         """Return the tensors of a record that was read; they share its memory.
@@ -176,12 +179,15 @@ def frame(record: Record, lsn: int) -> list[Any]:
     head = json.dumps(record.head, separators=(",", ":"), allow_nan=False).encode()
     if len(head) + len(record.layout) > _MOST_WORDS:
         raise JournalError(f"a record with a head of {len(head) + len(record.layout)} bytes could not be read again")
-    checksum = zlib.crc32(record.layout, zlib.crc32(head))
-    for buffer in record.payload:
-        checksum = zlib.crc32(buffer, checksum)
+    checksum = record.checksum
+    if checksum is None:
+        checksum = 0
+        for buffer in record.payload:
+            checksum = crc32(buffer, checksum)
+    words = crc32(record.layout, crc32(head))
     nbytes = sum(len(buffer) for buffer in record.payload)
-    rest = _FRAME.pack(MAGIC, 0, lsn, len(head), len(record.layout), nbytes, checksum, 0)
-    framed = _FRAME.pack(MAGIC, zlib.crc32(rest[8:]), lsn, len(head), len(record.layout), nbytes, checksum, 0)
+    numbers = (lsn, len(head), len(record.layout), nbytes, words, checksum)
+    framed = _FRAME.pack(MAGIC, crc32(_FRAME.pack(MAGIC, 0, *numbers)[8:]), *numbers)
     return [framed, head, record.layout, *record.payload, END]
 
 
@@ -192,7 +198,8 @@ class Frame(NamedTuple):
     head_nbytes: int
     layout_nbytes: int
     payload_nbytes: int
-    checksum: int
+    words_checksum: int
+    payload_checksum: int
 
     @property
     def words(self) -> int:
@@ -211,8 +218,8 @@ def read_frame(data: bytes) -> Frame:
     Raises:
         JournalError: damaged, or no frame.
     """
-    magic, checksum, *numbers, spare = _FRAME.unpack(data)
-    if magic != MAGIC or checksum != zlib.crc32(data[8:]) or spare:
+    magic, checksum, *numbers = _FRAME.unpack(data)
+    if magic != MAGIC or checksum != crc32(data[8:]):
         raise JournalError("no frame of a record, or a damaged one")
     found = Frame(*numbers)
     if found.words > _MOST_WORDS:
@@ -231,7 +238,7 @@ def read_record(frame: Frame, words: bytes, payload: Any) -> Record:
     Raises:
         JournalError: damaged, or not what ``frame`` wrote.
     """
-    if zlib.crc32(payload, zlib.crc32(words)) != frame.checksum:
+    if crc32(words) != frame.words_checksum or crc32(payload) != frame.payload_checksum:
         raise JournalError("a damaged record: its checksum does not fit")
     try:
         head = json.loads(words[: frame.head_nbytes])

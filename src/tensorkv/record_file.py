@@ -79,7 +79,7 @@ class Reader:
         os.close(self._descriptor)
 
     def records(self) -> Iterator[tuple[int, Record]]:
-        """Give lsn and record until the file ends, or the write of a record did (``is_torn``).
+        """Give lsn and record until the file ends, or only zeros follow, or a write ended early (``is_torn``).
 
         Raises:
             JournalError: damaged. Where the end of a record is there, its writer has finished it, and it may
@@ -112,7 +112,7 @@ class Reader:
                 return None
             words, end = head + frame.words, at + frame.nbytes
             mark = bytes(self._bytes(end - len(END), end))
-            if end == self._size and not mark[-1]:
+            if not mark[-1] and self._is_blank(end):
                 return None
             record = read_record(frame, bytes(self._bytes(head, words)), self._bytes(words, end - len(END)))
             if mark != END:
@@ -125,16 +125,20 @@ class Reader:
             ) from None
 
     def _frame(self, at: int) -> Frame | None:
-        """Return the frame, None where a write that the machine did not finish has left zeros behind it."""
+        """Return the frame, None where the log ends: there, and behind what was not finished, are only zeros."""
         behind = at + FRAME_NBYTES
         try:
             return read_frame(bytes(self._bytes(at, behind)))
         except JournalError:
-            step = 1 << 20
-            for start in range(behind, self._size, step):
-                if np.frombuffer(self._bytes(start, min(start + step, self._size)), np.uint8).any():
-                    raise
-            return None
+            if self._is_blank(behind):
+                return None
+            raise
+
+    def _is_blank(self, at: int) -> bool:
+        """Tell whether there are only zeros, or nothing, from here on."""
+        step = 1 << 20
+        pieces = ((start, min(start + step, self._size)) for start in range(at, self._size, step))
+        return not any(np.frombuffer(self._bytes(*piece), np.uint8).any() for piece in pieces)
 
     def _bytes(self, start: int, stop: int) -> Any:
         # NumPy's memory is aligned for every dtype.

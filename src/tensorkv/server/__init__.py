@@ -154,7 +154,7 @@ class Server:
         if self.settings.mode == "sync":
             self._push_in_step(request, keys)
         else:
-            with self._monitor:
+            with self._holding.ahead(request), self._monitor:
                 if not self._clients.has_applied(request.client, request.seq):
                     # One that did not wait until the end for its last push.
                     self._wait_for_the_slow(rank, staleness, "")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
 from .. import arrays, manifest
+from ..checksum import known
 from ..clients import Clients
 from ..durable import DurableShard
 from ..entry import Batch, Part
@@ -73,6 +75,11 @@ class Holding:
             return None
         self.shard.pushpull(batch, [[each] for each in room.tensors])
         return Reply({}, room.payload)
+
+    def ahead(self, request: Request) -> AbstractContextManager[None]:
+        """Do what a push needs and what needs no turn."""
+        is_logged = isinstance(self.shard, DurableShard)
+        return known(request.payload) if is_logged and len(request.payload) else nullcontext()
 
     def batch(self, request: Request) -> Batch:
         """Return what a request pushes, one part for each key."""

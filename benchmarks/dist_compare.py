@@ -126,8 +126,8 @@ def measure(
     sent: dict[str, float] = {}
     for name, team in teams.items():
         sent[name] = -hosts.sent_nbytes() if hosts else 0
-        memory[name]["most"] = team.warm_up(WARM_UP_CALLS)
-        sent[name] = (sent[name] + (hosts.sent_nbytes() if hosts else 0)) / WARM_UP_CALLS
+        memory[name]["most"] = team.warm_up(work.warm_up)
+        sent[name] = (sent[name] + (hosts.sent_nbytes() if hosts else 0)) / work.warm_up
         memory[name]["after"] = team.memory()
         team.ask("renew")
     times = _take_turns(work.name, teams, work.calls, reps)

@@ -43,6 +43,7 @@ class Work:
         parts: how many parts are pushed to each key.
         rule: the sum replaces the value, or is the gradient of a step of SGD with momentum.
         calls: how many calls are timed together as one repetition.
+        warm_up: how many calls are made before any is timed.
     """
 
     keys: int
@@ -50,6 +51,7 @@ class Work:
     parts: int
     rule: Rule = "assign"
     calls: int = 1
+    warm_up: int = 6
 
     # Who pushes a part, in the name.
     pusher: ClassVar[str] = "part"

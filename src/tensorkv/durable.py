@@ -270,7 +270,8 @@ class DurableShard(Shard):
         body, tensors = manifest.describe("store", list(self._entries.values()), self._rule)
         group: list[Item] = []
         nbytes = 0
-        for name, tensor in tensors.items():
+        # What lies side by side is written at once.
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
             group.append(Item(name, "tensor", tensor))
             nbytes += tensor.nbytes
             if nbytes > _TOGETHER:

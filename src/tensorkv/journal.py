@@ -32,7 +32,7 @@ _LOG = re.compile(r"log-([0-9a-f]{16})-([0-9a-f]{8})\.tkv")
 _TEMPORARY = re.compile(r"snapshot-[0-9a-f]{16}\.tmp")
 # A log is at most as long as twice the state, and this; a short one is not worth a snapshot.
 LOG_NBYTES = 1 << 30
-_SHORT_LOG = 1 << 26
+_SHORT_LOG = 1 << 27
 # Every opening begins a log of its own; so many are worth a snapshot.
 _MOST_LOGS = 16
 

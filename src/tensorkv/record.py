@@ -88,15 +88,49 @@ def pack(head: dict[str, Any], items: Sequence[Item]) -> Record:
     [12, 4, 8]
     """
     buffers: list[Any] = []
+    run = _Run()
     at = 0
     for _, _, tensor in items:
         gap = -at % tensor.dtype.itemsize
         if gap:
+            buffers += run.end()
             buffers.append(bytes(gap))
-        if tensor.numel():
-            buffers.append(nbytes_of(tensor))
+        if tensor.numel() and not run.takes(tensor):
+            buffers += run.end()
+            run.begin(tensor)
         at += gap + tensor.nbytes
-    return Record(head, layout(items), buffers)
+    return Record(head, layout(items), buffers + run.end())
+
+
+class _Run:
+    """Tensors that lie side by side, which are one buffer: many small ones would each cost as much as a large one."""
+
+    def __init__(self) -> None:
+        self._first: torch.Tensor | None = None
+        self._next = self._nbytes = 0
+
+    def begin(self, tensor: torch.Tensor) -> None:
+        self._first, self._nbytes = tensor, tensor.nbytes
+        self._next = tensor.data_ptr() + tensor.nbytes if tensor.is_cpu and tensor.is_contiguous() else -1
+
+    def takes(self, tensor: torch.Tensor) -> bool:
+        if self._first is None or tensor.data_ptr() != self._next or not tensor.is_contiguous():
+            return False
+        if tensor.untyped_storage().data_ptr() != self._first.untyped_storage().data_ptr():
+            return False
+        self._next += tensor.nbytes
+        self._nbytes += tensor.nbytes
+        return True
+
+    def end(self) -> list[Any]:
+        first, self._first = self._first, None
+        if first is None:
+            return []
+        if self._nbytes == first.nbytes:
+            return [nbytes_of(first)]
+        at = first.storage_offset() * first.dtype.itemsize
+        flat = torch.empty(0, dtype=torch.uint8).set_(first.untyped_storage(), at, (self._nbytes,))  # type: ignore[call-overload]
+        return [flat.numpy().data]
 
 
 def layout(items: Sequence[Item]) -> bytes:

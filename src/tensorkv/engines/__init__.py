@@ -135,6 +135,7 @@ def _build_ray(
     durability: str | None = None,
     nonfinite: NonFinite | None = None,
     keep: int | None = None,
+    lost_after_s: float | None = None,
     name: str = "tensorkv",
     address: str | None = None,
     timeout_s: float = 60.0,
@@ -151,6 +152,8 @@ def _build_ray(
         durability: ``"memory"``, ``"process"`` (default with a path) or ``"disk"``.
         nonfinite: ``"pass"`` (default), ``"raise"`` or ``"skip"`` updates whose sum has NaN or Inf.
         keep: how many snapshots may be held at a time (default 4).
+        lost_after_s: how long a silent worker is waited for, in seconds (default 5; more than 1, since that is how
+            often workers tell that they are there).
         name: of the store in its cluster.
         address: of a Ray cluster (default: ``RAY_ADDRESS``, else one is started on this machine).
         timeout_s: how long to wait for servers and other workers.
@@ -171,6 +174,7 @@ def _build_ray(
         "durability": durability,
         "nonfinite": nonfinite,
         "keep": keep,
+        "lost_after_s": lost_after_s,
     }
     return ray_store.build(name, address, timeout_s, insecure, options)
 

@@ -156,7 +156,9 @@ class Exchange:
         if self._is_owner:
             self._meeting.wait(self._filled(chunk, presence.here), use, self.doing, presence.here)
             legs = self._own_legs(chunk)
-            before = self._receive(chunk, legs) if presence.parts_come else None
+            # Who has left may read values at any time.
+            in_place = len(presence.here) == self._meeting.size
+            before = self._receive(chunk, legs, in_place) if presence.parts_come else None
             sums = self._sum_legs(legs, presence.here, before)
             self._meeting.store(self.stage.own_read[slot], use)
             if legs and not self._chain.is_last:
@@ -284,18 +286,18 @@ class Exchange:
         left_out, self.refusal = guard.decide(bad, names, self.doing)
         return left_out
 
-    def _message(self, legs: list[Leg]) -> Message:
+    def _message(self, legs: list[Leg], in_place: bool) -> Message:
         """Return memory for the sums of the hosts before: where they are only added to, that of the values."""
-        if self._assigns and self._chain.is_last and all(native.can_sum(leg.dtype) for leg in legs):
+        if in_place and self._assigns and self._chain.is_last and all(native.can_sum(leg.dtype) for leg in legs):
             return Message.of_values(legs)
         return Message.new([(leg, leg.wide) for leg in legs])
 
-    def _receive(self, chunk: int, legs: list[Leg]) -> Message | None:
+    def _receive(self, chunk: int, legs: list[Leg], in_place: bool) -> Message | None:
         """Return what the hosts before have summed of this worker's pieces, asking for the next chunk already."""
         for each in range(chunk, min(chunk + 2, self.count)):
             mine = self._own_legs(each)
             if each not in self._coming and mine:
-                message = self._message(mine)
+                message = self._message(mine, in_place)
                 self._coming[each] = message, self._chain.receive(message.whole, self._chain.before)
         if not legs:
             return None

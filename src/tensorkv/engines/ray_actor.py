@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -45,6 +46,9 @@ class ServerActor:
         self._copying = threading.Lock()
         name = ray.get_runtime_context().get_actor_name() or ""
         self._metrics = ServerMetrics(name.rpartition("/")[0], self._server.settings.index)
+        # What the libraries have made stays; Python is not to look for garbage in it again and again.
+        gc.collect()
+        gc.freeze()
         threading.Thread(target=self._keep_watch, daemon=True).start()
 
     def serve(self, message: bytes, payload: Any = None) -> Any:

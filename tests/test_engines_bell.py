@@ -157,6 +157,7 @@ def test_threads_and_files_end_with_their_mailbox(server, box, how):
     def files():
         return len(os.listdir(f"/proc/{server.process.pid}/fd"))
 
+    assert server.tell("count") == "0"  # it has begun, and imports nothing any more
     before = files()
     attended(server, box)
     assert (int(server.tell("count")), files()) == (1, before + 1)

@@ -128,6 +128,7 @@ def test_a_killed_server_is_noticed(server, box):
 def test_a_stopped_server_is_not_taken_for_a_dead_one(server, box):
     attended(server, box)
     os.kill(server.process.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, server.process.pid, os.WSTOPPED | os.WNOWAIT)
     assert box.ring(b"now")
     with pytest.raises(TimeoutError):
         box.hear(0.2)

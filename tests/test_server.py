@@ -24,6 +24,8 @@ pytest.importorskip("ray")
 
 from fake_servers import NONE, Cluster, together
 
+from tensorkv.engines import ray_cluster
+
 F32 = np.float32
 
 
@@ -420,6 +422,71 @@ def test_barriers_and_who_is_missing():
         second = cluster.store()
         assert (second.rank, second._engine._meetings) == (1, 2)
         together(first.barrier, second.barrier)
+
+
+def test_a_reader_saves_and_loads_by_itself(tmp_path):
+    with Cluster(2, num_workers=2) as cluster:
+        first, _, reader = cluster.stores(3)
+        first.init("n", np.ones(600, F32))
+        reader.save(tmp_path / "checkpoint")
+        first.push("n", np.full(600, 2, F32))
+        assert first.pull("n")[0] == 2
+        reader.load(tmp_path / "checkpoint")
+        assert first.pull("n").tolist() == [1] * 600
+
+
+@pytest.mark.parametrize("keys", [["n"], [f"k{i}" for i in range(20)]])
+def test_a_pull_finds_keys_that_another_client_has_made_anew_elsewhere(keys):
+    with Cluster(2) as cluster:
+        first, second = cluster.stores(2)
+        for kv in (first, second):
+            kv._engine._ending.set()
+            kv._engine._beating.join()
+        values = [np.full(50, i, F32) for i in range(len(keys))]
+        first.init(keys, values)
+        outs = [np.empty(50, F32) for _ in keys]
+        first.pull(keys, out=outs)
+        before = first.stats()["servers"]
+        second.delete(keys)
+        # It goes where there is room.
+        second.init("large", np.zeros(1_000, F32))
+        for key, value in zip(reversed(keys), reversed(values), strict=True):
+            second.init(key, value + 1)
+        second.delete("large")
+        assert [each["nbytes"] for each in before] != [each["nbytes"] for each in first.stats()["servers"]]
+        first.pull(keys, out=outs)
+        assert [out[0] for out in outs] == [i + 1 for i in range(len(keys))]
+        # Of another shape, it is an error, and the outs are as they were.
+        second.delete(keys[0])
+        second.init(keys[0], np.zeros(49, F32))
+        with pytest.raises(tensorkv.ValueMismatchError):
+            first.pull(keys, out=outs)
+        assert outs[0][0] == 1
+
+
+def test_servers_end_with_the_last_goodbye_and_not_while_somebody_may_only_be_busy(monkeypatch):
+    with Cluster(2, num_workers=3, lost_after_s=1.5) as cluster:
+        first, busy, last = cluster.stores(3)
+        busy._engine._ending.set()
+        busy._engine._beating.join()
+        while first.dead_workers() != [1]:
+            time.sleep(0.1)
+        first.close()
+        last.close()
+        ray_cluster.stop_servers.assert_not_called()
+        again = cluster.store()
+        busy.close()
+        ray_cluster.stop_servers.assert_not_called()
+        again.close()
+        ray_cluster.stop_servers.assert_called_once()
+        # Nobody is waited for who has been silent for two minutes.
+        gone, last = cluster.stores(2)
+        monkeypatch.setattr("tensorkv.server.FORGOTTEN_S", 1.0)
+        gone._engine._ending.set()
+        gone._engine._beating.join()
+        time.sleep(1.6)
+        last.close()
+        assert ray_cluster.stop_servers.call_count == 2
 
 
 # ---------------------------------------------------------------- one moment

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,8 +19,15 @@ from ..record import Record
 from ..rows import Rows
 from .directory import Directory
 from .ray_lane import Lanes, Letter
-from .spread import Held
+from .spread import Held, from_note
 from .traffic import Traffic
+
+
+class State(NamedTuple):
+    """What a server holds, and where the other pieces of its keys are."""
+
+    contents: Contents
+    held: dict[Key, Held]
 
 
 class Moments:
@@ -55,14 +63,15 @@ class Moments:
             raise
         return Moment(self, self._traffic, name, {key: held[key] for key in held if key in versions}, versions)
 
-    def states(self) -> list[Contents]:
-        """Return everything that each server holds."""
+    def states(self) -> list[State]:
+        """Return everything that each server holds, and how it lies over servers."""
         found = []
         for head, payload in self._look_again({"states": True}):
             record = Record({}, head["layout"].encode(), [payload.numpy().data])
             # Answers lie in memory that the next request uses.
             tensors = {str(item.key): item.tensor.clone() for item in record.items()}
-            found.append(manifest.restore(head["body"], tensors))
+            notes = {json.loads(key): from_note(note) for key, note in head["notes"].items()}
+            found.append(State(manifest.restore(head["body"], tensors), notes))
         return found
 
     def drop(self, name: str) -> None:

@@ -359,7 +359,7 @@ class RayEngine:
             self._ask("meet", {"number": self._meetings}, [0])
 
     def tell(self, text: str) -> str:
-        if self._settings.num_workers == 1:
+        if self._settings.num_workers == 1 or self._counted_rank is None:
             return text
         self._texts += 1
         mine = text if self._rank == 0 else None
@@ -375,7 +375,7 @@ class RayEngine:
     # ------------------------------------------------------------ checkpoints
 
     def save(self, path: str, kind: Kind) -> None:
-        self._first(lambda: servers_archive.save(self._moment.states(), self._directory, path, kind))
+        self._first(lambda: servers_archive.save(self._moment.states(), path, kind))
 
     def load(self, path: str, kind: Kind) -> None:
         self._first(lambda: self._load(path, kind))
@@ -388,9 +388,9 @@ class RayEngine:
                 lane.send("restore", letters)
 
     def _first(self, do: Callable[[], Any]) -> None:
-        """Have rank 0 do something, and tell everybody how it went."""
+        """Have rank 0 do something, and tell everybody how it went; a reader acts for itself."""
         problem: TensorKVError | None = None
-        if self._decides:
+        if self._decides or self._counted_rank is None:
             try:
                 do()
             except TensorKVError as error:
@@ -420,9 +420,13 @@ class RayEngine:
         left = 1
         # Where it fails, there is nobody to say goodbye to.
         with suppress(TensorKVError):
-            left = max(head["clients"] for head in self._ask("bye", {}))
-            if left and ray_cluster.is_last(self._started):
-                left = self._wait_for_others()
+            answers = self._ask("bye", {})
+            left = max(head["clients"] for head in answers)
+            if ray_cluster.is_last(self._started):
+                left = left and self._wait_for_others()
+            else:
+                # Whoever is silent may be busy, and what servers hold is gone with them.
+                left += max(head["silent"] for head in answers)
         self._lanes.close()
         self._traffic.close()
         if left == 0:

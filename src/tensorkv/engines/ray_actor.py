@@ -16,6 +16,7 @@ import ray
 import torch
 
 from ..server import Server
+from ..server.attendance import FORGOTTEN_S
 from ..server.wire import Reply, Request, Settings, join, split
 from .copies import Copies
 from .group import machine
@@ -24,8 +25,6 @@ from .ray_metrics import ServerMetrics
 
 # Up to here a payload travels inside of its message, and Ray puts it into no object store.
 INLINE_NBYTES = 64 << 10
-# How long a server stays when no client is left.
-FORGOTTEN_S = 120.0
 
 _WATCH_S = 1.0
 

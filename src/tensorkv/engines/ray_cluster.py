@@ -32,6 +32,9 @@ _THREADS = 64
 _LOOPBACK = "127.0.0.2"
 _OBJECT_STORE_NBYTES = 1 << 30
 
+# A cluster may be starting while its first workers are.
+_STARTING_S = 10.0
+
 # How many stores of this process use the Ray that it has started.
 _started = 0
 _meetings = 0
@@ -45,18 +48,19 @@ def enter(address: str | None, timeout_s: float) -> bool:
         timeout_s: how long another process may take that starts one.
 
     Raises:
-        ArgumentError: workers on several hosts, and no cluster.
+        ArgumentError: workers on several hosts, and no cluster, or no address of one.
         RankLostError: the process that starts one did not come.
+        ServerLostError: no cluster answers at the address.
     """
     global _started
-    address = address or os.environ.get("RAY_ADDRESS") or None
+    address = _address(address)
     if ray.is_initialized():
         _started += _started > 0
         return _started > 0
     # A lost server is told from a slow one in milliseconds instead of seconds.
     _set({"RAY_timeout_ms_task_wait_for_death_info": "0"})
     if address is not None:
-        _join(address)
+        _join(address, min(timeout_s, _STARTING_S))
         return False
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
@@ -79,7 +83,7 @@ def find(name: str, address: str | None) -> None:
     Raises:
         ServerLostError: there is none; the message names the stores that there are.
     """
-    address = address or os.environ.get("RAY_ADDRESS")
+    address = _address(address)
     stores: set[str] = set()
     if ray.is_initialized():
         stores |= _store_names()
@@ -88,12 +92,10 @@ def find(name: str, address: str | None) -> None:
     else:
         for each in [address] if address not in (None, "auto") else _clusters_here():
             try:
-                # Ray itself would try for half a minute.
-                _check_listens(str(each))
-                _join(str(each))
-            except (OSError, RayError, RuntimeError, ValueError) as error:
+                _join(str(each), 0)
+            except ServerLostError:
                 if address not in (None, "auto"):
-                    raise ServerLostError(f"no Ray cluster answers at {address}: {error}") from error
+                    raise
                 continue
             stores |= _store_names()
             if name in stores:
@@ -104,9 +106,36 @@ def find(name: str, address: str | None) -> None:
     raise ServerLostError(f"no store {quote(name)} {where}; {known}")
 
 
-def _check_listens(address: str) -> None:
+def _address(given: str | None) -> str | None:
+    """Return the address of the cluster to join; None: none is named, and Ray's own name of that is "local".
+
+    Raises:
+        ArgumentError: it cannot be one.
+    """
+    address = given or os.environ.get("RAY_ADDRESS") or None
+    if address in (None, "auto", "local"):
+        return None if address == "local" else address
+    host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
+    if not host or "/" in host or not port.isdigit():
+        raise ArgumentError(
+            f'create: address is {address!r}; expected host:port of a Ray cluster, or "auto"; a process joins it as '
+            "part of it, on one of its hosts, not through a Ray Client"
+        )
+    return address
+
+
+def _wait_to_listen(address: str, timeout_s: float) -> None:
+    """Return when something listens; Ray itself would try for minutes, and end the process then."""
     host, _, port = address.rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+            return
+        except OSError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
 
 
 def _clusters_here() -> list[str]:
@@ -161,13 +190,23 @@ def _start() -> None:
     )
 
 
-def _join(address: str) -> None:
+def _join(address: str, timeout_s: float) -> None:
+    """Join a cluster that is there, or comes in time.
+
+    Raises:
+        ServerLostError: none answers.
+    """
     local: dict[str, Any] = {}
-    if address.startswith(f"{_LOOPBACK}:"):
-        # Started by a store, which asks for the token that this user's processes have.
-        _set({"RAY_AUTH_MODE": "token"})
-        local["_node_ip_address"] = _LOOPBACK
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE, **local)
+    try:
+        if address != "auto":
+            _wait_to_listen(address, timeout_s)
+        if address.startswith(f"{_LOOPBACK}:"):
+            # Started by a store, which asks for the token that this user's processes have.
+            _set({"RAY_AUTH_MODE": "token"})
+            local["_node_ip_address"] = _LOOPBACK
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE, **local)
+    except (OSError, RayError, RuntimeError, ValueError) as error:
+        raise ServerLostError(f"no Ray cluster answers at {address}: {error}") from error
 
 
 def _start_together(rank: int, timeout_s: float) -> bool:
@@ -184,7 +223,7 @@ def _start_together(rank: int, timeout_s: float) -> bool:
             store.set("address", ray.get_runtime_context().gcs_address)
             return True
         store.wait(["address"], wait)
-        _join(store.get("address").decode())
+        _join(store.get("address").decode(), timeout_s)
     except (KeyError, OSError, ValueError, RuntimeError) as error:
         raise RankLostError(f"create: the workers did not meet at MASTER_ADDR and MASTER_PORT: {error}") from error
     return False

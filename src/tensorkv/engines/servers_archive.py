@@ -18,28 +18,32 @@ from ..record import Item, pack
 from ..rules import Assign, Rule, StepOptimizer
 from ..table import Table
 from .directory import Directory
+from .moments import State
 from .ray_lane import Letter
 from .spread import Held, to_note
 from .traffic import letter_of
 
 
-def save(found: Sequence[Contents], directory: Directory, path: str, kind: Kind) -> None:
+def save(found: Sequence[State], path: str, kind: Kind) -> None:
     """Write what all servers hold.
 
     Args:
         found: of each server, at one moment.
-        directory: of the keys.
         path, kind: as for ``checkpoint.save``.
 
     Raises:
         CheckpointError: it cannot be written.
     """
     pieces: dict[Key, list[Entry]] = {}
-    for contents in found:
-        for entry in contents.entries:
+    held: dict[Key, Held] = {}
+    for state in found:
+        held.update(state.held)
+        for entry in state.contents.entries:
             pieces.setdefault(entry.key, []).append(entry)
-    entries = [_whole(directory.find("save", key), pieces[key]) for key in directory.names() if key in pieces]
-    body, tensors = manifest.describe(kind, entries, _joined_rule(found))
+    # A key is there when every piece of it is.
+    keys = [key for key in sorted(pieces, key=lambda key: held[key].order) if len(pieces[key]) == len(held[key].pieces)]
+    rule = _joined_rule([state.contents for state in found])
+    body, tensors = manifest.describe(kind, [_whole(held[key], pieces[key]) for key in keys], rule)
     checkpoint.write(path, body, tensors)
 
 

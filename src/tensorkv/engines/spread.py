@@ -118,7 +118,7 @@ class Route:
 
     def __init__(self, keys: Sequence[Key], held: Sequence[Held], *, wide: bool) -> None:
         self.keys = list(keys)
-        self._held = list(held)
+        self.specs = [each.spec for each in held]
         dtypes = [each.spec.dtype for each in held]
         sent = [arrays.accumulator(dtype) for dtype in dtypes] if wide else dtypes
         servers = sorted({server for each in held for server in each.servers})
@@ -139,12 +139,12 @@ class Route:
             or not native.can_sum(dtype)
         ):
             return None
-        return Form([each.spec.shape for each in self._held], dtype)
+        return Form([spec.shape for spec in self.specs], dtype)
 
     @cached_property
     def has_tables(self) -> bool:
         """Whether a key has no dense value."""
-        return any(each.spec.is_table for each in self._held)
+        return any(spec.is_table for spec in self.specs)
 
 
 def gather(share: Share, dtype: torch.dtype, columns: Sequence[bytes], room: torch.Tensor, pool: Pool) -> None:

@@ -99,7 +99,7 @@ class Traffic:
         if columns is None or targets is None:
             return None
         if values is None:
-            self._collect(route, keys, outs, targets, {})
+            self._fetch(route, keys, outs, targets)
         else:
             self._exchange(route, columns, (), None if outs is None else (), targets)
         return form.moved(len(columns) + len(targets))
@@ -192,10 +192,25 @@ class Traffic:
         wanted = [own for _, own in listed]
         if held is None:
             route = self._directory.route("pull", named)
-        else:
-            route = Route(named, [held[key] for key in named], wide=False)
+            self._fetch(route, named, wanted, None if route.form is None else route.form.targets(wanted))
+            return
+        route = Route(named, [held[key] for key in named], wide=False)
         targets = None if route.form is None else route.form.targets(wanted)
         self._collect(route, named, wanted, targets, words or {})
+
+    def _fetch(self, route: Route, keys: Sequence[Key], outs: Outs, targets: list[Column] | None) -> None:
+        """Collect values of now, also of keys that another client has made anew elsewhere, as they were before."""
+        try:
+            self._collect(route, keys, outs, targets, {})
+        except (KeyNotFoundError, ValueMismatchError) as error:
+            now = self._directory.route("pull", keys)
+            for key, old, new in zip(keys, route.specs, now.specs, strict=True):
+                if old != new:
+                    raise ValueMismatchError(
+                        f"pull({quote(key)}): another client has made this key anew; it was {old.dtype} "
+                        f"{tuple(old.shape)} and is {new.dtype} {tuple(new.shape)}; call again, with arrays that fit"
+                    ) from error
+            self._collect(now, keys, outs, targets, {})
 
     def _collect(
         self, route: Route, keys: Sequence[Key], outs: Outs, targets: list[Column] | None, words: Mapping[str, Any]

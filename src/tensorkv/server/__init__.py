@@ -18,7 +18,7 @@ from ..entry import Part
 from ..errors import ArgumentError, TensorKVError
 from ..keys import Key
 from ..metrics import Metrics, clock
-from .attendance import Attendance
+from .attendance import FORGOTTEN_S, Attendance
 from .call import keys_of, read
 from .cut import Cut
 from .gathering import Gathering, Pushed
@@ -314,7 +314,8 @@ class Server:
         self._attendance.forget(request.owner, request.head.get("rank"))
         with self._monitor:
             self._holding.views.drop_all_but_of(self._attendance.clients())
-        return Reply({"clients": len(self._attendance.clients())})
+        here, stays = self._attendance.clients(), self._attendance.clients(FORGOTTEN_S)
+        return Reply({"clients": len(here), "silent": len(stays) - len(here)})
 
     def _leave(self, request: Request, out: torch.Tensor | None) -> Reply:
         self._attendance.leave(request.head["number"], request.head["rank"])

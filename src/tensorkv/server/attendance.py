@@ -10,6 +10,8 @@ from ..errors import ArgumentError
 from .rounds import Rounds
 from .waits import Monitor
 
+# How long servers stay for clients that did not say goodbye and may only be busy, and without any.
+FORGOTTEN_S = 120.0
 # Texts that are remembered, for workers whose answer was lost.
 _REMEMBERED = 64
 
@@ -61,9 +63,9 @@ class Attendance:
                 self._ranks[rank] = owner
                 self.rounds.come_back(rank)
 
-    def clients(self) -> list[str]:
-        """Return the clients that have been heard of lately."""
-        horizon = time.monotonic() - self._lost_after_s
+    def clients(self, silent_s: float | None = None) -> list[str]:
+        """Return the clients that have been heard of lately, or in so many seconds."""
+        horizon = time.monotonic() - (self._lost_after_s if silent_s is None else silent_s)
         return [client for client, heard in list(self._heard.items()) if heard >= horizon]
 
     def take_rank(self, client: str, wanted: int | None) -> tuple[int, tuple[int, int, int]]:

@@ -197,7 +197,8 @@ class Holding:
         with self.shard.frozen() as (entries, rule):
             body, tensors = manifest.describe("store", entries, rule)
             record = pack({}, [Item(name, "tensor", tensor) for name, tensor in tensors.items()])
-            return Reply({"body": body, "layout": record.layout.decode()}, bytes_of(b"".join(record.payload)))
+            words = {"body": body, "layout": record.layout.decode(), "notes": self._notes.notes}
+            return Reply(words, bytes_of(b"".join(record.payload)))
 
     def stats(self) -> dict[str, Any]:
         """Return counts of what is held."""

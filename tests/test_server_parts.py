@@ -33,6 +33,21 @@ class Clock:
 # ---------------------------------------------------------------- rounds and waits
 
 
+def test_rounds_that_begin_again_wait_for_nobody_who_stays_silent():
+    clock = Clock()
+    clock.now = 100.0
+    rounds = Rounds(3, 5, clock)
+    rounds.begin_again()
+    assert rounds.live() == [0, 1, 2]
+    clock.now = 104.0
+    rounds.seen(1)
+    clock.now = 106.0
+    assert rounds.live() == [1]
+    assert rounds.dead() == [0, 2]
+    rounds.seen(2)
+    assert rounds.live() == [1, 2]
+
+
 def test_a_silent_worker_is_lost_and_comes_back_where_the_slowest_is():
     clock = Clock()
     rounds = Rounds(3, 5, clock)

@@ -39,11 +39,12 @@ class ServerActor:
     """
 
     def __init__(self, settings: str) -> None:
-        self._server = Server(Settings(**json.loads(settings)))
+        context = ray.get_runtime_context()
+        self._server = Server(Settings(**json.loads(settings)), comes_back=context.was_current_actor_reconstructed)
         self._mailboxes = OpenMailboxes(self._answer_ring)
         self._copies = Copies()
         self._copying = threading.Lock()
-        name = ray.get_runtime_context().get_actor_name() or ""
+        name = context.get_actor_name() or ""
         self._metrics = ServerMetrics(name.rpartition("/")[0], self._server.settings.index)
         # What the libraries have made stays; Python is not to look for garbage in it again and again.
         gc.collect()

@@ -32,12 +32,13 @@ class Server:
 
     Args:
         settings: of the store and this server.
+        comes_back: whether it was there before, and workers are waiting for it.
 
     Raises:
         JournalError: its folder cannot be opened.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, comes_back: bool = False) -> None:
         self.settings = settings
         # Tells a server that has begun again from the one that was there before.
         self.incarnation = secrets.token_hex(8)
@@ -46,6 +47,8 @@ class Server:
         self._monitor = Monitor()
         self._attendance = Attendance(self._monitor, settings.num_workers, settings.lost_after_s)
         self._rounds = self._attendance.rounds
+        if comes_back:
+            self._rounds.begin_again()
         self._cut = Cut(self._monitor, self._clients, settings.index)
         self._gathering = Gathering(self._apply_round)
         self._metrics = Metrics()

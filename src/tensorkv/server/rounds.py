@@ -62,6 +62,12 @@ class Rounds:
                 others = [each.round for other, each in self._live() if other != rank]
                 worker.base = max(worker.base, min(others, default=worker.round) - worker.most)
 
+    def begin_again(self) -> None:
+        """Wait for nobody for longer than for a silent worker: those who are alive will be heard of at once."""
+        with self._lock:
+            for worker in self._workers.values():
+                worker.seen = self._now()
+
     def pushed(self, rank: int, keys: Sequence[Key]) -> None:
         """Count a push of some keys."""
         with self._lock:

@@ -181,6 +181,8 @@ def _start() -> None:
     # Strangers on this machine are kept out by a token; servers are no less urgent than workers.
     _set({"RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"})
     ray.init(
+        # A cluster of somebody else on this machine is not joined, and one that has ended is not looked for.
+        address="local",
         _node_ip_address=_LOOPBACK,
         include_dashboard=False,
         log_to_driver=False,
@@ -206,7 +208,8 @@ def _join(address: str, timeout_s: float) -> None:
             local["_node_ip_address"] = _LOOPBACK
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE, **local)
     except (OSError, RayError, RuntimeError, ValueError) as error:
-        raise ServerLostError(f"no Ray cluster answers at {address}: {error}") from error
+        hint = "" if os.environ.get("RAY_AUTH_MODE") == "token" else "; if it asks for a token, set RAY_AUTH_MODE=token"
+        raise ServerLostError(f"no Ray cluster answers at {address}: {error}{hint}") from error
 
 
 def _start_together(rank: int, timeout_s: float) -> bool:
@@ -218,14 +221,18 @@ def _start_together(rank: int, timeout_s: float) -> bool:
         store, _, size = meet(wait)
         store = PrefixStore(f"tensorkv/ray/{_meetings}", store)
         store = PrefixStore(agree_on_start(store, rank, size, timeout_s), store)
-        if rank == 0:
-            _start()
-            store.set("address", ray.get_runtime_context().gcs_address)
-            return True
-        store.wait(["address"], wait)
-        _join(store.get("address").decode(), timeout_s)
     except (KeyError, OSError, ValueError, RuntimeError) as error:
         raise RankLostError(f"create: the workers did not meet at MASTER_ADDR and MASTER_PORT: {error}") from error
+    if rank == 0:
+        _start()
+        store.set("address", ray.get_runtime_context().gcs_address)
+        return True
+    try:
+        store.wait(["address"], wait)
+        address = store.get("address").decode()
+    except (KeyError, OSError, ValueError, RuntimeError) as error:
+        raise RankLostError(f"create: rank 0 has not started Ray: {error}") from error
+    _join(address, timeout_s)
     return False
 
 

@@ -175,13 +175,15 @@ class Server:
     def _wait_for_the_slow(self, rank: int | None, staleness: int | None, then: str) -> None:
         if rank is None or staleness is None:
             return
+        describe = self._rounds.describe
         self._monitor.wait_until(
             lambda: not self._rounds.behind(rank, staleness),
-            lambda: f"ranks {self._rounds.behind(rank, staleness)}, more than {staleness} rounds behind{then}",
+            lambda: f"{describe(self._rounds.behind(rank, staleness))}, more than {staleness} rounds behind{then}",
         )
 
     def _push_in_step(self, request: Request, keys: tuple[Key, ...]) -> None:
         rank, client, seq = request.head.get("rank"), request.client, request.seq
+        describe = self._rounds.describe
         if rank is None:
             raise ArgumentError("push: this client has no rank, and in step only workers push")
         with self._monitor:
@@ -193,7 +195,7 @@ class Server:
                 self._gathering.add(keys, rank, Pushed(client, seq, [parts[0] for parts in batch.parts]))
             self._monitor.wait_until(
                 lambda: self._has_closed(client, seq),
-                lambda: f"ranks {self._gathering.awaited(keys, self._rounds.live())}, which have not pushed yet",
+                lambda: f"{describe(self._gathering.awaited(keys, self._rounds.live()))}, which have not pushed yet",
             )
             refused = self._gathering.refused(client, seq)
         if refused is not None:

@@ -127,7 +127,7 @@ class Attendance:
             self._monitor.changed()
             self._monitor.wait_until(
                 lambda: self._left >= number or self.rounds.all_left(),
-                lambda: f"ranks {self.rounds.live()}, which have not left yet",
+                lambda: f"{self.rounds.describe(self.rounds.live())}, which have not left yet",
             )
             if self._left < number:
                 # All at once: whoever goes on first is to wait for the others.
@@ -145,7 +145,7 @@ class Attendance:
             self._monitor.changed()
             self._monitor.wait_until(
                 lambda: not self._missing(number),
-                lambda: f"ranks {self._missing(number)}, which have not come to the barrier yet",
+                lambda: f"{self.rounds.describe(self._missing(number))}, which have not come to the barrier yet",
             )
             self._met = max(self._met, number)
 

@@ -126,6 +126,13 @@ class Rounds:
         with self._lock:
             return [rank for rank, worker in self._live() if worker.seen is not None]
 
+    def describe(self, ranks: Sequence[int]) -> str:
+        """Return how a message names ranks, and which of them nobody has seen."""
+        with self._lock:
+            unseen = [rank for rank in ranks if self._workers[rank].seen is None]
+            expected = f" ({unseen} of num_workers={len(self._workers)} have not come at all)" if unseen else ""
+            return f"ranks {list(ranks)}{expected}"
+
     def lead(self) -> int:
         """Return by how many rounds the fastest live worker is ahead of the slowest."""
         with self._lock:

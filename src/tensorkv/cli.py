@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, TypeVar
 
 from . import __version__, demo, demo_servers, engines, inspection, optim, top, tutorial
@@ -335,8 +336,10 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _launch(workers: int) -> int:
     """Run this command once more, in each of some processes that torchrun starts on this machine."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
-    # Standard error stays that of the workers: the launcher reports failures there, too.
-    return subprocess.run([*launcher, "-m", "tensorkv.cli", *sys.argv[1:]], check=False).returncode  # noqa: S603 - our own words
+    words = ["-m", "tensorkv.cli", *sys.argv[1:]]
+    # The launcher leaves a folder for logs behind. Standard error stays that of the workers: it reports failures there.
+    with TemporaryDirectory() as logs:
+        return subprocess.run([*launcher, f"--log-dir={logs}", *words], check=False).returncode  # noqa: S603 - our own words
 
 
 def _demo_problem(arguments: argparse.Namespace, on_servers: bool) -> str | None:

@@ -100,6 +100,7 @@ class StoreControl:
 
         An updater that raises leaves its key as it was, and the exception reaches the caller of the
         push. One that calls the store raises UpdaterError. It runs while the store is locked.
+        ``dist_async`` takes no function, which cannot travel as data: ArgumentError.
 
         >>> import tensorkv, numpy as np
         >>> def update(key, received, stored):
@@ -193,7 +194,8 @@ class StoreControl:
         """Become what was saved: every key is replaced, and the update rule too.
 
         Only where an updater was in force at the save, which is a function and not saved, does the
-        present rule stay.
+        present rule stay. The optimizer's numbers are those that were saved, ``lr`` and ``rescale_grad``
+        among them: change them afterwards with ``set_hyperparameters``.
 
         Args:
             path: a directory that ``save`` wrote.
@@ -376,7 +378,11 @@ class StoreControl:
     # ------------------------------------------------------------ the end
 
     def close(self) -> None:
-        """Finish pending pushes and let go of the values; once is enough, twice does no harm."""
+        """Finish pending pushes and let go of the values; once is enough, twice does no harm.
+
+        Workers of ``dist_sync`` close together. The last client of ``dist_async`` ends the servers, and the process
+        that has started Ray waits for the others first, for at most ``timeout_s``.
+        """
         if not self._closed:
             self._check_fork("close")
             try:

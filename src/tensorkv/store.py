@@ -30,17 +30,25 @@ from .versions import wait_for
 
 
 def create(type: str = "local", **options: Any) -> KVStore:
-    """Return a new, empty store.
+    """Return a store: a new and empty one, what a folder holds, or servers that are there.
 
     Args:
-        type: ``"local"`` sums on the CPU; ``"device"`` sums on the device where arrays are. See
-            ``tensorkv.engines.names()`` for all, aliases included.
-        **options: of the engine. ``local`` and ``device`` take ``nonfinite``: ``"pass"`` (default),
-            ``"raise"`` or ``"skip"`` updates whose sum has NaN or Inf.
+        type: ``"local"``: one process, sums on the CPU. ``"device"``: sums on the device where arrays are.
+            ``"dist_sync"``: processes and hosts in step. ``"dist_async"``: parameter servers, those of its name in
+            the Ray cluster if there are any. See ``tensorkv.engines.names()`` for all, aliases included.
+        **options: of the type. All take ``nonfinite``: ``"pass"`` (default), ``"raise"`` or ``"skip"`` updates
+            whose sum has NaN or Inf.
+            ``local``, ``device``: ``threads``; ``local`` also ``path``, ``durability`` and ``log_nbytes``, for a
+            store in a folder.
+            ``dist_sync``: ``timeout_s``, ``shared_memory``.
+            ``dist_async``: ``num_servers``, ``num_workers``, ``mode``, ``staleness``, ``path``, ``durability``,
+            ``keep``, ``lost_after_s``, ``name``, ``address``, ``timeout_s``, ``insecure``.
 
     Raises:
         EngineNotFoundError: no such type.
-        ArgumentError: an option that the type does not have.
+        ArgumentError: an option that the type does not have, or out of range.
+        JournalError: a folder that cannot be opened.
+        RankLostError, ServerLostError: other workers, or servers, that did not come in time.
 
     >>> create("local")
     KVStore('local', 0 keys)
@@ -106,7 +114,11 @@ class KVStore(StoreControl):
         Raises:
             KeyNotFoundError: a key that was not initialised.
             ValueMismatchError: a part's shape or dtype does not fit.
-            ArrayTypeError, ArgumentError, KeyTypeError, NonFiniteError, OptimizerError.
+            ArrayTypeError, ArgumentError, KeyTypeError, NonFiniteError, OptimizerError, UpdaterError.
+            JournalError: a store in a folder could not write; nothing has changed.
+            RankLostError, WorkerMismatchError, WorkerError: of ``dist_sync``, also for a push before this one.
+            ServerLostError, PushOutcomeUnknownError, WaitTimeoutError: of ``dist_async``; the last two may come of a
+            push that was applied, as their messages say.
 
         >>> import numpy as np
         >>> kv = create()

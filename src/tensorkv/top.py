@@ -165,8 +165,8 @@ def draw(found: Mapping[str, Any]) -> Group:
     kept = "in memory" if store["path"] is None else f"{printable(store['path'])} ({store['durability']})"
     lines = [
         f"store {printable(store['name'])}: {store['mode']}{limit}, {kept}",
-        f"{found['num_keys']} keys, {size(found['nbytes'])}; {found['clients']} clients, "
-        f"{found['snapshots']} snapshots",
+        f"keys: {found['num_keys']}, {size(found['nbytes'])}; clients: {found['clients']}; "
+        f"snapshots: {found['snapshots']}",
         f"{found['pushes_per_s'] or 0:.0f} pushes/s, {found['pulls_per_s'] or 0:.0f} pulls/s, "
         f"{size(int(found['nbytes_per_s'] or 0))}/s",
         f"staleness: {found['ahead']} rounds now, {found['most_ahead']} at most; "
@@ -176,7 +176,7 @@ def draw(found: Mapping[str, Any]) -> Group:
 
 
 def _servers_table(servers: list[dict[str, Any]]) -> Table:
-    drawn = _table("server", "state", "process", "keys", "size", "pushes/s", "pulls/s", "waits", "log")
+    drawn = _table("server", "state", "pid", "keys", "size", "push/s", "pull/s", "waits", "log")
     for each in servers:
         if each["state"] == "down":
             drawn.add_row(str(each["index"]), _coloured("down"))

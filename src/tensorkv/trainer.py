@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import arrays
-from .errors import ArgumentError, CheckpointError, OptimizerError, ValueMismatchError, quote
+from .errors import ArgumentError, CheckpointError, KeyExistsError, OptimizerError, ValueMismatchError, quote
 from .overlap import Overlap
 from .store import KVStore
 from .updates import Params, StoreUpdate, WorkerUpdate, broadcast
@@ -44,7 +44,7 @@ class Trainer:
     Raises:
         ArgumentError: not modules, nothing to train, or replicas whose parameters differ in name.
         ValueMismatchError: replicas whose parameters differ in shape or dtype.
-        KeyExistsError: the store has a parameter's key; give another ``prefix``, or delete the key.
+        KeyExistsError: the store has a parameter's key; load after this, or give another ``prefix``.
         OptimizerError: unknown optimizer or number; or the store has another optimizer, or other numbers:
             a store has one optimizer for all its keys.
 
@@ -83,7 +83,13 @@ class Trainer:
         self._update: StoreUpdate | WorkerUpdate
         kind = StoreUpdate if update_on_store else WorkerUpdate
         self._update = kind(kv, optimizer, numbers, self._params)
-        broadcast(kv, self._params, {key: params[0].detach() for key, params in self._params.items()})
+        try:
+            broadcast(kv, self._params, {key: params[0].detach() for key, params in self._params.items()})
+        except KeyExistsError as error:
+            raise KeyExistsError(
+                f"Trainer: {error}. To go on from a checkpoint, make the Trainer first, then kv.load(...) and "
+                "trainer.refresh(); for a second model, give a prefix"
+            ) from None
         self._update.start()
         self._overlap = Overlap(kv, self._params) if overlap else None
 

@@ -92,9 +92,8 @@ class ServerActor:
         return asdict(self._server.settings)
 
     def stop(self) -> None:
-        """End for good; what is in the folder stays."""
+        """Let go of the folder, before the process is killed."""
         self._server.close()
-        ray.actor.exit_actor()  # type: ignore[no-untyped-call]
 
     def _keep_watch(self) -> None:
         """Tell Ray's metrics how things are; end when all clients are long gone, since nobody else would do it."""

@@ -125,6 +125,31 @@ def test_a_killed_server_is_noticed(server, box):
     assert time.monotonic() - start < 30
 
 
+def test_a_server_that_has_begun_again_answers_no_ring_of_the_one_before(server, box):
+    attended(server, box)
+    for _ in range(5):
+        assert box.ring(b"one")
+        assert box.hear(10) == b"told one"
+    server.process.kill()
+    server.process.wait()
+    with Server() as second:
+        assert second.tell("count") == "0"
+        box.take_room(0, 0, 100)
+        # Where the reply to the last ring would be written again.
+        place = box._segment.memory[bell.HEAD_NBYTES + 128 : box._segment.nbytes]
+        place[:] = b"x" * len(place)
+        assert second.tell("find", "a.0", box.describe()) == "done"
+        time.sleep(0.2)
+        assert set(bytes(place)) == {ord("x")}
+        assert box.ring(b"nobody")
+        with pytest.raises(ConnectionError):
+            box.hear(60)
+        box.move()
+        assert second.tell("find", "a.0", box.describe()) == "done"
+        assert box.ring(b"two")
+        assert box.hear(10) == b"told two"
+
+
 def test_a_stopped_server_is_not_taken_for_a_dead_one(server, box):
     attended(server, box)
     os.kill(server.process.pid, signal.SIGSTOP)

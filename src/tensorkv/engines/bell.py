@@ -152,6 +152,11 @@ class Attendant:
         self._segment.memory[_ANSWER + _SIZE.size : _ANSWER + _SIZE.size + len(reply)] = reply
 
 
+def was_attended(segment: Segment) -> bool:
+    """Tell whether a server has answered rings in a mailbox; another would answer the last ones again."""
+    return _shared.load(segment.address + _ANSWERED) > 0
+
+
 def layout(message_nbytes: int, payload_nbytes: int, reply_nbytes: int) -> tuple[Sheet, int]:
     """Return where things of these sizes lie in a mailbox, and how long it has to be."""
     payload_at = HEAD_NBYTES + aligned(message_nbytes)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .bell import HEAD_NBYTES, NONCE_NBYTES, Answer, Attendant, Bell, Sheet, layout
+from .bell import HEAD_NBYTES, NONCE_NBYTES, Answer, Attendant, Bell, Sheet, layout, was_attended
 from .segment import Segment, aligned, can_share
 
 # Memory that is touched for the first time costs twenty times a copy: grow seldom.
@@ -127,7 +127,8 @@ class OpenMailboxes:
             segment.close_file()
             raise OSError(f"{segment.path} is not the mailbox that was meant")
         self._open[client] = (nonce, segment)
-        if self._answer is None or segment.nbytes < HEAD_NBYTES:
+        if self._answer is None or segment.nbytes < HEAD_NBYTES or was_attended(segment):
+            # The client's next ring is not answered, and it goes on with new memory.
             segment.close_file()
         else:
             Attendant(segment, self._answer, lambda: self._open.get(client) == (nonce, segment))

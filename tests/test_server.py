@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import Future
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ import tensorkv
 from tensorkv import Rows, placement
 from tensorkv.durable import DurableShard
 from tensorkv.journal import Journal
-from tensorkv.record import Record, nbytes_of
+from tensorkv.record import Item, Record, nbytes_of, pack
 from tensorkv.server.cut import Cut
-from tensorkv.server.wire import Request
+from tensorkv.server.wire import Reply, Request
 
 pytest.importorskip("ray")
 
@@ -75,6 +76,49 @@ def test_each_push_counts_once(fault, near, num_servers, small_pieces):
         assert stores[0].pull("n").tolist() == [120] * 4
         assert stores[0].info("w").version == 120
         assert cluster.fired(fault) > 20
+
+
+def serve_twice_after_a_snapshot(cluster, message, *others):
+    """Have a request, its resent copy and other requests wait until a snapshot has been taken; return the replies."""
+    server = cluster.servers[0]
+    taker = {"owner": message.head["owner"], "client": "taker", "seq": 1}
+    server.serve(Request({"verb": "freeze", **taker}))
+    jobs = [partial(server.serve, each) for each in (message, message, *others)]
+
+    def thaw():
+        time.sleep(0.2)
+        server.serve(Request({"verb": "thaw", **taker}))
+
+    return [reply.head for reply in together(*jobs, thaw)[:-1]]
+
+
+def push_of(kv, rank, number, value):
+    words = {"verb": "push", "owner": kv._engine._owner, "client": f"{kv._engine._owner}.7", "rank": rank}
+    record = pack({}, [Item("n", "sum", torch.tensor([float(value)]))])
+    return Request({**words, "seq": number}, record.layout, record.payload[0])
+
+
+def test_a_push_in_step_that_is_resent_during_a_snapshot_counts_once():
+    with Cluster(mode="sync", num_workers=2) as cluster:
+        stores = cluster.stores(2)
+        together(*[partial(count_up, kv) for kv in stores])
+        together(*[partial(kv.init, "n", np.zeros(1, F32)) for kv in stores])
+        first, second = stores
+        assert serve_twice_after_a_snapshot(cluster, push_of(first, 0, 1, 1), push_of(second, 1, 1, 10)) == [{}] * 3
+        # In the next round nobody has pushed for rank 0 yet.
+        assert "wait_for" in cluster.servers[0].serve(push_of(second, 1, 2, 100)).head
+        assert first.pull("n").tolist() == [11]
+
+
+def test_an_init_that_is_resent_during_a_snapshot_is_made_once():
+    with Cluster() as cluster:
+        kv = cluster.store()
+        made = []
+        with mock.patch.dict(cluster.servers[0]._verbs, init=lambda request, out: made.append(request) or Reply({})):
+            kv.init("n", np.zeros(1, F32))
+        init = made[0]._replace(payload=bytes(made[0].payload))
+        assert serve_twice_after_a_snapshot(cluster, init) == [{}] * 2
+        assert kv.pull("n").tolist() == [0]
 
 
 def test_a_server_that_forgets_requests_is_noticed(monkeypatch):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -193,6 +194,55 @@ def test_threads_and_files_end_with_their_mailbox(server, box, how):
         server.tell("forget")
     count_falls_to(server, 0)
     assert files() == before
+
+
+def test_a_server_lets_go_of_memory_that_was_given_up(server):
+    def mapped():
+        with open(f"/proc/{server.process.pid}/maps") as lines:
+            return sum("memfd:tensorkv" in line for line in lines)
+
+    for number in range(5):
+        # What a client does with a lane whose call was interrupted: its number is not used again.
+        lane = Mailbox()
+        lane.take_room(64, 64, 100)
+        assert server.tell("find", f"a.{number}", lane.describe()) == "done"
+        assert lane.ring(b"one")
+        assert lane.hear(10) == b"told one"
+        lane.give_up()
+    count_falls_to(server, 0)
+    deadline = time.monotonic() + 20
+    while mapped():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class NoSegment:
+    """What a server takes for a mailbox."""
+
+    memory, nbytes = bytes(bell.NONCE_NBYTES), 0
+
+    def close_file(self):
+        pass
+
+
+def test_mailboxes_come_while_others_are_closed():
+    boxes, interval = OpenMailboxes(), sys.getswitchinterval()
+
+    def enter():
+        for number in range(30_000):
+            boxes._enter(f"a.{number}", NoSegment(), "00" * bell.NONCE_NBYTES)
+
+    thread = threading.Thread(target=enter)
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        while thread.is_alive():
+            boxes.close_all_but(["a"])
+    finally:
+        thread.join()
+        sys.setswitchinterval(interval)
+    boxes.close_all_but([])
+    assert not boxes._open
 
 
 def test_a_sheet_that_points_elsewhere_is_not_followed(server, box):

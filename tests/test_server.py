@@ -16,6 +16,7 @@ import torch
 import tensorkv
 from tensorkv import Rows, placement
 from tensorkv.durable import DurableShard
+from tensorkv.engines import mailbox
 from tensorkv.journal import Journal
 from tensorkv.record import Item, Record, nbytes_of, pack
 from tensorkv.server.cut import Cut
@@ -887,6 +888,24 @@ def test_nonsense_is_an_error_and_changes_nothing_else(mode, tmp_path):
             kv.push("w", np.full(600, 5, F32))
             assert set(kv.pull("w").tolist()) == {5}
         assert kv.row_sparse_pull("t", row_ids=[2, 3]).ids.tolist() == [2, 3]
+
+
+def test_a_push_that_is_resent_without_memory_for_it_travels_with_its_message(monkeypatch):
+    pushes = []
+
+    def fate(head):
+        if head["verb"] != "push" or pushes.append(head) or len(pushes) > 1:
+            return NONE
+        monkeypatch.setattr(mailbox, "Segment", mock.Mock(side_effect=OSError("no memory")))
+        return "lose reply"
+
+    with Cluster(fate=fate) as cluster:
+        kv = cluster.store()
+        kv.init("w", np.zeros(100_000, F32))
+        kv.push("w", np.arange(100_000, dtype=F32))
+        assert kv.info("w").version == 1
+        assert kv.pull("w").tolist() == list(range(100_000))
+        assert ["box" in head for head in pushes] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -112,10 +112,13 @@ class Attendant:
         segment: the mailbox.
         answer: given message, payload and room for a reply.
         is_wanted: asked now and then whether to go on.
+        forget: called at the end.
     """
 
-    def __init__(self, segment: Segment, answer: Answer, is_wanted: Callable[[], bool]) -> None:
-        self._segment, self._answer, self._is_wanted = segment, answer, is_wanted
+    def __init__(
+        self, segment: Segment, answer: Answer, is_wanted: Callable[[], bool], forget: Callable[[], None]
+    ) -> None:
+        self._segment, self._answer, self._is_wanted, self._forget = segment, answer, is_wanted, forget
         # The kernel takes this lock away when the process ends, which the client sees.
         segment.mark_alive(_SERVER)
         _shared.store(segment.address + _ANSWERED, 1)
@@ -132,6 +135,7 @@ class Attendant:
             elif not self._is_wanted():
                 break
         segment.close_file()
+        self._forget()
 
     def _reply(self) -> bytes:
         sheet = Sheet._make(_PLACES.unpack_from(self._segment.memory, _SHEET))

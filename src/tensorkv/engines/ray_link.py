@@ -179,8 +179,16 @@ class Link:
                 "request was applied once, or not at all; look at the key's version, or load a checkpoint"
             )
         if self._boxed:
+            self._move()
+
+    def _move(self) -> None:
+        payload = self._box.payload
+        try:
             self._box.move()
             self._room = self._box.payload
+        except OSError:
+            # No memory to share: the payload travels with the message.
+            self._room, self._boxed, self._shares_memory = payload.clone(), False, False
 
     def _in_vain(self) -> WaitTimeoutError:
         return WaitTimeoutError(f"{self._head['verb']}: waited in vain for {self._waits}")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 
@@ -258,6 +259,14 @@ def test_a_sheet_that_points_elsewhere_is_not_followed(server, box):
         assert box.hear(10) == b""
     assert box.ring(b"fine")
     assert box.hear(10) == b"told fine"
+
+
+def test_a_server_without_threads_attends_nothing(box, monkeypatch):
+    box.take_room(10, 10, 100)
+    monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+    payload, room = OpenMailboxes(lambda *_: b"").find("a.0", box.describe())
+    assert (len(payload), len(room)) == (10, 10)
+    assert not box.ring(b"hello")
 
 
 def test_a_server_without_an_answer_attends_nothing(box):

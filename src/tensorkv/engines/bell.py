@@ -113,6 +113,9 @@ class Attendant:
         answer: given message, payload and room for a reply.
         is_wanted: asked now and then whether to go on.
         forget: called at the end.
+
+    Raises:
+        RuntimeError: the system gives no thread; the mailbox is attended by nobody.
     """
 
     def __init__(
@@ -121,8 +124,9 @@ class Attendant:
         self._segment, self._answer, self._is_wanted, self._forget = segment, answer, is_wanted, forget
         # The kernel takes this lock away when the process ends, which the client sees.
         segment.mark_alive(_SERVER)
-        _shared.store(segment.address + _ANSWERED, 1)
         threading.Thread(target=self._attend, name="tensorkv-bell", daemon=True).start()
+        # The client rings from now on.
+        _shared.store(segment.address + _ANSWERED, 1)
 
     def _attend(self) -> None:
         segment, answered = self._segment, 1

@@ -138,9 +138,12 @@ class OpenMailboxes:
         if self._answer is None or segment.nbytes < HEAD_NBYTES or was_attended(segment):
             # The client's next ring is not answered, and it goes on with new memory.
             segment.close_file()
-        else:
-            is_wanted = partial(self._has, client, nonce)
-            Attendant(segment, self._answer, is_wanted, partial(self._forget, client, nonce))
+            return segment
+        try:
+            Attendant(segment, self._answer, partial(self._has, client, nonce), partial(self._forget, client, nonce))
+        except (OSError, RuntimeError):
+            # The client asks through Ray.
+            segment.close_file()
         return segment
 
     def _has(self, client: str, nonce: str) -> bool:

@@ -27,6 +27,7 @@ pytest.importorskip("ray")
 from fake_servers import NONE, Cluster, together
 
 from tensorkv.engines import ray_cluster
+from tensorkv.engines.ray_link import Link
 
 F32 = np.float32
 
@@ -888,6 +889,29 @@ def test_nonsense_is_an_error_and_changes_nothing_else(mode, tmp_path):
             kv.push("w", np.full(600, 5, F32))
             assert set(kv.pull("w").tolist()) == {5}
         assert kv.row_sparse_pull("t", row_ids=[2, 3]).ids.tolist() == [2, 3]
+
+
+def test_interrupted_pulls_keep_no_memory():
+    def mapped():
+        cluster.actors[0].actor._mailboxes.close_all_but([])
+        with open("/proc/self/maps") as lines:
+            return sum("memfd:tensorkv" in line for line in lines)
+
+    def interrupt(self):
+        finish(self)
+        raise KeyboardInterrupt
+
+    finish = Link.finish
+    with Cluster() as cluster:
+        kv = cluster.store()
+        kv.init("w", np.zeros(100_000, F32))
+        kv.pull("w")
+        before = mapped()
+        for _ in range(10):
+            with mock.patch.object(Link, "finish", interrupt), pytest.raises(KeyboardInterrupt):
+                kv.pull("w")
+        # The last error may still refer to what was being read.
+        assert mapped() <= before + 1
 
 
 def test_a_push_that_is_resent_without_memory_for_it_travels_with_its_message(monkeypatch):

@@ -117,6 +117,8 @@ class Link:
     def close(self) -> None:
         """Let go of shared memory."""
         self._box.give_up()
+        self._box, self._copies = Mailbox(), CopyReader()
+        self._room = torch.empty(0, dtype=torch.uint8)
 
     # ------------------------------------------------------------ inside
 

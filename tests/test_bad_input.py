@@ -170,6 +170,11 @@ def test_bad_input_with_an_optimizer(kv, case):
         (None, {}, "the types are"),
         ("local", {"colour": "red"}, "colour"),
         ("local", {"nonfinite": "explode"}, "nonfinite"),
+        ("local", {"path": b"store"}, "path is b'store'"),
+        ("local", {"path": 5}, "path is 5"),
+        ("local", {"path": ""}, "path is ''"),
+        ("local", {"path": "a\0b"}, "path is"),
+        ("device", {"path": 5}, "path is 5"),
     ],
 )
 def test_bad_create(name, options, says):

@@ -190,6 +190,25 @@ def test_a_load_that_cannot_be_written_leaves_the_old_state(verb, error, tmp_pat
     kv.close()
 
 
+def test_a_load_of_which_the_disk_may_know_nothing_is_not_said_to_have_changed_nothing(tmp_path, monkeypatch):
+    kv = tensorkv.create("local", path=tmp_path / "store", durability="disk")
+    kv.init("w", np.zeros(2))
+    kv.save(tmp_path / "saved")
+    kv.push("w", np.ones(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_sync_folder", Mock(side_effect=[OSError("failed"), None]))
+        with pytest.raises(JournalError, match="may count or not; open the store again"):
+            kv.load(tmp_path / "saved")
+    # What is acknowledged now could be made again upon the values that there were before.
+    with pytest.raises(JournalError, match="may count or not"):
+        kv.push("w", np.ones(2))
+    before = snapshot(kv)
+    kv = reopened(kv, tmp_path / "store")
+    assert snapshot(kv) == before
+    kv.push("w", np.ones(2))
+    kv.close()
+
+
 def test_a_store_that_could_not_become_its_journal_serves_nothing_and_can_be_closed(tmp_path, monkeypatch):
     kv = tensorkv.create("local", path=tmp_path)
     kv.init("w", np.zeros(2))

@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 
@@ -125,6 +127,31 @@ def test_a_killed_server_is_noticed(server, box):
     assert time.monotonic() - start < 30
 
 
+def test_a_server_that_has_begun_again_answers_no_ring_of_the_one_before(server, box):
+    attended(server, box)
+    for _ in range(5):
+        assert box.ring(b"one")
+        assert box.hear(10) == b"told one"
+    server.process.kill()
+    server.process.wait()
+    with Server() as second:
+        assert second.tell("count") == "0"
+        box.take_room(0, 0, 100)
+        # Where the reply to the last ring would be written again.
+        place = box._segment.memory[bell.HEAD_NBYTES + 128 : box._segment.nbytes]
+        place[:] = b"x" * len(place)
+        assert second.tell("find", "a.0", box.describe()) == "done"
+        time.sleep(0.2)
+        assert set(bytes(place)) == {ord("x")}
+        assert box.ring(b"nobody")
+        with pytest.raises(ConnectionError):
+            box.hear(60)
+        box.move()
+        assert second.tell("find", "a.0", box.describe()) == "done"
+        assert box.ring(b"two")
+        assert box.hear(10) == b"told two"
+
+
 def test_a_stopped_server_is_not_taken_for_a_dead_one(server, box):
     attended(server, box)
     os.kill(server.process.pid, signal.SIGSTOP)
@@ -170,6 +197,55 @@ def test_threads_and_files_end_with_their_mailbox(server, box, how):
     assert files() == before
 
 
+def test_a_server_lets_go_of_memory_that_was_given_up(server):
+    def mapped():
+        with open(f"/proc/{server.process.pid}/maps") as lines:
+            return sum("memfd:tensorkv" in line for line in lines)
+
+    for number in range(5):
+        # What a client does with a lane whose call was interrupted: its number is not used again.
+        lane = Mailbox()
+        lane.take_room(64, 64, 100)
+        assert server.tell("find", f"a.{number}", lane.describe()) == "done"
+        assert lane.ring(b"one")
+        assert lane.hear(10) == b"told one"
+        lane.give_up()
+    count_falls_to(server, 0)
+    deadline = time.monotonic() + 20
+    while mapped():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class NoSegment:
+    """What a server takes for a mailbox."""
+
+    memory, nbytes = bytes(bell.NONCE_NBYTES), 0
+
+    def close_file(self):
+        pass
+
+
+def test_mailboxes_come_while_others_are_closed():
+    boxes, interval = OpenMailboxes(), sys.getswitchinterval()
+
+    def enter():
+        for number in range(30_000):
+            boxes._enter(f"a.{number}", NoSegment(), "00" * bell.NONCE_NBYTES)
+
+    thread = threading.Thread(target=enter)
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        while thread.is_alive():
+            boxes.close_all_but(["a"])
+    finally:
+        thread.join()
+        sys.setswitchinterval(interval)
+    boxes.close_all_but([])
+    assert not boxes._open
+
+
 def test_a_sheet_that_points_elsewhere_is_not_followed(server, box):
     attended(server, box)
     for sheet in [
@@ -183,6 +259,14 @@ def test_a_sheet_that_points_elsewhere_is_not_followed(server, box):
         assert box.hear(10) == b""
     assert box.ring(b"fine")
     assert box.hear(10) == b"told fine"
+
+
+def test_a_server_without_threads_attends_nothing(box, monkeypatch):
+    box.take_room(10, 10, 100)
+    monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+    payload, room = OpenMailboxes(lambda *_: b"").find("a.0", box.describe())
+    assert (len(payload), len(room)) == (10, 10)
+    assert not box.ring(b"hello")
 
 
 def test_a_server_without_an_answer_attends_nothing(box):

@@ -1,11 +1,14 @@
 """Memory that processes share: words, locks that tell who lives, and nothing that is left."""
 
+import os
 import struct
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from tensorkv import _shared
 from tensorkv.engines.segment import LINE, Segment, can_share
@@ -96,6 +99,23 @@ def test_who_lives_is_seen_by_others_and_not_inherited():
 def test_memory_that_is_not_there_is_missed_at_once():
     with pytest.raises(OSError, match=r".+"):
         Segment(1 << 60)
+
+
+@pytest.mark.parametrize("step", ["posix_fallocate", "from_file"])
+def test_memory_that_cannot_be_had_leaves_no_file_open(step, monkeypatch):
+    kept = Segment(4096)
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        if step == "from_file":
+            patch.setattr(torch.UntypedStorage, step, Mock(side_effect=RuntimeError("Too many open files")))
+            with pytest.raises(OSError, match="Too many open files"):
+                Segment(4096, kept.path)
+        else:
+            patch.setattr(os, step, Mock(side_effect=OSError("No space left on device")))
+        with pytest.raises(OSError, match=r"Too many|No space"):
+            Segment(4096)
+    assert len(os.listdir("/proc/self/fd")) == before
+    kept.close_file()
 
 
 def test_another_size_is_not_the_segment_that_was_shared():

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -126,3 +127,15 @@ def check_timeout(timeout_s: Any) -> float:
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < 1e9:
         raise ArgumentError(f"timeout_s is {timeout_s!r}; expected a number of seconds above 0")
     return float(timeout_s)
+
+
+def check_folder(path: Any) -> str:
+    """Return the option ``path`` as a str.
+
+    Raises:
+        ArgumentError: not the path of a folder.
+    """
+    folder = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(folder, str) or not folder or "\0" in folder:
+        raise ArgumentError(f"create: path is {path!r}; expected the path of a folder, a str or a pathlib.Path")
+    return folder

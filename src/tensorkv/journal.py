@@ -71,6 +71,7 @@ class Journal:
         self._retry_nbytes = 0
         self._logs = 0
         self._finishing: threading.Thread | None = None
+        self._is_named = False
         self.counts = {"records": 0, "nbytes": 0, "snapshots": 0, "failed_snapshots": 0}
         self._open_folder()
         with self._explaining("lock the folder"):
@@ -221,11 +222,18 @@ class Journal:
 
         Returns:
             Whether it was made; a disk that has no room for one may have room for the log.
+
+        Raises:
+            JournalError: it has its name, which the disk may forget; nothing can be appended from now on.
         """
-        made = self.counts["snapshots"]
+        made, self._is_named = self.counts["snapshots"], False
         self.snapshot_behind(records)
         self.settle()
-        return self.counts["snapshots"] > made
+        is_made = self.counts["snapshots"] > made
+        if self._is_named and not is_made:
+            self._log.broken = "the disk failed, and a snapshot may count or not"
+            self._check()
+        return is_made
 
     def snapshot_behind(self, records: Iterable[Record]) -> None:
         """Do ``snapshot``, but wait for the disk in a thread, while the next log is written.
@@ -267,6 +275,7 @@ class Journal:
                 os.close(descriptor)
             self._lock.check()
             os.replace(temporary, temporary.with_suffix(".tkv"))
+            self._is_named = True
             self._sync_folder()
             self.counts["snapshots"] += 1
             self._logs = 1

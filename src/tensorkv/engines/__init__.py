@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..arguments import check_folder
 from ..entry import Batch, KeyInfo, KeySpec, Part
 from ..errors import ArgumentError, EngineNotFoundError, quote, suggestion
 from ..finite import NonFinite
@@ -170,7 +171,7 @@ def _build_ray(
         "num_workers": num_workers,
         "mode": mode,
         "staleness": staleness,
-        "path": None if path is None else os.fspath(path),
+        "path": None if path is None else check_folder(path),
         "durability": durability,
         "nonfinite": nonfinite,
         "keep": keep,

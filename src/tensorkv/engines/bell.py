@@ -112,14 +112,21 @@ class Attendant:
         segment: the mailbox.
         answer: given message, payload and room for a reply.
         is_wanted: asked now and then whether to go on.
+        forget: called at the end.
+
+    Raises:
+        RuntimeError: the system gives no thread; the mailbox is attended by nobody.
     """
 
-    def __init__(self, segment: Segment, answer: Answer, is_wanted: Callable[[], bool]) -> None:
-        self._segment, self._answer, self._is_wanted = segment, answer, is_wanted
+    def __init__(
+        self, segment: Segment, answer: Answer, is_wanted: Callable[[], bool], forget: Callable[[], None]
+    ) -> None:
+        self._segment, self._answer, self._is_wanted, self._forget = segment, answer, is_wanted, forget
         # The kernel takes this lock away when the process ends, which the client sees.
         segment.mark_alive(_SERVER)
-        _shared.store(segment.address + _ANSWERED, 1)
         threading.Thread(target=self._attend, name="tensorkv-bell", daemon=True).start()
+        # The client rings from now on.
+        _shared.store(segment.address + _ANSWERED, 1)
 
     def _attend(self) -> None:
         segment, answered = self._segment, 1
@@ -132,6 +139,7 @@ class Attendant:
             elif not self._is_wanted():
                 break
         segment.close_file()
+        self._forget()
 
     def _reply(self) -> bytes:
         sheet = Sheet._make(_PLACES.unpack_from(self._segment.memory, _SHEET))
@@ -150,6 +158,11 @@ class Attendant:
             reply = b""
         _SIZE.pack_into(self._segment.memory, _ANSWER, len(reply))
         self._segment.memory[_ANSWER + _SIZE.size : _ANSWER + _SIZE.size + len(reply)] = reply
+
+
+def was_attended(segment: Segment) -> bool:
+    """Tell whether a server has answered rings in a mailbox; another would answer the last ones again."""
+    return _shared.load(segment.address + _ANSWERED) > 0
 
 
 def layout(message_nbytes: int, payload_nbytes: int, reply_nbytes: int) -> tuple[Sheet, int]:

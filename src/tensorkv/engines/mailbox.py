@@ -7,12 +7,14 @@ and gives it up for a new one when it does not know whether the server is done w
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from .bell import HEAD_NBYTES, NONCE_NBYTES, Answer, Attendant, Bell, Sheet, layout
+from .bell import HEAD_NBYTES, NONCE_NBYTES, Answer, Attendant, Bell, Sheet, layout, was_attended
 from .segment import Segment, aligned, can_share
 
 # Memory that is touched for the first time costs twenty times a copy: grow seldom.
@@ -54,7 +56,11 @@ class Mailbox:
         return self._bell.hear(timeout_s)
 
     def move(self) -> None:
-        """Go on with new memory, into which the payload is copied; a server may still use the old."""
+        """Go on with new memory, into which the payload is copied; a server may still use the old.
+
+        Raises:
+            OSError: there is no memory.
+        """
         sheet, payload = self._sheet, self.payload
         if self._segment is not None:
             self.give_up()
@@ -98,6 +104,7 @@ class OpenMailboxes:
 
     def __init__(self, answer: Answer | None = None) -> None:
         self._answer = answer if can_share() else None
+        self._lock = threading.Lock()
         self._open: dict[str, tuple[str, Segment]] = {}
 
     def find(self, client: str, described: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,15 +133,31 @@ class OpenMailboxes:
         if bytes(segment.memory[:NONCE_NBYTES]).hex() != nonce:
             segment.close_file()
             raise OSError(f"{segment.path} is not the mailbox that was meant")
-        self._open[client] = (nonce, segment)
-        if self._answer is None or segment.nbytes < HEAD_NBYTES:
+        with self._lock:
+            self._open[client] = (nonce, segment)
+        if self._answer is None or segment.nbytes < HEAD_NBYTES or was_attended(segment):
+            # The client's next ring is not answered, and it goes on with new memory.
             segment.close_file()
-        else:
-            Attendant(segment, self._answer, lambda: self._open.get(client) == (nonce, segment))
+            return segment
+        try:
+            Attendant(segment, self._answer, partial(self._has, client, nonce), partial(self._forget, client, nonce))
+        except (OSError, RuntimeError):
+            # The client asks through Ray.
+            segment.close_file()
         return segment
+
+    def _has(self, client: str, nonce: str) -> bool:
+        found = self._open.get(client)
+        return found is not None and found[0] == nonce
+
+    def _forget(self, client: str, nonce: str) -> None:
+        with self._lock:
+            if self._has(client, nonce):
+                del self._open[client]
 
     def close_all_but(self, owners: Sequence[str]) -> None:
         """Let go of the memory of clients whose process, which their name begins with, is gone."""
         alive = set(owners)
-        for client in [client for client in self._open if client.partition(".")[0] not in alive]:
-            self._open.pop(client, None)
+        with self._lock:
+            for client in [client for client in self._open if client.partition(".")[0] not in alive]:
+                del self._open[client]

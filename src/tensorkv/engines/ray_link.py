@@ -117,6 +117,8 @@ class Link:
     def close(self) -> None:
         """Let go of shared memory."""
         self._box.give_up()
+        self._box, self._copies = Mailbox(), CopyReader()
+        self._room = torch.empty(0, dtype=torch.uint8)
 
     # ------------------------------------------------------------ inside
 
@@ -179,8 +181,16 @@ class Link:
                 "request was applied once, or not at all; look at the key's version, or load a checkpoint"
             )
         if self._boxed:
+            self._move()
+
+    def _move(self) -> None:
+        payload = self._box.payload
+        try:
             self._box.move()
             self._room = self._box.payload
+        except OSError:
+            # No memory to share: the payload travels with the message.
+            self._room, self._boxed, self._shares_memory = payload.clone(), False, False
 
     def _in_vain(self) -> WaitTimeoutError:
         return WaitTimeoutError(f"{self._head['verb']}: waited in vain for {self._waits}")

@@ -59,7 +59,7 @@ def _settings(asked: Mapping[str, Any]) -> Settings:
         if type(number) is not int or number < 1:
             raise ArgumentError(f"create: {word} is {number!r}; expected an int of at least 1")
     silence = settings.lost_after_s
-    if not isinstance(silence, int | float) or isinstance(silence, bool) or not 1 < silence < float("inf"):
+    if not isinstance(silence, int | float) or isinstance(silence, bool) or not 1 < silence < 1e9:
         raise ArgumentError(
             f"create: lost_after_s is {silence!r}; expected seconds, more than the 1 after which a worker tells again "
             "that it is there"

@@ -55,18 +55,19 @@ class Segment:
                 # The kernel would begin to give what it does not have, and kill somebody for it.
                 raise OSError(errno.ENOMEM, f"no {self.nbytes:,} bytes of memory")
             self.descriptor = os.memfd_create("tensorkv", os.MFD_CLOEXEC)
-            # What is missing must be missed now, not as a bus error when it is touched.
-            os.posix_fallocate(self.descriptor, 0, self.nbytes)
         else:
             self.descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            if os.fstat(self.descriptor).st_size != self.nbytes:
-                os.close(self.descriptor)
+        try:
+            if path is None:
+                # What is missing must be missed now, not as a bus error when it is touched.
+                os.posix_fallocate(self.descriptor, 0, self.nbytes)
+            elif os.fstat(self.descriptor).st_size != self.nbytes:
                 raise OSError(f"{path} is not the segment that was shared")
+            self._bytes = _map(self.descriptor, self.nbytes)
+        except BaseException:
+            self.close_file()
+            raise
         self.path = f"/proc/{os.getpid()}/fd/{self.descriptor}"
-        # Not mmap.mmap, which keeps a descriptor for as long as somebody looks at the memory. This comes before any
-        # lock, since to close a descriptor of a file ends the locks that this process has on it.
-        storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{self.descriptor}", True, self.nbytes)
-        self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
         self.memory = memoryview(self._bytes.numpy().data)
         self.address = self._bytes.data_ptr()
 
@@ -100,6 +101,16 @@ class Segment:
         asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, rank, 1, 0)
         kind: int = struct.unpack(_FLOCK, fcntl.fcntl(self.descriptor, fcntl.F_GETLK, asked))[0]
         return kind != fcntl.F_UNLCK
+
+
+def _map(descriptor: int, nbytes: int) -> torch.Tensor:
+    # Not mmap.mmap, which keeps a descriptor for as long as somebody looks at the memory. This comes before any lock,
+    # since to close a descriptor of a file ends the locks that this process has on it.
+    try:
+        storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{descriptor}", True, nbytes)
+    except RuntimeError as error:
+        raise OSError(f"memory cannot be shared: {error}") from error
+    return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
 
 
 def _available_nbytes() -> int:

@@ -187,8 +187,8 @@ class Server:
         if rank is None:
             raise ArgumentError("push: this client has no rank, and in step only workers push")
         with self._monitor:
+            self._admit(request)
             if not self._is_resent(request) and self._gathering.refused(client, seq) is None:
-                self._cut.admit(client, seq)
                 batch = self._holding.batch(request)
                 self._holding.shard.check(batch)
                 self._cut.note(client, seq, request.head.get("fan", ()))
@@ -240,8 +240,8 @@ class Server:
     def _init(self, request: Request, out: torch.Tensor | None) -> Reply:
         contents = contents_of(request)
         with self._monitor:
+            self._admit(request)
             if not self._clients.has_applied(request.client, request.seq):
-                self._cut.admit(request.client, request.seq)
                 self._holding.shard.check_new([entry.key for entry in contents.entries])
                 self._holding.take_notes(request.head["notes"])
             with self._turn(request) as is_new:
@@ -279,8 +279,8 @@ class Server:
     def _restore(self, request: Request, out: torch.Tensor | None) -> Reply:
         contents = contents_of(request)
         with self._monitor:
+            self._admit(request)
             if not self._clients.has_applied(request.client, request.seq):
-                self._cut.admit(request.client, request.seq)
                 self._holding.take_notes(request.head["notes"])
             with self._turn(request) as is_new:
                 if is_new:
@@ -378,6 +378,11 @@ class Server:
             with self._clients.request(client, seq) as is_new:
                 yield is_new
             self._monitor.changed()
+
+    def _admit(self, request: Request) -> None:
+        """Wait until a request may be applied; meanwhile one that was sent before it, of the same number, may be."""
+        if not self._clients.has_applied(request.client, request.seq):
+            self._cut.admit(request.client, request.seq)
 
     def _is_resent(self, request: Request) -> bool:
         applied = self._clients.has_applied(request.client, request.seq)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 from contract import BaseContract
 
@@ -45,3 +46,17 @@ class TestOneServer(BaseContract):
 
 class TestTwoServers(TestOneServer):
     OPTIONS = {"num_servers": 2}
+
+
+def test_many_rows_come_with_the_answer_to_one_ring():
+    ids = np.arange(1000)
+    with tensorkv.create("dist_async", name=next(names)) as kv:
+        kv.init(["a", "b"], [tensorkv.Rows(ids, np.full((1000, n), n, np.float32), 5000) for n in (3, 64)])
+        for _ in range(4):
+            a, b = kv.row_sparse_pull(["a", "b"], row_ids=[ids[:7], ids[::2]])
+            assert np.array_equal(a.values, np.full((7, 3), 3))
+            assert np.array_equal(b.values, np.full((500, 64), 64))
+        told = kv.stats()
+        assert told["server_verbs"]["pull_rows"]["calls"] == 4
+        # The first comes by Ray.
+        assert told["rung"] >= 3

@@ -481,6 +481,30 @@ def test_a_reader_saves_and_loads_by_itself(tmp_path):
         assert first.pull("n").tolist() == [1] * 600
 
 
+def test_a_load_that_fails_leaves_keys_where_they_were_and_one_that_succeeds_forgets_them(tmp_path, monkeypatch):
+    with Cluster(2) as cluster:
+        (kv,) = cluster.stores(1)
+        kv.init(["a", "b"], [np.full(3, 1, F32), np.full(5, 2, F32)])
+        kv.save(tmp_path / "small")
+        kv.delete(["a", "b"])
+        # The other way round, they go to other servers.
+        kv.init(["b", "a", "c"], [np.full(9, 3, F32), np.full(4, 4, F32), np.full(2, 5, F32)])
+
+        def fail(contents):
+            raise tensorkv.JournalError("the disk is full")
+
+        for each in cluster.servers:
+            monkeypatch.setattr(each._holding, "restore", fail)
+        with pytest.raises(tensorkv.JournalError, match="full"):
+            kv.load(tmp_path / "small")
+        for client in (kv, cluster.store()):
+            assert [client.pull(key).tolist() for key in "abc"] == [[4] * 4, [3] * 9, [5] * 2]
+        monkeypatch.undo()
+        kv.load(tmp_path / "small")
+        assert [kv.pull(key).tolist() for key in "ab"] == [[1] * 3, [2] * 5]
+        assert sorted(name for each in cluster.servers for name in each._holding._notes.notes) == ['"a"', '"b"']
+
+
 @pytest.mark.parametrize("keys", [["n"], [f"k{i}" for i in range(20)]])
 def test_a_pull_finds_keys_that_another_client_has_made_anew_elsewhere(keys):
     with Cluster(2) as cluster:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
@@ -70,8 +69,8 @@ class Moments:
             record = Record({}, head["layout"].encode(), [payload.numpy().data])
             # Answers lie in memory that the next request uses.
             tensors = {str(item.key): item.tensor.clone() for item in record.items()}
-            notes = {json.loads(key): from_note(note) for key, note in head["notes"].items()}
-            found.append(State(manifest.restore(head["body"], tensors), notes))
+            held = {key: from_note(note) for key, note in head["notes"]}
+            found.append(State(manifest.restore(head["body"], tensors), held))
         return found
 
     def drop(self, name: str) -> None:

@@ -244,13 +244,15 @@ class Traffic:
         ]
         letters, places = [], []
         for server in sorted({server for each in held for server in each.servers}):
-            items, wanted = [], []
+            items, wanted, nbytes = [], [], 0
             for index, (key, each, own) in enumerate(zip(keys, held, ids, strict=True)):
                 selected = _selected(each, own.cpu(), server)
                 if selected is not None:
                     items.append(Item(key, "ids", selected[0]))
                     wanted.append((index, selected[1]))
-            letters.append(letter_of(server, dict(words or {}), pack({}, items)))
+                    # Before each, as much as it takes to align it.
+                    nbytes += found[index].itemsize + len(selected[0]) * found[index][:1].nbytes
+            letters.append(letter_of(server, dict(words or {}), pack({}, items), nbytes))
             places.append(wanted)
         with self._lanes.take() as lane:
             answers = self._send(lane, "pull_rows", letters)
@@ -277,10 +279,10 @@ class Traffic:
             raise
 
 
-def letter_of(server: int, words: dict[str, Any], record: Record) -> Letter:
+def letter_of(server: int, words: dict[str, Any], record: Record, reply_nbytes: int = 0) -> Letter:
     """Return a letter that brings a record's payload."""
     nbytes = sum(len(buffer) for buffer in record.payload)
-    return Letter(server, words, record.layout, nbytes, partial(_copy, record.payload))
+    return Letter(server, words, record.layout, nbytes, partial(_copy, record.payload), reply_nbytes)
 
 
 def _copy(buffers: Sequence[Any], room: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -233,7 +233,7 @@ class Server:
 
     def _pull_rows(self, request: Request, out: torch.Tensor | None) -> Reply:
         with self._monitor:
-            return self._holding.rows(request)
+            return self._holding.rows(request, out)
 
     # ------------------------------------------------------------ keys and the rule
 
@@ -277,14 +277,22 @@ class Server:
         return Reply({})
 
     def _restore(self, request: Request, out: torch.Tensor | None) -> Reply:
-        contents = contents_of(request)
+        contents, notes = contents_of(request), request.head["notes"]
         with self._monitor:
             self._admit(request)
-            if not self._clients.has_applied(request.client, request.seq):
-                self._holding.take_notes(request.head["notes"])
-            with self._turn(request) as is_new:
-                if is_new:
+            if self._is_resent(request):
+                return Reply({})
+            keys, before = self._holding.shard.keys(), self._holding.notes(notes)
+            self._holding.take_notes(notes)
+            try:
+                with self._turn(request):
                     self._holding.restore(contents)
+            except BaseException:
+                # The keys are where they were.
+                with suppress(TensorKVError):
+                    self._holding.take_notes(before)
+                raise
+            self._holding.drop_notes(keys)
         return Reply({})
 
     def _list(self, request: Request, out: torch.Tensor | None) -> Reply:

@@ -21,7 +21,7 @@ from ..keys import Key
 from ..manifest import Contents
 from ..optim import OptimizerSpec
 from ..plan import MANY
-from ..record import Item, describe, pack, places, unpack
+from ..record import Item, describe, nbytes_of, pack, places, unpack
 from ..shard import Shard
 from .call import read
 from .views import Views
@@ -113,14 +113,21 @@ class Holding:
         self._layout(keys, checksum)
         return (self.inits, *[self.shard.entry("pull", key).version for key in keys])
 
-    def rows(self, request: Request) -> Reply:
+    def rows(self, request: Request, out: torch.Tensor | None) -> Reply:
         """Return the rows that a request names."""
         items = unpack(request.layout, request.payload)
         keys, ids = [item.key for item in items], [item.tensor for item in items]
         view = request.head.get("view")
         found = self.shard.pull_rows(keys, ids) if view is None else self.views.read_rows(view, keys, ids)
-        record = pack({}, [Item(key, "rows", rows.values) for key, rows in zip(keys, found, strict=True)])
-        return Reply({"layout": record.layout.decode()}, bytes_of(b"".join(record.payload)))
+        lies = describe(
+            (key, "rows", rows.values.dtype, rows.values.shape) for key, rows in zip(keys, found, strict=True)
+        )
+        room = Room(places(lies), out)
+        # Not by torch, whose threads would wait for each other beside those of other requests.
+        memory = room.payload.numpy()
+        for place, rows in zip(places(lies), found, strict=True):
+            memory[place.start : place.stop] = nbytes_of(rows.values)
+        return Reply({"layout": lies.decode()}, room.payload)
 
     def _room(self, keys: tuple[Key, ...], out: torch.Tensor | None, checksum: Any) -> Room:
         return Room(places(self._layout(keys, checksum)), out)
@@ -197,7 +204,8 @@ class Holding:
         with self.shard.frozen() as (entries, rule):
             body, tensors = manifest.describe("store", entries, rule)
             record = pack({}, [Item(name, "tensor", tensor) for name, tensor in tensors.items()])
-            words = {"body": body, "layout": record.layout.decode(), "notes": self._notes.notes}
+            notes = [[entry.key, self._notes.notes.get(json.dumps(entry.key))] for entry in entries]
+            words = {"body": body, "layout": record.layout.decode(), "notes": notes}
             return Reply(words, bytes_of(b"".join(record.payload)))
 
     def stats(self) -> dict[str, Any]:
@@ -218,6 +226,10 @@ class Holding:
     def _forget_layouts(self) -> None:
         self._layouts.clear()
         self.inits += 1
+
+    def notes(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return the notes of these names, None where there is none."""
+        return {name: self._notes.notes.get(name) for name in names}
 
     def take_notes(self, notes: Mapping[str, Any]) -> None:
         """Keep where the pieces of keys are; None forgets it.

@@ -55,17 +55,25 @@ class Segment:
                 # The kernel would begin to give what it does not have, and kill somebody for it.
                 raise OSError(errno.ENOMEM, f"no {self.nbytes:,} bytes of memory")
             self.descriptor = os.memfd_create("tensorkv", os.MFD_CLOEXEC)
-            # What is missing must be missed now, not as a bus error when it is touched.
-            os.posix_fallocate(self.descriptor, 0, self.nbytes)
         else:
             self.descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             if os.fstat(self.descriptor).st_size != self.nbytes:
                 os.close(self.descriptor)
                 raise OSError(f"{path} is not the segment that was shared")
         self.path = f"/proc/{os.getpid()}/fd/{self.descriptor}"
-        # Not mmap.mmap, which keeps a descriptor for as long as somebody looks at the memory. This comes before any
-        # lock, since to close a descriptor of a file ends the locks that this process has on it.
-        storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{self.descriptor}", True, self.nbytes)
+        try:
+            if path is None:
+                # What is missing must be missed now, not as a bus error when it is touched.
+                os.posix_fallocate(self.descriptor, 0, self.nbytes)
+            # Not mmap.mmap, which keeps a descriptor for as long as somebody looks at the memory. This comes before
+            # any lock, since to close a descriptor of a file ends the locks that this process has on it.
+            storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{self.descriptor}", True, self.nbytes)
+        except (OSError, RuntimeError):
+            if path is None:
+                # torch keeps a descriptor of its own when it cannot map the file.
+                os.ftruncate(self.descriptor, 0)
+            self.close_file()
+            raise
         self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
         self.memory = memoryview(self._bytes.numpy().data)
         self.address = self._bytes.data_ptr()

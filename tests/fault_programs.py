@@ -10,6 +10,7 @@ import numpy as np
 from dist_programs import F32, RANK, SIZE, create, say
 
 import tensorkv
+from tensorkv import checkpoint
 from tensorkv.engines import exchange, group, meeting, pushes
 from tensorkv.outs import GivenOuts
 
@@ -19,7 +20,8 @@ def outcome(name, do):
     try:
         say(name, "gave", do())
     except (tensorkv.TensorKVError, MemoryError) as error:
-        say(name, "raised", type(error).__name__, "|", error)
+        kind = "MemoryError" if isinstance(error, MemoryError) else type(error).__name__
+        say(name, "raised", kind, "|", error)
 
 
 def die(*_):
@@ -97,6 +99,23 @@ def load_without_memory(path):
         meeting.Segment = right
         say("optimizer", (kv.optimizer or {}).get("name"))
         outcome("pull", lambda: kv.pull("a").tolist())
+
+
+def read_without_memory(path):
+    """Rank 0 alone has no memory of its own in which to read a checkpoint."""
+    with create() as kv:
+        kv.init("a", np.zeros(3, F32))
+        kv.save(path)
+        if RANK == 0:
+            checkpoint.read = no_room
+        start = time.monotonic()
+        outcome("load", lambda: kv.load(path))
+        outcome("afterwards a push", lambda: kv.push("a", np.ones(3, F32)))
+        say("at once" if time.monotonic() - start < 10 else "late")
+
+
+def no_room(*_):
+    raise MemoryError("planted")
 
 
 def made_anew():

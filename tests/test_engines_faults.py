@@ -35,7 +35,7 @@ def test_a_host_without_memory_ends_the_store_everywhere():
     assert "pushpull raised WorkerError" in first
     for text in others:
         assert "raised WorkerError" in text
-        assert "rank 0 broke off: MemoryError" in text
+        assert "rank 0 broke off: NoMemoryToShareError" in text
 
 
 def test_on_one_host_without_memory_the_store_goes_on():
@@ -49,6 +49,16 @@ def test_a_load_without_memory_changes_nothing(tmp_path):
         assert "load raised MemoryError" in text
         assert "optimizer sgd" in text
         assert "pull gave [-1.0, -1.0, -1.0]" in text
+
+
+def test_a_worker_without_memory_of_its_own_is_named_at_once(tmp_path):
+    first, second = run(2, PROGRAMS, "read_without_memory", tmp_path / "saved")
+    assert "load raised MemoryError | planted" in first
+    assert "load raised WorkerError" in second
+    for text in (first, second):
+        assert "afterwards a push raised WorkerError" in text
+        assert "rank 0 broke off: MemoryError: planted" in text
+        assert "at once" in text
 
 
 def test_a_pull_of_a_key_that_was_made_anew_is_refused():

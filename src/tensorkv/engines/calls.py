@@ -11,7 +11,7 @@ import torch
 from ..errors import RankLostError, TensorKVError, WorkerError, WorkerMismatchError
 from ..shard import Shard, kept
 from .chain import Chain, Presence
-from .meeting import REFUSED, Meeting, fingerprint
+from .meeting import REFUSED, Meeting, NoMemoryToShareError, fingerprint
 
 
 class Calls:
@@ -51,8 +51,8 @@ class Calls:
         except TensorKVError:
             raise
         except BaseException as error:
-            # That there is no memory to share, the workers of one host know together; other hosts do not.
-            if not isinstance(error, MemoryError) or len(self._meeting.group.hosts) > 1:
+            # What the workers of a host know together, those of other hosts do not.
+            if not isinstance(error, NoMemoryToShareError) or len(self._meeting.group.hosts) > 1:
                 how = f"{type(error).__name__}: {error}"
                 self._meeting.stop(WorkerError(f"{text[:200]}: rank {self._rank} broke off: {how}"))
             raise

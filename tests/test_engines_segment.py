@@ -123,3 +123,29 @@ def test_another_size_is_not_the_segment_that_was_shared():
     with pytest.raises(OSError, match="not the segment"):
         Segment(8192, segment.path)
     segment.close_file()
+
+
+UNMAPPED = """
+import os, resource
+from tensorkv.engines.segment import Segment
+
+def held():
+    # torch keeps a descriptor of what it could not map, but not the memory.
+    paths = [f"/proc/self/fd/{each}" for each in os.listdir("/proc/self/fd")]
+    return sum(os.stat(path).st_blocks for path in paths if "memfd:tensorkv" in os.path.realpath(path))
+
+with open("/proc/self/statm") as numbers:
+    used = int(numbers.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (50 << 20), resource.RLIM_INFINITY))
+for _ in range(2):
+    try:
+        Segment(200 << 20)
+        print("mapped")
+    except (OSError, RuntimeError):
+        print("refused, blocks held:", held())
+"""
+
+
+def test_memory_that_cannot_be_mapped_is_given_back():
+    with start(UNMAPPED) as process:
+        assert process.communicate(timeout=60)[0].splitlines() == ["refused, blocks held: 0"] * 2

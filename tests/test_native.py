@@ -139,11 +139,23 @@ def test_addresses_take_only_what_is_asked_for(without, monkeypatch):
         torch.zeros(2, 3, device="meta"),
         torch.zeros(2, 3).to_sparse(),
         torch.zeros(3, 2),
+        torch._neg_view(torch.zeros(2, 3)),
     ]
     for array in others:
         assert asked(array) is None, array
     assert addresses((good, torch.zeros(2, 3)), f4, [shape, shape], writable=False) is None
     assert addresses((good,), f4, [shape, shape], writable=False) is None
+
+
+def test_negated_views_are_pushed_as_the_numbers_that_they_show():
+    keys = list(range(8))
+    parts = [torch.complex(torch.ones(1), torch.full((1,), key + 1.0)).conj().imag for key in keys]
+    assert all(part.is_neg() and part.is_contiguous() for part in parts)
+    with tensorkv.create("local") as kv:
+        kv.init(keys, [torch.zeros(1) for _ in keys])
+        for _ in range(4):
+            kv.push(keys, parts)
+            assert [value.item() for value in kv.pull(keys)] == [-(key + 1.0) for key in keys]
 
 
 def test_overlap_and_apart():

@@ -130,6 +130,7 @@ def addresses(arrays: Sequence[Any], dtype: torch.dtype, shapes: list[torch.Size
         or any(t.is_nested for t in arrays)
         or [t.shape for t in arrays] != shapes
         or [t.is_contiguous() for t in arrays].count(True) < count
+        or any(map(torch.Tensor.is_neg, arrays))
         or (writable and dtype.is_complex and any(t.is_conj() for t in arrays))
     ):
         return None

@@ -8,10 +8,10 @@ from threading import RLock
 
 import torch
 
-from ..errors import TensorKVError, WorkerError, WorkerMismatchError
+from ..errors import RankLostError, TensorKVError, WorkerError, WorkerMismatchError
 from ..shard import Shard, kept
 from .chain import Chain, Presence
-from .meeting import REFUSED, Meeting, fingerprint
+from .meeting import REFUSED, Meeting, NoMemoryToShareError, fingerprint
 
 
 class Calls:
@@ -44,11 +44,17 @@ class Calls:
         """End the store for every worker if this one breaks off inside a call."""
         try:
             yield
-        except (TensorKVError, MemoryError):
+        except (RankLostError, WorkerError, WorkerMismatchError) as error:
+            # A link that is broken already raises where nobody waits, and so where nobody has ended the store.
+            self._meeting.stop(error)
+            raise
+        except TensorKVError:
             raise
         except BaseException as error:
-            how = f"{type(error).__name__}: {error}"
-            self._meeting.stop(WorkerError(f"{text[:200]}: rank {self._rank} broke off: {how}"))
+            # What the workers of a host know together, those of other hosts do not.
+            if not isinstance(error, NoMemoryToShareError) or len(self._meeting.group.hosts) > 1:
+                how = f"{type(error).__name__}: {error}"
+                self._meeting.stop(WorkerError(f"{text[:200]}: rank {self._rank} broke off: {how}"))
             raise
 
     def check(self) -> None:

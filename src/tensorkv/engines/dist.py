@@ -36,7 +36,7 @@ from .local import LocalEngine
 from .meeting import describe, meet
 from .pushes import Pushes
 from .route import Held
-from .segment import aligned
+from .segment import Segment, aligned
 
 
 def build(
@@ -98,7 +98,7 @@ class DistEngine:
         shapes = [[list(spec.shape), arrays.dtype_name(spec.dtype), spec.is_table] for spec in specs]
         text = describe("init", keys=list(keys), values=shapes)
         with self._call(text):
-            held = self._allot(keys, specs, text)
+            held = self._allot(keys, specs, self._room(specs, text))
             for key, value in zip(keys, values, strict=True):
                 if isinstance(value, torch.Tensor) and self.rank == 0:
                     held[key].value.copy_(value)
@@ -118,13 +118,18 @@ class DistEngine:
         """The owner whose parts this worker updates; one that no owner has, if it updates none."""
         return self._meeting.me if self._meeting.me < self._chain.owners else self._chain.owners
 
-    def _allot(self, keys: Sequence[Key], specs: Sequence[KeySpec], text: str) -> dict[Key, Held]:
-        """Give dense keys memory and owners."""
-        dense = [(key, spec) for key, spec in zip(keys, specs, strict=True) if not spec.is_table]
-        if not dense:
+    def _room(self, specs: Sequence[KeySpec], text: str) -> Segment | None:
+        """Return memory for dense keys; None if there are none."""
+        sizes = [aligned(_nbytes(spec)) for spec in specs if not spec.is_table]
+        return self._meeting.share(sum(sizes), 0, text) if sizes else None
+
+    def _allot(self, keys: Sequence[Key], specs: Sequence[KeySpec], memory: Segment | None) -> dict[Key, Held]:
+        """Give dense keys their places in memory, and owners."""
+        if memory is None:
             return {}
-        sizes = [spec.shape.numel() * spec.dtype.itemsize for _, spec in dense]
-        memory, at = self._meeting.share(sum(map(aligned, sizes)), 0, text), 0
+        dense = [(key, spec) for key, spec in zip(keys, specs, strict=True) if not spec.is_table]
+        sizes = [_nbytes(spec) for _, spec in dense]
+        at = 0
         borders = [self._borders(spec.shape, size) for (_, spec), size in zip(dense, sizes, strict=True)]
         held: dict[Key, Held] = {}
         # What one owner sends to another host at a time lies side by side, as far as can be.
@@ -280,11 +285,14 @@ class DistEngine:
         self._shard.restore_states(kept, None)
 
     def _become(self, contents: Contents, text: str) -> None:
+        specs = [each.spec for each in contents.entries]
+        # Nothing has changed where there is no memory.
+        memory = self._room(specs, text)
         self._shard.restore([], contents.rule)
         self._divided_for_whole = self._sees_whole
         self._forget(list(self._held))
         self._loads = [0] * self._chain.owners
-        held = self._allot([each.key for each in contents.entries], [each.spec for each in contents.entries], text)
+        held = self._allot([each.key for each in contents.entries], specs, memory)
         kept = []
         for each in contents.entries:
             mine = held.get(each.key)
@@ -319,3 +327,7 @@ class DistEngine:
             self._held.clear()
             self._meeting.close()
             self._group.close()
+
+
+def _nbytes(spec: KeySpec) -> int:
+    return spec.shape.numel() * spec.dtype.itemsize

@@ -51,6 +51,10 @@ def fingerprint(text: str) -> bytes:
     return blake2b(text.encode("utf-8", "backslashreplace"), digest_size=8).digest()
 
 
+class NoMemoryToShareError(MemoryError):
+    """Missing shared memory, which every worker of the host knows of."""
+
+
 class Meeting:
     """The workers of one host.
 
@@ -291,7 +295,7 @@ class Meeting:
             doing: the call, for messages.
 
         Raises:
-            MemoryError: on every worker, when there is not so much.
+            NoMemoryToShareError: on every worker, when there is not so much.
         """
         segment: Segment | None = None
         if self.me == 0:
@@ -302,7 +306,7 @@ class Meeting:
         if self.size > 1:
             segment = self._pass_on(segment, nbytes, doing)
         if segment is None:
-            raise MemoryError(f"{doing}: no {nbytes:,} bytes of memory to share")
+            raise NoMemoryToShareError(f"{doing}: no {nbytes:,} bytes of memory to share")
         if words:
             segment.set_words(words)
             self._segments.append(segment)

@@ -14,7 +14,7 @@ import torch
 from .. import arrays, reduce
 from ..columns import Column
 from ..entry import Batch, Entry, Part
-from ..errors import TensorKVError
+from ..errors import TensorKVError, ValueMismatchError, quote
 from ..keys import Key
 from ..rows import Rows
 from ..shard import Shard
@@ -281,8 +281,12 @@ class Pushes:
         """Copy values out, after this worker's earlier pushes of these keys."""
         with self._calls.lock:
             self._calls.check()
-            for key in keys:
-                self._shard.entry("pull", key)
+            for key, group in zip(keys, outs, strict=True):
+                shape = self._shard.entry("pull", key).spec.shape
+                if any(out.shape != shape for out in group):
+                    raise ValueMismatchError(
+                        f"pull({quote(key)}): the key was deleted and initialised anew with another shape; pull again"
+                    )
             self.settle(keys)
             pairs = [(out, self._held[key].value) for key, group in zip(keys, outs, strict=True) for out in group]
             with torch.no_grad():

@@ -65,6 +65,9 @@ class Segment:
                 raise OSError(f"{path} is not the segment that was shared")
             self._bytes = _map(self.descriptor, self.nbytes)
         except BaseException:
+            if path is None:
+                # torch keeps a descriptor of its own when it cannot map the file.
+                os.ftruncate(self.descriptor, 0)
             self.close_file()
             raise
         self.path = f"/proc/{os.getpid()}/fd/{self.descriptor}"

@@ -1,0 +1,146 @@
+"""What workers run in which something goes wrong that not every worker sees at the same time."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+from dist_programs import F32, RANK, SIZE, create, say
+
+import tensorkv
+from tensorkv import checkpoint
+from tensorkv.engines import exchange, group, meeting, pushes
+from tensorkv.outs import GivenOuts
+
+
+def outcome(name, do):
+    """Say what a call did."""
+    try:
+        say(name, "gave", do())
+    except (tensorkv.TensorKVError, MemoryError) as error:
+        kind = "MemoryError" if isinstance(error, MemoryError) else type(error).__name__
+        say(name, "raised", kind, "|", error)
+
+
+def die(*_):
+    say("fault fired")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def half_summed():
+    """Rank 0 dies when some chunks of a value are summed, while the others are busy with what came before."""
+    pushes.SLOT_NBYTES_OVER_HOSTS = 1 << 20
+    count = 4_000_000
+    right, seen = exchange.Exchange.sum, []
+    with create(shared_memory=False, timeout_s=5) as kv:
+        kv.init("a", np.zeros(count, F32))
+        out = np.empty(count, F32)
+        kv.pushpull("a", np.ones(count, F32), out=out)
+
+        def slow(*args):
+            seen.append(args)
+            if RANK == 0 and len(seen) > 6:
+                die()
+            if RANK > 0:
+                time.sleep(0.3)
+            return right(*args)
+
+        exchange.Exchange.sum = slow
+        outcome("pushpull", lambda: kv.pushpull("a", np.full(count, 7, F32), out=out))
+        outcome("afterwards a pull", lambda: np.unique(kv.pull("a")).tolist())
+
+
+def gathering(shared_memory):
+    """The last rank dies before workers tell each other what updaters raised."""
+    with create(shared_memory=shared_memory == "True", timeout_s=5) as kv:
+        kv.init("a", np.zeros(3, F32))
+        kv.set_updater(lambda key, received, stored: np.add(stored, received, out=stored))
+        kv.push("a", np.ones(3, F32))
+        if RANK == SIZE - 1:
+            group.Group.gather = die
+        outcome("push", lambda: kv.push("a", np.ones(3, F32)))
+        outcome("pull", lambda: kv.pull("a").tolist())
+
+
+class Full(meeting.Segment):
+    """Memory that cannot be had."""
+
+    def __init__(self, nbytes, path=None, *, private=False):
+        if path is None:
+            raise OSError("planted")
+        super().__init__(nbytes, path, private=private)
+
+
+def no_memory(shared_memory):
+    """One worker has no memory for a new key: with shared memory the store goes on, over hosts it ends."""
+    right = meeting.Segment
+    with create(shared_memory=shared_memory == "True", timeout_s=5) as kv:
+        kv.init("a", np.zeros(3, F32))
+        kv.pushpull("a", np.ones(3, F32))
+        if RANK == 0:
+            meeting.Segment = Full
+        outcome("init", lambda: kv.init("b", np.zeros(100, F32)))
+        meeting.Segment = right
+        outcome("pushpull", lambda: kv.pushpull("a", np.ones(3, F32)).tolist())
+
+
+def load_without_memory(path):
+    """A checkpoint for which there is no memory leaves the store as it was."""
+    right = meeting.Segment
+    with create() as kv:
+        kv.init("a", np.zeros(3, F32))
+        kv.save(path)
+        kv.set_optimizer("sgd", lr=0.5)
+        kv.push("a", np.ones(3, F32))
+        meeting.Segment = Full
+        outcome("load", lambda: kv.load(path))
+        meeting.Segment = right
+        say("optimizer", (kv.optimizer or {}).get("name"))
+        outcome("pull", lambda: kv.pull("a").tolist())
+
+
+def read_without_memory(path):
+    """Rank 0 alone has no memory of its own in which to read a checkpoint."""
+    with create() as kv:
+        kv.init("a", np.zeros(3, F32))
+        kv.save(path)
+        if RANK == 0:
+            checkpoint.read = no_room
+        start = time.monotonic()
+        outcome("load", lambda: kv.load(path))
+        outcome("afterwards a push", lambda: kv.push("a", np.ones(3, F32)))
+        say("at once" if time.monotonic() - start < 10 else "late")
+
+
+def no_room(*_):
+    raise MemoryError("planted")
+
+
+def made_anew():
+    """A thread pulls a key which another deletes and makes anew with another shape."""
+    right, looked, changed = GivenOuts.check, threading.Event(), threading.Event()
+
+    def check(self, specs):
+        right(self, specs)
+        looked.set()
+        changed.wait(20)
+
+    with create() as kv:
+        kv.init("a", np.zeros(5_000_000, F32))
+        GivenOuts.check = check
+        out = np.full(5_000_000, -1, F32)
+        puller = threading.Thread(target=outcome, args=("pull", lambda: kv.pull("a", out=out)))
+        puller.start()
+        looked.wait(20)
+        kv.delete("a")
+        kv.init("a", np.ones(4, F32))
+        changed.set()
+        puller.join()
+        say("unchanged" if (out == -1).all() else "written")
+        outcome("again", lambda: kv.pull("a").tolist())
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -26,6 +26,8 @@ def test_who_dies_while_all_tell_all_ends_the_store(shared_memory):
         assert team.wait(60) == [0, -signal.SIGKILL], team.text(0)
         text = team.text(0)
     assert "push raised RankLostError" in text
+    if shared_memory:
+        assert "rank 1 died or ended early" in text
     assert "pull raised RankLostError" in text, text
 
 

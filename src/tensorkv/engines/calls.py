@@ -46,8 +46,10 @@ class Calls:
             yield
         except (RankLostError, WorkerError, WorkerMismatchError) as error:
             # A link that is broken already raises where nobody waits, and so where nobody has ended the store.
-            self._meeting.stop(error)
-            raise
+            first = self._meeting.stop(error)
+            if first is error:
+                raise
+            raise first from error
         except TensorKVError:
             raise
         except BaseException as error:

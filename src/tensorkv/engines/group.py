@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,7 @@ log = logging.getLogger("tensorkv")
 
 # How long to wait for the one who has noticed a fault to say what it was.
 _NEWS_S = 1.0
+_LOOKS = 20
 # How often a worker looks whether rank 0 has answered, or announced another start.
 _LOOK_S = 0.02
 # How many dist stores this process has made, which tells apart what they say to each other.
@@ -54,6 +56,8 @@ class Group:
         self._links: Any = None
         self._tags: dict[int, int] = {}
         self._error: TensorKVError | None = None
+        self.dead_here: Callable[[], list[int]] = list
+        """Returns the ranks of this host whose process has ended."""
         store = self._join()
         if store is None:
             log.info("tensorkv: no process group and no RANK and WORLD_SIZE: one worker")
@@ -227,7 +231,20 @@ class Group:
         try:
             self.links.allgather([into], [tensor]).wait()
         except RuntimeError as error:
+            dead = self._look_for_dead()
+            if dead:
+                how = f"rank {dead[0]} died or ended early; start the workers again from a checkpoint"
+                raise RankLostError(f"{doing}: {how}") from error
             raise self.news(f"{doing}: a rank died or ended early: {error}") from error
+
+    def _look_for_dead(self) -> list[int]:
+        """Return the ranks of this host that are dead; links end a little before their process does."""
+        for _ in range(_LOOKS):
+            dead = self.dead_here()
+            if dead:
+                return dead
+            time.sleep(_NEWS_S / _LOOKS)
+        return []
 
     def cut_links(self) -> None:
         """Close the connections to other workers."""

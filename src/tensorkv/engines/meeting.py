@@ -80,6 +80,7 @@ class Meeting:
         self.error: TensorKVError | None = None
         if memory is not None:
             memory.mark_alive(self.me)
+            group.dead_here = lambda: [self.ranks[each] for each in self._others if not memory.is_alive(each)]
 
     @staticmethod
     def control_nbytes(size: int) -> int:

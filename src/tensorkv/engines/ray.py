@@ -137,7 +137,8 @@ class RayEngine:
     def _beat(self) -> None:
         """Tell the servers that this worker is alive, and hear who is not."""
         lane, changes = self._make_lane(-1), None
-        while not self._ending.wait(_BEAT_S):
+        # One that is late is not to be taken for lost.
+        while not self._ending.wait(min(_BEAT_S, self._settings.lost_after_s / 4)):
             try:
                 answers = lane.send("beat", [Letter(server, {}) for server in self._all], timeout_s=_BEAT_S)
                 if changes != [answer.head["changes"] for answer in answers]:

@@ -196,7 +196,7 @@ def _workers_table(workers: list[dict[str, Any]]) -> Table:
 
 
 def _table(*names: str) -> Table:
-    drawn = Table(box=box.SIMPLE_HEAD)
+    drawn = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for name in names:
         drawn.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
     return drawn

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import threading
 
 import kills
 import pytest
@@ -357,6 +358,25 @@ def test_a_head_that_could_not_be_read_again_is_not_written(tmp_path, monkeypatc
     journal, found = open_journal(tmp_path)
     journal.close()
     assert len(found) == 1
+
+
+def test_a_snapshot_that_fails_is_not_taken_for_one_that_was_under_way(tmp_path, monkeypatch):
+    journal, _ = open_journal(tmp_path)
+    go_on, sync = threading.Event(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (go_on.wait(20), sync(descriptor)))
+    journal.snapshot_behind([Record({"verb": "end"})])
+    threading.Timer(0.2, go_on.set).start()
+    refused = []
+
+    def refuse(*_):
+        refused.append(journal.counts["snapshots"])
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(journal, "_write_snapshot", refuse)
+    assert not journal.snapshot([Record({"verb": "end"})])
+    # The one before was made meanwhile.
+    assert refused == [1]
+    journal.close()
 
 
 def test_many_openings_are_worth_a_snapshot(tmp_path):

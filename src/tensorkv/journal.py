@@ -226,6 +226,8 @@ class Journal:
         Raises:
             JournalError: it has its name, which the disk may forget; nothing can be appended from now on.
         """
+        # One that is under way is not this one.
+        self.settle()
         made, self._is_named = self.counts["snapshots"], False
         self.snapshot_behind(records)
         self.settle()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from . import arrays
 from .entry import Batch, Entry, Part
-from .errors import ValueMismatchError
+from .errors import ValueMismatchError, quote
 from .rows import Rows
 from .rules import Rule
 
@@ -41,6 +43,24 @@ def check_push(batch: Batch, entries: Sequence[Entry], rule: Rule) -> None:
         if by_rows and not shape:
             raise ValueMismatchError(f"{batch.name(key)}: the value is 0-d and has no rows; push an array")
         rule.check(entry, by_rows=by_rows)
+
+
+def fit(entry: Entry, outs: Sequence[torch.Tensor]) -> bool:
+    """Tell whether outs have the shape of a value."""
+    return all(out.shape == entry.spec.shape for out in outs)
+
+
+def check_outs(entries: Sequence[Entry], outs: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Raise if outs that fitted their values when a pull began do not fit them now.
+
+    Raises:
+        ValueMismatchError: another thread has made the key anew.
+    """
+    for entry, key_outs in zip(entries, outs, strict=True):
+        if not fit(entry, key_outs):
+            raise ValueMismatchError(
+                f"pull({quote(entry.key)}): the key was deleted and initialised anew with another shape; pull again"
+            )
 
 
 def _mismatch(batch: Batch, entry: Entry, index: int, part: Part) -> ValueMismatchError:

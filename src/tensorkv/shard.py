@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import cuda, quick, reduce, rows
-from .checks import check_push
+from .checks import check_outs, check_push, fit
 from .columns import Column
 from .entry import Batch, Entry, KeySpec, Part
 from .errors import (
@@ -23,7 +23,6 @@ from .errors import (
     KeyTypeError,
     OptimizerError,
     UpdaterError,
-    ValueMismatchError,
     quote,
     suggestion,
 )
@@ -370,7 +369,7 @@ class Shard:
         """Update values from the sums of their parts; return whether the outs were filled on the way."""
         if any(isinstance(part, Rows) for key_parts in parts for part in key_parts):
             entries, parts = self._push_rows(entries, parts)
-        fill = len(outs) == len(entries) and all(map(_fit, entries, outs)) and reduce.are_apart(parts, outs)
+        fill = len(outs) == len(entries) and all(map(fit, entries, outs)) and reduce.are_apart(parts, outs)
         fill = fill and self._pool.is_worth([out for key_outs in outs for out in key_outs])
         self._rule.apply(entries, parts, outs if fill else [()] * len(entries), self._pool)
         return fill
@@ -410,11 +409,7 @@ class Shard:
 
     def _pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]]) -> None:
         entries = [self.entry("pull", key) for key in keys]
-        for entry, key_outs in zip(entries, outs, strict=True):
-            if not _fit(entry, key_outs):
-                raise ValueMismatchError(
-                    f"pull({quote(entry.key)}): the key was deleted and initialised anew with another shape; pull again"
-                )
+        check_outs(entries, outs)
         with self._in_order(entries):
             pairs: list[Any] = [(out, e.value) for e, key_outs in zip(entries, outs, strict=True) for out in key_outs]
             if self._pool.is_worth([tensor for pair in pairs for tensor in pair]):
@@ -444,7 +439,3 @@ class Shard:
 def kept() -> AbstractContextManager[Any]:
     """Tensors that a store keeps must be normal ones, also when the caller is in torch.inference_mode()."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-
-
-def _fit(entry: Entry, outs: Sequence[torch.Tensor]) -> bool:
-    return all(out.shape == entry.spec.shape for out in outs)

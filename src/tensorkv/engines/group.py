@@ -28,7 +28,8 @@ log = logging.getLogger("tensorkv")
 
 # How long to wait for the one who has noticed a fault to say what it was.
 _NEWS_S = 1.0
-_LOOKS = 20
+# How much later than its links a process may end.
+_ENDING_S = 0.2
 # How often a worker looks whether rank 0 has answered, or announced another start.
 _LOOK_S = 0.02
 # How many dist stores this process has made, which tells apart what they say to each other.
@@ -207,7 +208,7 @@ class Group:
         except RuntimeError as error:
             text = str(error)
             how = f"did not answer within {self.timeout_s:g} s" if "imed out" in text else "died or ended early"
-            raise self.news(f"{doing}: rank {rank} {how}; start the workers again from a checkpoint") from error
+            raise self.news(lost(doing, rank, how)) from error
 
     def gather(self, tensor: torch.Tensor, doing: str) -> list[torch.Tensor]:
         """Return every rank's tensor, flat; they may differ in length, not in dtype."""
@@ -233,17 +234,17 @@ class Group:
         except RuntimeError as error:
             dead = self._look_for_dead()
             if dead:
-                how = f"rank {dead[0]} died or ended early; start the workers again from a checkpoint"
-                raise RankLostError(f"{doing}: {how}") from error
+                raise RankLostError(lost(doing, dead[0], "died or ended early")) from error
             raise self.news(f"{doing}: a rank died or ended early: {error}") from error
 
     def _look_for_dead(self) -> list[int]:
         """Return the ranks of this host that are dead; links end a little before their process does."""
-        for _ in range(_LOOKS):
+        deadline = time.monotonic() + _ENDING_S
+        while len(self.hosts[self.host]) > 1:
             dead = self.dead_here()
-            if dead:
+            if dead or time.monotonic() > deadline:
                 return dead
-            time.sleep(_NEWS_S / _LOOKS)
+            time.sleep(_LOOK_S)
         return []
 
     def cut_links(self) -> None:
@@ -256,6 +257,11 @@ class Group:
         """Let go of everything; the process group that was there before stays."""
         self._links = None
         self._store = None
+
+
+def lost(doing: str, rank: int, how: str) -> str:
+    """Return what a message says of a rank that was lost in a call."""
+    return f"{doing}: rank {rank} {how}; start the workers again from a checkpoint"
 
 
 def _within(seconds: float, do: Callable[[], Any]) -> Any:

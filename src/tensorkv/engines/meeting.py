@@ -19,7 +19,7 @@ from typing import Any
 from .. import errors
 from ..errors import RankLostError, TensorKVError, WorkerMismatchError
 from ..pool import default_threads
-from .group import Group
+from .group import Group, lost
 from .segment import LINE, Segment
 
 try:
@@ -166,9 +166,7 @@ class Meeting:
         return worker
 
     def _lost(self, worker: int, how: str, doing: str) -> None:
-        raise self.stop(
-            RankLostError(f"{doing}: rank {self.ranks[worker]} {how}; start the workers again from a checkpoint")
-        )
+        raise self.stop(RankLostError(lost(doing, self.ranks[worker], how)))
 
     # ------------------------------------------------------------ faults
 

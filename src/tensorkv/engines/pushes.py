@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from .. import arrays, reduce
+from ..checks import check_outs
 from ..columns import Column
 from ..entry import Batch, Entry, Part
-from ..errors import TensorKVError, ValueMismatchError, quote
+from ..errors import TensorKVError
 from ..keys import Key
 from ..rows import Rows
 from ..shard import Shard
@@ -281,12 +282,7 @@ class Pushes:
         """Copy values out, after this worker's earlier pushes of these keys."""
         with self._calls.lock:
             self._calls.check()
-            for key, group in zip(keys, outs, strict=True):
-                shape = self._shard.entry("pull", key).spec.shape
-                if any(out.shape != shape for out in group):
-                    raise ValueMismatchError(
-                        f"pull({quote(key)}): the key was deleted and initialised anew with another shape; pull again"
-                    )
+            check_outs([self._shard.entry("pull", key) for key in keys], outs)
             self.settle(keys)
             pairs = [(out, self._held[key].value) for key, group in zip(keys, outs, strict=True) for out in group]
             with torch.no_grad():

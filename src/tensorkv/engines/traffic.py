@@ -192,11 +192,13 @@ class Traffic:
         wanted = [own for _, own in listed]
         if held is None:
             route = self._directory.route("pull", named)
-            self._fetch(route, named, wanted, None if route.form is None else route.form.targets(wanted))
-            return
-        route = Route(named, [held[key] for key in named], wide=False)
+        else:
+            route = Route(named, [held[key] for key in named], wide=False)
         targets = None if route.form is None else route.form.targets(wanted)
-        self._collect(route, named, wanted, targets, words or {})
+        if held is None:
+            self._fetch(route, named, wanted, targets)
+        else:
+            self._collect(route, named, wanted, targets, words or {})
 
     def _fetch(self, route: Route, keys: Sequence[Key], outs: Outs, targets: list[Column] | None) -> None:
         """Collect values of now, also of keys that another client has made anew elsewhere, as they were before."""

@@ -122,10 +122,11 @@ class Holding:
         lies = describe(
             (key, "rows", rows.values.dtype, rows.values.shape) for key, rows in zip(keys, found, strict=True)
         )
-        room = Room(places(lies), out)
+        where = places(lies)
+        room = Room(where, out)
         # Not by torch, whose threads would wait for each other beside those of other requests.
         memory = room.payload.numpy()
-        for place, rows in zip(places(lies), found, strict=True):
+        for place, rows in zip(where, found, strict=True):
             memory[place.start : place.stop] = nbytes_of(rows.values)
         return Reply({"layout": lies.decode()}, room.payload)
 
@@ -195,8 +196,7 @@ class Holding:
         """Return every key with its note, version and bytes, and the optimizer."""
         with self.shard.frozen() as (entries, _):
             spec = self.shard.optimizer
-            notes = self._notes.notes
-            keys = [[e.key, notes.get(json.dumps(e.key)), e.version, e.value.nbytes] for e in entries]
+            keys = [[e.key, self._note_of(e.key), e.version, e.value.nbytes] for e in entries]
         return {"keys": keys, "optimizer": None if spec is None else spec.to_json()}
 
     def describe(self) -> Reply:
@@ -204,7 +204,7 @@ class Holding:
         with self.shard.frozen() as (entries, rule):
             body, tensors = manifest.describe("store", entries, rule)
             record = pack({}, [Item(name, "tensor", tensor) for name, tensor in tensors.items()])
-            notes = [[entry.key, self._notes.notes.get(json.dumps(entry.key))] for entry in entries]
+            notes = [[entry.key, self._note_of(entry.key)] for entry in entries]
             words = {"body": body, "layout": record.layout.decode(), "notes": notes}
             return Reply(words, bytes_of(b"".join(record.payload)))
 
@@ -220,8 +220,11 @@ class Holding:
 
     def _is_first(self, key: Key) -> bool:
         """Tell whether the first piece of a key is here, so that servers together count each key once."""
-        note = self._notes.notes.get(json.dumps(key))
+        note = self._note_of(key)
         return note is not None and bool(note["pieces"][0][0] == self._index)
+
+    def _note_of(self, key: Key) -> Any:
+        return self._notes.notes.get(json.dumps(key))
 
     def _forget_layouts(self) -> None:
         self._layouts.clear()

@@ -481,6 +481,31 @@ def test_a_reader_saves_and_loads_by_itself(tmp_path):
         assert first.pull("n").tolist() == [1] * 600
 
 
+@pytest.mark.parametrize("near", [True, False])
+@pytest.mark.parametrize("num_servers", [1, 2])
+@pytest.mark.parametrize("part", ["everything", "states"])
+def test_what_was_loaded_does_not_lie_where_clients_write_their_next_request(part, num_servers, near, tmp_path):
+    keys = [f"k{number}" for number in range(6)]
+    grads = dict.fromkeys(keys, np.ones(100_000, F32))
+    with Cluster(num_servers, near=near) as cluster, tensorkv.create("local") as local:
+        kv = cluster.store()
+        for store in (kv, local):
+            store.init({key: np.full(100_000, number, F32) for number, key in enumerate(keys)})
+            store.set_optimizer("sgd", lr=0.1, momentum=0.9)
+            store.push(grads)
+        if part == "everything":
+            kv.save(tmp_path)
+            kv.load(tmp_path)
+        else:
+            kv.save_optimizer_states(tmp_path)
+            kv.load_optimizer_states(tmp_path)
+        for number, key in enumerate(keys):
+            for store in (kv, local):
+                store.push(key, np.full(100_000, number + 0.5, F32))
+            for got, right in zip(kv.pull(keys), local.pull(keys), strict=True):
+                assert np.array_equal(got, right)
+
+
 def test_a_load_that_fails_leaves_keys_where_they_were_and_one_that_succeeds_forgets_them(tmp_path, monkeypatch):
     with Cluster(2) as cluster:
         (kv,) = cluster.stores(1)

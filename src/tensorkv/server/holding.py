@@ -155,10 +155,6 @@ class Holding:
     def init(self, contents: Contents) -> None:
         """Hold new keys, whose notes have been taken."""
         self.shard.check_new([entry.key for entry in contents.entries])
-        for entry in contents.entries:
-            # The payload belongs to the request; values are the shard's own.
-            if isinstance(entry.value, torch.Tensor):
-                entry.value = entry.value.clone()
         self.shard.add(contents.entries)
         self._forget_layouts()
 
@@ -257,13 +253,19 @@ class _Notes:
 
 
 def contents_of(request: Request) -> Contents:
-    """Check and return the entries that a request brings, in memory of the request.
+    """Check and return the entries that a request brings.
 
     Raises:
         CheckpointError, JournalError: not what a client writes.
     """
     tensors = {str(item.key): item.tensor for item in unpack(request.layout, request.payload)}
-    return manifest.restore(request.head["body"], tensors)
+    contents = manifest.restore(request.head["body"], tensors)
+    for entry in contents.entries:
+        # The client writes its next request where this one's payload is. Tables have copied their rows.
+        if isinstance(entry.value, torch.Tensor):
+            entry.value = entry.value.clone()
+        entry.state = {name: tensor.clone() for name, tensor in entry.state.items()}
+    return contents
 
 
 def _layout(described: Iterable[tuple[Key, torch.dtype, Sequence[int]]]) -> tuple[bytes, int]:

@@ -577,11 +577,11 @@ def no_sharing():
     right, asked = meeting.Segment, []
 
     class Closed(right):
-        def __init__(self, nbytes, path=None, *, private=False):
-            if path is not None:
-                asked.append(path)
+        def __init__(self, nbytes, name=None, *, private=False):
+            if name is not None:
+                asked.append(name)
                 raise PermissionError("planted")
-            super().__init__(nbytes, path, private=private)
+            super().__init__(nbytes, name, private=private)
 
     if RANK == SIZE - 1:
         meeting.Segment = Closed

@@ -1,4 +1,4 @@
-"""Hosts for tests: network namespaces joined by a wire, made without any tool but ``unshare`` and ``ip``."""
+"""Hosts for tests: network namespaces joined by a wire, and PID namespaces, made with ``ip`` and ``unshare`` alone."""
 
 import itertools
 import os
@@ -43,3 +43,25 @@ def cut(host):
     """Take down a host's end of the wire."""
     start, _, end = host
     _ip("-n", start[-1], "link", "set", end, "down")
+
+
+@contextmanager
+def pid_namespaces(count):
+    """Make PID namespaces on one network and give, for each, what ``two_hosts`` gives of a host."""
+    leaders = []
+    try:
+        for _ in range(count):
+            words = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", "echo ready; sleep 600"]
+            leaders.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
+            assert leaders[-1].stdout.readline() == "ready\n"
+        hosts = []
+        for leader in leaders:
+            with open(f"/proc/{leader.pid}/task/{leader.pid}/children") as children:
+                inside = children.read().strip()
+            hosts.append((["nsenter", "--target", inside, "--pid", "--mount"], "127.0.0.1", None))
+        yield hosts
+    finally:
+        for leader in leaders:
+            leader.kill()
+            leader.wait()
+            leader.stdout.close()

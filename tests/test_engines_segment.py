@@ -58,7 +58,7 @@ def test_what_was_written_before_a_store_is_seen_after_the_wait(spin_s):
     assert can_share()
     mine = Segment(4096)
     stop, turns = word(mine, 9), 20_000
-    with start(ANSWER, mine.path, turns, spin_s) as other:
+    with start(ANSWER, mine.name, turns, spin_s) as other:
         for turn in range(1, turns + 1):
             struct.pack_into("Q", mine.memory, 2048, turn)
             _shared.store(word(mine, 0), turn)
@@ -84,7 +84,7 @@ def test_a_wait_ends_with_time_and_with_the_stop_word():
 def test_who_lives_is_seen_by_others_and_not_inherited():
     mine = Segment(4096)
     mine.mark_alive(0)
-    with start(LIVE, mine.path) as other:
+    with start(LIVE, mine.name) as other:
         assert other.stdout.readline() == "ready\n"
         assert mine.is_alive(1)
         assert not mine.is_alive(2)
@@ -109,7 +109,7 @@ def test_memory_that_cannot_be_had_leaves_no_file_open(step, monkeypatch):
         if step == "from_file":
             patch.setattr(torch.UntypedStorage, step, Mock(side_effect=RuntimeError("Too many open files")))
             with pytest.raises(OSError, match="Too many open files"):
-                Segment(4096, kept.path)
+                Segment(4096, kept.name)
         else:
             patch.setattr(os, step, Mock(side_effect=OSError("No space left on device")))
         with pytest.raises(OSError, match=r"Too many|No space"):
@@ -118,10 +118,29 @@ def test_memory_that_cannot_be_had_leaves_no_file_open(step, monkeypatch):
     kept.close_file()
 
 
+def test_a_name_means_one_segment_alone():
+    """The same process ID, descriptor and size may be another segment's; nothing of it is read or written."""
+    first = Segment(4096)
+    number = first.descriptor
+    first.close_file()
+    second = Segment(4096)
+    assert (second.descriptor, second.nbytes) == (number, first.nbytes)
+    assert second.name.partition("#")[0] == first.name.partition("#")[0]
+    opened = Segment(4096, second.name)
+    with pytest.raises(OSError, match="not the segment"):
+        Segment(4096, first.name)
+    path = second.name.partition("#")[0]
+    for name in (path, f"{path}#", f"/dev/null#{second.name.partition('#')[2]}"):
+        with pytest.raises(OSError, match="not the segment"):
+            Segment(4096, name)
+    second.close_file()
+    opened.close_file()
+
+
 def test_another_size_is_not_the_segment_that_was_shared():
     segment = Segment(4096)
     with pytest.raises(OSError, match="not the segment"):
-        Segment(8192, segment.path)
+        Segment(8192, segment.name)
     segment.close_file()
 
 

@@ -25,7 +25,7 @@ class Team:
         command: what each runs; a program of ``dist_programs`` if it is a name.
         args: more arguments.
         env: more variables; ``{rank}`` in them is the worker's.
-        hosts: for each worker, a host of ``hosts.two_hosts``.
+        hosts: for each worker, a host of ``hosts.two_hosts`` or ``hosts.pid_namespaces``.
     """
 
     def __init__(self, count, command, *args, env=None, hosts=None):
@@ -48,7 +48,7 @@ class Team:
             start = []
             if hosts is not None:
                 start, _, interface = hosts[rank]
-                variables |= {"MASTER_ADDR": hosts[0][1], "GLOO_SOCKET_IFNAME": interface}
+                variables |= {"MASTER_ADDR": hosts[0][1], **({"GLOO_SOCKET_IFNAME": interface} if interface else {})}
             self.processes.append(
                 subprocess.Popen(
                     [*start, *command, *map(str, args)],

@@ -1,6 +1,6 @@
 """Bell: how a client asks a server of its host without Ray, through the mailbox that both have mapped.
 
-A mailbox begins with a nonce, three words (see ``_shared.c``) and a sheet that says where things lie. The client
+A mailbox begins with three words (see ``_shared.c``) and a sheet that says where things lie. The client
 writes a request, stores the first word and waits for the second; a thread of the server waits for the first, answers
 and stores the second. Ray is asked before the first ring and whenever nobody answers a ring, so that it alone decides
 which server is there.
@@ -24,8 +24,7 @@ try:
 except ImportError:
     _shared = None  # type: ignore[assignment]
 
-NONCE_NBYTES = 16
-_ASKED, _ANSWERED, _ENDED, _SHEET, _ANSWER = (line * LINE for line in range(1, 6))
+_ASKED, _ANSWERED, _ENDED, _SHEET, _ANSWER = (line * LINE for line in range(5))
 # Where the answer begins, how long it is. What is longer is asked for again, through Ray.
 _ANSWER_NBYTES = 4096
 HEAD_NBYTES = _ANSWER + _ANSWER_NBYTES

@@ -73,7 +73,7 @@ class Copies:
         marks[0] = self._mark
         write(segment.tensor(LINE, (nbytes,), torch.uint8))
         marks[1] = self._mark
-        shelf.place, shelf.signature = [segment.path, segment.nbytes, self._mark, nbytes], signature
+        shelf.place, shelf.signature = [segment.name, segment.nbytes, self._mark, nbytes], signature
         return shelf.place
 
     def forget(self, layout: bytes) -> None:
@@ -84,7 +84,7 @@ class Copies:
 
 
 class CopyReader:
-    """A client's side: the copies that it has open, by path."""
+    """A client's side: the copies that it has open, by the names of their segments."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[str, Segment] = OrderedDict()
@@ -95,13 +95,12 @@ class CopyReader:
         Raises:
             OSError: it is gone.
         """
-        path, nbytes, _, own_nbytes = place
-        segment = self._open.get(path)
-        if segment is None or segment.nbytes != nbytes:
-            # The same path may name other memory than it did.
-            segment = Segment(nbytes, path)
+        name, nbytes, _, own_nbytes = place
+        segment = self._open.get(name)
+        if segment is None:
+            segment = Segment(nbytes, name)
             segment.close_file()
-            self._open[path] = segment
+            self._open[name] = segment
             while len(self._open) > _LISTS * _VERSIONS:
                 self._open.popitem(last=False)
         return segment.tensor(LINE, (own_nbytes,), torch.uint8)

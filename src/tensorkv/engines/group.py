@@ -89,7 +89,7 @@ class Group:
 
     def _find_hosts(self, shared_memory: bool, options: dict[str, Any]) -> list[list[int]]:
         """Return runs of neighbouring ranks that can share memory; every worker comes to the same result."""
-        mine = [machine(), shared_memory and can_share(), options]
+        mine = [network(), machine() if shared_memory and can_share() else None, options]
         self._store.set(f"host/{self.rank}", json.dumps(mine))
         told = [json.loads(self._get(f"host/{rank}", rank)) for rank in range(self.size)]
         for rank, (_, _, theirs) in enumerate(told):
@@ -97,11 +97,11 @@ class Group:
                 raise WorkerMismatchError(
                     f"create: the options of rank 0 are {told[0][2]}, those of rank {rank} {theirs}"
                 )
-        found = [each[:2] for each in told]
-        self.on_one_machine = all(name == found[0][0] for name, _ in found)
+        self.on_one_network = all(each[0] == told[0][0] for each in told)
+        names = [each[1] for each in told]
         hosts: list[list[int]] = []
-        for rank, (name, shares) in enumerate(found):
-            if hosts and shares and found[rank - 1] == [name, True]:
+        for rank, name in enumerate(names):
+            if hosts and name is not None and names[rank - 1] == name:
                 hosts[-1].append(rank)
             else:
                 hosts.append([rank])
@@ -177,7 +177,7 @@ class Group:
         name = os.environ.get("GLOO_SOCKET_IFNAME")
         if name:
             device = dist.ProcessGroupGloo.create_device(interface=name.partition(",")[0])
-        elif self.on_one_machine:
+        elif self.on_one_network:
             device = dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")
         else:
             device = dist.ProcessGroupGloo.create_default_device()
@@ -305,14 +305,20 @@ def _meet(timeout: timedelta) -> tuple[Any, int, int]:
     return store, rank, size
 
 
-def machine() -> str:
-    """Name what processes must have in common to share memory: kernel, network and host name."""
+def network() -> str:
+    """Name what processes must have in common to reach each other on loopback: kernel, network and host name."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    network = Path("/proc/self/ns/net")
-    parts = [socket.gethostname()]
-    parts += [boot.read_text().strip()] if boot.exists() else []
-    parts += [os.readlink(network)] if network.exists() else []
-    return " ".join(parts)
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''} {_namespace('net')}"
+
+
+def machine() -> str:
+    """Name what processes must have in common to share memory: also what their process IDs mean."""
+    return f"{network()} {_namespace('pid')}"
+
+
+def _namespace(kind: str) -> str:
+    path = f"/proc/self/ns/{kind}"
+    return os.readlink(path) if os.path.lexists(path) else ""
 
 
 def agree_on_start(store: Any, rank: int, size: int, timeout_s: float) -> str:

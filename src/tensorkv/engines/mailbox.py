@@ -6,7 +6,6 @@ and gives it up for a new one when it does not know whether the server is done w
 
 from __future__ import annotations
 
-import secrets
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .bell import HEAD_NBYTES, NONCE_NBYTES, Answer, Attendant, Bell, Sheet, layout, was_attended
+from .bell import HEAD_NBYTES, Answer, Attendant, Bell, Sheet, layout, was_attended
 from .segment import Segment, aligned, can_share
 
 # Memory that is touched for the first time costs twenty times a copy: grow seldom.
@@ -39,8 +38,6 @@ class Mailbox:
         if self._segment is None or self._segment.nbytes < needed:
             self.give_up()
             self._segment = Segment(aligned(int(needed * _GROWTH)) if needed < 1 << 28 else needed)
-            self._nonce = secrets.token_bytes(NONCE_NBYTES)
-            self._segment.memory[:NONCE_NBYTES] = self._nonce
             self._bell = Bell(self._segment)
         return self.payload
 
@@ -70,7 +67,7 @@ class Mailbox:
         """Return what a server needs to know, as plain data."""
         if self._segment is None:
             return None
-        return [self._segment.path, self._segment.nbytes, self._nonce.hex(), *self._sheet[2:]]
+        return [self._segment.name, self._segment.nbytes, *self._sheet[2:]]
 
     @property
     def payload(self) -> torch.Tensor:
@@ -105,7 +102,7 @@ class OpenMailboxes:
     def __init__(self, answer: Answer | None = None) -> None:
         self._answer = answer if can_share() else None
         self._lock = threading.Lock()
-        self._open: dict[str, tuple[str, Segment]] = {}
+        self._open: dict[str, Segment] = {}
 
     def find(self, client: str, described: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return payload and room for a reply.
@@ -117,42 +114,40 @@ class OpenMailboxes:
         Raises:
             OSError: it cannot be opened here, or is not the one that was meant.
         """
-        path, nbytes, nonce, at, payload_nbytes, reply_at, reply_nbytes = described
-        known, segment = self._open.get(client, ("", None))
-        if segment is None or known != nonce:
-            segment = self._enter(client, Segment(nbytes, path), nonce)
+        name, nbytes, at, payload_nbytes, reply_at, reply_nbytes = described
+        segment = self._open.get(client)
+        if segment is None or segment.name != name:
+            segment = self._enter(client, Segment(nbytes, name))
         sizes = (at, payload_nbytes, reply_at, reply_nbytes)
         if min(sizes) < 0 or max(at + payload_nbytes, reply_at + reply_nbytes) > segment.nbytes:
-            raise OSError(f"{path}: a payload or a reply outside of the mailbox")
+            raise OSError(f"{name}: a payload or a reply outside of the mailbox")
         return (
             segment.tensor(at, (payload_nbytes,), torch.uint8),
             segment.tensor(reply_at, (reply_nbytes,), torch.uint8),
         )
 
-    def _enter(self, client: str, segment: Segment, nonce: str) -> Segment:
-        if bytes(segment.memory[:NONCE_NBYTES]).hex() != nonce:
-            segment.close_file()
-            raise OSError(f"{segment.path} is not the mailbox that was meant")
+    def _enter(self, client: str, segment: Segment) -> Segment:
         with self._lock:
-            self._open[client] = (nonce, segment)
+            self._open[client] = segment
         if self._answer is None or segment.nbytes < HEAD_NBYTES or was_attended(segment):
             # The client's next ring is not answered, and it goes on with new memory.
             segment.close_file()
             return segment
         try:
-            Attendant(segment, self._answer, partial(self._has, client, nonce), partial(self._forget, client, nonce))
+            Attendant(
+                segment, self._answer, partial(self._has, client, segment), partial(self._forget, client, segment)
+            )
         except (OSError, RuntimeError):
             # The client asks through Ray.
             segment.close_file()
         return segment
 
-    def _has(self, client: str, nonce: str) -> bool:
-        found = self._open.get(client)
-        return found is not None and found[0] == nonce
+    def _has(self, client: str, segment: Segment) -> bool:
+        return self._open.get(client) is segment
 
-    def _forget(self, client: str, nonce: str) -> None:
+    def _forget(self, client: str, segment: Segment) -> None:
         with self._lock:
-            if self._has(client, nonce):
+            if self._has(client, segment):
                 del self._open[client]
 
     def close_all_but(self, owners: Sequence[str]) -> None:

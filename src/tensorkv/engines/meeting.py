@@ -79,7 +79,6 @@ class Meeting:
         self._agreed: dict[int, list[int]] = {}
         self.error: TensorKVError | None = None
         if memory is not None:
-            memory.mark_alive(self.me)
             group.dead_here = lambda: [self.ranks[each] for each in self._others if not memory.is_alive(each)]
 
     @staticmethod
@@ -312,9 +311,9 @@ class Meeting:
         return segment
 
     def _pass_on(self, segment: Segment | None, nbytes: int, doing: str) -> Segment | None:
-        path = self.tell("" if segment is None else segment.path, doing)
+        name = self.tell("" if segment is None else segment.name, doing)
         if self.me != 0:
-            segment = Segment(nbytes, path) if path else None
+            segment = Segment(nbytes, name) if name else None
         # All have opened it now.
         self.barrier(doing)
         if segment is not None:
@@ -392,7 +391,7 @@ def _open_control(group: Group, ranks: Sequence[int]) -> Segment | None:
     try:
         if group.rank == ranks[0]:
             segment = Segment(nbytes)
-            group.tell(name, segment.path)
+            group.tell(name, segment.name)
         else:
             segment = Segment(nbytes, group.ask(name, ranks[0]))
     except OSError:
@@ -400,6 +399,8 @@ def _open_control(group: Group, ranks: Sequence[int]) -> Segment | None:
             group.tell(name, "")
         return None
     segment.set_words(1 + len(ranks) * _WORDS)
+    # Before the others can count on it: they look for this worker's lock once all have said that they are here.
+    segment.mark_alive(ranks.index(group.rank))
     return segment
 
 

@@ -3,12 +3,18 @@
 The kernel frees a segment when the last process that has mapped it is gone, however it went. Others open it
 through /proc while its maker holds it open, which takes one user and one PID namespace. The size of /dev/shm
 does not matter.
+
+A process ID and a descriptor identify nothing: another process may have the same ones, in another PID namespace or
+later. So a segment ends with a random token, which is part of the name that its maker passes on, and nothing is
+mapped, read or written before the token has been found.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import secrets
+import stat
 import struct
 from collections.abc import Sequence
 
@@ -20,6 +26,7 @@ except ImportError:
     _shared = None  # type: ignore[assignment]
 
 LINE = 64
+_TOKEN_NBYTES = 16
 
 # struct flock of Linux on 64-bit processors: type, whence, start, length, pid.
 _FLOCK = "hhqqi4x"
@@ -35,42 +42,45 @@ class Segment:
 
     Args:
         nbytes: to make a new one.
-        path: to open another process's, whose ``nbytes`` are the same.
+        name: to open another process's, whose ``nbytes`` are the same.
         private: make memory of this process alone.
 
     Raises:
         OSError: no memory, or the other process's cannot be opened.
     """
 
-    def __init__(self, nbytes: int, path: str | None = None, *, private: bool = False) -> None:
+    def __init__(self, nbytes: int, name: str | None = None, *, private: bool = False) -> None:
         self.nbytes = max(nbytes, LINE)
         self.words: range = range(0)
+        is_new = name is None
         if private:
             self.descriptor = -1
             self._bytes = torch.zeros(self.nbytes, dtype=torch.uint8)
             self.address = self._bytes.data_ptr()
             return
-        if path is None:
+        if name is None:
             if self.nbytes > _available_nbytes():
                 # The kernel would begin to give what it does not have, and kill somebody for it.
                 raise OSError(errno.ENOMEM, f"no {self.nbytes:,} bytes of memory")
             self.descriptor = os.memfd_create("tensorkv", os.MFD_CLOEXEC)
         else:
-            self.descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            self.descriptor = _open(name, self.nbytes)
         try:
-            if path is None:
+            if name is None:
+                token = secrets.token_bytes(_TOKEN_NBYTES)
                 # What is missing must be missed now, not as a bus error when it is touched.
-                os.posix_fallocate(self.descriptor, 0, self.nbytes)
-            elif os.fstat(self.descriptor).st_size != self.nbytes:
-                raise OSError(f"{path} is not the segment that was shared")
+                os.posix_fallocate(self.descriptor, 0, self.nbytes + _TOKEN_NBYTES)
+                os.pwrite(self.descriptor, token, self.nbytes)
+                # Not os.getpid(): /proc may be that of another PID namespace.
+                name = f"/proc/{os.readlink('/proc/self')}/fd/{self.descriptor}#{token.hex()}"
             self._bytes = _map(self.descriptor, self.nbytes)
         except BaseException:
-            if path is None:
+            if is_new:
                 # torch keeps a descriptor of its own when it cannot map the file.
                 os.ftruncate(self.descriptor, 0)
             self.close_file()
             raise
-        self.path = f"/proc/{os.getpid()}/fd/{self.descriptor}"
+        self.name = name
         self.memory = memoryview(self._bytes.numpy().data)
         self.address = self._bytes.data_ptr()
 
@@ -104,6 +114,24 @@ class Segment:
         asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, rank, 1, 0)
         kind: int = struct.unpack(_FLOCK, fcntl.fcntl(self.descriptor, fcntl.F_GETLK, asked))[0]
         return kind != fcntl.F_UNLCK
+
+
+def _open(name: str, nbytes: int) -> int:
+    """Return a descriptor of another process's segment.
+
+    Raises:
+        OSError: it cannot be opened, or it is not the segment that its maker has named.
+    """
+    path, _, token = name.partition("#")
+    # Opening a terminal or a device that happens to be there would have effects.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is not the segment that was shared")
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    # A byte more than there should be, to see where the file ends.
+    if os.pread(descriptor, _TOKEN_NBYTES + 1, nbytes).hex() != token:
+        os.close(descriptor)
+        raise OSError(f"{path} is not the segment that was shared")
+    return descriptor
 
 
 def _map(descriptor: int, nbytes: int) -> torch.Tensor:

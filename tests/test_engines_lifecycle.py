@@ -1,0 +1,45 @@
+"""Workers in step from ``create`` to the end of their processes: neighbours, late starts, forks, exits."""
+
+import re
+import shutil
+import sys
+from contextlib import ExitStack
+
+import pytest
+from hosts import CAN_MAKE, pid_namespaces
+from workers import HERE, Team, run
+
+pytestmark = pytest.mark.timeout(120)
+
+PROGRAMS = [sys.executable, str(HERE / "life_programs.py")]
+
+
+# ---------------------------------------------------------------- create
+
+
+@pytest.mark.skipif(not CAN_MAKE or shutil.which("nsenter") is None, reason="PID namespaces take root and nsenter")
+@pytest.mark.parametrize("sees_namespaces", [True, False])
+def test_jobs_that_sit_crosswise_in_pid_namespaces_do_not_meet(sees_namespaces):
+    """Two jobs on one network and one host name, where a process ID names a worker of the other job."""
+    with pid_namespaces(2) as (here, there), ExitStack() as stack:
+        teams = []
+        for job, (first, second) in enumerate([(here, there), (there, here)], start=1):
+            # The next process of the namespace gets this number, and has it before another one comes.
+            chosen = ["sh", "-c", 'echo 4999 > /proc/sys/kernel/ns_last_pid; "$@"; exit $?', "-"]
+            hosts = [([*first[0], *chosen], *first[1:]), second]
+            teams.append(stack.enter_context(Team(2, PROGRAMS, "crosswise", job, sees_namespaces, hosts=hosts)))
+        assert [team.wait(60) for team in teams] == [[0, 0], [0, 0]], [
+            team.text(rank) for team in teams for rank in range(2)
+        ]
+        texts = [[team.text(rank) for rank in range(2)] for team in teams]
+    # The fault fired: where rank 1 looks for its rank 0, it finds the other job's.
+    assert len({re.search(r"pid (\d+)", text)[1] for text, _ in texts}) == 1
+    for job in texts:
+        assert all("sums of its own" in text for text in job)
+        assert ("they meet through Gloo" in job[0]) != sees_namespaces
+
+
+def test_a_worker_that_is_late_in_create_is_not_lost():
+    texts = run(2, PROGRAMS, "late")
+    assert all("met" in text for text in texts)
+    assert int(re.search(r"late at (\d+) steps", texts[1])[1]) > 20

@@ -248,7 +248,7 @@ def old_log_goes_first():
     def finish(self, temporary, descriptor, lsn):
         for first, _, name in self._files()[1]:
             if first <= lsn:
-                (self._folder / name).unlink()
+                self._folder.remove(name)
         real(self, temporary, descriptor, lsn)
 
     journal.Journal._finish = finish

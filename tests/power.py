@@ -70,7 +70,9 @@ class Disk:
 
         return watched
 
-    def _name(self, path):
+    def _name(self, path, directory=None):
+        if directory is not None:
+            return path if self._descriptors.get(directory) == "folder" and path != "." else None
         path = Path(os.fsdecode(path))
         return path.name if path.parent == self.folder else None
 
@@ -80,7 +82,7 @@ class Disk:
 
     def _open(self, path, flags, *rest, **options):
         descriptor = self._real["open"](path, flags, *rest, **options)
-        name = self._name(path)
+        name = self._name(path, options.get("dir_fd"))
         self._descriptors[descriptor] = "folder" if Path(os.fsdecode(path)) == self.folder else None
         if name is not None and flags & (os.O_WRONLY | os.O_RDWR):
             if name not in self._names:
@@ -121,15 +123,16 @@ class Disk:
     def _fdatasync(self, descriptor):
         self._fsync(descriptor)
 
-    def _replace(self, source, target):
-        self._real["replace"](source, target)
-        before, after = self._name(source), self._name(target)
+    def _replace(self, source, target, *, src_dir_fd=None, dst_dir_fd=None):
+        self._real["replace"](source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+        before, after = self._name(source, src_dir_fd), self._name(target, dst_dir_fd)
         self._change_names({after: self._names[before], before: None})
 
     def _unlink(self, path, *rest, **options):
         self._real["unlink"](path, *rest, **options)
-        if self._name(path) is not None:
-            self._change_names({self._name(path): None})
+        name = self._name(path, options.get("dir_fd"))
+        if name is not None:
+            self._change_names({name: None})
 
 
 def _with(names, changed):

@@ -2,8 +2,9 @@
 
 import os
 
-from tensorkv import finite, journal, record_file, shard
+from tensorkv import finite, journal, shard
 from tensorkv.durable import DurableShard
+from tensorkv.folder import Folder
 from tensorkv.journal import Journal
 
 # Name of the seam: where the step is found, its name there, and when it goes wrong.
@@ -22,7 +23,7 @@ SEAMS = {
     "sync of the snapshot": (os, "fsync", "before"),
     "rename, not done": (os, "replace", "before"),
     "rename, done": (os, "replace", "after"),
-    "sync of the folder": (record_file, "sync", "before"),
+    "sync of the folder": (Folder, "sync", "before"),
     "new log": (Journal, "_start_log", "before"),
     "new log, begun": (Journal, "_start_log", "after"),
     "removal": (os, "unlink", "before"),

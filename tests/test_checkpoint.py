@@ -270,12 +270,12 @@ def test_forms_of_a_path(tmp_path, monkeypatch, form):
 
 
 def test_a_path_that_no_system_has(tmp_path):
+    path = tmp_path / ("x" * 300)
     with small(1) as kv:
-        for path in (f"{tmp_path}/nul\0", f"{tmp_path}/{'x' * 300}"):
-            with refused(kv, "cannot write"):
-                kv.save(path)
-            with refused(kv, "cannot read"):
-                kv.load(path)
+        with refused(kv, "cannot write"):
+            kv.save(path)
+        with refused(kv, "cannot read"):
+            kv.load(path)
 
 
 def test_several_data_files(tmp_path, monkeypatch):

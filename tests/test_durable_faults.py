@@ -10,8 +10,9 @@ import kills
 import pytest
 from seams import SEAMS, Seam
 
-from tensorkv import JournalError, durable, log_file
+from tensorkv import JournalError, durable
 from tensorkv.durable import DurableShard
+from tensorkv.log_file import LogFile
 
 SEED = int(os.environ.get("TENSORKV_TEST_SEED", "20"))
 PUSHES = 7
@@ -126,7 +127,7 @@ def never_undo(monkeypatch):
 
 
 def leave_a_log_that_was_not_begun(monkeypatch):
-    monkeypatch.setattr(log_file, "_gone", lambda file: True)
+    monkeypatch.setattr(LogFile, "_is_gone", lambda self, name: True)
     return "sync of the folder", fail_io
 
 

@@ -9,8 +9,9 @@ import kills
 import pytest
 from power import AtLast, AtOnce, Disk
 
-from tensorkv import JournalError, durable, journal, record_file
+from tensorkv import JournalError, durable, journal
 from tensorkv.durable import DurableShard
+from tensorkv.folder import Folder
 from tensorkv.journal import Journal
 from tensorkv.log_file import LogFile
 
@@ -86,13 +87,13 @@ def test_acknowledged_pushes_survive_a_loss_of_power(thread, monkeypatch):
 
 def finish_without_sync(self, temporary, descriptor, lsn):
     os.close(descriptor)
-    os.replace(temporary, temporary.with_suffix(".tkv"))
+    self._folder.replace(temporary, temporary.replace(".tmp", ".tkv"))
     self._sync_folder()
     self._remove_old(lsn)
 
 
 PLANTS = {
-    "folders": (record_file, "sync", lambda folder: None),
+    "folders": (Folder, "sync", lambda self: None),
     "the log": (LogFile, "_sync", lambda self: None),
     "snapshots": (Journal, "_finish", finish_without_sync),
 }

@@ -7,13 +7,14 @@ import sys
 import pytest
 
 from tensorkv import JournalError
+from tensorkv.folder import Folder
 from tensorkv.folder_lock import FolderLock
 
 HOLD = """
 import os, sys, time
-from pathlib import Path
+from tensorkv.folder import Folder
 from tensorkv.folder_lock import FolderLock
-lock = FolderLock(Path(sys.argv[1]), 5)
+lock = FolderLock(Folder(sys.argv[1]), 5)
 if len(sys.argv) > 2 and not os.fork():
     time.sleep(20)
     os._exit(0)
@@ -29,11 +30,11 @@ def hold(folder, *how):
 
 
 def test_two_in_one_process(tmp_path):
-    first = FolderLock(tmp_path, 0)
+    first = FolderLock(Folder(tmp_path), 0)
     with pytest.raises(JournalError, match=rf"has this folder open \(process {os.getpid()}\)"):
-        FolderLock(tmp_path, 0)
+        FolderLock(Folder(tmp_path), 0)
     first.close()
-    second = FolderLock(tmp_path, 0)
+    second = FolderLock(Folder(tmp_path), 0)
     assert second.epoch == first.epoch + 1
     second.close()
 
@@ -41,9 +42,9 @@ def test_two_in_one_process(tmp_path):
 def test_a_process_that_is_killed_lets_go(tmp_path):
     program = hold(tmp_path)
     with pytest.raises(JournalError, match=rf"process {program.pid}\)"):
-        FolderLock(tmp_path, 0)
+        FolderLock(Folder(tmp_path), 0)
     program.kill()
-    lock = FolderLock(tmp_path, 10)
+    lock = FolderLock(Folder(tmp_path), 10)
     assert lock.epoch == 2
     lock.close()
     program.communicate()
@@ -55,7 +56,7 @@ def test_a_forked_child_does_not_keep_its_parents_lock(tmp_path):
         program.kill()
         program.wait()
         # The child lives, and would be seen in the end of the pipe.
-        FolderLock(tmp_path, 10).close()
+        FolderLock(Folder(tmp_path), 10).close()
         os.set_blocking(program.stdout.fileno(), False)
         assert os.getpgid(0)
     finally:
@@ -84,12 +85,12 @@ def children_of(pid, folder):
 def test_a_file_that_is_no_lock_is_left_alone(content, tmp_path):
     (tmp_path / "lock").write_bytes(content)
     with pytest.raises(JournalError, match="not a lock of a store"):
-        FolderLock(tmp_path, 0)
+        FolderLock(Folder(tmp_path), 0)
     assert (tmp_path / "lock").read_bytes() == content
 
 
 def test_a_later_holder_is_noticed(tmp_path):
-    lock = FolderLock(tmp_path, 0)
+    lock = FolderLock(Folder(tmp_path), 0)
     lock.check()
     with open(tmp_path / "lock", "r+b") as file:
         file.write(b"%016x" % 7)

@@ -14,6 +14,7 @@ from tensorkv import ArgumentError, JournalError, record_file
 from tensorkv.arrays import NUMPY
 from tensorkv.durable import DurableShard
 from tensorkv.entry import Batch, KeySpec
+from tensorkv.folder import Folder
 from tensorkv.journal import Journal
 from tensorkv.record import Item, Record, pack
 
@@ -54,7 +55,7 @@ def write_log(path, records):
 
 
 def lsns(log):
-    with record_file.Reader(log) as reader:
+    with record_file.Reader(Folder(log.parent), log.name) as reader:
         found = [lsn for lsn, _ in reader.records()]
         return found, reader.is_torn
 
@@ -70,7 +71,7 @@ def test_what_was_appended_is_read(tmp_path):
 def test_a_log_that_is_cut_anywhere_ends_with_its_last_whole_record(tmp_path):
     log = write_log(tmp_path, numbers(17, 1000))
     ends = [0]
-    with record_file.Reader(log) as reader:
+    with record_file.Reader(Folder(log.parent), log.name) as reader:
         for _ in reader.records():
             ends.append(ends[-1] + reader.record_nbytes)
     assert ends[-1] == log.stat().st_size > 1 << 16
@@ -299,7 +300,7 @@ def test_what_an_old_holder_writes_later_is_not_read(tmp_path):
 def test_a_log_is_read_up_to_where_its_writer_is(tmp_path):
     writer, _ = open_journal(tmp_path)
     records = numbers(300)
-    reader = record_file.Reader(next(tmp_path.glob("log-*")))
+    reader = record_file.Reader(Folder(tmp_path), next(tmp_path.glob("log-*")).name)
     seen = []
     with reader:
         for record in records[:100]:

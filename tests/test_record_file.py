@@ -5,6 +5,7 @@ import os
 import pytest
 
 from tensorkv import JournalError, record_file
+from tensorkv.folder import Folder
 
 
 @pytest.fixture
@@ -41,19 +42,22 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "link").symlink_to(tmp_path / "file")
     os.mkfifo(tmp_path / "pipe")
-    with record_file.Reader(tmp_path / "file") as reader:
+    with record_file.Reader(Folder(tmp_path), "file") as reader:
         assert list(reader.records()) == []
     for name in ("link", "nothing"):
         with pytest.raises(JournalError, match="cannot be read"):
-            record_file.Reader(tmp_path / name)
+            record_file.Reader(Folder(tmp_path), name)
     for name in ("pipe", "."):
-        with record_file.Reader(tmp_path / name) as reader, pytest.raises(JournalError, match="not a regular file"):
+        with (
+            record_file.Reader(Folder(tmp_path), name) as reader,
+            pytest.raises(JournalError, match="not a regular file"),
+        ):
             next(reader.records())
 
 
 def test_a_file_that_becomes_shorter_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(bytes(range(100)))
-    with record_file.Reader(tmp_path / "file") as reader:
+    with record_file.Reader(Folder(tmp_path), "file") as reader:
         monkeypatch.setattr(os, "preadv", lambda *arguments: 0)
         with pytest.raises(JournalError, match="became shorter"):
             next(reader.records())

@@ -9,6 +9,7 @@ import pytest
 
 import tensorkv
 from tensorkv import journal
+from tensorkv.folder import Folder
 from tensorkv.log_file import LogFile
 from tensorkv.record_file import Reader
 from tensorkv.spares import Spares
@@ -19,44 +20,44 @@ def names(folder):
 
 
 def test_a_spare_log_is_all_zeros(tmp_path):
-    spares = Spares(tmp_path, 7)
+    spares = Spares(Folder(tmp_path), 7)
     (tmp_path / "old").write_bytes(b"x" * 3_000_001)
-    assert not spares.give_log(tmp_path / "new")
+    assert not spares.give_log("new")
     spares.keep_log("old")
     assert names(tmp_path) == ["spare-00000007-log.tmp"]
-    assert spares.give_log(tmp_path / "new")
+    assert spares.give_log("new")
     assert (tmp_path / "new").read_bytes() == bytes(3_000_001)
-    assert not spares.give_log(tmp_path / "another")
+    assert not spares.give_log("another")
 
 
 def test_a_log_that_could_not_be_blanked_is_not_given(tmp_path, monkeypatch):
-    spares = Spares(tmp_path, 7)
+    spares = Spares(Folder(tmp_path), 7)
     (tmp_path / "old").write_bytes(b"x" * 100)
     monkeypatch.setattr(os, "pwrite", Mock(side_effect=OSError("planted")))
     with pytest.raises(OSError, match="planted"):
         spares.keep_log("old")
-    assert not spares.give_log(tmp_path / "new")
+    assert not spares.give_log("new")
     spares.remove()
     assert names(tmp_path) == []
 
 
 def test_a_spare_that_is_gone_is_none(tmp_path):
-    spares = Spares(tmp_path, 7)
+    spares = Spares(Folder(tmp_path), 7)
     (tmp_path / "old").write_bytes(b"x")
     spares.keep_snapshot("old")
     (tmp_path / "spare-00000007-snapshot.tmp").unlink()
-    assert not spares.give_snapshot(tmp_path / "new")
+    assert not spares.give_snapshot("new")
     assert names(tmp_path) == []
 
 
 def records(file):
-    with Reader(file) as reader:
+    with Reader(Folder(file.parent), file.name) as reader:
         return [record.head for _, record in reader.records()]
 
 
 def test_a_log_in_an_old_file_has_its_own_records_alone(tmp_path):
-    spares = Spares(tmp_path, 1)
-    log = LogFile(tmp_path, to_disk=False, spares=spares)
+    spares = Spares(Folder(tmp_path), 1)
+    log = LogFile(Folder(tmp_path), to_disk=False, spares=spares)
     log.start("first")
     for lsn in range(1, 20):
         log.write(journal.frame(journal.Record({"old": lsn}), lsn))
@@ -106,7 +107,7 @@ def test_spares_of_a_killed_process_are_removed(tmp_path):
 
 
 def only_rename(self, name):
-    os.replace(self._folder / name, self._log)
+    self._folder.replace(name, self._log)
     self._ready.add(self._log)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from .errors import ArgumentError, KeyExistsError, KeyTypeError, quote
@@ -129,13 +130,23 @@ def check_timeout(timeout_s: Any) -> float:
     return float(timeout_s)
 
 
-def check_folder(path: Any) -> str:
-    """Return the option ``path`` as a str.
+def folder_path(verb: str, path: Any) -> str:
+    """Return the path of a folder as an absolute one, which a later change of the working directory does not move.
 
     Raises:
         ArgumentError: not the path of a folder.
+
+    >>> folder_path("save", "/runs/../runs/first")
+    '/runs/../runs/first'
     """
     folder = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(folder, str) or not folder or "\0" in folder:
-        raise ArgumentError(f"create: path is {path!r}; expected the path of a folder, a str or a pathlib.Path")
-    return folder
+        raise ArgumentError(f"{verb}: path is {path!r}; expected the path of a folder, a str or a pathlib.Path")
+    try:
+        # Not os.path.abspath, which takes "link/.." for nothing where the system follows the link.
+        return str(Path(folder).absolute())
+    except OSError as error:
+        raise ArgumentError(
+            f"{verb}: path is {path!r}, and the working directory that it starts from is gone ({error}); "
+            "give an absolute path"
+        ) from error

@@ -171,7 +171,7 @@ def _add_demo(commands: Any) -> None:
     )
     add(
         "--checkpoint",
-        type=Path,
+        type=_folder,
         metavar="DIR",
         help="save after every epoch, and go on from there if DIR holds a checkpoint",
     )
@@ -257,6 +257,10 @@ def _add_top(commands: Any) -> None:
     add("--once", action="store_true", help="show it once, after that many seconds")
     add("--json", action="store_true", help="print each time a line of JSON, for scripts")
     parser.set_defaults(run=_top, extra="ray")
+
+
+def _folder(text: str) -> Path:
+    return Path(text).absolute()
 
 
 def _positive(text: str) -> int:

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from . import engines, optim
-from .arguments import keys_of
+from .arguments import folder_path, keys_of
 from .entry import KeyInfo
 from .errors import (
     ArgumentError,
@@ -188,7 +188,7 @@ class StoreControl:
         An updater is a function and is not saved; set it again after ``load``.
         """
         self._begin("save")
-        self._engine.save(os.fspath(path), "store")
+        self._engine.save(folder_path("save", path), "store")
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Become what was saved: every key is replaced, and the update rule too.
@@ -214,7 +214,7 @@ class StoreControl:
         array([1., 1.])
         """
         self._begin("load")
-        self._engine.load(os.fspath(path), "store")
+        self._engine.load(folder_path("load", path), "store")
 
     def save_optimizer_states(self, path: str | os.PathLike[str]) -> None:
         """Write the optimizer and its state, without the values.
@@ -226,7 +226,7 @@ class StoreControl:
         self._begin("save_optimizer_states")
         if self._engine.optimizer is None:
             raise OptimizerError("save_optimizer_states: the store has no optimizer; call set_optimizer first")
-        self._engine.save(os.fspath(path), "optimizer-states")
+        self._engine.save(folder_path("save_optimizer_states", path), "optimizer-states")
 
     def load_optimizer_states(self, path: str | os.PathLike[str]) -> None:
         """Set the optimizer, its numbers and its state to what ``save_optimizer_states`` wrote.
@@ -236,7 +236,7 @@ class StoreControl:
                 the store is as it was.
         """
         self._begin("load_optimizer_states")
-        self._engine.load(os.fspath(path), "optimizer-states")
+        self._engine.load(folder_path("load_optimizer_states", path), "optimizer-states")
 
     @contextmanager
     def _scratch_folder(self) -> Iterator[str]:

@@ -10,9 +10,9 @@ import fcntl
 import os
 import time
 import weakref
-from pathlib import Path
 
 from .errors import JournalError
+from .folder import Folder
 
 _held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
@@ -21,7 +21,7 @@ class FolderLock:
     """The lock of a folder, taken until ``close`` or the end of the process.
 
     Args:
-        folder: that exists.
+        folder: to be locked.
         wait_s: how long to wait for another holder; a process that was killed may take a moment to end.
         least_epoch: what the epoch exceeds, even if the lock's file was removed.
 
@@ -33,11 +33,10 @@ class FolderLock:
     NAME = "lock"
     _MOST_EPOCHS = 1 << 31
 
-    def __init__(self, folder: Path, wait_s: float, least_epoch: int = 0) -> None:
+    def __init__(self, folder: Folder, wait_s: float, least_epoch: int = 0) -> None:
         self._folder = folder
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         # A file object, which a store that is forgotten and never closed lets go of.
-        self._file = open(os.open(folder / self.NAME, flags, 0o600), "r+b", buffering=0)  # noqa: SIM115
+        self._file = open(folder.open(self.NAME, os.O_RDWR | os.O_CREAT), "r+b", buffering=0)  # noqa: SIM115
         try:
             self._take(time.monotonic() + wait_s)
             self.epoch = max(self._read_epoch(), least_epoch) + 1
@@ -50,10 +49,15 @@ class FolderLock:
         _held.add(self)
 
     def check(self) -> None:
-        """Raise JournalError if another process has opened the folder since."""
+        """Raise JournalError if another process has opened the folder since, or the folder was removed."""
+        if not os.fstat(self._file.fileno()).st_nlink:
+            raise JournalError(
+                f"{self._folder.path}: its lock file was removed, most likely with the whole folder; nothing can be "
+                "written from here; close this store"
+            )
         if self._read_epoch() != self.epoch:
             raise JournalError(
-                f"{self._folder}: another process has opened this store since, as if this one had died; "
+                f"{self._folder.path}: another process has opened this store since, as if this one had died; "
                 "nothing can be written from here; close this store"
             )
 
@@ -73,7 +77,7 @@ class FolderLock:
                     continue
                 holder = os.pread(self._file.fileno(), 27, 17).decode("ascii", "replace").strip()
                 raise JournalError(
-                    f"{self._folder}: another store has this folder open (process {holder}); "
+                    f"{self._folder.path}: another store has this folder open (process {holder}); "
                     "close it, or give another path"
                 ) from None
 

@@ -19,6 +19,7 @@ from typing import Literal, NoReturn
 
 from . import record_file
 from .errors import ArgumentError, JournalError
+from .folder import Folder, sync
 from .folder_lock import FolderLock
 from .log_file import LogFile
 from .record import Record, frame
@@ -60,7 +61,6 @@ class Journal:
         if log_nbytes is not None and (type(log_nbytes) is not int or log_nbytes < 1):
             raise ArgumentError(f"log_nbytes is {log_nbytes!r}; expected a number of bytes, or None")
         self.path = path
-        self._folder = Path(path)
         self._to_disk = durability == "disk"
         self._log_nbytes = log_nbytes
         self._most_nbytes = log_nbytes or _SHORT_LOG
@@ -73,10 +73,16 @@ class Journal:
         self._finishing: threading.Thread | None = None
         self._is_named = False
         self.counts = {"records": 0, "nbytes": 0, "snapshots": 0, "failed_snapshots": 0}
-        self._open_folder()
-        with self._explaining("lock the folder"):
-            # Logs sort by it where they begin alike.
-            self._lock = FolderLock(self._folder, wait_s, max((epoch for _, epoch, _ in self._files()[1]), default=0))
+        self._folder = self._open_folder()
+        try:
+            self._check_foreign()
+            with self._explaining("lock the folder"):
+                # Logs sort by it where they begin alike.
+                epochs = [epoch for _, epoch, _ in self._files()[1]]
+                self._lock = FolderLock(self._folder, wait_s, max(epochs, default=0))
+        except BaseException:
+            self._folder.close()
+            raise
         # What the machine leaves of files that were written over says nothing of which bytes are old.
         self._spares = None if self._to_disk else Spares(self._folder, self._lock.epoch)
         self._log = LogFile(self._folder, to_disk=self._to_disk, spares=self._spares)
@@ -107,14 +113,14 @@ class Journal:
         return max(0, sum(first <= lsn + 1 for first, _, _ in logs) - 1)
 
     def _files(self) -> tuple[list[tuple[int, str]], list[tuple[int, int, str]]]:
-        names = os.listdir(self._folder)
+        names = self._folder.names()
         snapshots = [(int(found[1], 16), found[0]) for found in map(_SNAPSHOT.fullmatch, names) if found]
         logs = [(int(found[1], 16), int(found[2], 16), found[0]) for found in map(_LOG.fullmatch, names) if found]
         return sorted(snapshots), sorted(logs)
 
     def _read_snapshot(self, name: str, lsn: int) -> Iterator[Record]:
         ended = False
-        with record_file.Reader(self._folder / name) as reader:
+        with record_file.Reader(self._folder, name) as reader:
             for found, record in reader.records():
                 if ended or found != lsn:
                     raise JournalError(f"{reader.file}: records that do not belong together")
@@ -127,7 +133,7 @@ class Journal:
         if first > self.lsn + 1:
             self._missing(name, self.lsn + 1, first)
         expected = first
-        with record_file.Reader(self._folder / name) as reader:
+        with record_file.Reader(self._folder, name) as reader:
             for lsn, record in reader.records():
                 # Whoever opened the folder after this writer has gone on from where it found the log to end.
                 if following is not None and lsn >= following:
@@ -244,7 +250,7 @@ class Journal:
         """
         self.settle()
         self._check()
-        temporary = self._folder / f"snapshot-{self.lsn:016x}.tmp"
+        temporary = f"snapshot-{self.lsn:016x}.tmp"
         try:
             with self._explaining("make a snapshot"):
                 self._lock.check()
@@ -269,14 +275,14 @@ class Journal:
             self._finishing.join()
             self._finishing = None
 
-    def _finish(self, temporary: Path, descriptor: int, lsn: int) -> None:
+    def _finish(self, temporary: str, descriptor: int, lsn: int) -> None:
         try:
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
             self._lock.check()
-            os.replace(temporary, temporary.with_suffix(".tkv"))
+            self._folder.replace(temporary, temporary.replace(".tmp", ".tkv"))
             self._is_named = True
             self._sync_folder()
             self.counts["snapshots"] += 1
@@ -289,10 +295,10 @@ class Journal:
         except BaseException as error:
             _logger.warning("%s: old files are left: %s", self.path, error)
 
-    def _fail(self, temporary: Path, error: BaseException) -> None:
+    def _fail(self, temporary: str, error: BaseException) -> None:
         """Leave the old snapshot in force."""
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            self._folder.remove(temporary)
         if self._spares is not None:
             self._spares.remove()
         self.counts["failed_snapshots"] += 1
@@ -307,7 +313,7 @@ class Journal:
         old = [name for _, name in snapshots[:-1]] + [name for _, _, name in logs[:behind]]
         # Of logs that begin alike, the last has gone on from where the others did not come.
         old += [one[2] for one, next_one in pairwise(logs[behind:]) if one[0] == next_one[0]]
-        old += filter(SPARE.fullmatch, os.listdir(self._folder))
+        old += filter(SPARE.fullmatch, self._folder.names())
         if old:
             # The snapshot has to be safe under its name before what it replaces goes.
             self._sync_folder()
@@ -323,7 +329,7 @@ class Journal:
                 self._spares.keep_snapshot(old.pop())
             mine = [name for first, epoch, name in logs if first <= made and epoch == self._lock.epoch]
             old += [name for first, _, name in logs if first <= made and name not in mine[-1:]]
-            old += [name for name in os.listdir(self._folder) if _TEMPORARY.fullmatch(name)]
+            old += [name for name in self._folder.names() if _TEMPORARY.fullmatch(name)]
             if self._spares is not None and mine:
                 self._spares.keep_log(mine.pop())
             old += mine[-1:]
@@ -332,7 +338,7 @@ class Journal:
     def _remove(self, names: Iterable[str]) -> None:
         for name in names:
             with suppress(OSError):
-                (self._folder / name).unlink(missing_ok=True)
+                self._folder.remove(name)
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -344,28 +350,34 @@ class Journal:
                 self._log.trim()
         self._log.close()
         self._lock.close()
+        self._folder.close()
 
     # ------------------------------------------------------------ inside
 
-    def _open_folder(self) -> None:
+    def _open_folder(self) -> Folder:
         with self._explaining("open the folder"):
-            missing = [each for each in (self._folder, *self._folder.parents) if not each.exists()]
-            self._folder.mkdir(parents=True, exist_ok=True)
+            path = Path(self.path)
+            missing = [each for each in (path, *path.parents) if not each.exists()]
+            path.mkdir(parents=True, exist_ok=True)
             for each in missing:
-                record_file.sync(each.parent)
-            names = set(os.listdir(self._folder)) - {FolderLock.NAME}
+                sync(each.parent)
+            return Folder(path)
+
+    def _check_foreign(self) -> None:
+        with self._explaining("list the folder"):
+            names = set(self._folder.names()) - {FolderLock.NAME}
             foreign = sorted(n for n in names if not any(p.fullmatch(n) for p in (_SNAPSHOT, _LOG, _TEMPORARY, SPARE)))
         if foreign:
             what = "a checkpoint; make a store and load() it" if "manifest.json" in foreign else "other files"
             raise JournalError(f"{self.path}: holds {what} ({foreign[0]}); give a new or empty directory")
 
-    def _write_snapshot(self, temporary: Path, records: Iterable[Record]) -> int:
+    def _write_snapshot(self, temporary: str, records: Iterable[Record]) -> int:
         """Write a snapshot that is not in force; return its descriptor."""
-        temporary.unlink(missing_ok=True)
-        flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._folder.remove(temporary)
+        flags = os.O_WRONLY
         if self._spares is None or not self._spares.give_snapshot(temporary):
             flags |= os.O_CREAT | os.O_EXCL
-        descriptor = os.open(temporary, flags, 0o600)
+        descriptor = self._folder.open(temporary, flags)
         try:
             end = 0
             for record in records:
@@ -395,7 +407,7 @@ class Journal:
             raise
 
     def _sync_folder(self) -> None:
-        record_file.sync(self._folder)
+        self._folder.sync()
 
     @contextmanager
     def _explaining(self, doing: str) -> Iterator[None]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from . import record_file
+from .folder import Folder
 from .spares import Spares
 
 
@@ -21,7 +21,7 @@ class LogFile:
         spares: files to write over; None: every file is new.
     """
 
-    def __init__(self, folder: Path, *, to_disk: bool, spares: Spares | None) -> None:
+    def __init__(self, folder: Folder, *, to_disk: bool, spares: Spares | None) -> None:
         self._folder, self._to_disk, self._spares = folder, to_disk, spares
         self._file: int | None = None
         self._name = ""
@@ -36,17 +36,17 @@ class LogFile:
             return
         descriptor: int | None = None
         try:
-            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            if self._spares is None or not self._spares.give_log(self._folder / name):
+            flags = os.O_RDWR
+            if self._spares is None or not self._spares.give_log(name):
                 flags |= os.O_CREAT | os.O_TRUNC
-            descriptor = os.open(self._folder / name, flags, 0o600)
+            descriptor = self._folder.open(name, flags)
             if self._to_disk:
-                record_file.sync(self._folder)
+                self._folder.sync()
         except BaseException:
             if descriptor is not None:
                 os.close(descriptor)
             # The log before goes on, and readers would not look in it for what comes behind where this one begins.
-            if not _gone(self._folder / name):
+            if not self._is_gone(name):
                 self.broken = "a log was begun and could not be taken back"
             raise
         old, self._file, self._name, self.end = self._file, descriptor, name, 0
@@ -99,10 +99,9 @@ class LogFile:
             raise OSError("the log is not open")
         return self._file
 
-
-def _gone(file: Path) -> bool:
-    try:
-        file.unlink(missing_ok=True)
-    except OSError:
-        return False
-    return True
+    def _is_gone(self, name: str) -> bool:
+        try:
+            self._folder.remove(name)
+        except OSError:
+            return False
+        return True

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from .errors import JournalError
+from .folder import Folder
 from .record import END, FRAME_NBYTES, Frame, Record, read_frame, read_record
 
 # A call of the system takes at most 1024 buffers and 2 GiB.
@@ -42,34 +42,26 @@ def write(descriptor: int, buffers: Sequence[Any], at: int) -> int:
     return at
 
 
-def sync(folder: Path) -> None:
-    """Make the names in a folder safe."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class Reader:
     """The records of one file, in order.
 
     Args:
-        file: a regular file; links out of the folder are not followed.
+        folder: where the file is.
+        name: of a regular file; links out of the folder are not followed.
 
     Raises:
         JournalError: it cannot be read.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, folder: Folder, name: str) -> None:
+        self.file = folder / name
         self.is_torn = False
         self.record_nbytes = 0
         """Of the record given last."""
         try:
-            self._descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            self._descriptor = folder.open(name, os.O_RDONLY)
         except OSError as error:
-            raise JournalError(f"{file}: cannot be read: {error}") from error
+            raise JournalError(f"{self.file}: cannot be read: {error}") from error
         self._size = 0
 
     def __enter__(self) -> Self:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 from contextlib import suppress
-from pathlib import Path
+
+from .folder import Folder
 
 NAME = re.compile(r"spare-[0-9a-f]{8}-(log|snapshot)\.tmp")
 _ZEROS = bytes(1 << 20)
@@ -23,11 +24,11 @@ class Spares:
         epoch: of the writer, so that none takes another's.
     """
 
-    def __init__(self, folder: Path, epoch: int) -> None:
-        self._log = folder / f"spare-{epoch:08x}-log.tmp"
-        self._snapshot = folder / f"spare-{epoch:08x}-snapshot.tmp"
+    def __init__(self, folder: Folder, epoch: int) -> None:
+        self._log = f"spare-{epoch:08x}-log.tmp"
+        self._snapshot = f"spare-{epoch:08x}-snapshot.tmp"
         self._folder = folder
-        self._ready: set[Path] = set()
+        self._ready: set[str] = set()
 
     def keep_log(self, name: str) -> None:
         """Make a spare of a log that nobody reads any more.
@@ -36,8 +37,8 @@ class Spares:
             OSError: it is not one now; the file may be left under its new name.
         """
         self._ready.discard(self._log)
-        os.replace(self._folder / name, self._log)
-        descriptor = os.open(self._log, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._folder.replace(name, self._log)
+        descriptor = self._folder.open(self._log, os.O_WRONLY)
         try:
             at, end = 0, os.fstat(descriptor).st_size
             while at < end:
@@ -52,7 +53,7 @@ class Spares:
         Raises:
             OSError: it is not one now.
         """
-        os.replace(self._folder / name, self._snapshot)
+        self._folder.replace(name, self._snapshot)
         self._ready.add(self._snapshot)
 
     def remove(self) -> None:
@@ -60,25 +61,25 @@ class Spares:
         for file in (self._log, self._snapshot):
             self._ready.discard(file)
             with suppress(OSError):
-                file.unlink(missing_ok=True)
+                self._folder.remove(file)
 
-    def give_log(self, file: Path) -> bool:
+    def give_log(self, name: str) -> bool:
         """Put the spare log, all zeros, where a new log is to be; False: there is none."""
-        return self._give(self._log, file)
+        return self._give(self._log, name)
 
-    def give_snapshot(self, file: Path) -> bool:
+    def give_snapshot(self, name: str) -> bool:
         """Put the spare snapshot where a new one is to be written; False: there is none."""
-        return self._give(self._snapshot, file)
+        return self._give(self._snapshot, name)
 
-    def _give(self, spare: Path, file: Path) -> bool:
+    def _give(self, spare: str, name: str) -> bool:
         if spare not in self._ready:
             return False
         self._ready.discard(spare)
         try:
-            os.replace(spare, file)
+            self._folder.replace(spare, name)
         except OSError:
             # Without it, everything works as it did.
             with suppress(OSError):
-                spare.unlink(missing_ok=True)
+                self._folder.remove(spare)
             return False
         return True

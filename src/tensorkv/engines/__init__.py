@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..arguments import check_folder
+from ..arguments import folder_path
 from ..entry import Batch, KeyInfo, KeySpec, Part
 from ..errors import ArgumentError, EngineNotFoundError, quote, suggestion
 from ..finite import NonFinite
@@ -171,7 +171,7 @@ def _build_ray(
         "num_workers": num_workers,
         "mode": mode,
         "staleness": staleness,
-        "path": None if path is None else check_folder(path),
+        "path": None if path is None else folder_path("create", path),
         "durability": durability,
         "nonfinite": nonfinite,
         "keep": keep,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import checkpoint
-from ..arguments import check_folder
+from ..arguments import folder_path
 from ..durable import DurableShard
 from ..entry import Batch, KeyInfo, KeySpec, Part
 from ..errors import ArgumentError
@@ -57,10 +57,16 @@ class LocalEngine:
                 raise ArgumentError("durability and log_nbytes are of a store that is kept in a folder; give its path")
             self._shard = Shard(on_device=on_device, nonfinite=nonfinite, threads=threads)
         elif on_device:
-            raise ArgumentError(f'path is {check_folder(path)!r}, and "device" keeps nothing in a folder; use "local"')
+            raise ArgumentError(
+                f'path is {folder_path("create", path)!r}, and "device" keeps nothing in a folder; use "local"'
+            )
         else:
             self._shard = self._durable = DurableShard(
-                check_folder(path), durability=durability, log_nbytes=log_nbytes, nonfinite=nonfinite, threads=threads
+                folder_path("create", path),
+                durability=durability,
+                log_nbytes=log_nbytes,
+                nonfinite=nonfinite,
+                threads=threads,
             )
 
     def init(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:

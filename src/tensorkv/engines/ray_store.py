@@ -30,8 +30,6 @@ def build(name: str, address: str | None, timeout_s: float, insecure: bool, opti
     if not isinstance(name, str) or not name or "/" in name:
         raise ArgumentError(f"create: name is {name!r}; expected a str without a slash")
     asked = {word: each for word, each in options.items() if each is not None}
-    if "path" in asked:
-        asked["path"] = os.path.abspath(asked["path"])
     wanted = _settings(asked)
     started = ray_cluster.enter(address, timeout_s)
     try:

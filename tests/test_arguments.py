@@ -27,20 +27,20 @@ def test_forms(form):
 
 
 BAD = {
-    "lengths": (["a", "b"], [1], ArgumentError, "2 keys and 1 values"),
+    "lengths": (["a", "b"], [1], ArgumentError, "2 keys and 1 value;"),
     "not a list": (["a", "b"], 1, ArgumentError, "expected a list of 2"),
     "a generator": (["a"], (x for x in [1]), ArgumentError, "generator"),
     "empty": ("a", [], ArgumentError, "empty list"),
-    "nested": ("a", [[1]], ArgumentError, "value 0 is a list"),
-    "nested in a list": (["a"], [[[1]]], ArgumentError, "value 0 is a list"),
+    "nested": ("a", [[1]], ArgumentError, r"value 0 is \[1\]"),
+    "nested in a list": (["a"], [[[1]]], ArgumentError, r"value 0 is \[1\]"),
     "mapping and value": ({"a": 1}, 2, ArgumentError, "mapping"),
     "mapping of other keys": (["a"], {"b": 1}, ArgumentError, "mapping"),
-    "a set": ({"a"}, [1], KeyTypeError, "set"),
-    "bytes": (b"a", 1, KeyTypeError, "bytes"),
+    "a set": ({"a"}, [1], KeyTypeError, "{'a'}"),
+    "bytes": (b"a", 1, KeyTypeError, "b'a'"),
     "bool": (True, 1, KeyTypeError, "True"),
     "two types": (["a", 1], [1, 2], KeyTypeError, "two types"),
     "two types, mapping": ({"a": 1, 1: 2}, None, KeyTypeError, "two types"),
-    "nested keys": ([["a"]], [1], KeyTypeError, "no key"),
+    "nested keys": ([["a"]], [1], KeyTypeError, "invalid key"),
 }
 
 

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ArgumentError, KeyExistsError, KeyTypeError, quote
+from .errors import ArgumentError, KeyExistsError, KeyTypeError, quote, show
 from .keys import Key, check_key, is_key
 
 _LISTS = (list, tuple)
@@ -26,7 +26,7 @@ def pairs(verb: str, what: str, key: Any, value: Any) -> tuple[list[Key], list[l
         value: what belongs to the keys, in one of the forms above.
 
     Raises:
-        KeyTypeError: a key that is no key, or keys of two types.
+        KeyTypeError: an invalid key, or keys of two types.
         ArgumentError: unequal lengths, an empty or nested list, a mapping and a value.
 
     >>> pairs("push", "value", ["a", "b", "a"], [1, [2, 3], 4])
@@ -37,7 +37,7 @@ def pairs(verb: str, what: str, key: Any, value: Any) -> tuple[list[Key], list[l
         return [checked], [_arrays(verb, what, checked, value)]
     if isinstance(key, Mapping):
         if value is not None:
-            raise ArgumentError(f"{verb}: key is a mapping, so its values are the {what}s; got {what}= as well")
+            raise ArgumentError(f"{verb}: key is a mapping, which has the {what}s; got {what}= as well")
         listed, values = list(key), list(key.values())
     else:
         listed, values = key_list(verb, key), value
@@ -46,11 +46,13 @@ def pairs(verb: str, what: str, key: Any, value: Any) -> tuple[list[Key], list[l
             values = _align(verb, what, listed, value)
         if type(values) not in _LISTS:
             raise ArgumentError(
-                f"{verb}: got {len(listed)} keys and a {type(value).__name__} as {what}; expected a list of "
-                f"{len(listed)} {what}s, one for each key"
+                f"{verb}: got {_count(len(listed), 'key')} and {show(value)} as {what}; expected a list of "
+                f"{_count(len(listed), what)}, one for each key"
             )
         if len(values) != len(listed):
-            raise ArgumentError(f"{verb}: got {len(listed)} keys and {len(values)} {what}s; expected one for each key")
+            raise ArgumentError(
+                f"{verb}: got {_count(len(listed), 'key')} and {_count(len(values), what)}; expected one for each key"
+            )
     grouped: dict[Key, list[Any]] = {}
     for each, arrays in zip(listed, values, strict=True):
         checked = check_key(verb, each)
@@ -67,7 +69,9 @@ def single_values(verb: str, key: Any, value: Any) -> tuple[list[Key], list[Any]
         KeyTypeError, ArgumentError: as for ``pairs``.
     """
     if is_key(key) and type(value) in _LISTS:
-        raise ArgumentError(f"{verb}({quote(key)}): got a list; expected one array, the value that all devices share")
+        raise ArgumentError(
+            f"{verb}({quote(key)}): got {show(value)}; expected one array, the value that all devices share"
+        )
     keys, values = pairs(verb, "value", key, value)
     listed = [key] if is_key(key) else list(key)
     if len(listed) != len(keys):
@@ -91,8 +95,9 @@ def keys_of(verb: str, key: Any) -> list[Key]:
 def key_list(verb: str, keys: Any) -> list[Any]:
     """Return a collection of keys as a list."""
     if isinstance(keys, _NO_KEY_LISTS) or not isinstance(keys, Collection) or hasattr(keys, "__array__"):
+        hint = ", such as list(...) or dict(...) of it" if isinstance(keys, Iterator) else ""
         raise KeyTypeError(
-            f"{verb}: {type(keys).__name__} is no key; expected a str, an int, a list of them or a mapping from them"
+            f"{verb}: invalid key {show(keys)}; expected a str, an int, or a list or mapping of them{hint}"
         )
     return list(keys)
 
@@ -104,7 +109,7 @@ def _check_one_type(verb: str, keys: Collection[Key]) -> None:
 
 def _align(verb: str, what: str, keys: list[Any], values: Mapping[Any, Any]) -> list[Any]:
     if len(values) != len(keys) or any(key not in values for key in keys):
-        raise ArgumentError(f"{verb}: the keys of the {what} mapping are not those of the call")
+        raise ArgumentError(f"{verb}: the {what} mapping has the keys {show(list(values))}; expected {show(keys)}")
     return [values[key] for key in keys]
 
 
@@ -115,8 +120,23 @@ def _arrays(verb: str, what: str, key: Key, value: Any) -> list[Any]:
         raise ArgumentError(f"{verb}({quote(key)}): got an empty list; expected at least one {what}")
     for index, each in enumerate(value):
         if type(each) in _LISTS:
-            raise ArgumentError(f"{verb}({quote(key)}): {what} {index} is a list; expected an array")
+            raise ArgumentError(f"{verb}({quote(key)}): {what} {index} is {show(each)}; expected an array")
     return list(value)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def check_flag(name: str, flag: Any) -> bool:
+    """Return an option that is True or False.
+
+    Raises:
+        ArgumentError: anything else.
+    """
+    if type(flag) is not bool:
+        raise ArgumentError(f"{name} is {show(flag)}; expected True or False")
+    return flag
 
 
 def check_timeout(timeout_s: Any) -> float:
@@ -126,7 +146,7 @@ def check_timeout(timeout_s: Any) -> float:
         ArgumentError: not a number above 0.
     """
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < 1e9:
-        raise ArgumentError(f"timeout_s is {timeout_s!r}; expected a number of seconds above 0")
+        raise ArgumentError(f"timeout_s is {show(timeout_s)}; expected a number of seconds above 0")
     return float(timeout_s)
 
 
@@ -141,12 +161,12 @@ def folder_path(verb: str, path: Any) -> str:
     """
     folder = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(folder, str) or not folder or "\0" in folder:
-        raise ArgumentError(f"{verb}: path is {path!r}; expected the path of a folder, a str or a pathlib.Path")
+        raise ArgumentError(f"{verb}: path is {show(path)}; expected the path of a folder, a str or a pathlib.Path")
     try:
         # Not os.path.abspath, which takes "link/.." for nothing where the system follows the link.
         return str(Path(folder).absolute())
     except OSError as error:
         raise ArgumentError(
-            f"{verb}: path is {path!r}, and the working directory that it starts from is gone ({error}); "
+            f"{verb}: path is {show(path)}, and the working directory that it starts from is gone ({error}); "
             "give an absolute path"
         ) from error

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 
-from .errors import ArrayTypeError
+from .errors import ArrayTypeError, show
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -186,11 +186,11 @@ def _take_dlpack(array: Any) -> torch.Tensor:
     if is_jax(array):
         return _take_jax(array)
     if isinstance(array, type) or not hasattr(array, "__dlpack__"):
-        raise ArrayTypeError(f"is {_describe(array)}, not an array; wrap numbers with numpy.asarray(x, dtype)")
+        raise ArrayTypeError(f"is {show(array)}, not an array; wrap numbers with numpy.asarray(x, dtype)")
     try:
         tensor = torch.utils.dlpack.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise ArrayTypeError(f"is {_describe(array)} that DLPack cannot pass on: {error}") from error
+        raise ArrayTypeError(f"is {show(array)} that DLPack cannot pass on: {error}") from error
     return _take_torch(tensor)
 
 
@@ -213,10 +213,6 @@ _NUMPY_NAMES = {dtype.name for dtype in _NUMPY_DTYPES.values()} | {"bfloat16"}
 def _bad_dtype(name: str) -> str:
     known = ", ".join(sorted(dtype_name(dtype) for dtype in DTYPES))
     return f"has dtype {name}, which a store cannot hold; it holds {known}"
-
-
-def _describe(thing: Any) -> str:
-    return "None" if thing is None else f"a {type(thing).__module__}.{type(thing).__qualname__}"
 
 
 def is_jax(array: Any) -> bool:
@@ -243,11 +239,13 @@ def origin(array: Any) -> Origin:
         return Origin("jax", array.sharding)
     if type(array).__module__.partition(".")[0] == "cupy":
         return Origin("cupy", array.device)
+    if isinstance(array, type):
+        raise ArrayTypeError(f"is {show(array)}, not an array")
     if hasattr(array, "__array_namespace__"):
         return Origin("array-api", array.__array_namespace__())
     if hasattr(array, "__dlpack__"):
         return Origin("torch")
-    raise ArrayTypeError(f"is {_describe(array)}, not an array")
+    raise ArrayTypeError(f"is {show(array)}, not an array")
 
 
 def give(tensor: torch.Tensor, origin: Origin) -> Any:

@@ -19,6 +19,8 @@ from .errors import (
     StoreClosedError,
     TensorKVError,
     UpdaterError,
+    naming,
+    show,
 )
 from .keys import Key, check_key, is_key
 from .metrics import Metrics, clock
@@ -113,21 +115,23 @@ class StoreControl:
         """
         self._begin("set_updater")
         if updater is not None and not callable(updater):
-            raise ArgumentError(f"set_updater: {updater!r} cannot be called; expected updater(key, received, stored)")
+            raise ArgumentError(f"set_updater: got {show(updater)}; expected a function updater(key, received, stored)")
         self._engine.set_updater(updater)
 
-    def set_optimizer(self, optimizer: Any, **numbers: Any) -> None:
+    def set_optimizer(self, optimizer: Any, *unnamed: Any, **numbers: Any) -> None:
         """Update values by an optimizer, the sum of a push being the gradient.
 
         Args:
             optimizer: the name or class of an optimizer of torch.optim, such as ``"sgd"``, ``"adamw"``
                 or ``torch.optim.SGD``. Not LBFGS and SparseAdam, which need more than a gradient.
+            *unnamed: nothing; hyperparameters are given by name.
             **numbers: hyperparameters by their torch.optim names; also ``rescale_grad`` (factor on the
                 sum, default 1) and ``clip_gradient`` (bound on each element's absolute value after
                 rescaling, default None).
 
         Raises:
             OptimizerError: unknown name or number, or a number out of range.
+            ArgumentError: a hyperparameter without its name.
 
         Only the keys of a push step. A second call with the same optimizer keeps its state and
         replaces its numbers. Rows step lazily: rows that a push does not name do not move, and neither
@@ -141,13 +145,17 @@ class StoreControl:
         array([0.5, 0.5])
         """
         self._begin("set_optimizer")
-        self._engine.set_optimizer(optim.spec(optimizer, numbers))
+        _refuse_unnamed("set_optimizer", unnamed)
+        with naming("set_optimizer"):
+            spec = optim.spec(optimizer, numbers)
+        self._engine.set_optimizer(spec)
 
-    def set_hyperparameters(self, keys: Any = None, **numbers: Any) -> None:
+    def set_hyperparameters(self, keys: Any = None, *unnamed: Any, **numbers: Any) -> None:
         """Change numbers of the optimizer while it runs, keeping its state.
 
         Args:
             keys: a key or a list of keys; None changes all, single keys' own numbers included.
+            *unnamed: nothing; hyperparameters are given by name.
             **numbers: such as ``lr=0.01``; ``rescale_grad`` and ``clip_gradient`` are for all keys only.
 
         Raises:
@@ -162,8 +170,10 @@ class StoreControl:
         0.25
         """
         self._begin("set_hyperparameters")
+        _refuse_unnamed("set_hyperparameters", unnamed)
         listed = None if keys is None else keys_of("set_hyperparameters", keys)
-        self._engine.set_hyperparameters(numbers, listed)
+        with naming("set_hyperparameters"):
+            self._engine.set_hyperparameters(numbers, listed)
 
     @property
     def optimizer(self) -> dict[str, Any] | None:
@@ -326,8 +336,8 @@ class StoreControl:
         True
         """
         self._begin("is_capable")
-        if name not in CAPABILITIES:
-            raise ArgumentError(f"is_capable: {name!r} is unknown; the capabilities are {', '.join(CAPABILITIES)}")
+        if not isinstance(name, str) or name not in CAPABILITIES:
+            raise ArgumentError(f"is_capable: {show(name)} is unknown; the capabilities are {', '.join(CAPABILITIES)}")
         return name in self._engine.capabilities
 
     def stats(self) -> dict[str, Any]:
@@ -423,9 +433,16 @@ class StoreControl:
         if self._forks != _forks:
             self._check_fork(verb)
         if type(priority) is not int:
-            raise ArgumentError(f"{verb}: priority is {priority!r}; expected an int")
+            raise ArgumentError(f"{verb}: priority is {show(priority)}; expected an int")
         return start
 
     def _check_fork(self, verb: str) -> None:
         if self._forks != _forks:
             raise ForkedStoreError(f"{verb}: this store belongs to the parent process; create one in the child")
+
+
+def _refuse_unnamed(verb: str, unnamed: tuple[Any, ...]) -> None:
+    if unnamed:
+        raise ArgumentError(
+            f"{verb}: got {show(unnamed[0])} without a name; expected hyperparameters by name, such as lr=0.1"
+        )

@@ -30,8 +30,12 @@ Messages name the key, what was expected, what came and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from itertools import islice
+from reprlib import Repr
+from typing import Any
 
 
 class TensorKVError(Exception):
@@ -139,3 +143,60 @@ def suggestion(word: object, choices: Iterable[object]) -> str:
 def quote(key: object) -> str:
     """Show a key as messages do: ``"w"`` for a str, ``3`` for an int."""
     return f'"{key}"' if isinstance(key, str) else repr(key)
+
+
+# How many keys a message names.
+_NAMED_KEYS = 4
+
+
+def no_such_key(verb: str, key: object, held: Collection[object]) -> KeyNotFoundError:
+    """Return the error of a key that a store does not have, which says what the store has instead.
+
+    >>> print(no_such_key("pull", "weigth", ["weight", "bias"]))
+    pull("weigth"): no such key (did you mean "weight"?); the store has "weight", "bias"; call init first
+    >>> print(no_such_key("pull", 777, range(100)))
+    pull(777): no such key (did you mean 77?); the store has 100 keys: 0, 1, 2, 3, ...; call init first
+    """
+    named = ", ".join(map(quote, islice(held, _NAMED_KEYS)))
+    if len(held) > _NAMED_KEYS:
+        named = f"{len(held)} keys: {named}, ..."
+    return KeyNotFoundError(
+        f"{verb}({quote(key)}): no such key{suggestion(key, held)}; the store has {named or 'no keys'}; call init first"
+    )
+
+
+# Longer values are shown by their type. Repr limits depth and length: arguments may be of any size.
+_SHOWN = 60
+_repr = Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = _SHOWN
+
+
+def show(thing: Any) -> str:
+    """Show an argument in one short line: plain values as they are, everything else by its type.
+
+    >>> show(3.5), show((2, 3)), show(iter([1])), show(dict)
+    ('3.5', '(2, 3)', 'a list_iterator', 'the class dict')
+    >>> import torch
+    >>> show(torch.float32), show(torch.zeros(2, 3)), show([["w" * 40] * 3])
+    ('torch.float32', 'a Tensor of shape (2, 3) and dtype torch.float32', 'a list')
+    """
+    if isinstance(thing, type):
+        return f"the class {thing.__name__}"
+    name = type(thing).__name__
+    article = f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"
+    shape, dtype = getattr(thing, "shape", None), getattr(thing, "dtype", None)
+    if isinstance(shape, tuple) and dtype is not None:
+        return f"{article} of shape {tuple(shape)} and dtype {dtype}"
+    shown = _repr.repr(thing)
+    return shown if len(shown) <= _SHOWN and shown.isprintable() and " at 0x" not in shown else article
+
+
+@contextmanager
+def naming(call: str) -> Iterator[None]:
+    """Put the call, such as ``push("w")``, in front of the messages of errors that do not begin with its verb."""
+    try:
+        yield
+    except TensorKVError as error:
+        if not str(error).startswith(call.partition("(")[0]):
+            error.args = (f"{call}: {error}",)
+        raise

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from . import reduce
 from .entry import Batch, Entry
-from .errors import ArgumentError, NonFiniteError
+from .errors import ArgumentError, NonFiniteError, show
 from .rows import Rows
 
 NonFinite = Literal["pass", "raise", "skip"]
@@ -24,8 +24,8 @@ class FiniteSums:
     """
 
     def __init__(self, mode: NonFinite) -> None:
-        if mode not in ("pass", "raise", "skip"):
-            raise ArgumentError(f'nonfinite is {mode!r}; expected "pass", "raise" or "skip"')
+        if not isinstance(mode, str) or mode not in ("pass", "raise", "skip"):
+            raise ArgumentError(f'nonfinite is {show(mode)}; expected "pass", "raise" or "skip"')
         self.looks = mode != "pass"
         self._mode = mode
         self.counts = {"raised": 0, "skipped": 0}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from . import record_file
-from .errors import ArgumentError, JournalError
+from .errors import ArgumentError, JournalError, show
 from .folder import Folder, sync
 from .folder_lock import FolderLock
 from .log_file import LogFile
@@ -56,10 +56,10 @@ class Journal:
     """
 
     def __init__(self, path: str, durability: Durability, log_nbytes: int | None = None, wait_s: float = 10.0) -> None:
-        if durability not in ("process", "disk"):
-            raise ArgumentError(f'durability is {durability!r}; with a path, expected "process" or "disk"')
+        if not isinstance(durability, str) or durability not in ("process", "disk"):
+            raise ArgumentError(f'durability is {show(durability)}; with a path, expected "process" or "disk"')
         if log_nbytes is not None and (type(log_nbytes) is not int or log_nbytes < 1):
-            raise ArgumentError(f"log_nbytes is {log_nbytes!r}; expected a number of bytes, or None")
+            raise ArgumentError(f"log_nbytes is {show(log_nbytes)}; expected a number of bytes, or None")
         self.path = path
         self._to_disk = durability == "disk"
         self._log_nbytes = log_nbytes

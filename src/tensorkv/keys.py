@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import KeyTypeError
+from .errors import KeyTypeError, show
 
 Key = str | int
 
@@ -23,9 +23,9 @@ def check_key(verb: str, key: Any) -> Key:
     if type(key) is int:
         return key
     if isinstance(key, bool | np.bool_) or not is_key(key):
-        raise KeyTypeError(f"{verb}: {key!r} is no key; keys are non-empty str, or int")
+        raise KeyTypeError(f"{verb}: invalid key {show(key)}; expected a non-empty str or an int")
     if isinstance(key, str):
         if not key:
-            raise KeyTypeError(f"{verb}: the key is an empty string; keys are non-empty str, or int")
+            raise KeyTypeError(f"{verb}: the key is an empty string; expected a non-empty str or an int")
         return str(key)
     return int(key)

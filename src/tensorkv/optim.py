@@ -7,7 +7,6 @@ to a server or lie in a checkpoint without anything being unpickled.
 from __future__ import annotations
 
 import inspect
-import reprlib
 import sys
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from . import arrays
-from .errors import OptimizerError, quote, suggestion
+from .errors import OptimizerError, quote, show, suggestion
 from .kernels import DTYPES as KERNEL_DTYPES
 from .kernels import FUSED, Kernel
 from .kernels import NAMES as KERNELS
@@ -132,11 +131,9 @@ def spec(optimizer: Any, numbers: Mapping[str, Any]) -> OptimizerSpec:
     rescale = _own(numbers.pop("rescale_grad", 1.0))
     clip = _own(numbers.pop("clip_gradient", None))
     if not _is_finite(rescale):
-        raise OptimizerError(
-            f"rescale_grad is {reprlib.repr(rescale)}; expected a finite number, such as 1 / batch_size"
-        )
+        raise OptimizerError(f"rescale_grad is {show(rescale)}; expected a finite number, such as 1 / batch_size")
     if clip is not None and not (_is_finite(clip) and clip > 0):
-        raise OptimizerError(f"clip_gradient is {reprlib.repr(clip)}; expected a number above 0, or None for no bound")
+        raise OptimizerError(f"clip_gradient is {show(clip)}; expected a number above 0, or None for no bound")
     whole = {**_defaults(name), **check_numbers(name, numbers)}
     initial_state(name, tuple(whole.items()))
     return OptimizerSpec(name, whole, float(rescale), None if clip is None else float(clip))
@@ -158,7 +155,7 @@ def check_numbers(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
         try:
             plain[word] = _plain(number, known[word])
         except ValueError as error:
-            raise OptimizerError(f"{name}: {word} is {reprlib.repr(number)}; expected {error}") from None
+            raise OptimizerError(f"{name}: {word} is {show(number)}; expected {error}") from None
     return plain
 
 
@@ -191,7 +188,7 @@ def _name(optimizer: Any) -> str:
     elif isinstance(optimizer, type):
         what = f"the class {optimizer.__qualname__}{suggestion(optimizer.__name__.lower(), CLASSES)}"
     else:
-        what = f"{optimizer!r}{suggestion(str(optimizer).lower(), CLASSES)}"
+        what = f"{show(optimizer)}{suggestion(str(optimizer).lower(), CLASSES)}"
     raise OptimizerError(f"no optimizer for a store: {what}; the names are {', '.join(CLASSES)}")
 
 

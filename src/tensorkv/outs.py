@@ -102,7 +102,10 @@ class NewOuts:
     """
 
     def __init__(self, verb: str, keys: Sequence[Key], specs: Sequence[KeySpec], like: Any = None) -> None:
-        origin = None if like is None else arrays.origin(like)
+        try:
+            origin = None if like is None else arrays.origin(like)
+        except ArrayTypeError as error:
+            raise ArrayTypeError(f"{verb}: like {error}; give an array of the library and device to return") from None
         self._made: list[tuple[torch.Tensor, arrays.Origin]] = []
         grouped: dict[Key, list[torch.Tensor]] = {}
         for key, spec in zip(keys, specs, strict=True):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .errors import ArgumentError
+from .errors import ArgumentError, show
 
 Job = Callable[[], Any]
 
@@ -60,7 +60,7 @@ class Pool:
 
     def __init__(self, threads: int | None = None) -> None:
         if threads is not None and (type(threads) is not int or threads < 1):
-            raise ArgumentError(f"threads is {threads!r}; expected an int of at least 1, or None for the cores")
+            raise ArgumentError(f"threads is {show(threads)}; expected an int of at least 1, or None for the cores")
         self.threads = threads or default_threads()
         self._executor: ThreadPoolExecutor | None = None
 

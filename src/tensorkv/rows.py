@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from . import arrays
-from .errors import ArgumentError, ArrayTypeError, ValueMismatchError
+from .errors import ArgumentError, ArrayTypeError, ValueMismatchError, naming, show
 
 
 @dataclass(slots=True, eq=False)
@@ -17,12 +18,12 @@ class Rows:
     """Some rows of a tensor with ``num_rows`` rows; the others are zero (in a push: not touched).
 
     Args:
-        ids: which rows, shape ``(n,)``, integers in ``[0, num_rows)``, any order, repeats allowed.
+        ids: which rows, shape ``(n,)``, integers in ``[0, num_rows)``, any order, repeats allowed; an array or a list.
         values: the rows, shape ``(n, ...)``, any dtype that a store holds.
         num_rows: rows of the whole tensor.
 
     Raises:
-        ArrayTypeError: ids are no integers, or one of the two is no array.
+        ArrayTypeError: ids are not integers, or values are not an array.
         ValueMismatchError: ids and values differ in length, or an id is out of range.
 
     >>> import numpy as np
@@ -39,7 +40,10 @@ class Rows:
     num_rows: int
 
     def __post_init__(self) -> None:
-        take_rows(self)
+        with naming("Rows"):
+            if isinstance(self.ids, list | tuple | range):
+                self.ids = _listed_ids("ids", self.ids)
+            take_rows(self)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,7 +67,13 @@ class Rows:
     def to(self, device: torch.device | str) -> Rows:
         """Return torch Rows on a device."""
         taken = take_rows(self)
-        return _unchecked(taken.ids.to(device), taken.values.to(device), self.num_rows)
+        try:
+            target = torch.device(device)
+        except (RuntimeError, TypeError):
+            raise ArgumentError(
+                f'Rows.to: device is {show(device)}; expected a torch.device, or a str such as "cpu"'
+            ) from None
+        return _unchecked(taken.ids.to(target), taken.values.to(target), self.num_rows)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the whole tensor, shape ``(num_rows, ...)``, rows that are not here being zero.
@@ -74,6 +84,8 @@ class Rows:
         >>> Rows(torch.tensor([2]), torch.ones(1, 2), num_rows=3).to_dense().tolist()
         [[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
         """
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ArgumentError(f"Rows.to_dense: dtype is {show(dtype)}; expected a torch.dtype, or None")
         rows = merge([take_rows(self)], dtype)
         dense = torch.zeros(self.shape, dtype=rows.values.dtype, device=rows.values.device)
         arrays.signed(dense)[rows.ids] = arrays.signed(rows.values)
@@ -98,9 +110,9 @@ def take_rows(thing: Any) -> Rows:
         return _take_coo(thing)
     ids, values = _take_part(thing.ids, "ids"), _take_part(thing.values, "values")
     if isinstance(thing.num_rows, bool) or not isinstance(thing.num_rows, int) or thing.num_rows < 0:
-        raise ArgumentError(f"num_rows is {thing.num_rows!r}; expected an int of at least 0")
+        raise ArgumentError(f"num_rows is {show(thing.num_rows)}; expected an int of at least 0")
     if arrays.family(ids.dtype) != "int" or ids.dtype is torch.uint64:
-        raise ArrayTypeError(f"ids have dtype {arrays.dtype_name(ids.dtype)}; expected int64")
+        raise ArrayTypeError(f"ids have dtype {arrays.dtype_name(ids.dtype)}; expected integers, such as int64")
     if ids.ndim != 1 or values.ndim < 1 or len(ids) != len(values):
         raise ValueMismatchError(
             f"ids have shape {tuple(ids.shape)} and values {tuple(values.shape)}; "
@@ -116,7 +128,7 @@ def _take_part(array: Any, name: str) -> torch.Tensor:
     try:
         return arrays.take(array)
     except ArrayTypeError as error:
-        raise ArrayTypeError(f"{name} of Rows: {error}") from None
+        raise ArrayTypeError(f"{name} {error}") from None
 
 
 def _take_coo(tensor: torch.Tensor) -> Rows:
@@ -186,7 +198,7 @@ def add_by_turns(merged: torch.Tensor, places: torch.Tensor, values: torch.Tenso
 
 
 def take_ids(row_ids: Any, num_rows: int) -> torch.Tensor:
-    """Return unique, sorted int64 row ids from an integer array or a list of ints.
+    """Return unique, sorted int64 row ids from an integer array of any shape, or a list of ints, nested or not.
 
     Raises:
         ArrayTypeError: not integers.
@@ -194,16 +206,28 @@ def take_ids(row_ids: Any, num_rows: int) -> torch.Tensor:
     """
     if row_ids is None:
         raise ArrayTypeError("row_ids= is missing; give the ids of the rows to pull")
-    if isinstance(row_ids, list | tuple | range) and not any(isinstance(x, bool) for x in row_ids):
-        if not all(isinstance(x, int | np.integer) for x in row_ids):
-            raise ArrayTypeError(f"row_ids are {row_ids!r:.40}; expected integers")
-        try:
-            row_ids = np.array(row_ids, np.int64)
-        except OverflowError:
-            raise ValueMismatchError(f"a row id is out of range; there are rows 0 to {num_rows - 1}") from None
+    if isinstance(row_ids, list | tuple | range):
+        row_ids = _listed_ids("row_ids", row_ids)
     ids = _take_part(row_ids, "row_ids")
     if arrays.family(ids.dtype) != "int" or ids.dtype is torch.uint64:
         raise ArrayTypeError(f"row_ids have dtype {arrays.dtype_name(ids.dtype)}; expected integers")
     unique: torch.Tensor = torch.unique(ids.long().cpu())
     _check_range(unique, num_rows)
     return unique
+
+
+def _listed_ids(name: str, ids: Sequence[Any]) -> np.ndarray[Any, Any]:
+    """Return a list of ints, or of lists of ints of one length, as an array.
+
+    Raises:
+        ArrayTypeError: something else.
+        ValueMismatchError: an int that no row can have.
+    """
+    # Of objects, since NumPy would take True for 1 and "1" for a character.
+    flat = np.asarray(ids, object).ravel().tolist()
+    if any(isinstance(each, bool) or not isinstance(each, int | np.integer) for each in flat):
+        raise ArrayTypeError(f"{name} is {show(ids)}; expected integers, in an array or a list")
+    try:
+        return np.array(ids, np.int64)
+    except OverflowError:
+        raise ValueMismatchError(f"{name} is {show(ids)}; a row id is out of range of int64") from None

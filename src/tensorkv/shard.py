@@ -19,12 +19,11 @@ from .columns import Column
 from .entry import Batch, Entry, KeySpec, Part
 from .errors import (
     KeyExistsError,
-    KeyNotFoundError,
     KeyTypeError,
     OptimizerError,
     UpdaterError,
+    no_such_key,
     quote,
-    suggestion,
 )
 from .finite import FiniteSums, NonFinite
 from .keys import Key
@@ -253,9 +252,7 @@ class Shard:
         entry = self._entries.get(key)
         if entry is None:
             self._check_key_type(verb, key)
-            raise KeyNotFoundError(
-                f"{verb}({quote(key)}): no such key{suggestion(key, self._entries)}; call init first"
-            )
+            raise no_such_key(verb, key, self._entries)
         return entry
 
     def close(self) -> None:

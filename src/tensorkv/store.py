@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from inspect import isfunction
 from operator import add
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +21,7 @@ from .errors import (
     TensorKVError,
     ValueMismatchError,
     quote,
+    show,
 )
 from .keys import Key, is_key
 from .outs import GivenOuts, NewOuts
@@ -27,6 +29,18 @@ from .plan import MANY
 from .rows import Rows, is_rows, take_ids, take_rows
 from .snapshot import Snapshot
 from .versions import wait_for
+
+# What MXNet's KVStore has and this one has not, or has under another name.
+_MXNET_NAMES = {
+    "_barrier": "use barrier()",
+    "_send_command_to_servers": "servers run no commands of workers",
+    "_set_updater": "use set_updater(updater)",
+    "get_num_dead_node": "use dead_workers(), a list of ranks",
+    "handle": "there is no native handle; close() ends the store",
+    "num_dead_node": "use dead_workers(), a list of ranks",
+    "set_gradient_compression": "gradients are not compressed yet; push float16 or bfloat16 arrays to halve them",
+    "set_optimizer_states": "use load_optimizer_states(path)",
+}
 
 
 def create(type: str = "local", **options: Any) -> KVStore:
@@ -72,6 +86,20 @@ class KVStore(StoreControl):
     """
 
     _warned_sparse_out = False
+
+    def __init__(self, engine: Any = None, type: Any = None) -> None:
+        if not hasattr(engine, "pull_rows") or not isinstance(type, str):
+            raise ArgumentError(
+                f"KVStore: got {show(engine)} and {show(type)}; stores are made by tensorkv.create(type, **options), "
+                'such as tensorkv.create("local")'
+            )
+        super().__init__(engine, type)
+
+    if not TYPE_CHECKING:  # type checkers are to find names that are not there
+
+        def __getattr__(self, name: str) -> Any:
+            hint = f"; {_MXNET_NAMES[name]}" if name in _MXNET_NAMES else ""
+            raise AttributeError(f"'KVStore' object has no attribute {name!r}{hint}", name=name, obj=self)
 
     # ------------------------------------------------------------ init, push, pull
 
@@ -275,7 +303,8 @@ class KVStore(StoreControl):
             key: a key of a sparse table or of a dense value, or a list of keys.
             out: ``Rows`` whose ids and values are to be replaced, or a list of as many as keys.
             priority: as for ``push``.
-            row_ids: integers, any order, repeats allowed; for a list of keys, a list of as many.
+            row_ids: integers in an array of any shape or a list, any order, repeats allowed; for a list of keys, a
+                list of as many of these.
 
         Returns:
             None with ``out``. Else ``Rows`` with unique, sorted ids (a list for a list of keys), in the
@@ -295,13 +324,18 @@ class KVStore(StoreControl):
         start = self._begin("row_sparse_pull", priority)
         listed = keys_of("row_sparse_pull", key)
         single = is_key(key)
+        if row_ids is None and out is not None and not _holds_rows(out):
+            raise ArgumentError(
+                f"row_sparse_pull: row_ids= is missing, and the second argument, out, is {show(out)}; "
+                "give ids by name: row_ids=[0, 2]"
+            )
         wanted = _matching("row_sparse_pull", "row_ids", listed, [row_ids] if single else row_ids)
         outs = None if out is None else _matching("row_sparse_pull", "out", listed, [out] if single else out)
         specs = self._specs("row_sparse_pull", listed)
         ids = [_take_ids(each, spec, own) for each, spec, own in zip(listed, specs, wanted, strict=True)]
         for each, target in zip(listed, outs or (), strict=False):
             if not isinstance(target, Rows):
-                raise ArrayTypeError(f"row_sparse_pull({quote(each)}): out is a {type(target).__name__}; expected Rows")
+                raise ArrayTypeError(f"row_sparse_pull({quote(each)}): out is {show(target)}; expected Rows")
         found = self._engine.pull_rows(listed, ids)
         pulled = [_give_rows(rows, spec.origin) for rows, spec in zip(found, specs, strict=True)]
         self._metrics.add("row_sparse_pull", start, listed, [rows.values.nbytes for rows in pulled])
@@ -360,6 +394,12 @@ class KVStore(StoreControl):
             warnings.warn(warning, stacklevel=3)
 
 
+# In its own messages of a wrong call Python names the class of a method by these.
+for _name, _method in vars(StoreControl).items():
+    if isfunction(_method):
+        _method.__qualname__ = f"KVStore.{_name}"
+
+
 def _batch(verb: str, key: Any, value: Any) -> Batch:
     keys, groups = pairs(verb, "value", key, value)
     parts = [
@@ -404,10 +444,16 @@ def _give_rows(rows: Rows, origin: arrays.Origin) -> Rows:
     return Rows(arrays.give(ids, origin), arrays.give(rows.values, origin), rows.num_rows)
 
 
+def _holds_rows(out: Any) -> bool:
+    return isinstance(out, Rows) or (isinstance(out, list | tuple) and any(isinstance(each, Rows) for each in out))
+
+
 def _matching(verb: str, what: str, keys: Sequence[Key], values: Any) -> list[Any]:
     if not isinstance(values, list | tuple) or len(values) != len(keys):
-        count = len(values) if isinstance(values, list | tuple) else f"a {type(values).__name__}"
-        raise ArgumentError(f"{verb}: got {len(keys)} keys and {count} as {what}; expected a list, one for each key")
+        raise ArgumentError(
+            f"{verb}: got {len(keys)} keys and {show(values)} as {what}; expected a list of {len(keys)}, "
+            "one for each key"
+        )
     return list(values)
 
 

@@ -13,7 +13,18 @@ import torch
 from torch import nn
 
 from . import arrays
-from .errors import ArgumentError, CheckpointError, KeyExistsError, OptimizerError, ValueMismatchError, quote
+from .arguments import check_flag
+from .errors import (
+    ArgumentError,
+    CheckpointError,
+    KeyExistsError,
+    KeyNotFoundError,
+    OptimizerError,
+    ValueMismatchError,
+    naming,
+    quote,
+    show,
+)
 from .overlap import Overlap
 from .store import KVStore
 from .updates import Params, StoreUpdate, WorkerUpdate, broadcast
@@ -74,15 +85,17 @@ class Trainer:
         **numbers: Any,
     ) -> None:
         if not isinstance(kv, KVStore):
-            raise ArgumentError(f"Trainer: kv is a {type(kv).__name__}; expected a KVStore, from tensorkv.create()")
+            raise ArgumentError(f"Trainer: kv is {show(kv)}; expected a KVStore, from tensorkv.create()")
         if not isinstance(prefix, str):
-            raise ArgumentError(f"Trainer: prefix is {prefix!r}; expected a str")
+            raise ArgumentError(f"Trainer: prefix is {show(prefix)}; expected a str")
         self._kv = kv
         self._prefix = prefix
         self._params = _aligned(_replicas(model_or_replicas), prefix)
         self._update: StoreUpdate | WorkerUpdate
-        kind = StoreUpdate if update_on_store else WorkerUpdate
-        self._update = kind(kv, optimizer, numbers, self._params)
+        with naming("Trainer"):
+            kind = StoreUpdate if check_flag("update_on_store", update_on_store) else WorkerUpdate
+            overlaps = check_flag("overlap", overlap)
+            self._update = kind(kv, optimizer, numbers, self._params)
         try:
             broadcast(kv, self._params, {key: params[0].detach() for key, params in self._params.items()})
         except KeyExistsError as error:
@@ -91,7 +104,7 @@ class Trainer:
                 "trainer.refresh(); for a second model, give a prefix"
             ) from None
         self._update.start()
-        self._overlap = Overlap(kv, self._params) if overlap else None
+        self._overlap = Overlap(kv, self._params) if overlaps else None
 
     def step(self) -> None:
         """Push each parameter's gradients, summed over replicas, and update every replica.
@@ -116,8 +129,14 @@ class Trainer:
         Raises:
             As ``KVStore.pull``.
         """
-        with torch.no_grad():
-            self._kv.pull(list(self._params), out=[[p.detach() for p in params] for params in self._params.values()])
+        outs = [[param.detach() for param in params] for params in self._params.values()]
+        try:
+            with torch.no_grad():
+                self._kv.pull(list(self._params), out=outs)
+        except KeyNotFoundError as error:
+            raise KeyNotFoundError(
+                f"Trainer.refresh: {error}. A load replaces all keys by those of the checkpoint; load one of this model"
+            ) from None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of every replica's trained parameters.
@@ -168,7 +187,7 @@ class Trainer:
     @learning_rate.setter
     def learning_rate(self, lr: float) -> None:
         if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 <= lr < math.inf:
-            raise OptimizerError(f"learning_rate is {lr!r}; expected a finite number of at least 0")
+            raise OptimizerError(f"learning_rate is {show(lr)}; expected a finite number of at least 0")
         self._update.learning_rate = lr
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,7 +232,7 @@ class Trainer:
         state: dict[str, Any] = {part: state_dict.get(part) for part in (*_BY_KEY, "optimizer")}
         for part, held in state.items():
             if not isinstance(held, Mapping):
-                raise CheckpointError(f"load_state_dict: {part} is a {type(held).__name__}; expected a mapping")
+                raise CheckpointError(f"load_state_dict: {part} is {show(held)}; expected a mapping")
         for part in _BY_KEY:
             state[part] = {f"{self._prefix}{name}": each for name, each in state[part].items()}
         _check_weights(self._params, state["weights"])
@@ -231,7 +250,7 @@ def _replicas(given: Any) -> list[nn.Module]:
         raise ArgumentError("Trainer: got an empty list; expected an nn.Module or a list of replicas")
     for index, replica in enumerate(replicas):
         if not isinstance(replica, nn.Module):
-            raise ArgumentError(f"Trainer: replica {index} is a {type(replica).__name__}; expected an nn.Module")
+            raise ArgumentError(f"Trainer: replica {index} is {show(replica)}; expected an nn.Module")
     return replicas
 
 

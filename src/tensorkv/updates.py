@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import checkpoint, manifest, optim
-from .errors import CheckpointError, OptimizerError
+from .errors import CheckpointError, OptimizerError, show
 from .optim import OptimizerSpec
 from .rules import StepOptimizer
 from .store import KVStore
@@ -137,7 +137,7 @@ class WorkerUpdate:
             optimizer = getattr(torch.optim, optim.CLASSES[optim.spec(optimizer, numbers).name])
         if not callable(optimizer):
             raise OptimizerError(
-                f"Trainer: optimizer is a {type(optimizer).__name__}; with update_on_store=False expected a name, "
+                f"Trainer: optimizer is {show(optimizer)}; with update_on_store=False expected a name, "
                 "a class, or a function that makes a torch.optim.Optimizer from a list of parameters"
             )
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -148,7 +148,7 @@ class WorkerUpdate:
                 raise OptimizerError(f"Trainer: the optimizer cannot be made: {error}") from error
             if not isinstance(made, torch.optim.Optimizer) or isinstance(made, torch.optim.LBFGS):
                 raise OptimizerError(
-                    f"Trainer: optimizer made a {type(made).__name__}; expected a torch.optim.Optimizer "
+                    f"Trainer: optimizer made {show(made)}; expected a torch.optim.Optimizer "
                     "that steps from gradients alone"
                 )
             self.optimizers.append(made)

@@ -8,7 +8,7 @@ from typing import Any
 
 from .arguments import check_timeout
 from .engines import Engine
-from .errors import ArgumentError, WaitTimeoutError, quote
+from .errors import ArgumentError, WaitTimeoutError, naming, quote, show
 from .keys import Key
 
 # How long a pull waits for a version, and how often it looks where an engine has no better way.
@@ -31,8 +31,9 @@ def wait_for(engine: Engine, keys: Sequence[Key], min_version: int, timeout_s: f
         WaitTimeoutError: the version did not come in time.
     """
     if type(min_version) is not int:
-        raise ArgumentError(f"pull: min_version is {min_version!r}; expected an int")
-    seconds = WAIT_S if timeout_s is None else check_timeout(timeout_s)
+        raise ArgumentError(f"pull: min_version is {show(min_version)}; expected an int")
+    with naming("pull"):
+        seconds = WAIT_S if timeout_s is None else check_timeout(timeout_s)
     wait: Any = getattr(engine, "wait_for", None)
     if wait is not None:
         wait(keys, min_version, seconds)

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ..arguments import folder_path
+from ..arguments import check_flag, folder_path
 from ..entry import Batch, KeyInfo, KeySpec, Part
-from ..errors import ArgumentError, EngineNotFoundError, quote, suggestion
+from ..errors import ArgumentError, EngineNotFoundError, naming, quote, show, suggestion
 from ..finite import NonFinite
 from ..keys import Key
 from ..manifest import Kind
@@ -164,7 +164,7 @@ def _build_ray(
         from . import ray_store
     except ImportError as error:
         raise EngineNotFoundError(
-            f"dist_async needs Ray, which cannot be imported ({error}); pip install 'tensorkv[ray]'"
+            f"create: dist_async needs Ray, which cannot be imported ({error}); pip install 'tensorkv[ray]'"
         ) from error
     options = {
         "num_servers": num_servers,
@@ -177,7 +177,7 @@ def _build_ray(
         "keep": keep,
         "lost_after_s": lost_after_s,
     }
-    return ray_store.build(name, address, timeout_s, insecure, options)
+    return ray_store.build(name, address, timeout_s, check_flag("insecure", insecure), options)
 
 
 _factories: dict[str, Factory] = {
@@ -205,11 +205,11 @@ def register(name: str, factory: Factory) -> None:
     'doctest'
     """
     if not isinstance(name, str) or not name:
-        raise ArgumentError(f"register: {name!r} is no type name; expected a non-empty str")
+        raise ArgumentError(f"register: the type name is {show(name)}; expected a non-empty str")
     if name in _factories:
         raise ArgumentError(f"register: the type {quote(name)} exists already; choose another name")
     if not callable(factory):
-        raise ArgumentError(f"register({quote(name)}): {factory!r} cannot be called; expected a function")
+        raise ArgumentError(f"register({quote(name)}): the factory is {show(factory)}; expected a function")
     _factories[name] = factory
 
 
@@ -231,11 +231,14 @@ def build(name: Any, options: dict[str, Any]) -> Engine:
             factory = point.load()
     if factory is None:
         known = names()
-        raise EngineNotFoundError(f"no store type {name!r}{suggestion(name, known)}; the types are {', '.join(known)}")
+        raise EngineNotFoundError(
+            f"create: no store type {show(name)}{suggestion(name, known)}; the types are {', '.join(known)}"
+        )
     signature = inspect.signature(factory)
     try:
         signature.bind(**options)
     except TypeError as error:
         taken = ", ".join(signature.parameters) or "none"
         raise ArgumentError(f"create({quote(name)}): {error}; its options are: {taken}") from None
-    return factory(**options)
+    with naming(f"create({quote(name)})"):
+        return factory(**options)

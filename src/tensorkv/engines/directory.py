@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..entry import Entry, KeySpec
-from ..errors import KeyExistsError, KeyNotFoundError, KeyTypeError, quote, suggestion
+from ..errors import KeyExistsError, KeyTypeError, no_such_key, quote
 from ..keys import Key
 from ..optim import ROWWISE, OptimizerSpec
 from ..placement import pieces
@@ -103,7 +103,7 @@ class Directory:
             held = self._held.get(key)
         if held is None:
             self._check_key_type(verb, key)
-            raise KeyNotFoundError(f"{verb}({quote(key)}): no such key{suggestion(key, self._held)}; call init first")
+            raise no_such_key(verb, key, self._held)
         return held
 
     def entry(self, verb: str, key: Key) -> Entry:

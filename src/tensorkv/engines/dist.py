@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import arrays, placement
-from ..arguments import check_timeout
+from ..arguments import check_flag, check_timeout
 from ..entry import Batch, Entry, KeyInfo, KeySpec, Part
 from ..errors import RankLostError
 from ..finite import NonFinite
@@ -50,7 +50,7 @@ def build(
         shared_memory: let workers of one host meet in shared memory; without it they use Gloo.
     """
     alone = LocalEngine(False, nonfinite=nonfinite)
-    group = Group(check_timeout(timeout_s), bool(shared_memory), {"nonfinite": nonfinite})
+    group = Group(check_timeout(timeout_s), check_flag("shared_memory", shared_memory), {"nonfinite": nonfinite})
     return alone if group.size == 1 else DistEngine(group, nonfinite)
 
 

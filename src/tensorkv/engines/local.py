@@ -53,7 +53,7 @@ class LocalEngine:
     ) -> None:
         self._durable: DurableShard | None = None
         if path is None:
-            if durability != "process" or log_nbytes is not None:
+            if not isinstance(durability, str) or durability != "process" or log_nbytes is not None:
                 raise ArgumentError("durability and log_nbytes are of a store that is kept in a folder; give its path")
             self._shard = Shard(on_device=on_device, nonfinite=nonfinite, threads=threads)
         elif on_device:

@@ -16,6 +16,7 @@ import torch
 
 import tensorkv
 from tensorkv import Rows
+from tensorkv.optim import ROWWISE
 
 F32 = np.float32
 
@@ -82,6 +83,26 @@ def state(kv):
             kv.pull(key, out=value)
             held[key] = (info, value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
     return held
+
+
+def check_neighbours(kv, name, shapes, **numbers):
+    """Check that each key has the bits that it has when it is pushed alone, whatever is pushed in the same call."""
+    dtypes = [torch.bfloat16, torch.float32, torch.float64, torch.float16]
+    dtypes += [torch.complex64] if name in ROWWISE else []
+    kinds = [(shape, dtype) for dtype in dtypes for shape in shapes if name != "muon" or len(shape) == 2]
+    torch.manual_seed(5)
+    first = [torch.randn(shape, dtype=dtype) for shape, dtype in kinds]
+    pushed = [[torch.randn(shape, dtype=dtype) * 1e-3 for shape, dtype in kinds] for _ in range(2)]
+    keys = [[f"{each}-{index}" for index in range(len(kinds))] for each in ("alone", "together")]
+    for own in keys:
+        kv.init(own, first)
+    kv.set_optimizer(name, **{"lr": 0.01, **numbers})
+    for grads in pushed:
+        for key, grad in zip(keys[0], grads, strict=True):
+            kv.push(key, grad)
+        kv.push(keys[1], grads)
+    for kind, alone, together in zip(kinds, *map(kv.pull, keys), strict=True):
+        torch.testing.assert_close(together, alone, rtol=0, atol=0, equal_nan=True, msg=f"{kind}")
 
 
 class BaseContract:
@@ -660,6 +681,10 @@ class BaseContract:
             with pytest.raises((tensorkv.ArrayTypeError, tensorkv.ArgumentError), match=r'"[wx]"'):
                 call()
         assert state(kv) == before
+
+    @pytest.mark.parametrize("name", ["adam", "adafactor"])
+    def test_an_update_depends_on_no_other_key(self, kv, name):
+        check_neighbours(kv, name, [(8,), (5, 3)])
 
     @pytest.mark.parametrize("optimizer", [None, "sgd", "adam", "rmsprop"])
     def test_inference_mode(self, kv, optimizer):

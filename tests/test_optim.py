@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from contract import check_neighbours
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -308,6 +309,13 @@ def test_many_keys_at_once_are_the_keys_one_by_one(case, dtype, library, verbs, 
 
 
 ALIAS_NUMBERS = [*NUMBERS, ("sgd", {"momentum": 0.9}), ("sgd", {"rescale_grad": 0.5}), ("adam", {"clip_gradient": 0.1})]
+
+
+@pytest.mark.parametrize(("name", "numbers"), NUMBERS, ids=ids_of(NUMBERS))
+def test_an_update_depends_on_no_other_key(name, numbers):
+    # The last ones together are worth several threads.
+    shapes = [(8,), (2000,), (7, 9), (), (0,), (3, 0), (3, 5, 2), (200, 100)]
+    check_neighbours(tensorkv.create("local"), name, shapes, **numbers)
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -278,9 +278,11 @@ class Optimizer:
                 self._complete(key, state, value)
             own = key if key in self.spec.overrides else None
             fused = self.spec.name in FUSED and value.dtype in KERNEL_DTYPES and value.numel() > 0
+            # What needs whole gradients may carry numbers from one parameter to the next, as Adafactor does its eps.
+            alone = None if self.spec.name in ROWWISE else index
             # torch's fused kernels take either all new or no new parameters.
-            groups.setdefault((own, fused, bool(state)), []).append(index)
-        for (own, fused, _), members in groups.items():
+            groups.setdefault((own, fused, bool(state), alone), []).append(index)
+        for (own, fused, _, _), members in groups.items():
             self._run(
                 {**self.spec.numbers, **self.spec.overrides.get(own, {})},
                 [values[i] for i in members],

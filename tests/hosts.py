@@ -3,8 +3,9 @@
 import itertools
 import os
 import shutil
+import signal
 import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 CAN_MAKE = os.geteuid() == 0 and shutil.which("ip") is not None
 _numbers = itertools.count()
@@ -65,3 +66,11 @@ def pid_namespaces(count):
             leader.kill()
             leader.wait()
             leader.stdout.close()
+
+
+def kill_all(start):
+    """Kill every process of a host, and what they start meanwhile."""
+    while pids := subprocess.run(["ip", "netns", "pids", start[-1]], check=True, capture_output=True).stdout.split():
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)

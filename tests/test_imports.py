@@ -34,7 +34,7 @@ FLOORS = [
     {"engines.local", "engines.segment"},
     {"engines.bell"},
     {"engines.group", "placement", "engines.mailbox", "engines.copies", "engines.server_stats", "engines.ray_metrics"},
-    {"engines.spread", "engines.ray_actor"},
+    {"engines.spread", "engines.ray_actor", "engines.ray_safety"},
     {"engines.directory", "engines.ray_cluster", "engines.ray_link"},
     {"engines.ray_lane", "engines.ray_observer"},
     {"engines.traffic"},

@@ -382,26 +382,25 @@ def test_two_stores_on_one_path_and_options_that_differ(tmp_path):
             assert "w" not in other
 
 
-def test_strangers_are_kept_out(cluster, monkeypatch):
+def test_a_cluster_that_others_can_reach_is_refused_without_a_token(cluster, monkeypatch):
     from tensorkv.engines import ray_cluster
 
     actors = cluster._engine._actors
     places = [[*ray.get(actors[0].place.remote())]]
     assert places[0][2], "the servers of a Ray that was started here ask for a token"
-    nodes = [
-        {"Alive": True, "NodeManagerAddress": "127.0.0.2"},
-        {"Alive": True, "NodeManagerAddress": "10.1.2.3"},
-        {"Alive": False, "NodeManagerAddress": "10.9.9.9"},
-    ]
+    node = {"Alive": True, "NodeManagerAddress": "10.1.2.3", "NodeManagerPort": 1, "ObjectManagerPort": 2}
+    nodes = [*ray.nodes(), node]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr(ray_cluster, "_ask", lambda method, name, timeout_s: places[0])
     # With a token, anywhere.
     assert ray_cluster.check_safety(actors, insecure=False, timeout_s=1) == places
     places[0][2] = 0
-    with pytest.raises(tensorkv.ArgumentError, match=r"node at 10\.1\.2\.3 and asks nobody for a token"):
+    with pytest.raises(
+        tensorkv.ArgumentError, match=r"\(at 10\.1\.2\.3:1, 10\.1\.2\.3:2\) and asks nobody for a token"
+    ):
         ray_cluster.check_safety(actors, insecure=False, timeout_s=1)
     assert ray_cluster.check_safety(actors, insecure=True, timeout_s=1) == places
-    nodes[1]["Alive"] = False
+    node["Alive"] = False
     assert ray_cluster.check_safety(actors, insecure=False, timeout_s=1) == places
 
 

@@ -158,7 +158,8 @@ def _build_ray(
         name: of the store in its cluster.
         address: of a Ray cluster (default: ``RAY_ADDRESS``, else one is started on this machine).
         timeout_s: how long to wait for servers and other workers.
-        insecure: accept a cluster that strangers can reach and that asks nobody for a token.
+        insecure: accept a cluster that other hosts can reach and that asks nobody for a token, and a token that other
+            users of this machine can read.
     """
     try:
         from . import ray_store

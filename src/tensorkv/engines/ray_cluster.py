@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import logging
 import os
@@ -22,14 +21,14 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from ..errors import ArgumentError, JournalError, RankLostError, ServerLostError, quote
 from ..server.wire import Settings
+from . import ray_safety
 from .group import agree_on_start, meet
 from .ray_actor import ServerActor
+from .ray_safety import LOOPBACK
 
 NAMESPACE = "tensorkv"
 # Requests that may wait in a server at a time, each in a thread.
 _THREADS = 64
-# Ray's actors and workers of a cluster on one machine keep to it.
-_LOOPBACK = "127.0.0.2"
 _OBJECT_STORE_NBYTES = 1 << 30
 
 # A cluster may be starting while its first workers are.
@@ -38,17 +37,22 @@ _STARTING_S = 10.0
 # How many stores of this process use the Ray that it has started.
 _started = 0
 _meetings = 0
+# What the environment said of tokens before this process started a Ray.
+_auth_mode: str | None = None
+
+_logger = logging.getLogger("tensorkv")
 
 
-def enter(address: str | None, timeout_s: float) -> bool:
+def enter(address: str | None, timeout_s: float, *, insecure: bool = False) -> bool:
     """Be in a Ray cluster; return whether this process has started it, and is to end it.
 
     Args:
         address: of a cluster (None: ``RAY_ADDRESS``, or the one that this process is in already).
         timeout_s: how long another process may take that starts one.
+        insecure: use a token even if other users of this machine can read it.
 
     Raises:
-        ArgumentError: workers on several hosts, and no cluster, or no address of one.
+        ArgumentError: workers on several hosts, and no cluster, or no address of one; a token that others can read.
         RankLostError: the process that starts one did not come.
         ServerLostError: no cluster answers at the address.
     """
@@ -59,17 +63,21 @@ def enter(address: str | None, timeout_s: float) -> bool:
         return _started > 0
     # A lost server is told from a slow one in milliseconds instead of seconds.
     _set({"RAY_timeout_ms_task_wait_for_death_info": "0"})
+    if not insecure:
+        ray_safety.check_token()
     if address is not None:
         _join(address, min(timeout_s, _STARTING_S))
         return False
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
-        _start()
-        return True
-    if int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size:
+    if size > 1 and int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size:
         raise ArgumentError(
             "create: the workers are on several hosts, and there is no Ray cluster; start one and set RAY_ADDRESS"
         )
+    # In every process: if it cannot be made, none waits for the one that starts Ray.
+    ray_safety.ensure_token()
+    if size == 1:
+        _start()
+        return True
     return _start_together(rank, timeout_s)
 
 
@@ -145,7 +153,7 @@ def _clusters_here() -> list[str]:
     found: Any = services.find_gcs_addresses
     # It remembers what it has found, and the process may have been there before the cluster.
     found.cache_clear()
-    return sorted(found(), key=lambda each: (not each.startswith(f"{_LOOPBACK}:"), each))
+    return sorted(found(), key=lambda each: (not each.startswith(f"{LOOPBACK}:"), each))
 
 
 def _store_names() -> set[str]:
@@ -165,6 +173,7 @@ def leave(started: bool) -> None:
         _started -= 1
         if _started == 0:
             ray.shutdown()
+            _set_auth_mode(_auth_mode)
 
 
 def _set(variables: Mapping[str, str]) -> None:
@@ -175,21 +184,46 @@ def _set(variables: Mapping[str, str]) -> None:
     Config.initialize("")
 
 
+def _set_auth_mode(mode: str | None) -> None:
+    if mode is None:
+        os.environ.pop("RAY_AUTH_MODE", None)
+    else:
+        os.environ["RAY_AUTH_MODE"] = mode
+    Config.initialize("")
+
+
 def _start() -> None:
-    global _started
+    global _started, _auth_mode
+    # Servers are no less urgent than workers.
+    _set({"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"})
+    # Other users of this machine are kept out by a token, whatever the environment says: what it says is meant for a
+    # cluster that the user has started.
+    _auth_mode = os.environ.get("RAY_AUTH_MODE")
+    _set_auth_mode("token")
+    try:
+        with ray_safety.loopback_node(), ray_safety.quiet_forks():
+            ray.init(
+                # A cluster of somebody else on this machine is not joined, and one that has ended is not looked for.
+                address="local",
+                _node_ip_address=LOOPBACK,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                namespace=NAMESPACE,
+                object_store_memory=_OBJECT_STORE_NBYTES,
+            )
+    except BaseException:
+        _set_auth_mode(_auth_mode)
+        raise
     _started = 1
-    # Strangers on this machine are kept out by a token; servers are no less urgent than workers.
-    _set({"RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"})
-    ray.init(
-        # A cluster of somebody else on this machine is not joined, and one that has ended is not looked for.
-        address="local",
-        _node_ip_address=_LOOPBACK,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        namespace=NAMESPACE,
-        object_store_memory=_OBJECT_STORE_NBYTES,
-    )
+    found = _open_addresses()
+    if found:
+        _logger.warning("tensorkv: Ray listens on %s; only its token keeps other hosts out", ", ".join(found))
+
+
+def _open_addresses() -> list[str]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return ray_safety.open_addresses(ray.get_runtime_context().gcs_address, nodes)
 
 
 def _join(address: str, timeout_s: float) -> None:
@@ -198,15 +232,20 @@ def _join(address: str, timeout_s: float) -> None:
     Raises:
         ServerLostError: none answers.
     """
-    local: dict[str, Any] = {}
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
     try:
         if address != "auto":
             _wait_to_listen(address, timeout_s)
-        if address.startswith(f"{_LOOPBACK}:"):
-            # Started by a store, which asks for the token that this user's processes have.
-            _set({"RAY_AUTH_MODE": "token"})
-            local["_node_ip_address"] = _LOOPBACK
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE, **local)
+        host, _, port = address.rpartition(":")
+        with ray_safety.quiet_forks():
+            if host == LOOPBACK and ray_safety.is_local(int(port)):
+                # Started by a store, which asks for this user's token. A cluster that asks for none takes it as well.
+                ray_safety.ensure_token()
+                _set_auth_mode("token")
+                with ray_safety.loopback_node():
+                    ray.init(address=address, _node_ip_address=LOOPBACK, **common)
+            else:
+                ray.init(address=address, **common)
     except (OSError, RayError, RuntimeError, ValueError) as error:
         hint = "" if os.environ.get("RAY_AUTH_MODE") == "token" else "; if it asks for a token, set RAY_AUTH_MODE=token"
         raise ServerLostError(f"no Ray cluster answers at {address}: {error}{hint}") from error
@@ -295,16 +334,17 @@ def check_safety(actors: Sequence[Any], insecure: bool, timeout_s: float) -> lis
     """Return each server's place; refuse servers that strangers on the network could reach.
 
     Raises:
-        ArgumentError: a cluster that is not on loopback alone and asks nobody for a token.
+        ArgumentError: a cluster that other hosts can connect to and that asks nobody for a token.
     """
     places = [_ask(actor.place, "place", timeout_s) for actor in actors]
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    addresses = [node["NodeManagerAddress"] for node in nodes if node["Alive"]]
-    open_to_others = [each for each in addresses if not ipaddress.ip_address(each).is_loopback]
-    if open_to_others and not insecure and not all(place[2] for place in places):
+    if insecure or all(place[2] for place in places):
+        return places
+    found = _open_addresses()
+    if found:
         raise ArgumentError(
-            f"create: the Ray cluster has a node at {open_to_others[0]} and asks nobody for a token: whoever reaches "
-            "it can run code there; start it with RAY_AUTH_MODE=token, or say insecure=True if nobody else can"
+            f"create: the Ray cluster accepts connections from other hosts (at {', '.join(found[:3])}) and asks nobody "
+            "for a token: whoever reaches it can run code there; start it with RAY_AUTH_MODE=token, or say "
+            "insecure=True if nobody else can"
         )
     return places
 

@@ -31,18 +31,22 @@ def build(name: str, address: str | None, timeout_s: float, insecure: bool, opti
         raise ArgumentError(f"create: name is {name!r}; expected a str without a slash")
     asked = {word: each for word, each in options.items() if each is not None}
     wanted = _settings(asked)
-    started = ray_cluster.enter(address, timeout_s)
+    started = ray_cluster.enter(address, timeout_s, insecure=insecure)
     try:
-        actors, settings = ray_cluster.find_servers(name, timeout_s) or ray_cluster.make_servers(
-            name, wanted, timeout_s
-        )
+        found = ray_cluster.find_servers(name, timeout_s)
+        actors, settings = found or ray_cluster.make_servers(name, wanted, timeout_s)
         for word, each in asked.items():
             if getattr(settings, word) != each:
                 raise ArgumentError(
                     f"create: the store {quote(name)} is there, and its {word} is {getattr(settings, word)!r}, not "
                     f"{each!r}; leave the option out to join it, or choose another name"
                 )
-        places = ray_cluster.check_safety(actors, insecure, timeout_s)
+        try:
+            places = ray_cluster.check_safety(actors, insecure, timeout_s)
+        except ArgumentError:
+            if found is None:
+                ray_cluster.stop_servers(actors)
+            raise
         return RayEngine(actors, settings, places, timeout_s, started=started)
     except BaseException:
         ray_cluster.leave(started)

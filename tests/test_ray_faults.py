@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -437,6 +438,63 @@ def test_snapshots_and_versions_with_two_servers():
 
 
 # ---------------------------------------------------------------- workers of all kinds
+
+
+@contextlib.contextmanager
+def two_workers(monkeypatch, **options):
+    """The stores of ranks 0 and 1, and a function that has both do something at the same time."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    name = next(names)
+
+    def create_rank(rank):
+        monkeypatch.setenv("RANK", str(rank))
+        return tensorkv.create("dist_async", name=name, num_workers=2, **options)
+
+    with create_rank(0) as first, create_rank(1) as second, ThreadPoolExecutor(2) as pool:
+        monkeypatch.delenv("WORLD_SIZE")
+        yield [first, second], lambda do: [each.result(100) for each in [pool.submit(do, rank) for rank in (0, 1)]]
+
+
+def test_workers_load_a_trainer_s_state_together(monkeypatch):
+    """What they have afterwards, and after more steps, is what they had, bit for bit; and if it fails, too."""
+    with two_workers(monkeypatch, mode="sync", num_servers=2) as (stores, both):
+        models = [torch.nn.Linear(3, 2) for _ in stores]
+        trainers = both(lambda rank: tensorkv.Trainer(models[rank], stores[rank], "adam", lr=0.1))
+        both(lambda rank: stores[rank].init("other", np.ones(3, F32)))
+        stores[1].set_hyperparameters("bias", lr=0.02)
+
+        def train(rank, start):
+            for step in range(start, start + 3):
+                trainers[rank].zero_grad()
+                models[rank](torch.arange(3.0) + step + rank).square().sum().backward()
+                trainers[rank].step()
+            stores[rank].push("other", np.full(3, step, F32))
+            return [each.tolist() for each in models[rank].parameters()]
+
+        at_three = both(lambda rank: train(rank, 0))
+        states = both(lambda rank: trainers[rank].state_dict())
+        at_six = both(lambda rank: train(rank, 3))
+        assert at_six[0] == at_six[1] != at_three[0]
+        other = stores[0].pull("other").tolist()
+        both(lambda rank: trainers[rank].load_state_dict(states[rank]))
+        for rank in (0, 1):
+            assert [each.tolist() for each in models[rank].parameters()] == at_three[0]
+            assert stores[rank].pull("other").tolist() == other
+            assert stores[rank].info("weight").version == 0
+        assert both(lambda rank: train(rank, 3)) == at_six
+
+        def fail(*_):
+            raise tensorkv.CheckpointError("the disk is full")
+
+        def load(rank):
+            with pytest.raises(tensorkv.CheckpointError, match="the disk is full"):
+                trainers[rank].load_state_dict(states[rank])
+
+        monkeypatch.setattr("tensorkv.updates.StoreUpdate._rewrite", fail)
+        both(load)
+        assert sorted(stores[1].keys()) == ["bias", "other", "weight"]
+        both(lambda rank: trainers[rank].refresh())
+        assert [each.tolist() for each in models[1].parameters()] == at_six[1]
 
 
 def test_workers_as_tasks_actors_and_threads_train_together():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -14,6 +15,7 @@ from .arguments import folder_path, keys_of
 from .entry import KeyInfo
 from .errors import (
     ArgumentError,
+    CheckpointError,
     ForkedStoreError,
     OptimizerError,
     StoreClosedError,
@@ -260,6 +262,26 @@ class StoreControl:
         with TemporaryDirectory() as mine:
             yield self._engine.tell(mine)
             self._engine.barrier()
+
+    def _once(self, do: Callable[[], Any]) -> None:
+        """Have rank 0 do something to files while the others wait; all workers call this together, a reader alone.
+
+        Raises:
+            CheckpointError: on every worker, if rank 0 could not do it.
+
+        >>> import tensorkv
+        >>> tensorkv.create()._once(lambda: print("done"))
+        done
+        """
+        problem = None
+        if self._engine.rank == 0 or self._engine.rank >= self._engine.num_workers:
+            try:
+                do()
+            except CheckpointError as error:
+                problem = str(error)
+        told = json.loads(self._engine.tell(json.dumps(problem)))
+        if told is not None:
+            raise CheckpointError(told)
 
     # ------------------------------------------------------------ looking
 

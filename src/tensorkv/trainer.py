@@ -221,9 +221,10 @@ class Trainer:
             CheckpointError: not such a state, or one of other parameters or of another optimizer.
             Nothing has changed then.
 
-        Limits: if the store updates, the keys are deleted and initialised again (their versions start at
-        0); no other thread or worker may push to them meanwhile. Their state is then the loaded one, and
-        the optimizer's numbers count for the whole store.
+        Limits: if the store updates, the whole store is saved and loaded, through a temporary directory: no other
+        thread or worker may push to it meanwhile. The versions of the trainer's keys start at 0 again, and the
+        optimizer's numbers count for the whole store. With several workers all call this together, and rank 0's
+        state counts.
         """
         if not isinstance(state_dict, Mapping) or state_dict.get("update_on_store") is not self._update.on_store:
             raise CheckpointError(

@@ -15,8 +15,9 @@ from .optim import OptimizerSpec
 from .rules import StepOptimizer
 from .store import KVStore
 
-# By key, the parameter of every replica.
+# By key, the parameter of every replica; and the optimizer's state, by name.
 Params = dict[str, list[nn.Parameter]]
+States = Mapping[str, dict[str, torch.Tensor]]
 
 
 def broadcast(kv: KVStore, params: Params, weights: Mapping[str, torch.Tensor]) -> None:
@@ -99,19 +100,34 @@ class StoreUpdate:
             raise CheckpointError(f"load_state_dict: {error}") from error
         if loaded.name != spec.name:
             raise CheckpointError(f"load_state_dict: the state is of {loaded.name}, the store has {spec.name}")
+        self._put(contents, states)
+        # Raises here, before anything changes.
+        manifest.check_states(
+            manifest.restore(*manifest.describe("optimizer-states", contents.entries, StepOptimizer(loaded)))
+        )
+        # One load puts all of it in force, on every worker and server. Keys that were deleted and initialised again
+        # would be gone for the others meanwhile, and for good if something fails in between.
+        with self._kv._scratch_folder() as folder:
+            self._kv.save(folder)
+            self._kv._once(lambda: self._rewrite(folder, state["weights"], states, StepOptimizer(loaded)))
+            self._kv.load(folder)
+        with torch.no_grad():
+            self._kv.pull(list(self._params), out=list(self._params.values()))
+
+    def _put(
+        self, contents: manifest.Contents, states: States, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Put loaded state, and loaded weights, in the place of what was saved."""
         for entry in contents.entries:
             if isinstance(entry.key, str) and entry.key in states:
                 entry.state = states[entry.key]
-        body, tensors = manifest.describe("optimizer-states", contents.entries, StepOptimizer(loaded))
-        # Raises here, before anything changes.
-        manifest.check_states(manifest.restore(body, tensors))
-        with self._kv._scratch_folder() as folder:
-            if self._kv.rank == 0:
-                checkpoint.write(folder, body, tensors)
-            # A push would step: to set weights to what they were, keys begin anew.
-            self._kv.delete(list(self._params))
-            broadcast(self._kv, self._params, state["weights"])
-            self._kv.load_optimizer_states(folder)
+                if weights is not None:
+                    entry.value, entry.version = weights[entry.key].detach().cpu().contiguous(), 0
+
+    def _rewrite(self, folder: str, weights: Mapping[str, torch.Tensor], states: States, rule: StepOptimizer) -> None:
+        contents = checkpoint.read(folder)
+        self._put(contents, states, weights)
+        checkpoint.write(folder, *manifest.describe("store", contents.entries, rule))
 
     def _saved(self) -> tuple[manifest.Contents, OptimizerSpec]:
         with self._kv._scratch_folder() as folder:

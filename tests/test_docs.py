@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import doctest
 import json
+import os
 import re
+import subprocess
+import sys
 import textwrap
 import tomllib
 from dataclasses import dataclass
@@ -25,6 +28,18 @@ TYPES = tensorkv.engines.names()
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\S*)\s*$")
 _LINK = re.compile(r"(?<!!)\[[^\]]+\]\((?P<target>[^)\s]+)\)")
 _HEADING = re.compile(r"^#{1,6} +(?P<title>.+?) *$")
+_FILE = re.compile(r"# ([\w.-]+\.py)\n")
+# Commands that no test here runs, and why.
+NOT_RUN = {
+    r"(pip|python -m venv|\. |make|ruff|mypy|pytest|(sudo )?\.venv/bin/python) ?": "for a checkout, not a new folder",
+    r"(RAY_\w+=\S+ )*(ray|python) ": "a Ray of one's own, on a port of the machine that all tests share",
+    r"torchrun --nnodes=2 ": "two hosts",
+    r"tensorkv demo --replicas": "tests/test_demo.py trains with replicas",
+    r"tensorkv demo --store dist_async": "tests/test_demo_servers.py runs it, in a folder and with a home that are new",
+    r"tensorkv top ": "beside another command, from a second terminal",
+}
+# What the pages make, and which one.
+_made: dict[str, str] = {}
 _LANGUAGES = {"python", "console", "text", "json", "toml"}
 _OPTIONS = doctest.ELLIPSIS
 
@@ -101,14 +116,77 @@ def run_block(block: Block, file: str, namespace: dict[str, Any]) -> None:
     assert not report, "".join(report)
 
 
+def files_in(text: str) -> dict[str, str]:
+    r"""Return the files that a page shows whole: Python blocks that begin with a comment of their name.
+
+    >>> files_in("Saved as `a.py`:\n```python\n# a.py\nx = 1\n```\n```python\ny = 2\n```")
+    {'a.py': '# a.py\nx = 1\n'}
+    """
+    blocks = [block for block in read_blocks(text) if block.language == "python"]
+    return {named[1]: f"{block.text}\n" for block in blocks if (named := _FILE.match(block.text))}
+
+
+def commands_in(block: Block) -> list[str]:
+    r"""Return the commands of a console block.
+
+    >>> commands_in(Block("console", 1, "$ make demo\ncurves: out/demo.png\n$ make test"))
+    ['make demo', 'make test']
+    """
+    return [line.removeprefix("$ ") for line in block.text.splitlines() if line.startswith("$ ")]
+
+
+def is_run(command: str) -> bool:
+    """Tell whether the tests run a command of the documentation."""
+    return not any(re.match(pattern, command) for pattern in NOT_RUN)
+
+
+def run_command(command: str, folder: Path, home: Path) -> None:
+    """Run a command as a reader does who has nothing but the package: in a folder, and with a home, that are new."""
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RAY", "RANK", "WORLD", "MASTER"))
+    }
+    environment = {**kept, "HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    shortened = command + (" --epochs 1" if command.startswith("tensorkv demo") else "")
+    ended = subprocess.run(
+        ["bash", "-c", shortened], cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=250
+    )
+    assert ended.returncode == 0, f"$ {command}\n{ended.stdout}{ended.stderr}"
+
+
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_runs_from_top_to_bottom(
+    path: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tensorkv.engines, "_factories", dict(tensorkv.engines._factories))
+    home = tmp_path_factory.mktemp("home")
     namespace: dict[str, Any] = {"__name__": "example"}
-    for block in read_blocks(path.read_text()):
+    text = path.read_text()
+    for name, content in files_in(text).items():
+        (tmp_path / name).write_text(content)
+    for block in read_blocks(text):
         if block.language == "python":
             run_block(block, str(path), namespace)
+        elif block.language == "console":
+            for command in filter(is_run, commands_in(block)):
+                run_command(command, tmp_path, home)
+    # Who tries several pages in one folder is not to find the files of another one.
+    for made in tmp_path.iterdir():
+        other = _made.setdefault(made.name, path.name)
+        assert other == path.name or made.name == "__pycache__", f"{made.name} is made by {other}, too"
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_every_file_that_a_page_names_is_there(path: Path) -> None:
+    text = path.read_text()
+    files = files_in(text)
+    said = re.findall(r"(?:[Ss]aved as|[Tt]his is) `([\w.-]+\.py)`", prose(text))
+    assert set(said) == set(files), "a block that is a file begins with a comment of its name, and the text names it"
+    for block in read_blocks(text):
+        for command in commands_in(block) if block.language == "console" else []:
+            for name in re.findall(r"\S+\.py\b", command):
+                assert name in files or (ROOT / name).exists() or "HOST" in command, f"{command}: no {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)

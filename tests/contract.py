@@ -12,6 +12,7 @@ import warnings
 
 import numpy as np
 import pytest
+import surroundings
 import torch
 
 import tensorkv
@@ -685,6 +686,12 @@ class BaseContract:
     @pytest.mark.parametrize("name", ["adam", "adafactor"])
     def test_an_update_depends_on_no_other_key(self, kv, name):
         check_neighbours(kv, name, [(8,), (5, 3)])
+
+    @pytest.mark.parametrize("name", ["a device", "float64", "inference mode"])
+    def test_what_surrounds_calls_changes_nothing(self, kv, name):
+        assert surroundings.run(kv, None, "nadam", surroundings.SURROUNDINGS[name]) == surroundings.expected(
+            "nadam", False
+        )
 
     @pytest.mark.parametrize("optimizer", [None, "sgd", "adam", "rmsprop"])
     def test_inference_mode(self, kv, optimizer):

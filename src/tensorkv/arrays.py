@@ -329,7 +329,9 @@ def target(out: Any) -> tuple[torch.Tensor, Finish | None]:
         tensor = _take_torch(out)
         if tensor.data_ptr() != out.data_ptr():
             raise ArrayTypeError("is a lazily conjugated or negated view; give the tensor it views")
-        return _no_overlap(tensor), None
+        _no_overlap(tensor)
+        # torch writes no inference tensor outside of torch.inference_mode, but another tensor of the same memory.
+        return torch.utils.dlpack.from_dlpack(tensor) if tensor.is_inference() else tensor, None
     if isinstance(out, np.ndarray):
         return target(out.view(np.ndarray)) if not isinstance(out, np.ma.MaskedArray) else _refuse_masked()
     if is_jax(out):
@@ -347,7 +349,7 @@ def _numpy_target(out: np.ndarray[Any, Any]) -> tuple[torch.Tensor, Finish | Non
         tensor, finish = target(out.view(np.int16))
         return tensor.view(torch.bfloat16), finish
     source = _take_numpy(np.empty(0, out.dtype))  # raises for dtypes that a store cannot hold
-    written = torch.empty(out.shape, dtype=source.dtype)
+    written = torch.empty(out.shape, dtype=source.dtype, device="cpu")
     return written, lambda: np.copyto(out, written.numpy())
 
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
+
+import torch
 
 from . import engines, optim
 from .arguments import folder_path, keys_of
@@ -43,6 +45,8 @@ IN_STEP = (
     "save_optimizer_states",
     "load_optimizer_states",
 )
+P = ParamSpec("P")
+R = TypeVar("R")
 CAPABILITIES = ("checkpoint", "optimizer", "rows", "snapshot", "updater")
 
 _forks = 0
@@ -73,6 +77,19 @@ def _telling(engine: Any, name: str, method: Callable[..., Any]) -> Callable[...
     return call
 
 
+def outside_inference(method: Callable[P, R]) -> Callable[P, R]:
+    """Leave ``torch.inference_mode`` during a call: what a store makes there it could not change later."""
+
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
+        with torch.inference_mode(False):
+            return method(*args, **kwargs)
+
+    return call
+
+
 class StoreControl:
     """The part of ``KVStore`` that moves no arrays."""
 
@@ -90,6 +107,7 @@ class StoreControl:
 
     # ------------------------------------------------------------ the update rule
 
+    @outside_inference
     def set_updater(self, updater: Updater | None) -> None:
         """Update values with a function instead of by assignment.
 
@@ -120,6 +138,7 @@ class StoreControl:
             raise ArgumentError(f"set_updater: got {show(updater)}; expected a function updater(key, received, stored)")
         self._engine.set_updater(updater)
 
+    @outside_inference
     def set_optimizer(self, optimizer: Any, *unnamed: Any, **numbers: Any) -> None:
         """Update values by an optimizer, the sum of a push being the gradient.
 
@@ -152,6 +171,7 @@ class StoreControl:
             spec = optim.spec(optimizer, numbers)
         self._engine.set_optimizer(spec)
 
+    @outside_inference
     def set_hyperparameters(self, keys: Any = None, *unnamed: Any, **numbers: Any) -> None:
         """Change numbers of the optimizer while it runs, keeping its state.
 
@@ -187,6 +207,7 @@ class StoreControl:
 
     # ------------------------------------------------------------ checkpoints
 
+    @outside_inference
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write values, rows, versions, the optimizer and its state to a checkpoint.
 
@@ -202,6 +223,7 @@ class StoreControl:
         self._begin("save")
         self._engine.save(folder_path("save", path), "store")
 
+    @outside_inference
     def load(self, path: str | os.PathLike[str]) -> None:
         """Become what was saved: every key is replaced, and the update rule too.
 
@@ -228,6 +250,7 @@ class StoreControl:
         self._begin("load")
         self._engine.load(folder_path("load", path), "store")
 
+    @outside_inference
     def save_optimizer_states(self, path: str | os.PathLike[str]) -> None:
         """Write the optimizer and its state, without the values.
 
@@ -240,6 +263,7 @@ class StoreControl:
             raise OptimizerError("save_optimizer_states: the store has no optimizer; call set_optimizer first")
         self._engine.save(folder_path("save_optimizer_states", path), "optimizer-states")
 
+    @outside_inference
     def load_optimizer_states(self, path: str | os.PathLike[str]) -> None:
         """Set the optimizer, its numbers and its state to what ``save_optimizer_states`` wrote.
 
@@ -333,6 +357,7 @@ class StoreControl:
         self._begin("info")
         return self._engine.info(check_key("info", key))
 
+    @outside_inference
     def delete(self, key: Any) -> None:
         """Forget a key or a list of keys, and their optimizer state; all or none.
 
@@ -375,11 +400,13 @@ class StoreControl:
         self._begin("stats")
         return {**self._metrics.read(), **self._engine.stats()}
 
+    @outside_inference
     def barrier(self) -> None:
         """Wait until every worker has come here; with one worker, at once."""
         self._begin("barrier")
         self._engine.barrier()
 
+    @outside_inference
     def leave(self) -> None:
         """Push no more until every worker has left; with one worker, at once.
 
@@ -409,6 +436,7 @@ class StoreControl:
 
     # ------------------------------------------------------------ the end
 
+    @outside_inference
     def close(self) -> None:
         """Finish pending pushes and let go of the values; once is enough, twice does no harm.
 

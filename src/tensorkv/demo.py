@@ -108,11 +108,11 @@ def train(digits: Digits, settings: Settings, on_epoch: Callable[[float, float],
         shares = slice(kv.rank * copies, (kv.rank + 1) * copies)
         trainer = Trainer(replicas, kv, settings.optimizer, **learning_rate(settings))
         first_rate = trainer.learning_rate
-        sums.init("loss", torch.zeros(1, dtype=torch.float64))
+        sums.init("loss", torch.zeros(1, dtype=torch.float64, device="cpu"))
         curves = _resume(settings, kv, trainer, steps=-(-len(digits.labels) // settings.batch_size))
 
         for epoch in range(settings.epochs):
-            order = torch.randperm(len(digits.labels), generator=shuffler)
+            order = torch.randperm(len(digits.labels), generator=shuffler, dtype=torch.int64, device="cpu")
             if epoch < len(curves.losses):
                 continue
             trainer.learning_rate = first_rate * (1 - epoch / settings.epochs)
@@ -129,7 +129,7 @@ def train(digits: Digits, settings: Settings, on_epoch: Callable[[float, float],
                     epoch_loss += loss.item()
                 trainer.step()  # push every replica's gradients, update in the store, pull the weights
 
-            total = sums.pushpull("loss", torch.tensor([epoch_loss], dtype=torch.float64)).item()
+            total = sums.pushpull("loss", torch.tensor([epoch_loss], dtype=torch.float64, device="cpu")).item()
             curves.losses.append(total / len(digits.labels))
             curves.accuracies.append(accuracy(first, digits))
             _keep(settings, kv, curves)

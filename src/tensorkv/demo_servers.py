@@ -105,7 +105,7 @@ def train(digits: Digits, settings: Settings, kv: KVStore, *, averages: bool, pr
         for epoch in range(settings.epochs):
             if kv.rank == 0:
                 trainer.learning_rate = first_rate * (1 - epoch / settings.epochs)
-            order = torch.randperm(len(digits.labels), generator=shuffler)
+            order = torch.randperm(len(digits.labels), generator=shuffler, dtype=torch.int64, device="cpu")
             for start in range(0, len(order), settings.batch_size):
                 batch = order[start : start + settings.batch_size]
                 share = batch.tensor_split(workers)[kv.rank]

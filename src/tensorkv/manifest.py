@@ -143,7 +143,7 @@ def check_states(contents: Contents) -> None:
         if isinstance(value, Table):
             _check(all(tensor.ndim == 0 for tensor in state.values()), f"{quote(entry.key)}: state that is no column")
             # Columns are to a row what the state is to a dense key.
-            columns, value = value.columns, torch.empty(2, dtype=value.dtype)
+            columns, value = value.columns, torch.empty(2, dtype=value.dtype, device="cpu")
             state = {**state, **dict.fromkeys(columns, value)}
         if not state:
             continue
@@ -170,7 +170,8 @@ def restore_rule(described: Any) -> StepOptimizer:
         rule = StepOptimizer(OptimizerSpec.from_json(described))
         # Numbers that do not fit together show in a step: a first one and one that goes on.
         for key in ("", *rule.optimizer.spec.overrides):
-            value, state = torch.zeros((2, 1) if rule.optimizer.spec.name == "muon" else 2), State()
+            shape = (2, 1) if rule.optimizer.spec.name == "muon" else (2,)
+            value, state = torch.zeros(shape, dtype=torch.float32, device="cpu"), State()
             for _ in range(2):
                 rule.optimizer.step([key], [value], [torch.zeros_like(value)], [state])
     except Exception as error:  # torch raises what the numbers lead to

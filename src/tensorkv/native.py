@@ -132,6 +132,8 @@ def addresses(arrays: Sequence[Any], dtype: torch.dtype, shapes: list[torch.Size
         or [t.is_contiguous() for t in arrays].count(True) < count
         or any(map(torch.Tensor.is_neg, arrays))
         or (writable and dtype.is_complex and any(t.is_conj() for t in arrays))
+        # The kernel writes inference tensors by their addresses, torch does not write them.
+        or (writable and not can_sum(dtype) and any(map(torch.Tensor.is_inference, arrays)))
     ):
         return None
     return column_of(arrays)
@@ -140,7 +142,7 @@ def addresses(arrays: Sequence[Any], dtype: torch.dtype, shapes: list[torch.Size
 def _numpy_addresses(
     arrays: Sequence[Any], dtype: torch.dtype, shapes: list[torch.Size], writable: bool
 ) -> bytes | None:
-    like = torch.empty(0, dtype=dtype).numpy()
+    like = torch.empty(0, dtype=dtype, device="cpu").numpy()
     if _native is not None:
         return _native.addresses(arrays, np.ndarray, memoryview(like.data).format, shapes, writable)
     flags = [array.flags for array in arrays]

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from . import arrays
 from .errors import OptimizerError, quote, show, suggestion
@@ -168,9 +170,10 @@ def initial_state(name: str, numbers: tuple[tuple[str, Any], ...]) -> dict[str, 
     """
     probe = torch.zeros((2, 1) if name == "muon" else (2,), dtype=torch.float64, device="cpu")
     try:
-        optimizer = _new(name, [probe], dict(numbers))
-        probe.grad = torch.zeros_like(probe)
-        optimizer.step()
+        with _usual_torch():
+            optimizer = _new(name, [probe], dict(numbers))
+            probe.grad = torch.zeros_like(probe)
+            optimizer.step()
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise OptimizerError(f"{name}: {error}") from None
     state = {word: tensor for word, tensor in optimizer.state[probe].items() if tensor is not None}
@@ -219,6 +222,37 @@ def _plain(number: Any, default: Any) -> Any:
     elif not _is_finite(number) and (default is not None or not isinstance(number, str | None)):
         raise ValueError("a finite number")
     return number
+
+
+# With these torch.optim makes the numbers that count a parameter's steps.
+_MAKES_NUMBERS = frozenset({torch.as_tensor, torch.ones, torch.scalar_tensor, torch.tensor, torch.zeros})
+
+
+class _OwnNumbers(TorchFunctionMode):
+    """Let torch.optim make its counters in float32 and, where it says nothing, on the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _MAKES_NUMBERS:
+            device = kwargs.get("device")
+            kwargs = {**kwargs, "dtype": torch.float32, "device": "cpu" if device is None else device}
+        return func(*args, **kwargs)
+
+
+def _usual_torch() -> AbstractContextManager[None]:
+    """Return a block where torch.optim works as in a program without autocast and without defaults of its own."""
+    made = torch.empty(0)
+    cast = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    return nullcontext() if made.is_cpu and made.dtype is torch.float32 and not cast else _made_usual(cast)
+
+
+@contextmanager
+def _made_usual(cast: Sequence[str]) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(_OwnNumbers())
+        for device in cast:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _new(name: str, params: list[torch.Tensor], numbers: Mapping[str, Any], **how: Any) -> torch.optim.Optimizer:
@@ -350,7 +384,8 @@ class Optimizer:
     ) -> None:
         if not states[0]:
             # Adagrad and its kind make their state when they are constructed.
-            fresh = _new(self.spec.name, params, numbers).state
+            with _usual_torch():
+                fresh = _new(self.spec.name, params, numbers).state
             for param, state in zip(params, states, strict=True):
                 state.update(fresh.get(param, {}))
         runner = self._runner(fused)
@@ -361,7 +396,8 @@ class Optimizer:
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad
         try:
-            runner.step()
+            with _usual_torch():
+                runner.step()
         finally:
             for param, state in zip(params, states, strict=True):
                 param.grad = None
@@ -372,8 +408,9 @@ class Optimizer:
     def _runner(self, fused: bool) -> torch.optim.Optimizer:
         if fused not in self._runners:
             how = {"fused": True} if fused else {"foreach": False} if self.spec.name != "muon" else {}
-            anything = torch.zeros((2, 1), device="cpu")
-            self._runners[fused] = _new(self.spec.name, [anything], self.spec.numbers, **how)
+            anything = torch.zeros((2, 1), dtype=torch.float32, device="cpu")
+            with _usual_torch():
+                self._runners[fused] = _new(self.spec.name, [anything], self.spec.numbers, **how)
         return self._runners[fused]
 
     def check_state(self, key: Key, value: torch.Tensor | Table, state: State) -> None:

@@ -111,7 +111,7 @@ class NewOuts:
         for key, spec in zip(keys, specs, strict=True):
             check_dense(verb, key, spec)
             source = spec.origin if origin is None else origin
-            device = source.device if source.library == "torch" else None
+            device = source.device if source.library == "torch" and source.device is not None else "cpu"
             tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
             self._made.append((tensor, source))
             grouped.setdefault(key, []).append(tensor)

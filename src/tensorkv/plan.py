@@ -80,7 +80,7 @@ class _Chunk:
                 entry.value = room.copy_(entry.value)  # type: ignore[arg-type]
 
     def make(self, dtype: torch.dtype) -> _Flat:
-        return _Flat(self.shapes, torch.empty(self.numel, dtype=dtype))
+        return _Flat(self.shapes, torch.empty(self.numel, dtype=dtype, device="cpu"))
 
 
 @dataclass(slots=True)
@@ -132,7 +132,7 @@ class Plan:
         """Return the sums of the columns side by side in one flat tensor, made by the compiled kernel."""
         if len(columns) == 1 and columns[0].flat is not None:
             return columns[0].flat
-        total = torch.empty(sum(self._counts), dtype=self._dtype)
+        total = torch.empty(sum(self._counts), dtype=self._dtype, device="cpu")
         rooms = native.column_beside(total, self._counts)
         native.Sums([rooms], [column.addresses for column in columns], self._counts, self._dtype).jobs(1)[0]()
         return total
@@ -278,7 +278,7 @@ class Plan:
     def _gather(self, chunk: _Chunk, columns: list[Column]) -> list[torch.Tensor]:
         """Copy a chunk's parts side by side, into memory that all chunks share."""
         while len(self._buffers) < len(columns):
-            self._buffers.append(torch.empty(max(each.numel for each in self._chunks), dtype=self._dtype))
+            self._buffers.append(torch.empty(max(each.numel for each in self._chunks), dtype=self._dtype, device="cpu"))
         while len(chunk.parts) < len(columns):
             chunk.parts.append(_Flat(chunk.shapes, self._buffers[len(chunk.parts)][: chunk.numel]))
         for part, column in zip(chunk.parts, columns, strict=False):

@@ -83,4 +83,4 @@ def _fits(array: Any, door: Door) -> bool:
 def _is_writable(out: Any) -> bool:
     if type(out) is np.ndarray:
         return bool(out.flags.carray)
-    return bool(out.is_contiguous()) and not out.is_conj() and not out.is_neg()
+    return bool(out.is_contiguous()) and not (out.is_conj() or out.is_neg() or out.is_inference())

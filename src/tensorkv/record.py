@@ -129,7 +129,7 @@ class _Run:
         if self._nbytes == first.nbytes:
             return [nbytes_of(first)]
         at = first.storage_offset() * first.dtype.itemsize
-        flat = torch.empty(0, dtype=torch.uint8).set_(first.untyped_storage(), at, (self._nbytes,))  # type: ignore[call-overload]
+        flat = torch.empty(0, dtype=torch.uint8, device="cpu").set_(first.untyped_storage(), at, (self._nbytes,))  # type: ignore[call-overload]
         return [flat.numpy().data]
 
 
@@ -161,7 +161,11 @@ def unpack(layout: bytes, payload: Any) -> list[Item]:
         JournalError: the two do not fit.
     """
     # A writable view, though nobody writes: torch warns about the others.
-    flat = arrays.take(np.frombuffer(payload, np.uint8)) if len(payload) else torch.empty(0, dtype=torch.uint8)
+    flat = (
+        arrays.take(np.frombuffer(payload, np.uint8))
+        if len(payload)
+        else torch.empty(0, dtype=torch.uint8, device="cpu")
+    )
     found = places(layout)
     if (found[-1].stop if found else 0) != len(flat):
         raise JournalError(

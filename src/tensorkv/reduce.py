@@ -120,7 +120,7 @@ def scratch(like: torch.Tensor, dtype: torch.dtype, purpose: str = "sum") -> tor
     held: dict[str, torch.Tensor] = _local.__dict__
     name = f"{purpose} {dtype}"
     if name not in held or len(held[name]) < numel:
-        held[name] = torch.empty(numel, dtype=dtype)
+        held[name] = torch.empty(numel, dtype=dtype, device="cpu")
     return held[name][:numel].view(like.shape)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from . import arrays, engines
 from .arguments import keys_of, pairs, single_values
-from .control import StoreControl
+from .control import StoreControl, outside_inference
 from .entry import Batch, KeySpec, Part
 from .errors import (
     ArgumentError,
@@ -43,6 +43,7 @@ _MXNET_NAMES = {
 }
 
 
+@outside_inference
 def create(type: str = "local", **options: Any) -> KVStore:
     """Return a store: a new and empty one, what a folder holds, or servers that are there.
 
@@ -103,6 +104,7 @@ class KVStore(StoreControl):
 
     # ------------------------------------------------------------ init, push, pull
 
+    @outside_inference
     def init(self, key: Any, value: Any = None) -> None:
         """Put new keys into the store, with copies of their first values.
 
@@ -127,6 +129,7 @@ class KVStore(StoreControl):
         self._engine.init(keys, taken, specs)
         self._metrics.add("init", start, keys, _nbytes([[value] for value in taken]))
 
+    @outside_inference
     def push(self, key: Any, value: Any = None, priority: int = 0) -> None:
         """Sum the parts of each key, in the order given, and update the key's value with the sum.
 
@@ -162,6 +165,7 @@ class KVStore(StoreControl):
         self._engine.push(batch, priority)
         self._metrics.add("push", start, batch.keys, _nbytes(batch.parts))
 
+    @outside_inference
     def pull(
         self,
         key: Any,
@@ -227,6 +231,7 @@ class KVStore(StoreControl):
         self._metrics.add("pull", start, outs.keys, _nbytes(outs.tensors))
         return outs.result(key)
 
+    @outside_inference
     def pushpull(self, key: Any, value: Any = None, out: Any = None, priority: int = 0) -> Any:
         """Push, then pull the same keys, in one trip.
 
@@ -264,6 +269,7 @@ class KVStore(StoreControl):
         self._metrics.add("pushpull", start, batch.keys, list(nbytes))
         return outs.result(key)
 
+    @outside_inference
     def broadcast(self, key: Any, value: Any = None, out: Any = None, priority: int = 0) -> Any:
         """Put new keys into the store, then pull them: init and pull in one call.
 
@@ -296,6 +302,7 @@ class KVStore(StoreControl):
         self._metrics.add("broadcast", start, keys, _nbytes(outs.tensors))
         return outs.result(key)
 
+    @outside_inference
     def row_sparse_pull(self, key: Any, out: Any = None, priority: int = 0, row_ids: Any = None) -> Any:
         """Copy some rows out of the store.
 
@@ -345,6 +352,7 @@ class KVStore(StoreControl):
             target.ids, target.values, target.num_rows = rows.ids, rows.values, rows.num_rows
         return None
 
+    @outside_inference
     def snapshot(self) -> Snapshot:
         """Hold all values as they are now, for reading: no update is half in it, on whatever server its keys are.
 
@@ -391,7 +399,7 @@ class KVStore(StoreControl):
     def _warn_once(self, warning: SparseOutWarning | None) -> None:
         if warning is not None and not self._warned_sparse_out:
             self._warned_sparse_out = True
-            warnings.warn(warning, stacklevel=3)
+            warnings.warn(warning, stacklevel=4)
 
 
 # In its own messages of a wrong call Python names the class of a method by these.

@@ -182,20 +182,20 @@ class Chain:
         if rank is None:
             return
         data = said.text.encode("utf-8", "backslashreplace")[:HEAD_TEXT]
-        head = torch.zeros(_HEAD_NBYTES, dtype=torch.uint8)
+        head = torch.zeros(_HEAD_NBYTES, dtype=torch.uint8, device="cpu")
         _HEAD.pack_into(head.numpy().data, 0, said.number, said.mark, len(data))
         head[_HEAD.size : _HEAD.size + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         self.send(head, rank, said.text)
 
     def _read(self, rank: int, doing: str) -> Head:
-        head = torch.empty(_HEAD_NBYTES, dtype=torch.uint8)
+        head = torch.empty(_HEAD_NBYTES, dtype=torch.uint8, device="cpu")
         self.finish(self.receive(head, rank), rank, doing)
         number, mark, length = _HEAD.unpack_from(head.numpy().data)
         return Head(number, mark, bytes(head[_HEAD.size : _HEAD.size + length].numpy()).decode(errors="replace"))
 
     def answer(self, text: str) -> None:
         """Return when every host has made the same call."""
-        answer = torch.zeros(1, dtype=torch.uint8)
+        answer = torch.zeros(1, dtype=torch.uint8, device="cpu")
         if self.after is not None:
             self.finish(self.receive(answer, self.after), self.after, text)
         if self.before is not None:
@@ -205,11 +205,11 @@ class Chain:
     def report(self, reach: int, doing: str) -> None:
         """Tell the host before up to which call parts are laid out, here and on the hosts after."""
         if self.after is not None:
-            theirs = torch.empty(1, dtype=torch.int64)
+            theirs = torch.empty(1, dtype=torch.int64, device="cpu")
             self.finish(self.receive(theirs, self.after), self.after, doing)
             reach = self.reach = min(reach, int(theirs))
         if self.before is not None:
-            self.send(torch.tensor([reach]), self.before, doing)
+            self.send(torch.tensor([reach], dtype=torch.int64, device="cpu"), self.before, doing)
         self.flush(doing)
 
     def spread(self, tensors: Sequence[torch.Tensor], doing: str) -> None:

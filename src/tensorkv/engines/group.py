@@ -213,10 +213,10 @@ class Group:
     def gather(self, tensor: torch.Tensor, doing: str) -> list[torch.Tensor]:
         """Return every rank's tensor, flat; they may differ in length, not in dtype."""
         flat = tensor.reshape(-1).contiguous()
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        self._collect(lengths, torch.tensor([flat.numel()]), doing)
+        lengths = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(self.size)]
+        self._collect(lengths, torch.tensor([flat.numel()], dtype=torch.int64, device="cpu"), doing)
         longest = max(int(length) for length in lengths)
-        padded = torch.zeros(longest, dtype=flat.dtype)
+        padded = torch.zeros(longest, dtype=flat.dtype, device="cpu")
         padded[: flat.numel()] = flat
         found = [torch.empty_like(padded) for _ in range(self.size)]
         if longest:

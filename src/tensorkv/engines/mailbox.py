@@ -88,7 +88,7 @@ class Mailbox:
 
     def _slice(self, at: int, nbytes: int) -> torch.Tensor:
         if self._segment is None:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         return self._segment.tensor(at, (nbytes,), torch.uint8)
 
 

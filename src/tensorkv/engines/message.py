@@ -33,7 +33,7 @@ class Message:
         """Return memory for the pieces of legs, in a dtype for each."""
         counts = [sum(leg.counts[leg.own]) for leg, _ in wanted]
         sizes = [aligned(count * dtype.itemsize) for count, (_, dtype) in zip(counts, wanted, strict=True)]
-        whole = torch.empty(sum(sizes), dtype=torch.uint8)
+        whole = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
         rooms = [
             place[: count * dtype.itemsize].view(dtype)
             for place, count, (_, dtype) in zip(torch.split(whole, sizes), counts, wanted, strict=True)

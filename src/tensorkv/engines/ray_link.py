@@ -56,7 +56,7 @@ class Link:
         self._shares_memory = shares_memory
         self._box = Mailbox()
         self._copies = CopyReader()
-        self._room = torch.empty(0, dtype=torch.uint8)
+        self._room = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._head: dict[str, Any] = {}
         self._layout = b""
         self._ref: Any = None
@@ -78,7 +78,7 @@ class Link:
                 self._boxed = self._shares_memory = False
                 self._box.give_up()
         if len(self._room) != payload_nbytes:
-            self._room = torch.empty(payload_nbytes, dtype=torch.uint8)
+            self._room = torch.empty(payload_nbytes, dtype=torch.uint8, device="cpu")
         return self._room
 
     def begin(self, head: dict[str, Any], layout: bytes, *, timeout_s: float | None = None) -> None:
@@ -107,7 +107,7 @@ class Link:
             if self._unsure or self._is_asked or self._waits is not None:
                 # The server may still be reading or writing there, or keep a push for when the others come.
                 self._box.give_up()
-                self._room = torch.empty(0, dtype=torch.uint8)
+                self._room = torch.empty(0, dtype=torch.uint8, device="cpu")
             raise
 
     def is_whole(self, answer: Answer) -> bool:
@@ -118,7 +118,7 @@ class Link:
         """Let go of shared memory."""
         self._box.give_up()
         self._box, self._copies = Mailbox(), CopyReader()
-        self._room = torch.empty(0, dtype=torch.uint8)
+        self._room = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     # ------------------------------------------------------------ inside
 

@@ -55,7 +55,7 @@ class Segment:
         is_new = name is None
         if private:
             self.descriptor = -1
-            self._bytes = torch.zeros(self.nbytes, dtype=torch.uint8)
+            self._bytes = torch.zeros(self.nbytes, dtype=torch.uint8, device="cpu")
             self.address = self._bytes.data_ptr()
             return
         if name is None:
@@ -141,7 +141,7 @@ def _map(descriptor: int, nbytes: int) -> torch.Tensor:
         storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{descriptor}", True, nbytes)
     except RuntimeError as error:
         raise OSError(f"memory cannot be shared: {error}") from error
-    return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)  # type: ignore[arg-type]
 
 
 def _available_nbytes() -> int:

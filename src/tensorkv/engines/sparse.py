@@ -54,7 +54,11 @@ def gather(group: Group, entry: Entry, mine: Sequence[Rows], doing: str) -> Rows
 def nothing(entry: Entry) -> Rows:
     """Return no rows of a value, for a worker that has left."""
     shape = entry.spec.shape
-    return Rows(torch.empty(0, dtype=torch.int64), torch.empty(0, *shape[1:], dtype=entry.spec.dtype), shape[0])
+    return Rows(
+        torch.empty(0, dtype=torch.int64, device="cpu"),
+        torch.empty(0, *shape[1:], dtype=entry.spec.dtype, device="cpu"),
+        shape[0],
+    )
 
 
 def apply(rule: Rule, entry: Entry, held: Held, owner: int, merged: Rows) -> None:
@@ -70,7 +74,7 @@ def apply(rule: Rule, entry: Entry, held: Held, owner: int, merged: Rows) -> Non
 def copy_rows(group: Group, held: Held, ids: torch.Tensor, source: int, writes: bool, doing: str) -> None:
     """Copy rows of a dense value from one rank to the hosts that do not update it."""
     signed = arrays.signed(held.value)
-    mine = _bytes(signed[ids]) if group.rank == source else torch.empty(0, dtype=torch.uint8)
+    mine = _bytes(signed[ids]) if group.rank == source else torch.empty(0, dtype=torch.uint8, device="cpu")
     found = group.gather(mine, doing)[source]
     if writes:
         signed[ids] = found.clone().view(signed.dtype).view(len(ids), *signed.shape[1:])
@@ -80,8 +84,8 @@ def first_table(group: Group, value: Rows, doing: str) -> Table:
     """Return a table with rank 0's rows."""
     merged = rows.merge([value])
     first = group.rank == 0
-    ids = group.gather(merged.ids.cpu() if first else torch.empty(0, dtype=torch.int64), doing)[0]
-    sent = _bytes(merged.values.cpu()) if first else torch.empty(0, dtype=torch.uint8)
+    ids = group.gather(merged.ids.cpu() if first else torch.empty(0, dtype=torch.int64, device="cpu"), doing)[0]
+    sent = _bytes(merged.values.cpu()) if first else torch.empty(0, dtype=torch.uint8, device="cpu")
     values = group.gather(sent, doing)[0].clone().view(merged.values.dtype)
     return Table.of(Rows(ids, values.view(len(ids), *merged.values.shape[1:]), value.num_rows), "cpu")
 

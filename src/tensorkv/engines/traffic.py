@@ -152,7 +152,7 @@ class Traffic:
         wide = arrays.accumulator(dtype) if self._in_step else dtype
         if not all(isinstance(part, Rows) for part in parts):
             dense = [part.to_dense(arrays.accumulator(dtype)) if isinstance(part, Rows) else part for part in parts]
-            total = torch.empty(held.spec.shape, dtype=wide)
+            total = torch.empty(held.spec.shape, dtype=wide, device="cpu")
             reduce.sum_into(total, dense)
             return total
         on_cpu: Any = [part.to("cpu") for part in parts]
@@ -241,7 +241,7 @@ class Traffic:
         """Return copies of rows; ids are unique and sorted."""
         held = [self._directory.find("row_sparse_pull", key) if where is None else where[key] for key in keys]
         found = [
-            torch.empty((len(own), *each.spec.shape[1:]), dtype=each.spec.dtype)
+            torch.empty((len(own), *each.spec.shape[1:]), dtype=each.spec.dtype, device="cpu")
             for each, own in zip(held, ids, strict=True)
         ]
         letters, places = [], []

@@ -285,4 +285,6 @@ def _check_same(keys: Sequence[Key], checksum: int, expected: Any) -> None:
 
 def bytes_of(buffer: Any) -> torch.Tensor:
     """Return a buffer as a flat tensor that shares its memory."""
-    return arrays.take(np.frombuffer(buffer, np.uint8)) if len(buffer) else torch.empty(0, dtype=torch.uint8)
+    return (
+        arrays.take(np.frombuffer(buffer, np.uint8)) if len(buffer) else torch.empty(0, dtype=torch.uint8, device="cpu")
+    )

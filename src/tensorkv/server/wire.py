@@ -122,7 +122,7 @@ class Room:
         self._places = places
         nbytes = places[-1].stop if places else 0
         fits = out is not None and len(out) >= nbytes
-        self.payload: torch.Tensor = out[:nbytes] if fits else torch.empty(nbytes, dtype=torch.uint8)  # type: ignore[index]
+        self.payload: torch.Tensor = out[:nbytes] if fits else torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # type: ignore[index]
 
     @property
     def flat(self) -> torch.Tensor | None:

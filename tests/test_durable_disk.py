@@ -145,7 +145,7 @@ def test_folders_of_somebody_else(tmp_path):
 
 
 def test_two_stores_on_one_path(kv, tmp_path):
-    refused(tmp_path / "store", "another store has this folder open")
+    refused(tmp_path / "store", "a store of this very process has this folder open")
     pushed(kv, 2)
     assert kv.pull("w")[0] == 2
 

@@ -1,11 +1,14 @@
 """The lock of a folder: one holder at a time, in one process and in several."""
 
+import gc
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+import tensorkv
 from tensorkv import JournalError
 from tensorkv.folder import Folder
 from tensorkv.folder_lock import FolderLock
@@ -31,12 +34,32 @@ def hold(folder, *how):
 
 def test_two_in_one_process(tmp_path):
     first = FolderLock(Folder(tmp_path), 0)
-    with pytest.raises(JournalError, match=rf"has this folder open \(process {os.getpid()}\)"):
-        FolderLock(Folder(tmp_path), 0)
+    # It is not waited for: nobody else runs that could close it.
+    with pytest.raises(JournalError, match=r"a store of this very process has this folder open; close it first"):
+        FolderLock(Folder(tmp_path), 3600)
     first.close()
     second = FolderLock(Folder(tmp_path), 0)
     assert second.epoch == first.epoch + 1
     second.close()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_store_that_is_dropped_lets_go_when_the_next_one_comes(tmp_path):
+    """A cell of a notebook that is run again, whose old store is in a cycle of references."""
+    kv = tensorkv.create("local", path=tmp_path / "store")
+    kv.init("w", np.ones(2))
+    with pytest.raises(JournalError, match="a store of this very process has this folder open"):
+        tensorkv.create("local", path=tmp_path / "store")
+    kv.itself = kv
+    gc.disable()
+    try:
+        del kv
+        kv = tensorkv.create("local", path=tmp_path / "store")
+        assert kv.pull("w").tolist() == [1, 1]
+        kv.close()
+    finally:
+        gc.enable()
+        gc.collect()
 
 
 def test_a_process_that_is_killed_lets_go(tmp_path):

@@ -7,6 +7,7 @@ file systems), the epoch in its file tells a holder that another has come after 
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import time
 import weakref
@@ -27,7 +28,8 @@ class FolderLock:
 
     Raises:
         OSError: the file cannot be opened or written.
-        JournalError: another holder has not let go in time; the message has its process id.
+        JournalError: another holder has not let go in time; the message has its process id. A holder in this process
+            is not waited for.
     """
 
     NAME = "lock"
@@ -63,8 +65,8 @@ class FolderLock:
 
     def close(self) -> None:
         """Let go."""
-        self._file.close()
         _held.discard(self)
+        self._file.close()
 
     def _take(self, deadline: float) -> None:
         while True:
@@ -72,6 +74,15 @@ class FolderLock:
                 fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError:
+                if self._is_held_here():
+                    # A store that nobody can reach any more may still be waiting for the garbage collector.
+                    gc.collect()
+                    if self._is_held_here():
+                        raise JournalError(
+                            f"{self._folder.path}: a store of this very process has this folder open; close it first "
+                            "(kv.close(), or a with block), or give another path"
+                        ) from None
+                    continue
                 if time.monotonic() < deadline:
                     time.sleep(0.02)
                     continue
@@ -80,6 +91,11 @@ class FolderLock:
                     f"{self._folder.path}: another store has this folder open (process {holder}); "
                     "close it, or give another path"
                 ) from None
+
+    def _is_held_here(self) -> bool:
+        """Tell whether another lock of this process is on the same file."""
+        mine = os.fstat(self._file.fileno())
+        return any(os.path.samestat(mine, os.fstat(other._file.fileno())) for other in list(_held))
 
     def _read_epoch(self) -> int:
         text = os.pread(self._file.fileno(), 16, 0)

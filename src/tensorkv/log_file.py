@@ -29,6 +29,11 @@ class LogFile:
         self.broken: str | None = None
         """Why nothing can be written any more."""
 
+    def __del__(self) -> None:
+        # Of a store that is forgotten and never closed.
+        if self._file is not None:
+            os.close(self._file)
+
     def start(self, name: str) -> None:
         """Go on in another file."""
         if name == self._name:

@@ -1,6 +1,23 @@
 """The compiled parts, which tensorkv can do without: everything else is in pyproject.toml."""
 
+from pathlib import Path
+
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+
+
+class Wheel(bdist_wheel):
+    """A wheel that is tagged for a platform only if it has compiled parts."""
+
+    def run_command(self, command: str) -> None:
+        """Look, after the build, which of the optional extensions there are."""
+        super().run_command(command)
+        if command == "build":
+            built_in = self.get_finalized_command("build_ext").get_ext_fullpath
+            extensions = self.distribution.ext_modules
+            self.distribution.ext_modules = [each for each in extensions if Path(built_in(each.name)).exists()]
+            self.root_is_pure = not self.distribution.ext_modules
+
 
 setup(
     ext_modules=[
@@ -14,5 +31,6 @@ setup(
         )
         for name in ("_native", "_shared")
     ],
+    cmdclass={"bdist_wheel": Wheel},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

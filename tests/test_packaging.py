@@ -1,5 +1,6 @@
 """What is distributed: a source archive whose tests find what they read, and a wheel that says what is in it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,9 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+
+import tensorkv
+from tensorkv import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("benchmarks", "docs", "examples", "src/tensorkv", "tests")
@@ -77,3 +81,50 @@ def test_a_wheel_is_of_a_platform_only_with_compiled_parts(tree, tmp_path, compi
         assert compiled == {"tensorkv/_native.abi3.so", "tensorkv/_shared.abi3.so"}
         assert "-cp311-abi3-linux" in wheel.name
         assert told["Root-Is-Purelib"] == "false"
+
+
+# Run in a copy of the package without its compiled parts.
+UNCOMPILED = """
+import json, logging, sys
+import numpy as np
+import tensorkv
+from tensorkv import cli
+from tensorkv.engines import segment
+
+told = []
+class Handler(logging.Handler):
+    def emit(self, record):
+        told.append(record.getMessage())
+logging.getLogger("tensorkv").addHandler(Handler())
+for _ in range(2):
+    with tensorkv.create() as kv:
+        kv.init("w", np.zeros(3, np.float32))
+        kv.push("w", [np.ones(3, np.float32)] * 2)
+        value, compiled = kv.pull("w").tolist(), kv.stats()["compiled"]
+print(json.dumps([tensorkv.__file__, told, value, compiled, segment.why_not_shared()]))
+cli.main(["--version"])
+"""
+
+
+def test_an_installation_without_compiled_parts_says_so(tree, tmp_path):
+    shutil.copytree(tree / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.egg-info"))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src")}
+    command = [sys.executable, "-c", UNCOMPILED]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+    report, version = ended.stdout.splitlines()
+    file, told, value, compiled, shared = json.loads(report)
+    assert Path(file).is_relative_to(tmp_path)
+    what = "installed without its compiled parts _native and _shared, for want of a C compiler"
+    assert told == [f"tensorkv is {what}: results are the same, calls slower; see docs/dependencies.md"]
+    assert shared == f"tensorkv is {what}"
+    assert value == [2.0] * 3
+    assert compiled == {"_native": False, "_shared": False}
+    assert version == f"tensorkv {tensorkv.__version__} ({what})"
+
+
+def test_a_full_installation_says_that_it_has_its_parts(capsys):
+    with tensorkv.create() as kv:
+        assert kv.stats()["compiled"] == {"_native": True, "_shared": True}
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"tensorkv {tensorkv.__version__}\n"

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, TypeVar
 
-from . import __version__, demo, demo_servers, engines, inspection, optim, top, tutorial
+from . import __version__, compiled, demo, demo_servers, engines, inspection, optim, top, tutorial
 from .errors import TensorKVError, suggestion
 
 N = TypeVar("N", int, float)
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Each command has a --help of its own, with examples.\n"
         "Exit status: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C.",
     )
-    parser.add_argument("--version", action="version", version=f"tensorkv {__version__}")
+    parser.add_argument("--version", action="version", version=_version())
     parser.set_defaults(run=partial(_help, parser), extra=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_demo(commands)
@@ -106,6 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_top(commands)
     return parser
+
+
+def _version() -> str:
+    what = compiled.describe()
+    return f"tensorkv {__version__}" + (f" ({what})" if what else "")
 
 
 def _add_demo(commands: Any) -> None:

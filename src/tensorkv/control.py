@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 
-from . import engines, optim
+from . import compiled, engines, optim
 from .arguments import folder_path, keys_of
 from .entry import KeyInfo
 from .errors import (
@@ -390,6 +390,8 @@ class StoreControl:
     def stats(self) -> dict[str, Any]:
         """Return counts, bytes and seconds per verb, counts and bytes per key, and the engine's own.
 
+        ``"compiled"`` tells which of the compiled parts this installation has.
+
         >>> import tensorkv, numpy as np
         >>> kv = tensorkv.create()
         >>> kv.init("w", np.ones(3, np.float32))
@@ -398,7 +400,7 @@ class StoreControl:
         {'calls': 1, 'nbytes': 12}
         """
         self._begin("stats")
-        return {**self._metrics.read(), **self._engine.stats()}
+        return {"compiled": dict(compiled.parts()), **self._metrics.read(), **self._engine.stats()}
 
     @outside_inference
     def barrier(self) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import arrays, engines
+from . import arrays, compiled, engines
 from .arguments import keys_of, pairs, single_values
 from .control import StoreControl, outside_inference
 from .entry import Batch, KeySpec, Part
@@ -68,6 +68,7 @@ def create(type: str = "local", **options: Any) -> KVStore:
     >>> create("local")
     KVStore('local', 0 keys)
     """
+    compiled.warn_once()
     return KVStore(engines.build(type, options), type)
 
 

@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from .. import errors
 from ..errors import RankLostError, TensorKVError, WorkerMismatchError
-from .segment import can_share
+from .segment import can_share, why_not_shared
 
 log = logging.getLogger("tensorkv")
 
@@ -106,7 +106,7 @@ class Group:
             else:
                 hosts.append([rank])
         if self.rank == 0 and shared_memory and not can_share():
-            log.warning("tensorkv: no shared memory here; workers of one host meet through Gloo, which is slower")
+            log.warning("tensorkv: no shared memory, workers of one host use Gloo, slower: %s", why_not_shared())
         return hosts
 
     def split_hosts(self) -> None:

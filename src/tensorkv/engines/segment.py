@@ -20,6 +20,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .. import compiled
+
 try:
     from .. import _shared
 except ImportError:
@@ -32,9 +34,22 @@ _TOKEN_NBYTES = 16
 _FLOCK = "hhqqi4x"
 
 
+def why_not_shared() -> str:
+    """Return what shared memory lacks here, "" if it has all: the compiled part, memfd and /proc.
+
+    >>> why_not_shared()
+    ''
+    """
+    if _shared is None:
+        return f"tensorkv is {compiled.describe()}"
+    if not hasattr(os, "memfd_create"):
+        return "this system has no memfd_create"
+    return "" if os.path.isdir("/proc/self/fd") else "this system has no /proc/self/fd"
+
+
 def can_share() -> bool:
-    """Tell whether this platform has what shared memory takes: the compiled part, memfd and /proc."""
-    return _shared is not None and hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
+    """Tell whether processes can share memory here."""
+    return not why_not_shared()
 
 
 class Segment:

@@ -1,0 +1,44 @@
+"""Which compiled parts this installation has: without a C compiler tensorkv installs without them, and is slower."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from importlib import import_module
+
+log = logging.getLogger("tensorkv")
+
+
+@cache
+def parts() -> dict[str, bool]:
+    """Return the compiled parts, and whether each can be used here.
+
+    >>> parts()
+    {'_native': True, '_shared': True}
+    """
+    return {name: _is_there(name) for name in ("_native", "_shared")}
+
+
+def _is_there(name: str) -> bool:
+    try:
+        import_module(f"tensorkv.{name}")
+    except ImportError:
+        return False
+    return True
+
+
+def describe() -> str:
+    """Return in a few words what is missing, "" if nothing is.
+
+    >>> describe()
+    ''
+    """
+    names = " and ".join(name for name, is_there in parts().items() if not is_there)
+    return f"installed without its compiled parts {names}, for want of a C compiler" if names else ""
+
+
+@cache
+def warn_once() -> None:
+    """Log a warning about missing parts, the first time in a process."""
+    if what := describe():
+        log.warning("tensorkv is %s: results are the same, calls slower; see docs/dependencies.md", what)

@@ -178,6 +178,24 @@ def compare(kv, local, keys, seed):
         assert kv.info(key) == local.info(key), (seed, key)
 
 
+def values(first, last, folder, shared_memory):
+    """Training, checkpoints and odd values, each worker beside a local store."""
+    import value_programs
+
+    from tensorkv import placement
+    from tensorkv.engines import pushes
+
+    placement._WHOLE = value_programs.DIVIDED
+    pushes.SLOT_NBYTES = pushes.SLOT_NBYTES_OVER_HOSTS = value_programs.CHUNK_NBYTES
+    for seed in range(int(first), int(last) + 1):
+        os.makedirs(f"{folder}/{seed}", exist_ok=True)
+        with create(shared_memory=shared_memory == "True") as kv:
+            value_programs.train(seed, kv, f"{folder}/{seed}", rank=RANK, workers=SIZE)
+    with create(shared_memory=shared_memory == "True") as kv:
+        value_programs.train_on_nothing(kv, f"{folder}/nothing", rank=RANK, workers=SIZE)
+    say("same values")
+
+
 # ------------------------------------------------------------ mismatches
 
 CALLS = {

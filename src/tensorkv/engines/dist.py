@@ -23,7 +23,7 @@ from ..keys import Key
 from ..manifest import Contents, Kind
 from ..optim import ROWWISE, OptimizerSpec
 from ..rows import Rows
-from ..rules import StepOptimizer, Updater
+from ..rules import CallUpdater, Rule, StepOptimizer, Updater
 from ..shard import Shard
 from ..table import Table
 from . import archive, sparse
@@ -139,15 +139,9 @@ class DistEngine:
             at += aligned(sizes[index])
         return {key: held[key] for key, _ in dense}
 
-    @property
-    def _sees_whole(self) -> bool:
-        """Whether the update rule has to see whole values."""
-        optimizer = self._shard.optimizer
-        return self._shard.has_updater or (optimizer is not None and optimizer.name not in ROWWISE)
-
     def _borders(self, shape: Sequence[int], nbytes: int) -> list[int]:
         lead = placement.lightest(self._loads) if nbytes else 0
-        borders = placement.borders(shape, self._chain.owners, lead, whole=self._sees_whole)
+        borders = placement.borders(shape, self._chain.owners, lead, whole=self._divided_for_whole)
         self._add_load(nbytes, borders, 1)
         # One more part, which is empty, for workers that own nothing.
         return [*borders, borders[-1]]
@@ -219,9 +213,10 @@ class DistEngine:
 
     def _divide_anew(self, text: str) -> None:
         """Give values the owners that the present rule asks for; a rule of the same kind keeps owners and state."""
-        if self._sees_whole == self._divided_for_whole:
+        sees_whole = _sees_whole(self._shard.rule)
+        if sees_whole == self._divided_for_whole:
             return
-        self._divided_for_whole = self._sees_whole
+        self._divided_for_whole = sees_whole
         self._loads = [0] * self._chain.owners
         for key, held in self._held.items():
             held.borders = self._borders(held.value.shape, held.value.nbytes)
@@ -288,8 +283,8 @@ class DistEngine:
         specs = [each.spec for each in contents.entries]
         # Nothing has changed where there is no memory.
         memory = self._room(specs, text)
-        self._shard.restore([], contents.rule)
-        self._divided_for_whole = self._sees_whole
+        rule = contents.rule or self._shard.rule
+        self._divided_for_whole = _sees_whole(rule)
         self._forget(list(self._held))
         self._loads = [0] * self._chain.owners
         held = self._allot([each.key for each in contents.entries], specs, memory)
@@ -303,7 +298,7 @@ class DistEngine:
                 mine.value.copy_(each.value)
             kept.append(replace(each, value=mine.part(self._part), state=archive.own_state(each, mine, self._part)))
         self._held.update(held)
-        self._shard.restore(kept, None)
+        self._shard.restore(kept, rule)
 
     def barrier(self) -> None:
         with self._call("barrier"):
@@ -327,6 +322,13 @@ class DistEngine:
             self._held.clear()
             self._meeting.close()
             self._group.close()
+
+
+def _sees_whole(rule: Rule) -> bool:
+    """Tell whether an update rule has to see whole values."""
+    if isinstance(rule, StepOptimizer):
+        return rule.optimizer.spec.name not in ROWWISE
+    return isinstance(rule, CallUpdater)
 
 
 def _nbytes(spec: KeySpec) -> int:

@@ -148,7 +148,11 @@ class Pushes:
         def push_rest() -> Exception | None:
             inner = _text("push", [key for key, _ in rest], [])
             number = self._meeting.enter(fingerprint(inner), inner)
-            return self._push_dense(number, inner, [key for key, _ in rest], [parts for _, parts in rest], None, 0)[0]
+            keys, groups = [key for key, _ in rest], [parts for _, parts in rest]
+            problem, _ = self._push_dense(number, inner, keys, groups, None, 0)
+            # One thread at a time may step an optimizer, and this one goes on with the Rows.
+            self._background.wait_for(None)
+            return problem
 
         rows: dict[Key, Any] = {key: parts for key, parts, is_rows in pairs if is_rows}
         return self._push_rows(text, batch.verb, rows, push_rest if rest else None)

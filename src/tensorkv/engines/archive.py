@@ -94,7 +94,7 @@ def _whole_entries(
     places, nbytes = _places(entries, held, found)
     if not writes:
         return list(entries)
-    memory = meeting.share(nbytes, 0, doing) if nbytes else None
+    memory = meeting.share(nbytes, 0, doing) if places else None
     states: dict[int, dict[str, torch.Tensor]] = {}
     for index, name, dtype, shape, offset in places:
         room = memory.tensor(offset, shape, dtype)  # type: ignore[union-attr]

@@ -93,8 +93,6 @@ class Program:
         for number in range(rng.randint(1, 6)):
             is_table = name in ROWWISE and rng.random() < 0.3
             dtype = rng.choice(DTYPES if name in ROWWISE - {"rmsprop", "rprop", "nadam"} else DTYPES[:-1])
-            if name not in ROWWISE:
-                dtype = "float32"
             shape = rng.choice([shape for shape in SHAPES if len(shape) == 2] if name == "muon" else SHAPES)
             if is_table:
                 shape = (rng.choice([5, 300, 10**12]), rng.choice([1, 3]))

@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from . import arrays
 from .errors import OptimizerError, quote, show, suggestion
+from .kernels import ALIGN, FUSED, Kernel
 from .kernels import DTYPES as KERNEL_DTYPES
-from .kernels import FUSED, Kernel
 from .kernels import NAMES as KERNELS
 from .keys import Key
 from .rows import Rows
@@ -260,6 +260,19 @@ def _new(name: str, params: list[torch.Tensor], numbers: Mapping[str, Any], **ho
     return optimizer
 
 
+def _in_vectors(rows: torch.Tensor) -> torch.Tensor:
+    """Return the elements of some rows, with as many more as make every one part of a vector (see ``kernels``).
+
+    How a row is rounded must not depend on which others are stepped with it: of one push, different servers or
+    workers step different rows.
+    """
+    return torch.constant_pad_nd(rows.reshape(-1), (0, -rows.numel() % ALIGN))
+
+
+def _out_of_vectors(elements: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    return elements[: shape.numel()].view(shape)
+
+
 class Optimizer:
     """One torch.optim optimizer, stepped with the parameters of a push as its only ones.
 
@@ -347,17 +360,18 @@ class Optimizer:
         """
         ids = rows.ids
         columns, fills = Columns(value, state), self._fills_of(key)
-        picked = columns.read_value(ids)
-        held: State = {name: columns.read(name, ids) for name in columns.names()}
+        shape = rows.values.shape
+        picked = _in_vectors(columns.read_value(ids))
+        held: State = {name: _in_vectors(columns.read(name, ids)) for name in columns.names()}
         by_row = set(held)
         held.update({name: tensor for name, tensor in state.items() if name not in held})
-        self.step([key], [picked], [rows.values], [held])
+        self.step([key], [picked], [_in_vectors(rows.values)], [held])
         for name, tensor in held.items():
             if name in by_row or (tensor.shape == picked.shape and name in fills):
-                columns.write(name, ids, tensor, fills.get(name, 0.0))
+                columns.write(name, ids, _out_of_vectors(tensor, shape), fills.get(name, 0.0))
             else:
                 state[name] = tensor
-        columns.write_value(ids, picked)
+        columns.write_value(ids, _out_of_vectors(picked, shape))
 
     @property
     def changes_grads(self) -> bool:

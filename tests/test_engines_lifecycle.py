@@ -1,12 +1,15 @@
 """Workers in step from ``create`` to the end of their processes: neighbours, late starts, forks, exits."""
 
+import os
 import re
 import shutil
+import signal
 import sys
 from contextlib import ExitStack
 
 import pytest
 from hosts import CAN_MAKE, pid_namespaces
+from torch.distributed import TCPStore
 from workers import HERE, Team, run
 
 pytestmark = pytest.mark.timeout(120)
@@ -43,3 +46,24 @@ def test_a_worker_that_is_late_in_create_is_not_lost():
     texts = run(2, PROGRAMS, "late")
     assert all("met" in text for text in texts)
     assert int(re.search(r"late at (\d+) steps", texts[1])[1]) > 20
+
+
+# ---------------------------------------------------------------- children
+
+
+@pytest.mark.parametrize(
+    ("engine", "workers"), [("local", 1), ("device", 1), ("dist_sync", 2), ("links", 2), ("dist_async", 1)]
+)
+def test_children_leave_the_store_of_their_parent_alone(engine, workers, tmp_path):
+    signals = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for text in run(workers, PROGRAMS, "children", engine, tmp_path, env={"SIGNALS": str(signals.port)}):
+        assert "goes on" in text
+
+
+def test_a_child_that_outlives_its_parent_keeps_nobody_waiting():
+    with Team(2, PROGRAMS, "outlived") as team:
+        try:
+            assert team.wait(40) == [0, -signal.SIGKILL]
+            assert "rank 1 died or ended early" in team.text(0)
+        finally:
+            os.kill(int(re.search(r"child (\d+)", team.text(1))[1]), signal.SIGKILL)

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "tensorkv"
 # From the ground up: a file imports only from floors below its own.
 FLOORS = [
     {"errors", "compiled"},
-    {"keys"},
+    {"keys", "forks"},
     {"arrays", "metrics", "checksum"},
     {"rows"},
     {"table", "arguments"},
@@ -31,7 +31,7 @@ FLOORS = [
     {"server.waits", "server.rounds", "server.call", "server.wire", "server.views"},
     {"server.attendance", "server.cut", "server.gathering", "server.holding"},
     {"server"},
-    {"engines.local", "engines.segment"},
+    {"engines.local", "engines.segment", "engines.ray_fork"},
     {"engines.bell"},
     {"engines.group", "placement", "engines.mailbox", "engines.copies", "engines.server_stats", "engines.ray_metrics"},
     {"engines.spread", "engines.ray_actor", "engines.ray_safety"},

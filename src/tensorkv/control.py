@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 
-from . import compiled, engines, optim
+from . import compiled, engines, forks, optim
 from .arguments import folder_path, keys_of
 from .entry import KeyInfo
 from .errors import (
@@ -48,16 +48,6 @@ IN_STEP = (
 P = ParamSpec("P")
 R = TypeVar("R")
 CAPABILITIES = ("checkpoint", "optimizer", "rows", "snapshot", "updater")
-
-_forks = 0
-
-
-def _count_fork() -> None:
-    global _forks
-    _forks += 1
-
-
-os.register_at_fork(after_in_child=_count_fork)
 
 
 def _telling(engine: Any, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,7 +90,8 @@ class StoreControl:
         self._type = type
         self._metrics = Metrics()
         self._closed = False
-        self._forks = _forks
+        self._forks = forks.count
+        forks.keep(self)
         if hasattr(engine, "refuse"):
             for name in IN_STEP:
                 setattr(self, name, _telling(engine, name, getattr(self, name)))
@@ -200,6 +191,7 @@ class StoreControl:
     @property
     def optimizer(self) -> dict[str, Any] | None:
         """The optimizer's name and numbers as a dict, None without one."""
+        self._check_fork("optimizer")
         spec = self._engine.optimizer
         if spec is None:
             return None
@@ -468,6 +460,8 @@ class StoreControl:
     def __repr__(self) -> str:
         if self._closed:
             return f"KVStore({self._type!r}, closed)"
+        if self._forks != forks.count:
+            return f"KVStore({self._type!r}, of the parent process)"
         spec = self._engine.optimizer
         count = len(self._engine.keys())
         what = f"{count} key{'' if count == 1 else 's'}"
@@ -482,14 +476,14 @@ class StoreControl:
         start = clock()
         if self._closed:
             raise StoreClosedError(f"{verb}: this store was closed; create another")
-        if self._forks != _forks:
+        if self._forks != forks.count:
             self._check_fork(verb)
         if type(priority) is not int:
             raise ArgumentError(f"{verb}: priority is {show(priority)}; expected an int")
         return start
 
     def _check_fork(self, verb: str) -> None:
-        if self._forks != _forks:
+        if self._forks != forks.count:
             raise ForkedStoreError(f"{verb}: this store belongs to the parent process; create one in the child")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 
+from .. import forks
 from ..errors import TensorKVError, WorkerError
 from .chain import Chain, Presence
 from .exchange import Exchange
@@ -56,6 +57,7 @@ class Background:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._forks = forks.count
 
     def add(self, exchange: Exchange, priority: int) -> None:
         """Take over a push."""
@@ -64,6 +66,7 @@ class Background:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="tensorkv-dist", daemon=True)
                 self._thread.start()
+                forks.keep(self)
                 atexit.register(self._leave_process)
             self._changed.notify_all()
 
@@ -76,6 +79,9 @@ class Background:
         self._meeting.check()
 
     def _leave_process(self) -> None:
+        if self._forks != forks.count:
+            # The thread, the pushes and the links are the parent's.
+            return
         # A process that ends while the thread waits inside of Gloo would be aborted.
         with self._changed:
             self._changed.wait_for(lambda: not self._jobs, _LAST_WORDS_S)

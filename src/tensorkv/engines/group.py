@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from .. import errors
+from .. import errors, forks
 from ..errors import RankLostError, TensorKVError, WorkerMismatchError
 from .segment import can_share, why_not_shared
 
@@ -57,6 +57,7 @@ class Group:
         self._links: Any = None
         self._tags: dict[int, int] = {}
         self._error: TensorKVError | None = None
+        forks.keep(self)
         self.dead_here: Callable[[], list[int]] = list
         """Returns the ranks of this host whose process has ended."""
         store = self._join()
@@ -171,6 +172,7 @@ class Group:
             self._links = self._connect()
         return self._links
 
+    @forks.keep_sockets()
     def _connect(self) -> Any:
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=self.timeout_s)
@@ -285,6 +287,7 @@ def meet(timeout: timedelta) -> tuple[Any, int, int]:
     global _met
     if _met is None:
         _met = _meet(timeout)
+        forks.keep(_met[0])
     found: tuple[Any, int, int] = _met
     return found
 
@@ -299,6 +302,8 @@ def _meet(timeout: timedelta) -> tuple[Any, int, int]:
     # torch would listen on every address of this host.
     listening = socket.create_server((host, port)) if rank == 0 else None
     descriptor = None if listening is None else listening.detach()
+    if descriptor is not None:
+        forks.keep_socket(descriptor)
     store = TCPStore(
         host, port, size, rank == 0, timeout, wait_for_workers=False, multi_tenant=True, master_listen_fd=descriptor
     )

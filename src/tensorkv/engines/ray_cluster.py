@@ -21,7 +21,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from ..errors import ArgumentError, JournalError, RankLostError, ServerLostError, quote
 from ..server.wire import Settings
-from . import ray_safety
+from . import ray_fork, ray_safety
 from .group import agree_on_start, meet
 from .ray_actor import ServerActor
 from .ray_safety import LOOPBACK
@@ -57,6 +57,7 @@ def enter(address: str | None, timeout_s: float, *, insecure: bool = False) -> b
         ServerLostError: no cluster answers at the address.
     """
     global _started
+    ray_fork.check()
     address = _address(address)
     if ray.is_initialized():
         _started += _started > 0

@@ -249,7 +249,7 @@ def origin(array: Any) -> Origin:
 
 
 def give(tensor: torch.Tensor, origin: Origin) -> Any:
-    """Return the tensor as an array of another library, without copying where devices agree.
+    """Return the tensor as an array of another library; torch, NumPy, JAX and CuPy need no copy where devices agree.
 
     Args:
         tensor: a tensor that nobody else holds; the result may share its memory.
@@ -265,19 +265,22 @@ def give(tensor: torch.Tensor, origin: Origin) -> Any:
     if origin.library == "jax":
         import jax
 
-        array = jax.dlpack.from_dlpack(tensor.cpu())
+        # Not by DLPack: XLA's threads let go of its memory, which takes Python's lock where torch has made it, and
+        # ends the process if Python has ended. Of NumPy's arrays JAX itself lets go, in a thread of Python.
+        array = jax.device_put(view(tensor.cpu(), NUMPY), origin.device)
         if array.dtype.name != dtype_name(tensor.dtype):
             raise ArrayTypeError(
                 f"is {dtype_name(tensor.dtype)}, which JAX would cut down to {array.dtype.name}; "
                 'call jax.config.update("jax_enable_x64", True) first, or pull into another library'
             )
-        return array if origin.device in (None, array.sharding) else jax.device_put(array, origin.device)
+        return array
     if origin.library == "cupy":
         import cupy
 
         with origin.device:
             return cupy.from_dlpack(tensor.to(f"cuda:{origin.device.id}"))
-    return origin.device.from_dlpack(tensor)
+    # A copy, which the library lets go of when and where it likes.
+    return origin.device.asarray(view(tensor.cpu(), NUMPY), copy=True)
 
 
 def view(tensor: torch.Tensor, origin: Origin) -> Any:

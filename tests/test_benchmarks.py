@@ -196,6 +196,26 @@ def test_a_wrong_peer_is_noticed(who, tmp_path, capsys, monkeypatch):
 # ------------------------------------------------------------ contenders and processes
 
 
+def test_rounding_is_no_wrong_result_and_a_missing_step_is():
+    # Momentum by hand, in float32 as everybody computes it; the smallest gradient crosses zero after 409 steps.
+    work = works.Work(1, (97,), 1, "sgd")
+    ((gradient,),) = works.make_parts(work)
+    value, velocity = works.first_values(work)[0].copy(), np.zeros(97, np.float32)
+    worst = 0.0
+    for step in range(1, 601):
+        before = value.copy()
+        velocity = np.float32(works.MOMENTUM) * velocity + gradient
+        value -= np.float32(works.LR) * velocity
+        works.check(work, step, 1, lambda _: value)  # noqa: B023 - called at once
+        with pytest.raises(works.WrongResultError):
+            works.check(work, step, 1, lambda _: before)  # noqa: B023
+        (_, right), *_ = works.right_slices(work, 0, step, 1)
+        at = int(np.argmin(np.abs(right)))
+        worst = max(worst, abs(float(value[at]) - right[at]) / max(abs(right[at]), works.LR))
+    # So near zero roundings are more than a ten-thousandth, of the result or of the rate.
+    assert worst > works.TOLERANCE
+
+
 @pytest.mark.parametrize("rule", ["assign", "sgd"])
 @pytest.mark.parametrize("name", ["tensorkv", *PEERS])
 @pytest.mark.parametrize("verb", works.VERBS)

@@ -3,7 +3,9 @@
 import importlib.metadata
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -94,12 +96,58 @@ def test_wrong_usage_is_one_line_and_status_2(capsys, arguments, part):
 
 
 @pytest.mark.parametrize(
-    ("out", "part"), [("no/such/folder/a.png", "no/such/folder does not exist"), (".", "is a directory")]
+    ("arguments", "part"),
+    [
+        (["--out", "no/such/folder/a.png"], "no/such/folder does not exist"),
+        (["--out", "."], "is a directory"),
+        (["--out", "locked/a.png"], "locked cannot be written"),
+        (["--checkpoint", "file"], "file is a file; name a directory"),
+        (["--checkpoint", "file/below"], "file is a file; name a directory"),
+        (["--checkpoint", "locked/new"], "locked cannot be written"),
+    ],
 )
-def test_demo_says_before_training_where_it_cannot_write(capsys, monkeypatch, tmp_path, out, part):
+@pytest.mark.parametrize("store", [["local"], ["dist_sync", "--workers", "2"]], ids=["local", "dist_sync"])
+def test_demo_says_before_training_where_it_cannot_write(capsys, monkeypatch, tmp_path, arguments, part, store):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "file").touch()
+    # Root may write everywhere, but for file systems that are read-only.
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path))
     monkeypatch.setattr(cli.demo, "run", lambda *_, **__: pytest.fail("trained"))
-    assert part in error_of(capsys, "demo", "--out", out, status=1)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("started workers"))
+    assert part in error_of(capsys, "demo", "--store", *store, *arguments, status=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "store"),
+    [
+        ("sklearn", "examples", ["dist_sync", "--workers", "2"]),
+        ("matplotlib", "examples", ["dist_async"]),
+        ("ray", "ray", ["dist_async"]),
+    ],
+)
+def test_demo_names_a_missing_extra_before_it_starts_workers(capsys, monkeypatch, tmp_path, name, extra, store):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("started workers"))
+    error = error_of(capsys, "demo", "--store", *store, status=1)
+    assert error == f"tensorkv: error: {name} is not installed; it comes with: pip install 'tensorkv[{extra}]'\n"
+
+
+@pytest.mark.timeout(200)
+def test_a_worker_that_fails_is_told_without_the_launchers_traceback(tmp_path):
+    words = ["demo", "--store", "dist_sync", "--workers", "2", "--optimizer", "muon", "--quiet"]
+    command = [sys.executable, "-m", "tensorkv", *words]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=180)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    lines = ended.stderr.splitlines()
+    assert 1 <= len(lines) <= 2
+    assert all(line.startswith("tensorkv: error: ") and "muon" in line for line in lines), ended.stderr
+
+
+def test_demo_names_the_picture_that_it_could_not_write(capsys):
+    status, _, err = run(capsys, "demo", "--quiet", "--epochs", "1", "--out", "/dev/full")
+    assert (status, err) == (1, "tensorkv: error: /dev/full: cannot be written: No space left on device\n")
 
 
 def test_an_error_of_the_store_is_one_line(capsys, tmp_path):
@@ -129,6 +177,56 @@ def test_an_interrupted_process_ends_with_130():
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=100)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
+# Interrupts itself when torch, and with it most of what takes long, begins to be imported.
+INTERRUPTING = """
+import os, runpy, signal, sys
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("interrupted", flush=True)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+sys.argv = sys.argv[1:]
+if sys.argv[0] == "-m":
+    runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+else:
+    from tensorkv.cli import main
+    sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    "program", [["-m", "tensorkv"], ["-m", "tensorkv.cli"], ["/usr/bin/tensorkv"]], ids=["package", "module", "script"]
+)
+def test_ctrl_c_during_the_import_is_no_traceback(program):
+    command = [sys.executable, "-c", INTERRUPTING, *program, "tutorial"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    # A shell shows the signal as 130.
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "interrupted\n", "")
+
+
+def test_an_import_leaves_the_signals_of_a_program_alone():
+    code = "import signal, tensorkv; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
+    assert ended.stdout == "True\n"
+
+
+def test_the_package_is_a_command():
+    command = [sys.executable, "-m", "tensorkv", "--version"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    assert ended.stdout == f"tensorkv {tensorkv.__version__}\n"
+
+
+def test_closed_standard_output_is_one_line():
+    command = f"{shlex.quote(sys.executable)} -m tensorkv tutorial >&-"
+    ended = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=False, timeout=100)
+    assert (ended.returncode, ended.stderr) == (1, "tensorkv: error: standard output is closed\n")
+
+
+def test_dir_of_the_package_shows_what_is_public():
+    assert {name for name in dir(tensorkv) if not name.startswith("_")} == set(tensorkv.__all__) - {"__version__"}
 
 
 @pytest.mark.parametrize("arguments", [["tutorial"], ["--help"]])
@@ -205,11 +303,12 @@ def test_inspect_lists_keys_as_aligned_text(capsys, checkpoint):
 
 
 def test_inspect_tells_update_rule_size_and_files(capsys, checkpoint):
-    first, keys, update, size, file = run(capsys, "inspect", checkpoint)[1].split("\n\n")[0].splitlines()
+    first, keys, update, own, size, file = run(capsys, "inspect", checkpoint)[1].split("\n\n")[0].splitlines()
     assert first == f"{checkpoint}: checkpoint of a store: values, versions, update rule"
     assert keys == "keys:   3"
     assert update.startswith("update: optimizer adam(lr=0.1, betas=[0.9, 0.999], eps=1e-08, ")
-    assert update.endswith('rescale_grad=1.0, clip_gradient=None); "w" has lr=0.5')
+    assert update.endswith("rescale_grad=1.0, clip_gradient=None)")
+    assert own == '        lr=0.5: "w"'
     nbytes = inspection.size(data_file(checkpoint).stat().st_size)
     assert size == f"size:   {nbytes} in 1 data file (only the manifest checked; --verify reads everything)"
     assert file == f"file:   {data_file(checkpoint).name}  {nbytes}"
@@ -257,7 +356,7 @@ def test_inspect_optimizer_states_have_no_values(capsys, checkpoint):
     ("updater", "line"),
     [
         (None, "update: assign"),
-        (lambda *_: None, "update: an updater function, which a checkpoint cannot hold; set it again after load"),
+        (lambda *_: None, "update: an updater function, which is not saved; set it again"),
     ],
 )
 def test_inspect_stores_without_optimizer(capsys, tmp_path, updater, line):
@@ -339,6 +438,82 @@ def test_sizes_are_unknown_where_the_data_is_missing(capsys, checkpoint, damage)
     report = json.loads(run(capsys, "inspect", "--json", checkpoint)[1])
     assert [(key["rows"], key["nbytes"]) for key in report["keys"]] == [(None, None)] * 3
     error_of(capsys, "inspect", "--verify", checkpoint, status=1)
+
+
+def inspect_json(capsys, path):
+    status, out, err = run(capsys, "inspect", "--json", path)
+    assert (status, err) == (0, "")
+    return json.loads(out)
+
+
+# With a short log each push makes a snapshot.
+@pytest.mark.parametrize(
+    ("is_open", "log_nbytes"), [(True, None), (False, None), (False, 1)], ids=["open", "closed", "snapshots"]
+)
+def test_inspect_of_a_store_in_a_folder_tells_what_the_store_tells(capsys, tmp_path, is_open, log_nbytes):
+    path = tmp_path / "store"
+    kv = tensorkv.create("local", path=path, log_nbytes=log_nbytes)
+    kv.init({"w": np.zeros((2, 3), np.float32), "n": np.array(1.5), "gone": np.zeros(1)})
+    kv.init("t", tensorkv.Rows([3], np.ones((1, 2), np.float32), 1000))
+    kv.set_optimizer("sgd", lr=0.5, momentum=0.9)
+    kv.set_hyperparameters("w", lr=0.25)
+    for _ in range(3):
+        kv.push(["w", "n"], [np.ones((2, 3), np.float32), np.ones(())])
+    kv.push("t", tensorkv.Rows([4, 5], np.ones((2, 2), np.float32), 1000))
+    kv.delete("gone")
+    kv.set_hyperparameters(lr=0.125)
+    infos, optimizer = {key: kv.info(key) for key in kv.keys()}, kv.optimizer
+    if not is_open:
+        kv.close()
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    report = inspect_json(capsys, path)
+    text = run(capsys, "inspect", path)[1]
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    kv.close()
+    assert (report["kind"], report["update"]) == ("folder", "optimizer")
+    assert report["optimizer"]["numbers"]["lr"] == optimizer["lr"] == 0.125
+    assert [key["key"] for key in report["keys"]] == list(infos)
+    for key in report["keys"]:
+        info = infos[key["key"]]
+        assert (tuple(key["shape"]), key["dtype"], key["version"]) == (info.shape, info.dtype, info.version)
+        assert key["kind"] == info.kind
+        assert key["nbytes"] == info.nbytes or info.kind == "rows"
+    assert text.startswith(f"{path}: a store in its folder, with {report['changes']} change")
+
+
+def test_inspect_says_where_in_a_folder_there_is_something(capsys, tmp_path):
+    with tensorkv.create() as kv:
+        kv.init("w", np.zeros(2))
+        kv.save(tmp_path / "demo" / "store")
+    with tensorkv.create("local", path=tmp_path / "servers" / "server-0") as kv:
+        kv.init("w", np.zeros(2))
+    for outer, inner in (("demo", "store"), ("servers", "server-0")):
+        error = error_of(capsys, "inspect", tmp_path / outer, status=1)
+        assert f"in {inner}; inspect {tmp_path / outer / inner}" in error
+
+
+def test_inspect_of_a_damaged_store(capsys, tmp_path):
+    with tensorkv.create("local", path=tmp_path / "store") as kv:
+        kv.init("w", np.zeros(2))
+        kv.push("w", np.ones(2))
+    (log,) = (tmp_path / "store").glob("log-*.tkv")
+    content = bytearray(log.read_bytes())
+    content[60] ^= 1
+    log.write_bytes(content)
+    assert "damaged at byte 0" in error_of(capsys, "inspect", tmp_path / "store", status=1)
+
+
+def test_inspect_names_keys_with_the_same_numbers_in_one_line(capsys, tmp_path):
+    with tensorkv.create() as kv:
+        names = [f"layer{index}" for index in range(20)]
+        kv.init(names, [np.zeros(1)] * 20)
+        kv.set_optimizer("adamw", weight_decay=0.5)
+        kv.set_hyperparameters(names[:18], weight_decay=0.0)
+        kv.set_hyperparameters("layer19", lr=1.0)
+        kv.save(tmp_path)
+    lines = run(capsys, "inspect", tmp_path)[1].splitlines()
+    assert lines[3] == '        weight_decay=0.0: "layer0", "layer1", "layer2" and 15 more'
+    assert lines[4] == '        lr=1.0: "layer19"'
 
 
 def test_inspect_of_no_checkpoint(capsys, tmp_path):

@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "tensorkv"
 
 # From the ground up: a file imports only from floors below its own.
 FLOORS = [
-    {"errors", "compiled"},
+    {"errors", "compiled", "early"},
     {"keys", "forks"},
     {"arrays", "metrics", "checksum"},
     {"rows"},
@@ -58,6 +58,7 @@ FLOORS = [
     {"demo", "tutorial", "inspection"},
     {"demo_servers", "top"},
     {"cli"},
+    {"__main__"},
 ]
 HEAVY = {"ray", "jax", "cupy", "matplotlib", "sklearn"}
 

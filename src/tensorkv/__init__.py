@@ -2,6 +2,9 @@
 
 from importlib.metadata import version
 
+from . import early  # noqa: F401 - before anything that takes long
+
+# isort: split
 from . import engines, errors
 from .entry import KeyInfo
 from .errors import (
@@ -70,3 +73,7 @@ __all__ = [
     "engines",
     "errors",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, "__doc__", "__file__", "__name__", "__path__"})

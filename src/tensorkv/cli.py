@@ -12,11 +12,12 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, TypeVar
 
-from . import __version__, compiled, demo, demo_servers, engines, inspection, optim, top, tutorial
+from . import __version__, compiled, demo, demo_servers, early, engines, inspection, optim, top, tutorial
 from .errors import TensorKVError, suggestion
 
 N = TypeVar("N", int, float)
@@ -37,12 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments; None takes those of the process.
     """
-    if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
-        # A name that the terminal's encoding lacks is no reason to fail.
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        early.raise_at_interrupt()
+        if sys.stdout is None:
+            return _fail("standard output is closed")
+        if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
+            # A name that the terminal's encoding lacks is no reason to fail.
+            sys.stdout.reconfigure(errors="backslashreplace")
         status = _run(argv)
-        sys.stdout.flush()
+        _flush()
         return status
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -51,6 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return PIPE_CLOSED
     except (TensorKVError, OSError) as error:
         return _fail(str(error))
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard_stdout()
+        raise OSError(f"standard output: {error.strerror}") from error
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -68,7 +82,8 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _fail(message: str, status: int = FAILURE) -> int:
-    print(f"tensorkv: error: {' '.join(message.split())}", file=sys.stderr)
+    if sys.stderr is not None:
+        print(f"tensorkv: error: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 
@@ -223,15 +238,18 @@ def _add_tutorial(commands: Any) -> None:
 def _add_inspect(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect",
-        help="list what a checkpoint holds",
-        description="List a checkpoint's keys with kind, shape, dtype, version and size, its update rule and its\n"
-        "files. Only the manifest's digest is checked, unless --verify is given; nothing is changed.",
+        help="list what a checkpoint or a store's folder holds",
+        description="List the keys of a checkpoint, or of a store that is kept in a folder (path=), with kind,\n"
+        "shape, dtype, version and size, its update rule and its files. Of a checkpoint only the manifest's\n"
+        "digest is checked, unless --verify is given. Nothing is changed.",
         epilog="examples:\n"
         "  tensorkv inspect runs/checkpoint\n"
         "  tensorkv inspect --verify runs/checkpoint\n"
         "  tensorkv inspect --json runs/checkpoint | jq '.keys[].key'",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a directory that KVStore.save wrote")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a directory that KVStore.save wrote, or the path of a store"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts (sizes in bytes)")
     parser.add_argument("--verify", action="store_true", help="read all data and check every digest")
     parser.set_defaults(run=_inspect, extra=None)
@@ -319,14 +337,16 @@ def _demo(arguments: argparse.Namespace) -> int:
     names = ("replicas", "epochs", "batch_size", "optimizer", "lr", "seed", "store", "checkpoint")
     settings = demo.Settings(**{name: getattr(arguments, name) for name in names})
     out: Path = arguments.out
-    if out.is_dir():
-        raise IsADirectoryError(f"--out {out}: is a directory; name a file")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: the directory {out.parent} does not exist")
     on_servers = "async" in settings.store
     problem = _demo_problem(arguments, on_servers)
     if problem is not None:
         return _fail(f"demo: {problem}", USAGE)
+    # All of it now: torchrun would tell each worker's error, and its own.
+    _check_out(out)
+    _check_checkpoint(settings.checkpoint)
+    for module, extra in (("sklearn", "examples"), ("matplotlib", "examples"), ("ray", "ray" if on_servers else "")):
+        if extra and find_spec(module) is None:
+            return _fail(f"{module} is not installed; it comes with: pip install 'tensorkv[{extra}]'")
     workers = arguments.workers or (4 if on_servers else None)
     if workers is not None and "RANK" not in os.environ:
         return _launch(workers)
@@ -342,13 +362,54 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check_out(out: Path) -> None:
+    """Raise OSError if the picture cannot be written."""
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {out}: is a directory; name a file")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: the directory {out.parent} does not exist")
+    place = out if out.exists() else out.parent
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"--out {out}: {place} cannot be written")
+
+
+def _check_checkpoint(folder: Path | None) -> None:
+    """Raise OSError if a folder for checkpoints cannot be made or written."""
+    if folder is None:
+        return
+    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"--checkpoint {folder}: {place} is a file; name a directory")
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"--checkpoint {folder}: {place} cannot be written")
+
+
+# torchrun, which tells of a worker that has failed by a traceback of its own: the worker has said why.
+_LAUNCHER = """
+import logging, sys
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+try:
+    run.main()
+except ChildFailedError as error:
+    status = error.get_first_failure()[1].exitcode
+    sys.exit(status if status > 0 else 128 - status)
+except SignalException as error:
+    sys.exit(128 + error.sigval)
+"""
+
+
 def _launch(workers: int) -> int:
     """Run this command once more, in each of some processes that torchrun starts on this machine."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
+    launcher = [sys.executable, "-c", _LAUNCHER, "--standalone", f"--nproc-per-node={workers}"]
     words = ["-m", "tensorkv.cli", *sys.argv[1:]]
     # The launcher leaves a folder for logs behind. Standard error stays that of the workers: it reports failures there.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # torchrun's default, of which it would warn
     with TemporaryDirectory() as logs:
-        return subprocess.run([*launcher, f"--log-dir={logs}", *words], check=False).returncode  # noqa: S603 - our own words
+        command = [*launcher, f"--log-dir={logs}", *words]
+        return subprocess.run(command, env=environment, check=False).returncode  # noqa: S603 - our own words
 
 
 def _demo_problem(arguments: argparse.Namespace, on_servers: bool) -> str | None:

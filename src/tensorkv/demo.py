@@ -228,6 +228,18 @@ def figure(many: Curves, one: Curves, settings: Settings) -> Any:
     return drawn
 
 
+def save(drawn: Any, out: Path) -> None:
+    """Write a figure as a PNG.
+
+    Raises:
+        OSError: it cannot be written; the message names the file.
+    """
+    try:
+        drawn.savefig(out, format="png", dpi=120)
+    except OSError as error:
+        raise OSError(f"{out}: cannot be written: {error.strerror or error}") from error
+
+
 def run(settings: Settings, out: Path, *, quiet: bool = False) -> Curves:
     """Train with many replicas and with one, save the curves of both as a PNG and print how it went.
 
@@ -254,7 +266,7 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> Curves:
     if not leads:
         return many
     one = _train_showing(digits, replace(settings, replicas=1, store="local", checkpoint=None), quiet)
-    figure(many, one, settings).savefig(out, format="png", dpi=120)
+    save(figure(many, one, settings), out)
     if not quiet:
         apart = max(abs(a - b) for a, b in zip(many.losses, one.losses, strict=True))
         print(

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from torch.nn.functional import cross_entropy
 
-from .demo import Digits, Settings, accuracy, learning_rate, load_digits, network, one_thread
+from .demo import Digits, Settings, accuracy, learning_rate, load_digits, network, one_thread, save
 from .store import KVStore, create
 from .trainer import Trainer
 
@@ -206,7 +206,7 @@ def run(
         workers = stores[0].num_workers
     if not leads:
         return 1.0
-    figure(courses, settings, workers, servers).savefig(out, format="png", dpi=120)
+    save(figure(courses, settings, workers, servers), out)
     if not quiet:
         print(
             f"{len(digits.labels)} training images, {len(digits.test_labels)} test images, {settings.epochs} epochs, "

@@ -1,4 +1,7 @@
-"""What ``tensorkv inspect`` tells of a checkpoint: from its manifest and the heads of its data files."""
+"""What ``tensorkv inspect`` tells.
+
+Of a checkpoint from its manifest and the heads of its data files, of a store in a folder from its snapshot and log.
+"""
 
 from __future__ import annotations
 
@@ -6,37 +9,57 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint
-from .errors import CheckpointError
+from . import checkpoint, record_file
+from .errors import CheckpointError, JournalError
+from .folder import Folder
+from .journal import _LOG as LOG_NAME
+from .journal import _SNAPSHOT as SNAPSHOT_NAME
+from .record import Record
 
 # The head of a safetensors file is a length in 8 bytes and JSON; the format allows no more than this.
 _HEAD_BYTES = 100_000_000
 
-_KINDS = {"store": "a store: values, versions, update rule", "optimizer-states": "optimizer states, without values"}
+_KINDS = {
+    "store": "checkpoint of a store: values, versions, update rule",
+    "optimizer-states": "checkpoint of optimizer states, without values",
+    "folder": "a store in its folder",
+}
 COLUMNS = ("key", "kind", "shape", "dtype", "version", "rows", "size", "state size")
+# How many keys with the same numbers of their own a line names.
+_NAMED = 4
 _RIGHT = frozenset({"version", "rows", "size", "state size"})
 
 
 def describe(path: str, *, verify: bool = False) -> dict[str, Any]:
-    """Return what a checkpoint holds, as JSON can hold it.
+    """Return what a checkpoint or the folder of a store holds, as JSON can hold it.
 
     Args:
-        path: a directory that ``KVStore.save`` or ``save_optimizer_states`` wrote.
+        path: a directory that ``KVStore.save`` or ``save_optimizer_states`` wrote, or a store's ``path``.
         verify: read all data and check it against its digests; else only the manifest's digest is checked,
             and sizes of single keys are None where a data file is missing or damaged.
 
     Raises:
         CheckpointError: missing, foreign or damaged.
+        JournalError: the same of a store's folder.
     """
+    folder = Path(path)
+    if folder.is_dir() and not (folder / checkpoint.MANIFEST).exists():
+        if any(SNAPSHOT_NAME.fullmatch(each.name) or LOG_NAME.fullmatch(each.name) for each in folder.iterdir()):
+            return _describe_store(path)
+        inside = sorted(each.name for each in folder.iterdir() if _can_be_inspected(each))
+        if inside:
+            raise CheckpointError(
+                f"{path}: no checkpoint and no store here, but in {', '.join(inside)}; inspect {folder / inside[0]}"
+            )
     if verify:
         checkpoint.read(path)
     body = checkpoint.read_manifest(path)
     try:
-        if body["kind"] not in _KINDS:
+        if body["kind"] not in ("store", "optimizer-states"):
             raise ValueError(f"kind {body['kind']!r}")
         tensors = _tensors(Path(path), body["files"])
         return {
@@ -97,6 +120,116 @@ def _read_head(file: Path) -> dict[str, Any]:
     return head
 
 
+# ---------------------------------------------------------------- a store in its folder
+
+
+def _can_be_inspected(folder: Path) -> bool:
+    return folder.is_dir() and any(
+        each.name == checkpoint.MANIFEST or SNAPSHOT_NAME.fullmatch(each.name) or LOG_NAME.fullmatch(each.name)
+        for each in folder.iterdir()
+    )
+
+
+def _describe_store(path: str) -> dict[str, Any]:
+    """Read snapshot and log, changing nothing, also while a store has the folder open."""
+    folder = Folder(path)
+    try:
+        contents = _Contents()
+        names = sorted(folder.names())
+        snapshots = [(int(found[1], 16), found[0]) for found in map(SNAPSHOT_NAME.fullmatch, names) if found]
+        logs = [(int(found[1], 16), found[0]) for found in map(LOG_NAME.fullmatch, names) if found]
+        lsn, files = 0, []
+        if snapshots:
+            lsn, name = snapshots[-1]
+            files.append(name)
+            for _, record in _records(folder, name):
+                contents.take_snapshot(record)
+        behind = logs[max(0, sum(first <= lsn + 1 for first, _ in logs) - 1) :]
+        for index, (_, name) in enumerate(behind):
+            files.append(name)
+            following = behind[index + 1][0] if index + 1 < len(behind) else None
+            for number, record in _records(folder, name):
+                if following is not None and number >= following:
+                    break
+                if number > lsn:
+                    lsn = number
+                    contents.take_change(record)
+        sizes = {name: (Path(path) / name).stat().st_size for name in files}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, JournalError):
+            raise
+        raise JournalError(f"{path}: a record is not one that a store writes: {error!r}") from error
+    finally:
+        folder.close()
+    return {
+        "path": path,
+        "kind": "folder",
+        "update": contents.update,
+        "optimizer": contents.optimizer,
+        "nbytes": sum(sizes.values()),
+        "verified": True,
+        "changes": contents.changes,
+        "keys": list(contents.keys.values()),
+        "files": [{"name": name, "nbytes": nbytes, "sha256": None} for name, nbytes in sizes.items()],
+    }
+
+
+def _records(folder: Folder, name: str) -> Iterator[tuple[int, Record]]:
+    with record_file.Reader(folder, name) as reader:
+        yield from reader.records()
+
+
+class _Contents:
+    """What the records of a store's folder add up to: everything but the numbers in tensors."""
+
+    def __init__(self) -> None:
+        self.keys: dict[Any, dict[str, Any]] = {}
+        self.update: str = "assign"
+        self.optimizer: dict[str, Any] | None = None
+        self.changes = 0
+        self._tensors: dict[str, Any] = {}
+
+    def take_snapshot(self, record: Record) -> None:
+        self._read(record)
+        if record.head["verb"] == "end":
+            body = record.head["body"]
+            self.update, self.optimizer = body["update"], body["optimizer"]
+            self._add(body)
+
+    def take_change(self, record: Record) -> None:
+        head = record.head
+        verb = head["verb"]
+        if verb in ("push", "put"):
+            for key in dict.fromkeys(item.key for item in record.items()):
+                described = self.keys[key]
+                described["version"] += 1
+                if described["kind"] == "rows":
+                    described["rows"] = described["nbytes"] = None
+                if verb == "push" and self.optimizer is not None:
+                    # The step may have made state, or rows of it, that no record has.
+                    described["state"] = described["state"] or None
+                    described["state_nbytes"] = None
+        elif verb == "init":
+            self._read(record)
+            self._add(head["body"])
+        elif verb == "delete":
+            for key in head["keys"]:
+                del self.keys[key]
+        elif verb == "rule":
+            self.update, self.optimizer = head["update"], head.get("optimizer")
+        self.changes += verb in ("push", "put", "init", "delete", "rule")
+
+    def _read(self, record: Record) -> None:
+        for item in record.items():
+            tensor = item.tensor
+            self._tensors[str(item.key)] = {"shape": list(tensor.shape), "data_offsets": [0, tensor.nbytes]}
+
+    def _add(self, body: dict[str, Any]) -> None:
+        for each in body["keys"]:
+            self.keys[each["key"]] = _describe_key("store", each, self._tensors)
+        self._tensors = {}
+
+
 # ---------------------------------------------------------------- for people
 
 
@@ -104,28 +237,47 @@ def summary(report: dict[str, Any]) -> list[str]:
     """Return the lines that stand above the table of keys."""
     count, files = len(report["keys"]), len(report["files"])
     checked = "every digest checked" if report["verified"] else "only the manifest checked; --verify reads everything"
+    what = _KINDS[report["kind"]]
+    if "changes" in report:
+        changes = report["changes"]
+        what += f", with {changes} change{'' if changes == 1 else 's'} in its log"
+    update, *own = _update(report)
     lines = [
-        f"{printable(report['path'])}: checkpoint of {_KINDS[report['kind']]}",
+        f"{printable(report['path'])}: {what}",
         f"keys:   {count}",
-        f"update: {_update(report)}",
+        f"update: {update}",
+        *(f"        {line}" for line in own),
         f"size:   {size(report['nbytes'])} in {files} data file{'' if files == 1 else 's'} ({checked})",
     ]
     return lines + [f"file:   {printable(file['name'])}  {size(file['nbytes'])}" for file in report["files"]]
 
 
-def _update(report: dict[str, Any]) -> str:
+def _update(report: dict[str, Any]) -> list[str]:
+    """Return the update rule, and below it the numbers that keys have of their own, a line for those with the same."""
     optimizer = report["optimizer"]
     if report["update"] == "updater":
-        return "an updater function, which a checkpoint cannot hold; set it again after load"
+        return ["an updater function, which is not saved; set it again"]
     if optimizer is None:
-        return "assign"
+        return ["assign"]
     try:
         numbers = {key: optimizer[key] for key in ("rescale_grad", "clip_gradient")}
         text = f"optimizer {optimizer['name']}({_numbers(optimizer['numbers'] | numbers)})"
-        own = [f"{_show_key(key)} has {_numbers(changed)}" for key, changed in optimizer["overrides"]]
+        groups: dict[str, list[str]] = {}
+        for key, changed in optimizer["overrides"]:
+            groups.setdefault(_numbers(changed), []).append(_show_key(key))
+        own = [f"{own_numbers}: {_listed(keys)}" for own_numbers, keys in groups.items()]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{report['path']}: the optimizer is not what a save writes: {error!r}") from None
-    return printable("; ".join([text, *own]))
+    return [printable(line) for line in [text, *own]]
+
+
+def _listed(keys: list[str]) -> str:
+    """Show the first of many keys.
+
+    >>> _listed(['"a"', '"b"']), _listed(list("abcdefg"))
+    ('"a", "b"', 'a, b, c and 4 more')
+    """
+    return ", ".join(keys) if len(keys) <= _NAMED else f"{', '.join(keys[:3])} and {len(keys) - 3} more"
 
 
 def _numbers(numbers: dict[str, Any]) -> str:
@@ -143,7 +295,7 @@ def table(report: dict[str, Any]) -> list[list[str]]:
             printable(str(key["version"])),
             "" if key["kind"] == "dense" else "?" if key["rows"] is None else str(key["rows"]),
             size(key["nbytes"]),
-            size(key["state_nbytes"]) if key["state"] else "",
+            "" if key["state"] == [] else size(key["state_nbytes"]),
         ]
         for key in report["keys"]
     ]

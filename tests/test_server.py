@@ -574,14 +574,18 @@ def test_servers_end_with_the_last_goodbye_and_not_while_somebody_may_only_be_bu
         ray_cluster.stop_servers.assert_not_called()
         again.close()
         ray_cluster.stop_servers.assert_called_once()
-        # Nobody is waited for who has been silent for two minutes.
+        # Whoever comes now would lose the servers.
+        with pytest.raises(tensorkv.ServerLostError, match="the last client has just closed this store"):
+            cluster.store()
+    # Nobody is waited for who has been silent for two minutes.
+    with Cluster(2, num_workers=3, lost_after_s=1.5) as cluster:
         gone, last = cluster.stores(2)
-        monkeypatch.setattr("tensorkv.server.FORGOTTEN_S", 1.0)
+        monkeypatch.setattr("tensorkv.server.attendance.FORGOTTEN_S", 1.0)
         gone._engine._ending.set()
         gone._engine._beating.join()
         time.sleep(1.6)
         last.close()
-        assert ray_cluster.stop_servers.call_count == 2
+        ray_cluster.stop_servers.assert_called_once()
 
 
 # ---------------------------------------------------------------- one moment

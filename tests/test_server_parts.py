@@ -1,6 +1,7 @@
 """The parts of servers and clients alone: rounds, waits, cuts, gatherings, views, calls, mailboxes, copies, places."""
 
 import itertools
+import json
 import math
 import threading
 
@@ -33,19 +34,26 @@ class Clock:
 # ---------------------------------------------------------------- rounds and waits
 
 
-def test_rounds_that_begin_again_wait_for_nobody_who_stays_silent():
+def test_rounds_that_are_restored_are_as_far_as_they_were():
     clock = Clock()
-    clock.now = 100.0
     rounds = Rounds(3, 5, clock)
-    rounds.begin_again()
-    assert rounds.live() == [0, 1, 2]
-    clock.now = 104.0
-    rounds.seen(1)
-    clock.now = 106.0
-    assert rounds.live() == [1]
-    assert rounds.dead() == [0, 2]
-    rounds.seen(2)
-    assert rounds.live() == [1, 2]
+    for rank, count in ((0, 4), (1, 2)):
+        rounds.seen(rank)
+        for _ in range(count):
+            rounds.pushed(rank, ["a", 7])
+    rounds.move(1, 1)
+    rounds.leave(2)
+    restored = Rounds(3, 5, clock)
+    restored.restore(json.loads(json.dumps(rounds.to_plain())))
+    assert restored.read() == rounds.read() == {0: 4, 1: 3, 2: 0}
+    assert restored.live() == [0, 1]
+    # A round ends with the key that has been pushed most.
+    restored.pushed(0, [7])
+    assert restored.read()[0] == 5
+    restored.lose(1)
+    assert restored.dead() == [1]
+    restored.restore([])
+    assert restored.read() == {0: 0, 1: 0, 2: 0}
 
 
 def test_a_silent_worker_is_lost_and_comes_back_where_the_slowest_is():
@@ -65,11 +73,14 @@ def test_a_silent_worker_is_lost_and_comes_back_where_the_slowest_is():
     # Who never came is waited for; who came and is silent is not.
     assert rounds.live() == [0, 2]
     assert rounds.dead() == [1]
-    rounds.seen(1)
+    assert rounds.seen(1)
+    rounds.move(1, rounds.base_of(1))
+    rounds.find(1)
     assert rounds.dead() == []
     rounds.leave(2)
     assert rounds.live() == [0, 1]
-    rounds.come_back(2)
+    rounds.begin(2, rounds.slowest_but(2))
+    assert rounds.live() == [0, 1, 2]
     assert rounds.read()[2] == 1
     rounds.end(1)
     clock.now = 100
@@ -105,11 +116,7 @@ def test_waits_end_with_what_is_waited_for_and_changes_end_them():
 def test_a_cut_holds_new_requests_and_admits_those_under_way():
     monitor, clients = Monitor(patience_s=0.01), Clients()
     cut = Cut(monitor, clients, 1)
-    cut.note("a.0", 7, [0, 1])
-    cut.note("a.0", 3, [0, 1])
-    cut.note("b.0", 2, [0, 1])
-    cut.note("c.0", 2, [1])
-    clients.last.update({"a.0": 7, "b.0": 2, "c.0": 2})
+    clients.done([("a.0", 7, {"fan": [0, 1]}), ("b.0", 2, {"fan": [0, 1]}), ("c.0", 2), ("a.0", 3, {"fan": [1, 2]})])
     with monitor:
         # One that comes late says nothing of the newer one; a dead process's request is on its way nowhere.
         assert cut.freeze("x.0", 1, ["a"]) == {"a.0": [7, [0, 1]]}
@@ -136,7 +143,9 @@ def test_a_cut_holds_new_requests_and_admits_those_under_way():
 
 def test_a_round_is_gathered_in_the_order_of_ranks():
     applied = []
-    gathering = Gathering(lambda keys, parts, requests: applied.append((keys, parts, requests)))
+    gathering = Gathering(
+        lambda keys, parts, pushed: applied.append((keys, parts, [(e.client, e.seq) for e in pushed]))
+    )
     gathering.add(("w",), 1, Pushed("b", 1, ["from 1"]))
     gathering.close([0, 1], lambda client, seq: True)
     assert gathering.awaited(("w",), [0, 1]) == [0]
@@ -145,7 +154,7 @@ def test_a_round_is_gathered_in_the_order_of_ranks():
     gathering.close([0, 1], lambda client, seq: client != "a")
     assert not applied
     gathering.close([0, 1], lambda client, seq: True)
-    assert applied == [(("w",), [["from 0", "from 1"]], [(0, "a", 1), (1, "b", 1)])]
+    assert applied == [(("w",), [["from 0", "from 1"]], [("a", 1), ("b", 1)])]
 
 
 # ---------------------------------------------------------------- calls

@@ -172,6 +172,11 @@ class DurableShard(Shard):
         with self._lock:
             self._commit(Record({"verb": "note", "name": name, "data": data}), partial(self._take_note, name, data))
 
+    def remember(self, events: Sequence[Any]) -> None:
+        """Have the clients take over what has changed besides their requests, plain data for JSON."""
+        with self._lock:
+            self._commit(Record({"verb": "session", "events": list(events)}), partial(self.clients.apply, events))
+
     def _take_note(self, name: str, data: Any) -> None:
         if data is None:
             self.notes.pop(name, None)
@@ -211,7 +216,7 @@ class DurableShard(Shard):
             except BaseException:
                 self._take_back(self._journal.undo)
                 raise
-            self.clients.done(requests)
+            self.clients.done(requests, [entry.key for entry in entries])
             self._note(entries, sums)
             self._look_after_the_log()
 
@@ -278,7 +283,11 @@ class DurableShard(Shard):
                 yield pack({"verb": "tensors"}, group)
                 group, nbytes = [], 0
         yield pack({"verb": "tensors"}, group)
-        yield Record({"verb": "end", "body": body, "clients": self.clients.last, "notes": self.notes})
+        yield Record({"verb": "end", "body": body, **self._described_clients(), "notes": self.notes})
+
+    def _described_clients(self) -> dict[str, Any]:
+        session = self.clients.describe()
+        return {"clients": self.clients.last, **({"session": session} if session else {})}
 
     def _state_nbytes(self) -> int:
         return sum(e.value.nbytes + sum(t.nbytes for t in e.state.values()) for e in self._entries.values())
@@ -289,7 +298,7 @@ class DurableShard(Shard):
         """Become what the journal says."""
         self._plans.clear()
         self._entries, self._key_type, self._rule = {}, None, Assign()
-        self.clients.last.clear()
+        self.clients.restore({}, {})
         self.notes.clear()
         self._touched, self._unproven = {}, 0
         tensors: manifest.Tensors = {}
@@ -314,15 +323,15 @@ class DurableShard(Shard):
         contents = changes.restore(record.head["body"], tensors, None)
         Shard._hold(self, contents.entries)
         self._rule = LostUpdater() if contents.rule is None else contents.rule
-        for client, seq in record.head["clients"].items():
-            self._note_client(client, seq)
+        self.clients.restore(record.head["clients"], record.head.get("session", {}))
         self.notes.update(record.head["notes"])
 
     def _replay(self, record: Record) -> None:
         head = record.head
+        entries: list[Entry] = []
         match head.get("verb"):
             case "push":
-                self._replay_push(record)
+                entries = self._replay_push(record)
             case "put":
                 entries, made = self._read_items(record)
                 changes.put(entries, made)
@@ -341,21 +350,24 @@ class DurableShard(Shard):
             case "note":
                 self._take_note(head["name"], head["data"])
                 self._note((), ())
+            case "session":
+                self.clients.apply(changes.as_list(head["events"]))
+                self._note((), ())
             case "mark":
                 self._touched, self._unproven = {}, 0
             case "digest":
                 self._check_digests(head["keys"])
             case verb:
                 raise JournalError(f"{verb!r} is unknown to this version of tensorkv; use a newer one")
-        for client, seq in head.get("requests", ()):
-            self._note_client(client, seq)
+        self.clients.replay(head.get("requests", ()), [entry.key for entry in entries])
 
-    def _replay_push(self, record: Record) -> None:
+    def _replay_push(self, record: Record) -> list[Entry]:
         entries, sums = self._read_items(record)
         keys, parts = [entry.key for entry in entries], [[total] for total in sums]
         check_push(Batch("push", keys, parts), entries, self._rule)
         Shard._apply(self, entries, parts, ())
         self._note(entries, sums)
+        return entries
 
     def _read_items(self, record: Record) -> tuple[list[Entry], list[Any]]:
         items = iter(record.items())
@@ -377,11 +389,6 @@ class DurableShard(Shard):
 
     def _change_rule(self, rule: Rule) -> None:
         Shard._take_rule(self, rule)
-
-    def _note_client(self, client: Any, seq: Any) -> None:
-        if type(client) is not str or type(seq) is not int:
-            raise JournalError(f"a client {client!r} with request {seq!r}")
-        self.clients.last[client] = seq
 
     # ------------------------------------------------------------ digests
 

@@ -20,6 +20,7 @@ from ..entry import Batch, Entry, KeyInfo, KeySpec, Part
 from ..errors import (
     ArgumentError,
     OptimizerError,
+    ServerLostError,
     TensorKVError,
     ValueMismatchError,
     WaitTimeoutError,
@@ -46,6 +47,10 @@ from .traffic import Traffic, letter_of
 
 Outs = Sequence[Sequence[torch.Tensor]]
 _BEAT_S = 1.0
+
+
+class StoreEndingError(ServerLostError):
+    """A store that its last client has closed: its servers end now, and others can be started."""
 
 
 class RayEngine:
@@ -105,6 +110,8 @@ class RayEngine:
         with self._lanes.take() as lane:
             words = {"ranks": True, "wants": None if wanted is None else int(wanted)}
             told = lane.send("hello", [Letter(0, words)])[0].head
+        if "ending" in told:
+            raise StoreEndingError("create: the last client has just closed this store, and its servers are ending")
         self._meetings, self._texts, self._leaves = told["over"]
         # The lane was made without a rank.
         self._lanes.clear()
@@ -422,12 +429,13 @@ class RayEngine:
         # Where it fails, there is nobody to say goodbye to.
         with suppress(TensorKVError):
             answers = self._ask("bye", {})
-            left = max(head["clients"] for head in answers)
+            # Whoever comes or goes is known to server 0: the others may not agree on who was last.
+            left = answers[0]["clients"]
             if ray_cluster.is_last(self._started):
                 left = left and self._wait_for_others()
             else:
                 # Whoever is silent may be busy, and what servers hold is gone with them.
-                left += max(head["silent"] for head in answers)
+                left += answers[0]["silent"]
         self._lanes.close()
         self._traffic.close()
         if left == 0:
@@ -440,5 +448,5 @@ class RayEngine:
         left = 1
         while left and time.monotonic() < deadline:
             time.sleep(0.05)
-            left = max(head["clients"] for head in self._ask("bye", {}))
+            left = self._ask("bye", {}, [0])[0]["clients"]
         return left

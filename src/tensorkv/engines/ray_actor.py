@@ -27,6 +27,7 @@ from .ray_metrics import ServerMetrics
 INLINE_NBYTES = 64 << 10
 
 _WATCH_S = 1.0
+_ENDING_S = 10.0
 
 _logger = logging.getLogger(__name__)
 
@@ -98,7 +99,8 @@ class ServerActor:
     def _keep_watch(self) -> None:
         """Tell Ray's metrics how things are; end when all clients are long gone, since nobody else would do it."""
         alone_since = time.monotonic()
-        while time.monotonic() - alone_since < FORGOTTEN_S:
+        # The last client ends the servers, if it is not killed before.
+        while time.monotonic() - alone_since < (_ENDING_S if self._server.is_ending else FORGOTTEN_S):
             time.sleep(_WATCH_S)
             self._metrics.tell(self._server.stats())
             if self._server.owners():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from ..arguments import check_timeout
 from ..errors import ArgumentError, quote
 from ..server.wire import Settings
 from . import ray_cluster
-from .ray import RayEngine
+from .ray import RayEngine, StoreEndingError
 
 
 def build(name: str, address: str | None, timeout_s: float, insecure: bool, options: Mapping[str, Any]) -> RayEngine:
@@ -33,24 +34,39 @@ def build(name: str, address: str | None, timeout_s: float, insecure: bool, opti
     wanted = _settings(asked)
     started = ray_cluster.enter(address, timeout_s, insecure=insecure)
     try:
-        found = ray_cluster.find_servers(name, timeout_s)
-        actors, settings = found or ray_cluster.make_servers(name, wanted, timeout_s)
-        for word, each in asked.items():
-            if getattr(settings, word) != each:
-                raise ArgumentError(
-                    f"create: the store {quote(name)} is there, and its {word} is {getattr(settings, word)!r}, not "
-                    f"{each!r}; leave the option out to join it, or choose another name"
-                )
-        try:
-            places = ray_cluster.check_safety(actors, insecure, timeout_s)
-        except ArgumentError:
-            if found is None:
-                ray_cluster.stop_servers(actors)
-            raise
-        return RayEngine(actors, settings, places, timeout_s, started=started)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return _join(name, wanted, asked, timeout_s, insecure=insecure, started=started)
+            except StoreEndingError:
+                # The next one has servers of its own, as soon as these have ended.
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
     except BaseException:
         ray_cluster.leave(started)
         raise
+
+
+def _join(
+    name: str, wanted: Settings, asked: Mapping[str, Any], timeout_s: float, *, insecure: bool, started: bool
+) -> RayEngine:
+    """Return a client of the servers that are there, or of new ones."""
+    found = ray_cluster.find_servers(name, timeout_s)
+    actors, settings = found or ray_cluster.make_servers(name, wanted, timeout_s)
+    for word, each in asked.items():
+        if getattr(settings, word) != each:
+            raise ArgumentError(
+                f"create: the store {quote(name)} is there, and its {word} is {getattr(settings, word)!r}, not "
+                f"{each!r}; leave the option out to join it, or choose another name"
+            )
+    try:
+        places = ray_cluster.check_safety(actors, insecure, timeout_s)
+    except ArgumentError:
+        if found is None:
+            ray_cluster.stop_servers(actors)
+        raise
+    return RayEngine(actors, settings, places, timeout_s, started=started)
 
 
 def _settings(asked: Mapping[str, Any]) -> Settings:

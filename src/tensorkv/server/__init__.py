@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
-from ..clients import Clients
 from ..entry import Part
 from ..errors import ArgumentError, TensorKVError
 from ..keys import Key
 from ..metrics import Metrics, clock
-from .attendance import FORGOTTEN_S, Attendance
+from .attendance import Attendance
 from .call import keys_of, read
 from .cut import Cut
 from .gathering import Gathering, Pushed
 from .holding import Holding, contents_of
-from .waits import Monitor, Waits
+from .memory import Memory
+from .rounds import Rounds
+from .waits import AwakeClock, Monitor, Waits
 from .wire import Reply, Request, Settings
 
 
@@ -33,23 +35,32 @@ class Server:
     Args:
         settings: of the store and this server.
         comes_back: whether it was there before, and workers are waiting for it.
+        now: a clock in seconds.
 
     Raises:
         JournalError: its folder cannot be opened.
     """
 
-    def __init__(self, settings: Settings, *, comes_back: bool = False) -> None:
+    def __init__(
+        self, settings: Settings, *, comes_back: bool = False, now: Callable[[], float] = time.monotonic
+    ) -> None:
         self.settings = settings
         # Tells a server that has begun again from the one that was there before.
         self.incarnation = secrets.token_hex(8)
-        self._clients = Clients()
+        # Who has been silent: as long as it could not have heard anybody, nobody has.
+        awake = AwakeClock(now, settings.lost_after_s / 2)
+        self._rounds = Rounds(settings.num_workers, settings.lost_after_s, awake)
+        self._clients = Memory(self._rounds)
         self._holding = Holding(settings, self._clients)
         self._monitor = Monitor()
-        self._attendance = Attendance(self._monitor, settings.num_workers, settings.lost_after_s)
-        self._rounds = self._attendance.rounds
+        self._attendance = Attendance(
+            self._monitor, self._clients, self._remember, settings.num_workers, settings.lost_after_s, awake
+        )
         if comes_back:
-            self._rounds.begin_again()
-        self._cut = Cut(self._monitor, self._clients, settings.index)
+            self._attendance.begin_again()
+        else:
+            self._remember(["new"])
+        self._cut = Cut(self._monitor, self._clients, settings.index, now)
         self._gathering = Gathering(self._apply_round)
         self._metrics = Metrics()
         self._resent = 0
@@ -96,6 +107,8 @@ class Server:
                 raise ArgumentError(f"a server knows no {verb!r}")
             patience = request.head.get("patience_s")
             self._monitor.be_patient(None if patience is None else float(patience))
+            if verb == "hello" and self._attendance.is_closed_to(request.owner):
+                return Reply({"ending": True})
             if verb != "bye":
                 self._attendance.hear(request.head)
             reply = method(request, out)
@@ -111,6 +124,11 @@ class Server:
         name = "pushpull" if request.head.get("pulls") else verb
         self._metrics.add(name, start, [name], [moved])
         return reply
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the last client has said goodbye, and nobody else is let in."""
+        return self._clients.is_ending
 
     def owners(self) -> list[str]:
         """Return the processes that are alive and use this server."""
@@ -161,11 +179,9 @@ class Server:
                 if not self._clients.has_applied(request.client, request.seq):
                     # One that did not wait until the end for its last push.
                     self._wait_for_the_slow(rank, staleness, "")
-                with self._turn(request) as is_new:
+                with self._turn(request, keys) as is_new:
                     if is_new:
                         reply = self._holding.push(request, out, fill=pulls and staleness is None)
-                        if rank is not None:
-                            self._rounds.pushed(rank, keys)
                 self._wait_for_the_slow(rank, staleness, "; this push has been applied")
         if reply is None:
             with self._monitor:
@@ -191,8 +207,8 @@ class Server:
             if not self._is_resent(request) and self._gathering.refused(client, seq) is None:
                 batch = self._holding.batch(request)
                 self._holding.shard.check(batch)
-                self._cut.note(client, seq, request.head.get("fan", ()))
-                self._gathering.add(keys, rank, Pushed(client, seq, [parts[0] for parts in batch.parts]))
+                pushed = Pushed(client, seq, [parts[0] for parts in batch.parts], _logged(request))
+                self._gathering.add(keys, rank, pushed)
             self._monitor.wait_until(
                 lambda: self._has_closed(client, seq),
                 lambda: f"{describe(self._gathering.awaited(keys, self._rounds.live()))}, which have not pushed yet",
@@ -205,13 +221,9 @@ class Server:
         self._gathering.close(self._rounds.live(), self._cut.admits)
         return self._clients.has_applied(client, seq) or self._gathering.refused(client, seq) is not None
 
-    def _apply_round(
-        self, keys: Sequence[Key], parts: Sequence[list[Part]], requests: Sequence[tuple[int, str, int]]
-    ) -> None:
-        with self._clients.together([(client, seq) for _, client, seq in requests]):
+    def _apply_round(self, keys: Sequence[Key], parts: Sequence[list[Part]], pushed: Sequence[Pushed]) -> None:
+        with self._clients.together([(each.client, each.seq, each.words) for each in pushed], keys):
             self._holding.push_round(keys, parts)
-        for rank, _, _ in requests:
-            self._rounds.pushed(rank, keys)
         self._monitor.changed()
 
     def _pull(self, request: Request, out: torch.Tensor | None) -> Reply:
@@ -318,17 +330,21 @@ class Server:
         return Reply({"rank": rank, "over": over, **self._listing()})
 
     def _beat(self, request: Request, out: torch.Tensor | None) -> Reply:
+        self._attendance.forget_the_silent()
         with self._monitor:
             self._holding.views.drop_all_but_of(self._attendance.clients())
         changes = [self.incarnation, self._holding.inits]
         return Reply({"incarnation": self.incarnation, "changes": changes, "dead": self._rounds.dead()})
 
     def _bye(self, request: Request, out: torch.Tensor | None) -> Reply:
-        self._attendance.forget(request.owner, request.head.get("rank"))
+        self._attendance.forget(request.owner)
         with self._monitor:
             self._holding.views.drop_all_but_of(self._attendance.clients())
-        here, stays = self._attendance.clients(), self._attendance.clients(FORGOTTEN_S)
-        return Reply({"clients": len(here), "silent": len(stays) - len(here)})
+        if self.settings.index == 0:
+            # Whoever comes asks this server first: from now on it is told that there is nothing to come to.
+            self._attendance.may_end()
+        here, silent = self._attendance.count()
+        return Reply({"clients": here, "silent": silent})
 
     def _leave(self, request: Request, out: torch.Tensor | None) -> Reply:
         self._attendance.leave(request.head["number"], request.head["rank"])
@@ -375,15 +391,17 @@ class Server:
 
     # ------------------------------------------------------------ inside
 
+    def _remember(self, *events: list[Any]) -> None:
+        self._holding.remember(events)
+
     @contextmanager
-    def _turn(self, request: Request) -> Iterator[bool]:
-        """Hold the lock for a change; give whether it is new."""
+    def _turn(self, request: Request, keys: Sequence[Key] = ()) -> Iterator[bool]:
+        """Hold the lock for a change, of a push's keys; give whether it is new."""
         client, seq = request.client, request.seq
         with self._monitor:
             if not self._is_resent(request):
                 self._cut.admit(client, seq)
-            self._cut.note(client, seq, request.head.get("fan", ()))
-            with self._clients.request(client, seq) as is_new:
+            with self._clients.request(client, seq, _logged(request), keys) as is_new:
                 yield is_new
             self._monitor.changed()
 
@@ -396,6 +414,13 @@ class Server:
         applied = self._clients.has_applied(request.client, request.seq)
         self._resent += applied
         return applied
+
+
+def _logged(request: Request) -> dict[str, Any]:
+    """Return what is logged of a request besides its number: the servers it goes to, and of a push the rank."""
+    fan, rank = request.head.get("fan", ()), request.head.get("rank")
+    words: dict[str, Any] = {"fan": list(fan)} if len(fan) > 1 else {}
+    return words if rank is None or request.head["verb"] != "push" else {**words, "rank": rank}
 
 
 def _refusal(name: str, message: str) -> Reply:

@@ -26,20 +26,17 @@ class Cut:
     Args:
         monitor, clients: of the server.
         index: of the server.
+        now: a clock in seconds.
     """
 
-    def __init__(self, monitor: Monitor, clients: Clients, index: int) -> None:
-        self._monitor, self._clients, self._index = monitor, clients, index
+    def __init__(
+        self, monitor: Monitor, clients: Clients, index: int, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._monitor, self._clients, self._index, self._now = monitor, clients, index, now
         self._owner: str | None = None
         self._ended: tuple[str, int] = ("", 0)
         self._until = 0.0
         self._admitted: Mapping[str, int] = {}
-        self._fans: dict[str, tuple[int, list[int]]] = {}
-
-    def note(self, client: str, seq: int, fan: Sequence[int]) -> None:
-        """Remember to which servers a client's last request went."""
-        if len(fan) > 1 and seq > self._fans.get(client, (0,))[0]:
-            self._fans[client] = (seq, list(fan))
 
     def admit(self, client: str, seq: int) -> None:
         """Wait until a new request may be applied."""
@@ -63,12 +60,10 @@ class Cut:
         if self._ended[0] == owner and self._ended[1] >= seq:
             raise SnapshotError("snapshot: a request that comes late; this one is over")
         if not self._is_frozen():
-            self._owner, self._until, self._admitted = owner, time.monotonic() + _LIMIT_S, {}
+            self._owner, self._until, self._admitted = owner, self._now() + _LIMIT_S, {}
         processes = set(alive)
         return {
-            client: list(last)
-            for client, last in self._fans.items()
-            if self._clients.has_applied(client, last[0]) and client.partition(".")[0] in processes
+            client: list(last) for client, last in self._clients.fans.items() if client.partition(".")[0] in processes
         }
 
     def settle(self, owner: str, seq: int, wanted: Mapping[str, Sequence[Any]], look: Callable[[], Any]) -> Any:
@@ -108,4 +103,4 @@ class Cut:
             raise SnapshotError("snapshot: it took too long, and the servers went on; take another")
 
     def _is_frozen(self) -> bool:
-        return self._owner is not None and time.monotonic() < self._until
+        return self._owner is not None and self._now() < self._until

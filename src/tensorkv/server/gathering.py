@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..entry import Part
 from ..errors import TensorKVError, WorkerError
@@ -12,11 +13,12 @@ from ..keys import Key
 
 @dataclass(slots=True)
 class Pushed:
-    """One worker's push: its number, and one part for each key."""
+    """One worker's push: its number, one part for each key, and what is logged of it."""
 
     client: str
     seq: int
     parts: Sequence[Part]
+    words: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -24,15 +26,14 @@ class _Round:
     pushed: dict[int, Pushed] = field(default_factory=dict)
 
 
-Apply = Callable[[Sequence[Key], Sequence[list[Part]], Sequence[tuple[int, str, int]]], None]
+Apply = Callable[[Sequence[Key], Sequence[list[Part]], Sequence[Pushed]], None]
 
 
 class Gathering:
     """The open round of each list of keys.
 
     Args:
-        apply: is given the keys, for each key the parts in the order of ranks, and rank, client and number of
-            the requests that brought them.
+        apply: is given the keys, for each key the parts in the order of ranks, and the pushes that brought them.
     """
 
     def __init__(self, apply: Apply) -> None:
@@ -63,11 +64,10 @@ class Gathering:
         return [] if here is None else sorted(set(live) - here.pushed.keys())
 
     def _finish(self, keys: Sequence[Key], pushed: Mapping[int, Pushed]) -> None:
-        ranks = sorted(pushed)
-        by_rank = [pushed[rank] for rank in ranks]
+        by_rank = [pushed[rank] for rank in sorted(pushed)]
         parts = [[each.parts[index] for each in by_rank] for index in range(len(keys))]
         try:
-            self._apply(keys, parts, [(rank, pushed[rank].client, pushed[rank].seq) for rank in ranks])
+            self._apply(keys, parts, by_rank)
         except Exception as error:
             # All of them hear of it: one that did not would wait for the others' next round.
             for each in by_rank:

@@ -13,7 +13,6 @@ import torch
 
 from .. import arrays, manifest
 from ..checksum import known
-from ..clients import Clients
 from ..durable import DurableShard
 from ..entry import Batch, Part
 from ..errors import ArgumentError, ValueMismatchError, quote
@@ -24,6 +23,7 @@ from ..plan import MANY
 from ..record import Item, describe, nbytes_of, pack, places, unpack
 from ..shard import Shard
 from .call import read
+from .memory import Memory
 from .views import Views
 from .wire import Reply, Request, Room, Settings
 
@@ -42,7 +42,7 @@ class Holding:
         JournalError: the folder cannot be opened.
     """
 
-    def __init__(self, settings: Settings, clients: Clients) -> None:
+    def __init__(self, settings: Settings, clients: Memory) -> None:
         common: dict[str, Any] = {"nonfinite": settings.nonfinite, "threads": settings.threads}
         self._notes: Any
         if settings.folder is None:
@@ -50,6 +50,7 @@ class Holding:
         else:
             durability: Any = settings.durability
             self.shard = self._notes = DurableShard(settings.folder, durability=durability, clients=clients, **common)
+        self._clients = clients
         self.views = Views(settings.keep)
         self._layouts: dict[tuple[Key, ...], tuple[bytes, int]] = {}
         self.inits = 0
@@ -229,6 +230,13 @@ class Holding:
     def notes(self, names: Iterable[str]) -> dict[str, Any]:
         """Return the notes of these names, None where there is none."""
         return {name: self._notes.notes.get(name) for name in names}
+
+    def remember(self, events: Sequence[Any]) -> None:
+        """Have events happen in the server's memory, which are logged first where there is a log."""
+        if isinstance(self.shard, DurableShard):
+            self.shard.remember(events)
+        else:
+            self._clients.apply(events)
 
     def take_notes(self, notes: Mapping[str, Any]) -> None:
         """Keep where the pieces of keys are; None forgets it.

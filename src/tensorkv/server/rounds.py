@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..keys import Key
 
@@ -38,40 +39,74 @@ class Rounds:
 
     >>> rounds = Rounds(2, lost_after_s=5)
     >>> rounds.seen(0)
+    False
     >>> rounds.pushed(0, ["w"])
     >>> rounds.ahead(0), rounds.behind(0, 0)
     (1, [1])
     """
 
     def __init__(self, num_workers: int, lost_after_s: float, now: Callable[[], float] = time.monotonic) -> None:
-        self._lost_after_s = lost_after_s
+        self._num_workers, self._lost_after_s = num_workers, lost_after_s
         self._now = now
         self._workers = {rank: _Worker() for rank in range(num_workers)}
         self._lock = threading.RLock()
         self.most_ahead = 0
         """The largest lead over the slowest live worker that a worker has had after a push."""
 
-    def seen(self, rank: int) -> None:
-        """Note that a worker is alive; one that comes late or comes back begins where the slowest is."""
+    def seen(self, rank: int) -> bool:
+        """Note that a worker is alive; tell whether it has been lost, and has to be found again."""
         with self._lock:
-            worker = self._workers.setdefault(rank, _Worker(lost=True))
+            worker = self._workers[rank]
             # First, or it would be found to be lost once more.
             worker.seen = self._now()
-            if worker.lost:
-                worker.lost = False
-                others = [each.round for other, each in self._live() if other != rank]
-                worker.base = max(worker.base, min(others, default=worker.round) - worker.most)
+            return worker.lost
 
-    def begin_again(self) -> None:
-        """Wait for nobody for longer than for a silent worker: those who are alive will be heard of at once."""
+    def base_of(self, rank: int) -> int:
+        """Return the base of a worker that has been lost and comes back: it goes on where the slowest is."""
         with self._lock:
-            for worker in self._workers.values():
-                worker.seen = self._now()
+            worker = self._workers[rank]
+            others = [each.round for other, each in self._live() if other != rank]
+            return max(worker.base, min(others, default=worker.round) - worker.most)
+
+    def find(self, rank: int) -> None:
+        """Wait again for a worker that was lost."""
+        with self._lock:
+            self._workers[rank].lost = False
+
+    def lose(self, rank: int) -> None:
+        """Wait no more for a worker that is gone, though it has come once."""
+        with self._lock:
+            worker = self._workers[rank]
+            worker.seen, worker.lost = float("-inf"), True
+
+    def slowest_but(self, rank: int) -> int:
+        """Return the round of the slowest live worker other than one."""
+        with self._lock:
+            return min((each.round for other, each in self._live() if other != rank), default=0)
+
+    def begin(self, rank: int, base: int) -> None:
+        """Expect a worker that begins at a round: one that had left, or another in its place."""
+        with self._lock:
+            worker = self._workers[rank]
+            worker.left, worker.lost = False, False
+            worker.base, worker.counts, worker.most = base, {}, 0
+
+    def begin_all(self, ranks: Sequence[int]) -> None:
+        """Count every worker from round 0 on, and expect those again that had left."""
+        with self._lock:
+            for rank, worker in self._workers.items():
+                worker.base, worker.counts, worker.most = 0, {}, 0
+                worker.left = worker.left and rank not in ranks
+
+    def move(self, rank: int, base: int) -> None:
+        """Count a worker's pushes from another round on."""
+        with self._lock:
+            self._workers[rank].base = base
 
     def pushed(self, rank: int, keys: Sequence[Key]) -> None:
         """Count a push of some keys."""
         with self._lock:
-            worker = self._workers[rank]
+            worker = self._workers.setdefault(rank, _Worker())
             counts = worker.counts
             for key in keys:
                 counts[key] = count = counts.get(key, 0) + 1
@@ -85,19 +120,11 @@ class Rounds:
             self._workers[rank].left = True
 
     def end(self, rank: int) -> None:
-        """Wait for this worker no more, which has said goodbye."""
+        """Wait for this worker no more, which has said goodbye; for a reader nobody waits anyway."""
         with self._lock:
-            worker = self._workers[rank]
-            worker.left, worker.lost, worker.seen = True, False, None
-
-    def come_back(self, rank: int) -> None:
-        """Expect a worker again that had left."""
-        with self._lock:
-            worker = self._workers[rank]
-            if worker.left:
-                worker.left = False
-                worker.base, worker.counts, worker.most = 0, {}, 0
-                worker.base = min((each.round for other, each in self._live() if other != rank), default=0)
+            worker = self._workers.get(rank)
+            if worker is not None:
+                worker.left, worker.lost, worker.seen = True, False, None
 
     def all_left(self) -> bool:
         """Tell whether every worker has left or is lost."""
@@ -144,6 +171,34 @@ class Rounds:
         with self._lock:
             self._look()
             return sorted(rank for rank, worker in self._workers.items() if worker.lost and worker.seen is not None)
+
+    def has_left(self, rank: int) -> bool:
+        """Tell whether a worker is not waited for because it has said so."""
+        with self._lock:
+            return self._workers[rank].left
+
+    def to_plain(self) -> list[Any]:
+        """Return how far each worker is, as plain data: for ``restore``."""
+        with self._lock:
+            return [
+                [rank, each.base, each.left, list(each.counts.items())]
+                for rank, each in self._workers.items()
+                if each.base or each.left or each.counts
+            ]
+
+    def restore(self, described: Sequence[Any]) -> None:
+        """Become what ``to_plain`` has told; who is lost, and when each was seen, stays."""
+        with self._lock:
+            for rank in [rank for rank in self._workers if rank >= self._num_workers]:
+                # Of a store that had more workers, in the same folder.
+                del self._workers[rank]
+            for worker in self._workers.values():
+                worker.base, worker.left, worker.counts, worker.most = 0, False, {}, 0
+            self.most_ahead = 0
+            for rank, base, left, counts in described:
+                worker = self._workers.setdefault(rank, _Worker())
+                worker.base, worker.left, worker.counts = base, left, dict(counts)
+                worker.most = max(worker.counts.values(), default=0)
 
     def read(self) -> dict[int, int]:
         """Return every worker's round."""

@@ -15,6 +15,35 @@ PATIENCE_S = 1.0
 _LOOK_S = 0.05
 
 
+class AwakeClock:
+    """A clock that counts only the time in which this process was running, for judging who is silent.
+
+    Somebody has to look at it often: of the time between two looks, no more than a limit counts. A server that stood
+    still, and has messages that it has not read yet, so takes nobody for lost.
+
+    Args:
+        now: a clock in seconds.
+        limit_s: of the time between two looks.
+
+    >>> times = iter([10.0, 11.0, 500.0])
+    >>> clock = AwakeClock(lambda: next(times), 2.0)
+    >>> clock(), clock()
+    (1.0, 3.0)
+    """
+
+    def __init__(self, now: Callable[[], float], limit_s: float) -> None:
+        self._now, self._limit_s = now, limit_s
+        self._lock = threading.Lock()
+        self._at, self._awake = now(), 0.0
+
+    def __call__(self) -> float:
+        with self._lock:
+            at = self._now()
+            self._awake += max(0.0, min(at - self._at, self._limit_s))
+            self._at = at
+            return self._awake
+
+
 class Waits(Exception):  # noqa: N818
     """What is waited for, as an answer to a request."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from inspect import isfunction
+from inspect import isfunction, unwrap
 from operator import add
 from typing import TYPE_CHECKING, Any
 
@@ -406,7 +406,7 @@ class KVStore(StoreControl):
 # In its own messages of a wrong call Python names the class of a method by these.
 for _name, _method in vars(StoreControl).items():
     if isfunction(_method):
-        _method.__qualname__ = f"KVStore.{_name}"
+        _method.__qualname__ = unwrap(_method).__qualname__ = f"KVStore.{_name}"
 
 
 def _batch(verb: str, key: Any, value: Any) -> Batch:

@@ -145,7 +145,15 @@ def main(folder: str) -> int:
         show_neighbours(kv, text)
     print(f"server 1 came back as process {after}; {pushes} pushes, versions {versions[0]} and {versions[1]}")
     print(f"held-out pairs told from others: {share:.3f} (by how common words are: {baseline:.3f})")
-    return 0 if killed not in (None, after) and versions == [pushes, pushes] and share > baseline else 1
+    problems = {
+        "no server was killed": killed is None,
+        "the killed server did not come back": killed == after,
+        "the versions are not the number of pushes; Ray may have run a worker's task twice": versions != [pushes] * 2,
+        "the vectors are no better than how common words are": share <= baseline,
+    }
+    for problem in (problem for problem, is_there in problems.items() if is_there):
+        print(problem, file=sys.stderr)
+    return int(any(problems.values()))
 
 
 def show_neighbours(kv: tensorkv.KVStore, text: list[str]) -> None:

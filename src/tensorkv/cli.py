@@ -386,7 +386,8 @@ def _check_checkpoint(folder: Path | None) -> None:
 
 # torchrun, which tells of a worker that has failed by a traceback of its own: the worker has said why.
 _LAUNCHER = """
-import logging, sys
+import logging, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until torchrun has imported torch and handles it
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -144,17 +144,58 @@ def test_a_cut_holds_new_requests_and_admits_those_under_way():
 def test_a_round_is_gathered_in_the_order_of_ranks():
     applied = []
     gathering = Gathering(
-        lambda keys, parts, pushed: applied.append((keys, parts, [(e.client, e.seq) for e in pushed]))
+        lambda keys, parts, pushed: applied.append((keys, parts, [(e.client, e.seq) for e in pushed])), {}
     )
-    gathering.add(("w",), 1, Pushed("b", 1, ["from 1"]))
+
+    def add(number, rank, pushed, first=None):
+        gathering.add("w", ("w",), number, first or number, rank, pushed)
+
+    add(1, 1, Pushed("b", 1, ["from 1"]))
     gathering.close([0, 1], lambda client, seq: True)
-    assert gathering.awaited(("w",), [0, 1]) == [0]
-    gathering.add(("w",), 0, Pushed("a", 1, ["too early"]))
-    gathering.add(("w",), 0, Pushed("a", 1, ["from 0"]))
+    assert gathering.awaited("w", 1, [0, 1]) == [0]
+    add(1, 0, Pushed("a", 1, ["too early"]))
+    add(1, 0, Pushed("a", 1, ["from 0"]))
     gathering.close([0, 1], lambda client, seq: client != "a")
     assert not applied
     gathering.close([0, 1], lambda client, seq: True)
     assert applied == [(("w",), [["from 0", "from 1"]], [("a", 1), ("b", 1)])]
+
+
+def test_a_push_is_in_the_round_of_its_number_and_in_no_other():
+    applied, closed = [], {}
+    gathering = Gathering(lambda keys, parts, pushed: applied.append(parts[0]), closed)
+
+    def add(number, rank, part, first=None, seq=None):
+        gathering.add("w", ("w",), number, first or number, rank, Pushed(f"c{rank}", seq or number, [part]))
+        gathering.close([0, 1], lambda client, seq: True)
+
+    add(1, 0, "a1")
+    # Rank 1 has been lost: this server has closed round 1 without it.
+    gathering.close([0], lambda client, seq: True)
+    assert (applied, closed, gathering.next("w")) == ([["a1"]], {"w": 1}, 2)
+    add(2, 0, "a2")
+    assert gathering.awaited("w", 2, [0, 1]) == [1]
+    # It comes back, and goes on two rounds later: nobody waits for it in between.
+    add(4, 1, "b4")
+    assert applied[1:] == [["a2"]]
+    add(3, 0, "a3")
+    add(4, 0, "a4")
+    assert applied[2:] == [["a3"], ["a4", "b4"]]
+    # A thread of rank 0 is in round 5 yet, and another one has come to round 6.
+    add(6, 0, "a6", first=5)
+    add(5, 1, "b5")
+    assert gathering.awaited("w", 5, [0, 1]) == [0]
+    add(5, 0, "a5")
+    add(6, 1, "b6")
+    assert applied[4:] == [["a5", "b5"], ["a6", "b6"]]
+    # One that waited in vain is in its round again when the one that took its place goes elsewhere.
+    add(7, 0, "in vain", seq=70)
+    add(7, 0, "again", seq=71)
+    add(8, 0, "again", seq=71, first=7)
+    add(7, 1, "b7")
+    add(8, 1, "b8")
+    assert applied[6:] == [["in vain", "b7"], ["again", "b8"]]
+    assert closed == {"w": 8}
 
 
 # ---------------------------------------------------------------- calls

@@ -52,13 +52,21 @@ class Lane:
         self.is_clear = True
         """Whether every request has been answered."""
 
-    def send(self, verb: str, letters: Sequence[Letter], *, timeout_s: float | None = None) -> list[Answer]:
+    def send(
+        self, verb: str, letters: Sequence[Letter], *, timeout_s: float | None = None, again: bool = False
+    ) -> list[Answer]:
         """Send a letter to each of some servers and return what they answer, in order.
+
+        Args:
+            verb: of the request.
+            letters: at most one for each server.
+            timeout_s: how long to wait for answers (None: as long as each link does).
+            again: whether this is the last request once more, for servers that have not applied it.
 
         Raises:
             As ``Link.finish``, after every server has answered.
         """
-        self._seq += 1
+        self._seq += not again
         fan = [letter.server for letter in letters]
         self.is_clear = False
         for letter in letters:
@@ -66,8 +74,9 @@ class Lane:
             room = link.room(verb, letter.nbytes, letter.reply_nbytes, len(letter.layout))
             if letter.fill is not None:
                 letter.fill(room)
-            head = {"verb": verb, **self._head, "seq": self._seq, **letter.words}
-            link.begin(head if len(fan) == 1 else {**head, "fan": fan}, letter.layout, timeout_s=timeout_s)
+            all_servers = {"fan": fan} if len(fan) > 1 else {}
+            head = {"verb": verb, **self._head, "seq": self._seq, **all_servers, **letter.words}
+            link.begin(head, letter.layout, timeout_s=timeout_s)
         answers, error = [], None
         for letter in letters:
             try:

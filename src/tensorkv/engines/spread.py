@@ -128,6 +128,11 @@ class Route:
         self._sent = sent
 
     @cached_property
+    def name(self) -> str:
+        """By which servers know this list of keys in a round."""
+        return list_name(self.keys)
+
+    @cached_property
     def form(self) -> Form | None:
         """What the keys' arrays must be to be packed by the column; None if they are of several dtypes."""
         if not self._sent:
@@ -145,6 +150,11 @@ class Route:
     def has_tables(self) -> bool:
         """Whether a key has no dense value."""
         return any(spec.is_table for spec in self.specs)
+
+
+def list_name(keys: Sequence[Key]) -> str:
+    """Return a short name of a list of keys, the same for every worker."""
+    return f"{zlib.crc32(json.dumps(list(keys)).encode()):08x}"
 
 
 def gather(share: Share, dtype: torch.dtype, columns: Sequence[bytes], room: torch.Tensor, pool: Pool) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -46,6 +48,7 @@ class Traffic:
         self._lanes, self._directory, self._near, self._in_step = lanes, directory, list(near), in_step
         self._finite = finite
         self._pool = Pool()
+        self._steps = Steps()
 
     def close(self) -> None:
         """End the threads."""
@@ -122,7 +125,7 @@ class Traffic:
             words = {"pulls": True, "of": reply.checksum} if pulls else {}
             letters.append(Letter(share.server, words, share.layout, share.nbytes, fill, reply.nbytes if pulls else 0))
         with self._lanes.take() as lane:
-            answers = self._send(lane, "push", letters)
+            answers = self._push_letters(lane, route.name if self._in_step else "", letters)
             for reply, answer in zip(route.replies, answers, strict=True):
                 if outs is not None:
                     self._scatter(route, reply, answer.payload, outs, targets)
@@ -145,7 +148,26 @@ class Traffic:
                 items += self._items(key, each, total, server)
             letters.append(letter_of(server, {}, pack({}, items)))
         with self._lanes.take() as lane:
-            self._send(lane, "push", letters)
+            self._push_letters(lane, spread.list_name(batch.keys), letters)
+
+    def _push_letters(self, lane: Lane, name: str, letters: Sequence[Letter]) -> list[Any]:
+        """Send a push; in step, into the round of its list of keys to which this worker has come."""
+        if not self._in_step:
+            return self._send(lane, "push", letters)
+        with self._steps.take(name) as step:
+            answers = self._send(lane, "push", [_with(each, step.words()) for each in letters])
+            while late := [index for index, each in enumerate(answers) if "moved" in each.head]:
+                if len(late) == len(letters):
+                    # The others have gone on without this worker: it goes on where they are, on every server.
+                    step.move(max(each.head["moved"] for each in answers))
+                    words = step.words()
+                else:
+                    # Other servers have had it in their round, from which it cannot be taken back.
+                    words = {"late": True, "step": [name, 0, 0], "fan": [each.server for each in letters]}
+                told = self._send(lane, "push", [_with(letters[index], words) for index in late], again=True)
+                for index, answer in zip(late, told, strict=True):
+                    answers[index] = answer
+            return answers
 
     def _sum(self, held: Held, parts: Sequence[Part]) -> Part:
         dtype = held.spec.dtype
@@ -272,13 +294,77 @@ class Traffic:
                 f"row_sparse_pull({quote(key)}): another client has made this key anew; call again"
             )
 
-    def _send(self, lane: Lane, verb: str, letters: Sequence[Letter]) -> list[Any]:
+    def _send(self, lane: Lane, verb: str, letters: Sequence[Letter], *, again: bool = False) -> list[Any]:
         try:
-            return lane.send(verb, letters)
+            return lane.send(verb, letters, again=again)
         except (KeyNotFoundError, ValueMismatchError):
             # Another client has deleted a key, or made it anew.
             self._directory.refresh()
             raise
+
+
+class Steps:
+    """How far this worker has come with each list of keys that it pushes in step; for several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next: dict[str, int] = {}
+        self._under_way: dict[str, set[int]] = {}
+
+    @contextmanager
+    def take(self, name: str) -> Iterator[_Step]:
+        """Give a round of a list of keys; it is over when the block ends without an error."""
+        step = _Step(self, name, self.begin(name, 1))
+        try:
+            yield step
+        except BaseException:
+            # The push stays in the round, and the next one takes its place.
+            self.end(name, step.number)
+            raise
+        with self._lock:
+            self._next[name] = max(step.number + 1, self._next.get(name, 1))
+        self.end(name, step.number)
+
+    def begin(self, name: str, least: int) -> int:
+        """Return the next round that no other thread is in."""
+        with self._lock:
+            here = self._under_way.setdefault(name, set())
+            number = max(least, self._next.get(name, 1))
+            while number in here:
+                number += 1
+            here.add(number)
+            return number
+
+    def end(self, name: str, number: int) -> None:
+        """Leave a round."""
+        with self._lock:
+            here = self._under_way[name]
+            here.discard(number)
+            if not here:
+                del self._under_way[name]
+
+    def first(self, name: str) -> int:
+        """Return the first round to which this worker may still come."""
+        with self._lock:
+            return min(self._under_way[name])
+
+
+class _Step:
+    def __init__(self, steps: Steps, name: str, number: int) -> None:
+        self._steps, self._name, self.number = steps, name, number
+
+    def words(self) -> dict[str, Any]:
+        """Return what a request says of it."""
+        return {"step": [self._name, self.number, self._steps.first(self._name)]}
+
+    def move(self, number: int) -> None:
+        """Go to a later round."""
+        before, self.number = self.number, self._steps.begin(self._name, number)
+        self._steps.end(self._name, before)
+
+
+def _with(letter: Letter, words: Mapping[str, Any]) -> Letter:
+    return letter._replace(words={**letter.words, **words})
 
 
 def letter_of(server: int, words: dict[str, Any], record: Record, reply_nbytes: int = 0) -> Letter:

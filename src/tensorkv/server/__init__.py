@@ -5,6 +5,7 @@ A request is a head (plain data), a layout and a payload, as in a record; ``serv
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import time
@@ -61,7 +62,7 @@ class Server:
         else:
             self._remember(["new"])
         self._cut = Cut(self._monitor, self._clients, settings.index, now)
-        self._gathering = Gathering(self._apply_round)
+        self._gathering = Gathering(self._apply_round, self._clients.lists)
         self._metrics = Metrics()
         self._resent = 0
         self._verbs: dict[str, Callable[[Request, torch.Tensor | None], Reply]] = {
@@ -173,7 +174,9 @@ class Server:
         staleness, rank = self.settings.staleness, request.head.get("rank")
         reply = None
         if self.settings.mode == "sync":
-            self._push_in_step(request, keys)
+            moved = self._push_in_step(request, keys)
+            if moved is not None:
+                return moved
         else:
             with self._holding.ahead(request), self._monitor:
                 if not self._clients.has_applied(request.client, request.seq):
@@ -197,25 +200,38 @@ class Server:
             lambda: f"{describe(self._rounds.behind(rank, staleness))}, more than {staleness} rounds behind{then}",
         )
 
-    def _push_in_step(self, request: Request, keys: tuple[Key, ...]) -> None:
+    def _push_in_step(self, request: Request, keys: tuple[Key, ...]) -> Reply | None:
+        """Hold a push until its round is complete; return a reply if that round is closed, and nothing was done."""
         rank, client, seq = request.head.get("rank"), request.client, request.seq
-        describe = self._rounds.describe
+        describe, gathering = self._rounds.describe, self._gathering
+        name, number, first = request.head.get("step") or (json.dumps(keys), None, 0)
         if rank is None:
             raise ArgumentError("push: this client has no rank, and in step only workers push")
         with self._monitor:
             self._admit(request)
-            if not self._is_resent(request) and self._gathering.refused(client, seq) is None:
+            if not self._is_resent(request) and gathering.refused(client, seq) is None:
+                if number is None:
+                    number = gathering.next(name)
+                elif number < gathering.next(name) and not request.head.get("late"):
+                    return Reply({"moved": gathering.next(name)})
                 batch = self._holding.batch(request)
                 self._holding.shard.check(batch)
                 pushed = Pushed(client, seq, [parts[0] for parts in batch.parts], _logged(request))
-                self._gathering.add(keys, rank, pushed)
+                if request.head.get("late"):
+                    # Other servers have it in a round that was closed here without it.
+                    gathering.finish(keys, {rank: pushed})
+                else:
+                    gathering.add(name, keys, number, first, rank, pushed)
             self._monitor.wait_until(
                 lambda: self._has_closed(client, seq),
-                lambda: f"{describe(self._gathering.awaited(keys, self._rounds.live()))}, which have not pushed yet",
+                lambda: (
+                    f"{describe(gathering.awaited(name, number or 0, self._rounds.live()))}, which have not pushed yet"
+                ),
             )
-            refused = self._gathering.refused(client, seq)
+            refused = gathering.refused(client, seq)
         if refused is not None:
             raise refused
+        return None
 
     def _has_closed(self, client: str, seq: int) -> bool:
         self._gathering.close(self._rounds.live(), self._cut.admits)
@@ -420,7 +436,10 @@ def _logged(request: Request) -> dict[str, Any]:
     """Return what is logged of a request besides its number: the servers it goes to, and of a push the rank."""
     fan, rank = request.head.get("fan", ()), request.head.get("rank")
     words: dict[str, Any] = {"fan": list(fan)} if len(fan) > 1 else {}
-    return words if rank is None or request.head["verb"] != "push" else {**words, "rank": rank}
+    if request.head["verb"] == "push":
+        words |= {"rank": rank} if rank is not None else {}
+        words |= {"step": request.head["step"][:2]} if "step" in request.head else {}
+    return words
 
 
 def _refusal(name: str, message: str) -> Reply:

@@ -19,6 +19,8 @@ from .rounds import Rounds
 _REMEMBERED = 64
 # Clients that have said goodbye, whose late messages do not count.
 _GONE = 1024
+# Lists of keys whose rounds are counted.
+_LISTS = 10_000
 
 Start = tuple[int, int, int]
 
@@ -57,6 +59,8 @@ class Memory(Clients):
         self.claimed: dict[str, int] = {}
         """Of each process, the number of its last claim that is over."""
         self.is_ending = False
+        self.lists: dict[str, int] = {}
+        """Of each list of keys that is pushed in step, the last round that is closed."""
 
     @property
     def over(self) -> Start:
@@ -79,6 +83,12 @@ class Memory(Clients):
         super()._count(client, seq, words, keys)
         if words.get("rank") is not None:
             self.rounds.pushed(words["rank"], keys)
+        if words.get("step"):
+            name, number = words["step"]
+            # Those that are pushed now come last, and the first are forgotten.
+            self.lists[name] = max(number, self.lists.pop(name, 0))
+            if len(self.lists) > _LISTS:
+                del self.lists[next(iter(self.lists))]
 
     # ------------------------------------------------------------ events
 
@@ -165,6 +175,7 @@ class Memory(Clients):
             "claimed": self.claimed,
             "is_ending": self.is_ending,
             "rounds": self.rounds.to_plain(),
+            "lists": self.lists,
         }
 
     def restore(self, last: Mapping[Any, Any], described: Mapping[str, Any]) -> None:
@@ -179,3 +190,5 @@ class Memory(Clients):
         owner, number = get("claimant", ("", 0))
         self.claimant, self.is_ending = (owner, number), get("is_ending", False)
         self.rounds.restore(get("rounds", ()))
+        self.lists.clear()
+        self.lists.update(get("lists", {}))

@@ -3,9 +3,11 @@
 import ast
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from surroundings import SURROUNDINGS, expected, run
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._device import _device_constructors
 
 import tensorkv
@@ -108,6 +110,44 @@ def test_outs_that_torch_would_not_write():
                 kv.pushpull(many, [torch.full((3,), number, dtype=dtype)] * 10, out=outs)
                 assert [out.tolist() for out in outs] == [[number] * 3] * 10
             kv.delete(many)
+
+
+@pytest.mark.parametrize("type", ["local", "device"])
+def test_fake_tensors(type, tmp_path):
+    """In a mode that makes tensors without memory, a store of NumPy arrays works as elsewhere, and so do later ones."""
+    keys = [f"k{n}" for n in range(9)]
+    found = []
+    for around in (torch.enable_grad, FakeTensorMode):
+        with tensorkv.create(type) as kv:
+            with around():
+                kv.init([*keys, "half", "large"], [np.ones(3)] * 9 + [np.ones(4, np.float16), np.ones(100_000)])
+                for optimizer in (None, "adam"):
+                    if optimizer:
+                        kv.set_optimizer(optimizer, lr=0.1)
+                    for _ in range(4):
+                        kv.pushpull(keys, [np.full(3, 2.0)] * 9, out=[np.zeros(3) for _ in keys])
+                    kv.push(["half", "large"], [[np.ones(4, np.float16)] * 2, [np.ones(100_000)] * 2])
+                kv.save(tmp_path)
+                kv.load(tmp_path)
+            kv.push(["half", "large"], [[np.ones(4, np.float16)] * 2, [np.ones(100_000)] * 2])
+            found.append([value.tolist() for value in kv.pull([*keys, "half", "large"])])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("count", "numel"), [(1, 3), (12, 3), (1, 300_000), (2, 100_000)])
+@pytest.mark.parametrize("verb", ["pull", "pushpull"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_autograd_notices_outs_that_it_has_saved(verb, count, numel, nested):
+    keys = [f"k{n}" for n in range(count)]
+    outs = [torch.nn.Parameter(torch.ones(numel)) for _ in keys]
+    value = (torch.ones(numel),) if verb == "pull" else ([torch.ones(numel)] * count,)
+    with tensorkv.create() as kv:
+        kv.init(keys, [torch.ones(numel)] * count)
+        for _ in range(4):
+            loss = sum((out * out).sum() for out in outs)
+            getattr(kv, verb)(keys, *value[verb == "pull" :], out=[[out] for out in outs] if nested else outs)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
 
 
 # ---------------------------------------------------------------- the source

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import compiled, engines, forks, optim
 from .arguments import folder_path, keys_of
@@ -67,15 +68,20 @@ def _telling(engine: Any, name: str, method: Callable[..., Any]) -> Callable[...
     return call
 
 
-def outside_inference(method: Callable[P, R]) -> Callable[P, R]:
-    """Leave ``torch.inference_mode`` during a call: what a store makes there it could not change later."""
+def outside_modes(method: Callable[P, R]) -> Callable[P, R]:
+    """Leave torch's inference and dispatch modes during a call.
+
+    What a store makes in inference mode it could not change later, and what it makes under ``FakeTensorMode`` has no
+    memory.
+    """
 
     @wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.is_inference_mode_enabled():
-            return method(*args, **kwargs)
-        with torch.inference_mode(False):
-            return method(*args, **kwargs)
+        # Enabled modes are in a stack of each thread, for which torch has no public function.
+        if torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack():
+            with torch.inference_mode(False), _disable_current_modes():
+                return method(*args, **kwargs)
+        return method(*args, **kwargs)
 
     return call
 
@@ -98,7 +104,7 @@ class StoreControl:
 
     # ------------------------------------------------------------ the update rule
 
-    @outside_inference
+    @outside_modes
     def set_updater(self, updater: Updater | None) -> None:
         """Update values with a function instead of by assignment.
 
@@ -129,7 +135,7 @@ class StoreControl:
             raise ArgumentError(f"set_updater: got {show(updater)}; expected a function updater(key, received, stored)")
         self._engine.set_updater(updater)
 
-    @outside_inference
+    @outside_modes
     def set_optimizer(self, optimizer: Any, *unnamed: Any, **numbers: Any) -> None:
         """Update values by an optimizer, the sum of a push being the gradient.
 
@@ -162,7 +168,7 @@ class StoreControl:
             spec = optim.spec(optimizer, numbers)
         self._engine.set_optimizer(spec)
 
-    @outside_inference
+    @outside_modes
     def set_hyperparameters(self, keys: Any = None, *unnamed: Any, **numbers: Any) -> None:
         """Change numbers of the optimizer while it runs, keeping its state.
 
@@ -199,7 +205,7 @@ class StoreControl:
 
     # ------------------------------------------------------------ checkpoints
 
-    @outside_inference
+    @outside_modes
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write values, rows, versions, the optimizer and its state to a checkpoint.
 
@@ -215,7 +221,7 @@ class StoreControl:
         self._begin("save")
         self._engine.save(folder_path("save", path), "store")
 
-    @outside_inference
+    @outside_modes
     def load(self, path: str | os.PathLike[str]) -> None:
         """Become what was saved: every key is replaced, and the update rule too.
 
@@ -242,7 +248,7 @@ class StoreControl:
         self._begin("load")
         self._engine.load(folder_path("load", path), "store")
 
-    @outside_inference
+    @outside_modes
     def save_optimizer_states(self, path: str | os.PathLike[str]) -> None:
         """Write the optimizer and its state, without the values.
 
@@ -255,7 +261,7 @@ class StoreControl:
             raise OptimizerError("save_optimizer_states: the store has no optimizer; call set_optimizer first")
         self._engine.save(folder_path("save_optimizer_states", path), "optimizer-states")
 
-    @outside_inference
+    @outside_modes
     def load_optimizer_states(self, path: str | os.PathLike[str]) -> None:
         """Set the optimizer, its numbers and its state to what ``save_optimizer_states`` wrote.
 
@@ -349,7 +355,7 @@ class StoreControl:
         self._begin("info")
         return self._engine.info(check_key("info", key))
 
-    @outside_inference
+    @outside_modes
     def delete(self, key: Any) -> None:
         """Forget a key or a list of keys, and their optimizer state; all or none.
 
@@ -394,13 +400,13 @@ class StoreControl:
         self._begin("stats")
         return {"compiled": dict(compiled.parts()), **self._metrics.read(), **self._engine.stats()}
 
-    @outside_inference
+    @outside_modes
     def barrier(self) -> None:
         """Wait until every worker has come here; with one worker, at once."""
         self._begin("barrier")
         self._engine.barrier()
 
-    @outside_inference
+    @outside_modes
     def leave(self) -> None:
         """Push no more until every worker has left; with one worker, at once.
 
@@ -430,7 +436,7 @@ class StoreControl:
 
     # ------------------------------------------------------------ the end
 
-    @outside_inference
+    @outside_modes
     def close(self) -> None:
         """Finish pending pushes and let go of the values; once is enough, twice does no harm.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 
 from . import arguments, arrays
 from .entry import KeySpec
@@ -30,6 +31,7 @@ class GivenOuts:
     def __init__(self, verb: str, key: Any, out: Any, *, skip_sparse: bool = False) -> None:
         self._verb = verb
         self._finishes: list[arrays.Finish] = []
+        self._seen_by_autograd: list[torch.Tensor] = []
         self.skipped: SparseOutWarning | None = None
         self.keys, groups = arguments.pairs(verb, "out", key, out)
         self.tensors: list[list[torch.Tensor]] = []
@@ -44,6 +46,8 @@ class GivenOuts:
                 except ArrayTypeError as error:
                     raise ArrayTypeError(f"{verb}({quote(each)}): out {index} {error}") from None
                 tensors.append(tensor)
+                if isinstance(array, torch.Tensor):
+                    self._seen_by_autograd.append(array)
                 if finish is None:
                     written.append(tensor)
                 else:
@@ -72,6 +76,7 @@ class GivenOuts:
 
     def result(self, key: Any) -> None:
         """Finish arrays that torch could not write itself."""
+        count_writes(self._seen_by_autograd)
         for finish in self._finishes:
             finish()
 
@@ -124,6 +129,19 @@ class NewOuts:
         if is_key(key):
             return given[0]
         return dict(zip(key, given, strict=True)) if isinstance(key, Mapping) else given
+
+
+def count_writes(outs: Sequence[Any]) -> None:
+    """Raise the versions of torch outs that were written by their addresses.
+
+    So autograd notices a tensor that was saved for a backward pass and is another by now.
+
+    Args:
+        outs: arrays of one library, or a list of them for each key.
+    """
+    flat = [out for group in outs for out in group] if outs and isinstance(outs[0], list | tuple) else outs
+    if flat and isinstance(flat[0], torch.Tensor):
+        increment_version(flat)
 
 
 def check_dense(verb: str, key: Key, spec: KeySpec) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from . import arrays, compiled, engines
 from .arguments import keys_of, pairs, single_values
-from .control import StoreControl, outside_inference
+from .control import StoreControl, outside_modes
 from .entry import Batch, KeySpec, Part
 from .errors import (
     ArgumentError,
@@ -24,7 +24,7 @@ from .errors import (
     show,
 )
 from .keys import Key, is_key
-from .outs import GivenOuts, NewOuts
+from .outs import GivenOuts, NewOuts, count_writes
 from .plan import MANY
 from .rows import Rows, is_rows, take_ids, take_rows
 from .snapshot import Snapshot
@@ -43,7 +43,7 @@ _MXNET_NAMES = {
 }
 
 
-@outside_inference
+@outside_modes
 def create(type: str = "local", **options: Any) -> KVStore:
     """Return a store: a new and empty one, what a folder holds, or servers that are there.
 
@@ -105,7 +105,7 @@ class KVStore(StoreControl):
 
     # ------------------------------------------------------------ init, push, pull
 
-    @outside_inference
+    @outside_modes
     def init(self, key: Any, value: Any = None) -> None:
         """Put new keys into the store, with copies of their first values.
 
@@ -130,7 +130,7 @@ class KVStore(StoreControl):
         self._engine.init(keys, taken, specs)
         self._metrics.add("init", start, keys, _nbytes([[value] for value in taken]))
 
-    @outside_inference
+    @outside_modes
     def push(self, key: Any, value: Any = None, priority: int = 0) -> None:
         """Sum the parts of each key, in the order given, and update the key's value with the sum.
 
@@ -166,7 +166,7 @@ class KVStore(StoreControl):
         self._engine.push(batch, priority)
         self._metrics.add("push", start, batch.keys, _nbytes(batch.parts))
 
-    @outside_inference
+    @outside_modes
     def pull(
         self,
         key: Any,
@@ -232,7 +232,7 @@ class KVStore(StoreControl):
         self._metrics.add("pull", start, outs.keys, _nbytes(outs.tensors))
         return outs.result(key)
 
-    @outside_inference
+    @outside_modes
     def pushpull(self, key: Any, value: Any = None, out: Any = None, priority: int = 0) -> Any:
         """Push, then pull the same keys, in one trip.
 
@@ -270,7 +270,7 @@ class KVStore(StoreControl):
         self._metrics.add("pushpull", start, batch.keys, list(nbytes))
         return outs.result(key)
 
-    @outside_inference
+    @outside_modes
     def broadcast(self, key: Any, value: Any = None, out: Any = None, priority: int = 0) -> Any:
         """Put new keys into the store, then pull them: init and pull in one call.
 
@@ -303,7 +303,7 @@ class KVStore(StoreControl):
         self._metrics.add("broadcast", start, keys, _nbytes(outs.tensors))
         return outs.result(key)
 
-    @outside_inference
+    @outside_modes
     def row_sparse_pull(self, key: Any, out: Any = None, priority: int = 0, row_ids: Any = None) -> Any:
         """Copy some rows out of the store.
 
@@ -353,7 +353,7 @@ class KVStore(StoreControl):
             target.ids, target.values, target.num_rows = rows.ids, rows.values, rows.num_rows
         return None
 
-    @outside_inference
+    @outside_modes
     def snapshot(self) -> Snapshot:
         """Hold all values as they are now, for reading: no update is half in it, on whatever server its keys are.
 
@@ -387,6 +387,8 @@ class KVStore(StoreControl):
         if type(key) is list:
             moved = self._many(key, value, out, priority) if self._many is not None and len(key) >= MANY else None
             if moved is not None:
+                if out is not None:
+                    count_writes(out)
                 self._metrics.add(verb, start, key, moved)
             return moved is not None
         nbytes = self._one(key, value, out) if self._one is not None else None

@@ -2,12 +2,17 @@
 
 import socket
 import threading
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
 import tensorkv
 
 pytest.importorskip("ray")
+
+from tensorkv.engines import ray_actor, ray_store
+from tensorkv.server.wire import Settings
 
 
 @pytest.mark.parametrize(
@@ -69,3 +74,38 @@ def test_a_cluster_that_starts_is_waited_for():
         listening.start()
         ray_cluster._wait_to_listen(address, 60)
         listening.join()
+
+
+def test_who_comes_when_the_last_client_has_closed_gets_servers_of_its_own(monkeypatch):
+    found = [(["ending"], Settings()), (["ending"], Settings()), None]
+
+    def client(actors, *rest, **more):
+        if actors == ["ending"]:
+            raise ray_store.StoreEndingError("its servers are ending")
+        return actors
+
+    monkeypatch.setattr(ray_store, "RayEngine", client)
+    cluster = mock.Mock(enter=lambda *_, **__: False, find_servers=lambda *_: found.pop(0))
+    cluster.make_servers.return_value = (["new"], Settings())
+    monkeypatch.setattr(ray_store, "ray_cluster", cluster)
+    assert ray_store.build("store", None, 20.0, False, {}) == ["new"]
+    assert not found
+    cluster.leave.assert_not_called()
+    # They stay, for whatever reason.
+    found += [(["ending"], Settings())] * 100
+    with pytest.raises(tensorkv.ServerLostError, match="ending"):
+        ray_store.build("store", None, 0.2, False, {})
+    cluster.leave.assert_called_once()
+
+
+@pytest.mark.parametrize(("is_ending", "after_s"), [(True, 10), (False, 120)])
+def test_servers_that_nobody_ends_end_by_themselves(is_ending, after_s, monkeypatch):
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds))
+    monkeypatch.setattr(ray_actor, "time", clock)
+    monkeypatch.setattr(ray_actor, "ray", mock.Mock())
+    actor = object.__new__(ray_actor.ServerActor)
+    actor._server, actor._metrics = mock.Mock(is_ending=is_ending, owners=lambda: now[0] < 50), mock.Mock()
+    actor._keep_watch()
+    ray_actor.ray.kill.assert_called_once()
+    assert 50 + after_s - 2 < now[0] < 50 + after_s + 2

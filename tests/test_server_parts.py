@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import random
 import threading
 
 import numpy as np
@@ -18,6 +19,7 @@ from tensorkv.placement import pieces
 from tensorkv.server.call import keys_of, read
 from tensorkv.server.cut import Cut
 from tensorkv.server.gathering import Gathering, Pushed
+from tensorkv.server.memory import Memory
 from tensorkv.server.rounds import Rounds
 from tensorkv.server.waits import Monitor, Waits
 
@@ -108,6 +110,72 @@ def test_waits_end_with_what_is_waited_for_and_changes_end_them():
     thread.join()
     assert seen == ["changed", "woken"]
     assert monitor.count >= 1
+
+
+# ---------------------------------------------------------------- what is remembered
+
+
+def random_event(chance):
+    owner, rank, number = chance.choice("abcd"), chance.randrange(3), chance.randrange(1, 5)
+    start, base = [number, 0, 1], chance.choice([None, number])
+    return chance.choice(
+        [
+            ["member", owner],
+            ["rank", rank, owner, start, base],
+            ["rank", 7, owner, start, None],
+            ["base", rank, number],
+            ["gone", owner],
+            ["bye", owner],
+            ["leave", rank],
+            ["all_left", number],
+            ["met", number],
+            ["text", number * 40, f"text {number}"],
+            ["claim", owner, number],
+            ["unclaim", owner, number],
+            *[[["ending"], ["new"]][chance.random() < 0.5]] * (chance.random() < 0.2),
+        ]
+    )
+
+
+def random_request(chance, number):
+    words = chance.choice([{}, {"fan": [0, 2]}, {"rank": chance.randrange(3)}, {"rank": 1, "step": ["l", number]}])
+    return [chance.choice("abcd") + ".0", number, words], chance.sample(["w", 3, "b"], 2)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_log_and_a_snapshot_lead_to_the_same_tables(seed):
+    """Whatever happens, in whatever state: a server that is restarted remembers what it did."""
+    chance, log = random.Random(seed), []
+    memory = Memory(Rounds(3, 5, Clock()))
+    for number in range(1, 60):
+        if chance.random() < 0.5:
+            log.append(("apply", json.dumps([random_event(chance) for _ in range(chance.randint(1, 3))])))
+        else:
+            log.append(("replay", json.dumps(random_request(chance, number))))
+        if chance.random() < 0.2:
+            # It begins again from a snapshot.
+            before, memory = memory, Memory(Rounds(3, 5, Clock()))
+            memory.restore(before.last, json.loads(json.dumps(before.describe())))
+            assert memory.describe() == before.describe()
+        happen(memory, *log[-1])
+    replayed = Memory(Rounds(3, 5, Clock()))
+    for entry in log:
+        happen(replayed, *entry)
+    assert (replayed.last, replayed.describe()) == (memory.last, memory.describe())
+    assert replayed.rounds.read() == memory.rounds.read()
+
+
+def happen(memory, how, text):
+    plain = json.loads(text)
+    if how == "apply":
+        memory.apply(plain)
+    else:
+        memory.replay([plain[0]], plain[1])
+
+
+def test_an_event_of_a_newer_version_is_refused():
+    with pytest.raises(tensorkv.JournalError, match="'moon' that is unknown"):
+        Memory(Rounds(1, 5)).apply([["moon", 1]])
 
 
 # ---------------------------------------------------------------- cuts and gatherings

@@ -57,6 +57,50 @@ def late():
     say("met", f"late at {len(steps)} steps" if steps else "")
 
 
+def sums():
+    with create(timeout_s=20) as kv:
+        kv.init("a", torch.zeros(3))
+        assert kv.pushpull("a", torch.ones(3)).tolist() == [SIZE] * 3
+
+
+def after_groups(is_referred_to):
+    """A process group was there before the store, and is over: where torch starts again, so does the store."""
+    torch.distributed.init_process_group("gloo")
+    # What a DistributedDataParallel, for example, goes on to refer to.
+    kept = torch.distributed.distributed_c10d._get_default_store() if is_referred_to == "True" else None
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    # Else the last worker could find the rendezvous store of the group, just before rank 0 lets go of it.
+    in_turn("destroyed")
+    sums()
+    if kept is None:
+        # Another group of torch's own on the store of an earlier one would find the addresses that this one has left.
+        torch.distributed.init_process_group("gloo")
+        sums()
+        torch.distributed.destroy_process_group()
+    sums()
+    say("met each time", "with the store of the group still there" if kept is not None else "")
+
+
+def again():
+    """A store that could not be created, on some workers or on one, is created at the next try."""
+    if RANK == 0:
+        try:
+            create(timeout_s=1)
+        except tensorkv.RankLostError:
+            say("fault fired")
+    in_turn("failed")
+    sums()
+    sums()
+    say("met")
+
+
+def in_turn(name):
+    """Go on when rank 0 has come here."""
+    signals = TCPStore("127.0.0.1", int(os.environ["SIGNALS"]), is_master=False)
+    signals.wait([name]) if RANK else signals.set(name, "")
+
+
 # ------------------------------------------------------------ children
 
 VERBS = {
@@ -138,13 +182,13 @@ def children(engine, folder):
     kv.init("a", torch.zeros(3))
     kv.push("a", torch.ones(3))
     kv.pull("a")
-    signals = TCPStore("127.0.0.1", int(os.environ["SIGNALS"]), is_master=False)
     if RANK:
         # A push of rank 0 is under way, and its thread in the middle of it.
-        signals.wait(["forked"])
+        in_turn("forked")
     kv.push("a", torch.full((3,), 2.0))
     assert wait_for(forked(kv, use)) == 7
-    signals.set("forked", "")
+    if not RANK:
+        in_turn("forked")
     assert kv.pull("a").tolist() == [2.0 * kv.num_workers] * 3
     if engine in ("links", "dist_async"):
         assert wait_for(forked(kv, lambda _: os.kill(os.getpid(), signal.SIGTERM))) == -signal.SIGTERM

@@ -27,8 +27,8 @@ def stale(before, first):
 
     def has_come():
         if first == "0":
-            return keys.get("tensorkv/1/start").decode() != before
-        return keys.add(f"tensorkv/1/{before}/turns", 0) >= SIZE
+            return keys.get("tensorkv/start").decode() != before
+        return keys.add(f"tensorkv/{before}/turns", 0) >= SIZE
 
     deadline = time.monotonic() + 30
     while int(first) != RANK and not has_come() and time.monotonic() < deadline:

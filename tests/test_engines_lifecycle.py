@@ -17,6 +17,14 @@ pytestmark = pytest.mark.timeout(120)
 PROGRAMS = [sys.executable, str(HERE / "life_programs.py")]
 
 
+@pytest.fixture
+def signals():
+    """What workers need to tell each other how far they are, without a store of ours."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield {"SIGNALS": str(store.port)}
+    del store
+
+
 # ---------------------------------------------------------------- create
 
 
@@ -48,15 +56,26 @@ def test_a_worker_that_is_late_in_create_is_not_lost():
     assert int(re.search(r"late at (\d+) steps", texts[1])[1]) > 20
 
 
+@pytest.mark.parametrize("is_referred_to", [True, False])
+def test_a_store_starts_after_a_process_group_is_over(is_referred_to, signals):
+    for text in run(2, PROGRAMS, "after_groups", is_referred_to, env=signals):
+        assert "met each time" in text
+
+
+def test_a_store_that_could_not_be_created_is_created_at_the_next_try(signals):
+    texts = run(2, PROGRAMS, "again", env=signals)
+    assert "fault fired" in texts[0]
+    assert all("met" in text for text in texts)
+
+
 # ---------------------------------------------------------------- children
 
 
 @pytest.mark.parametrize(
     ("engine", "workers"), [("local", 1), ("device", 1), ("dist_sync", 2), ("links", 2), ("dist_async", 1)]
 )
-def test_children_leave_the_store_of_their_parent_alone(engine, workers, tmp_path):
-    signals = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for text in run(workers, PROGRAMS, "children", engine, tmp_path, env={"SIGNALS": str(signals.port)}):
+def test_children_leave_the_store_of_their_parent_alone(engine, workers, tmp_path, signals):
+    for text in run(workers, PROGRAMS, "children", engine, tmp_path, env=signals):
         assert "goes on" in text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -32,8 +33,6 @@ _NEWS_S = 1.0
 _ENDING_S = 0.2
 # How often a worker looks whether rank 0 has answered, or announced another start.
 _LOOK_S = 0.02
-# How many dist stores this process has made, which tells apart what they say to each other.
-_made = 0
 # The meeting place that torchrun's variables name; its server lives as long as rank 0's process.
 _met: Any = None
 
@@ -65,9 +64,7 @@ class Group:
             log.info("tensorkv: no process group and no RANK and WORLD_SIZE: one worker")
             self.hosts, self.host = [[0]], 0
             return
-        global _made
-        _made += 1
-        self._store = PrefixStore(f"tensorkv/{_made}", store)
+        self._store = PrefixStore("tensorkv", store)
         self._store = PrefixStore(agree_on_start(self._store, self.rank, self.size, self.timeout_s), self._store)
         self.hosts = self._find_hosts(shared_memory, {"shared_memory": shared_memory, **(options or {})})
         self.host = next(index for index, ranks in enumerate(self.hosts) if self.rank in ranks)
@@ -299,15 +296,26 @@ def _meet(timeout: timedelta) -> tuple[Any, int, int]:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not is_loopback:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         return store, rank, size
-    # torch would listen on every address of this host.
-    listening = socket.create_server((host, port)) if rank == 0 else None
-    descriptor = None if listening is None else listening.detach()
-    if descriptor is not None:
-        forks.keep_socket(descriptor)
+    descriptor = _listen(host, port) if rank == 0 else None
     store = TCPStore(
         host, port, size, rank == 0, timeout, wait_for_workers=False, multi_tenant=True, master_listen_fd=descriptor
     )
     return store, rank, size
+
+
+def _listen(host: str, port: int) -> int | None:
+    """Return a socket for a rendezvous store; None if torch may have one there, of a process group that is over.
+
+    torch itself would listen on every address of this host. Where another process listens, it says so.
+    """
+    try:
+        descriptor = socket.create_server((host, port)).detach()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return None
+    forks.keep_socket(descriptor)
+    return descriptor
 
 
 def network() -> str:
@@ -329,8 +337,9 @@ def _namespace(kind: str) -> str:
 def agree_on_start(store: Any, rank: int, size: int, timeout_s: float) -> str:
     """Return what to call this start, the same for all workers and for no other start.
 
-    torchrun's store outlives the workers that it starts again, so what an earlier start has announced may still
-    be there. Who finds an announcement believes it when rank 0 has read a word that nobody said before.
+    A rendezvous store outlives the stores that meet there, those that failed to meet, and under torchrun also the
+    workers that are started again, so what an earlier start has announced may still be there. Who finds an announcement
+    believes it when rank 0 has read a word that nobody said before; rank 0 says so when it has heard every worker.
 
     Raises:
         RankLostError: not all workers came in time.
@@ -338,22 +347,26 @@ def agree_on_start(store: Any, rank: int, size: int, timeout_s: float) -> str:
     mine = uuid4().hex
     if rank == 0:
         store.set("start", mine)
-        missing, turn = set(range(1, size)), 0
-        while missing:
+        words: dict[int, str] = {}
+        turn = 0
+        while missing := set(range(1, size)) - words.keys():
             turn += 1
             other, word = json.loads(_get(store, f"{mine}/hello/{turn}", min(missing), size, timeout_s))
+            words[other] = word
+        for word in words.values():
             store.set(f"{mine}/welcome/{word}", b"")
-            missing.discard(other)
         return mine
     found, deadline = "", monotonic() + timeout_s
     while monotonic() < deadline:
         start = _get(store, "start", 0, size, timeout_s).decode()
+        # In this order: rank 0 may have welcomed this worker, and announced another store of theirs since.
+        if found and store.check([f"{found}/welcome/{mine}"]):
+            return found
         if start != found:
             found = start
             turn = store.add(f"{start}/turns", 1)
             store.set(f"{start}/hello/{turn}", json.dumps([rank, mine]))
-        if store.check([f"{start}/welcome/{mine}"]):
-            return start
+            continue
         sleep(_LOOK_S)
     raise RankLostError(f"rank 0 of {size} did not come within {timeout_s:g} s")
 

@@ -36,7 +36,6 @@ _STARTING_S = 10.0
 
 # How many stores of this process use the Ray that it has started.
 _started = 0
-_meetings = 0
 # What the environment said of tokens before this process started a Ray.
 _auth_mode: str | None = None
 
@@ -254,12 +253,10 @@ def _join(address: str, timeout_s: float) -> None:
 
 def _start_together(rank: int, timeout_s: float) -> bool:
     """Have rank 0 start a cluster and the others join it."""
-    global _meetings
-    _meetings += 1
     wait = timedelta(seconds=timeout_s)
     try:
         store, _, size = meet(wait)
-        store = PrefixStore(f"tensorkv/ray/{_meetings}", store)
+        store = PrefixStore("tensorkv/ray", store)
         store = PrefixStore(agree_on_start(store, rank, size, timeout_s), store)
     except (KeyError, OSError, ValueError, RuntimeError) as error:
         raise RankLostError(f"create: the workers did not meet at MASTER_ADDR and MASTER_PORT: {error}") from error

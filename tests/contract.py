@@ -950,6 +950,19 @@ class Contract(BaseContract):
         kv.push("a", ones(2))
         assert kv.pull("a").tolist() == [3, 3]
 
+    @pytest.mark.parametrize("count", [2, 600_000])
+    def test_a_pushpull_whose_updater_raises_writes_no_out(self, kv, count):
+        def update(key, received, stored):
+            if key == "b":
+                raise RuntimeError("from the updater")
+
+        kv.init({"a": ones(count), "b": ones(count)})
+        kv.set_updater(update)
+        outs = [np.full(count, 7, F32), np.full(count, 7, F32)]
+        with pytest.raises(RuntimeError, match="from the updater"):
+            kv.pushpull(["a", "b"], [ones(count), ones(count)], out=outs)
+        assert all((out == 7).all() for out in outs)
+
     @pytest.mark.parametrize("verb", ["push", "pull", "pushpull", "init", "delete", "set_updater", "close"])
     def test_an_updater_cannot_call_its_store(self, kv, verb):
         arguments = {"init": ("new", ones(2)), "set_updater": (None,), "pull": ("w",), "delete": ("w",), "close": ()}

@@ -1,16 +1,19 @@
 """What workers run in which something goes wrong that not every worker sees at the same time."""
 
+import contextlib
 import os
+import random
 import signal
 import sys
 import threading
 import time
 
 import numpy as np
+import torch
 from dist_programs import F32, RANK, SIZE, create, say
 
 import tensorkv
-from tensorkv import checkpoint
+from tensorkv import checkpoint, placement
 from tensorkv.engines import exchange, group, meeting, pushes
 from tensorkv.outs import GivenOuts
 
@@ -49,7 +52,71 @@ def half_summed():
 
         exchange.Exchange.sum = slow
         outcome("pushpull", lambda: kv.pushpull("a", np.full(count, 7, F32), out=out))
+        say("the out has", np.unique(out).tolist())
         outcome("afterwards a pull", lambda: np.unique(kv.pull("a")).tolist())
+
+
+def outs_stay(count):
+    """Some worker breaks off somewhere in a call, which raises on every worker and writes no out."""
+    pushes.SLOT_NBYTES = 1 << 10
+    placement._WHOLE = 256
+    rng, fired, failed = random.Random(3), [], 0
+    for number in range(int(count)):
+        name = rng.choice(["lay_out", "sum", "settle", "wait_for_values"])
+        at, victim = rng.randrange(1 if name == "wait_for_values" else 12), rng.randrange(SIZE)
+        verb = rng.choice(["pushpull", "pushpull many", "pushpull cast", "updater", "trainer"])
+        right, seen = getattr(exchange.Exchange, name), []
+
+        def faulty(self, *args, right=right, seen=seen, at=at, number=number):
+            seen.append(args)
+            if len(seen) == at + 1:
+                fired.append(number)
+                raise ZeroDivisionError("planted")
+            return right(self, *args)
+
+        kv = create(timeout_s=20)
+        outs, expected = [], []
+        try:
+            # Who is ahead may break off while this worker is still preparing.
+            do, outs, after = prepare(kv, verb)
+            expected = [out.clone() for out in outs]
+            if victim == RANK:
+                setattr(exchange.Exchange, name, faulty)
+            do()
+            expected = after
+        except (tensorkv.TensorKVError, ZeroDivisionError):
+            failed += 1
+        finally:
+            setattr(exchange.Exchange, name, right)
+        for out, right_one in zip(outs, expected, strict=True):
+            assert torch.equal(out, right_one), (number, name, at, victim, verb, out, right_one)
+        # Who was done hears of it now.
+        with contextlib.suppress(tensorkv.TensorKVError):
+            kv.close()
+    say("fired", len(fired), "failed", failed)
+
+
+def prepare(kv, verb):
+    """Return a call, the arrays that it writes, and what they are to be."""
+    if verb == "trainer":
+        model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(30, 20))
+        for param in model.parameters():
+            torch.nn.init.ones_(param)
+        trainer = tensorkv.Trainer(model, kv, "sgd", lr=1.0)
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        outs = [param.data for param in model.parameters()]
+        return trainer.step, outs, [torch.full_like(out, 1.0 - SIZE) for out in outs]
+    keys = [f"k{number}" for number in range(10)]
+    ones = [torch.ones(400) for _ in keys]
+    kv.init(keys, ones)
+    if verb == "updater":
+        kv.set_updater(lambda key, received, stored: stored.copy_(received))
+    outs = [torch.zeros(400, dtype=torch.float64 if verb == "pushpull cast" else torch.float32) for _ in keys]
+    if verb == "pushpull many":
+        # What comes again goes a shorter way.
+        kv.pushpull(keys, ones, out=[out.clone() for out in outs])
+    return lambda: kv.pushpull(keys, ones, out=outs), outs, [torch.full_like(out, SIZE) for out in outs]
 
 
 def gathering(shared_memory):

@@ -1,5 +1,6 @@
 """Faults that not every worker sees at the same time: no value that is half updated is served, and nothing aborts."""
 
+import re
 import signal
 import sys
 
@@ -17,7 +18,17 @@ def test_no_half_summed_value_is_served(repeat):
         assert team.wait(60) == [-signal.SIGKILL, 0], team.text(1)
         text = team.text(1)
     assert "pushpull raised RankLostError" in text
+    assert "the out has [2.0]" in text
     assert "afterwards a pull raised RankLostError" in text, text
+
+
+def test_a_call_that_fails_writes_no_out():
+    """Whoever breaks off, and wherever."""
+    found = [re.search(r"fired (\d+) failed (\d+)", text) for text in run(3, PROGRAMS, "outs_stay", 20)]
+    fired, failed = (sum(int(each[group]) for each in found) for group in (1, 2))
+    assert fired >= 10
+    # On every worker, but for those that were done before another broke off.
+    assert failed >= 2 * fired
 
 
 @pytest.mark.parametrize("shared_memory", [True, False])

@@ -211,11 +211,13 @@ class CallUpdater:
         pass
 
     def apply(self, entries: Sequence[Entry], parts: Parts, outs: Outs, pool: Pool) -> None:
-        for entry, key_parts, key_outs in zip(entries, parts, outs, strict=True):
+        for entry, key_parts in zip(entries, parts, strict=True):
             value: Any = entry.value
             value.copy_(self.updated(entry, reduce.total(value, key_parts)))
             entry.version += 1
-            _copy_out(value, key_outs)
+        # Not before: a call that raises writes no out.
+        for entry, key_outs in zip(entries, outs, strict=True):
+            _copy_out(entry.value, key_outs)  # type: ignore[arg-type]
 
     def sees_whole(self, entry: Entry) -> bool:
         return True

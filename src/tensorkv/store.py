@@ -244,7 +244,7 @@ class KVStore(StoreControl):
             As ``pull``; without ``out`` and with a mapping as key, a dict of new arrays.
 
         Raises:
-            As ``push`` and ``pull``; nothing has changed then.
+            As ``push`` and ``pull``; no out has been written then.
 
         >>> import numpy as np
         >>> kv = create()

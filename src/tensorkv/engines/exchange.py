@@ -1,7 +1,7 @@
-"""Exchange: one call's way through the stage. Lay out, sum and update, settle, copy out, chunk by chunk.
+"""Exchange: one call's way through the stage. Lay out, sum and update, settle, chunk by chunk; then copy out.
 
-Every worker lays its parts out in the stage, updates the pieces that it owns from everyone's parts, and copies
-everyone's pieces to its outs. While it copies one chunk, the others' next ones are being made.
+Every worker lays its parts out in the stage and updates the pieces that it owns from everyone's parts. Outs are
+written when every value is there: a call that fails, because another worker dies for example, leaves them as they were.
 """
 
 from __future__ import annotations
@@ -77,21 +77,19 @@ class Exchange:
 
     # ------------------------------------------------------------ whole calls
 
-    def run(self, parts: Arrays | None, outs: Arrays | None, who: Callable[[], Presence], past_cache: bool) -> None:
-        """Do everything, the stages overlapping.
+    def run(self, parts: Arrays | None, who: Callable[[], Presence]) -> None:
+        """Make the values, the stages overlapping.
 
         Args:
             parts: this worker's; None if it only serves the others.
-            outs: plain arrays that may be written as soon as values are there.
             who: tells, when the first parts are laid out, who takes part.
-            past_cache: write outs past the processor's cache.
         """
         count, presence = self.count, Presence([], False)
         if parts is not None and parts.bases is not None and len(parts.bases) == 1:
             # Only what others sum is laid out; this worker reads its own pieces where they are.
             self._direct = parts
-        at_sum, at_settle, at_copy = self._turns()
-        for turn in range(max(1, count + at_copy)):
+        at_sum, at_settle = self._turns()
+        for turn in range(max(1, count + at_settle)):
             if turn < count and parts is not None:
                 self.lay_out(turn, parts)
             if turn == 0:
@@ -101,18 +99,16 @@ class Exchange:
             if 0 <= turn - at_sum < count:
                 self.sum(turn - at_sum, presence)
             if 0 <= turn - at_settle < count:
-                self.settle(turn - at_settle, outs, past_cache)
-            if outs is not None and 0 <= turn - at_copy < count:
-                self.copy_out(turn - at_copy, outs, past_cache)
+                self.settle(turn - at_settle)
         self._chain.flush(self.doing)
 
-    def _turns(self) -> tuple[int, int, int]:
+    def _turns(self) -> tuple[int, int]:
         """Return by how many turns each stage comes after a chunk was laid out."""
         at_sum = 1 if self.count > 1 else 0
         # A chunk goes to the last host and back while the next ones follow it.
         on_the_way = 4 * self._chain.hosts_after
         waits = self.count if self._at_end else on_the_way
-        return at_sum, at_sum + waits, at_sum + waits + at_sum
+        return at_sum, at_sum + waits
 
     def serve(self, presence: Presence) -> None:
         """Do what the other workers wait for, the parts having been laid out."""
@@ -134,12 +130,16 @@ class Exchange:
     def wait_for_values(self) -> None:
         """Wait until every owner has made its values."""
         for chunk in range(self.count):
-            self._wait(self.stage.ready, chunk)
+            ready = self.stage.ready[chunk % self.stage.slots]
+            self._meeting.wait(ready[: self._owners], self._uses[chunk], self.doing)
+
+    def copy_out(self, outs: Arrays, past_cache: bool) -> None:
+        """Copy the values, which are all there, to plain outs, if wanted past the processor's cache."""
+        for legs in self._legs:
+            for leg in legs:
+                copy_out(leg, outs, past_cache)
 
     # ------------------------------------------------------------ one chunk
-
-    def _wait(self, columns: list[bytes], chunk: int) -> None:
-        self._meeting.wait(columns[chunk % self.stage.slots][: self._owners], self._uses[chunk], self.doing)
 
     def lay_out(self, chunk: int, parts: Arrays) -> None:
         """Put this worker's parts into the stage, once its slot has been read."""
@@ -166,8 +166,8 @@ class Exchange:
         if chunk == self.count - 1:
             self._finish()
 
-    def settle(self, chunk: int, outs: Arrays | None = None, past_cache: bool = False) -> None:
-        """Have the values of this worker's pieces in place, here and on the host before; over hosts in outs, too."""
+    def settle(self, chunk: int) -> None:
+        """Have the values of this worker's pieces in place, here and on the host before."""
         if not self._is_owner:
             return
         legs = self._own_legs(chunk)
@@ -175,19 +175,13 @@ class Exchange:
         if not self._chain.is_last and legs:
             message, work = self._returning.pop(chunk)
             self._chain.finish(work, self._chain.after, self.doing)
-            message.unpack(legs, outs, past_cache)
+            message.unpack(legs)
         if self._chain.before is not None and legs:
             if message is None:
                 message = Message.of_values(legs)
-                message.pack(legs, outs, past_cache)
+                message.pack(legs)
             self._chain.send(message.whole, self._chain.before, self.doing)
         self._meeting.store(self.stage.own_ready[chunk % self.stage.slots], self._uses[chunk])
-
-    def copy_out(self, chunk: int, outs: Arrays, past_cache: bool) -> None:
-        """Copy everyone's pieces to this worker's outs."""
-        self._wait(self.stage.ready, chunk)
-        for leg in self._legs[chunk]:
-            copy_out(leg, outs, leg.others if self._chain.linked else leg.whole, past_cache)
 
     # ------------------------------------------------------------ inside
 

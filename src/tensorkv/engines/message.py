@@ -54,25 +54,23 @@ class Message:
         found = _side_by_side(legs, *parts.columns(legs[0]))
         return None if found is None else cls(found, [found.view(legs[0].dtype)])
 
-    def pack(self, legs: Sequence[Leg], outs: Arrays | None, past_cache: bool) -> None:
-        """Copy values into the message, and to outs that are plain."""
-        for leg, room in zip(legs, self.rooms, strict=True):
-            if outs is None and not native.can_sum(leg.dtype):
-                if not self.is_value:
-                    torch._foreach_copy_(pieces(leg, room), leg.values[leg.own])
-                continue
-            rooms = [] if self.is_value else [native.column_beside(room, leg.counts[leg.own])]
-            _spread(leg, leg.own_columns([leg.value_column])[0], rooms, outs, past_cache)
+    def pack(self, legs: Sequence[Leg]) -> None:
+        """Copy values into the message."""
+        for leg, room in () if self.is_value else zip(legs, self.rooms, strict=True):
+            if native.can_sum(leg.dtype):
+                target = native.column_beside(room, leg.counts[leg.own])
+                leg.sums([target], leg.own_columns([leg.value_column]), leg.own)
+            else:
+                torch._foreach_copy_(pieces(leg, room), leg.values[leg.own])
 
-    def unpack(self, legs: Sequence[Leg], outs: Arrays | None, past_cache: bool) -> None:
-        """Copy the message into values, and to outs that are plain."""
-        for leg, room in zip(legs, self.rooms, strict=True):
-            if outs is None and not native.can_sum(leg.dtype):
-                if not self.is_value:
-                    torch._foreach_copy_(leg.values[leg.own], pieces(leg, room))
-                continue
-            values = [] if self.is_value else leg.own_columns([leg.value_column])
-            _spread(leg, native.column_beside(room, leg.counts[leg.own]), values, outs, past_cache)
+    def unpack(self, legs: Sequence[Leg]) -> None:
+        """Copy the message into values."""
+        for leg, room in () if self.is_value else zip(legs, self.rooms, strict=True):
+            if native.can_sum(leg.dtype):
+                source = native.column_beside(room, leg.counts[leg.own])
+                leg.sums(leg.own_columns([leg.value_column]), [source], leg.own)
+            else:
+                torch._foreach_copy_(leg.values[leg.own], pieces(leg, room))
 
 
 def _side_by_side(legs: Sequence[Leg], column: bytes) -> torch.Tensor | None:
@@ -84,11 +82,6 @@ def _side_by_side(legs: Sequence[Leg], column: bytes) -> torch.Tensor | None:
     if len(legs) > 1 or total != aligned(total) or (addresses[1:] != addresses[:-1] + nbytes[:-1]).any():
         return None
     return torch.frombuffer((ctypes.c_uint8 * total).from_address(int(addresses[0])), dtype=torch.uint8)
-
-
-def _spread(leg: Leg, source: bytes, targets: list[bytes], outs: Arrays | None, past_cache: bool) -> None:
-    columns = [] if outs is None else leg.own_columns(outs.columns(leg))
-    leg.sums([*targets, *columns], [source], leg.own, len(columns) if past_cache else 0)
 
 
 def pieces(leg: Leg, room: torch.Tensor) -> list[torch.Tensor]:

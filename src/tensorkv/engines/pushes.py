@@ -110,15 +110,14 @@ class Pushes:
             self._push_later(exchange, parts, keys, priority)
             return None, False
         self.drain()
-        ready = None if outs is None else Arrays.of(outs, dtypes)
-        direct = ready is not None and ready.bases is not None
-        if direct and exchange.count > 1:
-            direct = reduce.are_apart(parts.groups, outs)  # type: ignore[arg-type]
-        past = outs is not None and sum([out.nbytes for group in outs for out in group]) > _PAST_CACHE_NBYTES
-        exchange.run(parts, ready if direct else None, self._calls.who(number, text), past)
-        if not direct:
-            exchange.wait_for_values()
-        return self._problem(exchange, entries, text), direct
+        exchange.run(parts, self._calls.who(number, text))
+        exchange.wait_for_values()
+        problem = self._problem(exchange, entries, text)
+        plain = None if outs is None or problem is not None else Arrays.of(outs, dtypes)
+        if outs is None or plain is None or plain.bases is None:
+            return problem, False
+        exchange.copy_out(plain, sum([out.nbytes for group in outs for out in group]) > _PAST_CACHE_NBYTES)
+        return None, True
 
     @property
     def _may_be_later(self) -> bool:
@@ -271,13 +270,10 @@ class Pushes:
                 self._push_later(exchange, parts, keys, priority)
                 return True
             self.drain()
-            apart = exchange.count == 1 or route.are_apart(columns, targets)
+            exchange.run(parts, self._calls.who(number, text))
+            exchange.wait_for_values()
             past = sum(route.form.nbytes) * len(targets) > _PAST_CACHE_NBYTES  # type: ignore[union-attr]
-            who = self._calls.who(number, text)
-            exchange.run(parts, Arrays.of_columns(targets) if apart else None, who, past)
-            if not apart:
-                exchange.wait_for_values()
-                route.fill(targets)
+            exchange.copy_out(Arrays.of_columns(targets), past)
         return True
 
     # ------------------------------------------------------------ pull
@@ -314,7 +310,7 @@ class Pushes:
         entries = [self._shard.entry(verb, key) for key in keys]
         later = verb == "push" and self._may_be_later
         exchange = self._exchange(number, text, keys, entries, own_stage=later)
-        exchange.run(None, None, lambda: presence, False)
+        exchange.run(None, lambda: presence)
         if later:
             # Nothing beyond, since this worker takes calls in their order.
             self._chain.report(-1, text)

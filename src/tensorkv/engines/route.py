@@ -199,11 +199,6 @@ class Route:
             ]
         return known
 
-    def are_apart(self, columns: Sequence[Column], targets: Sequence[Column]) -> bool:
-        """Tell whether targets may be written before all columns have been read."""
-        parts, outs = ([each.addresses for each in group] for group in (columns, targets))
-        return self.form is not None and self.form.are_apart(parts, outs)
-
     def fill(self, targets: Sequence[Column]) -> None:
         """Copy whole values to arrays that have the route's form."""
         if self.form is not None and targets:
@@ -286,12 +281,10 @@ def lay_out(leg: Leg, me: int, parts: Arrays, cuts: Sequence[slice]) -> None:
         reduce.sum_piece(room, own, at_once=False)
 
 
-def copy_out(leg: Leg, outs: Arrays, cuts: Sequence[slice], past_cache: bool) -> None:
-    """Copy the values of some pieces into the outs, which are all plain."""
+def copy_out(leg: Leg, outs: Arrays, past_cache: bool) -> None:
+    """Copy the values of all pieces into the outs, which are all plain."""
     columns = outs.columns(leg)
-    past = len(columns) if past_cache else 0
-    for cut in cuts:
-        leg.sums([_cut(column, cut) for column in columns], [_cut(leg.value_column, cut)], cut, past)
+    leg.sums(columns, [leg.value_column], slice(0, len(leg.pieces)), len(columns) if past_cache else 0)
 
 
 def _cut(column: bytes, cut: slice) -> bytes:

@@ -216,6 +216,16 @@ CALLS = {
     "sgd": lambda kv: kv.set_optimizer("sgd", lr=0.1),
     "sgd with another lr": lambda kv: kv.set_optimizer("sgd", lr=0.2),
     "adam": lambda kv: kv.set_optimizer("adam", lr=0.1),
+    "whole numbers": lambda kv: [
+        kv.set_optimizer("adam", lr=1, weight_decay=0, betas=(0.0, 0.5), rescale_grad=2),
+        kv.set_hyperparameters(lr=2, weight_decay=-0.0),
+        kv.set_hyperparameters("b", lr=0, betas=(0.0, 0.25)),
+    ],
+    "the same as floats": lambda kv: [
+        kv.set_optimizer("adam", weight_decay=0.0, lr=1.0, betas=[0.0, np.float64(0.5)], rescale_grad=2.0),
+        kv.set_hyperparameters(weight_decay=0, lr=np.float32(2)),
+        kv.set_hyperparameters("b", betas=[0.0, 0.25], lr=np.int64(0)),
+    ],
     "nothing": lambda kv: None,
     "unknown key": lambda kv: kv.push("nowhere", np.ones(3, F32)),
     "no array": lambda kv: kv.push("a", "text"),
@@ -224,7 +234,7 @@ CALLS = {
 
 def mismatches(shared_memory):
     """The last rank makes another call than the others; every worker gets an error that names both."""
-    for left, right in PAIRS:
+    for left, right in PAIRS + EQUAL:
         say("===", left, "/", right)
         mismatch(left, right, shared_memory)
 
@@ -274,6 +284,8 @@ PAIRS = [
     ("push a", "no array"),
     ("barrier", "nothing"),
 ]
+# What is written in another way, and no mismatch.
+EQUAL = [("whole numbers", "the same as floats")]
 # Calls that are refused where they are made, with an error of their own.
 REFUSED = ("push more elements", "push another shape", "push another dtype", "unknown key", "no array")
 

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from dist_programs import PAIRS, PHASES, REFUSED
+from dist_programs import EQUAL, PAIRS, PHASES, REFUSED
 from hosts import CAN_MAKE, cut, two_hosts
 from workers import HERE, Team, free_port, run
 
@@ -71,7 +71,9 @@ def test_a_trainer_over_workers_equals_one_over_replicas(overlap, update_on_stor
 def test_a_mismatch_is_an_error_on_every_worker(shared_memory):
     """Never a hang, an abort or a wrong number."""
     for rank, text in enumerate(run(2, "mismatches", shared_memory)):
-        cases = dict(zip(PAIRS, text.split("===")[1:], strict=True))
+        cases = dict(zip(PAIRS + EQUAL, text.split("===")[1:], strict=True))
+        for pair in EQUAL:
+            assert errors_of(cases.pop(pair)) == ["NoneType"]
         for pair, said in cases.items():
             (kind,) = errors_of(said)
             assert seconds_of(said) < 5, said

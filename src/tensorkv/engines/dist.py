@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import arrays, placement
@@ -197,12 +198,12 @@ class DistEngine:
 
     def set_optimizer(self, spec: OptimizerSpec) -> None:
         StepOptimizer(spec)  # raises before others are told
-        text = describe("set_optimizer", **spec.to_json())
+        text = describe("set_optimizer", **_comparable(spec.to_json()))
         self._change_rule(text, lambda: self._shard.set_optimizer(spec))
 
     def set_hyperparameters(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> None:
         self._shard.check_hyperparameters(numbers, keys)
-        text = describe("set_hyperparameters", numbers=numbers, keys=None if keys is None else list(keys))
+        text = describe("set_hyperparameters", numbers=_comparable(numbers), keys=None if keys is None else list(keys))
         with self._call(text):
             self._shard.set_hyperparameters(numbers, keys)
 
@@ -329,6 +330,19 @@ def _sees_whole(rule: Rule) -> bool:
     if isinstance(rule, StepOptimizer):
         return rule.optimizer.spec.name not in ROWWISE
     return isinstance(rule, CallUpdater)
+
+
+def _comparable(data: Any) -> Any:
+    """Return numbers in a form in which equal ones look alike: 1, 1.0 and numpy.float32(1)."""
+    if isinstance(data, Mapping):
+        return {word: _comparable(data[word]) for word in sorted(data)}
+    if isinstance(data, list | tuple):
+        return [_comparable(each) for each in data]
+    number = data.item() if isinstance(data, np.generic) else data
+    if isinstance(number, int | float) and not isinstance(number, bool) and number == float(number):
+        # Adding 0.0 takes the sign of a zero away.
+        return float(number) + 0.0
+    return number
 
 
 def _nbytes(spec: KeySpec) -> int:

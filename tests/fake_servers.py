@@ -12,7 +12,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
-from ray.exceptions import ActorUnavailableError, GetTimeoutError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 
 from tensorkv.engines import ray as ray_engine
 from tensorkv.engines import ray_cluster, ray_link
@@ -45,6 +45,8 @@ class Actor:
         pool: threads that answer.
         fate: given the head of a message, what happens: "nothing", "lose request", "lose reply", or "twice" (a copy of
             it comes again later, with other messages in between).
+
+    One whose ``is_dead`` is set has ended for good.
     """
 
     def __init__(self, settings, pool, fate):
@@ -55,6 +57,7 @@ class Actor:
         self.actor._copying = threading.Lock()
         self._pool, self._fate = pool, fate
         self._late = []
+        self.is_dead = False
         self.fates = {}
         self.paused = threading.Event()
         self.paused.set()
@@ -71,6 +74,9 @@ class Actor:
 
     def _run(self, fate, message, future):
         lost = ActorUnavailableError("lost", None)
+        if self.is_dead:
+            future.set_exception(ActorDiedError())
+            return
         if fate == "lose request":
             future.set_exception(lost)
             return
@@ -126,6 +132,11 @@ class Cluster:
         engine = ray_engine.RayEngine(self.actors, self.settings, places, timeout_s, started=False)
         self._stores.append(KVStore(engine, "dist_async"))
         return self._stores[-1]
+
+    def drop(self, store):
+        """Let go of a store, as its last owner does; return its engine."""
+        self._stores.remove(store)
+        return store._engine
 
     def stores(self, count):
         return [self.store() for _ in range(count)]

@@ -6,7 +6,9 @@ import shutil
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import asdict
 from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -20,13 +22,14 @@ from tensorkv.engines import mailbox
 from tensorkv.journal import Journal
 from tensorkv.record import Item, Record, nbytes_of, pack
 from tensorkv.server.cut import Cut
-from tensorkv.server.wire import Reply, Request
+from tensorkv.server.wire import Reply, Request, Settings
 
 pytest.importorskip("ray")
 
 from fake_servers import NONE, Cluster, together
 
 from tensorkv.engines import ray_cluster
+from tensorkv.engines.ray import close_abandoned
 from tensorkv.engines.ray_link import Link
 
 F32 = np.float32
@@ -586,6 +589,96 @@ def test_servers_end_with_the_last_goodbye_and_not_while_somebody_may_only_be_bu
         time.sleep(1.6)
         last.close()
         ray_cluster.stop_servers.assert_called_once()
+
+
+def test_a_store_that_is_dropped_is_closed():
+    with Cluster(2, num_workers=2) as cluster:
+        kv, other = cluster.stores(2)
+        kv.init("w", np.ones(3, F32))
+        with kv.snapshot() as moment:
+            engine = cluster.drop(kv)
+            del kv
+            # Who reads a snapshot still uses the store.
+            assert moment.pull("w").tolist() == [1, 1, 1]
+            assert not engine.is_abandoned
+        del moment
+        assert engine.is_abandoned
+        assert engine._ended.wait(60)
+        engine._beating.join()
+        assert other.stats()["clients"] == 1
+        assert other.dead_workers() == []
+        ray_cluster.stop_servers.assert_not_called()
+        assert cluster.store().rank == 0
+        # Others do not wait until its heartbeat has noticed.
+        last = cluster.drop(other)
+        del other
+        close_abandoned()
+        assert last._ended.is_set()
+
+
+def test_a_reader_takes_the_rank_of_a_worker_that_is_gone_when_it_has_to_push():
+    """As in a notebook, where the cell that creates the store was run again."""
+    with Cluster(2, mode="sync", num_workers=1) as cluster:
+        first, second = cluster.stores(2)
+        first.init("w", np.zeros(3, F32))
+        assert (first.rank, second.rank) == (0, 1)
+        with pytest.raises(tensorkv.ArgumentError, match="only workers push"):
+            second.push("w", np.ones(3, F32))
+        assert (second.rank, first.stats()["clients"]) == (1, 2)
+        cluster.drop(first)
+        del first
+        second.push("w", np.ones(3, F32))
+        assert second.rank == 0
+        assert second.pushpull("w", np.full(3, 2, F32)).tolist() == [2, 2, 2]
+        second.pushpull(["w"], [np.full(3, 3, F32)])
+        assert second.stats()["clients"] == 1
+        second.barrier()
+
+
+def test_a_lost_server_keeps_the_others_for_those_who_have_the_store_open_alone():
+    with Cluster(3, num_workers=3, lost_after_s=1.5) as cluster:
+        first, silent, last = cluster.stores(3)
+        silent._engine._ending.set()
+        silent._engine._beating.join()
+        while first.dead_workers() != [1]:
+            time.sleep(0.1)
+        cluster.actors[1].is_dead = True
+        first.close()
+        ray_cluster.stop_servers.assert_not_called()
+        # They end as soon as nobody is left whom they hear of, though nobody may be there to end them.
+        assert [actor.actor._is_broken for actor in cluster.actors] == [True, False, True]
+        last.close()
+        ray_cluster.stop_servers.assert_called_once()
+
+
+def test_the_servers_of_a_store_are_looked_for_until_all_are_there_or_the_store_has_ended(monkeypatch):
+    settings = asdict(Settings(num_servers=2))
+    there = {0: SimpleNamespace(settings="first"), 1: SimpleNamespace()}
+    looks, comes_at = [], []
+
+    def get(name, index):
+        looks.append(index)
+        if len(looks) in comes_at:
+            there[1] = second
+        return there.get(index)
+
+    def ask(method, name, timeout_s):
+        if method == "ending":
+            there.clear()
+            raise tensorkv.ServerLostError("it has just ended")
+        return settings
+
+    monkeypatch.setattr(ray_cluster, "_get", get)
+    monkeypatch.setattr(ray_cluster, "_ask", ask)
+    assert ray_cluster.find_servers("s", 10) == ([there[0], there[1]], Settings(num_servers=2))
+    second = there.pop(1)
+    with pytest.raises(tensorkv.ServerLostError, match=r"server 1 of 2 has ended.*close it everywhere, then create"):
+        ray_cluster.find_servers("s", 0.1)
+    # It comes late, or the first one ends while it is waited for.
+    looks[:], comes_at[:] = [], [6]
+    assert ray_cluster.find_servers("s", 60)[0][1] is second
+    there[0].settings = "ending"
+    assert ray_cluster.find_servers("s", 60) is None
 
 
 # ---------------------------------------------------------------- one moment

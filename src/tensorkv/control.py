@@ -90,13 +90,13 @@ class StoreControl:
     """The part of ``KVStore`` that moves no arrays."""
 
     def __init__(self, engine: engines.Engine, type: str) -> None:
+        self._closed = False
+        self._forks = forks.count
         self._engine = engine
         self._one = getattr(engine, "one", None)
         self._many = getattr(engine, "many", None)
         self._type = type
         self._metrics = Metrics()
-        self._closed = False
-        self._forks = forks.count
         forks.keep(self)
         if hasattr(engine, "refuse"):
             for name in IN_STEP:
@@ -453,6 +453,13 @@ class StoreControl:
                 self._closed = True
                 raise
             self._closed = True
+
+    def __del__(self) -> None:
+        # A store that was dropped: what is more than memory of this process goes in its own time.
+        engine = self.__dict__.get("_engine")
+        abandon = getattr(engine, "abandon", None)
+        if abandon is not None and not self._closed and self._forks == forks.count:
+            abandon()
 
     def __enter__(self) -> Self:
         self._begin("with")

@@ -14,8 +14,10 @@ class Snapshot:
     Made by ``KVStore.snapshot``; also a context manager that closes itself.
     """
 
-    def __init__(self, store: Any, versions: Mapping[Key, int]) -> None:
+    def __init__(self, store: Any, versions: Mapping[Key, int], owner: Any = None) -> None:
         self._store = store
+        # The store that it was taken of, which is there as long as this is.
+        self._owner = owner
         self.versions = dict(versions)
         """How many updates each key had had."""
 

@@ -376,7 +376,7 @@ class KVStore(StoreControl):
         if "snapshot" not in self._engine.capabilities:
             raise ArgumentError(f"snapshot: a store of type {quote(self._type)} takes none; use save()")
         moment: Any = self._engine.snapshot()  # type: ignore[attr-defined]
-        return Snapshot(KVStore(moment, self._type), moment.versions)
+        return Snapshot(KVStore(moment, self._type), moment.versions, self)
 
     # ------------------------------------------------------------ inside
 

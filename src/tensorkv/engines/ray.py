@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import errors, manifest
+from .. import errors, forks, manifest
 from ..entry import Batch, Entry, KeyInfo, KeySpec, Part
 from ..errors import (
     ArgumentError,
@@ -40,13 +40,23 @@ from .directory import Directory
 from .group import machine
 from .moments import Moment, Moments
 from .ray_lane import Lane, Lanes, Letter
-from .ray_link import Link
+from .ray_link import Answer, Link
 from .segment import can_share
 from .spread import Held
 from .traffic import Traffic, letter_of
 
 Outs = Sequence[Sequence[torch.Tensor]]
 _BEAT_S = 1.0
+
+# The clients of this process that have not been closed. Each is kept alive by its own heartbeat.
+_open: set[RayEngine] = set()
+
+
+def close_abandoned() -> None:
+    """Close the clients of this process whose store has been dropped, before anything depends on who is there."""
+    for engine in list(_open):
+        if engine.is_abandoned and engine.forks == forks.count:
+            engine.close()
 
 
 class StoreEndingError(ServerLostError):
@@ -81,11 +91,17 @@ class RayEngine:
         self._traffic = Traffic(self._lanes, self._directory, self._near, in_step=in_step, finite=self._finite)
         self._moment = Moments(self._lanes, self._directory, self._traffic, len(actors))
         self._claiming, self._claims = threading.Lock(), 0
+        self._ranking = threading.Lock()
         self._all = range(len(actors))
         self._rank = self._take_rank()
         self._directory.refresh()
-        self._ending = threading.Event()
+        self.forks = forks.count
+        self._ending, self._ended = threading.Event(), threading.Event()
+        self._closing = threading.Lock()
+        self.is_abandoned = False
+        """Whether the store was dropped without ``close``."""
         self._beating = threading.Thread(target=self._beat, name="tensorkv-beat", daemon=True)
+        _open.add(self)
         self._beating.start()
 
     def _make_lane(self, number: int) -> Lane:
@@ -105,10 +121,11 @@ class RayEngine:
         """The rank, if rounds wait for this worker."""
         return self._rank if self._rank is not None and self._rank < self._settings.num_workers else None
 
-    def _take_rank(self) -> int:
-        wanted = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
+    def _take_rank(self, wanted: int | None = None) -> int:
+        if wanted is None and int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
+            wanted = int(os.environ["RANK"])
         with self._lanes.take() as lane:
-            words = {"ranks": True, "wants": None if wanted is None else int(wanted)}
+            words = {"ranks": True, "wants": wanted}
             told = lane.send("hello", [Letter(0, words)])[0].head
         if "ending" in told:
             raise StoreEndingError("create: the last client has just closed this store, and its servers are ending")
@@ -116,6 +133,27 @@ class RayEngine:
         # The lane was made without a rank.
         self._lanes.clear()
         return int(told["rank"])
+
+    def _become_worker(self) -> None:
+        """Take the rank of a worker that is gone, if there is one: in step only workers push."""
+        if self._settings.mode != "sync" or self._counted_rank is not None:
+            return
+        close_abandoned()
+        with self._ranking:
+            live = set() if self._counted_rank is not None else set(self._ask("stats", {}, [0])[0]["live"])
+            for free in sorted(set(range(self._settings.num_workers)) - live):
+                before, old = self._owner, self._make_lane(-2)
+                self._owner = secrets.token_hex(8)
+                self._lanes.clear()
+                try:
+                    self._rank = self._take_rank(free)
+                except ArgumentError:
+                    # It has left, and is alive.
+                    self._owner = before
+                    self._lanes.clear()
+                    continue
+                old.send("bye", [Letter(server, {}) for server in self._all])
+                return
 
     @property
     def rank(self) -> int:
@@ -143,9 +181,15 @@ class RayEngine:
 
     def _beat(self) -> None:
         """Tell the servers that this worker is alive, and hear who is not."""
-        lane, changes = self._make_lane(-1), None
+        owner, lane, changes = self._owner, self._make_lane(-1), None
         # One that is late is not to be taken for lost.
         while not self._ending.wait(min(_BEAT_S, self._settings.lost_after_s / 4)):
+            if self.is_abandoned:
+                self.close()
+                return
+            if owner != self._owner:
+                # It has another rank.
+                owner, lane = self._owner, self._make_lane(-1)
             try:
                 answers = lane.send("beat", [Letter(server, {}) for server in self._all], timeout_s=_BEAT_S)
                 if changes != [answer.head["changes"] for answer in answers]:
@@ -233,15 +277,19 @@ class RayEngine:
                 )
 
     def push(self, batch: Batch, priority: int) -> None:
+        self._become_worker()
         self._traffic.push(batch, None)
 
     def pushpull(self, batch: Batch, outs: Outs, priority: int) -> None:
+        self._become_worker()
         self._traffic.push(batch, outs)
 
     def pull(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
         self._traffic.pull(keys, outs)
 
     def many(self, keys: Sequence[Key], values: Any, outs: Any, priority: int) -> list[int] | None:
+        if values is not None:
+            self._become_worker()
         return self._traffic.many(keys, values, outs)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
@@ -422,31 +470,68 @@ class RayEngine:
 
     # ------------------------------------------------------------ the end
 
+    def abandon(self) -> None:
+        """Note that the store was dropped, for the heartbeat or the next ``create`` to close this client.
+
+        The garbage collector calls it, in the middle of anything: nothing is sent, and no lock is taken.
+        """
+        self.is_abandoned = True
+
     def close(self) -> None:
-        self._ending.set()
-        self._beating.join()
+        is_own_thread = threading.current_thread() is self._beating
+        if not self._closing.acquire(blocking=False):
+            # Another thread is closing it, and this one may be what it waits for.
+            if not is_own_thread:
+                self._ended.wait()
+            return
+        try:
+            self._ending.set()
+            if not is_own_thread:
+                self._beating.join()
+                if not self.is_abandoned:
+                    close_abandoned()
+            self._end()
+        finally:
+            _open.discard(self)
+            self._ended.set()
+
+    def _end(self) -> None:
         left = 1
         # Where it fails, there is nobody to say goodbye to.
         with suppress(TensorKVError):
-            answers = self._ask("bye", {})
-            # Whoever comes or goes is known to server 0: the others may not agree on who was last.
-            left = answers[0]["clients"]
-            if ray_cluster.is_last(self._started):
-                left = left and self._wait_for_others()
-            else:
-                # Whoever is silent may be busy, and what servers hold is gone with them.
-                left += answers[0]["silent"]
+            left = self._say_goodbye()
         self._lanes.close()
         self._traffic.close()
         if left == 0:
             ray_cluster.stop_servers(self._actors)
         ray_cluster.leave(self._started)
 
-    def _wait_for_others(self) -> int:
-        """Wait, before their Ray ends, until others have closed their stores; return how many have not."""
+    def _say_goodbye(self) -> int:
+        """Tell the servers that this client goes; return how many others use them, or may do so."""
+        heads = self._bye(self._all)
+        is_whole = len(heads) == len(self._actors)
+        if not is_whole:
+            # What a lost server held is gone, and the others are of no use. They stay for those who have the store
+            # open still, and for nobody who is silent.
+            heads = self._bye(self._all, broken=True)
+        # Whoever comes or goes is known to server 0: the others may not agree on who was last.
+        asked = [0] if is_whole else self._all
+        left = max((head["clients"] for head in heads[: len(asked)]), default=0)
         deadline = time.monotonic() + self._timeout_s
-        left = 1
-        while left and time.monotonic() < deadline:
+        # Their Ray ends with this process.
+        while left and ray_cluster.is_last(self._started) and time.monotonic() < deadline:
             time.sleep(0.05)
-            left = self._ask("bye", {}, [0])[0]["clients"]
+            left = max((head["clients"] for head in self._bye(asked)), default=0)
+        if is_whole and not ray_cluster.is_last(self._started):
+            # Whoever is silent may be busy, and what servers hold is gone with them.
+            left += heads[0]["silent"]
         return left
+
+    def _bye(self, servers: Sequence[int], **words: Any) -> list[dict[str, Any]]:
+        """Tell servers that this client goes; return what they answer, those left out that have ended for good."""
+        with self._lanes.take() as lane:
+            outcomes = lane.outcomes("bye", [Letter(server, words) for server in servers])
+        for outcome in outcomes:
+            if isinstance(outcome, Exception) and not isinstance(outcome, ServerLostError):
+                raise outcome
+        return [outcome.head for outcome in outcomes if isinstance(outcome, Answer)]

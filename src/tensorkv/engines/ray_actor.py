@@ -39,6 +39,8 @@ class ServerActor:
         settings: of a ``Server``, as JSON: nothing that a restart would have to fetch from somewhere.
     """
 
+    _is_broken = False
+
     def __init__(self, settings: str) -> None:
         context = ray.get_runtime_context()
         self._server = Server(Settings(**json.loads(settings)), comes_back=context.was_current_actor_reconstructed)
@@ -65,6 +67,8 @@ class ServerActor:
             except (OSError, TypeError, ValueError) as error:
                 return join({"unboxed": str(error)})
             payload = sent.numpy() if len(sent) else payload
+        if head.get("broken"):
+            self._is_broken = True
         if head["verb"] in ("beat", "bye"):
             self._mailboxes.close_all_but(self._server.owners())
         return self._answer(Request(head, layout, payload), out)
@@ -97,7 +101,10 @@ class ServerActor:
         self._server.close()
 
     def _keep_watch(self) -> None:
-        """Tell Ray's metrics how things are; end when all clients are long gone, since nobody else would do it."""
+        """Tell Ray's metrics how things are; end when all clients are long gone, since nobody else would do it.
+
+        If another server of the store is lost, there is nothing to stay for once they are gone.
+        """
         alone_since = time.monotonic()
         # The last client ends the servers, if it is not killed before.
         while time.monotonic() - alone_since < (_ENDING_S if self._server.is_ending else FORGOTTEN_S):
@@ -105,6 +112,8 @@ class ServerActor:
             self._metrics.tell(self._server.stats())
             if self._server.owners():
                 alone_since = time.monotonic()
+            elif self._is_broken:
+                break
         self._server.close()
         # Ray starts an actor again whose process ends in any other way.
         ray.kill(ray.get_runtime_context().current_actor)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -34,8 +35,9 @@ _OBJECT_STORE_NBYTES = 1 << 30
 # A cluster may be starting while its first workers are.
 _STARTING_S = 10.0
 
-# How many stores of this process use the Ray that it has started.
+# How many stores of this process use the Ray that it has started; one store may end it while another begins.
 _started = 0
+_lock = threading.RLock()
 # What the environment said of tokens before this process started a Ray.
 _auth_mode: str | None = None
 
@@ -55,9 +57,13 @@ def enter(address: str | None, timeout_s: float, *, insecure: bool = False) -> b
         RankLostError: the process that starts one did not come.
         ServerLostError: no cluster answers at the address.
     """
+    with _lock:
+        return _enter(_address(address), timeout_s, insecure)
+
+
+def _enter(address: str | None, timeout_s: float, insecure: bool) -> bool:
     global _started
     ray_fork.check()
-    address = _address(address)
     if ray.is_initialized():
         _started += _started > 0
         return _started > 0
@@ -169,11 +175,12 @@ def is_last(started: bool) -> bool:
 def leave(started: bool) -> None:
     """Leave the cluster, and end it if this process has started it and no other store of the process is in it."""
     global _started
-    if started:
-        _started -= 1
-        if _started == 0:
-            ray.shutdown()
-            _set_auth_mode(_auth_mode)
+    with _lock:
+        if started:
+            _started -= 1
+            if _started == 0:
+                ray.shutdown()
+                _set_auth_mode(_auth_mode)
 
 
 def _set(variables: Mapping[str, str]) -> None:
@@ -277,22 +284,34 @@ def _start_together(rank: int, timeout_s: float) -> bool:
 
 
 def find_servers(name: str, timeout_s: float) -> tuple[list[Any], Settings] | None:
-    """Return the servers of a store that is there, and what they were told; None if there is none."""
-    first = _get(name, 0)
-    if first is None:
-        return None
-    settings = Settings(**_ask(first.settings, name, timeout_s))
-    actors = [first]
-    deadline = time.monotonic() + timeout_s
-    while len(actors) < settings.num_servers:
-        actor = _get(name, len(actors))
-        if actor is not None:
-            actors.append(actor)
-        elif time.monotonic() > deadline:
-            raise ServerLostError(f"create({name!r}): server {len(actors)} of {settings.num_servers} is not there")
-        else:
-            time.sleep(0.02)
-    return actors, settings
+    """Return the servers of a store that is there, and what they were told; None if there is none.
+
+    Raises:
+        ServerLostError: one of them has ended, and others stay.
+    """
+    deadline, missing = time.monotonic() + timeout_s, None
+    while True:
+        first = _get(name, 0)
+        if first is None:
+            return None
+        try:
+            settings = Settings(**_ask(first.settings, name, max(0.001, deadline - time.monotonic())))
+            actors = [first, *(_get(name, index) for index in range(1, settings.num_servers))]
+            if None not in actors:
+                return actors, settings
+            missing = actors.index(None)
+        except ServerLostError:
+            # It is just ending, and the next look finds none, or another.
+            if time.monotonic() > deadline and missing is None:
+                raise
+        if time.monotonic() > deadline:
+            raise ServerLostError(
+                f"create({name!r}): server {missing} of {settings.num_servers} has ended, and what it held is lost; "
+                "the others end when every process that has this store open has closed it: close it everywhere, then "
+                "create it again, or choose another name"
+            )
+        # Another client may be making them, or closing the store.
+        time.sleep(0.02)
 
 
 def make_servers(name: str, settings: Settings, timeout_s: float) -> tuple[list[Any], Settings]:
@@ -322,8 +341,9 @@ def _wait_for_the_end(name: str, num_servers: int, timeout_s: float) -> None:
     while _get(name, 0) is None and any(_get(name, index) is not None for index in range(1, num_servers)):
         if time.monotonic() > deadline:
             raise ServerLostError(
-                f"create({name!r}): server 0 of the store has ended, and what it held is lost, but others are there; "
-                "close it everywhere, or choose another name"
+                f"create({name!r}): server 0 of the store has ended, and what it held is lost; the others end when "
+                "every process that has this store open has closed it: close it everywhere, then create it again, or "
+                "choose another name"
             )
         time.sleep(0.05)
 

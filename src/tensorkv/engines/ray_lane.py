@@ -66,6 +66,17 @@ class Lane:
         Raises:
             As ``Link.finish``, after every server has answered.
         """
+        answers = []
+        for outcome in self.outcomes(verb, letters, timeout_s=timeout_s, again=again):
+            if isinstance(outcome, Exception):
+                raise outcome
+            answers.append(outcome)
+        return answers
+
+    def outcomes(
+        self, verb: str, letters: Sequence[Letter], *, timeout_s: float | None = None, again: bool = False
+    ) -> list[Answer | Exception]:
+        """Send a letter to each of some servers and return what each answers, or how it failed, in order."""
         self._seq += not again
         fan = [letter.server for letter in letters]
         self.is_clear = False
@@ -77,16 +88,14 @@ class Lane:
             all_servers = {"fan": fan} if len(fan) > 1 else {}
             head = {"verb": verb, **self._head, "seq": self._seq, **all_servers, **letter.words}
             link.begin(head, letter.layout, timeout_s=timeout_s)
-        answers, error = [], None
+        found: list[Answer | Exception] = []
         for letter in letters:
             try:
-                answers.append(self._links[letter.server].finish())
-            except Exception as caught:
-                error = error or caught
+                found.append(self._links[letter.server].finish())
+            except Exception as error:
+                found.append(error)
         self.is_clear = True
-        if error is not None:
-            raise error
-        return answers
+        return found
 
     def is_whole(self, server: int, answer: Answer) -> bool:
         """Tell whether an answer's payload, which was read, was not written over meanwhile."""

@@ -12,7 +12,7 @@ from ..arguments import check_timeout
 from ..errors import ArgumentError, quote
 from ..server.wire import Settings
 from . import ray_cluster
-from .ray import RayEngine, StoreEndingError
+from .ray import RayEngine, StoreEndingError, close_abandoned
 
 
 def build(name: str, address: str | None, timeout_s: float, insecure: bool, options: Mapping[str, Any]) -> RayEngine:
@@ -34,6 +34,7 @@ def build(name: str, address: str | None, timeout_s: float, insecure: bool, opti
     wanted = _settings(asked)
     started = ray_cluster.enter(address, timeout_s, insecure=insecure)
     try:
+        close_abandoned()
         deadline = time.monotonic() + timeout_s
         while True:
             try:

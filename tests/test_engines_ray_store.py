@@ -10,6 +10,9 @@ import pytest
 import tensorkv
 
 pytest.importorskip("ray")
+from ray.exceptions import OutOfMemoryError, RayError
+
+from tensorkv.engines.ray_actor import why
 
 from tensorkv.engines import ray_actor, ray_store
 from tensorkv.server.wire import Settings
@@ -51,6 +54,22 @@ def test_options_out_of_range(options, said, tmp_path, monkeypatch):
         tensorkv.create("dist_async", **options)
     assert not ray.is_initialized()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OutOfMemoryError("Task was killed\n" + "top process: 1 GB\n" * 40), "memory monitor has killed its process"),
+        (RayError("actor died\n  Task was killed due to the node running low on memory.\n1 GB\n"), "short of memory"),
+        (RayError("in its task\n  File 'x', line 1\ntensorkv.errors.JournalError: s: is damaged\n"), "s: is damaged"),
+        (RayError("The actor died unexpectedly.\n\tclass_name: ServerActor\n"), "The actor died unexpectedly."),
+        (RayError(""), ""),
+    ],
+)
+def test_what_ray_says_in_forty_lines_is_one(error, said):
+    found = why(error)
+    assert said in found
+    assert "\n" not in found
 
 
 def test_where_no_cluster_answers_it_is_an_error_within_the_timeout():

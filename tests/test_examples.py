@@ -1,14 +1,18 @@
 """The examples run from their files, in time, and end with what they promise."""
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("ray")
+import tensorkv
+
+ray = pytest.importorskip("ray")
 pytest.importorskip("sklearn")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,3 +56,27 @@ def test_vectors_are_learned_though_a_server_is_killed(tmp_path):
     assert float(share[1]) > 0.7
     assert float(share[2]) < 0.55
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["server-0", "server-1"]
+
+
+def test_an_example_that_fails_says_why(tmp_path, monkeypatch, capsys):
+    """With workers that push nothing and say that they did, in a local store."""
+    place = importlib.util.spec_from_file_location("embeddings", ROOT / "examples" / "embeddings.py")
+    embeddings = importlib.util.module_from_spec(place)
+    place.loader.exec_module(embeddings)
+    kv = tensorkv.create("local")
+    monkeypatch.setattr(kv, "stats", lambda: {"servers": [{"pid": 1}, {"pid": 2}]})
+    monkeypatch.setattr(embeddings.tensorkv, "create", lambda *_, **__: kv)
+    monkeypatch.setattr(embeddings, "learn", lambda worker: 7)
+    options = {}
+
+    def remote(**given):
+        options.update(given)
+        return lambda function: SimpleNamespace(remote=function)
+
+    played = SimpleNamespace(remote=remote, wait=lambda *_, **__: ([], []), get=list, exceptions=ray.exceptions)
+    monkeypatch.setattr(embeddings, "ray", played)
+    assert embeddings.main(str(tmp_path)) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "failed: no server was killed: the workers were done before the first look"
+    assert said[1] == "failed: 21 pushes were acknowledged, and the tables had [0, 0] updates"
+    assert options["max_retries"] == 0, "Ray would run a worker again, and it would push again"

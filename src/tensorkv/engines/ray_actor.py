@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray.exceptions import OutOfMemoryError
 
 from ..server import Server
 from ..server.attendance import FORGOTTEN_S
@@ -159,3 +160,16 @@ def _answer(reply: Reply, out: torch.Tensor | None) -> Any:
     if len(payload) <= INLINE_NBYTES:
         return join(reply.head, payload=payload.numpy().data)
     return [join(reply.head), np.asarray(payload.numpy())]
+
+
+def why(error: BaseException) -> str:
+    """Return in one line what an error of Ray says, which has forty in its messages."""
+    text = str(error)
+    if "running low on memory" in text or isinstance(error, OutOfMemoryError):
+        return (
+            "Ray's memory monitor has killed its process, since the machine was short of memory; give it fewer or "
+            "smaller values, more hosts, or more memory"
+        )
+    # Of a traceback, the line of the error itself; the others say where it was.
+    lines = [line.strip() for line in text.splitlines() if "Error: " in line]
+    return lines[-1].partition("Error: ")[2] if lines else text.strip().partition("\n")[0]

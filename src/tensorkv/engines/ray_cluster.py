@@ -24,7 +24,7 @@ from ..errors import ArgumentError, JournalError, RankLostError, ServerLostError
 from ..server.wire import Settings
 from . import ray_fork, ray_safety
 from .group import agree_on_start, meet
-from .ray_actor import ServerActor
+from .ray_actor import ServerActor, why
 from .ray_safety import LOOPBACK
 
 NAMESPACE = "tensorkv"
@@ -255,7 +255,7 @@ def _join(address: str, timeout_s: float) -> None:
                 ray.init(address=address, **common)
     except (OSError, RayError, RuntimeError, ValueError) as error:
         hint = "" if os.environ.get("RAY_AUTH_MODE") == "token" else "; if it asks for a token, set RAY_AUTH_MODE=token"
-        raise ServerLostError(f"no Ray cluster answers at {address}: {error}{hint}") from error
+        raise ServerLostError(f"no Ray cluster answers at {address}: {why(error)}{hint}") from error
 
 
 def _start_together(rank: int, timeout_s: float) -> bool:
@@ -421,12 +421,6 @@ def _ask(method: Any, name: str, timeout_s: float) -> Any:
                 continue
             text = str(error)
             kind = JournalError if "JournalError" in text else ServerLostError
-            raise kind(f"create({name!r}): a server could not start: {_reason(text)}") from error
+            raise kind(f"create({name!r}): a server could not start: {why(error)}") from error
         except RayError as error:
-            raise ServerLostError(f"create({name!r}): a server does not answer: {error}") from error
-
-
-def _reason(text: str) -> str:
-    """Return the line that says why, of a message that has a whole traceback."""
-    lines = [line.strip() for line in text.splitlines() if "Error: " in line]
-    return lines[-1].partition("Error: ")[2] if lines else text.partition("\n")[0]
+            raise ServerLostError(f"create({name!r}): a server does not answer: {why(error)}") from error

@@ -21,7 +21,7 @@ from ..server.waits import PATIENCE_S
 from ..server.wire import join, split
 from .copies import CopyReader
 from .mailbox import Mailbox
-from .ray_actor import INLINE_NBYTES
+from .ray_actor import INLINE_NBYTES, why
 
 # How long to wait for an answer before the request is sent again.
 _RESEND_S = 10.0
@@ -155,14 +155,14 @@ class Link:
             return None
         except ActorDiedError as error:
             raise ServerLostError(
-                f"server {self._index} has ended for good: {_first_line(error)}; what was not saved is lost"
+                f"server {self._index} has ended for good: {why(error)}; what was not saved is lost"
             ) from error
         except (RayActorError, ObjectLostError, ConnectionError):
             time.sleep(_PAUSE_S)
             self._again("is not there")
             return None
         except RayError as error:
-            raise ServerLostError(f"server {self._index}: {_first_line(error)}") from error
+            raise ServerLostError(f"server {self._index}: {why(error)}") from error
         if found == b"":
             self._rings = False
             return None
@@ -222,7 +222,3 @@ class Link:
         if "boxed" in head:
             return Answer(head, self._box.reply[: head["boxed"]])
         return Answer(head, bytes_of(inline if beside is None else np.asarray(beside)))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]

@@ -684,6 +684,24 @@ def test_the_servers_of_a_store_are_looked_for_until_all_are_there_or_the_store_
 # ---------------------------------------------------------------- one moment
 
 
+def test_a_snapshot_has_every_key_that_it_names(small_pieces):
+    """Also one that another client has made, or made anew, a moment before."""
+    with Cluster(2) as cluster:
+        first, second = cluster.stores(2)
+        first.init(["a", "b"], [np.zeros(3, F32), np.zeros(3, F32)])
+        look = first._engine._moment._look
+
+        def after_others(words):
+            second.delete("b")
+            second.init(["b", "c"], [np.ones(600, F32), np.ones((40, 16), F32)])
+            return look(words)
+
+        with mock.patch.object(first._engine._moment, "_look", after_others), first.snapshot() as moment:
+            second.delete("c")
+            assert moment.keys() == ["a", "b", "c"] == list(moment.versions)
+            assert [moment.pull(key).shape for key in moment.keys()] == [(3,), (600,), (40, 16)]
+
+
 def push_all(stores, stop, n):
     def work(kv):
         count = 0

@@ -16,7 +16,6 @@ from ..keys import Key
 from ..manifest import Contents
 from ..record import Record
 from ..rows import Rows
-from .directory import Directory
 from .ray_lane import Lanes, Letter
 from .spread import Held, from_note
 from .traffic import Traffic
@@ -34,13 +33,12 @@ class Moments:
 
     Args:
         lanes: to the servers.
-        directory: of keys.
         traffic: of this client.
         num_servers: how many there are.
     """
 
-    def __init__(self, lanes: Lanes, directory: Directory, traffic: Traffic, num_servers: int) -> None:
-        self._lanes, self._directory, self._traffic = lanes, directory, traffic
+    def __init__(self, lanes: Lanes, traffic: Traffic, num_servers: int) -> None:
+        self._lanes, self._traffic = lanes, traffic
         self._all = range(num_servers)
 
     def take(self) -> Moment:
@@ -50,17 +48,22 @@ class Moments:
             SnapshotError: too many are held.
         """
         name = secrets.token_hex(8)
-        self._directory.refresh()
-        held = {key: self._directory.find("snapshot", key) for key in self._directory.names()}
+        notes: dict[Key, Any] = {}
         versions: dict[Key, int] = {}
+        pieces: dict[Key, int] = {}
         try:
             for head, _ in self._look({"view": name}):
-                for key, version in head["versions"]:
+                for key, version, note in head["keys"]:
+                    notes[key] = note
                     versions.setdefault(key, version)
+                    pieces[key] = pieces.get(key, 0) + 1
         except TensorKVError:
             self.drop(name)
             raise
-        return Moment(self, self._traffic, name, {key: held[key] for key in held if key in versions}, versions)
+        held = {key: from_note(notes[key]) for key in sorted(notes, key=lambda key: notes[key]["order"])}
+        # A key is there when every piece of it is.
+        held = {key: each for key, each in held.items() if pieces[key] == len(each.pieces)}
+        return Moment(self, self._traffic, name, held, {key: versions[key] for key in held})
 
     def states(self) -> list[State]:
         """Return everything that each server holds, and how it lies over servers."""

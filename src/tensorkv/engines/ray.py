@@ -89,7 +89,7 @@ class RayEngine:
         # In step, sums are known to the servers alone.
         self._finite = FiniteSums("pass" if in_step else settings.nonfinite)
         self._traffic = Traffic(self._lanes, self._directory, self._near, in_step=in_step, finite=self._finite)
-        self._moment = Moments(self._lanes, self._directory, self._traffic, len(actors))
+        self._moment = Moments(self._lanes, self._traffic, len(actors))
         self._claiming, self._claims = threading.Lock(), 0
         self._ranking = threading.Lock()
         self._all = range(len(actors))

@@ -385,13 +385,12 @@ class Server:
         def look() -> Reply:
             if head.get("states"):
                 return self._holding.describe()
-            versions = self._holding.views.add(head["view"], request.owner, self._holding.shard)
-            return Reply({"versions": list(versions.items())})
+            return Reply({"keys": self._holding.view(head["view"], request.owner)})
 
         with self._monitor:
             if head.get("view") in self._holding.views:
                 # The answer was lost.
-                return Reply({"versions": list(self._holding.views.versions(head["view"]).items())})
+                return Reply({"keys": self._holding.views.describe(head["view"])})
             found: Reply = self._cut.settle(request.client, request.seq, head["wanted"], look)
             return found
 

@@ -205,6 +205,11 @@ class Holding:
             words = {"body": body, "layout": record.layout.decode(), "notes": notes}
             return Reply(words, bytes_of(b"".join(record.payload)))
 
+    def view(self, name: str, client: str) -> list[list[Any]]:
+        """Hold what there is now for a client; return every key with its version and its note."""
+        self.views.add(name, client, self.shard, self._note_of)
+        return self.views.describe(name)
+
     def stats(self) -> dict[str, Any]:
         """Return counts of what is held."""
         with self.shard.frozen() as (entries, _):

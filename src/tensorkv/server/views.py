@@ -5,8 +5,9 @@ A value is copied when it is about to change and a view still needs it, not befo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ class _View:
     client: str
     entries: Mapping[Key, Entry]
     versions: Mapping[Key, int]
+    notes: Mapping[Key, Any]
     copies: dict[Key, torch.Tensor | Table] = field(default_factory=dict)
 
 
@@ -43,20 +45,21 @@ class Views:
     def __contains__(self, name: object) -> bool:
         return name in self._views
 
-    def versions(self, name: str) -> dict[Key, int]:
-        """Return the version of every key of a view."""
-        return dict(self._views[name].versions)
+    def describe(self, name: str) -> list[list[Any]]:
+        """Return every key of a view with its version, and the note on where its pieces are."""
+        view = self._views[name]
+        return [[key, version, view.notes[key]] for key, version in view.versions.items()]
 
-    def add(self, name: str, client: str, shard: Shard) -> dict[Key, int]:
-        """Hold what a shard has now; return the version of every key."""
+    def add(self, name: str, client: str, shard: Shard, note_of: Callable[[Key], Any]) -> None:
+        """Hold what a shard has now, and the notes on its keys."""
         if name not in self._views and len(self._views) >= self._keep:
             raise SnapshotError(
                 f"snapshot: {self._keep} are held, as many as keep=; close one, or choose a larger keep"
             )
         with shard.frozen() as (entries, _):
             held = {entry.key: entry for entry in entries}
-            self._views[name] = _View(client, held, {entry.key: entry.version for entry in entries})
-        return dict(self._views[name].versions)
+            versions = {entry.key: entry.version for entry in entries}
+            self._views[name] = _View(client, held, versions, {key: note_of(key) for key in held})
 
     def save(self, keys: Sequence[Key]) -> None:
         """Copy values that are about to change, for the views that have none yet."""

@@ -12,9 +12,8 @@ import tensorkv
 pytest.importorskip("ray")
 from ray.exceptions import OutOfMemoryError, RayError
 
-from tensorkv.engines.ray_actor import why
-
 from tensorkv.engines import ray_actor, ray_store
+from tensorkv.engines.ray_actor import why
 from tensorkv.server.wire import Settings
 
 

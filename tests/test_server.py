@@ -635,6 +635,20 @@ def test_a_reader_takes_the_rank_of_a_worker_that_is_gone_when_it_has_to_push():
         second.barrier()
 
 
+def test_a_worker_that_is_started_again_gets_the_rank_of_the_one_that_was_killed(monkeypatch):
+    """It comes before the other counts as lost; a rank whose worker lives is not given to a second one."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with Cluster(2, num_workers=2) as cluster:
+        killed = cluster.store()
+        with pytest.raises(tensorkv.ArgumentError, match="rank 1 is another worker that is alive"):
+            cluster.store()
+        killed._engine._ending.set()
+        killed._engine._beating.join()
+        assert cluster.servers[0].stats()["dead"] == []
+        assert cluster.store().rank == 1
+
+
 def test_a_lost_server_keeps_the_others_for_those_who_have_the_store_open_alone():
     with Cluster(3, num_workers=3, lost_after_s=1.5) as cluster:
         first, silent, last = cluster.stores(3)

@@ -44,6 +44,8 @@ class Attendance:
         self._now = now
         self.rounds = memory.rounds
         self._heard: dict[str, float] = {}
+        # Who wants a rank that another may still have, and since when.
+        self._asked: dict[str, float] = {}
         # Of each worker, the last meeting it has come to. Whoever waits there asks again.
         self._at: dict[int, int] = {}
 
@@ -112,7 +114,16 @@ class Attendance:
             mine = memory.members.get(client)
             free = (rank for rank in range(len(holders) + 1) if holders.get(rank) not in alive - {client})
             rank = wanted if wanted is not None else next(free) if mine is None else mine
-            if holders.get(rank) in alive - {client}:
+            holder = holders.get(rank)
+            if holder is not None and holder in alive - {client}:
+                # One that was killed just now counts as alive until it has been silent for long enough.
+                since = self._asked.setdefault(client, self._now())
+                self._monitor.wait_until(
+                    lambda: holder not in self.clients() or self._heard[holder] > since,
+                    lambda: f"rank {rank}, whose last worker may have ended",
+                )
+                del self._asked[client]
+            if holders.get(rank) in set(self.clients()) - {client}:
                 raise ArgumentError(f"create: rank {rank} is another worker that is alive; give each a RANK of its own")
             start = memory.starts.get(client, memory.over if rank in holders else (0, 0, 0))
             if memory.members.get(client) != rank or holders.get(rank) != client:

@@ -492,11 +492,13 @@ class World(Loop):
         enter(mock.patch.object(ray_link, "_PAUSE_S", 0.3))
         enter(mock.patch.object(ray_engine, "time", clock))
         threads = namespace(
-            Lock=threading.Lock,
-            RLock=threading.RLock,
-            Event=lambda: Event(self),
-            Thread=lambda target, **_: Thread(self, target, self.current.process),
+            **{name: getattr(threading, name) for name in threading.__all__},
         )
+        threads.Event = lambda: Event(self)
+        threads.Thread = lambda target, **_: Thread(self, target, self.current.process)
+        threads.current_thread = lambda: self.current
+        # Stores of clients that were killed are no concern of the next world.
+        enter(mock.patch.object(ray_engine, "_open", set()))
         enter(mock.patch.object(ray_engine, "threading", threads))
         token = namespace(token_hex=lambda nbytes: f"{next(self.tokens):0{2 * nbytes}x}")
         enter(mock.patch.object(ray_engine, "secrets", token))

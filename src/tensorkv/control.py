@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import wraps
 from tempfile import TemporaryDirectory
 from typing import Any, ParamSpec, Self, TypeVar
@@ -68,20 +68,31 @@ def _telling(engine: Any, name: str, method: Callable[..., Any]) -> Callable[...
     return call
 
 
-def outside_modes(method: Callable[P, R]) -> Callable[P, R]:
-    """Leave torch's inference and dispatch modes during a call.
+def outside_modes() -> AbstractContextManager[None]:
+    """Return a block outside of torch's inference and dispatch modes.
 
     What a store makes in inference mode it could not change later, and what it makes under ``FakeTensorMode`` has no
     memory.
     """
+    # Enabled modes are in a stack of each thread, for which torch has no public function.
+    if torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack():
+        return _outside_modes()
+    return nullcontext()
+
+
+@contextmanager
+def _outside_modes() -> Iterator[None]:
+    with torch.inference_mode(False), _disable_current_modes():
+        yield
+
+
+def runs_outside_modes(method: Callable[P, R]) -> Callable[P, R]:
+    """Have a function run in a block of ``outside_modes``."""
 
     @wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        # Enabled modes are in a stack of each thread, for which torch has no public function.
-        if torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack():
-            with torch.inference_mode(False), _disable_current_modes():
-                return method(*args, **kwargs)
-        return method(*args, **kwargs)
+        with outside_modes():
+            return method(*args, **kwargs)
 
     return call
 
@@ -104,7 +115,7 @@ class StoreControl:
 
     # ------------------------------------------------------------ the update rule
 
-    @outside_modes
+    @runs_outside_modes
     def set_updater(self, updater: Updater | None) -> None:
         """Update values with a function instead of by assignment.
 
@@ -135,7 +146,7 @@ class StoreControl:
             raise ArgumentError(f"set_updater: got {show(updater)}; expected a function updater(key, received, stored)")
         self._engine.set_updater(updater)
 
-    @outside_modes
+    @runs_outside_modes
     def set_optimizer(self, optimizer: Any, *unnamed: Any, **numbers: Any) -> None:
         """Update values by an optimizer, the sum of a push being the gradient.
 
@@ -168,7 +179,7 @@ class StoreControl:
             spec = optim.spec(optimizer, numbers)
         self._engine.set_optimizer(spec)
 
-    @outside_modes
+    @runs_outside_modes
     def set_hyperparameters(self, keys: Any = None, *unnamed: Any, **numbers: Any) -> None:
         """Change numbers of the optimizer while it runs, keeping its state.
 
@@ -205,7 +216,7 @@ class StoreControl:
 
     # ------------------------------------------------------------ checkpoints
 
-    @outside_modes
+    @runs_outside_modes
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write values, rows, versions, the optimizer and its state to a checkpoint.
 
@@ -221,7 +232,7 @@ class StoreControl:
         self._begin("save")
         self._engine.save(folder_path("save", path), "store")
 
-    @outside_modes
+    @runs_outside_modes
     def load(self, path: str | os.PathLike[str]) -> None:
         """Become what was saved: every key is replaced, and the update rule too.
 
@@ -248,7 +259,7 @@ class StoreControl:
         self._begin("load")
         self._engine.load(folder_path("load", path), "store")
 
-    @outside_modes
+    @runs_outside_modes
     def save_optimizer_states(self, path: str | os.PathLike[str]) -> None:
         """Write the optimizer and its state, without the values.
 
@@ -261,7 +272,7 @@ class StoreControl:
             raise OptimizerError("save_optimizer_states: the store has no optimizer; call set_optimizer first")
         self._engine.save(folder_path("save_optimizer_states", path), "optimizer-states")
 
-    @outside_modes
+    @runs_outside_modes
     def load_optimizer_states(self, path: str | os.PathLike[str]) -> None:
         """Set the optimizer, its numbers and its state to what ``save_optimizer_states`` wrote.
 
@@ -355,7 +366,7 @@ class StoreControl:
         self._begin("info")
         return self._engine.info(check_key("info", key))
 
-    @outside_modes
+    @runs_outside_modes
     def delete(self, key: Any) -> None:
         """Forget a key or a list of keys, and their optimizer state; all or none.
 
@@ -400,13 +411,13 @@ class StoreControl:
         self._begin("stats")
         return {"compiled": dict(compiled.parts()), **self._metrics.read(), **self._engine.stats()}
 
-    @outside_modes
+    @runs_outside_modes
     def barrier(self) -> None:
         """Wait until every worker has come here; with one worker, at once."""
         self._begin("barrier")
         self._engine.barrier()
 
-    @outside_modes
+    @runs_outside_modes
     def leave(self) -> None:
         """Push no more until every worker has left; with one worker, at once.
 
@@ -436,7 +447,7 @@ class StoreControl:
 
     # ------------------------------------------------------------ the end
 
-    @outside_modes
+    @runs_outside_modes
     def close(self) -> None:
         """Finish pending pushes and let go of the values; once is enough, twice does no harm.
 

@@ -12,7 +12,7 @@ import torch
 
 from . import arrays, compiled, engines
 from .arguments import keys_of, pairs, single_values
-from .control import StoreControl, outside_modes
+from .control import StoreControl, outside_modes, runs_outside_modes
 from .entry import Batch, KeySpec, Part
 from .errors import (
     ArgumentError,
@@ -43,7 +43,7 @@ _MXNET_NAMES = {
 }
 
 
-@outside_modes
+@runs_outside_modes
 def create(type: str = "local", **options: Any) -> KVStore:
     """Return a store: a new and empty one, what a folder holds, or servers that are there.
 
@@ -105,7 +105,7 @@ class KVStore(StoreControl):
 
     # ------------------------------------------------------------ init, push, pull
 
-    @outside_modes
+    @runs_outside_modes
     def init(self, key: Any, value: Any = None) -> None:
         """Put new keys into the store, with copies of their first values.
 
@@ -130,7 +130,6 @@ class KVStore(StoreControl):
         self._engine.init(keys, taken, specs)
         self._metrics.add("init", start, keys, _nbytes([[value] for value in taken]))
 
-    @outside_modes
     def push(self, key: Any, value: Any = None, priority: int = 0) -> None:
         """Sum the parts of each key, in the order given, and update the key's value with the sum.
 
@@ -162,11 +161,11 @@ class KVStore(StoreControl):
         start = self._begin("push", priority)
         if self._short("push", start, key, value, None, priority):
             return
-        batch = _batch("push", key, value)
-        self._engine.push(batch, priority)
-        self._metrics.add("push", start, batch.keys, _nbytes(batch.parts))
+        with outside_modes():
+            batch = _batch("push", key, value)
+            self._engine.push(batch, priority)
+            self._metrics.add("push", start, batch.keys, _nbytes(batch.parts))
 
-    @outside_modes
     def pull(
         self,
         key: Any,
@@ -218,21 +217,21 @@ class KVStore(StoreControl):
             raise ArgumentError("pull: timeout_s is how long to wait for min_version; give that as well")
         if out is not None and like is None and self._short("pull", start, key, None, out, priority):
             return None
-        outs: NewOuts | GivenOuts
-        if out is None and not isinstance(key, Mapping):
-            keys = keys_of("pull", key)
-            outs = NewOuts("pull", keys, self._specs("pull", keys), like)
-        elif like is not None:
-            raise ArgumentError("pull: got out= and like=; like= chooses what a pull without out returns")
-        else:
-            outs = GivenOuts("pull", key, out, skip_sparse=ignore_sparse)
-            outs.check(self._specs("pull", outs.keys))
-            self._warn_once(outs.skipped)
-        self._engine.pull(outs.keys, outs.tensors, priority)
-        self._metrics.add("pull", start, outs.keys, _nbytes(outs.tensors))
-        return outs.result(key)
+        with outside_modes():
+            outs: NewOuts | GivenOuts
+            if out is None and not isinstance(key, Mapping):
+                keys = keys_of("pull", key)
+                outs = NewOuts("pull", keys, self._specs("pull", keys), like)
+            elif like is not None:
+                raise ArgumentError("pull: got out= and like=; like= chooses what a pull without out returns")
+            else:
+                outs = GivenOuts("pull", key, out, skip_sparse=ignore_sparse)
+                outs.check(self._specs("pull", outs.keys))
+                self._warn_once(outs.skipped)
+            self._engine.pull(outs.keys, outs.tensors, priority)
+            self._metrics.add("pull", start, outs.keys, _nbytes(outs.tensors))
+            return outs.result(key)
 
-    @outside_modes
     def pushpull(self, key: Any, value: Any = None, out: Any = None, priority: int = 0) -> Any:
         """Push, then pull the same keys, in one trip.
 
@@ -255,22 +254,23 @@ class KVStore(StoreControl):
         start = self._begin("pushpull", priority)
         if out is not None and self._short("pushpull", start, key, value, out, priority):
             return None
-        batch = _batch("pushpull", key, value)
-        specs = self._specs("pushpull", batch.keys)
-        outs: NewOuts | GivenOuts
-        if out is None:
-            listed = list(key) if isinstance(key, Mapping) else keys_of("pushpull", key)
-            by_key = dict(zip(batch.keys, specs, strict=True))
-            outs = NewOuts("pushpull", listed, [by_key[each] for each in listed])
-        else:
-            outs = GivenOuts("pushpull", list(key) if isinstance(key, Mapping) else key, out)
-            outs.check(specs)
-        self._engine.pushpull(batch, outs.tensors, priority)
-        nbytes = map(add, _nbytes(batch.parts), _nbytes(outs.tensors))
-        self._metrics.add("pushpull", start, batch.keys, list(nbytes))
-        return outs.result(key)
+        with outside_modes():
+            batch = _batch("pushpull", key, value)
+            specs = self._specs("pushpull", batch.keys)
+            outs: NewOuts | GivenOuts
+            if out is None:
+                listed = list(key) if isinstance(key, Mapping) else keys_of("pushpull", key)
+                by_key = dict(zip(batch.keys, specs, strict=True))
+                outs = NewOuts("pushpull", listed, [by_key[each] for each in listed])
+            else:
+                outs = GivenOuts("pushpull", list(key) if isinstance(key, Mapping) else key, out)
+                outs.check(specs)
+            self._engine.pushpull(batch, outs.tensors, priority)
+            nbytes = map(add, _nbytes(batch.parts), _nbytes(outs.tensors))
+            self._metrics.add("pushpull", start, batch.keys, list(nbytes))
+            return outs.result(key)
 
-    @outside_modes
+    @runs_outside_modes
     def broadcast(self, key: Any, value: Any = None, out: Any = None, priority: int = 0) -> Any:
         """Put new keys into the store, then pull them: init and pull in one call.
 
@@ -303,7 +303,7 @@ class KVStore(StoreControl):
         self._metrics.add("broadcast", start, keys, _nbytes(outs.tensors))
         return outs.result(key)
 
-    @outside_modes
+    @runs_outside_modes
     def row_sparse_pull(self, key: Any, out: Any = None, priority: int = 0, row_ids: Any = None) -> Any:
         """Copy some rows out of the store.
 
@@ -353,7 +353,7 @@ class KVStore(StoreControl):
             target.ids, target.values, target.num_rows = rows.ids, rows.values, rows.num_rows
         return None
 
-    @outside_modes
+    @runs_outside_modes
     def snapshot(self) -> Snapshot:
         """Hold all values as they are now, for reading: no update is half in it, on whatever server its keys are.
 
@@ -385,7 +385,10 @@ class KVStore(StoreControl):
         if value is None and verb != "pull":
             return False
         if type(key) is list:
-            moved = self._many(key, value, out, priority) if self._many is not None and len(key) >= MANY else None
+            if self._many is None or len(key) < MANY:
+                return False
+            with outside_modes():
+                moved = self._many(key, value, out, priority)
             if moved is not None:
                 if out is not None:
                     count_writes(out)
@@ -402,7 +405,7 @@ class KVStore(StoreControl):
     def _warn_once(self, warning: SparseOutWarning | None) -> None:
         if warning is not None and not self._warned_sparse_out:
             self._warned_sparse_out = True
-            warnings.warn(warning, stacklevel=4)
+            warnings.warn(warning, stacklevel=3)
 
 
 # In its own messages of a wrong call Python names the class of a method by these.

@@ -415,6 +415,26 @@ def test_who_is_awaited_is_named_and_a_push_in_vain_harms_nothing():
         assert set(second.pull("a").tolist()) == {7}
 
 
+def test_a_worker_that_waits_for_a_slow_server_tells_the_others_that_it_is_alive():
+    beats = threading.Semaphore(0)
+
+    def fate(head):
+        if head["verb"] == "beat" and head["rank"] == 1:
+            beats.release()
+        return NONE
+
+    with Cluster(2, mode="sync", num_workers=2, fate=fate) as cluster:
+        cluster.store()
+        cluster.actors[1].paused.clear()
+        creating = threading.Thread(target=cluster.store)
+        creating.start()
+        # It cannot be ready before that server has answered.
+        assert all(beats.acquire(timeout=20) for _ in range(5))
+        assert creating.is_alive()
+        cluster.actors[1].paused.set()
+        creating.join()
+
+
 def test_a_worker_that_comes_again_is_waited_for_again():
     with Cluster(2, mode="sync", num_workers=2, timeout_s=10) as cluster:
         first, second = cluster.stores(2)

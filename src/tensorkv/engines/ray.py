@@ -93,16 +93,22 @@ class RayEngine:
         self._claiming, self._claims = threading.Lock(), 0
         self._ranking = threading.Lock()
         self._all = range(len(actors))
+        # One that is late, or waits for a slow server, is not to be taken for lost.
+        self._beat_s = min(_BEAT_S, settings.lost_after_s / 4)
         self._rank = self._take_rank()
-        self._directory.refresh()
         self.forks = forks.count
         self._ending, self._ended = threading.Event(), threading.Event()
         self._closing = threading.Lock()
         self.is_abandoned = False
         """Whether the store was dropped without ``close``."""
         self._beating = threading.Thread(target=self._beat, name="tensorkv-beat", daemon=True)
-        _open.add(self)
         self._beating.start()
+        try:
+            self._directory.refresh()
+        except BaseException:
+            self._ending.set()
+            raise
+        _open.add(self)
 
     def _make_lane(self, number: int) -> Lane:
         links = [
@@ -177,13 +183,12 @@ class RayEngine:
         if lane is None:
             return self._ask("list", {})
         letters = [Letter(server, {}) for server in self._all]
-        return [answer.head for answer in lane.send("list", letters, timeout_s=_BEAT_S)]
+        return [answer.head for answer in lane.send("list", letters, timeout_s=self._beat_s)]
 
     def _beat(self) -> None:
         """Tell the servers that this worker is alive, and hear who is not."""
         owner, lane, changes = self._owner, self._make_lane(-1), None
-        # One that is late is not to be taken for lost.
-        while not self._ending.wait(min(_BEAT_S, self._settings.lost_after_s / 4)):
+        while not self._ending.wait(self._beat_s):
             if self.is_abandoned:
                 self.close()
                 return
@@ -191,7 +196,7 @@ class RayEngine:
                 # It has another rank.
                 owner, lane = self._owner, self._make_lane(-1)
             try:
-                answers = lane.send("beat", [Letter(server, {}) for server in self._all], timeout_s=_BEAT_S)
+                answers = lane.send("beat", [Letter(server, {}) for server in self._all], timeout_s=self._beat_s)
                 if changes != [answer.head["changes"] for answer in answers]:
                     # Keys that others have made, deleted or made anew.
                     self._directory.refresh(partial(self._list, lane))

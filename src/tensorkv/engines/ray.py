@@ -190,7 +190,7 @@ class RayEngine:
         owner, lane, changes = self._owner, self._make_lane(-1), None
         while not self._ending.wait(self._beat_s):
             if self.is_abandoned:
-                self.close()
+                self._close(by_heartbeat=True)
                 return
             if owner != self._owner:
                 # It has another rank.
@@ -483,15 +483,17 @@ class RayEngine:
         self.is_abandoned = True
 
     def close(self) -> None:
-        is_own_thread = threading.current_thread() is self._beating
+        self._close(by_heartbeat=False)
+
+    def _close(self, *, by_heartbeat: bool) -> None:
         if not self._closing.acquire(blocking=False):
             # Another thread is closing it, and this one may be what it waits for.
-            if not is_own_thread:
+            if not by_heartbeat:
                 self._ended.wait()
             return
         try:
             self._ending.set()
-            if not is_own_thread:
+            if not by_heartbeat:
                 self._beating.join()
                 if not self.is_abandoned:
                     close_abandoned()

@@ -6,6 +6,7 @@ A test module of an engine subclasses ``Contract`` and says how to create a stor
         TYPE = "local"
 """
 
+import contextlib
 import os
 import threading
 import warnings
@@ -853,6 +854,37 @@ class BaseContract:
             for store in (kv, other):
                 store.push("a", ones(2))
             assert state(other) == state(kv)
+
+    def test_a_checkpoint_that_may_be_missing(self, kv, tmp_path):
+        """Not there at all, begun and not finished, there, and damaged."""
+        kv.init("a", ones(2))
+        folder = tmp_path / "may-be-missing"
+        assert kv.load(folder, missing_ok=True) is False
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        kv.barrier()
+        assert kv.load(folder, missing_ok=True) is False
+        # What a crash in the first save leaves.
+        (folder / f"data-{16 * '0'}-00000.safetensors").write_bytes(b"half")
+        kv.barrier()
+        assert kv.load(folder, missing_ok=True) is False
+        with pytest.raises(tensorkv.CheckpointError, match="no checkpoint here"):
+            kv.load(folder)
+        assert kv.pull("a").tolist() == [1, 1]
+        kv.push("a", ones(2) * 5)
+        saved = kv.pull("a").tolist()
+        kv.save(folder)
+        kv.push("a", ones(2) * 7)
+        assert kv.load(folder, missing_ok=True) is True
+        assert kv.pull("a").tolist() == saved
+        kv.barrier()
+        (folder / "manifest.json").write_text("{}")
+        kv.barrier()
+        for missing_ok in (True, False):
+            with pytest.raises(tensorkv.CheckpointError):
+                kv.load(folder, missing_ok=missing_ok)
+        with pytest.raises(tensorkv.ArgumentError, match="missing_ok"):
+            kv.load(folder, missing_ok="yes")
 
     # ---------------------------------------------------------------- NaN and Inf
 

@@ -552,6 +552,9 @@ def test_a_crash_at_any_moment_leaves_the_old_or_the_new(tmp_path, name):
     for folder in folders:
         seen.append(_found(folder))
         with small(1) as kv:
+            assert kv.load(folder, missing_ok=True) == (seen[-1] is not None)
+            assert seen[-1] or kv.pull("a").tolist() == [1, 1, 1]
+        with small(1) as kv:
             kv.save(folder)
         assert _found(folder) == "old"
         assert len(os.listdir(folder)) == 2

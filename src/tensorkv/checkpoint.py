@@ -148,6 +148,18 @@ def read(path: str) -> Contents:
         return manifest.restore(body, tensors)
 
 
+def is_missing(path: str) -> bool:
+    """Tell whether nothing was saved here yet; a crash in the first save may have left files without a manifest."""
+    try:
+        names = os.listdir(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        # Who reads it says what is wrong.
+        return False
+    return all(_OWN_NAME.fullmatch(name) for name in names)
+
+
 def read_manifest(path: str) -> dict[str, Any]:
     """Return the body of a checkpoint's manifest after checking its digest, without reading tensors."""
     file = Path(path) / MANIFEST

@@ -13,8 +13,8 @@ from typing import Any, ParamSpec, Self, TypeVar
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import compiled, engines, forks, optim
-from .arguments import folder_path, keys_of
+from . import checkpoint, compiled, engines, forks, optim
+from .arguments import check_flag, folder_path, keys_of
 from .entry import KeyInfo
 from .errors import (
     ArgumentError,
@@ -233,7 +233,7 @@ class StoreControl:
         self._engine.save(folder_path("save", path), "store")
 
     @runs_outside_modes
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(self, path: str | os.PathLike[str], *, missing_ok: bool = False) -> bool:
         """Become what was saved: every key is replaced, and the update rule too.
 
         Only where an updater was in force at the save, which is a function and not saved, does the
@@ -242,6 +242,12 @@ class StoreControl:
 
         Args:
             path: a directory that ``save`` wrote.
+            missing_ok: do nothing if no checkpoint was saved there yet: there is no directory, or it holds nothing but
+                what a crash in the first save has left. A damaged checkpoint is an error all the same. With several
+                workers, what rank 0 sees counts.
+
+        Returns:
+            Whether a checkpoint was loaded.
 
         Raises:
             CheckpointError: not a checkpoint, or a damaged one; the store is as it was.
@@ -253,11 +259,21 @@ class StoreControl:
         ...     kv.save(folder)
         ...     other = tensorkv.create()
         ...     other.load(folder)
+        True
         >>> other.pull("w")
         array([1., 1.])
+        >>> other.load("checkpoint-of-an-earlier-run", missing_ok=True)
+        False
         """
         self._begin("load")
-        self._engine.load(folder_path("load", path), "store")
+        folder = folder_path("load", path)
+        if check_flag("missing_ok", missing_ok):
+            seen = "missing" if checkpoint.is_missing(folder) else "there"
+            # All do what rank 0 does, whatever they see.
+            if self._engine.tell(seen) == "missing":
+                return False
+        self._engine.load(folder, "store")
+        return True
 
     @runs_outside_modes
     def save_optimizer_states(self, path: str | os.PathLike[str]) -> None:

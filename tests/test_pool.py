@@ -1,8 +1,6 @@
 """The pool runs everything to its end, leaves torch's threads as it found them, and ends when it is closed."""
 
-import _thread
 import threading
-import time
 
 import pytest
 import torch
@@ -21,9 +19,8 @@ def pool():
 @pytest.mark.parametrize("count", [1, 2, 3, 50])
 def test_every_job_runs_once(pool, count):
     done = []
-    pool.run([lambda i=i: done.append(i) for i in range(count)], then=lambda: done.append("then"))
-    assert sorted(done[:-1]) == list(range(count))
-    assert done[-1] == "then"
+    pool.run([lambda i=i: done.append(i) for i in range(count)])
+    assert sorted(done) == list(range(count))
 
 
 def test_torch_threads_are_one_inside_and_untouched_outside(pool):
@@ -45,32 +42,41 @@ def test_a_job_that_fails(pool):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        pool.run([fail, lambda: done.append(1)], then=lambda: done.append("then"))
+        pool.run([fail, lambda: done.append(1)])
     assert done == [1]
     pool.run([lambda: done.append(2)])
     assert done == [1, 2]
 
 
-def test_an_interrupt_waits_for_the_work(pool):
+def test_without_threads_the_caller_does_the_work(pool, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
     done = []
+    pool.run([lambda: done.append(torch.get_num_threads())] * 3)
+    assert done == [1] * 3
+    monkeypatch.undo()
+    pool.run([lambda: done.append(threading.current_thread().name)])
+    assert done[3].startswith("tensorkv-pool")
+
+
+def test_a_pool_that_is_dropped_ends_its_threads():
+    pool = Pool(2)
     pool.run([int])
-
-    def slow():
-        _thread.interrupt_main()
-        time.sleep(0.3)
-        done.append(1)
-
-    with pytest.raises(KeyboardInterrupt):
-        pool.run([slow], then=lambda: done.append("then"))
-    assert done == [1, "then"]
+    threads = pool._threads
+    del pool
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
 
 
 def test_a_closed_pool_starts_again(pool):
     pool.run([int])
-    assert any(thread.name.startswith("tensorkv") for thread in threading.enumerate())
+    assert any(thread.name.startswith("tensorkv-pool") for thread in threading.enumerate())
     pool.close()
     pool.close()
-    assert not any(thread.name.startswith("tensorkv") for thread in threading.enumerate())
+    assert not any(thread.name.startswith("tensorkv-pool") for thread in threading.enumerate())
     pool.run([int])
 
 

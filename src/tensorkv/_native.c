@@ -207,6 +207,76 @@ static PyObject *addresses(PyObject *module, PyObject *args) {
     return column;
 }
 
+/* ------------------------------------------------------------ exchange */
+
+PyDoc_STRVAR(exchange_doc,
+             "exchange(lock, rule, shard, entry, tensor, address, nbytes, source, target)\n--\n\n"
+             "Copy a source into a value, count the update, and copy the value into a target; False: nothing was done.\n\n"
+             "Args:\n"
+             "    lock: its ``depth`` must be 0: nobody is inside.\n"
+             "    rule, shard: the shard's ``_rule`` must be this one.\n"
+             "    entry, tensor: the entry's ``value`` must be this one; its ``version`` counts.\n"
+             "    address, nbytes: of the value.\n"
+             "    source, target: buffers or addresses of as many bytes, or None.\n\n"
+             "The interpreter's lock is held all the time: no other thread and no signal handler runs in between.");
+
+static int is_same(PyObject *object, const char *name, PyObject *expected) {
+    PyObject *found = PyObject_GetAttrString(object, name);
+    if (found == NULL) return -1;
+    Py_DECREF(found);
+    return found == expected;
+}
+
+/* The memory of a buffer of as many bytes, of an address, or NULL for None; -1: it is none of these. */
+static int memory_of(PyObject *array, Py_buffer *view, int flags, Py_ssize_t nbytes, void **at) {
+    view->obj = NULL;
+    *at = NULL;
+    if (array == Py_None) return 0;
+    if (PyLong_Check(array)) {
+        *at = PyLong_AsVoidPtr(array);
+        return PyErr_Occurred() ? -1 : 0;
+    }
+    if (PyObject_GetBuffer(array, view, PyBUF_C_CONTIGUOUS | flags)) return -1;
+    *at = view->buf;
+    return view->len == nbytes ? 0 : -1;
+}
+
+static PyObject *exchange(PyObject *module, PyObject *args) {
+    PyObject *lock, *rule, *shard, *entry, *tensor, *source, *target, *depth = NULL, *version = NULL, *one = NULL;
+    Py_buffer from_view = {.obj = NULL}, to_view = {.obj = NULL};
+    unsigned long long address;
+    Py_ssize_t nbytes;
+    void *from, *to;
+    int done = 0;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "OOOOOKnOO", &lock, &rule, &shard, &entry, &tensor, &address, &nbytes, &source, &target))
+        return NULL;
+    if ((depth = PyObject_GetAttrString(lock, "depth")) == NULL || PyObject_IsTrue(depth)) goto end;
+    if (is_same(shard, "_rule", rule) != 1 || is_same(entry, "value", tensor) != 1) goto end;
+    if (memory_of(source, &from_view, 0, nbytes, &from) || memory_of(target, &to_view, PyBUF_WRITABLE, nbytes, &to))
+        goto end;
+    void *value = (void *)(uintptr_t)address;
+    if (source != Py_None) {
+        PyObject *old = PyObject_GetAttrString(entry, "version");
+        one = PyLong_FromLong(1);
+        version = old == NULL || one == NULL ? NULL : PyNumber_Add(old, one);
+        Py_XDECREF(old);
+        if (version == NULL || PyObject_SetAttrString(entry, "version", version)) goto end;
+        memmove(value, from, nbytes);
+    }
+    if (target != Py_None) memmove(to, value, nbytes);
+    done = 1;
+end:
+    if (from_view.obj != NULL) PyBuffer_Release(&from_view);
+    if (to_view.obj != NULL) PyBuffer_Release(&to_view);
+    Py_XDECREF(depth);
+    Py_XDECREF(version);
+    Py_XDECREF(one);
+    /* What does not fit goes the general way, which says so. */
+    PyErr_Clear();
+    return PyBool_FromLong(done);
+}
+
 /* ------------------------------------------------------------ checksum */
 
 /* CRC-32 as of zlib, on a register that begins with the complement of the checksum so far. */
@@ -273,6 +343,7 @@ static PyMethodDef methods[] = {
     {"crc32", crc32, METH_VARARGS, crc32_doc},
     {"sum_columns", sum_columns, METH_VARARGS, sum_doc},
     {"addresses", addresses, METH_VARARGS, addresses_doc},
+    {"exchange", exchange, METH_VARARGS, exchange_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -13,3 +13,15 @@ def sum_columns(
 ) -> None: ...
 def crc32(data: Any, crc: int = 0, /) -> int | None: ...
 def addresses(arrays: Sequence[Any], type: type, format: str, shapes: list[Any], writable: bool, /) -> bytes | None: ...
+def exchange(
+    lock: Any,
+    rule: Any,
+    shard: Any,
+    entry: Any,
+    tensor: Any,
+    address: int,
+    nbytes: int,
+    source: Any,
+    target: Any,
+    /,
+) -> bool: ...

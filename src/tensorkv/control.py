@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import checkpoint, compiled, engines, forks, optim
+from . import checkpoint, compiled, engines, forks, optim, shield
 from .arguments import check_flag, folder_path, keys_of
 from .entry import KeyInfo
 from .errors import (
@@ -144,7 +144,7 @@ class StoreControl:
         self._begin("set_updater")
         if updater is not None and not callable(updater):
             raise ArgumentError(f"set_updater: got {show(updater)}; expected a function updater(key, received, stored)")
-        self._engine.set_updater(updater)
+        shield.run(self._engine.set_updater, updater)
 
     @runs_outside_modes
     def set_optimizer(self, optimizer: Any, *unnamed: Any, **numbers: Any) -> None:
@@ -177,7 +177,7 @@ class StoreControl:
         _refuse_unnamed("set_optimizer", unnamed)
         with naming("set_optimizer"):
             spec = optim.spec(optimizer, numbers)
-        self._engine.set_optimizer(spec)
+        shield.run(self._engine.set_optimizer, spec)
 
     @runs_outside_modes
     def set_hyperparameters(self, keys: Any = None, *unnamed: Any, **numbers: Any) -> None:
@@ -203,7 +203,7 @@ class StoreControl:
         _refuse_unnamed("set_hyperparameters", unnamed)
         listed = None if keys is None else keys_of("set_hyperparameters", keys)
         with naming("set_hyperparameters"):
-            self._engine.set_hyperparameters(numbers, listed)
+            shield.run(self._engine.set_hyperparameters, numbers, listed)
 
     @property
     def optimizer(self) -> dict[str, Any] | None:
@@ -230,7 +230,7 @@ class StoreControl:
         An updater is a function and is not saved; set it again after ``load``.
         """
         self._begin("save")
-        self._engine.save(folder_path("save", path), "store")
+        shield.run(self._engine.save, folder_path("save", path), "store")
 
     @runs_outside_modes
     def load(self, path: str | os.PathLike[str], *, missing_ok: bool = False) -> bool:
@@ -270,9 +270,9 @@ class StoreControl:
         if check_flag("missing_ok", missing_ok):
             seen = "missing" if checkpoint.is_missing(folder) else "there"
             # All do what rank 0 does, whatever they see.
-            if self._engine.tell(seen) == "missing":
+            if shield.run(self._engine.tell, seen) == "missing":
                 return False
-        self._engine.load(folder, "store")
+        shield.run(self._engine.load, folder, "store")
         return True
 
     @runs_outside_modes
@@ -286,7 +286,7 @@ class StoreControl:
         self._begin("save_optimizer_states")
         if self._engine.optimizer is None:
             raise OptimizerError("save_optimizer_states: the store has no optimizer; call set_optimizer first")
-        self._engine.save(folder_path("save_optimizer_states", path), "optimizer-states")
+        shield.run(self._engine.save, folder_path("save_optimizer_states", path), "optimizer-states")
 
     @runs_outside_modes
     def load_optimizer_states(self, path: str | os.PathLike[str]) -> None:
@@ -297,7 +297,7 @@ class StoreControl:
                 the store is as it was.
         """
         self._begin("load_optimizer_states")
-        self._engine.load(folder_path("load_optimizer_states", path), "optimizer-states")
+        shield.run(self._engine.load, folder_path("load_optimizer_states", path), "optimizer-states")
 
     @contextmanager
     def _scratch_folder(self) -> Iterator[str]:
@@ -309,8 +309,8 @@ class StoreControl:
         True
         """
         with TemporaryDirectory() as mine:
-            yield self._engine.tell(mine)
-            self._engine.barrier()
+            yield shield.run(self._engine.tell, mine)
+            shield.run(self._engine.barrier)
 
     def _once(self, do: Callable[[], Any]) -> None:
         """Have rank 0 do something to files while the others wait; all workers call this together, a reader alone.
@@ -328,7 +328,7 @@ class StoreControl:
                 do()
             except CheckpointError as error:
                 problem = str(error)
-        told = json.loads(self._engine.tell(json.dumps(problem)))
+        told = json.loads(shield.run(self._engine.tell, json.dumps(problem)))
         if told is not None:
             raise CheckpointError(told)
 
@@ -391,7 +391,7 @@ class StoreControl:
         """
         self._begin("delete")
         keys = list(dict.fromkeys(keys_of("delete", key)))
-        self._engine.delete(keys)
+        shield.run(self._engine.delete, keys)
         self._metrics.forget(keys)
 
     def is_capable(self, name: str) -> bool:
@@ -431,7 +431,7 @@ class StoreControl:
     def barrier(self) -> None:
         """Wait until every worker has come here; with one worker, at once."""
         self._begin("barrier")
-        self._engine.barrier()
+        shield.run(self._engine.barrier)
 
     @runs_outside_modes
     def leave(self) -> None:
@@ -448,7 +448,7 @@ class StoreControl:
         >>> tensorkv.create().leave()
         """
         self._begin("leave")
-        self._engine.leave()
+        shield.run(self._engine.leave)
 
     def dead_workers(self) -> list[int]:
         """Return the ranks of workers that were here and have been silent for too long; without servers, none.
@@ -472,14 +472,19 @@ class StoreControl:
         """
         if not self._closed:
             self._check_fork("close")
-            try:
-                self._engine.close()
-            except UpdaterError:
-                raise
-            except BaseException:
-                self._closed = True
-                raise
+            shield.run(self._close)
+
+    def _close(self) -> None:
+        if self._closed:
+            return
+        try:
+            self._engine.close()
+        except UpdaterError:
+            raise
+        except BaseException:
             self._closed = True
+            raise
+        self._closed = True
 
     def __del__(self) -> None:
         # A store that was dropped: what is more than memory of this process goes in its own time.

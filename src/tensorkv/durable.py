@@ -27,7 +27,7 @@ from .journal import Durability, Journal
 from .keys import Key
 from .optim import Optimizer
 from .plan import Plan
-from .pool import Pool
+from .pool import OneTorchThread
 from .record import Item, Record, describe, nbytes_of, pack
 from .rows import Rows
 from .rules import Assign, CallUpdater, LostUpdater, Rule
@@ -67,7 +67,6 @@ class DurableShard(Shard):
     ) -> None:
         super().__init__(nonfinite=nonfinite, threads=threads)
         self.clients = Clients() if clients is None else clients
-        self._shield = Pool(1)
         self.notes: dict[str, Any] = {}
         self._broken: str | None = None
         self._layouts: WeakKeyDictionary[Plan, bytes] = WeakKeyDictionary()
@@ -75,10 +74,11 @@ class DurableShard(Shard):
         self._unproven = 0
         self._journal = Journal(path, durability, log_nbytes, wait_s)
         try:
-            self._shield.run([self._recover])
+            # What torch computes may depend on its number of threads: pushes and replays have one.
+            with OneTorchThread():
+                self._recover()
         except BaseException:
             self._journal.close()
-            self._shield.close()
             raise
 
     @property
@@ -188,9 +188,10 @@ class DurableShard(Shard):
             # One that is broken may be closed.
             super().refuse_reentry()
             self._broken = None
-            super().close()
-            self._journal.close()
-            self._shield.close()
+            try:
+                super().close()
+            finally:
+                self._journal.close()
 
     def refuse_reentry(self) -> None:
         """Raise UpdaterError if an updater is running, JournalError if memory may not be what the journal says."""
@@ -207,23 +208,17 @@ class DurableShard(Shard):
         requests = list(self.clients.current)
         if requests:
             record = replace(record, head={**record.head, "requests": requests})
-        results: list[Any] = []
-
-        def work() -> None:
+        with OneTorchThread():
             self._journal.append(record)
             try:
-                results.append(change())
+                result = change()
             except BaseException:
                 self._take_back(self._journal.undo)
                 raise
             self.clients.done(requests, [entry.key for entry in entries])
             self._note(entries, sums)
             self._look_after_the_log()
-
-        # No interrupt strikes between the log and the change in there. Replays run there as well: what torch
-        # computes may depend on its number of threads.
-        self._shield.run([work])
-        return results[0]
+        return result
 
     def _take_back(self, undo: Callable[[], None] | None = None) -> None:
         """Become what the journal says, a change having failed."""
@@ -253,7 +248,7 @@ class DurableShard(Shard):
         """Make a change that is too large for the log, and a snapshot of what it leads to."""
         requests = list(self.clients.current)
 
-        def work() -> None:
+        with OneTorchThread():
             try:
                 change()
                 self.clients.done(requests)
@@ -262,8 +257,6 @@ class DurableShard(Shard):
             except BaseException:
                 self._take_back()
                 raise
-
-        self._shield.run([work])
 
     def _snapshot(self) -> bool:
         made = self._journal.snapshot(self._snapshot_records())

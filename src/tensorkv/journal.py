@@ -266,8 +266,14 @@ class Journal:
                 raise
             return
         self._retry_nbytes = self.nbytes = 0
-        self._finishing = threading.Thread(target=self._finish, args=(temporary, descriptor, self.lsn), daemon=True)
-        self._finishing.start()
+        finishing = threading.Thread(target=self._finish, args=(temporary, descriptor, self.lsn), daemon=True)
+        try:
+            finishing.start()
+        except RuntimeError:
+            # No more threads are to be had, as when the interpreter ends.
+            self._finish(temporary, descriptor, self.lsn)
+        else:
+            self._finishing = finishing
 
     def settle(self) -> None:
         """Wait for the thread that finishes a snapshot."""

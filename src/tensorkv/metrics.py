@@ -22,7 +22,8 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # A signal handler that calls the store may interrupt the thread that holds it.
+        self._lock = threading.RLock()
         self._verbs: dict[str, list[Any]] = {}
         self._keys: dict[str, dict[Key, list[int]]] = {}
 

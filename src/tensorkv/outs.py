@@ -74,11 +74,14 @@ class GivenOuts:
                         f"hold the key's {arrays.dtype_name(spec.dtype)}; give an out of the same kind of number"
                     )
 
-    def result(self, key: Any) -> None:
-        """Finish arrays that torch could not write itself."""
+    def finish(self) -> None:
+        """Fill the arrays that torch could not write itself."""
         count_writes(self._seen_by_autograd)
         for finish in self._finishes:
             finish()
+
+    def result(self, key: Any) -> None:
+        """Return what the verb returns when it was given outs."""
 
     def _check_apart(self, written: list[Any]) -> None:
         pair = arrays.overlapping(written)
@@ -122,6 +125,12 @@ class NewOuts:
             grouped.setdefault(key, []).append(tensor)
         self.keys = list(grouped)
         self.tensors = list(grouped.values())
+
+    def check(self, specs: Sequence[KeySpec]) -> None:
+        """Do nothing: they are what their keys ask for."""
+
+    def finish(self) -> None:
+        """Do nothing: torch has written them all."""
 
     def result(self, key: Any) -> Any:
         """Return the arrays in the form of the caller's ``key``: one, a list, or a dict."""

@@ -182,7 +182,8 @@ class Plan:
         ]
         if not native.can_sum(self._dtype):
             jobs = [partial(_run_all, jobs)]
-        pool.run(jobs, then=partial(self._count_steps, joined, counter))
+        pool.run(jobs)
+        self._count_steps(joined, counter)
         if not at_once:
             # An out is the part of another key, which had to be read first.
             self.fill(targets, pool)

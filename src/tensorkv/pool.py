@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -41,11 +42,10 @@ class OneTorchThread:
 
 
 class Pool:
-    """Threads for the pieces of a push; started when first needed, ended by ``close``.
+    """Threads for the pieces of a push; started when first needed, ended by ``close`` or with the pool.
 
-    Work in the pool always runs to its end. Python raises KeyboardInterrupt in the main thread only, and
-    the main thread here only waits, so an interrupted push is a whole push: the exception is raised
-    when the work is done.
+    They are daemons, so work can be given to them until the interpreter has ended, by exit handlers too. Where no
+    thread can be started, the caller does the work.
 
     Args:
         threads: how many (None: as many as cores).
@@ -62,22 +62,32 @@ class Pool:
         if threads is not None and (type(threads) is not int or threads < 1):
             raise ArgumentError(f"threads is {show(threads)}; expected an int of at least 1, or None for the cores")
         self.threads = threads or default_threads()
-        self._executor: ThreadPoolExecutor | None = None
+        self._end: weakref.finalize[Any, Any] | None = None
+        self._shares: SimpleQueue[_Share | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._process = 0
+        self._starting = threading.Lock()
 
-    def run(self, jobs: Sequence[Job], then: Job | None = None) -> None:
+    def run(self, jobs: Sequence[Job]) -> None:
         """Run jobs that touch different memory; return when all have run, raise what a failed one raised.
 
         Args:
             jobs: at least one.
-            then: what to do in the pool when every job has succeeded.
         """
-        executor = self._start()
+        if not self._start():
+            with OneTorchThread():
+                for job in jobs:
+                    job()
+            return
         count = min(self.threads, len(jobs))
-        left = _Countdown(count, then)
-        futures = [executor.submit(_run_all, jobs[first::count], left) for first in range(count)]
-        _wait_for_all(futures)
-        for future in futures:
-            future.result()
+        shares = [_Share(jobs[first::count]) for first in range(count)]
+        for share in shares:
+            self._shares.put(share)
+        for share in shares:
+            share.done.acquire()
+        for share in shares:
+            if share.error is not None:
+                raise share.error
 
     def is_worth(self, outs: Sequence[torch.Tensor]) -> bool:
         """Tell whether filling these tensors is work for the pool.
@@ -90,57 +100,74 @@ class Pool:
 
     def close(self) -> None:
         """End the threads; a later ``run`` starts new ones."""
-        if self._executor is not None:
-            self._executor.shutdown()
-            self._executor = None
+        if self._end is not None:
+            self._end()
+            self._end = None
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
 
-    def _start(self) -> ThreadPoolExecutor:
-        if self._executor is None:
-            outside = torch.get_num_threads()
-            together = threading.Barrier(self.threads)
-            executor = ThreadPoolExecutor(self.threads, thread_name_prefix="tensorkv")
-            wait([executor.submit(_use_one_torch_thread, together) for _ in range(self.threads)])
-            # Setting a thread's number also sets what threads that start later will find.
-            torch.set_num_threads(outside)
-            self._executor = executor
-        return self._executor
+    def _start(self) -> bool:
+        """Start the threads, if this process has not; False where it cannot."""
+        with self._starting:
+            return (self._end is not None and self._process == os.getpid()) or self._start_threads()
+
+    def _start_threads(self) -> bool:
+        outside = torch.get_num_threads()
+        # Of a pool that was there before a fork, the threads are gone.
+        self._shares, ready = SimpleQueue(), threading.Semaphore(0)
+        self._threads = []
+        try:
+            for _ in range(self.threads):
+                thread = threading.Thread(target=_serve, args=(self._shares, ready), name="tensorkv-pool", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except RuntimeError:
+            _end_threads(self._shares, len(self._threads))
+            return False
+        for _ in self._threads:
+            ready.acquire()
+        # Setting a thread's number also sets what threads that start later will find.
+        torch.set_num_threads(outside)
+        self._process = os.getpid()
+        self._end = weakref.finalize(self, _end_threads, self._shares, self.threads)
+        self._end.atexit = False
+        return True
 
 
-def _use_one_torch_thread(together: threading.Barrier) -> None:
-    # Wait for the others, so that each thread of the pool runs this once.
-    together.wait(timeout=60)
+class _Share:
+    """What one thread does of a call's jobs."""
+
+    __slots__ = ("_jobs", "done", "error")
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = jobs
+        self.done = threading.Lock()
+        self.done.acquire()
+        self.error: BaseException | None = None
+
+    def do(self) -> None:
+        try:
+            for job in self._jobs:
+                job()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._jobs = ()
+            self.done.release()
+
+
+def _serve(shares: SimpleQueue[_Share | None], ready: threading.Semaphore) -> None:
     # torch sets a thread's number when it is first asked for, and would undo ours.
     torch.get_num_threads()
     torch.set_num_threads(1)
+    ready.release()
+    while (share := shares.get()) is not None:
+        share.do()
+        # Else its error, and what that leads to, would stay until the next one comes.
+        del share
 
 
-class _Countdown:
-    def __init__(self, count: int, then: Job | None) -> None:
-        self._count = count
-        self._then = then
-        self._lock = threading.Lock()
-
-    def down(self) -> None:
-        with self._lock:
-            self._count -= 1
-            last = self._count == 0
-        if last and self._then is not None:
-            self._then()
-
-
-def _run_all(jobs: Sequence[Job], left: _Countdown) -> None:
-    for job in jobs:
-        job()
-    left.down()
-
-
-def _wait_for_all(futures: Sequence[Future[None]]) -> None:
-    interrupt: KeyboardInterrupt | None = None
-    while True:
-        try:
-            wait(futures)
-            break
-        except KeyboardInterrupt as caught:
-            interrupt = caught
-    if interrupt is not None and not any(future.exception() for future in futures):
-        raise interrupt
+def _end_threads(shares: SimpleQueue[_Share | None], count: int) -> None:
+    for _ in range(count):
+        shares.put(None)

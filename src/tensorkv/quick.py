@@ -3,6 +3,9 @@
 At a few bytes the price of a call is what Python does around the copy. This is the general way without all
 that cannot apply: one part, of the key's own dtype, NumPy's or torch's on the CPU. Whatever is out of the
 ordinary is left to the general way, which also words the errors.
+
+The compiled function copies and counts while it holds the interpreter's lock, so neither another thread nor a
+signal handler comes in between; without it everything goes the general way.
 """
 
 from __future__ import annotations
@@ -14,28 +17,34 @@ import torch
 
 from .entry import Entry
 
+try:
+    from . import _native
+except ImportError:
+    _native = None  # type: ignore[assignment]
+
 # Larger values gain nothing here, and want threads.
 _SMALL = 1 << 14
 
 
 class Door:
-    """A small dense value as torch and as NumPy see it; ``array`` is None where there is no way in."""
+    """A small dense value as torch and as NumPy see it; ``address`` is None where there is no way in."""
 
-    __slots__ = ("array", "dtype", "nbytes", "shape", "tensor")
+    __slots__ = ("address", "dtype", "nbytes", "shape", "tensor")
 
     def __init__(self, value: Any) -> None:
         self.tensor = value
-        self.array: np.ndarray[Any, Any] | None = None
+        self.address: int | None = None
         small = isinstance(value, torch.Tensor) and value.is_cpu and value.numel() <= _SMALL
-        if small and value.dtype is not torch.bfloat16:
-            self.array = value.numpy()
-            self.dtype, self.shape, self.nbytes = self.array.dtype, self.array.shape, self.array.nbytes
+        if small and value.dtype is not torch.bfloat16 and value.is_contiguous():
+            array = value.numpy()
+            self.address, self.dtype, self.shape, self.nbytes = value.data_ptr(), array.dtype, value.shape, value.nbytes
 
 
-def exchange(entry: Entry, value: Any, out: Any) -> int | None:
+def exchange(shard: Any, lock: Any, rule: Any, entry: Entry, value: Any, out: Any) -> int | None:
     """Assign an array to a value and copy the value to an out.
 
     Args:
+        shard, lock, rule: nothing is done while somebody holds the shard's lock, or once it has another rule.
         entry: of the key.
         value, out: the caller's arrays; None for a pull or a push alone.
 
@@ -45,31 +54,25 @@ def exchange(entry: Entry, value: Any, out: Any) -> int | None:
     door: Any = entry.door
     if door is None or door.tensor is not entry.value:
         door = entry.door = Door(entry.value)
-    if door.array is None or not (
-        (value is None or _fits(value, door)) and (out is None or (_fits(out, door) and _is_writable(out)))
-    ):
+    if door.address is None or _native is None:
         return None
-    moved = 0
-    if value is not None:
-        if type(value) is np.ndarray:
-            np.copyto(door.array, value)
-        else:
-            door.tensor.copy_(value)
-        entry.version += 1
-        moved = door.nbytes
-    if out is not None:
-        if type(out) is np.ndarray:
-            np.copyto(out, door.array)
-        else:
-            out.copy_(door.tensor)
-        moved += door.nbytes
-    return moved
+    source = None if value is None else _memory(value, door)
+    target = None if out is None else _memory(out, door)
+    if source is False or target is False or (target is not None and not _is_writable(out)):
+        return None
+    if not _native.exchange(lock, rule, shard, entry, door.tensor, door.address, door.nbytes, source, target):
+        return None
+    if type(target) is int:
+        # Autograd has to know that the array is not what it was.
+        torch.autograd.graph.increment_version(out)
+    return int(door.nbytes * ((value is not None) + (out is not None)))
 
 
-def _fits(array: Any, door: Door) -> bool:
+def _memory(array: Any, door: Door) -> Any:
+    """Return what the compiled function reads or writes: a buffer, an address, or False where it is not plain."""
     if type(array) is np.ndarray:
-        return bool(array.dtype is door.dtype and array.shape == door.shape)
-    return (
+        return array if array.dtype is door.dtype and array.shape == door.shape else False
+    if (
         type(array) is torch.Tensor
         and array.dtype is door.tensor.dtype
         and array.is_cpu
@@ -77,10 +80,15 @@ def _fits(array: Any, door: Door) -> bool:
         and not array.requires_grad
         and not array.is_nested
         and array.shape == door.shape
-    )
+        and array.is_contiguous()
+        and not array.is_conj()
+        and not array.is_neg()
+    ):
+        return array.data_ptr()
+    return False
 
 
 def _is_writable(out: Any) -> bool:
     if type(out) is np.ndarray:
         return bool(out.flags.carray)
-    return bool(out.is_contiguous()) and not (out.is_conj() or out.is_neg() or out.is_inference())
+    return not out.is_inference()

@@ -40,14 +40,8 @@ def sum_into(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
         sum_piece(piece, sources)
 
 
-def sum_piece(out: torch.Tensor, parts: Sequence[torch.Tensor], *, at_once: bool = True) -> None:
-    """Do ``sum_into`` for one slice.
-
-    Args:
-        out, parts: as for ``sum_into``.
-        at_once: write ``out`` in the last addition alone, so that no interrupt can divide the sum; without it
-            sums of more than two parts are faster.
-    """
+def sum_piece(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+    """Do ``sum_into`` for one slice."""
     # A copy to the CPU that does not wait could be read before it is there.
     ahead = out.is_cuda
     if len(parts) == 1:
@@ -55,7 +49,8 @@ def sum_piece(out: torch.Tensor, parts: Sequence[torch.Tensor], *, at_once: bool
         return
     wide = arrays.accumulator(out.dtype)
     first, second, *others = [arrays.signed(part.to(out.device, wide, non_blocking=ahead)) for part in parts]
-    directly = wide is out.dtype and not (at_once and others)
+    # Out may be one of the others, which has to be read first.
+    directly = wide is out.dtype and not any(part.data_ptr() == out.data_ptr() for part in parts[2:])
     into = arrays.signed(out if directly else scratch(out, wide))
     torch.add(first, second, out=into)
     for part in others:

@@ -67,7 +67,7 @@ class _AssignStep:
 
     def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor]) -> None:
         value: Any = self._entry.value
-        reduce.sum_piece(value.view(-1)[start:stop], parts, at_once=False)
+        reduce.sum_piece(value.view(-1)[start:stop], parts)
 
     def finish(self) -> None:
         self._entry.version += 1
@@ -81,7 +81,7 @@ class WholeStep:
         self._total: Any = torch.empty_like(entry.value)  # type: ignore[arg-type]
 
     def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor]) -> None:
-        reduce.sum_piece(self._total.view(-1)[start:stop], parts, at_once=False)
+        reduce.sum_piece(self._total.view(-1)[start:stop], parts)
 
     def count_nonfinite(self) -> int:
         """Return how many elements of the sum are NaN or Inf."""
@@ -137,7 +137,7 @@ class Assign:
                 continue
             for piece, *others in reduce.cut([value, *key_parts, *key_outs]):
                 pieces = others[: len(key_parts)], others[len(key_parts) :]
-                jobs.append(partial(_assign, piece, *pieces, at_once=not in_pool))
+                jobs.append(partial(_assign, piece, *pieces))
         for members in small.values():
             values: list[Any] = [entries[index].value for index in members]
             reduce.sum_many(values, [parts[index] for index in members])
@@ -150,10 +150,10 @@ class Assign:
             sums = native.Sums(columns[: num_outs + 1], columns[num_outs + 1 :], counts, dtype)
             jobs += sums.jobs(pool.threads if in_pool else 1)
         if jobs and in_pool:
-            pool.run(jobs, then=partial(_count_versions, entries))
-            return
-        for job in jobs:
-            job()
+            pool.run(jobs)
+        else:
+            for job in jobs:
+                job()
         _count_versions(entries)
 
     def sees_whole(self, entry: Entry) -> bool:
@@ -167,8 +167,8 @@ class Assign:
         entry.version += 1
 
 
-def _assign(value: torch.Tensor, parts: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], *, at_once: bool) -> None:
-    reduce.sum_piece(value, parts, at_once=at_once)
+def _assign(value: torch.Tensor, parts: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
+    reduce.sum_piece(value, parts)
     _copy_out(value, outs)
 
 
@@ -188,12 +188,6 @@ def _is_worth_threads(entries: Sequence[Entry], parts: Parts) -> bool:
 def _count_versions(entries: Sequence[Entry]) -> None:
     for entry in entries:
         entry.version += 1
-
-
-def _count(entries: Sequence[Entry], counters: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    for counter, step in counters:
-        counter.copy_(step)
-    _count_versions(entries)
 
 
 class CallUpdater:
@@ -327,9 +321,10 @@ class StepOptimizer:
                 cuts = others[: ends[0]], others[ends[0] : ends[1]], others[ends[1] :]
                 jobs.append(partial(self.step_piece, kernel, step, piece, *cuts))
         if jobs:
-            pool.run(jobs, then=partial(_count, stepped, counters))
-        else:
-            _count_versions(stepped)
+            pool.run(jobs)
+        for counter, step in counters:
+            counter.copy_(step)
+        _count_versions(stepped)
         if whole:
             self._step_whole([entries[i] for i in whole], [parts[i] for i in whole], [outs[i] for i in whole])
 
@@ -360,7 +355,7 @@ class StepOptimizer:
         if plain and not self.optimizer.changes_grads:
             return grad
         grad = reduce.scratch(value, value.dtype, "gradient")
-        reduce.sum_piece(grad, parts, at_once=False)
+        reduce.sum_piece(grad, parts)
         return self.optimizer.prepare(grad)
 
     def _step_whole(self, entries: Sequence[Entry], parts: Parts, outs: Outs) -> None:

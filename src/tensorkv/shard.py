@@ -21,6 +21,7 @@ from .errors import (
     KeyExistsError,
     KeyTypeError,
     OptimizerError,
+    StoreClosedError,
     UpdaterError,
     no_such_key,
     quote,
@@ -33,6 +34,27 @@ from .pool import Pool
 from .rows import Rows
 from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater
 from .table import Table
+
+
+class Lock:
+    """Held while a shard is read or changed; its holder may take it again.
+
+    ``depth`` counts how often it is held, for compiled code that goes ahead only where nobody holds it.
+    """
+
+    __slots__ = ("_lock", "depth")
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.depth = 0
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.depth -= 1
+        self._lock.release()
 
 
 class Shard:
@@ -54,7 +76,8 @@ class Shard:
         self._rule: Rule = Assign()
         self._plans = Plans()
         self._pool = Pool(threads)
-        self._lock = threading.RLock()
+        self._lock = Lock()
+        self._closed = False
         self._in_order: Callable[[Sequence[Entry]], AbstractContextManager[Any]]
         self._in_order = cuda.in_order if on_device else nullcontext
 
@@ -102,14 +125,10 @@ class Shard:
         Returns:
             Bytes moved, or None when nothing was done and the general way is to be taken.
         """
-        with self._lock:
-            rule = self._rule
-            if rule.running:
-                self.refuse_reentry()
-            entry = self._entries.get(key) if type(key) is self._key_type else None
-            if entry is None or (value is not None and (type(rule) is not Assign or self._finite.looks)):
-                return None
-            return quick.exchange(entry, value, out)
+        entry = self._entries.get(key) if type(key) is self._key_type else None
+        if entry is None or (value is not None and (type(self._rule) is not Assign or self._finite.looks)):
+            return None
+        return quick.exchange(self, self._lock, self._rule, entry, value, out)
 
     def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
         """Push raw values and fill raw outs of many small keys at once, if there is a plan for such a call.
@@ -259,6 +278,7 @@ class Shard:
         """Forget everything and end the threads."""
         with self._lock:
             self.refuse_reentry()
+            self._closed = True
             self._plans.clear()
             self._entries.clear()
             self._pool.close()
@@ -312,7 +332,9 @@ class Shard:
             )
 
     def refuse_reentry(self) -> None:
-        """Raise UpdaterError if an updater is running."""
+        """Raise UpdaterError if an updater is running, StoreClosedError after ``close``."""
+        if self._closed:
+            raise StoreClosedError("this store was closed; create another")
         if self._rule.running:
             raise UpdaterError("an updater called the store that runs it; do this after the push has returned")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import arrays, compiled, engines
+from . import arrays, compiled, engines, shield
 from .arguments import keys_of, pairs, single_values
 from .control import StoreControl, outside_modes, runs_outside_modes
 from .entry import Batch, KeySpec, Part
@@ -127,7 +127,7 @@ class KVStore(StoreControl):
         start = self._begin("init")
         keys, values = single_values("init", key, value)
         taken, specs = _take_values("init", keys, values)
-        self._engine.init(keys, taken, specs)
+        shield.run(self._engine.init, keys, taken, specs)
         self._metrics.add("init", start, keys, _nbytes([[value] for value in taken]))
 
     def push(self, key: Any, value: Any = None, priority: int = 0) -> None:
@@ -163,7 +163,7 @@ class KVStore(StoreControl):
             return
         with outside_modes():
             batch = _batch("push", key, value)
-            self._engine.push(batch, priority)
+            shield.run(self._engine.push, batch, priority)
             self._metrics.add("push", start, batch.keys, _nbytes(batch.parts))
 
     def pull(
@@ -218,17 +218,25 @@ class KVStore(StoreControl):
         if out is not None and like is None and self._short("pull", start, key, None, out, priority):
             return None
         with outside_modes():
-            outs: NewOuts | GivenOuts
             if out is None and not isinstance(key, Mapping):
-                keys = keys_of("pull", key)
-                outs = NewOuts("pull", keys, self._specs("pull", keys), like)
+                given, keys = None, keys_of("pull", key)
             elif like is not None:
                 raise ArgumentError("pull: got out= and like=; like= chooses what a pull without out returns")
             else:
-                outs = GivenOuts("pull", key, out, skip_sparse=ignore_sparse)
-                outs.check(self._specs("pull", outs.keys))
-                self._warn_once(outs.skipped)
-            self._engine.pull(outs.keys, outs.tensors, priority)
+                given = GivenOuts("pull", key, out, skip_sparse=ignore_sparse)
+                keys = given.keys
+
+            def fill() -> NewOuts | GivenOuts:
+                specs = self._specs("pull", keys)
+                outs = NewOuts("pull", keys, specs, like) if given is None else given
+                outs.check(specs)
+                self._engine.pull(outs.keys, outs.tensors, priority)
+                outs.finish()
+                return outs
+
+            outs = shield.run(fill)
+            if given is not None:
+                self._warn_once(given.skipped)
             self._metrics.add("pull", start, outs.keys, _nbytes(outs.tensors))
             return outs.result(key)
 
@@ -256,16 +264,20 @@ class KVStore(StoreControl):
             return None
         with outside_modes():
             batch = _batch("pushpull", key, value)
-            specs = self._specs("pushpull", batch.keys)
-            outs: NewOuts | GivenOuts
-            if out is None:
-                listed = list(key) if isinstance(key, Mapping) else keys_of("pushpull", key)
+            listed = list(key) if isinstance(key, Mapping) else key
+            given = None if out is None else GivenOuts("pushpull", listed, out)
+            listed = keys_of("pushpull", listed)
+
+            def push_and_fill() -> NewOuts | GivenOuts:
+                specs = self._specs("pushpull", batch.keys)
                 by_key = dict(zip(batch.keys, specs, strict=True))
-                outs = NewOuts("pushpull", listed, [by_key[each] for each in listed])
-            else:
-                outs = GivenOuts("pushpull", list(key) if isinstance(key, Mapping) else key, out)
+                outs = NewOuts("pushpull", listed, [by_key[each] for each in listed]) if given is None else given
                 outs.check(specs)
-            self._engine.pushpull(batch, outs.tensors, priority)
+                self._engine.pushpull(batch, outs.tensors, priority)
+                outs.finish()
+                return outs
+
+            outs = shield.run(push_and_fill)
             nbytes = map(add, _nbytes(batch.parts), _nbytes(outs.tensors))
             self._metrics.add("pushpull", start, batch.keys, list(nbytes))
             return outs.result(key)
@@ -297,9 +309,14 @@ class KVStore(StoreControl):
             outs = NewOuts("broadcast", keys, specs)
         else:
             outs = GivenOuts("broadcast", list(key) if isinstance(key, Mapping) else key, out)
-            outs.check(specs)
-        self._engine.init(keys, taken, specs)
-        self._engine.pull(outs.keys, outs.tensors, priority)
+        outs.check(specs)
+
+        def init_and_fill() -> None:
+            self._engine.init(keys, taken, specs)
+            self._engine.pull(outs.keys, outs.tensors, priority)
+            outs.finish()
+
+        shield.run(init_and_fill)
         self._metrics.add("broadcast", start, keys, _nbytes(outs.tensors))
         return outs.result(key)
 
@@ -339,12 +356,12 @@ class KVStore(StoreControl):
             )
         wanted = _matching("row_sparse_pull", "row_ids", listed, [row_ids] if single else row_ids)
         outs = None if out is None else _matching("row_sparse_pull", "out", listed, [out] if single else out)
-        specs = self._specs("row_sparse_pull", listed)
+        specs = shield.run(self._specs, "row_sparse_pull", listed)
         ids = [_take_ids(each, spec, own) for each, spec, own in zip(listed, specs, wanted, strict=True)]
         for each, target in zip(listed, outs or (), strict=False):
             if not isinstance(target, Rows):
                 raise ArrayTypeError(f"row_sparse_pull({quote(each)}): out is {show(target)}; expected Rows")
-        found = self._engine.pull_rows(listed, ids)
+        found = shield.run(self._engine.pull_rows, listed, ids)
         pulled = [_give_rows(rows, spec.origin) for rows, spec in zip(found, specs, strict=True)]
         self._metrics.add("row_sparse_pull", start, listed, [rows.values.nbytes for rows in pulled])
         if outs is None:
@@ -375,7 +392,7 @@ class KVStore(StoreControl):
         self._begin("snapshot")
         if "snapshot" not in self._engine.capabilities:
             raise ArgumentError(f"snapshot: a store of type {quote(self._type)} takes none; use save()")
-        moment: Any = self._engine.snapshot()  # type: ignore[attr-defined]
+        moment: Any = shield.run(self._engine.snapshot)  # type: ignore[attr-defined]
         return Snapshot(KVStore(moment, self._type), moment.versions, self)
 
     # ------------------------------------------------------------ inside
@@ -388,7 +405,7 @@ class KVStore(StoreControl):
             if self._many is None or len(key) < MANY:
                 return False
             with outside_modes():
-                moved = self._many(key, value, out, priority)
+                moved = shield.run(self._many, key, value, out, priority)
             if moved is not None:
                 if out is not None:
                     count_writes(out)

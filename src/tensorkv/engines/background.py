@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 
-from .. import forks
+from .. import forks, shield
 from ..errors import TensorKVError, WorkerError
 from .chain import Chain, Presence
 from .exchange import Exchange
@@ -75,6 +75,7 @@ class Background:
         with self._changed:
             while any(what in (None, job.exchange, job.exchange.stage) for job in self._jobs):
                 self._meeting.check()
+                shield.check()
                 self._changed.wait(0.1)
         self._meeting.check()
 

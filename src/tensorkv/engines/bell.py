@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from .. import shield
 from ..pool import default_threads
 from .segment import LINE, Segment, aligned
 
@@ -89,6 +90,7 @@ class Bell:
         """
         deadline, ended, left = time.monotonic() + timeout_s, self._segment.address + _ENDED, timeout_s
         while not _shared.wait(self._answered, self._asked, ended, min(_LOOK_S, left), _SPIN_S):
+            shield.check()
             if not self._segment.is_alive(_SERVER):
                 raise ConnectionError
             left = deadline - time.monotonic()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .. import shield
 from ..entry import Entry, KeySpec
 from ..errors import KeyExistsError, KeyTypeError, no_such_key, quote
 from ..keys import Key
@@ -41,6 +42,9 @@ class Directory:
 
     def refresh(self, ask: Callable[[], Sequence[Mapping[str, Any]]] | None = None) -> None:
         """Learn what the servers have now; ``ask`` is another way to ask them."""
+        shield.run(self._refresh, ask)
+
+    def _refresh(self, ask: Callable[[], Sequence[Mapping[str, Any]]] | None) -> None:
         with self._lock:
             self._asked += 1
             number = self._asked

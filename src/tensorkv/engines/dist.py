@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import arrays, placement
+from .. import arrays, placement, shield
 from ..arguments import check_flag, check_timeout
 from ..entry import Batch, Entry, KeyInfo, KeySpec, Part
 from ..errors import RankLostError
@@ -235,6 +235,9 @@ class DistEngine:
         return self._shard.entry(verb, key).spec
 
     def info(self, key: Key) -> KeyInfo:
+        return shield.run(self._info, key)
+
+    def _info(self, key: Key) -> KeyInfo:
         with self._calls.lock:
             self._pushes.settle([key])
             return self._whole(self._shard.entry("info", key)).info()

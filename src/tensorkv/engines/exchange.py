@@ -232,7 +232,7 @@ class Exchange:
                 parts.insert(0, earlier[index])
             piece = leg.pieces[at]
             if targets is not None:
-                reduce.sum_piece(targets[index], parts, at_once=False)
+                reduce.sum_piece(targets[index], parts)
             else:
                 start, _ = self.route.held[piece.key].span(self._meeting.me)
                 self._step(piece.key).apply(piece.start - start, piece.stop - start, parts)

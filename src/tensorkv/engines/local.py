@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from .. import checkpoint
+from .. import checkpoint, shield
 from ..arguments import folder_path
 from ..durable import DurableShard
 from ..entry import Batch, KeyInfo, KeySpec, Part
@@ -61,12 +62,15 @@ class LocalEngine:
                 f'path is {folder_path("create", path)!r}, and "device" keeps nothing in a folder; use "local"'
             )
         else:
-            self._shard = self._durable = DurableShard(
-                folder_path("create", path),
-                durability=durability,
-                log_nbytes=log_nbytes,
-                nonfinite=nonfinite,
-                threads=threads,
+            self._shard = self._durable = shield.run(
+                partial(
+                    DurableShard,
+                    folder_path("create", path),
+                    durability=durability,
+                    log_nbytes=log_nbytes,
+                    nonfinite=nonfinite,
+                    threads=threads,
+                )
             )
 
     def init(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:

@@ -16,7 +16,7 @@ from hashlib import blake2b
 from time import monotonic
 from typing import Any
 
-from .. import errors
+from .. import errors, shield
 from ..errors import RankLostError, TensorKVError, WorkerMismatchError
 from ..pool import default_threads
 from .group import Group, lost
@@ -136,6 +136,7 @@ class Meeting:
         while done < count:
             awaited = self._suspect(done if workers is None else workers[done])
             self.check()
+            shield.check()
             _shared.store(self._word(self.me, _WAITS_FOR), awaited + 1)
             if not self._memory.is_alive(awaited):
                 self._lost(awaited, "died or ended early", doing)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import errors, forks, manifest
+from .. import errors, forks, manifest, shield
 from ..entry import Batch, Entry, KeyInfo, KeySpec, Part
 from ..errors import (
     ArgumentError,
@@ -175,9 +175,12 @@ class RayEngine:
 
     def _ask(self, verb: str, words: Mapping[str, Any], servers: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Ask servers for plain data."""
+        letters = [Letter(server, dict(words)) for server in (self._all if servers is None else servers)]
+        return [answer.head for answer in shield.run(self._send, verb, letters)]
+
+    def _send(self, verb: str, letters: Sequence[Letter], timeout_s: float | None = None) -> list[Answer]:
         with self._lanes.take() as lane:
-            letters = [Letter(server, dict(words)) for server in (self._all if servers is None else servers)]
-            return [answer.head for answer in lane.send(verb, letters)]
+            return lane.send(verb, letters, timeout_s=timeout_s)
 
     def _list(self, lane: Lane | None = None) -> list[dict[str, Any]]:
         if lane is None:
@@ -470,8 +473,7 @@ class RayEngine:
         """Return when every key has had so many updates."""
         route = self._directory.route("pull", list(dict.fromkeys(keys)))
         letters = [Letter(share.server, {"min_version": min_version}, share.keys) for share in route.shares]
-        with self._lanes.take() as lane:
-            lane.send("await", letters, timeout_s=timeout_s)
+        shield.run(self._send, "await", letters, timeout_s)
 
     # ------------------------------------------------------------ the end
 

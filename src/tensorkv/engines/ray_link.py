@@ -7,6 +7,7 @@ server answers one that it has applied without applying it again.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import ray
 import torch
 from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, RayActorError, RayError
 
-from .. import errors
+from .. import errors, shield
 from ..errors import PushOutcomeUnknownError, ServerLostError, TensorKVError, WaitTimeoutError
 from ..server.holding import bytes_of
 from ..server.waits import PATIENCE_S
@@ -25,6 +26,8 @@ from .ray_actor import INLINE_NBYTES, why
 
 # How long to wait for an answer before the request is sent again.
 _RESEND_S = 10.0
+# How often a wait looks whether its caller was interrupted.
+_LOOK_S = 0.1
 # How long to wait before a server is asked again that is being restarted.
 _PAUSE_S = 0.01
 # What is asked often enough to be asked without Ray, and what its head takes, in bytes.
@@ -148,7 +151,7 @@ class Link:
         """Return the answer; None if the request is to be sent again."""
         timeout_s = max(0.001, min(self._deadline - time.monotonic(), _RESEND_S))
         try:
-            found = self._box.hear(timeout_s) if self._has_rung else ray.get(self._ref, timeout=timeout_s)
+            found = self._box.hear(timeout_s) if self._has_rung else self._get(timeout_s)
             self._is_asked = False
         except (GetTimeoutError, TimeoutError):
             self._again("has not answered")
@@ -167,6 +170,15 @@ class Link:
             self._rings = False
             return None
         return self._open(found)
+
+    def _get(self, timeout_s: float) -> Any:
+        """Wait for Ray's answer, looking now and then whether the caller still wants it."""
+        deadline = time.monotonic() + timeout_s
+        while (left := deadline - time.monotonic()) > _LOOK_S:
+            with suppress(GetTimeoutError):
+                return ray.get(self._ref, timeout=_LOOK_S)
+            shield.check()
+        return ray.get(self._ref, timeout=max(0.001, left))
 
     def _again(self, how: str) -> None:
         self._is_asked = False

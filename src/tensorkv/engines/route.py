@@ -278,7 +278,7 @@ def lay_out(leg: Leg, me: int, parts: Arrays, cuts: Sequence[slice]) -> None:
         return
     for room, piece in zip(leg.rooms[me], leg.pieces, strict=True):
         own = [part[piece.start : piece.stop] for part in parts.flat[piece.key]]
-        reduce.sum_piece(room, own, at_once=False)
+        reduce.sum_piece(room, own)
 
 
 def copy_out(leg: Leg, outs: Arrays, past_cache: bool) -> None:

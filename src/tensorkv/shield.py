@@ -1,0 +1,212 @@
+"""Shield: calls that an exception from a signal handler cannot split.
+
+Python runs signal handlers in the main thread, between any two bytecodes, and what they raise (KeyboardInterrupt, a
+TimeoutError of ``signal.alarm``, SystemExit on SIGTERM) unwinds whatever runs there. So a store makes its calls in
+another thread while the main thread waits. An exception that arrives during the wait is raised when the call has
+ended: it has happened as a whole, or has not begun. A call that a handler makes has a thread of its own, so it waits
+for the one that it interrupts as any thread's call does.
+
+Rejected: undoing a half-made call (values are updated in place), blocking signals (the kernel then delivers them to
+another thread, and the main thread still runs their handlers), and a lock that handlers may enter (they would see half
+a push).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from _thread import allocate_lock, get_ident
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import copy_context
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+# How often a caller that waits lets signal handlers run whose signal came to another thread.
+_LOOK_S = 0.1
+
+
+class Interrupted(BaseException):
+    """Ends a wait for other processes whose caller has been interrupted; ``run`` raises what interrupted it."""
+
+
+class _Call:
+    """One call, which a serving thread claims to make it, or its interrupted caller to give it up."""
+
+    __slots__ = ("_claim", "_work", "done", "error", "has_ended", "is_interrupted", "result")
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work = work
+        self._claim = allocate_lock()
+        self.done = allocate_lock()
+        self.done.acquire()
+        self.is_interrupted = self.has_ended = False
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def make(self) -> None:
+        """Do the work, unless it has been given up."""
+        if not self._claim.acquire(blocking=False):
+            return
+        _thread.call = self
+        try:
+            self.result = self._work()
+        except BaseException as error:
+            self.error = error
+        finally:
+            _thread.call = None
+            self.has_ended = True
+            self.done.release()
+
+    def settle(self) -> None:
+        """Return when the call has been given up or has ended, whatever else is raised meanwhile."""
+        self.is_interrupted = True
+        if self._claim.acquire(blocking=False):
+            self.has_ended = True
+            return
+        # The interrupted caller may have taken the lock already.
+        while not self.has_ended:
+            try:
+                self.done.acquire(timeout=_LOOK_S)
+            except BaseException:  # noqa: S112 - what came first is raised
+                continue
+
+
+class _Server:
+    """A thread that makes calls of the main thread, one after the other."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[_Call] = SimpleQueue()
+        self._last: _Call | None = None
+        threading.Thread(target=self._serve, name="tensorkv-calls", daemon=True).start()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the call that it was given last has ended."""
+        return self._last is None or self._last.has_ended
+
+    def take(self, call: _Call) -> None:
+        """Make a call as soon as the one before has ended."""
+        self._last = call
+        self._calls.put(call)
+
+    def _serve(self) -> None:
+        while True:
+            call = self._calls.get()
+            call.make()
+            # Else the caller's arrays would stay until the next call.
+            del call
+
+
+_thread = threading.local()
+# The first makes the calls; a call that a signal handler makes during another has the next.
+_servers: list[_Server] = []
+_main = threading.main_thread().ident
+
+
+def _reset() -> None:
+    global _main
+    # Threads stay behind in the parent process.
+    _servers.clear()
+    _main = get_ident()
+
+
+os.register_at_fork(after_in_child=_reset)
+
+
+def _idle_server() -> _Server | None:
+    """Return a thread that has nothing to do; None where none can be started."""
+    for server in _servers:
+        if server.is_idle:
+            return server
+    try:
+        _servers.append(_Server())
+    except RuntimeError:
+        # The interpreter is ending, and nobody interrupts it any more, or the system is out of threads.
+        return None
+    return _servers[-1]
+
+
+def run(work: Callable[..., T], *args: Any) -> T:
+    """Make a call that no exception from a signal handler splits.
+
+    Args:
+        work: the call; in the main thread it is made in another thread, in which the caller's context variables,
+            grad mode, inference mode and CUDA streams hold. Elsewhere it is made at once, since no handler runs there.
+        *args: its arguments.
+
+    Returns:
+        What the work returns.
+
+    Raises:
+        What the work raises; or what a signal handler has raised, when the work has ended or before it has begun.
+
+    >>> run(max, 1, 2)
+    2
+    """
+    if get_ident() != _main or sys.is_finalizing() or (server := _idle_server()) is None:
+        return work(*args)
+    call = _Call(_with_callers_modes(work, args))
+    try:
+        server.take(call)
+        while not call.done.acquire(timeout=_LOOK_S):
+            pass
+    except BaseException:
+        call.settle()
+        raise
+    result, error = call.result, call.error
+    # The error's traceback leads to the call; without this, both would wait for the garbage collector.
+    call.error = call.result = None
+    if error is None:
+        return result  # type: ignore[no-any-return]
+    try:
+        raise error
+    finally:
+        del error
+
+
+def check() -> None:
+    """Raise ``Interrupted`` if the caller has been interrupted; for waits that may be given up.
+
+    >>> check()
+    """
+    call: _Call | None = getattr(_thread, "call", None)
+    if call is not None and call.is_interrupted:
+        raise Interrupted("a signal handler raised an exception while the call waited")
+
+
+def _with_callers_modes(work: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], Any]:
+    context = copy_context()
+    mode: AbstractContextManager[Any] = nullcontext()
+    if torch.is_inference_mode_enabled():
+        mode = torch.inference_mode()
+    elif not torch.is_grad_enabled():
+        mode = torch.no_grad()
+    streams = _Streams() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+    def make() -> Any:
+        with mode:
+            if streams is not None:
+                streams.enter()
+            return context.run(work, *args)
+
+    return make
+
+
+class _Streams:
+    """The caller's CUDA device, and its current stream on every device."""
+
+    def __init__(self) -> None:
+        self._device = torch.cuda.current_device()
+        self._streams = [torch.cuda.current_stream(device) for device in range(torch.cuda.device_count())]
+
+    def enter(self) -> None:
+        """Make them current in this thread."""
+        for stream in self._streams:
+            torch.cuda.set_stream(stream)
+        torch.cuda.set_device(self._device)

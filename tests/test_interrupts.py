@@ -31,9 +31,9 @@ def run(*arguments, tmp_path):
         (["control", "durable"], 100),
         (["calls", "local"], 1000),
         (["calls", "durable"], 1000),
-        (["random", "local", "6", "sgd"], 20),
-        (["random", "local", "6", "assign"], 20),
-        (["random", "durable", "8", "sgd"], 20),
+        (["random", "local", "300", "sgd"], 300),
+        (["random", "local", "300", "assign"], 300),
+        (["random", "durable", "100", "sgd"], 100),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -43,7 +43,7 @@ def test_a_call_is_whole(arguments, least, tmp_path):
     assert int(shown.stdout) >= least, "too few exceptions or calls came to say anything"
 
 
-@pytest.mark.parametrize("arguments", [["lines", "local", "sgd"], ["random", "local", "20", "sgd"]], ids="-".join)
+@pytest.mark.parametrize("arguments", [["lines", "local", "sgd"], ["random", "local", "2000", "sgd"]], ids="-".join)
 def test_a_call_that_is_not_shielded_would_be_seen(arguments, tmp_path):
     shown = run(*arguments, "planted", tmp_path=tmp_path)
     assert shown.returncode == 1

@@ -1,8 +1,8 @@
 """Random programs of verbs, disturbed in random ways, that every engine must run as an undisturbed `local` store does.
 
 A program comes from its seed alone. Every worker makes the same calls with arrays of its own, and runs the program on a
-reference as well: one `local` store in memory that is given all workers' arrays, which nothing disturbs. After each step
-both must hold the same bits, versions and optimizer state numbers, or have raised the same error. Between and during
+reference as well: one `local` store in memory that is given all workers' arrays, which nothing disturbs. After each
+step both must hold the same bits, versions and optimizer numbers, or have raised the same error. Between and during
 steps the worker changes directory, sets torch's defaults and modes, forks, has signal handlers raise or call the store,
 reads from other threads, opens the store again, or kills a server.
 
@@ -47,7 +47,7 @@ class Boom(BaseException):
     """What signal handlers raise."""
 
 
-class Stop(Exception):
+class DifferenceError(Exception):
     """A program has found a difference."""
 
 
@@ -215,7 +215,9 @@ class Side:
         dense = [key for key in keys if key != "table"]
         held = {key: np.asarray(each).tobytes() for key, each in zip(dense, self.kv.pull(dense), strict=True)}
         if "table" in keys:
-            held["table"] = np.asarray(self.kv.row_sparse_pull("table", row_ids=range(0, 40_000, 1000)).values).tobytes()
+            held["table"] = np.asarray(
+                self.kv.row_sparse_pull("table", row_ids=range(0, 40_000, 1000)).values
+            ).tobytes()
         return held, {key: self.kv.info(key).version for key in keys}, self.kv.optimizer
 
 
@@ -257,7 +259,7 @@ def threads_that_read(kv):
         for thread in threads:
             thread.join()
         if wrong:
-            raise Stop(f"a reading thread got {wrong[0]!r}")
+            raise DifferenceError(f"a reading thread got {wrong[0]!r}")
 
 
 @contextmanager
@@ -295,7 +297,7 @@ def fork(kv, rng):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what the parent has not written yet is the parent's
         sys.exit(status)
     if os.waitpid(child, 0)[1]:
-        raise Stop("a forked child could use the store, or broke")
+        raise DifferenceError("a forked child could use the store, or broke")
 
 
 MODES = {
@@ -340,7 +342,7 @@ class Runner:
         return {"name": os.path.basename(folder)} if self.engine == "dist_async" else {}
 
     def run(self, seed):
-        """Run a program; raise Stop at the first difference."""
+        """Run a program; raise DifferenceError at the first difference."""
         # Not faulthandler's own timer, for which a forked child would wait at its end.
         watchdog = threading.Timer(HANG_S, give_up)
         watchdog.daemon = True
@@ -358,16 +360,16 @@ class Runner:
                 expected = outcome(reference, seed + number, step)
                 found = self.disturbed(mine, seed + number, step, rng, folder, reference)
                 if found is not None and found != expected:
-                    raise Stop(f"gave {found!r:.80}, local {expected!r:.80}")
+                    raise DifferenceError(f"gave {found!r:.80}, local {expected!r:.80}")
                 if mine.everything() != reference.everything():
-                    raise Stop("the store holds something else than local")
-            except Stop as stop:
-                raise Stop(f"{what}: {stop}") from None
+                    raise DifferenceError("the store holds something else than local")
+            except DifferenceError as stop:
+                raise DifferenceError(f"{what}: {stop}") from None
             except SystemExit:
                 # A forked child ends.
                 raise
             except BaseException as error:
-                raise Stop(f"{what}: raised {error!r}") from error
+                raise DifferenceError(f"{what}: raised {error!r}") from error
             self.counts["steps"] += 1
         mine.kv.close()
         reference.kv.close()

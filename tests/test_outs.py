@@ -27,7 +27,7 @@ def test_arrays_that_torch_cannot_view_are_filled_at_the_end():
     outs = GivenOuts("pull", "w", flipped)
     outs.tensors[0][0].copy_(torch.tensor([1, 2]))
     assert flipped.tolist() == [0, 0]
-    outs.result("w")
+    outs.finish()
     assert flipped.tolist() == [1, 2]
 
 

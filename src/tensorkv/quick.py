@@ -56,10 +56,11 @@ def exchange(shard: Any, lock: Any, rule: Any, entry: Entry, value: Any, out: An
         door = entry.door = Door(entry.value)
     if door.address is None or _native is None:
         return None
-    source = None if value is None else _memory(value, door)
-    target = None if out is None else _memory(out, door)
-    if source is False or target is False or (target is not None and not _is_writable(out)):
+    if not ((value is None or _fits(value, door)) and (out is None or (_fits(out, door) and _is_writable(out)))):
         return None
+    if value is not None:
+        value = _side_by_side(value)
+    source, target = _memory(value), _memory(out)
     if not _native.exchange(lock, rule, shard, entry, door.tensor, door.address, door.nbytes, source, target):
         return None
     if type(target) is int:
@@ -68,11 +69,10 @@ def exchange(shard: Any, lock: Any, rule: Any, entry: Entry, value: Any, out: An
     return int(door.nbytes * ((value is not None) + (out is not None)))
 
 
-def _memory(array: Any, door: Door) -> Any:
-    """Return what the compiled function reads or writes: a buffer, an address, or False where it is not plain."""
+def _fits(array: Any, door: Door) -> bool:
     if type(array) is np.ndarray:
-        return array if array.dtype is door.dtype and array.shape == door.shape else False
-    if (
+        return bool(array.dtype is door.dtype and array.shape == door.shape)
+    return (
         type(array) is torch.Tensor
         and array.dtype is door.tensor.dtype
         and array.is_cpu
@@ -80,15 +80,22 @@ def _memory(array: Any, door: Door) -> Any:
         and not array.requires_grad
         and not array.is_nested
         and array.shape == door.shape
-        and array.is_contiguous()
-        and not array.is_conj()
-        and not array.is_neg()
-    ):
-        return array.data_ptr()
-    return False
+    )
+
+
+def _side_by_side(array: Any) -> Any:
+    """Return an array whose elements lie in memory as they count, itself if they do already."""
+    if type(array) is np.ndarray:
+        return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+    return array.contiguous().resolve_conj().resolve_neg()
+
+
+def _memory(array: Any) -> Any:
+    """Return what the compiled function reads or writes: a buffer, an address, or None."""
+    return array.data_ptr() if type(array) is torch.Tensor else array
 
 
 def _is_writable(out: Any) -> bool:
     if type(out) is np.ndarray:
         return bool(out.flags.carray)
-    return not out.is_inference()
+    return bool(out.is_contiguous()) and not (out.is_conj() or out.is_neg() or out.is_inference())

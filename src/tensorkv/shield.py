@@ -137,7 +137,7 @@ def run(work: Callable[..., T], *args: Any) -> T:
 
     Args:
         work: the call; in the main thread it is made in another thread, in which the caller's context variables,
-            grad mode, inference mode and CUDA streams hold. Elsewhere it is made at once, since no handler runs there.
+            grad mode, default device and CUDA streams hold. Elsewhere it is made at once, since no handler runs there.
         *args: its arguments.
 
     Returns:
@@ -182,15 +182,14 @@ def check() -> None:
 
 def _with_callers_modes(work: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], Any]:
     context = copy_context()
-    mode: AbstractContextManager[Any] = nullcontext()
-    if torch.is_inference_mode_enabled():
-        mode = torch.inference_mode()
-    elif not torch.is_grad_enabled():
-        mode = torch.no_grad()
+    # What an updater, which is the caller's function, finds around it.
+    mode: AbstractContextManager[Any] = nullcontext() if torch.is_grad_enabled() else torch.no_grad()
+    default = torch.get_default_device()
+    device: AbstractContextManager[Any] = nullcontext() if default.type == "cpu" else default
     streams = _Streams() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
     def make() -> Any:
-        with mode:
+        with mode, device:
             if streams is not None:
                 streams.enter()
             return context.run(work, *args)

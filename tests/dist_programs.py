@@ -492,6 +492,32 @@ def ahead():
         say("all there")
 
 
+def key_by_key(count, shared_memory):
+    """Many small keys, each pushed alone, as MXNet's Module does: no more stages than for a few, and the right sums."""
+    from tensorkv.engines import pushes, route
+
+    made = []
+
+    class Counted(route.Stage):
+        def __init__(self, meeting, slots, slot_nbytes, doing):
+            made.append(slots * slot_nbytes)
+            super().__init__(meeting, slots, slot_nbytes, doing)
+
+    pushes.Stage = Counted
+    with create(shared_memory=shared_memory == "True") as kv:
+        kv.init(list(range(int(count))), [np.zeros(500 + key, F32) for key in range(int(count))])
+        for turn in (1, 2, 3):
+            for key in range(int(count)):
+                kv.push(key, np.full(500 + key, turn * (key + RANK), F32))
+                # Pushes of one key keep their order, whatever their priorities.
+                kv.push(key, np.full(500 + key, turn * key, F32), priority=turn)
+            for key in range(int(count)):
+                assert set(kv.pull(key).tolist()) == {float(SIZE * turn * key)}
+                got = kv.pushpull(key, np.full(500 + key, key + RANK, F32))
+                assert set(got.tolist()) == {float(SIZE * key + SIZE * (SIZE - 1) // 2)}
+        say("stages:", len(made), "nbytes:", sum(made))
+
+
 def many_lists():
     """Another choice of keys at each push: memory is bounded, and the numbers are right."""
     from tensorkv.engines import pushes

@@ -185,6 +185,14 @@ def test_stages_of_many_lists_of_keys_are_bounded(workers):
         assert "same bits" in text
 
 
+@pytest.mark.parametrize(("keys", "shared_memory"), [(300, True), (40, False)])
+def test_small_keys_that_are_pushed_alone_share_a_stage(keys, shared_memory):
+    for text in run(2, "key_by_key", keys, shared_memory):
+        stages, nbytes = map(int, re.search(r"stages: (\d+) nbytes: (\d+)", text).groups())
+        assert stages == 2
+        assert nbytes < 32 << 20 if shared_memory else nbytes < 128 << 20
+
+
 def test_an_interrupted_pull_is_asked_again():
     texts = run(2, "interrupted_pull")
     assert "interrupted" in texts[0]

@@ -104,25 +104,30 @@ def cut(runs: Sequence[Sequence[Run]], slot_nbytes: int) -> list[list[Piece]]:
     [(0, 0, 80), (1, 100, 180)]
     """
     room = max(_LINE, slot_nbytes // len(runs) // _LINE * _LINE)
-    columns = [_fill(owner, each, room) for owner, each in enumerate(runs)]
-    count = max(len(column) for column in columns)
-    return [[piece for column in columns if chunk < len(column) for piece in column[chunk]] for chunk in range(count)]
-
-
-def _fill(owner: int, runs: Sequence[Run], room: int) -> list[list[Piece]]:
     chunks: list[list[Piece]] = []
-    used = room
+    ends: list[int] = []
+    for owner, each in enumerate(runs):
+        _fill(chunks, ends, owner, each, room)
+    return chunks
+
+
+def _fill(chunks: list[list[Piece]], ends: list[int], owner: int, runs: Sequence[Run], room: int) -> None:
+    """Append what an owner has to do to chunks, behind where the pieces of the owners before it end."""
+    chunk, used = -1, room
     for run in runs:
         start = run.start
         while start < run.stop:
             if used + run.itemsize > room:
-                chunks.append([])
-                used = 0
+                chunk, used = chunk + 1, 0
+                if chunk == len(chunks):
+                    chunks.append([])
+                    ends.append(0)
             stop = min(run.stop, start + (room - used) // run.itemsize)
-            chunks[-1].append(Piece(owner, run.key, start, stop, owner * room + used))
-            used += -(-(stop - start) * run.itemsize // _LINE) * _LINE
+            chunks[chunk].append(Piece(owner, run.key, start, stop, ends[chunk]))
+            nbytes = -(-(stop - start) * run.itemsize // _LINE) * _LINE
+            used += nbytes
+            ends[chunk] += nbytes
             start = stop
-    return chunks
 
 
 # ---------------------------------------------------------------- servers

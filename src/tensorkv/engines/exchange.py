@@ -38,6 +38,7 @@ class Exchange:
         entries: what this worker updates of each key.
         rule: how.
         guard: against NaN and Inf; None: they pass.
+        first: the slot of the first chunk.
     """
 
     def __init__(
@@ -51,17 +52,18 @@ class Exchange:
         entries: Sequence[Entry],
         rule: Rule,
         guard: Guard | None = None,
+        first: int = 0,
     ) -> None:
         self._meeting, self._chain, self.stage, self.doing = meeting, chain, stage, doing
         self.route, self.number = route, number
         self._entries, self._rule, self._guard = entries, rule, guard
         self.refusal: Exception | None = None
-        self._legs = route.legs(stage)
+        self._legs = route.legs(stage, first)
         self.count = len(self._legs)
+        self._slots = [(first + chunk) % stage.slots for chunk in range(self.count)]
         # How often each chunk's slot will have been used after this call.
         self._uses: list[int] = []
-        for chunk in range(self.count):
-            slot = chunk % stage.slots
+        for slot in self._slots:
             stage.uses[slot] += 1
             self._uses.append(stage.uses[slot])
         self._owners = 8 * chain.owners
@@ -130,7 +132,7 @@ class Exchange:
     def wait_for_values(self) -> None:
         """Wait until every owner has made its values."""
         for chunk in range(self.count):
-            ready = self.stage.ready[chunk % self.stage.slots]
+            ready = self.stage.ready[self._slots[chunk]]
             self._meeting.wait(ready[: self._owners], self._uses[chunk], self.doing)
 
     def copy_out(self, outs: Arrays, past_cache: bool) -> None:
@@ -143,7 +145,7 @@ class Exchange:
 
     def lay_out(self, chunk: int, parts: Arrays) -> None:
         """Put this worker's parts into the stage, once its slot has been read."""
-        slot, use = chunk % self.stage.slots, self._uses[chunk]
+        slot, use = self._slots[chunk], self._uses[chunk]
         self._meeting.wait(self.stage.read[slot][: self._owners], use - 1, self.doing)
         for leg in self._legs[chunk]:
             cuts = leg.whole if self._direct is None else leg.others
@@ -152,7 +154,7 @@ class Exchange:
 
     def sum(self, chunk: int, presence: Presence) -> None:
         """Update the pieces that this worker owns, or send their sums on."""
-        slot, use = chunk % self.stage.slots, self._uses[chunk]
+        slot, use = self._slots[chunk], self._uses[chunk]
         if self._is_owner:
             self._meeting.wait(self._filled(chunk, presence.here), use, self.doing, presence.here)
             legs = self._own_legs(chunk)
@@ -181,7 +183,7 @@ class Exchange:
                 message = Message.of_values(legs)
                 message.pack(legs)
             self._chain.send(message.whole, self._chain.before, self.doing)
-        self._meeting.store(self.stage.own_ready[chunk % self.stage.slots], self._uses[chunk])
+        self._meeting.store(self.stage.own_ready[self._slots[chunk]], self._uses[chunk])
 
     # ------------------------------------------------------------ inside
 
@@ -191,7 +193,7 @@ class Exchange:
 
     def _filled(self, chunk: int, here: list[int]) -> bytes:
         """Return the words of a chunk that some workers of this host store when they have laid their parts out."""
-        column = self.stage.filled[chunk % self.stage.slots]
+        column = self.stage.filled[self._slots[chunk]]
         if len(here) == self._meeting.size:
             return column
         return b"".join(column[8 * worker : 8 * worker + 8] for worker in here)
@@ -227,7 +229,7 @@ class Exchange:
             # A rule that sees pieces as tensors finds them in the stage.
             lay_out(leg, self._meeting.me, self._direct, [own])
         for index, at in enumerate(range(own.start, own.stop)):
-            parts = [leg.rooms[worker][at] for worker in present]
+            parts = [leg.rooms(worker)[at] for worker in present]
             if earlier is not None:
                 parts.insert(0, earlier[index])
             piece = leg.pieces[at]

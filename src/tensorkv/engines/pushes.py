@@ -27,13 +27,13 @@ from .chain import HEAD_TEXT, Chain, Presence
 from .exchange import Exchange
 from .finite import Guard
 from .group import Group
-from .meeting import Meeting, describe, fingerprint
-from .route import RING, SLOT_NBYTES, SLOT_NBYTES_OVER_HOSTS, Arrays, Held, Route, Stage
+from .meeting import ENTRIES, Meeting, describe, fingerprint
+from .route import RING, SLOT_NBYTES, SLOT_NBYTES_OVER_HOSTS, SMALL_NBYTES, Arrays, Held, Route, Stage
 
 # Calls whose outs are larger together do not find them in the cache afterwards.
 _PAST_CACHE_NBYTES = 4 << 20
-# Lists of keys whose way is remembered; each that is pushed alone has a stage of its own.
-_REMEMBERED_ROUTES = 256
+# So many lists of keys are remembered, and as many as together name each key so often.
+_REMEMBERED_ROUTES, _REMEMBERED_NAMES = 256, 4
 # What these stages may take together: so many times the values, and at least so many bytes.
 _MOST_STAGES, _LEAST_STAGES_NBYTES = 4, 64 << 20
 
@@ -66,7 +66,11 @@ class Pushes:
         self._group, self._meeting, self._chain, self._calls = group, meeting, chain, calls
         self._shard, self._held, self._guard = shard, held, guard
         self._routes: dict[tuple[Key, ...], Route] = {}
+        # How many keys the routes name together.
+        self._named = 0
+        # What all pushpulls share, and all small pushes.
         self._stage: Stage | None = None
+        self._small: Stage | None = None
         self._slot_nbytes = SLOT_NBYTES if len(group.hosts) == 1 else SLOT_NBYTES_OVER_HOSTS
         self._pending: dict[Key, Exchange] = {}
         # Texts of calls by their marks, where an entry or a head may have no room for the whole.
@@ -127,8 +131,7 @@ class Pushes:
     def _push_later(self, exchange: Exchange, parts: Arrays, keys: Sequence[Key], priority: int) -> None:
         # Pushes of one key are applied in the order in which they were made.
         for earlier in {id(each): each for key in keys if (each := self._pending.get(key))}.values():
-            if earlier.route is not exchange.route:
-                self._background.wait_for(earlier)
+            self._background.wait_for(earlier)
         for chunk in range(exchange.count):
             exchange.lay_out(chunk, parts)
         for key in keys:
@@ -336,7 +339,16 @@ class Pushes:
     ) -> Exchange:
         route = self._route(tuple(keys))
         self._remember(text)
-        if own_stage:
+        first = 0
+        if own_stage and route.is_small:
+            if self._small is None:
+                self._agree_first(number, text)
+                self._small = Stage(self._meeting, ENTRIES, SMALL_NBYTES, text)
+            stage, first = self._small, self._small.turn
+            stage.turn = (first + 1) % stage.slots
+            if stage.users[first] is not None:
+                self._background.wait_for(stage.users[first])
+        elif own_stage:
             if route.own_stage is None:
                 self._make_room(route)
                 self._agree_first(number, text)
@@ -351,7 +363,10 @@ class Pushes:
                 self._stage = Stage(self._meeting, RING, self._slot_nbytes, text)
             stage = self._stage
         rule = self._shard.rule
-        return Exchange(self._meeting, self._chain, route, stage, number, text, entries, rule, self._guard)
+        exchange = Exchange(self._meeting, self._chain, route, stage, number, text, entries, rule, self._guard, first)
+        if stage is self._small:
+            stage.users[first] = exchange
+        return exchange
 
     def _remember(self, text: str) -> None:
         if len(text) > HEAD_TEXT:
@@ -368,12 +383,13 @@ class Pushes:
             self._routes[keys] = route
             return route
         # Every worker makes the same calls, and so forgets the same route.
-        if len(self._routes) >= _REMEMBERED_ROUTES:
+        while len(self._routes) >= _REMEMBERED_ROUTES and self._named > _REMEMBERED_NAMES * len(self._held):
             oldest = next(iter(self._routes))
             self.settle(oldest)
             self._drop(oldest)
         route = Route([self._held[key] for key in keys], self._meeting, self._chain.owners, self._slot_nbytes)
         self._routes[keys] = route
+        self._named += len(keys)
         return route
 
     def _make_room(self, route: Route) -> None:
@@ -390,7 +406,10 @@ class Pushes:
             room += nbytes
 
     def forget(self, keys: Sequence[Key] | None = None) -> None:
-        """Drop the routes of some keys, or all."""
+        """Drop the routes of some keys, or all, when nothing is on its way any more."""
+        if self._small is not None:
+            # What has used a slot refers to values.
+            self._small.users = [None] * self._small.slots
         gone = None if keys is None else set(keys)
         for called in [each for each in self._routes if gone is None or not gone.isdisjoint(each)]:
             self._drop(called)
@@ -398,6 +417,7 @@ class Pushes:
     def _drop(self, called: tuple[Key, ...]) -> None:
         if len(self._texts) > 4 * _REMEMBERED_ROUTES:
             self._texts.clear()
+        self._named -= len(called)
         stage = self._routes.pop(called).own_stage
         if stage is not None:
             self._meeting.forget(stage.segment)
@@ -407,7 +427,7 @@ class Pushes:
         self._background.close()
         self._routes.clear()
         self._pending.clear()
-        self._stage = None
+        self._stage = self._small = None
 
 
 def _text(verb: str, keys: Sequence[Key], kinds: Sequence[bool]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -26,6 +27,8 @@ SLOT_NBYTES = 1 << 20
 SLOT_NBYTES_OVER_HOSTS = 16 << 20
 # Slots of the stage that calls share: one is filled while others are summed and copied out.
 RING = 4
+# Small pushes that go on while their caller does share a stage, too: each takes the next slot of it.
+SMALL_NBYTES = 64 << 10
 
 Tensors = Sequence[torch.Tensor]
 
@@ -71,6 +74,9 @@ class Stage:
         self.segment = meeting.share(self._data + slots * size * self._row, words, doing)
         self.slots = slots
         self.uses = [0] * slots
+        # The slot that the next small push takes, and the last one that took each.
+        self.turn = 0
+        self.users: list[Any] = [None] * slots
         self._size = size
         self.filled, self.read, self.ready = (
             [self._column(slot, which) for slot in range(slots)] for which in range(3)
@@ -86,6 +92,12 @@ class Stage:
     def _column(self, slot: int, which: int) -> bytes:
         return array("Q", [self._word(slot, which, worker) for worker in range(self._size)]).tobytes()
 
+    def bases(self, slot: int) -> np.ndarray[Any, Any]:
+        """Return where the parts of each worker begin in a slot."""
+        rows = np.arange(slot * self._size, (slot + 1) * self._size, dtype=np.uint64)
+        found: np.ndarray[Any, Any] = rows * np.uint64(self._row) + np.uint64(self.segment.address + self._data)
+        return found
+
     def tensor(self, slot: int, worker: int, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """Return what a worker lays out at an offset of a slot."""
         at = self._data + (slot * self._size + worker) * self._row + offset
@@ -100,14 +112,16 @@ class Leg:
         dtype: of the values.
         pieces: as ``placement.cut`` made them.
         own: which of them this worker updates.
-        rooms: by worker, where each piece lies in the stage.
+        stage: where parts are laid out.
+        slot: of the stage.
         values: the piece of each value.
     """
 
     dtype: torch.dtype
     pieces: list[Piece]
     own: slice
-    rooms: list[list[torch.Tensor]]
+    stage: Stage
+    slot: int
     values: list[torch.Tensor]
     wide: torch.dtype = field(init=False)
     counts: list[int] = field(init=False)
@@ -115,14 +129,36 @@ class Leg:
     starts: np.ndarray[Any, Any] = field(init=False)
     room_columns: list[bytes] = field(init=False)
     value_column: bytes = field(init=False)
+    _rooms: dict[int, list[torch.Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.wide = arrays.accumulator(self.dtype)
         self.counts = [piece.stop - piece.start for piece in self.pieces]
         self.keys = np.array([piece.key for piece in self.pieces], np.int64)
         self.starts = np.array([piece.start * self.dtype.itemsize for piece in self.pieces], np.uint64)
-        self.room_columns = [native.column_of(column) for column in self.rooms]
         self.value_column = native.column_of(self.values)
+        self._find_rooms()
+
+    def _find_rooms(self) -> None:
+        offsets = np.array([piece.offset for piece in self.pieces], np.uint64)
+        self.room_columns = [(base + offsets).tobytes() for base in self.stage.bases(self.slot)]
+        self._rooms = {}
+
+    def at(self, slot: int) -> Leg:
+        """Return the same pieces in another slot."""
+        leg = copy(self)
+        leg.slot = slot
+        leg._find_rooms()
+        return leg
+
+    def rooms(self, worker: int) -> list[torch.Tensor]:
+        """Return where each piece of a worker's parts lies in the stage."""
+        if worker not in self._rooms:
+            self._rooms[worker] = [
+                self.stage.tensor(self.slot, worker, piece.offset, count, self.wide)
+                for piece, count in zip(self.pieces, self.counts, strict=True)
+            ]
+        return self._rooms[worker]
 
     def column(self, bases: np.ndarray[Any, Any]) -> bytes:
         """Return where the pieces begin in whole arrays, one of each key."""
@@ -190,13 +226,20 @@ class Route:
         """What one worker's parts take in a stage with a slot for each chunk."""
         return len(self.chunks) * aligned(self.slot_nbytes)
 
-    def legs(self, stage: Stage) -> list[list[Leg]]:
-        """Return the legs of each chunk on a stage; chunk c is in slot c modulo their number."""
+    @property
+    def is_small(self) -> bool:
+        """Whether a slot for small pushes has room for the parts."""
+        return len(self.chunks) <= 1 and self.slot_nbytes <= SMALL_NBYTES
+
+    def legs(self, stage: Stage, first: int) -> list[list[Leg]]:
+        """Return the legs of each chunk on a stage; chunk c is in slot first + c modulo their number."""
         known = self._legs.get(stage)
         if known is None:
             known = self._legs[stage] = [
                 self._legs_of(chunk, stage, number % stage.slots) for number, chunk in enumerate(self.chunks)
             ]
+        if first:
+            return [[leg.at((first + number) % stage.slots) for leg in legs] for number, legs in enumerate(known)]
         return known
 
     def fill(self, targets: Sequence[Column]) -> None:
@@ -214,13 +257,8 @@ class Route:
         for dtype, pieces in by_dtype.items():
             mine = [index for index, piece in enumerate(pieces) if piece.owner == self._meeting.me]
             own = slice(mine[0], mine[-1] + 1) if mine else slice(0, 0)
-            wide = arrays.accumulator(dtype)
-            rooms = [
-                [stage.tensor(slot, worker, p.offset, p.stop - p.start, wide) for p in pieces]
-                for worker in range(self._meeting.size)
-            ]
             values = [self.held[p.key].flat[p.start : p.stop] for p in pieces]
-            legs.append(Leg(dtype, pieces, own, rooms, values))
+            legs.append(Leg(dtype, pieces, own, stage, slot, values))
         return legs
 
 
@@ -276,7 +314,7 @@ def lay_out(leg: Leg, me: int, parts: Arrays, cuts: Sequence[slice]) -> None:
         for cut in cuts:
             leg.sums([_cut(rooms, cut)], [_cut(column, cut) for column in columns], cut)
         return
-    for room, piece in zip(leg.rooms[me], leg.pieces, strict=True):
+    for room, piece in zip(leg.rooms(me), leg.pieces, strict=True):
         own = [part[piece.start : piece.stop] for part in parts.flat[piece.key]]
         reduce.sum_piece(room, own)
 

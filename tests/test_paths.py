@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import tensorkv
+from tensorkv import checkpoint
 
 ENGINES = ["local", "device", "dist_sync"]
 
@@ -118,6 +119,33 @@ def test_checkpoints_are_where_the_call_said(way, type, tmp_path, monkeypatch):
             assert os.getcwd() == str(tmp_path / "there")
     assert os.listdir(tmp_path / "here") == ["checkpoint"]
     assert os.listdir(tmp_path / "there") == []
+
+
+def test_a_save_whose_folder_is_replaced_meanwhile(tmp_path, monkeypatch):
+    """The checkpoint that stands at the path by then stays what it is."""
+    real = checkpoint.write_files
+
+    def write_and_move(*arguments):
+        written = real(*arguments)
+        (tmp_path / "now").rename(tmp_path / "moved")
+        (tmp_path / "older").rename(tmp_path / "now")
+        return written
+
+    with tensorkv.create() as kv:
+        kv.init("w", np.ones(2))
+        kv.save(tmp_path / "older")
+        kv.push("w", np.zeros(2))
+        before = contents(tmp_path / "older")
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "write_files", write_and_move)
+            with pytest.raises(tensorkv.CheckpointError, match="renamed or replaced meanwhile"):
+                kv.save(tmp_path / "now")
+        assert contents(tmp_path / "now") == before
+        kv.save(tmp_path / "moved")
+        kv.load(tmp_path / "now")
+        assert kv.pull("w").tolist() == [1, 1]
+        kv.load(tmp_path / "moved")
+        assert kv.pull("w").tolist() == [0, 0]
 
 
 def test_a_working_directory_that_is_gone(tmp_path, monkeypatch):

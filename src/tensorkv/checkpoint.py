@@ -107,6 +107,13 @@ def publish(path: str, token: str, body: dict[str, Any]) -> None:
         temporary = folder / f"manifest-{token}.tmp"
         _write_manifest(temporary, body)
         _sync(folder)
+        for file in body["files"]:
+            # A manifest is put in force only beside the files that it names: the path may lead elsewhere by now.
+            if not (folder / file["name"]).is_file():
+                raise CheckpointError(
+                    f"{path}: {file['name']}, which this save has written, is not there any more: the directory was "
+                    "renamed or replaced meanwhile; nothing has changed in the one that is there now; save again"
+                )
         os.replace(temporary, folder / MANIFEST)
         _sync(folder)
         # What cannot be removed now, the next save removes: this one is written.

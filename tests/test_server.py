@@ -21,6 +21,7 @@ from tensorkv.durable import DurableShard
 from tensorkv.engines import mailbox
 from tensorkv.journal import Journal
 from tensorkv.record import Item, Record, nbytes_of, pack
+from tensorkv.server import Server
 from tensorkv.server.cut import Cut
 from tensorkv.server.wire import Reply, Request, Settings
 
@@ -50,6 +51,57 @@ def one_hot(n, i):
 def count_up(kv):
     """Have each push add to the value."""
     kv.set_optimizer("sgd", lr=1.0, maximize=True)
+
+
+# ---------------------------------------------------------------- what holds over a restart
+
+
+def asked(server, verb, client=0, seq=0, **words):
+    """What a server answers at once."""
+    head = {"verb": verb, "owner": f"o{client}", "client": f"o{client}.0", "rank": client, "seq": seq, "patience_s": 0}
+    return server.serve(Request({**head, **words})).head
+
+
+def test_a_server_that_is_restarted_knows_what_it_has_promised(tmp_path):
+    settings = Settings(num_workers=3, path=str(tmp_path), durability="process")
+    server = Server(settings)
+    newcomer = {"rank": None, "ranks": True, "wants": None}
+    for client in range(3):
+        told = asked(server, "hello", client, **newcomer)
+        assert (told["rank"], told["over"]) == (client, (0, 0, 0))
+    assert asked(server, "tell", 0, number=1, text="said once") == {"text": "said once"}
+    for client in range(3):
+        reply = asked(server, "meet", client, number=1)
+        assert ("wait_for" in reply) is (client < 2)
+    asked(server, "claim", 1, wants=True, number=1)
+    asked(server, "leave", 1, number=1)
+    asked(server, "bye", 2)
+    for _ in range(2):
+        server.close()
+        server = Server(settings, comes_back=True)
+        # Who was told nothing yet is told it; who was at the barrier need not come again.
+        assert asked(server, "tell", 1, number=1, text=None) == {"text": "said once"}
+        assert asked(server, "meet", 1, number=1) == {}
+        assert "ranks [0]" in asked(server, "meet", 1, number=2)["wait_for"]
+        assert "another client" in asked(server, "claim", 0, wants=True, number=1)["wait_for"]
+        assert asked(server, "beat", 0)["dead"] == []
+        # Rank 1 has left, rank 2 has said goodbye.
+        assert asked(server, "stats", 0)["live"] == [0]
+    # A new worker gets the rank that is free, and is told how far the others are.
+    told = asked(server, "hello", 5, **newcomer)
+    assert (told["rank"], told["over"]) == (2, (1, 1, 0))
+    assert asked(server, "bye", 0) == {"clients": 2, "silent": 0}
+    # Another store in the folder has nothing to do with these.
+    server.close()
+    server = Server(settings)
+    assert asked(server, "hello", 7, **newcomer)["over"] == (0, 0, 0)
+    assert "wait_for" in asked(server, "tell", 7, rank=0, number=1, text=None)
+    assert asked(server, "bye", 7) == {"clients": 0, "silent": 0}
+    # It ends, also if it is restarted first.
+    server.close()
+    server = Server(settings, comes_back=True)
+    assert asked(server, "hello", 8, **newcomer) == {"ending": True}
+    server.close()
 
 
 # ---------------------------------------------------------------- each push counts once

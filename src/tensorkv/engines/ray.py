@@ -132,7 +132,11 @@ class RayEngine:
             wanted = int(os.environ["RANK"])
         with self._lanes.take() as lane:
             words = {"ranks": True, "wants": wanted}
-            told = lane.send("hello", [Letter(0, words)])[0].head
+            try:
+                told = lane.send("hello", [Letter(0, words)])[0].head
+            except ServerLostError as error:
+                # It has ended since this process has found it.
+                raise StoreEndingError(str(error)) from error
         if "ending" in told:
             raise StoreEndingError("create: the last client has just closed this store, and its servers are ending")
         self._meetings, self._texts, self._leaves = told["over"]

@@ -222,22 +222,6 @@ class Disk:
     settle = close = begin
 
 
-class Inline:
-    """A pool without threads."""
-
-    def __init__(self, threads=None):
-        self.threads = 1
-
-    def run(self, jobs, then=None):
-        for job in jobs:
-            job()
-        if then is not None:
-            then()
-
-    def close(self):
-        pass
-
-
 # ---------------------------------------------------------------- servers
 
 
@@ -505,7 +489,6 @@ class World(Loop):
         enter(mock.patch.object(moments, "secrets", token))
         enter(mock.patch.object(ray_cluster, "stop_servers", self.stop_servers))
         enter(mock.patch.object(durable, "Journal", lambda *more: Disk(self.disks, *more)))
-        enter(mock.patch.object(durable, "Pool", Inline))
         self.at(1.0, self._tick)
         self.actors = [Actor(self, replace(self.settings, index=index)) for index in range(self.settings.num_servers)]
         return self

@@ -1,11 +1,13 @@
 """What workers run from `create` to the end of their process: who meets whom, forks, exits, earlier groups."""
 
+import atexit
 import faulthandler
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -235,6 +237,36 @@ def outlived():
         kv.pushpull("a", torch.ones(3))
     except tensorkv.RankLostError as error:
         say(error)
+
+
+# ------------------------------------------------------------ exits
+
+
+def at_exit(first_push, shared_memory):
+    """Push and pull in an exit handler, which runs before that of the store or, registered earlier, after it."""
+    kv = create(shared_memory=shared_memory == "True", timeout_s=30)
+    kv.init("a", torch.zeros(100_000))
+    if first_push == "before":
+        kv.push("a", torch.ones(100_000))
+        kv.pull("a")
+    atexit.register(end, kv, "of the user")
+    if first_push == "after":
+        kv.push("a", torch.ones(100_000))
+    if first_push == "never":
+        # What Python does from 3.12 on.
+        def refuse(_):
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+
+        threading.Thread.start = refuse
+
+
+def end(kv, whose):
+    for number in (2.0, 3.0):
+        kv.push("a", torch.full((100_000,), number))
+        assert set(kv.pull("a").tolist()) == {number * SIZE}
+        assert set(kv.pushpull("a", torch.full((100_000,), -number)).tolist()) == {-number * SIZE}
+    kv.close()
+    say("closed in the exit handler", whose)
 
 
 if __name__ == "__main__":

@@ -86,3 +86,15 @@ def test_a_child_that_outlives_its_parent_keeps_nobody_waiting():
             assert "rank 1 died or ended early" in team.text(0)
         finally:
             os.kill(int(re.search(r"child (\d+)", team.text(1))[1]), signal.SIGKILL)
+
+
+# ---------------------------------------------------------------- exits
+
+
+@pytest.mark.parametrize(
+    ("first_push", "shared_memory"), [("before", True), ("after", True), ("after", False), ("never", True)]
+)
+def test_exit_handlers_may_push_and_pull(first_push, shared_memory):
+    for text in run(2, PROGRAMS, "at_exit", first_push, shared_memory):
+        assert "closed in the exit handler" in text, text
+        assert "Traceback" not in text, text

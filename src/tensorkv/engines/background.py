@@ -63,12 +63,24 @@ class Background:
         """Take over a push."""
         with self._changed:
             self._jobs.append(_Job(exchange, priority))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="tensorkv-dist", daemon=True)
-                self._thread.start()
-                forks.keep(self)
-                atexit.register(self._leave_process)
+            if self._thread is None and not self._closing:
+                self._start()
             self._changed.notify_all()
+            is_served = self._thread is not None and self._thread.is_alive()
+        if not is_served:
+            # The interpreter is at its end.
+            self._serve(list(self._jobs))
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._work, name="tensorkv-dist", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            # From Python 3.12 on there are no new threads in an exit handler.
+            return
+        self._thread = thread
+        forks.keep(self)
+        atexit.register(self._leave_process)
 
     def wait_for(self, what: Exchange | Stage | None) -> None:
         """Wait until a push, every push on a stage, or every push is done as far as this worker is concerned."""
@@ -85,8 +97,10 @@ class Background:
             return
         # A process that ends while the thread waits inside of Gloo would be aborted.
         with self._changed:
-            self._changed.wait_for(lambda: not self._jobs, _LAST_WORDS_S)
-        self._meeting.group.cut_links()
+            is_done = self._changed.wait_for(lambda: not self._jobs, _LAST_WORDS_S)
+        if not is_done:
+            self._meeting.group.cut_links()
+        # Exit handlers that were registered earlier run later, and may still push.
         self.close()
 
     def close(self) -> None:
@@ -107,27 +121,32 @@ class Background:
                 if self._closing:
                     return
                 jobs = list(self._jobs)
-            try:
-                job = self._agreed(jobs)
-                job.exchange.serve(job.presence)
-                if self._chain.linked:
-                    self._chain.report(self._reach(), job.exchange.doing)
-                for _, problem in job.exchange.failed:
-                    raise problem
-            except TensorKVError as error:
-                self._meeting.stop(error)
-                job = None
-            except BaseException as error:
-                self._meeting.stop(WorkerError(f"a push broke off in the background: {type(error).__name__}: {error}"))
-                job = None
-            with self._changed:
-                if job is None:
-                    self._jobs.clear()
-                else:
-                    self._jobs.remove(job)
-                self._changed.notify_all()
+            self._serve(jobs)
             # Else they would hold their stage until the next push.
-            del job, jobs
+            del jobs
+
+    def _serve(self, jobs: list[_Job]) -> None:
+        """Do the one of these pushes that comes next."""
+        job: _Job | None = None
+        try:
+            job = self._agreed(jobs)
+            job.exchange.serve(job.presence)
+            if self._chain.linked:
+                self._chain.report(self._reach(), job.exchange.doing)
+            for _, problem in job.exchange.failed:
+                raise problem
+        except TensorKVError as error:
+            self._meeting.stop(error)
+            job = None
+        except BaseException as error:
+            self._meeting.stop(WorkerError(f"a push broke off in the background: {type(error).__name__}: {error}"))
+            job = None
+        with self._changed:
+            if job is None:
+                self._jobs.clear()
+            else:
+                self._jobs.remove(job)
+            self._changed.notify_all()
 
     def _agreed(self, jobs: list[_Job]) -> _Job:
         """Return the push that comes next, all hosts having agreed on it."""

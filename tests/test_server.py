@@ -688,6 +688,18 @@ def test_a_store_that_is_dropped_is_closed():
         assert last._ended.is_set()
 
 
+def test_a_snapshot_that_is_dropped_makes_room_for_the_next_one():
+    with Cluster(2, keep=1) as cluster:
+        kv = cluster.store()
+        kv.init("w", np.zeros(3, F32))
+        for _ in range(3):
+            moment = kv.snapshot()
+            with pytest.raises(tensorkv.SnapshotError):
+                kv.snapshot()
+            assert moment.pull("w").tolist() == [0, 0, 0]
+            del moment
+
+
 def test_a_reader_takes_the_rank_of_a_worker_that_is_gone_when_it_has_to_push():
     """As in a notebook, where the cell that creates the store was run again."""
     with Cluster(2, mode="sync", num_workers=1) as cluster:

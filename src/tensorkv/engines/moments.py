@@ -40,6 +40,8 @@ class Moments:
     def __init__(self, lanes: Lanes, traffic: Traffic, num_servers: int) -> None:
         self._lanes, self._traffic = lanes, traffic
         self._all = range(num_servers)
+        self.abandoned: list[str] = []
+        """Moments whose snapshot was dropped without ``close``."""
 
     def take(self) -> Moment:
         """Have every server hold what it has at one moment.
@@ -47,6 +49,8 @@ class Moments:
         Raises:
             SnapshotError: too many are held.
         """
+        while self.abandoned:
+            self.drop(self.abandoned.pop())
         name = secrets.token_hex(8)
         notes: dict[Key, Any] = {}
         versions: dict[Key, int] = {}
@@ -145,6 +149,10 @@ class Moment:
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         """Return copies of rows."""
         return self._traffic.pull_rows(keys, ids, {"view": self._name}, self._held)
+
+    def abandon(self) -> None:
+        """Hold it no more from the next snapshot on; the garbage collector calls this, in the middle of anything."""
+        self._moments.abandoned.append(self._name)
 
     def close(self) -> None:
         """Hold it no more."""

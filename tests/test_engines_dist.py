@@ -24,6 +24,15 @@ def errors_of(text):
     return re.findall(r"^(\w+) \|", text, re.MULTILINE)
 
 
+# Where two calls differ first.
+FIRST = {
+    ("push a", "push a, b"): 'first at keys[1] (rank 0: nothing, rank 1: "b")',
+    ("push rows", "push dense c"): 'first at rows[0] of "c" (rank 0: true, rank 1: false)',
+    ("init d", "init another d"): 'first at values[0][0][1] of "d" (rank 0: nothing, rank 1: 2)',
+    ("sgd", "sgd with another lr"): "first at numbers.lr (rank 0: 0.1, rank 1: 0.2)",
+}
+
+
 def seconds_of(text):
     return float(re.search(r"seconds ([\d.]+)", text)[1])
 
@@ -81,9 +90,32 @@ def test_a_mismatch_is_an_error_on_every_worker(shared_memory):
                 assert kind not in ("WorkerMismatchError", "RankLostError"), said
                 continue
             assert kind == "WorkerMismatchError", said
+            assert FIRST.get(pair, "") in said
             assert "rank 0" in said
             assert "rank 1" in said
             assert re.search("refuses (WorkerMismatch|StoreClosed)Error", said), said
+
+
+def test_a_mismatch_in_a_long_list_names_the_key():
+    """Also where the text of the call is longer than what workers tell each other of each."""
+    for text in run(3, "long_lists", True):
+        said = [line for line in text.splitlines() if "|" in line]
+        assert len(said) == 6
+        for line in said:
+            count, at = map(int, line.partition("|")[0].split())
+            other = f'"layer.{at + 1:04}.weight"' if at + 1 < count else "nothing"
+            assert f'first at keys[{at}] (rank 0: "layer.{at:04}.weight", rank 2: {other})' in line
+            assert "ranks 0, 1: push" in line
+
+
+def test_a_mismatch_in_a_long_list_over_hosts_tells_where_it_is():
+    for text in run(2, "long_lists", False):
+        first, *others = [line for line in text.splitlines() if "|" in line]
+        assert "first at character" in first
+        assert "layer.0041.weight" in first
+        for line in others[1:]:
+            assert "after the first" in line
+            assert "ranks 0, 1: push" in line
 
 
 @pytest.mark.parametrize("shared_memory", [True, False])

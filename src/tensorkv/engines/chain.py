@@ -16,7 +16,7 @@ import torch
 
 from ..errors import TensorKVError
 from .group import Group
-from .meeting import LEFT, REFUSED, Meeting, mismatch, shorten
+from .meeting import LEFT, REFUSED, Meeting, mismatch
 
 _HEAD = struct.Struct("q8si")
 _HEAD_NBYTES = 1024
@@ -155,8 +155,9 @@ class Chain:
             mark, text = calls.get(theirs.number, calls[number])
             if theirs.number not in calls or (mark != LEFT and theirs.mark not in (mark, LEFT)):
                 own = self._refused.get(theirs.number, text)
-                ranks = {shorten(theirs.text): [self.before], shorten(own): [self._group.rank]}
-                raise self._meeting.stop(mismatch(theirs.number, ranks))
+                said = {theirs.text: [self.before]}
+                said.setdefault(own[:HEAD_TEXT], []).append(self._group.rank)
+                raise self._meeting.stop(mismatch(theirs.number, said))
             return theirs.number, theirs
 
     def go_on(self, number: int, mark: bytes, text: str, before: Head | None) -> Called:

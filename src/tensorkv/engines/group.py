@@ -125,6 +125,17 @@ class Group:
         """Return what a rank has told under a key."""
         return self._get(key, rank).decode()
 
+    def ask_soon(self, key: str) -> str | None:
+        """Return what is told under a key; None if it does not come soon."""
+        store = self._store
+
+        def ask() -> Any:
+            store.wait([key], timedelta(seconds=_NEWS_S))
+            return store.get(key)
+
+        answer = _within(2 * _NEWS_S, ask)
+        return answer.decode() if isinstance(answer, bytes) else None
+
     def _get(self, key: str, rank: int) -> bytes:
         return _get(self._store, key, rank, self.size, self.timeout_s)
 

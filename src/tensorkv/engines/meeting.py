@@ -8,11 +8,13 @@ The first to see a fault writes a note and stops every wait of the others.
 from __future__ import annotations
 
 import json
+import re
 import struct
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
+from itertools import zip_longest
 from time import monotonic
 from typing import Any
 
@@ -246,7 +248,7 @@ class Meeting:
         marks = [self.read(worker, number)[0] for worker in range(self.size)]
         present = [worker for worker, mark in enumerate(marks) if mark != LEFT]
         if len({marks[worker] for worker in present}) > 1:
-            raise self.stop(self._mismatch(number, present))
+            raise self.stop(self._mismatch(number, present, doing))
         _shared.store(self._word(self.me, _AGREED), number + 1)
         return present
 
@@ -270,10 +272,19 @@ class Meeting:
         mark, length = _HEAD.unpack_from(memory, at)
         return mark, bytes(memory[at + _HEAD.size : at + _HEAD.size + length]).decode(errors="replace")
 
-    def _mismatch(self, number: int, present: Sequence[int]) -> WorkerMismatchError:
+    def _mismatch(self, number: int, present: Sequence[int], doing: str) -> WorkerMismatchError:
+        marks = {worker: self.read(worker, number) for worker in present}
+        whole = {}
+        if fingerprint(doing) == self.read(self.me, number)[0] and len(doing) > ENTRY_TEXT:
+            # An entry had no room for it; whoever made another call finds out as well, and looks for it here.
+            self.group.tell(f"call/{number}/{self.group.rank}", doing)
+            whole[self.me] = doing
         said: dict[str, list[int]] = {}
-        for worker in present:
-            said.setdefault(shorten(self.read(worker, number)[1]), []).append(self.ranks[worker])
+        for worker, (_, text) in marks.items():
+            rank = self.ranks[worker]
+            if len(text) == ENTRY_TEXT and worker != self.me:
+                whole[worker] = self.group.ask_soon(f"call/{number}/{rank}") or text
+            said.setdefault(whole.get(worker, text), []).append(rank)
         return mismatch(number, said)
 
     # ------------------------------------------------------------ together
@@ -351,14 +362,58 @@ class Meeting:
 
 
 def mismatch(number: int, said: dict[str, list[int]]) -> WorkerMismatchError:
-    """Return the error that names who said what."""
+    """Return the error that names who said what, and where it differs first."""
+    first = _first_difference(said)
+    # Other workers are told the beginning of the message.
+    most = 100 if first else 300
     parts = [
-        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {text}" for text, ranks in said.items()
+        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {shorten(text, most)}"
+        for text, ranks in said.items()
     ]
     return WorkerMismatchError(
-        f"the workers' calls differ at call {number}: {'; '.join(parts)}. "
+        f"the workers' calls differ at call {number}{first}: {'; '.join(parts)}. "
         "Every worker must make the same calls with the same keys in the same order"
     )
+
+
+def _first_difference(said: Mapping[str, Sequence[int]]) -> str:
+    """Return where two calls of one verb differ first, and what each has there; nothing if that says no more."""
+    if len(said) == 1:
+        return f" after the first {len(next(iter(said)))} characters"
+    (left, left_ranks), (right, right_ranks), *_ = said.items()
+    (verb, _, mine), (other_verb, _, theirs) = left.partition(" "), right.partition(" ")
+    if verb != other_verb or not mine.startswith("{") or not theirs.startswith("{"):
+        return ""
+    try:
+        calls = json.loads(mine), json.loads(theirs)
+        if any("rows" in call for call in calls):
+            for call in calls:
+                call.setdefault("rows", [False] * len(call["keys"]))
+        where, *values = _walk("", *calls)
+        # What stands there for each key is told with the key.
+        place = re.match(r"(?:values|rows)\[(\d+)\]", where)
+        where += f" of {json.dumps(calls[0]['keys'][int(place[1])])}" if place else ""
+        found = ["nothing" if value is None else shorten(json.dumps(value), 80) for value in values]
+    except ValueError:
+        # The ends of long texts are missing.
+        pairs = enumerate(zip_longest(left, right))
+        at = next(at for at, (one, other) in pairs if one != other)
+        where, found = f"character {at}", [text[max(0, at - 40) : at + 40] for text in (left, right)]
+    return f", first at {where} (rank {left_ranks[0]}: {found[0]}, rank {right_ranks[0]}: {found[1]})"
+
+
+def _walk(where: str, left: Any, right: Any) -> tuple[str, Any, Any]:
+    """Return the innermost place where two values differ first, and what each has there."""
+    inner: Iterable[tuple[str, Any, Any]] = ()
+    if isinstance(left, dict) and isinstance(right, dict):
+        names = dict.fromkeys([*left, *right])
+        inner = ((f"{where}.{name}" if where else name, left.get(name), right.get(name)) for name in names)
+    elif isinstance(left, list) and isinstance(right, list):
+        inner = ((f"{where}[{at}]", *pair) for at, pair in enumerate(zip_longest(left, right)))
+    for place, one, other in inner:
+        if one != other:
+            return _walk(place, one, other)
+    return where, left, right
 
 
 def shorten(text: str, most: int = 300) -> str:

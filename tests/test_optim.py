@@ -846,3 +846,21 @@ def test_hostile_json(data):
 
 def test_words_beside_the_known_ones_are_ignored():
     assert OptimizerSpec.from_json({**GOOD, "comment": "x"}) == spec("adam", {"lr": 0.5})
+
+
+def test_a_key_that_is_deleted_and_made_again_has_no_numbers_of_its_own():
+    """Nor does its state begin with what they asked for."""
+    ids, values = torch.tensor([1, 4]), torch.tensor([[1.0], [2.0]])
+    with tensorkv.create() as kv, tensorkv.create() as other:
+        for store in (kv, other):
+            store.set_optimizer("adagrad", lr=0.5)
+        kv.init("t", tensorkv.Rows(ids, values, 9))
+        kv.set_hyperparameters("t", lr=0.25, initial_accumulator_value=100.0)
+        kv.delete("t")
+        for store in (kv, other):
+            store.init("t", tensorkv.Rows(ids, values, 9))
+            for step in range(2):
+                # Rows that were not pushed before begin with the fill.
+                store.push("t", tensorkv.Rows(ids + step, values, 9))
+        pulled = [store.row_sparse_pull("t", row_ids=range(9)).values for store in (kv, other)]
+        assert torch.equal(*pulled)

@@ -459,7 +459,8 @@ class Optimizer:
         return {**state, **columns}
 
     def _fills_of(self, key: Key) -> dict[str, float]:
-        return self._own_fills.get(key, self._fills)
+        # Numbers of a key that was deleted are forgotten, and with them what its state began with.
+        return self._own_fills[key] if key in self.spec.overrides else self._fills
 
     def _complete(self, key: Key, state: State, value: torch.Tensor) -> None:
         """Add what a change of numbers (amsgrad, centered, momentum) newly asks of an old state."""

@@ -581,6 +581,22 @@ def test_what_was_loaded_does_not_lie_where_clients_write_their_next_request(par
                 assert np.array_equal(got, right)
 
 
+def test_a_rule_that_stays_keeps_the_numbers_of_single_keys(tmp_path):
+    """A checkpoint of a store with an updater brings no rule."""
+    keys = [f"k{number}" for number in range(8)]
+    with tensorkv.create("local") as saved, Cluster(3) as cluster:
+        saved.init({key: np.ones(3, F32) for key in keys})
+        saved.set_updater(lambda key, received, stored: None)
+        saved.save(tmp_path)
+        kv = cluster.store()
+        kv.init({key: np.zeros(3, F32) for key in keys})
+        kv.set_optimizer("sgd", lr=1.0)
+        kv.set_hyperparameters(keys, lr=0.0)
+        kv.load(tmp_path)
+        kv.push({key: np.ones(3, F32) for key in keys})
+        assert [pulled.tolist() for pulled in kv.pull(keys)] == [[1, 1, 1]] * 8
+
+
 def test_a_load_that_fails_leaves_keys_where_they_were_and_one_that_succeeds_forgets_them(tmp_path, monkeypatch):
     with Cluster(2) as cluster:
         (kv,) = cluster.stores(1)

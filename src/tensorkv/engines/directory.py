@@ -74,6 +74,10 @@ class Directory:
                 self._routes = {}
             self._entries = {key: each for key, each in self._entries.copy().items() if new.get(key) is old.get(key)}
             described = listings[0]["optimizer"]
+            if described is not None:
+                # Each server has the numbers of its own keys.
+                optimizers = [listing["optimizer"] for listing in listings if listing["optimizer"] is not None]
+                described = {**described, "overrides": [own for each in optimizers for own in each["overrides"]]}
             self._take_rule(None if described is None else OptimizerSpec.from_json(described))
 
     def _take_rule(self, spec: OptimizerSpec | None) -> None:

@@ -1,7 +1,8 @@
-"""Kill durable shards for as long as you like, and report: ``make soak MINUTES=30``.
+"""Kill durable shards and disturb random programs for as long as you like, and report: ``make soak MINUTES=30``.
 
-The programs of the tests run with seeds of their own, two at a time, over both durabilities, every way to be
-killed and two optimizers. The first wrong state ends it with exit status 1 and the command that shows it again.
+The programs of the tests run with seeds of their own: durable shards two at a time, over both durabilities, every way
+to be killed and two optimizers; between them, disturbed programs on every engine. The first wrong state ends it with
+exit status 1 and the command that shows it again.
 """
 
 from __future__ import annotations
@@ -15,9 +16,20 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import workers
 from test_durable_kills import finish, start
 
 KILLS = 200
+# Disturbed programs between two pairs of killed ones: engine, how many at a time, options, workers.
+DISTURBED = [
+    ("local", 20, [], 1),
+    ("local", 10, ["path=kept"], 1),
+    ("device", 10, [], 1),
+    ("dist_sync", 5, [], 2),
+    ("dist_sync", 3, [], 3),
+    ("dist_async", 4, ["num_servers=2", "path=kept"], 1),
+    ("dist_async", 4, ["num_servers=3"], 1),
+]
 RUNS = list(itertools.product(("process", "disk"), ("time", "calls", "seams"), ("sgd", "adam")))
 
 
@@ -27,18 +39,20 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the first program, default: the time")
     parser.add_argument("--out", type=Path, default=Path("out/soak.json"), help="the report, default out/soak.json")
     options = parser.parse_args()
-    report = {"seed": options.seed, "seconds": 0.0, "runs": {}}
+    report = {"seed": options.seed, "seconds": 0.0, "runs": {}, "disturbed": Counter()}
     began = time.monotonic()
     status, seed = 0, options.seed
+    disturbed = itertools.cycle(DISTURBED)
     for pair in itertools.cycle(zip(RUNS[::2], RUNS[1::2], strict=True)):
         if status or time.monotonic() - began > 60 * options.minutes:
             break
-        status = run(pair, seed, report)
-        seed += len(pair)
+        status = run(pair, seed, report) or disturb(*next(disturbed), seed, report)
+        seed += 20
         report["seconds"] = round(time.monotonic() - began, 1)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"{report['seconds']:8.0f} s, {total(report)} kills", flush=True)
+        programs = sum(report["disturbed"].values())
+        print(f"{report['seconds']:8.0f} s, {total(report)} kills, {programs} disturbed programs", flush=True)
     show(report)
     return status
 
@@ -58,6 +72,28 @@ def run(pair, seed, report):
                 return 1
             counts = report["runs"].setdefault(f"{durability}, {how}, {optimizer}", Counter())
             counts.update({name: each for name, each in found.items() if isinstance(each, int)})
+    return 0
+
+
+def disturb(engine, count, options, size, seed, report):
+    """Run disturbed programs; return 1 if one of them finds a difference, an untyped error or a hang."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(Path(__file__).parent / "disturbed.py")]
+        try:
+            workers.run(
+                size,
+                command,
+                engine,
+                seed,
+                count,
+                *options,
+                timeout_s=60 * count,
+                env={"DISTURBED_FOLDER": folder},
+            )
+        except AssertionError as error:
+            print(f"wrong: tests/disturbed.py {engine} {seed} {count} {' '.join(options)} ({size} workers)\n{error}")
+            return 1
+    report["disturbed"][" ".join([engine, *options, f"{size} workers"])] += count
     return 0
 
 

@@ -105,7 +105,8 @@ def run(kv, folder, optimizer, around):
         kv.pull("float64", out=parameter)
         found.append(_plain([wide, swapped, parameter.detach()]))
         found.append(_plain(kv.row_sparse_pull(["table", "float32"], row_ids=[ids, ids[1:2]])))
-        found.append(_plain(kv.pull([*kinds, "large"])))
+        kv.push("empty", _tensor((0, 2), torch.float32, 0))
+        found.append(_plain(kv.pull([*kinds, "large", "empty"])))
 
     outs = [np.zeros(4, np.float16) for _ in small]
     with torch.inference_mode():
@@ -116,6 +117,7 @@ def run(kv, folder, optimizer, around):
         kv.init(kinds, arrays[0])
         kv.init([*small, "large"], [*flat[0], large[0]])
         kv.init("table", Rows(ids, arrays[0][0][:3], 1000))
+        kv.init("empty", _tensor((0, 2), torch.float32, 0))
         found.append(_plain(kv.broadcast("more", arrays[0][1])))
         kv.push(["int32", "bool"], [arrays[1][5], arrays[1][6]])
         step()

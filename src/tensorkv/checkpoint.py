@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 
 from . import manifest
 from .errors import CheckpointError
@@ -301,7 +302,9 @@ def _read_data(folder: Path, described: Any) -> Tensors:
     if _digest(data) != described.get("sha256"):
         raise CheckpointError(f"{file}: damaged: its sha256 is not the manifest's")
     try:
-        return safetensors.torch.load(data)
+        # It makes tensors without elements on the caller's default device.
+        with torch.device("cpu"):
+            return safetensors.torch.load(data)
     except Exception as error:  # safetensors raises what its parser meets
         raise CheckpointError(f"{file}: not safetensors: {error}") from None
 

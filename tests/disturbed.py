@@ -114,8 +114,8 @@ def make_program(seed, allowed):
 class Side:
     """A store and the workers whose arrays it is given: one, or for the reference all."""
 
-    def __init__(self, kv, workers, folder):
-        self.kv, self.workers, self.folder = kv, workers, folder
+    def __init__(self, kv, workers, folder, takes_snapshots):
+        self.kv, self.workers, self.folder, self.takes_snapshots = kv, workers, folder, takes_snapshots
 
     def parts(self, seed, step, key):
         count = step.get("parts", 1)
@@ -190,7 +190,7 @@ class Side:
         self.kv.load_optimizer_states(self.folder + "-states")
 
     def do_snapshot(self, seed, step, keys):
-        if not self.kv.is_capable("snapshot"):
+        if not self.takes_snapshots:
             return self.do_pull(seed, step, keys)
         with self.kv.snapshot() as held:
             self.call(seed, step, keys[:1], self.kv.push)
@@ -333,7 +333,7 @@ class Runner:
         if "path" in options:
             self.allowed.append("reopen")
         if engine == "dist_async" and "path" in options:
-            self.allowed.append("kill")
+            self.allowed += ["kill"] * 4
 
     def create(self, folder):
         return tensorkv.create(self.engine, **self.options, **self.named(folder))
@@ -352,8 +352,10 @@ class Runner:
         os.makedirs(folder, exist_ok=True)
         os.chdir(folder)
         rng = random.Random(seed * 31 + self.rank)
-        mine = Side(self.create(folder), [self.rank], os.path.join(folder, "saved"))
-        reference = Side(tensorkv.create("local"), range(self.size), os.path.join(folder, f"reference-{self.rank}"))
+        kv, local = self.create(folder), tensorkv.create("local")
+        has_snapshots = kv.is_capable("snapshot")
+        mine = Side(kv, [self.rank], os.path.join(folder, "saved"), has_snapshots)
+        reference = Side(local, range(self.size), os.path.join(folder, f"reference-{self.rank}"), has_snapshots)
         for number, step in enumerate(make_program(seed, self.allowed)):
             what = f"program {seed}, step {number}, {json.dumps(step)}"
             try:

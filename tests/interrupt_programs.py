@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -316,6 +317,53 @@ def check_pushes(kv, acknowledged):
     return version
 
 
+# ------------------------------------------------------------ raising in workers that push in step
+
+
+def raise_in_step(times, is_pull):
+    """Raise at random moments of pushes of ``dist_sync``; each has happened on every worker, or on none.
+
+    With ``is_pull`` a pull that waits for another worker is interrupted, too: it ends at once and has done nothing.
+    """
+    kv = tensorkv.create("dist_sync", timeout_s=120)
+    rng, raised, pushes = random.Random(kv.rank), 0, 0
+    signal.signal(signal.SIGALRM, lambda *_: boom())
+    sizes = {"w": 6, "x": 100_000}
+    kv.init({key: np.zeros(size, F32) for key, size in sizes.items()})
+    while pushes < times:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 1e-6 + rng.random() * 4e-4)
+            kv.push(list(sizes), [np.full(size, pushes + 1, F32) for size in sizes.values()])
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except Boom:
+            raised += 1
+        # What the signal came too late for.
+        with suppress(Boom):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        pushes = kv.info("w").version
+        assert pushes == kv.info("x").version
+    zeros = [np.zeros(size, F32) for size in sizes.values()]
+    if is_pull and kv.rank == 0:
+        kv.push(list(sizes), zeros)
+        out = np.full(6, 7, F32)
+        with suppress(Boom):
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            # The other worker comes when this one has given up.
+            kv.pull("w", out=out)
+            raise AssertionError("the pull was not interrupted")
+        assert (out == 7).all()
+        Path(os.environ["INTERRUPTED"]).touch()
+    elif is_pull:
+        while not os.path.exists(os.environ["INTERRUPTED"]):
+            time.sleep(0.01)
+        kv.push(list(sizes), zeros)
+    expected = 0 if is_pull else times * kv.num_workers
+    for key in sizes:
+        assert (kv.pull(key) == expected).all()
+    kv.close()
+    return raised
+
+
 def main(program, engine, *more):
     global SAVED
     if "planted" in more:
@@ -329,6 +377,8 @@ def main(program, engine, *more):
         count = raise_at_every_line(engine, CALLS, [more[0]])
     elif program == "control":
         count = raise_at_every_line(engine, CONTROL, ["assign"])
+    elif program == "step":
+        count = raise_in_step(int(more[0]), "INTERRUPTED" in os.environ)
     elif program == "calls":
         count = call_at_every_line(engine)
     else:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import workers
 
 PROGRAMS = Path(__file__).parent / "interrupt_programs.py"
 
@@ -41,6 +42,13 @@ def test_a_call_is_whole(arguments, least, tmp_path):
     shown = run(*arguments, tmp_path=tmp_path)
     assert shown.returncode == 0, shown.stderr[-2000:]
     assert int(shown.stdout) >= least, "too few exceptions or calls came to say anything"
+
+
+def test_workers_in_step(tmp_path):
+    command = [sys.executable, str(PROGRAMS), "step", "dist_sync", "150"]
+    env = {"INTERRUPTED": str(tmp_path / "interrupted")}
+    for text in workers.run(2, command, env=env, timeout_s=110):
+        assert int(text.splitlines()[-1]) >= 20, "too few exceptions came to say anything"
 
 
 @pytest.mark.parametrize("arguments", [["lines", "local", "sgd"], ["random", "local", "2000", "sgd"]], ids="-".join)

@@ -799,7 +799,7 @@ def test_the_servers_of_a_store_are_looked_for_until_all_are_there_or_the_store_
 
 
 def test_a_snapshot_has_every_key_that_it_names(small_pieces):
-    """Also one that another client has made, or made anew, a moment before."""
+    """Also one that another client has created, or deleted and created again, a moment before."""
     with Cluster(2) as cluster:
         first, second = cluster.stores(2)
         first.init(["a", "b"], [np.zeros(3, F32), np.zeros(3, F32)])

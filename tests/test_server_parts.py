@@ -256,13 +256,13 @@ def test_a_push_is_in_the_round_of_its_number_and_in_no_other():
     add(5, 0, "a5")
     add(6, 1, "b6")
     assert applied[4:] == [["a5", "b5"], ["a6", "b6"]]
-    # One that waited in vain is in its round again when the one that took its place goes elsewhere.
-    add(7, 0, "in vain", seq=70)
+    # One that timed out is in its round again when the one that took its place goes elsewhere.
+    add(7, 0, "late", seq=70)
     add(7, 0, "again", seq=71)
     add(8, 0, "again", seq=71, first=7)
     add(7, 1, "b7")
     add(8, 1, "b8")
-    assert applied[6:] == [["in vain", "b7"], ["again", "b8"]]
+    assert applied[6:] == [["late", "b7"], ["again", "b8"]]
     assert closed == {"w": 8}
 
 

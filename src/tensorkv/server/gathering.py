@@ -25,7 +25,7 @@ class Pushed:
     parts: Sequence[Part]
     words: dict[str, Any] = field(default_factory=dict)
     before: Pushed | None = None
-    """The one whose place it has taken: it waited in vain."""
+    """The push of this worker that it replaces, which timed out."""
 
 
 @dataclass(slots=True)

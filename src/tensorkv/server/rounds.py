@@ -187,7 +187,7 @@ class Rounds:
             ]
 
     def restore(self, described: Sequence[Any]) -> None:
-        """Become what ``to_plain`` has told; who is lost, and when each was seen, stays."""
+        """Take over what ``to_plain`` returned; which workers are dead, and when each was seen, stays."""
         with self._lock:
             for rank in [rank for rank in self._workers if rank >= self._num_workers]:
                 # Of a store that had more workers, in the same folder.

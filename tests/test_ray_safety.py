@@ -403,3 +403,22 @@ def test_a_home_that_cannot_be_written_is_an_error_that_says_so(home, monkeypatc
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a secret")
     ray_safety.ensure_token()
     ray_safety.check_token()
+
+
+@pytest.mark.timeout(120)
+def test_a_ray_that_does_not_start_is_a_typed_error(tmp_path):
+    """Sockets have short names, and Ray's lie in the directory for temporary files."""
+    code = """
+import tensorkv
+try:
+    tensorkv.create("dist_async")
+except tensorkv.ServerLostError as error:
+    print(error)
+"""
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    env = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(folder)}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=env)
+    assert shown.returncode == 0, shown.stderr[-2000:]
+    assert "Ray could not be started" in shown.stdout
+    assert "set TMPDIR to a shorter path" in shown.stdout

@@ -219,8 +219,11 @@ def _start() -> None:
                 namespace=NAMESPACE,
                 object_store_memory=_OBJECT_STORE_NBYTES,
             )
-    except BaseException:
+    except BaseException as error:
         _set_auth_mode(_auth_mode)
+        if isinstance(error, OSError | RayError | RuntimeError | ValueError):
+            hint = "; set TMPDIR to a shorter path" if "AF_UNIX" in str(error) else ""
+            raise ServerLostError(f"create: Ray could not be started on this machine: {why(error)}{hint}") from error
         raise
     _started = 1
     found = _open_addresses()

@@ -83,7 +83,8 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _fail(message: str, status: int = FAILURE) -> int:
     if sys.stderr is not None:
-        print(f"tensorkv: error: {' '.join(message.split())}", file=sys.stderr)
+        # In one piece, for several workers may write at the same time.
+        sys.stderr.write(f"tensorkv: error: {' '.join(message.split())}\n")
     return status
 
 

@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import random
+import select
 import signal
 import sys
 import time
@@ -185,7 +186,13 @@ def run_once(folder, durability, acknowledged, how, found):
     os.close(acks_in)
     os.close(deaths_in)
     if how == "time":
-        time.sleep(random.random() * 0.025)
+        if random.random() < 0.5:
+            # While it opens the store, or soon after.
+            time.sleep(random.random() * 0.025)
+        else:
+            # Between two pushes, however long it took to get there.
+            select.select([acks], [], [], 60)
+            time.sleep(random.random() * 0.005)
         os.kill(pid, signal.SIGKILL)
     # Read first: what is read to its end is a process that has ended.
     with open(acks, "rb") as file:

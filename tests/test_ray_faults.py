@@ -125,6 +125,7 @@ def push_until(kv, done, n, start=0):
 # ---------------------------------------------------------------- kills
 
 
+@pytest.mark.timeout(600)  # 60 restarts of processes that import torch
 def test_killed_servers_lose_no_acknowledged_push_and_make_none_twice(tmp_path):
     n = 300_000
     with create(num_servers=3, path=tmp_path / "store") as kv:

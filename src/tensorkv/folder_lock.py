@@ -52,15 +52,15 @@ class FolderLock:
 
     def check(self) -> None:
         """Raise JournalError if another process has opened the folder since, or the folder was removed."""
-        if not os.fstat(self._file.fileno()).st_nlink:
-            raise JournalError(
-                f"{self._folder.path}: its lock file was removed, most likely with the whole folder; nothing can be "
-                "written from here; close this store"
-            )
         if self._read_epoch() != self.epoch:
             raise JournalError(
                 f"{self._folder.path}: another process has opened this store since, as if this one had died; "
                 "nothing can be written from here; close this store"
+            )
+        if not os.fstat(self._file.fileno()).st_nlink:
+            raise JournalError(
+                f"{self._folder.path}: its lock file was removed, most likely with the whole folder; nothing can be "
+                "written from here; close this store"
             )
 
     def close(self) -> None:

@@ -9,9 +9,9 @@ import contextlib
 import heapq
 import itertools
 import json
-import os
 import random
 import threading
+from collections import UserDict
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -28,6 +28,20 @@ from tensorkv.store import KVStore
 
 # So long may a client stand still, and is certainly not taken for lost.
 LONG_SILENCE_S = 2.5
+
+
+class Environment(UserDict):
+    """The environment of a simulated process: threads of several make stores at the same time."""
+
+    of_thread = threading.local()
+
+    @property
+    def data(self):
+        return getattr(self.of_thread, "words", {})
+
+    @data.setter
+    def data(self, words):
+        """Ignore what UserDict begins with."""
 
 
 class BrokenPromiseError(AssertionError):
@@ -487,6 +501,7 @@ class World(Loop):
         token = namespace(token_hex=lambda nbytes: f"{next(self.tokens):0{2 * nbytes}x}")
         enter(mock.patch.object(ray_engine, "secrets", token))
         enter(mock.patch.object(moments, "secrets", token))
+        enter(mock.patch.object(ray_engine, "os", namespace(environ=Environment())))
         enter(mock.patch.object(ray_cluster, "stop_servers", self.stop_servers))
         enter(mock.patch.object(durable, "Journal", lambda *more: Disk(self.disks, *more)))
         self.at(1.0, self._tick)
@@ -508,9 +523,8 @@ class World(Loop):
     def create(self, number, rank=None):
         """Make the store of a client, in a thread of its process."""
         places = [["elsewhere", 0, 1, ""]] * len(self.actors)
-        wanted = {} if rank is None else {"RANK": str(rank), "WORLD_SIZE": "2"}
-        with mock.patch.dict(os.environ, wanted):
-            engine = ray_engine.RayEngine(self.actors, self.settings, places, 90.0, started=False)
+        Environment.of_thread.words = {} if rank is None else {"RANK": str(rank), "WORLD_SIZE": "2"}
+        engine = ray_engine.RayEngine(self.actors, self.settings, places, 90.0, started=False)
         self.stores[number] = KVStore(engine, "dist_async")
         self.open.add(self.processes[number])
         return self.stores[number]

@@ -33,7 +33,8 @@ def store(tmp_path_factory):
 
 def look_on(look):
     """Look until there is nothing any more."""
-    for _ in range(100):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
         look()
         time.sleep(0.05)
 

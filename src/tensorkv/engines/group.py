@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import json
 import logging
@@ -10,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic, sleep
@@ -148,8 +150,15 @@ class Group:
         self._error = error
         note = json.dumps([type(error).__name__, str(error), self.rank])
         store = self._store
+        if _keeper(self.rank):
+            atexit.register(_wait_for_readers, store, self.size, forks.count)
+
+        def tell() -> None:
+            store.compare_set("error", "", note)
+            store.add("heard", 1)
+
         # A store that is gone has taken its worker with it, and the others see that.
-        _within(_NEWS_S, lambda: store.compare_set("error", "", note))
+        _within(_NEWS_S, tell)
         self.cut_links()
 
     def news(self, otherwise: str) -> TensorKVError:
@@ -162,8 +171,8 @@ class Group:
 
         answer = _within(2 * _NEWS_S, ask)
         if isinstance(answer, dist.DistNetworkError):
-            # The store is gone, and with it whoever keeps it.
-            keeper = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+            # The store is gone, and with it the process that keeps it.
+            keeper = "rank 0" if _keeper(0) else "the launcher"
             return RankLostError(f"{keeper} died or ended early; start the workers again from a checkpoint")
         if not isinstance(answer, bytes):
             return RankLostError(otherwise)
@@ -267,6 +276,23 @@ class Group:
         """Let go of everything; the process group that was there before stays."""
         self._links = None
         self._store = None
+
+
+def _keeper(rank: int) -> bool:
+    """Tell whether the store of keys ends with the process of a rank."""
+    return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def _wait_for_readers(store: Any, size: int, forked: int) -> None:
+    """Let the other workers read why this one ends before the store of keys ends with it."""
+    if forks.count != forked:
+        # The connection is the parent's.
+        return
+    # One host may hear of it from another, which takes the time of each.
+    deadline = monotonic() + 2 * _NEWS_S
+    with suppress(dist.DistError):
+        while store.add("heard", 0) < size and monotonic() < deadline:
+            sleep(_LOOK_S)
 
 
 def lost(doing: str, rank: int, how: str) -> str:

@@ -22,8 +22,8 @@ class Wheel(bdist_wheel):
 setup(
     ext_modules=[
         Extension(
-            f"tensorkv.{name}",
-            [f"src/tensorkv/{name}.c"],
+            f"tensorkv.runtime.{name}",
+            [f"src/tensorkv/runtime/{name}.c"],
             extra_compile_args=["-O3", "-std=c11", "-D_GNU_SOURCE"],
             py_limited_api=True,
             # Without a C compiler the package installs all the same; torch does the sums, and Gloo the rest.

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 import tensorkv
-from tensorkv import Rows, shield
+from tensorkv import Rows
+from tensorkv.runtime import shield
 
 F32 = np.float32
 SOURCE = str(Path(tensorkv.__file__).parent)

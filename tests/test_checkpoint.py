@@ -522,8 +522,8 @@ new = small(2)
 for number, folder in enumerate(folders, 1):
     child = os.fork()
     if not child:
-        import tensorkv.forks
-        new._forks = tensorkv.forks.count
+        import tensorkv.runtime.forks
+        new._forks = tensorkv.runtime.forks.count
         Steps(pytest.MonkeyPatch(), number, lambda: os._exit(77))
         new.save(folder)
         os._exit(0)

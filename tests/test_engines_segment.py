@@ -10,8 +10,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from tensorkv import _shared
 from tensorkv.engines.segment import LINE, Segment, can_share
+from tensorkv.runtime import _shared
 
 
 def word(segment, number):

@@ -7,7 +7,7 @@ import pytest
 
 import tensorkv
 from tensorkv import Rows
-from tensorkv.metrics import Metrics, clock
+from tensorkv.runtime.stats import Metrics, clock
 
 F32 = np.float32
 

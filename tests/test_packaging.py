@@ -78,7 +78,7 @@ def test_a_wheel_is_of_a_platform_only_with_compiled_parts(tree, tmp_path, compi
         assert wheel.name.endswith("-py3-none-any.whl")
         assert (told["Root-Is-Purelib"], told["Tag"]) == ("true", "py3-none-any")
     else:
-        assert compiled == {"tensorkv/_native.abi3.so", "tensorkv/_shared.abi3.so"}
+        assert compiled == {"tensorkv/runtime/_native.abi3.so", "tensorkv/runtime/_shared.abi3.so"}
         assert "-cp311-abi3-linux" in wheel.name
         assert told["Root-Is-Purelib"] == "false"
 

@@ -12,7 +12,7 @@ import weakref
 import pytest
 import torch
 
-from tensorkv import shield
+from tensorkv.runtime import shield
 
 
 def slow(done, interrupts=1):

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from . import early  # noqa: F401 - before anything that takes long
+from tensorkv.runtime import early  # noqa: F401 - before anything that takes long
 
 # isort: split
 from . import engines, errors

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 try:
-    from . import _native
+    from tensorkv.runtime import _native
 except ImportError:
     _native = None  # type: ignore[assignment]
 

@@ -17,7 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, TypeVar
 
-from . import __version__, compiled, demo, demo_servers, early, engines, inspection, optim, top, tutorial
+from tensorkv import __version__, demo, demo_servers, engines, inspection, optim, top, tutorial
+from tensorkv.runtime import compiled, early
+
 from .errors import TensorKVError, suggestion
 
 N = TypeVar("N", int, float)

@@ -13,7 +13,10 @@ from typing import Any, ParamSpec, Self, TypeVar
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import checkpoint, compiled, engines, forks, optim, shield
+from tensorkv import checkpoint, engines, optim
+from tensorkv.runtime import compiled, forks, shield
+from tensorkv.runtime.stats import Metrics, clock
+
 from .arguments import check_flag, folder_path, keys_of
 from .entry import KeyInfo
 from .errors import (
@@ -28,7 +31,6 @@ from .errors import (
     show,
 )
 from .keys import Key, check_key, is_key
-from .metrics import Metrics, clock
 from .rules import Updater
 
 # The calls that all workers of a store in step make together.

@@ -19,7 +19,7 @@ import torch
 from .pool import Job
 
 try:
-    from . import _native
+    from tensorkv.runtime import _native
 except ImportError:
     _native = None  # type: ignore[assignment]
 

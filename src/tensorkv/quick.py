@@ -18,7 +18,7 @@ import torch
 from .entry import Entry
 
 try:
-    from . import _native
+    from tensorkv.runtime import _native
 except ImportError:
     _native = None  # type: ignore[assignment]
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import arrays, compiled, engines, shield
+from tensorkv import arrays, engines
+from tensorkv.runtime import compiled, shield
+
 from .arguments import keys_of, pairs, single_values
 from .control import StoreControl, outside_modes, runs_outside_modes
 from .entry import Batch, KeySpec, Part

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 
-from .. import forks, shield
+from tensorkv.runtime import forks, shield
+
 from ..errors import TensorKVError, WorkerError
 from .chain import Chain, Presence
 from .exchange import Exchange

@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 import torch
 
-from .. import shield
+from tensorkv.runtime import shield
+
 from ..pool import default_threads
 from .segment import LINE, Segment, aligned
 
 try:
-    from .. import _shared
+    from tensorkv.runtime import _shared
 except ImportError:
     _shared = None  # type: ignore[assignment]
 

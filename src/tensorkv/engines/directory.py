@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .. import shield
+from tensorkv.runtime import shield
+
 from ..entry import Entry, KeySpec
 from ..errors import KeyExistsError, KeyTypeError, no_such_key, quote
 from ..keys import Key

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import arrays, placement, shield
+from tensorkv import arrays, placement
+from tensorkv.runtime import shield
+
 from ..arguments import check_flag, check_timeout
 from ..entry import Batch, Entry, KeyInfo, KeySpec, Part
 from ..errors import RankLostError

@@ -23,7 +23,9 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from .. import errors, forks
+from tensorkv import errors
+from tensorkv.runtime import forks
+
 from ..errors import RankLostError, TensorKVError, WorkerMismatchError
 from .segment import can_share, why_not_shared
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint, shield
+from tensorkv import checkpoint
+from tensorkv.runtime import shield
+
 from ..arguments import folder_path
 from ..durable import DurableShard
 from ..entry import Batch, KeyInfo, KeySpec, Part

@@ -18,14 +18,16 @@ from itertools import zip_longest
 from time import monotonic
 from typing import Any
 
-from .. import errors, shield
+from tensorkv import errors
+from tensorkv.runtime import shield
+
 from ..errors import RankLostError, TensorKVError, WorkerMismatchError
 from ..pool import default_threads
 from .group import Group, lost
 from .segment import LINE, Segment
 
 try:
-    from .. import _shared
+    from tensorkv.runtime import _shared
 except ImportError:
     _shared = None  # type: ignore[assignment]
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from .. import errors, forks, manifest, shield
+from tensorkv import errors, manifest
+from tensorkv.runtime import forks, shield
+
 from ..entry import Batch, Entry, KeyInfo, KeySpec, Part
 from ..errors import (
     ArgumentError,

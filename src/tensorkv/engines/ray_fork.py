@@ -15,7 +15,8 @@ import sys
 import ray
 import ray._private.worker as ray_worker
 
-from .. import forks
+from tensorkv.runtime import forks
+
 from ..errors import ForkedStoreError
 
 _in_parent = False

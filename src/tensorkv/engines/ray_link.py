@@ -15,7 +15,9 @@ import ray
 import torch
 from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, RayActorError, RayError
 
-from .. import errors, shield
+from tensorkv import errors
+from tensorkv.runtime import shield
+
 from ..errors import PushOutcomeUnknownError, ServerLostError, TensorKVError, WaitTimeoutError
 from ..server.holding import bytes_of
 from ..server.waits import PATIENCE_S

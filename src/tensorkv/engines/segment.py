@@ -20,10 +20,10 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import compiled
+from tensorkv.runtime import compiled
 
 try:
-    from .. import _shared
+    from tensorkv.runtime import _shared
 except ImportError:
     _shared = None  # type: ignore[assignment]
 

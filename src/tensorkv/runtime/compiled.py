@@ -21,7 +21,7 @@ def parts() -> dict[str, bool]:
 
 def _is_there(name: str) -> bool:
     try:
-        import_module(f"tensorkv.{name}")
+        import_module(f"tensorkv.runtime.{name}")
     except ImportError:
         return False
     return True

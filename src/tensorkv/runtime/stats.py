@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
-from .keys import Key
-
 clock = perf_counter
 
 
@@ -25,9 +23,9 @@ class Metrics:
         # A signal handler that calls the store may interrupt the thread that holds it.
         self._lock = threading.RLock()
         self._verbs: dict[str, list[Any]] = {}
-        self._keys: dict[str, dict[Key, list[int]]] = {}
+        self._keys: dict[str, dict[str | int, list[int]]] = {}
 
-    def add(self, verb: str, start: float, keys: Sequence[Key], nbytes: Sequence[int]) -> None:
+    def add(self, verb: str, start: float, keys: Sequence[str | int], nbytes: Sequence[int]) -> None:
         """Count one call that began at ``start`` and moved so many bytes for each of its keys."""
         seconds = clock() - start
         with self._lock:
@@ -44,7 +42,7 @@ class Metrics:
                     count[0] += 1
                     count[1] += size
 
-    def add_one(self, verb: str, start: float, key: Key, nbytes: int) -> None:
+    def add_one(self, verb: str, start: float, key: str | int, nbytes: int) -> None:
         """Count one call of a single key."""
         seconds = clock() - start
         with self._lock:
@@ -66,13 +64,13 @@ class Metrics:
                 verb: {"calls": calls, "nbytes": nbytes, "seconds": seconds}
                 for verb, (calls, nbytes, seconds) in self._verbs.items()
             }
-            keys: dict[Key, dict[str, dict[str, int]]] = {}
+            keys: dict[str | int, dict[str, dict[str, int]]] = {}
             for verb, by_key in self._keys.items():
                 for key, (calls, nbytes) in by_key.items():
                     keys.setdefault(key, {})[verb] = {"calls": calls, "nbytes": nbytes}
         return {"verbs": verbs, "keys": keys}
 
-    def forget(self, keys: Sequence[Key]) -> None:
+    def forget(self, keys: Sequence[str | int]) -> None:
         """Drop the counts of deleted keys."""
         with self._lock:
             for by_key in self._keys.values():

@@ -1,4 +1,4 @@
-/* tensorkv._native: sums of plain arrays in one pass over memory.
+/* tensorkv.runtime._native: sums of plain arrays in one pass over memory.
  *
  * torch adds two arrays a call, so that a sum of n parts passes n - 1 times over the result, and its stores first
  * read what they overwrite. Here a block of each part is added in the first-level cache, and the sum is stored once,
@@ -348,7 +348,7 @@ static PyMethodDef methods[] = {
 };
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "tensorkv._native", "Sums of plain arrays in one pass over memory.", 0, methods,
+    PyModuleDef_HEAD_INIT, "tensorkv.runtime._native", "Sums of plain arrays in one pass over memory.", 0, methods,
     NULL,                  NULL,               NULL,                                             NULL,
 };
 

@@ -1,0 +1,1 @@
+"""What tensorkv needs of a process: interrupts, forks, compiled parts, statistics."""

@@ -14,8 +14,8 @@ from dist_programs import F32, RANK, SIZE, create, say
 
 import tensorkv
 from tensorkv import checkpoint, placement
+from tensorkv.arrays.outputs import GivenOuts
 from tensorkv.engines import exchange, group, meeting, pushes
-from tensorkv.outs import GivenOuts
 
 
 def outcome(name, do):

@@ -24,12 +24,12 @@ import torch
 from seams import SEAMS, Seam
 
 from tensorkv import durable, journal, optim
-from tensorkv.arrays import NUMPY
+from tensorkv.arrays.interop import NUMPY
+from tensorkv.arrays.rows import Rows
 from tensorkv.clients import Clients
 from tensorkv.durable import DurableShard
 from tensorkv.entry import Batch, KeySpec
 from tensorkv.record import nbytes_of
-from tensorkv.rows import Rows
 from tensorkv.shard import Shard
 
 PUSHES = 150

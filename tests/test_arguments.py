@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tensorkv import arguments
+from tensorkv.arrays import arguments
 from tensorkv.errors import ArgumentError, KeyExistsError, KeyTypeError
 
 FORMS = {

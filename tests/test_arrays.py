@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from tensorkv import arrays
+from tensorkv.arrays import interop
 from tensorkv.errors import ArrayTypeError
 
 
-@pytest.mark.parametrize("dtype", sorted(arrays.dtype_name(dtype) for dtype in arrays.DTYPES - {torch.bfloat16}))
+@pytest.mark.parametrize("dtype", sorted(interop.dtype_name(dtype) for dtype in interop.DTYPES - {torch.bfloat16}))
 def test_numpy_shares_memory_both_ways(dtype):
     array = np.ones((2, 3), dtype)
-    tensor = arrays.take(array)
+    tensor = interop.take(array)
     assert tensor.data_ptr() == array.ctypes.data
-    assert arrays.dtype_name(tensor.dtype) == dtype
-    back = arrays.give(tensor, arrays.NUMPY)
+    assert interop.dtype_name(tensor.dtype) == dtype
+    back = interop.give(tensor, interop.NUMPY)
     assert back.ctypes.data == array.ctypes.data
     assert back.dtype == array.dtype
 
@@ -22,23 +22,23 @@ def test_numpy_shares_memory_both_ways(dtype):
 def test_read_only_numpy_shares_memory_without_a_warning():
     array = np.ones(3)
     array.flags.writeable = False
-    assert arrays.take(array).data_ptr() == array.ctypes.data
+    assert interop.take(array).data_ptr() == array.ctypes.data
 
 
 def test_torch_shares_memory():
     tensor = torch.ones(3, requires_grad=True)
-    taken = arrays.take(tensor)
+    taken = interop.take(tensor)
     assert taken.data_ptr() == tensor.data_ptr()
     assert not taken.requires_grad
-    assert arrays.give(taken, arrays.origin(tensor)) is taken
+    assert interop.give(taken, interop.origin(tensor)) is taken
 
 
 def test_jax_shares_memory_on_the_cpu():
     jnp = pytest.importorskip("jax.numpy")
     array = jnp.arange(4.0)
-    assert arrays.take(array).data_ptr() == array.unsafe_buffer_pointer()
+    assert interop.take(array).data_ptr() == array.unsafe_buffer_pointer()
     fresh = torch.arange(64.0)
-    given = arrays.give(fresh, arrays.origin(array))
+    given = interop.give(fresh, interop.origin(array))
     assert given.unsafe_buffer_pointer() == fresh.data_ptr()
 
 
@@ -46,9 +46,9 @@ def test_jax_shares_memory_on_the_cpu():
 def test_jax_dtypes(dtype):
     jnp = pytest.importorskip("jax.numpy")
     array = jnp.array([1, 0, 1], dtype)
-    tensor = arrays.take(array)
-    assert arrays.dtype_name(tensor.dtype) == dtype
-    back = arrays.give(tensor.clone(), arrays.origin(array))
+    tensor = interop.take(array)
+    assert interop.dtype_name(tensor.dtype) == dtype
+    back = interop.give(tensor.clone(), interop.origin(array))
     assert back.dtype == array.dtype
     assert (back == array).all()
 
@@ -56,13 +56,13 @@ def test_jax_dtypes(dtype):
 def test_jax_arrays_without_numbers_are_refused():
     jax = pytest.importorskip("jax")
     with pytest.raises(ArrayTypeError, match="traced"):
-        jax.jit(lambda x: arrays.take(x))(jax.numpy.ones(2))
+        jax.jit(lambda x: interop.take(x))(jax.numpy.ones(2))
     gone = jax.numpy.ones(2)
     gone.delete()
     with pytest.raises(ArrayTypeError, match="deleted"):
-        arrays.take(gone)
+        interop.take(gone)
     with pytest.raises(ArrayTypeError):
-        arrays.take(jax.random.key(0))
+        interop.take(jax.random.key(0))
 
 
 def test_a_jax_array_over_several_devices():
@@ -71,20 +71,20 @@ def test_a_jax_array_over_several_devices():
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     array = jax.device_put(jax.numpy.arange(6.0), sharding)
     assert len(array.devices()) == 3
-    assert arrays.take(array).tolist() == [0, 1, 2, 3, 4, 5]
-    assert arrays.give(torch.arange(6.0), arrays.origin(array)).sharding == sharding
+    assert interop.take(array).tolist() == [0, 1, 2, 3, 4, 5]
+    assert interop.give(torch.arange(6.0), interop.origin(array)).sharding == sharding
 
 
 def test_numpy_bfloat16():
     ml_dtypes = pytest.importorskip("ml_dtypes")
     array = np.array([1.5, 2.0], ml_dtypes.bfloat16)
-    tensor = arrays.take(array)
+    tensor = interop.take(array)
     assert tensor.dtype is torch.bfloat16
     assert tensor.tolist() == [1.5, 2]
-    given = arrays.give(tensor, arrays.origin(array))
+    given = interop.give(tensor, interop.origin(array))
     assert given.dtype == array.dtype
     out = np.zeros(4, ml_dtypes.bfloat16)[::-2]
-    written, finish = arrays.target(out)
+    written, finish = interop.target(out)
     written.copy_(tensor)
     if finish:
         finish()
@@ -94,7 +94,7 @@ def test_numpy_bfloat16():
 def test_numpy_bfloat16_without_ml_dtypes(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ml_dtypes", None)
     with pytest.raises(ArrayTypeError, match="ml_dtypes"):
-        arrays.give(torch.ones(1, dtype=torch.bfloat16), arrays.NUMPY)
+        interop.give(torch.ones(1, dtype=torch.bfloat16), interop.NUMPY)
 
 
 class Foreign:
@@ -113,10 +113,10 @@ class Foreign:
 def test_anything_that_speaks_dlpack():
     array = np.arange(3.0)
     foreign = Foreign(array)
-    tensor = arrays.take(foreign)
+    tensor = interop.take(foreign)
     assert tensor.data_ptr() == array.ctypes.data
-    assert arrays.origin(foreign) == arrays.Origin("torch")
-    written, _ = arrays.target(foreign)
+    assert interop.origin(foreign) == interop.Origin("torch")
+    written, _ = interop.target(foreign)
     written.fill_(7)
     assert array.tolist() == [7, 7, 7]
 
@@ -126,7 +126,7 @@ def test_a_library_of_the_array_api_gets_its_own_arrays_back():
         def __array_namespace__(self):
             return np
 
-    given = arrays.give(torch.ones(2), arrays.origin(Namespaced(np.ones(2))))
+    given = interop.give(torch.ones(2), interop.origin(Namespaced(np.ones(2))))
     assert type(given) is np.ndarray
 
 
@@ -136,7 +136,7 @@ def test_dlpack_that_fails_is_a_typed_error():
             raise BufferError("no")
 
     with pytest.raises(ArrayTypeError, match="no"):
-        arrays.take(Broken(np.ones(1)))
+        interop.take(Broken(np.ones(1)))
 
 
 def test_a_tensor_subclass_without_numbers_of_its_own():
@@ -147,32 +147,32 @@ def test_a_tensor_subclass_without_numbers_of_its_own():
 
     wrapped = torch.Tensor._make_wrapper_subclass(Wrapper, (2,))
     with pytest.raises(ArrayTypeError, match="Wrapper"):
-        arrays.take(wrapped)
+        interop.take(wrapped)
 
     class Plain(torch.Tensor):
         pass
 
-    assert arrays.take(torch.ones(2).as_subclass(Plain)).tolist() == [1, 1]
+    assert interop.take(torch.ones(2).as_subclass(Plain)).tolist() == [1, 1]
 
 
 def test_lazy_views_are_read_and_refused_as_outs():
     conjugate = torch.tensor([1 + 2j]).conj()
-    assert arrays.take(conjugate).tolist() == [1 - 2j]
+    assert interop.take(conjugate).tolist() == [1 - 2j]
     with pytest.raises(ArrayTypeError, match="conjugated"):
-        arrays.target(conjugate)
+        interop.target(conjugate)
     with pytest.raises(ArrayTypeError, match="negated"):
-        arrays.target(conjugate.imag)
+        interop.target(conjugate.imag)
 
 
 def test_which_dtypes_may_be_pushed_and_pulled():
-    for dtype in arrays.DTYPES:
-        assert arrays.may_push(dtype, dtype)
-        assert arrays.may_pull(dtype, dtype)
-        for other in arrays.DTYPES:
-            if arrays.may_push(dtype, other):
-                assert arrays.family(dtype) == arrays.family(other)
-                assert arrays.may_pull(dtype, other)
-            if arrays.family(dtype) == arrays.family(other) == "int" and arrays.may_push(dtype, other):
+    for dtype in interop.DTYPES:
+        assert interop.may_push(dtype, dtype)
+        assert interop.may_pull(dtype, dtype)
+        for other in interop.DTYPES:
+            if interop.may_push(dtype, other):
+                assert interop.family(dtype) == interop.family(other)
+                assert interop.may_pull(dtype, other)
+            if interop.family(dtype) == interop.family(other) == "int" and interop.may_push(dtype, other):
                 assert torch.iinfo(dtype).min >= torch.iinfo(other).min
                 assert torch.iinfo(dtype).max <= torch.iinfo(other).max
 
@@ -180,10 +180,10 @@ def test_which_dtypes_may_be_pushed_and_pulled():
 def test_overlap_is_found_by_elements():
     base = torch.zeros(10, 10)
     apart = [base[:5], base[5:], torch.zeros(3)]
-    assert arrays.overlapping(apart) is None
-    assert arrays.overlapping([base[:, ::2], base[:, 1::2]]) is None
-    assert arrays.overlapping([base[:6], torch.zeros(3), base[5:]]) == (0, 2)
-    assert arrays.overlapping([base, base[2, 2:4], base[9, 9:]]) == (0, 1)
+    assert interop.overlapping(apart) is None
+    assert interop.overlapping([base[:, ::2], base[:, 1::2]]) is None
+    assert interop.overlapping([base[:6], torch.zeros(3), base[5:]]) == (0, 2)
+    assert interop.overlapping([base, base[2, 2:4], base[9, 9:]]) == (0, 1)
     array = np.zeros(10)
-    assert arrays.overlapping([array[::-1], torch.from_numpy(array)[3:4]]) == (0, 1)
-    assert arrays.overlapping([torch.zeros(0), torch.zeros(0)]) is None
+    assert interop.overlapping([array[::-1], torch.from_numpy(array)[3:4]]) == (0, 1)
+    assert interop.overlapping([torch.zeros(0), torch.zeros(0)]) is None

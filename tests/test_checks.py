@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from tensorkv import arrays, optim
+from tensorkv import optim
+from tensorkv.arrays import interop
+from tensorkv.arrays.rows import Rows
 from tensorkv.checks import check_push
 from tensorkv.entry import Batch, Entry, KeySpec
 from tensorkv.errors import OptimizerError, ValueMismatchError
-from tensorkv.rows import Rows
 from tensorkv.rules import Assign, StepOptimizer
 
 
 def entry(key, value):
-    return Entry(key, KeySpec(value.shape, value.dtype, arrays.NUMPY, False), value)
+    return Entry(key, KeySpec(value.shape, value.dtype, interop.NUMPY, False), value)
 
 
 ENTRIES = [entry("a", torch.zeros(3)), entry("b", torch.zeros(2, 2))]

@@ -2,7 +2,8 @@
 
 import torch
 
-from tensorkv import arrays, cuda
+from tensorkv import cuda
+from tensorkv.arrays import interop
 from tensorkv.entry import Entry, KeySpec
 
 
@@ -29,7 +30,7 @@ class FakeStream:
 
 def entry(device):
     value = FakeTensor(device)
-    return Entry("w", KeySpec(value.shape, value.dtype, arrays.NUMPY, False), value)
+    return Entry("w", KeySpec(value.shape, value.dtype, interop.NUMPY, False), value)
 
 
 def test_work_waits_for_the_work_before_it(monkeypatch):
@@ -50,7 +51,7 @@ def test_work_waits_for_the_work_before_it(monkeypatch):
 
 def test_only_cpu_values_with_cuda_parts_move():
     value = torch.ones(2)
-    held = Entry("w", KeySpec(value.shape, value.dtype, arrays.NUMPY, False), value)
+    held = Entry("w", KeySpec(value.shape, value.dtype, interop.NUMPY, False), value)
     assert cuda.move_to_parts([held], [[torch.ones(2)]]) == []
     assert held.value is value
     part = FakeTensor("meta")

@@ -2,14 +2,14 @@
 
 import torch
 
-from tensorkv import arrays
+from tensorkv.arrays import interop
+from tensorkv.arrays.rows import Rows
 from tensorkv.entry import Batch, Entry, KeyInfo, KeySpec
-from tensorkv.rows import Rows
 from tensorkv.table import Table
 
 
 def entry(value, *, is_table=False, shape=None):
-    spec = KeySpec(shape or value.shape, value.dtype, arrays.NUMPY, is_table)
+    spec = KeySpec(shape or value.shape, value.dtype, interop.NUMPY, is_table)
     return Entry("w", spec, value)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tensorkv import arrays
+from tensorkv.arrays import interop
 
 # Python's main thread keeps the lock while it ends, so that XLA's threads come too late for it.
 PROGRAM = """
@@ -36,8 +36,8 @@ def test_what_jax_gets_is_held_by_numpy(dtype, monkeypatch):
     """What torch's DLPack gives out is let go of with Python's lock, in whatever thread."""
     jax = pytest.importorskip("jax")
     monkeypatch.setattr(torch.Tensor, "__dlpack__", None)
-    for origin in (arrays.Origin("jax"), arrays.origin(jax.device_put(np.ones(1), jax.devices()[-1]))):
-        given = arrays.give(torch.ones(3, dtype=dtype), origin)
+    for origin in (interop.Origin("jax"), interop.origin(jax.device_put(np.ones(1), jax.devices()[-1]))):
+        given = interop.give(torch.ones(3, dtype=dtype), origin)
         assert isinstance(given, jax.Array)
         assert (given.dtype.name, given.tolist()) == (str(dtype).removeprefix("torch."), [1, 1, 1])
         assert origin.device in (None, given.sharding)
@@ -51,7 +51,7 @@ def test_another_library_gets_a_copy():
             asked.update(array=array, copy=copy)
             return array
 
-    given = arrays.give(torch.ones(2), arrays.Origin("array-api", Namespace()))
+    given = interop.give(torch.ones(2), interop.Origin("array-api", Namespace()))
     assert given is asked["array"]
     assert type(given) is np.ndarray
     assert asked["copy"]

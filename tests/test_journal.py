@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tensorkv import ArgumentError, JournalError, record_file
-from tensorkv.arrays import NUMPY
+from tensorkv.arrays.interop import NUMPY
 from tensorkv.durable import DurableShard
 from tensorkv.entry import Batch, KeySpec
 from tensorkv.folder import Folder

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from tensorkv.arrays.keys import check_key, is_key
 from tensorkv.errors import KeyTypeError
-from tensorkv.keys import check_key, is_key
 
 
 @pytest.mark.parametrize(

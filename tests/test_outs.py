@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from tensorkv import arrays
+from tensorkv.arrays import interop
+from tensorkv.arrays.outputs import GivenOuts, NewOuts
 from tensorkv.entry import KeySpec
 from tensorkv.errors import ArgumentError, ArrayTypeError, ValueMismatchError
-from tensorkv.outs import GivenOuts, NewOuts
 
-SPEC = KeySpec(torch.Size([2]), torch.float32, arrays.NUMPY, False)
+SPEC = KeySpec(torch.Size([2]), torch.float32, interop.NUMPY, False)
 
 
 def test_given_outs_share_memory_with_the_callers():
@@ -40,7 +40,7 @@ def test_checks():
         GivenOuts("pull", "w", np.zeros(3)).check([SPEC])
     with pytest.raises(ValueMismatchError, match="int32"):
         GivenOuts("pull", "w", np.zeros(2, np.int32)).check([SPEC])
-    table = KeySpec(torch.Size([2]), torch.float32, arrays.NUMPY, True)
+    table = KeySpec(torch.Size([2]), torch.float32, interop.NUMPY, True)
     with pytest.raises(ValueMismatchError, match="row_sparse_pull"):
         GivenOuts("pull", "w", np.zeros(2)).check([table])
     with pytest.raises(ValueMismatchError, match="row_sparse_pull"):

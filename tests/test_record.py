@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tensorkv import JournalError, record
-from tensorkv.arrays import NUMPY
+from tensorkv.arrays.interop import NUMPY
+from tensorkv.arrays.rows import Rows
 from tensorkv.durable import DurableShard
 from tensorkv.entry import Batch, KeySpec
 from tensorkv.record import Item, Record, frame, pack, read_frame, read_record, unpack
-from tensorkv.rows import Rows
 
 # A change of these is a change of the format: docs/journal-format.md, a new magic, and a reader for the old one.
 LOG = (

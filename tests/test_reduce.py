@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from tensorkv import arrays, reduce
+from tensorkv import reduce
+from tensorkv.arrays import interop
 
 
 def reference(parts, dtype):
-    total = parts[0].to(arrays.accumulator(dtype)).numpy().copy()
+    total = parts[0].to(interop.accumulator(dtype)).numpy().copy()
     for part in parts[1:]:
-        total = total + part.to(arrays.accumulator(dtype)).numpy()
+        total = total + part.to(interop.accumulator(dtype)).numpy()
     return torch.from_numpy(np.asarray(total)).to(dtype)
 
 

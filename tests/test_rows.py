@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 
 import tensorkv
 from tensorkv import ArgumentError, ArrayTypeError, Rows, ValueMismatchError
-from tensorkv.rows import is_rows, merge, take_ids, take_rows
+from tensorkv.arrays.rows import is_rows, merge, take_ids, take_rows
 
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int64, torch.uint16]

@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from tensorkv import arrays
+from tensorkv.arrays import interop
+from tensorkv.arrays.rows import Rows
 from tensorkv.entry import Entry, KeySpec
 from tensorkv.errors import OptimizerError
 from tensorkv.optim import spec
 from tensorkv.pool import Pool
-from tensorkv.rows import Rows
 from tensorkv.rules import Assign, CallUpdater, StepOptimizer
 
 POOL = Pool(2)
 
 
 def entry(value, library="torch"):
-    return Entry("w", KeySpec(value.shape, value.dtype, arrays.Origin(library), False), value)
+    return Entry("w", KeySpec(value.shape, value.dtype, interop.Origin(library), False), value)
 
 
 def test_assign_many_and_few():

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import tensorkv
-from tensorkv import arrays, rows
+from tensorkv.arrays import interop, rows
 from tensorkv.entry import Batch, KeySpec
 from tensorkv.errors import KeyNotFoundError, ValueMismatchError
 from tensorkv.shard import Shard
 
 
 def spec(value):
-    return KeySpec(value.shape, value.dtype, arrays.NUMPY, False)
+    return KeySpec(value.shape, value.dtype, interop.NUMPY, False)
 
 
 def shard_with(**values):

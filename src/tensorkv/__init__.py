@@ -5,6 +5,8 @@ from importlib.metadata import version
 from tensorkv.runtime import early  # noqa: F401 - before anything that takes long
 
 # isort: split
+from tensorkv.arrays.rows import Rows
+
 from . import engines, errors
 from .entry import KeyInfo
 from .errors import (
@@ -32,7 +34,6 @@ from .errors import (
     WorkerError,
     WorkerMismatchError,
 )
-from .rows import Rows
 from .snapshot import Snapshot
 from .store import KVStore, create
 from .trainer import Trainer

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from tensorkv.arrays.keys import Key
+from tensorkv.arrays.rows import Rows
+
 from . import manifest
 from .checksum import crc32
 from .entry import Entry
 from .errors import CheckpointError, JournalError, quote
-from .keys import Key
 from .record import Item, Record, nbytes_of
-from .rows import Rows
 from .rules import Assign, CallUpdater, LostUpdater, Rule, StepOptimizer
 
 

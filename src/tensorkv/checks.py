@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from . import arrays
+from tensorkv.arrays import interop
+from tensorkv.arrays.rows import Rows
+
 from .entry import Batch, Entry, Part
 from .errors import ValueMismatchError, quote
-from .rows import Rows
 from .rules import Rule
 
 
@@ -34,7 +35,7 @@ def check_push(batch: Batch, entries: Sequence[Entry], rule: Rule) -> None:
                 kind = part.values.dtype
             else:
                 kind = part.dtype
-            if part.shape != shape or (kind is not dtype and not arrays.may_push(kind, dtype)):
+            if part.shape != shape or (kind is not dtype and not interop.may_push(kind, dtype)):
                 raise _mismatch(batch, entry, index, part)
         if spec.is_table and not all(isinstance(part, Rows) for part in parts):
             raise ValueMismatchError(
@@ -69,8 +70,8 @@ def _mismatch(batch: Batch, entry: Entry, index: int, part: Part) -> ValueMismat
         return ValueMismatchError(
             f"{name} has shape {tuple(part.shape)}, the key was initialised with {tuple(entry.spec.shape)}"
         )
-    kind = part.dtype if isinstance(part, Rows) else arrays.dtype_name(part.dtype)
+    kind = part.dtype if isinstance(part, Rows) else interop.dtype_name(part.dtype)
     return ValueMismatchError(
-        f"{name} is {kind}, which does not fit the key's {arrays.dtype_name(entry.value.dtype)} "
+        f"{name} is {kind}, which does not fit the key's {interop.dtype_name(entry.value.dtype)} "
         "without silent loss; convert it first"
     )

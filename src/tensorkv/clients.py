@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from tensorkv.arrays.keys import Key
+
 from .errors import JournalError
-from .keys import Key
 
 # Threads answer requests side by side; each sees its own.
 _running: ContextVar[tuple[Clients | None, Sequence[Any]]] = ContextVar("_running", default=(None, ()))

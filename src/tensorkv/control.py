@@ -14,10 +14,11 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tensorkv import checkpoint, engines, optim
+from tensorkv.arrays.arguments import check_flag, folder_path, keys_of
+from tensorkv.arrays.keys import Key, check_key, is_key
 from tensorkv.runtime import compiled, forks, shield
 from tensorkv.runtime.stats import Metrics, clock
 
-from .arguments import check_flag, folder_path, keys_of
 from .entry import KeyInfo
 from .errors import (
     ArgumentError,
@@ -30,7 +31,6 @@ from .errors import (
     naming,
     show,
 )
-from .keys import Key, check_key, is_key
 from .rules import Updater
 
 # The calls that all workers of a store in step make together.

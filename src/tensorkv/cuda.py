@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from tensorkv.arrays.rows import Rows
+
 from .entry import Entry
-from .rows import Rows
 
 
 @contextmanager

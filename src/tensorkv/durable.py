@@ -15,6 +15,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from tensorkv.arrays.keys import Key
+from tensorkv.arrays.rows import Rows
+
 from . import changes, finite, manifest
 from .checks import check_push
 from .checksum import recall
@@ -24,12 +27,10 @@ from .entry import Batch, Entry
 from .errors import JournalError, quote
 from .finite import NonFinite
 from .journal import Durability, Journal
-from .keys import Key
 from .optim import Optimizer
 from .plan import Plan
 from .pool import OneTorchThread
 from .record import Item, Record, describe, nbytes_of, pack
-from .rows import Rows
 from .rules import Assign, CallUpdater, LostUpdater, Rule
 from .shard import Shard
 

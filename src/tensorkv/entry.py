@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from . import arrays, rows
+from tensorkv.arrays import interop, rows
+from tensorkv.arrays.keys import Key
+from tensorkv.arrays.rows import Rows
+
 from .errors import quote
-from .keys import Key
 from .optim import State
-from .rows import Rows
 from .table import Table
 
 Part = torch.Tensor | Rows
@@ -24,7 +25,7 @@ class KeySpec:
 
     shape: torch.Size
     dtype: torch.dtype
-    origin: arrays.Origin
+    origin: interop.Origin
     is_table: bool
 
 
@@ -45,7 +46,7 @@ class Entry:
     def dense(self, part: Part) -> torch.Tensor:
         """Return a part as a dense tensor."""
         # In the dtype that sums are made in, so that rows are not rounded before the sum is.
-        return part.to_dense(arrays.accumulator(self.spec.dtype)) if isinstance(part, Rows) else part
+        return part.to_dense(interop.accumulator(self.spec.dtype)) if isinstance(part, Rows) else part
 
     def merged(self, parts: Sequence[Any]) -> Rows:
         """Return the sum of parts that are all Rows, on the value's device and in its dtype."""
@@ -57,14 +58,14 @@ class Entry:
         """Return copies of rows in the order of ``ids``."""
         if isinstance(self.value, Table):
             return self.value.read(ids)
-        return arrays.signed(self.value)[ids].view(self.value.dtype)
+        return interop.signed(self.value)[ids].view(self.value.dtype)
 
     def write_rows(self, rows: Rows) -> None:
         """Replace the rows that ``rows`` (merged, of the value's dtype) names."""
         if isinstance(self.value, Table):
             self.value.write(rows.ids, rows.values)
         else:
-            arrays.signed(self.value)[rows.ids] = arrays.signed(rows.values)
+            interop.signed(self.value)[rows.ids] = interop.signed(rows.values)
 
     def move(self, device: torch.device) -> None:
         """Bring the value, and the state that has its shape, to a device."""
@@ -77,7 +78,7 @@ class Entry:
         """Describe the key."""
         return KeyInfo(
             tuple(self.spec.shape),
-            arrays.dtype_name(self.value.dtype),
+            interop.dtype_name(self.value.dtype),
             str(self.value.device),
             self.version,
             self.value.nbytes,

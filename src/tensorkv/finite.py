@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from tensorkv.arrays.rows import Rows
+
 from . import reduce
 from .entry import Batch, Entry
 from .errors import ArgumentError, NonFiniteError, show
-from .rows import Rows
 
 NonFinite = Literal["pass", "raise", "skip"]
 

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import torch
 
-from . import arrays
+from tensorkv.arrays import interop
+from tensorkv.arrays.keys import Key, check_key
+
 from .entry import Entry, KeySpec
 from .errors import CheckpointError, OptimizerError, TensorKVError, quote
-from .keys import Key, check_key
 from .optim import OptimizerSpec, State
 from .rules import Assign, CallUpdater, Rule, StepOptimizer
 from .table import Table
@@ -25,7 +26,7 @@ from .table import Table
 Kind = Literal["store", "optimizer-states"]
 Tensors = dict[str, torch.Tensor]
 
-_DTYPES = {arrays.dtype_name(dtype): dtype for dtype in arrays.DTYPES}
+_DTYPES = {interop.dtype_name(dtype): dtype for dtype in interop.DTYPES}
 # States that torch computes divisors from, and what they can be at most.
 _COUNTERS = {"step": torch.finfo(torch.float32).max, "mu_product": 1.0}
 
@@ -71,7 +72,7 @@ def _describe_entry(kind: Kind, entry: Entry, tensors: Tensors) -> dict[str, Any
         "key": key,
         "kind": "rows" if isinstance(value, Table) else "dense",
         "shape": list(entry.spec.shape),
-        "dtype": arrays.dtype_name(value.dtype),
+        "dtype": interop.dtype_name(value.dtype),
         "version": entry.version,
         "library": entry.spec.origin.library,
         "device": str(entry.spec.origin.device) if entry.spec.origin.library == "torch" else None,
@@ -224,21 +225,21 @@ def _restore_table(
     return table
 
 
-def origin_of(described: Any) -> arrays.Origin:
+def origin_of(described: Any) -> interop.Origin:
     """Return the library and device that pulls are to have, of those that are here."""
     library = _one_of(described, "library", ("numpy", "torch", "jax", "cupy", "array-api"))
     name = _field(described, "device", (str, NoneType)) or ""
     if library == "numpy":
-        return arrays.NUMPY
+        return interop.NUMPY
     if library == "jax" and importlib.util.find_spec("jax") is not None:
-        return arrays.Origin("jax")
+        return interop.Origin("jax")
     # Where the library or the device is missing, pulls give torch tensors on the CPU.
     device = torch.device("cpu")
     if library == "torch" and name.startswith("cuda") and torch.cuda.is_available():
         index = name.partition(":")[2]
         if index.isdigit() and int(index) < torch.cuda.device_count():
             device = torch.device("cuda", int(index))
-    return arrays.Origin("torch", device)
+    return interop.Origin("torch", device)
 
 
 def _shape(key: Key, described: Any, dtype: torch.dtype, is_table: bool) -> torch.Size:
@@ -263,8 +264,8 @@ def _pop_exactly(tensors: Tensors, name: str, dtype: torch.dtype, shape: torch.S
     tensor = _pop(tensors, name, dtype, shape)
     _check(
         tensor.shape == shape and tensor.dtype is dtype,
-        f"the tensor {quote(name)} is {arrays.dtype_name(tensor.dtype)} {tuple(tensor.shape)}, "
-        f"the manifest says {arrays.dtype_name(dtype)} {tuple(shape)}",
+        f"the tensor {quote(name)} is {interop.dtype_name(tensor.dtype)} {tuple(tensor.shape)}, "
+        f"the manifest says {interop.dtype_name(dtype)} {tuple(shape)}",
     )
     is_bool = dtype is torch.bool
     _check(not is_bool or bool((tensor.view(torch.uint8) <= 1).all()), f"{quote(name)}: bytes that are no bool")

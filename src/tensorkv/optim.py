@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from . import arrays
+from tensorkv.arrays import interop
+from tensorkv.arrays.keys import Key
+from tensorkv.arrays.rows import Rows
+
 from .errors import OptimizerError, quote, show, suggestion
 from .kernels import ALIGN, FUSED, Kernel
 from .kernels import DTYPES as KERNEL_DTYPES
 from .kernels import NAMES as KERNELS
-from .keys import Key
-from .rows import Rows
 from .table import Columns, Table, fill_with
 
 State = dict[str, torch.Tensor]
@@ -291,14 +292,14 @@ class Optimizer:
     def check(self, key: Key, value: torch.Tensor | Table, *, by_rows: bool) -> None:
         """Raise OptimizerError if this optimizer cannot update such a value."""
         name = self.spec.name
-        if arrays.family(value.dtype) not in ("float", "complex"):
+        if interop.family(value.dtype) not in ("float", "complex"):
             raise OptimizerError(
-                f"{quote(key)} is {arrays.dtype_name(value.dtype)}, and {name} updates floating-point values only; "
+                f"{quote(key)} is {interop.dtype_name(value.dtype)}, and {name} updates floating-point values only; "
                 "keep counters in a store without an optimizer"
             )
         if value.dtype.is_complex and name not in ROWWISE:
             raise OptimizerError(
-                f"{quote(key)} is {arrays.dtype_name(value.dtype)}, and {name} updates real values only"
+                f"{quote(key)} is {interop.dtype_name(value.dtype)}, and {name} updates real values only"
             )
         if by_rows and name not in ROWWISE:
             raise OptimizerError(f"{name} needs whole gradients, and {quote(key)} was pushed as Rows")
@@ -442,8 +443,8 @@ class Optimizer:
             wanted = expected.get(name, tensor.new_empty(shape, dtype=value.dtype, device="meta"))
             if tensor.shape != wanted.shape or tensor.dtype is not wanted.dtype:
                 raise OptimizerError(
-                    f"{quote(key)}: {quote(name)} of {self.spec.name} is {arrays.dtype_name(tensor.dtype)} "
-                    f"{tuple(tensor.shape)}, expected {arrays.dtype_name(wanted.dtype)} {tuple(wanted.shape)}"
+                    f"{quote(key)}: {quote(name)} of {self.spec.name} is {interop.dtype_name(tensor.dtype)} "
+                    f"{tuple(tensor.shape)}, expected {interop.dtype_name(wanted.dtype)} {tuple(wanted.shape)}"
                 )
 
     def _state_like(self, shape: torch.Size, dtype: torch.dtype) -> State:

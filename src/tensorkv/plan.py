@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import arrays, native, reduce
+from tensorkv import native, reduce
+from tensorkv.arrays import interop
+from tensorkv.arrays.keys import Key
+
 from .columns import Column, Form
 from .entry import Entry
 from .kernels import Kernel
-from .keys import Key
 from .optim import Optimizer, State
 from .pool import WORTH_A_THREAD, Job, OneTorchThread, Pool
 
@@ -215,7 +217,7 @@ class Plan:
                 reduce.sum_into(parts[0], parts)
             return parts[0]
         if len(chunk.counts) == len(columns) == 1 and not optimizer.changes_grads:
-            return arrays.take(columns[0].arrays[chunk.cut.start]).view(-1)
+            return interop.take(columns[0].arrays[chunk.cut.start]).view(-1)
         grad = reduce.scratch(chunk.values.tensor, self._dtype, "gradient")
         cut = slice(8 * chunk.cut.start, 8 * chunk.cut.stop)
         rooms = native.column_beside(grad, chunk.counts)

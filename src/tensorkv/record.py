@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from . import arrays
+from tensorkv.arrays import interop
+from tensorkv.arrays.keys import Key
+
 from .checksum import crc32
 from .errors import JournalError
-from .keys import Key
 
 MAGIC = b"tkv1"
 # Magic, checksum of the rest of the frame, lsn, bytes of head, layout and payload, checksum of the first two and of
@@ -28,7 +29,7 @@ _FRAME = struct.Struct("<4sIQIIQII")
 FRAME_NBYTES = _FRAME.size
 # Behind every record: a write that the machine did not finish leaves zeros here, or nothing.
 END = b"end\n"
-_DTYPES = {arrays.dtype_name(dtype): dtype for dtype in arrays.DTYPES}
+_DTYPES = {interop.dtype_name(dtype): dtype for dtype in interop.DTYPES}
 # More is not read into memory on a file's word, and so not written either.
 _MOST_WORDS = 1 << 28
 
@@ -140,7 +141,7 @@ def layout(items: Sequence[Item]) -> bytes:
 
 def describe(items: Iterable[tuple[Key, str, torch.dtype, Sequence[int]]]) -> bytes:
     """Return the layout of tensors of which key, role, dtype and shape are known."""
-    described = [[key, role, arrays.dtype_name(dtype), list(shape)] for key, role, dtype, shape in items]
+    described = [[key, role, interop.dtype_name(dtype), list(shape)] for key, role, dtype, shape in items]
     return json.dumps(described, separators=(",", ":")).encode()
 
 
@@ -162,7 +163,7 @@ def unpack(layout: bytes, payload: Any) -> list[Item]:
     """
     # A writable view, though nobody writes: torch warns about the others.
     flat = (
-        arrays.take(np.frombuffer(payload, np.uint8))
+        interop.take(np.frombuffer(payload, np.uint8))
         if len(payload)
         else torch.empty(0, dtype=torch.uint8, device="cpu")
     )

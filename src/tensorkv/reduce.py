@@ -9,7 +9,9 @@ from functools import partial
 
 import torch
 
-from . import arrays, native
+from tensorkv import native
+from tensorkv.arrays import interop
+
 from .pool import Job
 
 # 2 MiB of float32: long enough to stream well, short enough to be in cache when the next step needs it.
@@ -47,11 +49,11 @@ def sum_piece(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
     if len(parts) == 1:
         out.copy_(parts[0], non_blocking=ahead)
         return
-    wide = arrays.accumulator(out.dtype)
-    first, second, *others = [arrays.signed(part.to(out.device, wide, non_blocking=ahead)) for part in parts]
+    wide = interop.accumulator(out.dtype)
+    first, second, *others = [interop.signed(part.to(out.device, wide, non_blocking=ahead)) for part in parts]
     # Out may be one of the others, which has to be read first.
     directly = wide is out.dtype and not any(part.data_ptr() == out.data_ptr() for part in parts[2:])
-    into = arrays.signed(out if directly else scratch(out, wide))
+    into = interop.signed(out if directly else scratch(out, wide))
     torch.add(first, second, out=into)
     for part in others:
         into.add_(part)
@@ -90,18 +92,18 @@ def sum_many(outs: Sequence[torch.Tensor], parts: Sequence[Sequence[torch.Tensor
         outs: CPU tensors, all small.
         parts: per out as many parts as for every other, of the out's dtype, of at least float32.
     """
-    columns = [[arrays.signed(part) for part in column] for column in zip(*parts, strict=True)]
+    columns = [[interop.signed(part) for part in column] for column in zip(*parts, strict=True)]
     totals: Sequence[torch.Tensor] = columns[0]
     if len(columns) > 1:
         totals = torch._foreach_add(columns[0], columns[1])
         for column in columns[2:]:
             torch._foreach_add_(totals, column)
-    torch._foreach_copy_([arrays.signed(out) for out in outs], list(totals))
+    torch._foreach_copy_([interop.signed(out) for out in outs], list(totals))
 
 
 def is_small(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:
     """Tell whether ``sum_many`` may take this sum."""
-    if not out.is_cpu or out.numel() > _SMALL or out.dtype in arrays.LOW_PRECISION:
+    if not out.is_cpu or out.numel() > _SMALL or out.dtype in interop.LOW_PRECISION:
         return False
     dtype = out.dtype
     return all(part.dtype is dtype and part.is_cpu for part in parts)
@@ -164,7 +166,7 @@ def cut(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Cut tensors of one shape alike: flat where all are contiguous, else along the first dimension."""
     first = tensors[0]
     # Where numbers are converted, each part of a slice has a copy of its own.
-    convert = first.dtype in arrays.LOW_PRECISION or any(tensor.dtype is not first.dtype for tensor in tensors)
+    convert = first.dtype in interop.LOW_PRECISION or any(tensor.dtype is not first.dtype for tensor in tensors)
     size = max(1, SLICE // 4) if convert else SLICE
     if not first.is_cpu or first.numel() <= size:
         yield list(tensors)

@@ -9,15 +9,17 @@ from typing import Any, Protocol
 
 import torch
 
-from . import arrays, native, reduce
+from tensorkv import native, reduce
+from tensorkv.arrays import interop
+from tensorkv.arrays.keys import Key
+from tensorkv.arrays.rows import Rows
+
 from .entry import Entry
 from .errors import UpdaterError, quote
 from .kernels import Kernel
-from .keys import Key
 from .optim import Optimizer, OptimizerSpec, check_numbers
 from .optim import spec as make_spec
 from .pool import WORTH_A_THREAD, Job, Pool
-from .rows import Rows
 
 Updater = Callable[[Any, Any, Any], Any]
 
@@ -226,8 +228,8 @@ class CallUpdater:
     def updated(self, entry: Entry, received: torch.Tensor) -> torch.Tensor:
         """Return what the function makes of a value, which stays as it is."""
         scratch: torch.Tensor = entry.value.clone()  # type: ignore[union-attr]
-        stored = arrays.view(scratch.view_as(scratch), entry.spec.origin)
-        self._call(entry, arrays.view(received, entry.spec.origin), stored)
+        stored = interop.view(scratch.view_as(scratch), entry.spec.origin)
+        self._call(entry, interop.view(received, entry.spec.origin), stored)
         return scratch
 
     def updated_rows(self, entry: Entry, received: Rows) -> Rows:
@@ -262,9 +264,9 @@ class LostUpdater(CallUpdater):
         )
 
 
-def _view_rows(rows: Rows, origin: arrays.Origin) -> Rows:
+def _view_rows(rows: Rows, origin: interop.Origin) -> Rows:
     # The ids are the updater's own copy: what it does to them moves no row of the store.
-    return Rows(arrays.view(rows.ids.clone(), origin), arrays.view(rows.values, origin), rows.num_rows)
+    return Rows(interop.view(rows.ids.clone(), origin), interop.view(rows.values, origin), rows.num_rows)
 
 
 class StepOptimizer:

@@ -13,7 +13,11 @@ from typing import Any
 
 import torch
 
-from . import cuda, quick, reduce, rows
+from tensorkv import cuda, quick, reduce
+from tensorkv.arrays import rows
+from tensorkv.arrays.keys import Key
+from tensorkv.arrays.rows import Rows
+
 from .checks import check_outs, check_push, fit
 from .columns import Column
 from .entry import Batch, Entry, KeySpec, Part
@@ -27,11 +31,9 @@ from .errors import (
     quote,
 )
 from .finite import FiniteSums, NonFinite
-from .keys import Key
 from .optim import Optimizer, OptimizerSpec
 from .plan import Plan, Plans
 from .pool import Pool
-from .rows import Rows
 from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater
 from .table import Table
 

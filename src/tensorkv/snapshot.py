@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
-from .keys import Key
+from tensorkv.arrays.keys import Key
 
 
 class Snapshot:

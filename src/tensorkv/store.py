@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tensorkv import arrays, engines
+from tensorkv import engines
+from tensorkv.arrays import interop
+from tensorkv.arrays.arguments import keys_of, pairs, single_values
+from tensorkv.arrays.keys import Key, is_key
+from tensorkv.arrays.outputs import GivenOuts, NewOuts, count_writes
+from tensorkv.arrays.rows import Rows, is_rows, take_ids, take_rows
 from tensorkv.runtime import compiled, shield
 
-from .arguments import keys_of, pairs, single_values
 from .control import StoreControl, outside_modes, runs_outside_modes
 from .entry import Batch, KeySpec, Part
 from .errors import (
@@ -25,10 +29,7 @@ from .errors import (
     quote,
     show,
 )
-from .keys import Key, is_key
-from .outs import GivenOuts, NewOuts, count_writes
 from .plan import MANY
-from .rows import Rows, is_rows, take_ids, take_rows
 from .snapshot import Snapshot
 from .versions import wait_for
 
@@ -444,7 +445,7 @@ def _batch(verb: str, key: Any, value: Any) -> Batch:
 
 def _take(verb: str, key: Key, index: int | None, array: Any) -> Part:
     try:
-        return take_rows(array) if is_rows(array) else arrays.take(array)
+        return take_rows(array) if is_rows(array) else interop.take(array)
     except TensorKVError as error:
         part = "the value" if index is None else f"part {index}"
         raise type(error)(f"{verb}({quote(key)}): {part} {error}") from None
@@ -456,9 +457,9 @@ def _take_values(verb: str, keys: Sequence[Key], values: Sequence[Any]) -> tuple
     for part, value in zip(taken, values, strict=True):
         if isinstance(part, Rows):
             library = value.values if isinstance(value, Rows) else value
-            specs.append(KeySpec(torch.Size(part.shape), part.values.dtype, arrays.origin(library), True))
+            specs.append(KeySpec(torch.Size(part.shape), part.values.dtype, interop.origin(library), True))
         else:
-            specs.append(KeySpec(part.shape, part.dtype, arrays.origin(value), False))
+            specs.append(KeySpec(part.shape, part.dtype, interop.origin(value), False))
     return taken, specs
 
 
@@ -471,10 +472,10 @@ def _take_ids(key: Key, spec: KeySpec, row_ids: Any) -> torch.Tensor:
         raise type(error)(f"row_sparse_pull({quote(key)}): {error}") from None
 
 
-def _give_rows(rows: Rows, origin: arrays.Origin) -> Rows:
+def _give_rows(rows: Rows, origin: interop.Origin) -> Rows:
     # JAX has int64 only on demand, and seldom needs it for ids.
     ids = rows.ids.int() if origin.library == "jax" and rows.num_rows <= 1 << 31 else rows.ids
-    return Rows(arrays.give(ids, origin), arrays.give(rows.values, origin), rows.num_rows)
+    return Rows(interop.give(ids, origin), interop.give(rows.values, origin), rows.num_rows)
 
 
 def _holds_rows(out: Any) -> bool:

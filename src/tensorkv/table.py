@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from . import arrays
-from .rows import Rows
+from tensorkv.arrays import interop
+from tensorkv.arrays.rows import Rows
 
 
 class Table:
@@ -83,7 +83,7 @@ class Table:
         source = self._columns[column]
         rows = fill_with(source.new_empty((len(ids), *self.row_shape)), self._fills[column])
         held, places = self._find(ids)
-        arrays.signed(rows)[held] = arrays.signed(source)[places]
+        interop.signed(rows)[held] = interop.signed(source)[places]
         return rows
 
     def write(self, ids: torch.Tensor, rows: torch.Tensor, column: str = "") -> None:
@@ -91,7 +91,7 @@ class Table:
         self._insert(ids)
         _, places = self._find(ids)
         target = self._columns[column]
-        arrays.signed(target)[places] = arrays.signed(rows.to(target.dtype))
+        interop.signed(target)[places] = interop.signed(rows.to(target.dtype))
 
     def fill(self, column: str) -> float:
         """Return what a column holds for a row that was never written."""
@@ -140,7 +140,7 @@ class Table:
         larger = min(max(needed, room + room // 2), self.num_rows)
         for name, column in self._columns.items():
             grown = column.new_empty((larger, *self.row_shape))
-            arrays.signed(grown)[:room] = arrays.signed(column)
+            interop.signed(grown)[:room] = interop.signed(column)
             fill_with(grown[room:], self._fills[name])
             self._columns[name] = grown
 
@@ -186,5 +186,5 @@ class Columns:
 
 def fill_with(tensor: torch.Tensor, number: float) -> torch.Tensor:
     """Set every element, of complex ones both parts: so do torch's optimizers begin their state."""
-    (torch.view_as_real(tensor) if tensor.is_complex() else arrays.signed(tensor)).fill_(number)
+    (torch.view_as_real(tensor) if tensor.is_complex() else interop.signed(tensor)).fill_(number)
     return tensor

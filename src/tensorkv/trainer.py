@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import arrays
-from .arguments import check_flag
+from tensorkv.arrays import interop
+from tensorkv.arrays.arguments import check_flag
+
 from .errors import (
     ArgumentError,
     CheckpointError,
@@ -289,7 +290,7 @@ def _aligned(replicas: list[nn.Module], prefix: str) -> Params:
 
 def _facts(param: nn.Parameter) -> str:
     shape = "without shape" if nn.parameter.is_lazy(param) else str(tuple(param.shape))
-    return f"{arrays.dtype_name(param.dtype)} {shape}, {'trained' if param.requires_grad else 'frozen'}"
+    return f"{interop.dtype_name(param.dtype)} {shape}, {'trained' if param.requires_grad else 'frozen'}"
 
 
 def _check_weights(params: Params, weights: dict[str, Any]) -> None:

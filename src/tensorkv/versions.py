@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from .arguments import check_timeout
+from tensorkv.arrays.arguments import check_timeout
+from tensorkv.arrays.keys import Key
+
 from .engines import Engine
 from .errors import ArgumentError, WaitTimeoutError, naming, quote, show
-from .keys import Key
 
 # How long a pull waits for a version, and how often it looks where an engine has no better way.
 WAIT_S = 60.0

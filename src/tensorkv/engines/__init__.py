@@ -15,14 +15,15 @@ from typing import Any, Protocol
 
 import torch
 
-from ..arguments import check_flag, folder_path
+from tensorkv.arrays.arguments import check_flag, folder_path
+from tensorkv.arrays.keys import Key
+from tensorkv.arrays.rows import Rows
+
 from ..entry import Batch, KeyInfo, KeySpec, Part
 from ..errors import ArgumentError, EngineNotFoundError, naming, quote, show, suggestion
 from ..finite import NonFinite
-from ..keys import Key
 from ..manifest import Kind
 from ..optim import OptimizerSpec
-from ..rows import Rows
 from ..rules import Updater
 from .local import LocalEngine
 

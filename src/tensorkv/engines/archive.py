@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
-from .. import arrays, checkpoint, manifest
+from tensorkv import checkpoint, manifest
+from tensorkv.arrays import interop
+from tensorkv.arrays.keys import Key
+
 from ..entry import Entry
 from ..errors import CheckpointError
-from ..keys import Key
 from ..manifest import Contents, Kind, Tensors
 from ..shard import Shard
 from .chain import Chain
@@ -86,7 +88,7 @@ def _whole_entries(
     mine = {}
     for index, entry in enumerate(entries):
         if entry.key in held and entry.state and writes:
-            mine[index] = {name: [arrays.dtype_name(each.dtype), each.shape] for name, each in entry.state.items()}
+            mine[index] = {name: [interop.dtype_name(each.dtype), each.shape] for name, each in entry.state.items()}
     found: dict[int, dict[str, list[Any]]] = {}
     for own in _everyone(group, lambda: mine, doing):
         for index, names in own.items():

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from tensorkv.arrays.keys import Key
 from tensorkv.runtime import shield
 
 from ..entry import Entry, KeySpec
 from ..errors import KeyExistsError, KeyTypeError, no_such_key, quote
-from ..keys import Key
 from ..optim import ROWWISE, OptimizerSpec
 from ..placement import pieces
 from ..rules import Assign, Rule, StepOptimizer

@@ -15,17 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from tensorkv import arrays, placement
+from tensorkv import placement
+from tensorkv.arrays import interop
+from tensorkv.arrays.arguments import check_flag, check_timeout
+from tensorkv.arrays.keys import Key
+from tensorkv.arrays.rows import Rows
 from tensorkv.runtime import shield
 
-from ..arguments import check_flag, check_timeout
 from ..entry import Batch, Entry, KeyInfo, KeySpec, Part
 from ..errors import RankLostError
 from ..finite import NonFinite
-from ..keys import Key
 from ..manifest import Contents, Kind
 from ..optim import ROWWISE, OptimizerSpec
-from ..rows import Rows
 from ..rules import CallUpdater, Rule, StepOptimizer, Updater
 from ..shard import Shard
 from ..table import Table
@@ -98,7 +99,7 @@ class DistEngine:
 
     def init(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
         self._shard.check_new(keys)
-        shapes = [[list(spec.shape), arrays.dtype_name(spec.dtype), spec.is_table] for spec in specs]
+        shapes = [[list(spec.shape), interop.dtype_name(spec.dtype), spec.is_table] for spec in specs]
         text = describe("init", keys=list(keys), values=shapes)
         with self._call(text):
             held = self._allot(keys, specs, self._room(specs, text))

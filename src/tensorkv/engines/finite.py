@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from tensorkv.arrays.keys import Key
+from tensorkv.arrays.rows import Rows
+
 from .. import reduce
 from ..errors import NonFiniteError, quote
 from ..finite import NonFinite
-from ..keys import Key
-from ..rows import Rows
 from .group import Group
 
 

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 from tensorkv import checkpoint
+from tensorkv.arrays.arguments import folder_path
+from tensorkv.arrays.keys import Key
+from tensorkv.arrays.rows import Rows
 from tensorkv.runtime import shield
 
-from ..arguments import folder_path
 from ..durable import DurableShard
 from ..entry import Batch, KeyInfo, KeySpec, Part
 from ..errors import ArgumentError
 from ..finite import NonFinite
 from ..journal import Durability
-from ..keys import Key
 from ..manifest import Kind
 from ..optim import OptimizerSpec
-from ..rows import Rows
 from ..rules import Updater
 from ..shard import Shard
 from ..table import Table

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tensorkv.arrays.keys import Key
+from tensorkv.arrays.rows import Rows
+
 from .. import manifest
 from ..entry import KeySpec
 from ..errors import KeyNotFoundError, SnapshotError, TensorKVError, quote
-from ..keys import Key
 from ..manifest import Contents
 from ..record import Record
-from ..rows import Rows
 from .ray_lane import Lanes, Letter
 from .spread import Held, from_note
 from .traffic import Traffic

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from .. import arrays, reduce
+from tensorkv import reduce
+from tensorkv.arrays import interop
+from tensorkv.arrays.keys import Key
+from tensorkv.arrays.rows import Rows
+
 from ..checks import check_outs
 from ..columns import Column
 from ..entry import Batch, Entry, Part
 from ..errors import TensorKVError
-from ..keys import Key
-from ..rows import Rows
 from ..shard import Shard
 from ..table import Table
 from . import sparse
@@ -394,7 +396,9 @@ class Pushes:
 
     def _make_room(self, route: Route) -> None:
         """Drop the routes that were used least lately until there is room for another one's stage."""
-        values = sum(each.value.numel() * arrays.accumulator(each.value.dtype).itemsize for each in self._held.values())
+        values = sum(
+            each.value.numel() * interop.accumulator(each.value.dtype).itemsize for each in self._held.values()
+        )
         most = max(_LEAST_STAGES_NBYTES, _MOST_STAGES * values)
         staged = {keys: each.stage_nbytes for keys, each in self._routes.items() if each.own_stage is not None}
         room = most - route.stage_nbytes - sum(staged.values())

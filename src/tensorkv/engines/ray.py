@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from tensorkv import errors, manifest
+from tensorkv.arrays.keys import Key
+from tensorkv.arrays.rows import Rows, merge
 from tensorkv.runtime import forks, shield
 
 from ..entry import Batch, Entry, KeyInfo, KeySpec, Part
@@ -29,11 +31,9 @@ from ..errors import (
     quote,
 )
 from ..finite import FiniteSums
-from ..keys import Key
 from ..manifest import Kind
 from ..optim import ROWWISE, OptimizerSpec
 from ..record import Item, pack
-from ..rows import Rows, merge
 from ..rules import Assign, StepOptimizer, Updater
 from ..server.wire import Settings
 from ..table import Table

@@ -8,7 +8,8 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayError
 
-from ..arguments import check_timeout
+from tensorkv.arrays.arguments import check_timeout
+
 from ..errors import ServerLostError, quote
 from ..server.wire import Settings, join, split
 from . import ray_cluster, server_stats

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..arguments import check_timeout
+from tensorkv.arrays.arguments import check_timeout
+
 from ..errors import ArgumentError, quote
 from ..server.wire import Settings
 from . import ray_cluster

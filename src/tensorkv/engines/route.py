@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import arrays, native, placement, reduce
+from tensorkv import native, placement, reduce
+from tensorkv.arrays import interop
+
 from ..columns import Column, Form
 from ..placement import Piece, Run
 from .meeting import Meeting
@@ -132,7 +134,7 @@ class Leg:
     _rooms: dict[int, list[torch.Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.wide = arrays.accumulator(self.dtype)
+        self.wide = interop.accumulator(self.dtype)
         self.counts = [piece.stop - piece.start for piece in self.pieces]
         self.keys = np.array([piece.key for piece in self.pieces], np.int64)
         self.starts = np.array([piece.start * self.dtype.itemsize for piece in self.pieces], np.uint64)
@@ -200,7 +202,7 @@ class Route:
     def __init__(self, held: Sequence[Held], meeting: Meeting, owners: int, slot_nbytes: int) -> None:
         self.held = held
         self._meeting = meeting
-        self._wide = [arrays.accumulator(each.value.dtype) for each in held]
+        self._wide = [interop.accumulator(each.value.dtype) for each in held]
         runs = [
             [
                 Run(key, *each.span(owner), self._wide[key].itemsize)

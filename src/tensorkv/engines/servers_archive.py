@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from tensorkv.arrays.keys import Key
+
 from .. import checkpoint, manifest
 from ..entry import Entry
 from ..errors import CheckpointError
-from ..keys import Key
 from ..manifest import Contents, Kind
 from ..record import Item, pack
 from ..rules import Assign, Rule, StepOptimizer

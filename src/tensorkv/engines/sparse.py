@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from .. import arrays, errors, rows
+from tensorkv import errors
+from tensorkv.arrays import interop, rows
+from tensorkv.arrays.keys import Key
+from tensorkv.arrays.rows import Rows
+
 from ..entry import Entry, Part
 from ..errors import WorkerError, quote
-from ..keys import Key
-from ..rows import Rows
 from ..rules import Rule
 from ..table import Table
 from .group import Group
@@ -39,7 +41,7 @@ def gather(group: Group, entry: Entry, mine: Sequence[Rows], doing: str) -> Rows
         mine: this worker's parts. They travel as they are, since to merge them first would round otherwise.
         doing: the call, for messages.
     """
-    shape, wide = entry.spec.shape, arrays.accumulator(entry.spec.dtype)
+    shape, wide = entry.spec.shape, interop.accumulator(entry.spec.dtype)
     ids = torch.cat([part.ids.cpu() for part in mine])
     values = torch.cat([part.values.cpu().to(wide) for part in mine])
     found_ids = group.gather(ids, doing)
@@ -73,7 +75,7 @@ def apply(rule: Rule, entry: Entry, held: Held, owner: int, merged: Rows) -> Non
 
 def copy_rows(group: Group, held: Held, ids: torch.Tensor, source: int, writes: bool, doing: str) -> None:
     """Copy rows of a dense value from one rank to the hosts that do not update it."""
-    signed = arrays.signed(held.value)
+    signed = interop.signed(held.value)
     mine = _bytes(signed[ids]) if group.rank == source else torch.empty(0, dtype=torch.uint8, device="cpu")
     found = group.gather(mine, doing)[source]
     if writes:

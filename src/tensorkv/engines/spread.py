@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import arrays, manifest, native, reduce
+from tensorkv import manifest, native, reduce
+from tensorkv.arrays import interop
+from tensorkv.arrays.keys import Key
+
 from ..columns import Form
 from ..entry import KeySpec
-from ..keys import Key
 from ..pool import Pool
 from ..record import describe, places
 
@@ -120,7 +122,7 @@ class Route:
         self.keys = list(keys)
         self.specs = [each.spec for each in held]
         dtypes = [each.spec.dtype for each in held]
-        sent = [arrays.accumulator(dtype) for dtype in dtypes] if wide else dtypes
+        sent = [interop.accumulator(dtype) for dtype in dtypes] if wide else dtypes
         servers = sorted({server for each in held for server in each.servers})
         self.shares = [Share(server, keys, held, sent) for server in servers]
         # What comes back is always of the values' own dtypes.
@@ -181,7 +183,7 @@ def to_note(held: Held) -> dict[str, Any]:
     origin = held.spec.origin
     return {
         "shape": list(held.spec.shape),
-        "dtype": arrays.dtype_name(held.spec.dtype),
+        "dtype": interop.dtype_name(held.spec.dtype),
         "library": origin.library,
         "device": str(origin.device) if origin.library == "torch" else None,
         "table": held.spec.is_table,

@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 
-from .. import arrays, reduce, rows
+from tensorkv import reduce
+from tensorkv.arrays import interop, rows
+from tensorkv.arrays.keys import Key
+from tensorkv.arrays.rows import Rows
+
 from ..checks import check_push
 from ..columns import Column
 from ..entry import Batch, Entry, Part
 from ..errors import KeyNotFoundError, ValueMismatchError, quote
 from ..finite import FiniteSums
-from ..keys import Key
 from ..optim import ROWWISE
 from ..pool import Pool
 from ..record import Item, Record, pack
-from ..rows import Rows
 from . import spread
 from .directory import Directory
 from .ray_lane import Lane, Lanes, Letter
@@ -171,9 +173,9 @@ class Traffic:
 
     def _sum(self, held: Held, parts: Sequence[Part]) -> Part:
         dtype = held.spec.dtype
-        wide = arrays.accumulator(dtype) if self._in_step else dtype
+        wide = interop.accumulator(dtype) if self._in_step else dtype
         if not all(isinstance(part, Rows) for part in parts):
-            dense = [part.to_dense(arrays.accumulator(dtype)) if isinstance(part, Rows) else part for part in parts]
+            dense = [part.to_dense(interop.accumulator(dtype)) if isinstance(part, Rows) else part for part in parts]
             total = torch.empty(held.spec.shape, dtype=wide, device="cpu")
             reduce.sum_into(total, dense)
             return total
@@ -284,7 +286,7 @@ class Traffic:
                 record = Record({}, answer.head["layout"].encode(), [answer.payload.numpy().data])
                 for item, (index, mine) in zip(record.items(), wanted, strict=True):
                     self._check_rows(keys[index], item.tensor, found[index][mine])
-                    arrays.signed(found[index])[mine] = arrays.signed(item.tensor)
+                    interop.signed(found[index])[mine] = interop.signed(item.tensor)
         return [Rows(own, each, h.spec.shape[0]) for own, each, h in zip(ids, found, held, strict=True)]
 
     def _check_rows(self, key: Key, rows: torch.Tensor, expected: torch.Tensor) -> None:

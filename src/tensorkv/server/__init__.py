@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from tensorkv.arrays.keys import Key
 from tensorkv.runtime.stats import Metrics, clock
 
 from ..entry import Part
 from ..errors import ArgumentError, TensorKVError
-from ..keys import Key
 from .attendance import Attendance
 from .call import keys_of, read
 from .cut import Cut

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from tensorkv.arrays.keys import Key, check_key
+from tensorkv.arrays.rows import Rows
+
 from ..entry import Part
 from ..errors import ArgumentError
-from ..keys import Key, check_key
 from ..record import places, unpack
-from ..rows import Rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tensorkv.arrays.keys import Key
+
 from ..entry import Part
 from ..errors import TensorKVError, WorkerError
-from ..keys import Key
 
 
 @dataclass(slots=True)

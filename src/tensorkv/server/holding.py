@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import arrays, manifest
+from tensorkv import manifest
+from tensorkv.arrays import interop
+from tensorkv.arrays.keys import Key
+
 from ..checksum import known
 from ..durable import DurableShard
 from ..entry import Batch, Part
 from ..errors import ArgumentError, ValueMismatchError, quote
-from ..keys import Key
 from ..manifest import Contents
 from ..optim import OptimizerSpec
 from ..plan import MANY
@@ -299,5 +301,7 @@ def _check_same(keys: Sequence[Key], checksum: int, expected: Any) -> None:
 def bytes_of(buffer: Any) -> torch.Tensor:
     """Return a buffer as a flat tensor that shares its memory."""
     return (
-        arrays.take(np.frombuffer(buffer, np.uint8)) if len(buffer) else torch.empty(0, dtype=torch.uint8, device="cpu")
+        interop.take(np.frombuffer(buffer, np.uint8))
+        if len(buffer)
+        else torch.empty(0, dtype=torch.uint8, device="cpu")
     )

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tensorkv.arrays.keys import Key
+
 from ..clients import Clients
 from ..errors import JournalError
-from ..keys import Key
 from .rounds import Rounds
 
 # Texts that are remembered, for workers that come to them later or whose answer was lost.

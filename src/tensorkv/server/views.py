@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from tensorkv.arrays.keys import Key
+from tensorkv.arrays.rows import Rows
+
 from ..entry import Entry
 from ..errors import ArgumentError, KeyNotFoundError, SnapshotError, quote
-from ..keys import Key
-from ..rows import Rows
 from ..shard import Shard
 from ..table import Table
 

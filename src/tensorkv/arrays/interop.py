@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 
-from .errors import ArrayTypeError, show
+from tensorkv.errors import ArrayTypeError, show
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LOW_PRECISION = (torch.float16, torch.bfloat16)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import arrays
-from .errors import ArgumentError, ArrayTypeError, ValueMismatchError, naming, show
+from tensorkv.errors import ArgumentError, ArrayTypeError, ValueMismatchError, naming, show
+
+from . import interop
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +54,7 @@ class Rows:
     @property
     def dtype(self) -> str:
         """Name of the values' dtype, such as ``"float32"``."""
-        return arrays.dtype_name(arrays.take(self.values).dtype)
+        return interop.dtype_name(interop.take(self.values).dtype)
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +89,7 @@ class Rows:
             raise ArgumentError(f"Rows.to_dense: dtype is {show(dtype)}; expected a torch.dtype, or None")
         rows = merge([take_rows(self)], dtype)
         dense = torch.zeros(self.shape, dtype=rows.values.dtype, device=rows.values.device)
-        arrays.signed(dense)[rows.ids] = arrays.signed(rows.values)
+        interop.signed(dense)[rows.ids] = interop.signed(rows.values)
         return dense
 
     def __repr__(self) -> str:
@@ -111,8 +112,8 @@ def take_rows(thing: Any) -> Rows:
     ids, values = _take_part(thing.ids, "ids"), _take_part(thing.values, "values")
     if isinstance(thing.num_rows, bool) or not isinstance(thing.num_rows, int) or thing.num_rows < 0:
         raise ArgumentError(f"num_rows is {show(thing.num_rows)}; expected an int of at least 0")
-    if arrays.family(ids.dtype) != "int" or ids.dtype is torch.uint64:
-        raise ArrayTypeError(f"ids have dtype {arrays.dtype_name(ids.dtype)}; expected integers, such as int64")
+    if interop.family(ids.dtype) != "int" or ids.dtype is torch.uint64:
+        raise ArrayTypeError(f"ids have dtype {interop.dtype_name(ids.dtype)}; expected integers, such as int64")
     if ids.ndim != 1 or values.ndim < 1 or len(ids) != len(values):
         raise ValueMismatchError(
             f"ids have shape {tuple(ids.shape)} and values {tuple(values.shape)}; "
@@ -126,7 +127,7 @@ def take_rows(thing: Any) -> Rows:
 
 def _take_part(array: Any, name: str) -> torch.Tensor:
     try:
-        return arrays.take(array)
+        return interop.take(array)
     except ArrayTypeError as error:
         raise ArrayTypeError(f"{name} {error}") from None
 
@@ -136,7 +137,7 @@ def _take_coo(tensor: torch.Tensor) -> Rows:
         raise ArrayTypeError(
             f"is a sparse COO tensor with {tensor.sparse_dim()} sparse dimensions; expected one (whole rows)"
         )
-    ids, values = tensor.detach()._indices()[0], arrays.take(tensor.detach()._values())
+    ids, values = tensor.detach()._indices()[0], interop.take(tensor.detach()._values())
     _check_range(ids, tensor.shape[0])
     return _unchecked(ids, values, tensor.shape[0])
 
@@ -167,9 +168,9 @@ def merge(parts: list[Rows], dtype: torch.dtype | None = None) -> Rows:
     """
     first = parts[0].values
     dtype = first.dtype if dtype is None else dtype
-    wide = arrays.accumulator(dtype)
+    wide = interop.accumulator(dtype)
     ids = torch.cat([part.ids.to(first.device) for part in parts])
-    values = torch.cat([arrays.signed(part.values.to(first.device, wide)) for part in parts])
+    values = torch.cat([interop.signed(part.values.to(first.device, wide)) for part in parts])
     unique, places = torch.unique(ids, return_inverse=True)
     order = torch.arange(len(ids), device=ids.device)
     first = torch.empty_like(unique).scatter_reduce_(0, places, order, "amin", include_self=False)
@@ -209,8 +210,8 @@ def take_ids(row_ids: Any, num_rows: int) -> torch.Tensor:
     if isinstance(row_ids, list | tuple | range):
         row_ids = _listed_ids("row_ids", row_ids)
     ids = _take_part(row_ids, "row_ids")
-    if arrays.family(ids.dtype) != "int" or ids.dtype is torch.uint64:
-        raise ArrayTypeError(f"row_ids have dtype {arrays.dtype_name(ids.dtype)}; expected integers")
+    if interop.family(ids.dtype) != "int" or ids.dtype is torch.uint64:
+        raise ArrayTypeError(f"row_ids have dtype {interop.dtype_name(ids.dtype)}; expected integers")
     unique: torch.Tensor = torch.unique(ids.long().cpu())
     _check_range(unique, num_rows)
     return unique

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import KeyTypeError, show
+from tensorkv.errors import KeyTypeError, show
 
 Key = str | int
 

@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ArgumentError, KeyExistsError, KeyTypeError, quote, show
+from tensorkv.errors import ArgumentError, KeyExistsError, KeyTypeError, quote, show
+
 from .keys import Key, check_key, is_key
 
 _LISTS = (list, tuple)

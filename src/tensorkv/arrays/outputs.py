@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from . import arguments, arrays
-from .entry import KeySpec
-from .errors import ArgumentError, ArrayTypeError, SparseOutWarning, ValueMismatchError, quote
+from tensorkv.entry import KeySpec
+from tensorkv.errors import ArgumentError, ArrayTypeError, SparseOutWarning, ValueMismatchError, quote
+
+from . import arguments, interop
 from .keys import Key, is_key
 from .rows import Rows
 
@@ -30,7 +31,7 @@ class GivenOuts:
 
     def __init__(self, verb: str, key: Any, out: Any, *, skip_sparse: bool = False) -> None:
         self._verb = verb
-        self._finishes: list[arrays.Finish] = []
+        self._finishes: list[interop.Finish] = []
         self._seen_by_autograd: list[torch.Tensor] = []
         self.skipped: SparseOutWarning | None = None
         self.keys, groups = arguments.pairs(verb, "out", key, out)
@@ -42,7 +43,7 @@ class GivenOuts:
                 if skip_sparse and self._skips(each, array):
                     continue
                 try:
-                    tensor, finish = arrays.target(array)
+                    tensor, finish = interop.target(array)
                 except ArrayTypeError as error:
                     raise ArrayTypeError(f"{verb}({quote(each)}): out {index} {error}") from None
                 tensors.append(tensor)
@@ -68,10 +69,10 @@ class GivenOuts:
                         f"{self._verb}({quote(key)}): out {index} has shape {tuple(tensor.shape)}, "
                         f"the key was initialised with {tuple(spec.shape)}"
                     )
-                if tensor.dtype is not spec.dtype and not arrays.may_pull(spec.dtype, tensor.dtype):
+                if tensor.dtype is not spec.dtype and not interop.may_pull(spec.dtype, tensor.dtype):
                     raise ValueMismatchError(
-                        f"{self._verb}({quote(key)}): out {index} is {arrays.dtype_name(tensor.dtype)}, which cannot "
-                        f"hold the key's {arrays.dtype_name(spec.dtype)}; give an out of the same kind of number"
+                        f"{self._verb}({quote(key)}): out {index} is {interop.dtype_name(tensor.dtype)}, which cannot "
+                        f"hold the key's {interop.dtype_name(spec.dtype)}; give an out of the same kind of number"
                     )
 
     def finish(self) -> None:
@@ -84,14 +85,14 @@ class GivenOuts:
         """Return what the verb returns when it was given outs."""
 
     def _check_apart(self, written: list[Any]) -> None:
-        pair = arrays.overlapping(written)
+        pair = interop.overlapping(written)
         if pair is not None:
             keys = [key for key, tensors in zip(self.keys, self.tensors, strict=True) for _ in tensors]
             first, second = (f"an out of {quote(keys[index])}" for index in sorted(pair))
             raise ArgumentError(f"{self._verb}: {first} and {second} overlap in memory; give separate arrays")
 
     def _skips(self, key: Key, array: Any) -> bool:
-        sparse = isinstance(array, Rows) or arrays.is_sparse_tensor(array)
+        sparse = isinstance(array, Rows) or interop.is_sparse_tensor(array)
         if sparse:
             self.skipped = SparseOutWarning(
                 f"{self._verb}({quote(key)}): a sparse out was left as it is; use row_sparse_pull for rows"
@@ -111,10 +112,10 @@ class NewOuts:
 
     def __init__(self, verb: str, keys: Sequence[Key], specs: Sequence[KeySpec], like: Any = None) -> None:
         try:
-            origin = None if like is None else arrays.origin(like)
+            origin = None if like is None else interop.origin(like)
         except ArrayTypeError as error:
             raise ArrayTypeError(f"{verb}: like {error}; give an array of the library and device to return") from None
-        self._made: list[tuple[torch.Tensor, arrays.Origin]] = []
+        self._made: list[tuple[torch.Tensor, interop.Origin]] = []
         grouped: dict[Key, list[torch.Tensor]] = {}
         for key, spec in zip(keys, specs, strict=True):
             check_dense(verb, key, spec)
@@ -134,7 +135,7 @@ class NewOuts:
 
     def result(self, key: Any) -> Any:
         """Return the arrays in the form of the caller's ``key``: one, a list, or a dict."""
-        given = [arrays.give(tensor, origin) for tensor, origin in self._made]
+        given = [interop.give(tensor, origin) for tensor, origin in self._made]
         if is_key(key):
             return given[0]
         return dict(zip(key, given, strict=True)) if isinstance(key, Mapping) else given

@@ -1,0 +1,1 @@
+"""Arrays of any library: what goes into a store and what comes out."""

@@ -12,7 +12,7 @@ import torch
 
 import tensorkv
 from tensorkv import Rows
-from tensorkv.table import Table
+from tensorkv.shard.table import Table
 
 F32 = np.float32
 

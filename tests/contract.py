@@ -18,7 +18,7 @@ import torch
 
 import tensorkv
 from tensorkv import Rows
-from tensorkv.optim import ROWWISE
+from tensorkv.shard.optimizers import ROWWISE
 
 F32 = np.float32
 

@@ -235,7 +235,7 @@ CALLS = {
 def mismatches(shared_memory):
     """The last rank makes another call than the others; every worker gets an error that names both."""
     # torch imports much at its first optimizer, which is not what is timed.
-    tensorkv.optim.spec("sgd", {})
+    tensorkv.shard.optimizers.spec("sgd", {})
     for left, right in PAIRS + EQUAL:
         say("===", left, "/", right)
         mismatch(left, right, shared_memory)

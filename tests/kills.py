@@ -23,17 +23,18 @@ import traceback
 import torch
 from seams import SEAMS, Seam
 
-from tensorkv import durable, journal, optim
+from tensorkv import durable, journal
 from tensorkv.arrays.interop import NUMPY
 from tensorkv.arrays.rows import Rows
 from tensorkv.clients import Clients
 from tensorkv.durable import DurableShard
-from tensorkv.entry import Batch, KeySpec
 from tensorkv.record import nbytes_of
-from tensorkv.shard import Shard
+from tensorkv.shard import optimizers
+from tensorkv.shard.entry import Batch, KeySpec
+from tensorkv.shard.shard import Shard
 
 PUSHES = 150
-SPECS = {"sgd": optim.spec("sgd", {"lr": 1.0, "maximize": True}), "adam": optim.spec("adam", {"lr": 0.1})}
+SPECS = {"sgd": optimizers.spec("sgd", {"lr": 1.0, "maximize": True}), "adam": optimizers.spec("adam", {"lr": 0.1})}
 SPEC = [SPECS["sgd"]]
 HISTORY = []
 CALLS = ("pwritev", "fsync", "fdatasync", "ftruncate", "replace", "unlink", "open", "close")

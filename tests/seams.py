@@ -2,15 +2,16 @@
 
 import os
 
-from tensorkv import finite, journal, shard
+from tensorkv import journal
 from tensorkv.durable import DurableShard
 from tensorkv.folder import Folder
 from tensorkv.journal import Journal
+from tensorkv.shard import nonfinite, shard
 
 # Name of the seam: where the step is found, its name there, and when it goes wrong.
 SEAMS = {
     "check": (shard, "check_push", "before"),
-    "sum": (finite, "total", "before"),
+    "sum": (nonfinite, "total", "before"),
     "frame": (journal, "frame", "after"),
     "write, not begun": (os, "pwritev", "before"),
     "write, half done": (os, "pwritev", "half"),

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from tensorkv import optim
 from tensorkv.arrays import interop
 from tensorkv.arrays.rows import Rows
-from tensorkv.checks import check_push
-from tensorkv.entry import Batch, Entry, KeySpec
 from tensorkv.errors import OptimizerError, ValueMismatchError
-from tensorkv.rules import Assign, StepOptimizer
+from tensorkv.shard import optimizers
+from tensorkv.shard.checks import check_push
+from tensorkv.shard.entry import Batch, Entry, KeySpec
+from tensorkv.shard.rules import Assign, StepOptimizer
 
 
 def entry(key, value):
@@ -42,7 +42,7 @@ def test_rows_of_a_0d_value_and_of_an_optimizer_that_needs_the_whole():
     single = entry("s", torch.tensor(0.0))
     with pytest.raises(ValueMismatchError):
         check_push(Batch("push", ["s"], [[Rows(torch.tensor([0]), torch.zeros(1), 1)]]), [single], Assign())
-    rule = StepOptimizer(optim.spec("adafactor", {}))
+    rule = StepOptimizer(optimizers.spec("adafactor", {}))
     rows = Rows(torch.tensor([0]), torch.zeros(1, 2), 2)
     with pytest.raises(OptimizerError, match="Rows"):
         check_push(Batch("push", ["b"], [[rows]]), [ENTRIES[1]], rule)

@@ -2,9 +2,9 @@
 
 import torch
 
-from tensorkv import cuda
 from tensorkv.arrays import interop
-from tensorkv.entry import Entry, KeySpec
+from tensorkv.shard import cuda
+from tensorkv.shard.entry import Entry, KeySpec
 
 
 class FakeTensor:

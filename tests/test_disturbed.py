@@ -71,7 +71,7 @@ def test_planted_faults_are_found(fault, found, tmp_path):
 import sys
 sys.path.insert(0, {str(PROGRAMS.parent)!r})
 import disturbed, threading, torch
-from tensorkv.shard import Shard
+from tensorkv.shard.shard import Shard
 
 push, pushes = Shard.push, [0]
 

@@ -12,7 +12,7 @@ from contract import Contract
 import tensorkv
 from tensorkv import CheckpointError, JournalError, NonFiniteError, Rows, UpdaterError, durable
 from tensorkv.journal import Journal
-from tensorkv.shard import Shard
+from tensorkv.shard.shard import Shard
 
 
 class TestDurable(Contract):

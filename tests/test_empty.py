@@ -6,7 +6,7 @@ import torch
 
 import tensorkv
 from tensorkv import Rows
-from tensorkv.optim import CLASSES, ROWWISE
+from tensorkv.shard.optimizers import CLASSES, ROWWISE
 
 NO_IDS = torch.zeros(0, dtype=torch.int64)
 VALUES = {

@@ -6,7 +6,7 @@ import torch
 from contract import Contract
 
 import tensorkv
-from tensorkv import reduce
+from tensorkv.shard import reduce
 
 
 class TestLocal(Contract):

@@ -4,8 +4,8 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.rows import Rows
-from tensorkv.entry import Batch, Entry, KeyInfo, KeySpec
-from tensorkv.table import Table
+from tensorkv.shard.entry import Batch, Entry, KeyInfo, KeySpec
+from tensorkv.shard.table import Table
 
 
 def entry(value, *, is_table=False, shape=None):

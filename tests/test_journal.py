@@ -13,10 +13,10 @@ import torch
 from tensorkv import ArgumentError, JournalError, record_file
 from tensorkv.arrays.interop import NUMPY
 from tensorkv.durable import DurableShard
-from tensorkv.entry import Batch, KeySpec
 from tensorkv.folder import Folder
 from tensorkv.journal import Journal
 from tensorkv.record import Item, Record, pack
+from tensorkv.shard.entry import Batch, KeySpec
 
 SEED = int(os.environ.get("TENSORKV_TEST_SEED", "20"))
 

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tensorkv import optim
-from tensorkv.kernels import ALIGN, DTYPES, FUSED, NAMES, Kernel
+from tensorkv.shard import optimizers
+from tensorkv.shard.fused import ALIGN, DTYPES, FUSED, NAMES, Kernel
 
 CASES = {
     "sgd": ("sgd", {"lr": 0.1}),
@@ -24,7 +24,7 @@ CASES = {
 
 def run(case, dtype, size, cuts, *, at_once=False, steps=4):
     name, numbers = CASES[case]
-    spec = optim.spec(name, numbers)
+    spec = optimizers.spec(name, numbers)
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(size, generator=generator).to(dtype)
     state = None
@@ -70,7 +70,7 @@ def test_the_bits_are_torchs_own_step(case, dtype, size):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(size, generator=generator).to(dtype)
     how = {"fused": True} if name in FUSED else {"foreach": False}
-    reference = getattr(torch.optim, optim.CLASSES[name])([weight], **numbers, **how)
+    reference = getattr(torch.optim, optimizers.CLASSES[name])([weight], **numbers, **how)
     for _ in range(4):
         weight.grad = torch.randn(size, generator=generator).to(dtype)
         reference.step()
@@ -81,7 +81,7 @@ def test_torch_itself_depends_on_where_a_tensor_ends():
     """The reason for ALIGN: without it, an element's bits would depend on its neighbours."""
     torch.manual_seed(0)
     value, grad, buffer = torch.randn(3, 1000)
-    numbers = optim.spec("sgd", {"lr": 0.1, "momentum": 0.9}).numbers
+    numbers = optimizers.spec("sgd", {"lr": 0.1, "momentum": 0.9}).numbers
     results = []
     for step in (1, 1000):
         v, m = value.clone(), buffer.clone()
@@ -93,4 +93,4 @@ def test_torch_itself_depends_on_where_a_tensor_ends():
 
 
 def test_names_are_optimizers():
-    assert set(optim.CLASSES) > NAMES
+    assert set(optimizers.CLASSES) > NAMES

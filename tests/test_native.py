@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import tensorkv
-from tensorkv import native
-from tensorkv.native import Sums, addresses, are_apart, column_beside, column_of, is_plain, overlap
+from tensorkv.shard import native
+from tensorkv.shard.native import Sums, addresses, are_apart, column_beside, column_of, is_plain, overlap
 
 DTYPES = [torch.float32, torch.float64]
 

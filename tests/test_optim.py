@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import tensorkv
 from tensorkv import OptimizerError, Rows
-from tensorkv.kernels import FUSED
-from tensorkv.optim import CLASSES, ROWWISE, OptimizerSpec, spec
+from tensorkv.shard.fused import FUSED
+from tensorkv.shard.optimizers import CLASSES, ROWWISE, OptimizerSpec, spec
 
 # Numbers other than the defaults, several for some.
 NUMBERS = [

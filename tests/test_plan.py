@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import tensorkv
-from tensorkv import plan
+from tensorkv.shard import plan
 
 F32 = np.float32
 KEYS = [f"k{i}" for i in range(20)]

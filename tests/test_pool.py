@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tensorkv.errors import ArgumentError
-from tensorkv.pool import WORTH_A_THREAD, OneTorchThread, Pool, default_threads
+from tensorkv.shard.pool import WORTH_A_THREAD, OneTorchThread, Pool, default_threads
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import tensorkv
-from tensorkv import quick
+from tensorkv.shard import quick
 
 F32 = np.float32
 

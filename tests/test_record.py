@@ -10,8 +10,8 @@ from tensorkv import JournalError, record
 from tensorkv.arrays.interop import NUMPY
 from tensorkv.arrays.rows import Rows
 from tensorkv.durable import DurableShard
-from tensorkv.entry import Batch, KeySpec
 from tensorkv.record import Item, Record, frame, pack, read_frame, read_record, unpack
+from tensorkv.shard.entry import Batch, KeySpec
 
 # A change of these is a change of the format: docs/journal-format.md, a new magic, and a reader for the old one.
 LOG = (

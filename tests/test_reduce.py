@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tensorkv import reduce
 from tensorkv.arrays import interop
+from tensorkv.shard import reduce
 
 
 def reference(parts, dtype):

@@ -5,11 +5,11 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.rows import Rows
-from tensorkv.entry import Entry, KeySpec
 from tensorkv.errors import OptimizerError
-from tensorkv.optim import spec
-from tensorkv.pool import Pool
-from tensorkv.rules import Assign, CallUpdater, StepOptimizer
+from tensorkv.shard.entry import Entry, KeySpec
+from tensorkv.shard.optimizers import spec
+from tensorkv.shard.pool import Pool
+from tensorkv.shard.rules import Assign, CallUpdater, StepOptimizer
 
 POOL = Pool(2)
 

@@ -8,9 +8,9 @@ import torch
 
 import tensorkv
 from tensorkv.arrays import interop, rows
-from tensorkv.entry import Batch, KeySpec
 from tensorkv.errors import KeyNotFoundError, ValueMismatchError
-from tensorkv.shard import Shard
+from tensorkv.shard.entry import Batch, KeySpec
+from tensorkv.shard.shard import Shard
 
 
 def spec(value):

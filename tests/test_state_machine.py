@@ -20,8 +20,9 @@ from hypothesis.stateful import (
 )
 
 import tensorkv
-from tensorkv import Rows, plan, reduce, rules, shard
+from tensorkv import Rows
 from tensorkv.arrays import interop
+from tensorkv.shard import plan, reduce, rules, shard
 
 # Enough small keys that calls which repeat them run on flat arrays.
 NUM_LAYERS = 9

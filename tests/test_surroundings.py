@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._device import _device_constructors
 
 import tensorkv
-from tensorkv.optim import CLASSES
+from tensorkv.shard.optimizers import CLASSES
 
 SOURCE = Path(tensorkv.__file__).parent
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tensorkv.table import Columns, Table, fill_with
+from tensorkv.shard.table import Columns, Table, fill_with
 
 SIZES = [1, 40, 2_000_000_000, 2**62]
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint16, torch.uint64, torch.complex128]

@@ -6,7 +6,7 @@ from workers import run
 
 import tensorkv
 from tensorkv import placement
-from tensorkv.optim import CLASSES
+from tensorkv.shard.optimizers import CLASSES
 
 pytestmark = pytest.mark.timeout(180)
 

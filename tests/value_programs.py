@@ -10,7 +10,7 @@ from checkpoints import snapshot
 
 import tensorkv
 from tensorkv import Rows
-from tensorkv.optim import CLASSES, ROWWISE
+from tensorkv.shard.optimizers import CLASSES, ROWWISE, spec
 
 # Owners and servers divide values of so many elements, and a call takes several chunks of so many bytes.
 DIVIDED, CHUNK_NBYTES = 256, 1 << 12
@@ -55,7 +55,7 @@ def rows(rng, count, shape, dtype):
 def numbers(rng, name, count):
     """Some numbers of an optimizer that go together."""
     others = {"sgd": ["nesterov"], "adafactor": ["eps"]}.get(name, [])
-    known = [word for word in NUMBERS if word in tensorkv.optim.spec(name, {}).numbers and word not in others]
+    known = [word for word in NUMBERS if word in spec(name, {}).numbers and word not in others]
     found = {word: rng.choice(NUMBERS[word]) for word in rng.sample(known, min(count, len(known)))}
     if name == "sgd" and rng.random() < 0.3:
         found |= {"momentum": 0.9, "dampening": 0, "nesterov": True}

@@ -6,9 +6,9 @@ from tensorkv.runtime import early  # noqa: F401 - before anything that takes lo
 
 # isort: split
 from tensorkv.arrays.rows import Rows
+from tensorkv.shard.entry import KeyInfo
 
 from . import engines, errors
-from .entry import KeyInfo
 from .errors import (
     ArgumentError,
     ArrayTypeError,

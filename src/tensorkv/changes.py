@@ -10,13 +10,13 @@ import torch
 
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.shard.entry import Entry
+from tensorkv.shard.rules import Assign, CallUpdater, LostUpdater, Rule, StepOptimizer
 
 from . import manifest
 from .checksum import crc32
-from .entry import Entry
 from .errors import CheckpointError, JournalError, quote
 from .record import Item, Record, nbytes_of
-from .rules import Assign, CallUpdater, LostUpdater, Rule, StepOptimizer
 
 
 def updated(rule: CallUpdater, entry: Entry, total: Any) -> Any:

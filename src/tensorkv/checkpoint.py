@@ -21,10 +21,11 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from tensorkv.shard.shard import Shard
+
 from . import manifest
 from .errors import CheckpointError
 from .manifest import Contents, Kind, Tensors
-from .shard import Shard
 
 FORMAT = "tensorkv-checkpoint"
 VERSION = 1

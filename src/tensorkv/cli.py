@@ -17,8 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, TypeVar
 
-from tensorkv import __version__, demo, demo_servers, engines, inspection, optim, top, tutorial
+from tensorkv import __version__, demo, demo_servers, engines, inspection, top, tutorial
 from tensorkv.runtime import compiled, early
+from tensorkv.shard import optimizers
 
 from .errors import TensorKVError, suggestion
 
@@ -318,7 +319,7 @@ def _store_type(text: str) -> str:
 
 
 def _optimizer_name(text: str) -> str:
-    return _name("optimizer", text, list(optim.CLASSES))
+    return _name("optimizer", text, list(optimizers.CLASSES))
 
 
 def _name(what: str, text: str, known: Sequence[str]) -> str:

@@ -13,13 +13,15 @@ from typing import Any, ParamSpec, Self, TypeVar
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tensorkv import checkpoint, engines, optim
+from tensorkv import checkpoint, engines
 from tensorkv.arrays.arguments import check_flag, folder_path, keys_of
 from tensorkv.arrays.keys import Key, check_key, is_key
 from tensorkv.runtime import compiled, forks, shield
 from tensorkv.runtime.stats import Metrics, clock
+from tensorkv.shard import optimizers
+from tensorkv.shard.entry import KeyInfo
+from tensorkv.shard.rules import Updater
 
-from .entry import KeyInfo
 from .errors import (
     ArgumentError,
     CheckpointError,
@@ -31,7 +33,6 @@ from .errors import (
     naming,
     show,
 )
-from .rules import Updater
 
 # The calls that all workers of a store in step make together.
 IN_STEP = (
@@ -178,7 +179,7 @@ class StoreControl:
         self._begin("set_optimizer")
         _refuse_unnamed("set_optimizer", unnamed)
         with naming("set_optimizer"):
-            spec = optim.spec(optimizer, numbers)
+            spec = optimizers.spec(optimizer, numbers)
         shield.run(self._engine.set_optimizer, spec)
 
     @runs_outside_modes

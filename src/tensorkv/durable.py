@@ -15,24 +15,25 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from tensorkv import changes, manifest
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.shard import nonfinite
+from tensorkv.shard.checks import check_push
+from tensorkv.shard.columns import Column
+from tensorkv.shard.entry import Batch, Entry
+from tensorkv.shard.nonfinite import NonFinite
+from tensorkv.shard.optimizers import Optimizer
+from tensorkv.shard.plan import Plan
+from tensorkv.shard.pool import OneTorchThread
+from tensorkv.shard.rules import Assign, CallUpdater, LostUpdater, Rule
+from tensorkv.shard.shard import Shard
 
-from . import changes, finite, manifest
-from .checks import check_push
 from .checksum import recall
 from .clients import Clients
-from .columns import Column
-from .entry import Batch, Entry
 from .errors import JournalError, quote
-from .finite import NonFinite
 from .journal import Durability, Journal
-from .optim import Optimizer
-from .plan import Plan
-from .pool import OneTorchThread
 from .record import Item, Record, describe, nbytes_of, pack
-from .rules import Assign, CallUpdater, LostUpdater, Rule
-from .shard import Shard
 
 # So many records are replayed before what they led to is compared with what it was.
 DIGEST_EVERY = 64
@@ -149,7 +150,7 @@ class DurableShard(Shard):
         made: list[Any] = []
         try:
             for entry, key_parts in zip(entries, parts, strict=True):
-                made.append(changes.updated(rule, entry, finite.total(entry, key_parts, may_share=False)))
+                made.append(changes.updated(rule, entry, nonfinite.total(entry, key_parts, may_share=False)))
         except BaseException:
             # The keys before the one that failed are changed, as in any store; but a request is whole or not made.
             if made and not self.clients.current:

@@ -17,9 +17,10 @@ from tensorkv.arrays.keys import Key, is_key
 from tensorkv.arrays.outputs import GivenOuts, NewOuts, count_writes
 from tensorkv.arrays.rows import Rows, is_rows, take_ids, take_rows
 from tensorkv.runtime import compiled, shield
+from tensorkv.shard.entry import Batch, KeySpec, Part
+from tensorkv.shard.plan import MANY
 
 from .control import StoreControl, outside_modes, runs_outside_modes
-from .entry import Batch, KeySpec, Part
 from .errors import (
     ArgumentError,
     ArrayTypeError,
@@ -29,7 +30,6 @@ from .errors import (
     quote,
     show,
 )
-from .plan import MANY
 from .snapshot import Snapshot
 from .versions import wait_for
 

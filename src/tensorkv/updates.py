@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint, manifest, optim
+from tensorkv import checkpoint, manifest
+from tensorkv.shard import optimizers
+from tensorkv.shard.optimizers import OptimizerSpec
+from tensorkv.shard.rules import StepOptimizer
+
 from .errors import CheckpointError, OptimizerError, show
-from .optim import OptimizerSpec
-from .rules import StepOptimizer
 from .store import KVStore
 
 # By key, the parameter of every replica; and the optimizer's state, by name.
@@ -35,7 +37,7 @@ class StoreUpdate:
 
     def __init__(self, kv: KVStore, optimizer: Any, numbers: dict[str, Any], params: Params) -> None:
         self._kv, self._params = kv, params
-        spec = optim.spec(optimizer, numbers)
+        spec = optimizers.spec(optimizer, numbers)
         self._wanted = {"name": spec.name, **spec.to_numbers()}
         held = kv.optimizer or self._wanted
         words = [word for word in {**held, **self._wanted} if held.get(word) != self._wanted.get(word)]
@@ -148,7 +150,7 @@ class WorkerUpdate:
         self._refuse_optimizer()
         numbers = dict(numbers)
         rescale, clip = numbers.pop("rescale_grad", 1.0), numbers.pop("clip_gradient", None)
-        self._scaling = optim.spec("sgd", {"rescale_grad": rescale, "clip_gradient": clip})
+        self._scaling = optimizers.spec("sgd", {"rescale_grad": rescale, "clip_gradient": clip})
         if isinstance(optimizer, str):
             optimizer = getattr(torch.optim, optim.CLASSES[optim.spec(optimizer, numbers).name])
         if not callable(optimizer):

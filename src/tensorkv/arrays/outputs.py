@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from tensorkv.entry import KeySpec
 from tensorkv.errors import ArgumentError, ArrayTypeError, SparseOutWarning, ValueMismatchError, quote
+from tensorkv.shard.entry import KeySpec
 
 from . import arguments, interop
 from .keys import Key, is_key

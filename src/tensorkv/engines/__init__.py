@@ -18,13 +18,13 @@ import torch
 from tensorkv.arrays.arguments import check_flag, folder_path
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.shard.entry import Batch, KeyInfo, KeySpec, Part
+from tensorkv.shard.nonfinite import NonFinite
+from tensorkv.shard.optimizers import OptimizerSpec
+from tensorkv.shard.rules import Updater
 
-from ..entry import Batch, KeyInfo, KeySpec, Part
 from ..errors import ArgumentError, EngineNotFoundError, naming, quote, show, suggestion
-from ..finite import NonFinite
 from ..manifest import Kind
-from ..optim import OptimizerSpec
-from ..rules import Updater
 from .local import LocalEngine
 
 GROUP = "tensorkv.engines"

@@ -17,11 +17,11 @@ import torch
 from tensorkv import checkpoint, manifest
 from tensorkv.arrays import interop
 from tensorkv.arrays.keys import Key
+from tensorkv.shard.entry import Entry
+from tensorkv.shard.shard import Shard
 
-from ..entry import Entry
 from ..errors import CheckpointError
 from ..manifest import Contents, Kind, Tensors
-from ..shard import Shard
 from .chain import Chain
 from .group import Group
 from .meeting import Meeting

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 
 from tensorkv.runtime import shield
+from tensorkv.shard.pool import default_threads
 
-from ..pool import default_threads
 from .segment import LINE, Segment, aligned
 
 try:

@@ -8,8 +8,9 @@ from threading import RLock
 
 import torch
 
+from tensorkv.shard.shard import Shard, kept
+
 from ..errors import RankLostError, TensorKVError, WorkerError, WorkerMismatchError
-from ..shard import Shard, kept
 from .chain import Chain, Presence
 from .meeting import REFUSED, Meeting, NoMemoryToShareError, fingerprint
 

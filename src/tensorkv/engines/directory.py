@@ -10,13 +10,13 @@ import torch
 
 from tensorkv.arrays.keys import Key
 from tensorkv.runtime import shield
+from tensorkv.shard.entry import Entry, KeySpec
+from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
+from tensorkv.shard.rules import Assign, Rule, StepOptimizer
+from tensorkv.shard.table import Table
 
-from ..entry import Entry, KeySpec
 from ..errors import KeyExistsError, KeyTypeError, no_such_key, quote
-from ..optim import ROWWISE, OptimizerSpec
 from ..placement import pieces
-from ..rules import Assign, Rule, StepOptimizer
-from ..table import Table
 from .spread import Held, Route, from_note
 
 _REMEMBERED_ROUTES = 256

@@ -21,15 +21,15 @@ from tensorkv.arrays.arguments import check_flag, check_timeout
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.runtime import shield
+from tensorkv.shard.entry import Batch, Entry, KeyInfo, KeySpec, Part
+from tensorkv.shard.nonfinite import NonFinite
+from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
+from tensorkv.shard.rules import CallUpdater, Rule, StepOptimizer, Updater
+from tensorkv.shard.shard import Shard
+from tensorkv.shard.table import Table
 
-from ..entry import Batch, Entry, KeyInfo, KeySpec, Part
 from ..errors import RankLostError
-from ..finite import NonFinite
 from ..manifest import Contents, Kind
-from ..optim import ROWWISE, OptimizerSpec
-from ..rules import CallUpdater, Rule, StepOptimizer, Updater
-from ..shard import Shard
-from ..table import Table
 from . import archive, sparse
 from .calls import Calls
 from .chain import Chain

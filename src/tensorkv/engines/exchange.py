@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .. import native, reduce
-from ..entry import Entry
+from tensorkv.shard import native, reduce
+from tensorkv.shard.entry import Entry
+from tensorkv.shard.pool import Pool
+from tensorkv.shard.rules import Assign, Rule, Step, WholeStep
+
 from ..errors import quote
-from ..pool import Pool
-from ..rules import Assign, Rule, Step, WholeStep
 from .chain import Chain, Presence
 from .finite import Guard
 from .meeting import Meeting

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.shard import reduce
+from tensorkv.shard.nonfinite import NonFinite
 
-from .. import reduce
 from ..errors import NonFiniteError, quote
-from ..finite import NonFinite
 from .group import Group
 
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from tensorkv.shard.shard import kept
+
 from ..errors import WorkerError, WorkerMismatchError
-from ..shard import kept
 from .calls import Calls
 from .chain import Chain, Presence
 from .meeting import LEFT, REFUSED, Meeting

@@ -15,17 +15,17 @@ from tensorkv.arrays.arguments import folder_path
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.runtime import shield
+from tensorkv.shard.entry import Batch, KeyInfo, KeySpec, Part
+from tensorkv.shard.nonfinite import NonFinite
+from tensorkv.shard.optimizers import OptimizerSpec
+from tensorkv.shard.rules import Updater
+from tensorkv.shard.shard import Shard
+from tensorkv.shard.table import Table
 
 from ..durable import DurableShard
-from ..entry import Batch, KeyInfo, KeySpec, Part
 from ..errors import ArgumentError
-from ..finite import NonFinite
 from ..journal import Durability
 from ..manifest import Kind
-from ..optim import OptimizerSpec
-from ..rules import Updater
-from ..shard import Shard
-from ..table import Table
 
 
 class LocalEngine:

@@ -20,9 +20,9 @@ from typing import Any
 
 from tensorkv import errors
 from tensorkv.runtime import shield
+from tensorkv.shard.pool import default_threads
 
 from ..errors import RankLostError, TensorKVError, WorkerMismatchError
-from ..pool import default_threads
 from .group import Group, lost
 from .segment import LINE, Segment
 

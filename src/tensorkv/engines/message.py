@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .. import native
+from tensorkv.shard import native
+
 from .route import Arrays, Leg
 from .segment import aligned
 

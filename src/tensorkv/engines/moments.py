@@ -11,9 +11,9 @@ import torch
 
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.shard.entry import KeySpec
 
 from .. import manifest
-from ..entry import KeySpec
 from ..errors import KeyNotFoundError, SnapshotError, TensorKVError, quote
 from ..manifest import Contents
 from ..record import Record

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from tensorkv import reduce
 from tensorkv.arrays import interop
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.shard import reduce
+from tensorkv.shard.checks import check_outs
+from tensorkv.shard.columns import Column
+from tensorkv.shard.entry import Batch, Entry, Part
+from tensorkv.shard.shard import Shard
+from tensorkv.shard.table import Table
 
-from ..checks import check_outs
-from ..columns import Column
-from ..entry import Batch, Entry, Part
 from ..errors import TensorKVError
-from ..shard import Shard
-from ..table import Table
 from . import sparse
 from .background import Background
 from .calls import Calls

@@ -19,8 +19,12 @@ from tensorkv import errors, manifest
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows, merge
 from tensorkv.runtime import forks, shield
+from tensorkv.shard.entry import Batch, Entry, KeyInfo, KeySpec, Part
+from tensorkv.shard.nonfinite import FiniteSums
+from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
+from tensorkv.shard.rules import Assign, StepOptimizer, Updater
+from tensorkv.shard.table import Table
 
-from ..entry import Batch, Entry, KeyInfo, KeySpec, Part
 from ..errors import (
     ArgumentError,
     OptimizerError,
@@ -30,13 +34,9 @@ from ..errors import (
     WaitTimeoutError,
     quote,
 )
-from ..finite import FiniteSums
 from ..manifest import Kind
-from ..optim import ROWWISE, OptimizerSpec
 from ..record import Item, pack
-from ..rules import Assign, StepOptimizer, Updater
 from ..server.wire import Settings
-from ..table import Table
 from . import ray_cluster, server_stats, servers_archive, spread
 from .directory import Directory
 from .group import machine

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tensorkv import native, placement, reduce
+from tensorkv import placement
 from tensorkv.arrays import interop
+from tensorkv.shard import native, reduce
+from tensorkv.shard.columns import Column, Form
 
-from ..columns import Column, Form
 from ..placement import Piece, Run
 from .meeting import Meeting
 from .segment import LINE, aligned

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from tensorkv.arrays.keys import Key
+from tensorkv.shard.entry import Entry
+from tensorkv.shard.rules import Assign, Rule, StepOptimizer
+from tensorkv.shard.table import Table
 
 from .. import checkpoint, manifest
-from ..entry import Entry
 from ..errors import CheckpointError
 from ..manifest import Contents, Kind
 from ..record import Item, pack
-from ..rules import Assign, Rule, StepOptimizer
-from ..table import Table
 from .directory import Directory
 from .moments import State
 from .ray_lane import Letter

@@ -12,11 +12,11 @@ from tensorkv import errors
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.shard.entry import Entry, Part
+from tensorkv.shard.rules import Rule
+from tensorkv.shard.table import Table
 
-from ..entry import Entry, Part
 from ..errors import WorkerError, quote
-from ..rules import Rule
-from ..table import Table
 from .group import Group
 from .route import Held
 

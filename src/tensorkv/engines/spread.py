@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from tensorkv import manifest, native, reduce
+from tensorkv import manifest
 from tensorkv.arrays import interop
 from tensorkv.arrays.keys import Key
+from tensorkv.shard import native, reduce
+from tensorkv.shard.columns import Form
+from tensorkv.shard.entry import KeySpec
+from tensorkv.shard.pool import Pool
 
-from ..columns import Form
-from ..entry import KeySpec
-from ..pool import Pool
 from ..record import describe, places
 
 Parts = Sequence[Sequence[torch.Tensor]]

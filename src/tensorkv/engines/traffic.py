@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-from tensorkv import reduce
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.shard import reduce
+from tensorkv.shard.checks import check_push
+from tensorkv.shard.columns import Column
+from tensorkv.shard.entry import Batch, Entry, Part
+from tensorkv.shard.nonfinite import FiniteSums
+from tensorkv.shard.optimizers import ROWWISE
+from tensorkv.shard.pool import Pool
 
-from ..checks import check_push
-from ..columns import Column
-from ..entry import Batch, Entry, Part
 from ..errors import KeyNotFoundError, ValueMismatchError, quote
-from ..finite import FiniteSums
-from ..optim import ROWWISE
-from ..pool import Pool
 from ..record import Item, Record, pack
 from . import spread
 from .directory import Directory

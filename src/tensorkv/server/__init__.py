@@ -17,8 +17,8 @@ import torch
 
 from tensorkv.arrays.keys import Key
 from tensorkv.runtime.stats import Metrics, clock
+from tensorkv.shard.entry import Part
 
-from ..entry import Part
 from ..errors import ArgumentError, TensorKVError
 from .attendance import Attendance
 from .call import keys_of, read

@@ -13,8 +13,8 @@ import torch
 
 from tensorkv.arrays.keys import Key, check_key
 from tensorkv.arrays.rows import Rows
+from tensorkv.shard.entry import Part
 
-from ..entry import Part
 from ..errors import ArgumentError
 from ..record import places, unpack
 

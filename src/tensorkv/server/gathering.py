@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tensorkv.arrays.keys import Key
+from tensorkv.shard.entry import Part
 
-from ..entry import Part
 from ..errors import TensorKVError, WorkerError
 
 

@@ -14,16 +14,16 @@ import torch
 from tensorkv import manifest
 from tensorkv.arrays import interop
 from tensorkv.arrays.keys import Key
+from tensorkv.shard.entry import Batch, Part
+from tensorkv.shard.optimizers import OptimizerSpec
+from tensorkv.shard.plan import MANY
+from tensorkv.shard.shard import Shard
 
 from ..checksum import known
 from ..durable import DurableShard
-from ..entry import Batch, Part
 from ..errors import ArgumentError, ValueMismatchError, quote
 from ..manifest import Contents
-from ..optim import OptimizerSpec
-from ..plan import MANY
 from ..record import Item, describe, nbytes_of, pack, places, unpack
-from ..shard import Shard
 from .call import read
 from .memory import Memory
 from .views import Views
@@ -300,8 +300,6 @@ def _check_same(keys: Sequence[Key], checksum: int, expected: Any) -> None:
 
 def bytes_of(buffer: Any) -> torch.Tensor:
     """Return a buffer as a flat tensor that shares its memory."""
-    return (
-        interop.take(np.frombuffer(buffer, np.uint8))
-        if len(buffer)
-        else torch.empty(0, dtype=torch.uint8, device="cpu")
-    )
+    if not len(buffer):
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    return interop.take(np.frombuffer(buffer, np.uint8))

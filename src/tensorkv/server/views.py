@@ -13,11 +13,11 @@ import torch
 
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.shard.entry import Entry
+from tensorkv.shard.shard import Shard
+from tensorkv.shard.table import Table
 
-from ..entry import Entry
 from ..errors import ArgumentError, KeyNotFoundError, SnapshotError, quote
-from ..shard import Shard
-from ..table import Table
 
 
 @dataclass(slots=True)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..finite import NonFinite
+from tensorkv.shard.nonfinite import NonFinite
+
 from ..record import Place
 
 _SIZES = struct.Struct("<II")

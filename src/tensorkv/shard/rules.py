@@ -9,16 +9,16 @@ from typing import Any, Protocol
 
 import torch
 
-from tensorkv import native, reduce
 from tensorkv.arrays import interop
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.errors import UpdaterError, quote
 
+from . import native, reduce
 from .entry import Entry
-from .errors import UpdaterError, quote
-from .kernels import Kernel
-from .optim import Optimizer, OptimizerSpec, check_numbers
-from .optim import spec as make_spec
+from .fused import Kernel
+from .optimizers import Optimizer, OptimizerSpec, check_numbers
+from .optimizers import spec as make_spec
 from .pool import WORTH_A_THREAD, Job, Pool
 
 Updater = Callable[[Any, Any, Any], Any]

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from tensorkv import native, reduce
 from tensorkv.arrays import interop
 from tensorkv.arrays.keys import Key
 
+from . import native, reduce
 from .columns import Column, Form
 from .entry import Entry
-from .kernels import Kernel
-from .optim import Optimizer, State
+from .fused import Kernel
+from .optimizers import Optimizer, State
 from .pool import WORTH_A_THREAD, Job, OneTorchThread, Pool
 
 # Below this many keys, a plan saves nothing worth having.

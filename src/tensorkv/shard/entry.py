@@ -11,9 +11,9 @@ import torch
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.errors import quote
 
-from .errors import quote
-from .optim import State
+from .optimizers import State
 from .table import Table
 
 Part = torch.Tensor | Rows

@@ -8,9 +8,9 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.rows import Rows
+from tensorkv.errors import ValueMismatchError, quote
 
 from .entry import Batch, Entry, Part
-from .errors import ValueMismatchError, quote
 from .rules import Rule
 
 

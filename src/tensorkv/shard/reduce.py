@@ -9,9 +9,9 @@ from functools import partial
 
 import torch
 
-from tensorkv import native
 from tensorkv.arrays import interop
 
+from . import native
 from .pool import Job
 
 # 2 MiB of float32: long enough to stream well, short enough to be in cache when the next step needs it.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .errors import ArgumentError, show
+from tensorkv.errors import ArgumentError, show
 
 Job = Callable[[], Any]
 

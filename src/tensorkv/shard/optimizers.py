@@ -21,11 +21,11 @@ from torch.overrides import TorchFunctionMode
 from tensorkv.arrays import interop
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.errors import OptimizerError, quote, show, suggestion
 
-from .errors import OptimizerError, quote, show, suggestion
-from .kernels import ALIGN, FUSED, Kernel
-from .kernels import DTYPES as KERNEL_DTYPES
-from .kernels import NAMES as KERNELS
+from .fused import ALIGN, FUSED, Kernel
+from .fused import DTYPES as KERNEL_DTYPES
+from .fused import NAMES as KERNELS
 from .table import Columns, Table, fill_with
 
 State = dict[str, torch.Tensor]

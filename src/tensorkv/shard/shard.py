@@ -13,15 +13,10 @@ from typing import Any
 
 import torch
 
-from tensorkv import cuda, quick, reduce
 from tensorkv.arrays import rows
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
-
-from .checks import check_outs, check_push, fit
-from .columns import Column
-from .entry import Batch, Entry, KeySpec, Part
-from .errors import (
+from tensorkv.errors import (
     KeyExistsError,
     KeyTypeError,
     OptimizerError,
@@ -30,8 +25,13 @@ from .errors import (
     no_such_key,
     quote,
 )
-from .finite import FiniteSums, NonFinite
-from .optim import Optimizer, OptimizerSpec
+
+from . import cuda, quick, reduce
+from .checks import check_outs, check_push, fit
+from .columns import Column
+from .entry import Batch, Entry, KeySpec, Part
+from .nonfinite import FiniteSums, NonFinite
+from .optimizers import Optimizer, OptimizerSpec
 from .plan import Plan, Plans
 from .pool import Pool
 from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater

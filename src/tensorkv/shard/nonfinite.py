@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from tensorkv.arrays.rows import Rows
+from tensorkv.errors import ArgumentError, NonFiniteError, show
 
 from . import reduce
 from .entry import Batch, Entry
-from .errors import ArgumentError, NonFiniteError, show
 
 NonFinite = Literal["pass", "raise", "skip"]
 

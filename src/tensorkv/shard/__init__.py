@@ -1,0 +1,1 @@
+"""The values of one process: sums, update rules, optimizers."""

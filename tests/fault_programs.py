@@ -13,9 +13,10 @@ import torch
 from dist_programs import F32, RANK, SIZE, create, say
 
 import tensorkv
-from tensorkv import checkpoint, placement
+from tensorkv import placement
 from tensorkv.arrays.outputs import GivenOuts
 from tensorkv.engines import exchange, group, meeting, pushes
+from tensorkv.storage import checkpoint
 
 
 def outcome(name, do):

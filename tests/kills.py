@@ -23,15 +23,15 @@ import traceback
 import torch
 from seams import SEAMS, Seam
 
-from tensorkv import durable, journal
 from tensorkv.arrays.interop import NUMPY
 from tensorkv.arrays.rows import Rows
-from tensorkv.clients import Clients
-from tensorkv.durable import DurableShard
-from tensorkv.record import nbytes_of
 from tensorkv.shard import optimizers
 from tensorkv.shard.entry import Batch, KeySpec
 from tensorkv.shard.shard import Shard
+from tensorkv.storage import durable, wal
+from tensorkv.storage.dedup import Clients
+from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.record import nbytes_of
 
 PUSHES = 150
 SPECS = {"sgd": optimizers.spec("sgd", {"lr": 1.0, "maximize": True}), "adam": optimizers.spec("adam", {"lr": 0.1})}
@@ -251,7 +251,7 @@ def forget_requests_in_snapshots():
 
 def old_log_goes_first():
     """Remove what a snapshot replaces before the snapshot counts."""
-    real = journal.Journal._finish
+    real = wal.Journal._finish
 
     def finish(self, temporary, descriptor, lsn):
         for first, _, name in self._files()[1]:
@@ -259,7 +259,7 @@ def old_log_goes_first():
                 self._folder.remove(name)
         real(self, temporary, descriptor, lsn)
 
-    journal.Journal._finish = finish
+    wal.Journal._finish = finish
 
 
 PLANTS = {

@@ -2,17 +2,17 @@
 
 import os
 
-from tensorkv import journal
-from tensorkv.durable import DurableShard
-from tensorkv.folder import Folder
-from tensorkv.journal import Journal
 from tensorkv.shard import nonfinite, shard
+from tensorkv.storage import wal
+from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.folder import Folder
+from tensorkv.storage.wal import Journal
 
 # Name of the seam: where the step is found, its name there, and when it goes wrong.
 SEAMS = {
     "check": (shard, "check_push", "before"),
     "sum": (nonfinite, "total", "before"),
-    "frame": (journal, "frame", "after"),
+    "frame": (wal, "frame", "after"),
     "write, not begun": (os, "pwritev", "before"),
     "write, half done": (os, "pwritev", "half"),
     "write, done": (os, "pwritev", "after"),

@@ -18,12 +18,13 @@ from unittest import mock
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 
-from tensorkv import durable, errors
+from tensorkv import errors
 from tensorkv.engines import moments, ray_actor, ray_cluster, ray_link
 from tensorkv.engines import ray as ray_engine
-from tensorkv.record import Record
 from tensorkv.server import Server
 from tensorkv.server.wire import Request, Settings, split
+from tensorkv.storage import durable
+from tensorkv.storage.record import Record
 from tensorkv.store import KVStore
 
 # So long may a client stand still, and is certainly not taken for lost.

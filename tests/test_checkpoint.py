@@ -14,8 +14,9 @@ import torch
 from checkpoints import F32, body_of, refused, snapshot, store, table, train
 
 import tensorkv
-from tensorkv import CheckpointError, Rows, checkpoint
+from tensorkv import CheckpointError, Rows
 from tensorkv.shard.optimizers import CLASSES, ROWWISE
+from tensorkv.storage import checkpoint
 
 DTYPES = [
     *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),

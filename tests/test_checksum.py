@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorkv import checksum
-from tensorkv.checksum import crc32, known, recall
 from tensorkv.runtime import _native
+from tensorkv.storage import checksum
+from tensorkv.storage.checksum import crc32, known, recall
 
 DATA = np.random.default_rng(0).integers(0, 256, 70_000, np.uint8)
 

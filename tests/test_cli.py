@@ -549,14 +549,14 @@ def test_inspect_of_a_damaged_manifest(capsys, checkpoint):
 )
 def test_inspect_of_a_manifest_that_no_save_wrote(capsys, checkpoint, monkeypatch, change):
     # With a right digest, as someone who writes manifests could make it.
-    body = {**tensorkv.checkpoint.read_manifest(str(checkpoint)), **change}
+    body = {**tensorkv.storage.checkpoint.read_manifest(str(checkpoint)), **change}
     monkeypatch.setattr(inspection.checkpoint, "read_manifest", lambda _: body)
     assert str(checkpoint) in error_of(capsys, "inspect", checkpoint, status=1)
 
 
 def test_inspect_reads_no_file_outside_of_the_checkpoint(capsys, checkpoint, monkeypatch):
     shutil.copy(data_file(checkpoint), checkpoint.parent / "outside.safetensors")
-    body = tensorkv.checkpoint.read_manifest(str(checkpoint))
+    body = tensorkv.storage.checkpoint.read_manifest(str(checkpoint))
     body["files"][0]["name"] = "../outside.safetensors"
     monkeypatch.setattr(inspection.checkpoint, "read_manifest", lambda _: body)
     report = json.loads(run(capsys, "inspect", "--json", checkpoint)[1])

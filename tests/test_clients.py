@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from tensorkv.clients import Clients
+from tensorkv.storage.dedup import Clients
 
 
 def test_a_request_counts_once():

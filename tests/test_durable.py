@@ -10,9 +10,10 @@ from checkpoints import snapshot
 from contract import Contract
 
 import tensorkv
-from tensorkv import CheckpointError, JournalError, NonFiniteError, Rows, UpdaterError, durable
-from tensorkv.journal import Journal
+from tensorkv import CheckpointError, JournalError, NonFiniteError, Rows, UpdaterError
 from tensorkv.shard.shard import Shard
+from tensorkv.storage import durable
+from tensorkv.storage.wal import Journal
 
 
 class TestDurable(Contract):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tensorkv import JournalError
-from tensorkv.durable import DurableShard
-from tensorkv.record import Item, Record, frame, pack
+from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.record import Item, Record, frame, pack
 
 ENTRY = {
     "key": "w",

@@ -12,7 +12,7 @@ from checkpoints import snapshot
 
 import tensorkv
 from tensorkv import JournalError
-from tensorkv.durable import DurableShard
+from tensorkv.storage.durable import DurableShard
 
 FULL = """
 import sys

@@ -10,9 +10,10 @@ import kills
 import pytest
 from seams import SEAMS, Seam
 
-from tensorkv import JournalError, durable
-from tensorkv.durable import DurableShard
-from tensorkv.log_file import LogFile
+from tensorkv import JournalError
+from tensorkv.storage import durable
+from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.log_file import LogFile
 
 SEED = int(os.environ.get("TENSORKV_TEST_SEED", "20"))
 PUSHES = 7

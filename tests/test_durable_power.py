@@ -9,11 +9,12 @@ import kills
 import pytest
 from power import AtLast, AtOnce, Disk
 
-from tensorkv import JournalError, durable, journal
-from tensorkv.durable import DurableShard
-from tensorkv.folder import Folder
-from tensorkv.journal import Journal
-from tensorkv.log_file import LogFile
+from tensorkv import JournalError
+from tensorkv.storage import durable, wal
+from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.folder import Folder
+from tensorkv.storage.log_file import LogFile
+from tensorkv.storage.wal import Journal
 
 SEED = int(os.environ.get("TENSORKV_TEST_SEED", "20"))
 
@@ -81,7 +82,7 @@ def run(rounds):
 @pytest.mark.parametrize("thread", [AtOnce, AtLast])
 def test_acknowledged_pushes_survive_a_loss_of_power(thread, monkeypatch):
     # Snapshots are finished in a thread: here as soon and as late as that can be, so that a run can be repeated.
-    monkeypatch.setattr(journal, "threading", SimpleNamespace(Thread=thread))
+    monkeypatch.setattr(wal, "threading", SimpleNamespace(Thread=thread))
     assert run(20) > 500
 
 
@@ -101,7 +102,7 @@ PLANTS = {
 
 @pytest.mark.parametrize("plant", PLANTS)
 def test_what_is_not_synced_is_noticed(plant, monkeypatch):
-    monkeypatch.setattr(journal, "threading", SimpleNamespace(Thread=AtOnce))
+    monkeypatch.setattr(wal, "threading", SimpleNamespace(Thread=AtOnce))
     monkeypatch.setattr(*PLANTS[plant])
     with pytest.raises((AssertionError, JournalError)):
         run(20)

@@ -9,8 +9,9 @@ import pytest
 from checkpoints import snapshot
 
 import tensorkv
-from tensorkv import Rows, durable
+from tensorkv import Rows
 from tensorkv.shard import rules
+from tensorkv.storage import durable
 
 SEED = int(os.environ.get("TENSORKV_TEST_SEED", "20"))
 SHAPES = {"a": (5,), "b": (3, 4), "c": (), "d": (0, 2), "e": (40, 30)}

@@ -10,13 +10,13 @@ import pytest
 
 import tensorkv
 from tensorkv import JournalError
-from tensorkv.folder import Folder
-from tensorkv.folder_lock import FolderLock
+from tensorkv.storage.folder import Folder
+from tensorkv.storage.lock import FolderLock
 
 HOLD = """
 import os, sys, time
-from tensorkv.folder import Folder
-from tensorkv.folder_lock import FolderLock
+from tensorkv.storage.folder import Folder
+from tensorkv.storage.lock import FolderLock
 lock = FolderLock(Folder(sys.argv[1]), 5)
 if len(sys.argv) > 2 and not os.fork():
     time.sleep(20)

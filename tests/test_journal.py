@@ -10,13 +10,14 @@ import kills
 import pytest
 import torch
 
-from tensorkv import ArgumentError, JournalError, record_file
+from tensorkv import ArgumentError, JournalError
 from tensorkv.arrays.interop import NUMPY
-from tensorkv.durable import DurableShard
-from tensorkv.folder import Folder
-from tensorkv.journal import Journal
-from tensorkv.record import Item, Record, pack
 from tensorkv.shard.entry import Batch, KeySpec
+from tensorkv.storage import record_file
+from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.folder import Folder
+from tensorkv.storage.record import Item, Record, pack
+from tensorkv.storage.wal import Journal
 
 SEED = int(os.environ.get("TENSORKV_TEST_SEED", "20"))
 
@@ -349,7 +350,7 @@ def test_an_append_does_not_copy_its_payload(tmp_path, monkeypatch):
 
 
 def test_a_head_that_could_not_be_read_again_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("tensorkv.record._MOST_WORDS", 1000)
+    monkeypatch.setattr("tensorkv.storage.record._MOST_WORDS", 1000)
     journal, _ = open_journal(tmp_path)
     with pytest.raises(JournalError, match="could not be read again"):
         journal.append(Record({"verb": "note", "data": "x" * 1000}))

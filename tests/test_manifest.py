@@ -26,7 +26,8 @@ from checkpoints import (
 )
 
 import tensorkv
-from tensorkv import CheckpointError, Rows, checkpoint, manifest
+from tensorkv import CheckpointError, Rows
+from tensorkv.storage import checkpoint, manifest
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import tensorkv
-from tensorkv import checkpoint
+from tensorkv.storage import checkpoint
 
 ENGINES = ["local", "device", "dist_sync"]
 

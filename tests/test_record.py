@@ -6,12 +6,13 @@ import zlib
 import pytest
 import torch
 
-from tensorkv import JournalError, record
+from tensorkv import JournalError
 from tensorkv.arrays.interop import NUMPY
 from tensorkv.arrays.rows import Rows
-from tensorkv.durable import DurableShard
-from tensorkv.record import Item, Record, frame, pack, read_frame, read_record, unpack
 from tensorkv.shard.entry import Batch, KeySpec
+from tensorkv.storage import record
+from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.record import Item, Record, frame, pack, read_frame, read_record, unpack
 
 # A change of these is a change of the format: docs/journal-format.md, a new magic, and a reader for the old one.
 LOG = (

@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-from tensorkv import JournalError, record_file
-from tensorkv.folder import Folder
+from tensorkv import JournalError
+from tensorkv.storage import record_file
+from tensorkv.storage.folder import Folder
 
 
 @pytest.fixture

@@ -17,13 +17,13 @@ import torch
 
 import tensorkv
 from tensorkv import Rows, placement
-from tensorkv.durable import DurableShard
 from tensorkv.engines import mailbox
-from tensorkv.journal import Journal
-from tensorkv.record import Item, Record, nbytes_of, pack
 from tensorkv.server import Server
 from tensorkv.server.cut import Cut
 from tensorkv.server.wire import Reply, Request, Settings
+from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.record import Item, Record, nbytes_of, pack
+from tensorkv.storage.wal import Journal
 
 pytest.importorskip("ray")
 
@@ -179,7 +179,7 @@ def test_an_init_that_is_resent_during_a_snapshot_is_made_once():
 
 
 def test_a_server_that_forgets_requests_is_noticed(monkeypatch):
-    monkeypatch.setattr("tensorkv.clients.Clients.has_applied", lambda self, client, seq: False)
+    monkeypatch.setattr("tensorkv.storage.dedup.Clients.has_applied", lambda self, client, seq: False)
     chance = random.Random(7)
 
     def fate(head):

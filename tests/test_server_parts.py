@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import tensorkv
-from tensorkv.clients import Clients
 from tensorkv.engines.copies import Copies, CopyReader
 from tensorkv.engines.mailbox import Mailbox, OpenMailboxes
 from tensorkv.engines.segment import can_share
@@ -22,6 +21,7 @@ from tensorkv.server.gathering import Gathering, Pushed
 from tensorkv.server.memory import Memory
 from tensorkv.server.rounds import Rounds
 from tensorkv.server.waits import Monitor, Waits
+from tensorkv.storage.dedup import Clients
 
 shares = pytest.mark.skipif(not can_share(), reason="needs memory that processes share")
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import tensorkv
-from tensorkv import journal
-from tensorkv.folder import Folder
-from tensorkv.log_file import LogFile
-from tensorkv.record_file import Reader
-from tensorkv.spares import Spares
+from tensorkv.storage import wal
+from tensorkv.storage.folder import Folder
+from tensorkv.storage.log_file import LogFile
+from tensorkv.storage.record_file import Reader
+from tensorkv.storage.spares import Spares
 
 
 def names(folder):
@@ -60,13 +60,13 @@ def test_a_log_in_an_old_file_has_its_own_records_alone(tmp_path):
     log = LogFile(Folder(tmp_path), to_disk=False, spares=spares)
     log.start("first")
     for lsn in range(1, 20):
-        log.write(journal.frame(journal.Record({"old": lsn}), lsn))
+        log.write(wal.frame(wal.Record({"old": lsn}), lsn))
     log.start("second")
     spares.keep_log("first")
     log.start("third")
     assert names(tmp_path) == ["second", "third"]
     assert records(tmp_path / "third") == []
-    log.write(journal.frame(journal.Record({"new": 20}), 20))
+    log.write(wal.frame(wal.Record({"new": 20}), 20))
     assert records(tmp_path / "third") == [{"new": 20}]
     before = (tmp_path / "third").stat().st_size
     log.trim()

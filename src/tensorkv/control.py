@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tensorkv import checkpoint, engines
+from tensorkv import engines
 from tensorkv.arrays.arguments import check_flag, folder_path, keys_of
 from tensorkv.arrays.keys import Key, check_key, is_key
 from tensorkv.runtime import compiled, forks, shield
@@ -21,6 +21,7 @@ from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard import optimizers
 from tensorkv.shard.entry import KeyInfo
 from tensorkv.shard.rules import Updater
+from tensorkv.storage import checkpoint
 
 from .errors import (
     ArgumentError,

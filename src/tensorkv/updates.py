@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensorkv import checkpoint, manifest
 from tensorkv.shard import optimizers
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.rules import StepOptimizer
+from tensorkv.storage import checkpoint, manifest
 
 from .errors import CheckpointError, OptimizerError, show
 from .store import KVStore

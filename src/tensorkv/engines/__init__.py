@@ -22,9 +22,9 @@ from tensorkv.shard.entry import Batch, KeyInfo, KeySpec, Part
 from tensorkv.shard.nonfinite import NonFinite
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.rules import Updater
+from tensorkv.storage.manifest import Kind
 
 from ..errors import ArgumentError, EngineNotFoundError, naming, quote, show, suggestion
-from ..manifest import Kind
 from .local import LocalEngine
 
 GROUP = "tensorkv.engines"

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from tensorkv import checkpoint, manifest
 from tensorkv.arrays import interop
 from tensorkv.arrays.keys import Key
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.shard import Shard
+from tensorkv.storage import checkpoint, manifest
+from tensorkv.storage.manifest import Contents, Kind, Tensors
 
 from ..errors import CheckpointError
-from ..manifest import Contents, Kind, Tensors
 from .chain import Chain
 from .group import Group
 from .meeting import Meeting

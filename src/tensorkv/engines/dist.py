@@ -27,9 +27,9 @@ from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
 from tensorkv.shard.rules import CallUpdater, Rule, StepOptimizer, Updater
 from tensorkv.shard.shard import Shard
 from tensorkv.shard.table import Table
+from tensorkv.storage.manifest import Contents, Kind
 
 from ..errors import RankLostError
-from ..manifest import Contents, Kind
 from . import archive, sparse
 from .calls import Calls
 from .chain import Chain

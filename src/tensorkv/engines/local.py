@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from tensorkv import checkpoint
 from tensorkv.arrays.arguments import folder_path
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
@@ -21,11 +20,12 @@ from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.rules import Updater
 from tensorkv.shard.shard import Shard
 from tensorkv.shard.table import Table
+from tensorkv.storage import checkpoint
+from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.manifest import Kind
+from tensorkv.storage.wal import Durability
 
-from ..durable import DurableShard
 from ..errors import ArgumentError
-from ..journal import Durability
-from ..manifest import Kind
 
 
 class LocalEngine:

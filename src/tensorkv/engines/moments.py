@@ -12,11 +12,11 @@ import torch
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.shard.entry import KeySpec
+from tensorkv.storage import manifest
+from tensorkv.storage.manifest import Contents
+from tensorkv.storage.record import Record
 
-from .. import manifest
 from ..errors import KeyNotFoundError, SnapshotError, TensorKVError, quote
-from ..manifest import Contents
-from ..record import Record
 from .ray_lane import Lanes, Letter
 from .spread import Held, from_note
 from .traffic import Traffic

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tensorkv import errors, manifest
+from tensorkv import errors
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows, merge
 from tensorkv.runtime import forks, shield
@@ -24,6 +24,9 @@ from tensorkv.shard.nonfinite import FiniteSums
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
 from tensorkv.shard.rules import Assign, StepOptimizer, Updater
 from tensorkv.shard.table import Table
+from tensorkv.storage import manifest
+from tensorkv.storage.manifest import Kind
+from tensorkv.storage.record import Item, pack
 
 from ..errors import (
     ArgumentError,
@@ -34,8 +37,6 @@ from ..errors import (
     WaitTimeoutError,
     quote,
 )
-from ..manifest import Kind
-from ..record import Item, pack
 from ..server.wire import Settings
 from . import ray_cluster, server_stats, servers_archive, spread
 from .directory import Directory

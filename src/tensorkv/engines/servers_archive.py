@@ -13,11 +13,11 @@ from tensorkv.arrays.keys import Key
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.rules import Assign, Rule, StepOptimizer
 from tensorkv.shard.table import Table
+from tensorkv.storage import checkpoint, manifest
+from tensorkv.storage.manifest import Contents, Kind
+from tensorkv.storage.record import Item, pack
 
-from .. import checkpoint, manifest
 from ..errors import CheckpointError
-from ..manifest import Contents, Kind
-from ..record import Item, pack
 from .directory import Directory
 from .moments import State
 from .ray_lane import Letter

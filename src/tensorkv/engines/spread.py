@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from tensorkv import manifest
 from tensorkv.arrays import interop
 from tensorkv.arrays.keys import Key
 from tensorkv.shard import native, reduce
 from tensorkv.shard.columns import Form
 from tensorkv.shard.entry import KeySpec
 from tensorkv.shard.pool import Pool
-
-from ..record import describe, places
+from tensorkv.storage import manifest
+from tensorkv.storage.record import describe, places
 
 Parts = Sequence[Sequence[torch.Tensor]]
 

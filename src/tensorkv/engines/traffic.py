@@ -20,9 +20,9 @@ from tensorkv.shard.entry import Batch, Entry, Part
 from tensorkv.shard.nonfinite import FiniteSums
 from tensorkv.shard.optimizers import ROWWISE
 from tensorkv.shard.pool import Pool
+from tensorkv.storage.record import Item, Record, pack
 
 from ..errors import KeyNotFoundError, ValueMismatchError, quote
-from ..record import Item, Record, pack
 from . import spread
 from .directory import Directory
 from .ray_lane import Lane, Lanes, Letter

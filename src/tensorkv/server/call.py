@@ -14,9 +14,9 @@ import torch
 from tensorkv.arrays.keys import Key, check_key
 from tensorkv.arrays.rows import Rows
 from tensorkv.shard.entry import Part
+from tensorkv.storage.record import places, unpack
 
 from ..errors import ArgumentError
-from ..record import places, unpack
 
 
 @dataclass(frozen=True, slots=True)

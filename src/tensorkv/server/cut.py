@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..clients import Clients
+from tensorkv.storage.dedup import Clients
+
 from ..errors import SnapshotError
 from .waits import Monitor
 

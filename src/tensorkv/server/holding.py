@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from tensorkv import manifest
 from tensorkv.arrays import interop
 from tensorkv.arrays.keys import Key
 from tensorkv.shard.entry import Batch, Part
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.plan import MANY
 from tensorkv.shard.shard import Shard
+from tensorkv.storage import manifest
+from tensorkv.storage.checksum import known
+from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.manifest import Contents
+from tensorkv.storage.record import Item, describe, nbytes_of, pack, places, unpack
 
-from ..checksum import known
-from ..durable import DurableShard
 from ..errors import ArgumentError, ValueMismatchError, quote
-from ..manifest import Contents
-from ..record import Item, describe, nbytes_of, pack, places, unpack
 from .call import read
 from .memory import Memory
 from .views import Views

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorkv.arrays.keys import Key
+from tensorkv.storage.dedup import Clients
 
-from ..clients import Clients
 from ..errors import JournalError
 from .rounds import Rounds
 

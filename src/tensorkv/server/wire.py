@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tensorkv.shard.nonfinite import NonFinite
-
-from ..record import Place
+from tensorkv.storage.record import Place
 
 _SIZES = struct.Struct("<II")
 _ALIGN = 16

@@ -17,10 +17,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from tensorkv.errors import ArgumentError, JournalError, show
+
 from . import record_file
-from .errors import ArgumentError, JournalError, show
 from .folder import Folder, sync
-from .folder_lock import FolderLock
+from .lock import FolderLock
 from .log_file import LogFile
 from .record import Record, frame
 from .spares import NAME as SPARE

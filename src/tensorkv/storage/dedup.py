@@ -8,8 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from tensorkv.arrays.keys import Key
-
-from .errors import JournalError
+from tensorkv.errors import JournalError
 
 # Threads answer requests side by side; each sees its own.
 _running: ContextVar[tuple[Clients | None, Sequence[Any]]] = ContextVar("_running", default=(None, ()))

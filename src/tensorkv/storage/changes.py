@@ -10,12 +10,12 @@ import torch
 
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.errors import CheckpointError, JournalError, quote
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.rules import Assign, CallUpdater, LostUpdater, Rule, StepOptimizer
 
 from . import manifest
 from .checksum import crc32
-from .errors import CheckpointError, JournalError, quote
 from .record import Item, Record, nbytes_of
 
 

@@ -12,7 +12,8 @@ import os
 import time
 import weakref
 
-from .errors import JournalError
+from tensorkv.errors import JournalError
+
 from .folder import Folder
 
 _held: weakref.WeakSet[FolderLock] = weakref.WeakSet()

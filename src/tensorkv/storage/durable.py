@@ -15,9 +15,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from tensorkv import changes, manifest
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.errors import JournalError, quote
 from tensorkv.shard import nonfinite
 from tensorkv.shard.checks import check_push
 from tensorkv.shard.columns import Column
@@ -29,11 +29,11 @@ from tensorkv.shard.pool import OneTorchThread
 from tensorkv.shard.rules import Assign, CallUpdater, LostUpdater, Rule
 from tensorkv.shard.shard import Shard
 
+from . import changes, manifest
 from .checksum import recall
-from .clients import Clients
-from .errors import JournalError, quote
-from .journal import Durability, Journal
+from .dedup import Clients
 from .record import Item, Record, describe, nbytes_of, pack
+from .wal import Durability, Journal
 
 # So many records are replayed before what they led to is compared with what it was.
 DIGEST_EVERY = 64

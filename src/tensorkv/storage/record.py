@@ -18,9 +18,9 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.keys import Key
+from tensorkv.errors import JournalError
 
 from .checksum import crc32
-from .errors import JournalError
 
 MAGIC = b"tkv1"
 # Magic, checksum of the rest of the frame, lsn, bytes of head, layout and payload, checksum of the first two and of

@@ -9,7 +9,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from .errors import JournalError
+from tensorkv.errors import JournalError
+
 from .folder import Folder
 from .record import END, FRAME_NBYTES, Frame, Record, read_frame, read_record
 

@@ -21,10 +21,10 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from tensorkv.errors import CheckpointError
 from tensorkv.shard.shard import Shard
 
 from . import manifest
-from .errors import CheckpointError
 from .manifest import Contents, Kind, Tensors
 
 FORMAT = "tensorkv-checkpoint"

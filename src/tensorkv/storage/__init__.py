@@ -1,0 +1,1 @@
+"""Files: the write-ahead log, snapshots, checkpoints."""

@@ -16,13 +16,13 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 
 from tensorkv.engines import ray as ray_engine
 from tensorkv.engines import ray_cluster, ray_link
-from tensorkv.engines.copies import Copies
 from tensorkv.engines.group import machine
-from tensorkv.engines.mailbox import OpenMailboxes
 from tensorkv.engines.ray_actor import ServerActor
 from tensorkv.server import Server
-from tensorkv.server.wire import Settings, split
 from tensorkv.store import KVStore
+from tensorkv.transport.mailbox import OpenMailboxes
+from tensorkv.transport.shared_cache import Copies
+from tensorkv.transport.wire import Settings, split
 
 NONE = "nothing"
 

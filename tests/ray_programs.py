@@ -38,7 +38,7 @@ def ask_through_ray_alone():
 
 def lose_answers(chance):
     """Let answers to rings come, and be lost, now and then."""
-    from tensorkv.engines.mailbox import Mailbox
+    from tensorkv.transport.mailbox import Mailbox
 
     hear, draw = Mailbox.hear, random.Random(1)
 
@@ -110,8 +110,8 @@ def rely_on_rays_retries(n):
     from tensorkv.engines import ray_cluster
     from tensorkv.engines.ray import RayEngine
     from tensorkv.engines.ray_actor import ServerActor
-    from tensorkv.server.wire import Settings
     from tensorkv.store import KVStore
+    from tensorkv.transport.wire import Settings
 
     class Forgetful(ServerActor):
         def __init__(self, settings):

@@ -22,10 +22,10 @@ from tensorkv import errors
 from tensorkv.engines import moments, ray_actor, ray_cluster, ray_link
 from tensorkv.engines import ray as ray_engine
 from tensorkv.server import Server
-from tensorkv.server.wire import Request, Settings, split
 from tensorkv.storage import durable
 from tensorkv.storage.record import Record
 from tensorkv.store import KVStore
+from tensorkv.transport.wire import Request, Settings, split
 
 # So long may a client stand still, and is certainly not taken for lost.
 LONG_SILENCE_S = 2.5

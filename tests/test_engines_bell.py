@@ -10,15 +10,15 @@ from unittest.mock import Mock
 
 import pytest
 
-from tensorkv.engines import bell
-from tensorkv.engines.mailbox import Mailbox, OpenMailboxes
-from tensorkv.engines.segment import can_share
+from tensorkv.transport import bell
+from tensorkv.transport.mailbox import Mailbox, OpenMailboxes
+from tensorkv.transport.segment import can_share
 
 pytestmark = pytest.mark.skipif(not can_share(), reason="this platform has no shared memory of this kind")
 
 SERVER = """
 import json, sys, threading
-from tensorkv.engines.mailbox import OpenMailboxes
+from tensorkv.transport.mailbox import OpenMailboxes
 
 def answer(message, payload, room):
     if message == b"raise":

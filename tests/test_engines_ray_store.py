@@ -14,7 +14,7 @@ from ray.exceptions import OutOfMemoryError, RayError
 
 from tensorkv.engines import ray_actor, ray_store
 from tensorkv.engines.ray_actor import why
-from tensorkv.server.wire import Settings
+from tensorkv.transport.wire import Settings
 
 
 @pytest.mark.parametrize(

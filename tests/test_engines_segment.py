@@ -10,8 +10,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from tensorkv.engines.segment import LINE, Segment, can_share
 from tensorkv.runtime import _shared
+from tensorkv.transport.segment import LINE, Segment, can_share
 
 
 def word(segment, number):
@@ -25,7 +25,7 @@ def column(*addresses):
 ANSWER = """
 import struct, sys
 from tensorkv import _shared
-from tensorkv.engines.segment import LINE, Segment
+from tensorkv.transport.segment import LINE, Segment
 theirs, turns, spin_s = Segment(4096, sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 for turn in range(1, turns + 1):
     column = struct.pack("Q", theirs.address)
@@ -36,7 +36,7 @@ for turn in range(1, turns + 1):
 """
 LIVE = """
 import os, sys, time
-from tensorkv.engines.segment import Segment
+from tensorkv.transport.segment import Segment
 theirs = Segment(4096, sys.argv[1])
 theirs.mark_alive(1)
 if not os.fork():
@@ -146,7 +146,7 @@ def test_another_size_is_not_the_segment_that_was_shared():
 
 UNMAPPED = """
 import os, resource
-from tensorkv.engines.segment import Segment
+from tensorkv.transport.segment import Segment
 
 def held():
     # torch keeps a descriptor of what it could not map, but not the memory.

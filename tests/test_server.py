@@ -17,13 +17,13 @@ import torch
 
 import tensorkv
 from tensorkv import Rows, placement
-from tensorkv.engines import mailbox
 from tensorkv.server import Server
 from tensorkv.server.cut import Cut
-from tensorkv.server.wire import Reply, Request, Settings
 from tensorkv.storage.durable import DurableShard
 from tensorkv.storage.record import Item, Record, nbytes_of, pack
 from tensorkv.storage.wal import Journal
+from tensorkv.transport import mailbox
+from tensorkv.transport.wire import Reply, Request, Settings
 
 pytest.importorskip("ray")
 
@@ -1231,7 +1231,7 @@ def test_a_push_that_is_resent_without_memory_for_it_travels_with_its_message(mo
     ],
 )
 def test_a_mailbox_that_is_none_is_refused(box):
-    from tensorkv.server.wire import join, split
+    from tensorkv.transport.wire import join, split
 
     with Cluster() as cluster:
         kv = cluster.store()

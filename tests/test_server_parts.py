@@ -11,9 +11,6 @@ import pytest
 import torch
 
 import tensorkv
-from tensorkv.engines.copies import Copies, CopyReader
-from tensorkv.engines.mailbox import Mailbox, OpenMailboxes
-from tensorkv.engines.segment import can_share
 from tensorkv.placement import pieces
 from tensorkv.server.call import keys_of, read
 from tensorkv.server.cut import Cut
@@ -22,6 +19,9 @@ from tensorkv.server.memory import Memory
 from tensorkv.server.rounds import Rounds
 from tensorkv.server.waits import Monitor, Waits
 from tensorkv.storage.dedup import Clients
+from tensorkv.transport.mailbox import Mailbox, OpenMailboxes
+from tensorkv.transport.segment import can_share
+from tensorkv.transport.shared_cache import Copies, CopyReader
 
 shares = pytest.mark.skipif(not can_share(), reason="needs memory that processes share")
 

@@ -20,13 +20,13 @@ from tensorkv.shard.entry import Entry
 from tensorkv.shard.shard import Shard
 from tensorkv.storage import checkpoint, manifest
 from tensorkv.storage.manifest import Contents, Kind, Tensors
+from tensorkv.transport.segment import aligned
 
 from ..errors import CheckpointError
 from .chain import Chain
 from .group import Group
 from .meeting import Meeting
 from .route import Held
-from .segment import aligned
 
 # File numbers that each writer has for itself.
 _FILES = 1000

@@ -28,6 +28,7 @@ from tensorkv.shard.rules import CallUpdater, Rule, StepOptimizer, Updater
 from tensorkv.shard.shard import Shard
 from tensorkv.shard.table import Table
 from tensorkv.storage.manifest import Contents, Kind
+from tensorkv.transport.segment import Segment, aligned
 
 from ..errors import RankLostError
 from . import archive, sparse
@@ -40,7 +41,6 @@ from .local import LocalEngine
 from .meeting import describe, meet
 from .pushes import Pushes
 from .route import Held
-from .segment import Segment, aligned
 
 
 def build(

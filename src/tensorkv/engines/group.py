@@ -25,9 +25,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from tensorkv import errors
 from tensorkv.runtime import forks
+from tensorkv.transport.segment import can_share, why_not_shared
 
 from ..errors import RankLostError, TensorKVError, WorkerMismatchError
-from .segment import can_share, why_not_shared
 
 log = logging.getLogger("tensorkv")
 

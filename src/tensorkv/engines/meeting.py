@@ -21,10 +21,10 @@ from typing import Any
 from tensorkv import errors
 from tensorkv.runtime import shield
 from tensorkv.shard.pool import default_threads
+from tensorkv.transport.segment import LINE, Segment
 
 from ..errors import RankLostError, TensorKVError, WorkerMismatchError
 from .group import Group, lost
-from .segment import LINE, Segment
 
 try:
     from tensorkv.runtime import _shared

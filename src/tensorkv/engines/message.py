@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from tensorkv.shard import native
+from tensorkv.transport.segment import aligned
 
 from .route import Arrays, Leg
-from .segment import aligned
 
 
 @dataclass(slots=True)

@@ -27,6 +27,8 @@ from tensorkv.shard.table import Table
 from tensorkv.storage import manifest
 from tensorkv.storage.manifest import Kind
 from tensorkv.storage.record import Item, pack
+from tensorkv.transport.segment import can_share
+from tensorkv.transport.wire import Settings
 
 from ..errors import (
     ArgumentError,
@@ -37,14 +39,12 @@ from ..errors import (
     WaitTimeoutError,
     quote,
 )
-from ..server.wire import Settings
 from . import ray_cluster, server_stats, servers_archive, spread
 from .directory import Directory
 from .group import machine
 from .moments import Moment, Moments
 from .ray_lane import Lane, Lanes, Letter
 from .ray_link import Answer, Link
-from .segment import can_share
 from .spread import Held
 from .traffic import Traffic, letter_of
 

@@ -20,8 +20,9 @@ from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from tensorkv.transport.wire import Settings
+
 from ..errors import ArgumentError, JournalError, RankLostError, ServerLostError, quote
-from ..server.wire import Settings
 from . import ray_fork, ray_safety
 from .group import agree_on_start, meet
 from .ray_actor import ServerActor, why

@@ -17,13 +17,13 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, Ray
 
 from tensorkv import errors
 from tensorkv.runtime import shield
+from tensorkv.transport.mailbox import Mailbox
+from tensorkv.transport.shared_cache import CopyReader
+from tensorkv.transport.wire import join, split
 
 from ..errors import PushOutcomeUnknownError, ServerLostError, TensorKVError, WaitTimeoutError
 from ..server.holding import bytes_of
 from ..server.waits import PATIENCE_S
-from ..server.wire import join, split
-from .copies import CopyReader
-from .mailbox import Mailbox
 from .ray_actor import INLINE_NBYTES, why
 
 # How long to wait for an answer before the request is sent again.

@@ -9,9 +9,9 @@ import ray
 from ray.exceptions import ActorDiedError, RayError
 
 from tensorkv.arrays.arguments import check_timeout
+from tensorkv.transport.wire import Settings, join, split
 
 from ..errors import ServerLostError, quote
-from ..server.wire import Settings, join, split
 from . import ray_cluster, server_stats
 
 # A client without an owner: servers answer it, and do not count it.

@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from tensorkv.arrays.arguments import check_timeout
+from tensorkv.transport.wire import Settings
 
 from ..errors import ArgumentError, quote
-from ..server.wire import Settings
 from . import ray_cluster
 from .ray import RayEngine, StoreEndingError, close_abandoned
 

@@ -19,10 +19,10 @@ from tensorkv import placement
 from tensorkv.arrays import interop
 from tensorkv.shard import native, reduce
 from tensorkv.shard.columns import Column, Form
+from tensorkv.transport.segment import LINE, aligned
 
 from ..placement import Piece, Run
 from .meeting import Meeting
-from .segment import LINE, aligned
 
 # What a worker lays out at a time: small enough to be in the shared cache when the others read it; over hosts,
 # long enough for a message.

@@ -18,6 +18,7 @@ import torch
 from tensorkv.arrays.keys import Key
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard.entry import Part
+from tensorkv.transport.wire import Reply, Request, Settings
 
 from ..errors import ArgumentError, TensorKVError
 from .attendance import Attendance
@@ -28,7 +29,6 @@ from .holding import Holding, contents_of
 from .memory import Memory
 from .rounds import Rounds
 from .waits import AwakeClock, Monitor, Waits
-from .wire import Reply, Request, Settings
 
 
 class Server:

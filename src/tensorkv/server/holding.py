@@ -22,12 +22,12 @@ from tensorkv.storage.checksum import known
 from tensorkv.storage.durable import DurableShard
 from tensorkv.storage.manifest import Contents
 from tensorkv.storage.record import Item, describe, nbytes_of, pack, places, unpack
+from tensorkv.transport.wire import Reply, Request, Room, Settings
 
 from ..errors import ArgumentError, ValueMismatchError, quote
 from .call import read
 from .memory import Memory
 from .views import Views
-from .wire import Reply, Request, Room, Settings
 
 # Lists of keys that are pulled together.
 _REMEMBERED_LAYOUTS = 1024

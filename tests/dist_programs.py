@@ -182,10 +182,9 @@ def values(first, last, folder, shared_memory):
     """Training, checkpoints and odd values, each worker beside a local store."""
     import value_programs
 
-    from tensorkv import placement
-    from tensorkv.engines import pushes
+    from tensorkv.engines import partition, pushes
 
-    placement._WHOLE = value_programs.DIVIDED
+    partition._WHOLE = value_programs.DIVIDED
     pushes.SLOT_NBYTES = pushes.SLOT_NBYTES_OVER_HOSTS = value_programs.CHUNK_NBYTES
     for seed in range(int(first), int(last) + 1):
         os.makedirs(f"{folder}/{seed}", exist_ok=True)

@@ -13,9 +13,8 @@ import torch
 from dist_programs import F32, RANK, SIZE, create, say
 
 import tensorkv
-from tensorkv import placement
 from tensorkv.arrays.outputs import GivenOuts
-from tensorkv.engines import exchange, group, meeting, pushes
+from tensorkv.engines import exchange, group, meeting, partition, pushes
 from tensorkv.storage import checkpoint
 
 
@@ -60,7 +59,7 @@ def half_summed():
 def outs_stay(count):
     """Some worker breaks off somewhere in a call, which raises on every worker and writes no out."""
     pushes.SLOT_NBYTES = 1 << 10
-    placement._WHOLE = 256
+    partition._WHOLE = 256
     rng, fired, failed = random.Random(3), [], 0
     for number in range(int(count)):
         name = rng.choice(["lay_out", "sum", "settle", "wait_for_values"])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorkv.placement import Run, borders, cut, lightest
+from tensorkv.engines.partition import Run, borders, cut, lightest
 
 SHAPES = st.lists(st.integers(0, 2000), max_size=3).map(tuple)
 

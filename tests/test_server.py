@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import tensorkv
-from tensorkv import Rows, placement
+from tensorkv import Rows
+from tensorkv.engines import partition
 from tensorkv.server import Server
 from tensorkv.server.cut import Cut
 from tensorkv.storage.durable import DurableShard
@@ -39,7 +40,7 @@ F32 = np.float32
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Values of a few hundred elements are divided."""
-    monkeypatch.setattr(placement, "_WHOLE", 256)
+    monkeypatch.setattr(partition, "_WHOLE", 256)
 
 
 def one_hot(n, i):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tensorkv
-from tensorkv.placement import pieces
+from tensorkv.engines.partition import pieces
 from tensorkv.server.call import keys_of, read
 from tensorkv.server.cut import Cut
 from tensorkv.server.gathering import Gathering, Pushed

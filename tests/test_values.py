@@ -5,7 +5,7 @@ import value_programs
 from workers import run
 
 import tensorkv
-from tensorkv import placement
+from tensorkv.engines import partition
 from tensorkv.shard.optimizers import CLASSES
 
 pytestmark = pytest.mark.timeout(180)
@@ -18,7 +18,7 @@ def seeds(turn):
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(placement, "_WHOLE", value_programs.DIVIDED)
+    monkeypatch.setattr(partition, "_WHOLE", value_programs.DIVIDED)
 
 
 def test_a_store_in_a_folder(tmp_path):

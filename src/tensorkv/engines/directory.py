@@ -16,7 +16,7 @@ from tensorkv.shard.rules import Assign, Rule, StepOptimizer
 from tensorkv.shard.table import Table
 
 from ..errors import KeyExistsError, KeyTypeError, no_such_key, quote
-from ..placement import pieces
+from .partition import pieces
 from .spread import Held, Route, from_note
 
 _REMEMBERED_ROUTES = 256

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from tensorkv import placement
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import check_flag, check_timeout
 from tensorkv.arrays.keys import Key
@@ -31,7 +30,7 @@ from tensorkv.storage.manifest import Contents, Kind
 from tensorkv.transport.segment import Segment, aligned
 
 from ..errors import RankLostError
-from . import archive, sparse
+from . import archive, partition, sparse
 from .calls import Calls
 from .chain import Chain
 from .finite import Guard
@@ -137,15 +136,15 @@ class DistEngine:
         borders = [self._borders(spec.shape, size) for (_, spec), size in zip(dense, sizes, strict=True)]
         held: dict[Key, Held] = {}
         # What one owner sends to another host at a time lies side by side, as far as can be.
-        for index in sorted(range(len(dense)), key=lambda index: placement.whose(borders[index])):
+        for index in sorted(range(len(dense)), key=lambda index: partition.whose(borders[index])):
             key, spec = dense[index]
             held[key] = Held(memory.tensor(at, spec.shape, spec.dtype), borders[index])
             at += aligned(sizes[index])
         return {key: held[key] for key, _ in dense}
 
     def _borders(self, shape: Sequence[int], nbytes: int) -> list[int]:
-        lead = placement.lightest(self._loads) if nbytes else 0
-        borders = placement.borders(shape, self._chain.owners, lead, whole=self._divided_for_whole)
+        lead = partition.lightest(self._loads) if nbytes else 0
+        borders = partition.borders(shape, self._chain.owners, lead, whole=self._divided_for_whole)
         self._add_load(nbytes, borders, 1)
         # One more part, which is empty, for workers that own nothing.
         return [*borders, borders[-1]]

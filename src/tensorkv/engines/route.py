@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from tensorkv import placement
 from tensorkv.arrays import interop
 from tensorkv.shard import native, reduce
 from tensorkv.shard.columns import Column, Form
 from tensorkv.transport.segment import LINE, aligned
 
-from ..placement import Piece, Run
+from . import partition
 from .meeting import Meeting
+from .partition import Piece, Run
 
 # What a worker lays out at a time: small enough to be in the shared cache when the others read it; over hosts,
 # long enough for a message.
@@ -212,7 +212,7 @@ class Route:
             ]
             for owner in range(owners)
         ]
-        self.chunks = placement.cut(runs, slot_nbytes)
+        self.chunks = partition.cut(runs, slot_nbytes)
         ends = [p.offset + (p.stop - p.start) * self._wide[p.key].itemsize for chunk in self.chunks for p in chunk]
         self.slot_nbytes = max(ends, default=0)
         dtypes = {each.value.dtype for each in held}

@@ -182,7 +182,8 @@ def values(first, last, folder, shared_memory):
     """Training, checkpoints and odd values, each worker beside a local store."""
     import value_programs
 
-    from tensorkv.engines import partition, pushes
+    from tensorkv.engines import partition
+    from tensorkv.engines.sync import pushes
 
     partition._WHOLE = value_programs.DIVIDED
     pushes.SLOT_NBYTES = pushes.SLOT_NBYTES_OVER_HOSTS = value_programs.CHUNK_NBYTES
@@ -316,7 +317,8 @@ PHASES = ["between", "laid out", "summed", "background", "copying"]
 
 def lost(phase, how, repeat):
     """The last rank dies or stops at some point; the others get an error that names it."""
-    from tensorkv.engines import exchange, pushes
+    from tensorkv.engines.sync import allreduce as exchange
+    from tensorkv.engines.sync import pushes
 
     victim = SIZE - 1
     rounds = 3 + int(repeat)
@@ -514,11 +516,11 @@ def ahead():
 
 def key_by_key(count, shared_memory):
     """Many small keys, each pushed alone, as MXNet's Module does: no more stages than for a few, and the right sums."""
-    from tensorkv.engines import pushes, route
+    from tensorkv.engines.sync import pushes, schedule
 
     made = []
 
-    class Counted(route.Stage):
+    class Counted(schedule.Stage):
         def __init__(self, meeting, slots, slot_nbytes, doing):
             made.append(slots * slot_nbytes)
             super().__init__(meeting, slots, slot_nbytes, doing)
@@ -540,7 +542,7 @@ def key_by_key(count, shared_memory):
 
 def many_lists():
     """Another choice of keys at each push: memory is bounded, and the numbers are right."""
-    from tensorkv.engines import pushes
+    from tensorkv.engines.sync import pushes
 
     pushes._LEAST_STAGES_NBYTES = 0
     rng, count, nbytes = random.Random(5), 100_000, 0
@@ -648,7 +650,7 @@ def no_sharing():
     """The last rank cannot open what the others share: all go through Gloo, and one of them says so."""
     import warnings
 
-    from tensorkv.engines import meeting
+    from tensorkv.engines.sync import host as meeting
 
     right, asked = meeting.Segment, []
 

@@ -16,8 +16,8 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 
 from tensorkv.engines import ray as ray_engine
 from tensorkv.engines import ray_cluster, ray_link
-from tensorkv.engines.group import machine
 from tensorkv.engines.ray_actor import ServerActor
+from tensorkv.engines.sync.group import machine
 from tensorkv.server import Server
 from tensorkv.store import KVStore
 from tensorkv.transport.mailbox import OpenMailboxes

@@ -14,7 +14,8 @@ from dist_programs import F32, RANK, SIZE, create, say
 
 import tensorkv
 from tensorkv.arrays.outputs import GivenOuts
-from tensorkv.engines import exchange, group, meeting, partition, pushes
+from tensorkv.engines import partition
+from tensorkv.engines.sync import allreduce, group, host, pushes
 from tensorkv.storage import checkpoint
 
 
@@ -36,7 +37,7 @@ def half_summed():
     """Rank 0 dies when some chunks of a value are summed, while the others are busy with what came before."""
     pushes.SLOT_NBYTES_OVER_HOSTS = 1 << 20
     count = 4_000_000
-    right, seen = exchange.Exchange.sum, []
+    right, seen = allreduce.Exchange.sum, []
     with create(shared_memory=False, timeout_s=5) as kv:
         kv.init("a", np.zeros(count, F32))
         out = np.empty(count, F32)
@@ -50,7 +51,7 @@ def half_summed():
                 time.sleep(0.3)
             return right(*args)
 
-        exchange.Exchange.sum = slow
+        allreduce.Exchange.sum = slow
         outcome("pushpull", lambda: kv.pushpull("a", np.full(count, 7, F32), out=out))
         say("the out has", np.unique(out).tolist())
         outcome("afterwards a pull", lambda: np.unique(kv.pull("a")).tolist())
@@ -65,7 +66,7 @@ def outs_stay(count):
         name = rng.choice(["lay_out", "sum", "settle", "wait_for_values"])
         at, victim = rng.randrange(1 if name == "wait_for_values" else 12), rng.randrange(SIZE)
         verb = rng.choice(["pushpull", "pushpull many", "pushpull cast", "updater", "trainer"])
-        right, seen = getattr(exchange.Exchange, name), []
+        right, seen = getattr(allreduce.Exchange, name), []
 
         def faulty(self, *args, right=right, seen=seen, at=at, number=number):
             seen.append(args)
@@ -81,13 +82,13 @@ def outs_stay(count):
             do, outs, after = prepare(kv, verb)
             expected = [out.clone() for out in outs]
             if victim == RANK:
-                setattr(exchange.Exchange, name, faulty)
+                setattr(allreduce.Exchange, name, faulty)
             do()
             expected = after
         except (tensorkv.TensorKVError, ZeroDivisionError):
             failed += 1
         finally:
-            setattr(exchange.Exchange, name, right)
+            setattr(allreduce.Exchange, name, right)
         for out, right_one in zip(outs, expected, strict=True):
             assert torch.equal(out, right_one), (number, name, at, victim, verb, out, right_one)
         # Who was done hears of it now.
@@ -131,7 +132,7 @@ def gathering(shared_memory):
         outcome("pull", lambda: kv.pull("a").tolist())
 
 
-class Full(meeting.Segment):
+class Full(host.Segment):
     """Memory that cannot be had."""
 
     def __init__(self, nbytes, path=None, *, private=False):
@@ -142,7 +143,7 @@ class Full(meeting.Segment):
 
 def no_memory(shared_memory):
     """One worker has no memory for a new key: with shared memory the store goes on, over hosts it ends."""
-    right, news = meeting.Segment, group.Group.news
+    right, news = host.Segment, group.Group.news
 
     def late_news(*args):
         # Rank 0, which keeps the store of keys, has come to its end by now.
@@ -153,25 +154,25 @@ def no_memory(shared_memory):
         kv.init("a", np.zeros(3, F32))
         kv.pushpull("a", np.ones(3, F32))
         if RANK == 0:
-            meeting.Segment = Full
+            host.Segment = Full
         else:
             group.Group.news = late_news
         outcome("init", lambda: kv.init("b", np.zeros(100, F32)))
-        meeting.Segment = right
+        host.Segment = right
         outcome("pushpull", lambda: kv.pushpull("a", np.ones(3, F32)).tolist())
 
 
 def load_without_memory(path):
     """A checkpoint for which there is no memory leaves the store as it was."""
-    right = meeting.Segment
+    right = host.Segment
     with create() as kv:
         kv.init("a", np.zeros(3, F32))
         kv.save(path)
         kv.set_optimizer("sgd", lr=0.5)
         kv.push("a", np.ones(3, F32))
-        meeting.Segment = Full
+        host.Segment = Full
         outcome("load", lambda: kv.load(path))
-        meeting.Segment = right
+        host.Segment = right
         say("optimizer", (kv.optimizer or {}).get("name"))
         outcome("pull", lambda: kv.pull("a").tolist())
 

@@ -16,7 +16,7 @@ from dist_programs import RANK, SIZE, create, say
 from torch.distributed import TCPStore
 
 import tensorkv
-from tensorkv.engines import group
+from tensorkv.engines.sync import group
 
 ENGINES = os.path.dirname(group.__file__)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from dist_programs import F32, RANK, SIZE, create, say
 
-from tensorkv.engines.exchange import Exchange
+from tensorkv.engines.sync.allreduce import Exchange
 
 
 def record(is_ready):

@@ -122,9 +122,9 @@ Factory = Callable[..., Engine]
 
 def _build_dist(*, nonfinite: NonFinite = "pass", timeout_s: float = 60.0, shared_memory: bool = True) -> Engine:
     # Only here: torch.distributed takes a while to import.
-    from . import dist
+    from .sync import engine
 
-    return dist.build(nonfinite=nonfinite, timeout_s=timeout_s, shared_memory=shared_memory)
+    return engine.build(nonfinite=nonfinite, timeout_s=timeout_s, shared_memory=shared_memory)
 
 
 def _build_ray(

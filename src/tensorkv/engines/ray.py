@@ -18,6 +18,7 @@ import torch
 from tensorkv import errors
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows, merge
+from tensorkv.engines.sync.group import machine
 from tensorkv.runtime import forks, shield
 from tensorkv.shard.entry import Batch, Entry, KeyInfo, KeySpec, Part
 from tensorkv.shard.nonfinite import FiniteSums
@@ -41,7 +42,6 @@ from ..errors import (
 )
 from . import ray_cluster, server_stats, servers_archive, spread
 from .directory import Directory
-from .group import machine
 from .moments import Moment, Moments
 from .ray_lane import Lane, Lanes, Letter
 from .ray_link import Answer, Link

@@ -16,13 +16,13 @@ import ray
 import torch
 from ray.exceptions import OutOfMemoryError
 
+from tensorkv.engines.sync.group import machine
 from tensorkv.transport.mailbox import OpenMailboxes
 from tensorkv.transport.shared_cache import Copies
 from tensorkv.transport.wire import Reply, Request, Settings, join, split
 
 from ..server import Server
 from ..server.attendance import FORGOTTEN_S
-from .group import machine
 from .ray_metrics import ServerMetrics
 
 # Up to here a payload travels inside of its message, and Ray puts it into no object store.

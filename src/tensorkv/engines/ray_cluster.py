@@ -20,11 +20,11 @@ from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from tensorkv.engines.sync.group import agree_on_start, meet
 from tensorkv.transport.wire import Settings
 
 from ..errors import ArgumentError, JournalError, RankLostError, ServerLostError, quote
 from . import ray_fork, ray_safety
-from .group import agree_on_start, meet
 from .ray_actor import ServerActor, why
 from .ray_safety import LOOPBACK
 

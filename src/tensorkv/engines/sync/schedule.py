@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from tensorkv.arrays import interop
+from tensorkv.engines import partition
+from tensorkv.engines.partition import Piece, Run
 from tensorkv.shard import native, reduce
 from tensorkv.shard.columns import Column, Form
 from tensorkv.transport.segment import LINE, aligned
 
-from . import partition
-from .meeting import Meeting
-from .partition import Piece, Run
+from .host import Meeting
 
 # What a worker lays out at a time: small enough to be in the shared cache when the others read it; over hosts,
 # long enough for a message.

@@ -14,6 +14,7 @@ import torch
 from tensorkv.arrays import interop
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.errors import TensorKVError
 from tensorkv.shard import reduce
 from tensorkv.shard.checks import check_outs
 from tensorkv.shard.columns import Column
@@ -21,16 +22,15 @@ from tensorkv.shard.entry import Batch, Entry, Part
 from tensorkv.shard.shard import Shard
 from tensorkv.shard.table import Table
 
-from ..errors import TensorKVError
 from . import sparse
+from .allreduce import Exchange
 from .background import Background
-from .calls import Calls
 from .chain import HEAD_TEXT, Chain, Presence
-from .exchange import Exchange
-from .finite import Guard
 from .group import Group
-from .meeting import ENTRIES, Meeting, describe, fingerprint
-from .route import RING, SLOT_NBYTES, SLOT_NBYTES_OVER_HOSTS, SMALL_NBYTES, Arrays, Held, Route, Stage
+from .host import ENTRIES, Meeting, describe, fingerprint
+from .nonfinite import Guard
+from .order import Calls
+from .schedule import RING, SLOT_NBYTES, SLOT_NBYTES_OVER_HOSTS, SMALL_NBYTES, Arrays, Held, Route, Stage
 
 # Calls whose outs are larger together do not find them in the cache afterwards.
 _PAST_CACHE_NBYTES = 4 << 20

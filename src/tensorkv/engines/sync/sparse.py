@@ -12,13 +12,13 @@ from tensorkv import errors
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.errors import WorkerError, quote
 from tensorkv.shard.entry import Entry, Part
 from tensorkv.shard.rules import Rule
 from tensorkv.shard.table import Table
 
-from ..errors import WorkerError, quote
 from .group import Group
-from .route import Held
+from .schedule import Held
 
 
 def kind(parts: Sequence[Part]) -> bool:

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import torch
 
+from tensorkv.errors import WorkerError, WorkerMismatchError
 from tensorkv.shard.shard import kept
 
-from ..errors import WorkerError, WorkerMismatchError
-from .calls import Calls
 from .chain import Chain, Presence
-from .meeting import LEFT, REFUSED, Meeting
+from .host import LEFT, REFUSED, Meeting
+from .order import Calls
 from .pushes import Pushes
 
 

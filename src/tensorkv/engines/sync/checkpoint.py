@@ -16,17 +16,17 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.keys import Key
+from tensorkv.errors import CheckpointError
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.shard import Shard
 from tensorkv.storage import checkpoint, manifest
 from tensorkv.storage.manifest import Contents, Kind, Tensors
 from tensorkv.transport.segment import aligned
 
-from ..errors import CheckpointError
 from .chain import Chain
 from .group import Group
-from .meeting import Meeting
-from .route import Held
+from .host import Meeting
+from .schedule import Held
 
 # File numbers that each writer has for itself.
 _FILES = 1000

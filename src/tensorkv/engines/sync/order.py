@@ -8,11 +8,11 @@ from threading import RLock
 
 import torch
 
+from tensorkv.errors import RankLostError, TensorKVError, WorkerError, WorkerMismatchError
 from tensorkv.shard.shard import Shard, kept
 
-from ..errors import RankLostError, TensorKVError, WorkerError, WorkerMismatchError
 from .chain import Chain, Presence
-from .meeting import REFUSED, Meeting, NoMemoryToShareError, fingerprint
+from .host import REFUSED, Meeting, NoMemoryToShareError, fingerprint
 
 
 class Calls:

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import TensorKVError
+from tensorkv.errors import TensorKVError
+
 from .group import Group
-from .meeting import LEFT, REFUSED, Meeting, mismatch
+from .host import LEFT, REFUSED, Meeting, mismatch
 
 _HEAD = struct.Struct("q8si")
 _HEAD_NBYTES = 1024

@@ -19,11 +19,11 @@ from time import monotonic
 from typing import Any
 
 from tensorkv import errors
+from tensorkv.errors import RankLostError, TensorKVError, WorkerMismatchError
 from tensorkv.runtime import shield
 from tensorkv.shard.pool import default_threads
 from tensorkv.transport.segment import LINE, Segment
 
-from ..errors import RankLostError, TensorKVError, WorkerMismatchError
 from .group import Group, lost
 
 try:

@@ -10,17 +10,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from tensorkv.errors import quote
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.pool import Pool
 from tensorkv.shard.rules import Assign, Rule, Step, WholeStep
 
-from ..errors import quote
 from .chain import Chain, Presence
-from .finite import Guard
-from .meeting import Meeting
+from .host import Meeting
 from .message import Message, pieces
-from .route import Arrays, Leg, Route, Stage, copy_out, lay_out
+from .nonfinite import Guard
+from .schedule import Arrays, Leg, Route, Stage, copy_out, lay_out
 
 # One call runs in one thread: its workers share the cores.
 _POOL = Pool(1)

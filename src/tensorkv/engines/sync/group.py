@@ -24,10 +24,9 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.distributed.rendezvous import rendezvous
 
 from tensorkv import errors
+from tensorkv.errors import RankLostError, TensorKVError, WorkerMismatchError
 from tensorkv.runtime import forks
 from tensorkv.transport.segment import can_share, why_not_shared
-
-from ..errors import RankLostError, TensorKVError, WorkerMismatchError
 
 log = logging.getLogger("tensorkv")
 

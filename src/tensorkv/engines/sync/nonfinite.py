@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.errors import NonFiniteError, quote
 from tensorkv.shard import reduce
 from tensorkv.shard.nonfinite import NonFinite
 
-from ..errors import NonFiniteError, quote
 from .group import Group
 
 

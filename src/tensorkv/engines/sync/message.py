@@ -12,7 +12,7 @@ import torch
 from tensorkv.shard import native
 from tensorkv.transport.segment import aligned
 
-from .route import Arrays, Leg
+from .schedule import Arrays, Leg
 
 
 @dataclass(slots=True)

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 
+from tensorkv.errors import TensorKVError, WorkerError
 from tensorkv.runtime import forks, shield
 
-from ..errors import TensorKVError, WorkerError
+from .allreduce import Exchange
 from .chain import Chain, Presence
-from .exchange import Exchange
-from .meeting import Meeting, fingerprint
-from .route import Stage
+from .host import Meeting, fingerprint
+from .schedule import Stage
 
 # How long the end of a process or a store waits for the thread.
 _LAST_WORDS_S = 5.0

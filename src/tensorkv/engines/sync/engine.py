@@ -19,6 +19,9 @@ from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import check_flag, check_timeout
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.engines import partition
+from tensorkv.engines.local import LocalEngine
+from tensorkv.errors import RankLostError
 from tensorkv.runtime import shield
 from tensorkv.shard.entry import Batch, Entry, KeyInfo, KeySpec, Part
 from tensorkv.shard.nonfinite import NonFinite
@@ -29,17 +32,15 @@ from tensorkv.shard.table import Table
 from tensorkv.storage.manifest import Contents, Kind
 from tensorkv.transport.segment import Segment, aligned
 
-from ..errors import RankLostError
-from . import archive, partition, sparse
-from .calls import Calls
+from . import checkpoint, sparse
 from .chain import Chain
-from .finite import Guard
 from .group import Group, log
+from .host import describe, meet
 from .leaving import Leaving
-from .local import LocalEngine
-from .meeting import describe, meet
+from .nonfinite import Guard
+from .order import Calls
 from .pushes import Pushes
-from .route import Held
+from .schedule import Held
 
 
 def build(
@@ -262,12 +263,12 @@ class DistEngine:
     def save(self, path: str, kind: Kind) -> None:
         text = describe("save", path=path, kind=kind)
         with self._call(text):
-            archive.save(self._group, self._meeting, self._chain, self._shard, self._held, path, kind)
+            checkpoint.save(self._group, self._meeting, self._chain, self._shard, self._held, path, kind)
 
     def load(self, path: str, kind: Kind) -> None:
         text = describe("load", path=path, kind=kind)
         with self._call(text):
-            contents = archive.read(self._group, self._shard, path, kind)
+            contents = checkpoint.read(self._group, self._shard, path, kind)
             if kind == "optimizer-states":
                 self._take_states(contents, text)
             else:
@@ -280,7 +281,7 @@ class DistEngine:
         kept = [
             each
             if isinstance(each.value, Table)
-            else replace(each, state=archive.own_state(each, self._held[each.key], self._part))
+            else replace(each, state=checkpoint.own_state(each, self._held[each.key], self._part))
             for each in contents.entries
         ]
         self._shard.restore_states(kept, None)
@@ -302,7 +303,7 @@ class DistEngine:
                 continue
             if self._meeting.me == 0:
                 mine.value.copy_(each.value)
-            kept.append(replace(each, value=mine.part(self._part), state=archive.own_state(each, mine, self._part)))
+            kept.append(replace(each, value=mine.part(self._part), state=checkpoint.own_state(each, mine, self._part)))
         self._held.update(held)
         self._shard.restore(kept, rule)
 

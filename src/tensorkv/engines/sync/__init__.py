@@ -1,0 +1,1 @@
+"""Engine dist_sync: workers in lock step, on torch.distributed."""

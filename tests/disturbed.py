@@ -445,9 +445,9 @@ def main(engine, first, count, *more):
     runner = Runner(engine, options, rank, size)
     # A cluster that outlives the stores of single programs.
     if engine == "dist_async":
-        from tensorkv.engines import ray_cluster
+        from tensorkv.engines.ps.ray import cluster
 
-        ray_cluster.enter(None, 60)
+        cluster.enter(None, 60)
     for seed in range(int(first), int(first) + int(count)):
         runner.run(seed)
     print(json.dumps(runner.counts))

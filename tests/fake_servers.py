@@ -14,11 +14,12 @@ from unittest import mock
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 
-from tensorkv.engines import ray as ray_engine
-from tensorkv.engines import ray_cluster, ray_link
-from tensorkv.engines.ray_actor import ServerActor
+from tensorkv.engines.ps.client import engine as ray_engine
+from tensorkv.engines.ps.client import rpc
+from tensorkv.engines.ps.ray import cluster
+from tensorkv.engines.ps.ray.actor import ServerActor
+from tensorkv.engines.ps.server.server import Server
 from tensorkv.engines.sync.group import machine
-from tensorkv.server import Server
 from tensorkv.store import KVStore
 from tensorkv.transport.mailbox import OpenMailboxes
 from tensorkv.transport.shared_cache import Copies
@@ -121,8 +122,8 @@ class Cluster:
         return [actor.server for actor in self.actors]
 
     def __enter__(self):
-        self._patches.enter_context(mock.patch.object(ray_link, "ray", PLAYED_RAY))
-        self._patches.enter_context(mock.patch.object(ray_cluster, "stop_servers"))
+        self._patches.enter_context(mock.patch.object(rpc, "ray", PLAYED_RAY))
+        self._patches.enter_context(mock.patch.object(cluster, "stop_servers"))
         return self
 
     def store(self, **more):

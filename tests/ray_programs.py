@@ -31,9 +31,9 @@ def one_hot(n, i):
 
 def ask_through_ray_alone():
     """Let no request go through shared memory, where nothing of Ray can fail."""
-    from tensorkv.engines import ray_link
+    from tensorkv.engines.ps.client import rpc
 
-    ray_link._RINGS = frozenset()
+    rpc._RINGS = frozenset()
 
 
 def lose_answers(chance):
@@ -107,9 +107,9 @@ def rely_on_rays_retries(n):
 
     import ray
 
-    from tensorkv.engines import ray_cluster
-    from tensorkv.engines.ray import RayEngine
-    from tensorkv.engines.ray_actor import ServerActor
+    from tensorkv.engines.ps.client.engine import RayEngine
+    from tensorkv.engines.ps.ray import cluster
+    from tensorkv.engines.ps.ray.actor import ServerActor
     from tensorkv.store import KVStore
     from tensorkv.transport.wire import Settings
 
@@ -118,7 +118,7 @@ def rely_on_rays_retries(n):
             super().__init__(settings)
             self._server._clients.has_applied = lambda client, seq: False
 
-    ray_cluster.enter(None, 60)
+    cluster.enter(None, 60)
     options = {"num_cpus": 0, "max_concurrency": 8, "max_restarts": -1, "max_task_retries": -1}
     actor = ray.remote(Forgetful).options(**options).remote(json.dumps(asdict(Settings())))
     kv = KVStore(RayEngine([actor], Settings(), [["elsewhere", 0, 1, ""]], 60, started=False), "dist_async")

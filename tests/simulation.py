@@ -19,9 +19,12 @@ from unittest import mock
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 
 from tensorkv import errors
-from tensorkv.engines import moments, ray_actor, ray_cluster, ray_link
-from tensorkv.engines import ray as ray_engine
-from tensorkv.server import Server
+from tensorkv.engines.ps.client import engine as ray_engine
+from tensorkv.engines.ps.client import rpc
+from tensorkv.engines.ps.client import snapshot as moments
+from tensorkv.engines.ps.ray import actor as ray_actor
+from tensorkv.engines.ps.ray import cluster
+from tensorkv.engines.ps.server.server import Server
 from tensorkv.storage import durable
 from tensorkv.storage.record import Record
 from tensorkv.store import KVStore
@@ -486,9 +489,9 @@ class World(Loop):
 
         enter = self._patches.enter_context
         clock = namespace(monotonic=lambda: self.now, sleep=self.sleep, time=lambda: self.now)
-        enter(mock.patch.object(ray_link, "ray", namespace(get=self.get, is_initialized=lambda: True)))
-        enter(mock.patch.object(ray_link, "time", clock))
-        enter(mock.patch.object(ray_link, "_PAUSE_S", 0.3))
+        enter(mock.patch.object(rpc, "ray", namespace(get=self.get, is_initialized=lambda: True)))
+        enter(mock.patch.object(rpc, "time", clock))
+        enter(mock.patch.object(rpc, "_PAUSE_S", 0.3))
         enter(mock.patch.object(ray_engine, "time", clock))
         threads = namespace(
             **{name: getattr(threading, name) for name in threading.__all__},
@@ -503,7 +506,7 @@ class World(Loop):
         enter(mock.patch.object(ray_engine, "secrets", token))
         enter(mock.patch.object(moments, "secrets", token))
         enter(mock.patch.object(ray_engine, "os", namespace(environ=Environment())))
-        enter(mock.patch.object(ray_cluster, "stop_servers", self.stop_servers))
+        enter(mock.patch.object(cluster, "stop_servers", self.stop_servers))
         enter(mock.patch.object(durable, "Journal", lambda *more: Disk(self.disks, *more)))
         self.at(1.0, self._tick)
         self.actors = [Actor(self, replace(self.settings, index=index)) for index in range(self.settings.num_servers)]

@@ -12,8 +12,9 @@ import tensorkv
 pytest.importorskip("ray")
 from ray.exceptions import OutOfMemoryError, RayError
 
-from tensorkv.engines import ray_actor, ray_store
-from tensorkv.engines.ray_actor import why
+from tensorkv.engines.ps import options as ray_store
+from tensorkv.engines.ps.ray import actor as ray_actor
+from tensorkv.engines.ps.ray.actor import why
 from tensorkv.transport.wire import Settings
 
 
@@ -81,7 +82,7 @@ def test_where_no_cluster_answers_it_is_an_error_within_the_timeout():
 
 
 def test_a_cluster_that_starts_is_waited_for():
-    from tensorkv.engines import ray_cluster
+    from tensorkv.engines.ps.ray import cluster as ray_cluster
 
     with socket.socket() as late:
         late.bind(("127.0.0.1", 0))

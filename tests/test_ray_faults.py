@@ -397,7 +397,7 @@ def test_two_stores_on_one_path_and_options_that_differ(tmp_path):
 
 
 def test_a_cluster_that_others_can_reach_is_refused_without_a_token(cluster, monkeypatch):
-    from tensorkv.engines import ray_cluster
+    from tensorkv.engines.ps.ray import cluster as ray_cluster
 
     actors = cluster._engine._actors
     places = [[*ray.get(actors[0].place.remote())]]

@@ -18,7 +18,7 @@ import pytest
 import tensorkv
 
 pytest.importorskip("ray")
-from tensorkv.engines import ray_cluster, ray_safety
+from tensorkv.engines.ps.ray import cluster, safety
 
 pytestmark = pytest.mark.timeout(240)
 needs_hosts = pytest.mark.skipif(not hosts.CAN_MAKE, reason="makes network namespaces, which takes root and iproute2")
@@ -47,34 +47,34 @@ ROW = "   0: {}:1F90 00000000:0000 {} 00000000:00000000 00:00000000 00000000    
 )
 def test_listeners_on_each_kind_of_address(address, is_local, tmp_path, monkeypatch):
     table = tmp_path / "table"
-    monkeypatch.setattr(ray_safety, "_TABLES", (str(table),))
+    monkeypatch.setattr(safety, "_TABLES", (str(table),))
     table.write_text(HEADER + ROW.format(address, "0A") + ROW.format("00000000", "01"))
-    (found,) = ray_safety.listeners()
+    (found,) = safety.listeners()
     assert (found.port, found.is_local) == (8080, is_local)
-    assert ray_safety.is_local(8080) is is_local
+    assert safety.is_local(8080) is is_local
     # Several sockets may share a port; one that is open to others is enough.
     table.write_text(HEADER + ROW.format("0100007F", "0A") + ROW.format(address, "0A"))
-    assert ray_safety.is_local(8080) is is_local
-    assert not ray_safety.is_local(8081), "nothing listens there that could be looked at"
+    assert safety.is_local(8080) is is_local
+    assert not safety.is_local(8081), "nothing listens there that could be looked at"
 
 
 def test_a_kernel_that_does_not_tell_counts_as_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_safety, "_TABLES", (str(tmp_path / "missing"),))
-    assert not ray_safety.is_local(8080)
+    monkeypatch.setattr(safety, "_TABLES", (str(tmp_path / "missing"),))
+    assert not safety.is_local(8080)
 
 
 def test_a_cluster_is_open_if_one_of_its_ports_is(monkeypatch):
     local = {1, 2, 3}
-    monkeypatch.setattr(ray_safety, "is_local", lambda port: port in local)
+    monkeypatch.setattr(safety, "is_local", lambda port: port in local)
     node = {"Alive": True, "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": 2, "ObjectManagerPort": 3}
-    assert ray_safety.open_addresses("127.0.0.1:1", [node]) == []
+    assert safety.open_addresses("127.0.0.1:1", [node]) == []
     for port in (1, 2, 3):
         local.remove(port)
-        assert ray_safety.open_addresses("127.0.0.1:1", [node]) == [f"127.0.0.1:{port}"]
+        assert safety.open_addresses("127.0.0.1:1", [node]) == [f"127.0.0.1:{port}"]
         local.add(port)
     elsewhere = {**node, "NodeManagerAddress": "10.1.2.3"}
-    assert ray_safety.open_addresses("127.0.0.1:1", [node, elsewhere]) == ["10.1.2.3:2", "10.1.2.3:3"]
-    assert ray_safety.open_addresses("127.0.0.1:1", [node, {**elsewhere, "Alive": False}]) == []
+    assert safety.open_addresses("127.0.0.1:1", [node, elsewhere]) == ["10.1.2.3:2", "10.1.2.3:3"]
+    assert safety.open_addresses("127.0.0.1:1", [node, {**elsewhere, "Alive": False}]) == []
 
 
 def process_tree(pid):
@@ -268,7 +268,7 @@ def test_without_the_token_another_host_can_neither_read_nor_join(tmp_path):
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
     for home in (mine, theirs):
         home.mkdir()
-        ray_safety._make_token(home / ".ray" / "auth_token")
+        safety._make_token(home / ".ray" / "auth_token")
     with contextlib.ExitStack() as stack:
         (start, address, _), (start_other, other, _) = stack.enter_context(hosts.two_hosts())
         at = stack.enter_context(head(start, mine, address, RAY_AUTH_MODE="token"))
@@ -352,15 +352,15 @@ def home(tmp_path, monkeypatch):
 
 
 def test_a_token_is_made_once_and_for_this_user_alone(home):
-    ray_safety.ensure_token()
+    safety.ensure_token()
     token = home / ".ray" / "auth_token"
     first = token.read_text()
     assert (len(first), stat.S_IMODE(token.stat().st_mode)) == (64, 0o600)
     assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
     # What another process has made in the meantime stays.
-    ray_safety._make_token(token)
-    ray_safety.ensure_token()
-    ray_safety.check_token()
+    safety._make_token(token)
+    safety.ensure_token()
+    safety.check_token()
     assert token.read_text() == first
     assert os.listdir(token.parent) == ["auth_token"]
 
@@ -372,13 +372,13 @@ def test_a_token_that_others_can_read_is_refused_before_anything_is_started(home
     token.write_text("0" * 64)
     token.chmod(mode)
     with pytest.raises(tensorkv.ArgumentError, match=rf"chmod 600 {token}"):
-        ray_safety.check_token()
+        safety.check_token()
     # A folder that nobody else can enter keeps it as well.
     home.chmod(0o700)
-    ray_safety.check_token()
+    safety.check_token()
     home.chmod(0o755)
     token.chmod(0o600)
-    ray_safety.check_token()
+    safety.check_token()
 
 
 @pytest.mark.parametrize("address", [None, "127.0.0.1:1"])
@@ -391,7 +391,7 @@ def test_create_looks_at_the_token(home, address, monkeypatch):
     (home / ".ray" / "auth_token").write_text("0" * 64)
     (home / ".ray" / "auth_token").chmod(0o644)
     with pytest.raises(tensorkv.ArgumentError, match="can read or replace Ray's token"):
-        ray_cluster.enter(address, 1)
+        cluster.enter(address, 1)
 
 
 def test_a_home_that_cannot_be_written_is_an_error_that_says_so(home, monkeypatch):
@@ -399,10 +399,10 @@ def test_a_home_that_cannot_be_written_is_an_error_that_says_so(home, monkeypatc
     (home / "file").write_text("")
     monkeypatch.setenv("HOME", str(home / "file"))
     with pytest.raises(tensorkv.ArgumentError, match=r"its file cannot be written.*file/\.ray.*set HOME"):
-        ray_safety.ensure_token()
+        safety.ensure_token()
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a secret")
-    ray_safety.ensure_token()
-    ray_safety.check_token()
+    safety.ensure_token()
+    safety.check_token()
 
 
 @pytest.mark.timeout(120)

@@ -18,8 +18,8 @@ import torch
 import tensorkv
 from tensorkv import Rows
 from tensorkv.engines import partition
-from tensorkv.server import Server
-from tensorkv.server.cut import Cut
+from tensorkv.engines.ps.server.cut import Cut
+from tensorkv.engines.ps.server.server import Server
 from tensorkv.storage.durable import DurableShard
 from tensorkv.storage.record import Item, Record, nbytes_of, pack
 from tensorkv.storage.wal import Journal
@@ -30,9 +30,9 @@ pytest.importorskip("ray")
 
 from fake_servers import NONE, Cluster, together
 
-from tensorkv.engines import ray_cluster
-from tensorkv.engines.ray import close_abandoned
-from tensorkv.engines.ray_link import Link
+from tensorkv.engines.ps.client.engine import close_abandoned
+from tensorkv.engines.ps.client.rpc import Link
+from tensorkv.engines.ps.ray import cluster as ray_cluster
 
 F32 = np.float32
 
@@ -253,7 +253,7 @@ def test_threads_of_a_client_count_apart():
 
 
 def test_lanes_made_at_the_same_time_have_different_numbers():
-    from tensorkv.engines.ray_lane import Lanes
+    from tensorkv.engines.ps.client.session import Lanes
 
     def make(number):
         time.sleep(0.01)
@@ -672,7 +672,7 @@ def test_servers_end_with_the_last_goodbye_and_not_while_somebody_may_only_be_bu
     # Nobody is waited for who has been silent for two minutes.
     with Cluster(2, num_workers=3, lost_after_s=1.5) as cluster:
         gone, last = cluster.stores(2)
-        monkeypatch.setattr("tensorkv.server.attendance.FORGOTTEN_S", 1.0)
+        monkeypatch.setattr("tensorkv.engines.ps.server.membership.FORGOTTEN_S", 1.0)
         gone._engine._ending.set()
         gone._engine._beating.join()
         time.sleep(1.6)
@@ -873,7 +873,7 @@ def test_a_snapshot_never_shows_half_of_an_update(num_servers, mode, small_piece
 
 @pytest.mark.parametrize("mode", ["async", "sync"])
 def test_a_cut_that_is_none_is_noticed(mode, small_pieces, monkeypatch):
-    monkeypatch.setattr("tensorkv.server.cut.Cut.admits", lambda self, client, seq: True)
+    monkeypatch.setattr("tensorkv.engines.ps.server.cut.Cut.admits", lambda self, client, seq: True)
     _, torn = halves(3, lambda count, torn: torn, mode)
     assert torn
 

@@ -12,12 +12,12 @@ import torch
 
 import tensorkv
 from tensorkv.engines.partition import pieces
-from tensorkv.server.call import keys_of, read
-from tensorkv.server.cut import Cut
-from tensorkv.server.gathering import Gathering, Pushed
-from tensorkv.server.memory import Memory
-from tensorkv.server.rounds import Rounds
-from tensorkv.server.waits import Monitor, Waits
+from tensorkv.engines.ps.server.call import keys_of, read
+from tensorkv.engines.ps.server.cut import Cut
+from tensorkv.engines.ps.server.memory import Memory
+from tensorkv.engines.ps.server.rounds import Rounds
+from tensorkv.engines.ps.server.sync_round import Gathering, Pushed
+from tensorkv.engines.ps.server.wait import Monitor, Waits
 from tensorkv.storage.dedup import Clients
 from tensorkv.transport.mailbox import Mailbox, OpenMailboxes
 from tensorkv.transport.segment import can_share
@@ -404,7 +404,7 @@ def test_few_keys_move_when_a_server_is_added(servers):
 
 def test_every_element_of_a_divided_value_is_sent_once():
     from tensorkv.arrays.interop import NUMPY
-    from tensorkv.engines.spread import Held, Route
+    from tensorkv.engines.ps.client.layout import Held, Route
     from tensorkv.shard.entry import KeySpec
 
     for servers, rows in itertools.product([1, 2, 5], [5, 4096]):

@@ -191,7 +191,7 @@ def test_promises_hold(mode, kinds):
 
 def test_workers_stay_in_step_even_if_a_server_has_taken_one_for_lost(monkeypatch):
     """A server that stood still closes rounds without those whom it has not heard; others have waited for them."""
-    monkeypatch.setattr("tensorkv.server.AwakeClock", lambda now, limit_s: now)
+    monkeypatch.setattr("tensorkv.engines.ps.server.server.AwakeClock", lambda now, limit_s: now)
     different = 0
     for seed in range(FIRST, FIRST + 2 * SEEDS):
         job = simulate(seed, "sync", ("still",), verbs=("push",), steps=10, faults=4, same_rounds=False)
@@ -237,5 +237,5 @@ def test_what_a_restarted_server_forgets_is_noticed(what):
 
 
 def test_a_server_that_takes_its_own_pause_for_silence_is_noticed(monkeypatch):
-    monkeypatch.setattr("tensorkv.server.AwakeClock", lambda now, limit_s: now)
+    monkeypatch.setattr("tensorkv.engines.ps.server.server.AwakeClock", lambda now, limit_s: now)
     assert is_noticed("sync", ("still",))

@@ -13,7 +13,8 @@ import tensorkv
 from tensorkv import cli, top
 
 ray = pytest.importorskip("ray")
-from tensorkv.engines import ray_actor, ray_cluster, ray_observer  # noqa: E402
+from tensorkv.engines.ps.ray import actor, cluster  # noqa: E402
+from tensorkv.engines.ps.ray import observer as ray_observer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -95,7 +96,7 @@ def test_a_store_that_is_not_there_is_named_with_those_that_are(store):
 
 def test_addresses_where_no_cluster_is_are_refused_at_once():
     with pytest.raises(OSError, match="refused"):
-        ray_cluster._wait_to_listen("127.0.0.2:1", 0)
+        cluster._wait_to_listen("127.0.0.2:1", 0)
 
 
 # ---------------------------------------------------------------- the command
@@ -190,7 +191,7 @@ def test_drawing_sends_no_control_characters(capsys):
 # ---------------------------------------------------------------- Ray's metrics
 
 
-class Watched(ray_actor.ServerActor):
+class Watched(actor.ServerActor):
     """A server that also says what it has told Ray."""
 
     def exported(self):
@@ -202,7 +203,7 @@ class Watched(ray_actor.ServerActor):
 
 def test_servers_tell_rays_metrics(store, monkeypatch):
     monkeypatch.syspath_prepend(HERE)
-    monkeypatch.setattr(ray_cluster, "ServerActor", Watched)
+    monkeypatch.setattr(cluster, "ServerActor", Watched)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     name = f"metrics-{os.getpid()}"
     try:
@@ -210,7 +211,7 @@ def test_servers_tell_rays_metrics(store, monkeypatch):
             kv.init("w", np.zeros(4, np.float32))
             kv.push("w", np.ones(4, np.float32))
             kv.pushpull("w", np.ones(4, np.float32))
-            server = ray.get_actor(f"{name}/0", namespace=ray_cluster.NAMESPACE)
+            server = ray.get_actor(f"{name}/0", namespace=cluster.NAMESPACE)
             told, deadline = {}, time.monotonic() + 60
             while told.get("pushes") != 2 and time.monotonic() < deadline:
                 told, named = ray.get(server.exported.remote(), timeout=10)

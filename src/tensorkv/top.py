@@ -46,7 +46,7 @@ def run(
         ServerLostError: there is no such store, or it has ended.
     """
     try:
-        from .engines.ray_observer import observe
+        from tensorkv.engines.ps.ray.observer import observe
     except ImportError as error:
         raise EngineNotFoundError(f"top needs Ray ({error}); pip install 'tensorkv[ray]'") from error
     observer = observe(name, address, timeout_s)

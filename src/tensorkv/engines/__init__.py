@@ -163,7 +163,7 @@ def _build_ray(
             users of this machine can read.
     """
     try:
-        from . import ray_store
+        from .ps import options as ray_store
     except ImportError as error:
         raise EngineNotFoundError(
             f"create: dist_async needs Ray, which cannot be imported ({error}); pip install 'tensorkv[ray]'"

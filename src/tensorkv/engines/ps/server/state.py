@@ -13,6 +13,7 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.keys import Key
+from tensorkv.errors import ArgumentError, ValueMismatchError, quote
 from tensorkv.shard.entry import Batch, Part
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.plan import MANY
@@ -24,7 +25,6 @@ from tensorkv.storage.manifest import Contents
 from tensorkv.storage.record import Item, describe, nbytes_of, pack, places, unpack
 from tensorkv.transport.wire import Reply, Request, Room, Settings
 
-from ..errors import ArgumentError, ValueMismatchError, quote
 from .call import read
 from .memory import Memory
 from .views import Views

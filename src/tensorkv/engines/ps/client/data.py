@@ -13,6 +13,7 @@ import torch
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.errors import KeyNotFoundError, ValueMismatchError, quote
 from tensorkv.shard import reduce
 from tensorkv.shard.checks import check_push
 from tensorkv.shard.columns import Column
@@ -22,11 +23,10 @@ from tensorkv.shard.optimizers import ROWWISE
 from tensorkv.shard.pool import Pool
 from tensorkv.storage.record import Item, Record, pack
 
-from ..errors import KeyNotFoundError, ValueMismatchError, quote
-from . import spread
-from .directory import Directory
-from .ray_lane import Lane, Lanes, Letter
-from .spread import Held, Route
+from . import layout
+from .keymap import Directory
+from .layout import Held, Route
+from .session import Lane, Lanes, Letter
 
 Outs = Sequence[Sequence[torch.Tensor]]
 # Pulls of as many bytes are read from a copy that all readers of a host share.
@@ -123,7 +123,7 @@ class Traffic:
             fill = partial(share.gather, parts)
             if columns is not None and route.form is not None:
                 addresses = [column.addresses for column in columns]
-                fill = partial(spread.gather, share, route.form.dtype, addresses, pool=self._pool)
+                fill = partial(layout.gather, share, route.form.dtype, addresses, pool=self._pool)
             words = {"pulls": True, "of": reply.checksum} if pulls else {}
             letters.append(Letter(share.server, words, share.layout, share.nbytes, fill, reply.nbytes if pulls else 0))
         with self._lanes.take() as lane:
@@ -133,10 +133,10 @@ class Traffic:
                     self._scatter(route, reply, answer.payload, outs, targets)
 
     def _scatter(
-        self, route: Route, share: spread.Share, values: torch.Tensor, outs: Outs, targets: list[Column] | None
+        self, route: Route, share: layout.Share, values: torch.Tensor, outs: Outs, targets: list[Column] | None
     ) -> None:
         if targets and route.form is not None:
-            spread.scatter(share, route.form.dtype, values, [target.addresses for target in targets], self._pool)
+            layout.scatter(share, route.form.dtype, values, [target.addresses for target in targets], self._pool)
         else:
             share.scatter(values, outs)
 
@@ -150,7 +150,7 @@ class Traffic:
                 items += self._items(key, each, total, server)
             letters.append(letter_of(server, {}, pack({}, items)))
         with self._lanes.take() as lane:
-            self._push_letters(lane, spread.list_name(batch.keys), letters)
+            self._push_letters(lane, layout.list_name(batch.keys), letters)
 
     def _push_letters(self, lane: Lane, name: str, letters: Sequence[Letter]) -> list[Any]:
         """Send a push; in step, into the round of its list of keys to which this worker has come."""

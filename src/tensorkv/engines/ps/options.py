@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 from tensorkv.arrays.arguments import check_timeout
+from tensorkv.engines.ps.client.engine import RayEngine, StoreEndingError, close_abandoned
+from tensorkv.errors import ArgumentError, quote
 from tensorkv.transport.wire import Settings
 
-from ..errors import ArgumentError, quote
-from . import ray_cluster
-from .ray import RayEngine, StoreEndingError, close_abandoned
+from .ray import cluster
 
 
 def build(name: str, address: str | None, timeout_s: float, insecure: bool, options: Mapping[str, Any]) -> RayEngine:
@@ -33,7 +33,7 @@ def build(name: str, address: str | None, timeout_s: float, insecure: bool, opti
         raise ArgumentError(f"create: name is {name!r}; expected a str without a slash")
     asked = {word: each for word, each in options.items() if each is not None}
     wanted = _settings(asked)
-    started = ray_cluster.enter(address, timeout_s, insecure=insecure)
+    started = cluster.enter(address, timeout_s, insecure=insecure)
     try:
         close_abandoned()
         deadline = time.monotonic() + timeout_s
@@ -46,7 +46,7 @@ def build(name: str, address: str | None, timeout_s: float, insecure: bool, opti
                     raise
                 time.sleep(0.05)
     except BaseException:
-        ray_cluster.leave(started)
+        cluster.leave(started)
         raise
 
 
@@ -54,8 +54,8 @@ def _join(
     name: str, wanted: Settings, asked: Mapping[str, Any], timeout_s: float, *, insecure: bool, started: bool
 ) -> RayEngine:
     """Return a client of the servers that are there, or of new ones."""
-    found = ray_cluster.find_servers(name, timeout_s)
-    actors, settings = found or ray_cluster.make_servers(name, wanted, timeout_s)
+    found = cluster.find_servers(name, timeout_s)
+    actors, settings = found or cluster.make_servers(name, wanted, timeout_s)
     for word, each in asked.items():
         if getattr(settings, word) != each:
             raise ArgumentError(
@@ -63,10 +63,10 @@ def _join(
                 f"{each!r}; leave the option out to join it, or choose another name"
             )
     try:
-        places = ray_cluster.check_safety(actors, insecure, timeout_s)
+        places = cluster.check_safety(actors, insecure, timeout_s)
     except ArgumentError:
         if found is None:
-            ray_cluster.stop_servers(actors)
+            cluster.stop_servers(actors)
         raise
     return RayEngine(actors, settings, places, timeout_s, started=started)
 

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tensorkv.errors import SnapshotError
 from tensorkv.storage.dedup import Clients
 
-from ..errors import SnapshotError
-from .waits import Monitor
+from .wait import Monitor
 
 # A freeze whose owner is gone ends by itself.
 _LIMIT_S = 10.0

@@ -13,11 +13,10 @@ import torch
 
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.errors import ArgumentError, KeyNotFoundError, SnapshotError, quote
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.shard import Shard
 from tensorkv.shard.table import Table
-
-from ..errors import ArgumentError, KeyNotFoundError, SnapshotError, quote
 
 
 @dataclass(slots=True)

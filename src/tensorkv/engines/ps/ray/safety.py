@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
-from ..errors import ArgumentError
+from tensorkv.errors import ArgumentError
 
 # Ray binds its sockets to the loopback interface if the address of its node is exactly this one, and to every
 # interface otherwise, whatever the address.

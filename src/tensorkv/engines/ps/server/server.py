@@ -16,19 +16,19 @@ from typing import Any
 import torch
 
 from tensorkv.arrays.keys import Key
+from tensorkv.errors import ArgumentError, TensorKVError
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard.entry import Part
 from tensorkv.transport.wire import Reply, Request, Settings
 
-from ..errors import ArgumentError, TensorKVError
-from .attendance import Attendance
 from .call import keys_of, read
 from .cut import Cut
-from .gathering import Gathering, Pushed
-from .holding import Holding, contents_of
+from .membership import Attendance
 from .memory import Memory
 from .rounds import Rounds
-from .waits import AwakeClock, Monitor, Waits
+from .state import Holding, contents_of
+from .sync_round import Gathering, Pushed
+from .wait import AwakeClock, Monitor, Waits
 
 
 class Server:

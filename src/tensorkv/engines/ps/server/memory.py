@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorkv.arrays.keys import Key
+from tensorkv.errors import JournalError
 from tensorkv.storage.dedup import Clients
 
-from ..errors import JournalError
 from .rounds import Rounds
 
 # Texts that are remembered, for workers that come to them later or whose answer was lost.

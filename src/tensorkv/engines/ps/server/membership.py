@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from ..errors import ArgumentError, JournalError, StoreClosedError
+from tensorkv.errors import ArgumentError, JournalError, StoreClosedError
+
 from .memory import Memory, Start
-from .waits import Monitor
+from .wait import Monitor
 
 # How long servers stay for clients that did not say goodbye and may only be busy, and without any.
 FORGOTTEN_S = 120.0

@@ -11,15 +11,15 @@ import torch
 
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.errors import KeyNotFoundError, SnapshotError, TensorKVError, quote
 from tensorkv.shard.entry import KeySpec
 from tensorkv.storage import manifest
 from tensorkv.storage.manifest import Contents
 from tensorkv.storage.record import Record
 
-from ..errors import KeyNotFoundError, SnapshotError, TensorKVError, quote
-from .ray_lane import Lanes, Letter
-from .spread import Held, from_note
-from .traffic import Traffic
+from .data import Traffic
+from .layout import Held, from_note
+from .session import Lanes, Letter
 
 
 class State(NamedTuple):

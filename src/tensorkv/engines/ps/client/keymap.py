@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from tensorkv.arrays.keys import Key
+from tensorkv.engines.partition import pieces
+from tensorkv.errors import KeyExistsError, KeyTypeError, no_such_key, quote
 from tensorkv.runtime import shield
 from tensorkv.shard.entry import Entry, KeySpec
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
 from tensorkv.shard.rules import Assign, Rule, StepOptimizer
 from tensorkv.shard.table import Table
 
-from ..errors import KeyExistsError, KeyTypeError, no_such_key, quote
-from .partition import pieces
-from .spread import Held, Route, from_note
+from .layout import Held, Route, from_note
 
 _REMEMBERED_ROUTES = 256
 

@@ -18,7 +18,17 @@ import torch
 from tensorkv import errors
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows, merge
+from tensorkv.engines.ps.ray import cluster, server_stats
 from tensorkv.engines.sync.group import machine
+from tensorkv.errors import (
+    ArgumentError,
+    OptimizerError,
+    ServerLostError,
+    TensorKVError,
+    ValueMismatchError,
+    WaitTimeoutError,
+    quote,
+)
 from tensorkv.runtime import forks, shield
 from tensorkv.shard.entry import Batch, Entry, KeyInfo, KeySpec, Part
 from tensorkv.shard.nonfinite import FiniteSums
@@ -31,22 +41,13 @@ from tensorkv.storage.record import Item, pack
 from tensorkv.transport.segment import can_share
 from tensorkv.transport.wire import Settings
 
-from ..errors import (
-    ArgumentError,
-    OptimizerError,
-    ServerLostError,
-    TensorKVError,
-    ValueMismatchError,
-    WaitTimeoutError,
-    quote,
-)
-from . import ray_cluster, server_stats, servers_archive, spread
-from .directory import Directory
-from .moments import Moment, Moments
-from .ray_lane import Lane, Lanes, Letter
-from .ray_link import Answer, Link
-from .spread import Held
-from .traffic import Traffic, letter_of
+from . import checkpoint, layout
+from .data import Traffic, letter_of
+from .keymap import Directory
+from .layout import Held
+from .rpc import Answer, Link
+from .session import Lane, Lanes, Letter
+from .snapshot import Moment, Moments
 
 Outs = Sequence[Sequence[torch.Tensor]]
 _BEAT_S = 1.0
@@ -255,7 +256,7 @@ class RayEngine:
             if piece is not None:
                 shape = each.spec.shape if isinstance(piece, Table) else piece.shape
                 entries.append(Entry(key, replace(each.spec, shape=shape), piece))
-                notes[json.dumps(key)] = spread.to_note(each)
+                notes[json.dumps(key)] = layout.to_note(each)
         if not entries:
             return None
         body, tensors = manifest.describe("store", entries, Assign())
@@ -446,7 +447,7 @@ class RayEngine:
     # ------------------------------------------------------------ checkpoints
 
     def save(self, path: str, kind: Kind) -> None:
-        self._first(lambda: servers_archive.save(self._moment.states(), path, kind))
+        self._first(lambda: checkpoint.save(self._moment.states(), path, kind))
 
     def load(self, path: str, kind: Kind) -> None:
         self._first(lambda: self._load(path, kind))
@@ -454,7 +455,7 @@ class RayEngine:
 
     def _load(self, path: str, kind: Kind) -> None:
         with self._claim():
-            letters = servers_archive.load(path, kind, self._directory, len(self._actors))
+            letters = checkpoint.load(path, kind, self._directory, len(self._actors))
             with self._lanes.take() as lane:
                 lane.send("restore", letters)
 
@@ -519,8 +520,8 @@ class RayEngine:
         self._lanes.close()
         self._traffic.close()
         if left == 0:
-            ray_cluster.stop_servers(self._actors)
-        ray_cluster.leave(self._started)
+            cluster.stop_servers(self._actors)
+        cluster.leave(self._started)
 
     def _say_goodbye(self) -> int:
         """Tell the servers that this client goes; return how many others use them, or may do so."""
@@ -535,10 +536,10 @@ class RayEngine:
         left = max((head["clients"] for head in heads[: len(asked)]), default=0)
         deadline = time.monotonic() + self._timeout_s
         # Their Ray ends with this process.
-        while left and ray_cluster.is_last(self._started) and time.monotonic() < deadline:
+        while left and cluster.is_last(self._started) and time.monotonic() < deadline:
             time.sleep(0.05)
             left = max((head["clients"] for head in self._bye(asked)), default=0)
-        if is_whole and not ray_cluster.is_last(self._started):
+        if is_whole and not cluster.is_last(self._started):
             # Whoever is silent may be busy, and what servers hold is gone with them.
             left += heads[0]["silent"]
         return left

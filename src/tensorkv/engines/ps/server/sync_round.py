@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tensorkv.arrays.keys import Key
+from tensorkv.errors import TensorKVError, WorkerError
 from tensorkv.shard.entry import Part
-
-from ..errors import TensorKVError, WorkerError
 
 
 @dataclass(slots=True)

@@ -16,14 +16,14 @@ import ray
 import torch
 from ray.exceptions import OutOfMemoryError
 
+from tensorkv.engines.ps.server.membership import FORGOTTEN_S
+from tensorkv.engines.ps.server.server import Server
 from tensorkv.engines.sync.group import machine
 from tensorkv.transport.mailbox import OpenMailboxes
 from tensorkv.transport.shared_cache import Copies
 from tensorkv.transport.wire import Reply, Request, Settings, join, split
 
-from ..server import Server
-from ..server.attendance import FORGOTTEN_S
-from .ray_metrics import ServerMetrics
+from .metrics import ServerMetrics
 
 # Up to here a payload travels inside of its message, and Ray puts it into no object store.
 INLINE_NBYTES = 64 << 10

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tensorkv.arrays.keys import Key
+from tensorkv.errors import CheckpointError
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.rules import Assign, Rule, StepOptimizer
 from tensorkv.shard.table import Table
@@ -17,12 +18,11 @@ from tensorkv.storage import checkpoint, manifest
 from tensorkv.storage.manifest import Contents, Kind
 from tensorkv.storage.record import Item, pack
 
-from ..errors import CheckpointError
-from .directory import Directory
-from .moments import State
-from .ray_lane import Letter
-from .spread import Held, to_note
-from .traffic import letter_of
+from .data import letter_of
+from .keymap import Directory
+from .layout import Held, to_note
+from .session import Letter
+from .snapshot import State
 
 
 def save(found: Sequence[State], path: str, kind: Kind) -> None:

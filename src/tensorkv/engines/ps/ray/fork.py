@@ -15,9 +15,8 @@ import sys
 import ray
 import ray._private.worker as ray_worker
 
+from tensorkv.errors import ForkedStoreError
 from tensorkv.runtime import forks
-
-from ..errors import ForkedStoreError
 
 _in_parent = False
 

@@ -16,15 +16,14 @@ import torch
 from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, RayActorError, RayError
 
 from tensorkv import errors
+from tensorkv.engines.ps.ray.actor import INLINE_NBYTES, why
+from tensorkv.engines.ps.server.state import bytes_of
+from tensorkv.engines.ps.server.wait import PATIENCE_S
+from tensorkv.errors import PushOutcomeUnknownError, ServerLostError, TensorKVError, WaitTimeoutError
 from tensorkv.runtime import shield
 from tensorkv.transport.mailbox import Mailbox
 from tensorkv.transport.shared_cache import CopyReader
 from tensorkv.transport.wire import join, split
-
-from ..errors import PushOutcomeUnknownError, ServerLostError, TensorKVError, WaitTimeoutError
-from ..server.holding import bytes_of
-from ..server.waits import PATIENCE_S
-from .ray_actor import INLINE_NBYTES, why
 
 # How long to wait for an answer before the request is sent again.
 _RESEND_S = 10.0

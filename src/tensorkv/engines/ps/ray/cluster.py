@@ -21,12 +21,12 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from tensorkv.engines.sync.group import agree_on_start, meet
+from tensorkv.errors import ArgumentError, JournalError, RankLostError, ServerLostError, quote
 from tensorkv.transport.wire import Settings
 
-from ..errors import ArgumentError, JournalError, RankLostError, ServerLostError, quote
-from . import ray_fork, ray_safety
-from .ray_actor import ServerActor, why
-from .ray_safety import LOOPBACK
+from . import fork, safety
+from .actor import ServerActor, why
+from .safety import LOOPBACK
 
 NAMESPACE = "tensorkv"
 # Requests that may wait in a server at a time, each in a thread.
@@ -64,14 +64,14 @@ def enter(address: str | None, timeout_s: float, *, insecure: bool = False) -> b
 
 def _enter(address: str | None, timeout_s: float, insecure: bool) -> bool:
     global _started
-    ray_fork.check()
+    fork.check()
     if ray.is_initialized():
         _started += _started > 0
         return _started > 0
     # A lost server is told from a slow one in milliseconds instead of seconds.
     _set({"RAY_timeout_ms_task_wait_for_death_info": "0"})
     if not insecure:
-        ray_safety.check_token()
+        safety.check_token()
     if address is not None:
         _join(address, min(timeout_s, _STARTING_S))
         return False
@@ -81,7 +81,7 @@ def _enter(address: str | None, timeout_s: float, insecure: bool) -> bool:
             "create: the workers are on several hosts, and there is no Ray cluster; start one and set RAY_ADDRESS"
         )
     # In every process: if it cannot be made, none waits for the one that starts Ray.
-    ray_safety.ensure_token()
+    safety.ensure_token()
     if size == 1:
         _start()
         return True
@@ -209,7 +209,7 @@ def _start() -> None:
     _auth_mode = os.environ.get("RAY_AUTH_MODE")
     _set_auth_mode("token")
     try:
-        with ray_safety.loopback_node(), ray_safety.quiet_forks():
+        with safety.loopback_node(), safety.quiet_forks():
             ray.init(
                 # A cluster of somebody else on this machine is not joined, and one that has ended is not looked for.
                 address="local",
@@ -234,7 +234,7 @@ def _start() -> None:
 
 def _open_addresses() -> list[str]:
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return ray_safety.open_addresses(ray.get_runtime_context().gcs_address, nodes)
+    return safety.open_addresses(ray.get_runtime_context().gcs_address, nodes)
 
 
 def _join(address: str, timeout_s: float) -> None:
@@ -248,12 +248,12 @@ def _join(address: str, timeout_s: float) -> None:
         if address != "auto":
             _wait_to_listen(address, timeout_s)
         host, _, port = address.rpartition(":")
-        with ray_safety.quiet_forks():
-            if host == LOOPBACK and ray_safety.is_local(int(port)):
+        with safety.quiet_forks():
+            if host == LOOPBACK and safety.is_local(int(port)):
                 # Started by a store, which asks for this user's token. A cluster that asks for none takes it as well.
-                ray_safety.ensure_token()
+                safety.ensure_token()
                 _set_auth_mode("token")
-                with ray_safety.loopback_node():
+                with safety.loopback_node():
                     ray.init(address=address, _node_ip_address=LOOPBACK, **common)
             else:
                 ray.init(address=address, **common)

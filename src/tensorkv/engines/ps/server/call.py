@@ -13,10 +13,9 @@ import torch
 
 from tensorkv.arrays.keys import Key, check_key
 from tensorkv.arrays.rows import Rows
+from tensorkv.errors import ArgumentError
 from tensorkv.shard.entry import Part
 from tensorkv.storage.record import places, unpack
-
-from ..errors import ArgumentError
 
 
 @dataclass(frozen=True, slots=True)

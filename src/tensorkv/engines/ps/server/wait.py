@@ -58,7 +58,7 @@ class Monitor:
     ...     monitor.wait_until(lambda: False, lambda: "rank 1")
     Traceback (most recent call last):
         ...
-    tensorkv.server.waits.Waits: rank 1
+    tensorkv.engines.ps.server.wait.Waits: rank 1
     """
 
     def __init__(self, patience_s: float = PATIENCE_S) -> None:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import StoreClosedError
-from .ray_link import Answer, Link
+from tensorkv.errors import StoreClosedError
+
+from .rpc import Answer, Link
 
 Fill = Callable[[torch.Tensor], Any]
 

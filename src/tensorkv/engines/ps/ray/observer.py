@@ -9,10 +9,10 @@ import ray
 from ray.exceptions import ActorDiedError, RayError
 
 from tensorkv.arrays.arguments import check_timeout
+from tensorkv.errors import ServerLostError, quote
 from tensorkv.transport.wire import Settings, join, split
 
-from ..errors import ServerLostError, quote
-from . import ray_cluster, server_stats
+from . import cluster, server_stats
 
 # A client without an owner: servers answer it, and do not count it.
 _QUESTION = join({"verb": "stats", "owner": None, "client": "observer", "seq": 0})
@@ -70,8 +70,8 @@ def observe(name: str = "tensorkv", address: str | None = None, timeout_s: float
     This process stays in the Ray cluster that it has found, as one with a store does.
     """
     timeout_s = check_timeout(timeout_s)
-    ray_cluster.find(name, address)
-    found = ray_cluster.find_servers(name, timeout_s)
+    cluster.find(name, address)
+    found = cluster.find_servers(name, timeout_s)
     if found is None:
         raise ServerLostError(f"the store {quote(name)} has just ended")
     return Observer(name, *found, timeout_s)

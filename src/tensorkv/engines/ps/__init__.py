@@ -1,0 +1,1 @@
+"""Engine dist_async: parameter servers, on Ray."""

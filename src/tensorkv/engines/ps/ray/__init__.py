@@ -1,0 +1,1 @@
+"""How servers run in a Ray cluster."""

@@ -1,0 +1,1 @@
+"""The server's side of dist_async; no Ray in it."""

@@ -503,7 +503,7 @@ def test_workers_load_a_trainer_s_state_together(monkeypatch):
             with pytest.raises(tensorkv.CheckpointError, match="the disk is full"):
                 trainers[rank].load_state_dict(states[rank])
 
-        monkeypatch.setattr("tensorkv.updates.StoreUpdate._rewrite", fail)
+        monkeypatch.setattr("tensorkv.trainer.updates.StoreUpdate._rewrite", fail)
         both(load)
         assert sorted(stores[1].keys()) == ["bias", "other", "weight"]
         both(lambda rank: trainers[rank].refresh())

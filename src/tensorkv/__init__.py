@@ -7,6 +7,7 @@ from tensorkv.runtime import early  # noqa: F401 - before anything that takes lo
 # isort: split
 from tensorkv.arrays.rows import Rows
 from tensorkv.shard.entry import KeyInfo
+from tensorkv.trainer.trainer import Trainer
 
 from . import engines, errors
 from .errors import (
@@ -36,7 +37,6 @@ from .errors import (
 )
 from .snapshot import Snapshot
 from .store import KVStore, create
-from .trainer import Trainer
 
 __version__ = version("tensorkv")
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import ArgumentError, quote
-from .store import KVStore
+from tensorkv.errors import ArgumentError, quote
+from tensorkv.store import KVStore
 
 # Long enough that a push costs bytes rather than calls, short enough that several fit into a backward pass.
 BUCKET_NBYTES = 4 << 20

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from tensorkv.errors import CheckpointError, OptimizerError, show
 from tensorkv.shard import optimizers
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.rules import StepOptimizer
 from tensorkv.storage import checkpoint, manifest
-
-from .errors import CheckpointError, OptimizerError, show
-from .store import KVStore
+from tensorkv.store import KVStore
 
 # By key, the parameter of every replica; and the optimizer's state, by name.
 Params = dict[str, list[nn.Parameter]]

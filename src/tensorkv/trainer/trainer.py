@@ -14,8 +14,7 @@ from torch import nn
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import check_flag
-
-from .errors import (
+from tensorkv.errors import (
     ArgumentError,
     CheckpointError,
     KeyExistsError,
@@ -26,8 +25,9 @@ from .errors import (
     quote,
     show,
 )
+from tensorkv.store import KVStore
+
 from .overlap import Overlap
-from .store import KVStore
 from .updates import Params, StoreUpdate, WorkerUpdate, broadcast
 
 # What of a state is told by key: weights, optimizer state, and numbers that are a key's own.

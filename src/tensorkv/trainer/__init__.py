@@ -1,0 +1,1 @@
+"""Train a model whose parameters a store updates."""

@@ -22,7 +22,7 @@ import ray
 from sklearn.neural_network import MLPClassifier
 
 import tensorkv
-from tensorkv import demo
+from tensorkv.cli import demo
 
 READERS = 3
 VERSIONS = 20

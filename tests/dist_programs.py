@@ -772,7 +772,7 @@ def train(overlap, update_on_store):
 
 def demo_killed(folder):
     """The demo, whose last worker is killed after some epochs at its first start."""
-    from tensorkv import cli, demo
+    from tensorkv.cli import demo, main
 
     keep, seen = demo._keep, []
 
@@ -794,7 +794,7 @@ def demo_killed(folder):
         "--out",
         f"{folder}/a.png",
     ]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     say(f"rank {RANK} made epochs {seen[0]} to {seen[-1]}")
 
 

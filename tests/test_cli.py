@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import tensorkv
-from tensorkv import cli, inspection, tutorial
+from tensorkv.cli import inspect, main, tutorial
 
 
 def run(capsys, *arguments):
-    status = cli.main([str(argument) for argument in arguments])
+    status = main.main([str(argument) for argument in arguments])
     return status, *capsys.readouterr()
 
 
@@ -113,7 +113,7 @@ def test_demo_says_before_training_where_it_cannot_write(capsys, monkeypatch, tm
     (tmp_path / "file").touch()
     # Root may write everywhere, but for file systems that are read-only.
     monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path))
-    monkeypatch.setattr(cli.demo, "run", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(main.demo, "run", lambda *_, **__: pytest.fail("trained"))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("started workers"))
     assert part in error_of(capsys, "demo", "--store", *store, *arguments, status=1)
 
@@ -171,7 +171,7 @@ def test_ctrl_c_is_status_130_without_a_traceback(capsys, monkeypatch):
 
 def test_an_interrupted_process_ends_with_130():
     code = (
-        "import os, signal, sys, tensorkv.cli as cli\n"
+        "import os, signal, sys, tensorkv.cli.main as cli\n"
         "cli.tutorial.run = lambda _: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(cli.main(['tutorial']))"
     )
@@ -192,13 +192,15 @@ sys.argv = sys.argv[1:]
 if sys.argv[0] == "-m":
     runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 else:
-    from tensorkv.cli import main
+    from tensorkv.cli.main import main
     sys.exit(main())
 """
 
 
 @pytest.mark.parametrize(
-    "program", [["-m", "tensorkv"], ["-m", "tensorkv.cli"], ["/usr/bin/tensorkv"]], ids=["package", "module", "script"]
+    "program",
+    [["-m", "tensorkv"], ["-m", "tensorkv.cli.main"], ["/usr/bin/tensorkv"]],
+    ids=["package", "module", "script"],
 )
 def test_ctrl_c_during_the_import_is_no_traceback(program):
     command = [sys.executable, "-c", INTERRUPTING, *program, "tutorial"]
@@ -235,7 +237,7 @@ def test_a_reader_that_has_gone_is_no_traceback(arguments):
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        command = [sys.executable, "-m", "tensorkv.cli", *arguments]
+        command = [sys.executable, "-m", "tensorkv.cli.main", *arguments]
         ended = subprocess.run(
             command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=100, env=environment
         )
@@ -248,9 +250,9 @@ def test_a_missing_module_that_no_extra_brings_is_not_hidden(monkeypatch, tmp_pa
     def broken(*_, **__):
         raise ModuleNotFoundError("no module of ours")
 
-    monkeypatch.setattr(inspection, "describe", broken)
+    monkeypatch.setattr(inspect, "describe", broken)
     with pytest.raises(ModuleNotFoundError, match="no module of ours"):
-        cli.main(["inspect", str(tmp_path)])
+        main.main(["inspect", str(tmp_path)])
 
 
 def test_tutorial_without_jax_names_the_extra(capsys, monkeypatch):
@@ -260,7 +262,7 @@ def test_tutorial_without_jax_names_the_extra(capsys, monkeypatch):
 
 def test_the_console_script_is_this_main():
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="tensorkv")
-    assert script.load() is cli.main
+    assert script.load() is main.main
 
 
 # ---------------------------------------------------------------- inspect
@@ -309,7 +311,7 @@ def test_inspect_tells_update_rule_size_and_files(capsys, checkpoint):
     assert update.startswith("update: optimizer adam(lr=0.1, betas=[0.9, 0.999], eps=1e-08, ")
     assert update.endswith("rescale_grad=1.0, clip_gradient=None)")
     assert own == '        lr=0.5: "w"'
-    nbytes = inspection.size(data_file(checkpoint).stat().st_size)
+    nbytes = inspect.size(data_file(checkpoint).stat().st_size)
     assert size == f"size:   {nbytes} in 1 data file (only the manifest checked; --verify reads everything)"
     assert file == f"file:   {data_file(checkpoint).name}  {nbytes}"
 
@@ -550,7 +552,7 @@ def test_inspect_of_a_damaged_manifest(capsys, checkpoint):
 def test_inspect_of_a_manifest_that_no_save_wrote(capsys, checkpoint, monkeypatch, change):
     # With a right digest, as someone who writes manifests could make it.
     body = {**tensorkv.storage.checkpoint.read_manifest(str(checkpoint)), **change}
-    monkeypatch.setattr(inspection.checkpoint, "read_manifest", lambda _: body)
+    monkeypatch.setattr(inspect.checkpoint, "read_manifest", lambda _: body)
     assert str(checkpoint) in error_of(capsys, "inspect", checkpoint, status=1)
 
 
@@ -558,7 +560,7 @@ def test_inspect_reads_no_file_outside_of_the_checkpoint(capsys, checkpoint, mon
     shutil.copy(data_file(checkpoint), checkpoint.parent / "outside.safetensors")
     body = tensorkv.storage.checkpoint.read_manifest(str(checkpoint))
     body["files"][0]["name"] = "../outside.safetensors"
-    monkeypatch.setattr(inspection.checkpoint, "read_manifest", lambda _: body)
+    monkeypatch.setattr(inspect.checkpoint, "read_manifest", lambda _: body)
     report = json.loads(run(capsys, "inspect", "--json", checkpoint)[1])
     assert [key["nbytes"] for key in report["keys"]] == [None] * 3
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tensorkv import cli, demo
+from tensorkv.cli import demo, main
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -22,7 +22,7 @@ def digits():
 
 def test_demo_reaches_its_accuracy_and_names_the_png_last(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["demo"]) == 0
+    assert main.main(["demo"]) == 0
     shown = capsys.readouterr()
     *_, many, one, apart, last = shown.out.splitlines()
     assert last == "curves: tensorkv-demo.png"
@@ -133,7 +133,7 @@ def test_learning_rate_is_the_one_given_or_the_optimizers(digits, monkeypatch, o
 
 def run_demo(tmp_path, *options):
     out = tmp_path / "curves.png"
-    return cli.main(["demo", "--out", str(out), "--replicas", "2", *options]), out
+    return main.main(["demo", "--out", str(out), "--replicas", "2", *options]), out
 
 
 def test_quiet_prints_only_the_line_with_the_png(tmp_path, capsys):
@@ -181,7 +181,7 @@ def test_too_low_an_accuracy_is_a_failure_that_still_shows_the_curves(tmp_path, 
 )
 def test_only_the_demos_own_training_is_held_to_its_accuracy(tmp_path, monkeypatch, options, status):
     monkeypatch.setattr(demo, "run", lambda *_, **__: demo.Curves([1.0], [0.55]))
-    assert cli.main(["demo", "--out", str(tmp_path / "a.png"), *options]) == status
+    assert main.main(["demo", "--out", str(tmp_path / "a.png"), *options]) == status
 
 
 def test_a_training_that_blows_up_is_plotted_too(tmp_path, capsys):

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 import tensorkv
-from tensorkv import cli, demo, demo_servers
-from tensorkv.demo_servers import Course, Pace
+from tensorkv.cli import demo, demo_servers, main
+from tensorkv.cli.demo_servers import Course, Pace
 
 pytest.importorskip("ray")
 pytest.importorskip("sklearn")
@@ -26,7 +26,7 @@ def cluster():
 
 
 def run_demo(tmp_path, *options):
-    command = [sys.executable, "-m", "tensorkv.cli", "demo", "--store", "dist_async", *map(str, options)]
+    command = [sys.executable, "-m", "tensorkv.cli.main", "demo", "--store", "dist_async", *map(str, options)]
     environment = {name: text for name, text in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "RAY_ADDRESS")}
     # As for somebody who has just installed it: Ray and matplotlib find nothing of theirs, and make it.
     (tmp_path / "home").mkdir()
@@ -105,7 +105,7 @@ def test_an_accuracy_that_was_never_reached_has_no_time():
     ],
 )
 def test_options_that_do_not_go_together_are_wrong_usage(capsys, options, problem):
-    assert cli.main(["demo", *options]) == 2
+    assert main.main(["demo", *options]) == 2
     assert capsys.readouterr().err == f"tensorkv: error: demo: {problem}\n"
 
 
@@ -114,4 +114,4 @@ def test_only_the_demos_own_training_is_held_to_its_accuracy(tmp_path, monkeypat
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(demo_servers, "run", lambda *_, **__: 0.94)
     out = str(tmp_path / "a.png")
-    assert cli.main(["demo", "--store", "dist_async", "--out", out, *options]) == status
+    assert main.main(["demo", "--store", "dist_async", "--out", out, *options]) == status

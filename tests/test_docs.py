@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import tensorkv
-from tensorkv import cli
+from tensorkv.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [path for name in ("*.md", "docs/*.md") for path in sorted(ROOT.glob(name))]
@@ -270,5 +270,5 @@ def test_make_targets_in_the_docs_exist() -> None:
 
 def test_commands_in_the_docs_exist(capsys: pytest.CaptureFixture[str]) -> None:
     for command in sorted(commands("tensorkv")):
-        assert cli.main([command, "--help"]) == 0
+        assert main.main([command, "--help"]) == 0
         assert f"tensorkv {command}" in capsys.readouterr().out

@@ -291,7 +291,18 @@ def apart(text):
 
 
 def test_the_demo_over_workers(tmp_path):
-    command = [sys.executable, "-m", "tensorkv.cli", "demo", "--store", "dist_sync", "--workers", "4", "--epochs", "4"]
+    command = [
+        sys.executable,
+        "-m",
+        "tensorkv.cli.main",
+        "demo",
+        "--store",
+        "dist_sync",
+        "--workers",
+        "4",
+        "--epochs",
+        "4",
+    ]
     shown = subprocess.run(
         [*command, "--out", str(tmp_path / "demo.png")], capture_output=True, text=True, timeout=150, check=False
     )

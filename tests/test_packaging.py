@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import tensorkv
-from tensorkv import cli
+from tensorkv.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("benchmarks", "docs", "examples", "src/tensorkv", "tests")
@@ -126,5 +126,5 @@ def test_an_installation_without_compiled_parts_says_so(tree, tmp_path):
 def test_a_full_installation_says_that_it_has_its_parts(capsys):
     with tensorkv.create() as kv:
         assert kv.stats()["compiled"] == {"_native": True, "_shared": True}
-    assert cli.main(["--version"]) == 0
+    assert main.main(["--version"]) == 0
     assert capsys.readouterr().out == f"tensorkv {tensorkv.__version__}\n"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tensorkv
-from tensorkv import cli, top
+from tensorkv.cli import main, top
 
 ray = pytest.importorskip("ray")
 from tensorkv.engines.ps.ray import actor, cluster  # noqa: E402
@@ -103,7 +103,7 @@ def test_addresses_where_no_cluster_is_are_refused_at_once():
 
 
 def run_top(*options):
-    command = [sys.executable, "-m", "tensorkv.cli", "top", *options]
+    command = [sys.executable, "-m", "tensorkv.cli.main", "top", *options]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100, env={**os.environ})
 
 
@@ -130,7 +130,7 @@ def test_once_draws_tables(store):
 
 
 def test_an_unknown_store_is_one_line(store, capsys):
-    assert cli.main(["top", "--name", "nope", "--once"]) == 1
+    assert main.main(["top", "--name", "nope", "--once"]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.startswith('tensorkv: error: no store "nope" on this machine; ')

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tensorkv import cli, tutorial
+from tensorkv.cli import main, tutorial
 
 HEADERS = {
     "numpy": "tensorkv with numpy arrays: xp is numpy, buffer is numpy.zeros, devices are cpu, cpu, cpu, cpu",
@@ -119,7 +119,7 @@ update on key: 9
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 def test_tutorial_prints_exactly_this(library, capsys):
-    assert cli.main(["tutorial", "--arrays", library]) == 0
+    assert main.main(["tutorial", "--arrays", library]) == 0
     shown = capsys.readouterr()
     assert shown.out == f"{HEADERS[library]}\n{GOLDEN}"
     assert shown.err == ""
@@ -129,7 +129,7 @@ def test_tutorial_prints_exactly_this_with_jax_on_four_devices():
     # In a process of its own: JAX settles its devices once.
     pytest.importorskip("jax")
     environment = {name: text for name, text in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
-    command = [sys.executable, "-W", "error", "-m", "tensorkv.cli", "tutorial", "--arrays", "jax"]
+    command = [sys.executable, "-W", "error", "-m", "tensorkv.cli.main", "tutorial", "--arrays", "jax"]
     shown = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=100)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout == f"{HEADERS['jax']}\n{GOLDEN}"
@@ -145,7 +145,7 @@ def test_tutorial_takes_the_devices_that_a_running_jax_has(capsys):
 
 
 def test_numpy_is_the_default(capsys):
-    assert cli.main(["tutorial"]) == 0
+    assert main.main(["tutorial"]) == 0
     assert capsys.readouterr().out.startswith(HEADERS["numpy"])
 
 

@@ -1,5 +1,5 @@
 """The command line as ``python -m tensorkv``."""
 
-from tensorkv.cli import main
+from tensorkv.cli.main import main
 
 raise SystemExit(main())

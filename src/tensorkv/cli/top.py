@@ -14,8 +14,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from .errors import EngineNotFoundError
-from .inspection import printable, size
+from tensorkv.errors import EngineNotFoundError
+
+from .inspect import printable, size
 
 _PUSHES = ("push", "pushpull")
 _PULLS = ("pull", "pushpull", "pull_rows")

@@ -17,11 +17,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, TypeVar
 
-from tensorkv import __version__, demo, demo_servers, engines, inspection, top, tutorial
+from tensorkv import __version__, engines
+from tensorkv.errors import TensorKVError, suggestion
 from tensorkv.runtime import compiled, early
 from tensorkv.shard import optimizers
 
-from .errors import TensorKVError, suggestion
+from . import demo, demo_servers, inspect, top, tutorial
 
 N = TypeVar("N", int, float)
 
@@ -147,7 +148,7 @@ def _add_demo(commands: Any) -> None:
         "  tensorkv demo --replicas 8 --store device --out eight.png\n"
         "  tensorkv demo --store dist_sync --workers 4\n"
         "  tensorkv demo --store dist_async --workers 4 --staleness 2\n"
-        "  torchrun --nproc-per-node=4 -m tensorkv.cli demo --store dist_sync\n"
+        "  torchrun --nproc-per-node=4 -m tensorkv.cli.main demo --store dist_sync\n"
         "  tensorkv demo --optimizer sgd --lr 0.1 --epochs 40 --min-accuracy 0.95\n\n"
         "The last line of the output names the PNG. Needs: pip install 'tensorkv[examples]'",
     )
@@ -409,7 +410,7 @@ except SignalException as error:
 def _launch(workers: int) -> int:
     """Run this command once more, in each of some processes that torchrun starts on this machine."""
     launcher = [sys.executable, "-c", _LAUNCHER, "--standalone", f"--nproc-per-node={workers}"]
-    words = ["-m", "tensorkv.cli", *sys.argv[1:]]
+    words = ["-m", "tensorkv.cli.main", *sys.argv[1:]]
     # The launcher leaves a folder for logs behind. Standard error stays that of the workers: it reports failures there.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}  # torchrun's default, of which it would warn
     with TemporaryDirectory() as logs:
@@ -445,18 +446,18 @@ def _tutorial(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    report = inspection.describe(arguments.checkpoint, verify=arguments.verify)
+    report = inspect.describe(arguments.checkpoint, verify=arguments.verify)
     if arguments.json:
         print(json.dumps(report, indent=1))
         return 0
-    rows = inspection.table(report)
-    print("\n".join(inspection.summary(report)))
+    rows = inspect.table(report)
+    print("\n".join(inspect.summary(report)))
     if sys.stdout.isatty():
         from rich.console import Console
 
-        Console().print(inspection.rich_table(rows))
+        Console().print(inspect.rich_table(rows))
     else:
-        print("\n".join(["", *inspection.plain(rows)]))
+        print("\n".join(["", *inspect.plain(rows)]))
     return 0
 
 

@@ -13,13 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tensorkv.errors import CheckpointError, JournalError
 from tensorkv.storage import checkpoint, record_file
 from tensorkv.storage.folder import Folder
 from tensorkv.storage.record import Record
 from tensorkv.storage.wal import _LOG as LOG_NAME
 from tensorkv.storage.wal import _SNAPSHOT as SNAPSHOT_NAME
-
-from .errors import CheckpointError, JournalError
 
 # The head of a safetensors file is a length in 8 bytes and JSON; the format allows no more than this.
 _HEAD_BYTES = 100_000_000

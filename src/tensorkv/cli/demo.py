@@ -22,9 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from tensorkv.store import KVStore, create
 from tensorkv.trainer.trainer import Trainer
-
-from .store import KVStore, create
 
 # For the others, torch.optim's own default.
 LEARNING_RATES = {"adam": 0.005, "adamw": 0.005, "sgd": 0.2}

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from torch.nn.functional import cross_entropy
 
+from tensorkv.store import KVStore, create
 from tensorkv.trainer.trainer import Trainer
 
 from .demo import Digits, Settings, accuracy, learning_rate, load_digits, network, one_thread, save
-from .store import KVStore, create
 
 # What a worker that is slow sleeps in every step: some times what a step takes.
 SLEEP_S = 0.02

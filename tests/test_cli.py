@@ -237,7 +237,7 @@ def test_a_reader_that_has_gone_is_no_traceback(arguments):
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        command = [sys.executable, "-m", "tensorkv.cli.main", *arguments]
+        command = [sys.executable, "-m", "tensorkv", *arguments]
         ended = subprocess.run(
             command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=100, env=environment
         )

@@ -26,7 +26,7 @@ def cluster():
 
 
 def run_demo(tmp_path, *options):
-    command = [sys.executable, "-m", "tensorkv.cli.main", "demo", "--store", "dist_async", *map(str, options)]
+    command = [sys.executable, "-m", "tensorkv", "demo", "--store", "dist_async", *map(str, options)]
     environment = {name: text for name, text in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "RAY_ADDRESS")}
     # As for somebody who has just installed it: Ray and matplotlib find nothing of theirs, and make it.
     (tmp_path / "home").mkdir()

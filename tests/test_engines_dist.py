@@ -294,7 +294,7 @@ def test_the_demo_over_workers(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "tensorkv.cli.main",
+        "tensorkv",
         "demo",
         "--store",
         "dist_sync",

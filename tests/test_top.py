@@ -14,7 +14,7 @@ from tensorkv.cli import main, top
 
 ray = pytest.importorskip("ray")
 from tensorkv.engines.ps.ray import actor, cluster  # noqa: E402
-from tensorkv.engines.ps.ray import observer as ray_observer
+from tensorkv.engines.ps.ray import observer as ray_observer  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -103,7 +103,7 @@ def test_addresses_where_no_cluster_is_are_refused_at_once():
 
 
 def run_top(*options):
-    command = [sys.executable, "-m", "tensorkv.cli.main", "top", *options]
+    command = [sys.executable, "-m", "tensorkv", "top", *options]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100, env={**os.environ})
 
 

@@ -129,7 +129,7 @@ def test_tutorial_prints_exactly_this_with_jax_on_four_devices():
     # In a process of its own: JAX settles its devices once.
     pytest.importorskip("jax")
     environment = {name: text for name, text in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
-    command = [sys.executable, "-W", "error", "-m", "tensorkv.cli.main", "tutorial", "--arrays", "jax"]
+    command = [sys.executable, "-W", "error", "-m", "tensorkv", "tutorial", "--arrays", "jax"]
     shown = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=100)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout == f"{HEADERS['jax']}\n{GOLDEN}"

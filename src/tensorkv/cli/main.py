@@ -148,7 +148,7 @@ def _add_demo(commands: Any) -> None:
         "  tensorkv demo --replicas 8 --store device --out eight.png\n"
         "  tensorkv demo --store dist_sync --workers 4\n"
         "  tensorkv demo --store dist_async --workers 4 --staleness 2\n"
-        "  torchrun --nproc-per-node=4 -m tensorkv.cli.main demo --store dist_sync\n"
+        "  torchrun --nproc-per-node=4 -m tensorkv demo --store dist_sync\n"
         "  tensorkv demo --optimizer sgd --lr 0.1 --epochs 40 --min-accuracy 0.95\n\n"
         "The last line of the output names the PNG. Needs: pip install 'tensorkv[examples]'",
     )
@@ -410,7 +410,7 @@ except SignalException as error:
 def _launch(workers: int) -> int:
     """Run this command once more, in each of some processes that torchrun starts on this machine."""
     launcher = [sys.executable, "-c", _LAUNCHER, "--standalone", f"--nproc-per-node={workers}"]
-    words = ["-m", "tensorkv.cli.main", *sys.argv[1:]]
+    words = ["-m", "tensorkv", *sys.argv[1:]]
     # The launcher leaves a folder for logs behind. Standard error stays that of the workers: it reports failures there.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}  # torchrun's default, of which it would warn
     with TemporaryDirectory() as logs:

@@ -122,7 +122,9 @@ class DurableShard(Shard):
         if isinstance(self._rule, CallUpdater):
             self._update(self._rule, entries, parts)
             return False
-        sums = [finite.total(entry, key_parts, may_share=True) for entry, key_parts in zip(entries, parts, strict=True)]
+        sums = [
+            nonfinite.total(entry, key_parts, may_share=True) for entry, key_parts in zip(entries, parts, strict=True)
+        ]
         record = pack({"verb": "push"}, changes.items_of(entries, sums))
         record = replace(record, checksum=recall(record.payload))
         change = partial(super()._apply, entries, [[total] for total in sums], outs)

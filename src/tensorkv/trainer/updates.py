@@ -151,7 +151,7 @@ class WorkerUpdate:
         rescale, clip = numbers.pop("rescale_grad", 1.0), numbers.pop("clip_gradient", None)
         self._scaling = optimizers.spec("sgd", {"rescale_grad": rescale, "clip_gradient": clip})
         if isinstance(optimizer, str):
-            optimizer = getattr(torch.optim, optim.CLASSES[optim.spec(optimizer, numbers).name])
+            optimizer = getattr(torch.optim, optimizers.CLASSES[optimizers.spec(optimizer, numbers).name])
         if not callable(optimizer):
             raise OptimizerError(
                 f"Trainer: optimizer is {show(optimizer)}; with update_on_store=False expected a name, "

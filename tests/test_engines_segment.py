@@ -24,7 +24,7 @@ def column(*addresses):
 
 ANSWER = """
 import struct, sys
-from tensorkv import _shared
+from tensorkv.runtime import _shared
 from tensorkv.transport.segment import LINE, Segment
 theirs, turns, spin_s = Segment(4096, sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 for turn in range(1, turns + 1):

@@ -88,8 +88,8 @@ UNCOMPILED = """
 import json, logging, sys
 import numpy as np
 import tensorkv
-from tensorkv import cli
-from tensorkv.engines import segment
+from tensorkv.cli import main as cli
+from tensorkv.transport import segment
 
 told = []
 class Handler(logging.Handler):

@@ -122,9 +122,8 @@ class DurableShard(Shard):
         if isinstance(self._rule, CallUpdater):
             self._update(self._rule, entries, parts)
             return False
-        sums = [
-            nonfinite.total(entry, key_parts, may_share=True) for entry, key_parts in zip(entries, parts, strict=True)
-        ]
+        pairs = zip(entries, parts, strict=True)
+        sums = [nonfinite.total(entry, key_parts, may_share=True) for entry, key_parts in pairs]
         record = pack({"verb": "push"}, changes.items_of(entries, sums))
         record = replace(record, checksum=recall(record.payload))
         change = partial(super()._apply, entries, [[total] for total in sums], outs)

@@ -18,11 +18,11 @@ test: $(STAMP) ## Run every test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
 	$(BIN)/python -m pytest -m alone
 
-check: $(STAMP) ## Check format, lint, types and the direction of imports
+check: $(STAMP) ## Check format, lint, types and the layers of packages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_imports.py
+	$(BIN)/lint-imports --no-logo
 
 bench: $(STAMP) ## Measure one process, processes in step and servers beside peers; tables and plots go to out/bench/
 	$(BIN)/python benchmarks/bench_local.py --growth --memory --out out/bench $(BENCH)

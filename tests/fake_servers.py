@@ -19,9 +19,9 @@ from tensorkv.engines.ps.client import rpc
 from tensorkv.engines.ps.ray import cluster
 from tensorkv.engines.ps.ray.actor import ServerActor
 from tensorkv.engines.ps.server.server import Server
-from tensorkv.engines.sync.group import machine
 from tensorkv.store import KVStore
 from tensorkv.transport.mailbox import OpenMailboxes
+from tensorkv.transport.rendezvous import machine
 from tensorkv.transport.shared_cache import Copies
 from tensorkv.transport.wire import Settings, split
 

@@ -25,8 +25,9 @@ from seams import SEAMS, Seam
 
 from tensorkv.arrays.interop import NUMPY
 from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.shard import optimizers
-from tensorkv.shard.entry import Batch, KeySpec
+from tensorkv.shard.entry import Batch
 from tensorkv.shard.shard import Shard
 from tensorkv.storage import durable, wal
 from tensorkv.storage.dedup import Clients

@@ -17,6 +17,7 @@ from torch.distributed import TCPStore
 
 import tensorkv
 from tensorkv.engines.sync import group
+from tensorkv.transport import rendezvous
 
 ENGINES = os.path.dirname(group.__file__)
 
@@ -24,8 +25,8 @@ ENGINES = os.path.dirname(group.__file__)
 def crosswise(job, sees_namespaces):
     """One of two jobs whose ranks sit crosswise in two PID namespaces: each rank 0 has the other one's process ID."""
     if sees_namespaces != "True":
-        real = group._namespace
-        group._namespace = lambda kind: "" if kind == "pid" else real(kind)
+        real = rendezvous._namespace
+        rendezvous._namespace = lambda kind: "" if kind == "pid" else real(kind)
     say("pid", os.readlink("/proc/self"))
     number = float(job)
     with create() as kv:

@@ -5,10 +5,11 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import OptimizerError, ValueMismatchError
 from tensorkv.shard import optimizers
 from tensorkv.shard.checks import check_push
-from tensorkv.shard.entry import Batch, Entry, KeySpec
+from tensorkv.shard.entry import Batch, Entry
 from tensorkv.shard.rules import Assign, StepOptimizer
 
 

@@ -3,8 +3,9 @@
 import torch
 
 from tensorkv.arrays import interop
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.shard import cuda
-from tensorkv.shard.entry import Entry, KeySpec
+from tensorkv.shard.entry import Entry
 
 
 class FakeTensor:

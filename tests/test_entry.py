@@ -4,7 +4,8 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.rows import Rows
-from tensorkv.shard.entry import Batch, Entry, KeyInfo, KeySpec
+from tensorkv.arrays.spec import KeySpec
+from tensorkv.shard.entry import Batch, Entry, KeyInfo
 from tensorkv.shard.table import Table
 
 

@@ -12,7 +12,8 @@ import torch
 
 from tensorkv import ArgumentError, JournalError
 from tensorkv.arrays.interop import NUMPY
-from tensorkv.shard.entry import Batch, KeySpec
+from tensorkv.arrays.spec import KeySpec
+from tensorkv.shard.entry import Batch
 from tensorkv.storage import record_file
 from tensorkv.storage.durable import DurableShard
 from tensorkv.storage.folder import Folder

@@ -6,8 +6,8 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.outputs import GivenOuts, NewOuts
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import ArgumentError, ArrayTypeError, ValueMismatchError
-from tensorkv.shard.entry import KeySpec
 
 SPEC = KeySpec(torch.Size([2]), torch.float32, interop.NUMPY, False)
 

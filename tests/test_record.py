@@ -9,7 +9,8 @@ import torch
 from tensorkv import JournalError
 from tensorkv.arrays.interop import NUMPY
 from tensorkv.arrays.rows import Rows
-from tensorkv.shard.entry import Batch, KeySpec
+from tensorkv.arrays.spec import KeySpec
+from tensorkv.shard.entry import Batch
 from tensorkv.storage import record
 from tensorkv.storage.durable import DurableShard
 from tensorkv.storage.record import Item, Record, frame, pack, read_frame, read_record, unpack

@@ -5,8 +5,9 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import OptimizerError
-from tensorkv.shard.entry import Entry, KeySpec
+from tensorkv.shard.entry import Entry
 from tensorkv.shard.optimizers import spec
 from tensorkv.shard.pool import Pool
 from tensorkv.shard.rules import Assign, CallUpdater, StepOptimizer

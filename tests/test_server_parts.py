@@ -404,8 +404,8 @@ def test_few_keys_move_when_a_server_is_added(servers):
 
 def test_every_element_of_a_divided_value_is_sent_once():
     from tensorkv.arrays.interop import NUMPY
+    from tensorkv.arrays.spec import KeySpec
     from tensorkv.engines.ps.client.layout import Held, Route
-    from tensorkv.shard.entry import KeySpec
 
     for servers, rows in itertools.product([1, 2, 5], [5, 4096]):
         shape = torch.Size((rows, 65))

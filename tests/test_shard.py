@@ -8,8 +8,9 @@ import torch
 
 import tensorkv
 from tensorkv.arrays import interop, rows
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import KeyNotFoundError, ValueMismatchError
-from tensorkv.shard.entry import Batch, KeySpec
+from tensorkv.shard.entry import Batch
 from tensorkv.shard.shard import Shard
 
 

@@ -16,8 +16,9 @@ from tensorkv.arrays.arguments import keys_of, pairs, single_values
 from tensorkv.arrays.keys import Key, is_key
 from tensorkv.arrays.outputs import GivenOuts, NewOuts, count_writes
 from tensorkv.arrays.rows import Rows, is_rows, take_ids, take_rows
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.runtime import compiled, shield
-from tensorkv.shard.entry import Batch, KeySpec, Part
+from tensorkv.shard.entry import Batch, Part
 from tensorkv.shard.plan import MANY
 
 from .control import StoreControl, outside_modes, runs_outside_modes

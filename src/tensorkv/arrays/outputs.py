@@ -9,11 +9,11 @@ import torch
 from torch.autograd.graph import increment_version
 
 from tensorkv.errors import ArgumentError, ArrayTypeError, SparseOutWarning, ValueMismatchError, quote
-from tensorkv.shard.entry import KeySpec
 
 from . import arguments, interop
 from .keys import Key, is_key
 from .rows import Rows
+from .spec import KeySpec
 
 
 class GivenOuts:

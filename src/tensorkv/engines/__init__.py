@@ -18,7 +18,8 @@ import torch
 from tensorkv.arrays.arguments import check_flag, folder_path
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
-from tensorkv.shard.entry import Batch, KeyInfo, KeySpec, Part
+from tensorkv.arrays.spec import KeySpec
+from tensorkv.shard.entry import Batch, KeyInfo, Part
 from tensorkv.shard.nonfinite import NonFinite
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.rules import Updater
@@ -124,7 +125,9 @@ def _build_dist(*, nonfinite: NonFinite = "pass", timeout_s: float = 60.0, share
     # Only here: torch.distributed takes a while to import.
     from .sync import engine
 
-    return engine.build(nonfinite=nonfinite, timeout_s=timeout_s, shared_memory=shared_memory)
+    # Raises for an option that is out of range before other workers are waited for.
+    alone = LocalEngine(False, nonfinite=nonfinite)
+    return engine.build(nonfinite=nonfinite, timeout_s=timeout_s, shared_memory=shared_memory) or alone
 
 
 def _build_ray(

@@ -13,8 +13,9 @@ import torch
 from tensorkv.arrays.arguments import folder_path
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.runtime import shield
-from tensorkv.shard.entry import Batch, KeyInfo, KeySpec, Part
+from tensorkv.shard.entry import Batch, KeyInfo, Part
 from tensorkv.shard.nonfinite import NonFinite
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.rules import Updater

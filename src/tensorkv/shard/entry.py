@@ -11,22 +11,13 @@ import torch
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import quote
 
 from .optimizers import State
 from .table import Table
 
 Part = torch.Tensor | Rows
-
-
-@dataclass(frozen=True, slots=True)
-class KeySpec:
-    """What callers need to know of a key to make an array for it."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    origin: interop.Origin
-    is_table: bool
 
 
 @dataclass(slots=True)

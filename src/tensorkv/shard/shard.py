@@ -16,6 +16,7 @@ import torch
 from tensorkv.arrays import rows
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import (
     KeyExistsError,
     KeyTypeError,
@@ -29,7 +30,7 @@ from tensorkv.errors import (
 from . import cuda, quick, reduce
 from .checks import check_outs, check_push, fit
 from .columns import Column
-from .entry import Batch, Entry, KeySpec, Part
+from .entry import Batch, Entry, Part
 from .nonfinite import FiniteSums, NonFinite
 from .optimizers import Optimizer, OptimizerSpec
 from .plan import Plan, Plans

@@ -16,8 +16,9 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.keys import Key, check_key
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import CheckpointError, OptimizerError, TensorKVError, quote
-from tensorkv.shard.entry import Entry, KeySpec
+from tensorkv.shard.entry import Entry
 from tensorkv.shard.optimizers import OptimizerSpec, State
 from tensorkv.shard.rules import Assign, CallUpdater, Rule, StepOptimizer
 from tensorkv.shard.table import Table

@@ -19,11 +19,11 @@ from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import check_flag, check_timeout
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines import partition
-from tensorkv.engines.local import LocalEngine
 from tensorkv.errors import RankLostError
 from tensorkv.runtime import shield
-from tensorkv.shard.entry import Batch, Entry, KeyInfo, KeySpec, Part
+from tensorkv.shard.entry import Batch, Entry, KeyInfo, Part
 from tensorkv.shard.nonfinite import NonFinite
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
 from tensorkv.shard.rules import CallUpdater, Rule, StepOptimizer, Updater
@@ -43,19 +43,16 @@ from .pushes import Pushes
 from .schedule import Held
 
 
-def build(
-    *, nonfinite: NonFinite = "pass", timeout_s: float = 60.0, shared_memory: bool = True
-) -> LocalEngine | DistEngine:
-    """Return the engine of this worker; with one worker alone, the local engine.
+def build(*, nonfinite: NonFinite, timeout_s: float, shared_memory: bool) -> DistEngine | None:
+    """Return the engine of this worker, None if it is the only one.
 
     Args:
         nonfinite: ``"pass"``, ``"raise"`` or ``"skip"`` updates whose sum has NaN or Inf.
         timeout_s: how long another worker may take to come to the same call.
         shared_memory: let workers of one host meet in shared memory; without it they use Gloo.
     """
-    alone = LocalEngine(False, nonfinite=nonfinite)
     group = Group(check_timeout(timeout_s), check_flag("shared_memory", shared_memory), {"nonfinite": nonfinite})
-    return alone if group.size == 1 else DistEngine(group, nonfinite)
+    return None if group.size == 1 else DistEngine(group, nonfinite)
 
 
 class DistEngine:

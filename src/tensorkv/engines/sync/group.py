@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import atexit
-import errno
 import json
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
-from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from tensorkv import errors
 from tensorkv.errors import RankLostError, TensorKVError, WorkerMismatchError
 from tensorkv.runtime import forks
+from tensorkv.transport.rendezvous import agree_on_start, get, machine, meet, network
 from tensorkv.transport.segment import can_share, why_not_shared
 
 log = logging.getLogger("tensorkv")
@@ -34,10 +30,8 @@ log = logging.getLogger("tensorkv")
 _NEWS_S = 1.0
 # How much later than its links a process may end.
 _ENDING_S = 0.2
-# How often a worker looks whether rank 0 has answered, or announced another start.
+# How often a worker looks again.
 _LOOK_S = 0.02
-# The meeting place that torchrun's variables name; its server lives as long as rank 0's process.
-_met: Any = None
 
 
 class Group:
@@ -140,7 +134,7 @@ class Group:
         return answer.decode() if isinstance(answer, bytes) else None
 
     def _get(self, key: str, rank: int) -> bytes:
-        return _get(self._store, key, rank, self.size, self.timeout_s)
+        return get(self._store, key, rank, self.size, self.timeout_s)
 
     # ------------------------------------------------------------ faults
 
@@ -315,104 +309,3 @@ def _within(seconds: float, do: Callable[[], Any]) -> Any:
     asking.start()
     asking.join(seconds)
     return answers[0] if answers else None
-
-
-def meet(timeout: timedelta) -> tuple[Any, int, int]:
-    """Join the store of keys at MASTER_ADDR and MASTER_PORT; return it, the rank and the number of workers."""
-    global _met
-    if _met is None:
-        _met = _meet(timeout)
-        forks.keep(_met[0])
-    found: tuple[Any, int, int] = _met
-    return found
-
-
-def _meet(timeout: timedelta) -> tuple[Any, int, int]:
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    is_loopback = host == "localhost" or host.startswith("127.")
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not is_loopback:
-        store, rank, size = next(rendezvous("env://", timeout=timeout))
-        return store, rank, size
-    descriptor = _listen(host, port) if rank == 0 else None
-    store = TCPStore(
-        host, port, size, rank == 0, timeout, wait_for_workers=False, multi_tenant=True, master_listen_fd=descriptor
-    )
-    return store, rank, size
-
-
-def _listen(host: str, port: int) -> int | None:
-    """Return a socket for a rendezvous store; None if torch may have one there, of a process group that is over.
-
-    torch itself would listen on every address of this host. Where another process listens, it says so.
-    """
-    try:
-        descriptor = socket.create_server((host, port)).detach()
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise
-        return None
-    forks.keep_socket(descriptor)
-    return descriptor
-
-
-def network() -> str:
-    """Name what processes must have in common to reach each other on loopback: kernel, network and host name."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''} {_namespace('net')}"
-
-
-def machine() -> str:
-    """Name what processes must have in common to share memory: also what their process IDs mean."""
-    return f"{network()} {_namespace('pid')}"
-
-
-def _namespace(kind: str) -> str:
-    path = f"/proc/self/ns/{kind}"
-    return os.readlink(path) if os.path.lexists(path) else ""
-
-
-def agree_on_start(store: Any, rank: int, size: int, timeout_s: float) -> str:
-    """Return what to call this start, the same for all workers and for no other start.
-
-    A rendezvous store outlives the stores that meet there, those that failed to meet, and under torchrun also the
-    workers that are started again, so what an earlier start has announced may still be there. Who finds an announcement
-    believes it when rank 0 has read a word that nobody said before; rank 0 says so when it has heard every worker.
-
-    Raises:
-        RankLostError: not all workers came in time.
-    """
-    mine = uuid4().hex
-    if rank == 0:
-        store.set("start", mine)
-        words: dict[int, str] = {}
-        turn = 0
-        while missing := set(range(1, size)) - words.keys():
-            turn += 1
-            other, word = json.loads(_get(store, f"{mine}/hello/{turn}", min(missing), size, timeout_s))
-            words[other] = word
-        for word in words.values():
-            store.set(f"{mine}/welcome/{word}", b"")
-        return mine
-    found, deadline = "", monotonic() + timeout_s
-    while monotonic() < deadline:
-        start = _get(store, "start", 0, size, timeout_s).decode()
-        # In this order: rank 0 may have welcomed this worker, and announced another store of theirs since.
-        if found and store.check([f"{found}/welcome/{mine}"]):
-            return found
-        if start != found:
-            found = start
-            turn = store.add(f"{start}/turns", 1)
-            store.set(f"{start}/hello/{turn}", json.dumps([rank, mine]))
-            continue
-        sleep(_LOOK_S)
-    raise RankLostError(f"rank 0 of {size} did not come within {timeout_s:g} s")
-
-
-def _get(store: Any, key: str, rank: int, size: int, timeout_s: float) -> bytes:
-    try:
-        store.wait([key], timedelta(seconds=timeout_s))
-        value: bytes = store.get(key)
-    except dist.DistError as error:
-        raise RankLostError(f"rank {rank} of {size} did not come within {timeout_s:g} s: {error}") from error
-    return value

@@ -18,8 +18,8 @@ import torch
 from tensorkv import errors
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows, merge
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.ps.ray import cluster, server_stats
-from tensorkv.engines.sync.group import machine
 from tensorkv.errors import (
     ArgumentError,
     OptimizerError,
@@ -30,7 +30,7 @@ from tensorkv.errors import (
     quote,
 )
 from tensorkv.runtime import forks, shield
-from tensorkv.shard.entry import Batch, Entry, KeyInfo, KeySpec, Part
+from tensorkv.shard.entry import Batch, Entry, KeyInfo, Part
 from tensorkv.shard.nonfinite import FiniteSums
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
 from tensorkv.shard.rules import Assign, StepOptimizer, Updater
@@ -38,6 +38,7 @@ from tensorkv.shard.table import Table
 from tensorkv.storage import manifest
 from tensorkv.storage.manifest import Kind
 from tensorkv.storage.record import Item, pack
+from tensorkv.transport.rendezvous import machine
 from tensorkv.transport.segment import can_share
 from tensorkv.transport.wire import Settings
 

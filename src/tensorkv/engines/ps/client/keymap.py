@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from tensorkv.arrays.keys import Key
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.partition import pieces
 from tensorkv.errors import KeyExistsError, KeyTypeError, no_such_key, quote
 from tensorkv.runtime import shield
-from tensorkv.shard.entry import Entry, KeySpec
+from tensorkv.shard.entry import Entry
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
 from tensorkv.shard.rules import Assign, Rule, StepOptimizer
 from tensorkv.shard.table import Table

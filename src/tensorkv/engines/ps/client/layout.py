@@ -15,9 +15,9 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.keys import Key
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.shard import native, reduce
 from tensorkv.shard.columns import Form
-from tensorkv.shard.entry import KeySpec
 from tensorkv.shard.pool import Pool
 from tensorkv.storage import manifest
 from tensorkv.storage.record import describe, places

@@ -11,8 +11,8 @@ import torch
 
 from tensorkv.arrays.keys import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import KeyNotFoundError, SnapshotError, TensorKVError, quote
-from tensorkv.shard.entry import KeySpec
 from tensorkv.storage import manifest
 from tensorkv.storage.manifest import Contents
 from tensorkv.storage.record import Record

@@ -18,8 +18,8 @@ from ray.exceptions import OutOfMemoryError
 
 from tensorkv.engines.ps.server.membership import FORGOTTEN_S
 from tensorkv.engines.ps.server.server import Server
-from tensorkv.engines.sync.group import machine
 from tensorkv.transport.mailbox import OpenMailboxes
+from tensorkv.transport.rendezvous import machine
 from tensorkv.transport.shared_cache import Copies
 from tensorkv.transport.wire import Reply, Request, Settings, join, split
 

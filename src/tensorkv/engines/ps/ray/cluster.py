@@ -20,8 +20,8 @@ from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from tensorkv.engines.sync.group import agree_on_start, meet
 from tensorkv.errors import ArgumentError, JournalError, RankLostError, ServerLostError, quote
+from tensorkv.transport.rendezvous import agree_on_start, meet
 from tensorkv.transport.wire import Settings
 
 from . import fork, safety

@@ -105,6 +105,22 @@ def test_a_server_that_is_restarted_knows_what_it_has_promised(tmp_path):
     server.close()
 
 
+def test_keys_stay_where_an_earlier_version_has_placed_them(tmp_path, monkeypatch):
+    values = {f"w{number}": np.full(10, number, np.float32) for number in range(6)}
+    options = {"path": str(tmp_path), "durability": "process"}
+    with monkeypatch.context() as patched, Cluster(2, **options) as cluster:
+        patched.setattr(partition, "lightest", lambda loads: 1)
+        cluster.store().init(list(values), list(values.values()))
+    with Cluster(2, **options) as cluster:
+        kv = cluster.store()
+        assert [each["keys"] for each in kv.stats()["servers"]] == [0, 6]
+        kv.push("w3", np.ones(10, np.float32))
+        kv.init("new", np.zeros(10, np.float32))
+        assert [each["keys"] for each in kv.stats()["servers"]] == [1, 6]
+        for key, value in values.items():
+            assert (kv.pull(key) == (1 if key == "w3" else value)).all()
+
+
 # ---------------------------------------------------------------- each push counts once
 
 

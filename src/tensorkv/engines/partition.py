@@ -6,12 +6,9 @@ with fewer rows. Small values have one owner.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 # Values of fewer elements are not worth dividing.
 _WHOLE = 1 << 18
@@ -132,59 +129,28 @@ def _fill(chunks: list[list[Piece]], ends: list[int], owner: int, runs: Sequence
 
 # ---------------------------------------------------------------- servers
 
-# Points of each server on the ring, and how much more than the mean a server may hold of small values.
-_POINTS = 64
-_SLACK = 1.05
 
-
-def pieces(
-    key: object, shape: Sequence[int], itemsize: int, loads: Sequence[int], *, whole: bool = False
-) -> list[tuple[int, int, int]]:
+def pieces(shape: Sequence[int], loads: Sequence[int], *, whole: bool = False) -> list[tuple[int, int, int]]:
     """Return which server holds which rows of a value.
 
-    Large values are divided between all servers. Small ones go to the first server on the ring of consistent hashing
-    that does not hold more than its share (Mirrokni, Thorup, Zadimoghaddam, "Consistent Hashing with Bounded Loads",
-    SODA 2018), so that few of them move when a server is added, and none is overloaded.
+    Large values are divided between all servers. Small ones go to the server that holds least; what is there stays
+    where it is, so nothing has to be found by its key alone.
 
     Args:
-        key: of the value.
         shape: of the value; a 0-d value has one row.
-        itemsize: bytes of an element.
         loads: bytes that each server holds already.
         whole: do not divide this value.
 
     Returns:
-        (server, first row, row behind the last) for each piece, rows rising.
+        (server, first row, row after the last) for each piece, in the order of rows.
 
-    >>> pieces("w", (1_000_000,), 4, [0, 0])
+    >>> pieces((1_000_000,), [0, 0])
     [(0, 0, 499968), (1, 499968, 1000000)]
-    >>> pieces("b", (10,), 4, [0, 0])
-    [(0, 0, 10)]
+    >>> pieces((10,), [8, 0])
+    [(1, 0, 10)]
     """
     servers = len(loads)
     ends = borders(shape, servers, 0, whole=whole or servers == 1)
     if servers > 1 and ends[1] < ends[-1]:
         return [(server, ends[server], ends[server + 1]) for server in range(servers)]
-    rows = shape[0] if shape else 1
-    nbytes = math.prod(shape) * itemsize
-    most = _SLACK * (sum(loads) + nbytes) / servers
-    around = _around(str(key), servers)
-    fitting = (server for server in around if loads[server] + nbytes <= most)
-    # A value larger than a share fits nowhere, and goes where there is least.
-    return [(next(fitting, lightest(loads)), 0, rows)]
-
-
-def _around(key: str, servers: int) -> list[int]:
-    """Return the servers in the order in which a key meets them on the ring."""
-    ring = _ring(servers)
-    start = bisect_left(ring, (_point(key), 0)) % len(ring)
-    return list(dict.fromkeys(server for _, server in ring[start:] + ring[:start]))
-
-
-@lru_cache(maxsize=64)
-def _ring(servers: int) -> list[tuple[int, int]]:
-    return sorted((_point(f"{server}/{point}"), server) for server in range(servers) for point in range(_POINTS))
-
-
-def _point(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    return [(lightest(loads), 0, shape[0] if shape else 1)]

@@ -174,12 +174,12 @@ class Directory:
         order = 1 + max((held.order for held in present), default=-1)
         made: dict[int, Held] = {}
         for index in sorted(range(len(keys)), key=lambda i: -_nbytes(specs[i])):
-            shape, itemsize = specs[index].shape, specs[index].dtype.itemsize
+            shape = specs[index].shape
             if specs[index].is_table:
                 # Rows go by their ids, so that those that are asked for most are spread.
                 where = [(server, 0, shape[0]) for server in range(self._num_servers)]
             else:
-                where = pieces(keys[index], shape, itemsize, loads, whole=whole)
+                where = pieces(shape, loads, whole=whole)
             made[index] = Held(specs[index], where, order + index)
             _load(loads, made[index])
         return [made[index] for index in range(len(keys))]

@@ -30,7 +30,7 @@ bench: $(STAMP) ## Measure one process, processes in step and servers beside pee
 	$(BIN)/python benchmarks/bench_servers.py --out out/bench $(BENCH_SERVERS)
 
 soak: $(STAMP) ## Kill durable stores for MINUTES minutes (10); the report goes to out/soak.json
-	$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),10)
+	$(BIN)/python -m tests.e2e.soak --minutes $(or $(MINUTES),10)
 
 clean: ## Remove caches and outputs; .venv stays
 	rm -rf build dist out .hypothesis .mypy_cache .pytest_cache .ruff_cache

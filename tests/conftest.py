@@ -4,10 +4,15 @@ import gc
 import os
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+# Programs that tests start find the modules of the tests, in whatever folder they run.
+ROOT = str(Path(__file__).resolve().parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 # Before JAX starts: three CPU devices, so that parts can live on devices of their own.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "3")

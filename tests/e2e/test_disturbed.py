@@ -1,0 +1,96 @@
+"""Random programs under disturbances give what an undisturbed `local` store gives, on every engine."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import workers
+
+PROGRAMS = [sys.executable, "-m", "tests.e2e.disturbed"]
+# The same programs at each run; ``make soak`` has others each time.
+SEED = int(os.environ.get("TENSORKV_TEST_SEED", "1"))
+
+
+def run(engine, first, count, *options, tmp_path):
+    command = [*PROGRAMS, engine, str(first), str(count), *options]
+    environment = {**os.environ, "DISTURBED_FOLDER": str(tmp_path)}
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=environment)
+    assert shown.returncode == 0, shown.stderr[-3000:]
+    return json.loads(shown.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("engine", "count", "options", "expected"),
+    [
+        ("local", 20, [], {"fork", "threads", "handler", "raised", "meta", "inference", "chdir"}),
+        ("device", 6, [], {"raised"}),
+        ("local", 14, ["path=kept"], {"reopen", "raised", "chdir"}),
+        ("dist_async", 3, ["num_servers=1", "mode=sync"], set()),
+        ("dist_async", 4, ["num_servers=2", "path=kept"], {"kill"}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
+)
+def test_one_process(engine, count, options, expected, tmp_path):
+    counts = run(engine, SEED * 1000, count, *options, tmp_path=tmp_path)
+    assert counts["programs"] == count
+    assert expected <= counts.keys(), "a disturbance never came"
+    assert len(counts.keys() - {"programs", "steps", "undisturbed"}) >= 3, "too few kinds of disturbance"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("size", "count"), [(2, 5), (3, 2)])
+def test_workers_in_step(size, count, tmp_path):
+    command = PROGRAMS
+    texts = workers.run(
+        size,
+        command,
+        "dist_sync",
+        SEED * 1000 + 500,
+        count,
+        timeout_s=280,
+        env={"DISTURBED_FOLDER": str(tmp_path)},
+    )
+    for text in texts:
+        assert json.loads(text.strip().splitlines()[-1])["programs"] == count
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        ("sum", "the store holds something else than local"),
+        ("untyped", "raised ZeroDivisionError"),
+        ("hang", "Thread"),
+    ],
+)
+def test_planted_faults_are_found(fault, found, tmp_path):
+    code = f"""
+import threading
+import torch
+from tests.e2e import disturbed
+from tensorkv.shard.shard import Shard
+
+push, pushes = Shard.push, [0]
+
+def faulty(self, batch):
+    push(self, batch)
+    pushes[0] += 1
+    if pushes[0] == 5 and {fault!r} == "sum":
+        next(iter(self._entries.values())).value.view(torch.int32)[0] += 1
+    if pushes[0] == 5 and {fault!r} == "untyped":
+        1 / 0
+    if pushes[0] == 5 and {fault!r} == "hang":
+        threading.Event().wait()
+
+Shard.push = faulty
+disturbed.HANG_S = 20
+disturbed.main("local", 0, 20)
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, env=environment)
+    assert shown.returncode in (1, 3)
+    assert found in shown.stderr

@@ -1,0 +1,62 @@
+"""Whatever a signal handler raises or calls, at any moment, a call has happened as a whole or not at all."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import workers
+
+PROGRAMS = [sys.executable, "-m", "tests.e2e.interrupt_programs"]
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+
+
+def run(*arguments, tmp_path):
+    command = [*PROGRAMS, *arguments]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=environment)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("arguments", "least"),
+    [
+        (["lines", "local", "assign"], 1000),
+        (["lines", "local", "updater"], 1000),
+        (["lines", "durable", "sgd"], 1000),
+        (["lines", "device", "adam"], 1000),
+        (["control", "local"], 100),
+        (["control", "durable"], 100),
+        (["calls", "local"], 1000),
+        (["calls", "durable"], 1000),
+        (["random", "local", "300", "sgd"], 300),
+        (["random", "local", "300", "assign"], 300),
+        (["random", "durable", "100", "sgd"], 100),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_a_call_is_whole(arguments, least, tmp_path):
+    shown = run(*arguments, tmp_path=tmp_path)
+    assert shown.returncode == 0, shown.stderr[-2000:]
+    assert int(shown.stdout) >= least, "too few exceptions or calls came to say anything"
+
+
+def test_workers_in_step(tmp_path):
+    command = [*PROGRAMS, "step", "dist_sync", "150"]
+    env = {"INTERRUPTED": str(tmp_path / "interrupted")}
+    for text in workers.run(2, command, env=env, timeout_s=110):
+        assert int(text.splitlines()[-1]) >= 20, "too few exceptions came to say anything"
+
+
+@pytest.mark.parametrize("arguments", [["lines", "local", "sgd"], ["random", "local", "2000", "sgd"]], ids="-".join)
+def test_a_call_that_is_not_shielded_would_be_seen(arguments, tmp_path):
+    shown = run(*arguments, "planted", tmp_path=tmp_path)
+    assert shown.returncode == 1
+    assert "AssertionError" in shown.stderr
+
+
+def test_sigint_is_what_raises_keyboard_interrupt_here():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,0 +1,139 @@
+"""The local engine passes the contract, under every type name."""
+
+import numpy as np
+import pytest
+import torch
+
+import tensorkv
+from tensorkv.shard import reduce
+from tests.support.contract import Contract
+
+
+class TestLocal(Contract):
+    TYPE = "local"
+
+
+class TestDevice(Contract):
+    TYPE = "device"
+
+
+ALIASES = ["local_allreduce_cpu", "local_update_cpu", "local_allreduce_device", "nccl"]
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_aliases(name):
+    with tensorkv.create(name) as kv:
+        assert kv.type == name
+        kv.init("w", np.zeros(2))
+        assert kv.pushpull("w", [np.ones(2)] * 3).tolist() == [3, 3]
+
+
+def test_more_elements_than_a_slice_holds():
+    rng = np.random.default_rng(1)
+    parts = [rng.standard_normal((700, 1001)).astype(np.float32) for _ in range(3)]
+    with tensorkv.create() as kv:
+        kv.init("w", parts[0])
+        assert np.array_equal(kv.pushpull("w", parts), (parts[0] + parts[1]) + parts[2])
+        columns = [np.asfortranarray(part) for part in parts]
+        assert np.array_equal(kv.pushpull("w", columns), (parts[0] + parts[1]) + parts[2])
+
+
+@pytest.mark.parametrize("optimizer", [None, "sgd", "adam", "rmsprop"])
+@pytest.mark.parametrize("size", [(1 << 17) - 1, 1 << 17, (1 << 17) + 1, 70_000])
+def test_threads_and_slices_change_no_bit(optimizer, size, monkeypatch):
+    generator = np.random.default_rng(size)
+    parts = [generator.standard_normal(size).astype(np.float32) for _ in range(3)]
+    first = generator.standard_normal(size).astype(np.float32)
+    results = set()
+    for threads in (1, 2, 3, 4):
+        for slice_size in (1 << 16, 1 << 17, 1 << 19):
+            monkeypatch.setattr(reduce, "SLICE", slice_size)
+            with tensorkv.create(threads=threads) as kv:
+                kv.init("w", first)
+                if optimizer:
+                    kv.set_optimizer(optimizer, lr=0.1, weight_decay=0.01)
+                out = np.empty_like(first)
+                for _ in range(3):
+                    kv.push("w", parts[:2])
+                    kv.pushpull("w", parts, out=out)
+                results.add((out.tobytes(), kv.pull("w").tobytes()))
+    assert len(results) == 1
+
+
+def test_jax_parts_on_devices_of_their_own():
+    jax = pytest.importorskip("jax")
+    devices = jax.devices("cpu")
+    assert len(devices) == 3
+    parts = [jax.device_put(np.full(2, i + 1, np.float32), device) for i, device in enumerate(devices)]
+    with tensorkv.create() as kv:
+        kv.init("w", parts[2])
+        kv.push("w", parts)
+        assert kv.pull("w").devices() == {devices[2]}
+        for device, part in zip(devices, parts, strict=True):
+            pulled = kv.pull("w", like=part)
+            assert pulled.devices() == {device}
+            assert pulled.tolist() == [6, 6]
+        with pytest.raises(tensorkv.ArrayTypeError, match="like="):
+            kv.pull("w", out=parts[0])
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@gpu
+class TestCuda:
+    def test_device_keeps_the_value_where_the_parts_are(self):
+        with tensorkv.create("device") as kv:
+            kv.init("w", torch.zeros(1000))
+            parts = [torch.full((1000,), float(i), device="cuda") for i in range(4)]
+            kv.push("w", parts)
+            assert kv.info("w").device.startswith("cuda")
+            assert kv.pull("w").tolist() == [6.0] * 1000
+            out = torch.zeros(1000, device="cuda")
+            kv.pull("w", out=out)
+            assert out.sum().item() == 6000
+
+    def test_local_keeps_the_value_on_the_cpu(self):
+        with tensorkv.create("local") as kv:
+            kv.init("w", torch.zeros(10, device="cuda"))
+            kv.push("w", [torch.ones(10, device="cuda"), torch.ones(10)])
+            assert kv.info("w").device == "cpu"
+            assert kv.pull("w").is_cuda
+
+    def test_streams_of_the_caller_are_in_order(self):
+        with tensorkv.create("device") as kv:
+            kv.init("w", torch.zeros(1 << 22, device="cuda"))
+            streams = [torch.cuda.Stream() for _ in range(4)]
+            for step in range(50):
+                with torch.cuda.stream(streams[step % 4]):
+                    part = torch.full((1 << 22,), float(step), device="cuda")
+                    kv.push("w", [part, part])
+                with torch.cuda.stream(streams[(step + 1) % 4]):
+                    pulled = kv.pull("w")
+                    assert (pulled == 2.0 * step).all().item()
+
+    @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+    def test_an_optimizer_on_the_gpu(self, optimizer):
+        with tensorkv.create("device") as kv:
+            kv.init("w", torch.ones(1000, device="cuda"))
+            kv.set_optimizer(optimizer, lr=0.1)
+            weight = torch.ones(1000, device="cuda", requires_grad=True)
+            reference = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer]([weight], lr=0.1)
+            for _ in range(5):
+                weight.grad = torch.full((1000,), 2.0, device="cuda")
+                reference.step()
+                kv.push("w", [torch.ones(1000, device="cuda")] * 2)
+            torch.testing.assert_close(kv.pull("w"), weight.detach())
+
+    def test_cupy(self):
+        cupy = pytest.importorskip("cupy")
+        with tensorkv.create("device") as kv:
+            kv.init("w", cupy.zeros(10, cupy.float32))
+            kv.push("w", [cupy.ones(10, cupy.float32)] * 3)
+            pulled = kv.pull("w")
+            assert isinstance(pulled, cupy.ndarray)
+            assert pulled.tolist() == [3] * 10
+            out = cupy.zeros(10, cupy.float32)
+            kv.pull("w", out=out)
+            assert out.tolist() == [3] * 10

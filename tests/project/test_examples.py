@@ -1,0 +1,82 @@
+"""The examples run from their files, in time, and end with what they promise."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import tensorkv
+
+ray = pytest.importorskip("ray")
+pytest.importorskip("sklearn")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(name, tmp_path, *arguments, timeout_s):
+    # In a folder of its own: nothing may be left behind, and nothing found here.
+    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+    environment = {key: text for key, text in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "RAY_ADDRESS")}
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=timeout_s
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout.splitlines()
+
+
+def test_every_example_is_tested():
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == {"embeddings.py", "publish_weights.py"}
+
+
+def test_readers_see_rising_versions_and_whole_updates(tmp_path):
+    lines = run("publish_weights.py", tmp_path, timeout_s=110)
+    assert lines[-1] == "all 3 readers saw rising versions and whole updates, up to version 20"
+    told = [re.fullmatch(r"reader (\d): \d+ versions, rising, whole: ([\d ]+)", line) for line in lines]
+    seen = {int(match[1]): list(map(int, match[2].split())) for match in told if match}
+    assert sorted(seen) == [0, 1, 2]
+    for versions in seen.values():
+        assert versions == sorted(set(versions))
+        assert versions[-1] == 20
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.timeout(240)
+def test_vectors_are_learned_though_a_server_is_killed(tmp_path):
+    lines = run("embeddings.py", tmp_path, tmp_path / "store", timeout_s=220)
+    killed = next(re.fullmatch(r"server 1 \(process (\d+)\) was killed", line) for line in lines if "killed" in line)
+    back = re.fullmatch(r"server 1 came back as process (\d+); (\d+) pushes, versions (\d+) and (\d+)", lines[-2])
+    assert back[1] != killed[1]
+    assert back[2] == back[3] == back[4]
+    share = re.fullmatch(r"held-out pairs told from others: ([\d.]+) \(by how common words are: ([\d.]+)\)", lines[-1])
+    assert float(share[1]) > 0.7
+    assert float(share[2]) < 0.55
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["server-0", "server-1"]
+
+
+def test_an_example_that_fails_says_why(tmp_path, monkeypatch, capsys):
+    """With workers that push nothing and say that they did, in a local store."""
+    place = importlib.util.spec_from_file_location("embeddings", ROOT / "examples" / "embeddings.py")
+    embeddings = importlib.util.module_from_spec(place)
+    place.loader.exec_module(embeddings)
+    kv = tensorkv.create("local")
+    monkeypatch.setattr(kv, "stats", lambda: {"servers": [{"pid": 1}, {"pid": 2}]})
+    monkeypatch.setattr(embeddings.tensorkv, "create", lambda *_, **__: kv)
+    monkeypatch.setattr(embeddings, "learn", lambda worker: 7)
+    options = {}
+
+    def remote(**given):
+        options.update(given)
+        return lambda function: SimpleNamespace(remote=function)
+
+    played = SimpleNamespace(remote=remote, wait=lambda *_, **__: ([], []), get=list, exceptions=ray.exceptions)
+    monkeypatch.setattr(embeddings, "ray", played)
+    assert embeddings.main(str(tmp_path)) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "failed: no server was killed: the workers were done before the first look"
+    assert said[1] == "failed: 21 pushes were acknowledged, and the tables had [0, 0] updates"
+    assert options["max_retries"] == 0, "Ray would run a worker again, and it would push again"

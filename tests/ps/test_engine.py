@@ -1,0 +1,62 @@
+"""Parameter servers on Ray: the contract with one and two servers, and everything that only servers have."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+import tensorkv
+from tests.support.contract import BaseContract
+
+ray = pytest.importorskip("ray")
+
+names = (f"store{number}" for number in itertools.count())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """One Ray for all tests: to start one takes seconds."""
+    keeper = tensorkv.create("dist_async", name="keeper")
+    yield
+    keeper.close()
+
+
+class TestOneServer(BaseContract):
+    TYPE = "dist_async"
+    # The keeper of the servers is rank 0.
+    PLACE = (1, 1)
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def servers(cls, tmp_path_factory):
+        """Servers that all tests of the class use one after another, and a checkpoint of nothing for in between."""
+        cls.name = next(names)
+        cls.empty = tmp_path_factory.mktemp("empty")
+        with tensorkv.create("dist_async", name=cls.name, **cls.OPTIONS) as keeper:
+            keeper.save(cls.empty)
+            cls.keeper = keeper
+            yield
+
+    def create(self, **options):
+        if options or self.keeper.stats()["clients"] > 1:
+            return super().create(name=next(names), **options)
+        self.keeper.load(self.empty)
+        return super().create(name=self.name)
+
+
+class TestTwoServers(TestOneServer):
+    OPTIONS = {"num_servers": 2}
+
+
+def test_many_rows_come_with_the_answer_to_one_ring():
+    ids = np.arange(1000)
+    with tensorkv.create("dist_async", name=next(names)) as kv:
+        kv.init(["a", "b"], [tensorkv.Rows(ids, np.full((1000, n), n, np.float32), 5000) for n in (3, 64)])
+        for _ in range(4):
+            a, b = kv.row_sparse_pull(["a", "b"], row_ids=[ids[:7], ids[::2]])
+            assert np.array_equal(a.values, np.full((7, 3), 3))
+            assert np.array_equal(b.values, np.full((500, 64), 64))
+        told = kv.stats()
+        assert told["server_verbs"]["pull_rows"]["calls"] == 4
+        # The first comes by Ray.
+        assert told["rung"] >= 3

@@ -1,0 +1,587 @@
+"""Parameter servers on a real Ray, whose processes are killed and stopped, and whose replies are lost."""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tensorkv
+from tests.support.workers import run
+
+ray = pytest.importorskip("ray")
+
+F32 = np.float32
+PROGRAMS = [sys.executable, "-m", "tests.ps.ray_programs"]
+LOSE_REPLIES = json.dumps(
+    {"CoreWorkerService.grpc_client.PushTask": {"num_failures": 80, "req_failure_prob": 0, "resp_failure_prob": 30}}
+)
+names = (f"faulty{number}" for number in itertools.count())
+called = {}
+pytestmark = [pytest.mark.timeout(240), pytest.mark.alone]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """One Ray for all tests: to start one takes seconds."""
+    keeper = tensorkv.create("dist_async", name="keeper of faults")
+    yield keeper
+    keeper.close()
+
+
+def create(**options):
+    name = next(names)
+    kv = tensorkv.create("dist_async", name=name, **options)
+    called[id(kv)] = name
+    return kv
+
+
+def name_of(kv):
+    """The name under which others find a store."""
+    return called[id(kv)]
+
+
+def count_up(kv):
+    """Have each push add to the value."""
+    kv.set_optimizer("sgd", lr=1.0, maximize=True)
+
+
+def one_hot(n, i):
+    gradient = np.zeros(n, F32)
+    gradient[i] = 1
+    return gradient
+
+
+def pid_of(kv, server):
+    """The process of a server, once it is there."""
+    deadline = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            return ray.get(kv._engine._actors[server].place.remote(), timeout=60)[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class Killer:
+    """Kills the servers of a store, each again and again as soon as it is there; a context manager.
+
+    Args:
+        kv: the store.
+        times: how often to kill each.
+        at_once: whether to kill all servers at the same time.
+    """
+
+    def __init__(self, kv, times, *, at_once=False):
+        self._kv, self._times, self.killed = kv, times, []
+        servers = range(len(kv._engine._actors))
+        groups = [list(servers)] if at_once else [[server] for server in servers]
+        self._threads = [threading.Thread(target=self._run, args=(group,)) for group in groups]
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        for thread in self._threads:
+            thread.join()
+
+    @property
+    def is_done(self):
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _run(self, group):
+        chance = random.Random(group[0])
+        for _ in range(self._times):
+            pids = [pid_of(self._kv, server) for server in group]
+            # Some have just begun to serve, others have been at it for a while.
+            time.sleep(chance.choice([0, 0.02, 0.2]))
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+                self.killed.append(pid)
+
+
+def push_until(kv, done, n, start=0):
+    """Push number i adds 1 at i; return how many were acknowledged."""
+    i = start
+    while not done() and i < n:
+        kv.push(["w", "n"], [one_hot(n, i), np.ones(3, F32)])
+        i += 1
+    return i
+
+
+# ---------------------------------------------------------------- kills
+
+
+@pytest.mark.timeout(600)  # 60 restarts of processes that import torch
+def test_killed_servers_lose_no_acknowledged_push_and_make_none_twice(tmp_path):
+    n = 300_000
+    with create(num_servers=3, path=tmp_path / "store") as kv:
+        count_up(kv)
+        kv.init(["w", "n"], [np.zeros(n, F32), np.zeros(3, F32)])
+        with Killer(kv, 15) as killer:
+            count = push_until(kv, lambda: killer.is_done, n)
+        assert len(set(killer.killed)) == len(killer.killed) == 45
+        kv.push(["w", "n"], [one_hot(n, count), np.ones(3, F32)])
+        with Killer(kv, 5, at_once=True) as killer:
+            last = push_until(kv, lambda: killer.is_done, n, count + 1)
+        assert len(set(killer.killed)) == 15
+        value = kv.pull("w")
+        assert set(value[:last].tolist()) == {1}
+        assert not value[last:].any()
+        assert kv.pull("n").tolist() == [last] * 3
+        assert kv.info("n").version == last
+        assert kv.stats()["resent"] >= 15
+        print("pushes", last, "resent", kv.stats()["resent"])
+        with pytest.raises(tensorkv.ArgumentError, match=r"num_servers is 3, not 2"):
+            tensorkv.create("dist_async", name=name_of(kv), num_servers=2)
+    # The store has ended; its folder is there.
+    with pytest.raises(tensorkv.JournalError, match="was written by 3 servers, and num_servers is 2"):
+        create(num_servers=2, path=tmp_path / "store")
+
+
+def test_adam_goes_on_to_the_bit_after_kills(tmp_path):
+    generator = torch.Generator().manual_seed(5)
+    gradients = [torch.randn(301, 7, generator=generator) for _ in range(60)]
+    expected = tensorkv.create("local")
+    with create(path=tmp_path / "store", durability="process") as kv:
+        for store in (kv, expected):
+            store.set_optimizer("adam", lr=0.05, weight_decay=0.01)
+            store.init("w", torch.ones(301, 7))
+        killed = 0
+        for number, gradient in enumerate(gradients):
+            if number % 20 == 10:
+                os.kill(pid_of(kv, 0), signal.SIGKILL)
+                killed += 1
+            kv.push("w", gradient)
+            expected.push("w", gradient)
+        assert killed == 3
+        assert kv.pull("w").numpy().tobytes() == expected.pull("w").numpy().tobytes()
+        assert kv.info("w").version == 60
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_server_without_a_folder_that_is_killed_is_lost_and_never_empty(lost, tmp_path):
+    """And the store can be created again once it has been closed everywhere, whoever is first."""
+    value = np.arange(600_000, dtype=F32)
+    kv = create(num_servers=2, timeout_s=40)
+    name = name_of(kv)
+    other = tensorkv.create("dist_async", name=name, timeout_s=40)
+    kv.init("w", value)
+    kv.save(tmp_path / "saved")
+    os.kill(pid_of(kv, lost), signal.SIGKILL)
+    for call in (lambda: kv.pull("w"), lambda: kv.push("w", value), kv.keys):
+        with pytest.raises(tensorkv.ServerLostError, match=f"server {lost}"):
+            call()
+    # Whoever asks for the store by its name is not given an empty server beside a full one.
+    with pytest.raises(tensorkv.ServerLostError, match=f"server {lost} .* has ended, and what it held is lost"):
+        tensorkv.create("dist_async", name=name, num_servers=2, timeout_s=2)
+    kv.close()
+    with ThreadPoolExecutor(1) as pool:
+        again = pool.submit(tensorkv.create, "dist_async", name=name, num_servers=2, timeout_s=60)
+        other.close()
+        kv = again.result(100)
+    with kv:
+        assert kv.keys() == []
+        kv.load(tmp_path / "saved")
+        assert kv.pull("w").tolist() == value.tolist()
+
+
+class Program:
+    """A worker that runs a program of ``ray_programs`` in the cluster; a context manager that ends it."""
+
+    def __init__(self, *words, **env):
+        address, self.text = ray.get_runtime_context().gcs_address, ""
+        self.process = subprocess.Popen(
+            [*PROGRAMS, *map(str, words)],
+            env={**os.environ, "RAY_ADDRESS": address, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def __enter__(self):
+        return self
+
+    def wait_for(self, word):
+        line = ""
+        while not line.startswith(word):
+            line = self.process.stdout.readline()
+            self.text += line
+            assert line, f"it has ended: {self.text}"
+        return line
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate()
+
+
+def read_numbers(path):
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def test_killed_workers_leave_whole_pushes(tmp_path):
+    n, kills = 60_000, 10
+    with create() as kv:
+        count_up(kv)
+        kv.init("w", np.zeros(n, F32))
+        file = tmp_path / "acknowledged"
+        begun = set()
+        chance = random.Random(3)
+        # Two at a time, each with numbers of its own; each is killed and followed by another.
+        for number in range(0, kills, 2):
+            starts = [n // kills * (number + i) for i in range(2)]
+            begun.update(starts)
+            with contextlib.ExitStack() as stack:
+                programs = [
+                    stack.enter_context(Program("push_set", name_of(kv), n // kills * (number + i + 1), start, 1, file))
+                    for i, start in enumerate(starts)
+                ]
+                for program in programs:
+                    program.wait_for("ready")
+                before = kv.info("w").version
+                deadline = time.monotonic() + 30
+                while kv.info("w").version < before + 20 and time.monotonic() < deadline:
+                    kv.push("w", np.zeros(n, F32))
+                time.sleep(chance.random() * 0.02)
+                for program in programs:
+                    assert program.process.poll() is None
+                    program.process.kill()
+        value, acknowledged = kv.pull("w"), read_numbers(file)
+        assert len(acknowledged) > kills
+        assert set(value[acknowledged].tolist()) == {1}
+        assert set(value.tolist()) == {0, 1}
+        # Of each that was killed, one push may have been applied that it has not heard of.
+        assert len(acknowledged) <= int(value.sum()) <= len(acknowledged) + kills
+
+
+# ---------------------------------------------------------------- stops, and replies that are lost
+
+
+def test_stopped_servers(tmp_path):
+    """Stopped for five seconds, five times: nothing is lost, nothing is twice."""
+    n = 100_000
+    with create(num_servers=1, path=tmp_path / "store") as kv:
+        count_up(kv)
+        kv.init(["w", "n"], [np.zeros(n, F32), np.zeros(3, F32)])
+        pid, stops = pid_of(kv, 0), []
+
+        def stop():
+            for _ in range(5):
+                time.sleep(0.1)
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(5)
+                stops.append(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0])
+                os.kill(pid, signal.SIGCONT)
+
+        thread = threading.Thread(target=stop)
+        thread.start()
+        count = push_until(kv, lambda: not thread.is_alive(), n)
+        thread.join()
+        assert stops == ["T"] * 5
+        assert kv.pull("n").tolist() == [count] * 3
+        assert kv.pull("w").sum() == count
+
+
+def test_when_nothing_answers_in_time_the_outcome_is_unknown_and_the_store_goes_on():
+    with create() as keeper, tensorkv.create("dist_async", name=name_of(keeper), timeout_s=1.0) as kv:
+        count_up(kv)
+        kv.init("n", np.zeros(30_000, F32))
+        pid = pid_of(kv, 0)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            for push in range(3):
+                with pytest.raises(tensorkv.PushOutcomeUnknownError, match="applied once, or not at all"):
+                    kv.push("n", np.full(30_000, 10.0**push, F32))
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with contextlib.suppress(tensorkv.PushOutcomeUnknownError):
+                kv.push("n", np.full(30_000, 1000, F32))
+                break
+        time.sleep(0.3)
+        # Each is whole, and was applied once or not at all.
+        (found,) = set(kv.pull("n").tolist())
+        digits = f"{int(found):08d}"
+        assert set(digits) <= {"0", "1"}, found
+        assert kv.info("n").version == digits.count("1")
+        kv.push("n", np.zeros(30_000, F32))
+
+
+@pytest.mark.parametrize("fault", [{"RAY_testing_rpc_failure": LOSE_REPLIES}, {"LOSE_ANSWERS": "0.3"}])
+def test_lost_replies(fault, tmp_path):
+    """Those that Ray brings, and those to rings in shared memory."""
+    n = 240
+    with create(num_servers=2) as kv:
+        count_up(kv)
+        kv.init("w", np.zeros(n, F32))
+        with contextlib.ExitStack() as stack:
+            file = tmp_path / "acknowledged"
+            words = ("push_set", name_of(kv), n, 0, 1, file)
+            program = stack.enter_context(Program(*words, **fault, WANTS_RESENT="60"))
+            program.wait_for("resent")
+            assert read_numbers(file) == list(range(n))
+        assert kv.pull("w").tolist() == [1] * n
+        assert kv.info("w").version == n
+
+
+def test_rays_own_retries_would_make_pushes_twice_were_requests_not_known():
+    """A fault that was planted: it shows that replies are lost, and that it would be noticed."""
+    n = 100
+    with Program("rely_on_rays_retries", n, RAY_testing_rpc_failure=LOSE_REPLIES) as program:
+        assert int(program.wait_for("version").split()[1]) > n
+
+
+# ---------------------------------------------------------------- a disk that is full
+
+
+def test_a_full_disk_is_an_error_and_nothing_is_acknowledged_that_is_not_kept(tmp_path):
+    """Files of the server may not grow any more: as on a full disk, a write ends early or fails."""
+    folder = tmp_path / "store"
+    with create(path=folder) as kv:
+        count_up(kv)
+        kv.init("w", np.zeros(2000, F32))
+        kv.push("w", np.ones(2000, F32))
+        pid = pid_of(kv, 0)
+        used = sum(each.stat().st_size for each in folder.rglob("log-*"))
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (used + 20_000, resource.RLIM_INFINITY))
+        acknowledged = 1
+        refused = None
+        while refused is None:
+            try:
+                kv.push("w", np.ones(2000, F32))
+                acknowledged += 1
+            except tensorkv.JournalError as error:
+                refused = error
+        assert "File too large" in str(refused)
+        assert 1 < acknowledged < 10
+        # Pulls go on.
+        assert set(kv.pull("w").tolist()) == {acknowledged}
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        kv.push("w", np.ones(2000, F32))
+        os.kill(pid, signal.SIGKILL)
+        assert set(kv.pull("w").tolist()) == {acknowledged + 1}
+
+
+# ---------------------------------------------------------------- who may have what
+
+
+def test_two_stores_on_one_path_and_options_that_differ(tmp_path):
+    with create(path=tmp_path / "store", num_workers=2) as kv:
+        name = name_of(kv)
+        with tensorkv.create("dist_async", name=name, path=tmp_path / "store") as same:
+            assert same.num_workers == 2
+        for options in ({"mode": "sync"}, {"num_servers": 2}, {"num_workers": 3}, {"staleness": 1}, {"keep": 9}):
+            with pytest.raises(tensorkv.ArgumentError, match=f"its {next(iter(options))} is"):
+                tensorkv.create("dist_async", name=name, **options)
+        with pytest.raises(tensorkv.ArgumentError, match="its path is"):
+            tensorkv.create("dist_async", name=name, path=tmp_path / "other")
+        with pytest.raises(tensorkv.JournalError, match=r"another process|open"):
+            create(path=tmp_path / "store", timeout_s=40)
+        kv.init("w", np.ones(2))
+        with create() as other:
+            assert "w" not in other
+
+
+def test_a_cluster_that_others_can_reach_is_refused_without_a_token(cluster, monkeypatch):
+    from tensorkv.engines.ps.ray import cluster as ray_cluster
+
+    actors = cluster._engine._actors
+    places = [[*ray.get(actors[0].place.remote())]]
+    assert places[0][2], "the servers of a Ray that was started here ask for a token"
+    node = {"Alive": True, "NodeManagerAddress": "10.1.2.3", "NodeManagerPort": 1, "ObjectManagerPort": 2}
+    nodes = [*ray.nodes(), node]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray_cluster, "_ask", lambda method, name, timeout_s: places[0])
+    # With a token, anywhere.
+    assert ray_cluster.check_safety(actors, insecure=False, timeout_s=1) == places
+    places[0][2] = 0
+    with pytest.raises(
+        tensorkv.ArgumentError, match=r"\(at 10\.1\.2\.3:1, 10\.1\.2\.3:2\) and asks nobody for a token"
+    ):
+        ray_cluster.check_safety(actors, insecure=False, timeout_s=1)
+    assert ray_cluster.check_safety(actors, insecure=True, timeout_s=1) == places
+    node["Alive"] = False
+    assert ray_cluster.check_safety(actors, insecure=False, timeout_s=1) == places
+
+
+# ---------------------------------------------------------------- snapshots and versions
+
+
+def test_snapshots_and_versions_with_two_servers():
+    n = 300_000
+    with create(num_servers=2) as kv, tensorkv.create("dist_async", name=name_of(kv)) as other:
+        count_up(kv)
+        kv.init(["w", "n"], [np.zeros(n, F32), np.zeros(3, F32)])
+        stop, pushes = threading.Event(), []
+
+        def push():
+            while not stop.is_set():
+                other.push(["w", "n"], [np.ones(n, F32), np.ones(3, F32)])
+                pushes.append(1)
+
+        thread = threading.Thread(target=push)
+        thread.start()
+        try:
+            for _ in range(10):
+                with kv.snapshot() as view:
+                    seen = {*view.pull("w").tolist(), *view.pull("n").tolist()}
+                    assert len(seen) == 1
+                at_least = int(seen.pop()) + 2
+                assert kv.pull("n", min_version=at_least, timeout_s=30)[0] >= at_least
+        finally:
+            stop.set()
+            thread.join()
+        assert kv.info("w").version == kv.info("n").version == len(pushes)
+        with pytest.raises(tensorkv.WaitTimeoutError, match="version"):
+            kv.pull("n", min_version=len(pushes) + 1, timeout_s=0.3)
+
+
+# ---------------------------------------------------------------- workers of all kinds
+
+
+@contextlib.contextmanager
+def two_workers(monkeypatch, **options):
+    """The stores of ranks 0 and 1, and a function that has both do something at the same time."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    name = next(names)
+
+    def create_rank(rank):
+        monkeypatch.setenv("RANK", str(rank))
+        return tensorkv.create("dist_async", name=name, num_workers=2, **options)
+
+    with create_rank(0) as first, create_rank(1) as second, ThreadPoolExecutor(2) as pool:
+        monkeypatch.delenv("WORLD_SIZE")
+        yield [first, second], lambda do: [each.result(100) for each in [pool.submit(do, rank) for rank in (0, 1)]]
+
+
+def test_workers_load_a_trainer_s_state_together(monkeypatch):
+    """What they have afterwards, and after more steps, is what they had, bit for bit; and if it fails, too."""
+    with two_workers(monkeypatch, mode="sync", num_servers=2) as (stores, both):
+        models = [torch.nn.Linear(3, 2) for _ in stores]
+        trainers = both(lambda rank: tensorkv.Trainer(models[rank], stores[rank], "adam", lr=0.1))
+        both(lambda rank: stores[rank].init("other", np.ones(3, F32)))
+        stores[1].set_hyperparameters("bias", lr=0.02)
+
+        def train(rank, start):
+            for step in range(start, start + 3):
+                trainers[rank].zero_grad()
+                models[rank](torch.arange(3.0) + step + rank).square().sum().backward()
+                trainers[rank].step()
+            stores[rank].push("other", np.full(3, step, F32))
+            return [each.tolist() for each in models[rank].parameters()]
+
+        at_three = both(lambda rank: train(rank, 0))
+        states = both(lambda rank: trainers[rank].state_dict())
+        at_six = both(lambda rank: train(rank, 3))
+        assert at_six[0] == at_six[1] != at_three[0]
+        other = stores[0].pull("other").tolist()
+        both(lambda rank: trainers[rank].load_state_dict(states[rank]))
+        for rank in (0, 1):
+            assert [each.tolist() for each in models[rank].parameters()] == at_three[0]
+            assert stores[rank].pull("other").tolist() == other
+            assert stores[rank].info("weight").version == 0
+        assert both(lambda rank: train(rank, 3)) == at_six
+
+        def fail(*_):
+            raise tensorkv.CheckpointError("the disk is full")
+
+        def load(rank):
+            with pytest.raises(tensorkv.CheckpointError, match="the disk is full"):
+                trainers[rank].load_state_dict(states[rank])
+
+        monkeypatch.setattr("tensorkv.trainer.updates.StoreUpdate._rewrite", fail)
+        both(load)
+        assert sorted(stores[1].keys()) == ["bias", "other", "weight"]
+        both(lambda rank: trainers[rank].refresh())
+        assert [each.tolist() for each in models[1].parameters()] == at_six[1]
+
+
+def test_workers_as_tasks_actors_and_threads_train_together():
+    """In step, one of each kind."""
+    with create(mode="sync", num_workers=3) as kv:
+        name = name_of(kv)
+        count_up(kv)
+        kv.init("n", np.zeros(2, F32))
+
+        def work(kv):
+            for _ in range(3):
+                kv.push("n", np.full(2, kv.rank + 1, F32))
+            kv.barrier()
+            return kv.rank, kv.num_workers
+
+        def work_elsewhere(name):
+            import numpy
+
+            import tensorkv
+
+            with tensorkv.create("dist_async", name=name) as kv:
+                for _ in range(3):
+                    kv.push("n", numpy.full(2, kv.rank + 1, numpy.float32))
+                kv.barrier()
+                return kv.rank, kv.num_workers
+
+        class Worker:
+            def work(self, name):
+                return work_elsewhere(name)
+
+        task = ray.remote(num_cpus=0)(work_elsewhere).remote(name)
+        actor = ray.remote(num_cpus=0)(Worker).remote()
+        found = actor.work.remote(name)
+        results = []
+        thread = threading.Thread(target=lambda: results.append(work(kv)))
+        thread.start()
+        results += ray.get([task, found], timeout=100)
+        thread.join()
+        ray.kill(actor)
+        assert sorted(results) == [(0, 3), (1, 3), (2, 3)]
+        assert kv.pull("n").tolist() == [18, 18]
+
+
+def test_workers_of_torchrun_train_together_on_a_ray_that_they_start(monkeypatch):
+    environment = dict.fromkeys(("RAY_ADDRESS",), "")
+    for text in run(2, [*PROGRAMS, "train"], env=environment, timeout_s=100):
+        assert "trained" in text
+
+
+def test_a_lost_worker_is_not_waited_for_again_when_a_server_comes_back(tmp_path):
+    with create(num_workers=2, mode="sync", path=tmp_path / "store", lost_after_s=1.5) as kv:
+        count_up(kv)
+        kv.init("n", np.zeros(1, F32))
+        with Program("silent", name_of(kv)) as program:
+            program.wait_for("rank")
+        kv.push("n", np.ones(1, F32))
+        before, pid = kv.pull("n"), pid_of(kv, 0)
+        os.kill(pid, signal.SIGKILL)
+        kv.push("n", np.ones(1, F32))
+        assert pid_of(kv, 0) != pid
+        assert kv.pull("n").tolist() == [before[0] + 1]
+
+
+def test_a_worker_that_is_killed_is_named_and_its_rank_is_free_again():
+    with create(num_workers=2) as kv:
+        kv.init("n", np.zeros(1, F32))
+        with Program("silent", name_of(kv)) as program:
+            assert program.wait_for("rank").split() == ["rank", "1"]
+            assert kv._engine.dead_workers() == []
+        deadline = time.monotonic() + 60
+        while kv._engine.dead_workers() != [1] and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert kv._engine.dead_workers() == [1]
+        with tensorkv.create("dist_async", name=name_of(kv)) as follower:
+            assert follower.rank == 1
+            follower.pull("n")
+            assert kv.dead_workers() == []

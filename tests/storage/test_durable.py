@@ -1,0 +1,228 @@
+"""A store in a folder: the contract, and everything as it was when it is opened again."""
+
+import tempfile
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+
+import tensorkv
+from tensorkv import CheckpointError, JournalError, NonFiniteError, Rows, UpdaterError
+from tensorkv.shard.shard import Shard
+from tensorkv.storage import durable
+from tensorkv.storage.wal import Journal
+from tests.support.checkpoints import snapshot
+from tests.support.contract import Contract
+
+
+class TestDurable(Contract):
+    TYPE = "local"
+
+    def create(self, **options):
+        # A log that is short enough for snapshots to be made on the way.
+        return super().create(path=tempfile.mkdtemp(dir=self.folder), log_nbytes=2000, **options)
+
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path):
+        self.folder = tmp_path
+
+
+def shard_of(kv):
+    return kv._engine._shard
+
+
+def reopened(kv, path, **options):
+    kv.close()
+    return tensorkv.create("local", path=path, **options)
+
+
+def test_an_updater_is_lost_with_its_process_and_what_it_made_is_not(tmp_path):
+    kv = tensorkv.create("local", path=tmp_path)
+    kv.init(["w", "t"], [np.zeros(2), Rows(np.array([1]), np.ones((1, 2)), 5)])
+
+    def double(key, received, stored):
+        received, stored = (each.values if isinstance(each, Rows) else each for each in (received, stored))
+        received *= 2
+        stored += received
+
+    kv.set_updater(double)
+    pushed = np.ones(2)
+    kv.push(["w", "t"], [pushed, Rows(np.array([3, 1]), np.ones((2, 2)), 5)])
+    assert pushed.tolist() == [1, 1], "an updater must not see the caller's array"
+    kv = reopened(kv, tmp_path)
+    assert kv.pull("w").tolist() == [2, 2]
+    assert kv.row_sparse_pull("t", row_ids=[1, 3]).values.tolist() == [[3, 3], [2, 2]]
+    with pytest.raises(UpdaterError, match="call set_updater again"):
+        kv.push("w", pushed)
+    kv.set_updater(None)
+    kv.push("w", pushed)
+    kv = reopened(kv, tmp_path)
+    assert kv.pull("w").tolist() == [1, 1]
+    kv.close()
+
+
+def test_a_request_with_an_updater_is_whole_or_not_made(tmp_path):
+    kv = tensorkv.create("local", path=tmp_path)
+    kv.init(["a", "b"], [np.zeros(1), np.zeros(1)])
+    fail = [True]
+
+    def add(key, received, stored):
+        stored += received
+        if key == "b" and fail[0]:
+            raise ValueError(key)
+
+    kv.set_updater(add)
+    clients = shard_of(kv).clients
+    with pytest.raises(ValueError, match="b"), clients.request("c", 1):
+        kv.push(["a", "b"], [np.ones(1), np.ones(1)])
+    assert not clients.last
+    fail[0] = False
+    for expected in (True, False):
+        with clients.request("c", 1) as is_new:
+            assert is_new is expected
+            if is_new:
+                kv.push(["a", "b"], [np.ones(1), np.ones(1)])
+    kv = reopened(kv, tmp_path)
+    assert [value.tolist() for value in kv.pull(["a", "b"])] == [[1], [1]]
+    assert shard_of(kv).clients.last == {"c": 1}
+    kv.close()
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_sums_that_are_not_finite_do_not_reach_the_log(nonfinite, tmp_path):
+    kv = tensorkv.create("local", path=tmp_path, nonfinite=nonfinite)
+    kv.init(["a", "b"], [np.zeros(1), np.zeros(1)])
+    both = [np.array([np.nan]), np.ones(1)]
+    if nonfinite == "raise":
+        with pytest.raises(NonFiniteError):
+            kv.push(["a", "b"], both)
+    else:
+        kv.push(["a", "b"], both)
+    before = snapshot(kv)
+    kv = reopened(kv, tmp_path, nonfinite=nonfinite)
+    assert snapshot(kv) == before
+    assert kv.pull("b").tolist() == [float(nonfinite == "skip")]
+    kv.close()
+
+
+@pytest.mark.parametrize("name", ["muon", "adafactor", "adam"])
+def test_replays_have_the_bits_of_large_steps(name, tmp_path):
+    rng = np.random.default_rng(0)
+    kv = tensorkv.create("local", path=tmp_path)
+    kv.init("w", rng.standard_normal((300, 301)).astype(np.float32))
+    kv.set_optimizer(name, lr=0.1)
+    for _ in range(5):
+        kv.push("w", rng.standard_normal((300, 301)).astype(np.float32))
+    before = snapshot(kv)
+    kv = reopened(kv, tmp_path)
+    assert snapshot(kv) == before
+    kv.close()
+
+
+def test_a_key_that_comes_again_in_another_form(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(durable, "DIGEST_EVERY", 4)
+    kv = tensorkv.create("local", path=tmp_path)
+    for first in (np.zeros((2, 2)), Rows(np.array([90]), np.ones((1, 2)), 100), np.zeros((2, 2))):
+        kv.init("w", first)
+        kv.push("w", first)
+        kv.delete("w")
+    assert not caplog.records
+    reopened(kv, tmp_path).close()
+
+
+def test_what_was_set_for_a_key_goes_with_it_when_others_are_loaded(tmp_path):
+    other = tensorkv.create("local")
+    other.init("x", np.zeros(1))
+    other.set_updater(lambda key, received, stored: None)
+    other.save(tmp_path / "saved")
+    kv = tensorkv.create("local", path=tmp_path / "store")
+    kv.init("w", np.zeros(1))
+    kv.set_optimizer("sgd", lr=0.1)
+    kv.set_hyperparameters("w", lr=0.2)
+    kv.load(tmp_path / "saved")
+    kv = reopened(kv, tmp_path / "store")
+    assert kv.keys() == ["x"]
+    kv.close()
+
+
+def test_complex_values_that_begin_anywhere(tmp_path):
+    kv = tensorkv.create("local", path=tmp_path, log_nbytes=1)
+    kv.init(["a", "b"], [np.zeros(1, np.float32), np.full(2, 1 + 2j, np.complex64)])
+    kv.push("a", np.ones(1, np.float32))
+    kv = reopened(kv, tmp_path)
+    assert kv.pull("b").tolist() == [1 + 2j, 1 + 2j]
+    kv.close()
+
+
+def test_opened_in_inference_mode(tmp_path):
+    kv = tensorkv.create("local", path=tmp_path)
+    kv.init("w", np.zeros(2))
+    with torch.inference_mode():
+        kv = reopened(kv, tmp_path)
+    kv.push("w", np.ones(2))
+    assert kv.pull("w").tolist() == [1, 1]
+    kv.close()
+
+
+@pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize("verb", ["load", "load_optimizer_states"])
+def test_a_load_that_cannot_be_written_leaves_the_old_state(verb, error, tmp_path, monkeypatch):
+    kv = tensorkv.create("local", path=tmp_path / "store")
+    kv.init("w", np.zeros(2))
+    kv.set_optimizer("adam", lr=0.1)
+    kv.push("w", np.ones(2))
+    kv.save(tmp_path / "saved")
+    kv.save_optimizer_states(tmp_path / "states")
+    kv.push("w", np.ones(2))
+    before = snapshot(kv)
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_write_snapshot", Mock(side_effect=error))
+        with pytest.raises((JournalError, type(error))):
+            getattr(kv, verb)(tmp_path / ("saved" if verb == "load" else "states"))
+    assert snapshot(kv) == before
+    with pytest.raises(CheckpointError):
+        kv.load(tmp_path / "nothing")
+    assert snapshot(kv) == before
+    kv.push("w", np.ones(2))
+    after = snapshot(kv)
+    kv = reopened(kv, tmp_path / "store")
+    assert snapshot(kv) == after
+    kv.close()
+
+
+def test_a_load_of_which_the_disk_may_know_nothing_is_not_said_to_have_changed_nothing(tmp_path, monkeypatch):
+    kv = tensorkv.create("local", path=tmp_path / "store", durability="disk")
+    kv.init("w", np.zeros(2))
+    kv.save(tmp_path / "saved")
+    kv.push("w", np.ones(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_sync_folder", Mock(side_effect=[OSError("failed"), None]))
+        with pytest.raises(JournalError, match="may count or not; open the store again"):
+            kv.load(tmp_path / "saved")
+    # What is acknowledged now could be made again upon the values that there were before.
+    with pytest.raises(JournalError, match="may count or not"):
+        kv.push("w", np.ones(2))
+    before = snapshot(kv)
+    kv = reopened(kv, tmp_path / "store")
+    assert snapshot(kv) == before
+    kv.push("w", np.ones(2))
+    kv.close()
+
+
+def test_a_store_that_could_not_become_its_journal_serves_nothing_and_can_be_closed(tmp_path, monkeypatch):
+    kv = tensorkv.create("local", path=tmp_path)
+    kv.init("w", np.zeros(2))
+    kv.push("w", np.ones(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(Shard, "_apply", Mock(side_effect=RuntimeError("halfway")))
+        patch.setattr(Journal, "read", Mock(side_effect=RuntimeError("unreadable")))
+        with pytest.raises(RuntimeError, match="unreadable"):
+            kv.push("w", np.full(2, 7.0))
+    out = np.zeros(2)
+    for call in (lambda: kv.pull("w", out=out), lambda: kv.pull(["w"]), lambda: kv.push("w", out)):
+        with pytest.raises(JournalError, match="close this store and open it again"):
+            call()
+    kv = reopened(kv, tmp_path)
+    assert kv.pull("w").tolist() == [1, 1]
+    kv.close()

@@ -1,0 +1,90 @@
+"""A durable shard whose process is killed, thousands of times: each acknowledged push counts once."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+from tests.storage.seams import SEAMS
+
+pytestmark = pytest.mark.alone
+PROGRAM = [sys.executable, "-m", "tests.storage.kills"]
+SEED = int(os.environ.get("TENSORKV_TEST_SEED", "20"))
+WRONG = 3
+
+
+@pytest.fixture
+def folder():
+    """A folder in memory: what a killed process has written is as safe there, and it is faster."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as path:
+        yield path
+
+
+def start(folder, number, kills, durability, how, optimizer="sgd", *plant):
+    command = [*PROGRAM, folder, str(SEED + number), str(kills), durability, how, optimizer, *plant]
+    # Libraries that start threads when they are imported must not: the program forks.
+    alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    return subprocess.Popen(
+        command, env={**os.environ, **alone}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(programs):
+    """Wait for programs; return for each its exit status, what it found and what it complained of."""
+    ended = []
+    try:
+        for program in programs:
+            out, err = program.communicate(timeout=280)
+            ended.append((program.returncode, json.loads(out) if out else None, err))
+    finally:
+        for program in programs:
+            program.kill()
+            program.communicate()
+    return ended
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("durability", ["process", "disk"])
+def test_acknowledged_pushes_count_once_whenever_the_process_is_killed(folder, durability):
+    print("seed", SEED)
+    number = 10 if durability == "disk" else 0
+    kills = {"time": 800, "calls": 850, "seams": 900}
+    programs = [start(folder, number + i, kills[how], durability, how) for i, how in enumerate(kills)]
+    deaths = []
+    for (status, found, complaint), least in zip(finish(programs), kills.values(), strict=True):
+        assert status == 0, complaint
+        print(found)
+        assert found["kills"] >= least
+        assert found["in the middle"] > least // 10, "too few kills came between two pushes"
+        assert found["resent, known"] > least // 20, "too few pushes were logged and not acknowledged"
+        deaths.append(found["deaths"])
+    _, calls, seams = deaths
+    died = {death.split()[0] for death in calls}
+    assert died >= {"pwritev", "fsync", "open", "replace", "unlink"}
+    assert ("fdatasync" in died) == (durability == "disk")
+    expected = set(SEAMS) - ({"sync of the log"} if durability == "process" else set())
+    assert {seam for seam, count in seams.items() if count >= 15} == expected
+
+
+def test_adam_goes_on_to_the_bit(folder):
+    programs = [start(folder, 30 + i, 100, "process", how, "adam") for i, how in enumerate(["time", "calls"])]
+    for status, found, complaint in finish(programs):
+        assert status == 0, complaint
+        assert found["kills"] >= 100
+
+
+@pytest.mark.parametrize(
+    "plants",
+    [
+        ["no dedup", "acknowledged before it is logged"],
+        ["requests outside the snapshot", "old log removed first"],
+    ],
+)
+def test_faults_are_noticed(folder, plants):
+    programs = [start(folder, 40 + i, 1000, "process", "calls", "sgd", plant) for i, plant in enumerate(plants)]
+    for status, _, complaint in finish(programs):
+        assert status == WRONG, "a planted fault went unnoticed"
+        assert "are acknowledged" in complaint or "JournalError" in complaint

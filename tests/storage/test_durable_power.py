@@ -1,0 +1,108 @@
+"""Power loss: with durability="disk", what was acknowledged is in whatever folder the disk may have kept."""
+
+import os
+import random
+import tempfile
+from types import SimpleNamespace
+
+import pytest
+
+from tensorkv import JournalError
+from tensorkv.storage import durable, wal
+from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.folder import Folder
+from tensorkv.storage.log_file import LogFile
+from tensorkv.storage.wal import Journal
+from tests.storage import kills
+from tests.storage.power import AtLast, AtOnce, Disk
+
+SEED = int(os.environ.get("TENSORKV_TEST_SEED", "20"))
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch):
+    monkeypatch.setattr(durable, "DIGEST_EVERY", 5)
+    random.seed(SEED)
+    if not kills.HISTORY:
+        kills.write_history()
+
+
+def open_shard(folder):
+    return DurableShard(folder, durability="disk", log_nbytes=2000, threads=1, wait_s=0)
+
+
+def lose_power(folder, pushes, chance):
+    """Push, and let the power go again and again; return the folders left, with what was acknowledged then."""
+    left = []
+    acknowledged = [None]
+
+    def perhaps_lose_power():
+        if random.random() < chance and acknowledged[0] is not None:
+            left.append((f"{folder}-{len(left)}", acknowledged[0]))
+            disk.left(left[-1][0])
+
+    with Disk(folder) as disk:
+        disk.at_call = perhaps_lose_power
+        shard = open_shard(folder)
+        kills.prepare(shard)
+        for i in range(pushes):
+            acknowledged[0] = i
+            kills.push(shard, i)
+            acknowledged[0] = i + 1
+            perhaps_lose_power()
+            if random.random() < 0.1:
+                shard.close()
+                shard = open_shard(folder)
+        shard.close()
+        assert disk.syncs
+    return left
+
+
+def check(left):
+    for folder, acknowledged in left:
+        shard = open_shard(folder)
+        try:
+            assert kills.bits(shard) in kills.HISTORY[acknowledged : acknowledged + 2], folder
+            kills.push(shard, acknowledged)
+            assert kills.bits(shard) == kills.HISTORY[acknowledged + 1], folder
+        finally:
+            shard.close()
+
+
+def run(rounds):
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as parent:
+        count = 0
+        for each in range(rounds):
+            left = lose_power(os.path.join(parent, str(each)), 60, 0.1)
+            count += len(left)
+            check(left)
+        return count
+
+
+@pytest.mark.parametrize("thread", [AtOnce, AtLast])
+def test_acknowledged_pushes_survive_a_loss_of_power(thread, monkeypatch):
+    # Snapshots are finished in a thread: here as soon and as late as that can be, so that a run can be repeated.
+    monkeypatch.setattr(wal, "threading", SimpleNamespace(Thread=thread))
+    assert run(20) > 500
+
+
+def finish_without_sync(self, temporary, descriptor, lsn):
+    os.close(descriptor)
+    self._folder.replace(temporary, temporary.replace(".tmp", ".tkv"))
+    self._sync_folder()
+    self._remove_old(lsn)
+
+
+PLANTS = {
+    "folders": (Folder, "sync", lambda self: None),
+    "the log": (LogFile, "_sync", lambda self: None),
+    "snapshots": (Journal, "_finish", finish_without_sync),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_what_is_not_synced_is_noticed(plant, monkeypatch):
+    monkeypatch.setattr(wal, "threading", SimpleNamespace(Thread=AtOnce))
+    monkeypatch.setattr(*PLANTS[plant])
+    with pytest.raises((AssertionError, JournalError)):
+        run(20)

@@ -1,0 +1,838 @@
+"""What workers run: each program is one function; the process is started with its name and arguments."""
+
+import os
+import random
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+
+import tensorkv
+
+F32 = np.float32
+RANK = int(os.environ.get("RANK", "0"))
+SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def create(**options):
+    return tensorkv.create("dist_sync", **{"timeout_s": 30, **options})
+
+
+def say(*words):
+    print(*words, flush=True)
+
+
+# ------------------------------------------------------------ the same bits as the local store
+
+SHAPES = [
+    (),
+    (3,),
+    (0, 2),
+    (7, 5),
+    (64,),
+    (300, 70),
+    (40_000,),
+    (2, 3, 4),
+    (1, 30_000),
+    (513, 65),
+    (700, 513),
+    (300_001,),
+]
+DTYPES = ["float32", "float32", "float64", "float16", "bfloat16", "int32", "complex64"]
+OPTIMIZERS = [
+    ("sgd", {"lr": 0.1}),
+    ("sgd", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    ("adam", {"lr": 0.1, "amsgrad": True}),
+    ("adamw", {"lr": 0.1, "weight_decay": 0.1, "rescale_grad": 0.5}),
+    ("rmsprop", {"lr": 0.01, "centered": True}),
+    ("adagrad", {"lr": 0.1}),
+    ("nadam", {"lr": 0.01}),
+    ("adadelta", {}),
+    ("adafactor", {"lr": 0.01}),
+    ("muon", {"lr": 0.01}),
+]
+
+
+def make(rng, shape, dtype):
+    torch.manual_seed(rng.randrange(1 << 30))
+    if dtype == "int32":
+        return torch.randint(-9, 9, shape, dtype=torch.int32)
+    return torch.randn(shape, dtype=getattr(torch, dtype))
+
+
+def programs(count, first_seed, shared_memory):
+    """Random programs of verbs; every worker computes what a local store makes of all workers' parts."""
+    for seed in range(int(first_seed), int(first_seed) + int(count)):
+        one_program(seed, shared_memory == "True")
+    say("same bits")
+
+
+def one_program(seed, shared_memory):
+    rng = random.Random(seed)
+    with create(shared_memory=shared_memory) as kv, tensorkv.create("local") as local:
+        keys = {}
+        for _ in range(rng.randint(3, 14)):
+            action = rng.choice(
+                ["init", "push", "push", "push", "pushpull", "pushpull", "many", "rule", "rows", "delete"]
+            )
+            try:
+                step(rng, action, kv, local, keys)
+            except (AssertionError, tensorkv.TensorKVError) as error:
+                error.add_note(f"seed {seed}, action {action}, rank {RANK}")
+                raise
+        compare(kv, local, list(keys), seed)
+
+
+def step(rng, action, kv, local, keys):
+    if action == "init" or not keys:
+        for _ in range(rng.randint(1, 4)):
+            key, shape, dtype = f"k{rng.randrange(1 << 40)}", rng.choice(SHAPES), rng.choice(DTYPES)
+            keys[key] = (shape, dtype)
+            value = make(rng, shape, dtype)
+            local.init(key, value)
+            # Rank 0's value counts.
+            kv.init(key, value if RANK == 0 else torch.zeros_like(value))
+    elif action == "rule":
+        set_rule(rng, kv, local, keys)
+    elif action == "delete" and len(keys) > 2:
+        key = rng.choice(sorted(keys))
+        del keys[key]
+        kv.delete(key)
+        local.delete(key)
+    elif action == "rows":
+        push_rows(rng, kv, local, keys)
+    else:
+        push_dense(rng, action, kv, local, keys)
+
+
+def set_rule(rng, kv, local, keys):
+    if any(dtype == "int32" for _, dtype in keys.values()) or rng.random() < 0.3:
+        kv.set_updater(None)
+        local.set_updater(None)
+        return
+    if rng.random() < 0.2:
+
+        def update(key, received, stored):
+            if isinstance(received, tensorkv.Rows):
+                stored.values += received.values * 2
+            else:
+                stored += received * 2
+
+        kv.set_updater(update)
+        local.set_updater(update)
+        return
+    whole = any(len(shape) != 2 for shape, _ in keys.values())
+    is_complex = any(dtype == "complex64" for _, dtype in keys.values())
+    name, numbers = rng.choice(OPTIMIZERS[: -2 if whole or is_complex else None])
+    if is_complex and name in ("rmsprop", "nadam"):
+        return
+    kv.set_optimizer(name, **numbers)
+    local.set_optimizer(name, **numbers)
+
+
+def push_rows(rng, kv, local, keys):
+    wide = [k for k, (shape, dtype) in keys.items() if len(shape) == 2 and shape[0] > 1 and dtype == "float32"]
+    if not wide or (local.optimizer or {}).get("name") in ("muon", "adafactor"):
+        return
+    key = rng.choice(wide)
+    (rows, width), _ = keys[key]
+    parts = []
+    for _ in range(SIZE):
+        ids = torch.tensor([rng.randrange(rows) for _ in range(rng.randint(0, 5))], dtype=torch.int64)
+        parts.append(tensorkv.Rows(ids, make(rng, (len(ids), width), "float32"), rows))
+    kv.push(key, parts[RANK])
+    local.push(key, parts)
+
+
+def push_dense(rng, action, kv, local, keys):
+    chosen = rng.sample(sorted(keys), rng.randint(1, len(keys)))
+    if action == "many":
+        chosen = sorted(keys)
+    if (local.optimizer or {}).get("name"):
+        chosen = [key for key in chosen if keys[key][1] != "int32"]
+    if not chosen:
+        return
+    for _ in range(3 if action == "many" else 1):
+        parts = [[make(rng, *keys[key]) for _ in range(SIZE)] for key in chosen]
+        mine = [own[RANK] for own in parts]
+        if action == "push":
+            kv.push(chosen, mine, priority=rng.randint(-2, 2))
+            local.push(chosen, parts)
+        else:
+            outs = [torch.empty_like(own) for own in mine]
+            kv.pushpull(chosen, mine, out=outs)
+            for out, right in zip(outs, local.pushpull(chosen, parts), strict=True):
+                check(out, right)
+
+
+def check(got, right):
+    bits = [torch.atleast_1d(each).contiguous().view(torch.uint8) for each in (got, right)]
+    assert torch.equal(*bits), f"{got} is not {right}"
+
+
+def compare(kv, local, keys, seed):
+    for key in keys:
+        check(kv.pull(key), local.pull(key))
+        assert kv.info(key) == local.info(key), (seed, key)
+
+
+def values(first, last, folder, shared_memory):
+    """Training, checkpoints and odd values, each worker beside a local store."""
+    from tensorkv.engines import partition
+    from tensorkv.engines.sync import pushes
+    from tests.support import value_programs
+
+    partition._WHOLE = value_programs.DIVIDED
+    pushes.SLOT_NBYTES = pushes.SLOT_NBYTES_OVER_HOSTS = value_programs.CHUNK_NBYTES
+    for seed in range(int(first), int(last) + 1):
+        os.makedirs(f"{folder}/{seed}", exist_ok=True)
+        with create(shared_memory=shared_memory == "True") as kv:
+            value_programs.train(seed, kv, f"{folder}/{seed}", rank=RANK, workers=SIZE)
+    with create(shared_memory=shared_memory == "True") as kv:
+        value_programs.train_on_nothing(kv, f"{folder}/nothing", rank=RANK, workers=SIZE)
+    say("same values")
+
+
+# ------------------------------------------------------------ mismatches
+
+CALLS = {
+    "push a": lambda kv: kv.push("a", np.ones(3, F32)),
+    "push b": lambda kv: kv.push("b", np.ones(3, F32)),
+    "push a, b": lambda kv: kv.push(["a", "b"], [np.ones(3, F32)] * 2),
+    "push b, a": lambda kv: kv.push(["b", "a"], [np.ones(3, F32)] * 2),
+    "push more elements": lambda kv: kv.push("a", np.ones(4, F32)),
+    "push another shape": lambda kv: kv.push("a", np.ones((3, 1), F32)),
+    "push another dtype": lambda kv: kv.push("a", np.ones(3, np.int32)),
+    "push rows": lambda kv: kv.push("c", tensorkv.Rows(np.array([1]), np.ones((1, 2), F32), 3)),
+    "push dense c": lambda kv: kv.push("c", np.ones((3, 2), F32)),
+    "push many": lambda kv: [kv.push("a", np.ones(3, F32)) for _ in range(3)],
+    "pushpull a": lambda kv: kv.pushpull("a", np.ones(3, F32)),
+    "init d": lambda kv: kv.init("d", np.ones(2, F32)),
+    "init another d": lambda kv: kv.init("d", np.ones((2, 2), F32)),
+    "barrier": lambda kv: kv.barrier(),
+    "sgd": lambda kv: kv.set_optimizer("sgd", lr=0.1),
+    "sgd with another lr": lambda kv: kv.set_optimizer("sgd", lr=0.2),
+    "adam": lambda kv: kv.set_optimizer("adam", lr=0.1),
+    "whole numbers": lambda kv: [
+        kv.set_optimizer("adam", lr=1, weight_decay=0, betas=(0.0, 0.5), rescale_grad=2),
+        kv.set_hyperparameters(lr=2, weight_decay=-0.0),
+        kv.set_hyperparameters("b", lr=0, betas=(0.0, 0.25)),
+    ],
+    "the same as floats": lambda kv: [
+        kv.set_optimizer("adam", weight_decay=0.0, lr=1.0, betas=[0.0, np.float64(0.5)], rescale_grad=2.0),
+        kv.set_hyperparameters(weight_decay=0, lr=np.float32(2)),
+        kv.set_hyperparameters("b", betas=[0.0, 0.25], lr=np.int64(0)),
+    ],
+    "nothing": lambda kv: None,
+    "unknown key": lambda kv: kv.push("nowhere", np.ones(3, F32)),
+    "no array": lambda kv: kv.push("a", "text"),
+}
+
+
+def mismatches(shared_memory):
+    """The last rank makes another call than the others; every worker gets an error that names both."""
+    # torch imports much at its first optimizer, which is not what is timed.
+    tensorkv.shard.optimizers.spec("sgd", {})
+    for left, right in PAIRS + EQUAL:
+        say("===", left, "/", right)
+        mismatch(left, right, shared_memory)
+
+
+def mismatch(left, right, shared_memory):
+    kv = create(timeout_s=20, shared_memory=shared_memory == "True")
+    kv.init(["a", "b", "c"], [np.zeros(3, F32), np.zeros(3, F32), np.zeros((3, 2), F32)])
+    start = time.monotonic()
+    error = None
+    try:
+        CALLS[right if RANK == SIZE - 1 else left](kv)
+        kv.pull("a")
+        kv.close()
+    except (tensorkv.TensorKVError, TypeError, ValueError) as caught:
+        error = caught
+    say(type(error).__name__, "|", str(error).replace("\n", " "))
+    say("seconds", round(time.monotonic() - start, 2))
+    if error is not None:
+        try:
+            kv.push("a", np.ones(3, F32))
+            kv.pull("a")
+            say("goes on")
+        except tensorkv.TensorKVError as after:
+            say("refuses", type(after).__name__)
+
+
+PAIRS = [
+    ("push a", "push b"),
+    ("push a", "push a, b"),
+    ("push a, b", "push b, a"),
+    ("push a", "push more elements"),
+    ("push a", "push another shape"),
+    ("push a", "push another dtype"),
+    ("push rows", "push dense c"),
+    ("push a", "pushpull a"),
+    ("push many", "push a"),
+    ("push a", "push many"),
+    ("push a", "nothing"),
+    ("push a", "barrier"),
+    ("push a", "init d"),
+    ("init d", "init another d"),
+    ("init d", "push a"),
+    ("sgd", "adam"),
+    ("sgd", "sgd with another lr"),
+    ("sgd", "nothing"),
+    ("push a", "unknown key"),
+    ("push a", "no array"),
+    ("barrier", "nothing"),
+]
+
+
+def long_lists(shared_memory):
+    """Long lists of keys that differ in one place."""
+    for count, at in ((80, 41), (3000, 1500), (3000, 2999)):
+        names = [f"layer.{number:04}.weight" for number in range(count)]
+        kv = create(timeout_s=20, shared_memory=shared_memory == "True")
+        kv.init(names, [np.zeros(1, F32)] * count)
+        if RANK == SIZE - 1:
+            del names[at]
+        for verb in (kv.push, kv.pushpull):
+            try:
+                verb(names, [np.ones(1, F32)] * len(names))
+                kv.pull(names[0])
+            except tensorkv.WorkerMismatchError as error:
+                say(count, at, "|", error)
+        kv.close()
+
+
+# What is written in another way, and no mismatch.
+EQUAL = [("whole numbers", "the same as floats")]
+# Calls that are refused where they are made, with an error of their own.
+REFUSED = ("push more elements", "push another shape", "push another dtype", "unknown key", "no array")
+
+# ------------------------------------------------------------ lost workers
+
+PHASES = ["between", "laid out", "summed", "background", "copying"]
+
+
+def lost(phase, how, repeat):
+    """The last rank dies or stops at some point; the others get an error that names it."""
+    from tensorkv.engines.sync import allreduce as exchange
+    from tensorkv.engines.sync import pushes
+
+    victim = SIZE - 1
+    rounds = 3 + int(repeat)
+    if victim == RANK:
+        plant(exchange, pushes, phase, how, rounds)
+    kv = create(timeout_s=5)
+    value = np.ones(700_000, F32)
+    kv.init(["a", "b"], [value, value])
+    out = np.empty_like(value)
+    start = time.monotonic()
+    try:
+        for turn in range(1000):
+            start = time.monotonic()
+            if phase == "background":
+                kv.push("a", value)
+                kv.pull("a", out=out)
+            else:
+                kv.pushpull(["a", "b"], [value, value], out=[out, out.copy()])
+            if victim == RANK and phase == "between" and turn == rounds:
+                end(how)
+        say("not lost")
+    except tensorkv.TensorKVError as error:
+        say(type(error).__name__, "|", error)
+        say("seconds", round(time.monotonic() - start, 2))
+    start = time.monotonic()
+    try:
+        kv.push("a", value)
+        say("goes on")
+    except tensorkv.TensorKVError as error:
+        say("refuses", type(error).__name__, "at once" if time.monotonic() - start < 0.5 else "late")
+    kv.close()
+
+
+def plant(exchange, pushes, phase, how, rounds):
+    """End this process at a phase of its so-manieth exchange."""
+    at = {
+        "laid out": (exchange.Exchange, "lay_out"),
+        "summed": (exchange.Exchange, "sum"),
+        "background": (exchange.Exchange, "serve"),
+        "copying": (exchange.Exchange, "copy_out"),
+    }.get(phase)
+    if at is None:
+        return
+    owner, name = at
+    right, seen = getattr(owner, name), [0]
+
+    def faulty(self, *args, **kwargs):
+        seen[0] += 1
+        if seen[0] > rounds:
+            end(how)
+        return right(self, *args, **kwargs)
+
+    setattr(owner, name, faulty)
+
+
+def end(how):
+    say("fault fired")
+    if how == "exit":
+        os._exit(3)
+    os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+    time.sleep(60)
+
+
+def endless():
+    """Push and pull until something goes wrong."""
+    kv = create(timeout_s=5)
+    kv.init("a", np.ones(50_000, F32))
+    try:
+        for turn in range(1_000_000):
+            kv.pushpull("a", np.ones(50_000, F32))
+            if turn == 20:
+                say("turn 20")
+    except tensorkv.TensorKVError as error:
+        say(type(error).__name__, "|", error)
+
+
+def interrupted():
+    """Ctrl-C in a call that waits: this worker ends at once, and so do the others."""
+    kv = create(timeout_s=60)
+    kv.init("a", np.ones(3, F32))
+    kv.pushpull("a", np.ones(3, F32))
+    say("ready")
+    if RANK == 0:
+        time.sleep(120)
+    start = time.monotonic()
+    try:
+        kv.pushpull("a", np.ones(3, F32))
+    except KeyboardInterrupt:
+        say("interrupted")
+    except tensorkv.TensorKVError as error:
+        say(type(error).__name__, "|", error)
+    say("seconds", round(time.monotonic() - start, 1))
+
+
+# ------------------------------------------------------------ unequal batches, checkpoints, training
+
+
+def leave(optimizer):
+    """Ranks with 3, 5, 7, ... batches: sums are over those present."""
+    with create() as kv:
+        kv.init(["a", "b"], [np.zeros(5, F32), np.zeros(50_000, F32)])
+        local = tensorkv.create("local")
+        local.init(["a", "b"], [np.zeros(5, F32), np.zeros(50_000, F32)])
+        for store in (kv, local):
+            if optimizer != "assign":
+                store.set_optimizer(optimizer, lr=0.1)
+        for epoch in range(2):
+            for turn in range(3 + 2 * SIZE):
+                who = [rank for rank in range(SIZE) if turn < 3 + 2 * rank]
+                if RANK in who:
+                    kv.push("a", np.full(5, RANK + turn, F32))
+                    kv.pushpull(["a", "b"], [np.full(5, turn, F32), np.full(50_000, RANK + 1, F32)])
+                elif turn == 3 + 2 * RANK:
+                    kv.leave()
+                if who:
+                    local.push("a", [np.full(5, rank + turn, F32) for rank in who])
+                    local.push("a", [np.full(5, turn, F32) for _ in who])
+                    local.push("b", [np.full(50_000, rank + 1, F32) for rank in who])
+            for key in ("a", "b"):
+                assert np.array_equal(kv.pull(key), local.pull(key)), (
+                    epoch,
+                    key,
+                    kv.pull(key)[:3],
+                    local.pull(key)[:3],
+                )
+        kv.pushpull("a", np.ones(5, F32))
+        say("left and back")
+
+
+def updater_raises():
+    """What an updater raises on one worker reaches all, for Rows and tables too; the store goes on."""
+
+    def update(key, received, stored):
+        rows = isinstance(received, tensorkv.Rows)
+        stored = stored.values if rows else stored
+        stored += 1
+        if (received.values if rows else received).flatten()[0] < 0:
+            raise KeyError("a negative number")
+
+    with create() as kv:
+        kv.init({"d": np.zeros((4, 2), F32), "e": np.zeros(3, F32)})
+        kv.init("t", tensorkv.Rows(np.array([1]), np.zeros((1, 2), F32), 1000))
+        kv.set_updater(update)
+        sign = F32(-1 if RANK == SIZE - 1 else 0)
+        for key, value in {
+            "d": tensorkv.Rows(np.array([2]), np.full((1, 2), sign), 4),
+            "t": tensorkv.Rows(np.array([1]), np.full((1, 2), sign), 1000),
+            "e": np.full(3, sign),
+        }.items():
+            try:
+                kv.push(key, value)
+                say("nothing raised")
+            except KeyError as error:
+                say("raised", key, error)
+            assert kv.info(key).version == 0, key
+        kv.push("d", tensorkv.Rows(np.array([2]), np.ones((1, 2), F32), 4))
+        assert kv.pull("d").tolist() == [[0, 0], [0, 0], [1, 1], [0, 0]]
+        assert kv.info("d").version == 1
+        say("goes on")
+
+
+def forgotten_close():
+    """A process that ends without close, its last push being on the way."""
+    kv = create(shared_memory=False, timeout_s=20)
+    kv.init("a", np.zeros(3_000_000, F32))
+    for _ in range(3):
+        kv.push("a", np.ones(3_000_000, F32))
+    if RANK == SIZE - 1:
+        kv.pull("a")
+    say("the end")
+
+
+def ahead():
+    """Far more pushes on the way than there are entries, with a worker that is late, and new lists of keys."""
+    with create() as kv:
+        for key in range(60):
+            kv.init(key, np.zeros(4, F32))
+        for late in range(SIZE):
+            for key in range(60):
+                kv.push(key, np.ones(4, F32))
+            kv.barrier()
+            if late == RANK:
+                time.sleep(1)
+            for _ in range(2):
+                for key in range(60):
+                    kv.push(key, np.full(4, late + 1, F32))
+        for turn in range(20):
+            kv.push([turn, turn + 1], [np.ones(4, F32)] * 2)
+            for key in range(34):
+                kv.push(key, np.full(4, turn, F32))
+        assert kv.pull(33).tolist() == [19.0 * SIZE] * 4
+        assert kv.pull(59).tolist() == [SIZE * SIZE] * 4
+        say("all there")
+
+
+def key_by_key(count, shared_memory):
+    """Many small keys, each pushed alone, as MXNet's Module does: no more stages than for a few, and the right sums."""
+    from tensorkv.engines.sync import pushes, schedule
+
+    made = []
+
+    class Counted(schedule.Stage):
+        def __init__(self, meeting, slots, slot_nbytes, doing):
+            made.append(slots * slot_nbytes)
+            super().__init__(meeting, slots, slot_nbytes, doing)
+
+    pushes.Stage = Counted
+    with create(shared_memory=shared_memory == "True") as kv:
+        kv.init(list(range(int(count))), [np.zeros(500 + key, F32) for key in range(int(count))])
+        for turn in (1, 2, 3):
+            for key in range(int(count)):
+                kv.push(key, np.full(500 + key, turn * (key + RANK), F32))
+                # Pushes of one key keep their order, whatever their priorities.
+                kv.push(key, np.full(500 + key, turn * key, F32), priority=turn)
+            for key in range(int(count)):
+                assert set(kv.pull(key).tolist()) == {float(SIZE * turn * key)}
+                got = kv.pushpull(key, np.full(500 + key, key + RANK, F32))
+                assert set(got.tolist()) == {float(SIZE * key + SIZE * (SIZE - 1) // 2)}
+        say("stages:", len(made), "nbytes:", sum(made))
+
+
+def many_lists():
+    """Another choice of keys at each push: memory is bounded, and the numbers are right."""
+    from tensorkv.engines.sync import pushes
+
+    pushes._LEAST_STAGES_NBYTES = 0
+    rng, count, nbytes = random.Random(5), 100_000, 0
+    with create() as kv, tensorkv.create("local") as local:
+        for store in (kv, local):
+            store.init(list(range(12)), [np.zeros(count, F32)] * 12)
+            store.set_optimizer("sgd", lr=0.5)
+        for turn in range(60):
+            chosen = rng.sample(range(12), 6)
+            kv.push(chosen, [np.full(count, turn + RANK, F32)] * 6)
+            local.push(chosen, [[np.full(count, turn + rank, F32) for rank in range(SIZE)]] * 6)
+            nbytes += 6 * count * 4
+        with open("/proc/self/maps") as lines:
+            ends = [line.split()[0].split("-") for line in lines if "memfd:tensorkv" in line]
+        mapped = sum(int(stop, 16) - int(start, 16) for start, stop in ends)
+        most = 12 * count * 4 * (1 + 4 * SIZE) + (1 << 20)
+        say("bounded" if mapped < most < nbytes * SIZE else f"{mapped} of {most}, {nbytes * SIZE} pushed")
+        for key in range(12):
+            check(torch.from_numpy(kv.pull(key)), torch.from_numpy(local.pull(key)))
+        say("same bits")
+
+
+def state_stays():
+    """Owners and optimizer state stay when keys go and the optimizer gets other numbers."""
+    with create() as kv, tensorkv.create("local") as local:
+        for store in (kv, local):
+            store.init({"a": np.zeros(4, F32), "b": np.zeros(4, F32)})
+            store.set_optimizer("sgd", lr=0.1, momentum=0.9)
+        for key in "ab":
+            kv.push(key, np.ones(4, F32))
+            local.push(key, [np.ones(4, F32)] * SIZE)
+        for store in (kv, local):
+            store.delete("a")
+            store.set_optimizer("sgd", lr=0.2, momentum=0.9)
+        kv.push("b", np.ones(4, F32))
+        local.push("b", [np.ones(4, F32)] * SIZE)
+        assert np.array_equal(kv.pull("b"), local.pull("b"))
+        say("same state")
+
+
+def saved_state(folder):
+    """Checkpoints of optimizers whose state has shapes of its own."""
+    for name in ("adafactor", "muon", "adadelta"):
+        with create() as kv:
+            kv.init({"a": np.ones((4, 3), F32), "b": np.ones((700, 513), F32)})
+            kv.set_optimizer(name, lr=0.1)
+            kv.push(["a", "b"], [np.full((4, 3), RANK + 1, F32), np.full((700, 513), 2, F32)])
+            kv.save(f"{folder}/{name}")
+            kv.push(["a", "b"], [np.ones((4, 3), F32), np.ones((700, 513), F32)])
+            after = kv.pull(["a", "b"])
+            kv.load(f"{folder}/{name}")
+            kv.push(["a", "b"], [np.ones((4, 3), F32), np.ones((700, 513), F32)])
+            assert all(map(np.array_equal, kv.pull(["a", "b"]), after)), name
+    say("same after load")
+
+
+def leave_with_long_names():
+    """A push of more names than an entry holds, and one that is refused, while the others have left."""
+    names = [f"model.layer.{number:04}.weight" for number in range(300)]
+    with create() as kv:
+        kv.init(names, [np.zeros(3, F32)] * 300)
+        kv.push(names, [np.ones(3, F32)] * 300)
+        if RANK == 0:
+            kv.push(names, [np.full(3, 5, F32)] * 300)
+            try:
+                kv.push(names[0], np.ones(4, F32))
+            except tensorkv.ValueMismatchError:
+                say("refused")
+            kv.push(names, [np.full(3, 7, F32)] * 300)
+        kv.leave()
+        assert kv.pull(names[299]).tolist() == [7, 7, 7]
+        say("left")
+
+
+def interrupted_pull():
+    """A pull that is interrupted has not forgotten what it waited for."""
+    import threading
+
+    with create() as kv:
+        kv.init("a", np.zeros(3, F32))
+        kv.push("a", np.ones(3, F32))
+        kv.barrier()
+        if RANK == 1:
+            time.sleep(2)
+        kv.push("a", np.full(3, 5, F32))
+        if RANK == 0:
+            threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+            try:
+                kv.pull("a")
+                say("too fast")
+            except KeyboardInterrupt:
+                say("interrupted")
+        assert kv.pull("a").tolist() == [5.0 * SIZE] * 3
+        say("new values")
+
+
+def other_options():
+    try:
+        create(nonfinite="raise" if RANK else "skip", timeout_s=10)
+    except tensorkv.WorkerMismatchError as error:
+        say(error)
+
+
+def no_sharing():
+    """The last rank cannot open what the others share: all go through Gloo, and one of them says so."""
+    import warnings
+
+    from tensorkv.engines.sync import host as meeting
+
+    right, asked = meeting.Segment, []
+
+    class Closed(right):
+        def __init__(self, nbytes, name=None, *, private=False):
+            if name is not None:
+                asked.append(name)
+                raise PermissionError("planted")
+            super().__init__(nbytes, name, private=private)
+
+    if RANK == SIZE - 1:
+        meeting.Segment = Closed
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        kv = create()
+    with kv:
+        say("fault fired" if asked else "no fault", "warnings:", [str(each.message) for each in caught])
+        assert kv.stats()["dist"]["hosts"] == SIZE
+        kv.init("a", np.zeros(3, F32))
+        assert kv.pushpull("a", np.full(3, RANK, F32)).tolist() == [SIZE * (SIZE - 1) / 2] * 3
+
+
+def left_and_barrier():
+    """Others may not do more than push and pull while somebody has left."""
+    kv = create(timeout_s=10)
+    kv.init("a", np.zeros(5, F32))
+    try:
+        if RANK == 0:
+            kv.leave()
+        else:
+            kv.barrier()
+    except tensorkv.WorkerMismatchError as error:
+        say(type(error).__name__, "|", error)
+
+
+def train_a_bit(kv, steps, first=0):
+    for turn in range(first, first + steps):
+        rng = np.random.default_rng([turn, 7])
+        grads = [[rng.standard_normal(shape).astype(F32) for _ in range(4)] for shape in ((40_000,), (300, 70), (3,))]
+        if kv.num_workers == 1:
+            kv.push(["a", "b", "c"], grads)
+        else:
+            mine = [sum(own[RANK * 4 // SIZE + 1 : (RANK + 1) * 4 // SIZE], own[RANK * 4 // SIZE]) for own in grads]
+            kv.push(["a", "b", "c"], mine)
+
+
+def save(path, optimizer):
+    with create() as kv:
+        kv.init({"a": np.ones(40_000, F32), "b": np.ones((300, 70), F32), "c": np.ones(3, F32)})
+        kv.init("t", tensorkv.Rows(np.array([5]), np.ones((1, 2), F32), 1_000_000_000))
+        kv.set_optimizer(optimizer, lr=0.01)
+        kv.push("t", tensorkv.Rows(np.array([RANK]), np.ones((1, 2), F32), 1_000_000_000))
+        train_a_bit(kv, 3)
+        kv.save(path)
+        say("saved", {key: kv.pull(key).tobytes().hex()[:40] for key in "abc"})
+
+
+def load(path, out):
+    with create() as kv:
+        kv.load(path)
+        assert kv.info("a").version == 3
+        train_a_bit(kv, 2, first=3)
+        if RANK == 0:
+            np.savez(out, **{key: kv.pull(key) for key in "abc"})
+        say("rows", kv.row_sparse_pull("t", row_ids=[0, 1, 5]).values.tolist())
+        say("loaded")
+
+
+def train(overlap, update_on_store):
+    """A Trainer over workers equals one over replicas."""
+    import copy
+
+    def model():
+        torch.manual_seed(3)
+        return torch.nn.Sequential(
+            torch.nn.Linear(20, 300),
+            torch.nn.Tanh(),
+            torch.nn.Linear(300, 300),
+            torch.nn.Tanh(),
+            torch.nn.Linear(300, 3),
+        )
+
+    numbers = {"lr": 0.05, "momentum": 0.9, "update_on_store": update_on_store == "True"}
+    mine, replicas = model(), [copy.deepcopy(model()) for _ in range(SIZE)]
+    with create() as kv, tensorkv.create("local") as local:
+        trainer = tensorkv.Trainer(mine, kv, "sgd", overlap=overlap == "True", **numbers)
+        right = tensorkv.Trainer(replicas, local, "sgd", **numbers)
+        for turn in range(6):
+            torch.manual_seed(turn)
+            data = torch.randn(SIZE, 8, 20)
+            trainer.zero_grad()
+            mine(data[RANK]).square().mean().backward()
+            trainer.step()
+            right.zero_grad()
+            for replica, share in zip(replicas, data, strict=True):
+                replica(share).square().mean().backward()
+            right.step()
+            for got, expected in zip(mine.parameters(), replicas[0].parameters(), strict=True):
+                assert torch.equal(got, expected), turn
+        say("same weights")
+        state = trainer.state_dict()
+        trainer.load_state_dict(state)
+        right.load_state_dict({**state, "optimizer": right.state_dict()["optimizer"]})
+        for each, data_of in ((mine, data[RANK]), *zip(replicas, data, strict=True)):
+            each.zero_grad()
+            each(data_of).square().mean().backward()
+        trainer.step()
+        right.step()
+        assert all(map(torch.equal, mine.parameters(), replicas[0].parameters()))
+        say("same after load_state_dict")
+        if overlap == "True":
+            mine(data[RANK]).sum().backward()
+            try:
+                mine(data[RANK]).sum().backward()
+            except tensorkv.ArgumentError as error:
+                say("twice", error)
+            trainer.step()
+
+
+def demo_killed(folder):
+    """The demo, whose last worker is killed after some epochs at its first start."""
+    from tensorkv.cli import demo, main
+
+    keep, seen = demo._keep, []
+
+    def killing(settings, kv, curves):
+        keep(settings, kv, curves)
+        seen.append(len(curves.losses))
+        if RANK == SIZE - 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(curves.losses) == 3:
+            end("kill")
+
+    demo._keep = killing
+    words = [
+        "demo",
+        "--store",
+        "dist_sync",
+        "--epochs",
+        "6",
+        "--checkpoint",
+        f"{folder}/run",
+        "--out",
+        f"{folder}/a.png",
+    ]
+    assert main.main(words) == 0
+    say(f"rank {RANK} made epochs {seen[0]} to {seen[-1]}")
+
+
+def existing_group():
+    """A process group that is there already is used and stays."""
+    import torch.distributed as dist
+
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo")
+    with create() as kv:
+        assert (kv.rank, kv.num_workers) == (dist.get_rank(), dist.get_world_size())
+        assert kv.broadcast("a", np.full(3, RANK, F32)).tolist() == [0, 0, 0]
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    assert total.item() == SIZE
+    dist.destroy_process_group()
+    say("still there")
+
+
+def addresses():
+    """Which addresses this process listens on or is connected to, a store being open and used."""
+    with create() as kv, create(shared_memory=False) as other:
+        for each in (kv, other):
+            each.init("a", np.ones(3, F32))
+            each.pushpull("a", np.ones(3, F32))
+        inodes = set()
+        for fd in os.listdir("/proc/self/fd"):
+            try:
+                inodes.add(os.readlink(f"/proc/self/fd/{fd}"))
+            except OSError:
+                continue
+        for table in ("tcp", "tcp6"):
+            with open(f"/proc/self/net/{table}") as lines:
+                for line in list(lines)[1:]:
+                    fields = line.split()
+                    if f"socket:[{fields[9]}]" in inodes:
+                        say(table, fields[1], fields[2], fields[3])
+        kv.barrier()
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,412 @@
+"""Workers in step: the contract, the local store's bits, and an error instead of every hang."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tensorkv
+from tests.support.hosts import CAN_MAKE, cut, two_hosts
+from tests.support.workers import Team, free_port, run
+from tests.sync.dist_programs import EQUAL, PAIRS, PHASES, REFUSED
+
+pytestmark = pytest.mark.timeout(180)
+
+
+def errors_of(text):
+    """The kinds of errors that a worker has printed."""
+    return re.findall(r"^(\w+) \|", text, re.MULTILINE)
+
+
+# Where two calls differ first.
+FIRST = {
+    ("push a", "push a, b"): 'first at keys[1] (rank 0: nothing, rank 1: "b")',
+    ("push rows", "push dense c"): 'first at rows[0] of "c" (rank 0: true, rank 1: false)',
+    ("init d", "init another d"): 'first at values[0][0][1] of "d" (rank 0: nothing, rank 1: 2)',
+    ("sgd", "sgd with another lr"): "first at numbers.lr (rank 0: 0.1, rank 1: 0.2)",
+}
+
+
+def seconds_of(text):
+    return float(re.search(r"seconds ([\d.]+)", text)[1])
+
+
+# ---------------------------------------------------------------- the contract
+
+
+@pytest.mark.parametrize(
+    ("workers", "chosen"), [(1, "TestDist"), (2, "TestDist"), (4, "TestDist"), (2, "TestGloo"), (3, "TestGloo")]
+)
+def test_the_contract(workers, chosen, tmp_path):
+    module = Path(__file__).with_name("dist_contract.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(module)]
+    # Each pytest has folders of its own, since one that ends removes those of others that have ended.
+    env = {"TENSORKV_TEST_FOLDER": str(tmp_path), "PYTEST_ADDOPTS": f"--basetemp {tmp_path}/pytest-{{rank}}"}
+    for text in run(workers, command, "-k", chosen, env=env, timeout_s=170):
+        passed = int(re.search(r"(\d+) passed", text)[1])
+        assert passed > (200 if chosen == "TestDist" else 50)
+
+
+# ---------------------------------------------------------------- bits
+
+
+@pytest.mark.parametrize(
+    ("workers", "count", "seed", "shared_memory"),
+    [(2, 80, 0, True), (3, 40, 1000, True), (4, 40, 2000, True), (2, 40, 3000, False)],
+)
+def test_random_programs_give_the_bits_of_the_local_store(workers, count, seed, shared_memory):
+    for text in run(workers, "programs", count, seed, shared_memory):
+        assert "same bits" in text
+
+
+@pytest.mark.parametrize("update_on_store", [True, False])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_trainer_over_workers_equals_one_over_replicas(overlap, update_on_store):
+    for text in run(2, "train", overlap, update_on_store):
+        assert "same weights" in text
+        assert "same after load_state_dict" in text
+        assert ("twice Trainer: backward has made" in text) == overlap
+
+
+# ---------------------------------------------------------------- errors instead of hangs
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_a_mismatch_is_an_error_on_every_worker(shared_memory):
+    """Never a hang, an abort or a wrong number."""
+    for rank, text in enumerate(run(2, "mismatches", shared_memory)):
+        cases = dict(zip(PAIRS + EQUAL, text.split("===")[1:], strict=True))
+        for pair in EQUAL:
+            assert errors_of(cases.pop(pair)) == ["NoneType"]
+        for pair, said in cases.items():
+            (kind,) = errors_of(said)
+            assert seconds_of(said) < 5, said
+            if rank == 1 and pair[1] in REFUSED:
+                assert kind not in ("WorkerMismatchError", "RankLostError"), said
+                continue
+            assert kind == "WorkerMismatchError", said
+            assert FIRST.get(pair, "") in said
+            assert "rank 0" in said
+            assert "rank 1" in said
+            assert re.search("refuses (WorkerMismatch|StoreClosed)Error", said), said
+
+
+def test_a_mismatch_in_a_long_list_names_the_key():
+    """Also where the text of the call is longer than what workers tell each other of each."""
+    for text in run(3, "long_lists", True):
+        said = [line for line in text.splitlines() if "|" in line]
+        assert len(said) == 6
+        for line in said:
+            count, at = map(int, line.partition("|")[0].split())
+            other = f'"layer.{at + 1:04}.weight"' if at + 1 < count else "nothing"
+            assert f'first at keys[{at}] (rank 0: "layer.{at:04}.weight", rank 2: {other})' in line
+            assert "ranks 0, 1: push" in line
+
+
+def test_a_mismatch_in_a_long_list_over_hosts_tells_where_it_is():
+    for text in run(2, "long_lists", False):
+        first, *others = [line for line in text.splitlines() if "|" in line]
+        assert "first at character" in first
+        assert "layer.0041.weight" in first
+        for line in others[1:]:
+            assert "after the first" in line
+            assert "ranks 0, 1: push" in line
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_a_refused_call_is_told_to_the_others(shared_memory):
+    texts = run(3, "mismatch", "push a", "push more elements", shared_memory)
+    # Over hosts the one before the worker that refused has found out.
+    assert ("ranks 0, 1: push" if shared_memory else "rank 1: push") in texts[0]
+    assert "rank 2: push refused" in texts[0]
+    assert "part 0 has shape (4,), the key was initialised with (3,)" in texts[0]
+    assert "ValueMismatchError" in texts[2]
+
+
+@pytest.mark.parametrize("repeat", range(5))
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_killed_worker_is_named(phase, repeat):
+    with Team(3, "lost", phase, "kill", repeat) as team:
+        codes = team.wait(60)
+        texts = [team.text(rank) for rank in range(3)]
+    assert codes == [0, 0, -signal.SIGKILL]
+    assert "fault fired" in texts[2]
+    for text in texts[:2]:
+        assert errors_of(text) == ["RankLostError"], text
+        assert "rank 2 died or ended early" in text
+        assert seconds_of(text) < 2
+        assert "refuses RankLostError at once" in text
+
+
+def test_a_worker_that_ends_early_is_named():
+    with Team(2, "lost", "between", "exit", 0) as team:
+        assert team.wait(60) == [0, 3]
+        assert "RankLostError | pushpull" in team.text(0)
+        assert "rank 1 died or ended early" in team.text(0)
+
+
+@pytest.mark.parametrize("phase", ["between", "summed", "background"])
+def test_a_stopped_worker_is_named_after_the_timeout(phase):
+    with Team(3, "lost", phase, "stop", 0) as team:
+        codes = [process.wait(timeout=60) for process in team.processes[:2]]
+        texts = [team.text(rank) for rank in range(3)]
+    assert codes == [0, 0]
+    assert "fault fired" in texts[2]
+    for text in texts[:2]:
+        assert errors_of(text) == ["RankLostError"], text
+        assert "rank 2 did not come within 5 s" in text
+        assert 4.5 < seconds_of(text) < 8
+
+
+def test_ctrl_c_ends_every_worker():
+    with Team(2, "interrupted") as team:
+        deadline = time.monotonic() + 60
+        while "ready" not in team.text(1) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.5)
+        team.processes[1].send_signal(signal.SIGINT)
+        team.processes[1].wait(timeout=20)
+        text = team.text(1)
+        assert "interrupted" in text
+        assert seconds_of(text) < 5
+
+
+def test_nothing_is_left_in_shared_memory():
+    before = set(os.listdir("/dev/shm"))
+    with Team(2, "lost", "between", "stop", 0) as team:
+        deadline = time.monotonic() + 60
+        while "fault fired" not in team.text(1) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        during = set(os.listdir("/dev/shm"))
+        for process in team.processes:
+            process.kill()
+    assert not {name for name in during - before if "tensorkv" in name}
+    assert not {name for name in set(os.listdir("/dev/shm")) - before if "tensorkv" in name}
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_what_an_updater_raises_reaches_every_worker(workers):
+    for text in run(workers, "updater_raises"):
+        assert text.count("raised") == 3
+        assert "nothing raised" not in text
+        assert "goes on" in text
+
+
+@pytest.mark.parametrize("repeat", range(3))
+def test_a_process_may_end_without_close(repeat):
+    for text in run(2, "forgotten_close"):
+        assert "the end" in text
+        assert "terminate called" not in text
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_may_be_far_ahead(workers):
+    for text in run(workers, "ahead"):
+        assert "all there" in text
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_stages_of_many_lists_of_keys_are_bounded(workers):
+    for text in run(workers, "many_lists"):
+        assert "bounded" in text, text
+        assert "same bits" in text
+
+
+@pytest.mark.parametrize(("keys", "shared_memory"), [(300, True), (40, False)])
+def test_small_keys_that_are_pushed_alone_share_a_stage(keys, shared_memory):
+    for text in run(2, "key_by_key", keys, shared_memory):
+        stages, nbytes = map(int, re.search(r"stages: (\d+) nbytes: (\d+)", text).groups())
+        assert stages == 2
+        assert nbytes < 32 << 20 if shared_memory else nbytes < 128 << 20
+
+
+def test_an_interrupted_pull_is_asked_again():
+    texts = run(2, "interrupted_pull")
+    assert "interrupted" in texts[0]
+    assert all("new values" in text for text in texts)
+
+
+def test_options_are_compared():
+    for text in run(2, "other_options"):
+        assert "create: the options of rank 0 are" in text
+        assert "those of rank 1" in text
+
+
+# ---------------------------------------------------------------- unequal batches, checkpoints
+
+
+def test_owners_and_state_stay():
+    for text in run(2, "state_stays"):
+        assert "same state" in text
+
+
+def test_state_of_other_shapes_is_saved(tmp_path):
+    for text in run(2, "saved_state", tmp_path):
+        assert "same after load" in text
+
+
+def test_leave_with_long_names_and_a_refused_call():
+    texts = run(2, "leave_with_long_names")
+    assert "refused" in texts[0]
+    assert all("left" in text for text in texts)
+
+
+@pytest.mark.parametrize("optimizer", ["assign", "adam", "nadam"])
+def test_leave(optimizer):
+    for text in run(3, "leave", optimizer):
+        assert "left and back" in text
+
+
+def test_others_may_only_push_and_pull_while_one_has_left():
+    for text in run(2, "left_and_barrier"):
+        assert "rank 0 has left" in text
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "nadam"])
+def test_checkpoints_go_to_another_number_of_workers(optimizer, tmp_path):
+    """Saved by 4, loaded by 2 and by one: the same weights after more steps."""
+    run(4, "save", tmp_path / "saved", optimizer)
+    files = list((tmp_path / "saved").glob("data-*"))
+    assert len(files) > 1, "workers write in parallel"
+    results = []
+    for workers in (1, 2, 4):
+        run(workers, "load", tmp_path / "saved", tmp_path / f"{workers}.npz")
+        with np.load(tmp_path / f"{workers}.npz") as loaded:
+            results.append({key: loaded[key] for key in loaded})
+    for other in results[1:]:
+        for key, value in results[0].items():
+            assert torch.allclose(torch.from_numpy(value), torch.from_numpy(other[key]), atol=1e-5), key
+
+
+# ---------------------------------------------------------------- the demo
+
+
+def apart(text):
+    return float(re.search(r"the two loss curves are at most (\S+) apart", text)[1])
+
+
+def test_the_demo_over_workers(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "tensorkv",
+        "demo",
+        "--store",
+        "dist_sync",
+        "--workers",
+        "4",
+        "--epochs",
+        "4",
+    ]
+    shown = subprocess.run(
+        [*command, "--out", str(tmp_path / "demo.png")], capture_output=True, text=True, timeout=150, check=False
+    )
+    assert shown.returncode == 0, shown.stderr[-3000:]
+    assert shown.stdout.count("curves: ") == 1, "rank 0 alone speaks"
+    assert "4 replicas: test accuracy" in shown.stdout
+    assert apart(shown.stdout) < 1e-5
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
+
+
+def test_torchrun_goes_on_from_the_last_checkpoint(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    shown = subprocess.run(
+        [*launcher, "-m", "tests.sync.dist_programs", "demo_killed", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr[-3000:]
+    assert "fault fired" in shown.stdout
+    assert "rank 0 made epochs 4 to 6" in shown.stdout
+    assert "rank 1 made epochs 4 to 6" in shown.stdout
+    assert apart(shown.stdout) < 1e-5, "as if nobody had been killed"
+
+
+# ---------------------------------------------------------------- joining
+
+
+def test_a_process_group_that_exists_is_used_and_stays():
+    for text in run(2, "existing_group"):
+        assert "still there" in text
+
+
+def test_everything_stays_on_loopback():
+    for text in run(2, "addresses"):
+        lines = [line.split() for line in text.splitlines() if line.startswith("tcp")]
+        assert lines
+        for table, local, remote, state in lines:
+            host = local.partition(":")[0]
+            assert host.endswith("0100007F"), (table, local, remote, state)
+
+
+def test_where_memory_cannot_be_shared_gloo_takes_over_with_one_warning():
+    texts = run(3, "no_sharing")
+    assert ["fault fired" in text for text in texts] == [False, False, True]
+    assert [text.count("they meet through Gloo") for text in texts] == [1, 0, 0]
+
+
+def test_one_worker_is_a_local_store(caplog):
+    caplog.set_level("INFO", "tensorkv")
+    for name in ("dist", "dist_sync", "dist_device_sync", "dist_sync_device"):
+        with tensorkv.create(name) as kv:
+            assert (kv.type, kv.rank, kv.num_workers) == (name, 0, 1)
+            kv.init("w", torch.zeros(2))
+            assert kv.pushpull("w", torch.ones(2)).tolist() == [1, 1]
+            kv.leave()
+    assert "one worker" in caplog.text
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, "60", True, None, float("inf")])
+def test_bad_timeouts(timeout_s):
+    with pytest.raises(tensorkv.ArgumentError, match="timeout_s"):
+        tensorkv.create("dist_sync", timeout_s=timeout_s)
+
+
+def test_workers_that_do_not_come_are_an_error():
+    """One of two is never started."""
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    env["MASTER_PORT"] = str(free_port())
+    code = (
+        "import tensorkv\ntry: tensorkv.create('dist_sync', timeout_s=1)\nexcept tensorkv.RankLostError as e: print(e)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "rank 1 of 2 did not come within 1 s" in shown.stdout
+
+
+# ---------------------------------------------------------------- hosts
+
+needs_hosts = pytest.mark.skipif(not CAN_MAKE, reason="network namespaces take root and iproute2")
+
+
+@needs_hosts
+@pytest.mark.parametrize("per_host", [(1, 1), (2, 2), (1, 3)], ids=str)
+def test_hosts_give_the_bits_of_the_local_store(per_host):
+    """Two hosts joined by a wire, with equal and unequal numbers of workers."""
+    with two_hosts() as hosts:
+        placed = [hosts[0]] * per_host[0] + [hosts[1]] * per_host[1]
+        for text in run(sum(per_host), "programs", 15, 5000, True, hosts=placed):
+            assert "same bits" in text
+
+
+@needs_hosts
+def test_a_wire_that_breaks_is_an_error_on_both_hosts():
+    with two_hosts() as hosts, Team(2, "endless", hosts=hosts) as team:
+        deadline = time.monotonic() + 60
+        while "turn 20" not in team.text(1) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        cut(hosts[1])
+        assert team.wait(60) == [0, 0]
+        for rank in range(2):
+            assert errors_of(team.text(rank)) == ["RankLostError"], team.text(rank)
+            assert f"rank {1 - rank}" in team.text(rank)

@@ -14,8 +14,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tensorkv import engines
-from tensorkv.arrays.arguments import check_flag, folder_path, keys_of
-from tensorkv.arrays.keys import Key, check_key, is_key
+from tensorkv.arrays.arguments import Key, check_flag, check_key, folder_path, is_key, keys_of
 from tensorkv.runtime import compiled, forks, shield
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard import optimizers

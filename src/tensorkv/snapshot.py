@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key
 
 
 class Snapshot:

@@ -12,8 +12,7 @@ import torch
 
 from tensorkv import engines
 from tensorkv.arrays import interop
-from tensorkv.arrays.arguments import keys_of, pairs, single_values
-from tensorkv.arrays.keys import Key, is_key
+from tensorkv.arrays.arguments import Key, is_key, keys_of, pairs, single_values
 from tensorkv.arrays.outputs import GivenOuts, NewOuts, count_writes
 from tensorkv.arrays.rows import Rows, is_rows, take_ids, take_rows
 from tensorkv.arrays.spec import KeySpec

@@ -6,8 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from tensorkv.arrays.arguments import check_timeout
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key, check_timeout
 
 from .engines import Engine
 from .errors import ArgumentError, WaitTimeoutError, naming, quote, show

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tensorkv.arrays import arguments
+from tensorkv.arrays.arguments import check_key, is_key
 from tensorkv.errors import ArgumentError, KeyExistsError, KeyTypeError
 
 FORMS = {
@@ -74,3 +75,18 @@ def test_keys_of_keeps_repeats():
     assert arguments.keys_of("pull", "a") == ["a"]
     with pytest.raises(KeyTypeError):
         arguments.keys_of("pull", ["a", 1])
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"), [("w", "w"), (np.str_("w"), "w"), (3, 3), (np.uint8(3), 3), (-1, -1)], ids=repr
+)
+def test_keys_become_plain(given, plain):
+    assert check_key("push", given) == plain
+    assert type(check_key("push", given)) is type(plain)
+    assert is_key(given)
+
+
+@pytest.mark.parametrize("given", ["", True, np.False_, None, 1.0, b"w", ["w"], ("w",)], ids=repr)
+def test_invalid_keys_are_refused(given):
+    with pytest.raises(KeyTypeError, match="push"):
+        check_key("push", given)

@@ -4,7 +4,7 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.spec import KeySpec
-from tensorkv.shard import cuda
+from tensorkv.shard import shard
 from tensorkv.shard.entry import Entry
 
 
@@ -38,7 +38,7 @@ def test_work_waits_for_the_work_before_it(monkeypatch):
     log, held, on_cpu = [], entry("cuda:0"), entry("cpu")
     for name in ("A", "B"):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device, name=name: FakeStream(log, name))
-        with cuda.in_order([held, on_cpu]):
+        with shard.stream_order([held, on_cpu]):
             log.append((name, "works"))
     assert log == [
         ("A", "works"),
@@ -53,8 +53,8 @@ def test_work_waits_for_the_work_before_it(monkeypatch):
 def test_only_cpu_values_with_cuda_parts_move():
     value = torch.ones(2)
     held = Entry("w", KeySpec(value.shape, value.dtype, interop.NUMPY, False), value)
-    assert cuda.move_to_parts([held], [[torch.ones(2)]]) == []
+    assert shard.move_to_parts([held], [[torch.ones(2)]]) == []
     assert held.value is value
     part = FakeTensor("meta")
-    assert cuda.move_to_parts([held], [[part]]) == [held]
+    assert shard.move_to_parts([held], [[part]]) == [held]
     assert held.value.is_meta

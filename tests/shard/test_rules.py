@@ -1,16 +1,18 @@
 """Update rules on entries, without a store around them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
-from tensorkv.errors import OptimizerError
-from tensorkv.shard.entry import Entry
+from tensorkv.errors import OptimizerError, ValueMismatchError
+from tensorkv.shard.entry import Batch, Entry
 from tensorkv.shard.optimizers import spec
 from tensorkv.shard.pool import Pool
-from tensorkv.shard.rules import Assign, CallUpdater, StepOptimizer
+from tensorkv.shard.rules import Assign, CallUpdater, StepOptimizer, check_push
 
 POOL = Pool(2)
 
@@ -93,3 +95,35 @@ def test_rows_while_a_part_of_the_state_is_switched_off(off, on):
         rule.apply([held], [[whole]], [()], POOL)
         rule.apply_rows(held, rows)
         assert all(tensor.shape in ((), (4000, 2)) for tensor in held.state.values())
+
+
+ENTRIES = [replace(entry(torch.zeros(3), "numpy"), key="a"), replace(entry(torch.zeros(2, 2), "numpy"), key="b")]
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ([[torch.zeros(3)], [torch.zeros(2, 2), torch.zeros(4)]], r'push\("b"\): part 1 has shape \(4,\)'),
+        ([[torch.zeros(3), torch.zeros(3).double()], [torch.zeros(2, 2)]], r'push\("a"\): part 1 is float64'),
+        ([[torch.zeros(3)], [Rows(torch.tensor([0]), torch.zeros(1, 3), 2)]], r"part 0 has shape \(2, 3\)"),
+        ([[torch.zeros(3)], [Rows(torch.tensor([0]), torch.zeros(1, 2).int(), 2)]], r"part 0 is int32"),
+    ],
+)
+def test_a_part_that_does_not_fit_is_refused(parts, says):
+    with pytest.raises(ValueMismatchError, match=says):
+        check_push(Batch("push", ["a", "b"], parts), ENTRIES, Assign())
+
+
+def test_parts_that_fit():
+    rows = Rows(torch.tensor([0]), torch.zeros(1, 2), 2)
+    check_push(Batch("push", ["a", "b"], [[torch.zeros(3).half()], [rows, torch.zeros(2, 2)]]), ENTRIES, Assign())
+
+
+def test_rows_of_a_0d_value_and_of_an_optimizer_that_needs_the_whole_are_refused():
+    single = replace(entry(torch.tensor(0.0)), key="s")
+    with pytest.raises(ValueMismatchError):
+        check_push(Batch("push", ["s"], [[Rows(torch.tensor([0]), torch.zeros(1), 1)]]), [single], Assign())
+    rule = StepOptimizer(spec("adafactor", {}))
+    rows = Rows(torch.tensor([0]), torch.zeros(1, 2), 2)
+    with pytest.raises(OptimizerError, match="Rows"):
+        check_push(Batch("push", ["b"], [[rows]]), [ENTRIES[1]], rule)

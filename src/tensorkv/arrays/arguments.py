@@ -1,4 +1,4 @@
-"""What callers may write, made one plain form: keys without repeats, and per key a list of arrays.
+"""Arguments: what callers may write, brought to one form: keys without repeats, and per key a list of arrays.
 
 (key, array) · (key, [arrays]) · (keys, arrays) · (keys, [[arrays], ...]) · keys repeated · {key: array or arrays}
 """
@@ -10,12 +10,34 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tensorkv.errors import ArgumentError, KeyExistsError, KeyTypeError, quote, show
 
-from .keys import Key, check_key, is_key
+Key = str | int
 
 _LISTS = (list, tuple)
 _NO_KEY_LISTS = (bytes, bytearray, memoryview, set, frozenset)
+
+
+def is_key(key: Any) -> bool:
+    """Tell whether this is one key rather than several."""
+    return isinstance(key, str | int | np.integer)
+
+
+def check_key(verb: str, key: Any) -> Key:
+    """Return the key as a plain str or int, or raise KeyTypeError."""
+    if type(key) is str and key:
+        return key
+    if type(key) is int:
+        return key
+    if isinstance(key, bool | np.bool_) or not is_key(key):
+        raise KeyTypeError(f"{verb}: invalid key {show(key)}; expected a non-empty str or an int")
+    if isinstance(key, str):
+        if not key:
+            raise KeyTypeError(f"{verb}: the key is an empty string; expected a non-empty str or an int")
+        return str(key)
+    return int(key)
 
 
 def pairs(verb: str, what: str, key: Any, value: Any) -> tuple[list[Key], list[list[Any]]]:

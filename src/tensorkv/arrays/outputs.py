@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 from tensorkv.errors import ArgumentError, ArrayTypeError, SparseOutWarning, ValueMismatchError, quote
 
 from . import arguments, interop
-from .keys import Key, is_key
+from .arguments import Key, is_key
 from .rows import Rows
 from .spec import KeySpec
 

@@ -15,8 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tensorkv.arrays.arguments import check_flag, folder_path
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key, check_flag, folder_path
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.shard.entry import Batch, KeyInfo, Part

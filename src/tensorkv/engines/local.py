@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from tensorkv.arrays.arguments import folder_path
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key, folder_path
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.runtime import shield

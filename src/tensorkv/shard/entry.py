@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tensorkv.arrays import interop, rows
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import quote

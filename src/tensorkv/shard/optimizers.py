@@ -19,7 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from tensorkv.arrays import interop
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import OptimizerError, quote, show, suggestion
 

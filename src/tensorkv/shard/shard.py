@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tensorkv.arrays import rows
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import (
@@ -27,15 +27,13 @@ from tensorkv.errors import (
     quote,
 )
 
-from . import cuda, quick, reduce
-from .checks import check_outs, check_push, fit
-from .columns import Column
+from . import quick, reduce
 from .entry import Batch, Entry, Part
 from .nonfinite import FiniteSums, NonFinite
 from .optimizers import Optimizer, OptimizerSpec
-from .plan import Plan, Plans
+from .plan import Column, Plan, Plans
 from .pool import Pool
-from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater
+from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater, check_outs, check_push, fit
 from .table import Table
 
 
@@ -82,7 +80,7 @@ class Shard:
         self._lock = Lock()
         self._closed = False
         self._in_order: Callable[[Sequence[Entry]], AbstractContextManager[Any]]
-        self._in_order = cuda.in_order if on_device else nullcontext
+        self._in_order = stream_order if on_device else nullcontext
 
     # ------------------------------------------------------------ the verbs
 
@@ -410,7 +408,7 @@ class Shard:
         check_push(batch, entries, self._rule)
         parts: list[list[Any]] = batch.parts
         if self._on_device:
-            for entry in cuda.move_to_parts(entries, parts):
+            for entry in move_to_parts(entries, parts):
                 self._plans.forget(entry.key)
         with self._in_order(entries):
             if self._finite.looks:
@@ -461,3 +459,31 @@ class Shard:
 def kept() -> AbstractContextManager[Any]:
     """Tensors that a store keeps must be normal ones, also when the caller is in torch.inference_mode()."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+# ---------------------------------------------------------------- values on CUDA devices
+
+
+@contextmanager
+def stream_order(entries: Sequence[Entry]) -> Iterator[None]:
+    """Put work on CUDA values after all earlier work on them, whatever stream the caller is on."""
+    on_cuda = [entry for entry in entries if entry.value.device.type == "cuda"]
+    for entry in on_cuda:
+        if entry.ready is not None:
+            torch.cuda.current_stream(entry.value.device).wait_event(entry.ready)
+    try:
+        yield
+    finally:
+        for entry in on_cuda:
+            entry.ready = torch.cuda.current_stream(entry.value.device).record_event()
+
+
+def move_to_parts(entries: Sequence[Entry], parts: Sequence[Sequence[Any]]) -> list[Entry]:
+    """Bring CPU values to the GPU where their parts are, once: from then on they stay there. Return those."""
+    moved = []
+    for entry, key_parts in zip(entries, parts, strict=True):
+        first = key_parts[0].values if isinstance(key_parts[0], Rows) else key_parts[0]
+        if first.is_cuda and entry.value.device.type == "cpu":
+            entry.move(first.device)
+            moved.append(entry)
+    return moved

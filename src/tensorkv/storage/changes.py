@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import CheckpointError, JournalError, quote
 from tensorkv.shard.entry import Entry

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key
 from tensorkv.errors import JournalError
 
 # Threads answer requests side by side; each sees its own.

@@ -15,18 +15,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import JournalError, quote
 from tensorkv.shard import nonfinite
-from tensorkv.shard.checks import check_push
-from tensorkv.shard.columns import Column
 from tensorkv.shard.entry import Batch, Entry
 from tensorkv.shard.nonfinite import NonFinite
 from tensorkv.shard.optimizers import Optimizer
-from tensorkv.shard.plan import Plan
+from tensorkv.shard.plan import Column, Plan
 from tensorkv.shard.pool import OneTorchThread
-from tensorkv.shard.rules import Assign, CallUpdater, LostUpdater, Rule
+from tensorkv.shard.rules import Assign, CallUpdater, LostUpdater, Rule, check_push
 from tensorkv.shard.shard import Shard
 
 from . import changes, manifest

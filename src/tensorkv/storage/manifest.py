@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from tensorkv.arrays import interop
-from tensorkv.arrays.keys import Key, check_key
+from tensorkv.arrays.arguments import Key, check_key
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import CheckpointError, OptimizerError, TensorKVError, quote
 from tensorkv.shard.entry import Entry

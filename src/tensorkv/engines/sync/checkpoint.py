@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tensorkv.arrays import interop
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key
 from tensorkv.errors import CheckpointError
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.shard import Shard

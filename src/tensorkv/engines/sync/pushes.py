@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from tensorkv.arrays import interop
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import TensorKVError
 from tensorkv.shard import reduce
-from tensorkv.shard.checks import check_outs
-from tensorkv.shard.columns import Column
 from tensorkv.shard.entry import Batch, Entry, Part
+from tensorkv.shard.plan import Column
+from tensorkv.shard.rules import check_outs
 from tensorkv.shard.shard import Shard
 from tensorkv.shard.table import Table
 

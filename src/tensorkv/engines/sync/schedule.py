@@ -19,7 +19,7 @@ from tensorkv.arrays import interop
 from tensorkv.engines import partition
 from tensorkv.engines.partition import Piece, Run
 from tensorkv.shard import native, reduce
-from tensorkv.shard.columns import Column, Form
+from tensorkv.shard.plan import Column, Form
 from tensorkv.transport.segment import LINE, aligned
 
 from .host import Meeting

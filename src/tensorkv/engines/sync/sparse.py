@@ -10,7 +10,7 @@ import torch
 
 from tensorkv import errors
 from tensorkv.arrays import interop, rows
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import WorkerError, quote
 from tensorkv.shard.entry import Entry, Part

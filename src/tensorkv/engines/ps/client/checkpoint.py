@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key
 from tensorkv.errors import CheckpointError
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.rules import Assign, Rule, StepOptimizer

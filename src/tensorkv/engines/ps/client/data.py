@@ -11,16 +11,16 @@ from typing import Any
 import torch
 
 from tensorkv.arrays import interop, rows
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import KeyNotFoundError, ValueMismatchError, quote
 from tensorkv.shard import reduce
-from tensorkv.shard.checks import check_push
-from tensorkv.shard.columns import Column
 from tensorkv.shard.entry import Batch, Entry, Part
 from tensorkv.shard.nonfinite import FiniteSums
 from tensorkv.shard.optimizers import ROWWISE
+from tensorkv.shard.plan import Column
 from tensorkv.shard.pool import Pool
+from tensorkv.shard.rules import check_push
 from tensorkv.storage.record import Item, Record, pack
 
 from . import layout

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tensorkv import errors
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows, merge
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.ps.ray import cluster, server_stats

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.partition import pieces
 from tensorkv.errors import KeyExistsError, KeyTypeError, no_such_key, quote

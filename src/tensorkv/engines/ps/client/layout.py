@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from tensorkv.arrays import interop
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.shard import native, reduce
-from tensorkv.shard.columns import Form
+from tensorkv.shard.plan import Form
 from tensorkv.shard.pool import Pool
 from tensorkv.storage import manifest
 from tensorkv.storage.record import describe, places

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tensorkv.arrays.keys import Key, check_key
+from tensorkv.arrays.arguments import Key, check_key
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import ArgumentError
 from tensorkv.shard.entry import Part

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key
 
 
 @dataclass(slots=True)

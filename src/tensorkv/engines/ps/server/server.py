@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key
 from tensorkv.errors import ArgumentError, TensorKVError
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard.entry import Part

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tensorkv.arrays.keys import Key
+from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import ArgumentError, KeyNotFoundError, SnapshotError, quote
 from tensorkv.shard.entry import Entry

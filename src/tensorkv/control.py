@@ -273,7 +273,7 @@ class StoreControl:
         if check_flag("missing_ok", missing_ok):
             seen = "missing" if checkpoint.is_missing(folder) else "there"
             # All do what rank 0 does, whatever they see.
-            if shield.run(self._engine.tell, seen) == "missing":
+            if shield.run(self._engine.broadcast_text, seen) == "missing":
                 return False
         shield.run(self._engine.load, folder, "store")
         return True
@@ -312,7 +312,7 @@ class StoreControl:
         True
         """
         with TemporaryDirectory() as mine:
-            yield shield.run(self._engine.tell, mine)
+            yield shield.run(self._engine.broadcast_text, mine)
             shield.run(self._engine.barrier)
 
     def _once(self, do: Callable[[], Any]) -> None:
@@ -331,7 +331,7 @@ class StoreControl:
                 do()
             except CheckpointError as error:
                 problem = str(error)
-        told = json.loads(shield.run(self._engine.tell, json.dumps(problem)))
+        told = json.loads(shield.run(self._engine.broadcast_text, json.dumps(problem)))
         if told is not None:
             raise CheckpointError(told)
 
@@ -445,7 +445,7 @@ class StoreControl:
         Until then, others may push and pull and nothing else.
 
         Raises:
-            RankLostError, WorkerMismatchError: as for ``push``.
+            RankDeadError, WorkerMismatchError: as for ``push``.
 
         >>> import tensorkv
         >>> tensorkv.create().leave()

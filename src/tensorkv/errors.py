@@ -15,7 +15,7 @@ TensorKVError
 ├── SnapshotError          (RuntimeError)  a snapshot that is not held any more, or one too many
 ├── EngineNotFoundError    (ValueError)    a type name that no engine has
 ├── WorkerMismatchError    (RuntimeError)  workers in step that did not make the same call
-├── RankLostError          (RuntimeError)  a worker in step that died, stalled or left early
+├── RankDeadError          (RuntimeError)  a dist_sync worker that died, stalled or ended early
 ├── WorkerError            (RuntimeError)  what another worker's updater raised
 ├── ServerLostError        (RuntimeError)  a parameter server that is gone, with the values that it held
 ├── PushOutcomeUnknownError (RuntimeError) a request that no server has answered in time
@@ -101,7 +101,7 @@ class WorkerMismatchError(TensorKVError, RuntimeError):
     """Workers that must make the same calls in the same order did not; the store refuses work from then on."""
 
 
-class RankLostError(TensorKVError, RuntimeError):
+class RankDeadError(TensorKVError, RuntimeError):
     """Another worker died, did not come in time, or ended early; the store refuses work from then on."""
 
 

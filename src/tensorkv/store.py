@@ -66,7 +66,7 @@ def create(type: str = "local", **options: Any) -> KVStore:
         EngineNotFoundError: no such type.
         ArgumentError: an option that the type does not have, or out of range.
         JournalError: a folder that cannot be opened.
-        RankLostError, ServerLostError: other workers, or servers, that did not come in time.
+        RankDeadError, ServerLostError: other workers, or servers, that did not come in time.
 
     >>> create("local")
     KVStore('local', 0 keys)
@@ -150,7 +150,7 @@ class KVStore(StoreControl):
             ValueMismatchError: a part's shape or dtype does not fit.
             ArrayTypeError, ArgumentError, KeyTypeError, NonFiniteError, OptimizerError, UpdaterError.
             JournalError: a store in a folder could not write; nothing has changed.
-            RankLostError, WorkerMismatchError, WorkerError: of ``dist_sync``, also for a push before this one.
+            RankDeadError, WorkerMismatchError, WorkerError: of ``dist_sync``, also for a push before this one.
             ServerLostError, PushOutcomeUnknownError, WaitTimeoutError: of ``dist_async``; the last two may come of a
             push that was applied, as their messages say.
 

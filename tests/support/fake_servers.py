@@ -21,7 +21,7 @@ from tensorkv.engines.ps.ray.actor import ServerActor
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.store import KVStore
 from tensorkv.transport.mailbox import OpenMailboxes
-from tensorkv.transport.rendezvous import machine
+from tensorkv.transport.rendezvous import host_id
 from tensorkv.transport.shared_cache import Copies
 from tensorkv.transport.wire import Settings, split
 
@@ -128,7 +128,7 @@ class Cluster:
 
     def store(self, **more):
         """A new client; each is the next rank."""
-        places = [[machine() if self._near else "elsewhere", 0, 1, ""]] * len(self.actors)
+        places = [[host_id() if self._near else "elsewhere", 0, 1, ""]] * len(self.actors)
         timeout_s = more.get("timeout_s", self._timeout_s)
         engine = ray_engine.RayEngine(self.actors, self.settings, places, timeout_s, started=False)
         self._stores.append(KVStore(engine, "dist_async"))

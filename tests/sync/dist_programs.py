@@ -316,13 +316,12 @@ PHASES = ["between", "laid out", "summed", "background", "copying"]
 
 def lost(phase, how, repeat):
     """The last rank dies or stops at some point; the others get an error that names it."""
-    from tensorkv.engines.sync import allreduce as exchange
-    from tensorkv.engines.sync import pushes
+    from tensorkv.engines.sync import allreduce, pushes
 
     victim = SIZE - 1
     rounds = 3 + int(repeat)
     if victim == RANK:
-        plant(exchange, pushes, phase, how, rounds)
+        plant(allreduce, pushes, phase, how, rounds)
     kv = create(timeout_s=5)
     value = np.ones(700_000, F32)
     kv.init(["a", "b"], [value, value])
@@ -351,13 +350,13 @@ def lost(phase, how, repeat):
     kv.close()
 
 
-def plant(exchange, pushes, phase, how, rounds):
+def plant(allreduce, pushes, phase, how, rounds):
     """End this process at a phase of its so-manieth exchange."""
     at = {
-        "laid out": (exchange.Exchange, "lay_out"),
-        "summed": (exchange.Exchange, "sum"),
-        "background": (exchange.Exchange, "serve"),
-        "copying": (exchange.Exchange, "copy_out"),
+        "laid out": (allreduce.AllReduce, "pack"),
+        "summed": (allreduce.AllReduce, "sum"),
+        "background": (allreduce.AllReduce, "serve"),
+        "copying": (allreduce.AllReduce, "copy_out"),
     }.get(phase)
     if at is None:
         return
@@ -519,12 +518,12 @@ def key_by_key(count, shared_memory):
 
     made = []
 
-    class Counted(schedule.Stage):
-        def __init__(self, meeting, slots, slot_nbytes, doing):
+    class Counted(schedule.StagingBuffer):
+        def __init__(self, host, slots, slot_nbytes, doing):
             made.append(slots * slot_nbytes)
-            super().__init__(meeting, slots, slot_nbytes, doing)
+            super().__init__(host, slots, slot_nbytes, doing)
 
-    pushes.Stage = Counted
+    pushes.StagingBuffer = Counted
     with create(shared_memory=shared_memory == "True") as kv:
         kv.init(list(range(int(count))), [np.zeros(500 + key, F32) for key in range(int(count))])
         for turn in (1, 2, 3):
@@ -649,9 +648,9 @@ def no_sharing():
     """The last rank cannot open what the others share: all go through Gloo, and one of them says so."""
     import warnings
 
-    from tensorkv.engines.sync import host as meeting
+    from tensorkv.engines.sync import host
 
-    right, asked = meeting.Segment, []
+    right, asked = host.Segment, []
 
     class Closed(right):
         def __init__(self, nbytes, name=None, *, private=False):
@@ -661,7 +660,7 @@ def no_sharing():
             super().__init__(nbytes, name, private=private)
 
     if RANK == SIZE - 1:
-        meeting.Segment = Closed
+        host.Segment = Closed
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         kv = create()

@@ -37,7 +37,7 @@ def half_summed():
     """Rank 0 dies when some chunks of a value are summed, while the others are busy with what came before."""
     pushes.SLOT_NBYTES_OVER_HOSTS = 1 << 20
     count = 4_000_000
-    right, seen = allreduce.Exchange.sum, []
+    right, seen = allreduce.AllReduce.sum, []
     with create(shared_memory=False, timeout_s=5) as kv:
         kv.init("a", np.zeros(count, F32))
         out = np.empty(count, F32)
@@ -51,7 +51,7 @@ def half_summed():
                 time.sleep(0.3)
             return right(*args)
 
-        allreduce.Exchange.sum = slow
+        allreduce.AllReduce.sum = slow
         outcome("pushpull", lambda: kv.pushpull("a", np.full(count, 7, F32), out=out))
         say("the out has", np.unique(out).tolist())
         outcome("afterwards a pull", lambda: np.unique(kv.pull("a")).tolist())
@@ -63,10 +63,10 @@ def outs_stay(count):
     partition._WHOLE = 256
     rng, fired, failed = random.Random(3), [], 0
     for number in range(int(count)):
-        name = rng.choice(["lay_out", "sum", "settle", "wait_for_values"])
+        name = rng.choice(["pack", "sum", "settle", "wait_for_values"])
         at, victim = rng.randrange(1 if name == "wait_for_values" else 12), rng.randrange(SIZE)
         verb = rng.choice(["pushpull", "pushpull many", "pushpull cast", "updater", "trainer"])
-        right, seen = getattr(allreduce.Exchange, name), []
+        right, seen = getattr(allreduce.AllReduce, name), []
 
         def faulty(self, *args, right=right, seen=seen, at=at, number=number):
             seen.append(args)
@@ -82,13 +82,13 @@ def outs_stay(count):
             do, outs, after = prepare(kv, verb)
             expected = [out.clone() for out in outs]
             if victim == RANK:
-                setattr(allreduce.Exchange, name, faulty)
+                setattr(allreduce.AllReduce, name, faulty)
             do()
             expected = after
         except (tensorkv.TensorKVError, ZeroDivisionError):
             failed += 1
         finally:
-            setattr(allreduce.Exchange, name, right)
+            setattr(allreduce.AllReduce, name, right)
         for out, right_one in zip(outs, expected, strict=True):
             assert torch.equal(out, right_one), (number, name, at, victim, verb, out, right_one)
         # Who was done hears of it now.
@@ -127,7 +127,7 @@ def gathering(shared_memory):
         kv.set_updater(lambda key, received, stored: np.add(stored, received, out=stored))
         kv.push("a", np.ones(3, F32))
         if RANK == SIZE - 1:
-            group.Group.gather = die
+            group.ProcessGroup.all_gather = die
         outcome("push", lambda: kv.push("a", np.ones(3, F32)))
         outcome("pull", lambda: kv.pull("a").tolist())
 
@@ -143,9 +143,9 @@ class Full(host.Segment):
 
 def no_memory(shared_memory):
     """One worker has no memory for a new key: with shared memory the store goes on, over hosts it ends."""
-    right, news = host.Segment, group.Group.news
+    right, news = host.Segment, group.ProcessGroup.published_error
 
-    def late_news(*args):
+    def late_error(*args):
         # Rank 0, which keeps the store of keys, has come to its end by now.
         time.sleep(0.2)
         return news(*args)
@@ -156,7 +156,7 @@ def no_memory(shared_memory):
         if RANK == 0:
             host.Segment = Full
         else:
-            group.Group.news = late_news
+            group.ProcessGroup.published_error = late_error
         outcome("init", lambda: kv.init("b", np.zeros(100, F32)))
         host.Segment = right
         outcome("pushpull", lambda: kv.pushpull("a", np.ones(3, F32)).tolist())

@@ -90,7 +90,7 @@ def again():
     if RANK == 0:
         try:
             create(timeout_s=1)
-        except tensorkv.RankLostError:
+        except tensorkv.RankDeadError:
             say("fault fired")
     in_turn("failed")
     sums()
@@ -236,7 +236,7 @@ def outlived():
         os.kill(os.getpid(), signal.SIGKILL)
     try:
         kv.pushpull("a", torch.ones(3))
-    except tensorkv.RankLostError as error:
+    except tensorkv.RankDeadError as error:
         say(error)
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tensorkv.engines.sync.allreduce import Exchange
+from tensorkv.engines.sync.allreduce import AllReduce
 from tests.sync.dist_programs import F32, RANK, SIZE, create, say
 
 
 def record(is_ready):
     """Note the keys of pushes in the order in which they are served; the first waits until all is ready."""
-    right, order = Exchange.serve, []
+    right, order = AllReduce.serve, []
 
     def serve(self, presence):
         deadline = time.monotonic() + 20
@@ -21,7 +21,7 @@ def record(is_ready):
         order.append(self.doing.split('"')[3])
         right(self, presence)
 
-    Exchange.serve = serve
+    AllReduce.serve = serve
     return order
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from torch.distributed import TCPStore
 from torch.distributed.run import main as torchrun
 
-from tensorkv import RankLostError
+from tensorkv import RankDeadError
 from tests.sync.dist_programs import RANK, SIZE, create, say
 
 
@@ -58,7 +58,7 @@ def one_node_fails():
                 os._exit(3)
             assert kv.pushpull("a", np.ones(3, np.float32)).tolist() == [SIZE] * 3
             say(f"rank {RANK} met the others at count {count}")
-        except RankLostError:
+        except RankDeadError:
             say(f"rank {RANK} waits")
             time.sleep(30)
 

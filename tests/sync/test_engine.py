@@ -89,7 +89,7 @@ def test_a_mismatch_is_an_error_on_every_worker(shared_memory):
             (kind,) = errors_of(said)
             assert seconds_of(said) < 5, said
             if rank == 1 and pair[1] in REFUSED:
-                assert kind not in ("WorkerMismatchError", "RankLostError"), said
+                assert kind not in ("WorkerMismatchError", "RankDeadError"), said
                 continue
             assert kind == "WorkerMismatchError", said
             assert FIRST.get(pair, "") in said
@@ -139,16 +139,16 @@ def test_a_killed_worker_is_named(phase, repeat):
     assert codes == [0, 0, -signal.SIGKILL]
     assert "fault fired" in texts[2]
     for text in texts[:2]:
-        assert errors_of(text) == ["RankLostError"], text
+        assert errors_of(text) == ["RankDeadError"], text
         assert "rank 2 died or ended early" in text
         assert seconds_of(text) < 2
-        assert "refuses RankLostError at once" in text
+        assert "refuses RankDeadError at once" in text
 
 
 def test_a_worker_that_ends_early_is_named():
     with Team(2, "lost", "between", "exit", 0) as team:
         assert team.wait(60) == [0, 3]
-        assert "RankLostError | pushpull" in team.text(0)
+        assert "RankDeadError | pushpull" in team.text(0)
         assert "rank 1 died or ended early" in team.text(0)
 
 
@@ -160,8 +160,8 @@ def test_a_stopped_worker_is_named_after_the_timeout(phase):
     assert codes == [0, 0]
     assert "fault fired" in texts[2]
     for text in texts[:2]:
-        assert errors_of(text) == ["RankLostError"], text
-        assert "rank 2 did not come within 5 s" in text
+        assert errors_of(text) == ["RankDeadError"], text
+        assert "rank 2 did not respond within 5 s" in text
         assert 4.5 < seconds_of(text) < 8
 
 
@@ -376,12 +376,12 @@ def test_workers_that_do_not_come_are_an_error():
     env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     env["MASTER_PORT"] = str(free_port())
     code = (
-        "import tensorkv\ntry: tensorkv.create('dist_sync', timeout_s=1)\nexcept tensorkv.RankLostError as e: print(e)"
+        "import tensorkv\ntry: tensorkv.create('dist_sync', timeout_s=1)\nexcept tensorkv.RankDeadError as e: print(e)"
     )
     shown = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=True
     )
-    assert "rank 1 of 2 did not come within 1 s" in shown.stdout
+    assert "rank 1 of 2 did not join within 1 s" in shown.stdout
 
 
 # ---------------------------------------------------------------- hosts
@@ -408,5 +408,5 @@ def test_a_wire_that_breaks_is_an_error_on_both_hosts():
         cut(hosts[1])
         assert team.wait(60) == [0, 0]
         for rank in range(2):
-            assert errors_of(team.text(rank)) == ["RankLostError"], team.text(rank)
+            assert errors_of(team.text(rank)) == ["RankDeadError"], team.text(rank)
             assert f"rank {1 - rank}" in team.text(rank)

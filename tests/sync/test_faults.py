@@ -18,9 +18,9 @@ def test_no_half_summed_value_is_served(repeat):
     with Team(2, PROGRAMS, "half_summed") as team:
         assert team.wait(60) == [-signal.SIGKILL, 0], team.text(1)
         text = team.text(1)
-    assert "pushpull raised RankLostError" in text
+    assert "pushpull raised RankDeadError" in text
     assert "the out has [2.0]" in text
-    assert "afterwards a pull raised RankLostError" in text, text
+    assert "afterwards a pull raised RankDeadError" in text, text
 
 
 def test_a_call_that_fails_writes_no_out():
@@ -37,10 +37,10 @@ def test_who_dies_while_all_tell_all_ends_the_store(shared_memory):
     with Team(2, PROGRAMS, "gathering", shared_memory) as team:
         assert team.wait(60) == [0, -signal.SIGKILL], team.text(0)
         text = team.text(0)
-    assert "push raised RankLostError" in text
+    assert "push raised RankDeadError" in text
     if shared_memory:
         assert "rank 1 died or ended early" in text
-    assert "pull raised RankLostError" in text, text
+    assert "pull raised RankDeadError" in text, text
 
 
 def test_a_host_without_memory_ends_the_store_everywhere():

@@ -107,7 +107,7 @@ class Engine(Protocol):
     def barrier(self) -> None:
         """Wait until every worker is here."""
 
-    def tell(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """Return rank 0's text to every worker."""
 
     def leave(self) -> None:

@@ -150,7 +150,7 @@ class LocalEngine:
     def barrier(self) -> None:
         pass
 
-    def tell(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         return text
 
     def leave(self) -> None:

@@ -16,26 +16,26 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from tensorkv.errors import RankLostError
+from tensorkv.errors import RankDeadError
 from tensorkv.runtime import forks
 
 # How often a worker looks whether rank 0 has answered, or announced another start.
 _LOOK_S = 0.02
 # The meeting place that torchrun's variables name; its server lives as long as rank 0's process.
-_met: Any = None
+_connection: Any = None
 
 
-def meet(timeout: timedelta) -> tuple[Any, int, int]:
-    """Join the store of keys at MASTER_ADDR and MASTER_PORT; return it, the rank and the number of workers."""
-    global _met
-    if _met is None:
-        _met = _meet(timeout)
-        forks.keep(_met[0])
-    found: tuple[Any, int, int] = _met
+def connect(timeout: timedelta) -> tuple[Any, int, int]:
+    """Join the rendezvous store at MASTER_ADDR and MASTER_PORT; return it, the rank and the number of workers."""
+    global _connection
+    if _connection is None:
+        _connection = _connect(timeout)
+        forks.keep(_connection[0])
+    found: tuple[Any, int, int] = _connection
     return found
 
 
-def _meet(timeout: timedelta) -> tuple[Any, int, int]:
+def _connect(timeout: timedelta) -> tuple[Any, int, int]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_loopback = host == "localhost" or host.startswith("127.")
@@ -64,15 +64,15 @@ def _listen(host: str, port: int) -> int | None:
     return descriptor
 
 
-def network() -> str:
+def network_id() -> str:
     """Name what processes must have in common to reach each other on loopback: kernel, network and host name."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''} {_namespace('net')}"
 
 
-def machine() -> str:
+def host_id() -> str:
     """Name what processes must have in common to share memory: also what their process IDs mean."""
-    return f"{network()} {_namespace('pid')}"
+    return f"{network_id()} {_namespace('pid')}"
 
 
 def _namespace(kind: str) -> str:
@@ -88,7 +88,7 @@ def agree_on_start(store: Any, rank: int, size: int, timeout_s: float) -> str:
     believes it when rank 0 has read a word that nobody said before; rank 0 says so when it has heard every worker.
 
     Raises:
-        RankLostError: not all workers came in time.
+        RankDeadError: not all workers joined in time.
     """
     mine = uuid4().hex
     if rank == 0:
@@ -114,7 +114,7 @@ def agree_on_start(store: Any, rank: int, size: int, timeout_s: float) -> str:
             store.set(f"{start}/hello/{turn}", json.dumps([rank, mine]))
             continue
         sleep(_LOOK_S)
-    raise RankLostError(f"rank 0 of {size} did not come within {timeout_s:g} s")
+    raise RankDeadError(f"rank 0 of {size} did not join within {timeout_s:g} s")
 
 
 def get(store: Any, key: str, rank: int, size: int, timeout_s: float) -> bytes:
@@ -123,5 +123,5 @@ def get(store: Any, key: str, rank: int, size: int, timeout_s: float) -> bytes:
         store.wait([key], timedelta(seconds=timeout_s))
         value: bytes = store.get(key)
     except dist.DistError as error:
-        raise RankLostError(f"rank {rank} of {size} did not come within {timeout_s:g} s: {error}") from error
+        raise RankDeadError(f"rank {rank} of {size} did not join within {timeout_s:g} s: {error}") from error
     return value

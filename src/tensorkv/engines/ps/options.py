@@ -26,7 +26,7 @@ def build(name: str, address: str | None, timeout_s: float, insecure: bool, opti
     Raises:
         ArgumentError: options out of range, or other than those of the store that is there.
         JournalError: a server's folder cannot be opened.
-        RankLostError, ServerLostError: others did not come in time.
+        RankDeadError, ServerLostError: others did not join in time.
     """
     timeout_s = check_timeout(timeout_s)
     if not isinstance(name, str) or not name or "/" in name:

@@ -1,4 +1,4 @@
-"""Exchange: one call's way through the stage. Lay out, sum and update, settle, chunk by chunk; then copy out.
+"""AllReduce: one call's way through the stage. Lay out, sum and update, settle, chunk by chunk; then copy out.
 
 Every worker lays its parts out in the stage and updates the pieces that it owns from everyone's parts. Outs are
 written when every value is there: a call that fails, because another worker dies for example, leaves them as they were.
@@ -17,20 +17,20 @@ from tensorkv.shard.pool import Pool
 from tensorkv.shard.rules import Assign, Rule, Step, WholeStep
 
 from .chain import Chain, Presence
-from .host import Meeting
-from .message import Message, pieces
+from .host import HostGroup
+from .message import PackedBuffer, pieces
 from .nonfinite import Guard
-from .schedule import Arrays, Leg, Route, Stage, copy_out, lay_out
+from .schedule import Arrays, BucketSegment, Schedule, StagingBuffer, copy_out, pack
 
 # One call runs in one thread: its workers share the cores.
 _POOL = Pool(1)
 
 
-class Exchange:
+class AllReduce:
     """One call on one route.
 
     Args:
-        meeting: of this worker's host.
+        host: of this worker's host.
         chain: to other hosts.
         route: of the call's keys.
         stage: where parts are laid out.
@@ -44,10 +44,10 @@ class Exchange:
 
     def __init__(
         self,
-        meeting: Meeting,
+        host: HostGroup,
         chain: Chain,
-        route: Route,
-        stage: Stage,
+        route: Schedule,
+        stage: StagingBuffer,
         number: int,
         doing: str,
         entries: Sequence[Entry],
@@ -55,7 +55,7 @@ class Exchange:
         guard: Guard | None = None,
         first: int = 0,
     ) -> None:
-        self._meeting, self._chain, self.stage, self.doing = meeting, chain, stage, doing
+        self._host, self._chain, self.stage, self.doing = host, chain, stage, doing
         self.route, self.number = route, number
         self._entries, self._rule, self._guard = entries, rule, guard
         self.refusal: Exception | None = None
@@ -68,14 +68,14 @@ class Exchange:
             stage.uses[slot] += 1
             self._uses.append(stage.uses[slot])
         self._owners = 8 * chain.owners
-        self._is_owner = meeting.me < chain.owners
+        self._is_owner = host.local_rank < chain.owners
         self._updates = self._is_owner and chain.is_last
         self._at_end = guard is not None or any(map(rule.sees_whole, entries))
         self._assigns = isinstance(rule, Assign) and guard is None
         self._steps: dict[int, Step] = {}
         self._direct: Arrays | None = None
-        self._coming: dict[int, tuple[Message, object]] = {}
-        self._returning: dict[int, tuple[Message, object]] = {}
+        self._coming: dict[int, tuple[PackedBuffer, object]] = {}
+        self._returning: dict[int, tuple[PackedBuffer, object]] = {}
         self.failed: list[tuple[int, Exception]] = []
 
     # ------------------------------------------------------------ whole calls
@@ -94,7 +94,7 @@ class Exchange:
         at_sum, at_settle = self._turns()
         for turn in range(max(1, count + at_settle)):
             if turn < count and parts is not None:
-                self.lay_out(turn, parts)
+                self.pack(turn, parts)
             if turn == 0:
                 presence = who()
                 if not count:
@@ -126,15 +126,15 @@ class Exchange:
                 self.settle(chunk)
         self._chain.flush(self.doing)
 
-    def is_laid_out(self, here: list[int]) -> bool:
-        """Tell whether these workers of the host have laid their parts out."""
-        return all(self._meeting.is_there(self._filled(chunk, here), self._uses[chunk]) for chunk in range(self.count))
+    def is_staged(self, here: list[int]) -> bool:
+        """Tell whether these workers of the host have staged their parts."""
+        return all(self._host.is_there(self._filled(chunk, here), self._uses[chunk]) for chunk in range(self.count))
 
     def wait_for_values(self) -> None:
         """Wait until every owner has made its values."""
         for chunk in range(self.count):
             ready = self.stage.ready[self._slots[chunk]]
-            self._meeting.wait(ready[: self._owners], self._uses[chunk], self.doing)
+            self._host.wait(ready[: self._owners], self._uses[chunk], self.doing)
 
     def copy_out(self, outs: Arrays, past_cache: bool) -> None:
         """Copy the values, which are all there, to plain outs, if wanted past the processor's cache."""
@@ -144,26 +144,26 @@ class Exchange:
 
     # ------------------------------------------------------------ one chunk
 
-    def lay_out(self, chunk: int, parts: Arrays) -> None:
+    def pack(self, chunk: int, parts: Arrays) -> None:
         """Put this worker's parts into the stage, once its slot has been read."""
         slot, use = self._slots[chunk], self._uses[chunk]
-        self._meeting.wait(self.stage.read[slot][: self._owners], use - 1, self.doing)
+        self._host.wait(self.stage.read[slot][: self._owners], use - 1, self.doing)
         for leg in self._legs[chunk]:
             cuts = leg.whole if self._direct is None else leg.others
-            lay_out(leg, self._meeting.me, parts, cuts)
-        self._meeting.store(self.stage.own_filled[slot], use)
+            pack(leg, self._host.local_rank, parts, cuts)
+        self._host.store(self.stage.own_filled[slot], use)
 
     def sum(self, chunk: int, presence: Presence) -> None:
         """Update the pieces that this worker owns, or send their sums on."""
         slot, use = self._slots[chunk], self._uses[chunk]
         if self._is_owner:
-            self._meeting.wait(self._filled(chunk, presence.here), use, self.doing, presence.here)
+            self._host.wait(self._filled(chunk, presence.here), use, self.doing, presence.here)
             legs = self._own_legs(chunk)
             # Who has left may read values at any time.
-            in_place = len(presence.here) == self._meeting.size
+            in_place = len(presence.here) == self._host.size
             before = self._receive(chunk, legs, in_place) if presence.parts_come else None
             sums = self._sum_legs(legs, presence.here, before)
-            self._meeting.store(self.stage.own_read[slot], use)
+            self._host.store(self.stage.own_read[slot], use)
             if legs and not self._chain.is_last:
                 self._send_on(chunk, legs, sums)
         if chunk == self.count - 1:
@@ -174,48 +174,50 @@ class Exchange:
         if not self._is_owner:
             return
         legs = self._own_legs(chunk)
-        message: Message | None = None
+        message: PackedBuffer | None = None
         if not self._chain.is_last and legs:
             message, work = self._returning.pop(chunk)
             self._chain.finish(work, self._chain.after, self.doing)
             message.unpack(legs)
         if self._chain.before is not None and legs:
             if message is None:
-                message = Message.of_values(legs)
+                message = PackedBuffer.of_values(legs)
                 message.pack(legs)
             self._chain.send(message.whole, self._chain.before, self.doing)
-        self._meeting.store(self.stage.own_ready[self._slots[chunk]], self._uses[chunk])
+        self._host.store(self.stage.own_ready[self._slots[chunk]], self._uses[chunk])
 
     # ------------------------------------------------------------ inside
 
-    def _own_legs(self, chunk: int) -> list[Leg]:
+    def _own_legs(self, chunk: int) -> list[BucketSegment]:
         """Return the legs of a chunk that have pieces of this worker's."""
         return [leg for leg in self._legs[chunk] if leg.own.stop > leg.own.start]
 
     def _filled(self, chunk: int, here: list[int]) -> bytes:
         """Return the words of a chunk that some workers of this host store when they have laid their parts out."""
         column = self.stage.filled[self._slots[chunk]]
-        if len(here) == self._meeting.size:
+        if len(here) == self._host.size:
             return column
         return b"".join(column[8 * worker : 8 * worker + 8] for worker in here)
 
-    def _sum_legs(self, legs: list[Leg], here: list[int], before: Message | None) -> Message | None:
+    def _sum_legs(self, legs: list[BucketSegment], here: list[int], before: PackedBuffer | None) -> PackedBuffer | None:
         """Update values, or return the sums for the host after; None where there are no parts up to here."""
-        sums: Message | None = None
+        sums: PackedBuffer | None = None
         if not self._chain.is_last:
             if not here or not legs:
                 return before
-            if before is None and here == [self._meeting.me] and self._direct is not None:
-                sums = Message.of_parts(legs, self._direct)
+            if before is None and here == [self._host.local_rank] and self._direct is not None:
+                sums = PackedBuffer.of_parts(legs, self._direct)
             if sums is not None:
                 return sums
-            sums = Message.new([(leg, leg.wide) for leg in legs])
+            sums = PackedBuffer.new([(leg, leg.wide) for leg in legs])
         for index, leg in enumerate(legs):
             earlier = None if before is None else before.rooms[index]
             self._sum_leg(leg, here, earlier, None if sums is None else sums.rooms[index])
         return sums
 
-    def _sum_leg(self, leg: Leg, present: list[int], before: torch.Tensor | None, sums: torch.Tensor | None) -> None:
+    def _sum_leg(
+        self, leg: BucketSegment, present: list[int], before: torch.Tensor | None, sums: torch.Tensor | None
+    ) -> None:
         own = leg.own
         if native.can_sum(leg.dtype) and (sums is not None or self._assigns):
             columns = leg.own_columns([self._column(leg, worker) for worker in present])
@@ -228,7 +230,7 @@ class Exchange:
         targets = None if sums is None else pieces(leg, sums)
         if self._direct is not None:
             # A rule that sees pieces as tensors finds them in the stage.
-            lay_out(leg, self._meeting.me, self._direct, [own])
+            pack(leg, self._host.local_rank, self._direct, [own])
         for index, at in enumerate(range(own.start, own.stop)):
             parts = [leg.rooms(worker)[at] for worker in present]
             if earlier is not None:
@@ -237,12 +239,12 @@ class Exchange:
             if targets is not None:
                 reduce.sum_piece(targets[index], parts)
             else:
-                start, _ = self.route.held[piece.key].span(self._meeting.me)
+                start, _ = self.route.held[piece.key].span(self._host.local_rank)
                 self._step(piece.key).apply(piece.start - start, piece.stop - start, parts)
 
-    def _column(self, leg: Leg, worker: int) -> bytes:
+    def _column(self, leg: BucketSegment, worker: int) -> bytes:
         """Return where a worker's parts of a leg can be read."""
-        if self._direct is None or worker != self._meeting.me:
+        if self._direct is None or worker != self._host.local_rank:
             return leg.room_columns[worker]
         return self._direct.columns(leg)[0]
 
@@ -265,7 +267,7 @@ class Exchange:
                 continue
             version = entry.version
             # No piece has come of a value without elements, and its updater is called all the same.
-            if self._at_end and self._updates and self._meeting.me == 0 and not held.value.numel():
+            if self._at_end and self._updates and self._host.local_rank == 0 and not held.value.numel():
                 self._step(key)
             step = self._steps.pop(key, None)
             try:
@@ -283,13 +285,13 @@ class Exchange:
         left_out, self.refusal = guard.decide(bad, names, self.doing)
         return left_out
 
-    def _message(self, legs: list[Leg], in_place: bool) -> Message:
+    def _message(self, legs: list[BucketSegment], in_place: bool) -> PackedBuffer:
         """Return memory for the sums of the hosts before: where they are only added to, that of the values."""
         if in_place and self._assigns and self._chain.is_last and all(native.can_sum(leg.dtype) for leg in legs):
-            return Message.of_values(legs)
-        return Message.new([(leg, leg.wide) for leg in legs])
+            return PackedBuffer.of_values(legs)
+        return PackedBuffer.new([(leg, leg.wide) for leg in legs])
 
-    def _receive(self, chunk: int, legs: list[Leg], in_place: bool) -> Message | None:
+    def _receive(self, chunk: int, legs: list[BucketSegment], in_place: bool) -> PackedBuffer | None:
         """Return what the hosts before have summed of this worker's pieces, asking for the next chunk already."""
         for each in range(chunk, min(chunk + 2, self.count)):
             mine = self._own_legs(each)
@@ -302,9 +304,9 @@ class Exchange:
         self._chain.finish(work, self._chain.before, self.doing)
         return message
 
-    def _send_on(self, chunk: int, legs: list[Leg], sums: Message | None) -> None:
+    def _send_on(self, chunk: int, legs: list[BucketSegment], sums: PackedBuffer | None) -> None:
         after = self._chain.after
         if sums is not None:
             self._chain.send(sums.whole, after, self.doing)
-        message = Message.of_values(legs)
+        message = PackedBuffer.of_values(legs)
         self._returning[chunk] = message, self._chain.receive(message.whole, after)

@@ -1,4 +1,4 @@
-"""Background: the thread that finishes pushes while their caller goes on."""
+"""PushQueue: the thread that finishes pushes while their caller goes on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from itertools import takewhile
 from tensorkv.errors import TensorKVError, WorkerError
 from tensorkv.runtime import forks, shield
 
-from .allreduce import Exchange
+from .allreduce import AllReduce
 from .chain import Chain, Presence
-from .host import Meeting, fingerprint
-from .schedule import Stage
+from .host import HostGroup, fingerprint
+from .schedule import StagingBuffer
 
 # How long the end of a process or a store waits for the thread.
 _LAST_WORDS_S = 5.0
@@ -22,7 +22,7 @@ _LAST_WORDS_S = 5.0
 
 @dataclass(eq=False)
 class _Job:
-    exchange: Exchange
+    exchange: AllReduce
     priority: int
     here: list[int] = field(default_factory=list)
     parts_come: bool = False
@@ -40,7 +40,7 @@ class _Job:
         return Presence(self.here, self.parts_come)
 
 
-class Background:
+class PushQueue:
     """Pushes whose parts lie in the stage, and a thread that does the rest of them.
 
     The one with the highest priority comes first among those whose parts every worker has laid out; where none
@@ -48,19 +48,19 @@ class Background:
     with: a push that all of them have laid out, since a worker may wait for an older push before it makes the next.
 
     Args:
-        meeting: of this worker's host.
+        host: of this worker's host.
         chain: to other hosts.
     """
 
-    def __init__(self, meeting: Meeting, chain: Chain) -> None:
-        self._meeting, self._chain = meeting, chain
+    def __init__(self, host: HostGroup, chain: Chain) -> None:
+        self._host, self._chain = host, chain
         self._jobs: list[_Job] = []
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
         self._forks = forks.count
 
-    def add(self, exchange: Exchange, priority: int) -> None:
+    def add(self, exchange: AllReduce, priority: int) -> None:
         """Take over a push."""
         with self._changed:
             self._jobs.append(_Job(exchange, priority))
@@ -83,14 +83,14 @@ class Background:
         forks.keep(self)
         atexit.register(self._leave_process)
 
-    def wait_for(self, what: Exchange | Stage | None) -> None:
+    def wait_for(self, what: AllReduce | StagingBuffer | None) -> None:
         """Wait until a push, every push on a stage, or every push is done as far as this worker is concerned."""
         with self._changed:
             while any(what in (None, job.exchange, job.exchange.stage) for job in self._jobs):
-                self._meeting.check()
+                self._host.check()
                 shield.check()
                 self._changed.wait(0.1)
-        self._meeting.check()
+        self._host.check()
 
     def _leave_process(self) -> None:
         if self._forks != forks.count:
@@ -100,7 +100,7 @@ class Background:
         with self._changed:
             is_done = self._changed.wait_for(lambda: not self._jobs, _LAST_WORDS_S)
         if not is_done:
-            self._meeting.group.cut_links()
+            self._host.group.disconnect()
         # Exit handlers that were registered earlier run later, and may still push.
         self.close()
 
@@ -137,10 +137,10 @@ class Background:
             for _, problem in job.exchange.failed:
                 raise problem
         except TensorKVError as error:
-            self._meeting.stop(error)
+            self._host.stop(error)
             job = None
         except BaseException as error:
-            self._meeting.stop(WorkerError(f"a push broke off in the background: {type(error).__name__}: {error}"))
+            self._host.stop(WorkerError(f"a push broke off in the background: {type(error).__name__}: {error}"))
             job = None
         with self._changed:
             if job is None:
@@ -170,14 +170,14 @@ class Background:
 
     def _is_complete(self, job: _Job) -> bool:
         """Tell whether all workers of this host have laid their parts out; asked in the order of the calls."""
-        if not job.here and not self._meeting.has_been_entered(job.number):
+        if not job.here and not self._host.has_been_entered(job.number):
             return False
         self._compare(job)
-        return job.exchange.is_laid_out(job.here)
+        return job.exchange.is_staged(job.here)
 
     def _compare(self, job: _Job) -> None:
         # In the order of the calls, for entries are written over in that order.
-        job.here = job.here or self._meeting.agree(job.number, job.exchange.doing)
+        job.here = job.here or self._host.agree(job.number, job.exchange.doing)
 
     def _reach(self) -> int:
         """Return the last call up to which all workers of this host have laid their parts out."""

@@ -16,8 +16,8 @@ import torch
 
 from tensorkv.errors import TensorKVError
 
-from .group import Group
-from .host import LEFT, REFUSED, Meeting, mismatch
+from .group import ProcessGroup
+from .host import LEFT, REFUSED, HostGroup, mismatch
 
 _HEAD = struct.Struct("q8si")
 _HEAD_NBYTES = 1024
@@ -72,18 +72,18 @@ class Chain:
 
     Args:
         group: of all workers.
-        meeting: of this worker's host.
+        host: of this worker's host.
     """
 
-    def __init__(self, group: Group, meeting: Meeting) -> None:
-        self._group, self._meeting = group, meeting
+    def __init__(self, group: ProcessGroup, host: HostGroup) -> None:
+        self._group, self._host = group, host
         self.owners = min(map(len, group.hosts))
-        me, host = meeting.me, group.host
+        me, index = host.local_rank, group.host_index
         linked = me < self.owners
-        self.before = group.hosts[host - 1][me] if linked and host > 0 else None
-        self.after = group.hosts[host + 1][me] if linked and host + 1 < len(group.hosts) else None
-        self.is_last = host == len(group.hosts) - 1
-        self.hosts_after = len(group.hosts) - 1 - host
+        self.before = group.hosts[index - 1][me] if linked and index > 0 else None
+        self.after = group.hosts[index + 1][me] if linked and index + 1 < len(group.hosts) else None
+        self.is_last = index == len(group.hosts) - 1
+        self.hosts_after = len(group.hosts) - 1 - index
         self.linked = self.before is not None or self.after is not None
         # Up to which call the hosts after have laid their parts out, as far as is known here.
         self.reach = sys.maxsize if self.after is None else -1
@@ -110,7 +110,7 @@ class Chain:
         try:
             self._group.finish(work, rank, doing)
         except TensorKVError as error:
-            raise self._meeting.stop(error) from error
+            raise self._host.stop(error) from error
 
     def flush(self, doing: str) -> None:
         """Wait until everything that was sent has left."""
@@ -158,7 +158,7 @@ class Chain:
                 own = self._refused.get(theirs.number, text)
                 said = {theirs.text: [self.before]}
                 said.setdefault(own[:HEAD_TEXT], []).append(self._group.rank)
-                raise self._meeting.stop(mismatch(theirs.number, said))
+                raise self._host.stop(mismatch(theirs.number, said))
             return theirs.number, theirs
 
     def go_on(self, number: int, mark: bytes, text: str, before: Head | None) -> Called:
@@ -216,7 +216,7 @@ class Chain:
 
     def spread(self, tensors: Sequence[torch.Tensor], doing: str) -> None:
         """Copy contiguous tensors of the first host's first worker to the first workers of the others."""
-        if self._meeting.me != 0:
+        if self._host.local_rank != 0:
             return
         for tensor in tensors:
             flat = tensor.view(-1).view(torch.uint8)

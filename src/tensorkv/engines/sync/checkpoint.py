@@ -24,16 +24,22 @@ from tensorkv.storage.manifest import Contents, Kind, Tensors
 from tensorkv.transport.segment import aligned
 
 from .chain import Chain
-from .group import Group
-from .host import Meeting
-from .schedule import Held
+from .group import ProcessGroup
+from .host import HostGroup
+from .schedule import PartitionedValue
 
 # File numbers that each writer has for itself.
 _FILES = 1000
 
 
 def save(
-    group: Group, meeting: Meeting, chain: Chain, shard: Shard, held: Mapping[Key, Held], path: str, kind: Kind
+    group: ProcessGroup,
+    host: HostGroup,
+    chain: Chain,
+    shard: Shard,
+    held: Mapping[Key, PartitionedValue],
+    path: str,
+    kind: Kind,
 ) -> None:
     """Write what the workers hold; the host that updates values writes.
 
@@ -41,9 +47,9 @@ def save(
         CheckpointError: on every worker, if one cannot write; the old checkpoint is in force then.
     """
     doing = f"save({path})"
-    writes, leads = chain.is_last, chain.is_last and meeting.me == 0
+    writes, leads = chain.is_last, chain.is_last and host.local_rank == 0
     with shard.frozen() as (entries, rule), ExitStack() as stack:
-        whole = _whole_entries(group, meeting, writes, entries, held, doing)
+        whole = _whole_entries(group, host, writes, entries, held, doing)
 
         def start() -> str:
             token = secrets.token_hex(8)
@@ -52,9 +58,9 @@ def save(
 
         token = next(each for each in _everyone(group, start if leads else None, doing) if each)
         body, tensors = manifest.describe(kind, whole, rule) if writes else ({}, {})
-        mine = _share_of(tensors, meeting.me, meeting.size) if writes else {}
+        mine = _share_of(tensors, host.local_rank, host.size) if writes else {}
         files = _everyone(
-            group, lambda: checkpoint.write_files(path, token, meeting.me * _FILES, mine) if writes else [], doing
+            group, lambda: checkpoint.write_files(path, token, host.local_rank * _FILES, mine) if writes else [], doing
         )
 
         def publish() -> None:
@@ -64,7 +70,7 @@ def save(
         _everyone(group, publish if leads else None, doing)
 
 
-def _everyone(group: Group, do: Callable[[], Any] | None, doing: str) -> list[Any]:
+def _everyone(group: ProcessGroup, do: Callable[[], Any] | None, doing: str) -> list[Any]:
     """Do something and return what every rank's returned; raise on every rank what one has raised."""
     error: Exception | None = None
     said: Any = None
@@ -72,7 +78,7 @@ def _everyone(group: Group, do: Callable[[], Any] | None, doing: str) -> list[An
         said = None if do is None else do()
     except CheckpointError as caught:
         error = caught
-    answers = group.gather_json([said, None if error is None else str(error)], doing)
+    answers = group.all_gather_json([said, None if error is None else str(error)], doing)
     if error is not None:
         raise error
     for rank, (_, problem) in enumerate(answers):
@@ -82,7 +88,12 @@ def _everyone(group: Group, do: Callable[[], Any] | None, doing: str) -> list[An
 
 
 def _whole_entries(
-    group: Group, meeting: Meeting, writes: bool, entries: Sequence[Entry], held: Mapping[Key, Held], doing: str
+    group: ProcessGroup,
+    host: HostGroup,
+    writes: bool,
+    entries: Sequence[Entry],
+    held: Mapping[Key, PartitionedValue],
+    doing: str,
 ) -> list[Entry]:
     """Return entries with whole values and whole state, which the host's workers put together in shared memory."""
     mine = {}
@@ -96,15 +107,15 @@ def _whole_entries(
     places, nbytes = _places(entries, held, found)
     if not writes:
         return list(entries)
-    memory = meeting.share(nbytes, 0, doing) if places else None
+    memory = host.share(nbytes, 0, doing) if places else None
     states: dict[int, dict[str, torch.Tensor]] = {}
     for index, name, dtype, shape, offset in places:
         room = memory.tensor(offset, shape, dtype)  # type: ignore[union-attr]
         states.setdefault(index, {})[name] = room
         own = entries[index].state.get(name)
         if own is not None:
-            _part_of(room, held[entries[index].key], meeting.me).copy_(own)
-    meeting.barrier(doing)
+            _part_of(room, held[entries[index].key], host.local_rank).copy_(own)
+    host.barrier(doing)
     return [
         replace(entry, value=held[entry.key].value, state=states.get(index, {})) if entry.key in held else entry
         for index, entry in enumerate(entries)
@@ -112,7 +123,7 @@ def _whole_entries(
 
 
 def _places(
-    entries: Sequence[Entry], held: Mapping[Key, Held], found: Mapping[int, Mapping[str, list[Any]]]
+    entries: Sequence[Entry], held: Mapping[Key, PartitionedValue], found: Mapping[int, Mapping[str, list[Any]]]
 ) -> tuple[list[tuple[int, str, torch.dtype, torch.Size, int]], int]:
     """Return where each state tensor is to lie, whole, and how many bytes all take."""
     places, at = [], 0
@@ -127,13 +138,13 @@ def _places(
     return places, at
 
 
-def _is_divided(held: Held) -> bool:
+def _is_divided(held: PartitionedValue) -> bool:
     """Tell whether several owners update a value; only optimizers that treat each element alone allow it."""
     rows = held.borders[-1]
     return rows not in [high - low for low, high in pairwise(held.borders)]
 
 
-def _part_of(room: torch.Tensor, held: Held, owner: int) -> torch.Tensor:
+def _part_of(room: torch.Tensor, held: PartitionedValue, owner: int) -> torch.Tensor:
     if not _is_divided(held) or room.shape != held.value.shape:
         return room
     return room[held.borders[owner] : held.borders[owner + 1]]
@@ -151,7 +162,7 @@ def _share_of(tensors: Tensors, worker: int, workers: int) -> Tensors:
     return mine
 
 
-def read(group: Group, shard: Shard, path: str, kind: Kind) -> Contents:
+def read(group: ProcessGroup, shard: Shard, path: str, kind: Kind) -> Contents:
     """Read a checkpoint on every worker and check that it fits.
 
     Raises:
@@ -173,7 +184,7 @@ def read(group: Group, shard: Shard, path: str, kind: Kind) -> Contents:
     return found[0]
 
 
-def own_state(saved: Entry, held: Held, owner: int) -> dict[str, torch.Tensor]:
+def own_state(saved: Entry, held: PartitionedValue, owner: int) -> dict[str, torch.Tensor]:
     """Return what an owner keeps of a whole key's state."""
     if held.borders[owner] == held.borders[owner + 1]:
         return {}

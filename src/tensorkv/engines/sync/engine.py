@@ -1,7 +1,7 @@
 """The dist engine: processes and hosts in step.
 
 Every worker makes the same calls in the same order. A call is checked here, entered for comparison with the
-others' (``meeting``), and its arrays go through the stage (``exchange``), over hosts too (``chain``). Each worker
+others' (``host``), and its arrays go through the stage (``exchange``), over hosts too (``chain``). Each worker
 has a Shard that holds the parts of the values which it updates, in memory that the workers of its host share.
 """
 
@@ -20,7 +20,7 @@ from tensorkv.arrays.arguments import Key, check_flag, check_timeout
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines import partition
-from tensorkv.errors import RankLostError
+from tensorkv.errors import RankDeadError
 from tensorkv.runtime import shield
 from tensorkv.shard.entry import Batch, Entry, KeyInfo, Part
 from tensorkv.shard.nonfinite import NonFinite
@@ -33,13 +33,13 @@ from tensorkv.transport.segment import Segment, aligned
 
 from . import checkpoint, sparse
 from .chain import Chain
-from .group import Group, log
+from .group import ProcessGroup, log
 from .host import describe, meet
 from .leaving import Leaving
 from .nonfinite import Guard
-from .order import Calls
+from .order import CollectiveOrder
 from .pushes import Pushes
-from .schedule import Held
+from .schedule import PartitionedValue
 
 
 def build(*, nonfinite: NonFinite, timeout_s: float, shared_memory: bool) -> DistEngine | None:
@@ -50,7 +50,7 @@ def build(*, nonfinite: NonFinite, timeout_s: float, shared_memory: bool) -> Dis
         timeout_s: how long another worker may take to come to the same call.
         shared_memory: let workers of one host meet in shared memory; without it they use Gloo.
     """
-    group = Group(check_timeout(timeout_s), check_flag("shared_memory", shared_memory), {"nonfinite": nonfinite})
+    group = ProcessGroup(check_timeout(timeout_s), check_flag("shared_memory", shared_memory), {"nonfinite": nonfinite})
     return None if group.size == 1 else DistEngine(group, nonfinite)
 
 
@@ -63,32 +63,32 @@ class DistEngine:
 
     capabilities = frozenset({"optimizer", "updater", "rows", "checkpoint"})
 
-    def __init__(self, group: Group, nonfinite: NonFinite) -> None:
+    def __init__(self, group: ProcessGroup, nonfinite: NonFinite) -> None:
         self._group = group
-        self._meeting = meet(group)
-        self._chain = Chain(group, self._meeting)
+        self._host = meet(group)
+        self._chain = Chain(group, self._host)
         self._shard = Shard(threads=1)
-        self._calls = Calls(self._meeting, self._chain, self._shard, group.rank)
-        self._held: dict[Key, Held] = {}
+        self._order = CollectiveOrder(self._host, self._chain, self._shard, group.rank)
+        self._held: dict[Key, PartitionedValue] = {}
         self._loads = [0] * self._chain.owners
         self._divided_for_whole = False
         self._guard = None if nonfinite == "pass" else Guard(group, nonfinite)
-        self._pushes = Pushes(group, self._meeting, self._chain, self._calls, self._shard, self._held, self._guard)
-        self.begin = self._calls.begin
+        self._pushes = Pushes(group, self._host, self._chain, self._order, self._shard, self._held, self._guard)
+        self.begin = self._order.begin
         self.many = self._pushes.many
-        self.leave = Leaving(self._meeting, self._chain, self._calls, self._pushes).leave
+        self.leave = Leaving(self._host, self._chain, self._order, self._pushes).leave
         self.rank, self.num_workers = group.rank, group.size
 
     def refuse(self, verb: str, error: Exception) -> None:
         """Tell the other workers that this one's call was refused before it began."""
-        self._calls.refuse(verb, error, self._pushes.drain)
+        self._order.refuse(verb, error, self._pushes.drain)
 
     @contextmanager
     def _call(self, text: str) -> Iterator[None]:
         """Do something that all workers do, after everything that was pushed."""
-        with self._calls.entered(text) as number:
+        with self._order.entered(text) as number:
             self._pushes.drain()
-            self._calls.together(number, text)
+            self._order.together(number, text)
             yield
 
     # ------------------------------------------------------------ init, push, pull
@@ -103,7 +103,7 @@ class DistEngine:
                 if isinstance(value, torch.Tensor) and self.rank == 0:
                     held[key].value.copy_(value)
             self._chain.spread([each.value for each in held.values()], text)
-            self._meeting.barrier(text)
+            self._host.barrier(text)
             entries = []
             for key, value, spec in zip(keys, values, specs, strict=True):
                 if isinstance(value, Rows):
@@ -116,14 +116,16 @@ class DistEngine:
     @property
     def _part(self) -> int:
         """The owner whose parts this worker updates; one that no owner has, if it updates none."""
-        return self._meeting.me if self._meeting.me < self._chain.owners else self._chain.owners
+        return self._host.local_rank if self._host.local_rank < self._chain.owners else self._chain.owners
 
     def _room(self, specs: Sequence[KeySpec], text: str) -> Segment | None:
         """Return memory for dense keys; None if there are none."""
         sizes = [aligned(_nbytes(spec)) for spec in specs if not spec.is_table]
-        return self._meeting.share(sum(sizes), 0, text) if sizes else None
+        return self._host.share(sum(sizes), 0, text) if sizes else None
 
-    def _allot(self, keys: Sequence[Key], specs: Sequence[KeySpec], memory: Segment | None) -> dict[Key, Held]:
+    def _allot(
+        self, keys: Sequence[Key], specs: Sequence[KeySpec], memory: Segment | None
+    ) -> dict[Key, PartitionedValue]:
         """Give dense keys their places in memory, and owners."""
         if memory is None:
             return {}
@@ -131,11 +133,11 @@ class DistEngine:
         sizes = [_nbytes(spec) for _, spec in dense]
         at = 0
         borders = [self._borders(spec.shape, size) for (_, spec), size in zip(dense, sizes, strict=True)]
-        held: dict[Key, Held] = {}
+        held: dict[Key, PartitionedValue] = {}
         # What one owner sends to another host at a time lies side by side, as far as can be.
         for index in sorted(range(len(dense)), key=lambda index: partition.whose(borders[index])):
             key, spec = dense[index]
-            held[key] = Held(memory.tensor(at, spec.shape, spec.dtype), borders[index])
+            held[key] = PartitionedValue(memory.tensor(at, spec.shape, spec.dtype), borders[index])
             at += aligned(sizes[index])
         return {key: held[key] for key, _ in dense}
 
@@ -161,8 +163,8 @@ class DistEngine:
         self._pushes.pull(keys, outs)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
-        with self._calls.lock:
-            self._calls.check()
+        with self._order.lock:
+            self._order.check()
             self._pushes.settle(keys)
             found = []
             for key, own in zip(keys, ids, strict=True):
@@ -222,7 +224,7 @@ class DistEngine:
             held.borders = self._borders(held.value.shape, held.value.nbytes)
             self._shard.entry("set_optimizer", key).value = held.part(self._part)
         self._pushes.forget()
-        self._meeting.barrier(text)
+        self._host.barrier(text)
 
     @property
     def optimizer(self) -> OptimizerSpec | None:
@@ -237,7 +239,7 @@ class DistEngine:
         return shield.run(self._info, key)
 
     def _info(self, key: Key) -> KeyInfo:
-        with self._calls.lock:
+        with self._order.lock:
             self._pushes.settle([key])
             return self._whole(self._shard.entry("info", key)).info()
 
@@ -259,7 +261,7 @@ class DistEngine:
     def save(self, path: str, kind: Kind) -> None:
         text = describe("save", path=path, kind=kind)
         with self._call(text):
-            checkpoint.save(self._group, self._meeting, self._chain, self._shard, self._held, path, kind)
+            checkpoint.save(self._group, self._host, self._chain, self._shard, self._held, path, kind)
 
     def load(self, path: str, kind: Kind) -> None:
         text = describe("load", path=path, kind=kind)
@@ -269,7 +271,7 @@ class DistEngine:
                 self._take_states(contents, text)
             else:
                 self._become(contents, text)
-            self._meeting.barrier(text)
+            self._host.barrier(text)
 
     def _take_states(self, contents: Contents, text: str) -> None:
         self._shard.restore_states([], contents.rule)
@@ -297,7 +299,7 @@ class DistEngine:
             if mine is None or not isinstance(each.value, torch.Tensor):
                 kept.append(each)
                 continue
-            if self._meeting.me == 0:
+            if self._host.local_rank == 0:
                 mine.value.copy_(each.value)
             kept.append(replace(each, value=mine.part(self._part), state=checkpoint.own_state(each, mine, self._part)))
         self._held.update(held)
@@ -307,23 +309,23 @@ class DistEngine:
         with self._call("barrier"):
             pass
 
-    def tell(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         with self._call("tell"):
-            return str(self._group.gather_json(text, "tell")[0])
+            return str(self._group.all_gather_json(text, "tell")[0])
 
     def close(self) -> None:
         self._shard.refuse_reentry()
         try:
-            if self._meeting.error is None:
+            if self._host.error is None:
                 with self._call("close"):
                     pass
-        except RankLostError as error:
+        except RankDeadError as error:
             log.warning("tensorkv: close: %s", error)
         finally:
             self._pushes.close()
             self._shard.close()
             self._held.clear()
-            self._meeting.close()
+            self._host.close()
             self._group.close()
 
 

@@ -1,4 +1,4 @@
-"""Group: the workers of a dist store. Who they are, which of them share a host, and links between hosts."""
+"""ProcessGroup: the workers of a dist store. Who they are, which of them share a host, and links between hosts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from tensorkv import errors
-from tensorkv.errors import RankLostError, TensorKVError, WorkerMismatchError
+from tensorkv.errors import RankDeadError, TensorKVError, WorkerMismatchError
 from tensorkv.runtime import forks
-from tensorkv.transport.rendezvous import agree_on_start, get, machine, meet, network
+from tensorkv.transport.rendezvous import agree_on_start, connect, get, host_id, network_id
 from tensorkv.transport.segment import can_share, why_not_shared
 
 log = logging.getLogger("tensorkv")
@@ -34,7 +34,7 @@ _ENDING_S = 0.2
 _LOOK_S = 0.02
 
 
-class Group:
+class ProcessGroup:
     """The processes that ``torchrun`` started, or those of a process group that is there already.
 
     Args:
@@ -43,7 +43,7 @@ class Group:
         options: what must be equal for every worker.
 
     Raises:
-        RankLostError: not all workers came in time.
+        RankDeadError: not all workers joined in time.
     """
 
     def __init__(self, timeout_s: float, shared_memory: bool, options: dict[str, Any] | None = None) -> None:
@@ -54,17 +54,17 @@ class Group:
         self._tags: dict[int, int] = {}
         self._error: TensorKVError | None = None
         forks.keep(self)
-        self.dead_here: Callable[[], list[int]] = list
+        self.dead_on_host: Callable[[], list[int]] = list
         """Returns the ranks of this host whose process has ended."""
         store = self._join()
         if store is None:
             log.info("tensorkv: no process group and no RANK and WORLD_SIZE: one worker")
-            self.hosts, self.host = [[0]], 0
+            self.hosts, self.host_index = [[0]], 0
             return
         self._store = PrefixStore("tensorkv", store)
         self._store = PrefixStore(agree_on_start(self._store, self.rank, self.size, self.timeout_s), self._store)
         self.hosts = self._find_hosts(shared_memory, {"shared_memory": shared_memory, **(options or {})})
-        self.host = next(index for index, ranks in enumerate(self.hosts) if self.rank in ranks)
+        self.host_index = next(index for index, ranks in enumerate(self.hosts) if self.rank in ranks)
         if len(self.hosts) > 1:
             # All workers take part in connecting, also those that will send nothing.
             self._links = self._connect()
@@ -76,15 +76,15 @@ class Group:
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
             return None
         try:
-            met = meet(timedelta(seconds=self.timeout_s))
+            met = connect(timedelta(seconds=self.timeout_s))
         except (KeyError, OSError, ValueError, dist.DistError) as error:
-            raise RankLostError(f"create: the workers did not meet at MASTER_ADDR and MASTER_PORT: {error}") from error
+            raise RankDeadError(f"create: the rendezvous at MASTER_ADDR and MASTER_PORT failed: {error}") from error
         store, self.rank, self.size = met
         return store
 
     def _find_hosts(self, shared_memory: bool, options: dict[str, Any]) -> list[list[int]]:
         """Return runs of neighbouring ranks that can share memory; every worker comes to the same result."""
-        mine = [network(), machine() if shared_memory and can_share() else None, options]
+        mine = [network_id(), host_id() if shared_memory and can_share() else None, options]
         self._store.set(f"host/{self.rank}", json.dumps(mine))
         told = [json.loads(self._get(f"host/{rank}", rank)) for rank in range(self.size)]
         for rank, (_, _, theirs) in enumerate(told):
@@ -106,7 +106,7 @@ class Group:
 
     def split_hosts(self) -> None:
         """Let every worker stand for itself, since shared memory does not work between them."""
-        self.hosts, self.host = [[rank] for rank in range(self.size)], self.rank
+        self.hosts, self.host_index = [[rank] for rank in range(self.size)], self.rank
         self._links = self._links or self._connect()
 
     def agree(self, name: str, holds: bool) -> bool:
@@ -114,15 +114,15 @@ class Group:
         self._store.set(f"{name}/{self.rank}", b"1" if holds else b"0")
         return all(self._get(f"{name}/{rank}", rank) == b"1" for rank in range(self.size))
 
-    def tell(self, key: str, text: str) -> None:
+    def put_text(self, key: str, text: str) -> None:
         """Leave a text for others to ``ask`` for."""
         self._store.set(key, text)
 
-    def ask(self, key: str, rank: int) -> str:
+    def get_text(self, key: str, rank: int) -> str:
         """Return what a rank has told under a key."""
         return self._get(key, rank).decode()
 
-    def ask_soon(self, key: str) -> str | None:
+    def try_get_text(self, key: str) -> str | None:
         """Return what is told under a key; None if it does not come soon."""
         store = self._store
 
@@ -138,7 +138,7 @@ class Group:
 
     # ------------------------------------------------------------ faults
 
-    def publish(self, error: TensorKVError) -> None:
+    def publish_error(self, error: TensorKVError) -> None:
         """Tell workers on other hosts why this one ends, then cut the links on which they wait."""
         if self._store is None or self._error is not None:
             return
@@ -154,10 +154,10 @@ class Group:
 
         # A store that is gone has taken its worker with it, and the others see that.
         _within(_NEWS_S, tell)
-        self.cut_links()
+        self.disconnect()
 
-    def news(self, otherwise: str) -> TensorKVError:
-        """Return the error that another worker has published, or a RankLostError with this text."""
+    def published_error(self, otherwise: str) -> TensorKVError:
+        """Return the error that another worker has published, or a RankDeadError with this text."""
         store = self._store
 
         def ask() -> Any:
@@ -168,9 +168,9 @@ class Group:
         if isinstance(answer, dist.DistNetworkError):
             # The store is gone, and with it the process that keeps it.
             keeper = "rank 0" if _keeper(0) else "the launcher"
-            return RankLostError(f"{keeper} died or ended early; start the workers again from a checkpoint")
+            return RankDeadError(f"{keeper} died or ended early; restart all workers from a checkpoint")
         if not isinstance(answer, bytes):
-            return RankLostError(otherwise)
+            return RankDeadError(otherwise)
         kind, message, _ = json.loads(answer)
         made: TensorKVError = getattr(errors, kind)(message)
         return made
@@ -199,7 +199,7 @@ class Group:
         try:
             return dist.ProcessGroupGloo(PrefixStore("links", self._store), self.rank, self.size, options)
         except RuntimeError as error:
-            raise self.news(f"the workers cannot be linked through Gloo: {error}") from error
+            raise self.published_error(f"the workers cannot be linked through Gloo: {error}") from error
 
     def send(self, tensor: torch.Tensor, rank: int) -> Any:
         """Begin to send a contiguous CPU tensor; return what can be waited for."""
@@ -213,7 +213,7 @@ class Group:
         try:
             return getattr(self.links, what)([tensor], rank, 0)
         except RuntimeError as error:
-            raise self.news(f"rank {rank} was lost: {error}") from error
+            raise self.published_error(f"rank {rank} was lost: {error}") from error
 
     def finish(self, work: Any, rank: int, doing: str) -> None:
         """Wait for a message from or to a rank."""
@@ -221,10 +221,10 @@ class Group:
             work.wait()
         except RuntimeError as error:
             text = str(error)
-            how = f"did not answer within {self.timeout_s:g} s" if "imed out" in text else "died or ended early"
-            raise self.news(lost(doing, rank, how)) from error
+            how = f"did not respond within {self.timeout_s:g} s" if "imed out" in text else "died or ended early"
+            raise self.published_error(lost(doing, rank, how)) from error
 
-    def gather(self, tensor: torch.Tensor, doing: str) -> list[torch.Tensor]:
+    def all_gather(self, tensor: torch.Tensor, doing: str) -> list[torch.Tensor]:
         """Return every rank's tensor, flat; they may differ in length, not in dtype."""
         flat = tensor.reshape(-1).contiguous()
         lengths = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(self.size)]
@@ -237,10 +237,10 @@ class Group:
             self._collect(found, padded, doing)
         return [each[: int(length)] for each, length in zip(found, lengths, strict=True)]
 
-    def gather_json(self, mine: Any, doing: str) -> list[Any]:
+    def all_gather_json(self, mine: Any, doing: str) -> list[Any]:
         """Return what every rank gives, as JSON can hold it."""
         data = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
-        return [json.loads(bytes(each.numpy())) for each in self.gather(data, doing)]
+        return [json.loads(bytes(each.numpy())) for each in self.all_gather(data, doing)]
 
     def _collect(self, into: list[torch.Tensor], tensor: torch.Tensor, doing: str) -> None:
         try:
@@ -248,20 +248,20 @@ class Group:
         except RuntimeError as error:
             dead = self._look_for_dead()
             if dead:
-                raise RankLostError(lost(doing, dead[0], "died or ended early")) from error
-            raise self.news(f"{doing}: a rank died or ended early: {error}") from error
+                raise RankDeadError(lost(doing, dead[0], "died or ended early")) from error
+            raise self.published_error(f"{doing}: a rank died or ended early: {error}") from error
 
     def _look_for_dead(self) -> list[int]:
         """Return the ranks of this host that are dead; links end a little before their process does."""
         deadline = time.monotonic() + _ENDING_S
-        while len(self.hosts[self.host]) > 1:
-            dead = self.dead_here()
+        while len(self.hosts[self.host_index]) > 1:
+            dead = self.dead_on_host()
             if dead or time.monotonic() > deadline:
                 return dead
             time.sleep(_LOOK_S)
         return []
 
-    def cut_links(self) -> None:
+    def disconnect(self) -> None:
         """Close the connections to other workers."""
         links, self._links = self._links, None
         if links is not None:
@@ -274,12 +274,12 @@ class Group:
 
 
 def _keeper(rank: int) -> bool:
-    """Tell whether the store of keys ends with the process of a rank."""
+    """Tell whether the rendezvous store ends with the process of a rank."""
     return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def _wait_for_readers(store: Any, size: int, forked: int) -> None:
-    """Let the other workers read why this one ends before the store of keys ends with it."""
+    """Let the other workers read why this one ends before the rendezvous store ends with it."""
     if forks.count != forked:
         # The connection is the parent's.
         return
@@ -292,7 +292,7 @@ def _wait_for_readers(store: Any, size: int, forked: int) -> None:
 
 def lost(doing: str, rank: int, how: str) -> str:
     """Return what a message says of a rank that was lost in a call."""
-    return f"{doing}: rank {rank} {how}; start the workers again from a checkpoint"
+    return f"{doing}: rank {rank} {how}; restart all workers from a checkpoint"
 
 
 def _within(seconds: float, do: Callable[[], Any]) -> Any:

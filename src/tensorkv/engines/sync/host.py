@@ -1,4 +1,4 @@
-"""Meeting: the workers of one host agree on calls, wait for each other, and notice who is lost.
+"""HostGroup: the workers of one host agree on calls, wait for each other, and notice who is lost.
 
 In a segment that all of them map, each worker has words (see ``_shared.c``) and a ring of entries. Before a
 call moves data, each enters a fingerprint of it; who finds another one at the same number of calls raises.
@@ -19,12 +19,12 @@ from time import monotonic
 from typing import Any
 
 from tensorkv import errors
-from tensorkv.errors import RankLostError, TensorKVError, WorkerMismatchError
+from tensorkv.errors import RankDeadError, TensorKVError, WorkerMismatchError
 from tensorkv.runtime import shield
 from tensorkv.shard.pool import default_threads
 from tensorkv.transport.segment import LINE, Segment
 
-from .group import Group, lost
+from .group import ProcessGroup, lost
 
 try:
     from tensorkv.runtime import _shared
@@ -59,7 +59,7 @@ class NoMemoryToShareError(MemoryError):
     """Missing shared memory, which every worker of the host knows of."""
 
 
-class Meeting:
+class HostGroup:
     """The workers of one host.
 
     Args:
@@ -67,14 +67,14 @@ class Meeting:
         memory: the segment of ``control_nbytes`` that those of this host share; None for one alone.
     """
 
-    def __init__(self, group: Group, memory: Segment | None) -> None:
+    def __init__(self, group: ProcessGroup, memory: Segment | None) -> None:
         self.group = group
-        self.ranks = group.hosts[group.host]
-        self.me = self.ranks.index(group.rank)
+        self.ranks = group.hosts[group.host_index]
+        self.local_rank = self.ranks.index(group.rank)
         self.size = len(self.ranks)
         self.calls = 0
         self._memory: Any = memory
-        self._others = [index for index in range(self.size) if index != self.me]
+        self._others = [index for index in range(self.size) if index != self.local_rank]
         # Where workers outnumber cores, one that spins keeps another from working.
         self._spin_s = _SPIN_S if self.size <= default_threads() else 0.0
         self._arrivals = 0
@@ -83,7 +83,7 @@ class Meeting:
         self._agreed: dict[int, list[int]] = {}
         self.error: TensorKVError | None = None
         if memory is not None:
-            group.dead_here = lambda: [self.ranks[each] for each in self._others if not memory.is_alive(each)]
+            group.dead_on_host = lambda: [self.ranks[each] for each in self._others if not memory.is_alive(each)]
 
     @staticmethod
     def control_nbytes(size: int) -> int:
@@ -127,7 +127,7 @@ class Meeting:
             workers: whose words these are (None: of the first ones, or of all).
 
         Raises:
-            RankLostError: the one awaited died, or did not come in time; or another error of a call that
+            RankDeadError: the one awaited died, or did not come in time; or another error of a call that
                 another worker made.
         """
         if self.size == 1:
@@ -141,17 +141,17 @@ class Meeting:
             awaited = self._suspect(done if workers is None else workers[done])
             self.check()
             shield.check()
-            _shared.store(self._word(self.me, _WAITS_FOR), awaited + 1)
+            _shared.store(self._word(self.local_rank, _WAITS_FOR), awaited + 1)
             if not self._memory.is_alive(awaited):
                 self._lost(awaited, "died or ended early", doing)
             if monotonic() > deadline:
-                self._lost(self._last_awaited(awaited), f"did not come within {self.group.timeout_s:g} s", doing)
+                self._lost(self._last_awaited(awaited), f"did not respond within {self.group.timeout_s:g} s", doing)
             done = _shared.wait(addresses, least, stop, _LOOK_S, 0.0)
-        _shared.store(self._word(self.me, _WAITS_FOR), 0)
+        _shared.store(self._word(self.local_rank, _WAITS_FOR), 0)
 
     def _suspect(self, awaited: int) -> int:
         """Return who is to be looked at; where this worker's own thread is behind, whom that one waits for."""
-        if awaited != self.me:
+        if awaited != self.local_rank:
             return awaited
         return min(self._others, key=lambda worker: _shared.load(self._word(worker, _ENTERED)))
 
@@ -164,13 +164,13 @@ class Meeting:
         """Follow who waits for whom to the one who waits for nobody."""
         for _ in range(self.size):
             ahead = _shared.load(self._word(worker, _WAITS_FOR))
-            if not ahead or ahead - 1 == self.me:
+            if not ahead or ahead - 1 == self.local_rank:
                 break
             worker = ahead - 1
         return worker
 
     def _lost(self, worker: int, how: str, doing: str) -> None:
-        raise self.stop(RankLostError(lost(doing, self.ranks[worker], how)))
+        raise self.stop(RankDeadError(lost(doing, self.ranks[worker], how)))
 
     # ------------------------------------------------------------ faults
 
@@ -183,9 +183,9 @@ class Meeting:
                 kind, message = json.loads(bytes(self._memory.memory[at + 4 : at + 4 + length]))
             except ValueError:
                 # Two workers have written at the same time.
-                kind, message = "RankLostError", "several workers have ended this store at the same time"
+                kind, message = "RankDeadError", "several workers have ended this store at the same time"
             error = getattr(errors, kind)(message)
-            self.group.publish(error)
+            self.group.publish_error(error)
             self.error = error
         if self.error is not None:
             raise type(self.error)(str(self.error))
@@ -205,8 +205,8 @@ class Meeting:
             memory.memory[at : at + 4 + len(note)] = struct.pack("I", len(note)) + note
             _shared.store(self._stop, 1)
             self._wake_everyone()
-        # Before this worker's other threads go on and use the store of keys for something else.
-        self.group.publish(error)
+        # Before this worker's other threads go on and use the rendezvous store for something else.
+        self.group.publish_error(error)
         self.error = error
         return error
 
@@ -230,9 +230,9 @@ class Meeting:
                 # Another one may still have to read what is written over.
                 self.wait(self._column(_AGREED), number - ENTRIES + 1, text)
             data = text.encode("utf-8", "backslashreplace")[:ENTRY_TEXT]
-            at = self._entry(self.me, number)
+            at = self._entry(self.local_rank, number)
             self._memory.memory[at : at + _HEAD.size + len(data)] = _HEAD.pack(mark, len(data)) + data
-            _shared.store(self._word(self.me, _ENTERED), number + 1)
+            _shared.store(self._word(self.local_rank, _ENTERED), number + 1)
         self.calls += 1
         return number
 
@@ -251,7 +251,7 @@ class Meeting:
         present = [worker for worker, mark in enumerate(marks) if mark != LEFT]
         if len({marks[worker] for worker in present}) > 1:
             raise self.stop(self._mismatch(number, present, doing))
-        _shared.store(self._word(self.me, _AGREED), number + 1)
+        _shared.store(self._word(self.local_rank, _AGREED), number + 1)
         return present
 
     def agree_early(self, number: int, doing: str) -> None:
@@ -266,7 +266,7 @@ class Meeting:
     def pass_over(self, number: int) -> None:
         """Let others write over an entry that this worker need not compare."""
         if self._memory is not None:
-            _shared.store(self._word(self.me, _AGREED), number + 1)
+            _shared.store(self._word(self.local_rank, _AGREED), number + 1)
 
     def read(self, worker: int, number: int) -> tuple[bytes, str]:
         """Return the mark and the text that a worker has entered."""
@@ -277,15 +277,15 @@ class Meeting:
     def _mismatch(self, number: int, present: Sequence[int], doing: str) -> WorkerMismatchError:
         marks = {worker: self.read(worker, number) for worker in present}
         whole = {}
-        if fingerprint(doing) == self.read(self.me, number)[0] and len(doing) > ENTRY_TEXT:
+        if fingerprint(doing) == self.read(self.local_rank, number)[0] and len(doing) > ENTRY_TEXT:
             # An entry had no room for it; whoever made another call finds out as well, and looks for it here.
-            self.group.tell(f"call/{number}/{self.group.rank}", doing)
-            whole[self.me] = doing
+            self.group.put_text(f"call/{number}/{self.group.rank}", doing)
+            whole[self.local_rank] = doing
         said: dict[str, list[int]] = {}
         for worker, (_, text) in marks.items():
             rank = self.ranks[worker]
-            if len(text) == ENTRY_TEXT and worker != self.me:
-                whole[worker] = self.group.ask_soon(f"call/{number}/{rank}") or text
+            if len(text) == ENTRY_TEXT and worker != self.local_rank:
+                whole[worker] = self.group.try_get_text(f"call/{number}/{rank}") or text
             said.setdefault(whole.get(worker, text), []).append(rank)
         return mismatch(number, said)
 
@@ -295,7 +295,7 @@ class Meeting:
         """Wait for every worker of this host."""
         self._arrivals += 1
         if self.size > 1:
-            _shared.store(self._word(self.me, _ARRIVED), self._arrivals)
+            _shared.store(self._word(self.local_rank, _ARRIVED), self._arrivals)
             self.wait(self._column(_ARRIVED), self._arrivals, doing)
 
     def share(self, nbytes: int, words: int, doing: str) -> Segment:
@@ -310,7 +310,7 @@ class Meeting:
             NoMemoryToShareError: on every worker, when there is not so much.
         """
         segment: Segment | None = None
-        if self.me == 0:
+        if self.local_rank == 0:
             try:
                 segment = Segment(nbytes, private=self.size == 1)
             except (OSError, RuntimeError):
@@ -325,8 +325,8 @@ class Meeting:
         return segment
 
     def _pass_on(self, segment: Segment | None, nbytes: int, doing: str) -> Segment | None:
-        name = self.tell("" if segment is None else segment.name, doing)
-        if self.me != 0:
+        name = self.broadcast_text("" if segment is None else segment.name, doing)
+        if self.local_rank != 0:
             segment = Segment(nbytes, name) if name else None
         # All have opened it now.
         self.barrier(doing)
@@ -334,13 +334,13 @@ class Meeting:
             segment.close_file()
         return segment
 
-    def tell(self, text: str, doing: str) -> str:
+    def broadcast_text(self, text: str, doing: str) -> str:
         """Return the text of this host's first worker; all of them call this."""
         if self.size == 1:
             return text
         self._told += 1
         memory, at, word = self._memory, self._note + _NOTE_NBYTES // 2, self._word(0, _TOLD)
-        if self.me == 0:
+        if self.local_rank == 0:
             data = text.encode()
             memory.memory[at : at + 4 + len(data)] = struct.pack("I", len(data)) + data
             _shared.store(word, self._told)
@@ -423,9 +423,9 @@ def shorten(text: str, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
-def meet(group: Group) -> Meeting:
-    """Return the meeting of this worker's host; without shared memory every worker is a host of its own."""
-    ranks = group.hosts[group.host]
+def meet(group: ProcessGroup) -> HostGroup:
+    """Return the host of this worker's host; without shared memory every worker is a host of its own."""
+    ranks = group.hosts[group.host_index]
     memory: Segment | None = None
     opened = True
     if len(ranks) > 1:
@@ -440,21 +440,21 @@ def meet(group: Group) -> Meeting:
             )
         group.split_hosts()
         memory = None
-    return Meeting(group, memory)
+    return HostGroup(group, memory)
 
 
-def _open_control(group: Group, ranks: Sequence[int]) -> Segment | None:
-    nbytes = Meeting.control_nbytes(len(ranks))
+def _open_control(group: ProcessGroup, ranks: Sequence[int]) -> Segment | None:
+    nbytes = HostGroup.control_nbytes(len(ranks))
     name = f"control/{ranks[0]}"
     try:
         if group.rank == ranks[0]:
             segment = Segment(nbytes)
-            group.tell(name, segment.name)
+            group.put_text(name, segment.name)
         else:
-            segment = Segment(nbytes, group.ask(name, ranks[0]))
+            segment = Segment(nbytes, group.get_text(name, ranks[0]))
     except OSError:
         if group.rank == ranks[0]:
-            group.tell(name, "")
+            group.put_text(name, "")
         return None
     segment.set_words(1 + len(ranks) * _WORDS)
     # Before the others can count on it: they look for this worker's lock once all have said that they are here.

@@ -1,4 +1,4 @@
-"""Message: the pieces of a chunk that one worker owns, side by side for another host."""
+"""PackedBuffer: the pieces of a chunk that one worker owns, side by side for another host."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from tensorkv.shard import native
 from tensorkv.transport.segment import aligned
 
-from .schedule import Arrays, Leg
+from .schedule import Arrays, BucketSegment
 
 
 @dataclass(slots=True)
-class Message:
+class PackedBuffer:
     """Flat tensors for the own pieces of legs.
 
     Args:
@@ -30,7 +30,7 @@ class Message:
     is_value: bool = False
 
     @classmethod
-    def new(cls, wanted: Sequence[tuple[Leg, torch.dtype]]) -> Message:
+    def new(cls, wanted: Sequence[tuple[BucketSegment, torch.dtype]]) -> PackedBuffer:
         """Return memory for the pieces of legs, in a dtype for each."""
         counts = [sum(leg.counts[leg.own]) for leg, _ in wanted]
         sizes = [aligned(count * dtype.itemsize) for count, (_, dtype) in zip(counts, wanted, strict=True)]
@@ -42,7 +42,7 @@ class Message:
         return cls(whole, rooms)
 
     @classmethod
-    def of_values(cls, legs: Sequence[Leg]) -> Message:
+    def of_values(cls, legs: Sequence[BucketSegment]) -> PackedBuffer:
         """Return memory for the values of pieces: that of the values themselves if they lie side by side."""
         found = _side_by_side(legs, legs[0].value_column)
         if found is None:
@@ -50,12 +50,12 @@ class Message:
         return cls(found, [found.view(legs[0].dtype)], True)
 
     @classmethod
-    def of_parts(cls, legs: Sequence[Leg], parts: Arrays) -> Message | None:
+    def of_parts(cls, legs: Sequence[BucketSegment], parts: Arrays) -> PackedBuffer | None:
         """Return the memory of a worker's plain parts if the pieces lie side by side; None otherwise."""
         found = _side_by_side(legs, *parts.columns(legs[0]))
         return None if found is None else cls(found, [found.view(legs[0].dtype)])
 
-    def pack(self, legs: Sequence[Leg]) -> None:
+    def pack(self, legs: Sequence[BucketSegment]) -> None:
         """Copy values into the message."""
         for leg, room in () if self.is_value else zip(legs, self.rooms, strict=True):
             if native.can_sum(leg.dtype):
@@ -64,7 +64,7 @@ class Message:
             else:
                 torch._foreach_copy_(pieces(leg, room), leg.values[leg.own])
 
-    def unpack(self, legs: Sequence[Leg]) -> None:
+    def unpack(self, legs: Sequence[BucketSegment]) -> None:
         """Copy the message into values."""
         for leg, room in () if self.is_value else zip(legs, self.rooms, strict=True):
             if native.can_sum(leg.dtype):
@@ -74,7 +74,7 @@ class Message:
                 torch._foreach_copy_(leg.values[leg.own], pieces(leg, room))
 
 
-def _side_by_side(legs: Sequence[Leg], column: bytes) -> torch.Tensor | None:
+def _side_by_side(legs: Sequence[BucketSegment], column: bytes) -> torch.Tensor | None:
     """Return the memory of a leg's own pieces if it is what a message of them would be; its owner keeps it."""
     leg = legs[0]
     addresses = np.frombuffer(leg.own_columns([column])[0], np.uint64)
@@ -85,6 +85,6 @@ def _side_by_side(legs: Sequence[Leg], column: bytes) -> torch.Tensor | None:
     return torch.frombuffer((ctypes.c_uint8 * total).from_address(int(addresses[0])), dtype=torch.uint8)
 
 
-def pieces(leg: Leg, room: torch.Tensor) -> list[torch.Tensor]:
+def pieces(leg: BucketSegment, room: torch.Tensor) -> list[torch.Tensor]:
     """Return a leg's own pieces in a room of a message."""
     return list(torch.split(room, leg.counts[leg.own]))

@@ -10,7 +10,7 @@ from tensorkv.errors import NonFiniteError, quote
 from tensorkv.shard import reduce
 from tensorkv.shard.nonfinite import NonFinite
 
-from .group import Group
+from .group import ProcessGroup
 
 
 class Guard:
@@ -21,7 +21,7 @@ class Guard:
         mode: ``"raise"`` or ``"skip"``.
     """
 
-    def __init__(self, group: Group, mode: NonFinite) -> None:
+    def __init__(self, group: ProcessGroup, mode: NonFinite) -> None:
         self._group, self._mode = group, mode
         self.counts = {"raised": 0, "skipped": 0}
 
@@ -34,7 +34,7 @@ class Guard:
             doing: the call, for messages.
         """
         bad: dict[int, int] = {}
-        for each in self._group.gather_json(list(mine.items()), doing):
+        for each in self._group.all_gather_json(list(mine.items()), doing):
             for key, count in each:
                 bad[key] = bad.get(key, 0) + count
         bad = {key: count for key, count in sorted(bad.items()) if count}

@@ -1,4 +1,4 @@
-"""Calls: what every worker enters in the same order, and what happens when one does not."""
+"""CollectiveOrder: what every worker enters in the same order, and what happens when one does not."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from threading import RLock
 
 import torch
 
-from tensorkv.errors import RankLostError, TensorKVError, WorkerError, WorkerMismatchError
+from tensorkv.errors import RankDeadError, TensorKVError, WorkerError, WorkerMismatchError
 from tensorkv.shard.shard import Shard, kept
 
 from .chain import Chain, Presence
-from .host import REFUSED, Meeting, NoMemoryToShareError, fingerprint
+from .host import REFUSED, HostGroup, NoMemoryToShareError, fingerprint
 
 
-class Calls:
+class CollectiveOrder:
     """The calls of one worker.
 
     Args:
-        meeting: of its host.
+        host: of its host.
         chain: to other hosts.
         shard: whose updater must not call the store.
         rank: of this worker, for messages.
     """
 
-    def __init__(self, meeting: Meeting, chain: Chain, shard: Shard, rank: int) -> None:
-        self._meeting, self._chain, self._shard, self._rank = meeting, chain, shard, rank
+    def __init__(self, host: HostGroup, chain: Chain, shard: Shard, rank: int) -> None:
+        self._host, self._chain, self._shard, self._rank = host, chain, shard, rank
         self.lock = RLock()
         self._entered = False
 
@@ -35,7 +35,7 @@ class Calls:
         """Enter a call and give its number; what goes wrong inside it ends the store for every worker."""
         with self.lock, kept(), torch.no_grad():
             self.check()
-            number = self._meeting.enter(fingerprint(text), text)
+            number = self._host.enter(fingerprint(text), text)
             self._entered = True
             with self.unbroken(text):
                 yield number
@@ -45,9 +45,9 @@ class Calls:
         """End the store for every worker if this one breaks off inside a call."""
         try:
             yield
-        except (RankLostError, WorkerError, WorkerMismatchError) as error:
+        except (RankDeadError, WorkerError, WorkerMismatchError) as error:
             # A link that is broken already raises where nobody waits, and so where nobody has ended the store.
-            first = self._meeting.stop(error)
+            first = self._host.stop(error)
             if first is error:
                 raise
             raise first from error
@@ -55,24 +55,24 @@ class Calls:
             raise
         except BaseException as error:
             # What the workers of a host know together, those of other hosts do not.
-            if not isinstance(error, NoMemoryToShareError) or len(self._meeting.group.hosts) > 1:
+            if not isinstance(error, NoMemoryToShareError) or len(self._host.group.hosts) > 1:
                 how = f"{type(error).__name__}: {error}"
-                self._meeting.stop(WorkerError(f"{text[:200]}: rank {self._rank} broke off: {how}"))
+                self._host.stop(WorkerError(f"{text[:200]}: rank {self._rank} broke off: {how}"))
             raise
 
     def check(self) -> None:
         """Raise if an updater is running, or what has ended this store."""
         self._shard.refuse_reentry()
-        self._meeting.check()
+        self._host.check()
 
     def together(self, number: int, text: str) -> None:
         """Return when every worker has entered this call; they must all take part."""
         here, parts_come = self.who(number, text)()
-        gone = [rank for worker, rank in enumerate(self._meeting.ranks) if worker not in here]
+        gone = [rank for worker, rank in enumerate(self._host.ranks) if worker not in here]
         if self._chain.before is not None and not parts_come:
             gone.append(self._chain.before)
         if gone:
-            raise self._meeting.stop(
+            raise self._host.stop(
                 WorkerMismatchError(f"{text}: rank {gone[0]} has left; until all have, others may push and pull only")
             )
         self.all_agree(text)
@@ -80,13 +80,13 @@ class Calls:
     def all_agree(self, text: str) -> None:
         """Return when every worker has agreed on this call, those who have left too."""
         self._chain.answer(text)
-        self._meeting.barrier(text)
+        self._host.barrier(text)
 
     def who(self, number: int, text: str) -> Callable[[], Presence]:
         """Return a function that agrees on a push with the others, and tells which of them take part."""
 
         def ask() -> Presence:
-            here = self._meeting.agree(number, text)
+            here = self._host.agree(number, text)
             linked = self._chain.linked
             return Presence(here, linked and self._chain.greet(number, fingerprint(text), text).parts_come)
 
@@ -108,11 +108,11 @@ class Calls:
             error: what was wrong.
             drain: waits for this worker's earlier pushes, since calls are compared in order.
         """
-        if self._entered or self._shard.rule.running or self._meeting.error is not None:
+        if self._entered or self._shard.rule.running or self._host.error is not None:
             return
         with self.lock, suppress(TensorKVError):
             drain()
             text = f"{verb} refused: {error}"
-            number = self._meeting.enter(REFUSED, text)
-            self._meeting.pass_over(number)
+            number = self._host.enter(REFUSED, text)
+            self._host.pass_over(number)
             self._chain.refuse(number, text)

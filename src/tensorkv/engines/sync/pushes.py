@@ -23,14 +23,23 @@ from tensorkv.shard.shard import Shard
 from tensorkv.shard.table import Table
 
 from . import sparse
-from .allreduce import Exchange
-from .background import Background
+from .allreduce import AllReduce
+from .background import PushQueue
 from .chain import HEAD_TEXT, Chain, Presence
-from .group import Group
-from .host import ENTRIES, Meeting, describe, fingerprint
+from .group import ProcessGroup
+from .host import ENTRIES, HostGroup, describe, fingerprint
 from .nonfinite import Guard
-from .order import Calls
-from .schedule import RING, SLOT_NBYTES, SLOT_NBYTES_OVER_HOSTS, SMALL_NBYTES, Arrays, Held, Route, Stage
+from .order import CollectiveOrder
+from .schedule import (
+    RING,
+    SLOT_NBYTES,
+    SLOT_NBYTES_OVER_HOSTS,
+    SMALL_NBYTES,
+    Arrays,
+    PartitionedValue,
+    Schedule,
+    StagingBuffer,
+)
 
 # Calls whose outs are larger together do not find them in the cache afterwards.
 _PAST_CACHE_NBYTES = 4 << 20
@@ -47,9 +56,9 @@ class Pushes:
 
     Args:
         group: of all workers.
-        meeting: of this worker's host.
+        host: of this worker's host.
         chain: to other hosts.
-        calls: of this worker.
+        order: of this worker's collective calls.
         shard: what it updates.
         held: whole values, by key.
         guard: against NaN and Inf; None: they pass.
@@ -57,27 +66,27 @@ class Pushes:
 
     def __init__(
         self,
-        group: Group,
-        meeting: Meeting,
+        group: ProcessGroup,
+        host: HostGroup,
         chain: Chain,
-        calls: Calls,
+        order: CollectiveOrder,
         shard: Shard,
-        held: Mapping[Key, Held],
+        held: Mapping[Key, PartitionedValue],
         guard: Guard | None,
     ) -> None:
-        self._group, self._meeting, self._chain, self._calls = group, meeting, chain, calls
+        self._group, self._host, self._chain, self._order = group, host, chain, order
         self._shard, self._held, self._guard = shard, held, guard
-        self._routes: dict[tuple[Key, ...], Route] = {}
+        self._routes: dict[tuple[Key, ...], Schedule] = {}
         # How many keys the routes name together.
         self._named = 0
         # What all pushpulls share, and all small pushes.
-        self._stage: Stage | None = None
-        self._small: Stage | None = None
+        self._stage: StagingBuffer | None = None
+        self._small: StagingBuffer | None = None
         self._slot_nbytes = SLOT_NBYTES if len(group.hosts) == 1 else SLOT_NBYTES_OVER_HOSTS
-        self._pending: dict[Key, Exchange] = {}
+        self._pending: dict[Key, AllReduce] = {}
         # Texts of calls by their marks, where an entry or a head may have no room for the whole.
         self._texts: dict[bytes, str] = {}
-        self._background = Background(meeting, chain)
+        self._queue = PushQueue(host, chain)
 
     # ------------------------------------------------------------ push
 
@@ -86,7 +95,7 @@ class Pushes:
         self._shard.check(batch)
         kinds = [sparse.kind(parts) for parts in batch.parts]
         text = _text("push" if outs is None else "pushpull", batch.keys, kinds)
-        with self._calls.entered(text) as number:
+        with self._order.entered(text) as number:
             if any(kinds):
                 problem, filled = self._push_mixed(number, text, batch, kinds), False
             else:
@@ -116,7 +125,7 @@ class Pushes:
             self._push_later(exchange, parts, keys, priority)
             return None, False
         self.drain()
-        exchange.run(parts, self._calls.who(number, text))
+        exchange.run(parts, self._order.who(number, text))
         exchange.wait_for_values()
         problem = self._problem(exchange, entries, text)
         plain = None if outs is None or problem is not None else Arrays.of(outs, dtypes)
@@ -130,32 +139,32 @@ class Pushes:
         """Whether nothing can go wrong with a push that its caller would have to hear of."""
         return not self._shard.has_updater and self._guard is None
 
-    def _push_later(self, exchange: Exchange, parts: Arrays, keys: Sequence[Key], priority: int) -> None:
+    def _push_later(self, exchange: AllReduce, parts: Arrays, keys: Sequence[Key], priority: int) -> None:
         # Pushes of one key are applied in the order in which they were made.
         for earlier in {id(each): each for key in keys if (each := self._pending.get(key))}.values():
-            self._background.wait_for(earlier)
+            self._queue.wait_for(earlier)
         for chunk in range(exchange.count):
-            exchange.lay_out(chunk, parts)
+            exchange.pack(chunk, parts)
         for key in keys:
             self._pending[key] = exchange
-        self._background.add(exchange, priority)
+        self._queue.add(exchange, priority)
 
     def _push_mixed(self, number: int, text: str, batch: Batch, kinds: Sequence[bool]) -> Exception | None:
         """Push keys of which some came as Rows alone."""
         self.drain()
         self._remember(text)
-        self._calls.who(number, text)()
-        self._calls.all_agree(text)
+        self._order.who(number, text)()
+        self._order.all_agree(text)
         pairs = list(zip(batch.keys, batch.parts, kinds, strict=True))
         rest = [(key, parts) for key, parts, is_rows in pairs if not is_rows]
 
         def push_rest() -> Exception | None:
             inner = _text("push", [key for key, _ in rest], [])
-            number = self._meeting.enter(fingerprint(inner), inner)
+            number = self._host.enter(fingerprint(inner), inner)
             keys, groups = [key for key, _ in rest], [parts for _, parts in rest]
             problem, _ = self._push_dense(number, inner, keys, groups, None, 0)
             # One thread at a time may step an optimizer, and this one goes on with the Rows.
-            self._background.wait_for(None)
+            self._queue.wait_for(None)
             return problem
 
         rows: dict[Key, Any] = {key: parts for key, parts, is_rows in pairs if is_rows}
@@ -167,7 +176,7 @@ class Pushes:
         """Push Rows, every worker doing the same with what all have given; before them, the rest of the call."""
         entries = {key: self._shard.entry(verb, key) for key in parts}
         merged = {key: sparse.gather(self._group, entries[key], own, text) for key, own in parts.items()}
-        self._meeting.barrier(text)
+        self._host.barrier(text)
         problem = None if self._guard is None else self._guard.sift(verb, merged)
         if rest is not None and problem is None:
             problem = rest()
@@ -180,7 +189,7 @@ class Pushes:
                 self._take_rows(entry, total)
             except Exception as error:
                 failed.append((index, error))
-        self._meeting.barrier(text)
+        self._host.barrier(text)
         self._spread_rows(merged, text)
         return self._raised(failed, taken, text)
 
@@ -188,21 +197,21 @@ class Pushes:
         if isinstance(entry.value, Table):
             self._shard.rule.apply_rows(entry, merged)
             return
-        updates = self._chain.is_last and self._meeting.me < self._chain.owners
-        owner = self._meeting.me if updates else self._chain.owners
+        updates = self._chain.is_last and self._host.local_rank < self._chain.owners
+        owner = self._host.local_rank if updates else self._chain.owners
         sparse.apply(self._shard.rule, entry, self._held[entry.key], owner, merged)
 
     def _spread_rows(self, merged: Mapping[Key, Rows], text: str) -> None:
         """Copy the rows that the last host has updated to the others."""
         if len(self._group.hosts) > 1:
-            writes = self._meeting.me == 0 and not self._chain.is_last
+            writes = self._host.local_rank == 0 and not self._chain.is_last
             for key, rows in merged.items():
                 if key in self._held:
                     source = self._group.hosts[-1][0]
                     sparse.copy_rows(self._group, self._held[key], rows.ids, source, writes, text)
-            self._meeting.barrier(text)
+            self._host.barrier(text)
 
-    def _problem(self, exchange: Exchange, entries: Sequence[Entry], text: str) -> Exception | None:
+    def _problem(self, exchange: AllReduce, entries: Sequence[Entry], text: str) -> Exception | None:
         """Return, on every worker, what an updater has raised on one, or that a sum was refused."""
         if self._guard is not None and exchange.refusal is not None:
             return exchange.refusal
@@ -217,7 +226,7 @@ class Pushes:
                 raise problem
             return None
         mine = [[key, type(error).__name__, str(error)[:1000]] for key, error in mine_failed]
-        found = self._group.gather_json(mine, text)
+        found = self._group.all_gather_json(mine, text)
         failed = [(rank, *each) for rank, own in enumerate(found) for each in own]
         own = {key for key, _ in mine_failed}
         for key in {key for _, key, _, _ in failed} - own:
@@ -241,8 +250,8 @@ class Pushes:
         targets = [] if outs is None else form.targets(outs)
         if columns is None or targets is None:
             return None
-        with self._calls.lock:
-            self._calls.check()
+        with self._order.lock:
+            self._order.check()
             entries = [self._shard.entry("push", key) for key in keys]
             if not columns:
                 self.settle(keys)
@@ -253,7 +262,7 @@ class Pushes:
 
     def _push_columns(
         self,
-        route: Route,
+        route: Schedule,
         keys: Sequence[Key],
         entries: Sequence[Entry],
         columns: Sequence[Column],
@@ -269,13 +278,13 @@ class Pushes:
         if verb not in route.texts:
             route.texts[verb] = _text(verb, keys, [])
         text, parts = route.texts[verb], Arrays.of_columns(columns)
-        with self._calls.entered(text) as number:
+        with self._order.entered(text) as number:
             exchange = self._exchange(number, text, keys, entries, own_stage=not targets)
             if not targets:
                 self._push_later(exchange, parts, keys, priority)
                 return True
             self.drain()
-            exchange.run(parts, self._calls.who(number, text))
+            exchange.run(parts, self._order.who(number, text))
             exchange.wait_for_values()
             past = sum(route.form.nbytes) * len(targets) > _PAST_CACHE_NBYTES  # type: ignore[union-attr]
             exchange.copy_out(Arrays.of_columns(targets), past)
@@ -285,8 +294,8 @@ class Pushes:
 
     def pull(self, keys: Sequence[Key], outs: Outs) -> None:
         """Copy values out, after this worker's earlier pushes of these keys."""
-        with self._calls.lock:
-            self._calls.check()
+        with self._order.lock:
+            self._order.check()
             check_outs([self._shard.entry("pull", key) for key in keys], outs)
             self.settle(keys)
             pairs = [(out, self._held[key].value) for key, group in zip(keys, outs, strict=True) for out in group]
@@ -297,7 +306,7 @@ class Pushes:
     def settle(self, keys: Sequence[Key]) -> None:
         """Wait for this worker's earlier pushes of some keys."""
         for exchange in {id(each): each for key in keys if (each := self._pending.get(key))}.values():
-            self._background.wait_for(exchange)
+            self._queue.wait_for(exchange)
             exchange.wait_for_values()
         # Only now: whoever is interrupted while waiting asks again.
         for key in keys:
@@ -305,7 +314,7 @@ class Pushes:
 
     def drain(self) -> None:
         """Wait for all of this worker's earlier pushes."""
-        self._background.wait_for(None)
+        self._queue.wait_for(None)
         self.settle(list(self._pending))
 
     # ------------------------------------------------------------ what the others push
@@ -325,7 +334,7 @@ class Pushes:
         self, text: str, verb: str, keys: Sequence[Key], kinds: Sequence[bool], rest: Callable[[], Exception | None]
     ) -> Exception | None:
         """Take part in a push of Rows without parts of this worker's; ``rest`` does what is dense in it."""
-        self._calls.all_agree(text)
+        self._order.all_agree(text)
         chosen = [key for key, is_rows in zip(keys, kinds, strict=True) if is_rows]
         parts = {key: [sparse.nothing(self._shard.entry(verb, key))] for key in chosen}
         return self._push_rows(text, verb, parts, rest if len(chosen) < len(keys) else None)
@@ -338,34 +347,34 @@ class Pushes:
 
     def _exchange(
         self, number: int, text: str, keys: Sequence[Key], entries: Sequence[Entry], *, own_stage: bool
-    ) -> Exchange:
+    ) -> AllReduce:
         route = self._route(tuple(keys))
         self._remember(text)
         first = 0
         if own_stage and route.is_small:
             if self._small is None:
                 self._agree_first(number, text)
-                self._small = Stage(self._meeting, ENTRIES, SMALL_NBYTES, text)
+                self._small = StagingBuffer(self._host, ENTRIES, SMALL_NBYTES, text)
             stage, first = self._small, self._small.turn
             stage.turn = (first + 1) % stage.slots
             if stage.users[first] is not None:
-                self._background.wait_for(stage.users[first])
+                self._queue.wait_for(stage.users[first])
         elif own_stage:
             if route.own_stage is None:
                 self._make_room(route)
                 self._agree_first(number, text)
-                route.own_stage = Stage(self._meeting, max(1, len(route.chunks)), route.slot_nbytes, text)
+                route.own_stage = StagingBuffer(self._host, max(1, len(route.chunks)), route.slot_nbytes, text)
             else:
                 # Its slots are filled again only when what was laid out before has been taken.
-                self._background.wait_for(route.own_stage)
+                self._queue.wait_for(route.own_stage)
             stage = route.own_stage
         else:
             if self._stage is None:
                 self._agree_first(number, text)
-                self._stage = Stage(self._meeting, RING, self._slot_nbytes, text)
+                self._stage = StagingBuffer(self._host, RING, self._slot_nbytes, text)
             stage = self._stage
         rule = self._shard.rule
-        exchange = Exchange(self._meeting, self._chain, route, stage, number, text, entries, rule, self._guard, first)
+        exchange = AllReduce(self._host, self._chain, route, stage, number, text, entries, rule, self._guard, first)
         if stage is self._small:
             stage.users[first] = exchange
         return exchange
@@ -376,10 +385,10 @@ class Pushes:
 
     def _agree_first(self, number: int, text: str) -> None:
         # Memory is shared by workers that make the same call, and calls are compared in order.
-        self._background.wait_for(None)
-        self._meeting.agree_early(number, text)
+        self._queue.wait_for(None)
+        self._host.agree_early(number, text)
 
-    def _route(self, keys: tuple[Key, ...]) -> Route:
+    def _route(self, keys: tuple[Key, ...]) -> Schedule:
         route = self._routes.pop(keys, None)
         if route is not None:
             self._routes[keys] = route
@@ -389,12 +398,12 @@ class Pushes:
             oldest = next(iter(self._routes))
             self.settle(oldest)
             self._drop(oldest)
-        route = Route([self._held[key] for key in keys], self._meeting, self._chain.owners, self._slot_nbytes)
+        route = Schedule([self._held[key] for key in keys], self._host, self._chain.owners, self._slot_nbytes)
         self._routes[keys] = route
         self._named += len(keys)
         return route
 
-    def _make_room(self, route: Route) -> None:
+    def _make_room(self, route: Schedule) -> None:
         """Drop the routes that were used least lately until there is room for another one's stage."""
         values = sum(
             each.value.numel() * interop.accumulator(each.value.dtype).itemsize for each in self._held.values()
@@ -424,11 +433,11 @@ class Pushes:
         self._named -= len(called)
         stage = self._routes.pop(called).own_stage
         if stage is not None:
-            self._meeting.forget(stage.segment)
+            self._host.forget(stage.segment)
 
     def close(self) -> None:
         """End the background thread and let go of the memory."""
-        self._background.close()
+        self._queue.close()
         self._routes.clear()
         self._pending.clear()
         self._stage = self._small = None

@@ -1,4 +1,4 @@
-"""Route: how one list of keys travels. Which pieces lie in which chunk and slot, who updates them, as columns.
+"""Schedule: how one list of keys travels. Which pieces lie in which chunk and slot, who updates them, as columns.
 
 A route is made once for a list of keys and used at every call that names them.
 """
@@ -22,7 +22,7 @@ from tensorkv.shard import native, reduce
 from tensorkv.shard.plan import Column, Form
 from tensorkv.transport.segment import LINE, aligned
 
-from .host import Meeting
+from .host import HostGroup
 
 # What a worker lays out at a time: small enough to be in the shared cache when the others read it; over hosts,
 # long enough for a message.
@@ -37,7 +37,7 @@ Tensors = Sequence[torch.Tensor]
 
 
 @dataclass(slots=True)
-class Held:
+class PartitionedValue:
     """What every worker knows of a dense key: the whole value, and whose rows are whose."""
 
     value: torch.Tensor
@@ -62,19 +62,19 @@ class Held:
         return self.value[start:stop]
 
 
-class Stage:
+class StagingBuffer:
     """Memory in which the workers of a host lay out their parts for each other, slot by slot.
 
     A slot has three words of each worker: it has filled the slot, it has read it, and the values that were
     made of it can be copied out. They count how often the slot was used.
     """
 
-    def __init__(self, meeting: Meeting, slots: int, slot_nbytes: int, doing: str) -> None:
-        size = meeting.size
+    def __init__(self, host: HostGroup, slots: int, slot_nbytes: int, doing: str) -> None:
+        size = host.size
         self._row = aligned(slot_nbytes)
         words = slots * 3 * size
         self._data = words * LINE
-        self.segment = meeting.share(self._data + slots * size * self._row, words, doing)
+        self.segment = host.share(self._data + slots * size * self._row, words, doing)
         self.slots = slots
         self.uses = [0] * slots
         # The slot that the next small push takes, and the last one that took each.
@@ -86,7 +86,7 @@ class Stage:
         )
         # Of each slot, the addresses of this worker's own words.
         self.own_filled, self.own_read, self.own_ready = (
-            [self._word(slot, which, meeting.me) for slot in range(slots)] for which in range(3)
+            [self._word(slot, which, host.local_rank) for slot in range(slots)] for which in range(3)
         )
 
     def _word(self, slot: int, which: int, worker: int) -> int:
@@ -108,7 +108,7 @@ class Stage:
 
 
 @dataclass(slots=True)
-class Leg:
+class BucketSegment:
     """The pieces of one chunk that have one dtype, in the order of their owners.
 
     Args:
@@ -123,7 +123,7 @@ class Leg:
     dtype: torch.dtype
     pieces: list[Piece]
     own: slice
-    stage: Stage
+    stage: StagingBuffer
     slot: int
     values: list[torch.Tensor]
     wide: torch.dtype = field(init=False)
@@ -147,7 +147,7 @@ class Leg:
         self.room_columns = [(base + offsets).tobytes() for base in self.stage.bases(self.slot)]
         self._rooms = {}
 
-    def at(self, slot: int) -> Leg:
+    def at(self, slot: int) -> BucketSegment:
         """Return the same pieces in another slot."""
         leg = copy(self)
         leg.slot = slot
@@ -189,20 +189,20 @@ class Leg:
             native.Sums(outs, parts, counts, self.dtype).jobs(1, past_cache=past_cache)[0]()
 
 
-class Route:
+class Schedule:
     """A list of keys, cut into chunks.
 
     Args:
         keys: of the call.
         held: of these keys.
-        meeting: of this worker's host.
+        host: of this worker's host.
         owners: how many of its workers update values.
         slot_nbytes: what one chunk may take.
     """
 
-    def __init__(self, held: Sequence[Held], meeting: Meeting, owners: int, slot_nbytes: int) -> None:
+    def __init__(self, held: Sequence[PartitionedValue], host: HostGroup, owners: int, slot_nbytes: int) -> None:
         self.held = held
-        self._meeting = meeting
+        self._host = host
         self._wide = [interop.accumulator(each.value.dtype) for each in held]
         runs = [
             [
@@ -221,8 +221,8 @@ class Route:
         if self.form is not None and not native.can_sum(self.form.dtype):
             self.form = None
         self.texts: dict[str, str] = {}
-        self._legs: dict[Stage, list[list[Leg]]] = {}
-        self.own_stage: Stage | None = None
+        self._legs: dict[StagingBuffer, list[list[BucketSegment]]] = {}
+        self.own_stage: StagingBuffer | None = None
 
     @property
     def stage_nbytes(self) -> int:
@@ -234,7 +234,7 @@ class Route:
         """Whether a slot for small pushes has room for the parts."""
         return len(self.chunks) <= 1 and self.slot_nbytes <= SMALL_NBYTES
 
-    def legs(self, stage: Stage, first: int) -> list[list[Leg]]:
+    def legs(self, stage: StagingBuffer, first: int) -> list[list[BucketSegment]]:
         """Return the legs of each chunk on a stage; chunk c is in slot first + c modulo their number."""
         known = self._legs.get(stage)
         if known is None:
@@ -252,16 +252,16 @@ class Route:
             sums = native.Sums([each.addresses for each in targets], [values], self.form.counts, self.form.dtype)
             sums.jobs(1)[0]()
 
-    def _legs_of(self, chunk: Sequence[Piece], stage: Stage, slot: int) -> list[Leg]:
+    def _legs_of(self, chunk: Sequence[Piece], stage: StagingBuffer, slot: int) -> list[BucketSegment]:
         by_dtype: dict[torch.dtype, list[Piece]] = {}
         for piece in chunk:
             by_dtype.setdefault(self.held[piece.key].value.dtype, []).append(piece)
         legs = []
         for dtype, pieces in by_dtype.items():
-            mine = [index for index, piece in enumerate(pieces) if piece.owner == self._meeting.me]
+            mine = [index for index, piece in enumerate(pieces) if piece.owner == self._host.local_rank]
             own = slice(mine[0], mine[-1] + 1) if mine else slice(0, 0)
             values = [self.held[p.key].flat[p.start : p.stop] for p in pieces]
-            legs.append(Leg(dtype, pieces, own, stage, slot, values))
+            legs.append(BucketSegment(dtype, pieces, own, stage, slot, values))
         return legs
 
 
@@ -305,12 +305,12 @@ class Arrays:
         bases = [np.array([group[index].data_ptr() for group in groups], np.uint64) for index in range(count)]
         return cls(groups, bases)
 
-    def columns(self, leg: Leg) -> list[bytes]:
+    def columns(self, leg: BucketSegment) -> list[bytes]:
         """Return a leg's pieces of these arrays, which are plain."""
         return [leg.column(base) for base in self.bases or ()]
 
 
-def lay_out(leg: Leg, me: int, parts: Arrays, cuts: Sequence[slice]) -> None:
+def pack(leg: BucketSegment, me: int, parts: Arrays, cuts: Sequence[slice]) -> None:
     """Put the sum of this worker's own parts into the stage; of plain parts, only these pieces."""
     if parts.bases is not None:
         rooms, columns = leg.room_columns[me], parts.columns(leg)
@@ -322,7 +322,7 @@ def lay_out(leg: Leg, me: int, parts: Arrays, cuts: Sequence[slice]) -> None:
         reduce.sum_piece(room, own)
 
 
-def copy_out(leg: Leg, outs: Arrays, past_cache: bool) -> None:
+def copy_out(leg: BucketSegment, outs: Arrays, past_cache: bool) -> None:
     """Copy the values of all pieces into the outs, which are all plain."""
     columns = outs.columns(leg)
     leg.sums(columns, [leg.value_column], slice(0, len(leg.pieces)), len(columns) if past_cache else 0)

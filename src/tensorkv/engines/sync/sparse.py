@@ -17,8 +17,8 @@ from tensorkv.shard.entry import Entry, Part
 from tensorkv.shard.rules import Rule
 from tensorkv.shard.table import Table
 
-from .group import Group
-from .schedule import Held
+from .group import ProcessGroup
+from .schedule import PartitionedValue
 
 
 def kind(parts: Sequence[Part]) -> bool:
@@ -32,7 +32,7 @@ def dense(entry: Entry, parts: Sequence[Part]) -> list[torch.Tensor]:
     return [part if part.is_cpu else part.cpu() for part in made]
 
 
-def gather(group: Group, entry: Entry, mine: Sequence[Rows], doing: str) -> Rows:
+def gather(group: ProcessGroup, entry: Entry, mine: Sequence[Rows], doing: str) -> Rows:
     """Return the sum of every rank's rows, added in the order of ranks and parts, in the value's dtype.
 
     Args:
@@ -44,8 +44,8 @@ def gather(group: Group, entry: Entry, mine: Sequence[Rows], doing: str) -> Rows
     shape, wide = entry.spec.shape, interop.accumulator(entry.spec.dtype)
     ids = torch.cat([part.ids.cpu() for part in mine])
     values = torch.cat([part.values.cpu().to(wide) for part in mine])
-    found_ids = group.gather(ids, doing)
-    found_values = group.gather(_bytes(values), doing)
+    found_ids = group.all_gather(ids, doing)
+    found_values = group.all_gather(_bytes(values), doing)
     parts = [
         Rows(own, each.clone().view(wide).view(len(own), *shape[1:]), shape[0])
         for own, each in zip(found_ids, found_values, strict=True)
@@ -63,7 +63,7 @@ def nothing(entry: Entry) -> Rows:
     )
 
 
-def apply(rule: Rule, entry: Entry, held: Held, owner: int, merged: Rows) -> None:
+def apply(rule: Rule, entry: Entry, held: PartitionedValue, owner: int, merged: Rows) -> None:
     """Update those rows of a dense value that this worker owns."""
     low, high = held.borders[owner], held.borders[owner + 1]
     chosen = (merged.ids >= low) & (merged.ids < high)
@@ -73,22 +73,24 @@ def apply(rule: Rule, entry: Entry, held: Held, owner: int, merged: Rows) -> Non
     entry.version = version + 1
 
 
-def copy_rows(group: Group, held: Held, ids: torch.Tensor, source: int, writes: bool, doing: str) -> None:
+def copy_rows(
+    group: ProcessGroup, held: PartitionedValue, ids: torch.Tensor, source: int, writes: bool, doing: str
+) -> None:
     """Copy rows of a dense value from one rank to the hosts that do not update it."""
     signed = interop.signed(held.value)
     mine = _bytes(signed[ids]) if group.rank == source else torch.empty(0, dtype=torch.uint8, device="cpu")
-    found = group.gather(mine, doing)[source]
+    found = group.all_gather(mine, doing)[source]
     if writes:
         signed[ids] = found.clone().view(signed.dtype).view(len(ids), *signed.shape[1:])
 
 
-def first_table(group: Group, value: Rows, doing: str) -> Table:
+def first_table(group: ProcessGroup, value: Rows, doing: str) -> Table:
     """Return a table with rank 0's rows."""
     merged = rows.merge([value])
     first = group.rank == 0
-    ids = group.gather(merged.ids.cpu() if first else torch.empty(0, dtype=torch.int64, device="cpu"), doing)[0]
+    ids = group.all_gather(merged.ids.cpu() if first else torch.empty(0, dtype=torch.int64, device="cpu"), doing)[0]
     sent = _bytes(merged.values.cpu()) if first else torch.empty(0, dtype=torch.uint8, device="cpu")
-    values = group.gather(sent, doing)[0].clone().view(merged.values.dtype)
+    values = group.all_gather(sent, doing)[0].clone().view(merged.values.dtype)
     return Table.of(Rows(ids, values.view(len(ids), *merged.values.shape[1:]), value.num_rows), "cpu")
 
 

@@ -38,7 +38,7 @@ from tensorkv.shard.table import Table
 from tensorkv.storage import manifest
 from tensorkv.storage.manifest import Kind
 from tensorkv.storage.record import Item, pack
-from tensorkv.transport.rendezvous import machine
+from tensorkv.transport.rendezvous import host_id
 from tensorkv.transport.segment import can_share
 from tensorkv.transport.wire import Settings
 
@@ -85,7 +85,7 @@ class RayEngine:
         self, actors: Sequence[Any], settings: Settings, places: Sequence[Any], timeout_s: float, *, started: bool
     ) -> None:
         self._actors, self._settings, self._timeout_s, self._started = list(actors), settings, timeout_s, started
-        self._near = [can_share() and place[0] == machine() for place in places]
+        self._near = [can_share() and place[0] == host_id() for place in places]
         self._owner = secrets.token_hex(8)
         self._rank: int | None = None
         self._lanes = Lanes(self._make_lane)
@@ -431,7 +431,7 @@ class RayEngine:
             self._meetings += 1
             self._ask("meet", {"number": self._meetings}, [0])
 
-    def tell(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         if self._settings.num_workers == 1 or self._counted_rank is None:
             return text
         self._texts += 1
@@ -468,7 +468,9 @@ class RayEngine:
                 do()
             except TensorKVError as error:
                 problem = error
-        told = json.loads(self.tell(json.dumps(None if problem is None else [type(problem).__name__, str(problem)])))
+        told = json.loads(
+            self.broadcast_text(json.dumps(None if problem is None else [type(problem).__name__, str(problem)]))
+        )
         if problem is not None:
             raise problem
         if told is not None:

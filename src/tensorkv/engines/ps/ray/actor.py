@@ -19,7 +19,7 @@ from ray.exceptions import OutOfMemoryError
 from tensorkv.engines.ps.server.membership import FORGOTTEN_S
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.transport.mailbox import OpenMailboxes
-from tensorkv.transport.rendezvous import machine
+from tensorkv.transport.rendezvous import host_id
 from tensorkv.transport.shared_cache import Copies
 from tensorkv.transport.wire import Reply, Request, Settings, join, split
 
@@ -92,7 +92,7 @@ class ServerActor:
         """Return what tells where this server is: its host, process, and whether it trusts strangers."""
         from ray._raylet import get_authentication_mode  # type: ignore[attr-defined]
 
-        return [machine(), os.getpid(), int(get_authentication_mode()), ray.get_runtime_context().get_node_id()]
+        return [host_id(), os.getpid(), int(get_authentication_mode()), ray.get_runtime_context().get_node_id()]
 
     def settings(self) -> dict[str, Any]:
         """Return what this server was told when it began."""

@@ -20,8 +20,8 @@ from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from tensorkv.errors import ArgumentError, JournalError, RankLostError, ServerLostError, quote
-from tensorkv.transport.rendezvous import agree_on_start, meet
+from tensorkv.errors import ArgumentError, JournalError, RankDeadError, ServerLostError, quote
+from tensorkv.transport.rendezvous import agree_on_start, connect
 from tensorkv.transport.wire import Settings
 
 from . import fork, safety
@@ -55,7 +55,7 @@ def enter(address: str | None, timeout_s: float, *, insecure: bool = False) -> b
 
     Raises:
         ArgumentError: workers on several hosts, and no cluster, or no address of one; a token that others can read.
-        RankLostError: the process that starts one did not come.
+        RankDeadError: the process that starts one did not join in time.
         ServerLostError: no cluster answers at the address.
     """
     with _lock:
@@ -266,11 +266,11 @@ def _start_together(rank: int, timeout_s: float) -> bool:
     """Have rank 0 start a cluster and the others join it."""
     wait = timedelta(seconds=timeout_s)
     try:
-        store, _, size = meet(wait)
+        store, _, size = connect(wait)
         store = PrefixStore("tensorkv/ray", store)
         store = PrefixStore(agree_on_start(store, rank, size, timeout_s), store)
     except (KeyError, OSError, ValueError, RuntimeError) as error:
-        raise RankLostError(f"create: the workers did not meet at MASTER_ADDR and MASTER_PORT: {error}") from error
+        raise RankDeadError(f"create: the rendezvous at MASTER_ADDR and MASTER_PORT failed: {error}") from error
     if rank == 0:
         _start()
         store.set("address", ray.get_runtime_context().gcs_address)
@@ -279,7 +279,7 @@ def _start_together(rank: int, timeout_s: float) -> bool:
         store.wait(["address"], wait)
         address = store.get("address").decode()
     except (KeyError, OSError, ValueError, RuntimeError) as error:
-        raise RankLostError(f"create: rank 0 has not started Ray: {error}") from error
+        raise RankDeadError(f"create: rank 0 has not started Ray: {error}") from error
     _join(address, timeout_s)
     return False
 

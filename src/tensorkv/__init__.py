@@ -35,8 +35,7 @@ from .errors import (
     WorkerError,
     WorkerMismatchError,
 )
-from .snapshot import Snapshot
-from .store import KVStore, create
+from .store import KVStore, Snapshot, create
 
 __version__ = version("tensorkv")
 

@@ -2,37 +2,62 @@
 
 from __future__ import annotations
 
+import json
+import os
 import warnings
-from collections.abc import Mapping, Sequence
-from inspect import isfunction, unwrap
-from operator import add
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from functools import wraps
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
 import torch
 
 from tensorkv import engines
 from tensorkv.arrays import interop
-from tensorkv.arrays.arguments import Key, is_key, keys_of, pairs, single_values
-from tensorkv.arrays.outputs import GivenOuts, NewOuts, count_writes
-from tensorkv.arrays.rows import Rows, is_rows, take_ids, take_rows
+from tensorkv.arrays.arguments import (
+    Key,
+    check_flag,
+    check_key,
+    check_timeout,
+    folder_path,
+    is_key,
+    keys_of,
+    single_values,
+)
+from tensorkv.arrays.outputs import GivenOuts, NewOuts
+from tensorkv.arrays.rows import Rows, take_ids
 from tensorkv.arrays.spec import KeySpec
-from tensorkv.runtime import compiled, shield
-from tensorkv.shard.entry import Batch, Part
-from tensorkv.shard.plan import MANY
+from tensorkv.engines.call import Call, nbytes, take
+from tensorkv.runtime import compiled, forks, shield
+from tensorkv.runtime.modes import outside_modes, runs_outside_modes
+from tensorkv.runtime.stats import Metrics, clock
+from tensorkv.shard import optimizers
+from tensorkv.shard.entry import KeyInfo, Part
+from tensorkv.shard.rules import Updater
+from tensorkv.storage import checkpoint
 
-from .control import StoreControl, outside_modes, runs_outside_modes
 from .errors import (
     ArgumentError,
     ArrayTypeError,
+    CheckpointError,
+    ForkedStoreError,
+    OptimizerError,
     SparseOutWarning,
+    StoreClosedError,
     TensorKVError,
+    UpdaterError,
     ValueMismatchError,
+    naming,
     quote,
     show,
 )
-from .snapshot import Snapshot
-from .versions import wait_for
 
+P = ParamSpec("P")
+R = TypeVar("R")
+CAPABILITIES = ("checkpoint", "optimizer", "rows", "snapshot", "updater")
+# How long a pull waits for a version, in seconds.
+WAIT_S = 60.0
 # What MXNet's KVStore has and this one has not, or has under another name.
 _MXNET_NAMES = {
     "_barrier": "use barrier()",
@@ -75,7 +100,19 @@ def create(type: str = "local", **options: Any) -> KVStore:
     return KVStore(engines.build(type, options), type)
 
 
-class KVStore(StoreControl):
+def _collective(method: Callable[P, R]) -> Callable[P, R]:
+    """Have a method of a store be a call that all its workers make together, outside of torch's modes."""
+
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        store: Any = args[0]
+        with store._engine.collective(method.__name__), outside_modes():
+            return method(*args, **kwargs)
+
+    return call
+
+
+class KVStore:
     """A key-value store of tensors: write by summing (``push``), read by copying (``pull``).
 
     Made by ``tensorkv.create``. Keys are str or int, one type per store. Arrays may be NumPy, PyTorch,
@@ -93,12 +130,18 @@ class KVStore(StoreControl):
     _warned_sparse_out = False
 
     def __init__(self, engine: Any = None, type: Any = None) -> None:
-        if not hasattr(engine, "pull_rows") or not isinstance(type, str):
+        if not isinstance(engine, engines.Reader) or not isinstance(type, str):
             raise ArgumentError(
                 f"KVStore: got {show(engine)} and {show(type)}; stores are made by tensorkv.create(type, **options), "
                 'such as tensorkv.create("local")'
             )
-        super().__init__(engine, type)
+        self._closed = False
+        self._forks = forks.count
+        # Of a snapshot it is a Reader, whose methods are all that Snapshot calls.
+        self._engine: engines.Engine = engine  # type: ignore[assignment]
+        self._type = type
+        self._metrics = Metrics()
+        forks.keep(self)
 
     if not TYPE_CHECKING:  # type checkers are to find names that are not there
 
@@ -108,7 +151,7 @@ class KVStore(StoreControl):
 
     # ------------------------------------------------------------ init, push, pull
 
-    @runs_outside_modes
+    @_collective
     def init(self, key: Any, value: Any = None) -> None:
         """Put new keys into the store, with copies of their first values.
 
@@ -131,7 +174,7 @@ class KVStore(StoreControl):
         keys, values = single_values("init", key, value)
         taken, specs = _take_values("init", keys, values)
         shield.run(self._engine.init, keys, taken, specs)
-        self._metrics.add("init", start, keys, _nbytes([[value] for value in taken]))
+        self._metrics.add("init", start, keys, [value.nbytes for value in taken])
 
     def push(self, key: Any, value: Any = None, priority: int = 0) -> None:
         """Sum the parts of each key, in the order given, and update the key's value with the sum.
@@ -161,13 +204,10 @@ class KVStore(StoreControl):
         >>> kv.pull("w")
         array([2., 2.])
         """
-        start = self._begin("push", priority)
-        if self._short("push", start, key, value, None, priority):
-            return
-        with outside_modes():
-            batch = _batch("push", key, value)
-            shield.run(self._engine.push, batch, priority)
-            self._metrics.add("push", start, batch.keys, _nbytes(batch.parts))
+        start = self._begin("push")
+        call = Call("push", key, value, None, priority)
+        self._engine.push(call)
+        self._count(call, start)
 
     def pull(
         self,
@@ -212,36 +252,24 @@ class KVStore(StoreControl):
         >>> a, b
         (array([1.5, 2.5]), array([1.5, 2.5], dtype=float16))
         """
-        start = self._begin("pull", priority)
+        start = self._begin("pull")
         if min_version is not None:
-            listed = keys_of("pull", list(key) if isinstance(key, Mapping) else key)
-            wait_for(self._engine, listed, min_version, timeout_s)
+            self._wait_for(key, min_version, timeout_s)
         elif timeout_s is not None:
             raise ArgumentError("pull: timeout_s is how long to wait for min_version; give that as well")
-        if out is not None and like is None and self._short("pull", start, key, None, out, priority):
-            return None
-        with outside_modes():
-            if out is None and not isinstance(key, Mapping):
-                given, keys = None, keys_of("pull", key)
-            elif like is not None:
-                raise ArgumentError("pull: got out= and like=; like= chooses what a pull without out returns")
-            else:
-                given = GivenOuts("pull", key, out, skip_sparse=ignore_sparse)
-                keys = given.keys
+        call = Call("pull", key, None, out, priority, like, ignore_sparse)
+        self._engine.pull(call)
+        self._warn_once(call.skipped)
+        self._count(call, start)
+        return call.result()
 
-            def fill() -> NewOuts | GivenOuts:
-                specs = self._specs("pull", keys)
-                outs = NewOuts("pull", keys, specs, like) if given is None else given
-                outs.check(specs)
-                self._engine.pull(outs.keys, outs.tensors, priority)
-                outs.finish()
-                return outs
-
-            outs = shield.run(fill)
-            if given is not None:
-                self._warn_once(given.skipped)
-            self._metrics.add("pull", start, outs.keys, _nbytes(outs.tensors))
-            return outs.result(key)
+    def _wait_for(self, key: Any, min_version: int, timeout_s: float | None) -> None:
+        if type(min_version) is not int:
+            raise ArgumentError(f"pull: min_version is {show(min_version)}; expected an int")
+        with naming("pull"):
+            seconds = WAIT_S if timeout_s is None else check_timeout(timeout_s)
+        keys = keys_of("pull", list(key) if isinstance(key, Mapping) else key)
+        self._engine.wait_for(keys, min_version, seconds)
 
     def pushpull(self, key: Any, value: Any = None, out: Any = None, priority: int = 0) -> Any:
         """Push, then pull the same keys, in one trip.
@@ -262,30 +290,13 @@ class KVStore(StoreControl):
         >>> kv.pushpull("w", [np.ones(2), np.ones(2)])
         array([2., 2.])
         """
-        start = self._begin("pushpull", priority)
-        if out is not None and self._short("pushpull", start, key, value, out, priority):
-            return None
-        with outside_modes():
-            batch = _batch("pushpull", key, value)
-            listed = list(key) if isinstance(key, Mapping) else key
-            given = None if out is None else GivenOuts("pushpull", listed, out)
-            listed = keys_of("pushpull", listed)
+        start = self._begin("pushpull")
+        call = Call("pushpull", key, value, out, priority)
+        self._engine.pushpull(call)
+        self._count(call, start)
+        return call.result()
 
-            def push_and_fill() -> NewOuts | GivenOuts:
-                specs = self._specs("pushpull", batch.keys)
-                by_key = dict(zip(batch.keys, specs, strict=True))
-                outs = NewOuts("pushpull", listed, [by_key[each] for each in listed]) if given is None else given
-                outs.check(specs)
-                self._engine.pushpull(batch, outs.tensors, priority)
-                outs.finish()
-                return outs
-
-            outs = shield.run(push_and_fill)
-            nbytes = map(add, _nbytes(batch.parts), _nbytes(outs.tensors))
-            self._metrics.add("pushpull", start, batch.keys, list(nbytes))
-            return outs.result(key)
-
-    @runs_outside_modes
+    @_collective
     def broadcast(self, key: Any, value: Any = None, out: Any = None, priority: int = 0) -> Any:
         """Put new keys into the store, then pull them: init and pull in one call.
 
@@ -316,11 +327,11 @@ class KVStore(StoreControl):
 
         def init_and_fill() -> None:
             self._engine.init(keys, taken, specs)
-            self._engine.pull(outs.keys, outs.tensors, priority)
+            self._engine.pull_into(outs.keys, outs.tensors, priority)
             outs.finish()
 
         shield.run(init_and_fill)
-        self._metrics.add("broadcast", start, keys, _nbytes(outs.tensors))
+        self._metrics.add("broadcast", start, keys, list(map(nbytes, outs.tensors)))
         return outs.result(key)
 
     @runs_outside_modes
@@ -359,7 +370,7 @@ class KVStore(StoreControl):
             )
         wanted = _matching("row_sparse_pull", "row_ids", listed, [row_ids] if single else row_ids)
         outs = None if out is None else _matching("row_sparse_pull", "out", listed, [out] if single else out)
-        specs = shield.run(self._specs, "row_sparse_pull", listed)
+        specs = shield.run(lambda: [self._engine.spec("row_sparse_pull", each) for each in listed])
         ids = [_take_ids(each, spec, own) for each, spec, own in zip(listed, specs, wanted, strict=True)]
         for each, target in zip(listed, outs or (), strict=False):
             if not isinstance(target, Rows):
@@ -395,32 +406,430 @@ class KVStore(StoreControl):
         self._begin("snapshot")
         if "snapshot" not in self._engine.capabilities:
             raise ArgumentError(f"snapshot: a store of type {quote(self._type)} takes none; use save()")
-        moment: Any = shield.run(self._engine.snapshot)  # type: ignore[attr-defined]
-        return Snapshot(KVStore(moment, self._type), moment.versions, self)
+        reader, versions = shield.run(self._engine.snapshot)
+        return Snapshot(KVStore(reader, self._type), versions, self)
+
+    # ------------------------------------------------------------ the update rule
+
+    @_collective
+    def set_updater(self, updater: Updater | None) -> None:
+        """Update values with a function instead of by assignment.
+
+        Args:
+            updater: ``updater(key, received, stored)`` changes ``stored`` in place. Both arrays are of
+                the key's library (NumPy for JAX, whose arrays cannot be changed); for a push of Rows
+                they are Rows with equal ids, and ``stored.values`` is what to change. None restores
+                assignment.
+
+        Raises:
+            ArgumentError: not callable.
+
+        An updater that raises leaves its key as it was, and the exception reaches the caller of the
+        push. One that calls the store raises UpdaterError. It runs while the store is locked.
+        ``dist_async`` takes no function, which cannot travel as data: ArgumentError.
+
+        >>> import tensorkv, numpy as np
+        >>> def update(key, received, stored):
+        ...     stored += received * 2
+        >>> kv = tensorkv.create()
+        >>> kv.init(3, np.ones(2))
+        >>> kv.set_updater(update)
+        >>> kv.pushpull(3, np.ones(2))
+        array([3., 3.])
+        """
+        self._begin("set_updater")
+        if updater is not None and not callable(updater):
+            raise ArgumentError(f"set_updater: got {show(updater)}; expected a function updater(key, received, stored)")
+        shield.run(self._engine.set_updater, updater)
+
+    @_collective
+    def set_optimizer(self, optimizer: Any, *unnamed: Any, **numbers: Any) -> None:
+        """Update values by an optimizer, the sum of a push being the gradient.
+
+        Args:
+            optimizer: the name or class of an optimizer of torch.optim, such as ``"sgd"``, ``"adamw"``
+                or ``torch.optim.SGD``. Not LBFGS and SparseAdam, which need more than a gradient.
+            *unnamed: nothing; hyperparameters are given by name.
+            **numbers: hyperparameters by their torch.optim names; also ``rescale_grad`` (factor on the
+                sum, default 1) and ``clip_gradient`` (bound on each element's absolute value after
+                rescaling, default None).
+
+        Raises:
+            OptimizerError: unknown name or number, or a number out of range.
+            ArgumentError: a hyperparameter without its name.
+
+        Only the keys of a push step. A second call with the same optimizer keeps its state and
+        replaces its numbers. Rows step lazily: rows that a push does not name do not move, and neither
+        does their momentum.
+
+        >>> import tensorkv, numpy as np
+        >>> kv = tensorkv.create()
+        >>> kv.init("w", np.ones(2))
+        >>> kv.set_optimizer("sgd", lr=0.5)
+        >>> kv.pushpull("w", np.ones(2))
+        array([0.5, 0.5])
+        """
+        self._begin("set_optimizer")
+        _refuse_unnamed("set_optimizer", unnamed)
+        with naming("set_optimizer"):
+            spec = optimizers.spec(optimizer, numbers)
+        shield.run(self._engine.set_optimizer, spec)
+
+    @_collective
+    def set_hyperparameters(self, keys: Any = None, *unnamed: Any, **numbers: Any) -> None:
+        """Change numbers of the optimizer while it runs, keeping its state.
+
+        Args:
+            keys: a key or a list of keys; None changes all, single keys' own numbers included.
+            *unnamed: nothing; hyperparameters are given by name.
+            **numbers: such as ``lr=0.01``; ``rescale_grad`` and ``clip_gradient`` are for all keys only.
+
+        Raises:
+            OptimizerError: no optimizer, unknown number, or a number out of range.
+            KeyNotFoundError: a key that was not initialised.
+
+        >>> import tensorkv
+        >>> kv = tensorkv.create()
+        >>> kv.set_optimizer("sgd", lr=0.5)
+        >>> kv.set_hyperparameters(lr=0.25)
+        >>> kv.optimizer["lr"]
+        0.25
+        """
+        self._begin("set_hyperparameters")
+        _refuse_unnamed("set_hyperparameters", unnamed)
+        listed = None if keys is None else keys_of("set_hyperparameters", keys)
+        with naming("set_hyperparameters"):
+            shield.run(self._engine.set_hyperparameters, numbers, listed)
+
+    @property
+    def optimizer(self) -> dict[str, Any] | None:
+        """The optimizer's name and numbers as a dict, None without one."""
+        self._check_fork("optimizer")
+        spec = self._engine.optimizer
+        if spec is None:
+            return None
+        return {"name": spec.name, **spec.to_numbers()}
+
+    # ------------------------------------------------------------ checkpoints
+
+    @_collective
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write values, rows, versions, the optimizer and its state to a checkpoint.
+
+        Args:
+            path: a directory, new or an older checkpoint. A crash at any moment leaves the old
+                checkpoint or the new one.
+
+        Raises:
+            CheckpointError: the path holds something else, or cannot be written.
+
+        An updater is a function and is not saved; set it again after ``load``.
+        """
+        self._begin("save")
+        shield.run(self._engine.save, folder_path("save", path), "store")
+
+    @_collective
+    def load(self, path: str | os.PathLike[str], *, missing_ok: bool = False) -> bool:
+        """Become what was saved: every key is replaced, and the update rule too.
+
+        Only where an updater was in force at the save, which is a function and not saved, does the
+        present rule stay. The optimizer's numbers are those that were saved, ``lr`` and ``rescale_grad``
+        among them: change them afterwards with ``set_hyperparameters``.
+
+        Args:
+            path: a directory that ``save`` wrote.
+            missing_ok: do nothing if no checkpoint was saved there yet: there is no directory, or it holds nothing but
+                what a crash in the first save has left. A damaged checkpoint is an error all the same. With several
+                workers, what rank 0 sees counts.
+
+        Returns:
+            Whether a checkpoint was loaded.
+
+        Raises:
+            CheckpointError: not a checkpoint, or a damaged one; the store is as it was.
+
+        >>> import tempfile, tensorkv, numpy as np
+        >>> kv = tensorkv.create()
+        >>> kv.init("w", np.ones(2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     kv.save(folder)
+        ...     other = tensorkv.create()
+        ...     other.load(folder)
+        True
+        >>> other.pull("w")
+        array([1., 1.])
+        >>> other.load("checkpoint-of-an-earlier-run", missing_ok=True)
+        False
+        """
+        self._begin("load")
+        folder = folder_path("load", path)
+        if check_flag("missing_ok", missing_ok):
+            seen = "missing" if checkpoint.is_missing(folder) else "there"
+            # All do what rank 0 does, whatever they see.
+            if shield.run(self._engine.broadcast_text, seen) == "missing":
+                return False
+        shield.run(self._engine.load, folder, "store")
+        return True
+
+    @_collective
+    def save_optimizer_states(self, path: str | os.PathLike[str]) -> None:
+        """Write the optimizer and its state, without the values.
+
+        Raises:
+            OptimizerError: the store has no optimizer.
+            CheckpointError: as for ``save``.
+        """
+        self._begin("save_optimizer_states")
+        if self._engine.optimizer is None:
+            raise OptimizerError("save_optimizer_states: the store has no optimizer; call set_optimizer first")
+        shield.run(self._engine.save, folder_path("save_optimizer_states", path), "optimizer-states")
+
+    @_collective
+    def load_optimizer_states(self, path: str | os.PathLike[str]) -> None:
+        """Set the optimizer, its numbers and its state to what ``save_optimizer_states`` wrote.
+
+        Raises:
+            CheckpointError: not such a file, a damaged one, or keys and shapes that are not the store's;
+                the store is as it was.
+        """
+        self._begin("load_optimizer_states")
+        shield.run(self._engine.load, folder_path("load_optimizer_states", path), "optimizer-states")
+
+    @contextmanager
+    def _scratch_folder(self) -> Iterator[str]:
+        """Give a temporary directory that every worker sees, gone afterwards; all workers call this together.
+
+        >>> import os, tensorkv
+        >>> with tensorkv.create()._scratch_folder() as folder:
+        ...     os.path.isdir(folder)
+        True
+        """
+        with TemporaryDirectory() as mine:
+            yield shield.run(self._engine.broadcast_text, mine)
+            shield.run(self._engine.barrier)
+
+    def _once(self, do: Callable[[], Any]) -> None:
+        """Have rank 0 do something to files while the others wait; all workers call this together, a reader alone.
+
+        Raises:
+            CheckpointError: on every worker, if rank 0 could not do it.
+
+        >>> import tensorkv
+        >>> tensorkv.create()._once(lambda: print("done"))
+        done
+        """
+        problem = None
+        if self._engine.rank == 0 or self._engine.rank >= self._engine.num_workers:
+            try:
+                do()
+            except CheckpointError as error:
+                problem = str(error)
+        told = json.loads(shield.run(self._engine.broadcast_text, json.dumps(problem)))
+        if told is not None:
+            raise CheckpointError(told)
+
+    # ------------------------------------------------------------ looking
+
+    @property
+    def type(self) -> str:
+        """The type name that ``create`` was given."""
+        return self._type
+
+    @property
+    def rank(self) -> int:
+        """This worker's number, from 0."""
+        return self._engine.rank
+
+    @property
+    def num_workers(self) -> int:
+        """How many workers push to this store."""
+        return self._engine.num_workers
+
+    def keys(self) -> list[Key]:
+        """Return every key, in the order of init."""
+        self._begin("keys")
+        return self._engine.keys()
+
+    def __contains__(self, key: object) -> bool:
+        self._begin("in")
+        return type(key) is not bool and is_key(key) and key in self._engine
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self.keys())
+
+    def info(self, key: Key) -> KeyInfo:
+        """Describe a key: shape, dtype, device, version, nbytes, kind.
+
+        Raises:
+            KeyNotFoundError: a key that was not initialised.
+
+        >>> import tensorkv, numpy as np
+        >>> kv = tensorkv.create()
+        >>> kv.init("w", np.ones((2, 3), np.float32))
+        >>> kv.info("w")
+        KeyInfo(shape=(2, 3), dtype='float32', device='cpu', version=0, nbytes=24, kind='dense')
+        """
+        self._begin("info")
+        return self._engine.info(check_key("info", key))
+
+    @_collective
+    def delete(self, key: Any) -> None:
+        """Forget a key or a list of keys, and their optimizer state; all or none.
+
+        Raises:
+            KeyNotFoundError: a key that was not initialised.
+        """
+        self._begin("delete")
+        keys = list(dict.fromkeys(keys_of("delete", key)))
+        shield.run(self._engine.delete, keys)
+        self._metrics.forget(keys)
+
+    def is_capable(self, name: str) -> bool:
+        """Tell whether this type of store can do something.
+
+        Args:
+            name: ``"optimizer"``, ``"updater"``, ``"rows"``, ``"checkpoint"`` or ``"snapshot"``.
+
+        Raises:
+            ArgumentError: no such capability.
+
+        >>> import tensorkv
+        >>> tensorkv.create().is_capable("optimizer")
+        True
+        """
+        self._begin("is_capable")
+        if not isinstance(name, str) or name not in CAPABILITIES:
+            raise ArgumentError(f"is_capable: {show(name)} is unknown; the capabilities are {', '.join(CAPABILITIES)}")
+        return name in self._engine.capabilities
+
+    def stats(self) -> dict[str, Any]:
+        """Return counts, bytes and seconds per verb, counts and bytes per key, and the engine's own.
+
+        ``"compiled"`` tells which of the compiled parts this installation has.
+
+        >>> import tensorkv, numpy as np
+        >>> kv = tensorkv.create()
+        >>> kv.init("w", np.ones(3, np.float32))
+        >>> kv.push("w", np.ones(3, np.float32))
+        >>> kv.stats()["keys"]["w"]["push"]
+        {'calls': 1, 'nbytes': 12}
+        """
+        self._begin("stats")
+        return {"compiled": dict(compiled.parts()), **self._metrics.read(), **self._engine.stats()}
+
+    @runs_outside_modes
+    def barrier(self) -> None:
+        """Wait until every worker has come here; with one worker, at once."""
+        self._begin("barrier")
+        shield.run(self._engine.barrier)
+
+    @runs_outside_modes
+    def leave(self) -> None:
+        """Push no more until every worker has left; with one worker, at once.
+
+        For workers with unequal numbers of batches: who has none left calls this, the others go on, and a push
+        sums the parts of those who still push. It returns when every worker has left; then all may push again.
+        Until then, others may push and pull and nothing else.
+
+        Raises:
+            RankDeadError, WorkerMismatchError: as for ``push``.
+
+        >>> import tensorkv
+        >>> tensorkv.create().leave()
+        """
+        self._begin("leave")
+        shield.run(self._engine.leave)
+
+    def dead_workers(self) -> list[int]:
+        """Return the ranks of workers that were here and have been silent for too long; without servers, none.
+
+        >>> import tensorkv
+        >>> tensorkv.create().dead_workers()
+        []
+        """
+        self._begin("dead_workers")
+        return list(self._engine.dead_workers())
+
+    # ------------------------------------------------------------ the end
+
+    @runs_outside_modes
+    def close(self) -> None:
+        """Finish pending pushes and let go of the values; once is enough, twice does no harm.
+
+        Workers of ``dist_sync`` close together. The last client of ``dist_async`` ends the servers, and the process
+        that has started Ray waits for the others first, for at most ``timeout_s``.
+        """
+        if not self._closed:
+            self._check_fork("close")
+            shield.run(self._close)
+
+    def _close(self) -> None:
+        if self._closed:
+            return
+        try:
+            self._engine.close()
+        except UpdaterError:
+            raise
+        except BaseException:
+            self._closed = True
+            raise
+        self._closed = True
+
+    def __del__(self) -> None:
+        # A store that was dropped: what is more than memory of this process goes in its own time.
+        engine = self.__dict__.get("_engine")
+        if engine is not None and not self._closed and self._forks == forks.count:
+            engine.abandon()
+
+    def __enter__(self) -> Self:
+        self._begin("with")
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        # What other workers say of the end must not hide why this one ends.
+        with nullcontext() if kind is None else suppress(TensorKVError):
+            self.close()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return f"KVStore({self._type!r}, closed)"
+        if self._forks != forks.count:
+            return f"KVStore({self._type!r}, of the parent process)"
+        spec = self._engine.optimizer
+        count = len(self._engine.keys())
+        what = f"{count} key{'' if count == 1 else 's'}"
+        return f"KVStore({self._type!r}, {what}{'' if spec is None else ', optimizer=' + repr(spec.name)})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a KVStore cannot be pickled or copied; create one in each process, or save() and load()")
 
     # ------------------------------------------------------------ inside
 
-    def _short(self, verb: str, start: float, key: Any, value: Any, out: Any, priority: int) -> bool:
-        """Let the engine do a common call in a short way; False: nothing was done."""
-        if value is None and verb != "pull":
-            return False
-        if type(key) is list:
-            if self._many is None or len(key) < MANY:
-                return False
-            with outside_modes():
-                moved = shield.run(self._many, key, value, out, priority)
-            if moved is not None:
-                if out is not None:
-                    count_writes(out)
-                self._metrics.add(verb, start, key, moved)
-            return moved is not None
-        nbytes = self._one(key, value, out) if self._one is not None else None
-        if nbytes is not None:
-            self._metrics.add_one(verb, start, key, nbytes)
-        return nbytes is not None
+    def _begin(self, verb: str, priority: int = 0) -> float:
+        start = clock()
+        if self._closed:
+            raise StoreClosedError(f"{verb}: this store was closed; create another")
+        if self._forks != forks.count:
+            self._check_fork(verb)
+        if type(priority) is not int:
+            raise ArgumentError(f"{verb}: priority is {show(priority)}; expected an int")
+        return start
 
-    def _specs(self, verb: str, keys: Sequence[Key]) -> list[KeySpec]:
-        return [self._engine.spec(verb, key) for key in keys]
+    def _check_fork(self, verb: str) -> None:
+        if self._forks != forks.count:
+            raise ForkedStoreError(f"{verb}: this store belongs to the parent process; create one in the child")
+
+    def _count(self, call: Call, start: float) -> None:
+        if type(call.moved) is int:
+            self._metrics.add_one(call.verb, start, call.key, call.moved)
+        else:
+            self._metrics.add(call.verb, start, *call.counts())
 
     def _warn_once(self, warning: SparseOutWarning | None) -> None:
         if warning is not None and not self._warned_sparse_out:
@@ -428,31 +837,64 @@ class KVStore(StoreControl):
             warnings.warn(warning, stacklevel=3)
 
 
-# In its own messages of a wrong call Python names the class of a method by these.
-for _name, _method in vars(StoreControl).items():
-    if isfunction(_method):
-        _method.__qualname__ = unwrap(_method).__qualname__ = f"KVStore.{_name}"
+class Snapshot:
+    """All values of a store as they were at one moment.
+
+    Made by ``KVStore.snapshot``; also a context manager that closes itself.
+    """
+
+    def __init__(self, store: Any, versions: Mapping[Key, int], owner: Any = None) -> None:
+        self._store = store
+        # The store that it was taken of, which is there as long as this is.
+        self._owner = owner
+        self.versions = dict(versions)
+        """How many updates each key had had."""
+
+    def keys(self) -> list[Key]:
+        """Return every key, in the order of init."""
+        return list(self.versions)
+
+    def pull(self, key: Any, out: Any = None, *, like: Any = None) -> Any:
+        """Copy values, as ``KVStore.pull`` does.
+
+        Raises:
+            SnapshotError: it is not held any more.
+            As ``KVStore.pull``.
+        """
+        return self._store.pull(key, out, like=like)
+
+    def row_sparse_pull(self, key: Any, out: Any = None, *, row_ids: Any = None) -> Any:
+        """Copy rows, as ``KVStore.row_sparse_pull`` does.
+
+        Raises:
+            SnapshotError: it is not held any more.
+            As ``KVStore.row_sparse_pull``.
+        """
+        return self._store.row_sparse_pull(key, out, row_ids=row_ids)
+
+    def close(self) -> None:
+        """Hold it no more."""
+        self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Snapshot({len(self.versions)} keys)"
 
 
-def _batch(verb: str, key: Any, value: Any) -> Batch:
-    keys, groups = pairs(verb, "value", key, value)
-    parts = [
-        [_take(verb, each, index, array) for index, array in enumerate(group)]
-        for each, group in zip(keys, groups, strict=True)
-    ]
-    return Batch(verb, keys, parts)
-
-
-def _take(verb: str, key: Key, index: int | None, array: Any) -> Part:
-    try:
-        return take_rows(array) if is_rows(array) else interop.take(array)
-    except TensorKVError as error:
-        part = "the value" if index is None else f"part {index}"
-        raise type(error)(f"{verb}({quote(key)}): {part} {error}") from None
+def _refuse_unnamed(verb: str, unnamed: tuple[Any, ...]) -> None:
+    if unnamed:
+        raise ArgumentError(
+            f"{verb}: got {show(unnamed[0])} without a name; expected hyperparameters by name, such as lr=0.1"
+        )
 
 
 def _take_values(verb: str, keys: Sequence[Key], values: Sequence[Any]) -> tuple[list[Part], list[KeySpec]]:
-    taken = [_take(verb, key, None, value) for key, value in zip(keys, values, strict=True)]
+    taken = [take(verb, key, None, value) for key, value in zip(keys, values, strict=True)]
     specs = []
     for part, value in zip(taken, values, strict=True):
         if isinstance(part, Rows):
@@ -489,7 +931,3 @@ def _matching(verb: str, what: str, keys: Sequence[Key], values: Any) -> list[An
             "one for each key"
         )
     return list(values)
-
-
-def _nbytes(groups: Sequence[Sequence[Part]]) -> list[int]:
-    return [group[0].nbytes if len(group) == 1 else sum([part.nbytes for part in group]) for group in groups]

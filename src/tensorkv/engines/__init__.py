@@ -8,113 +8,21 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import entry_points
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-
-from tensorkv.arrays.arguments import Key, check_flag, folder_path
-from tensorkv.arrays.rows import Rows
-from tensorkv.arrays.spec import KeySpec
-from tensorkv.shard.entry import Batch, KeyInfo, Part
+from tensorkv.arrays.arguments import check_flag, folder_path
+from tensorkv.errors import ArgumentError, EngineNotFoundError, naming, quote, show, suggestion
 from tensorkv.shard.nonfinite import NonFinite
-from tensorkv.shard.optimizers import OptimizerSpec
-from tensorkv.shard.rules import Updater
-from tensorkv.storage.manifest import Kind
 
-from ..errors import ArgumentError, EngineNotFoundError, naming, quote, show, suggestion
+from .base import Engine as Engine
+from .base import Reader as Reader
+from .call import Call as Call
 from .local import LocalEngine
 
 GROUP = "tensorkv.engines"
-
-
-class Engine(Protocol):
-    """What a KVStore asks of an engine.
-
-    Arrays are torch tensors or Rows of them that share the caller's memory: an engine reads them
-    before its method returns and keeps none. It raises the errors of ``tensorkv.errors`` before it
-    changes anything, and may be called from several threads.
-
-    An engine may also have two short ways, which are handed the caller's own arrays (None for what the verb
-    lacks) and return None when they have done nothing and the general way is to be taken:
-    ``one(key, value, out) -> int | None`` for one plain array, returning bytes moved, and
-    ``many(keys, values, outs, priority) -> list[int] | None`` for many keys, returning bytes moved per key.
-    """
-
-    capabilities: frozenset[str]
-
-    @property
-    def rank(self) -> int:
-        """This worker's number, from 0."""
-
-    @property
-    def num_workers(self) -> int:
-        """How many workers push."""
-
-    @property
-    def optimizer(self) -> OptimizerSpec | None:
-        """The optimizer in force, None without one."""
-
-    def init(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
-        """Hold copies of new values; all keys or none."""
-
-    def push(self, batch: Batch, priority: int) -> None:
-        """Sum the parts of each key and update its value; the whole batch is checked first."""
-
-    def pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]], priority: int) -> None:
-        """Copy each key's value into its tensors, which have its shape."""
-
-    def pushpull(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]], priority: int) -> None:
-        """Push, then pull the same keys, in one trip."""
-
-    def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
-        """Return copies of the rows of each key; ids are unique and sorted."""
-
-    def delete(self, keys: Sequence[Key]) -> None:
-        """Forget keys; all or none."""
-
-    def set_updater(self, updater: Updater | None) -> None:
-        """Apply a function to each sum; None restores assignment."""
-
-    def set_optimizer(self, spec: OptimizerSpec) -> None:
-        """Step an optimizer with each sum as the gradient."""
-
-    def set_hyperparameters(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> None:
-        """Change numbers of the optimizer, for all keys or some."""
-
-    def spec(self, verb: str, key: Key) -> KeySpec:
-        """Tell what an array for a key must be like."""
-
-    def info(self, key: Key) -> KeyInfo:
-        """Describe a key."""
-
-    def keys(self) -> list[Key]:
-        """Every key, in the order of init."""
-
-    def __contains__(self, key: object) -> bool: ...
-
-    def stats(self) -> Mapping[str, Any]:
-        """Counters of the engine's own, merged into ``KVStore.stats()``."""
-
-    def save(self, path: str, kind: Kind) -> None:
-        """Write a checkpoint."""
-
-    def load(self, path: str, kind: Kind) -> None:
-        """Read a checkpoint; on an error nothing has changed."""
-
-    def barrier(self) -> None:
-        """Wait until every worker is here."""
-
-    def broadcast_text(self, text: str) -> str:
-        """Return rank 0's text to every worker."""
-
-    def leave(self) -> None:
-        """Serve the others until every worker has left."""
-
-    def close(self) -> None:
-        """Finish pending pushes and let go of everything; called once."""
 
 
 Factory = Callable[..., Engine]
@@ -245,4 +153,9 @@ def build(name: Any, options: dict[str, Any]) -> Engine:
         taken = ", ".join(signature.parameters) or "none"
         raise ArgumentError(f"create({quote(name)}): {error}; its options are: {taken}") from None
     with naming(f"create({quote(name)})"):
-        return factory(**options)
+        engine = factory(**options)
+    if not isinstance(engine, Engine):
+        raise ArgumentError(
+            f"create({quote(name)}): the factory returned {show(engine)}; expected a tensorkv.engines.Engine"
+        )
+    return engine

@@ -13,6 +13,7 @@ import torch
 from tensorkv.arrays.arguments import Key, folder_path
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
+from tensorkv.errors import ArgumentError
 from tensorkv.runtime import shield
 from tensorkv.shard.entry import Batch, KeyInfo, Part
 from tensorkv.shard.nonfinite import NonFinite
@@ -25,10 +26,10 @@ from tensorkv.storage.durable import DurableShard
 from tensorkv.storage.manifest import Kind
 from tensorkv.storage.wal import Durability
 
-from ..errors import ArgumentError
+from .base import Engine, Outs
 
 
-class LocalEngine:
+class LocalEngine(Engine):
     """Values in this process; a push is summed and applied before it returns.
 
     Args:
@@ -40,8 +41,6 @@ class LocalEngine:
         log_nbytes: how long the log in the folder may grow (None: twice the store, at most 1 GiB).
     """
 
-    rank = 0
-    num_workers = 1
     capabilities = frozenset({"optimizer", "updater", "rows", "checkpoint", "snapshot"})
 
     def __init__(
@@ -78,13 +77,13 @@ class LocalEngine:
     def init(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
         self._shard.init(keys, values, specs)
 
-    def push(self, batch: Batch, priority: int) -> None:
+    def push_parts(self, batch: Batch, priority: int) -> None:
         self._shard.push(batch)
 
-    def pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]], priority: int) -> None:
+    def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
         self._shard.pull(keys, outs)
 
-    def pushpull(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]], priority: int) -> None:
+    def pushpull_into(self, batch: Batch, outs: Outs, priority: int) -> None:
         self._shard.pushpull(batch, outs)
 
     def one(self, key: Key, value: Any, out: Any) -> int | None:
@@ -134,27 +133,11 @@ class LocalEngine:
     def load(self, path: str, kind: Kind) -> None:
         checkpoint.load(self._shard, path, kind)
 
-    @property
-    def versions(self) -> dict[Key, int]:
-        """How many updates each key has had."""
-        with self._shard.frozen() as (entries, _):
-            return {entry.key: entry.version for entry in entries}
-
-    def snapshot(self) -> LocalEngine:
-        """Return an engine of its own with copies of all values."""
+    def snapshot(self) -> tuple[LocalEngine, Mapping[Key, int]]:
         copy = LocalEngine(False)
         with self._shard.frozen() as (entries, _):
             copy._shard.add([replace(entry, value=_copy(entry.value), state={}, door=None) for entry in entries])
-        return copy
-
-    def barrier(self) -> None:
-        pass
-
-    def broadcast_text(self, text: str) -> str:
-        return text
-
-    def leave(self) -> None:
-        pass
+            return copy, {entry.key: entry.version for entry in entries}
 
     def close(self) -> None:
         self._shard.close()

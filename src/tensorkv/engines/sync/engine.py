@@ -20,7 +20,8 @@ from tensorkv.arrays.arguments import Key, check_flag, check_timeout
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines import partition
-from tensorkv.errors import RankDeadError
+from tensorkv.engines.base import Engine, Outs
+from tensorkv.errors import ForkedStoreError, RankDeadError, StoreClosedError
 from tensorkv.runtime import shield
 from tensorkv.shard.entry import Batch, Entry, KeyInfo, Part
 from tensorkv.shard.nonfinite import NonFinite
@@ -54,7 +55,7 @@ def build(*, nonfinite: NonFinite, timeout_s: float, shared_memory: bool) -> Dis
     return None if group.size == 1 else DistEngine(group, nonfinite)
 
 
-class DistEngine:
+class DistEngine(Engine):
     """Values in the shared memory of each host, updated by its workers in parts.
 
     Args:
@@ -74,14 +75,26 @@ class DistEngine:
         self._divided_for_whole = False
         self._guard = None if nonfinite == "pass" else Guard(group, nonfinite)
         self._pushes = Pushes(group, self._host, self._chain, self._order, self._shard, self._held, self._guard)
-        self.begin = self._order.begin
-        self.many = self._pushes.many
-        self.leave = Leaving(self._host, self._chain, self._order, self._pushes).leave
-        self.rank, self.num_workers = group.rank, group.size
+        self._leaving = Leaving(self._host, self._chain, self._order, self._pushes)
 
-    def refuse(self, verb: str, error: Exception) -> None:
-        """Tell the other workers that this one's call was refused before it began."""
-        self._order.refuse(verb, error, self._pushes.drain)
+    @property
+    def rank(self) -> int:
+        return self._group.rank
+
+    @property
+    def num_workers(self) -> int:
+        return self._group.size
+
+    @contextmanager
+    def collective(self, verb: str) -> Iterator[None]:
+        self._order.begin()
+        try:
+            yield
+        except (StoreClosedError, ForkedStoreError):
+            raise
+        except Exception as error:
+            self._order.refuse(verb, error, self._pushes.drain)
+            raise
 
     @contextmanager
     def _call(self, text: str) -> Iterator[None]:
@@ -153,13 +166,16 @@ class DistEngine:
         for owner in range(self._chain.owners):
             self._loads[owner] += sign * (borders[owner + 1] - borders[owner]) * width
 
-    def push(self, batch: Batch, priority: int) -> None:
+    def many(self, keys: Sequence[Key], values: Any, outs: Any, priority: int) -> list[int] | None:
+        return self._pushes.many(keys, values, outs, priority)
+
+    def push_parts(self, batch: Batch, priority: int) -> None:
         self._pushes.push(batch, None, priority)
 
-    def pushpull(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]], priority: int) -> None:
+    def pushpull_into(self, batch: Batch, outs: Outs, priority: int) -> None:
         self._pushes.push(batch, outs, priority)
 
-    def pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]], priority: int) -> None:
+    def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
         self._pushes.pull(keys, outs)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
@@ -309,9 +325,12 @@ class DistEngine:
         with self._call("barrier"):
             pass
 
+    def leave(self) -> None:
+        self._leaving.leave()
+
     def broadcast_text(self, text: str) -> str:
-        with self._call("tell"):
-            return str(self._group.all_gather_json(text, "tell")[0])
+        with self._call("broadcast_text"):
+            return str(self._group.all_gather_json(text, "broadcast_text")[0])
 
     def close(self) -> None:
         self._shard.refuse_reentry()

@@ -19,6 +19,7 @@ from tensorkv import errors
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows, merge
 from tensorkv.arrays.spec import KeySpec
+from tensorkv.engines.base import Engine, Outs
 from tensorkv.engines.ps.ray import cluster, server_stats
 from tensorkv.errors import (
     ArgumentError,
@@ -50,7 +51,6 @@ from .rpc import Answer, Link
 from .session import Lane, Lanes, Letter
 from .snapshot import Moment, Moments
 
-Outs = Sequence[Sequence[torch.Tensor]]
 _BEAT_S = 1.0
 
 # The clients of this process that have not been closed. Each is kept alive by its own heartbeat.
@@ -68,7 +68,7 @@ class StoreEndingError(ServerLostError):
     """A store that its last client has closed: its servers end now, and others can be started."""
 
 
-class RayEngine:
+class RayEngine(Engine):
     """A client of parameter servers.
 
     Args:
@@ -293,15 +293,15 @@ class RayEngine:
                     f"{spec.dtype} {tuple(spec.shape)}"
                 )
 
-    def push(self, batch: Batch, priority: int) -> None:
+    def push_parts(self, batch: Batch, priority: int) -> None:
         self._become_worker()
         self._traffic.push(batch, None)
 
-    def pushpull(self, batch: Batch, outs: Outs, priority: int) -> None:
+    def pushpull_into(self, batch: Batch, outs: Outs, priority: int) -> None:
         self._become_worker()
         self._traffic.push(batch, outs)
 
-    def pull(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
+    def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
         self._traffic.pull(keys, outs)
 
     def many(self, keys: Sequence[Key], values: Any, outs: Any, priority: int) -> list[int] | None:
@@ -468,17 +468,17 @@ class RayEngine:
                 do()
             except TensorKVError as error:
                 problem = error
-        told = json.loads(
-            self.broadcast_text(json.dumps(None if problem is None else [type(problem).__name__, str(problem)]))
-        )
+        mine = None if problem is None else [type(problem).__name__, str(problem)]
+        told = json.loads(self.broadcast_text(json.dumps(mine)))
         if problem is not None:
             raise problem
         if told is not None:
             raise getattr(errors, told[0])(told[1])
 
-    def snapshot(self) -> Moment:
+    def snapshot(self) -> tuple[Moment, Mapping[Key, int]]:
         """Hold what all servers have at one moment."""
-        return self._moment.take()
+        moment = self._moment.take()
+        return moment, moment.versions
 
     def wait_for(self, keys: Sequence[Key], min_version: int, timeout_s: float) -> None:
         """Return when every key has had so many updates."""

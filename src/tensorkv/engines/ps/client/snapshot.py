@@ -12,6 +12,7 @@ import torch
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
+from tensorkv.engines.base import Outs, Reader
 from tensorkv.errors import KeyNotFoundError, SnapshotError, TensorKVError, quote
 from tensorkv.storage import manifest
 from tensorkv.storage.manifest import Contents
@@ -114,7 +115,7 @@ class Moments:
                 raise
 
 
-class Moment:
+class Moment(Reader):
     """The values of one moment, for reading; what an engine is to a store.
 
     Args:
@@ -143,7 +144,7 @@ class Moment:
         """Every key, in the order of init."""
         return list(self._held)
 
-    def pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]], priority: int) -> None:
+    def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
         """Copy values into tensors."""
         self._traffic.pull(keys, outs, {"view": self._name}, self._held)
 

@@ -1,0 +1,262 @@
+"""Engine: what a store asks of an engine, with defaults for what is optional."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+
+from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.outputs import count_writes
+from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.spec import KeySpec
+from tensorkv.errors import ArgumentError, WaitTimeoutError, quote
+from tensorkv.runtime import shield
+from tensorkv.runtime.modes import outside_modes
+from tensorkv.shard.entry import Batch, KeyInfo, Part
+from tensorkv.shard.optimizers import OptimizerSpec
+from tensorkv.shard.plan import MANY
+from tensorkv.shard.rules import Updater
+from tensorkv.storage.manifest import Kind
+
+from .call import Call
+
+Outs = Sequence[Sequence[torch.Tensor]]
+# How often ``wait_for`` looks at a version.
+_LOOK_S = 0.001
+
+
+class Reader(ABC):
+    """Values that can be read: an engine, or a snapshot of one.
+
+    Methods may be called from several threads, and raise the errors of ``tensorkv.errors`` before they change anything.
+    """
+
+    # ------------------------------------------------------------ to be implemented
+
+    @abstractmethod
+    def spec(self, verb: str, key: Key) -> KeySpec:
+        """Return what an array for a key must be like.
+
+        Raises:
+            KeyNotFoundError: a key that was not initialised; the message begins with the verb.
+        """
+
+    @abstractmethod
+    def keys(self) -> list[Key]:
+        """Return every key, in the order of init."""
+
+    @abstractmethod
+    def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
+        """Copy each key's value into its tensors, which have its shape; their strides and dtypes may differ."""
+
+    # ------------------------------------------------------------ with a default
+
+    def pull(self, call: Call) -> None:
+        """Make a pull."""
+        if call.out is not None and call.like is None and self._make_short(call):
+            return
+        with outside_modes():
+            call.check()
+            shield.run(call.fill, self.spec, partial(self._copy_out, call))
+
+    def _copy_out(self, call: Call, keys: Sequence[Key], outs: Outs) -> None:
+        self.pull_into(keys, outs, call.priority)
+
+    def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
+        """Return copies of the rows of each key; ids are unique and sorted."""
+        raise self.lacks("row_sparse_pull")
+
+    def close(self) -> None:
+        """Finish what is pending and let go of everything; called once."""
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()
+
+    def lacks(self, verb: str) -> ArgumentError:
+        """Return the error of a verb that this kind of store does not have."""
+        return ArgumentError(f"{verb}: this type of store cannot do it; is_capable() tells what it can")
+
+    # ------------------------------------------------------------ short ways, behind the door
+
+    def one(self, key: Key, value: Any, out: Any) -> int | None:
+        """Do a call of one small key with the caller's own arrays.
+
+        Args:
+            key: as the caller gave it.
+            value, out: the caller's arrays; None for a pull or a push alone.
+
+        Returns:
+            Bytes moved; None if nothing was done, and the call is to be parsed.
+        """
+        return None
+
+    def many(self, keys: Sequence[Key], values: Any, outs: Any, priority: int) -> list[int] | None:
+        """Do a call of many keys with the caller's own lists of arrays.
+
+        Args:
+            keys: as the caller gave them.
+            values, outs: the caller's lists; None for a pull or a push alone.
+            priority: of the call.
+
+        Returns:
+            Bytes moved for each key; None if nothing was done, and the call is to be parsed.
+        """
+        return None
+
+    def _make_short(self, call: Call) -> bool:
+        """Make a call without parsing it, if that can be."""
+        key, value = call.key, call.value
+        if (value is None and call.verb != "pull") or type(call.priority) is not int:
+            return False
+        if type(key) is not list:
+            call.moved = self.one(key, value, call.out)
+        elif len(key) >= MANY:
+            with outside_modes():
+                call.moved = shield.run(self.many, key, value, call.out, call.priority)
+            if call.moved is not None and call.out is not None:
+                count_writes(call.out)
+        return call.moved is not None
+
+
+class Engine(Reader):
+    """What decides where values are and how pushes are summed.
+
+    ``push``, ``pull`` and ``pushpull`` are the only ways in: a class that overrides one of them sees every such call.
+    Their defaults parse the call and hand it to ``push_parts``, ``pull_into`` and ``pushpull_into``, in a thread that
+    no exception from a signal handler reaches. Tensors and Rows share the caller's memory: an engine reads them
+    before its method returns, and keeps none.
+    """
+
+    capabilities: frozenset[str] = frozenset()
+    """What it can do, of ``"optimizer"``, ``"updater"``, ``"rows"``, ``"checkpoint"`` and ``"snapshot"``."""
+
+    # ------------------------------------------------------------ to be implemented
+
+    @abstractmethod
+    def init(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
+        """Hold copies of new values; all keys or none."""
+
+    @abstractmethod
+    def push_parts(self, batch: Batch, priority: int) -> None:
+        """Sum the parts of each key, in their order, and update its value; the whole batch is checked first."""
+
+    @abstractmethod
+    def info(self, key: Key) -> KeyInfo:
+        """Describe a key."""
+
+    # ------------------------------------------------------------ with a default
+
+    def push(self, call: Call) -> None:
+        """Make a push."""
+        if self._make_short(call):
+            return
+        with self.collective("push"), outside_modes():
+            shield.run(self.push_parts, call.batch, call.priority)
+
+    def pushpull(self, call: Call) -> None:
+        """Make a push and a pull of the same keys, in one trip."""
+        if call.out is not None and self._make_short(call):
+            return
+        with self.collective("pushpull"), outside_modes():
+            call.check()
+            shield.run(call.fill, self.spec, partial(self._push_and_copy_out, call))
+
+    def _push_and_copy_out(self, call: Call, keys: Sequence[Key], outs: Outs) -> None:
+        self.pushpull_into(call.batch, outs, call.priority)
+
+    def pushpull_into(self, batch: Batch, outs: Outs, priority: int) -> None:
+        """Push, then copy the values of the batch's keys into tensors."""
+        self.push_parts(batch, priority)
+        self.pull_into(batch.keys, outs, priority)
+
+    def collective(self, verb: str) -> AbstractContextManager[None]:
+        """Return a block in which a call that all workers make together is checked and made.
+
+        An engine whose workers are in lock step tells the others of a call that raises before it has begun.
+        """
+        return nullcontext()
+
+    @property
+    def rank(self) -> int:
+        """This worker's number, from 0."""
+        return 0
+
+    @property
+    def num_workers(self) -> int:
+        """How many workers push."""
+        return 1
+
+    def delete(self, keys: Sequence[Key]) -> None:
+        """Forget keys; all or none."""
+        raise self.lacks("delete")
+
+    @property
+    def optimizer(self) -> OptimizerSpec | None:
+        """The optimizer in force, None without one."""
+        return None
+
+    def set_updater(self, updater: Updater | None) -> None:
+        """Apply a function to each sum; None restores assignment."""
+        raise self.lacks("set_updater")
+
+    def set_optimizer(self, spec: OptimizerSpec) -> None:
+        """Step an optimizer with each sum as the gradient."""
+        raise self.lacks("set_optimizer")
+
+    def set_hyperparameters(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> None:
+        """Change numbers of the optimizer, for all keys or some."""
+        raise self.lacks("set_hyperparameters")
+
+    def stats(self) -> Mapping[str, Any]:
+        """Return counters of the engine's own, which are merged into ``KVStore.stats()``."""
+        return {}
+
+    def save(self, path: str, kind: Kind) -> None:
+        """Write a checkpoint."""
+        raise self.lacks("save")
+
+    def load(self, path: str, kind: Kind) -> None:
+        """Read a checkpoint; on an error nothing has changed."""
+        raise self.lacks("load")
+
+    def snapshot(self) -> tuple[Reader, Mapping[Key, int]]:
+        """Return all values as they are now, and how many updates each key has had."""
+        raise self.lacks("snapshot")
+
+    def wait_for(self, keys: Sequence[Key], min_version: int, timeout_s: float) -> None:
+        """Return when every key has had so many updates.
+
+        Raises:
+            KeyNotFoundError: a key that was not initialised.
+            WaitTimeoutError: the version did not come in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        for key in keys:
+            while (version := self.info(key).version) < min_version:
+                if time.monotonic() >= deadline:
+                    what = f"version {min_version} has not come within {timeout_s:g} s; it is {version}"
+                    raise WaitTimeoutError(f"pull({quote(key)}): {what}")
+                time.sleep(_LOOK_S)
+
+    def barrier(self) -> None:
+        """Wait until every worker is here."""
+
+    def broadcast_text(self, text: str) -> str:
+        """Return rank 0's text to every worker."""
+        return text
+
+    def leave(self) -> None:
+        """Serve the others until every worker has left."""
+
+    def dead_workers(self) -> list[int]:
+        """Return the ranks of workers that were here and are dead."""
+        return []
+
+    def abandon(self) -> None:
+        """Let go, some time soon, of what outlives this process: the store was dropped without ``close``."""

@@ -10,6 +10,7 @@ import pytest
 import tensorkv
 from tensorkv import engines
 from tensorkv.engines.local import LocalEngine
+from tensorkv.shard.shard import Shard
 
 TINY = """
 from tensorkv.engines.local import LocalEngine
@@ -19,11 +20,9 @@ class Doubling(LocalEngine):
         super().__init__(False)
         self.times = times
 
-    one = many = None
-
-    def push(self, batch, priority):
-        batch.parts = [parts * self.times for parts in batch.parts]
-        super().push(batch, priority)
+    def push(self, call):
+        call.batch.parts = [parts * self.times for parts in call.batch.parts]
+        self.push_parts(call.batch, call.priority)
 """
 
 
@@ -78,17 +77,82 @@ def test_register(registered):
             registered(name, factory)
 
 
-def test_an_engine_without_the_short_way(registered):
-    class Plain(LocalEngine):
-        one = many = None
+@pytest.mark.parametrize("verb", ["push", "pull", "pushpull"])
+def test_a_class_that_overrides_a_verb_sees_every_call(registered, verb):
+    seen = []
 
-    registered("plain", lambda: Plain(False))
-    keys = list(range(20))
-    with tensorkv.create("plain") as kv:
+    class Watching(LocalEngine):
+        pass
+
+    def watch(self, call):
+        seen.append(call.verb)
+        getattr(LocalEngine, verb)(self, call)
+
+    setattr(Watching, verb, watch)
+    registered("watching", lambda: Watching(False))
+    keys, ones, outs = list(range(20)), [np.ones(1)] * 20, [np.zeros(1) for _ in range(20)]
+    with tensorkv.create("watching") as kv:
         kv.init(keys, [np.zeros(1)] * 20)
-        for _ in range(4):
-            kv.push(keys, [np.ones(1)] * 20)
-        assert [x.tolist() for x in kv.pull(keys)] == [[1]] * 20
+        for _ in range(5):
+            for key, value, out in ((keys, ones, outs), (3, ones[0], outs[0]), ([1, 2], ones[:2], outs[:2])):
+                kv.push(key, value)
+                kv.pull(key)
+                kv.pull(key, out=out)
+                kv.pushpull(key, value)
+                kv.pushpull(key, value, out=out)
+    assert seen == [verb] * (15 if verb == "push" else 30)
+
+
+def test_the_least_that_an_engine_needs(registered):
+    class Least(engines.Engine):
+        def __init__(self):
+            self._shard = Shard()
+
+        def init(self, keys, values, specs):
+            self._shard.init(keys, values, specs)
+
+        def push_parts(self, batch, priority):
+            self._shard.push(batch)
+
+        def pull_into(self, keys, outs, priority):
+            self._shard.pull(keys, outs)
+
+        def spec(self, verb, key):
+            return self._shard.entry(verb, key).spec
+
+        def info(self, key):
+            return self._shard.entry("info", key).info()
+
+        def keys(self):
+            return self._shard.keys()
+
+    registered("least", Least)
+    kv = tensorkv.create("least")
+    kv.init("w", np.zeros(2))
+    assert kv.pushpull("w", np.ones(2)).tolist() == [1, 1]
+    assert kv.pull("w", min_version=1, timeout_s=5).tolist() == [1, 1]
+    assert ("w" in kv, len(kv), kv.rank, kv.num_workers, kv.optimizer, kv.dead_workers()) == (True, 1, 0, 1, None, [])
+    kv.barrier()
+    kv.leave()
+    for call in (
+        lambda: kv.set_optimizer("sgd", lr=1.0),
+        lambda: kv.set_updater(print),
+        lambda: kv.set_hyperparameters(lr=1.0),
+        lambda: kv.delete("w"),
+        lambda: kv.save("somewhere"),
+        lambda: kv.load("somewhere"),
+        lambda: kv.snapshot(),
+        lambda: kv.row_sparse_pull("w", row_ids=[0]),
+    ):
+        with pytest.raises(tensorkv.ArgumentError, match=r"^\w+: (this type of store cannot|a store of type)"):
+            call()
+    kv.close()
+
+
+def test_a_factory_that_returns_something_else(registered):
+    registered("something", lambda: object())
+    with pytest.raises(tensorkv.ArgumentError, match=r"the factory returned .*; expected a tensorkv.engines.Engine"):
+        tensorkv.create("something")
 
 
 def test_the_names_of_this_version():

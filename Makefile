@@ -38,5 +38,5 @@ clean: ## Remove caches and outputs; .venv stays
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[bench,dev,examples,jax,ray]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[bench,cli,dev,examples,jax,ray]'
 	@touch $@

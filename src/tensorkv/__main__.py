@@ -1,5 +1,5 @@
 """The command line as ``python -m tensorkv``."""
 
-from tensorkv.cli.main import main
+from tensorkv.cli import run
 
-raise SystemExit(main())
+raise SystemExit(run())

@@ -221,6 +221,13 @@ def test_the_package_is_a_command():
     assert ended.stdout == f"tensorkv {tensorkv.__version__}\n"
 
 
+def test_without_rich_the_command_says_what_to_install():
+    code = "import sys; sys.modules['rich'] = None; import runpy; runpy.run_module('tensorkv', run_name='__main__')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=100)
+    shown = "tensorkv: the command line needs rich; pip install 'tensorkv[cli]'\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", shown)
+
+
 def test_closed_standard_output_is_one_line():
     command = f"{shlex.quote(sys.executable)} -m tensorkv tutorial >&-"
     ended = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=False, timeout=100)

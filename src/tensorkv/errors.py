@@ -1,31 +1,31 @@
 """Every error that tensorkv raises on purpose.
 
 TensorKVError
-├── KeyTypeError           (TypeError)     a key that is no str or int, or of the other type
+├── KeyTypeError           (TypeError)     an invalid key, or keys of both types in one store
 ├── KeyNotFoundError       (KeyError)      a key that was never initialised
-├── KeyExistsError         (ValueError)    init of a key that is there already
-├── ArgumentError          (ValueError)    forms that do not fit: unequal lengths, unknown options
-├── ArrayTypeError         (TypeError)     something that is no array, or an array of no use here
-├── ValueMismatchError     (ValueError)    shape or dtype that differs from the key's
+├── KeyExistsError         (ValueError)    init of a key that exists
+├── ArgumentError          (ValueError)    invalid arguments: unequal lengths, unknown options
+├── ArrayTypeError         (TypeError)     not an array, or one that a store cannot hold, read or fill
+├── ValueMismatchError     (ValueError)    a shape or dtype that differs from the key's
 ├── NonFiniteError         (ValueError)    NaN or Inf pushed to a store with nonfinite="raise"
-├── OptimizerError         (ValueError)    unknown optimizer, bad number, value it cannot update
-├── UpdaterError           (RuntimeError)  an updater that broke its contract
-├── CheckpointError        (ValueError)    a checkpoint that cannot be written or trusted
+├── OptimizerError         (ValueError)    an unknown optimizer, an invalid hyperparameter, a value it cannot update
+├── UpdaterError           (RuntimeError)  an updater that called its store, or returned an array
+├── CheckpointError        (ValueError)    a checkpoint that is damaged, does not fit, or cannot be written
 ├── JournalError           (RuntimeError)  a store's folder that cannot be written, trusted or shared
-├── SnapshotError          (RuntimeError)  a snapshot that is not held any more, or one too many
-├── EngineNotFoundError    (ValueError)    a type name that no engine has
-├── WorkerMismatchError    (RuntimeError)  workers in step that did not make the same call
+├── SnapshotError          (RuntimeError)  a snapshot that was dropped, or one more than the store keeps
+├── EngineNotFoundError    (ValueError)    an unknown type of store
+├── WorkerMismatchError    (RuntimeError)  desync: dist_sync workers that did not make the same call
 ├── RankDeadError          (RuntimeError)  a dist_sync worker that died, stalled or ended early
-├── WorkerError            (RuntimeError)  what another worker's updater raised
+├── WorkerError            (RuntimeError)  another worker's failure inside a call of all workers
 ├── ServerLostError        (RuntimeError)  a parameter server that is gone, with the values that it held
-├── PushOutcomeUnknownError (RuntimeError) a request that no server has answered in time
-├── WaitTimeoutError       (TimeoutError)  a version, a round or a worker that did not come in time
+├── PushOutcomeUnknownError (RuntimeError) a request without a reply: it was applied once or not at all
+├── WaitTimeoutError       (TimeoutError)  a version, a round or a worker that was awaited for too long
 ├── StoreClosedError       (RuntimeError)  a verb after close()
 └── ForkedStoreError       (RuntimeError)  a parent's store used in a forked child
 
 SparseOutWarning (UserWarning)             a sparse `out` that a plain pull has skipped
 
-Messages name the key, what was expected, what came and what to do.
+Messages name the key, what was expected, what was given, and what to do.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ class KeyNotFoundError(TensorKVError, KeyError):
 
 
 class KeyExistsError(TensorKVError, ValueError):
-    """``init`` of a key that the store holds already, or twice in one call."""
+    """``init`` of a key that exists, or that is given twice in one call."""
 
 
 class ArgumentError(TensorKVError, ValueError):
-    """The arguments of a call do not fit together."""
+    """An argument is invalid, or the arguments of a call do not fit together."""
 
 
 class ArrayTypeError(TensorKVError, TypeError):
-    """An argument is no array, or an array that a store cannot hold, read or fill."""
+    """An argument is not an array, or an array that a store cannot hold, read or fill."""
 
 
 class ValueMismatchError(TensorKVError, ValueError):
@@ -70,19 +70,19 @@ class ValueMismatchError(TensorKVError, ValueError):
 
 
 class NonFiniteError(TensorKVError, ValueError):
-    """A push brought NaN or Inf to a store created with ``nonfinite="raise"``."""
+    """The sum of a push has NaN or Inf, and the store was created with ``nonfinite="raise"``."""
 
 
 class OptimizerError(TensorKVError, ValueError):
-    """The optimizer is unknown, a number is out of its range, or it cannot update a value."""
+    """The optimizer is unknown, a hyperparameter is out of range, or the optimizer cannot update a value."""
 
 
 class UpdaterError(TensorKVError, RuntimeError):
-    """An updater called the store that runs it, or returned an array instead of changing its own."""
+    """An updater called the store that runs it, or returned an array instead of changing ``stored`` in place."""
 
 
 class CheckpointError(TensorKVError, ValueError):
-    """A checkpoint is damaged, foreign or does not fit, or cannot be written."""
+    """A checkpoint is damaged, not tensorkv's, does not fit the store, or cannot be written."""
 
 
 class JournalError(TensorKVError, RuntimeError):
@@ -90,11 +90,11 @@ class JournalError(TensorKVError, RuntimeError):
 
 
 class SnapshotError(TensorKVError, RuntimeError):
-    """A snapshot is not held any more, or too many are."""
+    """A snapshot was dropped, or the store keeps as many as it may."""
 
 
 class EngineNotFoundError(TensorKVError, ValueError):
-    """No engine has this type name."""
+    """No engine is registered under this type name."""
 
 
 class WorkerMismatchError(TensorKVError, RuntimeError):
@@ -114,11 +114,11 @@ class ServerLostError(TensorKVError, RuntimeError):
 
 
 class PushOutcomeUnknownError(TensorKVError, RuntimeError):
-    """No server has answered a request in time, however often it was sent: it was applied once, or not at all."""
+    """No server replied to a request in time, however often it was retried: it was applied once or not at all."""
 
 
 class WaitTimeoutError(TensorKVError, TimeoutError):
-    """A version, a round or another worker did not come in time; the store goes on."""
+    """A version, a round or another worker was awaited for longer than the timeout; the store goes on."""
 
 
 class StoreClosedError(TensorKVError, RuntimeError):
@@ -130,7 +130,7 @@ class ForkedStoreError(TensorKVError, RuntimeError):
 
 
 class SparseOutWarning(UserWarning):
-    """A plain ``pull`` skipped a sparse ``out``."""
+    """``pull`` skipped a sparse ``out``, which ``row_sparse_pull`` fills."""
 
 
 def suggestion(word: object, choices: Iterable[object]) -> str:

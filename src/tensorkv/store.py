@@ -58,7 +58,7 @@ R = TypeVar("R")
 CAPABILITIES = ("checkpoint", "optimizer", "rows", "snapshot", "updater")
 # How long a pull waits for a version, in seconds.
 WAIT_S = 60.0
-# What MXNet's KVStore has and this one has not, or has under another name.
+# Attributes of MXNet's KVStore that this one lacks, and what to use instead.
 _MXNET_NAMES = {
     "_barrier": "use barrier()",
     "_send_command_to_servers": "servers run no commands of workers",
@@ -73,23 +73,24 @@ _MXNET_NAMES = {
 
 @runs_outside_modes
 def create(type: str = "local", **options: Any) -> KVStore:
-    """Return a store: a new and empty one, what a folder holds, or servers that are there.
+    """Create an empty store, open one that is kept in a folder, or connect to parameter servers.
 
     Args:
-        type: ``"local"``: one process, sums on the CPU. ``"device"``: sums on the device where arrays are.
-            ``"dist_sync"``: processes and hosts in step. ``"dist_async"``: parameter servers, those of its name in
-            the Ray cluster if there are any. See ``tensorkv.engines.names()`` for all, aliases included.
+        type: ``"local"``: one process, sums on the CPU. ``"device"``: one process, sums on the device of the arrays.
+            ``"dist_sync"``: processes on one or several hosts, in lock step. ``"dist_async"``: parameter servers in a
+            Ray cluster, which are started if no servers of this name run. ``tensorkv.engines.names()`` lists all
+            types, with their aliases.
         **options: of the type. All take ``nonfinite``: ``"pass"`` (default), ``"raise"`` or ``"skip"`` updates
             whose sum has NaN or Inf.
             ``local``, ``device``: ``threads``; ``local`` also ``path``, ``durability`` and ``log_nbytes``, for a
-            store in a folder.
+            store that is kept in a folder.
             ``dist_sync``: ``timeout_s``, ``shared_memory``.
             ``dist_async``: ``num_servers``, ``num_workers``, ``mode``, ``staleness``, ``path``, ``durability``,
             ``keep``, ``lost_after_s``, ``name``, ``address``, ``timeout_s``, ``insecure``.
 
     Raises:
-        EngineNotFoundError: no such type.
-        ArgumentError: an option that the type does not have, or out of range.
+        EngineNotFoundError: the type is unknown.
+        ArgumentError: the type has no such option, or its value is out of range.
         JournalError: a folder that cannot be opened.
         RankDeadError, ServerLostError: other workers, or servers, that did not come in time.
 
@@ -101,7 +102,7 @@ def create(type: str = "local", **options: Any) -> KVStore:
 
 
 def _collective(method: Callable[P, R]) -> Callable[P, R]:
-    """Have a method of a store be a call that all its workers make together, outside of torch's modes."""
+    """Make a method of a store a call that all workers make together, outside of torch's modes."""
 
     @wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -115,9 +116,9 @@ def _collective(method: Callable[P, R]) -> Callable[P, R]:
 class KVStore:
     """A key-value store of tensors: write by summing (``push``), read by copying (``pull``).
 
-    Made by ``tensorkv.create``. Keys are str or int, one type per store. Arrays may be NumPy, PyTorch,
-    JAX, CuPy or any with ``__dlpack__``; the store never shares memory with its callers. Every method
-    may be called from several threads. A store is also a context manager that closes itself.
+    Stores are made by ``tensorkv.create``. Keys are str or int, one type per store. Arrays may be NumPy, PyTorch,
+    JAX, CuPy or any that have ``__dlpack__``; the store never shares memory with its callers. Every method may be
+    called from several threads. As a context manager a store closes itself.
 
     >>> import numpy as np
     >>> with create("local") as kv:
@@ -143,7 +144,7 @@ class KVStore:
         self._metrics = Metrics()
         forks.keep(self)
 
-    if not TYPE_CHECKING:  # type checkers are to find names that are not there
+    if not TYPE_CHECKING:  # so that type checkers report unknown names
 
         def __getattr__(self, name: str) -> Any:
             hint = f"; {_MXNET_NAMES[name]}" if name in _MXNET_NAMES else ""
@@ -153,16 +154,16 @@ class KVStore:
 
     @_collective
     def init(self, key: Any, value: Any = None) -> None:
-        """Put new keys into the store, with copies of their first values.
+        """Create keys, with copies of their initial values.
 
         Args:
             key: a key, a list of keys, or a mapping of key to value.
-            value: an array or ``Rows`` (a sparse table), or a list of as many as keys.
+            value: an array or ``Rows`` (a sparse table); for a list of keys, a list of these.
 
         Raises:
-            KeyExistsError: a key is there already, or given twice.
-            KeyTypeError: not a key, or not of the store's key type.
-            ArrayTypeError: not an array that a store can hold.
+            KeyExistsError: a key exists, or is given twice.
+            KeyTypeError: a key is invalid, or not of the store's key type.
+            ArrayTypeError: the store cannot hold such a value.
 
         >>> import numpy as np
         >>> kv = create()
@@ -179,20 +180,20 @@ class KVStore:
     def push(self, key: Any, value: Any = None, priority: int = 0) -> None:
         """Sum the parts of each key, in the order given, and update the key's value with the sum.
 
-        The update is assignment, or what ``set_updater`` or ``set_optimizer`` said. The whole call is
+        The update is assignment, or the update rule of ``set_updater`` or ``set_optimizer``. The whole call is
         checked before any key changes. float16 and bfloat16 are summed in float32 and rounded once;
-        integers wrap around on overflow; bool adds by "or".
+        integers wrap around on overflow; bools are combined by "or".
 
         Args:
-            key: a key, a list of keys (a repeated key's parts are summed), or a mapping.
-            value: an array or ``Rows`` or a list of parts, or a list of those, one for each key.
-            priority: higher goes first where an engine queues pushes; ``local`` does not.
+            key: a key, a list of keys (the parts of a repeated key are summed), or a mapping of key to value.
+            value: an array, ``Rows``, or a list of parts; for a list of keys, a list of these.
+            priority: queued pushes of higher priority go first (``dist_sync``); ``local`` does not queue.
 
         Raises:
-            KeyNotFoundError: a key that was not initialised.
-            ValueMismatchError: a part's shape or dtype does not fit.
+            KeyNotFoundError: a key was not initialised.
+            ValueMismatchError: a part's shape or dtype does not fit the key.
             ArrayTypeError, ArgumentError, KeyTypeError, NonFiniteError, OptimizerError, UpdaterError.
-            JournalError: a store in a folder could not write; nothing has changed.
+            JournalError: a store that is kept in a folder could not write; nothing has changed.
             RankDeadError, WorkerMismatchError, WorkerError: of ``dist_sync``, also for a push before this one.
             ServerLostError, PushOutcomeUnknownError, WaitTimeoutError: of ``dist_async``; the last two may come of a
             push that was applied, as their messages say.
@@ -224,25 +225,25 @@ class KVStore:
 
         Args:
             key: a key, a list of keys, or a mapping of key to out.
-            out: an array to fill, a list of arrays (several devices), or a list of those, one for each
-                key. Any strides, any device; the value is cast to its dtype if that is of the same
-                family or holds every value exactly.
+            out: an array to fill, or a list of arrays (on several devices); for a list of keys, a list of these.
+                Strides and devices may differ; the value is cast to the dtype of ``out`` if that is of the same
+                kind or holds every value exactly.
             priority: as for ``push``.
-            ignore_sparse: skip a sparse ``out`` with one warning rather than raise.
-            like: without ``out``, an array whose library and device the result has.
-            min_version: wait until every key has had so many updates (``info(key).version``), by whomever.
-            timeout_s: how long to wait for them, in seconds (default 60).
+            ignore_sparse: skip a sparse ``out`` with one warning instead of raising.
+            like: without ``out``, an array of the library and device to return.
+            min_version: wait until every key has had this many updates (``info(key).version``) by any worker.
+            timeout_s: how long to wait for ``min_version``, in seconds (default 60).
 
         Returns:
-            None with ``out``. Else a new array (a list for a list of keys) of the library, dtype and
+            None with ``out``. Otherwise a new array (a list for a list of keys) of the library, dtype and
             device that the key was initialised with.
 
         Raises:
-            KeyNotFoundError: a key that was not initialised.
-            ValueMismatchError: an out's shape or dtype does not fit.
-            ArrayTypeError: an out that cannot be written (read-only, JAX). Nothing has been written.
-            ArgumentError: two outs overlap in memory, or forms that do not fit.
-            WaitTimeoutError: the version did not come in time; nothing has been written.
+            KeyNotFoundError: a key was not initialised.
+            ValueMismatchError: the shape or dtype of an out does not fit.
+            ArrayTypeError: an out cannot be written (read-only, JAX); nothing has been written.
+            ArgumentError: two outs overlap in memory, or the arguments do not fit together.
+            WaitTimeoutError: the version was not reached in time; nothing has been written.
 
         >>> import numpy as np
         >>> kv = create()
@@ -298,7 +299,7 @@ class KVStore:
 
     @_collective
     def broadcast(self, key: Any, value: Any = None, out: Any = None, priority: int = 0) -> Any:
-        """Put new keys into the store, then pull them: init and pull in one call.
+        """Create keys, then pull them: ``init`` and ``pull`` in one call.
 
         Args:
             key, value: as for ``init``.
@@ -340,18 +341,18 @@ class KVStore:
 
         Args:
             key: a key of a sparse table or of a dense value, or a list of keys.
-            out: ``Rows`` whose ids and values are to be replaced, or a list of as many as keys.
+            out: ``Rows`` whose ids and values are replaced; for a list of keys, a list of these.
             priority: as for ``push``.
-            row_ids: integers in an array of any shape or a list, any order, repeats allowed; for a list of keys, a
-                list of as many of these.
+            row_ids: integers in an array of any shape or a list, in any order, repeats allowed; for a list of keys, a
+                list of these.
 
         Returns:
-            None with ``out``. Else ``Rows`` with unique, sorted ids (a list for a list of keys), in the
-            library that the key was initialised with. Rows that a table has never seen are zero.
+            None with ``out``. Otherwise ``Rows`` with unique, sorted ids (a list for a list of keys), of the
+            library that the key was initialised with. Rows that were never pushed are zero.
 
         Raises:
             KeyNotFoundError, ArrayTypeError: as for ``pull``.
-            ValueMismatchError: an id out of range, or a value without rows.
+            ValueMismatchError: an id is out of range, or the value is 0-d.
 
         >>> import numpy as np, tensorkv
         >>> kv = create()
@@ -386,26 +387,26 @@ class KVStore:
 
     @runs_outside_modes
     def snapshot(self) -> Snapshot:
-        """Hold all values as they are now, for reading: no update is half in it, on whatever server its keys are.
+        """Take a consistent snapshot of all values: each update is in it as a whole or not at all, on every server.
 
         Returns:
-            A ``Snapshot`` with ``pull``, ``row_sparse_pull``, ``keys`` and ``versions``; close it when you are done.
+            A ``Snapshot`` with ``pull``, ``row_sparse_pull``, ``keys`` and ``versions``; close it after use.
 
         Raises:
-            ArgumentError: this type of store takes none (``is_capable("snapshot")``).
-            SnapshotError: as many are held as the store keeps.
+            ArgumentError: this type of store has no snapshots (``is_capable("snapshot")``).
+            SnapshotError: the store holds as many snapshots as it keeps.
 
         >>> import numpy as np
         >>> kv = create()
         >>> kv.init("w", np.zeros(2))
-        >>> with kv.snapshot() as moment:
+        >>> with kv.snapshot() as snapshot:
         ...     kv.push("w", np.ones(2))
-        ...     moment.pull("w"), moment.versions["w"]
+        ...     snapshot.pull("w"), snapshot.versions["w"]
         (array([0., 0.]), 0)
         """
         self._begin("snapshot")
         if "snapshot" not in self._engine.capabilities:
-            raise ArgumentError(f"snapshot: a store of type {quote(self._type)} takes none; use save()")
+            raise ArgumentError(f"snapshot: a store of type {quote(self._type)} has no snapshots; use save()")
         reader, versions = shield.run(self._engine.snapshot)
         return Snapshot(KVStore(reader, self._type), versions, self)
 
@@ -413,20 +414,19 @@ class KVStore:
 
     @_collective
     def set_updater(self, updater: Updater | None) -> None:
-        """Update values with a function instead of by assignment.
+        """Update values with a function of the sum and the value.
 
         Args:
-            updater: ``updater(key, received, stored)`` changes ``stored`` in place. Both arrays are of
-                the key's library (NumPy for JAX, whose arrays cannot be changed); for a push of Rows
-                they are Rows with equal ids, and ``stored.values`` is what to change. None restores
-                assignment.
+            updater: ``updater(key, received, stored)``, which changes ``stored`` in place; ``received`` is the sum.
+                Both are arrays of the key's library (NumPy for JAX, whose arrays are immutable); for a push of Rows
+                they are Rows with equal ids, and the function changes ``stored.values``. None restores assignment.
 
         Raises:
-            ArgumentError: not callable.
+            ArgumentError: not callable; or the type is ``dist_async``, since a function cannot be sent without
+                pickle.
 
-        An updater that raises leaves its key as it was, and the exception reaches the caller of the
-        push. One that calls the store raises UpdaterError. It runs while the store is locked.
-        ``dist_async`` takes no function, which cannot travel as data: ArgumentError.
+        If the updater raises, its key keeps its value, and the exception reaches the caller of the push. It runs
+        while the store is locked: calling the store from it raises UpdaterError.
 
         >>> import tensorkv, numpy as np
         >>> def update(key, received, stored):
@@ -444,23 +444,22 @@ class KVStore:
 
     @_collective
     def set_optimizer(self, optimizer: Any, *unnamed: Any, **numbers: Any) -> None:
-        """Update values by an optimizer, the sum of a push being the gradient.
+        """Update values with an optimizer, which takes the sum of a push as the gradient.
 
         Args:
             optimizer: the name or class of an optimizer of torch.optim, such as ``"sgd"``, ``"adamw"``
-                or ``torch.optim.SGD``. Not LBFGS and SparseAdam, which need more than a gradient.
-            *unnamed: nothing; hyperparameters are given by name.
+                or ``torch.optim.SGD``. LBFGS and SparseAdam are not supported: they need more than a gradient.
+            *unnamed: not allowed; give hyperparameters by name.
             **numbers: hyperparameters by their torch.optim names; also ``rescale_grad`` (factor on the
-                sum, default 1) and ``clip_gradient`` (bound on each element's absolute value after
+                sum, default 1) and ``clip_gradient`` (bound on the absolute value of each element after
                 rescaling, default None).
 
         Raises:
-            OptimizerError: unknown name or number, or a number out of range.
-            ArgumentError: a hyperparameter without its name.
+            OptimizerError: the optimizer or a hyperparameter is unknown, or a hyperparameter is out of range.
+            ArgumentError: a hyperparameter was given without its name.
 
-        Only the keys of a push step. A second call with the same optimizer keeps its state and
-        replaces its numbers. Rows step lazily: rows that a push does not name do not move, and neither
-        does their momentum.
+        A push steps its own keys only. Setting the same optimizer again keeps its state and replaces its
+        hyperparameters. Rows step lazily: rows that are not in a push change neither value nor momentum.
 
         >>> import tensorkv, numpy as np
         >>> kv = tensorkv.create()
@@ -477,16 +476,16 @@ class KVStore:
 
     @_collective
     def set_hyperparameters(self, keys: Any = None, *unnamed: Any, **numbers: Any) -> None:
-        """Change numbers of the optimizer while it runs, keeping its state.
+        """Change hyperparameters of the optimizer and keep its state.
 
         Args:
-            keys: a key or a list of keys; None changes all, single keys' own numbers included.
-            *unnamed: nothing; hyperparameters are given by name.
-            **numbers: such as ``lr=0.01``; ``rescale_grad`` and ``clip_gradient`` are for all keys only.
+            keys: a key or a list of keys; None changes all keys, and replaces what was set for single keys.
+            *unnamed: not allowed; give hyperparameters by name.
+            **numbers: such as ``lr=0.01``; ``rescale_grad`` and ``clip_gradient`` hold for all keys only.
 
         Raises:
-            OptimizerError: no optimizer, unknown number, or a number out of range.
-            KeyNotFoundError: a key that was not initialised.
+            OptimizerError: the store has no optimizer, or a hyperparameter is unknown or out of range.
+            KeyNotFoundError: a key was not initialised.
 
         >>> import tensorkv
         >>> kv = tensorkv.create()
@@ -503,7 +502,7 @@ class KVStore:
 
     @property
     def optimizer(self) -> dict[str, Any] | None:
-        """The optimizer's name and numbers as a dict, None without one."""
+        """The optimizer's name and hyperparameters as a dict, None without an optimizer."""
         self._check_fork("optimizer")
         spec = self._engine.optimizer
         if spec is None:
@@ -517,11 +516,11 @@ class KVStore:
         """Write values, rows, versions, the optimizer and its state to a checkpoint.
 
         Args:
-            path: a directory, new or an older checkpoint. A crash at any moment leaves the old
-                checkpoint or the new one.
+            path: a directory that is new, empty or holds a checkpoint, which is replaced. A crash at any moment
+                leaves the old checkpoint or the new one.
 
         Raises:
-            CheckpointError: the path holds something else, or cannot be written.
+            CheckpointError: the directory holds something else, or cannot be written.
 
         An updater is a function and is not saved; set it again after ``load``.
         """
@@ -530,23 +529,23 @@ class KVStore:
 
     @_collective
     def load(self, path: str | os.PathLike[str], *, missing_ok: bool = False) -> bool:
-        """Become what was saved: every key is replaced, and the update rule too.
+        """Replace every key and the update rule by those of a checkpoint.
 
-        Only where an updater was in force at the save, which is a function and not saved, does the
-        present rule stay. The optimizer's numbers are those that were saved, ``lr`` and ``rescale_grad``
-        among them: change them afterwards with ``set_hyperparameters``.
+        The optimizer gets the hyperparameters that were saved, ``lr`` and ``rescale_grad`` among them; change them
+        afterwards with ``set_hyperparameters``. A checkpoint of a store with an updater, which is a function and not
+        saved, leaves the present update rule in force.
 
         Args:
             path: a directory that ``save`` wrote.
-            missing_ok: do nothing if no checkpoint was saved there yet: there is no directory, or it holds nothing but
-                what a crash in the first save has left. A damaged checkpoint is an error all the same. With several
-                workers, what rank 0 sees counts.
+            missing_ok: do nothing if no checkpoint was saved yet: the directory does not exist, or holds only what a
+                crash in the first save has left. A damaged checkpoint still raises. With several workers, what rank 0
+                finds counts.
 
         Returns:
             Whether a checkpoint was loaded.
 
         Raises:
-            CheckpointError: not a checkpoint, or a damaged one; the store is as it was.
+            CheckpointError: not a checkpoint, or a damaged one; the store has not changed.
 
         >>> import tempfile, tensorkv, numpy as np
         >>> kv = tensorkv.create()
@@ -586,18 +585,18 @@ class KVStore:
 
     @_collective
     def load_optimizer_states(self, path: str | os.PathLike[str]) -> None:
-        """Set the optimizer, its numbers and its state to what ``save_optimizer_states`` wrote.
+        """Set the optimizer, its hyperparameters and its state to what ``save_optimizer_states`` wrote.
 
         Raises:
-            CheckpointError: not such a file, a damaged one, or keys and shapes that are not the store's;
-                the store is as it was.
+            CheckpointError: not such a checkpoint, a damaged one, or keys and shapes that differ from the store's;
+                the store has not changed.
         """
         self._begin("load_optimizer_states")
         shield.run(self._engine.load, folder_path("load_optimizer_states", path), "optimizer-states")
 
     @contextmanager
     def _scratch_folder(self) -> Iterator[str]:
-        """Give a temporary directory that every worker sees, gone afterwards; all workers call this together.
+        """Make a temporary directory that every worker sees, until the block ends; all workers enter it together.
 
         >>> import os, tensorkv
         >>> with tensorkv.create()._scratch_folder() as folder:
@@ -609,7 +608,7 @@ class KVStore:
             shield.run(self._engine.barrier)
 
     def _once(self, do: Callable[[], Any]) -> None:
-        """Have rank 0 do something to files while the others wait; all workers call this together, a reader alone.
+        """Let rank 0 change files while the others wait; all workers call this together, a reader alone.
 
         Raises:
             CheckpointError: on every worker, if rank 0 could not do it.
@@ -667,7 +666,7 @@ class KVStore:
         """Describe a key: shape, dtype, device, version, nbytes, kind.
 
         Raises:
-            KeyNotFoundError: a key that was not initialised.
+            KeyNotFoundError: the key was not initialised.
 
         >>> import tensorkv, numpy as np
         >>> kv = tensorkv.create()
@@ -680,10 +679,10 @@ class KVStore:
 
     @_collective
     def delete(self, key: Any) -> None:
-        """Forget a key or a list of keys, and their optimizer state; all or none.
+        """Delete a key or a list of keys, with their optimizer state; all or none.
 
         Raises:
-            KeyNotFoundError: a key that was not initialised.
+            KeyNotFoundError: a key was not initialised.
         """
         self._begin("delete")
         keys = list(dict.fromkeys(keys_of("delete", key)))
@@ -691,13 +690,13 @@ class KVStore:
         self._metrics.forget(keys)
 
     def is_capable(self, name: str) -> bool:
-        """Tell whether this type of store can do something.
+        """Return whether this type of store has a capability.
 
         Args:
             name: ``"optimizer"``, ``"updater"``, ``"rows"``, ``"checkpoint"`` or ``"snapshot"``.
 
         Raises:
-            ArgumentError: no such capability.
+            ArgumentError: the capability is unknown.
 
         >>> import tensorkv
         >>> tensorkv.create().is_capable("optimizer")
@@ -709,9 +708,9 @@ class KVStore:
         return name in self._engine.capabilities
 
     def stats(self) -> dict[str, Any]:
-        """Return counts, bytes and seconds per verb, counts and bytes per key, and the engine's own.
+        """Return calls, bytes and seconds of each verb, calls and bytes of each key, and the engine's own counters.
 
-        ``"compiled"`` tells which of the compiled parts this installation has.
+        ``"compiled"`` lists which of the compiled parts this installation has.
 
         >>> import tensorkv, numpy as np
         >>> kv = tensorkv.create()
@@ -725,17 +724,17 @@ class KVStore:
 
     @runs_outside_modes
     def barrier(self) -> None:
-        """Wait until every worker has come here; with one worker, at once."""
+        """Wait until every worker has called ``barrier``; with one worker, return at once."""
         self._begin("barrier")
         shield.run(self._engine.barrier)
 
     @runs_outside_modes
     def leave(self) -> None:
-        """Push no more until every worker has left; with one worker, at once.
+        """Take part in the other workers' pushes until every worker has left: the join of uneven inputs.
 
-        For workers with unequal numbers of batches: who has none left calls this, the others go on, and a push
-        sums the parts of those who still push. It returns when every worker has left; then all may push again.
-        Until then, others may push and pull and nothing else.
+        With unequal numbers of batches, a worker that has none left calls this. The others go on: a push sums the
+        parts of the workers that still push. Until every worker has left, the others may only push and pull; then the
+        call returns, and all may push again. With one worker it returns at once.
 
         Raises:
             RankDeadError, WorkerMismatchError: as for ``push``.
@@ -747,7 +746,7 @@ class KVStore:
         shield.run(self._engine.leave)
 
     def dead_workers(self) -> list[int]:
-        """Return the ranks of workers that were here and have been silent for too long; without servers, none.
+        """Return the ranks of workers whose heartbeat has stopped (``dist_async``); other types have none.
 
         >>> import tensorkv
         >>> tensorkv.create().dead_workers()
@@ -760,10 +759,10 @@ class KVStore:
 
     @runs_outside_modes
     def close(self) -> None:
-        """Finish pending pushes and let go of the values; once is enough, twice does no harm.
+        """Finish pending pushes and release the values; closing twice has no effect.
 
-        Workers of ``dist_sync`` close together. The last client of ``dist_async`` ends the servers, and the process
-        that has started Ray waits for the others first, for at most ``timeout_s``.
+        Workers of ``dist_sync`` close together. The last client of ``dist_async`` shuts the servers down; the process
+        that started Ray waits for the other clients first, for at most ``timeout_s``.
         """
         if not self._closed:
             self._check_fork("close")
@@ -782,7 +781,7 @@ class KVStore:
         self._closed = True
 
     def __del__(self) -> None:
-        # A store that was dropped: what is more than memory of this process goes in its own time.
+        # The store was dropped without close: the engine releases later what is not memory of this process.
         engine = self.__dict__.get("_engine")
         if engine is not None and not self._closed and self._forks == forks.count:
             engine.abandon()
@@ -792,7 +791,7 @@ class KVStore:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        # What other workers say of the end must not hide why this one ends.
+        # An error of close must not hide the error that ends the block.
         with nullcontext() if kind is None else suppress(TensorKVError):
             self.close()
 
@@ -838,17 +837,17 @@ class KVStore:
 
 
 class Snapshot:
-    """All values of a store as they were at one moment.
+    """All values of a store at one moment, for reading.
 
-    Made by ``KVStore.snapshot``; also a context manager that closes itself.
+    Snapshots are made by ``KVStore.snapshot``. As a context manager a snapshot closes itself.
     """
 
     def __init__(self, store: Any, versions: Mapping[Key, int], owner: Any = None) -> None:
         self._store = store
-        # The store that it was taken of, which is there as long as this is.
+        # Keeps the store that the snapshot reads from alive.
         self._owner = owner
         self.versions = dict(versions)
-        """How many updates each key had had."""
+        """The number of updates that each key had had."""
 
     def keys(self) -> list[Key]:
         """Return every key, in the order of init."""
@@ -858,7 +857,7 @@ class Snapshot:
         """Copy values, as ``KVStore.pull`` does.
 
         Raises:
-            SnapshotError: it is not held any more.
+            SnapshotError: the snapshot was dropped.
             As ``KVStore.pull``.
         """
         return self._store.pull(key, out, like=like)
@@ -867,13 +866,13 @@ class Snapshot:
         """Copy rows, as ``KVStore.row_sparse_pull`` does.
 
         Raises:
-            SnapshotError: it is not held any more.
+            SnapshotError: the snapshot was dropped.
             As ``KVStore.row_sparse_pull``.
         """
         return self._store.row_sparse_pull(key, out, row_ids=row_ids)
 
     def close(self) -> None:
-        """Hold it no more."""
+        """Drop the snapshot."""
         self._store.close()
 
     def __enter__(self) -> Self:

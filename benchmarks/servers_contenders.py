@@ -120,7 +120,7 @@ class Servers(Worker):
             raise WrongResultError(f"{self.work.name}: key {last} has had {version} updates, expected {steps}")
 
     def found(self) -> dict[str, Any]:
-        return {**super().found(), "journal": self._kv.stats().get("journal")}
+        return {**super().found(), "journal": self._kv.stats().get("wal")}
 
     def close(self) -> None:
         if self._kv is not None:

@@ -11,7 +11,7 @@ TensorKVError
 ├── OptimizerError         (ValueError)    an unknown optimizer, an invalid hyperparameter, a value it cannot update
 ├── UpdaterError           (RuntimeError)  an updater that called its store, or returned an array
 ├── CheckpointError        (ValueError)    a checkpoint that is damaged, does not fit, or cannot be written
-├── JournalError           (RuntimeError)  a store's folder that cannot be written, trusted or shared
+├── StorageError           (RuntimeError)  a store's folder that could not be opened, read or written
 ├── SnapshotError          (RuntimeError)  a snapshot that was dropped, or one more than the store keeps
 ├── EngineNotFoundError    (ValueError)    an unknown type of store
 ├── WorkerMismatchError    (RuntimeError)  desync: dist_sync workers that did not make the same call
@@ -85,8 +85,8 @@ class CheckpointError(TensorKVError, ValueError):
     """A checkpoint is damaged, not tensorkv's, does not fit the store, or cannot be written."""
 
 
-class JournalError(TensorKVError, RuntimeError):
-    """The log or a snapshot of a durable store cannot be written or trusted, or another process has it open."""
+class StorageError(TensorKVError, RuntimeError):
+    """A store's folder could not be opened, read or written."""
 
 
 class SnapshotError(TensorKVError, RuntimeError):

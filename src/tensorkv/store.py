@@ -91,7 +91,7 @@ def create(type: str = "local", **options: Any) -> KVStore:
     Raises:
         EngineNotFoundError: the type is unknown.
         ArgumentError: the type has no such option, or its value is out of range.
-        JournalError: a folder that cannot be opened.
+        StorageError: a folder that cannot be opened.
         RankDeadError, ServerLostError: other workers, or servers, that did not come in time.
 
     >>> create("local")
@@ -193,7 +193,7 @@ class KVStore:
             KeyNotFoundError: a key was not initialised.
             ValueMismatchError: a part's shape or dtype does not fit the key.
             ArrayTypeError, ArgumentError, KeyTypeError, NonFiniteError, OptimizerError, UpdaterError.
-            JournalError: a store that is kept in a folder could not write; nothing has changed.
+            StorageError: a store that is kept in a folder could not write; nothing has changed.
             RankDeadError, WorkerMismatchError, WorkerError: of ``dist_sync``, also for a push before this one.
             ServerLostError, PushOutcomeUnknownError, WaitTimeoutError: of ``dist_async``; the last two may come of a
             push that was applied, as their messages say.

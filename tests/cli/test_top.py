@@ -179,7 +179,7 @@ def test_workers_are_alive_dead_expected_or_gone():
 def test_drawing_sends_no_control_characters(capsys):
     from rich.console import Console
 
-    Console(width=100).print(top.draw(top.report(SETTINGS, look(1), look(2, journal={"log_nbytes": 2048}), 1.0)))
+    Console(width=100).print(top.draw(top.report(SETTINGS, look(1), look(2, wal={"log_nbytes": 2048}), 1.0)))
     out = capsys.readouterr().out
     assert "\x1b" not in out
     for word in ("staleness 2", "2.0 KiB", "down", "dead", "staleness: 2 rounds now, 3 at most"):

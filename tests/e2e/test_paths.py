@@ -22,7 +22,7 @@ def fill(kv, number):
         kv.init("w", np.zeros(1000, np.float32))
     for _ in range(30):
         kv.push("w", np.full(1000, number, np.float32))
-    assert kv.stats()["journal"]["snapshots"] > 1
+    assert kv.stats()["wal"]["snapshots"] > 1
 
 
 def held(folder):
@@ -79,7 +79,7 @@ def test_a_folder_that_was_removed_takes_no_push(what, tmp_path):
             shutil.rmtree(tmp_path / "kept")
         else:
             (tmp_path / "kept" / "lock").unlink()
-        with pytest.raises(tensorkv.JournalError, match="was removed"):
+        with pytest.raises(tensorkv.StorageError, match="was removed"):
             kv.push("w", np.ones(2))
         assert kv.pull("w").tolist() == [0, 0]
 

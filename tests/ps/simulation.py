@@ -203,7 +203,7 @@ class Loop:
 
 
 class Disk:
-    """A journal that is kept here, as far as a shard uses one."""
+    """A write-ahead log that is kept here, as far as a shard uses one."""
 
     def __init__(self, disks, path, *_):
         self.path, self._kept = path, disks.setdefault(path, {"snapshot": [], "log": []})
@@ -228,7 +228,7 @@ class Disk:
         self._kept.update(snapshot=[self._copy(each) for each in records], log=[])
         return True
 
-    snapshot_behind = snapshot
+    begin_snapshot = snapshot
 
     def read(self):
         yield from ((self._copy(each), True) for each in self._kept["snapshot"])
@@ -237,7 +237,7 @@ class Disk:
     def begin(self):
         pass
 
-    settle = close = begin
+    wait_for_snapshot = close = begin
 
 
 # ---------------------------------------------------------------- servers
@@ -507,7 +507,7 @@ class World(Loop):
         enter(mock.patch.object(moments, "secrets", token))
         enter(mock.patch.object(ray_engine, "os", namespace(environ=Environment())))
         enter(mock.patch.object(cluster, "stop_servers", self.stop_servers))
-        enter(mock.patch.object(durable, "Journal", lambda *more: Disk(self.disks, *more)))
+        enter(mock.patch.object(durable, "WriteAheadLog", lambda *more: Disk(self.disks, *more)))
         self.at(1.0, self._tick)
         self.actors = [Actor(self, replace(self.settings, index=index)) for index in range(self.settings.num_servers)]
         return self

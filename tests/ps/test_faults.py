@@ -148,7 +148,7 @@ def test_killed_servers_lose_no_acknowledged_push_and_make_none_twice(tmp_path):
         with pytest.raises(tensorkv.ArgumentError, match=r"num_servers is 3, not 2"):
             tensorkv.create("dist_async", name=name_of(kv), num_servers=2)
     # The store has ended; its folder is there.
-    with pytest.raises(tensorkv.JournalError, match="was written by 3 servers, and num_servers is 2"):
+    with pytest.raises(tensorkv.StorageError, match="was written by 3 servers, and num_servers is 2"):
         create(num_servers=2, path=tmp_path / "store")
 
 
@@ -364,7 +364,7 @@ def test_a_full_disk_is_an_error_and_nothing_is_acknowledged_that_is_not_kept(tm
             try:
                 kv.push("w", np.ones(2000, F32))
                 acknowledged += 1
-            except tensorkv.JournalError as error:
+            except tensorkv.StorageError as error:
                 refused = error
         assert "File too large" in str(refused)
         assert 1 < acknowledged < 10
@@ -389,7 +389,7 @@ def test_two_stores_on_one_path_and_options_that_differ(tmp_path):
                 tensorkv.create("dist_async", name=name, **options)
         with pytest.raises(tensorkv.ArgumentError, match="its path is"):
             tensorkv.create("dist_async", name=name, path=tmp_path / "other")
-        with pytest.raises(tensorkv.JournalError, match=r"another process|open"):
+        with pytest.raises(tensorkv.StorageError, match=r"another process|open"):
             create(path=tmp_path / "store", timeout_s=40)
         kv.init("w", np.ones(2))
         with create() as other:

@@ -61,7 +61,7 @@ def test_options_out_of_range(options, said, tmp_path, monkeypatch):
     [
         (OutOfMemoryError("Task was killed\n" + "top process: 1 GB\n" * 40), "memory monitor has killed its process"),
         (RayError("actor died\n  Task was killed due to the node running low on memory.\n1 GB\n"), "short of memory"),
-        (RayError("in its task\n  File 'x', line 1\ntensorkv.errors.JournalError: s: is damaged\n"), "s: is damaged"),
+        (RayError("in its task\n  File 'x', line 1\ntensorkv.errors.StorageError: s: is damaged\n"), "s: is damaged"),
         (RayError("The actor died unexpectedly.\n\tclass_name: ServerActor\n"), "The actor died unexpectedly."),
         (RayError(""), ""),
     ],

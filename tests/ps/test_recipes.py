@@ -108,5 +108,5 @@ def test_a_damaged_folder_is_named_when_the_store_is_created(tmp_path):
     data = bytearray(log.read_bytes())
     data[200] ^= 1
     log.write_bytes(data)
-    with pytest.raises(tensorkv.JournalError, match=rf"{log.name}.*record"):
+    with pytest.raises(tensorkv.StorageError, match=rf"{log.name}.*record"):
         tensorkv.create("dist_async", name="damaged", path=tmp_path / "store")

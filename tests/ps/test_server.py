@@ -17,12 +17,13 @@ import torch
 
 import tensorkv
 from tensorkv import Rows
+from tensorkv.arrays.packing import Item, pack, raw_bytes
 from tensorkv.engines import partition
 from tensorkv.engines.ps.server.cut import Cut
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.storage.durable import DurableShard
-from tensorkv.storage.record import Item, Record, nbytes_of, pack
-from tensorkv.storage.wal import Journal
+from tensorkv.storage.record import Record
+from tensorkv.storage.wal import WriteAheadLog
 from tensorkv.transport import mailbox
 from tensorkv.transport.wire import Reply, Request, Settings
 
@@ -167,7 +168,7 @@ def serve_twice_after_a_snapshot(cluster, message, *others):
 
 def push_of(kv, rank, number, value):
     words = {"verb": "push", "owner": kv._engine._owner, "client": f"{kv._engine._owner}.7", "rank": rank}
-    record = pack({}, [Item("n", "sum", torch.tensor([float(value)]))])
+    record = pack([Item("n", "sum", torch.tensor([float(value)]))])
     return Request({**words, "seq": number}, record.layout, record.payload[0])
 
 
@@ -235,7 +236,7 @@ def test_what_is_acknowledged_is_kept(tmp_path):
 
 
 def test_a_push_that_is_acknowledged_before_it_is_logged_is_noticed(tmp_path, monkeypatch):
-    real, late = Journal.append, []
+    real, late = WriteAheadLog.append, []
 
     def append(self, record):
         if record.head["verb"] == "push":
@@ -245,7 +246,7 @@ def test_a_push_that_is_acknowledged_before_it_is_logged_is_noticed(tmp_path, mo
         if record is not None:
             real(self, record)
 
-    monkeypatch.setattr(Journal, "append", append)
+    monkeypatch.setattr(WriteAheadLog, "append", append)
     assert lost_when_killed(tmp_path) == 10
 
 
@@ -354,9 +355,9 @@ def bits(kv, keys):
         info = kv.info(key)
         if info.kind == "rows":
             rows = kv.row_sparse_pull(key, row_ids=np.arange(info.shape[0]))
-            found.append(nbytes_of(rows.values).tobytes())
+            found.append(raw_bytes(rows.values).tobytes())
         else:
-            found.append(nbytes_of(kv.pull(key)).tobytes())
+            found.append(raw_bytes(kv.pull(key)).tobytes())
     return found
 
 
@@ -623,11 +624,11 @@ def test_a_load_that_fails_leaves_keys_where_they_were_and_one_that_succeeds_for
         kv.init(["b", "a", "c"], [np.full(9, 3, F32), np.full(4, 4, F32), np.full(2, 5, F32)])
 
         def fail(contents):
-            raise tensorkv.JournalError("the disk is full")
+            raise tensorkv.StorageError("the disk is full")
 
         for each in cluster.servers:
             monkeypatch.setattr(each._holding, "restore", fail)
-        with pytest.raises(tensorkv.JournalError, match="full"):
+        with pytest.raises(tensorkv.StorageError, match="full"):
             kv.load(tmp_path / "small")
         for client in (kv, cluster.store()):
             assert [client.pull(key).tolist() for key in "abc"] == [[4] * 4, [3] * 9, [5] * 2]

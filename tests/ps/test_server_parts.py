@@ -174,7 +174,7 @@ def happen(memory, how, text):
 
 
 def test_an_event_of_a_newer_version_is_refused():
-    with pytest.raises(tensorkv.JournalError, match="'moon' that is unknown"):
+    with pytest.raises(tensorkv.StorageError, match="'moon' that is unknown"):
         Memory(Rounds(1, 5)).apply([["moon", 1]])
 
 

@@ -23,6 +23,7 @@ import traceback
 import torch
 
 from tensorkv.arrays.interop import NUMPY
+from tensorkv.arrays.packing import raw_bytes
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.shard import optimizers
@@ -31,7 +32,6 @@ from tensorkv.shard.shard import Shard
 from tensorkv.storage import durable, wal
 from tensorkv.storage.dedup import Clients
 from tensorkv.storage.durable import DurableShard
-from tensorkv.storage.record import nbytes_of
 from tests.storage.seams import SEAMS, Seam
 
 PUSHES = 150
@@ -77,7 +77,7 @@ def bits(shard):
             (
                 entry.key,
                 entry.version,
-                *((name, bytes(nbytes_of(t))) for name, t in [("", entry.value), *sorted(entry.state.items())]),
+                *((name, bytes(raw_bytes(t))) for name, t in [("", entry.value), *sorted(entry.state.items())]),
             )
             for entry in entries
         ]
@@ -252,7 +252,7 @@ def forget_requests_in_snapshots():
 
 def old_log_goes_first():
     """Remove what a snapshot replaces before the snapshot counts."""
-    real = wal.Journal._finish
+    real = wal.WriteAheadLog._finish_snapshot
 
     def finish(self, temporary, descriptor, lsn):
         for first, _, name in self._files()[1]:
@@ -260,7 +260,7 @@ def old_log_goes_first():
                 self._folder.remove(name)
         real(self, temporary, descriptor, lsn)
 
-    wal.Journal._finish = finish
+    wal.WriteAheadLog._finish_snapshot = finish
 
 
 PLANTS = {

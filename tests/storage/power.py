@@ -1,6 +1,6 @@
 """A disk that loses its power: what of a folder may be left, given what was written and what was synced.
 
-``Disk`` wraps the calls of the system with which a journal writes: it does them, and remembers them. ``left`` makes a
+``Disk`` wraps the calls of the system with which a log is written: it does them, and remembers them. ``left`` makes a
 folder that may be found after the power went: what was not synced is there, partly there or lost, in the data of
 files and in the names of the folder.
 """

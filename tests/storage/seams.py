@@ -6,7 +6,7 @@ from tensorkv.shard import nonfinite, shard
 from tensorkv.storage import wal
 from tensorkv.storage.durable import DurableShard
 from tensorkv.storage.folder import Folder
-from tensorkv.storage.wal import Journal
+from tensorkv.storage.wal import WriteAheadLog
 
 # Name of the seam: where the step is found, its name there, and when it goes wrong.
 SEAMS = {
@@ -20,13 +20,13 @@ SEAMS = {
     "change, not begun": (shard.Shard, "_apply", "before"),
     "change, done": (shard.Shard, "_apply", "after"),
     "digest": (DurableShard, "_digests", "before"),
-    "snapshot": (Journal, "_write_snapshot", "before"),
+    "snapshot": (WriteAheadLog, "_write_snapshot", "before"),
     "sync of the snapshot": (os, "fsync", "before"),
     "rename, not done": (os, "replace", "before"),
     "rename, done": (os, "replace", "after"),
     "sync of the folder": (Folder, "sync", "before"),
-    "new log": (Journal, "_start_log", "before"),
-    "new log, begun": (Journal, "_start_log", "after"),
+    "new segment": (WriteAheadLog, "_begin_segment", "before"),
+    "new segment, begun": (WriteAheadLog, "_begin_segment", "after"),
     "removal": (os, "unlink", "before"),
 }
 

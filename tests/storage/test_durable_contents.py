@@ -5,9 +5,10 @@ import resource
 import pytest
 import torch
 
-from tensorkv import JournalError
+from tensorkv import StorageError
+from tensorkv.arrays.packing import Item
 from tensorkv.storage.durable import DurableShard
-from tensorkv.storage.record import Item, Record, frame, pack
+from tensorkv.storage.record import Record, frame
 
 ENTRY = {
     "key": "w",
@@ -22,9 +23,9 @@ ENTRY = {
 }
 BODY = {"kind": "store", "update": "assign", "optimizer": None, "keys": [ENTRY]}
 F2 = torch.zeros(2)
-INIT = pack({"verb": "init", "body": BODY}, [Item("value/w", "tensor", F2)])
+INIT = Record.pack({"verb": "init", "body": BODY}, [Item("value/w", "tensor", F2)])
 TABLE = {**ENTRY, "key": "t", "kind": "rows", "shape": [9, 2]}
-TABLE_INIT = pack(
+TABLE_INIT = Record.pack(
     {"verb": "init", "body": {**BODY, "keys": [TABLE]}},
     [Item("ids/t", "tensor", torch.tensor([1])), Item("value/t", "tensor", torch.zeros(1, 2))],
 )
@@ -39,11 +40,13 @@ SGD = {
 
 def init(tensors, update=None, **changed):
     body = {**BODY, **(update or {}), "keys": [{**ENTRY, **changed}]}
-    return pack({"verb": "init", "body": body}, [Item(name, "tensor", tensor) for name, tensor in tensors.items()])
+    return Record.pack(
+        {"verb": "init", "body": body}, [Item(name, "tensor", tensor) for name, tensor in tensors.items()]
+    )
 
 
 def push(*items, verb="push", **head):
-    return pack({"verb": verb, **head}, [Item(*item) for item in items])
+    return Record.pack({"verb": verb, **head}, [Item(*item) for item in items])
 
 
 def rows(ids, values, verb="put", key="t"):
@@ -114,7 +117,7 @@ def write(file, *records, snapshot=False):
 
 def refuse(folder):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(JournalError):
+    with pytest.raises(StorageError):
         DurableShard(str(folder), threads=1, wait_s=0)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "too many KiB"
 
@@ -141,7 +144,9 @@ def test_logs_that_no_store_writes_are_refused(made, tmp_path):
 
 
 def end(body=BODY, **changed):
-    return pack({"verb": "end", "body": body, "clients": {}, "notes": {}, **changed}, [Item("value/w", "tensor", F2)])
+    return Record.pack(
+        {"verb": "end", "body": body, "clients": {}, "notes": {}, **changed}, [Item("value/w", "tensor", F2)]
+    )
 
 
 SNAPSHOTS = {
@@ -152,11 +157,11 @@ SNAPSHOTS = {
     "client without a number": [end(clients={"a": "1"})],
     "notes that are a number": [end(notes=3)],
     "key twice": [end({**BODY, "keys": [ENTRY, ENTRY]})],
-    "tensor twice": [pack({"verb": "tensors"}, [Item("value/w", "tensor", F2)]), end()],
+    "tensor twice": [Record.pack({"verb": "tensors"}, [Item("value/w", "tensor", F2)]), end()],
     "no body": [Record({"verb": "end", "clients": {}, "notes": {}})],
     "states alone": [end({**BODY, "kind": "optimizer-states", "update": "optimizer", "optimizer": SGD})],
     "state of another shape": [
-        pack(
+        Record.pack(
             {
                 "verb": "end",
                 "clients": {},

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 import tensorkv
-from tensorkv import JournalError
+from tensorkv import StorageError
 from tensorkv.storage.durable import DurableShard
 from tests.support.checkpoints import snapshot
 
 FULL = """
 import sys
 import numpy as np, tensorkv
-from tensorkv import JournalError
+from tensorkv import StorageError
 kv = tensorkv.create("local", path=sys.argv[1], durability=sys.argv[2])
 kv.init("w", np.zeros(5000, np.float32))
 kv.set_optimizer("sgd", lr=1.0, maximize=True)
@@ -27,7 +27,7 @@ while refused < 20:
         kv.push("w", np.ones(5000, np.float32))
         done += 1
         again += refused >= 5
-    except JournalError as error:
+    except StorageError as error:
         assert "No space left" in str(error) or "nothing can be written" in str(error), error
         refused += 1
         if refused == 5:
@@ -44,7 +44,7 @@ import sys
 import tensorkv
 try:
     tensorkv.create("local", path=sys.argv[1])
-except tensorkv.JournalError as error:
+except tensorkv.StorageError as error:
     print(error)
 """
 
@@ -89,7 +89,7 @@ def test_a_limit_on_the_size_of_files(kv, tmp_path):
     before = snapshot(kv)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(JournalError, match="File too large"):
+        with pytest.raises(StorageError, match="File too large"):
             pushed(kv, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -110,14 +110,14 @@ def test_a_disk_that_fails(calls, kv, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         for call in calls:
             patch.setattr(os, call, fail)
-        with pytest.raises(JournalError, match="Input/output error"):
+        with pytest.raises(StorageError, match="Input/output error"):
             pushed(kv, 2)
     assert snapshot(kv) == before
     if calls == ["pwritev"]:
         pushed(kv, 3)
     else:
         # What the disk has may not be what was read from it: no change counts any more.
-        with pytest.raises(JournalError, match="nothing can be written"):
+        with pytest.raises(StorageError, match="nothing can be written"):
             pushed(kv, 3)
     after = snapshot(kv)
     kv.close()
@@ -127,7 +127,7 @@ def test_a_disk_that_fails(calls, kv, tmp_path, monkeypatch):
 
 
 def refused(folder, *words):
-    with pytest.raises(JournalError) as caught:
+    with pytest.raises(StorageError) as caught:
         DurableShard(str(folder), wait_s=0)
     assert all(word in str(caught.value) for word in words), caught.value
 
@@ -145,7 +145,7 @@ def test_folders_of_somebody_else(tmp_path):
 
 
 def test_two_stores_on_one_path(kv, tmp_path):
-    refused(tmp_path / "store", "a store of this very process has this folder open")
+    refused(tmp_path / "store", "a store of this process has this folder open")
     pushed(kv, 2)
     assert kv.pull("w")[0] == 2
 

@@ -8,10 +8,10 @@ import tempfile
 
 import pytest
 
-from tensorkv import JournalError
+from tensorkv import StorageError
 from tensorkv.storage import durable
 from tensorkv.storage.durable import DurableShard
-from tensorkv.storage.log_file import LogFile
+from tensorkv.storage.wal import SegmentWriter
 from tests.storage import kills
 from tests.storage.seams import SEAMS, Seam
 
@@ -55,12 +55,12 @@ def push_until_applied(shard, i, reopen):
     try:
         kills.push(shard, i)
         return shard
-    except (OSError, MemoryError, KeyboardInterrupt, JournalError):
+    except (OSError, MemoryError, KeyboardInterrupt, StorageError):
         pass
     try:
         look(shard, i, applied=False)
         kills.push(shard, i)
-    except JournalError:
+    except StorageError:
         # It serves nothing any more, or takes no changes; opened again it does both.
         shard.close()
         shard = reopen()
@@ -82,7 +82,7 @@ def run(folder, seam, fail, number, durability):
             for i in range(PUSHES):
                 shard = push_until_applied(shard, i, reopen)
                 # On a busy machine the next snapshot would be put off, and the fault would not strike.
-                shard._journal.settle()
+                shard._wal.wait_for_snapshot()
                 look(shard, i + 1, applied=True)
                 if fault.fired and random.random() < 0.5:
                     # Before the next snapshot, which would hide what is wrong with the log.
@@ -130,7 +130,7 @@ def never_undo(monkeypatch):
 
 
 def leave_a_log_that_was_not_begun(monkeypatch):
-    monkeypatch.setattr(LogFile, "_is_gone", lambda self, name: True)
+    monkeypatch.setattr(SegmentWriter, "_is_removed", lambda self, name: True)
     return "sync of the folder", fail_io
 
 
@@ -141,5 +141,5 @@ def test_planted_faults_are_noticed(plant, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "LOG_NBYTES", 1500)
     monkeypatch.setattr(sys.modules[__name__], "PUSHES", 9)
     random.seed(SEED)
-    with pytest.raises((AssertionError, JournalError)):
+    with pytest.raises((AssertionError, StorageError)):
         run_often(seam, fail)

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from tensorkv import JournalError
+from tensorkv import StorageError
 from tensorkv.storage import durable, wal
 from tensorkv.storage.durable import DurableShard
 from tensorkv.storage.folder import Folder
-from tensorkv.storage.log_file import LogFile
-from tensorkv.storage.wal import Journal
+from tensorkv.storage.wal import SegmentWriter, WriteAheadLog
 from tests.storage import kills
 from tests.storage.power import AtLast, AtOnce, Disk
 
@@ -89,14 +88,14 @@ def test_acknowledged_pushes_survive_a_loss_of_power(thread, monkeypatch):
 def finish_without_sync(self, temporary, descriptor, lsn):
     os.close(descriptor)
     self._folder.replace(temporary, temporary.replace(".tmp", ".tkv"))
-    self._sync_folder()
-    self._remove_old(lsn)
+    self._folder.sync()
+    self._remove_replaced(lsn)
 
 
 PLANTS = {
     "folders": (Folder, "sync", lambda self: None),
-    "the log": (LogFile, "_sync", lambda self: None),
-    "snapshots": (Journal, "_finish", finish_without_sync),
+    "the log": (SegmentWriter, "_sync", lambda self: None),
+    "snapshots": (WriteAheadLog, "_finish_snapshot", finish_without_sync),
 }
 
 
@@ -104,5 +103,5 @@ PLANTS = {
 def test_what_is_not_synced_is_noticed(plant, monkeypatch):
     monkeypatch.setattr(wal, "threading", SimpleNamespace(Thread=AtOnce))
     monkeypatch.setattr(*PLANTS[plant])
-    with pytest.raises((AssertionError, JournalError)):
+    with pytest.raises((AssertionError, StorageError)):
         run(20)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tensorkv
-from tensorkv import JournalError
+from tensorkv import StorageError
 from tensorkv.storage.folder import Folder
 from tensorkv.storage.lock import FolderLock
 
@@ -35,7 +35,7 @@ def hold(folder, *how):
 def test_two_in_one_process(tmp_path):
     first = FolderLock(Folder(tmp_path), 0)
     # It is not waited for: nobody else runs that could close it.
-    with pytest.raises(JournalError, match=r"a store of this very process has this folder open; close it first"):
+    with pytest.raises(StorageError, match=r"a store of this process has this folder open; close it first"):
         FolderLock(Folder(tmp_path), 3600)
     first.close()
     second = FolderLock(Folder(tmp_path), 0)
@@ -48,7 +48,7 @@ def test_a_store_that_is_dropped_lets_go_when_the_next_one_comes(tmp_path):
     """A cell of a notebook that is run again, whose old store is in a cycle of references."""
     kv = tensorkv.create("local", path=tmp_path / "store")
     kv.init("w", np.ones(2))
-    with pytest.raises(JournalError, match="a store of this very process has this folder open"):
+    with pytest.raises(StorageError, match="a store of this process has this folder open"):
         tensorkv.create("local", path=tmp_path / "store")
     kv.itself = kv
     gc.disable()
@@ -64,7 +64,7 @@ def test_a_store_that_is_dropped_lets_go_when_the_next_one_comes(tmp_path):
 
 def test_a_process_that_is_killed_lets_go(tmp_path):
     program = hold(tmp_path)
-    with pytest.raises(JournalError, match=rf"process {program.pid}\)"):
+    with pytest.raises(StorageError, match=rf"process {program.pid}\)"):
         FolderLock(Folder(tmp_path), 0)
     program.kill()
     lock = FolderLock(Folder(tmp_path), 10)
@@ -107,7 +107,7 @@ def children_of(pid, folder):
 @pytest.mark.parametrize("content", [b"hello", b"-000000000000001", b"ffffffffffffffff", b"1000000000000000 1\n"])
 def test_a_file_that_is_no_lock_is_left_alone(content, tmp_path):
     (tmp_path / "lock").write_bytes(content)
-    with pytest.raises(JournalError, match="not a lock of a store"):
+    with pytest.raises(StorageError, match="not the lock file of a store"):
         FolderLock(Folder(tmp_path), 0)
     assert (tmp_path / "lock").read_bytes() == content
 
@@ -117,6 +117,6 @@ def test_a_later_holder_is_noticed(tmp_path):
     lock.check()
     with open(tmp_path / "lock", "r+b") as file:
         file.write(b"%016x" % 7)
-    with pytest.raises(JournalError, match="another process has opened this store since"):
+    with pytest.raises(StorageError, match="another process has opened this store since"):
         lock.check()
     lock.close()

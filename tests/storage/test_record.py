@@ -1,21 +1,29 @@
 """Records: their bytes, to the last one, and what is refused."""
 
+import importlib.util
+import os
 import struct
+import sys
 import zlib
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tensorkv import JournalError
-from tensorkv.arrays.interop import NUMPY
+from tensorkv import StorageError
+from tensorkv.arrays.interop import DTYPES, NUMPY, dtype_name
+from tensorkv.arrays.packing import Item
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.shard.entry import Batch
 from tensorkv.storage import record
 from tensorkv.storage.durable import DurableShard
-from tensorkv.storage.record import Item, Record, frame, pack, read_frame, read_record, unpack
+from tensorkv.storage.folder import Folder
+from tensorkv.storage.record import Record, crc32, frame, read_frame, read_record
 
-# A change of these is a change of the format: docs/journal-format.md, a new magic, and a reader for the old one.
+# A change of these is a change of the format: docs/wal-format.md, a new magic, and a reader for the old one.
 LOG = (
     b"tkv12U\xdf\xf1\x03\x00\x00\x00\x00\x00\x00\x00$\x00\x00\x004\x00\x00\x00\x0c\x00\x00\x00\x00\x00\x00\x00mY"
     b'\xf7Zyw\xab8{"verb":"push","requests":[["a",2]]}[["w","ids","int64'
@@ -68,14 +76,14 @@ def joined(made, lsn=1):
 
 def reread(data):
     found = read_frame(data[: record.FRAME_NBYTES])
-    words = data[record.FRAME_NBYTES : record.FRAME_NBYTES + found.words]
-    payload = bytearray(data[record.FRAME_NBYTES + found.words : -len(record.END)])
-    return read_record(found, words, payload)
+    head = data[record.FRAME_NBYTES : record.FRAME_NBYTES + found.head_nbytes]
+    payload = bytearray(data[record.FRAME_NBYTES + found.head_nbytes : -len(record.END)])
+    return read_record(found, head, payload)
 
 
-@pytest.mark.parametrize("dtype", sorted(record._DTYPES))
+@pytest.mark.parametrize("dtype", sorted(map(dtype_name, DTYPES)))
 def test_every_dtype_comes_back_in_place(dtype):
-    kind = record._DTYPES[dtype]
+    kind = getattr(torch, dtype)
     tensors = [
         torch.ones(3, dtype=torch.uint8),
         torch.ones((), dtype=kind),
@@ -83,61 +91,111 @@ def test_every_dtype_comes_back_in_place(dtype):
         torch.ones((0, 2), dtype=kind),
     ]
     items = [Item(i, "sum", tensor) for i, tensor in enumerate(tensors)]
-    back = reread(joined(pack({"verb": "x"}, items))).items()
+    back = reread(joined(Record.pack({"verb": "x"}, items))).items()
     assert [(i, role) for i, role, _ in back] == [(i, "sum") for i in range(4)]
     for (_, _, tensor), own in zip(back, tensors, strict=True):
         assert tensor.dtype is own.dtype
         assert torch.equal(tensor, own)
 
 
-LAYOUTS = {
-    "no JSON": b"[",
-    "no list": b"3",
-    "deep": b"[" * 100_000,
-    "short": b'[["w","sum","float32"]]',
-    "unknown dtype": b'[["w","sum","object",[1]]]',
-    "dtype that is no text": b'[["w","sum",["float32"],[1]]]',
-    "negative": b'[["w","sum","float32",[-1]]]',
-    "two negatives": b'[["w","sum","float32",[-2,-2]]]',
-    "half": b'[["w","sum","float32",[0.5]]]',
-    "bool as a size": b'[["w","sum","float32",[true]]]',
-    "overflow": b'[["w","sum","float32",[4294967296,4294967296]]]',
-    "overflow to nothing": b'[["w","sum","float32",[4611686018427387904,4]]]',
-    "beyond int64": b'[["w","sum","float32",[99999999999999999999]]]',
-    "beyond what Python reads": b'[["w","sum","float32",[' + b"9" * 5000 + b"]]]",
-    "no key": b'[[null,"sum","float32",[1]]]',
-    "bool as a key": b'[[true,"sum","float32",[1]]]',
-    "role that is no text": b'[["w",3,"float32",[1]]]',
-    "NaN": b'[["w","sum","float32",[NaN]]]',
-    "more than there is": b'[["w","sum","float32",[3]]]',
-    "less than there is": b'[["w","sum","uint8",[3]]]',
-    "not UTF-8": b'[["\xff","sum","float32",[1]]]',
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts_that_do_not_fit_are_refused(layout):
-    with pytest.raises(JournalError):
-        unpack(layout, bytearray(8))
-
-
-def test_bytes_that_are_no_bool_are_refused():
-    with pytest.raises(JournalError, match="no bool"):
-        unpack(b'[["w","sum","bool",[2]]]', bytearray(b"\1\2"))
-
-
 @pytest.mark.parametrize("head", [b"[]", b"3", b"{", b'{"a":' * 100_000, b"\xff"])
-def test_heads_that_are_no_object_are_refused(head):
-    with pytest.raises(JournalError):
+def test_heads_other_than_objects_are_refused(head):
+    with pytest.raises(StorageError):
         read_record(record.Frame(1, len(head), 0, 0, zlib.crc32(head), 0), head, b"")
 
 
 def test_a_frame_with_a_huge_head_is_refused():
     rest = struct.pack("<QIIQII", 1, 1 << 31, 1 << 31, 0, 0, 0)
-    with pytest.raises(JournalError, match="a head of"):
+    with pytest.raises(StorageError, match="a head of"):
         read_frame(b"tkv1" + struct.pack("<I", zlib.crc32(rest)) + rest)
 
 
 def test_numbers_that_json_lacks_are_not_written():
     with pytest.raises(ValueError, match="JSON"):
         frame(Record({"lr": float("nan")}), 1)
+
+
+# ---------------------------------------------------------------- checksums
+
+DATA = np.random.default_rng(0).integers(0, 256, 70_000, np.uint8)
+
+
+@given(start=st.integers(0, 70), nbytes=st.integers(0, 66_000), before=st.integers(0, 2**32 - 1))
+def test_the_checksum_is_that_of_zlib(start, nbytes, before):
+    data = DATA[start : start + nbytes]
+    assert crc32(data, before) == zlib.crc32(data, before)
+
+
+def test_elements_of_more_than_a_byte_and_read_only_data_have_a_checksum():
+    assert crc32(DATA.view(np.float64)) == crc32(DATA.tobytes()) == zlib.crc32(DATA)
+
+
+def test_without_isal_records_are_the_same(monkeypatch):
+    made = Record.pack({"verb": "push"}, [Item("w", "sum", torch.arange(2000))])
+    before = joined(made)
+    monkeypatch.setitem(sys.modules, "isal.isal_zlib", None)
+    name = "record_without_isal"
+    spec = importlib.util.spec_from_file_location(f"tensorkv.storage.{name}", record.__file__)
+    without = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, without)
+    spec.loader.exec_module(without)
+    assert without.crc32 is zlib.crc32
+    assert b"".join(bytes(buffer) for buffer in without.frame(made, 1)) == before
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.fixture
+def descriptor(tmp_path):
+    made = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    yield made
+    os.close(made)
+
+
+@pytest.mark.parametrize("most", [1, 7, 1 << 30])
+def test_buffers_are_written_one_after_another_however_few_bytes_a_call_takes(most, descriptor, monkeypatch):
+    real, calls = os.pwritev, []
+
+    def short(fd, buffers, at):
+        calls.append(len(buffers))
+        return real(fd, [b"".join(bytes(buffer) for buffer in buffers)[:most]], at)
+
+    monkeypatch.setattr(os, "pwritev", short)
+    buffers = [bytes([i % 256]) * (i % 4) for i in range(1100)]
+    end = record.write(descriptor, buffers, 5)
+    assert os.pread(descriptor, 10_000, 0) == bytes(5) + b"".join(buffers)
+    assert end == 5 + sum(map(len, buffers))
+    assert max(calls) <= 1024
+    assert len(calls) > 1
+
+
+def test_a_call_takes_a_bounded_number_of_bytes(descriptor, monkeypatch):
+    monkeypatch.setattr(record, "_CALL_NBYTES", 10)
+    assert record.write(descriptor, [b"x" * 25, b"y" * 3], 0) == 28
+    assert os.pread(descriptor, 100, 0) == b"x" * 25 + b"y" * 3
+
+
+def test_files_without_records(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    with record.Reader(Folder(tmp_path), "file") as reader:
+        assert list(reader.records()) == []
+    for name in ("link", "nothing"):
+        with pytest.raises(StorageError, match="cannot be read"):
+            record.Reader(Folder(tmp_path), name)
+    for name in ("pipe", "."):
+        with (
+            record.Reader(Folder(tmp_path), name) as reader,
+            pytest.raises(StorageError, match="not a regular file"),
+        ):
+            next(reader.records())
+
+
+def test_a_file_that_becomes_shorter_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    with record.Reader(Folder(tmp_path), "file") as reader:
+        monkeypatch.setattr(os, "preadv", lambda *arguments: 0)
+        with pytest.raises(StorageError, match="became shorter"):
+            next(reader.records())

@@ -13,12 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorkv.errors import CheckpointError, JournalError
-from tensorkv.storage import checkpoint, record_file
+from tensorkv.errors import CheckpointError, StorageError
+from tensorkv.storage import checkpoint
 from tensorkv.storage.folder import Folder
-from tensorkv.storage.record import Record
-from tensorkv.storage.wal import _LOG as LOG_NAME
-from tensorkv.storage.wal import _SNAPSHOT as SNAPSHOT_NAME
+from tensorkv.storage.record import Reader, Record
+from tensorkv.storage.wal import SEGMENT_NAME, SNAPSHOT_NAME
 
 # The head of a safetensors file is a length in 8 bytes and JSON; the format allows no more than this.
 _HEAD_BYTES = 100_000_000
@@ -44,11 +43,11 @@ def describe(path: str, *, verify: bool = False) -> dict[str, Any]:
 
     Raises:
         CheckpointError: missing, foreign or damaged.
-        JournalError: the same of a store's folder.
+        StorageError: the same of a store's folder.
     """
     folder = Path(path)
     if folder.is_dir() and not (folder / checkpoint.MANIFEST).exists():
-        if any(SNAPSHOT_NAME.fullmatch(each.name) or LOG_NAME.fullmatch(each.name) for each in folder.iterdir()):
+        if any(SNAPSHOT_NAME.fullmatch(each.name) or SEGMENT_NAME.fullmatch(each.name) for each in folder.iterdir()):
             return _describe_store(path)
         inside = sorted(each.name for each in folder.iterdir() if _can_be_inspected(each))
         if inside:
@@ -125,7 +124,7 @@ def _read_head(file: Path) -> dict[str, Any]:
 
 def _can_be_inspected(folder: Path) -> bool:
     return folder.is_dir() and any(
-        each.name == checkpoint.MANIFEST or SNAPSHOT_NAME.fullmatch(each.name) or LOG_NAME.fullmatch(each.name)
+        each.name == checkpoint.MANIFEST or SNAPSHOT_NAME.fullmatch(each.name) or SEGMENT_NAME.fullmatch(each.name)
         for each in folder.iterdir()
     )
 
@@ -137,7 +136,7 @@ def _describe_store(path: str) -> dict[str, Any]:
         contents = _Contents()
         names = sorted(folder.names())
         snapshots = [(int(found[1], 16), found[0]) for found in map(SNAPSHOT_NAME.fullmatch, names) if found]
-        logs = [(int(found[1], 16), found[0]) for found in map(LOG_NAME.fullmatch, names) if found]
+        logs = [(int(found[1], 16), found[0]) for found in map(SEGMENT_NAME.fullmatch, names) if found]
         lsn, files = 0, []
         if snapshots:
             lsn, name = snapshots[-1]
@@ -156,9 +155,9 @@ def _describe_store(path: str) -> dict[str, Any]:
                     contents.take_change(record)
         sizes = {name: (Path(path) / name).stat().st_size for name in files}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, JournalError):
+        if isinstance(error, StorageError):
             raise
-        raise JournalError(f"{path}: a record is not one that a store writes: {error!r}") from error
+        raise StorageError(f"{path}: a record is not one that a store writes: {error!r}") from error
     finally:
         folder.close()
     return {
@@ -175,7 +174,7 @@ def _describe_store(path: str) -> dict[str, Any]:
 
 
 def _records(folder: Folder, name: str) -> Iterator[tuple[int, Record]]:
-    with record_file.Reader(folder, name) as reader:
+    with Reader(folder, name) as reader:
         yield from reader.records()
 
 

@@ -115,7 +115,7 @@ def _server(index: int, old: Mapping[str, Any] | None, new: Mapping[str, Any] | 
     if new is None:
         return found
     found |= {"state": "up", **{word: new[word] for word in ("pid", "keys", "nbytes", "waits")}}
-    found["log_nbytes"] = new.get("journal", {}).get("log_nbytes")
+    found["log_nbytes"] = new.get("wal", {}).get("log_nbytes")
     # One that has begun again counts from 0.
     verbs = old["verbs"] if old is not None and old["pid"] == new["pid"] else {}
     for word, names, what in (

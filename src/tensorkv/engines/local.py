@@ -125,7 +125,7 @@ class LocalEngine(Engine):
 
     def stats(self) -> Mapping[str, Any]:
         counts = {"nonfinite": dict(self._shard.nonfinite_counts)}
-        return counts if self._durable is None else {**counts, "journal": self._durable.journal_counts}
+        return counts if self._durable is None else {**counts, "wal": self._durable.wal_counts}
 
     def save(self, path: str, kind: Kind) -> None:
         checkpoint.save(self._shard, path, kind)

@@ -277,70 +277,7 @@ end:
     return PyBool_FromLong(done);
 }
 
-/* ------------------------------------------------------------ checksum */
-
-/* CRC-32 as of zlib, on a register that begins with the complement of the checksum so far. */
-static uint32_t crc_bytes(uint32_t crc, const unsigned char *at, size_t n) {
-    for (; n; n--) {
-        crc ^= *at++;
-        for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (0xedb88320u & -(crc & 1));
-    }
-    return crc;
-}
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define FOLDS 1
-#include <immintrin.h>
-
-#define FOLD(x, by, next)                                                                  \
-    _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(x, by, 0x00), _mm_clmulepi64_si128(x, by, 0x11)), next)
-
-/* Of at least 64 bytes. Four registers are carried 512 bits ahead at a time by multiplication without carries, then
- * become one; its 16 bytes have the remainder of all that was read (Gopal et al., "Fast CRC Computation for Generic
- * Polynomials Using PCLMULQDQ Instruction", Intel, 2009; the numbers are powers of x modulo the polynomial). */
-__attribute__((target("pclmul,sse4.1"))) static uint32_t crc_folded(uint32_t crc, const unsigned char *at, size_t n) {
-    const __m128i by_four = _mm_set_epi64x(0x01c6e41596, 0x0154442bd4);
-    const __m128i by_one = _mm_set_epi64x(0x00ccaa009e, 0x01751997d0);
-    const __m128i *from = (const __m128i *)at;
-    __m128i x[4];
-    unsigned char rest[16];
-    for (int i = 0; i < 4; i++) x[i] = _mm_loadu_si128(from + i);
-    x[0] = _mm_xor_si128(x[0], _mm_cvtsi32_si128((int)crc));
-    for (from += 4, n -= 64; n >= 64; from += 4, n -= 64)
-        for (int i = 0; i < 4; i++) x[i] = FOLD(x[i], by_four, _mm_loadu_si128(from + i));
-    for (int i = 0; i < 3; i++) x[i + 1] = FOLD(x[i], by_one, x[i + 1]);
-    for (; n >= 16; from++, n -= 16) x[3] = FOLD(x[3], by_one, _mm_loadu_si128(from));
-    _mm_storeu_si128((__m128i *)rest, x[3]);
-    return crc_bytes(crc_bytes(0, rest, sizeof rest), (const unsigned char *)from, n);
-}
-#else
-#define FOLDS 0
-#endif
-
-PyDoc_STRVAR(crc32_doc,
-             "crc32(data, crc=0)\n--\n\n"
-             "Return zlib's checksum of data behind what had this one, or None where this processor is not faster at it.");
-
-static PyObject *crc32(PyObject *module, PyObject *args) {
-    Py_buffer data;
-    unsigned int crc = 0;
-    (void)module;
-    if (!PyArg_ParseTuple(args, "y*|I", &data, &crc)) return NULL;
-    PyObject *result = NULL;
-#if FOLDS
-    if (data.len >= 64 && __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1")) {
-        Py_BEGIN_ALLOW_THREADS;
-        crc = ~crc_folded(~crc, data.buf, (size_t)data.len);
-        Py_END_ALLOW_THREADS;
-        result = PyLong_FromUnsignedLong(crc);
-    }
-#endif
-    PyBuffer_Release(&data);
-    return result != NULL || PyErr_Occurred() ? result : Py_NewRef(Py_None);
-}
-
 static PyMethodDef methods[] = {
-    {"crc32", crc32, METH_VARARGS, crc32_doc},
     {"sum_columns", sum_columns, METH_VARARGS, sum_doc},
     {"addresses", addresses, METH_VARARGS, addresses_doc},
     {"exchange", exchange, METH_VARARGS, exchange_doc},

@@ -1,4 +1,4 @@
-"""Changes: what the records of a shard's journal say of its entries and its rule, and back, with nothing trusted."""
+"""Changes: what the records of a shard's log say of its entries and its rule, and back, with nothing trusted."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.packing import Item, raw_bytes
 from tensorkv.arrays.rows import Rows
-from tensorkv.errors import CheckpointError, JournalError, quote
+from tensorkv.errors import CheckpointError, StorageError, quote
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.rules import Assign, CallUpdater, LostUpdater, Rule, StepOptimizer
 
 from . import manifest
-from .checksum import crc32
-from .record import Item, Record, nbytes_of
+from .record import Record, crc32
 
 
 def updated(rule: CallUpdater, entry: Entry, total: Any) -> Any:
@@ -56,7 +56,7 @@ def read_sum(entry: Entry, item: Item, others: Iterator[Item]) -> Any:
         fits = fits and bool((ids[1:] > ids[:-1]).all())
         item = rows
     if not fits or item.tensor.dtype is not entry.spec.dtype or total.shape != entry.spec.shape:
-        raise JournalError(f"{quote(entry.key)}: no sum for it: {item.role!r} of shape {tuple(total.shape)}")
+        raise StorageError(f"{quote(entry.key)}: no sum for it: {item.role!r} of shape {tuple(total.shape)}")
     return total
 
 
@@ -64,7 +64,7 @@ def restore(body: Any, tensors: manifest.Tensors, rule: Rule | None) -> manifest
     """Return what a manifest holds, its states being those of a rule (None: of its own)."""
     contents = manifest.restore(body, tensors)
     if contents.kind != "store":
-        raise JournalError(f"holds {contents.kind}")
+        raise StorageError(f"holds {contents.kind}")
     manifest.check_states(contents if rule is None else replace(contents, rule=rule))
     return contents
 
@@ -73,7 +73,7 @@ def name_tensors(record: Record, tensors: manifest.Tensors) -> manifest.Tensors:
     """Add the tensors of an init or a snapshot to others, by name."""
     for item in record.items():
         if item.key in tensors or item.role != "tensor":
-            raise JournalError(f"the tensor {quote(item.key)} stands there twice, or is none")
+            raise StorageError(f"the tensor {quote(item.key)} stands there twice, or is none")
         tensors[str(item.key)] = item.tensor
     return tensors
 
@@ -81,7 +81,7 @@ def name_tensors(record: Record, tensors: manifest.Tensors) -> manifest.Tensors:
 def as_list(found: Any) -> list[Any]:
     """Return what has to be a list."""
     if not isinstance(found, list):
-        raise JournalError(f"{found!r:.40} is no list")
+        raise StorageError(f"{found!r:.40} is no list")
     return found
 
 
@@ -93,7 +93,7 @@ def digest(entry: Entry, ids: list[torch.Tensor] | None) -> int:
         tensors = [entry.read_rows(torch.unique(torch.cat(ids))), *(state for state in states if state.numel() == 1)]
     checksum = crc32(str(entry.version).encode())
     for tensor in tensors:
-        checksum = crc32(nbytes_of(tensor), checksum)
+        checksum = crc32(raw_bytes(tensor), checksum)
     return checksum
 
 
@@ -109,7 +109,7 @@ def restore_rule(head: dict[str, Any], held: Container[Key]) -> Rule:
     if head["update"] == "optimizer":
         rule = manifest.restore_rule(head["optimizer"])
         if not all(key in held for key in rule.optimizer.spec.overrides):
-            raise JournalError("the optimizer has numbers for what is no key")
+            raise StorageError("the optimizer has numbers for what is no key")
         return rule
     if head["update"] not in ("assign", "updater"):
         raise CheckpointError(f"update is {head['update']!r}")

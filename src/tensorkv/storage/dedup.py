@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from tensorkv.arrays.arguments import Key
-from tensorkv.errors import JournalError
+from tensorkv.errors import StorageError
 
 # Threads answer requests side by side; each sees its own.
 _running: ContextVar[tuple[Clients | None, Sequence[Any]]] = ContextVar("_running", default=(None, ()))
@@ -80,11 +80,11 @@ class Clients:
         """Count the requests of a record of a log.
 
         Raises:
-            JournalError: they are none.
+            StorageError: they are none.
         """
         for client, seq, *words in requests:
             if type(client) is not str or type(seq) is not int or not all(isinstance(each, dict) for each in words):
-                raise JournalError(f"a client {client!r} with request {seq!r}")
+                raise StorageError(f"a client {client!r} with request {seq!r}")
         self.done(requests, keys)
 
     def _count(self, client: str, seq: int, words: Mapping[str, Any], keys: Sequence[Key]) -> None:
@@ -104,7 +104,7 @@ class Clients:
         """Become what a snapshot holds; nothing but that.
 
         Raises:
-            JournalError: no clients.
+            StorageError: no clients.
         """
         self.last.clear()
         self.replay(list(last.items()), ())

@@ -1,4 +1,4 @@
-"""DurableShard: a Shard whose every change stands in a journal before it is made.
+"""DurableShard: a Shard whose every change is written to a log before it is made.
 
 A change is checked, its sums are made beside the values, it is written to the log, and then applied. Opening the
 folder again reads the snapshot and makes the logged changes once more, by the same code.
@@ -16,8 +16,9 @@ from weakref import WeakKeyDictionary
 import torch
 
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.packing import Item, encode_layout, raw_bytes
 from tensorkv.arrays.rows import Rows
-from tensorkv.errors import JournalError, quote
+from tensorkv.errors import StorageError, quote
 from tensorkv.shard import nonfinite
 from tensorkv.shard.entry import Batch, Entry
 from tensorkv.shard.nonfinite import NonFinite
@@ -28,10 +29,9 @@ from tensorkv.shard.rules import Assign, CallUpdater, LostUpdater, Rule, check_p
 from tensorkv.shard.shard import Shard
 
 from . import changes, manifest
-from .checksum import recall
 from .dedup import Clients
-from .record import Item, Record, describe, nbytes_of, pack
-from .wal import Durability, Journal
+from .record import Record
+from .wal import Durability, WriteAheadLog
 
 # So many records are replayed before what they led to is compared with what it was.
 DIGEST_EVERY = 64
@@ -46,12 +46,12 @@ class DurableShard(Shard):
 
     Args:
         path: a folder of this shard's own.
-        durability, log_nbytes, wait_s: as for ``Journal``.
+        durability, log_nbytes, wait_s: as for ``WriteAheadLog``.
         nonfinite, threads: as for ``Shard``.
         clients: whose requests are logged with what they change.
 
     Raises:
-        JournalError: another process has the folder open, or what is in it cannot be trusted.
+        StorageError: another process has the folder open, or what is in it cannot be trusted.
     """
 
     def __init__(
@@ -72,19 +72,19 @@ class DurableShard(Shard):
         self._layouts: WeakKeyDictionary[Plan, bytes] = WeakKeyDictionary()
         self._touched: dict[Key, list[torch.Tensor] | None] = {}
         self._unproven = 0
-        self._journal = Journal(path, durability, log_nbytes, wait_s)
+        self._wal = WriteAheadLog(path, durability, log_nbytes, wait_s)
         try:
             # What torch computes may depend on its number of threads: pushes and replays have one.
             with OneTorchThread():
                 self._recover()
         except BaseException:
-            self._journal.close()
+            self._wal.close()
             raise
 
     @property
-    def journal_counts(self) -> dict[str, int]:
+    def wal_counts(self) -> dict[str, int]:
         """Records and bytes written, snapshots made, and the length of the log in bytes."""
-        return {**self._journal.counts, "log_nbytes": self._journal.nbytes, "lsn": self._journal.lsn}
+        return {**self._wal.counts, "log_nbytes": self._wal.nbytes, "lsn": self._wal.lsn}
 
     def one(self, key: Key, value: Any, out: Any) -> int | None:
         if value is not None:
@@ -106,7 +106,7 @@ class DurableShard(Shard):
     def _hold(self, entries: Sequence[Entry]) -> None:
         body, tensors = manifest.describe("store", entries, Assign())
         items = [Item(name, "tensor", tensor) for name, tensor in tensors.items()]
-        self._commit(pack({"verb": "init", "body": body}, items), partial(super()._hold, entries))
+        self._commit(Record.pack({"verb": "init", "body": body}, items), partial(super()._hold, entries))
 
     def _forget(self, keys: Sequence[Key]) -> None:
         self._commit(Record({"verb": "delete", "keys": list(keys)}), partial(self._drop, keys))
@@ -122,8 +122,7 @@ class DurableShard(Shard):
             return False
         pairs = zip(entries, parts, strict=True)
         sums = [nonfinite.total(entry, key_parts, may_share=True) for entry, key_parts in pairs]
-        record = pack({"verb": "push"}, changes.items_of(entries, sums))
-        record = replace(record, checksum=recall(record.payload))
+        record = Record.pack({"verb": "push"}, changes.items_of(entries, sums))
         change = partial(super()._apply, entries, [[total] for total in sums], outs)
         filled: bool = self._commit(record, change, entries, sums)
         return filled
@@ -137,10 +136,9 @@ class DurableShard(Shard):
         total = plan.total(columns)
         layout = self._layouts.get(plan)
         if layout is None:
-            layout = describe([(entry.key, "sum", entry.spec.dtype, entry.spec.shape) for entry in plan.entries])
+            layout = encode_layout([(entry.key, "sum", entry.spec.dtype, entry.spec.shape) for entry in plan.entries])
             self._layouts[plan] = layout
-        payload = [nbytes_of(total)]
-        record = Record({"verb": "push"}, layout, payload, recall(payload))
+        record = Record({"verb": "push"}, layout, [raw_bytes(total)])
         change = partial(super()._apply_plan, plan, [plan.form.flat(total)], targets, optimizer)
         self._commit(record, change, plan.entries, [total] * len(plan.entries))
 
@@ -159,7 +157,10 @@ class DurableShard(Shard):
 
     def _put(self, entries: Sequence[Entry], made: Sequence[Any]) -> None:
         self._commit(
-            pack({"verb": "put"}, changes.items_of(entries, made)), partial(changes.put, entries, made), entries, made
+            Record.pack({"verb": "put"}, changes.items_of(entries, made)),
+            partial(changes.put, entries, made),
+            entries,
+            made,
         )
 
     def _become(self, entries: Sequence[Entry], rule: Rule) -> None:
@@ -192,16 +193,16 @@ class DurableShard(Shard):
             try:
                 super().close()
             finally:
-                self._journal.close()
+                self._wal.close()
 
     def refuse_reentry(self) -> None:
-        """Raise UpdaterError if an updater is running, JournalError if memory may not be what the journal says."""
+        """Raise UpdaterError if an updater is running, StorageError if memory may not be what the log says."""
         super().refuse_reentry()
         self._refuse_broken()
 
     def _refuse_broken(self) -> None:
         if self._broken is not None:
-            raise JournalError(f"{self._journal.path}: {self._broken}; close this store and open it again")
+            raise StorageError(f"{self._wal.path}: {self._broken}; close this store and open it again")
 
     def _commit(
         self, record: Record, change: Callable[[], Any], entries: Sequence[Entry] = (), sums: Sequence[Any] = ()
@@ -210,11 +211,11 @@ class DurableShard(Shard):
         if requests:
             record = replace(record, head={**record.head, "requests": requests})
         with OneTorchThread():
-            self._journal.append(record)
+            self._wal.append(record)
             try:
                 result = change()
             except BaseException:
-                self._take_back(self._journal.undo)
+                self._take_back(self._wal.undo)
                 raise
             self.clients.done(requests, [entry.key for entry in entries])
             self._note(entries, sums)
@@ -222,7 +223,7 @@ class DurableShard(Shard):
         return result
 
     def _take_back(self, undo: Callable[[], None] | None = None) -> None:
-        """Become what the journal says, a change having failed."""
+        """Become what the log says, a change having failed."""
         try:
             if undo is not None:
                 undo()
@@ -235,15 +236,15 @@ class DurableShard(Shard):
         # The change counts already, whatever goes wrong here.
         try:
             if self._unproven >= DIGEST_EVERY:
-                self._journal.append(Record({"verb": "digest", "keys": self._digests()}))
+                self._wal.append(Record({"verb": "digest", "keys": self._digests()}))
                 self._touched, self._unproven = {}, 0
-            if self._journal.is_due(self._state_nbytes):
+            if self._wal.is_due(self._state_nbytes):
                 # Whoever replays from before the snapshot has to begin anew where those do who replay from it.
-                self._journal.append(Record({"verb": "mark"}))
+                self._wal.append(Record({"verb": "mark"}))
                 self._touched, self._unproven = {}, 0
-                self._journal.snapshot_behind(self._snapshot_records())
+                self._wal.begin_snapshot(self._snapshot_records())
         except Exception as error:
-            _logger.warning("%s: no digest or snapshot: %s", self._journal.path, error)
+            _logger.warning("%s: no digest or snapshot: %s", self._wal.path, error)
 
     def _write_down(self, change: Callable[[], None]) -> None:
         """Make a change that is too large for the log, and a snapshot of what it leads to."""
@@ -254,13 +255,13 @@ class DurableShard(Shard):
                 change()
                 self.clients.done(requests)
                 if not self._snapshot():
-                    raise JournalError(f"{self._journal.path}: what was loaded cannot be written; all is as it was")
+                    raise StorageError(f"{self._wal.path}: what was loaded cannot be written; all is as it was")
             except BaseException:
                 self._take_back()
                 raise
 
     def _snapshot(self) -> bool:
-        made = self._journal.snapshot(self._snapshot_records())
+        made = self._wal.snapshot(self._snapshot_records())
         if made:
             self._touched, self._unproven = {}, 0
         return made
@@ -274,9 +275,9 @@ class DurableShard(Shard):
             group.append(Item(name, "tensor", tensor))
             nbytes += tensor.nbytes
             if nbytes > _TOGETHER:
-                yield pack({"verb": "tensors"}, group)
+                yield Record.pack({"verb": "tensors"}, group)
                 group, nbytes = [], 0
-        yield pack({"verb": "tensors"}, group)
+        yield Record.pack({"verb": "tensors"}, group)
         yield Record({"verb": "end", "body": body, **self._described_clients(), "notes": self.notes})
 
     def _described_clients(self) -> dict[str, Any]:
@@ -289,26 +290,26 @@ class DurableShard(Shard):
     # ------------------------------------------------------------ recovery
 
     def _recover(self) -> None:
-        """Become what the journal says."""
+        """Become what the log says."""
         self._plans.clear()
         self._entries, self._key_type, self._rule = {}, None, Assign()
         self.clients.restore({}, {})
         self.notes.clear()
         self._touched, self._unproven = {}, 0
         tensors: manifest.Tensors = {}
-        for record, of_snapshot in self._journal.read():
+        for record, of_snapshot in self._wal.read():
             try:
                 if of_snapshot:
                     self._take_snapshot_record(record, tensors)
                 else:
                     self._replay(record)
-            except JournalError as error:
-                raise JournalError(f"{self._journal.path}: record {self._journal.lsn}: {error}") from None
+            except StorageError as error:
+                raise StorageError(f"{self._wal.path}: record {self._wal.lsn}: {error}") from None
             except Exception as error:  # whatever the data leads to
-                raise JournalError(
-                    f"{self._journal.path}: record {self._journal.lsn} is not one that a store writes: {error}"
+                raise StorageError(
+                    f"{self._wal.path}: record {self._wal.lsn} is not one that a store writes: {error}"
                 ) from error
-        self._journal.begin()
+        self._wal.begin()
 
     def _take_snapshot_record(self, record: Record, tensors: manifest.Tensors) -> None:
         changes.name_tensors(record, tensors)
@@ -352,7 +353,7 @@ class DurableShard(Shard):
             case "digest":
                 self._check_digests(head["keys"])
             case verb:
-                raise JournalError(f"{verb!r} is unknown to this version of tensorkv; use a newer one")
+                raise StorageError(f"{verb!r} is unknown to this version of tensorkv; use a newer one")
         self.clients.replay(head.get("requests", ()), [entry.key for entry in entries])
 
     def _replay_push(self, record: Record) -> list[Entry]:
@@ -372,7 +373,7 @@ class DurableShard(Shard):
             entries.append(entry)
             sums.append(changes.read_sum(entry, item, items))
         if len({entry.key for entry in entries}) < len(entries):
-            raise JournalError("a key stands there twice")
+            raise StorageError("a key stands there twice")
         return entries, sums
 
     def _drop(self, keys: Sequence[Key]) -> None:
@@ -405,7 +406,7 @@ class DurableShard(Shard):
         mine = self._digests()
         if mine != written:
             differ = next((key for (key, _), other in zip(mine, written, strict=False) if [key, _] != other), None)
-            raise JournalError(
+            raise StorageError(
                 f"replaying the log does not lead to what it led to before (first at {quote(differ)}): another "
                 "processor or version of torch, or an array that was changed during its push; open the store where "
                 "it was written, save() it there and load() it here"

@@ -1,56 +1,42 @@
-"""Record: a few words of JSON and some tensors as one run of bytes, with lengths and checksums.
+"""Records: the unit of a write-ahead log and of its snapshots, as bytes and in files.
 
-A log and a snapshot are files of records. docs/journal-format.md has the format.
+A record is a JSON head and some packed tensors, framed with lengths and checksums. Files are written from buffers
+without a copy, and nothing that is read is trusted. docs/wal-format.md has the format.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import os
+import stat
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
-import torch
 
-from tensorkv.arrays import interop
-from tensorkv.arrays.arguments import Key
-from tensorkv.errors import JournalError
+from tensorkv.arrays.packing import Item, LayoutError, pack, unpack
+from tensorkv.errors import StorageError
 
-from .checksum import crc32
+from .folder import Folder
+
+try:
+    from isal.isal_zlib import crc32 as crc32
+except ImportError:  # not built for this processor: zlib gives the same values at a fraction of the speed
+    from zlib import crc32 as crc32
 
 MAGIC = b"tkv1"
-# Magic, checksum of the rest of the frame, lsn, bytes of head, layout and payload, checksum of the first two and of
-# the payload.
+# Magic, checksum of the rest of the frame, lsn, bytes of head, layout and payload, checksum of head and layout,
+# checksum of the payload.
 _FRAME = struct.Struct("<4sIQIIQII")
 FRAME_NBYTES = _FRAME.size
-# Behind every record: a write that the machine did not finish leaves zeros here, or nothing.
+# After every record: an unfinished write leaves zeros here, or nothing.
 END = b"end\n"
-_DTYPES = {interop.dtype_name(dtype): dtype for dtype in interop.DTYPES}
-# More is not read into memory on a file's word, and so not written either.
-_MOST_WORDS = 1 << 28
-
-
-class Item(NamedTuple):
-    """A tensor of a record, and what it is: of which key, in which role."""
-
-    key: Key
-    role: str
-    tensor: torch.Tensor
-
-
-class Place(NamedTuple):
-    """Where in a payload a tensor lies."""
-
-    key: Key
-    role: str
-    dtype: torch.dtype
-    shape: torch.Size
-    start: int
-    stop: int
+# So much head and layout is read into memory at most, whatever a file says, and so no more is written.
+_MAX_HEAD_NBYTES = 1 << 28
+# One call of the system takes at most 1024 buffers and 2 GiB.
+_CALL_BUFFERS, _CALL_NBYTES = 512, 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,230 +45,242 @@ class Record:
 
     Args:
         head: plain data, for JSON.
-        layout: what the payload holds, as ``layout`` makes it.
-        payload: its bytes, in one or more buffers.
-        checksum: of the payload, where it is known.
+        layout: of the payload, see ``packing``.
+        payload: the bytes of the tensors, in one or more buffers.
     """
 
     head: dict[str, Any]
     layout: bytes = b"[]"
     payload: Sequence[Any] = ()
-    checksum: int | None = None
+
+    @classmethod
+    def pack(cls, head: dict[str, Any], items: Sequence[Item]) -> Self:
+        """Return a record of tensors, which shares their memory where they are contiguous on the CPU."""
+        return cls(head, *pack(items))
 
     def items(self) -> list[Item]:
         """Return the tensors of a record that was read; they share its memory.
 
         Raises:
-            JournalError: the layout is not that of the payload.
+            StorageError: the layout does not match the payload.
         """
         (payload,) = self.payload
-        return unpack(self.layout, payload)
+        try:
+            return unpack(self.layout, payload)
+        except LayoutError as error:
+            raise StorageError(f"a record's tensors cannot be read: {error}") from None
 
 
-def pack(head: dict[str, Any], items: Sequence[Item]) -> Record:
-    """Return a record of tensors, which share their memory with it where they are contiguous on the CPU.
-
-    >>> record = pack({"verb": "push"}, [Item("w", "sum", torch.ones(3)), Item("n", "sum", torch.tensor(7))])
-    >>> record.layout
-    b'[["w","sum","float32",[3]],["n","sum","int64",[]]]'
-    >>> [len(buffer) for buffer in record.payload]
-    [12, 4, 8]
-    """
-    buffers: list[Any] = []
-    run = _Run()
-    at = 0
-    for _, _, tensor in items:
-        gap = -at % tensor.dtype.itemsize
-        if gap:
-            buffers += run.end()
-            buffers.append(bytes(gap))
-        if tensor.numel() and not run.takes(tensor):
-            buffers += run.end()
-            run.begin(tensor)
-        at += gap + tensor.nbytes
-    return Record(head, layout(items), buffers + run.end())
-
-
-class _Run:
-    """Tensors that lie side by side, which are one buffer: many small ones would each cost as much as a large one."""
-
-    def __init__(self) -> None:
-        self._first: torch.Tensor | None = None
-        self._next = self._nbytes = 0
-
-    def begin(self, tensor: torch.Tensor) -> None:
-        self._first, self._nbytes = tensor, tensor.nbytes
-        self._next = tensor.data_ptr() + tensor.nbytes if tensor.is_cpu and tensor.is_contiguous() else -1
-
-    def takes(self, tensor: torch.Tensor) -> bool:
-        if self._first is None or tensor.data_ptr() != self._next or not tensor.is_contiguous():
-            return False
-        if tensor.untyped_storage().data_ptr() != self._first.untyped_storage().data_ptr():
-            return False
-        self._next += tensor.nbytes
-        self._nbytes += tensor.nbytes
-        return True
-
-    def end(self) -> list[Any]:
-        first, self._first = self._first, None
-        if first is None:
-            return []
-        if self._nbytes == first.nbytes:
-            return [nbytes_of(first)]
-        at = first.storage_offset() * first.dtype.itemsize
-        flat = torch.empty(0, dtype=torch.uint8, device="cpu").set_(first.untyped_storage(), at, (self._nbytes,))  # type: ignore[call-overload]
-        return [flat.numpy().data]
-
-
-def layout(items: Sequence[Item]) -> bytes:
-    """Return what says how tensors lie in a payload: one after another, each at a multiple of its element's size."""
-    return describe([(key, role, tensor.dtype, tensor.shape) for key, role, tensor in items])
-
-
-def describe(items: Iterable[tuple[Key, str, torch.dtype, Sequence[int]]]) -> bytes:
-    """Return the layout of tensors of which key, role, dtype and shape are known."""
-    described = [[key, role, interop.dtype_name(dtype), list(shape)] for key, role, dtype, shape in items]
-    return json.dumps(described, separators=(",", ":")).encode()
-
-
-def nbytes_of(tensor: torch.Tensor) -> memoryview:
-    """Return a tensor's elements as bytes; of a contiguous one on the CPU, its own memory."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
-def unpack(layout: bytes, payload: Any) -> list[Item]:
-    """Return the tensors in a payload.
-
-    Args:
-        layout: as in a record.
-        payload: a contiguous buffer of bytes, whose memory the tensors share.
-
-    Raises:
-        JournalError: the two do not fit.
-    """
-    # A writable view, though nobody writes: torch warns about the others.
-    flat = (
-        interop.take(np.frombuffer(payload, np.uint8))
-        if len(payload)
-        else torch.empty(0, dtype=torch.uint8, device="cpu")
-    )
-    found = places(layout)
-    if (found[-1].stop if found else 0) != len(flat):
-        raise JournalError(
-            f"a record's payload has {len(flat)} bytes, its layout says {found[-1].stop if found else 0}"
-        )
-    items = []
-    for key, role, dtype, shape, start, stop in found:
-        piece = flat[start:stop]
-        if dtype is torch.bool and bool((piece > 1).any()):
-            raise JournalError(f"a record's tensor {key!r} has bytes that are no bool")
-        items.append(Item(key, role, piece.view(dtype).view(shape)))
-    return items
-
-
-@lru_cache(maxsize=32)
-def places(layout: bytes) -> tuple[Place, ...]:
-    """Return what a layout says, checked; one that came before costs nothing.
-
-    Raises:
-        JournalError: anything that ``pack`` would not have written.
-    """
-    try:
-        described = json.loads(layout)
-        found = []
-        at = 0
-        for key, role, name, sizes in described:
-            dtype = _DTYPES[name]
-            fits = type(key) in (str, int) and type(role) is str and all(type(n) is int and n >= 0 for n in sizes)
-            shape = torch.Size(sizes)
-            start = at + -at % dtype.itemsize
-            at = start + math.prod(sizes) * dtype.itemsize
-            if not fits or at >= 1 << 62:
-                raise ValueError(f"{key!r} {role!r} {sizes!r}")
-            found.append(Place(key, role, dtype, shape, start, at))
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError, RuntimeError) as error:
-        raise JournalError(f"a record's layout cannot be read: {error}") from None
-    return tuple(found)
-
-
-# ---------------------------------------------------------------- frames
+# ---------------------------------------------------------------- bytes
 
 
 def frame(record: Record, lsn: int) -> list[Any]:
-    """Return the buffers of a record as they stand in a file.
+    """Return the bytes of a record in a file, as a list of buffers.
 
     Raises:
-        JournalError: it is one that ``read_frame`` would refuse.
+        StorageError: the head is longer than ``read_frame`` accepts.
     """
     head = json.dumps(record.head, separators=(",", ":"), allow_nan=False).encode()
-    if len(head) + len(record.layout) > _MOST_WORDS:
-        raise JournalError(f"a record with a head of {len(head) + len(record.layout)} bytes could not be read again")
-    checksum = record.checksum
-    if checksum is None:
-        checksum = 0
-        for buffer in record.payload:
-            checksum = crc32(buffer, checksum)
-    words = crc32(record.layout, crc32(head))
-    nbytes = sum(len(buffer) for buffer in record.payload)
-    numbers = (lsn, len(head), len(record.layout), nbytes, words, checksum)
+    if len(head) + len(record.layout) > _MAX_HEAD_NBYTES:
+        raise StorageError(
+            f"a record's head and layout have {len(head) + len(record.layout)} bytes; "
+            f"at most {_MAX_HEAD_NBYTES} can be read again"
+        )
+    payload_checksum = nbytes = 0
+    for buffer in record.payload:
+        payload_checksum = crc32(buffer, payload_checksum)
+        nbytes += len(buffer)
+    head_checksum = crc32(record.layout, crc32(head))
+    numbers = (lsn, len(head), len(record.layout), nbytes, head_checksum, payload_checksum)
     framed = _FRAME.pack(MAGIC, crc32(_FRAME.pack(MAGIC, 0, *numbers)[8:]), *numbers)
     return [framed, head, record.layout, *record.payload, END]
 
 
 class Frame(NamedTuple):
-    """What a frame says of the record behind it."""
+    """The numbers at the beginning of a record."""
 
     lsn: int
-    head_nbytes: int
+    json_nbytes: int
     layout_nbytes: int
     payload_nbytes: int
-    words_checksum: int
+    head_checksum: int
     payload_checksum: int
 
     @property
-    def words(self) -> int:
-        """Bytes of head and layout, which stand right behind the frame."""
-        return self.head_nbytes + self.layout_nbytes
+    def head_nbytes(self) -> int:
+        """Bytes of JSON head and layout, which follow the frame."""
+        return self.json_nbytes + self.layout_nbytes
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole record, frame and end mark included."""
-        return FRAME_NBYTES + self.words + self.payload_nbytes + len(END)
+        return FRAME_NBYTES + self.head_nbytes + self.payload_nbytes + len(END)
 
 
 def read_frame(data: bytes) -> Frame:
-    """Check and read the bytes of a frame.
+    """Check and decode the bytes of a frame.
 
     Raises:
-        JournalError: damaged, or no frame.
+        StorageError: damaged, or not a frame.
     """
     magic, checksum, *numbers = _FRAME.unpack(data)
     if magic != MAGIC or checksum != crc32(data[8:]):
-        raise JournalError("no frame of a record, or a damaged one")
+        raise StorageError("not the frame of a record, or a damaged one")
     found = Frame(*numbers)
-    if found.words > _MOST_WORDS:
-        raise JournalError(f"a record with a head of {found.words} bytes")
+    if found.head_nbytes > _MAX_HEAD_NBYTES:
+        raise StorageError(f"a record with a head of {found.head_nbytes} bytes, expected at most {_MAX_HEAD_NBYTES}")
     return found
 
 
-def read_record(frame: Frame, words: bytes, payload: Any) -> Record:
-    """Check and read what stands behind a frame.
+def read_record(frame: Frame, head: bytes, payload: Any) -> Record:
+    """Check and decode what follows a frame.
 
     Args:
         frame: as it was read.
-        words: the bytes of head and layout.
-        payload: the bytes behind them, in memory that is aligned for every dtype.
+        head: the bytes of JSON head and layout.
+        payload: the bytes after them, in memory that is aligned for every dtype.
 
     Raises:
-        JournalError: damaged, or not what ``frame`` wrote.
+        StorageError: damaged, or not what ``frame`` writes.
     """
-    if crc32(words) != frame.words_checksum or crc32(payload) != frame.payload_checksum:
-        raise JournalError("a damaged record: its checksum does not fit")
+    if crc32(head) != frame.head_checksum or crc32(payload) != frame.payload_checksum:
+        raise StorageError("a damaged record: its checksum does not match")
     try:
-        head = json.loads(words[: frame.head_nbytes])
+        plain = json.loads(head[: frame.json_nbytes])
     except (ValueError, RecursionError) as error:
-        raise JournalError(f"a record's head is not JSON: {error}") from None
-    if not isinstance(head, dict):
-        raise JournalError("a record's head is no JSON object")
-    return Record(head, words[frame.head_nbytes :], [payload])
+        raise StorageError(f"a record's head is not JSON: {error}") from None
+    if not isinstance(plain, dict):
+        raise StorageError(f"a record's head is a JSON {type(plain).__name__}, expected an object")
+    return Record(plain, head[frame.json_nbytes :], [payload])
+
+
+# ---------------------------------------------------------------- files
+
+
+def write(descriptor: int, buffers: Sequence[Any], at: int) -> int:
+    """Write buffers one after another; return where they end.
+
+    Raises:
+        OSError: some of the bytes may be written then.
+    """
+    left = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+    first = 0
+    while first < len(left):
+        call, nbytes = [], 0
+        for buffer in left[first : first + _CALL_BUFFERS]:
+            call.append(buffer[: _CALL_NBYTES - nbytes])
+            nbytes += len(call[-1])
+            if nbytes == _CALL_NBYTES:
+                break
+        written = os.pwritev(descriptor, call, at)
+        at += written
+        while first < len(left) and written >= len(left[first]):
+            written -= len(left[first])
+            first += 1
+        if written:
+            left[first] = left[first][written:]
+    return at
+
+
+class Reader:
+    """Reads the records of one file, in order.
+
+    Args:
+        folder: where the file is.
+        name: of a regular file; links out of the folder are not followed.
+
+    Raises:
+        StorageError: the file cannot be read.
+    """
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        self.file = folder / name
+        self.is_torn = False
+        self.record_nbytes = 0
+        """Bytes of the record that was yielded last."""
+        try:
+            self._descriptor = folder.open(name, os.O_RDONLY)
+        except OSError as error:
+            raise StorageError(f"{self.file}: cannot be read: {error}") from error
+        self._size = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    def records(self) -> Iterator[tuple[int, Record]]:
+        """Yield lsn and record up to the end of the log: the end of the file, zeros, or an unfinished write.
+
+        An unfinished write sets ``is_torn``; its record was never acknowledged.
+
+        Raises:
+            StorageError: damaged. A record whose end mark is there was written as a whole and may have been
+                acknowledged, so it is not skipped.
+        """
+        try:
+            status = os.fstat(self._descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise StorageError(f"{self.file}: not a regular file")
+            self._size = status.st_size
+            at = 0
+            while at < self._size:
+                found = self._record(at)
+                if found is None:
+                    self.is_torn = True
+                    return
+                lsn, record, end = found
+                self.record_nbytes, at = end - at, end
+                yield lsn, record
+        except OSError as error:
+            raise StorageError(f"{self.file}: cannot be read: {error}") from error
+
+    def _record(self, at: int) -> tuple[int, Record, int] | None:
+        start = at + FRAME_NBYTES
+        if start > self._size:
+            return None
+        try:
+            frame = self._frame(at)
+            if frame is None or at + frame.nbytes > self._size:
+                return None
+            payload, end = start + frame.head_nbytes, at + frame.nbytes
+            mark = bytes(self._bytes(end - len(END), end))
+            if not mark[-1] and self._is_blank(end):
+                return None
+            record = read_record(frame, bytes(self._bytes(start, payload)), self._bytes(payload, end - len(END)))
+            if mark != END:
+                raise StorageError("a damaged record: its end mark does not match")
+            return frame.lsn, record, end
+        except StorageError as error:
+            raise StorageError(
+                f"{self.file}: damaged at byte {at}: {error}; restore the folder from a copy, or truncate the file "
+                "there and lose what was pushed since"
+            ) from None
+
+    def _frame(self, at: int) -> Frame | None:
+        """Return the frame; None where the log ends, with zeros or with an unfinished frame followed by zeros."""
+        end = at + FRAME_NBYTES
+        try:
+            return read_frame(bytes(self._bytes(at, end)))
+        except StorageError:
+            if self._is_blank(end):
+                return None
+            raise
+
+    def _is_blank(self, at: int) -> bool:
+        """Tell whether there are only zeros, or nothing, from here on."""
+        step = 1 << 20
+        pieces = ((start, min(start + step, self._size)) for start in range(at, self._size, step))
+        return not any(np.frombuffer(self._bytes(*piece), np.uint8).any() for piece in pieces)
+
+    def _bytes(self, start: int, stop: int) -> Any:
+        # NumPy's memory is aligned for every dtype.
+        memory = np.empty(stop - start, np.uint8).data
+        done = 0
+        while done < len(memory):
+            count = os.preadv(self._descriptor, [memory[done : done + _CALL_NBYTES]], start + done)
+            if not count:
+                raise StorageError("the file became shorter while it was read")
+            done += count
+        return memory

@@ -1,8 +1,7 @@
-"""Journal: a folder with a snapshot of a shard and a log of what has changed since, written before it counts.
+"""Write-ahead log (WAL): a folder with a snapshot of a shard and log segments of what has changed since.
 
-``append`` returns when the record is as safe as the durability asks for. What stands in the folder is one
-snapshot, the log behind it, and a lock; docs/journal-format.md has the format. What a record means is not
-known here.
+``append`` returns when the record is as safe as the durability asks for. docs/wal-format.md has the format of the
+folder. The log does not know what records mean.
 """
 
 from __future__ import annotations
@@ -15,37 +14,34 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
-from tensorkv.errors import ArgumentError, JournalError, show
+from tensorkv.errors import ArgumentError, StorageError, show
 
-from . import record_file
+from . import record
 from .folder import Folder, sync
 from .lock import FolderLock
-from .log_file import LogFile
 from .record import Record, frame
-from .spares import NAME as SPARE
-from .spares import Spares
 
 Durability = Literal["process", "disk"]
 
-_SNAPSHOT = re.compile(r"snapshot-([0-9a-f]{16})\.tkv")
-_LOG = re.compile(r"log-([0-9a-f]{16})-([0-9a-f]{8})\.tkv")
-_TEMPORARY = re.compile(r"snapshot-[0-9a-f]{16}\.tmp")
-# A log is at most as long as twice the state, and this; a short one is not worth a snapshot.
-LOG_NBYTES = 1 << 30
-_SHORT_LOG = 1 << 27
-# Every opening begins a log of its own; so many are worth a snapshot.
-_MOST_LOGS = 16
+SNAPSHOT_NAME = re.compile(r"snapshot-([0-9a-f]{16})\.tkv")
+SEGMENT_NAME = re.compile(r"log-([0-9a-f]{16})-([0-9a-f]{8})\.tkv")
+_UNFINISHED_NAME = re.compile(r"snapshot-[0-9a-f]{16}\.tmp")
+# By default the log grows to twice the state, and at most to this; a short log is not worth a snapshot.
+MAX_LOG_NBYTES = 1 << 30
+_MIN_LOG_NBYTES = 1 << 27
+# Every opening begins a segment; so many are worth a snapshot.
+_MAX_SEGMENTS = 16
 
 _logger = logging.getLogger(__name__)
 
 
-class Journal:
+class WriteAheadLog:
     """The folder of one durable shard, open for one process.
 
     Args:
-        path: of the folder, which is made if it is not there.
+        path: of the folder, which is created if it does not exist.
         durability: ``"process"``: an appended record survives the end of this process, however it ends;
             ``"disk"``: that of the machine as well.
         log_nbytes: how long the log may grow before a snapshot is due (None: twice the state, at most 1 GiB).
@@ -53,7 +49,7 @@ class Journal:
 
     Raises:
         ArgumentError: an option out of range.
-        JournalError: another process has the folder open, it holds something else, or it cannot be written.
+        StorageError: another process has the folder open, it holds something else, or it cannot be written.
     """
 
     def __init__(self, path: str, durability: Durability, log_nbytes: int | None = None, wait_s: float = 10.0) -> None:
@@ -62,81 +58,83 @@ class Journal:
         if log_nbytes is not None and (type(log_nbytes) is not int or log_nbytes < 1):
             raise ArgumentError(f"log_nbytes is {show(log_nbytes)}; expected a number of bytes, or None")
         self.path = path
-        self._to_disk = durability == "disk"
         self._log_nbytes = log_nbytes
-        self._most_nbytes = log_nbytes or _SHORT_LOG
+        self._max_nbytes = log_nbytes or _MIN_LOG_NBYTES
         self.lsn = 0
+        """Number of the last record (log sequence number)."""
         self.nbytes = 0
-        """Of the log behind the snapshot."""
+        """Bytes of log written since the last snapshot."""
         self._undo_end = self._undo_nbytes = 0
+        # After a snapshot that failed, the next is due when the log has become this long.
         self._retry_nbytes = 0
-        self._logs = 0
+        self._segments = 0
         self._finishing: threading.Thread | None = None
-        self._is_named = False
+        self._is_renamed = False
         self.counts = {"records": 0, "nbytes": 0, "snapshots": 0, "failed_snapshots": 0}
         self._folder = self._open_folder()
         try:
             self._check_foreign()
             with self._explaining("lock the folder"):
-                # Logs sort by it where they begin alike.
+                # Segments that begin with the same record are sorted by epoch.
                 epochs = [epoch for _, epoch, _ in self._files()[1]]
                 self._lock = FolderLock(self._folder, wait_s, max(epochs, default=0))
         except BaseException:
             self._folder.close()
             raise
-        # What the machine leaves of files that were written over says nothing of which bytes are old.
-        self._spares = None if self._to_disk else Spares(self._folder, self._lock.epoch)
-        self._log = LogFile(self._folder, to_disk=self._to_disk, spares=self._spares)
+        self._segment = SegmentWriter(self._folder, to_disk=durability == "disk")
 
     # ------------------------------------------------------------ reading
 
     def read(self) -> Iterator[tuple[Record, bool]]:
-        """Give every record that counts, oldest first, and whether it is of the snapshot.
+        """Yield every record that counts, oldest first, and whether it is part of the snapshot.
 
         Raises:
-            JournalError: a damaged or missing file. A log that ends inside a record has been cut off by the
-                end of its writer: that record was never acknowledged, and is not given.
+            StorageError: a damaged or missing file. A segment that ends inside a record was cut off when its
+                writer ended: that record was never acknowledged, and is not yielded.
         """
-        self.settle()
-        snapshots, logs = self._files()
+        self.wait_for_snapshot()
+        snapshots, segments = self._files()
         self.lsn, self.nbytes = (snapshots[-1][0] if snapshots else 0), 0
         if snapshots:
-            yield from ((record, True) for record in self._read_snapshot(snapshots[-1][1], self.lsn))
-        behind = [(first, name) for first, _, name in logs[self._first_to_read(snapshots, logs) :]]
-        self._logs = len(behind)
-        for index, (first, name) in enumerate(behind):
-            following = behind[index + 1][0] if index + 1 < len(behind) else None
-            yield from ((record, False) for record in self._read_log(name, first, following))
+            yield from ((each, True) for each in self._read_snapshot(snapshots[-1][1], self.lsn))
+        needed = [(first, name) for first, _, name in segments[self._first_needed(snapshots, segments) :]]
+        self._segments = len(needed)
+        for index, (first, name) in enumerate(needed):
+            following = needed[index + 1][0] if index + 1 < len(needed) else None
+            yield from ((each, False) for each in self._read_segment(name, first, following))
 
-    def _first_to_read(self, snapshots: Sequence[tuple[int, str]], logs: Sequence[tuple[int, int, str]]) -> int:
-        # The last log that begins before what the snapshot lacks may hold it, after what the snapshot has.
+    def _first_needed(self, snapshots: Sequence[tuple[int, str]], segments: Sequence[tuple[int, int, str]]) -> int:
+        # The last segment that begins at or before the first record that the snapshot lacks may contain that record.
         lsn = snapshots[-1][0] if snapshots else 0
-        return max(0, sum(first <= lsn + 1 for first, _, _ in logs) - 1)
+        return max(0, sum(first <= lsn + 1 for first, _, _ in segments) - 1)
 
     def _files(self) -> tuple[list[tuple[int, str]], list[tuple[int, int, str]]]:
+        """Return snapshots (last record, name) and segments (first record, epoch, name), oldest first."""
         names = self._folder.names()
-        snapshots = [(int(found[1], 16), found[0]) for found in map(_SNAPSHOT.fullmatch, names) if found]
-        logs = [(int(found[1], 16), int(found[2], 16), found[0]) for found in map(_LOG.fullmatch, names) if found]
-        return sorted(snapshots), sorted(logs)
+        snapshots = [(int(found[1], 16), found[0]) for found in map(SNAPSHOT_NAME.fullmatch, names) if found]
+        segments = [
+            (int(found[1], 16), int(found[2], 16), found[0]) for found in map(SEGMENT_NAME.fullmatch, names) if found
+        ]
+        return sorted(snapshots), sorted(segments)
 
     def _read_snapshot(self, name: str, lsn: int) -> Iterator[Record]:
         ended = False
-        with record_file.Reader(self._folder, name) as reader:
-            for found, record in reader.records():
+        with record.Reader(self._folder, name) as reader:
+            for found, each in reader.records():
                 if ended or found != lsn:
-                    raise JournalError(f"{reader.file}: records that do not belong together")
-                ended = record.head.get("verb") == "end"
-                yield record
+                    raise StorageError(f"{reader.file}: records of different snapshots")
+                ended = each.head.get("verb") == "end"
+                yield each
         if not ended or reader.is_torn:
-            raise JournalError(f"{reader.file}: damaged: it ends early; restore the folder from a copy")
+            raise StorageError(f"{reader.file}: damaged: it ends early; restore the folder from a copy")
 
-    def _read_log(self, name: str, first: int, following: int | None) -> Iterator[Record]:
+    def _read_segment(self, name: str, first: int, following: int | None) -> Iterator[Record]:
         if first > self.lsn + 1:
             self._missing(name, self.lsn + 1, first)
         expected = first
-        with record_file.Reader(self._folder, name) as reader:
-            for lsn, record in reader.records():
-                # Whoever opened the folder after this writer has gone on from where it found the log to end.
+        with record.Reader(self._folder, name) as reader:
+            for lsn, each in reader.records():
+                # A process that took this writer for dead has begun the next segment where it found this one to end.
                 if following is not None and lsn >= following:
                     break
                 if lsn != expected:
@@ -147,142 +145,149 @@ class Journal:
                 if lsn != self.lsn + 1:
                     self._missing(name, self.lsn + 1, lsn)
                 self.lsn, self.nbytes = lsn, self.nbytes + reader.record_nbytes
-                yield record
+                yield each
         if following is not None and self.lsn + 1 != following:
             self._missing(name, self.lsn + 1, following)
 
     def _missing(self, name: str, lsn: int, found: int) -> NoReturn:
-        raise JournalError(
+        raise StorageError(
             f"{self._folder / name}: record {lsn} is missing, {found} comes next; restore the folder from a copy"
         )
 
     # ------------------------------------------------------------ writing
 
     def begin(self) -> None:
-        """Start a log of this process's own behind what was read.
+        """Begin a segment of this process's own after what was read.
 
         Raises:
-            JournalError: it cannot be written.
+            StorageError: it cannot be written.
         """
-        with self._explaining("begin a log"):
+        with self._explaining("begin a log segment"):
             self._tidy()
-            self._start_log()
+            self._begin_segment()
 
-    def append(self, record: Record) -> None:
-        """Write a record behind the others; it counts when this returns.
+    def append(self, each: Record) -> None:
+        """Append a record; it counts when this returns.
 
         Raises:
-            JournalError: it does not count; where its bytes could not be taken back, or the folder is not this
-                process's any more, nothing can be appended from now on.
+            StorageError: it does not count. If its bytes could not be removed, or the folder does not belong to this
+                process any more, nothing can be appended from now on.
         """
-        self._check()
+        self._check_writable()
         with self._explaining("append to the log"):
             self._lock.check()
-            end = self._log.end
-            try:
-                self._log.write(frame(record, self.lsn + 1))
-            except BaseException:
-                if self._spares is not None:
-                    # The disk may be full.
-                    self._spares.remove()
-                raise
+            end = self._segment.end
+            self._segment.write(frame(each, self.lsn + 1))
             self._check_holder()
-        written = self._log.end - end
+        written = self._segment.end - end
         self._undo_end, self._undo_nbytes = end, written
         self.lsn, self.nbytes = self.lsn + 1, self.nbytes + written
         self.counts["records"] += 1
         self.counts["nbytes"] += written
 
     def undo(self) -> None:
-        """Take the record back that was appended last.
+        """Remove the record that was appended last.
 
         Raises:
-            JournalError: it cannot be taken back, and counts; nothing can be appended from now on.
+            StorageError: it cannot be removed, and counts; nothing can be appended from now on.
         """
-        with self._explaining("take a record back"):
+        with self._explaining("remove a record"):
             self._check_holder()
-            self._log.cut(self._undo_end)
-        if self._log.broken is not None:
-            raise JournalError(f"{self.path}: a record could not be taken back and will count when the store is opened")
+            self._segment.truncate(self._undo_end)
+        if self._segment.broken is not None:
+            raise StorageError(f"{self.path}: a record could not be removed and will count when the store is opened")
         self.lsn, self.nbytes = self.lsn - 1, self.nbytes - self._undo_nbytes
 
     def is_due(self, state_nbytes: Callable[[], int]) -> bool:
-        """Tell whether the log has grown so long that a snapshot is to be made.
+        """Tell whether the log has grown so long that a snapshot should be made.
 
         Args:
-            state_nbytes: what there is to write; asked for seldom, since it takes a look at every key.
+            state_nbytes: returns the bytes that a snapshot would have; called rarely, since it looks at every key.
         """
-        if self._log.broken is not None or self.nbytes < self._retry_nbytes:
+        if self._segment.broken is not None or self.nbytes < self._retry_nbytes:
             return False
-        if self._finishing is not None and self._finishing.is_alive() and self.nbytes <= 2 * self._most_nbytes:
-            # Pushes do not wait for the disk as long as the log is not twice what it should be.
+        if self._finishing is not None and self._finishing.is_alive() and self.nbytes <= 2 * self._max_nbytes:
+            # Pushes do not wait for the disk until the log is twice as long as it should be.
             return False
-        if self.nbytes > self._most_nbytes and self._log_nbytes is None:
-            self._most_nbytes = max(_SHORT_LOG, min(LOG_NBYTES, 2 * state_nbytes()))
-        return self.nbytes > self._most_nbytes or self._logs > _MOST_LOGS
+        if self.nbytes > self._max_nbytes and self._log_nbytes is None:
+            self._max_nbytes = max(_MIN_LOG_NBYTES, min(MAX_LOG_NBYTES, 2 * state_nbytes()))
+        return self.nbytes > self._max_nbytes or self._segments > _MAX_SEGMENTS
 
     def snapshot(self, records: Iterable[Record]) -> bool:
-        """Replace snapshot and log by a new snapshot; whatever ends it early leaves the old ones in force.
+        """Replace snapshot and log by a new snapshot; if that fails, the old ones stay in force.
 
         Args:
-            records: the whole state, the last one's verb being ``"end"``.
+            records: the whole state; the verb of the last one is ``"end"``.
 
         Returns:
-            Whether it was made; a disk that has no room for one may have room for the log.
+            Whether it was made; a disk that has no room for a snapshot may have room for the log.
 
         Raises:
-            JournalError: it has its name, which the disk may forget; nothing can be appended from now on.
+            StorageError: it was renamed, and the disk may lose the new name; nothing can be appended from now on.
         """
-        # One that is under way is not this one.
-        self.settle()
-        made, self._is_named = self.counts["snapshots"], False
-        self.snapshot_behind(records)
-        self.settle()
+        # An earlier snapshot that is still being finished is not this one.
+        self.wait_for_snapshot()
+        made, self._is_renamed = self.counts["snapshots"], False
+        self.begin_snapshot(records)
+        self.wait_for_snapshot()
         is_made = self.counts["snapshots"] > made
-        if self._is_named and not is_made:
-            self._log.broken = "the disk failed, and a snapshot may count or not"
-            self._check()
+        if self._is_renamed and not is_made:
+            self._segment.broken = "the disk failed, and a snapshot may count or not"
+            self._check_writable()
         return is_made
 
-    def snapshot_behind(self, records: Iterable[Record]) -> None:
-        """Do ``snapshot``, but wait for the disk in a thread, while the next log is written.
+    def begin_snapshot(self, records: Iterable[Record]) -> None:
+        """Do ``snapshot``, but wait for the disk in a thread, while the next segment is written.
 
-        Until the disk has it, the old snapshot and both logs are in force.
+        Until the snapshot is on disk, the old snapshot and all segments are in force.
         """
-        self.settle()
-        self._check()
+        self.wait_for_snapshot()
+        self._check_writable()
         temporary = f"snapshot-{self.lsn:016x}.tmp"
         try:
             with self._explaining("make a snapshot"):
                 self._lock.check()
                 descriptor = self._write_snapshot(temporary, records)
                 try:
-                    self._start_log()
+                    self._begin_segment()
                 except BaseException:
                     os.close(descriptor)
                     raise
         except BaseException as error:
-            self._fail(temporary, error)
+            self._abandon_snapshot(temporary, error)
             if not isinstance(error, Exception):
                 raise
             return
         self._retry_nbytes = self.nbytes = 0
-        finishing = threading.Thread(target=self._finish, args=(temporary, descriptor, self.lsn), daemon=True)
+        finishing = threading.Thread(target=self._finish_snapshot, args=(temporary, descriptor, self.lsn), daemon=True)
         try:
             finishing.start()
         except RuntimeError:
-            # No more threads are to be had, as when the interpreter ends.
-            self._finish(temporary, descriptor, self.lsn)
+            # No thread can be started while the interpreter ends.
+            self._finish_snapshot(temporary, descriptor, self.lsn)
         else:
             self._finishing = finishing
 
-    def settle(self) -> None:
+    def wait_for_snapshot(self) -> None:
         """Wait for the thread that finishes a snapshot."""
         if self._finishing is not None:
             self._finishing.join()
             self._finishing = None
 
-    def _finish(self, temporary: str, descriptor: int, lsn: int) -> None:
+    def _write_snapshot(self, temporary: str, records: Iterable[Record]) -> int:
+        """Write a snapshot that is not in force yet; return its descriptor."""
+        self._folder.remove(temporary)
+        descriptor = self._folder.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            end = 0
+            for each in records:
+                end = record.write(descriptor, frame(each, self.lsn), end)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _finish_snapshot(self, temporary: str, descriptor: int, lsn: int) -> None:
         try:
             try:
                 os.fsync(descriptor)
@@ -290,57 +295,47 @@ class Journal:
                 os.close(descriptor)
             self._lock.check()
             self._folder.replace(temporary, temporary.replace(".tmp", ".tkv"))
-            self._is_named = True
-            self._sync_folder()
+            self._is_renamed = True
+            self._folder.sync()
             self.counts["snapshots"] += 1
-            self._logs = 1
+            self._segments = 1
         except BaseException as error:
-            self._fail(temporary, error)
+            self._abandon_snapshot(temporary, error)
             return
         try:
-            self._remove_old(lsn)
+            self._remove_replaced(lsn)
         except BaseException as error:
-            _logger.warning("%s: old files are left: %s", self.path, error)
+            _logger.warning("%s: old files could not be removed: %s", self.path, error)
 
-    def _fail(self, temporary: str, error: BaseException) -> None:
+    def _abandon_snapshot(self, temporary: str, error: BaseException) -> None:
         """Leave the old snapshot in force."""
         with suppress(OSError):
             self._folder.remove(temporary)
-        if self._spares is not None:
-            self._spares.remove()
         self.counts["failed_snapshots"] += 1
-        # Not at every record from now on.
-        self._retry_nbytes = self.nbytes + max(self.nbytes, self._most_nbytes) // 4
+        # The next attempt is not at the next record, which would most likely fail as well.
+        self._retry_nbytes = self.nbytes + max(self.nbytes, self._max_nbytes) // 4
         _logger.warning("%s: no snapshot, the log goes on: %s", self.path, error)
 
     def _tidy(self) -> None:
-        """Remove what ``read`` passes over: left by processes that ended before they could."""
-        snapshots, logs = self._files()
-        behind = self._first_to_read(snapshots, logs)
-        old = [name for _, name in snapshots[:-1]] + [name for _, _, name in logs[:behind]]
-        # Of logs that begin alike, the last has gone on from where the others did not come.
-        old += [one[2] for one, next_one in pairwise(logs[behind:]) if one[0] == next_one[0]]
-        old += filter(SPARE.fullmatch, self._folder.names())
+        """Remove files that ``read`` skips, left by processes that ended before they could remove them."""
+        snapshots, segments = self._files()
+        needed = self._first_needed(snapshots, segments)
+        old = [name for _, name in snapshots[:-1]] + [name for _, _, name in segments[:needed]]
+        # Of segments that begin with the same record, only the last has records that count.
+        old += [one[2] for one, next_one in pairwise(segments[needed:]) if one[0] == next_one[0]]
         if old:
-            # The snapshot has to be safe under its name before what it replaces goes.
-            self._sync_folder()
+            # The snapshot has to be safe under its name before what it replaces is removed.
+            self._folder.sync()
             self._remove(old)
 
-    def _remove_old(self, made: int) -> None:
-        """Remove what a snapshot has made useless; what cannot be removed now, the next one removes."""
-        old: list[str] = []
+    def _remove_replaced(self, made: int) -> None:
+        """Remove what a snapshot has replaced; what cannot be removed now, the next snapshot removes."""
         with suppress(OSError):
-            snapshots, logs = self._files()
-            old += [name for lsn, name in snapshots if lsn < made]
-            if self._spares is not None and old:
-                self._spares.keep_snapshot(old.pop())
-            mine = [name for first, epoch, name in logs if first <= made and epoch == self._lock.epoch]
-            old += [name for first, _, name in logs if first <= made and name not in mine[-1:]]
-            old += [name for name in self._folder.names() if _TEMPORARY.fullmatch(name)]
-            if self._spares is not None and mine:
-                self._spares.keep_log(mine.pop())
-            old += mine[-1:]
-        self._remove(old)
+            snapshots, segments = self._files()
+            old = [name for lsn, name in snapshots if lsn < made]
+            old += [name for first, _, name in segments if first <= made]
+            old += [name for name in self._folder.names() if _UNFINISHED_NAME.fullmatch(name)]
+            self._remove(old)
 
     def _remove(self, names: Iterable[str]) -> None:
         for name in names:
@@ -348,14 +343,9 @@ class Journal:
                 self._folder.remove(name)
 
     def close(self) -> None:
-        """Let go of the folder."""
-        self.settle()
-        if self._spares is not None:
-            self._spares.remove()
-            with suppress(OSError, JournalError):
-                self._lock.check()
-                self._log.trim()
-        self._log.close()
+        """Unlock and close the folder."""
+        self.wait_for_snapshot()
+        self._segment.close()
         self._lock.close()
         self._folder.close()
 
@@ -373,52 +363,123 @@ class Journal:
     def _check_foreign(self) -> None:
         with self._explaining("list the folder"):
             names = set(self._folder.names()) - {FolderLock.NAME}
-            foreign = sorted(n for n in names if not any(p.fullmatch(n) for p in (_SNAPSHOT, _LOG, _TEMPORARY, SPARE)))
+            own = (SNAPSHOT_NAME, SEGMENT_NAME, _UNFINISHED_NAME)
+            foreign = sorted(name for name in names if not any(pattern.fullmatch(name) for pattern in own))
         if foreign:
             what = "a checkpoint; make a store and load() it" if "manifest.json" in foreign else "other files"
-            raise JournalError(f"{self.path}: holds {what} ({foreign[0]}); give a new or empty directory")
+            raise StorageError(f"{self.path}: holds {what} ({foreign[0]}); give a new or empty directory")
 
-    def _write_snapshot(self, temporary: str, records: Iterable[Record]) -> int:
-        """Write a snapshot that is not in force; return its descriptor."""
-        self._folder.remove(temporary)
-        flags = os.O_WRONLY
-        if self._spares is None or not self._spares.give_snapshot(temporary):
-            flags |= os.O_CREAT | os.O_EXCL
-        descriptor = self._folder.open(temporary, flags)
-        try:
-            end = 0
-            for record in records:
-                end = record_file.write(descriptor, frame(record, self.lsn), end)
-            if not flags & os.O_EXCL:
-                os.ftruncate(descriptor, end)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-    def _start_log(self) -> None:
-        self._log.start(f"log-{self.lsn + 1:016x}-{self._lock.epoch:08x}.tkv")
+    def _begin_segment(self) -> None:
+        self._segment.begin(f"log-{self.lsn + 1:016x}-{self._lock.epoch:08x}.tkv")
         self._undo_end = 0
-        self._logs += 1
+        self._segments += 1
 
-    def _check(self) -> None:
-        if self._log.broken is not None:
-            raise JournalError(f"{self.path}: nothing can be written: {self._log.broken}; open the store again")
+    def _check_writable(self) -> None:
+        if self._segment.broken is not None:
+            raise StorageError(f"{self.path}: nothing can be written: {self._segment.broken}; open the store again")
 
     def _check_holder(self) -> None:
         try:
             self._lock.check()
         except BaseException as error:
-            # Whoever has the folder now may have read what stands in this log: it must stay as it is.
-            self._log.broken = str(error)
+            # The process that has the folder now may have read this segment: it must stay as it is.
+            self._segment.broken = str(error)
             raise
-
-    def _sync_folder(self) -> None:
-        self._folder.sync()
 
     @contextmanager
     def _explaining(self, doing: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise JournalError(f"{self.path}: cannot {doing}: {error}") from error
+            raise StorageError(f"{self.path}: cannot {doing}: {error}") from error
+
+
+class SegmentWriter:
+    """Appends to one log segment at a time, and truncates it to its last whole record where a write fails.
+
+    Args:
+        folder: of the log.
+        to_disk: whether a write returns only when it is on disk.
+    """
+
+    def __init__(self, folder: Folder, *, to_disk: bool) -> None:
+        self._folder, self._to_disk = folder, to_disk
+        self._file: int | None = None
+        self._name = ""
+        self.end = 0
+        """Bytes of the segment's whole records."""
+        self.broken: str | None = None
+        """Why nothing can be written any more."""
+
+    def __del__(self) -> None:
+        # The file of a store that was not closed.
+        if self._file is not None:
+            os.close(self._file)
+
+    def begin(self, name: str) -> None:
+        """Go on in another segment."""
+        if name == self._name:
+            # It has no record yet.
+            return
+        descriptor: int | None = None
+        try:
+            descriptor = self._folder.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            if self._to_disk:
+                self._folder.sync()
+        except BaseException:
+            if descriptor is not None:
+                os.close(descriptor)
+            # The segment before goes on. Readers would skip its records from the beginning of the new one on.
+            if not self._is_removed(name):
+                self.broken = "a log segment was begun and could not be removed"
+            raise
+        old, self._file, self._name, self.end = self._file, descriptor, name, 0
+        if old is not None:
+            os.close(old)
+
+    def write(self, buffers: Sequence[Any]) -> None:
+        """Append a record; if that fails, remove what was written of it."""
+        end = self.end
+        try:
+            self.end = record.write(self._descriptor(), buffers, end)
+            if self._to_disk:
+                self._sync()
+        except BaseException:
+            self.truncate(end)
+            raise
+
+    def truncate(self, end: int) -> None:
+        """Remove what was written after ``end``."""
+        try:
+            os.ftruncate(self._descriptor(), end)
+            self.end = end
+            if self._to_disk and self.broken is None:
+                self._sync()
+        except OSError as error:
+            self.broken = f"a record could not be removed ({error})"
+
+    def close(self) -> None:
+        """Write nothing any more."""
+        file, self._file, self.broken = self._file, None, "it was closed"
+        if file is not None:
+            os.close(file)
+
+    def _sync(self) -> None:
+        try:
+            os.fdatasync(self._descriptor())
+        except OSError as error:
+            # The system may drop what it could not write: another fdatasync would succeed and mean nothing.
+            self.broken = f"the disk failed ({error})"
+            raise
+
+    def _descriptor(self) -> int:
+        if self._file is None:
+            raise OSError("the log is not open")
+        return self._file
+
+    def _is_removed(self, name: str) -> bool:
+        try:
+            self._folder.remove(name)
+        except OSError:
+            return False
+        return True

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tensorkv.arrays.packing import Slot
 from tensorkv.shard.nonfinite import NonFinite
-from tensorkv.storage.record import Place
 
 _SIZES = struct.Struct("<II")
 _ALIGN = 16
@@ -29,7 +29,7 @@ class Settings:
         mode: ``"async"``: a push is applied at once; ``"sync"``: once a push of every live worker is there.
         staleness: how many rounds a worker may be ahead of the slowest (None: any number).
         path: a folder in which each server has its own (None: values end with the process).
-        durability: of the folder, as for ``Journal``.
+        durability: of the folder, as for ``WriteAheadLog``.
         lost_after_s: how long a silent worker is waited for.
         nonfinite, threads: as for ``Shard``.
         keep: how many snapshots may be held at a time.
@@ -118,7 +118,7 @@ class Room:
         out: bytes to use, if there are enough; else new ones are made.
     """
 
-    def __init__(self, places: Sequence[Place], out: torch.Tensor | None = None) -> None:
+    def __init__(self, places: Sequence[Slot], out: torch.Tensor | None = None) -> None:
         self._places = places
         nbytes = places[-1].stop if places else 0
         fits = out is not None and len(out) >= nbytes

@@ -25,7 +25,7 @@ def build(name: str, address: str | None, timeout_s: float, insecure: bool, opti
 
     Raises:
         ArgumentError: options out of range, or other than those of the store that is there.
-        JournalError: a server's folder cannot be opened.
+        StorageError: a server's folder cannot be opened.
         RankDeadError, ServerLostError: others did not join in time.
     """
     timeout_s = check_timeout(timeout_s)

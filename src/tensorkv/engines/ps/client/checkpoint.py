@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.packing import Item, pack
 from tensorkv.errors import CheckpointError
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.rules import Assign, Rule, StepOptimizer
 from tensorkv.shard.table import Table
 from tensorkv.storage import checkpoint, manifest
 from tensorkv.storage.manifest import Contents, Kind
-from tensorkv.storage.record import Item, pack
 
 from .data import letter_of
 from .keymap import Directory
@@ -76,7 +76,7 @@ def load(path: str, kind: Kind, directory: Directory, num_servers: int) -> list[
                 notes[json.dumps(entry.key)] = to_note(each)
         body, tensors = manifest.describe(kind, mine, _own_rule(rule, {entry.key for entry in mine}))
         items = [Item(name, "tensor", tensor) for name, tensor in tensors.items()]
-        letters.append(letter_of(server, {"body": body, "notes": notes}, pack({}, items)))
+        letters.append(letter_of(server, {"body": body, "notes": notes}, pack(items)))
     return letters
 
 

@@ -12,6 +12,7 @@ import torch
 
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.packing import Item, Packed, pack, unpack
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import KeyNotFoundError, ValueMismatchError, quote
 from tensorkv.shard import reduce
@@ -21,7 +22,6 @@ from tensorkv.shard.optimizers import ROWWISE
 from tensorkv.shard.plan import Column
 from tensorkv.shard.pool import Pool
 from tensorkv.shard.rules import check_push
-from tensorkv.storage.record import Item, Record, pack
 
 from . import layout
 from .keymap import Directory
@@ -148,7 +148,7 @@ class Traffic:
             items: list[Item] = []
             for key, each, total in zip(batch.keys, held, sums, strict=True):
                 items += self._items(key, each, total, server)
-            letters.append(letter_of(server, {}, pack({}, items)))
+            letters.append(letter_of(server, {}, pack(items)))
         with self._lanes.take() as lane:
             self._push_letters(lane, layout.list_name(batch.keys), letters)
 
@@ -278,13 +278,13 @@ class Traffic:
                     wanted.append((index, selected[1]))
                     # Before each, as much as it takes to align it.
                     nbytes += found[index].itemsize + len(selected[0]) * found[index][:1].nbytes
-            letters.append(letter_of(server, dict(words or {}), pack({}, items), nbytes))
+            letters.append(letter_of(server, dict(words or {}), pack(items), nbytes))
             places.append(wanted)
         with self._lanes.take() as lane:
             answers = self._send(lane, "pull_rows", letters)
             for answer, wanted in zip(answers, places, strict=True):
-                record = Record({}, answer.head["layout"].encode(), [answer.payload.numpy().data])
-                for item, (index, mine) in zip(record.items(), wanted, strict=True):
+                items = unpack(answer.head["layout"].encode(), answer.payload.numpy().data)
+                for item, (index, mine) in zip(items, wanted, strict=True):
                     self._check_rows(keys[index], item.tensor, found[index][mine])
                     interop.signed(found[index])[mine] = interop.signed(item.tensor)
         return [Rows(own, each, h.spec.shape[0]) for own, each, h in zip(ids, found, held, strict=True)]
@@ -369,10 +369,10 @@ def _with(letter: Letter, words: Mapping[str, Any]) -> Letter:
     return letter._replace(words={**letter.words, **words})
 
 
-def letter_of(server: int, words: dict[str, Any], record: Record, reply_nbytes: int = 0) -> Letter:
-    """Return a letter that brings a record's payload."""
-    nbytes = sum(len(buffer) for buffer in record.payload)
-    return Letter(server, words, record.layout, nbytes, partial(_copy, record.payload), reply_nbytes)
+def letter_of(server: int, words: dict[str, Any], packed: Packed, reply_nbytes: int = 0) -> Letter:
+    """Return a letter that brings packed tensors."""
+    nbytes = sum(len(buffer) for buffer in packed.payload)
+    return Letter(server, words, packed.layout, nbytes, partial(_copy, packed.payload), reply_nbytes)
 
 
 def _copy(buffers: Sequence[Any], room: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from tensorkv import errors
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.packing import Item, pack
 from tensorkv.arrays.rows import Rows, merge
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.base import Engine, Outs
@@ -38,7 +39,6 @@ from tensorkv.shard.rules import Assign, StepOptimizer, Updater
 from tensorkv.shard.table import Table
 from tensorkv.storage import manifest
 from tensorkv.storage.manifest import Kind
-from tensorkv.storage.record import Item, pack
 from tensorkv.transport.rendezvous import host_id
 from tensorkv.transport.segment import can_share
 from tensorkv.transport.wire import Settings
@@ -262,7 +262,7 @@ class RayEngine(Engine):
             return None
         body, tensors = manifest.describe("store", entries, Assign())
         items = [Item(name, "tensor", tensor) for name, tensor in tensors.items()]
-        return letter_of(server, {"body": body, "notes": notes}, pack({}, items))
+        return letter_of(server, {"body": body, "notes": notes}, pack(items))
 
     def _piece(self, server: int, value: Part, held: Held) -> torch.Tensor | Table | None:
         """Return what of a new value a server gets."""

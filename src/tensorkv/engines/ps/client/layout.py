@@ -15,12 +15,12 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.packing import decode_layout, encode_layout
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.shard import native, reduce
 from tensorkv.shard.plan import Form
 from tensorkv.shard.pool import Pool
 from tensorkv.storage import manifest
-from tensorkv.storage.record import describe, places
 
 Parts = Sequence[Sequence[torch.Tensor]]
 
@@ -78,11 +78,11 @@ class Share:
                     step = math.prod(each.spec.shape[1:])
                     self.pieces.append(_Piece(index, start, stop, start * step, (stop - start) * step))
                     described.append((keys[index], "sum", dtypes[index], each.shape(start, stop)))
-        self.layout = describe(described)
+        self.layout = encode_layout(described)
         self.keys = json.dumps([keys[piece.key] for piece in self.pieces]).encode()
         # By which a server tells whether its values are what this client takes them to be.
         self.checksum = zlib.crc32(self.layout)
-        self._places = places(self.layout)
+        self._places = decode_layout(self.layout)
         self.nbytes = self._places[-1].stop if self._places else 0
         # For columns of addresses: which key, and where in its array the piece begins.
         self._index = np.array([piece.key for piece in self.pieces], np.int64)

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.packing import unpack
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.base import Outs, Reader
 from tensorkv.errors import KeyNotFoundError, SnapshotError, TensorKVError, quote
 from tensorkv.storage import manifest
 from tensorkv.storage.manifest import Contents
-from tensorkv.storage.record import Record
 
 from .data import Traffic
 from .layout import Held, from_note
@@ -75,9 +75,9 @@ class Moments:
         """Return everything that each server holds, and how it lies over servers."""
         found = []
         for head, payload in self._look_again({"states": True}):
-            record = Record({}, head["layout"].encode(), [payload.numpy().data])
+            items = unpack(head["layout"].encode(), payload.numpy().data)
             # Answers lie in memory that the next request uses.
-            tensors = {str(item.key): item.tensor.clone() for item in record.items()}
+            tensors = {str(item.key): item.tensor.clone() for item in items}
             held = {key: from_note(note) for key, note in head["notes"]}
             found.append(State(manifest.restore(head["body"], tensors), held))
         return found

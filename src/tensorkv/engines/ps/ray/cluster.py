@@ -20,7 +20,7 @@ from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from tensorkv.errors import ArgumentError, JournalError, RankDeadError, ServerLostError, quote
+from tensorkv.errors import ArgumentError, RankDeadError, ServerLostError, StorageError, quote
 from tensorkv.transport.rendezvous import agree_on_start, connect
 from tensorkv.transport.wire import Settings
 
@@ -322,7 +322,7 @@ def make_servers(name: str, settings: Settings, timeout_s: float) -> tuple[list[
     """Start the servers of a store; where another client was faster, return its.
 
     Raises:
-        JournalError: a server's folder cannot be opened.
+        StorageError: a server's folder cannot be opened.
     """
     _check_folders(settings)
     _wait_for_the_end(name, settings.num_servers, timeout_s)
@@ -384,7 +384,7 @@ def _check_folders(settings: Settings) -> None:
         return
     known = list(Path(settings.path).glob("server-*"))
     if known and len(known) != settings.num_servers:
-        raise JournalError(
+        raise StorageError(
             f"{settings.path}: was written by {len(known)} servers, and num_servers is {settings.num_servers}; "
             "use as many, or save() with them and load() with others"
         )
@@ -424,7 +424,7 @@ def _ask(method: Any, name: str, timeout_s: float) -> Any:
                 time.sleep(0.01)
                 continue
             text = str(error)
-            kind = JournalError if "JournalError" in text else ServerLostError
+            kind = StorageError if "StorageError" in text else ServerLostError
             raise kind(f"create({name!r}): a server could not start: {why(error)}") from error
         except RayError as error:
             raise ServerLostError(f"create({name!r}): a server does not answer: {why(error)}") from error

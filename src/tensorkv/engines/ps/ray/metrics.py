@@ -73,7 +73,7 @@ def _values(stats: Mapping[str, Any]) -> dict[str, float]:
         "ahead_rounds": stats["ahead"],
         "most_ahead_rounds": stats["most_ahead"],
         "snapshots": stats["snapshots"],
-        "log_nbytes": stats.get("journal", {}).get("log_nbytes", 0),
+        "log_nbytes": stats.get("wal", {}).get("log_nbytes", 0),
         "pushes": calls("push", "pushpull"),
         "pulls": calls("pull", "pushpull", "pull_rows"),
         "moved_nbytes": sum(each["nbytes"] for each in verbs.values()),

@@ -20,7 +20,7 @@ def merge(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found["num_keys"] = sum(each.get("first_keys", 0) for each in told)
     found |= {word: max((each.get(word, 0) for each in told), default=0) for word in _MOST}
     found["dead_workers"] = sorted({rank for each in told for rank in each.get("dead", ())})
-    for word in ("nonfinite", "journal"):
+    for word in ("nonfinite", "wal"):
         parts = [each[word] for each in told if word in each]
         if parts:
             found[word] = {name: sum(part[name] for part in parts) for name in parts[0]}

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from tensorkv.arrays.arguments import Key, check_key
+from tensorkv.arrays.packing import decode_layout, unpack
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import ArgumentError
 from tensorkv.shard.entry import Part
-from tensorkv.storage.record import places, unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Call:
 
     def flat(self, payload: torch.Tensor) -> torch.Tensor | None:
         """Return a payload as one flat tensor, if it is that."""
-        if self.flat_dtype is None or len(payload) != places(self.layout)[-1].stop:
+        if self.flat_dtype is None or len(payload) != decode_layout(self.layout)[-1].stop:
             return None
         return payload.view(self.flat_dtype)
 
@@ -46,7 +46,7 @@ class Call:
             num_rows: of each key's value.
 
         Raises:
-            JournalError, ValueMismatchError: no parts of such keys.
+            LayoutError, ValueMismatchError: no parts of such keys.
         """
         items = iter(unpack(self.layout, payload))
         found: list[Part] = []
@@ -60,9 +60,9 @@ def read(layout: bytes) -> Call:
     """Return what a push's layout says.
 
     Raises:
-        JournalError, ArgumentError: it is not one of a push.
+        LayoutError, ArgumentError: it is not one of a push.
     """
-    found = places(layout)
+    found = decode_layout(layout)
     roles = [place.role for place in found]
     keys = tuple(place.key for place in found if place.role != "rows")
     pairs = list(pairwise(found))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from tensorkv.errors import ArgumentError, JournalError, StoreClosedError
+from tensorkv.errors import ArgumentError, StorageError, StoreClosedError
 
 from .memory import Memory, Start
 from .wait import Monitor
@@ -76,14 +76,14 @@ class Attendance:
             self._know(owner, rank)
         if rank is not None and memory.holders.get(rank) == owner and self.rounds.seen(rank):
             # With a disk that takes nothing it stays lost, and tries again with its next request.
-            with self._monitor, suppress(JournalError):
+            with self._monitor, suppress(StorageError):
                 self._remember(["base", rank, self.rounds.base_of(rank)])
                 self.rounds.find(rank)
 
     def _know(self, owner: str, rank: int | None) -> None:
         """Remember a client, and who has a rank, as far as the disk takes it."""
         memory = self._memory
-        with self._monitor, suppress(JournalError):
+        with self._monitor, suppress(StorageError):
             if owner not in memory.members:
                 self._remember(["member", owner])
             holder = memory.holders.get(rank) if rank is not None else None
@@ -158,7 +158,7 @@ class Attendance:
         with self._monitor:
             self._heard.pop(client, None)
             if client in self._memory.members:
-                with suppress(JournalError):
+                with suppress(StorageError):
                     self._remember(["bye", client])
             self._monitor.changed()
 
@@ -166,7 +166,7 @@ class Attendance:
         """Let clients go that nobody has heard of for very long."""
         if len(self._heard) == len(self.clients(FORGOTTEN_S)):
             return
-        with self._monitor, suppress(JournalError):
+        with self._monitor, suppress(StorageError):
             for client in set(self._heard) - set(self.clients(FORGOTTEN_S)):
                 self._remember(["gone", client])
                 del self._heard[client]

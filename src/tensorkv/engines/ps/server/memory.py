@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorkv.arrays.arguments import Key
-from tensorkv.errors import JournalError
+from tensorkv.errors import StorageError
 from tensorkv.storage.dedup import Clients
 
 from .rounds import Rounds
@@ -72,12 +72,12 @@ class Memory(Clients):
         """Make events happen, in order.
 
         Raises:
-            JournalError: not those that a server writes.
+            StorageError: not those that a server writes.
         """
         for name, *rest in events:
             happen = getattr(self, f"_on_{name}", None)
             if happen is None:
-                raise JournalError(f"an event {name!r} that is unknown to this version of tensorkv")
+                raise StorageError(f"an event {name!r} that is unknown to this version of tensorkv")
             happen(*rest)
 
     def _count(self, client: str, seq: int, words: Mapping[str, Any], keys: Sequence[Key]) -> None:

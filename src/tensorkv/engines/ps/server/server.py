@@ -40,7 +40,7 @@ class Server:
         now: a clock in seconds.
 
     Raises:
-        JournalError: its folder cannot be opened.
+        StorageError: its folder cannot be opened.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class Server:
             if moved is not None:
                 return moved
         else:
-            with self._holding.ahead(request), self._monitor:
+            with self._monitor:
                 if not self._clients.has_applied(request.client, request.seq):
                     # One that did not wait until the end for its last push.
                     self._wait_for_the_slow(rank, staleness, "")

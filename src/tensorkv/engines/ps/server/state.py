@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,16 +12,15 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.packing import Item, decode_layout, encode_layout, pack, raw_bytes, unpack
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote
 from tensorkv.shard.entry import Batch, Part
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.plan import MANY
 from tensorkv.shard.shard import Shard
 from tensorkv.storage import manifest
-from tensorkv.storage.checksum import known
 from tensorkv.storage.durable import DurableShard
 from tensorkv.storage.manifest import Contents
-from tensorkv.storage.record import Item, describe, nbytes_of, pack, places, unpack
 from tensorkv.transport.wire import Reply, Request, Room, Settings
 
 from .call import read
@@ -41,7 +39,7 @@ class Holding:
         clients: whose requests are logged with what they change.
 
     Raises:
-        JournalError: the folder cannot be opened.
+        StorageError: the folder cannot be opened.
     """
 
     def __init__(self, settings: Settings, clients: Memory) -> None:
@@ -79,11 +77,6 @@ class Holding:
         self.shard.pushpull(batch, [[each] for each in room.tensors])
         return Reply({}, room.payload)
 
-    def ahead(self, request: Request) -> AbstractContextManager[None]:
-        """Do what a push needs and what needs no turn."""
-        is_logged = isinstance(self.shard, DurableShard)
-        return known(request.payload) if is_logged and len(request.payload) else nullcontext()
-
     def batch(self, request: Request) -> Batch:
         """Return what a request pushes, one part for each key."""
         call = read(request.layout)
@@ -101,7 +94,7 @@ class Holding:
             found = self.views.read(head["view"], keys)
             layout, checksum = _layout(zip(keys, (v.dtype for v in found), (v.shape for v in found), strict=True))
             _check_same(keys, checksum, head.get("of"))
-            room = Room(places(layout), out)
+            room = Room(decode_layout(layout), out)
             for each, value in zip(room.tensors, found, strict=True):
                 each.copy_(value)
             return Reply({}, room.payload)
@@ -122,19 +115,19 @@ class Holding:
         keys, ids = [item.key for item in items], [item.tensor for item in items]
         view = request.head.get("view")
         found = self.shard.pull_rows(keys, ids) if view is None else self.views.read_rows(view, keys, ids)
-        lies = describe(
+        lies = encode_layout(
             (key, "rows", rows.values.dtype, rows.values.shape) for key, rows in zip(keys, found, strict=True)
         )
-        where = places(lies)
+        where = decode_layout(lies)
         room = Room(where, out)
         # Not by torch, whose threads would wait for each other beside those of other requests.
         memory = room.payload.numpy()
         for place, rows in zip(where, found, strict=True):
-            memory[place.start : place.stop] = nbytes_of(rows.values)
+            memory[place.start : place.stop] = raw_bytes(rows.values)
         return Reply({"layout": lies.decode()}, room.payload)
 
     def _room(self, keys: tuple[Key, ...], out: torch.Tensor | None, checksum: Any) -> Room:
-        return Room(places(self._layout(keys, checksum)), out)
+        return Room(decode_layout(self._layout(keys, checksum)), out)
 
     def _layout(self, keys: tuple[Key, ...], checksum: Any) -> bytes:
         """Return how values lie in a reply; refuse it if that is not what the client expects."""
@@ -202,10 +195,10 @@ class Holding:
         """Return everything that the shard holds, as a checkpoint has it."""
         with self.shard.frozen() as (entries, rule):
             body, tensors = manifest.describe("store", entries, rule)
-            record = pack({}, [Item(name, "tensor", tensor) for name, tensor in tensors.items()])
+            packed = pack([Item(name, "tensor", tensor) for name, tensor in tensors.items()])
             notes = [[entry.key, self._note_of(entry.key)] for entry in entries]
-            words = {"body": body, "layout": record.layout.decode(), "notes": notes}
-            return Reply(words, bytes_of(b"".join(record.payload)))
+            words = {"body": body, "layout": packed.layout.decode(), "notes": notes}
+            return Reply(words, bytes_of(b"".join(packed.payload)))
 
     def view(self, name: str, client: str) -> list[list[Any]]:
         """Hold what there is now for a client; return every key with its version and its note."""
@@ -220,7 +213,7 @@ class Holding:
         found: dict[str, Any] = {"keys": len(entries), "first_keys": firsts, "nbytes": nbytes}
         found["snapshots"] = len(self.views)
         found["nonfinite"] = self.shard.nonfinite_counts
-        return found | ({"journal": self.shard.journal_counts} if isinstance(self.shard, DurableShard) else {})
+        return found | ({"wal": self.shard.wal_counts} if isinstance(self.shard, DurableShard) else {})
 
     def _is_first(self, key: Key) -> bool:
         """Tell whether the first piece of a key is here, so that servers together count each key once."""
@@ -271,7 +264,7 @@ def contents_of(request: Request) -> Contents:
     """Check and return the entries that a request brings.
 
     Raises:
-        CheckpointError, JournalError: not what a client writes.
+        CheckpointError, LayoutError: not what a client writes.
     """
     tensors = {str(item.key): item.tensor for item in unpack(request.layout, request.payload)}
     contents = manifest.restore(request.head["body"], tensors)
@@ -286,7 +279,7 @@ def contents_of(request: Request) -> Contents:
 def _layout(described: Iterable[tuple[Key, torch.dtype, Sequence[int]]]) -> tuple[bytes, int]:
     """Return how values lie in a reply, and a checksum of it."""
     # Named as the client names them: it compares.
-    layout = describe((key, "sum", dtype, shape) for key, dtype, shape in described)
+    layout = encode_layout((key, "sum", dtype, shape) for key, dtype, shape in described)
     return layout, zlib.crc32(layout)
 
 

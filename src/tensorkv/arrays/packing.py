@@ -1,0 +1,180 @@
+"""Packing: tensors as one run of bytes (the payload) and a JSON description of where each lies in it (the layout).
+
+A write-ahead log and the messages between clients and servers hold tensors in this form. docs/wal-format.md has it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from . import interop
+from .arguments import Key
+
+_DTYPES = {interop.dtype_name(dtype): dtype for dtype in interop.DTYPES}
+
+
+class LayoutError(ValueError):
+    """A layout is malformed, or does not match its payload."""
+
+
+class Item(NamedTuple):
+    """A tensor with the key that it belongs to and the role that it has there, such as ``"sum"`` or ``"ids"``."""
+
+    key: Key
+    role: str
+    tensor: torch.Tensor
+
+
+class Slot(NamedTuple):
+    """Where one tensor lies in a payload, in bytes from its beginning."""
+
+    key: Key
+    role: str
+    dtype: torch.dtype
+    shape: torch.Size
+    start: int
+    stop: int
+
+
+class Packed(NamedTuple):
+    """Tensors as bytes.
+
+    Args:
+        layout: JSON that ``decode_layout`` reads.
+        payload: the bytes of the tensors, in one or more buffers.
+    """
+
+    layout: bytes
+    payload: Sequence[Any]
+
+
+def pack(items: Sequence[Item]) -> Packed:
+    """Pack tensors, sharing their memory where they are contiguous on the CPU.
+
+    >>> packed = pack([Item("w", "sum", torch.ones(3)), Item("n", "sum", torch.tensor(7))])
+    >>> packed.layout
+    b'[["w","sum","float32",[3]],["n","sum","int64",[]]]'
+    >>> [len(buffer) for buffer in packed.payload]
+    [12, 4, 8]
+    """
+    buffers: list[Any] = []
+    run = _Run()
+    at = 0
+    for _, _, tensor in items:
+        gap = -at % tensor.dtype.itemsize
+        if gap:
+            buffers += run.end()
+            buffers.append(bytes(gap))
+        if tensor.numel() and not run.takes(tensor):
+            buffers += run.end()
+            run.begin(tensor)
+        at += gap + tensor.nbytes
+    layout = encode_layout([(key, role, tensor.dtype, tensor.shape) for key, role, tensor in items])
+    return Packed(layout, buffers + run.end())
+
+
+class _Run:
+    """Adjacent tensors of one storage, packed as one buffer: each small buffer would cost as much as a large one."""
+
+    def __init__(self) -> None:
+        self._first: torch.Tensor | None = None
+        self._next = self._nbytes = 0
+
+    def begin(self, tensor: torch.Tensor) -> None:
+        self._first, self._nbytes = tensor, tensor.nbytes
+        self._next = tensor.data_ptr() + tensor.nbytes if tensor.is_cpu and tensor.is_contiguous() else -1
+
+    def takes(self, tensor: torch.Tensor) -> bool:
+        if self._first is None or tensor.data_ptr() != self._next or not tensor.is_contiguous():
+            return False
+        if tensor.untyped_storage().data_ptr() != self._first.untyped_storage().data_ptr():
+            return False
+        self._next += tensor.nbytes
+        self._nbytes += tensor.nbytes
+        return True
+
+    def end(self) -> list[Any]:
+        first, self._first = self._first, None
+        if first is None:
+            return []
+        if self._nbytes == first.nbytes:
+            return [raw_bytes(first)]
+        at = first.storage_offset() * first.dtype.itemsize
+        flat = torch.empty(0, dtype=torch.uint8, device="cpu").set_(first.untyped_storage(), at, (self._nbytes,))  # type: ignore[call-overload]
+        return [flat.numpy().data]
+
+
+def unpack(layout: bytes, payload: Any) -> list[Item]:
+    """Return the tensors in a payload.
+
+    Args:
+        layout: as ``pack`` makes it.
+        payload: a contiguous buffer of bytes, whose memory the tensors share.
+
+    Raises:
+        LayoutError: malformed, or the payload has another length.
+    """
+    # A writable view, though nobody writes: torch warns about the others.
+    flat = (
+        interop.take(np.frombuffer(payload, np.uint8))
+        if len(payload)
+        else torch.empty(0, dtype=torch.uint8, device="cpu")
+    )
+    slots = decode_layout(layout)
+    expected = slots[-1].stop if slots else 0
+    if expected != len(flat):
+        raise LayoutError(f"the payload has {len(flat)} bytes, its layout says {expected}")
+    items = []
+    for key, role, dtype, shape, start, stop in slots:
+        piece = flat[start:stop]
+        if dtype is torch.bool and bool((piece > 1).any()):
+            raise LayoutError(f"the bool tensor {key!r} has bytes other than 0 and 1")
+        items.append(Item(key, role, piece.view(dtype).view(shape)))
+    return items
+
+
+def encode_layout(tensors: Iterable[tuple[Key, str, torch.dtype, Sequence[int]]]) -> bytes:
+    """Return the layout of tensors, given the key, role, dtype and shape of each.
+
+    They follow one another, each at the next multiple of its element's size.
+    """
+    described = [[key, role, interop.dtype_name(dtype), list(shape)] for key, role, dtype, shape in tensors]
+    return json.dumps(described, separators=(",", ":")).encode()
+
+
+@lru_cache(maxsize=32)
+def decode_layout(layout: bytes) -> tuple[Slot, ...]:
+    """Check a layout and return the slot of each tensor.
+
+    Raises:
+        LayoutError: anything that ``encode_layout`` would not have written.
+    """
+    try:
+        described = json.loads(layout)
+        slots = []
+        at = 0
+        for key, role, name, sizes in described:
+            dtype = _DTYPES[name]
+            fits = type(key) in (str, int) and type(role) is str and all(type(n) is int and n >= 0 for n in sizes)
+            shape = torch.Size(sizes)
+            start = at + -at % dtype.itemsize
+            at = start + math.prod(sizes) * dtype.itemsize
+            if not fits or at >= 1 << 62:
+                raise ValueError(f"{key!r} {role!r} {sizes!r}")
+            slots.append(Slot(key, role, dtype, shape, start, at))
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError, RuntimeError) as error:
+        raise LayoutError(f"malformed layout: {error}") from None
+    return tuple(slots)
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the elements of a tensor as bytes, sharing the memory of a contiguous CPU tensor."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from works import FIRST, TOLERANCE, Work, WrongResultError, right_slices
+
+from benchmarks.common.work import FIRST, TOLERANCE, Work, WrongResultError, right_slices
 
 
 @dataclass(frozen=True)

@@ -236,6 +236,7 @@ def _draw(result: Mapping[str, Any], path: Path) -> None:
             else f"{size}\n{last}"
         )
         panels.setdefault(title, {})[name] = work["summary"]["pushpull"]["ratios"]
+    panels = panels or {"nothing was measured": {}}
     longest = max(map(len, panels.values()))
     figure = plot.new_figure(
         result, "Processes in lock step, times faster than a peer", 2.5 + 5 * len(panels), 2.4 + 0.95 * longest

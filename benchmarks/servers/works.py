@@ -57,7 +57,7 @@ def durability(*, quick: bool) -> list[Serving]:
     if quick:
         return [Serving(1, (1000,), 2, "sgd", topic="durability")]
     return [
-        # Until logs and snapshots are written over old ones, as they are from then on.
+        # Until snapshots come at their steady rate.
         Serving(1, (25_000_000,), 2, "sgd", warm_up=10, topic="durability"),
         Serving(1000, (1000,), 2, "sgd", calls=10, warm_up=60, topic="durability"),
     ]

@@ -17,7 +17,7 @@ TensorKVError
 ├── WorkerMismatchError    (RuntimeError)  desync: dist_sync workers that did not make the same call
 ├── RankDeadError          (RuntimeError)  a dist_sync worker that died, stalled or ended early
 ├── WorkerError            (RuntimeError)  another worker's failure inside a call of all workers
-├── ServerLostError        (RuntimeError)  a parameter server that is gone, with the values that it held
+├── ServerDeadError        (RuntimeError)  a parameter server that has ended, with the values that it held
 ├── PushOutcomeUnknownError (RuntimeError) a request without a reply: it was applied once or not at all
 ├── WaitTimeoutError       (TimeoutError)  a version, a round or a worker that was awaited for too long
 ├── StoreClosedError       (RuntimeError)  a verb after close()
@@ -30,7 +30,7 @@ Messages name the key, what was expected, what was given, and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import islice
@@ -109,7 +109,7 @@ class WorkerError(TensorKVError, RuntimeError):
     """Another worker failed inside a call that all workers made; the message says which and how."""
 
 
-class ServerLostError(TensorKVError, RuntimeError):
+class ServerDeadError(TensorKVError, RuntimeError):
     """A parameter server has ended for good, or came back without the values that it held in memory alone."""
 
 
@@ -127,6 +127,27 @@ class StoreClosedError(TensorKVError, RuntimeError):
 
 class ForkedStoreError(TensorKVError, RuntimeError):
     """A store made by the parent process was used in a forked child."""
+
+
+def encode(error: BaseException) -> list[str]:
+    """Return an error as plain data, to be raised in another process.
+
+    >>> decode(encode(ArgumentError("push: no keys")))
+    ArgumentError('push: no keys')
+    """
+    return [type(error).__name__, str(error)]
+
+
+def decode(data: Sequence[str]) -> TensorKVError:
+    """Return the error that ``encode`` has encoded; a class that is unknown here becomes a ``TensorKVError``.
+
+    >>> decode(["NewError", "of a later version"])
+    TensorKVError('of a later version')
+    """
+    name, text = data
+    kind = globals().get(name)
+    is_known = isinstance(kind, type) and issubclass(kind, TensorKVError)
+    return (kind if is_known else TensorKVError)(text)  # type: ignore[misc]
 
 
 class SparseOutWarning(UserWarning):

@@ -86,13 +86,13 @@ def create(type: str = "local", **options: Any) -> KVStore:
             store that is kept in a folder.
             ``dist_sync``: ``timeout_s``, ``shared_memory``.
             ``dist_async``: ``num_servers``, ``num_workers``, ``mode``, ``staleness``, ``path``, ``durability``,
-            ``keep``, ``lost_after_s``, ``name``, ``address``, ``timeout_s``, ``insecure``.
+            ``keep``, ``heartbeat_timeout_s``, ``name``, ``address``, ``timeout_s``, ``insecure``.
 
     Raises:
         EngineNotFoundError: the type is unknown.
         ArgumentError: the type has no such option, or its value is out of range.
         StorageError: a folder that cannot be opened.
-        RankDeadError, ServerLostError: other workers, or servers, that did not come in time.
+        RankDeadError, ServerDeadError: other workers, or servers, that did not come in time.
 
     >>> create("local")
     KVStore('local', 0 keys)
@@ -195,7 +195,7 @@ class KVStore:
             ArrayTypeError, ArgumentError, KeyTypeError, NonFiniteError, OptimizerError, UpdaterError.
             StorageError: a store that is kept in a folder could not write; nothing has changed.
             RankDeadError, WorkerMismatchError, WorkerError: of ``dist_sync``, also for a push before this one.
-            ServerLostError, PushOutcomeUnknownError, WaitTimeoutError: of ``dist_async``; the last two may come of a
+            ServerDeadError, PushOutcomeUnknownError, WaitTimeoutError: of ``dist_async``; the last two may come of a
             push that was applied, as their messages say.
 
         >>> import numpy as np

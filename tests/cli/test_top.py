@@ -57,7 +57,7 @@ def test_an_observer_is_neither_a_client_nor_a_worker(store):
         seen = observer.stats()
     after = store.stats()
     for one, two in zip(before["servers"], after["servers"], strict=True):
-        for word in ("clients", "live", "here", "dead", "rounds"):
+        for word in ("clients", "live", "connected", "dead", "rounds"):
             assert one[word] == two[word]
     assert seen["clients"] == 1
 
@@ -152,7 +152,7 @@ SETTINGS = {"name": "a\x1b[31m", "mode": "async", "staleness": 2, "path": None, 
 
 def look(pushes, pid=7, **more):
     verbs = {"push": {"calls": pushes, "nbytes": 100 * pushes, "seconds": 1.0}, "pushpull": {"calls": 1, "nbytes": 10}}
-    server = {"verbs": verbs, "pid": pid, "keys": 2, "nbytes": 64, "waits": 3, "here": [0, 1], "live": [0, 1, 3]}
+    server = {"verbs": verbs, "pid": pid, "keys": 2, "nbytes": 64, "waits": 3, "connected": [0, 1], "live": [0, 1, 3]}
     server |= {"dead": [2], "rounds": [[0, 9], [1, 7], [2, 1], [3, 0], [4, 5]], **more}
     plain = {"num_keys": 2, "nbytes": 64, "clients": 2, "ahead": 2, "most_ahead": 3, "waits": 3, "waited_s": 0.5}
     return {**plain, "snapshots": 1, "servers": [server, None]}
@@ -196,7 +196,7 @@ class Watched(actor.ServerActor):
         metrics = self._metrics
         named = {each.info["name"]: each.info["default_tags"] for each in metrics._gauges.values()}
         named |= {each.info["name"]: each.info["default_tags"] for each in metrics._counters.values()}
-        return metrics.told, named
+        return metrics.exported, named
 
 
 def test_servers_tell_rays_metrics(store, monkeypatch):

@@ -33,22 +33,22 @@ def ask_through_ray_alone():
     """Let no request go through shared memory, where nothing of Ray can fail."""
     from tensorkv.engines.ps.client import rpc
 
-    rpc._RINGS = frozenset()
+    rpc._DOORBELL_VERBS = frozenset()
 
 
 def lose_answers(chance):
-    """Let answers to rings come, and be lost, now and then."""
-    from tensorkv.transport.mailbox import Mailbox
+    """Lose replies through the doorbell now and then."""
+    from tensorkv.transport.channel import SharedMemoryChannel
 
-    hear, draw = Mailbox.hear, random.Random(1)
+    wait, draw = SharedMemoryChannel.wait, random.Random(1)
 
-    def hear_or_lose(self, timeout_s):
-        answer = hear(self, timeout_s)
+    def wait_or_lose(self, timeout_s):
+        reply = wait(self, timeout_s)
         if draw.random() < chance:
             raise TimeoutError
-        return answer
+        return reply
 
-    Mailbox.hear = hear_or_lose
+    SharedMemoryChannel.wait = wait_or_lose
 
 
 def push_set(name, n, start, step, acknowledged):
@@ -67,7 +67,7 @@ def push_set(name, n, start, step, acknowledged):
     if int(os.environ.get("WANTS_RESENT", "0")):
         assert kv.stats()["resent"] >= int(os.environ["WANTS_RESENT"]), kv.stats()["resent"]
     if "LOSE_ANSWERS" in os.environ:
-        assert kv.stats()["rung"] >= kv.stats()["resent"]
+        assert kv.stats()["shm_requests"] >= kv.stats()["resent"]
     say("resent", kv.stats()["resent"])
     kv.close()
 
@@ -107,7 +107,7 @@ def rely_on_rays_retries(n):
 
     import ray
 
-    from tensorkv.engines.ps.client.engine import RayEngine
+    from tensorkv.engines.ps.client.engine import PSEngine
     from tensorkv.engines.ps.ray import cluster
     from tensorkv.engines.ps.ray.actor import ServerActor
     from tensorkv.store import KVStore
@@ -116,12 +116,12 @@ def rely_on_rays_retries(n):
     class Forgetful(ServerActor):
         def __init__(self, settings):
             super().__init__(settings)
-            self._server._clients.has_applied = lambda client, seq: False
+            self._server._tables.has_applied = lambda client, seq: False
 
     cluster.enter(None, 60)
     options = {"num_cpus": 0, "max_concurrency": 8, "max_restarts": -1, "max_task_retries": -1}
     actor = ray.remote(Forgetful).options(**options).remote(json.dumps(asdict(Settings())))
-    kv = KVStore(RayEngine([actor], Settings(), [["elsewhere", 0, 1, ""]], 60, started=False), "dist_async")
+    kv = KVStore(PSEngine([actor], Settings(), [["elsewhere", 0, 1, ""]], 60, started=False), "dist_async")
     with contextlib.suppress(tensorkv.KeyExistsError):
         kv.init("n", np.zeros(1, F32))
     for _ in range(int(n)):

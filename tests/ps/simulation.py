@@ -20,8 +20,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 
 from tensorkv import errors
 from tensorkv.engines.ps.client import engine as ray_engine
-from tensorkv.engines.ps.client import rpc
-from tensorkv.engines.ps.client import snapshot as moments
+from tensorkv.engines.ps.client import rpc, snapshot
 from tensorkv.engines.ps.ray import actor as ray_actor
 from tensorkv.engines.ps.ray import cluster
 from tensorkv.engines.ps.server.server import Server
@@ -312,8 +311,8 @@ class Actor:
                 lambda: self._arrive(head, layout, payload, future, is_lost),
             )
         else:
-            patience = min(1.0, head.pop("patience_s", 1.0))
-            request = Request({**head, "patience_s": 0}, layout, payload)
+            patience = min(1.0, head.pop("poll_timeout_s", 1.0))
+            request = Request({**head, "poll_timeout_s": 0}, layout, payload)
             self._parked.append((world.now + patience, request, future, is_lost))
             self._look()
             if any(each[2] is future for each in self._parked):
@@ -440,11 +439,11 @@ class World(Loop):
 
     def watch(self, actor):
         """Note each change of a server's values."""
-        holding, index = actor.server._holding, actor.settings.index
+        holding, index = actor.server._state, actor.settings.index
         push_round, push = holding.push_round, holding.push
 
         def watched_round(keys, parts):
-            requests = [(client, seq) for client, seq, *_ in actor.server._clients.current]
+            requests = [(client, seq) for client, seq, *_ in actor.server._tables.current]
             push_round(keys, parts)
             self.rounds.setdefault(index, []).append((tuple(keys), requests))
 
@@ -491,7 +490,7 @@ class World(Loop):
         clock = namespace(monotonic=lambda: self.now, sleep=self.sleep, time=lambda: self.now)
         enter(mock.patch.object(rpc, "ray", namespace(get=self.get, is_initialized=lambda: True)))
         enter(mock.patch.object(rpc, "time", clock))
-        enter(mock.patch.object(rpc, "_PAUSE_S", 0.3))
+        enter(mock.patch.object(rpc, "_RESTART_PAUSE_S", 0.3))
         enter(mock.patch.object(ray_engine, "time", clock))
         threads = namespace(
             **{name: getattr(threading, name) for name in threading.__all__},
@@ -504,7 +503,7 @@ class World(Loop):
         enter(mock.patch.object(ray_engine, "threading", threads))
         token = namespace(token_hex=lambda nbytes: f"{next(self.tokens):0{2 * nbytes}x}")
         enter(mock.patch.object(ray_engine, "secrets", token))
-        enter(mock.patch.object(moments, "secrets", token))
+        enter(mock.patch.object(snapshot, "secrets", token))
         enter(mock.patch.object(ray_engine, "os", namespace(environ=Environment())))
         enter(mock.patch.object(cluster, "stop_servers", self.stop_servers))
         enter(mock.patch.object(durable, "WriteAheadLog", lambda *more: Disk(self.disks, *more)))
@@ -528,7 +527,7 @@ class World(Loop):
         """Make the store of a client, in a thread of its process."""
         places = [["elsewhere", 0, 1, ""]] * len(self.actors)
         Environment.of_thread.words = {} if rank is None else {"RANK": str(rank), "WORLD_SIZE": "2"}
-        engine = ray_engine.RayEngine(self.actors, self.settings, places, 90.0, started=False)
+        engine = ray_engine.PSEngine(self.actors, self.settings, places, 90.0, started=False)
         self.stores[number] = KVStore(engine, "dist_async")
         self.open.add(self.processes[number])
         return self.stores[number]

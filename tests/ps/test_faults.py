@@ -183,10 +183,10 @@ def test_a_server_without_a_folder_that_is_killed_is_lost_and_never_empty(lost, 
     kv.save(tmp_path / "saved")
     os.kill(pid_of(kv, lost), signal.SIGKILL)
     for call in (lambda: kv.pull("w"), lambda: kv.push("w", value), kv.keys):
-        with pytest.raises(tensorkv.ServerLostError, match=f"server {lost}"):
+        with pytest.raises(tensorkv.ServerDeadError, match=f"server {lost}"):
             call()
     # Whoever asks for the store by its name is not given an empty server beside a full one.
-    with pytest.raises(tensorkv.ServerLostError, match=f"server {lost} .* has ended, and what it held is lost"):
+    with pytest.raises(tensorkv.ServerDeadError, match=f"server {lost} .* has ended, and what it held is lost"):
         tensorkv.create("dist_async", name=name, num_servers=2, timeout_s=2)
     kv.close()
     with ThreadPoolExecutor(1) as pool:
@@ -558,7 +558,7 @@ def test_workers_of_torchrun_train_together_on_a_ray_that_they_start(monkeypatch
 
 
 def test_a_lost_worker_is_not_waited_for_again_when_a_server_comes_back(tmp_path):
-    with create(num_workers=2, mode="sync", path=tmp_path / "store", lost_after_s=1.5) as kv:
+    with create(num_workers=2, mode="sync", path=tmp_path / "store", heartbeat_timeout_s=1.5) as kv:
         count_up(kv)
         kv.init("n", np.zeros(1, F32))
         with Program("silent", name_of(kv)) as program:

@@ -31,10 +31,10 @@ from tensorkv.transport.wire import Settings
         ({"nonfinite": "skip", "mode": "sync", "num_servers": 2}, "takes one server"),
         ({"durability": "disk"}, "needs path="),
         ({"durability": "memory", "path": "store"}, "durability is 'memory'"),
-        ({"lost_after_s": 1}, "lost_after_s is 1"),
-        ({"lost_after_s": float("inf")}, "lost_after_s is inf"),
-        ({"lost_after_s": 10**400}, "lost_after_s is 1000"),
-        ({"lost_after_s": "5"}, "lost_after_s is '5'"),
+        ({"heartbeat_timeout_s": 1}, "heartbeat_timeout_s is 1"),
+        ({"heartbeat_timeout_s": float("inf")}, "heartbeat_timeout_s is inf"),
+        ({"heartbeat_timeout_s": 10**400}, "heartbeat_timeout_s is 1000"),
+        ({"heartbeat_timeout_s": "5"}, "heartbeat_timeout_s is '5'"),
         ({"path": b"store"}, "path is b'store'"),
         ({"path": 5}, "path is 5"),
         ({"path": ""}, "path is ''"),
@@ -59,7 +59,7 @@ def test_options_out_of_range(options, said, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OutOfMemoryError("Task was killed\n" + "top process: 1 GB\n" * 40), "memory monitor has killed its process"),
+        (OutOfMemoryError("Task was killed\n" + "top process: 1 GB\n" * 40), "memory condition has killed its process"),
         (RayError("actor died\n  Task was killed due to the node running low on memory.\n1 GB\n"), "short of memory"),
         (RayError("in its task\n  File 'x', line 1\ntensorkv.errors.StorageError: s: is damaged\n"), "s: is damaged"),
         (RayError("The actor died unexpectedly.\n\tclass_name: ServerActor\n"), "The actor died unexpectedly."),
@@ -77,7 +77,7 @@ def test_where_no_cluster_answers_it_is_an_error_within_the_timeout():
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         # Ray itself would try until this test's time is over.
-        with pytest.raises(tensorkv.ServerLostError, match=f"no Ray cluster answers at {address}"):
+        with pytest.raises(tensorkv.ServerDeadError, match=f"no Ray cluster answers at {address}"):
             tensorkv.create("dist_async", address=address, timeout_s=0.5)
 
 
@@ -103,7 +103,7 @@ def test_who_comes_when_the_last_client_has_closed_gets_servers_of_its_own(monke
             raise ray_store.StoreEndingError("its servers are ending")
         return actors
 
-    monkeypatch.setattr(ray_store, "RayEngine", client)
+    monkeypatch.setattr(ray_store, "PSEngine", client)
     cluster = mock.Mock(enter=lambda *_, **__: False, find_servers=lambda *_: found.pop(0))
     cluster.make_servers.return_value = (["new"], Settings())
     monkeypatch.setattr(ray_store, "ray_cluster", cluster)
@@ -112,7 +112,7 @@ def test_who_comes_when_the_last_client_has_closed_gets_servers_of_its_own(monke
     cluster.leave.assert_not_called()
     # They stay, for whatever reason.
     found += [(["ending"], Settings())] * 100
-    with pytest.raises(tensorkv.ServerLostError, match="ending"):
+    with pytest.raises(tensorkv.ServerDeadError, match="ending"):
         ray_store.build("store", None, 0.2, False, {})
     cluster.leave.assert_called_once()
 

@@ -412,7 +412,7 @@ def test_a_ray_that_does_not_start_is_a_typed_error(tmp_path):
 import tensorkv
 try:
     tensorkv.create("dist_async")
-except tensorkv.ServerLostError as error:
+except tensorkv.ServerDeadError as error:
     print(error)
 """
     folder = tmp_path / ("long" * 25)

@@ -19,18 +19,18 @@ import tensorkv
 from tensorkv import Rows
 from tensorkv.arrays.packing import Item, pack, raw_bytes
 from tensorkv.engines import partition
-from tensorkv.engines.ps.server.cut import Cut
 from tensorkv.engines.ps.server.server import Server
+from tensorkv.engines.ps.server.snapshot import SnapshotBarrier
 from tensorkv.storage.durable import DurableShard
 from tensorkv.storage.record import Record
 from tensorkv.storage.wal import WriteAheadLog
-from tensorkv.transport import mailbox
+from tensorkv.transport import channel
 from tensorkv.transport.wire import Reply, Request, Settings
 
 pytest.importorskip("ray")
 
 from tensorkv.engines.ps.client.engine import close_abandoned
-from tensorkv.engines.ps.client.rpc import Link
+from tensorkv.engines.ps.client.rpc import ServerConnection
 from tensorkv.engines.ps.ray import cluster as ray_cluster
 from tests.support.fake_servers import NONE, Cluster, together
 
@@ -59,7 +59,14 @@ def count_up(kv):
 
 def asked(server, verb, client=0, seq=0, **words):
     """What a server answers at once."""
-    head = {"verb": verb, "owner": f"o{client}", "client": f"o{client}.0", "rank": client, "seq": seq, "patience_s": 0}
+    head = {
+        "verb": verb,
+        "owner": f"o{client}",
+        "client": f"o{client}.0",
+        "rank": client,
+        "seq": seq,
+        "poll_timeout_s": 0,
+    }
     return server.serve(Request({**head, **words})).head
 
 
@@ -68,40 +75,40 @@ def test_a_server_that_is_restarted_knows_what_it_has_promised(tmp_path):
     server = Server(settings)
     newcomer = {"rank": None, "ranks": True, "wants": None}
     for client in range(3):
-        told = asked(server, "hello", client, **newcomer)
+        told = asked(server, "connect", client, **newcomer)
         assert (told["rank"], told["over"]) == (client, (0, 0, 0))
-    assert asked(server, "tell", 0, number=1, text="said once") == {"text": "said once"}
+    assert asked(server, "broadcast", 0, number=1, text="said once") == {"text": "said once"}
     for client in range(3):
-        reply = asked(server, "meet", client, number=1)
+        reply = asked(server, "barrier", client, number=1)
         assert ("wait_for" in reply) is (client < 2)
     asked(server, "claim", 1, wants=True, number=1)
     asked(server, "leave", 1, number=1)
-    asked(server, "bye", 2)
+    asked(server, "disconnect", 2)
     for _ in range(2):
         server.close()
         server = Server(settings, comes_back=True)
         # Who was told nothing yet is told it; who was at the barrier need not come again.
-        assert asked(server, "tell", 1, number=1, text=None) == {"text": "said once"}
-        assert asked(server, "meet", 1, number=1) == {}
-        assert "ranks [0]" in asked(server, "meet", 1, number=2)["wait_for"]
+        assert asked(server, "broadcast", 1, number=1, text=None) == {"text": "said once"}
+        assert asked(server, "barrier", 1, number=1) == {}
+        assert "ranks [0]" in asked(server, "barrier", 1, number=2)["wait_for"]
         assert "another client" in asked(server, "claim", 0, wants=True, number=1)["wait_for"]
-        assert asked(server, "beat", 0)["dead"] == []
+        assert asked(server, "heartbeat", 0)["dead"] == []
         # Rank 1 has left, rank 2 has said goodbye.
         assert asked(server, "stats", 0)["live"] == [0]
     # A new worker gets the rank that is free, and is told how far the others are.
-    told = asked(server, "hello", 5, **newcomer)
+    told = asked(server, "connect", 5, **newcomer)
     assert (told["rank"], told["over"]) == (2, (1, 1, 0))
-    assert asked(server, "bye", 0) == {"clients": 2, "silent": 0}
+    assert asked(server, "disconnect", 0) == {"clients": 2, "dead_clients": 0}
     # Another store in the folder has nothing to do with these.
     server.close()
     server = Server(settings)
-    assert asked(server, "hello", 7, **newcomer)["over"] == (0, 0, 0)
-    assert "wait_for" in asked(server, "tell", 7, rank=0, number=1, text=None)
-    assert asked(server, "bye", 7) == {"clients": 0, "silent": 0}
+    assert asked(server, "connect", 7, **newcomer)["over"] == (0, 0, 0)
+    assert "wait_for" in asked(server, "broadcast", 7, rank=0, number=1, text=None)
+    assert asked(server, "disconnect", 7) == {"clients": 0, "dead_clients": 0}
     # It ends, also if it is restarted first.
     server.close()
     server = Server(settings, comes_back=True)
-    assert asked(server, "hello", 8, **newcomer) == {"ending": True}
+    assert asked(server, "connect", 8, **newcomer) == {"ending": True}
     server.close()
 
 
@@ -156,12 +163,12 @@ def serve_twice_after_a_snapshot(cluster, message, *others):
     """Have a request, its resent copy and other requests wait until a snapshot has been taken; return the replies."""
     server = cluster.servers[0]
     taker = {"owner": message.head["owner"], "client": "taker", "seq": 1}
-    server.serve(Request({"verb": "freeze", **taker}))
+    server.serve(Request({"verb": "prepare", **taker}))
     jobs = [partial(server.serve, each) for each in (message, message, *others)]
 
     def thaw():
         time.sleep(0.2)
-        server.serve(Request({"verb": "thaw", **taker}))
+        server.serve(Request({"verb": "abort", **taker}))
 
     return [reply.head for reply in together(*jobs, thaw)[:-1]]
 
@@ -268,20 +275,20 @@ def test_threads_of_a_client_count_apart():
             assert kv.pull("n")[0] == 24
 
 
-def test_lanes_made_at_the_same_time_have_different_numbers():
-    from tensorkv.engines.ps.client.session import Lanes
+def test_sessions_made_at_the_same_time_have_different_numbers():
+    from tensorkv.engines.ps.client.session import SessionPool
 
     def make(number):
         time.sleep(0.01)
         made.append(number)
-        return type("Lane", (), {"is_clear": True, "close": lambda self: None})()
+        return type("Session", (), {"is_idle": True, "close": lambda self: None})()
 
     made = []
-    lanes, start = Lanes(make), threading.Barrier(6)
+    sessions, start = SessionPool(make), threading.Barrier(6)
 
     def take():
         start.wait()
-        with lanes.take():
+        with sessions.take():
             time.sleep(0.1)
 
     together(*[take] * 6)
@@ -447,8 +454,8 @@ def test_in_step_with_faults_gives_the_bits_of_one_store(fault, small_pieces):
     assert fired > 12
 
 
-def test_a_round_closes_without_one_that_leaves_is_closed_or_is_lost():
-    with Cluster(2, mode="sync", num_workers=4, lost_after_s=1.5, timeout_s=15) as cluster:
+def test_a_round_closes_without_one_that_leaves_is_closed_or_is_dead():
+    with Cluster(2, mode="sync", num_workers=4, heartbeat_timeout_s=1.5, timeout_s=15) as cluster:
         stores = cluster.stores(4)
         count_up(stores[0])
         stores[0].init("n", np.zeros(600, F32))
@@ -460,7 +467,7 @@ def test_a_round_closes_without_one_that_leaves_is_closed_or_is_lost():
         assert stores[0].pull("n")[0] == 7
         # Rank 2 is silent from here on.
         stores[2]._engine._ending.set()
-        stores[2]._engine._beating.join()
+        stores[2]._engine._heartbeats.join()
         together(*push[:2])
         assert stores[0].pull("n")[0] == 9
         assert stores[0]._engine.dead_workers() == [2]
@@ -476,7 +483,9 @@ def test_who_is_awaited_is_named_and_a_push_in_vain_harms_nothing():
     with Cluster(2, mode="sync", num_workers=2) as cluster:
         first, second = cluster.store(timeout_s=0.3), cluster.store()
         first.init(["a", "b"], [np.zeros(n, F32), np.zeros(n, F32)])
-        with pytest.raises(tensorkv.WaitTimeoutError, match=r"push: waited in vain for ranks \[1\].*not pushed yet"):
+        with pytest.raises(
+            tensorkv.WaitTimeoutError, match=r"push timed out after .* waiting for ranks \[1\].*not pushed yet"
+        ):
             first.push("a", np.full(n, 3, F32))
         with pytest.raises(tensorkv.WaitTimeoutError):
             first.push("b", np.full(n, 100, F32))
@@ -488,7 +497,7 @@ def test_a_worker_that_waits_for_a_slow_server_tells_the_others_that_it_is_alive
     beats = threading.Semaphore(0)
 
     def fate(head):
-        if head["verb"] == "beat" and head["rank"] == 1:
+        if head["verb"] == "heartbeat" and head["rank"] == 1:
             beats.release()
         return NONE
 
@@ -523,19 +532,19 @@ def test_a_round_that_fails_fails_for_everybody(monkeypatch):
     with Cluster(mode="sync", num_workers=2, timeout_s=5) as cluster:
         stores = cluster.stores(2)
         stores[0].init("n", np.zeros(1, F32))
-        real = cluster.servers[0]._holding.push_round
+        real = cluster.servers[0]._state.push_round
 
         def fail(keys, parts):
             raise RuntimeError("a kernel failed")
 
-        monkeypatch.setattr(cluster.servers[0]._holding, "push_round", fail)
+        monkeypatch.setattr(cluster.servers[0]._state, "push_round", fail)
 
         def refused(kv):
             with pytest.raises(tensorkv.WorkerError, match="a kernel failed"):
                 kv.push("n", np.ones(1, F32))
 
         together(*[partial(refused, kv) for kv in stores])
-        monkeypatch.setattr(cluster.servers[0]._holding, "push_round", real)
+        monkeypatch.setattr(cluster.servers[0]._state, "push_round", real)
         together(*[partial(kv.push, "n", np.full(1, 5, F32)) for kv in stores])
         assert stores[0].pull("n")[0] == 10
 
@@ -543,7 +552,7 @@ def test_a_round_that_fails_fails_for_everybody(monkeypatch):
 def test_barriers_and_who_is_missing():
     with Cluster(2, num_workers=2) as cluster:
         first, second = cluster.store(timeout_s=0.3), cluster.store()
-        with pytest.raises(tensorkv.WaitTimeoutError, match=r"ranks \[1\], which have not come to the barrier"):
+        with pytest.raises(tensorkv.WaitTimeoutError, match=r"ranks \[1\], which have not reached the barrier"):
             first.barrier()
         second.barrier()
         order = []
@@ -558,7 +567,7 @@ def test_barriers_and_who_is_missing():
         second.close()
         # One that follows a worker that is gone meets the others where they are.
         second = cluster.store()
-        assert (second.rank, second._engine._meetings) == (1, 2)
+        assert (second.rank, second._engine._barriers) == (1, 2)
         together(first.barrier, second.barrier)
 
 
@@ -627,7 +636,7 @@ def test_a_load_that_fails_leaves_keys_where_they_were_and_one_that_succeeds_for
             raise tensorkv.StorageError("the disk is full")
 
         for each in cluster.servers:
-            monkeypatch.setattr(each._holding, "restore", fail)
+            monkeypatch.setattr(each._state, "restore", fail)
         with pytest.raises(tensorkv.StorageError, match="full"):
             kv.load(tmp_path / "small")
         for client in (kv, cluster.store()):
@@ -635,7 +644,7 @@ def test_a_load_that_fails_leaves_keys_where_they_were_and_one_that_succeeds_for
         monkeypatch.undo()
         kv.load(tmp_path / "small")
         assert [kv.pull(key).tolist() for key in "ab"] == [[1] * 3, [2] * 5]
-        assert sorted(name for each in cluster.servers for name in each._holding._notes.notes) == ['"a"', '"b"']
+        assert sorted(name for each in cluster.servers for name in each._state._notes.notes) == ['"a"', '"b"']
 
 
 @pytest.mark.parametrize("keys", [["n"], [f"k{i}" for i in range(20)]])
@@ -644,7 +653,7 @@ def test_a_pull_finds_keys_that_another_client_has_made_anew_elsewhere(keys):
         first, second = cluster.stores(2)
         for kv in (first, second):
             kv._engine._ending.set()
-            kv._engine._beating.join()
+            kv._engine._heartbeats.join()
         values = [np.full(50, i, F32) for i in range(len(keys))]
         first.init(keys, values)
         outs = [np.empty(50, F32) for _ in keys]
@@ -667,11 +676,11 @@ def test_a_pull_finds_keys_that_another_client_has_made_anew_elsewhere(keys):
         assert outs[0][0] == 1
 
 
-def test_servers_end_with_the_last_goodbye_and_not_while_somebody_may_only_be_busy(monkeypatch):
-    with Cluster(2, num_workers=3, lost_after_s=1.5) as cluster:
+def test_servers_end_with_the_last_client_and_not_while_another_may_only_be_busy(monkeypatch):
+    with Cluster(2, num_workers=3, heartbeat_timeout_s=1.5) as cluster:
         first, busy, last = cluster.stores(3)
         busy._engine._ending.set()
-        busy._engine._beating.join()
+        busy._engine._heartbeats.join()
         while first.dead_workers() != [1]:
             time.sleep(0.1)
         first.close()
@@ -683,14 +692,14 @@ def test_servers_end_with_the_last_goodbye_and_not_while_somebody_may_only_be_bu
         again.close()
         ray_cluster.stop_servers.assert_called_once()
         # Whoever comes now would lose the servers.
-        with pytest.raises(tensorkv.ServerLostError, match="the last client has just closed this store"):
+        with pytest.raises(tensorkv.ServerDeadError, match="the last client has just closed this store"):
             cluster.store()
     # Nobody is waited for who has been silent for two minutes.
-    with Cluster(2, num_workers=3, lost_after_s=1.5) as cluster:
+    with Cluster(2, num_workers=3, heartbeat_timeout_s=1.5) as cluster:
         gone, last = cluster.stores(2)
-        monkeypatch.setattr("tensorkv.engines.ps.server.membership.FORGOTTEN_S", 1.0)
+        monkeypatch.setattr("tensorkv.engines.ps.server.membership.IDLE_TIMEOUT_S", 1.0)
         gone._engine._ending.set()
-        gone._engine._beating.join()
+        gone._engine._heartbeats.join()
         time.sleep(1.6)
         last.close()
         ray_cluster.stop_servers.assert_called_once()
@@ -709,7 +718,7 @@ def test_a_store_that_is_dropped_is_closed():
         del moment
         assert engine.is_abandoned
         assert engine._ended.wait(60)
-        engine._beating.join()
+        engine._heartbeats.join()
         assert other.stats()["clients"] == 1
         assert other.dead_workers() == []
         ray_cluster.stop_servers.assert_not_called()
@@ -758,19 +767,19 @@ def test_a_worker_that_is_started_again_gets_the_rank_of_the_one_that_was_killed
     monkeypatch.setenv("RANK", "1")
     with Cluster(2, num_workers=2) as cluster:
         killed = cluster.store()
-        with pytest.raises(tensorkv.ArgumentError, match="rank 1 is another worker that is alive"):
+        with pytest.raises(tensorkv.ArgumentError, match="rank 1 is taken by a live worker"):
             cluster.store()
         killed._engine._ending.set()
-        killed._engine._beating.join()
+        killed._engine._heartbeats.join()
         assert cluster.servers[0].stats()["dead"] == []
         assert cluster.store().rank == 1
 
 
-def test_a_lost_server_keeps_the_others_for_those_who_have_the_store_open_alone():
-    with Cluster(3, num_workers=3, lost_after_s=1.5) as cluster:
+def test_after_a_dead_server_the_others_stay_for_live_clients_alone():
+    with Cluster(3, num_workers=3, heartbeat_timeout_s=1.5) as cluster:
         first, silent, last = cluster.stores(3)
         silent._engine._ending.set()
-        silent._engine._beating.join()
+        silent._engine._heartbeats.join()
         while first.dead_workers() != [1]:
             time.sleep(0.1)
         cluster.actors[1].is_dead = True
@@ -796,14 +805,14 @@ def test_the_servers_of_a_store_are_looked_for_until_all_are_there_or_the_store_
     def ask(method, name, timeout_s):
         if method == "ending":
             there.clear()
-            raise tensorkv.ServerLostError("it has just ended")
+            raise tensorkv.ServerDeadError("it has just ended")
         return settings
 
     monkeypatch.setattr(ray_cluster, "_get", get)
     monkeypatch.setattr(ray_cluster, "_ask", ask)
     assert ray_cluster.find_servers("s", 10) == ([there[0], there[1]], Settings(num_servers=2))
     second = there.pop(1)
-    with pytest.raises(tensorkv.ServerLostError, match=r"server 1 of 2 has ended.*close it everywhere, then create"):
+    with pytest.raises(tensorkv.ServerDeadError, match=r"server 1 of 2 has ended.*close it everywhere, then create"):
         ray_cluster.find_servers("s", 0.1)
     # It comes late, or the first one ends while it is waited for.
     looks[:], comes_at[:] = [], [6]
@@ -820,14 +829,14 @@ def test_a_snapshot_has_every_key_that_it_names(small_pieces):
     with Cluster(2) as cluster:
         first, second = cluster.stores(2)
         first.init(["a", "b"], [np.zeros(3, F32), np.zeros(3, F32)])
-        look = first._engine._moment._look
+        look = first._engine._snapshots._take
 
         def after_others(words):
             second.delete("b")
             second.init(["b", "c"], [np.ones(600, F32), np.ones((40, 16), F32)])
             return look(words)
 
-        with mock.patch.object(first._engine._moment, "_look", after_others), first.snapshot() as moment:
+        with mock.patch.object(first._engine._snapshots, "_take", after_others), first.snapshot() as moment:
             second.delete("c")
             assert moment.keys() == ["a", "b", "c"] == list(moment.versions)
             assert [moment.pull(key).shape for key in moment.keys()] == [(3,), (600,), (40, 16)]
@@ -889,14 +898,16 @@ def test_a_snapshot_never_shows_half_of_an_update(num_servers, mode, small_piece
 
 @pytest.mark.parametrize("mode", ["async", "sync"])
 def test_a_cut_that_is_none_is_noticed(mode, small_pieces, monkeypatch):
-    monkeypatch.setattr("tensorkv.engines.ps.server.cut.Cut.admits", lambda self, client, seq: True)
+    monkeypatch.setattr("tensorkv.engines.ps.server.snapshot.SnapshotBarrier.admits", lambda self, client, seq: True)
     _, torn = halves(3, lambda count, torn: torn, mode)
     assert torn
 
 
 def test_a_cut_that_does_not_wait_for_requests_on_their_way_is_noticed(small_pieces, monkeypatch):
-    real = Cut.settle
-    monkeypatch.setattr(Cut, "settle", lambda self, owner, seq, wanted, look: real(self, owner, seq, {}, look))
+    real = SnapshotBarrier.commit
+    monkeypatch.setattr(
+        SnapshotBarrier, "commit", lambda self, owner, seq, wanted, take: real(self, owner, seq, {}, take)
+    )
     _, torn = halves(3, lambda count, torn: torn)
     assert torn
 
@@ -921,20 +932,20 @@ def test_snapshots_of_several_clients_at_the_same_time(small_pieces):
 
 
 def test_half_of_a_dead_workers_push_does_not_end_snapshots(small_pieces):
-    with Cluster(2, lost_after_s=0.5, timeout_s=8) as cluster:
+    with Cluster(2, heartbeat_timeout_s=0.5, timeout_s=8) as cluster:
         kv = cluster.store()
         count_up(kv)
         kv.init("w", np.zeros(600, F32))
         dying = cluster.store(timeout_s=1.0)
         # The second server never hears of it.
         dying._engine._ending.set()
-        dying._engine._beating.join()
+        dying._engine._heartbeats.join()
         second = cluster.actors[1].serve
         real, second.remote = second.remote, lambda *message: Future()
         with pytest.raises(tensorkv.PushOutcomeUnknownError):
             dying.push("w", np.ones(600, F32))
         second.remote = real
-        assert [server._holding.shard.entry("pull", "w").version for server in cluster.servers] == [1, 0]
+        assert [server._state.shard.entry("pull", "w").version for server in cluster.servers] == [1, 0]
         time.sleep(0.7)
         with kv.snapshot() as view:
             assert sorted(set(view.pull("w").tolist())) == [0, 1]
@@ -1154,7 +1165,7 @@ WORDS = [
     "wanted",
     "states",
     "fan",
-    "patience_s",
+    "poll_timeout_s",
     "shares",
 ]
 
@@ -1163,17 +1174,39 @@ WORDS = [
 def test_nonsense_is_an_error_and_changes_nothing_else(mode, tmp_path):
     chance = random.Random(3)
     refused = 0
-    with Cluster(2, mode=mode, path=str(tmp_path), durability="process", lost_after_s=60.0) as cluster:
+    with Cluster(2, mode=mode, path=str(tmp_path), durability="process", heartbeat_timeout_s=60.0) as cluster:
         kv = cluster.store()
         kv.init(["w", "t"], [np.arange(600, dtype=F32), Rows(np.array([2]), np.ones((1, 2), F32), 9)])
-        server = cluster.servers[kv._engine._directory.find("pull", "w").servers[0]]
-        reading = {"pull", "pull_rows", "push", "list", "info", "stats", "beat", "await", "hello", "settle"}
+        server = cluster.servers[kv._engine._keymap.find("pull", "w").servers[0]]
+        reading = {
+            "pull",
+            "pull_rows",
+            "push",
+            "list",
+            "info",
+            "stats",
+            "heartbeat",
+            "wait_for_version",
+            "connect",
+            "commit",
+        }
         for number in range(3000):
             verb = chance.choice([*sorted(server._verbs), "nothing", None])
-            head = {"verb": verb, "owner": "x", "client": f"x.{number}", "seq": 1, "patience_s": 0}
+            head = {"verb": verb, "owner": "x", "client": f"x.{number}", "seq": 1, "poll_timeout_s": 0}
             for word in chance.sample(WORDS, chance.randint(0, 5)):
                 head[word] = nonsense(chance)
-            if verb in ("rule", "delete", "restore", "init", "freeze", "leave", "bye", "claim", "tell", "meet"):
+            if verb in (
+                "rule",
+                "delete",
+                "restore",
+                "init",
+                "prepare",
+                "leave",
+                "disconnect",
+                "claim",
+                "broadcast",
+                "barrier",
+            ):
                 # Such as would be obeyed are no nonsense.
                 head["seq"] = nonsense(chance) if chance.random() < 0.5 else None
                 head["rank"] = chance.choice(["x", -1, 7, [0]])
@@ -1185,7 +1218,7 @@ def test_nonsense_is_an_error_and_changes_nothing_else(mode, tmp_path):
             elif verb not in reading:
                 assert "wait_for" in reply.head or reply.payload is None
         assert refused > 1500
-        server._monitor.be_patient(None)
+        server._condition.set_poll_timeout(None)
         if mode == "async":
             kv.push("w", np.full(600, 5, F32))
             assert set(kv.pull("w").tolist()) == {5}
@@ -1194,7 +1227,7 @@ def test_nonsense_is_an_error_and_changes_nothing_else(mode, tmp_path):
 
 def test_interrupted_pulls_keep_no_memory():
     def mapped():
-        cluster.actors[0].actor._mailboxes.close_all_but([])
+        cluster.actors[0].actor._channels.close_all_but([])
         with open("/proc/self/maps") as lines:
             return sum("memfd:tensorkv" in line for line in lines)
 
@@ -1202,14 +1235,14 @@ def test_interrupted_pulls_keep_no_memory():
         finish(self)
         raise KeyboardInterrupt
 
-    finish = Link.finish
+    finish = ServerConnection.finish
     with Cluster() as cluster:
         kv = cluster.store()
         kv.init("w", np.zeros(100_000, F32))
         kv.pull("w")
         before = mapped()
         for _ in range(10):
-            with mock.patch.object(Link, "finish", interrupt), pytest.raises(KeyboardInterrupt):
+            with mock.patch.object(ServerConnection, "finish", interrupt), pytest.raises(KeyboardInterrupt):
                 kv.pull("w")
         # The last error may still refer to what was being read.
         assert mapped() <= before + 1
@@ -1221,7 +1254,7 @@ def test_a_push_that_is_resent_without_memory_for_it_travels_with_its_message(mo
     def fate(head):
         if head["verb"] != "push" or pushes.append(head) or len(pushes) > 1:
             return NONE
-        monkeypatch.setattr(mailbox, "Segment", mock.Mock(side_effect=OSError("no memory")))
+        monkeypatch.setattr(channel, "Segment", mock.Mock(side_effect=OSError("no memory")))
         return "lose reply"
 
     with Cluster(fate=fate) as cluster:
@@ -1230,11 +1263,11 @@ def test_a_push_that_is_resent_without_memory_for_it_travels_with_its_message(mo
         kv.push("w", np.arange(100_000, dtype=F32))
         assert kv.info("w").version == 1
         assert kv.pull("w").tolist() == list(range(100_000))
-        assert ["box" in head for head in pushes] == [True, False]
+        assert ["channel" in head for head in pushes] == [True, False]
 
 
 @pytest.mark.parametrize(
-    "box",
+    "channel",
     [
         None,
         [],
@@ -1247,16 +1280,16 @@ def test_a_push_that_is_resent_without_memory_for_it_travels_with_its_message(mo
         ["/proc/self/fd/0", -1, "", 64, -1, 64, 1 << 60],
     ],
 )
-def test_a_mailbox_that_is_none_is_refused(box):
+def test_an_invalid_channel_is_refused(channel):
     from tensorkv.transport.wire import join, split
 
     with Cluster() as cluster:
         kv = cluster.store()
         kv.init("w", np.zeros(3))
-        head = {"verb": "pull", "owner": "x", "client": "x.1", "seq": 1, "box": box}
+        head = {"verb": "pull", "owner": "x", "client": "x.1", "seq": 1, "channel": channel}
         answer = cluster.actors[0].actor.serve(join(head, b'["w"]'))
         told = split(answer)[0]
-        assert "unboxed" in told or box is None
+        assert "no_channel" in told or channel is None
         assert kv.pull("w").tolist() == [0, 0, 0]
 
 

@@ -1,4 +1,4 @@
-"""The parts of servers and clients alone: rounds, waits, cuts, gatherings, views, calls, mailboxes, copies, places."""
+"""The parts of servers and clients alone: staleness, waits, snapshots, layouts, channels, caches, placements."""
 
 import itertools
 import json
@@ -12,18 +12,18 @@ import torch
 
 import tensorkv
 from tensorkv.engines.partition import pieces
-from tensorkv.engines.ps.server.call import keys_of, read
-from tensorkv.engines.ps.server.cut import Cut
-from tensorkv.engines.ps.server.memory import Memory
-from tensorkv.engines.ps.server.rounds import Rounds
-from tensorkv.engines.ps.server.sync_round import Gathering, Pushed
-from tensorkv.engines.ps.server.wait import Monitor, Waits
+from tensorkv.engines.ps.messages import keys_of, push_layout
+from tensorkv.engines.ps.server.snapshot import SnapshotBarrier
+from tensorkv.engines.ps.server.staleness import StalenessClock
+from tensorkv.engines.ps.server.sync_round import PendingPush, SyncRounds
+from tensorkv.engines.ps.server.tables import ServerTables
+from tensorkv.engines.ps.server.wait import Condition, RetryLater
 from tensorkv.storage.dedup import Clients
-from tensorkv.transport.mailbox import Mailbox, OpenMailboxes
+from tensorkv.transport.channel import ChannelServer, SharedMemoryChannel
 from tensorkv.transport.segment import can_share
-from tensorkv.transport.shared_cache import Copies, CopyReader
+from tensorkv.transport.shared_cache import SharedCache, SharedCacheReader
 
-shares = pytest.mark.skipif(not can_share(), reason="needs memory that processes share")
+shares = pytest.mark.skipif(not can_share(), reason="needs tables that processes share")
 
 
 class Clock:
@@ -38,78 +38,78 @@ class Clock:
 
 def test_rounds_that_are_restored_are_as_far_as_they_were():
     clock = Clock()
-    rounds = Rounds(3, 5, clock)
+    staleness = StalenessClock(3, 5, clock)
     for rank, count in ((0, 4), (1, 2)):
-        rounds.seen(rank)
+        staleness.heartbeat(rank)
         for _ in range(count):
-            rounds.pushed(rank, ["a", 7])
-    rounds.move(1, 1)
-    rounds.leave(2)
-    restored = Rounds(3, 5, clock)
-    restored.restore(json.loads(json.dumps(rounds.to_plain())))
-    assert restored.read() == rounds.read() == {0: 4, 1: 3, 2: 0}
+            staleness.count_push(rank, ["a", 7])
+    staleness.set_base(1, 1)
+    staleness.leave(2)
+    restored = StalenessClock(3, 5, clock)
+    restored.restore(json.loads(json.dumps(staleness.to_plain())))
+    assert restored.rounds() == staleness.rounds() == {0: 4, 1: 3, 2: 0}
     assert restored.live() == [0, 1]
     # A round ends with the key that has been pushed most.
-    restored.pushed(0, [7])
-    assert restored.read()[0] == 5
-    restored.lose(1)
+    restored.count_push(0, [7])
+    assert restored.rounds()[0] == 5
+    restored.mark_dead(1)
     assert restored.dead() == [1]
     restored.restore([])
-    assert restored.read() == {0: 0, 1: 0, 2: 0}
+    assert restored.rounds() == {0: 0, 1: 0, 2: 0}
 
 
-def test_a_silent_worker_is_lost_and_comes_back_where_the_slowest_is():
+def test_a_worker_without_heartbeats_is_dead_and_comes_back_where_the_slowest_is():
     clock = Clock()
-    rounds = Rounds(3, 5, clock)
-    assert rounds.live() == [0, 1, 2]
+    staleness = StalenessClock(3, 5, clock)
+    assert staleness.live() == [0, 1, 2]
     for rank in (0, 1):
-        rounds.seen(rank)
+        staleness.heartbeat(rank)
     for _ in range(4):
-        rounds.pushed(0, ["a", "b"])
-    rounds.pushed(1, ["a"])
-    assert rounds.read() == {0: 4, 1: 1, 2: 0}
-    assert rounds.behind(0, 2) == [1, 2]
-    assert rounds.most_ahead == 4
+        staleness.count_push(0, ["a", "b"])
+    staleness.count_push(1, ["a"])
+    assert staleness.rounds() == {0: 4, 1: 1, 2: 0}
+    assert staleness.behind(0, 2) == [1, 2]
+    assert staleness.most_ahead == 4
     clock.now = 6
-    rounds.seen(0)
-    # Who never came is waited for; who came and is silent is not.
-    assert rounds.live() == [0, 2]
-    assert rounds.dead() == [1]
-    assert rounds.seen(1)
-    rounds.move(1, rounds.base_of(1))
-    rounds.find(1)
-    assert rounds.dead() == []
-    rounds.leave(2)
-    assert rounds.live() == [0, 1]
-    rounds.begin(2, rounds.slowest_but(2))
-    assert rounds.live() == [0, 1, 2]
-    assert rounds.read()[2] == 1
-    rounds.end(1)
+    staleness.heartbeat(0)
+    # Rounds wait for a worker that never connected, not for one whose heartbeats stopped.
+    assert staleness.live() == [0, 2]
+    assert staleness.dead() == [1]
+    assert staleness.heartbeat(1)
+    staleness.set_base(1, staleness.base_for_revival(1))
+    staleness.revive(1)
+    assert staleness.dead() == []
+    staleness.leave(2)
+    assert staleness.live() == [0, 1]
+    staleness.start(2, staleness.slowest_but(2))
+    assert staleness.live() == [0, 1, 2]
+    assert staleness.rounds()[2] == 1
+    staleness.disconnect(1)
     clock.now = 100
-    assert rounds.dead() == [0]
+    assert staleness.dead() == [0]
 
 
 def test_waits_end_with_what_is_waited_for_and_changes_end_them():
-    monitor, seen = Monitor(patience_s=5), []
-    with monitor:
-        monitor.be_patient(0.01)
-        with pytest.raises(Waits, match="rank 3"):
-            monitor.wait_until(lambda: False, lambda: "rank 3")
-        monitor.be_patient(None)
+    condition, seen = Condition(poll_timeout_s=5), []
+    with condition:
+        condition.set_poll_timeout(0.01)
+        with pytest.raises(RetryLater, match="rank 3"):
+            condition.wait_for(lambda: False, lambda: "rank 3")
+        condition.set_poll_timeout(None)
 
     def wait():
-        with monitor:
-            monitor.wait_until(lambda: bool(seen), lambda: "nothing")
+        with condition:
+            condition.wait_for(lambda: bool(seen), lambda: "nothing")
             seen.append("woken")
 
     thread = threading.Thread(target=wait)
     thread.start()
-    with monitor:
+    with condition:
         seen.append("changed")
-        monitor.changed()
+        condition.notify_all()
     thread.join()
     assert seen == ["changed", "woken"]
-    assert monitor.count >= 1
+    assert condition.count >= 1
 
 
 # ---------------------------------------------------------------- what is remembered
@@ -146,7 +146,7 @@ def random_request(chance, number):
 def test_a_log_and_a_snapshot_lead_to_the_same_tables(seed):
     """Whatever happens, in whatever state: a server that is restarted remembers what it did."""
     chance, log = random.Random(seed), []
-    memory = Memory(Rounds(3, 5, Clock()))
+    tables = ServerTables(StalenessClock(3, 5, Clock()))
     for number in range(1, 60):
         if chance.random() < 0.5:
             log.append(("apply", json.dumps([random_event(chance) for _ in range(chance.randint(1, 3))])))
@@ -154,95 +154,95 @@ def test_a_log_and_a_snapshot_lead_to_the_same_tables(seed):
             log.append(("replay", json.dumps(random_request(chance, number))))
         if chance.random() < 0.2:
             # It begins again from a snapshot.
-            before, memory = memory, Memory(Rounds(3, 5, Clock()))
-            memory.restore(before.last, json.loads(json.dumps(before.describe())))
-            assert memory.describe() == before.describe()
-        happen(memory, *log[-1])
-    replayed = Memory(Rounds(3, 5, Clock()))
+            before, tables = tables, ServerTables(StalenessClock(3, 5, Clock()))
+            tables.restore(before.last, json.loads(json.dumps(before.describe())))
+            assert tables.describe() == before.describe()
+        happen(tables, *log[-1])
+    replayed = ServerTables(StalenessClock(3, 5, Clock()))
     for entry in log:
         happen(replayed, *entry)
-    assert (replayed.last, replayed.describe()) == (memory.last, memory.describe())
-    assert replayed.rounds.read() == memory.rounds.read()
+    assert (replayed.last, replayed.describe()) == (tables.last, tables.describe())
+    assert replayed.staleness.rounds() == tables.staleness.rounds()
 
 
-def happen(memory, how, text):
+def happen(tables, how, text):
     plain = json.loads(text)
     if how == "apply":
-        memory.apply(plain)
+        tables.apply(plain)
     else:
-        memory.replay([plain[0]], plain[1])
+        tables.replay([plain[0]], plain[1])
 
 
 def test_an_event_of_a_newer_version_is_refused():
-    with pytest.raises(tensorkv.StorageError, match="'moon' that is unknown"):
-        Memory(Rounds(1, 5)).apply([["moon", 1]])
+    with pytest.raises(tensorkv.StorageError, match="unknown event 'moon'"):
+        ServerTables(StalenessClock(1, 5)).apply([["moon", 1]])
 
 
-# ---------------------------------------------------------------- cuts and gatherings
+# ---------------------------------------------------------------- snapshots and rounds
 
 
-def test_a_cut_holds_new_requests_and_admits_those_under_way():
-    monitor, clients = Monitor(patience_s=0.01), Clients()
-    cut = Cut(monitor, clients, 1)
+def test_a_snapshot_barrier_holds_new_requests_and_admits_those_under_way():
+    condition, clients = Condition(poll_timeout_s=0.01), Clients()
+    barrier = SnapshotBarrier(condition, clients, 1)
     clients.done([("a.0", 7, {"fan": [0, 1]}), ("b.0", 2, {"fan": [0, 1]}), ("c.0", 2), ("a.0", 3, {"fan": [1, 2]})])
-    with monitor:
+    with condition:
         # One that comes late says nothing of the newer one; a dead process's request is on its way nowhere.
-        assert cut.freeze("x.0", 1, ["a"]) == {"a.0": [7, [0, 1]]}
-        with pytest.raises(Waits, match="snapshot"):
-            cut.admit("d.0", 1)
-        with pytest.raises(Waits, match="another snapshot"):
-            cut.freeze("y.0", 1, [])
-        with pytest.raises(Waits, match="on their way"):
-            cut.settle("x.0", 2, {"d.0": [1, [0, 1]]}, lambda: "too early")
-        cut.admit("d.0", 1)
-        with pytest.raises(Waits):
-            cut.admit("d.0", 2)
+        assert barrier.prepare("x.0", 1, ["a"]) == {"a.0": [7, [0, 1]]}
+        with pytest.raises(RetryLater, match="snapshot"):
+            barrier.admit("d.0", 1)
+        with pytest.raises(RetryLater, match="another snapshot"):
+            barrier.prepare("y.0", 1, [])
+        with pytest.raises(RetryLater, match="on their way"):
+            barrier.commit("x.0", 2, {"d.0": [1, [0, 1]]}, lambda: "too early")
+        barrier.admit("d.0", 1)
+        with pytest.raises(RetryLater):
+            barrier.admit("d.0", 2)
         clients.last["d.0"] = 1
-        assert cut.settle("x.0", 2, {"d.0": [1, [0, 1]], "e.0": [5, [0]]}, lambda: "seen") == "seen"
-        cut.admit("d.0", 2)
+        assert barrier.commit("x.0", 2, {"d.0": [1, [0, 1]], "e.0": [5, [0]]}, lambda: "seen") == "seen"
+        barrier.admit("d.0", 2)
         with pytest.raises(tensorkv.SnapshotError, match="late"):
-            cut.freeze("x.0", 1, [])
+            barrier.prepare("x.0", 1, [])
         with pytest.raises(tensorkv.SnapshotError, match="too long"):
-            cut.settle("x.0", 3, {}, lambda: "never")
-        assert cut.freeze("x.0", 4, []) == {}
-        cut._until = 0
-        cut.admit("d.0", 3)
+            barrier.commit("x.0", 3, {}, lambda: "never")
+        assert barrier.prepare("x.0", 4, []) == {}
+        barrier._until = 0
+        barrier.admit("d.0", 3)
 
 
 def test_a_round_is_gathered_in_the_order_of_ranks():
     applied = []
-    gathering = Gathering(
+    sync_rounds = SyncRounds(
         lambda keys, parts, pushed: applied.append((keys, parts, [(e.client, e.seq) for e in pushed])), {}
     )
 
     def add(number, rank, pushed, first=None):
-        gathering.add("w", ("w",), number, first or number, rank, pushed)
+        sync_rounds.add("w", ("w",), number, first or number, rank, pushed)
 
-    add(1, 1, Pushed("b", 1, ["from 1"]))
-    gathering.close([0, 1], lambda client, seq: True)
-    assert gathering.awaited("w", 1, [0, 1]) == [0]
-    add(1, 0, Pushed("a", 1, ["too early"]))
-    add(1, 0, Pushed("a", 1, ["from 0"]))
-    gathering.close([0, 1], lambda client, seq: client != "a")
+    add(1, 1, PendingPush("b", 1, ["from 1"]))
+    sync_rounds.close([0, 1], lambda client, seq: True)
+    assert sync_rounds.missing("w", 1, [0, 1]) == [0]
+    add(1, 0, PendingPush("a", 1, ["too early"]))
+    add(1, 0, PendingPush("a", 1, ["from 0"]))
+    sync_rounds.close([0, 1], lambda client, seq: client != "a")
     assert not applied
-    gathering.close([0, 1], lambda client, seq: True)
+    sync_rounds.close([0, 1], lambda client, seq: True)
     assert applied == [(("w",), [["from 0", "from 1"]], [("a", 1), ("b", 1)])]
 
 
 def test_a_push_is_in_the_round_of_its_number_and_in_no_other():
     applied, closed = [], {}
-    gathering = Gathering(lambda keys, parts, pushed: applied.append(parts[0]), closed)
+    sync_rounds = SyncRounds(lambda keys, parts, pushed: applied.append(parts[0]), closed)
 
     def add(number, rank, part, first=None, seq=None):
-        gathering.add("w", ("w",), number, first or number, rank, Pushed(f"c{rank}", seq or number, [part]))
-        gathering.close([0, 1], lambda client, seq: True)
+        sync_rounds.add("w", ("w",), number, first or number, rank, PendingPush(f"c{rank}", seq or number, [part]))
+        sync_rounds.close([0, 1], lambda client, seq: True)
 
     add(1, 0, "a1")
     # Rank 1 has been lost: this server has closed round 1 without it.
-    gathering.close([0], lambda client, seq: True)
-    assert (applied, closed, gathering.next("w")) == ([["a1"]], {"w": 1}, 2)
+    sync_rounds.close([0], lambda client, seq: True)
+    assert (applied, closed, sync_rounds.next("w")) == ([["a1"]], {"w": 1}, 2)
     add(2, 0, "a2")
-    assert gathering.awaited("w", 2, [0, 1]) == [1]
+    assert sync_rounds.missing("w", 2, [0, 1]) == [1]
     # It comes back, and goes on two rounds later: nobody waits for it in between.
     add(4, 1, "b4")
     assert applied[1:] == [["a2"]]
@@ -252,7 +252,7 @@ def test_a_push_is_in_the_round_of_its_number_and_in_no_other():
     # A thread of rank 0 is in round 5 yet, and another one has come to round 6.
     add(6, 0, "a6", first=5)
     add(5, 1, "b5")
-    assert gathering.awaited("w", 5, [0, 1]) == [0]
+    assert sync_rounds.missing("w", 5, [0, 1]) == [0]
     add(5, 0, "a5")
     add(6, 1, "b6")
     assert applied[4:] == [["a5", "b5"], ["a6", "b6"]]
@@ -270,7 +270,7 @@ def test_a_push_is_in_the_round_of_its_number_and_in_no_other():
 
 
 def test_layouts_of_pushes():
-    call = read(b'[["w","sum","float32",[2]],["t","ids","int64",[1]],["t","rows","float32",[1,2]]]')
+    call = push_layout(b'[["w","sum","float32",[2]],["t","ids","int64",[1]],["t","rows","float32",[1,2]]]')
     assert call.keys == ("w", "t")
     assert call.flat_dtype is None
     assert keys_of(b'["w",3]') == ("w", 3)
@@ -279,53 +279,53 @@ def test_layouts_of_pushes():
             keys_of(bad)
 
 
-# ---------------------------------------------------------------- memory that is shared
+# ---------------------------------------------------------------- tables that is shared
 
 
 @shares
-def test_a_mailbox_that_moved_leaves_the_old_one_to_the_server():
-    box, server = Mailbox(), OpenMailboxes()
-    box.take_room(100, 50).fill_(1)
-    first = box.describe()
+def test_a_channel_with_new_memory_leaves_the_old_one_to_the_server():
+    channel, server = SharedMemoryChannel(), ChannelServer()
+    channel.allocate(100, 50).fill_(1)
+    first = channel.describe()
     payload, reply = server.find("a.0", first)
-    box.move()
-    box.payload.fill_(2)
+    channel.replace()
+    channel.payload.fill_(2)
     reply.fill_(9)
     assert set(payload.tolist()) == {1}
-    assert not box.reply.any()
-    again, _ = server.find("a.0", box.describe())
+    assert not channel.reply.any()
+    again, _ = server.find("a.0", channel.describe())
     assert set(again.tolist()) == {2}
-    # The first message comes late: its memory is gone, or another's.
+    # The first message comes late: its tables is gone, or another's.
     server.close_all_but([])
     with pytest.raises(OSError, match="not the"):
         server.find("a.0", first)
     for bad in ([*first[:2], 64, 1 << 40, 64, 1], [*first[:2], 64, -1, 64, 1]):
         with pytest.raises(OSError, match=r"outside|not the|No such"):
-            OpenMailboxes().find("a.0", bad)
-    box.give_up()
+            ChannelServer().find("a.0", bad)
+    channel.close()
 
 
 @shares
 def test_a_reader_that_is_too_slow_notices():
-    copies, reader = Copies(), CopyReader()
+    copies, reader = SharedCache(), SharedCacheReader()
     place = copies.make(b"k", 1, 100, lambda room: room.fill_(1))
     assert copies.find(b"k", 1) == place
     assert copies.find(b"k", 2) is None
     values = reader.find(place)
     assert set(values.tolist()) == {1}
-    assert reader.is_whole(place)
+    assert reader.is_intact(place)
     for version in range(2, 4):
         copies.make(b"k", version, 100, lambda room: room.fill_(2))
-        assert reader.is_whole(place)
+        assert reader.is_intact(place)
     copies.make(b"k", 4, 100, lambda room: room.fill_(3))
     assert set(values.tolist()) == {3}
-    assert not reader.is_whole(place)
+    assert not reader.is_intact(place)
     # One that is being written is not whole either.
     place = copies.make(b"k", 5, 100, lambda room: None)
     reader.find(place)
 
     def write(room):
-        seen.append(reader.is_whole(place))
+        seen.append(reader.is_intact(place))
 
     seen = []
     for version in range(6, 9):
@@ -337,7 +337,7 @@ def test_a_reader_that_is_too_slow_notices():
 
 
 def test_no_two_servers_count_their_copies_alike():
-    assert len({Copies()._mark for _ in range(20)}) == 20
+    assert len({SharedCache()._sequence for _ in range(20)}) == 20
 
 
 # ---------------------------------------------------------------- places
@@ -396,16 +396,16 @@ def test_servers_hold_about_as_much(model, servers):
 def test_every_element_of_a_divided_value_is_sent_once():
     from tensorkv.arrays.interop import NUMPY
     from tensorkv.arrays.spec import KeySpec
-    from tensorkv.engines.ps.client.layout import Held, Route
+    from tensorkv.engines.ps.client.layout import KeyPlacement, Layout
 
     for servers, rows in itertools.product([1, 2, 5], [5, 4096]):
         shape = torch.Size((rows, 65))
         spec = KeySpec(shape, torch.float32, NUMPY, False)
-        route = Route(["w"], [Held(spec, pieces(shape, [0] * servers))], wide=False)
+        layout = Layout(["w"], [KeyPlacement(spec, pieces(shape, [0] * servers))], wide=False)
         value, back = torch.arange(shape.numel(), dtype=torch.float32).view(shape), torch.zeros(shape)
-        for share in route.shares:
-            room = torch.empty(share.nbytes, dtype=torch.uint8)
-            share.gather([[value, value]], room)
-            share.scatter(room, [[back]])
+        for each in layout.pushed:
+            room = torch.empty(each.nbytes, dtype=torch.uint8)
+            each.gather([[value, value]], room)
+            each.scatter(room, [[back]])
         assert torch.equal(back, 2 * value)
         assert np.array_equal(back.numpy(), 2 * value.numpy())

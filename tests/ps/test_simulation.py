@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("ray")
 
-from tensorkv.errors import ServerLostError, SnapshotError
+from tensorkv.errors import ServerDeadError, SnapshotError
 from tests.ps.simulation import LONG_SILENCE_S, BrokenPromiseError, World
 
 SEEDS = int(os.environ.get("TENSORKV_SEEDS", "20"))
@@ -36,7 +36,7 @@ class Job:
             world.sleep(chance.random() * 0.5)
             try:
                 kv = world.create(rank, rank)
-            except ServerLostError:
+            except ServerDeadError:
                 if world.ended is None:
                     raise
                 # The others have done without it, and closed.
@@ -57,7 +57,7 @@ class Job:
         self.world.sleep(1.0)
         try:
             kv = self.world.create(self.clients, self.clients)
-        except ServerLostError:
+        except ServerDeadError:
             # It comes after the last worker has closed, and there is nothing left to look at.
             return
         while not all(process.threads[0].done.is_done for process in self.world.processes[:-1]):
@@ -202,21 +202,21 @@ def test_workers_stay_in_step_even_if_a_server_has_taken_one_for_lost(monkeypatc
 
 
 def forget_clients(server):
-    server._clients.members.clear()
-    server._attendance._heard.clear()
+    server._tables.members.clear()
+    server._membership._last_seen.clear()
 
 
 # In which mode, with which verbs, and what a server forgets.
 FORGOTTEN = {
-    "rounds": ("staleness", ("push",), lambda server: server._rounds.restore([])),
+    "rounds": ("staleness", ("push",), lambda server: server._staleness.restore([])),
     "clients": ("async", VERBS, forget_clients),
-    "texts": ("async", ("tell",), lambda server: server._clients.texts.clear()),
+    "texts": ("async", ("tell",), lambda server: server._tables.texts.clear()),
     "requests on their way to other servers": (
         "async",
         ("push", "snapshot"),
-        lambda server: server._clients.fans.clear(),
+        lambda server: server._tables.fans.clear(),
     ),
-    "requests": ("async", ("push",), lambda server: server._clients.last.clear()),
+    "requests": ("async", ("push",), lambda server: server._tables.last.clear()),
 }
 
 

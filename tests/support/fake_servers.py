@@ -20,9 +20,9 @@ from tensorkv.engines.ps.ray import cluster
 from tensorkv.engines.ps.ray.actor import ServerActor
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.store import KVStore
-from tensorkv.transport.mailbox import OpenMailboxes
+from tensorkv.transport.channel import ChannelServer
 from tensorkv.transport.rendezvous import host_id
-from tensorkv.transport.shared_cache import Copies
+from tensorkv.transport.shared_cache import SharedCache
 from tensorkv.transport.wire import Settings, split
 
 NONE = "nothing"
@@ -53,8 +53,8 @@ class Actor:
     def __init__(self, settings, pool, fate):
         self.actor = object.__new__(ServerActor)
         self.actor._server = self.server = Server(settings)
-        self.actor._mailboxes = OpenMailboxes()
-        self.actor._copies = Copies()
+        self.actor._channels = ChannelServer()
+        self.actor._cache = SharedCache()
         self.actor._copying = threading.Lock()
         self._pool, self._fate = pool, fate
         self._late = []
@@ -130,7 +130,7 @@ class Cluster:
         """A new client; each is the next rank."""
         places = [[host_id() if self._near else "elsewhere", 0, 1, ""]] * len(self.actors)
         timeout_s = more.get("timeout_s", self._timeout_s)
-        engine = ray_engine.RayEngine(self.actors, self.settings, places, timeout_s, started=False)
+        engine = ray_engine.PSEngine(self.actors, self.settings, places, timeout_s, started=False)
         self._stores.append(KVStore(engine, "dist_async"))
         return self._stores[-1]
 
@@ -150,8 +150,8 @@ class Cluster:
         self._pool.shutdown()
         for actor in self.actors:
             actor.server.close()
-            for layout in list(actor.actor._copies._shelves):
-                actor.actor._copies.forget(layout)
+            for layout in list(actor.actor._cache._slots):
+                actor.actor._cache.forget(layout)
         self._patches.close()
 
     def fired(self, fate):

@@ -44,7 +44,7 @@ def run(
 
     Raises:
         EngineNotFoundError: Ray is not installed.
-        ServerLostError: there is no such store, or it has ended.
+        ServerDeadError: there is no such store, or it has ended.
     """
     try:
         from tensorkv.engines.ps.ray.observer import observe
@@ -149,7 +149,7 @@ def _workers(told: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _state(rank: int, told: Mapping[str, Any]) -> str:
-    if rank in told["here"]:
+    if rank in told["connected"]:
         return "alive"
     if rank in told["dead"]:
         return "dead"

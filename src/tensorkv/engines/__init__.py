@@ -47,7 +47,7 @@ def _build_ray(
     durability: str | None = None,
     nonfinite: NonFinite | None = None,
     keep: int | None = None,
-    lost_after_s: float | None = None,
+    heartbeat_timeout_s: float | None = None,
     name: str = "tensorkv",
     address: str | None = None,
     timeout_s: float = 60.0,
@@ -64,8 +64,8 @@ def _build_ray(
         durability: ``"memory"``, ``"process"`` (default with a path) or ``"disk"``.
         nonfinite: ``"pass"`` (default), ``"raise"`` or ``"skip"`` updates whose sum has NaN or Inf.
         keep: how many snapshots may be held at a time (default 4).
-        lost_after_s: how long a silent worker is waited for, in seconds (default 5; more than 1, since that is how
-            often workers tell that they are there).
+        heartbeat_timeout_s: after how many seconds without a heartbeat a worker is dead (default 5; more than the 1
+            between two heartbeats).
         name: of the store in its cluster.
         address: of a Ray cluster (default: ``RAY_ADDRESS``, else one is started on this machine).
         timeout_s: how long to wait for servers and other workers.
@@ -87,7 +87,7 @@ def _build_ray(
         "durability": durability,
         "nonfinite": nonfinite,
         "keep": keep,
-        "lost_after_s": lost_after_s,
+        "heartbeat_timeout_s": heartbeat_timeout_s,
     }
     return ray_store.build(name, address, timeout_s, check_flag("insecure", insecure), options)
 

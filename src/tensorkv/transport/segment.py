@@ -1,4 +1,4 @@
-"""Segment: memory that the processes of one host share. It has no name, so nothing can be left behind.
+"""Memory that the processes of one host share. It has no name, so nothing can be left behind.
 
 The kernel frees a segment when the last process that has mapped it is gone, however it went. Others open it
 through /proc while its maker holds it open, which takes one user and one PID namespace. The size of /dev/shm
@@ -48,7 +48,7 @@ def why_not_shared() -> str:
 
 
 def can_share() -> bool:
-    """Tell whether processes can share memory here."""
+    """Return whether processes can share memory here."""
     return not why_not_shared()
 
 
@@ -75,7 +75,7 @@ class Segment:
             return
         if name is None:
             if self.nbytes > _available_nbytes():
-                # The kernel would begin to give what it does not have, and kill somebody for it.
+                # The kernel would overcommit, and kill a process when the memory is used.
                 raise OSError(errno.ENOMEM, f"no {self.nbytes:,} bytes of memory")
             self.descriptor = os.memfd_create("tensorkv", os.MFD_CLOEXEC)
         else:
@@ -109,21 +109,21 @@ class Segment:
         return self._bytes[offset : offset + nbytes].view(dtype).view(torch.Size(shape))
 
     def close_file(self) -> None:
-        """Keep the memory, but let nobody open it any more."""
+        """Close the file: the memory stays, and no other process can open it any more."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
 
-    # ------------------------------------------------------------ who lives
+    # ------------------------------------------------------------ liveness of processes
 
     def mark_alive(self, rank: int) -> None:
-        """Hold a lock that the kernel takes away when this process ends; forked children do not hold it."""
+        """Hold a lock that the kernel releases when this process ends; forked children do not hold it."""
         import fcntl
 
         fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
 
     def is_alive(self, rank: int) -> bool:
-        """Tell whether another process holds the lock of this rank."""
+        """Return whether another process holds the lock of this rank."""
         import fcntl
 
         asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, rank, 1, 0)
@@ -150,7 +150,7 @@ def _open(name: str, nbytes: int) -> int:
 
 
 def _map(descriptor: int, nbytes: int) -> torch.Tensor:
-    # Not mmap.mmap, which keeps a descriptor for as long as somebody looks at the memory. This comes before any lock,
+    # Not mmap.mmap, which keeps a descriptor for as long as the memory is used. This comes before any lock,
     # since to close a descriptor of a file ends the locks that this process has on it.
     try:
         storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{descriptor}", True, nbytes)

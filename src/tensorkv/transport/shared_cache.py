@@ -1,7 +1,7 @@
-"""Copies: values that a server shares with all readers of its host, so that sixteen readers cost it one copy.
+"""A cache of values that a server shares with all readers of its host, so that sixteen readers cost it one copy.
 
-A copy is written once for each version and read by everybody; before its memory is written again, a mark in front of
-it changes, by which a reader who was slow notices that it has to ask again.
+A copy is written once for each version and read by all of them. It is guarded by a sequence lock: numbers before the
+values change when the memory is written again, by which a slow reader notices that it has to ask again.
 """
 
 from __future__ import annotations
@@ -22,69 +22,69 @@ _VERSIONS = 3
 
 
 @dataclass(slots=True)
-class _Shelf:
+class _Slot:
     signature: Any = None
     place: list[Any] | None = None
     segments: list[Segment] = field(default_factory=list)
     turn: int = 0
 
 
-class Copies:
-    """A server's side."""
+class SharedCache:
+    """The server's side: the copies of the lists of keys that were pulled last."""
 
     def __init__(self) -> None:
-        self._shelves: OrderedDict[bytes, _Shelf] = OrderedDict()
-        # No two servers count alike: memory of one that is gone may seem to be another's.
-        self._mark = secrets.randbits(48)
+        self._slots: OrderedDict[bytes, _Slot] = OrderedDict()
+        # Random, so that memory of a server that has ended is not taken for another's.
+        self._sequence = secrets.randbits(48)
 
     def find(self, layout: bytes, signature: Any) -> list[Any] | None:
         """Return where the copy of these keys is, if they have not changed since it was made."""
-        shelf = self._shelves.get(layout)
-        return shelf.place if shelf is not None and shelf.signature == signature else None
+        slot = self._slots.get(layout)
+        return slot.place if slot is not None and slot.signature == signature else None
 
     def make(self, layout: bytes, signature: Any, nbytes: int, write: Callable[[torch.Tensor], Any]) -> list[Any]:
         """Make a copy and return where it is.
 
         Args:
             layout: of the keys.
-            signature: of the values that ``write`` is going to find, or earlier ones.
+            signature: of the values that ``write`` will write, or of earlier ones.
             nbytes: of the copy.
-            write: puts the values into the memory it is given.
+            write: writes the values into the memory that it is given.
 
         Raises:
             OSError: there is no memory.
         """
-        shelf = self._shelves.setdefault(layout, _Shelf())
-        self._shelves.move_to_end(layout)
-        while len(self._shelves) > _LISTS:
-            for segment in self._shelves.popitem(last=False)[1].segments:
+        slot = self._slots.setdefault(layout, _Slot())
+        self._slots.move_to_end(layout)
+        while len(self._slots) > _LISTS:
+            for segment in self._slots.popitem(last=False)[1].segments:
                 segment.close_file()
-        if len(shelf.segments) < _VERSIONS:
-            shelf.segments.append(Segment(LINE + aligned(nbytes)))
-        shelf.turn = (shelf.turn + 1) % len(shelf.segments)
-        segment = shelf.segments[shelf.turn]
+        if len(slot.segments) < _VERSIONS:
+            slot.segments.append(Segment(LINE + aligned(nbytes)))
+        slot.turn = (slot.turn + 1) % len(slot.segments)
+        segment = slot.segments[slot.turn]
         if segment.nbytes < LINE + aligned(nbytes):
-            # A key was made anew, and is larger now.
+            # A key was re-created, and is larger now.
             segment.close_file()
-            segment = shelf.segments[shelf.turn] = Segment(LINE + aligned(nbytes))
-        shelf.place, shelf.signature = None, None
-        self._mark += 1
-        marks = segment.tensor(0, (2,), torch.int64)
-        marks[0] = self._mark
+            segment = slot.segments[slot.turn] = Segment(LINE + aligned(nbytes))
+        slot.place, slot.signature = None, None
+        self._sequence += 1
+        numbers = segment.tensor(0, (2,), torch.int64)
+        numbers[0] = self._sequence
         write(segment.tensor(LINE, (nbytes,), torch.uint8))
-        marks[1] = self._mark
-        shelf.place, shelf.signature = [segment.name, segment.nbytes, self._mark, nbytes], signature
-        return shelf.place
+        numbers[1] = self._sequence
+        slot.place, slot.signature = [segment.name, segment.nbytes, self._sequence, nbytes], signature
+        return slot.place
 
     def forget(self, layout: bytes) -> None:
-        """Make the next copy of these keys anew, in memory of its own."""
-        shelf = self._shelves.pop(layout, None)
-        for segment in shelf.segments if shelf is not None else ():
+        """Drop the copy of these keys; the next one gets new memory."""
+        slot = self._slots.pop(layout, None)
+        for segment in slot.segments if slot is not None else ():
             segment.close_file()
 
 
-class CopyReader:
-    """A client's side: the copies that it has open, by the names of their segments."""
+class SharedCacheReader:
+    """The client's side: the copies that it has open, by the names of their segments."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[str, Segment] = OrderedDict()
@@ -93,7 +93,7 @@ class CopyReader:
         """Return the bytes of a copy, for reading.
 
         Raises:
-            OSError: it is gone.
+            OSError: the server has dropped it.
         """
         name, nbytes, _, own_nbytes = place
         segment = self._open.get(name)
@@ -105,8 +105,8 @@ class CopyReader:
                 self._open.popitem(last=False)
         return segment.tensor(LINE, (own_nbytes,), torch.uint8)
 
-    def is_whole(self, place: list[Any]) -> bool:
-        """Tell whether what was read since ``find`` is what was meant; if not, ask the server again."""
+    def is_intact(self, place: list[Any]) -> bool:
+        """Return whether the copy was not written over since ``find``; if it was, ask the server again."""
         segment = self._open.get(place[0])
         if segment is None or segment.tensor(0, (2,), torch.int64).tolist() != [place[2], place[2]]:
             self._open.pop(place[0], None)

@@ -30,7 +30,7 @@ class Settings:
         staleness: how many rounds a worker may be ahead of the slowest (None: any number).
         path: a folder in which each server has its own (None: values end with the process).
         durability: of the folder, as for ``WriteAheadLog``.
-        lost_after_s: how long a silent worker is waited for.
+        heartbeat_timeout_s: after how many seconds without a heartbeat a worker is dead.
         nonfinite, threads: as for ``Shard``.
         keep: how many snapshots may be held at a time.
     """
@@ -42,7 +42,7 @@ class Settings:
     staleness: int | None = None
     path: str | None = None
     durability: str = "memory"
-    lost_after_s: float = 5.0
+    heartbeat_timeout_s: float = 5.0
     nonfinite: NonFinite = "pass"
     threads: int | None = None
     keep: int = 4
@@ -111,7 +111,7 @@ def split(message: bytes) -> tuple[dict[str, Any], bytes, memoryview]:
 
 
 class Room:
-    """Memory for the values of some keys, side by side.
+    """ServerTables for the values of some keys, side by side.
 
     Args:
         places: of each value.

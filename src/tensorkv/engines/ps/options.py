@@ -9,14 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 from tensorkv.arrays.arguments import check_timeout
-from tensorkv.engines.ps.client.engine import RayEngine, StoreEndingError, close_abandoned
+from tensorkv.engines.ps.client.engine import PSEngine, StoreEndingError, close_abandoned
 from tensorkv.errors import ArgumentError, quote
 from tensorkv.transport.wire import Settings
 
 from .ray import cluster
 
 
-def build(name: str, address: str | None, timeout_s: float, insecure: bool, options: Mapping[str, Any]) -> RayEngine:
+def build(name: str, address: str | None, timeout_s: float, insecure: bool, options: Mapping[str, Any]) -> PSEngine:
     """Return a client of the store of a name; its servers are started if there are none.
 
     Args:
@@ -26,7 +26,7 @@ def build(name: str, address: str | None, timeout_s: float, insecure: bool, opti
     Raises:
         ArgumentError: options out of range, or other than those of the store that is there.
         StorageError: a server's folder cannot be opened.
-        RankDeadError, ServerLostError: others did not join in time.
+        RankDeadError, ServerDeadError: others did not join in time.
     """
     timeout_s = check_timeout(timeout_s)
     if not isinstance(name, str) or not name or "/" in name:
@@ -52,7 +52,7 @@ def build(name: str, address: str | None, timeout_s: float, insecure: bool, opti
 
 def _join(
     name: str, wanted: Settings, asked: Mapping[str, Any], timeout_s: float, *, insecure: bool, started: bool
-) -> RayEngine:
+) -> PSEngine:
     """Return a client of the servers that are there, or of new ones."""
     found = cluster.find_servers(name, timeout_s)
     actors, settings = found or cluster.make_servers(name, wanted, timeout_s)
@@ -68,7 +68,7 @@ def _join(
         if found is None:
             cluster.stop_servers(actors)
         raise
-    return RayEngine(actors, settings, places, timeout_s, started=started)
+    return PSEngine(actors, settings, places, timeout_s, started=started)
 
 
 def _settings(asked: Mapping[str, Any]) -> Settings:
@@ -78,20 +78,19 @@ def _settings(asked: Mapping[str, Any]) -> Settings:
         number = getattr(settings, word)
         if type(number) is not int or number < 1:
             raise ArgumentError(f"create: {word} is {number!r}; expected an int of at least 1")
-    silence = settings.lost_after_s
-    if not isinstance(silence, int | float) or isinstance(silence, bool) or not 1 < silence < 1e9:
+    timeout_s = settings.heartbeat_timeout_s
+    if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not 1 < timeout_s < 1e9:
         raise ArgumentError(
-            f"create: lost_after_s is {silence!r}; expected seconds, more than the 1 after which a worker tells again "
-            "that it is there"
+            f"create: heartbeat_timeout_s is {timeout_s!r}; expected seconds, more than the 1 between two heartbeats"
         )
     _check_one_of("mode", settings.mode, ("async", "sync"))
     _check_one_of("nonfinite", settings.nonfinite, ("pass", "raise", "skip"))
-    in_step = settings.mode == "sync"
-    if settings.staleness is not None and (type(settings.staleness) is not int or settings.staleness < 0 or in_step):
+    is_sync = settings.mode == "sync"
+    if settings.staleness is not None and (type(settings.staleness) is not int or settings.staleness < 0 or is_sync):
         raise ArgumentError(
             f"create: staleness is {settings.staleness!r}; expected an int of at least 0, or None, in mode async"
         )
-    if settings.nonfinite != "pass" and in_step and settings.num_servers > 1:
+    if settings.nonfinite != "pass" and is_sync and settings.num_servers > 1:
         raise ArgumentError(
             f"create: nonfinite={settings.nonfinite!r} in mode sync takes one server: of several, one would refuse a "
             "sum whose other pieces the others have taken"

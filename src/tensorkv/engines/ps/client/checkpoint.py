@@ -1,4 +1,4 @@
-"""Checkpoints of a store on servers, in the format of every store: pieces are put together, or cut."""
+"""Checkpoints of a store on servers, in the format of every store: pieces are joined on save, and cut on load."""
 
 from __future__ import annotations
 
@@ -18,106 +18,106 @@ from tensorkv.shard.table import Table
 from tensorkv.storage import checkpoint, manifest
 from tensorkv.storage.manifest import Contents, Kind
 
-from .data import letter_of
-from .keymap import Directory
-from .layout import Held, to_note
-from .session import Letter
-from .snapshot import State
+from .keymap import KeyMap
+from .layout import KeyPlacement
+from .session import ServerRequest
+from .snapshot import ServerContents
 
 
-def save(found: Sequence[State], path: str, kind: Kind) -> None:
+def save(found: Sequence[ServerContents], path: str, kind: Kind) -> None:
     """Write what all servers hold.
 
     Args:
-        found: of each server, at one moment.
+        found: of each server, in one snapshot.
         path, kind: as for ``checkpoint.save``.
 
     Raises:
         CheckpointError: it cannot be written.
     """
     pieces: dict[Key, list[Entry]] = {}
-    held: dict[Key, Held] = {}
-    for state in found:
-        held.update(state.held)
-        for entry in state.contents.entries:
+    placements: dict[Key, KeyPlacement] = {}
+    for server in found:
+        placements.update(server.placements)
+        for entry in server.contents.entries:
             pieces.setdefault(entry.key, []).append(entry)
-    # A key is there when every piece of it is.
-    keys = [key for key in sorted(pieces, key=lambda key: held[key].order) if len(pieces[key]) == len(held[key].pieces)]
-    rule = _joined_rule([state.contents for state in found])
-    body, tensors = manifest.describe(kind, [_whole(held[key], pieces[key]) for key in keys], rule)
+    # A key exists when all of its pieces do.
+    complete = [key for key in pieces if len(pieces[key]) == len(placements[key].pieces)]
+    keys = sorted(complete, key=lambda key: placements[key].order)
+    rule = _joined_rule([server.contents for server in found])
+    body, tensors = manifest.describe(kind, [_join(placements[key], pieces[key]) for key in keys], rule)
     checkpoint.write(path, body, tensors)
 
 
-def load(path: str, kind: Kind, directory: Directory, num_servers: int) -> list[Letter]:
-    """Read a checkpoint and return what each server is to become.
+def load(path: str, kind: Kind, keymap: KeyMap, num_servers: int) -> list[ServerRequest]:
+    """Read a checkpoint and return the request that restores each server.
 
     Raises:
-        CheckpointError: nothing that ``save`` wrote, or it does not fit.
+        CheckpointError: it is damaged or does not fit.
     """
     contents = checkpoint.read(path)
     if contents.kind != kind:
         raise CheckpointError(f"{path}: holds {contents.kind}, expected {kind}; save and load with the same pair")
-    rule: Rule = contents.rule or directory.rule
+    rule: Rule = contents.rule or keymap.rule
     if kind == "optimizer-states":
-        manifest.check_held(contents, {key: directory.entry("load", key) for key in directory.names()})
+        manifest.check_held(contents, {key: keymap.entry("load", key) for key in keymap})
     manifest.check_states(contents)
     entries = contents.entries
     if kind == "optimizer-states":
-        held = [directory.find("load", entry.key) for entry in entries]
+        placements = [keymap.find("load", entry.key) for entry in entries]
     else:
-        held = directory.place([e.key for e in entries], [e.spec for e in entries], rule=rule, anew=True)
-    letters = []
+        placements = keymap.place([e.key for e in entries], [e.spec for e in entries], rule=rule, replace=True)
+    requests = []
     for server in range(num_servers):
-        mine, notes = [], {}
-        for entry, each in zip(entries, held, strict=True):
-            piece = _piece(entry, each, server)
+        mine, metadata = [], {}
+        for entry, placement in zip(entries, placements, strict=True):
+            piece = _piece(entry, placement, server)
             if piece is not None:
                 mine.append(piece)
-                notes[json.dumps(entry.key)] = to_note(each)
+                metadata[json.dumps(entry.key)] = placement.to_metadata()
         body, tensors = manifest.describe(kind, mine, _own_rule(rule, {entry.key for entry in mine}))
         items = [Item(name, "tensor", tensor) for name, tensor in tensors.items()]
-        letters.append(letter_of(server, {"body": body, "notes": notes}, pack(items)))
-    return letters
+        requests.append(ServerRequest.of_tensors(server, {"body": body, "notes": metadata}, pack(items)))
+    return requests
 
 
-def _whole(held: Held, pieces: Sequence[Entry]) -> Entry:
-    """Put the pieces of a key together, which come in the order of their rows."""
+def _join(placement: KeyPlacement, pieces: Sequence[Entry]) -> Entry:
+    """Join the pieces of a key, which are in the order of their rows."""
     first = pieces[0]
     if len(pieces) == 1:
-        return replace(first, spec=held.spec)
+        return replace(first, spec=placement.spec)
     if isinstance(first.value, Table):
-        table = Table(held.spec.shape[0], held.spec.shape[1:], held.spec.dtype)
+        table = Table(placement.spec.shape[0], placement.spec.shape[1:], placement.spec.dtype)
         for piece in pieces:
             if isinstance(piece.value, Table):
                 table.write(piece.value.ids, piece.value.read(piece.value.ids))
                 table.take_columns(piece.value)
-        return replace(first, spec=held.spec, value=table)
+        return replace(first, spec=placement.spec, value=table)
     value = torch.cat([piece.value for piece in pieces])  # type: ignore[misc]
     state = {}
     for name, tensor in first.state.items():
         divided = tensor.shape == first.spec.shape
         state[name] = torch.cat([piece.state[name] for piece in pieces]) if divided else tensor
-    return replace(first, spec=held.spec, value=value, state=state)
+    return replace(first, spec=placement.spec, value=value, state=state)
 
 
-def _piece(entry: Entry, held: Held, server: int) -> Entry | None:
-    """Return what of a key a server is to have."""
-    for owner, start, stop in held.pieces:
-        if owner != server:
-            continue
-        value = entry.value
-        if isinstance(value, Table):
-            return replace(entry, value=_rows_of(value, server, len(held.pieces)))
-        if len(held.pieces) == 1:
-            return entry
-        shape = held.shape(start, stop)
-        state = {name: t[start:stop] if t.shape == held.spec.shape else t for name, t in entry.state.items()}
-        return replace(entry, spec=replace(entry.spec, shape=shape), value=value[start:stop], state=state)
-    return None
+def _piece(entry: Entry, placement: KeyPlacement, server: int) -> Entry | None:
+    """Return the piece of a key that a server holds, with its optimizer state."""
+    piece, value = placement.piece_of(server), entry.value
+    if piece is None:
+        return None
+    if isinstance(value, Table):
+        return replace(entry, value=_rows_of(value, server, placement))
+    if len(placement.pieces) == 1:
+        return entry
+    start, stop = piece
+    shape = placement.shape(start, stop)
+    state = {name: t[start:stop] if t.shape == placement.spec.shape else t for name, t in entry.state.items()}
+    return replace(entry, spec=replace(entry.spec, shape=shape), value=value[start:stop], state=state)
 
 
-def _rows_of(table: Table, server: int, servers: int) -> Table:
-    mine = table.ids[table.ids % servers == server]
+def _rows_of(table: Table, server: int, placement: KeyPlacement) -> Table:
+    selected = placement.rows_of(server, table.ids)
+    mine = table.ids[:0] if selected is None else selected[0]
     part = Table(table.num_rows, table.row_shape, table.dtype)
     part.write(mine, table.read(mine))
     for name in table.columns:

@@ -1,4 +1,4 @@
-"""Traffic: pushes and pulls of a client, cut into letters to servers, and put together again."""
+"""The pushes and pulls of a client: values are cut by server, and put together again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.packing import Item, Packed, pack, unpack
+from tensorkv.arrays.packing import Item, pack, unpack
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import KeyNotFoundError, ValueMismatchError, quote
 from tensorkv.shard import reduce
@@ -23,34 +23,34 @@ from tensorkv.shard.plan import Column
 from tensorkv.shard.pool import Pool
 from tensorkv.shard.rules import check_push
 
-from . import layout
-from .keymap import Directory
-from .layout import Held, Route
-from .session import Lane, Lanes, Letter
+from .keymap import KeyMap
+from .layout import KeyPlacement, Layout, ServerLayout, list_name
+from .rpc import ServerReply
+from .session import ServerRequest, Session, SessionPool
 
 Outs = Sequence[Sequence[torch.Tensor]]
-# Pulls of as many bytes are read from a copy that all readers of a host share.
-_SHARED_NBYTES = 64 << 10
+# Pulls of more bytes are read from a copy that all readers of a host share.
+_CACHED_NBYTES = 64 << 10
 
 
-class Traffic:
+class DataClient:
     """What one client pushes and pulls.
 
     Args:
-        lanes: to the servers.
-        directory: of keys.
-        near: of each server, whether it may be on this host.
-        in_step: whether sums of several workers are added before they are rounded.
-        finite: looks at sums before they are sent, so that no server refuses what another has taken.
+        sessions: with the servers.
+        keymap: of the store.
+        same_host: of each server, whether it may be on this host.
+        is_sync: whether the sums of several workers are added before they are rounded, in rounds.
+        finite: checks sums before they are sent, so that no server refuses what another has applied.
     """
 
     def __init__(
-        self, lanes: Lanes, directory: Directory, near: Sequence[bool], *, in_step: bool, finite: FiniteSums
+        self, sessions: SessionPool, keymap: KeyMap, same_host: Sequence[bool], *, is_sync: bool, finite: FiniteSums
     ) -> None:
-        self._lanes, self._directory, self._near, self._in_step = lanes, directory, list(near), in_step
+        self._sessions, self._keymap, self._same_host, self._is_sync = sessions, keymap, list(same_host), is_sync
         self._finite = finite
         self._pool = Pool()
-        self._steps = Steps()
+        self._rounds = RoundNumbers()
 
     def close(self) -> None:
         """End the threads."""
@@ -60,335 +60,317 @@ class Traffic:
 
     def push(self, batch: Batch, outs: Outs | None) -> None:
         """Push a batch; with outs, pull its keys."""
-        entries = [self._directory.entry(batch.verb, key) for key in batch.keys]
-        check_push(batch, entries, self._directory.rule)
+        entries = [self._keymap.entry(batch.verb, key) for key in batch.keys]
+        check_push(batch, entries, self._keymap.rule)
         if self._finite.looks:
             kept, sums = self._finite.sums(batch, entries, self._sum_of)
             if len(kept) < len(entries):
-                self._send_out(Batch(batch.verb, [entry.key for entry in kept], sums), None)
+                self._push_checked(Batch(batch.verb, [entry.key for entry in kept], sums), None)
                 self.pull(batch.keys, outs or ())
                 return
             batch = Batch(batch.verb, batch.keys, sums)
-        self._send_out(batch, outs)
+        self._push_checked(batch, outs)
 
     def _sum_of(self, entry: Entry, parts: Sequence[Any]) -> Part:
-        return self._sum(self._directory.find("push", entry.key), parts)
+        return self._sum(self._keymap.find("push", entry.key), parts)
 
-    def _send_out(self, batch: Batch, outs: Outs | None) -> None:
-        route = self._directory.route(batch.verb, batch.keys)
+    def _push_checked(self, batch: Batch, outs: Outs | None) -> None:
+        layout = self._keymap.layout(batch.verb, batch.keys)
         if any(isinstance(part, Rows) for parts in batch.parts for part in parts):
             self._push_rows(batch)
             if outs is not None:
                 self.pull(batch.keys, outs)
             return
         parts: Any = batch.parts
-        columns = None if route.form is None else route.form.columns(parts)
-        targets = None if route.form is None or outs is None else route.form.targets(outs)
-        self._exchange(route, columns, parts, outs, targets)
+        columns = None if layout.form is None else layout.form.columns(parts)
+        targets = None if layout.form is None or outs is None else layout.form.targets(outs)
+        self._exchange(layout, columns, parts, outs, targets)
 
     def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
         """Push raw values and fill raw outs of many keys, if all are plain; None: nothing was done."""
         # True and 1.0 would be found as 1.
         if set(map(type, keys)) not in ({str}, {int}) or (self._finite.looks and values is not None):
             return None
-        route = self._directory.known_route(keys)
-        if route is None:
-            if not all(key in self._directory for key in keys) or len(set(keys)) < len(keys):
+        layout = self._keymap.cached_layout(keys)
+        if layout is None:
+            if not all(key in self._keymap for key in keys) or len(set(keys)) < len(keys):
                 return None
-            route = self._directory.route("push", keys)
-        form, spec = route.form, self._directory.optimizer
-        if form is None or route.has_tables or (spec is not None and spec.name not in ROWWISE):
+            layout = self._keymap.layout("push", keys)
+        form, spec = layout.form, self._keymap.optimizer
+        if form is None or layout.has_tables or (spec is not None and spec.name not in ROWWISE):
             return None
         columns = [] if values is None else form.columns(values)
         targets = [] if outs is None else form.targets(outs)
         if columns is None or targets is None:
             return None
         if values is None:
-            self._fetch(route, keys, outs, targets)
+            self._pull_current(layout, keys, outs, targets)
         else:
-            self._exchange(route, columns, (), None if outs is None else (), targets)
+            self._exchange(layout, columns, (), None if outs is None else (), targets)
         return form.moved(len(columns) + len(targets))
 
     def _exchange(
         self,
-        route: Route,
+        layout: Layout,
         columns: list[Column] | None,
         parts: Sequence[Any],
         outs: Outs | None,
         targets: list[Column] | None,
     ) -> None:
+        """Push dense sums, and fill the outs with the new values."""
         pulls = outs is not None
-        letters = []
-        for share, reply in zip(route.shares, route.replies, strict=True):
-            fill = partial(share.gather, parts)
-            if columns is not None and route.form is not None:
+        requests = []
+        for pushed, pulled in zip(layout.pushed, layout.pulled, strict=True):
+            fill = partial(pushed.gather, parts)
+            if columns is not None and layout.form is not None:
                 addresses = [column.addresses for column in columns]
-                fill = partial(layout.gather, share, route.form.dtype, addresses, pool=self._pool)
-            words = {"pulls": True, "of": reply.checksum} if pulls else {}
-            letters.append(Letter(share.server, words, share.layout, share.nbytes, fill, reply.nbytes if pulls else 0))
-        with self._lanes.take() as lane:
-            answers = self._push_letters(lane, route.name if self._in_step else "", letters)
-            for reply, answer in zip(route.replies, answers, strict=True):
+                fill = partial(pushed.gather_columns, layout.form.dtype, addresses, pool=self._pool)
+            fields = {"pulls": True, "of": pulled.checksum} if pulls else {}
+            reply_nbytes = pulled.nbytes if pulls else 0
+            requests.append(ServerRequest(pushed.server, fields, pushed.layout, pushed.nbytes, fill, reply_nbytes))
+        with self._sessions.take() as session:
+            replies = self._send_push(session, layout.name if self._is_sync else "", requests)
+            for pulled, reply in zip(layout.pulled, replies, strict=True):
                 if outs is not None:
-                    self._scatter(route, reply, answer.payload, outs, targets)
+                    self._scatter(layout, pulled, reply.payload, outs, targets)
 
     def _scatter(
-        self, route: Route, share: layout.Share, values: torch.Tensor, outs: Outs, targets: list[Column] | None
+        self, layout: Layout, pulled: ServerLayout, values: torch.Tensor, outs: Outs, targets: list[Column] | None
     ) -> None:
-        if targets and route.form is not None:
-            layout.scatter(share, route.form.dtype, values, [target.addresses for target in targets], self._pool)
+        if targets and layout.form is not None:
+            addresses = [target.addresses for target in targets]
+            pulled.scatter_columns(layout.form.dtype, values, addresses, self._pool)
         else:
-            share.scatter(values, outs)
+            pulled.scatter(values, outs)
 
     def _push_rows(self, batch: Batch) -> None:
-        held = [self._directory.find(batch.verb, key) for key in batch.keys]
-        sums = [self._sum(each, parts) for each, parts in zip(held, batch.parts, strict=True)]
-        letters = []
-        for server in sorted({server for each in held for server in each.servers}):
+        placements = [self._keymap.find(batch.verb, key) for key in batch.keys]
+        sums = [self._sum(each, parts) for each, parts in zip(placements, batch.parts, strict=True)]
+        requests = []
+        for server in sorted({server for each in placements for server in each.servers}):
             items: list[Item] = []
-            for key, each, total in zip(batch.keys, held, sums, strict=True):
-                items += self._items(key, each, total, server)
-            letters.append(letter_of(server, {}, pack(items)))
-        with self._lanes.take() as lane:
-            self._push_letters(lane, layout.list_name(batch.keys), letters)
+            for key, placement, total in zip(batch.keys, placements, sums, strict=True):
+                items += _items(key, placement, total, server)
+            requests.append(ServerRequest.of_tensors(server, {}, pack(items)))
+        with self._sessions.take() as session:
+            self._send_push(session, list_name(batch.keys), requests)
 
-    def _push_letters(self, lane: Lane, name: str, letters: Sequence[Letter]) -> list[Any]:
-        """Send a push; in step, into the round of its list of keys to which this worker has come."""
-        if not self._in_step:
-            return self._send(lane, "push", letters)
-        with self._steps.take(name) as step:
-            answers = self._send(lane, "push", [_with(each, step.words()) for each in letters])
-            while late := [index for index, each in enumerate(answers) if "moved" in each.head]:
-                if len(late) == len(letters):
-                    # The others have gone on without this worker: it goes on where they are, on every server.
-                    step.move(max(each.head["moved"] for each in answers))
-                    words = step.words()
+    def _send_push(self, session: Session, name: str, requests: Sequence[ServerRequest]) -> list[ServerReply]:
+        """Send a push; in mode sync, to the present round of its list of keys."""
+        if not self._is_sync:
+            return self._send(session, "push", requests)
+        with self._rounds.take(name) as this:
+            replies = self._send(session, "push", [each.replace(step=this.to_plain()) for each in requests])
+            while late := [index for index, each in enumerate(replies) if "moved" in each.head]:
+                if len(late) == len(requests):
+                    # The others went on without this worker: it joins their round, on every server.
+                    this.move(max(each.head["moved"] for each in replies))
+                    fields: dict[str, Any] = {"step": this.to_plain()}
                 else:
-                    # Other servers have had it in their round, from which it cannot be taken back.
-                    words = {"late": True, "step": [name, 0, 0], "fan": [each.server for each in letters]}
-                told = self._send(lane, "push", [_with(letters[index], words) for index in late], again=True)
-                for index, answer in zip(late, told, strict=True):
-                    answers[index] = answer
-            return answers
+                    # Other servers have applied it in their round, from which it cannot be taken back.
+                    fields = {"late": True, "step": [name, 0, 0], "fan": [each.server for each in requests]}
+                again = [requests[index].replace(**fields) for index in late]
+                for index, reply in zip(late, self._send(session, "push", again, retry=True), strict=True):
+                    replies[index] = reply
+            return replies
 
-    def _sum(self, held: Held, parts: Sequence[Part]) -> Part:
-        dtype = held.spec.dtype
-        wide = interop.accumulator(dtype) if self._in_step else dtype
+    def _sum(self, placement: KeyPlacement, parts: Sequence[Part]) -> Part:
+        """Return the sum of the parts of a call, in the dtype in which it travels."""
+        dtype = placement.spec.dtype
+        wide = interop.accumulator(dtype) if self._is_sync else dtype
         if not all(isinstance(part, Rows) for part in parts):
             dense = [part.to_dense(interop.accumulator(dtype)) if isinstance(part, Rows) else part for part in parts]
-            total = torch.empty(held.spec.shape, dtype=wide, device="cpu")
+            total = torch.empty(placement.spec.shape, dtype=wide, device="cpu")
             reduce.sum_into(total, dense)
             return total
         on_cpu: Any = [part.to("cpu") for part in parts]
-        if not self._in_step:
+        if not self._is_sync:
             return rows.merge(on_cpu, dtype)
-        # The rows of all workers are to be added in one order, which is not that of the sums of each.
+        # The server adds the rows of all workers in one order, which is not that of the sums of each.
         ids, values = torch.cat([part.ids for part in on_cpu]), torch.cat([part.values.to(wide) for part in on_cpu])
-        return Rows(ids, values, held.spec.shape[0])
-
-    def _items(self, key: Key, held: Held, total: Part, server: int) -> list[Item]:
-        for owner, start, stop in held.pieces:
-            if owner != server:
-                continue
-            if isinstance(total, torch.Tensor):
-                return [Item(key, "sum", total[start:stop] if total.ndim else total)]
-            if held.spec.is_table:
-                mine, first = total.ids % len(held.pieces) == server, 0
-            else:
-                mine, first = (total.ids >= start) & (total.ids < stop), start
-            return [Item(key, "ids", total.ids[mine] - first), Item(key, "rows", total.values[mine])]
-        return []
+        return Rows(ids, values, placement.spec.shape[0])
 
     # ------------------------------------------------------------ pull
 
-    def pull(
-        self,
-        keys: Sequence[Key],
-        outs: Outs,
-        words: Mapping[str, Any] | None = None,
-        held: Mapping[Key, Held] | None = None,
-    ) -> None:
-        """Fill outs with the values of keys, of now or of what ``words`` say, which lay where ``held`` says."""
-        listed = [(key, own) for key, own in zip(keys, outs, strict=False) if own]
-        if not listed:
-            return
-        named = [key for key, _ in listed]
-        wanted = [own for _, own in listed]
-        if held is None:
-            route = self._directory.route("pull", named)
-        else:
-            route = Route(named, [held[key] for key in named], wide=False)
-        targets = None if route.form is None else route.form.targets(wanted)
-        if held is None:
-            self._fetch(route, named, wanted, targets)
-        else:
-            self._collect(route, named, wanted, targets, words or {})
+    def pull(self, keys: Sequence[Key], outs: Outs) -> None:
+        """Fill outs with the present values of keys; keys without outs are skipped."""
+        named, wanted = _with_outs(keys, outs)
+        if named:
+            layout = self._keymap.layout("pull", named)
+            targets = None if layout.form is None else layout.form.targets(wanted)
+            self._pull_current(layout, named, wanted, targets)
 
-    def _fetch(self, route: Route, keys: Sequence[Key], outs: Outs, targets: list[Column] | None) -> None:
-        """Collect values of now, also of keys that another client has made anew elsewhere, as they were before."""
+    def pull_snapshot(
+        self, keys: Sequence[Key], outs: Outs, snapshot: str, placements: Mapping[Key, KeyPlacement]
+    ) -> None:
+        """Fill outs with the values of a snapshot, whose keys were placed as given."""
+        named, wanted = _with_outs(keys, outs)
+        if named:
+            layout = Layout(named, [placements[key] for key in named], wide=False)
+            targets = None if layout.form is None else layout.form.targets(wanted)
+            self._pull(layout, wanted, targets, {"view": snapshot})
+
+    def _pull_current(self, layout: Layout, keys: Sequence[Key], outs: Outs, targets: list[Column] | None) -> None:
+        """Pull present values; retry once with fresh metadata if another client re-created a key on other servers."""
         try:
-            self._collect(route, keys, outs, targets, {})
+            self._pull(layout, outs, targets, {})
         except (KeyNotFoundError, ValueMismatchError) as error:
-            now = self._directory.route("pull", keys)
-            for key, old, new in zip(keys, route.specs, now.specs, strict=True):
+            fresh = self._keymap.layout("pull", keys)
+            for key, old, new in zip(keys, layout.specs, fresh.specs, strict=True):
                 if old != new:
                     raise ValueMismatchError(
-                        f"pull({quote(key)}): another client has made this key anew; it was {old.dtype} "
+                        f"pull({quote(key)}): another client has re-created this key; it was {old.dtype} "
                         f"{tuple(old.shape)} and is {new.dtype} {tuple(new.shape)}; call again, with arrays that fit"
                     ) from error
-            self._collect(now, keys, outs, targets, {})
+            self._pull(fresh, outs, targets, {})
 
-    def _collect(
-        self, route: Route, keys: Sequence[Key], outs: Outs, targets: list[Column] | None, words: Mapping[str, Any]
-    ) -> None:
-        letters = []
-        for share in route.replies:
-            own: dict[str, Any] = {**words, "of": share.checksum}
-            if self._near[share.server] and share.nbytes > _SHARED_NBYTES and "view" not in words:
-                own["shares"] = share.nbytes
-            letters.append(Letter(share.server, own, share.keys, reply_nbytes=share.nbytes))
-        with self._lanes.take() as lane:
-            answers = self._send(lane, "pull", letters)
-            for share, letter, answer in zip(route.replies, letters, answers, strict=True):
-                self._scatter(route, share, answer.payload, outs, targets)
-                while not lane.is_whole(share.server, answer):
-                    (answer,) = self._send(lane, "pull", [letter])
-                    self._scatter(route, share, answer.payload, outs, targets)
+    def _pull(self, layout: Layout, outs: Outs, targets: list[Column] | None, fields: Mapping[str, Any]) -> None:
+        requests = []
+        for pulled in layout.pulled:
+            own: dict[str, Any] = {**fields, "of": pulled.checksum}
+            if self._same_host[pulled.server] and pulled.nbytes > _CACHED_NBYTES and not fields:
+                own["shares"] = pulled.nbytes
+            requests.append(ServerRequest(pulled.server, own, pulled.keys, reply_nbytes=pulled.nbytes))
+        with self._sessions.take() as session:
+            replies = self._send(session, "pull", requests)
+            for pulled, request, reply in zip(layout.pulled, requests, replies, strict=True):
+                self._scatter(layout, pulled, reply.payload, outs, targets)
+                while not session.is_intact(pulled.server, reply):
+                    (reply,) = self._send(session, "pull", [request])
+                    self._scatter(layout, pulled, reply.payload, outs, targets)
 
-    def pull_rows(
+    def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
+        """Return copies of present rows; ids are unique and sorted."""
+        return self._pull_rows(keys, ids, [self._keymap.find("row_sparse_pull", key) for key in keys], {})
+
+    def pull_snapshot_rows(
+        self, keys: Sequence[Key], ids: Sequence[torch.Tensor], snapshot: str, placements: Mapping[Key, KeyPlacement]
+    ) -> list[Rows]:
+        """Return copies of rows of a snapshot, whose keys were placed as given."""
+        return self._pull_rows(keys, ids, [placements[key] for key in keys], {"view": snapshot})
+
+    def _pull_rows(
         self,
         keys: Sequence[Key],
         ids: Sequence[torch.Tensor],
-        words: Mapping[str, Any] | None = None,
-        where: Mapping[Key, Held] | None = None,
+        placements: Sequence[KeyPlacement],
+        fields: dict[str, Any],
     ) -> list[Rows]:
-        """Return copies of rows; ids are unique and sorted."""
-        held = [self._directory.find("row_sparse_pull", key) if where is None else where[key] for key in keys]
         found = [
             torch.empty((len(own), *each.spec.shape[1:]), dtype=each.spec.dtype, device="cpu")
-            for each, own in zip(held, ids, strict=True)
+            for each, own in zip(placements, ids, strict=True)
         ]
-        letters, places = [], []
-        for server in sorted({server for each in held for server in each.servers}):
+        requests, masks = [], []
+        for server in sorted({server for each in placements for server in each.servers}):
             items, wanted, nbytes = [], [], 0
-            for index, (key, each, own) in enumerate(zip(keys, held, ids, strict=True)):
-                selected = _selected(each, own.cpu(), server)
+            for index, (key, placement, own) in enumerate(zip(keys, placements, ids, strict=True)):
+                selected = placement.rows_of(server, own.cpu())
                 if selected is not None:
                     items.append(Item(key, "ids", selected[0]))
                     wanted.append((index, selected[1]))
-                    # Before each, as much as it takes to align it.
+                    # Before the rows of each key, as much as it takes to align them.
                     nbytes += found[index].itemsize + len(selected[0]) * found[index][:1].nbytes
-            letters.append(letter_of(server, dict(words or {}), pack(items), nbytes))
-            places.append(wanted)
-        with self._lanes.take() as lane:
-            answers = self._send(lane, "pull_rows", letters)
-            for answer, wanted in zip(answers, places, strict=True):
-                items = unpack(answer.head["layout"].encode(), answer.payload.numpy().data)
+            requests.append(ServerRequest.of_tensors(server, fields, pack(items), nbytes))
+            masks.append(wanted)
+        with self._sessions.take() as session:
+            replies = self._send(session, "pull_rows", requests)
+            for reply, wanted in zip(replies, masks, strict=True):
+                items = unpack(reply.head["layout"].encode(), reply.payload.numpy().data)
                 for item, (index, mine) in zip(items, wanted, strict=True):
                     self._check_rows(keys[index], item.tensor, found[index][mine])
                     interop.signed(found[index])[mine] = interop.signed(item.tensor)
-        return [Rows(own, each, h.spec.shape[0]) for own, each, h in zip(ids, found, held, strict=True)]
+        return [Rows(own, each, p.spec.shape[0]) for own, each, p in zip(ids, found, placements, strict=True)]
 
     def _check_rows(self, key: Key, rows: torch.Tensor, expected: torch.Tensor) -> None:
         if rows.dtype is not expected.dtype or rows.shape != expected.shape:
-            self._directory.refresh()
+            self._keymap.refresh()
             raise ValueMismatchError(
-                f"row_sparse_pull({quote(key)}): another client has made this key anew; call again"
+                f"row_sparse_pull({quote(key)}): another client has re-created this key; call again"
             )
 
-    def _send(self, lane: Lane, verb: str, letters: Sequence[Letter], *, again: bool = False) -> list[Any]:
+    def _send(
+        self, session: Session, verb: str, requests: Sequence[ServerRequest], *, retry: bool = False
+    ) -> list[ServerReply]:
         try:
-            return lane.send(verb, letters, again=again)
+            return session.send(verb, requests, retry=retry)
         except (KeyNotFoundError, ValueMismatchError):
-            # Another client has deleted a key, or made it anew.
-            self._directory.refresh()
+            # Another client has deleted or re-created a key.
+            self._keymap.refresh()
             raise
 
 
-class Steps:
-    """How far this worker has come with each list of keys that it pushes in step; for several threads."""
+def _items(key: Key, placement: KeyPlacement, total: Part, server: int) -> list[Item]:
+    """Return what a server gets of the sum for a key."""
+    if isinstance(total, torch.Tensor):
+        piece = placement.slice_of(server, total)
+        return [] if piece is None else [Item(key, "sum", piece)]
+    selected = placement.rows_of(server, total.ids)
+    if selected is None:
+        return []
+    ids, mine = selected
+    return [Item(key, "ids", ids), Item(key, "rows", total.values[mine])]
+
+
+def _with_outs(keys: Sequence[Key], outs: Outs) -> tuple[list[Key], list[Sequence[torch.Tensor]]]:
+    listed = [(key, own) for key, own in zip(keys, outs, strict=False) if own]
+    return [key for key, _ in listed], [own for _, own in listed]
+
+
+class RoundNumbers:
+    """The round of each list of keys that this worker pushes in mode sync; for several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._next: dict[str, int] = {}
-        self._under_way: dict[str, set[int]] = {}
+        self._active: dict[str, set[int]] = {}
 
     @contextmanager
-    def take(self, name: str) -> Iterator[_Step]:
-        """Give a round of a list of keys; it is over when the block ends without an error."""
-        step = _Step(self, name, self.begin(name, 1))
+    def take(self, name: str) -> Iterator[_Round]:
+        """Yield a round of a list of keys; it is over when the block ends without an error."""
+        this = _Round(self, name, self.begin(name, 1))
         try:
-            yield step
+            yield this
         except BaseException:
-            # The push stays in the round, and the next one takes its place.
-            self.end(name, step.number)
+            # The push stays in the round, and the next one replaces it there.
+            self.end(name, this.number)
             raise
         with self._lock:
-            self._next[name] = max(step.number + 1, self._next.get(name, 1))
-        self.end(name, step.number)
+            self._next[name] = max(this.number + 1, self._next.get(name, 1))
+        self.end(name, this.number)
 
     def begin(self, name: str, least: int) -> int:
-        """Return the next round that no other thread is in."""
+        """Return the next round that no other thread has."""
         with self._lock:
-            here = self._under_way.setdefault(name, set())
+            active = self._active.setdefault(name, set())
             number = max(least, self._next.get(name, 1))
-            while number in here:
+            while number in active:
                 number += 1
-            here.add(number)
+            active.add(number)
             return number
 
     def end(self, name: str, number: int) -> None:
-        """Leave a round."""
+        """Give a round back."""
         with self._lock:
-            here = self._under_way[name]
-            here.discard(number)
-            if not here:
-                del self._under_way[name]
+            active = self._active[name]
+            active.discard(number)
+            if not active:
+                del self._active[name]
 
     def first(self, name: str) -> int:
-        """Return the first round to which this worker may still come."""
+        """Return the first round to which this worker may still push."""
         with self._lock:
-            return min(self._under_way[name])
+            return min(self._active[name])
 
 
-class _Step:
-    def __init__(self, steps: Steps, name: str, number: int) -> None:
-        self._steps, self._name, self.number = steps, name, number
+class _Round:
+    def __init__(self, rounds: RoundNumbers, name: str, number: int) -> None:
+        self._rounds, self._name, self.number = rounds, name, number
 
-    def words(self) -> dict[str, Any]:
-        """Return what a request says of it."""
-        return {"step": [self._name, self.number, self._steps.first(self._name)]}
+    def to_plain(self) -> list[Any]:
+        """Return what a request says of the round."""
+        return [self._name, self.number, self._rounds.first(self._name)]
 
     def move(self, number: int) -> None:
         """Go to a later round."""
-        before, self.number = self.number, self._steps.begin(self._name, number)
-        self._steps.end(self._name, before)
-
-
-def _with(letter: Letter, words: Mapping[str, Any]) -> Letter:
-    return letter._replace(words={**letter.words, **words})
-
-
-def letter_of(server: int, words: dict[str, Any], packed: Packed, reply_nbytes: int = 0) -> Letter:
-    """Return a letter that brings packed tensors."""
-    nbytes = sum(len(buffer) for buffer in packed.payload)
-    return Letter(server, words, packed.layout, nbytes, partial(_copy, packed.payload), reply_nbytes)
-
-
-def _copy(buffers: Sequence[Any], room: torch.Tensor) -> None:
-    at, memory = 0, room.numpy()
-    for buffer in buffers:
-        memory[at : at + len(buffer)] = memoryview(buffer)
-        at += len(buffer)
-
-
-def _selected(held: Held, ids: torch.Tensor, server: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return the ids that a server knows as its own, and their places; None if it has no piece."""
-    for owner, start, stop in held.pieces:
-        if owner == server:
-            if held.spec.is_table:
-                mine, first = ids % len(held.pieces) == server, 0
-            else:
-                mine, first = (ids >= start) & (ids < stop), start
-            return ids[mine] - first, mine
-    return None
+        before, self.number = self.number, self._rounds.begin(self._name, number)
+        self._rounds.end(self._name, before)

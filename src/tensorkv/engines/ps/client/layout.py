@@ -1,4 +1,4 @@
-"""Spread: how a call's keys lie over servers. Values are packed server by server, and what comes back is unpacked."""
+"""How values lie over servers: the placement of one key, and the layout of the keys of a call, server by server."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ from tensorkv.shard.pool import Pool
 from tensorkv.storage import manifest
 
 Parts = Sequence[Sequence[torch.Tensor]]
+# Copies of more elements than this are divided between threads.
+_PARALLEL_NUMEL = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What a client knows of a key.
+class KeyPlacement:
+    """The metadata of a key that clients need: its spec, and which server holds which rows.
 
     Args:
         spec: of the whole value.
-        pieces: server, first row and the row behind the last of each; of a table, every server with all rows.
+        pieces: server, first row and row after the last of each piece; of a table, every server with all rows.
         order: of the keys' inits.
     """
 
@@ -45,12 +47,61 @@ class Held:
         return [server for server, _, _ in self.pieces]
 
     def shape(self, start: int, stop: int) -> torch.Size:
-        """Return the shape of some rows; a 0-d value has one."""
+        """Return the shape of some rows; a 0-d value has one row."""
         return torch.Size((stop - start, *self.spec.shape[1:])) if self.spec.shape else self.spec.shape
+
+    def piece_of(self, server: int) -> tuple[int, int] | None:
+        """Return the first row that a server holds and the row after its last; None: it holds none."""
+        return next(((start, stop) for owner, start, stop in self.pieces if owner == server), None)
+
+    def slice_of(self, server: int, value: torch.Tensor) -> torch.Tensor | None:
+        """Return the rows of a dense value that a server holds, as a view; None: it holds none."""
+        piece = self.piece_of(server)
+        if piece is None:
+            return None
+        return value[piece[0] : piece[1]] if value.ndim else value
+
+    def rows_of(self, server: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Select the row ids that a server holds; rows of a table are on the server ``id % num_servers``.
+
+        Returns:
+            The ids as the server numbers its rows, and a mask of them in ``ids``; None: the server holds no piece.
+        """
+        piece = self.piece_of(server)
+        if piece is None:
+            return None
+        if self.spec.is_table:
+            mine = ids % len(self.pieces) == server
+            return ids[mine], mine
+        start, stop = piece
+        mine = (ids >= start) & (ids < stop)
+        return ids[mine] - start, mine
+
+    def to_metadata(self) -> dict[str, Any]:
+        """Return plain data, which servers keep with the key."""
+        origin = self.spec.origin
+        return {
+            "shape": list(self.spec.shape),
+            "dtype": interop.dtype_name(self.spec.dtype),
+            "library": origin.library,
+            "device": str(origin.device) if origin.library == "torch" else None,
+            "table": self.spec.is_table,
+            "pieces": [list(piece) for piece in self.pieces],
+            "order": self.order,
+        }
+
+    @classmethod
+    def from_metadata(cls, data: Mapping[str, Any]) -> KeyPlacement:
+        """Return what ``to_metadata`` was called on."""
+        dtype: torch.dtype = getattr(torch, data["dtype"])
+        spec = KeySpec(torch.Size(data["shape"]), dtype, manifest.origin_of(data), data["table"])
+        return cls(spec, [(server, start, stop) for server, start, stop in data["pieces"]], data["order"])
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
+    """Of a key's value: which rows, and which elements of the flattened value."""
+
     key: int
     start: int
     stop: int
@@ -58,43 +109,42 @@ class _Piece:
     count: int
 
 
-class Share:
-    """What one server has of a call's keys.
+class ServerLayout:
+    """How the pieces that one server holds of a call's keys lie in a payload, one after another.
 
     Args:
-        server: which.
+        server: its index.
         keys: of the call.
-        held: of each key.
+        placements: of each key.
         dtypes: in which each key travels.
     """
 
-    def __init__(self, server: int, keys: Sequence[Key], held: Sequence[Held], dtypes: Sequence[torch.dtype]) -> None:
+    def __init__(
+        self, server: int, keys: Sequence[Key], placements: Sequence[KeyPlacement], dtypes: Sequence[torch.dtype]
+    ) -> None:
         self.server = server
         self.pieces: list[_Piece] = []
         described = []
-        for index, each in enumerate(held):
-            for owner, start, stop in each.pieces:
-                if owner == server:
-                    step = math.prod(each.spec.shape[1:])
-                    self.pieces.append(_Piece(index, start, stop, start * step, (stop - start) * step))
-                    described.append((keys[index], "sum", dtypes[index], each.shape(start, stop)))
+        for index, placement in enumerate(placements):
+            piece = placement.piece_of(server)
+            if piece is not None:
+                start, stop = piece
+                step = math.prod(placement.spec.shape[1:])
+                self.pieces.append(_Piece(index, start, stop, start * step, (stop - start) * step))
+                described.append((keys[index], "sum", dtypes[index], placement.shape(start, stop)))
         self.layout = encode_layout(described)
         self.keys = json.dumps([keys[piece.key] for piece in self.pieces]).encode()
-        # By which a server tells whether its values are what this client takes them to be.
+        # By this a server tells whether its values are what the client takes them to be.
         self.checksum = zlib.crc32(self.layout)
         self._places = decode_layout(self.layout)
         self.nbytes = self._places[-1].stop if self._places else 0
-        # For columns of addresses: which key, and where in its array the piece begins.
+        # Of each piece: its key, and the bytes from the beginning of the key's array to the piece.
         self._index = np.array([piece.key for piece in self.pieces], np.int64)
         self._skips = np.array([p.first * dtypes[p.key].itemsize for p in self.pieces], np.uint64)
-        self.counts = [piece.count for piece in self.pieces]
-
-    def addresses(self, column: bytes) -> bytes:
-        """Return where the pieces of a column's arrays begin."""
-        return (np.frombuffer(column, np.uint64)[self._index] + self._skips).tobytes()
+        self._counts = [piece.count for piece in self.pieces]
 
     def gather(self, parts: Parts, room: torch.Tensor) -> None:
-        """Lay the sums of the pieces out in ``room``."""
+        """Write the sums of the pieces to ``room``."""
         for piece, place in zip(self.pieces, self._places, strict=True):
             target = room[place.start : place.stop].view(place.dtype).view(place.shape)
             own = [part[piece.start : piece.stop] if part.ndim else part for part in parts[piece.key]]
@@ -102,49 +152,68 @@ class Share:
                 reduce.sum_into(target, own)
 
     def scatter(self, values: torch.Tensor, outs: Parts) -> None:
-        """Copy the pieces to the outs."""
+        """Copy the pieces to the outputs."""
         for piece, place in zip(self.pieces, self._places, strict=True):
             value = values[place.start : place.stop].view(place.dtype).view(place.shape)
             for out in outs[piece.key]:
                 (out[piece.start : piece.stop] if out.ndim else out).copy_(value)
 
+    def gather_columns(self, dtype: torch.dtype, columns: Sequence[bytes], room: torch.Tensor, pool: Pool) -> None:
+        """Write the sums of the pieces to ``room``, given columns with the address of each key's array."""
+        target = native.column_beside(room.view(dtype), self._counts)
+        self._sum(dtype, [target], [self._addresses(column) for column in columns], pool)
 
-class Route:
+    def scatter_columns(self, dtype: torch.dtype, values: torch.Tensor, columns: Sequence[bytes], pool: Pool) -> None:
+        """Copy the pieces to the outputs, given columns with the address of each key's array."""
+        source = native.column_beside(values.view(dtype), self._counts)
+        self._sum(dtype, [self._addresses(column) for column in columns], [source], pool)
+
+    def _addresses(self, column: bytes) -> bytes:
+        return (np.frombuffer(column, np.uint64)[self._index] + self._skips).tobytes()
+
+    def _sum(self, dtype: torch.dtype, targets: list[bytes], sources: list[bytes], pool: Pool) -> None:
+        sums = native.Sums(targets, sources, self._counts, dtype)
+        if sum(self._counts) >= _PARALLEL_NUMEL:
+            pool.run(sums.jobs(pool.threads))
+        else:
+            sums.jobs(1)[0]()
+
+
+class Layout:
     """How a list of keys lies over servers.
 
     Args:
         keys: in order.
-        held: of each key.
-        wide: send sums of float16 and bfloat16 in float32, for others to be added before they are rounded.
+        placements: of each key.
+        wide: send sums of float16 and bfloat16 in float32, for the server to add before it rounds.
     """
 
-    def __init__(self, keys: Sequence[Key], held: Sequence[Held], *, wide: bool) -> None:
+    def __init__(self, keys: Sequence[Key], placements: Sequence[KeyPlacement], *, wide: bool) -> None:
         self.keys = list(keys)
-        self.specs = [each.spec for each in held]
-        dtypes = [each.spec.dtype for each in held]
+        self.specs = [each.spec for each in placements]
+        dtypes = [each.spec.dtype for each in placements]
         sent = [interop.accumulator(dtype) for dtype in dtypes] if wide else dtypes
-        servers = sorted({server for each in held for server in each.servers})
-        self.shares = [Share(server, keys, held, sent) for server in servers]
-        # What comes back is always of the values' own dtypes.
-        self.replies = self.shares if sent == dtypes else [Share(server, keys, held, dtypes) for server in servers]
+        servers = sorted({server for each in placements for server in each.servers})
+        self.pushed = [ServerLayout(server, keys, placements, sent) for server in servers]
+        # Pulled values always have the dtypes of the keys.
+        self.pulled = (
+            self.pushed if sent == dtypes else [ServerLayout(server, keys, placements, dtypes) for server in servers]
+        )
         self._sent = sent
 
     @cached_property
     def name(self) -> str:
-        """By which servers know this list of keys in a round."""
+        """The name of this list of keys in rounds."""
         return list_name(self.keys)
 
     @cached_property
     def form(self) -> Form | None:
-        """What the keys' arrays must be to be packed by the column; None if they are of several dtypes."""
+        """What the keys' arrays must be to be packed by the column; None if they have several dtypes."""
         if not self._sent:
             return None
         dtype = self._sent[0]
-        if (
-            any(each is not dtype for each in self._sent)
-            or self.replies is not self.shares
-            or not native.can_sum(dtype)
-        ):
+        is_uniform = all(each is dtype for each in self._sent) and self.pulled is self.pushed
+        if not is_uniform or not native.can_sum(dtype):
             return None
         return Form([spec.shape for spec in self.specs], dtype)
 
@@ -157,43 +226,3 @@ class Route:
 def list_name(keys: Sequence[Key]) -> str:
     """Return a short name of a list of keys, the same for every worker."""
     return f"{zlib.crc32(json.dumps(list(keys)).encode()):08x}"
-
-
-def gather(share: Share, dtype: torch.dtype, columns: Sequence[bytes], room: torch.Tensor, pool: Pool) -> None:
-    """Lay the sums of whole columns of arrays out in ``room``."""
-    target = native.column_beside(room.view(dtype), share.counts)
-    _run(native.Sums([target], [share.addresses(column) for column in columns], share.counts, dtype), pool)
-
-
-def scatter(share: Share, dtype: torch.dtype, values: torch.Tensor, columns: Sequence[bytes], pool: Pool) -> None:
-    """Copy values to whole columns of arrays."""
-    source = native.column_beside(values.view(dtype), share.counts)
-    _run(native.Sums([share.addresses(column) for column in columns], [source], share.counts, dtype), pool)
-
-
-def _run(sums: native.Sums, pool: Pool) -> None:
-    if sum(sums.counts) >= 1 << 18:
-        pool.run(sums.jobs(pool.threads))
-    else:
-        sums.jobs(1)[0]()
-
-
-def to_note(held: Held) -> dict[str, Any]:
-    """Return what a server keeps for other clients of where a key is, as plain data."""
-    origin = held.spec.origin
-    return {
-        "shape": list(held.spec.shape),
-        "dtype": interop.dtype_name(held.spec.dtype),
-        "library": origin.library,
-        "device": str(origin.device) if origin.library == "torch" else None,
-        "table": held.spec.is_table,
-        "pieces": [list(piece) for piece in held.pieces],
-        "order": held.order,
-    }
-
-
-def from_note(note: Mapping[str, Any]) -> Held:
-    """Return what ``to_note`` was given."""
-    dtype: torch.dtype = getattr(torch, note["dtype"])
-    spec = KeySpec(torch.Size(note["shape"]), dtype, manifest.origin_of(note), note["table"])
-    return Held(spec, [(server, start, stop) for server, start, stop in note["pieces"]], note["order"])

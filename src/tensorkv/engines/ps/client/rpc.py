@@ -1,13 +1,14 @@
-"""Link: one request to one server, sent until it is answered, applied once however often it was sent.
+"""One request to one server, sent again until it is answered, and applied once however often it was sent.
 
-Ray's own retries are off: it would run a request again whose reply was lost. Here each request has a number, and a
-server answers one that it has applied without applying it again.
+Ray's own retries are off: they would run a request again whose reply was lost. Here each request has an id, and a
+server answers a request that it has applied without applying it again.
 """
 
 from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,34 +19,98 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, Ray
 from tensorkv import errors
 from tensorkv.engines.ps.ray.actor import INLINE_NBYTES, why
 from tensorkv.engines.ps.server.state import bytes_of
-from tensorkv.engines.ps.server.wait import PATIENCE_S
-from tensorkv.errors import PushOutcomeUnknownError, ServerLostError, TensorKVError, WaitTimeoutError
+from tensorkv.engines.ps.server.wait import POLL_TIMEOUT_S
+from tensorkv.errors import PushOutcomeUnknownError, ServerDeadError, TensorKVError, WaitTimeoutError
 from tensorkv.runtime import shield
-from tensorkv.transport.mailbox import Mailbox
-from tensorkv.transport.shared_cache import CopyReader
+from tensorkv.transport.channel import SharedMemoryChannel
+from tensorkv.transport.shared_cache import SharedCacheReader
 from tensorkv.transport.wire import join, split
 
-# How long to wait for an answer before the request is sent again.
+# How long to wait for a reply before the request is sent again.
 _RESEND_S = 10.0
-# How often a wait looks whether its caller was interrupted.
-_LOOK_S = 0.1
-# How long to wait before a server is asked again that is being restarted.
-_PAUSE_S = 0.01
-# What is asked often enough to be asked without Ray, and what its head takes, in bytes.
-_RINGS = frozenset({"push", "pull", "pull_rows"})
+# How often a wait checks whether its caller was interrupted.
+_CHECK_S = 0.1
+# How long to wait before a server that is being restarted is asked again.
+_RESTART_PAUSE_S = 0.01
+# Verbs that are called often enough to go through the doorbell, and the bytes that their heads take.
+_DOORBELL_VERBS = frozenset({"push", "pull", "pull_rows"})
 _HEAD_NBYTES = 1024
 
 
-class Answer(NamedTuple):
-    """A server's answer; the payload is to be read before the link's next request."""
+class ServerReply(NamedTuple):
+    """A server's reply; the payload is to be read before the connection's next request."""
 
     head: dict[str, Any]
     payload: torch.Tensor
-    copy: list[Any] | None = None
+    cached: list[Any] | None = None
 
 
-class Link:
-    """The way from one client to one server.
+# Other outcomes of sending a request; after each of them it is sent again.
+
+
+@dataclass(frozen=True, slots=True)
+class _NoReply:
+    """The server may have applied the request, or may never have received it."""
+
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class _StillWaiting:
+    """The server has received the request, and waits for others to answer it."""
+
+    reason: str
+
+
+class _NoChannel:
+    """The server cannot open the channel: it runs on another host."""
+
+
+class _NoCache:
+    """The copy that the server has named cannot be opened."""
+
+
+class _NoDoorbell:
+    """The reply does not fit through the doorbell."""
+
+
+_Retry = _NoReply | _StillWaiting | _NoChannel | _NoCache | _NoDoorbell
+
+
+@dataclass(slots=True)
+class _Call:
+    """The request that a connection is sending.
+
+    Args:
+        head, layout: of the request.
+        deadline: after which it is not sent again.
+        timeout_s: from the first attempt to the deadline.
+        uses_doorbell: whether its next attempt goes through the doorbell.
+        ref: of Ray's reply to the last attempt (None: it went through the doorbell).
+        attempts: how often it was sent.
+        is_pending: whether the last attempt has no outcome yet.
+        is_uncertain: whether an attempt had no reply.
+        waits_for: the reason that the server gave last for not answering.
+    """
+
+    head: dict[str, Any]
+    layout: bytes
+    deadline: float
+    timeout_s: float
+    uses_doorbell: bool
+    ref: Any = None
+    attempts: int = 0
+    is_pending: bool = False
+    is_uncertain: bool = False
+    waits_for: str | None = None
+
+    @property
+    def is_overdue(self) -> bool:
+        return time.monotonic() >= self.deadline
+
+
+class ServerConnection:
+    """The connection of one session to one server; it has one request at a time.
 
     Args:
         actor: the server's handle.
@@ -58,180 +123,199 @@ class Link:
         self._actor, self._index = actor, index
         self._timeout_s = timeout_s
         self._shares_memory = shares_memory
-        self._box = Mailbox()
-        self._copies = CopyReader()
-        self._room = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self._head: dict[str, Any] = {}
-        self._layout = b""
-        self._ref: Any = None
-        self._is_asked = self._has_rung = self._rings = self._boxed = False
-        self._deadline = 0.0
-        self._sent = 0
-        self._unsure = False
-        self._waits: str | None = None
-        self.resent = self.rung = 0
+        self._channel = SharedMemoryChannel()
+        self._cache = SharedCacheReader()
+        # The payload of the present request, and whether it lies in the channel.
+        self._payload = _no_bytes()
+        self._in_channel = False
+        self._call: _Call
+        self.resent = 0
+        """How many requests were sent again."""
+        self.shm_requests = 0
+        """How many requests went through the doorbell."""
 
-    def room(self, verb: str, payload_nbytes: int, reply_nbytes: int, layout_nbytes: int) -> torch.Tensor:
+    def allocate(self, verb: str, payload_nbytes: int, reply_nbytes: int, layout_nbytes: int) -> torch.Tensor:
         """Return memory for the next request's payload."""
-        self._boxed = self._shares_memory and (verb in _RINGS or max(payload_nbytes, reply_nbytes) > INLINE_NBYTES)
-        if self._boxed:
+        is_worth_it = verb in _DOORBELL_VERBS or max(payload_nbytes, reply_nbytes) > INLINE_NBYTES
+        self._in_channel = self._shares_memory and is_worth_it
+        if self._in_channel:
             try:
-                self._room = self._box.take_room(payload_nbytes, reply_nbytes, layout_nbytes + _HEAD_NBYTES)
-                return self._room
+                self._payload = self._channel.allocate(payload_nbytes, reply_nbytes, layout_nbytes + _HEAD_NBYTES)
+                return self._payload
             except OSError:
-                self._boxed = self._shares_memory = False
-                self._box.give_up()
-        if len(self._room) != payload_nbytes:
-            self._room = torch.empty(payload_nbytes, dtype=torch.uint8, device="cpu")
-        return self._room
+                self._in_channel = self._shares_memory = False
+                self._channel.close()
+        if len(self._payload) != payload_nbytes:
+            self._payload = torch.empty(payload_nbytes, dtype=torch.uint8, device="cpu")
+        return self._payload
 
-    def begin(self, head: dict[str, Any], layout: bytes, *, timeout_s: float | None = None) -> None:
-        """Send a request whose payload is in ``room``."""
-        self._head, self._layout = head, layout
-        self._deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
-        self._sent, self._unsure, self._waits, self._rings = 0, False, None, head["verb"] in _RINGS
-        self._send()
+    def start(self, head: dict[str, Any], layout: bytes, *, timeout_s: float | None = None) -> None:
+        """Send a request whose payload is in the memory that ``allocate`` returned."""
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + timeout_s
+        self._call = _Call(head, layout, deadline, timeout_s, head["verb"] in _DOORBELL_VERBS)
+        self._send(self._call)
 
-    def finish(self) -> Answer:
-        """Wait for the answer.
+    def finish(self) -> ServerReply:
+        """Wait for the reply.
 
         Raises:
-            TensorKVError: what the server has refused the request with.
-            WaitTimeoutError: others have not come in time; the message names them.
-            PushOutcomeUnknownError: no answer came in time.
-            ServerLostError: the server is gone for good.
+            TensorKVError: the server's refusal of the request.
+            WaitTimeoutError: the server waits for other workers; the message names them.
+            PushOutcomeUnknownError: no reply came in time.
+            ServerDeadError: the server has ended for good.
         """
+        call = self._call
         try:
-            while True:
-                answer = self._receive()
-                if answer is not None:
-                    return answer
-                self._send()
+            while not isinstance(outcome := self._receive(call), ServerReply):
+                self._prepare_retry(call, outcome)
+                self._send(call)
+            return outcome
         except BaseException:
-            if self._unsure or self._is_asked or self._waits is not None:
-                # The server may still be reading or writing there, or keep a push for when the others come.
-                self._box.give_up()
-                self._room = torch.empty(0, dtype=torch.uint8, device="cpu")
+            if call.is_pending or call.is_uncertain or call.waits_for is not None:
+                # The server may still use this memory, or hold the push until other workers push.
+                self._channel.close()
+                self._payload = _no_bytes()
             raise
 
-    def is_whole(self, answer: Answer) -> bool:
-        """Tell whether the payload, which was read, has not been written over meanwhile."""
-        return answer.copy is None or self._copies.is_whole(answer.copy)
+    def is_intact(self, reply: ServerReply) -> bool:
+        """Return whether the payload that was read has not been written over in the meantime."""
+        return reply.cached is None or self._cache.is_intact(reply.cached)
 
     def close(self) -> None:
-        """Let go of shared memory."""
-        self._box.give_up()
-        self._box, self._copies = Mailbox(), CopyReader()
-        self._room = torch.empty(0, dtype=torch.uint8, device="cpu")
+        """Release shared memory."""
+        self._channel.close()
+        self._channel, self._cache = SharedMemoryChannel(), SharedCacheReader()
+        self._payload = _no_bytes()
 
-    # ------------------------------------------------------------ inside
+    # ------------------------------------------------------------ one attempt
 
-    def _send(self) -> None:
-        self._sent += 1
+    def _send(self, call: _Call) -> None:
+        call.attempts += 1
         if not ray.is_initialized():
-            # Else Ray would start another cluster, all by itself.
-            raise ServerLostError(f"server {self._index}: Ray has been shut down in this process")
-        head, box = self._head, self._box.describe() if self._boxed else None
-        left = self._deadline - time.monotonic()
-        if left < 2 * PATIENCE_S:
-            # An answer that names who is waited for has to come in time.
-            head = {**head, "patience_s": max(0.0, left / 2)}
-        self._is_asked = True
-        self._has_rung = self._boxed and self._rings and self._box.ring(join(head, self._layout))
-        if self._has_rung:
-            self.rung += 1
+            # Without this check Ray would start a cluster of its own.
+            raise ServerDeadError(f"server {self._index}: Ray has been shut down in this process")
+        head = call.head
+        left = call.deadline - time.monotonic()
+        if left < 2 * POLL_TIMEOUT_S:
+            # The reply that says what the server waits for has to arrive before the deadline.
+            head = {**head, "poll_timeout_s": max(0.0, left / 2)}
+        call.is_pending, call.ref = True, None
+        if self._in_channel and call.uses_doorbell and self._channel.notify(join(head, call.layout)):
+            self.shm_requests += 1
             return
-        if box is not None:
-            self._ref = self._actor.serve.remote(join({**head, "box": box}, self._layout))
-        elif len(self._room) <= INLINE_NBYTES:
-            self._ref = self._actor.serve.remote(join(head, self._layout, self._room.numpy().data))
+        if self._in_channel:
+            call.ref = self._actor.serve.remote(join({**head, "channel": self._channel.describe()}, call.layout))
+        elif len(self._payload) <= INLINE_NBYTES:
+            call.ref = self._actor.serve.remote(join(head, call.layout, self._payload.numpy().data))
         else:
-            self._ref = self._actor.serve.remote(join(head, self._layout), self._room.numpy())
+            call.ref = self._actor.serve.remote(join(head, call.layout), self._payload.numpy())
 
-    def _receive(self) -> Answer | None:
-        """Return the answer; None if the request is to be sent again."""
-        timeout_s = max(0.001, min(self._deadline - time.monotonic(), _RESEND_S))
+    def _receive(self, call: _Call) -> ServerReply | _Retry:
+        """Wait for the outcome of the last attempt."""
+        timeout_s = max(0.001, min(call.deadline - time.monotonic(), _RESEND_S))
         try:
-            found = self._box.hear(timeout_s) if self._has_rung else self._get(timeout_s)
-            self._is_asked = False
+            received = self._channel.wait(timeout_s) if call.ref is None else _get(call.ref, timeout_s)
         except (GetTimeoutError, TimeoutError):
-            self._again("has not answered")
-            return None
+            call.is_pending = False
+            return _NoReply("has not answered")
         except ActorDiedError as error:
-            raise ServerLostError(
+            raise ServerDeadError(
                 f"server {self._index} has ended for good: {why(error)}; what was not saved is lost"
             ) from error
         except (RayActorError, ObjectLostError, ConnectionError):
-            time.sleep(_PAUSE_S)
-            self._again("is not there")
-            return None
+            time.sleep(_RESTART_PAUSE_S)
+            call.is_pending = False
+            return _NoReply("was not reachable")
         except RayError as error:
-            raise ServerLostError(f"server {self._index}: {why(error)}") from error
-        if found == b"":
-            self._rings = False
-            return None
-        return self._open(found)
+            raise ServerDeadError(f"server {self._index}: {why(error)}") from error
+        call.is_pending = False
+        return self._decode(received)
 
-    def _get(self, timeout_s: float) -> Any:
-        """Wait for Ray's answer, looking now and then whether the caller still wants it."""
-        deadline = time.monotonic() + timeout_s
-        while (left := deadline - time.monotonic()) > _LOOK_S:
-            with suppress(GetTimeoutError):
-                return ray.get(self._ref, timeout=_LOOK_S)
-            shield.check()
-        return ray.get(self._ref, timeout=max(0.001, left))
+    def _decode(self, received: Any) -> ServerReply | _Retry:
+        """Return the outcome that a server's message tells.
 
-    def _again(self, how: str) -> None:
-        self._is_asked = False
-        self.resent += 1
-        self._unsure = True
-        if time.monotonic() >= self._deadline:
-            if self._waits is not None:
-                raise self._in_vain()
-            seconds = f"{self._timeout_s:g} s"
-            raise PushOutcomeUnknownError(
-                f"{self._head['verb']}: server {self._index} {how} for {seconds}, though asked {self._sent} times: the "
-                "request was applied once, or not at all; look at the key's version, or load a checkpoint"
-            )
-        if self._boxed:
-            self._move()
-
-    def _move(self) -> None:
-        payload = self._box.payload
-        try:
-            self._box.move()
-            self._room = self._box.payload
-        except OSError:
-            # No memory to share: the payload travels with the message.
-            self._room, self._boxed, self._shares_memory = payload.clone(), False, False
-
-    def _in_vain(self) -> WaitTimeoutError:
-        return WaitTimeoutError(f"{self._head['verb']}: waited in vain for {self._waits}")
-
-    def _open(self, found: Any) -> Answer | None:
-        message, beside = (found, None) if isinstance(found, bytes) else found
+        Raises:
+            TensorKVError: the server's refusal of the request.
+        """
+        if received == b"":
+            return _NoDoorbell()
+        message, beside = (received, None) if isinstance(received, bytes) else received
         head, _, inline = split(message)
-        if "unboxed" in head:
-            # Not of this host after all: from now on the payload travels with the message.
-            self._room, self._boxed, self._shares_memory = self._box.payload.clone(), False, False
-            self._box.give_up()
-            return None
-        if "error" in head:
-            name, text = head["error"]
-            kind = getattr(errors, name, None)
-            known = isinstance(kind, type) and issubclass(kind, TensorKVError)
-            raise (kind if known else TensorKVError)(text)  # type: ignore[misc]
-        if "wait_for" in head:
-            self._waits = head["wait_for"]
-            if time.monotonic() >= self._deadline:
-                raise self._in_vain()
-            return None
-        if "copy" in head:
-            try:
-                return Answer(head, self._copies.find(head["copy"]), head["copy"])
-            except OSError:
-                self._head = {word: each for word, each in self._head.items() if word != "shares"}
-                return None
-        if "boxed" in head:
-            return Answer(head, self._box.reply[: head["boxed"]])
-        return Answer(head, bytes_of(inline if beside is None else np.asarray(beside)))
+        match head:
+            case {"no_channel": _}:
+                return _NoChannel()
+            case {"error": error}:
+                raise errors.decode(error)
+            case {"wait_for": reason}:
+                return _StillWaiting(reason)
+            case {"cached": place}:
+                try:
+                    return ServerReply(head, self._cache.find(place), place)
+                except OSError:
+                    return _NoCache()
+            case {"in_channel": nbytes}:
+                return ServerReply(head, self._channel.reply[:nbytes])
+        return ServerReply(head, bytes_of(inline if beside is None else np.asarray(beside)))
+
+    # ------------------------------------------------------------ after a failed attempt
+
+    def _prepare_retry(self, call: _Call, outcome: _Retry) -> None:
+        """Change what has to change before the request is sent again; raise if its time is over."""
+        match outcome:
+            case _NoReply(how):
+                self.resent += 1
+                call.is_uncertain = True
+                if call.is_overdue:
+                    raise self._timeout(call, how)
+                self._replace_channel()
+            case _StillWaiting(reason):
+                call.waits_for = reason
+                if call.is_overdue:
+                    raise self._timeout(call, "")
+            case _NoChannel():
+                self._leave_channel(self._channel.payload)
+                self._channel.close()
+            case _NoCache():
+                call.head = {name: each for name, each in call.head.items() if name != "shares"}
+            case _NoDoorbell():
+                call.uses_doorbell = False
+
+    def _replace_channel(self) -> None:
+        """Move the payload to memory that no earlier attempt uses."""
+        if not self._in_channel:
+            return
+        payload = self._channel.payload
+        try:
+            self._channel.replace()
+            self._payload = self._channel.payload
+        except OSError:
+            self._leave_channel(payload)
+
+    def _leave_channel(self, payload: torch.Tensor) -> None:
+        """Send payloads with the messages from now on."""
+        self._payload, self._in_channel, self._shares_memory = payload.clone(), False, False
+
+    def _timeout(self, call: _Call, how: str) -> TensorKVError:
+        """Return the error of a call that is overdue."""
+        verb, seconds = call.head["verb"], f"{call.timeout_s:g} s"
+        if call.waits_for is not None:
+            return WaitTimeoutError(f"{verb} timed out after {seconds} waiting for {call.waits_for}")
+        return PushOutcomeUnknownError(
+            f"{verb}: server {self._index} {how} for {seconds}, though asked {call.attempts} times: the request was "
+            "applied once, or not at all; look at the key's version, or load a checkpoint"
+        )
+
+
+def _get(ref: Any, timeout_s: float) -> Any:
+    """Wait for Ray's reply, checking now and then whether the caller was interrupted."""
+    deadline = time.monotonic() + timeout_s
+    while (left := deadline - time.monotonic()) > _CHECK_S:
+        with suppress(GetTimeoutError):
+            return ray.get(ref, timeout=_CHECK_S)
+        shield.check()
+    return ray.get(ref, timeout=max(0.001, left))
+
+
+def _no_bytes() -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device="cpu")

@@ -1,181 +1,200 @@
-"""Lane: one client as servers know it, which sends one request at a time, to several servers at once."""
+"""Sessions: a client of servers that numbers its requests and sends one at a time, to several servers at once."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from tensorkv.arrays.packing import Packed
 from tensorkv.errors import StoreClosedError
 
-from .rpc import Answer, Link
+from .rpc import ServerConnection, ServerReply
 
 Fill = Callable[[torch.Tensor], Any]
 
 
-class Letter(NamedTuple):
-    """What is sent to one server.
+class ServerRequest(NamedTuple):
+    """A request to one server.
 
     Args:
-        server: which.
-        words: of the head.
+        server: its index.
+        fields: of the head.
         layout: of the payload; for a pull, the keys.
         nbytes: of the payload.
-        fill: lays it out in the memory it is given.
+        fill: writes the payload to the memory that it is given.
         reply_nbytes: of the values that come back.
     """
 
     server: int
-    words: dict[str, Any]
+    fields: dict[str, Any]
     layout: bytes = b"[]"
     nbytes: int = 0
     fill: Fill | None = None
     reply_nbytes: int = 0
 
+    @classmethod
+    def of_tensors(cls, server: int, fields: dict[str, Any], packed: Packed, reply_nbytes: int = 0) -> ServerRequest:
+        """Return a request whose payload is packed tensors."""
+        nbytes = sum(len(buffer) for buffer in packed.payload)
+        return cls(server, fields, packed.layout, nbytes, partial(_copy, packed.payload), reply_nbytes)
 
-class Lane:
-    """A client of its own number.
+    def replace(self, **fields: Any) -> ServerRequest:
+        """Return the same request with other fields."""
+        return self._replace(fields={**self.fields, **fields})
+
+
+def _copy(buffers: Sequence[Any], room: torch.Tensor) -> None:
+    at, memory = 0, room.numpy()
+    for buffer in buffers:
+        memory[at : at + len(buffer)] = memoryview(buffer)
+        at += len(buffer)
+
+
+class Session:
+    """The sender of numbered requests.
 
     Args:
         owner: the process, as servers know it.
-        number: of the lane.
-        links: to every server.
-        rank: of the worker (None: it is none).
+        number: of the session.
+        connections: to every server.
+        rank: of the worker (None: a reader).
     """
 
-    def __init__(self, owner: str, number: int, links: Sequence[Link], rank: int | None) -> None:
+    def __init__(self, owner: str, number: int, connections: Sequence[ServerConnection], rank: int | None) -> None:
         self._head = {"owner": owner, "client": f"{owner}.{number}", "rank": rank}
-        self._links = links
+        self._connections = connections
         self._seq = 0
-        self.is_clear = True
+        self.is_idle = True
         """Whether every request has been answered."""
 
     def send(
-        self, verb: str, letters: Sequence[Letter], *, timeout_s: float | None = None, again: bool = False
-    ) -> list[Answer]:
-        """Send a letter to each of some servers and return what they answer, in order.
+        self, verb: str, requests: Sequence[ServerRequest], *, timeout_s: float | None = None, retry: bool = False
+    ) -> list[ServerReply]:
+        """Send one request to each of some servers and return their replies, in order.
 
         Args:
             verb: of the request.
-            letters: at most one for each server.
-            timeout_s: how long to wait for answers (None: as long as each link does).
-            again: whether this is the last request once more, for servers that have not applied it.
+            requests: at most one for each server.
+            timeout_s: how long to wait for replies (None: as long as each connection does).
+            retry: whether this is the last request once more, for servers that have not applied it.
 
         Raises:
-            As ``Link.finish``, after every server has answered.
+            As ``ServerConnection.finish``, after every server has answered.
         """
-        answers = []
-        for outcome in self.outcomes(verb, letters, timeout_s=timeout_s, again=again):
+        replies = []
+        for outcome in self.outcomes(verb, requests, timeout_s=timeout_s, retry=retry):
             if isinstance(outcome, Exception):
                 raise outcome
-            answers.append(outcome)
-        return answers
+            replies.append(outcome)
+        return replies
 
     def outcomes(
-        self, verb: str, letters: Sequence[Letter], *, timeout_s: float | None = None, again: bool = False
-    ) -> list[Answer | Exception]:
-        """Send a letter to each of some servers and return what each answers, or how it failed, in order."""
-        self._seq += not again
-        fan = [letter.server for letter in letters]
-        self.is_clear = False
-        for letter in letters:
-            link = self._links[letter.server]
-            room = link.room(verb, letter.nbytes, letter.reply_nbytes, len(letter.layout))
-            if letter.fill is not None:
-                letter.fill(room)
-            all_servers = {"fan": fan} if len(fan) > 1 else {}
-            head = {"verb": verb, **self._head, "seq": self._seq, **all_servers, **letter.words}
-            link.begin(head, letter.layout, timeout_s=timeout_s)
-        found: list[Answer | Exception] = []
-        for letter in letters:
+        self, verb: str, requests: Sequence[ServerRequest], *, timeout_s: float | None = None, retry: bool = False
+    ) -> list[ServerReply | Exception]:
+        """Send one request to each of some servers and return each reply, or the error, in order."""
+        self._seq += not retry
+        servers = [request.server for request in requests]
+        self.is_idle = False
+        for request in requests:
+            connection = self._connections[request.server]
+            payload = connection.allocate(verb, request.nbytes, request.reply_nbytes, len(request.layout))
+            if request.fill is not None:
+                request.fill(payload)
+            fan = {"fan": servers} if len(servers) > 1 else {}
+            head = {"verb": verb, **self._head, "seq": self._seq, **fan, **request.fields}
+            connection.start(head, request.layout, timeout_s=timeout_s)
+        found: list[ServerReply | Exception] = []
+        for server in servers:
             try:
-                found.append(self._links[letter.server].finish())
+                found.append(self._connections[server].finish())
             except Exception as error:
                 found.append(error)
-        self.is_clear = True
+        self.is_idle = True
         return found
 
-    def is_whole(self, server: int, answer: Answer) -> bool:
-        """Tell whether an answer's payload, which was read, was not written over meanwhile."""
-        return self._links[server].is_whole(answer)
+    def is_intact(self, server: int, reply: ServerReply) -> bool:
+        """Return whether a payload that was read has not been written over in the meantime."""
+        return self._connections[server].is_intact(reply)
 
     @property
     def resent(self) -> int:
         """How many requests were sent again."""
-        return sum(link.resent for link in self._links)
+        return sum(connection.resent for connection in self._connections)
 
     @property
-    def rung(self) -> int:
-        """How many requests were sent without Ray."""
-        return sum(link.rung for link in self._links)
+    def shm_requests(self) -> int:
+        """How many requests went through a doorbell instead of Ray."""
+        return sum(connection.shm_requests for connection in self._connections)
 
     def close(self) -> None:
-        """Let go of shared memory."""
-        for link in self._links:
-            link.close()
+        """Release shared memory."""
+        for connection in self._connections:
+            connection.close()
 
 
-class Lanes:
-    """As many lanes as threads that call at the same time.
+class SessionPool:
+    """As many sessions as there are threads that call at the same time.
 
     Args:
-        make: a lane of a number.
+        make: returns the session of a number.
     """
 
-    def __init__(self, make: Callable[[int], Lane]) -> None:
+    def __init__(self, make: Callable[[int], Session]) -> None:
         self._make = make
         self._lock = threading.Lock()
         self._closed = False
-        self._free: list[Lane] = []
-        self._all: list[Lane] = []
+        self._free: list[Session] = []
+        self._all: list[Session] = []
 
     @contextmanager
-    def take(self) -> Iterator[Lane]:
-        """Give a lane that nobody uses.
+    def take(self) -> Iterator[Session]:
+        """Lend a session that no other thread uses.
 
         Raises:
-            StoreClosedError: there are no more.
+            StoreClosedError: the pool is closed.
         """
         with self._lock:
             if self._closed:
                 raise StoreClosedError("this store was closed; create another")
             if not self._free:
-                # Numbers are not used twice: a server remembers what it has had from each.
+                # Numbers are not used twice: servers remember the last request of each session.
                 self._free.append(self._make(len(self._all)))
                 self._all.append(self._free[-1])
-            lane = self._free.pop()
+            session = self._free.pop()
         try:
-            yield lane
+            yield session
         finally:
             with self._lock:
-                # One that was interrupted may have a request under way.
-                if lane.is_clear and not self._closed:
-                    self._free.append(lane)
+                # A session that was interrupted may have a request on its way.
+                if session.is_idle and not self._closed:
+                    self._free.append(session)
                 else:
-                    lane.close()
+                    session.close()
 
     @property
     def resent(self) -> int:
         """How many requests were sent again."""
-        return sum(lane.resent for lane in self._all)
+        return sum(session.resent for session in self._all)
 
     @property
-    def rung(self) -> int:
-        """How many requests were sent without Ray."""
-        return sum(lane.rung for lane in self._all)
+    def shm_requests(self) -> int:
+        """How many requests went through a doorbell instead of Ray."""
+        return sum(session.shm_requests for session in self._all)
 
     def clear(self) -> None:
-        """Let go of the lanes that nobody uses; the next one is a new client."""
+        """Drop idle sessions; the next one is a new session for servers."""
         with self._lock:
-            for lane in self._free:
-                lane.close()
+            for session in self._free:
+                session.close()
             self._free.clear()
 
     def close(self) -> None:
-        """Give no more lanes; those in use go when they are brought back."""
+        """Lend no more sessions; those in use are closed when they come back."""
         with self._lock:
             self._closed = True
         self.clear()

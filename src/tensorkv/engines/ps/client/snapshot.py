@@ -1,4 +1,4 @@
-"""Moments: all keys of all servers as they are at one moment, so that nobody sees half of an update."""
+"""Snapshots of a store: all keys of all servers at one point in time, so that no push is in them by half."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from tensorkv.errors import KeyNotFoundError, SnapshotError, TensorKVError, quot
 from tensorkv.storage import manifest
 from tensorkv.storage.manifest import Contents
 
-from .data import Traffic
-from .layout import Held, from_note
-from .session import Lanes, Letter
+from .data import DataClient
+from .layout import KeyPlacement
+from .session import ServerRequest, SessionPool
 
 
-class State(NamedTuple):
-    """What a server holds, and where the other pieces of its keys are."""
+class ServerContents(NamedTuple):
+    """Everything that one server holds, and the placements of its keys."""
 
     contents: Contents
-    held: dict[Key, Held]
+    placements: dict[Key, KeyPlacement]
 
 
-class Moments:
-    """What takes snapshots of a store.
+class SnapshotClient:
+    """Takes snapshots of a store.
 
     Args:
-        lanes: to the servers.
-        traffic: of this client.
-        num_servers: how many there are.
+        sessions: with the servers.
+        data: of this client.
+        num_servers: of the store.
     """
 
-    def __init__(self, lanes: Lanes, traffic: Traffic, num_servers: int) -> None:
-        self._lanes, self._traffic = lanes, traffic
+    def __init__(self, sessions: SessionPool, data: DataClient, num_servers: int) -> None:
+        self._sessions, self._data = sessions, data
         self._all = range(num_servers)
         self.abandoned: list[str] = []
-        """Moments whose snapshot was dropped without ``close``."""
+        """Snapshots that were dropped without ``close``."""
 
-    def take(self) -> Moment:
-        """Have every server hold what it has at one moment.
+    def take(self) -> RemoteSnapshot:
+        """Have every server hold its present values.
 
         Raises:
             SnapshotError: too many are held.
@@ -54,108 +54,112 @@ class Moments:
         while self.abandoned:
             self.drop(self.abandoned.pop())
         name = secrets.token_hex(8)
-        notes: dict[Key, Any] = {}
+        metadata: dict[Key, Any] = {}
         versions: dict[Key, int] = {}
         pieces: dict[Key, int] = {}
         try:
-            for head, _ in self._look({"view": name}):
-                for key, version, note in head["keys"]:
-                    notes[key] = note
+            for head, _ in self._take({"view": name}):
+                for key, version, data in head["keys"]:
+                    metadata[key] = data
                     versions.setdefault(key, version)
                     pieces[key] = pieces.get(key, 0) + 1
         except TensorKVError:
             self.drop(name)
             raise
-        held = {key: from_note(notes[key]) for key in sorted(notes, key=lambda key: notes[key]["order"])}
-        # A key is there when every piece of it is.
-        held = {key: each for key, each in held.items() if pieces[key] == len(each.pieces)}
-        return Moment(self, self._traffic, name, held, {key: versions[key] for key in held})
+        ordered = sorted(metadata, key=lambda key: metadata[key]["order"])
+        placements = {key: KeyPlacement.from_metadata(metadata[key]) for key in ordered}
+        # A key exists when all of its pieces do.
+        placements = {key: each for key, each in placements.items() if pieces[key] == len(each.pieces)}
+        return RemoteSnapshot(self, self._data, name, placements, {key: versions[key] for key in placements})
 
-    def states(self) -> list[State]:
-        """Return everything that each server holds, and how it lies over servers."""
+    def contents(self) -> list[ServerContents]:
+        """Return everything that each server holds."""
+        try:
+            taken = self._take({"states": True})
+        except SnapshotError:
+            # A reply was lost, or the snapshot was aborted because it took too long: try once more.
+            taken = self._take({"states": True})
         found = []
-        for head, payload in self._look_again({"states": True}):
+        for head, payload in taken:
             items = unpack(head["layout"].encode(), payload.numpy().data)
-            # Answers lie in memory that the next request uses.
+            # Replies lie in memory that the next request uses.
             tensors = {str(item.key): item.tensor.clone() for item in items}
-            held = {key: from_note(note) for key, note in head["notes"]}
-            found.append(State(manifest.restore(head["body"], tensors), held))
+            placements = {key: KeyPlacement.from_metadata(data) for key, data in head["notes"]}
+            found.append(ServerContents(manifest.restore(head["body"], tensors), placements))
         return found
 
     def drop(self, name: str) -> None:
-        """Hold a moment no more."""
-        with suppress(TensorKVError), self._lanes.take() as lane:
-            lane.send("drop", [Letter(server, {"view": name}) for server in self._all])
+        """Have every server release a snapshot."""
+        with suppress(TensorKVError), self._sessions.take() as session:
+            session.send("drop_snapshot", [ServerRequest(server, {"view": name}) for server in self._all])
 
-    def _look_again(self, words: dict[str, Any]) -> list[tuple[dict[str, Any], torch.Tensor]]:
-        """Look; once more where an answer was lost, or the servers did not stand still for long enough."""
-        try:
-            return self._look(words)
-        except SnapshotError:
-            return self._look(words)
-
-    def _look(self, words: dict[str, Any]) -> list[tuple[dict[str, Any], torch.Tensor]]:
-        """Stop every server at the same moment, and return what each answers."""
-        with self._lanes.take() as lane:
+    def _take(self, fields: dict[str, Any]) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        """Run the two phases of a snapshot on every server, and return their replies to the second."""
+        with self._sessions.take() as session:
             try:
                 wanted: dict[str, list[Any]] = {}
-                # The first decides between those who look at the same time: whoever stops it, stops the others.
-                answers = lane.send("freeze", [Letter(0, {})])
+                # Server 0 decides between clients that take snapshots at the same time: the first to prepare it.
+                replies = session.send("prepare", [ServerRequest(0, {})])
                 if len(self._all) > 1:
-                    answers += lane.send("freeze", [Letter(server, {}) for server in self._all[1:]])
-                for answer in answers:
-                    for client, (seq, fan) in answer.head["fans"].items():
+                    replies += session.send("prepare", [ServerRequest(server, {}) for server in self._all[1:]])
+                for reply in replies:
+                    for client, (seq, servers) in reply.head["fans"].items():
                         if seq > wanted.get(client, [0])[0]:
-                            wanted[client] = [seq, fan]
-                letters = [Letter(server, {**words, "wanted": wanted}) for server in self._all]
-                return [(answer.head, answer.payload.clone()) for answer in lane.send("settle", letters)]
+                            wanted[client] = [seq, servers]
+                requests = [ServerRequest(server, {**fields, "wanted": wanted}) for server in self._all]
+                return [(reply.head, reply.payload.clone()) for reply in session.send("commit", requests)]
             except TensorKVError:
                 with suppress(TensorKVError):
-                    lane.send("thaw", [Letter(server, {}) for server in self._all])
+                    session.send("abort", [ServerRequest(server, {}) for server in self._all])
                 raise
 
 
-class Moment(Reader):
-    """The values of one moment, for reading; what an engine is to a store.
+class RemoteSnapshot(Reader):
+    """A snapshot that servers hold; an engine for reading.
 
     Args:
-        moments: that has taken it.
-        traffic: to read by.
+        client: that has taken it.
+        data: to read by.
         name: under which servers hold it.
-        held: of its keys.
+        placements: of its keys.
         versions: of its keys.
     """
 
     def __init__(
-        self, moments: Moments, traffic: Traffic, name: str, held: dict[Key, Held], versions: dict[Key, int]
+        self,
+        client: SnapshotClient,
+        data: DataClient,
+        name: str,
+        placements: dict[Key, KeyPlacement],
+        versions: dict[Key, int],
     ) -> None:
-        self._moments, self._traffic, self._name = moments, traffic, name
-        self._held = held
+        self._client, self._data, self._name = client, data, name
+        self._placements = placements
         self.versions = versions
 
     def spec(self, verb: str, key: Key) -> KeySpec:
-        """Tell what an array for a key must be like."""
-        held = self._held.get(key)
-        if held is None:
+        """Return what an array for a key must be like."""
+        placement = self._placements.get(key)
+        if placement is None:
             raise KeyNotFoundError(f"{verb}({quote(key)}): the key was not there when this snapshot was taken")
-        return held.spec
+        return placement.spec
 
     def keys(self) -> list[Key]:
-        """Every key, in the order of init."""
-        return list(self._held)
+        """Return every key, in the order of init."""
+        return list(self._placements)
 
     def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
         """Copy values into tensors."""
-        self._traffic.pull(keys, outs, {"view": self._name}, self._held)
+        self._data.pull_snapshot(keys, outs, self._name, self._placements)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         """Return copies of rows."""
-        return self._traffic.pull_rows(keys, ids, {"view": self._name}, self._held)
+        return self._data.pull_snapshot_rows(keys, ids, self._name, self._placements)
 
     def abandon(self) -> None:
-        """Hold it no more from the next snapshot on; the garbage collector calls this, in the middle of anything."""
-        self._moments.abandoned.append(self._name)
+        """Let the next snapshot release this one; the garbage collector calls it, at any point of the program."""
+        self._client.abandoned.append(self._name)
 
     def close(self) -> None:
-        """Hold it no more."""
-        self._moments.drop(self._name)
+        """Release it."""
+        self._client.drop(self._name)

@@ -1,4 +1,4 @@
-"""ServerActor: a Server as Ray runs it, and the memory that it shares with clients of its host."""
+"""A server as a Ray actor, and the memory that it shares with clients of its host."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import ray
 import torch
 from ray.exceptions import OutOfMemoryError
 
-from tensorkv.engines.ps.server.membership import FORGOTTEN_S
+from tensorkv.engines.ps.server.membership import IDLE_TIMEOUT_S
 from tensorkv.engines.ps.server.server import Server
-from tensorkv.transport.mailbox import OpenMailboxes
+from tensorkv.transport.channel import ChannelServer
 from tensorkv.transport.rendezvous import host_id
-from tensorkv.transport.shared_cache import Copies
+from tensorkv.transport.shared_cache import SharedCache
 from tensorkv.transport.wire import Reply, Request, Settings, join, split
 
 from .metrics import ServerMetrics
@@ -46,37 +46,37 @@ class ServerActor:
     def __init__(self, settings: str) -> None:
         context = ray.get_runtime_context()
         self._server = Server(Settings(**json.loads(settings)), comes_back=context.was_current_actor_reconstructed)
-        self._mailboxes = OpenMailboxes(self._answer_ring)
-        self._copies = Copies()
+        self._channels = ChannelServer(self._serve_doorbell)
+        self._cache = SharedCache()
         self._copying = threading.Lock()
         name = context.get_actor_name() or ""
         self._metrics = ServerMetrics(name.rpartition("/")[0], self._server.settings.index)
-        # What the libraries have made stays; Python is not to look for garbage in it again and again.
+        # Keeps what the libraries have made out of every later garbage collection.
         gc.collect()
         gc.freeze()
-        threading.Thread(target=self._keep_watch, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def serve(self, message: bytes, payload: Any = None) -> Any:
-        """Answer a message, whose payload is in it, beside it, or in the client's mailbox."""
+        """Answer a message, whose payload is in it, beside it, or in the client's shared-memory channel."""
         head, layout, inline = split(message)
         out = None
-        box = head.get("box")
+        channel = head.get("channel")
         if payload is None:
             payload = inline
-        if box is not None:
+        if channel is not None:
             try:
-                sent, out = self._mailboxes.find(str(head["client"]), box)
+                sent, out = self._channels.find(str(head["client"]), channel)
             except (OSError, TypeError, ValueError) as error:
-                return join({"unboxed": str(error)})
+                return join({"no_channel": str(error)})
             payload = sent.numpy() if len(sent) else payload
         if head.get("broken"):
             self._is_broken = True
-        if head["verb"] in ("beat", "bye"):
-            self._mailboxes.close_all_but(self._server.owners())
+        if head["verb"] in ("heartbeat", "disconnect"):
+            self._channels.close_all_but(self._server.owners())
         return self._answer(Request(head, layout, payload), out)
 
-    def _answer_ring(self, message: bytes, payload: torch.Tensor, room: torch.Tensor) -> bytes:
-        """Answer what lies in a mailbox; without bytes if that takes Ray."""
+    def _serve_doorbell(self, message: bytes, payload: torch.Tensor, room: torch.Tensor) -> bytes:
+        """Answer a request that came through a doorbell; an empty reply has it sent again, through Ray."""
         head, layout, _ = split(message)
         answer = self._answer(Request(head, layout, payload.numpy()), room)
         return answer if isinstance(answer, bytes) else b""
@@ -89,40 +89,40 @@ class ServerActor:
         return _answer(self._server.serve(request, out), out)
 
     def place(self) -> list[Any]:
-        """Return what tells where this server is: its host, process, and whether it trusts strangers."""
+        """Return this server's host, process, authentication mode and Ray node."""
         from ray._raylet import get_authentication_mode  # type: ignore[attr-defined]
 
         return [host_id(), os.getpid(), int(get_authentication_mode()), ray.get_runtime_context().get_node_id()]
 
     def settings(self) -> dict[str, Any]:
-        """Return what this server was told when it began."""
+        """Return the settings with which this server was started."""
         return asdict(self._server.settings)
 
     def stop(self) -> None:
-        """Let go of the folder, before the process is killed."""
+        """Release the folder, before the process is killed."""
         self._server.close()
 
-    def _keep_watch(self) -> None:
-        """Tell Ray's metrics how things are; end when all clients are long gone, since nobody else would do it.
+    def _watch(self) -> None:
+        """Export metrics; end after an idle timeout without a live client, since no client would end the servers.
 
-        If another server of the store is lost, there is nothing to stay for once they are gone.
+        If another server of the store is dead, end as soon as there is no live client.
         """
         alone_since = time.monotonic()
-        # The last client ends the servers, if it is not killed before.
-        while time.monotonic() - alone_since < (_ENDING_S if self._server.is_ending else FORGOTTEN_S):
+        # Usually the last client ends the servers; it may have been killed.
+        while time.monotonic() - alone_since < (_ENDING_S if self._server.is_ending else IDLE_TIMEOUT_S):
             time.sleep(_WATCH_S)
-            self._metrics.tell(self._server.stats())
+            self._metrics.export(self._server.stats())
             if self._server.owners():
                 alone_since = time.monotonic()
             elif self._is_broken:
                 break
         self._server.close()
-        # Ray starts an actor again whose process ends in any other way.
+        # Ray would restart an actor whose process ended in any other way.
         ray.kill(ray.get_runtime_context().current_actor)
 
     def _share(self, request: Request) -> dict[str, Any] | None:
-        """Return where a copy of the values is that all clients of this host read, or a refusal."""
-        waiting = Request({**request.head, "verb": "await"}, request.layout)
+        """Return the place of a copy that all clients of this host read, or a refusal; None: send the values."""
+        waiting = Request({**request.head, "verb": "wait_for_version"}, request.layout)
         reply = self._server.serve(waiting)
         if reply.head:
             return reply.head
@@ -131,11 +131,11 @@ class ServerActor:
             signature = self._server.signature(request)
             if signature is None:
                 return None
-            place = self._copies.find(request.layout, signature)
+            place = self._cache.find(request.layout, signature)
             if place is None:
                 replies: list[Reply] = []
                 try:
-                    place = self._copies.make(
+                    place = self._cache.make(
                         request.layout,
                         signature,
                         nbytes,
@@ -146,10 +146,10 @@ class ServerActor:
                     return None
                 payload = replies[0].payload
                 if replies[0].head or payload is None or len(payload) != nbytes:
-                    # There is no such copy: the client is to see for itself.
-                    self._copies.forget(request.layout)
+                    # The client's request is refused as a plain pull, with the right error.
+                    self._cache.forget(request.layout)
                     return None
-        return {"copy": place}
+        return {"cached": place}
 
 
 def _answer(reply: Reply, out: torch.Tensor | None) -> Any:
@@ -157,20 +157,20 @@ def _answer(reply: Reply, out: torch.Tensor | None) -> Any:
     if payload is None or not len(payload):
         return join(reply.head)
     if out is not None and payload.data_ptr() == out.data_ptr():
-        return join({**reply.head, "boxed": len(payload)})
+        return join({**reply.head, "in_channel": len(payload)})
     if len(payload) <= INLINE_NBYTES:
         return join(reply.head, payload=payload.numpy().data)
     return [join(reply.head), np.asarray(payload.numpy())]
 
 
 def why(error: BaseException) -> str:
-    """Return in one line what an error of Ray says, which has forty in its messages."""
+    """Return the essential line of an error of Ray, whose messages have forty lines."""
     text = str(error)
     if "running low on memory" in text or isinstance(error, OutOfMemoryError):
         return (
-            "Ray's memory monitor has killed its process, since the machine was short of memory; give it fewer or "
+            "Ray's memory condition has killed its process, since the machine was short of memory; give it fewer or "
             "smaller values, more hosts, or more memory"
         )
-    # Of a traceback, the line of the error itself; the others say where it was.
+    # Of a traceback, the line of the error itself.
     lines = [line.strip() for line in text.splitlines() if "Error: " in line]
     return lines[-1].partition("Error: ")[2] if lines else text.strip().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""Cluster: the Ray that servers run in. Started here when there is none, joined otherwise, and looked at for safety."""
+"""Start or join a Ray cluster, check that it is not open to the network, and start or find the server actors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from tensorkv.errors import ArgumentError, RankDeadError, ServerLostError, StorageError, quote
+from tensorkv.errors import ArgumentError, RankDeadError, ServerDeadError, StorageError, quote
 from tensorkv.transport.rendezvous import agree_on_start, connect
 from tensorkv.transport.wire import Settings
 
@@ -56,7 +56,7 @@ def enter(address: str | None, timeout_s: float, *, insecure: bool = False) -> b
     Raises:
         ArgumentError: workers on several hosts, and no cluster, or no address of one; a token that others can read.
         RankDeadError: the process that starts one did not join in time.
-        ServerLostError: no cluster answers at the address.
+        ServerDeadError: no cluster answers at the address.
     """
     with _lock:
         return _enter(_address(address), timeout_s, insecure)
@@ -68,7 +68,7 @@ def _enter(address: str | None, timeout_s: float, insecure: bool) -> bool:
     if ray.is_initialized():
         _started += _started > 0
         return _started > 0
-    # A lost server is told from a slow one in milliseconds instead of seconds.
+    # A dead server is told from a slow one in milliseconds instead of seconds.
     _set({"RAY_timeout_ms_task_wait_for_death_info": "0"})
     if not insecure:
         safety.check_token()
@@ -96,7 +96,7 @@ def find(name: str, address: str | None) -> None:
         address: of the cluster (None: ``RAY_ADDRESS``, else those of this machine are tried).
 
     Raises:
-        ServerLostError: there is none; the message names the stores that there are.
+        ServerDeadError: there is none; the message names the stores that there are.
     """
     address = _address(address)
     stores: set[str] = set()
@@ -108,7 +108,7 @@ def find(name: str, address: str | None) -> None:
         for each in [address] if address not in (None, "auto") else _clusters_here():
             try:
                 _join(str(each), 0)
-            except ServerLostError:
+            except ServerDeadError:
                 if address not in (None, "auto"):
                     raise
                 continue
@@ -118,7 +118,7 @@ def find(name: str, address: str | None) -> None:
             ray.shutdown()
     known = f"there are {', '.join(map(quote, sorted(stores)))}" if stores else "none is running"
     where = "on this machine" if address in (None, "auto") else f"at {address}"
-    raise ServerLostError(f"no store {quote(name)} {where}; {known}")
+    raise ServerDeadError(f"no store {quote(name)} {where}; {known}")
 
 
 def _address(given: str | None) -> str | None:
@@ -211,7 +211,7 @@ def _start() -> None:
     try:
         with safety.loopback_node(), safety.quiet_forks():
             ray.init(
-                # A cluster of somebody else on this machine is not joined, and one that has ended is not looked for.
+                # Does not join another user's cluster on this machine, and does not look for one that has ended.
                 address="local",
                 _node_ip_address=LOOPBACK,
                 include_dashboard=False,
@@ -224,7 +224,7 @@ def _start() -> None:
         _set_auth_mode(_auth_mode)
         if isinstance(error, OSError | RayError | RuntimeError | ValueError):
             hint = "; set TMPDIR to a shorter path" if "AF_UNIX" in str(error) else ""
-            raise ServerLostError(f"create: Ray could not be started on this machine: {why(error)}{hint}") from error
+            raise ServerDeadError(f"create: Ray could not be started on this machine: {why(error)}{hint}") from error
         raise
     _started = 1
     found = _open_addresses()
@@ -241,7 +241,7 @@ def _join(address: str, timeout_s: float) -> None:
     """Join a cluster that is there, or comes in time.
 
     Raises:
-        ServerLostError: none answers.
+        ServerDeadError: none answers.
     """
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
     try:
@@ -259,7 +259,7 @@ def _join(address: str, timeout_s: float) -> None:
                 ray.init(address=address, **common)
     except (OSError, RayError, RuntimeError, ValueError) as error:
         hint = "" if os.environ.get("RAY_AUTH_MODE") == "token" else "; if it asks for a token, set RAY_AUTH_MODE=token"
-        raise ServerLostError(f"no Ray cluster answers at {address}: {why(error)}{hint}") from error
+        raise ServerDeadError(f"no Ray cluster answers at {address}: {why(error)}{hint}") from error
 
 
 def _start_together(rank: int, timeout_s: float) -> bool:
@@ -291,7 +291,7 @@ def find_servers(name: str, timeout_s: float) -> tuple[list[Any], Settings] | No
     """Return the servers of a store that is there, and what they were told; None if there is none.
 
     Raises:
-        ServerLostError: one of them has ended, and others stay.
+        ServerDeadError: one of them has ended, and others stay.
     """
     deadline, missing = time.monotonic() + timeout_s, None
     while True:
@@ -304,12 +304,12 @@ def find_servers(name: str, timeout_s: float) -> tuple[list[Any], Settings] | No
             if None not in actors:
                 return actors, settings
             missing = actors.index(None)
-        except ServerLostError:
+        except ServerDeadError:
             # It is just ending, and the next look finds none, or another.
             if time.monotonic() > deadline and missing is None:
                 raise
         if time.monotonic() > deadline:
-            raise ServerLostError(
+            raise ServerDeadError(
                 f"create({name!r}): server {missing} of {settings.num_servers} has ended, and what it held is lost; "
                 "the others end when every process that has this store open has closed it: close it everywhere, then "
                 "create it again, or choose another name"
@@ -331,7 +331,7 @@ def make_servers(name: str, settings: Settings, timeout_s: float) -> tuple[list[
         _ask(handle.place, name, timeout_s)
     found = find_servers(name, timeout_s)
     if found is None:
-        raise ServerLostError(f"create({name!r}): the servers ended at once")
+        raise ServerDeadError(f"create({name!r}): the servers ended at once")
     return found
 
 
@@ -339,12 +339,12 @@ def _wait_for_the_end(name: str, num_servers: int, timeout_s: float) -> None:
     """Wait until no server is left of a store of this name whose first has ended.
 
     Raises:
-        ServerLostError: they stay.
+        ServerDeadError: they stay.
     """
     deadline = time.monotonic() + timeout_s
     while _get(name, 0) is None and any(_get(name, index) is not None for index in range(1, num_servers)):
         if time.monotonic() > deadline:
-            raise ServerLostError(
+            raise ServerDeadError(
                 f"create({name!r}): server 0 of the store has ended, and what it held is lost; the others end when "
                 "every process that has this store open has closed it: close it everywhere, then create it again, or "
                 "choose another name"
@@ -353,10 +353,10 @@ def _wait_for_the_end(name: str, num_servers: int, timeout_s: float) -> None:
 
 
 def check_safety(actors: Sequence[Any], insecure: bool, timeout_s: float) -> list[list[Any]]:
-    """Return each server's place; refuse servers that strangers on the network could reach.
+    """Return each server's place; raise if other hosts can reach the cluster without a token.
 
     Raises:
-        ArgumentError: a cluster that other hosts can connect to and that asks nobody for a token.
+        ArgumentError: a cluster that other hosts can connect to and that asks for no token.
     """
     places = [_ask(actor.place, "place", timeout_s) for actor in actors]
     if insecure or all(place[2] for place in places):
@@ -364,8 +364,8 @@ def check_safety(actors: Sequence[Any], insecure: bool, timeout_s: float) -> lis
     found = _open_addresses()
     if found:
         raise ArgumentError(
-            f"create: the Ray cluster accepts connections from other hosts (at {', '.join(found[:3])}) and asks nobody "
-            "for a token: whoever reaches it can run code there; start it with RAY_AUTH_MODE=token, or say "
+            f"create: the Ray cluster accepts connections from other hosts (at {', '.join(found[:3])}) and asks for no "
+            "token: any process that reaches it can run code there; start it with RAY_AUTH_MODE=token, or say "
             "insecure=True if nobody else can"
         )
     return places
@@ -398,7 +398,7 @@ def _make(name: str, settings: Mapping[str, Any]) -> Any:
         "get_if_exists": True,
         "num_cpus": 0,
         "max_concurrency": _THREADS,
-        # A server without a folder would come back empty, and nobody would know.
+        # A server without a folder would come back empty, unnoticed.
         "max_restarts": -1 if settings["path"] else 0,
         "max_task_retries": 0,
         "enable_task_events": False,
@@ -424,7 +424,7 @@ def _ask(method: Any, name: str, timeout_s: float) -> Any:
                 time.sleep(0.01)
                 continue
             text = str(error)
-            kind = StorageError if "StorageError" in text else ServerLostError
+            kind = StorageError if "StorageError" in text else ServerDeadError
             raise kind(f"create({name!r}): a server could not start: {why(error)}") from error
         except RayError as error:
-            raise ServerLostError(f"create({name!r}): a server does not answer: {why(error)}") from error
+            raise ServerDeadError(f"create({name!r}): a server does not answer: {why(error)}") from error

@@ -149,8 +149,8 @@ def check_token() -> None:
     if mode & 0o066 and all(parent.stat().st_mode & 0o011 for parent in path.resolve().parents):
         raise ArgumentError(
             f"create: other users of this machine can read or replace Ray's token in {path} (mode {mode:04o}), which "
-            f"lets them run code as you; chmod 600 {path}, or delete the file if somebody may have read it: another "
-            "token is made then"
+            f"lets them run code as you; chmod 600 {path}, or delete the file if another user may have read it: a "
+            "new token is made then"
         )
 
 

@@ -1,6 +1,6 @@
-"""Attendance: which workers are here, and where all of them meet. Server 0's is the one that counts for meetings.
+"""Membership: which clients use a server, which worker has which rank, and the calls that all workers make together.
 
-What it decides is an event of ``Memory``; who has been heard of, and when, is known here alone.
+Server 0 decides for the whole store. What is decided is an event of ``ServerTables``; heartbeats are known here alone.
 """
 
 from __future__ import annotations
@@ -11,218 +11,234 @@ from typing import Any
 
 from tensorkv.errors import ArgumentError, StorageError, StoreClosedError
 
-from .memory import Memory, Start
-from .wait import Monitor
+from .tables import CollectiveCounts, ServerTables
+from .wait import Condition
 
-# How long servers stay for clients that did not say goodbye and may only be busy, and without any.
-FORGOTTEN_S = 120.0
+# How long servers run for clients that did not disconnect and may only be busy, and without any client.
+IDLE_TIMEOUT_S = 120.0
 
 
-class Attendance:
+class Membership:
     """Workers and other clients of a server.
 
     Args:
-        monitor: of the server.
-        memory: of the server.
-        remember: makes events happen in the memory, and logs them first.
+        condition: of the server.
+        tables: of the server.
+        record: logs events and applies them to the tables.
         num_workers: ranks that are expected.
-        lost_after_s: how long a silent worker is waited for.
+        heartbeat_timeout_s: a client that has not been heard of for so long is dead.
         now: a clock in seconds.
     """
 
     def __init__(
         self,
-        monitor: Monitor,
-        memory: Memory,
-        remember: Callable[..., None],
+        condition: Condition,
+        tables: ServerTables,
+        record: Callable[..., None],
         num_workers: int,
-        lost_after_s: float,
+        heartbeat_timeout_s: float,
         now: Callable[[], float],
     ) -> None:
-        self._monitor, self._memory, self._remember = monitor, memory, remember
+        self._condition, self._tables, self._record = condition, tables, record
         self._num_workers = num_workers
-        self._lost_after_s = lost_after_s
+        self._heartbeat_timeout_s = heartbeat_timeout_s
         self._now = now
-        self.rounds = memory.rounds
-        self._heard: dict[str, float] = {}
-        # Who wants a rank that another may still have, and since when.
-        self._asked: dict[str, float] = {}
-        # Of each worker, the last meeting it has come to. Whoever waits there asks again.
-        self._at: dict[int, int] = {}
+        self.staleness = tables.staleness
+        self._last_seen: dict[str, float] = {}
+        # Which clients want a rank whose worker may still be alive, and since when.
+        self._wants_rank_since: dict[str, float] = {}
+        # Of each worker, the last barrier that it has reached. After a restart of the server, workers ask again.
+        self._barrier_of: dict[int, int] = {}
 
-    def begin_again(self) -> None:
-        """Go on after a restart: those who were here are waited for as if they had been heard of just now."""
-        memory, now = self._memory, self._now()
-        self._heard = dict.fromkeys(memory.members, now)
-        for rank, holder in memory.holders.items():
+    # ------------------------------------------------------------ who is alive
+
+    def recover(self) -> None:
+        """Continue after a restart: give every known client a heartbeat timeout to send its next message."""
+        tables, now = self._tables, self._now()
+        self._last_seen = dict.fromkeys(tables.members, now)
+        for rank, holder in tables.holders.items():
             if rank >= self._num_workers:
                 continue
-            if holder in memory.members:
-                self.rounds.seen(rank)
+            if holder in tables.members:
+                self.staleness.heartbeat(rank)
             elif holder:
-                self.rounds.lose(rank)
+                self.staleness.mark_dead(rank)
 
-    def hear(self, head: Mapping[str, Any]) -> None:
-        """Note that a client is alive; one without an owner only looks, and counts for nothing."""
+    def heartbeat(self, head: Mapping[str, Any]) -> None:
+        """Note that the sender of a message is alive; an observer has no owner and counts for nothing."""
         if head["owner"] is None:
             return
-        owner, rank, memory = str(head["owner"]), head.get("rank"), self._memory
+        owner, rank, tables = str(head["owner"]), head.get("rank"), self._tables
         if rank is not None and (type(rank) is not int or not 0 <= rank < self._num_workers):
-            raise ArgumentError(f"a worker's rank is {rank!r}; expected less than {self._num_workers}")
-        if owner in memory.gone or self.is_closed_to(owner):
-            raise StoreClosedError("a message that was late, to a store that its client, or everybody, has closed")
-        self._heard[owner] = self._now()
-        if owner not in memory.members or (rank is not None and memory.members[owner] != rank):
-            self._know(owner, rank)
-        if rank is not None and memory.holders.get(rank) == owner and self.rounds.seen(rank):
-            # With a disk that takes nothing it stays lost, and tries again with its next request.
-            with self._monitor, suppress(StorageError):
-                self._remember(["base", rank, self.rounds.base_of(rank)])
-                self.rounds.find(rank)
+            raise ArgumentError(f"invalid rank {rank!r}; expected an int below num_workers={self._num_workers}")
+        if owner in tables.disconnected or self.is_closed_to(owner):
+            raise StoreClosedError("late message to a store that its client, or the last client, has closed")
+        self._last_seen[owner] = self._now()
+        if owner not in tables.members or (rank is not None and tables.members[owner] != rank):
+            self._add_member(owner, rank)
+        if rank is not None and tables.holders.get(rank) == owner and self.staleness.heartbeat(rank):
+            # While the disk takes no writes the worker stays dead, and its next message tries again.
+            with self._condition, suppress(StorageError):
+                self._record(["base", rank, self.staleness.base_for_revival(rank)])
+                self.staleness.revive(rank)
 
-    def _know(self, owner: str, rank: int | None) -> None:
-        """Remember a client, and who has a rank, as far as the disk takes it."""
-        memory = self._memory
-        with self._monitor, suppress(StorageError):
-            if owner not in memory.members:
-                self._remember(["member", owner])
-            holder = memory.holders.get(rank) if rank is not None else None
+    def _add_member(self, owner: str, rank: int | None) -> None:
+        """Record a client, and the rank that it has, as far as the disk takes it."""
+        tables = self._tables
+        with self._condition, suppress(StorageError):
+            if owner not in tables.members:
+                self._record(["member", owner])
+            holder = tables.holders.get(rank) if rank is not None else None
             if rank is not None and (holder == owner or holder not in self.clients()):
-                self._take(rank, owner, memory.starts.get(owner, (0, 0, 0)))
+                self._assign_rank(rank, owner, tables.starts.get(owner, (0, 0, 0)))
 
-    def _take(self, rank: int, owner: str, start: Start) -> None:
-        """Give a rank to a worker; one that follows another begins where the slowest is, and is expected."""
-        before = self._memory.holders.get(rank)
-        follows = before is not None and before != owner and rank < self._num_workers
-        self._remember(["rank", rank, owner, list(start), self.rounds.slowest_but(rank) if follows else None])
-
-    def clients(self, silent_s: float | None = None) -> list[str]:
-        """Return the clients that have been heard of lately, or in so many seconds."""
-        horizon = self._now() - (self._lost_after_s if silent_s is None else silent_s)
-        return [client for client, heard in list(self._heard.items()) if heard >= horizon]
-
-    def take_rank(self, client: str, wanted: int | None) -> tuple[int, Start]:
-        """Return the rank of a new worker: the one it asks for, or the first that nobody alive has.
-
-        Also how many meetings, texts and leaves are over for it: all that there were, if it follows one that is gone.
-        """
-        if wanted is not None and (type(wanted) is not int or wanted < 0):
-            raise ArgumentError(f"create: rank is {wanted!r}; expected an int of at least 0")
-        memory = self._memory
-        with self._monitor:
-            alive = set(self.clients())
-            holders = memory.holders
-            mine = memory.members.get(client)
-            free = (rank for rank in range(len(holders) + 1) if holders.get(rank) not in alive - {client})
-            rank = wanted if wanted is not None else next(free) if mine is None else mine
-            holder = holders.get(rank)
-            if holder is not None and holder in alive - {client}:
-                # One that was killed just now counts as alive until it has been silent for long enough.
-                since = self._asked.setdefault(client, self._now())
-                self._monitor.wait_until(
-                    lambda: holder not in self.clients() or self._heard[holder] > since,
-                    lambda: f"rank {rank}, whose last worker may have ended",
-                )
-                del self._asked[client]
-            if holders.get(rank) in set(self.clients()) - {client}:
-                raise ArgumentError(f"create: rank {rank} is another worker that is alive; give each a RANK of its own")
-            start = memory.starts.get(client, memory.over if rank in holders else (0, 0, 0))
-            if memory.members.get(client) != rank or holders.get(rank) != client:
-                self._take(rank, client, start)
-            if rank < self._num_workers:
-                self.rounds.seen(rank)
-                self.rounds.find(rank)
-            return rank, start
-
-    def is_closed_to(self, owner: str) -> bool:
-        """Tell whether the last client has closed the store, and this is another."""
-        return self._memory.is_ending and owner not in self._memory.members
-
-    def claim(self, owner: str, number: int, *, wants: bool) -> None:
-        """Let one process at a time make and delete keys; it numbers its claims."""
-        memory = self._memory
-        with self._monitor:
-            if not wants:
-                self._remember(["unclaim", owner, number])
-                self._monitor.changed()
-                return
-            self._monitor.wait_until(
-                lambda: memory.claimant[0] in ("", owner) or memory.claimant[0] not in self.clients(),
-                lambda: "another client, which makes or deletes keys",
-            )
-            if number > memory.claimed.get(owner, 0) and memory.claimant != (owner, number):
-                self._remember(["claim", owner, number])
-
-    def forget(self, client: str) -> None:
-        """Let a client go that has said goodbye."""
-        with self._monitor:
-            self._heard.pop(client, None)
-            if client in self._memory.members:
-                with suppress(StorageError):
-                    self._remember(["bye", client])
-            self._monitor.changed()
-
-    def forget_the_silent(self) -> None:
-        """Let clients go that nobody has heard of for very long."""
-        if len(self._heard) == len(self.clients(FORGOTTEN_S)):
-            return
-        with self._monitor, suppress(StorageError):
-            for client in set(self._heard) - set(self.clients(FORGOTTEN_S)):
-                self._remember(["gone", client])
-                del self._heard[client]
+    def clients(self, within_s: float | None = None) -> list[str]:
+        """Return the clients heard of within the heartbeat timeout, or within so many seconds."""
+        horizon = self._now() - (self._heartbeat_timeout_s if within_s is None else within_s)
+        return [client for client, seen in list(self._last_seen.items()) if seen >= horizon]
 
     def count(self) -> tuple[int, int]:
-        """Return how many clients have been heard of lately, and how many are silent and may only be busy."""
-        here = len(self.clients())
-        return here, max(0, len(self.clients(FORGOTTEN_S)) - here)
+        """Return how many clients are alive, and how many are dead for less than the idle timeout."""
+        alive = len(self.clients())
+        return alive, max(0, len(self.clients(IDLE_TIMEOUT_S)) - alive)
 
-    def may_end(self) -> bool:
-        """Tell whether no client is left, not even a silent one; from then on nobody is let in."""
-        with self._monitor:
-            if not self._memory.is_ending and not self.clients(FORGOTTEN_S):
-                self._remember(["ending"])
-            return self._memory.is_ending
+    def disconnect(self, client: str) -> None:
+        """Remove a client that closes the store."""
+        with self._condition:
+            self._last_seen.pop(client, None)
+            if client in self._tables.members:
+                with suppress(StorageError):
+                    self._record(["bye", client])
+            self._condition.notify_all()
+
+    def remove_idle(self) -> None:
+        """Remove clients that have not been heard of for the idle timeout."""
+        if len(self._last_seen) == len(self.clients(IDLE_TIMEOUT_S)):
+            return
+        with self._condition, suppress(StorageError):
+            for client in set(self._last_seen) - set(self.clients(IDLE_TIMEOUT_S)):
+                self._record(["gone", client])
+                del self._last_seen[client]
+
+    def end_if_unused(self) -> bool:
+        """End the store, and accept no client from then on, if no client is left, not even a dead one."""
+        with self._condition:
+            if not self._tables.is_ending and not self.clients(IDLE_TIMEOUT_S):
+                self._record(["ending"])
+            return self._tables.is_ending
+
+    def is_closed_to(self, owner: str) -> bool:
+        """Return whether the store is ending and this client was not part of it."""
+        return self._tables.is_ending and owner not in self._tables.members
+
+    # ------------------------------------------------------------ ranks
+
+    def take_rank(self, client: str, wanted: int | None) -> tuple[int, CollectiveCounts]:
+        """Return the rank of a new worker, and how many collective calls are completed for it.
+
+        Args:
+            client: that wants a rank.
+            wanted: the rank (None: the first that no live worker has).
+
+        Returns:
+            The rank and the counts: all that there were, if the worker replaces a dead one.
+        """
+        if wanted is not None and (type(wanted) is not int or wanted < 0):
+            raise ArgumentError(f"create: invalid rank {wanted!r}; expected an int of at least 0")
+        tables = self._tables
+        with self._condition:
+            others = set(self.clients()) - {client}
+            holders = tables.holders
+            mine = tables.members.get(client)
+            free = (rank for rank in range(len(holders) + 1) if holders.get(rank) not in others)
+            rank = wanted if wanted is not None else next(free) if mine is None else mine
+            holder = holders.get(rank)
+            if holder is not None and holder in others:
+                # A worker that was killed just now counts as alive until its heartbeat timeout.
+                since = self._wants_rank_since.setdefault(client, self._now())
+                self._condition.wait_for(
+                    lambda: holder not in self.clients() or self._last_seen[holder] > since,
+                    lambda: f"rank {rank}, whose last worker may have ended",
+                )
+                del self._wants_rank_since[client]
+            if holders.get(rank) in set(self.clients()) - {client}:
+                raise ArgumentError(
+                    f"create: rank {rank} is taken by a live worker; give each worker a RANK of its own"
+                )
+            start = tables.starts.get(client, tables.completed if rank in holders else (0, 0, 0))
+            if tables.members.get(client) != rank or holders.get(rank) != client:
+                self._assign_rank(rank, client, start)
+            if rank < self._num_workers:
+                self.staleness.heartbeat(rank)
+                self.staleness.revive(rank)
+            return rank, start
+
+    def _assign_rank(self, rank: int, owner: str, start: CollectiveCounts) -> None:
+        """Give a rank to a worker; a replacement begins at the round of the slowest worker."""
+        before = self._tables.holders.get(rank)
+        replaces = before is not None and before != owner and rank < self._num_workers
+        base = self.staleness.slowest_but(rank) if replaces else None
+        self._record(["rank", rank, owner, list(start), base])
+
+    # ------------------------------------------------------------ calls of all workers
+
+    def claim(self, owner: str, number: int, *, wants: bool) -> None:
+        """Let one client at a time create and delete keys; each client numbers its claims."""
+        tables = self._tables
+        with self._condition:
+            if not wants:
+                self._record(["unclaim", owner, number])
+                self._condition.notify_all()
+                return
+            self._condition.wait_for(
+                lambda: tables.claimant[0] in ("", owner) or tables.claimant[0] not in self.clients(),
+                lambda: "another client that creates or deletes keys",
+            )
+            if number > tables.claimed.get(owner, 0) and tables.claimant != (owner, number):
+                self._record(["claim", owner, number])
 
     def leave(self, number: int, rank: int) -> None:
-        """Let a worker push no more; return when every worker has left for the ``number``th time, and is back."""
-        memory, rounds = self._memory, self.rounds
-        with self._monitor:
-            if memory.left >= number:
+        """Count a worker as left; return when all have left for the ``number``th time, and are waited for again."""
+        tables, staleness = self._tables, self.staleness
+        with self._condition:
+            if tables.leaves >= number:
                 return
-            if rank not in memory.leaving:
-                self._remember(["leave", rank])
-                self._monitor.changed()
-            self._monitor.wait_until(
-                lambda: memory.left >= number or rounds.all_left(),
-                lambda: f"{rounds.describe(rounds.live())}, which have not left yet",
+            if rank not in tables.leaving:
+                self._record(["leave", rank])
+                self._condition.notify_all()
+            self._condition.wait_for(
+                lambda: tables.leaves >= number or staleness.all_left(),
+                lambda: f"{staleness.describe(staleness.live())}, which have not left yet",
             )
-            if memory.left < number:
-                self._remember(["all_left", number])
-                self._monitor.changed()
+            if tables.leaves < number:
+                self._record(["all_left", number])
+                self._condition.notify_all()
 
-    def meet(self, number: int, rank: int) -> None:
-        """Return when every live worker has come to meeting ``number``."""
-        memory = self._memory
-        with self._monitor:
-            # Who has come to a later one has been to this one.
-            self._at[rank] = max(number, self._at.get(rank, 0))
-            self._monitor.changed()
-            self._monitor.wait_until(
-                lambda: memory.met >= number or not self._missing(number),
-                lambda: f"{self.rounds.describe(self._missing(number))}, which have not come to the barrier yet",
+    def barrier(self, number: int, rank: int) -> None:
+        """Return when every live worker has reached barrier ``number``."""
+        tables = self._tables
+        with self._condition:
+            # A worker that has reached a later barrier has passed this one.
+            self._barrier_of[rank] = max(number, self._barrier_of.get(rank, 0))
+            self._condition.notify_all()
+            self._condition.wait_for(
+                lambda: tables.barriers >= number or not self._missing(number),
+                lambda: f"{self.staleness.describe(self._missing(number))}, which have not reached the barrier yet",
             )
-            if memory.met < number:
-                self._remember(["met", number])
+            if tables.barriers < number:
+                self._record(["met", number])
 
     def _missing(self, number: int) -> list[int]:
-        return [rank for rank in self.rounds.live() if self._at.get(rank, 0) < number]
+        return [rank for rank in self.staleness.live() if self._barrier_of.get(rank, 0) < number]
 
-    def tell(self, number: int, text: str | None) -> str:
-        """Return text ``number`` to everybody, once rank 0 has given it."""
-        texts = self._memory.texts
-        with self._monitor:
+    def broadcast(self, number: int, text: str | None) -> str:
+        """Return text ``number`` to every worker, once rank 0 has sent it; the others send None."""
+        texts = self._tables.texts
+        with self._condition:
             if text is not None and number not in texts:
-                self._remember(["text", number, text])
-                self._monitor.changed()
-            self._monitor.wait_until(lambda: number in self._memory.texts, lambda: "rank 0, which has not told it yet")
-            return self._memory.texts[number]
+                self._record(["text", number, text])
+                self._condition.notify_all()
+            self._condition.wait_for(
+                lambda: number in self._tables.texts, lambda: "rank 0, which has not sent its text yet"
+            )
+            return self._tables.texts[number]

@@ -1,4 +1,4 @@
-"""Holding: what a server holds, and how requests become calls of its shard. Nobody waits here."""
+"""What a server holds, and how requests become calls of its shard. Nothing waits here."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from tensorkv.storage.durable import DurableShard
 from tensorkv.storage.manifest import Contents
 from tensorkv.transport.wire import Reply, Request, Room, Settings
 
-from .call import read
-from .memory import Memory
-from .views import Views
+from ..messages import push_layout
+from .snapshot import CopyOnWriteSnapshots
+from .tables import ServerTables
 
 # Lists of keys that are pulled together.
 _REMEMBERED_LAYOUTS = 1024
 
 
-class Holding:
-    """A shard, notes on where the pieces of its keys are, and views of earlier moments.
+class ServerState:
+    """A shard, the metadata of its keys, and snapshots.
 
     Args:
         settings: of the server.
-        clients: whose requests are logged with what they change.
+        clients: the dedup table, whose request ids are logged with each change.
 
     Raises:
         StorageError: the folder cannot be opened.
     """
 
-    def __init__(self, settings: Settings, clients: Memory) -> None:
+    def __init__(self, settings: Settings, clients: ServerTables) -> None:
         common: dict[str, Any] = {"nonfinite": settings.nonfinite, "threads": settings.threads}
         self._notes: Any
         if settings.folder is None:
@@ -51,20 +51,20 @@ class Holding:
             durability: Any = settings.durability
             self.shard = self._notes = DurableShard(settings.folder, durability=durability, clients=clients, **common)
         self._clients = clients
-        self.views = Views(settings.keep)
+        self.snapshots = CopyOnWriteSnapshots(settings.keep)
         self._layouts: dict[tuple[Key, ...], tuple[bytes, int]] = {}
         self.inits = 0
-        """How often keys were made, deleted or made anew."""
+        """How often keys were created, deleted or re-created."""
         self._index = settings.index
 
     # ------------------------------------------------------------ pushes and pulls
 
     def push(self, request: Request, out: torch.Tensor | None, *, fill: bool) -> Reply | None:
         """Push what a request brings; return the reply with the new values if they are to be filled."""
-        call = read(request.layout)
+        call = push_layout(request.layout)
         payload = bytes_of(request.payload)
         room = self._room(call.keys, out, request.head.get("of")) if fill else None
-        self.views.save(call.keys)
+        self.snapshots.before_change(call.keys)
         flat = call.flat(payload) if len(call.keys) >= MANY else None
         if flat is not None:
             target = None if room is None else room.flat
@@ -79,19 +79,19 @@ class Holding:
 
     def batch(self, request: Request) -> Batch:
         """Return what a request pushes, one part for each key."""
-        call = read(request.layout)
+        call = push_layout(request.layout)
         rows = [(*self.shard.entry("push", key).spec.shape, 0)[0] for key in call.keys]
         return Batch("push", list(call.keys), [[part] for part in call.parts(request.payload, rows)])
 
     def push_round(self, keys: Sequence[Key], parts: Sequence[list[Part]]) -> None:
         """Push the parts of a round."""
-        self.views.save(keys)
+        self.snapshots.before_change(keys)
         self.shard.push(Batch("push", list(keys), list(parts)))
 
     def values(self, keys: tuple[Key, ...], out: torch.Tensor | None, head: Mapping[str, Any]) -> Reply:
-        """Return values, of now or of the view that a request's head names."""
+        """Return the present values, or those of the snapshot that a request names."""
         if head.get("view") is not None:
-            found = self.views.read(head["view"], keys)
+            found = self.snapshots.read(head["view"], keys)
             layout, checksum = _layout(zip(keys, (v.dtype for v in found), (v.shape for v in found), strict=True))
             _check_same(keys, checksum, head.get("of"))
             room = Room(decode_layout(layout), out)
@@ -105,7 +105,7 @@ class Holding:
         return Reply({}, room.payload)
 
     def versions(self, keys: tuple[Key, ...], checksum: Any) -> tuple[int, ...]:
-        """Return the version of each key, and what changes when one is made anew."""
+        """Return the version of each key, and a number that changes when a key is re-created."""
         self._layout(keys, checksum)
         return (self.inits, *[self.shard.entry("pull", key).version for key in keys])
 
@@ -114,7 +114,7 @@ class Holding:
         items = unpack(request.layout, request.payload)
         keys, ids = [item.key for item in items], [item.tensor for item in items]
         view = request.head.get("view")
-        found = self.shard.pull_rows(keys, ids) if view is None else self.views.read_rows(view, keys, ids)
+        found = self.shard.pull_rows(keys, ids) if view is None else self.snapshots.read_rows(view, keys, ids)
         lies = encode_layout(
             (key, "rows", rows.values.dtype, rows.values.shape) for key, rows in zip(keys, found, strict=True)
         )
@@ -130,13 +130,13 @@ class Holding:
         return Room(decode_layout(self._layout(keys, checksum)), out)
 
     def _layout(self, keys: tuple[Key, ...], checksum: Any) -> bytes:
-        """Return how values lie in a reply; refuse it if that is not what the client expects."""
+        """Return how values lie in a reply; raise if the client expects another layout."""
         found = self._layouts.get(keys)
         if found is None:
             entries = [self.shard.entry("pull", key) for key in keys]
             tables = [entry.key for entry in entries if entry.spec.is_table]
             if tables:
-                # A client that knows what there is asks for no such thing.
+                # A client with fresh metadata does not ask for this.
                 _check_same(tables, -1, checksum)
                 raise ArgumentError(f"pull({quote(tables[0])}): a table has no dense value; pull rows of it")
             found = _layout((entry.key, entry.spec.dtype, entry.spec.shape) for entry in entries)
@@ -149,19 +149,19 @@ class Holding:
     # ------------------------------------------------------------ keys and the rule
 
     def init(self, contents: Contents) -> None:
-        """Hold new keys, whose notes have been taken."""
+        """Add new keys, whose metadata has been set."""
         self.shard.check_new([entry.key for entry in contents.entries])
         self.shard.add(contents.entries)
         self._forget_layouts()
 
     def delete(self, keys: Sequence[Key]) -> None:
         """Forget keys."""
-        self.views.save(keys)
+        self.snapshots.before_change(keys)
         self.shard.delete(keys)
         self._forget_layouts()
 
     def change_rule(self, head: Any) -> None:
-        """Put a rule in force, or other numbers of an optimizer."""
+        """Set the rule, or change hyperparameters of the optimizer."""
         if "numbers" in head:
             self.shard.set_hyperparameters(head["numbers"], head["keys"])
         elif head["optimizer"] is None:
@@ -170,40 +170,40 @@ class Holding:
             self.shard.set_optimizer(OptimizerSpec.from_json(head["optimizer"]))
 
     def restore(self, contents: Contents) -> None:
-        """Become what a checkpoint holds."""
+        """Replace everything by the contents of a checkpoint."""
         if contents.kind == "optimizer-states":
             self.shard.restore_states(contents.entries, contents.rule)
             return
         manifest.check_states(contents)
-        self.views.save(self.shard.keys())
+        self.snapshots.before_change(self.shard.keys())
         self.shard.restore(contents.entries, contents.rule)
         self._forget_layouts()
 
-    def drop_notes(self, keys: Sequence[Key]) -> None:
-        """Forget where the pieces of deleted keys were."""
+    def drop_metadata(self, keys: Sequence[Key]) -> None:
+        """Drop the metadata of keys that are deleted."""
         gone = [json.dumps(key) for key in keys if key not in self.shard]
-        self.take_notes({name: None for name in gone if name in self._notes.notes})
+        self.set_metadata({name: None for name in gone if name in self._notes.notes})
 
     def listing(self) -> dict[str, Any]:
-        """Return every key with its note, version and bytes, and the optimizer."""
+        """Return every key with its metadata, version and bytes, and the optimizer."""
         with self.shard.frozen() as (entries, _):
             spec = self.shard.optimizer
-            keys = [[e.key, self._note_of(e.key), e.version, e.value.nbytes] for e in entries]
+            keys = [[e.key, self._metadata_of(e.key), e.version, e.value.nbytes] for e in entries]
         return {"keys": keys, "optimizer": None if spec is None else spec.to_json()}
 
     def describe(self) -> Reply:
-        """Return everything that the shard holds, as a checkpoint has it."""
+        """Return everything that the shard holds, in the form of a checkpoint."""
         with self.shard.frozen() as (entries, rule):
             body, tensors = manifest.describe("store", entries, rule)
             packed = pack([Item(name, "tensor", tensor) for name, tensor in tensors.items()])
-            notes = [[entry.key, self._note_of(entry.key)] for entry in entries]
+            notes = [[entry.key, self._metadata_of(entry.key)] for entry in entries]
             words = {"body": body, "layout": packed.layout.decode(), "notes": notes}
             return Reply(words, bytes_of(b"".join(packed.payload)))
 
-    def view(self, name: str, client: str) -> list[list[Any]]:
-        """Hold what there is now for a client; return every key with its version and its note."""
-        self.views.add(name, client, self.shard, self._note_of)
-        return self.views.describe(name)
+    def take_snapshot(self, name: str, client: str) -> list[list[Any]]:
+        """Hold the present values for a client; return every key with its version and its metadata."""
+        self.snapshots.take(name, client, self.shard, self._metadata_of)
+        return self.snapshots.describe(name)
 
     def stats(self) -> dict[str, Any]:
         """Return counts of what is held."""
@@ -211,44 +211,44 @@ class Holding:
             nbytes = sum(entry.value.nbytes for entry in entries)
             firsts = sum(self._is_first(entry.key) for entry in entries)
         found: dict[str, Any] = {"keys": len(entries), "first_keys": firsts, "nbytes": nbytes}
-        found["snapshots"] = len(self.views)
+        found["snapshots"] = len(self.snapshots)
         found["nonfinite"] = self.shard.nonfinite_counts
         return found | ({"wal": self.shard.wal_counts} if isinstance(self.shard, DurableShard) else {})
 
     def _is_first(self, key: Key) -> bool:
-        """Tell whether the first piece of a key is here, so that servers together count each key once."""
-        note = self._note_of(key)
+        """Return whether the first piece of a key is here, so that servers together count each key once."""
+        note = self._metadata_of(key)
         return note is not None and bool(note["pieces"][0][0] == self._index)
 
-    def _note_of(self, key: Key) -> Any:
+    def _metadata_of(self, key: Key) -> Any:
         return self._notes.notes.get(json.dumps(key))
 
     def _forget_layouts(self) -> None:
         self._layouts.clear()
         self.inits += 1
 
-    def notes(self, names: Iterable[str]) -> dict[str, Any]:
-        """Return the notes of these names, None where there is none."""
+    def metadata(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return the metadata of keys by their JSON names, None where there is none."""
         return {name: self._notes.notes.get(name) for name in names}
 
     def remember(self, events: Sequence[Any]) -> None:
-        """Have events happen in the server's memory, which are logged first where there is a log."""
+        """Log events, where there is a log, and apply them to the tables."""
         if isinstance(self.shard, DurableShard):
             self.shard.remember(events)
         else:
             self._clients.apply(events)
 
-    def take_notes(self, notes: Mapping[str, Any]) -> None:
-        """Keep where the pieces of keys are; None forgets it.
+    def set_metadata(self, notes: Mapping[str, Any]) -> None:
+        """Set the metadata of keys; None drops it.
 
-        Not in the request that makes or deletes the keys, which is one change: a note without its key means nothing.
+        Not in the change that creates or deletes the keys: metadata without its key means nothing.
         """
         for name, data in notes.items():
             self._notes.note(name, data)
 
 
 class _Notes:
-    """Plain data beside the values of a shard that keeps nothing."""
+    """Notes, as a durable shard keeps them, of a shard in memory."""
 
     def __init__(self) -> None:
         self.notes: dict[str, Any] = {}
@@ -264,12 +264,12 @@ def contents_of(request: Request) -> Contents:
     """Check and return the entries that a request brings.
 
     Raises:
-        CheckpointError, LayoutError: not what a client writes.
+        CheckpointError, LayoutError: the entries are malformed.
     """
     tensors = {str(item.key): item.tensor for item in unpack(request.layout, request.payload)}
     contents = manifest.restore(request.head["body"], tensors)
     for entry in contents.entries:
-        # The client writes its next request where this one's payload is. Tables have copied their rows.
+        # The client reuses the memory of this payload for its next request. Tables have copied their rows.
         if isinstance(entry.value, torch.Tensor):
             entry.value = entry.value.clone()
         entry.state = {name: tensor.clone() for name, tensor in entry.state.items()}
@@ -286,7 +286,7 @@ def _layout(described: Iterable[tuple[Key, torch.dtype, Sequence[int]]]) -> tupl
 def _check_same(keys: Sequence[Key], checksum: int, expected: Any) -> None:
     if expected is not None and expected != checksum:
         raise ValueMismatchError(
-            f"{', '.join(map(quote, keys[:3]))}: another client has made a key anew, with another shape or dtype; "
+            f"{', '.join(map(quote, keys[:3]))}: another client has re-created a key with another shape or dtype; "
             "call again"
         )
 

@@ -1,8 +1,8 @@
-"""Gathering: pushes of workers in step, held until the round is complete.
+"""Rounds of mode ``sync``: pushes are held until each live worker has pushed, then applied as one sum.
 
-Each worker numbers its pushes of a list of keys, and a round is what has the same number. So workers stay in step on
-every server, even if one server has closed a round without a worker that another has waited for: a push that comes
-behind its round is told where the others are, and is not taken into the next one, where it would be a round behind.
+Each worker numbers its pushes of a list of keys, and pushes with the same number are a round. So rounds are the same
+on every server, even if one server has closed a round without a worker that another has waited for: a push that comes
+after its round is told the number of the next one instead of being added there, where it would be a round too late.
 """
 
 from __future__ import annotations
@@ -17,65 +17,78 @@ from tensorkv.shard.entry import Part
 
 
 @dataclass(slots=True)
-class Pushed:
-    """One worker's push: its number, one part for each key, and what is logged of it."""
+class PendingPush:
+    """One worker's push: its request id, one part for each key, and what is logged of it."""
 
     client: str
     seq: int
     parts: Sequence[Part]
     words: dict[str, Any] = field(default_factory=dict)
-    before: Pushed | None = None
+    replaced: PendingPush | None = None
     """The push of this worker that it replaces, which timed out."""
 
 
 @dataclass(slots=True)
-class _List:
+class _KeyList:
     """The open rounds of a list of keys."""
 
     keys: tuple[Key, ...]
-    rounds: dict[int, dict[int, Pushed]] = field(default_factory=dict)
-    # Of each worker, the first round that it may still come to.
+    rounds: dict[int, dict[int, PendingPush]] = field(default_factory=dict)
+    # Of each worker, the first round to which it may still push.
     first: dict[int, int] = field(default_factory=dict)
 
+    def missing(self, number: int, live: Sequence[int]) -> list[int]:
+        pushes = self.rounds.get(number, {})
+        return sorted(rank for rank in live if rank not in pushes and self.first.get(rank, 0) <= number)
 
-Apply = Callable[[Sequence[Key], Sequence[list[Part]], Sequence[Pushed]], None]
+    def remove(self, rank: int, client: str, seq: int) -> None:
+        """Remove a request of a worker from the round that it is in, if any."""
+        for pushes in self.rounds.values():
+            found = pushes.get(rank)
+            if found is None or (found.client, found.seq) != (client, seq):
+                continue
+            if found.replaced is None:
+                del pushes[rank]
+            else:
+                pushes[rank] = found.replaced
 
 
-class Gathering:
+Apply = Callable[[Sequence[Key], Sequence[list[Part]], Sequence[PendingPush]], None]
+
+
+class SyncRounds:
     """The open rounds of each list of keys.
 
     Args:
-        apply: is given the keys, for each key the parts in the order of ranks, and the pushes that brought them.
+        apply: called with the keys, for each key the parts in the order of ranks, and the pushes of a round.
         closed: of each list of keys, by its name, the last round that is closed.
     """
 
     def __init__(self, apply: Apply, closed: dict[str, int]) -> None:
         self._apply, self._closed = apply, closed
-        self._lists: dict[str, _List] = {}
+        self._lists: dict[str, _KeyList] = {}
         self._refused: dict[str, tuple[int, str]] = {}
 
     def next(self, name: str) -> int:
         """Return the number of the first round of a list of keys that is not closed."""
         return self._closed.get(name, 0) + 1
 
-    def add(self, name: str, keys: tuple[Key, ...], number: int, first: int, rank: int, pushed: Pushed) -> None:
-        """Take a push into an open round; a resent one is there already, or in an earlier round.
+    def add(self, name: str, keys: tuple[Key, ...], number: int, first: int, rank: int, push: PendingPush) -> None:
+        """Add a push to an open round; a request that is sent again is moved from the round that it was in.
 
         Args:
             name, keys: of the list of keys.
             number: of the round.
-            first: the first round that this worker may still come to.
+            first: the first round to which this worker may still push.
             rank: of the worker.
-            pushed: what it has pushed.
+            push: of the worker.
         """
-        here = self._lists.setdefault(name, _List(keys))
-        here.first[rank] = max(first, here.first.get(rank, 0))
-        for each in here.rounds.values():
-            found = each.get(rank)
-            if found is not None and (found.client, found.seq) == (pushed.client, pushed.seq):
-                _put(each, rank, found.before)
-        pushed.before = here.rounds.setdefault(number, {}).get(rank)
-        here.rounds[number][rank] = pushed
+        found = self._lists.setdefault(name, _KeyList(keys))
+        found.first[rank] = max(first, found.first.get(rank, 0))
+        found.remove(rank, push.client, push.seq)
+        pushes = found.rounds.setdefault(number, {})
+        push.replaced = pushes.get(rank)
+        pushes[rank] = push
 
     def refused(self, client: str, seq: int) -> TensorKVError | None:
         """Return why the round with this push was refused, if it was."""
@@ -83,45 +96,33 @@ class Gathering:
         return WorkerError(found[1]) if found is not None and found[0] == seq else None
 
     def close(self, live: Sequence[int], admits: Callable[[str, int], bool]) -> None:
-        """Apply every round to which each live worker has come, and whose requests may be applied now."""
-        for name, here in list(self._lists.items()):
-            for number in sorted(here.rounds):
-                pushed = here.rounds[number]
-                free = all(admits(each.client, each.seq) for each in pushed.values())
-                if not free or _missing(here, number, live):
+        """Apply every round to which each live worker has pushed, and whose requests may be applied now."""
+        for name, found in list(self._lists.items()):
+            for number in sorted(found.rounds):
+                pushes = found.rounds[number]
+                admitted = all(admits(each.client, each.seq) for each in pushes.values())
+                if not admitted or found.missing(number, live):
                     break
-                del here.rounds[number]
-                # Also of a round that is refused, or to which nobody has come in the end.
+                del found.rounds[number]
+                # A round counts as closed also if it is refused, or if no worker has pushed in the end.
                 self._closed[name] = max(number, self._closed.get(name, 0))
-                if pushed:
-                    self.finish(here.keys, pushed)
-            if not here.rounds:
+                if pushes:
+                    self.apply(found.keys, pushes)
+            if not found.rounds:
                 del self._lists[name]
 
-    def awaited(self, name: str, number: int, live: Sequence[int]) -> list[int]:
-        """Return the live workers whose push is missing."""
-        here = self._lists.get(name)
-        return [] if here is None else _missing(here, number, live)
+    def missing(self, name: str, number: int, live: Sequence[int]) -> list[int]:
+        """Return the live workers that have not pushed to a round."""
+        found = self._lists.get(name)
+        return [] if found is None else found.missing(number, live)
 
-    def finish(self, keys: Sequence[Key], pushed: Mapping[int, Pushed]) -> None:
-        """Apply the pushes of a round, or of a worker that has missed it."""
-        by_rank = [pushed[rank] for rank in sorted(pushed)]
+    def apply(self, keys: Sequence[Key], pushes: Mapping[int, PendingPush]) -> None:
+        """Apply the pushes of a round, or of a worker that was too late for it."""
+        by_rank = [pushes[rank] for rank in sorted(pushes)]
         parts = [[each.parts[index] for each in by_rank] for index in range(len(keys))]
         try:
             self._apply(keys, parts, by_rank)
         except Exception as error:
-            # All of them hear of it: one that did not would wait for the others' next round.
+            # Every worker of the round gets the error: one without would wait for the others' next round.
             for each in by_rank:
                 self._refused[each.client] = (each.seq, f"the round was refused: {type(error).__name__}: {error}")
-
-
-def _missing(here: _List, number: int, live: Sequence[int]) -> list[int]:
-    pushed = here.rounds.get(number, {})
-    return sorted(rank for rank in live if rank not in pushed and here.first.get(rank, 0) <= number)
-
-
-def _put(pushed: dict[int, Pushed], rank: int, found: Pushed | None) -> None:
-    if found is None:
-        del pushed[rank]
-    else:
-        pushed[rank] = found

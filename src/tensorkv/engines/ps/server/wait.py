@@ -1,6 +1,6 @@
-"""Waits: requests that have to wait for others wait a moment, and are then answered with whom they wait for.
+"""Long polls: a request that waits for others is answered after a moment with what it waits for, and sent again.
 
-The worker asks again. So neither a lost worker nor a lost server keeps a thread for ever.
+So neither a dead worker nor a dead client holds a thread of the server for long.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import time
 from collections.abc import Callable
 
 # How long a request waits before it is answered.
-PATIENCE_S = 1.0
-# How often somebody who waits looks whether a worker has been lost.
-_LOOK_S = 0.05
+POLL_TIMEOUT_S = 1.0
+# How often a waiting request evaluates its condition without a notification: workers die by the clock alone.
+_RECHECK_S = 0.05
 
 
 class AwakeClock:
-    """A clock that counts only the time in which this process was running, for judging who is silent.
+    """A clock that counts only the time in which this process was running, for judging missing heartbeats.
 
-    Somebody has to look at it often: of the time between two looks, no more than a limit counts. A server that stood
-    still, and has messages that it has not read yet, so takes nobody for lost.
+    It has to be read often: of the time between two readings, no more than a limit counts. So a server that was
+    stopped, and has heartbeats that it has not read yet, takes no worker for dead.
 
     Args:
         now: a clock in seconds.
-        limit_s: of the time between two looks.
+        limit_s: of the time between two readings.
 
     >>> times = iter([10.0, 11.0, 500.0])
     >>> clock = AwakeClock(lambda: next(times), 2.0)
@@ -44,29 +44,31 @@ class AwakeClock:
             return self._awake
 
 
-class Waits(Exception):  # noqa: N818
-    """What is waited for, as an answer to a request."""
+class RetryLater(Exception):  # noqa: N818
+    """The condition of a request does not hold yet; the text says what it waits for. The client sends it again."""
 
 
-class Monitor:
-    """A lock with changes to wait for.
+class Condition:
+    """A lock with a condition variable whose waits are limited to the poll timeout.
 
-    >>> monitor = Monitor(patience_s=0.01)
-    >>> with monitor:
-    ...     monitor.wait_until(lambda: True, lambda: "nobody")
-    >>> with monitor:
-    ...     monitor.wait_until(lambda: False, lambda: "rank 1")
+    >>> condition = Condition(poll_timeout_s=0.01)
+    >>> with condition:
+    ...     condition.wait_for(lambda: True, lambda: "nothing")
+    >>> with condition:
+    ...     condition.wait_for(lambda: False, lambda: "rank 1")
     Traceback (most recent call last):
         ...
-    tensorkv.engines.ps.server.wait.Waits: rank 1
+    tensorkv.engines.ps.server.wait.RetryLater: rank 1
     """
 
-    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, poll_timeout_s: float = POLL_TIMEOUT_S) -> None:
         self._condition = threading.Condition(threading.RLock())
-        self._patience_s = patience_s
-        self._own = threading.local()
+        self._poll_timeout_s = poll_timeout_s
+        self._of_thread = threading.local()
         self.count = 0
+        """How many waits there were."""
         self.seconds = 0.0
+        """How long all of them took."""
 
     def __enter__(self) -> None:
         self._condition.__enter__()
@@ -74,29 +76,33 @@ class Monitor:
     def __exit__(self, *_: object) -> None:
         self._condition.__exit__(None, None, None)
 
-    def changed(self) -> None:
-        """Let all who wait look again."""
+    def notify_all(self) -> None:
+        """Wake every waiting request."""
         self._condition.notify_all()
 
-    def be_patient(self, seconds: float | None) -> None:
-        """Let this thread's waits be shorter than usual, for a client whose time is running out."""
-        self._own.patience_s = self._patience_s if seconds is None else min(self._patience_s, seconds)
+    def set_poll_timeout(self, seconds: float | None) -> None:
+        """Shorten the waits of this thread, for a client whose deadline is near; None restores the default."""
+        self._of_thread.s = self._poll_timeout_s if seconds is None else min(self._poll_timeout_s, seconds)
 
-    def wait_until(self, holds: Callable[[], bool], whom: Callable[[], str]) -> None:
-        """Wait, without the lock, until something holds.
+    def wait_for(self, predicate: Callable[[], bool], reason: Callable[[], str]) -> None:
+        """Wait, with the lock released, until a predicate holds.
+
+        Args:
+            predicate: called with the lock held.
+            reason: returns what is waited for.
 
         Raises:
-            Waits: it does not hold yet; the text is what ``whom`` says.
+            RetryLater: it does not hold yet; the text is the reason.
         """
-        if holds():
+        if predicate():
             return
-        start, patience_s = time.monotonic(), getattr(self._own, "patience_s", self._patience_s)
+        start, poll_timeout_s = time.monotonic(), getattr(self._of_thread, "s", self._poll_timeout_s)
         self.count += 1
         try:
-            while (left := start + patience_s - time.monotonic()) > 0:
-                self._condition.wait(min(left, _LOOK_S))
-                if holds():
+            while (left := start + poll_timeout_s - time.monotonic()) > 0:
+                self._condition.wait(min(left, _RECHECK_S))
+                if predicate():
                     return
         finally:
             self.seconds += time.monotonic() - start
-        raise Waits(whom())
+        raise RetryLater(reason())

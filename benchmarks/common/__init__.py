@@ -1,1 +1,0 @@
-"""What all benchmarks share: works and their right results, processes, turns, reports."""

@@ -1,1 +1,0 @@
-"""Parameter servers: ``dist_async`` beside MXNet; durability, growth, readers, recovery."""

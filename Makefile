@@ -24,10 +24,10 @@ check: $(STAMP) ## Check format, lint, types and the layers of packages
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-bench: $(STAMP) ## Measure one process, processes in step and servers beside peers; tables and plots go to out/bench/
-	$(BIN)/python benchmarks/bench_local.py --growth --memory --out out/bench $(BENCH)
-	$(BIN)/python benchmarks/bench_dist.py --out out/bench $(BENCH_DIST)
-	$(BIN)/python benchmarks/bench_servers.py --out out/bench $(BENCH_SERVERS)
+bench: $(STAMP) ## Measure one process, processes in lock step and servers beside peers; results go to out/bench/
+	$(BIN)/python -m benchmarks local --growth --memory $(BENCH)
+	$(BIN)/python -m benchmarks sync $(BENCH_SYNC)
+	$(BIN)/python -m benchmarks servers $(BENCH_SERVERS)
 
 soak: $(STAMP) ## Kill durable stores for MINUTES minutes (10); the report goes to out/soak.json
 	$(BIN)/python -m tests.e2e.soak --minutes $(or $(MINUTES),10)

@@ -13,27 +13,24 @@ import pytest
 import torch
 
 import tensorkv
+from benchmarks.__main__ import main
+from benchmarks.common import launch, venvs, work
+from benchmarks.common.report import ratios, spread
+from benchmarks.common.venvs import MXNET, PeerError
+from benchmarks.common.work import Work, WrongResultError
+from benchmarks.local import bench, contenders, growth, memory
+from tests.conftest import ROOT
 
-pytest.importorskip("matplotlib")
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-MODULES = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
-PEERS = ("torch", "numpy")
-
-
-def load(name):
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.append(str(BENCHMARKS))
-    return importlib.import_module(name)
-
-
-bench, contenders, growth, memory, peers, report, works = map(
-    load, ("bench_local", "contenders", "growth", "memory", "peers", "report", "works")
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in Path(ROOT, "benchmarks").rglob("*.py")
+    if path.name != "__main__.py"
 )
+PEERS = {"torch": contenders.PlainTorch, "numpy": contenders.PlainNumPy}
 
 
 def run(out, *arguments):
-    return bench.main(["--quick", "--no-mxnet", "--out", str(out), *arguments])
+    return main(["local", "--quick", "--no-mxnet", "--out", str(out), *arguments])
 
 
 def rows_of(table, title):
@@ -58,18 +55,18 @@ def test_quick_run_writes_raw_times_tables_and_plots(tmp_path, capsys):
 
 
 def check_schema(result):
-    assert result["schema"] == 1
+    assert result["schema"] == 2
     assert result["quick"] is True
     assert set(result["versions"]) == {"python", "torch", "numpy", "tensorkv"}
     assert {"cpu", "cores", "memory_nbytes", "kernel", "load_before", "load_after"} <= set(result["machine"])
     assert result["missing"] == {"mxnet": "left out with --no-mxnet"}
-    assert [work["name"] for work in result["works"]] == [work.name for work in works.QUICK]
-    for work in result["works"]:
-        assert set(work["times_s"]) == {"push+pull", "pushpull"}
-        for times in work["times_s"].values():
+    assert [work["name"] for work in result["works"]] == [each.name for each in bench.QUICK]
+    for measured in result["works"]:
+        assert set(measured["times_s"]) == {"push+pull", "pushpull"}
+        for times in measured["times_s"].values():
             assert set(times) == {"tensorkv", "copy", *PEERS}
             assert all(len(raw) == 2 and min(raw) > 0 for raw in times.values())
-        assert work["summary"] == report.summarize(work)
+        assert measured["limit"] == bench.limit(measured)
     assert {line["rule"] for line in result["growth"]} == {"assign", "sgd"}
     assert all(len(line["points"]) >= 3 for line in result["growth"])
 
@@ -95,13 +92,13 @@ def test_only_some_works(tmp_path):
 
 def test_without_mxnet_the_table_says_why(tmp_path):
     missing = str(tmp_path / "nowhere" / "python")
-    assert bench.main(["--quick", "--only", "2×3", "--out", str(tmp_path), "--mxnet-python", missing]) == 0
+    assert main(["local", "--quick", "--only", "2×3", "--out", str(tmp_path), "--mxnet-python", missing]) == 0
     assert f"MXNet was not measured**: there is no {missing}" in (tmp_path / "local.md").read_text()
 
 
-@pytest.mark.skipif(not peers.MXNET_VENV.exists(), reason="MXNet's virtual environment has not been made")
+@pytest.mark.skipif(not Path(ROOT, MXNET.folder).exists(), reason="MXNet's virtual environment has not been made")
 def test_with_mxnet(tmp_path):
-    assert bench.main(["--quick", "--only", "1 × 100k", "--only", "20 ×", "--out", str(tmp_path)]) == 0
+    assert main(["local", "--quick", "--only", "1 × 100k", "--only", "20 ×", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "local.json").read_text())
     assert result["versions"]["mxnet"] == "1.9.1"
     assert all("mxnet" in work["summary"]["pushpull"]["ratios"] for work in result["works"])
@@ -114,7 +111,7 @@ def test_with_mxnet(tmp_path):
 )
 def test_arguments_that_make_no_sense(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        bench.main(arguments)
+        main(["local", *arguments])
     assert message in capsys.readouterr().err
 
 
@@ -130,7 +127,7 @@ def fails(tmp_path, capsys, only):
     return error
 
 
-@pytest.mark.parametrize("only", [work.name for work in works.QUICK])
+@pytest.mark.parametrize("only", [each.name for each in bench.QUICK])
 @pytest.mark.parametrize("verb", ["pull", "pushpull"])
 def test_a_wrong_pull_is_noticed(verb, only, tmp_path, capsys, monkeypatch):
     right = getattr(tensorkv.KVStore, verb)
@@ -198,34 +195,34 @@ def test_a_wrong_peer_is_noticed(who, tmp_path, capsys, monkeypatch):
 
 def test_rounding_is_no_wrong_result_and_a_missing_step_is():
     # Momentum by hand, in float32 as everybody computes it; the smallest gradient crosses zero after 409 steps.
-    work = works.Work(1, (97,), 1, "sgd")
-    ((gradient,),) = works.make_parts(work)
-    value, velocity = works.first_values(work)[0].copy(), np.zeros(97, np.float32)
+    momentum_work = Work(1, (97,), 1, "sgd")
+    ((gradient,),) = work.make_parts(momentum_work)
+    value, velocity = work.first_values(momentum_work)[0].copy(), np.zeros(97, np.float32)
     worst = 0.0
     for step in range(1, 601):
         before = value.copy()
-        velocity = np.float32(works.MOMENTUM) * velocity + gradient
-        value -= np.float32(works.LR) * velocity
-        works.check(work, step, 1, lambda _: value)  # noqa: B023 - called at once
-        with pytest.raises(works.WrongResultError):
-            works.check(work, step, 1, lambda _: before)  # noqa: B023
-        (_, right), *_ = works.right_slices(work, 0, step, 1)
+        velocity = np.float32(work.MOMENTUM) * velocity + gradient
+        value -= np.float32(work.LR) * velocity
+        work.check(momentum_work, step, 1, lambda _: value)  # noqa: B023 - called at once
+        with pytest.raises(WrongResultError):
+            work.check(momentum_work, step, 1, lambda _: before)  # noqa: B023
+        (_, right), *_ = work.right_slices(momentum_work, 0, step, 1)
         at = int(np.argmin(np.abs(right)))
-        worst = max(worst, abs(float(value[at]) - right[at]) / max(abs(right[at]), works.LR))
+        worst = max(worst, abs(float(value[at]) - right[at]) / max(abs(right[at]), work.LR))
     # So near zero roundings are more than a ten-thousandth, of the result or of the rate.
-    assert worst > works.TOLERANCE
+    assert worst > work.TOLERANCE
 
 
 @pytest.mark.parametrize("rule", ["assign", "sgd"])
-@pytest.mark.parametrize("name", ["tensorkv", *PEERS])
-@pytest.mark.parametrize("verb", works.VERBS)
-def test_contenders_compute_what_torch_does(name, rule, verb):
-    work = works.Work(3, (5, 50), 3, rule)
-    contender = contenders.build(name, work)
-    values = [torch.full(work.shape, 0.5, dtype=torch.float64) for _ in range(work.keys)]
-    optimizer = torch.optim.SGD(values, lr=works.LR, momentum=works.MOMENTUM)
+@pytest.mark.parametrize("make", [contenders.TensorKV, *PEERS.values()])
+@pytest.mark.parametrize("verb", work.VERBS)
+def test_contenders_compute_what_torch_does(make, rule, verb):
+    small = Work(3, (5, 50), 3, rule)
+    contender = make(small)
+    values = [torch.full(small.shape, 0.5, dtype=torch.float64) for _ in range(small.keys)]
+    optimizer = torch.optim.SGD(values, lr=work.LR, momentum=work.MOMENTUM)
     for _ in range(4):
-        for value, parts in zip(values, works.make_parts(work), strict=True):
+        for value, parts in zip(values, work.make_parts(small), strict=True):
             value.grad = sum(torch.from_numpy(part) for part in parts).double()
         optimizer.step()
     assert contender.time(verb, 4) > 0
@@ -236,46 +233,58 @@ def test_contenders_compute_what_torch_does(name, rule, verb):
 
 
 def test_a_contender_in_another_process():
-    peer = peers.ProcessPeer("numpy")
+    peer = launch.alone("numpy", "benchmarks.local.contenders:PlainNumPy")
     try:
-        peer.build(works.Work(2, (10, 10), 2))
+        peer.build(Work(2, (10, 10), 2))
         assert peer.time("push+pull", 2) > 0
         peer.check()
         peer.renew()
-        with pytest.raises(works.WrongResultError, match=r"numpy: .*nan"):
+        with pytest.raises(WrongResultError, match=r"numpy: .*nan"):
             peer.check()
-        found = peer.memory()
+    finally:
+        peer.end()
+    peer = launch.alone("numpy", "benchmarks.local.contenders:PlainNumPy")
+    try:
+        peer.build(Work(2, (10, 10), 2))
+        [found] = peer.ask("memory")
         assert 0 < found["rss"] <= found["peak"]
-        with pytest.raises(peers.PeerError, match="numpy: time: KeyError"):
+        with pytest.raises(PeerError, match="numpy: time: KeyError"):
             peer.time("nothing")
-        peer.close()
     finally:
         peer.end()
 
 
-def test_a_process_that_dies_is_an_error(tmp_path):
+def program(tmp_path, lines):
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho no luck today >&2\nexit 3\n")
+    python.write_text(f"#!/bin/sh\n{lines}\n")
     python.chmod(0o755)
-    with pytest.raises(peers.PeerError, match="no luck today"):
-        peers.ProcessPeer("mxnet", python)
+    return str(python)
+
+
+def test_a_process_that_dies_is_an_error(tmp_path):
+    python = program(tmp_path, "echo no luck today >&2; exit 3")
+    with pytest.raises(PeerError, match="no luck today"):
+        launch.alone("mxnet", "benchmarks.local.contenders:MXNet", python)
+    with pytest.raises(PeerError, match="no luck today"):
+        MXNET.find(python, may_install=True)
 
 
 def test_a_library_that_is_not_there_is_an_error():
-    with pytest.raises(peers.PeerError, match="no_such_library"):
-        peers.ProcessPeer("no_such_library")
+    lost = venvs.Venv("lost", "no_such_library", ())
+    with pytest.raises(PeerError, match="no_such_library"):
+        lost.find(sys.executable, may_install=True)
 
 
 def test_an_installation_that_fails_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(peers, "MXNET_VENV", tmp_path / "venv")
-    monkeypatch.setattr(peers.sys, "version_info", (3, 12))
-    monkeypatch.setattr(peers.shutil, "which", lambda name: None)
-    with pytest.raises(peers.PeerError, match=r"python3\.11"):
-        peers.start_mxnet(may_install=True)
+    monkeypatch.setattr(venvs, "ROOT", tmp_path)
+    monkeypatch.setattr(venvs.sys, "version_info", (3, 12))
+    monkeypatch.setattr(venvs.shutil, "which", lambda name: None)
+    with pytest.raises(PeerError, match=r"python3\.11"):
+        MXNET.find(may_install=True)
 
 
 def test_memory_of_one_push():
-    found = memory.measure_one(works.Work(1, (262_144,), 4), "numpy", None)
+    found = memory.measure_one(Work(1, (262_144,), 4), "numpy")
     assert found["before_nbytes"] > 5 * found["value_nbytes"]
     # Two sums of parts are alive at once.
     assert found["added_nbytes"] > 1.5 * found["value_nbytes"]
@@ -285,7 +294,7 @@ def test_memory_of_one_push():
 
 
 def test_works_are_those_that_were_asked_for():
-    assert [work.name for work in works.WORKS] == [
+    assert [each.name for each in bench.WORKS] == [
         "1 × 25M, 4 parts, assign",
         "160 × 160k, 4 parts, assign",
         "1000 × 1000, 2 parts, assign",
@@ -297,19 +306,20 @@ def test_works_are_those_that_were_asked_for():
 
 
 def test_bytes_to_move():
-    assert works.Work(2, (10,), 4).moved_nbytes == (4 + 2) * 80
-    assert works.Work(2, (10,), 4, "sgd").moved_nbytes == (4 + 5) * 80
+    assert Work(2, (10,), 4).moved_nbytes == (4 + 2) * 80
+    assert Work(2, (10,), 4, "sgd").moved_nbytes == (4 + 5) * 80
 
 
 def test_summary_of_known_times():
     times = {"tensorkv": [1.0, 2.0, 3.0], "numpy": [4.0, 2.0, 12.0], "copy": [2.0, 2.0, 2.0]}
-    work = {"times_s": {"push+pull": times, "pushpull": times}, "copy_nbytes": 2e9, "moved_nbytes": 1e9}
-    summary = report.summarize(work)
-    assert summary["pushpull"]["ratios"] == {"numpy": {"median": 2.0, "min": 1.0, "max": 4.0}}
-    assert summary["pushpull"]["spread"]["tensorkv"] == pytest.approx({"p50_ms": 2e3, "p90_ms": 2.8e3, "max_ms": 3e3})
-    assert summary["copy_gb_per_s"] == 1
-    assert summary["limit_ms"] == 1000
-    assert summary["times_limit"]["pushpull"] == 2
+    pairs = {"numpy": ("numpy", "tensorkv"), "torch": ("torch", "tensorkv")}
+    assert ratios(times, pairs) == {"numpy": {"median": 2.0, "min": 1.0, "max": 4.0}}
+    assert spread(times)["tensorkv"] == pytest.approx({"p50_ms": 2e3, "p90_ms": 2.8e3, "max_ms": 3e3})
+    measured = {"times_s": {"push+pull": times, "pushpull": times}, "copy_nbytes": 2e9, "moved_nbytes": 1e9}
+    found = bench.limit(measured)
+    assert found["copy_gb_per_s"] == 1
+    assert found["limit_ms"] == 1000
+    assert found["times_limit"]["pushpull"] == 2
 
 
 def test_slope_of_the_upper_half():
@@ -319,4 +329,4 @@ def test_slope_of_the_upper_half():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings(name):
-    assert doctest.testmod(load(name)).failed == 0
+    assert doctest.testmod(importlib.import_module(name)).failed == 0

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import sys
-import textwrap
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,29 +12,23 @@ import numpy as np
 import pytest
 
 import tensorkv
+from benchmarks.__main__ import main
+from benchmarks.common import work
+from benchmarks.common.report import ratios
+from benchmarks.common.venvs import MXNET
+from benchmarks.common.work import WrongResultError
+from benchmarks.servers import bench, contenders, works
+from tests.conftest import ROOT
 
-pytest.importorskip("matplotlib")
 pytest.importorskip("ray")
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def load(name):
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.append(str(BENCHMARKS))
-    return importlib.import_module(name)
-
-
-bench, compare, contenders, peers, report, servers_works, works = map(
-    load,
-    ("bench_servers", "servers_compare", "servers_contenders", "peers", "servers_report", "servers_works", "works"),
-)
-WrongResultError = works.WrongResultError
+# Each test starts many processes, which takes long on a busy machine.
+pytestmark = pytest.mark.timeout(400)
 TINY = "MXNet: one 2×3 key"
 
 
 def run(out, *arguments):
-    return bench.main(["--quick", "--out", str(out), *arguments])
+    return main(["servers", "--quick", "--out", str(out), *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +40,6 @@ def cluster():
         keeper = tensorkv.create("dist_async", name="keeper")
     yield
     keeper.close()
-
-
-@pytest.fixture
-def plant(tmp_path, monkeypatch):
-    """Return what makes every process that is started run some code first."""
-
-    def do(code):
-        folder = tmp_path / "planted"
-        folder.mkdir()
-        head = f"import os, sys\nsys.path.append({str(BENCHMARKS)!r})\n"
-        (folder / "sitecustomize.py").write_text(head + textwrap.dedent(code))
-        monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
-
-    return do
 
 
 # ------------------------------------------------------------ a whole run
@@ -85,26 +62,22 @@ def test_quick_run_writes_raw_times_tables_and_a_plot(cluster, tmp_path, capsys)
 
 
 def check_result(result):
-    assert result["schema"] == 1
+    assert result["schema"] == 2
     assert result["quick"] is True
     assert result["missing"] == {"mxnet": "left out with --no-mxnet"}
-    for topic, names, summarize in (
-        ("works", {"tensorkv1"}, compare.summarize),
-        ("durability", {"tensorkv1", "process"}, compare.summarize_durability),
-    ):
-        assert [work["name"] for work in result[topic]] == [
-            work.name
-            for work in (servers_works.beside_peers if topic == "works" else servers_works.durability)(quick=True)
-        ]
-        for work in result[topic]:
-            assert set(work["times_s"]) == set(work["found"]) == names
-            assert all(len(raw) == 2 and min(raw) > 0 for raw in work["times_s"].values())
-            assert work["summary"] == summarize(work["times_s"])
+    for topic, names in (("works", {"tensorkv1"}), ("durability", {"tensorkv1", "process"})):
+        made = (works.beside_peers if topic == "works" else works.durability)(quick=True)
+        assert [each["name"] for each in result[topic]] == [each.name for each in made]
+        for measured in result[topic]:
+            times = measured["times_s"]["pushpull"]
+            assert set(times) == set(measured["found"]) == set(measured["summary"]["pushpull"]["spread"]) == names
+            assert all(len(raw) == 2 and min(raw) > 0 for raw in times.values())
+    assert set(result["durability"][0]["of_means"]) == {"process"}
     found = result["works"][1]["found"]["tensorkv1"]
     assert 0 < found["p50_ms"] <= found["p90_ms"] <= found["p99_ms"]
-    journals = result["durability"][0]["found"]
-    assert journals["tensorkv1"] is None
-    assert journals["process"]["records"] > 16
+    logs = result["durability"][0]["found"]
+    assert logs["tensorkv1"] is None
+    assert logs["process"]["records"] > 16
     assert [(point["workers"], point["servers"]) for point in result["growth"]] == [(1, 2)]
     [readers] = result["readers"]
     assert readers["copies"] == 1
@@ -117,11 +90,11 @@ def check_result(result):
 
 
 def test_with_mxnet(cluster, tmp_path):
-    if not peers.MXNET_VENV.exists():
-        pytest.skip(f"{peers.MXNET_VENV.name} has not been made")
+    if not Path(ROOT, MXNET.folder).exists():
+        pytest.skip(f"{MXNET.folder} has not been made")
     assert run(tmp_path, "--only", TINY) == 0
     result = json.loads((tmp_path / "servers.json").read_text())
-    assert set(result["works"][0]["summary"]["ratios"]) == {"mxnet1"}
+    assert set(result["works"][0]["summary"]["pushpull"]["ratios"]) == {"mxnet1"}
     assert result["missing"] == {}
 
 
@@ -130,13 +103,13 @@ def test_with_mxnet(cluster, tmp_path):
     [
         (["--reps", "3"], "fewer than 7"),
         (["--only", "nothing"], "MXNet: 1 × 25M, 2 workers, SGD momentum 0.9"),
-        (["--workers", "0"], "0 is not at least 1"),
-        (["--readers", "two"], "not numbers"),
+        (["--workers", "0"], "expected at least 1 worker, got 0"),
+        (["--readers", "two"], "expected numbers separated by commas"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        bench.main(arguments)
+        main(["servers", *arguments])
     assert message in capsys.readouterr().err
 
 
@@ -147,13 +120,13 @@ PLANTED = {
         TINY,
         "tensorkv1: MXNet: one 2×3 key, 2 workers, SGD momentum 0.9: at the end: element 0 of key 0",
         """
-        import servers_contenders
-        right = servers_contenders.Servers.exchange
+        from benchmarks.servers import contenders
+        right = contenders.Servers.exchange
 
         def forgetful(self):
-            (right if self.rank == 0 or len(self.laps) != 7 else servers_contenders.Servers.pull)(self)
+            (right if self.rank == 0 or len(self.laps) != 7 else contenders.Servers.pull)(self)
 
-        servers_contenders.Servers.exchange = forgetful
+        contenders.Servers.exchange = forgetful
         """,
     ),
 }
@@ -173,15 +146,15 @@ def test_what_is_wrong_is_noticed(what, cluster, tmp_path, capsys, plant):
 class Fake(contenders.Worker):
     """Servers in this process: two workers, of which the other is always just behind."""
 
-    def __init__(self, work):
-        super().__init__(work, 0)
-        self.value = [np.full(work.shape, works.FIRST, np.float32) for _ in range(work.keys)]
-        self.momentum = [np.zeros(work.shape, np.float32) for _ in range(work.keys)]
+    def __init__(self, served):
+        super().__init__(served, 0)
+        self.value = [np.full(served.shape, work.FIRST, np.float32) for _ in range(served.keys)]
+        self.momentum = [np.zeros(served.shape, np.float32) for _ in range(served.keys)]
 
     def step(self):
         for value, momentum, [part] in zip(self.value, self.momentum, self.parts, strict=True):
-            momentum[...] = works.MOMENTUM * momentum + part
-            value -= works.LR * momentum
+            momentum[...] = work.MOMENTUM * momentum + part
+            value -= work.LR * momentum
 
     def exchange(self):
         self.step()
@@ -194,8 +167,8 @@ class Fake(contenders.Worker):
 
 
 def test_what_the_same_gradients_give_in_any_order():
-    work = servers_works.Serving(3, (200,), 2, "sgd")
-    fake = Fake(work)
+    served = works.Serving(3, (200,), 2, "sgd")
+    fake = Fake(served)
     fake.time("pushpull", 6)
     fake.renew()
     assert all(np.isnan(out).all() for out in fake.outs)
@@ -211,43 +184,48 @@ def test_what_the_same_gradients_give_in_any_order():
 
 
 def test_steps_too_many_and_too_few():
-    work = servers_works.Serving(1, (97,), 2, "sgd")
-    fake = Fake(work)
+    served = works.Serving(1, (97,), 2, "sgd")
+    fake = Fake(served)
     for _ in range(10):
         fake.step()
     fake.pull()
-    servers_works.check(work, fake.out, 10, 10)
-    servers_works.check(work, fake.out, 5, 12)
+    works.check(served, fake.out, 10, 10)
+    works.check(served, fake.out, 5, 12)
     for least, most in ((11, 20), (5, 9)):
         with pytest.raises(WrongResultError, match=f"that is {least} to {most} steps"):
-            servers_works.check(work, fake.out, least, most)
+            works.check(served, fake.out, least, most)
     with pytest.raises(WrongResultError, match="float64"):
-        servers_works.check(work, lambda key: np.zeros(97), 1, 1)
+        works.check(served, lambda key: np.zeros(97), 1, 1)
 
 
 # ------------------------------------------------------------ numbers
 
 
 def test_every_goal_is_of_a_work():
-    names = {work.name for work in [*servers_works.beside_peers(quick=False), *servers_works.durability(quick=False)]}
-    assert set(servers_works.GOALS) == names
-    work = servers_works.beside_peers(quick=False)[0]
-    assert replace(work, topic="").name == "1 × 25M, 2 workers, SGD momentum 0.9"
+    names = {work.name for work in [*works.beside_peers(quick=False), *works.durability(quick=False)]}
+    assert set(works.GOALS) == names
+    first = works.beside_peers(quick=False)[0]
+    assert replace(first, topic="").name == "1 × 25M, 2 workers, SGD momentum 0.9"
 
 
-def test_summaries_of_known_times():
+def test_ratios_are_of_as_many_servers():
     times = {"tensorkv1": [1.0, 2.0, 3.0], "tensorkv2": [2.0] * 3, "mxnet1": [4.0, 2.0, 12.0], "mxnet2": [4.0] * 3}
-    found = compare.summarize(times)["ratios"]
+    found = ratios(times, bench.PAIRS)
     assert found["mxnet1"] == {"median": 2.0, "min": 1.0, "max": 4.0}
     assert found["mxnet2"]["median"] == 2.0
-    summary = compare.summarize_durability({"tensorkv1": [1.0] * 4, "process": [1.0, 1.0, 1.0, 5.0]})
+
+
+def test_means_of_known_times():
+    times = {"tensorkv1": [1.0] * 4, "process": [1.0, 1.0, 1.0, 5.0]}
+    summary = {"spread": {name: {} for name in times}, "ratios": ratios(times, bench.DURABILITY_PAIRS)}
+    found = bench.with_means({"times_s": {"pushpull": times}, "summary": {"pushpull": summary}})
     assert summary["ratios"]["process"]["median"] == 1.0
-    assert summary["of_means"] == {"process": 2.0}
+    assert found["of_means"] == {"process": 2.0}
     assert summary["spread"]["process"]["mean_ms"] == 2e3
 
 
 def test_goals_are_beside_what_was_measured():
-    [work] = [{"name": name} for name in servers_works.GOALS if "160" in name]
-    assert report._goal(work["name"]) == "≥ 2.5"
-    assert report._goal("durability: 1 × 25M, 2 workers, SGD momentum 0.9") == "≤ 2"
-    assert report._goal("durability: 1 × 1000, 2 workers, SGD momentum 0.9") == "–"
+    [name] = [name for name in works.GOALS if "160" in name]
+    assert bench._goal(name) == "≥ 2.5"
+    assert bench._goal("durability: 1 × 25M, 2 workers, SGD momentum 0.9") == "≤ 2"
+    assert bench._goal("durability: 1 × 1000, 2 workers, SGD momentum 0.9") == "–"

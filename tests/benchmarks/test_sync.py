@@ -2,60 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import sys
-import textwrap
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("matplotlib")
+from benchmarks.__main__ import main
+from benchmarks.common import launch
+from benchmarks.common.report import ratios
+from benchmarks.common.team import Process, Team
+from benchmarks.common.venvs import MPI, MXNET, PeerError
+from benchmarks.common.work import WrongResultError
+from benchmarks.sync import bench, hosts, works
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = ROOT / "benchmarks"
-
-
-def load(name):
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.append(str(BENCHMARKS))
-    return importlib.import_module(name)
-
-
-bench, compare, hosts, launch, peers, report, teams, works = map(
-    load,
-    (
-        "bench_dist",
-        "dist_compare",
-        "dist_hosts",
-        "dist_launch",
-        "peers",
-        "dist_report",
-        "dist_teams",
-        "dist_works",
-    ),
-)
-WrongResultError = load("works").WrongResultError
+# Each test starts many processes, which takes long on a busy machine.
+pytestmark = pytest.mark.timeout(400)
+GLOO = "benchmarks.sync.contenders:Gloo"
 
 
 def run(out, *arguments):
-    return bench.main(["--quick", "--out", str(out), *arguments])
-
-
-@pytest.fixture
-def plant(tmp_path, monkeypatch):
-    """Return what makes every process that is started run some code first."""
-
-    def do(code):
-        folder = tmp_path / "planted"
-        folder.mkdir()
-        head = f"import os, sys\nsys.path.append({str(BENCHMARKS)!r})\n"
-        (folder / "sitecustomize.py").write_text(head + textwrap.dedent(code))
-        monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
-
-    return do
+    return main(["sync", "--quick", "--out", str(out), *arguments])
 
 
 # ------------------------------------------------------------ a whole run
@@ -64,28 +32,29 @@ def plant(tmp_path, monkeypatch):
 def test_quick_run_writes_raw_times_tables_and_a_plot(tmp_path, capsys):
     assert run(tmp_path / "out", "--no-mxnet", "--no-mpi") == 0
     out = tmp_path / "out"
-    assert sorted(path.name for path in out.iterdir()) == ["dist.json", "dist.md", "dist.png"]
-    assert (out / "dist.png").read_bytes().startswith(b"\x89PNG")
-    result = json.loads((out / "dist.json").read_text())
-    table = (out / "dist.md").read_text()
+    assert sorted(path.name for path in out.iterdir()) == ["sync.json", "sync.md", "sync.png"]
+    assert (out / "sync.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((out / "sync.json").read_text())
+    table = (out / "sync.md").read_text()
     assert table in capsys.readouterr().out
     check_result(result)
     check_table(table, result)
 
 
 def check_result(result):
-    assert result["schema"] == 1
+    assert result["schema"] == 2
     assert result["quick"] is True
     assert result["missing"] == {"mxnet": "left out with --no-mxnet", "mpi": "left out with --no-mpi"}
     assert [work["name"] for work in result["works"]] == [work.name for work in works.exchanges(2, quick=True)]
     for work in result["works"]:
-        assert set(work["times_s"]) == {"tensorkv", *(["gloo"] if work["rule"] == "assign" else [])}
-        assert all(len(raw) == 2 and min(raw) > 0 for raw in work["times_s"].values())
-        assert work["summary"] == compare.summarize(work["times_s"])
+        times = work["times_s"]["pushpull"]
+        assert set(times) == {"tensorkv", *(["gloo"] if work["rule"] == "assign" else [])}
+        assert all(len(raw) == 2 and min(raw) > 0 for raw in times.values())
+        assert set(work["summary"]["pushpull"]["ratios"]) == set(times) - {"tensorkv"}
         for found in work["memory_nbytes"].values():
             assert min(found[when]["ranks"] for when in ("before", "most", "after")) > 1e6
     [training] = result["training"]
-    assert {"tensorkv", "ddp"} <= set(training["times_s"])
+    assert {"tensorkv", "ddp"} <= set(training["times_s"]["pushpull"])
     assert all(losses[-1] < 0.9 * losses[0] for ranks in training["losses"].values() for losses in ranks)
 
 
@@ -100,14 +69,14 @@ def check_table(table, result):
 
 @pytest.mark.parametrize("name", ["mxnet", "mpi"])
 def test_with_a_peer_that_has_an_environment_of_its_own(name, tmp_path):
-    venv = {"mxnet": peers.MXNET_VENV, "mpi": peers.MPI_VENV}[name]
-    if not venv.exists():
-        pytest.skip(f"{venv.name} has not been made")
+    folder = {"mxnet": MXNET, "mpi": MPI}[name].folder
+    if not Path(ROOT, folder).exists():
+        pytest.skip(f"{folder} has not been made")
     others = [f"--no-{other}" for other in ("mxnet", "mpi") if other != name]
     assert run(tmp_path, "--only", "16 × 1600, 2 ranks, assign", *others) == 0
-    result = json.loads((tmp_path / "dist.json").read_text())
+    result = json.loads((tmp_path / "sync.json").read_text())
     found = {"mxnet": {"mxnet1", "mxnet2"}, "mpi": {"mpi"}}[name]
-    assert set(result["works"][0]["summary"]["ratios"]) == {"gloo", *found}
+    assert set(result["works"][0]["summary"]["pushpull"]["ratios"]) == {"gloo", *found}
     assert set(result["missing"]) == {"mxnet", "mpi"} - {name}
 
 
@@ -116,13 +85,13 @@ def test_with_a_peer_that_has_an_environment_of_its_own(name, tmp_path):
     [
         (["--reps", "3"], "fewer than 7"),
         (["--only", "nothing"], "1 × 25M, 2 ranks, assign"),
-        (["--ranks", "1"], "takes 2 ranks"),
-        (["--ranks", "two"], "not numbers"),
+        (["--ranks", "1"], "expected at least 2 ranks, got 1"),
+        (["--ranks", "two"], "expected numbers separated by commas"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        bench.main(arguments)
+        main(["sync", *arguments])
     assert message in capsys.readouterr().err
 
 
@@ -136,10 +105,10 @@ def test_who_cannot_start_is_missing_with_the_reason(tmp_path, plant):
         tensorkv.create = refuse
         """)
     assert run(tmp_path / "out", "--no-mxnet", "--no-mpi", "--only", "2×3") == 0
-    result = json.loads((tmp_path / "out" / "dist.json").read_text())
+    result = json.loads((tmp_path / "out" / "sync.json").read_text())
     assert result["missing"]["tensorkv"] == "tensorkv: open: RuntimeError: no luck today"
-    assert list(result["works"][0]["times_s"]) == ["gloo"]
-    table = (tmp_path / "out" / "dist.md").read_text()
+    assert list(result["works"][0]["times_s"]["pushpull"]) == ["gloo"]
+    table = (tmp_path / "out" / "sync.md").read_text()
     assert "**tensorkv was not measured**: tensorkv: open: RuntimeError: no luck today" in table
     assert "| one 2×3 key, 2 ranks, assign | – | – | – | – | – |" in table
 
@@ -151,15 +120,15 @@ PLANTED = {
         "2×3",
         "gloo: one 2×3 key, 2 ranks, assign: element 5",
         """
-        import dist_contenders
-        right = dist_contenders.Gloo.exchange
+        from benchmarks.sync import contenders
+        right = contenders.Gloo.exchange
 
         def wrong(self):
             right(self)
             if self.rank == 1:
                 self.outs[-1].flat[-1] += 0.125
 
-        dist_contenders.Gloo.exchange = wrong
+        contenders.Gloo.exchange = wrong
         """,
     ),
     "an out that is not written any more": (
@@ -196,15 +165,15 @@ PLANTED = {
         "training",
         "training 12,480 parameters, 2 ranks: the loss of rank 0 at step 2",
         """
-        import dist_training
-        right = dist_training.TrainingMember.__init__
+        from benchmarks.sync import training
+        right = training.Trained.__init__
 
-        def other(self, work, kind, rank):
-            right(self, work, kind, rank)
-            if kind != "ddp":
-                dist_training.MOMENTUM = 0.8
+        def other(self, work, rank):
+            right(self, work, rank)
+            if type(self) is not training.DDP:
+                training.MOMENTUM = 0.8
 
-        dist_training.TrainingMember.__init__ = other
+        training.Trained.__init__ = other
         """,
     ),
 }
@@ -236,19 +205,19 @@ def test_losses_that_differ_or_do_not_fall():
 
 
 def test_a_team_that_is_asked_and_ends():
-    team = launch.torchrun("gloo", 2)
+    team = launch.torchrun("gloo", 2, GLOO)
     try:
-        team.ask("build", **asdict(works.Exchange(3, (10, 10), 2)))
+        team.build(works.Exchange(3, (10, 10), 2))
         team.open()
         before = team.memory()
-        assert team.warm_up(2)["ranks"] > 0.5 * before["ranks"] > 0
+        assert team.warm_up("pushpull", 2)["ranks"] > 0.5 * before["ranks"] > 0
         assert before["helpers"] == 0
-        assert team.time(2) > 0
+        assert team.time("pushpull", 2) > 0
         team.ask("check")
         team.ask("renew")
         with pytest.raises(WrongResultError, match=r"gloo: .*nan"):
             team.ask("check")
-        with pytest.raises(peers.PeerError, match="this team has failed before"):
+        with pytest.raises(PeerError, match="this team has failed before"):
             team.ask("check")
     finally:
         team.end()
@@ -257,29 +226,29 @@ def test_a_team_that_is_asked_and_ends():
 
 def test_a_rank_that_dies_is_an_error(plant):
     plant("""
-        import dist_contenders
+        from benchmarks.sync import contenders
 
         def die(self):
             print("no luck today", flush=True)
             os._exit(3)
 
-        dist_contenders.Gloo.exchange = die
+        contenders.Gloo.exchange = die
         """)
-    team = launch.torchrun("gloo", 2)
+    team = launch.torchrun("gloo", 2, GLOO)
     try:
-        team.ask("build", **asdict(works.Exchange(1, (10,), 2)))
-        with pytest.raises(peers.PeerError, match=r"gloo: a rank ended at 'time'(.|\n)*no luck today"):
-            team.time()
+        team.build(works.Exchange(1, (10,), 2))
+        with pytest.raises(PeerError, match=r"gloo: a rank ended at 'time'(.|\n)*no luck today"):
+            team.time("pushpull")
     finally:
         team.end()
 
 
 def test_processes_that_do_not_come_are_an_error():
-    start = teams.Process(["sh", "-c", "echo no luck today; exit 3"], {})
-    with pytest.raises(peers.PeerError, match=r"x: a process ended at its start\nno luck today"):
-        teams.Team("x", 1, [start])
-    with pytest.raises(peers.PeerError, match="x: /no/such/program: No such file"):
-        teams.Team("x", 1, [teams.Process(["/no/such/program"], {})])
+    start = Process(["sh", "-c", "echo no luck today; exit 3"], {})
+    with pytest.raises(PeerError, match=r"x: a process ended at its start\nno luck today"):
+        Team("x", 1, [start])
+    with pytest.raises(PeerError, match="x: /no/such/program: No such file"):
+        Team("x", 1, [Process(["/no/such/program"], {})])
 
 
 # ------------------------------------------------------------ hosts
@@ -297,13 +266,13 @@ def have_hosts():
 def test_between_hosts(tmp_path):
     only = "2 ranks on 2 hosts"
     assert run(tmp_path, "--no-mxnet", "--no-mpi", "--hosts", "--only", only) == 0
-    result = json.loads((tmp_path / "dist.json").read_text())
+    result = json.loads((tmp_path / "sync.json").read_text())
     assert [work["hosts"] for work in result["works"]] == [2, 2]
     for work in result["works"]:
-        assert set(work["times_s"]) == {"tensorkv", "gloo"}
+        assert set(work["times_s"]["pushpull"]) == {"tensorkv", "gloo"}
         # Each rank needs at least half of what the other one has, and shared memory would send nothing at all.
         assert all(sent >= work["value_nbytes"] for sent in work["sent_nbytes"].values())
-    assert "| 1 × 100k, 2 ranks on 2 hosts, assign | tensorkv |" in (tmp_path / "dist.md").read_text()
+    assert "| 1 × 100k, 2 ranks on 2 hosts, assign | tensorkv |" in (tmp_path / "sync.md").read_text()
     assert f"bench{os.getpid()}" not in hosts._ip("netns", "list")
 
 
@@ -312,7 +281,7 @@ def test_without_root_there_are_no_hosts_and_the_table_says_why(tmp_path, monkey
     assert run(tmp_path, "--no-mxnet", "--no-mpi", "--hosts", "--only", "on 2 hosts") == 0
     assert (
         "**hosts was not measured**: two hosts are network namespaces, which need root"
-        in (tmp_path / "dist.md").read_text()
+        in (tmp_path / "sync.md").read_text()
     )
 
 
@@ -334,16 +303,17 @@ def test_works_are_those_that_were_asked_for():
     ]
 
 
-def test_summary_of_known_times():
-    summary = compare.summarize({"tensorkv": [1.0, 2.0, 3.0], "overlap": [1.0] * 3, "ddp": [4.0, 2.0, 12.0]})
-    assert summary["ratios"] == {"ddp": {"median": 2.0, "min": 1.0, "max": 4.0}}
-    assert summary["overlap_ratios"] == {"ddp": {"median": 4.0, "min": 2.0, "max": 12.0}}
-    assert summary["spread"]["tensorkv"] == pytest.approx({"p50_ms": 2e3, "p90_ms": 2.8e3, "max_ms": 3e3})
-    assert compare.summarize({"gloo": [1.0]})["ratios"] == {}
+def test_ratios_of_training():
+    times = {"tensorkv": [1.0, 2.0, 3.0], "overlap": [1.0] * 3, "ddp": [4.0, 2.0, 12.0]}
+    assert ratios(times, bench._TRAINING_PAIRS) == {
+        "ddp": {"median": 2.0, "min": 1.0, "max": 4.0},
+        "ddp beside overlap": {"median": 4.0, "min": 2.0, "max": 12.0},
+    }
+    assert ratios({"gloo": [1.0]}, bench._PAIRS) == {}
 
 
 def test_memory_is_what_was_added_in_multiples_of_the_values():
     found = {"before": {"ranks": 100e6, "helpers": 5e6}, "most": {"ranks": 400e6, "helpers": 205e6}}
-    work = {"name": "w", "keys": 1, "hosts": 1, "ranks": 2, "value_nbytes": 100e6, "memory_nbytes": {"mxnet1": found}}
-    assert report._memory([work])[-1] == "| w | MXNet, 1 server | 150 MB | 1.50 | 2.00 |"
-    assert report._memory([{**work, "value_nbytes": 1e6}]) == []
+    work = {"name": "w", "keys": 1, "parts": 2, "value_nbytes": 100e6, "memory_nbytes": {"mxnet1": found}}
+    assert bench.memory_section([work])[-1] == "| w | MXNet, 1 server | 150 MB | 1.50 | 2.00 |"
+    assert bench.memory_section([{**work, "value_nbytes": 1e6}]) == []

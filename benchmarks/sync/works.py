@@ -1,4 +1,4 @@
-"""Works of processes in step: what they exchange, and what they train.
+"""Works of processes in lock step: what they exchange, and what they train.
 
 Needs NumPy alone, so that the process of a peer with an old NumPy can import it.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from works import Work, WrongResultError, short
+from benchmarks.common.work import Work, WrongResultError, short
 
 # All ways of training compute the same in another order; in so many steps, rounding does not grow beyond that.
 _LOSS_TOLERANCE = 1e-5
@@ -55,6 +55,9 @@ class Training:
     layers: int
     batch: int = 4
 
+    calls: ClassVar[int] = 1
+    warm_up: ClassVar[int] = 6
+
     @property
     def name(self) -> str:
         """What tables and ``--only`` call it.
@@ -68,6 +71,11 @@ class Training:
     def parameters(self) -> int:
         """How many numbers are trained."""
         return self.layers * (self.width + 1) * self.width
+
+    @property
+    def value_nbytes(self) -> int:
+        """Of all parameters together."""
+        return 4 * self.parameters
 
 
 def exchanges(ranks: int, *, quick: bool) -> list[Exchange]:

@@ -1,4 +1,4 @@
-"""Teams: the processes of a contender, which do the same at once or sleep while another team is measured."""
+"""Teams: the processes of a contender, which do the same at once or sleep while others are measured."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic, perf_counter
 from typing import IO, Any
 
-from peers import PeerError, last_words, reply_of
+from benchmarks.common.machine import ROOT
+from benchmarks.common.venvs import PeerError, last_lines
+from benchmarks.common.work import Verb, WrongResultError
 
 _START_TIMEOUT_S = 120
 _END_TIMEOUT_S = 10
@@ -50,8 +52,8 @@ class Team:
     Args:
         name: of the contender.
         ranks: how many processes will take commands.
-        processes: to start; they run ``dist_process.py``, or start something that does, or help.
-        options: of what the ranks open.
+        processes: to start; they run ``benchmarks.common.process``, or start something that does, or help.
+        options: passed to ``open`` of the contenders.
         reply_timeout_s: how long a command may take.
 
     Raises:
@@ -90,12 +92,15 @@ class Team:
 
     def _start(self, process: Process, path: str) -> None:
         environment = {name: text for name, text in os.environ.items() if not _STRANGERS.match(name)}
-        # As torchrun does, since ranks share the cores. MXNet is not slower by it.
-        environment.setdefault("OMP_NUM_THREADS", "1")
         environment |= {"BENCH_SOCKET": path, **process.environment}
         try:
             started = subprocess.Popen(
-                process.command, env=environment, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log
+                process.command,
+                env=environment,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
             )
         except OSError as error:
             raise PeerError(f"{self.name}: {process.command[0]}: {error.strerror}") from None
@@ -114,7 +119,7 @@ class Team:
                 ended = any(process.poll() is not None for process in self._processes)
                 if ended or monotonic() > until:
                     why = "ended at its start" if ended else f"did not start within {_START_TIMEOUT_S} s"
-                    raise PeerError(f"{self.name}: a process {why}\n{self._last_words()}") from None
+                    raise PeerError(f"{self.name}: a process {why}\n{self._last_lines()}") from None
         connection.settimeout(self._reply_timeout_s)
         rank, pid = map(int, _line(connection).split())
         self._connections[rank], self._pids[rank] = connection, pid
@@ -137,7 +142,7 @@ class Team:
         self._broken, healthy = True, not self._broken
         if not healthy:
             raise PeerError(f"{self.name}: {do}: this team has failed before")
-        with contextlib.suppress(BrokenPipeError):  # who is gone is noticed below
+        with contextlib.suppress(BrokenPipeError):  # a rank that has ended is noticed below
             for connection in self._connections:
                 connection.sendall(command)
         replies = self._replies(do, meanwhile)
@@ -163,24 +168,38 @@ class Team:
     def _reply(self, do: str, connection: socket.socket) -> dict[str, Any]:
         line = _line(connection)
         if not line:
-            raise PeerError(f"{self.name}: a rank ended at {do!r}\n{self._last_words()}")
-        return reply_of(self.name, do, line)
+            raise PeerError(f"{self.name}: a rank ended at {do!r}\n{self._last_lines()}")
+        reply: dict[str, Any] = json.loads(line)
+        if "wrong" in reply:
+            raise WrongResultError(f"{self.name}: {reply['wrong']}")
+        if "error" in reply:
+            raise PeerError(f"{self.name}: {do}: {reply['error']}")
+        return reply
+
+    def call(self, method: str, **arguments: Any) -> list[Any]:
+        """Call a method of every rank's contender; return the results."""
+        return [reply["result"] for reply in self.ask("call", method=method, **arguments)]
+
+    def build(self, work: Any) -> None:
+        """Make the arrays of a work, in every rank."""
+        self.ask("build", **asdict(work))
 
     def open(self) -> None:
         """Bring the ranks together for the work that they have built."""
         self.ask("open", port=free_port(), **self.options)
 
-    def time(self, calls: int = 1) -> float:
+    def time(self, verb: Verb, calls: int = 1) -> float:
         """Return the seconds of one call, from a common start of all ranks to the end of the last one."""
         for attempt in range(_TRIES):
-            self.ask("ready", calls=calls)
-            replies = self.ask("time", calls=calls, at=perf_counter() + _LEAD_S * 2**attempt)
+            self.ask("prepare", calls=calls)
+            at = perf_counter() + _LEAD_S * 2**attempt if len(self._connections) > 1 else None
+            replies = self.ask("time", verb=verb, calls=calls, at=at)
             if not any(reply["late"] for reply in replies):
                 break
         slowest: float = max(reply["seconds"] for reply in replies)
         return slowest / calls
 
-    def warm_up(self, calls: int) -> dict[str, int]:
+    def warm_up(self, verb: Verb, calls: int) -> dict[str, int]:
         """Do some calls; return the most memory that ranks and helpers had at a time during them."""
         most = self.memory()
 
@@ -189,9 +208,21 @@ class Team:
                 most[whose] = max(most[whose], nbytes)
 
         for _ in range(calls):
-            self.ask("ready", calls=1)
-            self.ask("time", calls=1, at=perf_counter(), meanwhile=look)
+            self.ask("prepare", calls=1)
+            self.ask("time", verb=verb, calls=1, at=perf_counter(), meanwhile=look)
         return most
+
+    def renew(self) -> None:
+        """As of a contender."""
+        self.ask("renew")
+
+    def check(self) -> None:
+        """As of a contender, in every rank."""
+        self.ask("check")
+
+    def close(self) -> None:
+        """Forget the work; the processes stay for the next one."""
+        self.ask("close")
 
     def memory(self) -> dict[str, int]:
         """Return the bytes of all ranks and of all helpers now; memory that processes share counts once."""
@@ -227,9 +258,9 @@ class Team:
             return False
         return True
 
-    def _last_words(self) -> str:
+    def _last_lines(self) -> str:
         # Processes that still run write where this one would have moved to.
-        return last_words(os.pread(self._log.fileno(), 1 << 20, 0).decode(errors="replace"))
+        return last_lines(os.pread(self._log.fileno(), 1 << 20, 0).decode(errors="replace"))
 
 
 def _line(connection: socket.socket) -> str:

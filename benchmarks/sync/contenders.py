@@ -1,7 +1,4 @@
-"""Contenders of processes in step: what each rank does. All push the same parts and are checked like ``contenders``.
-
-A library is imported only by the contender that uses it.
-"""
+"""Contenders of processes in lock step: what each rank does."""
 
 from __future__ import annotations
 
@@ -10,9 +7,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
-from contenders import Contender, one_or_list
-from dist_works import Exchange
-from works import LR, MOMENTUM, Verb, Work, check, first_values
+
+from benchmarks.common.contender import Contender, one_or_list
+from benchmarks.common.work import LR, MOMENTUM, Verb, Work, first_values
+from benchmarks.sync.works import Exchange
 
 NAMES = {
     "tensorkv": "tensorkv",
@@ -25,40 +23,14 @@ NAMES = {
     "ddp": "PyTorch DDP",
     "ddp beside overlap": "PyTorch DDP, beside overlap",
 }
-PEERS = ("mxnet1", "mxnet2", "gloo", "mpi")
 # What a program sends at once that does not want to wait for each of many small arrays.
 _BUCKET_NBYTES = 25_000_000
 
 
 class Member(Contender):
-    """One rank of a contender; ``open`` brings it together with the others.
+    """One rank of a contender; ``open`` brings it together with the others."""
 
-    Args:
-        work: what to do; each rank pushes one of its parts.
-        rank: which part.
-    """
-
-    WORK: ClassVar[type[Work]] = Exchange
-
-    def __init__(self, work: Work, rank: int) -> None:
-        super().__init__(work, rank)
-        self.rank = rank
-
-    @staticmethod
-    def start() -> dict[str, str]:
-        """Import the library and join the group that all works have in common; return versions."""
-        return {}
-
-    def open(self, port: int, **options: Any) -> None:
-        """Make what the first call needs.
-
-        Args:
-            port: free, and the same for every rank.
-            **options: of the team.
-        """
-
-    def ready(self, calls: int) -> None:
-        """Do before so many calls what is not to be timed."""
+    WORK: ClassVar[type[Any]] = Exchange
 
     def exchange(self) -> None:
         """Push all keys' parts and pull all results, and return when everything is done."""
@@ -71,7 +43,7 @@ class Member(Contender):
 class TensorKV(Member):
     """The store of this project."""
 
-    def __init__(self, work: Work, rank: int) -> None:
+    def __init__(self, work: Work, rank: int | None = None) -> None:
         super().__init__(work, rank)
         self._keys = one_or_list(work, list(range(work.keys)))
         self._given = one_or_list(work, self.parts)
@@ -115,7 +87,7 @@ class MXNet(Member):
 
     TYPE: ClassVar[str] = "dist_sync"
 
-    def __init__(self, work: Work, rank: int) -> None:
+    def __init__(self, work: Work, rank: int | None = None) -> None:
         super().__init__(work, rank)
         import mxnet as mx
 
@@ -125,16 +97,16 @@ class MXNet(Member):
         self._given: list[list[Any]] = []
         self._given_outs = one_or_list(work, self.outs)
         self._kv: Any = None
-        self.ready(1)
+        self.prepare(1)
 
     @staticmethod
     def start() -> dict[str, str]:
-        import mxnet  # noqa: F401 - takes a while, and is not to be measured
+        import mxnet
 
-        return {}
+        return {"mxnet": mxnet.__version__, "numpy of mxnet": np.__version__}
 
     def open(self, port: int, **options: Any) -> None:
-        del port  # the scheduler has had one since it was started
+        del port  # the scheduler has one since it was started
         mx = self._mx
         self._kv = mx.kv.create(self.TYPE)
         self._kv.init(list(range(self.work.keys)), [mx.nd.array(value) for value in first_values(self.work)])
@@ -142,7 +114,7 @@ class MXNet(Member):
             self._kv.set_optimizer(mx.optimizer.SGD(learning_rate=LR, momentum=MOMENTUM, wd=0))
         mx.nd.waitall()
 
-    def ready(self, calls: int) -> None:
+    def prepare(self, calls: int) -> None:
         while len(self._given) < calls:
             self._given.append([self._mx.nd.empty(self.work.shape) for _ in self.parts])
         for given in self._given[:calls]:
@@ -165,8 +137,8 @@ class MXNet(Member):
         super().renew()
         self._mx.nd.waitall()
 
-    def check(self) -> None:
-        check(self.work, self.steps, self.scale, lambda key: self.outs[key].asnumpy())
+    def out(self, key: int) -> Any:
+        return self.outs[key].asnumpy()
 
     def close(self) -> None:
         self._kv = None
@@ -175,7 +147,7 @@ class MXNet(Member):
 class Gloo(Member):
     """``all_reduce`` of torch.distributed; many keys go as buckets, all of them under way at once."""
 
-    def __init__(self, work: Work, rank: int) -> None:
+    def __init__(self, work: Work, rank: int | None = None) -> None:
         super().__init__(work, rank)
         import torch
 
@@ -211,7 +183,7 @@ class Gloo(Member):
 class MPI(Member):
     """``Allreduce`` of mpi4py; many keys go as buckets."""
 
-    def __init__(self, work: Work, rank: int) -> None:
+    def __init__(self, work: Work, rank: int | None = None) -> None:
         super().__init__(work, rank)
         from mpi4py import MPI as mpi  # noqa: N811 - a module with the name of a class
 
@@ -225,10 +197,12 @@ class MPI(Member):
 
     @staticmethod
     def start() -> dict[str, str]:
+        import mpi4py
         from mpi4py import MPI as mpi  # noqa: N811 - a module with the name of a class
 
         name, _, version = mpi.Get_library_version().splitlines()[0].partition(":")
-        return {name.split()[0].lower(): version.strip()}
+        found = {"mpi4py": mpi4py.__version__, "numpy of mpi": np.__version__}
+        return found | {name.split()[0].lower(): version.strip()}
 
     def exchange(self) -> None:
         for given, total, parts, outs, views in self._buckets:
@@ -248,11 +222,3 @@ def buckets(work: Work) -> list[range]:
     """
     most = max(1, _BUCKET_NBYTES // (4 * work.elements))
     return [range(start, min(start + most, work.keys)) for start in range(0, work.keys, most)]
-
-
-CLASSES: dict[str, type[Member]] = {"tensorkv": TensorKV, "mxnet": MXNet, "gloo": Gloo, "mpi": MPI}
-
-
-def rank_of_this_process() -> int:
-    """Return what the starter has told this process in torchrun's variable, or in that of MPICH."""
-    return int(os.environ.get("RANK") or os.environ["PMI_RANK"])

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from works import FIRST, TOLERANCE, Work, WrongResultError, right_slices
+
+from benchmarks.common.work import FIRST, TOLERANCE, Work, WrongResultError, right_slices
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def durability(*, quick: bool) -> list[Serving]:
     if quick:
         return [Serving(1, (1000,), 2, "sgd", topic="durability")]
     return [
-        # Until logs and snapshots are written over old ones, as they are from then on.
+        # Until snapshots come at their steady rate.
         Serving(1, (25_000_000,), 2, "sgd", warm_up=10, topic="durability"),
         Serving(1000, (1000,), 2, "sgd", calls=10, warm_up=60, topic="durability"),
     ]

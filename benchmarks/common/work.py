@@ -87,26 +87,6 @@ class Work:
         return (self.parts + update + 1) * self.value_nbytes
 
 
-WORKS = (
-    Work(1, (25_000_000,), 4),
-    Work(160, (160_000,), 4),
-    Work(1000, (1000,), 2, calls=10),
-    Work(1, (2, 3), 1, calls=1000),
-    Work(1, (25_000_000,), 4, "sgd"),
-    Work(160, (160_000,), 1, "sgd"),
-    Work(1000, (1000,), 1, "sgd", calls=10),
-)
-QUICK = (
-    Work(1, (100_000,), 4),
-    Work(16, (1600,), 4),
-    Work(20, (100,), 2, calls=2),
-    Work(1, (2, 3), 1, calls=10),
-    Work(1, (100_000,), 4, "sgd"),
-    Work(16, (1600,), 1, "sgd"),
-    Work(20, (100,), 1, "sgd", calls=2),
-)
-
-
 def short(count: int) -> str:
     """Return a count as people say it.
 
@@ -125,7 +105,7 @@ def make_parts(work: Work, only: int | None = None) -> list[list[Floats]]:
 
     Args:
         work: what they are for.
-        only: the index of the one part of each key that is wanted; all if not given.
+        only: the index of the one part of each key to make; None makes all.
     """
     ramp = np.arange(_PATTERN, dtype=np.float32)
     wanted = range(work.parts) if only is None else (only,)

@@ -1,70 +1,16 @@
-"""Contenders: one way each of doing a work. All push the same parts and are checked against the same results.
-
-A library is imported only by the contender that uses it: MXNet runs in a process that has no torch.
-"""
+"""Contenders of one process: one way each of doing a work."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from time import perf_counter
 from typing import Any
 
 import numpy as np
-from works import LR, MOMENTUM, Verb, Work, check, first_values, make_parts, new_outs
+
+from benchmarks.common.contender import Contender, one_or_list
+from benchmarks.common.work import LR, MOMENTUM, Verb, Work, first_values
 
 NAMES = {"tensorkv": "tensorkv", "mxnet": "MXNet", "torch": "plain torch", "numpy": "plain NumPy"}
-
-
-class Contender:
-    """Does one work again and again; counts the updates, so that it can check itself.
-
-    Args:
-        work: what to do.
-        part: the index of the one part of each key that this process has; all if not given.
-    """
-
-    def __init__(self, work: Work, part: int | None = None) -> None:
-        self.work = work
-        self.steps = 0
-        self.scale = 1
-        self.parts: list[Any] = make_parts(work, part)
-        self.outs: list[Any] = new_outs(work)
-
-    def time(self, verb: Verb, calls: int = 1) -> float:
-        """Do ``verb`` with all keys so many times; return the seconds of one."""
-        do = self.calls()[verb]
-        self.steps += calls
-        start = perf_counter()
-        for _ in range(calls):
-            do()
-        return (perf_counter() - start) / calls
-
-    def calls(self) -> dict[Verb, Callable[[], None]]:
-        """Return what does each verb to all keys, and returns when everything is done."""
-        raise NotImplementedError
-
-    def renew(self) -> None:
-        """Make sure that old results are not right any more: NaN in the outs, and for assign other parts."""
-        for out in self.outs:
-            out[:] = np.nan
-        if self.work.rule == "assign":
-            self.scale *= 2
-            for group in self.parts:
-                for part in group:
-                    part *= 2
-
-    def check(self) -> None:
-        """Raise ``WrongResultError`` unless the outs are right."""
-        check(self.work, self.steps, self.scale, lambda key: np.asarray(self.outs[key]))
-
-    def close(self) -> None:
-        """Let go of what garbage collection does not."""
-
-
-def one_or_list(work: Work, groups: list[Any]) -> Any:
-    """What a user would write: one key's array or parts, or a list of one entry for each key."""
-    groups = [group[0] if isinstance(group, list) and len(group) == 1 else group for group in groups]
-    return groups[0] if work.keys == 1 else groups
 
 
 class TensorKV(Contender):
@@ -72,11 +18,12 @@ class TensorKV(Contender):
 
     Args:
         work: what to do.
+        rank: as of a contender.
         arrays: pushed and pulled as ``"numpy"`` or as ``"torch"``.
     """
 
-    def __init__(self, work: Work, arrays: str = "numpy") -> None:
-        super().__init__(work)
+    def __init__(self, work: Work, rank: int | None = None, arrays: str = "numpy") -> None:
+        super().__init__(work, rank)
         import tensorkv
 
         given, outs = self.parts, self.outs
@@ -115,8 +62,14 @@ class TensorKV(Contender):
 class MXNet(Contender):
     """MXNet's own KVStore ``local``, in C++; each part on a context of its own, as of one device."""
 
-    def __init__(self, work: Work) -> None:
-        super().__init__(work)
+    @staticmethod
+    def start() -> dict[str, str]:
+        import mxnet
+
+        return {"mxnet": mxnet.__version__, "numpy of mxnet": np.__version__}
+
+    def __init__(self, work: Work, rank: int | None = None) -> None:
+        super().__init__(work, rank)
         import mxnet as mx
 
         self._wait = mx.nd.waitall
@@ -154,15 +107,15 @@ class MXNet(Contender):
         super().renew()
         self._wait()
 
-    def check(self) -> None:
-        check(self.work, self.steps, self.scale, lambda key: self.outs[key].asnumpy())
+    def out(self, key: int) -> Any:
+        return self.outs[key].asnumpy()
 
 
 class PlainTorch(Contender):
     """PyTorch, written the obvious way: ``+``, ``copy_``, and ``torch.optim.SGD``."""
 
-    def __init__(self, work: Work) -> None:
-        super().__init__(work)
+    def __init__(self, work: Work, rank: int | None = None) -> None:
+        super().__init__(work, rank)
         import torch
 
         self._given = [[torch.from_numpy(part) for part in group] for group in self.parts]
@@ -198,8 +151,8 @@ class PlainTorch(Contender):
 class PlainNumPy(Contender):
     """NumPy, written the obvious way."""
 
-    def __init__(self, work: Work) -> None:
-        super().__init__(work)
+    def __init__(self, work: Work, rank: int | None = None) -> None:
+        super().__init__(work, rank)
         self._values = [value.copy() for value in first_values(work)]
         self._momenta = [np.zeros_like(value) for value in self._values] if work.rule == "sgd" else None
 
@@ -225,11 +178,3 @@ class PlainNumPy(Contender):
                 out[...] = value
 
         return {"push": push, "push+pull": push_pull, "pushpull": push_pull}
-
-
-def build(name: str, work: Work, arrays: str = "numpy") -> Contender:
-    """Return a new contender by its name in ``NAMES``."""
-    if name == "tensorkv":
-        return TensorKV(work, arrays)
-    classes: dict[str, type[Contender]] = {"mxnet": MXNet, "torch": PlainTorch, "numpy": PlainNumPy}
-    return classes[name](work)

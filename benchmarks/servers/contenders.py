@@ -12,11 +12,12 @@ from time import perf_counter
 from typing import Any, ClassVar
 
 import numpy as np
-from contenders import one_or_list
-from dist_contenders import Member, MXNet
-from servers_works import Serving, check
-from works import LR, MOMENTUM, Verb, Work, WrongResultError, first_values
-from works import check as check_exactly
+
+from benchmarks.common.contender import one_or_list
+from benchmarks.common.work import LR, MOMENTUM, Verb, Work, WrongResultError, first_values
+from benchmarks.common.work import check as check_exactly
+from benchmarks.servers.works import Serving, check
+from benchmarks.sync.contenders import Member, MXNet
 
 NAMES = {
     "tensorkv1": "tensorkv, 1 server",
@@ -33,9 +34,9 @@ _TIMEOUT_S = 40
 class Worker(Member):
     """A worker that notes how long each call took."""
 
-    WORK: ClassVar[type[Work]] = Serving
+    WORK: ClassVar[type[Any]] = Serving
 
-    def __init__(self, work: Work, rank: int) -> None:
+    def __init__(self, work: Work, rank: int | None = None) -> None:
         # The same part in every worker.
         super().__init__(work, 0)
         self.rank = rank
@@ -55,15 +56,11 @@ class Worker(Member):
 
     def check(self) -> None:
         """As of a contender; all workers have come to the end of their calls."""
-        check(self.work, self.out, self.steps, self.work.parts * self.steps, "the last call")  # type: ignore[arg-type]
+        check(self.work, self.out, self.steps, self.work.parts * self.steps, "the last call")
         steps = self.work.parts * self.steps
         super().renew()
         self.pull()
-        check(self.work, self.out, steps, steps, "at the end")  # type: ignore[arg-type]
-
-    def out(self, key: int) -> Any:
-        """Return what was pulled of a key."""
-        return self.outs[key]
+        check(self.work, self.out, steps, steps, "at the end")
 
     def pull(self) -> None:
         """Pull every key, and return when all have come."""
@@ -77,7 +74,7 @@ class Worker(Member):
 class Servers(Worker):
     """The store of this project."""
 
-    def __init__(self, work: Work, rank: int) -> None:
+    def __init__(self, work: Work, rank: int | None = None) -> None:
         super().__init__(work, rank)
         self._keys = one_or_list(work, list(range(work.keys)))
         self._given = one_or_list(work, self.parts)
@@ -120,14 +117,14 @@ class Servers(Worker):
             raise WrongResultError(f"{self.work.name}: key {last} has had {version} updates, expected {steps}")
 
     def found(self) -> dict[str, Any]:
-        return {**super().found(), "journal": self._kv.stats().get("wal")}
+        return {**super().found(), "wal": self._kv.stats().get("wal")}
 
     def close(self) -> None:
         if self._kv is not None:
             self._kv.close()
 
 
-class Mourner(Servers):
+class Killer(Servers):
     """A worker whose server is killed; it sends one key after another, since together they would be one large log."""
 
     def exchange(self) -> None:
@@ -197,14 +194,3 @@ class AsyncMXNet(Worker, MXNet):
     def pull(self) -> None:
         self._kv.pull(self._keys, out=self._given_outs)
         self._mx.nd.waitall()
-
-    def out(self, key: int) -> Any:
-        return self.outs[key].asnumpy()
-
-
-CLASSES: dict[str, type[Member]] = {
-    "servers": Servers,
-    "mourner": Mourner,
-    "reader": Reader,
-    "async_mxnet": AsyncMXNet,
-}

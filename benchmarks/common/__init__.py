@@ -1,0 +1,1 @@
+"""What all benchmarks share: works and their right results, processes, turns, reports."""

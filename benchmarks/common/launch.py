@@ -1,0 +1,90 @@
+"""Launch: how the processes of each contender are started."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.team import Process, Team, free_port
+
+
+def alone(name: str, member: str, python: str = sys.executable, **team: Any) -> Team:
+    """Start one process that is not part of a group.
+
+    Args:
+        name: of the contender.
+        member: module and class of the contender.
+        python: the interpreter that has its library.
+        **team: more of what a ``Team`` takes.
+    """
+    return Team(name, 1, [Process(_command(python, member), {})], **team)
+
+
+def torchrun(
+    name: str, ranks: int, member: str, hosts: Sequence[tuple[Sequence[str], str, str]] = (([], "127.0.0.1", "lo"),),
+    **team: Any,
+) -> Team:  # fmt: skip
+    """Start ranks as torchrun does, as many on each host.
+
+    Args:
+        name: of the contender.
+        ranks: on all hosts together.
+        member: module and class of the contender.
+        hosts: for each, what stands before a command to run it there, its address and its interface.
+        **team: more of what a ``Team`` takes.
+    """
+    per_host, port = ranks // len(hosts), free_port()
+    processes = []
+    for rank in range(ranks):
+        prefix, _, interface = hosts[rank // per_host]
+        environment = _threads() | {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_RANK": str(rank % per_host),
+            "LOCAL_WORLD_SIZE": str(per_host),
+            "GROUP_RANK": str(rank // per_host),
+            "MASTER_ADDR": hosts[0][1],
+            "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": interface,
+        }
+        processes.append(Process([*prefix, *_command(sys.executable, member)], environment))
+    return Team(name, ranks, processes, **team)
+
+
+def mxnet(name: str, servers: int, python: str, ranks: int, member: str, **team: Any) -> Team:
+    """Start a scheduler, servers and workers of MXNet on this host; arguments as for ``torchrun``."""
+    environment = _threads() | {
+        "DMLC_PS_ROOT_URI": "127.0.0.1",
+        "DMLC_PS_ROOT_PORT": str(free_port()),
+        "DMLC_NUM_WORKER": str(ranks),
+        "DMLC_NUM_SERVER": str(servers),
+        "DMLC_INTERFACE": "lo",
+    }
+    # At its import, MXNet sees what it is to be.
+    helper = [python, "-c", "import mxnet"]
+    processes = [
+        Process(helper, {**environment, "DMLC_ROLE": role}, helps=True)
+        for role in ["scheduler", *["server"] * servers]
+    ]  # fmt: skip
+    for rank in range(ranks):
+        own = {**environment, "DMLC_ROLE": "worker", "RANK": str(rank)}
+        processes.append(Process(_command(python, member), own))
+    return Team(name, ranks, processes, **team)
+
+
+def mpi(name: str, python: str, ranks: int, member: str, **team: Any) -> Team:
+    """Start ranks with the ``mpiexec`` that is beside a Python, on this host; arguments as for ``torchrun``."""
+    starter = str(Path(python).with_name("mpiexec"))
+    return Team(name, ranks, [Process([starter, "-n", str(ranks), *_command(python, member)], _threads())], **team)
+
+
+def _command(python: str, member: str) -> list[str]:
+    return [python, "-m", "benchmarks.common.process", member]
+
+
+def _threads() -> dict[str, str]:
+    # As torchrun sets it, since ranks share the cores. MXNet is not slower by it.
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

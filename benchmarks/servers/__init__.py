@@ -1,0 +1,1 @@
+"""Parameter servers: ``dist_async`` beside MXNet; durability, growth, readers, recovery."""

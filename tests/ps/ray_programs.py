@@ -103,25 +103,23 @@ def silent(name):
 
 def rely_on_rays_retries(n):
     """Let Ray send again what was not answered, to a server that does not know its requests."""
-    from dataclasses import asdict
-
     import ray
 
     from tensorkv.engines.ps.client.engine import PSEngine
+    from tensorkv.engines.ps.options import PSOptions
     from tensorkv.engines.ps.ray import cluster
     from tensorkv.engines.ps.ray.actor import ServerActor
     from tensorkv.store import KVStore
-    from tensorkv.transport.wire import Settings
 
     class Forgetful(ServerActor):
-        def __init__(self, settings):
-            super().__init__(settings)
+        def __init__(self, options):
+            super().__init__(options, 0)
             self._server._tables.has_applied = lambda client, seq: False
 
     cluster.enter(None, 60)
     options = {"num_cpus": 0, "max_concurrency": 8, "max_restarts": -1, "max_task_retries": -1}
-    actor = ray.remote(Forgetful).options(**options).remote(json.dumps(asdict(Settings())))
-    kv = KVStore(PSEngine([actor], Settings(), [["elsewhere", 0, 1, ""]], 60, started=False), "dist_async")
+    actor = ray.remote(Forgetful).options(**options).remote(json.dumps(PSOptions().of_store()))
+    kv = KVStore(PSEngine([actor], PSOptions(), [["elsewhere", 0, 1, ""]], 60, started=False), "dist_async")
     with contextlib.suppress(tensorkv.KeyExistsError):
         kv.init("n", np.zeros(1, F32))
     for _ in range(int(n)):

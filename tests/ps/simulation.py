@@ -12,7 +12,6 @@ import json
 import random
 import threading
 from collections import UserDict
-from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -21,13 +20,14 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 from tensorkv import errors
 from tensorkv.engines.ps.client import engine as ray_engine
 from tensorkv.engines.ps.client import rpc, snapshot
+from tensorkv.engines.ps.options import PSOptions
 from tensorkv.engines.ps.ray import actor as ray_actor
 from tensorkv.engines.ps.ray import cluster
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.storage import durable
 from tensorkv.storage.record import Record
 from tensorkv.store import KVStore
-from tensorkv.transport.wire import Request, Settings, split
+from tensorkv.transport.wire import Request, split
 
 # So long may a client stand still, and is certainly not taken for lost.
 LONG_SILENCE_S = 2.5
@@ -245,8 +245,8 @@ class Disk:
 class Actor:
     """One server and its messages."""
 
-    def __init__(self, world, settings):
-        self.world, self.settings = world, settings
+    def __init__(self, world, index):
+        self.world, self.index = world, index
         self.serve = SimpleNamespace(remote=self._send)
         self.server, self._parked, self._under_way = None, [], set()
         self.is_ended, self.still_until, self.life = False, 0.0, 0
@@ -254,7 +254,8 @@ class Actor:
 
     def start(self, *, comes_back):
         if not self.is_ended:
-            self.server = Server(self.settings, comes_back=comes_back, now=lambda: self.world.now)
+            options, world = self.world.options, self.world
+            self.server = Server(options, self.index, threads=1, comes_back=comes_back, now=lambda: world.now)
             if comes_back:
                 self.world.forget(self.server)
             self.world.watch(self)
@@ -359,13 +360,13 @@ class World(Loop):
         kinds: of faults: "kill", "kill in push" and "still" are of servers, "client killed" and "client still" of
             clients.
         forget: what a server that is restarted forgets, to see that it is noticed.
-        settings: of the store.
+        options: of the store.
     """
 
-    def __init__(self, seed, *, num_clients, faults, kinds, forget=lambda server: None, **settings):
+    def __init__(self, seed, *, num_clients, faults, kinds, forget=lambda server: None, **options):
         super().__init__(seed)
         self.seed, self.forget = seed, forget
-        self.settings = Settings(threads=1, **settings)
+        self.options = PSOptions(**options)
         self.disks, self.tokens = {}, itertools.count()
         self.processes = [Process(f"client {number}") for number in range(num_clients)]
         self.stores = [None] * num_clients
@@ -402,7 +403,7 @@ class World(Loop):
         kind = self.faults[0][1]
         if kind == "kill in push":
             # The others have it already, and one of them ends, while this server has to wait for it.
-            others = [each for each in self.actors if each is not actor and each.settings.index in head.get("fan", ())]
+            others = [each for each in self.actors if each is not actor and each.index in head.get("fan", ())]
             if head["verb"] != "push" or not others:
                 return 0.0
             self.faults.pop(0)
@@ -413,7 +414,7 @@ class World(Loop):
         return 0.0
 
     def strike(self, kind, actor):
-        self.happened.append((round(self.now - 1000, 3), kind, actor.settings.index))
+        self.happened.append((round(self.now - 1000, 3), kind, actor.index))
         if kind == "kill":
             actor.kill(self.chance.choice([0.05, 0.3, 3.0]) * (0.5 + self.chance.random()))
         elif kind == "still":
@@ -439,7 +440,7 @@ class World(Loop):
 
     def watch(self, actor):
         """Note each change of a server's values."""
-        holding, index = actor.server._state, actor.settings.index
+        holding, index = actor.server._state, actor.index
         push_round, push = holding.push_round, holding.push
 
         def watched_round(keys, parts):
@@ -469,7 +470,7 @@ class World(Loop):
         """Remember what servers hold."""
         self.final = {}
         for actor in self.actors:
-            shard = durable.DurableShard(self.settings.path + f"/server-{actor.settings.index}")
+            shard = durable.DurableShard(self.options.path + f"/server-{actor.index}")
             for entry in shard._entries.values():
                 self.final[entry.key] = entry.value.clone()
 
@@ -508,7 +509,7 @@ class World(Loop):
         enter(mock.patch.object(cluster, "stop_servers", self.stop_servers))
         enter(mock.patch.object(durable, "WriteAheadLog", lambda *more: Disk(self.disks, *more)))
         self.at(1.0, self._tick)
-        self.actors = [Actor(self, replace(self.settings, index=index)) for index in range(self.settings.num_servers)]
+        self.actors = [Actor(self, index) for index in range(self.options.num_servers)]
         return self
 
     def __exit__(self, *_):
@@ -527,7 +528,7 @@ class World(Loop):
         """Make the store of a client, in a thread of its process."""
         places = [["elsewhere", 0, 1, ""]] * len(self.actors)
         Environment.of_thread.words = {} if rank is None else {"RANK": str(rank), "WORLD_SIZE": "2"}
-        engine = ray_engine.PSEngine(self.actors, self.settings, places, 90.0, started=False)
+        engine = ray_engine.PSEngine(self.actors, self.options, places, 90.0, started=False)
         self.stores[number] = KVStore(engine, "dist_async")
         self.open.add(self.processes[number])
         return self.stores[number]
@@ -565,5 +566,5 @@ class World(Loop):
         """Raise what was promised and not kept."""
         if self.problems:
             raise BrokenPromiseError(
-                f"seed {self.seed}, {self.settings.mode}, {self.happened}: " + "; ".join(self.problems)
+                f"seed {self.seed}, {self.options.mode}, {self.happened}: " + "; ".join(self.problems)
             )

@@ -12,10 +12,10 @@ import tensorkv
 pytest.importorskip("ray")
 from ray.exceptions import OutOfMemoryError, RayError
 
-from tensorkv.engines.ps import options as ray_store
+from tensorkv.engines.ps import connect as ps_connect
+from tensorkv.engines.ps.options import PSOptions
 from tensorkv.engines.ps.ray import actor as ray_actor
 from tensorkv.engines.ps.ray.actor import why
-from tensorkv.transport.wire import Settings
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_options_out_of_range(options, said, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OutOfMemoryError("Task was killed\n" + "top process: 1 GB\n" * 40), "memory condition has killed its process"),
+        (OutOfMemoryError("Task was killed\n" + "top process: 1 GB\n" * 40), "memory monitor has killed its process"),
         (RayError("actor died\n  Task was killed due to the node running low on memory.\n1 GB\n"), "short of memory"),
         (RayError("in its task\n  File 'x', line 1\ntensorkv.errors.StorageError: s: is damaged\n"), "s: is damaged"),
         (RayError("The actor died unexpectedly.\n\tclass_name: ServerActor\n"), "The actor died unexpectedly."),
@@ -96,24 +96,24 @@ def test_a_cluster_that_starts_is_waited_for():
 
 
 def test_who_comes_when_the_last_client_has_closed_gets_servers_of_its_own(monkeypatch):
-    found = [(["ending"], Settings()), (["ending"], Settings()), None]
+    found = [(["ending"], PSOptions()), (["ending"], PSOptions()), None]
 
     def client(actors, *rest, **more):
         if actors == ["ending"]:
-            raise ray_store.StoreEndingError("its servers are ending")
+            raise ps_connect.StoreEndingError("its servers are ending")
         return actors
 
-    monkeypatch.setattr(ray_store, "PSEngine", client)
+    monkeypatch.setattr(ps_connect, "PSEngine", client)
     cluster = mock.Mock(enter=lambda *_, **__: False, find_servers=lambda *_: found.pop(0))
-    cluster.make_servers.return_value = (["new"], Settings())
-    monkeypatch.setattr(ray_store, "ray_cluster", cluster)
-    assert ray_store.build("store", None, 20.0, False, {}) == ["new"]
+    cluster.make_servers.return_value = (["new"], PSOptions())
+    monkeypatch.setattr(ps_connect, "cluster", cluster)
+    assert ps_connect.connect({"timeout_s": 20.0}) == ["new"]
     assert not found
     cluster.leave.assert_not_called()
     # They stay, for whatever reason.
-    found += [(["ending"], Settings())] * 100
+    found += [(["ending"], PSOptions())] * 100
     with pytest.raises(tensorkv.ServerDeadError, match="ending"):
-        ray_store.build("store", None, 0.2, False, {})
+        ps_connect.connect({"timeout_s": 0.2})
     cluster.leave.assert_called_once()
 
 
@@ -125,6 +125,6 @@ def test_servers_that_nobody_ends_end_by_themselves(is_ending, after_s, monkeypa
     monkeypatch.setattr(ray_actor, "ray", mock.Mock())
     actor = object.__new__(ray_actor.ServerActor)
     actor._server, actor._metrics = mock.Mock(is_ending=is_ending, owners=lambda: now[0] < 50), mock.Mock()
-    actor._keep_watch()
+    actor._watch()
     ray_actor.ray.kill.assert_called_once()
     assert 50 + after_s - 2 < now[0] < 50 + after_s + 2

@@ -6,7 +6,6 @@ import shutil
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
 from unittest import mock
@@ -19,13 +18,14 @@ import tensorkv
 from tensorkv import Rows
 from tensorkv.arrays.packing import Item, pack, raw_bytes
 from tensorkv.engines import partition
+from tensorkv.engines.ps.options import PSOptions
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.engines.ps.server.snapshot import SnapshotBarrier
 from tensorkv.storage.durable import DurableShard
 from tensorkv.storage.record import Record
 from tensorkv.storage.wal import WriteAheadLog
 from tensorkv.transport import channel
-from tensorkv.transport.wire import Reply, Request, Settings
+from tensorkv.transport.wire import Reply, Request
 
 pytest.importorskip("ray")
 
@@ -71,8 +71,8 @@ def asked(server, verb, client=0, seq=0, **words):
 
 
 def test_a_server_that_is_restarted_knows_what_it_has_promised(tmp_path):
-    settings = Settings(num_workers=3, path=str(tmp_path), durability="process")
-    server = Server(settings)
+    options = PSOptions(num_workers=3, path=str(tmp_path), durability="process")
+    server = Server(options)
     newcomer = {"rank": None, "ranks": True, "wants": None}
     for client in range(3):
         told = asked(server, "connect", client, **newcomer)
@@ -86,7 +86,7 @@ def test_a_server_that_is_restarted_knows_what_it_has_promised(tmp_path):
     asked(server, "disconnect", 2)
     for _ in range(2):
         server.close()
-        server = Server(settings, comes_back=True)
+        server = Server(options, comes_back=True)
         # Who was told nothing yet is told it; who was at the barrier need not come again.
         assert asked(server, "broadcast", 1, number=1, text=None) == {"text": "said once"}
         assert asked(server, "barrier", 1, number=1) == {}
@@ -101,13 +101,13 @@ def test_a_server_that_is_restarted_knows_what_it_has_promised(tmp_path):
     assert asked(server, "disconnect", 0) == {"clients": 2, "dead_clients": 0}
     # Another store in the folder has nothing to do with these.
     server.close()
-    server = Server(settings)
+    server = Server(options)
     assert asked(server, "connect", 7, **newcomer)["over"] == (0, 0, 0)
     assert "wait_for" in asked(server, "broadcast", 7, rank=0, number=1, text=None)
     assert asked(server, "disconnect", 7) == {"clients": 0, "dead_clients": 0}
     # It ends, also if it is restarted first.
     server.close()
-    server = Server(settings, comes_back=True)
+    server = Server(options, comes_back=True)
     assert asked(server, "connect", 8, **newcomer) == {"ending": True}
     server.close()
 
@@ -792,8 +792,8 @@ def test_after_a_dead_server_the_others_stay_for_live_clients_alone():
 
 
 def test_the_servers_of_a_store_are_looked_for_until_all_are_there_or_the_store_has_ended(monkeypatch):
-    settings = asdict(Settings(num_servers=2))
-    there = {0: SimpleNamespace(settings="first"), 1: SimpleNamespace()}
+    options = PSOptions(num_servers=2).of_store()
+    there = {0: SimpleNamespace(options="first"), 1: SimpleNamespace()}
     looks, comes_at = [], []
 
     def get(name, index):
@@ -806,18 +806,18 @@ def test_the_servers_of_a_store_are_looked_for_until_all_are_there_or_the_store_
         if method == "ending":
             there.clear()
             raise tensorkv.ServerDeadError("it has just ended")
-        return settings
+        return options
 
     monkeypatch.setattr(ray_cluster, "_get", get)
     monkeypatch.setattr(ray_cluster, "_ask", ask)
-    assert ray_cluster.find_servers("s", 10) == ([there[0], there[1]], Settings(num_servers=2))
+    assert ray_cluster.find_servers("s", 10) == ([there[0], there[1]], PSOptions(num_servers=2))
     second = there.pop(1)
     with pytest.raises(tensorkv.ServerDeadError, match=r"server 1 of 2 has ended.*close it everywhere, then create"):
         ray_cluster.find_servers("s", 0.1)
     # It comes late, or the first one ends while it is waited for.
     looks[:], comes_at[:] = [], [6]
     assert ray_cluster.find_servers("s", 60)[0][1] is second
-    there[0].settings = "ending"
+    there[0].options = "ending"
     assert ray_cluster.find_servers("s", 60) is None
 
 

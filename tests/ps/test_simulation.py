@@ -19,8 +19,8 @@ class Job:
 
     def __init__(self, world, steps, verbs):
         self.world, chance = world, world.chance
-        self.clients = world.settings.num_workers
-        self.keys = [f"k{number}" for number in range(world.settings.num_servers)]
+        self.clients = world.options.num_workers
+        self.keys = [f"k{number}" for number in range(world.options.num_servers)]
         self.size = steps * self.clients
         self.told, self.entered = {}, {}
         self.pushed = {}
@@ -81,7 +81,7 @@ class Job:
         return not process.is_dead and process.was_still < LONG_SILENCE_S
 
     def check_staleness(self, rank):
-        bound, applied = self.world.settings.staleness, self.world.applied
+        bound, applied = self.world.options.staleness, self.world.applied
         if bound is None:
             return
         for other in range(self.clients):

@@ -8,7 +8,6 @@ import random
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,6 +15,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 
 from tensorkv.engines.ps.client import engine as ray_engine
 from tensorkv.engines.ps.client import rpc
+from tensorkv.engines.ps.options import PSOptions
 from tensorkv.engines.ps.ray import cluster
 from tensorkv.engines.ps.ray.actor import ServerActor
 from tensorkv.engines.ps.server.server import Server
@@ -23,7 +23,7 @@ from tensorkv.store import KVStore
 from tensorkv.transport.channel import ChannelServer
 from tensorkv.transport.rendezvous import host_id
 from tensorkv.transport.shared_cache import SharedCache
-from tensorkv.transport.wire import Settings, split
+from tensorkv.transport.wire import split
 
 NONE = "nothing"
 
@@ -42,7 +42,8 @@ class Actor:
     """One server, and what happens to its messages.
 
     Args:
-        settings: of the server.
+        options: of the store.
+        index: of the server.
         pool: threads that answer.
         fate: given the head of a message, what happens: "nothing", "lose request", "lose reply", or "twice" (a copy of
             it comes again later, with other messages in between).
@@ -50,9 +51,9 @@ class Actor:
     One whose ``is_dead`` is set has ended for good.
     """
 
-    def __init__(self, settings, pool, fate):
+    def __init__(self, options, index, pool, fate):
         self.actor = object.__new__(ServerActor)
-        self.actor._server = self.server = Server(settings)
+        self.actor._server = self.server = Server(options, index, threads=1)
         self.actor._channels = ChannelServer()
         self.actor._cache = SharedCache()
         self.actor._copying = threading.Lock()
@@ -106,14 +107,14 @@ class Cluster:
         near: whether clients and servers share memory.
         fate: as for ``Actor``.
         timeout_s: of the stores.
-        settings: of the servers.
+        options: of the store.
     """
 
-    def __init__(self, num_servers=1, *, near=True, fate=lambda head: NONE, timeout_s=20.0, **settings):
-        self.settings = Settings(num_servers=num_servers, threads=1, **settings)
+    def __init__(self, num_servers=1, *, near=True, fate=lambda head: NONE, timeout_s=20.0, **options):
+        self.options = PSOptions(num_servers=num_servers, **options)
         self._near, self._timeout_s = near, timeout_s
         self._pool = ThreadPoolExecutor(64)
-        self.actors = [Actor(replace(self.settings, index=index), self._pool, fate) for index in range(num_servers)]
+        self.actors = [Actor(self.options, index, self._pool, fate) for index in range(num_servers)]
         self._stores = []
         self._patches = contextlib.ExitStack()
 
@@ -130,7 +131,7 @@ class Cluster:
         """A new client; each is the next rank."""
         places = [[host_id() if self._near else "elsewhere", 0, 1, ""]] * len(self.actors)
         timeout_s = more.get("timeout_s", self._timeout_s)
-        engine = ray_engine.PSEngine(self.actors, self.settings, places, timeout_s, started=False)
+        engine = ray_engine.PSEngine(self.actors, self.options, places, timeout_s, started=False)
         self._stores.append(KVStore(engine, "dist_async"))
         return self._stores[-1]
 

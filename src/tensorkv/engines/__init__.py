@@ -7,13 +7,11 @@ whose name is the type and whose object is the factory.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
 
-from tensorkv.arrays.arguments import check_flag, folder_path
 from tensorkv.errors import ArgumentError, EngineNotFoundError, naming, quote, show, suggestion
 from tensorkv.shard.nonfinite import NonFinite
 
@@ -21,6 +19,7 @@ from .base import Engine as Engine
 from .base import Reader as Reader
 from .call import Call as Call
 from .local import LocalEngine
+from .ps.options import PSOptions
 
 GROUP = "tensorkv.engines"
 
@@ -37,65 +36,25 @@ def _build_dist(*, nonfinite: NonFinite = "pass", timeout_s: float = 60.0, share
     return engine.build(nonfinite=nonfinite, timeout_s=timeout_s, shared_memory=shared_memory) or alone
 
 
-def _build_ray(
-    *,
-    num_servers: int | None = None,
-    num_workers: int | None = None,
-    mode: str | None = None,
-    staleness: int | None = None,
-    path: str | os.PathLike[str] | None = None,
-    durability: str | None = None,
-    nonfinite: NonFinite | None = None,
-    keep: int | None = None,
-    heartbeat_timeout_s: float | None = None,
-    name: str = "tensorkv",
-    address: str | None = None,
-    timeout_s: float = 60.0,
-    insecure: bool = False,
-) -> Engine:
-    """Return a client of parameter servers on Ray.
-
-    Args:
-        num_servers: how many hold values (default 1).
-        num_workers: how many push (default: ``WORLD_SIZE``, else 1).
-        mode: ``"async"`` (default): a push is applied at once; ``"sync"``: when every live worker has pushed.
-        staleness: in mode async, how many rounds a worker may be ahead of the slowest (default: any number).
-        path: a folder that the servers see, where they keep everything (default: in memory alone).
-        durability: ``"memory"``, ``"process"`` (default with a path) or ``"disk"``.
-        nonfinite: ``"pass"`` (default), ``"raise"`` or ``"skip"`` updates whose sum has NaN or Inf.
-        keep: how many snapshots may be held at a time (default 4).
-        heartbeat_timeout_s: after how many seconds without a heartbeat a worker is dead (default 5; more than the 1
-            between two heartbeats).
-        name: of the store in its cluster.
-        address: of a Ray cluster (default: ``RAY_ADDRESS``, else one is started on this machine).
-        timeout_s: how long to wait for servers and other workers.
-        insecure: accept a cluster that other hosts can reach and that asks nobody for a token, and a token that other
-            users of this machine can read.
-    """
+def _build_ps(**options: Any) -> Engine:
+    given = {name: each for name, each in options.items() if each is not None}
     try:
-        from .ps import options as ray_store
+        from .ps.connect import connect
     except ImportError as error:
         raise EngineNotFoundError(
             f"create: dist_async needs Ray, which cannot be imported ({error}); pip install 'tensorkv[ray]'"
         ) from error
-    options = {
-        "num_servers": num_servers,
-        "num_workers": num_workers,
-        "mode": mode,
-        "staleness": staleness,
-        "path": None if path is None else folder_path("create", path),
-        "durability": durability,
-        "nonfinite": nonfinite,
-        "keep": keep,
-        "heartbeat_timeout_s": heartbeat_timeout_s,
-    }
-    return ray_store.build(name, address, timeout_s, check_flag("insecure", insecure), options)
+    return connect(given)
+
+
+# Its options are stated in one place.
+_build_ps.__signature__ = inspect.signature(PSOptions)  # type: ignore[attr-defined]
 
 
 _factories: dict[str, Factory] = {
     **{name: partial(LocalEngine, False) for name in ("local", "local_allreduce_cpu", "local_update_cpu")},
     **dict.fromkeys(("dist", "dist_sync", "dist_device_sync", "dist_sync_device"), _build_dist),
-    **dict.fromkeys(("dist_async", "dist_device_async", "dist_async_device"), _build_ray),
+    **dict.fromkeys(("dist_async", "dist_device_async", "dist_async_device"), _build_ps),
     **{name: partial(LocalEngine, True) for name in ("device", "local_allreduce_device", "nccl")},
 }
 

@@ -3,54 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 
 from tensorkv.arrays.packing import Slot
-from tensorkv.shard.nonfinite import NonFinite
 
 _SIZES = struct.Struct("<II")
 _ALIGN = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a server is told when it begins; plain data, for JSON.
-
-    Args:
-        index, num_servers: which of how many servers this is.
-        num_workers: ranks whose pushes make a round.
-        mode: ``"async"``: a push is applied at once; ``"sync"``: once a push of every live worker is there.
-        staleness: how many rounds a worker may be ahead of the slowest (None: any number).
-        path: a folder in which each server has its own (None: values end with the process).
-        durability: of the folder, as for ``WriteAheadLog``.
-        heartbeat_timeout_s: after how many seconds without a heartbeat a worker is dead.
-        nonfinite, threads: as for ``Shard``.
-        keep: how many snapshots may be held at a time.
-    """
-
-    index: int = 0
-    num_servers: int = 1
-    num_workers: int = 1
-    mode: str = "async"
-    staleness: int | None = None
-    path: str | None = None
-    durability: str = "memory"
-    heartbeat_timeout_s: float = 5.0
-    nonfinite: NonFinite = "pass"
-    threads: int | None = None
-    keep: int = 4
-
-    @property
-    def folder(self) -> str | None:
-        """Where this server keeps everything."""
-        return None if self.path is None else os.path.join(self.path, f"server-{self.index}")
 
 
 class Request(NamedTuple):

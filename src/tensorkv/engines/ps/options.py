@@ -1,114 +1,138 @@
-"""What `create` takes for a store on servers, checked; and how a client comes to its servers."""
+"""The options of a store on parameter servers, checked once. Needs no Ray."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tensorkv.arrays.arguments import check_timeout
-from tensorkv.engines.ps.client.engine import PSEngine, StoreEndingError, close_abandoned
-from tensorkv.errors import ArgumentError, quote
-from tensorkv.transport.wire import Settings
+from tensorkv.arrays.arguments import check_flag, check_timeout, folder_path
+from tensorkv.errors import ArgumentError, quote, show
+from tensorkv.shard.nonfinite import NonFinite
 
-from .ray import cluster
+# Options of one client; the others are those of the store, and the same for all of its clients.
+_OF_CLIENT = ("name", "address", "timeout_s", "insecure")
 
 
-def build(name: str, address: str | None, timeout_s: float, insecure: bool, options: Mapping[str, Any]) -> PSEngine:
-    """Return a client of the store of a name; its servers are started if there are none.
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PSOptions:
+    """What ``tensorkv.create("dist_async")`` takes.
 
     Args:
-        name, address, timeout_s, insecure: as for ``tensorkv.create("dist_async")``.
-        options: of the store; those that are None are not asked for.
-
-    Raises:
-        ArgumentError: options out of range, or other than those of the store that is there.
-        StorageError: a server's folder cannot be opened.
-        RankDeadError, ServerDeadError: others did not join in time.
+        num_servers: how many hold values.
+        num_workers: how many push (default: ``WORLD_SIZE``, else 1).
+        mode: ``"async"``: a push is applied at once; ``"sync"``: when every live worker has pushed.
+        staleness: in mode async, how many rounds a worker may be ahead of the slowest (None: any number).
+        path: a folder that the servers see, where they keep everything (None: in memory alone).
+        durability: ``"memory"``, ``"process"`` (default with a path) or ``"disk"``.
+        nonfinite: ``"pass"``, ``"raise"`` or ``"skip"`` updates whose sum has NaN or Inf.
+        keep: how many snapshots may be held at a time.
+        heartbeat_timeout_s: after how many seconds without a heartbeat a worker is dead; more than the 1 between two
+            heartbeats.
+        name: of the store in its cluster.
+        address: of a Ray cluster (default: ``RAY_ADDRESS``, else one is started on this machine).
+        timeout_s: how long to wait for servers and other workers.
+        insecure: accept a cluster that other hosts can reach and that asks for no token, and a token that other users
+            of this machine can read.
     """
-    timeout_s = check_timeout(timeout_s)
-    if not isinstance(name, str) or not name or "/" in name:
-        raise ArgumentError(f"create: name is {name!r}; expected a str without a slash")
-    asked = {word: each for word, each in options.items() if each is not None}
-    wanted = _settings(asked)
-    started = cluster.enter(address, timeout_s, insecure=insecure)
-    try:
-        close_abandoned()
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                return _join(name, wanted, asked, timeout_s, insecure=insecure, started=started)
-            except StoreEndingError:
-                # The next one has servers of its own, as soon as these have ended.
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
-    except BaseException:
-        cluster.leave(started)
-        raise
 
+    num_servers: int = 1
+    num_workers: int = field(default_factory=_world_size)
+    mode: str = "async"
+    staleness: int | None = None
+    path: str | None = None
+    durability: str = ""
+    nonfinite: NonFinite = "pass"
+    keep: int = 4
+    heartbeat_timeout_s: float = 5.0
+    name: str = "tensorkv"
+    address: str | None = None
+    timeout_s: float = 60.0
+    insecure: bool = False
 
-def _join(
-    name: str, wanted: Settings, asked: Mapping[str, Any], timeout_s: float, *, insecure: bool, started: bool
-) -> PSEngine:
-    """Return a client of the servers that are there, or of new ones."""
-    found = cluster.find_servers(name, timeout_s)
-    actors, settings = found or cluster.make_servers(name, wanted, timeout_s)
-    for word, each in asked.items():
-        if getattr(settings, word) != each:
+    def __post_init__(self) -> None:
+        if not self.durability:
+            object.__setattr__(self, "durability", "memory" if self.path is None else "process")
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> PSOptions:
+        """Check the options that a user has given.
+
+        Raises:
+            ArgumentError: an option is out of range.
+
+        >>> PSOptions.parse({"path": "/tmp/store", "keep": 2}).durability
+        'process'
+        """
+        path = given.get("path")
+        options = cls(**{**given, "path": None if path is None else folder_path("create", path)})
+        options._check_client()
+        options._check_store()
+        return options
+
+    def _check_client(self) -> None:
+        check_timeout(self.timeout_s)
+        check_flag("insecure", self.insecure)
+        if not isinstance(self.name, str) or not self.name or "/" in self.name:
+            raise ArgumentError(f"create: name is {show(self.name)}; expected a str without a slash")
+
+    def _check_store(self) -> None:
+        for name in ("num_servers", "num_workers", "keep"):
+            number = getattr(self, name)
+            if type(number) is not int or number < 1:
+                raise ArgumentError(f"create: {name} is {show(number)}; expected an int of at least 1")
+        timeout_s = self.heartbeat_timeout_s
+        if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not 1 < timeout_s < 1e9:
             raise ArgumentError(
-                f"create: the store {quote(name)} is there, and its {word} is {getattr(settings, word)!r}, not "
-                f"{each!r}; leave the option out to join it, or choose another name"
+                f"create: heartbeat_timeout_s is {show(timeout_s)}; expected seconds, more than the 1 between two "
+                "heartbeats"
             )
-    try:
-        places = cluster.check_safety(actors, insecure, timeout_s)
-    except ArgumentError:
-        if found is None:
-            cluster.stop_servers(actors)
-        raise
-    return PSEngine(actors, settings, places, timeout_s, started=started)
+        _check_one_of("mode", self.mode, ("async", "sync"))
+        _check_one_of("nonfinite", self.nonfinite, ("pass", "raise", "skip"))
+        is_sync, staleness = self.mode == "sync", self.staleness
+        if staleness is not None and (type(staleness) is not int or staleness < 0 or is_sync):
+            raise ArgumentError(
+                f"create: staleness is {show(staleness)}; expected an int of at least 0, or None, in mode async"
+            )
+        if self.nonfinite != "pass" and is_sync and self.num_servers > 1:
+            raise ArgumentError(
+                f"create: nonfinite={self.nonfinite!r} in mode sync takes one server: of several, one would refuse a "
+                "sum whose other pieces the others have taken"
+            )
+        if self.path is not None:
+            _check_one_of("with a path, durability", self.durability, ("process", "disk"))
+        elif self.durability != "memory":
+            raise ArgumentError(f"create: durability={self.durability!r} needs path=, a folder to keep things in")
+
+    def check_same(self, given: Mapping[str, Any], found: PSOptions) -> None:
+        """Raise if a store that is running differs in an option that was given.
+
+        Args:
+            given: the options that were given.
+            found: of the store.
+        """
+        for name in given:
+            mine, theirs = getattr(self, name), getattr(found, name)
+            if name not in _OF_CLIENT and mine != theirs:
+                raise ArgumentError(
+                    f"create: the store {quote(self.name)} is there, and its {name} is {theirs!r}, not {mine!r}; leave "
+                    "the option out to join it, or choose another name"
+                )
+
+    def of_store(self) -> dict[str, Any]:
+        """Return the options that all clients of the store share, as plain data."""
+        return {name: each for name, each in asdict(self).items() if name not in _OF_CLIENT}
+
+    def folder(self, index: int) -> str | None:
+        """Return the folder of one server; None: it keeps everything in memory."""
+        return None if self.path is None else os.path.join(self.path, f"server-{index}")
 
 
-def _settings(asked: Mapping[str, Any]) -> Settings:
-    """Check the options of a new store."""
-    settings = Settings(**{"num_workers": int(os.environ.get("WORLD_SIZE", 1)), **asked})
-    for word in ("num_servers", "num_workers", "keep"):
-        number = getattr(settings, word)
-        if type(number) is not int or number < 1:
-            raise ArgumentError(f"create: {word} is {number!r}; expected an int of at least 1")
-    timeout_s = settings.heartbeat_timeout_s
-    if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not 1 < timeout_s < 1e9:
-        raise ArgumentError(
-            f"create: heartbeat_timeout_s is {timeout_s!r}; expected seconds, more than the 1 between two heartbeats"
-        )
-    _check_one_of("mode", settings.mode, ("async", "sync"))
-    _check_one_of("nonfinite", settings.nonfinite, ("pass", "raise", "skip"))
-    is_sync = settings.mode == "sync"
-    if settings.staleness is not None and (type(settings.staleness) is not int or settings.staleness < 0 or is_sync):
-        raise ArgumentError(
-            f"create: staleness is {settings.staleness!r}; expected an int of at least 0, or None, in mode async"
-        )
-    if settings.nonfinite != "pass" and is_sync and settings.num_servers > 1:
-        raise ArgumentError(
-            f"create: nonfinite={settings.nonfinite!r} in mode sync takes one server: of several, one would refuse a "
-            "sum whose other pieces the others have taken"
-        )
-    return _durable(settings, asked)
-
-
-def _durable(settings: Settings, asked: Mapping[str, Any]) -> Settings:
-    if settings.path is None:
-        if settings.durability != "memory":
-            raise ArgumentError(f"create: durability={settings.durability!r} needs path=, a folder to keep things in")
-        return settings
-    if "durability" not in asked:
-        return replace(settings, durability="process")
-    _check_one_of("with a path, durability", settings.durability, ("process", "disk"))
-    return settings
-
-
-def _check_one_of(word: str, found: Any, choices: tuple[str, ...]) -> None:
+def _check_one_of(name: str, found: Any, choices: tuple[str, ...]) -> None:
     if found not in choices:
-        raise ArgumentError(f"create: {word} is {found!r}; expected one of {', '.join(choices)}")
+        raise ArgumentError(f"create: {name} is {show(found)}; expected one of {', '.join(choices)}")

@@ -42,8 +42,8 @@ from tensorkv.storage import manifest
 from tensorkv.storage.manifest import Kind
 from tensorkv.transport.rendezvous import host_id
 from tensorkv.transport.segment import can_share
-from tensorkv.transport.wire import Settings
 
+from ..options import PSOptions
 from . import checkpoint
 from .data import DataClient
 from .keymap import KeyMap
@@ -74,7 +74,7 @@ class PSEngine(Engine):
 
     Args:
         actors: the servers.
-        settings: of the store; of each server but for its index and folder.
+        options: of the store.
         places: of the servers.
         timeout_s: how long to wait for servers and other workers.
         started: whether this process has started the Ray cluster.
@@ -83,24 +83,24 @@ class PSEngine(Engine):
     capabilities = frozenset({"optimizer", "rows", "checkpoint", "snapshot"})
 
     def __init__(
-        self, actors: Sequence[Any], settings: Settings, places: Sequence[Any], timeout_s: float, *, started: bool
+        self, actors: Sequence[Any], options: PSOptions, places: Sequence[Any], timeout_s: float, *, started: bool
     ) -> None:
-        self._actors, self._settings, self._timeout_s, self._started = list(actors), settings, timeout_s, started
+        self._actors, self._options, self._timeout_s, self._started = list(actors), options, timeout_s, started
         self._same_host = [can_share() and place[0] == host_id() for place in places]
         self._owner = secrets.token_hex(8)
         self._rank: int | None = None
         self._sessions = SessionPool(self._make_session)
-        self._keymap = KeyMap(len(actors), self._list, wide=settings.mode == "sync")
-        is_sync = settings.mode == "sync"
+        self._keymap = KeyMap(len(actors), self._list, wide=options.mode == "sync")
+        is_sync = options.mode == "sync"
         # In mode sync only the servers know the sums.
-        self._finite = FiniteSums("pass" if is_sync else settings.nonfinite)
+        self._finite = FiniteSums("pass" if is_sync else options.nonfinite)
         self._data = DataClient(self._sessions, self._keymap, self._same_host, is_sync=is_sync, finite=self._finite)
         self._snapshots = SnapshotClient(self._sessions, self._data, len(actors))
         self._claiming, self._claims = threading.Lock(), 0
         self._ranking = threading.Lock()
         self._all = range(len(actors))
         # A worker that is late, or waits for a slow server, must not be taken for dead.
-        self._heartbeat_s = min(_HEARTBEAT_S, settings.heartbeat_timeout_s / 4)
+        self._heartbeat_s = min(_HEARTBEAT_S, options.heartbeat_timeout_s / 4)
         self._rank = self._take_rank()
         self.forks = forks.count
         self._ending, self._ended = threading.Event(), threading.Event()
@@ -126,7 +126,7 @@ class PSEngine(Engine):
     @property
     def _counted_rank(self) -> int | None:
         """The rank, if this client is a worker; None for a reader."""
-        return self._rank if self._rank is not None and self._rank < self._settings.num_workers else None
+        return self._rank if self._rank is not None and self._rank < self._options.num_workers else None
 
     def _take_rank(self, wanted: int | None = None) -> int:
         if wanted is None and int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
@@ -146,12 +146,12 @@ class PSEngine(Engine):
 
     def _become_worker(self) -> None:
         """Take the rank of a worker that has ended, if there is one: in mode sync only workers push."""
-        if self._settings.mode != "sync" or self._counted_rank is not None:
+        if self._options.mode != "sync" or self._counted_rank is not None:
             return
         close_abandoned()
         with self._ranking:
             live = set() if self._counted_rank is not None else set(self._ask("stats", {}, [0])[0]["live"])
-            for free in sorted(set(range(self._settings.num_workers)) - live):
+            for free in sorted(set(range(self._options.num_workers)) - live):
                 before, old = self._owner, self._make_session(-2)
                 self._owner = secrets.token_hex(8)
                 self._sessions.clear()
@@ -173,7 +173,7 @@ class PSEngine(Engine):
     @property
     def num_workers(self) -> int:
         """How many workers push."""
-        return self._settings.num_workers
+        return self._options.num_workers
 
     # ------------------------------------------------------------ asking servers
 
@@ -216,7 +216,7 @@ class PSEngine(Engine):
     # ------------------------------------------------------------ init, push, pull
 
     def init(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
-        if self._counted_rank not in (0, None) and self._settings.num_workers > 1:
+        if self._counted_rank not in (0, None) and self._options.num_workers > 1:
             self._wait_for_keys(keys, specs)
             return
         with self._claim():
@@ -357,7 +357,7 @@ class PSEngine(Engine):
     @property
     def _decides(self) -> bool:
         """Whether this client sets the rule: rank 0 does, or every client where one worker is expected."""
-        return self._settings.num_workers == 1 or self._rank == 0
+        return self._options.num_workers == 1 or self._rank == 0
 
     @property
     def optimizer(self) -> OptimizerSpec | None:
@@ -405,7 +405,7 @@ class PSEngine(Engine):
             self._ask("barrier", {"number": self._barriers}, [0])
 
     def broadcast_text(self, text: str) -> str:
-        if self._settings.num_workers == 1 or self._counted_rank is None:
+        if self._options.num_workers == 1 or self._counted_rank is None:
             return text
         self._broadcasts += 1
         mine = text if self._rank == 0 else None
@@ -413,7 +413,7 @@ class PSEngine(Engine):
         return told
 
     def leave(self) -> None:
-        if self._counted_rank is None or self._settings.num_workers == 1:
+        if self._counted_rank is None or self._options.num_workers == 1:
             return
         self._leaves += 1
         self._ask("leave", {"number": self._leaves})

@@ -8,7 +8,6 @@ import logging
 import os
 import threading
 import time
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,9 @@ from tensorkv.engines.ps.server.server import Server
 from tensorkv.transport.channel import ChannelServer
 from tensorkv.transport.rendezvous import host_id
 from tensorkv.transport.shared_cache import SharedCache
-from tensorkv.transport.wire import Reply, Request, Settings, join, split
+from tensorkv.transport.wire import Reply, Request, join, split
 
+from ..options import PSOptions
 from .metrics import ServerMetrics
 
 # Up to here a payload travels inside of its message, and Ray puts it into no object store.
@@ -38,19 +38,21 @@ class ServerActor:
     """One parameter server.
 
     Args:
-        settings: of a ``Server``, as JSON: nothing that a restart would have to fetch from somewhere.
+        options: of the store, as JSON, so that a restart needs nothing from Ray's object store.
+        index: of the server.
     """
 
     _is_broken = False
 
-    def __init__(self, settings: str) -> None:
+    def __init__(self, options: str, index: int) -> None:
         context = ray.get_runtime_context()
-        self._server = Server(Settings(**json.loads(settings)), comes_back=context.was_current_actor_reconstructed)
+        comes_back = context.was_current_actor_reconstructed
+        self._server = Server(PSOptions(**json.loads(options)), index, comes_back=comes_back)
         self._channels = ChannelServer(self._serve_doorbell)
         self._cache = SharedCache()
         self._copying = threading.Lock()
         name = context.get_actor_name() or ""
-        self._metrics = ServerMetrics(name.rpartition("/")[0], self._server.settings.index)
+        self._metrics = ServerMetrics(name.rpartition("/")[0], index)
         # Keeps what the libraries have made out of every later garbage collection.
         gc.collect()
         gc.freeze()
@@ -94,9 +96,9 @@ class ServerActor:
 
         return [host_id(), os.getpid(), int(get_authentication_mode()), ray.get_runtime_context().get_node_id()]
 
-    def settings(self) -> dict[str, Any]:
-        """Return the settings with which this server was started."""
-        return asdict(self._server.settings)
+    def options(self) -> dict[str, Any]:
+        """Return the options of the store."""
+        return self._server.options.of_store()
 
     def stop(self) -> None:
         """Release the folder, before the process is killed."""
@@ -168,7 +170,7 @@ def why(error: BaseException) -> str:
     text = str(error)
     if "running low on memory" in text or isinstance(error, OutOfMemoryError):
         return (
-            "Ray's memory condition has killed its process, since the machine was short of memory; give it fewer or "
+            "Ray's memory monitor has killed its process, since the machine was short of memory; give it fewer or "
             "smaller values, more hosts, or more memory"
         )
     # Of a traceback, the line of the error itself.

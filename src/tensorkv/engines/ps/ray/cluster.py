@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from tensorkv.errors import ArgumentError, RankDeadError, ServerDeadError, StorageError, quote
 from tensorkv.transport.rendezvous import agree_on_start, connect
-from tensorkv.transport.wire import Settings
 
+from ..options import PSOptions
 from . import fork, safety
 from .actor import ServerActor, why
 from .safety import LOOPBACK
@@ -287,8 +286,8 @@ def _start_together(rank: int, timeout_s: float) -> bool:
 # ---------------------------------------------------------------- servers
 
 
-def find_servers(name: str, timeout_s: float) -> tuple[list[Any], Settings] | None:
-    """Return the servers of a store that is there, and what they were told; None if there is none.
+def find_servers(name: str, timeout_s: float) -> tuple[list[Any], PSOptions] | None:
+    """Return the servers of a store that is there, and its options; None if there is none.
 
     Raises:
         ServerDeadError: one of them has ended, and others stay.
@@ -299,10 +298,10 @@ def find_servers(name: str, timeout_s: float) -> tuple[list[Any], Settings] | No
         if first is None:
             return None
         try:
-            settings = Settings(**_ask(first.settings, name, max(0.001, deadline - time.monotonic())))
-            actors = [first, *(_get(name, index) for index in range(1, settings.num_servers))]
+            options = PSOptions(**_ask(first.options, name, max(0.001, deadline - time.monotonic())))
+            actors = [first, *(_get(name, index) for index in range(1, options.num_servers))]
             if None not in actors:
-                return actors, settings
+                return actors, options
             missing = actors.index(None)
         except ServerDeadError:
             # It is just ending, and the next look finds none, or another.
@@ -310,7 +309,7 @@ def find_servers(name: str, timeout_s: float) -> tuple[list[Any], Settings] | No
                 raise
         if time.monotonic() > deadline:
             raise ServerDeadError(
-                f"create({name!r}): server {missing} of {settings.num_servers} has ended, and what it held is lost; "
+                f"create({name!r}): server {missing} of {options.num_servers} has ended, and what it held is lost; "
                 "the others end when every process that has this store open has closed it: close it everywhere, then "
                 "create it again, or choose another name"
             )
@@ -318,15 +317,16 @@ def find_servers(name: str, timeout_s: float) -> tuple[list[Any], Settings] | No
         time.sleep(0.02)
 
 
-def make_servers(name: str, settings: Settings, timeout_s: float) -> tuple[list[Any], Settings]:
+def make_servers(options: PSOptions) -> tuple[list[Any], PSOptions]:
     """Start the servers of a store; where another client was faster, return its.
 
     Raises:
         StorageError: a server's folder cannot be opened.
     """
-    _check_folders(settings)
-    _wait_for_the_end(name, settings.num_servers, timeout_s)
-    handles = [_make(name, {**asdict(settings), "index": index}) for index in range(settings.num_servers)]
+    name, timeout_s = options.name, options.timeout_s
+    _check_folders(options)
+    _wait_for_the_end(name, options.num_servers, timeout_s)
+    handles = [_make(options, index) for index in range(options.num_servers)]
     for handle in handles:
         _ask(handle.place, name, timeout_s)
     found = find_servers(name, timeout_s)
@@ -379,31 +379,31 @@ def stop_servers(actors: Sequence[Any]) -> None:
         ray.kill(actor)
 
 
-def _check_folders(settings: Settings) -> None:
-    if settings.path is None:
+def _check_folders(options: PSOptions) -> None:
+    if options.path is None:
         return
-    known = list(Path(settings.path).glob("server-*"))
-    if known and len(known) != settings.num_servers:
+    known = list(Path(options.path).glob("server-*"))
+    if known and len(known) != options.num_servers:
         raise StorageError(
-            f"{settings.path}: was written by {len(known)} servers, and num_servers is {settings.num_servers}; "
+            f"{options.path}: was written by {len(known)} servers, and num_servers is {options.num_servers}; "
             "use as many, or save() with them and load() with others"
         )
 
 
-def _make(name: str, settings: Mapping[str, Any]) -> Any:
-    options = {
-        "name": f"{name}/{settings['index']}",
+def _make(options: PSOptions, index: int) -> Any:
+    of_actor = {
+        "name": f"{options.name}/{index}",
         "namespace": NAMESPACE,
         "lifetime": "detached",
         "get_if_exists": True,
         "num_cpus": 0,
         "max_concurrency": _THREADS,
         # A server without a folder would come back empty, unnoticed.
-        "max_restarts": -1 if settings["path"] else 0,
+        "max_restarts": 0 if options.path is None else -1,
         "max_task_retries": 0,
         "enable_task_events": False,
     }
-    return ray.remote(ServerActor).options(**options).remote(json.dumps(settings))
+    return ray.remote(ServerActor).options(**of_actor).remote(json.dumps(options.of_store()), index)
 
 
 def _get(name: str, index: int) -> Any:

@@ -10,8 +10,9 @@ from ray.exceptions import ActorDiedError, RayError
 
 from tensorkv.arrays.arguments import check_timeout
 from tensorkv.errors import ServerDeadError, quote
-from tensorkv.transport.wire import Settings, join, split
+from tensorkv.transport.wire import join, split
 
+from ..options import PSOptions
 from . import cluster
 from .metrics import merge_stats
 
@@ -23,9 +24,9 @@ _SETTINGS = ("num_servers", "num_workers", "mode", "staleness", "path", "durabil
 class Observer:
     """Reads the statistics of a running store; it keeps no server alive, and ends none. Made by ``observe``."""
 
-    def __init__(self, name: str, actors: Sequence[Any], settings: Settings, timeout_s: float) -> None:
+    def __init__(self, name: str, actors: Sequence[Any], options: PSOptions, timeout_s: float) -> None:
         self._name, self._actors, self._timeout_s = name, list(actors), timeout_s
-        self.settings = {"name": name, **{word: getattr(settings, word) for word in _SETTINGS}}
+        self.settings = {"name": name, **{word: getattr(options, word) for word in _SETTINGS}}
         """The options of the store, as plain data."""
 
     def stats(self) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from tensorkv.arrays.arguments import Key
 from tensorkv.errors import ArgumentError, TensorKVError
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard.entry import Part
-from tensorkv.transport.wire import Reply, Request, Settings
+from tensorkv.transport.wire import Reply, Request
 
 from ..messages import keys_of, push_layout
+from ..options import PSOptions
 from .membership import Membership
 from .snapshot import SnapshotBarrier
 from .staleness import StalenessClock
@@ -35,7 +36,9 @@ class Server:
     """One server of a store.
 
     Args:
-        settings: of the store and this server.
+        options: of the store.
+        index: of this server.
+        threads: as for ``Shard``.
         comes_back: whether this is a restart, and workers are waiting for it.
         now: a clock in seconds.
 
@@ -44,25 +47,31 @@ class Server:
     """
 
     def __init__(
-        self, settings: Settings, *, comes_back: bool = False, now: Callable[[], float] = time.monotonic
+        self,
+        options: PSOptions,
+        index: int = 0,
+        *,
+        threads: int | None = None,
+        comes_back: bool = False,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.settings = settings
+        self.options, self.index = options, index
         # Differs after a restart.
         self.incarnation = secrets.token_hex(8)
         # While this process was stopped it could not read heartbeats, so no worker is dead for lack of them.
-        awake = AwakeClock(now, settings.heartbeat_timeout_s / 2)
-        self._staleness = StalenessClock(settings.num_workers, settings.heartbeat_timeout_s, awake)
+        awake = AwakeClock(now, options.heartbeat_timeout_s / 2)
+        self._staleness = StalenessClock(options.num_workers, options.heartbeat_timeout_s, awake)
         self._tables = ServerTables(self._staleness)
-        self._state = ServerState(settings, self._tables)
+        self._state = ServerState(options, index, threads, self._tables)
         self._condition = Condition()
         self._membership = Membership(
-            self._condition, self._tables, self._record, settings.num_workers, settings.heartbeat_timeout_s, awake
+            self._condition, self._tables, self._record, options.num_workers, options.heartbeat_timeout_s, awake
         )
         if comes_back:
             self._membership.recover()
         else:
             self._record(["new"])
-        self._snapshot_barrier = SnapshotBarrier(self._condition, self._tables, settings.index, now)
+        self._snapshot_barrier = SnapshotBarrier(self._condition, self._tables, index, now)
         self._sync_rounds = SyncRounds(self._apply_round, self._tables.lists)
         self._metrics = Metrics()
         self._resent = 0
@@ -121,7 +130,7 @@ class Server:
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             return _refusal("ArgumentError", f"malformed request: {type(error).__name__}: {error}")
         except (MemoryError, OSError, RuntimeError) as error:
-            return _refusal("WorkerError", f"server {self.settings.index} failed: {type(error).__name__}: {error}")
+            return _refusal("WorkerError", f"server {self.index} failed: {type(error).__name__}: {error}")
         moved = len(request.payload) + (0 if reply.payload is None else len(reply.payload))
         name = "pushpull" if request.head.get("pulls") else verb
         self._metrics.add(name, start, [name], [moved])
@@ -172,9 +181,9 @@ class Server:
 
     def _push(self, request: Request, out: torch.Tensor | None) -> Reply:
         keys, pulls = push_layout(request.layout).keys, bool(request.head.get("pulls"))
-        staleness, rank = self.settings.staleness, request.head.get("rank")
+        staleness, rank = self.options.staleness, request.head.get("rank")
         reply = None
-        if self.settings.mode == "sync":
+        if self.options.mode == "sync":
             moved = self._push_in_round(request, keys)
             if moved is not None:
                 return moved
@@ -357,7 +366,7 @@ class Server:
         self._membership.disconnect(request.owner)
         with self._condition:
             self._state.snapshots.drop_all_but_of(self._membership.clients())
-        if self.settings.index == 0:
+        if self.index == 0:
             # New clients connect to this server first, and are refused from now on.
             self._membership.end_if_unused()
         alive, dead = self._membership.count()

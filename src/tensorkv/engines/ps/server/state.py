@@ -21,9 +21,10 @@ from tensorkv.shard.shard import Shard
 from tensorkv.storage import manifest
 from tensorkv.storage.durable import DurableShard
 from tensorkv.storage.manifest import Contents
-from tensorkv.transport.wire import Reply, Request, Room, Settings
+from tensorkv.transport.wire import Reply, Request, Room
 
 from ..messages import push_layout
+from ..options import PSOptions
 from .snapshot import CopyOnWriteSnapshots
 from .tables import ServerTables
 
@@ -35,27 +36,30 @@ class ServerState:
     """A shard, the metadata of its keys, and snapshots.
 
     Args:
-        settings: of the server.
+        options: of the store.
+        index: of the server.
+        threads: as for ``Shard``.
         clients: the dedup table, whose request ids are logged with each change.
 
     Raises:
         StorageError: the folder cannot be opened.
     """
 
-    def __init__(self, settings: Settings, clients: ServerTables) -> None:
-        common: dict[str, Any] = {"nonfinite": settings.nonfinite, "threads": settings.threads}
+    def __init__(self, options: PSOptions, index: int, threads: int | None, clients: ServerTables) -> None:
+        common: dict[str, Any] = {"nonfinite": options.nonfinite, "threads": threads}
+        folder = options.folder(index)
         self._notes: Any
-        if settings.folder is None:
+        if folder is None:
             self.shard, self._notes = Shard(**common), _Notes()
         else:
-            durability: Any = settings.durability
-            self.shard = self._notes = DurableShard(settings.folder, durability=durability, clients=clients, **common)
+            durability: Any = options.durability
+            self.shard = self._notes = DurableShard(folder, durability=durability, clients=clients, **common)
         self._clients = clients
-        self.snapshots = CopyOnWriteSnapshots(settings.keep)
+        self.snapshots = CopyOnWriteSnapshots(options.keep)
         self._layouts: dict[tuple[Key, ...], tuple[bytes, int]] = {}
         self.inits = 0
         """How often keys were created, deleted or re-created."""
-        self._index = settings.index
+        self._index = index
 
     # ------------------------------------------------------------ pushes and pulls
 

@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench soak clean
+.PHONY: help demo test check docs bench soak clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,11 +18,14 @@ test: $(STAMP) ## Run every test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
 	$(BIN)/python -m pytest -m alone
 
-check: $(STAMP) ## Check format, lint, types and the layers of packages
+check: docs ## Check format, lint, types, the layers of packages and the documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+docs: $(STAMP) ## Build the documentation into out/site; a broken link or docstring is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(STAMP) ## Measure one process, processes in lock step and servers beside peers; results go to out/bench/
 	$(BIN)/python -m benchmarks local --growth --memory $(BENCH)
@@ -38,5 +41,5 @@ clean: ## Remove caches and outputs; .venv stays
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[bench,cli,dev,examples,jax,ray]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[bench,cli,dev,docs,examples,jax,ray]'
 	@touch $@

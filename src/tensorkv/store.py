@@ -192,11 +192,12 @@ class KVStore:
         Raises:
             KeyNotFoundError: a key was not initialised.
             ValueMismatchError: a part's shape or dtype does not fit the key.
-            ArrayTypeError, ArgumentError, KeyTypeError, NonFiniteError, OptimizerError, UpdaterError.
+            ArrayTypeError, ArgumentError, KeyTypeError: an argument is invalid.
+            NonFiniteError, OptimizerError, UpdaterError: the update rule refused the sum.
             StorageError: a store that is kept in a folder could not write; nothing has changed.
             RankDeadError, WorkerMismatchError, WorkerError: of ``dist_sync``, also for a push before this one.
-            ServerDeadError, PushOutcomeUnknownError, WaitTimeoutError: of ``dist_async``; the last two may come of a
-            push that was applied, as their messages say.
+            ServerDeadError, PushOutcomeUnknownError, WaitTimeoutError: of ``dist_async``; after the last two the push
+                may have been applied, as their messages say.
 
         >>> import numpy as np
         >>> kv = create()
@@ -283,7 +284,7 @@ class KVStore:
             As ``pull``; without ``out`` and with a mapping as key, a dict of new arrays.
 
         Raises:
-            As ``push`` and ``pull``; no out has been written then.
+            TensorKVError: as ``push`` and ``pull``; no out has been written.
 
         >>> import numpy as np
         >>> kv = create()
@@ -310,7 +311,7 @@ class KVStore:
             As ``pushpull``.
 
         Raises:
-            As ``init`` and ``pull``; nothing has changed then.
+            TensorKVError: as ``init`` and ``pull``; nothing has changed.
 
         >>> import numpy as np
         >>> create().broadcast("w", np.ones(2))
@@ -858,7 +859,7 @@ class Snapshot:
 
         Raises:
             SnapshotError: the snapshot was dropped.
-            As ``KVStore.pull``.
+            TensorKVError: as ``KVStore.pull``.
         """
         return self._store.pull(key, out, like=like)
 
@@ -867,7 +868,7 @@ class Snapshot:
 
         Raises:
             SnapshotError: the snapshot was dropped.
-            As ``KVStore.row_sparse_pull``.
+            TensorKVError: as ``KVStore.row_sparse_pull``.
         """
         return self._store.row_sparse_pull(key, out, row_ids=row_ids)
 

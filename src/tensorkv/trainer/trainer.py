@@ -115,7 +115,7 @@ class Trainer:
         Gradients stay until ``zero_grad``.
 
         Raises:
-            As ``KVStore.pushpull``; no parameter has changed then.
+            TensorKVError: as ``KVStore.pushpull``; no parameter has changed.
 
         Limits: all workers of a synchronous store must have gradients for the same parameters.
         """
@@ -128,7 +128,7 @@ class Trainer:
         """Pull the weights from the store into every replica, as after ``kv.load``.
 
         Raises:
-            As ``KVStore.pull``.
+            TensorKVError: as ``KVStore.pull``.
         """
         outs = [[param.detach() for param in params] for params in self._params.values()]
         try:
@@ -219,8 +219,7 @@ class Trainer:
                 prefix, number of replicas and devices may differ.
 
         Raises:
-            CheckpointError: not such a state, or one of other parameters or of another optimizer.
-            Nothing has changed then.
+            CheckpointError: not such a state, or one of other parameters or of another optimizer; nothing has changed.
 
         Limits: if the store updates, the whole store is saved and loaded, through a temporary directory: no other
         thread or worker may push to it meanwhile. The versions of the trainer's keys start at 0 again, and the

@@ -79,11 +79,10 @@ def run(pair, seed, report):
 def disturb(engine, count, options, size, seed, report):
     """Run disturbed programs; return 1 if one of them finds a difference, an untyped error or a hang."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "tests.e2e.disturbed"]
         try:
             workers.run(
                 size,
-                command,
+                "tests.e2e.disturbed",
                 engine,
                 seed,
                 count,

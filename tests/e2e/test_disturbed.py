@@ -8,18 +8,18 @@ import sys
 import pytest
 
 from tests.support import workers
+from tests.support.processes import call
 
-PROGRAMS = [sys.executable, "-m", "tests.e2e.disturbed"]
+PROGRAM = "tests.e2e.disturbed"
 # The same programs at each run; ``make soak`` has others each time.
 SEED = int(os.environ.get("TENSORKV_TEST_SEED", "1"))
 
 
 def run(engine, first, count, *options, tmp_path):
-    command = [*PROGRAMS, engine, str(first), str(count), *options]
-    environment = {**os.environ, "DISTURBED_FOLDER": str(tmp_path)}
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=environment)
-    assert shown.returncode == 0, shown.stderr[-3000:]
-    return json.loads(shown.stdout.strip().splitlines()[-1])
+    environment = {"DISTURBED_FOLDER": str(tmp_path)}
+    status, text = call(PROGRAM, engine, first, count, *options, timeout_s=280, env=environment)
+    assert status == 0, text[-3000:]
+    return json.loads(text.strip().splitlines()[-1])
 
 
 @pytest.mark.timeout(300)
@@ -44,10 +44,9 @@ def test_one_process(engine, count, options, expected, tmp_path):
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("size", "count"), [(2, 5), (3, 2)])
 def test_workers_in_step(size, count, tmp_path):
-    command = PROGRAMS
     texts = workers.run(
         size,
-        command,
+        PROGRAM,
         "dist_sync",
         SEED * 1000 + 500,
         count,

@@ -2,22 +2,19 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from tests.support import workers
+from tests.support.processes import call
 
-PROGRAMS = [sys.executable, "-m", "tests.e2e.interrupt_programs"]
+PROGRAMS = "tests.e2e.interrupt_programs"
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
 
 def run(*arguments, tmp_path):
-    command = [*PROGRAMS, *arguments]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=environment)
+    return call(PROGRAMS, *arguments, timeout_s=280, env={"TMPDIR": str(tmp_path)})
 
 
 @pytest.mark.timeout(300)
@@ -39,23 +36,22 @@ def run(*arguments, tmp_path):
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
 def test_a_call_is_whole(arguments, least, tmp_path):
-    shown = run(*arguments, tmp_path=tmp_path)
-    assert shown.returncode == 0, shown.stderr[-2000:]
-    assert int(shown.stdout) >= least, "too few exceptions or calls came to say anything"
+    status, text = run(*arguments, tmp_path=tmp_path)
+    assert status == 0, text[-2000:]
+    assert int(text.splitlines()[-1]) >= least, "too few exceptions or calls came to say anything"
 
 
 def test_workers_in_step(tmp_path):
-    command = [*PROGRAMS, "step", "dist_sync", "150"]
     env = {"INTERRUPTED": str(tmp_path / "interrupted")}
-    for text in workers.run(2, command, env=env, timeout_s=110):
+    for text in workers.run(2, PROGRAMS, "step", "dist_sync", 150, env=env, timeout_s=110):
         assert int(text.splitlines()[-1]) >= 20, "too few exceptions came to say anything"
 
 
 @pytest.mark.parametrize("arguments", [["lines", "local", "sgd"], ["random", "local", "2000", "sgd"]], ids="-".join)
 def test_a_call_that_is_not_shielded_would_be_seen(arguments, tmp_path):
-    shown = run(*arguments, "planted", tmp_path=tmp_path)
-    assert shown.returncode == 1
-    assert "AssertionError" in shown.stderr
+    status, text = run(*arguments, "planted", tmp_path=tmp_path)
+    assert status == 1
+    assert "AssertionError" in text
 
 
 def test_sigint_is_what_raises_keyboard_interrupt_here():

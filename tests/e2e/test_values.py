@@ -53,5 +53,13 @@ def test_servers(turn, num_servers, near, tmp_path):
 
 @pytest.mark.parametrize(("turn", "workers", "shared_memory"), [(3, 3, True), (4, 2, False)])
 def test_workers_in_step(turn, workers, shared_memory, tmp_path):
-    for text in run(workers, "values", *seeds(turn)[:: len(CLASSES) - 1], tmp_path, shared_memory, timeout_s=150):
+    for text in run(
+        workers,
+        "tests.sync.dist_programs",
+        "values",
+        *seeds(turn)[:: len(CLASSES) - 1],
+        tmp_path,
+        shared_memory,
+        timeout_s=150,
+    ):
         assert "same values" in text

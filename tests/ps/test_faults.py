@@ -24,7 +24,7 @@ from tests.support.workers import run
 ray = pytest.importorskip("ray")
 
 F32 = np.float32
-PROGRAMS = [sys.executable, "-m", "tests.ps.ray_programs"]
+PROGRAMS = "tests.ps.ray_programs"
 LOSE_REPLIES = json.dumps(
     {"CoreWorkerService.grpc_client.PushTask": {"num_failures": 80, "req_failure_prob": 0, "resp_failure_prob": 30}}
 )
@@ -205,7 +205,7 @@ class Program:
     def __init__(self, *words, **env):
         address, self.text = ray.get_runtime_context().gcs_address, ""
         self.process = subprocess.Popen(
-            [*PROGRAMS, *map(str, words)],
+            [sys.executable, "-m", PROGRAMS, *map(str, words)],
             env={**os.environ, "RAY_ADDRESS": address, **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -553,7 +553,7 @@ def test_workers_as_tasks_actors_and_threads_train_together():
 
 def test_workers_of_torchrun_train_together_on_a_ray_that_they_start(monkeypatch):
     environment = dict.fromkeys(("RAY_ADDRESS",), "")
-    for text in run(2, [*PROGRAMS, "train"], env=environment, timeout_s=100):
+    for text in run(2, PROGRAMS, "train", env=environment, timeout_s=100):
         assert "trained" in text
 
 

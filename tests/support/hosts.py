@@ -7,6 +7,8 @@ import signal
 import subprocess
 from contextlib import contextmanager, suppress
 
+# What starts a command in a network namespace, before its name.
+IN_NETNS = ["ip", "netns", "exec"]
 CAN_MAKE = os.geteuid() == 0 and shutil.which("ip") is not None
 _numbers = itertools.count()
 
@@ -33,7 +35,7 @@ def two_hosts():
             _ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
             _ip("-n", name, "link", "set", end, "up")
             _ip("-n", name, "link", "set", "lo", "up")
-            hosts.append((["ip", "netns", "exec", name], address, end))
+            hosts.append(([*IN_NETNS, name], address, end))
         yield hosts
     finally:
         for name in made:

@@ -1,11 +1,9 @@
 """Teams of worker processes, as ``torchrun`` would start them, each with a time limit."""
 
-import os
-import signal
 import socket
 import subprocess
-import sys
-import tempfile
+
+from tests.support.processes import Program
 
 
 def free_port():
@@ -19,21 +17,17 @@ class Team:
 
     Args:
         count: how many.
-        command: what each runs; a program of ``dist_programs`` if it is a name.
-        args: more arguments.
+        what: what each runs: a function, or the name of a module.
+        args: the arguments of the function or module.
         env: more variables; ``{rank}`` in them is the worker's.
         hosts: for each worker, a host of ``hosts.two_hosts`` or ``hosts.pid_namespaces``.
     """
 
-    def __init__(self, count, command, *args, env=None, hosts=None):
-        if isinstance(command, str):
-            command = [sys.executable, "-m", "tests.sync.dist_programs", command]
+    def __init__(self, count, what, *args, env=None, hosts=None):
         self.port = free_port()
-        self.outputs = [tempfile.TemporaryFile("w+") for _ in range(count)]  # noqa: SIM115 - closed by __exit__
-        self.processes = []
+        self.programs = []
         for rank in range(count):
             variables = {
-                **os.environ,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(count),
@@ -42,49 +36,56 @@ class Team:
                 "OMP_NUM_THREADS": "1",
                 **{name: text.replace("{rank}", str(rank)) for name, text in (env or {}).items()},
             }
-            start = []
+            start = ()
             if hosts is not None:
                 start, _, interface = hosts[rank]
                 variables |= {"MASTER_ADDR": hosts[0][1], **({"GLOO_SOCKET_IFNAME": interface} if interface else {})}
-            self.processes.append(
-                subprocess.Popen(
-                    [*start, *command, *map(str, args)],
-                    env=variables,
-                    stdout=self.outputs[rank],
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                )
-            )
+            self.programs.append(Program(what, *args, env=variables, number=rank, host=start))
+        self.processes = [program.process for program in self.programs]
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGCONT)
-                process.kill()
-            process.wait()
-        for output in self.outputs:
-            output.close()
+        for program in self.programs:
+            program.close()
 
     def text(self, rank):
         """What a worker has printed so far."""
-        self.outputs[rank].seek(0)
-        return self.outputs[rank].read()
+        return self.programs[rank].text()
 
     def wait(self, timeout_s=90):
         """Wait for every worker; return exit statuses."""
         return [process.wait(timeout=timeout_s) for process in self.processes]
 
 
-def run(count, command, *args, timeout_s=90, env=None, hosts=None):
-    """Run a program on some workers, fail if one fails, and return what each has printed."""
-    with Team(count, command, *args, env=env, hosts=hosts) as team:
+def run(count, what, *args, timeout_s=90, env=None, hosts=None):
+    """Run a function or module on some workers, to the end of all.
+
+    Returns:
+        for each rank, what the function has returned, or what the module has printed.
+
+    Raises:
+        AssertionError: if a worker has not ended with status 0, with what all have printed.
+        Exception: what a function has raised on the lowest rank on which one has, with its rank and traceback.
+    """
+    with Team(count, what, *args, env=env, hosts=hosts) as team:
         try:
             codes = team.wait(timeout_s)
         except subprocess.TimeoutExpired:
             codes = ["too slow"]
-        texts = [team.text(rank) for rank in range(count)]
-    assert codes == [0] * count, "\n".join(f"--- rank {rank}:\n{text[-6000:]}" for rank, text in enumerate(texts))
-    return texts
+        printed = "\n".join(f"--- rank {rank}:\n{team.text(rank)[-6000:]}" for rank in range(count))
+        if isinstance(what, str):
+            assert codes == [0] * count, printed
+            return [team.text(rank) for rank in range(count)]
+        if codes == ["too slow"]:
+            raise AssertionError(f"no end after {timeout_s} s\n{printed}")
+        results = []
+        for rank, program in enumerate(team.programs):
+            try:
+                results.append(program.result())
+            except Exception as error:
+                error.add_note(f"on rank {rank} of {count}; all have printed:\n{printed}")
+                raise
+        assert codes == [0] * count, printed
+    return results

@@ -18,6 +18,7 @@ from tests.support.workers import Team, free_port, run
 from tests.sync.dist_programs import EQUAL, PAIRS, PHASES, REFUSED
 
 pytestmark = pytest.mark.timeout(180)
+PROGRAMS = "tests.sync.dist_programs"
 
 
 def errors_of(text):
@@ -46,10 +47,10 @@ def seconds_of(text):
 )
 def test_the_contract(workers, chosen, tmp_path):
     module = Path(__file__).with_name("dist_contract.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(module)]
+    words = ["-q", "-p", "no:cacheprovider", module]
     # Each pytest has folders of its own, since one that ends removes those of others that have ended.
     env = {"TENSORKV_TEST_FOLDER": str(tmp_path), "PYTEST_ADDOPTS": f"--basetemp {tmp_path}/pytest-{{rank}}"}
-    for text in run(workers, command, "-k", chosen, env=env, timeout_s=170):
+    for text in run(workers, "pytest", *words, "-k", chosen, env=env, timeout_s=170):
         passed = int(re.search(r"(\d+) passed", text)[1])
         assert passed > (200 if chosen == "TestDist" else 50)
 
@@ -62,14 +63,14 @@ def test_the_contract(workers, chosen, tmp_path):
     [(2, 80, 0, True), (3, 40, 1000, True), (4, 40, 2000, True), (2, 40, 3000, False)],
 )
 def test_random_programs_give_the_bits_of_the_local_store(workers, count, seed, shared_memory):
-    for text in run(workers, "programs", count, seed, shared_memory):
+    for text in run(workers, PROGRAMS, "programs", count, seed, shared_memory):
         assert "same bits" in text
 
 
 @pytest.mark.parametrize("update_on_store", [True, False])
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_trainer_over_workers_equals_one_over_replicas(overlap, update_on_store):
-    for text in run(2, "train", overlap, update_on_store):
+    for text in run(2, PROGRAMS, "train", overlap, update_on_store):
         assert "same weights" in text
         assert "same after load_state_dict" in text
         assert ("twice Trainer: backward has made" in text) == overlap
@@ -81,7 +82,7 @@ def test_a_trainer_over_workers_equals_one_over_replicas(overlap, update_on_stor
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_a_mismatch_is_an_error_on_every_worker(shared_memory):
     """Never a hang, an abort or a wrong number."""
-    for rank, text in enumerate(run(2, "mismatches", shared_memory)):
+    for rank, text in enumerate(run(2, PROGRAMS, "mismatches", shared_memory)):
         cases = dict(zip(PAIRS + EQUAL, text.split("===")[1:], strict=True))
         for pair in EQUAL:
             assert errors_of(cases.pop(pair)) == ["NoneType"]
@@ -100,7 +101,7 @@ def test_a_mismatch_is_an_error_on_every_worker(shared_memory):
 
 def test_a_mismatch_in_a_long_list_names_the_key():
     """Also where the text of the call is longer than what workers tell each other of each."""
-    for text in run(3, "long_lists", True):
+    for text in run(3, PROGRAMS, "long_lists", True):
         said = [line for line in text.splitlines() if "|" in line]
         assert len(said) == 6
         for line in said:
@@ -111,7 +112,7 @@ def test_a_mismatch_in_a_long_list_names_the_key():
 
 
 def test_a_mismatch_in_a_long_list_over_hosts_tells_where_it_is():
-    for text in run(2, "long_lists", False):
+    for text in run(2, PROGRAMS, "long_lists", False):
         first, *others = [line for line in text.splitlines() if "|" in line]
         assert "first at character" in first
         assert "layer.0041.weight" in first
@@ -122,7 +123,7 @@ def test_a_mismatch_in_a_long_list_over_hosts_tells_where_it_is():
 
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_a_refused_call_is_told_to_the_others(shared_memory):
-    texts = run(3, "mismatch", "push a", "push more elements", shared_memory)
+    texts = run(3, PROGRAMS, "mismatch", "push a", "push more elements", shared_memory)
     # Over hosts the one before the worker that refused has found out.
     assert ("ranks 0, 1: push" if shared_memory else "rank 1: push") in texts[0]
     assert "rank 2: push refused" in texts[0]
@@ -133,7 +134,7 @@ def test_a_refused_call_is_told_to_the_others(shared_memory):
 @pytest.mark.parametrize("repeat", range(5))
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_killed_worker_is_named(phase, repeat):
-    with Team(3, "lost", phase, "kill", repeat) as team:
+    with Team(3, PROGRAMS, "lost", phase, "kill", repeat) as team:
         codes = team.wait(60)
         texts = [team.text(rank) for rank in range(3)]
     assert codes == [0, 0, -signal.SIGKILL]
@@ -146,7 +147,7 @@ def test_a_killed_worker_is_named(phase, repeat):
 
 
 def test_a_worker_that_ends_early_is_named():
-    with Team(2, "lost", "between", "exit", 0) as team:
+    with Team(2, PROGRAMS, "lost", "between", "exit", 0) as team:
         assert team.wait(60) == [0, 3]
         assert "RankDeadError | pushpull" in team.text(0)
         assert "rank 1 died or ended early" in team.text(0)
@@ -154,7 +155,7 @@ def test_a_worker_that_ends_early_is_named():
 
 @pytest.mark.parametrize("phase", ["between", "summed", "background"])
 def test_a_stopped_worker_is_named_after_the_timeout(phase):
-    with Team(3, "lost", phase, "stop", 0) as team:
+    with Team(3, PROGRAMS, "lost", phase, "stop", 0) as team:
         codes = [process.wait(timeout=60) for process in team.processes[:2]]
         texts = [team.text(rank) for rank in range(3)]
     assert codes == [0, 0]
@@ -166,7 +167,7 @@ def test_a_stopped_worker_is_named_after_the_timeout(phase):
 
 
 def test_ctrl_c_ends_every_worker():
-    with Team(2, "interrupted") as team:
+    with Team(2, PROGRAMS, "interrupted") as team:
         deadline = time.monotonic() + 60
         while "ready" not in team.text(1) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -180,7 +181,7 @@ def test_ctrl_c_ends_every_worker():
 
 def test_nothing_is_left_in_shared_memory():
     before = set(os.listdir("/dev/shm"))
-    with Team(2, "lost", "between", "stop", 0) as team:
+    with Team(2, PROGRAMS, "lost", "between", "stop", 0) as team:
         deadline = time.monotonic() + 60
         while "fault fired" not in team.text(1) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -193,7 +194,7 @@ def test_nothing_is_left_in_shared_memory():
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_what_an_updater_raises_reaches_every_worker(workers):
-    for text in run(workers, "updater_raises"):
+    for text in run(workers, PROGRAMS, "updater_raises"):
         assert text.count("raised") == 3
         assert "nothing raised" not in text
         assert "goes on" in text
@@ -201,40 +202,40 @@ def test_what_an_updater_raises_reaches_every_worker(workers):
 
 @pytest.mark.parametrize("repeat", range(3))
 def test_a_process_may_end_without_close(repeat):
-    for text in run(2, "forgotten_close"):
+    for text in run(2, PROGRAMS, "forgotten_close"):
         assert "the end" in text
         assert "terminate called" not in text
 
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_workers_may_be_far_ahead(workers):
-    for text in run(workers, "ahead"):
+    for text in run(workers, PROGRAMS, "ahead"):
         assert "all there" in text
 
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_stages_of_many_lists_of_keys_are_bounded(workers):
-    for text in run(workers, "many_lists"):
+    for text in run(workers, PROGRAMS, "many_lists"):
         assert "bounded" in text, text
         assert "same bits" in text
 
 
 @pytest.mark.parametrize(("keys", "shared_memory"), [(300, True), (40, False)])
 def test_small_keys_that_are_pushed_alone_share_a_stage(keys, shared_memory):
-    for text in run(2, "key_by_key", keys, shared_memory):
+    for text in run(2, PROGRAMS, "key_by_key", keys, shared_memory):
         stages, nbytes = map(int, re.search(r"stages: (\d+) nbytes: (\d+)", text).groups())
         assert stages == 2
         assert nbytes < 32 << 20 if shared_memory else nbytes < 128 << 20
 
 
 def test_an_interrupted_pull_is_asked_again():
-    texts = run(2, "interrupted_pull")
+    texts = run(2, PROGRAMS, "interrupted_pull")
     assert "interrupted" in texts[0]
     assert all("new values" in text for text in texts)
 
 
 def test_options_are_compared():
-    for text in run(2, "other_options"):
+    for text in run(2, PROGRAMS, "other_options"):
         assert "create: the options of rank 0 are" in text
         assert "those of rank 1" in text
 
@@ -243,41 +244,41 @@ def test_options_are_compared():
 
 
 def test_owners_and_state_stay():
-    for text in run(2, "state_stays"):
+    for text in run(2, PROGRAMS, "state_stays"):
         assert "same state" in text
 
 
 def test_state_of_other_shapes_is_saved(tmp_path):
-    for text in run(2, "saved_state", tmp_path):
+    for text in run(2, PROGRAMS, "saved_state", tmp_path):
         assert "same after load" in text
 
 
 def test_leave_with_long_names_and_a_refused_call():
-    texts = run(2, "leave_with_long_names")
+    texts = run(2, PROGRAMS, "leave_with_long_names")
     assert "refused" in texts[0]
     assert all("left" in text for text in texts)
 
 
 @pytest.mark.parametrize("optimizer", ["assign", "adam", "nadam"])
 def test_leave(optimizer):
-    for text in run(3, "leave", optimizer):
+    for text in run(3, PROGRAMS, "leave", optimizer):
         assert "left and back" in text
 
 
 def test_others_may_only_push_and_pull_while_one_has_left():
-    for text in run(2, "left_and_barrier"):
+    for text in run(2, PROGRAMS, "left_and_barrier"):
         assert "rank 0 has left" in text
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "nadam"])
 def test_checkpoints_go_to_another_number_of_workers(optimizer, tmp_path):
     """Saved by 4, loaded by 2 and by one: the same weights after more steps."""
-    run(4, "save", tmp_path / "saved", optimizer)
+    run(4, PROGRAMS, "save", tmp_path / "saved", optimizer)
     files = list((tmp_path / "saved").glob("data-*"))
     assert len(files) > 1, "workers write in parallel"
     results = []
     for workers in (1, 2, 4):
-        run(workers, "load", tmp_path / "saved", tmp_path / f"{workers}.npz")
+        run(workers, PROGRAMS, "load", tmp_path / "saved", tmp_path / f"{workers}.npz")
         with np.load(tmp_path / f"{workers}.npz") as loaded:
             results.append({key: loaded[key] for key in loaded})
     for other in results[1:]:
@@ -335,12 +336,12 @@ def test_torchrun_goes_on_from_the_last_checkpoint(tmp_path):
 
 
 def test_a_process_group_that_exists_is_used_and_stays():
-    for text in run(2, "existing_group"):
+    for text in run(2, PROGRAMS, "existing_group"):
         assert "still there" in text
 
 
 def test_everything_stays_on_loopback():
-    for text in run(2, "addresses"):
+    for text in run(2, PROGRAMS, "addresses"):
         lines = [line.split() for line in text.splitlines() if line.startswith("tcp")]
         assert lines
         for table, local, remote, state in lines:
@@ -349,7 +350,7 @@ def test_everything_stays_on_loopback():
 
 
 def test_where_memory_cannot_be_shared_gloo_takes_over_with_one_warning():
-    texts = run(3, "no_sharing")
+    texts = run(3, PROGRAMS, "no_sharing")
     assert ["fault fired" in text for text in texts] == [False, False, True]
     assert [text.count("they meet through Gloo") for text in texts] == [1, 0, 0]
 
@@ -395,13 +396,13 @@ def test_hosts_give_the_bits_of_the_local_store(per_host):
     """Two hosts joined by a wire, with equal and unequal numbers of workers."""
     with two_hosts() as hosts:
         placed = [hosts[0]] * per_host[0] + [hosts[1]] * per_host[1]
-        for text in run(sum(per_host), "programs", 15, 5000, True, hosts=placed):
+        for text in run(sum(per_host), PROGRAMS, "programs", 15, 5000, True, hosts=placed):
             assert "same bits" in text
 
 
 @needs_hosts
 def test_a_wire_that_breaks_is_an_error_on_both_hosts():
-    with two_hosts() as hosts, Team(2, "endless", hosts=hosts) as team:
+    with two_hosts() as hosts, Team(2, PROGRAMS, "endless", hosts=hosts) as team:
         deadline = time.monotonic() + 60
         while "turn 20" not in team.text(1) and time.monotonic() < deadline:
             time.sleep(0.1)

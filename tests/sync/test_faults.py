@@ -2,7 +2,6 @@
 
 import re
 import signal
-import sys
 
 import pytest
 
@@ -10,7 +9,7 @@ from tests.support.workers import Team, run
 
 pytestmark = pytest.mark.timeout(120)
 
-PROGRAMS = [sys.executable, "-m", "tests.sync.fault_programs"]
+PROGRAMS = "tests.sync.fault_programs"
 
 
 @pytest.mark.parametrize("repeat", range(2))

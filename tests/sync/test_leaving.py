@@ -1,7 +1,5 @@
 """Unequal numbers of batches: those who have left serve the others, on one host and over several."""
 
-import sys
-
 import pytest
 
 from tests.support.hosts import CAN_MAKE, two_hosts
@@ -9,7 +7,7 @@ from tests.support.workers import run
 
 pytestmark = pytest.mark.timeout(180)
 
-PROGRAMS = [sys.executable, "-m", "tests.sync.leave_programs"]
+PROGRAMS = "tests.sync.leave_programs"
 needs_hosts = pytest.mark.skipif(not CAN_MAKE, reason="network namespaces take root and iproute2")
 
 

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 from contextlib import ExitStack
 
 import pytest
@@ -15,7 +14,7 @@ from tests.support.workers import Team, run
 
 pytestmark = pytest.mark.timeout(120)
 
-PROGRAMS = [sys.executable, "-m", "tests.sync.life_programs"]
+PROGRAMS = "tests.sync.life_programs"
 
 
 @pytest.fixture

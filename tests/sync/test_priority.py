@@ -1,7 +1,5 @@
 """Which of the pushes that wait comes next: the one with the highest priority that every host has laid out."""
 
-import sys
-
 import pytest
 
 from tests.support.hosts import CAN_MAKE, two_hosts
@@ -9,7 +7,7 @@ from tests.support.workers import run
 
 pytestmark = pytest.mark.timeout(120)
 
-PROGRAMS = [sys.executable, "-m", "tests.sync.priority_programs"]
+PROGRAMS = "tests.sync.priority_programs"
 needs_hosts = pytest.mark.skipif(not CAN_MAKE, reason="network namespaces take root and iproute2")
 PROGRAM_AND_ORDER = [("waiting", "order a c d b"), ("awaited", "order a b c")]
 

@@ -1,7 +1,6 @@
 """Workers that are started again find each other, whatever launchers have counted and earlier starts have left."""
 
 import re
-import sys
 
 import pytest
 from torch.distributed import TCPStore
@@ -11,7 +10,7 @@ from tests.support.workers import free_port, run
 
 pytestmark = pytest.mark.timeout(120)
 
-PROGRAMS = [sys.executable, "-m", "tests.sync.start_programs"]
+PROGRAMS = "tests.sync.start_programs"
 
 
 @pytest.mark.parametrize("workers", [2, 3])

@@ -181,11 +181,11 @@ def compare(kv, local, keys, seed):
 def values(first, last, folder, shared_memory):
     """Training, checkpoints and odd values, each worker beside a local store."""
     from tensorkv.engines import partition
-    from tensorkv.engines.sync import pushes
+    from tensorkv.engines.sync import push
     from tests.support import value_programs
 
     partition._WHOLE = value_programs.DIVIDED
-    pushes.SLOT_NBYTES = pushes.SLOT_NBYTES_OVER_HOSTS = value_programs.CHUNK_NBYTES
+    push.SLOT_NBYTES = push.SLOT_NBYTES_OVER_HOSTS = value_programs.CHUNK_NBYTES
     for seed in range(int(first), int(last) + 1):
         os.makedirs(f"{folder}/{seed}", exist_ok=True)
         with create(shared_memory=shared_memory == "True") as kv:
@@ -316,12 +316,12 @@ PHASES = ["between", "laid out", "summed", "background", "copying"]
 
 def lost(phase, how, repeat):
     """The last rank dies or stops at some point; the others get an error that names it."""
-    from tensorkv.engines.sync import allreduce, pushes
+    from tensorkv.engines.sync import allreduce
 
     victim = SIZE - 1
     rounds = 3 + int(repeat)
     if victim == RANK:
-        plant(allreduce, pushes, phase, how, rounds)
+        plant(allreduce, phase, how, rounds)
     kv = create(timeout_s=5)
     value = np.ones(700_000, F32)
     kv.init(["a", "b"], [value, value])
@@ -350,12 +350,12 @@ def lost(phase, how, repeat):
     kv.close()
 
 
-def plant(allreduce, pushes, phase, how, rounds):
+def plant(allreduce, phase, how, rounds):
     """End this process at a phase of its so-manieth exchange."""
     at = {
-        "laid out": (allreduce.AllReduce, "pack"),
-        "summed": (allreduce.AllReduce, "sum"),
-        "background": (allreduce.AllReduce, "serve"),
+        "laid out": (allreduce.AllReduce, "stage_in"),
+        "summed": (allreduce.AllReduce, "reduce"),
+        "background": (allreduce.AllReduce, "run"),
         "copying": (allreduce.AllReduce, "copy_out"),
     }.get(phase)
     if at is None:
@@ -514,16 +514,16 @@ def ahead():
 
 def key_by_key(count, shared_memory):
     """Many small keys, each pushed alone, as MXNet's Module does: no more stages than for a few, and the right sums."""
-    from tensorkv.engines.sync import pushes, schedule
+    from tensorkv.engines.sync import push, schedule
 
     made = []
 
     class Counted(schedule.StagingBuffer):
-        def __init__(self, host, slots, slot_nbytes, doing):
+        def __init__(self, host, slots, slot_nbytes):
             made.append(slots * slot_nbytes)
-            super().__init__(host, slots, slot_nbytes, doing)
+            super().__init__(host, slots, slot_nbytes)
 
-    pushes.StagingBuffer = Counted
+    push.StagingBuffer = Counted
     with create(shared_memory=shared_memory == "True") as kv:
         kv.init(list(range(int(count))), [np.zeros(500 + key, F32) for key in range(int(count))])
         for turn in (1, 2, 3):
@@ -540,9 +540,9 @@ def key_by_key(count, shared_memory):
 
 def many_lists():
     """Another choice of keys at each push: memory is bounded, and the numbers are right."""
-    from tensorkv.engines.sync import pushes
+    from tensorkv.engines.sync import push
 
-    pushes._LEAST_STAGES_NBYTES = 0
+    push._MIN_STAGING_NBYTES = 0
     rng, count, nbytes = random.Random(5), 100_000, 0
     with create() as kv, tensorkv.create("local") as local:
         for store in (kv, local):
@@ -648,9 +648,9 @@ def no_sharing():
     """The last rank cannot open what the others share: all go through Gloo, and one of them says so."""
     import warnings
 
-    from tensorkv.engines.sync import host
+    from tensorkv.engines.sync import group
 
-    right, asked = host.Segment, []
+    right, asked = group.Segment, []
 
     class Closed(right):
         def __init__(self, nbytes, name=None, *, private=False):
@@ -660,7 +660,7 @@ def no_sharing():
             super().__init__(nbytes, name, private=private)
 
     if RANK == SIZE - 1:
-        host.Segment = Closed
+        group.Segment = Closed
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         kv = create()

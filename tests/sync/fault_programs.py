@@ -14,7 +14,7 @@ import torch
 import tensorkv
 from tensorkv.arrays.outputs import GivenOuts
 from tensorkv.engines import partition
-from tensorkv.engines.sync import allreduce, group, host, pushes
+from tensorkv.engines.sync import allreduce, group, host, push
 from tensorkv.storage import checkpoint
 from tests.sync.dist_programs import F32, RANK, SIZE, create, say
 
@@ -35,9 +35,9 @@ def die(*_):
 
 def half_summed():
     """Rank 0 dies when some chunks of a value are summed, while the others are busy with what came before."""
-    pushes.SLOT_NBYTES_OVER_HOSTS = 1 << 20
+    push.SLOT_NBYTES_OVER_HOSTS = 1 << 20
     count = 4_000_000
-    right, seen = allreduce.AllReduce.sum, []
+    right, seen = allreduce.AllReduce.reduce, []
     with create(shared_memory=False, timeout_s=5) as kv:
         kv.init("a", np.zeros(count, F32))
         out = np.empty(count, F32)
@@ -51,7 +51,7 @@ def half_summed():
                 time.sleep(0.3)
             return right(*args)
 
-        allreduce.AllReduce.sum = slow
+        allreduce.AllReduce.reduce = slow
         outcome("pushpull", lambda: kv.pushpull("a", np.full(count, 7, F32), out=out))
         say("the out has", np.unique(out).tolist())
         outcome("afterwards a pull", lambda: np.unique(kv.pull("a")).tolist())
@@ -59,11 +59,11 @@ def half_summed():
 
 def outs_stay(count):
     """Some worker breaks off somewhere in a call, which raises on every worker and writes no out."""
-    pushes.SLOT_NBYTES = 1 << 10
+    push.SLOT_NBYTES = 1 << 10
     partition._WHOLE = 256
     rng, fired, failed = random.Random(3), [], 0
     for number in range(int(count)):
-        name = rng.choice(["pack", "sum", "settle", "wait_for_values"])
+        name = rng.choice(["stage_in", "reduce", "return_values", "wait_for_values"])
         at, victim = rng.randrange(1 if name == "wait_for_values" else 12), rng.randrange(SIZE)
         verb = rng.choice(["pushpull", "pushpull many", "pushpull cast", "updater", "trainer"])
         right, seen = getattr(allreduce.AllReduce, name), []

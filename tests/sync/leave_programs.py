@@ -94,7 +94,7 @@ def batch(store, rank, who, *seed):
 def refused(pusher, shared_memory):
     """While the others have left, one pushes a long list of keys, dense and as Rows, and has a call refused."""
     names = [f"model.layer.{number:04}.weight" for number in range(170)]
-    assert len(str(names)) > host.ENTRY_TEXT > chain.HEAD_TEXT
+    assert len(str(names)) > host.ENTRY_TEXT > chain.HEADER_TEXT
     with create(shared_memory=shared_memory == "True") as kv:
         kv.init(names, [np.zeros((2, 1), F32)] * 170)
         ones = [tensorkv.Rows(np.array([1]), np.ones((1, 1), F32), 2)] * 170

@@ -12,16 +12,16 @@ from tests.sync.dist_programs import F32, RANK, SIZE, create, say
 
 def record(is_ready):
     """Note the keys of pushes in the order in which they are served; the first waits until all is ready."""
-    right, order = AllReduce.serve, []
+    right, order = AllReduce.run, []
 
-    def serve(self, presence):
+    def run(self):
         deadline = time.monotonic() + 20
         while not order and not is_ready() and time.monotonic() < deadline:
             time.sleep(0.01)
-        order.append(self.doing.split('"')[3])
-        right(self, presence)
+        order.append(self.call.text.split('"')[3])
+        right(self)
 
-    AllReduce.serve = serve
+    AllReduce.run = run
     return order
 
 

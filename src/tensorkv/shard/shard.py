@@ -29,7 +29,7 @@ from tensorkv.errors import (
 
 from . import quick, reduce
 from .entry import Batch, Entry, Part
-from .nonfinite import FiniteSums, NonFinite
+from .nonfinite import NonFinite, NonFinitePolicy
 from .optimizers import Optimizer, OptimizerSpec
 from .plan import Column, Plan, Plans
 from .pool import Pool
@@ -73,7 +73,7 @@ class Shard:
         self._entries: dict[Key, Entry] = {}
         self._key_type: type | None = None
         self._on_device = on_device
-        self._finite = FiniteSums(nonfinite)
+        self._finite = NonFinitePolicy(nonfinite)
         self._rule: Rule = Assign()
         self._plans = Plans()
         self._pool = Pool(threads)
@@ -127,7 +127,7 @@ class Shard:
             Bytes moved, or None when nothing was done and the general way is to be taken.
         """
         entry = self._entries.get(key) if type(key) is self._key_type else None
-        if entry is None or (value is not None and (type(self._rule) is not Assign or self._finite.looks)):
+        if entry is None or (value is not None and (type(self._rule) is not Assign or self._finite.checks)):
             return None
         return quick.exchange(self, self._lock, self._rule, entry, value, out)
 
@@ -166,7 +166,7 @@ class Shard:
 
     def _plan(self, keys: Sequence[Key], *, pushes: bool) -> Plan | None:
         self.refuse_reentry()
-        if pushes and (self._finite.looks or not isinstance(self._rule, Assign | StepOptimizer)):
+        if pushes and (self._finite.checks or not isinstance(self._rule, Assign | StepOptimizer)):
             return None
         with kept():
             return self._plans.find(keys, self._entries)
@@ -411,8 +411,8 @@ class Shard:
             for entry in move_to_parts(entries, parts):
                 self._plans.forget(entry.key)
         with self._in_order(entries):
-            if self._finite.looks:
-                entries, parts = self._finite.sums(batch, entries)
+            if self._finite.checks:
+                entries, parts = self._finite.finite_sums(batch, entries)
             return self._apply(entries, parts, outs)
 
     def _push_rows(self, entries: Sequence[Entry], parts: Sequence[list[Any]]) -> tuple[list[Entry], list[list[Part]]]:

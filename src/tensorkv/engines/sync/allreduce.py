@@ -1,273 +1,83 @@
-"""AllReduce: one call's way through the stage. Lay out, sum and update, settle, chunk by chunk; then copy out.
+"""AllReduce: the sums of one call over all workers, and the update that they make, bucket by bucket.
 
-Every worker lays its parts out in the stage and updates the pieces that it owns from everyone's parts. Outs are
-written when every value is there: a call that fails, because another worker dies for example, leaves them as they were.
+A bucket passes four stages. ``stage_in``: every worker puts its parts into the staging buffer. ``reduce``: each owner
+sums everyone's parts of its pieces and updates the values, or sends the sums to the next host. ``return_values``: the
+last host's values come back. ``copy_out``: outputs are written, when the values of all buckets are there; so a call
+that fails, because another worker dies for example, leaves them as they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
-from tensorkv.errors import quote
+from tensorkv.errors import NonFiniteError, quote
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Entry
+from tensorkv.shard.nonfinite import NonFinitePolicy
 from tensorkv.shard.pool import Pool
 from tensorkv.shard.rules import Assign, Rule, Step, WholeStep
+from tensorkv.transport.segment import aligned
 
-from .chain import Chain, Presence
-from .host import HostGroup
-from .message import PackedBuffer, pieces
-from .nonfinite import Guard
-from .schedule import Arrays, BucketSegment, Schedule, StagingBuffer, copy_out, pack
+from .chain import Chain
+from .host import Collective, HostGroup
+from .schedule import Arrays, Bucket, BucketSegment, Schedule, StagingBuffer
 
 # One call runs in one thread: its workers share the cores.
 _POOL = Pool(1)
 
 
-class AllReduce:
-    """One call on one route.
+class Update:
+    """What one call does with its sums: the update of each key, whose sum comes piece by piece.
 
     Args:
-        host: of this worker's host.
-        chain: to other hosts.
-        route: of the call's keys.
-        stage: where parts are laid out.
-        number: of the call.
-        doing: the call, for messages.
-        entries: what this worker updates of each key.
-        rule: how.
-        guard: against NaN and Inf; None: they pass.
-        first: the slot of the first chunk.
+        verb: of the call, for messages.
+        entries: this worker's part of each key.
+        rule: that changes values.
+        policy: for sums with NaN or Inf.
+        updates_empty: whether this worker updates values without elements, of which no piece comes.
     """
 
     def __init__(
-        self,
-        host: HostGroup,
-        chain: Chain,
-        route: Schedule,
-        stage: StagingBuffer,
-        number: int,
-        doing: str,
-        entries: Sequence[Entry],
-        rule: Rule,
-        guard: Guard | None = None,
-        first: int = 0,
+        self, verb: str, entries: Sequence[Entry], rule: Rule, policy: NonFinitePolicy, updates_empty: bool
     ) -> None:
-        self._host, self._chain, self.stage, self.doing = host, chain, stage, doing
-        self.route, self.number = route, number
-        self._entries, self._rule, self._guard = entries, rule, guard
-        self.refusal: Exception | None = None
-        self._legs = route.legs(stage, first)
-        self.count = len(self._legs)
-        self._slots = [(first + chunk) % stage.slots for chunk in range(self.count)]
-        # How often each chunk's slot will have been used after this call.
-        self._uses: list[int] = []
-        for slot in self._slots:
-            stage.uses[slot] += 1
-            self._uses.append(stage.uses[slot])
-        self._owners = 8 * chain.owners
-        self._is_owner = host.local_rank < chain.owners
-        self._updates = self._is_owner and chain.is_last
-        self._at_end = guard is not None or any(map(rule.sees_whole, entries))
-        self._assigns = isinstance(rule, Assign) and guard is None
+        self._verb, self._entries, self._rule, self._policy = verb, entries, rule, policy
+        self._updates_empty = updates_empty
+        # Whether values change only when all sums have come.
+        self.is_at_end = policy.checks or any(map(rule.sees_whole, entries))
+        self.assigns = isinstance(rule, Assign) and not policy.checks
         self._steps: dict[int, Step] = {}
-        self._direct: Arrays | None = None
-        self._coming: dict[int, tuple[PackedBuffer, object]] = {}
-        self._returning: dict[int, tuple[PackedBuffer, object]] = {}
+        # By position of the key, what its update raised.
         self.failed: list[tuple[int, Exception]] = []
+        self.refusal: NonFiniteError | None = None
 
-    # ------------------------------------------------------------ whole calls
-
-    def run(self, parts: Arrays | None, who: Callable[[], Presence]) -> None:
-        """Make the values, the stages overlapping.
-
-        Args:
-            parts: this worker's; None if it only serves the others.
-            who: tells, when the first parts are laid out, who takes part.
-        """
-        count, presence = self.count, Presence([], False)
-        if parts is not None and parts.bases is not None and len(parts.bases) == 1:
-            # Only what others sum is laid out; this worker reads its own pieces where they are.
-            self._direct = parts
-        at_sum, at_settle = self._turns()
-        for turn in range(max(1, count + at_settle)):
-            if turn < count and parts is not None:
-                self.pack(turn, parts)
-            if turn == 0:
-                presence = who()
-                if not count:
-                    self._finish()
-            if 0 <= turn - at_sum < count:
-                self.sum(turn - at_sum, presence)
-            if 0 <= turn - at_settle < count:
-                self.settle(turn - at_settle)
-        self._chain.flush(self.doing)
-
-    def _turns(self) -> tuple[int, int]:
-        """Return by how many turns each stage comes after a chunk was laid out."""
-        at_sum = 1 if self.count > 1 else 0
-        # A chunk goes to the last host and back while the next ones follow it.
-        on_the_way = 4 * self._chain.hosts_after
-        waits = self.count if self._at_end else on_the_way
-        return at_sum, at_sum + waits
-
-    def serve(self, presence: Presence) -> None:
-        """Do what the other workers wait for, the parts having been laid out."""
-        if not self.count:
-            self._finish()
-        for chunk in range(self.count):
-            self.sum(chunk, presence)
-            if not self._at_end and self._chain.is_last:
-                self.settle(chunk)
-        if self._at_end or not self._chain.is_last:
-            for chunk in range(self.count):
-                self.settle(chunk)
-        self._chain.flush(self.doing)
-
-    def is_staged(self, here: list[int]) -> bool:
-        """Tell whether these workers of the host have staged their parts."""
-        return all(self._host.is_there(self._filled(chunk, here), self._uses[chunk]) for chunk in range(self.count))
-
-    def wait_for_values(self) -> None:
-        """Wait until every owner has made its values."""
-        for chunk in range(self.count):
-            ready = self.stage.ready[self._slots[chunk]]
-            self._host.wait(ready[: self._owners], self._uses[chunk], self.doing)
-
-    def copy_out(self, outs: Arrays, past_cache: bool) -> None:
-        """Copy the values, which are all there, to plain outs, if wanted past the processor's cache."""
-        for legs in self._legs:
-            for leg in legs:
-                copy_out(leg, outs, past_cache)
-
-    # ------------------------------------------------------------ one chunk
-
-    def pack(self, chunk: int, parts: Arrays) -> None:
-        """Put this worker's parts into the stage, once its slot has been read."""
-        slot, use = self._slots[chunk], self._uses[chunk]
-        self._host.wait(self.stage.read[slot][: self._owners], use - 1, self.doing)
-        for leg in self._legs[chunk]:
-            cuts = leg.whole if self._direct is None else leg.others
-            pack(leg, self._host.local_rank, parts, cuts)
-        self._host.store(self.stage.own_filled[slot], use)
-
-    def sum(self, chunk: int, presence: Presence) -> None:
-        """Update the pieces that this worker owns, or send their sums on."""
-        slot, use = self._slots[chunk], self._uses[chunk]
-        if self._is_owner:
-            self._host.wait(self._filled(chunk, presence.here), use, self.doing, presence.here)
-            legs = self._own_legs(chunk)
-            # Who has left may read values at any time.
-            in_place = len(presence.here) == self._host.size
-            before = self._receive(chunk, legs, in_place) if presence.parts_come else None
-            sums = self._sum_legs(legs, presence.here, before)
-            self._host.store(self.stage.own_read[slot], use)
-            if legs and not self._chain.is_last:
-                self._send_on(chunk, legs, sums)
-        if chunk == self.count - 1:
-            self._finish()
-
-    def settle(self, chunk: int) -> None:
-        """Have the values of this worker's pieces in place, here and on the host before."""
-        if not self._is_owner:
-            return
-        legs = self._own_legs(chunk)
-        message: PackedBuffer | None = None
-        if not self._chain.is_last and legs:
-            message, work = self._returning.pop(chunk)
-            self._chain.finish(work, self._chain.after, self.doing)
-            message.unpack(legs)
-        if self._chain.before is not None and legs:
-            if message is None:
-                message = PackedBuffer.of_values(legs)
-                message.pack(legs)
-            self._chain.send(message.whole, self._chain.before, self.doing)
-        self._host.store(self.stage.own_ready[self._slots[chunk]], self._uses[chunk])
-
-    # ------------------------------------------------------------ inside
-
-    def _own_legs(self, chunk: int) -> list[BucketSegment]:
-        """Return the legs of a chunk that have pieces of this worker's."""
-        return [leg for leg in self._legs[chunk] if leg.own.stop > leg.own.start]
-
-    def _filled(self, chunk: int, here: list[int]) -> bytes:
-        """Return the words of a chunk that some workers of this host store when they have laid their parts out."""
-        column = self.stage.filled[self._slots[chunk]]
-        if len(here) == self._host.size:
-            return column
-        return b"".join(column[8 * worker : 8 * worker + 8] for worker in here)
-
-    def _sum_legs(self, legs: list[BucketSegment], here: list[int], before: PackedBuffer | None) -> PackedBuffer | None:
-        """Update values, or return the sums for the host after; None where there are no parts up to here."""
-        sums: PackedBuffer | None = None
-        if not self._chain.is_last:
-            if not here or not legs:
-                return before
-            if before is None and here == [self._host.local_rank] and self._direct is not None:
-                sums = PackedBuffer.of_parts(legs, self._direct)
-            if sums is not None:
-                return sums
-            sums = PackedBuffer.new([(leg, leg.wide) for leg in legs])
-        for index, leg in enumerate(legs):
-            earlier = None if before is None else before.rooms[index]
-            self._sum_leg(leg, here, earlier, None if sums is None else sums.rooms[index])
-        return sums
-
-    def _sum_leg(
-        self, leg: BucketSegment, present: list[int], before: torch.Tensor | None, sums: torch.Tensor | None
-    ) -> None:
-        own = leg.own
-        if native.can_sum(leg.dtype) and (sums is not None or self._assigns):
-            columns = leg.own_columns([self._column(leg, worker) for worker in present])
-            if before is not None:
-                columns.insert(0, native.column_beside(before, leg.counts[own]))
-            out = leg.own_columns([leg.value_column])[0]
-            leg.sums([out if sums is None else native.column_beside(sums, leg.counts[own])], columns, own)
-            return
-        earlier = None if before is None else pieces(leg, before)
-        targets = None if sums is None else pieces(leg, sums)
-        if self._direct is not None:
-            # A rule that sees pieces as tensors finds them in the stage.
-            pack(leg, self._host.local_rank, self._direct, [own])
-        for index, at in enumerate(range(own.start, own.stop)):
-            parts = [leg.rooms(worker)[at] for worker in present]
-            if earlier is not None:
-                parts.insert(0, earlier[index])
-            piece = leg.pieces[at]
-            if targets is not None:
-                reduce.sum_piece(targets[index], parts)
-            else:
-                start, _ = self.route.held[piece.key].span(self._host.local_rank)
-                self._step(piece.key).apply(piece.start - start, piece.stop - start, parts)
-
-    def _column(self, leg: BucketSegment, worker: int) -> bytes:
-        """Return where a worker's parts of a leg can be read."""
-        if self._direct is None or worker != self._host.local_rank:
-            return leg.room_columns[worker]
-        return self._direct.columns(leg)[0]
+    def apply(self, key: int, start: int, stop: int, parts: Sequence[torch.Tensor]) -> None:
+        """Take the sum of parts for some elements of this worker's part of a key."""
+        self._step(key).apply(start, stop, parts)
 
     def _step(self, key: int) -> Step:
         if key not in self._steps:
             entry = self._entries[key]
-            step = self._rule.step(entry, _POOL) if self._guard is None else WholeStep(self._rule, entry, _POOL)
-            self._steps[key] = step
+            whole = self._policy.checks
+            self._steps[key] = WholeStep(self._rule, entry, _POOL) if whole else self._rule.step(entry, _POOL)
         return self._steps[key]
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """Count the update of every key, once, on every worker."""
-        if not self._steps and not self._at_end:
+        if not self._steps and not self.is_at_end:
             for entry in self._entries:
                 entry.version += 1
             return
-        left_out = set() if self._guard is None else self._sift(self._guard)
-        for key, (entry, held) in enumerate(zip(self._entries, self.route.held, strict=True)):
+        left_out = self._left_out() if self._policy.checks else set()
+        for key, entry in enumerate(self._entries):
             if key in left_out:
                 continue
             version = entry.version
-            # No piece has come of a value without elements, and its updater is called all the same.
-            if self._at_end and self._updates and self._host.local_rank == 0 and not held.value.numel():
+            if self.is_at_end and self._updates_empty and not entry.spec.shape.numel():
                 self._step(key)
             step = self._steps.pop(key, None)
             try:
@@ -277,36 +87,329 @@ class AllReduce:
             except Exception as error:
                 self.failed.append((key, error))
 
-    def _sift(self, guard: Guard) -> set[int]:
+    def _left_out(self) -> set[int]:
         """Agree with all workers on which keys are left out."""
         bad = {key: step.count_nonfinite() for key, step in self._steps.items() if isinstance(step, WholeStep)}
-        verb = self.doing.partition(" ")[0]
-        names = [f"{verb}({quote(entry.key)})" for entry in self._entries]
-        left_out, self.refusal = guard.decide(bad, names, self.doing)
-        return left_out
+        try:
+            return self._policy.left_out(bad, [f"{self._verb}({quote(entry.key)})" for entry in self._entries])
+        except NonFiniteError as error:
+            # Raised when the values have gone back to all workers, who wait for them.
+            self.refusal = error
+            return set(range(len(self._entries)))
 
-    def _message(self, legs: list[BucketSegment], in_place: bool) -> PackedBuffer:
-        """Return memory for the sums of the hosts before: where they are only added to, that of the values."""
-        if in_place and self._assigns and self._chain.is_last and all(native.can_sum(leg.dtype) for leg in legs):
-            return PackedBuffer.of_values(legs)
-        return PackedBuffer.new([(leg, leg.wide) for leg in legs])
 
-    def _receive(self, chunk: int, legs: list[BucketSegment], in_place: bool) -> PackedBuffer | None:
-        """Return what the hosts before have summed of this worker's pieces, asking for the next chunk already."""
-        for each in range(chunk, min(chunk + 2, self.count)):
-            mine = self._own_legs(each)
-            if each not in self._coming and mine:
-                message = self._message(mine, in_place)
-                self._coming[each] = message, self._chain.receive(message.whole, self._chain.before)
-        if not legs:
+class AllReduce:
+    """One call with dense parts.
+
+    Args:
+        host: of this worker.
+        chain: to other hosts.
+        call: that all workers enter.
+        schedule: of the call's keys.
+        staging: the buffer for parts.
+        update: what the sums do.
+        first: the slot of the first bucket.
+    """
+
+    def __init__(
+        self,
+        host: HostGroup,
+        chain: Chain,
+        call: Collective,
+        schedule: Schedule,
+        staging: StagingBuffer,
+        update: Update,
+        first: int = 0,
+    ) -> None:
+        self._host, self._chain, self._schedule = host, chain, schedule
+        self.call, self.staging, self.update = call, staging, update
+        self._buckets = schedule.buckets(staging, first)
+        self._owner_words = 8 * chain.owners
+        # This worker's parts while only some buckets are staged.
+        self._parts: Arrays | None = None
+        # Parts whose own pieces are read where they are: only what others sum is staged.
+        self._direct: Arrays | None = None
+        self._incoming: dict[int, tuple[PackedBuffer, object]] = {}
+        self._returning: dict[int, tuple[PackedBuffer, object]] = {}
+
+    # ------------------------------------------------------------ a call
+
+    def stage_all(self, parts: Arrays) -> None:
+        """Stage all of this worker's parts, which the caller may overwrite afterwards."""
+        self._parts = parts
+        for index in range(len(self._buckets)):
+            self.stage_in(index)
+        self._parts = None
+
+    def start(self, parts: Arrays) -> None:
+        """Stage this worker's parts of the first bucket; ``run`` stages the others."""
+        self._parts = parts
+        if parts.bases is not None and len(parts.bases) == 1:
+            self._direct = parts
+        if self._buckets:
+            self.stage_in(0)
+
+    def run(self) -> None:
+        """Make the values, all workers having agreed on the call; the stages of different buckets overlap."""
+        count = len(self._buckets)
+        if not count:
+            self.update.finish()
+        # A bucket goes to the last host and back while the next ones follow it.
+        return_lag = count if self.update.is_at_end else 4 * self._chain.hosts_after
+        stages = [(0, self.reduce), (return_lag, self.return_values)]
+        if self._parts is not None:
+            stages.insert(0, (-1, self.stage_in))
+        for turn in range(count + return_lag):
+            for lag, stage in stages:
+                if 0 <= turn - lag < count:
+                    stage(turn - lag)
+        if self._chain.has_neighbours:
+            self._chain.flush()
+
+    def is_staged(self) -> bool:
+        """Tell whether all members of this host have staged their parts."""
+        return all(self._host.is_reached(self._filled(bucket), bucket.use) for bucket in self._buckets)
+
+    def wait_for_values(self) -> None:
+        """Wait until every owner has made its values."""
+        for bucket in self._buckets:
+            self._host.wait(self.staging.ready[bucket.slot][: self._owner_words], bucket.use)
+
+    def copy_out(self, outs: Arrays, past_cache: bool) -> None:
+        """Copy the values, which are all there, to plain outputs, if wanted past the processor's cache."""
+        for bucket in self._buckets:
+            for segment in bucket.segments:
+                segment.copy_out(outs, past_cache)
+
+    # ------------------------------------------------------------ the stages of one bucket
+
+    def stage_in(self, index: int) -> None:
+        """Put this worker's parts into the staging buffer, once its slot has been read."""
+        bucket = self._buckets[index]
+        parts: Any = self._parts
+        self._host.wait(self.staging.read[bucket.slot][: self._owner_words], bucket.use - 1)
+        for segment in bucket.segments:
+            cuts = segment.whole if self._direct is None else segment.others
+            segment.pack(self._host.local_rank, parts, cuts)
+        self._host.store(self.staging.own_filled[bucket.slot], bucket.use)
+
+    def reduce(self, index: int) -> None:
+        """Update the pieces that this worker owns, or send their sums to the next host."""
+        bucket = self._buckets[index]
+        if self._chain.is_owner:
+            members = self._members
+            self._host.wait(self._filled(bucket), bucket.use, members)
+            earlier = self._receive(index) if self.call.sum_comes else None
+            sums = self._sum(bucket.own, members, earlier)
+            self._host.store(self.staging.own_read[bucket.slot], bucket.use)
+            if bucket.own and not self._chain.is_last:
+                self._send_on(index, sums)
+        if index == len(self._buckets) - 1:
+            self.update.finish()
+
+    def return_values(self, index: int) -> None:
+        """Have the values of this worker's pieces in place, here and on the host before."""
+        if not self._chain.is_owner:
+            return
+        bucket = self._buckets[index]
+        values: PackedBuffer | None = None
+        if not self._chain.is_last and bucket.own:
+            values, work = self._returning.pop(index)
+            self._chain.wait(work, self._chain.next)
+            values.unpack(bucket.own)
+        if self._chain.prev is not None and bucket.own:
+            if values is None:
+                values = PackedBuffer.of_values(bucket.own)
+                values.pack(bucket.own)
+            self._chain.isend(values.whole, self._chain.prev)
+        self._host.store(self.staging.own_ready[bucket.slot], bucket.use)
+
+    # ------------------------------------------------------------ sums
+
+    @property
+    def _members(self) -> list[int]:
+        return self.call.members or []
+
+    def _filled(self, bucket: Bucket) -> bytes:
+        """Return the words of a bucket that members of this host store when they have staged their parts."""
+        column, members = self.staging.filled[bucket.slot], self._members
+        if len(members) == self._host.size:
+            return column
+        return b"".join(column[8 * worker : 8 * worker + 8] for worker in members)
+
+    def _sum(
+        self, segments: list[BucketSegment], members: list[int], earlier: PackedBuffer | None
+    ) -> PackedBuffer | None:
+        """Update values, or return the sums for the next host; None where there are no parts up to here."""
+        sums: PackedBuffer | None = None
+        if not self._chain.is_last:
+            if not members or not segments:
+                return earlier
+            if earlier is None and members == [self._host.local_rank] and self._direct is not None:
+                sums = PackedBuffer.of_parts(segments, self._direct)
+            if sums is not None:
+                return sums
+            sums = PackedBuffer.new([(segment, segment.sum_dtype) for segment in segments])
+        for index, segment in enumerate(segments):
+            before = None if earlier is None else earlier.flats[index]
+            self._sum_segment(segment, members, before, None if sums is None else sums.flats[index])
+        return sums
+
+    def _sum_segment(
+        self, segment: BucketSegment, members: list[int], earlier: torch.Tensor | None, sums: torch.Tensor | None
+    ) -> None:
+        """Add the members' parts of this worker's pieces to the sum from the host before.
+
+        Args:
+            segment: of a bucket.
+            members: of this host, whose parts are added in this order.
+            earlier: the sum from the host before; None if none comes.
+            sums: where the sums go; None: they update values.
+        """
+        own = segment.own
+        if native.can_sum(segment.dtype) and (sums is not None or self.update.assigns):
+            columns = segment.own_columns([self._column(segment, worker) for worker in members])
+            if earlier is not None:
+                columns.insert(0, native.column_beside(earlier, segment.counts[own]))
+            out = segment.own_columns([segment.value_column])[0]
+            segment.sum([out if sums is None else native.column_beside(sums, segment.counts[own])], columns, own)
+            return
+        before = None if earlier is None else _split(segment, earlier)
+        targets = None if sums is None else _split(segment, sums)
+        if self._direct is not None:
+            # A rule that takes pieces as tensors finds them in the staging buffer.
+            segment.pack(self._host.local_rank, self._direct, [own])
+        for index, at in enumerate(range(own.start, own.stop)):
+            parts = [segment.staged(worker)[at] for worker in members]
+            if before is not None:
+                parts.insert(0, before[index])
+            piece = segment.pieces[at]
+            if targets is not None:
+                reduce.sum_piece(targets[index], parts)
+            else:
+                first, _ = self._schedule.values[piece.key].span(self._host.local_rank)
+                self.update.apply(piece.key, piece.start - first, piece.stop - first, parts)
+
+    def _column(self, segment: BucketSegment, worker: int) -> bytes:
+        """Return where a worker's parts of a segment can be read."""
+        if self._direct is None or worker != self._host.local_rank:
+            return segment.staged_columns[worker]
+        return segment.columns(self._direct)[0]
+
+    # ------------------------------------------------------------ between hosts
+
+    def _receive(self, index: int) -> PackedBuffer | None:
+        """Return what the hosts before have summed of this worker's pieces, asking for the next bucket already."""
+        for each in range(index, min(index + 2, len(self._buckets))):
+            own = self._buckets[each].own
+            if each not in self._incoming and own:
+                buffer = self._buffer_for_sums(own)
+                self._incoming[each] = buffer, self._chain.irecv(buffer.whole, self._chain.prev)
+        if not self._buckets[index].own:
             return None
-        message, work = self._coming.pop(chunk)
-        self._chain.finish(work, self._chain.before, self.doing)
-        return message
+        buffer, work = self._incoming.pop(index)
+        self._chain.wait(work, self._chain.prev)
+        return buffer
 
-    def _send_on(self, chunk: int, legs: list[BucketSegment], sums: PackedBuffer | None) -> None:
-        after = self._chain.after
+    def _buffer_for_sums(self, segments: list[BucketSegment]) -> PackedBuffer:
+        """Return memory for the sums of the hosts before: the values themselves where these are only added to."""
+        # A worker that has left may read values at any time.
+        in_place = len(self._members) == self._host.size and self.update.assigns and self._chain.is_last
+        if in_place and all(native.can_sum(segment.dtype) for segment in segments):
+            return PackedBuffer.of_values(segments)
+        return PackedBuffer.new([(segment, segment.sum_dtype) for segment in segments])
+
+    def _send_on(self, index: int, sums: PackedBuffer | None) -> None:
+        after = self._chain.next
         if sums is not None:
-            self._chain.send(sums.whole, after, self.doing)
-        message = PackedBuffer.of_values(legs)
-        self._returning[chunk] = message, self._chain.receive(message.whole, after)
+            self._chain.isend(sums.whole, after)
+        values = PackedBuffer.of_values(self._buckets[index].own)
+        self._returning[index] = values, self._chain.irecv(values.whole, after)
+
+
+@dataclass(slots=True)
+class PackedBuffer:
+    """The pieces of a bucket that one worker owns, side by side for another host.
+
+    Args:
+        whole: the memory that is sent.
+        flats: of each segment, its pieces in it.
+        is_value: whether this is the memory of the values themselves.
+    """
+
+    whole: torch.Tensor
+    flats: list[torch.Tensor]
+    is_value: bool = False
+
+    @classmethod
+    def new(cls, wanted: Sequence[tuple[BucketSegment, torch.dtype]]) -> PackedBuffer:
+        """Return memory for the pieces of segments, in a dtype for each."""
+        counts = [sum(segment.counts[segment.own]) for segment, _ in wanted]
+        sizes = [aligned(count * dtype.itemsize) for count, (_, dtype) in zip(counts, wanted, strict=True)]
+        whole = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
+        flats = [
+            place[: count * dtype.itemsize].view(dtype)
+            for place, count, (_, dtype) in zip(torch.split(whole, sizes), counts, wanted, strict=True)
+        ]
+        return cls(whole, flats)
+
+    @classmethod
+    def of_values(cls, segments: Sequence[BucketSegment]) -> PackedBuffer:
+        """Return memory for the values of pieces: that of the values themselves if they lie side by side."""
+        segment = segments[0]
+        found = _side_by_side(segments, segment.value_column, segment.values[segment.own.start])
+        if found is None:
+            return cls.new([(segment, segment.dtype) for segment in segments])
+        return cls(found, [found.view(segment.dtype)], True)
+
+    @classmethod
+    def of_parts(cls, segments: Sequence[BucketSegment], parts: Arrays) -> PackedBuffer | None:
+        """Return the memory of a worker's plain parts if the pieces lie side by side; None otherwise."""
+        segment = segments[0]
+        first = parts.first(segment.pieces[segment.own.start].key)
+        found = _side_by_side(segments, segment.columns(parts)[0], first)
+        return None if found is None else cls(found, [found.view(segment.dtype)])
+
+    def pack(self, segments: Sequence[BucketSegment]) -> None:
+        """Copy values into the buffer."""
+        for segment, flat in () if self.is_value else zip(segments, self.flats, strict=True):
+            if native.can_sum(segment.dtype):
+                target = native.column_beside(flat, segment.counts[segment.own])
+                segment.sum([target], segment.own_columns([segment.value_column]), segment.own)
+            else:
+                torch._foreach_copy_(_split(segment, flat), segment.values[segment.own])
+
+    def unpack(self, segments: Sequence[BucketSegment]) -> None:
+        """Copy the buffer into values."""
+        for segment, flat in () if self.is_value else zip(segments, self.flats, strict=True):
+            if native.can_sum(segment.dtype):
+                source = native.column_beside(flat, segment.counts[segment.own])
+                segment.sum(segment.own_columns([segment.value_column]), [source], segment.own)
+            else:
+                torch._foreach_copy_(segment.values[segment.own], _split(segment, flat))
+
+
+def _side_by_side(segments: Sequence[BucketSegment], column: bytes, first: torch.Tensor) -> torch.Tensor | None:
+    """Return the bytes of a segment's own pieces if they lie in one piece of memory, padded as a buffer is.
+
+    Args:
+        segments: only one of them can.
+        column: the addresses of the pieces.
+        first: a tensor in whose storage the first piece lies.
+    """
+    segment = segments[0]
+    addresses = np.frombuffer(segment.own_columns([column])[0], np.uint64)
+    nbytes = np.array(segment.counts[segment.own], np.uint64) * np.uint64(segment.dtype.itemsize)
+    total = int(nbytes.sum())
+    if len(segments) > 1 or total != aligned(total) or (addresses[1:] != addresses[:-1] + nbytes[:-1]).any():
+        return None
+    storage = first.untyped_storage()
+    offset = int(addresses[0]) - storage.data_ptr()
+    if offset + total > storage.nbytes() or offset % segment.dtype.itemsize:
+        return None
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, offset, (total,), (1,))
+
+
+def _split(segment: BucketSegment, flat: torch.Tensor) -> list[torch.Tensor]:
+    """Return a segment's own pieces in its part of a buffer."""
+    return list(torch.split(flat, segment.counts[segment.own]))

@@ -1,4 +1,4 @@
-"""Archive: checkpoints of a dist store, written by the workers of a host in parallel, under one manifest.
+"""Checkpoints of a dist_sync store, written by the workers of a host in parallel, under one manifest.
 
 The format is that of every store: what four ranks have saved, three can load, or a local store.
 """
@@ -37,7 +37,7 @@ def save(
     host: HostGroup,
     chain: Chain,
     shard: Shard,
-    held: Mapping[Key, PartitionedValue],
+    values: Mapping[Key, PartitionedValue],
     path: str,
     kind: Kind,
 ) -> None:
@@ -46,31 +46,30 @@ def save(
     Raises:
         CheckpointError: on every worker, if one cannot write; the old checkpoint is in force then.
     """
-    doing = f"save({path})"
     writes, leads = chain.is_last, chain.is_last and host.local_rank == 0
     with shard.frozen() as (entries, rule), ExitStack() as stack:
-        whole = _whole_entries(group, host, writes, entries, held, doing)
+        whole = _whole_entries(group, host, writes, entries, values)
 
         def start() -> str:
             token = secrets.token_hex(8)
             stack.enter_context(checkpoint.writing(path, token))
             return token
 
-        token = next(each for each in _everyone(group, start if leads else None, doing) if each)
+        token = next(each for each in _on_all_ranks(group, start if leads else None) if each)
         body, tensors = manifest.describe(kind, whole, rule) if writes else ({}, {})
         mine = _share_of(tensors, host.local_rank, host.size) if writes else {}
-        files = _everyone(
-            group, lambda: checkpoint.write_files(path, token, host.local_rank * _FILES, mine) if writes else [], doing
+        files = _on_all_ranks(
+            group, lambda: checkpoint.write_files(path, token, host.local_rank * _FILES, mine) if writes else []
         )
 
         def publish() -> None:
             listed = [file for own in files if own for file in own]
             checkpoint.publish(path, token, {**body, "files": listed})
 
-        _everyone(group, publish if leads else None, doing)
+        _on_all_ranks(group, publish if leads else None)
 
 
-def _everyone(group: ProcessGroup, do: Callable[[], Any] | None, doing: str) -> list[Any]:
+def _on_all_ranks(group: ProcessGroup, do: Callable[[], Any] | None) -> list[Any]:
     """Do something and return what every rank's returned; raise on every rank what one has raised."""
     error: Exception | None = None
     said: Any = None
@@ -78,7 +77,7 @@ def _everyone(group: ProcessGroup, do: Callable[[], Any] | None, doing: str) -> 
         said = None if do is None else do()
     except CheckpointError as caught:
         error = caught
-    answers = group.all_gather_json([said, None if error is None else str(error)], doing)
+    answers = group.all_gather_json([said, None if error is None else str(error)])
     if error is not None:
         raise error
     for rank, (_, problem) in enumerate(answers):
@@ -92,43 +91,42 @@ def _whole_entries(
     host: HostGroup,
     writes: bool,
     entries: Sequence[Entry],
-    held: Mapping[Key, PartitionedValue],
-    doing: str,
+    values: Mapping[Key, PartitionedValue],
 ) -> list[Entry]:
     """Return entries with whole values and whole state, which the host's workers put together in shared memory."""
     mine = {}
     for index, entry in enumerate(entries):
-        if entry.key in held and entry.state and writes:
+        if entry.key in values and entry.state and writes:
             mine[index] = {name: [interop.dtype_name(each.dtype), each.shape] for name, each in entry.state.items()}
     found: dict[int, dict[str, list[Any]]] = {}
-    for own in _everyone(group, lambda: mine, doing):
+    for own in _on_all_ranks(group, lambda: mine):
         for index, names in own.items():
             found.setdefault(int(index), {}).update(names)
-    places, nbytes = _places(entries, held, found)
+    places, nbytes = _places(entries, values, found)
     if not writes:
         return list(entries)
-    memory = host.share(nbytes, 0, doing) if places else None
+    memory = host.allocate(nbytes) if places else None
     states: dict[int, dict[str, torch.Tensor]] = {}
     for index, name, dtype, shape, offset in places:
-        room = memory.tensor(offset, shape, dtype)  # type: ignore[union-attr]
-        states.setdefault(index, {})[name] = room
+        whole = memory.tensor(offset, shape, dtype)  # type: ignore[union-attr]
+        states.setdefault(index, {})[name] = whole
         own = entries[index].state.get(name)
         if own is not None:
-            _part_of(room, held[entries[index].key], host.local_rank).copy_(own)
-    host.barrier(doing)
+            _part_of(whole, values[entries[index].key], host.local_rank).copy_(own)
+    host.barrier()
     return [
-        replace(entry, value=held[entry.key].value, state=states.get(index, {})) if entry.key in held else entry
+        replace(entry, value=values[entry.key].value, state=states.get(index, {})) if entry.key in values else entry
         for index, entry in enumerate(entries)
     ]
 
 
 def _places(
-    entries: Sequence[Entry], held: Mapping[Key, PartitionedValue], found: Mapping[int, Mapping[str, list[Any]]]
+    entries: Sequence[Entry], values: Mapping[Key, PartitionedValue], found: Mapping[int, Mapping[str, list[Any]]]
 ) -> tuple[list[tuple[int, str, torch.dtype, torch.Size, int]], int]:
     """Return where each state tensor is to lie, whole, and how many bytes all take."""
     places, at = [], 0
     for index, names in sorted(found.items()):
-        whole = held[entries[index].key]
+        whole = values[entries[index].key]
         for name, (dtype_name, own_shape) in names.items():
             dtype, shape = getattr(torch, dtype_name), torch.Size(own_shape)
             if _is_divided(whole) and len(shape) == whole.value.ndim:
@@ -138,16 +136,16 @@ def _places(
     return places, at
 
 
-def _is_divided(held: PartitionedValue) -> bool:
+def _is_divided(value: PartitionedValue) -> bool:
     """Tell whether several owners update a value; only optimizers that treat each element alone allow it."""
-    rows = held.borders[-1]
-    return rows not in [high - low for low, high in pairwise(held.borders)]
+    rows = value.borders[-1]
+    return rows not in [high - low for low, high in pairwise(value.borders)]
 
 
-def _part_of(room: torch.Tensor, held: PartitionedValue, owner: int) -> torch.Tensor:
-    if not _is_divided(held) or room.shape != held.value.shape:
-        return room
-    return room[held.borders[owner] : held.borders[owner + 1]]
+def _part_of(whole: torch.Tensor, value: PartitionedValue, owner: int) -> torch.Tensor:
+    if not _is_divided(value) or whole.shape != value.value.shape:
+        return whole
+    return whole[value.borders[owner] : value.borders[owner + 1]]
 
 
 def _share_of(tensors: Tensors, worker: int, workers: int) -> Tensors:
@@ -180,12 +178,12 @@ def read(group: ProcessGroup, shard: Shard, path: str, kind: Kind) -> Contents:
         manifest.check_states(contents)
         found.append(contents)
 
-    _everyone(group, look, f"load({path})")
+    _on_all_ranks(group, look)
     return found[0]
 
 
-def own_state(saved: Entry, held: PartitionedValue, owner: int) -> dict[str, torch.Tensor]:
+def own_state(saved: Entry, value: PartitionedValue, owner: int) -> dict[str, torch.Tensor]:
     """Return what an owner keeps of a whole key's state."""
-    if held.borders[owner] == held.borders[owner + 1]:
+    if value.borders[owner] == value.borders[owner + 1]:
         return {}
-    return {name: _part_of(each, held, owner).clone() for name, each in saved.state.items()}
+    return {name: _part_of(each, value, owner).clone() for name, each in saved.state.items()}

@@ -1,14 +1,14 @@
-"""The dist engine: processes and hosts in step.
+"""The dist_sync engine: processes and hosts that make the same calls in the same order.
 
-Every worker makes the same calls in the same order. A call is checked here, entered for comparison with the
-others' (``host``), and its arrays go through the stage (``exchange``), over hosts too (``chain``). Each worker
-has a Shard that holds the parts of the values which it updates, in memory that the workers of its host share.
+A call is checked here, entered and compared with the other workers' (``order``), and its arrays go through a staging
+buffer in shared memory (``allreduce``), over hosts along a chain (``chain``). Each worker has a Shard with the parts of
+the values that it updates, in memory that the workers of its host share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +21,10 @@ from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines import partition
 from tensorkv.engines.base import Engine, Outs
-from tensorkv.errors import ForkedStoreError, RankDeadError, StoreClosedError
+from tensorkv.errors import ForkedStoreError, RankDeadError, StoreClosedError, TensorKVError
 from tensorkv.runtime import shield
 from tensorkv.shard.entry import Batch, Entry, KeyInfo, Part
-from tensorkv.shard.nonfinite import NonFinite
+from tensorkv.shard.nonfinite import NonFinite, NonFinitePolicy
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
 from tensorkv.shard.rules import CallUpdater, Rule, StepOptimizer, Updater
 from tensorkv.shard.shard import Shard
@@ -35,11 +35,9 @@ from tensorkv.transport.segment import Segment, aligned
 from . import checkpoint, sparse
 from .chain import Chain
 from .group import ProcessGroup, log
-from .host import describe, meet
-from .leaving import Leaving
-from .nonfinite import Guard
+from .host import HostGroup, describe
 from .order import CollectiveOrder
-from .pushes import Pushes
+from .push import Pushes
 from .schedule import PartitionedValue
 
 
@@ -48,8 +46,8 @@ def build(*, nonfinite: NonFinite, timeout_s: float, shared_memory: bool) -> Dis
 
     Args:
         nonfinite: ``"pass"``, ``"raise"`` or ``"skip"`` updates whose sum has NaN or Inf.
-        timeout_s: how long another worker may take to come to the same call.
-        shared_memory: let workers of one host meet in shared memory; without it they use Gloo.
+        timeout_s: how long to wait for another worker, in seconds.
+        shared_memory: let the workers of one host share memory; without it they use Gloo.
     """
     group = ProcessGroup(check_timeout(timeout_s), check_flag("shared_memory", shared_memory), {"nonfinite": nonfinite})
     return None if group.size == 1 else DistEngine(group, nonfinite)
@@ -60,22 +58,23 @@ class DistEngine(Engine):
 
     Args:
         group: of all workers, more than one.
+        nonfinite: as for ``build``.
     """
 
     capabilities = frozenset({"optimizer", "updater", "rows", "checkpoint"})
 
     def __init__(self, group: ProcessGroup, nonfinite: NonFinite) -> None:
         self._group = group
-        self._host = meet(group)
+        self._host = HostGroup(group)
         self._chain = Chain(group, self._host)
         self._shard = Shard(threads=1)
-        self._order = CollectiveOrder(self._host, self._chain, self._shard, group.rank)
-        self._held: dict[Key, PartitionedValue] = {}
+        self._order = CollectiveOrder(self._host, self._chain, self._shard)
+        self._values: dict[Key, PartitionedValue] = {}
+        # Bytes that each owner updates, and whether the rule has to see whole values.
         self._loads = [0] * self._chain.owners
-        self._divided_for_whole = False
-        self._guard = None if nonfinite == "pass" else Guard(group, nonfinite)
-        self._pushes = Pushes(group, self._host, self._chain, self._order, self._shard, self._held, self._guard)
-        self._leaving = Leaving(self._host, self._chain, self._order, self._pushes)
+        self._keeps_whole = False
+        self._policy = NonFinitePolicy(nonfinite, group.all_gather_json)
+        self._pushes = Pushes(group, self._host, self._chain, self._order, self._shard, self._values, self._policy)
 
     @property
     def rank(self) -> int:
@@ -87,21 +86,31 @@ class DistEngine(Engine):
 
     @contextmanager
     def collective(self, verb: str) -> Iterator[None]:
-        self._order.begin()
+        entered = self._host.num_entered
         try:
             yield
         except (StoreClosedError, ForkedStoreError):
             raise
         except Exception as error:
-            self._order.refuse(verb, error, self._pushes.drain)
+            # A call that an updater makes is inside another call.
+            if self._host.num_entered == entered and not self._shard.rule.running:
+                self._refuse(f"{verb} refused: {error}")
             raise
 
+    def _refuse(self, text: str) -> None:
+        """Tell the other workers that this one did not make its call, since its arguments are wrong."""
+        if self._host.error is None:
+            with self._order.lock, suppress(TensorKVError):
+                # Calls are compared in order.
+                self._pushes.drain()
+                self._order.refuse(text)
+
     @contextmanager
-    def _call(self, text: str) -> Iterator[None]:
+    def _entered(self, text: str) -> Iterator[None]:
         """Do something that all workers do, after everything that was pushed."""
-        with self._order.entered(text) as number:
+        with self._order.entered(text) as call:
             self._pushes.drain()
-            self._order.together(number, text)
+            self._order.agree_on_all(call)
             yield
 
     # ------------------------------------------------------------ init, push, pull
@@ -110,33 +119,33 @@ class DistEngine(Engine):
         self._shard.check_new(keys)
         shapes = [[list(spec.shape), interop.dtype_name(spec.dtype), spec.is_table] for spec in specs]
         text = describe("init", keys=list(keys), values=shapes)
-        with self._call(text):
-            held = self._allot(keys, specs, self._room(specs, text))
+        with self._entered(text):
+            partitioned = self._partition(keys, specs, self._allocate(specs))
             for key, value in zip(keys, values, strict=True):
                 if isinstance(value, torch.Tensor) and self.rank == 0:
-                    held[key].value.copy_(value)
-            self._chain.spread([each.value for each in held.values()], text)
-            self._host.barrier(text)
+                    partitioned[key].value.copy_(value)
+            self._chain.broadcast([each.value for each in partitioned.values()])
+            self._host.barrier()
             entries = []
             for key, value, spec in zip(keys, values, specs, strict=True):
                 if isinstance(value, Rows):
-                    entries.append(Entry(key, spec, sparse.first_table(self._group, value, text)))
+                    entries.append(Entry(key, spec, sparse.first_table(self._group, value)))
                 else:
-                    entries.append(Entry(key, spec, held[key].part(self._part)))
+                    entries.append(Entry(key, spec, partitioned[key].part(self._owner)))
             self._shard.add(entries)
-            self._held.update(held)
+            self._values.update(partitioned)
 
     @property
-    def _part(self) -> int:
-        """The owner whose parts this worker updates; one that no owner has, if it updates none."""
-        return self._host.local_rank if self._host.local_rank < self._chain.owners else self._chain.owners
+    def _owner(self) -> int:
+        """The owner whose parts this worker updates; one more than there are, with empty parts, if it updates none."""
+        return self._host.local_rank if self._chain.is_owner else self._chain.owners
 
-    def _room(self, specs: Sequence[KeySpec], text: str) -> Segment | None:
-        """Return memory for dense keys; None if there are none."""
+    def _allocate(self, specs: Sequence[KeySpec]) -> Segment | None:
+        """Return shared memory for dense keys; None if there are none."""
         sizes = [aligned(_nbytes(spec)) for spec in specs if not spec.is_table]
-        return self._host.share(sum(sizes), 0, text) if sizes else None
+        return self._host.allocate(sum(sizes)) if sizes else None
 
-    def _allot(
+    def _partition(
         self, keys: Sequence[Key], specs: Sequence[KeySpec], memory: Segment | None
     ) -> dict[Key, PartitionedValue]:
         """Give dense keys their places in memory, and owners."""
@@ -146,17 +155,17 @@ class DistEngine(Engine):
         sizes = [_nbytes(spec) for _, spec in dense]
         at = 0
         borders = [self._borders(spec.shape, size) for (_, spec), size in zip(dense, sizes, strict=True)]
-        held: dict[Key, PartitionedValue] = {}
+        found: dict[Key, PartitionedValue] = {}
         # What one owner sends to another host at a time lies side by side, as far as can be.
         for index in sorted(range(len(dense)), key=lambda index: partition.whose(borders[index])):
             key, spec = dense[index]
-            held[key] = PartitionedValue(memory.tensor(at, spec.shape, spec.dtype), borders[index])
+            found[key] = PartitionedValue(memory.tensor(at, spec.shape, spec.dtype), borders[index])
             at += aligned(sizes[index])
-        return {key: held[key] for key, _ in dense}
+        return {key: found[key] for key, _ in dense}
 
     def _borders(self, shape: Sequence[int], nbytes: int) -> list[int]:
         lead = partition.lightest(self._loads) if nbytes else 0
-        borders = partition.borders(shape, self._chain.owners, lead, whole=self._divided_for_whole)
+        borders = partition.borders(shape, self._chain.owners, lead, whole=self._keeps_whole)
         self._add_load(nbytes, borders, 1)
         # One more part, which is empty, for workers that own nothing.
         return [*borders, borders[-1]]
@@ -190,21 +199,21 @@ class DistEngine(Engine):
 
     def _whole(self, entry: Entry) -> Entry:
         """Return an entry with the whole value."""
-        return entry if isinstance(entry.value, Table) else replace(entry, value=self._held[entry.key].value)
+        return entry if isinstance(entry.value, Table) else replace(entry, value=self._values[entry.key].value)
 
     def delete(self, keys: Sequence[Key]) -> None:
         for key in keys:
             self._shard.entry("delete", key)
         text = describe("delete", keys=list(keys))
-        with self._call(text):
+        with self._entered(text):
             self._shard.delete(keys)
             self._forget(keys)
 
     def _forget(self, keys: Sequence[Key]) -> None:
         for key in keys:
-            held = self._held.pop(key, None)
-            if held is not None:
-                self._add_load(held.value.nbytes, held.borders, -1)
+            partitioned = self._values.pop(key, None)
+            if partitioned is not None:
+                self._add_load(partitioned.value.nbytes, partitioned.borders, -1)
         self._pushes.forget(keys)
 
     # ------------------------------------------------------------ the update rule
@@ -221,26 +230,26 @@ class DistEngine(Engine):
     def set_hyperparameters(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> None:
         self._shard.check_hyperparameters(numbers, keys)
         text = describe("set_hyperparameters", numbers=_comparable(numbers), keys=None if keys is None else list(keys))
-        with self._call(text):
+        with self._entered(text):
             self._shard.set_hyperparameters(numbers, keys)
 
     def _change_rule(self, text: str, change: Callable[[], None]) -> None:
-        with self._call(text):
+        with self._entered(text):
             change()
-            self._divide_anew(text)
+            self._repartition()
 
-    def _divide_anew(self, text: str) -> None:
+    def _repartition(self) -> None:
         """Give values the owners that the present rule asks for; a rule of the same kind keeps owners and state."""
         sees_whole = _sees_whole(self._shard.rule)
-        if sees_whole == self._divided_for_whole:
+        if sees_whole == self._keeps_whole:
             return
-        self._divided_for_whole = sees_whole
+        self._keeps_whole = sees_whole
         self._loads = [0] * self._chain.owners
-        for key, held in self._held.items():
-            held.borders = self._borders(held.value.shape, held.value.nbytes)
-            self._shard.entry("set_optimizer", key).value = held.part(self._part)
+        for key, partitioned in self._values.items():
+            partitioned.borders = self._borders(partitioned.value.shape, partitioned.value.nbytes)
+            self._shard.entry("set_optimizer", key).value = partitioned.part(self._owner)
         self._pushes.forget()
-        self._host.barrier(text)
+        self._host.barrier()
 
     @property
     def optimizer(self) -> OptimizerSpec | None:
@@ -266,9 +275,8 @@ class DistEngine(Engine):
         return key in self._shard
 
     def stats(self) -> Mapping[str, Any]:
-        counts = {"raised": 0, "skipped": 0} if self._guard is None else dict(self._guard.counts)
         return {
-            "nonfinite": counts,
+            "nonfinite": dict(self._policy.counts),
             "dist": {"hosts": len(self._group.hosts), "sent_nbytes": self._chain.sent_nbytes},
         }
 
@@ -276,74 +284,75 @@ class DistEngine(Engine):
 
     def save(self, path: str, kind: Kind) -> None:
         text = describe("save", path=path, kind=kind)
-        with self._call(text):
-            checkpoint.save(self._group, self._host, self._chain, self._shard, self._held, path, kind)
+        with self._entered(text):
+            checkpoint.save(self._group, self._host, self._chain, self._shard, self._values, path, kind)
 
     def load(self, path: str, kind: Kind) -> None:
         text = describe("load", path=path, kind=kind)
-        with self._call(text):
+        with self._entered(text):
             contents = checkpoint.read(self._group, self._shard, path, kind)
             if kind == "optimizer-states":
-                self._take_states(contents, text)
+                self._take_states(contents)
             else:
-                self._become(contents, text)
-            self._host.barrier(text)
+                self._become(contents)
+            self._host.barrier()
 
-    def _take_states(self, contents: Contents, text: str) -> None:
+    def _take_states(self, contents: Contents) -> None:
         self._shard.restore_states([], contents.rule)
-        self._divide_anew(text)
+        self._repartition()
         kept = [
             each
             if isinstance(each.value, Table)
-            else replace(each, state=checkpoint.own_state(each, self._held[each.key], self._part))
+            else replace(each, state=checkpoint.own_state(each, self._values[each.key], self._owner))
             for each in contents.entries
         ]
         self._shard.restore_states(kept, None)
 
-    def _become(self, contents: Contents, text: str) -> None:
+    def _become(self, contents: Contents) -> None:
         specs = [each.spec for each in contents.entries]
-        # Nothing has changed where there is no memory.
-        memory = self._room(specs, text)
+        # First: without memory, nothing has changed.
+        memory = self._allocate(specs)
         rule = contents.rule or self._shard.rule
-        self._divided_for_whole = _sees_whole(rule)
-        self._forget(list(self._held))
+        self._keeps_whole = _sees_whole(rule)
+        self._forget(list(self._values))
         self._loads = [0] * self._chain.owners
-        held = self._allot([each.key for each in contents.entries], specs, memory)
+        partitioned = self._partition([each.key for each in contents.entries], specs, memory)
         kept = []
         for each in contents.entries:
-            mine = held.get(each.key)
+            mine = partitioned.get(each.key)
             if mine is None or not isinstance(each.value, torch.Tensor):
                 kept.append(each)
                 continue
             if self._host.local_rank == 0:
                 mine.value.copy_(each.value)
-            kept.append(replace(each, value=mine.part(self._part), state=checkpoint.own_state(each, mine, self._part)))
-        self._held.update(held)
+            state = checkpoint.own_state(each, mine, self._owner)
+            kept.append(replace(each, value=mine.part(self._owner), state=state))
+        self._values.update(partitioned)
         self._shard.restore(kept, rule)
 
     def barrier(self) -> None:
-        with self._call("barrier"):
+        with self._entered("barrier"):
             pass
 
     def leave(self) -> None:
-        self._leaving.leave()
+        self._pushes.leave()
 
     def broadcast_text(self, text: str) -> str:
-        with self._call("broadcast_text"):
-            return str(self._group.all_gather_json(text, "broadcast_text")[0])
+        with self._entered("broadcast_text"):
+            return str(self._group.all_gather_json(text)[0])
 
     def close(self) -> None:
         self._shard.refuse_reentry()
         try:
             if self._host.error is None:
-                with self._call("close"):
+                with self._entered("close"):
                     pass
         except RankDeadError as error:
             log.warning("tensorkv: close: %s", error)
         finally:
             self._pushes.close()
             self._shard.close()
-            self._held.clear()
+            self._values.clear()
             self._host.close()
             self._group.close()
 

@@ -1,30 +1,30 @@
-"""HostGroup: the workers of one host agree on calls, wait for each other, and notice who is lost.
+"""HostGroup: the workers of one host compare calls, wait for each other, and notice who is dead.
 
-In a segment that all of them map, each worker has words (see ``_shared.c``) and a ring of entries. Before a
-call moves data, each enters a fingerprint of it; who finds another one at the same number of calls raises.
-The first to see a fault writes a note and stops every wait of the others.
+In a segment that all of them map, each worker has words (see ``_shared.c``) and a ring of entries. Before a call
+moves data, each worker enters a fingerprint of it, and compares it with what the others have entered under the same
+number. The first worker that notices a fault writes a note and ends every wait of the others.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import struct
 import sys
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import zip_longest
 from time import monotonic
 from typing import Any
 
 from tensorkv import errors
-from tensorkv.errors import RankDeadError, TensorKVError, WorkerMismatchError
+from tensorkv.errors import TensorKVError, WorkerMismatchError
 from tensorkv.runtime import shield
 from tensorkv.shard.pool import default_threads
 from tensorkv.transport.segment import LINE, Segment
 
-from .group import ProcessGroup, lost
+from . import desync
+from .group import ProcessGroup, rank_died
 
 try:
     from tensorkv.runtime import _shared
@@ -36,18 +36,28 @@ ENTRIES = 32
 _ENTRY_NBYTES = 4096
 _NOTE_NBYTES = 8192
 _HEAD = struct.Struct("8sI")
-# What an entry has room for, in bytes; ``describe`` gives one for each character.
+# Bytes of text that an entry has room for; ``describe`` makes texts of one byte for each character.
 ENTRY_TEXT = _ENTRY_NBYTES - _HEAD.size
 # Words of a worker.
-_ENTERED, _AGREED, _TOLD, _ARRIVED, _WAITS_FOR = range(5)
+_ENTERED, _AGREED, _BROADCAST, _ARRIVED, _WAITS_FOR = range(5)
 _WORDS = 5
-# Long enough to meet a worker that is on its way, short enough to leave the core to it if it is not.
+# Long enough for a worker that is about to arrive, short enough to leave the core to one that is not.
 _SPIN_S = 50e-6
-# How often a wait looks whether the other one lives.
-_LOOK_S = 0.05
+# How often a wait looks whether the awaited worker lives.
+_POLL_S = 0.05
 
+# What a worker enters that takes part without a call of its own, and one whose call was refused.
 LEFT = b"left...."
 REFUSED = b"refused."
+
+
+def describe(verb: str, **what: Any) -> str:
+    """Return a call as text that has all that must be equal for every worker.
+
+    >>> describe("push", keys=["a", "b"])
+    'push {"keys": ["a", "b"]}'
+    """
+    return f"{verb} {json.dumps(what, default=str)}" if what else verb
 
 
 def fingerprint(text: str) -> bytes:
@@ -59,38 +69,50 @@ class NoMemoryToShareError(MemoryError):
     """Missing shared memory, which every worker of the host knows of."""
 
 
+@dataclass(eq=False, slots=True)
+class Collective:
+    """A collective call that this worker has entered.
+
+    Args:
+        number: how many calls this worker has entered before.
+        digest: the fingerprint of the text; or LEFT, REFUSED.
+        text: the verb, and what must be equal for every worker.
+        members: the workers of this host that take part; None until they have agreed.
+        sum_comes: whether the host before this one sends a sum of parts.
+    """
+
+    number: int
+    digest: bytes
+    text: str
+    members: list[int] | None = None
+    sum_comes: bool = False
+
+
 class HostGroup:
     """The workers of one host.
 
     Args:
         group: of all workers.
-        memory: the segment of ``control_nbytes`` that those of this host share; None for one alone.
     """
 
-    def __init__(self, group: ProcessGroup, memory: Segment | None) -> None:
+    def __init__(self, group: ProcessGroup) -> None:
+        self._memory: Any = group.open_control(_control_nbytes)
         self.group = group
-        self.ranks = group.hosts[group.host_index]
+        self.ranks = group.host_ranks
         self.local_rank = self.ranks.index(group.rank)
         self.size = len(self.ranks)
-        self.calls = 0
-        self._memory: Any = memory
+        self.error: TensorKVError | None = None
+        self.num_entered = 0
         self._others = [index for index in range(self.size) if index != self.local_rank]
         # Where workers outnumber cores, one that spins keeps another from working.
         self._spin_s = _SPIN_S if self.size <= default_threads() else 0.0
-        self._arrivals = 0
-        self._told = 0
+        self._num_arrivals = 0
+        self._num_broadcasts = 0
         self._segments: list[Segment] = []
-        self._agreed: dict[int, list[int]] = {}
-        self.error: TensorKVError | None = None
-        if memory is not None:
-            group.dead_on_host = lambda: [self.ranks[each] for each in self._others if not memory.is_alive(each)]
+        if self._memory is not None:
+            self._memory.set_words(1 + self.size * _WORDS)
 
-    @staticmethod
-    def control_nbytes(size: int) -> int:
-        """Return the size of the segment in which so many workers meet."""
-        return LINE + size * (_WORDS * LINE + ENTRIES * _ENTRY_NBYTES) + _NOTE_NBYTES
-
-    # ------------------------------------------------------------ where things lie
+    # ------------------------------------------------------------ layout of the control memory
 
     def _word(self, worker: int, which: int) -> int:
         address: int = self._memory.address
@@ -106,6 +128,11 @@ class HostGroup:
     def _note(self) -> int:
         return LINE * (1 + self.size * _WORDS) + self.size * ENTRIES * _ENTRY_NBYTES
 
+    @property
+    def _stop(self) -> int:
+        address: int = self._memory.address
+        return address
+
     # ------------------------------------------------------------ words
 
     def store(self, address: int, count: int) -> None:
@@ -113,27 +140,26 @@ class HostGroup:
         if self.size > 1:
             _shared.store(address, count)
 
-    def is_there(self, addresses: bytes, least: int) -> bool:
+    def is_reached(self, addresses: bytes, least: int) -> bool:
         """Tell whether words have a count, without waiting."""
         return self.size == 1 or _shared.wait(addresses, least, self._stop, 0.0, 0.0) == len(addresses) // 8
 
-    def wait(self, addresses: bytes, least: int, doing: str, workers: Sequence[int] | None = None) -> None:
+    def wait(self, addresses: bytes, least: int, workers: Sequence[int] | None = None) -> None:
         """Wait until a word of each worker has a count.
 
         Args:
             addresses: a column with the word of each worker.
             least: the count.
-            doing: the call, for messages.
             workers: whose words these are (None: of the first ones, or of all).
 
         Raises:
-            RankDeadError: the one awaited died, or did not come in time; or another error of a call that
-                another worker made.
+            RankDiedError: the awaited worker died, or did not respond in time.
+            TensorKVError: another worker has ended the store.
         """
         if self.size == 1:
             return
         stop, count = self._stop, len(addresses) // 8
-        done = _shared.wait(addresses, least, stop, _LOOK_S, self._spin_s)
+        done = _shared.wait(addresses, least, stop, _POLL_S, self._spin_s)
         if done == count:
             return
         deadline = monotonic() + self.group.timeout_s
@@ -143,25 +169,21 @@ class HostGroup:
             shield.check()
             _shared.store(self._word(self.local_rank, _WAITS_FOR), awaited + 1)
             if not self._memory.is_alive(awaited):
-                self._lost(awaited, "died or ended early", doing)
+                raise rank_died(self.ranks[awaited], "died or ended early")
             if monotonic() > deadline:
-                self._lost(self._last_awaited(awaited), f"did not respond within {self.group.timeout_s:g} s", doing)
-            done = _shared.wait(addresses, least, stop, _LOOK_S, 0.0)
+                late = self.ranks[self._last_awaited(awaited)]
+                raise rank_died(late, f"did not respond within {self.group.timeout_s:g} s")
+            done = _shared.wait(addresses, least, stop, _POLL_S, 0.0)
         _shared.store(self._word(self.local_rank, _WAITS_FOR), 0)
 
     def _suspect(self, awaited: int) -> int:
-        """Return who is to be looked at; where this worker's own thread is behind, whom that one waits for."""
+        """Return the worker to look at: not this one, whose own thread is late, but the one that this thread awaits."""
         if awaited != self.local_rank:
             return awaited
         return min(self._others, key=lambda worker: _shared.load(self._word(worker, _ENTERED)))
 
-    @property
-    def _stop(self) -> int:
-        address: int = self._memory.address
-        return address
-
     def _last_awaited(self, worker: int) -> int:
-        """Follow who waits for whom to the one who waits for nobody."""
+        """Follow which worker waits for which, to the one that waits for none."""
         for _ in range(self.size):
             ahead = _shared.load(self._word(worker, _WAITS_FOR))
             if not ahead or ahead - 1 == self.local_rank:
@@ -169,10 +191,7 @@ class HostGroup:
             worker = ahead - 1
         return worker
 
-    def _lost(self, worker: int, how: str, doing: str) -> None:
-        raise self.stop(RankDeadError(lost(doing, self.ranks[worker], how)))
-
-    # ------------------------------------------------------------ faults
+    # ------------------------------------------------------------ the end of the store
 
     def check(self) -> None:
         """Raise the error that has ended this store, if there was one."""
@@ -190,8 +209,8 @@ class HostGroup:
         if self.error is not None:
             raise type(self.error)(str(self.error))
 
-    def stop(self, error: TensorKVError) -> TensorKVError:
-        """End the store for every worker; return the error to raise, which is the first one's."""
+    def abort(self, error: TensorKVError) -> TensorKVError:
+        """End the store for every worker; return the error to raise, which is the first worker's."""
         if self.error is not None:
             return self.error
         if self.size > 1:
@@ -217,94 +236,94 @@ class HostGroup:
 
     # ------------------------------------------------------------ calls
 
-    def enter(self, mark: bytes, text: str) -> int:
-        """Enter this worker's next call and return its number.
+    def enter(self, digest: bytes, text: str) -> Collective:
+        """Enter this worker's next call.
 
         Args:
-            mark: what the entries of all workers must have in common.
-            text: what it stands for, as far as there is room.
+            digest: what the entries of all workers must have in common.
+            text: what it stands for; an entry holds as much of it as there is room for.
         """
-        number = self.calls
+        number = self.num_entered
         if self._memory is not None:
             if number >= ENTRIES:
-                # Another one may still have to read what is written over.
-                self.wait(self._column(_AGREED), number - ENTRIES + 1, text)
+                # Another worker may still have to read the entry that is written over.
+                self.wait(self._column(_AGREED), number - ENTRIES + 1)
             data = text.encode("utf-8", "backslashreplace")[:ENTRY_TEXT]
             at = self._entry(self.local_rank, number)
-            self._memory.memory[at : at + _HEAD.size + len(data)] = _HEAD.pack(mark, len(data)) + data
+            self._memory.memory[at : at + _HEAD.size + len(data)] = _HEAD.pack(digest, len(data)) + data
             _shared.store(self._word(self.local_rank, _ENTERED), number + 1)
-        self.calls += 1
-        return number
+        self.num_entered += 1
+        return Collective(number, digest, text)
 
-    def agree(self, number: int, doing: str) -> list[int]:
-        """Wait until every worker has entered a call; return who takes part.
+    def agree(self, call: Collective) -> None:
+        """Wait until every worker has entered a call, and note which of them take part.
+
+        A worker that has left learns the call of those that take part.
 
         Raises:
             WorkerMismatchError: they have not entered the same call.
         """
+        if call.members is not None:
+            return
         if self._memory is None:
-            return [0]
-        if number in self._agreed:
-            return self._agreed.pop(number)
-        self.wait(self._column(_ENTERED), number + 1, doing)
-        marks = [self.read(worker, number)[0] for worker in range(self.size)]
-        present = [worker for worker, mark in enumerate(marks) if mark != LEFT]
-        if len({marks[worker] for worker in present}) > 1:
-            raise self.stop(self._mismatch(number, present, doing))
-        _shared.store(self._word(self.local_rank, _AGREED), number + 1)
-        return present
+            call.members = [] if call.digest == LEFT else [self.local_rank]
+            return
+        number = call.number
+        self.wait(self._column(_ENTERED), number + 1)
+        digests = [self._read_entry(worker, number)[0] for worker in range(self.size)]
+        members = [worker for worker, digest in enumerate(digests) if digest != LEFT]
+        if len({digests[worker] for worker in members}) > 1:
+            raise self._mismatch(call, members)
+        if call.digest == LEFT and members:
+            call.digest, call.text = self._read_entry(members[0], number)
+        self.pass_over(call)
+        call.members = members
 
-    def agree_early(self, number: int, doing: str) -> None:
-        """Agree on a call whose ``agree`` comes later: entries are read once, and may be written over then."""
-        if self._memory is not None:
-            self._agreed[number] = self.agree(number, doing)
-
-    def has_been_entered(self, number: int) -> bool:
+    def all_entered(self, call: Collective) -> bool:
         """Tell whether every worker has entered a call."""
-        return self._memory is None or self.is_there(self._column(_ENTERED), number + 1)
+        return self._memory is None or self.is_reached(self._column(_ENTERED), call.number + 1)
 
-    def pass_over(self, number: int) -> None:
-        """Let others write over an entry that this worker need not compare."""
+    def pass_over(self, call: Collective) -> None:
+        """Let others write over an entry that this worker need not read any more."""
         if self._memory is not None:
-            _shared.store(self._word(self.local_rank, _AGREED), number + 1)
+            _shared.store(self._word(self.local_rank, _AGREED), call.number + 1)
 
-    def read(self, worker: int, number: int) -> tuple[bytes, str]:
-        """Return the mark and the text that a worker has entered."""
+    def _read_entry(self, worker: int, number: int) -> tuple[bytes, str]:
+        """Return the digest and the text that a worker has entered."""
         at, memory = self._entry(worker, number), self._memory.memory
-        mark, length = _HEAD.unpack_from(memory, at)
-        return mark, bytes(memory[at + _HEAD.size : at + _HEAD.size + length]).decode(errors="replace")
+        digest, length = _HEAD.unpack_from(memory, at)
+        return digest, bytes(memory[at + _HEAD.size : at + _HEAD.size + length]).decode(errors="replace")
 
-    def _mismatch(self, number: int, present: Sequence[int], doing: str) -> WorkerMismatchError:
-        marks = {worker: self.read(worker, number) for worker in present}
-        whole = {}
-        if fingerprint(doing) == self.read(self.local_rank, number)[0] and len(doing) > ENTRY_TEXT:
-            # An entry had no room for it; whoever made another call finds out as well, and looks for it here.
-            self.group.put_text(f"call/{number}/{self.group.rank}", doing)
-            whole[self.local_rank] = doing
-        said: dict[str, list[int]] = {}
-        for worker, (_, text) in marks.items():
+    def _mismatch(self, call: Collective, members: Sequence[int]) -> WorkerMismatchError:
+        if len(call.text) > ENTRY_TEXT:
+            # An entry had no room for it; workers that made another call notice that as well, and look for it here.
+            self.group.put_text(f"call/{call.number}/{self.group.rank}", call.text)
+        calls: dict[str, list[int]] = {}
+        for worker in members:
             rank = self.ranks[worker]
-            if len(text) == ENTRY_TEXT and worker != self.local_rank:
-                whole[worker] = self.group.try_get_text(f"call/{number}/{rank}") or text
-            said.setdefault(whole.get(worker, text), []).append(rank)
-        return mismatch(number, said)
+            _, text = self._read_entry(worker, call.number)
+            if worker == self.local_rank:
+                text = call.text
+            elif len(text) == ENTRY_TEXT:
+                text = self.group.try_get_text(f"call/{call.number}/{rank}") or text
+            calls.setdefault(text, []).append(rank)
+        return desync.mismatch(call.number, calls)
 
-    # ------------------------------------------------------------ together
+    # ------------------------------------------------------------ collectives of the host
 
-    def barrier(self, doing: str) -> None:
+    def barrier(self) -> None:
         """Wait for every worker of this host."""
-        self._arrivals += 1
+        self._num_arrivals += 1
         if self.size > 1:
-            _shared.store(self._word(self.local_rank, _ARRIVED), self._arrivals)
-            self.wait(self._column(_ARRIVED), self._arrivals, doing)
+            _shared.store(self._word(self.local_rank, _ARRIVED), self._num_arrivals)
+            self.wait(self._column(_ARRIVED), self._num_arrivals)
 
-    def share(self, nbytes: int, words: int, doing: str) -> Segment:
-        """Return new memory that all workers of this host see; all of them call this.
+    def allocate(self, nbytes: int, words: int = 0) -> Segment:
+        """Return new memory that all workers of this host share; all of them call this.
 
         Args:
             nbytes: of the whole.
             words: how many words it begins with.
-            doing: the call, for messages.
 
         Raises:
             NoMemoryToShareError: on every worker, when there is not so much.
@@ -316,156 +335,53 @@ class HostGroup:
             except (OSError, RuntimeError):
                 segment = None
         if self.size > 1:
-            segment = self._pass_on(segment, nbytes, doing)
+            segment = self._open_on_all(segment, nbytes)
         if segment is None:
-            raise NoMemoryToShareError(f"{doing}: no {nbytes:,} bytes of memory to share")
+            raise NoMemoryToShareError(f"no {nbytes:,} bytes of shared memory")
         if words:
             segment.set_words(words)
             self._segments.append(segment)
         return segment
 
-    def _pass_on(self, segment: Segment | None, nbytes: int, doing: str) -> Segment | None:
-        name = self.broadcast_text("" if segment is None else segment.name, doing)
+    def _open_on_all(self, segment: Segment | None, nbytes: int) -> Segment | None:
+        name = self.broadcast_text("" if segment is None else segment.name)
         if self.local_rank != 0:
             segment = Segment(nbytes, name) if name else None
         # All have opened it now.
-        self.barrier(doing)
+        self.barrier()
         if segment is not None:
             segment.close_file()
         return segment
 
-    def broadcast_text(self, text: str, doing: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """Return the text of this host's first worker; all of them call this."""
         if self.size == 1:
             return text
-        self._told += 1
-        memory, at, word = self._memory, self._note + _NOTE_NBYTES // 2, self._word(0, _TOLD)
+        self._num_broadcasts += 1
+        memory, at, word = self._memory, self._note + _NOTE_NBYTES // 2, self._word(0, _BROADCAST)
         if self.local_rank == 0:
             data = text.encode()
             memory.memory[at : at + 4 + len(data)] = struct.pack("I", len(data)) + data
-            _shared.store(word, self._told)
+            _shared.store(word, self._num_broadcasts)
         else:
-            self.wait(word.to_bytes(8, sys.byteorder), self._told, doing)
+            self.wait(word.to_bytes(8, sys.byteorder), self._num_broadcasts)
             (length,) = struct.unpack_from("I", memory.memory, at)
             text = bytes(memory.memory[at + 4 : at + 4 + length]).decode()
         # The text may be written over once all have read it.
-        self.barrier(doing)
+        self.barrier()
         return text
 
-    def forget(self, segment: Segment) -> None:
-        """Drop a segment that nobody waits in any more."""
+    def release(self, segment: Segment) -> None:
+        """Drop a segment with words in which no worker waits any more."""
         self._segments.remove(segment)
 
     def close(self) -> None:
-        """Let go of the memory; others see that this worker is gone."""
+        """Let go of the memory; others see that this worker has ended."""
         self._segments.clear()
         if self._memory is not None:
             self._memory.close_file()
 
 
-def mismatch(number: int, said: dict[str, list[int]]) -> WorkerMismatchError:
-    """Return the error that names who said what, and where it differs first."""
-    first = _first_difference(said)
-    # Other workers are told the beginning of the message.
-    most = 100 if first else 300
-    parts = [
-        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {shorten(text, most)}"
-        for text, ranks in said.items()
-    ]
-    return WorkerMismatchError(
-        f"the workers' calls differ at call {number}{first}: {'; '.join(parts)}. "
-        "Every worker must make the same calls with the same keys in the same order"
-    )
-
-
-def _first_difference(said: Mapping[str, Sequence[int]]) -> str:
-    """Return where two calls of one verb differ first, and what each has there; nothing if that says no more."""
-    if len(said) == 1:
-        return f" after the first {len(next(iter(said)))} characters"
-    (left, left_ranks), (right, right_ranks), *_ = said.items()
-    (verb, _, mine), (other_verb, _, theirs) = left.partition(" "), right.partition(" ")
-    if verb != other_verb or not mine.startswith("{") or not theirs.startswith("{"):
-        return ""
-    try:
-        calls = json.loads(mine), json.loads(theirs)
-        if any("rows" in call for call in calls):
-            for call in calls:
-                call.setdefault("rows", [False] * len(call["keys"]))
-        where, *values = _walk("", *calls)
-        # What stands there for each key is told with the key.
-        place = re.match(r"(?:values|rows)\[(\d+)\]", where)
-        where += f" of {json.dumps(calls[0]['keys'][int(place[1])])}" if place else ""
-        found = ["nothing" if value is None else shorten(json.dumps(value), 80) for value in values]
-    except ValueError:
-        # The ends of long texts are missing.
-        pairs = enumerate(zip_longest(left, right))
-        at = next(at for at, (one, other) in pairs if one != other)
-        where, found = f"character {at}", [text[max(0, at - 40) : at + 40] for text in (left, right)]
-    return f", first at {where} (rank {left_ranks[0]}: {found[0]}, rank {right_ranks[0]}: {found[1]})"
-
-
-def _walk(where: str, left: Any, right: Any) -> tuple[str, Any, Any]:
-    """Return the innermost place where two values differ first, and what each has there."""
-    inner: Iterable[tuple[str, Any, Any]] = ()
-    if isinstance(left, dict) and isinstance(right, dict):
-        names = dict.fromkeys([*left, *right])
-        inner = ((f"{where}.{name}" if where else name, left.get(name), right.get(name)) for name in names)
-    elif isinstance(left, list) and isinstance(right, list):
-        inner = ((f"{where}[{at}]", *pair) for at, pair in enumerate(zip_longest(left, right)))
-    for place, one, other in inner:
-        if one != other:
-            return _walk(place, one, other)
-    return where, left, right
-
-
-def shorten(text: str, most: int = 300) -> str:
-    """Return a text for a message, without its middle if it is long."""
-    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
-
-
-def meet(group: ProcessGroup) -> HostGroup:
-    """Return the host of this worker's host; without shared memory every worker is a host of its own."""
-    ranks = group.hosts[group.host_index]
-    memory: Segment | None = None
-    opened = True
-    if len(ranks) > 1:
-        memory = _open_control(group, ranks)
-        opened = memory is not None
-    if group.size > 1 and any(len(each) > 1 for each in group.hosts) and not group.agree("opened", opened):
-        if group.rank == 0:
-            import warnings
-
-            warnings.warn(
-                "shared memory does not work between the workers; they meet through Gloo, which is slower", stacklevel=5
-            )
-        group.split_hosts()
-        memory = None
-    return HostGroup(group, memory)
-
-
-def _open_control(group: ProcessGroup, ranks: Sequence[int]) -> Segment | None:
-    nbytes = HostGroup.control_nbytes(len(ranks))
-    name = f"control/{ranks[0]}"
-    try:
-        if group.rank == ranks[0]:
-            segment = Segment(nbytes)
-            group.put_text(name, segment.name)
-        else:
-            segment = Segment(nbytes, group.get_text(name, ranks[0]))
-    except OSError:
-        if group.rank == ranks[0]:
-            group.put_text(name, "")
-        return None
-    segment.set_words(1 + len(ranks) * _WORDS)
-    # Before the others can count on it: they look for this worker's lock once all have said that they are here.
-    segment.mark_alive(ranks.index(group.rank))
-    return segment
-
-
-def describe(verb: str, **what: Any) -> str:
-    """Return a call as text that tells all that must be equal for every worker.
-
-    >>> describe("push", keys=["a", "b"])
-    'push {"keys": ["a", "b"]}'
-    """
-    return f"{verb} {json.dumps(what, default=str)}" if what else verb
+def _control_nbytes(size: int) -> int:
+    """Return the size of the segment in which so many workers compare calls."""
+    return LINE + size * (_WORDS * LINE + ENTRIES * _ENTRY_NBYTES) + _NOTE_NBYTES

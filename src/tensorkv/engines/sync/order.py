@@ -1,118 +1,332 @@
-"""CollectiveOrder: what every worker enters in the same order, and what happens when one does not."""
+"""The order of collective calls: every worker enters the same ones, agrees with the others, and runs them in turn.
+
+``CollectiveOrder`` enters calls and agrees on them, over the workers of a host and then along the chain of hosts.
+``PushQueue`` holds pushes whose caller has gone on, and its progress thread runs them in an order that all agree on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from threading import RLock
+import atexit
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 
 from tensorkv.errors import RankDeadError, TensorKVError, WorkerError, WorkerMismatchError
+from tensorkv.runtime import forks, shield
 from tensorkv.shard.shard import Shard, kept
 
-from .chain import Chain, Presence
-from .host import REFUSED, HostGroup, NoMemoryToShareError, fingerprint
+from .allreduce import AllReduce
+from .chain import HEADER_TEXT, Chain
+from .group import RankDiedError
+from .host import LEFT, REFUSED, Collective, HostGroup, NoMemoryToShareError, fingerprint
+from .schedule import StagingBuffer
+
+# How many long texts of calls are remembered.
+_MAX_TEXTS = 1024
+# How long the end of a process or a store waits for the progress thread.
+_EXIT_S = 5.0
 
 
 class CollectiveOrder:
-    """The calls of one worker.
+    """The collective calls of one worker.
 
     Args:
-        host: of its host.
+        host: of this worker.
         chain: to other hosts.
         shard: whose updater must not call the store.
-        rank: of this worker, for messages.
     """
 
-    def __init__(self, host: HostGroup, chain: Chain, shard: Shard, rank: int) -> None:
-        self._host, self._chain, self._shard, self._rank = host, chain, shard, rank
-        self.lock = RLock()
-        self._entered = False
-
-    @contextmanager
-    def entered(self, text: str) -> Iterator[int]:
-        """Enter a call and give its number; what goes wrong inside it ends the store for every worker."""
-        with self.lock, kept(), torch.no_grad():
-            self.check()
-            number = self._host.enter(fingerprint(text), text)
-            self._entered = True
-            with self.unbroken(text):
-                yield number
-
-    @contextmanager
-    def unbroken(self, text: str) -> Iterator[None]:
-        """End the store for every worker if this one breaks off inside a call."""
-        try:
-            yield
-        except (RankDeadError, WorkerError, WorkerMismatchError) as error:
-            # A link that is broken already raises where nobody waits, and so where nobody has ended the store.
-            first = self._host.stop(error)
-            if first is error:
-                raise
-            raise first from error
-        except TensorKVError:
-            raise
-        except BaseException as error:
-            # What the workers of a host know together, those of other hosts do not.
-            if not isinstance(error, NoMemoryToShareError) or len(self._host.group.hosts) > 1:
-                how = f"{type(error).__name__}: {error}"
-                self._host.stop(WorkerError(f"{text[:200]}: rank {self._rank} broke off: {how}"))
-            raise
+    def __init__(self, host: HostGroup, chain: Chain, shard: Shard) -> None:
+        self._host, self._chain, self._shard = host, chain, shard
+        self.lock = threading.RLock()
+        # Texts by their digests, where an entry or a header may have no room for the whole.
+        self._texts: dict[bytes, str] = {}
 
     def check(self) -> None:
-        """Raise if an updater is running, or what has ended this store."""
+        """Raise if an updater is running, or the error that has ended this store."""
         self._shard.refuse_reentry()
         self._host.check()
 
-    def together(self, number: int, text: str) -> None:
-        """Return when every worker has entered this call; they must all take part."""
-        here, parts_come = self.who(number, text)()
-        gone = [rank for worker, rank in enumerate(self._host.ranks) if worker not in here]
-        if self._chain.before is not None and not parts_come:
-            gone.append(self._chain.before)
-        if gone:
-            raise self._host.stop(
-                WorkerMismatchError(f"{text}: rank {gone[0]} has left; until all have, others may push and pull only")
-            )
-        self.all_agree(text)
+    @contextmanager
+    def entered(self, text: str) -> Iterator[Collective]:
+        """Enter a call; what goes wrong inside the block ends the store for every worker."""
+        with self.lock, kept(), torch.no_grad():
+            self.check()
+            with self.unbroken(text):
+                call = self._host.enter(fingerprint(text), text)
+                yield call
 
-    def all_agree(self, text: str) -> None:
-        """Return when every worker has agreed on this call, those who have left too."""
-        self._chain.answer(text)
-        self._host.barrier(text)
+    def remember(self, call: Collective) -> None:
+        """Keep the text of a push, for a time when this worker has left and other workers push the same keys."""
+        if len(call.text) > HEADER_TEXT:
+            self._texts[call.digest] = self._texts.pop(call.digest, call.text)
+            if len(self._texts) > _MAX_TEXTS:
+                del self._texts[next(iter(self._texts))]
 
-    def who(self, number: int, text: str) -> Callable[[], Presence]:
-        """Return a function that agrees on a push with the others, and tells which of them take part."""
+    # ------------------------------------------------------------ agreement
 
-        def ask() -> Presence:
-            here = self._host.agree(number, text)
-            linked = self._chain.linked
-            return Presence(here, linked and self._chain.greet(number, fingerprint(text), text).parts_come)
+    def agree(self, calls: Sequence[Collective], choice: Collective | None = None) -> Collective:
+        """Return which call comes next, once all workers have agreed on it and on who takes part.
 
-        return ask
-
-    # ------------------------------------------------------------ calls that do not come to be
-
-    def begin(self) -> None:
-        """Begin another call, which has not been entered yet."""
-        # What an updater calls is inside another call.
-        if not self._shard.rule.running:
-            self._entered = False
-
-    def refuse(self, verb: str, error: Exception, drain: Callable[[], None]) -> None:
-        """Tell the others that this worker did not make its call, since what it was given does not fit.
+        The workers of each host compare what they have entered, in the order in which they entered it. The first host
+        chooses, and each host tells the next one.
 
         Args:
-            verb: of the call.
-            error: what was wrong.
-            drain: waits for this worker's earlier pushes, since calls are compared in order.
+            calls: that this worker has entered and not run, oldest first.
+            choice: of the first host (None: the oldest call).
+
+        Raises:
+            WorkerMismatchError: other workers make other calls.
         """
-        if self._entered or self._shard.rule.running or self._host.error is not None:
+        host, chain = self._host, self._chain
+        call = calls[0]
+        host.agree(call)
+        if call.digest == REFUSED:
+            # The only worker of this host that had not left has refused its call.
+            chain.refuse(call)
+            return call
+        header = chain.recv_header(calls) if chain.has_neighbours else None
+        if header is not None:
+            choice = next(each for each in calls if each.number == header.number)
+        if choice is not None and choice is not call:
+            call = choice
+            for each in calls:
+                host.agree(each)
+                if each is call:
+                    break
+        if chain.has_neighbours:
+            chain.forward(call, header)
+        return call
+
+    def join(self) -> Collective:
+        """Enter the next call of the others, without one of this worker's, and return it; LEFT if no worker has one."""
+        call = self.agree([self._host.enter(LEFT, "leave")])
+        if not call.members:
+            # Only some workers are connected with other hosts, and know what these call.
+            digest, _, call.text = self._host.broadcast_text(f"{call.digest.hex()} {call.text}").partition(" ")
+            call.digest = bytes.fromhex(digest)
+        call.text = self._texts.get(call.digest, call.text)
+        return call
+
+    def agree_on_all(self, call: Collective) -> None:
+        """Return when every worker has agreed on a call; all must take part."""
+        self.agree([call])
+        members = call.members or []
+        left = [rank for worker, rank in enumerate(self._host.ranks) if worker not in members]
+        if self._chain.prev is not None and not call.sum_comes:
+            left.append(self._chain.prev)
+        if left:
+            raise WorkerMismatchError(
+                f"{call.text}: rank {left[0]} has left; until all have, others may push and pull only"
+            )
+        self.wait_for_all()
+
+    def wait_for_all(self) -> None:
+        """Return when every worker has agreed on the present call, those that have left too."""
+        self._chain.ack()
+        self._host.barrier()
+
+    # ------------------------------------------------------------ faults
+
+    @contextmanager
+    def ending_store(self, text: str) -> Iterator[None]:
+        """End the store for every worker on a mismatch, a dead rank or a failed worker; name the call.
+
+        Args:
+            text: of the call.
+        """
+        try:
+            yield
+        except TensorKVError as error:
+            first = self._first_error(error, text)
+            if first is error:
+                raise
+            raise first from error
+
+    @contextmanager
+    def unbroken(self, text: str) -> Iterator[None]:
+        """Do as ``ending_store``, and also end the store if this worker breaks off inside the call.
+
+        Args:
+            text: of the call.
+        """
+        try:
+            yield
+        except TensorKVError as error:
+            first = self._first_error(error, text)
+            if first is error:
+                raise
+            raise first from error
+        except BaseException as error:
+            # The workers of a host all know of missing memory, and go on; those of other hosts do not.
+            if not isinstance(error, NoMemoryToShareError) or len(self._host.group.hosts) > 1:
+                how = f"{type(error).__name__}: {error}"
+                self._host.abort(WorkerError(f"{text[:200]}: rank {self._host.group.rank} broke off: {how}"))
+            raise
+
+    def _first_error(self, error: TensorKVError, text: str) -> TensorKVError:
+        """Return the error to raise: that of the worker that ended the store first, or one after which it goes on."""
+        if isinstance(error, RankDiedError):
+            return self._host.abort(RankDeadError(f"{text}: {error}"))
+        ends_store = isinstance(error, RankDeadError | WorkerError | WorkerMismatchError)
+        return self._host.abort(error) if ends_store else error
+
+    def refuse(self, text: str) -> None:
+        """Tell the others that this worker did not make its call; all earlier pushes of this worker have been run.
+
+        Args:
+            text: what was wrong.
+        """
+        with self.ending_store(text):
+            call = self._host.enter(REFUSED, text)
+            self._host.pass_over(call)
+            self._chain.refuse(call)
+
+
+class _Push(NamedTuple):
+    allreduce: AllReduce
+    priority: int
+
+    @property
+    def call(self) -> Collective:
+        return self.allreduce.call
+
+
+class PushQueue:
+    """Pushes whose parts are staged, and a progress thread that does the rest of them.
+
+    The one with the highest priority comes first among those whose parts every worker has staged; where none is
+    complete, the oldest is waited for. Over hosts the worker of the first host chooses for those that it is connected
+    with, among the pushes that all of them have staged, since a worker may wait for an older push before it makes the
+    next.
+
+    Args:
+        order: of this worker's collective calls.
+        host: of this worker.
+        chain: to other hosts.
+    """
+
+    def __init__(self, order: CollectiveOrder, host: HostGroup, chain: Chain) -> None:
+        self._order, self._host, self._chain = order, host, chain
+        self._pushes: list[_Push] = []
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._is_closing = False
+        self._forks = forks.count
+
+    def add(self, allreduce: AllReduce, priority: int) -> None:
+        """Take over a push whose parts are staged."""
+        with self._changed:
+            self._pushes.append(_Push(allreduce, priority))
+            if self._thread is None and not self._is_closing:
+                self._start()
+            self._changed.notify_all()
+            is_served = self._thread is not None and self._thread.is_alive()
+        if not is_served:
+            # The interpreter is at its end.
+            self._run_next(list(self._pushes))
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._work, name="tensorkv-dist", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            # From Python 3.12 on there are no new threads in an exit handler.
             return
-        with self.lock, suppress(TensorKVError):
-            drain()
-            text = f"{verb} refused: {error}"
-            number = self._host.enter(REFUSED, text)
-            self._host.pass_over(number)
-            self._chain.refuse(number, text)
+        self._thread = thread
+        forks.keep(self)
+        atexit.register(self._leave_process)
+
+    def wait_for(self, what: AllReduce | StagingBuffer | None = None) -> None:
+        """Wait until this worker has run a push, every push in a staging buffer, or (None) every push."""
+        with self._changed:
+            while any(what in (None, push.allreduce, push.allreduce.staging) for push in self._pushes):
+                self._host.check()
+                shield.check()
+                self._changed.wait(0.1)
+        self._host.check()
+
+    def _leave_process(self) -> None:
+        if self._forks != forks.count:
+            # The thread, the pushes and the connections are the parent's.
+            return
+        # A process that ends while the thread waits inside of Gloo would be aborted.
+        with self._changed:
+            is_done = self._changed.wait_for(lambda: not self._pushes, _EXIT_S)
+        if not is_done:
+            self._host.group.disconnect()
+        # Exit handlers that were registered earlier run later, and may still push.
+        self.close()
+
+    def close(self) -> None:
+        """End the thread once it has done what it has begun."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join(_EXIT_S)
+            atexit.unregister(self._leave_process)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._pushes and not self._is_closing:
+                    self._changed.wait()
+                if self._is_closing:
+                    return
+                pushes = list(self._pushes)
+            self._run_next(pushes)
+            # Else they would hold their staging buffer until the next push.
+            del pushes
+
+    def _run_next(self, pushes: list[_Push]) -> None:
+        """Run the push that comes next; an error ends the store, and with it all other pushes."""
+        push: _Push | None = None
+        try:
+            with self._order.unbroken(pushes[0].call.text):
+                push = self._agree(pushes)
+            with self._order.unbroken(push.call.text):
+                push.allreduce.run()
+                if self._chain.has_neighbours:
+                    self._chain.report_progress(self._last_staged())
+                for _, problem in push.allreduce.update.failed:
+                    raise problem
+        except TensorKVError as error:
+            self._host.abort(error)
+            push = None
+        except BaseException:
+            # ``unbroken`` has ended the store.
+            push = None
+        with self._changed:
+            if push is None:
+                self._pushes.clear()
+            else:
+                self._pushes.remove(push)
+            self._changed.notify_all()
+
+    def _agree(self, pushes: list[_Push]) -> _Push:
+        choice = self._choose(pushes).call if self._chain.prev is None else None
+        call = self._order.agree([push.call for push in pushes], choice)
+        return next(push for push in pushes if push.call is call)
+
+    def _choose(self, pushes: list[_Push]) -> _Push:
+        staged = [push for push in takewhile(self._is_staged, pushes) if push.call.number <= self._chain.staged_after]
+        return max(staged, key=lambda push: push.priority, default=pushes[0])
+
+    def _is_staged(self, push: _Push) -> bool:
+        """Tell whether all workers of this host have staged their parts; asked in the order of the calls."""
+        if push.call.members is None and not self._host.all_entered(push.call):
+            return False
+        self._host.agree(push.call)
+        return push.allreduce.is_staged()
+
+    def _last_staged(self) -> int:
+        """Return the number of the last push up to which all workers of this host have staged their parts."""
+        with self._changed:
+            pushes = list(self._pushes)
+        return max((push.call.number for push in takewhile(self._is_staged, pushes)), default=-1)

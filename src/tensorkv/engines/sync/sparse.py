@@ -13,7 +13,7 @@ from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import WorkerError, quote
-from tensorkv.shard.entry import Entry, Part
+from tensorkv.shard.entry import Entry
 from tensorkv.shard.rules import Rule
 from tensorkv.shard.table import Table
 
@@ -21,31 +21,19 @@ from .group import ProcessGroup
 from .schedule import PartitionedValue
 
 
-def kind(parts: Sequence[Part]) -> bool:
-    """Tell whether a key's parts are Rows alone, which update only the rows that they name."""
-    return all(isinstance(part, Rows) for part in parts)
-
-
-def dense(entry: Entry, parts: Sequence[Part]) -> list[torch.Tensor]:
-    """Return parts as dense CPU tensors, Rows in the dtype that sums are made in."""
-    made = [entry.dense(part) for part in parts]
-    return [part if part.is_cpu else part.cpu() for part in made]
-
-
-def gather(group: ProcessGroup, entry: Entry, mine: Sequence[Rows], doing: str) -> Rows:
+def gather(group: ProcessGroup, entry: Entry, mine: Sequence[Rows]) -> Rows:
     """Return the sum of every rank's rows, added in the order of ranks and parts, in the value's dtype.
 
     Args:
         group: of all workers.
         entry: of the key.
         mine: this worker's parts. They travel as they are, since to merge them first would round otherwise.
-        doing: the call, for messages.
     """
     shape, wide = entry.spec.shape, interop.accumulator(entry.spec.dtype)
     ids = torch.cat([part.ids.cpu() for part in mine])
     values = torch.cat([part.values.cpu().to(wide) for part in mine])
-    found_ids = group.all_gather(ids, doing)
-    found_values = group.all_gather(_bytes(values), doing)
+    found_ids = group.all_gather(ids)
+    found_values = group.all_gather(_bytes(values))
     parts = [
         Rows(own, each.clone().view(wide).view(len(own), *shape[1:]), shape[0])
         for own, each in zip(found_ids, found_values, strict=True)
@@ -53,7 +41,7 @@ def gather(group: ProcessGroup, entry: Entry, mine: Sequence[Rows], doing: str) 
     return rows.merge(parts, entry.spec.dtype)
 
 
-def nothing(entry: Entry) -> Rows:
+def no_rows(entry: Entry) -> Rows:
     """Return no rows of a value, for a worker that has left."""
     shape = entry.spec.shape
     return Rows(
@@ -63,9 +51,9 @@ def nothing(entry: Entry) -> Rows:
     )
 
 
-def apply(rule: Rule, entry: Entry, held: PartitionedValue, owner: int, merged: Rows) -> None:
+def apply(rule: Rule, entry: Entry, value: PartitionedValue, owner: int, merged: Rows) -> None:
     """Update those rows of a dense value that this worker owns."""
-    low, high = held.borders[owner], held.borders[owner + 1]
+    low, high = value.borders[owner], value.borders[owner + 1]
     chosen = (merged.ids >= low) & (merged.ids < high)
     version = entry.version
     if high > low:
@@ -73,24 +61,22 @@ def apply(rule: Rule, entry: Entry, held: PartitionedValue, owner: int, merged: 
     entry.version = version + 1
 
 
-def copy_rows(
-    group: ProcessGroup, held: PartitionedValue, ids: torch.Tensor, source: int, writes: bool, doing: str
-) -> None:
+def copy_rows(group: ProcessGroup, value: PartitionedValue, ids: torch.Tensor, source: int, writes: bool) -> None:
     """Copy rows of a dense value from one rank to the hosts that do not update it."""
-    signed = interop.signed(held.value)
+    signed = interop.signed(value.value)
     mine = _bytes(signed[ids]) if group.rank == source else torch.empty(0, dtype=torch.uint8, device="cpu")
-    found = group.all_gather(mine, doing)[source]
+    found = group.all_gather(mine)[source]
     if writes:
         signed[ids] = found.clone().view(signed.dtype).view(len(ids), *signed.shape[1:])
 
 
-def first_table(group: ProcessGroup, value: Rows, doing: str) -> Table:
+def first_table(group: ProcessGroup, value: Rows) -> Table:
     """Return a table with rank 0's rows."""
     merged = rows.merge([value])
     first = group.rank == 0
-    ids = group.all_gather(merged.ids.cpu() if first else torch.empty(0, dtype=torch.int64, device="cpu"), doing)[0]
+    ids = group.all_gather(merged.ids.cpu() if first else torch.empty(0, dtype=torch.int64, device="cpu"))[0]
     sent = _bytes(merged.values.cpu()) if first else torch.empty(0, dtype=torch.uint8, device="cpu")
-    values = group.all_gather(sent, doing)[0].clone().view(merged.values.dtype)
+    values = group.all_gather(sent)[0].clone().view(merged.values.dtype)
     return Table.of(Rows(ids, values.view(len(ids), *merged.values.shape[1:]), value.num_rows), "cpu")
 
 

@@ -17,7 +17,7 @@ from tensorkv.arrays.rows import Rows
 from tensorkv.errors import KeyNotFoundError, ValueMismatchError, quote
 from tensorkv.shard import reduce
 from tensorkv.shard.entry import Batch, Entry, Part
-from tensorkv.shard.nonfinite import FiniteSums
+from tensorkv.shard.nonfinite import NonFinitePolicy
 from tensorkv.shard.optimizers import ROWWISE
 from tensorkv.shard.plan import Column
 from tensorkv.shard.pool import Pool
@@ -45,7 +45,13 @@ class DataClient:
     """
 
     def __init__(
-        self, sessions: SessionPool, keymap: KeyMap, same_host: Sequence[bool], *, is_sync: bool, finite: FiniteSums
+        self,
+        sessions: SessionPool,
+        keymap: KeyMap,
+        same_host: Sequence[bool],
+        *,
+        is_sync: bool,
+        finite: NonFinitePolicy,
     ) -> None:
         self._sessions, self._keymap, self._same_host, self._is_sync = sessions, keymap, list(same_host), is_sync
         self._finite = finite
@@ -62,8 +68,8 @@ class DataClient:
         """Push a batch; with outs, pull its keys."""
         entries = [self._keymap.entry(batch.verb, key) for key in batch.keys]
         check_push(batch, entries, self._keymap.rule)
-        if self._finite.looks:
-            kept, sums = self._finite.sums(batch, entries, self._sum_of)
+        if self._finite.checks:
+            kept, sums = self._finite.finite_sums(batch, entries, self._sum_of)
             if len(kept) < len(entries):
                 self._push_checked(Batch(batch.verb, [entry.key for entry in kept], sums), None)
                 self.pull(batch.keys, outs or ())
@@ -89,7 +95,7 @@ class DataClient:
     def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
         """Push raw values and fill raw outs of many keys, if all are plain; None: nothing was done."""
         # True and 1.0 would be found as 1.
-        if set(map(type, keys)) not in ({str}, {int}) or (self._finite.looks and values is not None):
+        if set(map(type, keys)) not in ({str}, {int}) or (self._finite.checks and values is not None):
             return None
         layout = self._keymap.cached_layout(keys)
         if layout is None:

@@ -34,7 +34,7 @@ from tensorkv.errors import (
 )
 from tensorkv.runtime import forks, shield
 from tensorkv.shard.entry import Batch, Entry, KeyInfo, Part
-from tensorkv.shard.nonfinite import FiniteSums
+from tensorkv.shard.nonfinite import NonFinitePolicy
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
 from tensorkv.shard.rules import Assign, StepOptimizer, Updater
 from tensorkv.shard.table import Table
@@ -93,7 +93,7 @@ class PSEngine(Engine):
         self._keymap = KeyMap(len(actors), self._list, wide=options.mode == "sync")
         is_sync = options.mode == "sync"
         # In mode sync only the servers know the sums.
-        self._finite = FiniteSums("pass" if is_sync else options.nonfinite)
+        self._finite = NonFinitePolicy("pass" if is_sync else options.nonfinite)
         self._data = DataClient(self._sessions, self._keymap, self._same_host, is_sync=is_sync, finite=self._finite)
         self._snapshots = SnapshotClient(self._sessions, self._data, len(actors))
         self._claiming, self._claims = threading.Lock(), 0

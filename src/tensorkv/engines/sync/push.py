@@ -1,0 +1,484 @@
+"""Pushes and pulls of a dist_sync worker.
+
+A push without an updater stages its parts and leaves the rest to the push queue. A pushpull, and every other call whose
+end its caller has to see, goes through a small staging buffer that all calls share and that stays in cache. A worker
+that has left takes part in the pushes of the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from tensorkv.arrays import interop
+from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.rows import Rows
+from tensorkv.errors import NonFiniteError, TensorKVError, WorkerError, WorkerMismatchError, quote
+from tensorkv.shard import reduce
+from tensorkv.shard.entry import Batch, Entry, Part
+from tensorkv.shard.nonfinite import NonFinitePolicy, count_nonfinite
+from tensorkv.shard.plan import Column
+from tensorkv.shard.rules import check_outs
+from tensorkv.shard.shard import Shard, kept
+from tensorkv.shard.table import Table
+
+from . import sparse
+from .allreduce import AllReduce, Update
+from .chain import Chain
+from .group import ProcessGroup
+from .host import ENTRIES, LEFT, REFUSED, Collective, HostGroup, describe, fingerprint
+from .order import CollectiveOrder, PushQueue
+from .schedule import (
+    RING,
+    SLOT_NBYTES,
+    SLOT_NBYTES_OVER_HOSTS,
+    SMALL_NBYTES,
+    Arrays,
+    PartitionedValue,
+    Schedule,
+    StagingBuffer,
+)
+
+# Outputs that are larger together do not find the values in the cache afterwards.
+_PAST_CACHE_NBYTES = 4 << 20
+# How many schedules are remembered at least, and how often they may name each key together.
+_MIN_SCHEDULES, _MAX_NAMED = 256, 4
+# What their staging buffers may take together: so many times the values, and at least so many bytes.
+_MAX_STAGING, _MIN_STAGING_NBYTES = 4, 64 << 20
+
+Outs = Sequence[Sequence[torch.Tensor]]
+
+
+class _UpdateFailedError(TensorKVError):
+    """What an updater has raised on a worker, known to all of them; so the store goes on."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class Pushes:
+    """What one worker pushes and pulls.
+
+    Args:
+        group: of all workers.
+        host: of this worker.
+        chain: to other hosts.
+        order: of this worker's collective calls.
+        shard: what it updates.
+        values: whole values, by key.
+        policy: for sums with NaN or Inf.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup,
+        host: HostGroup,
+        chain: Chain,
+        order: CollectiveOrder,
+        shard: Shard,
+        values: Mapping[Key, PartitionedValue],
+        policy: NonFinitePolicy,
+    ) -> None:
+        self._group, self._host, self._chain, self._order = group, host, chain, order
+        self._shard, self._values, self._policy = shard, values, policy
+        self._queue = PushQueue(order, host, chain)
+        # The last push of each key, until its values are known to be there.
+        self._pending: dict[Key, AllReduce] = {}
+        # By their keys, the least recently used first; and how many keys they name together.
+        self._schedules: dict[tuple[Key, ...], Schedule] = {}
+        self._num_named = 0
+        self._slot_nbytes = SLOT_NBYTES if len(group.hosts) == 1 else SLOT_NBYTES_OVER_HOSTS
+        # The staging buffer of all calls that are not deferred.
+        self._ring: StagingBuffer | None = None
+        # That of small deferred pushes, the slot of the next one, and the last push in each slot.
+        self._small: StagingBuffer | None = None
+        self._small_slot = 0
+        self._small_pushes: list[AllReduce | None] = []
+
+    # ------------------------------------------------------------ push
+
+    def push(self, batch: Batch, outs: Outs | None, priority: int) -> None:
+        """Push a batch; with outs, pull its keys."""
+        self._shard.check(batch)
+        by_rows = [all(isinstance(part, Rows) for part in parts) for parts in batch.parts]
+        text = _text("push" if outs is None else "pushpull", batch.keys, by_rows)
+        filled, failed = False, None
+        try:
+            with self._order.entered(text) as call:
+                if any(by_rows):
+                    self._push_rows_and_dense(call, batch, by_rows)
+                else:
+                    filled = self._push_dense(call, batch.keys, batch.parts, outs, priority)
+        except _UpdateFailedError as error:
+            failed = error.error
+        if failed is not None:
+            raise failed
+        if outs is not None and not filled:
+            self.pull(batch.keys, outs)
+
+    def _push_dense(
+        self, call: Collective, keys: Sequence[Key], groups: Sequence[Sequence[Part]], outs: Outs | None, priority: int
+    ) -> bool:
+        """Push dense parts; return whether the outputs have been written."""
+        entries = [self._shard.entry("push", key) for key in keys]
+        dtypes = [self._values[key].value.dtype for key in keys]
+        parts = Arrays.of([_dense(entry, group) for entry, group in zip(entries, groups, strict=True)], dtypes)
+        if outs is None and self._can_defer:
+            self._defer(call, keys, entries, parts, priority)
+            return False
+        allreduce = self._run(call, keys, entries, parts)
+        self._raise_failed(allreduce, entries)
+        plain = None if outs is None else Arrays.of(outs, dtypes)
+        if outs is None or plain is None or plain.bases is None:
+            return False
+        allreduce.copy_out(plain, sum([out.nbytes for group in outs for out in group]) > _PAST_CACHE_NBYTES)
+        return True
+
+    @property
+    def _can_defer(self) -> bool:
+        """Whether nothing can go wrong with a push that its caller would have to hear of."""
+        return not self._shard.has_updater and not self._policy.checks
+
+    def _defer(
+        self, call: Collective, keys: Sequence[Key], entries: Sequence[Entry], parts: Arrays, priority: int
+    ) -> None:
+        """Stage a push and leave the rest to the queue."""
+        allreduce = self._prepare(call, keys, entries, deferred=True)
+        # Pushes of one key are applied in the order in which they were made.
+        for earlier in self._pending_of(keys):
+            self._queue.wait_for(earlier)
+        allreduce.stage_all(parts)
+        for key in keys:
+            self._pending[key] = allreduce
+        self._queue.add(allreduce, priority)
+
+    def _run(self, call: Collective, keys: Sequence[Key], entries: Sequence[Entry], parts: Arrays) -> AllReduce:
+        """Run a call to its end, when all values are there."""
+        allreduce = self._prepare(call, keys, entries, deferred=False)
+        self.drain()
+        allreduce.start(parts)
+        self._order.agree([call])
+        allreduce.run()
+        allreduce.wait_for_values()
+        return allreduce
+
+    def _push_rows_and_dense(self, call: Collective, batch: Batch, by_rows: Sequence[bool]) -> None:
+        """Push keys of which some came as Rows alone."""
+        self.drain()
+        self._order.remember(call)
+        self._order.agree([call])
+        self._order.wait_for_all()
+        pairs = list(zip(batch.keys, batch.parts, by_rows, strict=True))
+        rows: dict[Key, Any] = {key: parts for key, parts, is_rows in pairs if is_rows}
+        dense = {key: parts for key, parts, is_rows in pairs if not is_rows}
+        merged = self._gather_rows(batch.verb, rows)
+        if dense:
+            text = _text("push", list(dense), [])
+            inner = self._host.enter(fingerprint(text), text)
+            self._push_dense(inner, list(dense), list(dense.values()), None, 0)
+            # One thread at a time may step an optimizer, and this one goes on with the Rows.
+            self._queue.wait_for()
+        self._apply_rows(merged)
+
+    def _gather_rows(self, verb: str, parts: Mapping[Key, Sequence[Rows]]) -> dict[Key, Rows]:
+        """Return the sums of all workers' Rows, without those that are left out."""
+        merged = {key: sparse.gather(self._group, self._shard.entry(verb, key), own) for key, own in parts.items()}
+        self._host.barrier()
+        if self._policy.checks:
+            bad = {position: count_nonfinite(total) for position, total in enumerate(merged.values())}
+            names = [f"{verb}({quote(key)})" for key in merged]
+            left_out = self._policy.left_out(bad, names, is_whole=True)
+            merged = {key: merged[key] for position, key in enumerate(merged) if position not in left_out}
+        return merged
+
+    def _apply_rows(self, merged: Mapping[Key, Rows]) -> None:
+        """Update rows, every worker doing the same with what all have pushed."""
+        entries = [self._shard.entry("push", key) for key in merged]
+        failed: list[tuple[int, Exception]] = []
+        for position, (entry, total) in enumerate(zip(entries, merged.values(), strict=True)):
+            try:
+                if isinstance(entry.value, Table):
+                    self._shard.rule.apply_rows(entry, total)
+                else:
+                    updates = self._chain.is_last and self._chain.is_owner
+                    owner = self._host.local_rank if updates else self._chain.owners
+                    sparse.apply(self._shard.rule, entry, self._values[entry.key], owner, total)
+            except Exception as error:
+                failed.append((position, error))
+        self._host.barrier()
+        if len(self._group.hosts) > 1:
+            self._copy_rows(merged)
+        self._raise_on_all(failed, entries)
+
+    def _copy_rows(self, merged: Mapping[Key, Rows]) -> None:
+        """Copy the rows that the last host has updated to the others."""
+        source = self._group.hosts[-1][0]
+        writes = self._host.local_rank == 0 and not self._chain.is_last
+        for key, rows in merged.items():
+            if key in self._values:
+                sparse.copy_rows(self._group, self._values[key], rows.ids, source, writes)
+        self._host.barrier()
+
+    def _raise_failed(self, allreduce: AllReduce, entries: Sequence[Entry]) -> None:
+        """Raise, on every worker, what an updater has raised on one, or that a sum was refused."""
+        if allreduce.update.refusal is not None:
+            raise allreduce.update.refusal
+        self._raise_on_all(allreduce.update.failed, entries)
+
+    def _raise_on_all(self, mine: Sequence[tuple[int, Exception]], entries: Sequence[Entry]) -> None:
+        """Raise, on every worker, what an updater has raised on one; its key counts no update."""
+        if not self._shard.has_updater:
+            for _, error in mine:
+                raise error
+            return
+        described = [[position, type(error).__name__, str(error)[:1000]] for position, error in mine]
+        found = self._group.all_gather_json(described)
+        failed = [(rank, *each) for rank, own in enumerate(found) for each in own]
+        for position in {position for _, position, _, _ in failed} - {position for position, _ in mine}:
+            entries[position].version -= 1
+        if mine:
+            raise _UpdateFailedError(mine[0][1])
+        if failed:
+            rank, position, kind, message = failed[0]
+            raise _UpdateFailedError(sparse.raised_elsewhere(rank, entries[position].key, kind, message))
+
+    # ------------------------------------------------------------ the fast path
+
+    def many(self, keys: Sequence[Key], values: Any, outs: Any, priority: int) -> list[int] | None:
+        """Do a call that names the keys of an earlier one; None: it is to go the general way."""
+        schedule = self._schedules.get(tuple(keys)) if set(map(type, keys)) in ({str}, {int}) else None
+        if schedule is None or schedule.form is None or not self._can_defer:
+            return None
+        form = schedule.form
+        columns = [] if values is None else form.columns(values)
+        targets = [] if outs is None else form.targets(outs)
+        if columns is None or targets is None:
+            return None
+        with self._order.lock:
+            self._order.check()
+            entries = [self._shard.entry("push", key) for key in keys]
+            if not columns:
+                self.settle(keys)
+                schedule.fill(targets)
+            elif not self._push_columns(schedule, keys, entries, columns, targets, priority):
+                return None
+        return form.moved(len(columns) + len(targets))
+
+    def _push_columns(
+        self,
+        schedule: Schedule,
+        keys: Sequence[Key],
+        entries: Sequence[Entry],
+        columns: Sequence[Column],
+        targets: Sequence[Column],
+        priority: int,
+    ) -> bool:
+        try:
+            for entry in entries:
+                self._shard.rule.check(entry, by_rows=False)
+        except TensorKVError:
+            return False
+        verb = "pushpull" if targets else "push"
+        if verb not in schedule.texts:
+            schedule.texts[verb] = _text(verb, keys, [])
+        parts = Arrays.of_columns(columns)
+        with self._order.entered(schedule.texts[verb]) as call:
+            if not targets:
+                self._defer(call, keys, entries, parts, priority)
+                return True
+            allreduce = self._run(call, keys, entries, parts)
+            past = sum(schedule.form.nbytes) * len(targets) > _PAST_CACHE_NBYTES  # type: ignore[union-attr]
+            allreduce.copy_out(Arrays.of_columns(targets), past)
+        return True
+
+    # ------------------------------------------------------------ pull
+
+    def pull(self, keys: Sequence[Key], outs: Outs) -> None:
+        """Copy values out, after this worker's earlier pushes of these keys."""
+        with self._order.lock:
+            self._order.check()
+            check_outs([self._shard.entry("pull", key) for key in keys], outs)
+            self.settle(keys)
+            pairs = [(out, self._values[key].value) for key, group in zip(keys, outs, strict=True) for out in group]
+            with torch.no_grad():
+                for job in reduce.copies(pairs, 1):
+                    job()
+
+    def settle(self, keys: Sequence[Key]) -> None:
+        """Wait until this worker's earlier pushes of some keys have made their values."""
+        for allreduce in self._pending_of(keys):
+            self._queue.wait_for(allreduce)
+            with self._order.ending_store(allreduce.call.text):
+                allreduce.wait_for_values()
+        # Only now: a call that is interrupted while it waits is made again.
+        for key in keys:
+            self._pending.pop(key, None)
+
+    def drain(self) -> None:
+        """Wait for all of this worker's earlier pushes."""
+        self._queue.wait_for()
+        self.settle(list(self._pending))
+
+    def _pending_of(self, keys: Sequence[Key]) -> list[AllReduce]:
+        return list({id(each): each for key in keys if (each := self._pending.get(key))}.values())
+
+    # ------------------------------------------------------------ pushes of others
+
+    def leave(self) -> None:
+        """Join the pushes of the others, without parts of this worker's, until every worker has left."""
+        with self._order.lock, kept(), torch.no_grad(), self._order.unbroken("leave"):
+            self._order.check()
+            self.drain()
+            while (call := self._order.join()).digest != LEFT:
+                if call.digest != REFUSED:
+                    with suppress(_UpdateFailedError, NonFiniteError):
+                        self._serve(call)
+
+    def _serve(self, call: Collective) -> None:
+        """Take part in a push."""
+        verb, _, rest = call.text.partition(" ")
+        if verb not in ("push", "pushpull"):
+            raise WorkerMismatchError(
+                f"rank {self._group.rank} has left; the others may push and pull only, not {call.text[:200]}"
+            )
+        try:
+            arguments = json.loads(rest)
+        except ValueError:
+            raise WorkerError(
+                "leave: the others push a list of keys that they have not pushed before, and it is too long"
+            ) from None
+        keys, by_rows = arguments["keys"], arguments.get("rows")
+        if by_rows is None:
+            self._serve_dense(call, verb, keys)
+            return
+        self._order.wait_for_all()
+        chosen = [key for key, is_rows in zip(keys, by_rows, strict=True) if is_rows]
+        merged = self._gather_rows(verb, {key: [sparse.no_rows(self._shard.entry(verb, key))] for key in chosen})
+        if len(chosen) < len(keys):
+            self._serve(self._order.join())
+        self._apply_rows(merged)
+
+    def _serve_dense(self, call: Collective, verb: str, keys: Sequence[Key]) -> None:
+        entries = [self._shard.entry(verb, key) for key in keys]
+        deferred = verb == "push" and self._can_defer
+        allreduce = self._prepare(call, keys, entries, deferred=deferred)
+        allreduce.run()
+        if deferred:
+            # No later one, since this worker takes calls in their order.
+            self._chain.report_progress(-1)
+        self._raise_failed(allreduce, entries)
+
+    # ------------------------------------------------------------ schedules and staging buffers
+
+    def _prepare(self, call: Collective, keys: Sequence[Key], entries: Sequence[Entry], *, deferred: bool) -> AllReduce:
+        """Choose the staging buffer of a call; one that is new is allocated by all workers of the host."""
+        schedule = self._schedule(tuple(keys))
+        self._order.remember(call)
+        first = 0
+        if not deferred:
+            if self._ring is None:
+                self._agree_early(call)
+                self._ring = StagingBuffer(self._host, RING, self._slot_nbytes)
+            staging = self._ring
+        elif schedule.is_small:
+            staging, first = self._next_small_slot(call)
+        else:
+            staging = self._own_staging(schedule, call)
+        verb = call.text.partition(" ")[0]
+        updates_empty = self._chain.is_last and self._host.local_rank == 0
+        update = Update(verb, entries, self._shard.rule, self._policy, updates_empty)
+        allreduce = AllReduce(self._host, self._chain, call, schedule, staging, update, first)
+        if staging is self._small:
+            self._small_pushes[first] = allreduce
+        return allreduce
+
+    def _next_small_slot(self, call: Collective) -> tuple[StagingBuffer, int]:
+        if self._small is None:
+            self._agree_early(call)
+            self._small = StagingBuffer(self._host, ENTRIES, SMALL_NBYTES)
+            self._small_pushes = [None] * ENTRIES
+        slot = self._small_slot
+        self._small_slot = (slot + 1) % ENTRIES
+        earlier = self._small_pushes[slot]
+        if earlier is not None:
+            self._queue.wait_for(earlier)
+        return self._small, slot
+
+    def _own_staging(self, schedule: Schedule, call: Collective) -> StagingBuffer:
+        if schedule.own_staging is None:
+            self._make_room(schedule)
+            self._agree_early(call)
+            schedule.own_staging = StagingBuffer(self._host, schedule.num_slots, schedule.slot_nbytes)
+        else:
+            # Its slots are filled again only when what was staged before has been taken.
+            self._queue.wait_for(schedule.own_staging)
+        return schedule.own_staging
+
+    def _agree_early(self, call: Collective) -> None:
+        # Memory is shared by workers that make the same call, and calls are compared in order.
+        self._queue.wait_for()
+        self._host.agree(call)
+
+    def _schedule(self, keys: tuple[Key, ...]) -> Schedule:
+        schedule = self._schedules.pop(keys, None)
+        if schedule is not None:
+            self._schedules[keys] = schedule
+            return schedule
+        # Every worker makes the same calls, and so forgets the same schedule.
+        while len(self._schedules) >= _MIN_SCHEDULES and self._num_named > _MAX_NAMED * len(self._values):
+            self._drop(next(iter(self._schedules)))
+        values = [self._values[key] for key in keys]
+        schedule = Schedule(values, self._host.local_rank, self._chain.owners, self._slot_nbytes)
+        self._schedules[keys] = schedule
+        self._num_named += len(keys)
+        return schedule
+
+    def _make_room(self, schedule: Schedule) -> None:
+        """Drop the least recently used schedules until there is room for another one's staging buffer."""
+        values = [each.value for each in self._values.values()]
+        nbytes = sum(value.numel() * interop.accumulator(value.dtype).itemsize for value in values)
+        staged = {keys: each.staging_nbytes for keys, each in self._schedules.items() if each.own_staging is not None}
+        room = max(_MIN_STAGING_NBYTES, _MAX_STAGING * nbytes) - schedule.staging_nbytes - sum(staged.values())
+        for keys, freed in staged.items():
+            if room >= 0:
+                break
+            self._drop(keys)
+            room += freed
+
+    def forget(self, keys: Sequence[Key] | None = None) -> None:
+        """Drop the schedules of some keys, or all, when no push is pending any more."""
+        # The last push in a slot refers to values.
+        self._small_pushes = [None] * len(self._small_pushes)
+        gone = None if keys is None else set(keys)
+        for named in [each for each in self._schedules if gone is None or not gone.isdisjoint(each)]:
+            self._drop(named)
+
+    def _drop(self, keys: tuple[Key, ...]) -> None:
+        self.settle(keys)
+        self._num_named -= len(keys)
+        staging = self._schedules.pop(keys).own_staging
+        if staging is not None:
+            self._host.release(staging.segment)
+
+    def close(self) -> None:
+        """End the progress thread and let go of the memory."""
+        self._queue.close()
+        self._schedules.clear()
+        self._pending.clear()
+        self._small_pushes.clear()
+        self._ring = self._small = None
+
+
+def _text(verb: str, keys: Sequence[Key], by_rows: Sequence[bool]) -> str:
+    return describe(verb, keys=list(keys), rows=list(by_rows)) if any(by_rows) else describe(verb, keys=list(keys))
+
+
+def _dense(entry: Entry, parts: Sequence[Part]) -> list[torch.Tensor]:
+    """Return parts as dense CPU tensors, Rows in the dtype that sums are made in."""
+    dense = [entry.dense(part) if isinstance(part, Rows) else part for part in parts]
+    return [part if part.is_cpu else part.cpu() for part in dense]

@@ -1,4 +1,4 @@
-"""Rendezvous: how the processes that a launcher started find each other, and agree on a start."""
+"""Rendezvous: processes that a launcher has started find each other, and agree on a name for this start."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tensorkv.errors import RankDeadError
 from tensorkv.runtime import forks
 
 # How often a worker looks whether rank 0 has answered, or announced another start.
-_LOOK_S = 0.02
-# The meeting place that torchrun's variables name; its server lives as long as rank 0's process.
+_POLL_S = 0.02
+# The rendezvous store that torchrun's variables name; its server lives as long as rank 0's process.
 _connection: Any = None
 
 
@@ -50,9 +50,10 @@ def _connect(timeout: timedelta) -> tuple[Any, int, int]:
 
 
 def _listen(host: str, port: int) -> int | None:
-    """Return a socket for a rendezvous store; None if torch may have one there, of a process group that is over.
+    """Return a listening socket for a rendezvous store; None if the port is taken, as by an earlier process group.
 
-    torch itself would listen on every address of this host. Where another process listens, it says so.
+    torch would listen on every address of this host. It uses its own server at a port that is taken, and raises if
+    another process listens there.
     """
     try:
         descriptor = socket.create_server((host, port)).detach()
@@ -65,13 +66,13 @@ def _listen(host: str, port: int) -> int | None:
 
 
 def network_id() -> str:
-    """Name what processes must have in common to reach each other on loopback: kernel, network and host name."""
+    """Return what processes have in common that reach each other on loopback: host name, kernel and network."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''} {_namespace('net')}"
 
 
 def host_id() -> str:
-    """Name what processes must have in common to share memory: also what their process IDs mean."""
+    """Return what processes have in common that can share memory: also the PID namespace."""
     return f"{network_id()} {_namespace('pid')}"
 
 
@@ -81,11 +82,12 @@ def _namespace(kind: str) -> str:
 
 
 def agree_on_start(store: Any, rank: int, size: int, timeout_s: float) -> str:
-    """Return what to call this start, the same for all workers and for no other start.
+    """Return a name for this start, the same for all workers and for no other start.
 
-    A rendezvous store outlives the stores that meet there, those that failed to meet, and under torchrun also the
-    workers that are started again, so what an earlier start has announced may still be there. Who finds an announcement
-    believes it when rank 0 has read a word that nobody said before; rank 0 says so when it has heard every worker.
+    A rendezvous store outlives the stores that use it, failed starts, and under torchrun also the workers, which are
+    restarted; so it may hold what rank 0 announced in an earlier start. A worker that finds an announcement answers
+    with a new token. It accepts the announcement when rank 0 has acknowledged the token, which rank 0 does when it has
+    read the tokens of all workers.
 
     Raises:
         RankDeadError: not all workers joined in time.
@@ -93,19 +95,19 @@ def agree_on_start(store: Any, rank: int, size: int, timeout_s: float) -> str:
     mine = uuid4().hex
     if rank == 0:
         store.set("start", mine)
-        words: dict[int, str] = {}
+        tokens: dict[int, str] = {}
         turn = 0
-        while missing := set(range(1, size)) - words.keys():
+        while missing := set(range(1, size)) - tokens.keys():
             turn += 1
-            other, word = json.loads(get(store, f"{mine}/hello/{turn}", min(missing), size, timeout_s))
-            words[other] = word
-        for word in words.values():
-            store.set(f"{mine}/welcome/{word}", b"")
+            other, token = json.loads(get(store, f"{mine}/hello/{turn}", min(missing), size, timeout_s))
+            tokens[other] = token
+        for token in tokens.values():
+            store.set(f"{mine}/welcome/{token}", b"")
         return mine
     found, deadline = "", monotonic() + timeout_s
     while monotonic() < deadline:
         start = get(store, "start", 0, size, timeout_s).decode()
-        # In this order: rank 0 may have welcomed this worker, and announced another store of theirs since.
+        # First: rank 0 may have acknowledged this worker, and announced the next store of these workers since.
         if found and store.check([f"{found}/welcome/{mine}"]):
             return found
         if start != found:
@@ -113,7 +115,7 @@ def agree_on_start(store: Any, rank: int, size: int, timeout_s: float) -> str:
             turn = store.add(f"{start}/turns", 1)
             store.set(f"{start}/hello/{turn}", json.dumps([rank, mine]))
             continue
-        sleep(_LOOK_S)
+        sleep(_POLL_S)
     raise RankDeadError(f"rank 0 of {size} did not join within {timeout_s:g} s")
 
 

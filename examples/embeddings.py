@@ -1,20 +1,19 @@
-"""Word vectors in a sparse table on parameter servers, trained by several workers; one server is killed on the way.
+"""Train word vectors in sparse tables on parameter servers, with several workers; one server is killed meanwhile.
 
 The text is Python's own language reference, which every Python has for ``help()``: ``pydoc_data.topics``, about
-64,000 words, part of CPython and under its licence (PSF-2.0); nothing is downloaded. Words that stand near each other
-get similar vectors: skip-gram with negative samples (Mikolov et al., NeurIPS 2013). A word's row is a hash of it, so
-workers need no common vocabulary, and of four billion rows the tables hold only those of words that were seen.
+64,000 words, part of CPython and under its licence (PSF-2.0); nothing is downloaded. The method is skip-gram with
+negative sampling (Mikolov et al., NeurIPS 2013): neighbouring words get similar vectors. The row of a word is a hash of
+the word, so workers need no common vocabulary; of four billion rows the tables store only those of words that occur.
 
-Every tenth pair of neighbouring words is held out. The quality is how often a held-out pair scores higher than the
-same word with another one, drawn as often as words occur: 0.5 is guessing, and knowing how common each word is does no
-better. Words that often meet are held out in one place and learned from in others.
+Every tenth pair of neighbouring words is held out. The quality is the share of held-out pairs that score higher than
+the same word with a random word of the text. 0.5 is chance; the quality of scoring by word frequency is printed, too.
 
-In the middle of the training a server is ended with SIGKILL. It comes back with what its folder has, the workers send
-again what was not answered, and in the end there is one update for every push.
+During the training a server is killed with SIGKILL. Ray restarts it, it recovers its values from its folder, and the
+workers repeat their unanswered requests. At the end the number of updates must equal the number of pushes.
 
     python examples/embeddings.py
 
-Needs: pip install 'tensorkv[ray]'
+Needs the extra ray: pip install '.[ray]'
 """
 
 from __future__ import annotations
@@ -53,12 +52,12 @@ def pairs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def row_of(word: str) -> int:
-    """Return the row of a word in both tables; two words may share one, which is rare."""
+    """Return the row of a word in both tables; two words rarely share one."""
     return zlib.crc32(word.encode())
 
 
 def learn(worker: int) -> int:
-    """Train on this worker's share of the pairs; return how many pushes that took."""
+    """Train on this worker's share of the pairs; return the number of pushes."""
     ids = np.array([row_of(word) for word in words()])
     mine = pairs(ids)[0][worker::WORKERS]
     random = np.random.default_rng(worker + 1)
@@ -68,7 +67,7 @@ def learn(worker: int) -> int:
             random.shuffle(mine)
             for start in range(0, len(mine), BATCH):
                 words_, near = mine[start : start + BATCH].T
-                far = random.choice(ids, (len(near), NEGATIVES))  # words as often as they occur
+                far = random.choice(ids, (len(near), NEGATIVES))  # by frequency
                 contexts = np.concatenate([near[:, None], far], axis=1)
                 kv.push(["words", "contexts"], gradients(kv, words_, contexts))
                 pushes += 1
@@ -76,7 +75,7 @@ def learn(worker: int) -> int:
 
 
 def gradients(kv: tensorkv.KVStore, centres: np.ndarray, contexts: np.ndarray) -> list[tensorkv.Rows]:
-    """Return what the two tables' rows are to move by, for words and, of each, a true and some random contexts."""
+    """Return the gradients of both tables, for words with one true and some random contexts each."""
     words_, contexts_ = kv.row_sparse_pull(["words", "contexts"], row_ids=[centres, contexts.ravel()])
     of_centre = np.searchsorted(words_.ids, centres)
     of_context = np.searchsorted(contexts_.ids, contexts)
@@ -101,7 +100,7 @@ def quality(score, held_out: np.ndarray, ids: np.ndarray) -> float:
 
 
 def vectors(kv: tensorkv.KVStore, ids: np.ndarray):
-    """Pull both tables and return what scores pairs of words."""
+    """Pull both tables and return a function that scores pairs of words."""
     u, v = kv.row_sparse_pull(["words", "contexts"], row_ids=[ids, ids])
 
     def score(one: np.ndarray, two: np.ndarray) -> np.ndarray:
@@ -111,7 +110,7 @@ def vectors(kv: tensorkv.KVStore, ids: np.ndarray):
 
 
 def main(folder: str) -> int:
-    """Train, kill a server in the middle, and say how good the vectors are."""
+    """Train, kill a server meanwhile, and print the quality of the vectors."""
     text = words()
     ids = np.array([row_of(word) for word in text])
     vocabulary = np.unique(ids)
@@ -123,7 +122,7 @@ def main(folder: str) -> int:
         kv.set_optimizer("adagrad", lr=0.1)
         print(f"{len(text)} words, {len(vocabulary)} different; tables of {ROWS} rows, in {folder}")
         begin = time.monotonic()
-        # A worker that Ray started a second time would push a second time.
+        # A task that Ray retried would push twice.
         task = ray.remote(num_cpus=0, max_retries=0)(learn)
         tasks = [task.remote(worker) for worker in range(WORKERS)]
         total = WORKERS * EPOCHS * -(-(len(pairs(ids)[0]) // WORKERS) // BATCH)
@@ -149,13 +148,13 @@ def main(folder: str) -> int:
         common = dict(zip(*np.unique(ids, return_counts=True), strict=True))
         baseline = quality(lambda _, two: np.array([common[each] for each in two]), held_out, ids)
         show_neighbours(kv, text)
-    print(f"server 1 came back as process {after}; {pushes} pushes, versions {versions[0]} and {versions[1]}")
-    print(f"held-out pairs told from others: {share:.3f} (by how common words are: {baseline:.3f})")
+    print(f"server 1 was restarted as process {after}; {pushes} pushes, versions {versions[0]} and {versions[1]}")
+    print(f"quality on held-out pairs: {share:.3f} (by word frequency: {baseline:.3f})")
     problems = {
-        "no server was killed: the workers were done before the first look": killed is None,
+        "no server was killed: the workers finished before the first check": killed is None,
         "server 1 is the process that was killed": killed == after,
         f"{pushes} pushes were acknowledged, and the tables had {versions} updates": versions != [pushes, pushes],
-        "the vectors tell no more than how common words are": share <= baseline,
+        "the vectors are not better than word frequency": share <= baseline,
     }
     for problem in [each for each, holds in problems.items() if holds]:
         print(f"failed: {problem}", file=sys.stderr)
@@ -163,7 +162,7 @@ def main(folder: str) -> int:
 
 
 def show_neighbours(kv: tensorkv.KVStore, text: list[str]) -> None:
-    """Print, for some words, those whose vectors point the same way."""
+    """Print the nearest words of some words."""
     names, counts = np.unique(text, return_counts=True)
     names = names[counts >= 20]
     rows = [row_of(name) for name in names]

@@ -1,12 +1,13 @@
-"""One process learns and publishes its weights, others read each version as it comes.
+"""Publish weights from one training process to several readers, which pull every version.
 
-The learner trains a network on scikit-learn's handwritten digits and pushes its weights after every epoch; there is no
-optimizer in the store, so a push replaces the values. The readers, processes of their own, wait for news, take a
-snapshot and measure its accuracy. A check sum travels with the weights: half of an update would not fit it.
+The trainer fits a network to scikit-learn's handwritten digits and pushes its weights after every epoch. There is no
+optimizer in the store, so a push replaces the values. Each reader is a process that waits for a new version, takes a
+snapshot and measures its accuracy. A checksum is pushed with the weights, so a reader can tell that it has all weights
+of one version and none of another.
 
     python examples/publish_weights.py
 
-Needs: pip install 'tensorkv[examples,ray]'
+Needs the extras cli, examples and ray: pip install '.[cli,examples,ray]'
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ LAYERS = {"weights0": (64, 64), "bias0": (64,), "weights1": (64, 10), "bias1": (
 
 
 def checksum(layers: dict[str, np.ndarray]) -> np.ndarray:
-    """Return the sum of all weights, which two versions hardly share."""
+    """Return the sum of all weights, which differs between versions."""
     return np.array(sum(float(layers[name].sum()) for name in LAYERS))
 
 
-def learn() -> int:
-    """Publish the weights of every epoch; return 0 if all readers saw what they should."""
+def train() -> int:
+    """Publish the weights of every epoch; return 0 if all readers succeeded."""
     digits = demo.load_digits()
     model = MLPClassifier((64,), random_state=0)
-    # One worker, the learner: readers are not waited for. keep= has room for a snapshot of each of them.
+    # The trainer is the only worker, so nothing waits for readers. Each of them may hold one snapshot.
     with tensorkv.create("dist_async", name=NAME, num_servers=2, num_workers=1, keep=READERS, timeout_s=30) as kv:
         kv.init({name: np.zeros(shape) for name, shape in LAYERS.items()} | {"checksum": np.zeros(())})
         environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
@@ -58,44 +59,44 @@ def learn() -> int:
                 reader.kill()
                 reader.wait()
     if failed:
-        print(f"readers {failed} did not see rising versions and whole updates")
+        print(f"readers {failed} did not see increasing versions and consistent snapshots")
         return 1
-    print(f"all {READERS} readers saw rising versions and whole updates, up to version {VERSIONS}")
+    print(f"all {READERS} readers saw increasing versions and consistent snapshots, up to version {VERSIONS}")
     return 0
 
 
 def wait_for(kv: tensorkv.KVStore, readers: list[subprocess.Popen[bytes]]) -> None:
-    """Return when all readers have the store open, or one of them has ended."""
+    """Wait until all readers have opened the store, or one of them has ended."""
     while kv.stats()["clients"] <= len(readers) and all(reader.poll() is None for reader in readers):
         time.sleep(0.05)
 
 
 def read(number: int) -> int:
-    """Measure every version that comes, until the last; return 0 if they rose and every one was whole."""
+    """Measure every new version until the last; return 0 if versions increased and every snapshot was consistent."""
     digits = demo.load_digits()
     images, labels = digits.test_images.numpy(), digits.test_labels.numpy()
-    seen, whole = [0], True
+    seen, consistent = [0], True
     with tensorkv.create("dist_async", name=NAME, timeout_s=30) as kv:
         while seen[-1] < VERSIONS:
-            kv.pull("checksum", min_version=seen[-1] + 1, timeout_s=30)  # waits for news
-            with kv.snapshot() as moment:
-                layers = {name: moment.pull(name) for name in LAYERS}
-                versions = set(moment.versions.values())
-                whole &= len(versions) == 1 and moment.pull("checksum") == checksum(layers)
+            kv.pull("checksum", min_version=seen[-1] + 1, timeout_s=30)  # waits for a new version
+            with kv.snapshot() as snapshot:
+                layers = {name: snapshot.pull(name) for name in LAYERS}
+                versions = set(snapshot.versions.values())
+                consistent &= len(versions) == 1 and snapshot.pull("checksum") == checksum(layers)
             seen.append(max(versions))
             hidden = np.maximum(images @ layers["weights0"] + layers["bias0"], 0)
             right = (hidden @ layers["weights1"] + layers["bias1"]).argmax(1) == labels
             say(f"reader {number}: version {seen[-1]:2}, test accuracy {right.mean():.3f}")
-    rising = all(a < b for a, b in pairwise(seen))
-    how = f"{'rising' if rising else 'NOT rising'}, {'whole' if whole else 'NOT whole'}"
+    increasing = all(a < b for a, b in pairwise(seen))
+    how = f"{'' if increasing else 'NOT '}increasing, {'' if consistent else 'NOT '}consistent"
     say(f"reader {number}: {len(seen) - 1} versions, {how}: {' '.join(map(str, seen[1:]))}")
-    return 0 if rising and whole else 1
+    return 0 if increasing and consistent else 1
 
 
 def say(line: str) -> None:
-    """Print a line at once, since several processes print to the same place."""
+    """Print a whole line at once, since several processes share the terminal."""
     print(f"{line}\n", end="", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(read(int(sys.argv[2])) if sys.argv[1:2] == ["reader"] else learn())
+    sys.exit(read(int(sys.argv[2])) if sys.argv[1:2] == ["reader"] else train())

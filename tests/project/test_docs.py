@@ -261,6 +261,9 @@ def test_every_package_is_in_the_architecture() -> None:
     source = ROOT / "src" / "tensorkv"
     packages = [path.parent.relative_to(source).as_posix() for path in source.rglob("*/__init__.py")]
     assert [name for name in packages if name != "." and f"`{name}`" not in text] == []
+    rows = re.findall(r"^\| `([\w/]+)` \|.*\| `(\w+\.py)` \|$", text, re.MULTILINE)
+    assert [f"{package}/{file}" for package, file in rows if not (source / package / file).exists()] == []
+    assert len(rows) == len(packages)
 
 
 def commands(program: str) -> set[str]:

@@ -33,10 +33,10 @@ def test_every_example_is_tested():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == {"embeddings.py", "publish_weights.py"}
 
 
-def test_readers_see_rising_versions_and_whole_updates(tmp_path):
+def test_readers_see_increasing_versions_and_consistent_snapshots(tmp_path):
     lines = run("publish_weights.py", tmp_path, timeout_s=110)
-    assert lines[-1] == "all 3 readers saw rising versions and whole updates, up to version 20"
-    told = [re.fullmatch(r"reader (\d): \d+ versions, rising, whole: ([\d ]+)", line) for line in lines]
+    assert lines[-1] == "all 3 readers saw increasing versions and consistent snapshots, up to version 20"
+    told = [re.fullmatch(r"reader (\d): \d+ versions, increasing, consistent: ([\d ]+)", line) for line in lines]
     seen = {int(match[1]): list(map(int, match[2].split())) for match in told if match}
     assert sorted(seen) == [0, 1, 2]
     for versions in seen.values():
@@ -49,10 +49,10 @@ def test_readers_see_rising_versions_and_whole_updates(tmp_path):
 def test_vectors_are_learned_though_a_server_is_killed(tmp_path):
     lines = run("embeddings.py", tmp_path, tmp_path / "store", timeout_s=220)
     killed = next(re.fullmatch(r"server 1 \(process (\d+)\) was killed", line) for line in lines if "killed" in line)
-    back = re.fullmatch(r"server 1 came back as process (\d+); (\d+) pushes, versions (\d+) and (\d+)", lines[-2])
+    back = re.fullmatch(r"server 1 was restarted as process (\d+); (\d+) pushes, versions (\d+) and (\d+)", lines[-2])
     assert back[1] != killed[1]
     assert back[2] == back[3] == back[4]
-    share = re.fullmatch(r"held-out pairs told from others: ([\d.]+) \(by how common words are: ([\d.]+)\)", lines[-1])
+    share = re.fullmatch(r"quality on held-out pairs: ([\d.]+) \(by word frequency: ([\d.]+)\)", lines[-1])
     assert float(share[1]) > 0.7
     assert float(share[2]) < 0.55
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["server-0", "server-1"]
@@ -77,6 +77,6 @@ def test_an_example_that_fails_says_why(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(embeddings, "ray", played)
     assert embeddings.main(str(tmp_path)) == 1
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == "failed: no server was killed: the workers were done before the first look"
+    assert said[0] == "failed: no server was killed: the workers finished before the first check"
     assert said[1] == "failed: 21 pushes were acknowledged, and the tables had [0, 0] updates"
     assert options["max_retries"] == 0, "Ray would run a worker again, and it would push again"

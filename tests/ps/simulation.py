@@ -27,7 +27,7 @@ from tensorkv.engines.ps.server.server import Server
 from tensorkv.storage import durable
 from tensorkv.storage.record import Record
 from tensorkv.store import KVStore
-from tensorkv.transport.wire import Request, split
+from tensorkv.transport.wire import split
 
 # So long may a client stand still, and is certainly not taken for lost.
 LONG_SILENCE_S = 2.5
@@ -313,7 +313,7 @@ class Actor:
             )
         else:
             patience = min(1.0, head.pop("poll_timeout_s", 1.0))
-            request = Request({**head, "poll_timeout_s": 0}, layout, payload)
+            request = {**head, "poll_timeout_s": 0}, layout, payload
             self._parked.append((world.now + patience, request, future, is_lost))
             self._look()
             if any(each[2] is future for each in self._parked):
@@ -331,7 +331,7 @@ class Actor:
             # The newest first: the others have been looked at before.
             for each in reversed(list(self._parked)):
                 until, request, future, is_lost = each
-                reply = self.server.serve(request)
+                reply = self.server.serve(*request)
                 if "wait_for" in reply.head and until > self.world.now + 1e-9:
                     continue
                 self._parked = [other for other in self._parked if other is not each]
@@ -403,7 +403,7 @@ class World(Loop):
         kind = self.faults[0][1]
         if kind == "kill in push":
             # The others have it already, and one of them ends, while this server has to wait for it.
-            others = [each for each in self.actors if each is not actor and each.index in head.get("fan", ())]
+            others = [each for each in self.actors if each is not actor and each.index in head.get("servers", ())]
             if head["verb"] != "push" or not others:
                 return 0.0
             self.faults.pop(0)
@@ -448,9 +448,9 @@ class World(Loop):
             push_round(keys, parts)
             self.rounds.setdefault(index, []).append((tuple(keys), requests))
 
-        def watched_push(request, out, *, fill):
-            reply = push(request, out, fill=fill)
-            rank = request.head.get("rank")
+        def watched_push(request, *, fill=True):
+            reply = push(request, fill=fill)
+            rank = request.sender.rank
             self.applied[index, rank] = self.applied.get((index, rank), 0) + 1
             return reply
 

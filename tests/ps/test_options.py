@@ -124,7 +124,10 @@ def test_servers_that_nobody_ends_end_by_themselves(is_ending, after_s, monkeypa
     monkeypatch.setattr(ray_actor, "time", clock)
     monkeypatch.setattr(ray_actor, "ray", mock.Mock())
     actor = object.__new__(ray_actor.ServerActor)
-    actor._server, actor._metrics = mock.Mock(is_ending=is_ending, owners=lambda: now[0] < 50), mock.Mock()
+    actor._server, actor._metrics = (
+        mock.Mock(is_ending=is_ending, is_broken=False, owners=lambda: now[0] < 50),
+        mock.Mock(),
+    )
     actor._watch()
     ray_actor.ray.kill.assert_called_once()
     assert 50 + after_s - 2 < now[0] < 50 + after_s + 2

@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import fields
 from functools import partial
 from types import SimpleNamespace
 from unittest import mock
@@ -18,6 +19,7 @@ import tensorkv
 from tensorkv import Rows
 from tensorkv.arrays.packing import Item, pack, raw_bytes
 from tensorkv.engines import partition
+from tensorkv.engines.ps import messages
 from tensorkv.engines.ps.options import PSOptions
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.engines.ps.server.snapshot import SnapshotBarrier
@@ -25,7 +27,7 @@ from tensorkv.storage.durable import DurableShard
 from tensorkv.storage.record import Record
 from tensorkv.storage.wal import WriteAheadLog
 from tensorkv.transport import channel
-from tensorkv.transport.wire import Reply, Request
+from tensorkv.transport.wire import Reply
 
 pytest.importorskip("ray")
 
@@ -67,21 +69,21 @@ def asked(server, verb, client=0, seq=0, **words):
         "seq": seq,
         "poll_timeout_s": 0,
     }
-    return server.serve(Request({**head, **words})).head
+    return server.serve({**head, **words}).head
 
 
 def test_a_server_that_is_restarted_knows_what_it_has_promised(tmp_path):
     options = PSOptions(num_workers=3, path=str(tmp_path), durability="process")
     server = Server(options)
-    newcomer = {"rank": None, "ranks": True, "wants": None}
+    newcomer = {"rank": None, "wanted_rank": None}
     for client in range(3):
         told = asked(server, "connect", client, **newcomer)
-        assert (told["rank"], told["over"]) == (client, (0, 0, 0))
+        assert (told["rank"], told["completed"]) == (client, (0, 0, 0))
     assert asked(server, "broadcast", 0, number=1, text="said once") == {"text": "said once"}
     for client in range(3):
         reply = asked(server, "barrier", client, number=1)
         assert ("wait_for" in reply) is (client < 2)
-    asked(server, "claim", 1, wants=True, number=1)
+    asked(server, "claim", 1, number=1)
     asked(server, "leave", 1, number=1)
     asked(server, "disconnect", 2)
     for _ in range(2):
@@ -91,18 +93,18 @@ def test_a_server_that_is_restarted_knows_what_it_has_promised(tmp_path):
         assert asked(server, "broadcast", 1, number=1, text=None) == {"text": "said once"}
         assert asked(server, "barrier", 1, number=1) == {}
         assert "ranks [0]" in asked(server, "barrier", 1, number=2)["wait_for"]
-        assert "another client" in asked(server, "claim", 0, wants=True, number=1)["wait_for"]
+        assert "another client" in asked(server, "claim", 0, number=1)["wait_for"]
         assert asked(server, "heartbeat", 0)["dead"] == []
         # Rank 1 has left, rank 2 has said goodbye.
         assert asked(server, "stats", 0)["live"] == [0]
     # A new worker gets the rank that is free, and is told how far the others are.
     told = asked(server, "connect", 5, **newcomer)
-    assert (told["rank"], told["over"]) == (2, (1, 1, 0))
+    assert (told["rank"], told["completed"]) == (2, (1, 1, 0))
     assert asked(server, "disconnect", 0) == {"clients": 2, "dead_clients": 0}
     # Another store in the folder has nothing to do with these.
     server.close()
     server = Server(options)
-    assert asked(server, "connect", 7, **newcomer)["over"] == (0, 0, 0)
+    assert asked(server, "connect", 7, **newcomer)["completed"] == (0, 0, 0)
     assert "wait_for" in asked(server, "broadcast", 7, rank=0, number=1, text=None)
     assert asked(server, "disconnect", 7) == {"clients": 0, "dead_clients": 0}
     # It ends, also if it is restarted first.
@@ -159,24 +161,24 @@ def test_each_push_counts_once(fault, near, num_servers, small_pieces):
         assert cluster.fired(fault) > 20
 
 
-def serve_twice_after_a_snapshot(cluster, message, *others):
+def serve_twice_after_a_snapshot(cluster, request, *others):
     """Have a request, its resent copy and other requests wait until a snapshot has been taken; return the replies."""
     server = cluster.servers[0]
-    taker = {"owner": message.head["owner"], "client": "taker", "seq": 1}
-    server.serve(Request({"verb": "prepare", **taker}))
-    jobs = [partial(server.serve, each) for each in (message, message, *others)]
+    taker = {"owner": request[0]["owner"], "client": "taker", "seq": 1}
+    server.serve({"verb": "prepare", **taker})
+    jobs = [partial(server.serve, *each) for each in (request, request, *others)]
 
-    def thaw():
+    def abort():
         time.sleep(0.2)
-        server.serve(Request({"verb": "abort", **taker}))
+        server.serve({"verb": "abort", **taker})
 
-    return [reply.head for reply in together(*jobs, thaw)[:-1]]
+    return [reply.head for reply in together(*jobs, abort)[:-1]]
 
 
 def push_of(kv, rank, number, value):
     words = {"verb": "push", "owner": kv._engine._owner, "client": f"{kv._engine._owner}.7", "rank": rank}
     record = pack([Item("n", "sum", torch.tensor([float(value)]))])
-    return Request({**words, "seq": number}, record.layout, record.payload[0])
+    return {**words, "seq": number}, record.layout, record.payload[0]
 
 
 def test_a_push_in_step_that_is_resent_during_a_snapshot_counts_once():
@@ -187,18 +189,24 @@ def test_a_push_in_step_that_is_resent_during_a_snapshot_counts_once():
         first, second = stores
         assert serve_twice_after_a_snapshot(cluster, push_of(first, 0, 1, 1), push_of(second, 1, 1, 10)) == [{}] * 3
         # In the next round nobody has pushed for rank 0 yet.
-        assert "wait_for" in cluster.servers[0].serve(push_of(second, 1, 2, 100)).head
+        assert "wait_for" in cluster.servers[0].serve(*push_of(second, 1, 2, 100)).head
         assert first.pull("n").tolist() == [11]
 
 
 def test_an_init_that_is_resent_during_a_snapshot_is_made_once():
     with Cluster() as cluster:
         kv = cluster.store()
-        made = []
-        with mock.patch.dict(cluster.servers[0]._verbs, init=lambda request, out: made.append(request) or Reply({})):
+        made, serve = [], cluster.servers[0].serve
+
+        def keep_init(head, layout, payload, out):
+            if head["verb"] != "init":
+                return serve(head, layout, payload, out)
+            made.append((head, layout, bytes(payload)))
+            return Reply({})
+
+        with mock.patch.object(cluster.servers[0], "serve", keep_init):
             kv.init("n", np.zeros(1, F32))
-        init = made[0]._replace(payload=bytes(made[0].payload))
-        assert serve_twice_after_a_snapshot(cluster, init) == [{}] * 2
+        assert serve_twice_after_a_snapshot(cluster, made[0]) == [{}] * 2
         assert kv.pull("n").tolist() == [0]
 
 
@@ -325,7 +333,7 @@ def test_nobody_is_further_ahead_than_the_bound(staleness):
 
 def server_stats(cluster):
     """What server 0 tells of itself."""
-    return cluster.servers[0].serve(Request({"verb": "stats", "owner": "test", "client": "test.0", "seq": 1})).head
+    return cluster.servers[0].serve({"verb": "stats", "owner": "test", "client": "test.0", "seq": 1}).head
 
 
 def test_waiting_for_the_slow_is_reported_and_bounded_even_for_one_that_does_not_wait():
@@ -786,7 +794,7 @@ def test_after_a_dead_server_the_others_stay_for_live_clients_alone():
         first.close()
         ray_cluster.stop_servers.assert_not_called()
         # They end as soon as nobody is left whom they hear of, though nobody may be there to end them.
-        assert [actor.actor._is_broken for actor in cluster.actors] == [True, False, True]
+        assert [actor.server.is_broken for actor in cluster.actors] == [True, False, True]
         last.close()
         ray_cluster.stop_servers.assert_called_once()
 
@@ -1141,33 +1149,7 @@ def nonsense(chance):
     )
 
 
-WORDS = [
-    "owner",
-    "client",
-    "seq",
-    "rank",
-    "pulls",
-    "of",
-    "view",
-    "min_version",
-    "keys",
-    "awaits",
-    "optimizer",
-    "numbers",
-    "notes",
-    "body",
-    "key",
-    "ranks",
-    "wants",
-    "returns",
-    "number",
-    "text",
-    "wanted",
-    "states",
-    "fan",
-    "poll_timeout_s",
-    "shares",
-]
+SENDER_FIELDS = ["owner", "client", "seq", "rank", "servers", "poll_timeout_s", "no such field"]
 
 
 @pytest.mark.parametrize("mode", ["async", "sync"])
@@ -1191,10 +1173,13 @@ def test_nonsense_is_an_error_and_changes_nothing_else(mode, tmp_path):
             "commit",
         }
         for number in range(3000):
-            verb = chance.choice([*sorted(server._verbs), "nothing", None])
+            verb = chance.choice([*sorted(messages.VERBS), "nothing", None])
             head = {"verb": verb, "owner": "x", "client": f"x.{number}", "seq": 1, "poll_timeout_s": 0}
-            for word in chance.sample(WORDS, chance.randint(0, 5)):
-                head[word] = nonsense(chance)
+            own = [each.name for each in fields(messages.VERBS[verb])] if verb in messages.VERBS else []
+            for name in own:
+                head[name] = nonsense(chance)
+            for name in chance.sample(SENDER_FIELDS, chance.choice([0, 0, 0, 1, 2])):
+                head[name] = nonsense(chance)
             if verb in (
                 "rule",
                 "delete",
@@ -1211,7 +1196,7 @@ def test_nonsense_is_an_error_and_changes_nothing_else(mode, tmp_path):
                 head["seq"] = nonsense(chance) if chance.random() < 0.5 else None
                 head["rank"] = chance.choice(["x", -1, 7, [0]])
             payload = chance.choice([b"", b"x", bytes(2400), bytes(16), b"\xff" * 40, b"\xff" * 32])
-            reply = server.serve(Request(head, chance.choice(LAYOUTS), payload))
+            reply = server.serve(head, chance.choice(LAYOUTS), payload)
             refused += "error" in reply.head
             if "error" in reply.head:
                 assert reply.head["error"][0] in dir(tensorkv.errors), reply.head

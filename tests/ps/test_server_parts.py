@@ -295,7 +295,7 @@ def test_a_channel_with_new_memory_leaves_the_old_one_to_the_server():
     assert not channel.reply.any()
     again, _ = server.find("a.0", channel.describe())
     assert set(again.tolist()) == {2}
-    # The first message comes late: its tables is gone, or another's.
+    # The first message comes late: its memory is gone, or another's.
     server.close_all_but([])
     with pytest.raises(OSError, match="not the"):
         server.find("a.0", first)

@@ -1,4 +1,4 @@
-"""Wire: what clients and servers send each other, as plain data and bytes."""
+"""The wire format between clients and servers: a head of plain data, a layout, and the bytes of tensors."""
 
 from __future__ import annotations
 
@@ -14,35 +14,6 @@ from tensorkv.arrays.packing import Slot
 
 _SIZES = struct.Struct("<II")
 _ALIGN = 16
-
-
-class Request(NamedTuple):
-    """What a client asks; nothing in it is trusted.
-
-    Args:
-        head: plain data: verb, owner, client and seq (of a change), rank (of a worker), and what the verb takes.
-        layout: of the payload; for a pull, the keys.
-        payload: bytes.
-    """
-
-    head: Mapping[str, Any]
-    layout: bytes = b"[]"
-    payload: Any = b""
-
-    @property
-    def client(self) -> str:
-        """Who numbers the requests: one of a process that sends one at a time."""
-        return str(self.head["client"])
-
-    @property
-    def owner(self) -> str:
-        """The process that asks."""
-        return str(self.head["owner"])
-
-    @property
-    def seq(self) -> int:
-        """The number of a change."""
-        return int(self.head["seq"])
 
 
 class Reply(NamedTuple):

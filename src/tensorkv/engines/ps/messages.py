@@ -1,13 +1,18 @@
-"""What the layout of a request says, decoded once for all requests that have the same layout."""
+"""The messages that clients send to servers: a dataclass for each verb, checked when it is decoded; no pickle.
+
+A request is a head, which is JSON, a layout and a payload. The head has the verb, the sender and the fields of the
+message.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from types import UnionType
+from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -16,6 +21,361 @@ from tensorkv.arrays.packing import decode_layout, unpack
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import ArgumentError
 from tensorkv.shard.entry import Part
+
+# ---------------------------------------------------------------- verbs
+
+
+@dataclass(kw_only=True)
+class Message:
+    """What a client asks of a server."""
+
+
+@dataclass(kw_only=True)
+class Push(Message):
+    """Update keys with the sums in the payload; the layout names them.
+
+    Args:
+        pulls: reply with the new values.
+        checksum: of the layout that the client expects of the reply.
+        round: in mode sync, the name of the list of keys, the number of the round, and the first round to which this
+            worker may still push.
+        late: apply the push alone, since other servers have applied it in a round that was closed here without it.
+    """
+
+    pulls: bool = False
+    checksum: int | None = None
+    round: list[Any] | None = None
+    late: bool = False
+
+
+@dataclass(kw_only=True)
+class Pull(Message):
+    """Reply with the values of the keys that the layout lists.
+
+    Args:
+        checksum: of the layout that the client expects of the reply.
+        snapshot: to read (None: the present values).
+    """
+
+    checksum: int | None = None
+    snapshot: str | None = None
+
+
+@dataclass(kw_only=True)
+class WaitForVersion(Message):
+    """Reply when the keys that the layout lists have a version."""
+
+    min_version: int = 0
+
+
+@dataclass(kw_only=True)
+class PullRows(Message):
+    """Reply with the rows whose ids are in the payload."""
+
+    snapshot: str | None = None
+
+
+@dataclass(kw_only=True)
+class Init(Message):
+    """Add keys: ``body`` describes them as a manifest does, ``metadata`` is by the JSON of each key."""
+
+    body: Any
+    metadata: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class Restore(Message):
+    """Replace everything by the contents of a checkpoint; fields as of ``Init``."""
+
+    body: Any
+    metadata: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class Delete(Message):
+    """Delete keys."""
+
+    keys: list[Any]
+
+
+@dataclass(kw_only=True)
+class SetRule(Message):
+    """Set an optimizer; None sets assignment."""
+
+    optimizer: dict[str, Any] | None = None
+
+
+@dataclass(kw_only=True)
+class SetHyperparameters(Message):
+    """Change numbers of the optimizer, for some keys or all (None)."""
+
+    numbers: dict[str, Any]
+    keys: list[Any] | None = None
+
+
+@dataclass(kw_only=True)
+class WaitForOptimizer(Message):
+    """Reply when rank 0 has set an optimizer of this name."""
+
+    name: str
+
+
+@dataclass(kw_only=True)
+class ListKeys(Message):
+    """Reply with every key and its metadata."""
+
+
+@dataclass(kw_only=True)
+class Info(Message):
+    """Reply with version and size of a key."""
+
+    key: Any
+
+
+@dataclass(kw_only=True)
+class Stats(Message):
+    """Reply with counters."""
+
+
+@dataclass(kw_only=True)
+class Connect(Message):
+    """Reply with a rank: the one that is asked for, or a free one."""
+
+    wanted_rank: int | None = None
+
+
+@dataclass(kw_only=True)
+class Disconnect(Message):
+    """Remove this client.
+
+    Args:
+        broken: another server of the store is dead, so that this one is of no more use.
+    """
+
+    broken: bool = False
+
+
+@dataclass(kw_only=True)
+class Heartbeat(Message):
+    """Say that this client is alive; reply with what tells whether keys have changed."""
+
+
+@dataclass(kw_only=True)
+class Claim(Message):
+    """Reply when this client alone may create and delete keys; claims are numbered."""
+
+    number: int
+
+
+@dataclass(kw_only=True)
+class Unclaim(Message):
+    """Give a claim back."""
+
+    number: int
+
+
+@dataclass(kw_only=True)
+class Leave(Message):
+    """Count this worker as left; reply when all have left for the ``number``th time."""
+
+    number: int
+
+
+@dataclass(kw_only=True)
+class Barrier(Message):
+    """Reply when every live worker has reached barrier ``number``."""
+
+    number: int
+
+
+@dataclass(kw_only=True)
+class Broadcast(Message):
+    """Reply with rank 0's text ``number``, which the others leave out."""
+
+    number: int
+    text: str | None = None
+
+
+@dataclass(kw_only=True)
+class Prepare(Message):
+    """Begin a snapshot: hold new requests, and reply with each client's last request to several servers."""
+
+
+@dataclass(kw_only=True)
+class Commit(Message):
+    """Take the snapshot that was prepared.
+
+    Args:
+        wanted: by client, its last request and the servers of that request, which are to be applied first.
+        snapshot: the name under which the values are held (None: reply with everything instead).
+    """
+
+    wanted: dict[str, Any]
+    snapshot: str | None = None
+
+
+@dataclass(kw_only=True)
+class Abort(Message):
+    """End the snapshot that was prepared."""
+
+
+@dataclass(kw_only=True)
+class DropSnapshot(Message):
+    """Release a snapshot."""
+
+    snapshot: str
+
+
+VERBS: dict[str, type[Message]] = {
+    "push": Push,
+    "pull": Pull,
+    "wait_for_version": WaitForVersion,
+    "pull_rows": PullRows,
+    "init": Init,
+    "restore": Restore,
+    "delete": Delete,
+    "set_rule": SetRule,
+    "set_hyperparameters": SetHyperparameters,
+    "wait_for_optimizer": WaitForOptimizer,
+    "list_keys": ListKeys,
+    "info": Info,
+    "stats": Stats,
+    "connect": Connect,
+    "disconnect": Disconnect,
+    "heartbeat": Heartbeat,
+    "claim": Claim,
+    "unclaim": Unclaim,
+    "leave": Leave,
+    "barrier": Barrier,
+    "broadcast": Broadcast,
+    "prepare": Prepare,
+    "commit": Commit,
+    "abort": Abort,
+    "drop_snapshot": DropSnapshot,
+}
+_NAMES = {message: verb for verb, message in VERBS.items()}
+
+
+# ---------------------------------------------------------------- heads
+
+M_co = TypeVar("M_co", bound=Message, covariant=True)
+
+
+@dataclass(slots=True, kw_only=True)
+class Sender:
+    """Who sends a request, and its id.
+
+    Args:
+        owner: the process (None: an observer, which does not count as a client).
+        client: the session, which numbers its requests and sends one at a time.
+        seq: the number of the request.
+        rank: of the worker (None: a reader).
+        servers: to which the request goes, if it goes to several (None: to this one).
+        poll_timeout_s: how long the request may wait for others before it is answered (None: the default).
+    """
+
+    owner: str | None
+    client: str
+    seq: int
+    rank: int | None = None
+    servers: list[Any] | None = None
+    poll_timeout_s: float | None = None
+
+
+@dataclass(slots=True)
+class Request(Generic[M_co]):
+    """A decoded request.
+
+    Args:
+        verb: its name.
+        sender: of the request.
+        message: of the verb.
+        layout: of the payload; for a pull, the keys.
+        payload: its bytes.
+        out: memory in which the payload of the reply is put if it fits.
+    """
+
+    verb: str
+    sender: Sender
+    message: M_co
+    layout: bytes = b"[]"
+    payload: Any = b""
+    out: torch.Tensor | None = None
+
+
+def encode(message: Message, sender: dict[str, Any]) -> dict[str, Any]:
+    """Return the head of a request as plain data.
+
+    >>> encode(Barrier(number=3), {"owner": "p", "client": "p.0", "seq": 7})
+    {'verb': 'barrier', 'owner': 'p', 'client': 'p.0', 'seq': 7, 'number': 3}
+    """
+    kind = type(message)
+    defaults = _DEFAULTS[kind]
+    own = {name: each for name, each in vars(message).items() if each is not defaults[name]}
+    return {"verb": _NAMES[kind], **sender, **own}
+
+
+def decode(
+    head: dict[str, Any], layout: bytes = b"[]", payload: Any = b"", out: torch.Tensor | None = None
+) -> Request[Message]:
+    """Check the head of a request, and return it with its message typed.
+
+    Raises:
+        ArgumentError: an unknown verb, or a field that is unknown, missing or of another type.
+
+    >>> decode({"verb": "barrier", "owner": "p", "client": "p.0", "seq": 7, "number": 3}).message
+    Barrier(number=3)
+    >>> decode({"verb": "barrier", "owner": "p", "client": "p.0", "seq": 7})
+    Traceback (most recent call last):
+        ...
+    tensorkv.errors.ArgumentError: malformed request barrier: the field 'number' is missing
+    """
+    verb = head.get("verb")
+    kind = VERBS.get(verb) if isinstance(verb, str) else None
+    if kind is None or verb is None:
+        raise ArgumentError(f"unknown request {verb!r}; client and server may be of different versions of tensorkv")
+    own = {name: each for name, each in head.items() if name not in _TYPES[Sender] and name != "verb"}
+    sender = {name: each for name, each in head.items() if name in _TYPES[Sender]}
+    return Request(verb, _build(Sender, verb, sender), _build(kind, verb, own), layout, payload, out)
+
+
+T = TypeVar("T")
+
+
+def _build(kind: type[T], verb: str, values: dict[str, Any]) -> T:
+    """Return a dataclass of values that are checked."""
+    types = _TYPES[kind]
+    for name, each in values.items():
+        allowed = types.get(name)
+        if allowed is None:
+            raise ArgumentError(f"malformed request {verb}: unknown field {name!r}")
+        if allowed and type(each) not in allowed:
+            expected = " or ".join(each.__name__ for each in allowed)
+            raise ArgumentError(
+                f"malformed request {verb}: the field {name!r} is {type(each).__name__}, expected {expected}"
+            )
+    missing = _REQUIRED[kind] - values.keys()
+    if missing:
+        raise ArgumentError(f"malformed request {verb}: the field {min(missing)!r} is missing")
+    return kind(**values)
+
+
+def _json_types(hint: Any) -> tuple[type, ...]:
+    """Return the types that a value of this annotation has in JSON, () for any."""
+    if hint is Any:
+        return ()
+    if isinstance(hint, UnionType):
+        return tuple(each for part in get_args(hint) for each in _json_types(part))
+    return (float, int) if hint is float else (get_origin(hint) or hint,)
+
+
+_KINDS: list[type] = [Sender, *VERBS.values()]
+_TYPES = {kind: {name: _json_types(hint) for name, hint in get_type_hints(kind).items()} for kind in _KINDS}
+_DEFAULTS = {kind: {each.name: each.default for each in fields(kind)} for kind in _KINDS}
+_REQUIRED = {kind: {name for name, default in own.items() if default is MISSING} for kind, own in _DEFAULTS.items()}
+
+
+# ---------------------------------------------------------------- layouts
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from tensorkv.shard.table import Table
 from tensorkv.storage import checkpoint, manifest
 from tensorkv.storage.manifest import Contents, Kind
 
+from ..messages import Restore
 from .keymap import KeyMap
 from .layout import KeyPlacement
 from .session import ServerRequest
@@ -76,7 +77,7 @@ def load(path: str, kind: Kind, keymap: KeyMap, num_servers: int) -> list[Server
                 metadata[json.dumps(entry.key)] = placement.to_metadata()
         body, tensors = manifest.describe(kind, mine, _own_rule(rule, {entry.key for entry in mine}))
         items = [Item(name, "tensor", tensor) for name, tensor in tensors.items()]
-        requests.append(ServerRequest.of_tensors(server, {"body": body, "notes": metadata}, pack(items)))
+        requests.append(ServerRequest.of_tensors(server, Restore(body=body, metadata=metadata), pack(items)))
     return requests
 
 

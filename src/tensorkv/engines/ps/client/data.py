@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from tensorkv.shard.plan import Column
 from tensorkv.shard.pool import Pool
 from tensorkv.shard.rules import check_push
 
+from ..messages import Pull, PullRows, Push
 from .keymap import KeyMap
 from .layout import KeyPlacement, Layout, ServerLayout, list_name
 from .rpc import ServerReply
@@ -131,9 +133,9 @@ class DataClient:
             if columns is not None and layout.form is not None:
                 addresses = [column.addresses for column in columns]
                 fill = partial(pushed.gather_columns, layout.form.dtype, addresses, pool=self._pool)
-            fields = {"pulls": True, "of": pulled.checksum} if pulls else {}
+            message = Push(pulls=True, checksum=pulled.checksum) if pulls else Push()
             reply_nbytes = pulled.nbytes if pulls else 0
-            requests.append(ServerRequest(pushed.server, fields, pushed.layout, pushed.nbytes, fill, reply_nbytes))
+            requests.append(ServerRequest(pushed.server, message, pushed.layout, pushed.nbytes, fill, reply_nbytes))
         with self._sessions.take() as session:
             replies = self._send_push(session, layout.name if self._is_sync else "", requests)
             for pulled, reply in zip(layout.pulled, replies, strict=True):
@@ -157,26 +159,27 @@ class DataClient:
             items: list[Item] = []
             for key, placement, total in zip(batch.keys, placements, sums, strict=True):
                 items += _items(key, placement, total, server)
-            requests.append(ServerRequest.of_tensors(server, {}, pack(items)))
+            requests.append(ServerRequest.of_tensors(server, Push(), pack(items)))
         with self._sessions.take() as session:
             self._send_push(session, list_name(batch.keys), requests)
 
     def _send_push(self, session: Session, name: str, requests: Sequence[ServerRequest]) -> list[ServerReply]:
         """Send a push; in mode sync, to the present round of its list of keys."""
         if not self._is_sync:
-            return self._send(session, "push", requests)
+            return self._send(session, requests)
         with self._rounds.take(name) as this:
-            replies = self._send(session, "push", [each.replace(step=this.to_plain()) for each in requests])
+            replies = self._send(session, [_with(each, round=this.to_plain()) for each in requests])
             while late := [index for index, each in enumerate(replies) if "moved" in each.head]:
                 if len(late) == len(requests):
                     # The others went on without this worker: it joins their round, on every server.
                     this.move(max(each.head["moved"] for each in replies))
-                    fields: dict[str, Any] = {"step": this.to_plain()}
+                    fields: dict[str, Any] = {"round": this.to_plain()}
                 else:
                     # Other servers have applied it in their round, from which it cannot be taken back.
-                    fields = {"late": True, "step": [name, 0, 0], "fan": [each.server for each in requests]}
-                again = [requests[index].replace(**fields) for index in late]
-                for index, reply in zip(late, self._send(session, "push", again, retry=True), strict=True):
+                    fields = {"round": [name, 0, 0], "late": True}
+                servers = [each.server for each in requests]
+                again = [_with(requests[index], **fields)._replace(servers=servers) for index in late]
+                for index, reply in zip(late, self._send(session, again, retry=True), strict=True):
                     replies[index] = reply
             return replies
 
@@ -214,12 +217,12 @@ class DataClient:
         if named:
             layout = Layout(named, [placements[key] for key in named], wide=False)
             targets = None if layout.form is None else layout.form.targets(wanted)
-            self._pull(layout, wanted, targets, {"view": snapshot})
+            self._pull(layout, wanted, targets, snapshot)
 
     def _pull_current(self, layout: Layout, keys: Sequence[Key], outs: Outs, targets: list[Column] | None) -> None:
         """Pull present values; retry once with fresh metadata if another client re-created a key on other servers."""
         try:
-            self._pull(layout, outs, targets, {})
+            self._pull(layout, outs, targets)
         except (KeyNotFoundError, ValueMismatchError) as error:
             fresh = self._keymap.layout("pull", keys)
             for key, old, new in zip(keys, layout.specs, fresh.specs, strict=True):
@@ -228,39 +231,40 @@ class DataClient:
                         f"pull({quote(key)}): another client has re-created this key; it was {old.dtype} "
                         f"{tuple(old.shape)} and is {new.dtype} {tuple(new.shape)}; call again, with arrays that fit"
                     ) from error
-            self._pull(fresh, outs, targets, {})
+            self._pull(fresh, outs, targets)
 
-    def _pull(self, layout: Layout, outs: Outs, targets: list[Column] | None, fields: Mapping[str, Any]) -> None:
+    def _pull(self, layout: Layout, outs: Outs, targets: list[Column] | None, snapshot: str | None = None) -> None:
         requests = []
         for pulled in layout.pulled:
-            own: dict[str, Any] = {**fields, "of": pulled.checksum}
-            if self._same_host[pulled.server] and pulled.nbytes > _CACHED_NBYTES and not fields:
-                own["shares"] = pulled.nbytes
-            requests.append(ServerRequest(pulled.server, own, pulled.keys, reply_nbytes=pulled.nbytes))
+            message, nbytes = Pull(checksum=pulled.checksum, snapshot=snapshot), pulled.nbytes
+            request = ServerRequest(pulled.server, message, pulled.keys, reply_nbytes=nbytes)
+            if self._same_host[pulled.server] and nbytes > _CACHED_NBYTES and snapshot is None:
+                request = request._replace(cached_nbytes=nbytes)
+            requests.append(request)
         with self._sessions.take() as session:
-            replies = self._send(session, "pull", requests)
+            replies = self._send(session, requests)
             for pulled, request, reply in zip(layout.pulled, requests, replies, strict=True):
                 self._scatter(layout, pulled, reply.payload, outs, targets)
                 while not session.is_intact(pulled.server, reply):
-                    (reply,) = self._send(session, "pull", [request])
+                    (reply,) = self._send(session, [request])
                     self._scatter(layout, pulled, reply.payload, outs, targets)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         """Return copies of present rows; ids are unique and sorted."""
-        return self._pull_rows(keys, ids, [self._keymap.find("row_sparse_pull", key) for key in keys], {})
+        return self._pull_rows(keys, ids, [self._keymap.find("row_sparse_pull", key) for key in keys])
 
     def pull_snapshot_rows(
         self, keys: Sequence[Key], ids: Sequence[torch.Tensor], snapshot: str, placements: Mapping[Key, KeyPlacement]
     ) -> list[Rows]:
         """Return copies of rows of a snapshot, whose keys were placed as given."""
-        return self._pull_rows(keys, ids, [placements[key] for key in keys], {"view": snapshot})
+        return self._pull_rows(keys, ids, [placements[key] for key in keys], snapshot)
 
     def _pull_rows(
         self,
         keys: Sequence[Key],
         ids: Sequence[torch.Tensor],
         placements: Sequence[KeyPlacement],
-        fields: dict[str, Any],
+        snapshot: str | None = None,
     ) -> list[Rows]:
         found = [
             torch.empty((len(own), *each.spec.shape[1:]), dtype=each.spec.dtype, device="cpu")
@@ -276,10 +280,10 @@ class DataClient:
                     wanted.append((index, selected[1]))
                     # Before the rows of each key, as much as it takes to align them.
                     nbytes += found[index].itemsize + len(selected[0]) * found[index][:1].nbytes
-            requests.append(ServerRequest.of_tensors(server, fields, pack(items), nbytes))
+            requests.append(ServerRequest.of_tensors(server, PullRows(snapshot=snapshot), pack(items), nbytes))
             masks.append(wanted)
         with self._sessions.take() as session:
-            replies = self._send(session, "pull_rows", requests)
+            replies = self._send(session, requests)
             for reply, wanted in zip(replies, masks, strict=True):
                 items = unpack(reply.head["layout"].encode(), reply.payload.numpy().data)
                 for item, (index, mine) in zip(items, wanted, strict=True):
@@ -294,15 +298,17 @@ class DataClient:
                 f"row_sparse_pull({quote(key)}): another client has re-created this key; call again"
             )
 
-    def _send(
-        self, session: Session, verb: str, requests: Sequence[ServerRequest], *, retry: bool = False
-    ) -> list[ServerReply]:
+    def _send(self, session: Session, requests: Sequence[ServerRequest], *, retry: bool = False) -> list[ServerReply]:
         try:
-            return session.send(verb, requests, retry=retry)
+            return session.send(requests, retry=retry)
         except (KeyNotFoundError, ValueMismatchError):
             # Another client has deleted or re-created a key.
             self._keymap.refresh()
             raise
+
+
+def _with(request: ServerRequest, **fields: Any) -> ServerRequest:
+    return request._replace(message=replace(request.message, **fields))
 
 
 def _items(key: Key, placement: KeyPlacement, total: Part, server: int) -> list[Item]:

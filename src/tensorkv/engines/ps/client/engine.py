@@ -43,6 +43,7 @@ from tensorkv.storage.manifest import Kind
 from tensorkv.transport.rendezvous import host_id
 from tensorkv.transport.segment import can_share
 
+from .. import messages
 from ..options import PSOptions
 from . import checkpoint
 from .data import DataClient
@@ -133,13 +134,13 @@ class PSEngine(Engine):
             wanted = int(os.environ["RANK"])
         with self._sessions.take() as session:
             try:
-                told = session.send("connect", [ServerRequest(0, {"ranks": True, "wants": wanted})])[0].head
+                told = session.send([ServerRequest(0, messages.Connect(wanted_rank=wanted))])[0].head
             except ServerDeadError as error:
                 # It has ended since this process found it.
                 raise StoreEndingError(str(error)) from error
         if "ending" in told:
             raise StoreEndingError("create: the last client has just closed this store, and its servers are ending")
-        self._barriers, self._broadcasts, self._leaves = told["over"]
+        self._barriers, self._broadcasts, self._leaves = told["completed"]
         # This session was made without a rank.
         self._sessions.clear()
         return int(told["rank"])
@@ -150,7 +151,7 @@ class PSEngine(Engine):
             return
         close_abandoned()
         with self._ranking:
-            live = set() if self._counted_rank is not None else set(self._ask("stats", {}, [0])[0]["live"])
+            live = set() if self._counted_rank is not None else set(self._ask(messages.Stats(), [0])[0]["live"])
             for free in sorted(set(range(self._options.num_workers)) - live):
                 before, old = self._owner, self._make_session(-2)
                 self._owner = secrets.token_hex(8)
@@ -162,7 +163,7 @@ class PSEngine(Engine):
                     self._owner = before
                     self._sessions.clear()
                     continue
-                old.send("disconnect", [ServerRequest(server, {}) for server in self._all])
+                old.send([ServerRequest(server, messages.Disconnect()) for server in self._all])
                 return
 
     @property
@@ -177,20 +178,20 @@ class PSEngine(Engine):
 
     # ------------------------------------------------------------ asking servers
 
-    def _ask(self, verb: str, fields: Mapping[str, Any], servers: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    def _ask(self, message: messages.Message, servers: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Return the heads of the replies of servers, of all of them by default."""
-        requests = [ServerRequest(server, dict(fields)) for server in (self._all if servers is None else servers)]
-        return [reply.head for reply in shield.run(self._send, verb, requests)]
+        requests = [ServerRequest(server, message) for server in (self._all if servers is None else servers)]
+        return [reply.head for reply in shield.run(self._send, requests)]
 
-    def _send(self, verb: str, requests: Sequence[ServerRequest], timeout_s: float | None = None) -> list[ServerReply]:
+    def _send(self, requests: Sequence[ServerRequest], timeout_s: float | None = None) -> list[ServerReply]:
         with self._sessions.take() as session:
-            return session.send(verb, requests, timeout_s=timeout_s)
+            return session.send(requests, timeout_s=timeout_s)
 
     def _list(self, session: Session | None = None) -> list[dict[str, Any]]:
         if session is None:
-            return self._ask("list", {})
-        requests = [ServerRequest(server, {}) for server in self._all]
-        return [reply.head for reply in session.send("list", requests, timeout_s=self._heartbeat_s)]
+            return self._ask(messages.ListKeys())
+        requests = [ServerRequest(server, messages.ListKeys()) for server in self._all]
+        return [reply.head for reply in session.send(requests, timeout_s=self._heartbeat_s)]
 
     def _send_heartbeats(self) -> None:
         """Tell the servers that this client is alive, and refresh the keys when a server has other ones."""
@@ -203,8 +204,8 @@ class PSEngine(Engine):
                 # This client has taken another rank.
                 owner, session = self._owner, self._make_session(-1)
             try:
-                requests = [ServerRequest(server, {}) for server in self._all]
-                replies = session.send("heartbeat", requests, timeout_s=self._heartbeat_s)
+                requests = [ServerRequest(server, messages.Heartbeat()) for server in self._all]
+                replies = session.send(requests, timeout_s=self._heartbeat_s)
                 if changes != [reply.head["changes"] for reply in replies]:
                     # Other clients have created, deleted or re-created keys.
                     self._keymap.refresh(partial(self._list, session))
@@ -224,11 +225,12 @@ class PSEngine(Engine):
             incomplete = self._keymap.incomplete(keys)
             if incomplete:
                 # Left by an init that did not reach every server; no other init is running now.
-                self._change("delete", {server: {"keys": own} for server, own in incomplete.items()})
+                deletes = {server: messages.Delete(keys=own) for server, own in incomplete.items()}
+                self._send([ServerRequest(server, delete) for server, delete in deletes.items()])
             placements = self._keymap.place(keys, specs)
             requests = [_init_request(server, keys, values, placements) for server in self._all]
             with self._sessions.take() as session:
-                session.send("init", [request for request in requests if request is not None])
+                session.send([request for request in requests if request is not None])
         self._keymap.refresh()
 
     @contextmanager
@@ -237,12 +239,12 @@ class PSEngine(Engine):
         with self._claiming:
             self._claims += 1
             try:
-                self._ask("claim", {"wants": True, "number": self._claims}, [0])
+                self._ask(messages.Claim(number=self._claims), [0])
                 self._keymap.refresh()
                 yield
             finally:
                 with suppress(TensorKVError):
-                    self._ask("claim", {"wants": False, "number": self._claims}, [0])
+                    self._ask(messages.Unclaim(number=self._claims), [0])
 
     def _wait_for_keys(self, keys: Sequence[Key], specs: Sequence[KeySpec]) -> None:
         deadline = time.monotonic() + self._timeout_s
@@ -284,21 +286,12 @@ class PSEngine(Engine):
     def delete(self, keys: Sequence[Key]) -> None:
         with self._claim():
             placements = [self._keymap.find("delete", key) for key in keys]
-            self._change(
-                "delete",
-                {
-                    server: {
-                        "keys": [key for key, each in zip(keys, placements, strict=True) if server in each.servers]
-                    }
-                    for server in {server for each in placements for server in each.servers}
-                },
-            )
+            requests = []
+            for server in sorted({server for each in placements for server in each.servers}):
+                own = [key for key, each in zip(keys, placements, strict=True) if server in each.servers]
+                requests.append(ServerRequest(server, messages.Delete(keys=own)))
+            self._send(requests)
         self._keymap.refresh()
-
-    def _change(self, verb: str, fields: Mapping[int, Mapping[str, Any]]) -> None:
-        """Send servers a change as one request; ``fields`` has those of each server."""
-        with self._sessions.take() as session:
-            session.send(verb, [ServerRequest(server, dict(own)) for server, own in sorted(fields.items())])
 
     # ------------------------------------------------------------ the rule
 
@@ -309,15 +302,15 @@ class PSEngine(Engine):
                 '"local" or "dist_sync", which run functions in your process'
             )
         if self._decides:
-            self._change("rule", {server: {"optimizer": None} for server in self._all})
+            self._send([ServerRequest(server, messages.SetRule()) for server in self._all])
         self._keymap.refresh()
 
     def set_optimizer(self, spec: OptimizerSpec) -> None:
         self._check_whole(spec)
         if self._decides:
-            self._change("rule", {server: {"optimizer": spec.to_json()} for server in self._all})
+            self._send([ServerRequest(server, messages.SetRule(optimizer=spec.to_json())) for server in self._all])
         else:
-            self._ask("rule", {"awaits": spec.name})
+            self._ask(messages.WaitForOptimizer(name=spec.name))
         self._keymap.refresh()
 
     def _check_whole(self, spec: OptimizerSpec) -> None:
@@ -342,16 +335,11 @@ class PSEngine(Engine):
         servers = (
             {server for each in placements.values() for server in each.servers} if keys is not None else set(self._all)
         )
-        self._change(
-            "rule",
-            {
-                server: {
-                    "numbers": plain,
-                    "keys": None if keys is None else [key for key in keys if server in placements[key].servers],
-                }
-                for server in servers
-            },
-        )
+        requests = []
+        for server in sorted(servers):
+            own = None if keys is None else [key for key in keys if server in placements[key].servers]
+            requests.append(ServerRequest(server, messages.SetHyperparameters(numbers=plain, keys=own)))
+        self._send(requests)
         self._keymap.refresh()
 
     @property
@@ -371,7 +359,7 @@ class PSEngine(Engine):
 
     def info(self, key: Key) -> KeyInfo:
         spec, servers = (placement := self._keymap.find("info", key)).spec, sorted(set(placement.servers))
-        told = self._ask("info", {"key": key}, servers)
+        told = self._ask(messages.Info(key=key), servers)
         shape, dtype = tuple(spec.shape), str(spec.dtype).removeprefix("torch.")
         kind = "rows" if spec.is_table else "dense"
         return KeyInfo(shape, dtype, "cpu", told[0]["version"], sum(each["nbytes"] for each in told), kind)
@@ -386,7 +374,7 @@ class PSEngine(Engine):
         return key in self._keymap
 
     def stats(self) -> Mapping[str, Any]:
-        told = self._ask("stats", {})
+        told = self._ask(messages.Stats())
         merged = merge_stats(told)
         for what, count in self._finite.counts.items():
             merged["nonfinite"][what] += count
@@ -394,7 +382,7 @@ class PSEngine(Engine):
 
     def dead_workers(self) -> list[int]:
         """Return the ranks of workers whose heartbeats have stopped."""
-        dead: list[int] = self._ask("stats", {}, [0])[0]["dead"]
+        dead: list[int] = self._ask(messages.Stats(), [0])[0]["dead"]
         return dead
 
     # ------------------------------------------------------------ all workers
@@ -402,21 +390,21 @@ class PSEngine(Engine):
     def barrier(self) -> None:
         if self._counted_rank is not None:
             self._barriers += 1
-            self._ask("barrier", {"number": self._barriers}, [0])
+            self._ask(messages.Barrier(number=self._barriers), [0])
 
     def broadcast_text(self, text: str) -> str:
         if self._options.num_workers == 1 or self._counted_rank is None:
             return text
         self._broadcasts += 1
         mine = text if self._rank == 0 else None
-        told: str = self._ask("broadcast", {"number": self._broadcasts, "text": mine}, [0])[0]["text"]
+        told: str = self._ask(messages.Broadcast(number=self._broadcasts, text=mine), [0])[0]["text"]
         return told
 
     def leave(self) -> None:
         if self._counted_rank is None or self._options.num_workers == 1:
             return
         self._leaves += 1
-        self._ask("leave", {"number": self._leaves})
+        self._ask(messages.Leave(number=self._leaves))
 
     # ------------------------------------------------------------ checkpoints
 
@@ -431,7 +419,7 @@ class PSEngine(Engine):
         with self._claim():
             requests = checkpoint.load(path, kind, self._keymap, len(self._actors))
             with self._sessions.take() as session:
-                session.send("restore", requests)
+                session.send(requests)
 
     def _on_rank_0(self, call: Callable[[], Any]) -> None:
         """Call a function on rank 0, and raise its error on every worker; a reader calls it for itself."""
@@ -456,8 +444,8 @@ class PSEngine(Engine):
     def wait_for(self, keys: Sequence[Key], min_version: int, timeout_s: float) -> None:
         """Return when every key has this version or a later one."""
         layout = self._keymap.layout("pull", list(dict.fromkeys(keys)))
-        requests = [ServerRequest(each.server, {"min_version": min_version}, each.keys) for each in layout.pushed]
-        shield.run(self._send, "wait_for_version", requests, timeout_s)
+        message = messages.WaitForVersion(min_version=min_version)
+        shield.run(self._send, [ServerRequest(each.server, message, each.keys) for each in layout.pushed], timeout_s)
 
     # ------------------------------------------------------------ the end
 
@@ -520,10 +508,11 @@ class PSEngine(Engine):
             left += heads[0]["dead_clients"]
         return left
 
-    def _send_disconnect(self, servers: Sequence[int], **fields: Any) -> list[dict[str, Any]]:
+    def _send_disconnect(self, servers: Sequence[int], *, broken: bool = False) -> list[dict[str, Any]]:
         """Disconnect from servers; return the heads of their replies, without servers that have ended for good."""
         with self._sessions.take() as session:
-            outcomes = session.outcomes("disconnect", [ServerRequest(server, fields) for server in servers])
+            disconnect = messages.Disconnect(broken=broken)
+            outcomes = session.outcomes([ServerRequest(server, disconnect) for server in servers])
         for outcome in outcomes:
             if isinstance(outcome, Exception) and not isinstance(outcome, ServerDeadError):
                 raise outcome
@@ -545,7 +534,7 @@ def _init_request(
         return None
     body, tensors = manifest.describe("store", entries, Assign())
     items = [Item(name, "tensor", tensor) for name, tensor in tensors.items()]
-    return ServerRequest.of_tensors(server, {"body": body, "notes": metadata}, pack(items))
+    return ServerRequest.of_tensors(server, messages.Init(body=body, metadata=metadata), pack(items))
 
 
 def _piece(server: int, value: Part, placement: KeyPlacement) -> torch.Tensor | Table | None:

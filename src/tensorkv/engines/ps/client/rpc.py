@@ -277,7 +277,7 @@ class ServerConnection:
                 self._leave_channel(self._channel.payload)
                 self._channel.close()
             case _NoCache():
-                call.head = {name: each for name, each in call.head.items() if name != "shares"}
+                call.head = {name: each for name, each in call.head.items() if name != "cached_nbytes"}
             case _NoDoorbell():
                 call.uses_doorbell = False
 

@@ -13,6 +13,7 @@ import torch
 from tensorkv.arrays.packing import Packed
 from tensorkv.errors import StoreClosedError
 
+from ..messages import Message, encode
 from .rpc import ServerConnection, ServerReply
 
 Fill = Callable[[torch.Tensor], Any]
@@ -23,29 +24,29 @@ class ServerRequest(NamedTuple):
 
     Args:
         server: its index.
-        fields: of the head.
+        message: to it.
         layout: of the payload; for a pull, the keys.
         nbytes: of the payload.
         fill: writes the payload to the memory that it is given.
         reply_nbytes: of the values that come back.
+        servers: all servers of the request (None: those to which it is sent now).
+        cached_nbytes: accept a copy of so many bytes that readers of this host share (None: do not).
     """
 
     server: int
-    fields: dict[str, Any]
+    message: Message
     layout: bytes = b"[]"
     nbytes: int = 0
     fill: Fill | None = None
     reply_nbytes: int = 0
+    servers: list[int] | None = None
+    cached_nbytes: int | None = None
 
     @classmethod
-    def of_tensors(cls, server: int, fields: dict[str, Any], packed: Packed, reply_nbytes: int = 0) -> ServerRequest:
+    def of_tensors(cls, server: int, message: Message, packed: Packed, reply_nbytes: int = 0) -> ServerRequest:
         """Return a request whose payload is packed tensors."""
         nbytes = sum(len(buffer) for buffer in packed.payload)
-        return cls(server, fields, packed.layout, nbytes, partial(_copy, packed.payload), reply_nbytes)
-
-    def replace(self, **fields: Any) -> ServerRequest:
-        """Return the same request with other fields."""
-        return self._replace(fields={**self.fields, **fields})
+        return cls(server, message, packed.layout, nbytes, partial(_copy, packed.payload), reply_nbytes)
 
 
 def _copy(buffers: Sequence[Any], room: torch.Tensor) -> None:
@@ -66,19 +67,18 @@ class Session:
     """
 
     def __init__(self, owner: str, number: int, connections: Sequence[ServerConnection], rank: int | None) -> None:
-        self._head = {"owner": owner, "client": f"{owner}.{number}", "rank": rank}
+        self._sender = {"owner": owner, "client": f"{owner}.{number}", "rank": rank}
         self._connections = connections
         self._seq = 0
         self.is_idle = True
         """Whether every request has been answered."""
 
     def send(
-        self, verb: str, requests: Sequence[ServerRequest], *, timeout_s: float | None = None, retry: bool = False
+        self, requests: Sequence[ServerRequest], *, timeout_s: float | None = None, retry: bool = False
     ) -> list[ServerReply]:
         """Send one request to each of some servers and return their replies, in order.
 
         Args:
-            verb: of the request.
             requests: at most one for each server.
             timeout_s: how long to wait for replies (None: as long as each connection does).
             retry: whether this is the last request once more, for servers that have not applied it.
@@ -87,14 +87,14 @@ class Session:
             As ``ServerConnection.finish``, after every server has answered.
         """
         replies = []
-        for outcome in self.outcomes(verb, requests, timeout_s=timeout_s, retry=retry):
+        for outcome in self.outcomes(requests, timeout_s=timeout_s, retry=retry):
             if isinstance(outcome, Exception):
                 raise outcome
             replies.append(outcome)
         return replies
 
     def outcomes(
-        self, verb: str, requests: Sequence[ServerRequest], *, timeout_s: float | None = None, retry: bool = False
+        self, requests: Sequence[ServerRequest], *, timeout_s: float | None = None, retry: bool = False
     ) -> list[ServerReply | Exception]:
         """Send one request to each of some servers and return each reply, or the error, in order."""
         self._seq += not retry
@@ -102,11 +102,15 @@ class Session:
         self.is_idle = False
         for request in requests:
             connection = self._connections[request.server]
-            payload = connection.allocate(verb, request.nbytes, request.reply_nbytes, len(request.layout))
+            sender: dict[str, Any] = {**self._sender, "seq": self._seq}
+            if len(request.servers or servers) > 1:
+                sender["servers"] = request.servers or servers
+            head = encode(request.message, sender)
+            if request.cached_nbytes is not None:
+                head["cached_nbytes"] = request.cached_nbytes
+            payload = connection.allocate(head["verb"], request.nbytes, request.reply_nbytes, len(request.layout))
             if request.fill is not None:
                 request.fill(payload)
-            fan = {"fan": servers} if len(servers) > 1 else {}
-            head = {"verb": verb, **self._head, "seq": self._seq, **fan, **request.fields}
             connection.start(head, request.layout, timeout_s=timeout_s)
         found: list[ServerReply | Exception] = []
         for server in servers:

@@ -18,6 +18,7 @@ from tensorkv.errors import KeyNotFoundError, SnapshotError, TensorKVError, quot
 from tensorkv.storage import manifest
 from tensorkv.storage.manifest import Contents
 
+from ..messages import Abort, Commit, DropSnapshot, Prepare
 from .data import DataClient
 from .layout import KeyPlacement
 from .session import ServerRequest, SessionPool
@@ -58,7 +59,7 @@ class SnapshotClient:
         versions: dict[Key, int] = {}
         pieces: dict[Key, int] = {}
         try:
-            for head, _ in self._take({"view": name}):
+            for head, _ in self._take(name):
                 for key, version, data in head["keys"]:
                     metadata[key] = data
                     versions.setdefault(key, version)
@@ -75,42 +76,47 @@ class SnapshotClient:
     def contents(self) -> list[ServerContents]:
         """Return everything that each server holds."""
         try:
-            taken = self._take({"states": True})
+            taken = self._take(None)
         except SnapshotError:
             # A reply was lost, or the snapshot was aborted because it took too long: try once more.
-            taken = self._take({"states": True})
+            taken = self._take(None)
         found = []
         for head, payload in taken:
             items = unpack(head["layout"].encode(), payload.numpy().data)
             # Replies lie in memory that the next request uses.
             tensors = {str(item.key): item.tensor.clone() for item in items}
-            placements = {key: KeyPlacement.from_metadata(data) for key, data in head["notes"]}
+            placements = {key: KeyPlacement.from_metadata(data) for key, data in head["metadata"]}
             found.append(ServerContents(manifest.restore(head["body"], tensors), placements))
         return found
 
     def drop(self, name: str) -> None:
         """Have every server release a snapshot."""
         with suppress(TensorKVError), self._sessions.take() as session:
-            session.send("drop_snapshot", [ServerRequest(server, {"view": name}) for server in self._all])
+            session.send([ServerRequest(server, DropSnapshot(snapshot=name)) for server in self._all])
 
-    def _take(self, fields: dict[str, Any]) -> list[tuple[dict[str, Any], torch.Tensor]]:
-        """Run the two phases of a snapshot on every server, and return their replies to the second."""
+    def _take(self, name: str | None) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        """Run the two phases of a snapshot on every server, and return their replies to the second.
+
+        Args:
+            name: under which servers hold it (None: they reply with everything instead).
+        """
         with self._sessions.take() as session:
             try:
                 wanted: dict[str, list[Any]] = {}
                 # Server 0 decides between clients that take snapshots at the same time: the first to prepare it.
-                replies = session.send("prepare", [ServerRequest(0, {})])
+                replies = session.send([ServerRequest(0, Prepare())])
                 if len(self._all) > 1:
-                    replies += session.send("prepare", [ServerRequest(server, {}) for server in self._all[1:]])
+                    replies += session.send([ServerRequest(server, Prepare()) for server in self._all[1:]])
                 for reply in replies:
-                    for client, (seq, servers) in reply.head["fans"].items():
+                    for client, (seq, servers) in reply.head["last_requests"].items():
                         if seq > wanted.get(client, [0])[0]:
                             wanted[client] = [seq, servers]
-                requests = [ServerRequest(server, {**fields, "wanted": wanted}) for server in self._all]
-                return [(reply.head, reply.payload.clone()) for reply in session.send("commit", requests)]
+                commit = Commit(wanted=wanted, snapshot=name)
+                requests = [ServerRequest(server, commit) for server in self._all]
+                return [(reply.head, reply.payload.clone()) for reply in session.send(requests)]
             except TensorKVError:
                 with suppress(TensorKVError):
-                    session.send("abort", [ServerRequest(server, {}) for server in self._all])
+                    session.send([ServerRequest(server, Abort()) for server in self._all])
                 raise
 
 

@@ -20,7 +20,7 @@ from tensorkv.engines.ps.server.server import Server
 from tensorkv.transport.channel import ChannelServer
 from tensorkv.transport.rendezvous import host_id
 from tensorkv.transport.shared_cache import SharedCache
-from tensorkv.transport.wire import Reply, Request, join, split
+from tensorkv.transport.wire import Reply, join, split
 
 from ..options import PSOptions
 from .metrics import ServerMetrics
@@ -42,8 +42,6 @@ class ServerActor:
         index: of the server.
     """
 
-    _is_broken = False
-
     def __init__(self, options: str, index: int) -> None:
         context = ray.get_runtime_context()
         comes_back = context.was_current_actor_reconstructed
@@ -62,7 +60,7 @@ class ServerActor:
         """Answer a message, whose payload is in it, beside it, or in the client's shared-memory channel."""
         head, layout, inline = split(message)
         out = None
-        channel = head.get("channel")
+        channel = head.pop("channel", None)
         if payload is None:
             payload = inline
         if channel is not None:
@@ -71,24 +69,23 @@ class ServerActor:
             except (OSError, TypeError, ValueError) as error:
                 return join({"no_channel": str(error)})
             payload = sent.numpy() if len(sent) else payload
-        if head.get("broken"):
-            self._is_broken = True
         if head["verb"] in ("heartbeat", "disconnect"):
             self._channels.close_all_but(self._server.owners())
-        return self._answer(Request(head, layout, payload), out)
+        return self._answer(head, layout, payload, out)
 
     def _serve_doorbell(self, message: bytes, payload: torch.Tensor, room: torch.Tensor) -> bytes:
         """Answer a request that came through a doorbell; an empty reply has it sent again, through Ray."""
         head, layout, _ = split(message)
-        answer = self._answer(Request(head, layout, payload.numpy()), room)
+        answer = self._answer(head, layout, payload.numpy(), room)
         return answer if isinstance(answer, bytes) else b""
 
-    def _answer(self, request: Request, out: torch.Tensor | None) -> Any:
-        if request.head.get("shares"):
-            shared = self._share(request)
-            if shared is not None:
-                return join(shared)
-        return _answer(self._server.serve(request, out), out)
+    def _answer(self, head: dict[str, Any], layout: bytes, payload: Any, out: torch.Tensor | None) -> Any:
+        cached_nbytes = head.pop("cached_nbytes", None)
+        if cached_nbytes:
+            cached = self._cached(head, layout, int(cached_nbytes))
+            if cached is not None:
+                return join(cached)
+        return _answer(self._server.serve(head, layout, payload, out), out)
 
     def place(self) -> list[Any]:
         """Return this server's host, process, authentication mode and Ray node."""
@@ -116,40 +113,39 @@ class ServerActor:
             self._metrics.export(self._server.stats())
             if self._server.owners():
                 alone_since = time.monotonic()
-            elif self._is_broken:
+            elif self._server.is_broken:
                 break
         self._server.close()
         # Ray would restart an actor whose process ended in any other way.
         ray.kill(ray.get_runtime_context().current_actor)
 
-    def _share(self, request: Request) -> dict[str, Any] | None:
+    def _cached(self, head: dict[str, Any], layout: bytes, nbytes: int) -> dict[str, Any] | None:
         """Return the place of a copy that all clients of this host read, or a refusal; None: send the values."""
-        waiting = Request({**request.head, "verb": "wait_for_version"}, request.layout)
-        reply = self._server.serve(waiting)
+        sender = {name: each for name, each in head.items() if name not in ("verb", "checksum")}
+        reply = self._server.serve({**sender, "verb": "wait_for_version"}, layout)
         if reply.head:
             return reply.head
-        nbytes = int(request.head["shares"])
         with self._copying:
-            signature = self._server.signature(request)
+            signature = self._server.signature(layout, head.get("checksum"))
             if signature is None:
                 return None
-            place = self._cache.find(request.layout, signature)
+            place = self._cache.find(layout, signature)
             if place is None:
                 replies: list[Reply] = []
                 try:
                     place = self._cache.make(
-                        request.layout,
+                        layout,
                         signature,
                         nbytes,
-                        lambda room: replies.append(self._server.serve(request, room)),
+                        lambda room: replies.append(self._server.serve(head, layout, out=room)),
                     )
                 except OSError as error:
                     _logger.warning("no memory for a copy that readers share: %s", error)
                     return None
                 payload = replies[0].payload
                 if replies[0].head or payload is None or len(payload) != nbytes:
-                    # The client's request is refused as a plain pull, with the right error.
-                    self._cache.forget(request.layout)
+                    # The client's request is answered as a plain pull, with the right error.
+                    self._cache.forget(layout)
                     return None
         return {"cached": place}
 

@@ -12,12 +12,13 @@ from tensorkv.arrays.arguments import check_timeout
 from tensorkv.errors import ServerDeadError, quote
 from tensorkv.transport.wire import join, split
 
+from ..messages import Stats, encode
 from ..options import PSOptions
 from . import cluster
 from .metrics import merge_stats
 
 # Without an owner: servers answer, and do not count a client.
-_QUESTION = join({"verb": "stats", "owner": None, "client": "observer", "seq": 0})
+_QUESTION = join(encode(Stats(), {"owner": None, "client": "observer", "seq": 0}))
 _SETTINGS = ("num_servers", "num_workers", "mode", "staleness", "path", "durability")
 
 

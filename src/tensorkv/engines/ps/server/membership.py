@@ -5,12 +5,12 @@ Server 0 decides for the whole store. What is decided is an event of ``ServerTab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 from tensorkv.errors import ArgumentError, StorageError, StoreClosedError
 
+from ..messages import Sender
 from .tables import CollectiveCounts, ServerTables
 from .wait import Condition
 
@@ -64,12 +64,12 @@ class Membership:
             elif holder:
                 self.staleness.mark_dead(rank)
 
-    def heartbeat(self, head: Mapping[str, Any]) -> None:
-        """Note that the sender of a message is alive; an observer has no owner and counts for nothing."""
-        if head["owner"] is None:
+    def heartbeat(self, sender: Sender) -> None:
+        """Note that the sender of a request is alive; an observer has no owner and counts for nothing."""
+        owner, rank, tables = sender.owner, sender.rank, self._tables
+        if owner is None:
             return
-        owner, rank, tables = str(head["owner"]), head.get("rank"), self._tables
-        if rank is not None and (type(rank) is not int or not 0 <= rank < self._num_workers):
+        if rank is not None and not 0 <= rank < self._num_workers:
             raise ArgumentError(f"invalid rank {rank!r}; expected an int below num_workers={self._num_workers}")
         if owner in tables.disconnected or self.is_closed_to(owner):
             raise StoreClosedError("late message to a store that its client, or the last client, has closed")
@@ -127,7 +127,7 @@ class Membership:
                 self._record(["ending"])
             return self._tables.is_ending
 
-    def is_closed_to(self, owner: str) -> bool:
+    def is_closed_to(self, owner: str | None) -> bool:
         """Return whether the store is ending and this client was not part of it."""
         return self._tables.is_ending and owner not in self._tables.members
 
@@ -143,7 +143,7 @@ class Membership:
         Returns:
             The rank and the counts: all that there were, if the worker replaces a dead one.
         """
-        if wanted is not None and (type(wanted) is not int or wanted < 0):
+        if wanted is not None and wanted < 0:
             raise ArgumentError(f"create: invalid rank {wanted!r}; expected an int of at least 0")
         tables = self._tables
         with self._condition:
@@ -182,20 +182,22 @@ class Membership:
 
     # ------------------------------------------------------------ calls of all workers
 
-    def claim(self, owner: str, number: int, *, wants: bool) -> None:
+    def claim(self, owner: str, number: int) -> None:
         """Let one client at a time create and delete keys; each client numbers its claims."""
         tables = self._tables
         with self._condition:
-            if not wants:
-                self._record(["unclaim", owner, number])
-                self._condition.notify_all()
-                return
             self._condition.wait_for(
                 lambda: tables.claimant[0] in ("", owner) or tables.claimant[0] not in self.clients(),
                 lambda: "another client that creates or deletes keys",
             )
             if number > tables.claimed.get(owner, 0) and tables.claimant != (owner, number):
                 self._record(["claim", owner, number])
+
+    def unclaim(self, owner: str, number: int) -> None:
+        """Let other clients create and delete keys again."""
+        with self._condition:
+            self._record(["unclaim", owner, number])
+            self._condition.notify_all()
 
     def leave(self, number: int, rank: int) -> None:
         """Count a worker as left; return when all have left for the ``number``th time, and are waited for again."""

@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 
+from tensorkv import errors
 from tensorkv.arrays.arguments import Key
-from tensorkv.errors import ArgumentError, TensorKVError
+from tensorkv.errors import ArgumentError, TensorKVError, WorkerError
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard.entry import Part
-from tensorkv.transport.wire import Reply, Request
+from tensorkv.transport.wire import Reply
 
-from ..messages import keys_of, push_layout
+from .. import messages
+from ..messages import Message, Push, Request, keys_of, push_layout
 from ..options import PSOptions
 from .membership import Membership
 from .snapshot import SnapshotBarrier
@@ -75,66 +77,49 @@ class Server:
         self._sync_rounds = SyncRounds(self._apply_round, self._tables.lists)
         self._metrics = Metrics()
         self._resent = 0
-        self._verbs: dict[str, Callable[[Request, torch.Tensor | None], Reply]] = {
-            "push": self._push,
-            "pull": self._pull,
-            "wait_for_version": self._wait_for_version,
-            "pull_rows": self._pull_rows,
-            "init": self._init,
-            "delete": self._delete,
-            "rule": self._rule,
-            "restore": self._restore,
-            "list": self._list,
-            "info": self._info,
-            "stats": self._stats,
-            "connect": self._connect,
-            "claim": self._claim,
-            "heartbeat": self._heartbeat,
-            "disconnect": self._disconnect,
-            "leave": self._leave,
-            "barrier": self._barrier,
-            "broadcast": self._broadcast,
-            "prepare": self._prepare,
-            "commit": self._commit,
-            "abort": self._abort,
-            "drop_snapshot": self._drop_snapshot,
-        }
+        self.is_broken = False
+        """Whether another server of the store is dead, so that this one is of no use without a live client."""
 
-    def serve(self, request: Request, out: torch.Tensor | None = None) -> Reply:
-        """Answer a request.
+    def serve(
+        self, head: dict[str, Any], layout: bytes = b"[]", payload: Any = b"", out: torch.Tensor | None = None
+    ) -> Reply:
+        """Answer a request; nothing in it is trusted.
 
         Args:
-            request: from a client.
+            head, layout, payload: of the request.
             out: bytes, in which pulled values are put if they fit, instead of in new memory.
 
         Returns:
             A reply. Its head has ``"error"`` (class name and message) if the request was refused, and ``"wait_for"``
             if it has to be sent again.
         """
-        verb, start = str(request.head.get("verb")), clock()
+        start = clock()
         try:
-            method = self._verbs.get(verb)
-            if method is None:
-                raise ArgumentError(f"unknown request {verb!r}")
-            patience = request.head.get("poll_timeout_s")
-            self._condition.set_poll_timeout(None if patience is None else float(patience))
-            if verb == "connect" and self._membership.is_closed_to(request.owner):
-                return Reply({"ending": True})
-            if verb != "disconnect":
-                self._membership.heartbeat(request.head)
-            reply = method(request, out)
-        except RetryLater as waits:
-            return Reply({"wait_for": str(waits)})
+            request = messages.decode(head, layout, payload, out)
+            reply = self._answer(request)
+        except RetryLater as reason:
+            return Reply({"wait_for": str(reason)})
         except TensorKVError as error:
-            return _refusal(type(error).__name__, str(error))
+            return Reply({"error": errors.encode(error)})
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            return _refusal("ArgumentError", f"malformed request: {type(error).__name__}: {error}")
+            text = f"malformed request {head.get('verb')}: {type(error).__name__}: {error}"
+            return Reply({"error": errors.encode(ArgumentError(text))})
         except (MemoryError, OSError, RuntimeError) as error:
-            return _refusal("WorkerError", f"server {self.index} failed: {type(error).__name__}: {error}")
-        moved = len(request.payload) + (0 if reply.payload is None else len(reply.payload))
-        name = "pushpull" if request.head.get("pulls") else verb
+            text = f"server {self.index} failed: {type(error).__name__}: {error}"
+            return Reply({"error": errors.encode(WorkerError(text))})
+        moved = len(payload) + (0 if reply.payload is None else len(reply.payload))
+        name = "pushpull" if isinstance(request.message, Push) and request.message.pulls else request.verb
         self._metrics.add(name, start, [name], [moved])
         return reply
+
+    def _answer(self, request: Request[Message]) -> Reply:
+        sender, message = request.sender, request.message
+        self._condition.set_poll_timeout(sender.poll_timeout_s)
+        if isinstance(message, messages.Connect) and self._membership.is_closed_to(sender.owner):
+            return Reply({"ending": True})
+        if not isinstance(message, messages.Disconnect):
+            self._membership.heartbeat(sender)
+        return _HANDLERS[type(message)](self, request)
 
     @property
     def is_ending(self) -> bool:
@@ -164,11 +149,11 @@ class Server:
         }
         return {**mine, **self._state.stats()}
 
-    def signature(self, request: Request) -> tuple[int, ...] | None:
+    def signature(self, layout: bytes, checksum: Any) -> tuple[int, ...] | None:
         """Return the versions of the keys of a pull, which differ when the values do; None: the pull is refused."""
         try:
             with self._condition:
-                return self._state.versions(keys_of(request.layout), request.head.get("of"))
+                return self._state.versions(keys_of(layout), checksum)
         except TensorKVError:
             return None
 
@@ -177,153 +162,140 @@ class Server:
         with self._condition:
             self._state.shard.close()
 
-    # ------------------------------------------------------------ pushes and pulls
+    # ------------------------------------------------------------ pushes
 
-    def _push(self, request: Request, out: torch.Tensor | None) -> Reply:
-        keys, pulls = push_layout(request.layout).keys, bool(request.head.get("pulls"))
-        staleness, rank = self.options.staleness, request.head.get("rank")
-        reply = None
+    def _push(self, request: Request[Push]) -> Reply:
         if self.options.mode == "sync":
-            moved = self._push_in_round(request, keys)
-            if moved is not None:
-                return moved
-        else:
-            with self._condition:
-                if not self._tables.has_applied(request.client, request.seq):
-                    # Of a worker whose last push timed out while it waited here.
-                    self._wait_for_slow_workers(rank, staleness, "")
-                with self._turn(request, keys) as is_new:
-                    if is_new:
-                        reply = self._state.push(request, out, fill=pulls and staleness is None)
-                self._wait_for_slow_workers(rank, staleness, "; this push has been applied")
-        if reply is None:
-            with self._condition:
-                reply = self._state.values(keys, out, request.head) if pulls else Reply({})
-        return reply
+            return self._push_in_round(request)
+        return self._push_at_once(request) if self.options.staleness is None else self._push_bounded(request)
 
-    def _wait_for_slow_workers(self, rank: int | None, staleness: int | None, then: str) -> None:
+    def _push_at_once(self, request: Request[Push]) -> Reply:
+        """Apply a push; a pull with it has the values of the moment of the push."""
+        keys = push_layout(request.layout).keys
+        with self._change(request, keys) as is_new:
+            reply = self._state.push(request) if is_new else None
+        return reply or self._pushed(request, keys)
+
+    def _push_bounded(self, request: Request[Push]) -> Reply:
+        """Apply a push, and wait until no live worker is too many rounds behind."""
+        keys = push_layout(request.layout).keys
+        with self._condition:
+            if not self._has_applied(request):
+                # Of a worker whose last push timed out while it waited here.
+                self._wait_for_slow_workers(request.sender.rank, "")
+            with self._change(request, keys) as is_new:
+                if is_new:
+                    self._state.push(request, fill=False)
+            self._wait_for_slow_workers(request.sender.rank, "; this push has been applied")
+        return self._pushed(request, keys)
+
+    def _wait_for_slow_workers(self, rank: int | None, then: str) -> None:
+        staleness, clock = self.options.staleness, self._staleness
         if rank is None or staleness is None:
             return
-        describe = self._staleness.describe
         self._condition.wait_for(
-            lambda: not self._staleness.behind(rank, staleness),
-            lambda: f"{describe(self._staleness.behind(rank, staleness))}, more than {staleness} rounds behind{then}",
+            lambda: not clock.behind(rank, staleness),
+            lambda: f"{clock.describe(clock.behind(rank, staleness))}, more than {staleness} rounds behind{then}",
         )
 
-    def _push_in_round(self, request: Request, keys: tuple[Key, ...]) -> Reply | None:
-        """Hold a push until its round is complete; return a reply if that round is closed, and nothing was done."""
-        rank, client, seq = request.head.get("rank"), request.client, request.seq
-        describe, rounds = self._staleness.describe, self._sync_rounds
-        name, number, first = request.head.get("step") or (json.dumps(keys), None, 0)
-        if rank is None:
+    def _push_in_round(self, request: Request[Push]) -> Reply:
+        """Hold a push until its round is complete; if that round is closed already, reply with the next one."""
+        sender, push, rounds = request.sender, request.message, self._sync_rounds
+        keys = push_layout(request.layout).keys
+        if sender.rank is None:
             raise ArgumentError("push: this client has no rank; in mode sync only workers push")
+        name, number, first = push.round or (json.dumps(keys), None, 0)
         with self._condition:
             self._admit(request)
-            if not self._is_resent(request) and rounds.refused(client, seq) is None:
+            if not self._is_resent(request) and rounds.refused(sender.client, sender.seq) is None:
+                next_number = rounds.next(name)
                 if number is None:
-                    number = rounds.next(name)
-                elif number < rounds.next(name) and not request.head.get("late"):
-                    return Reply({"moved": rounds.next(name)})
-                batch = self._state.batch(request)
-                self._state.shard.check(batch)
-                pushed = PendingPush(client, seq, [parts[0] for parts in batch.parts], _logged(request))
-                if request.head.get("late"):
-                    # Other servers have applied it in a round that was closed here without it.
-                    rounds.apply(keys, {rank: pushed})
+                    number = next_number
+                elif number < next_number and not push.late:
+                    return Reply({"moved": next_number})
+                pending = self._pending(request)
+                if push.late:
+                    rounds.apply(keys, {sender.rank: pending})
                 else:
-                    rounds.add(name, keys, number, first, rank, pushed)
+                    rounds.add(name, keys, number, first, sender.rank, pending)
             self._condition.wait_for(
-                lambda: self._has_closed(client, seq),
-                lambda: (
-                    f"{describe(rounds.missing(name, number or 0, self._staleness.live()))}, which have not pushed yet"
-                ),
+                lambda: self._is_round_over(sender.client, sender.seq),
+                lambda: f"{self._describe_missing(name, number or 0)}, which have not pushed yet",
             )
-            refused = rounds.refused(client, seq)
+            refused = rounds.refused(sender.client, sender.seq)
         if refused is not None:
             raise refused
-        return None
+        return self._pushed(request, keys)
 
-    def _has_closed(self, client: str, seq: int) -> bool:
+    def _pending(self, request: Request[Push]) -> PendingPush:
+        batch = self._state.batch(request)
+        self._state.shard.check(batch)
+        parts = [parts[0] for parts in batch.parts]
+        return PendingPush(request.sender.client, request.sender.seq, parts, _logged(request))
+
+    def _describe_missing(self, name: str, number: int) -> str:
+        return self._staleness.describe(self._sync_rounds.missing(name, number, self._staleness.live()))
+
+    def _is_round_over(self, client: str, seq: int) -> bool:
         self._sync_rounds.close(self._staleness.live(), self._snapshot_barrier.admits)
         return self._tables.has_applied(client, seq) or self._sync_rounds.refused(client, seq) is not None
 
-    def _apply_round(self, keys: Sequence[Key], parts: Sequence[list[Part]], pushed: Sequence[PendingPush]) -> None:
-        with self._tables.together([(each.client, each.seq, each.words) for each in pushed], keys):
+    def _apply_round(self, keys: Sequence[Key], parts: Sequence[list[Part]], pushes: Sequence[PendingPush]) -> None:
+        with self._tables.together([(each.client, each.seq, each.words) for each in pushes], keys):
             self._state.push_round(keys, parts)
         self._condition.notify_all()
 
-    def _pull(self, request: Request, out: torch.Tensor | None) -> Reply:
-        self._wait_for_version(request, out)
+    def _pushed(self, request: Request[Push], keys: tuple[Key, ...]) -> Reply:
+        """Reply to a push that has been applied."""
+        if not request.message.pulls:
+            return Reply({})
         with self._condition:
-            return self._state.values(keys_of(request.layout), out, request.head)
+            return self._state.values(keys, request.out, request.message.checksum)
 
-    def _wait_for_version(self, request: Request, out: torch.Tensor | None) -> Reply:
-        """Reply without values, when the keys have the versions that a pull wants."""
-        keys, wanted = keys_of(request.layout), request.head.get("min_version")
-        if wanted is not None:
-            shard = self._state.shard
-            with self._condition:
-                self._condition.wait_for(
-                    lambda: all(shard.entry("pull", key).version >= wanted for key in keys),
-                    lambda: f"version {wanted}, which the keys have not reached yet",
-                )
+    # ------------------------------------------------------------ pulls
+
+    def _pull(self, request: Request[messages.Pull]) -> Reply:
+        message = request.message
+        with self._condition:
+            return self._state.values(keys_of(request.layout), request.out, message.checksum, message.snapshot)
+
+    def _wait_for_version(self, request: Request[messages.WaitForVersion]) -> Reply:
+        keys, wanted, shard = keys_of(request.layout), request.message.min_version, self._state.shard
+        with self._condition:
+            self._condition.wait_for(
+                lambda: all(shard.entry("pull", key).version >= wanted for key in keys),
+                lambda: f"version {wanted}, which the keys have not reached yet",
+            )
         return Reply({})
 
-    def _pull_rows(self, request: Request, out: torch.Tensor | None) -> Reply:
+    def _pull_rows(self, request: Request[messages.PullRows]) -> Reply:
         with self._condition:
-            return self._state.rows(request, out)
+            return self._state.rows(request)
 
     # ------------------------------------------------------------ keys and the rule
 
-    def _init(self, request: Request, out: torch.Tensor | None) -> Reply:
+    def _init(self, request: Request[messages.Init]) -> Reply:
         contents = contents_of(request)
         with self._condition:
             self._admit(request)
-            if not self._tables.has_applied(request.client, request.seq):
+            if not self._has_applied(request):
                 self._state.shard.check_new([entry.key for entry in contents.entries])
-                self._state.set_metadata(request.head["notes"])
-            with self._turn(request) as is_new:
+                self._state.set_metadata(request.message.metadata)
+            with self._change(request) as is_new:
                 if is_new:
                     self._state.init(contents)
         return Reply({})
 
-    def _delete(self, request: Request, out: torch.Tensor | None) -> Reply:
-        keys = request.head["keys"]
-        with self._condition, self._turn(request) as is_new:
-            if is_new:
-                self._state.delete(keys)
-        with self._condition:
-            self._state.drop_metadata(keys)
-        return Reply({})
-
-    def _rule(self, request: Request, out: torch.Tensor | None) -> Reply:
-        awaited, shard = request.head.get("awaits"), self._state.shard
-        if awaited is not None:
-            with self._condition:
-                self._condition.wait_for(
-                    lambda: shard.optimizer is not None and shard.optimizer.name == awaited,
-                    lambda: f"rank 0, which has not set the optimizer {awaited} yet",
-                )
-            return Reply({})
-        with self._turn(request) as is_new:
-            if is_new:
-                self._state.change_rule(request.head)
-        return Reply({})
-
-    def _claim(self, request: Request, out: torch.Tensor | None) -> Reply:
-        self._membership.claim(request.owner, int(request.head["number"]), wants=request.head["wants"])
-        return Reply({})
-
-    def _restore(self, request: Request, out: torch.Tensor | None) -> Reply:
-        contents, notes = contents_of(request), request.head["notes"]
+    def _restore(self, request: Request[messages.Restore]) -> Reply:
+        contents, metadata = contents_of(request), request.message.metadata
         with self._condition:
             self._admit(request)
             if self._is_resent(request):
                 return Reply({})
-            keys, before = self._state.shard.keys(), self._state.metadata(notes)
-            self._state.set_metadata(notes)
+            keys, before = self._state.shard.keys(), self._state.metadata(metadata)
+            self._state.set_metadata(metadata)
             try:
-                with self._turn(request):
+                with self._change(request):
                     self._state.restore(contents)
             except BaseException:
                 # The keys are still where they were.
@@ -333,125 +305,197 @@ class Server:
             self._state.drop_metadata(keys)
         return Reply({})
 
-    def _list(self, request: Request, out: torch.Tensor | None) -> Reply:
-        return Reply(self._listing())
+    def _delete(self, request: Request[messages.Delete]) -> Reply:
+        keys = request.message.keys
+        with self._change(request) as is_new:
+            if is_new:
+                self._state.delete(keys)
+        with self._condition:
+            self._state.drop_metadata(keys)
+        return Reply({})
 
-    def _info(self, request: Request, out: torch.Tensor | None) -> Reply:
-        info = self._state.shard.entry("info", request.head["key"]).info()
+    def _set_rule(self, request: Request[messages.SetRule]) -> Reply:
+        with self._change(request) as is_new:
+            if is_new:
+                self._state.set_rule(request.message.optimizer)
+        return Reply({})
+
+    def _set_hyperparameters(self, request: Request[messages.SetHyperparameters]) -> Reply:
+        with self._change(request) as is_new:
+            if is_new:
+                self._state.shard.set_hyperparameters(request.message.numbers, request.message.keys)
+        return Reply({})
+
+    def _wait_for_optimizer(self, request: Request[messages.WaitForOptimizer]) -> Reply:
+        wanted, shard = request.message.name, self._state.shard
+        with self._condition:
+            self._condition.wait_for(
+                lambda: shard.optimizer is not None and shard.optimizer.name == wanted,
+                lambda: f"rank 0, which has not set the optimizer {wanted} yet",
+            )
+        return Reply({})
+
+    def _list_keys(self, request: Request[messages.ListKeys]) -> Reply:
+        return Reply(self._state.listing())
+
+    def _info(self, request: Request[messages.Info]) -> Reply:
+        info = self._state.shard.entry("info", request.message.key).info()
         return Reply({"version": info.version, "nbytes": info.nbytes, "device": info.device})
 
-    def _listing(self) -> dict[str, Any]:
-        return {"incarnation": self.incarnation, **self._state.listing()}
-
-    def _stats(self, request: Request, out: torch.Tensor | None) -> Reply:
+    def _stats(self, request: Request[messages.Stats]) -> Reply:
         return Reply(self.stats())
 
     # ------------------------------------------------------------ clients
 
-    def _connect(self, request: Request, out: torch.Tensor | None) -> Reply:
-        head = request.head
-        if not head["ranks"]:
-            return Reply({"rank": None, **self._listing()})
-        rank, over = self._membership.take_rank(request.owner, head.get("wants"))
-        return Reply({"rank": rank, "over": over, **self._listing()})
+    def _connect(self, request: Request[messages.Connect]) -> Reply:
+        rank, completed = self._membership.take_rank(str(request.sender.owner), request.message.wanted_rank)
+        return Reply({"rank": rank, "completed": completed})
 
-    def _heartbeat(self, request: Request, out: torch.Tensor | None) -> Reply:
+    def _heartbeat(self, request: Request[messages.Heartbeat]) -> Reply:
         self._membership.remove_idle()
-        with self._condition:
-            self._state.snapshots.drop_all_but_of(self._membership.clients())
-        changes = [self.incarnation, self._state.inits]
-        return Reply({"incarnation": self.incarnation, "changes": changes, "dead": self._staleness.dead()})
+        self._drop_snapshots_of_dead_clients()
+        return Reply({"changes": [self.incarnation, self._state.inits], "dead": self._staleness.dead()})
 
-    def _disconnect(self, request: Request, out: torch.Tensor | None) -> Reply:
-        self._membership.disconnect(request.owner)
-        with self._condition:
-            self._state.snapshots.drop_all_but_of(self._membership.clients())
+    def _disconnect(self, request: Request[messages.Disconnect]) -> Reply:
+        self.is_broken = self.is_broken or request.message.broken
+        self._membership.disconnect(str(request.sender.owner))
+        self._drop_snapshots_of_dead_clients()
         if self.index == 0:
             # New clients connect to this server first, and are refused from now on.
             self._membership.end_if_unused()
         alive, dead = self._membership.count()
         return Reply({"clients": alive, "dead_clients": dead})
 
-    def _leave(self, request: Request, out: torch.Tensor | None) -> Reply:
-        self._membership.leave(request.head["number"], request.head["rank"])
+    def _drop_snapshots_of_dead_clients(self) -> None:
+        with self._condition:
+            self._state.snapshots.drop_all_but_of(self._membership.clients())
+
+    def _claim(self, request: Request[messages.Claim]) -> Reply:
+        self._membership.claim(str(request.sender.owner), request.message.number)
         return Reply({})
 
-    def _barrier(self, request: Request, out: torch.Tensor | None) -> Reply:
-        self._membership.barrier(request.head["number"], request.head["rank"])
+    def _unclaim(self, request: Request[messages.Unclaim]) -> Reply:
+        self._membership.unclaim(str(request.sender.owner), request.message.number)
         return Reply({})
 
-    def _broadcast(self, request: Request, out: torch.Tensor | None) -> Reply:
-        return Reply({"text": self._membership.broadcast(request.head["number"], request.head["text"])})
+    def _leave(self, request: Request[messages.Leave]) -> Reply:
+        self._membership.leave(request.message.number, _rank_of(request))
+        return Reply({})
+
+    def _barrier(self, request: Request[messages.Barrier]) -> Reply:
+        self._membership.barrier(request.message.number, _rank_of(request))
+        return Reply({})
+
+    def _broadcast(self, request: Request[messages.Broadcast]) -> Reply:
+        return Reply({"text": self._membership.broadcast(request.message.number, request.message.text)})
 
     # ------------------------------------------------------------ snapshots
 
-    def _prepare(self, request: Request, out: torch.Tensor | None) -> Reply:
+    def _prepare(self, request: Request[messages.Prepare]) -> Reply:
+        sender = request.sender
         with self._condition:
-            return Reply(
-                {"fans": self._snapshot_barrier.prepare(request.client, request.seq, self._membership.clients())}
-            )
+            last = self._snapshot_barrier.prepare(sender.client, sender.seq, self._membership.clients())
+            return Reply({"last_requests": last})
 
-    def _commit(self, request: Request, out: torch.Tensor | None) -> Reply:
-        head = request.head
+    def _commit(self, request: Request[messages.Commit]) -> Reply:
+        sender, name = request.sender, request.message.snapshot
+        snapshots = self._state.snapshots
 
         def take() -> Reply:
-            if head.get("states"):
-                return self._state.describe()
-            return Reply({"keys": self._state.take_snapshot(head["view"], request.owner)})
+            if name is None:
+                return self._state.contents()
+            self._state.take_snapshot(name, str(sender.owner))
+            return Reply({"keys": snapshots.describe(name)})
 
         with self._condition:
-            if head.get("view") in self._state.snapshots:
+            if name is not None and name in snapshots:
                 # The reply was lost.
-                return Reply({"keys": self._state.snapshots.describe(head["view"])})
-            found: Reply = self._snapshot_barrier.commit(request.client, request.seq, head["wanted"], take)
-            return found
+                return Reply({"keys": snapshots.describe(name)})
+            taken: Reply = self._snapshot_barrier.commit(sender.client, sender.seq, request.message.wanted, take)
+            return taken
 
-    def _abort(self, request: Request, out: torch.Tensor | None) -> Reply:
+    def _abort(self, request: Request[messages.Abort]) -> Reply:
         with self._condition:
-            self._snapshot_barrier.abort(request.client, request.seq)
+            self._snapshot_barrier.abort(request.sender.client, request.sender.seq)
         return Reply({})
 
-    def _drop_snapshot(self, request: Request, out: torch.Tensor | None) -> Reply:
+    def _drop_snapshot(self, request: Request[messages.DropSnapshot]) -> Reply:
         with self._condition:
-            self._state.snapshots.drop(request.head["view"])
+            self._state.snapshots.drop(request.message.snapshot)
         return Reply({})
 
-    # ------------------------------------------------------------ inside
+    # ------------------------------------------------------------ each change once
 
     def _record(self, *events: list[Any]) -> None:
-        self._state.remember(events)
+        """Log events, and apply them to the tables."""
+        self._state.record(events)
 
     @contextmanager
-    def _turn(self, request: Request, keys: Sequence[Key] = ()) -> Iterator[bool]:
+    def _change(self, request: Request[Message], keys: Sequence[Key] = ()) -> Iterator[bool]:
         """Hold the lock for a change; yield whether it is new. Keys are those of a push."""
-        client, seq = request.client, request.seq
+        sender = request.sender
         with self._condition:
             if not self._is_resent(request):
-                self._snapshot_barrier.admit(client, seq)
-            with self._tables.request(client, seq, _logged(request), keys) as is_new:
+                self._snapshot_barrier.admit(sender.client, sender.seq)
+            with self._tables.request(sender.client, sender.seq, _logged(request), keys) as is_new:
                 yield is_new
             self._condition.notify_all()
 
-    def _admit(self, request: Request) -> None:
+    def _admit(self, request: Request[Message]) -> None:
         """Wait until a request may be applied; meanwhile an earlier message of the same request may have been."""
-        if not self._tables.has_applied(request.client, request.seq):
-            self._snapshot_barrier.admit(request.client, request.seq)
+        if not self._has_applied(request):
+            self._snapshot_barrier.admit(request.sender.client, request.sender.seq)
 
-    def _is_resent(self, request: Request) -> bool:
-        applied = self._tables.has_applied(request.client, request.seq)
-        self._resent += applied
-        return applied
+    def _is_resent(self, request: Request[Message]) -> bool:
+        has_applied = self._has_applied(request)
+        self._resent += has_applied
+        return has_applied
+
+    def _has_applied(self, request: Request[Message]) -> bool:
+        return self._tables.has_applied(request.sender.client, request.sender.seq)
 
 
-def _logged(request: Request) -> dict[str, Any]:
-    """Return what is logged of a request besides its id: its servers, and of a push rank and round."""
-    fan, rank = request.head.get("fan", ()), request.head.get("rank")
-    words: dict[str, Any] = {"fan": list(fan)} if len(fan) > 1 else {}
-    if request.head["verb"] == "push":
-        words |= {"rank": rank} if rank is not None else {}
-        words |= {"step": request.head["step"][:2]} if "step" in request.head else {}
+_HANDLERS: dict[type[Message], Callable[[Server, Request[Any]], Reply]] = {
+    messages.Push: Server._push,
+    messages.Pull: Server._pull,
+    messages.WaitForVersion: Server._wait_for_version,
+    messages.PullRows: Server._pull_rows,
+    messages.Init: Server._init,
+    messages.Restore: Server._restore,
+    messages.Delete: Server._delete,
+    messages.SetRule: Server._set_rule,
+    messages.SetHyperparameters: Server._set_hyperparameters,
+    messages.WaitForOptimizer: Server._wait_for_optimizer,
+    messages.ListKeys: Server._list_keys,
+    messages.Info: Server._info,
+    messages.Stats: Server._stats,
+    messages.Connect: Server._connect,
+    messages.Disconnect: Server._disconnect,
+    messages.Heartbeat: Server._heartbeat,
+    messages.Claim: Server._claim,
+    messages.Unclaim: Server._unclaim,
+    messages.Leave: Server._leave,
+    messages.Barrier: Server._barrier,
+    messages.Broadcast: Server._broadcast,
+    messages.Prepare: Server._prepare,
+    messages.Commit: Server._commit,
+    messages.Abort: Server._abort,
+    messages.DropSnapshot: Server._drop_snapshot,
+}
+
+
+def _rank_of(request: Request[Message]) -> int:
+    rank = request.sender.rank
+    if rank is None:
+        raise ArgumentError(f"{request.verb}: this client has no rank")
+    return rank
+
+
+def _logged(request: Request[Message]) -> dict[str, Any]:
+    """Return what is logged of a request besides its id, by the names that logs have: servers, rank and round."""
+    sender, message = request.sender, request.message
+    words: dict[str, Any] = {"fan": sender.servers} if sender.servers else {}
+    if isinstance(message, Push):
+        words |= {} if sender.rank is None else {"rank": sender.rank}
+        words |= {} if message.round is None else {"step": message.round[:2]}
     return words
-
-
-def _refusal(name: str, message: str) -> Reply:
-    return Reply({"error": [name, message]})

@@ -21,9 +21,9 @@ from tensorkv.shard.shard import Shard
 from tensorkv.storage import manifest
 from tensorkv.storage.durable import DurableShard
 from tensorkv.storage.manifest import Contents
-from tensorkv.transport.wire import Reply, Request, Room
+from tensorkv.transport.wire import Reply, Room
 
-from ..messages import push_layout
+from ..messages import Init, PullRows, Push, PushLayout, Request, Restore, push_layout
 from ..options import PSOptions
 from .snapshot import CopyOnWriteSnapshots
 from .tables import ServerTables
@@ -63,46 +63,58 @@ class ServerState:
 
     # ------------------------------------------------------------ pushes and pulls
 
-    def push(self, request: Request, out: torch.Tensor | None, *, fill: bool) -> Reply | None:
-        """Push what a request brings; return the reply with the new values if they are to be filled."""
-        call = push_layout(request.layout)
-        payload = bytes_of(request.payload)
-        room = self._room(call.keys, out, request.head.get("of")) if fill else None
-        self.snapshots.before_change(call.keys)
-        flat = call.flat(payload) if len(call.keys) >= MANY else None
-        if flat is not None:
-            target = None if room is None else room.flat
-            if (room is None or target is not None) and self.shard.flat(call.keys, flat, target):
-                return None if room is None else Reply({}, room.payload)
-        batch = self.batch(request)
-        if room is None:
-            self.shard.push(batch)
-            return None
-        self.shard.pushpull(batch, [[each] for each in room.tensors])
-        return Reply({}, room.payload)
+    def push(self, request: Request[Push], *, fill: bool = True) -> Reply | None:
+        """Push what a request brings; return the reply with the new values if it pulls and they are to be filled."""
+        pushed, message = push_layout(request.layout), request.message
+        room = self._room(pushed.keys, request.out, message.checksum) if message.pulls and fill else None
+        self.snapshots.before_change(pushed.keys)
+        if not self._push_flat(pushed, request.payload, room):
+            batch = self.batch(request)
+            if room is None:
+                self.shard.push(batch)
+            else:
+                self.shard.pushpull(batch, [[each] for each in room.tensors])
+        return None if room is None else Reply({}, room.payload)
 
-    def batch(self, request: Request) -> Batch:
+    def _push_flat(self, pushed: PushLayout, payload: Any, room: Room | None) -> bool:
+        """Push many keys whose parts are one flat tensor; return False if nothing was done."""
+        flat = pushed.flat(bytes_of(payload)) if len(pushed.keys) >= MANY else None
+        target = None if room is None else room.flat
+        if flat is None or (room is not None and target is None):
+            return False
+        return self.shard.flat(pushed.keys, flat, target)
+
+    def batch(self, request: Request[Push]) -> Batch:
         """Return what a request pushes, one part for each key."""
-        call = push_layout(request.layout)
-        rows = [(*self.shard.entry("push", key).spec.shape, 0)[0] for key in call.keys]
-        return Batch("push", list(call.keys), [[part] for part in call.parts(request.payload, rows)])
+        pushed = push_layout(request.layout)
+        rows = [(*self.shard.entry("push", key).spec.shape, 0)[0] for key in pushed.keys]
+        return Batch("push", list(pushed.keys), [[part] for part in pushed.parts(request.payload, rows)])
 
     def push_round(self, keys: Sequence[Key], parts: Sequence[list[Part]]) -> None:
         """Push the parts of a round."""
         self.snapshots.before_change(keys)
         self.shard.push(Batch("push", list(keys), list(parts)))
 
-    def values(self, keys: tuple[Key, ...], out: torch.Tensor | None, head: Mapping[str, Any]) -> Reply:
-        """Return the present values, or those of the snapshot that a request names."""
-        if head.get("view") is not None:
-            found = self.snapshots.read(head["view"], keys)
-            layout, checksum = _layout(zip(keys, (v.dtype for v in found), (v.shape for v in found), strict=True))
-            _check_same(keys, checksum, head.get("of"))
+    def values(
+        self, keys: tuple[Key, ...], out: torch.Tensor | None, checksum: int | None, snapshot: str | None = None
+    ) -> Reply:
+        """Return the present values, or those of a snapshot.
+
+        Args:
+            keys: whose values.
+            out: memory in which they are put if they fit.
+            checksum: of the layout that the client expects.
+            snapshot: its name.
+        """
+        if snapshot is not None:
+            found = self.snapshots.read(snapshot, keys)
+            layout, actual = _layout(zip(keys, (v.dtype for v in found), (v.shape for v in found), strict=True))
+            _check_same(keys, actual, checksum)
             room = Room(decode_layout(layout), out)
             for each, value in zip(room.tensors, found, strict=True):
                 each.copy_(value)
             return Reply({}, room.payload)
-        room = self._room(keys, out, head.get("of"))
+        room = self._room(keys, out, checksum)
         target = room.flat
         if len(keys) < MANY or target is None or not self.shard.flat(keys, None, target):
             self.shard.pull(keys, [[each] for each in room.tensors])
@@ -113,17 +125,17 @@ class ServerState:
         self._layout(keys, checksum)
         return (self.inits, *[self.shard.entry("pull", key).version for key in keys])
 
-    def rows(self, request: Request, out: torch.Tensor | None) -> Reply:
+    def rows(self, request: Request[PullRows]) -> Reply:
         """Return the rows that a request names."""
         items = unpack(request.layout, request.payload)
         keys, ids = [item.key for item in items], [item.tensor for item in items]
-        view = request.head.get("view")
-        found = self.shard.pull_rows(keys, ids) if view is None else self.snapshots.read_rows(view, keys, ids)
+        name = request.message.snapshot
+        found = self.shard.pull_rows(keys, ids) if name is None else self.snapshots.read_rows(name, keys, ids)
         lies = encode_layout(
             (key, "rows", rows.values.dtype, rows.values.shape) for key, rows in zip(keys, found, strict=True)
         )
         where = decode_layout(lies)
-        room = Room(where, out)
+        room = Room(where, request.out)
         # Not by torch, whose threads would wait for each other beside those of other requests.
         memory = room.payload.numpy()
         for place, rows in zip(where, found, strict=True):
@@ -164,14 +176,12 @@ class ServerState:
         self.shard.delete(keys)
         self._forget_layouts()
 
-    def change_rule(self, head: Any) -> None:
-        """Set the rule, or change hyperparameters of the optimizer."""
-        if "numbers" in head:
-            self.shard.set_hyperparameters(head["numbers"], head["keys"])
-        elif head["optimizer"] is None:
+    def set_rule(self, optimizer: dict[str, Any] | None) -> None:
+        """Set an optimizer; None sets assignment."""
+        if optimizer is None:
             self.shard.set_updater(None)
         else:
-            self.shard.set_optimizer(OptimizerSpec.from_json(head["optimizer"]))
+            self.shard.set_optimizer(OptimizerSpec.from_json(optimizer))
 
     def restore(self, contents: Contents) -> None:
         """Replace everything by the contents of a checkpoint."""
@@ -195,19 +205,18 @@ class ServerState:
             keys = [[e.key, self._metadata_of(e.key), e.version, e.value.nbytes] for e in entries]
         return {"keys": keys, "optimizer": None if spec is None else spec.to_json()}
 
-    def describe(self) -> Reply:
+    def contents(self) -> Reply:
         """Return everything that the shard holds, in the form of a checkpoint."""
         with self.shard.frozen() as (entries, rule):
             body, tensors = manifest.describe("store", entries, rule)
             packed = pack([Item(name, "tensor", tensor) for name, tensor in tensors.items()])
-            notes = [[entry.key, self._metadata_of(entry.key)] for entry in entries]
-            words = {"body": body, "layout": packed.layout.decode(), "notes": notes}
-            return Reply(words, bytes_of(b"".join(packed.payload)))
+            metadata = [[entry.key, self._metadata_of(entry.key)] for entry in entries]
+            head = {"body": body, "layout": packed.layout.decode(), "metadata": metadata}
+            return Reply(head, bytes_of(b"".join(packed.payload)))
 
-    def take_snapshot(self, name: str, client: str) -> list[list[Any]]:
-        """Hold the present values for a client; return every key with its version and its metadata."""
+    def take_snapshot(self, name: str, client: str) -> None:
+        """Hold the present values for a client."""
         self.snapshots.take(name, client, self.shard, self._metadata_of)
-        return self.snapshots.describe(name)
 
     def stats(self) -> dict[str, Any]:
         """Return counts of what is held."""
@@ -235,7 +244,7 @@ class ServerState:
         """Return the metadata of keys by their JSON names, None where there is none."""
         return {name: self._notes.notes.get(name) for name in names}
 
-    def remember(self, events: Sequence[Any]) -> None:
+    def record(self, events: Sequence[Any]) -> None:
         """Log events, where there is a log, and apply them to the tables."""
         if isinstance(self.shard, DurableShard):
             self.shard.remember(events)
@@ -264,14 +273,14 @@ class _Notes:
             self.notes[name] = data
 
 
-def contents_of(request: Request) -> Contents:
+def contents_of(request: Request[Init | Restore]) -> Contents:
     """Check and return the entries that a request brings.
 
     Raises:
         CheckpointError, LayoutError: the entries are malformed.
     """
     tensors = {str(item.key): item.tensor for item in unpack(request.layout, request.payload)}
-    contents = manifest.restore(request.head["body"], tensors)
+    contents = manifest.restore(request.message.body, tensors)
     for entry in contents.entries:
         # The client reuses the memory of this payload for its next request. Tables have copied their rows.
         if isinstance(entry.value, torch.Tensor):

@@ -47,7 +47,9 @@ class Observer:
         ended = 0
         for ref in refs:
             try:
-                told.append(split(ray.get(ref, timeout=0))[0])
+                head = split(ray.get(ref, timeout=0))[0]
+                # A server that is ending has released its values, and refuses.
+                told.append(None if "error" in head else head)
             except ActorDiedError:
                 ended += 1
                 told.append(None)

@@ -5,18 +5,22 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs bench soak clean
+.PHONY: help demo test test-all check docs bench soak clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## Train a network on handwritten digits over four replicas; its curves go to out/demo.png
 	@mkdir -p out
 	$(BIN)/tensorkv demo --out out/demo.png
 
-test: $(STAMP) ## Run every test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
-	$(BIN)/python -m pytest -m alone
+test: $(STAMP) ## Test every behaviour, and each fault
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone and not release" $(PYTEST)
+	$(BIN)/python -m pytest -m "alone and not release" $(PYTEST)
+
+test-all: $(STAMP) ## Test with all repetitions, planted faults and the benchmarks' tests, as before a release
+	TENSORKV_TESTS=all $(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone" $(PYTEST)
+	TENSORKV_TESTS=all $(BIN)/python -m pytest -m alone $(PYTEST)
 
 check: docs ## Check format, lint, types, the layers of packages and the documentation
 	$(BIN)/ruff format --check .

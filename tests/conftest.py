@@ -65,6 +65,12 @@ def library(request):
     return LIBRARIES[request.param]
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid.startswith("tests/benchmarks/"):
+            item.add_marker(pytest.mark.release)
+
+
 def _descriptors():
     return set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
 

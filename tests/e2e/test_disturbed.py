@@ -57,6 +57,7 @@ def test_workers_in_step(size, count, tmp_path):
         assert json.loads(text.strip().splitlines()[-1])["programs"] == count
 
 
+@pytest.mark.release
 @pytest.mark.parametrize(
     ("fault", "found"),
     [

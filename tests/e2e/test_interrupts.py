@@ -6,9 +6,11 @@ import signal
 import pytest
 
 from tests.support import workers
+from tests.support.amount import amount
 from tests.support.processes import call
 
 PROGRAMS = "tests.e2e.interrupt_programs"
+RANDOM = amount(90, 300)
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
@@ -29,11 +31,11 @@ def run(*arguments, tmp_path):
         (["control", "durable"], 100),
         (["calls", "local"], 1000),
         (["calls", "durable"], 1000),
-        (["random", "local", "300", "sgd"], 300),
-        (["random", "local", "300", "assign"], 300),
-        (["random", "durable", "100", "sgd"], 100),
+        (["random", "local", RANDOM, "sgd"], RANDOM),
+        (["random", "local", RANDOM, "assign"], RANDOM),
+        (["random", "durable", RANDOM // 3, "sgd"], RANDOM // 3),
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_a_call_is_whole(arguments, least, tmp_path):
     status, text = run(*arguments, tmp_path=tmp_path)
@@ -47,6 +49,7 @@ def test_workers_in_step(tmp_path):
         assert int(text.splitlines()[-1]) >= 20, "too few exceptions came to say anything"
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("arguments", [["lines", "local", "sgd"], ["random", "local", "2000", "sgd"]], ids="-".join)
 def test_a_call_that_is_not_shielded_would_be_seen(arguments, tmp_path):
     status, text = run(*arguments, "planted", tmp_path=tmp_path)

@@ -23,12 +23,13 @@ import tensorkv
 from tensorkv import Rows
 from tensorkv.arrays import interop
 from tensorkv.shard import plan, reduce, rules, shard
+from tests.support.amount import amount
 
 # Enough small keys that calls which repeat them run on flat arrays.
 NUM_LAYERS = 9
-EXAMPLES = 300
+EXAMPLES = amount(100, 300)
 STEPS = 50
-STEPS_WANTED = 20_000
+STEPS_WANTED = amount(6_000, 20_000)
 
 NUM_ROWS = 2_000_000_000
 SHAPES = [(), (1,), (3,), (2, 3), (4, 2), (0, 2), (2, 1, 3)]
@@ -835,6 +836,7 @@ def check_less(monkeypatch):
     monkeypatch.setattr(interop, "may_push", lambda part, value: True)
 
 
+@pytest.mark.release
 @pytest.mark.parametrize(
     "plant",
     [

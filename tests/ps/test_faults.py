@@ -19,12 +19,15 @@ import pytest
 import torch
 
 import tensorkv
+from tests.support.amount import amount
 from tests.support.workers import run
 
 ray = pytest.importorskip("ray")
 
 F32 = np.float32
 PROGRAMS = "tests.ps.ray_programs"
+KILLS, KILLS_AT_ONCE = amount(2, 15), amount(1, 5)
+STOPS = amount(1, 5)
 LOSE_REPLIES = json.dumps(
     {"CoreWorkerService.grpc_client.PushTask": {"num_failures": 80, "req_failure_prob": 0, "resp_failure_prob": 30}}
 )
@@ -125,25 +128,25 @@ def push_until(kv, done, n, start=0):
 # ---------------------------------------------------------------- kills
 
 
-@pytest.mark.timeout(600)  # 60 restarts of processes that import torch
+@pytest.mark.timeout(600)  # restarts of processes that import torch
 def test_killed_servers_lose_no_acknowledged_push_and_make_none_twice(tmp_path):
     n = 300_000
     with create(num_servers=3, path=tmp_path / "store") as kv:
         count_up(kv)
         kv.init(["w", "n"], [np.zeros(n, F32), np.zeros(3, F32)])
-        with Killer(kv, 15) as killer:
+        with Killer(kv, KILLS) as killer:
             count = push_until(kv, lambda: killer.is_done, n)
-        assert len(set(killer.killed)) == len(killer.killed) == 45
+        assert len(set(killer.killed)) == len(killer.killed) == 3 * KILLS
         kv.push(["w", "n"], [one_hot(n, count), np.ones(3, F32)])
-        with Killer(kv, 5, at_once=True) as killer:
+        with Killer(kv, KILLS_AT_ONCE, at_once=True) as killer:
             last = push_until(kv, lambda: killer.is_done, n, count + 1)
-        assert len(set(killer.killed)) == 15
+        assert len(set(killer.killed)) == 3 * KILLS_AT_ONCE
         value = kv.pull("w")
         assert set(value[:last].tolist()) == {1}
         assert not value[last:].any()
         assert kv.pull("n").tolist() == [last] * 3
         assert kv.info("n").version == last
-        assert kv.stats()["resent"] >= 15
+        assert kv.stats()["resent"] >= KILLS
         print("pushes", last, "resent", kv.stats()["resent"])
         with pytest.raises(tensorkv.ArgumentError, match=r"num_servers is 3, not 2"):
             tensorkv.create("dist_async", name=name_of(kv), num_servers=2)
@@ -233,7 +236,7 @@ def read_numbers(path):
 
 
 def test_killed_workers_leave_whole_pushes(tmp_path):
-    n, kills = 60_000, 10
+    n, kills = 60_000, amount(4, 10)
     with create() as kv:
         count_up(kv)
         kv.init("w", np.zeros(n, F32))
@@ -271,7 +274,7 @@ def test_killed_workers_leave_whole_pushes(tmp_path):
 
 
 def test_stopped_servers(tmp_path):
-    """Stopped for five seconds, five times: nothing is lost, nothing is twice."""
+    """Stopped for five seconds, again and again: nothing is lost, nothing is twice."""
     n = 100_000
     with create(num_servers=1, path=tmp_path / "store") as kv:
         count_up(kv)
@@ -279,7 +282,7 @@ def test_stopped_servers(tmp_path):
         pid, stops = pid_of(kv, 0), []
 
         def stop():
-            for _ in range(5):
+            for _ in range(STOPS):
                 time.sleep(0.1)
                 os.kill(pid, signal.SIGSTOP)
                 time.sleep(5)
@@ -290,7 +293,7 @@ def test_stopped_servers(tmp_path):
         thread.start()
         count = push_until(kv, lambda: not thread.is_alive(), n)
         thread.join()
-        assert stops == ["T"] * 5
+        assert stops == ["T"] * STOPS
         assert kv.pull("n").tolist() == [count] * 3
         assert kv.pull("w").sum() == count
 

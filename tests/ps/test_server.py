@@ -28,6 +28,7 @@ from tensorkv.storage.record import Record
 from tensorkv.storage.wal import WriteAheadLog
 from tensorkv.transport import channel
 from tensorkv.transport.wire import Reply
+from tests.support.amount import amount
 
 pytest.importorskip("ray")
 
@@ -422,7 +423,7 @@ class Program:
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
 @pytest.mark.parametrize("num_servers", [1, 3])
 def test_in_step_gives_the_bits_of_one_store(workers, num_servers, small_pieces):
-    for seed in range(40):
+    for seed in range(amount(8, 40)):
         program = Program(1000 * workers + seed, workers)
         near = seed % 2 == 0
         with Cluster(num_servers, near=near, mode="sync", num_workers=workers) as cluster:
@@ -443,7 +444,7 @@ def test_in_step_gives_the_bits_of_one_store(workers, num_servers, small_pieces)
 @pytest.mark.parametrize("fault", ["lose request", "lose reply", "twice"])
 def test_in_step_with_faults_gives_the_bits_of_one_store(fault, small_pieces):
     fired = 0
-    for seed in range(12):
+    for seed in range(amount(6, 12)):
         program, chance = Program(seed, 3), random.Random(seed)
 
         def fate(head, chance=chance):

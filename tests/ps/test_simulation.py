@@ -5,12 +5,14 @@ import os
 import numpy as np
 import pytest
 
+from tests.support.amount import amount
+
 pytest.importorskip("ray")
 
 from tensorkv.errors import ServerDeadError, SnapshotError
 from tests.ps.simulation import LONG_SILENCE_S, BrokenPromiseError, World
 
-SEEDS = int(os.environ.get("TENSORKV_SEEDS", "20"))
+SEEDS = int(os.environ.get("TENSORKV_SEEDS", amount(8, 20)))
 FIRST = int(os.environ.get("TENSORKV_FIRST_SEED", "0"))
 
 
@@ -192,7 +194,7 @@ def test_workers_stay_in_step_even_if_a_server_has_taken_one_for_lost(monkeypatc
     """A server that stood still closes rounds without those whom it has not heard; others have waited for them."""
     monkeypatch.setattr("tensorkv.engines.ps.server.server.AwakeClock", lambda now, limit_s: now)
     different = 0
-    for seed in range(FIRST, FIRST + 2 * SEEDS):
+    for seed in range(FIRST, FIRST + 40):
         job = simulate(seed, "sync", ("still",), verbs=("push",), steps=10, faults=4, same_rounds=False)
         different += job.has_different_rounds()
     assert different > 1
@@ -229,12 +231,14 @@ def is_noticed(mode, kinds, **more):
     return False
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("what", FORGOTTEN)
 def test_what_a_restarted_server_forgets_is_noticed(what):
     mode, verbs, forget = FORGOTTEN[what]
     assert is_noticed(mode, FAULTS["killed"], forget=forget, verbs=verbs, faults=8)
 
 
+@pytest.mark.release
 def test_a_server_that_takes_its_own_pause_for_silence_is_noticed(monkeypatch):
     monkeypatch.setattr("tensorkv.engines.ps.server.server.AwakeClock", lambda now, limit_s: now)
     assert is_noticed("sync", ("still",))

@@ -9,11 +9,13 @@ import tempfile
 import pytest
 
 from tests.storage.seams import SEAMS
+from tests.support.amount import ALL, amount
 
 pytestmark = pytest.mark.alone
 PROGRAM = [sys.executable, "-m", "tests.storage.kills"]
 SEED = int(os.environ.get("TENSORKV_TEST_SEED", "20"))
 WRONG = 3
+ADAM_KILLS = amount(30, 100)
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def finish(programs):
 def test_acknowledged_pushes_count_once_whenever_the_process_is_killed(folder, durability):
     print("seed", SEED)
     number = 10 if durability == "disk" else 0
-    kills = {"time": 800, "calls": 850, "seams": 900}
+    kills = {"time": amount(80, 800), "calls": amount(120, 850), "seams": amount(240, 900)}
     programs = [start(folder, number + i, kills[how], durability, how) for i, how in enumerate(kills)]
     deaths = []
     for (status, found, complaint), least in zip(finish(programs), kills.values(), strict=True):
@@ -63,19 +65,21 @@ def test_acknowledged_pushes_count_once_whenever_the_process_is_killed(folder, d
         deaths.append(found["deaths"])
     _, calls, seams = deaths
     died = {death.split()[0] for death in calls}
-    assert died >= {"pwritev", "fsync", "open", "replace", "unlink"}
+    # Few kills do not meet a rename among the calls; the seams have one before and one after it.
+    assert died >= {"pwritev", "fsync", "open", "unlink", *(["replace"] if ALL else [])}
     assert ("fdatasync" in died) == (durability == "disk")
     expected = set(SEAMS) - ({"sync of the log"} if durability == "process" else set())
-    assert {seam for seam, count in seams.items() if count >= 15} == expected
+    assert {seam for seam, count in seams.items() if count >= amount(2, 15)} == expected
 
 
 def test_adam_goes_on_to_the_bit(folder):
-    programs = [start(folder, 30 + i, 100, "process", how, "adam") for i, how in enumerate(["time", "calls"])]
+    programs = [start(folder, 30 + i, ADAM_KILLS, "process", how, "adam") for i, how in enumerate(["time", "calls"])]
     for status, found, complaint in finish(programs):
         assert status == 0, complaint
-        assert found["kills"] >= 100
+        assert found["kills"] >= ADAM_KILLS
 
 
+@pytest.mark.release
 @pytest.mark.parametrize(
     "plants",
     [

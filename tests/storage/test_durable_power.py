@@ -14,8 +14,10 @@ from tensorkv.storage.folder import Folder
 from tensorkv.storage.wal import SegmentWriter, WriteAheadLog
 from tests.storage import kills
 from tests.storage.power import AtLast, AtOnce, Disk
+from tests.support.amount import amount
 
 SEED = int(os.environ.get("TENSORKV_TEST_SEED", "20"))
+ROUNDS = amount(4, 20)
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +84,7 @@ def run(rounds):
 def test_acknowledged_pushes_survive_a_loss_of_power(thread, monkeypatch):
     # Snapshots are finished in a thread: here as soon and as late as that can be, so that a run can be repeated.
     monkeypatch.setattr(wal, "threading", SimpleNamespace(Thread=thread))
-    assert run(20) > 500
+    assert run(ROUNDS) > 25 * ROUNDS
 
 
 def finish_without_sync(self, temporary, descriptor, lsn):
@@ -99,6 +101,7 @@ PLANTS = {
 }
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("plant", PLANTS)
 def test_what_is_not_synced_is_noticed(plant, monkeypatch):
     monkeypatch.setattr(wal, "threading", SimpleNamespace(Thread=AtOnce))

@@ -11,6 +11,7 @@ import tensorkv
 from tensorkv import Rows
 from tensorkv.shard import rules
 from tensorkv.storage import durable
+from tests.support.amount import amount
 from tests.support.checkpoints import snapshot
 
 SEED = int(os.environ.get("TENSORKV_TEST_SEED", "20"))
@@ -128,7 +129,7 @@ class Program:
         self.open()
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("number", range(amount(4, 12)))
 def test_a_store_in_a_folder_has_the_bits_of_one_in_memory(number, monkeypatch, tmp_path):
     random.seed(f"{SEED} {number}")
     monkeypatch.setattr(durable, "DIGEST_EVERY", random.choice([2, 7, 64]))

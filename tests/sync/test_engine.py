@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tensorkv
+from tests.support.amount import amount
 from tests.support.hosts import CAN_MAKE, cut, two_hosts
 from tests.support.workers import Team, free_port, run
 from tests.sync.dist_programs import EQUAL, PAIRS, PHASES, REFUSED
@@ -63,6 +64,7 @@ def test_the_contract(workers, chosen, tmp_path):
     [(2, 80, 0, True), (3, 40, 1000, True), (4, 40, 2000, True), (2, 40, 3000, False)],
 )
 def test_random_programs_give_the_bits_of_the_local_store(workers, count, seed, shared_memory):
+    count = amount(count // 4, count)
     for text in run(workers, PROGRAMS, "programs", count, seed, shared_memory):
         assert "same bits" in text
 
@@ -131,7 +133,7 @@ def test_a_refused_call_is_told_to_the_others(shared_memory):
     assert "ValueMismatchError" in texts[2]
 
 
-@pytest.mark.parametrize("repeat", range(5))
+@pytest.mark.parametrize("repeat", range(amount(1, 5)))
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_killed_worker_is_named(phase, repeat):
     with Team(3, PROGRAMS, "lost", phase, "kill", repeat) as team:
@@ -200,7 +202,7 @@ def test_what_an_updater_raises_reaches_every_worker(workers):
         assert "goes on" in text
 
 
-@pytest.mark.parametrize("repeat", range(3))
+@pytest.mark.parametrize("repeat", range(amount(1, 3)))
 def test_a_process_may_end_without_close(repeat):
     for text in run(2, PROGRAMS, "forgotten_close"):
         assert "the end" in text

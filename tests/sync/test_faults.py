@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from tests.support.amount import amount
 from tests.support.workers import Team, run
 
 pytestmark = pytest.mark.timeout(120)
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.timeout(120)
 PROGRAMS = "tests.sync.fault_programs"
 
 
-@pytest.mark.parametrize("repeat", range(2))
+@pytest.mark.parametrize("repeat", range(amount(1, 2)))
 def test_no_half_summed_value_is_served(repeat):
     with Team(2, PROGRAMS, "half_summed") as team:
         assert team.wait(60) == [-signal.SIGKILL, 0], team.text(1)

@@ -443,13 +443,12 @@ class World(Loop):
         holding, index = actor.server._state, actor.index
         push_round, push = holding.push_round, holding.push
 
-        def watched_round(keys, parts):
-            requests = [(client, seq) for client, seq, *_ in actor.server._tables.current]
-            push_round(keys, parts)
-            self.rounds.setdefault(index, []).append((tuple(keys), requests))
+        def watched_round(keys, parts, ids):
+            push_round(keys, parts, ids)
+            self.rounds.setdefault(index, []).append((tuple(keys), [(client, seq) for client, seq, *_ in ids]))
 
-        def watched_push(request, *, fill=True):
-            reply = push(request, fill=fill)
+        def watched_push(request, ids, **options):
+            reply = push(request, ids, **options)
             rank = request.sender.rank
             self.applied[index, rank] = self.applied.get((index, rank), 0) + 1
             return reply
@@ -470,7 +469,7 @@ class World(Loop):
         """Remember what servers hold."""
         self.final = {}
         for actor in self.actors:
-            shard = durable.DurableShard(self.options.path + f"/server-{actor.index}")
+            shard = durable.open_shard(self.options.path + f"/server-{actor.index}")
             for entry in shard._entries.values():
                 self.final[entry.key] = entry.value.clone()
 

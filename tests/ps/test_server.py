@@ -23,7 +23,7 @@ from tensorkv.engines.ps import messages
 from tensorkv.engines.ps.options import PSOptions
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.engines.ps.server.snapshot import SnapshotBarrier
-from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.durable import open_shard
 from tensorkv.storage.record import Record
 from tensorkv.storage.wal import WriteAheadLog
 from tensorkv.transport import channel
@@ -212,7 +212,7 @@ def test_an_init_that_is_resent_during_a_snapshot_is_made_once():
 
 
 def test_a_server_that_forgets_requests_is_noticed(monkeypatch):
-    monkeypatch.setattr("tensorkv.storage.dedup.Clients.has_applied", lambda self, client, seq: False)
+    monkeypatch.setattr("tensorkv.storage.dedup.AppliedRequests.has_applied", lambda self, client, seq: False)
     chance = random.Random(7)
 
     def fate(head):
@@ -238,12 +238,12 @@ def lost_when_killed(folder):
             kv.push("n", np.ones(3, F32))
             copy = folder / f"copy{count}"
             shutil.copytree(folder / "store" / "server-0", copy)
-            with contextlib.closing(DurableShard(str(copy))) as shard:
+            with contextlib.closing(open_shard(str(copy))) as shard:
                 value = torch.empty(3)
                 shard.pull(["n"], [[value]])
                 assert set(value.tolist()) <= {count, count - 1}
                 lost += count - int(value[0])
-                assert list(shard.clients.last.values())
+                assert list(shard.log.applied.last.values())
     return lost
 
 
@@ -543,7 +543,7 @@ def test_a_round_that_fails_fails_for_everybody(monkeypatch):
         stores[0].init("n", np.zeros(1, F32))
         real = cluster.servers[0]._state.push_round
 
-        def fail(keys, parts):
+        def fail(keys, parts, requests):
             raise RuntimeError("a kernel failed")
 
         monkeypatch.setattr(cluster.servers[0]._state, "push_round", fail)
@@ -641,7 +641,7 @@ def test_a_load_that_fails_leaves_keys_where_they_were_and_one_that_succeeds_for
         # The other way round, they go to other servers.
         kv.init(["b", "a", "c"], [np.full(9, 3, F32), np.full(4, 4, F32), np.full(2, 5, F32)])
 
-        def fail(contents):
+        def fail(contents, requests):
             raise tensorkv.StorageError("the disk is full")
 
         for each in cluster.servers:
@@ -653,7 +653,7 @@ def test_a_load_that_fails_leaves_keys_where_they_were_and_one_that_succeeds_for
         monkeypatch.undo()
         kv.load(tmp_path / "small")
         assert [kv.pull(key).tolist() for key in "ab"] == [[1] * 3, [2] * 5]
-        assert sorted(name for each in cluster.servers for name in each._state._notes.notes) == ['"a"', '"b"']
+        assert sorted(name for each in cluster.servers for name in each._state.shard.notes) == ['"a"', '"b"']
 
 
 @pytest.mark.parametrize("keys", [["n"], [f"k{i}" for i in range(20)]])

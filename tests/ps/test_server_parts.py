@@ -18,7 +18,7 @@ from tensorkv.engines.ps.server.staleness import StalenessClock
 from tensorkv.engines.ps.server.sync_round import PendingPush, SyncRounds
 from tensorkv.engines.ps.server.tables import ServerTables
 from tensorkv.engines.ps.server.wait import Condition, RetryLater
-from tensorkv.storage.dedup import Clients
+from tensorkv.storage.dedup import AppliedRequests
 from tensorkv.transport.channel import ChannelServer, SharedMemoryChannel
 from tensorkv.transport.segment import can_share
 from tensorkv.transport.shared_cache import SharedCache, SharedCacheReader
@@ -182,9 +182,9 @@ def test_an_event_of_a_newer_version_is_refused():
 
 
 def test_a_snapshot_barrier_holds_new_requests_and_admits_those_under_way():
-    condition, clients = Condition(poll_timeout_s=0.01), Clients()
+    condition, clients = Condition(poll_timeout_s=0.01), AppliedRequests()
     barrier = SnapshotBarrier(condition, clients, 1)
-    clients.done([("a.0", 7, {"fan": [0, 1]}), ("b.0", 2, {"fan": [0, 1]}), ("c.0", 2), ("a.0", 3, {"fan": [1, 2]})])
+    clients.add([("a.0", 7, {"fan": [0, 1]}), ("b.0", 2, {"fan": [0, 1]}), ("c.0", 2), ("a.0", 3, {"fan": [1, 2]})])
     with condition:
         # One that comes late says nothing of the newer one; a dead process's request is on its way nowhere.
         assert barrier.prepare("x.0", 1, ["a"]) == {"a.0": [7, [0, 1]]}

@@ -30,8 +30,8 @@ from tensorkv.shard import optimizers
 from tensorkv.shard.entry import Batch
 from tensorkv.shard.shard import Shard
 from tensorkv.storage import durable, wal
-from tensorkv.storage.dedup import Clients
-from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.dedup import AppliedRequests
+from tensorkv.storage.durable import DurableLog
 from tests.storage.seams import SEAMS, Seam
 
 PUSHES = 150
@@ -43,7 +43,7 @@ WRONG = 3
 
 
 def open_shard(folder, durability):
-    return DurableShard(folder, durability=durability, log_nbytes=3000, threads=1)
+    return durable.open_shard(folder, durability=durability, log_nbytes=3000, threads=1)
 
 
 def prepare(shard):
@@ -65,9 +65,10 @@ def gradients(i):
 
 def push(shard, i):
     """Push number i; return whether it was new to the shard."""
-    with shard.clients.request(f"client-{i % 2}", i // 2 + 1) as is_new:
-        if is_new:
-            shard.push(gradients(i))
+    client, seq = f"client-{i % 2}", i // 2 + 1
+    is_new = not shard.log.applied.has_applied(client, seq)
+    if is_new:
+        shard.push(gradients(i), requests=[(client, seq)])
     return is_new
 
 
@@ -216,7 +217,7 @@ def run_once(folder, durability, acknowledged, how, found):
 
 
 def forget_requests():
-    Clients.has_applied = lambda self, client, seq: False
+    AppliedRequests.has_applied = lambda self, client, seq: False
 
 
 def acknowledge_first():
@@ -241,13 +242,13 @@ ACKS = [0]
 
 
 def forget_requests_in_snapshots():
-    real = DurableShard._snapshot_records
+    real = DurableLog._snapshot_records
 
-    def records(self):
-        for record in real(self):
+    def records(self, shard):
+        for record in real(self, shard):
             yield durable.Record({**record.head, "clients": {}}, record.layout, record.payload)
 
-    DurableShard._snapshot_records = records
+    DurableLog._snapshot_records = records
 
 
 def old_log_goes_first():

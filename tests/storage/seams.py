@@ -3,8 +3,7 @@
 import os
 
 from tensorkv.shard import nonfinite, shard
-from tensorkv.storage import wal
-from tensorkv.storage.durable import DurableShard
+from tensorkv.storage import durable, wal
 from tensorkv.storage.folder import Folder
 from tensorkv.storage.wal import WriteAheadLog
 
@@ -17,9 +16,9 @@ SEAMS = {
     "write, half done": (os, "pwritev", "half"),
     "write, done": (os, "pwritev", "after"),
     "sync of the log": (os, "fdatasync", "after"),
-    "change, not begun": (shard.Shard, "_apply", "before"),
-    "change, done": (shard.Shard, "_apply", "after"),
-    "digest": (DurableShard, "_digests", "before"),
+    "change, not begun": (shard.Shard, "_update", "before"),
+    "change, done": (shard.Shard, "_update", "after"),
+    "digest": (durable._Digests, "of", "before"),
     "snapshot": (WriteAheadLog, "_write_snapshot", "before"),
     "sync of the snapshot": (os, "fsync", "before"),
     "rename, not done": (os, "replace", "before"),

@@ -1,48 +1,43 @@
-"""Requests: each counts once, and each thread has its own."""
-
-import threading
+"""The dedup table: each request counts once."""
 
 import pytest
 
-from tensorkv.storage.dedup import Clients
+from tensorkv.errors import StorageError
+from tensorkv.storage.dedup import AppliedRequests
 
 
 def test_a_request_counts_once():
-    clients = Clients()
-    for expected in (True, False, False):
-        with clients.request("a", 3) as is_new:
-            assert is_new is expected
-            assert list(clients.current) == ([("a", 3)] if expected else [])
-    assert clients.last == {"a": 3}
-    assert not clients.current
-    with clients.request("a", 2) as is_new:
-        assert not is_new
-    with clients.request("b", 1) as is_new:
-        assert is_new
+    applied = AppliedRequests()
+    assert not applied.has_applied("a", 3)
+    applied.add([("a", 3)])
+    assert applied.has_applied("a", 3)
+    assert applied.has_applied("a", 2)
+    assert not applied.has_applied("b", 1)
+    assert applied.last == {"a": 3}
 
 
-def test_a_request_that_fails_does_not_count():
-    clients = Clients()
-    with pytest.raises(ValueError, match="no"), clients.request("a", 1):
-        raise ValueError("no")
-    assert not clients.current
-    with clients.request("a", 1) as is_new:
-        assert is_new
+def test_a_request_that_arrives_late_does_not_undo_a_later_one():
+    applied = AppliedRequests()
+    applied.add([("a", 3, {"fan": [0, 1]})])
+    applied.add([("a", 2, {"fan": [1, 2]})])
+    assert (applied.last, applied.fans) == ({"a": 3}, {"a": (3, [0, 1])})
 
 
 def test_several_count_together():
-    clients = Clients()
-    with clients.together([("a", 1), ("b", 2)]):
-        assert not clients.last
-    assert clients.last == {"a": 1, "b": 2}
+    applied = AppliedRequests()
+    applied.add([("a", 1), ("b", 2)])
+    assert applied.last == {"a": 1, "b": 2}
 
 
-def test_threads_and_others_do_not_see_each_others_requests():
-    clients, others, seen = Clients(), Clients(), []
-    with clients.request("a", 1):
-        assert not others.current
-        thread = threading.Thread(target=lambda: seen.append(list(clients.current)))
-        thread.start()
-        thread.join()
-        assert list(clients.current) == [("a", 1)]
-    assert seen == [[]]
+def test_a_snapshot_restores_the_table():
+    applied, other = AppliedRequests(), AppliedRequests()
+    applied.add([("a", 3, {"fan": [0, 1]}), ("b", 1)])
+    other.add([("c", 9)])
+    other.restore(applied.last, applied.describe())
+    assert (other.last, other.describe()) == (applied.last, applied.describe())
+
+
+@pytest.mark.parametrize("request_id", [[None, 1], ["a", "1"], ["a", True], ["a", 1, 2]])
+def test_malformed_request_ids_are_refused(request_id):
+    with pytest.raises(StorageError, match="malformed request id"):
+        AppliedRequests().replay([request_id], ())

@@ -9,6 +9,7 @@ import torch
 
 import tensorkv
 from tensorkv import CheckpointError, NonFiniteError, Rows, StorageError, UpdaterError
+from tensorkv.shard.entry import Batch
 from tensorkv.shard.shard import Shard
 from tensorkv.storage import durable
 from tensorkv.storage.folder import Folder
@@ -74,19 +75,18 @@ def test_a_request_with_an_updater_is_whole_or_not_made(tmp_path):
             raise ValueError(key)
 
     kv.set_updater(add)
-    clients = shard_of(kv).clients
-    with pytest.raises(ValueError, match="b"), clients.request("c", 1):
-        kv.push(["a", "b"], [np.ones(1), np.ones(1)])
-    assert not clients.last
+    shard = shard_of(kv)
+    batch = Batch("push", ["a", "b"], [[torch.ones(1, dtype=torch.float64)], [torch.ones(1, dtype=torch.float64)]])
+    with pytest.raises(ValueError, match="b"):
+        shard.push(batch, requests=[("c", 1)])
+    assert not shard.log.applied.last
+    assert [value.tolist() for value in kv.pull(["a", "b"])] == [[0], [0]]
     fail[0] = False
-    for expected in (True, False):
-        with clients.request("c", 1) as is_new:
-            assert is_new is expected
-            if is_new:
-                kv.push(["a", "b"], [np.ones(1), np.ones(1)])
+    shard.push(batch, requests=[("c", 1)])
+    assert shard.log.applied.has_applied("c", 1)
     kv = reopened(kv, tmp_path)
     assert [value.tolist() for value in kv.pull(["a", "b"])] == [[1], [1]]
-    assert shard_of(kv).clients.last == {"c": 1}
+    assert shard_of(kv).log.applied.last == {"c": 1}
     kv.close()
 
 
@@ -217,7 +217,7 @@ def test_a_store_that_could_not_become_its_log_serves_nothing_and_can_be_closed(
     kv.init("w", np.zeros(2))
     kv.push("w", np.ones(2))
     with monkeypatch.context() as patch:
-        patch.setattr(Shard, "_apply", Mock(side_effect=RuntimeError("halfway")))
+        patch.setattr(Shard, "_update", Mock(side_effect=RuntimeError("halfway")))
         patch.setattr(WriteAheadLog, "read", Mock(side_effect=RuntimeError("unreadable")))
         with pytest.raises(RuntimeError, match="unreadable"):
             kv.push("w", np.full(2, 7.0))

@@ -7,7 +7,7 @@ import torch
 
 from tensorkv import StorageError
 from tensorkv.arrays.packing import Item
-from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.durable import open_shard
 from tensorkv.storage.record import Record, frame
 
 ENTRY = {
@@ -118,7 +118,7 @@ def write(file, *records, snapshot=False):
 def refuse(folder):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(StorageError):
-        DurableShard(str(folder), threads=1, wait_s=0)
+        open_shard(str(folder), threads=1, wait_s=0)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "too many KiB"
 
 
@@ -132,7 +132,7 @@ def test_what_the_others_differ_from_is_read(tmp_path):
         rows([1, 2], torch.zeros(2, 2)),
         rule(overrides=[["w", {"lr": 0.2}]]),
     )
-    shard = DurableShard(str(tmp_path), threads=1, wait_s=0)
+    shard = open_shard(str(tmp_path), threads=1, wait_s=0)
     assert [shard.entry("pull", key).version for key in ("w", "t")] == [1, 1]
     shard.close()
 

@@ -11,7 +11,7 @@ import pytest
 
 import tensorkv
 from tensorkv import StorageError
-from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.durable import open_shard
 from tests.support.checkpoints import snapshot
 
 FULL = """
@@ -128,7 +128,7 @@ def test_a_disk_that_fails(calls, kv, tmp_path, monkeypatch):
 
 def refused(folder, *words):
     with pytest.raises(StorageError) as caught:
-        DurableShard(str(folder), wait_s=0)
+        open_shard(str(folder), wait_s=0)
     assert all(word in str(caught.value) for word in words), caught.value
 
 

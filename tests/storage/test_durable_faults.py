@@ -10,7 +10,7 @@ import pytest
 
 from tensorkv import StorageError
 from tensorkv.storage import durable
-from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.durable import DurableLog, open_shard
 from tensorkv.storage.wal import SegmentWriter
 from tests.storage import kills
 from tests.storage.seams import SEAMS, Seam
@@ -74,7 +74,7 @@ def run(folder, seam, fail, number, durability):
     """Push while one step goes wrong; return whether it did."""
 
     def reopen():
-        return DurableShard(folder, durability=durability, log_nbytes=LOG_NBYTES, threads=1, wait_s=0)
+        return open_shard(folder, durability=durability, log_nbytes=LOG_NBYTES, threads=1, wait_s=0)
 
     shard = reopen()
     try:
@@ -83,7 +83,7 @@ def run(folder, seam, fail, number, durability):
             for i in range(PUSHES):
                 shard = push_until_applied(shard, i, reopen)
                 # On a busy machine the next snapshot would be put off, and the fault would not strike.
-                shard._wal.wait_for_snapshot()
+                shard.log._wal.wait_for_snapshot()
                 look(shard, i + 1, applied=True)
                 if fault.fired and random.random() < 0.5:
                     # Before the next snapshot, which would hide what is wrong with the log.
@@ -115,18 +115,20 @@ def test_a_step_that_fails_is_made_good(seam, fail, caplog):
 
 
 def change_first(monkeypatch):
-    real = DurableShard._commit
+    real = DurableLog._commit_logged
 
-    def commit(self, record, change, entries=(), sums=()):
-        done = change()
-        return real(self, record, lambda: done, entries, sums)
+    def commit(self, shard, change):
+        done = self._apply(shard, change)
+        with monkeypatch.context() as patch:
+            patch.setattr(DurableLog, "_apply", lambda *_: done)
+            return real(self, shard, change)
 
-    monkeypatch.setattr(DurableShard, "_commit", commit)
+    monkeypatch.setattr(DurableLog, "_commit_logged", commit)
     return "write, not begun", fail_io
 
 
 def never_undo(monkeypatch):
-    monkeypatch.setattr(DurableShard, "_take_back", lambda self, undo=None: None)
+    monkeypatch.setattr(DurableLog, "_roll_back", lambda self, shard, undo=None: None)
     return "change, not begun", fail_memory
 
 

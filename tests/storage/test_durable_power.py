@@ -9,7 +9,6 @@ import pytest
 
 from tensorkv import StorageError
 from tensorkv.storage import durable, wal
-from tensorkv.storage.durable import DurableShard
 from tensorkv.storage.folder import Folder
 from tensorkv.storage.wal import SegmentWriter, WriteAheadLog
 from tests.storage import kills
@@ -29,7 +28,7 @@ def _known(monkeypatch):
 
 
 def open_shard(folder):
-    return DurableShard(folder, durability="disk", log_nbytes=2000, threads=1, wait_s=0)
+    return durable.open_shard(folder, durability="disk", log_nbytes=2000, threads=1, wait_s=0)
 
 
 def lose_power(folder, pushes, chance):

@@ -19,7 +19,7 @@ from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.shard.entry import Batch
 from tensorkv.storage import record
-from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.durable import open_shard
 from tensorkv.storage.folder import Folder
 from tensorkv.storage.record import Record, crc32, frame, read_frame, read_record
 
@@ -43,13 +43,11 @@ SNAPSHOT = (
 
 
 def write(folder):
-    shard = DurableShard(str(folder), threads=1, wait_s=0)
+    shard = open_shard(str(folder), threads=1, wait_s=0)
     shard.init(["w"], [torch.zeros(2)], [KeySpec(torch.Size([2]), torch.float32, NUMPY, False)])
-    with shard.clients.request("a", 1):
-        shard.push(Batch("push", ["w"], [[torch.tensor([1.0, 2.0])]]))
-    shard._snapshot()
-    with shard.clients.request("a", 2):
-        shard.push(Batch("push", ["w"], [[Rows(torch.tensor([1]), torch.tensor([5.0]), 2)]]))
+    shard.push(Batch("push", ["w"], [[torch.tensor([1.0, 2.0])]]), requests=[("a", 1)])
+    shard.log.snapshot(shard)
+    shard.push(Batch("push", ["w"], [[Rows(torch.tensor([1]), torch.tensor([5.0]), 2)]]), requests=[("a", 2)])
     shard.close()
 
 
@@ -63,10 +61,10 @@ def test_the_bytes_of_a_folder_are_fixed(tmp_path):
 def test_fixed_bytes_are_read(tmp_path):
     (tmp_path / "log-0000000000000003-00000001.tkv").write_bytes(LOG)
     (tmp_path / "snapshot-0000000000000002.tkv").write_bytes(SNAPSHOT)
-    shard = DurableShard(str(tmp_path), threads=1, wait_s=0)
+    shard = open_shard(str(tmp_path), threads=1, wait_s=0)
     out = torch.empty(2)
     shard.pull(["w"], [[out]])
-    assert (out.tolist(), shard.entry("pull", "w").version, shard.clients.last) == ([1, 5], 2, {"a": 2})
+    assert (out.tolist(), shard.entry("pull", "w").version, shard.log.applied.last) == ([1, 5], 2, {"a": 2})
     shard.close()
 
 

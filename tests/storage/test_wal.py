@@ -14,7 +14,7 @@ from tensorkv.arrays.interop import NUMPY
 from tensorkv.arrays.packing import Item
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.shard.entry import Batch
-from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.durable import open_shard
 from tensorkv.storage.folder import Folder
 from tensorkv.storage.record import Reader, Record
 from tensorkv.storage.wal import WriteAheadLog
@@ -113,11 +113,11 @@ def test_zeros_in_the_middle_are_damage(tmp_path):
 def folder_with_both(tmp_path_factory):
     """A snapshot of two keys with a segment of pushes behind it."""
     path = tmp_path_factory.mktemp("both")
-    shard = DurableShard(str(path), threads=1)
+    shard = open_shard(str(path), threads=1)
     kills.prepare(shard)
     for i in range(4):
         kills.push(shard, i)
-    shard._snapshot()
+    shard.log.snapshot(shard)
     for i in range(4, 8):
         kills.push(shard, i)
     shard.close()
@@ -167,12 +167,12 @@ def test_no_flipped_bit_changes_values(folder_with_both, tmp_path):
     for where in flips(folder, 200):
         shard = None
         try:
-            shard = DurableShard(str(folder), threads=1, wait_s=0)
+            shard = open_shard(str(folder), threads=1, wait_s=0)
         except StorageError:
             continue
         shard.close()
         pytest.fail(f"{where} went unnoticed")
-    shard = DurableShard(str(folder), threads=1, wait_s=0)
+    shard = open_shard(str(folder), threads=1, wait_s=0)
     assert kills.bits(shard) == kills.HISTORY[8]
     shard.close()
 
@@ -199,7 +199,7 @@ def test_a_lost_snapshot_is_an_error(folder_with_both, tmp_path):
         if emptied:
             next(folder.glob("log-*")).write_bytes(b"")
         with pytest.raises(StorageError, match="is missing"):
-            DurableShard(str(folder), wait_s=0)
+            open_shard(str(folder), wait_s=0)
 
 
 def test_a_lost_log_is_an_error(tmp_path):
@@ -385,7 +385,7 @@ def test_a_snapshot_that_fails_is_not_taken_for_one_that_was_under_way(tmp_path,
 
 def test_many_openings_are_worth_a_snapshot(tmp_path):
     for _ in range(40):
-        shard = DurableShard(str(tmp_path), wait_s=0)
+        shard = open_shard(str(tmp_path), wait_s=0)
         if "w" not in shard:
             value = torch.zeros(2)
             shard.init(["w"], [value], [KeySpec(value.shape, value.dtype, NUMPY, False)])

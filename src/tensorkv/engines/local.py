@@ -22,7 +22,7 @@ from tensorkv.shard.rules import Updater
 from tensorkv.shard.shard import Shard
 from tensorkv.shard.table import Table
 from tensorkv.storage import checkpoint
-from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.durable import open_shard
 from tensorkv.storage.manifest import Kind
 from tensorkv.storage.wal import Durability
 
@@ -53,7 +53,6 @@ class LocalEngine(Engine):
         durability: Durability = "process",
         log_nbytes: int | None = None,
     ) -> None:
-        self._durable: DurableShard | None = None
         if path is None:
             if not isinstance(durability, str) or durability != "process" or log_nbytes is not None:
                 raise ArgumentError("durability and log_nbytes are of a store that is kept in a folder; give its path")
@@ -63,9 +62,9 @@ class LocalEngine(Engine):
                 f'path is {folder_path("create", path)!r}, and "device" keeps nothing in a folder; use "local"'
             )
         else:
-            self._shard = self._durable = shield.run(
+            self._shard = shield.run(
                 partial(
-                    DurableShard,
+                    open_shard,
                     folder_path("create", path),
                     durability=durability,
                     log_nbytes=log_nbytes,
@@ -125,7 +124,7 @@ class LocalEngine(Engine):
 
     def stats(self) -> Mapping[str, Any]:
         counts = {"nonfinite": dict(self._shard.nonfinite_counts)}
-        return counts if self._durable is None else {**counts, "wal": self._durable.wal_counts}
+        return counts if self._shard.log is None else {**counts, "wal": self._shard.log.counts}
 
     def save(self, path: str, kind: Kind) -> None:
         checkpoint.save(self._shard, path, kind)

@@ -18,6 +18,7 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.packing import encode_layout
 
 from . import native, reduce
 from .entry import Entry
@@ -221,6 +222,11 @@ class Plan:
         self._values = native.column_of([entry.value for entry in entries])  # type: ignore[misc]
         self._buffers: list[torch.Tensor] = []
         self._joined: _Joined | None = None
+
+    @cached_property
+    def layout(self) -> bytes:
+        """Layout of the keys' sums in a log."""
+        return encode_layout((entry.key, "sum", entry.spec.dtype, entry.spec.shape) for entry in self.entries)
 
     @property
     def is_compiled(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -21,6 +21,7 @@ from tensorkv.errors import (
     KeyExistsError,
     KeyTypeError,
     OptimizerError,
+    StorageError,
     StoreClosedError,
     UpdaterError,
     no_such_key,
@@ -28,9 +29,22 @@ from tensorkv.errors import (
 )
 
 from . import quick, reduce
+from .changes import (
+    Change,
+    Delete,
+    Init,
+    Note,
+    PlannedPush,
+    Push,
+    Put,
+    RequestIds,
+    Restore,
+    RestoreStates,
+    SetRule,
+)
 from .entry import Batch, Entry, Part
 from .nonfinite import NonFinite, NonFinitePolicy
-from .optimizers import Optimizer, OptimizerSpec
+from .optimizers import OptimizerSpec
 from .plan import Column, Plan, Plans
 from .pool import Pool
 from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater, check_outs, check_push, fit
@@ -58,6 +72,20 @@ class Lock:
         self._lock.release()
 
 
+class Log(Protocol):
+    """Writes the changes of a shard before they are applied, so that they can be replayed."""
+
+    def commit(self, shard: Shard, change: Change) -> bool:
+        """Write a change, then have the shard apply it; return what ``Shard.apply`` returns."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What was written, and how often."""
+
+    def close(self) -> None:
+        """Write nothing any more."""
+
+
 class Shard:
     """Values by key, and how pushes change them.
 
@@ -79,6 +107,11 @@ class Shard:
         self._pool = Pool(threads)
         self._lock = Lock()
         self._closed = False
+        self._broken: str | None = None
+        self.log: Log | None = None
+        """Writes each change before it is applied; without it, values end with the process."""
+        self.notes: dict[str, Any] = {}
+        """Plain data that is kept beside the values."""
         self._in_order: Callable[[Sequence[Entry]], AbstractContextManager[Any]]
         self._in_order = stream_order if on_device else nullcontext
 
@@ -92,14 +125,14 @@ class Shard:
             made = [
                 Entry(key, spec, self._copy_in(value)) for key, value, spec in zip(keys, values, specs, strict=True)
             ]
-            self._hold(made)
+            self._commit(Init(made))
 
-    def push(self, batch: Batch) -> None:
+    def push(self, batch: Batch, *, requests: RequestIds = ()) -> None:
         """Sum the parts of each key and apply the update rule; the whole batch is checked first."""
         with self._lock:
             self.refuse_reentry()
             with kept():
-                self._push(batch, ())
+                self._push(batch, (), requests)
 
     def pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]]) -> None:
         """Copy values into tensors of their shapes."""
@@ -107,12 +140,12 @@ class Shard:
             self.refuse_reentry()
             self._pull(keys, outs)
 
-    def pushpull(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]]) -> None:
+    def pushpull(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]], *, requests: RequestIds = ()) -> None:
         """Push, then pull the same keys, with nothing in between."""
         with self._lock:
             self.refuse_reentry()
             with kept():
-                filled = self._push(batch, outs)
+                filled = self._push(batch, outs, requests)
             if not filled:
                 self._pull(batch.keys, outs)
 
@@ -127,7 +160,9 @@ class Shard:
             Bytes moved, or None when nothing was done and the general way is to be taken.
         """
         entry = self._entries.get(key) if type(key) is self._key_type else None
-        if entry is None or (value is not None and (type(self._rule) is not Assign or self._finite.checks)):
+        if entry is None or self._broken is not None:
+            return None
+        if value is not None and (type(self._rule) is not Assign or self._finite.checks or self.log is not None):
             return None
         return quick.exchange(self, self._lock, self._rule, entry, value, out)
 
@@ -147,11 +182,13 @@ class Shard:
                 return None
             columns = [] if values is None else plan.form.columns(values)
             targets = [] if outs is None else plan.form.targets(outs)
-            if columns is None or targets is None or not self._run(plan, columns, targets):
+            if columns is None or targets is None or not self._run(plan, columns, targets, ()):
                 return None
             return plan.form.moved(len(columns) + len(targets))
 
-    def flat(self, keys: Sequence[Key], values: torch.Tensor | None, out: torch.Tensor | None) -> bool:
+    def flat(
+        self, keys: Sequence[Key], values: torch.Tensor | None, out: torch.Tensor | None, *, requests: RequestIds = ()
+    ) -> bool:
         """Do ``many`` for arrays that lie side by side, each kind in one flat tensor of the keys' dtype.
 
         Returns:
@@ -162,22 +199,27 @@ class Shard:
             if plan is None or not plan.takes_flat((values, out)):
                 return False
             columns, targets = ([] if each is None else [plan.form.flat(each)] for each in (values, out))
-            return self._run(plan, columns, targets)
+            return self._run(plan, columns, targets, requests)
 
     def _plan(self, keys: Sequence[Key], *, pushes: bool) -> Plan | None:
         self.refuse_reentry()
         if pushes and (self._finite.checks or not isinstance(self._rule, Assign | StepOptimizer)):
             return None
         with kept():
-            return self._plans.find(keys, self._entries)
+            plan = self._plans.find(keys, self._entries)
+        # Sums that are logged are made beside the values, which costs more than a plan gains without the kernel.
+        return None if plan is None or (pushes and self.log is not None and not plan.is_compiled) else plan
 
-    def _run(self, plan: Plan, columns: list[Column], targets: list[Column]) -> bool:
-        optimizer = self._rule.optimizer if columns and isinstance(self._rule, StepOptimizer) else None
+    def _run(self, plan: Plan, columns: list[Column], targets: list[Column], requests: RequestIds) -> bool:
+        if not columns:
+            plan.fill(targets, self._pool)
+            return True
+        optimizer = self._rule.optimizer if isinstance(self._rule, StepOptimizer) else None
         if optimizer is not None:
             with kept():
                 if not plan.join(optimizer):
                     return False
-        self._apply_plan(plan, columns, targets, optimizer)
+        self._commit(PlannedPush(plan, columns, targets, optimizer, requests=requests))
         return True
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
@@ -191,34 +233,36 @@ class Shard:
                     for entry, own in zip(entries, ids, strict=True)
                 ]
 
-    def delete(self, keys: Sequence[Key]) -> None:
+    def delete(self, keys: Sequence[Key], *, requests: RequestIds = ()) -> None:
         """Forget values and their optimizer state; all keys or none."""
         with self._lock:
             self.refuse_reentry()
             for key in keys:
                 self.entry("delete", key)
-            self._forget(keys)
+            self._commit(Delete(keys, requests=requests))
 
     # ------------------------------------------------------------ the update rule
 
-    def set_updater(self, updater: Updater | None) -> None:
+    def set_updater(self, updater: Updater | None, *, requests: RequestIds = ()) -> None:
         """Apply ``updater(key, received, stored)`` to each sum; None restores assignment."""
         with self._lock:
             self.refuse_reentry()
-            self._take_rule(Assign() if updater is None else CallUpdater(updater))
+            self._commit(SetRule(Assign() if updater is None else CallUpdater(updater), requests=requests))
 
-    def set_optimizer(self, spec: OptimizerSpec) -> None:
+    def set_optimizer(self, spec: OptimizerSpec, *, requests: RequestIds = ()) -> None:
         """Step an optimizer with each sum as the gradient; one of the same name keeps its state."""
         rule = StepOptimizer(spec)
         with self._lock:
             self.refuse_reentry()
-            self._take_rule(rule)
+            self._commit(SetRule(rule, requests=requests))
 
-    def set_hyperparameters(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> None:
+    def set_hyperparameters(
+        self, numbers: dict[str, Any], keys: Sequence[Key] | None, *, requests: RequestIds = ()
+    ) -> None:
         """Change hyperparameters for some keys, or for all (which ends what was set for some)."""
         with self._lock:
             self.refuse_reentry()
-            self._take_rule(self._changed_rule(numbers, keys))
+            self._commit(SetRule(self._changed_rule(numbers, keys), requests=requests))
 
     def _changed_rule(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> StepOptimizer:
         if not isinstance(self._rule, StepOptimizer):
@@ -269,20 +313,29 @@ class Shard:
         Raises:
             KeyNotFoundError: there is none; the message names the nearest key.
         """
+        self._refuse_broken()
         entry = self._entries.get(key)
         if entry is None:
             self._check_key_type(verb, key)
             raise no_such_key(verb, key, self._entries)
         return entry
 
+    def fail(self, problem: str) -> None:
+        """Raise StorageError with this message from every call but ``close``: values may not be what the log says."""
+        self._broken = problem
+
     def close(self) -> None:
-        """Forget everything and end the threads."""
+        """Drop everything, end the threads and close the log."""
         with self._lock:
-            self.refuse_reentry()
+            self._refuse_use()
             self._closed = True
-            self._plans.clear()
-            self._entries.clear()
-            self._pool.close()
+            try:
+                self._plans.clear()
+                self._entries.clear()
+                self._pool.close()
+            finally:
+                if self.log is not None:
+                    self.log.close()
 
     # ------------------------------------------------------------ checkpoints
 
@@ -293,22 +346,28 @@ class Shard:
             self.refuse_reentry()
             yield list(self._entries.values()), self._rule
 
-    def add(self, entries: Sequence[Entry]) -> None:
-        """Hold entries that were made elsewhere, their values where they are."""
+    def add(self, entries: Sequence[Entry], *, requests: RequestIds = ()) -> None:
+        """Add entries that were made elsewhere, without a copy of their values."""
         with self._lock:
-            self._hold(entries)
+            self._commit(Init(entries, requests=requests))
 
-    def restore(self, entries: Sequence[Entry], rule: Rule | None) -> None:
-        """Become these entries and this rule (None: the present rule stays)."""
+    def restore(self, entries: Sequence[Entry], rule: Rule | None, *, requests: RequestIds = ()) -> None:
+        """Replace all entries and the rule (None: the present rule stays)."""
         with self._lock:
             self.refuse_reentry()
-            self._become(entries, self._rule if rule is None else rule)
+            self._commit(Restore(entries, self._rule if rule is None else rule, requests=requests))
 
-    def restore_states(self, entries: Sequence[Entry], rule: Rule | None) -> None:
-        """Take over the optimizer state of these entries, whose shapes are this shard's; others start afresh."""
+    def restore_states(self, entries: Sequence[Entry], rule: Rule | None, *, requests: RequestIds = ()) -> None:
+        """Take over the optimizer states of these entries, whose shapes are this shard's; other states are dropped."""
         with self._lock:
             self.refuse_reentry()
-            self._take_states(entries, self._rule if rule is None else rule)
+            self._commit(RestoreStates(entries, self._rule if rule is None else rule, requests=requests))
+
+    def commit(self, change: Change) -> None:
+        """Make a change that needs no check, such as a ``Note``."""
+        with self._lock:
+            self.refuse_reentry()
+            self._commit(change)
 
     # ------------------------------------------------------------ checks, which change nothing
 
@@ -333,57 +392,71 @@ class Shard:
             )
 
     def refuse_reentry(self) -> None:
-        """Raise UpdaterError if an updater is running, StoreClosedError after ``close``."""
+        """Raise an error if an updater is running, after ``close``, and after ``fail``."""
+        self._refuse_use()
+        self._refuse_broken()
+
+    def _refuse_use(self) -> None:
         if self._closed:
             raise StoreClosedError("this store was closed; create another")
         if self._rule.running:
             raise UpdaterError("an updater called the store that runs it; do this after the push has returned")
 
-    # ------------------------------------------------------------ every change, checked, the lock being held
+    def _refuse_broken(self) -> None:
+        if self._broken is not None:
+            raise StorageError(self._broken)
 
-    def _hold(self, entries: Sequence[Entry]) -> None:
-        """Add keys."""
-        self._entries.update({entry.key: entry for entry in entries})
-        if entries:
-            self._key_type = type(entries[0].key)
+    # ------------------------------------------------------------ changes, the lock being held
 
-    def _forget(self, keys: Sequence[Key]) -> None:
-        """Remove keys."""
-        for key in keys:
-            self._plans.forget(key)
-            del self._entries[key]
-        if self.optimizer is not None:
-            self.optimizer.keep(self._entries)
+    def _commit(self, change: Change) -> bool:
+        """Make a change that was checked, by way of the log if there is one; return what ``apply`` returns."""
+        return self.apply(change) if self.log is None else self.log.commit(self, change)
 
-    def _take_rule(self, rule: Rule) -> None:
-        """Put a rule in force; an optimizer goes on from the state of one of the same name."""
-        new = rule.optimizer.spec.name if isinstance(rule, StepOptimizer) else None
-        if new is None or self.optimizer is None or self.optimizer.name != new:
-            self._drop_states()
-        self._rule = rule
+    def apply(self, change: Change) -> bool:  # noqa: C901 - one case for each kind of change
+        """Make a change that was checked.
 
-    def _become(self, entries: Sequence[Entry], rule: Rule) -> None:
-        """Hold these entries instead of the present ones."""
-        for entry in entries:
-            self._to_device(entry)
-        self._plans.clear()
-        self._entries, self._rule = {entry.key: entry for entry in entries}, rule
-        self._key_type = type(entries[0].key) if entries else None
-        if self.optimizer is not None:
-            self.optimizer.keep(self._entries)
+        Every verb changes entries and the rule through here, but for the assignment of one small array (``one``).
 
-    def _take_states(self, saved: Sequence[Entry], rule: Rule) -> None:
-        """Take over the optimizer states of saved entries."""
-        mine = [self.entry("load_optimizer_states", entry.key) for entry in saved]
-        self._drop_states()
-        for entry, other in zip(mine, saved, strict=True):
-            entry.state = other.state
-            entry.move(entry.value.device)
-            if isinstance(entry.value, Table) and isinstance(other.value, Table):
-                entry.value.take_columns(other.value)
-        self._rule = rule
+        Returns:
+            Whether the outs of a push were filled on the way.
+        """
+        match change:
+            case Push(entries=entries, parts=parts, outs=outs):
+                return self._update(entries, parts, outs)
+            case PlannedPush():
+                change.plan.run(change.columns, change.targets, change.optimizer, self._pool)
+                return True
+            case Put(entries=entries, values=values):
+                _put(entries, values)
+            case Init(entries=entries):
+                self._entries.update({entry.key: entry for entry in entries})
+                if entries:
+                    self._key_type = type(entries[0].key)
+            case Delete(keys=keys):
+                for key in keys:
+                    self._plans.forget(key)
+                    del self._entries[key]
+                self._keep_overrides()
+            case SetRule(rule=rule):
+                self._set_rule(rule)
+            case Restore(entries=entries, rule=rule):
+                for entry in entries:
+                    self._to_device(entry)
+                self._plans.clear()
+                self._entries, self._rule = {entry.key: entry for entry in entries}, rule
+                self._key_type = type(entries[0].key) if entries else None
+                self._keep_overrides()
+            case RestoreStates(entries=entries, rule=rule):
+                self._restore_states(entries, rule)
+            case Note(name=name, data=None):
+                self.notes.pop(name, None)
+            case Note(name=name, data=data):
+                self.notes[name] = data
+            case _:
+                raise TypeError(f"a shard has no change {type(change).__name__}")
+        return False
 
-    def _apply(
+    def _update(
         self, entries: Sequence[Entry], parts: Sequence[list[Any]], outs: Sequence[Sequence[torch.Tensor]]
     ) -> bool:
         """Update values from the sums of their parts; return whether the outs were filled on the way."""
@@ -394,16 +467,48 @@ class Shard:
         self._rule.apply(entries, parts, outs if fill else [()] * len(entries), self._pool)
         return fill
 
-    def _apply_plan(
-        self, plan: Plan, columns: list[Column], targets: list[Column], optimizer: Optimizer | None
-    ) -> None:
-        """Do ``_apply`` for the keys of a plan, and fill the targets."""
-        plan.run(columns, targets, optimizer, self._pool)
+    def _push_rows(self, entries: Sequence[Entry], parts: Sequence[list[Any]]) -> tuple[list[Entry], list[list[Part]]]:
+        """Apply what was pushed as Rows alone; return the rest, Rows beside dense parts made dense."""
+        rest: tuple[list[Entry], list[list[Part]]] = ([], [])
+        for entry, key_parts in zip(entries, parts, strict=True):
+            if all(isinstance(part, Rows) for part in key_parts):
+                self._rule.apply_rows(entry, entry.merged(key_parts))
+            else:
+                rest[0].append(entry)
+                rest[1].append([entry.dense(part) for part in key_parts])
+        return rest
+
+    def _set_rule(self, rule: Rule) -> None:
+        new = rule.optimizer.spec.name if isinstance(rule, StepOptimizer) else None
+        if new is None or self.optimizer is None or self.optimizer.name != new:
+            self._drop_states()
+        self._rule = rule
+
+    def _restore_states(self, saved: Sequence[Entry], rule: Rule) -> None:
+        mine = [self.entry("load_optimizer_states", entry.key) for entry in saved]
+        self._drop_states()
+        for entry, other in zip(mine, saved, strict=True):
+            entry.state = other.state
+            entry.move(entry.value.device)
+            if isinstance(entry.value, Table) and isinstance(other.value, Table):
+                entry.value.take_columns(other.value)
+        self._rule = rule
+
+    def _drop_states(self) -> None:
+        for entry in self._entries.values():
+            entry.state = {}
+            if isinstance(entry.value, Table):
+                entry.value.drop_columns()
+
+    def _keep_overrides(self) -> None:
+        """Drop hyperparameters of keys that are not there."""
+        if self.optimizer is not None:
+            self.optimizer.keep(self._entries)
 
     # ------------------------------------------------------------ push and pull, the lock being held
 
-    def _push(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]]) -> bool:
-        """Apply a batch; return whether its outs were filled on the way."""
+    def _push(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]], requests: RequestIds) -> bool:
+        """Check and push a batch; return whether its outs were filled on the way."""
         entries = [self.entry(batch.verb, key) for key in batch.keys]
         check_push(batch, entries, self._rule)
         parts: list[list[Any]] = batch.parts
@@ -413,19 +518,7 @@ class Shard:
         with self._in_order(entries):
             if self._finite.checks:
                 entries, parts = self._finite.finite_sums(batch, entries)
-            return self._apply(entries, parts, outs)
-
-    def _push_rows(self, entries: Sequence[Entry], parts: Sequence[list[Any]]) -> tuple[list[Entry], list[list[Part]]]:
-        """Apply what was pushed as Rows alone; return the rest, Rows beside dense parts made dense."""
-        rest: tuple[list[Entry], list[list[Part]]] = ([], [])
-        for entry, key_parts in zip(entries, parts, strict=True):
-            total = [entry.merged(key_parts)] if all(isinstance(p, Rows) for p in key_parts) else None
-            if total:
-                self._rule.apply_rows(entry, total[0])
-            else:
-                rest[0].append(entry)
-                rest[1].append([entry.dense(part) for part in key_parts])
-        return rest
+            return self._commit(Push(entries, parts, outs, requests=requests))
 
     def _pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]]) -> None:
         entries = [self.entry("pull", key) for key in keys]
@@ -436,12 +529,6 @@ class Shard:
                 self._pool.run(reduce.copies(pairs, self._pool.threads))
             elif pairs:
                 torch._foreach_copy_([out for out, _ in pairs], [value for _, value in pairs])
-
-    def _drop_states(self) -> None:
-        for entry in self._entries.values():
-            entry.state = {}
-            if isinstance(entry.value, Table):
-                entry.value.drop_columns()
 
     def _to_device(self, entry: Entry) -> None:
         if self._on_device and isinstance(entry.spec.origin.device, torch.device):
@@ -454,6 +541,15 @@ class Shard:
             return Table.of(merged, device)
         device = value.device if self._on_device else "cpu"
         return torch.empty(value.shape, dtype=value.dtype, device=device).copy_(value)
+
+
+def _put(entries: Sequence[Entry], values: Sequence[Any]) -> None:
+    for entry, value in zip(entries, values, strict=True):
+        if isinstance(value, Rows):
+            entry.write_rows(value)
+        else:
+            entry.value.copy_(value)  # type: ignore[union-attr]
+        entry.version += 1
 
 
 def kept() -> AbstractContextManager[Any]:

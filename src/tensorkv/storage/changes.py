@@ -1,41 +1,97 @@
-"""Changes: what the records of a shard's log say of its entries and its rule, and back, with nothing trusted."""
+"""How changes are written as records of a log and read back, with nothing trusted."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import Item, raw_bytes
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import CheckpointError, StorageError, quote
-from tensorkv.shard.entry import Entry
-from tensorkv.shard.rules import Assign, CallUpdater, LostUpdater, Rule, StepOptimizer
+from tensorkv.shard.changes import Change, Delete, Init, Note, PlannedPush, Push, Put, SetRule
+from tensorkv.shard.entry import Batch, Entry
+from tensorkv.shard.rules import Assign, LostUpdater, Rule, StepOptimizer, check_push
+from tensorkv.shard.shard import Shard
 
 from . import manifest
-from .record import Record, crc32
+from .record import Record
 
 
-def updated(rule: CallUpdater, entry: Entry, total: Any) -> Any:
-    """Return what an updater makes of a value, or of some rows of it."""
-    return rule.updated_rows(entry, total) if isinstance(total, Rows) else rule.updated(entry, total)
+@dataclass(slots=True)
+class Events(Change):
+    """Change the tables of a server, which stand beside the requests that were applied."""
+
+    events: Sequence[Any]
 
 
-def put(entries: Sequence[Entry], made: Sequence[Any]) -> None:
-    """Replace values, or rows of them."""
-    for entry, value in zip(entries, made, strict=True):
-        if isinstance(value, Rows):
-            entry.write_rows(value)
-        else:
-            entry.value.copy_(value)  # type: ignore[union-attr]
-        entry.version += 1
+def encode(change: Change) -> Record:
+    """Return the record of a change; a push has been summed."""
+    record = _encode(change)
+    return replace(record, head={**record.head, "requests": list(change.requests)}) if change.requests else record
 
 
-def items_of(entries: Sequence[Entry], sums: Sequence[Any]) -> list[Item]:
-    """Return the tensors of a push or a put."""
+def _encode(change: Change) -> Record:
+    match change:
+        case Push(entries=entries, parts=parts):
+            return Record.pack({"verb": "push"}, _items(entries, [total for (total,) in parts]))
+        case PlannedPush(plan=plan, columns=[column]):
+            return Record({"verb": "push"}, plan.layout, [raw_bytes(column.flat)])  # type: ignore[arg-type]
+        case Put(entries=entries, values=values):
+            return Record.pack({"verb": "put"}, _items(entries, values))
+        case Init(entries=entries):
+            body, tensors = manifest.describe("store", entries, Assign())
+            items = [Item(name, "tensor", tensor) for name, tensor in tensors.items()]
+            return Record.pack({"verb": "init", "body": body}, items)
+        case Delete(keys=keys):
+            return Record({"verb": "delete", "keys": list(keys)})
+        case SetRule(rule=rule):
+            return Record({"verb": "rule", **_describe_rule(rule)})
+        case Note(name=name, data=data):
+            return Record({"verb": "note", "name": name, "data": data})
+        case Events(events=events):
+            return Record({"verb": "session", "events": list(events)})
+    raise TypeError(f"a log has no record of a {type(change).__name__}")
+
+
+def decode(record: Record, shard: Shard) -> Change:
+    """Return the change of a record, checked against the shard that is to apply it.
+
+    Raises:
+        TensorKVError: it does not fit the shard.
+        LookupError, TypeError, ValueError: it is malformed.
+    """
+    head = record.head
+    match head.get("verb"):
+        case "push":
+            entries, sums = _read_items(record, shard)
+            batch = Batch("push", [entry.key for entry in entries], [[total] for total in sums])
+            check_push(batch, entries, shard.rule)
+            return Push(entries, batch.parts)
+        case "put":
+            return Put(*_read_items(record, shard))
+        case "init":
+            contents = read_contents(head["body"], add_tensors(record, {}), shard.rule)
+            shard.check_new([entry.key for entry in contents.entries])
+            return Init(contents.entries)
+        case "delete":
+            return Delete(_list(head["keys"]))
+        case "rule":
+            return SetRule(_read_rule(head, shard))
+        case "note":
+            return Note(head["name"], head["data"])
+        case "session":
+            return Events(_list(head["events"]))
+        case verb:
+            raise StorageError(f"{verb!r} is unknown to this version of tensorkv; use a newer one")
+
+
+# ---------------------------------------------------------------- sums
+
+
+def _items(entries: Sequence[Entry], sums: Sequence[Any]) -> list[Item]:
     items = []
     for entry, total in zip(entries, sums, strict=True):
         if isinstance(total, Rows):
@@ -45,8 +101,20 @@ def items_of(entries: Sequence[Entry], sums: Sequence[Any]) -> list[Item]:
     return items
 
 
-def read_sum(entry: Entry, item: Item, others: Iterator[Item]) -> Any:
-    """Return what ``items_of`` has made of one key, checked."""
+def _read_items(record: Record, shard: Shard) -> tuple[list[Entry], list[Any]]:
+    items = iter(record.items())
+    entries: list[Entry] = []
+    sums: list[Any] = []
+    for item in items:
+        entry = shard.entry("push", item.key)
+        entries.append(entry)
+        sums.append(_read_sum(entry, item, items))
+    if len({entry.key for entry in entries}) < len(entries):
+        raise StorageError("duplicate key in a record")
+    return entries, sums
+
+
+def _read_sum(entry: Entry, item: Item, others: Iterator[Item]) -> Any:
     total: Any = item.tensor
     fits = item.role == "sum" and not entry.spec.is_table
     if item.role == "ids":
@@ -56,61 +124,53 @@ def read_sum(entry: Entry, item: Item, others: Iterator[Item]) -> Any:
         fits = fits and bool((ids[1:] > ids[:-1]).all())
         item = rows
     if not fits or item.tensor.dtype is not entry.spec.dtype or total.shape != entry.spec.shape:
-        raise StorageError(f"{quote(entry.key)}: no sum for it: {item.role!r} of shape {tuple(total.shape)}")
+        raise StorageError(
+            f"{quote(entry.key)}: expected a sum of shape {tuple(entry.spec.shape)}, got {item.role!r} of shape "
+            f"{tuple(total.shape)}"
+        )
     return total
 
 
-def restore(body: Any, tensors: manifest.Tensors, rule: Rule | None) -> manifest.Contents:
-    """Return what a manifest holds, its states being those of a rule (None: of its own)."""
+# ---------------------------------------------------------------- entries and rules
+
+
+def read_contents(body: Any, tensors: manifest.Tensors, rule: Rule | None) -> manifest.Contents:
+    """Return what a manifest describes, its states being those of a rule (None: of its own)."""
     contents = manifest.restore(body, tensors)
     if contents.kind != "store":
-        raise StorageError(f"holds {contents.kind}")
+        raise StorageError(f"contains {contents.kind}, expected a store")
     manifest.check_states(contents if rule is None else replace(contents, rule=rule))
     return contents
 
 
-def name_tensors(record: Record, tensors: manifest.Tensors) -> manifest.Tensors:
+def add_tensors(record: Record, tensors: manifest.Tensors) -> manifest.Tensors:
     """Add the tensors of an init or a snapshot to others, by name."""
     for item in record.items():
         if item.key in tensors or item.role != "tensor":
-            raise StorageError(f"the tensor {quote(item.key)} stands there twice, or is none")
+            raise StorageError(f"duplicate or unexpected tensor {quote(item.key)} in a record")
         tensors[str(item.key)] = item.tensor
     return tensors
 
 
-def as_list(found: Any) -> list[Any]:
-    """Return what has to be a list."""
-    if not isinstance(found, list):
-        raise StorageError(f"{found!r:.40} is no list")
-    return found
-
-
-def digest(entry: Entry, ids: list[torch.Tensor] | None) -> int:
-    """Return a checksum of a key's version, value and state (of ``ids``: those rows of the value)."""
-    states = [entry.state[name] for name in sorted(entry.state)]
-    tensors: list[Any] = [entry.value, *states]
-    if ids is not None:
-        tensors = [entry.read_rows(torch.unique(torch.cat(ids))), *(state for state in states if state.numel() == 1)]
-    checksum = crc32(str(entry.version).encode())
-    for tensor in tensors:
-        checksum = crc32(raw_bytes(tensor), checksum)
-    return checksum
-
-
-def describe_rule(rule: Rule) -> dict[str, Any]:
+def _describe_rule(rule: Rule) -> dict[str, Any]:
     """Return a rule as plain data; of an updater, only that there is one."""
     if isinstance(rule, StepOptimizer):
         return {"update": "optimizer", "optimizer": rule.optimizer.spec.to_json()}
     return {"update": "assign" if type(rule) is Assign else "updater"}
 
 
-def restore_rule(head: dict[str, Any], held: Container[Key]) -> Rule:
-    """Return what ``describe_rule`` has described, of a shard that holds these keys."""
+def _read_rule(head: dict[str, Any], shard: Shard) -> Rule:
     if head["update"] == "optimizer":
         rule = manifest.restore_rule(head["optimizer"])
-        if not all(key in held for key in rule.optimizer.spec.overrides):
-            raise StorageError("the optimizer has numbers for what is no key")
+        if not all(key in shard for key in rule.optimizer.spec.overrides):
+            raise StorageError("the optimizer has hyperparameters for keys that do not exist")
         return rule
     if head["update"] not in ("assign", "updater"):
         raise CheckpointError(f"update is {head['update']!r}")
     return Assign() if head["update"] == "assign" else LostUpdater()
+
+
+def _list(found: Any) -> list[Any]:
+    if not isinstance(found, list):
+        raise StorageError(f"expected a list, got {found!r:.40}")
+    return found

@@ -19,6 +19,7 @@ from tensorkv import errors
 from tensorkv.arrays.arguments import Key
 from tensorkv.errors import ArgumentError, TensorKVError, WorkerError
 from tensorkv.runtime.stats import Metrics, clock
+from tensorkv.shard.changes import RequestIds
 from tensorkv.shard.entry import Part
 from tensorkv.transport.wire import Reply
 
@@ -172,8 +173,8 @@ class Server:
     def _push_at_once(self, request: Request[Push]) -> Reply:
         """Apply a push; a pull with it has the values of the moment of the push."""
         keys = push_layout(request.layout).keys
-        with self._change(request, keys) as is_new:
-            reply = self._state.push(request) if is_new else None
+        with self._change(request, keys) as ids:
+            reply = self._state.push(request, ids) if ids else None
         return reply or self._pushed(request, keys)
 
     def _push_bounded(self, request: Request[Push]) -> Reply:
@@ -183,9 +184,9 @@ class Server:
             if not self._has_applied(request):
                 # Of a worker whose last push timed out while it waited here.
                 self._wait_for_slow_workers(request.sender.rank, "")
-            with self._change(request, keys) as is_new:
-                if is_new:
-                    self._state.push(request, fill=False)
+            with self._change(request, keys) as ids:
+                if ids:
+                    self._state.push(request, ids, fill=False)
             self._wait_for_slow_workers(request.sender.rank, "; this push has been applied")
         return self._pushed(request, keys)
 
@@ -241,8 +242,9 @@ class Server:
         return self._tables.has_applied(client, seq) or self._sync_rounds.refused(client, seq) is not None
 
     def _apply_round(self, keys: Sequence[Key], parts: Sequence[list[Part]], pushes: Sequence[PendingPush]) -> None:
-        with self._tables.together([(each.client, each.seq, each.words) for each in pushes], keys):
-            self._state.push_round(keys, parts)
+        ids = [(each.client, each.seq, each.words) for each in pushes]
+        self._state.push_round(keys, parts, ids)
+        self._tables.add(ids, keys)
         self._condition.notify_all()
 
     def _pushed(self, request: Request[Push], keys: tuple[Key, ...]) -> Reply:
@@ -281,9 +283,9 @@ class Server:
             if not self._has_applied(request):
                 self._state.shard.check_new([entry.key for entry in contents.entries])
                 self._state.set_metadata(request.message.metadata)
-            with self._change(request) as is_new:
-                if is_new:
-                    self._state.init(contents)
+            with self._change(request) as ids:
+                if ids:
+                    self._state.init(contents, ids)
         return Reply({})
 
     def _restore(self, request: Request[messages.Restore]) -> Reply:
@@ -295,8 +297,8 @@ class Server:
             keys, before = self._state.shard.keys(), self._state.metadata(metadata)
             self._state.set_metadata(metadata)
             try:
-                with self._change(request):
-                    self._state.restore(contents)
+                with self._change(request) as ids:
+                    self._state.restore(contents, ids)
             except BaseException:
                 # The keys are still where they were.
                 with suppress(TensorKVError):
@@ -307,23 +309,23 @@ class Server:
 
     def _delete(self, request: Request[messages.Delete]) -> Reply:
         keys = request.message.keys
-        with self._change(request) as is_new:
-            if is_new:
-                self._state.delete(keys)
+        with self._change(request) as ids:
+            if ids:
+                self._state.delete(keys, ids)
         with self._condition:
             self._state.drop_metadata(keys)
         return Reply({})
 
     def _set_rule(self, request: Request[messages.SetRule]) -> Reply:
-        with self._change(request) as is_new:
-            if is_new:
-                self._state.set_rule(request.message.optimizer)
+        with self._change(request) as ids:
+            if ids:
+                self._state.set_rule(request.message.optimizer, ids)
         return Reply({})
 
     def _set_hyperparameters(self, request: Request[messages.SetHyperparameters]) -> Reply:
-        with self._change(request) as is_new:
-            if is_new:
-                self._state.shard.set_hyperparameters(request.message.numbers, request.message.keys)
+        with self._change(request) as ids:
+            if ids:
+                self._state.shard.set_hyperparameters(request.message.numbers, request.message.keys, requests=ids)
         return Reply({})
 
     def _wait_for_optimizer(self, request: Request[messages.WaitForOptimizer]) -> Reply:
@@ -431,14 +433,20 @@ class Server:
         self._state.record(events)
 
     @contextmanager
-    def _change(self, request: Request[Message], keys: Sequence[Key] = ()) -> Iterator[bool]:
-        """Hold the lock for a change; yield whether it is new. Keys are those of a push."""
+    def _change(self, request: Request[Message], keys: Sequence[Key] = ()) -> Iterator[RequestIds]:
+        """Hold the lock for a change; yield its request id, or nothing if it was applied before. Keys are of a push."""
         sender = request.sender
         with self._condition:
             if not self._is_resent(request):
                 self._snapshot_barrier.admit(sender.client, sender.seq)
-            with self._tables.request(sender.client, sender.seq, _logged(request), keys) as is_new:
-                yield is_new
+            if self._has_applied(request):
+                yield ()
+            else:
+                words = _logged(request)
+                ids = [(sender.client, sender.seq, words) if words else (sender.client, sender.seq)]
+                yield ids
+                # Where there is a log, it has counted them with the change.
+                self._tables.add(ids, keys)
             self._condition.notify_all()
 
     def _admit(self, request: Request[Message]) -> None:

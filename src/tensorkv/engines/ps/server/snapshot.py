@@ -21,7 +21,7 @@ from tensorkv.errors import ArgumentError, KeyNotFoundError, SnapshotError, quot
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.shard import Shard
 from tensorkv.shard.table import Table
-from tensorkv.storage.dedup import Clients
+from tensorkv.storage.dedup import AppliedRequests
 
 from .wait import Condition
 
@@ -39,7 +39,7 @@ class SnapshotBarrier:
     """
 
     def __init__(
-        self, condition: Condition, clients: Clients, index: int, now: Callable[[], float] = time.monotonic
+        self, condition: Condition, clients: AppliedRequests, index: int, now: Callable[[], float] = time.monotonic
     ) -> None:
         self._condition, self._clients, self._index, self._now = condition, clients, index, now
         self._owner: str | None = None

@@ -14,12 +14,14 @@ from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import Item, decode_layout, encode_layout, pack, raw_bytes, unpack
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote
+from tensorkv.shard.changes import Note, RequestIds
 from tensorkv.shard.entry import Batch, Part
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.plan import MANY
 from tensorkv.shard.shard import Shard
 from tensorkv.storage import manifest
-from tensorkv.storage.durable import DurableShard
+from tensorkv.storage.changes import Events
+from tensorkv.storage.durable import open_shard
 from tensorkv.storage.manifest import Contents
 from tensorkv.transport.wire import Reply, Room
 
@@ -48,12 +50,11 @@ class ServerState:
     def __init__(self, options: PSOptions, index: int, threads: int | None, clients: ServerTables) -> None:
         common: dict[str, Any] = {"nonfinite": options.nonfinite, "threads": threads}
         folder = options.folder(index)
-        self._notes: Any
         if folder is None:
-            self.shard, self._notes = Shard(**common), _Notes()
+            self.shard = Shard(**common)
         else:
             durability: Any = options.durability
-            self.shard = self._notes = DurableShard(folder, durability=durability, clients=clients, **common)
+            self.shard = open_shard(folder, durability=durability, applied=clients, **common)
         self._clients = clients
         self.snapshots = CopyOnWriteSnapshots(options.keep)
         self._layouts: dict[tuple[Key, ...], tuple[bytes, int]] = {}
@@ -63,26 +64,26 @@ class ServerState:
 
     # ------------------------------------------------------------ pushes and pulls
 
-    def push(self, request: Request[Push], *, fill: bool = True) -> Reply | None:
+    def push(self, request: Request[Push], ids: RequestIds, *, fill: bool = True) -> Reply | None:
         """Push what a request brings; return the reply with the new values if it pulls and they are to be filled."""
         pushed, message = push_layout(request.layout), request.message
         room = self._room(pushed.keys, request.out, message.checksum) if message.pulls and fill else None
         self.snapshots.before_change(pushed.keys)
-        if not self._push_flat(pushed, request.payload, room):
+        if not self._push_flat(pushed, request.payload, room, ids):
             batch = self.batch(request)
             if room is None:
-                self.shard.push(batch)
+                self.shard.push(batch, requests=ids)
             else:
-                self.shard.pushpull(batch, [[each] for each in room.tensors])
+                self.shard.pushpull(batch, [[each] for each in room.tensors], requests=ids)
         return None if room is None else Reply({}, room.payload)
 
-    def _push_flat(self, pushed: PushLayout, payload: Any, room: Room | None) -> bool:
+    def _push_flat(self, pushed: PushLayout, payload: Any, room: Room | None, ids: RequestIds) -> bool:
         """Push many keys whose parts are one flat tensor; return False if nothing was done."""
         flat = pushed.flat(bytes_of(payload)) if len(pushed.keys) >= MANY else None
         target = None if room is None else room.flat
         if flat is None or (room is not None and target is None):
             return False
-        return self.shard.flat(pushed.keys, flat, target)
+        return self.shard.flat(pushed.keys, flat, target, requests=ids)
 
     def batch(self, request: Request[Push]) -> Batch:
         """Return what a request pushes, one part for each key."""
@@ -90,10 +91,10 @@ class ServerState:
         rows = [(*self.shard.entry("push", key).spec.shape, 0)[0] for key in pushed.keys]
         return Batch("push", list(pushed.keys), [[part] for part in pushed.parts(request.payload, rows)])
 
-    def push_round(self, keys: Sequence[Key], parts: Sequence[list[Part]]) -> None:
+    def push_round(self, keys: Sequence[Key], parts: Sequence[list[Part]], ids: RequestIds) -> None:
         """Push the parts of a round."""
         self.snapshots.before_change(keys)
-        self.shard.push(Batch("push", list(keys), list(parts)))
+        self.shard.push(Batch("push", list(keys), list(parts)), requests=ids)
 
     def values(
         self, keys: tuple[Key, ...], out: torch.Tensor | None, checksum: int | None, snapshot: str | None = None
@@ -164,39 +165,39 @@ class ServerState:
 
     # ------------------------------------------------------------ keys and the rule
 
-    def init(self, contents: Contents) -> None:
+    def init(self, contents: Contents, ids: RequestIds) -> None:
         """Add new keys, whose metadata has been set."""
         self.shard.check_new([entry.key for entry in contents.entries])
-        self.shard.add(contents.entries)
+        self.shard.add(contents.entries, requests=ids)
         self._forget_layouts()
 
-    def delete(self, keys: Sequence[Key]) -> None:
+    def delete(self, keys: Sequence[Key], ids: RequestIds) -> None:
         """Forget keys."""
         self.snapshots.before_change(keys)
-        self.shard.delete(keys)
+        self.shard.delete(keys, requests=ids)
         self._forget_layouts()
 
-    def set_rule(self, optimizer: dict[str, Any] | None) -> None:
+    def set_rule(self, optimizer: dict[str, Any] | None, ids: RequestIds) -> None:
         """Set an optimizer; None sets assignment."""
         if optimizer is None:
-            self.shard.set_updater(None)
+            self.shard.set_updater(None, requests=ids)
         else:
-            self.shard.set_optimizer(OptimizerSpec.from_json(optimizer))
+            self.shard.set_optimizer(OptimizerSpec.from_json(optimizer), requests=ids)
 
-    def restore(self, contents: Contents) -> None:
+    def restore(self, contents: Contents, ids: RequestIds) -> None:
         """Replace everything by the contents of a checkpoint."""
         if contents.kind == "optimizer-states":
-            self.shard.restore_states(contents.entries, contents.rule)
+            self.shard.restore_states(contents.entries, contents.rule, requests=ids)
             return
         manifest.check_states(contents)
         self.snapshots.before_change(self.shard.keys())
-        self.shard.restore(contents.entries, contents.rule)
+        self.shard.restore(contents.entries, contents.rule, requests=ids)
         self._forget_layouts()
 
     def drop_metadata(self, keys: Sequence[Key]) -> None:
         """Drop the metadata of keys that are deleted."""
         gone = [json.dumps(key) for key in keys if key not in self.shard]
-        self.set_metadata({name: None for name in gone if name in self._notes.notes})
+        self.set_metadata({name: None for name in gone if name in self.shard.notes})
 
     def listing(self) -> dict[str, Any]:
         """Return every key with its metadata, version and bytes, and the optimizer."""
@@ -226,7 +227,7 @@ class ServerState:
         found: dict[str, Any] = {"keys": len(entries), "first_keys": firsts, "nbytes": nbytes}
         found["snapshots"] = len(self.snapshots)
         found["nonfinite"] = self.shard.nonfinite_counts
-        return found | ({"wal": self.shard.wal_counts} if isinstance(self.shard, DurableShard) else {})
+        return found if self.shard.log is None else {**found, "wal": self.shard.log.counts}
 
     def _is_first(self, key: Key) -> bool:
         """Return whether the first piece of a key is here, so that servers together count each key once."""
@@ -234,7 +235,7 @@ class ServerState:
         return note is not None and bool(note["pieces"][0][0] == self._index)
 
     def _metadata_of(self, key: Key) -> Any:
-        return self._notes.notes.get(json.dumps(key))
+        return self.shard.notes.get(json.dumps(key))
 
     def _forget_layouts(self) -> None:
         self._layouts.clear()
@@ -242,14 +243,14 @@ class ServerState:
 
     def metadata(self, names: Iterable[str]) -> dict[str, Any]:
         """Return the metadata of keys by their JSON names, None where there is none."""
-        return {name: self._notes.notes.get(name) for name in names}
+        return {name: self.shard.notes.get(name) for name in names}
 
     def record(self, events: Sequence[Any]) -> None:
         """Log events, where there is a log, and apply them to the tables."""
-        if isinstance(self.shard, DurableShard):
-            self.shard.remember(events)
-        else:
+        if self.shard.log is None:
             self._clients.apply(events)
+        else:
+            self.shard.commit(Events(events))
 
     def set_metadata(self, notes: Mapping[str, Any]) -> None:
         """Set the metadata of keys; None drops it.
@@ -257,20 +258,7 @@ class ServerState:
         Not in the change that creates or deletes the keys: metadata without its key means nothing.
         """
         for name, data in notes.items():
-            self._notes.note(name, data)
-
-
-class _Notes:
-    """Notes, as a durable shard keeps them, of a shard in memory."""
-
-    def __init__(self) -> None:
-        self.notes: dict[str, Any] = {}
-
-    def note(self, name: str, data: Any) -> None:
-        if data is None:
-            self.notes.pop(name, None)
-        else:
-            self.notes[name] = data
+            self.shard.commit(Note(name, data))
 
 
 def contents_of(request: Request[Init | Restore]) -> Contents:

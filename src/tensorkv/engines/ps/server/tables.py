@@ -12,7 +12,7 @@ from typing import Any
 
 from tensorkv.arrays.arguments import Key
 from tensorkv.errors import StorageError
-from tensorkv.storage.dedup import Clients
+from tensorkv.storage.dedup import AppliedRequests
 
 from .staleness import StalenessClock
 
@@ -27,7 +27,7 @@ CollectiveCounts = tuple[int, int, int]
 """How many barriers, broadcasts and leaves are completed."""
 
 
-class ServerTables(Clients):
+class ServerTables(AppliedRequests):
     """The tables of one server, beside its dedup table.
 
     Args:

@@ -1,0 +1,132 @@
+"""Changes: everything that can happen to a shard, as values.
+
+``Shard.apply`` is the one place that makes them. A shard with a log hands each change to the log first, so that it is
+written before it is applied; replaying the log applies the same changes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tensorkv.arrays.arguments import Key
+
+from . import nonfinite
+from .entry import Entry
+from .optimizers import Optimizer
+from .plan import Column, Plan
+from .rules import Rule
+
+RequestId = Sequence[Any]
+"""Client and number of a request, and perhaps a dict of plain data that is logged with it."""
+RequestIds = Sequence[RequestId]
+
+
+@dataclass(slots=True, kw_only=True)
+class Change:
+    """A change that was checked against its shard, whose lock is held until the change is applied.
+
+    Args:
+        requests: ids of the requests that the change answers, for a log.
+    """
+
+    requests: RequestIds = ()
+
+    def updated(self) -> list[Key]:
+        """Return the keys whose values the change updates."""
+        return []
+
+
+@dataclass(slots=True)
+class Init(Change):
+    """Add entries."""
+
+    entries: Sequence[Entry]
+
+
+@dataclass(slots=True)
+class Push(Change):
+    """Sum the parts of each entry and apply the update rule, and copy the values to the outs where that is possible."""
+
+    entries: Sequence[Entry]
+    parts: Sequence[list[Any]]
+    outs: Sequence[Sequence[torch.Tensor]] = ()
+
+    def summed(self) -> Push:
+        """Return the same push with one part for each entry, the sum."""
+        pairs = zip(self.entries, self.parts, strict=True)
+        sums = [[nonfinite.total(entry, parts, may_share=True)] for entry, parts in pairs]
+        return Push(self.entries, sums, self.outs, requests=self.requests)
+
+    def updated(self) -> list[Key]:
+        return [entry.key for entry in self.entries]
+
+
+@dataclass(slots=True)
+class PlannedPush(Change):
+    """Push columns of arrays by a plan, and copy the values to its targets."""
+
+    plan: Plan
+    columns: list[Column]
+    targets: list[Column]
+    optimizer: Optimizer | None
+
+    def summed(self) -> PlannedPush:
+        """Return the same push with one column, the sums, which lie side by side."""
+        column = self.plan.form.flat(self.plan.total(self.columns))
+        return PlannedPush(self.plan, [column], self.targets, self.optimizer, requests=self.requests)
+
+    def updated(self) -> list[Key]:
+        return self.plan.keys
+
+
+@dataclass(slots=True)
+class Put(Change):
+    """Replace values, or rows of them, by what an updater has computed."""
+
+    entries: Sequence[Entry]
+    values: Sequence[Any]
+
+    def updated(self) -> list[Key]:
+        return [entry.key for entry in self.entries]
+
+
+@dataclass(slots=True)
+class Delete(Change):
+    """Remove keys with their values and state."""
+
+    keys: Sequence[Key]
+
+
+@dataclass(slots=True)
+class SetRule(Change):
+    """Put an update rule in force; an optimizer goes on from the state of one of the same name."""
+
+    rule: Rule
+
+
+@dataclass(slots=True)
+class Restore(Change):
+    """Replace all entries and the rule."""
+
+    entries: Sequence[Entry]
+    rule: Rule
+
+
+@dataclass(slots=True)
+class RestoreStates(Change):
+    """Take over the optimizer states of entries, whose keys the shard has with the same shapes; drop other states."""
+
+    entries: Sequence[Entry]
+    rule: Rule
+
+
+@dataclass(slots=True)
+class Note(Change):
+    """Keep some plain data, for JSON, beside the values; None removes it."""
+
+    name: str
+    data: Any

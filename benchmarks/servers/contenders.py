@@ -13,11 +13,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from benchmarks.common.contender import one_or_list
-from benchmarks.common.work import LR, MOMENTUM, Verb, Work, WrongResultError, first_values
+from benchmarks.common.work import Verb, Work, WrongResultError
 from benchmarks.common.work import check as check_exactly
 from benchmarks.servers.works import Serving, check
-from benchmarks.sync.contenders import Member, MXNet
+from benchmarks.sync.contenders import Member, MXNet, TensorKV
 
 NAMES = {
     "tensorkv1": "tensorkv, 1 server",
@@ -62,52 +61,28 @@ class Worker(Member):
         self.pull()
         check(self.work, self.out, steps, steps, "at the end")
 
-    def pull(self) -> None:
-        """Pull every key, and return when all have come."""
-        raise NotImplementedError
-
     def found(self) -> dict[str, Any]:
         """Return what there is to tell beyond times."""
         return {"laps_s": self.laps if self.work.calls >= 10 else []}
 
 
-class Servers(Worker):
+class Servers(Worker, TensorKV):
     """The store of this project."""
-
-    def __init__(self, work: Work, rank: int | None = None) -> None:
-        super().__init__(work, rank)
-        self._keys = one_or_list(work, list(range(work.keys)))
-        self._given = one_or_list(work, self.parts)
-        self._given_outs = one_or_list(work, self.outs)
-        self._kv: Any = None
-        self._name = ""
 
     @staticmethod
     def start() -> dict[str, str]:
         import ray
 
-        import tensorkv  # noqa: F401 - takes a while, and is not to be measured
+        return {"ray": ray.__version__, **TensorKV.start()}
 
-        return {"ray": ray.__version__}
-
-    def open(self, port: int, **options: Any) -> None:
+    def create(self, port: int, **options: Any) -> Any:
         import tensorkv
 
         self._name = f"bench{port}"
         if "path" in options:
-            # A folder is of one store, and there is one for each work.
+            # Each work has a store of its own, and so a folder of its own.
             options["path"] += f"-{port}"
-        self._kv = tensorkv.create("dist_async", name=self._name, timeout_s=_TIMEOUT_S, **options)
-        self._kv.init(list(range(self.work.keys)), first_values(self.work))
-        if self.work.rule == "sgd":
-            self._kv.set_optimizer("sgd", lr=LR, momentum=MOMENTUM)
-        self._kv.barrier()
-
-    def exchange(self) -> None:
-        self._kv.pushpull(self._keys, self._given, out=self._given_outs)
-
-    def pull(self) -> None:
-        self._kv.pull(self._keys, out=self._given_outs)
+        return tensorkv.create("dist_async", name=self._name, timeout_s=_TIMEOUT_S, **options)
 
     def check(self) -> None:
         super().check()
@@ -118,10 +93,6 @@ class Servers(Worker):
 
     def found(self) -> dict[str, Any]:
         return {**super().found(), "wal": self._kv.stats().get("wal")}
-
-    def close(self) -> None:
-        if self._kv is not None:
-            self._kv.close()
 
 
 class Killer(Servers):

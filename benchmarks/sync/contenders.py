@@ -36,6 +36,10 @@ class Member(Contender):
         """Push all keys' parts and pull all results, and return when everything is done."""
         raise NotImplementedError
 
+    def pull(self) -> None:
+        """Pull all keys, and return when everything is done."""
+        raise NotImplementedError
+
     def calls(self) -> dict[Verb, Callable[[], None]]:
         return {"pushpull": self.exchange}
 
@@ -56,8 +60,12 @@ class TensorKV(Member):
 
         return {}
 
+    def create(self, port: int, **options: Any) -> Any:
+        """Return a new store; arguments as for ``open``."""
+        return open_store(port)
+
     def open(self, port: int, **options: Any) -> None:
-        self._kv = open_store(port)
+        self._kv = self.create(port, **options)
         self._kv.init(list(range(self.work.keys)), first_values(self.work))
         if self.work.rule == "sgd":
             self._kv.set_optimizer("sgd", lr=LR, momentum=MOMENTUM)
@@ -65,6 +73,9 @@ class TensorKV(Member):
 
     def exchange(self) -> None:
         self._kv.pushpull(self._keys, self._given, out=self._given_outs)
+
+    def pull(self) -> None:
+        self._kv.pull(self._keys, out=self._given_outs)
 
     def close(self) -> None:
         if self._kv is not None:

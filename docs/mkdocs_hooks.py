@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Where a file of the checkout is in the site; other files keep their path.
 _PAGES = {"README.md": "index.md"}
 _SHOWN = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "benchmarks/results/*")
+_STATES = re.compile(r"^\| State \| Becomes \| When \|\n\|[-|]+\|\n((?:\|.*\|\n)+)", re.MULTILINE)
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 
 
@@ -39,7 +40,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         place = _PAGES.get(target, target.removeprefix("docs/"))
         return posixpath.relpath(place, posixpath.dirname(page.file.src_uri) or ".")
 
-    return _LINK.sub(moved, markdown)
+    return _STATES.sub(_with_diagram, _LINK.sub(moved, markdown))
+
+
+def _with_diagram(table: re.Match[str]) -> str:
+    """Return a table of states and the diagram that it describes."""
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table[1].splitlines()]
+    arrows = "\n".join(f"    {state} --> {becomes}: {when.replace('`', '')}" for state, becomes, when in rows)
+    return f"{table[0]}\n```mermaid\nstateDiagram-v2\n    [*] --> {rows[0][0]}\n{arrows}\n```\n"
 
 
 class Examples(griffe.Extension):

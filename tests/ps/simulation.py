@@ -20,6 +20,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 from tensorkv import errors
 from tensorkv.engines.ps.client import engine as ray_engine
 from tensorkv.engines.ps.client import rpc, snapshot
+from tensorkv.engines.ps.messages import split
 from tensorkv.engines.ps.options import PSOptions
 from tensorkv.engines.ps.ray import actor as ray_actor
 from tensorkv.engines.ps.ray import cluster
@@ -27,7 +28,6 @@ from tensorkv.engines.ps.server.server import Server
 from tensorkv.storage import durable
 from tensorkv.storage.record import Record
 from tensorkv.store import KVStore
-from tensorkv.transport.wire import split
 
 # So long may a client stand still, and is certainly not taken for lost.
 LONG_SILENCE_S = 2.5

@@ -20,6 +20,7 @@ from tensorkv import Rows
 from tensorkv.arrays.packing import Item, pack, raw_bytes
 from tensorkv.engines import partition
 from tensorkv.engines.ps import messages
+from tensorkv.engines.ps.messages import Reply
 from tensorkv.engines.ps.options import PSOptions
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.engines.ps.server.snapshot import SnapshotBarrier
@@ -27,7 +28,6 @@ from tensorkv.storage.durable import open_shard
 from tensorkv.storage.record import Record
 from tensorkv.storage.wal import WriteAheadLog
 from tensorkv.transport import channel
-from tensorkv.transport.wire import Reply
 from tests.support.amount import amount
 
 pytest.importorskip("ray")
@@ -1267,7 +1267,7 @@ def test_a_push_that_is_resent_without_memory_for_it_travels_with_its_message(mo
     ],
 )
 def test_an_invalid_channel_is_refused(channel):
-    from tensorkv.transport.wire import join, split
+    from tensorkv.engines.ps.messages import join, split
 
     with Cluster() as cluster:
         kv = cluster.store()

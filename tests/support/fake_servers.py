@@ -15,6 +15,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 
 from tensorkv.engines.ps.client import engine as ray_engine
 from tensorkv.engines.ps.client import rpc
+from tensorkv.engines.ps.messages import split
 from tensorkv.engines.ps.options import PSOptions
 from tensorkv.engines.ps.ray import cluster
 from tensorkv.engines.ps.ray.actor import ServerActor
@@ -23,7 +24,6 @@ from tensorkv.store import KVStore
 from tensorkv.transport.channel import ChannelServer
 from tensorkv.transport.rendezvous import host_id
 from tensorkv.transport.shared_cache import SharedCache
-from tensorkv.transport.wire import split
 
 NONE = "nothing"
 

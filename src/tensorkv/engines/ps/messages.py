@@ -1,26 +1,33 @@
-"""The messages that clients send to servers: a dataclass for each verb, checked when it is decoded; no pickle.
+"""The messages between clients and servers: a dataclass for each verb, checked when it is decoded; no pickle.
 
-A request is a head, which is JSON, a layout and a payload. The head has the verb, the sender and the fields of the
-message.
+A request is a head, which is JSON, a layout and a payload of tensors. The head has the verb, the sender and the fields
+of the message. A reply is a head and a payload.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from itertools import pairwise
 from types import UnionType
-from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 
+from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key, check_key
 from tensorkv.arrays.packing import decode_layout, unpack
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import ArgumentError
 from tensorkv.shard.entry import Part
+
+# Bytes of the head and of the layout, before both.
+_SIZES = struct.Struct("<II")
+_ALIGN = 16
 
 # ---------------------------------------------------------------- verbs
 
@@ -373,6 +380,44 @@ _KINDS: list[type] = [Sender, *VERBS.values()]
 _TYPES = {kind: {name: _json_types(hint) for name, hint in get_type_hints(kind).items()} for kind in _KINDS}
 _DEFAULTS = {kind: {each.name: each.default for each in fields(kind)} for kind in _KINDS}
 _REQUIRED = {kind: {name for name, default in own.items() if default is MISSING} for kind, own in _DEFAULTS.items()}
+
+
+class Reply(NamedTuple):
+    """What a server answers: plain data, and the bytes of tensors."""
+
+    head: dict[str, Any]
+    payload: torch.Tensor | None = None
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def join(head: Mapping[str, Any], layout: bytes = b"[]", payload: Any = b"") -> bytes:
+    """Return head, layout and a small payload as one message.
+
+    >>> split(join({"verb": "pull"}, b'["w"]'))[:2]
+    ({'verb': 'pull'}, b'["w"]')
+    """
+    text = json.dumps(head, separators=(",", ":")).encode()
+    if len(payload):
+        # The payload is to begin where every dtype may.
+        text += b" " * (-(_SIZES.size + len(text) + len(layout)) % _ALIGN)
+    return b"".join([_SIZES.pack(len(text), len(layout)), text, layout, payload])
+
+
+def split(message: bytes) -> tuple[dict[str, Any], bytes, memoryview]:
+    """Return what ``join`` has joined; the payload shares the message's memory."""
+    words, layout = _SIZES.unpack_from(message)
+    start = _SIZES.size + words
+    view = memoryview(message)
+    return json.loads(message[_SIZES.size : start]), message[start : start + layout], view[start + layout :]
+
+
+def bytes_of(buffer: Any) -> torch.Tensor:
+    """Return a buffer as a flat tensor that shares its memory."""
+    if not len(buffer):
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    return interop.take(np.frombuffer(buffer, np.uint8))
 
 
 # ---------------------------------------------------------------- layouts

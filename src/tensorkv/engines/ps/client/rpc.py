@@ -18,13 +18,13 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, Ray
 
 from tensorkv import errors
 from tensorkv.engines.ps.ray.actor import INLINE_NBYTES, why
-from tensorkv.engines.ps.server.state import bytes_of
 from tensorkv.engines.ps.server.wait import POLL_TIMEOUT_S
 from tensorkv.errors import PushOutcomeUnknownError, ServerDeadError, TensorKVError, WaitTimeoutError
 from tensorkv.runtime import shield
 from tensorkv.transport.channel import SharedMemoryChannel
 from tensorkv.transport.shared_cache import SharedCacheReader
-from tensorkv.transport.wire import join, split
+
+from ..messages import bytes_of, join, split
 
 # How long to wait for a reply before the request is sent again.
 _RESEND_S = 10.0

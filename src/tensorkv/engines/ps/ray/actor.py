@@ -20,8 +20,8 @@ from tensorkv.engines.ps.server.server import Server
 from tensorkv.transport.channel import ChannelServer
 from tensorkv.transport.rendezvous import host_id
 from tensorkv.transport.shared_cache import SharedCache
-from tensorkv.transport.wire import Reply, join, split
 
+from ..messages import Reply, join, split
 from ..options import PSOptions
 from .metrics import ServerMetrics
 

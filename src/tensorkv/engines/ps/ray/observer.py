@@ -10,9 +10,8 @@ from ray.exceptions import ActorDiedError, RayError
 
 from tensorkv.arrays.arguments import check_timeout
 from tensorkv.errors import ServerDeadError, quote
-from tensorkv.transport.wire import join, split
 
-from ..messages import Stats, encode
+from ..messages import Stats, encode, join, split
 from ..options import PSOptions
 from . import cluster
 from .metrics import merge_stats

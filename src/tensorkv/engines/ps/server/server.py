@@ -21,10 +21,9 @@ from tensorkv.errors import ArgumentError, TensorKVError, WorkerError
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard.changes import RequestIds
 from tensorkv.shard.entry import Part
-from tensorkv.transport.wire import Reply
 
 from .. import messages
-from ..messages import Message, Push, Request, keys_of, push_layout
+from ..messages import Message, Push, Reply, Request, keys_of, push_layout
 from ..options import PSOptions
 from .membership import Membership
 from .snapshot import SnapshotBarrier

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 
-from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.packing import Item, decode_layout, encode_layout, pack, raw_bytes, unpack
+from tensorkv.arrays.packing import Item, Slot, decode_layout, encode_layout, pack, raw_bytes, unpack
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote
 from tensorkv.shard.changes import Note, RequestIds
 from tensorkv.shard.entry import Batch, Part
@@ -23,9 +22,8 @@ from tensorkv.storage import manifest
 from tensorkv.storage.changes import Events
 from tensorkv.storage.durable import open_shard
 from tensorkv.storage.manifest import Contents
-from tensorkv.transport.wire import Reply, Room
 
-from ..messages import Init, PullRows, Push, PushLayout, Request, Restore, push_layout
+from ..messages import Init, PullRows, Push, PushLayout, Reply, Request, Restore, bytes_of, push_layout
 from ..options import PSOptions
 from .snapshot import CopyOnWriteSnapshots
 from .tables import ServerTables
@@ -292,8 +290,27 @@ def _check_same(keys: Sequence[Key], checksum: int, expected: Any) -> None:
         )
 
 
-def bytes_of(buffer: Any) -> torch.Tensor:
-    """Return a buffer as a flat tensor that shares its memory."""
-    if not len(buffer):
-        return torch.empty(0, dtype=torch.uint8, device="cpu")
-    return interop.take(np.frombuffer(buffer, np.uint8))
+class Room:
+    """Memory for the values of some keys, one after another.
+
+    Args:
+        slots: of each value.
+        out: memory to use if it is large enough (None: new memory).
+    """
+
+    def __init__(self, slots: Sequence[Slot], out: torch.Tensor | None = None) -> None:
+        self._slots = slots
+        nbytes = slots[-1].stop if slots else 0
+        fits = out is not None and len(out) >= nbytes
+        self.payload: torch.Tensor = out[:nbytes] if fits else torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # type: ignore[index]
+
+    @property
+    def flat(self) -> torch.Tensor | None:
+        """All values as one tensor, if they have one dtype."""
+        dtypes = {slot.dtype for slot in self._slots}
+        return self.payload.view(dtypes.pop()) if len(dtypes) == 1 else None
+
+    @cached_property
+    def tensors(self) -> list[torch.Tensor]:
+        """Each value."""
+        return [self.payload[each.start : each.stop].view(each.dtype).view(each.shape) for each in self._slots]

@@ -194,7 +194,7 @@ class ProcessGroup:
         if self._store is None or self._error is not None:
             return
         self._error = error
-        note = json.dumps([type(error).__name__, str(error), self.rank])
+        note = json.dumps([*errors.encode(error), self.rank])
         store = self._store
         if _runs_store(self.rank):
             atexit.register(_wait_for_readers, store, self.size, forks.count)
@@ -216,9 +216,8 @@ class ProcessGroup:
             return RankDeadError(f"{keeper} died or ended early; restart all workers from a checkpoint")
         if not isinstance(answer, bytes):
             return otherwise
-        kind, message, _ = json.loads(answer)
-        made: TensorKVError = getattr(errors, kind)(message)
-        return made
+        *encoded, _ = json.loads(answer)
+        return errors.decode(encoded)
 
     def is_alive(self, rank: int) -> bool:
         """Tell whether the process of another rank of this host lives."""

@@ -203,7 +203,7 @@ class HostGroup:
             except ValueError:
                 # Two workers have written at the same time.
                 kind, message = "RankDeadError", "several workers have ended this store at the same time"
-            error = getattr(errors, kind)(message)
+            error = errors.decode([kind, message])
             self.group.publish_error(error)
             self.error = error
         if self.error is not None:
@@ -219,7 +219,8 @@ class HostGroup:
                     self.check()
                 except TensorKVError as first:
                     return first
-            note = json.dumps([type(error).__name__, str(error)[:600]]).encode()
+            name, text = errors.encode(error)
+            note = json.dumps([name, text[:600]]).encode()
             at, memory = self._note, self._memory
             memory.memory[at : at + 4 + len(note)] = struct.pack("I", len(note)) + note
             _shared.store(self._stop, 1)

@@ -28,6 +28,8 @@ from tensorkv.shard.entry import Part
 # Bytes of the head and of the layout, before both.
 _SIZES = struct.Struct("<II")
 _ALIGN = 16
+# ``json.dumps`` would make one for each message.
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 # ---------------------------------------------------------------- verbs
 
@@ -341,8 +343,9 @@ def decode(
     kind = VERBS.get(verb) if isinstance(verb, str) else None
     if kind is None or verb is None:
         raise ArgumentError(f"unknown request {verb!r}; client and server may be of different versions of tensorkv")
-    own = {name: each for name, each in head.items() if name not in _TYPES[Sender] and name != "verb"}
-    sender = {name: each for name, each in head.items() if name in _TYPES[Sender]}
+    own = dict(head)
+    del own["verb"]
+    sender = {name: own.pop(name) for name in _TYPES[Sender] if name in own}
     return Request(verb, _build(Sender, verb, sender), _build(kind, verb, own), layout, payload, out)
 
 
@@ -361,10 +364,11 @@ def _build(kind: type[T], verb: str, values: dict[str, Any]) -> T:
             raise ArgumentError(
                 f"malformed request {verb}: the field {name!r} is {type(each).__name__}, expected {expected}"
             )
-    missing = _REQUIRED[kind] - values.keys()
-    if missing:
-        raise ArgumentError(f"malformed request {verb}: the field {min(missing)!r} is missing")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except TypeError:
+        missing = next(name for name, each in _DEFAULTS[kind].items() if each is MISSING and name not in values)
+        raise ArgumentError(f"malformed request {verb}: the field {missing!r} is missing") from None
 
 
 def _json_types(hint: Any) -> tuple[type, ...]:
@@ -379,7 +383,6 @@ def _json_types(hint: Any) -> tuple[type, ...]:
 _KINDS: list[type] = [Sender, *VERBS.values()]
 _TYPES = {kind: {name: _json_types(hint) for name, hint in get_type_hints(kind).items()} for kind in _KINDS}
 _DEFAULTS = {kind: {each.name: each.default for each in fields(kind)} for kind in _KINDS}
-_REQUIRED = {kind: {name for name, default in own.items() if default is MISSING} for kind, own in _DEFAULTS.items()}
 
 
 class Reply(NamedTuple):
@@ -398,7 +401,7 @@ def join(head: Mapping[str, Any], layout: bytes = b"[]", payload: Any = b"") -> 
     >>> split(join({"verb": "pull"}, b'["w"]'))[:2]
     ({'verb': 'pull'}, b'["w"]')
     """
-    text = json.dumps(head, separators=(",", ":")).encode()
+    text = _ENCODER.encode(head).encode()
     if len(payload):
         # The payload is to begin where every dtype may.
         text += b" " * (-(_SIZES.size + len(text) + len(layout)) % _ALIGN)

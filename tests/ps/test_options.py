@@ -1,7 +1,11 @@
 """Options of a store on parameter servers: what is out of range is refused before any Ray is started."""
 
+import ast
+import re
 import socket
 import threading
+from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -131,3 +135,13 @@ def test_servers_that_nobody_ends_end_by_themselves(is_ending, after_s, monkeypa
     actor._watch()
     ray_actor.ray.kill.assert_called_once()
     assert 50 + after_s - 2 < now[0] < 50 + after_s + 2
+
+
+def test_the_documented_options_are_those_that_there_are():
+    page = (Path(__file__).parents[2] / "docs" / "servers.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", page.partition("## Options")[2].partition("## ")[0], re.MULTILINE)
+    options = PSOptions()
+    assert [name for name, _ in rows] == [each.name for each in fields(options)]
+    for name, default in rows:
+        if default.startswith("`") and default.endswith("`") and default.count("`") == 2 and name != "address":
+            assert ast.literal_eval(default.strip("`")) == getattr(options, name), name

@@ -28,28 +28,28 @@ from .actor import ServerActor, why
 from .safety import LOOPBACK
 
 NAMESPACE = "tensorkv"
-# Requests that may wait in a server at a time, each in a thread.
+# Requests that a server handles at a time, each in a thread.
 _THREADS = 64
 _OBJECT_STORE_NBYTES = 1 << 30
 
-# A cluster may be starting while its first workers are.
+# A cluster may start at the same time as its first workers.
 _STARTING_S = 10.0
 
-# How many stores of this process use the Ray that it has started; one store may end it while another begins.
+# How many stores of this process use the Ray that it has started.
 _started = 0
 _lock = threading.RLock()
-# What the environment said of tokens before this process started a Ray.
+# RAY_AUTH_MODE before this process started a Ray.
 _auth_mode: str | None = None
 
 _logger = logging.getLogger("tensorkv")
 
 
 def enter(address: str | None, timeout_s: float, *, insecure: bool = False) -> bool:
-    """Be in a Ray cluster; return whether this process has started it, and is to end it.
+    """Join or start a Ray cluster; return whether this process has started it, and has to end it.
 
     Args:
         address: of a cluster (None: ``RAY_ADDRESS``, or the one that this process is in already).
-        timeout_s: how long another process may take that starts one.
+        timeout_s: how long to wait for another process to start one.
         insecure: use a token even if other users of this machine can read it.
 
     Raises:
@@ -88,14 +88,14 @@ def _enter(address: str | None, timeout_s: float, insecure: bool) -> bool:
 
 
 def find(name: str, address: str | None) -> None:
-    """Be in a cluster that has a store of this name, and start none.
+    """Join a cluster that has a store of this name; start none.
 
     Args:
         name: of the store.
         address: of the cluster (None: ``RAY_ADDRESS``, else those of this machine are tried).
 
     Raises:
-        ServerDeadError: there is none; the message names the stores that there are.
+        ServerDeadError: there is no such store; the message names the stores that were found.
     """
     address = _address(address)
     stores: set[str] = set()
@@ -121,10 +121,10 @@ def find(name: str, address: str | None) -> None:
 
 
 def _address(given: str | None) -> str | None:
-    """Return the address of the cluster to join; None: none is named, and Ray's own name of that is "local".
+    """Return the address of the cluster to join; None: none is named, which Ray calls "local".
 
     Raises:
-        ArgumentError: it cannot be one.
+        ArgumentError: it is not an address.
     """
     address = given or os.environ.get("RAY_ADDRESS") or None
     if address in (None, "auto", "local"):
@@ -139,7 +139,7 @@ def _address(given: str | None) -> str | None:
 
 
 def _wait_to_listen(address: str, timeout_s: float) -> None:
-    """Return when something listens; Ray itself would try for minutes, and end the process then."""
+    """Wait until the address accepts connections; Ray itself would try for minutes, then end the process."""
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + timeout_s
     while True:
@@ -153,11 +153,11 @@ def _wait_to_listen(address: str, timeout_s: float) -> None:
 
 
 def _clusters_here() -> list[str]:
-    """Return the addresses of the clusters that run on this machine; those of stores, on loopback, come first."""
+    """Return the addresses of the clusters on this machine, those on loopback, which stores start, first."""
     from ray._private import services
 
     found: Any = services.find_gcs_addresses
-    # It remembers what it has found, and the process may have been there before the cluster.
+    # Its cache may be older than the cluster.
     found.cache_clear()
     return sorted(found(), key=lambda each: (not each.startswith(f"{LOOPBACK}:"), each))
 
@@ -168,12 +168,12 @@ def _store_names() -> set[str]:
 
 
 def is_last(started: bool) -> bool:
-    """Tell whether to leave ends the cluster."""
+    """Return whether leaving ends the cluster."""
     return started and _started == 1
 
 
 def leave(started: bool) -> None:
-    """Leave the cluster, and end it if this process has started it and no other store of the process is in it."""
+    """Leave the cluster; end it if this process has started it and no other store of the process uses it."""
     global _started
     with _lock:
         if started:
@@ -184,10 +184,10 @@ def leave(started: bool) -> None:
 
 
 def _set(variables: Mapping[str, str]) -> None:
-    """Set variables that Ray reads, where the user has not, for this process and those that it starts."""
+    """Set variables that Ray reads, unless the user has set them, for this process and those that it starts."""
     for name, text in variables.items():
         os.environ.setdefault(name, text)
-    # Ray has read them when it was imported, and does not look again by itself.
+    # Ray has read them when it was imported.
     Config.initialize("")
 
 
@@ -201,7 +201,7 @@ def _set_auth_mode(mode: str | None) -> None:
 
 def _start() -> None:
     global _started, _auth_mode
-    # Servers are no less urgent than workers.
+    # Servers have the priority of workers.
     _set({"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"})
     # Other users of this machine are kept out by a token, whatever the environment says: what it says is meant for a
     # cluster that the user has started.
@@ -237,10 +237,10 @@ def _open_addresses() -> list[str]:
 
 
 def _join(address: str, timeout_s: float) -> None:
-    """Join a cluster that is there, or comes in time.
+    """Join a cluster, waiting until it accepts connections.
 
     Raises:
-        ServerDeadError: none answers.
+        ServerDeadError: no cluster answers in time.
     """
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
     try:
@@ -287,10 +287,10 @@ def _start_together(rank: int, timeout_s: float) -> bool:
 
 
 def find_servers(name: str, timeout_s: float) -> tuple[list[Any], PSOptions] | None:
-    """Return the servers of a store that is there, and its options; None if there is none.
+    """Return the servers of a running store and its options; None if there is no such store.
 
     Raises:
-        ServerDeadError: one of them has ended, and others stay.
+        ServerDeadError: one of them has ended, and others are running.
     """
     deadline, missing = time.monotonic() + timeout_s, None
     while True:
@@ -304,7 +304,7 @@ def find_servers(name: str, timeout_s: float) -> tuple[list[Any], PSOptions] | N
                 return actors, options
             missing = actors.index(None)
         except ServerDeadError:
-            # It is just ending, and the next look finds none, or another.
+            # It is just ending; the next look finds none, or a new one.
             if time.monotonic() > deadline and missing is None:
                 raise
         if time.monotonic() > deadline:
@@ -313,12 +313,12 @@ def find_servers(name: str, timeout_s: float) -> tuple[list[Any], PSOptions] | N
                 "the others end when every process that has this store open has closed it: close it everywhere, then "
                 "create it again, or choose another name"
             )
-        # Another client may be making them, or closing the store.
+        # Another client may be starting the servers, or closing the store.
         time.sleep(0.02)
 
 
 def make_servers(options: PSOptions) -> tuple[list[Any], PSOptions]:
-    """Start the servers of a store; where another client was faster, return its.
+    """Start the servers of a store; return those of another client if it was faster.
 
     Raises:
         StorageError: a server's folder cannot be opened.
@@ -336,10 +336,10 @@ def make_servers(options: PSOptions) -> tuple[list[Any], PSOptions]:
 
 
 def _wait_for_the_end(name: str, num_servers: int, timeout_s: float) -> None:
-    """Wait until no server is left of a store of this name whose first has ended.
+    """Wait until the servers of an ended store of this name have ended, too.
 
     Raises:
-        ServerDeadError: they stay.
+        ServerDeadError: they are still running after the timeout.
     """
     deadline = time.monotonic() + timeout_s
     while _get(name, 0) is None and any(_get(name, index) is not None for index in range(1, num_servers)):
@@ -372,7 +372,7 @@ def check_safety(actors: Sequence[Any], insecure: bool, timeout_s: float) -> lis
 
 
 def stop_servers(actors: Sequence[Any]) -> None:
-    """End servers for good."""
+    """End servers, so that Ray does not restart them."""
     for actor in actors:
         with suppress(RayError):
             ray.get(actor.stop.remote(), timeout=5)
@@ -414,7 +414,7 @@ def _get(name: str, index: int) -> Any:
 
 
 def _ask(method: Any, name: str, timeout_s: float) -> Any:
-    """Call a method of a server that may be called twice; one that is starting again is asked again."""
+    """Call an idempotent method of a server, and again while the server is being restarted."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What becomes of Ray in a forked child: nothing of it ends there, and nothing can be used there.
+"""Ray in a forked child: it is not used there, and the end of the child ends nothing of it.
 
 Ray would end the parent's servers when the child ends or gets SIGTERM, or wait for threads that the child lacks.
 """

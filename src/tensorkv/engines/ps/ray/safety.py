@@ -1,4 +1,4 @@
-"""Safety: which addresses Ray really listens on, and who can read the token that it asks for."""
+"""Check the addresses on which Ray listens, and who can read its token."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def listeners() -> list[Listener]:
     """Return every TCP socket of this host, or of this container's network, that accepts connections.
 
     Raises:
-        OSError: the kernel does not tell.
+        OSError: the kernel does not list them.
 
     >>> import socket
     >>> with socket.create_server(("127.0.0.1", 0)) as server:
@@ -71,7 +71,7 @@ def listeners() -> list[Listener]:
 
 
 def is_local(port: int) -> bool:
-    """Tell whether a port is listened on, and by nothing that another host can connect to."""
+    """Return whether a port accepts connections, and only from this host."""
     try:
         here = [each for each in listeners() if each.port == port]
     except OSError:

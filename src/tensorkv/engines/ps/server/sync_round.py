@@ -1,7 +1,7 @@
 """Rounds of mode ``sync``: pushes are held until each live worker has pushed, then applied as one sum.
 
 Each worker numbers its pushes of a list of keys, and pushes with the same number are a round. So rounds are the same
-on every server, even if one server has closed a round without a worker that another has waited for: a push that comes
+on every server, even if one server has closed a round without a worker that another has waited for: a push that arrives
 after its round is told the number of the next one instead of being added there, where it would be a round too late.
 """
 

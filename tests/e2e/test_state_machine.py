@@ -29,7 +29,7 @@ from tests.support.amount import amount
 NUM_LAYERS = 9
 EXAMPLES = amount(100, 300)
 STEPS = 50
-STEPS_WANTED = amount(6_000, 20_000)
+STEPS_WANTED = amount(2_000, 10_000)
 
 NUM_ROWS = 2_000_000_000
 SHAPES = [(), (1,), (3,), (2, 3), (4, 2), (0, 2), (2, 1, 3)]
@@ -743,6 +743,7 @@ MACHINES = {"local": StoreMachine, "device": DeviceMachine}
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_programs(machine):
+    before = steps_run
     run_state_machine_as_test(
         MACHINES[machine],
         settings=settings(
@@ -754,13 +755,7 @@ def test_programs(machine):
             suppress_health_check=list(HealthCheck),
         ),
     )
-
-
-def test_enough_steps_were_run(request):
-    ran = {item.name for item in request.session.items}
-    if not {f"test_programs[{name}]" for name in MACHINES} <= ran:
-        pytest.skip("counts the steps of test_programs, which did not run")
-    assert steps_run >= STEPS_WANTED
+    assert steps_run - before >= STEPS_WANTED, "too few steps to say anything"
 
 
 # ---------------------------------------------------------------- the machine finds what it is for

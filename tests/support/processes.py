@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from functools import cache
 
 from tests.support.forkserver import MESSAGE_NBYTES
 from tests.support.hosts import IN_NETNS
@@ -36,9 +37,11 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
+        atexit.register(self.close)
+
+    def wait_until_ready(self) -> None:
         if not self._connection.recv(MESSAGE_NBYTES):
             raise RuntimeError(f"the fork server ended with exit status {self._process.wait()}")
-        atexit.register(self.close)
 
     def close(self) -> None:
         self._connection.close()
@@ -54,13 +57,13 @@ class Server:
         return Process(json.loads(self._connection.recv(MESSAGE_NBYTES))["pid"], told)
 
 
-_servers: list[Server] = []
-
-
-def server(number: int) -> Server:
-    while len(_servers) <= number % SERVERS:
-        _servers.append(Server())
-    return _servers[number % SERVERS]
+@cache
+def servers() -> list[Server]:
+    """Start the servers, all before the first worker: workers wait for each other only so long."""
+    started = [Server() for _ in range(SERVERS)]
+    for server in started:
+        server.wait_until_ready()
+    return started
 
 
 class Process:
@@ -131,7 +134,7 @@ class Program:
                 stderr=subprocess.STDOUT,
             )
         else:
-            self.process = server(number).start(
+            self.process = servers()[number % SERVERS].start(
                 {**request, "env": environment, "cwd": os.getcwd(), "netns": netns},
                 self._output.fileno(),
                 self._result.fileno(),

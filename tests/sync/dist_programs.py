@@ -233,17 +233,15 @@ CALLS = {
 
 def mismatches(shared_memory):
     """The last rank makes another call than the others; every worker gets an error that names both."""
-    # torch imports much at its first optimizer, which is not what is timed.
-    tensorkv.shard.optimizers.spec("sgd", {})
     for left, right in PAIRS + EQUAL:
         say("===", left, "/", right)
         mismatch(left, right, shared_memory)
 
 
 def mismatch(left, right, shared_memory):
-    kv = create(timeout_s=20, shared_memory=shared_memory == "True")
+    # A mismatch that only the timeout ended would outlast the test.
+    kv = create(timeout_s=300, shared_memory=shared_memory == "True")
     kv.init(["a", "b", "c"], [np.zeros(3, F32), np.zeros(3, F32), np.zeros((3, 2), F32)])
-    start = time.monotonic()
     error = None
     try:
         CALLS[right if RANK == SIZE - 1 else left](kv)
@@ -252,7 +250,6 @@ def mismatch(left, right, shared_memory):
     except (tensorkv.TensorKVError, TypeError, ValueError) as caught:
         error = caught
     say(type(error).__name__, "|", str(error).replace("\n", " "))
-    say("seconds", round(time.monotonic() - start, 2))
     if error is not None:
         try:
             kv.push("a", np.ones(3, F32))
@@ -322,14 +319,13 @@ def lost(phase, how, repeat):
     rounds = 3 + int(repeat)
     if victim == RANK:
         plant(allreduce, phase, how, rounds)
-    kv = create(timeout_s=5)
+    # Where a worker dies, neither the error nor the refusal after it may take the timeout: it would outlast the test.
+    kv = create(timeout_s=5 if how == "stop" else 300)
     value = np.ones(700_000, F32)
     kv.init(["a", "b"], [value, value])
     out = np.empty_like(value)
-    start = time.monotonic()
     try:
         for turn in range(1000):
-            start = time.monotonic()
             if phase == "background":
                 kv.push("a", value)
                 kv.pull("a", out=out)
@@ -340,13 +336,11 @@ def lost(phase, how, repeat):
         say("not lost")
     except tensorkv.TensorKVError as error:
         say(type(error).__name__, "|", error)
-        say("seconds", round(time.monotonic() - start, 2))
-    start = time.monotonic()
     try:
         kv.push("a", value)
         say("goes on")
     except tensorkv.TensorKVError as error:
-        say("refuses", type(error).__name__, "at once" if time.monotonic() - start < 0.5 else "late")
+        say("refuses", type(error).__name__)
     kv.close()
 
 
@@ -395,20 +389,18 @@ def endless():
 
 def interrupted():
     """Ctrl-C in a call that waits: this worker ends at once, and so do the others."""
-    kv = create(timeout_s=60)
+    kv = create(timeout_s=300)
     kv.init("a", np.ones(3, F32))
     kv.pushpull("a", np.ones(3, F32))
-    say("ready")
     if RANK == 0:
         time.sleep(120)
-    start = time.monotonic()
     try:
+        say("ready")
         kv.pushpull("a", np.ones(3, F32))
     except KeyboardInterrupt:
         say("interrupted")
     except tensorkv.TensorKVError as error:
         say(type(error).__name__, "|", error)
-    say("seconds", round(time.monotonic() - start, 1))
 
 
 # ------------------------------------------------------------ unequal batches, checkpoints, training

@@ -70,15 +70,12 @@ def test_what_was_written_before_a_store_is_seen_after_the_wait(spin_s):
 
 def test_a_wait_ends_with_time_and_with_the_stop_word():
     segment = Segment(4096, private=True)
-    start = time.monotonic()
     assert _shared.wait(column(word(segment, 0), word(segment, 1)), 1, word(segment, 9), 0.2, 0.0) == 0
-    assert 0.15 < time.monotonic() - start < 5
     _shared.store(word(segment, 0), 5)
     assert _shared.wait(column(word(segment, 0), word(segment, 1)), 5, word(segment, 9), 0.0, 0.0) == 1
     _shared.store(word(segment, 9), 1)
-    start = time.monotonic()
-    assert _shared.wait(column(word(segment, 1)), 1, word(segment, 9), 60.0, 0.0) == 0
-    assert time.monotonic() - start < 5
+    # Were it the time that ended this wait, it would outlast the test.
+    assert _shared.wait(column(word(segment, 1)), 1, word(segment, 9), 600.0, 0.0) == 0
 
 
 def test_who_lives_is_seen_by_others_and_not_inherited():

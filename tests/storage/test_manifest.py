@@ -164,7 +164,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 def test_names_of_data_files(folder, victim, name):
     _file_body(folder, name=name)
-    with refused(victim, str(folder), "no data file"):
+    with refused(victim, str(folder), "invalid data file"):
         victim.load(folder)
 
 
@@ -174,7 +174,7 @@ def test_a_data_file_elsewhere_is_not_read(folder, victim, tmp_path_factory):
     real.rename(outside)
     for name in (str(outside), os.path.relpath(outside, folder)):
         _file_body(folder, name=name)
-        with refused(victim, "no data file"):
+        with refused(victim, "invalid data file"):
             victim.load(folder)
     _file_body(folder, name=real.name)
     for link in (os.symlink, lambda *_: real.mkdir(), lambda *_: os.mkfifo(real)):
@@ -226,7 +226,7 @@ def test_lists_of_data_files(folder, victim, files):
 def test_a_data_file_twice(folder, victim):
     body = body_of(folder)
     sign(folder, {**body, "files": body["files"] * 2})
-    with refused(victim, str(folder), "twice"):
+    with refused(victim, str(folder), "duplicate tensor"):
         victim.load(folder)
 
 
@@ -552,7 +552,7 @@ def test_bytes_that_are_no_bool(tmp_path, victim):
         kv.save(tmp_path)
     (file,) = tmp_path.glob("data-*")
     sign_data(tmp_path, file.read_bytes()[:-2] + b"\x02\x00")
-    with refused(victim, str(tmp_path), "no bool"):
+    with refused(victim, str(tmp_path), "bool bytes other than 0 and 1"):
         victim.load(tmp_path)
 
 

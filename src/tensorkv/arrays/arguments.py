@@ -21,7 +21,7 @@ _NO_KEY_LISTS = (bytes, bytearray, memoryview, set, frozenset)
 
 
 def is_key(key: Any) -> bool:
-    """Tell whether this is one key rather than several."""
+    """Return whether this is one key rather than several."""
     return isinstance(key, str | int | np.integer)
 
 

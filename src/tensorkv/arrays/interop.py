@@ -2,7 +2,7 @@
 
 Inside the store there are only torch tensors. ``take`` turns a caller's array into a tensor that
 shares its memory; ``target`` does the same for an array to be filled; ``give`` turns a tensor that
-nobody else holds into an array of the caller's library. This is the only file that names jax or cupy,
+nothing else refers to into an array of the caller's library. This is the only file that names jax or cupy,
 and it imports them only when the caller already has.
 """
 
@@ -60,7 +60,7 @@ def family(dtype: torch.dtype) -> str:
 
 
 def may_push(part: torch.dtype, value: torch.dtype) -> bool:
-    """Tell whether a part of one dtype may be summed into a value of another without silent loss."""
+    """Return whether a part of one dtype may be summed into a value of another without silent loss."""
     if part is value:
         return True
     if family(part) != family(value):
@@ -70,7 +70,7 @@ def may_push(part: torch.dtype, value: torch.dtype) -> bool:
 
 
 def may_pull(value: torch.dtype, out: torch.dtype) -> bool:
-    """Tell whether a value may be cast to ``out``'s dtype: the same family, or a safe cast."""
+    """Return whether a value may be cast to ``out``'s dtype: the same family, or a safe cast."""
     return family(value) == family(out) or _is_safe(value, out)
 
 
@@ -173,7 +173,7 @@ def _take_numpy(array: Any) -> torch.Tensor:
 
 
 class _Writable:
-    """Show a read-only array as a writable one: torch warns about the others, and nobody writes here."""
+    """Show a read-only array as a writable one: torch warns about read-only ones, and it is not written."""
 
     def __init__(self, array: np.ndarray[Any, Any]) -> None:
         interface = dict(array.__array_interface__)
@@ -201,7 +201,7 @@ def _take_jax(array: Any) -> torch.Tensor:
     if not jax.numpy.issubdtype(array.dtype, jax.numpy.number) and array.dtype != bool:
         raise ArrayTypeError(_bad_dtype(str(array.dtype)))
     if array.is_deleted():
-        raise ArrayTypeError("is a JAX array that was deleted or donated; its numbers are gone")
+        raise ArrayTypeError("is a JAX array that was deleted or donated, and has no elements any more")
     if len(array.devices()) > 1 or array.dtype.name not in _NUMPY_NAMES:
         return _take_numpy(np.asarray(array))
     return _take_torch(torch.utils.dlpack.from_dlpack(array))
@@ -216,13 +216,13 @@ def _bad_dtype(name: str) -> str:
 
 
 def is_jax(array: Any) -> bool:
-    """Tell whether this is a JAX array, without importing JAX."""
+    """Return whether this is a JAX array, without importing JAX."""
     jax = sys.modules.get("jax")
     return jax is not None and isinstance(array, jax.Array)
 
 
 def is_sparse_tensor(array: Any) -> bool:
-    """Tell whether this is a torch tensor of a sparse layout."""
+    """Return whether this is a torch tensor of a sparse layout."""
     return isinstance(array, torch.Tensor) and array.layout is not torch.strided
 
 
@@ -252,7 +252,7 @@ def give(tensor: torch.Tensor, origin: Origin) -> Any:
     """Return the tensor as an array of another library; torch, NumPy, JAX and CuPy need no copy where devices agree.
 
     Args:
-        tensor: a tensor that nobody else holds; the result may share its memory.
+        tensor: a tensor that nothing else refers to; the result may share its memory.
         origin: what to make of it.
 
     Raises:

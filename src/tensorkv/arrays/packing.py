@@ -121,7 +121,7 @@ def unpack(layout: bytes, payload: Any) -> list[Item]:
     Raises:
         LayoutError: malformed, or the payload has another length.
     """
-    # A writable view, though nobody writes: torch warns about the others.
+    # A writable view, though it is not written: torch warns about read-only ones.
     flat = (
         interop.take(np.frombuffer(payload, np.uint8))
         if len(payload)

@@ -97,7 +97,7 @@ class Rows:
 
 
 def is_rows(thing: Any) -> bool:
-    """Tell whether this is ``Rows`` or a torch sparse COO tensor."""
+    """Return whether this is ``Rows`` or a torch sparse COO tensor."""
     return isinstance(thing, Rows) or (isinstance(thing, torch.Tensor) and thing.layout is torch.sparse_coo)
 
 

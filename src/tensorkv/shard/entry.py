@@ -34,6 +34,11 @@ class Entry:
     # What ``quick`` keeps to reach a small value without converting arrays.
     door: Any = None
 
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The value of a dense key."""
+        return self.value  # type: ignore[return-value]
+
     def dense(self, part: Part) -> torch.Tensor:
         """Return a part as a dense tensor."""
         # In the dtype that sums are made in, so that rows are not rounded before the sum is.

@@ -79,7 +79,7 @@ class Sums:
 
 
 def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
-    """Tell whether the kernel can read and write these tensors of one key."""
+    """Return whether the kernel can read and write these tensors of one key."""
     dtype = tensors[0].dtype
     if _native is None or dtype not in _ITEMSIZES or len(tensors) > _MAX_COLUMNS:
         return False
@@ -87,12 +87,12 @@ def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def can_sum(dtype: torch.dtype) -> bool:
-    """Tell whether the kernel is there and takes this dtype."""
+    """Return whether the kernel is there and takes this dtype."""
     return _native is not None and dtype in _ITEMSIZES
 
 
 def leaves_cache(nbytes: int) -> bool:
-    """Tell whether so many bytes have left a core's cache before anybody reads them."""
+    """Return whether so many bytes have left a core's cache before anybody reads them."""
     return nbytes > _PAST_CACHE_NBYTES
 
 
@@ -156,7 +156,7 @@ def _numpy_addresses(
 
 
 def overlap(columns: Sequence[bytes], nbytes: Sequence[int]) -> bool:
-    """Tell whether two arrays of these columns share memory.
+    """Return whether two arrays of these columns share memory.
 
     Args:
         columns: of addresses.
@@ -169,7 +169,7 @@ def overlap(columns: Sequence[bytes], nbytes: Sequence[int]) -> bool:
 
 
 def are_apart(parts: Sequence[bytes], outs: Sequence[bytes], nbytes: Sequence[int]) -> bool:
-    """Tell whether outs may be written before all parts have been read.
+    """Return whether outs may be written before all parts have been read.
 
     An out may be one of its key's parts; other memory of parts it must not touch.
 

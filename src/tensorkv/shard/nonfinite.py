@@ -89,4 +89,4 @@ def total(entry: Entry, parts: Sequence[Any], *, may_share: bool = False) -> Any
     if all(isinstance(part, Rows) for part in parts):
         return entry.merged(parts)
     dense = [entry.dense(part) for part in parts]
-    return reduce.total(entry.value, dense, may_share=may_share)  # type: ignore[arg-type]
+    return reduce.total(entry.tensor, dense, may_share=may_share)

@@ -108,10 +108,10 @@ class OptimizerSpec:
         )
         overrides = data.get("overrides")
         if not isinstance(overrides, list) or any(not isinstance(x, list) or len(x) != 2 for x in overrides):
-            raise OptimizerError("the optimizer's overrides are no list of pairs")
+            raise OptimizerError("the optimizer's overrides: expected a list of pairs")
         for key, numbers in overrides:
             if not isinstance(key, str | int) or not isinstance(numbers, dict):
-                raise OptimizerError("an optimizer's override is no pair of key and numbers")
+                raise OptimizerError("an optimizer's override: expected a pair of key and hyperparameters")
             made.overrides[key] = check_numbers(made.name, numbers)
         return made
 

@@ -110,7 +110,7 @@ class Form:
         return self._moved[count]
 
     def are_apart(self, parts: Sequence[bytes], outs: Sequence[bytes]) -> bool:
-        """Tell whether outs may be written before all parts have been read; asked once for the same arrays."""
+        """Return whether outs may be written before all parts have been read; asked once for the same arrays."""
         called = (*parts, *outs)
         if self._apart != called:
             if not native.are_apart(parts, outs, self.nbytes):
@@ -173,11 +173,11 @@ class _Chunk:
         self.counts = [shape.numel() for shape in self.shapes]
         self.numel = sum(self.counts)
         self.parts: list[_Flat] = []
-        held: list[Any] = [entry.value for entry in entries[self.cut]]
+        held = [entry.tensor for entry in entries[self.cut]]
         self.values = _Flat(self.shapes, held[0].view(-1)) if len(held) == 1 else self.make(held[0].dtype)
         if len(held) > 1:
             for entry, room in zip(entries[self.cut], self.values.tensors, strict=True):
-                entry.value = room.copy_(entry.value)  # type: ignore[arg-type]
+                entry.value = room.copy_(entry.tensor)
 
     def make(self, dtype: torch.dtype) -> _Flat:
         return _Flat(self.shapes, torch.empty(self.numel, dtype=dtype, device="cpu"))
@@ -195,7 +195,7 @@ class _Joined:
     versions: list[int]
 
     def is_of(self, optimizer: Optimizer, states: Sequence[State]) -> bool:
-        """Tell whether nobody has replaced a state or counted a step since."""
+        """Return whether nobody has replaced a state or counted a step since."""
         return (
             self.optimizer is optimizer
             and all(_are([state.get(name) for state in states], views) for name, views in self.views.items())
@@ -219,7 +219,7 @@ class Plan:
         # A chunk steps in one thread; a longer one is to be shared between threads.
         self.can_step = max(self._counts) <= reduce.SLICE
         self._chunks = [_Chunk(entries, start, stop) for start, stop in _cuts(entries)]
-        self._values = native.column_of([entry.value for entry in entries])  # type: ignore[misc]
+        self._values = native.column_of([entry.tensor for entry in entries])
         self._buffers: list[torch.Tensor] = []
         self._joined: _Joined | None = None
 
@@ -243,7 +243,7 @@ class Plan:
         return total
 
     def takes_flat(self, flats: Sequence[torch.Tensor | None]) -> bool:
-        """Tell whether these may hold the keys' arrays side by side."""
+        """Return whether these may hold the keys' arrays side by side."""
         numel = sum(self._counts)
         return self.is_compiled and all(
             each is None or (each.dtype is self._dtype and each.ndim == 1 and len(each) == numel) for each in flats
@@ -356,12 +356,12 @@ class Plan:
     def _join(self, optimizer: Optimizer, states: Sequence[State]) -> _Joined | None:
         if any(key in optimizer.spec.overrides for key in self.keys):
             return None
-        kernels = [optimizer.kernel(e.key, e.value, e.state) for e in self.entries]  # type: ignore[arg-type]
+        kernels = [optimizer.kernel(e.key, e.tensor, e.state) for e in self.entries]
         kernel = kernels[0]
         if kernel is None or any(other != kernel for other in kernels):
             return None
         for entry in self.entries:
-            optimizer.complete(kernel, entry.key, entry.value, entry.state)  # type: ignore[arg-type]
+            optimizer.complete(kernel, entry.key, entry.tensor, entry.state)
         counters = [state["step"] for state in states if "step" in state]
         if len({float(counter) for counter in counters}) > 1:
             return None

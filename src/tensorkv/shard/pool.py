@@ -90,7 +90,7 @@ class Pool:
                 raise share.error
 
     def is_worth(self, outs: Sequence[torch.Tensor]) -> bool:
-        """Tell whether filling these tensors is work for the pool.
+        """Return whether filling these tensors is work for the pool.
 
         Inference tensors are not: the pool's threads are not in the caller's ``torch.inference_mode``.
         """
@@ -114,7 +114,7 @@ class Pool:
 
     def _start_threads(self) -> bool:
         outside = torch.get_num_threads()
-        # Of a pool that was there before a fork, the threads are gone.
+        # A forked child has none of its parent's threads.
         self._shares, ready = SimpleQueue(), threading.Semaphore(0)
         self._threads = []
         try:

@@ -44,7 +44,7 @@ def sum_into(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
 
 def sum_piece(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
     """Do ``sum_into`` for one slice."""
-    # A copy to the CPU that does not wait could be read before it is there.
+    # A non-blocking copy to the CPU could be read before it has arrived.
     ahead = out.is_cuda
     if len(parts) == 1:
         out.copy_(parts[0], non_blocking=ahead)
@@ -102,7 +102,7 @@ def sum_many(outs: Sequence[torch.Tensor], parts: Sequence[Sequence[torch.Tensor
 
 
 def is_small(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:
-    """Tell whether ``sum_many`` may take this sum."""
+    """Return whether ``sum_many`` may take this sum."""
     if not out.is_cpu or out.numel() > _SMALL or out.dtype in interop.LOW_PRECISION:
         return False
     dtype = out.dtype
@@ -129,7 +129,7 @@ def count_nonfinite(tensor: torch.Tensor) -> int:
 
 
 def are_apart(parts: Sequence[Sequence[torch.Tensor]], outs: Sequence[Sequence[torch.Tensor]]) -> bool:
-    """Tell whether outs may be written slice by slice, before all parts have been read.
+    """Return whether outs may be written slice by slice, before all parts have been read.
 
     An out may be one of its key's parts, element for element; other memory of parts it must not touch.
     """

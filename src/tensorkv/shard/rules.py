@@ -45,7 +45,7 @@ class Rule(Protocol):
         """
 
     def sees_whole(self, entry: Entry) -> bool:
-        """Tell whether a step of this dense CPU value changes it in ``finish`` alone."""
+        """Return whether a step of this dense CPU value changes it in ``finish`` alone."""
 
     def step(self, entry: Entry, pool: Pool) -> Step:
         """Begin an update of a dense CPU value whose sum comes in pieces."""
@@ -69,7 +69,7 @@ class _AssignStep:
         self._entry = entry
 
     def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor]) -> None:
-        value: Any = self._entry.value
+        value = self._entry.tensor
         reduce.sum_piece(value.view(-1)[start:stop], parts)
 
     def finish(self) -> None:
@@ -81,7 +81,7 @@ class WholeStep:
 
     def __init__(self, rule: Rule, entry: Entry, pool: Pool) -> None:
         self._rule, self._entry, self._pool = rule, entry, pool
-        self._total: Any = torch.empty_like(entry.value)  # type: ignore[arg-type]
+        self._total = torch.empty_like(entry.tensor)
 
     def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor]) -> None:
         reduce.sum_piece(self._total.view(-1)[start:stop], parts)
@@ -96,7 +96,7 @@ class WholeStep:
 
 class _KernelStep:
     def __init__(self, rule: StepOptimizer, kernel: Kernel, entry: Entry) -> None:
-        value: Any = entry.value
+        value = entry.tensor
         rule.optimizer.complete(kernel, entry.key, value, entry.state)
         self._rule, self._kernel, self._entry = rule, kernel, entry
         self._value = value.view(-1)
@@ -130,7 +130,7 @@ class Assign:
         plain: dict[tuple[Any, int, int], list[list[torch.Tensor]]] = {}
         jobs: list[Job] = []
         for index, (entry, key_parts, key_outs) in enumerate(zip(entries, parts, outs, strict=True)):
-            value: Any = entry.value
+            value: Any = entry.tensor
             columns = [value, *key_outs, *key_parts]
             if native.is_plain(columns):
                 plain.setdefault((value.dtype, len(key_outs), len(key_parts)), []).append(columns)
@@ -142,7 +142,7 @@ class Assign:
                 pieces = others[: len(key_parts)], others[len(key_parts) :]
                 jobs.append(partial(_assign, piece, *pieces))
         for members in small.values():
-            values: list[Any] = [entries[index].value for index in members]
+            values = [entries[index].tensor for index in members]
             reduce.sum_many(values, [parts[index] for index in members])
             copied = [(out, value) for i, value in zip(members, values, strict=True) for out in outs[i]]
             if copied:
@@ -181,7 +181,7 @@ def _copy_out(value: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
 
 
 def _is_worth_threads(entries: Sequence[Entry], parts: Parts) -> bool:
-    """Tell whether this is work for the pool, whose threads are not on the caller's CUDA streams."""
+    """Return whether this is work for the pool, whose threads are not on the caller's CUDA streams."""
     if sum([entry.spec.shape.numel() for entry in entries]) < WORTH_A_THREAD:
         return False
     on_cpu = all(entry.value.device.type == "cpu" for entry in entries)
@@ -209,12 +209,12 @@ class CallUpdater:
 
     def apply(self, entries: Sequence[Entry], parts: Parts, outs: Outs, pool: Pool) -> None:
         for entry, key_parts in zip(entries, parts, strict=True):
-            value: Any = entry.value
+            value = entry.tensor
             value.copy_(self.updated(entry, reduce.total(value, key_parts)))
             entry.version += 1
         # Not before: a call that raises writes no out.
         for entry, key_outs in zip(entries, outs, strict=True):
-            _copy_out(entry.value, key_outs)  # type: ignore[arg-type]
+            _copy_out(entry.tensor, key_outs)
 
     def sees_whole(self, entry: Entry) -> bool:
         return True
@@ -228,7 +228,7 @@ class CallUpdater:
 
     def updated(self, entry: Entry, received: torch.Tensor) -> torch.Tensor:
         """Return what the function makes of a value, which stays as it is."""
-        scratch: torch.Tensor = entry.value.clone()  # type: ignore[union-attr]
+        scratch = entry.tensor.clone()
         stored = interop.view(scratch.view_as(scratch), entry.spec.origin)
         self._call(entry, interop.view(received, entry.spec.origin), stored)
         return scratch
@@ -302,7 +302,7 @@ class StepOptimizer:
         counters: list[tuple[torch.Tensor, torch.Tensor]] = []
         whole: list[int] = []
         for index, (entry, key_parts, key_outs) in enumerate(zip(entries, parts, outs, strict=True)):
-            value: Any = entry.value
+            value = entry.tensor
             kernel = self.optimizer.kernel(entry.key, value, entry.state)
             if kernel is None:
                 whole.append(index)
@@ -332,10 +332,10 @@ class StepOptimizer:
             self._step_whole([entries[i] for i in whole], [parts[i] for i in whole], [outs[i] for i in whole])
 
     def sees_whole(self, entry: Entry) -> bool:
-        return self.optimizer.kernel(entry.key, entry.value, entry.state) is None  # type: ignore[arg-type]
+        return self.optimizer.kernel(entry.key, entry.tensor, entry.state) is None
 
     def step(self, entry: Entry, pool: Pool) -> Step:
-        kernel = self.optimizer.kernel(entry.key, entry.value, entry.state)  # type: ignore[arg-type]
+        kernel = self.optimizer.kernel(entry.key, entry.tensor, entry.state)
         return WholeStep(self, entry, pool) if kernel is None else _KernelStep(self, kernel, entry)
 
     def step_piece(
@@ -362,7 +362,7 @@ class StepOptimizer:
         return self.optimizer.prepare(grad)
 
     def _step_whole(self, entries: Sequence[Entry], parts: Parts, outs: Outs) -> None:
-        values: list[Any] = [entry.value for entry in entries]
+        values = [entry.tensor for entry in entries]
         may_share = not self.optimizer.changes_grads
         grads = [reduce.total(v, p, may_share=may_share) for v, p in zip(values, parts, strict=True)]
         self.optimizer.step([e.key for e in entries], values, grads, [e.state for e in entries])
@@ -411,7 +411,7 @@ def check_push(batch: Batch, entries: Sequence[Entry], rule: Rule) -> None:
 
 
 def fit(entry: Entry, outs: Sequence[torch.Tensor]) -> bool:
-    """Tell whether outs have the shape of a value."""
+    """Return whether outs have the shape of a value."""
     return all(out.shape == entry.spec.shape for out in outs)
 
 
@@ -419,13 +419,11 @@ def check_outs(entries: Sequence[Entry], outs: Sequence[Sequence[torch.Tensor]])
     """Raise if outs that fitted their values when a pull began do not fit them now.
 
     Raises:
-        ValueMismatchError: another thread has made the key anew.
+        ValueMismatchError: another thread has re-created the key.
     """
     for entry, key_outs in zip(entries, outs, strict=True):
         if not fit(entry, key_outs):
-            raise ValueMismatchError(
-                f"pull({quote(entry.key)}): the key was deleted and initialised anew with another shape; pull again"
-            )
+            raise ValueMismatchError(f"pull({quote(entry.key)}): the key was re-created with another shape; pull again")
 
 
 def _mismatch(batch: Batch, entry: Entry, index: int, part: Part) -> ValueMismatchError:

@@ -54,7 +54,7 @@ from .table import Table
 class Lock:
     """Held while a shard is read or changed; its holder may take it again.
 
-    ``depth`` counts how often it is held, for compiled code that goes ahead only where nobody holds it.
+    ``depth`` counts how often it is held; compiled code takes its short path only while it is not held.
     """
 
     __slots__ = ("_lock", "depth")
@@ -501,7 +501,7 @@ class Shard:
                 entry.value.drop_columns()
 
     def _keep_overrides(self) -> None:
-        """Drop hyperparameters of keys that are not there."""
+        """Drop the hyperparameters of keys that were removed."""
         if self.optimizer is not None:
             self.optimizer.keep(self._entries)
 
@@ -548,7 +548,7 @@ def _put(entries: Sequence[Entry], values: Sequence[Any]) -> None:
         if isinstance(value, Rows):
             entry.write_rows(value)
         else:
-            entry.value.copy_(value)  # type: ignore[union-attr]
+            entry.tensor.copy_(value)
         entry.version += 1
 
 

@@ -65,7 +65,7 @@ class Table:
         return len(self) * self.row_shape.numel() * self.dtype.itemsize
 
     def add_column(self, name: str, dtype: torch.dtype, fill: float) -> None:
-        """Hold one more row per id, ``fill`` everywhere (see ``fill_with``); nothing if the name is there."""
+        """Hold one more row per id, ``fill`` everywhere (see ``fill_with``); do nothing if the name exists."""
         if name in self._columns:
             return
         room = len(self._columns[""]) if self._columns else 0

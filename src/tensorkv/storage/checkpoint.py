@@ -113,8 +113,8 @@ def publish(path: str, token: str, body: dict[str, Any]) -> None:
             # A manifest is put in force only beside the files that it names: the path may lead elsewhere by now.
             if not (folder / file["name"]).is_file():
                 raise CheckpointError(
-                    f"{path}: {file['name']}, which this save has written, is not there any more: the directory was "
-                    "renamed or replaced meanwhile; nothing has changed in the one that is there now; save again"
+                    f"{path}: {file['name']}, which this save has written, is missing: the directory was renamed or "
+                    "replaced meanwhile; nothing has changed in the present one; save again"
                 )
         os.replace(temporary, folder / MANIFEST)
         _sync(folder)
@@ -147,7 +147,7 @@ def read(path: str) -> Contents:
             for described in body["files"]:
                 read_here = _read_data(folder, described)
                 if not tensors.keys().isdisjoint(read_here):
-                    raise CheckpointError(f"{path}: a tensor stands there twice")
+                    raise CheckpointError(f"{path}: duplicate tensor in two data files")
                 tensors.update(read_here)
     except CheckpointError:
         raise
@@ -158,13 +158,13 @@ def read(path: str) -> Contents:
 
 
 def is_missing(path: str) -> bool:
-    """Tell whether nothing was saved here yet; a crash in the first save may have left files without a manifest."""
+    """Return whether nothing was saved here yet; a crash in the first save may have left files without a manifest."""
     try:
         names = os.listdir(path)
     except FileNotFoundError:
         return True
     except OSError:
-        # Who reads it says what is wrong.
+        # Reading it raises an error that says what is wrong.
         return False
     return all(_OWN_NAME.fullmatch(name) for name in names)
 
@@ -191,7 +191,7 @@ def read_manifest(path: str) -> dict[str, Any]:
         raise CheckpointError(f"{file}: format version {found!r}, this tensorkv reads {VERSION}; use a newer one")
     body = outer.get("body")
     if not isinstance(body, dict) or not isinstance(body.get("files"), list):
-        raise CheckpointError(f"{file}: no list of files")
+        raise CheckpointError(f"{file}: expected a list of files")
     if not exact or outer.get("sha256") != _digest(_canonical(body)):
         raise CheckpointError(f"{file}: damaged: its sha256 does not fit its contents")
     return body
@@ -292,7 +292,7 @@ def _discard(folder: Path, token: str) -> None:
 def _read_data(folder: Path, described: Any) -> Tensors:
     name, nbytes = (described.get("name"), described.get("nbytes")) if isinstance(described, dict) else (None, None)
     if not isinstance(name, str) or not _DATA_NAME.fullmatch(name) or type(nbytes) is not int:
-        raise CheckpointError(f"{folder}: the manifest names {name!r}, which is no data file of a checkpoint")
+        raise CheckpointError(f"{folder}: invalid data file {name!r} in the manifest")
     file = folder / name
     try:
         data = _read_bytes(file, limit=nbytes)

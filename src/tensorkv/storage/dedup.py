@@ -29,7 +29,7 @@ class AppliedRequests:
         """Of each client, the number of its last request that went to several servers, and to which."""
 
     def has_applied(self, client: str, seq: int) -> bool:
-        """Tell whether a request has been applied."""
+        """Return whether a request has been applied."""
         return seq <= self.last.get(client, 0)
 
     def add(self, requests: RequestIds, keys: Sequence[Key] = ()) -> None:

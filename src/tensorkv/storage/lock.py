@@ -95,7 +95,7 @@ class FolderLock:
                 ) from None
 
     def _is_held_here(self) -> bool:
-        """Tell whether another lock of this process is on the same file."""
+        """Return whether another lock of this process is on the same file."""
         mine = os.fstat(self._file.fileno())
         return any(os.path.samestat(mine, os.fstat(other._file.fileno())) for other in list(_held))
 

@@ -111,11 +111,11 @@ def restore(body: Any, tensors: Tensors) -> Contents:
         entries = [_restore_entry(kind, described, left) for described in _field(body, "keys", list)]
         _check(not left, f"tensors that no key has: {', '.join(list(left)[:3])}")
         keys = {entry.key for entry in entries}
-        _check(len(keys) == len(entries), "a key stands there twice")
+        _check(len(keys) == len(entries), "duplicate key")
         _check(len({type(key) for key in keys}) <= 1, "keys of two types")
         if isinstance(rule, StepOptimizer):
             others = [key for key in rule.optimizer.spec.overrides if isinstance(key, bool) or key not in keys]
-            _check(not others, f"the optimizer has numbers for {others[:3]}, which are no keys")
+            _check(not others, f"the optimizer has hyperparameters for {others[:3]}, which are not among the keys")
         return Contents(kind, entries, rule)
     except CheckpointError:
         raise
@@ -142,7 +142,10 @@ def check_states(contents: Contents) -> None:
     for entry in contents.entries:
         value, state = entry.value, entry.state
         if isinstance(value, Table):
-            _check(all(tensor.ndim == 0 for tensor in state.values()), f"{quote(entry.key)}: state that is no column")
+            _check(
+                all(tensor.ndim == 0 for tensor in state.values()),
+                f"{quote(entry.key)}: expected state with a row for each id",
+            )
             # Columns are to a row what the state is to a dense key.
             columns, value = value.columns, torch.empty(2, dtype=value.dtype, device="cpu")
             state = {**state, **dict.fromkeys(columns, value)}
@@ -209,7 +212,7 @@ def _restore_table(
     kind: str, key: Key, described: Any, shape: torch.Size, dtype: torch.dtype, tensors: Tensors
 ) -> Table:
     ids = _pop(tensors, _name("ids", key), torch.int64, shape)
-    _check(ids.dtype is torch.int64 and ids.ndim == 1, f"{quote(key)}: ids are no list of int64")
+    _check(ids.dtype is torch.int64 and ids.ndim == 1, f"{quote(key)}: ids are not one-dimensional int64")
     rises = bool((ids[1:] > ids[:-1]).all()) and (not len(ids) or (int(ids[0]) >= 0 and int(ids[-1]) < shape[0]))
     _check(rises, f"{quote(key)}: ids are not unique, sorted and in range")
     rows_shape = torch.Size((len(ids), *shape[1:]))
@@ -268,7 +271,7 @@ def _pop_exactly(tensors: Tensors, name: str, dtype: torch.dtype, shape: torch.S
         f"the manifest says {interop.dtype_name(dtype)} {tuple(shape)}",
     )
     is_bool = dtype is torch.bool
-    _check(not is_bool or bool((tensor.view(torch.uint8) <= 1).all()), f"{quote(name)}: bytes that are no bool")
+    _check(not is_bool or bool((tensor.view(torch.uint8) <= 1).all()), f"{quote(name)}: bool bytes other than 0 and 1")
     return tensor
 
 

@@ -269,7 +269,7 @@ class Reader:
             raise
 
     def _is_blank(self, at: int) -> bool:
-        """Tell whether there are only zeros, or nothing, from here on."""
+        """Return whether there are only zeros, or nothing, from here on."""
         step = 1 << 20
         pieces = ((start, min(start + step, self._size)) for start in range(at, self._size, step))
         return not any(np.frombuffer(self._bytes(*piece), np.uint8).any() for piece in pieces)

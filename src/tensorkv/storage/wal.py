@@ -199,7 +199,7 @@ class WriteAheadLog:
         self.lsn, self.nbytes = self.lsn - 1, self.nbytes - self._undo_nbytes
 
     def is_due(self, state_nbytes: Callable[[], int]) -> bool:
-        """Tell whether the log has grown so long that a snapshot should be made.
+        """Return whether the log has grown so long that a snapshot should be made.
 
         Args:
             state_nbytes: returns the bytes that a snapshot would have; called rarely, since it looks at every key.

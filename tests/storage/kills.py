@@ -119,7 +119,7 @@ def work(folder, durability, acknowledged, pipe):
 
 
 def kill_in_call(number, part, die):
-    """Let this process die before, inside or behind one of its calls of the system.
+    """Let this process die before, inside or after one of its calls of the system.
 
     Args:
         number: of the call.

@@ -39,7 +39,7 @@ class Disk:
         self.folder = Path(folder)
         self.syncs = 0
         self.at_call = lambda: None
-        """What a test does behind each call."""
+        """What a test does after each call."""
         self._names, self._safe_names, self._pending = {}, {}, []
         self._descriptors = {}
         self._real = {name: getattr(os, name) for name in CALLS}

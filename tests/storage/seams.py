@@ -1,4 +1,4 @@
-"""Seams of a durable shard where a test lets something go wrong: before, inside or behind a step of a push."""
+"""Seams of a durable shard where a test lets something go wrong: before, inside or after a step of a push."""
 
 import os
 

@@ -152,7 +152,7 @@ def end(body=BODY, **changed):
 SNAPSHOTS = {
     "no end": [INIT],
     "nothing": [],
-    "more behind the end": [end(), end()],
+    "records after the end": [end(), end()],
     "clients that are a list": [end(clients=[])],
     "client without a number": [end(clients={"a": "1"})],
     "notes that are a number": [end(notes=3)],

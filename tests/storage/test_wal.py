@@ -111,7 +111,7 @@ def test_zeros_in_the_middle_are_damage(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder_with_both(tmp_path_factory):
-    """A snapshot of two keys with a segment of pushes behind it."""
+    """A snapshot of two keys with a segment of later pushes."""
     path = tmp_path_factory.mktemp("both")
     shard = open_shard(str(path), threads=1)
     kills.prepare(shard)

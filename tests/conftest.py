@@ -6,9 +6,9 @@ import sys
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
+
+from tensorkv.testing.libraries import LIBRARIES
 
 # Programs that tests start find the modules of the tests, in whatever folder they run.
 ROOT = str(Path(__file__).resolve().parents[1])
@@ -16,46 +16,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get(
 
 # Before JAX starts: three CPU devices, so that parts can live on devices of their own.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "3")
-
-
-class NumpyLibrary:
-    name = "numpy"
-
-    def make(self, values, dtype="float32"):
-        return np.array(values, dtype)
-
-    def read(self, array):
-        assert type(array) is np.ndarray
-        return array.copy()
-
-
-class TorchLibrary:
-    name = "torch"
-
-    def make(self, values, dtype="float32"):
-        return torch.tensor(np.array(values).tolist(), dtype=getattr(torch, dtype))
-
-    def read(self, array):
-        assert type(array) is torch.Tensor
-        return array.detach().numpy().copy()
-
-
-class JaxLibrary:
-    name = "jax"
-
-    def make(self, values, dtype="float32"):
-        import jax.numpy as jnp
-
-        return jnp.array(values, dtype)
-
-    def read(self, array):
-        import jax
-
-        assert isinstance(array, jax.Array)
-        return np.array(array)
-
-
-LIBRARIES = {"numpy": NumpyLibrary(), "torch": TorchLibrary(), "jax": JaxLibrary()}
 
 
 @pytest.fixture(params=list(LIBRARIES))

@@ -7,7 +7,7 @@ import torch
 import tensorkv
 from tensorkv import Rows
 from tensorkv import errors as e
-from tests.support.contract import state
+from tensorkv.testing.values import state
 
 F32 = np.float32
 

@@ -13,7 +13,7 @@ import torch
 
 import tensorkv
 from tensorkv import Rows, Trainer, create
-from tests.support.contract import state
+from tensorkv.testing.values import state
 
 A = np.ones((2, 3), np.float32)
 IDS = np.array([1])

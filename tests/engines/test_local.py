@@ -6,7 +6,7 @@ import torch
 
 import tensorkv
 from tensorkv.shard import reduce
-from tests.support.contract import Contract
+from tensorkv.testing import Contract
 
 
 class TestLocal(Contract):

@@ -32,7 +32,7 @@ _FILE = re.compile(r"# ([\w.-]+\.py)\n")
 # Commands that no test here runs, and why.
 NOT_RUN = {
     r"(pip|python -m venv|\. |make|ruff|mypy|pytest|(sudo )?\.venv/bin/python) ?": "for a checkout, not a new folder",
-    r"(RAY_\w+=\S+ )*(ray|python) ": "a Ray of one's own, on a port of the machine that all tests share",
+    r"(RAY_\w+=\S+ )*(ray|python(?! -m pytest)) ": "a Ray of one's own, on a port of the machine that all tests share",
     r"torchrun --nnodes=2 ": "two hosts",
     r"tensorkv demo --replicas": "tests/cli/test_demo.py trains with replicas",
     r"tensorkv demo --store dist_async": "tests/cli/test_demo_servers.py runs it, in a new folder and home",

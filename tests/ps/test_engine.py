@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tensorkv
-from tests.support.contract import BaseContract
+from tensorkv.testing import BaseContract
 
 ray = pytest.importorskip("ray")
 

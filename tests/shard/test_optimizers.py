@@ -12,7 +12,7 @@ import tensorkv
 from tensorkv import OptimizerError, Rows
 from tensorkv.shard.fused import FUSED
 from tensorkv.shard.optimizers import CLASSES, ROWWISE, OptimizerSpec, spec
-from tests.support.contract import check_neighbours
+from tensorkv.testing.values import check_neighbours
 
 # Numbers other than the defaults, several for some.
 NUMBERS = [

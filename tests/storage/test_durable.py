@@ -14,8 +14,8 @@ from tensorkv.shard.shard import Shard
 from tensorkv.storage import durable
 from tensorkv.storage.folder import Folder
 from tensorkv.storage.wal import WriteAheadLog
+from tensorkv.testing import Contract
 from tests.support.checkpoints import snapshot
-from tests.support.contract import Contract
 
 
 class TestDurable(Contract):

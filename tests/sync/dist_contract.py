@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tensorkv import Rows
-from tests.support.contract import Contract
+from tensorkv.testing import Contract
 
 RANK = int(os.environ.get("RANK", "0"))
 

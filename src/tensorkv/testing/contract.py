@@ -1,0 +1,65 @@
+"""The contract that every engine passes, as test classes to be subclassed."""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+
+import tensorkv
+
+from .arguments import ArgumentContract
+from .arrays import ArrayContract
+from .libraries import LIBRARIES
+from .life import LifeContract
+from .reads import ReadContract
+from .updaters import UpdaterContract
+from .writes import WriteContract
+
+
+class BaseContract(ArgumentContract, WriteContract, ReadContract, ArrayContract, LifeContract):
+    """The semantics of stores but for update functions, for an engine that cannot run functions of the caller.
+
+    A subclass names an engine; see ``Contract``.
+    """
+
+    TYPE: str
+    """The type name that ``tensorkv.create`` takes."""
+    OPTIONS: ClassVar[dict[str, Any]] = {}
+    """Options of ``tensorkv.create`` for every store."""
+    RUNS_UPDATERS: bool = True
+    """Whether update functions run in this process."""
+    PLACE: tuple[int, int] = (0, 1)
+    """Rank and number of workers of a store."""
+
+    def create(self, **options: Any) -> tensorkv.KVStore:
+        """Create a store without keys; override it where a type name and options are not enough.
+
+        Args:
+            options: options that a test needs, such as ``nonfinite``; they go before ``OPTIONS``.
+        """
+        return tensorkv.create(self.TYPE, **{**self.OPTIONS, **options})
+
+    @pytest.fixture
+    def kv(self) -> Iterator[tensorkv.KVStore]:
+        """Yield a store without keys and close it after the test."""
+        with self.create() as store:
+            yield store
+
+    @pytest.fixture(params=list(LIBRARIES))
+    def library(self, request: pytest.FixtureRequest) -> Any:
+        """Return each array library in turn; without JAX its tests are skipped."""
+        if request.param == "jax":
+            pytest.importorskip("jax")
+        return LIBRARIES[request.param]
+
+
+class Contract(BaseContract, UpdaterContract):
+    """All of the semantics of stores, as tests of one engine.
+
+    Subclass it in a test module, name the engine, and run pytest; ``docs/engines-of-your-own.md`` has an example.
+
+    Example:
+        >>> from tensorkv.testing import Contract
+        >>> class TestLocal(Contract):
+        ...     TYPE = "local"
+    """

@@ -1,0 +1,99 @@
+"""Arrays that the contract uses, and what a store holds."""
+
+import numpy as np
+import torch
+
+from tensorkv.shard.optimizers import ROWWISE
+
+F32 = np.float32
+
+
+VIEWS = {
+    "steps": lambda base: base[::2, ::3],
+    "negative steps": lambda base: base[::-2, ::-3],
+    "transposed": lambda base: base.T[:6:3, :4:2].T,
+    "Fortran order": lambda base: np.asfortranarray(base)[:2, :2],
+}
+
+LAYOUTS = {
+    "0-d": lambda: np.array(2, F32),
+    "empty": lambda: np.zeros((0, 3), F32),
+    "strided and flipped": lambda: np.arange(12, dtype=F32).reshape(3, 4)[::2, ::-1],
+    "broadcast": lambda: np.broadcast_to(F32(3), (4, 5)),
+    "Fortran order": lambda: np.asfortranarray(np.arange(6, dtype=F32).reshape(2, 3)),
+    "big-endian": lambda: np.arange(6, dtype=">f4"),
+    "NumPy scalar": lambda: np.float64(3),
+    "transposed": lambda: torch.arange(6.0).reshape(2, 3).t(),
+    "expanded": lambda: torch.ones(1, 3).expand(2, 3),
+    "requires grad": lambda: torch.ones(3, requires_grad=True),
+    "parameter": lambda: torch.nn.Parameter(torch.ones(3)),
+    "conjugated": lambda: torch.arange(3).to(torch.complex64).conj(),
+    "0-d bool": lambda: torch.ones((), dtype=torch.bool),
+}
+NO_ARRAYS = {
+    "none": lambda: None,
+    "text": lambda: "text",
+    "int": lambda: 3,
+    "float": lambda: 2.5,
+    "list": lambda: [1.0, 2.0],
+    "array of str": lambda: np.array(["a"]),
+    "array of objects": lambda: np.array([object()]),
+    "datetime": lambda: np.array([1], "datetime64[s]"),
+    "masked": lambda: np.ma.masked_array([1.0], [True]),
+    "structured": lambda: np.array([(1, 2.0)], "i4,f4"),
+    "longdouble": lambda: np.array([1], np.longdouble),
+    "meta": lambda: torch.empty(2, device="meta"),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged),
+    "csr": lambda: torch.ones(2, 2).to_sparse_csr(),
+    "coo with two sparse dimensions": lambda: torch.ones(2, 2).to_sparse(2),
+    "float8": lambda: torch.ones(2).to(torch.float8_e4m3fn),
+    "a class": lambda: np.ndarray,
+    "object": lambda: object(),
+}
+
+
+def ones(*shape, dtype=F32):
+    return np.ones(shape, dtype)
+
+
+def state(kv, row_ids=None):
+    """Return everything that a store holds, as bytes: to see that a failed call changed nothing.
+
+    Args:
+        kv: the store.
+        row_ids: of tables of more than 100,000 rows, the rows to read; other tables are read as a whole.
+    """
+    held = {}
+    for key in kv.keys():
+        info = kv.info(key)
+        if info.kind == "rows":
+            is_small = info.shape[0] <= 100_000
+            assert is_small or row_ids is not None, "a table that is too large to be read as a whole"
+            seen = kv.row_sparse_pull(key, row_ids=np.arange(info.shape[0]) if is_small else row_ids)
+            held[key] = (info, np.asarray(seen.values).tobytes())
+        else:
+            value = torch.empty(info.shape, dtype=getattr(torch, info.dtype))
+            kv.pull(key, out=value)
+            held[key] = (info, value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return held
+
+
+def check_neighbours(kv, name, shapes, **numbers):
+    """Check that each key has the bits that it has when it is pushed alone, whatever is pushed in the same call."""
+    dtypes = [torch.bfloat16, torch.float32, torch.float64, torch.float16]
+    dtypes += [torch.complex64] if name in ROWWISE else []
+    kinds = [(shape, dtype) for dtype in dtypes for shape in shapes if name != "muon" or len(shape) == 2]
+    torch.manual_seed(5)
+    first = [torch.randn(shape, dtype=dtype) for shape, dtype in kinds]
+    pushed = [[torch.randn(shape, dtype=dtype) * 1e-3 for shape, dtype in kinds] for _ in range(2)]
+    keys = [[f"{each}-{index}" for index in range(len(kinds))] for each in ("alone", "together")]
+    for own in keys:
+        kv.init(own, first)
+    kv.set_optimizer(name, **{"lr": 0.01, **numbers})
+    for grads in pushed:
+        for key, grad in zip(keys[0], grads, strict=True):
+            kv.push(key, grad)
+        kv.push(keys[1], grads)
+    for kind, alone, together in zip(kinds, *map(kv.pull, keys), strict=True):
+        torch.testing.assert_close(together, alone, rtol=0, atol=0, equal_nan=True, msg=f"{kind}")

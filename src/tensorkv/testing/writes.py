@@ -1,0 +1,200 @@
+"""Init, push, pushpull and broadcast: what is stored, and what is refused and changes nothing."""
+
+import numpy as np
+import pytest
+import torch
+
+import tensorkv
+
+from .values import F32, ones, state
+
+
+class WriteContract:
+    """Init, push, pushpull and broadcast: what is stored, and what is refused and changes nothing."""
+
+    # ---------------------------------------------------------------- init
+
+    def test_init_copies(self, kv, library):
+        array = library.make([1, 2])
+        kv.init("w", array)
+        if library.name != "jax":
+            array[:] = 9
+        assert library.read(kv.pull("w")).tolist() == [1, 2]
+
+    def test_init_twice(self, kv):
+        kv.init("w", ones(2))
+        with pytest.raises(tensorkv.KeyExistsError, match='"w"'):
+            kv.init("w", 2 * ones(2))
+        assert kv.pull("w").tolist() == [1, 1]
+
+    def test_init_is_all_or_nothing(self, kv):
+        kv.init("b", ones(1))
+        for bad in ({"a": ones(1), "b": ones(1)}, {"a": ones(1), "c": "no array"}):
+            with pytest.raises(tensorkv.TensorKVError):
+                kv.init(bad)
+        assert kv.keys() == ["b"]
+
+    def test_a_key_twice_in_one_init(self, kv):
+        with pytest.raises(tensorkv.KeyExistsError, match="twice"):
+            kv.init(["a", "a"], [ones(1), ones(1)])
+        assert len(kv) == 0
+
+    # ---------------------------------------------------------------- push
+
+    def test_unknown_keys_name_the_nearest(self, kv):
+        kv.init(["weight", "bias"], [ones(1), ones(1)])
+        with pytest.raises(tensorkv.KeyNotFoundError, match=r'push\("wieght"\).*did you mean "weight"'):
+            kv.push("wieght", ones(1))
+        with pytest.raises(KeyError):
+            kv.pull("other")
+
+    @pytest.mark.parametrize("bad", [ones(2, 3), ones(3), ones(3, 2, 1), np.float32(1)])
+    def test_a_shape_that_differs(self, kv, bad):
+        kv.init(["v", "w"], [ones(3, 2), ones(3, 2)])
+        before = state(kv)
+        with pytest.raises(tensorkv.ValueMismatchError, match=r'push\("w"\): part 1 has shape .* \(3, 2\)'):
+            kv.push(["v", "w"], [7 * ones(3, 2), [ones(3, 2), bad]])
+        assert state(kv) == before
+
+    @pytest.mark.parametrize(
+        ("part", "value"),
+        [
+            ("float64", "float32"),
+            ("float64", "bfloat16"),
+            ("int32", "float32"),
+            ("bool", "int32"),
+            ("float32", "int64"),
+            ("complex64", "float32"),
+            ("float32", "complex64"),
+            ("int64", "int32"),
+            ("int16", "uint16"),
+            ("uint8", "int8"),
+            ("complex128", "complex64"),
+            ("int32", "bool"),
+        ],
+    )
+    def test_a_dtype_that_would_lose_numbers(self, kv, part, value):
+        kv.init("w", torch.ones(2).to(getattr(torch, value)))
+        before = state(kv)
+        with pytest.raises(tensorkv.ValueMismatchError, match=rf"part 0 is {part}.*{value}"):
+            kv.push("w", torch.ones(2).to(getattr(torch, part)))
+        assert state(kv) == before
+
+    @pytest.mark.parametrize(
+        ("part", "value"),
+        [
+            ("float16", "float32"),
+            ("bfloat16", "float32"),
+            ("float32", "bfloat16"),
+            ("float32", "float64"),
+            ("float16", "bfloat16"),
+            ("int8", "int32"),
+            ("uint8", "int16"),
+            ("uint8", "uint32"),
+            ("complex64", "complex128"),
+        ],
+    )
+    def test_a_dtype_that_fits(self, kv, part, value):
+        kv.init("w", torch.ones(2).to(getattr(torch, value)))
+        kv.push("w", [torch.full((2,), 3).to(getattr(torch, part))] * 2)
+        pulled = kv.pull("w")
+        assert str(pulled.dtype) == f"torch.{value}"
+        assert pulled.to(torch.complex128).tolist() == [6, 6]
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_low_precision_is_summed_in_float32_and_rounded_once(self, kv, dtype):
+        dtype = getattr(torch, dtype)
+        small = torch.finfo(dtype).eps / 4
+        parts = [torch.ones(2).to(dtype)] + [torch.full((2,), small).to(dtype)] * 8
+        kv.init("w", torch.zeros(2, dtype=dtype))
+        kv.push("w", parts)
+        wide = torch.zeros(2)
+        for part in parts:
+            wide += part.float()
+        assert torch.equal(kv.pull("w"), wide.to(dtype))
+        narrow = sum(parts[1:], parts[0])
+        assert not torch.equal(narrow, wide.to(dtype)), "the numbers do not show the difference"
+
+    def test_the_sum_is_left_to_right(self, kv):
+        rng = np.random.default_rng(0)
+        parts = [(rng.standard_normal(1000) * 10.0 ** rng.integers(-4, 5)).astype(F32) for _ in range(7)]
+        expected = parts[0].copy()
+        for part in parts[1:]:
+            expected += part
+        assert not np.array_equal(expected, sum(parts[::-1][1:], parts[-1])), "the order makes no difference here"
+        kv.init("w", ones(1000))
+        kv.push("w", parts)
+        assert np.array_equal(kv.pull("w"), expected)
+        kv.init(["x", "y"], [ones(1000), ones(1000)])
+        kv.push(["x", "y"], [parts, parts])
+        assert all(np.array_equal(x, expected) for x in kv.pull(["x", "y"]))
+
+    def test_integers_wrap_and_bool_adds_by_or(self, kv):
+        kv.init({"i": np.zeros(1, np.int8), "u": np.zeros(1, np.uint16), "b": np.zeros(2, bool)})
+        kv.push("i", [np.array([127], np.int8), np.array([1], np.int8)])
+        kv.push("u", [np.array([65535], np.uint16), np.array([2], np.uint16)])
+        kv.push("b", [np.array([True, False]), np.array([True, False])])
+        assert kv.pull("i").tolist() == [-128]
+        assert kv.pull("u").tolist() == [1]
+        assert kv.pull("b").tolist() == [True, False]
+
+    # ---------------------------------------------------------------- update
+
+    def test_an_optimizer_steps_on_the_sum(self, kv):
+        kv.init("w", ones(2))
+        kv.set_optimizer("sgd", lr=0.5, rescale_grad=0.5, clip_gradient=1.0)
+        kv.push("w", [np.array([1, 8], F32), np.array([1, 8], F32)])
+        assert kv.pull("w").tolist() == [0.5, 0.5]
+
+    def test_hyperparameters_change_while_running(self, kv):
+        kv.init({"a": ones(1), "b": ones(1)})
+        kv.set_optimizer("sgd", lr=1.0)
+        kv.set_hyperparameters(lr=0.5, keys="a")
+        kv.push(["a", "b"], [ones(1), ones(1)])
+        assert [x.tolist() for x in kv.pull(["a", "b"])] == [[0.5], [0]]
+        kv.set_hyperparameters(lr=0.25, rescale_grad=2.0)
+        kv.push(["a", "b"], [ones(1), ones(1)])
+        assert [x.tolist() for x in kv.pull(["a", "b"])] == [[0], [-0.5]]
+        assert (kv.optimizer["lr"], kv.optimizer["rescale_grad"]) == (0.25, 2.0)
+
+    # ---------------------------------------------------------------- pushpull, broadcast
+
+    def test_pushpull_is_push_then_pull(self, kv, library):
+        kv.init(["a", "b"], [library.make([0, 0]), library.make([0, 0])])
+        pulled = kv.pushpull(["a", "b"], [[library.make([1, 2])] * 3, library.make([4, 5])])
+        assert [library.read(x).tolist() for x in pulled] == [[3, 6], [4, 5]]
+
+    def test_pushpull_in_place(self, kv):
+        kv.init("w", np.zeros(2, F32))
+        parts = [np.array([1, 2], F32), np.array([10, 20], F32)]
+        kv.pushpull("w", parts, out=parts)
+        assert [part.tolist() for part in parts] == [[11, 22], [11, 22]]
+
+    def test_pushpull_into_the_parts_of_other_keys(self, kv):
+        kv.init(["a", "b"], [np.zeros(2, F32), np.zeros(2, F32)])
+        x, y = np.array([1, 2], F32), np.array([3, 4], F32)
+        kv.pushpull(["a", "b"], [x, y], out=[y, x])
+        assert (x.tolist(), y.tolist()) == ([3, 4], [1, 2])
+
+    def test_pushpull_into_a_shifted_part(self, kv):
+        kv.init("w", np.zeros(4, F32))
+        base = np.arange(5, dtype=F32)
+        kv.pushpull("w", [base[:4], ones(4)], out=base[1:])
+        assert base.tolist() == [0, 1, 2, 3, 4]
+
+    def test_a_bad_out_stops_the_push_too(self, kv):
+        kv.init("w", ones(2))
+        before = state(kv)
+        with pytest.raises(tensorkv.ValueMismatchError):
+            kv.pushpull("w", 5 * ones(2), out=np.zeros(3, F32))
+        assert state(kv) == before
+
+    def test_broadcast(self, kv, library):
+        value = library.make([1, 2])
+        assert library.read(kv.broadcast("a", value)).tolist() == [1, 2]
+        out = [np.zeros(2, F32), np.zeros(2, F32)]
+        kv.broadcast("b", value, out=out)
+        assert [x.tolist() for x in out] == [[1, 2], [1, 2]]
+        with pytest.raises(tensorkv.ValueMismatchError):
+            kv.broadcast("c", value, out=np.zeros(3, F32))
+        assert "c" not in kv

@@ -47,7 +47,7 @@ def test_jobs_that_sit_crosswise_in_pid_namespaces_do_not_meet(sees_namespaces):
     assert len({re.search(r"pid (\d+)", text)[1] for text, _ in texts}) == 1
     for job in texts:
         assert all("sums of its own" in text for text in job)
-        assert ("they meet through Gloo" in job[0]) != sees_namespaces
+        assert ("they use Gloo instead" in job[0]) != sees_namespaces
 
 
 def test_a_worker_that_is_late_in_create_is_not_lost():

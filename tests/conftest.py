@@ -25,6 +25,45 @@ def library(request):
     return LIBRARIES[request.param]
 
 
+# What a machine of CI need not have, by the reasons that tests give. Every other skip fails a run with --known-skips.
+MAY_SKIP = (
+    "needs a CUDA device",
+    "could not import 'cupy'",
+    "has not been made",  # the environment of a benchmark's peer
+    "take root",  # network and PID namespaces
+    "takes root",
+    "network namespaces cannot be made here",
+    "this torch has no Muon",
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--known-skips", action="store_true", help="fail tests that skip for an unknown reason")
+
+
+def fail_unknown_skip(report, config):
+    """Make a failure of a skip whose reason CI does not know."""
+    if not (config.getoption("--known-skips") and report.skipped) or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if not any(known in reason for known in MAY_SKIP):
+        report.outcome, report.longrepr = "failed", f"a skip that CI does not know: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    fail_unknown_skip(report, item.config)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    fail_unknown_skip(report, collector.config)
+    return report
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.nodeid.startswith("tests/benchmarks/"):

@@ -56,7 +56,7 @@ def quiet(method):
 
 class TestDist(Contract):
     TYPE = "dist_sync"
-    OPTIONS = {"timeout_s": 10}
+    OPTIONS = {"timeout_s": 60}
     RUNS_UPDATERS = RANK == 0
     PLACE = (RANK, int(os.environ.get("WORLD_SIZE", "1")))
 
@@ -80,10 +80,4 @@ class TestDist(Contract):
 class TestGloo(TestDist):
     """Without shared memory: through Gloo alone."""
 
-    OPTIONS = {"timeout_s": 10, "shared_memory": False}
-
-    @pytest.fixture(autouse=True)
-    def some(self, request):
-        """Every third test is enough to see that the other way does the same."""
-        if sum(map(ord, request.node.name)) % 3:
-            pytest.skip("left to TestDist")
+    OPTIONS = {"timeout_s": 60, "shared_memory": False}

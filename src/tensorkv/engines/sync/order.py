@@ -166,6 +166,8 @@ class CollectiveOrder:
             if not isinstance(error, NoMemoryToShareError) or len(self._host.group.hosts) > 1:
                 how = f"{type(error).__name__}: {error}"
                 self._host.abort(WorkerError(f"{text[:200]}: rank {self._host.group.rank} broke off: {how}"))
+            if isinstance(error, NoMemoryToShareError):
+                raise NoMemoryToShareError(f"{text[:200]}: {error}") from error
             raise
 
     def _first_error(self, error: TensorKVError, text: str) -> TensorKVError:

@@ -267,9 +267,11 @@ def test_tutorial_without_jax_names_the_extra(capsys, monkeypatch):
     assert "pip install 'tensorkv[jax]'" in error_of(capsys, "tutorial", "--arrays", "jax", status=1)
 
 
-def test_the_console_script_is_this_main():
+def test_the_console_script_runs_the_command_line(monkeypatch, capsys):
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="tensorkv")
-    assert script.load() is main.main
+    monkeypatch.setattr(sys, "argv", ["tensorkv", "--version"])
+    assert script.load()() == 0
+    assert capsys.readouterr().out.startswith(f"tensorkv {tensorkv.__version__}")
 
 
 # ---------------------------------------------------------------- inspect

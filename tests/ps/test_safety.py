@@ -244,7 +244,7 @@ def test_a_cluster_without_a_token_is_looked_at_not_believed(tmp_path):
     with hosts.two_hosts() as ((start, _, _), _), head(start, tmp_path, "127.0.0.2", RAY_AUTH_MODE="disabled") as at:
         said, actors = run(start, CREATE, at, **env).communicate(timeout=100)[0].splitlines()
     assert said.startswith("ArgumentError create: the Ray cluster accepts connections from other hosts (at 127.0.0.2:")
-    assert "and asks nobody for a token" in said
+    assert "and asks for no token" in said
     assert actors == "[]", "servers that were made for a store that was refused have ended"
 
 

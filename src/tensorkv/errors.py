@@ -186,6 +186,27 @@ def no_such_key(verb: str, key: object, held: Collection[object]) -> KeyNotFound
     )
 
 
+def key_exists(key: object) -> KeyExistsError:
+    """Return the error of an ``init`` of a key that a store has.
+
+    >>> print(key_exists("w"))
+    init("w"): the key exists; push to it, or delete it first
+    """
+    return KeyExistsError(f"init({quote(key)}): the key exists; push to it, or delete it first")
+
+
+def other_key_type(verb: str, key: object, expected: type) -> KeyTypeError:
+    """Return the error of a key whose type is not that of the store's keys.
+
+    >>> print(other_key_type("push", 3, str))
+    push(3): this store's keys are str, got int; one store has one key type, fixed by its first init
+    """
+    return KeyTypeError(
+        f"{verb}({quote(key)}): this store's keys are {expected.__name__}, got {type(key).__name__}; "
+        "one store has one key type, fixed by its first init"
+    )
+
+
 # Longer values are shown by their type. Repr limits depth and length: arguments may be of any size.
 _SHOWN = 60
 _repr = Repr()

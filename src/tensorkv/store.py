@@ -28,7 +28,7 @@ from tensorkv.arrays.arguments import (
 from tensorkv.arrays.outputs import GivenOuts, NewOuts
 from tensorkv.arrays.rows import Rows, take_ids
 from tensorkv.arrays.spec import KeySpec
-from tensorkv.engines.call import Call, nbytes, take
+from tensorkv.engines.call import Call, check_priority, nbytes, take
 from tensorkv.runtime import compiled, forks, shield
 from tensorkv.runtime.modes import outside_modes, runs_outside_modes
 from tensorkv.runtime.stats import Metrics, clock
@@ -317,7 +317,8 @@ class KVStore:
         >>> create().broadcast("w", np.ones(2))
         array([1., 1.])
         """
-        start = self._begin("broadcast", priority)
+        start = self._begin("broadcast")
+        check_priority("broadcast", priority)
         keys, values = single_values("broadcast", key, value)
         taken, specs = _take_values("broadcast", keys, values)
         outs: NewOuts | GivenOuts
@@ -362,7 +363,8 @@ class KVStore:
         >>> rows.ids.tolist(), rows.values.tolist()
         ([7, 9], [[1.0, 1.0], [0.0, 0.0]])
         """
-        start = self._begin("row_sparse_pull", priority)
+        start = self._begin("row_sparse_pull")
+        check_priority("row_sparse_pull", priority)
         listed = keys_of("row_sparse_pull", key)
         single = is_key(key)
         if row_ids is None and out is not None and not _holds_rows(out):
@@ -811,14 +813,12 @@ class KVStore:
 
     # ------------------------------------------------------------ inside
 
-    def _begin(self, verb: str, priority: int = 0) -> float:
+    def _begin(self, verb: str) -> float:
         start = clock()
         if self._closed:
             raise StoreClosedError(f"{verb}: this store was closed; create another")
         if self._forks != forks.count:
             self._check_fork(verb)
-        if type(priority) is not int:
-            raise ArgumentError(f"{verb}: priority is {show(priority)}; expected an int")
         return start
 
     def _check_fork(self, verb: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import add
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Call:
             KeyTypeError, ArrayTypeError, ArgumentError: what ``key``, ``value`` or ``priority`` are does not fit.
         """
         if self._batch is None:
-            self._check_priority()
+            check_priority(self.verb, self.priority)
             keys, groups = pairs(self.verb, "value", self.key, self.value)
             parts = [
                 [take(self.verb, each, index, array) for index, array in enumerate(group)]
@@ -65,9 +66,10 @@ class Call:
 
     def check(self) -> None:
         """Raise what ``batch`` raises, and what the outs raise that can be told without the keys' values."""
-        if self.verb != "pull":
+        if self.verb == "pull":
+            check_priority(self.verb, self.priority)
+        else:
             _ = self.batch
-        self._check_priority()
         if self.out is None and not (self.verb == "pull" and isinstance(self.key, Mapping)):
             return
         if self.like is not None:
@@ -105,24 +107,23 @@ class Call:
         """Return keys, and for each of them the bytes that the call has moved."""
         if self.moved is not None:
             return ([self.key], [self.moved]) if isinstance(self.moved, int) else (self.key, list(self.moved))
-        keys = [] if self._outs is None else self._outs.keys
-        moved = dict.fromkeys(keys if self._batch is None else self._batch.keys, 0)
-        if self._batch is not None:
-            for key, parts in zip(self._batch.keys, self._batch.parts, strict=True):
-                moved[key] += nbytes(parts)
-        if self._outs is not None:
-            for key, tensors in zip(self._outs.keys, self._outs.tensors, strict=True):
-                moved[key] += nbytes(tensors)
-        return list(moved), list(moved.values())
+        pulled = [] if self._outs is None else list(map(nbytes, self._outs.tensors))
+        if self._batch is None:
+            return [] if self._outs is None else self._outs.keys, pulled
+        pushed = list(map(nbytes, self._batch.parts))
+        # The outs of a pushpull have the keys of its batch, in the same order.
+        return self._batch.keys, list(map(add, pushed, pulled)) if pulled else pushed
 
     @property
     def skipped(self) -> SparseOutWarning | None:
         """The warning that an out was left alone."""
         return self._outs.skipped if isinstance(self._outs, GivenOuts) else None
 
-    def _check_priority(self) -> None:
-        if type(self.priority) is not int:
-            raise ArgumentError(f"{self.verb}: priority is {show(self.priority)}; expected an int")
+
+def check_priority(verb: str, priority: Any) -> None:
+    """Raise ArgumentError if the priority of a call is not an int."""
+    if type(priority) is not int:
+        raise ArgumentError(f"{verb}: priority is {show(priority)}; expected an int")
 
 
 def take(verb: str, key: Key, index: int | None, array: Any) -> Part:

@@ -18,14 +18,13 @@ from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import (
-    KeyExistsError,
-    KeyTypeError,
     OptimizerError,
     StorageError,
     StoreClosedError,
     UpdaterError,
+    key_exists,
     no_such_key,
-    quote,
+    other_key_type,
 )
 
 from . import quick, reduce
@@ -382,14 +381,11 @@ class Shard:
         for key in keys:
             self._check_key_type("init", key)
             if key in self._entries:
-                raise KeyExistsError(f"init({quote(key)}): the key exists; push to it, or delete it first")
+                raise key_exists(key)
 
     def _check_key_type(self, verb: str, key: Key) -> None:
         if self._key_type is not None and type(key) is not self._key_type:
-            raise KeyTypeError(
-                f"{verb}({quote(key)}): this store's keys are {self._key_type.__name__}, got "
-                f"{type(key).__name__}; one store has one key type, fixed by its first init"
-            )
+            raise other_key_type(verb, key, self._key_type)
 
     def refuse_reentry(self) -> None:
         """Raise an error if an updater is running, after ``close``, and after ``fail``."""

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -142,10 +142,7 @@ class CollectiveOrder:
         try:
             yield
         except TensorKVError as error:
-            first = self._first_error(error, text)
-            if first is error:
-                raise
-            raise first from error
+            self._raise_first(error, text)
 
     @contextmanager
     def unbroken(self, text: str) -> Iterator[None]:
@@ -157,10 +154,7 @@ class CollectiveOrder:
         try:
             yield
         except TensorKVError as error:
-            first = self._first_error(error, text)
-            if first is error:
-                raise
-            raise first from error
+            self._raise_first(error, text)
         except BaseException as error:
             # The workers of a host all know of missing memory, and go on; those of other hosts do not.
             if not isinstance(error, NoMemoryToShareError) or len(self._host.group.hosts) > 1:
@@ -170,12 +164,16 @@ class CollectiveOrder:
                 raise NoMemoryToShareError(f"{text[:200]}: {error}") from error
             raise
 
-    def _first_error(self, error: TensorKVError, text: str) -> TensorKVError:
-        """Return the error to raise: that of the worker that ended the store first, or one after which it goes on."""
+    def _raise_first(self, error: TensorKVError, text: str) -> NoReturn:
+        """Raise the error of the worker that ended the store first, or this one if the store goes on after it."""
+        first = error
         if isinstance(error, RankDiedError):
-            return self._host.abort(RankDeadError(f"{text}: {error}"))
-        ends_store = isinstance(error, RankDeadError | WorkerError | WorkerMismatchError)
-        return self._host.abort(error) if ends_store else error
+            first = self._host.abort(RankDeadError(f"{text}: {error}"))
+        elif isinstance(error, RankDeadError | WorkerError | WorkerMismatchError):
+            first = self._host.abort(error)
+        if first is error:
+            raise error
+        raise first from error
 
     def refuse(self, text: str) -> None:
         """Tell the others that this worker did not make its call; all earlier pushes of this worker have been run.

@@ -229,8 +229,7 @@ class PSEngine(Engine):
                 self._send([ServerRequest(server, delete) for server, delete in deletes.items()])
             placements = self._keymap.place(keys, specs)
             requests = [_init_request(server, keys, values, placements) for server in self._all]
-            with self._sessions.take() as session:
-                session.send([request for request in requests if request is not None])
+            self._send([request for request in requests if request is not None])
         self._keymap.refresh()
 
     @contextmanager
@@ -302,13 +301,13 @@ class PSEngine(Engine):
                 '"local" or "dist_sync", which run functions in your process'
             )
         if self._decides:
-            self._send([ServerRequest(server, messages.SetRule()) for server in self._all])
+            self._ask(messages.SetRule())
         self._keymap.refresh()
 
     def set_optimizer(self, spec: OptimizerSpec) -> None:
         self._check_whole(spec)
         if self._decides:
-            self._send([ServerRequest(server, messages.SetRule(optimizer=spec.to_json())) for server in self._all])
+            self._ask(messages.SetRule(optimizer=spec.to_json()))
         else:
             self._ask(messages.WaitForOptimizer(name=spec.name))
         self._keymap.refresh()
@@ -418,8 +417,7 @@ class PSEngine(Engine):
     def _load(self, path: str, kind: Kind) -> None:
         with self._claim():
             requests = checkpoint.load(path, kind, self._keymap, len(self._actors))
-            with self._sessions.take() as session:
-                session.send(requests)
+            self._send(requests)
 
     def _on_rank_0(self, call: Callable[[], Any]) -> None:
         """Call a function on rank 0, and raise its error on every worker; a reader calls it for itself."""

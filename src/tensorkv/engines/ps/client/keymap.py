@@ -11,7 +11,7 @@ import torch
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.partition import pieces
-from tensorkv.errors import KeyExistsError, KeyTypeError, no_such_key, quote
+from tensorkv.errors import key_exists, no_such_key, other_key_type
 from tensorkv.runtime import shield
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
@@ -149,15 +149,12 @@ class KeyMap:
         for key in keys:
             self._check_key_type("init", key)
             if key in self._placements:
-                raise KeyExistsError(f"init({quote(key)}): the key exists; push to it, or delete it first")
+                raise key_exists(key)
 
     def _check_key_type(self, verb: str, key: Key) -> None:
         first = next(iter(self._placements), key)
         if type(first) is not type(key):
-            raise KeyTypeError(
-                f"{verb}({quote(key)}): this store's keys are {type(first).__name__}, got {type(key).__name__}; "
-                "one store has one key type, fixed by its first init"
-            )
+            raise other_key_type(verb, key, type(first))
 
     # ------------------------------------------------------------ placements and layouts
 

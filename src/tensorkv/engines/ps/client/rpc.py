@@ -302,8 +302,8 @@ class ServerConnection:
         if call.waits_for is not None:
             return WaitTimeoutError(f"{verb} timed out after {seconds} waiting for {call.waits_for}")
         return PushOutcomeUnknownError(
-            f"{verb}: server {self._index} {how} for {seconds}, though asked {call.attempts} times: the request was "
-            "applied once, or not at all; look at the key's version, or load a checkpoint"
+            f"{verb}: server {self._index} {how} for {seconds} (attempts: {call.attempts}): the request was applied "
+            "once, or not at all; look at the key's version, or load a checkpoint"
         )
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from functools import wraps
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
 import torch
@@ -36,11 +34,11 @@ from tensorkv.shard import optimizers
 from tensorkv.shard.entry import KeyInfo, Part
 from tensorkv.shard.rules import Updater
 from tensorkv.storage import checkpoint
+from tensorkv.storage.manifest import Contents
 
 from .errors import (
     ArgumentError,
     ArrayTypeError,
-    CheckpointError,
     ForkedStoreError,
     OptimizerError,
     SparseOutWarning,
@@ -107,7 +105,7 @@ def _collective(method: Callable[P, R]) -> Callable[P, R]:
     @wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         store: Any = args[0]
-        with store._engine.collective(method.__name__), outside_modes():
+        with store._engine.collective(method.__name__.lstrip("_")), outside_modes():
             return method(*args, **kwargs)
 
     return call
@@ -597,38 +595,24 @@ class KVStore:
         self._begin("load_optimizer_states")
         shield.run(self._engine.load, folder_path("load_optimizer_states", path), "optimizer-states")
 
-    @contextmanager
-    def _scratch_folder(self) -> Iterator[str]:
-        """Make a temporary directory that every worker sees, until the block ends; all workers enter it together.
+    # Of Trainer, whose methods have these names.
 
-        >>> import os, tensorkv
-        >>> with tensorkv.create()._scratch_folder() as folder:
-        ...     os.path.isdir(folder)
-        True
-        """
-        with TemporaryDirectory() as mine:
-            yield shield.run(self._engine.broadcast_text, mine)
-            shield.run(self._engine.barrier)
+    @_collective
+    def _state_dict(self, read: Callable[[Contents], R]) -> R:
+        """Return what a function reads from the contents of the store, while nothing changes them."""
+        self._begin("state_dict")
 
-    def _once(self, do: Callable[[], Any]) -> None:
-        """Let rank 0 change files while the others wait; all workers call this together, a reader alone.
+        def call() -> R:
+            with self._engine.contents() as contents:
+                return read(contents)
 
-        Raises:
-            CheckpointError: on every worker, if rank 0 could not do it.
+        return shield.run(call)
 
-        >>> import tensorkv
-        >>> tensorkv.create()._once(lambda: print("done"))
-        done
-        """
-        problem = None
-        if self._engine.rank == 0 or self._engine.rank >= self._engine.num_workers:
-            try:
-                do()
-            except CheckpointError as error:
-                problem = str(error)
-        told = json.loads(shield.run(self._engine.broadcast_text, json.dumps(problem)))
-        if told is not None:
-            raise CheckpointError(told)
+    @_collective
+    def _load_state_dict(self, contents: Contents) -> None:
+        """Take over what contents hold."""
+        self._begin("load_state_dict")
+        shield.run(self._engine.restore, contents)
 
     # ------------------------------------------------------------ looking
 

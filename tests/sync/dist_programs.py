@@ -709,7 +709,7 @@ def load(path, out):
         say("loaded")
 
 
-def train(overlap, update_on_store):
+def train(overlap, update_on_store, shared_memory):
     """A Trainer over workers equals one over replicas."""
     import copy
 
@@ -718,14 +718,15 @@ def train(overlap, update_on_store):
         return torch.nn.Sequential(
             torch.nn.Linear(20, 300),
             torch.nn.Tanh(),
-            torch.nn.Linear(300, 300),
+            # Large enough to be divided between workers.
+            torch.nn.Linear(300, 900),
             torch.nn.Tanh(),
-            torch.nn.Linear(300, 3),
+            torch.nn.Linear(900, 3),
         )
 
     numbers = {"lr": 0.05, "momentum": 0.9, "update_on_store": update_on_store == "True"}
     mine, replicas = model(), [copy.deepcopy(model()) for _ in range(SIZE)]
-    with create() as kv, tensorkv.create("local") as local:
+    with create(shared_memory=shared_memory == "True") as kv, tensorkv.create("local") as local:
         trainer = tensorkv.Trainer(mine, kv, "sgd", overlap=overlap == "True", **numbers)
         right = tensorkv.Trainer(replicas, local, "sgd", **numbers)
         for turn in range(6):
@@ -742,7 +743,9 @@ def train(overlap, update_on_store):
                 assert torch.equal(got, expected), turn
         say("same weights")
         state = trainer.state_dict()
-        trainer.load_state_dict(state)
+        # If the store updates, rank 0's state counts.
+        wrong = {**state, "weights": {name: weight + 1 for name, weight in state["weights"].items()}}
+        trainer.load_state_dict(wrong if RANK and numbers["update_on_store"] else state)
         right.load_state_dict({**state, "optimizer": right.state_dict()["optimizer"]})
         for each, data_of in ((mine, data[RANK]), *zip(replicas, data, strict=True)):
             each.zero_grad()

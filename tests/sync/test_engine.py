@@ -128,10 +128,11 @@ def test_random_programs_give_the_bits_of_the_local_store(workers, count, seed, 
         assert "same bits" in text
 
 
+@pytest.mark.parametrize("shared_memory", [True, False])
 @pytest.mark.parametrize("update_on_store", [True, False])
 @pytest.mark.parametrize("overlap", [True, False])
-def test_a_trainer_over_workers_equals_one_over_replicas(overlap, update_on_store):
-    for text in run(2, PROGRAMS, "train", overlap, update_on_store):
+def test_a_trainer_over_workers_equals_one_over_replicas(overlap, update_on_store, shared_memory):
+    for text in run(2, PROGRAMS, "train", overlap, update_on_store, shared_memory):
         assert "same weights" in text
         assert "same after load_state_dict" in text
         assert ("twice Trainer: backward has made" in text) == overlap

@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,8 @@ from tensorkv.shard.entry import Batch, KeyInfo, Part
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.plan import MANY
 from tensorkv.shard.rules import Updater
-from tensorkv.storage.manifest import Kind
+from tensorkv.storage import checkpoint
+from tensorkv.storage.manifest import Contents, Kind
 
 from .call import Call
 
@@ -217,13 +219,26 @@ class Engine(Reader):
         """Return counters of the engine's own, which are merged into ``KVStore.stats()``."""
         return {}
 
+    def contents(self) -> AbstractContextManager[Contents]:
+        """Return a block that is given everything that the store holds, and in which nothing changes."""
+        raise self.lacks("save")
+
+    def restore(self, contents: Contents) -> None:
+        """Take over what contents hold; on an error nothing has changed. With several workers, rank 0's count."""
+        raise self.lacks("load")
+
     def save(self, path: str, kind: Kind) -> None:
         """Write a checkpoint."""
-        raise self.lacks("save")
+        with self.contents() as contents:
+            checkpoint.write(path, replace(contents, kind=kind))
 
     def load(self, path: str, kind: Kind) -> None:
         """Read a checkpoint; on an error nothing has changed."""
-        raise self.lacks("load")
+        if "checkpoint" not in self.capabilities:
+            raise self.lacks("load")
+        contents = checkpoint.read(path, kind)
+        with checkpoint.naming(path):
+            self.restore(contents)
 
     def snapshot(self) -> tuple[Reader, Mapping[Key, int]]:
         """Return all values as they are now, and how many updates each key has had."""

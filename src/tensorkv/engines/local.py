@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from tensorkv.shard.shard import Shard
 from tensorkv.shard.table import Table
 from tensorkv.storage import checkpoint
 from tensorkv.storage.durable import open_shard
-from tensorkv.storage.manifest import Kind
+from tensorkv.storage.manifest import Contents
 from tensorkv.storage.wal import Durability
 
 from .base import Engine, Outs
@@ -126,11 +127,13 @@ class LocalEngine(Engine):
         counts = {"nonfinite": dict(self._shard.nonfinite_counts)}
         return counts if self._shard.log is None else {**counts, "wal": self._shard.log.counts}
 
-    def save(self, path: str, kind: Kind) -> None:
-        checkpoint.save(self._shard, path, kind)
+    @contextmanager
+    def contents(self) -> Iterator[Contents]:
+        with self._shard.frozen() as (entries, rule):
+            yield Contents("store", entries, rule)
 
-    def load(self, path: str, kind: Kind) -> None:
-        checkpoint.load(self._shard, path, kind)
+    def restore(self, contents: Contents) -> None:
+        checkpoint.restore(self._shard, contents)
 
     def snapshot(self) -> tuple[LocalEngine, Mapping[Key, int]]:
         copy = LocalEngine(False)

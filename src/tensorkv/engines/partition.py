@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 # Values of fewer elements are not worth dividing.
 _WHOLE = 1 << 18
 _LINE = 64
@@ -48,6 +50,20 @@ def lightest(loads: Sequence[int]) -> int:
     1
     """
     return min(range(len(loads)), key=lambda owner: (loads[owner], owner))
+
+
+def part_of(tensor: torch.Tensor, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
+    """Return what a part of a value has of an optimizer's state: some rows, or all of a tensor such as a counter.
+
+    Args:
+        tensor: of the whole value.
+        shape: of the whole value.
+        start, stop: the part's first row, and the row after its last.
+
+    >>> part_of(torch.arange(4), torch.Size([4]), 1, 3), part_of(torch.tensor(7), torch.Size([4]), 1, 3)
+    (tensor([1, 2]), tensor(7))
+    """
+    return tensor[start:stop] if shape and tensor.shape == shape else tensor
 
 
 def whose(borders: Sequence[int]) -> int:

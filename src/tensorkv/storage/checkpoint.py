@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 
 from tensorkv.errors import CheckpointError
+from tensorkv.shard.changes import RequestIds
 from tensorkv.shard.shard import Shard
 
 from . import manifest
@@ -39,42 +40,41 @@ HEAD_BYTES = 90_000_000
 _MANIFEST_BYTES = 1 << 28
 
 
-def save(shard: Shard, path: str, kind: Kind) -> None:
-    """Write what a shard holds; no other thread can push meanwhile.
+def restore(shard: Shard, contents: Contents, *, requests: RequestIds = ()) -> None:
+    """Put contents into a shard.
 
     Raises:
-        CheckpointError: the path holds something else, or cannot be written.
+        CheckpointError: they do not fit; the shard is as it was.
     """
-    with shard.frozen() as (entries, rule):
-        body, tensors = manifest.describe(kind, entries, rule)
-        write(path, body, tensors)
+    with shard.frozen() as (held, _):
+        manifest.check_fits(contents, {entry.key: entry for entry in held})
+        put(shard, contents, requests=requests)
 
 
-def load(shard: Shard, path: str, kind: Kind) -> None:
-    """Make a shard what was saved.
-
-    Raises:
-        CheckpointError: nothing that ``save`` wrote, or it does not fit; the shard is as it was.
-    """
-    contents = read(path)
-    if contents.kind != kind:
-        raise CheckpointError(f"{path}: holds {contents.kind}, expected {kind}; save and load with the same pair")
-    with shard.frozen() as (held, _), _naming(path):
-        if kind == "optimizer-states":
-            manifest.check_held(contents, {entry.key: entry for entry in held})
-        manifest.check_states(contents)
-        if kind == "optimizer-states":
-            shard.restore_states(contents.entries, contents.rule)
-        else:
-            shard.restore(contents.entries, contents.rule)
+def put(shard: Shard, contents: Contents, *, requests: RequestIds = ()) -> None:
+    """Put contents that fit into a shard."""
+    match contents.kind:
+        case "store":
+            shard.restore(contents.entries, contents.rule, requests=requests)
+        case "keys":
+            new = {entry.key: entry for entry in contents.entries}
+            with shard.frozen() as (held, _):
+                shard.restore([new.get(entry.key, entry) for entry in held], contents.rule, requests=requests)
+        case "optimizer-states":
+            shard.restore_states(contents.entries, contents.rule, requests=requests)
 
 
 # ---------------------------------------------------------------- files
 
 
-def write(path: str, body: dict[str, Any], tensors: Tensors) -> None:
-    """Write a checkpoint's files so that a crash at any moment leaves the old checkpoint or the new."""
+def write(path: str, contents: Contents) -> None:
+    """Write a checkpoint's files so that a crash at any moment leaves the old checkpoint or the new.
+
+    Raises:
+        CheckpointError: the path holds something else, or cannot be written.
+    """
     token = secrets.token_hex(8)
+    body, tensors = manifest.describe(contents.kind, contents.entries, contents.rule)
     with writing(path, token):
         publish(path, token, {**body, "files": write_files(path, token, 0, tensors)})
 
@@ -133,11 +133,15 @@ def _explaining(path: str) -> Iterator[None]:
         raise CheckpointError(f"{path}: cannot write the checkpoint: {error}") from error
 
 
-def read(path: str) -> Contents:
+def read(path: str, kind: Kind | None = None) -> Contents:
     """Read and check a checkpoint.
 
+    Args:
+        path: of its directory.
+        kind: that it must have (None: any).
+
     Raises:
-        CheckpointError: missing, foreign, damaged, of a newer version, or not what ``write`` writes.
+        CheckpointError: missing, foreign, damaged, of a newer version, of another kind, or not what ``write`` writes.
     """
     folder = Path(path)
     try:
@@ -153,8 +157,11 @@ def read(path: str) -> Contents:
         raise
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot read the checkpoint: {error}") from error
-    with _naming(path):
-        return manifest.restore(body, tensors)
+    with naming(path):
+        contents = manifest.restore(body, tensors)
+    if contents.kind != (kind or contents.kind):
+        raise CheckpointError(f"{path}: holds {contents.kind}, expected {kind}; save and load with the same pair")
+    return contents
 
 
 def is_missing(path: str) -> bool:
@@ -340,7 +347,8 @@ def _locked(folder: Path, *, exclusive: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _naming(path: str) -> Iterator[None]:
+def naming(path: str) -> Iterator[None]:
+    """Put the path before the messages of errors that contents raise."""
     try:
         yield
     except CheckpointError as error:

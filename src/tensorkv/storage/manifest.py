@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import NoneType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -23,7 +23,7 @@ from tensorkv.shard.optimizers import OptimizerSpec, State
 from tensorkv.shard.rules import Assign, CallUpdater, Rule, StepOptimizer
 from tensorkv.shard.table import Table
 
-Kind = Literal["store", "optimizer-states"]
+Kind = Literal["store", "optimizer-states", "keys"]
 Tensors = dict[str, torch.Tensor]
 
 _DTYPES = {interop.dtype_name(dtype): dtype for dtype in interop.DTYPES}
@@ -33,7 +33,15 @@ _COUNTERS = {"step": torch.finfo(torch.float32).max, "mu_product": 1.0}
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a checkpoint holds; ``rule`` is None where an updater was in force, which cannot be saved."""
+    """What a store holds, or a checkpoint of it.
+
+    Args:
+        kind: what a store takes from here: everything (``"store"``), the optimizer and the state of all keys
+            (``"optimizer-states"``), or the optimizer and these keys, beside those that it has (``"keys"``, which no
+            checkpoint is).
+        entries: of the keys.
+        rule: None where an updater was in force, which cannot be saved.
+    """
 
     kind: Kind
     entries: list[Entry]
@@ -43,11 +51,11 @@ class Contents:
 # ---------------------------------------------------------------- out
 
 
-def describe(kind: Kind, entries: Sequence[Entry], rule: Rule) -> tuple[dict[str, Any], Tensors]:
+def describe(kind: Kind, entries: Sequence[Entry], rule: Rule | None) -> tuple[dict[str, Any], Tensors]:
     """Return the manifest's body, as JSON can hold it, and the tensors that it names."""
     tensors: Tensors = {}
     keys = [_describe_entry(kind, entry, tensors) for entry in entries]
-    update = "updater" if isinstance(rule, CallUpdater) else "assign"
+    update = "updater" if rule is None or isinstance(rule, CallUpdater) else "assign"
     optimizer = None
     if isinstance(rule, StepOptimizer):
         update, optimizer = "optimizer", rule.optimizer.spec.to_json()
@@ -62,9 +70,9 @@ def _describe_entry(kind: Kind, entry: Entry, tensors: Tensors) -> dict[str, Any
         tensors[_name("ids", key)] = value.ids
         for name in columns:
             tensors[_name(f"column/{name}", key)] = _real(value.read(value.ids, name))
-        if kind == "store":
+        if kind != "optimizer-states":
             tensors[_name("value", key)] = _real(value.read(value.ids))
-    elif kind == "store":
+    elif kind != "optimizer-states":
         tensors[_name("value", key)] = _real(value)
     for name, tensor in entry.state.items():
         tensors[_name(f"state/{name}", key)] = _real(tensor)
@@ -101,7 +109,7 @@ def restore(body: Any, tensors: Tensors) -> Contents:
         CheckpointError: anything that ``describe`` would not have written.
     """
     try:
-        kind = _one_of(body, "kind", ("store", "optimizer-states"))
+        kind = _one_of(body, "kind", get_args(Kind))
         update = _one_of(body, "update", ("assign", "updater", "optimizer"))
         _check(update == "optimizer" or kind == "store", "optimizer states without an optimizer")
         rule: Rule | None = Assign() if update == "assign" else None
@@ -113,7 +121,7 @@ def restore(body: Any, tensors: Tensors) -> Contents:
         keys = {entry.key for entry in entries}
         _check(len(keys) == len(entries), "duplicate key")
         _check(len({type(key) for key in keys}) <= 1, "keys of two types")
-        if isinstance(rule, StepOptimizer):
+        if isinstance(rule, StepOptimizer) and kind != "keys":
             others = [key for key in rule.optimizer.spec.overrides if isinstance(key, bool) or key not in keys]
             _check(not others, f"the optimizer has hyperparameters for {others[:3]}, which are not among the keys")
         return Contents(kind, entries, rule)
@@ -123,22 +131,20 @@ def restore(body: Any, tensors: Tensors) -> Contents:
         raise CheckpointError(str(error)) from None
 
 
-def check_held(contents: Contents, held: Mapping[Key, Entry]) -> None:
-    """Raise CheckpointError if the entries are not of keys that are held, in shape and dtype."""
-    for saved in contents.entries:
+def check_fits(contents: Contents, held: Mapping[Key, Entry]) -> None:
+    """Raise CheckpointError if a store that holds these entries cannot go on from the contents."""
+    # First: optimizer states alone come without values to prove their shapes.
+    for saved in contents.entries if contents.kind != "store" else ():
         mine = held.get(saved.key)
         if mine is None:
             raise CheckpointError(f"has state of {quote(saved.key)}, which is not in the store")
         if replace(mine.spec, origin=saved.spec.origin) != saved.spec:
             raise CheckpointError(f"{quote(saved.key)} was {saved.info()}, in the store it is {mine.info()}")
+    check_states(contents)
 
 
 def check_states(contents: Contents) -> None:
-    """Raise CheckpointError if the optimizer could not go on from the states.
-
-    This makes tensors of the keys' shapes, so for optimizer states alone, which come without values to
-    prove their shapes, call ``check_held`` first.
-    """
+    """Raise CheckpointError if the optimizer could not go on from the states; makes tensors of the keys' shapes."""
     for entry in contents.entries:
         value, state = entry.value, entry.state
         if isinstance(value, Table):
@@ -203,7 +209,7 @@ def _restore_entry(kind: str, described: Any, tensors: Tensors) -> Entry:
     else:
         _check(_field(described, "columns", dict) == {}, f"{quote(key)}: a dense key with columns")
         value = torch.empty(shape, dtype=dtype, device="meta")
-        if kind == "store":
+        if kind != "optimizer-states":
             value = _pop_exactly(tensors, _name("value", key), dtype, shape)
     return Entry(key, KeySpec(shape, dtype, origin_of(described), is_table), value, version, state)
 
@@ -223,7 +229,7 @@ def _restore_table(
         _check(name.isidentifier(), f"{quote(key)}: column {name!r}")
         table.add_column(name, dtype, fill)
         table.write(ids, _pop_exactly(tensors, _name(f"column/{name}", key), dtype, rows_shape), name)
-    if kind == "store":
+    if kind != "optimizer-states":
         table.write(ids, _pop_exactly(tensors, _name("value", key), dtype, rows_shape))
     return table
 

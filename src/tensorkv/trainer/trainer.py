@@ -198,8 +198,8 @@ class Trainer:
             Plain tensors, numbers and str in dicts, under the parameters' names without prefix;
             ``torch.load(weights_only=True)`` reads what ``torch.save`` made of it.
 
-        Limits: frozen parameters and buffers are in ``model.state_dict()``. If the store updates, its
-        optimizer state passes through a temporary directory, which must have room for it.
+        Limits: frozen parameters and buffers are in ``model.state_dict()``. If the store updates, all workers of
+        ``dist_sync`` call this together.
 
         >>> import torch, tensorkv
         >>> trainer = Trainer(torch.nn.Linear(2, 1), tensorkv.create(), "adam", lr=0.1)
@@ -221,10 +221,8 @@ class Trainer:
         Raises:
             CheckpointError: not such a state, or one of other parameters or of another optimizer; nothing has changed.
 
-        Limits: if the store updates, the whole store is saved and loaded, through a temporary directory: no other
-        thread or worker may push to it meanwhile. The versions of the trainer's keys start at 0 again, and the
-        optimizer's numbers count for the whole store. With several workers all call this together, and rank 0's
-        state counts.
+        Limits: if the store updates, the versions of the trainer's keys start at 0 again, and the optimizer's
+        numbers count for the whole store. With several workers all call this together, and rank 0's state counts.
         """
         if not isinstance(state_dict, Mapping) or state_dict.get("update_on_store") is not self._update.on_store:
             raise CheckpointError(
@@ -236,7 +234,7 @@ class Trainer:
                 raise CheckpointError(f"load_state_dict: {part} is {show(held)}; expected a mapping")
         for part in _BY_KEY:
             state[part] = {f"{self._prefix}{name}": each for name, each in state[part].items()}
-        _check_weights(self._params, state["weights"])
+        _check_weights(self._params, state["weights"], state["overrides"])
         self._update.load(state)
 
     def __repr__(self) -> str:
@@ -292,10 +290,10 @@ def _facts(param: nn.Parameter) -> str:
     return f"{interop.dtype_name(param.dtype)} {shape}, {'trained' if param.requires_grad else 'frozen'}"
 
 
-def _check_weights(params: Params, weights: dict[str, Any]) -> None:
-    for key in [*params, *weights]:
+def _check_weights(params: Params, weights: dict[str, Any], overrides: dict[str, Any]) -> None:
+    for key in [*params, *weights, *overrides]:
         if key not in weights or key not in params:
-            where = "the state" if key in weights else "this trainer"
+            where = "this trainer" if key in params else "the state"
             raise CheckpointError(f"load_state_dict: only {where} has a parameter for the key {quote(key)}")
         weight, param = weights[key], params[key][0]
         if not isinstance(weight, torch.Tensor) or weight.shape != param.shape or weight.dtype is not param.dtype:

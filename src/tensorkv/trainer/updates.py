@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensorkv.errors import CheckpointError, OptimizerError, show
+from tensorkv.errors import CheckpointError, OptimizerError, no_such_key, show
 from tensorkv.shard import optimizers
+from tensorkv.shard.entry import Entry
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.rules import StepOptimizer
-from tensorkv.storage import checkpoint, manifest
+from tensorkv.storage.manifest import Contents
 from tensorkv.store import KVStore
 
-# By key, the parameter of every replica; and the optimizer's state, by name.
+# By key, the parameter of every replica.
 Params = dict[str, list[nn.Parameter]]
-States = Mapping[str, dict[str, torch.Tensor]]
 
 
 def broadcast(kv: KVStore, params: Params, weights: Mapping[str, torch.Tensor]) -> None:
@@ -65,7 +65,7 @@ class StoreUpdate:
     def learning_rate(self) -> float:
         held = self._kv.optimizer
         if held is None:
-            raise OptimizerError("learning_rate: the store has no optimizer any more; call kv.set_optimizer")
+            raise self._lacks_optimizer("learning_rate")
         return float(held["lr"])
 
     @learning_rate.setter
@@ -73,11 +73,21 @@ class StoreUpdate:
         self._kv.set_hyperparameters(lr=lr)
 
     def state(self) -> dict[str, Any]:
-        contents, spec = self._saved()
-        keys = list(self._params)
+        return self._kv._state_dict(self._read)
+
+    def _read(self, contents: Contents) -> dict[str, Any]:
+        held = {entry.key: entry for entry in contents.entries}
+        for key in self._params:
+            if key not in held:
+                raise no_such_key("state_dict", key, held)
+        if not isinstance(contents.rule, StepOptimizer):
+            raise self._lacks_optimizer("state_dict")
+        spec = contents.rule.optimizer.spec
         return {
-            "weights": dict(zip(keys, self._kv.pull(keys), strict=True)),
-            "state": {entry.key: entry.state for entry in contents.entries if entry.key in self._params},
+            "weights": {key: held[key].tensor.to(ps[0].device, copy=True) for key, ps in self._params.items()},
+            "state": {
+                key: {name: each.to("cpu", copy=True) for name, each in held[key].state.items()} for key in self._params
+            },
             "overrides": {key: own for key, own in spec.overrides.items() if key in self._params},
             "optimizer": {
                 "name": spec.name,
@@ -88,7 +98,15 @@ class StoreUpdate:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        contents, spec = self._saved()
+        # One change puts all of it in force, on every worker and server.
+        self._kv._load_state_dict(self._contents(state))
+        with torch.no_grad():
+            self._kv.pull(list(self._params), out=list(self._params.values()))
+
+    def _contents(self, state: dict[str, Any]) -> Contents:
+        spec = self._kv._engine.optimizer
+        if spec is None:
+            raise self._lacks_optimizer("load_state_dict")
         others = {key: own for key, own in spec.overrides.items() if key not in self._params}
         try:
             overrides = [[key, dict(own)] for key, own in {**others, **state["overrides"]}.items()]
@@ -101,42 +119,15 @@ class StoreUpdate:
             raise CheckpointError(f"load_state_dict: {error}") from error
         if loaded.name != spec.name:
             raise CheckpointError(f"load_state_dict: the state is of {loaded.name}, the store has {spec.name}")
-        self._put(contents, states)
-        # Raises here, before anything changes.
-        manifest.check_states(
-            manifest.restore(*manifest.describe("optimizer-states", contents.entries, StepOptimizer(loaded)))
-        )
-        # One load puts all of it in force, on every worker and server. Keys that were deleted and initialised again
-        # would be gone for the others meanwhile, and for good if something fails in between.
-        with self._kv._scratch_folder() as folder:
-            self._kv.save(folder)
-            self._kv._once(lambda: self._rewrite(folder, state["weights"], states, StepOptimizer(loaded)))
-            self._kv.load(folder)
-        with torch.no_grad():
-            self._kv.pull(list(self._params), out=list(self._params.values()))
+        entries = []
+        for key in self._params:
+            weight = state["weights"][key].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            entries.append(Entry(key, self._kv._engine.spec("load_state_dict", key), weight, 0, states[key]))
+        return Contents("keys", entries, StepOptimizer(loaded))
 
-    def _put(
-        self, contents: manifest.Contents, states: States, weights: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
-        """Put loaded state, and loaded weights, in the place of what was saved."""
-        for entry in contents.entries:
-            if isinstance(entry.key, str) and entry.key in states:
-                entry.state = states[entry.key]
-                if weights is not None:
-                    entry.value, entry.version = weights[entry.key].detach().cpu().contiguous(), 0
-
-    def _rewrite(self, folder: str, weights: Mapping[str, torch.Tensor], states: States, rule: StepOptimizer) -> None:
-        contents = checkpoint.read(folder)
-        self._put(contents, states, weights)
-        checkpoint.write(folder, *manifest.describe("store", contents.entries, rule))
-
-    def _saved(self) -> tuple[manifest.Contents, OptimizerSpec]:
-        with self._kv._scratch_folder() as folder:
-            self._kv.save_optimizer_states(folder)
-            contents = checkpoint.read(folder)
-        if not isinstance(contents.rule, StepOptimizer):
-            raise OptimizerError("Trainer: the store has no optimizer any more; call kv.set_optimizer")
-        return contents, contents.rule.optimizer.spec
+    @staticmethod
+    def _lacks_optimizer(verb: str) -> OptimizerError:
+        return OptimizerError(f"{verb}: the store has no optimizer any more; call kv.set_optimizer")
 
 
 class WorkerUpdate:

@@ -55,6 +55,8 @@ class Chain:
         # As many workers of each host update values as the smallest host has.
         self.owners = min(map(len, hosts))
         self.is_owner = local_rank < self.owners
+        # Whose parts this worker updates; if it updates none, of the empty parts after those of all owners.
+        self.owner = local_rank if self.is_owner else self.owners
         self.prev = hosts[index - 1][local_rank] if self.is_owner and index > 0 else None
         self.next = hosts[index + 1][local_rank] if self.is_owner and index + 1 < len(hosts) else None
         self.is_last = index == len(hosts) - 1
@@ -184,14 +186,15 @@ class Chain:
             self.isend(torch.tensor([staged], dtype=torch.int64, device="cpu"), self.prev)
         self.flush()
 
-    def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Copy contiguous tensors of the first host's first worker to the first workers of the others."""
+    def broadcast(self, tensors: Sequence[torch.Tensor], *, from_last: bool = False) -> None:
+        """Copy contiguous tensors of the first (or last) host's first worker to the first workers of the others."""
         if self._local_rank != 0:
             return
+        source, target = (self.next, self.prev) if from_last else (self.prev, self.next)
         for tensor in tensors:
             flat = tensor.view(-1).view(torch.uint8)
-            if self.prev is not None and flat.numel():
-                self.recv(flat, self.prev)
-            if self.next is not None and flat.numel():
-                self.isend(flat, self.next)
+            if source is not None and flat.numel():
+                self.recv(flat, source)
+            if target is not None and flat.numel():
+                self.isend(flat, target)
         self.flush()

@@ -6,7 +6,7 @@ The format is that of every store: what four ranks have saved, three can load, o
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
@@ -16,8 +16,11 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.packing import decode_layout, encode_layout
+from tensorkv.engines.partition import part_of
 from tensorkv.errors import CheckpointError
 from tensorkv.shard.entry import Entry
+from tensorkv.shard.optimizers import State
 from tensorkv.shard.shard import Shard
 from tensorkv.storage import checkpoint, manifest
 from tensorkv.storage.manifest import Contents, Kind, Tensors
@@ -32,120 +35,175 @@ from .schedule import PartitionedValue
 _FILES = 1000
 
 
-def save(
-    group: ProcessGroup,
-    host: HostGroup,
-    chain: Chain,
-    shard: Shard,
-    values: Mapping[Key, PartitionedValue],
-    path: str,
-    kind: Kind,
-) -> None:
-    """Write what the workers hold; the host that updates values writes.
+class ShardedCheckpoint:
+    """Puts together what the workers hold, and takes it apart. All workers call each method together.
 
-    Raises:
-        CheckpointError: on every worker, if one cannot write; the old checkpoint is in force then.
+    Args:
+        group, host, chain: of this worker.
+        shard: its own.
+        values: of dense keys, which the workers have in common.
     """
-    writes, leads = chain.is_last, chain.is_last and host.local_rank == 0
-    with shard.frozen() as (entries, rule), ExitStack() as stack:
-        whole = _whole_entries(group, host, writes, entries, values)
 
-        def start() -> str:
-            token = secrets.token_hex(8)
-            stack.enter_context(checkpoint.writing(path, token))
-            return token
+    def __init__(
+        self,
+        group: ProcessGroup,
+        host: HostGroup,
+        chain: Chain,
+        shard: Shard,
+        values: Mapping[Key, PartitionedValue],
+    ) -> None:
+        self._group, self._host, self._chain, self._shard, self._values = group, host, chain, shard, values
 
-        token = next(each for each in _on_all_ranks(group, start if leads else None) if each)
-        body, tensors = manifest.describe(kind, whole, rule) if writes else ({}, {})
-        mine = _share_of(tensors, host.local_rank, host.size) if writes else {}
-        files = _on_all_ranks(
-            group, lambda: checkpoint.write_files(path, token, host.local_rank * _FILES, mine) if writes else []
-        )
+    def save(self, path: str, kind: Kind) -> None:
+        """Write what the workers hold; the host that updates values writes.
 
-        def publish() -> None:
-            listed = [file for own in files if own for file in own]
-            checkpoint.publish(path, token, {**body, "files": listed})
+        Raises:
+            CheckpointError: on every worker, if one cannot write; the old checkpoint is in force then.
+        """
+        host, writes = self._host, self._chain.is_last
+        leads = writes and host.local_rank == 0
+        contents = self.gather(everywhere=False)
+        with ExitStack() as stack:
 
-        _on_all_ranks(group, publish if leads else None)
+            def start() -> str:
+                token = secrets.token_hex(8)
+                stack.enter_context(checkpoint.writing(path, token))
+                return token
+
+            token = next(each for each in self._on_all_ranks(start if leads else None) if each)
+            body, tensors = manifest.describe(kind, contents.entries, contents.rule) if writes else ({}, {})
+            mine = _share_of(tensors, host.local_rank, host.size) if writes else {}
+            files = self._on_all_ranks(
+                lambda: checkpoint.write_files(path, token, host.local_rank * _FILES, mine) if writes else []
+            )
+
+            def publish() -> None:
+                listed = [file for own in files if own for file in own]
+                checkpoint.publish(path, token, {**body, "files": listed})
+
+            self._on_all_ranks(publish if leads else None)
+
+    def read(self, path: str, kind: Kind) -> Contents:
+        """Read a checkpoint on every worker and check that it fits.
+
+        Raises:
+            CheckpointError: on every worker, if it does not on one.
+        """
+        found: list[Contents] = []
+
+        def look() -> None:
+            found.append(checkpoint.read(path, kind))
+            self.check(found[0])
+
+        self._on_all_ranks(look)
+        return found[0]
+
+    def check(self, contents: Contents) -> None:
+        """Raise CheckpointError if contents do not fit what this worker holds."""
+        with self._shard.frozen() as (entries, _):
+            manifest.check_fits(contents, {entry.key: entry for entry in entries})
+
+    def _on_all_ranks(self, do: Callable[[], Any] | None) -> list[Any]:
+        """Do something and return what every rank's returned; raise on every rank what one has raised."""
+        error: Exception | None = None
+        said: Any = None
+        try:
+            said = None if do is None else do()
+        except CheckpointError as caught:
+            error = caught
+        answers = self._group.all_gather_json([said, None if error is None else str(error)])
+        if error is not None:
+            raise error
+        for rank, (_, problem) in enumerate(answers):
+            if problem is not None:
+                raise CheckpointError(f"rank {rank}: {problem}")
+        return [answer for answer, _ in answers]
+
+    # ------------------------------------------------------------ values and state of all workers
+
+    def gather(self, *, everywhere: bool) -> Contents:
+        """Return whole values and whole state, which the workers of a host put together in shared memory.
+
+        Args:
+            everywhere: whether the workers of every host need the state; otherwise only those of the last host,
+                which updates values, have it.
+        """
+        host, is_last = self._host, self._chain.is_last
+        with self._shard.frozen() as (entries, rule):
+            mine = {}
+            for index, entry in enumerate(entries):
+                if entry.key in self._values and is_last:
+                    mine[index] = {name: [interop.dtype_name(t.dtype), t.shape] for name, t in entry.state.items()}
+            found: dict[int, dict[str, list[Any]]] = {}
+            for own in self._on_all_ranks(lambda: mine):
+                for index, names in own.items():
+                    found.setdefault(int(index), {}).update(names)
+            places, nbytes = self._places(entries, found)
+            if not (is_last or everywhere):
+                return Contents("store", entries, rule)
+            memory = host.allocate(nbytes) if places else None
+            states: dict[int, dict[str, torch.Tensor]] = {}
+            for index, name, dtype, shape, offset in places:
+                whole = memory.tensor(offset, shape, dtype)  # type: ignore[union-attr]
+                states.setdefault(index, {})[name] = whole
+                if name in mine.get(index, {}):
+                    _part(whole, self._values[entries[index].key], self._chain.owner).copy_(entries[index].state[name])
+            host.barrier()
+            if everywhere and memory is not None:
+                self._chain.broadcast([memory.tensor(0, (nbytes,), torch.uint8)], from_last=True)
+                host.barrier()
+            return Contents(
+                "store",
+                [
+                    replace(each, value=self._values[each.key].value, state=states.get(index, {}))
+                    if each.key in self._values
+                    else each
+                    for index, each in enumerate(entries)
+                ],
+                rule,
+            )
+
+    def _places(
+        self, entries: list[Entry], found: Mapping[int, Mapping[str, list[Any]]]
+    ) -> tuple[list[tuple[int, str, torch.dtype, torch.Size, int]], int]:
+        """Return where each state tensor is to lie, whole, and how many bytes all take."""
+        places, at = [], 0
+        for index, names in sorted(found.items()):
+            whole = self._values[entries[index].key]
+            for name, (dtype_name, own_shape) in names.items():
+                dtype, shape = getattr(torch, dtype_name), torch.Size(own_shape)
+                if _is_divided(whole) and len(shape) == whole.value.ndim:
+                    shape = whole.value.shape
+                places.append((index, name, dtype, shape, at))
+                at += aligned(shape.numel() * dtype.itemsize)
+        return places, at
+
+    def broadcast(self, contents: Contents) -> Contents:
+        """Return rank 0's contents on every worker, in shared memory."""
+        is_first = self._group.rank == 0
+        body, tensors = manifest.describe(contents.kind, contents.entries, contents.rule)
+        layout = encode_layout((name, "tensor", each.dtype, each.shape) for name, each in tensors.items())
+        body, told = self._group.all_gather_json([body, layout.decode()] if is_first else None)[0]
+        slots = decode_layout(told.encode())
+        memory = self._host.allocate(slots[-1].stop if slots else 1)
+        tensors_here = {str(slot.key): memory.tensor(slot.start, slot.shape, slot.dtype) for slot in slots}
+        if is_first:
+            for name, tensor in tensors.items():
+                tensors_here[name].copy_(tensor)
+        self._chain.broadcast(list(tensors_here.values()))
+        self._host.barrier()
+        return manifest.restore(body, tensors_here)
 
 
-def _on_all_ranks(group: ProcessGroup, do: Callable[[], Any] | None) -> list[Any]:
-    """Do something and return what every rank's returned; raise on every rank what one has raised."""
-    error: Exception | None = None
-    said: Any = None
-    try:
-        said = None if do is None else do()
-    except CheckpointError as caught:
-        error = caught
-    answers = group.all_gather_json([said, None if error is None else str(error)])
-    if error is not None:
-        raise error
-    for rank, (_, problem) in enumerate(answers):
-        if problem is not None:
-            raise CheckpointError(f"rank {rank}: {problem}")
-    return [answer for answer, _ in answers]
-
-
-def _whole_entries(
-    group: ProcessGroup,
-    host: HostGroup,
-    writes: bool,
-    entries: Sequence[Entry],
-    values: Mapping[Key, PartitionedValue],
-) -> list[Entry]:
-    """Return entries with whole values and whole state, which the host's workers put together in shared memory."""
-    mine = {}
-    for index, entry in enumerate(entries):
-        if entry.key in values and entry.state and writes:
-            mine[index] = {name: [interop.dtype_name(each.dtype), each.shape] for name, each in entry.state.items()}
-    found: dict[int, dict[str, list[Any]]] = {}
-    for own in _on_all_ranks(group, lambda: mine):
-        for index, names in own.items():
-            found.setdefault(int(index), {}).update(names)
-    places, nbytes = _places(entries, values, found)
-    if not writes:
-        return list(entries)
-    memory = host.allocate(nbytes) if places else None
-    states: dict[int, dict[str, torch.Tensor]] = {}
-    for index, name, dtype, shape, offset in places:
-        whole = memory.tensor(offset, shape, dtype)  # type: ignore[union-attr]
-        states.setdefault(index, {})[name] = whole
-        own = entries[index].state.get(name)
-        if own is not None:
-            _part_of(whole, values[entries[index].key], host.local_rank).copy_(own)
-    host.barrier()
-    return [
-        replace(entry, value=values[entry.key].value, state=states.get(index, {})) if entry.key in values else entry
-        for index, entry in enumerate(entries)
-    ]
-
-
-def _places(
-    entries: Sequence[Entry], values: Mapping[Key, PartitionedValue], found: Mapping[int, Mapping[str, list[Any]]]
-) -> tuple[list[tuple[int, str, torch.dtype, torch.Size, int]], int]:
-    """Return where each state tensor is to lie, whole, and how many bytes all take."""
-    places, at = [], 0
-    for index, names in sorted(found.items()):
-        whole = values[entries[index].key]
-        for name, (dtype_name, own_shape) in names.items():
-            dtype, shape = getattr(torch, dtype_name), torch.Size(own_shape)
-            if _is_divided(whole) and len(shape) == whole.value.ndim:
-                shape = whole.value.shape
-            places.append((index, name, dtype, shape, at))
-            at += aligned(shape.numel() * dtype.itemsize)
-    return places, at
+def _part(whole: torch.Tensor, value: PartitionedValue, owner: int) -> torch.Tensor:
+    """Return an owner's part of a tensor that may have the shape of the value."""
+    return part_of(whole, value.value.shape, value.borders[owner], value.borders[owner + 1])
 
 
 def _is_divided(value: PartitionedValue) -> bool:
     """Tell whether several owners update a value; only optimizers that treat each element alone allow it."""
     rows = value.borders[-1]
     return rows not in [high - low for low, high in pairwise(value.borders)]
-
-
-def _part_of(whole: torch.Tensor, value: PartitionedValue, owner: int) -> torch.Tensor:
-    if not _is_divided(value) or whole.shape != value.value.shape:
-        return whole
-    return whole[value.borders[owner] : value.borders[owner + 1]]
 
 
 def _share_of(tensors: Tensors, worker: int, workers: int) -> Tensors:
@@ -160,30 +218,8 @@ def _share_of(tensors: Tensors, worker: int, workers: int) -> Tensors:
     return mine
 
 
-def read(group: ProcessGroup, shard: Shard, path: str, kind: Kind) -> Contents:
-    """Read a checkpoint on every worker and check that it fits.
-
-    Raises:
-        CheckpointError: on every worker, if it does not on one.
-    """
-    found: list[Contents] = []
-
-    def look() -> None:
-        contents = checkpoint.read(path)
-        if contents.kind != kind:
-            raise CheckpointError(f"{path}: holds {contents.kind}, expected {kind}; save and load with the same pair")
-        with shard.frozen() as (entries, _):
-            if kind == "optimizer-states":
-                manifest.check_held(contents, {entry.key: entry for entry in entries})
-        manifest.check_states(contents)
-        found.append(contents)
-
-    _on_all_ranks(group, look)
-    return found[0]
-
-
-def own_state(saved: Entry, value: PartitionedValue, owner: int) -> dict[str, torch.Tensor]:
+def own_state(saved: Entry, value: PartitionedValue, owner: int) -> State:
     """Return what an owner keeps of a whole key's state."""
     if value.borders[owner] == value.borders[owner + 1]:
         return {}
-    return {name: _part_of(each, value, owner).clone() for name, each in saved.state.items()}
+    return {name: _part(each, value, owner).clone() for name, each in saved.state.items()}

@@ -29,11 +29,13 @@ from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
 from tensorkv.shard.rules import CallUpdater, Rule, StepOptimizer, Updater
 from tensorkv.shard.shard import Shard
 from tensorkv.shard.table import Table
+from tensorkv.storage import checkpoint
 from tensorkv.storage.manifest import Contents, Kind
 from tensorkv.transport.segment import Segment, aligned
 
-from . import checkpoint, sparse
+from . import sparse
 from .chain import Chain
+from .checkpoint import ShardedCheckpoint, own_state
 from .group import ProcessGroup, log
 from .host import HostGroup, describe
 from .order import CollectiveOrder
@@ -74,6 +76,7 @@ class DistEngine(Engine):
         self._loads = [0] * self._chain.owners
         self._keeps_whole = False
         self._policy = NonFinitePolicy(nonfinite, group.all_gather_json)
+        self._checkpoint = ShardedCheckpoint(group, self._host, self._chain, self._shard, self._values)
         self._pushes = Pushes(group, self._host, self._chain, self._order, self._shard, self._values, self._policy)
 
     @property
@@ -131,14 +134,9 @@ class DistEngine(Engine):
                 if isinstance(value, Rows):
                     entries.append(Entry(key, spec, sparse.first_table(self._group, value)))
                 else:
-                    entries.append(Entry(key, spec, partitioned[key].part(self._owner)))
+                    entries.append(Entry(key, spec, partitioned[key].part(self._chain.owner)))
             self._shard.add(entries)
             self._values.update(partitioned)
-
-    @property
-    def _owner(self) -> int:
-        """The owner whose parts this worker updates; one more than there are, with empty parts, if it updates none."""
-        return self._host.local_rank if self._chain.is_owner else self._chain.owners
 
     def _allocate(self, specs: Sequence[KeySpec]) -> Segment | None:
         """Return shared memory for dense keys; None if there are none."""
@@ -247,7 +245,7 @@ class DistEngine(Engine):
         self._loads = [0] * self._chain.owners
         for key, partitioned in self._values.items():
             partitioned.borders = self._borders(partitioned.value.shape, partitioned.value.nbytes)
-            self._shard.entry("set_optimizer", key).value = partitioned.part(self._owner)
+            self._shard.entry("set_optimizer", key).value = partitioned.part(self._chain.owner)
         self._pushes.forget()
         self._host.barrier()
 
@@ -285,17 +283,32 @@ class DistEngine(Engine):
     def save(self, path: str, kind: Kind) -> None:
         text = describe("save", path=path, kind=kind)
         with self._entered(text):
-            checkpoint.save(self._group, self._host, self._chain, self._shard, self._values, path, kind)
+            self._checkpoint.save(path, kind)
 
     def load(self, path: str, kind: Kind) -> None:
         text = describe("load", path=path, kind=kind)
         with self._entered(text):
-            contents = checkpoint.read(self._group, self._shard, path, kind)
-            if kind == "optimizer-states":
-                self._take_states(contents)
-            else:
-                self._become(contents)
+            self._take_over(self._checkpoint.read(path, kind))
+
+    @contextmanager
+    def contents(self) -> Iterator[Contents]:
+        with self._entered("Trainer.state_dict"):
+            yield self._checkpoint.gather(everywhere=True)
+            # Before this, a worker of this host that went on would change the values that others still read.
             self._host.barrier()
+
+    def restore(self, contents: Contents) -> None:
+        self._checkpoint.check(contents)
+        keys = [entry.key for entry in contents.entries]
+        with self._entered(describe("Trainer.load_state_dict", keys=keys)):
+            self._take_over(self._checkpoint.broadcast(contents))
+
+    def _take_over(self, contents: Contents) -> None:
+        if contents.kind == "optimizer-states":
+            self._take_states(contents)
+        else:
+            self._take_values(contents)
+        self._host.barrier()
 
     def _take_states(self, contents: Contents) -> None:
         self._shard.restore_states([], contents.rule)
@@ -303,20 +316,18 @@ class DistEngine(Engine):
         kept = [
             each
             if isinstance(each.value, Table)
-            else replace(each, state=checkpoint.own_state(each, self._values[each.key], self._owner))
+            else replace(each, state=own_state(each, self._values[each.key], self._chain.owner))
             for each in contents.entries
         ]
         self._shard.restore_states(kept, None)
 
-    def _become(self, contents: Contents) -> None:
-        specs = [each.spec for each in contents.entries]
+    def _take_values(self, contents: Contents) -> None:
+        keys, specs = [each.key for each in contents.entries], [each.spec for each in contents.entries]
         # First: without memory, nothing has changed.
         memory = self._allocate(specs)
-        rule = contents.rule or self._shard.rule
-        self._keeps_whole = _sees_whole(rule)
-        self._forget(list(self._values))
-        self._loads = [0] * self._chain.owners
-        partitioned = self._partition([each.key for each in contents.entries], specs, memory)
+        self._keeps_whole = _sees_whole(contents.rule or self._shard.rule)
+        self._forget(list(self._values) if contents.kind == "store" else keys)
+        partitioned = self._partition(keys, specs, memory)
         kept = []
         for each in contents.entries:
             mine = partitioned.get(each.key)
@@ -325,10 +336,10 @@ class DistEngine(Engine):
                 continue
             if self._host.local_rank == 0:
                 mine.value.copy_(each.value)
-            state = checkpoint.own_state(each, mine, self._owner)
-            kept.append(replace(each, value=mine.part(self._owner), state=state))
+            state = own_state(each, mine, self._chain.owner)
+            kept.append(replace(each, value=mine.part(self._chain.owner), state=state))
         self._values.update(partitioned)
-        self._shard.restore(kept, rule)
+        checkpoint.put(self._shard, replace(contents, entries=kept))
 
     def barrier(self) -> None:
         with self._entered("barrier"):

@@ -11,12 +11,12 @@ import torch
 
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import Item, pack
-from tensorkv.errors import CheckpointError
+from tensorkv.engines.partition import part_of
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.rules import Assign, Rule, StepOptimizer
 from tensorkv.shard.table import Table
-from tensorkv.storage import checkpoint, manifest
-from tensorkv.storage.manifest import Contents, Kind
+from tensorkv.storage import manifest
+from tensorkv.storage.manifest import Contents
 
 from ..messages import Restore
 from .keymap import KeyMap
@@ -25,15 +25,11 @@ from .session import ServerRequest
 from .snapshot import ServerContents
 
 
-def save(found: Sequence[ServerContents], path: str, kind: Kind) -> None:
-    """Write what all servers hold.
+def gather(found: Sequence[ServerContents]) -> Contents:
+    """Return what all servers hold together.
 
     Args:
         found: of each server, in one snapshot.
-        path, kind: as for ``checkpoint.save``.
-
-    Raises:
-        CheckpointError: it cannot be written.
     """
     pieces: dict[Key, list[Entry]] = {}
     placements: dict[Key, KeyPlacement] = {}
@@ -45,28 +41,22 @@ def save(found: Sequence[ServerContents], path: str, kind: Kind) -> None:
     complete = [key for key in pieces if len(pieces[key]) == len(placements[key].pieces)]
     keys = sorted(complete, key=lambda key: placements[key].order)
     rule = _joined_rule([server.contents for server in found])
-    body, tensors = manifest.describe(kind, [_join(placements[key], pieces[key]) for key in keys], rule)
-    checkpoint.write(path, body, tensors)
+    return Contents("store", [_join(placements[key], pieces[key]) for key in keys], rule)
 
 
-def load(path: str, kind: Kind, keymap: KeyMap, num_servers: int) -> list[ServerRequest]:
-    """Read a checkpoint and return the request that restores each server.
+def scatter(contents: Contents, keymap: KeyMap, num_servers: int) -> list[ServerRequest]:
+    """Return the requests that give each server its part of contents.
 
     Raises:
-        CheckpointError: it is damaged or does not fit.
+        CheckpointError: they do not fit.
     """
-    contents = checkpoint.read(path)
-    if contents.kind != kind:
-        raise CheckpointError(f"{path}: holds {contents.kind}, expected {kind}; save and load with the same pair")
+    kind, entries = contents.kind, contents.entries
     rule: Rule = contents.rule or keymap.rule
-    if kind == "optimizer-states":
-        manifest.check_held(contents, {key: keymap.entry("load", key) for key in keymap})
-    manifest.check_states(contents)
-    entries = contents.entries
-    if kind == "optimizer-states":
-        placements = [keymap.find("load", entry.key) for entry in entries]
-    else:
+    manifest.check_fits(contents, {key: keymap.entry("load", key) for key in keymap})
+    if kind == "store":
         placements = keymap.place([e.key for e in entries], [e.spec for e in entries], rule=rule, replace=True)
+    else:
+        placements = [keymap.find("load", entry.key) for entry in entries]
     requests = []
     for server in range(num_servers):
         mine, metadata = [], {}
@@ -75,7 +65,9 @@ def load(path: str, kind: Kind, keymap: KeyMap, num_servers: int) -> list[Server
             if piece is not None:
                 mine.append(piece)
                 metadata[json.dumps(entry.key)] = placement.to_metadata()
-        body, tensors = manifest.describe(kind, mine, _own_rule(rule, {entry.key for entry in mine}))
+        # Beside the keys that it has, a server may have numbers for others of its own.
+        own_rule = rule if kind == "keys" else _own_rule(rule, {entry.key for entry in mine})
+        body, tensors = manifest.describe(kind, mine, own_rule)
         items = [Item(name, "tensor", tensor) for name, tensor in tensors.items()]
         requests.append(ServerRequest.of_tensors(server, Restore(body=body, metadata=metadata), pack(items)))
     return requests
@@ -112,7 +104,7 @@ def _piece(entry: Entry, placement: KeyPlacement, server: int) -> Entry | None:
         return entry
     start, stop = piece
     shape = placement.shape(start, stop)
-    state = {name: t[start:stop] if t.shape == placement.spec.shape else t for name, t in entry.state.items()}
+    state = {name: part_of(each, placement.spec.shape, start, stop) for name, each in entry.state.items()}
     return replace(entry, spec=replace(entry.spec, shape=shape), value=value[start:stop], state=state)
 
 

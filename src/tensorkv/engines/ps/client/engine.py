@@ -38,14 +38,14 @@ from tensorkv.shard.nonfinite import NonFinitePolicy
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
 from tensorkv.shard.rules import Assign, StepOptimizer, Updater
 from tensorkv.shard.table import Table
-from tensorkv.storage import manifest
-from tensorkv.storage.manifest import Kind
+from tensorkv.storage import checkpoint, manifest
+from tensorkv.storage.manifest import Contents, Kind
 from tensorkv.transport.rendezvous import host_id
 from tensorkv.transport.segment import can_share
 
 from .. import messages
 from ..options import PSOptions
-from . import checkpoint
+from .checkpoint import gather, scatter
 from .data import DataClient
 from .keymap import KeyMap
 from .layout import KeyPlacement
@@ -407,17 +407,24 @@ class PSEngine(Engine):
 
     # ------------------------------------------------------------ checkpoints
 
-    def save(self, path: str, kind: Kind) -> None:
-        self._on_rank_0(lambda: checkpoint.save(self._snapshots.contents(), path, kind))
+    @contextmanager
+    def contents(self) -> Iterator[Contents]:
+        yield gather(self._snapshots.contents())
 
-    def load(self, path: str, kind: Kind) -> None:
-        self._on_rank_0(lambda: self._load(path, kind))
+    def restore(self, contents: Contents) -> None:
+        self._on_rank_0(partial(self._restore, contents))
         self._keymap.refresh()
 
-    def _load(self, path: str, kind: Kind) -> None:
+    def _restore(self, contents: Contents) -> None:
         with self._claim():
-            requests = checkpoint.load(path, kind, self._keymap, len(self._actors))
-            self._send(requests)
+            self._send(scatter(contents, self._keymap, len(self._actors)))
+
+    def save(self, path: str, kind: Kind) -> None:
+        self._on_rank_0(partial(super().save, path, kind))
+
+    def load(self, path: str, kind: Kind) -> None:
+        self._on_rank_0(lambda: self._restore(checkpoint.read(path, kind)))
+        self._keymap.refresh()
 
     def _on_rank_0(self, call: Callable[[], Any]) -> None:
         """Call a function on rank 0, and raise its error on every worker; a reader calls it for itself."""

@@ -18,7 +18,7 @@ from tensorkv.shard.entry import Batch, Part
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.plan import MANY
 from tensorkv.shard.shard import Shard
-from tensorkv.storage import manifest
+from tensorkv.storage import checkpoint, manifest
 from tensorkv.storage.changes import Events
 from tensorkv.storage.durable import open_shard
 from tensorkv.storage.manifest import Contents
@@ -183,14 +183,12 @@ class ServerState:
             self.shard.set_optimizer(OptimizerSpec.from_json(optimizer), requests=ids)
 
     def restore(self, contents: Contents, ids: RequestIds) -> None:
-        """Replace everything by the contents of a checkpoint."""
-        if contents.kind == "optimizer-states":
-            self.shard.restore_states(contents.entries, contents.rule, requests=ids)
-            return
-        manifest.check_states(contents)
-        self.snapshots.before_change(self.shard.keys())
-        self.shard.restore(contents.entries, contents.rule, requests=ids)
-        self._forget_layouts()
+        """Take over the contents of a checkpoint."""
+        if contents.kind != "optimizer-states":
+            self.snapshots.before_change(self.shard.keys())
+        checkpoint.restore(self.shard, contents, requests=ids)
+        if contents.kind != "optimizer-states":
+            self._forget_layouts()
 
     def drop_metadata(self, keys: Sequence[Key]) -> None:
         """Drop the metadata of keys that are deleted."""

@@ -12,7 +12,8 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+
+from ._compat import num_dispatch_modes, without_dispatch_modes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -20,15 +21,14 @@ R = TypeVar("R")
 
 def outside_modes() -> AbstractContextManager[None]:
     """Return a block outside of torch's inference and dispatch modes."""
-    # Enabled modes are in a stack of each thread, for which torch has no public function.
-    if torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack():
+    if torch.is_inference_mode_enabled() or num_dispatch_modes():
         return _outside_modes()
     return nullcontext()
 
 
 @contextmanager
 def _outside_modes() -> Iterator[None]:
-    with torch.inference_mode(False), _disable_current_modes():
+    with torch.inference_mode(False), without_dispatch_modes():
         yield
 
 

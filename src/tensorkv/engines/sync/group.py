@@ -20,7 +20,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from tensorkv import errors
 from tensorkv.errors import RankDeadError, TensorKVError, WorkerMismatchError
-from tensorkv.runtime import forks
+from tensorkv.runtime import _compat, forks
 from tensorkv.transport.rendezvous import agree_on_start, connect, get, host_id, network_id
 from tensorkv.transport.segment import Segment, can_share, why_not_shared
 
@@ -86,7 +86,7 @@ class ProcessGroup:
         """Find rank and size; return the rendezvous store, None for a worker alone."""
         if dist.is_available() and dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
-            return dist.distributed_c10d._get_default_store() if self.size > 1 else None
+            return _compat.default_rendezvous_store() if self.size > 1 else None
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
             return None
         try:
@@ -245,8 +245,6 @@ class ProcessGroup:
 
     @forks.keep_sockets()
     def _connect(self) -> Any:
-        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = timedelta(seconds=self.timeout_s)
         name = os.environ.get("GLOO_SOCKET_IFNAME")
         if name:
             device = dist.ProcessGroupGloo.create_device(interface=name.partition(",")[0])
@@ -254,9 +252,9 @@ class ProcessGroup:
             device = dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")
         else:
             device = dist.ProcessGroupGloo.create_default_device()
-        options._devices = [device]
         try:
-            return dist.ProcessGroupGloo(PrefixStore("links", self._store), self.rank, self.size, options)
+            store = PrefixStore("links", self._store)
+            return _compat.gloo_group(store, self.rank, self.size, device, self.timeout_s)
         except RuntimeError as error:
             raise self.published_error(
                 RankDeadError(f"the workers cannot be connected through Gloo: {error}")

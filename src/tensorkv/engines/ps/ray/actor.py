@@ -23,6 +23,7 @@ from tensorkv.transport.shared_cache import SharedCache
 
 from ..messages import Reply, join, split
 from ..options import PSOptions
+from . import _compat
 from .metrics import ServerMetrics
 
 # Up to here a payload travels inside of its message, and Ray puts it into no object store.
@@ -89,9 +90,7 @@ class ServerActor:
 
     def place(self) -> list[Any]:
         """Return this server's host, process, authentication mode and Ray node."""
-        from ray._raylet import get_authentication_mode  # type: ignore[attr-defined]
-
-        return [host_id(), os.getpid(), int(get_authentication_mode()), ray.get_runtime_context().get_node_id()]
+        return [host_id(), os.getpid(), _compat.authentication_mode(), ray.get_runtime_context().get_node_id()]
 
     def options(self) -> dict[str, Any]:
         """Return the options of the store."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
@@ -23,9 +22,8 @@ from tensorkv.errors import ArgumentError, RankDeadError, ServerDeadError, Stora
 from tensorkv.transport.rendezvous import agree_on_start, connect
 
 from ..options import PSOptions
-from . import fork, safety
+from . import _compat, fork, safety
 from .actor import ServerActor, why
-from .safety import LOOPBACK
 
 NAMESPACE = "tensorkv"
 # Requests that a server handles at a time, each in a thread.
@@ -154,12 +152,7 @@ def _wait_to_listen(address: str, timeout_s: float) -> None:
 
 def _clusters_here() -> list[str]:
     """Return the addresses of the clusters on this machine, those on loopback, which stores start, first."""
-    from ray._private import services
-
-    found: Any = services.find_gcs_addresses
-    # Its cache may be older than the cluster.
-    found.cache_clear()
-    return sorted(found(), key=lambda each: (not each.startswith(f"{LOOPBACK}:"), each))
+    return sorted(_compat.cluster_addresses(), key=lambda each: (not each.startswith(f"{_compat.LOOPBACK}:"), each))
 
 
 def _store_names() -> set[str]:
@@ -187,8 +180,7 @@ def _set(variables: Mapping[str, str]) -> None:
     """Set variables that Ray reads, unless the user has set them, for this process and those that it starts."""
     for name, text in variables.items():
         os.environ.setdefault(name, text)
-    # Ray has read them when it was imported.
-    Config.initialize("")
+    _compat.read_environment()
 
 
 def _set_auth_mode(mode: str | None) -> None:
@@ -196,7 +188,7 @@ def _set_auth_mode(mode: str | None) -> None:
         os.environ.pop("RAY_AUTH_MODE", None)
     else:
         os.environ["RAY_AUTH_MODE"] = mode
-    Config.initialize("")
+    _compat.read_environment()
 
 
 def _start() -> None:
@@ -208,11 +200,10 @@ def _start() -> None:
     _auth_mode = os.environ.get("RAY_AUTH_MODE")
     _set_auth_mode("token")
     try:
-        with safety.loopback_node(), safety.quiet_forks():
-            ray.init(
+        with safety.quiet_forks():
+            _compat.init_on_loopback(
                 # Does not join another user's cluster on this machine, and does not look for one that has ended.
                 address="local",
-                _node_ip_address=LOOPBACK,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -248,12 +239,11 @@ def _join(address: str, timeout_s: float) -> None:
             _wait_to_listen(address, timeout_s)
         host, _, port = address.rpartition(":")
         with safety.quiet_forks():
-            if host == LOOPBACK and safety.is_local(int(port)):
+            if host == _compat.LOOPBACK and safety.is_local(int(port)):
                 # Started by a store, which asks for this user's token. A cluster that asks for none takes it as well.
                 safety.ensure_token()
                 _set_auth_mode("token")
-                with safety.loopback_node():
-                    ray.init(address=address, _node_ip_address=LOOPBACK, **common)
+                _compat.init_on_loopback(address=address, **common)
             else:
                 ray.init(address=address, **common)
     except (OSError, RayError, RuntimeError, ValueError) as error:

@@ -5,7 +5,6 @@ Ray would end the parent's servers when the child ends or gets SIGTERM, or wait 
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import gc
 import os
@@ -13,10 +12,11 @@ import signal
 import sys
 
 import ray
-import ray._private.worker as ray_worker
 
 from tensorkv.errors import ForkedStoreError
 from tensorkv.runtime import forks
+
+from . import _compat
 
 _in_parent = False
 
@@ -41,11 +41,8 @@ def _leave_to_parent() -> None:
         if name.partition(".")[0] == "ray":
             for made in list(vars(module).values()):
                 forks.never_finalize(made)
-    atexit.unregister(ray_worker.shutdown)
+    _compat.leave_to_parent()
     _skip_exit_handlers_of_c()
-    node = ray_worker._global_node
-    if node is not None:
-        node.all_processes.clear()
     handler = signal.getsignal(signal.SIGTERM)
     if str(getattr(handler, "__module__", "")).startswith("ray."):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -13,14 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ray._private import ray_constants
-from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
-
 from tensorkv.errors import ArgumentError
 
-# Ray binds its sockets to the loopback interface if the address of its node is exactly this one, and to every
-# interface otherwise, whatever the address.
-LOOPBACK = "127.0.0.1"
+from . import _compat
+
 _LISTEN = "0A"
 _TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
 
@@ -101,18 +97,6 @@ def _is_loopback(host: str) -> bool:
 
 
 @contextmanager
-def loopback_node() -> Iterator[None]:
-    """Let Ray take 127.0.0.1 as the address of a node, which it otherwise replaces by that of the network."""
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    # Ray's own word for "this cluster has one node", which is its default on macOS and Windows.
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-@contextmanager
 def quiet_forks() -> Iterator[None]:
     """Hide what Python and JAX say of a fork in a process with threads: Ray's child runs another program at once."""
     with warnings.catch_warnings():
@@ -132,8 +116,7 @@ def ensure_token() -> None:
     path = _token_path()
     if not path.exists():
         _make_token(path)
-        # Ray may have looked before, and found none.
-        AuthenticationTokenLoader.instance().reset_cache()
+        _compat.read_token()
 
 
 def check_token() -> None:

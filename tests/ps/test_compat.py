@@ -1,0 +1,45 @@
+"""Each private part of Ray that tensorkv uses: it is there, and does what it is used for."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("ray")
+from tensorkv.engines.ps.ray import _compat
+
+
+def test_ray_reads_its_environment_and_its_token_again(monkeypatch):
+    before = _compat.authentication_mode()
+    for mode, number in (("token", 1), ("disabled", 0)):
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        _compat.read_environment()
+        assert _compat.authentication_mode() == number
+    monkeypatch.undo()
+    _compat.read_environment()
+    _compat.read_token()
+    assert _compat.authentication_mode() == before
+
+
+def test_a_node_on_loopback_is_found_and_left_to_the_parent():
+    """In a process of its own, since Ray starts once in each."""
+    code = """
+import atexit
+import ray
+from tensorkv.engines.ps.ray import _compat
+_compat.init_on_loopback(address="local", include_dashboard=False, num_cpus=1, object_store_memory=100 << 20)
+address = ray.get_runtime_context().gcs_address
+assert address.startswith(_compat.LOOPBACK + ":"), address
+assert address in _compat.cluster_addresses()
+assert _compat.ray_constants.ENABLE_RAY_CLUSTER
+processes = _compat.worker._global_node.all_processes
+held, unregistered = dict(processes), []
+atexit.unregister = unregistered.append
+_compat.leave_to_parent()
+assert held and not processes
+assert unregistered == [ray.shutdown]
+processes.update(held)
+ray.shutdown()
+assert address not in _compat.cluster_addresses()
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=100)

@@ -150,7 +150,7 @@ class ArrayContract:
         )
 
     @pytest.mark.parametrize("optimizer", [None, "sgd", "adam", "rmsprop"])
-    def test_inference_mode(self, kv, optimizer):
+    def test_inference_mode(self, optimizer):
         """A store that is filled in inference mode is the same store."""
         keys = [f"k{i}" for i in range(12)]
         results = []

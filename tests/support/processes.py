@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from functools import cache
 
 from tests.support.forkserver import MESSAGE_NBYTES
@@ -160,6 +161,18 @@ class Program:
         self._output.seek(0)
         return self._output.read()
 
+    def wait_for(self, word, timeout_s=60):
+        """Return the first line that begins with a word, once the process has printed it."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            has_ended = self.process.poll() is not None
+            for line in self.text().splitlines(keepends=True):
+                if line.startswith(word) and line.endswith("\n"):
+                    return line
+            assert not has_ended, f"it has ended: {self.text()[-6000:]}"
+            assert time.monotonic() < deadline, f"no {word!r} after {timeout_s} s: {self.text()[-6000:]}"
+            time.sleep(0.01)
+
     def result(self):
         """Return what the function has returned, or raise what it has raised; the process has ended."""
         with open(self._result.name, "rb") as file:
@@ -176,3 +189,16 @@ def call(module, *args, timeout_s=90, env=None):
     """Run a module to its end; return its exit status and what it has printed, on whichever output."""
     with Program(module, *args, env=env) as program:
         return program.process.wait(timeout_s), program.text()
+
+
+def run(function, *args, timeout_s=90, env=None):
+    """Run a function in a process of its own; return what it returns, or raise what it raises.
+
+    Raises:
+        AssertionError: the process has not ended with status 0; with what it has printed.
+    """
+    with Program(function, *args, env=env) as program:
+        status = program.process.wait(timeout_s)
+        result = program.result()
+        assert status == 0, program.text()[-6000:]
+    return result

@@ -4,8 +4,6 @@ import errno
 import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +12,11 @@ import torch
 
 import tensorkv
 from tensorkv import CheckpointError, Rows
+from tensorkv.runtime import forks
 from tensorkv.shard.optimizers import CLASSES, ROWWISE
 from tensorkv.storage import checkpoint
 from tests.support.checkpoints import F32, body_of, refused, snapshot, store, table, train
+from tests.support.processes import run
 
 DTYPES = [
     *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
@@ -513,23 +513,19 @@ _BOTH = _both()
 
 PREPARE = {"fresh": (_fresh, {None, "new"}), "older": (_older, {"old", "new"})}
 
-# What is forked has loaded all it needs, so that each death costs milliseconds.
-_DIE = """
-import os, sys
-import pytest
-from tests.storage.test_checkpoint import Steps, small
-folders = sys.argv[1:]
-new = small(2)
-for number, folder in enumerate(folders, 1):
-    child = os.fork()
-    if not child:
-        import tensorkv.runtime.forks
-        new._forks = tensorkv.runtime.forks.count
-        Steps(pytest.MonkeyPatch(), number, lambda: os._exit(77))
-        new.save(folder)
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
+
+def die_at_each_step(folders):
+    """Save in forked processes, of which each ends one step later than the last; return their exit statuses."""
+    new, statuses = small(2), []
+    for number, folder in enumerate(folders, 1):
+        child = os.fork()
+        if not child:
+            new._forks = forks.count
+            Steps(pytest.MonkeyPatch(), number, lambda: os._exit(77))
+            new.save(folder)
+            os._exit(0)
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    return statuses
 
 
 @pytest.mark.parametrize("name", PREPARE)
@@ -540,14 +536,7 @@ def test_a_crash_at_any_moment_leaves_the_old_or_the_new(tmp_path, name):
     folders = [tmp_path / str(number) / "deep" for number in range(total + 1)]
     for folder in folders:
         prepare(folder)
-    died = subprocess.run(
-        [sys.executable, "-c", _DIE, *folders],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=100,
-    )
-    assert [int(code) for code in died.stdout.split()] == [77] * total + [0]
+    assert run(die_at_each_step, folders) == [77] * total + [0]
     seen = []
     for folder in folders:
         seen.append(_found(folder))

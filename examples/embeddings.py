@@ -35,7 +35,8 @@ import tensorkv
 NAME = "word-vectors"
 WORKERS, SERVERS = 3, 2
 DIMENSION, WINDOW, NEGATIVES = 64, 2, 5
-EPOCHS, BATCH = 4, 1024
+EPOCHS = 4
+BATCH = 1024
 ROWS = 1 << 32
 
 

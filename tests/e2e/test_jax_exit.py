@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tensorkv.arrays import interop
+from tests.support.amount import amount
 
 # Python's main thread keeps the lock while it ends, so that XLA's threads come too late for it.
 PROGRAM = """
@@ -24,7 +25,7 @@ kv.pull("w", like=like)
 
 def test_a_process_that_used_jax_ends_well():
     pytest.importorskip("jax")
-    for _ in range(3):
+    for _ in range(amount(1, 3)):
         ended = subprocess.run(
             [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=100, check=False
         )

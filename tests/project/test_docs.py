@@ -36,6 +36,7 @@ NOT_RUN = {
     r"torchrun --nnodes=2 ": "two hosts",
     r"tensorkv demo --replicas": "tests/cli/test_demo.py trains with replicas",
     r"tensorkv demo --store dist_async": "tests/cli/test_demo_servers.py runs it, in a new folder and home",
+    r"tensorkv demo --store dist_sync": "tests/sync/test_engine.py runs it",
     r"tensorkv top ": "beside another command, from a second terminal",
 }
 # What the pages make, and which one.

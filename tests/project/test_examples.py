@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import tensorkv
+from tests.support.amount import amount
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("sklearn")
@@ -18,9 +19,16 @@ pytest.importorskip("sklearn")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(name, tmp_path, *arguments, timeout_s):
-    # In a folder of its own: nothing may be left behind, and nothing found here.
-    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+def run(name, tmp_path, *arguments, timeout_s, **sizes):
+    """Run an example with some of its constants set, in a folder of its own; return the lines that it prints."""
+    text = (ROOT / "examples" / name).read_text()
+    for constant, size in sizes.items():
+        text, count = re.subn(rf"^{constant} = \d+$", f"{constant} = {size}", text, flags=re.MULTILINE)
+        assert count == 1, f"{name} has no {constant}"
+    # Nothing may be left behind, and nothing found here.
+    file = tmp_path.with_name(f"{tmp_path.name}-{name}")
+    file.write_text(text)
+    command = [sys.executable, str(file), *map(str, arguments)]
     environment = {key: text for key, text in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "RAY_ADDRESS")}
     ended = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=timeout_s
@@ -34,11 +42,12 @@ def test_every_example_is_tested():
 
 
 def test_readers_see_increasing_versions_and_consistent_snapshots(tmp_path):
-    lines = run("publish_weights.py", tmp_path, timeout_s=110)
-    assert lines[-1] == "all 3 readers saw increasing versions and consistent snapshots, up to version 20"
+    readers = amount(2, 3)
+    lines = run("publish_weights.py", tmp_path, timeout_s=110, READERS=readers)
+    assert lines[-1] == f"all {readers} readers saw increasing versions and consistent snapshots, up to version 20"
     told = [re.fullmatch(r"reader (\d): \d+ versions, increasing, consistent: ([\d ]+)", line) for line in lines]
     seen = {int(match[1]): list(map(int, match[2].split())) for match in told if match}
-    assert sorted(seen) == [0, 1, 2]
+    assert sorted(seen) == list(range(readers))
     for versions in seen.values():
         assert versions == sorted(set(versions))
         assert versions[-1] == 20
@@ -47,7 +56,7 @@ def test_readers_see_increasing_versions_and_consistent_snapshots(tmp_path):
 
 @pytest.mark.timeout(240)
 def test_vectors_are_learned_though_a_server_is_killed(tmp_path):
-    lines = run("embeddings.py", tmp_path, tmp_path / "store", timeout_s=220)
+    lines = run("embeddings.py", tmp_path, tmp_path / "store", timeout_s=220, EPOCHS=amount(2, 4))
     killed = next(re.fullmatch(r"server 1 \(process (\d+)\) was killed", line) for line in lines if "killed" in line)
     back = re.fullmatch(r"server 1 was restarted as process (\d+); (\d+) pushes, versions (\d+) and (\d+)", lines[-2])
     assert back[1] != killed[1]

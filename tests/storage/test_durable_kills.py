@@ -11,11 +11,10 @@ import pytest
 from tests.storage.seams import SEAMS
 from tests.support.amount import ALL, amount
 
-pytestmark = pytest.mark.alone
 PROGRAM = [sys.executable, "-m", "tests.storage.kills"]
 SEED = int(os.environ.get("TENSORKV_TEST_SEED", "20"))
 WRONG = 3
-ADAM_KILLS = amount(30, 100)
+ADAM_KILLS = amount(10, 100)
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def finish(programs):
 def test_acknowledged_pushes_count_once_whenever_the_process_is_killed(folder, durability):
     print("seed", SEED)
     number = 10 if durability == "disk" else 0
-    kills = {"time": amount(80, 800), "calls": amount(120, 850), "seams": amount(240, 900)}
+    kills = {"time": amount(40, 800), "calls": amount(60, 850), "seams": amount(120, 900)}
     programs = [start(folder, number + i, kills[how], durability, how) for i, how in enumerate(kills)]
     deaths = []
     for (status, found, complaint), least in zip(finish(programs), kills.values(), strict=True):
@@ -69,7 +68,7 @@ def test_acknowledged_pushes_count_once_whenever_the_process_is_killed(folder, d
     assert died >= {"pwritev", "fsync", "open", "unlink", *(["replace"] if ALL else [])}
     assert ("fdatasync" in died) == (durability == "disk")
     expected = set(SEAMS) - ({"sync of the log"} if durability == "process" else set())
-    assert {seam for seam, count in seams.items() if count >= amount(2, 15)} == expected
+    assert {seam for seam, count in seams.items() if count >= amount(1, 15)} == expected
 
 
 def test_adam_goes_on_to_the_bit(folder):

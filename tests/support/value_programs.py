@@ -10,10 +10,12 @@ import torch
 import tensorkv
 from tensorkv import Rows
 from tensorkv.shard.optimizers import CLASSES, ROWWISE, spec
+from tests.support.amount import amount
 from tests.support.checkpoints import snapshot
 
 # Owners and servers divide values of so many elements, and a call takes several chunks of so many bytes.
 DIVIDED, CHUNK_NBYTES = 256, 1 << 12
+STEPS = amount(8, 20)
 SHAPES = [(), (3,), (0,), (0, 2), (2, 0), (7, 5), (130,), (40, 70), (2, 3, 4), (1501,), (9, 7, 11)]
 DTYPES = ["float32", "float32", "float64", "float16", "bfloat16", "complex64"]
 # Of single keys and of all: numbers that change what a step does, and what state it needs.
@@ -208,7 +210,7 @@ def differences(got, right):
     return "; ".join(found)
 
 
-def train(seed, kv, folder, *, rank=0, workers=1, reopen=None, steps=20):
+def train(seed, kv, folder, *, rank=0, workers=1, reopen=None, steps=STEPS):
     """Train, save and load, and train on.
 
     Args:

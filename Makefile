@@ -15,12 +15,10 @@ demo: $(STAMP) ## Train a network on handwritten digits over four replicas; its 
 	$(BIN)/tensorkv demo --out out/demo.png
 
 test: $(STAMP) ## Test every behaviour, and each fault
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone and not release" $(PYTEST)
-	$(BIN)/python -m pytest -m "alone and not release" $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not release" $(PYTEST)
 
 test-all: $(STAMP) ## Test with all repetitions, planted faults and the benchmarks' tests, as before a release
-	TENSORKV_TESTS=all $(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone" $(PYTEST)
-	TENSORKV_TESTS=all $(BIN)/python -m pytest -m alone $(PYTEST)
+	TENSORKV_TESTS=all $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST)
 
 check: docs ## Check format, lint, types, the layers of packages and the documentation
 	$(BIN)/ruff format --check .

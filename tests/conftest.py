@@ -2,17 +2,22 @@
 
 import gc
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+import tensorkv
 from tensorkv.testing.libraries import LIBRARIES
 
 # Programs that tests start find the modules of the tests, in whatever folder they run.
 ROOT = str(Path(__file__).resolve().parents[1])
 os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+# A shell that starts this process in the background has it ignore Ctrl-C, and so would all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before JAX starts: three CPU devices, so that parts can live on devices of their own.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "3")
@@ -23,6 +28,22 @@ def library(request):
     if request.param == "jax":
         pytest.importorskip("jax")
     return LIBRARIES[request.param]
+
+
+@pytest.fixture(scope="session")
+def ray_store():
+    """A store on parameter servers that keeps one Ray for all tests of this process: to start one takes seconds."""
+    pytest.importorskip("ray")
+    with tensorkv.create("dist_async", name="keeper of the tests") as keeper:
+        yield keeper
+
+
+@pytest.fixture
+def ray_address(ray_store):
+    """The variables with which another process joins this process's Ray."""
+    import ray
+
+    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
 # What a machine of CI need not have, by the reasons that tests give. Every other skip fails a run with --known-skips.
@@ -68,6 +89,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.nodeid.startswith("tests/benchmarks/"):
             item.add_marker(pytest.mark.release)
+        if "ray_store" in item.fixturenames:
+            # One after another in one process, which starts Ray once.
+            item.add_marker(pytest.mark.xdist_group(f"ray in {item.path.parent.name}"))
 
 
 def _descriptors():

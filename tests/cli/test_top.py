@@ -18,7 +18,7 @@ from tensorkv.engines.ps.ray import observer as ray_observer  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
+def store(ray_store, tmp_path_factory):
     """A store on two servers with a folder, which other tests push to."""
     name = f"top-{os.getpid()}"
     with tensorkv.create(

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.support import workers
+from tests.support.amount import amount
 from tests.support.processes import call
 
 PROGRAM = "tests.e2e.disturbed"
@@ -15,8 +16,8 @@ PROGRAM = "tests.e2e.disturbed"
 SEED = int(os.environ.get("TENSORKV_TEST_SEED", "1"))
 
 
-def run(engine, first, count, *options, tmp_path):
-    environment = {"DISTURBED_FOLDER": str(tmp_path)}
+def run(engine, first, count, *options, tmp_path, **environment):
+    environment["DISTURBED_FOLDER"] = str(tmp_path)
     status, text = call(PROGRAM, engine, first, count, *options, timeout_s=280, env=environment)
     assert status == 0, text[-3000:]
     return json.loads(text.strip().splitlines()[-1])
@@ -29,13 +30,29 @@ def run(engine, first, count, *options, tmp_path):
         ("local", 20, [], {"fork", "threads", "handler", "raised", "meta", "inference", "chdir"}),
         ("device", 6, [], {"raised"}),
         ("local", 14, ["path=kept"], {"reopen", "raised", "chdir"}),
-        ("dist_async", 3, ["num_servers=1", "mode=sync"], set()),
-        ("dist_async", 4, ["num_servers=2", "path=kept"], {"kill"}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
 def test_one_process(engine, count, options, expected, tmp_path):
-    counts = run(engine, SEED * 1000, count, *options, tmp_path=tmp_path)
+    check(run(engine, SEED * 1000, count, *options, tmp_path=tmp_path), count, expected)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("count", "options", "expected"),
+    [
+        (amount(2, 3), ["num_servers=1", "mode=sync"], set()),
+        (amount(1, 4), ["num_servers=2", "path=kept"], {"kill"}),
+    ],
+    ids=["memory", "folder"],
+)
+def test_servers(count, options, expected, ray_address, tmp_path):
+    counts = run("dist_async", SEED * 1000, count, *options, tmp_path=tmp_path, **ray_address)
+    check(counts, count, expected)
+
+
+def check(counts, count, expected):
+    """Check that there were as many programs as wanted, and the disturbances that they are for."""
     assert counts["programs"] == count
     assert expected <= counts.keys(), "a disturbance never came"
     assert len(counts.keys() - {"programs", "steps", "undisturbed"}) >= 3, "too few kinds of disturbance"

@@ -13,12 +13,7 @@ ray = pytest.importorskip("ray")
 names = (f"store{number}" for number in itertools.count())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    """One Ray for all tests: to start one takes seconds."""
-    keeper = tensorkv.create("dist_async", name="keeper")
-    yield
-    keeper.close()
+pytestmark = pytest.mark.usefixtures("ray_store")
 
 
 class TestOneServer(BaseContract):

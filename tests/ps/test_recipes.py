@@ -14,7 +14,7 @@ import tensorkv
 
 pytest.importorskip("ray")
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.alone]
+pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("ray_store")]
 
 WORK = """
 import os, sys
@@ -93,11 +93,10 @@ def test_a_store_in_a_folder_is_created_again_when_its_ray_has_ended(lost, tmp_p
             job.process.wait()
         value = job.value
     assert value == 5 + (lost == "Ray's head")
-    with Job(tmp_path / "store") as again:
-        assert again.value == value
-        again.push()
-        assert again.value == value + 1
-    assert again.process.returncode == 0
+    with tensorkv.create("dist_async", name="again", path=tmp_path / "store") as again:
+        assert again.pull("n").tolist() == [value] * 3
+        again.push("n", np.ones(3, np.float32))
+        assert again.pull("n").tolist() == [value + 1] * 3
 
 
 def test_a_damaged_folder_is_named_when_the_store_is_created(tmp_path):

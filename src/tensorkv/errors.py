@@ -30,10 +30,9 @@ Messages name the key, what was expected, what was given, and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from itertools import islice
 from reprlib import Repr
 from typing import Any
 
@@ -43,7 +42,7 @@ class TensorKVError(Exception):
 
 
 class KeyTypeError(TensorKVError, TypeError):
-    """A key is neither a non-empty str nor an int, or not of the store's key type."""
+    """A key is neither a non-empty str nor an int, or not of the type of the store's keys."""
 
 
 class KeyNotFoundError(TensorKVError, KeyError):
@@ -164,47 +163,6 @@ def suggestion(word: object, choices: Iterable[object]) -> str:
 def quote(key: object) -> str:
     """Show a key as messages do: ``"w"`` for a str, ``3`` for an int."""
     return f'"{key}"' if isinstance(key, str) else repr(key)
-
-
-# How many keys a message names.
-_NAMED_KEYS = 4
-
-
-def no_such_key(verb: str, key: object, held: Collection[object]) -> KeyNotFoundError:
-    """Return the error of a key that a store does not have, which says what the store has instead.
-
-    >>> print(no_such_key("pull", "weigth", ["weight", "bias"]))
-    pull("weigth"): no such key (did you mean "weight"?); the store has "weight", "bias"; call init first
-    >>> print(no_such_key("pull", 777, range(100)))
-    pull(777): no such key (did you mean 77?); the store has 100 keys: 0, 1, 2, 3, ...; call init first
-    """
-    named = ", ".join(map(quote, islice(held, _NAMED_KEYS)))
-    if len(held) > _NAMED_KEYS:
-        named = f"{len(held)} keys: {named}, ..."
-    return KeyNotFoundError(
-        f"{verb}({quote(key)}): no such key{suggestion(key, held)}; the store has {named or 'no keys'}; call init first"
-    )
-
-
-def key_exists(key: object) -> KeyExistsError:
-    """Return the error of an ``init`` of a key that a store has.
-
-    >>> print(key_exists("w"))
-    init("w"): the key exists; push to it, or delete it first
-    """
-    return KeyExistsError(f"init({quote(key)}): the key exists; push to it, or delete it first")
-
-
-def other_key_type(verb: str, key: object, expected: type) -> KeyTypeError:
-    """Return the error of a key whose type is not that of the store's keys.
-
-    >>> print(other_key_type("push", 3, str))
-    push(3): this store's keys are str, got int; one store has one key type, fixed by its first init
-    """
-    return KeyTypeError(
-        f"{verb}({quote(key)}): this store's keys are {expected.__name__}, got {type(key).__name__}; "
-        "one store has one key type, fixed by its first init"
-    )
 
 
 # Longer values are shown by their type. Repr limits depth and length: arguments may be of any size.

@@ -160,7 +160,7 @@ class KVStore:
 
         Raises:
             KeyExistsError: a key exists, or is given twice.
-            KeyTypeError: a key is invalid, or not of the store's key type.
+            KeyTypeError: a key is invalid, or not of the type of the store's keys.
             ArrayTypeError: the store cannot hold such a value.
 
         >>> import numpy as np

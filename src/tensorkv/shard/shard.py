@@ -15,6 +15,7 @@ import torch
 
 from tensorkv.arrays import rows
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.keytable import KeyTable
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import (
@@ -22,9 +23,6 @@ from tensorkv.errors import (
     StorageError,
     StoreClosedError,
     UpdaterError,
-    key_exists,
-    no_such_key,
-    other_key_type,
 )
 
 from . import quick, reduce
@@ -85,6 +83,10 @@ class Log(Protocol):
         """Write nothing any more."""
 
 
+# A bool, which equals an int, is not a key.
+_KEY_TYPES = (str, int)
+
+
 class Shard:
     """Values by key, and how pushes change them.
 
@@ -97,8 +99,7 @@ class Shard:
     """
 
     def __init__(self, *, on_device: bool = False, nonfinite: NonFinite = "pass", threads: int | None = None) -> None:
-        self._entries: dict[Key, Entry] = {}
-        self._key_type: type | None = None
+        self._entries: KeyTable[Entry] = KeyTable()
         self._on_device = on_device
         self._finite = NonFinitePolicy(nonfinite)
         self._rule: Rule = Assign()
@@ -158,7 +159,7 @@ class Shard:
         Returns:
             Bytes moved, or None when nothing was done and the general way is to be taken.
         """
-        entry = self._entries.get(key) if type(key) is self._key_type else None
+        entry = self._entries.get(key) if type(key) in _KEY_TYPES else None
         if entry is None or self._broken is not None:
             return None
         if value is not None and (type(self._rule) is not Assign or self._finite.checks or self.log is not None):
@@ -312,12 +313,9 @@ class Shard:
         Raises:
             KeyNotFoundError: there is none; the message names the nearest key.
         """
-        self._refuse_broken()
-        entry = self._entries.get(key)
-        if entry is None:
-            self._check_key_type(verb, key)
-            raise no_such_key(verb, key, self._entries)
-        return entry
+        if self._broken is not None:
+            self._refuse_broken()
+        return self._entries.find(verb, key)
 
     def fail(self, problem: str) -> None:
         """Raise StorageError with this message from every call but ``close``: values may not be what the log says."""
@@ -378,14 +376,7 @@ class Shard:
     def check_new(self, keys: Sequence[Key]) -> None:
         """Raise if a key cannot be initialised."""
         self.refuse_reentry()
-        for key in keys:
-            self._check_key_type("init", key)
-            if key in self._entries:
-                raise key_exists(key)
-
-    def _check_key_type(self, verb: str, key: Key) -> None:
-        if self._key_type is not None and type(key) is not self._key_type:
-            raise other_key_type(verb, key, self._key_type)
+        self._entries.check_new(keys)
 
     def refuse_reentry(self) -> None:
         """Raise an error if an updater is running, after ``close``, and after ``fail``."""
@@ -426,8 +417,6 @@ class Shard:
                 _put(entries, values)
             case Init(entries=entries):
                 self._entries.update({entry.key: entry for entry in entries})
-                if entries:
-                    self._key_type = type(entries[0].key)
             case Delete(keys=keys):
                 for key in keys:
                     self._plans.forget(key)
@@ -439,8 +428,7 @@ class Shard:
                 for entry in entries:
                     self._to_device(entry)
                 self._plans.clear()
-                self._entries, self._rule = {entry.key: entry for entry in entries}, rule
-                self._key_type = type(entries[0].key) if entries else None
+                self._entries, self._rule = KeyTable({entry.key: entry for entry in entries}), rule
                 self._keep_overrides()
             case RestoreStates(entries=entries, rule=rule):
                 self._restore_states(entries, rule)

@@ -51,6 +51,12 @@ class ArgumentContract:
             kv.pull(3)
         assert 3 not in kv
         assert kv.keys() == ["3"]
+        # An empty store takes keys of either type.
+        kv.delete("3")
+        kv.init(3, ones(2))
+        with pytest.raises(tensorkv.KeyTypeError, match="keys are int, got str"):
+            kv.push("3", ones(2))
+        assert kv.keys() == [3]
 
     def test_mixed_types_in_one_call(self, kv):
         with pytest.raises(tensorkv.KeyTypeError, match="two types"):

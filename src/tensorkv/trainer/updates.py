@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensorkv.errors import CheckpointError, OptimizerError, no_such_key, show
+from tensorkv.arrays.keytable import KeyTable
+from tensorkv.errors import CheckpointError, OptimizerError, show
 from tensorkv.shard import optimizers
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.optimizers import OptimizerSpec
@@ -76,17 +77,15 @@ class StoreUpdate:
         return self._kv._state_dict(self._read)
 
     def _read(self, contents: Contents) -> dict[str, Any]:
-        held = {entry.key: entry for entry in contents.entries}
-        for key in self._params:
-            if key not in held:
-                raise no_such_key("state_dict", key, held)
+        table = KeyTable({entry.key: entry for entry in contents.entries})
+        held = {key: table.find("state_dict", key) for key in self._params}
         if not isinstance(contents.rule, StepOptimizer):
             raise self._lacks_optimizer("state_dict")
         spec = contents.rule.optimizer.spec
         return {
-            "weights": {key: held[key].tensor.to(ps[0].device, copy=True) for key, ps in self._params.items()},
+            "weights": {key: each.tensor.to(self._params[key][0].device, copy=True) for key, each in held.items()},
             "state": {
-                key: {name: each.to("cpu", copy=True) for name, each in held[key].state.items()} for key in self._params
+                key: {name: t.to("cpu", copy=True) for name, t in each.state.items()} for key, each in held.items()
             },
             "overrides": {key: own for key, own in spec.overrides.items() if key in self._params},
             "optimizer": {

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.keytable import KeyTable
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.partition import pieces
-from tensorkv.errors import key_exists, no_such_key, other_key_type
 from tensorkv.runtime import shield
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
@@ -37,7 +37,7 @@ class KeyMap:
     def __init__(self, num_servers: int, ask: Ask, *, wide: bool) -> None:
         self._num_servers, self._ask, self._wide = num_servers, ask, wide
         self._lock = threading.RLock()
-        self._placements: dict[Key, KeyPlacement] = {}
+        self._placements: KeyTable[KeyPlacement] = KeyTable()
         self._asked = self._answered = 0
         self._incomplete: dict[Key, set[int]] = {}
         self._entries: dict[Key, Entry] = {}
@@ -68,7 +68,7 @@ class KeyMap:
                 # Another thread has asked later and was answered earlier.
                 return
             self._answered = number
-            old, new, incomplete = self._placements, {}, {}
+            old, new, incomplete = self._placements, KeyTable[KeyPlacement](), {}
             for key in sorted(metadata, key=lambda key: metadata[key]["order"]):
                 placement = KeyPlacement.from_metadata(metadata[key])
                 # A key exists when all of its pieces do.
@@ -113,14 +113,9 @@ class KeyMap:
         Raises:
             KeyNotFoundError, KeyTypeError: no server has it.
         """
-        placement = self._placements.get(key)
-        if placement is None:
+        if key not in self._placements:
             self.refresh()
-            placement = self._placements.get(key)
-        if placement is None:
-            self._check_key_type(verb, key)
-            raise no_such_key(verb, key, self._placements)
-        return placement
+        return self._placements.find(verb, key)
 
     def entry(self, verb: str, key: Key) -> Entry:
         """Return an entry without values, for checks."""
@@ -146,15 +141,7 @@ class KeyMap:
 
     def check_new(self, keys: Sequence[Key]) -> None:
         """Raise if a key cannot be initialised."""
-        for key in keys:
-            self._check_key_type("init", key)
-            if key in self._placements:
-                raise key_exists(key)
-
-    def _check_key_type(self, verb: str, key: Key) -> None:
-        first = next(iter(self._placements), key)
-        if type(first) is not type(key):
-            raise other_key_type(verb, key, type(first))
+        self._placements.check_new(keys)
 
     # ------------------------------------------------------------ placements and layouts
 

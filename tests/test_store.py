@@ -54,6 +54,10 @@ def test_the_warning_names_the_callers_line():
             for _ in range(3):
                 kv.pull("w", out=torch.zeros(2, 2).to_sparse(1))
         assert [warning.filename for warning in caught] == [__file__]
+        with warnings.catch_warnings(record=True) as caught, kv.snapshot() as snapshot:
+            warnings.simplefilter("always")
+            snapshot.pull("w", out=torch.zeros(2, 2).to_sparse(1))
+        assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_nothing_is_pulled_of_a_table_into_rows():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import wraps
@@ -27,7 +26,7 @@ from tensorkv.arrays.outputs import GivenOuts, NewOuts
 from tensorkv.arrays.rows import Rows, take_ids
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.call import Call, check_priority, nbytes, take
-from tensorkv.runtime import compiled, forks, shield
+from tensorkv.runtime import caller, compiled, forks, shield
 from tensorkv.runtime.modes import outside_modes, runs_outside_modes
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard import optimizers
@@ -818,7 +817,7 @@ class KVStore:
     def _warn_once(self, warning: SparseOutWarning | None) -> None:
         if warning is not None and not self._warned_sparse_out:
             self._warned_sparse_out = True
-            warnings.warn(warning, stacklevel=3)
+            caller.warn(warning)
 
 
 class Snapshot:

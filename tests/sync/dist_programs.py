@@ -657,7 +657,8 @@ def no_sharing():
         warnings.simplefilter("always")
         kv = create()
     with kv:
-        say("fault fired" if asked else "no fault", "warnings:", [str(each.message) for each in caught])
+        said = [f"{os.path.basename(each.filename)}: {each.message}" for each in caught]
+        say("fault fired" if asked else "no fault", "warnings:", said)
         assert kv.stats()["dist"]["hosts"] == SIZE
         kv.init("a", np.zeros(3, F32))
         assert kv.pushpull("a", np.full(3, RANK, F32)).tolist() == [SIZE * (SIZE - 1) / 2] * 3

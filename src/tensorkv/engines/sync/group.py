@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import threading
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -20,7 +19,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from tensorkv import errors
 from tensorkv.errors import RankDeadError, TensorKVError, WorkerMismatchError
-from tensorkv.runtime import _compat, forks
+from tensorkv.runtime import _compat, caller, forks
 from tensorkv.transport.rendezvous import agree_on_start, connect, get, host_id, network_id
 from tensorkv.transport.segment import Segment, can_share, why_not_shared
 
@@ -133,10 +132,7 @@ class ProcessGroup:
         opened = self._control is not None or len(self.host_ranks) == 1
         if any(len(each) > 1 for each in self.hosts) and not self._all_agree("opened", opened):
             if self.rank == 0:
-                warnings.warn(
-                    "shared memory does not work between the workers; they use Gloo instead, which is slower",
-                    stacklevel=6,
-                )
+                caller.warn("shared memory does not work between the workers; they use Gloo instead, which is slower")
             self._control = None
             self.hosts, self.host_index = [[rank] for rank in range(self.size)], self.rank
             self._gloo = self._gloo or self._connect()

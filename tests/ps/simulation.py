@@ -336,7 +336,7 @@ class Actor:
                     continue
                 self._parked = [other for other in self._parked if other is not each]
                 progress = progress or "wait_for" not in reply.head
-                self._reply(ray_actor._answer(reply, None), future, is_lost)
+                self._reply(ray_actor.through_ray(reply), future, is_lost)
 
     def _reply(self, answer, future, is_lost):
         error = ActorUnavailableError("lost", None) if is_lost else None
@@ -525,7 +525,7 @@ class World(Loop):
 
     def create(self, number, rank=None):
         """Make the store of a client, in a thread of its process."""
-        places = [["elsewhere", 0, 1, ""]] * len(self.actors)
+        places = [["elsewhere", 0, 1, "", None]] * len(self.actors)
         Environment.of_thread.words = {} if rank is None else {"RANK": str(rank), "WORLD_SIZE": "2"}
         engine = ray_engine.PSEngine(self.actors, self.options, places, 90.0, started=False)
         self.stores[number] = KVStore(engine, "dist_async")

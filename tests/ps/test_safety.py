@@ -89,17 +89,30 @@ def process_tree(pid):
     return tree
 
 
-def listening_sockets(pids):
-    """The addresses and ports, as the kernel writes them, on which processes of one host listen."""
+def socket_inodes(pids):
+    """The sockets that processes have open."""
     inodes = set()
     for pid in pids:
         with contextlib.suppress(OSError):
             for each in os.listdir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(OSError):
                     inodes |= set(re.findall(r"socket:\[(\d+)\]", os.readlink(f"/proc/{pid}/fd/{each}")))
-    (first, *_), tables = pids, ("tcp", "tcp6")
+    return inodes
+
+
+def listening_sockets(pids):
+    """The addresses and ports, as the kernel writes them, on which processes of one host listen."""
+    (first, *_), inodes, tables = pids, socket_inodes(pids), ("tcp", "tcp6")
     rows = [line.split() for name in tables for line in Path(f"/proc/{first}/net/{name}").read_text().splitlines()]
     return [row[1].split(":") for row in rows if row[3] == "0A" and row[9] in inodes]
+
+
+def unix_listeners(pids):
+    """The names of the Unix sockets on which processes of one host listen; "@" begins those that are no files."""
+    (first, *_), inodes = pids, socket_inodes(pids)
+    rows = [line.split() for line in Path(f"/proc/{first}/net/unix").read_text().splitlines()[1:]]
+    # Flags, of which one says that it accepts connections; inode; name.
+    return [row[7] for row in rows if int(row[3], 16) & 0x10000 and row[6] in inodes and len(row) > 7]
 
 
 HOLD = """
@@ -162,6 +175,9 @@ def test_a_store_that_starts_ray_listens_on_loopback_alone_and_asks_for_a_token(
         # The driver, the head, two of the raylet, a server.
         assert len(sockets) >= 5
         assert {address for address, _ in sockets} <= {"0100007F", "0000000000000000FFFF00000100007F"}
+        # Ours is one, of the server, without a file; who is refused there is tested beside its code.
+        (own,) = [name for name in unix_listeners(tree) if "/ray/" not in name]
+        assert re.fullmatch("@tensorkv-[0-9a-f]{16}", own)
         token = tmp_path / "home" / ".ray" / "auth_token"
         assert stat.S_IMODE(token.stat().st_mode) == 0o600
         assert os.listdir(token.parent) == ["auth_token"]

@@ -19,7 +19,7 @@ from tensorkv.engines.ps.server.sync_round import PendingPush, SyncRounds
 from tensorkv.engines.ps.server.tables import ServerTables
 from tensorkv.engines.ps.server.wait import Condition, RetryLater
 from tensorkv.storage.dedup import AppliedRequests
-from tensorkv.transport.channel import ChannelServer, SharedMemoryChannel
+from tensorkv.transport.channel import Buffers, OpenBuffers
 from tensorkv.transport.segment import can_share
 from tensorkv.transport.shared_cache import SharedCache, SharedCacheReader
 
@@ -283,26 +283,25 @@ def test_layouts_of_pushes():
 
 
 @shares
-def test_a_channel_with_new_memory_leaves_the_old_one_to_the_server():
-    channel, server = SharedMemoryChannel(), ChannelServer()
-    channel.allocate(100, 50).fill_(1)
-    first = channel.describe()
-    payload, reply = server.find("a.0", first)
-    channel.replace()
-    channel.payload.fill_(2)
+def test_new_buffers_leave_the_old_ones_to_the_server():
+    buffers, server = Buffers(), OpenBuffers()
+    old = buffers.allocate(100, 50).fill_(1)
+    first = buffers.describe()
+    payload, reply = server.find(first)
+    buffers.replace(old).fill_(2)
     reply.fill_(9)
     assert set(payload.tolist()) == {1}
-    assert not channel.reply.any()
-    again, _ = server.find("a.0", channel.describe())
+    assert not buffers.reply(50).any()
+    again, _ = server.find(buffers.describe())
     assert set(again.tolist()) == {2}
     # The first message comes late: its memory is gone, or another's.
-    server.close_all_but([])
     with pytest.raises(OSError, match="not the"):
-        server.find("a.0", first)
-    for bad in ([*first[:2], 64, 1 << 40, 64, 1], [*first[:2], 64, -1, 64, 1]):
-        with pytest.raises(OSError, match=r"outside|not the|No such"):
-            ChannelServer().find("a.0", bad)
-    channel.close()
+        server.find(first)
+    name, nbytes, *_ = buffers.describe()
+    for bad in ([name, nbytes, 1 << 40, 1], [name, nbytes, -1, 1], [name, nbytes, 1, 1 << 40], [name, nbytes, 1, -1]):
+        with pytest.raises(OSError, match="outside"):
+            OpenBuffers().find(bad)
+    buffers.close()
 
 
 @shares

@@ -6,7 +6,7 @@ What Ray does to messages (it loses requests and replies, is late, brings one tw
 import contextlib
 import random
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from types import SimpleNamespace
 from unittest import mock
@@ -21,7 +21,7 @@ from tensorkv.engines.ps.ray import cluster
 from tensorkv.engines.ps.ray.actor import ServerActor
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.store import KVStore
-from tensorkv.transport.channel import ChannelServer
+from tensorkv.transport.channel import SocketServer
 from tensorkv.transport.rendezvous import host_id
 from tensorkv.transport.shared_cache import SharedCache
 
@@ -44,59 +44,73 @@ class Actor:
     Args:
         options: of the store.
         index: of the server.
-        pool: threads that answer.
+        pool: threads that answer what comes through Ray.
         fate: given the head of a message, what happens: "nothing", "lose request", "lose reply", or "twice" (a copy of
             it comes again later, with other messages in between).
+        near: whether it listens for clients on this host.
 
-    One whose ``is_dead`` is set has ended for good.
     """
 
-    def __init__(self, options, index, pool, fate):
+    def __init__(self, options, index, pool, fate, near):
         self.actor = object.__new__(ServerActor)
         self.actor._server = self.server = Server(options, index, threads=1)
-        self.actor._channels = ChannelServer()
+        self.actor._listener = self.listener = SocketServer(self._answer_connection) if near else None
         self.actor._cache = SharedCache()
         self.actor._copying = threading.Lock()
-        self._pool, self._fate = pool, fate
+        self._pool, self.fate = pool, fate
         self._late = []
         self.is_dead = False
         self.fates = {}
         self.paused = threading.Event()
         self.paused.set()
         self.serve = SimpleNamespace(remote=self._remote)
+        self.place = SimpleNamespace(remote=lambda: self._pool.submit(self.find_place))
+
+    def die(self):
+        """End for good."""
+        self.is_dead = True
+        if self.listener:
+            self.listener.close()
+
+    def find_place(self):
+        """What the actor's ``place`` returns."""
+        if self.is_dead:
+            raise ActorDiedError
+        return [host_id() if self.listener else "elsewhere", 0, 1, "", self.listener and self.listener.address]
 
     def _remote(self, *message):
-        fate = self._fate(split(message[0])[0])
-        self.fates[fate] = self.fates.get(fate, 0) + 1
-        future = Future()
         # Payloads beside a message are the actor's own copies, as Ray's object store makes them.
         message = [part if isinstance(part, bytes) else part.copy() for part in message]
-        self._pool.submit(self._run, fate, message, future)
-        return future
+        return self._pool.submit(self._answer_ray, *message)
 
-    def _run(self, fate, message, future):
-        lost = ActorUnavailableError("lost", None)
+    def _answer_ray(self, *message):
         if self.is_dead:
-            future.set_exception(ActorDiedError())
-            return
-        if fate == "lose request":
-            future.set_exception(lost)
-            return
-        self.paused.wait()
+            raise ActorDiedError
         try:
-            answer = self.actor.serve(*message)
-        except BaseException as error:
-            future.set_exception(error)
-            return
+            return self._answer(message[0], lambda: self.actor.serve(*message))
+        except ConnectionError:
+            raise ActorUnavailableError("lost", None) from None
+
+    def _answer_connection(self, message, buffers):
+        if self.is_dead:
+            raise ConnectionResetError
+        return self._answer(message, lambda: self.actor.serve_connection(message, buffers))
+
+    def _answer(self, message, serve):
+        fate = self.fate(split(message)[0])
+        self.fates[fate] = self.fates.get(fate, 0) + 1
+        if fate == "lose request":
+            raise ConnectionResetError
+        self.paused.wait()
+        answer = serve()
         if fate == "twice":
-            self._late.append(message)
+            self._late.append(serve)
         elif self._late and random.random() < 0.5:
             # Comes behind what its client has sent since.
-            self.actor.serve(*self._late.pop(0))
+            self._late.pop(0)()
         if fate == "lose reply":
-            future.set_exception(lost)
-        else:
-            future.set_result(answer)
+            raise ConnectionResetError
+        return answer
 
 
 class Cluster:
@@ -112,9 +126,9 @@ class Cluster:
 
     def __init__(self, num_servers=1, *, near=True, fate=lambda head: NONE, timeout_s=20.0, **options):
         self.options = PSOptions(num_servers=num_servers, **options)
-        self._near, self._timeout_s = near, timeout_s
+        self._timeout_s = timeout_s
         self._pool = ThreadPoolExecutor(64)
-        self.actors = [Actor(self.options, index, self._pool, fate) for index in range(num_servers)]
+        self.actors = [Actor(self.options, index, self._pool, fate, near) for index in range(num_servers)]
         self._stores = []
         self._patches = contextlib.ExitStack()
 
@@ -129,7 +143,7 @@ class Cluster:
 
     def store(self, **more):
         """A new client; each is the next rank."""
-        places = [[host_id() if self._near else "elsewhere", 0, 1, ""]] * len(self.actors)
+        places = [actor.find_place() for actor in self.actors]
         timeout_s = more.get("timeout_s", self._timeout_s)
         engine = ray_engine.PSEngine(self.actors, self.options, places, timeout_s, started=False)
         self._stores.append(KVStore(engine, "dist_async"))
@@ -151,6 +165,8 @@ class Cluster:
         self._pool.shutdown()
         for actor in self.actors:
             actor.server.close()
+            if actor.listener:
+                actor.listener.close()
             for layout in list(actor.actor._cache._slots):
                 actor.actor._cache.forget(layout)
         self._patches.close()

@@ -1,7 +1,9 @@
-"""Shared-memory channels: a client here, and a server in another process."""
+"""Channels: a client here, and a server in another process."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,58 +12,58 @@ from unittest.mock import Mock
 
 import pytest
 
+from tensorkv.runtime import shield
 from tensorkv.transport import channel
-from tensorkv.transport.channel import ChannelServer, SharedMemoryChannel
+from tensorkv.transport.channel import Buffers, Connection, OpenBuffers, SocketServer, connect
 from tensorkv.transport.segment import can_share
 
 pytestmark = pytest.mark.skipif(not can_share(), reason="this platform has no shared memory of this kind")
 
 SERVER = """
 import json, sys, threading
-from tensorkv.transport.channel import ChannelServer
+from tensorkv.transport.channel import SocketServer
 
-def answer(message, payload, room):
-    if message == b"raise":
-        raise RuntimeError("planted")
+def answer(message, buffers):
+    if message == b"close":
+        raise ConnectionResetError
     if message == b"sleep":
         threading.Event().wait()
     if message == b"long":
-        return b"x" * 5000
-    room.copy_(payload[: len(room)]).add_(1)
+        return b"x" * 5_000_000
+    if message.startswith(b"["):
+        payload, room = buffers.find(json.loads(message))
+        room.copy_(payload[: len(room)]).add_(1)
     return b"told " + message
 
-channels = ChannelServer(answer)
+server = SocketServer(answer)
+print(json.dumps(server.address), flush=True)
 for line in sys.stdin:
-    word, *rest = json.loads(line)
-    if word == "find":
-        channels.find(*rest)
-    elif word == "forget":
-        channels.close_all_but([])
-    elif word == "count":
-        found = [thread for thread in threading.enumerate() if thread.name == "tensorkv-doorbell"]
-        print(len(found), flush=True)
-        continue
-    print("done", flush=True)
+    if line == "close\\n":
+        server.close()
+    print(sum(thread.name.startswith("tensorkv-") for thread in threading.enumerate()), flush=True)
 """
 
 
 class Server:
-    """A process that serves channels; a context manager."""
+    """A process that listens; a context manager."""
 
     def __enter__(self):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
         self.process = subprocess.Popen([sys.executable, "-c", SERVER], **pipes)
+        self.address = json.loads(self.process.stdout.readline())
         return self
 
     def __exit__(self, *_):
         self.process.kill()
         self.process.communicate()
 
-    def tell(self, *words):
-        import json
+    def count(self, word="count"):
+        """How many threads serve, the one that accepts connections included."""
+        self.process.stdin.write(f"{word}\n")
+        return int(self.process.stdout.readline())
 
-        self.process.stdin.write(json.dumps(words) + "\n")
-        return self.process.stdout.readline().strip()
+    def open_files(self):
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
 
 @pytest.fixture
@@ -71,130 +73,247 @@ def server():
 
 
 @pytest.fixture
-def client():
-    channel = SharedMemoryChannel()
-    yield channel
-    channel.close()
+def client(server):
+    connection = connect(server.address, soon())
+    yield connection
+    connection.close()
 
 
-def served(server, client, nbytes=64):
-    """Return a channel that a server has opened, filled with ones."""
-    client.allocate(nbytes, nbytes, 100).fill_(1)
-    assert not client.notify(b"nobody is there yet")
-    assert server.tell("find", "a.0", client.describe()) == "done"
-    return client
+def soon(seconds=20):
+    return time.monotonic() + seconds
 
 
-def test_requests_are_answered_in_place(server, client):
-    served(server, client)
-    for turn in range(200):
-        client.payload.fill_(turn)
-        assert client.notify(b"%d" % turn)
-        assert client.wait(10) == b"told %d" % turn
-        assert set(client.reply.tolist()) == {turn + 1}
-
-
-def test_other_sizes_in_the_same_channel(server, client):
-    served(server, client, 10_000)
-    for nbytes in (1, 9_000, 0, 63):
-        client.allocate(nbytes, nbytes, 10).fill_(5)
-        assert client.notify(b"size")
-        assert client.wait(10) == b"told size"
-        assert client.reply.tolist() == [6] * nbytes
-
-
-@pytest.mark.parametrize("message", [b"raise", b"long"])
-def test_what_cannot_be_answered_here_is_left_to_ray(server, client, message):
-    served(server, client)
-    assert client.notify(message)
-    assert client.wait(10) == b""
-    assert client.notify(b"again")
-    assert client.wait(10) == b"told again"
-
-
-def test_a_message_without_room_is_not_sent(server, client):
-    served(server, client)
-    assert not client.notify(b"x" * 101)
-
-
-def test_a_killed_server_is_noticed(server, client):
-    served(server, client)
-    assert client.notify(b"sleep")
-    server.process.kill()
-    start = time.monotonic()
-    with pytest.raises(ConnectionError):
-        client.wait(60)
-    assert time.monotonic() - start < 30
-
-
-def test_a_restarted_server_answers_no_request_to_the_one_before(server, client):
-    served(server, client)
-    for _ in range(5):
-        assert client.notify(b"one")
-        assert client.wait(10) == b"told one"
-    server.process.kill()
-    server.process.wait()
-    with Server() as second:
-        assert second.tell("count") == "0"
-        client.allocate(0, 0, 100)
-        # Where the reply to the last request would be written again.
-        place = client._segment.memory[channel.HEADER_NBYTES + 128 : client._segment.nbytes]
-        place[:] = b"x" * len(place)
-        assert second.tell("find", "a.0", client.describe()) == "done"
-        time.sleep(0.2)
-        assert set(bytes(place)) == {ord("x")}
-        assert client.notify(b"nobody")
-        with pytest.raises(ConnectionError):
-            client.wait(60)
-        client.replace()
-        assert second.tell("find", "a.0", client.describe()) == "done"
-        assert client.notify(b"two")
-        assert client.wait(10) == b"told two"
-
-
-def test_a_stopped_server_is_not_taken_for_a_dead_one(server, client):
-    served(server, client)
-    os.kill(server.process.pid, signal.SIGSTOP)
-    os.waitid(os.P_PID, server.process.pid, os.WSTOPPED | os.WNOWAIT)
-    assert client.notify(b"now")
-    with pytest.raises(TimeoutError):
-        client.wait(0.2)
-    os.kill(server.process.pid, signal.SIGCONT)
-    assert client.wait(10) == b"told now"
-
-
-def test_a_channel_with_new_memory_is_not_served_yet(server, client):
-    served(server, client)
-    client.replace()
-    assert set(client.payload.tolist()) == {1}
-    assert not client.notify(b"hello")
-    assert server.tell("find", "a.0", client.describe()) == "done"
-    assert client.notify(b"hello")
-    assert client.wait(10) == b"told hello"
-
-
-def count_falls_to(server, expected):
-    deadline = time.monotonic() + 20
-    while int(server.tell("count")) != expected:
+def wait_until(condition):
+    deadline = soon()
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("how", ["close", "forget"])
-def test_threads_and_files_end_with_their_channel(server, client, how):
-    def files():
-        return len(os.listdir(f"/proc/{server.process.pid}/fd"))
+def ask(client, message, seconds=20):
+    client.send(message, soon(seconds))
+    return client.receive(soon(seconds))
 
-    assert server.tell("count") == "0"  # it has begun, and imports nothing any more
-    before = files()
-    served(server, client)
-    assert (int(server.tell("count")), files()) == (1, before + 1)
-    if how == "close":
+
+# ---------------------------------------------------------------- messages
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 100, (64 << 10) - 8, 64 << 10, 3_000_000])
+def test_messages_of_each_size_arrive_whole(client, nbytes):
+    message = os.urandom(nbytes).replace(b"[", b"(")
+    for _ in range(3):
+        assert ask(client, message) == b"told " + message
+
+
+def test_a_long_reply_arrives_whole(client):
+    assert ask(client, b"long") == b"x" * 5_000_000
+
+
+def test_a_reply_that_comes_in_pieces_arrives_whole():
+    mine, theirs = socket.socketpair(socket.AF_UNIX)
+    connection = Connection(mine)
+
+    def send():
+        for byte in channel._LENGTH.pack(3) + b"abc":
+            time.sleep(0.02)
+            theirs.send(bytes([byte]))
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert connection.receive(soon()) == b"abc"
+    thread.join()
+    theirs.close()
+    with pytest.raises(ConnectionError):
+        connection.receive(soon())
+    connection.close()
+
+
+def test_a_closed_connection_is_noticed(client):
+    client.send(b"close", soon())
+    with pytest.raises(ConnectionError):
+        client.receive(soon())
+    with pytest.raises(ConnectionError):
+        ask(client, b"again")
+
+
+def test_a_killed_server_is_noticed(server, client):
+    client.send(b"sleep", soon())
+    server.process.kill()
+    with pytest.raises(ConnectionError):
+        client.receive(soon(60))
+    server.process.wait()
+    with pytest.raises(ConnectionRefusedError):
+        connect(server.address, soon())
+
+
+def test_a_restarted_server_is_not_reached_at_the_address_of_the_one_before(server):
+    server.process.kill()
+    server.process.wait()
+    with Server() as second:
+        with pytest.raises(ConnectionRefusedError):
+            connect(server.address, soon())
+        # Not with the key of the one before either.
+        with pytest.raises(ConnectionError):
+            connect([second.address[0], server.address[1]], soon())
+        client = connect(second.address, soon())
+        assert ask(client, b"two") == b"told two"
         client.close()
-    else:
-        server.tell("forget")
-    count_falls_to(server, 0)
-    assert files() == before
+
+
+@pytest.mark.parametrize("message", [b"short", b"x" * 3_000_000])
+def test_a_stopped_server_is_not_taken_for_a_dead_one_and_holds_no_caller(server, client, message):
+    """A message longer than the kernel's buffer cannot be sent as a whole."""
+    os.kill(server.process.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, server.process.pid, os.WSTOPPED | os.WNOWAIT)
+    with pytest.raises(TimeoutError):
+        ask(client, message, 0.2)
+    with pytest.raises(TimeoutError):
+        connect(server.address, soon(0.2))
+    os.kill(server.process.pid, signal.SIGCONT)
+    again = connect(server.address, soon())
+    assert ask(again, b"now") == b"told now"
+    again.close()
+
+
+@pytest.mark.parametrize("message", [b"sleep", b"x" * 3_000_000])
+def test_a_wait_ends_when_its_caller_is_interrupted(server, client, message):
+    os.kill(server.process.pid, signal.SIGSTOP)
+
+    def interrupt(*_):
+        raise InterruptedError
+
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    start = time.monotonic()
+    with pytest.raises(InterruptedError):
+        shield.run(ask, client, message)
+    assert time.monotonic() - start < 15
+    os.kill(server.process.pid, signal.SIGCONT)
+
+
+# ---------------------------------------------------------------- who is answered
+
+
+def test_only_a_process_that_has_the_key_is_answered(server):
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect(f"\0{server.address[0]}")
+        connection = Connection(stranger)
+        connection.send(b"0" * 32)
+        with pytest.raises(ConnectionError):
+            connection.receive()
+    with pytest.raises(ConnectionError):
+        connect([server.address[0], "0" * 32], soon())
+
+
+CONNECT_AS_NOBODY = """
+import json, os, sys, time
+sys.path[:] = json.loads(sys.argv[2])
+from tensorkv.transport.channel import connect
+os.setgid(65534), os.setuid(65534)
+try:
+    connect(json.loads(sys.argv[1]), time.monotonic() + 20)
+except OSError as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes another user's name, which only root may")
+def test_another_user_is_refused_though_it_has_the_key(server):
+    words = [json.dumps(server.address), json.dumps(sys.path)]
+    tried = subprocess.run(
+        [sys.executable, "-c", CONNECT_AS_NOBODY, *words], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert tried.stdout == "PermissionError\n"
+    # The server has not begun to serve it either.
+    assert server.count() == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes another user's name, which only root may")
+def test_a_server_refuses_another_user(server, monkeypatch):
+    """Also a client that does not look who listens."""
+    code = CONNECT_AS_NOBODY.replace(
+        "os.setgid",
+        "import tensorkv.transport.channel as channel\nchannel._is_own_user = lambda connected: True\nos.setgid",
+    )
+    words = [json.dumps(server.address), json.dumps(sys.path)]
+    tried = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True, timeout=60)
+    assert tried.stdout in ("ConnectionResetError\n", "BrokenPipeError\n")
+
+
+def test_a_server_that_gets_no_thread_for_a_connection_closes_it(monkeypatch):
+    server = SocketServer(lambda message, buffers: message)
+    start = threading.Thread.start
+
+    def fail(self):
+        if self.name == "tensorkv-serve":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(threading.Thread, "start", fail)
+        with pytest.raises(ConnectionError):
+            connect(server.address, soon())
+    client = connect(server.address, soon())
+    assert ask(client, b"x") == b"x"
+    client.close()
+    server.close()
+
+
+def test_a_server_that_gets_no_descriptor_goes_on_afterwards(monkeypatch):
+    accept, failures = socket.socket.accept, [OSError(24, "Too many open files")] * 2
+    monkeypatch.setattr(channel, "_ACCEPT_PAUSE_S", 0.01)
+    monkeypatch.setattr(
+        socket.socket, "accept", lambda self: (_ for _ in ()).throw(failures.pop()) if failures else accept(self)
+    )
+    server = SocketServer(lambda message, buffers: message)
+    client = connect(server.address, soon())
+    assert ask(client, b"x") == b"x"
+    assert not failures
+    client.close()
+    server.close()
+
+
+# ---------------------------------------------------------------- threads, files and memory
+
+
+def test_threads_and_files_end_with_their_connection(server):
+    assert server.count() == 1
+    before = server.open_files()
+    clients = [connect(server.address, soon()) for _ in range(3)]
+    assert (server.count(), server.open_files()) == (4, before + 3)
+    for client in clients:
+        client.close()
+    wait_until(lambda: (server.count(), server.open_files()) == (1, before))
+    server.count("close")
+    wait_until(lambda: server.count() == 0)
+    with pytest.raises(ConnectionRefusedError):
+        connect(server.address, soon())
+
+
+def test_a_forked_child_holds_no_connection(server):
+    client = connect(server.address, soon())
+    hold, let_go = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(let_go)
+        os.read(hold, 1)
+        os._exit(0)
+    assert server.count() == 2
+    client.close()
+    # While the child held a copy, the server would go on to wait.
+    wait_until(lambda: server.count() == 1)
+    os.close(let_go)
+    os.close(hold)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_requests_are_answered_in_place(client):
+    buffers = Buffers()
+    for turn, nbytes in enumerate([64, 64, 10_000, 1, 9_000, 0, 63]):
+        buffers.allocate(nbytes, nbytes).fill_(turn)
+        ask(client, json.dumps(buffers.describe()).encode())
+        assert buffers.reply(nbytes).tolist() == [turn + 1] * nbytes
+    buffers.close()
 
 
 def test_a_server_lets_go_of_memory_that_was_closed(server):
@@ -202,74 +321,32 @@ def test_a_server_lets_go_of_memory_that_was_closed(server):
         with open(f"/proc/{server.process.pid}/maps") as lines:
             return sum("memfd:tensorkv" in line for line in lines)
 
-    for number in range(5):
-        # What a client does with a session whose call was interrupted: its number is not used again.
-        session = SharedMemoryChannel()
-        session.allocate(64, 64, 100)
-        assert server.tell("find", f"a.{number}", session.describe()) == "done"
-        assert session.notify(b"one")
-        assert session.wait(10) == b"told one"
-        session.close()
-    count_falls_to(server, 0)
-    deadline = time.monotonic() + 20
-    while mapped():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    for _ in range(5):
+        client, buffers = connect(server.address, soon()), Buffers()
+        buffers.allocate(64, 64)
+        ask(client, json.dumps(buffers.describe()).encode())
+        assert mapped() == 1
+        client.close()
+        buffers.close()
+        wait_until(lambda: not mapped())
 
 
-class NoSegment:
-    """What a server takes for a channel."""
-
-    nbytes = 0
-
-    def close_file(self):
-        pass
-
-
-def test_channels_come_while_others_are_closed():
-    channels, interval = ChannelServer(), sys.getswitchinterval()
-
-    def enter():
-        for number in range(30_000):
-            channels._accept(f"a.{number}", NoSegment())
-
-    thread = threading.Thread(target=enter)
-    sys.setswitchinterval(1e-6)
-    try:
-        thread.start()
-        while thread.is_alive():
-            channels.close_all_but(["a"])
-    finally:
-        thread.join()
-        sys.setswitchinterval(interval)
-    channels.close_all_but([])
-    assert not channels._open
+def test_buffers_keep_one_file_open_at_most():
+    before = len(os.listdir("/proc/self/fd"))
+    mine, theirs = Buffers(), OpenBuffers()
+    for nbytes in (10, 1000, 100_000):
+        payload = mine.allocate(nbytes, nbytes)
+        theirs.find(mine.describe())
+        mine.replace(payload)
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+    mine.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_layout_that_points_elsewhere_is_not_followed(server, client):
-    served(server, client)
-    for layout in [
-        channel.BufferLayout(0, 10, 0, 10, 0, 10),
-        channel.BufferLayout(channel.HEADER_NBYTES, 1 << 40, channel.HEADER_NBYTES, 0, channel.HEADER_NBYTES, 0),
-        channel.BufferLayout(channel.HEADER_NBYTES, 4, 1 << 63, 1 << 63, channel.HEADER_NBYTES, 0),
-    ]:
-        channel._LAYOUT_FORMAT.pack_into(client._segment.memory, channel._LAYOUT, *layout)
-        client._doorbell._requested += 1
-        channel._shared.store(client._segment.address + channel._REQUESTED, client._doorbell._requested)
-        assert client.wait(10) == b""
-    assert client.notify(b"fine")
-    assert client.wait(10) == b"told fine"
-
-
-def test_a_server_without_threads_serves_no_doorbell(client, monkeypatch):
-    client.allocate(10, 10, 100)
-    monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
-    payload, room = ChannelServer(lambda *_: b"").find("a.0", client.describe())
-    assert (len(payload), len(room)) == (10, 10)
-    assert not client.notify(b"hello")
-
-
-def test_a_server_without_a_handler_serves_no_doorbell(client):
-    client.allocate(10, 10, 100)
-    ChannelServer().find("a.0", client.describe())
-    assert not client.notify(b"hello")
+def test_what_a_server_cannot_open_is_an_error(monkeypatch):
+    buffers = Buffers()
+    buffers.allocate(10, 10)
+    monkeypatch.setattr(channel, "Segment", Mock(side_effect=OSError("no memory")))
+    with pytest.raises(OSError, match="no memory"):
+        OpenBuffers().find(buffers.describe())
+    buffers.close()

@@ -87,7 +87,8 @@ class PSEngine(Engine):
         self, actors: Sequence[Any], options: PSOptions, places: Sequence[Any], timeout_s: float, *, started: bool
     ) -> None:
         self._actors, self._options, self._timeout_s, self._started = list(actors), options, timeout_s, started
-        self._same_host = [can_share() and place[0] == host_id() for place in places]
+        # Where the servers of this host listen.
+        self._addresses = [place[-1] if can_share() and place[0] == host_id() else None for place in places]
         self._owner = secrets.token_hex(8)
         self._rank: int | None = None
         self._sessions = SessionPool(self._make_session)
@@ -95,7 +96,8 @@ class PSEngine(Engine):
         is_sync = options.mode == "sync"
         # In mode sync only the servers know the sums.
         self._finite = NonFinitePolicy("pass" if is_sync else options.nonfinite)
-        self._data = DataClient(self._sessions, self._keymap, self._same_host, is_sync=is_sync, finite=self._finite)
+        same_host = [address is not None for address in self._addresses]
+        self._data = DataClient(self._sessions, self._keymap, same_host, is_sync=is_sync, finite=self._finite)
         self._snapshots = SnapshotClient(self._sessions, self._data, len(actors))
         self._claiming, self._claims = threading.Lock(), 0
         self._ranking = threading.Lock()
@@ -119,7 +121,7 @@ class PSEngine(Engine):
 
     def _make_session(self, number: int) -> Session:
         connections = [
-            ServerConnection(actor, index, shares_memory=self._same_host[index], timeout_s=self._timeout_s)
+            ServerConnection(actor, index, address=self._addresses[index], timeout_s=self._timeout_s)
             for index, actor in enumerate(self._actors)
         ]
         return Session(self._owner, number, connections, self._counted_rank)
@@ -164,6 +166,7 @@ class PSEngine(Engine):
                     self._sessions.clear()
                     continue
                 old.send([ServerRequest(server, messages.Disconnect()) for server in self._all])
+                old.close()
                 return
 
     @property
@@ -196,12 +199,10 @@ class PSEngine(Engine):
     def _send_heartbeats(self) -> None:
         """Tell the servers that this client is alive, and refresh the keys when a server has other ones."""
         owner, session, changes = self._owner, self._make_session(-1), None
-        while not self._ending.wait(self._heartbeat_s):
-            if self.is_abandoned:
-                self._close(by_heartbeat=True)
-                return
+        while not self._ending.wait(self._heartbeat_s) and not self.is_abandoned:
             if owner != self._owner:
                 # This client has taken another rank.
+                session.close()
                 owner, session = self._owner, self._make_session(-1)
             try:
                 requests = [ServerRequest(server, messages.Heartbeat()) for server in self._all]
@@ -213,6 +214,9 @@ class PSEngine(Engine):
             except TensorKVError:
                 # The next call of the user gets the error.
                 continue
+        session.close()
+        if not self._ending.is_set():
+            self._close(by_heartbeat=True)
 
     # ------------------------------------------------------------ init, push, pull
 
@@ -377,7 +381,12 @@ class PSEngine(Engine):
         merged = merge_stats(told)
         for what, count in self._finite.counts.items():
             merged["nonfinite"][what] += count
-        return {**merged, "resent": self._sessions.resent, "shm_requests": self._sessions.shm_requests, "servers": told}
+        return {
+            **merged,
+            "resent": self._sessions.resent,
+            "socket_requests": self._sessions.socket_requests,
+            "servers": told,
+        }
 
     def dead_workers(self) -> list[int]:
         """Return the ranks of workers whose heartbeats have stopped."""

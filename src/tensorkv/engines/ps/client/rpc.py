@@ -7,6 +7,7 @@ server answers a request that it has applied without applying it again.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,20 +22,17 @@ from tensorkv.engines.ps.ray.actor import INLINE_NBYTES, why
 from tensorkv.engines.ps.server.wait import POLL_TIMEOUT_S
 from tensorkv.errors import PushOutcomeUnknownError, ServerDeadError, TensorKVError, WaitTimeoutError
 from tensorkv.runtime import shield
-from tensorkv.transport.channel import SharedMemoryChannel
+from tensorkv.transport.channel import Buffers, Connection, connect
 from tensorkv.transport.shared_cache import SharedCacheReader
 
 from ..messages import bytes_of, join, split
 
 # How long to wait for a reply before the request is sent again.
 _RESEND_S = 10.0
-# How often a wait checks whether its caller was interrupted.
+# How often a wait for Ray checks whether its caller was interrupted.
 _CHECK_S = 0.1
 # How long to wait before a server that is being restarted is asked again.
 _RESTART_PAUSE_S = 0.01
-# Verbs that are called often enough to go through the doorbell, and the bytes that their heads take.
-_DOORBELL_VERBS = frozenset({"push", "pull", "pull_rows"})
-_HEAD_NBYTES = 1024
 
 
 class ServerReply(NamedTuple):
@@ -62,19 +60,15 @@ class _StillWaiting:
     reason: str
 
 
-class _NoChannel:
-    """The server cannot open the channel: it runs on another host."""
+class _NotServed:
+    """The server cannot serve this connection, since it cannot open the client's memory; Ray's way is left."""
 
 
 class _NoCache:
     """The copy that the server has named cannot be opened."""
 
 
-class _NoDoorbell:
-    """The reply does not fit through the doorbell."""
-
-
-_Retry = _NoReply | _StillWaiting | _NoChannel | _NoCache | _NoDoorbell
+_Retry = _NoReply | _StillWaiting | _NotServed | _NoCache
 
 
 @dataclass(slots=True)
@@ -85,9 +79,10 @@ class _Call:
         head, layout: of the request.
         deadline: after which it is not sent again.
         timeout_s: from the first attempt to the deadline.
-        uses_doorbell: whether its next attempt goes through the doorbell.
-        ref: of Ray's reply to the last attempt (None: it went through the doorbell).
+        attempt_deadline: after which the last attempt is given up.
+        ref: of Ray's reply to the last attempt (None: it went over the connection).
         attempts: how often it was sent.
+        failure: why the first attempt could not be sent.
         is_pending: whether the last attempt has no outcome yet.
         is_uncertain: whether an attempt had no reply.
         waits_for: the reason that the server gave last for not answering.
@@ -97,9 +92,10 @@ class _Call:
     layout: bytes
     deadline: float
     timeout_s: float
-    uses_doorbell: bool
+    attempt_deadline: float = 0.0
     ref: Any = None
     attempts: int = 0
+    failure: _Retry | TensorKVError | None = None
     is_pending: bool = False
     is_uncertain: bool = False
     waits_for: str | None = None
@@ -115,36 +111,35 @@ class ServerConnection:
     Args:
         actor: the server's handle.
         index: of the server, for messages.
-        shares_memory: whether the server may be on this host.
+        address: where the server listens on this host (None: every request goes through Ray).
         timeout_s: how long to try.
     """
 
-    def __init__(self, actor: Any, index: int, *, shares_memory: bool, timeout_s: float) -> None:
+    def __init__(self, actor: Any, index: int, *, address: Sequence[str] | None, timeout_s: float) -> None:
         self._actor, self._index = actor, index
         self._timeout_s = timeout_s
-        self._shares_memory = shares_memory
-        self._channel = SharedMemoryChannel()
+        self._address = address
+        self._connection: Connection | None = None
+        self._buffers = Buffers()
         self._cache = SharedCacheReader()
-        # The payload of the present request, and whether it lies in the channel.
+        # The payload of the present request, and whether it lies in the buffers.
         self._payload = _no_bytes()
-        self._in_channel = False
+        self._in_buffers = False
         self._call: _Call
         self.resent = 0
         """How many requests were sent again."""
-        self.shm_requests = 0
-        """How many requests went through the doorbell."""
+        self.socket_requests = 0
+        """How many requests went over the connection instead of through Ray."""
 
-    def allocate(self, verb: str, payload_nbytes: int, reply_nbytes: int, layout_nbytes: int) -> torch.Tensor:
+    def allocate(self, payload_nbytes: int, reply_nbytes: int) -> torch.Tensor:
         """Return memory for the next request's payload."""
-        is_worth_it = verb in _DOORBELL_VERBS or max(payload_nbytes, reply_nbytes) > INLINE_NBYTES
-        self._in_channel = self._shares_memory and is_worth_it
-        if self._in_channel:
+        self._in_buffers = self._address is not None and max(payload_nbytes, reply_nbytes) > INLINE_NBYTES
+        if self._in_buffers:
             try:
-                self._payload = self._channel.allocate(payload_nbytes, reply_nbytes, layout_nbytes + _HEAD_NBYTES)
+                self._payload = self._buffers.allocate(payload_nbytes, reply_nbytes)
                 return self._payload
             except OSError:
-                self._in_channel = self._shares_memory = False
-                self._channel.close()
+                self._use_ray()
         if len(self._payload) != payload_nbytes:
             self._payload = torch.empty(payload_nbytes, dtype=torch.uint8, device="cpu")
         return self._payload
@@ -152,9 +147,11 @@ class ServerConnection:
     def start(self, head: dict[str, Any], layout: bytes, *, timeout_s: float | None = None) -> None:
         """Send a request whose payload is in the memory that ``allocate`` returned."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + timeout_s
-        self._call = _Call(head, layout, deadline, timeout_s, head["verb"] in _DOORBELL_VERBS)
-        self._send(self._call)
+        call = self._call = _Call(head, layout, time.monotonic() + timeout_s, timeout_s)
+        try:
+            call.failure = self._try(call, self._send)
+        except TensorKVError as error:
+            call.failure = error
 
     def finish(self) -> ServerReply:
         """Wait for the reply.
@@ -167,14 +164,18 @@ class ServerConnection:
         """
         call = self._call
         try:
-            while not isinstance(outcome := self._receive(call), ServerReply):
+            if isinstance(call.failure, TensorKVError):
+                raise call.failure
+            outcome = call.failure or self._try(call, self._receive)
+            while not isinstance(outcome, ServerReply):
                 self._prepare_retry(call, outcome)
-                self._send(call)
+                outcome = self._try(call, self._send) or self._try(call, self._receive)
             return outcome
         except BaseException:
             if call.is_pending or call.is_uncertain or call.waits_for is not None:
                 # The server may still use this memory, or hold the push until other workers push.
-                self._channel.close()
+                self._disconnect()
+                self._buffers.close()
                 self._payload = _no_bytes()
             raise
 
@@ -183,52 +184,77 @@ class ServerConnection:
         return reply.cached is None or self._cache.is_intact(reply.cached)
 
     def close(self) -> None:
-        """Release shared memory."""
-        self._channel.close()
-        self._channel, self._cache = SharedMemoryChannel(), SharedCacheReader()
-        self._payload = _no_bytes()
+        """Release the connection and shared memory."""
+        self._disconnect()
+        self._buffers.close()
+        self._cache, self._payload = SharedCacheReader(), _no_bytes()
 
     # ------------------------------------------------------------ one attempt
+
+    def _try(self, call: _Call, step: Callable[[_Call], Any]) -> Any:
+        """Make a step of an attempt; return its result, or why the request has to be sent again."""
+        try:
+            return step(call)
+        except (GetTimeoutError, TimeoutError):
+            how = "has not answered"
+        except ActorDiedError as error:
+            raise ServerDeadError(
+                f"server {self._index} has ended for good: {why(error)}; what was not saved is lost"
+            ) from error
+        except (RayActorError, ObjectLostError, OSError):
+            time.sleep(_RESTART_PAUSE_S)
+            how = "was not reachable"
+        except RayError as error:
+            raise ServerDeadError(f"server {self._index}: {why(error)}") from error
+        call.is_pending = False
+        return _NoReply(how)
 
     def _send(self, call: _Call) -> None:
         call.attempts += 1
         if not ray.is_initialized():
             # Without this check Ray would start a cluster of its own.
             raise ServerDeadError(f"server {self._index}: Ray has been shut down in this process")
-        head = call.head
-        left = call.deadline - time.monotonic()
+        head, now = call.head, time.monotonic()
+        left = call.deadline - now
+        call.attempt_deadline = now + max(0.001, min(left, _RESEND_S))
         if left < 2 * POLL_TIMEOUT_S:
             # The reply that says what the server waits for has to arrive before the deadline.
             head = {**head, "poll_timeout_s": max(0.0, left / 2)}
         call.is_pending, call.ref = True, None
-        if self._in_channel and call.uses_doorbell and self._channel.notify(join(head, call.layout)):
-            self.shm_requests += 1
-            return
-        if self._in_channel:
-            call.ref = self._actor.serve.remote(join({**head, "channel": self._channel.describe()}, call.layout))
+        connection = self._connect(call)
+        if connection is not None:
+            if self._in_buffers:
+                message = join({**head, "buffers": self._buffers.describe()}, call.layout)
+            else:
+                message = join(head, call.layout, self._payload.numpy().data)
+            connection.send(message, call.attempt_deadline)
+            self.socket_requests += 1
         elif len(self._payload) <= INLINE_NBYTES:
             call.ref = self._actor.serve.remote(join(head, call.layout, self._payload.numpy().data))
         else:
             call.ref = self._actor.serve.remote(join(head, call.layout), self._payload.numpy())
 
+    def _connect(self, call: _Call) -> Connection | None:
+        """Return the connection, a new one if need be; None: the request goes through Ray."""
+        while self._connection is None and self._address is not None:
+            try:
+                self._connection = connect(self._address, call.attempt_deadline)
+            except (TimeoutError, BlockingIOError):
+                # It is there, and slow: too many connections wait for it.
+                raise
+            except OSError:
+                # Ray knows where a server listens that has been restarted.
+                timeout_s = call.attempt_deadline - time.monotonic()
+                *_, address = _get(self._actor.place.remote(), timeout_s)
+                self._address = None if address == self._address else address
+        return self._connection
+
     def _receive(self, call: _Call) -> ServerReply | _Retry:
         """Wait for the outcome of the last attempt."""
-        timeout_s = max(0.001, min(call.deadline - time.monotonic(), _RESEND_S))
-        try:
-            received = self._channel.wait(timeout_s) if call.ref is None else _get(call.ref, timeout_s)
-        except (GetTimeoutError, TimeoutError):
-            call.is_pending = False
-            return _NoReply("has not answered")
-        except ActorDiedError as error:
-            raise ServerDeadError(
-                f"server {self._index} has ended for good: {why(error)}; what was not saved is lost"
-            ) from error
-        except (RayActorError, ObjectLostError, ConnectionError):
-            time.sleep(_RESTART_PAUSE_S)
-            call.is_pending = False
-            return _NoReply("was not reachable")
-        except RayError as error:
-            raise ServerDeadError(f"server {self._index}: {why(error)}") from error
+        if self._connection is None or call.ref is not None:
+            received = _get(call.ref, call.attempt_deadline - time.monotonic())
+        else:
+            received = self._connection.receive(call.attempt_deadline)
         call.is_pending = False
         return self._decode(received)
 
@@ -239,12 +265,10 @@ class ServerConnection:
             TensorKVError: the server's refusal of the request.
         """
         if received == b"":
-            return _NoDoorbell()
+            return _NotServed()
         message, beside = (received, None) if isinstance(received, bytes) else received
         head, _, inline = split(message)
         match head:
-            case {"no_channel": _}:
-                return _NoChannel()
             case {"error": error}:
                 raise errors.decode(error)
             case {"wait_for": reason}:
@@ -254,8 +278,8 @@ class ServerConnection:
                     return ServerReply(head, self._cache.find(place), place)
                 except OSError:
                     return _NoCache()
-            case {"in_channel": nbytes}:
-                return ServerReply(head, self._channel.reply[:nbytes])
+            case {"in_buffers": nbytes}:
+                return ServerReply(head, self._buffers.reply(nbytes))
         return ServerReply(head, bytes_of(inline if beside is None else np.asarray(beside)))
 
     # ------------------------------------------------------------ after a failed attempt
@@ -268,33 +292,35 @@ class ServerConnection:
                 call.is_uncertain = True
                 if call.is_overdue:
                     raise self._timeout(call, how)
-                self._replace_channel()
+                self._replace_buffers()
             case _StillWaiting(reason):
                 call.waits_for = reason
                 if call.is_overdue:
                     raise self._timeout(call, "")
-            case _NoChannel():
-                self._leave_channel(self._channel.payload)
-                self._channel.close()
+            case _NotServed():
+                self._use_ray()
             case _NoCache():
                 call.head = {name: each for name, each in call.head.items() if name != "cached_nbytes"}
-            case _NoDoorbell():
-                call.uses_doorbell = False
 
-    def _replace_channel(self) -> None:
-        """Move the payload to memory that no earlier attempt uses."""
-        if not self._in_channel:
-            return
-        payload = self._channel.payload
-        try:
-            self._channel.replace()
-            self._payload = self._channel.payload
-        except OSError:
-            self._leave_channel(payload)
+    def _replace_buffers(self) -> None:
+        """Use a connection and memory that no earlier attempt uses."""
+        self._disconnect()
+        if self._in_buffers:
+            try:
+                self._payload = self._buffers.replace(self._payload)
+            except OSError:
+                self._use_ray()
 
-    def _leave_channel(self, payload: torch.Tensor) -> None:
-        """Send payloads with the messages from now on."""
-        self._payload, self._in_channel, self._shares_memory = payload.clone(), False, False
+    def _use_ray(self) -> None:
+        """Send every request through Ray from now on, as to a server of another host."""
+        self._disconnect()
+        self._buffers.close()
+        self._address, self._in_buffers = None, False
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def _timeout(self, call: _Call, how: str) -> TensorKVError:
         """Return the error of a call that is overdue."""

@@ -108,7 +108,7 @@ class Session:
             head = encode(request.message, sender)
             if request.cached_nbytes is not None:
                 head["cached_nbytes"] = request.cached_nbytes
-            payload = connection.allocate(head["verb"], request.nbytes, request.reply_nbytes, len(request.layout))
+            payload = connection.allocate(request.nbytes, request.reply_nbytes)
             if request.fill is not None:
                 request.fill(payload)
             connection.start(head, request.layout, timeout_s=timeout_s)
@@ -131,12 +131,12 @@ class Session:
         return sum(connection.resent for connection in self._connections)
 
     @property
-    def shm_requests(self) -> int:
-        """How many requests went through a doorbell instead of Ray."""
-        return sum(connection.shm_requests for connection in self._connections)
+    def socket_requests(self) -> int:
+        """How many requests went over a socket instead of through Ray."""
+        return sum(connection.socket_requests for connection in self._connections)
 
     def close(self) -> None:
-        """Release shared memory."""
+        """Release connections and shared memory."""
         for connection in self._connections:
             connection.close()
 
@@ -186,9 +186,9 @@ class SessionPool:
         return sum(session.resent for session in self._all)
 
     @property
-    def shm_requests(self) -> int:
-        """How many requests went through a doorbell instead of Ray."""
-        return sum(session.shm_requests for session in self._all)
+    def socket_requests(self) -> int:
+        """How many requests went over a socket instead of through Ray."""
+        return sum(session.socket_requests for session in self._all)
 
     def clear(self) -> None:
         """Drop idle sessions; the next one is a new session for servers."""

@@ -1,4 +1,4 @@
-"""A server as a Ray actor, and the memory that it shares with clients of its host."""
+"""A server as a Ray actor, and its connections and shared memory with clients of its host."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import os
+import struct
 import threading
 import time
 from typing import Any
@@ -17,8 +18,9 @@ from ray.exceptions import OutOfMemoryError
 
 from tensorkv.engines.ps.server.membership import IDLE_TIMEOUT_S
 from tensorkv.engines.ps.server.server import Server
-from tensorkv.transport.channel import ChannelServer
+from tensorkv.transport.channel import Handler, OpenBuffers, SocketServer
 from tensorkv.transport.rendezvous import host_id
+from tensorkv.transport.segment import can_share
 from tensorkv.transport.shared_cache import SharedCache
 
 from ..messages import Reply, join, split
@@ -47,7 +49,7 @@ class ServerActor:
         context = ray.get_runtime_context()
         comes_back = context.was_current_actor_reconstructed
         self._server = Server(PSOptions(**json.loads(options)), index, comes_back=comes_back)
-        self._channels = ChannelServer(self._serve_doorbell)
+        self._listener = _listen(self.serve_connection)
         self._cache = SharedCache()
         self._copying = threading.Lock()
         name = context.get_actor_name() or ""
@@ -58,39 +60,43 @@ class ServerActor:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def serve(self, message: bytes, payload: Any = None) -> Any:
-        """Answer a message, whose payload is in it, beside it, or in the client's shared-memory channel."""
+        """Answer a message that came through Ray, whose payload is in it or beside it."""
         head, layout, inline = split(message)
-        out = None
-        channel = head.pop("channel", None)
-        if payload is None:
-            payload = inline
-        if channel is not None:
-            try:
-                sent, out = self._channels.find(str(head["client"]), channel)
-            except (OSError, TypeError, ValueError) as error:
-                return join({"no_channel": str(error)})
-            payload = sent.numpy() if len(sent) else payload
-        if head["verb"] in ("heartbeat", "disconnect"):
-            self._channels.close_all_but(self._server.owners())
-        return self._answer(head, layout, payload, out)
+        return through_ray(self._answer(head, layout, inline if payload is None else payload))
 
-    def _serve_doorbell(self, message: bytes, payload: torch.Tensor, room: torch.Tensor) -> bytes:
-        """Answer a request that came through a doorbell; an empty reply has it sent again, through Ray."""
-        head, layout, _ = split(message)
-        answer = self._answer(head, layout, payload.numpy(), room)
-        return answer if isinstance(answer, bytes) else b""
+    def serve_connection(self, message: bytes, buffers: OpenBuffers) -> bytes:
+        """Answer a message that came over a connection, whose payload is in it or in the client's buffers.
 
-    def _answer(self, head: dict[str, Any], layout: bytes, payload: Any, out: torch.Tensor | None) -> Any:
+        Returns:
+            The reply; an empty one says that the request has to go through Ray.
+        """
+        out, payload = None, None
+        try:
+            head, layout, inline = split(message)
+            described = head.pop("buffers", None)
+            if described is not None:
+                sent, out = buffers.find(described)
+                payload = sent.numpy()
+        except (OSError, TypeError, ValueError, LookupError, AttributeError, struct.error) as error:
+            _logger.warning("a client's request cannot be read, so it continues through Ray: %s", error)
+            return b""
+        reply = self._answer(head, layout, inline if payload is None else payload, out)
+        if out is not None and reply.payload is not None and reply.payload.data_ptr() == out.data_ptr():
+            return join({**reply.head, "in_buffers": len(reply.payload)})
+        return _joined(reply)
+
+    def _answer(self, head: dict[str, Any], layout: bytes, payload: Any, out: torch.Tensor | None = None) -> Reply:
         cached_nbytes = head.pop("cached_nbytes", None)
         if cached_nbytes:
             cached = self._cached(head, layout, int(cached_nbytes))
             if cached is not None:
-                return join(cached)
-        return _answer(self._server.serve(head, layout, payload, out), out)
+                return Reply(cached)
+        return self._server.serve(head, layout, payload, out)
 
     def place(self) -> list[Any]:
-        """Return this server's host, process, authentication mode and Ray node."""
-        return [host_id(), os.getpid(), _compat.authentication_mode(), ray.get_runtime_context().get_node_id()]
+        """Return this server's host, process, authentication mode, Ray node, and where it listens (None: nowhere)."""
+        node, address = ray.get_runtime_context().get_node_id(), self._listener and self._listener.address
+        return [host_id(), os.getpid(), _compat.authentication_mode(), node, address]
 
     def options(self) -> dict[str, Any]:
         """Return the options of the store."""
@@ -149,15 +155,27 @@ class ServerActor:
         return {"cached": place}
 
 
-def _answer(reply: Reply, out: torch.Tensor | None) -> Any:
-    payload = reply.payload
-    if payload is None or not len(payload):
-        return join(reply.head)
-    if out is not None and payload.data_ptr() == out.data_ptr():
-        return join({**reply.head, "in_channel": len(payload)})
-    if len(payload) <= INLINE_NBYTES:
-        return join(reply.head, payload=payload.numpy().data)
-    return [join(reply.head), np.asarray(payload.numpy())]
+def through_ray(reply: Reply) -> bytes | list[Any]:
+    """Return what Ray carries of a reply: one message, or one with a large payload beside it."""
+    if reply.payload is None or len(reply.payload) <= INLINE_NBYTES:
+        return _joined(reply)
+    return [join(reply.head), np.asarray(reply.payload.numpy())]
+
+
+def _joined(reply: Reply) -> bytes:
+    """Return a reply as one message."""
+    return join(reply.head, payload=b"" if reply.payload is None else reply.payload.numpy().data)
+
+
+def _listen(handle: Handler) -> SocketServer | None:
+    """Listen for clients of this host; None where they cannot share memory, or the system gives no socket or thread."""
+    if not can_share():
+        return None
+    try:
+        return SocketServer(handle)
+    except (OSError, RuntimeError) as error:
+        _logger.warning("clients of this host send their requests through Ray: %s", error)
+        return None
 
 
 def why(error: BaseException) -> str:

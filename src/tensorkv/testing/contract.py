@@ -17,9 +17,9 @@ from .writes import WriteContract
 
 
 class BaseContract(ArgumentContract, WriteContract, ReadContract, ArrayContract, LifeContract):
-    """The semantics of stores but for update functions, for an engine that cannot run functions of the caller.
+    """The contract without update functions, for an engine that cannot run functions of the caller.
 
-    A subclass names an engine; see ``Contract``.
+    Subclass it as ``Contract``.
     """
 
     TYPE: str
@@ -54,7 +54,7 @@ class BaseContract(ArgumentContract, WriteContract, ReadContract, ArrayContract,
 
 
 class Contract(BaseContract, UpdaterContract):
-    """All of the semantics of stores, as tests of one engine.
+    """The whole contract of stores, as tests of one engine.
 
     Subclass it in a test module, name the engine, and run pytest; ``docs/engines-of-your-own.md`` has an example.
 

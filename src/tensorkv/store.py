@@ -139,7 +139,7 @@ class KVStore:
         self._engine: engines.Engine = engine  # type: ignore[assignment]
         self._type = type
         self._metrics = Metrics()
-        forks.keep(self)
+        forks.pin_in_children(self)
 
     if not TYPE_CHECKING:  # so that type checkers report unknown names
 

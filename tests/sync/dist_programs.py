@@ -768,15 +768,15 @@ def demo_killed(folder):
     """The demo, whose last worker is killed after some epochs at its first start."""
     from tensorkv.cli import demo, main
 
-    keep, seen = demo._keep, []
+    save, seen = demo._save_checkpoint, []
 
     def killing(settings, kv, curves):
-        keep(settings, kv, curves)
+        save(settings, kv, curves)
         seen.append(len(curves.losses))
         if RANK == SIZE - 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(curves.losses) == 3:
             end("kill")
 
-    demo._keep = killing
+    demo._save_checkpoint = killing
     words = [
         "demo",
         "--store",

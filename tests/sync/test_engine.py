@@ -142,7 +142,7 @@ def test_a_trainer_over_workers_equals_one_over_replicas(overlap, update_on_stor
     for text in run(2, PROGRAMS, "train", overlap, update_on_store, shared_memory):
         assert "same weights" in text
         assert "same after load_state_dict" in text
-        assert ("twice Trainer: backward has made" in text) == overlap
+        assert ("twice Trainer: backward has computed" in text) == overlap
 
 
 # ---------------------------------------------------------------- errors instead of hangs

@@ -580,7 +580,7 @@ def test_optimizers_that_do_not_exist(optimizer, numbers, message, update_on_sto
     [
         (torch.optim.LBFGS, "LBFGS; expected"),
         (list, "list; expected"),
-        (lambda: None, "cannot be made"),
+        (lambda: None, "cannot be created"),
     ],
 )
 def test_functions_that_make_no_optimizer(optimizer, message):

@@ -1,8 +1,7 @@
 """The demo: data-parallel training on handwritten digits, with the weights and the optimizer in the store.
 
-``train`` is the part to read: each replica works on its share of a batch, the store sums the replicas'
-gradients and steps the optimizer, and every replica pulls the new weights. ``Trainer`` does the pushing
-and pulling.
+Read ``train``: each replica computes gradients on its share of a batch, the store sums them and steps the optimizer,
+and every replica pulls the new weights. ``Trainer`` does the pushing and pulling.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from tensorkv.store import KVStore, create
 from tensorkv.trainer.trainer import Trainer
 
-# For the others, torch.optim's own default.
+# Other optimizers use the default of torch.optim.
 LEARNING_RATES = {"adam": 0.005, "adamw": 0.005, "sgd": 0.2}
 
 
@@ -45,7 +44,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Digits:
-    """8 × 8 images of digits as rows of 64 numbers from 0 to 1, and what digit each shows."""
+    """8 × 8 images as float32 rows of 64 numbers from 0 to 1, and their digits as int64 labels."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -55,14 +54,14 @@ class Digits:
 
 @dataclass(frozen=True)
 class Curves:
-    """Of each epoch: the mean training loss, and the accuracy on the test images after it."""
+    """For each epoch, the mean training loss, and the accuracy on the test images at its end."""
 
     losses: list[float]
     accuracies: list[float]
 
 
 def load_digits() -> Digits:
-    """Return scikit-learn's 1797 handwritten digits, a quarter of each digit held out for the test."""
+    """Return scikit-learn's 1797 handwritten digits, with a quarter of each digit held out for testing."""
     from sklearn import datasets, model_selection
 
     images, labels = datasets.load_digits(return_X_y=True)
@@ -73,8 +72,8 @@ def load_digits() -> Digits:
 
 
 def network(seed: int) -> nn.Module:
-    """Return a small convolutional network whose first weights depend on the seed alone."""
-    # GELU is smooth: where ReLU switches, the last bits of a sum decide, and the curves would drift apart.
+    """Return a small convolutional network whose initial weights depend only on the seed."""
+    # GELU is smooth. With ReLU, the last bits of a sum near 0 would decide, and the curves would diverge.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(
@@ -90,13 +89,13 @@ def network(seed: int) -> nn.Module:
 
 
 def train(digits: Digits, settings: Settings, on_epoch: Callable[[float, float], None] | None = None) -> Curves:
-    """Train ``settings.replicas`` copies of one network in step and return how it went.
+    """Train ``settings.replicas`` copies of one network in lock step and return the curves.
 
     With several workers each trains one copy on its share of every batch, and all return the same.
 
     Args:
-        digits: the images.
-        settings: how many replicas, how long, how fast; from which checkpoint to go on.
+        digits: the data set.
+        settings: number of replicas and epochs, learning rate, and so on; the checkpoint to resume from.
         on_epoch: called after each epoch with its loss and accuracy.
     """
     first = network(settings.seed)
@@ -124,7 +123,7 @@ def train(digits: Digits, settings: Settings, on_epoch: Callable[[float, float],
                 parts = batch.tensor_split(copies * kv.num_workers)[shares]
                 for replica, share in zip(replicas, parts, strict=True):
                     loss = cross_entropy(replica(digits.images[share]), digits.labels[share], reduction="sum")
-                    # Divided by the whole batch's length, so that the sum of the gradients is the batch's.
+                    # Divided by the length of the whole batch, so that the gradients add up to that of its mean loss.
                     (loss / len(batch)).backward()  # type: ignore[no-untyped-call]
                     epoch_loss += loss.item()
                 trainer.step()  # push every replica's gradients, update in the store, pull the weights
@@ -132,32 +131,32 @@ def train(digits: Digits, settings: Settings, on_epoch: Callable[[float, float],
             total = sums.pushpull("loss", torch.tensor([epoch_loss], dtype=torch.float64, device="cpu")).item()
             curves.losses.append(total / len(digits.labels))
             curves.accuracies.append(accuracy(first, digits))
-            _keep(settings, kv, curves)
+            _save_checkpoint(settings, kv, curves)
             if on_epoch is not None:
                 on_epoch(curves.losses[-1], curves.accuracies[-1])
     return curves
 
 
 def _resume(settings: Settings, kv: KVStore, trainer: Trainer, steps: int) -> Curves:
-    """Go on from the checkpoint, if there is one, and return the curves up to it.
+    """Load the checkpoint, if there is one, and return the curves up to it.
 
     Args:
-        settings: with the checkpoint.
-        kv: becomes the checkpoint.
-        trainer: gets its weights.
-        steps: of one epoch.
+        settings: name the checkpoint.
+        kv: the store, which loads it.
+        trainer: whose replicas pull the weights.
+        steps: the number of steps in an epoch.
     """
     if settings.checkpoint is None or not (settings.checkpoint / "store" / "manifest.json").exists():
         return Curves([], [])
     kv.load(settings.checkpoint / "store")
     trainer.refresh()
     losses, accuracies = json.loads((settings.checkpoint / "curves.json").read_text())
-    # The curves are written before the checkpoint, and so may be one epoch longer.
+    # The curves are written before the checkpoint, so they may have one more epoch.
     done = kv.info(trainer.keys[0]).version // steps
     return Curves(losses[:done], accuracies[:done])
 
 
-def _keep(settings: Settings, kv: KVStore, curves: Curves) -> None:
+def _save_checkpoint(settings: Settings, kv: KVStore, curves: Curves) -> None:
     if settings.checkpoint is None:
         return
     if kv.rank == 0:
@@ -172,7 +171,7 @@ def _keep(settings: Settings, kv: KVStore, curves: Curves) -> None:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Have torch compute in one thread."""
-    # The network is so small that torch's threads wait for each other for longer than they compute.
+    # The network is so small that several threads would spend more time on synchronization than on computation.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -182,14 +181,14 @@ def one_thread() -> Iterator[None]:
 
 
 def learning_rate(settings: Settings) -> dict[str, Any]:
-    """Return the learning rate of the first epoch, as an optimizer takes it; nothing where its own counts."""
+    """Return the initial learning rate as keyword arguments for an optimizer; none for the optimizer's default."""
     lr = LEARNING_RATES.get(settings.optimizer) if settings.lr is None else settings.lr
     return {} if lr is None else {"lr": lr}
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, digits: Digits) -> float:
-    """Return the share of the test images that the model names right."""
+    """Return the share of the test images that the model classifies correctly."""
     right = model(digits.test_images).argmax(1) == digits.test_labels
     return float(right.float().mean())
 
@@ -207,7 +206,7 @@ def figure(many: Curves, one: Curves, settings: Settings) -> Any:
         (loss_axes, one.losses, many.losses),
         (accuracy_axes, one.accuracies, many.accuracies),
     ):
-        # A wide pale line under a thin dark dashed one: where the curves coincide, both are seen.
+        # A wide pale line under a thin dark dashed one, so that both are visible where the curves coincide.
         axes.plot(epochs, below, color="#f5b041", linewidth=7, alpha=0.75, label="1 replica, whole batches")
         axes.plot(epochs, above, color="#1b2a6b", linewidth=1.8, linestyle="--", marker="o", markersize=4, label=label)
         axes.set_xlabel("epoch")
@@ -218,7 +217,7 @@ def figure(many: Curves, one: Curves, settings: Settings) -> Any:
     loss_axes.set_ylabel("mean cross-entropy (log scale)")
     loss_axes.set_yscale("log")
     accuracy_axes.set_title("Test accuracy")
-    accuracy_axes.set_ylabel("share of test images named right")
+    accuracy_axes.set_ylabel("share of test images classified correctly")
     drawn.suptitle(
         f"Handwritten digits, {settings.optimizer} in the store: final test accuracy {many.accuracies[-1]:.1%} "
         f"with {_count(settings.replicas)}, {one.accuracies[-1]:.1%} with {_count(1)}",
@@ -241,31 +240,31 @@ def save(drawn: Any, out: Path) -> None:
 
 
 def run(settings: Settings, out: Path, *, quiet: bool = False) -> Curves:
-    """Train with many replicas and with one, save the curves of both as a PNG and print how it went.
+    """Train with several replicas and with one, save the curves of both as a PNG and print a summary.
 
     Args:
-        settings: how many replicas, how long, how fast.
-        out: where the PNG goes.
-        quiet: no progress bar, and of the result only the line that names the PNG.
+        settings: number of replicas and epochs, learning rate, and so on.
+        out: path of the PNG.
+        quiet: show no progress bar, and print only the line that names the PNG.
 
     Returns:
-        The curves of the many replicas.
+        The curves of the several replicas.
 
     Raises:
         ModuleNotFoundError: scikit-learn or matplotlib is not installed.
         OSError: the PNG cannot be written.
     """
-    import matplotlib.figure  # noqa: F401 - one that is missing should not be found out after the training
+    import matplotlib.figure  # noqa: F401 - so that a missing library is reported before the training
 
     digits = load_digits()
     workers = int(os.environ.get("WORLD_SIZE", "1")) if settings.store.startswith("dist") else 1
     leads = workers == 1 or os.environ.get("RANK") == "0"
     if workers > 1:
         settings = replace(settings, replicas=workers)
-    many = _train_showing(digits, settings, quiet or not leads)
+    many = _train_with_progress(digits, settings, quiet or not leads)
     if not leads:
         return many
-    one = _train_showing(digits, replace(settings, replicas=1, store="local", checkpoint=None), quiet)
+    one = _train_with_progress(digits, replace(settings, replicas=1, store="local", checkpoint=None), quiet)
     save(figure(many, one, settings), out)
     if not quiet:
         apart = max(abs(a - b) for a, b in zip(many.losses, one.losses, strict=True))
@@ -280,7 +279,7 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> Curves:
     return many
 
 
-def _train_showing(digits: Digits, settings: Settings, quiet: bool) -> Curves:
+def _train_with_progress(digits: Digits, settings: Settings, quiet: bool) -> Curves:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

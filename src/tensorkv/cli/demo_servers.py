@@ -1,6 +1,6 @@
-"""The demo on parameter servers: the same digits, in step, with bounded staleness, and with everyone at their own pace.
+"""The demo on parameter servers: the same digits, in lock step, with bounded staleness, and fully asynchronously.
 
-``train`` is the part to read. Every worker is a process with one network; the last of them is slow.
+Read ``train``. Every worker is a process with one network; the last worker is slow.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from tensorkv.trainer.trainer import Trainer
 
 from .demo import Digits, Settings, accuracy, learning_rate, load_digits, network, one_thread, save
 
-# What a worker that is slow sleeps in every step: some times what a step takes.
+# How long the slow worker sleeps in every step: several times as long as a step takes.
 SLEEP_S = 0.02
-# How often the weights are measured while workers train.
-_LOOK_S = 0.1
+# How often the accuracy is measured while workers train.
+_MEASURE_S = 0.1
 _GOAL = 0.9
 _COLOURS = ("#1b2a6b", "#f5b041", "#2e8b57")
 
@@ -48,19 +48,19 @@ class Pace:
 
     @property
     def name(self) -> str:
-        """What it is called in the picture."""
+        """Its name in the plot."""
         return self.mode if self.staleness is None else f"staleness {self.staleness}"
 
 
 @dataclass
 class Course:
-    """The test accuracy at moments of a training, in seconds from its start."""
+    """The test accuracy over the seconds since the training began."""
 
     seconds: list[float] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
 
     def seconds_to(self, goal: float) -> float | None:
-        """Return when the accuracy first was that high.
+        """Return when the accuracy first reached a goal; None if it never did.
 
         >>> Course([0.5, 1.0], [0.3, 0.95]).seconds_to(0.9)
         1.0
@@ -69,7 +69,7 @@ class Course:
 
 
 def paces(mode: str | None, staleness: int | None) -> list[Pace]:
-    """Return what to train with; the last one's accuracy is the one that counts.
+    """Return the settings to train with, one after the other; ``run`` returns the accuracy of the last one.
 
     >>> [pace.name for pace in paces(None, None)]
     ['sync', 'async', 'staleness 2']
@@ -82,17 +82,17 @@ def paces(mode: str | None, staleness: int | None) -> list[Pace]:
 
 
 def train(digits: Digits, settings: Settings, kv: KVStore, *, averages: bool, progress: Any = None) -> Course:
-    """Train this worker's network on its share of every batch, the weights being in the store.
+    """Train this worker's network on its share of every batch; the weights are in the store.
 
     Args:
-        digits: the images.
-        settings: how long and how fast.
-        kv: the store, new; all workers call this together.
-        averages: whether a push is summed with those of the other workers, in step.
-        progress: told how many updates there were, and the accuracy.
+        digits: the data set.
+        settings: number of epochs, learning rate, and so on.
+        kv: the store, without keys; all workers call this together.
+        averages: whether the store averages the pushes of all workers, in lock step.
+        progress: called with the number of updates and the accuracy.
 
     Returns:
-        At rank 0, how the accuracy of the weights in the store went; elsewhere nothing.
+        At rank 0, the accuracy of the weights in the store over time; at other ranks nothing.
     """
     model = network(settings.seed)
     workers = kv.num_workers
@@ -100,7 +100,7 @@ def train(digits: Digits, settings: Settings, kv: KVStore, *, averages: bool, pr
     trainer = Trainer(model, kv, settings.optimizer, rescale_grad=scale, **learning_rate(settings))
     first_rate = trainer.learning_rate
     shuffler = torch.Generator().manual_seed(settings.seed)
-    kv.barrier()  # the time starts when everyone is there
+    kv.barrier()  # the clock starts when every worker is ready
 
     with _measuring(kv, trainer, digits, settings, progress) as course:
         for epoch in range(settings.epochs):
@@ -116,14 +116,14 @@ def train(digits: Digits, settings: Settings, kv: KVStore, *, averages: bool, pr
                     trainer.zero_grad()
                     loss = cross_entropy(model(digits.images[share]), digits.labels[share])
                     loss.backward()  # type: ignore[no-untyped-call]
-                trainer.step()  # push this worker's gradient, pull what weights there are now
+                trainer.step()  # push this worker's gradient, pull the present weights
         kv.barrier()
     return course
 
 
 @contextmanager
 def _measuring(kv: KVStore, trainer: Trainer, digits: Digits, settings: Settings, progress: Any) -> Iterator[Course]:
-    """At rank 0, pull the weights while everybody trains, and measure their accuracy."""
+    """At rank 0, pull the weights and measure their accuracy while the workers train."""
     course = Course()
     if kv.rank != 0:
         yield course
@@ -132,7 +132,7 @@ def _measuring(kv: KVStore, trainer: Trainer, digits: Digits, settings: Settings
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     start, ending = time.monotonic(), threading.Event()
 
-    def look() -> None:
+    def measure() -> None:
         kv.pull(weights)
         at = time.monotonic() - start
         course.seconds.append(at)
@@ -140,18 +140,18 @@ def _measuring(kv: KVStore, trainer: Trainer, digits: Digits, settings: Settings
         if progress is not None:
             progress(kv.info(trainer.keys[0]).version, course.accuracies[-1])
 
-    def keep_looking() -> None:
-        while not ending.wait(_LOOK_S):
-            look()
+    def keep_measuring() -> None:
+        while not ending.wait(_MEASURE_S):
+            measure()
 
-    thread = threading.Thread(target=keep_looking, name="tensorkv-demo-look")
+    thread = threading.Thread(target=keep_measuring, name="tensorkv-demo-accuracy")
     thread.start()
     try:
         yield course
     finally:
         ending.set()
         thread.join()
-    look()
+    measure()
 
 
 def run(
@@ -163,29 +163,29 @@ def run(
     staleness: int | None = None,
     quiet: bool = False,
 ) -> float:
-    """Train at every pace, save accuracy against time as a PNG and print how it went; all workers call this.
+    """Train in every mode, save accuracy against time as a PNG and print a summary; all workers call this.
 
     Args:
         settings: what to train; its store is of a type with servers.
-        out: where the PNG goes.
-        servers: how many hold the weights.
-        mode, staleness: train at this pace alone (None: in step, with bounded staleness, and without).
-        quiet: no progress bar, and of the result only the line that names the PNG.
+        out: path of the PNG.
+        servers: number of servers.
+        mode, staleness: train in this mode only (None: in lock step, with bounded staleness, and without a bound).
+        quiet: show no progress bar, and print only the line that names the PNG.
 
     Returns:
-        The final test accuracy at the chosen pace, or with bounded staleness; at other ranks than 0, 1.
+        The final test accuracy in the chosen mode, or with bounded staleness; 1 at ranks other than 0.
 
     Raises:
         ModuleNotFoundError: scikit-learn, matplotlib or Ray is not installed.
         OSError: the PNG cannot be written.
     """
-    import matplotlib.figure  # noqa: F401 - one that is missing should not be found out after the training
+    import matplotlib.figure  # noqa: F401 - so that a missing library is reported before the training
 
     digits, chosen = load_digits(), paces(mode, staleness)
     leads = os.environ.get("RANK", "0") == "0"
     courses: dict[str, Course] = {}
     with one_thread(), ExitStack() as stack:
-        # All of them now: the one that is closed last ends the Ray that they are in.
+        # All stores are open at the same time, since closing the last one shuts Ray down.
         stores = [
             stack.enter_context(
                 create(
@@ -203,7 +203,9 @@ def run(
             steps = settings.epochs * -(-len(digits.labels) // settings.batch_size)
             total = steps if pace.mode == "sync" else steps * kv.num_workers
             task = bar.add_task(f"{pace.name:>12}", total=total, news="")
-            courses[pace.name] = train(digits, settings, kv, averages=pace.mode == "sync", progress=_showing(bar, task))
+            courses[pace.name] = train(
+                digits, settings, kv, averages=pace.mode == "sync", progress=_progress_of(bar, task)
+            )
         workers = stores[0].num_workers
     if not leads:
         return 1.0
@@ -226,17 +228,17 @@ def run(
 
 
 def figure(courses: Mapping[str, Course], settings: Settings, workers: int, servers: int) -> Any:
-    """Return a matplotlib figure of accuracy against seconds, one line for each pace."""
+    """Return a matplotlib figure of accuracy against seconds, with a line for each mode."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(9, 5), layout="constrained")
     axes = drawn.subplots()
     for (name, course), colour in zip(courses.items(), _COLOURS, strict=False):
         axes.plot(course.seconds, course.accuracies, color=colour, linewidth=2, label=name)
-    # The first second is the one that tells them apart.
+    # The modes differ in the first second.
     axes.set_xscale("log")
     axes.set_xlabel("seconds (log scale)")
-    axes.set_ylabel("share of test images named right")
+    axes.set_ylabel("share of test images classified correctly")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     axes.set_title(
@@ -252,7 +254,7 @@ def _bar(disable: bool) -> Progress:
     return Progress(*columns, *rest, console=Console(stderr=True), disable=disable)
 
 
-def _showing(bar: Progress, task: TaskID) -> Any:
+def _progress_of(bar: Progress, task: TaskID) -> Any:
     def show(updates: int, share: float) -> None:
         bar.update(task, completed=updates, news=f"accuracy {share:.3f}")
 

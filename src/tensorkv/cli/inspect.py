@@ -1,6 +1,6 @@
-"""What ``tensorkv inspect`` tells.
+"""Describe a checkpoint or the folder of a store, for ``tensorkv inspect``.
 
-Of a checkpoint from its manifest and the heads of its data files, of a store in a folder from its snapshot and log.
+A checkpoint is described by its manifest and the headers of its data files, a store by its snapshot and log.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _KINDS = {
     "folder": "a store in its folder",
 }
 COLUMNS = ("key", "kind", "shape", "dtype", "version", "rows", "size", "state size")
-# How many keys with the same numbers of their own a line names.
+# How many keys with the same overrides a line names.
 _NAMED = 4
 _RIGHT = frozenset({"version", "rows", "size", "state size"})
 
 
 def describe(path: str, *, verify: bool = False) -> dict[str, Any]:
-    """Return what a checkpoint or the folder of a store holds, as JSON can hold it.
+    """Return the contents of a checkpoint, or of the folder of a store, as plain data for JSON.
 
     Args:
         path: a directory that ``KVStore.save`` or ``save_optimizer_states`` wrote, or a store's ``path``.
-        verify: read all data and check it against its digests; else only the manifest's digest is checked,
-            and sizes of single keys are None where a data file is missing or damaged.
+        verify: read all data and check it against its digests. Otherwise only the manifest's digest is checked,
+            and the sizes of single keys are None if a data file is missing or damaged.
 
     Raises:
         CheckpointError: missing, foreign or damaged.
@@ -93,7 +93,7 @@ def _describe_key(kind: str, described: dict[str, Any], tensors: dict[str, Any] 
 
 
 def _tensors(folder: Path, files: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return name to shape and place of every tensor, None if a file does not tell."""
+    """Return shape and offsets of every tensor by name; None if a file is missing or damaged."""
     heads: dict[str, Any] = {}
     try:
         for file in files:
@@ -143,10 +143,10 @@ def _describe_store(path: str) -> dict[str, Any]:
             files.append(name)
             for _, record in _records(folder, name):
                 contents.take_snapshot(record)
-        behind = logs[max(0, sum(first <= lsn + 1 for first, _ in logs) - 1) :]
-        for index, (_, name) in enumerate(behind):
+        segments = logs[max(0, sum(first <= lsn + 1 for first, _ in logs) - 1) :]
+        for index, (_, name) in enumerate(segments):
             files.append(name)
-            following = behind[index + 1][0] if index + 1 < len(behind) else None
+            following = segments[index + 1][0] if index + 1 < len(segments) else None
             for number, record in _records(folder, name):
                 if following is not None and number >= following:
                     break
@@ -179,7 +179,7 @@ def _records(folder: Folder, name: str) -> Iterator[tuple[int, Record]]:
 
 
 class _Contents:
-    """What the records of a store's folder add up to: everything but the numbers in tensors."""
+    """The contents of a store's folder, put together from its records, without the values of tensors."""
 
     def __init__(self) -> None:
         self.keys: dict[Any, dict[str, Any]] = {}
@@ -205,7 +205,7 @@ class _Contents:
                 if described["kind"] == "rows":
                     described["rows"] = described["nbytes"] = None
                 if verb == "push" and self.optimizer is not None:
-                    # The step may have made state, or rows of it, that no record has.
+                    # The step may have created state, or rows of it, which is in no record.
                     described["state"] = described["state"] or None
                     described["state_nbytes"] = None
         elif verb == "init":
@@ -229,11 +229,11 @@ class _Contents:
         self._tensors = {}
 
 
-# ---------------------------------------------------------------- for people
+# ---------------------------------------------------------------- text
 
 
 def summary(report: dict[str, Any]) -> list[str]:
-    """Return the lines that stand above the table of keys."""
+    """Return the lines above the table of keys."""
     count, files = len(report["keys"]), len(report["files"])
     checked = "every digest checked" if report["verified"] else "only the manifest checked; --verify reads everything"
     what = _KINDS[report["kind"]]
@@ -252,7 +252,7 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 
 def _update(report: dict[str, Any]) -> list[str]:
-    """Return the update rule, and below it the numbers that keys have of their own, a line for those with the same."""
+    """Return the update rule, and then a line for each group of keys with the same overrides."""
     optimizer = report["optimizer"]
     if report["update"] == "updater":
         return ["an updater function, which is not saved; set it again"]
@@ -329,7 +329,7 @@ def rich_table(rows: list[list[str]]) -> Any:
 
 
 def size(nbytes: int | None) -> str:
-    """Show bytes as people read them, ``?`` for None.
+    """Show a number of bytes with a binary unit; ``?`` for None.
 
     >>> size(24), size(1536), size(3 << 30)
     ('24 B', '1.5 KiB', '3.0 GiB')
@@ -347,7 +347,7 @@ def size(nbytes: int | None) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Escape what a terminal would obey: a checkpoint may come from anywhere.
+    r"""Escape control characters, since the names in a checkpoint may come from anywhere.
 
     >>> print(printable("a\x1b[31m"))
     a\x1b[31m

@@ -31,7 +31,7 @@ USAGE = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 PIPE_CLOSED = 141  # 128 + SIGPIPE
 
-# What the demo reaches with its own settings, with room to spare; other settings answer for themselves.
+# The demo's default settings reach more than this; with other settings, any accuracy is accepted.
 MIN_ACCURACY = 0.96
 MIN_ACCURACY_ON_SERVERS = 0.95
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is None:
             return _fail("standard output is closed")
         if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
-            # A name that the terminal's encoding lacks is no reason to fail.
+            # Print names that the terminal's encoding lacks, instead of failing.
             sys.stdout.reconfigure(errors="backslashreplace")
         status = _run(argv)
         _flush()
@@ -87,13 +87,13 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _fail(message: str, status: int = FAILURE) -> int:
     if sys.stderr is not None:
-        # In one piece, for several workers may write at the same time.
+        # In one write, since several workers may write at the same time.
         sys.stderr.write(f"tensorkv: error: {' '.join(message.split())}\n")
     return status
 
 
 def _discard_stdout() -> None:
-    # Else the interpreter would flush into the closed pipe at exit, and complain.
+    # Otherwise the interpreter flushes into the closed pipe at exit, and prints an error.
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
@@ -142,7 +142,7 @@ def _add_demo(commands: Any) -> None:
         "replica pulls the new weights. Then train once more with one replica on whole batches, and\n"
         "plot both: the curves coincide. Takes some seconds; the digits come with scikit-learn.\n\n"
         "With a store of type dist_async the weights are on parameter servers, and one worker is slow:\n"
-        "the plot shows accuracy against time in step, with bounded staleness, and without a bound.",
+        "the plot shows accuracy against time in lock step, with bounded staleness, and without a bound.",
         epilog="examples:\n"
         "  tensorkv demo\n"
         "  tensorkv demo --replicas 8 --store device --out eight.png\n"
@@ -152,71 +152,51 @@ def _add_demo(commands: Any) -> None:
         "  tensorkv demo --optimizer sgd --lr 0.1 --epochs 40 --min-accuracy 0.95\n\n"
         "The last line of the output names the PNG. Needs: pip install 'tensorkv[examples]'",
     )
+    for name, metavar, kind, default, text in _demo_options():
+        parser.add_argument(name, metavar=metavar, type=kind, default=default, help=text)
+    parser.add_argument("--mode", choices=["sync", "async"], help="with dist_async: train in this mode only")
+    parser.add_argument("--quiet", action="store_true", help="print only the line that names the PNG")
+    parser.set_defaults(run=_demo, extra="examples")
+
+
+def _demo_options() -> list[tuple[str, str, Callable[[str], Any], Any, str]]:
+    """Return name, metavar, type, default and help of each option."""
     own = demo.Settings()
     rates = ", ".join(f"{lr} for {name}" for name, lr in demo.LEARNING_RATES.items())
-    add = parser.add_argument
-    add("--replicas", type=_positive, default=own.replicas, metavar="N", help="copies of the network (%(default)s)")
-    add("--epochs", type=_positive, default=own.epochs, metavar="N", help="passes over the digits (%(default)s)")
-    add(
-        "--batch-size",
-        type=_positive,
-        default=own.batch_size,
-        metavar="N",
-        help="images of a batch, all replicas together (%(default)s)",
+    workers = "with dist_sync or dist_async: start N processes with torchrun, each training one replica (dist_async: 4)"
+    staleness = "with dist_async: rounds that a worker may be ahead of the slowest (2; with --mode async: any number)"
+    accuracy = (
+        "exit with status 1 if the test accuracy, from 0 to 1, is lower (default: "
+        f"{MIN_ACCURACY}, dist_async {MIN_ACCURACY_ON_SERVERS}, or 0 where --epochs, --batch-size, --lr or --optimizer "
+        "is given)"
     )
-    add(
-        "--lr",
-        type=_rate,
-        metavar="RATE",
-        help=f"learning rate of the first epoch, falling to 0 (default: {rates}, else torch.optim's own)",
-    )
-    add(
-        "--optimizer",
-        type=_optimizer_name,
-        default=own.optimizer,
-        metavar="NAME",
-        help="the store's optimizer, by its torch.optim name (%(default)s)",
-    )
-    add("--seed", type=_seed, default=own.seed, metavar="N", help="of first weights and shuffling (%(default)s)")
-    add("--store", type=_store_type, default=own.store, metavar="TYPE", help="type of the store (%(default)s)")
-    add(
-        "--workers",
-        type=_positive,
-        metavar="N",
-        help="with a store of type dist_sync or dist_async: start N processes with torchrun, each of which trains "
-        "one replica (dist_async: 4)",
-    )
-    add("--servers", type=_positive, metavar="N", help="with dist_async: how many hold the weights (1)")
-    add("--mode", choices=["sync", "async"], help="with dist_async: train in this mode alone")
-    add(
-        "--staleness",
-        type=_seed,
-        metavar="N",
-        help="with dist_async: how many rounds a worker may be ahead of the slowest (2; with --mode async: any number)",
-    )
-    add(
-        "--checkpoint",
-        type=_folder,
-        metavar="DIR",
-        help="save after every epoch, and go on from there if DIR holds a checkpoint",
-    )
-    add(
-        "--out",
-        type=Path,
-        default=Path("tensorkv-demo.png"),
-        metavar="PATH",
-        help="the PNG to write, replacing an older one (%(default)s)",
-    )
-    add(
-        "--min-accuracy",
-        type=_share,
-        metavar="SHARE",
-        help="test accuracy, from 0 to 1, under which to exit with status 1 (default: "
-        f"{MIN_ACCURACY}, dist_async {MIN_ACCURACY_ON_SERVERS}, or 0 where --epochs, "
-        "--batch-size, --lr or --optimizer is given)",
-    )
-    add("--quiet", action="store_true", help="print only the line that names the PNG")
-    parser.set_defaults(run=_demo, extra="examples")
+    return [
+        ("--replicas", "N", _positive, own.replicas, "copies of the network (%(default)s)"),
+        ("--epochs", "N", _positive, own.epochs, "passes over the training images (%(default)s)"),
+        ("--batch-size", "N", _positive, own.batch_size, "images in a batch, over all replicas (%(default)s)"),
+        (
+            "--lr",
+            "RATE",
+            _rate,
+            None,
+            f"initial learning rate, falling to 0 (default: {rates}, else torch.optim's own)",
+        ),
+        (
+            "--optimizer",
+            "NAME",
+            _optimizer_name,
+            own.optimizer,
+            "optimizer in the store, from torch.optim (%(default)s)",
+        ),
+        ("--seed", "N", _seed, own.seed, "for the initial weights and for shuffling (%(default)s)"),
+        ("--store", "TYPE", _store_type, own.store, "type of the store (%(default)s)"),
+        ("--workers", "N", _positive, None, workers),
+        ("--servers", "N", _positive, None, "with dist_async: number of servers that hold the weights (1)"),
+        ("--staleness", "N", _seed, None, staleness),
+        ("--checkpoint", "DIR", _folder, None, "save after every epoch, and resume if DIR has a checkpoint"),
+        ("--out", "PATH", Path, Path("tensorkv-demo.png"), "PNG to write, replacing an older one (%(default)s)"),
+        ("--min-accuracy", "SHARE", _share, None, accuracy),
+    ]
 
 
 def _add_tutorial(commands: Any) -> None:
@@ -243,7 +223,7 @@ def _add_tutorial(commands: Any) -> None:
 def _add_inspect(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect",
-        help="list what a checkpoint or a store's folder holds",
+        help="list the contents of a checkpoint or of a store's folder",
         description="List the keys of a checkpoint, or of a store that is kept in a folder (path=), with kind,\n"
         "shape, dtype, version and size, its update rule and its files. Of a checkpoint only the manifest's\n"
         "digest is checked, unless --verify is given. Nothing is changed.",
@@ -266,7 +246,7 @@ def _add_top(commands: Any) -> None:
         help="watch a running store of type dist_async",
         description="Show a store on parameter servers while it runs: its servers and workers, keys and bytes,\n"
         "pushes and pulls per second, how far workers are apart, waits, and the size of its log.\n"
-        "The store does not notice. Ends with the store, or with Ctrl-C.",
+        "The store is not disturbed. Ends when the store ends, or with Ctrl-C.",
         epilog="examples:\n"
         "  tensorkv top\n"
         "  tensorkv top --name embeddings --every 5\n"
@@ -275,15 +255,15 @@ def _add_top(commands: Any) -> None:
         "Needs: pip install 'tensorkv[ray]'",
     )
     add = parser.add_argument
-    add("--name", default="tensorkv", metavar="NAME", help="of the store (%(default)s)")
+    add("--name", default="tensorkv", metavar="NAME", help="name of the store (%(default)s)")
     add(
         "--address",
         metavar="HOST:PORT",
-        help="of its Ray cluster (default: RAY_ADDRESS, else that of this machine which has the store)",
+        help="address of its Ray cluster (default: RAY_ADDRESS, else the cluster on this machine that has the store)",
     )
-    add("--every", type=_rate, default=1.0, metavar="SECONDS", help="between two looks (%(default)s)")
-    add("--once", action="store_true", help="show it once, after that many seconds")
-    add("--json", action="store_true", help="print each time a line of JSON, for scripts")
+    add("--every", type=_rate, default=1.0, metavar="SECONDS", help="interval between two reports (%(default)s)")
+    add("--once", action="store_true", help="print one report, after one interval")
+    add("--json", action="store_true", help="print each report as a line of JSON, for scripts")
     parser.set_defaults(run=_top, extra="ray")
 
 
@@ -346,7 +326,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     problem = _demo_problem(arguments, on_servers)
     if problem is not None:
         return _fail(f"demo: {problem}", USAGE)
-    # All of it now: torchrun would tell each worker's error, and its own.
+    # Before torchrun starts workers: it would report the error of each, and one of its own.
     _check_out(out)
     _check_checkpoint(settings.checkpoint)
     for module, extra in (("sklearn", "examples"), ("matplotlib", "examples"), ("ray", "ray" if on_servers else "")):
@@ -368,7 +348,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _check_out(out: Path) -> None:
-    """Raise OSError if the picture cannot be written."""
+    """Raise OSError if the PNG cannot be written."""
     if out.is_dir():
         raise IsADirectoryError(f"--out {out}: is a directory; name a file")
     if not out.parent.is_dir():
@@ -389,7 +369,7 @@ def _check_checkpoint(folder: Path | None) -> None:
         raise PermissionError(f"--checkpoint {folder}: {place} cannot be written")
 
 
-# torchrun, which tells of a worker that has failed by a traceback of its own: the worker has said why.
+# torchrun without its traceback for a failed worker, since the worker has already printed why it failed.
 _LAUNCHER = """
 import logging, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until torchrun has imported torch and handles it
@@ -408,18 +388,18 @@ except SignalException as error:
 
 
 def _launch(workers: int) -> int:
-    """Run this command once more, in each of some processes that torchrun starts on this machine."""
+    """Have torchrun run this command in several processes on this machine."""
     launcher = [sys.executable, "-c", _LAUNCHER, "--standalone", f"--nproc-per-node={workers}"]
     words = ["-m", "tensorkv", *sys.argv[1:]]
-    # The launcher leaves a folder for logs behind. Standard error stays that of the workers: it reports failures there.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # torchrun's default, of which it would warn
+    # torchrun does not remove its folder of logs.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # torchrun's default, which it would warn about
     with TemporaryDirectory() as logs:
         command = [*launcher, f"--log-dir={logs}", *words]
         return subprocess.run(command, env=environment, check=False).returncode  # noqa: S603 - our own words
 
 
 def _demo_problem(arguments: argparse.Namespace, on_servers: bool) -> str | None:
-    """Return which options do not go together, if any."""
+    """Return what is wrong with the combination of options; None if nothing is."""
     if arguments.workers is not None and not arguments.store.startswith("dist"):
         return f"--workers is for stores of type dist_sync or dist_async, not {arguments.store}"
     for name in ("servers", "mode", "staleness"):

@@ -1,4 +1,4 @@
-"""What ``tensorkv top`` shows of a running store on parameter servers: two looks at it, and what was between them."""
+"""Report on a running store on parameter servers, for ``tensorkv top``: rates are between two readings of its stats."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def run(
     as_json: bool = False,
     timeout_s: float = 10.0,
 ) -> None:
-    """Show a store until it ends or Ctrl-C; it does not notice.
+    """Show a store until it ends, or until Ctrl-C, without disturbing it.
 
     Args:
         name: of the store.
-        address: of its Ray cluster (None: ``RAY_ADDRESS``, else that of this machine which has the store).
-        every_s: seconds between two looks, and so what rates are over.
-        once: show it once.
-        as_json: print each time one line of JSON (see ``report``) instead.
+        address: of its Ray cluster (None: ``RAY_ADDRESS``, else the cluster on this machine that has the store).
+        every_s: seconds between two readings, over which rates are computed.
+        once: print one report.
+        as_json: print each report as a line of JSON (see ``report``).
         timeout_s: how long servers may take to answer, in seconds.
 
     Raises:
@@ -75,7 +75,7 @@ def _reports(observer: Any, every_s: float) -> Iterator[dict[str, Any]]:
 
 
 def report(settings: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any], seconds: float) -> Any:
-    """Return what two looks at a store tell, as plain data.
+    """Return what two readings of a store's stats say, as plain data.
 
     Args:
         settings: of the store.
@@ -84,10 +84,10 @@ def report(settings: Mapping[str, Any], before: Mapping[str, Any], after: Mappin
 
     Returns:
         A dict. Rates are per second and count requests at servers: a push to two servers counts at each. ``log_nbytes``
-        is None where nothing is kept in a folder; what a server tells is None while it does not answer.
+        is None without a folder; the values of a server are None while it does not answer.
 
-    >>> look = {"ahead": 1, "most_ahead": 3, "waits": 0, "waited_s": 0.0, "num_keys": 0, "nbytes": 0, "clients": 1}
-    >>> found = report({"name": "a"}, {"servers": [None]}, {**look, "snapshots": 0, "servers": [None]}, 1.0)
+    >>> stats = {"ahead": 1, "most_ahead": 3, "waits": 0, "waited_s": 0.0, "num_keys": 0, "nbytes": 0, "clients": 1}
+    >>> found = report({"name": "a"}, {"servers": [None]}, {**stats, "snapshots": 0, "servers": [None]}, 1.0)
     >>> found["ahead"], found["servers"][0]["state"]
     (1, 'down')
     """
@@ -116,7 +116,7 @@ def _server(index: int, old: Mapping[str, Any] | None, new: Mapping[str, Any] | 
         return found
     found |= {"state": "up", **{word: new[word] for word in ("pid", "keys", "nbytes", "waits")}}
     found["log_nbytes"] = new.get("wal", {}).get("log_nbytes")
-    # One that has begun again counts from 0.
+    # A server that was restarted counts from 0.
     verbs = old["verbs"] if old is not None and old["pid"] == new["pid"] else {}
     for word, names, what in (
         ("pushes_per_s", _PUSHES, "calls"),
@@ -133,7 +133,7 @@ def _count(verbs: Mapping[str, Any], name: str, what: str) -> int:
 
 
 def _workers(told: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return what servers say of each worker; of its round, the one that has seen most."""
+    """Return the state of each worker, and the highest round in which a server has seen it."""
     if not told:
         return []
     rounds: dict[int, int] = {}

@@ -1,7 +1,7 @@
-"""The tutorial: the store's verbs step by step, with the arrays of a library of the reader's choice.
+"""The tutorial: the store's verbs step by step, with arrays of NumPy, PyTorch or JAX.
 
-The steps are text that is both printed and run, statement by statement, so what is shown is what ran.
-The same statements serve every library, and print the same numbers.
+Each statement is printed and then executed, so the output is that of the statement. The statements are the same for
+every library, and print the same numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NUM_DEVICES = 4
 
 @dataclass(frozen=True)
 class Step:
-    """A title, what is to be seen, and the statements that show it."""
+    """A title, an explanation, and the statements to run."""
 
     title: str
     text: str
@@ -122,10 +122,10 @@ def run(library: str) -> None:
     Raises:
         ModuleNotFoundError: the library is not installed.
 
-    JAX shows four CPU devices if it has not computed anything yet; else the devices that it has.
+    JAX gets four CPU devices, unless it has been used in this process before; then it keeps the devices it has.
     """
     devices = _jax_devices() if library == "jax" else ["cpu"] * NUM_DEVICES
-    # A JAX array cannot be filled; any other library's can, and the store does not mind which.
+    # JAX arrays are immutable, so NumPy arrays are filled instead.
     fillable = "numpy" if library == "jax" else library
     names = {
         "xp": importlib.import_module(MODULES[library]),
@@ -141,7 +141,7 @@ def run(library: str) -> None:
         for statement in ast.parse(step.code).body:
             source = ast.get_source_segment(step.code, statement) or ""
             print(_prompted(source, compound=hasattr(statement, "body")), flush=True)
-            # Nobody's text but this module's own.
+            # The text comes from this module.
             exec(source, names)  # noqa: S102
 
 
@@ -149,7 +149,7 @@ def _jax_devices() -> list[Any]:
     import jax
 
     config: Any = jax.config
-    # Once JAX has computed something, its devices are settled.
+    # Raises if JAX has been used before, which fixes the number of devices.
     with suppress(RuntimeError):
         config.update("jax_num_cpu_devices", NUM_DEVICES)
     found = jax.devices("cpu")

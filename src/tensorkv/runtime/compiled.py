@@ -1,4 +1,4 @@
-"""Which compiled parts this installation has: without a C compiler tensorkv installs without them, and is slower."""
+"""Tell which compiled parts this installation has. Without a C compiler it has none, and is slower."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def _is_there(name: str) -> bool:
 
 
 def describe() -> str:
-    """Return in a few words what is missing, "" if nothing is.
+    """Describe which compiled parts are missing; an empty str if none is.
 
     >>> describe()
     ''
     """
     names = " and ".join(name for name, is_there in parts().items() if not is_there)
-    return f"installed without its compiled parts {names}, for want of a C compiler" if names else ""
+    return f"installed without its compiled parts {names}, since no C compiler was found" if names else ""
 
 
 @cache

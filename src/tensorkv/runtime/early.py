@@ -1,4 +1,4 @@
-"""Ctrl-C while a command is still importing: torch takes seconds, and a traceback of its import tells nothing."""
+"""Handle Ctrl-C while a command imports torch, which takes seconds: end without the traceback of an import."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Forks: a forked child leaves alone what its parent has made.
+"""Forks: keep a forked child from destroying what belongs to its parent.
 
-A child has a copy of each object of its parent and of each descriptor, but none of its threads. A destructor that runs
-in the child can wait for a thread that is not there, or close for both what both have open: links through Gloo, a
-rendezvous store. So what was made before a fork is never finalized in the child, and what the interpreter calls at its
-end asks ``count`` first.
+A child has a copy of each object and descriptor of its parent, but none of its threads. A destructor that runs in the
+child can wait for a thread that the child does not have, or close a connection that the parent uses: through Gloo, or
+to a rendezvous store. So objects from before a fork are never finalized in the child, and exit handlers compare
+``count`` first.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 count = 0
-"""How many forks lie between this process and the first one; who made something compares."""
+"""How many forks lie between this process and the first one. An object that remembers it knows its process by it."""
 
-_kept: weakref.WeakSet[Any] = weakref.WeakSet()
-# Sockets that no child is to hold, by number: what the kernel calls them.
-_own: dict[int, str] = {}
+_pinned: weakref.WeakSet[Any] = weakref.WeakSet()
+# Descriptors of sockets that children close, and the kernel's names of the sockets.
+_sockets: dict[int, str] = {}
 
 
-def keep(made: Any) -> None:
+def pin_in_children(thing: Any) -> None:
     """Have forked children never finalize an object, nor what it refers to."""
-    _kept.add(made)
+    _pinned.add(thing)
 
 
-def keep_socket(number: int) -> None:
-    """Have children, forked or started, not hold this socket.
+def close_in_children(descriptor: int) -> None:
+    """Have forked children close a socket, and started ones not inherit it.
 
-    While a child holds a copy of a connection, the other end does not notice that this process has died; while it
-    holds one of a socket that listens, nobody else can listen there.
+    While a child has a copy of a connection, the other end does not notice that this process has died. While it has a
+    copy of a listening socket, no other process can listen on the port.
     """
     with suppress(OSError):
-        os.set_inheritable(number, False)
-        _own[number] = os.readlink(f"/proc/self/fd/{number}")
+        os.set_inheritable(descriptor, False)
+        _sockets[descriptor] = os.readlink(f"/proc/self/fd/{descriptor}")
 
 
 @contextmanager
-def keep_sockets() -> Iterator[None]:
-    """Do so with the sockets that a library opens in this block; Python's own are not inheritable from the start."""
+def closing_in_children() -> Iterator[None]:
+    """Do so for the sockets that a library opens in this block; those of Python are never inheritable."""
     before = _inheritable_sockets()
     yield
-    for number in _inheritable_sockets() - before:
-        keep_socket(number)
+    for descriptor in _inheritable_sockets() - before:
+        close_in_children(descriptor)
 
 
 def _inheritable_sockets() -> set[int]:
     found = set()
     for number in map(int, os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ()):
-        # One of them was that of the listing.
+        # The descriptor of the listing itself is closed by now.
         with suppress(OSError):
             if os.get_inheritable(number) and stat.S_ISSOCK(os.fstat(number).st_mode):
                 found.add(number)
@@ -60,25 +60,25 @@ def _inheritable_sockets() -> set[int]:
 
 
 def _close_sockets() -> None:
-    for number, name in _own.items():
+    for descriptor, name in _sockets.items():
         with suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{number}") == name:
-                os.close(number)
-    _own.clear()
+            if os.readlink(f"/proc/self/fd/{descriptor}") == name:
+                os.close(descriptor)
+    _sockets.clear()
 
 
-def never_finalize(made: Any) -> None:
-    """Keep an object, and what it refers to, beyond the end of the interpreter."""
-    # One reference too many: the last collection does not take it for garbage either.
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
+def immortalize(thing: Any) -> None:
+    """Never finalize an object, nor what it refers to, not even at the end of the interpreter."""
+    # With a reference that nothing holds, no garbage collection frees it.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def _begin_child() -> None:
     global count
     count += 1
-    for made in list(_kept):
-        never_finalize(made)
-    _kept.clear()
+    for thing in list(_pinned):
+        immortalize(thing)
+    _pinned.clear()
     _close_sockets()
 
 

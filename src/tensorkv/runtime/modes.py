@@ -1,4 +1,4 @@
-"""Blocks outside of torch's inference and dispatch modes.
+"""Run code outside of torch's inference and dispatch modes.
 
 A tensor that is made in inference mode cannot be changed later, and one that is made under ``FakeTensorMode`` has no
 memory.

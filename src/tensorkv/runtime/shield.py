@@ -1,4 +1,4 @@
-"""Shield: calls that an exception from a signal handler cannot split.
+"""Shield: make calls that an exception from a signal handler cannot interrupt halfway.
 
 Python runs signal handlers in the main thread, between any two bytecodes, and what they raise (KeyboardInterrupt, a
 TimeoutError of ``signal.alarm``, SystemExit on SIGTERM) unwinds whatever runs there. So a store makes its calls in
@@ -78,7 +78,7 @@ class _Call:
 
 
 class _Server:
-    """A thread that makes calls of the main thread, one after the other."""
+    """A thread that makes calls for the main thread, one after the other."""
 
     def __init__(self) -> None:
         self._calls: SimpleQueue[_Call] = SimpleQueue()
@@ -99,7 +99,7 @@ class _Server:
         while True:
             call = self._calls.get()
             call.make()
-            # Else the caller's arrays would stay until the next call.
+            # Otherwise the caller's arrays would stay alive until the next call.
             del call
 
 
@@ -111,7 +111,7 @@ _main = threading.main_thread().ident
 
 def _reset() -> None:
     global _main
-    # Threads stay behind in the parent process.
+    # A forked child has none of the threads of its parent.
     _servers.clear()
     _main = get_ident()
 
@@ -133,7 +133,7 @@ def _idle_server() -> _Server | None:
 
 
 def run(work: Callable[..., T], *args: Any) -> T:
-    """Make a call that no exception from a signal handler splits.
+    """Make a call that no exception from a signal handler interrupts halfway.
 
     Args:
         work: the call; in the main thread it is made in another thread, in which the caller's context variables,
@@ -182,7 +182,7 @@ def check() -> None:
 
 def _with_callers_modes(work: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], Any]:
     context = copy_context()
-    # What an updater, which is the caller's function, finds around it.
+    # An updater is the caller's function, and runs with the caller's settings.
     mode: AbstractContextManager[Any] = nullcontext() if torch.is_grad_enabled() else torch.no_grad()
     default = torch.get_default_device()
     device: AbstractContextManager[Any] = nullcontext() if default.type == "cpu" else default

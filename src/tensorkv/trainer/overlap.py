@@ -1,4 +1,4 @@
-"""Overlap: gradients are pushed while backward still makes the others, in buckets as they fill."""
+"""Overlap: push gradients in buckets while backward computes the others."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ BUCKET_NBYTES = 4 << 20
 
 
 class Overlap:
-    """Pushes the gradients of replicas from hooks that run when backward has made them.
+    """Pushes the gradients of replicas from hooks that run when backward has computed them.
 
-    Buckets hold neighbouring parameters, the last ones first, as backward comes to them; they are pushed in this
-    order on every worker, whichever is full first.
+    Buckets hold neighbouring parameters, the last ones first, in the order of backward. Every worker pushes them in
+    this order, whichever is full first.
 
     Args:
         kv: the store.
@@ -47,8 +47,8 @@ class Overlap:
             self._missing[key] -= 1
             if self._missing[key] < 0:
                 raise ArgumentError(
-                    f"Trainer: backward has made the gradient of {quote(key)} twice; with overlap=True each backward "
-                    "is followed by step(). To add gradients up over several, use overlap=False"
+                    f"Trainer: backward has computed the gradient of {quote(key)} twice; with overlap=True call step() "
+                    "after each backward. To accumulate gradients, use overlap=False"
                 )
             while self._next < len(self._buckets) and not any(self._missing[k] for k in self._buckets[self._next]):
                 self._push(self._buckets[self._next])
@@ -60,18 +60,18 @@ class Overlap:
         groups = [[param.grad for param in self._params[key] if param.grad is not None] for key in keys]
         wanted = [index for index, group in enumerate(groups) if group]
         if wanted:
-            # What the next forward pass needs first is what backward makes last.
+            # Backward computes last what the next forward pass needs first.
             self._kv.push([keys[i] for i in wanted], [groups[i] for i in wanted], priority=self._next)
 
     def finish(self) -> None:
-        """Push what is left: buckets with a parameter that backward did not come to."""
+        """Push the remaining buckets, which have a parameter that backward has not reached."""
         while self._next < len(self._buckets):
             self._push(self._buckets[self._next])
             self._next += 1
         self._begin()
 
     def close(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 

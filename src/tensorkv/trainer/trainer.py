@@ -1,6 +1,6 @@
-"""Trainer: the gradients of PyTorch modules into a store, new weights out of it.
+"""Trainer: push the gradients of PyTorch modules to a store, and pull new weights.
 
-Here is what users call and what replicas must have in common; ``updates`` has the step itself.
+This module has the public class and the checks of its arguments; ``updates`` has the step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tensorkv.store import KVStore
 from .overlap import Overlap
 from .updates import Params, StoreUpdate, WorkerUpdate, broadcast
 
-# What of a state is told by key: weights, optimizer state, and numbers that are a key's own.
+# The parts of a state dict that are by key; ``overrides`` has the hyperparameters of single keys.
 _BY_KEY = ("weights", "state", "overrides")
 
 
@@ -48,8 +48,8 @@ class Trainer:
         prefix: put before each name, so that several models can share a store.
         update_on_store: True: the store updates and replicas pull weights. False: the store only sums,
             replicas pull the sum into ``.grad`` and step their own optimizers.
-        overlap: push each gradient when backward has made it, so that the exchange between workers goes on during
-            backward. Each ``backward`` is then followed by ``step``. Worth it where ``push`` does not wait.
+        overlap: push each gradient as soon as backward has computed it, so that communication overlaps with
+            backward. Call ``step`` after each ``backward``. This helps where ``push`` does not wait.
         **numbers: hyperparameters such as ``lr=0.1``; also ``rescale_grad`` (factor on the sum, default
             1) and ``clip_gradient`` (bound on each element after rescaling).
 
@@ -140,7 +140,7 @@ class Trainer:
             ) from None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of every replica's trained parameters.
+        """Clear the gradients of every replica's trained parameters.
 
         Args:
             set_to_none: False fills gradients with zeros, which the next ``step`` pushes like any other.
@@ -212,7 +212,7 @@ class Trainer:
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Become what ``state_dict`` returned; a training that goes on from it gives the same bits.
+        """Restore what ``state_dict`` returned; training that continues from it gives the same bits.
 
         Args:
             state_dict: of a trainer with the same parameter names, shapes, dtypes and optimizer; its
@@ -254,7 +254,7 @@ def _replicas(given: Any) -> list[nn.Module]:
 
 
 def _aligned(replicas: list[nn.Module], prefix: str) -> Params:
-    """Return by key the trained parameter of every replica; raise if replicas differ."""
+    """Return the trained parameter of every replica, by key; raise if replicas differ."""
     first, *others = [dict(replica.named_parameters()) for replica in replicas]
     seen = {id(param) for param in first.values()}
     for index, other in enumerate(others, start=1):
@@ -270,10 +270,10 @@ def _aligned(replicas: list[nn.Module], prefix: str) -> Params:
                     f"Trainer: {quote(name)} of replica {index} is the parameter of another replica; "
                     "make replicas with copy.deepcopy"
                 )
-            if _facts(other[name]) != _facts(first[name]):
+            if _describe(other[name]) != _describe(first[name]):
                 raise ValueMismatchError(
-                    f"Trainer: {quote(name)} is {_facts(other[name])} in replica {index}, "
-                    f"in replica 0 it is {_facts(first[name])}"
+                    f"Trainer: {quote(name)} is {_describe(other[name])} in replica {index}, "
+                    f"in replica 0 it is {_describe(first[name])}"
                 )
         seen.update(map(id, other.values()))
     trained = [name for name, param in first.items() if param.requires_grad]
@@ -285,7 +285,7 @@ def _aligned(replicas: list[nn.Module], prefix: str) -> Params:
     return {prefix + name: [first[name], *(other[name] for other in others)] for name in trained}
 
 
-def _facts(param: nn.Parameter) -> str:
+def _describe(param: nn.Parameter) -> str:
     shape = "without shape" if nn.parameter.is_lazy(param) else str(tuple(param.shape))
     return f"{interop.dtype_name(param.dtype)} {shape}, {'trained' if param.requires_grad else 'frozen'}"
 

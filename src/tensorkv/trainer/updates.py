@@ -1,4 +1,4 @@
-"""Who updates in a Trainer's step: the store, or the worker with optimizers of its own."""
+"""The update in a Trainer's step: by the store's optimizer, or by optimizers of the worker."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tensorkv.shard.rules import StepOptimizer
 from tensorkv.storage.manifest import Contents
 from tensorkv.store import KVStore
 
-# By key, the parameter of every replica.
+# The parameter of every replica, by key.
 Params = dict[str, list[nn.Parameter]]
 
 
 def broadcast(kv: KVStore, params: Params, weights: Mapping[str, torch.Tensor]) -> None:
-    """Put weights into the store as new keys, and from there into every replica."""
+    """Create the store's keys from weights, and copy them to every replica."""
     # On the parameter's device, where a "device" store is to hold the value.
     values = [weights[key].to(replicas[0].device) for key, replicas in params.items()]
     kv.broadcast(list(params), values, out=list(params.values()))
@@ -49,8 +49,8 @@ class StoreUpdate:
             )
 
     def start(self) -> None:
-        """Set the update rule, once the keys are there."""
-        # To set an equal optimizer again would end the numbers that single keys have.
+        """Set the update rule, after the keys were created."""
+        # Setting an equal optimizer again would reset the hyperparameters of single keys.
         if self._kv.optimizer is None:
             numbers = dict(self._wanted)
             self._kv.set_optimizer(numbers.pop("name"), **numbers)
@@ -145,17 +145,17 @@ class WorkerUpdate:
         if not callable(optimizer):
             raise OptimizerError(
                 f"Trainer: optimizer is {show(optimizer)}; with update_on_store=False expected a name, "
-                "a class, or a function that makes a torch.optim.Optimizer from a list of parameters"
+                "a class, or a function that returns a torch.optim.Optimizer for a list of parameters"
             )
         self.optimizers: list[torch.optim.Optimizer] = []
         for replica in zip(*params.values(), strict=True):
             try:
                 made = optimizer(list(replica), **numbers)
             except (TypeError, ValueError) as error:
-                raise OptimizerError(f"Trainer: the optimizer cannot be made: {error}") from error
+                raise OptimizerError(f"Trainer: the optimizer cannot be created: {error}") from error
             if not isinstance(made, torch.optim.Optimizer) or isinstance(made, torch.optim.LBFGS):
                 raise OptimizerError(
-                    f"Trainer: optimizer made {show(made)}; expected a torch.optim.Optimizer "
+                    f"Trainer: optimizer returned {show(made)}; expected a torch.optim.Optimizer "
                     "that steps from gradients alone"
                 )
             self.optimizers.append(made)
@@ -165,7 +165,7 @@ class WorkerUpdate:
 
     def step(self, params: Params, *, is_pushed: bool) -> None:
         self._refuse_optimizer()
-        # Sparse gradients are summed whole: a worker does not know which rows others have pushed.
+        # Sparse gradients are summed as dense ones, since a worker does not know which rows the others push.
         grads = [[_dense(p.grad) for p in replicas if p.grad is not None] for replicas in params.values()]
         sums = [[_sum_buffer(p) for p in replicas] for replicas in params.values()]
         if is_pushed:
@@ -197,7 +197,7 @@ class WorkerUpdate:
 
     def load(self, state: dict[str, Any]) -> None:
         try:
-            # Copies, for an optimizer keeps the tensors that it is given.
+            # A copy, since an optimizer keeps the tensors that it is given.
             for each in self.optimizers:
                 each.load_state_dict(copy.deepcopy(state["optimizer"]))
         except (KeyError, TypeError, ValueError) as error:

@@ -60,8 +60,8 @@ class Connection:
         self._readable, self._writable = select.poll(), select.poll()
         self._readable.register(self._descriptor, select.POLLIN)
         self._writable.register(self._descriptor, select.POLLOUT)
-        forks.keep(self)
-        forks.keep_socket(self._descriptor)
+        forks.pin_in_children(self)
+        forks.close_in_children(self._descriptor)
 
     def send(self, message: bytes, deadline: float = math.inf) -> None:
         """Send a message.
@@ -157,8 +157,8 @@ class SocketServer:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(f"\0{self.address[0]}")
         self._listener.listen()
-        forks.keep(self._listener)
-        forks.keep_socket(self._listener.fileno())
+        forks.pin_in_children(self._listener)
+        forks.close_in_children(self._listener.fileno())
         threading.Thread(target=self._accept, name="tensorkv-accept", daemon=True).start()
 
     def close(self) -> None:

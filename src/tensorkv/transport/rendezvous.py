@@ -30,7 +30,7 @@ def connect(timeout: timedelta) -> tuple[Any, int, int]:
     global _connection
     if _connection is None:
         _connection = _connect(timeout)
-        forks.keep(_connection[0])
+        forks.pin_in_children(_connection[0])
     found: tuple[Any, int, int] = _connection
     return found
 
@@ -61,7 +61,7 @@ def _listen(host: str, port: int) -> int | None:
         if error.errno != errno.EADDRINUSE:
             raise
         return None
-    forks.keep_socket(descriptor)
+    forks.close_in_children(descriptor)
     return descriptor
 
 

@@ -62,7 +62,7 @@ class ProcessGroup:
         self._error: TensorKVError | None = None
         # Where each worker of this host holds a lock while it lives; None for one alone.
         self._control: Segment | None = None
-        forks.keep(self)
+        forks.pin_in_children(self)
         store = self._join()
         if store is None:
             log.info("tensorkv: no process group and no RANK and WORLD_SIZE: one worker")
@@ -239,7 +239,7 @@ class ProcessGroup:
             self._gloo = self._connect()
         return self._gloo
 
-    @forks.keep_sockets()
+    @forks.closing_in_children()
     def _connect(self) -> Any:
         name = os.environ.get("GLOO_SOCKET_IFNAME")
         if name:

@@ -238,7 +238,7 @@ class PushQueue:
             # From Python 3.12 on there are no new threads in an exit handler.
             return
         self._thread = thread
-        forks.keep(self)
+        forks.pin_in_children(self)
         atexit.register(self._leave_process)
 
     def wait_for(self, what: AllReduce | StagingBuffer | None = None) -> None:

@@ -39,8 +39,8 @@ def _leave_to_parent() -> None:
     gc.freeze()
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "ray":
-            for made in list(vars(module).values()):
-                forks.never_finalize(made)
+            for thing in list(vars(module).values()):
+                forks.immortalize(thing)
     _compat.leave_to_parent()
     _skip_exit_handlers_of_c()
     handler = signal.getsignal(signal.SIGTERM)

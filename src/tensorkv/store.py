@@ -55,14 +55,17 @@ R = TypeVar("R")
 CAPABILITIES = ("checkpoint", "optimizer", "rows", "snapshot", "updater")
 # How long a pull waits for a version, in seconds.
 WAIT_S = 60.0
-# Attributes of MXNet's KVStore that this one lacks, and what to use instead.
-_MXNET_NAMES = {
+# Names that users of MXNet's KVStore, or of other key-value stores, may try, and what to use instead.
+_FOREIGN_NAMES = {
     "_barrier": "use barrier()",
     "_send_command_to_servers": "servers run no commands of workers",
     "_set_updater": "use set_updater(updater)",
     "get_num_dead_node": "use dead_workers(), a list of ranks",
+    "get": "use pull(key)",
     "handle": "there is no native handle; close() ends the store",
     "num_dead_node": "use dead_workers(), a list of ranks",
+    "put": "use init(key, value) for a new key, then push(key, value)",
+    "set": "use init(key, value) for a new key, then push(key, value)",
     "set_gradient_compression": "gradients are not compressed yet; push float16 or bfloat16 arrays to halve them",
     "set_optimizer_states": "use load_optimizer_states(path)",
 }
@@ -113,7 +116,7 @@ def _collective(method: Callable[P, R]) -> Callable[P, R]:
 class KVStore:
     """A key-value store of tensors: write by summing (``push``), read by copying (``pull``).
 
-    Stores are made by ``tensorkv.create``. Keys are str or int, one type per store. Arrays may be NumPy, PyTorch,
+    Create one with ``tensorkv.create``. Keys are str or int, one type per store. Arrays may be NumPy, PyTorch,
     JAX, CuPy or any that have ``__dlpack__``; the store never shares memory with its callers. Every method may be
     called from several threads. As a context manager a store closes itself.
 
@@ -130,12 +133,12 @@ class KVStore:
     def __init__(self, engine: Any = None, type: Any = None) -> None:
         if not isinstance(engine, engines.Reader) or not isinstance(type, str):
             raise ArgumentError(
-                f"KVStore: got {show(engine)} and {show(type)}; stores are made by tensorkv.create(type, **options), "
+                f"KVStore: got {show(engine)} and {show(type)}; create stores with tensorkv.create(type, **options), "
                 'such as tensorkv.create("local")'
             )
         self._closed = False
         self._forks = forks.count
-        # Of a snapshot it is a Reader, whose methods are all that Snapshot calls.
+        # For a snapshot it is only a Reader, which is enough for the methods that Snapshot calls.
         self._engine: engines.Engine = engine  # type: ignore[assignment]
         self._type = type
         self._metrics = Metrics()
@@ -144,7 +147,7 @@ class KVStore:
     if not TYPE_CHECKING:  # so that type checkers report unknown names
 
         def __getattr__(self, name: str) -> Any:
-            hint = f"; {_MXNET_NAMES[name]}" if name in _MXNET_NAMES else ""
+            hint = f"; {_FOREIGN_NAMES[name]}" if name in _FOREIGN_NAMES else ""
             raise AttributeError(f"'KVStore' object has no attribute {name!r}{hint}", name=name, obj=self)
 
     # ------------------------------------------------------------ init, push, pull
@@ -594,7 +597,7 @@ class KVStore:
         self._begin("load_optimizer_states")
         shield.run(self._engine.load, folder_path("load_optimizer_states", path), "optimizer-states")
 
-    # Of Trainer, whose methods have these names.
+    # ------------------------------------------------------------ for Trainer.state_dict and load_state_dict
 
     @_collective
     def _state_dict(self, read: Callable[[Contents], R]) -> R:
@@ -797,6 +800,7 @@ class KVStore:
     # ------------------------------------------------------------ inside
 
     def _begin(self, verb: str) -> float:
+        """Raise if the store cannot be used; return the time, for ``stats``."""
         start = clock()
         if self._closed:
             raise StoreClosedError(f"{verb}: this store was closed; create another")
@@ -821,9 +825,9 @@ class KVStore:
 
 
 class Snapshot:
-    """All values of a store at one moment, for reading.
+    """A read-only, consistent view of all values of a store.
 
-    Snapshots are made by ``KVStore.snapshot``. As a context manager a snapshot closes itself.
+    ``KVStore.snapshot`` takes one. As a context manager a snapshot closes itself.
     """
 
     def __init__(self, store: Any, versions: Mapping[Key, int], owner: Any = None) -> None:

@@ -187,3 +187,16 @@ def test_overlap_is_found_by_elements():
     array = np.zeros(10)
     assert interop.overlapping([array[::-1], torch.from_numpy(array)[3:4]]) == (0, 1)
     assert interop.overlapping([torch.zeros(0), torch.zeros(0)]) is None
+
+
+@pytest.mark.parametrize(
+    ("thing", "message"),
+    [
+        (None, "is None, not an array; leave out keys that have no array, such as parameters without a gradient"),
+        (3.0, r"is 3.0, not an array; wrap numbers with numpy.asarray\(x, dtype\)"),
+        (object(), "is an object, not an array"),
+    ],
+)
+def test_what_is_not_an_array_is_named_with_a_hint(thing, message):
+    with pytest.raises(ArrayTypeError, match=f"^{message}$"):
+        interop.take(thing)

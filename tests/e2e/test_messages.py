@@ -203,7 +203,7 @@ def test_a_wrong_argument_is_one_typed_line_and_changes_nothing(call, tmp_path, 
         ),
         "a store by its class": (
             lambda kv: tensorkv.KVStore("local"),
-            "KVStore: got 'local' and None; stores are made by tensorkv.create(type, **options), "
+            "KVStore: got 'local' and None; create stores with tensorkv.create(type, **options), "
             'such as tensorkv.create("local")',
         ),
         "a rate by position": (

@@ -678,7 +678,7 @@ def test_a_foreign_directory_is_left_alone(tmp_path, name):
 
 def test_nothing_there(tmp_path):
     with small(1) as kv:
-        with refused(kv, str(tmp_path / "nowhere"), "No such file"):
+        with refused(kv, str(tmp_path / "nowhere"), "no such directory"):
             kv.load(tmp_path / "nowhere")
         with refused(kv, str(tmp_path), "no checkpoint here"):
             kv.load(tmp_path)

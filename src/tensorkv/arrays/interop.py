@@ -186,7 +186,12 @@ def _take_dlpack(array: Any) -> torch.Tensor:
     if is_jax(array):
         return _take_jax(array)
     if isinstance(array, type) or not hasattr(array, "__dlpack__"):
-        raise ArrayTypeError(f"is {show(array)}, not an array; wrap numbers with numpy.asarray(x, dtype)")
+        hint = ""
+        if array is None:
+            hint = "; leave out keys that have no array, such as parameters without a gradient"
+        elif isinstance(array, int | float | complex | list | tuple):
+            hint = "; wrap numbers with numpy.asarray(x, dtype)"
+        raise ArrayTypeError(f"is {show(array)}, not an array{hint}")
     try:
         tensor = torch.utils.dlpack.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:

@@ -155,6 +155,8 @@ def read(path: str, kind: Kind | None = None) -> Contents:
                 tensors.update(read_here)
     except CheckpointError:
         raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no checkpoint here (no such directory)") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot read the checkpoint: {error}") from error
     with naming(path):

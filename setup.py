@@ -24,7 +24,16 @@ setup(
         Extension(
             f"tensorkv.runtime.{name}",
             [f"src/tensorkv/runtime/{name}.c"],
-            extra_compile_args=["-O3", "-std=c11", "-D_GNU_SOURCE"],
+            depends=["src/tensorkv/runtime/_kernels.h"],
+            # Each operation is rounded for itself: the bits are to be the same on every processor.
+            extra_compile_args=[
+                "-O3",
+                "-std=c11",
+                "-D_GNU_SOURCE",
+                "-ffp-contract=off",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+            ],
             py_limited_api=True,
             # Without a C compiler the package installs all the same; torch does the sums, and Gloo the rest.
             optional=True,

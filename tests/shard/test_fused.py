@@ -1,12 +1,16 @@
-"""Kernels equal torch's own fused step, and their bits depend on nothing but the numbers."""
+"""Fused kernels: the same bits compiled and with torch, whatever is cut where; numbers as near as torch's own variants."""
 
+import math
+import random
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
 import torch
 
-from tensorkv.shard import optimizers
-from tensorkv.shard.fused import ALIGN, DTYPES, FUSED, NAMES, Kernel
+from tensorkv.shard import native, optimizers
+from tensorkv.shard.fused import DTYPES, FUSED, Kernel, power
+from tests.support.amount import amount
 
 CASES = {
     "sgd": ("sgd", {"lr": 0.1}),
@@ -20,77 +24,141 @@ CASES = {
     "rmsprop": ("rmsprop", {"lr": 0.1, "weight_decay": 0.01}),
     "centered": ("rmsprop", {"lr": 0.1, "momentum": 0.9, "centered": True, "maximize": True}),
 }
+SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, 1e-38, 3e38, 65504.0, 65520.0, 6e-8, 1e-7]
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def run(case, dtype, size, cuts, *, at_once=False, steps=4):
+def same_bits(left, right):
+    """Return whether two tensors are equal to the bit, whatever the bits of a NaN."""
+    numbers = ~left.isnan()
+    integers = INTEGERS[left.element_size()]
+    equal = torch.equal(left.view(integers)[numbers], right.view(integers)[numbers])
+    return equal and torch.equal(left.isnan(), right.isnan())
+
+
+def run(case, dtype, size, cuts, *, step=native.step, steps=4):
     name, numbers = CASES[case]
-    spec = optimizers.spec(name, numbers)
+    kernel = Kernel(name, optimizers.spec(name, numbers).numbers)
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(size, generator=generator).to(dtype)
-    state = None
-    for turn in range(steps):
+    state = kernel.fresh(value)
+    for count in range(1, steps + 1):
         grad = torch.randn(size, generator=generator).to(dtype)
-        kernel = Kernel(name, spec.numbers, first=turn == 0)
-        state = kernel.fresh(value) if state is None else state
-        step = state["step"] + 1 if "step" in state else None
         columns = [state[column] for column in kernel.columns]
-        borders = [0, *cuts, size]
-        for low, high in pairwise(borders):
-            pieces = value[low:high], grad[low:high], [column[low:high] for column in columns], step
-            if at_once:
-                kernel.at_once(*pieces, state.get("step") if high == size else None)
-            else:
-                kernel(*pieces)
-        if step is not None:
-            state["step"].copy_(step)
-    return value, state
+        for low, high in pairwise([0, *cuts, size]):
+            pieces = value[low:high], grad[low:high], [column[low:high] for column in columns]
+            step(kernel, *pieces, count, is_first=count == 1)
+    return [value, *(state[column] for column in kernel.columns)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_slices_change_no_bit(case, dtype):
-    size = 5 * ALIGN + 37
-    expected, state = run(case, dtype, size, [])
-    for cuts in ([1], [ALIGN], [3, 64, 65, 200], range(1, size)):
-        value, other = run(case, dtype, size, cuts)
-        assert torch.equal(value, expected)
-        assert all(torch.equal(state[name], other[name]) for name in state)
-    value, other = run(case, dtype, size, [], at_once=True)
-    assert torch.equal(value, expected)
-    assert all(torch.equal(state[name], other[name]) for name in state)
+    size = 357
+    expected = run(case, dtype, size, [])
+    for cuts in ([1], [64], [3, 64, 65, 200], range(1, size)):
+        assert all(map(torch.equal, run(case, dtype, size, cuts), expected))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("size", [ALIGN, 16 * ALIGN])
-def test_the_bits_are_torchs_own_step(case, dtype, size):
-    """Bit for bit where the size is a multiple of ALIGN; what torch computes one by one may differ in the last bit."""
-    name, numbers = CASES[case]
-    value, _ = run(case, dtype, size, [])
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(size, generator=generator).to(dtype)
-    how = {"fused": True} if name in FUSED else {"foreach": False}
-    reference = getattr(torch.optim, optimizers.CLASSES[name])([weight], **numbers, **how)
-    for _ in range(4):
-        weight.grad = torch.randn(size, generator=generator).to(dtype)
-        reference.step()
-    assert torch.equal(value, weight)
+def test_torch_alone_has_the_same_bits(case, dtype):
+    expected = run(case, dtype, 5000, [])
+    assert all(map(torch.equal, run(case, dtype, 5000, [], step=Kernel.step), expected))
 
 
-def test_torch_itself_depends_on_where_a_tensor_ends():
-    """The reason for ALIGN: without it, an element's bits would depend on its neighbours."""
-    torch.manual_seed(0)
-    value, grad, buffer = torch.randn(3, 1000)
-    numbers = optimizers.spec("sgd", {"lr": 0.1, "momentum": 0.9}).numbers
-    results = []
-    for step in (1, 1000):
-        v, m = value.clone(), buffer.clone()
-        for low in range(0, 1000, step):
-            cut = slice(low, low + step)
-            Kernel("sgd", numbers)._call(v[cut], grad[cut], [m[cut]], None)
-        results.append(v)
-    assert not torch.equal(*results)
+def random_numbers(draw, name):
+    """Return hyperparameters of an optimizer."""
+    numbers = {"lr": draw.choice([0.1, 1e-3, 0.37]), "weight_decay": draw.choice([0.0, 0.01, 0.3])}
+    numbers["maximize"] = draw.random() < 0.3
+    if name == "sgd":
+        numbers["momentum"] = draw.choice([0.0, 0.9])
+        kind = draw.choice(["plain", "dampening", "nesterov"]) if numbers["momentum"] else "plain"
+        numbers |= {"plain": {}, "dampening": {"dampening": 0.3}, "nesterov": {"nesterov": True}}[kind]
+    if name in ("adam", "adamw"):
+        numbers["amsgrad"] = draw.random() < 0.5
+        numbers["betas"] = draw.choice([(0.9, 0.999), (0.5, 0.99)])
+    if name == "adam":
+        numbers["decoupled_weight_decay"] = draw.random() < 0.3
+    if name == "adagrad":
+        numbers["lr_decay"] = draw.choice([0.0, 0.1])
+    if name == "rmsprop":
+        numbers |= {"centered": draw.random() < 0.5, "momentum": draw.choice([0.0, 0.9])}
+    return numbers
+
+
+def random_tensor(draw, generator, size, dtype, *, special=False):
+    tensor = torch.randn(size, generator=generator) * 10 ** draw.uniform(-3, 3)
+    if special:
+        places = torch.randint(0, size, (max(1, size // 10),), generator=generator)
+        tensor[places] = torch.tensor(draw.choices(SPECIAL, k=len(places)))
+    return tensor.to(dtype)
+
+
+def test_random_steps_have_the_same_bits_compiled_and_with_torch():
+    """Special numbers, scaling, clipping, borders of the compiled blocks, any count of steps."""
+    draw, generator = random.Random(0), torch.Generator().manual_seed(0)
+    for _ in range(amount(400, 4000)):
+        name, dtype, special = draw.choice(sorted(FUSED)), draw.choice(DTYPES), draw.random() < 0.4
+        size = draw.choice([1, 2, 7, 63, 64, 65, 500, 2047, 2048, 2049, 5000])
+        numbers = optimizers.spec(name, random_numbers(draw, name)).numbers
+        kernel = Kernel(name, numbers, draw.choice([1.0, 0.5, 1 / 3]), draw.choice([None, 1.0, 0.1]))
+        held = [random_tensor(draw, generator, size, dtype, special=special) for _ in range(1 + len(kernel.columns))]
+        grad = random_tensor(draw, generator, size, dtype, special=special)
+        how = draw.choice([1.0, 2.0, 10.0, 1000.0, 123457.0]), draw.random() < 0.3
+        compiled, other = ([tensor.clone() for tensor in held] for _ in range(2))
+        native.step(kernel, compiled[0], grad, compiled[1:], how[0], is_first=how[1])
+        kernel.step(other[0], grad, other[1:], how[0], is_first=how[1])
+        assert all(map(same_bits, compiled, other)), (kernel, dtype, size, how)
+
+
+def variants(name, dtype):
+    """Return the ways in which torch.optim itself can compute."""
+    ways = [{"foreach": False}, {"foreach": True}]
+    return ways if name == "rmsprop" else [*ways, {"fused": True}]
+
+
+def difference(left, right):
+    """Return the largest difference in units of the last place of the value's largest element."""
+    unit = torch.finfo(left.dtype).eps * float(left.abs().max())
+    return float((left.double() - right.double()).abs().max()) / unit
+
+
+def test_results_differ_from_torch_in_the_last_places_alone():
+    """Random programs of ten steps; docs/semantics.md has the largest differences of a thousand."""
+    draw, generator = random.Random(1), torch.Generator().manual_seed(1)
+    ours, torchs = [], []
+    for _ in range(amount(60, 1000)):
+        name, dtype = draw.choice(sorted(FUSED)), draw.choice(DTYPES[2:])
+        numbers = random_numbers(draw, name)
+        kernel = Kernel(name, optimizers.spec(name, numbers).numbers)
+        start = random_tensor(draw, generator, 100, dtype)
+        grads = [random_tensor(draw, generator, 100, dtype) for _ in range(10)]
+        value, state = start.clone(), kernel.fresh(start)
+        for count, grad in enumerate(grads, start=1):
+            columns = [state[column] for column in kernel.columns]
+            native.step(kernel, value, grad, columns, count, is_first=count == 1)
+        references = []
+        for how in variants(name, dtype):
+            weight = start.clone()
+            optimizer = getattr(torch.optim, optimizers.CLASSES[name])([weight], **numbers, **how)
+            for grad in grads:
+                weight.grad = grad.clone()
+                optimizer.step()
+            references.append(weight)
+        ours.append(max(difference(value, each) for each in references))
+        torchs.append(max(difference(references[0], each) for each in references[1:]))
+    print(f"largest difference in units of the last place: {max(ours):.1f}, torch's variants {max(torchs):.1f}")
+    # Of centered rmsprop 4.2 were seen, whose root is of a difference; else 2.1, and 1.6 between torch's variants.
+    assert max(ours) <= 8
+
+
+def test_powers_are_rounded_to_the_nearest():
+    draw = random.Random(0)
+    for _ in range(500):
+        base, exponent = draw.choice([0.9, 0.99, 0.999, 0.9999, draw.random()]), draw.randint(0, 2000)
+        assert power(base, exponent) == float(Fraction(base) ** exponent)
 
 
 def test_names_are_optimizers():
-    assert set(optimizers.CLASSES) > NAMES
+    assert set(optimizers.CLASSES) > FUSED

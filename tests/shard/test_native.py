@@ -6,7 +6,7 @@ import torch
 
 import tensorkv
 from tensorkv.shard import native
-from tensorkv.shard.native import Sums, addresses, are_apart, column_beside, column_of, is_plain, overlap
+from tensorkv.shard.native import Pass, addresses, are_apart, column_beside, column_of, is_plain, overlap
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -42,7 +42,7 @@ def test_sums_have_torchs_bits(count, dtype, past_cache):
         parts = [randn(size + 1, dtype=dtype, seed=i)[1:] for i in range(count)]
         outs = [torch.full((size + 3,), torch.nan, dtype=dtype) for _ in range(2)]
         columns = [column_of([out[i + 1 : i + 1 + size]]) for i, out in enumerate(outs)]
-        run(Sums(columns, [column_of([part]) for part in parts], [size], dtype).jobs(1, past_cache=past_cache))
+        run(Pass(columns, [column_of([part]) for part in parts], [size], dtype).jobs(1, past_cache=past_cache))
         for i, out in enumerate(outs):
             assert torch.equal(out[i + 1 : i + 1 + size], left_to_right(parts))
             rest = torch.cat([out[: i + 1], out[i + 1 + size :]])
@@ -54,7 +54,7 @@ def test_keys_of_any_size_are_shared_between_threads(threads):
     sizes = [1, 0, 100, 64, 3000, 5, 0, 777]
     parts = [[randn(size, seed=10 * i + k) for k, size in enumerate(sizes)] for i in range(3)]
     outs = [torch.full((size,), torch.nan) for size in sizes]
-    jobs = Sums([column_of(outs)], [column_of(column) for column in parts], sizes, torch.float32).jobs(threads)
+    jobs = Pass([column_of(outs)], [column_of(column) for column in parts], sizes, torch.float32).jobs(threads)
     assert len(jobs) == threads
     run(jobs[::-1])
     for out, *key_parts in zip(outs, *parts, strict=True):
@@ -65,7 +65,7 @@ def test_special_numbers_are_torchs():
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, 3.4e38, 1.0])
     left, right = (grid.flatten().contiguous() for grid in torch.meshgrid(special, special, indexing="ij"))
     out = torch.empty_like(left)
-    run(Sums([column_of([out])], [column_of([left]), column_of([right])], [len(left)], torch.float32).jobs(1))
+    run(Pass([column_of([out])], [column_of([left]), column_of([right])], [len(left)], torch.float32).jobs(1))
     expected = left + right
     assert torch.equal(out.isnan(), expected.isnan())
     kept = ~out.isnan()
@@ -78,7 +78,7 @@ def test_an_out_may_be_a_part_of_its_key(own):
     expected = left_to_right(parts)
     value = torch.empty(9000)
     run(
-        Sums([column_of([value]), column_of([parts[own]])], [column_of([p]) for p in parts], [9000], value.dtype).jobs(
+        Pass([column_of([value]), column_of([parts[own]])], [column_of([p]) for p in parts], [9000], value.dtype).jobs(
             1
         )
     )
@@ -87,17 +87,21 @@ def test_an_out_may_be_a_part_of_its_key(own):
 
 
 def test_bad_columns_are_refused():
-    four, three = bytes(32), bytes(24)
-    for outs, parts, itemsize in (
-        ([four], [three], 4),
-        ([four], [], 4),
-        ([four] * 200, [four] * 57, 4),
-        ([four], [four], 2),
+    four, three, step = bytes(32), bytes(24), (bytes(17 * 8), 1.0, False)
+    for dtype, outs, parts, own in (
+        (0, [four], [three], None),
+        (0, [four], [], None),
+        (0, [four] * 200, [four] * 57, None),
+        (9, [four], [four], None),
+        (0, [], [four], (*step, [])),
+        (0, [], [four], (*step, [four] * 5)),
+        (0, [], [four], (*step, [three])),
+        (0, [], [four], (b"", 1.0, False, [four])),
     ):
-        with pytest.raises(ValueError, match="sum_columns"):
-            native._native.sum_columns(outs, parts, four, itemsize, False, 0, 0)
+        with pytest.raises(ValueError, match="run_columns"):
+            native._native.run_columns(dtype, outs, parts, four, 0, 0, 0, own)
     with pytest.raises(TypeError):
-        native._native.sum_columns([4], [four], four, 4, False, 0, 0)
+        native._native.run_columns(0, [4], [four], four, 0, 0, 0)
 
 
 def read_only(array):
@@ -182,7 +186,8 @@ def test_plain():
     assert is_plain([torch.zeros(3), torch.zeros(3)])
     assert not is_plain([torch.zeros(3), torch.zeros(3, dtype=torch.float64)])
     assert not is_plain([torch.zeros(3, 2).T])
-    assert not is_plain([torch.zeros(3, dtype=torch.int32)])
+    assert is_plain([torch.zeros(3, dtype=torch.int32)])
+    assert not is_plain([torch.zeros(3, dtype=torch.complex64)])
     assert not is_plain([torch.zeros(3, device="meta")])
     assert not is_plain([torch.zeros(1)] * 257)
 

@@ -74,11 +74,20 @@ def torch_optimizer(name, params, numbers, **how):
     return getattr(torch.optim, CLASSES[name])(params, **numbers, **how)
 
 
-def same_kernels(name, dtype):
-    """Return the flags with which torch.optim computes as the store does."""
-    if name == "muon":
-        return {}
-    return {"fused": True} if name in FUSED and dtype in (torch.float32, torch.float64) else {"foreach": False}
+def assert_steps(name, got, expected):
+    """Assert that values are those of torch.optim: to the bit, or but for the last places where a fused kernel steps."""
+    if name not in FUSED or got.dtype.is_complex:
+        assert torch.equal(got, expected)
+        return
+    assert got.dtype is expected.dtype
+    assert got.shape == expected.shape
+    bound = 8 * torch.finfo(got.dtype).eps * float(expected.abs().max())
+    assert float((got.double() - expected.double()).abs().max()) <= bound
+
+
+def one_by_one(name):
+    """Return the flags with which torch.optim computes as the store does where it has no fused kernel."""
+    return {} if name == "muon" else {"foreach": False}
 
 
 def reference(name, numbers, values, grads, **how):
@@ -130,7 +139,7 @@ def test_ten_steps_are_those_of_torch(name, numbers, given):
     for step in parts:
         kv.push("w", step)
     got = kv.pull("w")
-    assert torch.equal(got, reference(name, numbers, [start], sums, **same_kernels(name, got.dtype))[0])
+    assert_steps(name, got, reference(name, numbers, [start], sums, **one_by_one(name))[0])
     torch.testing.assert_close(got, reference(name, numbers, [start], sums)[0], rtol=2e-5, atol=2e-6)
     assert not torch.equal(got, start)
     assert kv.info("w").version == 10
@@ -166,10 +175,10 @@ def test_other_dtypes(name, dtype):
         assert torch.equal(kv.pull("w"), start)
         assert kv.info("w").version == 0
         return
-    expected = reference(name, {"lr": 0.05}, [start], grads, **same_kernels(name, dtype))[0]
+    expected = reference(name, {"lr": 0.05}, [start], grads, **one_by_one(name))[0]
     for (grad,) in grads:
         kv.push("w", grad)
-    assert torch.equal(kv.pull("w"), expected)
+    assert_steps(name, kv.pull("w"), expected)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -235,8 +244,8 @@ def test_keys_that_come_later_have_counters_of_their_own():
     kv.push({"a": random(64, seed=5), "b": random(64, seed=6)})
     assert state_of(kv, "a")["step"] == 4
     assert state_of(kv, "b")["step"] == 1
-    expected = reference("adam", {"lr": 0.1}, [random(64, seed=9)], [[random(64, seed=6)]], fused=True)[0]
-    assert torch.equal(kv.pull("b"), expected)
+    expected = reference("adam", {"lr": 0.1}, [random(64, seed=9)], [[random(64, seed=6)]])[0]
+    assert_steps("adam", kv.pull("b"), expected)
 
 
 def do_single(kv, verb, step, grads, case):
@@ -275,7 +284,7 @@ LATER = {"sgd": {"momentum": 0.5}, "adam": {"amsgrad": True}, "adamw": {"amsgrad
     scaled=st.booleans(),
 )
 @example(NUMBERS[2], torch.float32, "numpy", ["all", "delete", "all", "all"], False)
-def test_many_keys_at_once_are_the_keys_one_by_one(case, dtype, library, verbs, scaled):
+def test_many_keys_at_once_are_the_keysone_by_one(case, dtype, library, verbs, scaled):
     name, numbers = case
     library = "torch" if dtype is torch.bfloat16 else library
     shapes = [(3,), (2, 5), (), (64,), (7, 11), (1,), (0, 2), (130,), (4, 4), (2, 2, 3)]
@@ -363,7 +372,7 @@ def test_rescale_then_clip_then_weight_decay(name, count):
     grad = (total * 0.25).clamp(-1, 1)
     kv = store({"w": start}, name, rescale_grad=0.25, clip_gradient=1, **numbers)
     kv.push("w", parts)
-    assert torch.equal(kv.pull("w"), reference(name, numbers, [start], [[grad]], **same_kernels(name, start.dtype))[0])
+    assert_steps(name, kv.pull("w"), reference(name, numbers, [start], [[grad]], **one_by_one(name))[0])
 
 
 def test_clip_bounds_both_parts_of_complex_numbers():
@@ -433,7 +442,7 @@ def test_numbers_without_an_optimizer_or_a_key():
 def test_numbers_changed_later_are_those_of_torch():
     kv = store({"w": random(64)}, "sgd", lr=0.1, momentum=0.9)
     param = torch.nn.Parameter(random(64))
-    optimizer = torch.optim.SGD([param], lr=0.1, momentum=0.9, fused=True)
+    optimizer = torch.optim.SGD([param], lr=0.1, momentum=0.9)
     for step in range(6):
         if step == 3:
             kv.set_hyperparameters(lr=0.01, momentum=0.5, weight_decay=0.1)
@@ -441,7 +450,7 @@ def test_numbers_changed_later_are_those_of_torch():
         param.grad = random(64, seed=step)
         optimizer.step()
         kv.push("w", random(64, seed=step))
-    assert torch.equal(kv.pull("w"), param.detach())
+    assert_steps("sgd", kv.pull("w"), param.detach())
 
 
 @pytest.mark.parametrize(
@@ -464,7 +473,7 @@ def test_state_that_a_number_needs_later(name, later, rows):
     grad = random(4, 16, seed=3)
     kv.push("w", Rows(torch.arange(4), grad, 4) if rows else grad)
     param = torch.nn.Parameter(other.pull("w"))
-    optimizer = torch_optimizer(name, [param], {"lr": 0.1, **later}, **same_kernels(name, param.dtype))
+    optimizer = torch_optimizer(name, [param], {"lr": 0.1, **later})
     # What the number newly asks for begins at zero.
     optimizer.state[param] = state_of(other, "w")
     for missing in set(state_of(kv, "w")) - set(optimizer.state[param]):
@@ -472,7 +481,7 @@ def test_state_that_a_number_needs_later(name, later, rows):
             optimizer.state[param][missing] = torch.zeros(4, 16)
     param.grad = grad
     optimizer.step()
-    assert torch.equal(kv.pull("w"), param.detach())
+    assert_steps(name, kv.pull("w"), param.detach())
 
 
 def test_the_same_optimizer_again_keeps_state_and_another_drops_it():
@@ -722,7 +731,7 @@ def test_a_row_seen_later_begins_as_torch_begins(name, kind, dtype):
     held.push(([0, 1], random(2, 3, seed=1, dtype=dtype)))
     grad = random(1, 3, seed=2, dtype=dtype)
     held.push(([4], grad))
-    (expected,) = reference(name, numbers, [start[4:5]], [[grad]], **same_kernels(name, dtype))
+    (expected,) = reference(name, numbers, [start[4:5]], [[grad]], **one_by_one(name))
     torch.testing.assert_close(held.rows()[4:5], expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-6, atol=0)
 
 

@@ -1,4 +1,4 @@
-/* tensorkv.runtime._native: sums of plain arrays in one pass over memory.
+/* tensorkv.runtime._native: sums and optimizer steps of plain arrays in one pass over memory.
  *
  * torch adds two arrays a call, so that a sum of n parts passes n - 1 times over the result, and its stores first
  * read what they overwrite. Here a block of each part is added in the first-level cache, and the sum is stored once,
@@ -13,143 +13,120 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__)
-#include <emmintrin.h>
-#endif
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define FOR_EACH_CPU
-#endif
+#include "_kernels.h"
 
-enum { BLOCK_NBYTES = 8192, MAX_COLUMNS = 256 };
+enum { MAX_COLUMNS = 256 };
 
-/* ------------------------------------------------------------ one block */
+/* ------------------------------------------------------------ columns */
 
-FOR_EACH_CPU static void add_float(float *restrict out, const float *restrict a, const float *restrict b, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
-}
-
-FOR_EACH_CPU static void more_float(float *restrict out, const float *restrict a, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] += a[i];
-}
-
-FOR_EACH_CPU static void add_double(double *restrict out, const double *restrict a, const double *restrict b,
-                                    size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
-}
-
-FOR_EACH_CPU static void more_double(double *restrict out, const double *restrict a, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] += a[i];
-}
-
-static void copy_block(char *out, const char *from, size_t nbytes, int past_cache) {
-#if defined(__x86_64__)
-    size_t head = -(uintptr_t)out & 15;
-    if (past_cache && nbytes >= 64) {
-        memcpy(out, from, head);
-        out += head, from += head, nbytes -= head;
-        for (; nbytes >= 16; out += 16, from += 16, nbytes -= 16)
-            _mm_stream_si128((__m128i *)out, _mm_loadu_si128((const __m128i *)from));
-    }
-#else
-    (void)past_cache;
-#endif
-    memcpy(out, from, nbytes);
-}
-
-/* Where the bytes of one key begin, in each of its outs and parts. */
-typedef struct {
-    const uint64_t *columns[MAX_COLUMNS];
-    Py_ssize_t outs, parts;
-    int itemsize, past_cache;
-} Sum;
-
-static void sum_range(const Sum *sum, Py_ssize_t key, size_t start, size_t stop) {
-    _Alignas(64) char buffer[BLOCK_NBYTES];
-    size_t most = BLOCK_NBYTES / sum->itemsize;
-    const uint64_t *const *parts = sum->columns + sum->outs;
-    for (size_t at = start; at < stop; at += most) {
-        size_t n = stop - at < most ? stop - at : most, offset = at * sum->itemsize;
-        const char *from = (const char *)(uintptr_t)parts[0][key] + offset;
-        for (Py_ssize_t i = 1; i < sum->parts; i++) {
-            const char *part = (const char *)(uintptr_t)parts[i][key] + offset;
-            if (sum->itemsize == 4 && i == 1)
-                add_float((float *)buffer, (const float *)from, (const float *)part, n);
-            else if (sum->itemsize == 4)
-                more_float((float *)buffer, (const float *)part, n);
-            else if (i == 1)
-                add_double((double *)buffer, (const double *)from, (const double *)part, n);
-            else
-                more_double((double *)buffer, (const double *)part, n);
-        }
-        if (sum->parts > 1) from = buffer;
-        for (Py_ssize_t i = 0; i < sum->outs; i++) {
-            char *out = (char *)(uintptr_t)sum->columns[i][key] + offset;
-            /* An out may be the only part itself. */
-            if (out != from) copy_block(out, from, n * sum->itemsize, i >= sum->outs - sum->past_cache);
-        }
-    }
-}
-
-/* ------------------------------------------------------------ sum */
-
-PyDoc_STRVAR(sum_doc,
-             "sum_columns(outs, parts, counts, itemsize, past_cache, start, stop)\n--\n\n"
-             "Store the sums of parts, added in their order, in each of the outs.\n\n"
+PyDoc_STRVAR(run_columns_doc,
+             "run_columns(dtype, outs, parts, counts, past_cache, start, stop, step=None)\n--\n\n"
+             "Sum the parts of each key in their order, step an optimizer with the sum, and fill the outs.\n\n"
              "Args:\n"
+             "    dtype: a number of tensorkv.shard.native.DTYPES.\n"
              "    outs, parts: columns: buffers with a 64-bit address for each key. An out may be one of its key's\n"
              "        parts; other memory of parts it must not touch.\n"
              "    counts: a buffer with a 64-bit number of elements for each key.\n"
-             "    itemsize: 4 for float32, 8 for float64.\n"
              "    past_cache: how many of the outs, the last ones, are stored past the processor's cache.\n"
-             "    start, stop: which elements to do, counted through all keys.\n\n"
+             "    start, stop: which elements to do, counted through all keys.\n"
+             "    step: None: the outs become the sums. Else (numbers, count, is_first, columns): the optimizer's\n"
+             "        numbers, how many steps with this one, whether its state is new, and columns of the values and\n"
+             "        of each state; the outs become the values.\n\n"
              "The interpreter's lock is not held, so that several threads can each do their own range.\n\n"
              "Raises:\n"
-             "    ValueError: columns of unequal length, or too many of them.");
+             "    ValueError: an unknown dtype, columns of unequal length, or too many of them.");
 
-static PyObject *sum_columns(PyObject *module, PyObject *args) {
-    PyObject *outs, *parts, *columns = NULL, *result = NULL;
-    Py_buffer views[MAX_COLUMNS + 1];
-    Py_ssize_t held = 0, start, stop;
-    Sum sum;
-    (void)module;
-    if (!PyArg_ParseTuple(args, "O!O!y*iinn", &PyList_Type, &outs, &PyList_Type, &parts, &views[0], &sum.itemsize,
-                          &sum.past_cache, &start, &stop))
+/* The buffers of a call, and the columns of addresses in them. */
+typedef struct {
+    Py_buffer views[MAX_COLUMNS + 2];
+    Py_ssize_t held;
+    Py_ssize_t nbytes;
+} Buffers;
+
+static const uint64_t *take_column(Buffers *buffers, PyObject *object) {
+    if (buffers->held >= MAX_COLUMNS) {
+        PyErr_SetString(PyExc_ValueError, "run_columns: too many columns");
         return NULL;
-    held = 1;
-    sum.outs = PyList_Size(outs);
-    sum.parts = PyList_Size(parts);
-    if (sum.outs + sum.parts > MAX_COLUMNS || sum.parts < 1 || (sum.itemsize != 4 && sum.itemsize != 8)) {
-        PyErr_SetString(PyExc_ValueError, "sum_columns: too many columns, no parts, or an itemsize that is not 4 or 8");
+    }
+    Py_buffer *view = &buffers->views[buffers->held];
+    if (object == NULL || PyObject_GetBuffer(object, view, PyBUF_SIMPLE)) return NULL;
+    buffers->held++;
+    if (view->len != buffers->nbytes) {
+        PyErr_SetString(PyExc_ValueError, "run_columns: columns of unequal length");
+        return NULL;
+    }
+    return view->buf;
+}
+
+static Py_ssize_t take_columns(Buffers *buffers, PyObject *list, const uint64_t **columns) {
+    Py_ssize_t count = PyList_Size(list);
+    for (Py_ssize_t i = 0; i < count; i++)
+        if ((columns[i] = take_column(buffers, PyList_GetItem(list, i))) == NULL) return -1;
+    return count;
+}
+
+static int take_step(Buffers *buffers, PyObject *given, Numbers *numbers, Step *step, const uint64_t **columns,
+                     Py_ssize_t *num_columns) {
+    PyObject *packed, *listed;
+    double count;
+    int is_first;
+    if (!PyArg_ParseTuple(given, "SdpO!", &packed, &count, &is_first, &PyList_Type, &listed)) return -1;
+    Py_ssize_t size = PyList_Size(listed);
+    if (PyBytes_Size(packed) != sizeof *numbers || size < 1 || size > 1 + MAX_STATES) {
+        PyErr_SetString(PyExc_ValueError, "run_columns: a step that is none");
+        return -1;
+    }
+    memcpy(numbers, PyBytes_AsString(packed), sizeof *numbers);
+    *step = step_of(numbers, count, is_first);
+    return (*num_columns = take_columns(buffers, listed, columns)) < 0 ? -1 : 0;
+}
+
+static PyObject *run_columns(PyObject *module, PyObject *args) {
+    PyObject *outs, *parts, *given = Py_None, *result = NULL;
+    const uint64_t *out_columns[MAX_COLUMNS], *part_columns[MAX_COLUMNS], *step_columns[1 + MAX_STATES];
+    Py_ssize_t start, stop, num_outs, num_parts, num_step_columns = 0, past_cache;
+    int dtype;
+    Numbers numbers;
+    Step step;
+    Buffers buffers;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iO!O!y*nnn|O", &dtype, &PyList_Type, &outs, &PyList_Type, &parts, &buffers.views[0],
+                          &past_cache, &start, &stop, &given))
+        return NULL;
+    buffers.held = 1;
+    buffers.nbytes = buffers.views[0].len;
+    if (dtype < 0 || dtype >= NUM_DTYPES || PyList_Size(outs) > MAX_COLUMNS || PyList_Size(parts) > MAX_COLUMNS ||
+        PyList_Size(parts) < 1) {
+        PyErr_SetString(PyExc_ValueError, "run_columns: an unknown dtype, too many columns, or no parts");
         goto done;
     }
-    for (; held <= sum.outs + sum.parts; held++) {
-        Py_ssize_t i = held - 1;
-        columns = i < sum.outs ? PyList_GetItem(outs, i) : PyList_GetItem(parts, i - sum.outs);
-        if (columns == NULL || PyObject_GetBuffer(columns, &views[held], PyBUF_SIMPLE)) goto done;
-        sum.columns[i] = views[held].buf;
-        if (views[held].len != views[0].len) {
-            held++;
-            PyErr_SetString(PyExc_ValueError, "sum_columns: columns of unequal length");
-            goto done;
-        }
-    }
+    if ((num_outs = take_columns(&buffers, outs, out_columns)) < 0) goto done;
+    if ((num_parts = take_columns(&buffers, parts, part_columns)) < 0) goto done;
+    if (given != Py_None && take_step(&buffers, given, &numbers, &step, step_columns, &num_step_columns)) goto done;
     Py_BEGIN_ALLOW_THREADS;
-    const int64_t *counts = views[0].buf;
-    Py_ssize_t keys = views[0].len / 8, before = 0;
+    const int64_t *counts = buffers.views[0].buf;
+    Py_ssize_t keys = buffers.nbytes / 8, before = 0;
+    const char *part_addresses[MAX_COLUMNS];
+    char *out_addresses[MAX_COLUMNS];
+    Item item = {.parts = part_addresses, .outs = out_addresses, .num_parts = (size_t)num_parts,
+                 .num_outs = (size_t)num_outs, .num_past_cache = (size_t)past_cache};
     for (Py_ssize_t key = 0; key < keys && before < stop; before += counts[key++]) {
         Py_ssize_t first = start > before ? start - before : 0;
         Py_ssize_t last = stop - before < counts[key] ? stop - before : counts[key];
-        if (first < last) sum_range(&sum, key, first, last);
+        if (first >= last) continue;
+        for (Py_ssize_t i = 0; i < num_parts; i++) part_addresses[i] = (const char *)(uintptr_t)part_columns[i][key];
+        for (Py_ssize_t i = 0; i < num_outs; i++) out_addresses[i] = (char *)(uintptr_t)out_columns[i][key];
+        if (num_step_columns) item.value = (char *)(uintptr_t)step_columns[0][key];
+        for (Py_ssize_t i = 1; i < num_step_columns; i++) item.states[i - 1] = (char *)(uintptr_t)step_columns[i][key];
+        run_item(&item, dtype, num_step_columns ? &step : NULL, (size_t)first, (size_t)last);
     }
 #if defined(__x86_64__)
-    if (sum.past_cache) _mm_sfence();
+    if (past_cache) _mm_sfence();
 #endif
     Py_END_ALLOW_THREADS;
     result = Py_NewRef(Py_None);
 done:
-    while (held) PyBuffer_Release(&views[--held]);
+    while (buffers.held) PyBuffer_Release(&buffers.views[--buffers.held]);
     return result;
 }
 
@@ -278,7 +255,7 @@ end:
 }
 
 static PyMethodDef methods[] = {
-    {"sum_columns", sum_columns, METH_VARARGS, sum_doc},
+    {"run_columns", run_columns, METH_VARARGS, run_columns_doc},
     {"addresses", addresses, METH_VARARGS, addresses_doc},
     {"exchange", exchange, METH_VARARGS, exchange_doc},
     {NULL, NULL, 0, NULL},

@@ -1,14 +1,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-def sum_columns(
+def run_columns(
+    dtype: int,
     outs: list[bytes],
     parts: list[bytes],
     counts: bytes,
-    itemsize: int,
     past_cache: int,
     start: int,
     stop: int,
+    step: tuple[bytes, float, bool, list[bytes]] | None = None,
     /,
 ) -> None: ...
 def addresses(arrays: Sequence[Any], type: type, format: str, shapes: list[Any], writable: bool, /) -> bytes | None: ...

@@ -1,161 +1,205 @@
-"""Kernels: one step of an optimizer on a slice, by torch's own code: its fused CPU kernels where it has one.
+"""Fused kernels: the step of an optimizer as one fixed sequence of operations on each element.
 
-torch computes most of a tensor in vectors and the last few elements one by one, and the two may round
-differently in the last bit. Here every element is computed in a vector: slices end at multiples of
-``ALIGN`` elements and what is left over is computed in a buffer of that size. So the bits depend
-neither on slices, nor on threads, nor on which keys lie side by side.
+Every operation is a single one of IEEE 754, rounded once, in the order of the table in docs/semantics.md, so the bits
+depend on neither slices, threads, the keys beside, the processor nor the compiler. The compiled part does all of them
+on a block that stays in cache, beginning with the sum of the parts; where it is missing, torch does one operation a
+call, with the same bits. float16 and bfloat16 are stepped in float32 and rounded once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from torch.optim.rmsprop import rmsprop
 
-from .pool import OneTorchThread
+from tensorkv.arrays import interop
 
-# A multiple of what torch's vector loops take at a time, for every dtype and instruction set.
-ALIGN = 64
-# torch 2.12 and 2.13 leave float16 and bfloat16 values of sgd as they are and write noise into their momentum
-# (pytorch issue 191763), so those dtypes go through torch.optim's single-tensor code.
-DTYPES = (torch.float32, torch.float64)
-FUSED = frozenset({"sgd", "adam", "adamw", "adagrad"})
-NAMES = FUSED | {"rmsprop"}
+DTYPES = interop.FLOATS
+NAMES = ("sgd", "adam", "adagrad", "rmsprop")
+_NUMBER_OF = {name: number for number, name in enumerate(NAMES)} | {"adamw": 1}
+FUSED = frozenset(_NUMBER_OF)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Kernel:
-    """One step of one optimizer with its numbers.
+    """The steps of one optimizer with its numbers.
 
     Args:
-        name: one of ``NAMES``.
+        name: one of ``FUSED``.
         numbers: hyperparameters of the torch.optim class.
-        first: whether this is the first step of sgd's momentum, which is then the gradient itself.
+        rescale_grad, clip_gradient: of the optimizer's description.
     """
 
     name: str
-    numbers: dict[str, Any]
-    first: bool = False
+    numbers: Mapping[str, Any]
+    rescale_grad: float = 1.0
+    clip_gradient: float | None = None
+    packed: bytes = field(init=False, repr=False)
+    """All numbers, as the compiled part takes them."""
+
+    def __post_init__(self) -> None:
+        by = self.numbers
+        beta1, beta2 = by.get("betas", (0.0, 0.0))
+        packed = [
+            _NUMBER_OF[self.name],
+            by["lr"],
+            by["weight_decay"],
+            self.name == "adamw" or by.get("decoupled_weight_decay", False),
+            by["maximize"],
+            self.rescale_grad,
+            self.clip_gradient or 0,
+            by.get("momentum", 0),
+            by.get("dampening", 0),
+            by.get("nesterov", False),
+            beta1,
+            beta2,
+            by.get("eps", 0),
+            by.get("amsgrad", False),
+            by.get("lr_decay", 0),
+            by.get("alpha", 0),
+            by.get("centered", False),
+        ]
+        object.__setattr__(self, "packed", array("d", map(float, packed)).tobytes())
 
     @property
     def columns(self) -> list[str]:
-        """Names of the state tensors of the value's shape, in the order that ``__call__`` takes them."""
+        """Names of the state tensors of the value's shape, in the order that ``step`` takes them."""
+        by = self.numbers
         if self.name == "sgd":
-            return ["momentum_buffer"] if self.numbers["momentum"] else []
+            return ["momentum_buffer"] if by["momentum"] else []
         if self.name == "adagrad":
             return ["sum"]
         if self.name == "rmsprop":
-            used = {"momentum_buffer": self.numbers["momentum"] > 0, "grad_avg": self.numbers["centered"]}
+            used = {"momentum_buffer": by["momentum"] > 0, "grad_avg": by["centered"]}
             return ["square_avg", *(name for name, is_used in used.items() if is_used)]
-        return ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if self.numbers["amsgrad"] else [])]
+        return ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if by["amsgrad"] else [])]
 
     def fresh(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the state before the first step."""
         fill = self.numbers["initial_accumulator_value"] if self.name == "adagrad" else 0
-        state = {name: torch.full_like(value, fill) for name in self.columns}
+        state = {name: torch.full_like(value, fill, memory_format=torch.contiguous_format) for name in self.columns}
         return state if self.name == "sgd" else {"step": torch.zeros((), dtype=torch.float32, device="cpu"), **state}
 
-    def __call__(
-        self, value: torch.Tensor, grad: torch.Tensor, columns: Sequence[torch.Tensor], step: torch.Tensor | None
+    def step(
+        self, value: torch.Tensor, grad: torch.Tensor, columns: Sequence[torch.Tensor], count: float, *, is_first: bool
     ) -> None:
-        """Step in place on flat, contiguous tensors of one length; ``step`` counts this step already."""
-        whole = value.numel() - value.numel() % ALIGN
-        if whole:
-            self._call(value[:whole], grad[:whole], [column[:whole] for column in columns], step)
-        if whole < value.numel():
-            self.at_once(value[whole:], grad[whole:], [column[whole:] for column in columns], step, None)
-
-    def at_once(
-        self,
-        value: torch.Tensor,
-        grad: torch.Tensor,
-        columns: Sequence[torch.Tensor],
-        step: torch.Tensor | None,
-        counter: torch.Tensor | None,
-    ) -> None:
-        """Step a small value beside itself, then copy everything back in one call, which no interrupt divides.
+        """Step with torch, one operation a call.
 
         Args:
-            value, grad, columns, step: as for ``__call__``.
-            counter: to become ``step`` in the same moment (None: nothing).
+            value, columns: a value, or a slice of one, and its states; changed in place.
+            grad: the sum of the parts, of the value's dtype; not changed.
+            count: how many steps with this one.
+            is_first: whether the state of sgd is new, whose momentum is then the gradient itself.
         """
-        count = value.numel()
-        missing = (0, -count % ALIGN)
-        padded = [torch.constant_pad_nd(tensor, missing) for tensor in (value, *columns)]
-        with OneTorchThread():
-            self._call(padded[0], torch.constant_pad_nd(grad, missing), padded[1:], step)
-        sources = [tensor[:count] for tensor in padded]
-        if counter is None or step is None:
-            torch._foreach_copy_([value, *columns], sources)
-        else:
-            torch._foreach_copy_([value, *columns, counter], [*sources, step])
+        wide = interop.accumulator(value.dtype)
+        stepped = [tensor.to(wide) for tensor in (value, *columns)]
+        new = self._stepped(grad.to(wide), *stepped, count=count, is_first=is_first)
+        for held, tensor in zip((value, *columns), new, strict=True):
+            held.copy_(tensor)
 
-    def _call(
-        self, value: torch.Tensor, grad: torch.Tensor, columns: Sequence[torch.Tensor], step: torch.Tensor | None
-    ) -> None:
-        numbers = self.numbers
+    def _stepped(
+        self, grad: torch.Tensor, value: torch.Tensor, *states: torch.Tensor, count: float, is_first: bool
+    ) -> list[torch.Tensor]:
+        """Return the value and its states after a step."""
+        by, decay = self.numbers, self.numbers["weight_decay"]
+        if self.rescale_grad != 1:
+            grad = grad * self.rescale_grad
+        if self.clip_gradient is not None:
+            grad = grad.clamp(-self.clip_gradient, self.clip_gradient)
+        if by["maximize"]:
+            grad = -grad
+        if decay and self.name != "adamw" and not by.get("decoupled_weight_decay", False):
+            grad = grad + value * decay
         if self.name == "sgd":
-            torch._fused_sgd_(
-                [value],
-                [grad],
-                [*columns],
-                weight_decay=numbers["weight_decay"],
-                momentum=numbers["momentum"],
-                lr=numbers["lr"],
-                dampening=numbers["dampening"],
-                nesterov=numbers["nesterov"],
-                maximize=numbers["maximize"],
-                is_first_step=self.first,
-            )
-        elif self.name == "adagrad":
-            torch._fused_adagrad_(
-                [value],
-                [grad],
-                [columns[0]],
-                [step],  # type: ignore[list-item]
-                lr=numbers["lr"],
-                lr_decay=numbers["lr_decay"],
-                weight_decay=numbers["weight_decay"],
-                eps=numbers["eps"],
-                maximize=numbers["maximize"],
-            )
-        elif self.name == "rmsprop":
-            of = dict(zip(self.columns, columns, strict=True))
-            rmsprop(
-                [value],
-                [grad],
-                [of["square_avg"]],
-                [of["grad_avg"]] if "grad_avg" in of else [],
-                [of["momentum_buffer"]] if "momentum_buffer" in of else [],
-                # Which torch counts itself.
-                [step - 1],  # type: ignore[list-item,operator]
-                foreach=False,
-                maximize=numbers["maximize"],
-                lr=numbers["lr"],
-                alpha=numbers["alpha"],
-                eps=numbers["eps"],
-                weight_decay=numbers["weight_decay"],
-                momentum=numbers["momentum"],
-                centered=numbers["centered"],
-            )
-        else:
-            decoupled = self.name == "adamw" or numbers["decoupled_weight_decay"]
-            kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
-            kernel(
-                [value],
-                [grad],
-                [columns[0]],
-                [columns[1]],
-                [*columns[2:]],
-                [step],  # type: ignore[list-item]
-                lr=numbers["lr"],
-                beta1=numbers["betas"][0],
-                beta2=numbers["betas"][1],
-                weight_decay=numbers["weight_decay"],
-                eps=numbers["eps"],
-                amsgrad=numbers["amsgrad"],
-                maximize=numbers["maximize"],
-            )
+            return _sgd(by, value, grad, states, is_first=is_first)
+        if self.name == "adagrad":
+            return _adagrad(by, value, grad, states[0], count)
+        if self.name == "rmsprop":
+            return _rmsprop(by, value, grad, states)
+        if decay and (self.name == "adamw" or by["decoupled_weight_decay"]):
+            value = value * (1 - by["lr"] * decay)
+        return _adam(by, value, grad, states, int(count))
+
+
+def _sgd(
+    by: Mapping[str, Any], value: torch.Tensor, grad: torch.Tensor, states: Sequence[torch.Tensor], *, is_first: bool
+) -> list[torch.Tensor]:
+    if not by["momentum"]:
+        return [value - grad * by["lr"]]
+    buffer = grad if is_first else states[0] * by["momentum"] + grad * (1 - by["dampening"])
+    grad = grad + buffer * by["momentum"] if by["nesterov"] else buffer
+    return [value - grad * by["lr"], buffer]
+
+
+def _adam(
+    by: Mapping[str, Any], value: torch.Tensor, grad: torch.Tensor, states: Sequence[torch.Tensor], count: int
+) -> list[torch.Tensor]:
+    beta1, beta2 = by["betas"]
+    first = states[0] + (grad - states[0]) * (1 - beta1)
+    second = states[1] * beta2 + (grad * (1 - beta2)) * grad
+    largest = [torch.maximum(states[2], second)] if by["amsgrad"] else []
+    root = _sqrt((largest or [second])[0]) / math.sqrt(1 - power(beta2, count)) + by["eps"]
+    return [value - (first * (by["lr"] / (1 - power(beta1, count)))) / root, first, second, *largest]
+
+
+def _adagrad(
+    by: Mapping[str, Any], value: torch.Tensor, grad: torch.Tensor, total: torch.Tensor, count: float
+) -> list[torch.Tensor]:
+    total = total + grad * grad
+    size = by["lr"] / (1 + (count - 1) * by["lr_decay"])
+    return [value - (grad * size) / (_sqrt(total) + by["eps"]), total]
+
+
+def _rmsprop(
+    by: Mapping[str, Any], value: torch.Tensor, grad: torch.Tensor, states: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    square = states[0] * by["alpha"] + (grad * (1 - by["alpha"])) * grad
+    mean = [states[-1] + (grad - states[-1]) * (1 - by["alpha"])] if by["centered"] else []
+    root = _sqrt(square - mean[0] * mean[0] if mean else square) + by["eps"]
+    if by["momentum"] <= 0:
+        return [value - (grad * by["lr"]) / root, square, *mean]
+    buffer = states[1] * by["momentum"] + grad / root
+    return [value - buffer * by["lr"], square, buffer, *mean]
+
+
+def _sqrt(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the square root by NumPy, which rounds it as IEEE 754 asks; torch's may come from MKL, which does not."""
+    with np.errstate(invalid="ignore"):
+        return torch.from_numpy(np.sqrt(tensor.numpy()))
+
+
+def power(base: float, exponent: int) -> float:
+    """Return a power by squaring, in pairs of floats: a fixed sequence of operations, the same on every machine.
+
+    It is rounded to the nearest float but for rare cases.
+
+    >>> power(0.5, 3)
+    0.125
+    """
+    high, low, square, rest = 1.0, 0.0, base, 0.0
+    while exponent:
+        if exponent & 1:
+            product, error = _product(high, square)
+            error += high * rest + low * square
+            high = product + error
+            low = error - (high - product)
+        product, error = _product(square, square)
+        error += 2 * (square * rest)
+        square = product + error
+        rest = error - (square - product)
+        exponent >>= 1
+    return high
+
+
+def _product(a: float, b: float) -> tuple[float, float]:
+    """Return a product as the sum of two floats, exactly (Dekker, 1971)."""
+    wide_a, wide_b = 134217729.0 * a, 134217729.0 * b
+    high_a, high_b = wide_a - (wide_a - a), wide_b - (wide_b - b)
+    low_a, low_b = a - high_a, b - high_b
+    product = a * b
+    return product, ((high_a * high_b - product) + high_a * low_b + low_a * high_b) + low_a * low_b

@@ -1,7 +1,7 @@
-"""Sums of plain arrays by the compiled kernel: all parts of all keys in one pass over memory.
+"""Passes of the compiled kernel: sums of all parts of all keys, and an optimizer's step with them, in one go.
 
 The kernel takes columns of addresses: one column for each part and each out, one address for each key.
-Where the package was installed without a C compiler it is not there; torch does the sums then, with the
+Where the package was installed without a C compiler it is not there; torch does the work then, with the
 same bits.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .fused import Kernel
 from .pool import Job
 
 try:
@@ -23,72 +24,131 @@ try:
 except ImportError:
     _native = None  # type: ignore[assignment]
 
-_ITEMSIZES = {torch.float32: 4, torch.float64: 8}
+# The kernel's number of each dtype. Integers wrap around, so that the signed ones do for the unsigned, too.
+DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.float16: 2,
+    torch.bfloat16: 3,
+    torch.int8: 4,
+    torch.uint8: 4,
+    torch.int16: 5,
+    torch.uint16: 5,
+    torch.int32: 6,
+    torch.uint32: 6,
+    torch.int64: 7,
+    torch.uint64: 7,
+    torch.bool: 8,
+}
 _TORCH_TYPES = {torch.Tensor, torch.nn.Parameter}
 # Threads begin at multiples of a cache line, which no two of them write then.
 _ALIGN = 64
 # About what a core keeps of what it has just written, shared cache included.
 _PAST_CACHE_NBYTES = 8 << 20
-# Of the kernel: columns of one sum.
-_MAX_COLUMNS = 256
+# Of the kernel: columns of one pass.
+_MAX_COLUMNS = 250
 # Of the parts or the outs of one call, so that there is room for both, and for values.
 MOST_COLUMNS = 100
 
 
 @dataclass(slots=True)
-class Sums:
+class Step:
+    """The step of an optimizer that a pass makes with its sums.
+
+    Args:
+        kernel: of the optimizer.
+        count: how many steps of these keys with this one.
+        is_first: whether the state of sgd is new.
+        columns: of addresses: of the values, and of each state in the kernel's order.
+    """
+
+    kernel: Kernel
+    count: float
+    is_first: bool
+    columns: list[bytes]
+
+
+@dataclass(slots=True)
+class Pass:
     """Keys with as many parts and outs each, as columns.
 
     Args:
-        outs, parts: columns of addresses, as ``column_of`` or ``addresses`` gives them.
+        outs, parts: columns of addresses, as ``column_of`` or ``addresses`` gives them. The outs become the sums, or
+            with a step the values.
         counts: number of elements of each key.
         dtype: of all.
+        step: to be made with the sums.
     """
 
     outs: list[bytes]
     parts: list[bytes]
     counts: Sequence[int]
     dtype: torch.dtype
+    step: Step | None = None
 
     def jobs(self, threads: int, *, past_cache: int | None = None) -> list[Job]:
-        """Return the sums as jobs of about equal size, which may run at the same time.
+        """Return the work as jobs of about equal size, which may run at the same time.
 
         Args:
             threads: how many jobs at the most.
             past_cache: how many of the outs, the last ones, to store past the processor's cache (None: all if they
                 would not stay there).
         """
-        total, itemsize = sum(self.counts), _ITEMSIZES[self.dtype]
+        total, itemsize = sum(self.counts), self.dtype.itemsize
         if past_cache is None:
             past_cache = len(self.outs) if leaves_cache(total * itemsize * len(self.outs)) else 0
         counts = array("q", self.counts).tobytes()
-        step = max(_ALIGN, -(-total // threads // _ALIGN) * _ALIGN)
+        step = (
+            None
+            if self.step is None
+            else (self.step.kernel.packed, self.step.count, self.step.is_first, self.step.columns)
+        )
+        length = max(_ALIGN, -(-total // threads // _ALIGN) * _ALIGN)
         return [
             partial(
-                _native.sum_columns,
+                _native.run_columns,
+                DTYPES[self.dtype],
                 self.outs,
                 self.parts,
                 counts,
-                itemsize,
                 past_cache,
                 start,
-                min(total, start + step),
+                min(total, start + length),
+                step,
             )
-            for start in range(0, max(total, 1), step)
+            for start in range(0, max(total, 1), length)
         ]
 
 
 def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
     """Return whether the kernel can read and write these tensors of one key."""
     dtype = tensors[0].dtype
-    if _native is None or dtype not in _ITEMSIZES or len(tensors) > _MAX_COLUMNS:
+    if _native is None or dtype not in DTYPES or len(tensors) > _MAX_COLUMNS:
         return False
     return all(tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
 
 
+def step(
+    kernel: Kernel,
+    value: torch.Tensor,
+    grad: torch.Tensor,
+    columns: Sequence[torch.Tensor],
+    count: float,
+    *,
+    is_first: bool,
+) -> None:
+    """Do ``Kernel.step`` on tensors of one shape, compiled if that can be."""
+    tensors = [value, *columns, grad]
+    if not is_plain(tensors):
+        kernel.step(value, grad, columns, count, is_first=is_first)
+        return
+    held, parts = [column_of([tensor]) for tensor in tensors[:-1]], [column_of([grad])]
+    Pass([], parts, [value.numel()], value.dtype, Step(kernel, count, is_first, held)).jobs(1)[0]()
+
+
 def can_sum(dtype: torch.dtype) -> bool:
     """Return whether the kernel is there and takes this dtype."""
-    return _native is not None and dtype in _ITEMSIZES
+    return _native is not None and dtype in DTYPES
 
 
 def leaves_cache(nbytes: int) -> bool:
@@ -142,6 +202,8 @@ def addresses(arrays: Sequence[Any], dtype: torch.dtype, shapes: list[torch.Size
 def _numpy_addresses(
     arrays: Sequence[Any], dtype: torch.dtype, shapes: list[torch.Size], writable: bool
 ) -> bytes | None:
+    if dtype is torch.bfloat16:
+        return None
     like = torch.empty(0, dtype=dtype, device="cpu").numpy()
     if _native is not None:
         return _native.addresses(arrays, np.ndarray, memoryview(like.data).format, shapes, writable)

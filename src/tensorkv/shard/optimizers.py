@@ -23,9 +23,9 @@ from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import OptimizerError, quote, show, suggestion
 
-from .fused import ALIGN, FUSED, Kernel
-from .fused import DTYPES as KERNEL_DTYPES
-from .fused import NAMES as KERNELS
+from . import native
+from .fused import DTYPES as FUSED_DTYPES
+from .fused import FUSED, Kernel
 from .table import Columns, Table, fill_with
 
 State = dict[str, torch.Tensor]
@@ -53,6 +53,8 @@ CLASSES: dict[str, str] = {
 # Those that treat each element alone, and so can update some rows and leave the others. The rest take
 # no complex numbers either, and divide by the number of elements.
 ROWWISE = frozenset(CLASSES) - {"adafactor", "muon"}
+# Of those with a fused kernel here, torch has one for GPUs.
+_FUSED_BY_TORCH = FUSED - {"rmsprop"}
 # How a step is computed is the store's business, not a hyperparameter.
 _NOT_NUMBERS = frozenset({"self", "params", "foreach", "fused", "capturable", "differentiable"})
 _OTHER_WORDS = {"learning_rate": "lr", "wd": "weight_decay", "beta1": "betas", "beta2": "betas", "epsilon": "eps"}
@@ -261,17 +263,28 @@ def _new(name: str, params: list[torch.Tensor], numbers: Mapping[str, Any], **ho
     return optimizer
 
 
-def _in_vectors(rows: torch.Tensor) -> torch.Tensor:
-    """Return the elements of some rows, with as many more as make every one part of a vector (see ``kernels``).
+# A multiple of what torch's vector loops take at a time, for every dtype and instruction set.
+_ALIGN = 64
 
+
+def _in_vectors(rows: torch.Tensor) -> torch.Tensor:
+    """Return the elements of some rows, with as many more as make every one part of a vector.
+
+    torch computes most of a tensor in vectors and the last few elements one by one, and the two may round differently.
     How a row is rounded must not depend on which others are stepped with it: of one push, different servers or
     workers step different rows.
     """
-    return torch.constant_pad_nd(rows.reshape(-1), (0, -rows.numel() % ALIGN))
+    return torch.constant_pad_nd(rows.reshape(-1), (0, -rows.numel() % _ALIGN))
 
 
 def _out_of_vectors(elements: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return elements[: shape.numel()].view(shape)
+
+
+def finish(state: State, count: float) -> None:
+    """Count a step in the state of a key, if its optimizer counts them."""
+    if "step" in state:
+        state["step"].fill_(count)
 
 
 class Optimizer:
@@ -283,6 +296,7 @@ class Optimizer:
 
     def __init__(self, spec: OptimizerSpec) -> None:
         self.spec = spec
+        self._kernels: dict[Key | None, Kernel] = {}
         self._runners: dict[bool, torch.optim.Optimizer] = {}
         self._fills = initial_state(spec.name, tuple(spec.numbers.items()))
         self._own_fills = {
@@ -322,10 +336,17 @@ class Optimizer:
         for index, (key, value, state) in enumerate(zip(keys, values, states, strict=True)):
             if not value.numel() and self.spec.name not in ROWWISE:
                 continue
+            kernel = self.kernel(key, value)
+            if kernel is not None:
+                count, is_first = self.begin(kernel, key, value, state)
+                columns = [state[name] for name in kernel.columns]
+                native.step(kernel, value, grads[index], columns, count, is_first=is_first)
+                finish(state, count)
+                continue
             if state:
                 self._complete(key, state, value)
             own = key if key in self.spec.overrides else None
-            fused = self.spec.name in FUSED and value.dtype in KERNEL_DTYPES and value.numel() > 0
+            fused = self.spec.name in _FUSED_BY_TORCH and value.is_cuda and value.dtype in FUSED_DTYPES[2:]
             # What needs whole gradients may carry numbers from one parameter to the next, as Adafactor does its eps.
             alone = None if self.spec.name in ROWWISE else index
             # torch's fused kernels take either all new or no new parameters.
@@ -334,25 +355,30 @@ class Optimizer:
             self._run(
                 {**self.spec.numbers, **self.spec.overrides.get(own, {})},
                 [values[i] for i in members],
-                [self.prepare(grads[i]) for i in members],
+                [self._prepare(grads[i]) for i in members],
                 [states[i] for i in members],
                 fused,
             )
 
-    def kernel(self, key: Key, value: torch.Tensor, state: State) -> Kernel | None:
+    def kernel(self, key: Key, value: torch.Tensor) -> Kernel | None:
         """Return the step of a key as a kernel for slices, None where torch.optim has to see the whole value."""
-        if self.spec.name not in KERNELS or not value.is_cpu or value.dtype not in KERNEL_DTYPES:
+        spec = self.spec
+        if spec.name not in FUSED or not value.is_cpu or value.dtype not in FUSED_DTYPES:
             return None
-        own = self.spec.overrides.get(key)
-        numbers = self.spec.numbers if own is None else {**self.spec.numbers, **own}
-        return Kernel(self.spec.name, numbers, first="momentum_buffer" not in state)
+        own = key if key in spec.overrides else None
+        if own not in self._kernels:
+            numbers = {**spec.numbers, **({} if own is None else spec.overrides[own])}
+            self._kernels[own] = Kernel(spec.name, numbers, spec.rescale_grad, spec.clip_gradient)
+        return self._kernels[own]
 
-    def complete(self, kernel: Kernel, key: Key, value: torch.Tensor, state: State) -> None:
-        """Add to a state what its next step as a kernel asks for."""
+    def begin(self, kernel: Kernel, key: Key, value: torch.Tensor, state: State) -> tuple[float, bool]:
+        """Add to a state what its next step as a kernel asks for; return its count, and whether sgd's is new."""
+        is_first = "momentum_buffer" not in state
         if state:
             self._complete(key, state, value)
         else:
             state.update(kernel.fresh(value))
+        return float(state["step"]) + 1 if "step" in state else 1.0, is_first
 
     def step_rows(self, key: Key, value: torch.Tensor | Table, rows: Rows, state: State) -> None:
         """Update only the rows that ``rows`` (merged) names, and their state; the others do not move.
@@ -379,7 +405,7 @@ class Optimizer:
         """Whether ``step`` overwrites the gradients that it is given."""
         return self.spec.rescale_grad != 1.0 or self.spec.clip_gradient is not None
 
-    def prepare(self, grad: torch.Tensor) -> torch.Tensor:
+    def _prepare(self, grad: torch.Tensor) -> torch.Tensor:
         """Rescale and clip a summed gradient in place; return it with its elements in order in memory."""
         if self.spec.rescale_grad != 1.0:
             grad.mul_(self.spec.rescale_grad)

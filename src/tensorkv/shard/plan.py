@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -189,6 +189,7 @@ class _Joined:
 
     optimizer: Optimizer
     kernel: Kernel
+    is_first: bool
     views: dict[str, list[torch.Tensor]]
     flats: list[list[torch.Tensor]]
     counters: list[torch.Tensor]
@@ -239,7 +240,7 @@ class Plan:
             return columns[0].flat
         total = torch.empty(sum(self._counts), dtype=self._dtype, device="cpu")
         rooms = native.column_beside(total, self._counts)
-        native.Sums([rooms], [column.addresses for column in columns], self._counts, self._dtype).jobs(1)[0]()
+        native.Pass([rooms], [column.addresses for column in columns], self._counts, self._dtype).jobs(1)[0]()
         return total
 
     def takes_flat(self, flats: Sequence[torch.Tensor | None]) -> bool:
@@ -303,35 +304,36 @@ class Plan:
         counter: torch.Tensor | None,
     ) -> None:
         with torch.no_grad():
-            grad = joined.optimizer.prepare(self._gradient(chunk, columns, joined.optimizer))
-            joined.kernel(chunk.values.tensor, grad, state, counter)
+            grad = self._gradient(chunk, columns)
+            count = 1.0 if counter is None else float(counter)
+            native.step(joined.kernel, chunk.values.tensor, grad, state, count, is_first=joined.is_first)
         if outs:
             # In this thread, while the values are in its cache.
             cut = slice(8 * chunk.cut.start, 8 * chunk.cut.stop)
-            sums = native.Sums([out[cut] for out in outs], [self._values[cut]], chunk.counts, self._dtype)
+            sums = native.Pass([out[cut] for out in outs], [self._values[cut]], chunk.counts, self._dtype)
             past_cache = len(outs) if native.leaves_cache(sum(self.form.nbytes) * len(outs)) else 0
             sums.jobs(1, past_cache=past_cache)[0]()
 
-    def _gradient(self, chunk: _Chunk, columns: list[Column], optimizer: Optimizer) -> torch.Tensor:
-        """Return the sum of a chunk's parts, which the caller may change if the optimizer does."""
+    def _gradient(self, chunk: _Chunk, columns: list[Column]) -> torch.Tensor:
+        """Return the sum of a chunk's parts."""
         if not native.can_sum(self._dtype):
             parts = self._gather(chunk, columns)
             if len(parts) > 1:
                 reduce.sum_into(parts[0], parts)
             return parts[0]
-        if len(chunk.counts) == len(columns) == 1 and not optimizer.changes_grads:
+        if len(chunk.counts) == len(columns) == 1:
             return interop.take(columns[0].arrays[chunk.cut.start]).view(-1)
         grad = reduce.scratch(chunk.values.tensor, self._dtype, "gradient")
         cut = slice(8 * chunk.cut.start, 8 * chunk.cut.stop)
         rooms = native.column_beside(grad, chunk.counts)
-        native.Sums([rooms], [column.addresses[cut] for column in columns], chunk.counts, self._dtype).jobs(1)[0]()
+        native.Pass([rooms], [column.addresses[cut] for column in columns], chunk.counts, self._dtype).jobs(1)[0]()
         return grad
 
     def _count_steps(self, joined: _Joined, counter: torch.Tensor | None) -> None:
         if counter is not None:
             torch._foreach_copy_(joined.counters, [counter] * len(joined.counters))
         joined.versions = [counter._version for counter in joined.counters]
-        joined.kernel = replace(joined.kernel, first=False)
+        joined.is_first = False
         self._count()
 
     def fill(self, targets: list[Column], pool: Pool) -> None:
@@ -356,12 +358,12 @@ class Plan:
     def _join(self, optimizer: Optimizer, states: Sequence[State]) -> _Joined | None:
         if any(key in optimizer.spec.overrides for key in self.keys):
             return None
-        kernels = [optimizer.kernel(e.key, e.tensor, e.state) for e in self.entries]
-        kernel = kernels[0]
-        if kernel is None or any(other != kernel for other in kernels):
+        kernel = optimizer.kernel(self.keys[0], self.entries[0].tensor)
+        firsts = {"momentum_buffer" not in state for state in states}
+        if kernel is None or len(firsts) > 1:
             return None
         for entry in self.entries:
-            optimizer.complete(kernel, entry.key, entry.tensor, entry.state)
+            optimizer.begin(kernel, entry.key, entry.tensor, entry.state)
         counters = [state["step"] for state in states if "step" in state]
         if len({float(counter) for counter in counters}) > 1:
             return None
@@ -379,7 +381,7 @@ class Plan:
                     state[name] = room.copy_(state[name])
                 held.append(flat.tensor)
                 views[name] += flat.tensors
-        return _Joined(optimizer, kernel, views, flats, counters, [c._version for c in counters])
+        return _Joined(optimizer, kernel, firsts.pop(), views, flats, counters, [c._version for c in counters])
 
     def _gather(self, chunk: _Chunk, columns: list[Column]) -> list[torch.Tensor]:
         """Copy a chunk's parts side by side, into memory that all chunks share."""
@@ -396,7 +398,7 @@ class Plan:
             entry.version += 1
 
     def _sum(self, outs: list[bytes], parts: list[bytes], pool: Pool) -> None:
-        sums = native.Sums(outs, parts, self._counts, self._dtype)
+        sums = native.Pass(outs, parts, self._counts, self._dtype)
         if sum(self._counts) >= WORTH_A_THREAD * 4:
             pool.run(sums.jobs(pool.threads))
         else:

@@ -72,7 +72,7 @@ def copies(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], threads: int) -> 
             jobs += [partial(out.copy_, value) for out, value in cut(pair)]
     for dtype, members in plain.items():
         outs, values = (native.column_of(column) for column in zip(*members, strict=True))
-        jobs += native.Sums([outs], [values], [out.numel() for out, _ in members], dtype).jobs(threads)
+        jobs += native.Pass([outs], [values], [out.numel() for out, _ in members], dtype).jobs(threads)
     return jobs
 
 

@@ -20,7 +20,7 @@ from tensorkv.errors import UpdaterError, ValueMismatchError, quote
 from . import native, reduce
 from .entry import Batch, Entry, Part
 from .fused import Kernel
-from .optimizers import Optimizer, OptimizerSpec, check_numbers
+from .optimizers import Optimizer, OptimizerSpec, check_numbers, finish
 from .optimizers import spec as make_spec
 from .pool import WORTH_A_THREAD, Job, Pool
 
@@ -95,24 +95,41 @@ class WholeStep:
 
 
 class _KernelStep:
-    def __init__(self, rule: StepOptimizer, kernel: Kernel, entry: Entry) -> None:
-        value = entry.tensor
-        rule.optimizer.complete(kernel, entry.key, value, entry.state)
-        self._rule, self._kernel, self._entry = rule, kernel, entry
-        self._value = value.view(-1)
-        self._columns = [entry.state[name].view(-1) for name in kernel.columns]
-        counter = entry.state.get("step")
-        self._step = None if counter is None else counter + 1
+    """One step of a fused kernel, of which the gradient may come piece by piece."""
+
+    def __init__(self, optimizer: Optimizer, kernel: Kernel, entry: Entry) -> None:
+        self._entry, self._kernel = entry, kernel
+        self._count, self._is_first = optimizer.begin(kernel, entry.key, entry.tensor, entry.state)
+        self.tensors = [entry.tensor, *(entry.state[name] for name in kernel.columns)]
+        """The value and its states."""
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What the steps of keys that are made in one pass have in common."""
+        return self._kernel, self._count, self._is_first, self._entry.tensor.dtype
+
+    def columns(self, columns: list[bytes]) -> native.Step:
+        """Return this step for columns of values and states."""
+        return native.Step(self._kernel, self._count, self._is_first, columns)
 
     def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor]) -> None:
-        piece = slice(start, stop)
-        self._rule.step_piece(
-            self._kernel, self._step, self._value[piece], [column[piece] for column in self._columns], parts
-        )
+        self.take([tensor.view(-1)[start:stop] for tensor in self.tensors], parts, ())
+
+    def take(self, held: Sequence[torch.Tensor], parts: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
+        """Step a slice of the value and its states from the sum of its parts, then copy it out."""
+        value, *states = held
+        if native.is_plain([*held, *parts]):
+            columns = [native.column_of([each]) for each in (*held, *parts)]
+            step = self.columns(columns[: len(held)])
+            native.Pass([], columns[len(held) :], [value.numel()], value.dtype, step).jobs(1)[0]()
+        else:
+            grad = reduce.scratch(value, value.dtype, "gradient")
+            reduce.sum_piece(grad, parts)
+            native.step(self._kernel, value, grad, states, self._count, is_first=self._is_first)
+        _copy_out(value, outs)
 
     def finish(self) -> None:
-        if self._step is not None:
-            self._entry.state["step"].copy_(self._step)
+        finish(self._entry.state, self._count)
         self._entry.version += 1
 
 
@@ -150,7 +167,7 @@ class Assign:
         for (dtype, num_outs, _), rows in plain.items():
             columns = [native.column_of(column) for column in zip(*rows, strict=True)]
             counts = [tensors[0].numel() for tensors in rows]
-            sums = native.Sums(columns[: num_outs + 1], columns[num_outs + 1 :], counts, dtype)
+            sums = native.Pass(columns[: num_outs + 1], columns[num_outs + 1 :], counts, dtype)
             jobs += sums.jobs(pool.threads if in_pool else 1)
         if jobs and in_pool:
             pool.run(jobs)
@@ -298,68 +315,51 @@ class StepOptimizer:
     def apply(self, entries: Sequence[Entry], parts: Parts, outs: Outs, pool: Pool) -> None:
         in_pool = _is_worth_threads(entries, parts)
         jobs: list[Job] = []
-        stepped: list[Entry] = []
-        counters: list[tuple[torch.Tensor, torch.Tensor]] = []
+        steps: list[_KernelStep] = []
+        plain: dict[tuple[Any, ...], list[list[torch.Tensor]]] = {}
+        alike: dict[tuple[Any, ...], _KernelStep] = {}
         whole: list[int] = []
         for index, (entry, key_parts, key_outs) in enumerate(zip(entries, parts, outs, strict=True)):
-            value = entry.tensor
-            kernel = self.optimizer.kernel(entry.key, value, entry.state)
+            kernel = self.optimizer.kernel(entry.key, entry.tensor)
             if kernel is None:
                 whole.append(index)
                 continue
-            self.optimizer.complete(kernel, entry.key, value, entry.state)
-            counter = entry.state.get("step")
-            step = None if counter is None else counter + 1
-            columns = [entry.state[name] for name in kernel.columns]
-            stepped.append(entry)
-            if not in_pool:
-                grad = self._gradient(value, key_parts).view(-1)
-                kernel.at_once(value.view(-1), grad, [column.view(-1) for column in columns], step, counter)
-                _copy_out(value, key_outs)
+            step = _KernelStep(self.optimizer, kernel, entry)
+            steps.append(step)
+            columns = [*step.tensors, *key_outs, *key_parts]
+            if native.is_plain(columns):
+                form = (*step.form, len(key_outs), len(key_parts))
+                alike.setdefault(form, step)
+                plain.setdefault(form, []).append(columns)
                 continue
-            if counter is not None and step is not None:
-                counters.append((counter, step))
-            ends = (len(columns), len(columns) + len(key_parts))
-            for piece, *others in reduce.cut([value, *columns, *key_parts, *key_outs]):
-                cuts = others[: ends[0]], others[ends[0] : ends[1]], others[ends[1] :]
-                jobs.append(partial(self.step_piece, kernel, step, piece, *cuts))
-        if jobs:
+            ends = len(step.tensors), len(step.tensors) + len(key_outs)
+            jobs += [
+                partial(step.take, pieces[: ends[0]], pieces[ends[1] :], pieces[ends[0] : ends[1]])
+                for pieces in reduce.cut(columns)
+            ]
+        for form, rows in plain.items():
+            step, num_outs = alike[form], form[-2]
+            found = [native.column_of(column) for column in zip(*rows, strict=True)]
+            held, found = found[: len(step.tensors)], found[len(step.tensors) :]
+            counts = [tensors[0].numel() for tensors in rows]
+            work = native.Pass(found[:num_outs], found[num_outs:], counts, rows[0][0].dtype, step.columns(held))
+            jobs += work.jobs(pool.threads if in_pool else 1)
+        if jobs and in_pool:
             pool.run(jobs)
-        for counter, step in counters:
-            counter.copy_(step)
-        _count_versions(stepped)
+        else:
+            for job in jobs:
+                job()
+        for step in steps:
+            step.finish()
         if whole:
             self._step_whole([entries[i] for i in whole], [parts[i] for i in whole], [outs[i] for i in whole])
 
     def sees_whole(self, entry: Entry) -> bool:
-        return self.optimizer.kernel(entry.key, entry.tensor, entry.state) is None
+        return self.optimizer.kernel(entry.key, entry.tensor) is None
 
     def step(self, entry: Entry, pool: Pool) -> Step:
-        kernel = self.optimizer.kernel(entry.key, entry.tensor, entry.state)
-        return WholeStep(self, entry, pool) if kernel is None else _KernelStep(self, kernel, entry)
-
-    def step_piece(
-        self,
-        kernel: Kernel,
-        step: torch.Tensor | None,
-        value: torch.Tensor,
-        columns: Sequence[torch.Tensor],
-        parts: Sequence[torch.Tensor],
-        outs: Sequence[torch.Tensor] = (),
-    ) -> None:
-        """Step one slice from the sum of its parts, then copy it out."""
-        grad = self._gradient(value, parts)
-        kernel(value.view(-1), grad.view(-1), [column.view(-1) for column in columns], step)
-        _copy_out(value, outs)
-
-    def _gradient(self, value: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        grad = parts[0]
-        plain = len(parts) == 1 and grad.dtype is value.dtype and grad.is_contiguous() and grad.is_cpu
-        if plain and not self.optimizer.changes_grads:
-            return grad
-        grad = reduce.scratch(value, value.dtype, "gradient")
-        reduce.sum_piece(grad, parts)
-        return self.optimizer.prepare(grad)
+        kernel = self.optimizer.kernel(entry.key, entry.tensor)
+        return WholeStep(self, entry, pool) if kernel is None else _KernelStep(self.optimizer, kernel, entry)
 
     def _step_whole(self, entries: Sequence[Entry], parts: Parts, outs: Outs) -> None:
         values = [entry.tensor for entry in entries]

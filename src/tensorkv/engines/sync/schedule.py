@@ -193,7 +193,7 @@ class BucketSegment:
         """Sum columns of some pieces in one pass; so many of the last outs are stored past the processor's cache."""
         counts = self.counts[cut]
         if counts and outs:
-            native.Sums(outs, parts, counts, self.dtype).jobs(1, past_cache=past_cache)[0]()
+            native.Pass(outs, parts, counts, self.dtype).jobs(1, past_cache=past_cache)[0]()
 
     @property
     def others(self) -> list[slice]:
@@ -312,7 +312,7 @@ class Schedule:
         """Copy whole values to arrays that have the schedule's form."""
         if self.form is not None and targets:
             values = native.column_of([each.value for each in self.values])
-            sums = native.Sums([each.addresses for each in targets], [values], self.form.counts, self.form.dtype)
+            sums = native.Pass([each.addresses for each in targets], [values], self.form.counts, self.form.dtype)
             sums.jobs(1)[0]()
 
     def _make_segments(self, bucket: Sequence[Piece], staging: StagingBuffer, slot: int) -> list[BucketSegment]:

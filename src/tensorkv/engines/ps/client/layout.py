@@ -172,7 +172,7 @@ class ServerLayout:
         return (np.frombuffer(column, np.uint64)[self._index] + self._skips).tobytes()
 
     def _sum(self, dtype: torch.dtype, targets: list[bytes], sources: list[bytes], pool: Pool) -> None:
-        sums = native.Sums(targets, sources, self._counts, dtype)
+        sums = native.Pass(targets, sources, self._counts, dtype)
         if sum(self._counts) >= _PARALLEL_NUMEL:
             pool.run(sums.jobs(pool.threads))
         else:

@@ -1,0 +1,349 @@
+/* One pass over values: the sum of the parts, the step of an optimizer, the copies to the outputs.
+ *
+ * A block of a value stays in the first-level cache from the first part to the last output. Each operation on an
+ * element is a single one of IEEE 754 (+ - * / sqrt), rounded once, in the order that docs/semantics.md lists; the
+ * build turns the contraction of products and sums off. So the bits depend on neither blocks, threads, neighbours nor
+ * the processor. float16 and bfloat16 are summed and stepped in float32, and rounded once.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define FOR_EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define FOR_EACH_CPU
+#endif
+
+enum { FLOAT32, FLOAT64, FLOAT16, BFLOAT16, INT8, INT16, INT32, INT64, BOOL, NUM_DTYPES };
+enum { SGD, ADAM, ADAGRAD, RMSPROP, NUM_OPTIMIZERS };
+enum { MAX_STATES = 3, BLOCK = 2048 };
+
+static const unsigned char ITEMSIZES[NUM_DTYPES] = {4, 8, 2, 2, 1, 2, 4, 8, 1};
+
+/* The numbers of an optimizer, as tensorkv.shard.fused packs them: doubles in this order. */
+typedef struct {
+    double optimizer, lr, weight_decay, is_decoupled, maximize, rescale_grad, clip_gradient;
+    double momentum, dampening, nesterov;
+    double beta1, beta2, eps, amsgrad;
+    double lr_decay, alpha, centered;
+} Numbers;
+
+/* The factors of one step: what the numbers come to at this count of steps. */
+typedef struct {
+    const Numbers *numbers;
+    double size, root; /* adam: lr / (1 - beta1^t) and sqrt(1 - beta2^t); adagrad: lr / (1 + (t - 1) lr_decay) */
+    int is_first;      /* sgd: the momentum buffer is new, and becomes the gradient */
+} Step;
+
+/* A product as the sum of two doubles, exactly (Dekker, 1971), by operations that each round once. */
+static void multiply(double a, double b, double *product, double *rest) {
+    double ca = 134217729.0 * a, cb = 134217729.0 * b;
+    double a1 = ca - (ca - a), b1 = cb - (cb - b), a2 = a - a1, b2 = b - b1;
+    *product = a * b;
+    *rest = ((a1 * b1 - *product) + a1 * b2 + a2 * b1) + a2 * b2;
+}
+
+/* By squaring, in pairs of doubles: the same on every machine, and rounded to the nearest but for rare cases. */
+static double power(double base, uint64_t exponent) {
+    double high = 1, low = 0, square = base, rest = 0, product, error;
+    for (; exponent; exponent >>= 1) {
+        if (exponent & 1) {
+            multiply(high, square, &product, &error);
+            error += high * rest + low * square;
+            high = product + error;
+            low = error - (high - product);
+        }
+        multiply(square, square, &product, &error);
+        error += 2 * (square * rest);
+        square = product + error;
+        rest = error - (square - product);
+    }
+    return high;
+}
+
+static Step step_of(const Numbers *numbers, double count, int is_first) {
+    Step step = {numbers, numbers->lr, 1, is_first};
+    if (numbers->optimizer == ADAM) {
+        step.size = numbers->lr / (1 - power(numbers->beta1, (uint64_t)count));
+        step.root = sqrt(1 - power(numbers->beta2, (uint64_t)count));
+    } else if (numbers->optimizer == ADAGRAD) {
+        step.size = numbers->lr / (1 + (count - 1) * numbers->lr_decay);
+    }
+    return step;
+}
+
+/* ------------------------------------------------------------ sums and steps in float and double */
+
+#define EACH for (size_t i = 0; i < n; i++)
+
+#define DEFINE_FLOATING(T, SQRT)                                                                                      \
+    FOR_EACH_CPU static void add_##T(T *out, const T *a, const T *b, size_t n) {                                      \
+        _Pragma("GCC ivdep") EACH out[i] = a[i] + b[i];                                                               \
+    }                                                                                                                 \
+                                                                                                                      \
+    FOR_EACH_CPU static void prepare_##T(const Numbers *by, const T *restrict value, T *restrict grad, size_t n) {    \
+        const T scale = (T)by->rescale_grad, most = (T)by->clip_gradient, decay = (T)by->weight_decay;                \
+        if (by->rescale_grad != 1) EACH grad[i] *= scale;                                                             \
+        if (by->clip_gradient > 0)                                                                                    \
+            EACH grad[i] = grad[i] < -most ? -most : (grad[i] > most ? most : grad[i]);                               \
+        if (by->maximize != 0) EACH grad[i] = -grad[i];                                                               \
+        if (by->weight_decay != 0 && by->is_decoupled == 0) EACH grad[i] += decay * value[i];                         \
+    }                                                                                                                 \
+                                                                                                                      \
+    FOR_EACH_CPU static void step_##T(const Step *step, T *restrict value, T *restrict grad, T *restrict first,       \
+                                      T *restrict second, T *restrict third, size_t n) {                              \
+        const Numbers *by = step->numbers;                                                                            \
+        const T size = (T)step->size, root = (T)step->root, eps = (T)by->eps;                                         \
+        prepare_##T(by, value, grad, n);                                                                              \
+        if (by->optimizer == SGD) {                                                                                   \
+            const T momentum = (T)by->momentum, fresh = (T)(1 - by->dampening);                                       \
+            if (by->momentum != 0) {                                                                                  \
+                if (step->is_first)                                                                                   \
+                    memcpy(first, grad, n * sizeof(T));                                                               \
+                else                                                                                                  \
+                    EACH first[i] = momentum * first[i] + fresh * grad[i];                                            \
+                if (by->nesterov != 0)                                                                                \
+                    EACH grad[i] += momentum * first[i];                                                              \
+                else                                                                                                  \
+                    memcpy(grad, first, n * sizeof(T));                                                               \
+            }                                                                                                         \
+            EACH value[i] -= size * grad[i];                                                                          \
+        } else if (by->optimizer == ADAM) {                                                                           \
+            const T keep = (T)(1 - by->lr * by->weight_decay), beta2 = (T)by->beta2;                                  \
+            const T fresh1 = (T)(1 - by->beta1), fresh2 = (T)(1 - by->beta2);                                         \
+            T *restrict square = second;                                                                              \
+            if (by->weight_decay != 0 && by->is_decoupled != 0) EACH value[i] *= keep;                                \
+            EACH first[i] += fresh1 * (grad[i] - first[i]);                                                           \
+            EACH second[i] = beta2 * second[i] + (fresh2 * grad[i]) * grad[i];                                        \
+            if (by->amsgrad != 0) {                                                                                   \
+                EACH third[i] = third[i] >= second[i] || third[i] != third[i] ? third[i] : second[i];                 \
+                square = third;                                                                                       \
+            }                                                                                                         \
+            EACH value[i] -= (size * first[i]) / (SQRT(square[i]) / root + eps);                                      \
+        } else if (by->optimizer == ADAGRAD) {                                                                        \
+            EACH first[i] += grad[i] * grad[i];                                                                       \
+            EACH value[i] -= (size * grad[i]) / (SQRT(first[i]) + eps);                                               \
+        } else {                                                                                                      \
+            const T alpha = (T)by->alpha, fresh = (T)(1 - by->alpha), momentum = (T)by->momentum;                     \
+            T *restrict mean = by->momentum > 0 ? third : second;                                                     \
+            EACH first[i] = alpha * first[i] + (fresh * grad[i]) * grad[i];                                           \
+            if (by->centered != 0) EACH mean[i] += fresh * (grad[i] - mean[i]);                                       \
+            if (by->momentum <= 0) EACH grad[i] *= size;                                                              \
+            if (by->centered != 0)                                                                                    \
+                EACH grad[i] /= SQRT(first[i] - mean[i] * mean[i]) + eps;                                             \
+            else                                                                                                      \
+                EACH grad[i] /= SQRT(first[i]) + eps;                                                                 \
+            if (by->momentum > 0) {                                                                                   \
+                EACH second[i] = momentum * second[i] + grad[i];                                                      \
+                EACH value[i] -= size * second[i];                                                                    \
+            } else {                                                                                                  \
+                EACH value[i] -= grad[i];                                                                             \
+            }                                                                                                         \
+        }                                                                                                             \
+    }
+
+DEFINE_FLOATING(float, sqrtf)
+DEFINE_FLOATING(double, sqrt)
+
+#define DEFINE_INTEGER(T, OP)                                                                                         \
+    FOR_EACH_CPU static void add_##T(T *out, const T *a, const T *b, size_t n) {                                      \
+        _Pragma("GCC ivdep") EACH out[i] = (T)(a[i] OP b[i]);                                                         \
+    }
+
+typedef unsigned char bool8;
+DEFINE_INTEGER(uint8_t, +)
+DEFINE_INTEGER(uint16_t, +)
+DEFINE_INTEGER(uint32_t, +)
+DEFINE_INTEGER(uint64_t, +)
+DEFINE_INTEGER(bool8, |)
+
+/* ------------------------------------------------------------ float16 and bfloat16 */
+
+static inline uint32_t bits_of(float number) {
+    uint32_t bits;
+    memcpy(&bits, &number, 4);
+    return bits;
+}
+
+static inline float float_of(uint32_t bits) {
+    float number;
+    memcpy(&number, &bits, 4);
+    return number;
+}
+
+FOR_EACH_CPU static void widen_bfloat16(float *restrict out, const uint16_t *restrict from, size_t n) {
+    EACH out[i] = float_of((uint32_t)from[i] << 16);
+}
+
+FOR_EACH_CPU static void narrow_bfloat16(uint16_t *restrict out, const float *restrict from, size_t n) {
+    EACH {
+        uint32_t bits = bits_of(from[i]);
+        uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        out[i] = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+    }
+}
+
+FOR_EACH_CPU static void widen_float16(float *restrict out, const uint16_t *restrict from, size_t n) {
+    EACH {
+        uint32_t magnitude = (uint32_t)(from[i] & 0x7fff) << 13, sign = (uint32_t)(from[i] & 0x8000) << 16;
+        /* The exponent's bias is 112 less; the product is exact, for subnormal numbers too. */
+        uint32_t finite = bits_of(float_of(magnitude) * 0x1p112f), other = magnitude | 0x7f800000;
+        out[i] = float_of(sign | (magnitude >= 0x0f800000 ? other : finite));
+    }
+}
+
+FOR_EACH_CPU static void narrow_float16(uint16_t *restrict out, const float *restrict from, size_t n) {
+    EACH {
+        uint32_t bits = bits_of(from[i]) & 0x7fffffff, sign = bits_of(from[i]) >> 16 & 0x8000;
+        uint32_t normal = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
+        /* The sum rounds to a multiple of the smallest subnormal number. */
+        uint32_t subnormal = bits_of(float_of(bits) + 0.5f) - bits_of(0.5f);
+        uint32_t large = bits > 0x7f800000 ? 0x7e00 : 0x7c00;
+        out[i] = (uint16_t)(sign | (bits >= 143u << 23 ? large : (bits < 113u << 23 ? subnormal : normal)));
+    }
+}
+
+FOR_EACH_CPU static void widen_float(double *restrict out, const float *restrict from, size_t n) {
+    EACH out[i] = from[i];
+}
+
+FOR_EACH_CPU static void narrow_double(float *restrict out, const double *restrict from, size_t n) {
+    EACH out[i] = (float)from[i];
+}
+
+/* Return elements as the numbers that are added: themselves, or float32 in the buffer. */
+static const void *widened(const char *from, int dtype, float *buffer, size_t n) {
+    if (dtype == FLOAT16)
+        widen_float16(buffer, (const uint16_t *)from, n);
+    else if (dtype == BFLOAT16)
+        widen_bfloat16(buffer, (const uint16_t *)from, n);
+    else
+        return from;
+    return buffer;
+}
+
+static void narrow(char *out, int dtype, const float *from, size_t n) {
+    if (dtype == FLOAT16)
+        narrow_float16((uint16_t *)out, from, n);
+    else
+        narrow_bfloat16((uint16_t *)out, from, n);
+}
+
+static int is_low(int dtype) { return dtype == FLOAT16 || dtype == BFLOAT16; }
+
+static void add(int dtype, void *out, const void *a, const void *b, size_t n) {
+    switch (dtype) {
+    case FLOAT64: add_double(out, a, b, n); break;
+    case INT8: add_uint8_t(out, a, b, n); break;
+    case INT16: add_uint16_t(out, a, b, n); break;
+    case INT32: add_uint32_t(out, a, b, n); break;
+    case INT64: add_uint64_t(out, a, b, n); break;
+    case BOOL: add_bool8(out, a, b, n); break;
+    default: add_float(out, a, b, n);
+    }
+}
+
+/* ------------------------------------------------------------ outputs */
+
+static void copy_block(char *out, const char *from, size_t nbytes, int past_cache) {
+#if defined(__x86_64__)
+    size_t head = -(uintptr_t)out & 15;
+    if (past_cache && nbytes >= 64) {
+        memcpy(out, from, head);
+        out += head, from += head, nbytes -= head;
+        for (; nbytes >= 16; out += 16, from += 16, nbytes -= 16)
+            _mm_stream_si128((__m128i *)out, _mm_loadu_si128((const __m128i *)from));
+    }
+#else
+    (void)past_cache;
+#endif
+    memmove(out, from, nbytes);
+}
+
+static void copy_out(char *out, int to, const char *from, int dtype, size_t n, int past_cache) {
+    float buffer[BLOCK];
+    if (to == dtype)
+        copy_block(out, from, n * ITEMSIZES[dtype], past_cache);
+    else if (to == FLOAT64)
+        widen_float((double *)out, (const float *)from, n);
+    else if (dtype == FLOAT64)
+        narrow_double((float *)out, (const double *)from, n);
+    else if (to == FLOAT32)
+        widened(from, dtype, (float *)out, n);
+    else
+        narrow(out, to, widened(from, dtype, buffer, n), n);
+}
+
+/* ------------------------------------------------------------ one key */
+
+/* What is done with one key; addresses are of the first element. */
+typedef struct {
+    char *value; /* NULL: only the outputs are written */
+    char *states[MAX_STATES];
+    const char *const *parts; /* of the value's dtype */
+    char *const *outs;
+    const unsigned char *out_dtypes; /* NULL: the value's */
+    size_t num_parts, num_outs, num_past_cache;
+} Item;
+
+static void step_block(const Step *step, int dtype, const Item *item, size_t at, void *grad, size_t n) {
+    size_t offset = at * ITEMSIZES[dtype];
+    char *value = item->value + offset, *states[MAX_STATES];
+    for (int i = 0; i < MAX_STATES; i++) states[i] = item->states[i] == NULL ? NULL : item->states[i] + offset;
+    if (dtype == FLOAT64) {
+        step_double(step, (double *)value, grad, (double *)states[0], (double *)states[1], (double *)states[2], n);
+    } else if (dtype == FLOAT32) {
+        step_float(step, (float *)value, grad, (float *)states[0], (float *)states[1], (float *)states[2], n);
+    } else {
+        float wide[1 + MAX_STATES][BLOCK];
+        widened(value, dtype, wide[0], n);
+        for (int i = 0; i < MAX_STATES; i++)
+            if (states[i] != NULL) widened(states[i], dtype, wide[1 + i], n);
+        step_float(step, wide[0], grad, wide[1], wide[2], wide[3], n);
+        narrow(value, dtype, wide[0], n);
+        for (int i = 0; i < MAX_STATES; i++)
+            if (states[i] != NULL) narrow(states[i], dtype, wide[1 + i], n);
+    }
+}
+
+/* Sum the parts, step or assign, and copy out, for the elements from start to stop. */
+static void run_item(const Item *item, int dtype, const Step *step, size_t start, size_t stop) {
+    _Alignas(64) double buffer[BLOCK];
+    float wide[BLOCK];
+    size_t itemsize = ITEMSIZES[dtype];
+    int sum_dtype = is_low(dtype) ? FLOAT32 : dtype;
+    for (size_t at = start; at < stop; at += BLOCK) {
+        size_t n = stop - at < BLOCK ? stop - at : BLOCK, offset = at * itemsize;
+        const char *from = item->value == NULL ? NULL : item->value + offset;
+        if (item->num_parts) {
+            const void *sum = item->parts[0] + offset;
+            if (item->num_parts > 1 || step != NULL) sum = widened(sum, dtype, (float *)buffer, n);
+            for (size_t i = 1; i < item->num_parts; i++) {
+                add(sum_dtype, buffer, sum, widened(item->parts[i] + offset, dtype, wide, n), n);
+                sum = buffer;
+            }
+            if (item->num_parts > 1 && is_low(dtype)) {
+                narrow((char *)wide, dtype, (const float *)buffer, n);
+                sum = step == NULL ? wide : widened((char *)wide, dtype, (float *)buffer, n);
+            }
+            if (step != NULL) {
+                if (sum != buffer) memcpy(buffer, sum, n * itemsize);
+                step_block(step, dtype, item, at, buffer, n);
+            } else {
+                if (item->value != NULL && sum != item->value + offset)
+                    copy_block(item->value + offset, sum, n * itemsize, item->num_past_cache > item->num_outs);
+                from = sum;
+            }
+        }
+        for (size_t i = 0; i < item->num_outs; i++) {
+            int to = item->out_dtypes == NULL ? dtype : item->out_dtypes[i];
+            char *out = item->outs[i] + at * ITEMSIZES[to];
+            /* An output may be the only part itself. */
+            if (out != from) copy_out(out, to, from, dtype, n, i + item->num_past_cache >= item->num_outs);
+        }
+    }
+}

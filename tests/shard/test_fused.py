@@ -1,4 +1,4 @@
-"""Fused kernels: the same bits compiled and with torch, whatever is cut where; numbers as near as torch's own variants."""
+"""Fused kernels: the same bits compiled and with torch, wherever slices end; the numbers of torch.optim."""
 
 import math
 import random

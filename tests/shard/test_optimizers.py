@@ -75,7 +75,7 @@ def torch_optimizer(name, params, numbers, **how):
 
 
 def assert_steps(name, got, expected):
-    """Assert that values are those of torch.optim: to the bit, or but for the last places where a fused kernel steps."""
+    """Assert that values are those of torch.optim, but for the last places where a fused kernel steps."""
     if name not in FUSED or got.dtype.is_complex:
         assert torch.equal(got, expected)
         return

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tensorkv.arrays import interop
+
 from .fused import Kernel
 from .pool import Job
 
@@ -147,8 +149,8 @@ def step(
 
 
 def can_sum(dtype: torch.dtype) -> bool:
-    """Return whether the kernel is there and takes this dtype."""
-    return _native is not None and dtype in DTYPES
+    """Return whether the kernel is there and adds numbers of this dtype as they are, not as float32."""
+    return _native is not None and dtype in DTYPES and dtype not in interop.LOW_PRECISION
 
 
 def leaves_cache(nbytes: int) -> bool:

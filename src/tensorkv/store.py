@@ -26,7 +26,7 @@ from tensorkv.arrays.outputs import GivenOuts, NewOuts
 from tensorkv.arrays.rows import Rows, take_ids
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.call import Call, check_priority, nbytes, take
-from tensorkv.runtime import caller, compiled, forks, shield
+from tensorkv.runtime import caller, compiled, forks
 from tensorkv.runtime.modes import outside_modes, runs_outside_modes
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard import optimizers
@@ -174,7 +174,7 @@ class KVStore:
         start = self._begin("init")
         keys, values = single_values("init", key, value)
         taken, specs = _take_values("init", keys, values)
-        shield.run(self._engine.init, keys, taken, specs)
+        self._engine.protect(self._engine.init, keys, taken, specs)
         self._metrics.add("init", start, keys, [value.nbytes for value in taken])
 
     def push(self, key: Any, value: Any = None, priority: int = 0) -> None:
@@ -333,7 +333,7 @@ class KVStore:
             self._engine.pull_into(outs.keys, outs.tensors, priority)
             outs.finish()
 
-        shield.run(init_and_fill)
+        self._engine.protect(init_and_fill)
         self._metrics.add("broadcast", start, keys, list(map(nbytes, outs.tensors)))
         return outs.result(key)
 
@@ -374,12 +374,12 @@ class KVStore:
             )
         wanted = _matching("row_sparse_pull", "row_ids", listed, [row_ids] if single else row_ids)
         outs = None if out is None else _matching("row_sparse_pull", "out", listed, [out] if single else out)
-        specs = shield.run(lambda: [self._engine.spec("row_sparse_pull", each) for each in listed])
+        specs = self._engine.protect(lambda: [self._engine.spec("row_sparse_pull", each) for each in listed])
         ids = [_take_ids(each, spec, own) for each, spec, own in zip(listed, specs, wanted, strict=True)]
         for each, target in zip(listed, outs or (), strict=False):
             if not isinstance(target, Rows):
                 raise ArrayTypeError(f"row_sparse_pull({quote(each)}): out is {show(target)}; expected Rows")
-        found = shield.run(self._engine.pull_rows, listed, ids)
+        found = self._engine.protect(self._engine.pull_rows, listed, ids)
         pulled = [_give_rows(rows, spec.origin) for rows, spec in zip(found, specs, strict=True)]
         self._metrics.add("row_sparse_pull", start, listed, [rows.values.nbytes for rows in pulled])
         if outs is None:
@@ -410,7 +410,7 @@ class KVStore:
         self._begin("snapshot")
         if "snapshot" not in self._engine.capabilities:
             raise ArgumentError(f"snapshot: a store of type {quote(self._type)} has no snapshots; use save()")
-        reader, versions = shield.run(self._engine.snapshot)
+        reader, versions = self._engine.protect(self._engine.snapshot)
         return Snapshot(KVStore(reader, self._type), versions, self)
 
     # ------------------------------------------------------------ the update rule
@@ -443,7 +443,7 @@ class KVStore:
         self._begin("set_updater")
         if updater is not None and not callable(updater):
             raise ArgumentError(f"set_updater: got {show(updater)}; expected a function updater(key, received, stored)")
-        shield.run(self._engine.set_updater, updater)
+        self._engine.protect(self._engine.set_updater, updater)
 
     @_collective
     def set_optimizer(self, optimizer: Any, *unnamed: Any, **numbers: Any) -> None:
@@ -475,7 +475,7 @@ class KVStore:
         _refuse_unnamed("set_optimizer", unnamed)
         with naming("set_optimizer"):
             spec = optimizers.spec(optimizer, numbers)
-        shield.run(self._engine.set_optimizer, spec)
+        self._engine.protect(self._engine.set_optimizer, spec)
 
     @_collective
     def set_hyperparameters(self, keys: Any = None, *unnamed: Any, **numbers: Any) -> None:
@@ -501,7 +501,7 @@ class KVStore:
         _refuse_unnamed("set_hyperparameters", unnamed)
         listed = None if keys is None else keys_of("set_hyperparameters", keys)
         with naming("set_hyperparameters"):
-            shield.run(self._engine.set_hyperparameters, numbers, listed)
+            self._engine.protect(self._engine.set_hyperparameters, numbers, listed)
 
     @property
     def optimizer(self) -> dict[str, Any] | None:
@@ -528,7 +528,7 @@ class KVStore:
         An updater is a function and is not saved; set it again after ``load``.
         """
         self._begin("save")
-        shield.run(self._engine.save, folder_path("save", path), "store")
+        self._engine.protect(self._engine.save, folder_path("save", path), "store")
 
     @_collective
     def load(self, path: str | os.PathLike[str], *, missing_ok: bool = False) -> bool:
@@ -568,9 +568,9 @@ class KVStore:
         if check_flag("missing_ok", missing_ok):
             seen = "missing" if checkpoint.is_missing(folder) else "there"
             # All do what rank 0 does, whatever they see.
-            if shield.run(self._engine.broadcast_text, seen) == "missing":
+            if self._engine.protect(self._engine.broadcast_text, seen) == "missing":
                 return False
-        shield.run(self._engine.load, folder, "store")
+        self._engine.protect(self._engine.load, folder, "store")
         return True
 
     @_collective
@@ -584,7 +584,7 @@ class KVStore:
         self._begin("save_optimizer_states")
         if self._engine.optimizer is None:
             raise OptimizerError("save_optimizer_states: the store has no optimizer; call set_optimizer first")
-        shield.run(self._engine.save, folder_path("save_optimizer_states", path), "optimizer-states")
+        self._engine.protect(self._engine.save, folder_path("save_optimizer_states", path), "optimizer-states")
 
     @_collective
     def load_optimizer_states(self, path: str | os.PathLike[str]) -> None:
@@ -595,7 +595,7 @@ class KVStore:
                 the store has not changed.
         """
         self._begin("load_optimizer_states")
-        shield.run(self._engine.load, folder_path("load_optimizer_states", path), "optimizer-states")
+        self._engine.protect(self._engine.load, folder_path("load_optimizer_states", path), "optimizer-states")
 
     # ------------------------------------------------------------ for Trainer.state_dict and load_state_dict
 
@@ -608,13 +608,13 @@ class KVStore:
             with self._engine.contents() as contents:
                 return read(contents)
 
-        return shield.run(call)
+        return self._engine.protect(call)
 
     @_collective
     def _load_state_dict(self, contents: Contents) -> None:
         """Take over what contents hold."""
         self._begin("load_state_dict")
-        shield.run(self._engine.restore, contents)
+        self._engine.protect(self._engine.restore, contents)
 
     # ------------------------------------------------------------ looking
 
@@ -675,7 +675,7 @@ class KVStore:
         """
         self._begin("delete")
         keys = list(dict.fromkeys(keys_of("delete", key)))
-        shield.run(self._engine.delete, keys)
+        self._engine.protect(self._engine.delete, keys)
         self._metrics.forget(keys)
 
     def is_capable(self, name: str) -> bool:
@@ -715,7 +715,7 @@ class KVStore:
     def barrier(self) -> None:
         """Wait until every worker has called ``barrier``; with one worker, return at once."""
         self._begin("barrier")
-        shield.run(self._engine.barrier)
+        self._engine.protect(self._engine.barrier)
 
     @runs_outside_modes
     def leave(self) -> None:
@@ -732,7 +732,7 @@ class KVStore:
         >>> tensorkv.create().leave()
         """
         self._begin("leave")
-        shield.run(self._engine.leave)
+        self._engine.protect(self._engine.leave)
 
     def dead_workers(self) -> list[int]:
         """Return the ranks of workers whose heartbeat has stopped (``dist_async``); other types have none.
@@ -755,7 +755,7 @@ class KVStore:
         """
         if not self._closed:
             self._check_fork("close")
-            shield.run(self._close)
+            self._engine.protect(self._close)
 
     def _close(self) -> None:
         if self._closed:

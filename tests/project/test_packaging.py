@@ -14,6 +14,7 @@ import pytest
 
 import tensorkv
 from tensorkv.cli import main
+from tensorkv.runtime.compiled import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("benchmarks", "docs", "examples", "src/tensorkv", "tests")
@@ -78,7 +79,7 @@ def test_a_wheel_is_of_a_platform_only_with_compiled_parts(tree, tmp_path, compi
         assert wheel.name.endswith("-py3-none-any.whl")
         assert (told["Root-Is-Purelib"], told["Tag"]) == ("true", "py3-none-any")
     else:
-        assert compiled == {"tensorkv/runtime/_native.abi3.so", "tensorkv/runtime/_shared.abi3.so"}
+        assert compiled == {f"tensorkv/runtime/{name}.abi3.so" for name in PARTS}
         assert "-cp311-abi3-linux" in wheel.name
         assert told["Root-Is-Purelib"] == "false"
 
@@ -115,16 +116,16 @@ def test_an_installation_without_compiled_parts_says_so(tree, tmp_path):
     report, version = ended.stdout.splitlines()
     file, told, value, compiled, shared = json.loads(report)
     assert Path(file).is_relative_to(tmp_path)
-    what = "installed without its compiled parts _native and _shared, since no C compiler was found"
+    what = "installed without its compiled parts _native, _shared, _signals, since no C compiler was found"
     assert told == [f"tensorkv is {what}: results are the same, calls slower; see docs/dependencies.md"]
     assert shared == f"tensorkv is {what}"
     assert value == [2.0] * 3
-    assert compiled == {"_native": False, "_shared": False}
+    assert compiled == dict.fromkeys(PARTS, False)
     assert version == f"tensorkv {tensorkv.__version__} ({what})"
 
 
 def test_a_full_installation_says_that_it_has_its_parts(capsys):
     with tensorkv.create() as kv:
-        assert kv.stats()["compiled"] == {"_native": True, "_shared": True}
+        assert kv.stats()["compiled"] == dict.fromkeys(PARTS, True)
     assert main.main(["--version"]) == 0
     assert capsys.readouterr().out == f"tensorkv {tensorkv.__version__}\n"

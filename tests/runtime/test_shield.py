@@ -1,9 +1,13 @@
 """A shielded call is whole, whatever a signal handler raises or calls while its caller waits."""
 
 import _thread
+import contextlib
 import contextvars
+import ctypes
 import gc
 import os
+import random
+import signal
 import sys
 import threading
 import time
@@ -22,18 +26,210 @@ def slow(done, interrupts=1):
     done.append(1)
 
 
+WAYS = pytest.mark.parametrize("protect", [shield.run, shield.defer], ids=["run", "defer"])
+
+
+@WAYS
 @pytest.mark.parametrize("interrupts", [1, 3])
-def test_an_interrupt_is_raised_when_the_work_has_ended(interrupts):
+def test_an_interrupt_is_raised_when_the_work_has_ended(protect, interrupts):
     done = []
     with pytest.raises(KeyboardInterrupt):
-        shield.run(slow, done, interrupts)
+        protect(slow, done, interrupts)
     assert done == [1]
 
 
-def test_what_the_work_raises_is_raised():
+@WAYS
+def test_what_the_work_raises_is_raised(protect):
     with pytest.raises(ZeroDivisionError):
-        shield.run(lambda: 1 / 0)
-    assert shield.run(int, "7") == 7
+        protect(lambda: 1 / 0)
+    assert protect(int, "7") == 7
+
+
+# ---------------------------------------------------------------- handlers that wait
+
+
+@pytest.fixture
+def handlers():
+    """Sets handlers, and puts back what was there."""
+    before = {}
+
+    def set_handler(number, handler):
+        before.setdefault(number, signal.getsignal(number))
+        signal.signal(number, handler)
+
+    yield set_handler
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_handlers_run_after_the_work_and_are_back(handlers):
+    order = []
+
+    def handle(number, frame):
+        order.append((number, frame is None))
+
+    handlers(signal.SIGUSR1, handle)
+    handlers(signal.SIGUSR2, handle)
+
+    def work():
+        signal.raise_signal(signal.SIGUSR2)
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
+        order.append("worked")
+        assert signal.getsignal(signal.SIGUSR1) is not handle
+        return 5
+
+    assert shield.defer(work) == 5
+    assert order == ["worked", (signal.SIGUSR1, False), (signal.SIGUSR2, False)]
+    assert signal.getsignal(signal.SIGUSR1) is handle
+    signal.raise_signal(signal.SIGUSR1)
+    assert len(order) == 4
+
+
+def test_every_handler_runs_and_the_first_exception_is_raised(handlers):
+    ran = []
+
+    def fail(number, frame):
+        ran.append(number)
+        raise ValueError(number)
+
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        handlers(number, fail)
+
+    def work(error=None):
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR2)
+        if error is not None:
+            raise error
+
+    for error in (None, KeyError("of the work")):
+        with pytest.raises(ValueError, match=str(int(signal.SIGUSR1))):
+            shield.defer(work, error)
+        assert [signal.getsignal(number) for number in ran] == [fail, fail]
+        ran.clear()
+
+
+def test_a_handler_that_the_work_sets_stays(handlers):
+    handlers(signal.SIGUSR1, lambda *_: None)
+    handlers(signal.SIGUSR2, signal.SIG_IGN)
+
+    def mine(*_):
+        pass
+
+    shield.defer(signal.signal, signal.SIGUSR1, mine)
+    shield.defer(signal.signal, signal.SIGUSR2, mine)
+    assert signal.getsignal(signal.SIGUSR1) is signal.getsignal(signal.SIGUSR2) is mine
+
+
+def test_a_handler_may_make_calls(handlers):
+    done = []
+    handlers(signal.SIGUSR1, lambda *_: shield.defer(done.append, "handler"))
+
+    def work():
+        signal.raise_signal(signal.SIGUSR1)
+        shield.defer(done.append, "inner")
+        done.append("outer")
+
+    shield.defer(work)
+    assert done == ["inner", "outer", "handler"]
+
+
+def test_one_signal_is_one_byte_for_an_event_loop(handlers):
+    """asyncio reads signals from a pipe, and has a handler that does nothing."""
+    handlers(signal.SIGUSR1, lambda *_: None)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer)
+    try:
+        shield.defer(signal.raise_signal, signal.SIGUSR1)
+    finally:
+        signal.set_wakeup_fd(before)
+    os.close(writer)
+    assert os.read(reader, 10) == bytes([signal.SIGUSR1])
+    os.close(reader)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the flags where Linux has them")
+def test_the_flags_of_a_handler_stay(handlers):
+    def restarts():
+        action = ctypes.create_string_buffer(256)
+        assert ctypes.CDLL(None).sigaction(int(signal.SIGUSR1), None, action) == 0
+        return bool(int.from_bytes(action.raw[136:140], sys.byteorder) & 0x10000000)
+
+    handlers(signal.SIGUSR1, lambda *_: None)
+    assert not restarts()
+    signal.siginterrupt(signal.SIGUSR1, False)
+    shield.defer(int)
+    assert restarts()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("forker", ["the work", "another thread"])
+def test_a_child_that_is_forked_during_a_call_has_the_handlers(handlers, forker):
+    def handle(*_):
+        pass
+
+    handlers(signal.SIGUSR1, handle)
+
+    def fork():
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if signal.getsignal(signal.SIGUSR1) is handle and shield.defer(int, "3") == 3 else 1)
+        statuses.append(os.waitpid(child, 0)[1])
+
+    def work():
+        if forker == "the work":
+            fork()
+        else:
+            thread = threading.Thread(target=fork)
+            thread.start()
+            thread.join()
+
+    statuses = []
+    shield.defer(work)
+    assert statuses == [0]
+    assert signal.getsignal(signal.SIGUSR1) is handle
+
+
+def test_without_the_compiled_part_another_thread_works(monkeypatch):
+    monkeypatch.setattr(shield, "_signals", None)
+    assert shield.defer(threading.get_ident) != threading.get_ident()
+
+
+def test_handlers_are_back_whatever_is_raised_at_any_moment(handlers):
+    """Timers of two signals whose handlers raise, while calls begin and end."""
+
+    class Boom(BaseException):
+        pass
+
+    def boom(*_):
+        raise Boom
+
+    def append_twice(done):
+        done.append(1)
+        done.append(2)
+
+    handlers(signal.SIGALRM, boom)
+    handlers(signal.SIGVTALRM, boom)
+    raised, draw = 0, random.Random(0)
+    while raised < 300:
+        done = []
+        try:
+            signal.setitimer(signal.ITIMER_REAL, draw.random() * 2e-5 + 1e-6)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 1e-6)
+            for _ in range(10):
+                shield.defer(append_twice, done)
+        except Boom:
+            raised += 1
+        finally:
+            for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL):
+                with contextlib.suppress(Boom):
+                    signal.setitimer(timer, 0)
+        assert len(done) % 2 == 0
+        assert signal.getsignal(signal.SIGALRM) is signal.getsignal(signal.SIGVTALRM) is boom
+
+
+# ---------------------------------------------------------------- calls in another thread
 
 
 def test_an_interrupt_before_the_work_begins_gives_it_up(monkeypatch):
@@ -91,8 +287,6 @@ def test_a_call_inside_of_another_has_a_thread_of_its_own():
         begun.set()
         _thread.interrupt_main()
         assert done.wait(60)
-
-    import signal
 
     def handle(*_):
         begun.wait(60)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,6 +28,7 @@ from tensorkv.storage.manifest import Contents, Kind
 
 from .call import Call
 
+T = TypeVar("T")
 Outs = Sequence[Sequence[torch.Tensor]]
 # How often ``wait_for`` looks at a version.
 _LOOK_S = 0.001
@@ -65,7 +66,11 @@ class Reader(ABC):
             return
         with outside_modes():
             call.check()
-            shield.run(call.fill, self.spec, partial(self._copy_out, call))
+            self.protect(call.fill, self.spec, partial(self._copy_out, call))
+
+    def protect(self, work: Callable[..., T], *args: Any) -> T:
+        """Make a call that no exception from a signal handler splits (see ``tensorkv.runtime.shield``)."""
+        return shield.run(work, *args)
 
     def _copy_out(self, call: Call, keys: Sequence[Key], outs: Outs) -> None:
         self.pull_into(keys, outs, call.priority)
@@ -120,7 +125,7 @@ class Reader(ABC):
             call.moved = self.one(key, value, call.out)
         elif len(key) >= MANY:
             with outside_modes():
-                call.moved = shield.run(self.many, key, value, call.out, call.priority)
+                call.moved = self.protect(self.many, key, value, call.out, call.priority)
             if call.moved is not None and call.out is not None:
                 count_writes(call.out)
         return call.moved is not None
@@ -130,9 +135,8 @@ class Engine(Reader):
     """What decides where values are and how pushes are summed.
 
     ``push``, ``pull`` and ``pushpull`` are the only ways in: a class that overrides one of them sees every such call.
-    Their defaults parse the call and hand it to ``push_parts``, ``pull_into`` and ``pushpull_into``, in a thread that
-    no exception from a signal handler reaches. Tensors and Rows share the caller's memory: an engine reads them
-    before its method returns, and keeps none.
+    Their defaults parse the call and hand it to ``push_parts``, ``pull_into`` and ``pushpull_into`` by ``protect``.
+    Tensors and Rows share the caller's memory: an engine reads them before its method returns, and keeps none.
     """
 
     capabilities: frozenset[str] = frozenset()
@@ -159,7 +163,7 @@ class Engine(Reader):
         if self._make_short(call):
             return
         with self.collective("push"), outside_modes():
-            shield.run(self.push_parts, call.batch, call.priority)
+            self.protect(self.push_parts, call.batch, call.priority)
 
     def pushpull(self, call: Call) -> None:
         """Make a push and a pull of the same keys, in one trip."""
@@ -167,7 +171,7 @@ class Engine(Reader):
             return
         with self.collective("pushpull"), outside_modes():
             call.check()
-            shield.run(call.fill, self.spec, partial(self._push_and_copy_out, call))
+            self.protect(call.fill, self.spec, partial(self._push_and_copy_out, call))
 
     def _push_and_copy_out(self, call: Call, keys: Sequence[Key], outs: Outs) -> None:
         self.pushpull_into(call.batch, outs, call.priority)

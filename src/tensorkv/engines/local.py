@@ -43,6 +43,7 @@ class LocalEngine(Engine):
     """
 
     capabilities = frozenset({"optimizer", "updater", "rows", "checkpoint", "snapshot"})
+    protect = staticmethod(shield.defer)
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class LocalEngine(Engine):
                 f'path is {folder_path("create", path)!r}, and "device" keeps nothing in a folder; use "local"'
             )
         else:
-            self._shard = shield.run(
+            self._shard = self.protect(
                 partial(
                     open_shard,
                     folder_path("create", path),

@@ -6,6 +6,8 @@ import logging
 from functools import cache
 from importlib import import_module
 
+PARTS = ("_native", "_shared", "_signals")
+
 log = logging.getLogger("tensorkv")
 
 
@@ -14,9 +16,9 @@ def parts() -> dict[str, bool]:
     """Return the compiled parts, and whether each can be used here.
 
     >>> parts()
-    {'_native': True, '_shared': True}
+    {'_native': True, '_shared': True, '_signals': True}
     """
-    return {name: _is_there(name) for name in ("_native", "_shared")}
+    return {name: _is_there(name) for name in PARTS}
 
 
 def _is_there(name: str) -> bool:
@@ -33,7 +35,7 @@ def describe() -> str:
     >>> describe()
     ''
     """
-    names = " and ".join(name for name, is_there in parts().items() if not is_there)
+    names = ", ".join(name for name, is_there in parts().items() if not is_there)
     return f"installed without its compiled parts {names}, since no C compiler was found" if names else ""
 
 

@@ -1,10 +1,14 @@
 """Shield: make calls that an exception from a signal handler cannot interrupt halfway.
 
 Python runs signal handlers in the main thread, between any two bytecodes, and what they raise (KeyboardInterrupt, a
-TimeoutError of ``signal.alarm``, SystemExit on SIGTERM) unwinds whatever runs there. So a store makes its calls in
-another thread while the main thread waits. An exception that arrives during the wait is raised when the call has
-ended: it has happened as a whole, or has not begun. A call that a handler makes has a thread of its own, so it waits
-for the one that it interrupts as any thread's call does.
+TimeoutError of ``signal.alarm``, SystemExit on SIGTERM) unwinds whatever runs there. There are two ways around it:
+
+- ``defer``: handlers run when the call has ended. It costs a few microseconds, and needs the compiled part.
+- ``run``: the call is made in another thread while the main thread waits and runs handlers, so that they can end a
+  call that waits for other processes. What they raise is raised when the call has ended. A call that a handler makes
+  has a thread of its own, so it waits for the one that it interrupts as any thread's call does.
+
+Either way the call has happened as a whole, or has not begun.
 
 Rejected: undoing a half-made call (values are updated in place), blocking signals (the kernel then delivers them to
 another thread, and the main thread still runs their handlers), and a lock that handlers may enter (they would see half
@@ -24,6 +28,11 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
+
+try:
+    from . import _signals
+except ImportError:
+    _signals = None  # type: ignore[assignment]
 
 T = TypeVar("T")
 
@@ -114,6 +123,8 @@ def _reset() -> None:
     # A forked child has none of the threads of its parent.
     _servers.clear()
     _main = get_ident()
+    if _signals is not None:
+        _signals.after_fork()
 
 
 os.register_at_fork(after_in_child=_reset)
@@ -130,6 +141,27 @@ def _idle_server() -> _Server | None:
         # The interpreter is ending, and nobody interrupts it any more, or the system is out of threads.
         return None
     return _servers[-1]
+
+
+def defer(work: Callable[..., T], *args: Any) -> T:
+    """Make a call that waits for no other process, and have signal handlers run when it has ended.
+
+    Args:
+        work: the call; made in this thread, or as by ``run`` where the compiled part is missing.
+        *args: its arguments.
+
+    Returns:
+        What the work returns.
+
+    Raises:
+        What the work raises; or what a signal handler raises, when the work has ended or before it has begun.
+
+    >>> defer(max, 1, 2)
+    2
+    """
+    if _signals is None:
+        return run(work, *args)
+    return work(*args) if get_ident() != _main or sys.is_finalizing() else _signals.defer(work, *args)
 
 
 def run(work: Callable[..., T], *args: Any) -> T:

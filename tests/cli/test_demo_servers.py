@@ -1,4 +1,4 @@
-"""The demo on parameter servers: it learns at every pace, and says where its picture is."""
+"""The demo on parameter servers: it learns in every mode, and names the PNG."""
 
 import os
 import re
@@ -9,7 +9,7 @@ import pytest
 
 import tensorkv
 from tensorkv.cli import demo, demo_servers, main
-from tensorkv.cli.demo_servers import Course, Pace
+from tensorkv.cli.demo_servers import AccuracyCurve, Consistency
 from tests.support.amount import amount
 
 pytest.importorskip("ray")
@@ -36,12 +36,12 @@ def test_the_demo_reaches_its_accuracy_and_names_the_png_last(tmp_path):
     options = ["--workers", workers, "--staleness", 2, "--servers", 2, "--epochs", epochs, "--min-accuracy", 0.95]
     ended = run_demo(tmp_path, *options)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    first, *paces, last = ended.stdout.splitlines()[-5:]
+    first, *modes, last = ended.stdout.splitlines()[-5:]
     assert last == "accuracy against time: tensorkv-demo.png"
     assert (tmp_path / "tensorkv-demo.png").read_bytes().startswith(PNG)
     trained = f"{epochs} epochs, adam on 2 servers; {workers} workers, "
     assert first.startswith(f"1347 training images, 450 test images, {trained}")
-    found = [re.match(r"(.+): test accuracy (0\.\d+) after [\d.]+ s, 90% after [\d.]+ s$", line) for line in paces]
+    found = [re.match(r"(.+): test accuracy (0\.\d+) after [\d.]+ s, 90% after [\d.]+ s$", line) for line in modes]
     assert [match[1] for match in found] == ["sync", "async", "staleness 2"]
     assert all(float(match[2]) >= 0.95 for match in found)
     steps = 22 * epochs
@@ -65,24 +65,24 @@ def test_one_worker_trains_in_this_process(ray_store, monkeypatch):
     digits, told = demo.load_digits(), []
     settings = demo.Settings(epochs=2, store="dist_async")
     with tensorkv.create("dist_async", name="one-worker") as kv:
-        course = demo_servers.train(
+        curve = demo_servers.train(
             digits, settings, kv, averages=False, progress=lambda updates, share: told.append(updates)
         )
-    assert course.accuracies[-1] > 0.7
+    assert curve.accuracies[-1] > 0.7
     assert told[-1] == 2 * 22
-    assert course.seconds == sorted(course.seconds)
-    assert len(course.seconds) == len(course.accuracies) == len(told)
+    assert curve.seconds == sorted(curve.seconds)
+    assert len(curve.seconds) == len(curve.accuracies) == len(told)
 
 
 def test_paces_are_the_one_asked_for_or_three():
-    assert demo_servers.paces("sync", None) == [Pace("sync")]
-    assert demo_servers.paces("async", 3) == [Pace("async", 3)]
-    assert demo_servers.paces(None, 0)[-1] == Pace("async", 0)
+    assert demo_servers.consistency_models("sync", None) == [Consistency("sync")]
+    assert demo_servers.consistency_models("async", 3) == [Consistency("async", 3)]
+    assert demo_servers.consistency_models(None, 0)[-1] == Consistency("async", 0)
 
 
 def test_the_picture_has_a_line_for_each_pace():
-    courses = {"sync": Course([0.1, 0.2], [0.1, 0.5]), "async": Course([0.1, 0.2], [0.4, 0.9])}
-    drawn = demo_servers.figure(courses, demo.Settings(), 4, 2)
+    curves = {"sync": AccuracyCurve([0.1, 0.2], [0.1, 0.5]), "async": AccuracyCurve([0.1, 0.2], [0.4, 0.9])}
+    drawn = demo_servers.figure(curves, demo.Settings(), 4, 2)
     (axes,) = drawn.axes
     assert [list(line.get_ydata()) for line in axes.get_lines()] == [[0.1, 0.5], [0.4, 0.9]]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["sync", "async"]
@@ -91,7 +91,7 @@ def test_the_picture_has_a_line_for_each_pace():
 
 
 def test_an_accuracy_that_was_never_reached_has_no_time():
-    assert Course([0.1], [0.5]).seconds_to(0.9) is None
+    assert AccuracyCurve([0.1], [0.5]).seconds_to(0.9) is None
 
 
 @pytest.mark.parametrize(

@@ -33,13 +33,13 @@ _COLOURS = ("#1b2a6b", "#f5b041", "#2e8b57")
 
 
 @dataclass(frozen=True)
-class Pace:
+class Consistency:
     """How far workers may be apart.
 
     Args:
         mode, staleness: as for ``tensorkv.create("dist_async")``.
 
-    >>> Pace("sync").name, Pace("async", 2).name, Pace("async").name
+    >>> Consistency("sync").name, Consistency("async", 2).name, Consistency("async").name
     ('sync', 'staleness 2', 'async')
     """
 
@@ -53,7 +53,7 @@ class Pace:
 
 
 @dataclass
-class Course:
+class AccuracyCurve:
     """The test accuracy over the seconds since the training began."""
 
     seconds: list[float] = field(default_factory=list)
@@ -62,26 +62,26 @@ class Course:
     def seconds_to(self, goal: float) -> float | None:
         """Return when the accuracy first reached a goal; None if it never did.
 
-        >>> Course([0.5, 1.0], [0.3, 0.95]).seconds_to(0.9)
+        >>> AccuracyCurve([0.5, 1.0], [0.3, 0.95]).seconds_to(0.9)
         1.0
         """
         return next((at for at, share in zip(self.seconds, self.accuracies, strict=True) if share >= goal), None)
 
 
-def paces(mode: str | None, staleness: int | None) -> list[Pace]:
+def consistency_models(mode: str | None, staleness: int | None) -> list[Consistency]:
     """Return the settings to train with, one after the other; ``run`` returns the accuracy of the last one.
 
-    >>> [pace.name for pace in paces(None, None)]
+    >>> [consistency.name for consistency in consistency_models(None, None)]
     ['sync', 'async', 'staleness 2']
-    >>> [pace.name for pace in paces("async", None)]
+    >>> [consistency.name for consistency in consistency_models("async", None)]
     ['async']
     """
     if mode is not None:
-        return [Pace(mode, staleness)]
-    return [Pace("sync"), Pace("async"), Pace("async", 2 if staleness is None else staleness)]
+        return [Consistency(mode, staleness)]
+    return [Consistency("sync"), Consistency("async"), Consistency("async", 2 if staleness is None else staleness)]
 
 
-def train(digits: Digits, settings: Settings, kv: KVStore, *, averages: bool, progress: Any = None) -> Course:
+def train(digits: Digits, settings: Settings, kv: KVStore, *, averages: bool, progress: Any = None) -> AccuracyCurve:
     """Train this worker's network on its share of every batch; the weights are in the store.
 
     Args:
@@ -102,7 +102,7 @@ def train(digits: Digits, settings: Settings, kv: KVStore, *, averages: bool, pr
     shuffler = torch.Generator().manual_seed(settings.seed)
     kv.barrier()  # the clock starts when every worker is ready
 
-    with _measuring(kv, trainer, digits, settings, progress) as course:
+    with _measuring(kv, trainer, digits, settings, progress) as curve:
         for epoch in range(settings.epochs):
             if kv.rank == 0:
                 trainer.learning_rate = first_rate * (1 - epoch / settings.epochs)
@@ -118,15 +118,17 @@ def train(digits: Digits, settings: Settings, kv: KVStore, *, averages: bool, pr
                     loss.backward()  # type: ignore[no-untyped-call]
                 trainer.step()  # push this worker's gradient, pull the present weights
         kv.barrier()
-    return course
+    return curve
 
 
 @contextmanager
-def _measuring(kv: KVStore, trainer: Trainer, digits: Digits, settings: Settings, progress: Any) -> Iterator[Course]:
+def _measuring(
+    kv: KVStore, trainer: Trainer, digits: Digits, settings: Settings, progress: Any
+) -> Iterator[AccuracyCurve]:
     """At rank 0, pull the weights and measure their accuracy while the workers train."""
-    course = Course()
+    curve = AccuracyCurve()
     if kv.rank != 0:
-        yield course
+        yield curve
         return
     model = network(settings.seed)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -135,10 +137,10 @@ def _measuring(kv: KVStore, trainer: Trainer, digits: Digits, settings: Settings
     def measure() -> None:
         kv.pull(weights)
         at = time.monotonic() - start
-        course.seconds.append(at)
-        course.accuracies.append(accuracy(model, digits))
+        curve.seconds.append(at)
+        curve.accuracies.append(accuracy(model, digits))
         if progress is not None:
-            progress(kv.info(trainer.keys[0]).version, course.accuracies[-1])
+            progress(kv.info(trainer.keys[0]).version, curve.accuracies[-1])
 
     def keep_measuring() -> None:
         while not ending.wait(_MEASURE_S):
@@ -147,7 +149,7 @@ def _measuring(kv: KVStore, trainer: Trainer, digits: Digits, settings: Settings
     thread = threading.Thread(target=keep_measuring, name="tensorkv-demo-accuracy")
     thread.start()
     try:
-        yield course
+        yield curve
     finally:
         ending.set()
         thread.join()
@@ -181,9 +183,9 @@ def run(
     """
     import matplotlib.figure  # noqa: F401 - so that a missing library is reported before the training
 
-    digits, chosen = load_digits(), paces(mode, staleness)
+    digits, chosen = load_digits(), consistency_models(mode, staleness)
     leads = os.environ.get("RANK", "0") == "0"
-    courses: dict[str, Course] = {}
+    curves: dict[str, AccuracyCurve] = {}
     with one_thread(), ExitStack() as stack:
         # All stores are open at the same time, since closing the last one shuts Ray down.
         stores = [
@@ -191,50 +193,49 @@ def run(
                 create(
                     settings.store,
                     num_servers=servers,
-                    mode=pace.mode,
-                    staleness=pace.staleness,
+                    mode=consistency.mode,
+                    staleness=consistency.staleness,
                     name=f"tensorkv-demo-{index}",
                 )
             )
-            for index, pace in enumerate(chosen)
+            for index, consistency in enumerate(chosen)
         ]
         bar = stack.enter_context(_bar(quiet or not leads))
-        for pace, kv in zip(chosen, stores, strict=True):
+        for consistency, kv in zip(chosen, stores, strict=True):
             steps = settings.epochs * -(-len(digits.labels) // settings.batch_size)
-            total = steps if pace.mode == "sync" else steps * kv.num_workers
-            task = bar.add_task(f"{pace.name:>12}", total=total, news="")
-            courses[pace.name] = train(
-                digits, settings, kv, averages=pace.mode == "sync", progress=_progress_of(bar, task)
+            total = steps if consistency.mode == "sync" else steps * kv.num_workers
+            task = bar.add_task(f"{consistency.name:>12}", total=total, news="")
+            curves[consistency.name] = train(
+                digits, settings, kv, averages=consistency.mode == "sync", progress=_progress_of(bar, task)
             )
         workers = stores[0].num_workers
     if not leads:
         return 1.0
-    save(figure(courses, settings, workers, servers), out)
+    save(figure(curves, settings, workers, servers), out)
     if not quiet:
         print(
             f"{len(digits.labels)} training images, {len(digits.test_labels)} test images, {settings.epochs} epochs, "
             f"{settings.optimizer} on {servers} server{'' if servers == 1 else 's'}; {workers} workers, "
             f"the last sleeps {1000 * SLEEP_S:.0f} ms in every step"
         )
-        for name, course in courses.items():
-            reached = course.seconds_to(_GOAL)
+        for name, curve in curves.items():
+            reached = curve.seconds_to(_GOAL)
             when = "never" if reached is None else f"after {reached:.1f} s"
             print(
-                f"{name}: test accuracy {course.accuracies[-1]:.4f} after {course.seconds[-1]:.1f} s, "
-                f"{_GOAL:.0%} {when}"
+                f"{name}: test accuracy {curve.accuracies[-1]:.4f} after {curve.seconds[-1]:.1f} s, {_GOAL:.0%} {when}"
             )
     print(f"accuracy against time: {out}")
-    return courses[chosen[-1].name].accuracies[-1]
+    return curves[chosen[-1].name].accuracies[-1]
 
 
-def figure(courses: Mapping[str, Course], settings: Settings, workers: int, servers: int) -> Any:
+def figure(curves: Mapping[str, AccuracyCurve], settings: Settings, workers: int, servers: int) -> Any:
     """Return a matplotlib figure of accuracy against seconds, with a line for each mode."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(9, 5), layout="constrained")
     axes = drawn.subplots()
-    for (name, course), colour in zip(courses.items(), _COLOURS, strict=False):
-        axes.plot(course.seconds, course.accuracies, color=colour, linewidth=2, label=name)
+    for (name, curve), colour in zip(curves.items(), _COLOURS, strict=False):
+        axes.plot(curve.seconds, curve.accuracies, color=colour, linewidth=2, label=name)
     # The modes differ in the first second.
     axes.set_xscale("log")
     axes.set_xlabel("seconds (log scale)")

@@ -91,7 +91,7 @@ class Trainer:
             raise ArgumentError(f"Trainer: prefix is {show(prefix)}; expected a str")
         self._kv = kv
         self._prefix = prefix
-        self._params = _aligned(_replicas(model_or_replicas), prefix)
+        self._params = _parameters_by_key(_replicas(model_or_replicas), prefix)
         self._update: StoreUpdate | WorkerUpdate
         with naming("Trainer"):
             kind = StoreUpdate if check_flag("update_on_store", update_on_store) else WorkerUpdate
@@ -253,7 +253,7 @@ def _replicas(given: Any) -> list[nn.Module]:
     return replicas
 
 
-def _aligned(replicas: list[nn.Module], prefix: str) -> Params:
+def _parameters_by_key(replicas: list[nn.Module], prefix: str) -> Params:
     """Return the trained parameter of every replica, by key; raise if replicas differ."""
     first, *others = [dict(replica.named_parameters()) for replica in replicas]
     seen = {id(param) for param in first.values()}

@@ -30,9 +30,9 @@ def library(request):
     return LIBRARIES[request.param]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_store():
-    """A store on parameter servers that keeps one Ray for all tests of this process: to start one takes seconds."""
+    """A store on parameter servers that keeps one Ray for all tests of a module: to start one takes seconds."""
     pytest.importorskip("ray")
     with tensorkv.create("dist_async", name="keeper of the tests") as keeper:
         yield keeper
@@ -40,7 +40,7 @@ def ray_store():
 
 @pytest.fixture
 def ray_address(ray_store):
-    """The variables with which another process joins this process's Ray."""
+    """The variable with which another process joins the Ray of a module."""
     import ray
 
     return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
@@ -89,9 +89,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.nodeid.startswith("tests/benchmarks/"):
             item.add_marker(pytest.mark.release)
-        if "ray_store" in item.fixturenames:
-            # One after another in one process, which starts Ray once.
-            item.add_marker(pytest.mark.xdist_group(f"ray in {item.path.parent.name}"))
 
 
 def _descriptors():

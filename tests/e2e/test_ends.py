@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import pytest
 import tensorkv
 from tensorkv.errors import KeyNotFoundError, StoreClosedError
 from tests.support.processes import Program
+from tests.support.until import until
 
 VERBS = {
     "push": lambda kv, folder: kv.push("w", np.ones(2)),
@@ -144,9 +144,7 @@ def test_a_store_that_a_handler_closes_keeps_every_acknowledged_push(how, n, tmp
     for life in range(3):
         file.write_bytes(b"")
         with Program(push_until_terminated, tmp_path / "store", n, how, file) as program:
-            deadline = time.monotonic() + 60
-            while file.stat().st_size < 2 + life and time.monotonic() < deadline:
-                time.sleep(0.005)
+            until(lambda pushes=2 + life: file.stat().st_size >= pushes)
             program.process.terminate()
             assert program.process.wait(100) == 7, program.text()
         acknowledged += file.stat().st_size

@@ -19,6 +19,7 @@ import torch
 import tensorkv
 from tests.support.amount import amount
 from tests.support.processes import Program
+from tests.support.until import until
 from tests.support.workers import run
 
 ray = pytest.importorskip("ray")
@@ -557,10 +558,7 @@ def test_a_worker_that_is_killed_is_named_and_its_rank_is_free_again(ray_address
         with Program(PROGRAMS, "silent", name_of(kv), env=ray_address) as program:
             assert program.wait_for("rank").split() == ["rank", "1"]
             assert kv._engine.dead_workers() == []
-        deadline = time.monotonic() + 60
-        while kv._engine.dead_workers() != [1] and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert kv._engine.dead_workers() == [1]
+        until(lambda: kv._engine.dead_workers() == [1])
         with tensorkv.create("dist_async", name=name_of(kv)) as follower:
             assert follower.rank == 1
             follower.pull("n")

@@ -18,6 +18,7 @@ import tensorkv
 from tests.support.amount import ALL, amount
 from tests.support.hosts import CAN_MAKE, cut, two_hosts
 from tests.support.processes import call
+from tests.support.until import until
 from tests.support.workers import Team, free_port, run
 from tests.sync.dist_programs import EQUAL, PAIRS, PHASES, REFUSED
 
@@ -234,9 +235,7 @@ def test_a_stopped_worker_is_named_after_the_timeout(phase):
 
 def test_ctrl_c_ends_every_worker():
     with Team(2, PROGRAMS, "interrupted") as team:
-        deadline = time.monotonic() + 60
-        while "ready" not in team.text(1) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        until(lambda: "ready" in team.text(1))
         time.sleep(0.5)
         team.processes[1].send_signal(signal.SIGINT)
         team.processes[1].wait(timeout=20)
@@ -257,9 +256,7 @@ def test_nothing_is_left_in_shared_memory():
     """Segments have no names, and end with the last process that has mapped them."""
     before = set(os.listdir("/dev/shm"))
     with Team(2, PROGRAMS, "lost", "between", "stop", 0) as team:
-        deadline = time.monotonic() + 60
-        while "fault fired" not in team.text(1) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        until(lambda: "fault fired" in team.text(1))
         during = segments_of(process.pid for process in team.processes)
         assert during
         assert {name for name in os.listdir("/dev/shm") if "tensorkv" in name} <= before
@@ -483,9 +480,7 @@ def test_hosts_give_the_bits_of_the_local_store(per_host):
 @needs_hosts
 def test_a_wire_that_breaks_is_an_error_on_both_hosts():
     with two_hosts() as hosts, Team(2, PROGRAMS, "endless", hosts=hosts) as team:
-        deadline = time.monotonic() + 60
-        while "turn 20" not in team.text(1) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        until(lambda: "turn 20" in team.text(1))
         cut(hosts[1])
         assert team.wait(60) == [0, 0]
         for rank in range(2):

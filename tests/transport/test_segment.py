@@ -4,7 +4,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 from unittest.mock import Mock
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 from tensorkv.runtime import _shared
 from tensorkv.transport.segment import LINE, Segment, can_share
+from tests.support.until import until
 
 
 def word(segment, number):
@@ -86,10 +86,7 @@ def test_who_lives_is_seen_by_others_and_not_inherited():
         assert mine.is_alive(1)
         assert not mine.is_alive(2)
         other.kill()
-        deadline = time.monotonic() + 2
-        while mine.is_alive(1) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not mine.is_alive(1)
+        until(lambda: not mine.is_alive(1))
     mine.close_file()
 
 

@@ -7,10 +7,14 @@ import numpy as np
 import torch
 
 import tensorkv
-from tensorkv.engines.sync import chain, host
+from tensorkv.engines import partition
+from tensorkv.engines.sync import chain, host, push
+from tests.support.amount import amount
 from tests.sync.dist_programs import F32, RANK, SIZE, check, create, say
 
-SHAPES = {"a": (5,), "b": (1_200_001,), "c": (40, 3), "h": (300, 70)}
+# Values are smaller than real ones, and so are the sizes from which they are divided and take several slots.
+SMALLER = amount(32, 1)
+SHAPES = {"a": (5,), "b": (1_200_000 // SMALLER + 1,), "c": (40, 3), "h": (300 // SMALLER, 70)}
 TABLE_ROWS = 1_000_000_000
 
 
@@ -46,6 +50,9 @@ def rows(key, *seed):
 def uneven(order, shared_memory):
     """Workers run out of batches in some order; sums are over the parts of the others, with the local store's bits."""
     places = [int(rank) for rank in order.split(",")]
+    partition._WHOLE //= SMALLER
+    push.SLOT_NBYTES //= SMALLER
+    push.SLOT_NBYTES_OVER_HOSTS //= SMALLER
     for rule in ("assign", "updater", "adam", "skip"):
         options = {"nonfinite": "skip"} if rule == "skip" else {}
         with create(shared_memory=shared_memory == "True", **options) as kv, tensorkv.create(**options) as local:

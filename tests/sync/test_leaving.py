@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support.amount import ALL
 from tests.support.hosts import CAN_MAKE, two_hosts
 from tests.support.workers import run
 
@@ -24,11 +25,9 @@ def run_over(per_host, *args):
     [
         ((1, 1), "0,1"),
         ((1, 1), "1,0"),
-        ((2, 2), "0,1,2,3"),
         ((2, 2), "3,2,1,0"),
-        ((2, 2), "0,2,3,1"),
         ((1, 3), "0,2,1,3"),
-        ((1, 3), "1,3,2,0"),
+        *([((2, 2), "0,1,2,3"), ((2, 2), "0,2,3,1"), ((1, 3), "1,3,2,0")] if ALL else []),
     ],
     ids=str,
 )
@@ -39,7 +38,12 @@ def test_sums_over_those_present_have_the_local_bits(per_host, order):
 
 @pytest.mark.parametrize(
     ("workers", "order", "shared_memory"),
-    [(3, "0,1,2", True), (2, "1,0", False), (3, "0,1,2", False), (3, "1,0,2", False), (3, "2,1,0", False)],
+    [
+        (3, "0,1,2", True),
+        (2, "1,0", False),
+        (3, "2,1,0", False),
+        *([(3, "0,1,2", False), (3, "1,0,2", False)] if ALL else []),
+    ],
 )
 def test_on_one_host_too(workers, order, shared_memory):
     for text in run(workers, PROGRAMS, "uneven", order, shared_memory, timeout_s=150):

@@ -167,7 +167,8 @@ def check_states(contents: Contents) -> None:
         for name, limit in _COUNTERS.items():
             if name in state:
                 number = float(state[name])
-                _check(0 <= number <= limit, f"{quote(entry.key)}: {quote(name)} is {number}")
+                if not 0 <= number <= limit:
+                    raise CheckpointError(f"{quote(entry.key)}: {quote(name)} is {number}")
 
 
 def restore_rule(described: Any) -> StepOptimizer:
@@ -198,16 +199,19 @@ def _restore_entry(kind: str, described: Any, tensors: Tensors) -> Entry:
     is_table = _one_of(described, "kind", ("dense", "rows")) == "rows"
     shape = _shape(key, described, dtype, is_table)
     version = _field(described, "version", int)
-    _check(0 <= version < 1 << 63, f"{quote(key)}: version {version}")
+    if not 0 <= version < 1 << 63:
+        raise CheckpointError(f"{quote(key)}: version {version}")
     state: State = {}
     for name in _field(described, "state", list):
-        _check(isinstance(name, str) and name.isidentifier(), f"{quote(key)}: state {name!r}")
+        if not isinstance(name, str) or not name.isidentifier():
+            raise CheckpointError(f"{quote(key)}: state {name!r}")
         state[name] = _pop(tensors, _name(f"state/{name}", key), dtype, shape)
     value: torch.Tensor | Table
     if is_table:
         value = _restore_table(kind, key, described, shape, dtype, tensors)
     else:
-        _check(_field(described, "columns", dict) == {}, f"{quote(key)}: a dense key with columns")
+        if _field(described, "columns", dict):
+            raise CheckpointError(f"{quote(key)}: a dense key with columns")
         value = torch.empty(shape, dtype=dtype, device="meta")
         if kind != "optimizer-states":
             value = _pop_exactly(tensors, _name("value", key), dtype, shape)
@@ -256,13 +260,15 @@ def _shape(key: Key, described: Any, dtype: torch.dtype, is_table: bool) -> torc
     fits = all(type(size) is int and 0 <= size < 1 << 63 for size in shape) and len(shape) >= is_table
     # Of a table, only a row must fit into memory.
     nbytes = dtype.itemsize * math.prod(size or 1 for size in shape[is_table:]) if fits else 0
-    _check(fits and nbytes < 1 << 63, f"{quote(key)}: shape {shape}")
+    if not fits or nbytes >= 1 << 63:
+        raise CheckpointError(f"{quote(key)}: shape {shape}")
     return torch.Size(shape)
 
 
 def _pop(tensors: Tensors, name: str, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
-    _check(name in tensors, f"the tensor {quote(name)} is missing")
-    tensor = tensors.pop(name)
+    tensor = tensors.pop(name, None)
+    if tensor is None:
+        raise CheckpointError(f"the tensor {quote(name)} is missing")
     if dtype.is_complex and tensor.dtype is dtype.to_real() and tensor.shape == (*shape, 2):
         # torch views pairs as complex numbers only where they begin at an even place.
         return torch.view_as_complex(tensor.clone() if tensor.storage_offset() % 2 else tensor)
@@ -271,25 +277,29 @@ def _pop(tensors: Tensors, name: str, dtype: torch.dtype, shape: torch.Size) -> 
 
 def _pop_exactly(tensors: Tensors, name: str, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
     tensor = _pop(tensors, name, dtype, shape)
-    _check(
-        tensor.shape == shape and tensor.dtype is dtype,
-        f"the tensor {quote(name)} is {interop.dtype_name(tensor.dtype)} {tuple(tensor.shape)}, "
-        f"the manifest says {interop.dtype_name(dtype)} {tuple(shape)}",
-    )
-    is_bool = dtype is torch.bool
-    _check(not is_bool or bool((tensor.view(torch.uint8) <= 1).all()), f"{quote(name)}: bool bytes other than 0 and 1")
+    if tensor.shape != shape or tensor.dtype is not dtype:
+        raise CheckpointError(
+            f"the tensor {quote(name)} is {interop.dtype_name(tensor.dtype)} {tuple(tensor.shape)}, "
+            f"the manifest says {interop.dtype_name(dtype)} {tuple(shape)}"
+        )
+    if dtype is torch.bool and not bool((tensor.view(torch.uint8) <= 1).all()):
+        raise CheckpointError(f"{quote(name)}: bool bytes other than 0 and 1")
     return tensor
 
 
 def _field(data: Any, name: str, kind: Any) -> Any:
-    _check(isinstance(data, dict) and name in data, f"the field {quote(name)} is missing")
-    _check(isinstance(data[name], kind) and not isinstance(data[name], bool), f"the field {quote(name)} is wrong")
-    return data[name]
+    if not isinstance(data, dict) or name not in data:
+        raise CheckpointError(f"the field {quote(name)} is missing")
+    value = data[name]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise CheckpointError(f"the field {quote(name)} is wrong")
+    return value
 
 
 def _one_of(data: Any, name: str, choices: tuple[str, ...]) -> Any:
     choice = _field(data, name, str)
-    _check(choice in choices, f"{name} is {choice!r}; expected one of {', '.join(choices)}")
+    if choice not in choices:
+        raise CheckpointError(f"{name} is {choice!r}; expected one of {', '.join(choices)}")
     return choice
 
 

@@ -131,7 +131,13 @@ class WaitForOptimizer(Message):
 
 @dataclass(kw_only=True)
 class ListKeys(Message):
-    """Reply with every key and its metadata."""
+    """Reply with the optimizer, and with every key and its metadata unless the client knows them.
+
+    Args:
+        known: the ``changes`` of the listing that the client has (None: it has none).
+    """
+
+    known: list[Any] | None = None
 
 
 @dataclass(kw_only=True)

@@ -190,11 +190,13 @@ class PSEngine(Engine):
         with self._sessions.take() as session:
             return session.send(requests, timeout_s=timeout_s)
 
-    def _list(self, session: Session | None = None) -> list[dict[str, Any]]:
+    def _list(self, known: Sequence[Any], session: Session | None = None) -> list[dict[str, Any]]:
+        requests = [ServerRequest(server, messages.ListKeys(known=known[server])) for server in self._all]
         if session is None:
-            return self._ask(messages.ListKeys())
-        requests = [ServerRequest(server, messages.ListKeys()) for server in self._all]
-        return [reply.head for reply in session.send(requests, timeout_s=self._heartbeat_s)]
+            replies = shield.run(self._send, requests)
+        else:
+            replies = session.send(requests, timeout_s=self._heartbeat_s)
+        return [reply.head for reply in replies]
 
     def _send_heartbeats(self) -> None:
         """Tell the servers that this client is alive, and refresh the keys when a server has other ones."""
@@ -209,7 +211,7 @@ class PSEngine(Engine):
                 replies = session.send(requests, timeout_s=self._heartbeat_s)
                 if changes != [reply.head["changes"] for reply in replies]:
                     # Other clients have created, deleted or re-created keys.
-                    self._keymap.refresh(partial(self._list, session))
+                    self._keymap.refresh(partial(self._list, session=session))
                     changes = [reply.head["changes"] for reply in replies]
             except TensorKVError:
                 # The next call of the user gets the error.

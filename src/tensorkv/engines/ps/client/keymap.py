@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,7 +22,30 @@ from .layout import KeyPlacement, Layout
 
 _CACHED_LAYOUTS = 256
 
-Ask = Callable[[], Sequence[Mapping[str, Any]]]
+Ask = Callable[[Sequence[Any]], Sequence[Mapping[str, Any]]]
+"""Asks every server for its keys, unless they are those of this client's last listing, and for the rule."""
+
+
+class Listing(NamedTuple):
+    """The keys of one server.
+
+    Args:
+        changes: what differs when the server has other keys (None: nothing is known).
+        placements: of its keys.
+    """
+
+    changes: Any
+    placements: dict[Key, KeyPlacement]
+
+    @classmethod
+    def from_reply(cls, reply: Mapping[str, Any]) -> Listing:
+        """Return the listing of a reply to ``ListKeys``; keys of one kind share their spec and pieces."""
+        kinds = [KeyPlacement.from_metadata({**kind, "order": 0}) for kind in reply["kinds"]]
+        placements = {}
+        for key, number, order in reply["keys"]:
+            kind = kinds[number]
+            placements[key] = KeyPlacement(kind.spec, kind.pieces, order)
+        return cls(reply["changes"], placements)
 
 
 class KeyMap:
@@ -30,7 +53,7 @@ class KeyMap:
 
     Args:
         num_servers: over which keys lie.
-        ask: asks every server for its list of keys.
+        ask: asks every server for its keys.
         wide: whether sums travel in the dtype in which they are made.
     """
 
@@ -39,6 +62,7 @@ class KeyMap:
         self._lock = threading.RLock()
         self._placements: KeyTable[KeyPlacement] = KeyTable()
         self._asked = self._answered = 0
+        self._listings = [Listing(None, {})] * num_servers
         self._incomplete: dict[Key, set[int]] = {}
         self._entries: dict[Key, Entry] = {}
         self._layouts: dict[tuple[Key, ...], Layout] = {}
@@ -55,38 +79,48 @@ class KeyMap:
     def _refresh(self, ask: Ask) -> None:
         with self._lock:
             self._asked += 1
-            number = self._asked
-        listings = ask()
-        metadata: dict[Key, Any] = {}
-        found: dict[Key, set[int]] = {}
-        for server, listing in enumerate(listings):
-            for key, data, _, _ in listing["keys"]:
-                metadata[key] = data
-                found.setdefault(key, set()).add(server)
+            number, known = self._asked, self._listings
+        replies = ask([listing.changes for listing in known])
+        listings = [
+            Listing.from_reply(reply) if "keys" in reply else before
+            for reply, before in zip(replies, known, strict=True)
+        ]
         with self._lock:
             if number < self._answered:
                 # Another thread has asked later and was answered earlier.
                 return
             self._answered = number
-            old, new, incomplete = self._placements, KeyTable[KeyPlacement](), {}
-            for key in sorted(metadata, key=lambda key: metadata[key]["order"]):
-                placement = KeyPlacement.from_metadata(metadata[key])
-                # A key exists when all of its pieces do.
-                if found[key] >= set(placement.servers):
-                    new[key] = old[key] if old.get(key) == placement else placement
-                else:
-                    incomplete[key] = found[key]
-            # Other threads read these without the lock: they are replaced, not changed.
-            self._placements, self._incomplete = new, incomplete
-            if new != old:
-                self._layouts = {}
-            self._entries = {key: each for key, each in self._entries.copy().items() if new.get(key) is old.get(key)}
-            described = listings[0]["optimizer"]
+            if any(mine is not theirs for mine, theirs in zip(listings, self._listings, strict=True)):
+                self._listings = listings
+                self._join(listings)
+            described = replies[0]["optimizer"]
             if described is not None:
                 # Each server has the overrides of its own keys.
-                optimizers = [listing["optimizer"] for listing in listings if listing["optimizer"] is not None]
+                optimizers = [reply["optimizer"] for reply in replies if reply["optimizer"] is not None]
                 described = {**described, "overrides": [own for each in optimizers for own in each["overrides"]]}
             self._set_rule(None if described is None else OptimizerSpec.from_json(described))
+
+    def _join(self, listings: Sequence[Listing]) -> None:
+        """Take over the keys that servers have listed."""
+        placements: dict[Key, KeyPlacement] = {}
+        found: dict[Key, set[int]] = {}
+        for server, listing in enumerate(listings):
+            placements.update(listing.placements)
+            for key in listing.placements:
+                found.setdefault(key, set()).add(server)
+        old, new, incomplete = self._placements, KeyTable[KeyPlacement](), {}
+        for key, placement in sorted(placements.items(), key=lambda item: item[1].order):
+            # A key exists when all of its pieces do.
+            if found[key].issuperset(placement.servers):
+                before = old.get(key)
+                new[key] = before if before is not None and before == placement else placement
+            else:
+                incomplete[key] = found[key]
+        # Other threads read these without the lock: they are replaced, not changed.
+        self._placements, self._incomplete = new, incomplete
+        if new != old:
+            self._layouts = {}
+        self._entries = {key: each for key, each in self._entries.copy().items() if new.get(key) is old.get(key)}
 
     def _set_rule(self, spec: OptimizerSpec | None) -> None:
         mine = self.optimizer

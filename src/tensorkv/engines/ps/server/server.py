@@ -337,7 +337,17 @@ class Server:
         return Reply({})
 
     def _list_keys(self, request: Request[messages.ListKeys]) -> Reply:
-        return Reply(self._state.listing())
+        # Read before the keys: a change in between has the client ask once more, not miss it.
+        changes = self._changes
+        told: dict[str, Any] = {"optimizer": self._state.describe_optimizer()}
+        if changes != request.message.known:
+            told |= {"changes": changes, **self._state.listing()}
+        return Reply(told)
+
+    @property
+    def _changes(self) -> list[Any]:
+        """What differs when the keys or their metadata do."""
+        return [self.incarnation, self._state.inits]
 
     def _info(self, request: Request[messages.Info]) -> Reply:
         info = self._state.shard.entry("info", request.message.key).info()
@@ -355,7 +365,7 @@ class Server:
     def _heartbeat(self, request: Request[messages.Heartbeat]) -> Reply:
         self._membership.remove_idle()
         self._drop_snapshots_of_dead_clients()
-        return Reply({"changes": [self.incarnation, self._state.inits], "dead": self._staleness.dead()})
+        return Reply({"changes": self._changes, "dead": self._staleness.dead()})
 
     def _disconnect(self, request: Request[messages.Disconnect]) -> Reply:
         self.is_broken = self.is_broken or request.message.broken

@@ -57,7 +57,7 @@ class ServerState:
         self.snapshots = CopyOnWriteSnapshots(options.keep)
         self._layouts: dict[tuple[Key, ...], tuple[bytes, int]] = {}
         self.inits = 0
-        """How often keys were created, deleted or re-created."""
+        """How often keys were created, deleted or re-created, or their metadata set."""
         self._index = index
 
     # ------------------------------------------------------------ pushes and pulls
@@ -195,12 +195,26 @@ class ServerState:
         gone = [json.dumps(key) for key in keys if key not in self.shard]
         self.set_metadata({name: None for name in gone if name in self.shard.notes})
 
+    def describe_optimizer(self) -> dict[str, Any] | None:
+        """Return the optimizer as plain data, None without one."""
+        spec = self.shard.optimizer
+        return None if spec is None else spec.to_json()
+
     def listing(self) -> dict[str, Any]:
-        """Return every key with its metadata, version and bytes, and the optimizer."""
+        """Return every key with the number of its kind and its order; metadata that many keys share stand once."""
         with self.shard.frozen() as (entries, _):
-            spec = self.shard.optimizer
-            keys = [[e.key, self._metadata_of(e.key), e.version, e.value.nbytes] for e in entries]
-        return {"keys": keys, "optimizer": None if spec is None else spec.to_json()}
+            found = [(entry.key, self._metadata_of(entry.key)) for entry in entries]
+        keys: list[Any] = []
+        kinds: list[Any] = []
+        numbers: dict[Any, int] = {}
+        for key, data in found:
+            names = (data["dtype"], data["library"], data["device"], data["table"])
+            kind = (*names, tuple(data["shape"]), tuple(map(tuple, data["pieces"])))
+            number = numbers.setdefault(kind, len(kinds))
+            if number == len(kinds):
+                kinds.append({name: each for name, each in data.items() if name != "order"})
+            keys.append([key, number, data["order"]])
+        return {"kinds": kinds, "keys": keys}
 
     def contents(self) -> Reply:
         """Return everything that the shard holds, in the form of a checkpoint."""
@@ -255,6 +269,7 @@ class ServerState:
         """
         for name, data in notes.items():
             self.shard.commit(Note(name, data))
+        self.inits += 1
 
 
 def contents_of(request: Request[Init | Restore]) -> Contents:

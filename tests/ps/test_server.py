@@ -1271,6 +1271,62 @@ def test_invalid_buffers_are_refused(buffers):
         assert kv.pull("w").tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ({"dtype": "float64"}, [["n", 0, 0]]),
+        ({"dtype": "float99"}, [["n", 0, 0]]),
+        ({"shape": [3, 1]}, [["n", 0, 0]]),
+        ({"shape": "3"}, [["n", 0, 0]]),
+        ({"table": True}, [["n", 0, 0]]),
+        ({"pieces": [[0, 0]]}, [["n", 0, 0]]),
+        ({"pieces": [[0, 0, "3"]]}, [["n", 0, 0]]),
+        ({"library": "abacus"}, [["n", 0, 0]]),
+        ({}, []),
+        ({}, [["m", 0, 0]]),
+        ({}, [["n", 7, 0]]),
+        ({}, [["n", 0, "first"]]),
+        ({}, [["n", 0, 0], ["n", 0, 1]]),
+        ({}, 3),
+    ],
+)
+def test_a_malformed_init_changes_nothing(kind, keys):
+    good = {"dtype": "float32", "shape": [3], "table": False, "pieces": [[0, 0, 3]], "library": "numpy", "device": None}
+    with Cluster() as cluster:
+        kv, (server,) = cluster.store(), cluster.servers
+        packed = pack([Item("n", "sum", torch.ones(3))])
+        head = {"verb": "init", "owner": "x", "client": "x.1", "kinds": [{**good, **kind}], "keys": keys}
+        told = server.serve({**head, "seq": 1}, packed.layout, b"".join(packed.payload)).head
+        assert "error" in told
+        assert kv.keys() == []
+        assert not server._state.shard.notes
+        # What is wrong is what was changed.
+        head |= {"kinds": [good], "keys": [["n", 0, 0]]}
+        assert server.serve({**head, "seq": 2}, packed.layout, b"".join(packed.payload)).head == {}
+        assert kv.pull("n").tolist() == [1, 1, 1]
+
+
+def test_keys_are_listed_again_only_when_they_have_changed():
+    with Cluster(2) as cluster:
+        kv, other = cluster.stores(2)
+        kv.init(["a", "b"], [np.zeros(3), np.zeros((2, 2), F32)])
+        kv.keys()
+        listings = [server._state for server in cluster.servers]
+        with mock.patch.object(type(listings[0]), "listing", side_effect=AssertionError("nothing has changed")):
+            assert kv.keys() == ["a", "b"]
+        other.init("c", np.zeros(3))
+        assert kv.keys() == ["a", "b", "c"]
+        other.delete("a")
+        assert kv.keys() == ["b", "c"]
+        other.init("a", np.zeros(5))
+        assert kv.keys() == ["b", "c", "a"]
+        assert kv.info("a").shape == (5,)
+        # A server that was restarted counts anew.
+        for server in cluster.servers:
+            server.incarnation = "another"
+        assert kv.keys() == ["b", "c", "a"]
+
+
 def test_a_server_that_cannot_open_the_clients_memory_is_asked_through_ray(monkeypatch):
     with Cluster() as cluster:
         monkeypatch.setattr(channel.OpenBuffers, "find", mock.Mock(side_effect=OSError("another PID namespace")))

@@ -6,7 +6,7 @@ written before it is applied; replaying the log applies the same changes again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,8 +125,7 @@ class RestoreStates(Change):
 
 
 @dataclass(slots=True)
-class Note(Change):
-    """Keep some plain data, for JSON, beside the values; None removes it."""
+class SetNotes(Change):
+    """Keep plain data, for JSON, beside the values, by name; None removes a note."""
 
-    name: str
-    data: Any
+    notes: Mapping[str, Any]

@@ -30,13 +30,13 @@ from .changes import (
     Change,
     Delete,
     Init,
-    Note,
     PlannedPush,
     Push,
     Put,
     RequestIds,
     Restore,
     RestoreStates,
+    SetNotes,
     SetRule,
 )
 from .entry import Batch, Entry, Part
@@ -361,7 +361,7 @@ class Shard:
             self._commit(RestoreStates(entries, self._rule if rule is None else rule, requests=requests))
 
     def commit(self, change: Change) -> None:
-        """Make a change that needs no check, such as a ``Note``."""
+        """Make a change that needs no check, such as ``SetNotes``."""
         with self._lock:
             self.refuse_reentry()
             self._commit(change)
@@ -432,10 +432,10 @@ class Shard:
                 self._keep_overrides()
             case RestoreStates(entries=entries, rule=rule):
                 self._restore_states(entries, rule)
-            case Note(name=name, data=None):
-                self.notes.pop(name, None)
-            case Note(name=name, data=data):
-                self.notes[name] = data
+            case SetNotes(notes=notes):
+                self.notes |= notes
+                for name in [name for name, data in notes.items() if data is None]:
+                    del self.notes[name]
             case _:
                 raise TypeError(f"a shard has no change {type(change).__name__}")
         return False

@@ -11,7 +11,7 @@ import torch
 from tensorkv.arrays.packing import Item, raw_bytes
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import CheckpointError, StorageError, quote
-from tensorkv.shard.changes import Change, Delete, Init, Note, PlannedPush, Push, Put, SetRule
+from tensorkv.shard.changes import Change, Delete, Init, PlannedPush, Push, Put, SetNotes, SetRule
 from tensorkv.shard.entry import Batch, Entry
 from tensorkv.shard.rules import Assign, LostUpdater, Rule, StepOptimizer, check_push
 from tensorkv.shard.shard import Shard
@@ -49,8 +49,8 @@ def _encode(change: Change) -> Record:
             return Record({"verb": "delete", "keys": list(keys)})
         case SetRule(rule=rule):
             return Record({"verb": "rule", **_describe_rule(rule)})
-        case Note(name=name, data=data):
-            return Record({"verb": "note", "name": name, "data": data})
+        case SetNotes(notes=notes):
+            return Record({"verb": "notes", "notes": dict(notes)})
         case Events(events=events):
             return Record({"verb": "session", "events": list(events)})
     raise TypeError(f"a log has no record of a {type(change).__name__}")
@@ -80,8 +80,8 @@ def decode(record: Record, shard: Shard) -> Change:
             return Delete(_list(head["keys"]))
         case "rule":
             return SetRule(_read_rule(head, shard))
-        case "note":
-            return Note(head["name"], head["data"])
+        case "notes":
+            return SetNotes(dict(head["notes"]))
         case "session":
             return Events(_list(head["events"]))
         case verb:

@@ -192,12 +192,9 @@ def restore_rule(described: Any) -> StepOptimizer:
 
 def _restore_entry(kind: str, described: Any, tensors: Tensors) -> Entry:
     key = check_key("load", _field(described, "key", (str, int)))
-    name = _field(described, "dtype", str)
-    dtype = _DTYPES.get(name)
-    if dtype is None:
-        raise CheckpointError(f"{quote(key)}: dtype {name!r} is unknown")
     is_table = _one_of(described, "kind", ("dense", "rows")) == "rows"
-    shape = _shape(key, described, dtype, is_table)
+    spec = restore_spec(key, described, is_table=is_table)
+    dtype, shape = spec.dtype, spec.shape
     version = _field(described, "version", int)
     if not 0 <= version < 1 << 63:
         raise CheckpointError(f"{quote(key)}: version {version}")
@@ -215,7 +212,20 @@ def _restore_entry(kind: str, described: Any, tensors: Tensors) -> Entry:
         value = torch.empty(shape, dtype=dtype, device="meta")
         if kind != "optimizer-states":
             value = _pop_exactly(tensors, _name("value", key), dtype, shape)
-    return Entry(key, KeySpec(shape, dtype, origin_of(described), is_table), value, version, state)
+    return Entry(key, spec, value, version, state)
+
+
+def restore_spec(key: Key, described: Any, *, is_table: bool) -> KeySpec:
+    """Check and return the shape, dtype, library and device of a key.
+
+    Raises:
+        CheckpointError: they are malformed.
+    """
+    name = _field(described, "dtype", str)
+    dtype = _DTYPES.get(name)
+    if dtype is None:
+        raise CheckpointError(f"{quote(key)}: dtype {name!r} is unknown")
+    return KeySpec(_shape(key, described, dtype, is_table), dtype, origin_of(described), is_table)
 
 
 def _restore_table(

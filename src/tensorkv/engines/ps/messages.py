@@ -86,15 +86,25 @@ class PullRows(Message):
 
 @dataclass(kw_only=True)
 class Init(Message):
-    """Add keys: ``body`` describes them as a manifest does, ``metadata`` is by the JSON of each key."""
+    """Add keys with the values in the payload; the layout is that of a push.
 
-    body: Any
-    metadata: dict[str, Any]
+    Args:
+        kinds: metadata that several keys share.
+        keys: a list for each key of the layout: the key, the number of its kind, and its order.
+    """
+
+    kinds: list[Any]
+    keys: list[Any]
 
 
 @dataclass(kw_only=True)
 class Restore(Message):
-    """Replace everything by the contents of a checkpoint; fields as of ``Init``."""
+    """Replace everything by the contents of a checkpoint.
+
+    Args:
+        body: its manifest.
+        metadata: of keys, by the JSON of each.
+    """
 
     body: Any
     metadata: dict[str, Any]

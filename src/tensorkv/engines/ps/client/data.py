@@ -1,4 +1,4 @@
-"""The pushes and pulls of a client: values are cut by server, and put together again."""
+"""The inits, pushes and pulls of a client: values are cut by server, and put together again."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tensorkv.shard.plan import Column
 from tensorkv.shard.pool import Pool
 from tensorkv.shard.rules import check_push
 
-from ..messages import Pull, PullRows, Push
+from ..messages import Init, Pull, PullRows, Push
 from .keymap import KeyMap
-from .layout import KeyPlacement, Layout, ServerLayout, list_name
+from .layout import KeyPlacement, Layout, ServerLayout, describe, list_name
 from .rpc import ServerReply
-from .session import ServerRequest, Session, SessionPool
+from .session import Fill, ServerRequest, Session, SessionPool
 
 Outs = Sequence[Sequence[torch.Tensor]]
 # Pulls of more bytes are read from a copy that all readers of a host share.
@@ -63,6 +63,28 @@ class DataClient:
     def close(self) -> None:
         """End the threads."""
         self._pool.close()
+
+    # ------------------------------------------------------------ init
+
+    def init(self, keys: Sequence[Key], values: Sequence[Part], placements: Sequence[KeyPlacement]) -> None:
+        """Create keys with values, of which each server gets its pieces."""
+        requests = []
+        if any(isinstance(value, Rows) for value in values):
+            totals = [rows.merge([value]) if isinstance(value, Rows) else value for value in values]
+            for server in sorted({server for each in placements for server in each.servers}):
+                mine = [index for index, each in enumerate(placements) if server in each.servers]
+                items = [item for i in mine for item in _items(keys[i], placements[i], totals[i], server)]
+                message = _init_of(mine, keys, placements)
+                requests.append(ServerRequest.of_tensors(server, message, pack(items)))
+        else:
+            layout, parts = Layout(keys, placements, wide=False), [[value] for value in values]
+            columns = None if layout.form is None else layout.form.columns(parts)
+            for each in layout.pushed:
+                message = _init_of([piece.key for piece in each.pieces], keys, placements)
+                fill = self._fill(layout, each, columns, parts)
+                requests.append(ServerRequest(each.server, message, each.layout, each.nbytes, fill))
+        with self._sessions.take() as session:
+            session.send(requests)
 
     # ------------------------------------------------------------ push
 
@@ -129,10 +151,7 @@ class DataClient:
         pulls = outs is not None
         requests = []
         for pushed, pulled in zip(layout.pushed, layout.pulled, strict=True):
-            fill = partial(pushed.gather, parts)
-            if columns is not None and layout.form is not None:
-                addresses = [column.addresses for column in columns]
-                fill = partial(pushed.gather_columns, layout.form.dtype, addresses, pool=self._pool)
+            fill = self._fill(layout, pushed, columns, parts)
             message = Push(pulls=True, checksum=pulled.checksum) if pulls else Push()
             reply_nbytes = pulled.nbytes if pulls else 0
             requests.append(ServerRequest(pushed.server, message, pushed.layout, pushed.nbytes, fill, reply_nbytes))
@@ -141,6 +160,13 @@ class DataClient:
             for pulled, reply in zip(layout.pulled, replies, strict=True):
                 if outs is not None:
                     self._scatter(layout, pulled, reply.payload, outs, targets)
+
+    def _fill(self, layout: Layout, pushed: ServerLayout, columns: list[Column] | None, parts: Sequence[Any]) -> Fill:
+        """Return what writes the sums of a server's pieces to the memory of a request."""
+        if columns is None or layout.form is None:
+            return partial(pushed.gather, parts)
+        addresses = [column.addresses for column in columns]
+        return partial(pushed.gather_columns, layout.form.dtype, addresses, pool=self._pool)
 
     def _scatter(
         self, layout: Layout, pulled: ServerLayout, values: torch.Tensor, outs: Outs, targets: list[Column] | None
@@ -305,6 +331,12 @@ class DataClient:
             # Another client has deleted or re-created a key.
             self._keymap.refresh()
             raise
+
+
+def _init_of(indices: Sequence[int], keys: Sequence[Key], placements: Sequence[KeyPlacement]) -> Init:
+    """Return the message that creates some of the keys."""
+    kinds, described = describe([keys[i] for i in indices], [placements[i] for i in indices])
+    return Init(kinds=kinds, keys=described)
 
 
 def _with(request: ServerRequest, **fields: Any) -> ServerRequest:

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +16,7 @@ import torch
 
 from tensorkv import errors
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.packing import Item, pack
-from tensorkv.arrays.rows import Rows, merge
+from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.base import Engine, Outs
 from tensorkv.engines.ps.ray import cluster
@@ -33,12 +31,11 @@ from tensorkv.errors import (
     quote,
 )
 from tensorkv.runtime import forks, shield
-from tensorkv.shard.entry import Batch, Entry, KeyInfo, Part
+from tensorkv.shard.entry import Batch, KeyInfo, Part
 from tensorkv.shard.nonfinite import NonFinitePolicy
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
-from tensorkv.shard.rules import Assign, StepOptimizer, Updater
-from tensorkv.shard.table import Table
-from tensorkv.storage import checkpoint, manifest
+from tensorkv.shard.rules import StepOptimizer, Updater
+from tensorkv.storage import checkpoint
 from tensorkv.storage.manifest import Contents, Kind
 from tensorkv.transport.rendezvous import host_id
 from tensorkv.transport.segment import can_share
@@ -48,7 +45,6 @@ from ..options import PSOptions
 from .checkpoint import gather, scatter
 from .data import DataClient
 from .keymap import KeyMap
-from .layout import KeyPlacement
 from .rpc import ServerConnection, ServerReply
 from .session import ServerRequest, Session, SessionPool
 from .snapshot import RemoteSnapshot, SnapshotClient
@@ -233,9 +229,7 @@ class PSEngine(Engine):
                 # Left by an init that did not reach every server; no other init is running now.
                 deletes = {server: messages.Delete(keys=own) for server, own in incomplete.items()}
                 self._send([ServerRequest(server, delete) for server, delete in deletes.items()])
-            placements = self._keymap.place(keys, specs)
-            requests = [_init_request(server, keys, values, placements) for server in self._all]
-            self._send([request for request in requests if request is not None])
+            shield.run(self._data.init, keys, values, self._keymap.place(keys, specs))
         self._keymap.refresh()
 
     @contextmanager
@@ -533,33 +527,3 @@ class PSEngine(Engine):
             if isinstance(outcome, Exception) and not isinstance(outcome, ServerDeadError):
                 raise outcome
         return [outcome.head for outcome in outcomes if isinstance(outcome, ServerReply)]
-
-
-def _init_request(
-    server: int, keys: Sequence[Key], values: Sequence[Part], placements: Sequence[KeyPlacement]
-) -> ServerRequest | None:
-    """Return the request that creates a server's pieces of new keys; None: it has none."""
-    entries, metadata = [], {}
-    for key, value, placement in zip(keys, values, placements, strict=True):
-        piece = _piece(server, value, placement)
-        if piece is not None:
-            shape = placement.spec.shape if isinstance(piece, Table) else piece.shape
-            entries.append(Entry(key, replace(placement.spec, shape=shape), piece))
-            metadata[json.dumps(key)] = placement.to_metadata()
-    if not entries:
-        return None
-    body, tensors = manifest.describe("store", entries, Assign())
-    items = [Item(name, "tensor", tensor) for name, tensor in tensors.items()]
-    return ServerRequest.of_tensors(server, messages.Init(body=body, metadata=metadata), pack(items))
-
-
-def _piece(server: int, value: Part, placement: KeyPlacement) -> torch.Tensor | Table | None:
-    """Return the piece of a new value that a server holds."""
-    if isinstance(value, torch.Tensor):
-        return placement.slice_of(server, value)
-    merged = merge([value])
-    selected = placement.rows_of(server, merged.ids)
-    if selected is None:
-        return None
-    ids, mine = selected
-    return Table.of(Rows(ids, merged.values[mine], merged.num_rows), "cpu")

@@ -109,6 +109,19 @@ class _Piece:
     count: int
 
 
+def describe(keys: Sequence[Key], placements: Sequence[KeyPlacement]) -> tuple[list[Any], list[Any]]:
+    """Return the metadata of keys: their kinds, and for each key its number of a kind and its order."""
+    kinds: list[Any] = []
+    numbers: dict[Any, int] = {}
+    described = []
+    for key, placement in zip(keys, placements, strict=True):
+        number = numbers.setdefault((placement.spec, tuple(placement.pieces)), len(kinds))
+        if number == len(kinds):
+            kinds.append({name: each for name, each in placement.to_metadata().items() if name != "order"})
+        described.append([key, number, placement.order])
+    return kinds, described
+
+
 class ServerLayout:
     """How the pieces that one server holds of a call's keys lie in a payload, one after another.
 

@@ -28,7 +28,7 @@ from ..options import PSOptions
 from .membership import Membership
 from .snapshot import SnapshotBarrier
 from .staleness import StalenessClock
-from .state import ServerState, contents_of
+from .state import ServerState, contents_of, metadata_of, new_entries
 from .sync_round import PendingPush, SyncRounds
 from .tables import ServerTables
 from .wait import AwakeClock, Condition, RetryLater
@@ -276,15 +276,15 @@ class Server:
     # ------------------------------------------------------------ keys and the rule
 
     def _init(self, request: Request[messages.Init]) -> Reply:
-        contents = contents_of(request)
+        entries = new_entries(request)
         with self._condition:
             self._admit(request)
             if not self._has_applied(request):
-                self._state.shard.check_new([entry.key for entry in contents.entries])
-                self._state.set_metadata(request.message.metadata)
+                self._state.shard.check_new([entry.key for entry in entries])
+                self._state.set_metadata(metadata_of(request.message))
             with self._change(request) as ids:
                 if ids:
-                    self._state.init(contents, ids)
+                    self._state.init(entries, ids)
         return Reply({})
 
     def _restore(self, request: Request[messages.Restore]) -> Reply:

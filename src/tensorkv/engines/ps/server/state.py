@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -12,12 +13,15 @@ import torch
 
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import Item, Slot, decode_layout, encode_layout, pack, raw_bytes, unpack
+from tensorkv.arrays.rows import Rows, merge
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote
-from tensorkv.shard.changes import Note, RequestIds
-from tensorkv.shard.entry import Batch, Part
+from tensorkv.shard.changes import RequestIds, SetNotes
+from tensorkv.shard.entry import Batch, Entry, Part
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.plan import MANY
 from tensorkv.shard.shard import Shard
+from tensorkv.shard.table import Table
 from tensorkv.storage import checkpoint, manifest
 from tensorkv.storage.changes import Events
 from tensorkv.storage.durable import open_shard
@@ -163,10 +167,10 @@ class ServerState:
 
     # ------------------------------------------------------------ keys and the rule
 
-    def init(self, contents: Contents, ids: RequestIds) -> None:
+    def init(self, entries: Sequence[Entry], ids: RequestIds) -> None:
         """Add new keys, whose metadata has been set."""
-        self.shard.check_new([entry.key for entry in contents.entries])
-        self.shard.add(contents.entries, requests=ids)
+        self.shard.check_new([entry.key for entry in entries])
+        self.shard.add(entries, requests=ids)
         self._forget_layouts()
 
     def delete(self, keys: Sequence[Key], ids: RequestIds) -> None:
@@ -267,12 +271,47 @@ class ServerState:
 
         Not in the change that creates or deletes the keys: metadata without its key means nothing.
         """
-        for name, data in notes.items():
-            self.shard.commit(Note(name, data))
+        if notes:
+            self.shard.commit(SetNotes(notes))
         self.inits += 1
 
 
-def contents_of(request: Request[Init | Restore]) -> Contents:
+def new_entries(request: Request[Init]) -> list[Entry]:
+    """Check and return the new entries that a request brings.
+
+    Raises:
+        TensorKVError, LookupError, TypeError, ValueError: they are malformed.
+    """
+    kinds, listed = request.message.kinds, request.message.keys
+    for kind in kinds:
+        if not all(type(part) is int for server, start, stop in kind["pieces"] for part in (server, start, stop)):
+            raise ArgumentError("malformed init; expected the server, first row and end of each piece")
+    specs = [manifest.restore_spec("", kind, is_table=kind["table"] is True) for kind in kinds]
+    pushed = push_layout(request.layout)
+    if [key for key, _, order in listed if type(order) is int] != list(pushed.keys):
+        raise ArgumentError("malformed init; expected the keys of the layout, each with its kind and its order")
+    found = [specs[number] for _, number, _ in listed]
+    parts = pushed.parts(request.payload, [(*spec.shape, 0)[0] for spec in found])
+    return [_new_entry(*each) for each in zip(pushed.keys, found, parts, strict=True)]
+
+
+def _new_entry(key: Key, spec: KeySpec, part: Part) -> Entry:
+    dtype, shape = (part.values.dtype, part.values.shape) if isinstance(part, Rows) else (part.dtype, part.shape)
+    fits = dtype is spec.dtype and shape[1:] == spec.shape[1:] and len(shape) == len(spec.shape)
+    if not fits or isinstance(part, Rows) is not spec.is_table:
+        raise ValueMismatchError(f"init({quote(key)}): the value is {dtype} {tuple(shape)}, its metadata say otherwise")
+    if isinstance(part, Rows):
+        return Entry(key, spec, Table.of(merge([part]), "cpu"))
+    # The client reuses the memory of this payload for its next request.
+    return Entry(key, spec if shape == spec.shape else replace(spec, shape=shape), part.clone())
+
+
+def metadata_of(message: Init) -> dict[str, Any]:
+    """Return the metadata of new keys, by the JSON of each."""
+    return {json.dumps(key): {**message.kinds[number], "order": order} for key, number, order in message.keys}
+
+
+def contents_of(request: Request[Restore]) -> Contents:
     """Check and return the entries that a request brings.
 
     Raises:

@@ -132,7 +132,7 @@ def restore(body: Any, tensors: Tensors) -> Contents:
 
 
 def check_fits(contents: Contents, held: Mapping[Key, Entry]) -> None:
-    """Raise CheckpointError if a store that holds these entries cannot go on from the contents."""
+    """Raise CheckpointError if a store that holds these entries cannot take over the contents."""
     # First: optimizer states alone come without values to prove their shapes.
     for saved in contents.entries if contents.kind != "store" else ():
         mine = held.get(saved.key)
@@ -144,7 +144,7 @@ def check_fits(contents: Contents, held: Mapping[Key, Entry]) -> None:
 
 
 def check_states(contents: Contents) -> None:
-    """Raise CheckpointError if the optimizer could not go on from the states; makes tensors of the keys' shapes."""
+    """Raise CheckpointError if the optimizer could not continue from the states; makes tensors of the keys' shapes."""
     for entry in contents.entries:
         value, state = entry.value, entry.state
         if isinstance(value, Table):

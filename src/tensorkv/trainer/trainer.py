@@ -101,7 +101,7 @@ class Trainer:
             broadcast(kv, self._params, {key: params[0].detach() for key, params in self._params.items()})
         except KeyExistsError as error:
             raise KeyExistsError(
-                f"Trainer: {error}. To go on from a checkpoint, make the Trainer first, then kv.load(...) and "
+                f"Trainer: {error}. To resume from a checkpoint, create the Trainer first, then kv.load(...) and "
                 "trainer.refresh(); for a second model, give a prefix"
             ) from None
         self._update.start()

@@ -470,7 +470,7 @@ def test_models_share_a_store_by_prefix():
 def test_a_second_trainer_with_the_same_keys():
     with tensorkv.create() as kv:
         Trainer(nn.Linear(2, 1), kv, lr=0.1)
-        with pytest.raises(tensorkv.KeyExistsError, match=r'"weight".*make the Trainer first'):
+        with pytest.raises(tensorkv.KeyExistsError, match=r'"weight".*create the Trainer first'):
             Trainer(nn.Linear(2, 1), kv, lr=0.1)
 
 

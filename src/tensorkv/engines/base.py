@@ -224,7 +224,7 @@ class Engine(Reader):
         return {}
 
     def contents(self) -> AbstractContextManager[Contents]:
-        """Return a block that is given everything that the store holds, and in which nothing changes."""
+        """Return a context manager that gives everything that the store holds; nothing changes in its block."""
         raise self.lacks("save")
 
     def restore(self, contents: Contents) -> None:

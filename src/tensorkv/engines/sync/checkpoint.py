@@ -36,12 +36,12 @@ _FILES = 1000
 
 
 class ShardedCheckpoint:
-    """Puts together what the workers hold, and takes it apart. All workers call each method together.
+    """Gathers values and optimizer state from the workers. All workers call each method together, but for ``check``.
 
     Args:
         group, host, chain: of this worker.
-        shard: its own.
-        values: of dense keys, which the workers have in common.
+        shard: of this worker.
+        values: of dense keys, and who owns which part of them.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class ShardedCheckpoint:
         """
         found: list[Contents] = []
 
-        def look() -> None:
+        def read() -> None:
             found.append(checkpoint.read(path, kind))
             self.check(found[0])
 
-        self._on_all_ranks(look)
+        self._on_all_ranks(read)
         return found[0]
 
     def check(self, contents: Contents) -> None:
@@ -132,7 +132,7 @@ class ShardedCheckpoint:
         with self._shard.frozen() as (entries, rule):
             mine = {}
             for index, entry in enumerate(entries):
-                if entry.key in self._values and is_last:
+                if entry.key in self._values and entry.state and is_last:
                     mine[index] = {name: [interop.dtype_name(t.dtype), t.shape] for name, t in entry.state.items()}
             found: dict[int, dict[str, list[Any]]] = {}
             for own in self._on_all_ranks(lambda: mine):

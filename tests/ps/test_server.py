@@ -1272,37 +1272,41 @@ def test_invalid_buffers_are_refused(buffers):
 
 
 @pytest.mark.parametrize(
-    ("kind", "keys"),
+    ("kind", "columns"),
     [
-        ({"dtype": "float64"}, [["n", 0, 0]]),
-        ({"dtype": "float99"}, [["n", 0, 0]]),
-        ({"shape": [3, 1]}, [["n", 0, 0]]),
-        ({"shape": "3"}, [["n", 0, 0]]),
-        ({"table": True}, [["n", 0, 0]]),
-        ({"pieces": [[0, 0]]}, [["n", 0, 0]]),
-        ({"pieces": [[0, 0, "3"]]}, [["n", 0, 0]]),
-        ({"library": "abacus"}, [["n", 0, 0]]),
-        ({}, []),
-        ({}, [["m", 0, 0]]),
-        ({}, [["n", 7, 0]]),
-        ({}, [["n", 0, "first"]]),
-        ({}, [["n", 0, 0], ["n", 0, 1]]),
-        ({}, 3),
+        ({"dtype": "float64"}, {}),
+        ({"dtype": "float99"}, {}),
+        ({"shape": [3, 1]}, {}),
+        ({"shape": "3"}, {}),
+        ({"table": True}, {}),
+        ({"pieces": [[0, 0]]}, {}),
+        ({"pieces": [[0, 0, "3"]]}, {}),
+        ({"library": "abacus"}, {}),
+        ({}, {"keys": []}),
+        ({}, {"keys": ["m"]}),
+        ({}, {"keys": ["n", "n"]}),
+        ({}, {"keys": 3}),
+        ({}, {"indices": []}),
+        ({}, {"indices": [7]}),
+        ({}, {"indices": ["x"]}),
+        ({}, {"orders": []}),
+        ({}, {"orders": ["first"]}),
+        ({}, {"orders": [0, 1]}),
     ],
 )
-def test_a_malformed_init_changes_nothing(kind, keys):
+def test_a_malformed_init_changes_nothing(kind, columns):
     good = {"dtype": "float32", "shape": [3], "table": False, "pieces": [[0, 0, 3]], "library": "numpy", "device": None}
     with Cluster() as cluster:
         kv, (server,) = cluster.store(), cluster.servers
         packed = pack([Item("n", "sum", torch.ones(3))])
-        head = {"verb": "init", "owner": "x", "client": "x.1", "kinds": [{**good, **kind}], "keys": keys}
-        told = server.serve({**head, "seq": 1}, packed.layout, b"".join(packed.payload)).head
-        assert "error" in told
+        head = {"verb": "init", "owner": "x", "client": "x.1", "keys": ["n"], "indices": [0], "orders": [0]}
+        bad = {**head, "kinds": [{**good, **kind}], **columns, "seq": 1}
+        assert "error" in server.serve(bad, packed.layout, b"".join(packed.payload)).head
         assert kv.keys() == []
         assert not server._state.shard.notes
         # What is wrong is what was changed.
-        head |= {"kinds": [good], "keys": [["n", 0, 0]]}
-        assert server.serve({**head, "seq": 2}, packed.layout, b"".join(packed.payload)).head == {}
+        fine = {**head, "kinds": [good], "seq": 2}
+        assert server.serve(fine, packed.layout, b"".join(packed.payload)).head == {}
         assert kv.pull("n").tolist() == [1, 1, 1]
 
 

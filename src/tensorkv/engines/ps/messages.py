@@ -90,11 +90,15 @@ class Init(Message):
 
     Args:
         kinds: metadata that several keys share.
-        keys: a list for each key of the layout: the key, the number of its kind, and its order.
+        keys: those of the layout.
+        indices: of each key's kind.
+        orders: of each key's init.
     """
 
     kinds: list[Any]
     keys: list[Any]
+    indices: list[Any]
+    orders: list[Any]
 
 
 @dataclass(kw_only=True)

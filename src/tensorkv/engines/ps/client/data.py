@@ -335,8 +335,7 @@ class DataClient:
 
 def _init_of(indices: Sequence[int], keys: Sequence[Key], placements: Sequence[KeyPlacement]) -> Init:
     """Return the message that creates some of the keys."""
-    kinds, described = describe([keys[i] for i in indices], [placements[i] for i in indices])
-    return Init(kinds=kinds, keys=described)
+    return Init(**describe([keys[i] for i in indices], [placements[i] for i in indices]))
 
 
 def _with(request: ServerRequest, **fields: Any) -> ServerRequest:

@@ -42,8 +42,8 @@ class Listing(NamedTuple):
         """Return the listing of a reply to ``ListKeys``; keys of one kind share their spec and pieces."""
         kinds = [KeyPlacement.from_metadata({**kind, "order": 0}) for kind in reply["kinds"]]
         placements = {}
-        for key, number, order in reply["keys"]:
-            kind = kinds[number]
+        for key, index, order in zip(reply["keys"], reply["indices"], reply["orders"], strict=True):
+            kind = kinds[index]
             placements[key] = KeyPlacement(kind.spec, kind.pieces, order)
         return cls(reply["changes"], placements)
 

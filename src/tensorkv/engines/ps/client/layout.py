@@ -15,7 +15,7 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.packing import decode_layout, encode_layout
+from tensorkv.arrays.packing import Slot, decode_layout, encode_layout
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.shard import native, reduce
 from tensorkv.shard.plan import Form
@@ -109,17 +109,18 @@ class _Piece:
     count: int
 
 
-def describe(keys: Sequence[Key], placements: Sequence[KeyPlacement]) -> tuple[list[Any], list[Any]]:
-    """Return the metadata of keys: their kinds, and for each key its number of a kind and its order."""
+def describe(keys: Sequence[Key], placements: Sequence[KeyPlacement]) -> dict[str, list[Any]]:
+    """Return the metadata of keys as columns, as ``Init`` has them: metadata that several keys share stand once."""
     kinds: list[Any] = []
-    numbers: dict[Any, int] = {}
-    described = []
-    for key, placement in zip(keys, placements, strict=True):
-        number = numbers.setdefault((placement.spec, tuple(placement.pieces)), len(kinds))
-        if number == len(kinds):
+    found: dict[Any, int] = {}
+    indices = []
+    for placement in placements:
+        index = found.setdefault((placement.spec, tuple(placement.pieces)), len(kinds))
+        if index == len(kinds):
             kinds.append({name: each for name, each in placement.to_metadata().items() if name != "order"})
-        described.append([key, number, placement.order])
-    return kinds, described
+        indices.append(index)
+    orders = [placement.order for placement in placements]
+    return {"kinds": kinds, "keys": list(keys), "indices": indices, "orders": orders}
 
 
 class ServerLayout:
@@ -137,24 +138,29 @@ class ServerLayout:
     ) -> None:
         self.server = server
         self.pieces: list[_Piece] = []
-        described = []
+        described, nbytes = [], 0
         for index, placement in enumerate(placements):
             piece = placement.piece_of(server)
             if piece is not None:
                 start, stop = piece
-                step = math.prod(placement.spec.shape[1:])
+                step, itemsize = math.prod(placement.spec.shape[1:]), dtypes[index].itemsize
                 self.pieces.append(_Piece(index, start, stop, start * step, (stop - start) * step))
+                nbytes += -nbytes % itemsize + (stop - start) * step * itemsize
                 described.append((keys[index], "sum", dtypes[index], placement.shape(start, stop)))
         self.layout = encode_layout(described)
         self.keys = json.dumps([keys[piece.key] for piece in self.pieces]).encode()
         # By this a server tells whether its values are what the client takes them to be.
         self.checksum = zlib.crc32(self.layout)
-        self._places = decode_layout(self.layout)
-        self.nbytes = self._places[-1].stop if self._places else 0
+        self.nbytes = nbytes
         # Of each piece: its key, and the bytes from the beginning of the key's array to the piece.
         self._index = np.array([piece.key for piece in self.pieces], np.int64)
         self._skips = np.array([p.first * dtypes[p.key].itemsize for p in self.pieces], np.uint64)
         self._counts = [piece.count for piece in self.pieces]
+
+    @cached_property
+    def _places(self) -> Sequence[Slot]:
+        """Where each piece lies, for values that are not gathered or scattered by the column."""
+        return decode_layout(self.layout)
 
     def gather(self, parts: Parts, room: torch.Tensor) -> None:
         """Write the sums of the pieces to ``room``."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.packing import Item, Slot, decode_layout, encode_layout, pack, raw_bytes, unpack
+from tensorkv.arrays.packing import Item, Slot, decode_layout, encode_layout, pack, raw_bytes, unpack, views
 from tensorkv.arrays.rows import Rows, merge
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote
@@ -205,20 +205,21 @@ class ServerState:
         return None if spec is None else spec.to_json()
 
     def listing(self) -> dict[str, Any]:
-        """Return every key with the number of its kind and its order; metadata that many keys share stand once."""
+        """Return the metadata of every key, as ``messages.Init`` has them."""
         with self.shard.frozen() as (entries, _):
             found = [(entry.key, self._metadata_of(entry.key)) for entry in entries]
-        keys: list[Any] = []
         kinds: list[Any] = []
-        numbers: dict[Any, int] = {}
-        for key, data in found:
+        known: dict[Any, int] = {}
+        indices = []
+        for _, data in found:
             names = (data["dtype"], data["library"], data["device"], data["table"])
             kind = (*names, tuple(data["shape"]), tuple(map(tuple, data["pieces"])))
-            number = numbers.setdefault(kind, len(kinds))
-            if number == len(kinds):
+            index = known.setdefault(kind, len(kinds))
+            if index == len(kinds):
                 kinds.append({name: each for name, each in data.items() if name != "order"})
-            keys.append([key, number, data["order"]])
-        return {"kinds": kinds, "keys": keys}
+            indices.append(index)
+        keys, orders = [key for key, _ in found], [data["order"] for _, data in found]
+        return {"kinds": kinds, "keys": keys, "indices": indices, "orders": orders}
 
     def contents(self) -> Reply:
         """Return everything that the shard holds, in the form of a checkpoint."""
@@ -282,15 +283,16 @@ def new_entries(request: Request[Init]) -> list[Entry]:
     Raises:
         TensorKVError, LookupError, TypeError, ValueError: they are malformed.
     """
-    kinds, listed = request.message.kinds, request.message.keys
+    message = request.message
+    kinds, keys, orders = message.kinds, message.keys, message.orders
     for kind in kinds:
         if not all(type(part) is int for server, start, stop in kind["pieces"] for part in (server, start, stop)):
             raise ArgumentError("malformed init; expected the server, first row and end of each piece")
     specs = [manifest.restore_spec("", kind, is_table=kind["table"] is True) for kind in kinds]
     pushed = push_layout(request.layout)
-    if [key for key, _, order in listed if type(order) is int] != list(pushed.keys):
-        raise ArgumentError("malformed init; expected the keys of the layout, each with its kind and its order")
-    found = [specs[number] for _, number, _ in listed]
+    if keys != list(pushed.keys) or len(orders) != len(keys) or not all(type(order) is int for order in orders):
+        raise ArgumentError("malformed init; expected the keys of the layout, and the order of each")
+    found = [specs[index] for index in message.indices]
     parts = pushed.parts(request.payload, [(*spec.shape, 0)[0] for spec in found])
     return [_new_entry(*each) for each in zip(pushed.keys, found, parts, strict=True)]
 
@@ -308,7 +310,8 @@ def _new_entry(key: Key, spec: KeySpec, part: Part) -> Entry:
 
 def metadata_of(message: Init) -> dict[str, Any]:
     """Return the metadata of new keys, by the JSON of each."""
-    return {json.dumps(key): {**message.kinds[number], "order": order} for key, number, order in message.keys}
+    columns = zip(message.keys, message.indices, message.orders, strict=True)
+    return {json.dumps(key): {**message.kinds[index], "order": order} for key, index, order in columns}
 
 
 def contents_of(request: Request[Restore]) -> Contents:
@@ -365,4 +368,4 @@ class Room:
     @cached_property
     def tensors(self) -> list[torch.Tensor]:
         """Each value."""
-        return [self.payload[each.start : each.stop].view(each.dtype).view(each.shape) for each in self._slots]
+        return views(self.payload, self._slots)

@@ -1,17 +1,17 @@
 """A durable shard whose process is killed, thousands of times: each acknowledged push counts once."""
 
+import contextlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
 
 import pytest
 
 from tests.storage.seams import SEAMS
 from tests.support.amount import ALL, amount
+from tests.support.processes import Program
 
-PROGRAM = [sys.executable, "-m", "tests.storage.kills"]
+PROGRAM = "tests.storage.kills"
 SEED = int(os.environ.get("TENSORKV_TEST_SEED", "20"))
 WRONG = 3
 ADAM_KILLS = amount(10, 100)
@@ -25,25 +25,20 @@ def folder():
 
 
 def start(folder, number, kills, durability, how, optimizer="sgd", *plant):
-    command = [*PROGRAM, folder, str(SEED + number), str(kills), durability, how, optimizer, *plant]
-    # Libraries that start threads when they are imported must not: the program forks.
-    alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    return subprocess.Popen(
-        command, env={**os.environ, **alone}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    # Nothing may start threads: the program forks.
+    alone = {"OMP_NUM_THREADS": "1"}
+    return Program(PROGRAM, folder, SEED + number, kills, durability, how, optimizer, *plant, env=alone, number=number)
 
 
 def finish(programs):
-    """Wait for programs; return for each its exit status, what it found and what it complained of."""
+    """Wait for programs; return for each its exit status, what it found and what it has printed."""
     ended = []
-    try:
+    with contextlib.ExitStack() as stack:
         for program in programs:
-            out, err = program.communicate(timeout=280)
-            ended.append((program.returncode, json.loads(out) if out else None, err))
-    finally:
+            stack.enter_context(program)
         for program in programs:
-            program.kill()
-            program.communicate()
+            status, text = program.process.wait(280), program.text()
+            ended.append((status, None if status else json.loads(text), text))
     return ended
 
 

@@ -3,8 +3,6 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
-# Each file in one process, which starts what its tests share once; in their order, of which the last are short.
-FILES := --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all check docs bench soak clean
@@ -17,10 +15,10 @@ demo: $(STAMP) ## Train a network on handwritten digits over four replicas; its 
 	$(BIN)/tensorkv demo --out out/demo.png
 
 test: $(STAMP) ## Test every behaviour, and each fault
-	$(BIN)/python -m pytest -n 2 $(FILES) -m "not release" $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not release" $(PYTEST)
 
 test-all: $(STAMP) ## Test with all repetitions, planted faults and the benchmarks' tests, as before a release
-	TENSORKV_TESTS=all $(BIN)/python -m pytest -n 2 $(FILES) $(PYTEST)
+	TENSORKV_TESTS=all $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
 
 check: docs ## Check format, lint, types, the layers of packages and the documentation
 	$(BIN)/ruff format --check .

@@ -11,6 +11,7 @@ import torch
 
 from tensorkv.runtime import _shared
 from tensorkv.transport.segment import LINE, Segment, can_share
+from tests.support.amount import amount
 from tests.support.until import until
 
 
@@ -27,9 +28,10 @@ import struct, sys
 from tensorkv.runtime import _shared
 from tensorkv.transport.segment import LINE, Segment
 theirs, turns, spin_s = Segment(4096, sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+print("ready", flush=True)
 for turn in range(1, turns + 1):
     column = struct.pack("Q", theirs.address)
-    assert _shared.wait(column, turn, theirs.address + 9 * LINE, 20.0, spin_s) == 1
+    assert _shared.wait(column, turn, theirs.address + 9 * LINE, 60.0, spin_s) == 1
     assert struct.unpack_from("Q", theirs.memory, 2048)[0] == turn
     struct.pack_into("Q", theirs.memory, 3072, 3 * turn)
     _shared.store(theirs.address + LINE, turn)
@@ -54,17 +56,18 @@ def start(program, *words):
 
 @pytest.mark.parametrize("spin_s", [0.0, 50e-6])
 def test_what_was_written_before_a_store_is_seen_after_the_wait(spin_s):
-    """20,000 turns of two processes, each of which reads what the other has written."""
+    """Two processes take turns, and each reads what the other has written."""
     assert can_share()
     mine = Segment(4096)
-    stop, turns = word(mine, 9), 20_000
+    stop, turns = word(mine, 9), amount(5_000, 20_000)
     with start(ANSWER, mine.name, turns, spin_s) as other:
+        assert other.stdout.readline() == "ready\n"
         for turn in range(1, turns + 1):
             struct.pack_into("Q", mine.memory, 2048, turn)
             _shared.store(word(mine, 0), turn)
-            assert _shared.wait(column(word(mine, 1)), turn, stop, 20.0, spin_s) == 1
+            assert _shared.wait(column(word(mine, 1)), turn, stop, 60.0, spin_s) == 1
             assert struct.unpack_from("Q", mine.memory, 3072)[0] == 3 * turn
-        assert other.wait(timeout=20) == 0
+        assert other.wait(timeout=60) == 0
     mine.close_file()
 
 

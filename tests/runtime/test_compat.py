@@ -18,10 +18,6 @@ OPERATORS = {
     "torch._foreach_add",
     "torch._foreach_add_",
     "torch._foreach_copy_",
-    "torch._fused_adagrad_",
-    "torch._fused_adam_",
-    "torch._fused_adamw_",
-    "torch._fused_sgd_",
 }
 
 
@@ -100,3 +96,9 @@ def test_a_gloo_group_of_its_own_has_a_timeout():
     into = [torch.zeros(2)]
     group.allgather([into], [torch.ones(2)]).wait()
     assert into[0].tolist() == [1, 1]
+
+
+def test_increment_version_takes_many_tensors():
+    outs = [torch.zeros(1), torch.zeros(1)]
+    _compat.increment_version(outs)
+    assert [out._version for out in outs] == [1, 1]

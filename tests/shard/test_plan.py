@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import tensorkv
-from tensorkv.shard import plan
+from tensorkv.shard import native, plan
 
+pytestmark = pytest.mark.usefixtures("without_looking")
 F32 = np.float32
 KEYS = [f"k{i}" for i in range(20)]
 SHAPES = [(), (1,), (3,), (2, 3), (0,), (5, 1), (7,), (2, 2, 2)] * 3
@@ -18,6 +19,12 @@ def random_arrays(rng, dtype="float32"):
 
 def plans_of(kv):
     return list(kv._engine._shard._plans._plans.values())
+
+
+@pytest.fixture
+def without_looking(monkeypatch):
+    """Plans are for what the compiled part cannot look at: logged pushes, parts in one flat tensor."""
+    monkeypatch.setattr(native, "can_look", lambda: False)
 
 
 @pytest.fixture

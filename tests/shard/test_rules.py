@@ -1,7 +1,5 @@
 """Update rules on entries, without a store around them."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -17,8 +15,8 @@ from tensorkv.shard.rules import Assign, CallUpdater, StepOptimizer, check_push
 POOL = Pool(2)
 
 
-def entry(value, library="torch"):
-    return Entry("w", KeySpec(value.shape, value.dtype, interop.Origin(library), False), value)
+def entry(value, library="torch", key="w"):
+    return Entry(key, KeySpec(value.shape, value.dtype, interop.Origin(library), False), value)
 
 
 def test_assign_many_and_few():
@@ -97,7 +95,7 @@ def test_rows_while_a_part_of_the_state_is_switched_off(off, on):
         assert all(tensor.shape in ((), (4000, 2)) for tensor in held.state.values())
 
 
-ENTRIES = [replace(entry(torch.zeros(3), "numpy"), key="a"), replace(entry(torch.zeros(2, 2), "numpy"), key="b")]
+ENTRIES = [entry(torch.zeros(3), "numpy", "a"), entry(torch.zeros(2, 2), "numpy", "b")]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +118,7 @@ def test_parts_that_fit():
 
 
 def test_rows_of_a_0d_value_and_of_an_optimizer_that_needs_the_whole_are_refused():
-    single = replace(entry(torch.tensor(0.0)), key="s")
+    single = entry(torch.tensor(0.0), key="s")
     with pytest.raises(ValueMismatchError):
         check_push(Batch("push", ["s"], [[Rows(torch.tensor([0]), torch.zeros(1), 1)]]), [single], Assign())
     rule = StepOptimizer(spec("adafactor", {}))

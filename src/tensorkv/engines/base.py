@@ -62,7 +62,7 @@ class Reader(ABC):
 
     def pull(self, call: Call) -> None:
         """Make a pull."""
-        if call.out is not None and call.like is None and self._make_short(call):
+        if self._make_short(call):
             return
         with outside_modes():
             call.check()
@@ -91,15 +91,11 @@ class Reader(ABC):
 
     # ------------------------------------------------------------ short ways, behind the door
 
-    def one(self, key: Key, value: Any, out: Any) -> int | None:
-        """Do a call of one small key with the caller's own arrays.
-
-        Args:
-            key: as the caller gave it.
-            value, out: the caller's arrays; None for a pull or a push alone.
+    def plain(self, call: Call) -> int | list[int] | None:
+        """Do a call whose arrays are plain: of NumPy or torch on the CPU, and each as its key's value.
 
         Returns:
-            Bytes moved; None if nothing was done, and the call is to be parsed.
+            Bytes moved, for a list of keys of each; None if nothing was done, and the call is to be parsed.
         """
         return None
 
@@ -118,14 +114,10 @@ class Reader(ABC):
 
     def _make_short(self, call: Call) -> bool:
         """Make a call without parsing it, if that can be."""
-        key, value = call.key, call.value
-        if (value is None and call.verb != "pull") or type(call.priority) is not int:
-            return False
-        if type(key) is not list:
-            call.moved = self.one(key, value, call.out)
-        elif len(key) >= MANY:
+        call.moved = self.plain(call)
+        if call.moved is None and call.is_long_list(MANY):
             with outside_modes():
-                call.moved = self.protect(self.many, key, value, call.out, call.priority)
+                call.moved = self.protect(self.many, call.key, call.value, call.out, call.priority)
             if call.moved is not None and call.out is not None:
                 count_writes(call.out)
         return call.moved is not None
@@ -167,7 +159,7 @@ class Engine(Reader):
 
     def pushpull(self, call: Call) -> None:
         """Make a push and a pull of the same keys, in one trip."""
-        if call.out is not None and self._make_short(call):
+        if self._make_short(call):
             return
         with self.collective("pushpull"), outside_modes():
             call.check()

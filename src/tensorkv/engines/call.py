@@ -14,6 +14,7 @@ from tensorkv.arrays.outputs import GivenOuts, NewOuts
 from tensorkv.arrays.rows import is_rows, take_rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import ArgumentError, SparseOutWarning, TensorKVError, quote, show
+from tensorkv.runtime.modes import outside_modes
 from tensorkv.shard.entry import Batch, Part
 
 
@@ -64,12 +65,61 @@ class Call:
             self._batch = Batch(self.verb, keys, parts)
         return self._batch
 
+    def listed(self, spec: Callable[[str, Key], KeySpec]) -> tuple[Any, Any, Any] | None:
+        """Return keys, values and outs as lists where the caller wrote mappings, with new outs if none were given.
+
+        Args:
+            spec: returns what an array for a key must be like.
+
+        Returns:
+            None where the arguments do not fit together, which ``check`` and ``fill`` say in words.
+        """
+        keys, values, outs = self.key, self.value, self.out
+        if type(keys) is dict:
+            keys = list(keys)
+            if self.verb == "pull" and outs is None:
+                outs = list(self.key.values())
+            elif self.verb != "pull" and values is None:
+                values = list(self.key.values())
+            else:
+                return None
+            if type(outs) is dict:
+                outs = [outs.get(key) for key in keys] if len(outs) == len(keys) else None
+        if type(self.priority) is not int or (values is None and self.verb != "pull"):
+            return None
+        if self.verb == "push":
+            return keys, values, None
+        if outs is None:
+            outs = self._new_outs(keys, spec)
+        return None if outs is None or (self.like is not None and self._outs is None) else (keys, values, outs)
+
+    def is_long_list(self, least: int) -> bool:
+        """Return whether this is a list of so many keys with what a call of them needs."""
+        if type(self.key) is not list or len(self.key) < least or type(self.priority) is not int:
+            return False
+        has_values, has_outs = self.value is not None, self.out is not None and self.like is None
+        return has_outs if self.verb == "pull" else has_values and has_outs is (self.verb == "pushpull")
+
+    def _new_outs(self, keys: Any, spec: Callable[[str, Key], KeySpec]) -> list[Any] | None:
+        """Make new outs; None if a key is repeated, or cannot be pulled."""
+        try:
+            listed = keys_of(self.verb, keys)
+            with outside_modes():
+                made = NewOuts(self.verb, listed, [spec(self.verb, key) for key in listed], self.like)
+        except TensorKVError:
+            return None
+        if len(made.keys) < len(listed):
+            return None
+        self._outs = made
+        return made.tensors if type(keys) is list else made.tensors[0] if listed and listed[0] is keys else None
+
     def check(self) -> None:
         """Raise what ``batch`` raises, and what the outs raise that can be told without the keys' values."""
         if self.verb == "pull":
             check_priority(self.verb, self.priority)
         else:
             _ = self.batch
+        self._outs = None
         if self.out is None and not (self.verb == "pull" and isinstance(self.key, Mapping)):
             return
         if self.like is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +27,7 @@ from tensorkv.storage.manifest import Contents
 from tensorkv.storage.wal import Durability
 
 from .base import Engine, Outs
+from .call import Call
 
 
 class LocalEngine(Engine):
@@ -87,8 +87,9 @@ class LocalEngine(Engine):
     def pushpull_into(self, batch: Batch, outs: Outs, priority: int) -> None:
         self._shard.pushpull(batch, outs)
 
-    def one(self, key: Key, value: Any, out: Any) -> int | None:
-        return self._shard.one(key, value, out)
+    def plain(self, call: Call) -> int | list[int] | None:
+        listed = call.listed(self.spec)
+        return None if listed is None else self._shard.plain(*listed)
 
     def many(self, keys: Sequence[Key], values: Any, outs: Any, priority: int) -> list[int] | None:
         return self._shard.many(keys, values, outs)
@@ -139,7 +140,7 @@ class LocalEngine(Engine):
     def snapshot(self) -> tuple[LocalEngine, Mapping[Key, int]]:
         copy = LocalEngine(False)
         with self._shard.frozen() as (entries, _):
-            copy._shard.add([replace(entry, value=_copy(entry.value), state={}, door=None) for entry in entries])
+            copy._shard.add([entry.copy(value=_copy(entry.value), state={}) for entry in entries])
             return copy, {entry.key: entry.version for entry in entries}
 
     def close(self) -> None:

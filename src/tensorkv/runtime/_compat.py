@@ -13,6 +13,8 @@ from torch.utils import _python_dispatch
 
 # Counts the modes, such as FakeTensorMode, that are enabled in this thread.
 num_dispatch_modes = torch._C._len_torch_dispatch_stack
+# Raises the versions of tensors, as torch.autograd.graph.increment_version does, in one call of C.
+increment_version = torch._C._increment_version
 # Returns a block without them.
 without_dispatch_modes = _python_dispatch._disable_current_modes
 

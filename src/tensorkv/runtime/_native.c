@@ -10,8 +10,10 @@
 #define Py_LIMITED_API 0x030b0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <structmember.h>
 
 #include "_kernels.h"
 
@@ -184,80 +186,706 @@ static PyObject *addresses(PyObject *module, PyObject *args) {
     return column;
 }
 
-/* ------------------------------------------------------------ exchange */
+/* ------------------------------------------------------------ arrays */
 
-PyDoc_STRVAR(exchange_doc,
-             "exchange(lock, rule, shard, entry, tensor, address, nbytes, source, target)\n--\n\n"
-             "Copy a source into a value, count the update, and copy the value into a target; False: nothing was done.\n\n"
-             "Args:\n"
-             "    lock: its ``depth`` must be 0: nobody is inside.\n"
-             "    rule, shard: the shard's ``_rule`` must be this one.\n"
-             "    entry, tensor: the entry's ``value`` must be this one; its ``version`` counts.\n"
-             "    address, nbytes: of the value.\n"
-             "    source, target: buffers or addresses of as many bytes, or None.\n\n"
-             "The interpreter's lock is held all the time: no other thread and no signal handler runs in between.");
+/* As in DLPack 1.3, whose table of functions torch gives to C. */
+typedef struct {
+    void *data;
+    int32_t device_type, device_id, ndim;
+    uint8_t code, bits;
+    uint16_t lanes;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+} DLTensor;
 
-static int is_same(PyObject *object, const char *name, PyObject *expected) {
-    PyObject *found = PyObject_GetAttrString(object, name);
-    if (found == NULL) return -1;
-    Py_DECREF(found);
-    return found == expected;
-}
+typedef struct {
+    struct {
+        uint32_t major, minor;
+        void *previous;
+    } header;
+    void *allocate, *from_py_object, *to_py_object;
+    int (*dltensor_from_py_object)(void *object, DLTensor *out);
+    void *current_work_stream;
+} ExchangeAPI;
 
-/* The memory of a buffer of as many bytes, of an address, or NULL for None; -1: it is none of these. */
-static int memory_of(PyObject *array, Py_buffer *view, int flags, Py_ssize_t nbytes, void **at) {
-    view->obj = NULL;
-    *at = NULL;
-    if (array == Py_None) return 0;
-    if (PyLong_Check(array)) {
-        *at = PyLong_AsVoidPtr(array);
-        return PyErr_Occurred() ? -1 : 0;
-    }
-    if (PyObject_GetBuffer(array, view, PyBUF_C_CONTIGUOUS | flags)) return -1;
-    *at = view->buf;
-    return view->len == nbytes ? 0 : -1;
-}
+enum { CPU = 1, MAX_DIMS = 16 };
+enum { CODE_INT, CODE_UINT, CODE_FLOAT, CODE_BFLOAT = 4, CODE_BOOL = 6 };
 
-static PyObject *exchange(PyObject *module, PyObject *args) {
-    PyObject *lock, *rule, *shard, *entry, *tensor, *source, *target, *depth = NULL, *version = NULL, *one = NULL;
-    Py_buffer from_view = {.obj = NULL}, to_view = {.obj = NULL};
-    unsigned long long address;
-    Py_ssize_t nbytes;
-    void *from, *to;
-    int done = 0;
+static const ExchangeAPI *torch_api;
+static PyObject *ndarray_type, *tensor_type, *parameter_type, *is_neg, *increment_version;
+
+PyDoc_STRVAR(use_doc,
+             "use(ndarray, tensor, parameter, api, is_neg, increment_version)\n--\n\n"
+             "Tell which types of arrays there are, and what torch has for them: a capsule of DLPack's functions,\n"
+             "whether a tensor is lazily negated, and what raises the versions of tensors.");
+
+static PyObject *use(PyObject *module, PyObject *args) {
+    PyObject *given[6];
     (void)module;
-    if (!PyArg_ParseTuple(args, "OOOOOKnOO", &lock, &rule, &shard, &entry, &tensor, &address, &nbytes, &source, &target))
+    if (!PyArg_ParseTuple(args, "OOOOOO", &given[0], &given[1], &given[2], &given[3], &given[4], &given[5])) return NULL;
+    const ExchangeAPI *api = PyCapsule_GetPointer(given[3], "dlpack_exchange_api");
+    if (api == NULL) return NULL;
+    if (api->header.major != 1 || api->dltensor_from_py_object == NULL) {
+        PyErr_SetString(PyExc_ValueError, "use: expected version 1 of DLPack, with its function for borrowed tensors");
         return NULL;
-    if ((depth = PyObject_GetAttrString(lock, "depth")) == NULL || PyObject_IsTrue(depth)) goto end;
-    if (is_same(shard, "_rule", rule) != 1 || is_same(entry, "value", tensor) != 1) goto end;
-    if (memory_of(source, &from_view, 0, nbytes, &from) || memory_of(target, &to_view, PyBUF_WRITABLE, nbytes, &to))
-        goto end;
-    void *value = (void *)(uintptr_t)address;
-    if (source != Py_None) {
-        PyObject *old = PyObject_GetAttrString(entry, "version");
-        one = PyLong_FromLong(1);
-        version = old == NULL || one == NULL ? NULL : PyNumber_Add(old, one);
-        Py_XDECREF(old);
-        if (version == NULL || PyObject_SetAttrString(entry, "version", version)) goto end;
-        memmove(value, from, nbytes);
     }
-    if (target != Py_None) memmove(to, value, nbytes);
-    done = 1;
-end:
-    if (from_view.obj != NULL) PyBuffer_Release(&from_view);
-    if (to_view.obj != NULL) PyBuffer_Release(&to_view);
-    Py_XDECREF(depth);
-    Py_XDECREF(version);
-    Py_XDECREF(one);
-    /* What does not fit goes the general way, which says so. */
-    PyErr_Clear();
-    return PyBool_FromLong(done);
+    torch_api = api;
+    PyObject **held[] = {&ndarray_type, &tensor_type, &parameter_type, NULL, &is_neg, &increment_version};
+    for (int i = 0; i < 6; i++)
+        if (held[i] != NULL) {
+            Py_XDECREF(*held[i]);
+            *held[i] = Py_NewRef(given[i]);
+        }
+    return Py_NewRef(Py_None);
 }
+
+/* One array whose elements lie side by side in the order of C, in this process's memory. */
+typedef struct {
+    char *address;
+    int64_t numel, shape[MAX_DIMS];
+    int ndim, dtype, kind; /* the kernels' dtype; DLPack's code and bits, which tell unsigned integers apart */
+} Plain;
+
+static int is_torch(PyObject *array) {
+    PyObject *type = (PyObject *)Py_TYPE(array);
+    return type == tensor_type || type == parameter_type;
+}
+
+static int dtype_of(int code, int bits) {
+    if (code == CODE_FLOAT) return bits == 32 ? FLOAT32 : bits == 64 ? FLOAT64 : bits == 16 ? FLOAT16 : -1;
+    if (code == CODE_BFLOAT) return bits == 16 ? BFLOAT16 : -1;
+    if (code == CODE_BOOL) return bits == 8 ? BOOL : -1;
+    if (code != CODE_INT && code != CODE_UINT) return -1;
+    return bits == 8 ? INT8 : bits == 16 ? INT16 : bits == 32 ? INT32 : bits == 64 ? INT64 : -1;
+}
+
+/* Describe an array by what a library tells of it; whether it is plain. */
+static int describe(Plain *plain, void *data, int ndim, const int64_t *shape, const int64_t *strides, int code,
+                    int bits) {
+    if (ndim > MAX_DIMS || (plain->dtype = dtype_of(code, bits)) < 0) return 0;
+    plain->kind = code << 8 | bits;
+    plain->ndim = ndim;
+    plain->numel = 1;
+    for (int i = ndim - 1; i >= 0; i--) {
+        plain->shape[i] = shape[i];
+        if (strides != NULL && shape[i] > 1 && strides[i] != plain->numel) return 0;
+        plain->numel = (int64_t)((uint64_t)plain->numel * (uint64_t)shape[i]);
+    }
+    plain->address = data;
+    /* Compilers may count on aligned elements. */
+    return plain->numel == 0 || ((uintptr_t)data % ITEMSIZES[plain->dtype] == 0 && data != NULL);
+}
+
+static int look_at_torch(PyObject *array, Plain *plain) {
+    DLTensor found;
+    if (torch_api->dltensor_from_py_object(array, &found)) {
+        PyErr_Clear();
+        return 0;
+    }
+    if (found.device_type != CPU || found.lanes != 1 || (found.ndim && (found.shape == NULL || found.strides == NULL)))
+        return 0;
+    if (!describe(plain, (char *)found.data + found.byte_offset, found.ndim, found.shape, found.strides, found.code,
+                  found.bits)) {
+        /* Strides of an array without elements say nothing. */
+        int64_t numel = 1;
+        for (int i = 0; i < found.ndim; i++) numel = found.shape[i] == 0 ? 0 : numel;
+        return numel == 0 && describe(plain, NULL, found.ndim, found.shape, NULL, found.code, found.bits);
+    }
+    return 1;
+}
+
+static int look_at_numpy(PyObject *array, Plain *plain, int writable) {
+    static const char formats[] = "?bhilqBHILQefd";
+    static const unsigned char codes[] = {CODE_BOOL, CODE_INT,  CODE_INT,  CODE_INT,  CODE_INT,  CODE_INT,   CODE_UINT,
+                                          CODE_UINT, CODE_UINT, CODE_UINT, CODE_UINT, CODE_FLOAT, CODE_FLOAT, CODE_FLOAT};
+    Py_buffer view;
+    int fits = 0;
+    if (PyObject_GetBuffer(array, &view, PyBUF_FORMAT | PyBUF_C_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0))) {
+        PyErr_Clear();
+        return 0;
+    }
+    const char *at = view.format == NULL || !view.format[0] || view.format[1] ? NULL : strchr(formats, view.format[0]);
+    if (at != NULL && view.ndim <= MAX_DIMS) {
+        int64_t shape[MAX_DIMS];
+        for (int i = 0; i < view.ndim; i++) shape[i] = view.shape[i];
+        fits = describe(plain, view.buf, view.ndim, shape, NULL, codes[at - formats], (int)view.itemsize * 8);
+    }
+    PyBuffer_Release(&view);
+    return fits;
+}
+
+/* Whether an array is plain: exactly NumPy's or torch's, no subclass, and its elements as they count in memory. */
+static int look_at(PyObject *array, Plain *plain, int writable) {
+    if ((PyObject *)Py_TYPE(array) == ndarray_type) return look_at_numpy(array, plain, writable);
+    return is_torch(array) && look_at_torch(array, plain);
+}
+
+static int is_alike(const Plain *left, const Plain *right) {
+    return left->ndim == right->ndim && !memcmp(left->shape, right->shape, (size_t)left->ndim * sizeof *left->shape);
+}
+
+/* ------------------------------------------------------------ cells */
+
+PyDoc_STRVAR(cell_doc, "What the compiled part reads and writes of a key: its value, state and version.");
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *value, *state, *bound, *bound_states[MAX_STATES + 1];
+    long long version;
+    unsigned long long named; /* by which call last */
+    char is_new;              /* the state was made for the next step */
+    Plain plain;              /* of ``bound``, if ``is_plain`` */
+    int is_plain;
+    char *state_addresses[MAX_STATES + 1]; /* of ``bound_states``, the last of which counts steps */
+} Cell;
+
+static PyTypeObject *cell_type;
+
+static int cell_traverse(Cell *cell, visitproc visit, void *arg) {
+    Py_VISIT(Py_TYPE((PyObject *)cell));
+    Py_VISIT(cell->value);
+    Py_VISIT(cell->state);
+    Py_VISIT(cell->bound);
+    for (int i = 0; i <= MAX_STATES; i++) Py_VISIT(cell->bound_states[i]);
+    return 0;
+}
+
+static int cell_clear(Cell *cell) {
+    Py_CLEAR(cell->value);
+    Py_CLEAR(cell->state);
+    Py_CLEAR(cell->bound);
+    for (int i = 0; i <= MAX_STATES; i++) Py_CLEAR(cell->bound_states[i]);
+    return 0;
+}
+
+static void cell_dealloc(Cell *cell) {
+    PyTypeObject *type = Py_TYPE((PyObject *)cell);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    PyObject_GC_UnTrack(cell);
+    cell_clear(cell);
+    release(cell);
+    Py_DECREF(type);
+}
+
+static PyMemberDef cell_members[] = {
+    {"value", T_OBJECT_EX, offsetof(Cell, value), 0, "The value of the key."},
+    {"state", T_OBJECT_EX, offsetof(Cell, state), 0, "The optimizer's state, by name."},
+    {"version", T_LONGLONG, offsetof(Cell, version), 0, "How many updates the key has had."},
+    {"is_new", T_BOOL, offsetof(Cell, is_new), 0, "Whether the state was made for the step that comes next."},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot cell_slots[] = {
+    {Py_tp_doc, (void *)cell_doc},        {Py_tp_members, cell_members}, {Py_tp_traverse, cell_traverse},
+    {Py_tp_clear, cell_clear},            {Py_tp_dealloc, cell_dealloc}, {0, NULL},
+};
+
+static PyType_Spec cell_spec = {"tensorkv.runtime._native.Cell", sizeof(Cell), 0,
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC, cell_slots};
+
+/* The value of a cell as a plain array; NULL if it is none. */
+static const Plain *plain_of(Cell *cell) {
+    if (cell->value == NULL) return NULL;
+    if (cell->bound != cell->value) {
+        PyObject *old = cell->bound;
+        cell->is_plain = is_torch(cell->value) && look_at_torch(cell->value, &cell->plain);
+        cell->bound = Py_NewRef(cell->value);
+        Py_XDECREF(old);
+        for (int i = 0; i <= MAX_STATES; i++) Py_CLEAR(cell->bound_states[i]);
+    }
+    return cell->is_plain ? &cell->plain : NULL;
+}
+
+/* ------------------------------------------------------------ calls */
+
+/* The work of one call: for each key an item, whose addresses are in ``addresses`` and ``dtypes``. */
+typedef struct {
+    Item item;
+    Cell *cell;
+    const Numbers *numbers;
+    float *counter;
+    int is_first;
+    size_t first_part, first_out;
+} Work;
+
+typedef struct {
+    Work *works;
+    char **addresses;
+    unsigned char *dtypes;
+    PyObject **arrays; /* the parts and outs */
+    size_t num_keys, num_addresses, room, total_nbytes;
+} Calls;
+
+static unsigned long long num_calls;
+
+static void free_calls(Calls *calls) {
+    for (size_t i = 0; i < calls->num_addresses; i++) Py_DECREF(calls->arrays[i]);
+    PyMem_Free(calls->works);
+    PyMem_Free(calls->addresses);
+    PyMem_Free(calls->dtypes);
+    PyMem_Free(calls->arrays);
+}
+
+static int add_array(Calls *calls, PyObject *array, const Plain *plain) {
+    if (calls->num_addresses == calls->room) {
+        size_t room = calls->room ? 2 * calls->room : 8;
+        char **addresses = PyMem_Realloc(calls->addresses, room * sizeof *addresses);
+        if (addresses != NULL) calls->addresses = addresses;
+        unsigned char *dtypes = PyMem_Realloc(calls->dtypes, room);
+        if (dtypes != NULL) calls->dtypes = dtypes;
+        PyObject **arrays = PyMem_Realloc(calls->arrays, room * sizeof *arrays);
+        if (arrays != NULL) calls->arrays = arrays;
+        if (addresses == NULL || dtypes == NULL || arrays == NULL) return 0;
+        calls->room = room;
+    }
+    calls->addresses[calls->num_addresses] = plain->address;
+    calls->dtypes[calls->num_addresses] = (unsigned char)plain->dtype;
+    calls->arrays[calls->num_addresses++] = Py_NewRef(array);
+    return 1;
+}
+
+/* Whether a floating value can be copied to an out of another dtype: from and to float64 beside float32 alone. */
+static int can_convert(int from, int to) {
+    if (from > BFLOAT16 || to > BFLOAT16) return 0;
+    return from == FLOAT64 ? to == FLOAT32 : to != FLOAT64 || from == FLOAT32;
+}
+
+static PyObject *item_of(PyObject *list, Py_ssize_t index) {
+    return PyList_Check(list) ? PyList_GetItem(list, index) : PyTuple_GetItem(list, index);
+}
+
+/* The length of an exact list or tuple; -1 for anything else. */
+static Py_ssize_t length_of(PyObject *list) {
+    if (PyList_CheckExact(list)) return PyList_Size(list);
+    return PyTuple_CheckExact(list) ? PyTuple_Size(list) : -1;
+}
+
+/* Whether no tensor in an array, a list, or a list of lists is lazily negated. This may let other threads run. */
+static int is_direct(PyObject *given, int depth) {
+    Py_ssize_t length = length_of(given);
+    if (length < 0) {
+        if (!is_torch(given)) return 1;
+        PyObject *found = PyObject_CallFunctionObjArgs(is_neg, given, NULL);
+        Py_XDECREF(found);
+        PyErr_Clear();
+        return found == Py_False;
+    }
+    for (Py_ssize_t i = 0; depth && i < length_of(given); i++) {
+        /* Another thread may remove it from the list meanwhile. */
+        PyObject *each = Py_NewRef(item_of(given, i));
+        int direct = is_direct(each, depth - 1);
+        Py_DECREF(each);
+        if (!direct) return 0;
+    }
+    return 1;
+}
+
+/* Take the parts or outs of one key; how many, or -1 if one is not as the value asks for. */
+static Py_ssize_t take_arrays(Calls *calls, PyObject *given, const Plain *value, int writable) {
+    Py_ssize_t length = length_of(given), count = length < 0 ? 1 : length;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *array = length < 0 ? given : item_of(given, i);
+        Plain plain;
+        if (array == NULL || !look_at(array, &plain, writable) || !is_alike(&plain, value)) return -1;
+        if (plain.kind != value->kind && !(writable && can_convert(value->dtype, plain.dtype))) return -1;
+        if (!add_array(calls, array, &plain)) return -1;
+        calls->total_nbytes += (size_t)plain.numel * ITEMSIZES[plain.dtype];
+    }
+    return count ? count : -1;
+}
+
+/* The memory of a state of a name, of the value's dtype and shape or a single float; NULL if it is not there as such. */
+static char *state_of(Cell *cell, int place, PyObject *name) {
+    PyObject *tensor = PyDict_GetItemWithError(cell->state, name);
+    Plain plain;
+    if (tensor == NULL) return NULL;
+    if (cell->bound_states[place] == tensor) return cell->state_addresses[place];
+    if (!is_torch(tensor) || !look_at_torch(tensor, &plain)) return NULL;
+    if (place == MAX_STATES ? plain.dtype != FLOAT32 || plain.numel != 1
+                            : plain.kind != cell->plain.kind || !is_alike(&plain, &cell->plain))
+        return NULL;
+    PyObject *old = cell->bound_states[place];
+    cell->bound_states[place] = Py_NewRef(tensor);
+    /* Without elements there is nothing to read. */
+    cell->state_addresses[place] = plain.address == NULL ? (char *)cell : plain.address;
+    Py_XDECREF(old);
+    return cell->state_addresses[place];
+}
+
+/* The step of an optimizer, as a tuple: its numbers in bytes, names of the states, whether it counts steps. */
+static int bind_states(Work *work, PyObject *step) {
+    static PyObject *step_name;
+    PyObject *names = PyTuple_GetItem(step, 1);
+    Cell *cell = work->cell;
+    if (step_name == NULL) step_name = PyUnicode_InternFromString("step");
+    if (cell->state == NULL || !PyDict_CheckExact(cell->state)) return 0;
+    work->numbers = (const Numbers *)PyBytes_AsString(PyTuple_GetItem(step, 0));
+    work->is_first = cell->is_new;
+    work->counter = NULL;
+    Py_ssize_t count = PyTuple_Size(names);
+    for (Py_ssize_t i = 0; i < count && i < MAX_STATES; i++)
+        if ((work->item.states[i] = state_of(cell, (int)i, PyTuple_GetItem(names, i))) == NULL) return 0;
+    if (PyTuple_GetItem(step, 2) != Py_True) return 1;
+    return (work->counter = (float *)state_of(cell, MAX_STATES, step_name)) != NULL;
+}
+
+/* ------------------------------------------------------------ memory that two arrays share */
+
+typedef struct {
+    uintptr_t start, stop;
+    int is_out;
+} Span;
+
+/* Sort spans by where they start, by 11 bits at a time; returns which of the two arrays is sorted. */
+static Span *sort_spans(Span *spans, Span *other, size_t count) {
+    uintptr_t differing = 0;
+    for (size_t i = 1; i < count; i++) differing |= spans[i].start ^ spans[0].start;
+    for (unsigned shift = 0; shift < 64; shift += 11) {
+        size_t places[2048] = {0}, before = 0;
+        if (!(differing >> shift & 2047)) continue;
+        for (size_t i = 0; i < count; i++) places[spans[i].start >> shift & 2047]++;
+        for (size_t digit = 0; digit < 2048; digit++) {
+            size_t number = places[digit];
+            places[digit] = before;
+            before += number;
+        }
+        for (size_t i = 0; i < count; i++) other[places[spans[i].start >> shift & 2047]++] = spans[i];
+        Span *swapped = spans;
+        spans = other;
+        other = swapped;
+    }
+    return spans;
+}
+
+static Span *sort_few_or_many(Span *spans, Span *other, size_t count) {
+    if (count > 64) return sort_spans(spans, other, count);
+    for (size_t i = 1; i < count; i++) {
+        Span span = spans[i];
+        size_t j = i;
+        for (; j && spans[j - 1].start > span.start; j--) spans[j] = spans[j - 1];
+        spans[j] = span;
+    }
+    return spans;
+}
+
+/* Whether the outs can be filled key by key and block by block: an out may be a part of its key, element for element;
+ * other memory of parts and outs it must not touch. -1: no memory. */
+static int are_apart(const Calls *calls) {
+    Span few[32], *spans = few;
+    size_t count = 0, room = calls->num_addresses;
+    int apart = 1;
+    if (room > 16 && (spans = PyMem_Malloc(2 * room * sizeof *spans)) == NULL) return -1;
+    for (size_t key = 0; key < calls->num_keys; key++) {
+        const Work *work = &calls->works[key];
+        size_t outs_end = work->first_out + work->item.num_outs;
+        for (size_t i = work->first_part; i < outs_end; i++) {
+            int is_out = i >= work->first_out, is_own = 0;
+            for (size_t j = work->first_out; !is_out && j < outs_end; j++)
+                is_own |= calls->addresses[j] == calls->addresses[i] && calls->dtypes[j] == calls->dtypes[i];
+            size_t nbytes = (size_t)work->cell->plain.numel * ITEMSIZES[calls->dtypes[i]];
+            uintptr_t start = (uintptr_t)calls->addresses[i];
+            if (nbytes && !is_own) spans[count++] = (Span){start, start + nbytes, is_out};
+        }
+    }
+    const Span *sorted = count < 2 ? spans : sort_few_or_many(spans, spans + (spans == few ? 16 : room), count);
+    uintptr_t any = 0, out = 0;
+    for (size_t i = 0; i < count && apart; i++) {
+        apart = sorted[i].start >= (sorted[i].is_out ? any : out);
+        if (sorted[i].stop > any) any = sorted[i].stop;
+        if (sorted[i].is_out && sorted[i].stop > out) out = sorted[i].stop;
+    }
+    if (spans != few) PyMem_Free(spans);
+    return apart;
+}
+
+/* ------------------------------------------------------------ batches */
+
+PyDoc_STRVAR(batch_doc, "A call whose arrays are plain, with what it does for each key.");
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *keep; /* entries, keys, values, outs, step, own steps */
+    Calls calls;
+    int is_list, pushes, pulls, past_cache;
+} Batch;
+
+static PyTypeObject *batch_type;
+
+static void batch_dealloc(Batch *batch) {
+    PyTypeObject *type = Py_TYPE((PyObject *)batch);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    for (size_t key = 0; key < batch->calls.num_keys; key++) Py_XDECREF((PyObject *)batch->calls.works[key].cell);
+    free_calls(&batch->calls);
+    Py_XDECREF(batch->keep);
+    release(batch);
+    Py_DECREF(type);
+}
+
+/* Take one key; 1: taken, 0: not plain, 2: plain, but its state is to be completed. */
+static int take_key(Batch *batch, Work *work, PyObject *entries, PyObject *key, PyObject *value, PyObject *out,
+                    PyObject *step, PyObject *own_steps) {
+    Calls *calls = &batch->calls;
+    /* Lists may have become shorter while other threads ran. */
+    if (key == NULL || (batch->pushes && value == NULL) || (batch->pulls && out == NULL)) return 0;
+    if (!PyUnicode_CheckExact(key) && !PyLong_CheckExact(key)) return 0;
+    PyObject *found = PyDict_GetItemWithError(entries, key);
+    if (found == NULL || !PyObject_TypeCheck(found, cell_type)) return 0;
+    Cell *cell = (Cell *)found;
+    const Plain *plain = plain_of(cell);
+    if (plain == NULL || cell->named == num_calls) return 0;
+    cell->named = num_calls;
+    work->cell = (Cell *)Py_NewRef(found);
+    work->item.value = plain->address;
+    work->first_part = calls->num_addresses;
+    if (batch->pushes) {
+        Py_ssize_t count = take_arrays(calls, value, plain, 0);
+        if (count < 0) return 0;
+        work->item.num_parts = (size_t)count;
+    }
+    work->first_out = calls->num_addresses;
+    if (batch->pulls) {
+        Py_ssize_t count = take_arrays(calls, out, plain, 1);
+        if (count < 0) return 0;
+        work->item.num_outs = (size_t)count;
+    }
+    if (step == Py_None || !batch->pushes) return 1;
+    if (plain->dtype > BFLOAT16) return 0;
+    PyObject *own = own_steps == Py_None ? NULL : PyDict_GetItemWithError(own_steps, key);
+    return bind_states(work, own == NULL ? step : own) ? 1 : 2;
+}
+
+PyDoc_STRVAR(look_doc,
+             "look(entries, keys, values, outs, step, own_steps)\n--\n\n"
+             "Return a batch of what a call does, without doing it.\n\n"
+             "Args:\n"
+             "    entries: a dict of key to Cell.\n"
+             "    keys: one key, or a list or tuple of them.\n"
+             "    values: None, an array or a list of parts; of a list of keys, a list of these.\n"
+             "    outs: likewise.\n"
+             "    step: None, or the optimizer's step: (numbers, names of the states, whether it counts steps).\n"
+             "    own_steps: None, or a dict of steps of single keys.\n\n"
+             "Returns:\n"
+             "    a Batch; None if an array, or a value, is not plain; a list of the cells whose states are to be\n"
+             "    completed first.");
+
+static PyObject *look(PyObject *module, PyObject *args) {
+    PyObject *entries, *keys, *values, *outs, *step, *own_steps, *unready = NULL;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O!OOOOO", &PyDict_Type, &entries, &keys, &values, &outs, &step, &own_steps)) return NULL;
+    if (torch_api == NULL || (values == Py_None && outs == Py_None)) return Py_NewRef(Py_None);
+    int depth = length_of(keys) < 0 ? 1 : 2;
+    if (!is_direct(values, depth) || !is_direct(outs, depth)) return Py_NewRef(Py_None);
+    Py_ssize_t length = length_of(keys), count = length < 0 ? 1 : length;
+    if (length >= 0 && ((values != Py_None && length_of(values) != length) || (outs != Py_None && length_of(outs) != length)))
+        return Py_NewRef(Py_None);
+    allocfunc allocate = (allocfunc)PyType_GetSlot(batch_type, Py_tp_alloc);
+    Batch *batch = (Batch *)allocate(batch_type, 0);
+    if (batch == NULL) return NULL;
+    batch->keep = PyTuple_Pack(6, entries, keys, values, outs, step, own_steps);
+    batch->calls.works = PyMem_Calloc(count ? (size_t)count : 1, sizeof(Work));
+    if (batch->keep == NULL || batch->calls.works == NULL) {
+        Py_DECREF(batch);
+        return PyErr_NoMemory();
+    }
+    batch->is_list = length >= 0;
+    batch->pushes = values != Py_None;
+    batch->pulls = outs != Py_None;
+    num_calls++;
+    /* From here on no other thread runs, and no code of Python. */
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *key = length < 0 ? keys : item_of(keys, i);
+        PyObject *value = length < 0 || !batch->pushes ? values : item_of(values, i);
+        PyObject *out = length < 0 || !batch->pulls ? outs : item_of(outs, i);
+        Work *work = &batch->calls.works[i];
+        int taken = take_key(batch, work, entries, key, value, out, step, own_steps);
+        batch->calls.num_keys = (size_t)i + 1;
+        if (taken == 2) {
+            if (unready == NULL) unready = PyList_New(0);
+            if (unready == NULL || PyList_Append(unready, (PyObject *)work->cell)) taken = 0;
+        }
+        if (!taken) goto not_plain;
+    }
+    if (batch->pulls && are_apart(&batch->calls) != 1) goto not_plain;
+    if (unready != NULL) {
+        Py_DECREF(batch);
+        return unready;
+    }
+    for (size_t i = 0; i < batch->calls.num_keys; i++) {
+        Work *work = &batch->calls.works[i];
+        work->item.parts = (const char *const *)batch->calls.addresses + work->first_part;
+        work->item.outs = batch->calls.addresses + work->first_out;
+        work->item.out_dtypes = batch->calls.dtypes + work->first_out;
+    }
+    return (PyObject *)batch;
+not_plain:
+    Py_XDECREF(unready);
+    Py_DECREF(batch);
+    PyErr_Clear();
+    return Py_NewRef(Py_None);
+}
+
+/* Whether keys, values and states are those that ``look`` has seen. */
+static int is_current(Batch *batch) {
+    PyObject *entries = PyTuple_GetItem(batch->keep, 0), *keys = PyTuple_GetItem(batch->keep, 1);
+    PyObject *step = PyTuple_GetItem(batch->keep, 4), *own_steps = PyTuple_GetItem(batch->keep, 5);
+    if (batch->is_list && length_of(keys) != (Py_ssize_t)batch->calls.num_keys) return 0;
+    for (size_t i = 0; i < batch->calls.num_keys; i++) {
+        Work *work = &batch->calls.works[i];
+        PyObject *key = batch->is_list ? item_of(keys, (Py_ssize_t)i) : keys;
+        if (key == NULL) return 0;
+        if (PyDict_GetItemWithError(entries, key) != (PyObject *)work->cell) return 0;
+        if (work->cell->value != work->cell->bound) return 0;
+        if (step == Py_None || !batch->pushes) continue;
+        PyObject *own = own_steps == Py_None ? NULL : PyDict_GetItemWithError(own_steps, key);
+        if (!bind_states(work, own == NULL ? step : own)) return 0;
+    }
+    return 1;
+}
+
+/* Do the elements from start to stop, counted through all keys. */
+static void run_range(Batch *batch, size_t start, size_t stop) {
+    size_t before = 0;
+    for (size_t i = 0; i < batch->calls.num_keys && before < stop; i++) {
+        Work *work = &batch->calls.works[i];
+        size_t numel = (size_t)work->cell->plain.numel;
+        size_t first = start > before ? start - before : 0, last = stop - before < numel ? stop - before : numel;
+        before += numel;
+        if (first >= last) continue;
+        Step step;
+        work->item.num_past_cache = batch->past_cache ? work->item.num_outs : 0;
+        if (work->numbers != NULL)
+            step = step_of(work->numbers, work->counter == NULL ? 1 : (double)*work->counter + 1, work->is_first);
+        run_item(&work->item, work->cell->plain.dtype, work->numbers == NULL ? NULL : &step, first, last);
+    }
+#if defined(__x86_64__)
+    if (batch->past_cache) _mm_sfence();
+#endif
+}
+
+/* Count what was done: versions of keys, steps of optimizers, versions of torch's outs. */
+static void count_done(Batch *batch) {
+    PyObject *written = NULL;
+    for (size_t i = 0; i < batch->calls.num_keys; i++) {
+        Work *work = &batch->calls.works[i];
+        if (batch->pushes) work->cell->version++;
+        if (work->numbers != NULL) work->cell->is_new = 0;
+        if (work->numbers != NULL && work->counter != NULL) *work->counter += 1;
+        for (size_t j = work->first_out; j < work->first_out + work->item.num_outs; j++) {
+            if (!is_torch(batch->calls.arrays[j])) continue;
+            if (written == NULL) written = PyList_New(0);
+            if (written != NULL) PyList_Append(written, batch->calls.arrays[j]);
+        }
+    }
+    /* Autograd has to know that an array is not what it was. */
+    if (written != NULL) Py_XDECREF(PyObject_CallFunctionObjArgs(increment_version, written, NULL));
+    Py_XDECREF(written);
+    PyErr_Clear();
+}
+
+static PyObject *batch_moved(Batch *batch, PyObject *none) {
+    (void)none;
+    PyObject *moved = batch->is_list ? PyList_New((Py_ssize_t)batch->calls.num_keys) : NULL;
+    if (batch->is_list && moved == NULL) return NULL;
+    for (size_t i = 0; i < batch->calls.num_keys; i++) {
+        Work *work = &batch->calls.works[i];
+        size_t nbytes = 0, end = work->first_out + work->item.num_outs;
+        for (size_t j = work->first_part; j < end; j++)
+            nbytes += (size_t)work->cell->plain.numel * ITEMSIZES[batch->calls.dtypes[j]];
+        PyObject *number = PyLong_FromSize_t(nbytes);
+        if (!batch->is_list) return number;
+        if (number == NULL || PyList_SetItem(moved, (Py_ssize_t)i, number)) {
+            Py_DECREF(moved);
+            return NULL;
+        }
+    }
+    return moved;
+}
+
+static PyObject *batch_numel(Batch *batch, void *closure) {
+    size_t numel = 0;
+    (void)closure;
+    for (size_t i = 0; i < batch->calls.num_keys; i++) numel += (size_t)batch->calls.works[i].cell->plain.numel;
+    return PyLong_FromSize_t(numel);
+}
+
+static PyObject *batch_nbytes(Batch *batch, void *closure) {
+    (void)closure;
+    return PyLong_FromSize_t(batch->calls.total_nbytes);
+}
+
+static PyObject *batch_commit(Batch *batch, PyObject *args) {
+    PyObject *lock, *shard, *rule, *depth, *current;
+    if (!PyArg_ParseTuple(args, "OOO", &lock, &shard, &rule)) return NULL;
+    static PyObject *depth_name, *rule_name;
+    if (depth_name == NULL) depth_name = PyUnicode_InternFromString("depth");
+    if (rule_name == NULL) rule_name = PyUnicode_InternFromString("_rule");
+    if ((depth = PyObject_GetAttr(lock, depth_name)) == NULL) return NULL;
+    int is_free = PyLong_AsLong(depth) == 0;
+    Py_DECREF(depth);
+    if ((current = PyObject_GetAttr(shard, rule_name)) == NULL) return NULL;
+    Py_DECREF(current);
+    if (!is_free || current != rule || !is_current(batch)) return Py_NewRef(Py_False);
+    run_range(batch, 0, SIZE_MAX);
+    count_done(batch);
+    return Py_NewRef(Py_True);
+}
+
+static PyObject *batch_run(Batch *batch, PyObject *args) {
+    Py_ssize_t start, stop;
+    if (!PyArg_ParseTuple(args, "nn", &start, &stop)) return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    run_range(batch, (size_t)start, (size_t)stop);
+    Py_END_ALLOW_THREADS;
+    return Py_NewRef(Py_None);
+}
+
+static PyObject *batch_begin(Batch *batch, PyObject *args) {
+    if (!PyArg_ParseTuple(args, "p", &batch->past_cache)) return NULL;
+    return PyBool_FromLong(is_current(batch));
+}
+
+static PyObject *batch_finish(Batch *batch, PyObject *none) {
+    (void)none;
+    count_done(batch);
+    return Py_NewRef(Py_None);
+}
+
+static PyMethodDef batch_methods[] = {
+    {"commit", (PyCFunction)batch_commit, METH_VARARGS,
+     "commit(lock, shard, rule)\n--\n\n"
+     "Do all of it, unless the lock is held, the rule is another, or keys are not those that were looked at.\n\n"
+     "The interpreter's lock is held all the time: no other thread and no signal handler runs in between."},
+    {"begin", (PyCFunction)batch_begin, METH_VARARGS,
+     "begin(past_cache)\n--\n\nReturn whether keys are those that were looked at; outs may be stored past the cache."},
+    {"run", (PyCFunction)batch_run, METH_VARARGS,
+     "run(start, stop)\n--\n\nDo some elements, counted through all keys, without the interpreter's lock."},
+    {"finish", (PyCFunction)batch_finish, METH_NOARGS, "finish()\n--\n\nCount what ``run`` has done."},
+    {"moved", (PyCFunction)batch_moved, METH_NOARGS, "moved()\n--\n\nReturn the bytes of arrays for each key."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef batch_attributes[] = {
+    {"numel", (getter)batch_numel, NULL, "Elements of all values.", NULL},
+    {"nbytes", (getter)batch_nbytes, NULL, "Bytes of all arrays.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot batch_slots[] = {
+    {Py_tp_doc, (void *)batch_doc},
+    {Py_tp_methods, batch_methods},
+    {Py_tp_getset, batch_attributes},
+    {Py_tp_dealloc, batch_dealloc},
+    {0, NULL},
+};
+
+static PyType_Spec batch_spec = {"tensorkv.runtime._native.Batch", sizeof(Batch), 0,
+                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, batch_slots};
 
 static PyMethodDef methods[] = {
     {"run_columns", run_columns, METH_VARARGS, run_columns_doc},
     {"addresses", addresses, METH_VARARGS, addresses_doc},
-    {"exchange", exchange, METH_VARARGS, exchange_doc},
+    {"use", use, METH_VARARGS, use_doc},
+    {"look", look, METH_VARARGS, look_doc},
     {NULL, NULL, 0, NULL},
 };
 
@@ -266,4 +894,14 @@ static struct PyModuleDef definition = {
     NULL,                  NULL,               NULL,                                             NULL,
 };
 
-PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit__native(void) {
+    PyObject *module = PyModule_Create(&definition);
+    cell_type = (PyTypeObject *)PyType_FromSpec(&cell_spec);
+    batch_type = (PyTypeObject *)PyType_FromSpec(&batch_spec);
+    if (module == NULL || cell_type == NULL || batch_type == NULL || PyModule_AddType(module, cell_type) ||
+        PyModule_AddType(module, batch_type)) {
+        Py_XDECREF(module);
+        return NULL;
+    }
+    return module;
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,25 +14,47 @@ from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import quote
 
+from .native import Cell
 from .optimizers import State
 from .table import Table
 
 Part = torch.Tensor | Rows
 
 
-@dataclass(slots=True)
-class Entry:
-    """What a shard holds of one key."""
+class Entry(Cell):
+    """What a shard holds of one key.
 
-    key: Key
-    spec: KeySpec
-    value: torch.Tensor | Table
-    version: int = 0
-    state: State = field(default_factory=dict)
-    # On CUDA: the moment when the last work on the value is done, for callers on other streams.
-    ready: Any = None
-    # What ``quick`` keeps to reach a small value without converting arrays.
-    door: Any = None
+    Args:
+        key, spec: of the key.
+        value: a tensor, or the rows of a table.
+        version: how many updates the key has had.
+        state: of the optimizer, by name.
+    """
+
+    __slots__ = ("key", "ready", "spec")
+
+    def __init__(
+        self, key: Key, spec: KeySpec, value: torch.Tensor | Table, version: int = 0, state: State | None = None
+    ) -> None:
+        self.key, self.spec = key, spec
+        self.value: torch.Tensor | Table = value
+        self.version = version
+        self.state: State = {} if state is None else state
+        self.is_new = False
+        self.ready: Any = None
+        """On CUDA: the moment when the last work on the value is done, for callers on other streams."""
+
+    def copy(
+        self, *, spec: KeySpec | None = None, value: torch.Tensor | Table | None = None, state: State | None = None
+    ) -> Entry:
+        """Return an entry that shares what is not given with this one."""
+        return Entry(
+            self.key,
+            self.spec if spec is None else spec,
+            self.value if value is None else value,
+            self.version,
+            self.state if state is None else state,
+        )
 
     @property
     def tensor(self) -> torch.Tensor:

@@ -41,6 +41,8 @@ class Kernel:
     clip_gradient: float | None = None
     packed: bytes = field(init=False, repr=False)
     """All numbers, as the compiled part takes them."""
+    compiled: tuple[bytes, tuple[str, ...], bool] = field(init=False, repr=False)
+    """The numbers, the names of the states, and whether steps are counted, as ``native.look`` takes them."""
 
     def __post_init__(self) -> None:
         by = self.numbers
@@ -65,6 +67,7 @@ class Kernel:
             by.get("centered", False),
         ]
         object.__setattr__(self, "packed", array("d", map(float, packed)).tobytes())
+        object.__setattr__(self, "compiled", (self.packed, tuple(self.columns), self.name != "sgd"))
 
     @property
     def columns(self) -> list[str]:

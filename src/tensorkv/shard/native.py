@@ -11,12 +11,13 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from tensorkv.arrays import interop
+from tensorkv.runtime import _compat
 
 from .fused import Kernel
 from .pool import Job
@@ -25,6 +26,37 @@ try:
     from tensorkv.runtime import _native
 except ImportError:
     _native = None  # type: ignore[assignment]
+
+if TYPE_CHECKING or _native is not None:
+    Batch = _native.Batch
+    Cell = _native.Cell
+    look = _native.look
+else:
+    Batch = look = None
+
+    class Cell:
+        """A key's value, state and version, which the compiled part reads and writes where it is there."""
+
+        __slots__ = ("is_new", "state", "value", "version")
+
+
+def _show_libraries() -> bool:
+    """Tell the compiled part of array libraries; return whether it can look at their arrays."""
+    # Of torch 2.10 and later.
+    api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if _native is None or api is None:
+        return False
+    _native.use(np.ndarray, torch.Tensor, torch.nn.Parameter, api, torch.Tensor.is_neg, _compat.increment_version)
+    return True
+
+
+_knows_libraries = _show_libraries()
+
+
+def can_look() -> bool:
+    """Return whether ``look`` is there, and torch has what it needs."""
+    return _knows_libraries and _native is not None
+
 
 # The kernel's number of each dtype. Integers wrap around, so that the signed ones do for the unsigned, too.
 DTYPES = {
@@ -43,7 +75,7 @@ DTYPES = {
     torch.bool: 8,
 }
 _TORCH_TYPES = {torch.Tensor, torch.nn.Parameter}
-# Threads begin at multiples of a cache line, which no two of them write then.
+# Elements of at least a cache line.
 _ALIGN = 64
 # About what a core keeps of what it has just written, shared cache included.
 _PAST_CACHE_NBYTES = 8 << 20
@@ -105,7 +137,7 @@ class Pass:
             if self.step is None
             else (self.step.kernel.packed, self.step.count, self.step.is_first, self.step.columns)
         )
-        length = max(_ALIGN, -(-total // threads // _ALIGN) * _ALIGN)
+        length = length_of_share(total, threads)
         return [
             partial(
                 _native.run_columns,
@@ -120,6 +152,11 @@ class Pass:
             )
             for start in range(0, max(total, 1), length)
         ]
+
+
+def length_of_share(total: int, threads: int) -> int:
+    """Return how many elements a thread does: a multiple of a cache line, which no two of them write then."""
+    return max(_ALIGN, -(-total // threads // _ALIGN) * _ALIGN)
 
 
 def is_plain(tensors: Sequence[torch.Tensor]) -> bool:

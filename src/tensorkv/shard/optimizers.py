@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from . import native
 from .fused import DTYPES as FUSED_DTYPES
 from .fused import FUSED, Kernel
 from .table import Columns, Table, fill_with
+
+if TYPE_CHECKING:
+    from .entry import Entry
 
 State = dict[str, torch.Tensor]
 
@@ -85,11 +88,6 @@ class OptimizerSpec:
     def to_json(self) -> dict[str, Any]:
         """Return what ``from_json`` reads; overrides become pairs, since JSON has no int keys."""
         return {**asdict(self), "overrides": [[key, numbers] for key, numbers in self.overrides.items()]}
-
-    def keep(self, keys: Container[Key]) -> None:
-        """Forget what was set for other keys than these."""
-        for key in [key for key in self.overrides if key not in keys]:
-            del self.overrides[key]
 
     @classmethod
     def from_json(cls, data: Any) -> OptimizerSpec:
@@ -365,11 +363,28 @@ class Optimizer:
         spec = self.spec
         if spec.name not in FUSED or not value.is_cpu or value.dtype not in FUSED_DTYPES:
             return None
-        own = key if key in spec.overrides else None
+        return self._kernel_of(key if key in spec.overrides else None)
+
+    def _kernel_of(self, own: Key | None) -> Kernel:
+        """Return the kernel of a key with numbers of its own, or of all others."""
         if own not in self._kernels:
-            numbers = {**spec.numbers, **({} if own is None else spec.overrides[own])}
-            self._kernels[own] = Kernel(spec.name, numbers, spec.rescale_grad, spec.clip_gradient)
+            numbers = {**self.spec.numbers, **({} if own is None else self.spec.overrides[own])}
+            self._kernels[own] = Kernel(self.spec.name, numbers, self.spec.rescale_grad, self.spec.clip_gradient)
         return self._kernels[own]
+
+    def plain_steps(self) -> tuple[Any, Any] | None:
+        """Return the steps of all keys, and of those with numbers of their own, as ``native.look`` takes them."""
+        if self.spec.name not in FUSED:
+            return None
+        own = {key: self._kernel_of(key).compiled for key in self.spec.overrides}
+        return self._kernel_of(None).compiled, own or None
+
+    def begin_all(self, entries: Sequence[Entry]) -> None:
+        """Add to the states of many keys what their next steps as kernels ask for."""
+        for entry in entries:
+            kernel = self.kernel(entry.key, entry.tensor)
+            if kernel is not None:
+                _, entry.is_new = self.begin(kernel, entry.key, entry.tensor, entry.state)
 
     def begin(self, kernel: Kernel, key: Key, value: torch.Tensor, state: State) -> tuple[float, bool]:
         """Add to a state what its next step as a kernel asks for; return its count, and whether sgd's is new."""

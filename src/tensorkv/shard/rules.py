@@ -5,7 +5,7 @@ The checks of a push stand here, too: whether every part fits its value and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -34,6 +34,9 @@ class Rule(Protocol):
 
     running: bool
     """Whether code of the user is being run, which must not call the store."""
+
+    plain_steps: tuple[Any, Any] | None
+    """The steps that the compiled part makes with plain sums, of all keys and of single ones; None: it makes none."""
 
     def check(self, entry: Entry, *, by_rows: bool) -> None:
         """Raise if the rule cannot update this value; changes nothing."""
@@ -99,7 +102,8 @@ class _KernelStep:
 
     def __init__(self, optimizer: Optimizer, kernel: Kernel, entry: Entry) -> None:
         self._entry, self._kernel = entry, kernel
-        self._count, self._is_first = optimizer.begin(kernel, entry.key, entry.tensor, entry.state)
+        self._count, is_first = optimizer.begin(kernel, entry.key, entry.tensor, entry.state)
+        self._is_first = is_first or entry.is_new
         self.tensors = [entry.tensor, *(entry.state[name] for name in kernel.columns)]
         """The value and its states."""
 
@@ -130,6 +134,7 @@ class _KernelStep:
 
     def finish(self) -> None:
         finish(self._entry.state, self._count)
+        self._entry.is_new = False
         self._entry.version += 1
 
 
@@ -137,6 +142,7 @@ class Assign:
     """The sum replaces the value; a push of Rows replaces those rows."""
 
     running = False
+    plain_steps: tuple[Any, Any] | None = (None, None)
 
     def check(self, entry: Entry, *, by_rows: bool) -> None:
         pass
@@ -217,6 +223,8 @@ class CallUpdater:
     key as it was, and one that keeps ``stored`` holds no memory of the store.
     """
 
+    plain_steps: tuple[Any, Any] | None = None
+
     def __init__(self, updater: Updater) -> None:
         self._updater = updater
         self.running = False
@@ -294,6 +302,13 @@ class StepOptimizer:
 
     def __init__(self, spec: OptimizerSpec) -> None:
         self.optimizer = Optimizer(spec)
+        self.plain_steps = self.optimizer.plain_steps()
+
+    def of_keys(self, keys: Container[Key]) -> StepOptimizer:
+        """Return the rule without what was set for other keys than these; itself if there is nothing."""
+        spec = self.optimizer.spec
+        kept = {key: own for key, own in spec.overrides.items() if key in keys}
+        return self if len(kept) == len(spec.overrides) else StepOptimizer(replace(spec, overrides=kept))
 
     def changed(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> StepOptimizer:
         """Return the rule with other numbers for some keys, or for all (which ends what was set for some)."""

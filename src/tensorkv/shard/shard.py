@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -24,8 +25,10 @@ from tensorkv.errors import (
     StoreClosedError,
     UpdaterError,
 )
+from tensorkv.runtime import shield
+from tensorkv.runtime.modes import outside_modes
 
-from . import quick, reduce
+from . import native, reduce
 from .changes import (
     Change,
     Delete,
@@ -43,9 +46,12 @@ from .entry import Batch, Entry, Part
 from .nonfinite import NonFinite, NonFinitePolicy
 from .optimizers import OptimizerSpec
 from .plan import Column, Plan, Plans
-from .pool import Pool
+from .pool import WORTH_A_THREAD, Pool
 from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater, check_outs, check_push, fit
 from .table import Table
+
+# Calls of at most so many bytes are done while Python's lock is held.
+_AT_ONCE_NBYTES = 1 << 20
 
 
 class Lock:
@@ -149,22 +155,54 @@ class Shard:
             if not filled:
                 self._pull(batch.keys, outs)
 
-    def one(self, key: Key, value: Any, out: Any) -> int | None:
-        """Assign a raw array to one small key and fill a raw out, if both are plain.
+    def plain(self, keys: Any, values: Any, outs: Any) -> int | list[int] | None:
+        """Do a call with the caller's own arrays if all are plain, and so are the values.
 
         Args:
-            key: as the caller gave it.
-            value, out: the caller's arrays; None for a pull or a push alone.
+            keys: a key, or a list of keys.
+            values, outs: the caller's arrays, for each key one or a list; None for a pull or a push alone.
 
         Returns:
-            Bytes moved, or None when nothing was done and the general way is to be taken.
+            Bytes moved, for a list of keys of each; None if nothing was done, and the call is to be parsed.
         """
-        entry = self._entries.get(key) if type(key) in _KEY_TYPES else None
-        if entry is None or self._broken is not None:
+        rule = self._rule
+        if not native.can_look() or self._broken is not None:
             return None
-        if value is not None and (type(self._rule) is not Assign or self._finite.checks or self.log is not None):
+        steps: Any = (None, None)
+        if values is not None:
+            steps = rule.plain_steps
+            if steps is None or self._finite.checks or self.log is not None:
+                return None
+        batch = native.look(self._entries, keys, values, outs, *steps)
+        if isinstance(batch, native.Batch) and batch.nbytes <= _AT_ONCE_NBYTES:
+            return batch.moved() if batch.commit(self._lock, self, rule) else None
+        if batch is None:
             return None
-        return quick.exchange(self, self._lock, self._rule, entry, value, out)
+        with outside_modes():
+            return shield.defer(self._run_plain, batch, (keys, values, outs), rule)
+
+    def _run_plain(self, batch: Any, call: tuple[Any, Any, Any], rule: Rule) -> int | list[int] | None:
+        """Do a plain call that is long, or the first step of some keys, which ``look`` has listed."""
+        with self._lock:
+            self.refuse_reentry()
+            if self._rule is not rule:
+                return None
+            if isinstance(batch, list) and isinstance(rule, StepOptimizer):
+                with kept():
+                    rule.optimizer.begin_all([entry for entry in batch if isinstance(entry, Entry)])
+                batch = native.look(self._entries, *call, *(rule.plain_steps or (None, None)))
+            numel = batch.numel if isinstance(batch, native.Batch) else 0
+            if not isinstance(batch, native.Batch) or not batch.begin(native.leaves_cache(batch.nbytes)):
+                return None
+            length = native.length_of_share(numel, self._pool.threads if numel >= WORTH_A_THREAD else 1)
+            jobs = [partial(batch.run, start, start + length) for start in range(0, max(numel, 1), length)]
+            if len(jobs) > 1:
+                self._pool.run(jobs)
+            else:
+                jobs[0]()
+            batch.finish()
+            moved: int | list[int] = batch.moved()
+            return moved
 
     def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
         """Push raw values and fill raw outs of many small keys at once, if there is a plan for such a call.
@@ -486,8 +524,8 @@ class Shard:
 
     def _keep_overrides(self) -> None:
         """Drop the hyperparameters of keys that were removed."""
-        if self.optimizer is not None:
-            self.optimizer.keep(self._entries)
+        if isinstance(self._rule, StepOptimizer):
+            self._rule = self._rule.of_keys(self._entries)
 
     # ------------------------------------------------------------ push and pull, the lock being held
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -155,7 +154,7 @@ class ShardedCheckpoint:
             return Contents(
                 "store",
                 [
-                    replace(each, value=self._values[each.key].value, state=states.get(index, {}))
+                    each.copy(value=self._values[each.key].value, state=states.get(index, {}))
                     if each.key in self._values
                     else each
                     for index, each in enumerate(entries)

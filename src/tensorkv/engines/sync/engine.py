@@ -197,7 +197,7 @@ class DistEngine(Engine):
 
     def _whole(self, entry: Entry) -> Entry:
         """Return an entry with the whole value."""
-        return entry if isinstance(entry.value, Table) else replace(entry, value=self._values[entry.key].value)
+        return entry if isinstance(entry.value, Table) else entry.copy(value=self._values[entry.key].value)
 
     def delete(self, keys: Sequence[Key]) -> None:
         for key in keys:
@@ -316,7 +316,7 @@ class DistEngine(Engine):
         kept = [
             each
             if isinstance(each.value, Table)
-            else replace(each, state=own_state(each, self._values[each.key], self._chain.owner))
+            else each.copy(state=own_state(each, self._values[each.key], self._chain.owner))
             for each in contents.entries
         ]
         self._shard.restore_states(kept, None)
@@ -337,7 +337,7 @@ class DistEngine(Engine):
             if self._host.local_rank == 0:
                 mine.value.copy_(each.value)
             state = own_state(each, mine, self._chain.owner)
-            kept.append(replace(each, value=mine.part(self._chain.owner), state=state))
+            kept.append(each.copy(value=mine.part(self._chain.owner), state=state))
         self._values.update(partitioned)
         checkpoint.put(self._shard, replace(contents, entries=kept))
 

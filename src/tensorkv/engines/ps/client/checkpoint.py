@@ -77,20 +77,20 @@ def _join(placement: KeyPlacement, pieces: Sequence[Entry]) -> Entry:
     """Join the pieces of a key, which are in the order of their rows."""
     first = pieces[0]
     if len(pieces) == 1:
-        return replace(first, spec=placement.spec)
+        return first.copy(spec=placement.spec)
     if isinstance(first.value, Table):
         table = Table(placement.spec.shape[0], placement.spec.shape[1:], placement.spec.dtype)
         for piece in pieces:
             if isinstance(piece.value, Table):
                 table.write(piece.value.ids, piece.value.read(piece.value.ids))
                 table.take_columns(piece.value)
-        return replace(first, spec=placement.spec, value=table)
+        return first.copy(spec=placement.spec, value=table)
     value = torch.cat([piece.value for piece in pieces])  # type: ignore[misc]
     state = {}
     for name, tensor in first.state.items():
         divided = tensor.shape == first.spec.shape
         state[name] = torch.cat([piece.state[name] for piece in pieces]) if divided else tensor
-    return replace(first, spec=placement.spec, value=value, state=state)
+    return first.copy(spec=placement.spec, value=value, state=state)
 
 
 def _piece(entry: Entry, placement: KeyPlacement, server: int) -> Entry | None:
@@ -99,13 +99,13 @@ def _piece(entry: Entry, placement: KeyPlacement, server: int) -> Entry | None:
     if piece is None:
         return None
     if isinstance(value, Table):
-        return replace(entry, value=_rows_of(value, server, placement))
+        return entry.copy(value=_rows_of(value, server, placement))
     if len(placement.pieces) == 1:
         return entry
     start, stop = piece
     shape = placement.shape(start, stop)
     state = {name: part_of(each, placement.spec.shape, start, stop) for name, each in entry.state.items()}
-    return replace(entry, spec=replace(entry.spec, shape=shape), value=value[start:stop], state=state)
+    return entry.copy(spec=replace(entry.spec, shape=shape), value=value[start:stop], state=state)
 
 
 def _rows_of(table: Table, server: int, placement: KeyPlacement) -> Table:

@@ -23,7 +23,9 @@ class Metrics:
         # A signal handler that calls the store may interrupt the thread that holds it.
         self._lock = threading.RLock()
         self._verbs: dict[str, list[Any]] = {}
-        self._keys: dict[str, dict[str | int, list[int]]] = {}
+        # Numbers, and not a list for each key, which Python's garbage collector would look through again and again.
+        self._calls: dict[str, dict[str | int, int]] = {}
+        self._nbytes: dict[str, dict[str | int, int]] = {}
 
     def add(self, verb: str, start: float, keys: Sequence[str | int], nbytes: Sequence[int]) -> None:
         """Count one call that began at ``start`` and moved so many bytes for each of its keys."""
@@ -33,27 +35,23 @@ class Metrics:
             total[0] += 1
             total[1] += sum(nbytes)
             total[2] += seconds
-            by_key = self._keys.setdefault(verb, {})
+            calls, moved = self._calls.setdefault(verb, {}), self._nbytes.setdefault(verb, {})
             for key, size in zip(keys, nbytes, strict=True):
-                count = by_key.get(key)
-                if count is None:
-                    by_key[key] = [1, size]
-                else:
-                    count[0] += 1
-                    count[1] += size
+                calls[key] = calls.get(key, 0) + 1
+                moved[key] = moved.get(key, 0) + size
 
     def add_one(self, verb: str, start: float, key: str | int, nbytes: int) -> None:
         """Count one call of a single key."""
         seconds = clock() - start
         with self._lock:
             total = self._verbs.get(verb)
-            count = None if total is None else self._keys[verb].get(key)
-            if total is not None and count is not None:
+            if total is not None:
+                calls, moved = self._calls[verb], self._nbytes[verb]
                 total[0] += 1
                 total[1] += nbytes
                 total[2] += seconds
-                count[0] += 1
-                count[1] += nbytes
+                calls[key] = calls.get(key, 0) + 1
+                moved[key] = moved.get(key, 0) + nbytes
                 return
         self.add(verb, start, [key], [nbytes])
 
@@ -65,14 +63,14 @@ class Metrics:
                 for verb, (calls, nbytes, seconds) in self._verbs.items()
             }
             keys: dict[str | int, dict[str, dict[str, int]]] = {}
-            for verb, by_key in self._keys.items():
-                for key, (calls, nbytes) in by_key.items():
-                    keys.setdefault(key, {})[verb] = {"calls": calls, "nbytes": nbytes}
+            for verb, by_key in self._calls.items():
+                for key, calls in by_key.items():
+                    keys.setdefault(key, {})[verb] = {"calls": calls, "nbytes": self._nbytes[verb][key]}
         return {"verbs": verbs, "keys": keys}
 
     def forget(self, keys: Sequence[str | int]) -> None:
         """Drop the counts of deleted keys."""
         with self._lock:
-            for by_key in self._keys.values():
+            for by_key in (*self._calls.values(), *self._nbytes.values()):
                 for key in keys:
                     by_key.pop(key, None)

@@ -23,6 +23,8 @@ DTYPES = interop.FLOATS
 NAMES = ("sgd", "adam", "adagrad", "rmsprop")
 _NUMBER_OF = {name: number for number, name in enumerate(NAMES)} | {"adamw": 1}
 FUSED = frozenset(_NUMBER_OF)
+# Elements of states that share memory, which is let go when none of them is in use.
+_FEW = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,11 +84,23 @@ class Kernel:
             return ["square_avg", *(name for name, is_used in used.items() if is_used)]
         return ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if by["amsgrad"] else [])]
 
-    def fresh(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the state before the first step."""
+    def fresh(self, values: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """Return the state of each value before its first step; those of small values share pieces of memory."""
+        states: list[dict[str, torch.Tensor]] = [{} for _ in values]
+        if self.name != "sgd":
+            for state, step in zip(
+                states, torch.zeros(len(values), dtype=torch.float32, device="cpu").unbind(), strict=True
+            ):
+                state["step"] = step
         fill = self.numbers["initial_accumulator_value"] if self.name == "adagrad" else 0
-        state = {name: torch.full_like(value, fill, memory_format=torch.contiguous_format) for name in self.columns}
-        return state if self.name == "sgd" else {"step": torch.zeros((), dtype=torch.float32, device="cpu"), **state}
+        for start, stop in _runs([value.numel() for value in values]):
+            cut = values[start:stop]
+            counts = [value.numel() for value in cut]
+            for name in self.columns:
+                flat = torch.full((sum(counts),), fill, dtype=cut[0].dtype, device="cpu")
+                for value, state, piece in zip(cut, states[start:stop], torch.split(flat, counts), strict=True):
+                    state[name] = piece if value.ndim == 1 else piece.view(value.shape)
+        return states
 
     def step(
         self, value: torch.Tensor, grad: torch.Tensor, columns: Sequence[torch.Tensor], count: float, *, is_first: bool
@@ -127,6 +141,17 @@ class Kernel:
         if decay and (self.name == "adamw" or by["decoupled_weight_decay"]):
             value = value * (1 - by["lr"] * decay)
         return _adam(by, value, grad, states, int(count))
+
+
+def _runs(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """Return runs of values that together have few elements, or one many."""
+    runs, start, total = [], 0, 0
+    for index, count in enumerate(counts):
+        if index > start and total + count > _FEW:
+            runs.append((start, index))
+            start, total = index, 0
+        total += count
+    return [*runs, (start, len(counts))] if counts else []
 
 
 def _sgd(

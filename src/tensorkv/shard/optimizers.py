@@ -380,11 +380,18 @@ class Optimizer:
         return self._kernel_of(None).compiled, own or None
 
     def begin_all(self, entries: Sequence[Entry]) -> None:
-        """Add to the states of many keys what their next steps as kernels ask for."""
+        """Do ``begin`` for many keys; those whose state is new are marked, for the step that comes next."""
+        fresh: dict[tuple[Kernel, torch.dtype], list[Entry]] = {}
         for entry in entries:
             kernel = self.kernel(entry.key, entry.tensor)
-            if kernel is not None:
+            if kernel is not None and not entry.state:
+                fresh.setdefault((kernel, entry.tensor.dtype), []).append(entry)
+            elif kernel is not None:
                 _, entry.is_new = self.begin(kernel, entry.key, entry.tensor, entry.state)
+        for (kernel, _), members in fresh.items():
+            for entry, state in zip(members, kernel.fresh([each.tensor for each in members]), strict=True):
+                entry.state.update(state)
+                entry.is_new = True
 
     def begin(self, kernel: Kernel, key: Key, value: torch.Tensor, state: State) -> tuple[float, bool]:
         """Add to a state what its next step as a kernel asks for; return its count, and whether sgd's is new."""
@@ -392,7 +399,7 @@ class Optimizer:
         if state:
             self._complete(key, state, value)
         else:
-            state.update(kernel.fresh(value))
+            state.update(kernel.fresh([value])[0])
         return float(state["step"]) + 1 if "step" in state else 1.0, is_first
 
     def step_rows(self, key: Key, value: torch.Tensor | Table, rows: Rows, state: State) -> None:

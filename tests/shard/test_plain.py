@@ -33,7 +33,13 @@ def taken(monkeypatch):
     """What the compiled part said it has moved, at each call."""
     results = []
     plain = LocalEngine.plain
-    monkeypatch.setattr(LocalEngine, "plain", lambda *a: (results.append(plain(*a)), results[-1])[1])
+
+    def spy(engine, call):
+        moved = plain(engine, call)
+        results.append(moved)
+        return moved
+
+    monkeypatch.setattr(LocalEngine, "plain", spy)
     return results
 
 

@@ -606,6 +606,7 @@ typedef struct {
     PyObject_HEAD
     PyObject *keep; /* entries, keys, values, outs, step, own steps */
     Calls calls;
+    unsigned long long number;
     int is_list, pushes, pulls, past_cache;
 } Batch;
 
@@ -632,8 +633,8 @@ static int take_key(Batch *batch, Work *work, PyObject *entries, PyObject *key, 
     if (found == NULL || !PyObject_TypeCheck(found, cell_type)) return 0;
     Cell *cell = (Cell *)found;
     const Plain *plain = plain_of(cell);
-    if (plain == NULL || cell->named == num_calls) return 0;
-    cell->named = num_calls;
+    if (plain == NULL || cell->named == batch->number) return 0;
+    cell->named = batch->number;
     work->cell = (Cell *)Py_NewRef(found);
     work->item.value = plain->address;
     work->first_part = calls->num_addresses;
@@ -690,8 +691,8 @@ static PyObject *look(PyObject *module, PyObject *args) {
     batch->is_list = length >= 0;
     batch->pushes = values != Py_None;
     batch->pulls = outs != Py_None;
-    num_calls++;
-    /* From here on no other thread runs, and no code of Python. */
+    batch->number = ++num_calls;
+    /* From here on no other thread runs, but for what Python's garbage collector may call. */
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *key = length < 0 ? keys : item_of(keys, i);
         PyObject *value = length < 0 || !batch->pushes ? values : item_of(values, i);

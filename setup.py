@@ -22,9 +22,9 @@ class Wheel(bdist_wheel):
 setup(
     ext_modules=[
         Extension(
-            f"tensorkv.runtime.{name}",
-            [f"src/tensorkv/runtime/{name}.c"],
-            depends=["src/tensorkv/runtime/_kernels.h"],
+            f"tensorkv.compiled.{name}",
+            [f"src/tensorkv/compiled/{name}.c"],
+            depends=["src/tensorkv/compiled/_kernels.h"],
             # Each operation is rounded for itself: the bits are to be the same on every processor.
             extra_compile_args=[
                 "-O3",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
 import torch
 
-from tensorkv import engines
+from tensorkv import compiled, engines
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import (
     Key,
@@ -26,7 +26,7 @@ from tensorkv.arrays.outputs import GivenOuts, NewOuts
 from tensorkv.arrays.rows import Rows, take_ids
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.call import Call, check_priority, nbytes, take
-from tensorkv.runtime import caller, compiled, forks
+from tensorkv.runtime import caller, forks
 from tensorkv.runtime.modes import outside_modes, runs_outside_modes
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard import optimizers

@@ -14,7 +14,7 @@ import pytest
 
 import tensorkv
 from tensorkv.cli import main
-from tensorkv.runtime.compiled import PARTS
+from tensorkv.compiled import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("benchmarks", "docs", "examples", "src/tensorkv", "tests")
@@ -79,7 +79,7 @@ def test_a_wheel_is_of_a_platform_only_with_compiled_parts(tree, tmp_path, compi
         assert wheel.name.endswith("-py3-none-any.whl")
         assert (told["Root-Is-Purelib"], told["Tag"]) == ("true", "py3-none-any")
     else:
-        assert compiled == {f"tensorkv/runtime/{name}.abi3.so" for name in PARTS}
+        assert compiled == {f"tensorkv/compiled/{name}.abi3.so" for name in PARTS}
         assert "-cp311-abi3-linux" in wheel.name
         assert told["Root-Is-Purelib"] == "false"
 

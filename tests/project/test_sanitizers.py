@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tensorkv.runtime.compiled import PARTS
+from tensorkv.compiled import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("shard/test_plain.py", "shard/test_native.py", "shard/test_fused.py", "runtime/test_shield.py")
@@ -22,11 +22,11 @@ def test_the_tests_of_compiled_parts_pass_under_sanitizers(tmp_path):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
-    runtime = tmp_path / "src" / "tensorkv" / "runtime"
+    compiled = tmp_path / "src" / "tensorkv" / "compiled"
     flags = ["-shared", "-fPIC", "-O1", "-g", "-std=c11", "-D_GNU_SOURCE", "-ffp-contract=off", "-fno-math-errno"]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{sysconfig.get_paths()['include']}"]
     for part in PARTS:
-        command = ["gcc", *flags, runtime / f"{part}.c", "-o", runtime / f"{part}.abi3.so"]
+        command = ["gcc", *flags, compiled / f"{part}.c", "-o", compiled / f"{part}.abi3.so"]
         subprocess.run(command, check=True, timeout=120)
     libraries = [
         subprocess.run(["gcc", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from tensorkv.runtime import _shared
+from tensorkv.compiled import _shared
 from tensorkv.transport.segment import LINE, Segment, can_share
 from tests.support.amount import amount
 from tests.support.until import until
@@ -25,7 +25,7 @@ def column(*addresses):
 
 ANSWER = """
 import struct, sys
-from tensorkv.runtime import _shared
+from tensorkv.compiled import _shared
 from tensorkv.transport.segment import LINE, Segment
 theirs, turns, spin_s = Segment(4096, sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 print("ready", flush=True)

@@ -17,9 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, TypeVar
 
-from tensorkv import __version__, engines
+from tensorkv import __version__, compiled, engines
 from tensorkv.errors import TensorKVError, suggestion
-from tensorkv.runtime import compiled, early
+from tensorkv.runtime import early
 from tensorkv.shard import optimizers
 
 from . import demo, demo_servers, inspect, top, tutorial

@@ -1,1 +1,1 @@
-"""What tensorkv needs of a process: interrupts, forks, compiled parts, statistics."""
+"""What tensorkv needs of a process: interrupts, forks, warnings, statistics."""

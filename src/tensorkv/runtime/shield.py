@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import torch
 
 try:
-    from . import _signals
+    from tensorkv.compiled import _signals
 except ImportError:
     _signals = None  # type: ignore[assignment]
 

@@ -23,7 +23,7 @@ from .fused import Kernel
 from .pool import Job
 
 try:
-    from tensorkv.runtime import _native
+    from tensorkv.compiled import _native
 except ImportError:
     _native = None  # type: ignore[assignment]
 

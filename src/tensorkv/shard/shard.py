@@ -440,7 +440,7 @@ class Shard:
     def apply(self, change: Change) -> bool:  # noqa: C901 - one case for each kind of change
         """Make a change that was checked.
 
-        Every verb changes entries and the rule through here, but for the assignment of one small array (``one``).
+        Every verb changes entries and the rule through here, but for calls of plain arrays (``plain``).
 
         Returns:
             Whether the outs of a push were filled on the way.

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 
 import torch
 
-from tensorkv.runtime import compiled
+from tensorkv import compiled
 
 try:
-    from tensorkv.runtime import _shared
+    from tensorkv.compiled import _shared
 except ImportError:
     _shared = None  # type: ignore[assignment]
 

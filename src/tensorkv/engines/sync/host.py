@@ -27,7 +27,7 @@ from . import desync
 from .group import ProcessGroup, rank_died
 
 try:
-    from tensorkv.runtime import _shared
+    from tensorkv.compiled import _shared
 except ImportError:
     _shared = None  # type: ignore[assignment]
 

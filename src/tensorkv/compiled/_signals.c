@@ -1,4 +1,4 @@
-/* tensorkv.runtime._signals: a call during which no signal handler of Python runs.
+/* tensorkv.compiled._signals: a call during which no signal handler of Python runs.
  *
  * Python runs handlers between any two bytecodes of the main thread, and what they raise unwinds the call that runs
  * there. So for the time of a call each of them is replaced by one that notes its signal. When the call has ended and
@@ -162,7 +162,7 @@ static PyMethodDef methods[] = {
 };
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "tensorkv.runtime._signals", "A call during which no signal handler runs.", -1, methods,
+    PyModuleDef_HEAD_INIT, "tensorkv.compiled._signals", "A call during which no signal handler runs.", -1, methods,
     NULL,                  NULL,                        NULL,                                          NULL,
 };
 

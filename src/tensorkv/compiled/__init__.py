@@ -23,7 +23,7 @@ def parts() -> dict[str, bool]:
 
 def _is_there(name: str) -> bool:
     try:
-        import_module(f"tensorkv.runtime.{name}")
+        import_module(f"tensorkv.compiled.{name}")
     except ImportError:
         return False
     return True

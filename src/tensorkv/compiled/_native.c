@@ -1,4 +1,4 @@
-/* tensorkv.runtime._native: sums and optimizer steps of plain arrays in one pass over memory.
+/* tensorkv.compiled._native: sums and optimizer steps of plain arrays in one pass over memory.
  *
  * torch adds two arrays a call, so that a sum of n parts passes n - 1 times over the result, and its stores first
  * read what they overwrite. Here a block of each part is added in the first-level cache, and the sum is stored once,
@@ -380,7 +380,7 @@ static PyType_Slot cell_slots[] = {
     {Py_tp_clear, cell_clear},            {Py_tp_dealloc, cell_dealloc}, {0, NULL},
 };
 
-static PyType_Spec cell_spec = {"tensorkv.runtime._native.Cell", sizeof(Cell), 0,
+static PyType_Spec cell_spec = {"tensorkv.compiled._native.Cell", sizeof(Cell), 0,
                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC, cell_slots};
 
 /* The value of a cell as a plain array; NULL if it is none. */
@@ -753,7 +753,8 @@ static void run_range(Batch *batch, size_t start, size_t stop) {
         before += numel;
         if (first >= last) continue;
         Step step;
-        work->item.num_past_cache = batch->past_cache ? work->item.num_outs : 0;
+        /* The value, too. */
+        work->item.num_past_cache = batch->past_cache ? work->item.num_outs + 1 : 0;
         if (work->numbers != NULL)
             step = step_of(work->numbers, work->counter == NULL ? 1 : (double)*work->counter + 1, work->is_first);
         run_item(&work->item, work->cell->plain.dtype, work->numbers == NULL ? NULL : &step, first, last);
@@ -879,7 +880,7 @@ static PyType_Slot batch_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec batch_spec = {"tensorkv.runtime._native.Batch", sizeof(Batch), 0,
+static PyType_Spec batch_spec = {"tensorkv.compiled._native.Batch", sizeof(Batch), 0,
                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, batch_slots};
 
 static PyMethodDef methods[] = {
@@ -891,7 +892,7 @@ static PyMethodDef methods[] = {
 };
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "tensorkv.runtime._native", "Sums of plain arrays in one pass over memory.", 0, methods,
+    PyModuleDef_HEAD_INIT, "tensorkv.compiled._native", "Sums of plain arrays in one pass over memory.", 0, methods,
     NULL,                  NULL,               NULL,                                             NULL,
 };
 

@@ -1,4 +1,4 @@
-/* tensorkv.runtime._shared: words in memory that processes share, to tell each other how far they are.
+/* tensorkv.compiled._shared: words in memory that processes share, to tell each other how far they are.
  *
  * A word is a count that only grows and that one process alone stores. Others wait until it is large enough. What was
  * written before the store is seen after the wait (release and acquire), on any processor. A wait spins for a moment
@@ -161,7 +161,7 @@ static PyMethodDef methods[] = {
 };
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "tensorkv.runtime._shared", "Words in memory that processes share.", 0, methods,
+    PyModuleDef_HEAD_INIT, "tensorkv.compiled._shared", "Words in memory that processes share.", 0, methods,
     NULL,                  NULL,               NULL,                                    NULL,
 };
 

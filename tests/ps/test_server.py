@@ -1325,7 +1325,7 @@ def test_keys_are_listed_again_only_when_they_have_changed():
         other.init("a", np.zeros(5))
         assert kv.keys() == ["b", "c", "a"]
         assert kv.info("a").shape == (5,)
-        # A server that was restarted counts anew.
+        # A restarted server starts counting at zero.
         for server in cluster.servers:
             server.incarnation = "another"
         assert kv.keys() == ["b", "c", "a"]

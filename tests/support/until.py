@@ -11,5 +11,5 @@ def until(condition, timeout_s=60):
     """
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {timeout_s} s"
+        assert time.monotonic() < deadline, f"timed out after {timeout_s} s"
         time.sleep(0.01)

@@ -101,17 +101,19 @@ class Call:
         return has_outs if self.verb == "pull" else has_values and has_outs is (self.verb == "pushpull")
 
     def _new_outs(self, keys: Any, spec: Callable[[str, Key], KeySpec]) -> list[Any] | None:
-        """Make new outs; None if a key is repeated, or cannot be pulled."""
+        """Make new outs, in the form of the keys; None if a key is repeated, or cannot be pulled."""
         try:
-            listed = keys_of(self.verb, keys)
             with outside_modes():
-                made = NewOuts(self.verb, listed, [spec(self.verb, key) for key in listed], self.like)
+                self._outs = made = self._make_outs(spec)
         except TensorKVError:
             return None
-        if len(made.keys) < len(listed):
-            return None
-        self._outs = made
-        return made.tensors if type(keys) is list else made.tensors[0] if listed and listed[0] is keys else None
+        if type(keys) is list:
+            return made.tensors if len(made.keys) == len(keys) else None
+        return made.tensors[0] if made.keys == [keys] else None
+
+    def _make_outs(self, spec: Callable[[str, Key], KeySpec]) -> NewOuts:
+        keys = keys_of(self.verb, list(self.key) if isinstance(self.key, Mapping) else self.key)
+        return NewOuts(self.verb, keys, [spec(self.verb, key) for key in keys], self.like)
 
     def check(self) -> None:
         """Raise what ``batch`` raises, and what the outs raise that can be told without the keys' values."""
@@ -119,7 +121,6 @@ class Call:
             check_priority(self.verb, self.priority)
         else:
             _ = self.batch
-        self._outs = None
         if self.out is None and not (self.verb == "pull" and isinstance(self.key, Mapping)):
             return
         if self.like is not None:
@@ -141,8 +142,7 @@ class Call:
         """
         outs = self._outs
         if outs is None:
-            keys = keys_of(self.verb, list(self.key) if isinstance(self.key, Mapping) else self.key)
-            outs = NewOuts(self.verb, keys, [spec(self.verb, key) for key in keys], self.like)
+            outs = self._make_outs(spec)
         else:
             outs.check([spec(self.verb, key) for key in outs.keys])
         copy(outs.keys, outs.tensors)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -35,8 +35,9 @@ class Rule(Protocol):
     running: bool
     """Whether code of the user is being run, which must not call the store."""
 
-    plain_steps: tuple[Any, Any] | None
-    """The steps that the compiled part makes with plain sums, of all keys and of single ones; None: it makes none."""
+    @property
+    def plain_steps(self) -> tuple[Any, Any] | None:
+        """The steps that the compiled part makes with plain sums, of all keys and of single ones, if it can."""
 
     def check(self, entry: Entry, *, by_rows: bool) -> None:
         """Raise if the rule cannot update this value; changes nothing."""
@@ -302,7 +303,11 @@ class StepOptimizer:
 
     def __init__(self, spec: OptimizerSpec) -> None:
         self.optimizer = Optimizer(spec)
-        self.plain_steps = self.optimizer.plain_steps()
+
+    @cached_property
+    def plain_steps(self) -> tuple[Any, Any] | None:
+        """The optimizer's, made when a plain call first asks for them."""
+        return self.optimizer.plain_steps()
 
     def of_keys(self, keys: Container[Key]) -> StepOptimizer:
         """Return the rule without what was set for other keys than these; itself if there is nothing."""

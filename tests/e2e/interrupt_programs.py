@@ -263,6 +263,49 @@ def act_at_lines(kv, call, act, step, grown):
         made += 1
 
 
+def pull_at_every_line_in_step():
+    """A handler that pulls at each line of what a worker of ``dist_sync`` does in the caller's thread: nothing hangs.
+
+    These are calls that are refused, which all workers are told, and calls that only look.
+    """
+    kv = tensorkv.create("dist_sync", timeout_s=60)
+    kv.init("w", np.zeros(6, F32))
+
+    def refused(kind, verb, *arguments):
+        def call():
+            try:
+                verb(*arguments)
+            except kind:
+                return
+            raise AssertionError("the call was not refused")
+
+        return call
+
+    calls = [
+        refused(tensorkv.KeyNotFoundError, kv.push, "nowhere", np.ones(6, F32)),
+        refused(tensorkv.ValueMismatchError, kv.pushpull, ["w"], [np.ones(7, F32)]),
+        refused(tensorkv.KeyExistsError, kv.init, "w", np.ones(6, F32)),
+        refused(tensorkv.KeyNotFoundError, kv.delete, "nowhere"),
+        refused(tensorkv.ArgumentError, kv.set_optimizer, "sgd", -1),
+        lambda: kv.push("w", np.ones(6, F32)),
+        lambda: kv.info("w"),
+        kv.stats,
+        lambda: "w" in kv,
+    ]
+    pulled = [0]
+
+    def pull():
+        assert kv.pull("w").shape == (6,)
+        pulled[0] += 1
+
+    for call in calls:
+        for line in range(0, 180, LINES):
+            with AtLine(line, pull):
+                call()
+    kv.close()
+    return pulled[0]
+
+
 # ------------------------------------------------------------ raising at random moments
 
 
@@ -386,6 +429,8 @@ def main(program, engine, *more):
         count = raise_at_every_line(engine, CONTROL, ["assign"])
     elif program == "step":
         count = raise_in_step(int(more[0]), "INTERRUPTED" in os.environ)
+    elif program == "pulls":
+        count = pull_at_every_line_in_step()
     elif program == "calls":
         count = call_at_every_line(engine)
     else:

@@ -49,6 +49,11 @@ def test_workers_in_step(tmp_path):
         assert int(text.splitlines()[-1]) >= 20, "too few exceptions came to say anything"
 
 
+def test_a_handler_may_pull_while_workers_are_told_of_a_refused_call():
+    for text in workers.run(2, PROGRAMS, "pulls", "dist_sync", timeout_s=110):
+        assert int(text.splitlines()[-1]) >= 100, "too few pulls came to say anything"
+
+
 @pytest.mark.release
 @pytest.mark.parametrize("arguments", [["lines", "local", "sgd"], ["random", "local", "2000", "sgd"]], ids="-".join)
 def test_a_call_that_is_not_shielded_would_be_seen(arguments, tmp_path):

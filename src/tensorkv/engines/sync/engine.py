@@ -97,7 +97,7 @@ class DistEngine(Engine):
         except Exception as error:
             # A call that an updater makes is inside another call.
             if self._host.num_entered == entered and not self._shard.rule.running:
-                self._refuse(f"{verb} refused: {error}")
+                shield.run(self._refuse, f"{verb} refused: {error}")
             raise
 
     def _refuse(self, text: str) -> None:

@@ -288,6 +288,8 @@ typedef struct {
     char *const *outs;
     const unsigned char *out_dtypes; /* NULL: the value's */
     size_t num_parts, num_outs, num_past_cache;
+    int has_wide_parts; /* of a float16 or bfloat16 value: parts are float32 */
+    int has_wide_outs;  /* likewise: outputs are float32, and get the sum before it is rounded */
 } Item;
 
 static void step_block(const Step *step, int dtype, const Item *item, size_t at, void *grad, size_t n) {
@@ -315,19 +317,24 @@ static void run_item(const Item *item, int dtype, const Step *step, size_t start
     _Alignas(64) double buffer[BLOCK];
     float wide[BLOCK];
     size_t itemsize = ITEMSIZES[dtype];
-    int sum_dtype = is_low(dtype) ? FLOAT32 : dtype;
+    int is_narrow = is_low(dtype), sum_dtype = is_narrow ? FLOAT32 : dtype;
+    int part_dtype = item->has_wide_parts ? sum_dtype : dtype;
+    int is_added = item->num_parts > 1 || step != NULL || item->has_wide_parts || item->has_wide_outs;
     for (size_t at = start; at < stop; at += BLOCK) {
-        size_t n = stop - at < BLOCK ? stop - at : BLOCK, offset = at * itemsize;
+        size_t n = stop - at < BLOCK ? stop - at : BLOCK, offset = at * itemsize, place = at * ITEMSIZES[part_dtype];
         const char *from = item->value == NULL ? NULL : item->value + offset;
+        int from_dtype = dtype;
         if (item->num_parts) {
-            const void *sum = item->parts[0] + offset;
-            if (item->num_parts > 1 || step != NULL) sum = widened(sum, dtype, (float *)buffer, n);
+            const void *sum = item->parts[0] + place;
+            if (is_added) sum = widened(sum, part_dtype, (float *)buffer, n);
             for (size_t i = 1; i < item->num_parts; i++) {
-                add(sum_dtype, buffer, sum, widened(item->parts[i] + offset, dtype, wide, n), n);
+                add(sum_dtype, buffer, sum, widened(item->parts[i] + place, part_dtype, wide, n), n);
                 sum = buffer;
             }
-            if (item->num_parts > 1 && is_low(dtype)) {
-                narrow((char *)wide, dtype, (const float *)buffer, n);
+            if (item->has_wide_outs) {
+                from_dtype = sum_dtype;
+            } else if (is_narrow && (item->num_parts > 1 || item->has_wide_parts)) {
+                narrow((char *)wide, dtype, sum, n);
                 sum = step == NULL ? wide : widened((char *)wide, dtype, (float *)buffer, n);
             }
             if (step != NULL) {
@@ -340,10 +347,10 @@ static void run_item(const Item *item, int dtype, const Step *step, size_t start
             }
         }
         for (size_t i = 0; i < item->num_outs; i++) {
-            int to = item->out_dtypes == NULL ? dtype : item->out_dtypes[i];
+            int to = item->has_wide_outs ? from_dtype : item->out_dtypes == NULL ? dtype : item->out_dtypes[i];
             char *out = item->outs[i] + at * ITEMSIZES[to];
             /* An output may be the only part itself. */
-            if (out != from) copy_out(out, to, from, dtype, n, i + item->num_past_cache >= item->num_outs);
+            if (out != from) copy_out(out, to, from, from_dtype, n, i + item->num_past_cache >= item->num_outs);
         }
     }
 }

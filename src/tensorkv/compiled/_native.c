@@ -335,7 +335,7 @@ typedef struct {
     unsigned long long named; /* by which call last */
     char is_new;              /* the state was made for the next step */
     Plain plain;              /* of ``bound``, if ``is_plain`` */
-    int is_plain;
+    int is_plain, is_remote;  /* remote: the value is only described, and is elsewhere */
     char *state_addresses[MAX_STATES + 1]; /* of ``bound_states``, the last of which counts steps */
 } Cell;
 
@@ -383,12 +383,33 @@ static PyType_Slot cell_slots[] = {
 static PyType_Spec cell_spec = {"tensorkv.compiled._native.Cell", sizeof(Cell), 0,
                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC, cell_slots};
 
+/* Describe a value that is elsewhere by a tuple: DLPack's code and bits, and its shape; whether it could be plain. */
+static int look_at_description(PyObject *given, Plain *plain) {
+    int code, bits;
+    PyObject *shape;
+    int64_t sizes[MAX_DIMS];
+    if (!PyArg_ParseTuple(given, "iiO!", &code, &bits, &PyTuple_Type, &shape) || PyTuple_Size(shape) > MAX_DIMS) {
+        PyErr_Clear();
+        return 0;
+    }
+    int ndim = (int)PyTuple_Size(shape);
+    for (int i = 0; i < ndim; i++)
+        if ((sizes[i] = PyLong_AsLongLong(PyTuple_GetItem(shape, i))) < 0) {
+            PyErr_Clear();
+            return 0;
+        }
+    static char elsewhere[1] __attribute__((aligned(16)));
+    return describe(plain, elsewhere, ndim, sizes, NULL, code, bits);
+}
+
 /* The value of a cell as a plain array; NULL if it is none. */
 static const Plain *plain_of(Cell *cell) {
     if (cell->value == NULL) return NULL;
     if (cell->bound != cell->value) {
         PyObject *old = cell->bound;
-        cell->is_plain = is_torch(cell->value) && look_at_torch(cell->value, &cell->plain);
+        cell->is_remote = PyTuple_CheckExact(cell->value);
+        cell->is_plain = cell->is_remote ? look_at_description(cell->value, &cell->plain)
+                                         : is_torch(cell->value) && look_at_torch(cell->value, &cell->plain);
         cell->bound = Py_NewRef(cell->value);
         Py_XDECREF(old);
         for (int i = 0; i <= MAX_STATES; i++) Py_CLEAR(cell->bound_states[i]);
@@ -412,14 +433,14 @@ typedef struct {
     Work *works;
     char **addresses;
     unsigned char *dtypes;
-    PyObject **arrays; /* the parts and outs */
+    PyObject **arrays; /* the parts and outs; NULL for a piece of a flat array */
     size_t num_keys, num_addresses, room, total_nbytes;
 } Calls;
 
 static unsigned long long num_calls;
 
 static void free_calls(Calls *calls) {
-    for (size_t i = 0; i < calls->num_addresses; i++) Py_DECREF(calls->arrays[i]);
+    for (size_t i = 0; i < calls->num_addresses; i++) Py_XDECREF(calls->arrays[i]);
     PyMem_Free(calls->works);
     PyMem_Free(calls->addresses);
     PyMem_Free(calls->dtypes);
@@ -440,7 +461,8 @@ static int add_array(Calls *calls, PyObject *array, const Plain *plain) {
     }
     calls->addresses[calls->num_addresses] = plain->address;
     calls->dtypes[calls->num_addresses] = (unsigned char)plain->dtype;
-    calls->arrays[calls->num_addresses++] = Py_NewRef(array);
+    Py_XINCREF(array);
+    calls->arrays[calls->num_addresses++] = array;
     return 1;
 }
 
@@ -492,6 +514,29 @@ static Py_ssize_t take_arrays(Calls *calls, PyObject *given, const Plain *value,
         calls->total_nbytes += (size_t)plain.numel * ITEMSIZES[plain.dtype];
     }
     return count ? count : -1;
+}
+
+/* Bytes in which the arrays of a call's keys lie one after another, each at the next multiple of its element's size. */
+typedef struct {
+    Plain plain;
+    size_t at;
+    int is_there;
+} Flat;
+
+static size_t nbytes_of(const Plain *plain) { return (size_t)plain->numel * ITEMSIZES[plain->dtype]; }
+
+static size_t aligned(size_t at, const Plain *plain) { return at + -at % ITEMSIZES[plain->dtype]; }
+
+/* Take a piece for the next key; how many arrays, or -1 if there is no such piece. */
+static Py_ssize_t take_piece(Calls *calls, Flat *flat, const Plain *value) {
+    Plain piece = *value;
+    size_t at = aligned(flat->at, value), nbytes = nbytes_of(value);
+    if (at + nbytes > nbytes_of(&flat->plain)) return -1;
+    piece.address = flat->plain.address + at;
+    if (nbytes && (uintptr_t)piece.address % ITEMSIZES[value->dtype]) return -1;
+    flat->at = at + nbytes;
+    calls->total_nbytes += nbytes;
+    return add_array(calls, NULL, &piece) ? 1 : -1;
 }
 
 /* The memory of a state of a name, of the value's dtype and shape or a single float; NULL if it is not there as such. */
@@ -605,9 +650,11 @@ PyDoc_STRVAR(batch_doc, "A call whose arrays are plain, with what it does for ea
 typedef struct {
     PyObject_HEAD
     PyObject *keep; /* entries, keys, values, outs, step, own steps */
+    PyObject *sums; /* instead of the values, if there are any */
     Calls calls;
+    Flat values, outs;
     unsigned long long number;
-    int is_list, pushes, pulls, past_cache;
+    int is_list, pushes, pulls, past_cache, is_remote;
 } Batch;
 
 static PyTypeObject *batch_type;
@@ -618,6 +665,7 @@ static void batch_dealloc(Batch *batch) {
     for (size_t key = 0; key < batch->calls.num_keys; key++) Py_XDECREF((PyObject *)batch->calls.works[key].cell);
     free_calls(&batch->calls);
     Py_XDECREF(batch->keep);
+    Py_XDECREF(batch->sums);
     release(batch);
     Py_DECREF(type);
 }
@@ -637,32 +685,48 @@ static int take_key(Batch *batch, Work *work, PyObject *entries, PyObject *key, 
     cell->named = batch->number;
     work->cell = (Cell *)Py_NewRef(found);
     work->item.value = plain->address;
+    batch->is_remote |= cell->is_remote;
     work->first_part = calls->num_addresses;
     if (batch->pushes) {
-        Py_ssize_t count = take_arrays(calls, value, plain, 0);
+        Py_ssize_t count =
+            batch->values.is_there ? take_piece(calls, &batch->values, plain) : take_arrays(calls, value, plain, 0);
         if (count < 0) return 0;
         work->item.num_parts = (size_t)count;
     }
     work->first_out = calls->num_addresses;
     if (batch->pulls) {
-        Py_ssize_t count = take_arrays(calls, out, plain, 1);
+        Py_ssize_t count =
+            batch->outs.is_there ? take_piece(calls, &batch->outs, plain) : take_arrays(calls, out, plain, 1);
         if (count < 0) return 0;
         work->item.num_outs = (size_t)count;
     }
-    if (step == Py_None || !batch->pushes) return 1;
+    if (step == Py_None) return 1;
     if (plain->dtype > BFLOAT16) return 0;
     PyObject *own = own_steps == Py_None ? NULL : PyDict_GetItemWithError(own_steps, key);
     return bind_states(work, own == NULL ? step : own) ? 1 : 2;
 }
 
+/* Look at an array of bytes for the arrays of all keys, if there is one; whether that is plain. */
+static int take_flat(Flat *flat, PyObject *given, int writable) {
+    if (given == Py_None) return 1;
+    flat->is_there = look_at(given, &flat->plain, writable) && flat->plain.kind == (CODE_UINT << 8 | 8) &&
+                     flat->plain.ndim == 1;
+    return flat->is_there;
+}
+
+/* Whether a flat array ends where the last piece does. */
+static int is_full(const Flat *flat) { return !flat->is_there || flat->at == nbytes_of(&flat->plain); }
+
 PyDoc_STRVAR(look_doc,
-             "look(entries, keys, values, outs, step, own_steps)\n--\n\n"
+             "look(entries, keys, values, outs, step, own_steps, flat=False)\n--\n\n"
              "Return a batch of what a call does, without doing it.\n\n"
              "Args:\n"
              "    entries: a dict of key to Cell.\n"
              "    keys: one key, or a list or tuple of them.\n"
              "    values: None, an array or a list of parts; of a list of keys, a list of these.\n"
              "    outs: likewise.\n"
+             "    flat: values and outs are each one array of bytes, in which the arrays of a list of keys lie one\n"
+             "        after another, each at the next multiple of its element's size.\n"
              "    step: None, or the optimizer's step: (numbers, names of the states, whether it counts steps).\n"
              "    own_steps: None, or a dict of steps of single keys.\n\n"
              "Returns:\n"
@@ -671,13 +735,19 @@ PyDoc_STRVAR(look_doc,
 
 static PyObject *look(PyObject *module, PyObject *args) {
     PyObject *entries, *keys, *values, *outs, *step, *own_steps, *unready = NULL;
+    Flat value_flat = {.is_there = 0}, out_flat = {.is_there = 0};
+    int is_flat = 0;
     (void)module;
-    if (!PyArg_ParseTuple(args, "O!OOOOO", &PyDict_Type, &entries, &keys, &values, &outs, &step, &own_steps)) return NULL;
-    if (torch_api == NULL || (values == Py_None && outs == Py_None)) return Py_NewRef(Py_None);
+    if (!PyArg_ParseTuple(args, "O!OOOOO|p", &PyDict_Type, &entries, &keys, &values, &outs, &step, &own_steps, &is_flat))
+        return NULL;
+    if (torch_api == NULL) return Py_NewRef(Py_None);
     int depth = length_of(keys) < 0 ? 1 : 2;
     if (!is_direct(values, depth) || !is_direct(outs, depth)) return Py_NewRef(Py_None);
     Py_ssize_t length = length_of(keys), count = length < 0 ? 1 : length;
-    if (length >= 0 && ((values != Py_None && length_of(values) != length) || (outs != Py_None && length_of(outs) != length)))
+    if (is_flat) {
+        if (length < 0 || !take_flat(&value_flat, values, 0) || !take_flat(&out_flat, outs, 1)) return Py_NewRef(Py_None);
+    } else if (length >= 0 && ((values != Py_None && length_of(values) != length) ||
+                               (outs != Py_None && length_of(outs) != length)))
         return Py_NewRef(Py_None);
     allocfunc allocate = (allocfunc)PyType_GetSlot(batch_type, Py_tp_alloc);
     Batch *batch = (Batch *)allocate(batch_type, 0);
@@ -691,12 +761,14 @@ static PyObject *look(PyObject *module, PyObject *args) {
     batch->is_list = length >= 0;
     batch->pushes = values != Py_None;
     batch->pulls = outs != Py_None;
+    batch->values = value_flat;
+    batch->outs = out_flat;
     batch->number = ++num_calls;
     /* From here on no other thread runs, but for what Python's garbage collector may call. */
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *key = length < 0 ? keys : item_of(keys, i);
-        PyObject *value = length < 0 || !batch->pushes ? values : item_of(values, i);
-        PyObject *out = length < 0 || !batch->pulls ? outs : item_of(outs, i);
+        PyObject *value = length < 0 || is_flat || !batch->pushes ? values : item_of(values, i);
+        PyObject *out = length < 0 || is_flat || !batch->pulls ? outs : item_of(outs, i);
         Work *work = &batch->calls.works[i];
         int taken = take_key(batch, work, entries, key, value, out, step, own_steps);
         batch->calls.num_keys = (size_t)i + 1;
@@ -706,6 +778,7 @@ static PyObject *look(PyObject *module, PyObject *args) {
         }
         if (!taken) goto not_plain;
     }
+    if (!is_full(&batch->values) || !is_full(&batch->outs)) goto not_plain;
     if (batch->pulls && are_apart(&batch->calls) != 1) goto not_plain;
     if (unready != NULL) {
         Py_DECREF(batch);
@@ -725,22 +798,29 @@ not_plain:
     return Py_NewRef(Py_None);
 }
 
-/* Whether keys, values and states are those that ``look`` has seen. */
+/* Whether keys, values and states are those that ``look`` has seen, and are here. */
 static int is_current(Batch *batch) {
     PyObject *entries = PyTuple_GetItem(batch->keep, 0), *keys = PyTuple_GetItem(batch->keep, 1);
     PyObject *step = PyTuple_GetItem(batch->keep, 4), *own_steps = PyTuple_GetItem(batch->keep, 5);
-    if (batch->is_list && length_of(keys) != (Py_ssize_t)batch->calls.num_keys) return 0;
+    if (batch->is_remote || (batch->is_list && length_of(keys) != (Py_ssize_t)batch->calls.num_keys)) return 0;
     for (size_t i = 0; i < batch->calls.num_keys; i++) {
         Work *work = &batch->calls.works[i];
         PyObject *key = batch->is_list ? item_of(keys, (Py_ssize_t)i) : keys;
         if (key == NULL) return 0;
         if (PyDict_GetItemWithError(entries, key) != (PyObject *)work->cell) return 0;
         if (work->cell->value != work->cell->bound) return 0;
-        if (step == Py_None || !batch->pushes) continue;
+        if (step == Py_None) continue;
         PyObject *own = own_steps == Py_None ? NULL : PyDict_GetItemWithError(own_steps, key);
         if (!bind_states(work, own == NULL ? step : own)) return 0;
     }
     return 1;
+}
+
+/* The step of a key, if there is one. */
+static const Step *step_for(const Work *work, Step *step) {
+    if (work->numbers == NULL) return NULL;
+    *step = step_of(work->numbers, work->counter == NULL ? 1 : (double)*work->counter + 1, work->is_first);
+    return step;
 }
 
 /* Do the elements from start to stop, counted through all keys. */
@@ -755,9 +835,7 @@ static void run_range(Batch *batch, size_t start, size_t stop) {
         Step step;
         /* The value, too. */
         work->item.num_past_cache = batch->past_cache ? work->item.num_outs + 1 : 0;
-        if (work->numbers != NULL)
-            step = step_of(work->numbers, work->counter == NULL ? 1 : (double)*work->counter + 1, work->is_first);
-        run_item(&work->item, work->cell->plain.dtype, work->numbers == NULL ? NULL : &step, first, last);
+        run_item(&work->item, work->cell->plain.dtype, step_for(work, &step), first, last);
     }
 #if defined(__x86_64__)
     if (batch->past_cache) _mm_sfence();
@@ -769,11 +847,11 @@ static void count_done(Batch *batch) {
     PyObject *written = NULL;
     for (size_t i = 0; i < batch->calls.num_keys; i++) {
         Work *work = &batch->calls.works[i];
-        if (batch->pushes) work->cell->version++;
+        if (batch->pushes || !batch->pulls) work->cell->version++;
         if (work->numbers != NULL) work->cell->is_new = 0;
         if (work->numbers != NULL && work->counter != NULL) *work->counter += 1;
         for (size_t j = work->first_out; j < work->first_out + work->item.num_outs; j++) {
-            if (!is_torch(batch->calls.arrays[j])) continue;
+            if (batch->calls.arrays[j] == NULL || !is_torch(batch->calls.arrays[j])) continue;
             if (written == NULL) written = PyList_New(0);
             if (written != NULL) PyList_Append(written, batch->calls.arrays[j]);
         }
@@ -852,6 +930,167 @@ static PyObject *batch_finish(Batch *batch, PyObject *none) {
     return Py_NewRef(Py_None);
 }
 
+/* ------------------------------------------------------------ batches by pieces */
+
+/* A piece of a key's value: its place in the call, and which elements. */
+typedef struct {
+    int64_t key, first, count;
+} Piece;
+
+/* An address such that the elements of a piece, counted from the beginning of the key's value, are where they are. */
+static char *before(uint64_t address, const Piece *piece, int dtype) {
+    return (char *)((uintptr_t)address - (uintptr_t)piece->first * ITEMSIZES[dtype]);
+}
+
+static int sum_dtype_of(int dtype) { return is_low(dtype) ? FLOAT32 : dtype; }
+
+enum { SUM_PIECES, COPY_PIECES, UPDATE_PIECES };
+
+static void run_piece(Batch *batch, const Piece *piece, const uint64_t *const *columns, size_t num_columns, size_t at,
+                      int64_t from, int64_t to, int wide, int mode) {
+    const Work *work = &batch->calls.works[piece->key];
+    int dtype = work->cell->plain.dtype, other = wide ? sum_dtype_of(dtype) : dtype;
+    const char *parts[MAX_COLUMNS];
+    char *target;
+    Item item = work->item;
+    Step space;
+    const Step *step = NULL;
+    if (mode == SUM_PIECES) {
+        target = before(columns[0][at], piece, other);
+        item.value = NULL;
+        item.outs = &target;
+        item.out_dtypes = NULL;
+        item.num_outs = 1;
+        item.num_past_cache = 0;
+        item.has_wide_outs = other != dtype;
+    } else {
+        for (size_t i = 0; i < num_columns; i++) parts[i] = before(columns[i][at], piece, other);
+        item.parts = parts;
+        item.num_parts = num_columns;
+        item.has_wide_parts = other != dtype;
+        item.num_past_cache = batch->past_cache ? item.num_outs : 0;
+        if (mode == COPY_PIECES) {
+            item.value = NULL;
+        } else {
+            item.num_outs = item.num_past_cache = 0;
+            step = step_for(work, &space);
+        }
+    }
+    run_item(&item, dtype, step, (size_t)(piece->first + from), (size_t)(piece->first + to));
+}
+
+static PyObject *run_by_pieces(Batch *batch, PyObject *pieces, PyObject *columns, Py_ssize_t start, Py_ssize_t stop,
+                               int wide, int mode) {
+    const uint64_t *found[MAX_COLUMNS];
+    Py_ssize_t num_columns = PyList_Size(columns), nbytes = PyBytes_Size(pieces), count = nbytes / (Py_ssize_t)sizeof(Piece);
+    const Piece *all = (const Piece *)PyBytes_AsString(pieces);
+    int fits = num_columns > 0 && num_columns <= MAX_COLUMNS && nbytes % (Py_ssize_t)sizeof(Piece) == 0;
+    for (Py_ssize_t i = 0; i < num_columns && fits; i++) {
+        PyObject *column = PyList_GetItem(columns, i);
+        fits = PyBytes_Check(column) && PyBytes_Size(column) == 8 * count;
+        found[i] = fits ? (const uint64_t *)PyBytes_AsString(column) : NULL;
+    }
+    for (Py_ssize_t i = 0; i < count && fits; i++)
+        fits = all[i].key >= 0 && all[i].key < (int64_t)batch->calls.num_keys && all[i].first >= 0 && all[i].count >= 0 &&
+               all[i].first <= batch->calls.works[all[i].key].cell->plain.numel - all[i].count;
+    if (!fits || (mode == UPDATE_PIECES && batch->is_remote)) {
+        PyErr_SetString(PyExc_ValueError, "a piece outside of its value, or columns of another length");
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS;
+    Py_ssize_t done = 0;
+    for (Py_ssize_t i = 0; i < count && done < stop; done += (Py_ssize_t)all[i++].count) {
+        int64_t from = start > done ? start - done : 0, to = stop - done < all[i].count ? stop - done : all[i].count;
+        if (from < to) run_piece(batch, &all[i], found, (size_t)num_columns, (size_t)i, from, to, wide, mode);
+    }
+#if defined(__x86_64__)
+    if (batch->past_cache) _mm_sfence();
+#endif
+    Py_END_ALLOW_THREADS;
+    return Py_NewRef(Py_None);
+}
+
+static PyObject *by_pieces(Batch *batch, PyObject *args, int mode) {
+    PyObject *pieces, *columns;
+    Py_ssize_t start = 0, stop = PY_SSIZE_T_MAX;
+    int wide = 0;
+    if (!PyArg_ParseTuple(args, "SO!|pnn", &pieces, &PyList_Type, &columns, &wide, &start, &stop)) return NULL;
+    return run_by_pieces(batch, pieces, columns, start, stop, wide, mode);
+}
+
+static PyObject *batch_sum_pieces(Batch *batch, PyObject *args) { return by_pieces(batch, args, SUM_PIECES); }
+
+static PyObject *batch_copy_pieces(Batch *batch, PyObject *args) { return by_pieces(batch, args, COPY_PIECES); }
+
+static PyObject *batch_update_pieces(Batch *batch, PyObject *args) { return by_pieces(batch, args, UPDATE_PIECES); }
+
+static PyObject *batch_part_column(Batch *batch, PyObject *pieces) {
+    Py_ssize_t count = PyBytes_Check(pieces) ? PyBytes_Size(pieces) / (Py_ssize_t)sizeof(Piece) : 0;
+    const Piece *all = count ? (const Piece *)PyBytes_AsString(pieces) : NULL;
+    PyObject *column = PyBytes_FromStringAndSize(NULL, 8 * count);
+    uint64_t *at = column == NULL ? NULL : (uint64_t *)PyBytes_AsString(column);
+    for (Py_ssize_t i = 0; i < count && at != NULL; i++) {
+        const Work *work = (size_t)all[i].key < batch->calls.num_keys ? &batch->calls.works[all[i].key] : NULL;
+        if (work == NULL || work->item.num_parts != 1) {
+            Py_DECREF(column);
+            return Py_NewRef(Py_None);
+        }
+        at[i] = (uint64_t)(uintptr_t)(work->item.parts[0] + (size_t)all[i].first * ITEMSIZES[work->cell->plain.dtype]);
+    }
+    return column;
+}
+
+/* Where the values of all keys lie one after another, and the bytes of all; or their pieces, each a whole value. */
+static PyObject *batch_packed(Batch *batch, PyObject *none) {
+    size_t at = 0, count = batch->calls.num_keys;
+    (void)none;
+    PyObject *pieces = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(count * sizeof(Piece)));
+    PyObject *places = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(8 * count));
+    if (pieces != NULL && places != NULL) {
+        Piece *each = (Piece *)PyBytes_AsString(pieces);
+        uint64_t *place = (uint64_t *)PyBytes_AsString(places);
+        for (size_t i = 0; i < count; i++) {
+            const Plain *plain = &batch->calls.works[i].cell->plain;
+            each[i] = (Piece){(int64_t)i, 0, plain->numel};
+            place[i] = at = aligned(at, plain);
+            at += nbytes_of(plain);
+        }
+    }
+    PyObject *result = pieces == NULL || places == NULL ? NULL : Py_BuildValue("OOn", pieces, places, (Py_ssize_t)at);
+    Py_XDECREF(pieces);
+    Py_XDECREF(places);
+    return result;
+}
+
+/* Have one part for each key: a piece of a flat array. */
+static PyObject *batch_take_sums(Batch *batch, PyObject *given) {
+    Flat flat = {.is_there = 0};
+    size_t at = 0;
+    int fits = batch->pushes && take_flat(&flat, given, 0) && flat.is_there;
+    for (size_t i = 0; i < batch->calls.num_keys && fits; i++) {
+        const Work *work = &batch->calls.works[i];
+        at = aligned(at, &work->cell->plain);
+        fits = at + nbytes_of(&work->cell->plain) <= nbytes_of(&flat.plain);
+        at += nbytes_of(&work->cell->plain);
+    }
+    if (!fits || at != nbytes_of(&flat.plain)) {
+        PyErr_SetString(PyExc_ValueError, "take_sums: expected one array of the bytes of all values");
+        return NULL;
+    }
+    at = 0;
+    for (size_t i = 0; i < batch->calls.num_keys; i++) {
+        Work *work = &batch->calls.works[i];
+        at = aligned(at, &work->cell->plain);
+        batch->calls.addresses[work->first_part] = flat.plain.address + at;
+        work->item.num_parts = 1;
+        at += nbytes_of(&work->cell->plain);
+    }
+    PyObject *old = batch->sums;
+    batch->sums = Py_NewRef(given);
+    Py_XDECREF(old);
+    return Py_NewRef(Py_None);
+}
+
 static PyMethodDef batch_methods[] = {
     {"commit", (PyCFunction)batch_commit, METH_VARARGS,
      "commit(lock, shard, rule)\n--\n\n"
@@ -862,6 +1101,28 @@ static PyMethodDef batch_methods[] = {
     {"run", (PyCFunction)batch_run, METH_VARARGS,
      "run(start, stop)\n--\n\nDo some elements, counted through all keys, without the interpreter's lock."},
     {"finish", (PyCFunction)batch_finish, METH_NOARGS, "finish()\n--\n\nCount what ``run`` has done."},
+    {"sum_pieces", (PyCFunction)batch_sum_pieces, METH_VARARGS,
+     "sum_pieces(pieces, targets, wide=False, start=0, stop=...)\n--\n\n"
+     "Write the sums of pieces of the parts elsewhere, without the interpreter's lock.\n\n"
+     "Args:\n"
+     "    pieces: for each, three 64-bit numbers: the place of its key in the call, its first element, how many.\n"
+     "    targets: a list of one column: for each piece a 64-bit address.\n"
+     "    wide: sums of float16 and bfloat16 are written as float32, before they are rounded.\n"
+     "    start, stop: which elements to do, counted through all pieces."},
+    {"copy_pieces", (PyCFunction)batch_copy_pieces, METH_VARARGS,
+     "copy_pieces(pieces, sources, wide=False, start=0, stop=...)\n--\n\n"
+     "Write the sums of columns to pieces of the outs, as ``sum_pieces``."},
+    {"update_pieces", (PyCFunction)batch_update_pieces, METH_VARARGS,
+     "update_pieces(pieces, parts, wide=False, start=0, stop=...)\n--\n\n"
+     "Assign the sums of columns to pieces of the values, or step with them, after ``begin``, as ``sum_pieces``.\n\n"
+     "``wide``: the parts of float16 and bfloat16 are float32."},
+    {"part_column", (PyCFunction)batch_part_column, METH_O,
+     "part_column(pieces)\n--\n\nReturn the address of each piece of the parts; None if a key has not just one."},
+    {"packed", (PyCFunction)batch_packed, METH_NOARGS,
+     "packed()\n--\n\n"
+     "Return a piece for each whole value, where they lie one after another, and how many bytes that takes."},
+    {"take_sums", (PyCFunction)batch_take_sums, METH_O,
+     "take_sums(flat)\n--\n\nHave one part for each key: its piece of an array of bytes, which lie as ``packed`` says."},
     {"moved", (PyCFunction)batch_moved, METH_NOARGS, "moved()\n--\n\nReturn the bytes of arrays for each key."},
     {NULL, NULL, 0, NULL},
 };

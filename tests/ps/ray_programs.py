@@ -52,17 +52,18 @@ def lose_answers(chance):
     Connection.receive = receive_or_lose
 
 
-def push_set(name, n, start, step, acknowledged):
+def push_set(name, stop, start, step, acknowledged):
     """Push number i of "w" adds 1 to element i; each is written down once it is acknowledged."""
-    n, start, step = int(n), int(start), int(step)
+    stop, start, step = int(stop), int(start), int(step)
     if "RAY_testing_rpc_failure" in os.environ:
         ask_through_ray_alone()
     if "LOSE_ANSWERS" in os.environ:
         lose_answers(float(os.environ["LOSE_ANSWERS"]))
     kv = tensorkv.create("dist_async", name=name, timeout_s=60)
+    (n,) = kv.info("w").shape
     with open(acknowledged, "a", buffering=1) as file:
         say("ready")
-        for i in range(start, n, step):
+        for i in range(start, stop, step):
             kv.push("w", one_hot(n, i))
             file.write(f"{i}\n")
     if int(os.environ.get("WANTS_RESENT", "0")):

@@ -396,15 +396,17 @@ def test_every_element_of_a_divided_value_is_sent_once():
     from tensorkv.arrays.interop import NUMPY
     from tensorkv.arrays.spec import KeySpec
     from tensorkv.engines.ps.client.layout import KeyPlacement, Layout
+    from tensorkv.shard.pool import Pool
 
     for servers, rows in itertools.product([1, 2, 5], [5, 4096]):
         shape = torch.Size((rows, 65))
         spec = KeySpec(shape, torch.float32, NUMPY, False)
+        pool = Pool(1)
         layout = Layout(["w"], [KeyPlacement(spec, pieces(shape, [0] * servers))], wide=False)
         value, back = torch.arange(shape.numel(), dtype=torch.float32).view(shape), torch.zeros(shape)
         for each in layout.pushed:
             room = torch.empty(each.nbytes, dtype=torch.uint8)
-            each.gather([[value, value]], room)
-            each.scatter(room, [[back]])
+            each.gather([[value, value]], pool, room)
+            each.scatter(room, [[back]], pool)
         assert torch.equal(back, 2 * value)
         assert np.array_equal(back.numpy(), 2 * value.numpy())

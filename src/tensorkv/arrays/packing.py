@@ -163,6 +163,28 @@ def encode_layout(tensors: Iterable[tuple[Key, str, torch.dtype, Sequence[int]]]
     return json.dumps(described, separators=(",", ":")).encode()
 
 
+def join_layout(
+    keys: Sequence[Key], kinds: Sequence[tuple[str, torch.dtype, Sequence[int]]], numbers: Sequence[int]
+) -> bytes:
+    """Return what ``encode_layout`` does, for many tensors of a few kinds.
+
+    Args:
+        keys: of each tensor.
+        kinds: role, dtype and shape.
+        numbers: of each tensor's kind.
+
+    >>> join_layout(["w", "b", "c"], [("sum", torch.int8, [3]), ("sum", torch.float32, [])], [1, 0, 0])
+    b'[["w","sum","float32",[]],["b","sum","int8",[3]],["c","sum","int8",[3]]]'
+    """
+    ends = [
+        json.dumps([role, interop.dtype_name(dtype), list(shape)], separators=(",", ":"))[1:]
+        for role, dtype, shape in kinds
+    ]
+    # No line ends within a JSON string.
+    texts = json.dumps(list(keys), separators=("\n", ":"))[1:-1].split("\n") if keys else []
+    return f"[{','.join([f'[{key},{ends[number]}' for key, number in zip(texts, numbers, strict=True)])}]".encode()
+
+
 @lru_cache(maxsize=32)
 def decode_layout(layout: bytes) -> tuple[Slot, ...]:
     """Check a layout and return the slot of each tensor.

@@ -20,7 +20,7 @@ from tensorkv.storage.manifest import Contents
 
 from ..messages import Restore
 from .keymap import KeyMap
-from .layout import KeyPlacement
+from .layout import KeyPlacement, PlacedKey
 from .session import ServerRequest
 from .snapshot import ServerContents
 
@@ -32,16 +32,16 @@ def gather(found: Sequence[ServerContents]) -> Contents:
         found: of each server, in one snapshot.
     """
     pieces: dict[Key, list[Entry]] = {}
-    placements: dict[Key, KeyPlacement] = {}
+    placed: dict[Key, PlacedKey] = {}
     for server in found:
-        placements.update(server.placements)
+        placed.update(server.placed)
         for entry in server.contents.entries:
             pieces.setdefault(entry.key, []).append(entry)
     # A key exists when all of its pieces do.
-    complete = [key for key in pieces if len(pieces[key]) == len(placements[key].pieces)]
-    keys = sorted(complete, key=lambda key: placements[key].order)
+    complete = [key for key in pieces if len(pieces[key]) == len(placed[key].placement.pieces)]
+    keys = sorted(complete, key=lambda key: placed[key].order)
     rule = _joined_rule([server.contents for server in found])
-    return Contents("store", [_join(placements[key], pieces[key]) for key in keys], rule)
+    return Contents("store", [_join(placed[key].placement, pieces[key]) for key in keys], rule)
 
 
 def scatter(contents: Contents, keymap: KeyMap, num_servers: int) -> list[ServerRequest]:
@@ -52,19 +52,20 @@ def scatter(contents: Contents, keymap: KeyMap, num_servers: int) -> list[Server
     """
     kind, entries = contents.kind, contents.entries
     rule: Rule = contents.rule or keymap.rule
-    manifest.check_fits(contents, {key: keymap.entry("load", key) for key in keymap})
+    manifest.check_fits(contents, {key: keymap.placed.entry(key) for key in keymap})
     if kind == "store":
-        placements = keymap.place([e.key for e in entries], [e.spec for e in entries], rule=rule, replace=True)
+        placed = keymap.place([e.key for e in entries], [e.spec for e in entries], rule=rule, replace=True)
     else:
-        placements = [keymap.find("load", entry.key) for entry in entries]
+        held = keymap.having("load", [entry.key for entry in entries])
+        placed = [held[entry.key] for entry in entries]
     requests = []
     for server in range(num_servers):
         mine, metadata = [], {}
-        for entry, placement in zip(entries, placements, strict=True):
-            piece = _piece(entry, placement, server)
+        for entry, each in zip(entries, placed, strict=True):
+            piece = _piece(entry, each.placement, server)
             if piece is not None:
                 mine.append(piece)
-                metadata[json.dumps(entry.key)] = placement.to_metadata()
+                metadata[json.dumps(entry.key)] = each.to_metadata()
         # Beside the keys that it has, a server may have numbers for others of its own.
         own_rule = rule if kind == "keys" else _own_rule(rule, {entry.key for entry in mine})
         body, tensors = manifest.describe(kind, mine, own_rule)

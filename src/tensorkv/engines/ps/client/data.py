@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,23 +16,37 @@ from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import Item, pack, unpack
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import KeyNotFoundError, ValueMismatchError, quote
-from tensorkv.shard import reduce
-from tensorkv.shard.entry import Batch, Entry, Part
+from tensorkv.shard import native, reduce
+from tensorkv.shard.entry import Batch, Part
 from tensorkv.shard.nonfinite import NonFinitePolicy
 from tensorkv.shard.optimizers import ROWWISE
-from tensorkv.shard.plan import Column
 from tensorkv.shard.pool import Pool
-from tensorkv.shard.rules import check_push
+from tensorkv.shard.rules import Assign, StepOptimizer, check_push
 
 from ..messages import Init, Pull, PullRows, Push
 from .keymap import KeyMap
-from .layout import KeyPlacement, Layout, ServerLayout, describe, list_name
+from .layout import Arrays, KeyPlacement, Layout, PlacedKey, PlacedKeys, describe, list_name
 from .rpc import ServerReply
-from .session import Fill, ServerRequest, Session, SessionPool
+from .session import ServerRequest, Session, SessionPool
 
 Outs = Sequence[Sequence[torch.Tensor]]
 # Pulls of more bytes are read from a copy that all readers of a host share.
 _CACHED_NBYTES = 64 << 10
+
+
+class PlainCall(NamedTuple):
+    """A call whose arrays are plain: what ``native.look`` has seen of them, and how its keys lie over servers."""
+
+    batch: native.Batch
+    layout: Layout
+    pushes: bool
+    pulls: bool
+
+    @property
+    def moved(self) -> int | list[int]:
+        """The bytes of its arrays, for a list of keys those of each."""
+        moved: int | list[int] = self.batch.moved()
+        return moved
 
 
 class DataClient:
@@ -66,122 +80,112 @@ class DataClient:
 
     # ------------------------------------------------------------ init
 
-    def init(self, keys: Sequence[Key], values: Sequence[Part], placements: Sequence[KeyPlacement]) -> None:
+    def init(self, keys: Sequence[Key], values: Sequence[Part], placed: Sequence[PlacedKey]) -> None:
         """Create keys with values, of which each server gets its pieces."""
         requests = []
         if any(isinstance(value, Rows) for value in values):
             totals = [rows.merge([value]) if isinstance(value, Rows) else value for value in values]
-            for server in sorted({server for each in placements for server in each.servers}):
-                mine = [index for index, each in enumerate(placements) if server in each.servers]
-                items = [item for i in mine for item in _items(keys[i], placements[i], totals[i], server)]
-                message = _init_of(mine, keys, placements)
+            for server in _servers_of([each.placement for each in placed]):
+                mine = [index for index, each in enumerate(placed) if server in each.placement.servers]
+                items = [item for i in mine for item in _items(keys[i], placed[i].placement, totals[i], server)]
+                message = _init_of(mine, keys, placed)
                 requests.append(ServerRequest.of_tensors(server, message, pack(items)))
         else:
-            layout, parts = Layout(keys, placements, wide=False), [[value] for value in values]
-            columns = None if layout.form is None else layout.form.columns(parts)
-            for each in layout.pushed:
-                message = _init_of([piece.key for piece in each.pieces], keys, placements)
-                fill = self._fill(layout, each, columns, parts)
+            new = PlacedKeys(zip(keys, placed, strict=True), wide=False)
+            parts = new.look(keys, parts=[[value] for value in values])
+            for each in new.layout(keys).pushed:
+                message = _init_of(each.indices.tolist(), keys, placed)
+                fill = partial(each.gather, parts, self._pool)
                 requests.append(ServerRequest(each.server, message, each.layout, each.nbytes, fill))
         with self._sessions.take() as session:
             session.send(requests)
+
+    # ------------------------------------------------------------ calls of plain arrays
+
+    def look(self, keys: Any, values: Any, outs: Any, placed: PlacedKeys | None = None) -> PlainCall | None:
+        """Return a call of the caller's own arrays if all are plain; nothing is sent yet.
+
+        Args:
+            keys: a key, or a list of keys.
+            values, outs: for each key an array or a list of them; None for a pull or a push alone.
+            placed: the keys of a snapshot (None: the present ones).
+        """
+        if placed is None:
+            placed = self._keymap.placed
+        if not native.can_look() or (values is not None and self._finite.checks):
+            return None
+        if type(keys) is list:
+            # Other threads may change the list.
+            keys = tuple(keys)
+        batch = native.look(placed, keys, values, outs, None, None)
+        if not isinstance(batch, native.Batch):
+            return None
+        layout, rule = placed.layout(keys if type(keys) is tuple else (keys,)), self._keymap.rule
+        takes_all = layout.is_floating and isinstance(rule, StepOptimizer) and rule.optimizer.spec.name in ROWWISE
+        if values is not None and not isinstance(rule, Assign) and not takes_all:
+            # Each value has to be checked.
+            return None
+        batch.begin(native.leaves_cache(batch.nbytes))
+        return PlainCall(batch, layout, values is not None, outs is not None)
+
+    def push_plain(self, call: PlainCall) -> None:
+        """Push; pull if there are outs."""
+        self._exchange(call.layout, call.batch, call.batch if call.pulls else None)
+        call.batch.finish()
+
+    def pull_plain(self, call: PlainCall, snapshot: str | None = None) -> None:
+        """Fill outs with present values, or with those of a snapshot."""
+        if snapshot is None:
+            self._pull_current(call.layout, call.batch)
+        else:
+            self._pull(call.layout, call.batch, snapshot)
+        call.batch.finish()
 
     # ------------------------------------------------------------ push
 
     def push(self, batch: Batch, outs: Outs | None) -> None:
         """Push a batch; with outs, pull its keys."""
-        entries = [self._keymap.entry(batch.verb, key) for key in batch.keys]
+        placed = self._keymap.having(batch.verb, batch.keys)
+        entries = [placed.entry(key) for key in batch.keys]
         check_push(batch, entries, self._keymap.rule)
         if self._finite.checks:
-            kept, sums = self._finite.finite_sums(batch, entries, self._sum_of)
+            kept, sums = self._finite.finite_sums(batch, entries, lambda e, p: self._sum(placed[e.key].placement, p))
             if len(kept) < len(entries):
-                self._push_checked(Batch(batch.verb, [entry.key for entry in kept], sums), None)
+                self._push_checked(Batch(batch.verb, [entry.key for entry in kept], sums), None, placed)
                 self.pull(batch.keys, outs or ())
                 return
             batch = Batch(batch.verb, batch.keys, sums)
-        self._push_checked(batch, outs)
+        self._push_checked(batch, outs, placed)
 
-    def _sum_of(self, entry: Entry, parts: Sequence[Any]) -> Part:
-        return self._sum(self._keymap.find("push", entry.key), parts)
-
-    def _push_checked(self, batch: Batch, outs: Outs | None) -> None:
-        layout = self._keymap.layout(batch.verb, batch.keys)
+    def _push_checked(self, batch: Batch, outs: Outs | None, placed: PlacedKeys) -> None:
         if any(isinstance(part, Rows) for parts in batch.parts for part in parts):
-            self._push_rows(batch)
+            self._push_rows(batch, placed)
             if outs is not None:
                 self.pull(batch.keys, outs)
             return
-        parts: Any = batch.parts
-        columns = None if layout.form is None else layout.form.columns(parts)
-        targets = None if layout.form is None or outs is None else layout.form.targets(outs)
-        self._exchange(layout, columns, parts, outs, targets)
+        parts = placed.look(batch.keys, parts=batch.parts)
+        targets = None if outs is None else placed.look(batch.keys, outs=outs)
+        self._exchange(placed.layout(batch.keys), parts, targets)
 
-    def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
-        """Push raw values and fill raw outs of many keys, if all are plain; None: nothing was done."""
-        # True and 1.0 would be found as 1.
-        if set(map(type, keys)) not in ({str}, {int}) or (self._finite.checks and values is not None):
-            return None
-        layout = self._keymap.cached_layout(keys)
-        if layout is None:
-            if not all(key in self._keymap for key in keys) or len(set(keys)) < len(keys):
-                return None
-            layout = self._keymap.layout("push", keys)
-        form, spec = layout.form, self._keymap.optimizer
-        if form is None or layout.has_tables or (spec is not None and spec.name not in ROWWISE):
-            return None
-        columns = [] if values is None else form.columns(values)
-        targets = [] if outs is None else form.targets(outs)
-        if columns is None or targets is None:
-            return None
-        if values is None:
-            self._pull_current(layout, keys, outs, targets)
-        else:
-            self._exchange(layout, columns, (), None if outs is None else (), targets)
-        return form.moved(len(columns) + len(targets))
-
-    def _exchange(
-        self,
-        layout: Layout,
-        columns: list[Column] | None,
-        parts: Sequence[Any],
-        outs: Outs | None,
-        targets: list[Column] | None,
-    ) -> None:
+    def _exchange(self, layout: Layout, parts: Arrays, outs: Arrays | None) -> None:
         """Push dense sums, and fill the outs with the new values."""
-        pulls = outs is not None
         requests = []
         for pushed, pulled in zip(layout.pushed, layout.pulled, strict=True):
-            fill = self._fill(layout, pushed, columns, parts)
-            message = Push(pulls=True, checksum=pulled.checksum) if pulls else Push()
-            reply_nbytes = pulled.nbytes if pulls else 0
+            fill = partial(pushed.gather, parts, self._pool)
+            message = Push() if outs is None else Push(pulls=True, checksum=pulled.checksum)
+            reply_nbytes = 0 if outs is None else pulled.nbytes
             requests.append(ServerRequest(pushed.server, message, pushed.layout, pushed.nbytes, fill, reply_nbytes))
         with self._sessions.take() as session:
             replies = self._send_push(session, layout.name if self._is_sync else "", requests)
-            for pulled, reply in zip(layout.pulled, replies, strict=True):
-                if outs is not None:
-                    self._scatter(layout, pulled, reply.payload, outs, targets)
+            if outs is not None:
+                for pulled, reply in zip(layout.pulled, replies, strict=True):
+                    pulled.scatter(reply.payload, outs, self._pool)
 
-    def _fill(self, layout: Layout, pushed: ServerLayout, columns: list[Column] | None, parts: Sequence[Any]) -> Fill:
-        """Return what writes the sums of a server's pieces to the memory of a request."""
-        if columns is None or layout.form is None:
-            return partial(pushed.gather, parts)
-        addresses = [column.addresses for column in columns]
-        return partial(pushed.gather_columns, layout.form.dtype, addresses, pool=self._pool)
-
-    def _scatter(
-        self, layout: Layout, pulled: ServerLayout, values: torch.Tensor, outs: Outs, targets: list[Column] | None
-    ) -> None:
-        if targets and layout.form is not None:
-            addresses = [target.addresses for target in targets]
-            pulled.scatter_columns(layout.form.dtype, values, addresses, self._pool)
-        else:
-            pulled.scatter(values, outs)
-
-    def _push_rows(self, batch: Batch) -> None:
-        placements = [self._keymap.find(batch.verb, key) for key in batch.keys]
+    def _push_rows(self, batch: Batch, placed: PlacedKeys) -> None:
+        placements = [placed[key].placement for key in batch.keys]
         sums = [self._sum(each, parts) for each, parts in zip(placements, batch.parts, strict=True)]
         requests = []
-        for server in sorted({server for each in placements for server in each.servers}):
+        for server in _servers_of(placements):
             items: list[Item] = []
             for key, placement, total in zip(batch.keys, placements, sums, strict=True):
                 items += _items(key, placement, total, server)
@@ -231,35 +235,31 @@ class DataClient:
         """Fill outs with the present values of keys; keys without outs are skipped."""
         named, wanted = _with_outs(keys, outs)
         if named:
-            layout = self._keymap.layout("pull", named)
-            targets = None if layout.form is None else layout.form.targets(wanted)
-            self._pull_current(layout, named, wanted, targets)
+            placed = self._keymap.having("pull", named)
+            self._pull_current(placed.layout(named), placed.look(named, outs=wanted))
 
-    def pull_snapshot(
-        self, keys: Sequence[Key], outs: Outs, snapshot: str, placements: Mapping[Key, KeyPlacement]
-    ) -> None:
-        """Fill outs with the values of a snapshot, whose keys were placed as given."""
+    def pull_snapshot(self, keys: Sequence[Key], outs: Outs, snapshot: str, placed: PlacedKeys) -> None:
+        """Fill outs with the values of a snapshot, which has keys placed as given."""
         named, wanted = _with_outs(keys, outs)
         if named:
-            layout = Layout(named, [placements[key] for key in named], wide=False)
-            targets = None if layout.form is None else layout.form.targets(wanted)
-            self._pull(layout, wanted, targets, snapshot)
+            self._pull(placed.layout(named), placed.look(named, outs=wanted), snapshot)
 
-    def _pull_current(self, layout: Layout, keys: Sequence[Key], outs: Outs, targets: list[Column] | None) -> None:
+    def _pull_current(self, layout: Layout, outs: Arrays) -> None:
         """Pull present values; retry once with fresh metadata if another client re-created a key on other servers."""
         try:
-            self._pull(layout, outs, targets)
+            self._pull(layout, outs)
         except (KeyNotFoundError, ValueMismatchError) as error:
-            fresh = self._keymap.layout("pull", keys)
-            for key, old, new in zip(keys, layout.specs, fresh.specs, strict=True):
+            fresh = self._keymap.layout("pull", layout.keys)
+            for key, before, after in zip(layout.keys, layout.placements, fresh.placements, strict=True):
+                old, new = before.spec, after.spec
                 if old != new:
                     raise ValueMismatchError(
                         f"pull({quote(key)}): another client has re-created this key; it was {old.dtype} "
                         f"{tuple(old.shape)} and is {new.dtype} {tuple(new.shape)}; call again, with arrays that fit"
                     ) from error
-            self._pull(fresh, outs, targets)
+            self._pull(fresh, outs)
 
-    def _pull(self, layout: Layout, outs: Outs, targets: list[Column] | None, snapshot: str | None = None) -> None:
+    def _pull(self, layout: Layout, outs: Arrays, snapshot: str | None = None) -> None:
         requests = []
         for pulled in layout.pulled:
             message, nbytes = Pull(checksum=pulled.checksum, snapshot=snapshot), pulled.nbytes
@@ -270,34 +270,35 @@ class DataClient:
         with self._sessions.take() as session:
             replies = self._send(session, requests)
             for pulled, request, reply in zip(layout.pulled, requests, replies, strict=True):
-                self._scatter(layout, pulled, reply.payload, outs, targets)
+                pulled.scatter(reply.payload, outs, self._pool)
                 while not session.is_intact(pulled.server, reply):
                     (reply,) = self._send(session, [request])
-                    self._scatter(layout, pulled, reply.payload, outs, targets)
+                    pulled.scatter(reply.payload, outs, self._pool)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         """Return copies of present rows; ids are unique and sorted."""
-        return self._pull_rows(keys, ids, [self._keymap.find("row_sparse_pull", key) for key in keys])
+        return self._pull_rows(keys, ids, self._keymap.having("row_sparse_pull", keys))
 
     def pull_snapshot_rows(
-        self, keys: Sequence[Key], ids: Sequence[torch.Tensor], snapshot: str, placements: Mapping[Key, KeyPlacement]
+        self, keys: Sequence[Key], ids: Sequence[torch.Tensor], snapshot: str, placed: PlacedKeys
     ) -> list[Rows]:
-        """Return copies of rows of a snapshot, whose keys were placed as given."""
-        return self._pull_rows(keys, ids, [placements[key] for key in keys], snapshot)
+        """Return copies of rows of a snapshot, which has keys placed as given."""
+        return self._pull_rows(keys, ids, placed, snapshot)
 
     def _pull_rows(
         self,
         keys: Sequence[Key],
         ids: Sequence[torch.Tensor],
-        placements: Sequence[KeyPlacement],
+        placed: PlacedKeys,
         snapshot: str | None = None,
     ) -> list[Rows]:
+        placements = [placed[key].placement for key in keys]
         found = [
             torch.empty((len(own), *each.spec.shape[1:]), dtype=each.spec.dtype, device="cpu")
             for each, own in zip(placements, ids, strict=True)
         ]
         requests, masks = [], []
-        for server in sorted({server for each in placements for server in each.servers}):
+        for server in _servers_of(placements):
             items, wanted, nbytes = [], [], 0
             for index, (key, placement, own) in enumerate(zip(keys, placements, ids, strict=True)):
                 selected = placement.rows_of(server, own.cpu())
@@ -333,9 +334,13 @@ class DataClient:
             raise
 
 
-def _init_of(indices: Sequence[int], keys: Sequence[Key], placements: Sequence[KeyPlacement]) -> Init:
+def _servers_of(placements: Sequence[KeyPlacement]) -> list[int]:
+    return sorted({server for each in placements for server in each.servers})
+
+
+def _init_of(indices: Sequence[int], keys: Sequence[Key], placed: Sequence[PlacedKey]) -> Init:
     """Return the message that creates some of the keys."""
-    return Init(**describe([keys[i] for i in indices], [placements[i] for i in indices]))
+    return Init(**describe([keys[i] for i in indices], [placed[i] for i in indices]))
 
 
 def _with(request: ServerRequest, **fields: Any) -> ServerRequest:

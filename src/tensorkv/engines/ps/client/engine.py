@@ -19,6 +19,7 @@ from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.base import Engine, Outs
+from tensorkv.engines.call import Call
 from tensorkv.engines.ps.ray import cluster
 from tensorkv.engines.ps.ray.metrics import merge_stats
 from tensorkv.errors import (
@@ -31,6 +32,7 @@ from tensorkv.errors import (
     quote,
 )
 from tensorkv.runtime import forks, shield
+from tensorkv.runtime.modes import outside_modes
 from tensorkv.shard.entry import Batch, KeyInfo, Part
 from tensorkv.shard.nonfinite import NonFinitePolicy
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
@@ -43,7 +45,7 @@ from tensorkv.transport.segment import can_share
 from .. import messages
 from ..options import PSOptions
 from .checkpoint import gather, scatter
-from .data import DataClient
+from .data import DataClient, PlainCall
 from .keymap import KeyMap
 from .rpc import ServerConnection, ServerReply
 from .session import ServerRequest, Session, SessionPool
@@ -274,10 +276,21 @@ class PSEngine(Engine):
     def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
         self._data.pull(keys, outs)
 
-    def many(self, keys: Sequence[Key], values: Any, outs: Any, priority: int) -> list[int] | None:
-        if values is not None:
+    def plain(self, call: Call) -> int | list[int] | None:
+        listed = call.listed(self.spec)
+        found = None if listed is None else self._data.look(*listed)
+        if found is None:
+            return None
+        with outside_modes():
+            self.protect(self._make_plain, found)
+        return found.moved
+
+    def _make_plain(self, call: PlainCall) -> None:
+        if call.pushes:
             self._become_worker()
-        return self._data.many(keys, values, outs)
+            self._data.push_plain(call)
+        else:
+            self._data.pull_plain(call)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         return self._data.pull_rows(keys, ids)
@@ -453,7 +466,7 @@ class PSEngine(Engine):
 
     def wait_for(self, keys: Sequence[Key], min_version: int, timeout_s: float) -> None:
         """Return when every key has this version or a later one."""
-        layout = self._keymap.layout("pull", list(dict.fromkeys(keys)))
+        layout = self._keymap.layout("pull", tuple(dict.fromkeys(keys)))
         message = messages.WaitForVersion(min_version=min_version)
         shield.run(self._send, [ServerRequest(each.server, message, each.keys) for each in layout.pushed], timeout_s)
 

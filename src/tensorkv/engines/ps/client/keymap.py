@@ -6,21 +6,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.keytable import KeyTable
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.partition import pieces
 from tensorkv.runtime import shield
-from tensorkv.shard.entry import Entry
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
 from tensorkv.shard.rules import Assign, Rule, StepOptimizer
-from tensorkv.shard.table import Table
 
-from .layout import KeyPlacement, Layout
-
-_CACHED_LAYOUTS = 256
+from .layout import KeyPlacement, Layout, PlacedKey, PlacedKeys
 
 Ask = Callable[[Sequence[Any]], Sequence[Mapping[str, Any]]]
 """Asks every server for its keys, unless they are those of this client's last listing, and for the rule."""
@@ -31,21 +24,18 @@ class Listing(NamedTuple):
 
     Args:
         changes: what differs when the server has other keys (None: nothing is known).
-        placements: of its keys.
+        placed: its keys.
     """
 
     changes: Any
-    placements: dict[Key, KeyPlacement]
+    placed: dict[Key, PlacedKey]
 
     @classmethod
     def from_reply(cls, reply: Mapping[str, Any]) -> Listing:
-        """Return the listing of a reply to ``ListKeys``; keys of one kind share their spec and pieces."""
-        kinds = [KeyPlacement.from_metadata({**kind, "order": 0}) for kind in reply["kinds"]]
-        placements = {}
-        for key, index, order in zip(reply["keys"], reply["indices"], reply["orders"], strict=True):
-            kind = kinds[index]
-            placements[key] = KeyPlacement(kind.spec, kind.pieces, order)
-        return cls(reply["changes"], placements)
+        """Return the listing of a reply to ``ListKeys``; keys of one kind share their placement."""
+        kinds = [KeyPlacement.from_metadata(kind) for kind in reply["kinds"]]
+        columns = zip(reply["keys"], reply["indices"], reply["orders"], strict=True)
+        return cls(reply["changes"], {key: PlacedKey(kinds[index], order) for key, index, order in columns})
 
 
 class KeyMap:
@@ -60,12 +50,11 @@ class KeyMap:
     def __init__(self, num_servers: int, ask: Ask, *, wide: bool) -> None:
         self._num_servers, self._ask, self._wide = num_servers, ask, wide
         self._lock = threading.RLock()
-        self._placements: KeyTable[KeyPlacement] = KeyTable()
         self._asked = self._answered = 0
         self._listings = [Listing(None, {})] * num_servers
         self._incomplete: dict[Key, set[int]] = {}
-        self._entries: dict[Key, Entry] = {}
-        self._layouts: dict[tuple[Key, ...], Layout] = {}
+        self.placed = PlacedKeys(wide=wide)
+        """The keys, as of the last refresh."""
         self.rule: Rule = Assign()
 
     def refresh(self, ask: Ask | None = None) -> None:
@@ -102,25 +91,17 @@ class KeyMap:
 
     def _join(self, listings: Sequence[Listing]) -> None:
         """Take over the keys that servers have listed."""
-        placements: dict[Key, KeyPlacement] = {}
-        found: dict[Key, set[int]] = {}
-        for server, listing in enumerate(listings):
-            placements.update(listing.placements)
-            for key in listing.placements:
-                found.setdefault(key, set()).add(server)
-        old, new, incomplete = self._placements, KeyTable[KeyPlacement](), {}
-        for key, placement in sorted(placements.items(), key=lambda item: item[1].order):
+        found: dict[Key, PlacedKey] = {}
+        for listing in listings:
+            found.update(listing.placed)
+        placed, incomplete = PlacedKeys(wide=self._wide), {}
+        for key, each in sorted(found.items(), key=lambda item: item[1].order):
             # A key exists when all of its pieces do.
-            if found[key].issuperset(placement.servers):
-                before = old.get(key)
-                new[key] = before if before is not None and before == placement else placement
+            if all(key in listings[server].placed for server in each.placement.servers):
+                placed[key] = each
             else:
-                incomplete[key] = found[key]
-        # Other threads read these without the lock: they are replaced, not changed.
-        self._placements, self._incomplete = new, incomplete
-        if new != old:
-            self._layouts = {}
-        self._entries = {key: each for key, each in self._entries.copy().items() if new.get(key) is old.get(key)}
+                incomplete[key] = {server for server, listing in enumerate(listings) if key in listing.placed}
+        self.placed, self._incomplete = placed, incomplete
 
     def _set_rule(self, spec: OptimizerSpec | None) -> None:
         mine = self.optimizer
@@ -136,10 +117,10 @@ class KeyMap:
 
     def __iter__(self) -> Iterator[Key]:
         """Iterate over the keys in the order of init, as of the last refresh."""
-        return iter(self._placements)
+        return iter(self.placed)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._placements
+        return key in self.placed
 
     def find(self, verb: str, key: Key) -> KeyPlacement:
         """Return the placement of a key; refresh if the key is unknown.
@@ -147,23 +128,19 @@ class KeyMap:
         Raises:
             KeyNotFoundError, KeyTypeError: no server has it.
         """
-        if key not in self._placements:
+        if key not in self.placed:
             self.refresh()
-        return self._placements.find(verb, key)
+        return self.placed.find(verb, key).placement
 
-    def entry(self, verb: str, key: Key) -> Entry:
-        """Return an entry without values, for checks."""
-        placement = self.find(verb, key)
-        entry = self._entries.get(key)
-        if entry is None:
-            spec = placement.spec
-            value: torch.Tensor | Table
-            if spec.is_table:
-                value = Table(spec.shape[0], spec.shape[1:], spec.dtype)
-            else:
-                value = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-            entry = self._entries[key] = Entry(key, spec, value)
-        return entry
+    def having(self, verb: str, keys: Sequence[Key]) -> PlacedKeys:
+        """Return all keys, among them these; refresh if one is unknown, and raise as ``find``."""
+        placed = self.placed
+        if not all(map(placed.__contains__, keys)):
+            self.refresh()
+            placed = self.placed
+            for key in keys:
+                placed.find(verb, key)
+        return placed
 
     def incomplete(self, keys: Sequence[Key]) -> dict[int, list[Key]]:
         """Return, by server, those of some keys of which other servers lack their pieces."""
@@ -175,13 +152,13 @@ class KeyMap:
 
     def check_new(self, keys: Sequence[Key]) -> None:
         """Raise if a key cannot be initialised."""
-        self._placements.check_new(keys)
+        self.placed.check_new(keys)
 
     # ------------------------------------------------------------ placements and layouts
 
     def place(
         self, keys: Sequence[Key], specs: Sequence[KeySpec], *, rule: Rule | None = None, replace: bool = False
-    ) -> list[KeyPlacement]:
+    ) -> list[PlacedKey]:
         """Choose the servers of new keys, the largest first.
 
         Args:
@@ -190,39 +167,32 @@ class KeyMap:
             replace: whether the new keys replace all present ones.
         """
         loads = [0] * self._num_servers
-        present = [] if replace else list(self._placements.values())
-        for placement in present:
-            _add_load(loads, placement)
+        present = [] if replace else list(self.placed.values())
+        for each in present:
+            _add_load(loads, each.placement)
         rule = rule or self.rule
         whole = isinstance(rule, StepOptimizer) and rule.optimizer.spec.name not in ROWWISE
-        order = 1 + max((placement.order for placement in present), default=-1)
-        made: dict[int, KeyPlacement] = {}
+        order = 1 + max((each.order for each in present), default=-1)
+        made: dict[int, PlacedKey] = {}
+        placements: dict[Any, KeyPlacement] = {}
         for index in sorted(range(len(keys)), key=lambda i: -_nbytes(specs[i])):
-            shape = specs[index].shape
-            if specs[index].is_table:
+            spec = specs[index]
+            if spec.is_table:
                 # Rows are placed by their ids, so that the most popular ones are spread over servers.
-                where = [(server, 0, shape[0]) for server in range(self._num_servers)]
+                where = [(server, 0, spec.shape[0]) for server in range(self._num_servers)]
             else:
-                where = pieces(shape, loads, whole=whole)
-            made[index] = KeyPlacement(specs[index], where, order + index)
-            _add_load(loads, made[index])
+                where = pieces(spec.shape, loads, whole=whole)
+            kind = (spec, *where)
+            placement = placements.get(kind)
+            if placement is None:
+                placement = placements[kind] = KeyPlacement(spec, where)
+            made[index] = PlacedKey(placement, order + index)
+            _add_load(loads, placement)
         return [made[index] for index in range(len(keys))]
-
-    def cached_layout(self, keys: Sequence[Key]) -> Layout | None:
-        """Return the layout of a list of keys, if it was asked for before."""
-        return self._layouts.get(tuple(keys))
 
     def layout(self, verb: str, keys: Sequence[Key]) -> Layout:
         """Return the layout of a list of keys."""
-        # If keys change in the meantime, this dict has been replaced, and the layout is dropped with it.
-        called, layouts = tuple(keys), self._layouts
-        layout = layouts.get(called)
-        if layout is None:
-            layout = Layout(keys, [self.find(verb, key) for key in keys], wide=self._wide)
-            if len(layouts) >= _CACHED_LAYOUTS:
-                layouts.clear()
-            layouts[called] = layout
-        return layout
+        return self.having(verb, keys).layout(keys)
 
 
 def _nbytes(spec: KeySpec) -> int:

@@ -1,13 +1,12 @@
-"""How values lie over servers: the placement of one key, and the layout of the keys of a call, server by server."""
+"""How values lie over servers: the placement of each key, and the layout of the keys of a call, server by server."""
 
 from __future__ import annotations
 
 import json
 import math
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -15,36 +14,45 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.packing import Slot, decode_layout, encode_layout
+from tensorkv.arrays.keytable import KeyTable
+from tensorkv.arrays.packing import Slot, decode_layout, join_layout
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.shard import native, reduce
-from tensorkv.shard.plan import Form
+from tensorkv.shard.entry import Entry
 from tensorkv.shard.pool import Pool
+from tensorkv.shard.table import Table
 from tensorkv.storage import manifest
 
-Parts = Sequence[Sequence[torch.Tensor]]
 # Copies of more elements than this are divided between threads.
 _PARALLEL_NUMEL = 1 << 18
+_CACHED_LAYOUTS = 256
+# DLPack's codes of the dtypes that the compiled part has.
+_DLPACK_CODES = {
+    **dict.fromkeys(interop.SIGNED, 0),
+    **dict.fromkeys(interop.UNSIGNED, 1),
+    **dict.fromkeys(interop.FLOATS, 2),
+    torch.bfloat16: 4,
+    torch.bool: 6,
+}
 
 
-@dataclass(frozen=True, slots=True)
 class KeyPlacement:
-    """The metadata of a key that clients need: its spec, and which server holds which rows.
+    """Where a value lies; one object for all keys of the same spec whose rows are on the same servers.
 
     Args:
         spec: of the whole value.
         pieces: server, first row and row after the last of each piece; of a table, every server with all rows.
-        order: of the keys' inits.
     """
 
-    spec: KeySpec
-    pieces: Sequence[tuple[int, int, int]]
-    order: int = 0
+    __slots__ = ("described", "pieces", "servers", "spec")
 
-    @property
-    def servers(self) -> list[int]:
+    def __init__(self, spec: KeySpec, pieces: Sequence[tuple[int, int, int]]) -> None:
+        self.spec, self.pieces = spec, pieces
+        self.servers = [server for server, _, _ in pieces]
         """The servers that hold a piece."""
-        return [server for server, _, _ in self.pieces]
+        code = None if spec.is_table else _DLPACK_CODES.get(spec.dtype)
+        self.described = None if code is None else (code, 8 * spec.dtype.itemsize, tuple(spec.shape))
+        """What a ``Cell`` says of the value; None if the compiled part has no such values."""
 
     def shape(self, start: int, stop: int) -> torch.Size:
         """Return the shape of some rows; a 0-d value has one row."""
@@ -78,7 +86,7 @@ class KeyPlacement:
         return ids[mine] - start, mine
 
     def to_metadata(self) -> dict[str, Any]:
-        """Return plain data, which servers keep with the key."""
+        """Return what the metadata of all these keys have in common, as plain data."""
         origin = self.spec.origin
         return {
             "shape": list(self.spec.shape),
@@ -87,7 +95,6 @@ class KeyPlacement:
             "device": str(origin.device) if origin.library == "torch" else None,
             "table": self.spec.is_table,
             "pieces": [list(piece) for piece in self.pieces],
-            "order": self.order,
         }
 
     @classmethod
@@ -95,32 +102,112 @@ class KeyPlacement:
         """Return what ``to_metadata`` was called on."""
         dtype: torch.dtype = getattr(torch, data["dtype"])
         spec = KeySpec(torch.Size(data["shape"]), dtype, manifest.origin_of(data), data["table"])
-        return cls(spec, [(server, start, stop) for server, start, stop in data["pieces"]], data["order"])
+        return cls(spec, [(server, start, stop) for server, start, stop in data["pieces"]])
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Of a key's value: which rows, and which elements of the flattened value."""
+class PlacedKey(native.Cell):
+    """A key that servers hold, as a cell whose value is elsewhere.
 
-    key: int
-    start: int
-    stop: int
-    first: int
-    count: int
+    Args:
+        placement: of its value.
+        order: of the keys' inits.
+    """
+
+    __slots__ = ("order", "placement")
+
+    def __init__(self, placement: KeyPlacement, order: int) -> None:
+        self.placement, self.order = placement, order
+        self.value: Any = placement.described
+
+    def to_metadata(self) -> dict[str, Any]:
+        """Return plain data, which servers keep with the key."""
+        return {**self.placement.to_metadata(), "order": self.order}
+
+    @classmethod
+    def from_metadata(cls, data: Mapping[str, Any]) -> PlacedKey:
+        """Return what ``to_metadata`` was called on."""
+        return cls(KeyPlacement.from_metadata(data), data["order"])
 
 
-def describe(keys: Sequence[Key], placements: Sequence[KeyPlacement]) -> dict[str, list[Any]]:
+class PlacedKeys(KeyTable[PlacedKey]):
+    """Keys that servers hold at one time, with the layouts of the calls that were made of them.
+
+    Threads read it without a lock: it is made as a whole, and replaced when keys change.
+
+    Args:
+        placed: by key, in the order of init.
+        wide: as for ``Layout``.
+    """
+
+    def __init__(self, placed: Mapping[Key, PlacedKey] | Iterable[tuple[Key, PlacedKey]] = (), *, wide: bool) -> None:
+        super().__init__(placed)
+        self._wide = wide
+        self._layouts: dict[tuple[Key, ...], Layout] = {}
+        self._entries: dict[Key, Entry] = {}
+
+    def layout(self, keys: Sequence[Key]) -> Layout:
+        """Return the layout of some of the keys, each given once."""
+        called = tuple(keys)
+        layout = self._layouts.get(called)
+        if layout is None:
+            layout = Layout(keys, [self[key].placement for key in keys], wide=self._wide)
+            if len(self._layouts) >= _CACHED_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[called] = layout
+        return layout
+
+    def entry(self, key: Key) -> Entry:
+        """Return an entry without values, for checks."""
+        entry = self._entries.get(key)
+        if entry is None:
+            spec = self[key].placement.spec
+            value: torch.Tensor | Table
+            if spec.is_table:
+                value = Table(spec.shape[0], spec.shape[1:], spec.dtype)
+            else:
+                value = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+            entry = self._entries[key] = Entry(key, spec, value)
+        return entry
+
+    def look(
+        self, keys: Sequence[Key], *, parts: Sequence[Any] | None = None, outs: Sequence[Any] | None = None
+    ) -> Arrays:
+        """Return a batch of the parts, or of the outs, of some keys if all are plain; otherwise what was given."""
+        batch: Any = native.look(self, keys, parts, outs, None, None) if native.can_look() else None
+        given: Any = parts if outs is None else outs
+        arrays: Arrays = given if batch is None else batch
+        return arrays
+
+
+Arrays = native.Batch | Sequence[Sequence[torch.Tensor]]
+"""The parts or outs of each key of a call: as ``native.look`` has seen them, or tensors of any kind."""
+
+
+def describe(keys: Sequence[Key], placed: Sequence[PlacedKey]) -> dict[str, list[Any]]:
     """Return the metadata of keys as columns, as ``Init`` has them: metadata that several keys share stand once."""
-    kinds: list[Any] = []
-    found: dict[Any, int] = {}
-    indices = []
-    for placement in placements:
-        index = found.setdefault((placement.spec, tuple(placement.pieces)), len(kinds))
-        if index == len(kinds):
-            kinds.append({name: each for name, each in placement.to_metadata().items() if name != "order"})
-        indices.append(index)
-    orders = [placement.order for placement in placements]
-    return {"kinds": kinds, "keys": list(keys), "indices": indices, "orders": orders}
+    placements = [each.placement for each in placed]
+    kinds = dict.fromkeys(placements)
+    numbers = {placement: number for number, placement in enumerate(kinds)}
+    return {
+        "kinds": [placement.to_metadata() for placement in kinds],
+        "keys": list(keys),
+        "indices": [numbers[placement] for placement in placements],
+        "orders": [each.order for each in placed],
+    }
+
+
+class _Share:
+    """What one server holds of the values of a placement."""
+
+    def __init__(self, placement: KeyPlacement, server: int, dtype: torch.dtype) -> None:
+        rows = placement.piece_of(server)
+        self.start, self.stop = rows or (0, 0)
+        numel = math.prod(placement.spec.shape[1:])
+        # A table has no dense value.
+        self.count = 0 if placement.spec.is_table else (self.stop - self.start) * numel
+        self.first, self.itemsize = self.start * numel, dtype.itemsize
+        self.is_there = rows is not None
+        self.described = ("sum", dtype, placement.shape(self.start, self.stop))
 
 
 class ServerLayout:
@@ -129,73 +216,86 @@ class ServerLayout:
     Args:
         server: its index.
         keys: of the call.
-        placements: of each key.
-        dtypes: in which each key travels.
+        placements: each once.
+        indices: of each key's placement.
+        wide: whether sums of float16 and bfloat16 travel in float32.
     """
 
     def __init__(
-        self, server: int, keys: Sequence[Key], placements: Sequence[KeyPlacement], dtypes: Sequence[torch.dtype]
+        self, server: int, keys: Sequence[Key], placements: Sequence[KeyPlacement], indices: Any, *, wide: bool
     ) -> None:
-        self.server = server
-        self.pieces: list[_Piece] = []
-        described, nbytes = [], 0
-        for index, placement in enumerate(placements):
-            piece = placement.piece_of(server)
-            if piece is not None:
-                start, stop = piece
-                step, itemsize = math.prod(placement.spec.shape[1:]), dtypes[index].itemsize
-                self.pieces.append(_Piece(index, start, stop, start * step, (stop - start) * step))
-                nbytes += -nbytes % itemsize + (stop - start) * step * itemsize
-                described.append((keys[index], "sum", dtypes[index], placement.shape(start, stop)))
-        self.layout = encode_layout(described)
-        self.keys = json.dumps([keys[piece.key] for piece in self.pieces]).encode()
-        # By this a server tells whether its values are what the client takes them to be.
-        self.checksum = zlib.crc32(self.layout)
-        self.nbytes = nbytes
-        # Of each piece: its key, and the bytes from the beginning of the key's array to the piece.
-        self._index = np.array([piece.key for piece in self.pieces], np.int64)
-        self._skips = np.array([p.first * dtypes[p.key].itemsize for p in self.pieces], np.uint64)
-        self._counts = [piece.count for piece in self.pieces]
+        self.server, self._wide = server, wide
+        dtypes = [each.spec.dtype for each in placements]
+        sent = [interop.accumulator(dtype) for dtype in dtypes] if wide else dtypes
+        self._shares = [_Share(each, server, dtype) for each, dtype in zip(placements, sent, strict=True)]
+        there = np.array([share.is_there for share in self._shares], bool)[indices]
+        self.indices = np.flatnonzero(there)
+        """The places in the call of the keys of which the server holds a piece."""
+        self._own = indices[there]
+        self._keys = list(keys) if len(self.indices) == len(keys) else [keys[index] for index in self.indices.tolist()]
+        numbers = [(share.first, share.count, share.itemsize) for share in self._shares]
+        firsts, counts, itemsizes = np.array(numbers, np.int64).reshape(-1, 3)[self._own].T
+        self._numel = int(counts.sum())
+        # As the compiled part takes pieces: place of the key in the call, first element, how many.
+        self._pieces = np.stack([self.indices, firsts, counts], 1).tobytes()
+        starts, at = [], 0
+        for nbytes, itemsize in zip((counts * itemsizes).tolist(), itemsizes.tolist(), strict=True):
+            at += -at % itemsize
+            starts.append(at)
+            at += nbytes
+        self._starts, self.nbytes = np.array(starts, np.uint64), at
 
     @cached_property
-    def _places(self) -> Sequence[Slot]:
-        """Where each piece lies, for values that are not gathered or scattered by the column."""
-        return decode_layout(self.layout)
+    def layout(self) -> bytes:
+        """The description of the payload."""
+        return join_layout(self._keys, [share.described for share in self._shares], self._own.tolist())
 
-    def gather(self, parts: Parts, room: torch.Tensor) -> None:
+    @cached_property
+    def keys(self) -> bytes:
+        """The keys of the pieces, as a pull lists them."""
+        return json.dumps(self._keys).encode()
+
+    @cached_property
+    def checksum(self) -> int:
+        """By this a server tells whether its values are what the client takes them to be."""
+        return zlib.crc32(self.layout)
+
+    @cached_property
+    def _places(self) -> Sequence[tuple[int, _Share, Slot]]:
+        """Of each piece: the place of its key, its rows and its bytes, for arrays that are not plain."""
+        shares = [self._shares[number] for number in self._own.tolist()]
+        return list(zip(self.indices.tolist(), shares, decode_layout(self.layout), strict=True))
+
+    def gather(self, parts: Arrays, pool: Pool, room: torch.Tensor) -> None:
         """Write the sums of the pieces to ``room``."""
-        for piece, place in zip(self.pieces, self._places, strict=True):
-            target = room[place.start : place.stop].view(place.dtype).view(place.shape)
-            own = [part[piece.start : piece.stop] if part.ndim else part for part in parts[piece.key]]
-            if target.numel():
-                reduce.sum_into(target, own)
-
-    def scatter(self, values: torch.Tensor, outs: Parts) -> None:
-        """Copy the pieces to the outputs."""
-        for piece, place in zip(self.pieces, self._places, strict=True):
-            value = values[place.start : place.stop].view(place.dtype).view(place.shape)
-            for out in outs[piece.key]:
-                (out[piece.start : piece.stop] if out.ndim else out).copy_(value)
-
-    def gather_columns(self, dtype: torch.dtype, columns: Sequence[bytes], room: torch.Tensor, pool: Pool) -> None:
-        """Write the sums of the pieces to ``room``, given columns with the address of each key's array."""
-        target = native.column_beside(room.view(dtype), self._counts)
-        self._sum(dtype, [target], [self._addresses(column) for column in columns], pool)
-
-    def scatter_columns(self, dtype: torch.dtype, values: torch.Tensor, columns: Sequence[bytes], pool: Pool) -> None:
-        """Copy the pieces to the outputs, given columns with the address of each key's array."""
-        source = native.column_beside(values.view(dtype), self._counts)
-        self._sum(dtype, [self._addresses(column) for column in columns], [source], pool)
-
-    def _addresses(self, column: bytes) -> bytes:
-        return (np.frombuffer(column, np.uint64)[self._index] + self._skips).tobytes()
-
-    def _sum(self, dtype: torch.dtype, targets: list[bytes], sources: list[bytes], pool: Pool) -> None:
-        sums = native.Pass(targets, sources, self._counts, dtype)
-        if sum(self._counts) >= _PARALLEL_NUMEL:
-            pool.run(sums.jobs(pool.threads))
+        if isinstance(parts, Sequence):
+            for index, share, slot in self._places:
+                target = room[slot.start : slot.stop].view(slot.dtype).view(slot.shape)
+                own = [part[share.start : share.stop] if part.ndim else part for part in parts[index]]
+                if target.numel():
+                    reduce.sum_into(target, own)
         else:
-            sums.jobs(1)[0]()
+            self._run(parts.sum_pieces, room, pool, wide=self._wide)
+
+    def scatter(self, values: torch.Tensor, outs: Arrays, pool: Pool) -> None:
+        """Copy the pieces to the outputs."""
+        if isinstance(outs, Sequence):
+            for index, share, slot in self._places:
+                value = values[slot.start : slot.stop].view(slot.dtype).view(slot.shape)
+                for out in outs[index]:
+                    (out[share.start : share.stop] if out.ndim else out).copy_(value)
+        else:
+            self._run(outs.copy_pieces, values, pool, wide=False)
+
+    def _run(self, move: Any, payload: torch.Tensor, pool: Pool, *, wide: bool) -> None:
+        """Move all pieces between a batch and a payload, large ones by several threads."""
+        pieces, columns = self._pieces, [(self._starts + np.uint64(payload.data_ptr())).tobytes()]
+        if self._numel < _PARALLEL_NUMEL:
+            move(pieces, columns, wide)
+            return
+        length = native.length_of_share(self._numel, pool.threads)
+        starts = range(0, self._numel, length)
+        pool.run([partial(move, pieces, columns, wide, start, start + length) for start in starts])
 
 
 class Layout:
@@ -208,38 +308,24 @@ class Layout:
     """
 
     def __init__(self, keys: Sequence[Key], placements: Sequence[KeyPlacement], *, wide: bool) -> None:
-        self.keys = list(keys)
-        self.specs = [each.spec for each in placements]
-        dtypes = [each.spec.dtype for each in placements]
-        sent = [interop.accumulator(dtype) for dtype in dtypes] if wide else dtypes
-        servers = sorted({server for each in placements for server in each.servers})
-        self.pushed = [ServerLayout(server, keys, placements, sent) for server in servers]
+        self.keys, self.placements = list(keys), placements
+        distinct = list(dict.fromkeys(placements))
+        numbers = {placement: number for number, placement in enumerate(distinct)}
+        indices = np.array([numbers[placement] for placement in placements], np.int64)
+        servers = sorted({server for each in distinct for server in each.servers})
+        dtypes = {each.spec.dtype for each in distinct}
+        self.is_floating = all(dtype.is_floating_point for dtype in dtypes)
+        """Whether all values are of floating-point numbers."""
+        self.pushed = [ServerLayout(server, self.keys, distinct, indices, wide=wide) for server in servers]
         # Pulled values always have the dtypes of the keys.
-        self.pulled = (
-            self.pushed if sent == dtypes else [ServerLayout(server, keys, placements, dtypes) for server in servers]
-        )
-        self._sent = sent
+        self.pulled = self.pushed
+        if wide and not dtypes.isdisjoint(interop.LOW_PRECISION):
+            self.pulled = [ServerLayout(server, self.keys, distinct, indices, wide=False) for server in servers]
 
     @cached_property
     def name(self) -> str:
         """The name of this list of keys in rounds."""
         return list_name(self.keys)
-
-    @cached_property
-    def form(self) -> Form | None:
-        """What the keys' arrays must be to be packed by the column; None if they have several dtypes."""
-        if not self._sent:
-            return None
-        dtype = self._sent[0]
-        is_uniform = all(each is dtype for each in self._sent) and self.pulled is self.pushed
-        if not is_uniform or not native.can_sum(dtype):
-            return None
-        return Form([spec.shape for spec in self.specs], dtype)
-
-    @cached_property
-    def has_tables(self) -> bool:
-        """Whether a key has no dense value."""
-        return any(spec.is_table for spec in self.specs)
 
 
 def list_name(keys: Sequence[Key]) -> str:

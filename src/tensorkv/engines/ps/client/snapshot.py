@@ -14,21 +14,23 @@ from tensorkv.arrays.packing import unpack
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.base import Outs, Reader
+from tensorkv.engines.call import Call
 from tensorkv.errors import KeyNotFoundError, SnapshotError, TensorKVError, quote
+from tensorkv.runtime.modes import outside_modes
 from tensorkv.storage import manifest
 from tensorkv.storage.manifest import Contents
 
 from ..messages import Abort, Commit, DropSnapshot, Prepare
 from .data import DataClient
-from .layout import KeyPlacement
+from .layout import PlacedKey, PlacedKeys
 from .session import ServerRequest, SessionPool
 
 
 class ServerContents(NamedTuple):
-    """Everything that one server holds, and the placements of its keys."""
+    """Everything that one server holds, and where its keys lie."""
 
     contents: Contents
-    placements: dict[Key, KeyPlacement]
+    placed: dict[Key, PlacedKey]
 
 
 class SnapshotClient:
@@ -67,11 +69,13 @@ class SnapshotClient:
         except TensorKVError:
             self.drop(name)
             raise
-        ordered = sorted(metadata, key=lambda key: metadata[key]["order"])
-        placements = {key: KeyPlacement.from_metadata(metadata[key]) for key in ordered}
-        # A key exists when all of its pieces do.
-        placements = {key: each for key, each in placements.items() if pieces[key] == len(each.pieces)}
-        return RemoteSnapshot(self, self._data, name, placements, {key: versions[key] for key in placements})
+        placed = PlacedKeys(wide=False)
+        for key in sorted(metadata, key=lambda key: metadata[key]["order"]):
+            each = PlacedKey.from_metadata(metadata[key])
+            # A key exists when all of its pieces do.
+            if pieces[key] == len(each.placement.pieces):
+                placed[key] = each
+        return RemoteSnapshot(self, self._data, name, placed, {key: versions[key] for key in placed})
 
     def contents(self) -> list[ServerContents]:
         """Return everything that each server holds."""
@@ -85,8 +89,8 @@ class SnapshotClient:
             items = unpack(head["layout"].encode(), payload.numpy().data)
             # Replies lie in memory that the next request uses.
             tensors = {str(item.key): item.tensor.clone() for item in items}
-            placements = {key: KeyPlacement.from_metadata(data) for key, data in head["metadata"]}
-            found.append(ServerContents(manifest.restore(head["body"], tensors), placements))
+            placed = {key: PlacedKey.from_metadata(data) for key, data in head["metadata"]}
+            found.append(ServerContents(manifest.restore(head["body"], tensors), placed))
         return found
 
     def drop(self, name: str) -> None:
@@ -127,7 +131,7 @@ class RemoteSnapshot(Reader):
         client: that has taken it.
         data: to read by.
         name: under which servers hold it.
-        placements: of its keys.
+        placed: its keys.
         versions: of its keys.
     """
 
@@ -136,31 +140,41 @@ class RemoteSnapshot(Reader):
         client: SnapshotClient,
         data: DataClient,
         name: str,
-        placements: dict[Key, KeyPlacement],
+        placed: PlacedKeys,
         versions: dict[Key, int],
     ) -> None:
         self._client, self._data, self._name = client, data, name
-        self._placements = placements
+        self._placed = placed
         self.versions = versions
 
     def spec(self, verb: str, key: Key) -> KeySpec:
         """Return what an array for a key must be like."""
-        placement = self._placements.get(key)
-        if placement is None:
+        placed = self._placed.get(key)
+        if placed is None:
             raise KeyNotFoundError(f"{verb}({quote(key)}): the key was not there when this snapshot was taken")
-        return placement.spec
+        return placed.placement.spec
 
     def keys(self) -> list[Key]:
         """Return every key, in the order of init."""
-        return list(self._placements)
+        return list(self._placed)
+
+    def plain(self, call: Call) -> int | list[int] | None:
+        """Pull into arrays that are plain."""
+        listed = call.listed(self.spec)
+        found = None if listed is None else self._data.look(*listed, placed=self._placed)
+        if found is None:
+            return None
+        with outside_modes():
+            self.protect(self._data.pull_plain, found, self._name)
+        return found.moved
 
     def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
         """Copy values into tensors."""
-        self._data.pull_snapshot(keys, outs, self._name, self._placements)
+        self._data.pull_snapshot(keys, outs, self._name, self._placed)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         """Return copies of rows."""
-        return self._data.pull_snapshot_rows(keys, ids, self._name, self._placements)
+        return self._data.pull_snapshot_rows(keys, ids, self._name, self._placed)
 
     def abandon(self) -> None:
         """Let the next snapshot release this one; the garbage collector calls it, at any point of the program."""

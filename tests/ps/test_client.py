@@ -1,0 +1,273 @@
+"""Clients of servers do with any call what a local store does, bit for bit, whether its arrays are plain or not."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+import tensorkv
+from tensorkv.engines import partition
+from tensorkv.shard import native
+from tests.support.amount import amount
+
+pytest.importorskip("ray")
+
+from tensorkv.engines.ps.client import layout
+from tensorkv.engines.ps.client.data import DataClient
+from tests.support.fake_servers import Cluster, together
+
+DTYPES = [
+    torch.float32,
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int32,
+    torch.uint16,
+    torch.bool,
+    torch.complex64,
+]
+FLOATS = DTYPES[:5]
+SHAPES = [(), (0,), (3,), (2, 3), (400,), (37, 11), (4, 0, 2), (1, 300)]
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Values of a few hundred elements are divided, and copied by several threads."""
+    monkeypatch.setattr(partition, "_WHOLE", 256)
+    monkeypatch.setattr(layout, "_PARALLEL_NUMEL", 1000)
+
+
+class Calls:
+    """Random calls of two stores, which must do the same."""
+
+    def __init__(self, seed, stores, dtypes):
+        self.rng = np.random.default_rng(seed)
+        self.stores = stores
+        self.odd = False
+        """Whether arrays may have strides and other dtypes."""
+        count = int(self.rng.integers(3, 14))
+        self.specs = {
+            f"k{number}": (dtypes[self.rng.integers(len(dtypes))], SHAPES[self.rng.integers(len(SHAPES))])
+            for number in range(count)
+        }
+        values = [self.array(key) for key in self.specs]
+        for kv in stores:
+            kv.init(list(self.specs), values)
+
+    def happens(self, chance):
+        return self.rng.random() < chance
+
+    def array(self, key, *, is_out=False):
+        dtype, shape = self.specs[key]
+        numbers = torch.from_numpy(np.asarray(self.rng.normal(size=shape) * 5))
+        tensor = numbers > 0 if dtype is torch.bool else numbers.abs().to(dtype)
+        if self.odd and self.happens(0.3):
+            if dtype is torch.float32:
+                tensor = tensor.to(torch.float16)
+            if tensor.ndim:
+                tensor = torch.stack([tensor, tensor], -1)[..., 0]
+        if is_out:
+            tensor = tensor * 0
+        return tensor if dtype is torch.bfloat16 or self.happens(0.5) else tensor.numpy()
+
+    def arrays(self, key, *, is_out=False):
+        if self.happens(0.6):
+            return self.array(key, is_out=is_out)
+        made = [self.array(key, is_out=is_out) for _ in range(self.rng.integers(1, 4))]
+        return made if self.happens(0.7) else tuple(made)
+
+    def make(self):
+        """Make a call of each store; return what they have returned, and the outs."""
+        verb = ("push", "pull", "pushpull")[self.rng.integers(3)]
+        self.odd = self.happens(0.2)
+        keys = [str(key) for key in self.rng.permutation(list(self.specs))[: self.rng.integers(1, len(self.specs) + 1)]]
+        if self.happens(0.1):
+            keys.append(keys[0])
+        is_single = self.happens(0.3)
+        if is_single:
+            keys = keys[:1]
+        values = [self.arrays(key) for key in keys]
+        has_outs = verb != "push" and self.happens(0.7)
+        form = ("list", "tuple", "mapping")[self.rng.integers(3)] if len(set(keys)) == len(keys) else "list"
+        has_same_outs = verb == "pushpull" and has_outs and self.happens(0.2)
+        results = []
+        outs = [self.arrays(key, is_out=True) for key in keys]
+        for kv in self.stores:
+            own = [copied(each) for each in values]
+            filled = own if has_same_outs else [copied(each) for each in outs]
+            if is_single:
+                arguments = {"key": keys[0], "value": own[0], "out": filled[0]}
+            elif form == "mapping":
+                pulled = dict(zip(keys, filled, strict=True))
+                pairs = dict(zip(keys, own, strict=True))
+                arguments = {"key": pulled if verb == "pull" and has_outs else pairs, "out": pulled}
+                if verb == "pull":
+                    arguments["out"] = None
+                    arguments["key"] = pulled if has_outs else keys
+            else:
+                kind = list if form == "list" else tuple
+                arguments = {"key": kind(keys), "value": kind(own), "out": kind(filled)}
+            if verb == "pull":
+                arguments.pop("value", None)
+            if verb == "push" or not has_outs:
+                arguments.pop("out", None)
+            results.append((getattr(kv, verb)(**arguments), filled))
+        return results
+
+
+def copied(arrays):
+    if isinstance(arrays, list | tuple):
+        return type(arrays)(copied(each) for each in arrays)
+    if isinstance(arrays, np.ndarray):
+        return arrays.copy() if arrays.flags.c_contiguous else np.stack([arrays, arrays], -1)[..., 0]
+    if arrays.is_contiguous():
+        return arrays.clone()
+    return torch.stack([arrays, arrays], -1)[..., 0]
+
+
+def raw(found):
+    """Return arrays of any form as types, dtypes and bytes, which are equal where all bits are."""
+    if found is None:
+        return None
+    if isinstance(found, dict):
+        return {key: raw(each) for key, each in found.items()}
+    if isinstance(found, list | tuple):
+        return [raw(each) for each in found]
+    tensor = torch.from_numpy(found) if isinstance(found, np.ndarray) else found
+    flat = tensor.contiguous().view(-1)
+    return type(found).__name__, tensor.dtype, tuple(tensor.shape), flat.view(torch.uint8).tolist() if len(flat) else []
+
+
+@contextlib.contextmanager
+def looked(monkeypatch):
+    """Count the calls that were plain, and those that were not."""
+    counts = {True: 0, False: 0}
+    look = DataClient.look
+
+    def counted(*args, **more):
+        found = look(*args, **more)
+        counts[found is not None] += 1
+        return found
+
+    monkeypatch.setattr(DataClient, "look", counted)
+    yield counts
+
+
+@pytest.mark.parametrize("is_compiled", [True, False], ids=["compiled", "without"])
+@pytest.mark.parametrize("mode", ["async", "sync"])
+@pytest.mark.parametrize("servers", [1, 3])
+def test_random_calls(servers, mode, is_compiled, monkeypatch):
+    if not is_compiled:
+        monkeypatch.setattr(native, "can_look", lambda: False)
+    with looked(monkeypatch) as counts:
+        for seed in range(amount(6, 30)):
+            optimizer = [None, ("sgd", {"lr": 0.1, "momentum": 0.9}), ("adam", {"lr": 0.1})][seed % 3]
+            with Cluster(servers, mode=mode) as cluster, tensorkv.create("local") as local:
+                stores = [local, cluster.store()]
+                if optimizer is not None:
+                    for kv in stores:
+                        kv.set_optimizer(optimizer[0], **optimizer[1])
+                calls = Calls(seed, stores, DTYPES if optimizer is None else FLOATS)
+                for _ in range(12):
+                    (expected, filled), (found, other) = calls.make()
+                    assert raw(found) == raw(expected)
+                    assert raw(other) == raw(filled)
+                for key in calls.specs:
+                    assert raw(stores[1].pull(key)) == raw(local.pull(key)), key
+                    assert stores[1].info(key).version == local.info(key).version
+    assert (counts[True] > 2 * counts[False]) is (is_compiled and native.can_look())
+
+
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float16, 2048.0), (torch.bfloat16, 256.0)])
+def test_sums_of_workers_are_rounded_once(dtype, large):
+    """Whether a worker's own sum is plain or not."""
+
+    def make(value):
+        return torch.full((3,), value).to(dtype)
+
+    parts = [[large, 1.0], [0.5, 0.5]]
+    with Cluster(2, mode="sync", num_workers=2) as cluster, tensorkv.create("local") as local:
+        workers = cluster.stores(2)
+        together(*(lambda kv=kv: kv.init(["a", "b"], [make(0), make(0)]) for kv in workers))
+        local.init("a", make(0))
+        local.push("a", [make(value) for own in parts for value in own])
+        for strange in (False, True):
+            jobs = []
+            for kv, own in zip(workers, parts, strict=True):
+                arrays = [make(value) for value in own]
+                if strange:
+                    arrays[0] = torch.stack([arrays[0]] * 2, -1)[..., 0]
+                jobs.append(lambda kv=kv, arrays=arrays: kv.pushpull(["a", "b"], [arrays, arrays]))
+            for found in together(*jobs):
+                assert raw(found) == [raw(local.pull("a"))] * 2
+
+
+def test_a_key_that_the_optimizer_cannot_update_stops_the_push_on_every_server():
+    with Cluster(2) as cluster:
+        kv = cluster.store()
+        kv.init(["f", "i"], [np.zeros(3, np.float32), np.zeros(3, np.int64)])
+        assert [each["keys"] for each in kv.stats()["servers"]] == [1, 1]
+        kv.set_optimizer("sgd", lr=1.0)
+        for keys in (["f", "i"], ["i", "f"]):
+            with pytest.raises(tensorkv.OptimizerError, match="floating-point"):
+                kv.push(keys, [np.ones(3, np.float32 if key == "f" else np.int64) for key in keys])
+        assert kv.pull("f").tolist() == [0, 0, 0]
+
+
+def test_a_key_that_another_client_has_re_created():
+    with Cluster(2) as cluster:
+        kv, other = cluster.stores(2)
+        keys = ["a", "b"]
+        kv.init(keys, [np.zeros(3, np.float32)] * 2)
+        part, out = np.ones(3, np.float32), np.full(3, 7, np.float32)
+        kv.push(keys, [part] * 2)
+        # Other rows: what this client takes for plain is not what servers have.
+        other.delete(keys)
+        other.init(keys, [np.zeros(4, np.float32)] * 2)
+        for call in (lambda: kv.pushpull(keys, [part] * 2, out=[out, out.copy()]), lambda: kv.pull("a", out=out)):
+            with pytest.raises(tensorkv.ValueMismatchError):
+                call()
+        assert out.tolist() == [7, 7, 7]
+        assert other.pull("a").tolist() == [0, 0, 0, 0]
+        # On other servers, and otherwise as before.
+        other.delete(keys)
+        other.init("c", np.zeros(3, np.float32))
+        other.init(keys, [np.full(4, 2, np.float32)] * 2)
+        assert kv.pull("a").tolist() == [2, 2, 2, 2]
+        other.delete([*keys, "c"])
+        other.init(keys[::-1], [np.full(4, 3, np.float32)] * 2)
+        out = np.zeros(4, np.float32)
+        kv.pull("a", out=out)
+        assert out.tolist() == [3, 3, 3, 3]
+
+
+def test_a_snapshot_fills_plain_outs(monkeypatch):
+    with looked(monkeypatch) as counts, Cluster(2) as cluster:
+        kv = cluster.store()
+        values = {"a": np.arange(3.0), "b": torch.arange(400)}
+        kv.init(values)
+        with kv.snapshot() as snapshot:
+            kv.push(values, None)
+            kv.push({"a": np.zeros(3)})
+            counts.clear()
+            counts.update({True: 0, False: 0})
+            outs = [np.zeros(3), torch.zeros(400, dtype=torch.int64)]
+            before = outs[1]._version
+            snapshot.pull(["a", "b"], out=outs)
+            assert outs[1]._version > before
+            assert raw(outs) == raw(list(values.values()))
+            assert raw(snapshot.pull(["a", "b"])) == raw(list(values.values()))
+            assert counts == {True: 2 * native.can_look(), False: 2 * (not native.can_look())}
+
+
+def test_empty_lists():
+    with Cluster(2) as cluster:
+        kv = cluster.store()
+        kv.init("a", np.zeros(3))
+        assert kv.pushpull([], []) == []
+        assert kv.pull([]) == []
+        kv.push([], [])
+        kv.push((), ())
+        assert kv.info("a").version == 0

@@ -45,8 +45,9 @@ def run(case, dtype, size, cuts, *, step=native.step, steps=4):
     for count in range(1, steps + 1):
         grad = torch.randn(size, generator=generator).to(dtype)
         columns = [state[column] for column in kernel.columns]
-        for low, high in pairwise([0, *cuts, size]):
-            pieces = value[low:high], grad[low:high], [column[low:high] for column in columns]
+        for low, high in pairwise([0, *cuts, size] if size else [0, 1]):
+            cut = slice(low, high) if size else ...
+            pieces = value[cut], grad[cut], [column[cut] for column in columns]
             step(kernel, *pieces, count, is_first=count == 1)
     return [value, *(state[column] for column in kernel.columns)]
 
@@ -65,6 +66,13 @@ def test_slices_change_no_bit(case, dtype):
 def test_torch_alone_has_the_same_bits(case, dtype):
     expected = run(case, dtype, 5000, [])
     assert all(map(torch.equal, run(case, dtype, 5000, [], step=Kernel.step), expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_a_0d_value_is_stepped_with_torch_alone(case, dtype):
+    expected = [tensor[0] for tensor in run(case, dtype, 1, [])]
+    assert all(map(torch.equal, run(case, dtype, (), [], step=Kernel.step), expected))
 
 
 def random_numbers(draw, name):

@@ -198,7 +198,8 @@ def _rmsprop(
 def _sqrt(tensor: torch.Tensor) -> torch.Tensor:
     """Return the square root by NumPy, which rounds it as IEEE 754 asks; torch's may come from MKL, which does not."""
     with np.errstate(invalid="ignore"):
-        return torch.from_numpy(np.sqrt(tensor.numpy()))
+        # Of a 0-d array NumPy makes a number.
+        return torch.from_numpy(np.asarray(np.sqrt(tensor.numpy())))
 
 
 def power(base: float, exponent: int) -> float:

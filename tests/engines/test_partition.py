@@ -3,11 +3,12 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorkv.engines.partition import Run, borders, cut, lightest
+from tensorkv.engines.partition import Runs, borders, cut, lightest
 
 SHAPES = st.lists(st.integers(0, 2000), max_size=3).map(tuple)
 
@@ -43,28 +44,27 @@ RUNS = st.lists(st.tuples(st.integers(0, 5000), st.sampled_from([1, 2, 4, 8, 16]
 
 @given(st.lists(RUNS, min_size=1, max_size=4), st.sampled_from([256, 1024, 4096]))
 def test_chunks_hold_every_element_once_and_in_order(sizes, slot_nbytes):
-    runs, key = [], 0
+    runs, wanted = [], {}
     for own in sizes:
-        runs.append([])
-        for count, itemsize in own:
-            runs[-1].append(Run(key, 10, 10 + count, itemsize))
-            key += 1
-    wanted = {run.key: run for own in runs for run in own}
-    seen = {key: run.start for key, run in wanted.items()}
+        keys = range(len(wanted), len(wanted) + len(own))
+        wanted |= dict(zip(keys, own, strict=True))
+        columns = keys, [10] * len(own), *([each[which] for each in own] for which in (0, 1))
+        runs.append(Runs(*(np.array(column, np.int64) for column in columns)))
+    seen = dict.fromkeys(wanted, 10)
     for chunk in cut(runs, slot_nbytes):
         places = []
-        assert [piece.owner for piece in chunk] == sorted(piece.owner for piece in chunk)
-        for piece in chunk:
-            assert piece.start == seen[piece.key]
-            assert piece.stop > piece.start
-            seen[piece.key] = piece.stop
-            nbytes = (piece.stop - piece.start) * wanted[piece.key].itemsize
-            places.append((piece.offset, piece.offset + nbytes))
-            assert piece.offset % 64 == 0
+        assert chunk.owner.tolist() == sorted(chunk.owner.tolist())
+        for key, start, count, offset in zip(chunk.key, chunk.start, chunk.count, chunk.offset, strict=True):
+            assert start == seen[key]
+            assert count > 0
+            seen[key] = start + count
+            places.append((offset, offset + count * wanted[key][1]))
+            assert offset % 64 == 0
         places.sort()
+        assert places
         assert all(before[1] <= after[0] for before, after in itertools.pairwise(places))
-        assert not places or places[-1][1] <= max(slot_nbytes, 64 * len(runs))
-    assert seen == {key: run.stop for key, run in wanted.items()}
+        assert places[-1][1] <= max(slot_nbytes, 64 * len(runs))
+    assert seen == {key: 10 + count for key, (count, _) in wanted.items()}
 
 
 def test_the_lightest_is_the_first_of_equals():

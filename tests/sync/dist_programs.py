@@ -4,12 +4,16 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 
 import numpy as np
+import pytest
 import torch
 
 import tensorkv
+from tensorkv.engines.sync import push
+from tensorkv.shard import native
 
 F32 = np.float32
 RANK = int(os.environ.get("RANK", "0"))
@@ -528,6 +532,184 @@ def key_by_key(count, shared_memory):
                 got = kv.pushpull(key, np.full(500 + key, key + RANK, F32))
                 assert set(got.tolist()) == {float(SIZE * key + SIZE * (SIZE - 1) // 2)}
         say("stages:", len(made), "nbytes:", sum(made))
+
+
+# ------------------------------------------------------------ calls of plain arrays
+
+FORM_DTYPES = ["float32", "float32", "float64", "float16", "bfloat16", "int32", "uint8", "bool", "complex64"]
+FORM_SHAPES = [(), (3,), (0, 2), (7, 5), (64,), (2, 3, 4), (513, 65), (300_001,)]
+FORM_OPTIMIZERS = [None, None, *OPTIMIZERS[:6]]
+
+
+def forms(count, first_seed, shared_memory, compiled):
+    """Random calls in every form and of mixed libraries, first ones and later ones: the local store's bits."""
+    if compiled == "False":
+        native._native, native.can_look = None, lambda: False
+    with create(shared_memory=shared_memory == "True") as kv, tensorkv.create("local") as local:
+        for seed in range(int(first_seed), int(first_seed) + int(count)):
+            try:
+                calls_of_forms(seed, kv, local)
+            except (AssertionError, tensorkv.TensorKVError) as error:
+                error.add_note(f"seed {seed}, rank {RANK}")
+                raise
+    say("same bits")
+
+
+def calls_of_forms(seed, kv, local):
+    rng, own_rng = random.Random(seed), random.Random(1000 * seed + RANK)
+    optimizer = rng.choice(FORM_OPTIMIZERS)
+    dtypes = FORM_DTYPES[:5] if optimizer else FORM_DTYPES
+    keys = {f"{seed} {i}": (rng.choice(FORM_SHAPES[: rng.choice([6, 8])]), rng.choice(dtypes)) for i in range(12)}
+    for store in (kv, local):
+        store.set_updater(None)
+        store.init({key: torch.zeros(shape, dtype=getattr(torch, dtype)) for key, (shape, dtype) in keys.items()})
+        if optimizer:
+            store.set_optimizer(optimizer[0], **optimizer[1])
+    lists = [rng.sample(sorted(keys), rng.choice([1, 1, 3, 12])) for _ in range(3)]
+    for turn in range(6):
+        chosen = rng.choice(lists[: 1 + turn])
+        parts = {key: [parts_of(rng, *keys[key]) for _ in range(SIZE)] for key in chosen}
+        verb = rng.choice(["push", "pushpull", "pushpull", "pull"])
+        if verb != "pull":
+            local.push(chosen, [[summed(own) for own in parts[key]] for key in chosen])
+        mine = {key: [as_array(own_rng, part) for part in parts[key][RANK]] for key in chosen}
+        call_in_some_form(own_rng, kv, verb, chosen, mine, local)
+    for key in keys:
+        check(kv.pull(key), local.pull(key))
+        assert kv.info(key).version == local.info(key).version
+        kv.delete(key)
+        local.delete(key)
+
+
+def parts_of(rng, shape, dtype):
+    """One worker's parts of a key; some are of another dtype that fits."""
+    torch.manual_seed(rng.randrange(1 << 30))
+    parts = [torch.randn(shape) * 50 for _ in range(rng.choice([1, 1, 2, 3]))]
+    if dtype == "uint8":
+        parts = [part.abs() for part in parts]
+    fits = dtype == "float32" and rng.random() < 0.2
+    return [
+        part > 0 if dtype == "bool" else part.to(getattr(torch, rng.choice(["float16", "float32"]) if fits else dtype))
+        for part in parts
+    ]
+
+
+def summed(parts):
+    """The sum of one worker's parts, as wide as it travels."""
+    wide = torch.float32 if {part.dtype for part in parts} & {torch.float16, torch.bfloat16} else parts[0].dtype
+    total = parts[0].to(wide)
+    for part in parts[1:]:
+        total = total | part if wide is torch.bool else total + part.to(wide)
+    return total
+
+
+def as_array(rng, tensor):
+    """The same numbers in an array of some library, with some layout."""
+    kind = rng.choice(["torch", "torch", "numpy", "numpy", "numpy", "strided"])
+    if kind == "strided" and tensor.ndim:
+        return torch.stack([tensor, tensor], -1)[..., 0]
+    return tensor.clone() if tensor.dtype is torch.bfloat16 or kind != "numpy" else tensor.numpy().copy()
+
+
+def call_in_some_form(rng, kv, verb, chosen, mine, local):
+    """Make a call, and compare its outputs."""
+    nested = rng.random() < 0.5
+    outs = {key: [as_array(rng, torch.zeros_like(local.pull(key))) for _ in range(1 + nested)] for key in chosen}
+    if rng.random() < 0.3:
+        outs = {
+            key: [out.to(torch.float32) if getattr(out, "dtype", None) is torch.float16 else out for out in own]
+            for key, own in outs.items()
+        }
+    form = rng.choice(["one", "list", "list", "tuple", "mapping", "repeated"])
+    takes = nested or any(len(own) > 1 for own in mine.values())
+    values = {key: own if takes else own[0] for key, own in mine.items()}
+    targets = {key: own if nested else own[0] for key, own in outs.items()}
+    has_outs = rng.random() < 0.7 or verb == "push"
+    if form == "repeated" and verb == "push" and takes:
+        kv.push([key for key in chosen for _ in mine[key]], [part for key in chosen for part in mine[key]])
+        return
+    if form == "one" and len(chosen) == 1:
+        keys, given, filled = chosen[0], values[chosen[0]], targets[chosen[0]]
+    elif form == "mapping":
+        keys, given, filled = values, None, targets
+        if verb == "pull":
+            keys = targets if has_outs else chosen
+    else:
+        make = tuple if form == "tuple" else list
+        keys, given, filled = make(chosen), make(values.values()), make(targets.values())
+    if verb == "push":
+        kv.push(keys, given)
+        return
+    filled = filled if has_outs and not (verb == "pull" and form == "mapping") else None
+    got = kv.pull(keys, out=filled) if verb == "pull" else kv.pushpull(keys, given, out=filled)
+    if not has_outs:
+        got = got if isinstance(got, list) else list(got.values()) if isinstance(got, dict) else [got]
+        outs = {key: [array] for key, array in zip(chosen, got, strict=True)}
+    for key in chosen:
+        for out in outs[key]:
+            found = torch.as_tensor(out)
+            check(torch.empty(found.shape, dtype=found.dtype).copy_(found), local.pull(key).to(found.dtype))
+
+
+def other_keys():
+    """Keys are deleted and re-created between the look at a call's arrays and the call, and the rule is changed."""
+    looked, then = push.Pushes.plain, []
+
+    def plain(*args):
+        if then:
+            thread = threading.Thread(target=then.pop())
+            thread.start()
+            thread.join()
+        return looked(*args)
+
+    def init_again(kv, shape, dtype):
+        kv.delete("a")
+        kv.init("a", np.zeros(shape, dtype))
+
+    push.Pushes.plain = plain
+    with create() as kv:
+        kv.init(["a", "b"], [np.zeros(5, F32), np.zeros(2, F32)])
+        ones, out = [np.ones(5, F32), np.ones(2, F32)], [np.zeros(5, F32), np.zeros(2, F32)]
+        for verb in ("push", "pushpull", "pull"):
+            call = {
+                "push": lambda: kv.push(["a", "b"], ones),
+                "pushpull": lambda: kv.pushpull(["a", "b"], ones, out=out),
+                "pull": lambda: kv.pull(["a", "b"], out=out),
+            }[verb]
+            for shape, dtype in ((5, F32), (4, F32), (5, np.int16)):
+                call()
+                then.append(lambda shape=shape, dtype=dtype: init_again(kv, shape, dtype))
+                if (shape, dtype) == (5, F32) or (shape == 5 and verb == "pull"):
+                    call()
+                    assert kv.pull("a").tolist() == [0.0 if verb == "pull" else float(SIZE)] * 5
+                    assert kv.info("a").version == (verb != "pull")
+                    if verb != "push":
+                        assert out[0].tolist() == kv.pull("a").tolist()
+                else:
+                    before = kv.pull("b").tolist(), out[0].tolist()
+                    with pytest.raises(tensorkv.ValueMismatchError):
+                        call()
+                    assert (kv.pull("b").tolist(), out[0].tolist()) == before
+                    assert kv.pull("a").tolist() == [0.0] * shape
+                init_again(kv, 5, F32)
+            then.append(lambda: kv.delete("a"))
+            with pytest.raises(tensorkv.KeyNotFoundError):
+                call()
+            kv.init("a", np.zeros(5, F32))
+        kv.pushpull(["a", "b"], ones)
+        then.append(lambda: kv.set_optimizer("sgd", lr=1.0))
+        assert kv.pushpull("a", np.ones(5, F32)).tolist() == [0.0] * 5
+        then.append(lambda: kv.set_updater(lambda key, received, stored: np.copyto(stored, received * 3)))
+        assert kv.pushpull("a", np.ones(5, F32)).tolist() == [3.0 * SIZE] * 5
+        assert not then
+        kv.set_updater(None)
+        kv.init("n", np.zeros(3, np.int32))
+        assert kv.pushpull("n", np.ones(3, np.int32)).tolist() == [SIZE] * 3
+        kv.set_optimizer("sgd", lr=1.0)
+        with pytest.raises(tensorkv.OptimizerError):
+            kv.pushpull("n", np.ones(3, np.int32))
+        assert kv.info("n").version == 1
+    say("as they are now")
 
 
 def many_lists():

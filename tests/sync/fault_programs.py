@@ -205,7 +205,8 @@ def made_anew():
     with create() as kv:
         kv.init("a", np.zeros(5_000_000, F32))
         GivenOuts.check = check
-        out = np.full(5_000_000, -1, F32)
+        # Strided, for a call that is parsed.
+        out = np.full((5_000_000, 2), -1, F32)[:, 0]
         puller = threading.Thread(target=outcome, args=("pull", lambda: kv.pull("a", out=out)))
         puller.start()
         looked.wait(20)

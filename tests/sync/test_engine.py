@@ -136,6 +136,20 @@ def test_random_programs_give_the_bits_of_the_local_store(workers, count, seed, 
         assert "same bits" in text
 
 
+@pytest.mark.parametrize(
+    ("workers", "count", "shared_memory", "compiled"),
+    [(2, amount(12, 40), True, True), (3, 6, True, True), (2, 6, False, True), (2, 4, True, False)],
+)
+def test_calls_of_every_form_give_the_bits_of_the_local_store(workers, count, shared_memory, compiled):
+    for text in run(workers, PROGRAMS, "forms", count, 0, shared_memory, compiled):
+        assert text == "same bits\n"
+
+
+def test_keys_and_rules_that_change_while_a_call_begins():
+    for text in run(2, PROGRAMS, "other_keys"):
+        assert text == "as they are now\n"
+
+
 @pytest.mark.parametrize("shared_memory", [True, False])
 @pytest.mark.parametrize("update_on_store", [True, False])
 @pytest.mark.parametrize("overlap", [True, False])

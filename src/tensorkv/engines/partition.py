@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 # Values of fewer elements are not worth dividing.
@@ -76,34 +78,41 @@ def whose(borders: Sequence[int]) -> int:
     return len(borders) if borders[lead] else lead
 
 
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+
+
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Some elements of one key that one owner updates.
+class Runs:
+    """What one owner updates, of each key one run of elements, as columns.
 
     Args:
         key: index of the key in its call.
-        start, stop: elements of the flattened value.
+        start, count: elements of the flattened value.
         itemsize: bytes of an element on its way.
     """
 
-    key: int
-    start: int
-    stop: int
-    itemsize: int
+    key: Numbers
+    start: Numbers
+    count: Numbers
+    itemsize: Numbers
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A run that is short enough, and where in a slot its elements lie."""
+class Pieces:
+    """Runs that are short enough, as columns: who updates them, and where in a slot their elements lie."""
 
-    owner: int
-    key: int
-    start: int
-    stop: int
-    offset: int
+    owner: Numbers
+    key: Numbers
+    start: Numbers
+    count: Numbers
+    offset: Numbers
+
+    def take(self, chosen: Any) -> Pieces:
+        """Return some of the pieces; ``chosen`` is anything that indexes an array."""
+        return Pieces(self.owner[chosen], self.key[chosen], self.start[chosen], self.count[chosen], self.offset[chosen])
 
 
-def cut(runs: Sequence[Sequence[Run]], slot_nbytes: int) -> list[list[Piece]]:
+def cut(runs: Sequence[Runs], slot_nbytes: int) -> list[Pieces]:
     """Cut what each owner has to do into chunks, in each of which every owner finds about as much.
 
     Args:
@@ -113,34 +122,41 @@ def cut(runs: Sequence[Sequence[Run]], slot_nbytes: int) -> list[list[Piece]]:
     Returns:
         Chunks: pieces in the order of their owners.
 
-    >>> [(p.owner, p.start, p.stop) for p in cut([[Run(0, 0, 100, 4)], [Run(0, 100, 180, 4)]], 640)[0]]
-    [(0, 0, 80), (1, 100, 180)]
+    >>> runs = [Runs(*map(np.array, each)) for each in ([[0], [0], [100], [4]], [[0], [100], [80], [4]])]
+    >>> pieces = cut(runs, 640)[0]
+    >>> pieces.owner.tolist(), pieces.start.tolist(), pieces.count.tolist()
+    ([0, 1], [0, 100], [80, 80])
     """
     room = max(_LINE, slot_nbytes // len(runs) // _LINE * _LINE)
-    chunks: list[list[Piece]] = []
-    ends: list[int] = []
-    for owner, each in enumerate(runs):
-        _fill(chunks, ends, owner, each, room)
-    return chunks
+    found = [_cut_runs(each, room) for each in runs]
+    chunk, key, start, count, offset = (np.concatenate(columns) for columns in zip(*found, strict=True))
+    owner = np.repeat(np.arange(len(runs)), [len(columns[0]) for columns in found])
+    # How far each owner fills each chunk, and so where the next owner's pieces begin.
+    ends = np.zeros((len(runs) + 1, int(chunk.max(initial=-1)) + 1), np.int64)
+    for index, each in enumerate(runs):
+        total = int(_sizes(each).sum())
+        ends[index + 1] = ends[index] + np.clip(total - room * np.arange(ends.shape[1]), 0, room)
+    pieces = Pieces(owner, key, start, count, offset + ends[owner, chunk])
+    return [pieces.take(chunk == index) for index in range(ends.shape[1])]
 
 
-def _fill(chunks: list[list[Piece]], ends: list[int], owner: int, runs: Sequence[Run], room: int) -> None:
-    """Append what an owner has to do to chunks, behind where the pieces of the owners before it end."""
-    chunk, used = -1, room
-    for run in runs:
-        start = run.start
-        while start < run.stop:
-            if used + run.itemsize > room:
-                chunk, used = chunk + 1, 0
-                if chunk == len(chunks):
-                    chunks.append([])
-                    ends.append(0)
-            stop = min(run.stop, start + (room - used) // run.itemsize)
-            chunks[chunk].append(Piece(owner, run.key, start, stop, ends[chunk]))
-            nbytes = -(-(stop - start) * run.itemsize // _LINE) * _LINE
-            used += nbytes
-            ends[chunk] += nbytes
-            start = stop
+def _sizes(runs: Runs) -> Numbers:
+    """Return the bytes of each run, up to the end of a cache line."""
+    return (runs.count * runs.itemsize + _LINE - 1) // _LINE * _LINE
+
+
+def _cut_runs(runs: Runs, room: int) -> tuple[Numbers, Numbers, Numbers, Numbers, Numbers]:
+    """Cut runs that lie one after another where chunks end; return chunk, key, start, count and place of each piece."""
+    sizes = _sizes(runs)
+    begins = np.cumsum(sizes) - sizes
+    first = begins // room
+    num_pieces = np.where(runs.count > 0, (begins + sizes - 1) // room - first + 1, 0)
+    run = np.repeat(np.arange(len(sizes)), num_pieces)
+    chunk = first[run] + np.arange(len(run)) - (np.cumsum(num_pieces) - num_pieces)[run]
+    low = np.maximum(begins[run], chunk * room)
+    high = np.minimum(begins[run] + runs.count[run] * runs.itemsize[run], (chunk + 1) * room)
+    start = runs.start[run] + (low - begins[run]) // runs.itemsize[run]
+    return chunk, runs.key[run], start, (high - low) // runs.itemsize[run], low - chunk * room
 
 
 # ---------------------------------------------------------------- servers

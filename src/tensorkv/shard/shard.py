@@ -204,6 +204,37 @@ class Shard:
             moved: int | list[int] = batch.moved()
             return moved
 
+    def updates(self, keys: Sequence[Key]) -> native.Batch | None:
+        """Return a batch that updates dense values from pieces of their sums, and counts that when it is finished.
+
+        Only its maker may update these values until then.
+
+        Args:
+            keys: whose parts the rule can update.
+
+        Returns:
+            None where a value or its state is not plain, or the rule takes other sums.
+        """
+        rule = self._rule
+        steps = rule.plain_steps
+        if not native.can_look() or steps is None:
+            return None
+        with self._lock, kept():
+            batch = native.look(self._entries, keys, None, None, *steps)
+            if isinstance(batch, list) and isinstance(rule, StepOptimizer):
+                rule.optimizer.begin_all([entry for entry in batch if isinstance(entry, Entry)])
+                batch = native.look(self._entries, keys, None, None, *steps)
+            return batch if isinstance(batch, native.Batch) and batch.begin(False) else None
+
+    def count_updates(self, keys: Sequence[Key]) -> None:
+        """Count an update of values of which this shard holds nothing that has changed."""
+        batch = native.look(self._entries, keys, None, None, None, None) if native.can_look() else None
+        if isinstance(batch, native.Batch):
+            batch.finish()
+            return
+        for key in keys:
+            self._entries[key].version += 1
+
     def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
         """Push raw values and fill raw outs of many small keys at once, if there is a plan for such a call.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.nonfinite import NonFinitePolicy
 from tensorkv.shard.pool import Pool
-from tensorkv.shard.rules import Assign, Rule, Step, WholeStep
+from tensorkv.shard.rules import Assign, Step, WholeStep
+from tensorkv.shard.shard import Shard
 from tensorkv.transport.segment import aligned
 
 from .chain import Chain
@@ -36,24 +38,42 @@ class Update:
 
     Args:
         verb: of the call, for messages.
-        entries: this worker's part of each key.
-        rule: that changes values.
+        shard: with this worker's part of each key.
+        schedule: of the keys, which were checked for the shard's rule.
         policy: for sums with NaN or Inf.
         updates_empty: whether this worker updates values without elements, of which no piece comes.
     """
 
     def __init__(
-        self, verb: str, entries: Sequence[Entry], rule: Rule, policy: NonFinitePolicy, updates_empty: bool
+        self, verb: str, shard: Shard, schedule: Schedule, policy: NonFinitePolicy, updates_empty: bool
     ) -> None:
-        self._verb, self._entries, self._rule, self._policy = verb, entries, rule, policy
+        self._verb, self._shard, self._layout, self._policy = verb, shard, schedule.layout, policy
+        self._rule = shard.rule
         self._updates_empty = updates_empty
         # Whether values change only when all sums have come.
-        self.is_at_end = policy.checks or any(map(rule.sees_whole, entries))
-        self.assigns = isinstance(rule, Assign) and not policy.checks
+        self.is_at_end = policy.checks or schedule.sees_whole
+        self.assigns = isinstance(self._rule, Assign) and not policy.checks
         self._steps: dict[int, Step] = {}
         # By position of the key, what its update raised.
         self.failed: list[tuple[int, Exception]] = []
         self.refusal: NonFiniteError | None = None
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """This worker's part of each key."""
+        return [self._shard.entry(self._verb, key) for key in self._layout.keys]
+
+    @cached_property
+    def _batch(self) -> native.Batch | None:
+        """What the compiled part updates; made in the turn of the call, since it counts the steps before."""
+        return None if self.is_at_end else self._shard.updates(self._layout.own_keys)
+
+    def take(self, segment: BucketSegment, columns: list[bytes]) -> bool:
+        """Update this worker's pieces of a segment from columns of parts; False: they are to be given to ``apply``."""
+        if segment.dtype not in native.DTYPES or self._batch is None:
+            return False
+        self._batch.update_pieces(segment.own_triples, columns, True)
+        return True
 
     def apply(self, key: int, start: int, stop: int, parts: Sequence[torch.Tensor]) -> None:
         """Take the sum of parts for some elements of this worker's part of a key."""
@@ -61,20 +81,23 @@ class Update:
 
     def _step(self, key: int) -> Step:
         if key not in self._steps:
-            entry = self._entries[key]
+            entry = self.entries[key]
             whole = self._policy.checks
             self._steps[key] = WholeStep(self._rule, entry, _POOL) if whole else self._rule.step(entry, _POOL)
         return self._steps[key]
 
     def finish(self) -> None:
         """Count the update of every key, once, on every worker."""
+        batch = self.__dict__.get("_batch")
+        if batch is not None:
+            batch.finish()
         if not self._steps and not self.is_at_end:
-            for entry in self._entries:
-                entry.version += 1
+            self._shard.count_updates(self._layout.keys if batch is None else self._layout.other_keys)
             return
         left_out = self._left_out() if self._policy.checks else set()
-        for key, entry in enumerate(self._entries):
-            if key in left_out:
+        counted = left_out if batch is None else {*left_out, *self._layout.own.tolist()}
+        for key, entry in enumerate(self.entries):
+            if key in counted:
                 continue
             version = entry.version
             if self.is_at_end and self._updates_empty and not entry.spec.shape.numel():
@@ -91,11 +114,11 @@ class Update:
         """Agree with all workers on which keys are left out."""
         bad = {key: step.count_nonfinite() for key, step in self._steps.items() if isinstance(step, WholeStep)}
         try:
-            return self._policy.left_out(bad, [f"{self._verb}({quote(entry.key)})" for entry in self._entries])
+            return self._policy.left_out(bad, [f"{self._verb}({quote(key)})" for key in self._layout.keys])
         except NonFiniteError as error:
             # Raised when the values have gone back to all workers, who wait for them.
             self.refusal = error
-            return set(range(len(self._entries)))
+            return set(range(len(self._layout.keys)))
 
 
 class AllReduce:
@@ -144,8 +167,7 @@ class AllReduce:
     def start(self, parts: Arrays) -> None:
         """Stage this worker's parts of the first bucket; ``run`` stages the others."""
         self._parts = parts
-        if parts.bases is not None and len(parts.bases) == 1:
-            self._direct = parts
+        self._direct = parts
         if self._buckets:
             self.stage_in(0)
 
@@ -175,11 +197,11 @@ class AllReduce:
         for bucket in self._buckets:
             self._host.wait(self.staging.ready[bucket.slot][: self._owner_words], bucket.use)
 
-    def copy_out(self, outs: Arrays, past_cache: bool) -> None:
-        """Copy the values, which are all there, to plain outputs, if wanted past the processor's cache."""
+    def copy_out(self, outs: native.Batch) -> None:
+        """Copy the values, which are all there, to plain outputs."""
         for bucket in self._buckets:
             for segment in bucket.segments:
-                segment.copy_out(outs, past_cache)
+                outs.copy_pieces(segment.triples, [segment.value_column])
 
     # ------------------------------------------------------------ the stages of one bucket
 
@@ -189,8 +211,7 @@ class AllReduce:
         parts: Any = self._parts
         self._host.wait(self.staging.read[bucket.slot][: self._owner_words], bucket.use - 1)
         for segment in bucket.segments:
-            cuts = segment.whole if self._direct is None else segment.others
-            segment.pack(self._host.local_rank, parts, cuts)
+            segment.pack(parts, segment.whole if self._direct_column(segment) is None else segment.others)
         self._host.store(self.staging.own_filled[bucket.slot], bucket.use)
 
     def reduce(self, index: int) -> None:
@@ -266,35 +287,40 @@ class AllReduce:
             earlier: the sum from the host before; None if none comes.
             sums: where the sums go; None: they update values.
         """
-        own = segment.own
-        if native.can_sum(segment.dtype) and (sums is not None or self.update.assigns):
-            columns = segment.own_columns([self._column(segment, worker) for worker in members])
+        if native.can_sum(segment.sum_dtype):
+            counts = segment.own_counts
+            columns = [self._column(segment, worker) for worker in members]
             if earlier is not None:
-                columns.insert(0, native.column_beside(earlier, segment.counts[own]))
-            out = segment.own_columns([segment.value_column])[0]
-            segment.sum([out if sums is None else native.column_beside(sums, segment.counts[own])], columns, own)
-            return
+                columns.insert(0, native.column_beside(earlier, counts))
+            if sums is not None:
+                _sum_columns(native.column_beside(sums, counts), columns, counts, segment.sum_dtype)
+                return
+            if self.update.take(segment, columns):
+                return
         before = None if earlier is None else _split(segment, earlier)
         targets = None if sums is None else _split(segment, sums)
         if self._direct is not None:
-            # A rule that takes pieces as tensors finds them in the staging buffer.
-            segment.pack(self._host.local_rank, self._direct, [own])
-        for index, at in enumerate(range(own.start, own.stop)):
-            parts = [segment.staged(worker)[at] for worker in members]
+            # What takes pieces as tensors finds them in the staging buffer.
+            segment.pack(self._direct, [segment.own])
+        firsts = segment.own_starts.tolist()
+        for index, at in enumerate(range(segment.own.start, segment.own.stop)):
+            parts = [segment.staged(worker, at) for worker in members]
             if before is not None:
                 parts.insert(0, before[index])
-            piece = segment.pieces[at]
             if targets is not None:
                 reduce.sum_piece(targets[index], parts)
             else:
-                first, _ = self._schedule.values[piece.key].span(self._host.local_rank)
-                self.update.apply(piece.key, piece.start - first, piece.stop - first, parts)
+                start = int(segment.pieces.start[at]) - firsts[index]
+                self.update.apply(segment.key(at), start, start + int(segment.pieces.count[at]), parts)
 
     def _column(self, segment: BucketSegment, worker: int) -> bytes:
-        """Return where a worker's parts of a segment can be read."""
-        if self._direct is None or worker != self._host.local_rank:
-            return segment.staged_columns[worker]
-        return segment.columns(self._direct)[0]
+        """Return where a worker's parts of this worker's pieces can be read."""
+        direct = self._direct_column(segment) if worker == self._host.local_rank else None
+        return segment.own_column(segment.staged_columns[worker]) if direct is None else direct
+
+    def _direct_column(self, segment: BucketSegment) -> bytes | None:
+        """Return where this worker's own parts of its pieces are, if they are not staged."""
+        return None if self._direct is None else self._direct.own_column(segment)
 
     # ------------------------------------------------------------ between hosts
 
@@ -344,7 +370,7 @@ class PackedBuffer:
     @classmethod
     def new(cls, wanted: Sequence[tuple[BucketSegment, torch.dtype]]) -> PackedBuffer:
         """Return memory for the pieces of segments, in a dtype for each."""
-        counts = [sum(segment.counts[segment.own]) for segment, _ in wanted]
+        counts = [sum(segment.own_counts) for segment, _ in wanted]
         sizes = [aligned(count * dtype.itemsize) for count, (_, dtype) in zip(counts, wanted, strict=True)]
         whole = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
         flats = [
@@ -357,7 +383,7 @@ class PackedBuffer:
     def of_values(cls, segments: Sequence[BucketSegment]) -> PackedBuffer:
         """Return memory for the values of pieces: that of the values themselves if they lie side by side."""
         segment = segments[0]
-        found = _side_by_side(segments, segment.value_column, segment.values[segment.own.start])
+        found = _side_by_side(segments, segment.own_column(segment.value_column), segment.own_value())
         if found is None:
             return cls.new([(segment, segment.dtype) for segment in segments])
         return cls(found, [found.view(segment.dtype)], True)
@@ -366,27 +392,32 @@ class PackedBuffer:
     def of_parts(cls, segments: Sequence[BucketSegment], parts: Arrays) -> PackedBuffer | None:
         """Return the memory of a worker's plain parts if the pieces lie side by side; None otherwise."""
         segment = segments[0]
-        first = parts.first(segment.pieces[segment.own.start].key)
-        found = _side_by_side(segments, segment.columns(parts)[0], first)
+        column = parts.own_column(segment)
+        found = None if column is None else _side_by_side(segments, column, parts.first(segment.key(segment.own.start)))
         return None if found is None else cls(found, [found.view(segment.dtype)])
 
     def pack(self, segments: Sequence[BucketSegment]) -> None:
         """Copy values into the buffer."""
         for segment, flat in () if self.is_value else zip(segments, self.flats, strict=True):
             if native.can_sum(segment.dtype):
-                target = native.column_beside(flat, segment.counts[segment.own])
-                segment.sum([target], segment.own_columns([segment.value_column]), segment.own)
+                counts, values = segment.own_counts, segment.own_column(segment.value_column)
+                _sum_columns(native.column_beside(flat, counts), [values], counts, segment.dtype)
             else:
-                torch._foreach_copy_(_split(segment, flat), segment.values[segment.own])
+                torch._foreach_copy_(_split(segment, flat), segment.own_values())
 
     def unpack(self, segments: Sequence[BucketSegment]) -> None:
         """Copy the buffer into values."""
         for segment, flat in () if self.is_value else zip(segments, self.flats, strict=True):
             if native.can_sum(segment.dtype):
-                source = native.column_beside(flat, segment.counts[segment.own])
-                segment.sum(segment.own_columns([segment.value_column]), [source], segment.own)
+                counts, values = segment.own_counts, segment.own_column(segment.value_column)
+                _sum_columns(values, [native.column_beside(flat, counts)], counts, segment.dtype)
             else:
-                torch._foreach_copy_(segment.values[segment.own], _split(segment, flat))
+                torch._foreach_copy_(segment.own_values(), _split(segment, flat))
+
+
+def _sum_columns(out: bytes, parts: list[bytes], counts: list[int], dtype: torch.dtype) -> None:
+    """Write the sums of columns of parts where a column says."""
+    native.Pass([out], parts, counts, dtype).jobs(1, past_cache=0)[0]()
 
 
 def _side_by_side(segments: Sequence[BucketSegment], column: bytes, first: torch.Tensor) -> torch.Tensor | None:
@@ -394,22 +425,22 @@ def _side_by_side(segments: Sequence[BucketSegment], column: bytes, first: torch
 
     Args:
         segments: only one of them can.
-        column: the addresses of the pieces.
+        column: the addresses of these pieces.
         first: a tensor in whose storage the first piece lies.
     """
     segment = segments[0]
-    addresses = np.frombuffer(segment.own_columns([column])[0], np.uint64)
-    nbytes = np.array(segment.counts[segment.own], np.uint64) * np.uint64(segment.dtype.itemsize)
+    addresses = np.frombuffer(column, np.uint64)
+    nbytes = np.array(segment.own_counts, np.uint64) * np.uint64(segment.dtype.itemsize)
     total = int(nbytes.sum())
     if len(segments) > 1 or total != aligned(total) or (addresses[1:] != addresses[:-1] + nbytes[:-1]).any():
         return None
     storage = first.untyped_storage()
     offset = int(addresses[0]) - storage.data_ptr()
-    if offset + total > storage.nbytes() or offset % segment.dtype.itemsize:
+    if offset < 0 or offset + total > storage.nbytes() or offset % segment.dtype.itemsize:
         return None
     return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, offset, (total,), (1,))
 
 
 def _split(segment: BucketSegment, flat: torch.Tensor) -> list[torch.Tensor]:
     """Return a segment's own pieces in its part of a buffer."""
-    return list(torch.split(flat, segment.counts[segment.own]))
+    return list(torch.split(flat, segment.own_counts))

@@ -21,8 +21,11 @@ from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines import partition
 from tensorkv.engines.base import Engine, Outs
+from tensorkv.engines.call import Call
 from tensorkv.errors import ForkedStoreError, RankDeadError, StoreClosedError, TensorKVError
 from tensorkv.runtime import shield
+from tensorkv.runtime.modes import outside_modes
+from tensorkv.shard import native
 from tensorkv.shard.entry import Batch, Entry, KeyInfo, Part
 from tensorkv.shard.nonfinite import NonFinite, NonFinitePolicy
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
@@ -173,8 +176,21 @@ class DistEngine(Engine):
         for owner in range(self._chain.owners):
             self._loads[owner] += sign * (borders[owner + 1] - borders[owner]) * width
 
-    def many(self, keys: Sequence[Key], values: Any, outs: Any, priority: int) -> list[int] | None:
-        return self._pushes.many(keys, values, outs, priority)
+    def plain(self, call: Call) -> int | list[int] | None:
+        listed = call.listed(self.spec) if native.can_look() else None
+        if listed is None:
+            return None
+        keys, values, outs = listed
+        is_list = isinstance(keys, list | tuple)
+        if is_list:
+            # Other threads may change the caller's lists.
+            keys, values = tuple(keys), tuple(values) if isinstance(values, list | tuple) else values
+        batch = native.look(self._values, keys, values, outs, None, None)
+        if not isinstance(batch, native.Batch):
+            return None
+        named, groups = (keys, values) if is_list else ((keys,), (values,))
+        with outside_modes():
+            return self.protect(self._pushes.plain, call.verb, named, groups, batch, call.priority)
 
     def push_parts(self, batch: Batch, priority: int) -> None:
         self._pushes.push(batch, None, priority)

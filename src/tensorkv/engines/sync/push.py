@@ -8,7 +8,7 @@ that has left takes part in the pushes of the others.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,10 +18,9 @@ from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import NonFiniteError, TensorKVError, WorkerError, WorkerMismatchError, quote
-from tensorkv.shard import reduce
+from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Batch, Entry, Part
 from tensorkv.shard.nonfinite import NonFinitePolicy, count_nonfinite
-from tensorkv.shard.plan import Column
 from tensorkv.shard.rules import check_outs
 from tensorkv.shard.shard import Shard, kept
 from tensorkv.shard.table import Table
@@ -38,6 +37,7 @@ from .schedule import (
     SLOT_NBYTES_OVER_HOSTS,
     SMALL_NBYTES,
     Arrays,
+    Layout,
     PartitionedValue,
     Schedule,
     StagingBuffer,
@@ -81,7 +81,7 @@ class Pushes:
         chain: Chain,
         order: CollectiveOrder,
         shard: Shard,
-        values: Mapping[Key, PartitionedValue],
+        values: dict[Key, PartitionedValue],
         policy: NonFinitePolicy,
     ) -> None:
         self._group, self._host, self._chain, self._order = group, host, chain, order
@@ -102,53 +102,128 @@ class Pushes:
 
     # ------------------------------------------------------------ push
 
+    def plain(
+        self, verb: str, keys: tuple[Key, ...], groups: Any, batch: native.Batch, priority: int
+    ) -> int | list[int] | None:
+        """Do a call whose arrays are plain.
+
+        Args:
+            verb: ``"push"``, ``"pull"`` or ``"pushpull"``.
+            keys: of the call.
+            groups: per key, its part or parts; None for a pull.
+            batch: what the compiled part has seen of them.
+            priority: of the call.
+
+        Returns:
+            Bytes moved, for a list of keys of each; None if nothing was done, since keys or the rule are others now.
+        """
+        with self._order.lock:
+            self._order.check()
+            # A pushpull has parts and outs.
+            nbytes = batch.nbytes // 2 if verb == "pushpull" else batch.nbytes
+            if not batch.begin(nbytes > _PAST_CACHE_NBYTES) or (verb != "pull" and not self._fits_rule(keys)):
+                return None
+            if verb == "pull":
+                self.settle(keys)
+                batch.run(0, batch.numel)
+            else:
+                self._enter(
+                    self._text(verb, keys),
+                    lambda call: self._push_dense(
+                        call, keys, Arrays(groups, batch), None if verb == "push" else batch, priority
+                    ),
+                )
+            batch.finish()
+            moved: int | list[int] = batch.moved()
+            return moved
+
+    def _fits_rule(self, keys: tuple[Key, ...]) -> bool:
+        """Tell whether the update rule can update these keys from dense parts."""
+        schedule, rule = self._schedules.get(keys), self._shard.rule
+        if schedule is not None and schedule.rule is rule:
+            return True
+        try:
+            # What the compiled part can update, it can by dtype.
+            for key in keys if rule.plain_steps is None else self._examples(keys):
+                rule.check(self._shard.entry("push", key), by_rows=False)
+        except TensorKVError:
+            return False
+        return True
+
+    def _examples(self, keys: Sequence[Key]) -> list[Key]:
+        """Return a key of each dtype."""
+        return list({self._values[key].value.dtype: key for key in keys}.values())
+
     def push(self, batch: Batch, outs: Outs | None, priority: int) -> None:
         """Push a batch; with outs, pull its keys."""
-        self._shard.check(batch)
         by_rows = [all(isinstance(part, Rows) for part in parts) for parts in batch.parts]
-        text = _text("push" if outs is None else "pushpull", batch.keys, by_rows)
-        filled, failed = False, None
+        keys, verb = tuple(batch.keys), "push" if outs is None else "pushpull"
+        with self._order.lock:
+            self._shard.check(batch)
+            if any(by_rows):
+                text = describe(verb, keys=batch.keys, rows=by_rows)
+                filled = self._enter(text, lambda call: self._push_rows_and_dense(call, batch, by_rows))
+            else:
+                filled = self._enter(
+                    self._text(verb, keys), lambda call: self._push_groups(call, keys, batch.parts, outs, priority)
+                )
+            if outs is not None and not filled:
+                self.pull(keys, outs)
+
+    def _text(self, verb: str, keys: tuple[Key, ...]) -> str:
+        """Describe a push of dense parts to the other workers."""
+        schedule = self._schedules.get(keys)
+        text = None if schedule is None else schedule.texts.get(verb)
+        return describe(verb, keys=list(keys)) if text is None else text
+
+    def _enter(self, text: str, push: Callable[[Collective], bool]) -> bool:
+        """Enter a push and make it; return whether its outputs have been written."""
         try:
             with self._order.entered(text) as call:
-                if any(by_rows):
-                    self._push_rows_and_dense(call, batch, by_rows)
-                else:
-                    filled = self._push_dense(call, batch.keys, batch.parts, outs, priority)
+                return push(call)
         except _UpdateFailedError as error:
             failed = error.error
-        if failed is not None:
-            raise failed
-        if outs is not None and not filled:
-            self.pull(batch.keys, outs)
+        raise failed
+
+    def _push_groups(
+        self,
+        call: Collective,
+        keys: tuple[Key, ...],
+        groups: Sequence[Sequence[Part]],
+        outs: Outs | None,
+        priority: int,
+    ) -> bool:
+        """Do ``_push_dense`` with parts and outputs as tensors, or Rows that become dense."""
+        dense = [_dense(self._shard.entry("push", key), group) for key, group in zip(keys, groups, strict=True)]
+        parts, targets = Arrays.of(self._values, keys, dense), None
+        if outs is not None and native.can_look():
+            targets = native.look(self._values, keys, None, outs, None, None)
+        if not isinstance(targets, native.Batch):
+            return self._push_dense(call, keys, parts, None, priority)
+        targets.begin(targets.nbytes > _PAST_CACHE_NBYTES)
+        return self._push_dense(call, keys, parts, targets, priority)
 
     def _push_dense(
-        self, call: Collective, keys: Sequence[Key], groups: Sequence[Sequence[Part]], outs: Outs | None, priority: int
+        self, call: Collective, keys: tuple[Key, ...], parts: Arrays, outs: native.Batch | None, priority: int
     ) -> bool:
-        """Push dense parts; return whether the outputs have been written."""
-        entries = [self._shard.entry("push", key) for key in keys]
-        dtypes = [self._values[key].value.dtype for key in keys]
-        parts = Arrays.of([_dense(entry, group) for entry, group in zip(entries, groups, strict=True)], dtypes)
-        if outs is None and self._can_defer:
-            self._defer(call, keys, entries, parts, priority)
+        """Push dense parts, and fill outputs if they are plain; return whether these have been written."""
+        if _verb(call) == "push" and self._can_defer:
+            self._defer(call, keys, parts, priority)
             return False
-        allreduce = self._run(call, keys, entries, parts)
-        self._raise_failed(allreduce, entries)
-        plain = None if outs is None else Arrays.of(outs, dtypes)
-        if outs is None or plain is None or plain.bases is None:
-            return False
-        allreduce.copy_out(plain, sum([out.nbytes for group in outs for out in group]) > _PAST_CACHE_NBYTES)
-        return True
+        allreduce = self._run(call, keys, parts)
+        self._raise_failed(allreduce)
+        if outs is not None:
+            allreduce.copy_out(outs)
+        return outs is not None
 
     @property
     def _can_defer(self) -> bool:
         """Whether nothing can go wrong with a push that its caller would have to hear of."""
         return not self._shard.has_updater and not self._policy.checks
 
-    def _defer(
-        self, call: Collective, keys: Sequence[Key], entries: Sequence[Entry], parts: Arrays, priority: int
-    ) -> None:
+    def _defer(self, call: Collective, keys: tuple[Key, ...], parts: Arrays, priority: int) -> None:
         """Stage a push and leave the rest to the queue."""
-        allreduce = self._prepare(call, keys, entries, deferred=True)
+        allreduce = self._prepare(call, keys, deferred=True)
         # Pushes of one key are applied in the order in which they were made.
         for earlier in self._pending_of(keys):
             self._queue.wait_for(earlier)
@@ -157,9 +232,9 @@ class Pushes:
             self._pending[key] = allreduce
         self._queue.add(allreduce, priority)
 
-    def _run(self, call: Collective, keys: Sequence[Key], entries: Sequence[Entry], parts: Arrays) -> AllReduce:
+    def _run(self, call: Collective, keys: tuple[Key, ...], parts: Arrays) -> AllReduce:
         """Run a call to its end, when all values are there."""
-        allreduce = self._prepare(call, keys, entries, deferred=False)
+        allreduce = self._prepare(call, keys, deferred=False)
         self.drain()
         allreduce.start(parts)
         self._order.agree([call])
@@ -167,8 +242,8 @@ class Pushes:
         allreduce.wait_for_values()
         return allreduce
 
-    def _push_rows_and_dense(self, call: Collective, batch: Batch, by_rows: Sequence[bool]) -> None:
-        """Push keys of which some came as Rows alone."""
+    def _push_rows_and_dense(self, call: Collective, batch: Batch, by_rows: Sequence[bool]) -> bool:
+        """Push keys of which some came as Rows alone; no outputs are written."""
         self.drain()
         self._order.remember(call)
         self._order.agree([call])
@@ -178,12 +253,13 @@ class Pushes:
         dense = {key: parts for key, parts, is_rows in pairs if not is_rows}
         merged = self._gather_rows(batch.verb, rows)
         if dense:
-            text = _text("push", list(dense), [])
+            text = self._text("push", tuple(dense))
             inner = self._host.enter(fingerprint(text), text)
-            self._push_dense(inner, list(dense), list(dense.values()), None, 0)
+            self._push_groups(inner, tuple(dense), list(dense.values()), None, 0)
             # One thread at a time may step an optimizer, and this one goes on with the Rows.
             self._queue.wait_for()
         self._apply_rows(merged)
+        return False
 
     def _gather_rows(self, verb: str, parts: Mapping[Key, Sequence[Rows]]) -> dict[Key, Rows]:
         """Return the sums of all workers' Rows, without those that are left out."""
@@ -224,11 +300,12 @@ class Pushes:
                 sparse.copy_rows(self._group, self._values[key], rows.ids, source, writes)
         self._host.barrier()
 
-    def _raise_failed(self, allreduce: AllReduce, entries: Sequence[Entry]) -> None:
+    def _raise_failed(self, allreduce: AllReduce) -> None:
         """Raise, on every worker, what an updater has raised on one, or that a sum was refused."""
         if allreduce.update.refusal is not None:
             raise allreduce.update.refusal
-        self._raise_on_all(allreduce.update.failed, entries)
+        if allreduce.update.failed or self._shard.has_updater:
+            self._raise_on_all(allreduce.update.failed, allreduce.update.entries)
 
     def _raise_on_all(self, mine: Sequence[tuple[int, Exception]], entries: Sequence[Entry]) -> None:
         """Raise, on every worker, what an updater has raised on one; its key counts no update."""
@@ -246,55 +323,6 @@ class Pushes:
         if failed:
             rank, position, kind, message = failed[0]
             raise _UpdateFailedError(sparse.raised_elsewhere(rank, entries[position].key, kind, message))
-
-    # ------------------------------------------------------------ the fast path
-
-    def many(self, keys: Sequence[Key], values: Any, outs: Any, priority: int) -> list[int] | None:
-        """Do a call that names the keys of an earlier one; None: it is to go the general way."""
-        schedule = self._schedules.get(tuple(keys)) if set(map(type, keys)) in ({str}, {int}) else None
-        if schedule is None or schedule.form is None or not self._can_defer:
-            return None
-        form = schedule.form
-        columns = [] if values is None else form.columns(values)
-        targets = [] if outs is None else form.targets(outs)
-        if columns is None or targets is None:
-            return None
-        with self._order.lock:
-            self._order.check()
-            entries = [self._shard.entry("push", key) for key in keys]
-            if not columns:
-                self.settle(keys)
-                schedule.fill(targets)
-            elif not self._push_columns(schedule, keys, entries, columns, targets, priority):
-                return None
-        return form.moved(len(columns) + len(targets))
-
-    def _push_columns(
-        self,
-        schedule: Schedule,
-        keys: Sequence[Key],
-        entries: Sequence[Entry],
-        columns: Sequence[Column],
-        targets: Sequence[Column],
-        priority: int,
-    ) -> bool:
-        try:
-            for entry in entries:
-                self._shard.rule.check(entry, by_rows=False)
-        except TensorKVError:
-            return False
-        verb = "pushpull" if targets else "push"
-        if verb not in schedule.texts:
-            schedule.texts[verb] = _text(verb, keys, [])
-        parts = Arrays.of_columns(columns)
-        with self._order.entered(schedule.texts[verb]) as call:
-            if not targets:
-                self._defer(call, keys, entries, parts, priority)
-                return True
-            allreduce = self._run(call, keys, entries, parts)
-            past = sum(schedule.form.nbytes) * len(targets) > _PAST_CACHE_NBYTES  # type: ignore[union-attr]
-            allreduce.copy_out(Arrays.of_columns(targets), past)
-        return True
 
     # ------------------------------------------------------------ pull
 
@@ -354,7 +382,7 @@ class Pushes:
             ) from None
         keys, by_rows = arguments["keys"], arguments.get("rows")
         if by_rows is None:
-            self._serve_dense(call, verb, keys)
+            self._serve_dense(call, tuple(keys))
             return
         self._order.wait_for_all()
         chosen = [key for key, is_rows in zip(keys, by_rows, strict=True) if is_rows]
@@ -363,21 +391,21 @@ class Pushes:
             self._serve(self._order.join())
         self._apply_rows(merged)
 
-    def _serve_dense(self, call: Collective, verb: str, keys: Sequence[Key]) -> None:
-        entries = [self._shard.entry(verb, key) for key in keys]
-        deferred = verb == "push" and self._can_defer
-        allreduce = self._prepare(call, keys, entries, deferred=deferred)
+    def _serve_dense(self, call: Collective, keys: tuple[Key, ...]) -> None:
+        deferred = _verb(call) == "push" and self._can_defer
+        allreduce = self._prepare(call, keys, deferred=deferred)
         allreduce.run()
         if deferred:
             # No later one, since this worker takes calls in their order.
             self._chain.report_progress(-1)
-        self._raise_failed(allreduce, entries)
+        self._raise_failed(allreduce)
 
     # ------------------------------------------------------------ schedules and staging buffers
 
-    def _prepare(self, call: Collective, keys: Sequence[Key], entries: Sequence[Entry], *, deferred: bool) -> AllReduce:
+    def _prepare(self, call: Collective, keys: tuple[Key, ...], *, deferred: bool) -> AllReduce:
         """Choose the staging buffer of a call; one that is new is allocated by all workers of the host."""
-        schedule = self._schedule(tuple(keys))
+        schedule = self._schedule(keys)
+        schedule.texts[_verb(call)] = call.text
         self._order.remember(call)
         first = 0
         if not deferred:
@@ -389,9 +417,8 @@ class Pushes:
             staging, first = self._next_small_slot(call)
         else:
             staging = self._own_staging(schedule, call)
-        verb = call.text.partition(" ")[0]
         updates_empty = self._chain.is_last and self._host.local_rank == 0
-        update = Update(verb, entries, self._shard.rule, self._policy, updates_empty)
+        update = Update(_verb(call), self._shard, schedule, self._policy, updates_empty)
         allreduce = AllReduce(self._host, self._chain, call, schedule, staging, update, first)
         if staging is self._small:
             self._small_pushes[first] = allreduce
@@ -426,17 +453,23 @@ class Pushes:
 
     def _schedule(self, keys: tuple[Key, ...]) -> Schedule:
         schedule = self._schedules.pop(keys, None)
-        if schedule is not None:
-            self._schedules[keys] = schedule
-            return schedule
+        if schedule is None:
+            schedule = self._make_schedule(keys)
+        self._schedules[keys] = schedule
+        rule = self._shard.rule
+        if schedule.rule is not rule:
+            # Whether it does is a matter of the value's dtype.
+            examples = [self._shard.entry("push", key) for key in self._examples(keys)]
+            schedule.rule, schedule.sees_whole = rule, any(map(rule.sees_whole, examples))
+        return schedule
+
+    def _make_schedule(self, keys: tuple[Key, ...]) -> Schedule:
         # Every worker makes the same calls, and so forgets the same schedule.
         while len(self._schedules) >= _MIN_SCHEDULES and self._num_named > _MAX_NAMED * len(self._values):
             self._drop(next(iter(self._schedules)))
-        values = [self._values[key] for key in keys]
-        schedule = Schedule(values, self._host.local_rank, self._chain.owners, self._slot_nbytes)
-        self._schedules[keys] = schedule
         self._num_named += len(keys)
-        return schedule
+        values = [self._values[key] for key in keys]
+        return Schedule(Layout(keys, values, self._host.local_rank, self._chain.owners), self._slot_nbytes)
 
     def _make_room(self, schedule: Schedule) -> None:
         """Drop the least recently used schedules until there is room for another one's staging buffer."""
@@ -474,8 +507,8 @@ class Pushes:
         self._ring = self._small = None
 
 
-def _text(verb: str, keys: Sequence[Key], by_rows: Sequence[bool]) -> str:
-    return describe(verb, keys=list(keys), rows=list(by_rows)) if any(by_rows) else describe(verb, keys=list(keys))
+def _verb(call: Collective) -> str:
+    return call.text.partition(" ")[0]
 
 
 def _dense(entry: Entry, parts: Sequence[Part]) -> list[torch.Tensor]:

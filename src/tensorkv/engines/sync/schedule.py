@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from tensorkv.arrays import interop
+from tensorkv.arrays.arguments import Key
 from tensorkv.engines import partition
-from tensorkv.engines.partition import Piece, Run
+from tensorkv.engines.partition import Numbers, Pieces, Runs
 from tensorkv.shard import native, reduce
-from tensorkv.shard.plan import Column, Form
+from tensorkv.shard.rules import Rule
 from tensorkv.transport.segment import LINE, aligned
 
 from .host import HostGroup
@@ -37,8 +38,7 @@ SMALL_NBYTES = 64 << 10
 Tensors = Sequence[torch.Tensor]
 
 
-@dataclass(slots=True)
-class PartitionedValue:
+class PartitionedValue(native.Cell):
     """What every worker knows of a dense key.
 
     Args:
@@ -46,26 +46,25 @@ class PartitionedValue:
         borders: the rows where each owner's part begins, and the number of rows.
     """
 
-    value: torch.Tensor
-    borders: list[int]
+    __slots__ = ("borders",)
+
+    def __init__(self, value: torch.Tensor, borders: list[int]) -> None:
+        self.value = value
+        self.borders = borders
 
     @property
     def flat(self) -> torch.Tensor:
         """The value, element by element."""
-        return self.value.view(-1)
-
-    def span(self, owner: int) -> tuple[int, int]:
-        """Return which elements an owner updates."""
-        rows = self.borders[-1]
-        width = self.value.numel() // rows if rows else 0
-        return self.borders[owner] * width, self.borders[owner + 1] * width
+        flat: torch.Tensor = self.value.view(-1)
+        return flat
 
     def part(self, owner: int) -> torch.Tensor:
         """Return an owner's part as a value of its own, with the rows that it updates."""
         start, stop = self.borders[owner], self.borders[owner + 1]
-        if not self.value.ndim:
-            return self.value if stop > start else self.flat[:0]
-        return self.value[start:stop]
+        value: torch.Tensor = self.value
+        if not value.ndim:
+            return value if stop > start else self.flat[:0]
+        return value[start:stop]
 
 
 class StagingBuffer:
@@ -120,105 +119,176 @@ class StagingBuffer:
         return self.segment.tensor(at, (count,), dtype)
 
 
-@dataclass(slots=True)
+class Layout:
+    """Where the values of a list of keys are, and what each worker updates of them.
+
+    Args:
+        keys: of one call.
+        values: of these keys.
+        local_rank: of this worker.
+        owners: how many workers of the host update values.
+    """
+
+    def __init__(self, keys: tuple[Key, ...], values: Sequence[PartitionedValue], local_rank: int, owners: int) -> None:
+        self.keys, self.values, self.local_rank = keys, values, local_rank
+        tensors: list[torch.Tensor] = [each.value for each in values]
+        self.addresses = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
+        dtypes = [tensor.dtype for tensor in tensors]
+        self.dtypes = list(dict.fromkeys(dtypes))
+        self.dtype_of = np.array([self.dtypes.index(dtype) for dtype in dtypes], np.int64)
+        self.itemsizes = np.array([interop.accumulator(dtype).itemsize for dtype in self.dtypes], np.int64)[
+            self.dtype_of
+        ]
+        borders = np.array([each.borders for each in values], np.int64).reshape(len(keys), owners + 2)
+        numels = np.array([tensor.numel() for tensor in tensors], np.int64)
+        widths = numels // np.maximum(borders[:, -1], 1)
+        self._spans = borders * widths[:, None]
+        self.runs = [self._runs(owner) for owner in range(owners)]
+
+    def _runs(self, owner: int) -> Runs:
+        starts, stops = self.span(owner)
+        keys = np.flatnonzero(stops > starts)
+        return Runs(keys, starts[keys], (stops - starts)[keys], self.itemsizes[keys])
+
+    def span(self, owner: int) -> tuple[Numbers, Numbers]:
+        """Return which elements of each value an owner updates: the first ones, and those after the last."""
+        return self._spans[:, owner], self._spans[:, owner + 1]
+
+    @cached_property
+    def own(self) -> Numbers:
+        """Places of the keys of which this worker updates pieces that the compiled part can take."""
+        can_take = np.array([dtype in native.DTYPES for dtype in self.dtypes], bool)
+        own = self.runs[self.local_rank].key if self.local_rank < len(self.runs) else np.zeros(0, np.int64)
+        plain: Numbers = own[can_take[self.dtype_of[own]]]
+        return plain
+
+    @cached_property
+    def own_keys(self) -> list[Key]:
+        """The keys that ``own`` means."""
+        return [self.keys[place] for place in self.own]
+
+    @cached_property
+    def other_keys(self) -> list[Key]:
+        """All other keys."""
+        return [self.keys[place] for place in np.flatnonzero(self.own_places < 0)]
+
+    @cached_property
+    def own_places(self) -> Numbers:
+        """For each key its place in ``own``, or -1."""
+        places = np.full(len(self.keys), -1)
+        places[self.own] = np.arange(len(self.own))
+        return places
+
+
 class BucketSegment:
     """The pieces of one bucket that have one dtype, in the order of their owners.
 
     Args:
+        layout: of the keys.
         dtype: of the values.
         pieces: as ``partition.cut`` made them.
-        own: which of them this worker updates.
         staging: the buffer for parts.
         slot: of the buffer.
-        values: the piece of each value.
     """
 
-    dtype: torch.dtype
-    pieces: list[Piece]
-    own: slice
-    staging: StagingBuffer
-    slot: int
-    values: list[torch.Tensor]
-    sum_dtype: torch.dtype = field(init=False)
-    counts: list[int] = field(init=False)
-    keys: np.ndarray[Any, Any] = field(init=False)
-    starts: np.ndarray[Any, Any] = field(init=False)
-    staged_columns: list[bytes] = field(init=False)
-    value_column: bytes = field(init=False)
-    _staged: dict[int, list[torch.Tensor]] = field(init=False)
+    def __init__(self, layout: Layout, dtype: torch.dtype, pieces: Pieces, staging: StagingBuffer, slot: int) -> None:
+        self._layout, self.dtype, self.pieces = layout, dtype, pieces
+        self.sum_dtype = interop.accumulator(dtype)
+        worker = layout.local_rank
+        self.own = slice(*map(int, np.searchsorted(pieces.owner, [worker, worker + 1])))
+        """Those that this worker updates."""
+        starts = pieces.start.astype(np.uint64) * np.uint64(dtype.itemsize)
+        self.value_column: bytes = (layout.addresses[pieces.key] + starts).tobytes()
+        self.triples = _triples(pieces.key, pieces)
+        self._find_staged(staging, slot)
 
-    def __post_init__(self) -> None:
-        self.sum_dtype = interop.accumulator(self.dtype)
-        self.counts = [piece.stop - piece.start for piece in self.pieces]
-        self.keys = np.array([piece.key for piece in self.pieces], np.int64)
-        self.starts = np.array([piece.start * self.dtype.itemsize for piece in self.pieces], np.uint64)
-        self.value_column = native.column_of(self.values)
-        self._find_staged()
-
-    def _find_staged(self) -> None:
-        offsets = np.array([piece.offset for piece in self.pieces], np.uint64)
-        self.staged_columns = [(base + offsets).tobytes() for base in self.staging.bases(self.slot)]
-        self._staged = {}
+    def _find_staged(self, staging: StagingBuffer, slot: int) -> None:
+        self._staging, self._slot = staging, slot
+        offsets = self.pieces.offset.astype(np.uint64)
+        self.staged_columns: list[bytes] = [(base + offsets).tobytes() for base in staging.bases(slot)]
+        self._staged: dict[tuple[int, int], torch.Tensor] = {}
 
     def at(self, slot: int) -> BucketSegment:
         """Return the same pieces in another slot."""
         segment = copy(self)
-        segment.slot = slot
-        segment._find_staged()
+        segment._find_staged(self._staging, slot)
         return segment
 
-    def staged(self, worker: int) -> list[torch.Tensor]:
-        """Return a worker's part of each piece in the staging buffer."""
-        if worker not in self._staged:
-            self._staged[worker] = [
-                self.staging.tensor(self.slot, worker, piece.offset, count, self.sum_dtype)
-                for piece, count in zip(self.pieces, self.counts, strict=True)
-            ]
-        return self._staged[worker]
+    @cached_property
+    def own_triples(self) -> bytes:
+        """This worker's pieces: places among its own keys, and elements of its own parts of their values."""
+        own = self.pieces.take(self.own)
+        return _triples(self._layout.own_places[own.key], own, own.start - self.own_starts)
 
-    def column(self, bases: np.ndarray[Any, Any]) -> bytes:
-        """Return where the pieces begin in whole arrays, one of each key."""
-        column: bytes = (bases[self.keys] + self.starts).tobytes()
-        return column
+    @property
+    def own_starts(self) -> Numbers:
+        """Where this worker's part of the value begins, for each of its pieces."""
+        starts: Numbers = self._layout.span(self._layout.local_rank)[0][self.pieces.key[self.own]]
+        return starts
 
-    def columns(self, arrays: Arrays) -> list[bytes]:
-        """Return where the pieces begin in a call's arrays, which are plain."""
-        return [self.column(base) for base in arrays.bases or ()]
+    @property
+    def own_counts(self) -> list[int]:
+        """How many elements each of this worker's pieces has."""
+        counts: list[int] = self.pieces.count[self.own].tolist()
+        return counts
 
-    def own_columns(self, columns: Sequence[bytes]) -> list[bytes]:
-        """Return of columns what belongs to this worker's pieces."""
-        return [_cut(column, self.own) for column in columns]
+    def own_column(self, column: bytes) -> bytes:
+        """Return of a column what belongs to this worker's pieces."""
+        return _cut(column, self.own)
 
-    def sum(self, outs: list[bytes], parts: list[bytes], cut: slice, past_cache: int = 0) -> None:
-        """Sum columns of some pieces in one pass; so many of the last outs are stored past the processor's cache."""
-        counts = self.counts[cut]
-        if counts and outs:
-            native.Pass(outs, parts, counts, self.dtype).jobs(1, past_cache=past_cache)[0]()
+    def key(self, at: int) -> int:
+        """Return the place of a piece's key in the call."""
+        return int(self.pieces.key[at])
+
+    def piece(self, at: int, flat: torch.Tensor) -> torch.Tensor:
+        """Return a piece of an array of its key."""
+        start = int(self.pieces.start[at])
+        return flat[start : start + int(self.pieces.count[at])]
+
+    def own_value(self) -> torch.Tensor:
+        """Return the value of which this worker's first piece is one."""
+        value: torch.Tensor = self._layout.values[self.key(self.own.start)].value
+        return value
+
+    def own_values(self) -> list[torch.Tensor]:
+        """Return this worker's pieces of the values."""
+        values = self._layout.values
+        return [self.piece(at, values[self.key(at)].flat) for at in range(self.own.start, self.own.stop)]
+
+    def staged(self, worker: int, at: int) -> torch.Tensor:
+        """Return a worker's part of a piece in the staging buffer."""
+        if (worker, at) not in self._staged:
+            offset, count = int(self.pieces.offset[at]), int(self.pieces.count[at])
+            self._staged[worker, at] = self._staging.tensor(self._slot, worker, offset, count, self.sum_dtype)
+        return self._staged[worker, at]
 
     @property
     def others(self) -> list[slice]:
         """The pieces that other workers update."""
-        return [slice(0, self.own.start), slice(self.own.stop, len(self.pieces))]
+        return [slice(0, self.own.start), slice(self.own.stop, len(self.pieces.key))]
 
     @property
     def whole(self) -> list[slice]:
         """All pieces."""
-        return [slice(0, len(self.pieces))]
+        return [slice(0, len(self.pieces.key))]
 
-    def pack(self, worker: int, parts: Arrays, cuts: Sequence[slice]) -> None:
-        """Put the sum of this worker's own parts into the staging buffer; of plain parts, only these pieces."""
-        if parts.bases is None:
-            for target, piece in zip(self.staged(worker), self.pieces, strict=True):
-                reduce.sum_piece(target, [part[piece.start : piece.stop] for part in parts.flat[piece.key]])
-            return
-        staged, columns = self.staged_columns[worker], self.columns(parts)
+    def pack(self, parts: Arrays, cuts: Sequence[slice]) -> None:
+        """Put the sums of this worker's own parts into the staging buffer, for some of the pieces."""
+        worker = self._layout.local_rank
+        column = self.staged_columns[worker]
         for cut in cuts:
-            self.sum([_cut(staged, cut)], [_cut(column, cut) for column in columns], cut)
-
-    def copy_out(self, outs: Arrays, past_cache: bool) -> None:
-        """Copy the values of all pieces into the outs, which are all plain."""
-        columns = self.columns(outs)
-        self.sum(columns, [self.value_column], slice(0, len(self.pieces)), len(columns) if past_cache else 0)
+            if parts.batch is not None and parts.places is None:
+                parts.batch.sum_pieces(_cut(self.triples, cut, 24), [_cut(column, cut)], True)
+                continue
+            rest = np.arange(cut.start, cut.stop)
+            if parts.batch is not None and parts.places is not None:
+                places = parts.places[self.pieces.key[cut]]
+                plain, rest = rest[places >= 0], rest[places < 0]
+                triples = _triples(places[places >= 0], self.pieces.take(plain))
+                parts.batch.sum_pieces(triples, [np.frombuffer(column, np.uint64)[plain].tobytes()], True)
+            for at in rest.tolist():
+                flats = parts.flat(self.key(at))
+                reduce.sum_piece(self.staged(worker, at), [self.piece(at, flat) for flat in flats])
 
 
 @dataclass(slots=True)
@@ -242,33 +312,21 @@ class Schedule:
     """A list of keys, cut into buckets.
 
     Args:
-        values: of these keys.
-        local_rank: of this worker.
-        owners: how many workers of the host update values.
+        layout: of the keys.
         slot_nbytes: the most bytes of one bucket.
     """
 
-    def __init__(self, values: Sequence[PartitionedValue], local_rank: int, owners: int, slot_nbytes: int) -> None:
-        self.values = values
-        self._local_rank = local_rank
-        sum_dtypes = [interop.accumulator(each.value.dtype) for each in values]
-        runs = [
-            [
-                Run(key, *each.span(owner), sum_dtypes[key].itemsize)
-                for key, each in enumerate(values)
-                if each.borders[owner] < each.borders[owner + 1] and each.value.numel()
-            ]
-            for owner in range(owners)
-        ]
-        self._buckets = partition.cut(runs, slot_nbytes)
-        ends = [p.offset + (p.stop - p.start) * sum_dtypes[p.key].itemsize for pieces in self._buckets for p in pieces]
-        self.slot_nbytes = max(ends, default=0)
-        dtypes = {each.value.dtype for each in values}
-        # For calls that name these keys again; None where they have no form in common.
-        self.form = Form([each.value.shape for each in values], dtypes.pop()) if len(dtypes) == 1 else None
-        if self.form is not None and not native.can_sum(self.form.dtype):
-            self.form = None
+    def __init__(self, layout: Layout, slot_nbytes: int) -> None:
+        self.layout = layout
+        self._buckets = partition.cut(layout.runs, slot_nbytes)
+        ends = [(each.offset + each.count * layout.itemsizes[each.key]).max() for each in self._buckets]
+        self.slot_nbytes = int(max(ends, default=0))
         self.texts: dict[str, str] = {}
+        """By verb, how calls that name these keys are described to other workers."""
+        self.rule: Rule | None = None
+        """The last rule that the keys were checked for."""
+        self.sees_whole = False
+        """Whether that rule changes a value only when its whole sum has come."""
         self._segments: dict[StagingBuffer, list[list[BucketSegment]]] = {}
         self.own_staging: StagingBuffer | None = None
 
@@ -308,81 +366,74 @@ class Schedule:
             found.append(Bucket(moved, own, slot, staging.use(slot)))
         return found
 
-    def fill(self, targets: Sequence[Column]) -> None:
-        """Copy whole values to arrays that have the schedule's form."""
-        if self.form is not None and targets:
-            values = native.column_of([each.value for each in self.values])
-            sums = native.Pass([each.addresses for each in targets], [values], self.form.counts, self.form.dtype)
-            sums.jobs(1)[0]()
-
-    def _make_segments(self, bucket: Sequence[Piece], staging: StagingBuffer, slot: int) -> list[BucketSegment]:
-        by_dtype: dict[torch.dtype, list[Piece]] = {}
-        for piece in bucket:
-            by_dtype.setdefault(self.values[piece.key].value.dtype, []).append(piece)
-        segments = []
-        for dtype, pieces in by_dtype.items():
-            mine = [index for index, piece in enumerate(pieces) if piece.owner == self._local_rank]
-            own = slice(mine[0], mine[-1] + 1) if mine else slice(0, 0)
-            values = [self.values[p.key].flat[p.start : p.stop] for p in pieces]
-            segments.append(BucketSegment(dtype, pieces, own, staging, slot, values))
-        return segments
+    def _make_segments(self, bucket: Pieces, staging: StagingBuffer, slot: int) -> list[BucketSegment]:
+        dtype_of = self.layout.dtype_of[bucket.key]
+        return [
+            BucketSegment(self.layout, dtype, bucket.take(dtype_of == index), staging, slot)
+            for index, dtype in enumerate(self.layout.dtypes)
+            if (dtype_of == index).any()
+        ]
 
 
 class Arrays:
-    """One call's parts or outs: as whole arrays, and as columns of addresses where all are plain.
+    """One call's parts or outs.
 
     Args:
-        groups: per key, its arrays.
-        bases: per part or out, the address of each key's array; None where an array is not plain.
-        columns: the arrays instead of ``groups``, where they have been checked by the column.
+        groups: per key, its arrays, or the only one.
+        batch: the compiled part's, of the keys whose arrays are plain.
+        places: of each key in the batch, -1 for one whose arrays are not plain; None: all are, in order.
     """
 
     def __init__(
-        self,
-        groups: Sequence[Tensors],
-        bases: list[np.ndarray[Any, Any]] | None,
-        columns: Sequence[Column] = (),
+        self, groups: Sequence[Any], batch: native.Batch | None, places: np.ndarray[Any, Any] | None = None
     ) -> None:
-        self.groups, self.bases, self._columns = groups, bases, columns
+        self._groups, self.batch, self.places = groups, batch, places
+        self._flat: dict[int, list[torch.Tensor]] = {}
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all arrays are."""
+        return self.batch is not None and self.places is None
 
     def first(self, key: int) -> torch.Tensor:
         """Return the first array of a key."""
-        return interop.take(self._columns[0].arrays[key]) if self._columns else self.groups[key][0]
+        group = self._groups[key]
+        return interop.take(group[0] if isinstance(group, list | tuple) else group)
 
-    @cached_property
-    def flat(self) -> list[list[torch.Tensor]]:
-        """The arrays with their elements in order: copied once, and not for each piece."""
-        return [[array.reshape(-1) for array in group] for group in self.groups]
+    def flat(self, key: int) -> list[torch.Tensor]:
+        """Return the arrays of a key with their elements in order: copied once, and not for each piece."""
+        if key not in self._flat:
+            self._flat[key] = [array.reshape(-1) for array in self._groups[key]]
+        return self._flat[key]
+
+    def own_column(self, segment: BucketSegment) -> bytes | None:
+        """Return where this worker's pieces are in the arrays; None where they are not to be read there."""
+        if self.batch is None or self.places is not None or segment.sum_dtype is not segment.dtype:
+            return None
+        return self.batch.part_column(_cut(segment.triples, segment.own, 24))
 
     @classmethod
-    def of_columns(cls, columns: Sequence[Column]) -> Arrays:
-        """Return plain arrays that have been checked by the column."""
-        return cls((), [np.frombuffer(column.addresses, np.uint64) for column in columns], columns)
-
-    @classmethod
-    def of(cls, groups: Sequence[Tensors], dtypes: Sequence[torch.dtype]) -> Arrays:
-        """Check arrays one by one.
-
-        Args:
-            groups: per key, its arrays.
-            dtypes: per key, the dtype of a plain array.
-        """
-        counts = set(map(len, groups))
-        plain = (
-            len(counts) == 1
-            and max(counts) <= native.MOST_COLUMNS
-            and all(
-                native.can_sum(dtype) and array.dtype is dtype and array.is_cpu and array.is_contiguous()
-                for group, dtype in zip(groups, dtypes, strict=True)
-                for array in group
-            )
-        )
-        if not plain:
+    def of(cls, values: dict[Key, PartitionedValue], keys: Sequence[Key], groups: Sequence[Tensors]) -> Arrays:
+        """Return the parts of a call, those that are plain as a batch."""
+        if not native.can_look():
             return cls(groups, None)
-        count = counts.pop()
-        bases = [np.array([group[index].data_ptr() for group in groups], np.uint64) for index in range(count)]
-        return cls(groups, bases)
+        batch = native.look(values, keys, groups, None, None, None)
+        if isinstance(batch, native.Batch):
+            return cls(groups, batch)
+        pairs = enumerate(zip(keys, groups, strict=True))
+        plain = [index for index, (key, group) in pairs if native.is_plain([values[key].value, *group])]
+        batch = native.look(values, [keys[i] for i in plain], [groups[i] for i in plain], None, None, None)
+        if not isinstance(batch, native.Batch):
+            return cls(groups, None)
+        places = np.full(len(keys), -1)
+        places[plain] = np.arange(len(plain))
+        return cls(groups, batch, places)
 
 
-def _cut(column: bytes, cut: slice) -> bytes:
-    return column[8 * cut.start : 8 * cut.stop]
+def _triples(keys: Numbers, pieces: Pieces, starts: Numbers | None = None) -> bytes:
+    """Return pieces as the compiled part takes them: for each the place of its key, its first element, how many."""
+    return np.stack([keys, pieces.start if starts is None else starts, pieces.count], 1).tobytes()
+
+
+def _cut(column: bytes, cut: slice, width: int = 8) -> bytes:
+    return column[width * cut.start : width * cut.stop]

@@ -883,12 +883,15 @@ def _refuse_unnamed(verb: str, unnamed: tuple[Any, ...]) -> None:
 def _take_values(verb: str, keys: Sequence[Key], values: Sequence[Any]) -> tuple[list[Part], list[KeySpec]]:
     taken = [take(verb, key, None, value) for key, value in zip(keys, values, strict=True)]
     specs = []
+    # Equal ones stand once: Python's garbage collector looks through each.
+    known: dict[KeySpec, KeySpec] = {}
     for part, value in zip(taken, values, strict=True):
         if isinstance(part, Rows):
             library = value.values if isinstance(value, Rows) else value
-            specs.append(KeySpec(torch.Size(part.shape), part.values.dtype, interop.origin(library), True))
+            spec = KeySpec(torch.Size(part.shape), part.values.dtype, interop.origin(library), True)
         else:
-            specs.append(KeySpec(part.shape, part.dtype, interop.origin(value), False))
+            spec = KeySpec(part.shape, part.dtype, interop.origin(value), False)
+        specs.append(known.setdefault(spec, spec))
     return taken, specs
 
 

@@ -180,9 +180,18 @@ def join_layout(
         json.dumps([role, interop.dtype_name(dtype), list(shape)], separators=(",", ":"))[1:]
         for role, dtype, shape in kinds
     ]
-    # No line ends within a JSON string.
-    texts = json.dumps(list(keys), separators=("\n", ":"))[1:-1].split("\n") if keys else []
-    return f"[{','.join([f'[{key},{ends[number]}' for key, number in zip(texts, numbers, strict=True)])}]".encode()
+    parts = [f"[{key},{ends[number]}" for key, number in zip(json_keys(keys), numbers, strict=True)]
+    return f"[{','.join(parts)}]".encode()
+
+
+def json_keys(keys: Sequence[Key]) -> list[str]:
+    """Return each key as JSON.
+
+    >>> json_keys(["w", 3])
+    ['"w"', '3']
+    """
+    # JSON strings have no line ends: one call does all.
+    return json.dumps(list(keys), separators=("\n", ":"))[1:-1].split("\n") if keys else []
 
 
 @lru_cache(maxsize=32)

@@ -86,7 +86,9 @@ class PullRows(Message):
 
 @dataclass(kw_only=True)
 class Init(Message):
-    """Add keys with the values in the payload; the layout is that of a push.
+    """Add keys with the values in the payload; reply with the ``changes`` of a listing before and after it.
+
+    The layout is that of a push.
 
     Args:
         kinds: metadata that several keys share.

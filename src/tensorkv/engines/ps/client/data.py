@@ -80,8 +80,10 @@ class DataClient:
 
     # ------------------------------------------------------------ init
 
-    def init(self, keys: Sequence[Key], values: Sequence[Part], placed: Sequence[PlacedKey]) -> None:
-        """Create keys with values, of which each server gets its pieces."""
+    def init(
+        self, keys: Sequence[Key], values: Sequence[Part], placed: Sequence[PlacedKey]
+    ) -> dict[int, dict[str, Any]]:
+        """Create keys with values, of which each server gets its pieces; return the replies by server."""
         requests = []
         if any(isinstance(value, Rows) for value in values):
             totals = [rows.merge([value]) if isinstance(value, Rows) else value for value in values]
@@ -92,13 +94,16 @@ class DataClient:
                 requests.append(ServerRequest.of_tensors(server, message, pack(items)))
         else:
             new = PlacedKeys(zip(keys, placed, strict=True), wide=False)
-            parts = new.look(keys, parts=[[value] for value in values])
+            parts: Any = new.look(keys, parts=values)
+            if parts is values:
+                parts = [[value] for value in values]
             for each in new.layout(keys).pushed:
                 message = _init_of(each.indices.tolist(), keys, placed)
                 fill = partial(each.gather, parts, self._pool)
                 requests.append(ServerRequest(each.server, message, each.layout, each.nbytes, fill))
         with self._sessions.take() as session:
-            session.send(requests)
+            replies = session.send(requests)
+            return {request.server: reply.head for request, reply in zip(requests, replies, strict=True)}
 
     # ------------------------------------------------------------ calls of plain arrays
 

@@ -231,8 +231,10 @@ class PSEngine(Engine):
                 # Left by an init that did not reach every server; no other init is running now.
                 deletes = {server: messages.Delete(keys=own) for server, own in incomplete.items()}
                 self._send([ServerRequest(server, delete) for server, delete in deletes.items()])
-            shield.run(self._data.init, keys, values, self._keymap.place(keys, specs))
-        self._keymap.refresh()
+            placed = self._keymap.place(keys, specs)
+            replies = shield.run(self._data.init, keys, values, placed)
+        if not self._keymap.add(keys, placed, replies):
+            self._keymap.refresh()
 
     @contextmanager
     def _claim(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.spec import KeySpec
-from tensorkv.engines.partition import pieces
+from tensorkv.engines.partition import lightest, pieces
 from tensorkv.runtime import shield
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
 from tensorkv.shard.rules import Assign, Rule, StepOptimizer
@@ -88,6 +88,30 @@ class KeyMap:
                 optimizers = [reply["optimizer"] for reply in replies if reply["optimizer"] is not None]
                 described = {**described, "overrides": [own for each in optimizers for own in each["overrides"]]}
             self._set_rule(None if described is None else OptimizerSpec.from_json(described))
+
+    def add(self, keys: Sequence[Key], placed: Sequence[PlacedKey], replies: Mapping[int, Mapping[str, Any]]) -> bool:
+        """Take over keys that this client has created.
+
+        Args:
+            keys, placed: the new keys.
+            replies: of each server to its ``Init``.
+
+        Returns:
+            Whether nothing else has changed since the last refresh; False: nothing was done.
+        """
+        with self._lock:
+            listings = list(self._listings)
+            for server, reply in replies.items():
+                changes, before = listings[server]
+                if changes is None or reply.get("before") != changes:
+                    return False
+                new = {key: each for key, each in zip(keys, placed, strict=True) if server in each.placement.servers}
+                listings[server] = Listing(reply["changes"], {**before, **new})
+            # What a refresh that is under way has been told may be older.
+            self._asked += 1
+            self._answered, self._listings = self._asked, listings
+            self._join(listings)
+            return True
 
     def _join(self, listings: Sequence[Listing]) -> None:
         """Take over the keys that servers have listed."""
@@ -169,25 +193,24 @@ class KeyMap:
         loads = [0] * self._num_servers
         present = [] if replace else list(self.placed.values())
         for each in present:
-            _add_load(loads, each.placement)
+            _add(loads, each.placement)
         rule = rule or self.rule
         whole = isinstance(rule, StepOptimizer) and rule.optimizer.spec.name not in ROWWISE
         order = 1 + max((each.order for each in present), default=-1)
         made: dict[int, PlacedKey] = {}
-        placements: dict[Any, KeyPlacement] = {}
+        placements: dict[tuple[KeySpec, int], KeyPlacement] = {}
         for index in sorted(range(len(keys)), key=lambda i: -_nbytes(specs[i])):
-            spec = specs[index]
-            if spec.is_table:
-                # Rows are placed by their ids, so that the most popular ones are spread over servers.
-                where = [(server, 0, spec.shape[0]) for server in range(self._num_servers)]
-            else:
-                where = pieces(spec.shape, loads, whole=whole)
-            kind = (spec, *where)
+            kind = spec, _ = specs[index], lightest(loads)
             placement = placements.get(kind)
             if placement is None:
+                if spec.is_table:
+                    # Rows are placed by their ids, so that the most popular ones are spread over servers.
+                    where = [(server, 0, spec.shape[0]) for server in range(self._num_servers)]
+                else:
+                    where = pieces(spec.shape, loads, whole=whole)
                 placement = placements[kind] = KeyPlacement(spec, where)
             made[index] = PlacedKey(placement, order + index)
-            _add_load(loads, placement)
+            _add(loads, placement)
         return [made[index] for index in range(len(keys))]
 
     def layout(self, verb: str, keys: Sequence[Key]) -> Layout:
@@ -199,7 +222,6 @@ def _nbytes(spec: KeySpec) -> int:
     return 0 if spec.is_table else spec.shape.numel() * spec.dtype.itemsize
 
 
-def _add_load(loads: list[int], placement: KeyPlacement) -> None:
-    if not placement.spec.is_table:
-        for server, start, stop in placement.pieces:
-            loads[server] += placement.shape(start, stop).numel() * placement.spec.dtype.itemsize
+def _add(loads: list[int], placement: KeyPlacement) -> None:
+    for server, nbytes in placement.loads:
+        loads[server] += nbytes

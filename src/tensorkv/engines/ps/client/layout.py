@@ -44,12 +44,15 @@ class KeyPlacement:
         pieces: server, first row and row after the last of each piece; of a table, every server with all rows.
     """
 
-    __slots__ = ("described", "pieces", "servers", "spec")
+    __slots__ = ("described", "loads", "pieces", "servers", "spec")
 
     def __init__(self, spec: KeySpec, pieces: Sequence[tuple[int, int, int]]) -> None:
         self.spec, self.pieces = spec, pieces
         self.servers = [server for server, _, _ in pieces]
         """The servers that hold a piece."""
+        dense = () if spec.is_table else pieces
+        self.loads = [(at, self.shape(start, stop).numel() * spec.dtype.itemsize) for at, start, stop in dense]
+        """Each server that holds a piece, and the bytes of it."""
         code = None if spec.is_table else _DLPACK_CODES.get(spec.dtype)
         self.described = None if code is None else (code, 8 * spec.dtype.itemsize, tuple(spec.shape))
         """What a ``Cell`` says of the value; None if the compiled part has no such values."""

@@ -279,13 +279,15 @@ class Server:
         entries = new_entries(request)
         with self._condition:
             self._admit(request)
+            before = self._changes
             if not self._has_applied(request):
                 self._state.shard.check_new([entry.key for entry in entries])
                 self._state.set_metadata(metadata_of(request.message))
             with self._change(request) as ids:
                 if ids:
                     self._state.init(entries, ids)
-        return Reply({})
+            # Of a request that was applied before, it is not known what came before it.
+            return Reply({"before": before, "changes": self._changes} if ids else {})
 
     def _restore(self, request: Request[messages.Restore]) -> Reply:
         contents, metadata = contents_of(request), request.message.metadata

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.packing import Item, Slot, decode_layout, encode_layout, pack, raw_bytes, unpack, views
+from tensorkv.arrays.packing import Item, Slot, decode_layout, encode_layout, json_keys, pack, raw_bytes, unpack, views
 from tensorkv.arrays.rows import Rows, merge
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote
@@ -298,20 +298,22 @@ def new_entries(request: Request[Init]) -> list[Entry]:
 
 
 def _new_entry(key: Key, spec: KeySpec, part: Part) -> Entry:
+    if isinstance(part, torch.Tensor) and part.dtype is spec.dtype and part.shape == spec.shape and not spec.is_table:
+        # The client reuses the memory of this payload for its next request.
+        return Entry(key, spec, part.clone())
     dtype, shape = (part.values.dtype, part.values.shape) if isinstance(part, Rows) else (part.dtype, part.shape)
     fits = dtype is spec.dtype and shape[1:] == spec.shape[1:] and len(shape) == len(spec.shape)
     if not fits or isinstance(part, Rows) is not spec.is_table:
         raise ValueMismatchError(f"init({quote(key)}): the value is {dtype} {tuple(shape)}, its metadata say otherwise")
     if isinstance(part, Rows):
         return Entry(key, spec, Table.of(merge([part]), "cpu"))
-    # The client reuses the memory of this payload for its next request.
-    return Entry(key, spec if shape == spec.shape else replace(spec, shape=shape), part.clone())
+    return Entry(key, replace(spec, shape=shape), part.clone())
 
 
 def metadata_of(message: Init) -> dict[str, Any]:
     """Return the metadata of new keys, by the JSON of each."""
-    columns = zip(message.keys, message.indices, message.orders, strict=True)
-    return {json.dumps(key): {**message.kinds[index], "order": order} for key, index, order in columns}
+    columns = zip(json_keys(message.keys), message.indices, message.orders, strict=True)
+    return {name: {**message.kinds[index], "order": order} for name, index, order in columns}
 
 
 def contents_of(request: Request[Restore]) -> Contents:

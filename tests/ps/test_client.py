@@ -1,6 +1,7 @@
 """Clients of servers do with any call what a local store does, bit for bit, whether its arrays are plain or not."""
 
 import contextlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip("ray")
 
 from tensorkv.engines.ps.client import layout
 from tensorkv.engines.ps.client.data import DataClient
+from tensorkv.engines.ps.server.state import ServerState
 from tests.support.fake_servers import Cluster, together
 
 DTYPES = [
@@ -271,3 +273,29 @@ def test_empty_lists():
         kv.push([], [])
         kv.push((), ())
         assert kv.info("a").version == 0
+
+
+def test_a_client_knows_the_keys_that_it_has_created(monkeypatch):
+    with Cluster(2) as cluster:
+        kv, other = cluster.stores(2)
+        kv.init("a", np.zeros(3))
+        with mock.patch.object(ServerState, "listing", side_effect=AssertionError("nothing else has changed")):
+            kv.init(["b", "c"], [np.zeros(400), np.zeros(3)])
+            assert kv.keys() == ["a", "b", "c"]
+            kv.push("b", np.ones(400))
+        assert other.pull("b").tolist() == [1] * 400
+        # What others have created since the last listing is not missed, whoever may create keys.
+        data = kv._engine._data
+        init = data.init
+
+        def init_after_another(*args):
+            there = other._engine
+            there._data.init(
+                ["x"], [torch.ones(3, dtype=torch.float64)], there._keymap.place(["x"], [kv._engine.spec("", "a")])
+            )
+            return init(*args)
+
+        other.keys()
+        monkeypatch.setattr(data, "init", init_after_another)
+        kv.init("d", np.zeros(3))
+        assert set(kv.keys()) == {"a", "b", "c", "d", "x"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tensorkv.arrays import interop
-from tensorkv.arrays.packing import Item, LayoutError, decode_layout, pack, unpack
+from tensorkv.arrays.packing import Item, LayoutError, decode_layout, encode_layout, join_layout, pack, unpack
 
 
 @pytest.mark.parametrize("dtype", sorted(interop.DTYPES, key=str), ids=str)
@@ -64,3 +64,13 @@ def test_malformed_layouts_are_refused(layout):
 def test_bytes_other_than_0_and_1_are_refused_as_bool():
     with pytest.raises(LayoutError, match="bytes other than 0 and 1"):
         unpack(b'[["w","sum","bool",[2]]]', bytearray(b"\1\2"))
+
+
+@pytest.mark.parametrize(
+    "keys", [[], ["w"], ["b", 'a "quoted" one\\', "two\nlines", "ü\u2028\ud800", ""], [3, -1, 1 << 70]]
+)
+def test_a_joined_layout_is_an_encoded_one(keys):
+    kinds = [("sum", torch.float32, torch.Size([2, 3])), ("ids", torch.int64, [])]
+    numbers = [index % 2 for index in range(len(keys))]
+    tensors = [(key, *kinds[number]) for key, number in zip(keys, numbers, strict=True)]
+    assert join_layout(keys, kinds, numbers) == encode_layout(tensors)

@@ -406,7 +406,7 @@ def test_every_element_of_a_divided_value_is_sent_once():
         value, back = torch.arange(shape.numel(), dtype=torch.float32).view(shape), torch.zeros(shape)
         for each in layout.pushed:
             room = torch.empty(each.nbytes, dtype=torch.uint8)
-            each.gather([[value, value]], pool, room)
+            each.gather(room, [[value, value]], pool)
             each.scatter(room, [[back]], pool)
         assert torch.equal(back, 2 * value)
         assert np.array_equal(back.numpy(), 2 * value.numpy())

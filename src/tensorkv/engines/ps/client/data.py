@@ -99,7 +99,7 @@ class DataClient:
                 parts = [[value] for value in values]
             for each in new.layout(keys).pushed:
                 message = _init_of(each.indices.tolist(), keys, placed)
-                fill = partial(each.gather, parts, self._pool)
+                fill = partial(each.gather, parts=parts, pool=self._pool)
                 requests.append(ServerRequest(each.server, message, each.layout, each.nbytes, fill))
         with self._sessions.take() as session:
             replies = session.send(requests)
@@ -130,6 +130,7 @@ class DataClient:
         if values is not None and not isinstance(rule, Assign) and not takes_all:
             # Each value has to be checked.
             return None
+        # Outs that would not stay in the cache are stored past it.
         batch.begin(native.leaves_cache(batch.nbytes))
         return PlainCall(batch, layout, values is not None, outs is not None)
 
@@ -176,7 +177,7 @@ class DataClient:
         """Push dense sums, and fill the outs with the new values."""
         requests = []
         for pushed, pulled in zip(layout.pushed, layout.pulled, strict=True):
-            fill = partial(pushed.gather, parts, self._pool)
+            fill = partial(pushed.gather, parts=parts, pool=self._pool)
             message = Push() if outs is None else Push(pulls=True, checksum=pulled.checksum)
             reply_nbytes = 0 if outs is None else pulled.nbytes
             requests.append(ServerRequest(pushed.server, message, pushed.layout, pushed.nbytes, fill, reply_nbytes))

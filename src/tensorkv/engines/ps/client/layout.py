@@ -269,7 +269,7 @@ class ServerLayout:
         shares = [self._shares[number] for number in self._own.tolist()]
         return list(zip(self.indices.tolist(), shares, decode_layout(self.layout), strict=True))
 
-    def gather(self, parts: Arrays, pool: Pool, room: torch.Tensor) -> None:
+    def gather(self, room: torch.Tensor, parts: Arrays, pool: Pool) -> None:
         """Write the sums of the pieces to ``room``."""
         if isinstance(parts, Sequence):
             for index, share, slot in self._places:

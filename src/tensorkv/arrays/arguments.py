@@ -17,6 +17,7 @@ from tensorkv.errors import ArgumentError, KeyExistsError, KeyTypeError, quote, 
 Key = str | int
 
 _LISTS = (list, tuple)
+_LIST_TYPES = frozenset(_LISTS)
 _NO_KEY_LISTS = (bytes, bytearray, memoryview, set, frozenset)
 
 
@@ -95,6 +96,16 @@ def single_values(verb: str, key: Any, value: Any) -> tuple[list[Key], list[Any]
         raise ArgumentError(
             f"{verb}({quote(key)}): got {show(value)}; expected one array, the value that all devices share"
         )
+    if (
+        type(key) is list
+        and type(value) is list
+        and len(key) == len(value)
+        and _LIST_TYPES.isdisjoint(map(type, value))
+    ):
+        # Without a list for each key, which Python's garbage collector would look through.
+        keys = keys_of(verb, key)
+        if len(set(keys)) == len(keys):
+            return keys, list(value)
     keys, values = pairs(verb, "value", key, value)
     listed = [key] if is_key(key) else list(key)
     if len(listed) != len(keys):

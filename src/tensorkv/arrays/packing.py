@@ -204,14 +204,20 @@ def decode_layout(layout: bytes) -> tuple[Slot, ...]:
     try:
         described = json.loads(layout)
         slots = []
+        # Most layouts have thousands of tensors of a few kinds.
+        kinds: dict[tuple[str, str, str], tuple[torch.dtype, torch.Size, int]] = {}
         at = 0
         for key, role, name, sizes in described:
-            dtype = _DTYPES[name]
-            fits = type(key) in (str, int) and type(role) is str and all(type(n) is int and n >= 0 for n in sizes)
-            shape = torch.Size(sizes)
+            kind = role, name, repr(sizes)
+            if kind not in kinds:
+                if type(role) is not str or not all(type(n) is int and n >= 0 for n in sizes):
+                    raise ValueError(f"{role!r} {sizes!r}")
+                dtype = _DTYPES[name]
+                kinds[kind] = dtype, torch.Size(sizes), math.prod(sizes) * dtype.itemsize
+            dtype, shape, nbytes = kinds[kind]
             start = at + -at % dtype.itemsize
-            at = start + math.prod(sizes) * dtype.itemsize
-            if not fits or at >= 1 << 62:
+            at = start + nbytes
+            if type(key) not in (str, int) or at >= 1 << 62:
                 raise ValueError(f"{key!r} {role!r} {sizes!r}")
             slots.append(Slot(key, role, dtype, shape, start, at))
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError, RuntimeError) as error:

@@ -293,7 +293,8 @@ def new_entries(request: Request[Init]) -> list[Entry]:
     if keys != list(pushed.keys) or len(orders) != len(keys) or not all(type(order) is int for order in orders):
         raise ArgumentError("malformed init; expected the keys of the layout, and the order of each")
     found = [specs[index] for index in message.indices]
-    parts = pushed.parts(request.payload, [(*spec.shape, 0)[0] for spec in found])
+    num_rows = [(*spec.shape, 0)[0] for spec in specs]
+    parts = pushed.parts(request.payload, [num_rows[index] for index in message.indices])
     return [_new_entry(*each) for each in zip(pushed.keys, found, parts, strict=True)]
 
 

@@ -39,19 +39,18 @@ def test_few_rows_have_one_owner():
     assert borders((3, 10_000_000), 4, 2) == [0, 0, 0, 3, 3]
 
 
-RUNS = st.lists(st.tuples(st.integers(0, 5000), st.sampled_from([1, 2, 4, 8, 16])), max_size=12)
+RUNS = st.lists(st.tuples(st.integers(1, 5000), st.sampled_from([1, 2, 4, 8, 16])), max_size=12)
 
 
 @given(st.lists(RUNS, min_size=1, max_size=4), st.sampled_from([256, 1024, 4096]))
 def test_chunks_hold_every_element_once_and_in_order(sizes, slot_nbytes):
-    runs, wanted = [], {}
-    for own in sizes:
-        keys = range(len(wanted), len(wanted) + len(own))
-        wanted |= dict(zip(keys, own, strict=True))
-        columns = keys, [10] * len(own), *([each[which] for each in own] for which in (0, 1))
-        runs.append(Runs(*(np.array(column, np.int64) for column in columns)))
+    own = [(owner, *each) for owner, listed in enumerate(sizes) for each in listed]
+    wanted = {key: (count, itemsize) for key, (_, count, itemsize) in enumerate(own)}
+    columns = [list(column) for column in zip(*own, strict=True)] or [[]] * 3
+    owner, count, itemsize = (np.array(column, np.int64) for column in columns)
+    runs = Runs(owner, np.arange(len(own)), np.full(len(own), 10), count, itemsize)
     seen = dict.fromkeys(wanted, 10)
-    for chunk in cut(runs, slot_nbytes):
+    for chunk in cut(runs, len(sizes), slot_nbytes):
         places = []
         assert chunk.owner.tolist() == sorted(chunk.owner.tolist())
         for key, start, count, offset in zip(chunk.key, chunk.start, chunk.count, chunk.offset, strict=True):
@@ -63,7 +62,7 @@ def test_chunks_hold_every_element_once_and_in_order(sizes, slot_nbytes):
         places.sort()
         assert places
         assert all(before[1] <= after[0] for before, after in itertools.pairwise(places))
-        assert places[-1][1] <= max(slot_nbytes, 64 * len(runs))
+        assert places[-1][1] <= max(slot_nbytes, 64 * len(sizes))
     assert seen == {key: 10 + count for key, (count, _) in wanted.items()}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -83,14 +84,16 @@ Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """What one owner updates, of each key one run of elements, as columns.
+    """What is updated of each key, as columns, in the order of owners: one run of elements of each owner and key.
 
     Args:
+        owner: who updates it.
         key: index of the key in its call.
         start, count: elements of the flattened value.
         itemsize: bytes of an element on its way.
     """
 
+    owner: Numbers
     key: Numbers
     start: Numbers
     count: Numbers
@@ -112,51 +115,45 @@ class Pieces:
         return Pieces(self.owner[chosen], self.key[chosen], self.start[chosen], self.count[chosen], self.offset[chosen])
 
 
-def cut(runs: Sequence[Runs], slot_nbytes: int) -> list[Pieces]:
+def cut(runs: Runs, owners: int, slot_nbytes: int) -> list[Pieces]:
     """Cut what each owner has to do into chunks, in each of which every owner finds about as much.
 
     Args:
-        runs: of each owner, in order.
+        runs: with elements.
+        owners: how many there are.
         slot_nbytes: the bytes that the pieces of one chunk may take.
 
     Returns:
         Chunks: pieces in the order of their owners.
 
-    >>> runs = [Runs(*map(np.array, each)) for each in ([[0], [0], [100], [4]], [[0], [100], [80], [4]])]
-    >>> pieces = cut(runs, 640)[0]
+    >>> pieces = cut(Runs(*map(np.array, ([0, 1], [0, 0], [0, 100], [100, 80], [4, 4]))), 2, 640)[0]
     >>> pieces.owner.tolist(), pieces.start.tolist(), pieces.count.tolist()
     ([0, 1], [0, 100], [80, 80])
     """
-    room = max(_LINE, slot_nbytes // len(runs) // _LINE * _LINE)
-    found = [_cut_runs(each, room) for each in runs]
-    chunk, key, start, count, offset = (np.concatenate(columns) for columns in zip(*found, strict=True))
-    owner = np.repeat(np.arange(len(runs)), [len(columns[0]) for columns in found])
-    # How far each owner fills each chunk, and so where the next owner's pieces begin.
-    ends = np.zeros((len(runs) + 1, int(chunk.max(initial=-1)) + 1), np.int64)
-    for index, each in enumerate(runs):
-        total = int(_sizes(each).sum())
-        ends[index + 1] = ends[index] + np.clip(total - room * np.arange(ends.shape[1]), 0, room)
-    pieces = Pieces(owner, key, start, count, offset + ends[owner, chunk])
-    return [pieces.take(chunk == index) for index in range(ends.shape[1])]
-
-
-def _sizes(runs: Runs) -> Numbers:
-    """Return the bytes of each run, up to the end of a cache line."""
-    return (runs.count * runs.itemsize + _LINE - 1) // _LINE * _LINE
-
-
-def _cut_runs(runs: Runs, room: int) -> tuple[Numbers, Numbers, Numbers, Numbers, Numbers]:
-    """Cut runs that lie one after another where chunks end; return chunk, key, start, count and place of each piece."""
-    sizes = _sizes(runs)
-    begins = np.cumsum(sizes) - sizes
-    first = begins // room
-    num_pieces = np.where(runs.count > 0, (begins + sizes - 1) // room - first + 1, 0)
-    run = np.repeat(np.arange(len(sizes)), num_pieces)
-    chunk = first[run] + np.arange(len(run)) - (np.cumsum(num_pieces) - num_pieces)[run]
-    low = np.maximum(begins[run], chunk * room)
-    high = np.minimum(begins[run] + runs.count[run] * runs.itemsize[run], (chunk + 1) * room)
-    start = runs.start[run] + (low - begins[run]) // runs.itemsize[run]
-    return chunk, runs.key[run], start, (high - low) // runs.itemsize[run], low - chunk * room
+    room = max(_LINE, slot_nbytes // owners // _LINE * _LINE)
+    # The runs of an owner lie one after another, each to the end of a line, and are cut where chunks end.
+    nbytes = runs.count * runs.itemsize
+    places = np.concatenate([[0], np.cumsum((nbytes + _LINE - 1) // _LINE * _LINE)])
+    owned = places[np.searchsorted(runs.owner, np.arange(owners + 1))]
+    lows = places[:-1] - owned[runs.owner]
+    firsts, lasts = lows // room, (lows + nbytes - 1) // room
+    run = np.repeat(np.arange(len(lows)), lasts - firsts + 1)
+    chunk = np.arange(len(run)) - np.searchsorted(run, run) + firsts[run]
+    low = np.maximum(lows[run], chunk * room)
+    high = np.minimum((lows + nbytes)[run], (chunk + 1) * room)
+    # Of each chunk, how much the owners before fill.
+    num_chunks = int(lasts.max(initial=-1)) + 1
+    filled = np.clip(np.diff(owned)[:, None] - room * np.arange(num_chunks), 0, room)
+    before = np.cumsum(filled, 0) - filled
+    owner, itemsize = runs.owner[run], runs.itemsize[run]
+    start = runs.start[run] + (low - lows[run]) // itemsize
+    offset = before[owner, chunk] + low - chunk * room
+    pieces = Pieces(owner, runs.key[run], start, (high - low) // itemsize, offset)
+    if num_chunks == 1:
+        return [pieces]
+    order = np.argsort(chunk, kind="stable")
+    borders = np.searchsorted(chunk[order], np.arange(num_chunks + 1))
+    return [pieces.take(order[first:stop]) for first, stop in pairwise(borders)]
 
 
 # ---------------------------------------------------------------- servers

@@ -288,11 +288,11 @@ class AllReduce:
             sums: where the sums go; None: they update values.
         """
         if native.can_sum(segment.sum_dtype):
-            counts = segment.own_counts
             columns = [self._column(segment, worker) for worker in members]
             if earlier is not None:
-                columns.insert(0, native.column_beside(earlier, counts))
+                columns.insert(0, native.column_beside(earlier, segment.own_counts))
             if sums is not None:
+                counts = segment.own_counts
                 _sum_columns(native.column_beside(sums, counts), columns, counts, segment.sum_dtype)
                 return
             if self.update.take(segment, columns):
@@ -302,7 +302,6 @@ class AllReduce:
         if self._direct is not None:
             # What takes pieces as tensors finds them in the staging buffer.
             segment.pack(self._direct, [segment.own])
-        firsts = segment.own_starts.tolist()
         for index, at in enumerate(range(segment.own.start, segment.own.stop)):
             parts = [segment.staged(worker, at) for worker in members]
             if before is not None:
@@ -310,7 +309,7 @@ class AllReduce:
             if targets is not None:
                 reduce.sum_piece(targets[index], parts)
             else:
-                start = int(segment.pieces.start[at]) - firsts[index]
+                start = int(segment.own_starts[index])
                 self.update.apply(segment.key(at), start, start + int(segment.pieces.count[at]), parts)
 
     def _column(self, segment: BucketSegment, worker: int) -> bytes:

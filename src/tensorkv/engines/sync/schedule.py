@@ -130,7 +130,7 @@ class Layout:
     """
 
     def __init__(self, keys: tuple[Key, ...], values: Sequence[PartitionedValue], local_rank: int, owners: int) -> None:
-        self.keys, self.values, self.local_rank = keys, values, local_rank
+        self.keys, self.values, self.local_rank, self.owners = keys, values, local_rank, owners
         tensors: list[torch.Tensor] = [each.value for each in values]
         self.addresses = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
         dtypes = [tensor.dtype for tensor in tensors]
@@ -142,23 +142,18 @@ class Layout:
         borders = np.array([each.borders for each in values], np.int64).reshape(len(keys), owners + 2)
         numels = np.array([tensor.numel() for tensor in tensors], np.int64)
         widths = numels // np.maximum(borders[:, -1], 1)
-        self._spans = borders * widths[:, None]
-        self.runs = [self._runs(owner) for owner in range(owners)]
-
-    def _runs(self, owner: int) -> Runs:
-        starts, stops = self.span(owner)
-        keys = np.flatnonzero(stops > starts)
-        return Runs(keys, starts[keys], (stops - starts)[keys], self.itemsizes[keys])
-
-    def span(self, owner: int) -> tuple[Numbers, Numbers]:
-        """Return which elements of each value an owner updates: the first ones, and those after the last."""
-        return self._spans[:, owner], self._spans[:, owner + 1]
+        spans = borders * widths[:, None]
+        counts = np.diff(spans)[:, :owners].T
+        owner, key = np.nonzero(counts)
+        self.runs = Runs(owner, key, spans[key, owner], counts[owner, key], self.itemsizes[key])
+        self.own_starts: Numbers = spans[:, min(local_rank, owners)]
+        """Where this worker's part of each value begins."""
 
     @cached_property
     def own(self) -> Numbers:
         """Places of the keys of which this worker updates pieces that the compiled part can take."""
         can_take = np.array([dtype in native.DTYPES for dtype in self.dtypes], bool)
-        own = self.runs[self.local_rank].key if self.local_rank < len(self.runs) else np.zeros(0, np.int64)
+        own = self.runs.key[self.runs.owner == self.local_rank]
         plain: Numbers = own[can_take[self.dtype_of[own]]]
         return plain
 
@@ -200,6 +195,12 @@ class BucketSegment:
         starts = pieces.start.astype(np.uint64) * np.uint64(dtype.itemsize)
         self.value_column: bytes = (layout.addresses[pieces.key] + starts).tobytes()
         self.triples = _triples(pieces.key, pieces)
+        """The pieces as the compiled part takes them: the place of the key, the first element, how many."""
+        own = pieces.take(self.own)
+        self.own_starts = own.start - layout.own_starts[own.key]
+        """Where this worker's pieces begin in its own part of their values."""
+        self.own_triples = _triples(layout.own_places[own.key], own, self.own_starts)
+        """This worker's pieces, by place among its own keys and in its own part of their values."""
         self._find_staged(staging, slot)
 
     def _find_staged(self, staging: StagingBuffer, slot: int) -> None:
@@ -213,18 +214,6 @@ class BucketSegment:
         segment = copy(self)
         segment._find_staged(self._staging, slot)
         return segment
-
-    @cached_property
-    def own_triples(self) -> bytes:
-        """This worker's pieces: places among its own keys, and elements of its own parts of their values."""
-        own = self.pieces.take(self.own)
-        return _triples(self._layout.own_places[own.key], own, own.start - self.own_starts)
-
-    @property
-    def own_starts(self) -> Numbers:
-        """Where this worker's part of the value begins, for each of its pieces."""
-        starts: Numbers = self._layout.span(self._layout.local_rank)[0][self.pieces.key[self.own]]
-        return starts
 
     @property
     def own_counts(self) -> list[int]:
@@ -318,7 +307,7 @@ class Schedule:
 
     def __init__(self, layout: Layout, slot_nbytes: int) -> None:
         self.layout = layout
-        self._buckets = partition.cut(layout.runs, slot_nbytes)
+        self._buckets = partition.cut(layout.runs, layout.owners, slot_nbytes)
         ends = [(each.offset + each.count * layout.itemsizes[each.key]).max() for each in self._buckets]
         self.slot_nbytes = int(max(ends, default=0))
         self.texts: dict[str, str] = {}
@@ -389,11 +378,6 @@ class Arrays:
     ) -> None:
         self._groups, self.batch, self.places = groups, batch, places
         self._flat: dict[int, list[torch.Tensor]] = {}
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether all arrays are."""
-        return self.batch is not None and self.places is None
 
     def first(self, key: int) -> torch.Tensor:
         """Return the first array of a key."""

@@ -1,6 +1,7 @@
 """What only the shard can show: locks, races and devices."""
 
 import threading
+from array import array
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import tensorkv
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import KeyNotFoundError, ValueMismatchError
+from tensorkv.shard import native
 from tensorkv.shard.entry import Batch
+from tensorkv.shard.optimizers import spec as spec_of
 from tensorkv.shard.shard import Shard
 
 
@@ -61,6 +64,43 @@ def test_frozen_keeps_pushes_out():
         assert entries[0].value.item() == 0
     thread.join()
     assert entries[0].value.item() == 1
+
+
+@pytest.mark.skipif(not native.can_look(), reason="needs the compiled part")
+@pytest.mark.parametrize("optimizer", [None, "sgd", "adam"])
+def test_updates_by_pieces_are_those_of_a_push(optimizer):
+    values = {"a": torch.arange(6.0), "b": torch.ones(0)}
+    shards = [shard_with(**values) for _ in range(2)]
+    for shard in shards:
+        if optimizer:
+            shard.set_optimizer(spec_of(optimizer, {"lr": 0.5}))
+    for turn in (1, 2):
+        gradient = torch.arange(6.0) * turn
+        batch = shards[0].updates(["a", "b"])
+        for first, count in ((2, 4), (0, 2)):
+            address = gradient.data_ptr() + 4 * first
+            batch.update_pieces(array("q", [0, first, count]).tobytes(), [array("Q", [address]).tobytes()], True)
+        batch.finish()
+        shards[1].push(Batch("push", ["a", "b"], [[gradient], [torch.ones(0)]]))
+    held = []
+    for shard in shards:
+        with shard.frozen() as (entries, _):
+            states = [{name: state.tolist() for name, state in entry.state.items()} for entry in entries]
+            held.append(([entry.value.tolist() for entry in entries], states, [entry.version for entry in entries]))
+    assert held[0] == held[1]
+    assert held[0][2] == [2, 2]
+
+
+def test_updates_that_are_not_made_by_pieces():
+    shard = shard_with(a=torch.ones(2), b=torch.ones(2, dtype=torch.complex64))
+    assert shard.updates(["b"]) is None
+    assert shard.updates(["gone"]) is None
+    shard.set_updater(lambda key, received, stored: None)
+    assert shard.updates(["a"]) is None
+    shard.count_updates(["a"])
+    shard.count_updates(["a", "b"])
+    with shard.frozen() as (entries, _):
+        assert [entry.version for entry in entries] == [2, 1]
 
 
 def test_several_keys_are_pushed_and_pulled_as_one():

@@ -253,6 +253,14 @@ def origin(array: Any) -> Origin:
     raise ArrayTypeError(f"is {show(array)}, not an array")
 
 
+def empty(shape: torch.Size, dtype: torch.dtype, origin: Origin) -> Any:
+    """Return a new array to be filled: NumPy's for NumPy where it has the dtype, else a tensor for ``give``."""
+    if origin.library == "numpy" and dtype is not torch.bfloat16:
+        return np.empty(shape, _NUMPY_DTYPES[dtype])
+    device = origin.device if origin.library == "torch" and origin.device is not None else "cpu"
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 def give(tensor: torch.Tensor, origin: Origin) -> Any:
     """Return the tensor as an array of another library; torch, NumPy, JAX and CuPy need no copy where devices agree.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -115,17 +116,22 @@ class NewOuts:
             origin = None if like is None else interop.origin(like)
         except ArrayTypeError as error:
             raise ArrayTypeError(f"{verb}: like {error}; give an array of the library and device to return") from None
-        self._made: list[tuple[torch.Tensor, interop.Origin]] = []
-        grouped: dict[Key, list[torch.Tensor]] = {}
+        self._made: list[tuple[Any, interop.Origin]] = []
+        grouped: dict[Key, list[Any]] = {}
         for key, spec in zip(keys, specs, strict=True):
             check_dense(verb, key, spec)
             source = spec.origin if origin is None else origin
-            device = source.device if source.library == "torch" and source.device is not None else "cpu"
-            tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
-            self._made.append((tensor, source))
-            grouped.setdefault(key, []).append(tensor)
+            array = interop.empty(spec.shape, spec.dtype, source)
+            self._made.append((array, source))
+            grouped.setdefault(key, []).append(array)
         self.keys = list(grouped)
-        self.tensors = list(grouped.values())
+        self.arrays = list(grouped.values())
+        """Of each key, the new arrays: of NumPy or torch."""
+
+    @cached_property
+    def tensors(self) -> list[list[torch.Tensor]]:
+        """The arrays as tensors that share their memory."""
+        return [[interop.take(array) for array in own] for own in self.arrays]
 
     def check(self, specs: Sequence[KeySpec]) -> None:
         """Do nothing: they are what their keys ask for."""
@@ -135,7 +141,9 @@ class NewOuts:
 
     def result(self, key: Any) -> Any:
         """Return the arrays in the form of the caller's ``key``: one, a list, or a dict."""
-        given = [interop.give(tensor, origin) for tensor, origin in self._made]
+        given = [
+            interop.give(array, origin) if isinstance(array, torch.Tensor) else array for array, origin in self._made
+        ]
         if is_key(key):
             return given[0]
         return dict(zip(key, given, strict=True)) if isinstance(key, Mapping) else given

@@ -108,8 +108,8 @@ class Call:
         except TensorKVError:
             return None
         if type(keys) is list:
-            return made.tensors if len(made.keys) == len(keys) else None
-        return made.tensors[0] if made.keys == [keys] else None
+            return made.arrays if len(made.keys) == len(keys) else None
+        return made.arrays[0] if made.keys == [keys] else None
 
     def _make_outs(self, spec: Callable[[str, Key], KeySpec]) -> NewOuts:
         keys = keys_of(self.verb, list(self.key) if isinstance(self.key, Mapping) else self.key)

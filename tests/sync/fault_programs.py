@@ -150,7 +150,7 @@ def no_memory(shared_memory):
         time.sleep(0.2)
         return news(*args)
 
-    with create(shared_memory=shared_memory == "True", timeout_s=5) as kv:
+    with create(shared_memory=shared_memory == "True", timeout_s=60) as kv:
         kv.init("a", np.zeros(3, F32))
         kv.pushpull("a", np.ones(3, F32))
         if RANK == 0:

@@ -69,14 +69,19 @@ class _Call:
             self.error = error
         finally:
             _thread.call = None
-            self.has_ended = True
+            self._end()
             self.done.release()
+
+    def _end(self) -> None:
+        # The thread remembers its last call, and with it would keep the caller's arrays alive.
+        self._work = _nothing
+        self.has_ended = True
 
     def settle(self) -> None:
         """Return when the call has been given up or has ended, whatever else is raised meanwhile."""
         self.is_interrupted = True
         if self._claim.acquire(blocking=False):
-            self.has_ended = True
+            self._end()
             return
         # The interrupted caller may have taken the lock already.
         while not self.has_ended:
@@ -84,6 +89,10 @@ class _Call:
                 self.done.acquire(timeout=_LOOK_S)
             except BaseException:  # noqa: S112 - what came first is raised
                 continue
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Server:

@@ -138,7 +138,13 @@ def test_random_programs_give_the_bits_of_the_local_store(workers, count, seed, 
 
 @pytest.mark.parametrize(
     ("workers", "count", "shared_memory", "compiled"),
-    [(2, amount(12, 40), True, True), (3, 6, True, True), (2, 6, False, True), (2, 4, True, False)],
+    [
+        (2, amount(12, 40), True, True),
+        (3, 6, True, True),
+        (2, 6, False, True),
+        (2, 4, True, False),
+        (2, 3, False, False),
+    ],
 )
 def test_calls_of_every_form_give_the_bits_of_the_local_store(workers, count, shared_memory, compiled):
     for text in run(workers, PROGRAMS, "forms", count, 0, shared_memory, compiled):

@@ -108,7 +108,7 @@ def test_other_versions(folder, victim, version):
 def test_a_name_twice(folder, victim):
     text = (folder / "manifest.json").read_text()
     assert text.count('"kind": "store"') == 1
-    for place in ('"kind": "store"', '"lr": 0.25', '"version": 1,\n "sha256"'):
+    for place in ('"kind": "store"', '"lr": 0.25', '"version": 1, "sha256"'):
         assert place in text
         name = place.partition(":")[0]
         (folder / "manifest.json").write_text(text.replace(place, f"{name}: 7, {place}"))

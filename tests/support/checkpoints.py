@@ -81,7 +81,7 @@ def sign(folder, body, **head):
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
     digest = hashlib.sha256(canonical).hexdigest()
     outer = {"format": "tensorkv-checkpoint", "version": 1, "sha256": digest, "body": body, **head}
-    (Path(folder) / "manifest.json").write_text(json.dumps(outer, indent=1))
+    (Path(folder) / "manifest.json").write_text(json.dumps(outer))
 
 
 def sign_data(folder, data, index=0):

@@ -296,6 +296,8 @@ class Optimizer:
         self.spec = spec
         self._kernels: dict[Key | None, Kernel] = {}
         self._runners: dict[bool, torch.optim.Optimizer] = {}
+        # Of values of two elements, by their dtype.
+        self._probed: dict[torch.dtype, dict[str, tuple[torch.Size, torch.dtype]]] = {}
         self._fills = initial_state(spec.name, tuple(spec.numbers.items()))
         self._own_fills = {
             key: initial_state(spec.name, tuple({**spec.numbers, **own}.items())) for key, own in spec.overrides.items()
@@ -488,24 +490,27 @@ class Optimizer:
             if name not in state and name not in columns and not can_be_made:
                 raise OptimizerError(f"{quote(key)}: the state of {self.spec.name} lacks {quote(name)}")
         for name, tensor in state.items():
-            wanted = expected.get(name, tensor.new_empty(shape, dtype=value.dtype, device="meta"))
-            if tensor.shape != wanted.shape or tensor.dtype is not wanted.dtype:
+            wanted, dtype = expected.get(name, (shape, value.dtype))
+            if tensor.shape != wanted or tensor.dtype is not dtype:
                 raise OptimizerError(
                     f"{quote(key)}: {quote(name)} of {self.spec.name} is {interop.dtype_name(tensor.dtype)} "
-                    f"{tuple(tensor.shape)}, expected {interop.dtype_name(wanted.dtype)} {tuple(wanted.shape)}"
+                    f"{tuple(tensor.shape)}, expected {interop.dtype_name(dtype)} {tuple(wanted)}"
                 )
 
-    def _state_like(self, shape: torch.Size, dtype: torch.dtype) -> State:
-        """Return a state of the right names, shapes and dtypes; the numbers in it mean nothing."""
-        whole = self.spec.name not in ROWWISE
-        if whole and not shape.numel():
-            return {}
-        probe, state = torch.zeros(shape if whole else 2, dtype=dtype, device="cpu"), State()
-        self._run(self.spec.numbers, [probe], [torch.zeros_like(probe)], [state], fused=False)
-        if whole:
-            return state
-        columns = {n: t.new_empty(shape, device="meta") for n, t in state.items() if t.shape == probe.shape}
-        return {**state, **columns}
+    def _state_like(self, shape: torch.Size, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Return the names, shapes and dtypes of the state of a value."""
+        if self.spec.name not in ROWWISE:
+            return self._probe(shape, dtype) if shape.numel() else {}
+        probed = torch.Size((2,))
+        if dtype not in self._probed:
+            self._probed[dtype] = self._probe(probed, dtype)
+        return {name: (shape if each == probed else each, kind) for name, (each, kind) in self._probed[dtype].items()}
+
+    def _probe(self, shape: torch.Size, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Return what torch.optim makes of the state of a value."""
+        value, state = torch.zeros(shape, dtype=dtype, device="cpu"), State()
+        self._run(self.spec.numbers, [value], [torch.zeros_like(value)], [state], fused=False)
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
 
     def _fills_of(self, key: Key) -> dict[str, float]:
         # Numbers of a key that was deleted are forgotten, and with them what its state began with.

@@ -255,7 +255,8 @@ def _write_manifest(file: Path, body: dict[str, Any]) -> None:
 
 
 def _encode(head: Any) -> bytes:
-    return json.dumps(head, indent=1, allow_nan=False).encode()
+    # With an indent, Python would do this without its encoder in C.
+    return json.dumps(head, allow_nan=False).encode()
 
 
 def _canonical(body: dict[str, Any]) -> bytes:

@@ -53,8 +53,8 @@ def test_work_waits_for_the_work_before_it(monkeypatch):
 def test_only_cpu_values_with_cuda_parts_move():
     value = torch.ones(2)
     held = Entry("w", KeySpec(value.shape, value.dtype, interop.NUMPY, False), value)
-    assert shard.move_to_parts([held], [[torch.ones(2)]]) == []
+    shard.move_to_parts([held], [[torch.ones(2)]])
     assert held.value is value
     part = FakeTensor("meta")
-    assert shard.move_to_parts([held], [[part]]) == [held]
+    shard.move_to_parts([held], [[part]])
     assert held.value.is_meta

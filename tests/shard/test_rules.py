@@ -21,7 +21,7 @@ def entry(value, library="torch", key="w"):
 
 def test_assign_many_and_few():
     entries = [entry(torch.zeros(3)), entry(torch.zeros(2)), entry(torch.zeros(1).half())]
-    Assign().apply(entries, [[torch.ones(3)] * 2, [torch.ones(2)], [torch.ones(1)] * 2], [()] * 3, POOL)
+    Assign().apply(entries, [[torch.ones(3)] * 2, [torch.ones(2)], [torch.ones(1)] * 2], POOL)
     assert [e.value.tolist() for e in entries] == [[2, 2, 2], [1, 1], [2]]
     assert [e.version for e in entries] == [1, 1, 1]
 
@@ -30,7 +30,7 @@ def test_a_value_stays_where_it_is():
     held = entry(torch.zeros(3))
     place = held.value.data_ptr()
     for rule in (Assign(), CallUpdater(lambda k, r, s: s.add_(r)), StepOptimizer(spec("sgd", {"lr": 1.0}))):
-        rule.apply([held], [[torch.ones(3)]], [()], POOL)
+        rule.apply([held], [[torch.ones(3)]], POOL)
     assert held.value.data_ptr() == place
     assert held.version == 3
 
@@ -45,7 +45,7 @@ def test_an_updater_sees_a_copy():
 
     rule = CallUpdater(update)
     with pytest.raises(ZeroDivisionError):
-        rule.apply([held], [[torch.ones(3)]], [()], POOL)
+        rule.apply([held], [[torch.ones(3)]], POOL)
     assert held.value.tolist() == [1, 1, 1]
     assert not rule.running
 
@@ -66,7 +66,7 @@ def test_an_updater_on_rows(library):
 
 def test_an_updater_that_resizes_its_copy_does_no_harm():
     held = entry(torch.ones(3))
-    CallUpdater(lambda k, r, s: s.resize_(5).fill_(7)).apply([held], [[torch.ones(3)]], [()], POOL)
+    CallUpdater(lambda k, r, s: s.resize_(5).fill_(7)).apply([held], [[torch.ones(3)]], POOL)
     assert held.value.tolist() == [7, 7, 7]
 
 
@@ -90,7 +90,7 @@ def test_rows_while_a_part_of_the_state_is_switched_off(off, on):
     whole, rows = torch.ones(4000, 2), Rows(torch.tensor([1]), torch.ones(1, 2), 4000)
     for name, numbers in (on, off, on):
         rule = StepOptimizer(spec(name, numbers))
-        rule.apply([held], [[whole]], [()], POOL)
+        rule.apply([held], [[whole]], POOL)
         rule.apply_rows(held, rows)
         assert all(tensor.shape in ((), (4000, 2)) for tensor in held.state.values())
 

@@ -26,7 +26,7 @@ from tensorkv.arrays.interop import NUMPY
 from tensorkv.arrays.packing import raw_bytes
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
-from tensorkv.shard import optimizers
+from tensorkv.shard import native, optimizers
 from tensorkv.shard.entry import Batch
 from tensorkv.shard.shard import Shard
 from tensorkv.storage import durable, wal
@@ -63,12 +63,24 @@ def gradients(i):
     )
 
 
+def apply(shard, i, requests=()):
+    """Make push number i: of Rows and an array, which is parsed, or of a plain array."""
+    batch = gradients(i)
+    if i % 2 == 0:
+        shard.push(batch, requests=requests)
+        return
+    keys, parts = batch.keys[1:], batch.parts[1:]
+    if shard.plain(keys, parts, None, requests=requests) is None:
+        assert not native.can_look()
+        shard.push(Batch("push", keys, parts), requests=requests)
+
+
 def push(shard, i):
     """Push number i; return whether it was new to the shard."""
     client, seq = f"client-{i % 2}", i // 2 + 1
     is_new = not shard.log.applied.has_applied(client, seq)
     if is_new:
-        shard.push(gradients(i), requests=[(client, seq)])
+        apply(shard, i, [(client, seq)])
     return is_new
 
 
@@ -89,7 +101,7 @@ def write_history():
     prepare(shard)
     HISTORY.append(bits(shard))
     for i in range(PUSHES):
-        shard.push(gradients(i))
+        apply(shard, i)
         HISTORY.append(bits(shard))
     shard.close()
 

@@ -10,7 +10,7 @@ from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import StorageError
 from tensorkv.shard import optimizers
-from tensorkv.shard.changes import Change, PlannedPush, Push, Restore, SetNotes
+from tensorkv.shard.changes import Change, PlainPush, Push, Restore, SetNotes
 from tensorkv.shard.entry import Batch
 from tensorkv.shard.rules import Assign
 from tensorkv.shard.shard import Shard
@@ -28,7 +28,7 @@ class Recorder:
         self.records, self.kinds, self.counts = [], [], {}
 
     def commit(self, shard, change):
-        if isinstance(change, Push | PlannedPush):
+        if isinstance(change, Push | PlainPush):
             change = change.summed()
         record = encode(change)
         head = json.loads(json.dumps(record.head))
@@ -62,7 +62,7 @@ def use(shard):
     shard.set_hyperparameters({"lr": 0.2}, ["w"])
     for number in range(5):
         gradients = [torch.full((50,), 0.1 * number + i) for i in range(len(MANY))]
-        if shard.many(MANY, gradients, None) is None:
+        if shard.plain(MANY, gradients, None) is None:
             shard.push(Batch("push", MANY, [[gradient] for gradient in gradients]))
         shard.push(Batch("push", ["w", "t"], [[torch.randn(300, generator=generator)], [rows([number], 1.0)]]))
     shard.commit(SetNotes({"place": {"server": 1}, "gone": 1}))
@@ -74,7 +74,7 @@ def test_replaying_the_records_of_changes_leads_to_the_same_bits():
     shard, other = Shard(threads=1), Shard(threads=1)
     shard.log = log = Recorder()
     use(shard)
-    assert {"Init", "Push", "PlannedPush", "SetRule", "SetNotes", "Delete"} <= set(log.kinds)
+    assert {"Init", "Push", "PlainPush", "SetRule", "SetNotes", "Delete"} <= set(log.kinds)
     for record in log.records:
         other.apply(decode(record, other))
     assert bits_of_all(other) == bits_of_all(shard)

@@ -217,7 +217,8 @@ def test_a_store_that_could_not_become_its_log_serves_nothing_and_can_be_closed(
     kv.init("w", np.zeros(2))
     kv.push("w", np.ones(2))
     with monkeypatch.context() as patch:
-        patch.setattr(Shard, "_update", Mock(side_effect=RuntimeError("halfway")))
+        for name in ("_run", "_update"):
+            patch.setattr(Shard, name, Mock(side_effect=RuntimeError("halfway")))
         patch.setattr(WriteAheadLog, "read", Mock(side_effect=RuntimeError("unreadable")))
         with pytest.raises(RuntimeError, match="unreadable"):
             kv.push("w", np.full(2, 7.0))

@@ -158,9 +158,25 @@ def encode_layout(tensors: Iterable[tuple[Key, str, torch.dtype, Sequence[int]]]
     """Return the layout of tensors, given the key, role, dtype and shape of each.
 
     They follow one another, each at the next multiple of its element's size.
+
+    >>> encode_layout([("w", "sum", torch.float32, [3]), ("n", "sum", torch.int64, [])])
+    b'[["w","sum","float32",[3]],["n","sum","int64",[]]]'
     """
-    described = [[key, role, interop.dtype_name(dtype), list(shape)] for key, role, dtype, shape in tensors]
-    return json.dumps(described, separators=(",", ":")).encode()
+    return join_slots([encode_slot(*each) for each in tensors])
+
+
+def encode_slot(key: Key, role: str, dtype: torch.dtype, shape: Sequence[int]) -> bytes:
+    """Return what the layout says of one tensor."""
+    return json.dumps([key, role, interop.dtype_name(dtype), list(shape)], separators=(",", ":")).encode()
+
+
+def join_slots(slots: Iterable[bytes]) -> bytes:
+    """Return the layout of tensors, given what it says of each.
+
+    >>> join_slots([b'["w","sum","float32",[3]]'])
+    b'[["w","sum","float32",[3]]]'
+    """
+    return b"[" + b",".join(slots) + b"]"
 
 
 def join_layout(

@@ -531,7 +531,8 @@ static size_t aligned(size_t at, const Plain *plain) { return at + -at % ITEMSIZ
 static Py_ssize_t take_piece(Calls *calls, Flat *flat, const Plain *value) {
     Plain piece = *value;
     size_t at = aligned(flat->at, value), nbytes = nbytes_of(value);
-    if (at + nbytes > nbytes_of(&flat->plain)) return -1;
+    /* Bytes may be no bools. */
+    if (at + nbytes > nbytes_of(&flat->plain) || value->dtype == BOOL) return -1;
     piece.address = flat->plain.address + at;
     if (nbytes && (uintptr_t)piece.address % ITEMSIZES[value->dtype]) return -1;
     flat->at = at + nbytes;

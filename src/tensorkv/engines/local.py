@@ -91,9 +91,6 @@ class LocalEngine(Engine):
         listed = call.listed(self.spec)
         return None if listed is None else self._shard.plain(*listed)
 
-    def many(self, keys: Sequence[Key], values: Any, outs: Any, priority: int) -> list[int] | None:
-        return self._shard.many(keys, values, outs)
-
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         return self._shard.pull_rows(keys, ids)
 

@@ -14,10 +14,8 @@ import torch
 
 from tensorkv.arrays.arguments import Key
 
-from . import nonfinite
+from . import native, nonfinite
 from .entry import Entry
-from .optimizers import Optimizer
-from .plan import Column, Plan
 from .rules import Rule
 
 RequestId = Sequence[Any]
@@ -66,21 +64,31 @@ class Push(Change):
 
 
 @dataclass(slots=True)
-class PlannedPush(Change):
-    """Push columns of arrays by a plan, and copy the values to its targets."""
+class PlainPush(Change):
+    """Do a batch that was begun, which sums, updates values and fills outs.
 
-    plan: Plan
-    columns: list[Column]
-    targets: list[Column]
-    optimizer: Optimizer | None
+    Args:
+        batch: of the compiled part.
+        entries: of its keys.
+        sums: the sums of all keys as bytes, one after another, if that is what is pushed.
+    """
 
-    def summed(self) -> PlannedPush:
-        """Return the same push with one column, the sums, which lie side by side."""
-        column = self.plan.form.flat(self.plan.total(self.columns))
-        return PlannedPush(self.plan, [column], self.targets, self.optimizer, requests=self.requests)
+    batch: native.Batch
+    entries: Sequence[Entry]
+    sums: torch.Tensor | None = None
+
+    def summed(self) -> PlainPush:
+        """Return the same push of sums that lie one after another."""
+        if self.sums is not None:
+            return self
+        pieces, places, nbytes = self.batch.packed()
+        sums = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        self.batch.sum_pieces(pieces, [native.moved_by(places, sums.data_ptr())])
+        self.batch.take_sums(sums)
+        return PlainPush(self.batch, self.entries, sums, requests=self.requests)
 
     def updated(self) -> list[Key]:
-        return self.plan.keys
+        return [entry.key for entry in self.entries]
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ import torch
 
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.packing import encode_slot
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import quote
@@ -31,7 +32,7 @@ class Entry(Cell):
         state: of the optimizer, by name.
     """
 
-    __slots__ = ("key", "ready", "spec")
+    __slots__ = ("_slot", "key", "ready", "spec")
 
     def __init__(
         self, key: Key, spec: KeySpec, value: torch.Tensor | Table, version: int = 0, state: State | None = None
@@ -41,6 +42,7 @@ class Entry(Cell):
         self.version = version
         self.state: State = {} if state is None else state
         self.is_new = False
+        self._slot: bytes | None = None
         self.ready: Any = None
         """On CUDA: the moment when the last work on the value is done, for callers on other streams."""
 
@@ -55,6 +57,13 @@ class Entry(Cell):
             self.version,
             self.state if state is None else state,
         )
+
+    @property
+    def slot(self) -> bytes:
+        """What a layout says of the sum of a dense key."""
+        if self._slot is None:
+            self._slot = encode_slot(self.key, "sum", self.spec.dtype, self.spec.shape)
+        return self._slot
 
     @property
     def tensor(self) -> torch.Tensor:

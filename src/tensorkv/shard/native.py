@@ -256,6 +256,11 @@ def _numpy_addresses(
     return array("Q", [a.__array_interface__["data"][0] for a in arrays]).tobytes()
 
 
+def moved_by(column: bytes, nbytes: int) -> bytes:
+    """Return addresses, all of them further on by so many bytes."""
+    return (np.frombuffer(column, np.uint64) + np.uint64(nbytes)).tobytes()
+
+
 def overlap(columns: Sequence[bytes], nbytes: Sequence[int]) -> bool:
     """Return whether two arrays of these columns share memory.
 

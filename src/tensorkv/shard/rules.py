@@ -26,7 +26,6 @@ from .pool import WORTH_A_THREAD, Job, Pool
 
 Updater = Callable[[Any, Any, Any], Any]
 Parts = Sequence[list[torch.Tensor]]
-Outs = Sequence[Sequence[torch.Tensor]]
 
 
 class Rule(Protocol):
@@ -42,11 +41,8 @@ class Rule(Protocol):
     def check(self, entry: Entry, *, by_rows: bool) -> None:
         """Raise if the rule cannot update this value; changes nothing."""
 
-    def apply(self, entries: Sequence[Entry], parts: Parts, outs: Outs, pool: Pool) -> None:
-        """Update dense values from the sums of their parts, and copy each to its outs.
-
-        An out shares no memory with a part, unless it is a part of the same key and the same array.
-        """
+    def apply(self, entries: Sequence[Entry], parts: Parts, pool: Pool) -> None:
+        """Update dense values from the sums of their parts."""
 
     def sees_whole(self, entry: Entry) -> bool:
         """Return whether a step of this dense CPU value changes it in ``finish`` alone."""
@@ -95,7 +91,7 @@ class WholeStep:
         return reduce.count_nonfinite(self._total)
 
     def finish(self) -> None:
-        self._rule.apply([self._entry], [[self._total]], [()], self._pool)
+        self._rule.apply([self._entry], [[self._total]], self._pool)
 
 
 class _KernelStep:
@@ -105,33 +101,13 @@ class _KernelStep:
         self._entry, self._kernel = entry, kernel
         self._count, is_first = optimizer.begin(kernel, entry.key, entry.tensor, entry.state)
         self._is_first = is_first or entry.is_new
-        self.tensors = [entry.tensor, *(entry.state[name] for name in kernel.columns)]
-        """The value and its states."""
-
-    @property
-    def form(self) -> tuple[Any, ...]:
-        """What the steps of keys that are made in one pass have in common."""
-        return self._kernel, self._count, self._is_first, self._entry.tensor.dtype
-
-    def columns(self, columns: list[bytes]) -> native.Step:
-        """Return this step for columns of values and states."""
-        return native.Step(self._kernel, self._count, self._is_first, columns)
+        self._tensors = [entry.tensor, *(entry.state[name] for name in kernel.columns)]
 
     def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor]) -> None:
-        self.take([tensor.view(-1)[start:stop] for tensor in self.tensors], parts, ())
-
-    def take(self, held: Sequence[torch.Tensor], parts: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
-        """Step a slice of the value and its states from the sum of its parts, then copy it out."""
-        value, *states = held
-        if native.is_plain([*held, *parts]):
-            columns = [native.column_of([each]) for each in (*held, *parts)]
-            step = self.columns(columns[: len(held)])
-            native.Pass([], columns[len(held) :], [value.numel()], value.dtype, step).jobs(1)[0]()
-        else:
-            grad = reduce.scratch(value, value.dtype, "gradient")
-            reduce.sum_piece(grad, parts)
-            native.step(self._kernel, value, grad, states, self._count, is_first=self._is_first)
-        _copy_out(value, outs)
+        value, *states = [tensor.view(-1)[start:stop] for tensor in self._tensors]
+        grad = reduce.scratch(value, value.dtype, "gradient")
+        reduce.sum_piece(grad.view(parts[0].shape), parts)
+        native.step(self._kernel, value, grad, states, self._count, is_first=self._is_first)
 
     def finish(self) -> None:
         finish(self._entry.state, self._count)
@@ -148,39 +124,17 @@ class Assign:
     def check(self, entry: Entry, *, by_rows: bool) -> None:
         pass
 
-    def apply(self, entries: Sequence[Entry], parts: Parts, outs: Outs, pool: Pool) -> None:
-        in_pool = _is_worth_threads(entries, parts)
+    def apply(self, entries: Sequence[Entry], parts: Parts, pool: Pool) -> None:
         small: dict[int, list[int]] = {}
-        plain: dict[tuple[Any, int, int], list[list[torch.Tensor]]] = {}
         jobs: list[Job] = []
-        for index, (entry, key_parts, key_outs) in enumerate(zip(entries, parts, outs, strict=True)):
-            value: Any = entry.tensor
-            columns = [value, *key_outs, *key_parts]
-            if native.is_plain(columns):
-                plain.setdefault((value.dtype, len(key_outs), len(key_parts)), []).append(columns)
-                continue
-            if len(entries) > 1 and reduce.is_small(value, key_parts):
+        for index, (entry, key_parts) in enumerate(zip(entries, parts, strict=True)):
+            if len(entries) > 1 and reduce.is_small(entry.tensor, key_parts):
                 small.setdefault(len(key_parts), []).append(index)
                 continue
-            for piece, *others in reduce.cut([value, *key_parts, *key_outs]):
-                pieces = others[: len(key_parts)], others[len(key_parts) :]
-                jobs.append(partial(_assign, piece, *pieces))
+            jobs += [partial(reduce.sum_piece, piece, own) for piece, *own in reduce.cut([entry.tensor, *key_parts])]
         for members in small.values():
-            values = [entries[index].tensor for index in members]
-            reduce.sum_many(values, [parts[index] for index in members])
-            copied = [(out, value) for i, value in zip(members, values, strict=True) for out in outs[i]]
-            if copied:
-                torch._foreach_copy_([out for out, _ in copied], [value for _, value in copied])
-        for (dtype, num_outs, _), rows in plain.items():
-            columns = [native.column_of(column) for column in zip(*rows, strict=True)]
-            counts = [tensors[0].numel() for tensors in rows]
-            sums = native.Pass(columns[: num_outs + 1], columns[num_outs + 1 :], counts, dtype)
-            jobs += sums.jobs(pool.threads if in_pool else 1)
-        if jobs and in_pool:
-            pool.run(jobs)
-        else:
-            for job in jobs:
-                job()
+            reduce.sum_many([entries[index].tensor for index in members], [parts[index] for index in members])
+        _run(jobs, entries, parts, pool)
         _count_versions(entries)
 
     def sees_whole(self, entry: Entry) -> bool:
@@ -194,14 +148,12 @@ class Assign:
         entry.version += 1
 
 
-def _assign(value: torch.Tensor, parts: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
-    reduce.sum_piece(value, parts)
-    _copy_out(value, outs)
-
-
-def _copy_out(value: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
-    for out in outs:
-        out.copy_(value)
+def _run(jobs: list[Job], entries: Sequence[Entry], parts: Parts, pool: Pool) -> None:
+    if jobs and _is_worth_threads(entries, parts):
+        pool.run(jobs)
+        return
+    for job in jobs:
+        job()
 
 
 def _is_worth_threads(entries: Sequence[Entry], parts: Parts) -> bool:
@@ -233,14 +185,11 @@ class CallUpdater:
     def check(self, entry: Entry, *, by_rows: bool) -> None:
         pass
 
-    def apply(self, entries: Sequence[Entry], parts: Parts, outs: Outs, pool: Pool) -> None:
+    def apply(self, entries: Sequence[Entry], parts: Parts, pool: Pool) -> None:
         for entry, key_parts in zip(entries, parts, strict=True):
             value = entry.tensor
             value.copy_(self.updated(entry, reduce.total(value, key_parts)))
             entry.version += 1
-        # Not before: a call that raises writes no out.
-        for entry, key_outs in zip(entries, outs, strict=True):
-            _copy_out(entry.tensor, key_outs)
 
     def sees_whole(self, entry: Entry) -> bool:
         return True
@@ -332,47 +281,26 @@ class StepOptimizer:
     def check(self, entry: Entry, *, by_rows: bool) -> None:
         self.optimizer.check(entry.key, entry.value, by_rows=by_rows)
 
-    def apply(self, entries: Sequence[Entry], parts: Parts, outs: Outs, pool: Pool) -> None:
-        in_pool = _is_worth_threads(entries, parts)
+    def apply(self, entries: Sequence[Entry], parts: Parts, pool: Pool) -> None:
         jobs: list[Job] = []
         steps: list[_KernelStep] = []
-        plain: dict[tuple[Any, ...], list[list[torch.Tensor]]] = {}
-        alike: dict[tuple[Any, ...], _KernelStep] = {}
         whole: list[int] = []
-        for index, (entry, key_parts, key_outs) in enumerate(zip(entries, parts, outs, strict=True)):
+        for index, (entry, key_parts) in enumerate(zip(entries, parts, strict=True)):
             kernel = self.optimizer.kernel(entry.key, entry.tensor)
             if kernel is None:
                 whole.append(index)
                 continue
             step = _KernelStep(self.optimizer, kernel, entry)
             steps.append(step)
-            columns = [*step.tensors, *key_outs, *key_parts]
-            if native.is_plain(columns):
-                form = (*step.form, len(key_outs), len(key_parts))
-                alike.setdefault(form, step)
-                plain.setdefault(form, []).append(columns)
-                continue
-            ends = len(step.tensors), len(step.tensors) + len(key_outs)
-            jobs += [
-                partial(step.take, pieces[: ends[0]], pieces[ends[1] :], pieces[ends[0] : ends[1]])
-                for pieces in reduce.cut(columns)
-            ]
-        for form, rows in plain.items():
-            step, num_outs = alike[form], form[-2]
-            found = [native.column_of(column) for column in zip(*rows, strict=True)]
-            held, found = found[: len(step.tensors)], found[len(step.tensors) :]
-            counts = [tensors[0].numel() for tensors in rows]
-            work = native.Pass(found[:num_outs], found[num_outs:], counts, rows[0][0].dtype, step.columns(held))
-            jobs += work.jobs(pool.threads if in_pool else 1)
-        if jobs and in_pool:
-            pool.run(jobs)
-        else:
-            for job in jobs:
-                job()
+            start = 0
+            for piece, *own in reduce.cut([entry.tensor, *key_parts]):
+                jobs.append(partial(step.apply, start, start + piece.numel(), own))
+                start += piece.numel()
+        _run(jobs, entries, parts, pool)
         for step in steps:
             step.finish()
         if whole:
-            self._step_whole([entries[i] for i in whole], [parts[i] for i in whole], [outs[i] for i in whole])
+            self._step_whole([entries[i] for i in whole], [parts[i] for i in whole])
 
     def sees_whole(self, entry: Entry) -> bool:
         return self.optimizer.kernel(entry.key, entry.tensor) is None
@@ -381,14 +309,12 @@ class StepOptimizer:
         kernel = self.optimizer.kernel(entry.key, entry.tensor)
         return WholeStep(self, entry, pool) if kernel is None else _KernelStep(self.optimizer, kernel, entry)
 
-    def _step_whole(self, entries: Sequence[Entry], parts: Parts, outs: Outs) -> None:
+    def _step_whole(self, entries: Sequence[Entry], parts: Parts) -> None:
         values = [entry.tensor for entry in entries]
         may_share = not self.optimizer.changes_grads
         grads = [reduce.total(v, p, may_share=may_share) for v, p in zip(values, parts, strict=True)]
         self.optimizer.step([e.key for e in entries], values, grads, [e.state for e in entries])
         _count_versions(entries)
-        for value, key_outs in zip(values, outs, strict=True):
-            _copy_out(value, key_outs)
 
     def apply_rows(self, entry: Entry, received: Rows) -> None:
         self.optimizer.step_rows(entry.key, entry.value, received, entry.state)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import compress
 from typing import Any, Protocol
 
 import torch
@@ -33,7 +34,7 @@ from .changes import (
     Change,
     Delete,
     Init,
-    PlannedPush,
+    PlainPush,
     Push,
     Put,
     RequestIds,
@@ -45,9 +46,8 @@ from .changes import (
 from .entry import Batch, Entry, Part
 from .nonfinite import NonFinite, NonFinitePolicy
 from .optimizers import OptimizerSpec
-from .plan import Column, Plan, Plans
 from .pool import WORTH_A_THREAD, Pool
-from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater, check_outs, check_push, fit
+from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater, check_outs, check_push
 from .table import Table
 
 # Calls of at most so many bytes are done while Python's lock is held.
@@ -109,7 +109,6 @@ class Shard:
         self._on_device = on_device
         self._finite = NonFinitePolicy(nonfinite)
         self._rule: Rule = Assign()
-        self._plans = Plans()
         self._pool = Pool(threads)
         self._lock = Lock()
         self._closed = False
@@ -155,12 +154,17 @@ class Shard:
             if not filled:
                 self._pull(batch.keys, outs)
 
-    def plain(self, keys: Any, values: Any, outs: Any) -> int | list[int] | None:
+    def plain(
+        self, keys: Any, values: Any, outs: Any, *, flat: bool = False, requests: RequestIds = ()
+    ) -> int | list[int] | None:
         """Do a call with the caller's own arrays if all are plain, and so are the values.
 
         Args:
             keys: a key, or a list of keys.
             values, outs: the caller's arrays, for each key one or a list; None for a pull or a push alone.
+            flat: values and outs are each one tensor of bytes, in which the arrays of a list of keys lie as a layout of
+                ``arrays.packing`` has them.
+            requests: ids of the requests that a push answers, for a log.
 
         Returns:
             Bytes moved, for a list of keys of each; None if nothing was done, and the call is to be parsed.
@@ -168,39 +172,40 @@ class Shard:
         rule = self._rule
         if not native.can_look() or self._broken is not None:
             return None
-        steps: Any = (None, None)
+        step = own_steps = None
         if values is not None:
-            steps = rule.plain_steps
-            if steps is None or self._finite.checks or self.log is not None:
+            if rule.plain_steps is None or self._finite.checks:
                 return None
-        batch = native.look(self._entries, keys, values, outs, *steps)
-        if isinstance(batch, native.Batch) and batch.nbytes <= _AT_ONCE_NBYTES:
+            step, own_steps = rule.plain_steps
+        batch = native.look(self._entries, keys, values, outs, step, own_steps, flat)
+        is_logged = values is not None and self.log is not None
+        if isinstance(batch, native.Batch) and batch.nbytes <= _AT_ONCE_NBYTES and not is_logged:
             return batch.moved() if batch.commit(self._lock, self, rule) else None
         if batch is None:
             return None
         with outside_modes():
-            return shield.defer(self._run_plain, batch, (keys, values, outs), rule)
+            return shield.defer(self._push_plain, batch, (keys, values, outs), rule, flat, requests)
 
-    def _run_plain(self, batch: Any, call: tuple[Any, Any, Any], rule: Rule) -> int | list[int] | None:
-        """Do a plain call that is long, or the first step of some keys, which ``look`` has listed."""
+    def _push_plain(
+        self, batch: Any, call: tuple[Any, Any, Any], rule: Rule, flat: bool, requests: RequestIds
+    ) -> int | list[int] | None:
+        """Do a plain call that is long, or is logged, or is the first step of keys, which ``look`` has listed."""
+        keys, values, _ = call
         with self._lock:
             self.refuse_reentry()
             if self._rule is not rule:
                 return None
-            if isinstance(batch, list) and isinstance(rule, StepOptimizer):
-                with kept():
-                    rule.optimizer.begin_all([entry for entry in batch if isinstance(entry, Entry)])
-                batch = native.look(self._entries, *call, *(rule.plain_steps or (None, None)))
-            numel = batch.numel if isinstance(batch, native.Batch) else 0
+            if isinstance(batch, list):
+                self._begin_steps(batch)
+                step, own_steps = rule.plain_steps or (None, None)
+                batch = native.look(self._entries, *call, step, own_steps, flat)
             if not isinstance(batch, native.Batch) or not batch.begin(native.leaves_cache(batch.nbytes)):
                 return None
-            length = native.length_of_share(numel, self._pool.threads if numel >= WORTH_A_THREAD else 1)
-            jobs = [partial(batch.run, start, start + length) for start in range(0, max(numel, 1), length)]
-            if len(jobs) > 1:
-                self._pool.run(jobs)
+            if values is None:
+                self._run(batch)
             else:
-                jobs[0]()
-            batch.finish()
+                entries = [self._entries[key] for key in (keys if isinstance(keys, list | tuple) else [keys])]
+                self._commit(PlainPush(batch, entries, values if flat else None, requests=requests))
             moved: int | list[int] = batch.moved()
             return moved
 
@@ -215,14 +220,13 @@ class Shard:
         Returns:
             None where a value or its state is not plain, or the rule takes other sums.
         """
-        rule = self._rule
-        steps = rule.plain_steps
+        steps = self._rule.plain_steps
         if not native.can_look() or steps is None:
             return None
-        with self._lock, kept():
+        with self._lock:
             batch = native.look(self._entries, keys, None, None, *steps)
-            if isinstance(batch, list) and isinstance(rule, StepOptimizer):
-                rule.optimizer.begin_all([entry for entry in batch if isinstance(entry, Entry)])
+            if isinstance(batch, list):
+                self._begin_steps(batch)
                 batch = native.look(self._entries, keys, None, None, *steps)
             return batch if isinstance(batch, native.Batch) and batch.begin(False) else None
 
@@ -235,61 +239,22 @@ class Shard:
         for key in keys:
             self._entries[key].version += 1
 
-    def many(self, keys: Sequence[Key], values: Any, outs: Any) -> list[int] | None:
-        """Push raw values and fill raw outs of many small keys at once, if there is a plan for such a call.
-
-        Args:
-            keys: as the caller gave them.
-            values, outs: the caller's lists of arrays; None for a pull or a push alone.
-
-        Returns:
-            Bytes moved per key, or None when nothing was done and the general way is to be taken.
-        """
-        with self._lock:
-            plan = self._plan(keys, pushes=values is not None)
-            if plan is None:
-                return None
-            columns = [] if values is None else plan.form.columns(values)
-            targets = [] if outs is None else plan.form.targets(outs)
-            if columns is None or targets is None or not self._run(plan, columns, targets, ()):
-                return None
-            return plan.form.moved(len(columns) + len(targets))
-
-    def flat(
-        self, keys: Sequence[Key], values: torch.Tensor | None, out: torch.Tensor | None, *, requests: RequestIds = ()
-    ) -> bool:
-        """Do ``many`` for arrays that lie side by side, each kind in one flat tensor of the keys' dtype.
-
-        Returns:
-            Whether it was done; False: the general way is to be taken.
-        """
-        with self._lock:
-            plan = self._plan(keys, pushes=values is not None)
-            if plan is None or not plan.takes_flat((values, out)):
-                return False
-            columns, targets = ([] if each is None else [plan.form.flat(each)] for each in (values, out))
-            return self._run(plan, columns, targets, requests)
-
-    def _plan(self, keys: Sequence[Key], *, pushes: bool) -> Plan | None:
-        self.refuse_reentry()
-        if pushes and (self._finite.checks or not isinstance(self._rule, Assign | StepOptimizer)):
-            return None
-        with kept():
-            plan = self._plans.find(keys, self._entries)
-        # Sums that are logged are made beside the values, which costs more than a plan gains without the kernel.
-        return None if plan is None or (pushes and self.log is not None and not plan.is_compiled) else plan
-
-    def _run(self, plan: Plan, columns: list[Column], targets: list[Column], requests: RequestIds) -> bool:
-        if not columns:
-            plan.fill(targets, self._pool)
-            return True
-        optimizer = self._rule.optimizer if isinstance(self._rule, StepOptimizer) else None
-        if optimizer is not None:
+    def _begin_steps(self, unready: Sequence[Any]) -> None:
+        """Make the states that the next step of some cells needs."""
+        if isinstance(self._rule, StepOptimizer):
             with kept():
-                if not plan.join(optimizer):
-                    return False
-        self._commit(PlannedPush(plan, columns, targets, optimizer, requests=requests))
-        return True
+                self._rule.optimizer.begin_all([entry for entry in unready if isinstance(entry, Entry)])
+
+    def _run(self, batch: native.Batch) -> None:
+        """Do a batch that was begun."""
+        numel = batch.numel
+        length = native.length_of_share(numel, self._pool.threads if numel >= WORTH_A_THREAD else 1)
+        jobs = [partial(batch.run, start, start + length) for start in range(0, max(numel, 1), length)]
+        if len(jobs) > 1:
+            self._pool.run(jobs)
+        else:
+            jobs[0]()
+        batch.finish()
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         """Return copies of rows; ids are unique and sorted."""
@@ -396,7 +361,6 @@ class Shard:
             self._refuse_use()
             self._closed = True
             try:
-                self._plans.clear()
                 self._entries.clear()
                 self._pool.close()
             finally:
@@ -471,7 +435,7 @@ class Shard:
     def apply(self, change: Change) -> bool:  # noqa: C901 - one case for each kind of change
         """Make a change that was checked.
 
-        Every verb changes entries and the rule through here, but for calls of plain arrays (``plain``).
+        Every verb changes entries and the rule through here, but for short calls of plain arrays (``plain``).
 
         Returns:
             Whether the outs of a push were filled on the way.
@@ -479,8 +443,8 @@ class Shard:
         match change:
             case Push(entries=entries, parts=parts, outs=outs):
                 return self._update(entries, parts, outs)
-            case PlannedPush():
-                change.plan.run(change.columns, change.targets, change.optimizer, self._pool)
+            case PlainPush(batch=batch):
+                self._run(batch)
                 return True
             case Put(entries=entries, values=values):
                 _put(entries, values)
@@ -488,7 +452,6 @@ class Shard:
                 self._entries.update({entry.key: entry for entry in entries})
             case Delete(keys=keys):
                 for key in keys:
-                    self._plans.forget(key)
                     del self._entries[key]
                 self._keep_overrides()
             case SetRule(rule=rule):
@@ -496,7 +459,6 @@ class Shard:
             case Restore(entries=entries, rule=rule):
                 for entry in entries:
                     self._to_device(entry)
-                self._plans.clear()
                 self._entries, self._rule = KeyTable({entry.key: entry for entry in entries}), rule
                 self._keep_overrides()
             case RestoreStates(entries=entries, rule=rule):
@@ -514,11 +476,28 @@ class Shard:
     ) -> bool:
         """Update values from the sums of their parts; return whether the outs were filled on the way."""
         if any(isinstance(part, Rows) for key_parts in parts for part in key_parts):
-            entries, parts = self._push_rows(entries, parts)
-        fill = len(outs) == len(entries) and all(map(fit, entries, outs)) and reduce.are_apart(parts, outs)
-        fill = fill and self._pool.is_worth([out for key_outs in outs for out in key_outs])
-        self._rule.apply(entries, parts, outs if fill else [()] * len(entries), self._pool)
-        return fill
+            (entries, parts), outs = self._push_rows(entries, parts), ()
+        if outs and all(outs) and self._update_plain(entries, parts, outs):
+            return True
+        if not self._update_plain(entries, parts, None):
+            each = [not self._update_plain([entry], [own], None) for entry, own in zip(entries, parts, strict=True)]
+            self._rule.apply(list(compress(entries, each)), list(compress(parts, each)), self._pool)
+        return False
+
+    def _update_plain(self, entries: Sequence[Entry], parts: Sequence[list[Any]], outs: Any) -> bool:
+        """Update values in one pass if they and their parts are plain; return whether it was done."""
+        steps = self._rule.plain_steps
+        if steps is None or not native.can_look() or not entries:
+            return False
+        call = {entry.key: entry for entry in entries}, [entry.key for entry in entries], parts, outs
+        batch = native.look(*call, *steps)
+        if isinstance(batch, list):
+            self._begin_steps(batch)
+            batch = native.look(*call, *steps)
+        if not isinstance(batch, native.Batch) or not batch.begin(native.leaves_cache(batch.nbytes)):
+            return False
+        self._run(batch)
+        return True
 
     def _push_rows(self, entries: Sequence[Entry], parts: Sequence[list[Any]]) -> tuple[list[Entry], list[list[Part]]]:
         """Apply what was pushed as Rows alone; return the rest, Rows beside dense parts made dense."""
@@ -566,8 +545,7 @@ class Shard:
         check_push(batch, entries, self._rule)
         parts: list[list[Any]] = batch.parts
         if self._on_device:
-            for entry in move_to_parts(entries, parts):
-                self._plans.forget(entry.key)
+            move_to_parts(entries, parts)
         with self._in_order(entries):
             if self._finite.checks:
                 entries, parts = self._finite.finite_sums(batch, entries)
@@ -627,12 +605,9 @@ def stream_order(entries: Sequence[Entry]) -> Iterator[None]:
             entry.ready = torch.cuda.current_stream(entry.value.device).record_event()
 
 
-def move_to_parts(entries: Sequence[Entry], parts: Sequence[Sequence[Any]]) -> list[Entry]:
-    """Bring CPU values to the GPU where their parts are, once: from then on they stay there. Return those."""
-    moved = []
+def move_to_parts(entries: Sequence[Entry], parts: Sequence[Sequence[Any]]) -> None:
+    """Bring CPU values to the GPU where their parts are, once: from then on they stay there."""
     for entry, key_parts in zip(entries, parts, strict=True):
         first = key_parts[0].values if isinstance(key_parts[0], Rows) else key_parts[0]
         if first.is_cuda and entry.value.device.type == "cpu":
             entry.move(first.device)
-            moved.append(entry)
-    return moved

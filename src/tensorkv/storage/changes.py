@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from tensorkv.arrays.packing import Item, raw_bytes
+from tensorkv.arrays.packing import Item, join_slots, raw_bytes
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import CheckpointError, StorageError, quote
-from tensorkv.shard.changes import Change, Delete, Init, PlannedPush, Push, Put, SetNotes, SetRule
+from tensorkv.shard.changes import Change, Delete, Init, PlainPush, Push, Put, SetNotes, SetRule
 from tensorkv.shard.entry import Batch, Entry
 from tensorkv.shard.rules import Assign, LostUpdater, Rule, StepOptimizer, check_push
 from tensorkv.shard.shard import Shard
@@ -37,8 +37,8 @@ def _encode(change: Change) -> Record:
     match change:
         case Push(entries=entries, parts=parts):
             return Record.pack({"verb": "push"}, _items(entries, [total for (total,) in parts]))
-        case PlannedPush(plan=plan, columns=[column]):
-            return Record({"verb": "push"}, plan.layout, [raw_bytes(column.flat)])  # type: ignore[arg-type]
+        case PlainPush(entries=entries, sums=torch.Tensor() as sums):
+            return Record({"verb": "push"}, join_slots([entry.slot for entry in entries]), [raw_bytes(sums)])
         case Put(entries=entries, values=values):
             return Record.pack({"verb": "put"}, _items(entries, values))
         case Init(entries=entries):

@@ -17,7 +17,7 @@ from tensorkv.arrays.packing import Item, raw_bytes
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import StorageError, quote
 from tensorkv.shard import nonfinite
-from tensorkv.shard.changes import Change, Delete, PlannedPush, Push, Put, Restore, RestoreStates
+from tensorkv.shard.changes import Change, Delete, PlainPush, Push, Put, Restore, RestoreStates
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.nonfinite import NonFinite
 from tensorkv.shard.pool import OneTorchThread
@@ -101,7 +101,7 @@ class DurableLog:
         match change:
             case Push() if isinstance(shard.rule, CallUpdater):
                 return self._commit_updated(shard, change, shard.rule)
-            case Push() | PlannedPush():
+            case Push() | PlainPush():
                 return self._commit_logged(shard, change.summed())
             case Restore() | RestoreStates():
                 return self._commit_snapshot(shard, change)
@@ -281,8 +281,8 @@ class _Digests:
             case Put(entries=entries, values=values):
                 for entry, value in zip(entries, values, strict=True):
                     self._note(entry, value)
-            case PlannedPush(plan=plan):
-                self._changed.update(dict.fromkeys(plan.keys))
+            case PlainPush():
+                self._changed.update(dict.fromkeys(change.updated()))
             case Delete(keys=keys):
                 for key in keys:
                     # A key that is initialised again may have other rows, or none.

@@ -454,19 +454,13 @@ class PushLayout:
 
     Args:
         keys: in order, each once.
-        flat_dtype: of all parts, if they are dense and of one dtype; else None.
+        has_rows: whether some parts are Rows.
         layout: of the request.
     """
 
     keys: tuple[Key, ...]
-    flat_dtype: torch.dtype | None
+    has_rows: bool
     layout: bytes
-
-    def flat(self, payload: torch.Tensor) -> torch.Tensor | None:
-        """Return a payload as one flat tensor, if its parts have one dtype."""
-        if self.flat_dtype is None or len(payload) != decode_layout(self.layout)[-1].stop:
-            return None
-        return payload.view(self.flat_dtype)
 
     def parts(self, payload: Any, num_rows: Sequence[int]) -> list[Part]:
         """Return one part for each key; they share the payload's memory.
@@ -501,9 +495,7 @@ def push_layout(layout: bytes) -> PushLayout:
         raise ArgumentError("malformed push layout; expected sums, or pairs of ids and rows")
     if len(set(keys)) < len(keys):
         raise ArgumentError("duplicate key in a push layout")
-    dtypes = {place.dtype for place in found}
-    flat = dtypes.pop() if set(roles) == {"sum"} and len(dtypes) == 1 else None
-    return PushLayout(keys, flat, layout)
+    return PushLayout(keys, set(roles) != {"sum"}, layout)
 
 
 @lru_cache(maxsize=256)

@@ -12,14 +12,24 @@ from typing import Any
 import torch
 
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.packing import Item, Slot, decode_layout, encode_layout, json_keys, pack, raw_bytes, unpack, views
+from tensorkv.arrays.packing import (
+    Item,
+    Slot,
+    decode_layout,
+    encode_layout,
+    join_slots,
+    json_keys,
+    pack,
+    raw_bytes,
+    unpack,
+    views,
+)
 from tensorkv.arrays.rows import Rows, merge
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote
 from tensorkv.shard.changes import RequestIds, SetNotes
 from tensorkv.shard.entry import Batch, Entry, Part
 from tensorkv.shard.optimizers import OptimizerSpec
-from tensorkv.shard.plan import MANY
 from tensorkv.shard.shard import Shard
 from tensorkv.shard.table import Table
 from tensorkv.storage import checkpoint, manifest
@@ -71,7 +81,7 @@ class ServerState:
         pushed, message = push_layout(request.layout), request.message
         room = self._room(pushed.keys, request.out, message.checksum) if message.pulls and fill else None
         self.snapshots.before_change(pushed.keys)
-        if not self._push_flat(pushed, request.payload, room, ids):
+        if not self._push_plain(pushed, request, room, ids):
             batch = self.batch(request)
             if room is None:
                 self.shard.push(batch, requests=ids)
@@ -79,13 +89,13 @@ class ServerState:
                 self.shard.pushpull(batch, [[each] for each in room.tensors], requests=ids)
         return None if room is None else Reply({}, room.payload)
 
-    def _push_flat(self, pushed: PushLayout, payload: Any, room: Room | None, ids: RequestIds) -> bool:
-        """Push many keys whose parts are one flat tensor; return False if nothing was done."""
-        flat = pushed.flat(bytes_of(payload)) if len(pushed.keys) >= MANY else None
-        target = None if room is None else room.flat
-        if flat is None or (room is not None and target is None):
+    def _push_plain(self, pushed: PushLayout, request: Request[Push], room: Room | None, ids: RequestIds) -> bool:
+        """Push parts that lie in a payload as the values of their keys would; return False if nothing was done."""
+        found = None if pushed.has_rows else self._layout_of(pushed.keys)
+        if found is None or request.layout != found[0]:
             return False
-        return self.shard.flat(pushed.keys, flat, target, requests=ids)
+        target = None if room is None else room.payload
+        return self.shard.plain(pushed.keys, bytes_of(request.payload), target, flat=True, requests=ids) is not None
 
     def batch(self, request: Request[Push]) -> Batch:
         """Return what a request pushes, one part for each key."""
@@ -111,15 +121,14 @@ class ServerState:
         """
         if snapshot is not None:
             found = self.snapshots.read(snapshot, keys)
-            layout, actual = _layout(zip(keys, (v.dtype for v in found), (v.shape for v in found), strict=True))
-            _check_same(keys, actual, checksum)
+            layout = encode_layout((key, "sum", v.dtype, v.shape) for key, v in zip(keys, found, strict=True))
+            _check_same(keys, zlib.crc32(layout), checksum)
             room = Room(decode_layout(layout), out)
             for each, value in zip(room.tensors, found, strict=True):
                 each.copy_(value)
             return Reply({}, room.payload)
         room = self._room(keys, out, checksum)
-        target = room.flat
-        if len(keys) < MANY or target is None or not self.shard.flat(keys, None, target):
+        if self.shard.plain(keys, None, room.payload, flat=True) is None:
             self.shard.pull(keys, [[each] for each in room.tensors])
         return Reply({}, room.payload)
 
@@ -150,20 +159,29 @@ class ServerState:
 
     def _layout(self, keys: tuple[Key, ...], checksum: Any) -> bytes:
         """Return how values lie in a reply; raise if the client expects another layout."""
-        found = self._layouts.get(keys)
+        found = self._layout_of(keys)
         if found is None:
+            tables = [key for key in keys if self.shard.entry("pull", key).spec.is_table]
+            # A client with fresh metadata does not ask for this.
+            _check_same(tables, -1, checksum)
+            raise ArgumentError(f"pull({quote(tables[0])}): a table has no dense value; pull rows of it")
+        _check_same(keys, found[1], checksum)
+        return found[0]
+
+    def _layout_of(self, keys: tuple[Key, ...]) -> tuple[bytes, int] | None:
+        """Return how the values of keys lie one after another, and a checksum of it; None without dense values."""
+        found = self._layouts.get(keys)
+        if found is None and all(key in self.shard for key in keys):
             entries = [self.shard.entry("pull", key) for key in keys]
-            tables = [entry.key for entry in entries if entry.spec.is_table]
-            if tables:
-                # A client with fresh metadata does not ask for this.
-                _check_same(tables, -1, checksum)
-                raise ArgumentError(f"pull({quote(tables[0])}): a table has no dense value; pull rows of it")
-            found = _layout((entry.key, entry.spec.dtype, entry.spec.shape) for entry in entries)
+            if any(entry.spec.is_table for entry in entries):
+                return None
+            # Named as the client names them: it compares.
+            layout = join_slots([entry.slot for entry in entries])
+            found = layout, zlib.crc32(layout)
             if len(self._layouts) >= _REMEMBERED_LAYOUTS:
                 self._layouts.clear()
             self._layouts[keys] = found
-        _check_same(keys, found[1], checksum)
-        return found[0]
+        return found
 
     # ------------------------------------------------------------ keys and the rule
 
@@ -333,13 +351,6 @@ def contents_of(request: Request[Restore]) -> Contents:
     return contents
 
 
-def _layout(described: Iterable[tuple[Key, torch.dtype, Sequence[int]]]) -> tuple[bytes, int]:
-    """Return how values lie in a reply, and a checksum of it."""
-    # Named as the client names them: it compares.
-    layout = encode_layout((key, "sum", dtype, shape) for key, dtype, shape in described)
-    return layout, zlib.crc32(layout)
-
-
 def _check_same(keys: Sequence[Key], checksum: int, expected: Any) -> None:
     if expected is not None and expected != checksum:
         raise ValueMismatchError(
@@ -361,12 +372,6 @@ class Room:
         nbytes = slots[-1].stop if slots else 0
         fits = out is not None and len(out) >= nbytes
         self.payload: torch.Tensor = out[:nbytes] if fits else torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # type: ignore[index]
-
-    @property
-    def flat(self) -> torch.Tensor | None:
-        """All values as one tensor, if they have one dtype."""
-        dtypes = {slot.dtype for slot in self._slots}
-        return self.payload.view(dtypes.pop()) if len(dtypes) == 1 else None
 
     @cached_property
     def tensors(self) -> list[torch.Tensor]:

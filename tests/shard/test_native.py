@@ -6,7 +6,7 @@ import torch
 
 import tensorkv
 from tensorkv.shard import native
-from tensorkv.shard.native import Pass, addresses, are_apart, column_beside, column_of, is_plain, overlap
+from tensorkv.shard.native import Pass, column_beside, column_of, is_plain
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -104,53 +104,6 @@ def test_bad_columns_are_refused():
         native._native.run_columns(0, [4], [four], four, 0, 0, 0)
 
 
-def read_only(array):
-    array.flags.writeable = False
-    return array
-
-
-@pytest.mark.parametrize("without", [False, True], ids=["compiled", "without"])
-def test_addresses_take_only_what_is_asked_for(without, monkeypatch):
-    if without:
-        monkeypatch.setattr(native, "_native", None)
-    f4 = torch.float32
-    shape = torch.Size([2, 3])
-
-    def asked(array, *, writable=False, dtype=f4):
-        return addresses((array,), dtype, [shape], writable=writable)
-
-    good = np.zeros((2, 3), np.float32)
-    assert asked(good) == asked(torch.from_numpy(good)) == column_of([torch.from_numpy(good)])
-    assert asked(torch.nn.Parameter(torch.from_numpy(good)), writable=True) == asked(good, writable=True) is not None
-    assert asked(read_only(np.zeros((2, 3), np.float32))) is not None
-    assert asked(read_only(np.zeros((2, 3), np.float32)), writable=True) is None
-    others = [
-        np.zeros((2, 3), np.float64),
-        np.zeros((2, 3), np.int32),
-        np.zeros((2, 3), ">f4"),
-        np.zeros((3, 2), np.float32),
-        np.zeros(6, np.float32),
-        np.zeros((2, 3, 1), np.float32),
-        np.zeros((3, 2), np.float32).T,
-        np.zeros((2, 6), np.float32)[:, ::2],
-        np.ma.zeros((2, 3), np.float32),
-        np.zeros((2, 3), np.float32).view(type("Sub", (np.ndarray,), {})),
-        np.float32(0),
-        [[0.0] * 3] * 2,
-        None,
-        torch.zeros(3, 2).T,
-        torch.zeros(2, 3, dtype=torch.float64),
-        torch.zeros(2, 3, device="meta"),
-        torch.zeros(2, 3).to_sparse(),
-        torch.zeros(3, 2),
-        torch._neg_view(torch.zeros(2, 3)),
-    ]
-    for array in others:
-        assert asked(array) is None, array
-    assert addresses((good, torch.zeros(2, 3)), f4, [shape, shape], writable=False) is None
-    assert addresses((good,), f4, [shape, shape], writable=False) is None
-
-
 def test_negated_views_are_pushed_as_the_numbers_that_they_show():
     keys = list(range(8))
     parts = [torch.complex(torch.ones(1), torch.full((1,), key + 1.0)).conj().imag for key in keys]
@@ -160,21 +113,6 @@ def test_negated_views_are_pushed_as_the_numbers_that_they_show():
         for _ in range(4):
             kv.push(keys, parts)
             assert [value.item() for value in kv.pull(keys)] == [-(key + 1.0) for key in keys]
-
-
-def test_overlap_and_apart():
-    memory = torch.zeros(40)
-    cut = [memory[i : i + 10] for i in (0, 10, 20, 5)]
-    column = [column_of([a, b]) for a, b in [(cut[0], cut[1]), (cut[2], cut[3]), (cut[1], cut[0])]]
-    sizes = [40, 40]
-    assert not overlap([column_of([cut[0], cut[1]]), column_of([cut[2], memory[30:]])], sizes)
-    assert overlap([column[0], column[1]], sizes)
-    assert are_apart([column[0]], [column[0]], sizes), "an out is its own key's part"
-    assert not are_apart([column[0]], [column[2]], sizes), "an out is another key's part"
-    assert not are_apart([column_of([cut[3], cut[2]])], [column[0]], sizes), "an out overlaps a part"
-    assert are_apart([column_of([cut[2], cut[2]])], [column[0]], sizes)
-    assert not are_apart([column_of([memory[:10], memory[2:12]])], [column_of([cut[0], cut[2]])], sizes)
-    assert are_apart([column[0]], [], sizes)
 
 
 def test_column_beside():

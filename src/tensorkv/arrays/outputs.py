@@ -78,7 +78,9 @@ class GivenOuts:
 
     def finish(self) -> None:
         """Fill the arrays that torch could not write itself."""
-        count_writes(self._seen_by_autograd)
+        if self._seen_by_autograd:
+            # It then notices a tensor that was saved for a backward pass and is another by now.
+            increment_version(self._seen_by_autograd)
         for finish in self._finishes:
             finish()
 
@@ -147,19 +149,6 @@ class NewOuts:
         if is_key(key):
             return given[0]
         return dict(zip(key, given, strict=True)) if isinstance(key, Mapping) else given
-
-
-def count_writes(outs: Sequence[Any]) -> None:
-    """Raise the versions of torch outs that were written by their addresses.
-
-    So autograd notices a tensor that was saved for a backward pass and is another by now.
-
-    Args:
-        outs: arrays of one library, or a list of them for each key.
-    """
-    flat = [out for group in outs for out in group] if outs and isinstance(outs[0], list | tuple) else outs
-    if flat and isinstance(flat[0], torch.Tensor):
-        increment_version(flat)
 
 
 def check_dense(verb: str, key: Key, spec: KeySpec) -> None:

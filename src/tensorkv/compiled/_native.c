@@ -132,60 +132,6 @@ done:
     return result;
 }
 
-/* ------------------------------------------------------------ addresses */
-
-PyDoc_STRVAR(addresses_doc,
-             "addresses(arrays, type, format, shapes, writable)\n--\n\n"
-             "Return a column of addresses, or None if an array is not exactly what is asked for.\n\n"
-             "Args:\n"
-             "    arrays: a list or tuple.\n"
-             "    type: of every array; no subclass.\n"
-             "    format: of every element, in the letters of ``struct``.\n"
-             "    shapes: a list of tuples, one for each array.\n"
-             "    writable: whether arrays must be.\n\n"
-             "Arrays whose elements do not lie side by side in the order of C are not what is asked for.");
-
-static int has_shape(const Py_buffer *view, PyObject *shape) {
-    if (!PyTuple_Check(shape) || PyTuple_Size(shape) != view->ndim) return 0;
-    for (int i = 0; i < view->ndim; i++)
-        if (PyLong_AsSsize_t(PyTuple_GetItem(shape, i)) != view->shape[i]) return 0;
-    return 1;
-}
-
-static PyObject *addresses(PyObject *module, PyObject *args) {
-    PyObject *arrays, *type, *shapes;
-    const char *format;
-    int writable;
-    (void)module;
-    if (!PyArg_ParseTuple(args, "OOsO!p", &arrays, &type, &format, &PyList_Type, &shapes, &writable)) return NULL;
-    Py_ssize_t count = PyList_Size(shapes);
-    if (PySequence_Size(arrays) != count) {
-        PyErr_Clear();
-        return Py_NewRef(Py_None);
-    }
-    PyObject *column = PyBytes_FromStringAndSize(NULL, 8 * count);
-    uint64_t *at = column == NULL ? NULL : (uint64_t *)PyBytes_AsString(column);
-    if (at == NULL) return NULL;
-    int flags = PyBUF_FORMAT | PyBUF_C_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0);
-    for (Py_ssize_t i = 0; i < count; i++) {
-        PyObject *array = PySequence_GetItem(arrays, i);
-        Py_buffer view;
-        int fits = 0;
-        if (array != NULL && (PyObject *)Py_TYPE(array) == type && !PyObject_GetBuffer(array, &view, flags)) {
-            fits = view.format != NULL && !strcmp(view.format, format) && has_shape(&view, PyList_GetItem(shapes, i));
-            at[i] = (uint64_t)(uintptr_t)view.buf;
-            PyBuffer_Release(&view);
-        }
-        Py_XDECREF(array);
-        if (!fits) {
-            PyErr_Clear();
-            Py_DECREF(column);
-            return Py_NewRef(Py_None);
-        }
-    }
-    return column;
-}
-
 /* ------------------------------------------------------------ arrays */
 
 /* As in DLPack 1.3, whose table of functions torch gives to C. */
@@ -1147,7 +1093,6 @@ static PyType_Spec batch_spec = {"tensorkv.compiled._native.Batch", sizeof(Batch
 
 static PyMethodDef methods[] = {
     {"run_columns", run_columns, METH_VARARGS, run_columns_doc},
-    {"addresses", addresses, METH_VARARGS, addresses_doc},
     {"use", use, METH_VARARGS, use_doc},
     {"look", look, METH_VARARGS, look_doc},
     {NULL, NULL, 0, NULL},

@@ -1,4 +1,3 @@
-from collections.abc import Sequence
 from typing import Any
 
 def run_columns(
@@ -12,7 +11,6 @@ def run_columns(
     step: tuple[bytes, float, bool, list[bytes]] | None = None,
     /,
 ) -> None: ...
-def addresses(arrays: Sequence[Any], type: type, format: str, shapes: list[Any], writable: bool, /) -> bytes | None: ...
 def use(ndarray: Any, tensor: Any, parameter: Any, api: Any, is_neg: Any, increment_version: Any, /) -> None: ...
 def look(
     entries: dict[Any, Any], keys: Any, values: Any, outs: Any, step: Any, own_steps: Any, flat: bool = False, /

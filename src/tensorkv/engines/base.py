@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.outputs import count_writes
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import ArgumentError, WaitTimeoutError, quote
@@ -21,7 +20,6 @@ from tensorkv.runtime import shield
 from tensorkv.runtime.modes import outside_modes
 from tensorkv.shard.entry import Batch, KeyInfo, Part
 from tensorkv.shard.optimizers import OptimizerSpec
-from tensorkv.shard.plan import MANY
 from tensorkv.shard.rules import Updater
 from tensorkv.storage import checkpoint
 from tensorkv.storage.manifest import Contents, Kind
@@ -62,7 +60,7 @@ class Reader(ABC):
 
     def pull(self, call: Call) -> None:
         """Make a pull."""
-        if self._make_short(call):
+        if self._make_plain(call):
             return
         with outside_modes():
             call.check()
@@ -89,7 +87,7 @@ class Reader(ABC):
         """Return the error of a verb that this kind of store does not have."""
         return ArgumentError(f"{verb}: this type of store cannot do it; is_capable() tells what it can")
 
-    # ------------------------------------------------------------ short ways, behind the door
+    # ------------------------------------------------------------ the short way, behind the door
 
     def plain(self, call: Call) -> int | list[int] | None:
         """Do a call whose arrays are plain: of NumPy or torch on the CPU, and each as its key's value.
@@ -99,27 +97,9 @@ class Reader(ABC):
         """
         return None
 
-    def many(self, keys: Sequence[Key], values: Any, outs: Any, priority: int) -> list[int] | None:
-        """Do a call of many keys with the caller's own lists of arrays.
-
-        Args:
-            keys: as the caller gave them.
-            values, outs: the caller's lists; None for a pull or a push alone.
-            priority: of the call.
-
-        Returns:
-            Bytes moved for each key; None if nothing was done, and the call is to be parsed.
-        """
-        return None
-
-    def _make_short(self, call: Call) -> bool:
+    def _make_plain(self, call: Call) -> bool:
         """Make a call without parsing it, if that can be."""
         call.moved = self.plain(call)
-        if call.moved is None and call.is_long_list(MANY):
-            with outside_modes():
-                call.moved = self.protect(self.many, call.key, call.value, call.out, call.priority)
-            if call.moved is not None and call.out is not None:
-                count_writes(call.out)
         return call.moved is not None
 
 
@@ -152,14 +132,14 @@ class Engine(Reader):
 
     def push(self, call: Call) -> None:
         """Make a push."""
-        if self._make_short(call):
+        if self._make_plain(call):
             return
         with self.collective("push"), outside_modes():
             self.protect(self.push_parts, call.batch, call.priority)
 
     def pushpull(self, call: Call) -> None:
         """Make a push and a pull of the same keys, in one trip."""
-        if self._make_short(call):
+        if self._make_plain(call):
             return
         with self.collective("pushpull"), outside_modes():
             call.check()

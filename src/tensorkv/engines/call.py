@@ -93,13 +93,6 @@ class Call:
             outs = self._new_outs(keys, spec)
         return None if outs is None or (self.like is not None and self._outs is None) else (keys, values, outs)
 
-    def is_long_list(self, least: int) -> bool:
-        """Return whether this is a list of so many keys with what a call of them needs."""
-        if type(self.key) is not list or len(self.key) < least or type(self.priority) is not int:
-            return False
-        has_values, has_outs = self.value is not None, self.out is not None and self.like is None
-        return has_outs if self.verb == "pull" else has_values and has_outs is (self.verb == "pushpull")
-
     def _new_outs(self, keys: Any, spec: Callable[[str, Key], KeySpec]) -> list[Any] | None:
         """Make new outs, in the form of the keys; None if a key is repeated, or cannot be pulled."""
         try:

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -74,15 +74,12 @@ DTYPES = {
     torch.uint64: 7,
     torch.bool: 8,
 }
-_TORCH_TYPES = {torch.Tensor, torch.nn.Parameter}
 # Elements of at least a cache line.
 _ALIGN = 64
 # About what a core keeps of what it has just written, shared cache included.
 _PAST_CACHE_NBYTES = 8 << 20
 # Of the kernel: columns of one pass.
 _MAX_COLUMNS = 250
-# Of the parts or the outs of one call, so that there is room for both, and for values.
-MOST_COLUMNS = 100
 
 
 @dataclass(slots=True)
@@ -206,92 +203,6 @@ def column_beside(flat: torch.Tensor, counts: Sequence[int]) -> bytes:
     return (offsets + np.uint64(flat.data_ptr())).tobytes()
 
 
-def addresses(arrays: Sequence[Any], dtype: torch.dtype, shapes: list[torch.Size], *, writable: bool) -> bytes | None:
-    """Return the addresses of arrays of one library; None if one is not of just this dtype and shape.
-
-    Nor are arrays what is asked for whose elements do not lie side by side in the order of C.
-
-    Args:
-        arrays: all of NumPy, or all of torch on the CPU; no subclass but ``torch.nn.Parameter``.
-        dtype: of every array.
-        shapes: of each array.
-        writable: whether arrays must be.
-    """
-    types = set(map(type, arrays))
-    if types == {np.ndarray}:
-        return _numpy_addresses(arrays, dtype, shapes, writable)
-    count = len(arrays)
-    if (
-        not types <= _TORCH_TYPES
-        or [t.is_cpu for t in arrays].count(True) < count
-        or [t.layout for t in arrays].count(torch.strided) < count
-        or [t.dtype for t in arrays].count(dtype) < count
-        or any(t.is_nested for t in arrays)
-        or [t.shape for t in arrays] != shapes
-        or [t.is_contiguous() for t in arrays].count(True) < count
-        or any(map(torch.Tensor.is_neg, arrays))
-        or (writable and dtype.is_complex and any(t.is_conj() for t in arrays))
-        # The kernel writes inference tensors by their addresses, torch does not write them.
-        or (writable and not can_sum(dtype) and any(map(torch.Tensor.is_inference, arrays)))
-    ):
-        return None
-    return column_of(arrays)
-
-
-def _numpy_addresses(
-    arrays: Sequence[Any], dtype: torch.dtype, shapes: list[torch.Size], writable: bool
-) -> bytes | None:
-    if dtype is torch.bfloat16:
-        return None
-    like = torch.empty(0, dtype=dtype, device="cpu").numpy()
-    if _native is not None:
-        return _native.addresses(arrays, np.ndarray, memoryview(like.data).format, shapes, writable)
-    flags = [array.flags for array in arrays]
-    if (
-        any(a.dtype != like.dtype for a in arrays)
-        or [a.shape for a in arrays] != shapes
-        or not all(f.c_contiguous and (f.writeable or not writable) for f in flags)
-    ):
-        return None
-    return array("Q", [a.__array_interface__["data"][0] for a in arrays]).tobytes()
-
-
 def moved_by(column: bytes, nbytes: int) -> bytes:
     """Return addresses, all of them further on by so many bytes."""
     return (np.frombuffer(column, np.uint64) + np.uint64(nbytes)).tobytes()
-
-
-def overlap(columns: Sequence[bytes], nbytes: Sequence[int]) -> bool:
-    """Return whether two arrays of these columns share memory.
-
-    Args:
-        columns: of addresses.
-        nbytes: of each key's arrays.
-    """
-    starts = np.concatenate([np.frombuffer(column, np.uint64) for column in columns])
-    order = np.argsort(starts)
-    ends = starts + np.tile(np.asarray(nbytes, np.uint64), len(columns))
-    return bool((ends[order][:-1] > starts[order][1:]).any())
-
-
-def are_apart(parts: Sequence[bytes], outs: Sequence[bytes], nbytes: Sequence[int]) -> bool:
-    """Return whether outs may be written before all parts have been read.
-
-    An out may be one of its key's parts; other memory of parts it must not touch.
-
-    Args:
-        parts, outs: columns of addresses; the outs share no memory with each other.
-        nbytes: of each key's arrays.
-    """
-    if not outs:
-        return True
-    sizes = np.asarray(nbytes, np.uint64)
-    read = np.stack([np.frombuffer(column, np.uint64) for column in parts])
-    written = np.stack([np.frombuffer(column, np.uint64) for column in outs])
-    others = ~(read[:, None] == written[None]).any(1)
-    starts, ends = read[others], (read + sizes)[others]
-    order = np.argsort(starts)
-    # The furthest end of what begins before each place.
-    reach = np.concatenate([[np.uint64(0)], np.maximum.accumulate(ends[order])])
-    before = np.searchsorted(starts[order], (written + sizes).ravel())
-    return not bool((reach[before] > written.ravel()).any())

@@ -284,10 +284,10 @@ class PSEngine(Engine):
         if found is None:
             return None
         with outside_modes():
-            self.protect(self._make_plain, found)
+            self.protect(self._send_plain, found)
         return found.moved
 
-    def _make_plain(self, call: PlainCall) -> None:
+    def _send_plain(self, call: PlainCall) -> None:
         if call.pushes:
             self._become_worker()
             self._data.push_plain(call)

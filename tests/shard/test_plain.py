@@ -54,7 +54,6 @@ def general(monkeypatch_context, call, *args, **kwargs):
     """Make a call the general way."""
     with monkeypatch_context() as patch:
         patch.setattr(LocalEngine, "plain", lambda *_: None)
-        patch.setattr(LocalEngine, "many", lambda *_: None)
         return call(*args, **kwargs)
 
 

@@ -116,6 +116,8 @@ class NewOuts:
     def __init__(self, verb: str, keys: Sequence[Key], specs: Sequence[KeySpec], like: Any = None) -> None:
         try:
             origin = None if like is None else interop.origin(like)
+            if isinstance(like, torch.Tensor) and like.is_meta:
+                raise ArrayTypeError("is a meta tensor, which has no numbers")
         except ArrayTypeError as error:
             raise ArrayTypeError(f"{verb}: like {error}; give an array of the library and device to return") from None
         self._made: list[tuple[Any, interop.Origin]] = []

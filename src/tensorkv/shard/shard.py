@@ -481,8 +481,34 @@ class Shard:
             return True
         if not self._update_plain(entries, parts, None):
             each = [not self._update_plain([entry], [own], None) for entry, own in zip(entries, parts, strict=True)]
-            self._rule.apply(list(compress(entries, each)), list(compress(parts, each)), self._pool)
+            self._update_rest(list(compress(entries, each)), list(compress(parts, each)))
         return False
+
+    def _update_rest(self, entries: Sequence[Entry], parts: Sequence[list[Any]]) -> None:
+        """Update values whose parts are not plain: of small ones, which are many, the sums are made beside."""
+        large: list[int] = list(range(len(entries)))
+        if isinstance(self._rule, StepOptimizer) and self._rule.plain_steps is not None:
+            small: list[int] = []
+            large, numel = [], 0
+            for index, entry in enumerate(entries):
+                size = entry.spec.shape.numel()
+                if numel + size > reduce.SLICE:
+                    large += self._update_small(small, entries, parts)
+                    small, numel = [], 0
+                if size > reduce.SLICE or entry.value.device.type != "cpu":
+                    large.append(index)
+                else:
+                    small.append(index)
+                    numel += size
+            large += self._update_small(small, entries, parts)
+        if large:
+            self._rule.apply([entries[i] for i in large], [parts[i] for i in large], self._pool)
+
+    def _update_small(self, indices: list[int], entries: Sequence[Entry], parts: Sequence[list[Any]]) -> list[int]:
+        """Update some values in one pass over their sums; return those for which that was not done."""
+        mine = [entries[index] for index in indices]
+        sums = [[reduce.total(entries[index].tensor, parts[index])] for index in indices]
+        return [] if self._update_plain(mine, sums, None) else indices
 
     def _update_plain(self, entries: Sequence[Entry], parts: Sequence[list[Any]], outs: Any) -> bool:
         """Update values in one pass if they and their parts are plain; return whether it was done."""

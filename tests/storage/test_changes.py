@@ -10,7 +10,7 @@ from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import StorageError
 from tensorkv.shard import optimizers
-from tensorkv.shard.changes import Change, PlainPush, Push, Restore, SetNotes
+from tensorkv.shard.changes import Change, Push, Restore, SetNotes
 from tensorkv.shard.entry import Batch
 from tensorkv.shard.rules import Assign
 from tensorkv.shard.shard import Shard
@@ -28,7 +28,7 @@ class Recorder:
         self.records, self.kinds, self.counts = [], [], {}
 
     def commit(self, shard, change):
-        if isinstance(change, Push | PlainPush):
+        if isinstance(change, Push):
             change = change.summed()
         record = encode(change)
         head = json.loads(json.dumps(record.head))

@@ -70,22 +70,12 @@ class PlainPush(Change):
     Args:
         batch: of the compiled part.
         entries: of its keys.
-        sums: the sums of all keys as bytes, one after another, if that is what is pushed.
+        sums: the sums of all keys as bytes, one after another, for a log; without one, what the caller gave.
     """
 
     batch: native.Batch
     entries: Sequence[Entry]
-    sums: torch.Tensor | None = None
-
-    def summed(self) -> PlainPush:
-        """Return the same push of sums that lie one after another."""
-        if self.sums is not None:
-            return self
-        pieces, places, nbytes = self.batch.packed()
-        sums = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        self.batch.sum_pieces(pieces, [native.moved_by(places, sums.data_ptr())])
-        self.batch.take_sums(sums)
-        return PlainPush(self.batch, self.entries, sums, requests=self.requests)
+    sums: Any
 
     def updated(self) -> list[Key]:
         return [entry.key for entry in self.entries]

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tensorkv.arrays import rows
+from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.keytable import KeyTable
 from tensorkv.arrays.rows import Rows
@@ -205,7 +205,8 @@ class Shard:
                 self._run(batch)
             else:
                 entries = [self._entries[key] for key in (keys if isinstance(keys, list | tuple) else [keys])]
-                self._commit(PlainPush(batch, entries, values if flat else None, requests=requests))
+                sums = values if flat or self.log is None else self._sum_beside(batch, values)
+                self._commit(PlainPush(batch, entries, sums, requests=requests))
             moved: int | list[int] = batch.moved()
             return moved
 
@@ -245,16 +246,31 @@ class Shard:
             with kept():
                 self._rule.optimizer.begin_all([entry for entry in unready if isinstance(entry, Entry)])
 
+    def _sum_beside(self, batch: native.Batch, values: Any) -> torch.Tensor:
+        """Return the sums of a batch, as bytes one after another, and have it push those."""
+        only = _only_part(values)
+        if only is not None:
+            return only
+        pieces, places, nbytes = batch.packed()
+        sums = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        column = native.moved_by(places, sums.data_ptr())
+        self._share(batch.numel, partial(batch.sum_pieces, pieces, [column], False))
+        batch.take_sums(sums)
+        return sums
+
     def _run(self, batch: native.Batch) -> None:
         """Do a batch that was begun."""
-        numel = batch.numel
+        self._share(batch.numel, batch.run)
+        batch.finish()
+
+    def _share(self, numel: int, work: Callable[[int, int], None]) -> None:
+        """Do work from some elements to others, in shares for the threads if that is worth while."""
         length = native.length_of_share(numel, self._pool.threads if numel >= WORTH_A_THREAD else 1)
-        jobs = [partial(batch.run, start, start + length) for start in range(0, max(numel, 1), length)]
+        jobs = [partial(work, start, start + length) for start in range(0, max(numel, 1), length)]
         if len(jobs) > 1:
             self._pool.run(jobs)
         else:
             jobs[0]()
-        batch.finish()
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         """Return copies of rows; ids are unique and sorted."""
@@ -607,6 +623,13 @@ def _put(entries: Sequence[Entry], values: Sequence[Any]) -> None:
         else:
             entry.tensor.copy_(value)
         entry.version += 1
+
+
+def _only_part(values: Any) -> torch.Tensor | None:
+    """Return the bytes of a call's only array, which is the sum of its key; None if there are several."""
+    while isinstance(values, list | tuple) and len(values) == 1:
+        values = values[0]
+    return None if isinstance(values, list | tuple) else interop.take(values).view(-1).view(torch.uint8)
 
 
 def kept() -> AbstractContextManager[Any]:

@@ -101,7 +101,7 @@ class DurableLog:
         match change:
             case Push() if isinstance(shard.rule, CallUpdater):
                 return self._commit_updated(shard, change, shard.rule)
-            case Push() | PlainPush():
+            case Push():
                 return self._commit_logged(shard, change.summed())
             case Restore() | RestoreStates():
                 return self._commit_snapshot(shard, change)

@@ -107,3 +107,14 @@ def test_threads_option():
     for bad in (0, -1, 1.5, True, "two"):
         with pytest.raises(ArgumentError, match="threads"):
             Pool(bad)
+
+
+@pytest.mark.parametrize(("numel", "threads", "alone"), [(0, 2, True), (99, 2, True), (100, 1, True), (1000, 3, False)])
+def test_shared_work_covers_every_element_once(numel, threads, alone):
+    pool, done = Pool(threads), []
+    pool.share(numel, lambda start, stop: done.append((start, stop, threading.get_ident())), least=100)
+    covered = sorted(element for start, stop, _ in done for element in range(start, min(stop, numel)))
+    assert covered == list(range(numel))
+    assert (len(done) == 1) == alone
+    assert all((ident == threading.get_ident()) == alone for _, _, ident in done)
+    pool.close()

@@ -20,7 +20,7 @@ from tensorkv.arrays import interop
 from tensorkv.runtime import _compat
 
 from .fused import Kernel
-from .pool import Job
+from .pool import Job, length_of_share
 
 try:
     from tensorkv.compiled import _native
@@ -74,8 +74,6 @@ DTYPES = {
     torch.uint64: 7,
     torch.bool: 8,
 }
-# Elements of at least a cache line.
-_ALIGN = 64
 # About what a core keeps of what it has just written, shared cache included.
 _PAST_CACHE_NBYTES = 8 << 20
 # Of the kernel: columns of one pass.
@@ -149,11 +147,6 @@ class Pass:
             )
             for start in range(0, max(total, 1), length)
         ]
-
-
-def length_of_share(total: int, threads: int) -> int:
-    """Return how many elements a thread does: a multiple of a cache line, which no two of them write then."""
-    return max(_ALIGN, -(-total // threads // _ALIGN) * _ALIGN)
 
 
 def is_plain(tensors: Sequence[torch.Tensor]) -> bool:

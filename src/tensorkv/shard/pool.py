@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -17,6 +18,8 @@ Job = Callable[[], Any]
 
 # Work on fewer elements is done before a thread of the pool would have woken up.
 WORTH_A_THREAD = 1 << 16
+# Elements of at least a cache line.
+_ALIGN = 64
 
 
 def default_threads() -> int:
@@ -24,6 +27,11 @@ def default_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def length_of_share(total: int, threads: int) -> int:
+    """Return how many elements a thread does: a multiple of a cache line, which no two of them write then."""
+    return max(_ALIGN, -(-total // threads // _ALIGN) * _ALIGN)
 
 
 class OneTorchThread:
@@ -88,6 +96,20 @@ class Pool:
         for share in shares:
             if share.error is not None:
                 raise share.error
+
+    def share(self, numel: int, work: Callable[[int, int], Any], *, least: int = WORTH_A_THREAD) -> None:
+        """Do work on some elements, of which a few threads each take a range if there are enough.
+
+        Args:
+            numel: how many.
+            work: does those from a first to an end; ranges may be done at the same time.
+            least: so many are enough.
+        """
+        if numel < least or self.threads == 1:
+            work(0, numel)
+            return
+        length = length_of_share(numel, self.threads)
+        self.run([partial(work, start, start + length) for start in range(0, numel, length)])
 
     def is_worth(self, outs: Sequence[torch.Tensor]) -> bool:
         """Return whether filling these tensors is work for the pool.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -126,40 +125,6 @@ def count_nonfinite(tensor: torch.Tensor) -> int:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return 0
     return sum(piece.numel() - int(torch.isfinite(piece).sum()) for (piece,) in cut([tensor]))
-
-
-def are_apart(parts: Sequence[Sequence[torch.Tensor]], outs: Sequence[Sequence[torch.Tensor]]) -> bool:
-    """Return whether outs may be written slice by slice, before all parts have been read.
-
-    An out may be one of its key's parts, element for element; other memory of parts it must not touch.
-    """
-    if sum([key_parts[0].numel() for key_parts in parts]) < SLICE:
-        return False
-    spans = sorted((*_span(part), index) for index, key_parts in enumerate(parts) for part in key_parts)
-    starts = [start for start, _, _ in spans]
-    longest = max((end - start for start, end, _ in spans), default=0)
-    for index, key_outs in enumerate(outs):
-        for out in key_outs:
-            start, end = _span(out)
-            near = spans[bisect_left(starts, start - longest) : bisect_left(starts, end)]
-            same = (start, end, index) if any(_is_same(out, part) for part in parts[index]) else None
-            if any(other[1] > start and other != same for other in near):
-                return False
-    return True
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    if tensor.is_contiguous():
-        start = tensor.data_ptr()
-        return start, start + tensor.nbytes
-    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    start = tensor.data_ptr()
-    return start, start + reach * tensor.element_size()
-
-
-def _is_same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    same_place = left.data_ptr() == right.data_ptr() and left.stride() == right.stride()
-    return same_place and left.dtype is right.dtype
 
 
 def cut(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

@@ -46,7 +46,7 @@ from .changes import (
 from .entry import Batch, Entry, Part
 from .nonfinite import NonFinite, NonFinitePolicy
 from .optimizers import OptimizerSpec
-from .pool import WORTH_A_THREAD, Pool
+from .pool import Pool
 from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater, check_outs, check_push
 from .table import Table
 
@@ -196,10 +196,10 @@ class Shard:
             if self._rule is not rule:
                 return None
             if isinstance(batch, list):
-                self._begin_steps(batch)
-                step, own_steps = rule.plain_steps or (None, None)
-                batch = native.look(self._entries, *call, step, own_steps, flat)
-            if not isinstance(batch, native.Batch) or not batch.begin(native.leaves_cache(batch.nbytes)):
+                batch = self._begun(self._entries, *call, flat=flat)
+            elif not batch.begin(native.leaves_cache(batch.nbytes)):
+                batch = None
+            if batch is None:
                 return None
             if values is None:
                 self._run(batch)
@@ -221,15 +221,8 @@ class Shard:
         Returns:
             None where a value or its state is not plain, or the rule takes other sums.
         """
-        steps = self._rule.plain_steps
-        if not native.can_look() or steps is None:
-            return None
         with self._lock:
-            batch = native.look(self._entries, keys, None, None, *steps)
-            if isinstance(batch, list):
-                self._begin_steps(batch)
-                batch = native.look(self._entries, keys, None, None, *steps)
-            return batch if isinstance(batch, native.Batch) and batch.begin(False) else None
+            return self._begun(self._entries, keys, None, None)
 
     def count_updates(self, keys: Sequence[Key]) -> None:
         """Count an update of values of which this shard holds nothing that has changed."""
@@ -240,11 +233,21 @@ class Shard:
         for key in keys:
             self._entries[key].version += 1
 
-    def _begin_steps(self, unready: Sequence[Any]) -> None:
-        """Make the states that the next step of some cells needs."""
-        if isinstance(self._rule, StepOptimizer):
+    def _begun(
+        self, entries: dict[Key, Entry], keys: Sequence[Key], values: Any, outs: Any, *, flat: bool = False
+    ) -> native.Batch | None:
+        """Return a batch that updates values by the rule, begun, with the states it needs; None if not plain."""
+        steps = self._rule.plain_steps
+        if steps is None or not native.can_look():
+            return None
+        batch = native.look(entries, keys, values, outs, *steps, flat)
+        if isinstance(batch, list) and isinstance(self._rule, StepOptimizer):
             with kept():
-                self._rule.optimizer.begin_all([entry for entry in unready if isinstance(entry, Entry)])
+                self._rule.optimizer.begin_all([entry for entry in batch if isinstance(entry, Entry)])
+            batch = native.look(entries, keys, values, outs, *steps, flat)
+        if not isinstance(batch, native.Batch) or not batch.begin(native.leaves_cache(batch.nbytes)):
+            return None
+        return batch
 
     def _sum_beside(self, batch: native.Batch, values: Any) -> torch.Tensor:
         """Return the sums of a batch, as bytes one after another, and have it push those."""
@@ -254,23 +257,14 @@ class Shard:
         pieces, places, nbytes = batch.packed()
         sums = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         column = native.moved_by(places, sums.data_ptr())
-        self._share(batch.numel, partial(batch.sum_pieces, pieces, [column], False))
+        self._pool.share(batch.numel, partial(batch.sum_pieces, pieces, [column], False))
         batch.take_sums(sums)
         return sums
 
     def _run(self, batch: native.Batch) -> None:
         """Do a batch that was begun."""
-        self._share(batch.numel, batch.run)
+        self._pool.share(batch.numel, batch.run)
         batch.finish()
-
-    def _share(self, numel: int, work: Callable[[int, int], None]) -> None:
-        """Do work from some elements to others, in shares for the threads if that is worth while."""
-        length = native.length_of_share(numel, self._pool.threads if numel >= WORTH_A_THREAD else 1)
-        jobs = [partial(work, start, start + length) for start in range(0, max(numel, 1), length)]
-        if len(jobs) > 1:
-            self._pool.run(jobs)
-        else:
-            jobs[0]()
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         """Return copies of rows; ids are unique and sorted."""
@@ -528,18 +522,11 @@ class Shard:
 
     def _update_plain(self, entries: Sequence[Entry], parts: Sequence[list[Any]], outs: Any) -> bool:
         """Update values in one pass if they and their parts are plain; return whether it was done."""
-        steps = self._rule.plain_steps
-        if steps is None or not native.can_look() or not entries:
-            return False
-        call = {entry.key: entry for entry in entries}, [entry.key for entry in entries], parts, outs
-        batch = native.look(*call, *steps)
-        if isinstance(batch, list):
-            self._begin_steps(batch)
-            batch = native.look(*call, *steps)
-        if not isinstance(batch, native.Batch) or not batch.begin(native.leaves_cache(batch.nbytes)):
-            return False
-        self._run(batch)
-        return True
+        by_key = {entry.key: entry for entry in entries}
+        batch = self._begun(by_key, list(by_key), parts, outs) if entries else None
+        if batch is not None:
+            self._run(batch)
+        return batch is not None
 
     def _push_rows(self, entries: Sequence[Entry], parts: Sequence[list[Any]]) -> tuple[list[Entry], list[list[Part]]]:
         """Apply what was pushed as Rows alone; return the rest, Rows beside dense parts made dense."""

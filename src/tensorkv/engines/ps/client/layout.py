@@ -293,12 +293,7 @@ class ServerLayout:
     def _run(self, move: Any, payload: torch.Tensor, pool: Pool, *, wide: bool) -> None:
         """Move all pieces between a batch and a payload, large ones by several threads."""
         pieces, columns = self._pieces, [(self._starts + np.uint64(payload.data_ptr())).tobytes()]
-        if self._numel < _PARALLEL_NUMEL:
-            move(pieces, columns, wide)
-            return
-        length = native.length_of_share(self._numel, pool.threads)
-        starts = range(0, self._numel, length)
-        pool.run([partial(move, pieces, columns, wide, start, start + length) for start in starts])
+        pool.share(self._numel, partial(move, pieces, columns, wide), least=_PARALLEL_NUMEL)
 
 
 class Layout:

@@ -26,7 +26,7 @@ ray = pytest.importorskip("ray")
 
 F32 = np.float32
 PROGRAMS = "tests.ps.ray_programs"
-KILLS, KILLS_AT_ONCE = amount(1, 15), amount(1, 5)
+SERVERS, KILLS, KILLS_AT_ONCE = amount(2, 3), amount(1, 15), amount(1, 5)
 STOPS = amount(1, 5)
 LOSE_REPLIES = json.dumps(
     {"CoreWorkerService.grpc_client.PushTask": {"num_failures": 80, "req_failure_prob": 0, "resp_failure_prob": 30}}
@@ -46,6 +46,23 @@ def create(**options):
 def name_of(kv):
     """The name under which others find a store."""
     return called[id(kv)]
+
+
+@pytest.fixture(scope="module")
+def two_servers(ray_store):
+    with create(num_servers=2) as kv:
+        yield kv
+
+
+@pytest.fixture
+def shared(two_servers):
+    """An empty store on two servers, which tests that end no server use one after another: to start one takes time."""
+    name = name_of(two_servers)
+    with tensorkv.create("dist_async", name=name) as kv:
+        kv.delete(kv.keys())
+        kv.set_updater(None)
+        called[id(kv)] = name
+        yield kv
 
 
 def count_up(kv):
@@ -123,16 +140,16 @@ def push_until(kv, done, n, start=0):
 @pytest.mark.timeout(600)  # restarts of processes that import torch
 def test_killed_servers_lose_no_acknowledged_push_and_make_none_twice(tmp_path):
     n = 300_000
-    with create(num_servers=3, path=tmp_path / "store") as kv:
+    with create(num_servers=SERVERS, path=tmp_path / "store") as kv:
         count_up(kv)
         kv.init(["w", "n"], [np.zeros(n, F32), np.zeros(3, F32)])
         with Killer(kv, KILLS) as killer:
             count = push_until(kv, lambda: killer.is_done, n)
-        assert len(set(killer.killed)) == len(killer.killed) == 3 * KILLS
+        assert len(set(killer.killed)) == len(killer.killed) == SERVERS * KILLS
         kv.push(["w", "n"], [one_hot(n, count), np.ones(3, F32)])
         with Killer(kv, KILLS_AT_ONCE, at_once=True) as killer:
             last = push_until(kv, lambda: killer.is_done, n, count + 1)
-        assert len(set(killer.killed)) == 3 * KILLS_AT_ONCE
+        assert len(set(killer.killed)) == SERVERS * KILLS_AT_ONCE
         value = kv.pull("w")
         assert set(value[:last].tolist()) == {1}
         assert not value[last:].any()
@@ -140,11 +157,11 @@ def test_killed_servers_lose_no_acknowledged_push_and_make_none_twice(tmp_path):
         assert kv.info("n").version == last
         assert kv.stats()["resent"] >= KILLS
         print("pushes", last, "resent", kv.stats()["resent"])
-        with pytest.raises(tensorkv.ArgumentError, match=r"num_servers is 3, not 2"):
-            tensorkv.create("dist_async", name=name_of(kv), num_servers=2)
+        with pytest.raises(tensorkv.ArgumentError, match=rf"num_servers is {SERVERS}, not 4"):
+            tensorkv.create("dist_async", name=name_of(kv), num_servers=4)
     # The store has ended; its folder is there.
-    with pytest.raises(tensorkv.StorageError, match="was written by 3 servers, and num_servers is 2"):
-        create(num_servers=2, path=tmp_path / "store")
+    with pytest.raises(tensorkv.StorageError, match=f"was written by {SERVERS} servers, and num_servers is 4"):
+        create(num_servers=4, path=tmp_path / "store")
 
 
 def test_adam_goes_on_to_the_bit_after_kills(tmp_path):
@@ -199,50 +216,49 @@ def read_numbers(path):
     return [int(line) for line in path.read_text().split()] if path.exists() else []
 
 
-def test_killed_workers_leave_whole_pushes(ray_address, tmp_path):
-    n, kills = 60_000, amount(4, 10)
-    with create() as kv:
-        count_up(kv)
-        kv.init("w", np.zeros(n, F32))
-        file = tmp_path / "acknowledged"
-        begun = set()
-        chance = random.Random(3)
-        # Two at a time, each with numbers of its own; each is killed and followed by another.
-        for number in range(0, kills, 2):
-            starts = [n // kills * (number + i) for i in range(2)]
-            begun.update(starts)
-            with contextlib.ExitStack() as stack:
-                programs = [
-                    stack.enter_context(
-                        Program(
-                            PROGRAMS,
-                            "push_set",
-                            name_of(kv),
-                            n // kills * (number + i + 1),
-                            start,
-                            1,
-                            file,
-                            env=ray_address,
-                        )
+def test_killed_workers_leave_whole_pushes(shared, ray_address, tmp_path):
+    kv, n, kills = shared, 60_000, amount(2, 10)
+    count_up(kv)
+    kv.init("w", np.zeros(n, F32))
+    file = tmp_path / "acknowledged"
+    begun = set()
+    chance = random.Random(3)
+    # Two at a time, each with numbers of its own; each is killed and followed by another.
+    for number in range(0, kills, 2):
+        starts = [n // kills * (number + i) for i in range(2)]
+        begun.update(starts)
+        with contextlib.ExitStack() as stack:
+            programs = [
+                stack.enter_context(
+                    Program(
+                        PROGRAMS,
+                        "push_set",
+                        name_of(kv),
+                        n // kills * (number + i + 1),
+                        start,
+                        1,
+                        file,
+                        env=ray_address,
                     )
-                    for i, start in enumerate(starts)
-                ]
-                for program in programs:
-                    program.wait_for("ready")
-                before = kv.info("w").version
-                deadline = time.monotonic() + 30
-                while kv.info("w").version < before + 20 and time.monotonic() < deadline:
-                    kv.push("w", np.zeros(n, F32))
-                time.sleep(chance.random() * 0.02)
-                for program in programs:
-                    assert program.process.poll() is None
-                    program.process.kill()
-        value, acknowledged = kv.pull("w"), read_numbers(file)
-        assert len(acknowledged) > kills
-        assert set(value[acknowledged].tolist()) == {1}
-        assert set(value.tolist()) == {0, 1}
-        # Of each that was killed, one push may have been applied that it has not heard of.
-        assert len(acknowledged) <= int(value.sum()) <= len(acknowledged) + kills
+                )
+                for i, start in enumerate(starts)
+            ]
+            for program in programs:
+                program.wait_for("ready")
+            before = kv.info("w").version
+            deadline = time.monotonic() + 30
+            while kv.info("w").version < before + 20 and time.monotonic() < deadline:
+                kv.push("w", np.zeros(n, F32))
+            time.sleep(chance.random() * 0.02)
+            for program in programs:
+                assert program.process.poll() is None
+                program.process.kill()
+    value, acknowledged = kv.pull("w"), read_numbers(file)
+    assert len(acknowledged) > kills
+    assert set(value[acknowledged].tolist()) == {1}
+    assert set(value.tolist()) == {0, 1}
+    # Of each that was killed, one push may have been applied that it has not heard of.
+    assert len(acknowledged) <= int(value.sum()) <= len(acknowledged) + kills
 
 
 # ---------------------------------------------------------------- stops, and replies that are lost
@@ -302,20 +318,18 @@ def test_when_nothing_answers_in_time_the_outcome_is_unknown_and_the_store_goes_
 
 
 @pytest.mark.parametrize("fault", [{"RAY_testing_rpc_failure": LOSE_REPLIES}, {"LOSE_ANSWERS": "0.3"}])
-def test_lost_replies(fault, ray_address, tmp_path):
+def test_lost_replies(fault, shared, ray_address, tmp_path):
     """Those that Ray brings, and those to rings in shared memory."""
-    n = 240
-    with create(num_servers=2) as kv:
-        count_up(kv)
-        kv.init("w", np.zeros(n, F32))
-        with contextlib.ExitStack() as stack:
-            file = tmp_path / "acknowledged"
-            words = ("push_set", name_of(kv), n, 0, 1, file)
-            env = {**ray_address, **fault, "WANTS_RESENT": "60"}
-            stack.enter_context(Program(PROGRAMS, *words, env=env)).wait_for("resent")
-            assert read_numbers(file) == list(range(n))
-        assert kv.pull("w").tolist() == [1] * n
-        assert kv.info("w").version == n
+    kv, n = shared, 240
+    count_up(kv)
+    kv.init("w", np.zeros(n, F32))
+    file = tmp_path / "acknowledged"
+    words = ("push_set", name_of(kv), n, 0, 1, file)
+    with Program(PROGRAMS, *words, env={**ray_address, **fault, "WANTS_RESENT": "60"}) as program:
+        program.wait_for("resent")
+        assert read_numbers(file) == list(range(n))
+    assert kv.pull("w").tolist() == [1] * n
+    assert kv.info("w").version == n
 
 
 @pytest.mark.release
@@ -361,7 +375,7 @@ def test_a_full_disk_is_an_error_and_nothing_is_acknowledged_that_is_not_kept(tm
 # ---------------------------------------------------------------- who may have what
 
 
-def test_two_stores_on_one_path_and_options_that_differ(tmp_path):
+def test_two_stores_on_one_path_and_options_that_differ(shared, tmp_path):
     with create(path=tmp_path / "store", num_workers=2) as kv:
         name = name_of(kv)
         with tensorkv.create("dist_async", name=name, path=tmp_path / "store") as same:
@@ -374,8 +388,7 @@ def test_two_stores_on_one_path_and_options_that_differ(tmp_path):
         with pytest.raises(tensorkv.StorageError, match=r"another process|open"):
             create(path=tmp_path / "store", timeout_s=40)
         kv.init("w", np.ones(2))
-        with create() as other:
-            assert "w" not in other
+        assert "w" not in shared
 
 
 def test_a_cluster_that_others_can_reach_is_refused_without_a_token(ray_store, monkeypatch):
@@ -401,9 +414,9 @@ def test_a_cluster_that_others_can_reach_is_refused_without_a_token(ray_store, m
 # ---------------------------------------------------------------- snapshots and versions
 
 
-def test_snapshots_and_versions_with_two_servers():
-    n = 300_000
-    with create(num_servers=2) as kv, tensorkv.create("dist_async", name=name_of(kv)) as other:
+def test_snapshots_and_versions_with_two_servers(shared):
+    kv, n = shared, 300_000
+    with tensorkv.create("dist_async", name=name_of(kv)) as other:
         count_up(kv)
         kv.init(["w", "n"], [np.zeros(n, F32), np.zeros(3, F32)])
         stop, pushes = threading.Event(), []

@@ -290,7 +290,9 @@ def test_without_the_token_another_host_can_neither_read_nor_join(tmp_path):
         at = stack.enter_context(head(start, mine, address, RAY_AUTH_MODE="token"))
         join = [*RAY[1:], "start", "--address", at, "--node-ip-address", other]
         readers = [run(start_other, STEAL, at, home=theirs, RAY_AUTH_MODE=mode) for mode in ("disabled", "token")]
-        joining = [run(start_other, join, home=theirs, RAY_AUTH_MODE=mode) for mode in ("disabled", "token")]
+        # Who is refused would try again for 20 s.
+        once = {"RAY_NUM_REDIS_GET_RETRIES": "1"}
+        joining = [run(start_other, join, home=theirs, RAY_AUTH_MODE=mode, **once) for mode in ("disabled", "token")]
         # With the token one is let in: it is what keeps the others out.
         reader = run(start_other, STEAL, at, home=mine, RAY_AUTH_MODE="token")
         assert json.loads(reader.communicate(timeout=100)[0]) == {"nodes": 1}

@@ -4,6 +4,7 @@ Tests with the mark ``release`` show that other tests find planted faults, or ar
 ``make test-all`` runs them.
 """
 
+import itertools
 import os
 
 ALL = os.environ.get("TENSORKV_TESTS") == "all"
@@ -12,3 +13,22 @@ ALL = os.environ.get("TENSORKV_TESTS") == "all"
 def amount(few: int, many: int) -> int:
     """Return how often a test repeats itself, or with how many examples: ``many`` in a run of everything."""
     return many if ALL else few
+
+
+def each_pair(*parameters: list) -> list[tuple]:
+    """Return combinations of values, one of each parameter: all of them in a run of everything.
+
+    Else some in which each value of a parameter meets each value of every other one.
+    """
+    everything = list(itertools.product(*parameters))
+    if ALL:
+        return everything
+
+    def pairs(combination: tuple) -> set:
+        return set(itertools.combinations(enumerate(map(repr, combination)), 2))
+
+    missing, chosen = set().union(*map(pairs, everything)), []
+    while missing:
+        chosen.append(max(everything, key=lambda each: len(pairs(each) & missing)))
+        missing -= pairs(chosen[-1])
+    return chosen

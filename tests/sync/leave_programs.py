@@ -12,6 +12,10 @@ from tensorkv.engines.sync import chain, host, push
 from tests.support.amount import amount
 from tests.sync.dist_programs import F32, RANK, SIZE, check, create, say
 
+# Together longer than what workers tell each other of a call.
+NAMES = [f"model.layer.{number:04}.{'weight' * 20}" for number in range(36)]
+assert len(str(NAMES)) > host.ENTRY_TEXT > chain.HEADER_TEXT
+
 # Values are smaller than real ones, and so are the sizes from which they are divided and take several slots.
 SMALLER = amount(32, 1)
 SHAPES = {"a": (5,), "b": (1_200_000 // SMALLER + 1,), "c": (40, 3), "h": (300 // SMALLER, 70)}
@@ -100,37 +104,34 @@ def batch(store, rank, who, *seed):
 
 def refused(pusher, shared_memory):
     """While the others have left, one pushes a long list of keys, dense and as Rows, and has a call refused."""
-    names = [f"model.layer.{number:04}.weight" for number in range(170)]
-    assert len(str(names)) > host.ENTRY_TEXT > chain.HEADER_TEXT
     with create(shared_memory=shared_memory == "True") as kv:
-        kv.init(names, [np.zeros((2, 1), F32)] * 170)
-        ones = [tensorkv.Rows(np.array([1]), np.ones((1, 1), F32), 2)] * 170
-        kv.push(names, [np.ones((2, 1), F32)] * 170)
-        kv.push(names, ones)
+        kv.init(NAMES, [np.zeros((2, 1), F32)] * len(NAMES))
+        ones = [tensorkv.Rows(np.array([1]), np.ones((1, 1), F32), 2)] * len(NAMES)
+        kv.push(NAMES, [np.ones((2, 1), F32)] * len(NAMES))
+        kv.push(NAMES, ones)
         if int(pusher) == RANK:
-            kv.push(names, [np.full((2, 1), 5, F32)] * 170)
+            kv.push(NAMES, [np.full((2, 1), 5, F32)] * len(NAMES))
             try:
-                kv.push(names[0], np.ones(4, F32))
+                kv.push(NAMES[0], np.ones(4, F32))
             except tensorkv.ValueMismatchError:
                 say("refused")
-            kv.push(names, ones)
+            kv.push(NAMES, ones)
             try:
                 kv.push("nowhere", np.ones(4, F32))
             except tensorkv.KeyNotFoundError:
                 say("refused")
         kv.leave()
-        assert kv.pull(names[169]).tolist() == [[5], [1]]
+        assert kv.pull(NAMES[-1]).tolist() == [[5], [1]]
         say("left")
 
 
 def not_seen_before(pusher):
     """One pushes a long list of keys that was never pushed before somebody left."""
-    names = [f"model.layer.{number:04}.weight" for number in range(170)]
     kv = create(timeout_s=10)
-    kv.init(names, [np.zeros(1, F32)] * 170)
+    kv.init(NAMES, [np.zeros(1, F32)] * len(NAMES))
     try:
         if int(pusher) == RANK:
-            kv.push(names, [np.ones(1, F32)] * 170)
+            kv.push(NAMES, [np.ones(1, F32)] * len(NAMES))
         kv.leave()
     except tensorkv.WorkerError as error:
         say(type(error).__name__, "|", error)

@@ -26,7 +26,15 @@ import tempfile
 import traceback
 
 # What most programs import, and nothing that starts a thread.
-PRELOAD = ("numpy", "torch", "torch.distributed", "pytest", "tensorkv", "tensorkv.engines.sync.engine")
+PRELOAD = (
+    "numpy",
+    "torch",
+    "torch.distributed",
+    "torch._dynamo",  # which torch imports when it makes its first optimizer
+    "pytest",
+    "tensorkv",
+    "tensorkv.engines.sync.engine",
+)
 MESSAGE_NBYTES = 1 << 20
 CLONE_NEWNET = 0x40000000  # of sched.h
 
@@ -34,10 +42,6 @@ CLONE_NEWNET = 0x40000000  # of sched.h
 def preload() -> None:
     for name in PRELOAD:
         importlib.import_module(name)
-    from tensorkv.shard import optimizers
-
-    # torch imports much when it makes its first optimizer.
-    optimizers.spec("sgd", {})
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, "a fork would leave threads behind"
     # A collection in a child would copy most of the memory.

@@ -256,9 +256,19 @@ def _made_usual(cast: Sequence[str]) -> Iterator[None]:
         yield
 
 
+@lru_cache
+def _class(name: str) -> type[torch.optim.Optimizer]:
+    """Return an optimizer's class with the methods that are called here as they were before torch decorated them.
+
+    The decorators import torch's compiler, which takes longer than importing torch.
+    """
+    base = getattr(torch.optim, CLASSES[name])
+    step = torch.no_grad()(inspect.unwrap(base.step))
+    return type(base.__name__, (base,), {"add_param_group": inspect.unwrap(base.add_param_group), "step": step})
+
+
 def _new(name: str, params: list[torch.Tensor], numbers: Mapping[str, Any], **how: Any) -> torch.optim.Optimizer:
-    optimizer: torch.optim.Optimizer = getattr(torch.optim, CLASSES[name])(params, **numbers, **how)
-    return optimizer
+    return _class(name)(params, **numbers, **how)
 
 
 # A multiple of what torch's vector loops take at a time, for every dtype and instruction set.

@@ -24,7 +24,7 @@ setup(
         Extension(
             f"tensorkv.compiled.{name}",
             [f"src/tensorkv/compiled/{name}.c"],
-            depends=["src/tensorkv/compiled/_kernels.h"],
+            depends=["src/tensorkv/compiled/_kernels.h", "src/tensorkv/compiled/_calls.h"],
             # Each operation is rounded for itself: the bits are to be the same on every processor.
             extra_compile_args=[
                 "-O3",

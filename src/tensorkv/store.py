@@ -142,6 +142,7 @@ class KVStore:
         self._engine: engines.Engine = engine  # type: ignore[assignment]
         self._type = type
         self._metrics = Metrics()
+        self._pushes, self._pulls, self._pushpulls = map(self._metrics.of, ("push", "pull", "pushpull"))
         forks.pin_in_children(self)
 
     if not TYPE_CHECKING:  # so that type checkers report unknown names
@@ -206,10 +207,10 @@ class KVStore:
         >>> kv.pull("w")
         array([2., 2.])
         """
-        start = self._begin("push")
-        call = Call("push", key, value, None, priority)
+        self._check_open("push")
+        call = Call(self._pushes, "push", key, value, None, priority)
         self._engine.push(call)
-        self._count(call, start)
+        call.end()
 
     def pull(
         self,
@@ -254,16 +255,16 @@ class KVStore:
         >>> a, b
         (array([1.5, 2.5]), array([1.5, 2.5], dtype=float16))
         """
-        start = self._begin("pull")
+        self._check_open("pull")
         if min_version is not None:
             self._wait_for(key, min_version, timeout_s)
         elif timeout_s is not None:
             raise ArgumentError("pull: timeout_s is how long to wait for min_version; give that as well")
-        call = Call("pull", key, None, out, priority, like, ignore_sparse)
+        call = Call(self._pulls, "pull", key, None, out, priority, like, ignore_sparse)
         self._engine.pull(call)
-        self._warn_once(call.skipped)
-        self._count(call, start)
-        return call.result()
+        if call.skipped is not None:
+            self._warn_once(call.skipped)
+        return call.end()
 
     def _wait_for(self, key: Any, min_version: int, timeout_s: float | None) -> None:
         if type(min_version) is not int:
@@ -292,11 +293,10 @@ class KVStore:
         >>> kv.pushpull("w", [np.ones(2), np.ones(2)])
         array([2., 2.])
         """
-        start = self._begin("pushpull")
-        call = Call("pushpull", key, value, out, priority)
+        self._check_open("pushpull")
+        call = Call(self._pushpulls, "pushpull", key, value, out, priority)
         self._engine.pushpull(call)
-        self._count(call, start)
-        return call.result()
+        return call.end()
 
     @_collective
     def broadcast(self, key: Any, value: Any = None, out: Any = None, priority: int = 0) -> Any:
@@ -802,24 +802,21 @@ class KVStore:
     def _begin(self, verb: str) -> float:
         """Raise if the store cannot be used; return the time, for ``stats``."""
         start = clock()
+        self._check_open(verb)
+        return start
+
+    def _check_open(self, verb: str) -> None:
         if self._closed:
             raise StoreClosedError(f"{verb}: this store was closed; create another")
         if self._forks != forks.count:
             self._check_fork(verb)
-        return start
 
     def _check_fork(self, verb: str) -> None:
         if self._forks != forks.count:
             raise ForkedStoreError(f"{verb}: this store belongs to the parent process; create one in the child")
 
-    def _count(self, call: Call, start: float) -> None:
-        if type(call.moved) is int:
-            self._metrics.add_one(call.verb, start, call.key, call.moved)
-        else:
-            self._metrics.add(call.verb, start, *call.counts())
-
-    def _warn_once(self, warning: SparseOutWarning | None) -> None:
-        if warning is not None and not self._warned_sparse_out:
+    def _warn_once(self, warning: SparseOutWarning) -> None:
+        if not self._warned_sparse_out:
             self._warned_sparse_out = True
             caller.warn(warning)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tensorkv.arrays import interop
-from tensorkv.arrays.outputs import GivenOuts, NewOuts
+from tensorkv.arrays.outputs import GivenOuts, NewOuts, like_origin
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import ArgumentError, ArrayTypeError, ValueMismatchError
 
@@ -68,4 +68,5 @@ def test_new_outs_have_one_array_for_each_place():
 def test_new_outs_take_the_form_of_the_key():
     assert NewOuts("pull", ["a"], [SPEC]).result("a").shape == (2,)
     assert list(NewOuts("pull", ["a"], [SPEC]).result({"a": 1})) == ["a"]
-    assert isinstance(NewOuts("pull", ["a"], [SPEC], like=torch.zeros(1)).result("a"), torch.Tensor)
+    like = SPEC.of(like_origin("pull", torch.zeros(1)))
+    assert isinstance(NewOuts("pull", ["a"], [like]).result("a"), torch.Tensor)

@@ -40,9 +40,9 @@ def plain(monkeypatch):
     counted, made = [], Shard.plain
 
     def count(self, *args, **kwargs):
-        moved = made(self, *args, **kwargs)
-        counted.extend([] if moved is None else [1])
-        return moved
+        done = made(self, *args, **kwargs)
+        counted.extend([1] if done else [])
+        return done
 
     monkeypatch.setattr(Shard, "plain", count)
     return counted

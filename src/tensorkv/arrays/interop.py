@@ -19,6 +19,7 @@ import torch
 import torch.utils.dlpack
 
 from tensorkv.errors import ArrayTypeError, show
+from tensorkv.runtime.modes import outside_modes
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -258,7 +259,8 @@ def empty(shape: torch.Size, dtype: torch.dtype, origin: Origin) -> Any:
     if origin.library == "numpy" and dtype is not torch.bfloat16:
         return np.empty(shape, _NUMPY_DTYPES[dtype])
     device = origin.device if origin.library == "torch" and origin.device is not None else "cpu"
-    return torch.empty(shape, dtype=dtype, device=device)
+    with outside_modes():
+        return torch.empty(shape, dtype=dtype, device=device)
 
 
 def give(tensor: torch.Tensor, origin: Origin) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -110,32 +109,17 @@ class NewOuts:
         verb: for messages.
         keys: as the caller listed them; each place gets an array of its own.
         specs: of those keys.
-        like: an array whose library and device to use instead.
     """
 
-    def __init__(self, verb: str, keys: Sequence[Key], specs: Sequence[KeySpec], like: Any = None) -> None:
-        try:
-            origin = None if like is None else interop.origin(like)
-            if isinstance(like, torch.Tensor) and like.is_meta:
-                raise ArrayTypeError("is a meta tensor, which has no numbers")
-        except ArrayTypeError as error:
-            raise ArrayTypeError(f"{verb}: like {error}; give an array of the library and device to return") from None
-        self._made: list[tuple[Any, interop.Origin]] = []
-        grouped: dict[Key, list[Any]] = {}
+    def __init__(self, verb: str, keys: Sequence[Key], specs: Sequence[KeySpec]) -> None:
+        self._made: list[tuple[Any, KeySpec]] = []
+        grouped: dict[Key, list[torch.Tensor]] = {}
         for key, spec in zip(keys, specs, strict=True):
             check_dense(verb, key, spec)
-            source = spec.origin if origin is None else origin
-            array = interop.empty(spec.shape, spec.dtype, source)
-            self._made.append((array, source))
-            grouped.setdefault(key, []).append(array)
-        self.keys = list(grouped)
-        self.arrays = list(grouped.values())
-        """Of each key, the new arrays: of NumPy or torch."""
-
-    @cached_property
-    def tensors(self) -> list[list[torch.Tensor]]:
-        """The arrays as tensors that share their memory."""
-        return [[interop.take(array) for array in own] for own in self.arrays]
+            array = spec.new()
+            self._made.append((array, spec))
+            grouped.setdefault(key, []).append(interop.take(array))
+        self.keys, self.tensors = list(grouped), list(grouped.values())
 
     def check(self, specs: Sequence[KeySpec]) -> None:
         """Do nothing: they are what their keys ask for."""
@@ -145,12 +129,24 @@ class NewOuts:
 
     def result(self, key: Any) -> Any:
         """Return the arrays in the form of the caller's ``key``: one, a list, or a dict."""
-        given = [
-            interop.give(array, origin) if isinstance(array, torch.Tensor) else array for array, origin in self._made
-        ]
+        given = [spec.give(array) for array, spec in self._made]
         if is_key(key):
             return given[0]
         return dict(zip(key, given, strict=True)) if isinstance(key, Mapping) else given
+
+
+def like_origin(verb: str, like: Any) -> interop.Origin:
+    """Return the library and device of the array that new ones are to be like.
+
+    Raises:
+        ArrayTypeError: it is not an array, or has no numbers.
+    """
+    try:
+        if isinstance(like, torch.Tensor) and like.is_meta:
+            raise ArrayTypeError("is a meta tensor, which has no numbers")
+        return interop.origin(like)
+    except ArrayTypeError as error:
+        raise ArrayTypeError(f"{verb}: like {error}; give an array of the library and device to return") from None
 
 
 def check_dense(verb: str, key: Key, spec: KeySpec) -> None:

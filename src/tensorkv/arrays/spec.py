@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -17,3 +18,15 @@ class KeySpec:
     dtype: torch.dtype
     origin: interop.Origin
     is_table: bool
+
+    def new(self) -> Any:
+        """Return a new array to be filled, of NumPy or torch."""
+        return interop.empty(self.shape, self.dtype, self.origin)
+
+    def give(self, array: Any) -> Any:
+        """Return a filled new array as one of the key's library."""
+        return interop.give(array, self.origin) if isinstance(array, torch.Tensor) else array
+
+    def of(self, origin: interop.Origin) -> KeySpec:
+        """Return the same for arrays of another library or device."""
+        return replace(self, origin=origin)

@@ -276,7 +276,7 @@ PyDoc_STRVAR(cell_doc, "What the compiled part reads and writes of a key: its va
 
 typedef struct {
     PyObject_HEAD
-    PyObject *value, *state, *bound, *bound_states[MAX_STATES + 1];
+    PyObject *value, *state, *spec, *bound, *bound_states[MAX_STATES + 1];
     long long version;
     unsigned long long named; /* by which call last */
     char is_new;              /* the state was made for the next step */
@@ -291,6 +291,7 @@ static int cell_traverse(Cell *cell, visitproc visit, void *arg) {
     Py_VISIT(Py_TYPE((PyObject *)cell));
     Py_VISIT(cell->value);
     Py_VISIT(cell->state);
+    Py_VISIT(cell->spec);
     Py_VISIT(cell->bound);
     for (int i = 0; i <= MAX_STATES; i++) Py_VISIT(cell->bound_states[i]);
     return 0;
@@ -299,6 +300,7 @@ static int cell_traverse(Cell *cell, visitproc visit, void *arg) {
 static int cell_clear(Cell *cell) {
     Py_CLEAR(cell->value);
     Py_CLEAR(cell->state);
+    Py_CLEAR(cell->spec);
     Py_CLEAR(cell->bound);
     for (int i = 0; i <= MAX_STATES; i++) Py_CLEAR(cell->bound_states[i]);
     return 0;
@@ -316,6 +318,7 @@ static void cell_dealloc(Cell *cell) {
 static PyMemberDef cell_members[] = {
     {"value", T_OBJECT_EX, offsetof(Cell, value), 0, "The value of the key."},
     {"state", T_OBJECT_EX, offsetof(Cell, state), 0, "The optimizer's state, by name."},
+    {"spec", T_OBJECT_EX, offsetof(Cell, spec), 0, "What callers need to know of the key, which makes new arrays."},
     {"version", T_LONGLONG, offsetof(Cell, version), 0, "How many updates the key has had."},
     {"is_new", T_BOOL, offsetof(Cell, is_new), 0, "Whether the state was made for the step that comes next."},
     {NULL, 0, 0, 0, NULL},
@@ -368,6 +371,7 @@ static const Plain *plain_of(Cell *cell) {
 /* The work of one call: for each key an item, whose addresses are in ``addresses`` and ``dtypes``. */
 typedef struct {
     Item item;
+    PyObject *key;
     Cell *cell;
     const Numbers *numbers;
     float *counter;
@@ -375,32 +379,59 @@ typedef struct {
     size_t first_part, first_out;
 } Work;
 
+enum { FEW = 8 };
+
 typedef struct {
     Work *works;
     char **addresses;
     unsigned char *dtypes;
     PyObject **arrays; /* the parts and outs; NULL for a piece of a flat array */
     size_t num_keys, num_addresses, room, total_nbytes;
+    /* Of a call of one key and few arrays. */
+    Work few_works[1];
+    char *few_addresses[FEW];
+    unsigned char few_dtypes[FEW];
+    PyObject *few_arrays[FEW];
 } Calls;
 
 static unsigned long long num_calls;
 
+static int begin_calls(Calls *calls, size_t num_keys) {
+    calls->works = num_keys > 1 ? PyMem_Calloc(num_keys, sizeof(Work)) : calls->few_works;
+    calls->addresses = calls->few_addresses;
+    calls->dtypes = calls->few_dtypes;
+    calls->arrays = calls->few_arrays;
+    calls->room = FEW;
+    return calls->works != NULL;
+}
+
 static void free_calls(Calls *calls) {
     for (size_t i = 0; i < calls->num_addresses; i++) Py_XDECREF(calls->arrays[i]);
-    PyMem_Free(calls->works);
-    PyMem_Free(calls->addresses);
-    PyMem_Free(calls->dtypes);
-    PyMem_Free(calls->arrays);
+    for (size_t i = 0; i < calls->num_keys; i++) {
+        Py_XDECREF(calls->works[i].key);
+        Py_XDECREF((PyObject *)calls->works[i].cell);
+    }
+    if (calls->works != calls->few_works) PyMem_Free(calls->works);
+    if (calls->addresses != calls->few_addresses) PyMem_Free(calls->addresses);
+    if (calls->dtypes != calls->few_dtypes) PyMem_Free(calls->dtypes);
+    if (calls->arrays != calls->few_arrays) PyMem_Free(calls->arrays);
+}
+
+/* Return memory for more elements, with those that there are; NULL if there is none. */
+static void *grown(void *memory, void *few, size_t count, size_t room, size_t itemsize) {
+    void *larger = PyMem_Realloc(memory == few ? NULL : memory, room * itemsize);
+    if (larger != NULL && memory == few) memcpy(larger, few, count * itemsize);
+    return larger;
 }
 
 static int add_array(Calls *calls, PyObject *array, const Plain *plain) {
-    if (calls->num_addresses == calls->room) {
-        size_t room = calls->room ? 2 * calls->room : 8;
-        char **addresses = PyMem_Realloc(calls->addresses, room * sizeof *addresses);
+    size_t count = calls->num_addresses, room = 2 * calls->room;
+    if (count == calls->room) {
+        void *addresses = grown(calls->addresses, calls->few_addresses, count, room, sizeof *calls->addresses);
         if (addresses != NULL) calls->addresses = addresses;
-        unsigned char *dtypes = PyMem_Realloc(calls->dtypes, room);
+        void *dtypes = grown(calls->dtypes, calls->few_dtypes, count, room, 1);
         if (dtypes != NULL) calls->dtypes = dtypes;
-        PyObject **arrays = PyMem_Realloc(calls->arrays, room * sizeof *arrays);
+        void *arrays = grown(calls->arrays, calls->few_arrays, count, room, sizeof *calls->arrays);
         if (arrays != NULL) calls->arrays = arrays;
         if (addresses == NULL || dtypes == NULL || arrays == NULL) return 0;
         calls->room = room;
@@ -596,12 +627,12 @@ PyDoc_STRVAR(batch_doc, "A call whose arrays are plain, with what it does for ea
 
 typedef struct {
     PyObject_HEAD
-    PyObject *keep; /* entries, keys, values, outs, step, own steps */
-    PyObject *sums; /* instead of the values, if there are any */
+    PyObject *entries, *step, *own_steps;
+    PyObject *flat_values, *flat_outs; /* the arrays of ``values`` and ``outs``, if there are any */
     Calls calls;
     Flat values, outs;
     unsigned long long number;
-    int is_list, pushes, pulls, past_cache, is_remote;
+    int is_list, pushes, pulls, past_cache, is_remote, has_new_outs, is_done;
 } Batch;
 
 static PyTypeObject *batch_type;
@@ -609,10 +640,12 @@ static PyTypeObject *batch_type;
 static void batch_dealloc(Batch *batch) {
     PyTypeObject *type = Py_TYPE((PyObject *)batch);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
-    for (size_t key = 0; key < batch->calls.num_keys; key++) Py_XDECREF((PyObject *)batch->calls.works[key].cell);
     free_calls(&batch->calls);
-    Py_XDECREF(batch->keep);
-    Py_XDECREF(batch->sums);
+    Py_XDECREF(batch->entries);
+    Py_XDECREF(batch->step);
+    Py_XDECREF(batch->own_steps);
+    Py_XDECREF(batch->flat_values);
+    Py_XDECREF(batch->flat_outs);
     release(batch);
     Py_DECREF(type);
 }
@@ -630,6 +663,7 @@ static int take_key(Batch *batch, Work *work, PyObject *entries, PyObject *key, 
     const Plain *plain = plain_of(cell);
     if (plain == NULL || cell->named == batch->number) return 0;
     cell->named = batch->number;
+    work->key = Py_NewRef(key);
     work->cell = (Cell *)Py_NewRef(found);
     work->item.value = plain->address;
     batch->is_remote |= cell->is_remote;
@@ -680,30 +714,32 @@ PyDoc_STRVAR(look_doc,
              "    a Batch; None if an array, or a value, is not plain; a list of the cells whose states are to be\n"
              "    completed first.");
 
-static PyObject *look(PyObject *module, PyObject *args) {
-    PyObject *entries, *keys, *values, *outs, *step, *own_steps, *unready = NULL;
-    Flat value_flat = {.is_there = 0}, out_flat = {.is_there = 0};
-    int is_flat = 0;
-    (void)module;
-    if (!PyArg_ParseTuple(args, "O!OOOOO|p", &PyDict_Type, &entries, &keys, &values, &outs, &step, &own_steps, &is_flat))
-        return NULL;
-    if (torch_api == NULL) return Py_NewRef(Py_None);
-    int depth = length_of(keys) < 0 ? 1 : 2;
-    if (!is_direct(values, depth) || !is_direct(outs, depth)) return Py_NewRef(Py_None);
+/* What ``look`` returns, its arguments being: where no tensor is lazily negated. No other thread runs meanwhile, but
+ * for what Python's garbage collector may call. */
+static PyObject *new_batch(PyObject *entries, PyObject *keys, PyObject *values, PyObject *outs, PyObject *step,
+                           PyObject *own_steps, int is_flat) {
     Py_ssize_t length = length_of(keys), count = length < 0 ? 1 : length;
+    PyObject *unready = NULL;
+    Flat value_flat = {.is_there = 0}, out_flat = {.is_there = 0};
     if (is_flat) {
         if (length < 0 || !take_flat(&value_flat, values, 0) || !take_flat(&out_flat, outs, 1)) return Py_NewRef(Py_None);
     } else if (length >= 0 && ((values != Py_None && length_of(values) != length) ||
                                (outs != Py_None && length_of(outs) != length)))
         return Py_NewRef(Py_None);
-    allocfunc allocate = (allocfunc)PyType_GetSlot(batch_type, Py_tp_alloc);
+    static allocfunc allocate;
+    if (allocate == NULL) allocate = (allocfunc)PyType_GetSlot(batch_type, Py_tp_alloc);
     Batch *batch = (Batch *)allocate(batch_type, 0);
     if (batch == NULL) return NULL;
-    batch->keep = PyTuple_Pack(6, entries, keys, values, outs, step, own_steps);
-    batch->calls.works = PyMem_Calloc(count ? (size_t)count : 1, sizeof(Work));
-    if (batch->keep == NULL || batch->calls.works == NULL) {
+    if (!begin_calls(&batch->calls, (size_t)count)) {
         Py_DECREF(batch);
         return PyErr_NoMemory();
+    }
+    batch->entries = Py_NewRef(entries);
+    batch->step = Py_NewRef(step);
+    batch->own_steps = Py_NewRef(own_steps);
+    if (is_flat) {
+        batch->flat_values = Py_NewRef(values);
+        batch->flat_outs = Py_NewRef(outs);
     }
     batch->is_list = length >= 0;
     batch->pushes = values != Py_None;
@@ -711,7 +747,6 @@ static PyObject *look(PyObject *module, PyObject *args) {
     batch->values = value_flat;
     batch->outs = out_flat;
     batch->number = ++num_calls;
-    /* From here on no other thread runs, but for what Python's garbage collector may call. */
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *key = length < 0 ? keys : item_of(keys, i);
         PyObject *value = length < 0 || is_flat || !batch->pushes ? values : item_of(values, i);
@@ -745,20 +780,27 @@ not_plain:
     return Py_NewRef(Py_None);
 }
 
-/* Whether keys, values and states are those that ``look`` has seen, and are here. */
+static PyObject *look(PyObject *module, PyObject *args) {
+    PyObject *entries, *keys, *values, *outs, *step, *own_steps;
+    int is_flat = 0;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O!OOOOO|p", &PyDict_Type, &entries, &keys, &values, &outs, &step, &own_steps, &is_flat))
+        return NULL;
+    int depth = length_of(keys) < 0 ? 1 : 2;
+    if (torch_api == NULL || !is_direct(values, depth) || !is_direct(outs, depth)) return Py_NewRef(Py_None);
+    return new_batch(entries, keys, values, outs, step, own_steps, is_flat);
+}
+
+/* Whether values and states are those that ``look`` has seen, and are here. */
 static int is_current(Batch *batch) {
-    PyObject *entries = PyTuple_GetItem(batch->keep, 0), *keys = PyTuple_GetItem(batch->keep, 1);
-    PyObject *step = PyTuple_GetItem(batch->keep, 4), *own_steps = PyTuple_GetItem(batch->keep, 5);
-    if (batch->is_remote || (batch->is_list && length_of(keys) != (Py_ssize_t)batch->calls.num_keys)) return 0;
+    if (batch->is_remote) return 0;
     for (size_t i = 0; i < batch->calls.num_keys; i++) {
         Work *work = &batch->calls.works[i];
-        PyObject *key = batch->is_list ? item_of(keys, (Py_ssize_t)i) : keys;
-        if (key == NULL) return 0;
-        if (PyDict_GetItemWithError(entries, key) != (PyObject *)work->cell) return 0;
+        if (PyDict_GetItemWithError(batch->entries, work->key) != (PyObject *)work->cell) return 0;
         if (work->cell->value != work->cell->bound) return 0;
-        if (step == Py_None) continue;
-        PyObject *own = own_steps == Py_None ? NULL : PyDict_GetItemWithError(own_steps, key);
-        if (!bind_states(work, own == NULL ? step : own)) return 0;
+        if (batch->step == Py_None) continue;
+        PyObject *own = batch->own_steps == Py_None ? NULL : PyDict_GetItemWithError(batch->own_steps, work->key);
+        if (!bind_states(work, own == NULL ? batch->step : own)) return 0;
     }
     return 1;
 }
@@ -792,12 +834,13 @@ static void run_range(Batch *batch, size_t start, size_t stop) {
 /* Count what was done: versions of keys, steps of optimizers, versions of torch's outs. */
 static void count_done(Batch *batch) {
     PyObject *written = NULL;
+    batch->is_done = 1;
     for (size_t i = 0; i < batch->calls.num_keys; i++) {
         Work *work = &batch->calls.works[i];
         if (batch->pushes || !batch->pulls) work->cell->version++;
         if (work->numbers != NULL) work->cell->is_new = 0;
         if (work->numbers != NULL && work->counter != NULL) *work->counter += 1;
-        for (size_t j = work->first_out; j < work->first_out + work->item.num_outs; j++) {
+        for (size_t j = work->first_out; !batch->has_new_outs && j < work->first_out + work->item.num_outs; j++) {
             if (batch->calls.arrays[j] == NULL || !is_torch(batch->calls.arrays[j])) continue;
             if (written == NULL) written = PyList_New(0);
             if (written != NULL) PyList_Append(written, batch->calls.arrays[j]);
@@ -809,23 +852,36 @@ static void count_done(Batch *batch) {
     PyErr_Clear();
 }
 
-static PyObject *batch_moved(Batch *batch, PyObject *none) {
-    (void)none;
-    PyObject *moved = batch->is_list ? PyList_New((Py_ssize_t)batch->calls.num_keys) : NULL;
-    if (batch->is_list && moved == NULL) return NULL;
-    for (size_t i = 0; i < batch->calls.num_keys; i++) {
-        Work *work = &batch->calls.works[i];
-        size_t nbytes = 0, end = work->first_out + work->item.num_outs;
-        for (size_t j = work->first_part; j < end; j++)
-            nbytes += (size_t)work->cell->plain.numel * ITEMSIZES[batch->calls.dtypes[j]];
-        PyObject *number = PyLong_FromSize_t(nbytes);
-        if (!batch->is_list) return number;
-        if (number == NULL || PyList_SetItem(moved, (Py_ssize_t)i, number)) {
-            Py_DECREF(moved);
-            return NULL;
-        }
-    }
-    return moved;
+/* The bytes of the arrays of a key. */
+static size_t moved_by(const Calls *calls, const Work *work) {
+    size_t nbytes = 0, end = work->first_out + work->item.num_outs;
+    for (size_t i = work->first_part; i < end; i++) nbytes += (size_t)work->cell->plain.numel * ITEMSIZES[calls->dtypes[i]];
+    return nbytes;
+}
+
+static PyObject *batch_keys(Batch *batch, void *closure) {
+    PyObject *keys = PyTuple_New((Py_ssize_t)batch->calls.num_keys);
+    (void)closure;
+    for (size_t i = 0; i < batch->calls.num_keys && keys != NULL; i++)
+        PyTuple_SetItem(keys, (Py_ssize_t)i, Py_NewRef(batch->calls.works[i].key));
+    return keys;
+}
+
+static PyObject *batch_cells(Batch *batch, void *closure) {
+    PyObject *cells = PyList_New((Py_ssize_t)batch->calls.num_keys);
+    (void)closure;
+    for (size_t i = 0; i < batch->calls.num_keys && cells != NULL; i++)
+        PyList_SetItem(cells, (Py_ssize_t)i, Py_NewRef((PyObject *)batch->calls.works[i].cell));
+    return cells;
+}
+
+/* The array that is the sum of all keys, if there is just one. */
+static PyObject *batch_sums(Batch *batch, void *closure) {
+    PyObject *sums = batch->flat_values;
+    (void)closure;
+    if (sums == NULL && batch->calls.num_keys == 1 && batch->calls.works[0].item.num_parts == 1)
+        sums = batch->calls.arrays[batch->calls.works[0].first_part];
+    return Py_NewRef(sums == NULL ? Py_None : sums);
 }
 
 static PyObject *batch_numel(Batch *batch, void *closure) {
@@ -840,23 +896,6 @@ static PyObject *batch_nbytes(Batch *batch, void *closure) {
     return PyLong_FromSize_t(batch->calls.total_nbytes);
 }
 
-static PyObject *batch_commit(Batch *batch, PyObject *args) {
-    PyObject *lock, *shard, *rule, *depth, *current;
-    if (!PyArg_ParseTuple(args, "OOO", &lock, &shard, &rule)) return NULL;
-    static PyObject *depth_name, *rule_name;
-    if (depth_name == NULL) depth_name = PyUnicode_InternFromString("depth");
-    if (rule_name == NULL) rule_name = PyUnicode_InternFromString("_rule");
-    if ((depth = PyObject_GetAttr(lock, depth_name)) == NULL) return NULL;
-    int is_free = PyLong_AsLong(depth) == 0;
-    Py_DECREF(depth);
-    if ((current = PyObject_GetAttr(shard, rule_name)) == NULL) return NULL;
-    Py_DECREF(current);
-    if (!is_free || current != rule || !is_current(batch)) return Py_NewRef(Py_False);
-    run_range(batch, 0, SIZE_MAX);
-    count_done(batch);
-    return Py_NewRef(Py_True);
-}
-
 static PyObject *batch_run(Batch *batch, PyObject *args) {
     Py_ssize_t start, stop;
     if (!PyArg_ParseTuple(args, "nn", &start, &stop)) return NULL;
@@ -867,8 +906,10 @@ static PyObject *batch_run(Batch *batch, PyObject *args) {
 }
 
 static PyObject *batch_begin(Batch *batch, PyObject *args) {
-    if (!PyArg_ParseTuple(args, "p", &batch->past_cache)) return NULL;
-    return PyBool_FromLong(is_current(batch));
+    PyObject *entries = NULL, *step = NULL;
+    if (!PyArg_ParseTuple(args, "p|OO", &batch->past_cache, &entries, &step)) return NULL;
+    int is_of = (entries == NULL || entries == batch->entries) && (step == NULL || step == batch->step);
+    return PyBool_FromLong(is_of && is_current(batch));
 }
 
 static PyObject *batch_finish(Batch *batch, PyObject *none) {
@@ -1032,19 +1073,17 @@ static PyObject *batch_take_sums(Batch *batch, PyObject *given) {
         work->item.num_parts = 1;
         at += nbytes_of(&work->cell->plain);
     }
-    PyObject *old = batch->sums;
-    batch->sums = Py_NewRef(given);
+    PyObject *old = batch->flat_values;
+    batch->flat_values = Py_NewRef(given);
     Py_XDECREF(old);
     return Py_NewRef(Py_None);
 }
 
 static PyMethodDef batch_methods[] = {
-    {"commit", (PyCFunction)batch_commit, METH_VARARGS,
-     "commit(lock, shard, rule)\n--\n\n"
-     "Do all of it, unless the lock is held, the rule is another, or keys are not those that were looked at.\n\n"
-     "The interpreter's lock is held all the time: no other thread and no signal handler runs in between."},
     {"begin", (PyCFunction)batch_begin, METH_VARARGS,
-     "begin(past_cache)\n--\n\nReturn whether keys are those that were looked at; outs may be stored past the cache."},
+     "begin(past_cache, entries=..., step=...)\n--\n\n"
+     "Return whether keys, and the entries and the step if given, are those that were looked at.\n\n"
+     "Outs may be stored past the cache."},
     {"run", (PyCFunction)batch_run, METH_VARARGS,
      "run(start, stop)\n--\n\nDo some elements, counted through all keys, without the interpreter's lock."},
     {"finish", (PyCFunction)batch_finish, METH_NOARGS, "finish()\n--\n\nCount what ``run`` has done."},
@@ -1070,13 +1109,15 @@ static PyMethodDef batch_methods[] = {
      "Return a piece for each whole value, where they lie one after another, and how many bytes that takes."},
     {"take_sums", (PyCFunction)batch_take_sums, METH_O,
      "take_sums(flat)\n--\n\nHave one part for each key: its piece of an array of bytes, which lie as ``packed`` says."},
-    {"moved", (PyCFunction)batch_moved, METH_NOARGS, "moved()\n--\n\nReturn the bytes of arrays for each key."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyGetSetDef batch_attributes[] = {
     {"numel", (getter)batch_numel, NULL, "Elements of all values.", NULL},
     {"nbytes", (getter)batch_nbytes, NULL, "Bytes of all arrays.", NULL},
+    {"keys", (getter)batch_keys, NULL, "The keys, in a tuple.", NULL},
+    {"cells", (getter)batch_cells, NULL, "What is held of each key.", NULL},
+    {"sums", (getter)batch_sums, NULL, "The array that is the sum of all keys, None if there is none.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
@@ -1090,6 +1131,8 @@ static PyType_Slot batch_slots[] = {
 
 static PyType_Spec batch_spec = {"tensorkv.compiled._native.Batch", sizeof(Batch), 0,
                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, batch_slots};
+
+#include "_calls.h"
 
 static PyMethodDef methods[] = {
     {"run_columns", run_columns, METH_VARARGS, run_columns_doc},
@@ -1105,12 +1148,17 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__native(void) {
     PyObject *module = PyModule_Create(&definition);
-    cell_type = (PyTypeObject *)PyType_FromSpec(&cell_spec);
-    batch_type = (PyTypeObject *)PyType_FromSpec(&batch_spec);
-    if (module == NULL || cell_type == NULL || batch_type == NULL || PyModule_AddType(module, cell_type) ||
-        PyModule_AddType(module, batch_type)) {
-        Py_XDECREF(module);
-        return NULL;
+    struct {
+        PyTypeObject **type;
+        PyType_Spec *spec;
+    } types[] = {{&cell_type, &cell_spec},
+                 {&batch_type, &batch_spec},
+                 {&record_type, &record_spec},
+                 {&fields_type, &fields_spec},
+                 {&call_type, &call_spec}};
+    for (size_t i = 0; i < sizeof types / sizeof *types && module != NULL; i++) {
+        *types[i].type = (PyTypeObject *)PyType_FromSpec(types[i].spec);
+        if (*types[i].type == NULL || PyModule_AddType(module, *types[i].type)) Py_CLEAR(module);
     }
     return module;
 }

@@ -1,5 +1,7 @@
 from typing import Any
 
+from tensorkv.arrays.spec import KeySpec
+
 def run_columns(
     dtype: int,
     outs: list[bytes],
@@ -17,17 +19,20 @@ def look(
 ) -> Batch | list[Cell] | None: ...
 
 class Cell:
-    __slots__ = ("is_new", "state", "value", "version")
+    __slots__ = ("is_new", "spec", "state", "value", "version")
     value: Any
     state: dict[str, Any]
+    spec: KeySpec
     version: int
     is_new: bool
 
 class Batch:
     numel: int
     nbytes: int
-    def commit(self, lock: Any, shard: Any, rule: Any, /) -> bool: ...
-    def begin(self, past_cache: bool, /) -> bool: ...
+    keys: tuple[Any, ...]
+    cells: list[Any]
+    sums: Any
+    def begin(self, past_cache: bool, entries: Any = ..., step: Any = ..., /) -> bool: ...
     def run(self, start: int, stop: int, /) -> None: ...
     def finish(self) -> None: ...
     def sum_pieces(
@@ -42,4 +47,44 @@ class Batch:
     def part_column(self, pieces: bytes, /) -> bytes | None: ...
     def packed(self) -> tuple[bytes, bytes, int]: ...
     def take_sums(self, flat: Any, /) -> None: ...
-    def moved(self) -> Any: ...
+
+class Record:
+    calls: int
+    nbytes: int
+    seconds: float
+    def add(self, seconds: float, keys: list[Any], nbytes: list[int], /) -> None: ...
+    def forget(self, keys: list[Any], /) -> None: ...
+    def of_keys(self) -> dict[Any, Record]: ...
+
+class ShardFields:
+    _entries: Any
+    _steps: Any
+    _lock: Any
+    _looks: bool
+    log: Any
+
+class Call:
+    verb: str
+    key: Any
+    value: Any
+    out: Any
+    priority: Any
+    like: Any
+    ignore_sparse: bool
+    values: Any
+    def __init__(
+        self,
+        record: Record | None,
+        verb: str,
+        key: Any,
+        value: Any,
+        out: Any,
+        priority: Any,
+        like: Any = None,
+        ignore_sparse: bool = False,
+        flat: bool = False,
+        /,
+    ) -> None: ...
+    def look(self, entries: dict[Any, Any], /) -> Batch | None: ...
+    def run(self, shard: ShardFields, /) -> Any: ...
+    def end(self) -> Any: ...

@@ -60,7 +60,7 @@ class Reader(ABC):
 
     def pull(self, call: Call) -> None:
         """Make a pull."""
-        if self._make_plain(call):
+        if self.plain(call):
             return
         with outside_modes():
             call.check()
@@ -89,18 +89,13 @@ class Reader(ABC):
 
     # ------------------------------------------------------------ the short way, behind the door
 
-    def plain(self, call: Call) -> int | list[int] | None:
+    def plain(self, call: Call) -> bool:
         """Do a call whose arrays are plain: of NumPy or torch on the CPU, and each as its key's value.
 
         Returns:
-            Bytes moved, for a list of keys of each; None if nothing was done, and the call is to be parsed.
+            Whether it was done; otherwise nothing was, and the call is to be parsed.
         """
-        return None
-
-    def _make_plain(self, call: Call) -> bool:
-        """Make a call without parsing it, if that can be."""
-        call.moved = self.plain(call)
-        return call.moved is not None
+        return False
 
 
 class Engine(Reader):
@@ -132,14 +127,14 @@ class Engine(Reader):
 
     def push(self, call: Call) -> None:
         """Make a push."""
-        if self._make_plain(call):
+        if self.plain(call):
             return
         with self.collective("push"), outside_modes():
             self.protect(self.push_parts, call.batch, call.priority)
 
     def pushpull(self, call: Call) -> None:
         """Make a push and a pull of the same keys, in one trip."""
-        if self._make_plain(call):
+        if self.plain(call):
             return
         with self.collective("pushpull"), outside_modes():
             call.check()

@@ -87,9 +87,8 @@ class LocalEngine(Engine):
     def pushpull_into(self, batch: Batch, outs: Outs, priority: int) -> None:
         self._shard.pushpull(batch, outs)
 
-    def plain(self, call: Call) -> int | list[int] | None:
-        listed = call.listed(self.spec)
-        return None if listed is None else self._shard.plain(*listed)
+    def plain(self, call: Call) -> bool:
+        return self._shard.plain(call)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         return self._shard.pull_rows(keys, ids)

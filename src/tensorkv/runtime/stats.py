@@ -5,9 +5,51 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+try:
+    from tensorkv.compiled import _native
+except ImportError:
+    _native = None  # type: ignore[assignment]
 
 clock = perf_counter
+
+if TYPE_CHECKING or _native is not None:
+    Record = _native.Record
+else:
+
+    class Record:
+        """Counts of a verb, and of each of its keys."""
+
+        # A signal handler that calls the store may interrupt the thread that holds it.
+        _lock = threading.RLock()
+
+        def __init__(self) -> None:
+            self.calls = self.nbytes = 0
+            self.seconds = 0.0
+            self._keys: dict[Any, Record] = {}
+
+        def add(self, seconds: float, keys: list[Any], nbytes: list[int]) -> None:
+            """Count one call, which moved so many bytes for each of its keys."""
+            with self._lock:
+                self.calls += 1
+                self.seconds += seconds
+                for key, size in zip(keys, nbytes, strict=True):
+                    own = self._keys.get(key) or self._keys.setdefault(key, Record())
+                    own.calls += 1
+                    own.nbytes += size
+                    self.nbytes += size
+
+        def forget(self, keys: list[Any]) -> None:
+            """Drop the counts of a list of keys."""
+            with self._lock:
+                for key in keys:
+                    self._keys.pop(key, None)
+
+        def of_keys(self) -> dict[Any, Record]:
+            """Return a dict of key to its Record."""
+            with self._lock:
+                return dict(self._keys)
 
 
 class Metrics:
@@ -20,57 +62,28 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        # A signal handler that calls the store may interrupt the thread that holds it.
-        self._lock = threading.RLock()
-        self._verbs: dict[str, list[Any]] = {}
-        # Numbers, and not a list for each key, which Python's garbage collector would look through again and again.
-        self._calls: dict[str, dict[str | int, int]] = {}
-        self._nbytes: dict[str, dict[str | int, int]] = {}
+        self._records: dict[str, Record] = {}
+
+    def of(self, verb: str) -> Record:
+        """Return the counts of a verb."""
+        return self._records.get(verb) or self._records.setdefault(verb, Record())
 
     def add(self, verb: str, start: float, keys: Sequence[str | int], nbytes: Sequence[int]) -> None:
         """Count one call that began at ``start`` and moved so many bytes for each of its keys."""
-        seconds = clock() - start
-        with self._lock:
-            total = self._verbs.setdefault(verb, [0, 0, 0.0])
-            total[0] += 1
-            total[1] += sum(nbytes)
-            total[2] += seconds
-            calls, moved = self._calls.setdefault(verb, {}), self._nbytes.setdefault(verb, {})
-            for key, size in zip(keys, nbytes, strict=True):
-                calls[key] = calls.get(key, 0) + 1
-                moved[key] = moved.get(key, 0) + size
-
-    def add_one(self, verb: str, start: float, key: str | int, nbytes: int) -> None:
-        """Count one call of a single key."""
-        seconds = clock() - start
-        with self._lock:
-            total = self._verbs.get(verb)
-            if total is not None:
-                calls, moved = self._calls[verb], self._nbytes[verb]
-                total[0] += 1
-                total[1] += nbytes
-                total[2] += seconds
-                calls[key] = calls.get(key, 0) + 1
-                moved[key] = moved.get(key, 0) + nbytes
-                return
-        self.add(verb, start, [key], [nbytes])
+        self.of(verb).add(clock() - start, list(keys), list(nbytes))
 
     def read(self) -> dict[str, Any]:
         """Return ``{"verbs": {verb: {calls, nbytes, seconds}}, "keys": {key: {verb: {calls, nbytes}}}}``."""
-        with self._lock:
-            verbs = {
-                verb: {"calls": calls, "nbytes": nbytes, "seconds": seconds}
-                for verb, (calls, nbytes, seconds) in self._verbs.items()
-            }
-            keys: dict[str | int, dict[str, dict[str, int]]] = {}
-            for verb, by_key in self._calls.items():
-                for key, calls in by_key.items():
-                    keys.setdefault(key, {})[verb] = {"calls": calls, "nbytes": self._nbytes[verb][key]}
+        verbs: dict[str, dict[str, Any]] = {}
+        keys: dict[str | int, dict[str, dict[str, int]]] = {}
+        for verb, record in list(self._records.items()):
+            if record.calls:
+                verbs[verb] = {"calls": record.calls, "nbytes": record.nbytes, "seconds": record.seconds}
+            for key, own in record.of_keys().items():
+                keys.setdefault(key, {})[verb] = {"calls": own.calls, "nbytes": own.nbytes}
         return {"verbs": verbs, "keys": keys}
 
     def forget(self, keys: Sequence[str | int]) -> None:
         """Drop the counts of deleted keys."""
-        with self._lock:
-            for by_key in (*self._calls.values(), *self._nbytes.values()):
-                for key in keys:
-                    by_key.pop(key, None)
+        for record in list(self._records.values()):
+            record.forget(list(keys))

@@ -32,7 +32,7 @@ class Entry(Cell):
         state: of the optimizer, by name.
     """
 
-    __slots__ = ("_slot", "key", "ready", "spec")
+    __slots__ = ("_slot", "key", "ready")
 
     def __init__(
         self, key: Key, spec: KeySpec, value: torch.Tensor | Table, version: int = 0, state: State | None = None

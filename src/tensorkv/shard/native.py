@@ -11,13 +11,14 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from tensorkv.arrays import interop
 from tensorkv.runtime import _compat
+from tensorkv.runtime.stats import Record, clock
 
 from .fused import Kernel
 from .pool import Job, length_of_share
@@ -29,7 +30,9 @@ except ImportError:
 
 if TYPE_CHECKING or _native is not None:
     Batch = _native.Batch
+    Call = _native.Call
     Cell = _native.Cell
+    ShardFields = _native.ShardFields
     look = _native.look
 else:
     Batch = look = None
@@ -37,7 +40,40 @@ else:
     class Cell:
         """A key's value, state and version, which the compiled part reads and writes where it is there."""
 
-        __slots__ = ("is_new", "state", "value", "version")
+        __slots__ = ("is_new", "spec", "state", "value", "version")
+
+    class ShardFields:
+        """What the compiled part reads of a shard."""
+
+    class Call:
+        """A push, pull or pushpull, as the caller wrote it; subclasses parse it."""
+
+        def __init__(
+            self,
+            record: Record,
+            verb: str,
+            key: Any,
+            value: Any,
+            out: Any,
+            priority: Any,
+            like: Any = None,
+            ignore_sparse: bool = False,
+            flat: bool = False,
+        ) -> None:
+            self._record, self._start = record, clock()
+            self.verb, self.key, self.value, self.out, self.priority = verb, key, value, out, priority
+            self.like, self.ignore_sparse = like, ignore_sparse
+
+        def look(self, entries: Any) -> None:
+            """Do nothing: without the compiled part no call is plain."""
+
+        run = look
+
+        def end(self) -> Any:
+            """Count the call, and return what the verb returns."""
+            keys, nbytes, result = self.outcome()
+            self._record.add(clock() - self._start, keys, nbytes)
+            return result
 
 
 def _show_libraries() -> bool:

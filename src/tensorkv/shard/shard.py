@@ -50,14 +50,11 @@ from .pool import Pool
 from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater, check_outs, check_push
 from .table import Table
 
-# Calls of at most so many bytes are done while Python's lock is held.
-_AT_ONCE_NBYTES = 1 << 20
-
 
 class Lock:
     """Held while a shard is read or changed; its holder may take it again.
 
-    ``depth`` counts how often it is held; compiled code takes its short path only while it is not held.
+    ``depth`` counts how often it is held; compiled code does a call at once only while it is not held.
     """
 
     __slots__ = ("_lock", "depth")
@@ -93,7 +90,7 @@ class Log(Protocol):
 _KEY_TYPES = (str, int)
 
 
-class Shard:
+class Shard(native.ShardFields):
     """Values by key, and how pushes change them.
 
     Every public method may be called from several threads; a batch is applied as a whole.
@@ -108,9 +105,10 @@ class Shard:
         self._entries: KeyTable[Entry] = KeyTable()
         self._on_device = on_device
         self._finite = NonFinitePolicy(nonfinite)
-        self._rule: Rule = Assign()
         self._pool = Pool(threads)
         self._lock = Lock()
+        self._looks = native.can_look()
+        self._use(Assign())
         self._closed = False
         self._broken: str | None = None
         self.log: Log | None = None
@@ -154,61 +152,41 @@ class Shard:
             if not filled:
                 self._pull(batch.keys, outs)
 
-    def plain(
-        self, keys: Any, values: Any, outs: Any, *, flat: bool = False, requests: RequestIds = ()
-    ) -> int | list[int] | None:
+    def plain(self, call: native.Call, *, requests: RequestIds = ()) -> bool:
         """Do a call with the caller's own arrays if all are plain, and so are the values.
 
         Args:
-            keys: a key, or a list of keys.
-            values, outs: the caller's arrays, for each key one or a list; None for a pull or a push alone.
-            flat: values and outs are each one tensor of bytes, in which the arrays of a list of keys lie as a layout of
-                ``arrays.packing`` has them.
+            call: what the caller asked for.
             requests: ids of the requests that a push answers, for a log.
 
         Returns:
-            Bytes moved, for a list of keys of each; None if nothing was done, and the call is to be parsed.
+            Whether it was done; otherwise nothing was, and the call is to be parsed.
         """
-        rule = self._rule
-        if not native.can_look() or self._broken is not None:
-            return None
-        step = own_steps = None
-        if values is not None:
-            if rule.plain_steps is None or self._finite.checks:
-                return None
-            step, own_steps = rule.plain_steps
-        batch = native.look(self._entries, keys, values, outs, step, own_steps, flat)
-        is_logged = values is not None and self.log is not None
-        if isinstance(batch, native.Batch) and batch.nbytes <= _AT_ONCE_NBYTES and not is_logged:
-            return batch.moved() if batch.commit(self._lock, self, rule) else None
-        if batch is None:
-            return None
+        found = call.run(self)
+        if found is None or found is True:
+            return found is True
         with outside_modes():
-            return shield.defer(self._push_plain, batch, (keys, values, outs), rule, flat, requests)
+            return shield.defer(self._push_plain, call, found, requests)
 
-    def _push_plain(
-        self, batch: Any, call: tuple[Any, Any, Any], rule: Rule, flat: bool, requests: RequestIds
-    ) -> int | list[int] | None:
-        """Do a plain call that is long, or is logged, or is the first step of keys, which ``look`` has listed."""
-        keys, values, _ = call
+    def _push_plain(self, call: native.Call, found: Any, requests: RequestIds) -> bool:
+        """Do a plain call that is long, or is logged, or is the first step of keys, which ``run`` has listed."""
         with self._lock:
             self.refuse_reentry()
-            if self._rule is not rule:
-                return None
-            if isinstance(batch, list):
-                batch = self._begun(self._entries, *call, flat=flat)
-            elif not batch.begin(native.leaves_cache(batch.nbytes)):
-                batch = None
-            if batch is None:
-                return None
-            if values is None:
-                self._run(batch)
+            if isinstance(found, list):
+                self._begin_states(found)
+                found = call.run(self)
+            is_push = call.verb != "pull"
+            step = (self._steps[0],) if is_push and self._steps is not None else ()
+            if not isinstance(found, native.Batch) or len(step) < is_push:
+                return False
+            if not found.begin(native.leaves_cache(found.nbytes), self._entries, *step):
+                return False
+            if is_push:
+                sums = None if self.log is None else self._sums_of(found)
+                self._commit(PlainPush(found, found.cells, sums, requests=requests))
             else:
-                entries = [self._entries[key] for key in (keys if isinstance(keys, list | tuple) else [keys])]
-                sums = values if flat or self.log is None else self._sum_beside(batch, values)
-                self._commit(PlainPush(batch, entries, sums, requests=requests))
-            moved: int | list[int] = batch.moved()
-            return moved
+                self._run(found)
+            return True
 
     def updates(self, keys: Sequence[Key]) -> native.Batch | None:
         """Return a batch that updates dense values from pieces of their sums, and counts that when it is finished.
@@ -233,27 +211,29 @@ class Shard:
         for key in keys:
             self._entries[key].version += 1
 
-    def _begun(
-        self, entries: dict[Key, Entry], keys: Sequence[Key], values: Any, outs: Any, *, flat: bool = False
-    ) -> native.Batch | None:
+    def _begun(self, entries: dict[Key, Entry], keys: Sequence[Key], values: Any, outs: Any) -> native.Batch | None:
         """Return a batch that updates values by the rule, begun, with the states it needs; None if not plain."""
         steps = self._rule.plain_steps
         if steps is None or not native.can_look():
             return None
-        batch = native.look(entries, keys, values, outs, *steps, flat)
-        if isinstance(batch, list) and isinstance(self._rule, StepOptimizer):
-            with kept():
-                self._rule.optimizer.begin_all([entry for entry in batch if isinstance(entry, Entry)])
-            batch = native.look(entries, keys, values, outs, *steps, flat)
+        batch = native.look(entries, keys, values, outs, *steps)
+        if isinstance(batch, list):
+            self._begin_states(batch)
+            batch = native.look(entries, keys, values, outs, *steps)
         if not isinstance(batch, native.Batch) or not batch.begin(native.leaves_cache(batch.nbytes)):
             return None
         return batch
 
-    def _sum_beside(self, batch: native.Batch, values: Any) -> torch.Tensor:
-        """Return the sums of a batch, as bytes one after another, and have it push those."""
-        only = _only_part(values)
-        if only is not None:
-            return only
+    def _begin_states(self, entries: Sequence[Any]) -> None:
+        """Complete the states of entries for their next step."""
+        if isinstance(self._rule, StepOptimizer):
+            with kept():
+                self._rule.optimizer.begin_all(entries)
+
+    def _sums_of(self, batch: native.Batch) -> torch.Tensor:
+        """Return the sums of a batch, as bytes one after another; if they are made for that, have it push them."""
+        if batch.sums is not None:
+            return interop.take(batch.sums).view(-1).view(torch.uint8)
         pieces, places, nbytes = batch.packed()
         sums = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         column = native.moved_by(places, sums.data_ptr())
@@ -363,7 +343,7 @@ class Shard:
 
     def fail(self, problem: str) -> None:
         """Raise StorageError with this message from every call but ``close``: values may not be what the log says."""
-        self._broken = problem
+        self._broken, self._looks = problem, False
 
     def close(self) -> None:
         """Drop everything, end the threads and close the log."""
@@ -469,7 +449,8 @@ class Shard:
             case Restore(entries=entries, rule=rule):
                 for entry in entries:
                     self._to_device(entry)
-                self._entries, self._rule = KeyTable({entry.key: entry for entry in entries}), rule
+                self._entries = KeyTable({entry.key: entry for entry in entries})
+                self._use(rule)
                 self._keep_overrides()
             case RestoreStates(entries=entries, rule=rule):
                 self._restore_states(entries, rule)
@@ -543,7 +524,11 @@ class Shard:
         new = rule.optimizer.spec.name if isinstance(rule, StepOptimizer) else None
         if new is None or self.optimizer is None or self.optimizer.name != new:
             self._drop_states()
+        self._use(rule)
+
+    def _use(self, rule: Rule) -> None:
         self._rule = rule
+        self._steps = None if self._finite.checks else rule.plain_steps
 
     def _restore_states(self, saved: Sequence[Entry], rule: Rule) -> None:
         mine = [self.entry("load_optimizer_states", entry.key) for entry in saved]
@@ -553,7 +538,7 @@ class Shard:
             entry.move(entry.value.device)
             if isinstance(entry.value, Table) and isinstance(other.value, Table):
                 entry.value.take_columns(other.value)
-        self._rule = rule
+        self._use(rule)
 
     def _drop_states(self) -> None:
         for entry in self._entries.values():
@@ -564,7 +549,7 @@ class Shard:
     def _keep_overrides(self) -> None:
         """Drop the hyperparameters of keys that were removed."""
         if isinstance(self._rule, StepOptimizer):
-            self._rule = self._rule.of_keys(self._entries)
+            self._use(self._rule.of_keys(self._entries))
 
     # ------------------------------------------------------------ push and pull, the lock being held
 
@@ -610,13 +595,6 @@ def _put(entries: Sequence[Entry], values: Sequence[Any]) -> None:
         else:
             entry.tensor.copy_(value)
         entry.version += 1
-
-
-def _only_part(values: Any) -> torch.Tensor | None:
-    """Return the bytes of a call's only array, which is the sum of its key; None if there are several."""
-    while isinstance(values, list | tuple) and len(values) == 1:
-        values = values[0]
-    return None if isinstance(values, list | tuple) else interop.take(values).view(-1).view(torch.uint8)
 
 
 def kept() -> AbstractContextManager[Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from tensorkv.arrays import interop
-from tensorkv.arrays.arguments import Key, check_flag, check_timeout
+from tensorkv.arrays.arguments import Key, check_flag, check_timeout, is_key
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines import partition
@@ -160,7 +160,7 @@ class DistEngine(Engine):
         # What one owner sends to another host at a time lies side by side, as far as can be.
         for index in sorted(range(len(dense)), key=lambda index: partition.whose(borders[index])):
             key, spec = dense[index]
-            found[key] = PartitionedValue(memory.tensor(at, spec.shape, spec.dtype), borders[index])
+            found[key] = PartitionedValue(spec, memory.tensor(at, spec.shape, spec.dtype), borders[index])
             at += aligned(sizes[index])
         return {key: found[key] for key, _ in dense}
 
@@ -176,21 +176,14 @@ class DistEngine(Engine):
         for owner in range(self._chain.owners):
             self._loads[owner] += sign * (borders[owner + 1] - borders[owner]) * width
 
-    def plain(self, call: Call) -> int | list[int] | None:
-        listed = call.listed(self.spec) if native.can_look() else None
-        if listed is None:
-            return None
-        keys, values, outs = listed
-        is_list = isinstance(keys, list | tuple)
-        if is_list:
-            # Other threads may change the caller's lists.
-            keys, values = tuple(keys), tuple(values) if isinstance(values, list | tuple) else values
-        batch = native.look(self._values, keys, values, outs, None, None)
-        if not isinstance(batch, native.Batch):
-            return None
-        named, groups = (keys, values) if is_list else ((keys,), (values,))
+    def plain(self, call: Call) -> bool:
+        batch = call.look(self._values) if native.can_look() else None
+        if batch is None:
+            return False
+        # Other threads may change the caller's lists.
+        groups = (call.values,) if is_key(call.key) else call.values and tuple(call.values)
         with outside_modes():
-            return self.protect(self._pushes.plain, call.verb, named, groups, batch, call.priority)
+            return self.protect(self._pushes.plain, call.verb, batch.keys, groups, batch, call.priority)
 
     def push_parts(self, batch: Batch, priority: int) -> None:
         self._pushes.push(batch, None, priority)

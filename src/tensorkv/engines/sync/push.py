@@ -102,9 +102,7 @@ class Pushes:
 
     # ------------------------------------------------------------ push
 
-    def plain(
-        self, verb: str, keys: tuple[Key, ...], groups: Any, batch: native.Batch, priority: int
-    ) -> int | list[int] | None:
+    def plain(self, verb: str, keys: tuple[Key, ...], groups: Any, batch: native.Batch, priority: int) -> bool:
         """Do a call whose arrays are plain.
 
         Args:
@@ -115,14 +113,14 @@ class Pushes:
             priority: of the call.
 
         Returns:
-            Bytes moved, for a list of keys of each; None if nothing was done, since keys or the rule are others now.
+            Whether it was done; otherwise nothing was, since keys or the rule are others now.
         """
         with self._order.lock:
             self._order.check()
             # A pushpull has parts and outs.
             nbytes = batch.nbytes // 2 if verb == "pushpull" else batch.nbytes
             if not batch.begin(nbytes > _PAST_CACHE_NBYTES) or (verb != "pull" and not self._fits_rule(keys)):
-                return None
+                return False
             if verb == "pull":
                 self.settle(keys)
                 batch.run(0, batch.numel)
@@ -134,8 +132,7 @@ class Pushes:
                     ),
                 )
             batch.finish()
-            moved: int | list[int] = batch.moved()
-            return moved
+            return True
 
     def _fits_rule(self, keys: tuple[Key, ...]) -> bool:
         """Tell whether the update rule can update these keys from dense parts."""

@@ -18,6 +18,7 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines import partition
 from tensorkv.engines.partition import Numbers, Pieces, Runs
 from tensorkv.shard import native, reduce
@@ -42,14 +43,15 @@ class PartitionedValue(native.Cell):
     """What every worker knows of a dense key.
 
     Args:
+        spec: of this worker.
         value: the whole of it, in memory that the workers of the host share.
         borders: the rows where each owner's part begins, and the number of rows.
     """
 
     __slots__ = ("borders",)
 
-    def __init__(self, value: torch.Tensor, borders: list[int]) -> None:
-        self.value = value
+    def __init__(self, spec: KeySpec, value: torch.Tensor, borders: list[int]) -> None:
+        self.spec, self.value = spec, value
         self.borders = borders
 
     @property

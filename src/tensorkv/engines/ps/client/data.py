@@ -42,12 +42,6 @@ class PlainCall(NamedTuple):
     pushes: bool
     pulls: bool
 
-    @property
-    def moved(self) -> int | list[int]:
-        """The bytes of its arrays, for a list of keys those of each."""
-        moved: int | list[int] = self.batch.moved()
-        return moved
-
 
 class DataClient:
     """What one client pushes and pulls.
@@ -107,32 +101,29 @@ class DataClient:
 
     # ------------------------------------------------------------ calls of plain arrays
 
-    def look(self, keys: Any, values: Any, outs: Any, placed: PlacedKeys | None = None) -> PlainCall | None:
+    def look(self, call: native.Call, placed: PlacedKeys | None = None) -> PlainCall | None:
         """Return a call of the caller's own arrays if all are plain; nothing is sent yet.
 
         Args:
-            keys: a key, or a list of keys.
-            values, outs: for each key an array or a list of them; None for a pull or a push alone.
+            call: what the caller asked for.
             placed: the keys of a snapshot (None: the present ones).
         """
         if placed is None:
             placed = self._keymap.placed
-        if not native.can_look() or (values is not None and self._finite.checks):
+        pushes = call.verb != "pull"
+        if not native.can_look() or (pushes and self._finite.checks):
             return None
-        if type(keys) is list:
-            # Other threads may change the list.
-            keys = tuple(keys)
-        batch = native.look(placed, keys, values, outs, None, None)
-        if not isinstance(batch, native.Batch):
+        batch = call.look(placed)
+        if batch is None:
             return None
-        layout, rule = placed.layout(keys if type(keys) is tuple else (keys,)), self._keymap.rule
+        layout, rule = placed.layout(batch.keys), self._keymap.rule
         takes_all = layout.is_floating and isinstance(rule, StepOptimizer) and rule.optimizer.spec.name in ROWWISE
-        if values is not None and not isinstance(rule, Assign) and not takes_all:
+        if pushes and not isinstance(rule, Assign) and not takes_all:
             # Each value has to be checked.
             return None
         # Outs that would not stay in the cache are stored past it.
         batch.begin(native.leaves_cache(batch.nbytes))
-        return PlainCall(batch, layout, values is not None, outs is not None)
+        return PlainCall(batch, layout, pushes, call.verb != "push")
 
     def push_plain(self, call: PlainCall) -> None:
         """Push; pull if there are outs."""

@@ -278,14 +278,13 @@ class PSEngine(Engine):
     def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
         self._data.pull(keys, outs)
 
-    def plain(self, call: Call) -> int | list[int] | None:
-        listed = call.listed(self.spec)
-        found = None if listed is None else self._data.look(*listed)
+    def plain(self, call: Call) -> bool:
+        found = self._data.look(call)
         if found is None:
-            return None
+            return False
         with outside_modes():
             self.protect(self._send_plain, found)
-        return found.moved
+        return True
 
     def _send_plain(self, call: PlainCall) -> None:
         if call.pushes:

@@ -120,7 +120,7 @@ class PlacedKey(native.Cell):
 
     def __init__(self, placement: KeyPlacement, order: int) -> None:
         self.placement, self.order = placement, order
-        self.value: Any = placement.described
+        self.spec, self.value = placement.spec, placement.described
 
     def to_metadata(self) -> dict[str, Any]:
         """Return plain data, which servers keep with the key."""

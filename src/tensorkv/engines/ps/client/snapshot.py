@@ -158,15 +158,14 @@ class RemoteSnapshot(Reader):
         """Return every key, in the order of init."""
         return list(self._placed)
 
-    def plain(self, call: Call) -> int | list[int] | None:
+    def plain(self, call: Call) -> bool:
         """Pull into arrays that are plain."""
-        listed = call.listed(self.spec)
-        found = None if listed is None else self._data.look(*listed, placed=self._placed)
+        found = self._data.look(call, self._placed)
         if found is None:
-            return None
+            return False
         with outside_modes():
             self.protect(self._data.pull_plain, found, self._name)
-        return found.moved
+        return True
 
     def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
         """Copy values into tensors."""

@@ -27,6 +27,7 @@ from tensorkv.arrays.packing import (
 from tensorkv.arrays.rows import Rows, merge
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote
+from tensorkv.shard import native
 from tensorkv.shard.changes import RequestIds, SetNotes
 from tensorkv.shard.entry import Batch, Entry, Part
 from tensorkv.shard.optimizers import OptimizerSpec
@@ -94,8 +95,12 @@ class ServerState:
         found = None if pushed.has_rows else self._layout_of(pushed.keys)
         if found is None or request.layout != found[0]:
             return False
-        target = None if room is None else room.payload
-        return self.shard.plain(pushed.keys, bytes_of(request.payload), target, flat=True, requests=ids) is not None
+        return self._plain(pushed.keys, bytes_of(request.payload), None if room is None else room.payload, ids)
+
+    def _plain(self, keys: tuple[Key, ...], values: Any, outs: Any, ids: RequestIds) -> bool:
+        """Do a call whose arrays are pieces of payloads; return False if nothing was done."""
+        verb = "pull" if values is None else "push" if outs is None else "pushpull"
+        return self.shard.plain(native.Call(None, verb, keys, values, outs, 0, None, False, True), requests=ids)
 
     def batch(self, request: Request[Push]) -> Batch:
         """Return what a request pushes, one part for each key."""
@@ -128,7 +133,7 @@ class ServerState:
                 each.copy_(value)
             return Reply({}, room.payload)
         room = self._room(keys, out, checksum)
-        if self.shard.plain(keys, None, room.payload, flat=True) is None:
+        if not self._plain(keys, None, room.payload, ()):
             self.shard.pull(keys, [[each] for each in room.tensors])
         return Reply({}, room.payload)
 

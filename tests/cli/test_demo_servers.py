@@ -32,8 +32,8 @@ def run_demo(tmp_path, *options):
 
 @pytest.mark.timeout(300)
 def test_the_demo_reaches_its_accuracy_and_names_the_png_last(tmp_path):
-    workers, epochs = amount(2, 4), amount(6, 8)
-    options = ["--workers", workers, "--staleness", 2, "--servers", 2, "--epochs", epochs, "--min-accuracy", 0.95]
+    workers, (epochs, least) = amount(2, 4), amount((4, 0.93), (8, 0.95))
+    options = ["--workers", workers, "--staleness", 2, "--servers", 2, "--epochs", epochs, "--min-accuracy", least]
     ended = run_demo(tmp_path, *options)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     first, *modes, last = ended.stdout.splitlines()[-5:]
@@ -43,7 +43,7 @@ def test_the_demo_reaches_its_accuracy_and_names_the_png_last(tmp_path):
     assert first.startswith(f"1347 training images, 450 test images, {trained}")
     found = [re.match(r"(.+): test accuracy (0\.\d+) after [\d.]+ s, 90% after [\d.]+ s$", line) for line in modes]
     assert [match[1] for match in found] == ["sync", "async", "staleness 2"]
-    assert all(float(match[2]) >= 0.95 for match in found)
+    assert all(float(match[2]) >= least for match in found)
     steps = 22 * epochs
     for word in ("sync", "async", "staleness 2", f"{steps}/{steps}", f"{steps * workers}/{steps * workers}"):
         assert word in ended.stderr
@@ -54,7 +54,7 @@ def test_one_mode_alone_and_quiet_prints_only_the_line_with_the_png(ray_store, t
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(demo_servers, "SLEEP_S", 0.0)
     out = tmp_path / "one.png"
-    options = ["--store", "dist_async", "--mode", "async", "--epochs", "2", "--quiet", "--out", str(out)]
+    options = ["--store", "dist_async", "--mode", "async", "--epochs", "1", "--quiet", "--out", str(out)]
     assert main.main(["demo", *options]) == 0
     assert capsys.readouterr() == (f"accuracy against time: {out}\n", "")
     assert out.read_bytes().startswith(PNG)

@@ -24,7 +24,7 @@ from tests.support.amount import amount
 
 F32 = np.float32
 # At each so many lines something is done.
-LINES = amount(3, 1)
+LINES = amount(5, 1)
 SOURCE = str(Path(tensorkv.__file__).parent)
 
 

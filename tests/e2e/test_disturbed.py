@@ -27,9 +27,9 @@ def run(engine, first, count, *options, tmp_path, **environment):
 @pytest.mark.parametrize(
     ("engine", "count", "options", "expected"),
     [
-        ("local", 20, [], {"fork", "threads", "handler", "raised", "meta", "inference", "chdir"}),
-        ("device", 6, [], {"raised"}),
-        ("local", 14, ["path=kept"], {"reopen", "raised", "chdir"}),
+        ("local", amount(12, 20), [], {"fork", "threads", "handler", "raised", "meta", "inference", "chdir"}),
+        ("device", amount(4, 6), [], {"raised"}),
+        ("local", amount(8, 14), ["path=kept"], {"reopen", "raised", "chdir"}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
@@ -59,7 +59,7 @@ def check(counts, count, expected):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("size", "count"), [(2, 5), (3, 2)])
+@pytest.mark.parametrize(("size", "count"), [(2, amount(3, 5)), (3, amount(1, 2))])
 def test_workers_in_step(size, count, tmp_path):
     texts = workers.run(
         size,

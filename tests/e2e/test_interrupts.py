@@ -23,13 +23,13 @@ def run(*arguments, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "least"),
     [
-        (["lines", "local", "assign"], 500),
+        (["lines", "local", "assign"], 300),
         (["lines", "local", "updater"], 1000),
-        (["lines", "durable", "sgd"], 1000),
-        (["lines", "device", "adam"], 500),
-        (["control", "local"], 400),
+        (["lines", "durable", "sgd"], 700),
+        (["lines", "device", "adam"], 300),
+        (["control", "local"], 300),
         (["control", "durable"], 400),
-        (["calls", "local"], 300),
+        (["calls", "local"], 150),
         (["calls", "durable"], 500),
         (["random", "local", RANDOM, "sgd"], RANDOM),
         (["random", "local", RANDOM, "assign"], RANDOM),

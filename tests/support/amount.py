@@ -6,11 +6,13 @@ Tests with the mark ``release`` show that other tests find planted faults, or ar
 
 import itertools
 import os
+from typing import TypeVar
 
+T = TypeVar("T")
 ALL = os.environ.get("TENSORKV_TESTS") == "all"
 
 
-def amount(few: int, many: int) -> int:
+def amount(few: T, many: T) -> T:
     """Return how often a test repeats itself, or with how many examples: ``many`` in a run of everything."""
     return many if ALL else few
 

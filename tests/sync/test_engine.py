@@ -412,20 +412,15 @@ def test_the_demo_over_workers(tmp_path):
     assert (tmp_path / "demo.png").stat().st_size > 10_000
 
 
-def test_torchrun_goes_on_from_the_last_checkpoint(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    shown = subprocess.run(
-        [*launcher, "-m", "tests.sync.dist_programs", "demo_killed", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert shown.returncode == 0, shown.stderr[-3000:]
-    assert "fault fired" in shown.stdout
-    assert "rank 0 made epochs 3 to 4" in shown.stdout
-    assert "rank 1 made epochs 3 to 4" in shown.stdout
-    assert apart(shown.stdout) < 1e-5, "as if nobody had been killed"
+def test_the_demo_goes_on_from_the_last_checkpoint(tmp_path):
+    """When all workers are started again, as torchrun does it after one was killed."""
+    with Team(2, PROGRAMS, "demo_killed", tmp_path, env={"TORCHELASTIC_RESTART_COUNT": "0"}) as team:
+        assert team.wait() == [1, -signal.SIGKILL]
+        assert "fault fired" in team.text(1)
+    texts = run(2, PROGRAMS, "demo_killed", tmp_path, env={"TORCHELASTIC_RESTART_COUNT": "1"})
+    for rank, text in enumerate(texts):
+        assert f"rank {rank} made epochs 3 to 4" in text
+    assert apart(texts[0]) < 1e-5, "as if nobody had been killed"
 
 
 # ---------------------------------------------------------------- joining

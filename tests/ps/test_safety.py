@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -397,6 +398,23 @@ def test_a_token_that_others_can_read_is_refused_before_anything_is_started(home
     home.chmod(0o755)
     token.chmod(0o600)
     safety.check_token()
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_ray_that_is_late_is_a_typed_error(is_running, home, monkeypatch):
+    import ray
+
+    def init(**_):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}" if is_running else None
+        with pytest.raises(tensorkv.ServerDeadError, match="The current node timed out during startup"):
+            cluster.enter(address, 1)
 
 
 @pytest.mark.parametrize("address", [None, "127.0.0.1:1"])

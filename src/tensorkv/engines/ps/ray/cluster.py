@@ -212,7 +212,8 @@ def _start() -> None:
             )
     except BaseException as error:
         _set_auth_mode(_auth_mode)
-        if isinstance(error, OSError | RayError | RuntimeError | ValueError):
+        # Where a node is late, Ray raises Exception itself.
+        if isinstance(error, Exception):
             hint = "; set TMPDIR to a shorter path" if "AF_UNIX" in str(error) else ""
             raise ServerDeadError(f"create: Ray could not be started on this machine: {why(error)}{hint}") from error
         raise
@@ -246,7 +247,7 @@ def _join(address: str, timeout_s: float) -> None:
                 _compat.init_on_loopback(address=address, **common)
             else:
                 ray.init(address=address, **common)
-    except (OSError, RayError, RuntimeError, ValueError) as error:
+    except Exception as error:  # as Ray itself raises where a node is late
         hint = "" if os.environ.get("RAY_AUTH_MODE") == "token" else "; if it asks for a token, set RAY_AUTH_MODE=token"
         raise ServerDeadError(f"no Ray cluster answers at {address}: {why(error)}{hint}") from error
 

@@ -41,7 +41,7 @@ clean: ## Remove caches and outputs; .venv stays
 	rm -rf build dist out .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard src/tensorkv/compiled/*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[bench,cli,dev,docs,examples,jax,ray]'
 	@touch $@

@@ -41,7 +41,7 @@ def run(case, dtype, size, cuts, *, step=native.step, steps=4):
     kernel = Kernel(name, optimizers.spec(name, numbers).numbers)
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(size, generator=generator).to(dtype)
-    state = kernel.fresh([value])[0]
+    state = kernel.fresh([value]).state(value)
     for count in range(1, steps + 1):
         grad = torch.randn(size, generator=generator).to(dtype)
         columns = [state[column] for column in kernel.columns]
@@ -142,7 +142,7 @@ def test_results_differ_from_torch_in_the_last_places_alone():
         kernel = Kernel(name, optimizers.spec(name, numbers).numbers)
         start = random_tensor(draw, generator, 100, dtype)
         grads = [random_tensor(draw, generator, 100, dtype) for _ in range(10)]
-        value, state = start.clone(), kernel.fresh([start])[0]
+        value, state = start.clone(), kernel.fresh([start]).state(start)
         for count, grad in enumerate(grads, start=1):
             columns = [state[column] for column in kernel.columns]
             native.step(kernel, value, grad, columns, count, is_first=count == 1)

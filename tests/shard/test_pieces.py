@@ -139,8 +139,8 @@ def test_updates(name, dtype):
             numbers = {"momentum": 0.9} if name == "sgd" else {}
             kernel = Kernel(name, spec(name, {"lr": 0.1, **numbers}).to_numbers() | _numbers(name, numbers))
             step = kernel.compiled
-            for each, state in zip(cells.values(), kernel.fresh(values), strict=True):
-                each.state = state
+            block = kernel.fresh(values)
+            native.place_states(list(cells.values()), block.names, block.columns, block.steps, block.state)
         batch = native.look(cells, [0, 1, 2], None, None, step, None)
         assert batch.begin(False)
         pieces = [(key, 0, count) for key, count in enumerate(counts)]

@@ -554,6 +554,64 @@ def test_new_outs_are_looked_at_too(kv, new):
     assert (kv.pull("w") == 0).all()
 
 
+def test_states_are_tensors_when_they_are_asked_for():
+    with tensorkv.create() as kv:
+        kv.init({"a": np.zeros(3, F32), "b": np.zeros((0, 2), F32), "c": np.zeros((2, 3), F32), "d": np.zeros((), F32)})
+        kv.set_optimizer("adam", lr=0.1)
+        entries = kv._engine._shard._entries
+        assert all(entry.is_blank for entry in entries.values())
+        parts = {
+            "a": np.full(3, 1, F32),
+            "b": np.zeros((0, 2), F32),
+            "c": np.full((2, 3), 2, F32),
+            "d": np.array(3, F32),
+        }
+        kv.push(parts)
+        for key, part in parts.items():
+            entry = entries[key]
+            assert not entry.is_blank
+            assert list(entry.state) == ["step", "exp_avg", "exp_avg_sq"]
+            assert entry.state is entry.state
+            assert entry.state["exp_avg"].shape == entry.value.shape
+            assert np.allclose(entry.state["exp_avg"], 0.1 * part)
+            assert entry.state["step"] == 1
+        held = entries["a"].state
+        kv.push(parts)
+        assert held["step"] == 2
+        entries["a"].state = {}
+        assert entries["a"].is_blank
+        kv.push(parts)
+        assert (entries["a"].state["step"], entries["c"].state["step"]) == (1, 3)
+
+
+def test_states_of_other_numbers_are_completed(kv):
+    for names in (["step", "exp_avg", "exp_avg_sq"], ["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"]):
+        kv.set_optimizer("adam", lr=0.1, amsgrad=len(names) == 4)
+        kv.push("w", np.ones((2, 3), F32))
+        assert list(kv._engine._shard._entries["w"].state) == names
+
+
+def test_hostile_states_are_not_placed(kv):
+    entry, flat = kv._engine._shard._entries["w"], torch.zeros(6)
+    steps = torch.zeros(1)
+    for cells, names, columns, counted in (
+        ([entry], ("a",), (torch.zeros(5),), steps),
+        ([entry, entry], ("a",), (flat,), torch.zeros(2)),
+        ([entry], ("a",), (torch.zeros(6, dtype=torch.float64),), steps),
+        ([entry], ("a",), (torch.zeros(12)[::2],), steps),
+        ([entry], ("a",), (np.zeros(6, F32),), steps),
+        ([entry], ("a",), (), steps),
+        ([entry], (1,), (flat,), steps),
+        ([entry], ("a", "b", "c", "d"), (flat,) * 4, steps),
+        ([entry], ("a",), (flat,), torch.zeros(2)),
+        ([entry], ("a",), (flat,), 1),
+        ([None], ("a",), (flat,), steps),
+    ):
+        with pytest.raises(ValueError, match="place_states"):
+            native.place_states(cells, names, columns, counted, dict)
+    assert entry.is_blank
+
+
 def test_an_error_of_a_new_out_changes_nothing(kv):
     def interrupt():
         raise KeyboardInterrupt

@@ -346,7 +346,7 @@ static PyObject *look_at_call(Call *call, PyObject *entries, const ShardFields *
         own_steps = PyTuple_GetItem(shard->steps, 1);
     }
     PyObject *found = new_batch(entries, held[KEYS], held[VALUES], held[OUTS], step, own_steps, held[FLAT] == Py_True);
-    if (found == NULL || Py_TYPE(found) != batch_type) return found;
+    if (found == NULL || found == Py_None) return found;
     call->batch = (Batch *)Py_NewRef(found);
     call->batch->has_new_outs = call->has_new_outs;
     return found;
@@ -368,9 +368,9 @@ static PyObject *call_run(Call *call, PyObject *given) {
     const ShardFields *shard = (const ShardFields *)given;
     if (!shard->looks || shard->entries == NULL || !PyDict_Check(shard->entries)) return Py_NewRef(Py_None);
     PyObject *found = look_at_call(call, shard->entries, shard);
-    if (found == NULL || Py_TYPE(found) != batch_type) return found;
+    if (found == NULL || found == Py_None) return found;
     int is_logged = call->batch->pushes && shard->log != NULL && shard->log != Py_None;
-    if (call->batch->calls.total_nbytes > AT_ONCE_NBYTES || is_logged) return found;
+    if (call->batch->calls.total_nbytes > AT_ONCE_NBYTES || is_logged || call->batch->unready != NULL) return found;
     int free = is_free(shard);
     if (free > 0) {
         run_range(call->batch, 0, SIZE_MAX);
@@ -449,7 +449,7 @@ static PyMethodDef call_methods[] = {
      "run(shard)\n--\n\n"
      "Do the call with a shard, and return True.\n\n"
      "The interpreter's lock is held all the time: no other thread and no signal handler runs in between. A call that\n"
-     "is long or logged, or finds the shard in use, is returned as a Batch; otherwise as ``look``."},
+     "is long, is logged, has states to be completed or finds the shard in use is only looked at."},
     {"end", (PyCFunction)call_end, METH_NOARGS, "end()\n--\n\nCount the call, and return what the verb returns."},
     {NULL, NULL, 0, NULL},
 };

@@ -277,6 +277,8 @@ PyDoc_STRVAR(cell_doc, "What the compiled part reads and writes of a key: its va
 typedef struct {
     PyObject_HEAD
     PyObject *value, *state, *spec, *bound, *bound_states[MAX_STATES + 1];
+    PyObject *block; /* has the state, which is no dict yet: a tuple of the states' names and what makes the dict */
+    size_t place, offset, placed_nbytes; /* in the block: which key, its first element, and the bytes of its value */
     long long version;
     unsigned long long named; /* by which call last */
     char is_new;              /* the state was made for the next step */
@@ -292,6 +294,7 @@ static int cell_traverse(Cell *cell, visitproc visit, void *arg) {
     Py_VISIT(cell->value);
     Py_VISIT(cell->state);
     Py_VISIT(cell->spec);
+    Py_VISIT(cell->block);
     Py_VISIT(cell->bound);
     for (int i = 0; i <= MAX_STATES; i++) Py_VISIT(cell->bound_states[i]);
     return 0;
@@ -301,6 +304,7 @@ static int cell_clear(Cell *cell) {
     Py_CLEAR(cell->value);
     Py_CLEAR(cell->state);
     Py_CLEAR(cell->spec);
+    Py_CLEAR(cell->block);
     Py_CLEAR(cell->bound);
     for (int i = 0; i <= MAX_STATES; i++) Py_CLEAR(cell->bound_states[i]);
     return 0;
@@ -315,9 +319,48 @@ static void cell_dealloc(Cell *cell) {
     Py_DECREF(type);
 }
 
+/* The state as a dict of tensors, which is made when it is first asked for. */
+static PyObject *cell_state(Cell *cell, void *closure) {
+    (void)closure;
+    if (cell->state == NULL) {
+        PyObject *made = cell->block == NULL ? PyDict_New()
+                                             : PyObject_CallFunction(PyTuple_GetItem(cell->block, 1), "Onn", cell->value,
+                                                                     (Py_ssize_t)cell->place, (Py_ssize_t)cell->offset);
+        if (made == NULL) return NULL;
+        /* Another thread may have made it meanwhile. */
+        if (cell->state == NULL) {
+            cell->state = made;
+            Py_CLEAR(cell->block);
+        } else {
+            Py_DECREF(made);
+        }
+    }
+    return Py_NewRef(cell->state);
+}
+
+static int set_cell_state(Cell *cell, PyObject *state, void *closure) {
+    PyObject *old = cell->state;
+    (void)closure;
+    cell->state = Py_XNewRef(state);
+    Py_XDECREF(old);
+    Py_CLEAR(cell->block);
+    return 0;
+}
+
+static PyObject *cell_is_blank(Cell *cell, void *closure) {
+    (void)closure;
+    int is_empty = cell->state == NULL || (PyDict_CheckExact(cell->state) && PyDict_Size(cell->state) == 0);
+    return PyBool_FromLong(is_empty && cell->block == NULL);
+}
+
+static PyGetSetDef cell_attributes[] = {
+    {"state", (getter)cell_state, (setter)set_cell_state, "The optimizer's state, by name.", NULL},
+    {"is_blank", (getter)cell_is_blank, NULL, "Whether there is no state.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
 static PyMemberDef cell_members[] = {
     {"value", T_OBJECT_EX, offsetof(Cell, value), 0, "The value of the key."},
-    {"state", T_OBJECT_EX, offsetof(Cell, state), 0, "The optimizer's state, by name."},
     {"spec", T_OBJECT_EX, offsetof(Cell, spec), 0, "What callers need to know of the key, which makes new arrays."},
     {"version", T_LONGLONG, offsetof(Cell, version), 0, "How many updates the key has had."},
     {"is_new", T_BOOL, offsetof(Cell, is_new), 0, "Whether the state was made for the step that comes next."},
@@ -325,8 +368,9 @@ static PyMemberDef cell_members[] = {
 };
 
 static PyType_Slot cell_slots[] = {
-    {Py_tp_doc, (void *)cell_doc},        {Py_tp_members, cell_members}, {Py_tp_traverse, cell_traverse},
-    {Py_tp_clear, cell_clear},            {Py_tp_dealloc, cell_dealloc}, {0, NULL},
+    {Py_tp_doc, (void *)cell_doc},   {Py_tp_members, cell_members},     {Py_tp_getset, cell_attributes},
+    {Py_tp_clear, cell_clear},       {Py_tp_traverse, cell_traverse},   {Py_tp_dealloc, cell_dealloc},
+    {0, NULL},
 };
 
 static PyType_Spec cell_spec = {"tensorkv.compiled._native.Cell", sizeof(Cell), 0,
@@ -535,20 +579,97 @@ static char *state_of(Cell *cell, int place, PyObject *name) {
     return cell->state_addresses[place];
 }
 
+/* Whether a block has the states of these names, for the value that there is. */
+static int is_in_block(const Cell *cell, PyObject *names) {
+    PyObject *held = PyTuple_GetItem(cell->block, 0);
+    Py_ssize_t count = PyTuple_Size(names);
+    int is_same = PyTuple_Size(held) == count && cell->placed_nbytes == nbytes_of(&cell->plain);
+    for (Py_ssize_t i = 0; held != names && i < count && is_same; i++)
+        is_same = PyUnicode_Compare(PyTuple_GetItem(held, i), PyTuple_GetItem(names, i)) == 0;
+    return is_same;
+}
+
+PyDoc_STRVAR(place_states_doc,
+             "place_states(cells, names, columns, steps, make)\n--\n\n"
+             "Give values without a state theirs, whose elements lie key by key in columns.\n\n"
+             "Args:\n"
+             "    cells: of plain values of one dtype, one after another in the columns.\n"
+             "    names: of the states, in a tuple.\n"
+             "    columns: a tuple of flat tensors, one for each name.\n"
+             "    steps: a tensor with a float32 for each cell that counts its steps, or None.\n"
+             "    make: makes of a value, its place and its first element in the columns the state as a dict.\n\n"
+             "Raises:\n"
+             "    ValueError: a value that is not plain, or other columns.");
+
+static PyObject *place_states(PyObject *module, PyObject *args) {
+    PyObject *cells, *names, *columns, *steps, *make;
+    Plain column[MAX_STATES], counted = {.numel = 0};
+    size_t offset = 0;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O!O!O!OO", &PyList_Type, &cells, &PyTuple_Type, &names, &PyTuple_Type, &columns, &steps,
+                          &make))
+        return NULL;
+    Py_ssize_t count = PyList_Size(cells), num_names = PyTuple_Size(names);
+    int fits = torch_api != NULL && num_names <= MAX_STATES && PyTuple_Size(columns) == num_names;
+    for (Py_ssize_t i = 0; i < num_names && fits; i++) {
+        PyObject *tensor = PyTuple_GetItem(columns, i);
+        fits = PyUnicode_Check(PyTuple_GetItem(names, i)) && is_torch(tensor) && look_at_torch(tensor, &column[i]);
+    }
+    if (fits && steps != Py_None)
+        fits = is_torch(steps) && look_at_torch(steps, &counted) && counted.dtype == FLOAT32 && counted.numel == count;
+    for (Py_ssize_t i = 0; i < count && fits; i++) {
+        PyObject *cell = PyList_GetItem(cells, i);
+        const Plain *plain = PyObject_TypeCheck(cell, cell_type) ? plain_of((Cell *)cell) : NULL;
+        for (Py_ssize_t j = 0; j < num_names && fits; j++)
+            fits = plain != NULL && plain->kind == column[j].kind && offset + (size_t)plain->numel <= (size_t)column[j].numel;
+        offset += plain == NULL ? 0 : (size_t)plain->numel;
+    }
+    PyObject *block = fits ? PyTuple_Pack(2, names, make) : NULL;
+    if (block == NULL) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "place_states: values that are not plain, or other columns");
+        return NULL;
+    }
+    offset = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        Cell *cell = (Cell *)PyList_GetItem(cells, i);
+        for (Py_ssize_t j = 0; j < num_names; j++)
+            /* Without elements there is nothing to read. */
+            cell->state_addresses[j] = column[j].numel ? column[j].address + offset * ITEMSIZES[column[j].dtype] : (char *)cell;
+        cell->state_addresses[MAX_STATES] = counted.address + (size_t)i * sizeof(float);
+        set_cell_state(cell, NULL, NULL);
+        for (int j = 0; j <= MAX_STATES; j++) Py_CLEAR(cell->bound_states[j]);
+        cell->block = Py_NewRef(block);
+        cell->place = (size_t)i;
+        cell->offset = offset;
+        cell->placed_nbytes = nbytes_of(&cell->plain);
+        cell->is_new = 1;
+        offset += (size_t)cell->plain.numel;
+    }
+    Py_DECREF(block);
+    return Py_NewRef(Py_None);
+}
+
 /* The step of an optimizer, as a tuple: its numbers in bytes, names of the states, whether it counts steps. */
 static int bind_states(Work *work, PyObject *step) {
     static PyObject *step_name;
     PyObject *names = PyTuple_GetItem(step, 1);
     Cell *cell = work->cell;
     if (step_name == NULL) step_name = PyUnicode_InternFromString("step");
-    if (cell->state == NULL || !PyDict_CheckExact(cell->state)) return 0;
     work->numbers = (const Numbers *)PyBytes_AsString(PyTuple_GetItem(step, 0));
     work->is_first = cell->is_new;
     work->counter = NULL;
     Py_ssize_t count = PyTuple_Size(names);
+    int counts = PyTuple_GetItem(step, 2) == Py_True;
+    if (cell->block != NULL) {
+        if (!is_in_block(cell, names)) return 0;
+        for (Py_ssize_t i = 0; i < count && i < MAX_STATES; i++) work->item.states[i] = cell->state_addresses[i];
+        if (counts) work->counter = (float *)cell->state_addresses[MAX_STATES];
+        return 1;
+    }
+    if (cell->state == NULL || !PyDict_CheckExact(cell->state)) return cell->state == NULL && count == 0 && !counts;
     for (Py_ssize_t i = 0; i < count && i < MAX_STATES; i++)
         if ((work->item.states[i] = state_of(cell, (int)i, PyTuple_GetItem(names, i))) == NULL) return 0;
-    if (PyTuple_GetItem(step, 2) != Py_True) return 1;
+    if (!counts) return 1;
     return (work->counter = (float *)state_of(cell, MAX_STATES, step_name)) != NULL;
 }
 
@@ -628,6 +749,7 @@ PyDoc_STRVAR(batch_doc, "A call whose arrays are plain, with what it does for ea
 typedef struct {
     PyObject_HEAD
     PyObject *entries, *step, *own_steps;
+    PyObject *unready; /* a list of the cells whose states are to be completed first; NULL: there are none */
     PyObject *flat_values, *flat_outs; /* the arrays of ``values`` and ``outs``, if there are any */
     Calls calls;
     Flat values, outs;
@@ -644,6 +766,7 @@ static void batch_dealloc(Batch *batch) {
     Py_XDECREF(batch->entries);
     Py_XDECREF(batch->step);
     Py_XDECREF(batch->own_steps);
+    Py_XDECREF(batch->unready);
     Py_XDECREF(batch->flat_values);
     Py_XDECREF(batch->flat_outs);
     release(batch);
@@ -711,15 +834,13 @@ PyDoc_STRVAR(look_doc,
              "    step: None, or the optimizer's step: (numbers, names of the states, whether it counts steps).\n"
              "    own_steps: None, or a dict of steps of single keys.\n\n"
              "Returns:\n"
-             "    a Batch; None if an array, or a value, is not plain; a list of the cells whose states are to be\n"
-             "    completed first.");
+             "    a Batch; None if an array, or a value, is not plain.");
 
 /* What ``look`` returns, its arguments being: where no tensor is lazily negated. No other thread runs meanwhile, but
  * for what Python's garbage collector may call. */
 static PyObject *new_batch(PyObject *entries, PyObject *keys, PyObject *values, PyObject *outs, PyObject *step,
                            PyObject *own_steps, int is_flat) {
     Py_ssize_t length = length_of(keys), count = length < 0 ? 1 : length;
-    PyObject *unready = NULL;
     Flat value_flat = {.is_there = 0}, out_flat = {.is_there = 0};
     if (is_flat) {
         if (length < 0 || !take_flat(&value_flat, values, 0) || !take_flat(&out_flat, outs, 1)) return Py_NewRef(Py_None);
@@ -755,17 +876,13 @@ static PyObject *new_batch(PyObject *entries, PyObject *keys, PyObject *values, 
         int taken = take_key(batch, work, entries, key, value, out, step, own_steps);
         batch->calls.num_keys = (size_t)i + 1;
         if (taken == 2) {
-            if (unready == NULL) unready = PyList_New(0);
-            if (unready == NULL || PyList_Append(unready, (PyObject *)work->cell)) taken = 0;
+            if (batch->unready == NULL) batch->unready = PyList_New(0);
+            if (batch->unready == NULL || PyList_Append(batch->unready, (PyObject *)work->cell)) taken = 0;
         }
         if (!taken) goto not_plain;
     }
     if (!is_full(&batch->values) || !is_full(&batch->outs)) goto not_plain;
     if (batch->pulls && are_apart(&batch->calls) != 1) goto not_plain;
-    if (unready != NULL) {
-        Py_DECREF(batch);
-        return unready;
-    }
     for (size_t i = 0; i < batch->calls.num_keys; i++) {
         Work *work = &batch->calls.works[i];
         work->item.parts = (const char *const *)batch->calls.addresses + work->first_part;
@@ -774,7 +891,6 @@ static PyObject *new_batch(PyObject *entries, PyObject *keys, PyObject *values, 
     }
     return (PyObject *)batch;
 not_plain:
-    Py_XDECREF(unready);
     Py_DECREF(batch);
     PyErr_Clear();
     return Py_NewRef(Py_None);
@@ -857,6 +973,11 @@ static size_t moved_by(const Calls *calls, const Work *work) {
     size_t nbytes = 0, end = work->first_out + work->item.num_outs;
     for (size_t i = work->first_part; i < end; i++) nbytes += (size_t)work->cell->plain.numel * ITEMSIZES[calls->dtypes[i]];
     return nbytes;
+}
+
+static PyObject *batch_unready(Batch *batch, void *closure) {
+    (void)closure;
+    return Py_NewRef(batch->unready == NULL ? Py_None : batch->unready);
 }
 
 static PyObject *batch_keys(Batch *batch, void *closure) {
@@ -1115,6 +1236,8 @@ static PyMethodDef batch_methods[] = {
 static PyGetSetDef batch_attributes[] = {
     {"numel", (getter)batch_numel, NULL, "Elements of all values.", NULL},
     {"nbytes", (getter)batch_nbytes, NULL, "Bytes of all arrays.", NULL},
+    {"unready", (getter)batch_unready, NULL, "What is held of keys whose states are to be completed before ``begin``.",
+     NULL},
     {"keys", (getter)batch_keys, NULL, "The keys, in a tuple.", NULL},
     {"cells", (getter)batch_cells, NULL, "What is held of each key.", NULL},
     {"sums", (getter)batch_sums, NULL, "The array that is the sum of all keys, None if there is none.", NULL},
@@ -1138,6 +1261,7 @@ static PyMethodDef methods[] = {
     {"run_columns", run_columns, METH_VARARGS, run_columns_doc},
     {"use", use, METH_VARARGS, use_doc},
     {"look", look, METH_VARARGS, look_doc},
+    {"place_states", place_states, METH_VARARGS, place_states_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, Literal
 
 from tensorkv.arrays.spec import KeySpec
 
@@ -16,10 +16,14 @@ def run_columns(
 def use(ndarray: Any, tensor: Any, parameter: Any, api: Any, is_neg: Any, increment_version: Any, /) -> None: ...
 def look(
     entries: dict[Any, Any], keys: Any, values: Any, outs: Any, step: Any, own_steps: Any, flat: bool = False, /
-) -> Batch | list[Cell] | None: ...
+) -> Batch | None: ...
+def place_states(
+    cells: list[Any], names: tuple[str, ...], columns: tuple[Any, ...], steps: Any, make: Any, /
+) -> None: ...
 
 class Cell:
     __slots__ = ("is_new", "spec", "state", "value", "version")
+    is_blank: bool
     value: Any
     state: dict[str, Any]
     spec: KeySpec
@@ -29,6 +33,7 @@ class Cell:
 class Batch:
     numel: int
     nbytes: int
+    unready: list[Any] | None
     keys: tuple[Any, ...]
     cells: list[Any]
     sums: Any
@@ -86,5 +91,5 @@ class Call:
         /,
     ) -> None: ...
     def look(self, entries: dict[Any, Any], /) -> Batch | None: ...
-    def run(self, shard: ShardFields, /) -> Any: ...
+    def run(self, shard: ShardFields, /) -> Batch | Literal[True] | None: ...
     def end(self) -> Any: ...

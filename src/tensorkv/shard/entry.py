@@ -37,11 +37,12 @@ class Entry(Cell):
     def __init__(
         self, key: Key, spec: KeySpec, value: torch.Tensor | Table, version: int = 0, state: State | None = None
     ) -> None:
+        super().__init__()
         self.key, self.spec = key, spec
         self.value: torch.Tensor | Table = value
         self.version = version
-        self.state: State = {} if state is None else state
-        self.is_new = False
+        if state is not None:
+            self.state = state
         self._slot: bytes | None = None
         self.ready: Any = None
         """On CUDA: the moment when the last work on the value is done, for callers on other streams."""

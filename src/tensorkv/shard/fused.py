@@ -23,8 +23,8 @@ DTYPES = interop.FLOATS
 NAMES = ("sgd", "adam", "adagrad", "rmsprop")
 _NUMBER_OF = {name: number for number, name in enumerate(NAMES)} | {"adamw": 1}
 FUSED = frozenset(_NUMBER_OF)
-# Elements of states that share memory, which is let go when none of them is in use.
-_FEW = 1 << 18
+# Elements of a block of states, which is let go when none of them is in use.
+_FEW = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,23 +84,15 @@ class Kernel:
             return ["square_avg", *(name for name, is_used in used.items() if is_used)]
         return ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if by["amsgrad"] else [])]
 
-    def fresh(self, values: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """Return the state of each value before its first step; those of small values share pieces of memory."""
-        states: list[dict[str, torch.Tensor]] = [{} for _ in values]
-        if self.name != "sgd":
-            for state, step in zip(
-                states, torch.zeros(len(values), dtype=torch.float32, device="cpu").unbind(), strict=True
-            ):
-                state["step"] = step
-        fill = self.numbers["initial_accumulator_value"] if self.name == "adagrad" else 0
-        for start, stop in _runs([value.numel() for value in values]):
-            cut = values[start:stop]
-            counts = [value.numel() for value in cut]
-            for name in self.columns:
-                flat = torch.full((sum(counts),), fill, dtype=cut[0].dtype, device="cpu")
-                for value, state, piece in zip(cut, states[start:stop], torch.split(flat, counts), strict=True):
-                    state[name] = piece if value.ndim == 1 else piece.view(value.shape)
-        return states
+    def fresh(self, values: Sequence[torch.Tensor]) -> StateBlock:
+        """Return the states of values of one dtype before their first step."""
+        dtype, numel = values[0].dtype, sum([value.numel() for value in values])
+        # Of NumPy, whose memory the system clears when the first step comes to it.
+        columns = [torch.from_numpy(np.zeros(numel, f"i{dtype.itemsize}")).view(dtype) for _ in self.columns]
+        if fill := self.numbers.get("initial_accumulator_value", 0):
+            columns = [column.fill_(fill) for column in columns]
+        steps = None if self.name == "sgd" else torch.zeros(len(values), dtype=torch.float32, device="cpu")
+        return StateBlock(self.compiled[1], tuple(columns), steps)
 
     def step(
         self, value: torch.Tensor, grad: torch.Tensor, columns: Sequence[torch.Tensor], count: float, *, is_first: bool
@@ -143,15 +135,43 @@ class Kernel:
         return _adam(by, value, grad, states, int(count))
 
 
-def _runs(counts: Sequence[int]) -> list[tuple[int, int]]:
+@dataclass(frozen=True, slots=True, eq=False)
+class StateBlock:
+    """The states of some values, one after another.
+
+    Args:
+        names: of the states.
+        columns: of each of them, the elements of all values in a flat tensor.
+        steps: how many steps each value has had, if its optimizer counts them.
+    """
+
+    names: tuple[str, ...]
+    columns: tuple[torch.Tensor, ...]
+    steps: torch.Tensor | None
+
+    def state(self, value: torch.Tensor, place: int = 0, offset: int = 0) -> dict[str, torch.Tensor]:
+        """Return the state of a value as tensors.
+
+        Args:
+            value: whose state.
+            place, offset: of the value and of its first element.
+        """
+        state = {} if self.steps is None else {"step": self.steps[place]}
+        for name, column in zip(self.names, self.columns, strict=True):
+            state[name] = column[offset : offset + value.numel()].view(value.shape)
+        return state
+
+
+def runs(values: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
     """Return runs of values that together have few elements, or one many."""
-    runs, start, total = [], 0, 0
-    for index, count in enumerate(counts):
+    found, start, total = [], 0, 0
+    for index, value in enumerate(values):
+        count = value.numel()
         if index > start and total + count > _FEW:
-            runs.append((start, index))
+            found.append((start, index))
             start, total = index, 0
         total += count
-    return [*runs, (start, len(counts))] if counts else []
+    return [*found, (start, len(values))] if values else []
 
 
 def _sgd(

@@ -34,13 +34,18 @@ if TYPE_CHECKING or _native is not None:
     Cell = _native.Cell
     ShardFields = _native.ShardFields
     look = _native.look
+    place_states = _native.place_states
 else:
-    Batch = look = None
+    Batch = look = place_states = None
 
     class Cell:
         """A key's value, state and version, which the compiled part reads and writes where it is there."""
 
         __slots__ = ("is_new", "spec", "state", "value", "version")
+
+        def __init__(self) -> None:
+            self.state: dict[str, Any] = {}
+            self.is_new = False
 
     class ShardFields:
         """What the compiled part reads of a shard."""

@@ -25,7 +25,7 @@ from tensorkv.errors import OptimizerError, quote, show, suggestion
 
 from . import native
 from .fused import DTYPES as FUSED_DTYPES
-from .fused import FUSED, Kernel
+from .fused import FUSED, Kernel, runs
 from .table import Columns, Table, fill_with
 
 if TYPE_CHECKING:
@@ -392,18 +392,19 @@ class Optimizer:
         return self._kernel_of(None).compiled, own or None
 
     def begin_all(self, entries: Sequence[Entry]) -> None:
-        """Do ``begin`` for many keys; those whose state is new are marked, for the step that comes next."""
-        fresh: dict[tuple[Kernel, torch.dtype], list[Entry]] = {}
+        """Do ``begin`` for many keys of plain values; new states are marked, for the step that comes next."""
+        fresh: dict[tuple[Key | None, torch.dtype], list[Entry]] = {}
         for entry in entries:
-            kernel = self.kernel(entry.key, entry.tensor)
-            if kernel is not None and not entry.state:
-                fresh.setdefault((kernel, entry.tensor.dtype), []).append(entry)
-            elif kernel is not None:
-                _, entry.is_new = self.begin(kernel, entry.key, entry.tensor, entry.state)
-        for (kernel, _), members in fresh.items():
-            for entry, state in zip(members, kernel.fresh([each.tensor for each in members]), strict=True):
-                entry.state.update(state)
-                entry.is_new = True
+            own = entry.key if entry.key in self.spec.overrides else None
+            if entry.is_blank:
+                fresh.setdefault((own, entry.value.dtype), []).append(entry)
+            else:
+                _, entry.is_new = self.begin(self._kernel_of(own), entry.key, entry.tensor, entry.state)
+        for (own, _), members in fresh.items():
+            values = [entry.tensor for entry in members]
+            for start, stop in runs(values):
+                block = self._kernel_of(own).fresh(values[start:stop])
+                native.place_states(members[start:stop], block.names, block.columns, block.steps, block.state)
 
     def begin(self, kernel: Kernel, key: Key, value: torch.Tensor, state: State) -> tuple[float, bool]:
         """Add to a state what its next step as a kernel asks for; return its count, and whether sgd's is new."""
@@ -411,7 +412,7 @@ class Optimizer:
         if state:
             self._complete(key, state, value)
         else:
-            state.update(kernel.fresh([value])[0])
+            state.update(kernel.fresh([value]).state(value))
         return float(state["step"]) + 1 if "step" in state else 1.0, is_first
 
     def step_rows(self, key: Key, value: torch.Tensor | Table, rows: Rows, state: State) -> None:

@@ -168,25 +168,27 @@ class Shard(native.ShardFields):
         with outside_modes():
             return shield.defer(self._push_plain, call, found, requests)
 
-    def _push_plain(self, call: native.Call, found: Any, requests: RequestIds) -> bool:
-        """Do a plain call that is long, or is logged, or is the first step of keys, which ``run`` has listed."""
+    def _push_plain(self, call: native.Call, batch: native.Batch, requests: RequestIds) -> bool:
+        """Do a plain call that is long, or is logged, or is the first step of keys."""
         with self._lock:
             self.refuse_reentry()
-            if isinstance(found, list):
-                self._begin_states(found)
-                found = call.run(self)
-            is_push = call.verb != "pull"
-            step = (self._steps[0],) if is_push and self._steps is not None else ()
-            if not isinstance(found, native.Batch) or len(step) < is_push:
+            if call.verb == "pull":
+                is_begun = batch.begin(native.leaves_cache(batch.nbytes), self._entries)
+                if is_begun:
+                    self._run(batch)
+                return is_begun
+            if self._steps is None or not self._begin(batch, self._entries, self._steps[0]):
                 return False
-            if not found.begin(native.leaves_cache(found.nbytes), self._entries, *step):
-                return False
-            if is_push:
-                sums = None if self.log is None else self._sums_of(found)
-                self._commit(PlainPush(found, found.cells, sums, requests=requests))
-            else:
-                self._run(found)
+            sums = None if self.log is None else self._sums_of(batch)
+            self._commit(PlainPush(batch, batch.cells, sums, requests=requests))
             return True
+
+    def _begin(self, batch: native.Batch, entries: dict[Key, Entry], step: Any) -> bool:
+        """Begin a batch that steps entries, with the states it needs; return whether it can be run."""
+        if batch.unready is not None and isinstance(self._rule, StepOptimizer):
+            with kept():
+                self._rule.optimizer.begin_all(batch.unready)
+        return batch.begin(native.leaves_cache(batch.nbytes), entries, step)
 
     def updates(self, keys: Sequence[Key]) -> native.Batch | None:
         """Return a batch that updates dense values from pieces of their sums, and counts that when it is finished.
@@ -217,18 +219,7 @@ class Shard(native.ShardFields):
         if steps is None or not native.can_look():
             return None
         batch = native.look(entries, keys, values, outs, *steps)
-        if isinstance(batch, list):
-            self._begin_states(batch)
-            batch = native.look(entries, keys, values, outs, *steps)
-        if not isinstance(batch, native.Batch) or not batch.begin(native.leaves_cache(batch.nbytes)):
-            return None
-        return batch
-
-    def _begin_states(self, entries: Sequence[Any]) -> None:
-        """Complete the states of entries for their next step."""
-        if isinstance(self._rule, StepOptimizer):
-            with kept():
-                self._rule.optimizer.begin_all(entries)
+        return batch if batch is not None and self._begin(batch, entries, steps[0]) else None
 
     def _sums_of(self, batch: native.Batch) -> torch.Tensor:
         """Return the sums of a batch, as bytes one after another; if they are made for that, have it push them."""

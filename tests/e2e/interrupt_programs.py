@@ -104,6 +104,8 @@ CALLS = {
     "mapping": lambda kv, number: kv.pushpull({"a": ones("a"), "c": ones("c", number)}),
     "large": lambda kv, number: kv.push("c", [ones("c"), ones("c", number), ones("c")]),
     "outs": lambda kv, number: pushpull_with_outs(kv, number, "a", "b", "c"),
+    # Arrays that are not plain are parsed in Python.
+    "parsed": lambda kv, number: kv.pushpull(["a", "c"], [np.flip(ones("a", number)), np.flip(ones("c"))]),
     "many": lambda kv, number: kv.pushpull(MANY, [ones(key, number) for key in MANY], out=outs(*MANY)),
     "rows": lambda kv, number: kv.push("t", rows(number)),
     "rows and dense": lambda kv, number: kv.push(["t", "b"], [rows(number), ones("b", number)]),
@@ -237,6 +239,8 @@ def call_at_every_line(engine):
     forms = {
         "list": lambda number: kv.push(keys, [ones(key, number) for key in keys]),
         "pushpull": lambda number: kv.pushpull(keys, [ones(key, number) for key in keys]),
+        # Arrays that are not plain are parsed in Python.
+        "parsed": lambda number: kv.pushpull(keys, [np.flip(ones(key, number)) for key in keys]),
         # Each is a push of its own, so one key at a time is looked at.
         "quick": lambda number: kv.push("a", ones("a", number)),
     }

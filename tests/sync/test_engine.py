@@ -102,11 +102,11 @@ def contract():
 @pytest.mark.parametrize(
     ("workers", "chosen", "is_whole"),
     [
-        (1, "TestDist", ALL),
         (2, "TestDist", True),
         (4, "TestDist", ALL),
         (3, "TestGloo", False),
-        *([(2, "TestGloo", False)] if ALL else []),
+        # One worker has a local store.
+        *([(1, "TestDist", True), (2, "TestGloo", False)] if ALL else []),
     ],
 )
 def test_the_contract(workers, chosen, is_whole, tmp_path):
@@ -457,6 +457,10 @@ def test_one_worker_is_a_local_store(caplog):
             assert kv.pushpull("w", torch.ones(2)).tolist() == [1, 1]
             kv.leave()
     assert "one worker" in caplog.text
+    with tensorkv.create("dist_sync", nonfinite="raise") as kv:
+        kv.init("w", torch.zeros(2))
+        with pytest.raises(tensorkv.NonFiniteError):
+            kv.push("w", torch.tensor([1, float("nan")]))
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, "60", True, None, float("inf")])

@@ -26,7 +26,29 @@ def slow(done, interrupts=1):
     done.append(1)
 
 
-WAYS = pytest.mark.parametrize("protect", [shield.run, shield.defer], ids=["run", "defer"])
+def run_steps(work, *args):
+    """Make a call that waits for nobody."""
+
+    def steps():
+        return work(*args)
+        yield
+
+    return shield.run_steps(steps())
+
+
+def run_last_step(work, *args):
+    """Make a call that may have to wait at its beginning."""
+
+    def steps():
+        yield
+        return work(*args)
+
+    return shield.run_steps(steps())
+
+
+WAYS = pytest.mark.parametrize(
+    "protect", [shield.run, shield.defer, run_steps, run_last_step], ids=["run", "defer", "steps", "last step"]
+)
 
 
 @WAYS
@@ -268,6 +290,87 @@ def test_a_wait_for_others_ends_when_its_caller_is_interrupted():
     assert seen == ["interrupted"]
     shield.check()
     shield.run(shield.check)
+
+
+# ---------------------------------------------------------------- calls in two threads
+
+
+def test_a_call_stays_in_its_thread_up_to_where_it_may_wait():
+    def steps(waits):
+        threads.append(threading.get_ident())
+        if waits:
+            yield
+            threads.append(threading.get_ident())
+            yield
+            threads.append(threading.get_ident())
+        return 5
+
+    threads = []
+    assert shield.run_steps(steps(False)) == 5
+    assert threads == [threading.get_ident()]
+    threads.clear()
+    assert shield.run_steps(steps(True)) == 5
+    assert threads[0] == threading.get_ident() != threads[1] == threads[2]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_handlers_run_when_steps_have_ended_or_wait(handlers, waits):
+    order, may_end = [], threading.Event()
+
+    def handle(*_):
+        order.append("handler")
+        may_end.set()
+
+    def steps():
+        signal.raise_signal(signal.SIGUSR1)
+        order.append("first")
+        if waits:
+            yield
+            assert may_end.wait(60)
+            order.append("last")
+
+    handlers(signal.SIGUSR1, handle)
+    shield.run_steps(steps())
+    assert order == (["first", "handler", "last"] if waits else ["first", "handler"])
+
+
+def test_steps_that_have_begun_end_before_an_exception_is_raised(handlers):
+    class Boom(BaseException):
+        pass
+
+    def boom(*_):
+        raise Boom
+
+    def steps():
+        signal.raise_signal(signal.SIGUSR1)
+        try:
+            yield
+            while True:
+                shield.check()
+                time.sleep(0.001)
+        finally:
+            ended.append(threading.get_ident() != threading.main_thread().ident)
+
+    handlers(signal.SIGUSR1, boom)
+    for _ in range(100):
+        ended = []
+        with pytest.raises(Boom):
+            shield.run_steps(steps())
+        assert ended == [True]
+
+
+def test_steps_end_where_no_thread_can_be_started(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(shield, "_servers", [])
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert run_last_step(threading.get_ident) == threading.get_ident()
+
+
+def test_steps_without_the_compiled_part_are_in_another_thread(monkeypatch):
+    monkeypatch.setattr(shield, "_signals", None)
+    assert run_steps(threading.get_ident) != threading.get_ident()
 
 
 def test_a_call_inside_of_another_has_a_thread_of_its_own():

@@ -3,12 +3,13 @@
 A bucket passes four stages. ``stage_in``: every worker puts its parts into the staging buffer. ``reduce``: each owner
 sums everyone's parts of its pieces and updates the values, or sends the sums to the next host. ``return_values``: the
 last host's values come back. ``copy_out``: outputs are written, when the values of all buckets are there; so a call
-that fails, because another worker dies for example, leaves them as they were.
+that fails, because another worker dies for example, leaves them as they were. A stage that may have to wait for long
+for another worker yields before it does (see ``shield.run_steps``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from tensorkv.errors import NonFiniteError, quote
+from tensorkv.runtime.shield import Steps
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.nonfinite import NonFinitePolicy
@@ -94,6 +96,10 @@ class Update:
         if not self._steps and not self.is_at_end:
             self._shard.count_updates(self._layout.keys if batch is None else self._layout.other_keys)
             return
+        with torch.no_grad():
+            self._finish_steps(batch)
+
+    def _finish_steps(self, batch: native.Batch | None) -> None:
         left_out = self._left_out() if self._policy.checks else set()
         counted = left_out if batch is None else {*left_out, *self._layout.own.tolist()}
         for key, entry in enumerate(self.entries):
@@ -157,34 +163,35 @@ class AllReduce:
 
     # ------------------------------------------------------------ a call
 
-    def stage_all(self, parts: Arrays) -> None:
+    def stage_all(self, parts: Arrays) -> Steps[None]:
         """Stage all of this worker's parts, which the caller may overwrite afterwards."""
         self._parts = parts
         for index in range(len(self._buckets)):
-            self.stage_in(index)
+            yield from self.stage_in(index)
         self._parts = None
 
-    def start(self, parts: Arrays) -> None:
+    def start(self, parts: Arrays) -> Steps[None]:
         """Stage this worker's parts of the first bucket; ``run`` stages the others."""
         self._parts = parts
         self._direct = parts
         if self._buckets:
-            self.stage_in(0)
+            yield from self.stage_in(0)
 
-    def run(self) -> None:
+    def run(self) -> Steps[None]:
         """Make the values, all workers having agreed on the call; the stages of different buckets overlap."""
         count = len(self._buckets)
         if not count:
             self.update.finish()
         # A bucket goes to the last host and back while the next ones follow it.
         return_lag = count if self.update.is_at_end else 4 * self._chain.hosts_after
+        stages: list[tuple[int, Callable[[int], Steps[None]]]]
         stages = [(0, self.reduce), (return_lag, self.return_values)]
         if self._parts is not None:
             stages.insert(0, (-1, self.stage_in))
         for turn in range(count + return_lag):
             for lag, stage in stages:
                 if 0 <= turn - lag < count:
-                    stage(turn - lag)
+                    yield from stage(turn - lag)
         if self._chain.has_neighbours:
             self._chain.flush()
 
@@ -192,10 +199,10 @@ class AllReduce:
         """Tell whether all members of this host have staged their parts."""
         return all(self._host.is_reached(self._filled(bucket), bucket.use) for bucket in self._buckets)
 
-    def wait_for_values(self) -> None:
+    def wait_for_values(self) -> Steps[None]:
         """Wait until every owner has made its values."""
         for bucket in self._buckets:
-            self._host.wait(self.staging.ready[bucket.slot][: self._owner_words], bucket.use)
+            yield from self._host.reach(self.staging.ready[bucket.slot][: self._owner_words], bucket.use)
 
     def copy_out(self, outs: native.Batch) -> None:
         """Copy the values, which are all there, to plain outputs."""
@@ -205,21 +212,21 @@ class AllReduce:
 
     # ------------------------------------------------------------ the stages of one bucket
 
-    def stage_in(self, index: int) -> None:
+    def stage_in(self, index: int) -> Steps[None]:
         """Put this worker's parts into the staging buffer, once its slot has been read."""
         bucket = self._buckets[index]
         parts: Any = self._parts
-        self._host.wait(self.staging.read[bucket.slot][: self._owner_words], bucket.use - 1)
+        yield from self._host.reach(self.staging.read[bucket.slot][: self._owner_words], bucket.use - 1)
         for segment in bucket.segments:
             segment.pack(parts, segment.whole if self._direct_column(segment) is None else segment.others)
         self._host.store(self.staging.own_filled[bucket.slot], bucket.use)
 
-    def reduce(self, index: int) -> None:
+    def reduce(self, index: int) -> Steps[None]:
         """Update the pieces that this worker owns, or send their sums to the next host."""
         bucket = self._buckets[index]
         if self._chain.is_owner:
             members = self._members
-            self._host.wait(self._filled(bucket), bucket.use, members)
+            yield from self._host.reach(self._filled(bucket), bucket.use, members)
             earlier = self._receive(index) if self.call.sum_comes else None
             sums = self._sum(bucket.own, members, earlier)
             self._host.store(self.staging.own_read[bucket.slot], bucket.use)
@@ -228,8 +235,9 @@ class AllReduce:
         if index == len(self._buckets) - 1:
             self.update.finish()
 
-    def return_values(self, index: int) -> None:
+    def return_values(self, index: int) -> Steps[None]:
         """Have the values of this worker's pieces in place, here and on the host before."""
+        yield from ()
         if not self._chain.is_owner:
             return
         bucket = self._buckets[index]
@@ -302,6 +310,16 @@ class AllReduce:
         if self._direct is not None:
             # What takes pieces as tensors finds them in the staging buffer.
             segment.pack(self._direct, [segment.own])
+        with torch.no_grad():
+            self._sum_tensors(segment, members, before, targets)
+
+    def _sum_tensors(
+        self,
+        segment: BucketSegment,
+        members: list[int],
+        before: list[torch.Tensor] | None,
+        targets: list[torch.Tensor] | None,
+    ) -> None:
         for index, at in enumerate(range(segment.own.start, segment.own.stop)):
             parts = [segment.staged(worker, at) for worker in members]
             if before is not None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from tensorkv.arrays import interop
-from tensorkv.arrays.arguments import Key, check_flag, check_timeout, is_key
+from tensorkv.arrays.arguments import Key, check_flag, check_timeout
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines import partition
@@ -177,13 +177,10 @@ class DistEngine(Engine):
             self._loads[owner] += sign * (borders[owner + 1] - borders[owner]) * width
 
     def plain(self, call: Call) -> bool:
-        batch = call.look(self._values) if native.can_look() else None
-        if batch is None:
+        if not native.can_look():
             return False
-        # Other threads may change the caller's lists.
-        groups = (call.values,) if is_key(call.key) else call.values and tuple(call.values)
         with outside_modes():
-            return self.protect(self._pushes.plain, call.verb, batch.keys, groups, batch, call.priority)
+            return shield.run_steps(self._order.steps(self._pushes.plain(call)))
 
     def push_parts(self, batch: Batch, priority: int) -> None:
         self._pushes.push(batch, None, priority)

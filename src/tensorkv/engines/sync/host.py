@@ -20,6 +20,7 @@ from typing import Any
 from tensorkv import errors
 from tensorkv.errors import TensorKVError, WorkerMismatchError
 from tensorkv.runtime import shield
+from tensorkv.runtime.shield import Steps
 from tensorkv.shard.pool import default_threads
 from tensorkv.transport.segment import LINE, Segment
 
@@ -35,6 +36,7 @@ except ImportError:
 ENTRIES = 32
 _ENTRY_NBYTES = 4096
 _NOTE_NBYTES = 8192
+_DIGEST_NBYTES = 8
 _HEAD = struct.Struct("8sI")
 # Bytes of text that an entry has room for; ``describe`` makes texts of one byte for each character.
 ENTRY_TEXT = _ENTRY_NBYTES - _HEAD.size
@@ -43,6 +45,8 @@ _ENTERED, _AGREED, _BROADCAST, _ARRIVED, _WAITS_FOR = range(5)
 _WORDS = 5
 # Long enough for a worker that is about to arrive, short enough to leave the core to one that is not.
 _SPIN_S = 50e-6
+# A wait that takes longer is made where signal handlers can interrupt it.
+_SOON_S = 2e-3
 # How often a wait looks whether the awaited worker lives.
 _POLL_S = 0.05
 
@@ -60,9 +64,23 @@ def describe(verb: str, **what: Any) -> str:
     return f"{verb} {json.dumps(what, default=str)}" if what else verb
 
 
-def fingerprint(text: str) -> bytes:
-    """Return 8 bytes that differ where texts differ."""
-    return blake2b(text.encode("utf-8", "backslashreplace"), digest_size=8).digest()
+class Signature:
+    """What all workers must have in common of a call, as it is compared.
+
+    Args:
+        text: as ``describe`` returns it.
+        digest: LEFT or REFUSED (None: 8 bytes that differ where texts differ).
+    """
+
+    __slots__ = ("digest", "entry", "text")
+
+    def __init__(self, text: str, digest: bytes | None = None) -> None:
+        data = text.encode("utf-8", "backslashreplace")
+        self.text = text
+        self.digest = blake2b(data, digest_size=_DIGEST_NBYTES).digest() if digest is None else digest
+        data = data[:ENTRY_TEXT]
+        self.entry = _HEAD.pack(self.digest, len(data)) + data
+        """What a worker enters of it: as much of the text as there is room for."""
 
 
 class NoMemoryToShareError(MemoryError):
@@ -111,6 +129,9 @@ class HostGroup:
         self._segments: list[Segment] = []
         if self._memory is not None:
             self._memory.set_words(1 + self.size * _WORDS)
+            self._stop: int = self._memory.address
+            self._own_entered, self._own_agreed = (self._word(self.local_rank, which) for which in (_ENTERED, _AGREED))
+            self._entered, self._agreed = self._column(_ENTERED), self._column(_AGREED)
 
     # ------------------------------------------------------------ layout of the control memory
 
@@ -128,11 +149,6 @@ class HostGroup:
     def _note(self) -> int:
         return LINE * (1 + self.size * _WORDS) + self.size * ENTRIES * _ENTRY_NBYTES
 
-    @property
-    def _stop(self) -> int:
-        address: int = self._memory.address
-        return address
-
     # ------------------------------------------------------------ words
 
     def store(self, address: int, count: int) -> None:
@@ -143,6 +159,12 @@ class HostGroup:
     def is_reached(self, addresses: bytes, least: int) -> bool:
         """Tell whether words have a count, without waiting."""
         return self.size == 1 or _shared.wait(addresses, least, self._stop, 0.0, 0.0) == len(addresses) // 8
+
+    def reach(self, addresses: bytes, least: int, workers: Sequence[int] | None = None) -> Steps[None]:
+        """Do as ``wait``, and yield before a wait that may be long."""
+        if self.size > 1 and _shared.wait(addresses, least, self._stop, _SOON_S, self._spin_s) * 8 < len(addresses):
+            yield
+            self.wait(addresses, least, workers)
 
     def wait(self, addresses: bytes, least: int, workers: Sequence[int] | None = None) -> None:
         """Wait until a word of each worker has a count.
@@ -237,24 +259,23 @@ class HostGroup:
 
     # ------------------------------------------------------------ calls
 
-    def enter(self, digest: bytes, text: str) -> Collective:
-        """Enter this worker's next call.
-
-        Args:
-            digest: what the entries of all workers must have in common.
-            text: what it stands for; an entry holds as much of it as there is room for.
-        """
+    def enter(self, signature: Signature) -> Collective:
+        """Enter this worker's next call."""
         number = self.num_entered
         if self._memory is not None:
             if number >= ENTRIES:
                 # Another worker may still have to read the entry that is written over.
-                self.wait(self._column(_AGREED), number - ENTRIES + 1)
-            data = text.encode("utf-8", "backslashreplace")[:ENTRY_TEXT]
-            at = self._entry(self.local_rank, number)
-            self._memory.memory[at : at + _HEAD.size + len(data)] = _HEAD.pack(digest, len(data)) + data
-            _shared.store(self._word(self.local_rank, _ENTERED), number + 1)
+                self.wait(self._agreed, number - ENTRIES + 1)
+            at, entry = self._entry(self.local_rank, number), signature.entry
+            self._memory.memory[at : at + len(entry)] = entry
+            _shared.store(self._own_entered, number + 1)
         self.num_entered += 1
-        return Collective(number, digest, text)
+        return Collective(number, signature.digest, signature.text)
+
+    def can_enter(self) -> bool:
+        """Tell whether the next call can be entered without a wait."""
+        number = self.num_entered
+        return self._memory is None or number < ENTRIES or self.is_reached(self._agreed, number - ENTRIES + 1)
 
     def agree(self, call: Collective) -> None:
         """Wait until every worker has entered a call, and note which of them take part.
@@ -264,36 +285,45 @@ class HostGroup:
         Raises:
             WorkerMismatchError: they have not entered the same call.
         """
+        shield.finish(self.agreement(call))
+
+    def agreement(self, call: Collective) -> Steps[None]:
+        """Do as ``agree``, and yield before a wait that may be long."""
         if call.members is not None:
             return
         if self._memory is None:
             call.members = [] if call.digest == LEFT else [self.local_rank]
             return
         number = call.number
-        self.wait(self._column(_ENTERED), number + 1)
-        digests = [self._read_entry(worker, number)[0] for worker in range(self.size)]
+        yield from self.reach(self._entered, number + 1)
+        digests = [self._read_digest(worker, number) for worker in range(self.size)]
         members = [worker for worker, digest in enumerate(digests) if digest != LEFT]
         if len({digests[worker] for worker in members}) > 1:
             raise self._mismatch(call, members)
         if call.digest == LEFT and members:
-            call.digest, call.text = self._read_entry(members[0], number)
+            call.digest, call.text = digests[members[0]], self._read_text(members[0], number)
         self.pass_over(call)
         call.members = members
 
     def all_entered(self, call: Collective) -> bool:
         """Tell whether every worker has entered a call."""
-        return self._memory is None or self.is_reached(self._column(_ENTERED), call.number + 1)
+        return self._memory is None or self.is_reached(self._entered, call.number + 1)
 
     def pass_over(self, call: Collective) -> None:
         """Let others write over an entry that this worker need not read any more."""
         if self._memory is not None:
-            _shared.store(self._word(self.local_rank, _AGREED), call.number + 1)
+            _shared.store(self._own_agreed, call.number + 1)
 
-    def _read_entry(self, worker: int, number: int) -> tuple[bytes, str]:
-        """Return the digest and the text that a worker has entered."""
+    def _read_digest(self, worker: int, number: int) -> bytes:
+        """Return the digest that a worker has entered."""
+        at = self._entry(worker, number)
+        return bytes(self._memory.memory[at : at + _DIGEST_NBYTES])
+
+    def _read_text(self, worker: int, number: int) -> str:
+        """Return the text that a worker has entered."""
         at, memory = self._entry(worker, number), self._memory.memory
-        digest, length = _HEAD.unpack_from(memory, at)
-        return digest, bytes(memory[at + _HEAD.size : at + _HEAD.size + length]).decode(errors="replace")
+        _, length = _HEAD.unpack_from(memory, at)
+        return bytes(memory[at + _HEAD.size : at + _HEAD.size + length]).decode(errors="replace")
 
     def _mismatch(self, call: Collective, members: Sequence[int]) -> WorkerMismatchError:
         if len(call.text) > ENTRY_TEXT:
@@ -302,7 +332,7 @@ class HostGroup:
         calls: dict[str, list[int]] = {}
         for worker in members:
             rank = self.ranks[worker]
-            _, text = self._read_entry(worker, call.number)
+            text = self._read_text(worker, call.number)
             if worker == self.local_rank:
                 text = call.text
             elif len(text) == ENTRY_TEXT:

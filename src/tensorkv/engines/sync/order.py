@@ -8,27 +8,70 @@ from __future__ import annotations
 
 import atexit
 import threading
+from _thread import get_ident
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 
 from tensorkv.errors import RankDeadError, TensorKVError, WorkerError, WorkerMismatchError
 from tensorkv.runtime import forks, shield
+from tensorkv.runtime.shield import Steps
 from tensorkv.shard.shard import Shard, kept
 
 from .allreduce import AllReduce
 from .chain import HEADER_TEXT, Chain
 from .group import RankDiedError
-from .host import LEFT, REFUSED, Collective, HostGroup, NoMemoryToShareError, fingerprint
+from .host import LEFT, REFUSED, Collective, HostGroup, NoMemoryToShareError, Signature
 from .schedule import StagingBuffer
+
+T = TypeVar("T")
 
 # How many long texts of calls are remembered.
 _MAX_TEXTS = 1024
 # How long the end of a process or a store waits for the progress thread.
 _EXIT_S = 5.0
+
+
+class CallLock:
+    """Held during a call. The thread that makes the call may take it again; another thread may take the call over."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._depth = 0
+
+    def take(self, *, waits: bool = True) -> bool:
+        """Take the lock; return whether it was free, if this does not wait for another thread."""
+        if self._owner != get_ident():
+            if not self._lock.acquire(blocking=waits):
+                return False
+            self._owner = get_ident()
+        self._depth += 1
+        return True
+
+    def leave_thread(self) -> None:
+        """Let another thread make the call, which takes it over."""
+        self._owner = None
+
+    def take_over(self) -> None:
+        """Make the call in this thread from now on."""
+        self._owner = get_ident()
+
+    def release(self) -> None:
+        """Let another call begin."""
+        self._depth -= 1
+        if not self._depth:
+            self._owner = None
+            self._lock.release()
+
+    def __enter__(self) -> None:
+        self.take()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 class CollectiveOrder:
@@ -42,7 +85,7 @@ class CollectiveOrder:
 
     def __init__(self, host: HostGroup, chain: Chain, shard: Shard) -> None:
         self._host, self._chain, self._shard = host, chain, shard
-        self.lock = threading.RLock()
+        self.lock = CallLock()
         # Texts by their digests, where an entry or a header may have no room for the whole.
         self._texts: dict[bytes, str] = {}
 
@@ -57,8 +100,25 @@ class CollectiveOrder:
         with self.lock, kept(), torch.no_grad():
             self.check()
             with self.unbroken(text):
-                call = self._host.enter(fingerprint(text), text)
-                yield call
+                yield self._host.enter(Signature(text))
+
+    def steps(self, call: Steps[T]) -> Steps[T]:
+        """Make a call's steps while no other call is made, in whatever thread each of them is."""
+        if not self.lock.take(waits=False):
+            yield
+            self.lock.take()
+        try:
+            while True:
+                try:
+                    next(call)
+                except StopIteration as end:
+                    result: T = end.value
+                    return result
+                self.lock.leave_thread()
+                yield
+                self.lock.take_over()
+        finally:
+            self.lock.release()
 
     def remember(self, call: Collective) -> None:
         """Keep the text of a push, for a time when this worker has left and other workers push the same keys."""
@@ -70,6 +130,10 @@ class CollectiveOrder:
     # ------------------------------------------------------------ agreement
 
     def agree(self, calls: Sequence[Collective], choice: Collective | None = None) -> Collective:
+        """Do as ``agreement``, at once."""
+        return shield.finish(self.agreement(calls, choice))
+
+    def agreement(self, calls: Sequence[Collective], choice: Collective | None = None) -> Steps[Collective]:
         """Return which call comes next, once all workers have agreed on it and on who takes part.
 
         The workers of each host compare what they have entered, in the order in which they entered it. The first host
@@ -84,7 +148,7 @@ class CollectiveOrder:
         """
         host, chain = self._host, self._chain
         call = calls[0]
-        host.agree(call)
+        yield from host.agreement(call)
         if call.digest == REFUSED:
             # The only worker of this host that had not left has refused its call.
             chain.refuse(call)
@@ -104,7 +168,7 @@ class CollectiveOrder:
 
     def join(self) -> Collective:
         """Enter the next call of the others, without one of this worker's, and return it; LEFT if no worker has one."""
-        call = self.agree([self._host.enter(LEFT, "leave")])
+        call = self.agree([self._host.enter(Signature("leave", LEFT))])
         if not call.members:
             # Only some workers are connected with other hosts, and know what these call.
             digest, _, call.text = self._host.broadcast_text(f"{call.digest.hex()} {call.text}").partition(" ")
@@ -153,16 +217,20 @@ class CollectiveOrder:
         """
         try:
             yield
-        except TensorKVError as error:
-            self._raise_first(error, text)
         except BaseException as error:
-            # The workers of a host all know of missing memory, and go on; those of other hosts do not.
-            if not isinstance(error, NoMemoryToShareError) or len(self._host.group.hosts) > 1:
-                how = f"{type(error).__name__}: {error}"
-                self._host.abort(WorkerError(f"{text[:200]}: rank {self._host.group.rank} broke off: {how}"))
-            if isinstance(error, NoMemoryToShareError):
-                raise NoMemoryToShareError(f"{text[:200]}: {error}") from error
-            raise
+            self.break_off(error, text)
+
+    def break_off(self, error: BaseException, text: str) -> NoReturn:
+        """Raise what a call has raised, after it has ended the store, or what has ended the store before."""
+        if isinstance(error, TensorKVError):
+            self._raise_first(error, text)
+        # The workers of a host all know of missing memory, and go on; those of other hosts do not.
+        if not isinstance(error, NoMemoryToShareError) or len(self._host.group.hosts) > 1:
+            how = f"{type(error).__name__}: {error}"
+            self._host.abort(WorkerError(f"{text[:200]}: rank {self._host.group.rank} broke off: {how}"))
+        if isinstance(error, NoMemoryToShareError):
+            raise NoMemoryToShareError(f"{text[:200]}: {error}") from error
+        raise error
 
     def _raise_first(self, error: TensorKVError, text: str) -> NoReturn:
         """Raise the error of the worker that ended the store first, or this one if the store goes on after it."""
@@ -182,7 +250,7 @@ class CollectiveOrder:
             text: what was wrong.
         """
         with self.ending_store(text):
-            call = self._host.enter(REFUSED, text)
+            call = self._host.enter(Signature(text, REFUSED))
             self._host.pass_over(call)
             self._chain.refuse(call)
 
@@ -241,6 +309,14 @@ class PushQueue:
         forks.pin_in_children(self)
         atexit.register(self._leave_process)
 
+    def done(self, what: AllReduce | StagingBuffer | None = None) -> Steps[None]:
+        """Do as ``wait_for``, and yield before a wait."""
+        # Only this thread adds pushes now.
+        if self._pushes and any(what in (None, push.allreduce, push.allreduce.staging) for push in list(self._pushes)):
+            yield
+            self.wait_for(what)
+        self._host.check()
+
     def wait_for(self, what: AllReduce | StagingBuffer | None = None) -> None:
         """Wait until this worker has run a push, every push in a staging buffer, or (None) every push."""
         with self._changed:
@@ -291,7 +367,7 @@ class PushQueue:
             with self._order.unbroken(pushes[0].call.text):
                 push = self._agree(pushes)
             with self._order.unbroken(push.call.text):
-                push.allreduce.run()
+                shield.finish(push.allreduce.run())
                 if self._chain.has_neighbours:
                     self._chain.report_progress(self._last_staged())
                 for _, problem in push.allreduce.update.failed:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 
 from tensorkv.arrays import interop
-from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.arguments import Key, is_key
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import NonFiniteError, TensorKVError, WorkerError, WorkerMismatchError, quote
+from tensorkv.runtime.shield import Steps, finish
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Batch, Entry, Part
 from tensorkv.shard.nonfinite import NonFinitePolicy, count_nonfinite
@@ -29,7 +31,7 @@ from . import sparse
 from .allreduce import AllReduce, Update
 from .chain import Chain
 from .group import ProcessGroup
-from .host import ENTRIES, LEFT, REFUSED, Collective, HostGroup, describe, fingerprint
+from .host import ENTRIES, LEFT, REFUSED, Collective, HostGroup, Signature, describe
 from .order import CollectiveOrder, PushQueue
 from .schedule import (
     RING,
@@ -102,37 +104,30 @@ class Pushes:
 
     # ------------------------------------------------------------ push
 
-    def plain(self, verb: str, keys: tuple[Key, ...], groups: Any, batch: native.Batch, priority: int) -> bool:
-        """Do a call whose arrays are plain.
-
-        Args:
-            verb: ``"push"``, ``"pull"`` or ``"pushpull"``.
-            keys: of the call.
-            groups: per key, its part or parts; None for a pull.
-            batch: what the compiled part has seen of them.
-            priority: of the call.
-
-        Returns:
-            Whether it was done; otherwise nothing was, since keys or the rule are others now.
-        """
-        with self._order.lock:
-            self._order.check()
-            # A pushpull has parts and outs.
-            nbytes = batch.nbytes // 2 if verb == "pushpull" else batch.nbytes
-            if not batch.begin(nbytes > _PAST_CACHE_NBYTES) or (verb != "pull" and not self._fits_rule(keys)):
-                return False
-            if verb == "pull":
-                self.settle(keys)
-                batch.run(0, batch.numel)
-            else:
-                self._enter(
-                    self._text(verb, keys),
-                    lambda call: self._push_dense(
-                        call, keys, Arrays(groups, batch), None if verb == "push" else batch, priority
-                    ),
-                )
-            batch.finish()
-            return True
+    def plain(self, call: native.Call) -> Steps[bool]:
+        """Do a call with the caller's own arrays if all are plain; return whether it was done."""
+        self._order.check()
+        batch = call.look(self._values)
+        if batch is None:
+            return False
+        verb, keys = call.verb, batch.keys
+        # A pushpull has parts and outs.
+        nbytes = batch.nbytes // 2 if verb == "pushpull" else batch.nbytes
+        if not batch.begin(nbytes > _PAST_CACHE_NBYTES) or (verb != "pull" and not self._fits_rule(keys)):
+            return False
+        if verb == "pull":
+            yield from self._settled(keys)
+            batch.run(0, batch.numel)
+        else:
+            # Other threads may change the caller's lists.
+            groups = (call.values,) if is_key(call.key) else tuple(call.values)
+            outs = None if verb == "push" else batch
+            yield from self._enter(
+                self._signature(verb, keys),
+                partial(self._push_dense, keys=keys, parts=Arrays(groups, batch), outs=outs, priority=call.priority),
+            )
+        batch.finish()
+        return True
 
     def _fits_rule(self, keys: tuple[Key, ...]) -> bool:
         """Tell whether the update rule can update these keys from dense parts."""
@@ -153,34 +148,51 @@ class Pushes:
 
     def push(self, batch: Batch, outs: Outs | None, priority: int) -> None:
         """Push a batch; with outs, pull its keys."""
+        with kept(), torch.no_grad():
+            finish(self._order.steps(self._push(batch, outs, priority)))
+
+    def _push(self, batch: Batch, outs: Outs | None, priority: int) -> Steps[None]:
         by_rows = [all(isinstance(part, Rows) for part in parts) for parts in batch.parts]
         keys, verb = tuple(batch.keys), "push" if outs is None else "pushpull"
-        with self._order.lock:
-            self._shard.check(batch)
-            if any(by_rows):
-                text = describe(verb, keys=batch.keys, rows=by_rows)
-                filled = self._enter(text, lambda call: self._push_rows_and_dense(call, batch, by_rows))
-            else:
-                filled = self._enter(
-                    self._text(verb, keys), lambda call: self._push_groups(call, keys, batch.parts, outs, priority)
-                )
-            if outs is not None and not filled:
-                self.pull(keys, outs)
+        self._shard.check(batch)
+        self._order.check()
+        if any(by_rows):
+            signature = Signature(describe(verb, keys=batch.keys, rows=by_rows))
+            filled = yield from self._enter(signature, partial(self._push_rows_and_dense, batch=batch, by_rows=by_rows))
+        else:
+            filled = yield from self._enter(
+                self._signature(verb, keys),
+                partial(self._push_groups, keys=keys, groups=batch.parts, outs=outs, priority=priority),
+            )
+        if outs is not None and not filled:
+            self.pull(keys, outs)
 
-    def _text(self, verb: str, keys: tuple[Key, ...]) -> str:
+    def _signature(self, verb: str, keys: tuple[Key, ...]) -> Signature:
         """Describe a push of dense parts to the other workers."""
         schedule = self._schedules.get(keys)
-        text = None if schedule is None else schedule.texts.get(verb)
-        return describe(verb, keys=list(keys)) if text is None else text
+        signature = None if schedule is None else schedule.signatures.get(verb)
+        if signature is None:
+            signature = Signature(describe(verb, keys=list(keys)))
+            if schedule is not None:
+                schedule.signatures[verb] = signature
+        return signature
 
-    def _enter(self, text: str, push: Callable[[Collective], bool]) -> bool:
+    def _enter(self, signature: Signature, push: Callable[[Collective], Steps[bool]]) -> Steps[bool]:
         """Enter a push and make it; return whether its outputs have been written."""
+        if self._waits_for_messages or not self._host.can_enter():
+            yield
         try:
-            with self._order.entered(text) as call:
-                return push(call)
+            return (yield from push(self._host.enter(signature)))
         except _UpdateFailedError as error:
             failed = error.error
+        except BaseException as error:
+            self._order.break_off(error, signature.text)
         raise failed
+
+    @property
+    def _waits_for_messages(self) -> bool:
+        """Whether a push waits for messages of other workers, or runs a function of the caller's."""
+        return self._chain.has_neighbours or not self._can_defer
 
     def _push_groups(
         self,
@@ -189,25 +201,25 @@ class Pushes:
         groups: Sequence[Sequence[Part]],
         outs: Outs | None,
         priority: int,
-    ) -> bool:
+    ) -> Steps[bool]:
         """Do ``_push_dense`` with parts and outputs as tensors, or Rows that become dense."""
         dense = [_dense(self._shard.entry("push", key), group) for key, group in zip(keys, groups, strict=True)]
         parts, targets = Arrays.of(self._values, keys, dense), None
         if outs is not None and native.can_look():
             targets = native.look(self._values, keys, None, outs, None, None)
         if not isinstance(targets, native.Batch):
-            return self._push_dense(call, keys, parts, None, priority)
+            return (yield from self._push_dense(call, keys, parts, None, priority))
         targets.begin(targets.nbytes > _PAST_CACHE_NBYTES)
-        return self._push_dense(call, keys, parts, targets, priority)
+        return (yield from self._push_dense(call, keys, parts, targets, priority))
 
     def _push_dense(
         self, call: Collective, keys: tuple[Key, ...], parts: Arrays, outs: native.Batch | None, priority: int
-    ) -> bool:
+    ) -> Steps[bool]:
         """Push dense parts, and fill outputs if they are plain; return whether these have been written."""
         if _verb(call) == "push" and self._can_defer:
-            self._defer(call, keys, parts, priority)
+            yield from self._defer(call, keys, parts, priority)
             return False
-        allreduce = self._run(call, keys, parts)
+        allreduce = yield from self._run(call, keys, parts)
         self._raise_failed(allreduce)
         if outs is not None:
             allreduce.copy_out(outs)
@@ -218,30 +230,30 @@ class Pushes:
         """Whether nothing can go wrong with a push that its caller would have to hear of."""
         return not self._shard.has_updater and not self._policy.checks
 
-    def _defer(self, call: Collective, keys: tuple[Key, ...], parts: Arrays, priority: int) -> None:
+    def _defer(self, call: Collective, keys: tuple[Key, ...], parts: Arrays, priority: int) -> Steps[None]:
         """Stage a push and leave the rest to the queue."""
-        allreduce = self._prepare(call, keys, deferred=True)
+        allreduce = yield from self._prepare(call, keys, deferred=True)
         # Pushes of one key are applied in the order in which they were made.
         for earlier in self._pending_of(keys):
-            self._queue.wait_for(earlier)
-        allreduce.stage_all(parts)
+            yield from self._queue.done(earlier)
+        yield from allreduce.stage_all(parts)
         for key in keys:
             self._pending[key] = allreduce
         self._queue.add(allreduce, priority)
 
-    def _run(self, call: Collective, keys: tuple[Key, ...], parts: Arrays) -> AllReduce:
+    def _run(self, call: Collective, keys: tuple[Key, ...], parts: Arrays) -> Steps[AllReduce]:
         """Run a call to its end, when all values are there."""
-        allreduce = self._prepare(call, keys, deferred=False)
-        self.drain()
-        allreduce.start(parts)
-        self._order.agree([call])
-        allreduce.run()
-        allreduce.wait_for_values()
+        allreduce = yield from self._prepare(call, keys, deferred=False)
+        yield from self._drained()
+        yield from allreduce.start(parts)
+        yield from self._order.agreement([call])
+        yield from allreduce.run()
+        yield from allreduce.wait_for_values()
         return allreduce
 
-    def _push_rows_and_dense(self, call: Collective, batch: Batch, by_rows: Sequence[bool]) -> bool:
+    def _push_rows_and_dense(self, call: Collective, batch: Batch, by_rows: Sequence[bool]) -> Steps[bool]:
         """Push keys of which some came as Rows alone; no outputs are written."""
-        self.drain()
+        yield from self._drained()
         self._order.remember(call)
         self._order.agree([call])
         self._order.wait_for_all()
@@ -250,9 +262,8 @@ class Pushes:
         dense = {key: parts for key, parts, is_rows in pairs if not is_rows}
         merged = self._gather_rows(batch.verb, rows)
         if dense:
-            text = self._text("push", tuple(dense))
-            inner = self._host.enter(fingerprint(text), text)
-            self._push_groups(inner, tuple(dense), list(dense.values()), None, 0)
+            inner = self._host.enter(self._signature("push", tuple(dense)))
+            yield from self._push_groups(inner, tuple(dense), list(dense.values()), None, 0)
             # One thread at a time may step an optimizer, and this one goes on with the Rows.
             self._queue.wait_for()
         self._apply_rows(merged)
@@ -336,18 +347,26 @@ class Pushes:
 
     def settle(self, keys: Sequence[Key]) -> None:
         """Wait until this worker's earlier pushes of some keys have made their values."""
+        finish(self._settled(keys))
+
+    def _settled(self, keys: Sequence[Key]) -> Steps[None]:
+        if not self._pending:
+            return
         for allreduce in self._pending_of(keys):
-            self._queue.wait_for(allreduce)
+            yield from self._queue.done(allreduce)
             with self._order.ending_store(allreduce.call.text):
-                allreduce.wait_for_values()
+                yield from allreduce.wait_for_values()
         # Only now: a call that is interrupted while it waits is made again.
         for key in keys:
             self._pending.pop(key, None)
 
     def drain(self) -> None:
         """Wait for all of this worker's earlier pushes."""
-        self._queue.wait_for()
-        self.settle(list(self._pending))
+        finish(self._drained())
+
+    def _drained(self) -> Steps[None]:
+        yield from self._queue.done()
+        yield from self._settled(list(self._pending))
 
     def _pending_of(self, keys: Sequence[Key]) -> list[AllReduce]:
         return list({id(each): each for key in keys if (each := self._pending.get(key))}.values())
@@ -390,8 +409,8 @@ class Pushes:
 
     def _serve_dense(self, call: Collective, keys: tuple[Key, ...]) -> None:
         deferred = _verb(call) == "push" and self._can_defer
-        allreduce = self._prepare(call, keys, deferred=deferred)
-        allreduce.run()
+        allreduce = finish(self._prepare(call, keys, deferred=deferred))
+        finish(allreduce.run())
         if deferred:
             # No later one, since this worker takes calls in their order.
             self._chain.report_progress(-1)
@@ -399,21 +418,20 @@ class Pushes:
 
     # ------------------------------------------------------------ schedules and staging buffers
 
-    def _prepare(self, call: Collective, keys: tuple[Key, ...], *, deferred: bool) -> AllReduce:
+    def _prepare(self, call: Collective, keys: tuple[Key, ...], *, deferred: bool) -> Steps[AllReduce]:
         """Choose the staging buffer of a call; one that is new is allocated by all workers of the host."""
-        schedule = self._schedule(keys)
-        schedule.texts[_verb(call)] = call.text
+        schedule = yield from self._schedule(keys)
         self._order.remember(call)
         first = 0
         if not deferred:
             if self._ring is None:
-                self._agree_early(call)
+                yield from self._agreed_early(call)
                 self._ring = StagingBuffer(self._host, RING, self._slot_nbytes)
             staging = self._ring
         elif schedule.is_small:
-            staging, first = self._next_small_slot(call)
+            staging, first = yield from self._next_small_slot(call)
         else:
-            staging = self._own_staging(schedule, call)
+            staging = yield from self._own_staging(schedule, call)
         updates_empty = self._chain.is_last and self._host.local_rank == 0
         update = Update(_verb(call), self._shard, schedule, self._policy, updates_empty)
         allreduce = AllReduce(self._host, self._chain, call, schedule, staging, update, first)
@@ -421,37 +439,38 @@ class Pushes:
             self._small_pushes[first] = allreduce
         return allreduce
 
-    def _next_small_slot(self, call: Collective) -> tuple[StagingBuffer, int]:
+    def _next_small_slot(self, call: Collective) -> Steps[tuple[StagingBuffer, int]]:
         if self._small is None:
-            self._agree_early(call)
+            yield from self._agreed_early(call)
             self._small = StagingBuffer(self._host, ENTRIES, SMALL_NBYTES)
             self._small_pushes = [None] * ENTRIES
         slot = self._small_slot
         self._small_slot = (slot + 1) % ENTRIES
         earlier = self._small_pushes[slot]
         if earlier is not None:
-            self._queue.wait_for(earlier)
+            yield from self._queue.done(earlier)
         return self._small, slot
 
-    def _own_staging(self, schedule: Schedule, call: Collective) -> StagingBuffer:
+    def _own_staging(self, schedule: Schedule, call: Collective) -> Steps[StagingBuffer]:
         if schedule.own_staging is None:
-            self._make_room(schedule)
-            self._agree_early(call)
+            yield from self._make_room(schedule)
+            yield from self._agreed_early(call)
             schedule.own_staging = StagingBuffer(self._host, schedule.num_slots, schedule.slot_nbytes)
         else:
             # Its slots are filled again only when what was staged before has been taken.
-            self._queue.wait_for(schedule.own_staging)
+            yield from self._queue.done(schedule.own_staging)
         return schedule.own_staging
 
-    def _agree_early(self, call: Collective) -> None:
+    def _agreed_early(self, call: Collective) -> Steps[None]:
         # Memory is shared by workers that make the same call, and calls are compared in order.
+        yield
         self._queue.wait_for()
         self._host.agree(call)
 
-    def _schedule(self, keys: tuple[Key, ...]) -> Schedule:
+    def _schedule(self, keys: tuple[Key, ...]) -> Steps[Schedule]:
         schedule = self._schedules.pop(keys, None)
         if schedule is None:
-            schedule = self._make_schedule(keys)
+            schedule = yield from self._make_schedule(keys)
         self._schedules[keys] = schedule
         rule = self._shard.rule
         if schedule.rule is not rule:
@@ -460,15 +479,15 @@ class Pushes:
             schedule.rule, schedule.sees_whole = rule, any(map(rule.sees_whole, examples))
         return schedule
 
-    def _make_schedule(self, keys: tuple[Key, ...]) -> Schedule:
+    def _make_schedule(self, keys: tuple[Key, ...]) -> Steps[Schedule]:
         # Every worker makes the same calls, and so forgets the same schedule.
         while len(self._schedules) >= _MIN_SCHEDULES and self._num_named > _MAX_NAMED * len(self._values):
-            self._drop(next(iter(self._schedules)))
+            yield from self._drop(next(iter(self._schedules)))
         self._num_named += len(keys)
         values = [self._values[key] for key in keys]
         return Schedule(Layout(keys, values, self._host.local_rank, self._chain.owners), self._slot_nbytes)
 
-    def _make_room(self, schedule: Schedule) -> None:
+    def _make_room(self, schedule: Schedule) -> Steps[None]:
         """Drop the least recently used schedules until there is room for another one's staging buffer."""
         values = [each.value for each in self._values.values()]
         nbytes = sum(value.numel() * interop.accumulator(value.dtype).itemsize for value in values)
@@ -477,7 +496,7 @@ class Pushes:
         for keys, freed in staged.items():
             if room >= 0:
                 break
-            self._drop(keys)
+            yield from self._drop(keys)
             room += freed
 
     def forget(self, keys: Sequence[Key] | None = None) -> None:
@@ -486,10 +505,10 @@ class Pushes:
         self._small_pushes = [None] * len(self._small_pushes)
         gone = None if keys is None else set(keys)
         for named in [each for each in self._schedules if gone is None or not gone.isdisjoint(each)]:
-            self._drop(named)
+            finish(self._drop(named))
 
-    def _drop(self, keys: tuple[Key, ...]) -> None:
-        self.settle(keys)
+    def _drop(self, keys: tuple[Key, ...]) -> Steps[None]:
+        yield from self._settled(keys)
         self._num_named -= len(keys)
         staging = self._schedules.pop(keys).own_staging
         if staging is not None:

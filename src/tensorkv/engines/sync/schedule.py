@@ -25,7 +25,7 @@ from tensorkv.shard import native, reduce
 from tensorkv.shard.rules import Rule
 from tensorkv.transport.segment import LINE, aligned
 
-from .host import HostGroup
+from .host import HostGroup, Signature
 
 # What a worker stages at a time: small enough to be in the shared cache when the others read it; over hosts, long
 # enough for a message.
@@ -312,8 +312,8 @@ class Schedule:
         self._buckets = partition.cut(layout.runs, layout.owners, slot_nbytes)
         ends = [(each.offset + each.count * layout.itemsizes[each.key]).max() for each in self._buckets]
         self.slot_nbytes = int(max(ends, default=0))
-        self.texts: dict[str, str] = {}
-        """By verb, how calls that name these keys are described to other workers."""
+        self.signatures: dict[str, Signature] = {}
+        """By verb, what other workers compare of calls that name these keys."""
         self.rule: Rule | None = None
         """The last rule that the keys were checked for."""
         self.sees_whole = False

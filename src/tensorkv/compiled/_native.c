@@ -132,6 +132,63 @@ done:
     return result;
 }
 
+/* ------------------------------------------------------------ memory */
+
+/* Large blocks are kept for the next call: to get 6 MB from the kernel takes longer than to look at 40,000 arrays. */
+enum { NUM_KEPT = 6, KEPT_NBYTES = 64 << 10, MAX_KEPT_NBYTES = 16 << 20 };
+
+typedef struct {
+    size_t nbytes, padding;
+} Block;
+
+static Block *kept_blocks[NUM_KEPT];
+
+static void *new_memory(size_t nbytes) {
+    Block **best = NULL, *block;
+    for (int i = 0; i < NUM_KEPT && nbytes >= KEPT_NBYTES; i++) {
+        block = kept_blocks[i];
+        if (block == NULL || block->nbytes < nbytes || block->nbytes / 4 > nbytes) continue;
+        if (best == NULL || block->nbytes < (*best)->nbytes) best = &kept_blocks[i];
+    }
+    if (best != NULL) {
+        block = *best;
+        *best = NULL;
+        return block + 1;
+    }
+    if ((block = PyMem_Malloc(sizeof *block + nbytes)) == NULL) return NULL;
+    block->nbytes = nbytes;
+    return block + 1;
+}
+
+static void *new_zeros(size_t nbytes) {
+    void *memory = new_memory(nbytes);
+    return memory == NULL ? NULL : memset(memory, 0, nbytes);
+}
+
+static void free_memory(void *memory) {
+    Block *block = memory == NULL ? NULL : (Block *)memory - 1, **least = &kept_blocks[0];
+    if (block != NULL && block->nbytes >= KEPT_NBYTES && block->nbytes <= MAX_KEPT_NBYTES) {
+        for (int i = 0; i < NUM_KEPT && *least != NULL; i++)
+            if (kept_blocks[i] == NULL || kept_blocks[i]->nbytes < (*least)->nbytes) least = &kept_blocks[i];
+        if (*least == NULL || (*least)->nbytes < block->nbytes) {
+            Block *other = *least;
+            *least = block;
+            block = other;
+        }
+    }
+    PyMem_Free(block);
+}
+
+static void *more_memory(void *memory, size_t nbytes) {
+    size_t present = memory == NULL ? 0 : ((Block *)memory - 1)->nbytes;
+    if (nbytes <= present) return memory;
+    void *larger = new_memory(nbytes);
+    if (larger == NULL) return NULL;
+    if (memory != NULL) memcpy(larger, memory, present);
+    free_memory(memory);
+    return larger;
+}
+
 /* ------------------------------------------------------------ arrays */
 
 /* As in DLPack 1.3, whose table of functions torch gives to C. */
@@ -160,15 +217,40 @@ enum { CODE_INT, CODE_UINT, CODE_FLOAT, CODE_BFLOAT = 4, CODE_BOOL = 6 };
 static const ExchangeAPI *torch_api;
 static PyObject *ndarray_type, *tensor_type, *parameter_type, *is_neg, *increment_version;
 
+/* As in numpy/ndarraytypes.h, the same in NumPy 1 and 2, whose own macros read it. */
+typedef struct {
+    PyObject_HEAD
+    char *data;
+    int nd;
+    int64_t *dimensions, *strides;
+    PyObject *base, *descr;
+    int flags;
+} NumpyArray;
+
+enum { NUMPY_C_CONTIGUOUS = 1, NUMPY_ALIGNED = 0x100, NUMPY_WRITEABLE = 0x400, NUMPY_WARNS_ON_WRITE = (int)0x80000000 };
+enum { MAX_NUMPY_DTYPES = 16 };
+
+/* NumPy's dtypes, float32 first; whether arrays are as above. */
+static struct {
+    PyObject *descr;
+    unsigned char code, bits;
+} numpy_dtypes[MAX_NUMPY_DTYPES];
+static int num_numpy_dtypes, knows_numpy;
+
 PyDoc_STRVAR(use_doc,
-             "use(ndarray, tensor, parameter, api, is_neg, increment_version)\n--\n\n"
+             "use(ndarray, tensor, parameter, api, is_neg, increment_version, samples)\n--\n\n"
              "Tell which types of arrays there are, and what torch has for them: a capsule of DLPack's functions,\n"
-             "whether a tensor is lazily negated, and what raises the versions of tensors.");
+             "whether a tensor is lazily negated, and what raises the versions of tensors.\n\n"
+             "samples: a list of NumPy arrays of two dimensions, one of each dtype, from which the rest is learned.");
+
+static void learn_numpy(PyObject *samples);
 
 static PyObject *use(PyObject *module, PyObject *args) {
-    PyObject *given[6];
+    PyObject *given[6], *samples;
     (void)module;
-    if (!PyArg_ParseTuple(args, "OOOOOO", &given[0], &given[1], &given[2], &given[3], &given[4], &given[5])) return NULL;
+    if (!PyArg_ParseTuple(args, "OOOOOOO!", &given[0], &given[1], &given[2], &given[3], &given[4], &given[5], &PyList_Type,
+                          &samples))
+        return NULL;
     const ExchangeAPI *api = PyCapsule_GetPointer(given[3], "dlpack_exchange_api");
     if (api == NULL) return NULL;
     if (api->header.major != 1 || api->dltensor_from_py_object == NULL) {
@@ -182,14 +264,16 @@ static PyObject *use(PyObject *module, PyObject *args) {
             Py_XDECREF(*held[i]);
             *held[i] = Py_NewRef(given[i]);
         }
+    learn_numpy(samples);
     return Py_NewRef(Py_None);
 }
 
 /* One array whose elements lie side by side in the order of C, in this process's memory. */
 typedef struct {
     char *address;
-    int64_t numel, shape[MAX_DIMS];
+    int64_t numel;
     int ndim, dtype, kind; /* the kernels' dtype; DLPack's code and bits, which tell unsigned integers apart */
+    int64_t shape[MAX_DIMS];
 } Plain;
 
 static int is_torch(PyObject *array) {
@@ -240,7 +324,7 @@ static int look_at_torch(PyObject *array, Plain *plain) {
     return 1;
 }
 
-static int look_at_numpy(PyObject *array, Plain *plain, int writable) {
+static int look_at_buffer(PyObject *array, Plain *plain, int writable) {
     static const char formats[] = "?bhilqBHILQefd";
     static const unsigned char codes[] = {CODE_BOOL, CODE_INT,  CODE_INT,  CODE_INT,  CODE_INT,  CODE_INT,   CODE_UINT,
                                           CODE_UINT, CODE_UINT, CODE_UINT, CODE_UINT, CODE_FLOAT, CODE_FLOAT, CODE_FLOAT};
@@ -260,6 +344,40 @@ static int look_at_numpy(PyObject *array, Plain *plain, int writable) {
     return fits;
 }
 
+/* What the buffer protocol tells, of an array of NumPy's whose dtype is a usual one. */
+static int look_at_numpy(PyObject *object, Plain *plain, int writable) {
+    const NumpyArray *array = (const NumpyArray *)object;
+    int dtype = 0, needed = NUMPY_C_CONTIGUOUS | NUMPY_ALIGNED | (writable ? NUMPY_WRITEABLE : 0);
+    if (!knows_numpy || (array->flags & NUMPY_WARNS_ON_WRITE) || array->nd > MAX_DIMS)
+        return look_at_buffer(object, plain, writable);
+    while (dtype < num_numpy_dtypes && numpy_dtypes[dtype].descr != array->descr) dtype++;
+    if (dtype == num_numpy_dtypes) return look_at_buffer(object, plain, writable);
+    if ((array->flags & needed) != needed) return 0;
+    return describe(plain, array->data, array->nd, array->dimensions, NULL, numpy_dtypes[dtype].code, numpy_dtypes[dtype].bits);
+}
+
+/* Learn NumPy's dtypes, and see that its arrays are as they are read here; else the buffer protocol does it all. */
+static void learn_numpy(PyObject *samples) {
+    Py_ssize_t count = PyList_Size(samples);
+    knows_numpy = count <= MAX_NUMPY_DTYPES;
+    num_numpy_dtypes = 0;
+    for (Py_ssize_t i = 0; i < count && knows_numpy; i++) {
+        PyObject *sample = PyList_GetItem(samples, i);
+        const NumpyArray *array = (const NumpyArray *)sample;
+        Plain plain;
+        knows_numpy = (PyObject *)Py_TYPE(sample) == ndarray_type && look_at_buffer(sample, &plain, 1) && plain.ndim == 2 &&
+                      array->data == plain.address && array->nd == 2 && array->dimensions[0] == plain.shape[0] &&
+                      array->dimensions[1] == plain.shape[1] && array->base == NULL &&
+                      (array->flags & NUMPY_WRITEABLE) && (array->flags & NUMPY_C_CONTIGUOUS);
+        if (!knows_numpy) break;
+        /* Held for as long as the process lives, as NumPy itself does. */
+        numpy_dtypes[i].descr = Py_NewRef(array->descr);
+        numpy_dtypes[i].code = (unsigned char)(plain.kind >> 8);
+        numpy_dtypes[i].bits = (unsigned char)plain.kind;
+        num_numpy_dtypes++;
+    }
+}
+
 /* Whether an array is plain: exactly NumPy's or torch's, no subclass, and its elements as they count in memory. */
 static int look_at(PyObject *array, Plain *plain, int writable) {
     if ((PyObject *)Py_TYPE(array) == ndarray_type) return look_at_numpy(array, plain, writable);
@@ -276,14 +394,15 @@ PyDoc_STRVAR(cell_doc, "What the compiled part reads and writes of a key: its va
 
 typedef struct {
     PyObject_HEAD
-    PyObject *value, *state, *spec, *bound, *bound_states[MAX_STATES + 1];
+    PyObject *value, *bound;
+    unsigned long long named; /* by which call last */
+    char is_plain, is_remote; /* remote: the value is only described, and is elsewhere */
+    char is_new;              /* the state was made for the next step */
+    long long version;
+    Plain plain; /* of ``bound``, if ``is_plain`` */
+    PyObject *state, *spec, *bound_states[MAX_STATES + 1];
     PyObject *block; /* has the state, which is no dict yet: a tuple of the states' names and what makes the dict */
     size_t place, offset, placed_nbytes; /* in the block: which key, its first element, and the bytes of its value */
-    long long version;
-    unsigned long long named; /* by which call last */
-    char is_new;              /* the state was made for the next step */
-    Plain plain;              /* of ``bound``, if ``is_plain`` */
-    int is_plain, is_remote;  /* remote: the value is only described, and is elsewhere */
     char *state_addresses[MAX_STATES + 1]; /* of ``bound_states``, the last of which counts steps */
 } Cell;
 
@@ -400,9 +519,9 @@ static const Plain *plain_of(Cell *cell) {
     if (cell->value == NULL) return NULL;
     if (cell->bound != cell->value) {
         PyObject *old = cell->bound;
-        cell->is_remote = PyTuple_CheckExact(cell->value);
-        cell->is_plain = cell->is_remote ? look_at_description(cell->value, &cell->plain)
-                                         : is_torch(cell->value) && look_at_torch(cell->value, &cell->plain);
+        cell->is_remote = (char)PyTuple_CheckExact(cell->value);
+        cell->is_plain = (char)(cell->is_remote ? look_at_description(cell->value, &cell->plain)
+                                                : is_torch(cell->value) && look_at_torch(cell->value, &cell->plain));
         cell->bound = Py_NewRef(cell->value);
         Py_XDECREF(old);
         for (int i = 0; i <= MAX_STATES; i++) Py_CLEAR(cell->bound_states[i]);
@@ -441,7 +560,7 @@ typedef struct {
 static unsigned long long num_calls;
 
 static int begin_calls(Calls *calls, size_t num_keys) {
-    calls->works = num_keys > 1 ? PyMem_Calloc(num_keys, sizeof(Work)) : calls->few_works;
+    calls->works = num_keys > 1 ? new_zeros(num_keys * sizeof(Work)) : calls->few_works;
     calls->addresses = calls->few_addresses;
     calls->dtypes = calls->few_dtypes;
     calls->arrays = calls->few_arrays;
@@ -455,15 +574,15 @@ static void free_calls(Calls *calls) {
         Py_XDECREF(calls->works[i].key);
         Py_XDECREF((PyObject *)calls->works[i].cell);
     }
-    if (calls->works != calls->few_works) PyMem_Free(calls->works);
-    if (calls->addresses != calls->few_addresses) PyMem_Free(calls->addresses);
-    if (calls->dtypes != calls->few_dtypes) PyMem_Free(calls->dtypes);
-    if (calls->arrays != calls->few_arrays) PyMem_Free(calls->arrays);
+    if (calls->works != calls->few_works) free_memory(calls->works);
+    if (calls->addresses != calls->few_addresses) free_memory(calls->addresses);
+    if (calls->dtypes != calls->few_dtypes) free_memory(calls->dtypes);
+    if (calls->arrays != calls->few_arrays) free_memory(calls->arrays);
 }
 
 /* Return memory for more elements, with those that there are; NULL if there is none. */
 static void *grown(void *memory, void *few, size_t count, size_t room, size_t itemsize) {
-    void *larger = PyMem_Realloc(memory == few ? NULL : memory, room * itemsize);
+    void *larger = more_memory(memory == few ? NULL : memory, room * itemsize);
     if (larger != NULL && memory == few) memcpy(larger, few, count * itemsize);
     return larger;
 }
@@ -503,6 +622,40 @@ static Py_ssize_t length_of(PyObject *list) {
     return PyTuple_CheckExact(list) ? PyTuple_Size(list) : -1;
 }
 
+enum { AHEAD = 12 };
+
+/* Have the processor fetch an item of a list, or the first of it if it is a list, which is looked at soon. */
+static void fetch_item(PyObject *list, Py_ssize_t length, Py_ssize_t index) {
+    if (index + AHEAD < length) {
+        const char *object = (const char *)item_of(list, index + AHEAD);
+        __builtin_prefetch(object);
+        __builtin_prefetch(object + 64);
+    }
+    if (index + AHEAD / 2 < length) {
+        PyObject *object = item_of(list, index + AHEAD / 2);
+        PyTypeObject *type = Py_TYPE(object);
+        /* Of a tensor, where torch keeps what it is; that is only guessed, and nothing but time depends on it. */
+        if ((PyObject *)type == tensor_type || (PyObject *)type == parameter_type) {
+            const char *inside = ((const char *const *)object)[3];
+            __builtin_prefetch(inside);
+            __builtin_prefetch(inside + 64);
+            __builtin_prefetch(inside + 128);
+        } else if ((PyObject *)type == ndarray_type) {
+            __builtin_prefetch(((const NumpyArray *)object)->dimensions);
+        }
+    }
+}
+
+/* Have the processor fetch the cell of a key that is looked at soon. */
+static void fetch_cell(PyObject *entries, PyObject *keys, Py_ssize_t length, Py_ssize_t index) {
+    if (index + 2 * AHEAD < length) __builtin_prefetch(item_of(keys, index + 2 * AHEAD));
+    if (index + AHEAD >= length) return;
+    PyObject *key = item_of(keys, index + AHEAD);
+    if (!PyUnicode_CheckExact(key) && !PyLong_CheckExact(key)) return;
+    const char *cell = (const char *)PyDict_GetItemWithError(entries, key);
+    for (int line = 0; line < 3 && cell != NULL; line++) __builtin_prefetch(cell + 64 * line);
+}
+
 /* Whether no tensor in an array, a list, or a list of lists is lazily negated. This may let other threads run. */
 static int is_direct(PyObject *given, int depth) {
     Py_ssize_t length = length_of(given);
@@ -514,6 +667,7 @@ static int is_direct(PyObject *given, int depth) {
         return found == Py_False;
     }
     for (Py_ssize_t i = 0; depth && i < length_of(given); i++) {
+        fetch_item(given, length_of(given), i);
         /* Another thread may remove it from the list meanwhile. */
         PyObject *each = Py_NewRef(item_of(given, i));
         int direct = is_direct(each, depth - 1);
@@ -718,7 +872,7 @@ static int are_apart(const Calls *calls) {
     Span few[32], *spans = few;
     size_t count = 0, room = calls->num_addresses;
     int apart = 1;
-    if (room > 16 && (spans = PyMem_Malloc(2 * room * sizeof *spans)) == NULL) return -1;
+    if (room > 16 && (spans = new_memory(2 * room * sizeof *spans)) == NULL) return -1;
     for (size_t key = 0; key < calls->num_keys; key++) {
         const Work *work = &calls->works[key];
         size_t outs_end = work->first_out + work->item.num_outs;
@@ -738,7 +892,7 @@ static int are_apart(const Calls *calls) {
         if (sorted[i].stop > any) any = sorted[i].stop;
         if (sorted[i].is_out && sorted[i].stop > out) out = sorted[i].stop;
     }
-    if (spans != few) PyMem_Free(spans);
+    if (spans != few) free_memory(spans);
     return apart;
 }
 
@@ -872,6 +1026,9 @@ static PyObject *new_batch(PyObject *entries, PyObject *keys, PyObject *values, 
         PyObject *key = length < 0 ? keys : item_of(keys, i);
         PyObject *value = length < 0 || is_flat || !batch->pushes ? values : item_of(values, i);
         PyObject *out = length < 0 || is_flat || !batch->pulls ? outs : item_of(outs, i);
+        if (length >= 0) fetch_cell(entries, keys, length, i);
+        if (length >= 0 && !is_flat && batch->pushes) fetch_item(values, length, i);
+        if (length >= 0 && !is_flat && batch->pulls) fetch_item(outs, length, i);
         Work *work = &batch->calls.works[i];
         int taken = take_key(batch, work, entries, key, value, out, step, own_steps);
         batch->calls.num_keys = (size_t)i + 1;

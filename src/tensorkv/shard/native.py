@@ -87,7 +87,9 @@ def _show_libraries() -> bool:
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if _native is None or api is None:
         return False
-    _native.use(np.ndarray, torch.Tensor, torch.nn.Parameter, api, torch.Tensor.is_neg, _compat.increment_version)
+    samples = [np.zeros((2, 3), code) for code in "fdeqlihbQLIHB?"]
+    is_neg, increment = torch.Tensor.is_neg, _compat.increment_version
+    _native.use(np.ndarray, torch.Tensor, torch.nn.Parameter, api, is_neg, increment, samples)
     return True
 
 

@@ -636,10 +636,10 @@ static void fetch_item(PyObject *list, Py_ssize_t length, Py_ssize_t index) {
         PyTypeObject *type = Py_TYPE(object);
         /* Of a tensor, where torch keeps what it is; that is only guessed, and nothing but time depends on it. */
         if ((PyObject *)type == tensor_type || (PyObject *)type == parameter_type) {
-            const char *inside = ((const char *const *)object)[3];
-            __builtin_prefetch(inside);
-            __builtin_prefetch(inside + 64);
-            __builtin_prefetch(inside + 128);
+            for (int word = 2; word < 4; word++) {
+                const char *inside = ((const char *const *)object)[word];
+                for (int line = 0; line < 4 && inside != NULL; line++) __builtin_prefetch(inside + 64 * line);
+            }
         } else if ((PyObject *)type == ndarray_type) {
             __builtin_prefetch(((const NumpyArray *)object)->dimensions);
         }

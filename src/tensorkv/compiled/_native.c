@@ -622,36 +622,36 @@ static Py_ssize_t length_of(PyObject *list) {
     return PyTuple_CheckExact(list) ? PyTuple_Size(list) : -1;
 }
 
+/* How many items ahead the processor is told what it will need, so that it does not wait for memory. */
 enum { AHEAD = 12 };
 
-/* Have the processor fetch an item of a list, or the first of it if it is a list, which is looked at soon. */
-static void fetch_item(PyObject *list, Py_ssize_t length, Py_ssize_t index) {
-    if (index + AHEAD < length) {
-        const char *object = (const char *)item_of(list, index + AHEAD);
-        __builtin_prefetch(object);
-        __builtin_prefetch(object + 64);
-    }
-    if (index + AHEAD / 2 < length) {
-        PyObject *object = item_of(list, index + AHEAD / 2);
-        PyTypeObject *type = Py_TYPE(object);
-        /* Of a tensor, where torch keeps what it is; that is only guessed, and nothing but time depends on it. */
-        if ((PyObject *)type == tensor_type || (PyObject *)type == parameter_type) {
-            for (int word = 2; word < 4; word++) {
-                const char *inside = ((const char *const *)object)[word];
-                for (int line = 0; line < 4 && inside != NULL; line++) __builtin_prefetch(inside + 64 * line);
-            }
-        } else if ((PyObject *)type == ndarray_type) {
-            __builtin_prefetch(((const NumpyArray *)object)->dimensions);
+/* An item of a list, which may have become shorter; NULL if it is not there. */
+static PyObject *item_ahead(PyObject *list, Py_ssize_t index) {
+    return index < length_of(list) ? item_of(list, index) : NULL;
+}
+
+/* Have the processor fetch an array of a list that is looked at soon. */
+static void fetch_array(PyObject *list, Py_ssize_t index) {
+    const char *object = (const char *)item_ahead(list, index + AHEAD);
+    for (int line = 0; line < 2 && object != NULL; line++) __builtin_prefetch(object + 64 * line);
+    PyObject *array = item_ahead(list, index + AHEAD / 2);
+    if (array == NULL) return;
+    if (is_torch(array)) {
+        /* Where torch keeps what it is, in one release or another: only a guess, on which nothing but time depends. */
+        for (int word = 2; word < 4; word++) {
+            const char *inside = ((const char *const *)array)[word];
+            for (int line = 0; line < 4 && inside != NULL; line++) __builtin_prefetch(inside + 64 * line);
         }
+    } else if ((PyObject *)Py_TYPE(array) == ndarray_type) {
+        __builtin_prefetch(((const NumpyArray *)array)->dimensions);
     }
 }
 
 /* Have the processor fetch the cell of a key that is looked at soon. */
-static void fetch_cell(PyObject *entries, PyObject *keys, Py_ssize_t length, Py_ssize_t index) {
-    if (index + 2 * AHEAD < length) __builtin_prefetch(item_of(keys, index + 2 * AHEAD));
-    if (index + AHEAD >= length) return;
-    PyObject *key = item_of(keys, index + AHEAD);
-    if (!PyUnicode_CheckExact(key) && !PyLong_CheckExact(key)) return;
+static void fetch_cell(PyObject *entries, PyObject *keys, Py_ssize_t index) {
+    __builtin_prefetch(item_ahead(keys, index + 2 * AHEAD));
+    PyObject *key = item_ahead(keys, index + AHEAD);
+    if (key == NULL || (!PyUnicode_CheckExact(key) && !PyLong_CheckExact(key))) return;
     const char *cell = (const char *)PyDict_GetItemWithError(entries, key);
     for (int line = 0; line < 3 && cell != NULL; line++) __builtin_prefetch(cell + 64 * line);
 }
@@ -667,7 +667,7 @@ static int is_direct(PyObject *given, int depth) {
         return found == Py_False;
     }
     for (Py_ssize_t i = 0; depth && i < length_of(given); i++) {
-        fetch_item(given, length_of(given), i);
+        fetch_array(given, i);
         /* Another thread may remove it from the list meanwhile. */
         PyObject *each = Py_NewRef(item_of(given, i));
         int direct = is_direct(each, depth - 1);
@@ -1026,9 +1026,9 @@ static PyObject *new_batch(PyObject *entries, PyObject *keys, PyObject *values, 
         PyObject *key = length < 0 ? keys : item_of(keys, i);
         PyObject *value = length < 0 || is_flat || !batch->pushes ? values : item_of(values, i);
         PyObject *out = length < 0 || is_flat || !batch->pulls ? outs : item_of(outs, i);
-        if (length >= 0) fetch_cell(entries, keys, length, i);
-        if (length >= 0 && !is_flat && batch->pushes) fetch_item(values, length, i);
-        if (length >= 0 && !is_flat && batch->pulls) fetch_item(outs, length, i);
+        if (length >= 0) fetch_cell(entries, keys, i);
+        if (length >= 0 && !is_flat && batch->pushes) fetch_array(values, i);
+        if (length >= 0 && !is_flat && batch->pulls) fetch_array(outs, i);
         Work *work = &batch->calls.works[i];
         int taken = take_key(batch, work, entries, key, value, out, step, own_steps);
         batch->calls.num_keys = (size_t)i + 1;

@@ -218,7 +218,9 @@ class AllReduce:
         parts: Any = self._parts
         yield from self._host.reach(self.staging.read[bucket.slot][: self._owner_words], bucket.use - 1)
         for segment in bucket.segments:
-            segment.pack(parts, segment.whole if self._direct_column(segment) is None else segment.others)
+            segment.pack(parts, segment.staged_others)
+            if self._direct_column(segment) is None:
+                segment.pack(parts, segment.staged_own)
         self._host.store(self.staging.own_filled[bucket.slot], bucket.use)
 
     def reduce(self, index: int) -> Steps[None]:
@@ -309,7 +311,7 @@ class AllReduce:
         targets = None if sums is None else _split(segment, sums)
         if self._direct is not None:
             # What takes pieces as tensors finds them in the staging buffer.
-            segment.pack(self._direct, [segment.own])
+            segment.pack(self._direct, segment.staged_own)
         with torch.no_grad():
             self._sum_tensors(segment, members, before, targets)
 
@@ -333,7 +335,7 @@ class AllReduce:
     def _column(self, segment: BucketSegment, worker: int) -> bytes:
         """Return where a worker's parts of this worker's pieces can be read."""
         direct = self._direct_column(segment) if worker == self._host.local_rank else None
-        return segment.own_column(segment.staged_columns[worker]) if direct is None else direct
+        return segment.own_staged[worker] if direct is None else direct
 
     def _direct_column(self, segment: BucketSegment) -> bytes | None:
         """Return where this worker's own parts of its pieces are, if they are not staged."""
@@ -400,7 +402,7 @@ class PackedBuffer:
     def of_values(cls, segments: Sequence[BucketSegment]) -> PackedBuffer:
         """Return memory for the values of pieces: that of the values themselves if they lie side by side."""
         segment = segments[0]
-        found = _side_by_side(segments, segment.own_column(segment.value_column), segment.own_value())
+        found = _side_by_side(segments, segment.own_values_column, segment.own_value())
         if found is None:
             return cls.new([(segment, segment.dtype) for segment in segments])
         return cls(found, [found.view(segment.dtype)], True)
@@ -417,7 +419,7 @@ class PackedBuffer:
         """Copy values into the buffer."""
         for segment, flat in () if self.is_value else zip(segments, self.flats, strict=True):
             if native.can_sum(segment.dtype):
-                counts, values = segment.own_counts, segment.own_column(segment.value_column)
+                counts, values = segment.own_counts, segment.own_values_column
                 _sum_columns(native.column_beside(flat, counts), [values], counts, segment.dtype)
             else:
                 torch._foreach_copy_(_split(segment, flat), segment.own_values())
@@ -426,7 +428,7 @@ class PackedBuffer:
         """Copy the buffer into values."""
         for segment, flat in () if self.is_value else zip(segments, self.flats, strict=True):
             if native.can_sum(segment.dtype):
-                counts, values = segment.own_counts, segment.own_column(segment.value_column)
+                counts, values = segment.own_counts, segment.own_values_column
                 _sum_columns(values, [native.column_beside(flat, counts)], counts, segment.dtype)
             else:
                 torch._foreach_copy_(segment.own_values(), _split(segment, flat))

@@ -66,7 +66,7 @@ class ProcessGroup:
         store = self._join()
         if store is None:
             log.info("tensorkv: no process group and no RANK and WORLD_SIZE: one worker")
-            self.hosts, self.host_index = [[0]], 0
+            self.hosts, self.host_index, self.num_cores = [[0]], 0, 1
             return
         self._store = PrefixStore("tensorkv", store)
         self._store = PrefixStore(agree_on_start(self._store, self.rank, self.size, self.timeout_s), self._store)
@@ -96,10 +96,10 @@ class ProcessGroup:
 
     def _find_hosts(self, shared_memory: bool, options: dict[str, Any]) -> list[list[int]]:
         """Return runs of neighbouring ranks that can share memory; every worker gets the same result."""
-        mine = [network_id(), host_id() if shared_memory and can_share() else None, options]
+        mine = [network_id(), host_id() if shared_memory and can_share() else None, options, _cores()]
         self._store.set(f"host/{self.rank}", json.dumps(mine))
         found = [json.loads(self._get(f"host/{rank}", rank)) for rank in range(self.size)]
-        for rank, (_, _, theirs) in enumerate(found):
+        for rank, (_, _, theirs, _) in enumerate(found):
             if theirs != found[0][2]:
                 raise WorkerMismatchError(
                     f"create: the options of rank 0 are {found[0][2]}, those of rank {rank} {theirs}"
@@ -112,6 +112,9 @@ class ProcessGroup:
                 hosts[-1].append(rank)
             else:
                 hosts.append([rank])
+        neighbours = next(ranks for ranks in hosts if self.rank in ranks)
+        # Each may be bound to a core of its own.
+        self.num_cores = len({core for rank in neighbours for core in found[rank][3]})
         if self.rank == 0 and shared_memory and not can_share():
             log.warning("tensorkv: no shared memory, workers of one host use Gloo, slower: %s", why_not_shared())
         return hosts
@@ -316,6 +319,11 @@ class ProcessGroup:
         """Let go of everything; a process group that existed before stays."""
         self._gloo = None
         self._store = None
+
+
+def _cores() -> list[int]:
+    """Return the cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def _runs_store(rank: int) -> bool:

@@ -21,7 +21,6 @@ from tensorkv import errors
 from tensorkv.errors import TensorKVError, WorkerMismatchError
 from tensorkv.runtime import shield
 from tensorkv.runtime.shield import Steps
-from tensorkv.shard.pool import default_threads
 from tensorkv.transport.segment import LINE, Segment
 
 from . import desync
@@ -35,6 +34,8 @@ except ImportError:
 # Entries that a worker can be ahead of the others.
 ENTRIES = 32
 _ENTRY_NBYTES = 4096
+# From one worker's entry to the next one's.
+_STEP = ENTRIES * _ENTRY_NBYTES
 _NOTE_NBYTES = 8192
 _DIGEST_NBYTES = 8
 _HEAD = struct.Struct("8sI")
@@ -121,9 +122,11 @@ class HostGroup:
         self.size = len(self.ranks)
         self.error: TensorKVError | None = None
         self.num_entered = 0
+        # Calls before this number can be entered: the entries that they write over have been read.
+        self._num_free = ENTRIES
         self._others = [index for index in range(self.size) if index != self.local_rank]
         # Where workers outnumber cores, one that spins keeps another from working.
-        self._spin_s = _SPIN_S if self.size <= default_threads() else 0.0
+        self._spin_s = _SPIN_S if self.size <= group.num_cores else 0.0
         self._num_arrivals = 0
         self._num_broadcasts = 0
         self._segments: list[Segment] = []
@@ -263,7 +266,7 @@ class HostGroup:
         """Enter this worker's next call."""
         number = self.num_entered
         if self._memory is not None:
-            if number >= ENTRIES:
+            if not self.can_enter():
                 # Another worker may still have to read the entry that is written over.
                 self.wait(self._agreed, number - ENTRIES + 1)
             at, entry = self._entry(self.local_rank, number), signature.entry
@@ -275,7 +278,14 @@ class HostGroup:
     def can_enter(self) -> bool:
         """Tell whether the next call can be entered without a wait."""
         number = self.num_entered
-        return self._memory is None or number < ENTRIES or self.is_reached(self._agreed, number - ENTRIES + 1)
+        if self._memory is None or number < self._num_free:
+            return True
+        # Most often there is room for some more calls, and the next ones need not look.
+        for agreed in (number - ENTRIES // 2, number - ENTRIES + 1):
+            if self.is_reached(self._agreed, agreed):
+                self._num_free = agreed + ENTRIES
+                return True
+        return False
 
     def agree(self, call: Collective) -> None:
         """Wait until every worker has entered a call, and note which of them take part.
@@ -296,7 +306,8 @@ class HostGroup:
             return
         number = call.number
         yield from self.reach(self._entered, number + 1)
-        digests = [self._read_digest(worker, number) for worker in range(self.size)]
+        memory, first = self._memory.memory, self._entry(0, number)
+        digests = [bytes(memory[at : at + _DIGEST_NBYTES]) for at in range(first, first + self.size * _STEP, _STEP)]
         members = [worker for worker, digest in enumerate(digests) if digest != LEFT]
         if len({digests[worker] for worker in members}) > 1:
             raise self._mismatch(call, members)
@@ -313,11 +324,6 @@ class HostGroup:
         """Let others write over an entry that this worker need not read any more."""
         if self._memory is not None:
             _shared.store(self._own_agreed, call.number + 1)
-
-    def _read_digest(self, worker: int, number: int) -> bytes:
-        """Return the digest that a worker has entered."""
-        at = self._entry(worker, number)
-        return bytes(self._memory.memory[at : at + _DIGEST_NBYTES])
 
     def _read_text(self, worker: int, number: int) -> str:
         """Return the text that a worker has entered."""

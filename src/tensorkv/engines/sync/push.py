@@ -192,7 +192,7 @@ class Pushes:
     @property
     def _waits_for_messages(self) -> bool:
         """Whether a push waits for messages of other workers, or runs a function of the caller's."""
-        return self._chain.has_neighbours or not self._can_defer
+        return self._chain.has_neighbours or self._policy.checks or self._shard.has_updater
 
     def _push_groups(
         self,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -203,12 +203,24 @@ class BucketSegment:
         """Where this worker's pieces begin in its own part of their values."""
         self.own_triples = _triples(layout.own_places[own.key], own, self.own_starts)
         """This worker's pieces, by place among its own keys and in its own part of their values."""
+        self.own_pieces: bytes = _cut(self.triples, self.own, 24)
+        """This worker's pieces, in whole values."""
+        self.own_values_column: bytes = _cut(self.value_column, self.own)
+        cuts = [slice(0, self.own.start), self.own, slice(self.own.stop, len(pieces.key))]
+        self._cuts = [(cut, _cut(self.triples, cut, 24)) for cut in cuts if cut.start < cut.stop]
         self._find_staged(staging, slot)
 
     def _find_staged(self, staging: StagingBuffer, slot: int) -> None:
         self._staging, self._slot = staging, slot
         offsets = self.pieces.offset.astype(np.uint64)
-        self.staged_columns: list[bytes] = [(base + offsets).tobytes() for base in staging.bases(slot)]
+        columns: list[bytes] = [(base + offsets).tobytes() for base in staging.bases(slot)]
+        self.own_staged = [_cut(column, self.own) for column in columns]
+        """Of each worker, where its parts of this worker's pieces are."""
+        column = columns[self._layout.local_rank]
+        staged = [Staged(cut, triples, _cut(column, cut)) for cut, triples in self._cuts]
+        self.staged_own = [each for each in staged if each.cut == self.own]
+        """Where this worker puts its parts of its own pieces, and of those that others update."""
+        self.staged_others = [each for each in staged if each.cut != self.own]
         self._staged: dict[tuple[int, int], torch.Tensor] = {}
 
     def at(self, slot: int) -> BucketSegment:
@@ -222,10 +234,6 @@ class BucketSegment:
         """How many elements each of this worker's pieces has."""
         counts: list[int] = self.pieces.count[self.own].tolist()
         return counts
-
-    def own_column(self, column: bytes) -> bytes:
-        """Return of a column what belongs to this worker's pieces."""
-        return _cut(column, self.own)
 
     def key(self, at: int) -> int:
         """Return the place of a piece's key in the call."""
@@ -253,33 +261,38 @@ class BucketSegment:
             self._staged[worker, at] = self._staging.tensor(self._slot, worker, offset, count, self.sum_dtype)
         return self._staged[worker, at]
 
-    @property
-    def others(self) -> list[slice]:
-        """The pieces that other workers update."""
-        return [slice(0, self.own.start), slice(self.own.stop, len(self.pieces.key))]
-
-    @property
-    def whole(self) -> list[slice]:
-        """All pieces."""
-        return [slice(0, len(self.pieces.key))]
-
-    def pack(self, parts: Arrays, cuts: Sequence[slice]) -> None:
+    def pack(self, parts: Arrays, staged: Sequence[Staged]) -> None:
         """Put the sums of this worker's own parts into the staging buffer, for some of the pieces."""
         worker = self._layout.local_rank
-        column = self.staged_columns[worker]
-        for cut in cuts:
+        for each in staged:
             if parts.batch is not None and parts.places is None:
-                parts.batch.sum_pieces(_cut(self.triples, cut, 24), [_cut(column, cut)], True)
+                parts.batch.sum_pieces(each.triples, [each.column], True)
                 continue
-            rest = np.arange(cut.start, cut.stop)
+            rest = np.arange(each.cut.start, each.cut.stop)
             if parts.batch is not None and parts.places is not None:
-                places = parts.places[self.pieces.key[cut]]
+                places = parts.places[self.pieces.key[each.cut]]
                 plain, rest = rest[places >= 0], rest[places < 0]
                 triples = _triples(places[places >= 0], self.pieces.take(plain))
-                parts.batch.sum_pieces(triples, [np.frombuffer(column, np.uint64)[plain].tobytes()], True)
+                column = np.frombuffer(each.column, np.uint64)[plain - each.cut.start]
+                parts.batch.sum_pieces(triples, [column.tobytes()], True)
             for at in rest.tolist():
                 flats = parts.flat(self.key(at))
-                reduce.sum_piece(self.staged(worker, at), [self.piece(at, flat) for flat in flats])
+                with torch.no_grad():
+                    reduce.sum_piece(self.staged(worker, at), [self.piece(at, flat) for flat in flats])
+
+
+class Staged(NamedTuple):
+    """Pieces that a worker puts into the staging buffer.
+
+    Args:
+        cut: which of a segment's.
+        triples: the pieces as the compiled part takes them.
+        column: where they go.
+    """
+
+    cut: slice
+    triples: bytes
+    column: bytes
 
 
 @dataclass(slots=True)
@@ -396,7 +409,7 @@ class Arrays:
         """Return where this worker's pieces are in the arrays; None where they are not to be read there."""
         if self.batch is None or self.places is not None or segment.sum_dtype is not segment.dtype:
             return None
-        return self.batch.part_column(_cut(segment.triples, segment.own, 24))
+        return self.batch.part_column(segment.own_pieces)
 
     @classmethod
     def of(cls, values: dict[Key, PartitionedValue], keys: Sequence[Key], groups: Sequence[Tensors]) -> Arrays:

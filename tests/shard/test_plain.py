@@ -227,6 +227,20 @@ def test_plain_arrays_take_it(kv, taken, wrap):
     assert kv.pull("w").tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
+@pytest.mark.parametrize("code", list("fdeqlihbLIHB?"))
+def test_a_dtype_that_is_not_numpys_own_is_plain_too(taken, code):
+    """NumPy has one object for each dtype, by which most arrays are known; others are asked for their buffer."""
+    other = np.dtype(code, metadata={"unit": "m"})
+    part, out = np.ones((2, 3), other), np.zeros((2, 3), other)
+    with tensorkv.create() as kv:
+        kv.init("w", np.zeros((2, 3), code))
+        for each in (part, np.ones((2, 3), code)):
+            kv.pushpull("w", each, out=out)
+            assert (out == 1).all()
+            out[:] = 0
+    assert taken == [True] * 2
+
+
 class Tensor(torch.Tensor):
     """A subclass, which may mean anything."""
 

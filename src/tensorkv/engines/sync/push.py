@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tensorkv.arrays import interop
-from tensorkv.arrays.arguments import Key, is_key
+from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import NonFiniteError, TensorKVError, WorkerError, WorkerMismatchError, quote
 from tensorkv.runtime.shield import Steps, finish
@@ -120,7 +120,7 @@ class Pushes:
             batch.run(0, batch.numel)
         else:
             # Other threads may change the caller's lists.
-            groups = (call.values,) if is_key(call.key) else tuple(call.values)
+            groups = (call.values,) if type(call.key) in (str, int) else tuple(call.values)
             outs = None if verb == "push" else batch
             yield from self._enter(
                 self._signature(verb, keys),

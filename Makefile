@@ -5,10 +5,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check docs bench soak clean
+.PHONY: help demo test test-all check docs bench bench-matrix soak clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## Train a network on handwritten digits over four replicas; its curves go to out/demo.png
 	@mkdir -p out
@@ -33,6 +33,9 @@ bench: $(STAMP) ## Measure one process, processes in lock step and servers besid
 	$(BIN)/python -m benchmarks local --growth --memory $(BENCH)
 	$(BIN)/python -m benchmarks sync $(BENCH_SYNC)
 	$(BIN)/python -m benchmarks servers $(BENCH_SERVERS)
+
+bench-matrix: $(STAMP) ## Measure every form, array library, rule and size on every engine, for hours, into out/bench/
+	$(BIN)/python -m benchmarks matrix $(BENCH)
 
 soak: $(STAMP) ## Kill durable stores for MINUTES minutes (10); the report goes to out/soak.json
 	$(BIN)/python -m tests.e2e.soak --minutes $(or $(MINUTES),10)

@@ -5,7 +5,7 @@ A library is imported only by the contender that uses it: MXNet runs in a proces
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -29,8 +29,12 @@ class Contender:
         self.rank = rank
         self.steps = 0
         self.scale = 1
-        self.parts: list[Any] = make_parts(work, rank)
+        self.parts: list[Any] = make_parts(work, self.pushed())
         self.outs: list[Any] = new_outs(work)
+
+    def pushed(self) -> Sequence[int]:
+        """Return which parts of each key this process pushes."""
+        return range(self.work.parts) if self.rank is None else (self.rank,)
 
     @staticmethod
     def start() -> dict[str, str]:
@@ -45,7 +49,7 @@ class Contender:
             **options: of the team.
         """
 
-    def prepare(self, calls: int) -> None:
+    def prepare(self, verb: Verb, calls: int) -> None:
         """Do before so many calls what is not to be timed."""
 
     def time(self, verb: Verb, calls: int = 1) -> float:

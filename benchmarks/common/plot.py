@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 BLUE, LIGHT_BLUE, ORANGE, GREEN, RED, PINK = "#1b2a6b", "#5b7bd5", "#f5a623", "#2a9d8f", "#d1495b", "#e89aa5"
@@ -60,6 +62,28 @@ def ratio_bars(
     axes.xaxis.set_minor_formatter("")
     finish(axes)
     return handles
+
+
+def heat_map(axes: Axes, ratios: Sequence[Sequence[float | None]], norm: Normalize) -> None:
+    """Draw ratios as a table of colored cells; what is None stays empty.
+
+    Args:
+        axes: where.
+        ratios: of each row, of each column.
+        norm: of the ratios' logarithms to base 2.
+    """
+    table = np.array([[np.nan if ratio is None else np.log2(ratio) for ratio in row] for row in ratios])
+    axes.imshow(table, norm=norm, cmap="RdBu", aspect="auto")
+    for y, row in enumerate(ratios):
+        for x, ratio in enumerate(row):
+            if ratio is not None:
+                strong = abs(norm(np.log2(ratio)) - 0.5) > 0.35
+                text = f"{ratio:.2g}" if ratio < 10 else f"{ratio:.0f}"
+                axes.annotate(
+                    text, (x, y), ha="center", va="center", fontsize=6.5, color="white" if strong else "black"
+                )
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
 
 
 def finish(axes: Axes) -> None:

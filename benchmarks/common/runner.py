@@ -42,16 +42,17 @@ class Here:
         self._contender = self._make(work)
 
     def open(self) -> None:
-        pass
+        self._contender.open(0)
 
     def memory(self) -> dict[str, int]:
         return {}
 
     def warm_up(self, verb: Verb, calls: int) -> dict[str, int]:
-        self._contender.time(verb, calls)
+        self.time(verb, calls)
         return {}
 
     def time(self, verb: Verb, calls: int = 1) -> float:
+        self._contender.prepare(verb, calls)
         seconds: float = self._contender.time(verb, calls)
         return seconds
 
@@ -155,6 +156,7 @@ def measure(
     *,
     names: Sequence[str],
     verbs: Sequence[Verb] = ("pushpull",),
+    alone: Sequence[Verb] = (),
     others: Mapping[str, Timed] | None = None,
     sent_nbytes: Callable[[], int] | None = None,
     look: Callable[[Any], Any] | None = None,
@@ -168,6 +170,7 @@ def measure(
         reps: how many turns each has.
         names: of the contenders.
         verbs: timed one after the other.
+        alone: verbs of the first contender alone, timed before the others.
         others: take turns, too, and compute nothing.
         sent_nbytes: returns the bytes that have gone through the network so far.
         look: finds out more of a contender before it forgets the work.
@@ -191,18 +194,20 @@ def measure(
 
     runners = roster.ready(names, prepare)
     times: dict[str, dict[str, list[float]]] = {}
-    for verb in verbs:
+    for verb in (*alone, *verbs):
+        able = {names[0]: runners[names[0]]} if verb in alone else runners
         what = f"{work.name}: {verb}"
         progress(f"{what}, warm-up")
-        for name, runner in runners.items():
+        for name, runner in able.items():
             before = count_sent()
             memory[name]["most"] = runner.warm_up(verb, work.warm_up)
             sent[name] = (count_sent() - before) / work.warm_up
             memory[name]["after"] = runner.memory()
             runner.renew()
-        times[verb] = _take_turns(what, {**runners, **(others or {})}, verb, work.calls, reps)
+        beside = {} if verb in alone else others or {}
+        times[verb] = _take_turns(what, able | beside, verb, 1 if verb == "first" else work.calls, reps)
         progress(f"{what}, checking results")
-        for runner in runners.values():
+        for runner in able.values():
             runner.check()
     found = {name: look(runner) for name, runner in runners.items()} if look else {}
     roster.release(runners)
@@ -226,7 +231,8 @@ def _take_turns(
         progress(f"{what}, {rep + 1} of {reps}", step=True)
         # Back and forth, so that none always comes after the same one.
         for name in list(timed)[:: -1 if rep % 2 else 1]:
-            time.sleep(_PAUSE_S)
+            if len(timed) > 1:
+                time.sleep(_PAUSE_S)
             times[name].append(timed[name].time(verb, calls))
     return times
 

@@ -191,7 +191,7 @@ class Team:
     def time(self, verb: Verb, calls: int = 1) -> float:
         """Return the seconds of one call, from a common start of all ranks to the end of the last one."""
         for attempt in range(_TRIES):
-            self.ask("prepare", calls=calls)
+            self.ask("prepare", verb=verb, calls=calls)
             at = perf_counter() + _LEAD_S * 2**attempt if len(self._connections) > 1 else None
             replies = self.ask("time", verb=verb, calls=calls, at=at)
             if not any(reply["late"] for reply in replies):
@@ -208,7 +208,7 @@ class Team:
                 most[whose] = max(most[whose], nbytes)
 
         for _ in range(calls):
-            self.ask("prepare", calls=1)
+            self.ask("prepare", verb=verb, calls=1)
             self.ask("time", verb=verb, calls=1, at=perf_counter(), meanwhile=look)
         return most
 

@@ -5,21 +5,34 @@ Needs NumPy alone, so that the process of a peer with an old NumPy can import it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
-Rule = Literal["assign", "sgd"]
-Verb = Literal["push", "push+pull", "pushpull"]
+Rule = Literal["assign", "sgd", "momentum", "adamw", "adagrad"]
+Verb = Literal["push", "push+pull", "pushpull", "first", "changing"]
 
 VERBS: tuple[Verb, ...] = ("push+pull", "pushpull")
 # Small enough that no element stops changing in float32 after some thousand steps, large enough to see one step.
 LR = 0.001
 MOMENTUM = 0.9
+ADAM_EPS = 1e-8
+# What each rule is called in tables, and which optimizer it is, with which options, for tensorkv and for torch.optim.
+RULES: dict[Rule, tuple[str, str, dict[str, float]]] = {
+    "assign": ("assign", "", {}),
+    "sgd": ("SGD", "sgd", {"lr": LR}),
+    "momentum": (f"SGD momentum {MOMENTUM}", "sgd", {"lr": LR, "momentum": MOMENTUM}),
+    # Without decay it is MXNet's Adam, too.
+    "adamw": ("AdamW", "adamw", {"lr": LR, "weight_decay": 0.0}),
+    "adagrad": ("Adagrad", "adagrad", {"lr": LR}),
+}
+# Tensors that a step reads or writes, beside the parts: the value, and the optimizer's state.
+_STEP_TENSORS: dict[Rule, int] = {"assign": 1, "sgd": 2, "momentum": 4, "adamw": 6, "adagrad": 4}
 FIRST = 0.5
 TOLERANCE = 1e-4
 
@@ -41,7 +54,7 @@ class Work:
         keys: how many.
         shape: of each key's value, float32.
         parts: how many parts are pushed to each key.
-        rule: the sum replaces the value, or is the gradient of a step of SGD with momentum.
+        rule: the sum replaces the value, or is the gradient of a step of an optimizer.
         calls: how many calls are timed together as one repetition.
         warm_up: how many calls are made before any is timed.
     """
@@ -60,7 +73,7 @@ class Work:
     def name(self) -> str:
         """What tables and ``--only`` call it."""
         parts = f"{self.parts} {self.pusher}{'' if self.parts == 1 else 's'}"
-        rule = "assign" if self.rule == "assign" else f"SGD momentum {MOMENTUM}"
+        rule = RULES[self.rule][0]
         if len(self.shape) > 1:
             size = "×".join(map(str, self.shape)) + (" key" if self.keys == 1 else "")
             return f"{'one' if self.keys == 1 else f'{self.keys:,} of'} {size}, {parts}, {rule}"
@@ -69,22 +82,31 @@ class Work:
     @property
     def elements(self) -> int:
         """Of one key's value."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return count(self.shape)
+
+    @property
+    def shapes(self) -> Sequence[tuple[int, ...]]:
+        """Of each key's value."""
+        return [self.shape] * self.keys
 
     @property
     def value_nbytes(self) -> int:
         """Of all keys' values together."""
-        return 4 * self.keys * self.elements
+        return 4 * sum(map(count, self.shapes))
 
     @property
     def moved_nbytes(self) -> int:
         """Bytes that must cross between memory and processor for a push and a pull of all keys.
 
         Each part is read once and each out written once. Assignment writes the value; a step reads and
-        writes the value and its momentum.
+        writes the value and the optimizer's state.
         """
-        update = 1 if self.rule == "assign" else 4
-        return (self.parts + update + 1) * self.value_nbytes
+        return (self.parts + _STEP_TENSORS[self.rule] + 1) * self.value_nbytes
+
+
+def count(shape: tuple[int, ...]) -> int:
+    """Return the elements of a shape."""
+    return int(np.prod(shape, dtype=np.int64))
 
 
 def short(count: int) -> str:
@@ -100,26 +122,29 @@ def short(count: int) -> str:
     return str(count) if count < 10_000 else f"{count:,}"
 
 
-def make_parts(work: Work, only: int | None = None) -> list[list[Floats]]:
-    """Return the parts of each key: multiples of 1/8, so that the right sum has no rounding.
+def make_parts(work: Work, wanted: Sequence[int]) -> list[list[Floats]]:
+    """Return parts of each key: multiples of 1/8, so that the right sum has no rounding.
 
     Args:
         work: what they are for.
-        only: the index of the one part of each key to make; None makes all.
+        wanted: indices of the parts.
     """
     ramp = np.arange(_PATTERN, dtype=np.float32)
-    wanted = range(work.parts) if only is None else (only,)
-    return [[_repeat((ramp + 1 + part + key % _SHIFTS) / 8, work) for part in wanted] for key in range(work.keys)]
+    return [
+        [_repeat((ramp + 1 + part + key % _SHIFTS) / 8, shape) for part in wanted]
+        for key, shape in enumerate(work.shapes)
+    ]
 
 
 def first_values(work: Work) -> list[Floats]:
     """Return what the keys are initialised with."""
-    return [np.full(work.shape, FIRST, np.float32)] * work.keys
+    values = {shape: np.full(shape, FIRST, np.float32) for shape in set(work.shapes)}
+    return [values[shape] for shape in work.shapes]
 
 
 def new_outs(work: Work) -> list[Floats]:
     """Return arrays for the results, touched once, so that their memory is there."""
-    return [np.zeros(work.shape, np.float32) for _ in range(work.keys)]
+    return [np.zeros(shape, np.float32) for shape in work.shapes]
 
 
 def check(work: Work, steps: int, scale: int, outs: Callable[[int], npt.NDArray[Any]]) -> None:
@@ -128,15 +153,15 @@ def check(work: Work, steps: int, scale: int, outs: Callable[[int], npt.NDArray[
     Args:
         work: what was done.
         steps: how many updates each key has had, by the parts as they were made.
-        scale: by what the parts have been multiplied since; 1 for SGD.
+        scale: by what the parts have been multiplied since; 1 for a step.
         outs: of a key's index, what was pulled.
 
     Raises:
         WrongResultError: naming the first key that is wrong.
     """
-    for key in range(work.keys):
+    for key, shape in enumerate(work.shapes):
         out = np.asarray(outs(key))
-        if out.shape != work.shape or out.dtype != np.float32:
+        if out.shape != shape or out.dtype != np.float32:
             raise WrongResultError(f"{work.name}: key {key} came out as {out.dtype} of shape {out.shape}")
         for start, right in right_slices(work, key, steps, scale):
             piece = out.reshape(-1)[start : start + len(right)]
@@ -149,7 +174,7 @@ def check(work: Work, steps: int, scale: int, outs: Callable[[int], npt.NDArray[
 
 
 def is_near(found: npt.NDArray[Any], right: Floats, steps: int) -> npt.NDArray[np.bool_]:
-    """Tell of each element whether it can be what float32 makes of so many steps of SGD.
+    """Tell of each element whether it can be what float32 makes of so many steps of an optimizer.
 
     The bound is of the terms, the first value and the way from it: where they cancel, the result is next to nothing,
     and the roundings are still those of the terms. Each step rounds the value once; the constants, in float32 too,
@@ -174,22 +199,38 @@ def right_slices(work: Work, key: int, steps: int, scale: int) -> Iterator[tuple
         work, steps, scale: as for ``check``.
         key: its index.
     """
-    ramp = np.arange(_PATTERN, dtype=np.float64)
-    shifts = [1 + part + key % _SHIFTS for part in range(work.parts)]
-    total = scale * (len(shifts) * ramp + sum(shifts)) / 8
-    if work.rule == "sgd":
-        # The gradient is the same at every step, so the momentum is a geometric series of it.
-        grown: float = sum((1 - MOMENTUM**step) / (1 - MOMENTUM) for step in range(1, steps + 1))
-        total = FIRST - LR * grown * total
-    length = _PATTERN * max(1, min(_SLICE, work.elements) // _PATTERN + 1)
-    right = np.tile(np.asarray(total, np.float32), length // _PATTERN)
-    for start in range(0, work.elements, length):
-        yield start, right[: work.elements - start]
+    right = np.asarray(_right_patterns(work.rule, work.parts, steps, scale)[key % _SHIFTS], np.float32)
+    elements = count(work.shapes[key])
+    length = _PATTERN * max(1, min(_SLICE, elements) // _PATTERN + 1)
+    right = np.tile(right, length // _PATTERN)
+    for start in range(0, elements, length):
+        yield start, right[: elements - start]
 
 
-def _repeat(pattern: npt.NDArray[np.floating[Any]], work: Work) -> Floats:
-    whole = np.empty(work.elements, np.float32)
-    fits = work.elements // _PATTERN * _PATTERN
+@lru_cache(maxsize=4)
+def _right_patterns(rule: Rule, parts: int, steps: int, scale: int) -> npt.NDArray[np.float64]:
+    """Return what becomes of each shift of the pattern, in float64."""
+    ramp, shifts = np.arange(_PATTERN, dtype=np.float64), np.arange(_SHIFTS)[:, None]
+    total = scale * (parts * (ramp + 1 + shifts) + parts * (parts - 1) / 2) / 8
+    if rule == "assign":
+        return total
+    # The gradient is the same at every step. It makes the momentum a geometric series, and Adam's two means,
+    # corrected for their start, the gradient and its square.
+    counts = np.arange(1, steps + 1)
+    if rule == "sgd":
+        way = steps * total
+    elif rule == "momentum":
+        way = np.sum((1 - MOMENTUM**counts) / (1 - MOMENTUM)) * total
+    elif rule == "adamw":
+        way = steps * total / (np.abs(total) + ADAM_EPS)
+    else:
+        way = np.sum(1 / np.sqrt(counts)) * np.sign(total)
+    return FIRST - LR * way
+
+
+def _repeat(pattern: npt.NDArray[np.floating[Any]], shape: tuple[int, ...]) -> Floats:
+    whole = np.empty(count(shape), np.float32)
+    fits = whole.size // _PATTERN * _PATTERN
     whole[:fits].reshape(-1, _PATTERN)[...] = pattern
-    whole[fits:] = pattern[: work.elements - fits]
-    return whole.reshape(work.shape)
+    whole[fits:] = pattern[: whole.size - fits]
+    return whole.reshape(shape)

@@ -31,18 +31,18 @@ WORKS = (
     Work(160, (160_000,), 4),
     Work(1000, (1000,), 2, calls=10),
     Work(1, (2, 3), 1, calls=1000),
-    Work(1, (25_000_000,), 4, "sgd"),
-    Work(160, (160_000,), 1, "sgd"),
-    Work(1000, (1000,), 1, "sgd", calls=10),
+    Work(1, (25_000_000,), 4, "momentum"),
+    Work(160, (160_000,), 1, "momentum"),
+    Work(1000, (1000,), 1, "momentum", calls=10),
 )
 QUICK = (
     Work(1, (100_000,), 4),
     Work(16, (1600,), 4),
     Work(20, (100,), 2, calls=2),
     Work(1, (2, 3), 1, calls=10),
-    Work(1, (100_000,), 4, "sgd"),
-    Work(16, (1600,), 1, "sgd"),
-    Work(20, (100,), 1, "sgd", calls=2),
+    Work(1, (100_000,), 4, "momentum"),
+    Work(16, (1600,), 1, "momentum"),
+    Work(20, (100,), 1, "momentum", calls=2),
 )
 
 

@@ -8,9 +8,26 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.contender import Contender, one_or_list
-from benchmarks.common.work import LR, MOMENTUM, Verb, Work, first_values
+from benchmarks.common.work import LR, MOMENTUM, RULES, Rule, Verb, Work, first_values
 
 NAMES = {"tensorkv": "tensorkv", "mxnet": "MXNet", "torch": "plain torch", "numpy": "plain NumPy"}
+
+
+def set_rule(kv: Any, rule: Rule) -> None:
+    """Give a store of this project a rule."""
+    _, optimizer, options = RULES[rule]
+    if optimizer:
+        kv.set_optimizer(optimizer, **options)
+
+
+def set_mxnet_rule(kv: Any, rule: Rule) -> None:
+    """Give a store of MXNet a rule."""
+    from mxnet import optimizer
+
+    kinds = {"sgd": optimizer.SGD, "momentum": optimizer.SGD, "adamw": optimizer.Adam, "adagrad": optimizer.AdaGrad}
+    if rule in kinds:
+        options = {"momentum": MOMENTUM} if rule == "momentum" else {}
+        kv.set_optimizer(kinds[rule](learning_rate=LR, wd=0, **options))
 
 
 class TensorKV(Contender):
@@ -37,8 +54,7 @@ class TensorKV(Contender):
         self._given_outs = one_or_list(work, outs)
         self._kv = tensorkv.create("local")
         self._kv.init(list(range(work.keys)), first_values(work))
-        if work.rule == "sgd":
-            self._kv.set_optimizer("sgd", lr=LR, momentum=MOMENTUM)
+        set_rule(self._kv, work.rule)
 
     def calls(self) -> dict[Verb, Callable[[], None]]:
         kv, keys, given, outs = self._kv, self._keys, self._given, self._given_outs
@@ -75,14 +91,13 @@ class MXNet(Contender):
         self._wait = mx.nd.waitall
         given = [[mx.nd.array(part, mx.cpu(index)) for index, part in enumerate(group)] for group in self.parts]
         self.parts = given
-        self.outs = [mx.nd.zeros(work.shape) for _ in range(work.keys)]
+        self.outs = [mx.nd.zeros(shape) for shape in work.shapes]
         self._keys = one_or_list(work, list(range(work.keys)))
         self._given = one_or_list(work, given)
         self._given_outs = one_or_list(work, self.outs)
         self._kv = mx.kv.create("local")
         self._kv.init(list(range(work.keys)), [mx.nd.array(value) for value in first_values(work)])
-        if work.rule == "sgd":
-            self._kv.set_optimizer(mx.optimizer.SGD(learning_rate=LR, momentum=MOMENTUM, wd=0))
+        set_mxnet_rule(self._kv, work.rule)
         self._wait()
 
     def calls(self) -> dict[Verb, Callable[[], None]]:
@@ -121,7 +136,7 @@ class PlainTorch(Contender):
         self._given = [[torch.from_numpy(part) for part in group] for group in self.parts]
         self._out_tensors = [torch.from_numpy(out) for out in self.outs]
         self._values = [torch.tensor(value) for value in first_values(work)]
-        self._optimizer = torch.optim.SGD(self._values, lr=LR, momentum=MOMENTUM) if work.rule == "sgd" else None
+        self._optimizer = torch.optim.SGD(self._values, lr=LR, momentum=MOMENTUM) if work.rule == "momentum" else None
 
     def calls(self) -> dict[Verb, Callable[[], None]]:
         given, values, outs, optimizer = self._given, self._values, self._out_tensors, self._optimizer
@@ -154,7 +169,7 @@ class PlainNumPy(Contender):
     def __init__(self, work: Work, rank: int | None = None) -> None:
         super().__init__(work, rank)
         self._values = [value.copy() for value in first_values(work)]
-        self._momenta = [np.zeros_like(value) for value in self._values] if work.rule == "sgd" else None
+        self._momenta = [np.zeros_like(value) for value in self._values] if work.rule == "momentum" else None
 
     def calls(self) -> dict[Verb, Callable[[], None]]:
         given, values, momenta, outs = self.parts, self._values, self._momenta, self.outs

@@ -19,14 +19,14 @@ from benchmarks.local.contenders import TensorKV
 _SECONDS_PER_POINT = 0.3
 _QUICK_SECONDS_PER_POINT = 0.01
 _MOST_CALLS = 300
-_COLORS = {"assign": plot.BLUE, "sgd": plot.RED}
-_RULES = {"assign": "assign", "sgd": "SGD with momentum"}
+_COLORS = {"assign": plot.BLUE, "momentum": plot.RED}
+_RULES = {"assign": "assign", "momentum": "SGD with momentum"}
 
 
 def measure(arrays: str, *, quick: bool) -> list[dict[str, Any]]:
     """Return the lines of the plot: what grows, by which rule, the points and the slope of their upper half."""
     seconds = _QUICK_SECONDS_PER_POINT if quick else _SECONDS_PER_POINT
-    rules: tuple[Rule, ...] = ("assign", "sgd")
+    rules: tuple[Rule, ...] = ("assign", "momentum")
     return [_line(title, rule, axis, arrays, seconds) for title, axis in _axes(quick).items() for rule in rules]
 
 

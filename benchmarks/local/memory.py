@@ -39,7 +39,7 @@ def measure(mxnet_python: str | None, *, quick: bool) -> list[dict[str, Any]]:
         raise TooLittleMemoryError(
             f"{available_nbytes() / 1e9:.1f} GB of memory are free; {_NEEDED_NBYTES / 1e9:.0f} GB are needed"
         )
-    rules: tuple[Rule, ...] = ("assign",) if quick else ("assign", "sgd")
+    rules: tuple[Rule, ...] = ("assign",) if quick else ("assign", "momentum")
     works = [
         Work(keys, (elements,), 4, rule) for keys, elements in (_QUICK_SHAPES if quick else _SHAPES) for rule in rules
     ]
@@ -62,7 +62,7 @@ def measure_one(work: Work, name: str, python: str = sys.executable) -> dict[str
         [after] = team.ask("memory")
     finally:
         team.end()
-    state = work.value_nbytes if work.rule == "sgd" else 0
+    state = work.value_nbytes if work.rule == "momentum" else 0
     return {
         "work": work.name,
         "who": name,

@@ -31,7 +31,7 @@ class Serving(Work):
     def name(self) -> str:
         """What tables and ``--only`` call it.
 
-        >>> Serving(1, (25_000_000,), 2, "sgd").name
+        >>> Serving(1, (25_000_000,), 2, "momentum").name
         '1 × 25M, 2 workers, SGD momentum 0.9'
         """
         return f"{self.topic}{': ' if self.topic else ''}{super().name}"
@@ -41,35 +41,35 @@ def beside_peers(*, quick: bool) -> list[Serving]:
     """Return what is measured beside peers."""
     if quick:
         return [
-            Serving(20, (100,), 2, "sgd", calls=2, topic="MXNet"),
-            Serving(1, (2, 3), 2, "sgd", calls=10, topic="MXNet"),
+            Serving(20, (100,), 2, "momentum", calls=2, topic="MXNet"),
+            Serving(1, (2, 3), 2, "momentum", calls=10, topic="MXNet"),
         ]
     return [
-        Serving(1, (25_000_000,), 2, "sgd", topic="MXNet"),
-        Serving(160, (160_000,), 2, "sgd", topic="MXNet"),
-        Serving(1000, (1000,), 2, "sgd", calls=10, topic="MXNet"),
-        Serving(1, (2, 3), 2, "sgd", calls=200, topic="MXNet"),
+        Serving(1, (25_000_000,), 2, "momentum", topic="MXNet"),
+        Serving(160, (160_000,), 2, "momentum", topic="MXNet"),
+        Serving(1000, (1000,), 2, "momentum", calls=10, topic="MXNet"),
+        Serving(1, (2, 3), 2, "momentum", calls=200, topic="MXNet"),
     ]
 
 
 def durability(*, quick: bool) -> list[Serving]:
     """Return what is measured with servers that keep what they have in a folder."""
     if quick:
-        return [Serving(1, (1000,), 2, "sgd", topic="durability")]
+        return [Serving(1, (1000,), 2, "momentum", topic="durability")]
     return [
         # Until snapshots come at their steady rate.
-        Serving(1, (25_000_000,), 2, "sgd", warm_up=10, topic="durability"),
-        Serving(1000, (1000,), 2, "sgd", calls=10, warm_up=60, topic="durability"),
+        Serving(1, (25_000_000,), 2, "momentum", warm_up=10, topic="durability"),
+        Serving(1000, (1000,), 2, "momentum", calls=10, warm_up=60, topic="durability"),
     ]
 
 
 def growth(workers: int, *, quick: bool) -> list[Serving]:
     """Return what is measured with this many workers, and several numbers of servers."""
     if quick:
-        return [Serving(20, (100,), workers, "sgd", calls=2, topic="growth")]
+        return [Serving(20, (100,), workers, "momentum", calls=2, topic="growth")]
     return [
-        Serving(1, (25_000_000,), workers, "sgd", topic="growth"),
-        Serving(1000, (1000,), workers, "sgd", calls=10, topic="growth"),
+        Serving(1, (25_000_000,), workers, "momentum", topic="growth"),
+        Serving(1000, (1000,), workers, "momentum", calls=10, topic="growth"),
     ]
 
 

@@ -91,7 +91,7 @@ examples:
                 for work in works["works"]:
                     if work.parts == ranks:
                         # All-reduce has no optimizer.
-                        names = ["tensorkv", *(PEERS[:2] if work.rule == "sgd" else PEERS)]
+                        names = ["tensorkv", *(PEERS[:2] if work.rule == "momentum" else PEERS)]
                         measured.append(measure(work, roster, _PAIRS, options.reps, names=names))
             launchers = {name: partial(launch.torchrun, name, ranks, member) for name, member in _TRAINING.items()}
             with Roster(launchers, self.missing, self.versions, topic=", training") as roster:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
 
 from benchmarks.common.contender import Contender, one_or_list
-from benchmarks.common.work import LR, MOMENTUM, Verb, Work, first_values
+from benchmarks.common.work import Verb, Work, count, first_values
+from benchmarks.local.contenders import set_mxnet_rule, set_rule
 from benchmarks.sync.works import Exchange
 
 NAMES = {
@@ -67,8 +69,7 @@ class TensorKV(Member):
     def open(self, port: int, **options: Any) -> None:
         self._kv = self.create(port, **options)
         self._kv.init(list(range(self.work.keys)), first_values(self.work))
-        if self.work.rule == "sgd":
-            self._kv.set_optimizer("sgd", lr=LR, momentum=MOMENTUM)
+        set_rule(self._kv, self.work.rule)
         self._kv.barrier()
 
     def exchange(self) -> None:
@@ -103,12 +104,12 @@ class MXNet(Member):
         import mxnet as mx
 
         self._mx = mx
-        self.outs = [mx.nd.zeros(work.shape) for _ in range(work.keys)]
+        self.outs = [mx.nd.zeros(shape) for shape in work.shapes]
         self._keys = one_or_list(work, list(range(work.keys)))
         self._given: list[list[Any]] = []
         self._given_outs = one_or_list(work, self.outs)
         self._kv: Any = None
-        self.prepare(1)
+        self.prepare("pushpull", 1)
 
     @staticmethod
     def start() -> dict[str, str]:
@@ -121,13 +122,12 @@ class MXNet(Member):
         mx = self._mx
         self._kv = mx.kv.create(self.TYPE)
         self._kv.init(list(range(self.work.keys)), [mx.nd.array(value) for value in first_values(self.work)])
-        if self.work.rule == "sgd":
-            self._kv.set_optimizer(mx.optimizer.SGD(learning_rate=LR, momentum=MOMENTUM, wd=0))
+        set_mxnet_rule(self._kv, self.work.rule)
         mx.nd.waitall()
 
-    def prepare(self, calls: int) -> None:
+    def prepare(self, verb: Verb, calls: int) -> None:
         while len(self._given) < calls:
-            self._given.append([self._mx.nd.empty(self.work.shape) for _ in self.parts])
+            self._given.append([self._mx.nd.empty(shape) for shape in self.work.shapes])
         for given in self._given[:calls]:
             for array, [part] in zip(given, self.parts, strict=True):
                 array[:] = part
@@ -167,8 +167,10 @@ class Gloo(Member):
         self._buckets = []
         for place in buckets(work):
             # The only key of a bucket is summed where its result is wanted.
-            bucket = outs[place.start] if work.keys == 1 else torch.empty(len(place) * work.elements)
-            views = [view.view(work.shape) for view in bucket.view(-1).split(work.elements)]
+            shapes = work.shapes[place.start : place.stop]
+            bucket = outs[place.start] if work.keys == 1 else torch.empty(sum(map(count, shapes)))
+            pieces = bucket.view(-1).split(list(map(count, shapes)))
+            views = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
             self._buckets.append((bucket, views, parts[place.start : place.stop], outs[place.start : place.stop]))
 
     @staticmethod
@@ -203,8 +205,9 @@ class MPI(Member):
         for place in buckets(work):
             parts = [part.reshape(-1) for [part] in self.parts[place.start : place.stop]]
             outs = [out.reshape(-1) for out in self.outs[place.start : place.stop]]
-            given, total = (parts[0], outs[0]) if work.keys == 1 else np.empty((2, len(place) * work.elements), "f4")
-            self._buckets.append((given, total, parts, outs, np.split(total, len(place))))
+            sizes = [part.size for part in parts]
+            given, total = (parts[0], outs[0]) if work.keys == 1 else np.empty((2, sum(sizes)), "f4")
+            self._buckets.append((given, total, parts, outs, np.split(total, np.cumsum(sizes)[:-1])))
 
     @staticmethod
     def start() -> dict[str, str]:
@@ -231,5 +234,11 @@ def buckets(work: Work) -> list[range]:
     >>> buckets(Work(5, (3_000_000,), 2))
     [range(0, 2), range(2, 4), range(4, 5)]
     """
-    most = max(1, _BUCKET_NBYTES // (4 * work.elements))
-    return [range(start, min(start + most, work.keys)) for start in range(0, work.keys, most)]
+    starts, held = [0], 0
+    for key, shape in enumerate(work.shapes):
+        nbytes = 4 * count(shape)
+        if held and held + nbytes > _BUCKET_NBYTES:
+            starts.append(key)
+            held = 0
+        held += nbytes
+    return [range(start, stop) for start, stop in pairwise([*starts, work.keys])]

@@ -56,7 +56,7 @@ class Trained:
             self._model, self._kv, "sgd", lr=_LR, momentum=MOMENTUM, rescale_grad=1 / self._work.ranks, **self.OPTIONS
         )
 
-    def prepare(self, calls: int) -> None:
+    def prepare(self, verb: Verb, calls: int) -> None:
         """Do nothing before so many steps."""
 
     def time(self, verb: Verb, calls: int = 1) -> float:

@@ -86,16 +86,16 @@ def exchanges(ranks: int, *, quick: bool) -> list[Exchange]:
             Exchange(16, (1600,), ranks),
             Exchange(20, (100,), ranks, calls=2),
             Exchange(1, (2, 3), ranks, calls=10),
-            Exchange(1, (100_000,), ranks, "sgd"),
-            Exchange(16, (1600,), ranks, "sgd"),
+            Exchange(1, (100_000,), ranks, "momentum"),
+            Exchange(16, (1600,), ranks, "momentum"),
         ]
     return [
         Exchange(1, (25_000_000,), ranks),
         Exchange(160, (160_000,), ranks),
         Exchange(1000, (1000,), ranks, calls=10),
         Exchange(1, (2, 3), ranks, calls=200),
-        Exchange(1, (25_000_000,), ranks, "sgd"),
-        Exchange(160, (160_000,), ranks, "sgd"),
+        Exchange(1, (25_000_000,), ranks, "momentum"),
+        Exchange(160, (160_000,), ranks, "momentum"),
     ]
 
 

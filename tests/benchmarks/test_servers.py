@@ -167,7 +167,7 @@ class Fake(contenders.Worker):
 
 
 def test_what_the_same_gradients_give_in_any_order():
-    served = works.Serving(3, (200,), 2, "sgd")
+    served = works.Serving(3, (200,), 2, "momentum")
     fake = Fake(served)
     fake.time("pushpull", 6)
     fake.renew()
@@ -184,7 +184,7 @@ def test_what_the_same_gradients_give_in_any_order():
 
 
 def test_steps_too_many_and_too_few():
-    served = works.Serving(1, (97,), 2, "sgd")
+    served = works.Serving(1, (97,), 2, "momentum")
     fake = Fake(served)
     for _ in range(10):
         fake.step()

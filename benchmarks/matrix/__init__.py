@@ -1,0 +1,1 @@
+"""Every form of a call, array library, rule and size, on every engine."""

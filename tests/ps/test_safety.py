@@ -410,11 +410,12 @@ def test_a_ray_that_is_late_is_a_typed_error(is_running, home, monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}" if is_running else None
         with pytest.raises(tensorkv.ServerDeadError, match="The current node timed out during startup"):
             cluster.enter(address, 1)
+    assert "RAY_AUTH_MODE" not in os.environ
 
 
 @pytest.mark.parametrize("address", [None, "127.0.0.1:1"])

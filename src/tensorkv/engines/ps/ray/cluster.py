@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from tensorkv.errors import ArgumentError, RankDeadError, ServerDeadError, StorageError, quote
+from tensorkv.errors import ArgumentError, RankDeadError, ServerDeadError, StorageError, TensorKVError, quote
 from tensorkv.transport.rendezvous import agree_on_start, connect
 
 from ..options import PSOptions
@@ -213,7 +213,7 @@ def _start() -> None:
     except BaseException as error:
         _set_auth_mode(_auth_mode)
         # Where a node is late, Ray raises Exception itself.
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, TensorKVError):
             hint = "; set TMPDIR to a shorter path" if "AF_UNIX" in str(error) else ""
             raise ServerDeadError(f"create: Ray could not be started on this machine: {why(error)}{hint}") from error
         raise
@@ -235,6 +235,7 @@ def _join(address: str, timeout_s: float) -> None:
         ServerDeadError: no cluster answers in time.
     """
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
+    mode = os.environ.get("RAY_AUTH_MODE")
     try:
         if address != "auto":
             _wait_to_listen(address, timeout_s)
@@ -248,7 +249,10 @@ def _join(address: str, timeout_s: float) -> None:
             else:
                 ray.init(address=address, **common)
     except Exception as error:  # as Ray itself raises where a node is late
+        if isinstance(error, TensorKVError):
+            raise
         hint = "" if os.environ.get("RAY_AUTH_MODE") == "token" else "; if it asks for a token, set RAY_AUTH_MODE=token"
+        _set_auth_mode(mode)
         raise ServerDeadError(f"no Ray cluster answers at {address}: {why(error)}{hint}") from error
 
 

@@ -42,6 +42,29 @@ def test_jax_shares_memory_on_the_cpu():
     assert given.unsafe_buffer_pointer() == fresh.data_ptr()
 
 
+def test_views_of_jax_share_its_memory_and_hold_it():
+    jax = pytest.importorskip("jax")
+    array, other = jax.numpy.arange(4.0), np.ones(2)
+    view = interop.jax_views(array)
+    assert view.ctypes.data == array.unsafe_buffer_pointer()
+    assert not view.flags.writeable
+    nested = [(array, other), [other]]
+    (first, same), [again] = interop.jax_views(nested)
+    assert (first.ctypes.data, same, again) == (view.ctypes.data, other, other)
+    untouched = [[other], (torch.ones(2), None, {"a": array})]
+    assert interop.jax_views(untouched) is untouched
+    array.delete()
+    assert view.tolist() == [0, 1, 2, 3]
+
+
+def test_a_view_of_jax_waits_for_the_result():
+    jax = pytest.importorskip("jax")
+    x = jax.jit(lambda x: x @ x)(jax.numpy.ones((500, 500)))
+    view = interop.jax_views(x)
+    assert x.is_ready()
+    assert np.array_equal(view, np.asarray(x))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "bool", "complex64", "uint32"])
 def test_jax_dtypes(dtype):
     jnp = pytest.importorskip("jax.numpy")

@@ -241,6 +241,37 @@ def test_a_dtype_that_is_not_numpys_own_is_plain_too(taken, code):
     assert taken == [True] * 2
 
 
+def test_jax_arrays_take_it_by_views_of_them(kv, taken):
+    jnp = pytest.importorskip("jax.numpy")
+    part, out = jnp.arange(6, dtype=F32).reshape(2, 3), np.zeros((2, 3), F32)
+    kv.push("w", part)
+    assert np.array_equal(kv.pull("w"), part)
+    kv.pushpull(["w"], [[part, np.ones((2, 3), F32)]], out=[out])
+    assert np.array_equal(out, part + 1)
+    assert np.array_equal(kv.pushpull({"w": 2 * part})["w"], 2 * part)
+    assert taken == [False, True, True, False, True, False, True]
+    kv.init("j", part)
+    assert isinstance(kv.pushpull("j", part), type(part))
+    assert taken[-2:] == [False, True]
+
+
+def test_jax_arrays_without_views_are_left_to_the_general_way(kv, taken):
+    jax = pytest.importorskip("jax")
+    part = jax.numpy.ones((2, 3))
+    kv.push("w", [part, part.astype("bfloat16")])
+    assert np.array_equal(kv.pull("w"), 2 * np.ones((2, 3)))
+    gone = jax.numpy.ones((2, 3))
+    gone.delete()
+    with pytest.raises(tensorkv.ArrayTypeError, match="part 1 is a JAX array that was deleted"):
+        kv.push("w", [part, gone])
+    with pytest.raises(tensorkv.ArrayTypeError, match="traced"):
+        jax.jit(lambda x: kv.push("w", x))(part)
+    with pytest.raises(tensorkv.ArrayTypeError, match="JAX array, which cannot be written"):
+        kv.pushpull("w", part, out=part)
+    assert kv.info("w").version == 1
+    assert set(taken) == {False, True}
+
+
 class Tensor(torch.Tensor):
     """A subclass, which may mean anything."""
 

@@ -8,8 +8,10 @@ and it imports them only when the caller already has.
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -225,6 +227,25 @@ def is_jax(array: Any) -> bool:
     """Return whether this is a JAX array, without importing JAX."""
     jax = sys.modules.get("jax")
     return jax is not None and isinstance(array, jax.Array)
+
+
+def jax_views(given: Any) -> Any:
+    """Return arrays with NumPy's views in place of JAX's that are in this process's memory.
+
+    Args:
+        given: an array, or a list or tuple of arrays or of such lists.
+
+    Returns:
+        ``given`` itself where it has no such arrays.
+    """
+    if type(given) in (list, tuple) and "jax" in sys.modules:
+        viewed = [jax_views(each) for each in given]
+        return viewed if any(map(operator.is_not, viewed, given)) else given
+    if is_jax(given):
+        # Raised by arrays elsewhere, on several devices, deleted, traced, and of dtypes that buffers do not have.
+        with suppress(BufferError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            return np.asarray(memoryview(given))
+    return given
 
 
 def is_sparse_tensor(array: Any) -> bool:

@@ -438,7 +438,8 @@ static PyMemberDef call_members[] = {
     {"priority", T_OBJECT_EX, offsetof(Call, held[PRIORITY]), READONLY, "The caller's argument."},
     {"like", T_OBJECT_EX, offsetof(Call, held[LIKE]), READONLY, "The caller's argument."},
     {"ignore_sparse", T_OBJECT_EX, offsetof(Call, held[IGNORE_SPARSE]), READONLY, "The caller's argument."},
-    {"values", T_OBJECT, offsetof(Call, held[VALUES]), READONLY, "Of a call that was looked at: an array, or a list."},
+    {"values", T_OBJECT, offsetof(Call, held[VALUES]), 0,
+     "Of a call that was looked at: an array, or a list; to be replaced by arrays that can be looked at."},
     {NULL, 0, 0, 0, NULL},
 };
 

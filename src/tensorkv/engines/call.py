@@ -36,6 +36,14 @@ class Call(native.Call):
     skipped: SparseOutWarning | None = None
     """The warning that an out was left alone."""
 
+    def view_jax(self) -> bool:
+        """Have a call that was not plain looked at again with NumPy's views of JAX's arrays; False if it has none."""
+        viewed = interop.jax_views(self.values)
+        if viewed is self.values:
+            return False
+        self.values = viewed
+        return True
+
     @property
     def batch(self) -> Batch:
         """The keys without repeats, and for each key its parts as tensors or Rows that share the caller's memory.

@@ -53,6 +53,8 @@ else:
     class Call:
         """A push, pull or pushpull, as the caller wrote it; subclasses parse it."""
 
+        values: Any = None
+
         def __init__(
             self,
             record: Record,

@@ -23,7 +23,7 @@ def run(*arguments, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "least"),
     [
-        (["lines", "local", "assign"], 300),
+        (["lines", "local", "assign"], 200),
         (["lines", "local", "updater"], 1000),
         (["lines", "durable", "sgd"], 700),
         (["lines", "device", "adam"], 300),

@@ -18,7 +18,7 @@ SEAMS = {
     "sync of the log": (os, "fdatasync", "after"),
     "change, not begun": (shard.Shard, "_update", "before"),
     "change, done": (shard.Shard, "_update", "after"),
-    "sum of plain arrays": (shard.Shard, "_sum_beside", "before"),
+    "sum of plain arrays": (shard.Shard, "_sums_of", "before"),
     "pass, not begun": (shard.Shard, "_run", "before"),
     "pass, done": (shard.Shard, "_run", "after"),
     "digest": (durable._Digests, "of", "before"),

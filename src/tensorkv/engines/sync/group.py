@@ -27,8 +27,12 @@ log = logging.getLogger("tensorkv")
 
 # How long to wait for the worker that noticed a fault to publish what it was.
 _ERROR_WAIT_S = 1.0
+# How long the rendezvous store may take to answer, on a machine that may be busy.
+_STORE_S = 5.0
+# How long the process that runs it stays for live workers to read why a store ended.
+_READ_S = 10.0
 # How much later than its connections a process may end.
-_EXIT_S = 0.2
+_EXIT_S = 1.0
 _POLL_S = 0.02
 
 
@@ -181,7 +185,7 @@ class ProcessGroup:
             store.wait([key], timedelta(seconds=_ERROR_WAIT_S))
             return store.get(key)
 
-        return _within(2 * _ERROR_WAIT_S, ask)
+        return _within(_ERROR_WAIT_S + _STORE_S, ask)
 
     def _get(self, key: str, rank: int) -> bytes:
         return get(self._store, key, rank, self.size, self.timeout_s)
@@ -196,15 +200,31 @@ class ProcessGroup:
         note = json.dumps([*errors.encode(error), self.rank])
         store = self._store
         if _runs_store(self.rank):
-            atexit.register(_wait_for_readers, store, self.size, forks.count)
+            # One that is dead reads nothing.
+            seconds = 2 * _ERROR_WAIT_S if isinstance(error, RankDeadError) else _READ_S
+            atexit.register(self._wait_for_readers, store, seconds, forks.count)
 
         def publish() -> None:
             store.compare_set("error", "", note)
-            store.add("heard", 1)
+            store.set(f"read/{self.rank}", b"")
 
         # A rendezvous store that is gone took its worker with it, and the others notice that.
-        _within(_ERROR_WAIT_S, publish)
+        _within(_STORE_S, publish)
         self.disconnect()
+
+    def _wait_for_readers(self, store: Any, seconds: float, forked: int) -> None:
+        """Let the other workers read why this one ends before the rendezvous store ends with it."""
+        if forks.count != forked:
+            # The connection is the parent's.
+            return
+        here = set(self.host_ranks)
+        deadline = monotonic() + seconds
+        with suppress(dist.DistError):
+            for rank in range(self.size):
+                while not store.check([f"read/{rank}"]) and monotonic() < deadline:
+                    if rank in here and not self.is_alive(rank):
+                        break
+                    sleep(_POLL_S)
 
     def published_error(self, otherwise: RankDeadError) -> TensorKVError:
         """Return the error that another worker has published, or else this one."""
@@ -329,18 +349,6 @@ def _cores() -> list[int]:
 def _runs_store(rank: int) -> bool:
     """Tell whether the rendezvous store ends with the process of a rank."""
     return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-
-
-def _wait_for_readers(store: Any, size: int, forked: int) -> None:
-    """Let the other workers read why this one ends before the rendezvous store ends with it."""
-    if forks.count != forked:
-        # The connection is the parent's.
-        return
-    # One host may hear of it from another, which takes the time of each.
-    deadline = monotonic() + 2 * _ERROR_WAIT_S
-    with suppress(dist.DistError):
-        while store.add("heard", 0) < size and monotonic() < deadline:
-            sleep(_POLL_S)
 
 
 def _within(seconds: float, do: Callable[[], Any]) -> Any:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,7 +40,40 @@ _compat.leave_to_parent()
 assert held and not processes
 assert unregistered == [ray.shutdown]
 processes.update(held)
-ray.shutdown()
+_compat.shutdown()
 assert address not in _compat.cluster_addresses()
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=100)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_a_node_may_take_long_to_start(monkeypatch):
+    """Ray itself waits for half a minute."""
+    looks = []
+
+    def get_node(address, node):
+        looks.append(node)
+        if len(looks) < 3:
+            raise RuntimeError("it is not there yet")
+        return {"node": node}
+
+    def init(**options):
+        assert _compat.services.get_node("address", 7) == {"node": 7}
+
+    monkeypatch.setattr(_compat.services, "get_node", get_node)
+    monkeypatch.setattr(_compat.ray, "init", init)
+    _compat.init_on_loopback()
+    assert len(looks) == 3
+    assert _compat.services.get_node is get_node
+    monkeypatch.setattr(_compat, "_START_S", 0.0)
+    looks.clear()
+    with pytest.raises(RuntimeError, match="not there yet"):
+        _compat.init_on_loopback()
+
+
+def test_a_shutdown_waits_for_rays_processes(monkeypatch):
+    process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    node = SimpleNamespace(all_processes={"raylet": [SimpleNamespace(process=process)]})
+    monkeypatch.setattr(_compat.worker, "_global_node", node)
+    monkeypatch.setattr(_compat.ray, "shutdown", process.stdin.close)
+    _compat.shutdown()
+    assert process.returncode == 0

@@ -112,7 +112,7 @@ def find(name: str, address: str | None) -> None:
             stores |= _store_names()
             if name in stores:
                 return
-            ray.shutdown()
+            _compat.shutdown()
     known = f"there are {', '.join(map(quote, sorted(stores)))}" if stores else "none is running"
     where = "on this machine" if address in (None, "auto") else f"at {address}"
     raise ServerDeadError(f"no store {quote(name)} {where}; {known}")
@@ -172,7 +172,7 @@ def leave(started: bool) -> None:
         if started:
             _started -= 1
             if _started == 0:
-                ray.shutdown()
+                _compat.shutdown()
                 _set_auth_mode(_auth_mode)
 
 

@@ -63,7 +63,7 @@ def learn(worker: int) -> int:
     mine = pairs(ids)[0][worker::WORKERS]
     random = np.random.default_rng(worker + 1)
     pushes = 0
-    with tensorkv.create("dist_async", name=NAME, timeout_s=60) as kv:
+    with tensorkv.create("dist_async", name=NAME) as kv:
         for _ in range(EPOCHS):
             random.shuffle(mine)
             for start in range(0, len(mine), BATCH):

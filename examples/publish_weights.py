@@ -41,7 +41,7 @@ def train() -> int:
     digits = demo.load_digits()
     model = MLPClassifier((64,), random_state=0)
     # The trainer is the only worker, so nothing waits for readers. Each of them may hold one snapshot.
-    with tensorkv.create("dist_async", name=NAME, num_servers=2, num_workers=1, keep=READERS, timeout_s=30) as kv:
+    with tensorkv.create("dist_async", name=NAME, num_servers=2, num_workers=1, keep=READERS) as kv:
         kv.init({name: np.zeros(shape) for name, shape in LAYERS.items()} | {"checksum": np.zeros(())})
         environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
         command = [sys.executable, __file__, "reader"]
@@ -53,7 +53,7 @@ def train() -> int:
                 arrays = [model.coefs_[0], model.intercepts_[0], model.coefs_[1], model.intercepts_[1]]
                 layers = dict(zip(LAYERS, map(np.float64, arrays), strict=True))
                 kv.push(layers | {"checksum": checksum(layers)})
-            failed = [number for number, reader in enumerate(readers) if reader.wait(timeout=30) != 0]
+            failed = [number for number, reader in enumerate(readers) if reader.wait() != 0]
         finally:
             for reader in readers:
                 reader.kill()
@@ -76,9 +76,9 @@ def read(number: int) -> int:
     digits = demo.load_digits()
     images, labels = digits.test_images.numpy(), digits.test_labels.numpy()
     seen, consistent = [0], True
-    with tensorkv.create("dist_async", name=NAME, timeout_s=30) as kv:
+    with tensorkv.create("dist_async", name=NAME) as kv:
         while seen[-1] < VERSIONS:
-            kv.pull("checksum", min_version=seen[-1] + 1, timeout_s=30)  # waits for a new version
+            kv.pull("checksum", min_version=seen[-1] + 1, timeout_s=300)  # waits for a new version
             with kv.snapshot() as snapshot:
                 layers = {name: snapshot.pull(name) for name in LAYERS}
                 versions = set(snapshot.versions.values())

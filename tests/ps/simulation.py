@@ -366,7 +366,7 @@ class World(Loop):
     def __init__(self, seed, *, num_clients, faults, kinds, forget=lambda server: None, **options):
         super().__init__(seed)
         self.seed, self.forget = seed, forget
-        self.options = PSOptions(**options)
+        self.options = PSOptions(**{"heartbeat_timeout_s": 5.0, **options})
         self.disks, self.tokens = {}, itertools.count()
         self.processes = [Process(f"client {number}") for number in range(num_clients)]
         self.stores = [None] * num_clients

@@ -27,7 +27,7 @@ GROUP = "tensorkv.engines"
 Factory = Callable[..., Engine]
 
 
-def _build_dist(*, nonfinite: NonFinite = "pass", timeout_s: float = 60.0, shared_memory: bool = True) -> Engine:
+def _build_dist(*, nonfinite: NonFinite = "pass", timeout_s: float = 300.0, shared_memory: bool = True) -> Engine:
     # Only here: torch.distributed takes a while to import.
     from .sync import engine
 

@@ -49,10 +49,10 @@ class PSOptions:
     durability: str = ""
     nonfinite: NonFinite = "pass"
     keep: int = 4
-    heartbeat_timeout_s: float = 5.0
+    heartbeat_timeout_s: float = 30.0
     name: str = "tensorkv"
     address: str | None = None
-    timeout_s: float = 60.0
+    timeout_s: float = 300.0
     insecure: bool = False
 
     def __post_init__(self) -> None:

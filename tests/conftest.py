@@ -8,9 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import tensorkv
 from tensorkv.testing.libraries import LIBRARIES
+from tests.support.until import LIMIT_S
 
 # Programs that tests start find the modules of the tests, in whatever folder they run.
 ROOT = str(Path(__file__).resolve().parents[1])
@@ -18,6 +20,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get(
 
 # A shell that starts this process in the background has it ignore Ctrl-C, and so would all that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Hypothesis looks at the clock as well: how long an example takes, and how long it takes to make one.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # Before JAX starts: three CPU devices, so that parts can live on devices of their own.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "3")
@@ -102,7 +108,7 @@ def no_leaks():
     yield
     left = [thread for thread in threading.enumerate() if thread not in threads and not thread.daemon]
     for thread in left:
-        thread.join(timeout=5)
+        thread.join(LIMIT_S)
     assert not [thread for thread in left if thread.is_alive()]
     if len(_descriptors()) > len(descriptors):
         gc.collect()

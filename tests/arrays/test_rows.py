@@ -142,7 +142,7 @@ def added(parts, dtype):
     return sorted(sums), rows.view(dtype) if dtype is torch.uint16 else rows.to(dtype)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     groups=st.lists(st.lists(st.integers(0, 6), max_size=8), min_size=1, max_size=3),
     dtype=st.sampled_from(DTYPES),
@@ -185,7 +185,7 @@ def test_sums_are_added_in_the_order_given(groups, dtype, shape, base, seed):
     ),
     ids=st.data(),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_to_dense_is_numpys_add_at(array, ids):
     chosen = np.array(ids.draw(st.lists(st.integers(0, 5), min_size=len(array), max_size=len(array))), np.int64)
     expected = np.zeros((6, *array.shape[1:]), np.float32)

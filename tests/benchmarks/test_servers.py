@@ -23,7 +23,6 @@ from tests.conftest import ROOT
 pytest.importorskip("ray")
 
 # Each test starts many processes, which takes long on a busy machine.
-pytestmark = pytest.mark.timeout(400)
 TINY = "MXNet: one 2×3 key"
 
 

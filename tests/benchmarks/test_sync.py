@@ -18,7 +18,6 @@ from benchmarks.sync import bench, hosts, works
 from tests.conftest import ROOT
 
 # Each test starts many processes, which takes long on a busy machine.
-pytestmark = pytest.mark.timeout(400)
 GLOO = "benchmarks.sync.contenders:Gloo"
 
 

@@ -130,7 +130,7 @@ def test_tutorial_prints_exactly_this_with_jax_on_four_devices():
     pytest.importorskip("jax")
     environment = {name: text for name, text in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     command = [sys.executable, "-W", "error", "-m", "tensorkv", "tutorial", "--arrays", "jax"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=100)
+    shown = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout == f"{HEADERS['jax']}\n{GOLDEN}"
 

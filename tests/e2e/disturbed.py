@@ -26,8 +26,9 @@ import torch
 
 import tensorkv
 from tensorkv import Rows, TensorKVError
+from tests.support.until import LIMIT_S
 
-HANG_S = 60
+HANG_S = LIMIT_S
 STEPS = 12
 SHAPES = {"a": (3,), "b": (40, 5), "c": (70_000,), "d": (), "e": (0, 2), "big": (300_000,)}
 DTYPES = {"a": "float32", "b": "float64", "c": "float32", "d": "float16", "e": "float32", "big": "float32"}
@@ -447,7 +448,7 @@ def main(engine, first, count, *more):
     if engine == "dist_async":
         from tensorkv.engines.ps.ray import cluster
 
-        cluster.enter(None, 60)
+        cluster.enter(None, LIMIT_S)
     for seed in range(int(first), int(first) + int(count)):
         runner.run(seed)
     print(json.dumps(runner.counts))

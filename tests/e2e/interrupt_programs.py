@@ -272,7 +272,7 @@ def pull_at_every_line_in_step():
 
     These are calls that are refused, which all workers are told, and calls that only look.
     """
-    kv = tensorkv.create("dist_sync", timeout_s=60)
+    kv = tensorkv.create("dist_sync")
     kv.init("w", np.zeros(6, F32))
 
     def refused(kind, verb, *arguments):
@@ -378,12 +378,15 @@ def raise_in_step(times, is_pull):
 
     With ``is_pull`` a pull that waits for another worker is interrupted, too: it ends at once and has done nothing.
     """
-    kv = tensorkv.create("dist_sync", timeout_s=120)
+    kv = tensorkv.create("dist_sync")
     rng, raised, pushes = random.Random(kv.rank), 0, 0
     signal.signal(signal.SIGALRM, lambda *_: boom())
     sizes = {"w": 6, "x": 100_000}
     kv.init({key: np.zeros(size, F32) for key, size in sizes.items()})
     while pushes < times:
+        if pushes % 2 == 0:
+            # So that no push has to wait for a worker that is behind, which would end the store.
+            kv.pull(list(sizes))
         try:
             signal.setitimer(signal.ITIMER_REAL, 1e-6 + rng.random() * 4e-4)
             kv.push(list(sizes), [np.full(size, pushes + 1, F32) for size in sizes.values()])

@@ -87,7 +87,6 @@ def disturb(engine, count, options, size, seed, report):
                 seed,
                 count,
                 *options,
-                timeout_s=60 * count,
                 env={"DISTURBED_FOLDER": folder},
             )
         except AssertionError as error:

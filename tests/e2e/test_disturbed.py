@@ -18,12 +18,11 @@ SEED = int(os.environ.get("TENSORKV_TEST_SEED", "1"))
 
 def run(engine, first, count, *options, tmp_path, **environment):
     environment["DISTURBED_FOLDER"] = str(tmp_path)
-    status, text = call(PROGRAM, engine, first, count, *options, timeout_s=280, env=environment)
+    status, text = call(PROGRAM, engine, first, count, *options, env=environment)
     assert status == 0, text[-3000:]
     return json.loads(text.strip().splitlines()[-1])
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("engine", "count", "options", "expected"),
     [
@@ -37,7 +36,6 @@ def test_one_process(engine, count, options, expected, tmp_path):
     check(run(engine, SEED * 1000, count, *options, tmp_path=tmp_path), count, expected)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("count", "options", "expected"),
     [
@@ -58,7 +56,6 @@ def check(counts, count, expected):
     assert len(counts.keys() - {"programs", "steps", "undisturbed"}) >= 3, "too few kinds of disturbance"
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("size", "count"), [(2, amount(3, 5)), (3, amount(1, 2))])
 def test_workers_in_step(size, count, tmp_path):
     texts = workers.run(
@@ -67,7 +64,6 @@ def test_workers_in_step(size, count, tmp_path):
         "dist_sync",
         SEED * 1000 + 500,
         count,
-        timeout_s=280,
         env={"DISTURBED_FOLDER": str(tmp_path)},
     )
     for text in texts:
@@ -108,6 +104,6 @@ disturbed.main("local", 0, 20)
 """
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-c", code]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, env=environment)
+    shown = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert shown.returncode in (1, 3)
     assert found in shown.stderr

@@ -12,7 +12,7 @@ import pytest
 import tensorkv
 from tensorkv.errors import KeyNotFoundError, StoreClosedError
 from tests.support.processes import Program
-from tests.support.until import until
+from tests.support.until import LIMIT_S, until
 
 VERBS = {
     "push": lambda kv, folder: kv.push("w", np.ones(2)),
@@ -39,7 +39,7 @@ def test_close_waits_for_the_call_under_way_and_the_rest_is_refused(durable, tmp
     def updater(key, received, stored):
         stored += received
         begun.set()
-        assert go_on.wait(60)
+        assert go_on.wait(LIMIT_S)
 
     kv.set_updater(updater)
     outcome = {}
@@ -57,12 +57,12 @@ def test_close_waits_for_the_call_under_way_and_the_rest_is_refused(durable, tmp
         return thread
 
     threads = [start("under way", lambda: kv.push("w", np.ones(2)))]
-    assert begun.wait(60)
+    assert begun.wait(LIMIT_S)
     threads.append(start("close", kv.close))
     threads += [start(name, lambda verb=verb: verb(kv, tmp_path)) for name, verb in VERBS.items()]
     go_on.set()
     for thread in threads:
-        thread.join(60)
+        thread.join()
     assert outcome.pop("under way") == "done"
     assert outcome.pop("close") == "done"
     # Those that came before the close are done, perhaps without a key that was deleted; nothing else is raised, and
@@ -110,7 +110,7 @@ def call_at_exit(engine, n, is_warm, is_late, folder):
 )
 def test_calls_in_exit_handlers_work(engine, n, warm, late, tmp_path):
     with Program(call_at_exit, engine, n, warm == "warm", late == "late", tmp_path) as program:
-        assert (program.process.wait(100), program.text()) == (0, "done\n")
+        assert (program.wait(), program.text()) == (0, "done\n")
     with tensorkv.create() as kv:
         kv.load(tmp_path / "saved")
         assert kv.info("w").version == 2 + (warm == "warm")
@@ -146,7 +146,7 @@ def test_a_store_that_a_handler_closes_keeps_every_acknowledged_push(how, n, tmp
         with Program(push_until_terminated, tmp_path / "store", n, how, file) as program:
             until(lambda pushes=2 + life: file.stat().st_size >= pushes)
             program.process.terminate()
-            assert program.process.wait(100) == 7, program.text()
+            assert program.wait() == 7, program.text()
         acknowledged += file.stat().st_size
         with tensorkv.create("local", path=tmp_path / "store") as kv:
             value, version = kv.pull("w"), kv.info("w").version

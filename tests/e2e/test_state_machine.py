@@ -749,7 +749,6 @@ def test_programs(machine):
         settings=settings(
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,
-            deadline=None,
             derandomize=False,
             print_blob=True,
             suppress_health_check=list(HealthCheck),
@@ -851,7 +850,6 @@ def test_machine_finds_a_planted_fault(monkeypatch, plant):
             settings=settings(
                 max_examples=800,
                 stateful_step_count=STEPS,
-                deadline=None,
                 database=None,
                 derandomize=True,
                 report_multiple_bugs=False,

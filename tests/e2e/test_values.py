@@ -8,8 +8,6 @@ from tensorkv.shard.optimizers import CLASSES
 from tests.support import value_programs
 from tests.support.workers import run
 
-pytestmark = pytest.mark.timeout(180)
-
 
 def seeds(turn):
     """One program for each optimizer, others at each turn."""
@@ -60,6 +58,5 @@ def test_workers_in_step(turn, workers, shared_memory, tmp_path):
         *seeds(turn)[:: len(CLASSES) - 1],
         tmp_path,
         shared_memory,
-        timeout_s=150,
     ):
         assert "same values" in text

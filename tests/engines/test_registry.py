@@ -52,7 +52,7 @@ def test_an_installed_engine_is_found(tmp_path):
             print(error)
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
     assert shown.stderr == ""
     lines = shown.stdout.splitlines()
     assert lines[0] == "doubling [3.]"

@@ -148,12 +148,11 @@ def run_command(command: str, folder: Path, home: Path) -> None:
     environment = {**kept, "HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     shortened = command + (" --epochs 1" if command.startswith("tensorkv demo") else "")
     ended = subprocess.run(
-        ["bash", "-c", shortened], cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=250
+        ["bash", "-c", shortened], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, f"$ {command}\n{ended.stdout}{ended.stderr}"
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_a_page_runs_from_top_to_bottom(
     path: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch

@@ -51,7 +51,6 @@ def build(tree, what, **environment):
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return tree / "dist" / ended.stdout.splitlines()[-1]
@@ -111,7 +110,7 @@ def test_an_installation_without_compiled_parts_says_so(tree, tmp_path):
     shutil.copytree(tree / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.egg-info"))
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src")}
     command = [sys.executable, "-c", UNCOMPILED]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     report, version = ended.stdout.splitlines()
     file, told, value, compiled, shared = json.loads(report)

@@ -16,7 +16,6 @@ TESTS = ("shard/test_plain.py", "shard/test_native.py", "shard/test_fused.py", "
 
 
 @pytest.mark.release
-@pytest.mark.timeout(600)
 def test_the_tests_of_compiled_parts_pass_under_sanitizers(tmp_path):
     for folder in ("src", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
@@ -27,7 +26,7 @@ def test_the_tests_of_compiled_parts_pass_under_sanitizers(tmp_path):
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{sysconfig.get_paths()['include']}"]
     for part in PARTS:
         command = ["gcc", *flags, compiled / f"{part}.c", "-o", compiled / f"{part}.abi3.so"]
-        subprocess.run(command, check=True, timeout=120)
+        subprocess.run(command, check=True)
     libraries = [
         subprocess.run(["gcc", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
@@ -43,7 +42,5 @@ def test_the_tests_of_compiled_parts_pass_under_sanitizers(tmp_path):
         "TENSORKV_TESTS": "few",
     }
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in TESTS)]
-    ended = subprocess.run(
-        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500, check=False
-    )
+    ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[:4000]

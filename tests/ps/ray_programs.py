@@ -13,6 +13,7 @@ import time
 import numpy as np
 
 import tensorkv
+from tests.support.until import LIMIT_S
 
 F32 = np.float32
 RANK = int(os.environ.get("RANK", "0"))
@@ -59,7 +60,7 @@ def push_set(name, stop, start, step, acknowledged):
         ask_through_ray_alone()
     if "LOSE_ANSWERS" in os.environ:
         lose_answers(float(os.environ["LOSE_ANSWERS"]))
-    kv = tensorkv.create("dist_async", name=name, timeout_s=60)
+    kv = tensorkv.create("dist_async", name=name)
     (n,) = kv.info("w").shape
     with open(acknowledged, "a", buffering=1) as file:
         say("ready")
@@ -76,7 +77,7 @@ def push_set(name, stop, start, step, acknowledged):
 
 def train():
     """Workers as torchrun starts them train together, on a Ray that rank 0 starts."""
-    kv = tensorkv.create("dist_async", mode="sync", timeout_s=60)
+    kv = tensorkv.create("dist_async", mode="sync")
     assert (kv.rank, kv.num_workers) == (RANK, SIZE)
     kv.set_optimizer("sgd", lr=0.5)
     kv.init("w", np.full(4, 8, F32))
@@ -118,10 +119,10 @@ def rely_on_rays_retries(n):
             super().__init__(options, 0)
             self._server._tables.has_applied = lambda client, seq: False
 
-    cluster.enter(None, 60)
+    cluster.enter(None, LIMIT_S)
     options = {"num_cpus": 0, "max_concurrency": 8, "max_restarts": -1, "max_task_retries": -1}
     actor = ray.remote(Forgetful).options(**options).remote(json.dumps(PSOptions().of_store()))
-    kv = KVStore(PSEngine([actor], PSOptions(), [["elsewhere", 0, 1, "", None]], 60, started=False), "dist_async")
+    kv = KVStore(PSEngine([actor], PSOptions(), [["elsewhere", 0, 1, "", None]], LIMIT_S, started=False), "dist_async")
     with contextlib.suppress(tensorkv.KeyExistsError):
         kv.init("n", np.zeros(1, F32))
     for _ in range(int(n)):

@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,10 +20,12 @@ import torch
 import tensorkv
 from tests.support.amount import amount
 from tests.support.processes import Program
-from tests.support.until import until
+from tests.support.until import LIMIT_S, until
 from tests.support.workers import run
 
 ray = pytest.importorskip("ray")
+from tensorkv.engines.ps.ray import cluster as ray_cluster  # noqa: E402
+from tests.support.overdue import overdue  # noqa: E402
 
 F32 = np.float32
 PROGRAMS = "tests.ps.ray_programs"
@@ -33,7 +36,7 @@ LOSE_REPLIES = json.dumps(
 )
 names = (f"faulty{number}" for number in itertools.count())
 called = {}
-pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("ray_store")]
+pytestmark = pytest.mark.usefixtures("ray_store")
 
 
 def create(**options):
@@ -78,12 +81,15 @@ def one_hot(n, i):
 
 def pid_of(kv, server):
     """The process of a server, once it is there."""
-    deadline = time.monotonic() + 60
-    while True:
+    found = []
+
+    def is_there():
         with contextlib.suppress(ray.exceptions.RayActorError):
-            return ray.get(kv._engine._actors[server].place.remote(), timeout=60)[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+            found.append(ray.get(kv._engine._actors[server].place.remote(), timeout=LIMIT_S)[1])
+        return found
+
+    until(is_there)
+    return found[0]
 
 
 class Killer:
@@ -137,7 +143,6 @@ def push_until(kv, done, n, start=0):
 # ---------------------------------------------------------------- kills
 
 
-@pytest.mark.timeout(600)  # restarts of processes that import torch
 def test_killed_servers_lose_no_acknowledged_push_and_make_none_twice(tmp_path):
     n = 300_000
     with create(num_servers=SERVERS, path=tmp_path / "store") as kv:
@@ -186,12 +191,12 @@ def test_adam_goes_on_to_the_bit_after_kills(tmp_path):
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_server_without_a_folder_that_is_killed_is_lost_and_never_empty(lost, tmp_path):
+def test_a_server_without_a_folder_that_is_killed_is_lost_and_never_empty(lost, tmp_path, monkeypatch):
     """And the store can be created again once it has been closed everywhere, whoever is first."""
     value = np.arange(600_000, dtype=F32)
-    kv = create(num_servers=2, timeout_s=40)
+    kv = create(num_servers=2)
     name = name_of(kv)
-    other = tensorkv.create("dist_async", name=name, timeout_s=40)
+    other = tensorkv.create("dist_async", name=name)
     kv.init("w", value)
     kv.save(tmp_path / "saved")
     os.kill(pid_of(kv, lost), signal.SIGKILL)
@@ -199,17 +204,32 @@ def test_a_server_without_a_folder_that_is_killed_is_lost_and_never_empty(lost, 
         with pytest.raises(tensorkv.ServerDeadError, match=f"server {lost}"):
             call()
     # Whoever asks for the store by its name is not given an empty server beside a full one.
-    with pytest.raises(tensorkv.ServerDeadError, match=f"server {lost} .* has ended, and what it held is lost"):
-        tensorkv.create("dist_async", name=name, num_servers=2, timeout_s=2)
+    said = pytest.raises(tensorkv.ServerDeadError, match=f"server {lost} .* has ended, and what it held is lost")
+    with monkeypatch.context() as patches, said:
+        let_pauses_take_long(patches)
+        tensorkv.create("dist_async", name=name, num_servers=2)
     kv.close()
     with ThreadPoolExecutor(1) as pool:
-        again = pool.submit(tensorkv.create, "dist_async", name=name, num_servers=2, timeout_s=60)
+        again = pool.submit(tensorkv.create, "dist_async", name=name, num_servers=2)
         other.close()
-        kv = again.result(100)
+        kv = again.result(LIMIT_S)
     with kv:
         assert kv.keys() == []
         kv.load(tmp_path / "saved")
         assert kv.pull("w").tolist() == value.tolist()
+
+
+def let_pauses_take_long(monkeypatch):
+    """Have each pause in which ``create`` waits for servers count as 100 seconds."""
+    slept = []
+    monkeypatch.setattr(
+        ray_cluster,
+        "time",
+        SimpleNamespace(
+            monotonic=lambda: time.monotonic() + 100 * len(slept),
+            sleep=lambda seconds: (slept.append(seconds), time.sleep(seconds)),
+        ),
+    )
 
 
 def read_numbers(path):
@@ -245,10 +265,10 @@ def test_killed_workers_leave_whole_pushes(shared, ray_address, tmp_path):
             ]
             for program in programs:
                 program.wait_for("ready")
-            before = kv.info("w").version
-            deadline = time.monotonic() + 30
-            while kv.info("w").version < before + 20 and time.monotonic() < deadline:
+            acknowledged = []
+            while not (set(starts) < set(acknowledged) and len(acknowledged) > 10 * len(begun)):
                 kv.push("w", np.zeros(n, F32))
+                acknowledged = read_numbers(file)
             time.sleep(chance.random() * 0.02)
             for program in programs:
                 assert program.process.poll() is None
@@ -290,30 +310,25 @@ def test_stopped_servers(tmp_path):
 
 
 def test_when_nothing_answers_in_time_the_outcome_is_unknown_and_the_store_goes_on():
-    with create() as keeper, tensorkv.create("dist_async", name=name_of(keeper), timeout_s=1.0) as kv:
-        # Only the pushes are in a hurry: what a server does for the first time may take longer than a second.
+    with create() as keeper, tensorkv.create("dist_async", name=name_of(keeper)) as kv:
         count_up(keeper)
         keeper.init("n", np.zeros(30_000, F32))
         pid = pid_of(keeper, 0)
         os.kill(pid, signal.SIGSTOP)
         try:
             for push in range(3):
-                with pytest.raises(tensorkv.PushOutcomeUnknownError, match="applied once, or not at all"):
+                said = pytest.raises(tensorkv.PushOutcomeUnknownError, match="applied once, or not at all")
+                with overdue(attempt_s=1.0), said:
                     kv.push("n", np.full(30_000, 10.0**push, F32))
         finally:
             os.kill(pid, signal.SIGCONT)
-        for push in range(3, 8):
-            with contextlib.suppress(tensorkv.PushOutcomeUnknownError):
-                kv.push("n", np.full(30_000, 10.0**push, F32))
-                break
-        else:
-            raise AssertionError("the store does not go on")
+        kv.push("n", np.full(30_000, 10.0**3, F32))
         # Each is whole, and was applied once or not at all.
         with keeper.snapshot() as snapshot:
             (found,) = set(snapshot.pull("n").tolist())
-            digits = f"{int(found):08d}"
+            digits = f"{int(found):04d}"
             assert set(digits) <= {"0", "1"}, found
-            assert digits[-1 - push] == "1"
+            assert digits[0] == "1"
             assert snapshot.versions["n"] == digits.count("1")
 
 
@@ -338,7 +353,7 @@ def test_rays_own_retries_would_make_pushes_twice_were_requests_not_known(ray_ad
     n = 100
     env = {**ray_address, "RAY_testing_rpc_failure": LOSE_REPLIES}
     with Program(PROGRAMS, "rely_on_rays_retries", n, env=env) as program:
-        assert int(program.wait_for("version", 200).split()[1]) > n
+        assert int(program.wait_for("version").split()[1]) > n
 
 
 # ---------------------------------------------------------------- a disk that is full
@@ -386,14 +401,12 @@ def test_two_stores_on_one_path_and_options_that_differ(shared, tmp_path):
         with pytest.raises(tensorkv.ArgumentError, match="its path is"):
             tensorkv.create("dist_async", name=name, path=tmp_path / "other")
         with pytest.raises(tensorkv.StorageError, match=r"another process|open"):
-            create(path=tmp_path / "store", timeout_s=40)
+            create(path=tmp_path / "store")
         kv.init("w", np.ones(2))
         assert "w" not in shared
 
 
 def test_a_cluster_that_others_can_reach_is_refused_without_a_token(ray_store, monkeypatch):
-    from tensorkv.engines.ps.ray import cluster as ray_cluster
-
     actors = ray_store._engine._actors
     places = [[*ray.get(actors[0].place.remote())]]
     assert places[0][2], "the servers of a Ray that was started here ask for a token"
@@ -434,13 +447,13 @@ def test_snapshots_and_versions_with_two_servers(shared):
                     seen = {*view.pull("w").tolist(), *view.pull("n").tolist()}
                     assert len(seen) == 1
                 at_least = int(seen.pop()) + 2
-                assert kv.pull("n", min_version=at_least, timeout_s=30)[0] >= at_least
+                assert kv.pull("n", min_version=at_least, timeout_s=LIMIT_S)[0] >= at_least
         finally:
             stop.set()
             thread.join()
         assert kv.info("w").version == kv.info("n").version == len(pushes)
-        with pytest.raises(tensorkv.WaitTimeoutError, match="version"):
-            kv.pull("n", min_version=len(pushes) + 1, timeout_s=0.3)
+        with overdue(), pytest.raises(tensorkv.WaitTimeoutError, match="version"):
+            kv.pull("n", min_version=len(pushes) + 1)
 
 
 # ---------------------------------------------------------------- workers of all kinds
@@ -458,7 +471,7 @@ def two_workers(monkeypatch, **options):
 
     with create_rank(0) as first, create_rank(1) as second, ThreadPoolExecutor(2) as pool:
         monkeypatch.delenv("WORLD_SIZE")
-        yield [first, second], lambda do: [each.result(100) for each in [pool.submit(do, rank) for rank in (0, 1)]]
+        yield [first, second], lambda do: [each.result(LIMIT_S) for each in [pool.submit(do, rank) for rank in (0, 1)]]
 
 
 def test_workers_load_a_trainer_s_state_together(monkeypatch):
@@ -538,7 +551,7 @@ def test_workers_as_tasks_actors_and_threads_train_together():
         results = []
         thread = threading.Thread(target=lambda: results.append(work(kv)))
         thread.start()
-        results += ray.get([task, found], timeout=100)
+        results += ray.get([task, found], timeout=LIMIT_S)
         thread.join()
         ray.kill(actor)
         assert sorted(results) == [(0, 3), (1, 3), (2, 3)]
@@ -547,7 +560,7 @@ def test_workers_as_tasks_actors_and_threads_train_together():
 
 def test_workers_of_torchrun_train_together_on_a_ray_that_they_start(monkeypatch):
     environment = dict.fromkeys(("RAY_ADDRESS",), "")
-    for text in run(2, PROGRAMS, "train", env=environment, timeout_s=100):
+    for text in run(2, PROGRAMS, "train", env=environment):
         assert "trained" in text
 
 
@@ -566,7 +579,7 @@ def test_a_lost_worker_is_not_waited_for_again_when_a_server_comes_back(ray_addr
 
 
 def test_a_worker_that_is_killed_is_named_and_its_rank_is_free_again(ray_address):
-    with create(num_workers=2) as kv:
+    with create(num_workers=2, heartbeat_timeout_s=10.0) as kv:
         kv.init("n", np.zeros(1, F32))
         with Program(PROGRAMS, "silent", name_of(kv), env=ray_address) as program:
             assert program.wait_for("rank").split() == ["rank", "1"]

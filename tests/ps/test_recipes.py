@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import tensorkv
+from tests.support.until import LIMIT_S
 
 pytest.importorskip("ray")
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("ray_store")]
+pytestmark = pytest.mark.usefixtures("ray_store")
 
 WORK = """
 import os, sys
@@ -60,7 +61,7 @@ class Job:
         try:
             with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.close()
-            self.process.wait(timeout=100)
+            self.process.wait(LIMIT_S)
         finally:
             self.process.kill()
             self.process.wait()
@@ -86,7 +87,7 @@ def test_a_store_in_a_folder_is_created_again_when_its_ray_has_ended(lost, tmp_p
             os.kill(child_of(job.process.pid, "gcs_server"), signal.SIGKILL)
             # Pushes and pulls go on, until Ray ends every process of the cluster.
             job.push()
-            job.process.wait(timeout=120)
+            job.process.wait(LIMIT_S)
             assert job.process.returncode != 0
         else:
             job.process.kill()

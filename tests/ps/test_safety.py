@@ -10,18 +10,17 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 
 import tensorkv
 from tests.support import hosts
+from tests.support.until import until
 
 pytest.importorskip("ray")
 from tensorkv.engines.ps.ray import cluster, safety
 
-pytestmark = pytest.mark.timeout(240)
 needs_hosts = pytest.mark.skipif(not hosts.CAN_MAKE, reason="makes network namespaces, which takes root and iproute2")
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
@@ -146,7 +145,7 @@ def holding(tmp_path, *start, code=HOLD, **env):
             said = process.stdout.readline()
             if said == "ready\n":
                 yield process
-            _, errors = process.communicate(timeout=60)
+            _, errors = process.communicate()
         finally:
             process.kill()
     assert (said, process.returncode, errors) == ("ready\n", 0, "")
@@ -156,7 +155,7 @@ CONNECT = """
 import socket, sys
 for port in sys.argv[2:]:
     try:
-        socket.create_connection((sys.argv[1], int(port)), timeout=5).close()
+        socket.create_connection((sys.argv[1], int(port))).close()
         print("connected", port)
     except OSError as error:
         print("refused", port)
@@ -195,7 +194,7 @@ def test_a_store_that_starts_ray_listens_on_loopback_alone_and_asks_for_a_token(
         opened.stdout.readline()
         ports = ["1711", *(str(int(port, 16)) for _, port in sockets)]
         command = [*start_other, sys.executable, "-c", CONNECT, address, *ports]
-        tried = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        tried = subprocess.run(command, capture_output=True, text=True, check=True)
         assert tried.stdout.splitlines() == ["connected 1711", *(f"refused {port}" for port in ports[1:])]
 
 
@@ -212,17 +211,14 @@ def head(start, home, address, **env):
     with open(f"{folder}/out", "w") as out:
         process = subprocess.Popen([*start, *RAY, "start", "--head", *words], env=env, stdout=out, stderr=out)
     try:
-        deadline = time.monotonic() + 60
-        while "Ray runtime started" not in Path(f"{folder}/out").read_text():
-            assert process.poll() is None, Path(f"{folder}/out").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        until(lambda: "Ray runtime started" in Path(f"{folder}/out").read_text() or process.poll() is not None)
+        assert process.poll() is None, Path(f"{folder}/out").read_text()
         yield f"{address}:6399"
     finally:
         tree = process_tree(process.pid)
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=20)
+            process.wait(20)
         for pid in tree:
             with contextlib.suppress(OSError):
                 os.kill(pid, 9)
@@ -259,7 +255,7 @@ def test_a_cluster_without_a_token_is_looked_at_not_believed(tmp_path):
     """Its node has an address of the loopback interface; Ray listens on every interface all the same."""
     env = {"home": tmp_path, "RAY_AUTH_MODE": "disabled"}
     with hosts.two_hosts() as ((start, _, _), _), head(start, tmp_path, "127.0.0.2", RAY_AUTH_MODE="disabled") as at:
-        said, actors = run(start, CREATE, at, **env).communicate(timeout=100)[0].splitlines()
+        said, actors = run(start, CREATE, at, **env).communicate()[0].splitlines()
     assert said.startswith("ArgumentError create: the Ray cluster accepts connections from other hosts (at 127.0.0.2:")
     assert "and asks for no token" in said
     assert actors == "[]", "servers that were made for a store that was refused have ended"
@@ -273,7 +269,7 @@ from ray._raylet import GcsClient
 seen = {}
 try:
     client = GcsClient(address=sys.argv[1])
-    seen["nodes"] = len(client.get_all_node_info(timeout=5))
+    seen["nodes"] = len(client.get_all_node_info(timeout=600))
 except Exception as error:
     seen["error"] = type(error).__name__
 print(json.dumps(seen))
@@ -296,11 +292,11 @@ def test_without_the_token_another_host_can_neither_read_nor_join(tmp_path):
         joining = [run(start_other, join, home=theirs, RAY_AUTH_MODE=mode, **once) for mode in ("disabled", "token")]
         # With the token one is let in: it is what keeps the others out.
         reader = run(start_other, STEAL, at, home=mine, RAY_AUTH_MODE="token")
-        assert json.loads(reader.communicate(timeout=100)[0]) == {"nodes": 1}
+        assert json.loads(reader.communicate()[0]) == {"nodes": 1}
         for each in readers:
-            assert list(json.loads(each.communicate(timeout=100)[0])) == ["error"]
+            assert list(json.loads(each.communicate()[0])) == ["error"]
         for each in joining:
-            said = each.communicate(timeout=100)[0]
+            said = each.communicate()[0]
             assert each.returncode != 0
             assert "token" in said, said
 
@@ -331,7 +327,7 @@ def test_the_commands_of_the_docs_start_a_cluster_with_a_token(tmp_path):
 
     def type_in(command):
         ended = subprocess.run(
-            [*start, "sh", "-c", command], env=env, cwd=tmp_path, stdout=-1, stderr=subprocess.STDOUT, timeout=100
+            [*start, "sh", "-c", command], env=env, cwd=tmp_path, stdout=-1, stderr=subprocess.STDOUT
         )
         assert ended.returncode == 0, ended.stdout.decode()
         return ended.stdout.decode()
@@ -339,17 +335,14 @@ def test_the_commands_of_the_docs_start_a_cluster_with_a_token(tmp_path):
     umask = os.umask(0o022)
     try:
         with hosts.two_hosts() as ((start, address, _), (_, other, _)):
-            subprocess.run([*start, "ip", "route", "add", "default", "via", other], check=True, timeout=20)
-            try:
-                for command in first:
-                    type_in(command)
-                assert stat.S_IMODE((home / ".ray" / "auth_token").stat().st_mode) == 0o600
-                assert "HOST" in last
-                assert type_in(last.replace("HOST", address)).endswith("[0.0, 1.0, 2.0]\n")
-                thief = run(start, STEAL, f"{address}:6379", home=tmp_path, RAY_AUTH_MODE="disabled")
-                assert list(json.loads(thief.communicate(timeout=100)[0])) == ["error"]
-            finally:
-                hosts.kill_all(start)
+            subprocess.run([*start, "ip", "route", "add", "default", "via", other], check=True)
+            for command in first:
+                type_in(command)
+            assert stat.S_IMODE((home / ".ray" / "auth_token").stat().st_mode) == 0o600
+            assert "HOST" in last
+            assert type_in(last.replace("HOST", address)).endswith("[0.0, 1.0, 2.0]\n")
+            thief = run(start, STEAL, f"{address}:6379", home=tmp_path, RAY_AUTH_MODE="disabled")
+            assert list(json.loads(thief.communicate()[0])) == ["error"]
     finally:
         os.umask(umask)
         shutil.rmtree(folder, ignore_errors=True)
@@ -442,7 +435,6 @@ def test_a_home_that_cannot_be_written_is_an_error_that_says_so(home, monkeypatc
     safety.check_token()
 
 
-@pytest.mark.timeout(120)
 def test_a_ray_that_does_not_start_is_a_typed_error(tmp_path):
     """Sockets have short names, and Ray's lie in the directory for temporary files."""
     code = """
@@ -455,7 +447,7 @@ except tensorkv.ServerDeadError as error:
     folder = tmp_path / ("long" * 25)
     folder.mkdir()
     env = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(folder)}
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=env)
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert shown.returncode == 0, shown.stderr[-2000:]
     assert "Ray could not be started" in shown.stdout
     assert "set TMPDIR to a shorter path" in shown.stdout

@@ -8,6 +8,7 @@ import pytest
 import tensorkv
 from tensorkv import Rows
 from tensorkv.runtime.stats import Metrics, clock
+from tests.support.until import LIMIT_S
 
 F32 = np.float32
 
@@ -127,7 +128,7 @@ def test_counts_from_several_threads():
 
     def work(me):
         try:
-            together.wait(timeout=30)
+            together.wait(LIMIT_S)
             for _ in range(200):
                 kv.push([me, (me + 1) % 4], [np.ones(2, F32)] * 2)
                 kv.pull(me)

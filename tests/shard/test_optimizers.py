@@ -273,7 +273,7 @@ def do_single(kv, verb, step, grads, case):
 LATER = {"sgd": {"momentum": 0.5}, "adam": {"amsgrad": True}, "adamw": {"amsgrad": True}, "rmsprop": {"centered": True}}
 
 
-@settings(max_examples=60, deadline=None, print_blob=True)
+@settings(max_examples=60, print_blob=True)
 @given(
     case=st.sampled_from([case for case in NUMBERS if case[0] in ROWWISE]),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),

@@ -67,7 +67,7 @@ def test_a_pool_that_is_dropped_ends_its_threads():
     threads = pool._threads
     del pool
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join()
         assert not thread.is_alive()
 
 

@@ -113,7 +113,7 @@ class TableMachine(RuleBasedStateMachine):
             assert bits(self.table.read(self.table.ids, name)) == bits(self.expected(ids, name))
 
 
-TableMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=20, deadline=None, print_blob=True)
+TableMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=20, print_blob=True)
 TestTable = TableMachine.TestCase
 
 
@@ -196,7 +196,7 @@ def test_a_default_device_is_not_the_tables():
 
 @pytest.mark.parametrize("kind", ["dense", "table"])
 @given(seed=seeds)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_columns_are_the_same_for_dense_values_and_tables(kind, seed):
     rng = np.random.default_rng(seed)
     start = random_rows(seed, 8, (3,), torch.float32)

@@ -53,7 +53,7 @@ def in_a_mount_namespace(script, *arguments):
     if os.geteuid() or subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
         pytest.skip("mounting takes root")
     command = ["unshare", "-m", "sh", "-c", script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("durability", ["process", "disk"])

@@ -11,9 +11,6 @@ from tests.storage.seams import SEAMS
 from tests.support.amount import ALL, amount
 from tests.support.processes import Program
 
-# As many kills as before a release take minutes beside other tests.
-pytestmark = pytest.mark.timeout(900)
-
 PROGRAM = "tests.storage.kills"
 SEED = int(os.environ.get("TENSORKV_TEST_SEED", "20"))
 WRONG = 3
@@ -40,7 +37,7 @@ def finish(programs):
         for program in programs:
             stack.enter_context(program)
         for program in programs:
-            status, text = program.process.wait(880), program.text()
+            status, text = program.wait(), program.text()
             ended.append((status, None if status else json.loads(text), text))
     return ended
 

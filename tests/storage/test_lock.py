@@ -12,22 +12,23 @@ import tensorkv
 from tensorkv import StorageError
 from tensorkv.storage.folder import Folder
 from tensorkv.storage.lock import FolderLock
+from tests.support.until import LIMIT_S
 
 HOLD = """
-import os, sys, time
+import os, sys
 from tensorkv.storage.folder import Folder
 from tensorkv.storage.lock import FolderLock
-lock = FolderLock(Folder(sys.argv[1]), 5)
+lock = FolderLock(Folder(sys.argv[1]), 0)
 if len(sys.argv) > 2 and not os.fork():
-    time.sleep(20)
+    sys.stdin.read()
     os._exit(0)
 print("held", flush=True)
-time.sleep(20)
+sys.stdin.read()
 """
 
 
 def hold(folder, *how):
-    program = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), *how], stdout=subprocess.PIPE, text=True)
+    program = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), *how], stdin=-1, stdout=-1, text=True)
     assert program.stdout.readline() == "held\n"
     return program
 
@@ -67,7 +68,7 @@ def test_a_process_that_is_killed_lets_go(tmp_path):
     with pytest.raises(StorageError, match=rf"process {program.pid}\)"):
         FolderLock(Folder(tmp_path), 0)
     program.kill()
-    lock = FolderLock(Folder(tmp_path), 10)
+    lock = FolderLock(Folder(tmp_path), LIMIT_S)
     assert lock.epoch == 2
     lock.close()
     program.communicate()
@@ -79,12 +80,13 @@ def test_a_forked_child_does_not_keep_its_parents_lock(tmp_path):
         program.kill()
         program.wait()
         # The child lives, and would be seen in the end of the pipe.
-        FolderLock(Folder(tmp_path), 10).close()
+        FolderLock(Folder(tmp_path), LIMIT_S).close()
         os.set_blocking(program.stdout.fileno(), False)
         assert os.getpgid(0)
     finally:
         for child in children_of(program.pid, tmp_path):
             os.kill(child, 9)
+        program.stdin.close()
         program.stdout.close()
 
 

@@ -369,7 +369,7 @@ def test_a_head_that_could_not_be_read_again_is_not_written(tmp_path, monkeypatc
 def test_a_snapshot_that_fails_is_not_taken_for_one_that_was_under_way(tmp_path, monkeypatch):
     wal, _ = open_wal(tmp_path)
     go_on, sync = threading.Event(), os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (go_on.wait(20), sync(descriptor)))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (go_on.wait(), sync(descriptor)))
     wal.begin_snapshot([Record({"verb": "end"})])
     threading.Timer(0.2, go_on.set).start()
     refused = []

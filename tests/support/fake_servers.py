@@ -24,6 +24,7 @@ from tensorkv.store import KVStore
 from tensorkv.transport.channel import SocketServer
 from tensorkv.transport.rendezvous import host_id
 from tensorkv.transport.shared_cache import SharedCache
+from tests.support.until import LIMIT_S
 
 NONE = "nothing"
 
@@ -120,13 +121,11 @@ class Cluster:
         num_servers: how many.
         near: whether clients and servers share memory.
         fate: as for ``Actor``.
-        timeout_s: of the stores.
-        options: of the store.
+        options: of the store. No worker is dead for lack of heartbeats before a minute, but see ``silence``.
     """
 
-    def __init__(self, num_servers=1, *, near=True, fate=lambda head: NONE, timeout_s=20.0, **options):
-        self.options = PSOptions(num_servers=num_servers, **options)
-        self._timeout_s = timeout_s
+    def __init__(self, num_servers=1, *, near=True, fate=lambda head: NONE, **options):
+        self.options = PSOptions(num_servers=num_servers, **{"heartbeat_timeout_s": 60.0, **options})
         self._pool = ThreadPoolExecutor(64)
         self.actors = [Actor(self.options, index, self._pool, fate, near) for index in range(num_servers)]
         self._stores = []
@@ -141,13 +140,23 @@ class Cluster:
         self._patches.enter_context(mock.patch.object(cluster, "stop_servers"))
         return self
 
-    def store(self, **more):
+    def store(self):
         """A new client; each is the next rank."""
         places = [actor.find_place() for actor in self.actors]
-        timeout_s = more.get("timeout_s", self._timeout_s)
-        engine = ray_engine.PSEngine(self.actors, self.options, places, timeout_s, started=False)
+        engine = ray_engine.PSEngine(self.actors, self.options, places, LIMIT_S, started=False)
         self._stores.append(KVStore(engine, "dist_async"))
         return self._stores[-1]
+
+    def silence(self, store, seconds=None):
+        """Have servers hear no more of a store, and nothing for so long (None: as long as a dead worker)."""
+        engine = store._engine
+        engine._ending.set()
+        engine._heartbeats.join()
+        seconds = self.options.heartbeat_timeout_s + 1 if seconds is None else seconds
+        for server in self.servers:
+            server._membership._last_seen[engine._owner] -= seconds
+            if engine.rank < self.options.num_workers:
+                server._staleness._workers[engine.rank].last_seen -= seconds
 
     def drop(self, store):
         """Let go of a store, as its last owner does; return its engine."""

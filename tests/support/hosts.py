@@ -14,7 +14,7 @@ _numbers = itertools.count()
 
 
 def _ip(*words):
-    subprocess.run(["ip", *words], check=True, timeout=20, capture_output=True)
+    subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
 @contextmanager
@@ -39,6 +39,7 @@ def two_hosts():
         yield hosts
     finally:
         for name in made:
+            kill_all([*IN_NETNS, name])
             _ip("netns", "del", name)
 
 
@@ -54,7 +55,8 @@ def pid_namespaces(count):
     leaders = []
     try:
         for _ in range(count):
-            words = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", "echo ready; sleep 600"]
+            words = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+            words += ["sh", "-c", "echo ready; sleep infinity"]
             leaders.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
             assert leaders[-1].stdout.readline() == "ready\n"
         hosts = []

@@ -17,6 +17,7 @@ from functools import cache
 
 from tests.support.forkserver import MESSAGE_NBYTES
 from tests.support.hosts import IN_NETNS
+from tests.support.until import LIMIT_S
 
 # Children of one server have the same hashes of text; programs that depend on the order of a set fail between two.
 SERVERS = 2
@@ -77,7 +78,7 @@ class Process:
     def poll(self) -> int | None:
         return self._look(0)
 
-    def wait(self, timeout: float | None = None) -> int:
+    def wait(self, timeout: float | None = LIMIT_S) -> int:
         if self._look(timeout) is None:
             raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
         return self.returncode
@@ -161,16 +162,27 @@ class Program:
         self._output.seek(0)
         return self._output.read()
 
-    def wait_for(self, word, timeout_s=60):
+    def wait(self):
+        """Return the exit status, once the process has ended.
+
+        Raises:
+            AssertionError: it does not end within the limit; with what it has printed.
+        """
+        try:
+            return self.process.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"no end after {LIMIT_S} s: {self.text()[-6000:]}") from None
+
+    def wait_for(self, word):
         """Return the first line that begins with a word, once the process has printed it."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + LIMIT_S
         while True:
             has_ended = self.process.poll() is not None
             for line in self.text().splitlines(keepends=True):
                 if line.startswith(word) and line.endswith("\n"):
                     return line
             assert not has_ended, f"it has ended: {self.text()[-6000:]}"
-            assert time.monotonic() < deadline, f"no {word!r} after {timeout_s} s: {self.text()[-6000:]}"
+            assert time.monotonic() < deadline, f"no {word!r} after {LIMIT_S} s: {self.text()[-6000:]}"
             time.sleep(0.01)
 
     def result(self):
@@ -185,20 +197,20 @@ class Program:
         return value
 
 
-def call(module, *args, timeout_s=90, env=None):
+def call(module, *args, env=None):
     """Run a module to its end; return its exit status and what it has printed, on whichever output."""
     with Program(module, *args, env=env) as program:
-        return program.process.wait(timeout_s), program.text()
+        return program.wait(), program.text()
 
 
-def run(function, *args, timeout_s=90, env=None):
+def run(function, *args, env=None):
     """Run a function in a process of its own; return what it returns, or raise what it raises.
 
     Raises:
         AssertionError: the process has not ended with status 0; with what it has printed.
     """
     with Program(function, *args, env=env) as program:
-        status = program.process.wait(timeout_s)
+        status = program.wait()
         result = program.result()
         assert status == 0, program.text()[-6000:]
     return result

@@ -1,9 +1,10 @@
-"""Teams of worker processes, as ``torchrun`` would start them, each with a time limit."""
+"""Teams of worker processes, as ``torchrun`` would start them."""
 
 import socket
 import subprocess
 
 from tests.support.processes import Program
+from tests.support.until import LIMIT_S
 
 
 def free_port():
@@ -54,32 +55,37 @@ class Team:
         """What a worker has printed so far."""
         return self.programs[rank].text()
 
-    def wait(self, timeout_s=90):
-        """Wait for every worker; return exit statuses."""
-        return [process.wait(timeout=timeout_s) for process in self.processes]
+    def printed(self):
+        """What each worker has printed so far, at most its end."""
+        return "\n".join(f"--- rank {rank}:\n{each.text()[-6000:]}" for rank, each in enumerate(self.programs))
+
+    def wait(self):
+        """Wait for every worker; return exit statuses.
+
+        Raises:
+            AssertionError: one does not end within the limit; with what all have printed.
+        """
+        try:
+            return [process.wait(LIMIT_S) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"no end after {LIMIT_S} s\n{self.printed()}") from None
 
 
-def run(count, what, *args, timeout_s=90, env=None, hosts=None):
+def run(count, what, *args, env=None, hosts=None):
     """Run a function or module on some workers, to the end of all.
 
     Returns:
         for each rank, what the function has returned, or what the module has printed.
 
     Raises:
-        AssertionError: if a worker has not ended with status 0, with what all have printed.
+        AssertionError: a worker has not ended with status 0; with what all have printed.
         Exception: what a function has raised on the lowest rank on which one has, with its rank and traceback.
     """
     with Team(count, what, *args, env=env, hosts=hosts) as team:
-        try:
-            codes = team.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            codes = ["too slow"]
-        printed = "\n".join(f"--- rank {rank}:\n{team.text(rank)[-6000:]}" for rank in range(count))
+        codes, printed = team.wait(), team.printed()
         if isinstance(what, str):
             assert codes == [0] * count, printed
             return [team.text(rank) for rank in range(count)]
-        if codes == ["too slow"]:
-            raise AssertionError(f"no end after {timeout_s} s\n{printed}")
         results = []
         for rank, program in enumerate(team.programs):
             try:

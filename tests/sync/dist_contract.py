@@ -56,7 +56,6 @@ def quiet(method):
 
 class TestDist(Contract):
     TYPE = "dist_sync"
-    OPTIONS = {"timeout_s": 60}
     RUNS_UPDATERS = RANK == 0
     PLACE = (RANK, int(os.environ.get("WORLD_SIZE", "1")))
 
@@ -80,4 +79,4 @@ class TestDist(Contract):
 class TestGloo(TestDist):
     """Without shared memory: through Gloo alone."""
 
-    OPTIONS = {"timeout_s": 60, "shared_memory": False}
+    OPTIONS = {"shared_memory": False}

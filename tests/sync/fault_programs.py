@@ -38,7 +38,7 @@ def half_summed():
     push.SLOT_NBYTES_OVER_HOSTS = 1 << 20
     count = 4_000_000
     right, seen = allreduce.AllReduce.reduce, []
-    with create(shared_memory=False, timeout_s=5) as kv:
+    with create(shared_memory=False) as kv:
         kv.init("a", np.zeros(count, F32))
         out = np.empty(count, F32)
         kv.pushpull("a", np.ones(count, F32), out=out)
@@ -75,7 +75,7 @@ def outs_stay(count):
                 raise ZeroDivisionError("planted")
             return right(self, *args)
 
-        kv = create(timeout_s=20)
+        kv = create()
         outs, expected = [], []
         try:
             # Who is ahead may break off while this worker is still preparing.
@@ -122,7 +122,7 @@ def prepare(kv, verb):
 
 def gathering(shared_memory):
     """The last rank dies before workers tell each other what updaters raised."""
-    with create(shared_memory=shared_memory == "True", timeout_s=5) as kv:
+    with create(shared_memory=shared_memory == "True") as kv:
         kv.init("a", np.zeros(3, F32))
         kv.set_updater(lambda key, received, stored: np.add(stored, received, out=stored))
         kv.push("a", np.ones(3, F32))
@@ -150,7 +150,7 @@ def no_memory(shared_memory):
         time.sleep(0.2)
         return news(*args)
 
-    with create(shared_memory=shared_memory == "True", timeout_s=60) as kv:
+    with create(shared_memory=shared_memory == "True") as kv:
         kv.init("a", np.zeros(3, F32))
         kv.pushpull("a", np.ones(3, F32))
         if RANK == 0:
@@ -179,8 +179,7 @@ def load_without_memory(path):
 
 def read_without_memory(path):
     """Rank 0 alone has no memory of its own in which to read a checkpoint."""
-    # An error that only the timeout brought would outlast the test.
-    with create(timeout_s=300) as kv:
+    with create() as kv:
         kv.init("a", np.zeros(3, F32))
         kv.save(path)
         if RANK == 0:
@@ -200,7 +199,7 @@ def made_anew():
     def check(self, specs):
         right(self, specs)
         looked.set()
-        changed.wait(20)
+        changed.wait()
 
     with create() as kv:
         kv.init("a", np.zeros(5_000_000, F32))
@@ -209,7 +208,7 @@ def made_anew():
         out = np.full((5_000_000, 2), -1, F32)[:, 0]
         puller = threading.Thread(target=outcome, args=("pull", lambda: kv.pull("a", out=out)))
         puller.start()
-        looked.wait(20)
+        looked.wait()
         kv.delete("a")
         kv.init("a", np.ones(4, F32))
         changed.set()

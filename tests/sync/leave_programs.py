@@ -127,7 +127,7 @@ def refused(pusher, shared_memory):
 
 def not_seen_before(pusher):
     """One pushes a long list of keys that was never pushed before somebody left."""
-    kv = create(timeout_s=10)
+    kv = create()
     kv.init(NAMES, [np.zeros(1, F32)] * len(NAMES))
     try:
         if int(pusher) == RANK:
@@ -139,7 +139,7 @@ def not_seen_before(pusher):
 
 def left_and(verb, caller):
     """Others may not do more than push and pull while somebody has left."""
-    kv = create(timeout_s=10)
+    kv = create()
     kv.init("a", np.zeros(5, F32))
     try:
         if int(caller) != RANK:
@@ -154,7 +154,7 @@ def left_and(verb, caller):
 
 def others(caller):
     """Two who have not left push different keys while the others have."""
-    kv = create(timeout_s=10)
+    kv = create()
     kv.init(["a", "b"], [np.zeros(5, F32)] * 2)
     try:
         if RANK in (int(caller), int(caller) + 1):

@@ -17,6 +17,7 @@ from torch.distributed import TCPStore
 import tensorkv
 from tensorkv.engines.sync import group
 from tensorkv.transport import rendezvous
+from tests.support.until import LIMIT_S
 from tests.sync.dist_programs import RANK, SIZE, create, say
 
 ENGINES = os.path.dirname(group.__file__)
@@ -61,7 +62,7 @@ def late():
 
 
 def sums():
-    with create(timeout_s=20) as kv:
+    with create() as kv:
         kv.init("a", torch.zeros(3))
         assert kv.pushpull("a", torch.ones(3)).tolist() == [SIZE] * 3
 
@@ -151,7 +152,7 @@ def forked(kv, then):
     """Fork a child that ends as any script does: exit handlers run, and all objects are finalized."""
     child = os.fork()
     if child == 0:
-        faulthandler.dump_traceback_later(40, exit=True)
+        faulthandler.dump_traceback_later(LIMIT_S, exit=True)
         try:
             then(kv)
         except BaseException as error:
@@ -203,12 +204,12 @@ def children(engine, folder):
         if RANK == 0:
             process = multiprocessing.get_context("forkserver").Process(target=alone)
             process.start()
-            process.join(60)
+            process.join()
             assert process.exitcode == 0
     assert subprocess.run([sys.executable, "-c", "exit(3)"], preexec_fn=lambda: None, check=False).returncode == 3
     process = multiprocessing.get_context("fork").Process(target=use, args=(kv,))
     process.start()
-    process.join(60)
+    process.join()
     assert process.exitcode == 0
     try:
         list(torch.utils.data.DataLoader(Numbers(kv), num_workers=1, multiprocessing_context="fork"))
@@ -225,13 +226,13 @@ def children(engine, folder):
 
 def outlived():
     """The last worker is killed, and a forked child of it lives on: the others do not wait for the child."""
-    kv = create(shared_memory=False, timeout_s=60)
+    kv = create(shared_memory=False)
     kv.init("a", torch.zeros(3))
     kv.pushpull("a", torch.ones(3))
     if RANK == SIZE - 1:
         if os.fork() == 0:
             say("child", os.getpid())
-            time.sleep(100)
+            time.sleep(LIMIT_S)
             os._exit(0)
         os.kill(os.getpid(), signal.SIGKILL)
     try:
@@ -245,7 +246,7 @@ def outlived():
 
 def at_exit(first_push, shared_memory):
     """Push and pull in an exit handler, which runs before that of the store or, registered earlier, after it."""
-    kv = create(shared_memory=shared_memory == "True", timeout_s=30)
+    kv = create(shared_memory=shared_memory == "True")
     kv.init("a", torch.zeros(100_000))
     if first_push == "before":
         kv.push("a", torch.ones(100_000))

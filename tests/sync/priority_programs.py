@@ -1,12 +1,12 @@
 """What workers run whose pushes wait for each other: in which order is each finished?"""
 
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 
 from tensorkv.engines.sync.allreduce import AllReduce
+from tests.support.until import until
 from tests.sync.dist_programs import F32, RANK, SIZE, create, say
 
 
@@ -15,9 +15,8 @@ def record(is_ready):
     right, order = AllReduce.run, []
 
     def run(self):
-        deadline = time.monotonic() + 20
-        while not order and not is_ready() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        if not order:
+            until(is_ready)
         order.append(self.call.text.split('"')[3])
         return right(self)
 
@@ -27,7 +26,7 @@ def record(is_ready):
 
 def begin(keys, shared_memory):
     """Make a store and the stages of its pushes."""
-    kv = create(shared_memory=shared_memory == "True", timeout_s=20)
+    kv = create(shared_memory=shared_memory == "True")
     kv.init(keys, [np.zeros(100_000, F32)] * len(keys))
     for key in keys:
         kv.push(key, np.ones(100_000, F32))

@@ -1,14 +1,15 @@
 """What workers run that meet in a store of keys which has seen earlier starts."""
 
 import os
+import signal
 import sys
-import time
 
 import numpy as np
 from torch.distributed import TCPStore
 from torch.distributed.run import main as torchrun
 
 from tensorkv import RankDeadError
+from tests.support.until import until
 from tests.sync.dist_programs import RANK, SIZE, create, say
 
 
@@ -16,7 +17,7 @@ def other_counts():
     """Each worker's launcher has counted another number of restarts."""
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(RANK)
     for _ in range(2):
-        with create(timeout_s=20) as kv:
+        with create() as kv:
             assert kv.broadcast("a", np.full(3, RANK, np.float32)).tolist() == [0, 0, 0]
     say("met")
 
@@ -30,10 +31,9 @@ def stale(before, first):
             return keys.get("tensorkv/start").decode() != before
         return keys.add(f"tensorkv/{before}/turns", 0) >= SIZE
 
-    deadline = time.monotonic() + 30
-    while int(first) != RANK and not has_come() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    with create(timeout_s=20) as kv:
+    if int(first) != RANK:
+        until(has_come)
+    with create() as kv:
         assert kv.broadcast("a", np.full(3, RANK, np.float32)).tolist() == [0, 0, 0]
     say("met")
 
@@ -48,7 +48,7 @@ def node(*addresses):
 def one_node_fails():
     """At the first start the last worker ends; the other stays, until its launcher starts it again."""
     count = os.environ["TORCHELASTIC_RESTART_COUNT"]
-    with create(timeout_s=20) as kv:
+    with create() as kv:
         kv.init("a", np.zeros(3, np.float32))
         kv.barrier()
         say(f"rank {RANK} at count {count}")
@@ -60,7 +60,7 @@ def one_node_fails():
             say(f"rank {RANK} met the others at count {count}")
         except RankDeadError:
             say(f"rank {RANK} waits")
-            time.sleep(30)
+            signal.pause()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from tests.support.until import until
 from tests.support.workers import Team, free_port, run
 from tests.sync.dist_programs import EQUAL, PAIRS, PHASES, REFUSED
 
-pytestmark = pytest.mark.timeout(180)
 PROGRAMS = "tests.sync.dist_programs"
 
 
@@ -120,7 +119,7 @@ def test_the_contract(workers, chosen, is_whole, tmp_path):
     # Each pytest has folders of its own, since one that ends removes those of others that have ended.
     env = {"TENSORKV_TEST_FOLDER": str(tmp_path), "PYTEST_ADDOPTS": f"--basetemp {tmp_path}/pytest-{{rank}}"}
     words = ["-q", "-rp", "-p", "no:cacheprovider", *words]
-    for text in run(workers, "pytest", *words, env=env, timeout_s=170):
+    for text in run(workers, "pytest", *words, env=env):
         assert set(names_in(text, chosen)) >= set(wanted)
 
 
@@ -225,7 +224,7 @@ def test_a_refused_call_is_told_to_the_others(shared_memory):
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_killed_worker_is_named(phase, repeat):
     with Team(3, PROGRAMS, "lost", phase, "kill", repeat) as team:
-        codes = team.wait(60)
+        codes = team.wait()
         texts = [team.text(rank) for rank in range(3)]
     assert codes == [0, 0, -signal.SIGKILL]
     assert "fault fired" in texts[2]
@@ -237,21 +236,22 @@ def test_a_killed_worker_is_named(phase, repeat):
 
 def test_a_worker_that_ends_early_is_named():
     with Team(2, PROGRAMS, "lost", "between", "exit", 0) as team:
-        assert team.wait(60) == [0, 3]
+        assert team.wait() == [0, 3]
         assert "RankDeadError | pushpull" in team.text(0)
         assert "rank 1 died or ended early" in team.text(0)
 
 
 @pytest.mark.parametrize("phase", ["between", "summed", "background"])
-def test_a_stopped_worker_is_named_after_the_timeout(phase):
-    with Team(3, PROGRAMS, "lost", phase, "stop", 0) as team:
-        codes = [process.wait(timeout=60) for process in team.processes[:2]]
+def test_a_stopped_worker_is_named_after_the_timeout(phase, tmp_path):
+    env = {"STOPPED": str(tmp_path / "stopped")}
+    with Team(3, PROGRAMS, "lost", phase, "stop", 0, env=env) as team:
+        codes = [program.wait() for program in team.programs[:2]]
         texts = [team.text(rank) for rank in range(3)]
     assert codes == [0, 0]
     assert "fault fired" in texts[2]
     for text in texts[:2]:
         assert errors_of(text) == ["RankDeadError"], text
-        assert "rank 2 did not respond within 5 s" in text
+        assert "rank 2 did not respond within 300 s" in text
 
 
 def test_ctrl_c_ends_every_worker():
@@ -259,7 +259,7 @@ def test_ctrl_c_ends_every_worker():
         until(lambda: "ready" in team.text(1))
         time.sleep(0.5)
         team.processes[1].send_signal(signal.SIGINT)
-        team.processes[1].wait(timeout=20)
+        team.programs[1].wait()
         text = team.text(1)
         assert "interrupted" in text
 
@@ -324,8 +324,8 @@ def test_small_keys_that_are_pushed_alone_share_a_stage(keys, shared_memory):
         assert nbytes < 32 << 20 if shared_memory else nbytes < 128 << 20
 
 
-def test_an_interrupted_pull_is_asked_again():
-    texts = run(2, PROGRAMS, "interrupted_pull")
+def test_an_interrupted_pull_is_asked_again(tmp_path):
+    texts = run(2, PROGRAMS, "interrupted_pull", env={"INTERRUPTED": str(tmp_path / "interrupted")})
     assert "interrupted" in texts[0]
     assert all("new values" in text for text in texts)
 
@@ -402,9 +402,7 @@ def test_the_demo_over_workers(tmp_path):
         "--epochs",
         "2",
     ]
-    shown = subprocess.run(
-        [*command, "--out", str(tmp_path / "demo.png")], capture_output=True, text=True, timeout=150, check=False
-    )
+    shown = subprocess.run([*command, "--out", str(tmp_path / "demo.png")], capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr[-3000:]
     assert shown.stdout.count("curves: ") == 1, "rank 0 alone speaks"
     assert f"{amount(2, 4)} replicas: test accuracy" in shown.stdout
@@ -476,9 +474,7 @@ def test_workers_that_do_not_come_are_an_error():
     code = (
         "import tensorkv\ntry: tensorkv.create('dist_sync', timeout_s=1)\nexcept tensorkv.RankDeadError as e: print(e)"
     )
-    shown = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=True
-    )
+    shown = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert "rank 1 of 2 did not join within 1 s" in shown.stdout
 
 
@@ -502,7 +498,7 @@ def test_a_wire_that_breaks_is_an_error_on_both_hosts():
     with two_hosts() as hosts, Team(2, PROGRAMS, "endless", hosts=hosts) as team:
         until(lambda: "turn 20" in team.text(1))
         cut(hosts[1])
-        assert team.wait(60) == [0, 0]
+        assert team.wait() == [0, 0]
         for rank in range(2):
             assert errors_of(team.text(rank)) == ["RankDeadError"], team.text(rank)
             assert f"rank {1 - rank}" in team.text(rank)

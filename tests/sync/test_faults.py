@@ -8,15 +8,13 @@ import pytest
 from tests.support.amount import amount
 from tests.support.workers import Team, run
 
-pytestmark = pytest.mark.timeout(120)
-
 PROGRAMS = "tests.sync.fault_programs"
 
 
 @pytest.mark.parametrize("repeat", range(amount(1, 2)))
 def test_no_half_summed_value_is_served(repeat):
     with Team(2, PROGRAMS, "half_summed") as team:
-        assert team.wait(60) == [-signal.SIGKILL, 0], team.text(1)
+        assert team.wait() == [-signal.SIGKILL, 0], team.text(1)
         text = team.text(1)
     assert "pushpull raised RankDeadError" in text
     assert "the out has [2.0]" in text
@@ -35,7 +33,7 @@ def test_a_call_that_fails_writes_no_out():
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_who_dies_while_all_tell_all_ends_the_store(shared_memory):
     with Team(2, PROGRAMS, "gathering", shared_memory) as team:
-        assert team.wait(60) == [0, -signal.SIGKILL], team.text(0)
+        assert team.wait() == [0, -signal.SIGKILL], team.text(0)
         text = team.text(0)
     assert "push raised RankDeadError" in text
     if shared_memory:

@@ -6,8 +6,6 @@ from tests.support.amount import ALL
 from tests.support.hosts import CAN_MAKE, two_hosts
 from tests.support.workers import run
 
-pytestmark = pytest.mark.timeout(180)
-
 PROGRAMS = "tests.sync.leave_programs"
 needs_hosts = pytest.mark.skipif(not CAN_MAKE, reason="network namespaces take root and iproute2")
 
@@ -16,7 +14,7 @@ def run_over(per_host, *args):
     """Run a program over two hosts."""
     with two_hosts() as hosts:
         placed = [hosts[0]] * per_host[0] + [hosts[1]] * per_host[1]
-        return run(sum(per_host), PROGRAMS, *args, hosts=placed, timeout_s=150)
+        return run(sum(per_host), PROGRAMS, *args, hosts=placed)
 
 
 @needs_hosts
@@ -45,7 +43,7 @@ def test_sums_over_those_present_have_the_local_bits(per_host, order):
     ],
 )
 def test_on_one_host_too(workers, order, shared_memory):
-    for text in run(workers, PROGRAMS, "uneven", order, shared_memory, timeout_s=150):
+    for text in run(workers, PROGRAMS, "uneven", order, shared_memory):
         assert text.count("same bits") == 4
 
 

@@ -12,8 +12,6 @@ from torch.distributed import TCPStore
 from tests.support.hosts import CAN_MAKE, pid_namespaces
 from tests.support.workers import Team, run
 
-pytestmark = pytest.mark.timeout(120)
-
 PROGRAMS = "tests.sync.life_programs"
 
 
@@ -39,7 +37,7 @@ def test_jobs_that_sit_crosswise_in_pid_namespaces_do_not_meet(sees_namespaces):
             chosen = ["sh", "-c", 'echo 4999 > /proc/sys/kernel/ns_last_pid; "$@"; exit $?', "-"]
             hosts = [([*first[0], *chosen], *first[1:]), second]
             teams.append(stack.enter_context(Team(2, PROGRAMS, "crosswise", job, sees_namespaces, hosts=hosts)))
-        assert [team.wait(60) for team in teams] == [[0, 0], [0, 0]], [
+        assert [team.wait() for team in teams] == [[0, 0], [0, 0]], [
             team.text(rank) for team in teams for rank in range(2)
         ]
         texts = [[team.text(rank) for rank in range(2)] for team in teams]
@@ -82,7 +80,7 @@ def test_children_leave_the_store_of_their_parent_alone(engine, workers, tmp_pat
 def test_a_child_that_outlives_its_parent_keeps_nobody_waiting():
     with Team(2, PROGRAMS, "outlived") as team:
         try:
-            assert team.wait(40) == [0, -signal.SIGKILL]
+            assert team.wait() == [0, -signal.SIGKILL]
             assert "rank 1 died or ended early" in team.text(0)
         finally:
             os.kill(int(re.search(r"child (\d+)", team.text(1))[1]), signal.SIGKILL)

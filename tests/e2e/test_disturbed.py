@@ -27,7 +27,7 @@ def run(engine, first, count, *options, tmp_path, **environment):
     ("engine", "count", "options", "expected"),
     [
         ("local", 20, [], {"fork", "threads", "handler", "raised", "meta", "inference", "chdir"}),
-        ("device", 6, [], {"raised"}),
+        ("device", 12, [], {"raised"}),
         ("local", 14, ["path=kept"], {"reopen", "raised", "chdir"}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,

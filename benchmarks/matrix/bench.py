@@ -129,6 +129,16 @@ def _peer(engine: str, rule: str) -> str:
     return "gloo" if PUSHERS[engine] > 1 else "plain" if rule == "assign" else "fused"
 
 
+def _peers_text(engine: str) -> str:
+    return " or ".join(dict.fromkeys(NAMES[_peer(engine, rule)] for rule in RULES))
+
+
+def _ratio(each: Mapping[str, Any]) -> float:
+    """Return how many times faster than its peer a cell is."""
+    median_ratio: float = each["ratios"][_peer(each["engine"], each["rule"])]["median"]
+    return median_ratio
+
+
 def _contenders(work: Cell) -> list[str]:
     names = ["tensorkv", _peer(work.engine, work.rule)]
     if work.arrays == "numpy" and work.form == "list":
@@ -167,12 +177,11 @@ def _forms(engine: str, arrays: str, found: Sequence[Mapping[str, Any]]) -> list
     for (size, rule), own in _grouped(found, "size", "rule").items():
         by_form = {each["form"]: each for each in own}
         rows.append([size, RULES[rule][0], *(_form_text(by_form.get(form)) for form in FORMS)])
-    peers = " or ".join(dict.fromkeys(NAMES[_peer(engine, rule)] for rule in RULES))
     return section(
         f"`{engine}`, {arrays}",
-        f"In bold, the median of {peers} ÷ the median of tensorkv, of repeated calls: above 1, tensorkv is faster. "
-        "Behind it, the first call of a new store ÷ a repeated one; then, where there are several keys, a call with "
-        "half of the keys, other ones each time, ÷ a repeated call with all.",
+        f"In bold, the median of {_peers_text(engine)} ÷ the median of tensorkv, of repeated calls: above 1, tensorkv "
+        "is faster. Behind it, the first call of a new store ÷ a repeated one; then, where there are several keys, a "
+        "call with half of the keys, other ones each time, ÷ a repeated call with all.",
         ["work", "rule", *FORMS],
         rows,
     )
@@ -181,9 +190,8 @@ def _forms(engine: str, arrays: str, found: Sequence[Mapping[str, Any]]) -> list
 def _form_text(each: Mapping[str, Any] | None) -> str:
     if each is None:
         return "–"
-    [ratio] = [each["ratios"][name] for name in [_peer(each["engine"], each["rule"])]]
     more = [each["first"], *([each["changing"]] if each["changing"] is not None else [])]
-    return " · ".join([f"**{times_text(ratio['median'])}**", *map(times_text, more)])
+    return " · ".join([f"**{times_text(_ratio(each))}**", *map(times_text, more)])
 
 
 def _lists(engine: str, found: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -210,7 +218,7 @@ def _lists(engine: str, found: Iterable[Mapping[str, Any]]) -> list[str]:
 def _draw(result: Mapping[str, Any], path: Path) -> None:
     """Draw a heat map for each engine: how many times faster than the peer each cell is."""
     by_engine = _grouped(result["cells"], "engine")
-    rows = {name: None for each in result["cells"] for name in [(each["size"], each["rule"])]}
+    rows = list(_grouped(result["cells"], "size", "rule"))
     columns = [(arrays, form) for arrays in ARRAYS for form in FORMS]
     figure = plot.new_figure(
         result, "pushpull, times faster than the peer", 3 + 9 * len(by_engine), 3 + 0.3 * len(rows)
@@ -218,19 +226,13 @@ def _draw(result: Mapping[str, Any], path: Path) -> None:
     norm = TwoSlopeNorm(0, -4, 6)
     panels = figure.subplots(1, len(by_engine), squeeze=False, sharey=True)[0]
     for axes, (engine, found) in zip(panels, by_engine.items(), strict=True):
-        ratios = {
-            (each["size"], each["rule"], each["arrays"], each["form"]): each["ratios"][
-                _peer(engine, each["rule"])
-            ]["median"]
-            for each in found
-        }  # fmt: skip
+        ratios = {(each["size"], each["rule"], each["arrays"], each["form"]): _ratio(each) for each in found}
         plot.heat_map(axes, [[ratios.get((*row, *column)) for column in columns] for row in rows], norm)
         axes.set_xticks(range(len(columns)), [form for _, form in columns], rotation=90, fontsize=8)
         for place, arrays in enumerate(ARRAYS):
             middle = len(FORMS) * (place + 0.5) - 0.5
             axes.annotate(arrays, (middle, -0.7), ha="center", annotation_clip=False, fontsize=9, fontweight="bold")
-        peers = " or ".join(dict.fromkeys(NAMES[_peer(engine, rule)] for rule in RULES))
-        axes.set_title(f"{engine}, beside {peers}", fontsize=11, pad=22)
+        axes.set_title(f"{engine}, beside {_peers_text(engine)}", fontsize=11, pad=22)
     panels[0].set_yticks(range(len(rows)), [f"{size}, {RULES[rule][0]}" for size, rule in rows], fontsize=8)
     figure.supxlabel("blue: tensorkv is faster; red: the peer is faster", fontsize=9)
     figure.savefig(path, dpi=110)

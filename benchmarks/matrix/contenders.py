@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import Any, ClassVar
@@ -12,8 +11,7 @@ import numpy as np
 from benchmarks.common.contender import Contender
 from benchmarks.common.work import RULES, Verb, WrongResultError, first_values, new_outs
 from benchmarks.local import contenders as local
-from benchmarks.matrix.works import Cell, elements
-from benchmarks.servers import contenders as servers
+from benchmarks.matrix.works import Cell
 from benchmarks.sync import contenders as sync
 
 NAMES = {
@@ -139,8 +137,7 @@ class TensorKV(Caller):
         import tensorkv
 
         if self.work.engine == "dist_sync":
-            os.environ["MASTER_PORT"] = str(self._port)
-            return tensorkv.create("dist_sync")
+            return sync.open_store(self._port)
         if self.work.engine == "dist_async":
             return tensorkv.create("dist_async", name=f"matrix{self._port}", timeout_s=_TIMEOUT_S)
         return tensorkv.create("local")
@@ -279,7 +276,7 @@ class Torch(Caller):
         import torch
 
         self._values = [torch.tensor(value) for value in first_values(work)]
-        self._flat = torch.empty(elements(work))
+        self._flat = torch.empty(work.value_nbytes // 4)
         pieces = self._flat.split([value.numel() for value in self._values])
         self._sums = [piece.view(value.shape) for piece, value in zip(pieces, self._values, strict=True)]
         _, name, options = RULES[work.rule]
@@ -351,4 +348,4 @@ class SyncMXNet(sync.MXNet):
 class AsyncMXNet(SyncMXNet):
     """MXNet's KVStore ``dist_async``, with one worker and one server."""
 
-    TYPE: ClassVar[str] = servers.AsyncMXNet.TYPE
+    TYPE: ClassVar[str] = "dist_async"

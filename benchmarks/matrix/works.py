@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.common.work import RULES, Rule, Work, count
+from benchmarks.common.work import RULES, Rule, Work
 
 Engine = Literal["local", "dist_sync", "dist_async"]
 Arrays = Literal["numpy", "torch", "mixed", "jax"]
@@ -136,8 +136,3 @@ def cells(engines: Sequence[Engine], *, quick: bool) -> list[Cell]:
         for arrays in ARRAYS
         for form in FORMS
     ]
-
-
-def elements(work: Cell) -> int:
-    """Return the elements of all keys."""
-    return sum(map(count, work.shapes))

@@ -22,6 +22,7 @@ from tensorkv.arrays.arguments import (
     keys_of,
     single_values,
 )
+from tensorkv.arrays.keytable import select
 from tensorkv.arrays.outputs import GivenOuts, NewOuts
 from tensorkv.arrays.rows import Rows, take_ids
 from tensorkv.arrays.spec import KeySpec
@@ -482,13 +483,15 @@ class KVStore:
         """Change hyperparameters of the optimizer and keep its state.
 
         Args:
-            keys: a key or a list of keys; None changes all keys, and replaces what was set for single keys.
+            keys: a key, a pattern such as ``"*.bias"`` (as of ``fnmatch``), a function that is called with each
+                key and returns whether it is chosen, or a list of these; an existing key of exactly the pattern's name
+                is that key. None changes all keys, and replaces what was set for single keys.
             *unnamed: not allowed; give hyperparameters by name.
             **numbers: such as ``lr=0.01``; ``rescale_grad`` and ``clip_gradient`` hold for all keys only.
 
         Raises:
             OptimizerError: the store has no optimizer, or a hyperparameter is unknown or out of range.
-            KeyNotFoundError: a key was not initialised.
+            KeyNotFoundError: a key was not initialised, or a pattern or function chooses none.
 
         >>> import tensorkv
         >>> kv = tensorkv.create()
@@ -499,7 +502,7 @@ class KVStore:
         """
         self._begin("set_hyperparameters")
         _refuse_unnamed("set_hyperparameters", unnamed)
-        listed = None if keys is None else keys_of("set_hyperparameters", keys)
+        listed = None if keys is None else select("set_hyperparameters", keys, self._engine.keys)
         with naming("set_hyperparameters"):
             self._engine.protect(self._engine.set_hyperparameters, numbers, listed)
 

@@ -81,7 +81,7 @@ def pairs(verb: str, what: str, key: Any, value: Any) -> tuple[list[Key], list[l
     for each, arrays in zip(listed, values, strict=True):
         checked = check_key(verb, each)
         grouped.setdefault(checked, []).extend(_arrays(verb, what, checked, arrays))
-    _check_one_type(verb, grouped)
+    check_one_type(verb, grouped)
     return list(grouped), list(grouped.values())
 
 
@@ -122,7 +122,7 @@ def keys_of(verb: str, key: Any) -> list[Key]:
     if is_key(key):
         return [check_key(verb, key)]
     keys = [check_key(verb, each) for each in key_list(verb, key)]
-    _check_one_type(verb, keys)
+    check_one_type(verb, keys)
     return keys
 
 
@@ -136,7 +136,8 @@ def key_list(verb: str, keys: Any) -> list[Any]:
     return list(keys)
 
 
-def _check_one_type(verb: str, keys: Collection[Key]) -> None:
+def check_one_type(verb: str, keys: Collection[Key]) -> None:
+    """Raise KeyTypeError if some keys are str and others int."""
     if len({type(key) for key in keys}) > 1:
         raise KeyTypeError(f"{verb}: the keys are of two types, str and int; one store has one key type")
 

@@ -1,14 +1,20 @@
-"""KeyTable: what is held by key, and the errors of keys that a store has not, has already, or cannot have."""
+"""KeyTable: what is held by key, and the errors of keys that a store has not, has already, or cannot have.
+
+``select`` returns the keys that a caller has chosen by name, pattern or function.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import islice
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import cache, partial
+from inspect import isroutine
+from typing import Any, TypeVar
 
 from tensorkv.errors import KeyExistsError, KeyNotFoundError, KeyTypeError, quote, suggestion
 
-from .arguments import Key
+from .arguments import Key, check_key, check_one_type, is_key, key_list
 
 V = TypeVar("V")
 
@@ -43,11 +49,9 @@ class KeyTable(dict[Key, V]):
         if found is not None:
             return found
         self._check_type(verb, key)
-        named = ", ".join(map(quote, islice(self, _NAMED_KEYS))) or "no keys"
-        if len(self) > _NAMED_KEYS:
-            named = f"{len(self)} keys: {named}, ..."
         raise KeyNotFoundError(
-            f"{verb}({quote(key)}): no such key{suggestion(key, self)}; the store has {named}; call init first"
+            f"{verb}({quote(key)}): no such key{suggestion(key, self)}; the store has {_named(list(self))}; "
+            "call init first"
         )
 
     def check_new(self, keys: Iterable[Key]) -> None:
@@ -73,3 +77,69 @@ class KeyTable(dict[Key, V]):
                 f"{verb}({quote(key)}): this store's keys are {present.__name__}, got {type(key).__name__}; the keys "
                 "of a store are all of one type"
             )
+
+
+def select(verb: str, wanted: Any, keys: Callable[[], Sequence[Key]]) -> list[Key]:
+    """Return the keys that a caller has chosen, each once.
+
+    Args:
+        verb: with which messages begin.
+        wanted: a key, a pattern of ``fnmatch.fnmatchcase`` for str keys, such as ``"*.bias"``, a function that is
+            called with each key and returns whether it is chosen, or a list of these. A str that is an existing key
+            is that key, whatever signs it has.
+        keys: returns the existing keys; called for patterns and functions only.
+
+    Returns:
+        Keys in the order of ``wanted``, those of a pattern or function in the order of ``keys()``. A key that is
+        given by name is not looked up: it may be one that does not exist.
+
+    Raises:
+        KeyNotFoundError: a pattern or function chooses nothing.
+        KeyTypeError: an invalid key.
+
+    >>> select("verb", ["head", "*.bias"], lambda: ["0.weight", "0.bias", "1.bias"])
+    ['head', '0.bias', '1.bias']
+    >>> select("verb", "*.bais", lambda: ["0.weight", "0.bias", "1.bias"])
+    Traceback (most recent call last):
+        ...
+    tensorkv.errors.KeyNotFoundError: verb("*.bais"): the pattern matches no key; similar keys are "1.bias", "0.bias"
+    """
+    known = cache(lambda: dict.fromkeys(keys()))
+    chosen: dict[Key, None] = {}
+    for each in [wanted] if is_key(wanted) or _is_function(wanted) else key_list(verb, wanted):
+        if _is_function(each):
+            found = [key for key in known() if each(key)]
+            if not found:
+                raise KeyNotFoundError(
+                    f"{verb}: the function {quote(getattr(each, '__name__', 'given'))} returns true for no key; "
+                    f"the keys are {_named(list(known()))}"
+                )
+        else:
+            key = check_key(verb, each)
+            found = [key]
+            if isinstance(key, str) and not _SIGNS.isdisjoint(key) and key not in known():
+                found = [other for other in known() if isinstance(other, str) and fnmatchcase(other, key)]
+                if not found:
+                    raise _no_match(verb, key, list(known()))
+        chosen.update(dict.fromkeys(found))
+    check_one_type(verb, chosen)
+    return list(chosen)
+
+
+# What makes a str a pattern.
+_SIGNS = frozenset("*?[")
+
+
+def _is_function(thing: Any) -> bool:
+    return isroutine(thing) or isinstance(thing, partial)
+
+
+def _no_match(verb: str, pattern: str, keys: Sequence[Key]) -> KeyNotFoundError:
+    near = get_close_matches(pattern, map(str, keys), n=_NAMED_KEYS)
+    hint = f"similar keys are {', '.join(map(quote, near))}" if near else f"the keys are {_named(keys)}"
+    return KeyNotFoundError(f"{verb}({quote(pattern)}): the pattern matches no key; {hint}")
+
+
+def _named(keys: Sequence[Key]) -> str:
+    named = ", ".join(map(quote, keys[:_NAMED_KEYS])) or "no keys"
+    return f"{len(keys)} keys: {named}, ..." if len(keys) > _NAMED_KEYS else named

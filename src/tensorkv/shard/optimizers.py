@@ -61,6 +61,13 @@ _FUSED_BY_TORCH = FUSED - {"rmsprop"}
 # How a step is computed is the store's business, not a hyperparameter.
 _NOT_NUMBERS = frozenset({"self", "params", "foreach", "fused", "capturable", "differentiable"})
 _OTHER_WORDS = {"learning_rate": "lr", "wd": "weight_decay", "beta1": "betas", "beta2": "betas", "epsilon": "eps"}
+# Words of MXNet's optimizers that are no hyperparameters here.
+_ELSEWHERE = {
+    "lr_scheduler": "set lr with set_hyperparameters, or give Trainer.optimizer to a torch.optim.lr_scheduler",
+    "lr_mult": "set lr of single keys with set_hyperparameters",
+    "wd_mult": "set weight_decay of single keys with set_hyperparameters",
+    "param_idx2name": "keys may be names",
+}
 
 
 @dataclass(slots=True)
@@ -150,6 +157,8 @@ def check_numbers(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
     known = _defaults(name)
     plain: dict[str, Any] = {}
     for word, number in numbers.items():
+        if word in _ELSEWHERE:
+            raise OptimizerError(f"{name} has no {quote(word)}; {_ELSEWHERE[word]}")
         if word not in known:
             near = f' (did you mean "{_OTHER_WORDS[word]}"?)' if _OTHER_WORDS.get(word) in known else ""
             raise OptimizerError(

@@ -157,6 +157,46 @@ class WriteContract:
         assert [x.tolist() for x in kv.pull(["a", "b"])] == [[0], [-0.5]]
         assert (kv.optimizer["lr"], kv.optimizer["rescale_grad"]) == (0.25, 2.0)
 
+    def test_hyperparameters_of_keys_by_pattern_function_and_list(self, kv):
+        names = ["0.weight", "0.bias", "1.weight", "1.bias", "head[0]", "*"]
+        kv.init(names, [np.zeros(1, F32) for _ in names])
+        kv.set_optimizer("sgd", lr=1.0)
+        kv.set_hyperparameters(["1.weight", "*.bias"], lr=2.0)
+        kv.set_hyperparameters(lambda key: key.startswith("0"), weight_decay=0.0, lr=4.0)
+        kv.set_hyperparameters("*", lr=8.0)  # a key of exactly this name
+        kv.set_hyperparameters("head[[]?]", lr=16.0)
+        kv.push(names, [ones(1) for _ in names])
+        rates = dict(zip(names, [-float(x[0]) for x in kv.pull(names)], strict=True))
+        assert rates == {"0.weight": 4, "0.bias": 4, "1.weight": 2, "1.bias": 2, "head[0]": 16, "*": 8}
+
+    @pytest.mark.parametrize(
+        ("keys", "message"),
+        [
+            ("*.bais", r'set_hyperparameters\("\*.bais"\): the pattern matches no key; similar keys are "0.bias"'),
+            (["0.bias", "?"], r'set_hyperparameters\("\?"\): the pattern matches no key; the keys are "0.weight", '),
+            ("head[0]", r'set_hyperparameters\("head\[0\]"\): the pattern matches no key'),
+            ("0.Bias", r'set_hyperparameters\("0.Bias"\): no such key'),
+            (lambda key: False, "set_hyperparameters: the function .* returns true for no key; the keys are"),
+        ],
+        ids=["pattern", "second pattern", "brackets", "name", "function"],
+    )
+    def test_a_choice_of_keys_that_chooses_nothing(self, kv, keys, message):
+        kv.init({"0.weight": np.zeros(1, F32), "0.bias": np.zeros(1, F32)})
+        kv.set_optimizer("sgd", lr=1.0)
+        with pytest.raises(tensorkv.KeyNotFoundError, match=message):
+            kv.set_hyperparameters(keys, lr=2.0)
+        kv.push("0.bias", ones(1))
+        assert kv.pull("0.bias").tolist() == [-1]
+
+    def test_patterns_are_for_str_keys(self, kv):
+        kv.init({3: np.zeros(1, F32), 4: np.zeros(1, F32)})
+        kv.set_optimizer("sgd", lr=1.0)
+        with pytest.raises(tensorkv.KeyNotFoundError, match="matches no key"):
+            kv.set_hyperparameters("*", lr=2.0)
+        kv.set_hyperparameters([lambda key: key > 3], lr=2.0)
+        kv.push([3, 4], [ones(1), ones(1)])
+        assert [x.tolist() for x in kv.pull([3, 4])] == [[-1], [-2]]
+
     # ---------------------------------------------------------------- pushpull, broadcast
 
     def test_pushpull_is_push_then_pull(self, kv, library):

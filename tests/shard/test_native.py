@@ -104,6 +104,36 @@ def test_bad_columns_are_refused():
         native._native.run_columns(0, [4], [four], four, 0, 0, 0)
 
 
+@pytest.fixture(params=["learned", "asked"])
+def negation(request):
+    """How the compiled part finds out that a tensor is lazily negated; without samples it asks torch."""
+    if request.param == "asked":
+        use = native._native.use
+        native._native.use = lambda *args: use(*args[:-2], [], [])
+        try:
+            assert native._show_libraries()
+        finally:
+            native._native.use = use
+    yield request.param
+    assert native._show_libraries()
+
+
+@pytest.mark.usefixtures("negation")
+def test_a_tensor_is_found_negated_whatever_it_was_made_of():
+    made = torch.complex(randn(1, 1), randn(1, 1))
+    tensors = [made.conj().imag, torch._neg_view(randn(3)), torch.nn.Parameter(torch._neg_view(randn(3, 2)))]
+    tensors += [tensor.detach() for tensor in tensors]
+    plain = [made.imag, randn(3), torch.nn.Parameter(randn(3, 2)), *(tensor.resolve_neg() for tensor in tensors)]
+    changed = randn(3)
+    changed.data = tensors[1].detach()
+    for tensor in [*tensors, changed, *plain]:
+        cell = native.Cell()
+        cell.value = torch.zeros(tensor.shape)
+        batch = native.look({0: cell}, 0, tensor, None, None, None)
+        assert (batch is None) == tensor.is_neg(), tensor
+
+
+@pytest.mark.usefixtures("negation")
 def test_negated_views_are_pushed_as_the_numbers_that_they_show():
     keys = list(range(8))
     parts = [torch.complex(torch.ones(1), torch.full((1,), key + 1.0)).conj().imag for key in keys]

@@ -238,18 +238,20 @@ static struct {
 static int num_numpy_dtypes, knows_numpy;
 
 PyDoc_STRVAR(use_doc,
-             "use(ndarray, tensor, parameter, api, is_neg, increment_version, samples)\n--\n\n"
+             "use(ndarray, tensor, parameter, api, is_neg, increment_version, samples, tensors, negated)\n--\n\n"
              "Tell which types of arrays there are, and what torch has for them: a capsule of DLPack's functions,\n"
              "whether a tensor is lazily negated, and what raises the versions of tensors.\n\n"
-             "samples: a list of NumPy arrays of two dimensions, one of each dtype, from which the rest is learned.");
+             "samples: a list of NumPy arrays of two dimensions, one of each dtype, from which the rest is learned.\n"
+             "tensors, negated: lists of tensors that are not lazily negated, and of such that are; likewise.");
 
 static void learn_numpy(PyObject *samples);
+static void learn_negated(PyObject *tensors, PyObject *negated);
 
 static PyObject *use(PyObject *module, PyObject *args) {
-    PyObject *given[6], *samples;
+    PyObject *given[6], *samples, *tensors, *negated;
     (void)module;
-    if (!PyArg_ParseTuple(args, "OOOOOOO!", &given[0], &given[1], &given[2], &given[3], &given[4], &given[5], &PyList_Type,
-                          &samples))
+    if (!PyArg_ParseTuple(args, "OOOOOOO!O!O!", &given[0], &given[1], &given[2], &given[3], &given[4], &given[5],
+                          &PyList_Type, &samples, &PyList_Type, &tensors, &PyList_Type, &negated))
         return NULL;
     const ExchangeAPI *api = PyCapsule_GetPointer(given[3], "dlpack_exchange_api");
     if (api == NULL) return NULL;
@@ -265,6 +267,7 @@ static PyObject *use(PyObject *module, PyObject *args) {
             *held[i] = Py_NewRef(given[i]);
         }
     learn_numpy(samples);
+    learn_negated(tensors, negated);
     return Py_NewRef(Py_None);
 }
 
@@ -376,6 +379,65 @@ static void learn_numpy(PyObject *samples) {
         numpy_dtypes[i].bits = (unsigned char)plain.kind;
         num_numpy_dtypes++;
     }
+}
+
+/* Where torch keeps that a tensor is lazily negated, which DLPack does not tell and which costs more to ask than all
+ * else: the word of the object that points to what torch holds of it, and a bit of a word of that. */
+enum { MAX_TENSOR_WORDS = 22, MIN_TENSOR_SAMPLES = 16 };
+
+static struct {
+    int pointer, word, is_known;
+    uint64_t bit;
+} negated_bit;
+
+/* A word of what torch holds of a tensor; 0 where there is nothing. */
+static uint64_t word_of_tensor(PyObject *tensor, int pointer, int word) {
+    const uint64_t *inside = ((const uint64_t *const *)tensor)[pointer];
+    return inside == NULL ? 0 : inside[word];
+}
+
+/* Learn the one bit that is set in just the samples that are negated; where there is none, torch is asked each time. */
+static void learn_negated(PyObject *tensors, PyObject *negated) {
+    int found = 0;
+    negated_bit.is_known = 0;
+    if (PyList_Size(tensors) < MIN_TENSOR_SAMPLES || PyList_Size(negated) < MIN_TENSOR_SAMPLES) return;
+    for (Py_ssize_t i = 0; i < PyList_Size(tensors); i++)
+        if (!is_torch(PyList_GetItem(tensors, i))) return;
+    for (Py_ssize_t i = 0; i < PyList_Size(negated); i++)
+        if (!is_torch(PyList_GetItem(negated, i))) return;
+    for (int pointer = 2; pointer < 4; pointer++) {
+        /* One of these words is a pointer in each tensor, and the other in none. */
+        int points = 1;
+        for (Py_ssize_t i = 0; i < PyList_Size(tensors); i++) {
+            uintptr_t at = ((const uintptr_t *)PyList_GetItem(tensors, i))[pointer];
+            points &= at > UINT16_MAX && at % 8 == 0;
+        }
+        for (int word = 0; word < MAX_TENSOR_WORDS && points; word++) {
+            uint64_t never = UINT64_MAX, always = UINT64_MAX;
+            for (Py_ssize_t i = 0; i < PyList_Size(tensors); i++)
+                never &= ~word_of_tensor(PyList_GetItem(tensors, i), pointer, word);
+            for (Py_ssize_t i = 0; i < PyList_Size(negated); i++)
+                always &= word_of_tensor(PyList_GetItem(negated, i), pointer, word);
+            uint64_t bits = never & always;
+            if (bits == 0) continue;
+            found += bits & (bits - 1) ? 2 : 1;
+            negated_bit.pointer = pointer;
+            negated_bit.word = word;
+            negated_bit.bit = bits;
+        }
+        if (points) break;
+    }
+    negated_bit.is_known = found == 1;
+}
+
+/* Whether a tensor is lazily negated. If it has to be asked, this may let other threads run. */
+static int is_negated(PyObject *tensor) {
+    if (negated_bit.is_known)
+        return (word_of_tensor(tensor, negated_bit.pointer, negated_bit.word) & negated_bit.bit) != 0;
+    PyObject *found = PyObject_CallFunctionObjArgs(is_neg, tensor, NULL);
+    Py_XDECREF(found);
+    PyErr_Clear();
+    return found != Py_False;
 }
 
 /* Whether an array is plain: exactly NumPy's or torch's, no subclass, and its elements as they count in memory. */
@@ -531,15 +593,13 @@ static const Plain *plain_of(Cell *cell) {
 
 /* ------------------------------------------------------------ calls */
 
-/* The work of one call: for each key an item, whose addresses are in ``addresses`` and ``dtypes``. */
+/* The work of one call for one key. There may be many, so that they are short: what cells have is not repeated. */
 typedef struct {
-    Item item;
     PyObject *key;
     Cell *cell;
-    const Numbers *numbers;
-    float *counter;
-    int is_first;
-    size_t first_part, first_out;
+    const Numbers *numbers; /* of the optimizer; NULL: no step */
+    uint32_t first_part, num_parts, first_out, num_outs; /* places in ``addresses`` and ``dtypes`` */
+    unsigned char num_states, counts_steps;
 } Work;
 
 enum { FEW = 8 };
@@ -558,6 +618,24 @@ typedef struct {
 } Calls;
 
 static unsigned long long num_calls;
+
+static size_t outs_end(const Work *work) { return (size_t)work->first_out + work->num_outs; }
+
+static char *counter_of(const Work *work) {
+    return work->numbers != NULL && work->counts_steps ? work->cell->state_addresses[MAX_STATES] : NULL;
+}
+
+/* The work of a key as the kernels take it. */
+static Item item_of_work(const Calls *calls, const Work *work) {
+    Item item = {.value = work->cell->plain.address,
+                 .parts = (const char *const *)calls->addresses + work->first_part,
+                 .outs = calls->addresses + work->first_out,
+                 .out_dtypes = calls->dtypes + work->first_out,
+                 .num_parts = work->num_parts,
+                 .num_outs = work->num_outs};
+    for (int i = 0; work->numbers != NULL && i < work->num_states; i++) item.states[i] = work->cell->state_addresses[i];
+    return item;
+}
 
 static int begin_calls(Calls *calls, size_t num_keys) {
     calls->works = num_keys > 1 ? new_zeros(num_keys * sizeof(Work)) : calls->few_works;
@@ -590,6 +668,7 @@ static void *grown(void *memory, void *few, size_t count, size_t room, size_t it
 static int add_array(Calls *calls, PyObject *array, const Plain *plain) {
     size_t count = calls->num_addresses, room = 2 * calls->room;
     if (count == calls->room) {
+        if (room > UINT32_MAX) return 0;
         void *addresses = grown(calls->addresses, calls->few_addresses, count, room, sizeof *calls->addresses);
         if (addresses != NULL) calls->addresses = addresses;
         void *dtypes = grown(calls->dtypes, calls->few_dtypes, count, room, 1);
@@ -648,11 +727,8 @@ static void fetch_array(PyObject *list, Py_ssize_t index) {
 }
 
 /* Have the processor fetch the cell of a key that is looked at soon. */
-static void fetch_cell(PyObject *entries, PyObject *keys, Py_ssize_t index) {
-    __builtin_prefetch(item_ahead(keys, index + 2 * AHEAD));
-    PyObject *key = item_ahead(keys, index + AHEAD);
-    if (key == NULL || (!PyUnicode_CheckExact(key) && !PyLong_CheckExact(key))) return;
-    const char *cell = (const char *)PyDict_GetItemWithError(entries, key);
+static void fetch_cell(const Calls *calls, size_t index) {
+    const char *cell = index < calls->num_keys ? (const char *)calls->works[index].cell : NULL;
     for (int line = 0; line < 3 && cell != NULL; line++) __builtin_prefetch(cell + 64 * line);
 }
 
@@ -660,11 +736,7 @@ static void fetch_cell(PyObject *entries, PyObject *keys, Py_ssize_t index) {
 static int is_direct(PyObject *given, int depth) {
     Py_ssize_t length = length_of(given);
     if (length < 0) {
-        if (!is_torch(given)) return 1;
-        PyObject *found = PyObject_CallFunctionObjArgs(is_neg, given, NULL);
-        Py_XDECREF(found);
-        PyErr_Clear();
-        return found == Py_False;
+        return !is_torch(given) || !is_negated(given);
     }
     for (Py_ssize_t i = 0; depth && i < length_of(given); i++) {
         fetch_array(given, i);
@@ -810,21 +882,16 @@ static int bind_states(Work *work, PyObject *step) {
     Cell *cell = work->cell;
     if (step_name == NULL) step_name = PyUnicode_InternFromString("step");
     work->numbers = (const Numbers *)PyBytes_AsString(PyTuple_GetItem(step, 0));
-    work->is_first = cell->is_new;
-    work->counter = NULL;
+    work->counts_steps = PyTuple_GetItem(step, 2) == Py_True;
     Py_ssize_t count = PyTuple_Size(names);
-    int counts = PyTuple_GetItem(step, 2) == Py_True;
-    if (cell->block != NULL) {
-        if (!is_in_block(cell, names)) return 0;
-        for (Py_ssize_t i = 0; i < count && i < MAX_STATES; i++) work->item.states[i] = cell->state_addresses[i];
-        if (counts) work->counter = (float *)cell->state_addresses[MAX_STATES];
-        return 1;
-    }
-    if (cell->state == NULL || !PyDict_CheckExact(cell->state)) return cell->state == NULL && count == 0 && !counts;
-    for (Py_ssize_t i = 0; i < count && i < MAX_STATES; i++)
-        if ((work->item.states[i] = state_of(cell, (int)i, PyTuple_GetItem(names, i))) == NULL) return 0;
-    if (!counts) return 1;
-    return (work->counter = (float *)state_of(cell, MAX_STATES, step_name)) != NULL;
+    if (count > MAX_STATES) count = MAX_STATES;
+    work->num_states = (unsigned char)count;
+    if (cell->block != NULL) return is_in_block(cell, names);
+    if (cell->state == NULL || !PyDict_CheckExact(cell->state))
+        return cell->state == NULL && count == 0 && !work->counts_steps;
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (state_of(cell, (int)i, PyTuple_GetItem(names, i)) == NULL) return 0;
+    return !work->counts_steps || state_of(cell, MAX_STATES, step_name) != NULL;
 }
 
 /* ------------------------------------------------------------ memory that two arrays share */
@@ -875,10 +942,10 @@ static int are_apart(const Calls *calls) {
     if (room > 16 && (spans = new_memory(2 * room * sizeof *spans)) == NULL) return -1;
     for (size_t key = 0; key < calls->num_keys; key++) {
         const Work *work = &calls->works[key];
-        size_t outs_end = work->first_out + work->item.num_outs;
-        for (size_t i = work->first_part; i < outs_end; i++) {
+        size_t end = outs_end(work);
+        for (size_t i = work->first_part; i < end; i++) {
             int is_out = i >= work->first_out, is_own = 0;
-            for (size_t j = work->first_out; !is_out && j < outs_end; j++)
+            for (size_t j = work->first_out; !is_out && j < end; j++)
                 is_own |= calls->addresses[j] == calls->addresses[i] && calls->dtypes[j] == calls->dtypes[i];
             size_t nbytes = (size_t)work->cell->plain.numel * ITEMSIZES[calls->dtypes[i]];
             uintptr_t start = (uintptr_t)calls->addresses[i];
@@ -927,40 +994,43 @@ static void batch_dealloc(Batch *batch) {
     Py_DECREF(type);
 }
 
-/* Take one key; 1: taken, 0: not plain, 2: plain, but its state is to be completed. */
-static int take_key(Batch *batch, Work *work, PyObject *entries, PyObject *key, PyObject *value, PyObject *out,
-                    PyObject *step, PyObject *own_steps) {
-    Calls *calls = &batch->calls;
+/* Find the cell of a key that the call has not named before; whether there is one. */
+static int take_key(Work *work, PyObject *entries, PyObject *key) {
     /* Lists may have become shorter while other threads ran. */
-    if (key == NULL || (batch->pushes && value == NULL) || (batch->pulls && out == NULL)) return 0;
-    if (!PyUnicode_CheckExact(key) && !PyLong_CheckExact(key)) return 0;
+    if (key == NULL || (!PyUnicode_CheckExact(key) && !PyLong_CheckExact(key))) return 0;
     PyObject *found = PyDict_GetItemWithError(entries, key);
     if (found == NULL || !PyObject_TypeCheck(found, cell_type)) return 0;
-    Cell *cell = (Cell *)found;
-    const Plain *plain = plain_of(cell);
-    if (plain == NULL || cell->named == batch->number) return 0;
-    cell->named = batch->number;
     work->key = Py_NewRef(key);
     work->cell = (Cell *)Py_NewRef(found);
-    work->item.value = plain->address;
+    return 1;
+}
+
+/* Take the arrays of a key; 1: taken, 0: not plain, 2: plain, but its state is to be completed. */
+static int take_work(Batch *batch, Work *work, PyObject *value, PyObject *out, PyObject *step, PyObject *own_steps) {
+    Calls *calls = &batch->calls;
+    Cell *cell = work->cell;
+    const Plain *plain = plain_of(cell);
+    if (plain == NULL || cell->named == batch->number) return 0;
+    if ((batch->pushes && value == NULL) || (batch->pulls && out == NULL)) return 0;
+    cell->named = batch->number;
     batch->is_remote |= cell->is_remote;
-    work->first_part = calls->num_addresses;
+    work->first_part = (uint32_t)calls->num_addresses;
     if (batch->pushes) {
         Py_ssize_t count =
             batch->values.is_there ? take_piece(calls, &batch->values, plain) : take_arrays(calls, value, plain, 0);
         if (count < 0) return 0;
-        work->item.num_parts = (size_t)count;
+        work->num_parts = (uint32_t)count;
     }
-    work->first_out = calls->num_addresses;
+    work->first_out = (uint32_t)calls->num_addresses;
     if (batch->pulls) {
         Py_ssize_t count =
             batch->outs.is_there ? take_piece(calls, &batch->outs, plain) : take_arrays(calls, out, plain, 1);
         if (count < 0) return 0;
-        work->item.num_outs = (size_t)count;
+        work->num_outs = (uint32_t)count;
     }
     if (step == Py_None) return 1;
     if (plain->dtype > BFLOAT16) return 0;
-    PyObject *own = own_steps == Py_None ? NULL : PyDict_GetItemWithError(own_steps, key);
+    PyObject *own = own_steps == Py_None ? NULL : PyDict_GetItemWithError(own_steps, work->key);
     return bind_states(work, own == NULL ? step : own) ? 1 : 2;
 }
 
@@ -1023,15 +1093,18 @@ static PyObject *new_batch(PyObject *entries, PyObject *keys, PyObject *values, 
     batch->outs = out_flat;
     batch->number = ++num_calls;
     for (Py_ssize_t i = 0; i < count; i++) {
-        PyObject *key = length < 0 ? keys : item_of(keys, i);
-        PyObject *value = length < 0 || is_flat || !batch->pushes ? values : item_of(values, i);
-        PyObject *out = length < 0 || is_flat || !batch->pulls ? outs : item_of(outs, i);
-        if (length >= 0) fetch_cell(entries, keys, i);
+        if (length >= 0) __builtin_prefetch(item_ahead(keys, i + AHEAD));
+        if (!take_key(&batch->calls.works[i], entries, length < 0 ? keys : item_ahead(keys, i))) goto not_plain;
+        batch->calls.num_keys = (size_t)i + 1;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *value = length < 0 || is_flat || !batch->pushes ? values : item_ahead(values, i);
+        PyObject *out = length < 0 || is_flat || !batch->pulls ? outs : item_ahead(outs, i);
+        fetch_cell(&batch->calls, (size_t)i + AHEAD);
         if (length >= 0 && !is_flat && batch->pushes) fetch_array(values, i);
         if (length >= 0 && !is_flat && batch->pulls) fetch_array(outs, i);
         Work *work = &batch->calls.works[i];
-        int taken = take_key(batch, work, entries, key, value, out, step, own_steps);
-        batch->calls.num_keys = (size_t)i + 1;
+        int taken = take_work(batch, work, value, out, step, own_steps);
         if (taken == 2) {
             if (batch->unready == NULL) batch->unready = PyList_New(0);
             if (batch->unready == NULL || PyList_Append(batch->unready, (PyObject *)work->cell)) taken = 0;
@@ -1040,12 +1113,6 @@ static PyObject *new_batch(PyObject *entries, PyObject *keys, PyObject *values, 
     }
     if (!is_full(&batch->values) || !is_full(&batch->outs)) goto not_plain;
     if (batch->pulls && are_apart(&batch->calls) != 1) goto not_plain;
-    for (size_t i = 0; i < batch->calls.num_keys; i++) {
-        Work *work = &batch->calls.works[i];
-        work->item.parts = (const char *const *)batch->calls.addresses + work->first_part;
-        work->item.outs = batch->calls.addresses + work->first_out;
-        work->item.out_dtypes = batch->calls.dtypes + work->first_out;
-    }
     return (PyObject *)batch;
 not_plain:
     Py_DECREF(batch);
@@ -1081,7 +1148,8 @@ static int is_current(Batch *batch) {
 /* The step of a key, if there is one. */
 static const Step *step_for(const Work *work, Step *step) {
     if (work->numbers == NULL) return NULL;
-    *step = step_of(work->numbers, work->counter == NULL ? 1 : (double)*work->counter + 1, work->is_first);
+    const float *counter = (const float *)counter_of(work);
+    *step = step_of(work->numbers, counter == NULL ? 1 : (double)*counter + 1, work->cell->is_new);
     return step;
 }
 
@@ -1089,15 +1157,16 @@ static const Step *step_for(const Work *work, Step *step) {
 static void run_range(Batch *batch, size_t start, size_t stop) {
     size_t before = 0;
     for (size_t i = 0; i < batch->calls.num_keys && before < stop; i++) {
-        Work *work = &batch->calls.works[i];
+        const Work *work = &batch->calls.works[i];
         size_t numel = (size_t)work->cell->plain.numel;
         size_t first = start > before ? start - before : 0, last = stop - before < numel ? stop - before : numel;
         before += numel;
         if (first >= last) continue;
         Step step;
+        Item item = item_of_work(&batch->calls, work);
         /* The value, too. */
-        work->item.num_past_cache = batch->past_cache ? work->item.num_outs + 1 : 0;
-        run_item(&work->item, work->cell->plain.dtype, step_for(work, &step), first, last);
+        item.num_past_cache = batch->past_cache ? item.num_outs + 1 : 0;
+        run_item(&item, work->cell->plain.dtype, step_for(work, &step), first, last);
     }
 #if defined(__x86_64__)
     if (batch->past_cache) _mm_sfence();
@@ -1109,11 +1178,13 @@ static void count_done(Batch *batch) {
     PyObject *written = NULL;
     batch->is_done = 1;
     for (size_t i = 0; i < batch->calls.num_keys; i++) {
-        Work *work = &batch->calls.works[i];
+        const Work *work = &batch->calls.works[i];
+        float *counter = (float *)counter_of(work);
+        fetch_cell(&batch->calls, i + AHEAD);
         if (batch->pushes || !batch->pulls) work->cell->version++;
         if (work->numbers != NULL) work->cell->is_new = 0;
-        if (work->numbers != NULL && work->counter != NULL) *work->counter += 1;
-        for (size_t j = work->first_out; !batch->has_new_outs && j < work->first_out + work->item.num_outs; j++) {
+        if (counter != NULL) *counter += 1;
+        for (size_t j = work->first_out; !batch->has_new_outs && j < outs_end(work); j++) {
             if (batch->calls.arrays[j] == NULL || !is_torch(batch->calls.arrays[j])) continue;
             if (written == NULL) written = PyList_New(0);
             if (written != NULL) PyList_Append(written, batch->calls.arrays[j]);
@@ -1127,8 +1198,8 @@ static void count_done(Batch *batch) {
 
 /* The bytes of the arrays of a key. */
 static size_t moved_by(const Calls *calls, const Work *work) {
-    size_t nbytes = 0, end = work->first_out + work->item.num_outs;
-    for (size_t i = work->first_part; i < end; i++) nbytes += (size_t)work->cell->plain.numel * ITEMSIZES[calls->dtypes[i]];
+    size_t nbytes = 0;
+    for (size_t i = work->first_part; i < outs_end(work); i++) nbytes += (size_t)work->cell->plain.numel * ITEMSIZES[calls->dtypes[i]];
     return nbytes;
 }
 
@@ -1157,7 +1228,7 @@ static PyObject *batch_cells(Batch *batch, void *closure) {
 static PyObject *batch_sums(Batch *batch, void *closure) {
     PyObject *sums = batch->flat_values;
     (void)closure;
-    if (sums == NULL && batch->calls.num_keys == 1 && batch->calls.works[0].item.num_parts == 1)
+    if (sums == NULL && batch->calls.num_keys == 1 && batch->calls.works[0].num_parts == 1)
         sums = batch->calls.arrays[batch->calls.works[0].first_part];
     return Py_NewRef(sums == NULL ? Py_None : sums);
 }
@@ -1218,7 +1289,7 @@ static void run_piece(Batch *batch, const Piece *piece, const uint64_t *const *c
     int dtype = work->cell->plain.dtype, other = wide ? sum_dtype_of(dtype) : dtype;
     const char *parts[MAX_COLUMNS];
     char *target;
-    Item item = work->item;
+    Item item = item_of_work(&batch->calls, work);
     Step space;
     const Step *step = NULL;
     if (mode == SUM_PIECES) {
@@ -1297,11 +1368,12 @@ static PyObject *batch_part_column(Batch *batch, PyObject *pieces) {
     uint64_t *at = column == NULL ? NULL : (uint64_t *)PyBytes_AsString(column);
     for (Py_ssize_t i = 0; i < count && at != NULL; i++) {
         const Work *work = (size_t)all[i].key < batch->calls.num_keys ? &batch->calls.works[all[i].key] : NULL;
-        if (work == NULL || work->item.num_parts != 1) {
+        if (work == NULL || work->num_parts != 1) {
             Py_DECREF(column);
             return Py_NewRef(Py_None);
         }
-        at[i] = (uint64_t)(uintptr_t)(work->item.parts[0] + (size_t)all[i].first * ITEMSIZES[work->cell->plain.dtype]);
+        at[i] = (uint64_t)(uintptr_t)(batch->calls.addresses[work->first_part] +
+                                       (size_t)all[i].first * ITEMSIZES[work->cell->plain.dtype]);
     }
     return column;
 }
@@ -1348,7 +1420,7 @@ static PyObject *batch_take_sums(Batch *batch, PyObject *given) {
         Work *work = &batch->calls.works[i];
         at = aligned(at, &work->cell->plain);
         batch->calls.addresses[work->first_part] = flat.plain.address + at;
-        work->item.num_parts = 1;
+        work->num_parts = 1;
         at += nbytes_of(&work->cell->plain);
     }
     PyObject *old = batch->flat_values;

@@ -14,7 +14,16 @@ def run_columns(
     /,
 ) -> None: ...
 def use(
-    ndarray: Any, tensor: Any, parameter: Any, api: Any, is_neg: Any, increment_version: Any, samples: list[Any], /
+    ndarray: Any,
+    tensor: Any,
+    parameter: Any,
+    api: Any,
+    is_neg: Any,
+    increment_version: Any,
+    samples: list[Any],
+    tensors: list[Any],
+    negated: list[Any],
+    /,
 ) -> None: ...
 def look(
     entries: dict[Any, Any], keys: Any, values: Any, outs: Any, step: Any, own_steps: Any, flat: bool = False, /

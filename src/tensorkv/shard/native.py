@@ -84,14 +84,22 @@ else:
 
 
 def _show_libraries() -> bool:
-    """Tell the compiled part of array libraries; return whether it can look at their arrays."""
+    """Tell the compiled part of array libraries; return whether it can look at their arrays.
+
+    It learns from samples where torch keeps that a tensor is lazily negated. In a version of torch where no one bit
+    tells, it asks each tensor.
+    """
     # Of torch 2.10 and later.
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if _native is None or api is None:
         return False
     samples = [np.zeros((2, 3), code) for code in "fdeqlihbQLIHB?"]
     is_neg, increment = torch.Tensor.is_neg, _compat.increment_version
-    _native.use(np.ndarray, torch.Tensor, torch.nn.Parameter, api, is_neg, increment, samples)
+    complexes = [torch.ones(size, 2, dtype=torch.complex64, device="cpu") for size in range(16)]
+    conjugated = [tensor.conj() for tensor in complexes]
+    tensors = [*complexes, *conjugated, *(tensor.imag for tensor in complexes), torch.nn.Parameter(complexes[0])]
+    negated = [tensor.imag for tensor in conjugated]
+    _native.use(np.ndarray, torch.Tensor, torch.nn.Parameter, api, is_neg, increment, samples, tensors, negated)
     return True
 
 

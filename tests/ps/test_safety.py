@@ -10,13 +10,14 @@ import stat
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import tensorkv
 from tests.support import hosts
-from tests.support.until import until
+from tests.support.until import LIMIT_S, until
 
 pytest.importorskip("ray")
 from tensorkv.engines.ps.ray import cluster, safety
@@ -409,6 +410,25 @@ def test_a_ray_that_is_late_is_a_typed_error(is_running, home, monkeypatch):
         with pytest.raises(tensorkv.ServerDeadError, match="The current node timed out during startup"):
             cluster.enter(address, 1)
     assert "RAY_AUTH_MODE" not in os.environ
+
+
+def test_workers_learn_at_once_that_rank_0_cannot_start_ray(home, monkeypatch):
+    import ray
+    import torch.distributed as dist
+
+    def init(**_):
+        raise Exception("The current node timed out during startup.")
+
+    rendezvous, ended = dist.HashStore(), []
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(cluster, "connect", lambda _: (rendezvous, 0, 2))
+    monkeypatch.setattr(cluster._compat, "shutdown", lambda: ended.append("a half-started node"))
+    with ThreadPoolExecutor() as threads:
+        workers = [threads.submit(cluster._start_together, rank, 2 * LIMIT_S) for rank in (0, 1)]
+        for worker in workers:
+            with pytest.raises(tensorkv.ServerDeadError, match="The current node timed out during startup"):
+                worker.result(LIMIT_S)
+    assert ended == ["a half-started node"]
 
 
 @pytest.mark.parametrize("address", [None, "127.0.0.1:1"])

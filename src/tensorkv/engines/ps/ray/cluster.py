@@ -211,6 +211,8 @@ def _start() -> None:
                 object_store_memory=_OBJECT_STORE_NBYTES,
             )
     except BaseException as error:
+        # Ends what has been started of the node.
+        _compat.shutdown()
         _set_auth_mode(_auth_mode)
         # Where a node is late, Ray raises Exception itself.
         if isinstance(error, Exception) and not isinstance(error, TensorKVError):
@@ -266,15 +268,21 @@ def _start_together(rank: int, timeout_s: float) -> bool:
     except (KeyError, OSError, ValueError, RuntimeError) as error:
         raise RankDeadError(f"create: the rendezvous at MASTER_ADDR and MASTER_PORT failed: {error}") from error
     if rank == 0:
-        _start()
-        store.set("address", ray.get_runtime_context().gcs_address)
+        try:
+            _start()
+        except BaseException as error:
+            store.set("outcome", json.dumps({"error": str(error) or type(error).__name__}))
+            raise
+        store.set("outcome", json.dumps({"address": ray.get_runtime_context().gcs_address}))
         return True
     try:
-        store.wait(["address"], wait)
-        address = store.get("address").decode()
+        store.wait(["outcome"], wait)
+        outcome = json.loads(store.get("outcome"))
     except (KeyError, OSError, ValueError, RuntimeError) as error:
         raise RankDeadError(f"create: rank 0 has not started Ray: {error}") from error
-    _join(address, timeout_s)
+    if "error" in outcome:
+        raise ServerDeadError(f"{outcome['error']} (on rank 0)")
+    _join(outcome["address"], timeout_s)
     return False
 
 

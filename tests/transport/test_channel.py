@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from queue import SimpleQueue
 from unittest.mock import Mock
 
 import pytest
@@ -225,7 +226,7 @@ def test_a_server_refuses_another_user(server, monkeypatch):
     """Also a client that does not look who listens."""
     code = CONNECT_AS_NOBODY.replace(
         "os.setgid",
-        "import tensorkv.transport.channel as channel\nchannel._is_own_user = lambda connected: True\nos.setgid",
+        "import tensorkv.transport.channel as channel\nchannel.os.geteuid = lambda: 0\nos.setgid",
     )
     words = [json.dumps(server.address), json.dumps(sys.path)]
     tried = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
@@ -262,6 +263,54 @@ def test_a_server_that_gets_no_descriptor_goes_on_afterwards(monkeypatch):
     assert ask(client, b"x") == b"x"
     assert not failures
     client.close()
+    server.close()
+
+
+# ---------------------------------------------------------------- clients that end
+
+
+CLIENT = """
+import json, math, os, sys
+from tensorkv.transport.channel import connect
+
+connection = connect(json.loads(sys.argv[1]), math.inf)
+connection.send(b"a client")
+connection.receive()
+if sys.argv[2] == "closes":
+    connection.close()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("end", ["closes", "is killed"])
+def test_a_server_is_told_when_the_process_of_a_client_has_ended(end, monkeypatch):
+    looked, told = SimpleQueue(), SimpleQueue()
+    has_ended = channel._has_ended
+
+    def look(process):
+        found = has_ended(process)
+        looked.put(found)
+        return found
+
+    def answer(message, buffers):
+        buffers.owner = message.decode()
+        return b""
+
+    # A client that only closes its connection stays: waiting for its end is in vain.
+    monkeypatch.setattr(channel, "_EXIT_S", 0.1 if end == "closes" else LIMIT_S)
+    monkeypatch.setattr(channel, "_has_ended", look)
+    server = SocketServer(answer, lambda buffers: told.put(buffers.owner))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", CLIENT, json.dumps(server.address), end], **pipes) as client:
+        assert client.stdout.readline() == b"ready\n"
+        if end == "is killed":
+            # It stays a zombie until somebody waits for it.
+            client.kill()
+            assert told.get(timeout=LIMIT_S) == "a client"
+        assert looked.get(timeout=LIMIT_S) is (end == "is killed")
+        client.kill()
+    assert told.empty()
     server.close()
 
 

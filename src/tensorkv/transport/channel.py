@@ -43,6 +43,8 @@ _CHUNK_NBYTES = 64 << 10
 _CHECK_S = 0.05
 # How long a server that can accept no connection, for lack of descriptors, waits before it tries again.
 _ACCEPT_PAUSE_S = 0.1
+# The kernel closes the files of a process shortly before the process has ended.
+_EXIT_S = 5.0
 # Memory that is touched for the first time costs twenty times a copy: grow seldom.
 _GROWTH = 1.5
 
@@ -127,7 +129,7 @@ def connect(address: Sequence[str], deadline: float) -> Connection:
         # The kernel makes the connection at once, or says that too many wait for the server.
         connected.setblocking(False)
         connected.connect(f"\0{name}")
-        if not _is_own_user(connected):
+        if _peer(connected)[1] != os.geteuid():
             raise PermissionError(f"a process of another user listens at {name}")
         connection = Connection(connected)
     try:
@@ -145,13 +147,15 @@ class SocketServer:
     Args:
         handle: given a request and the buffers of its connection, returns the reply. An ``OSError`` closes the
             connection.
+        ended: called with the buffers of a connection whose client's process has ended. Where processes of the client
+            cannot be seen, as in another PID namespace, it is not called.
 
     Raises:
         OSError, RuntimeError: the system gives no socket, or no thread.
     """
 
-    def __init__(self, handle: Handler) -> None:
-        self._handle = handle
+    def __init__(self, handle: Handler, ended: Callable[[OpenBuffers], None] = lambda _: None) -> None:
+        self._handle, self._ended = handle, ended
         self.address = [f"tensorkv-{secrets.token_hex(8)}", secrets.token_hex(16)]
         """Where it listens, and the key that a client sends first."""
         self._listener = socket.socket(socket.AF_UNIX)
@@ -178,16 +182,23 @@ class SocketServer:
                 time.sleep(_ACCEPT_PAUSE_S)
                 continue
             try:
-                if not _is_own_user(accepted):
+                process, user = _peer(accepted)
+                if user != os.geteuid():
                     raise PermissionError
-                threading.Thread(target=self._serve, args=(accepted,), name="tensorkv-serve", daemon=True).start()
+                arguments = (accepted, process)
+                threading.Thread(target=self._serve, args=arguments, name="tensorkv-serve", daemon=True).start()
             except (OSError, RuntimeError):
                 # A client for which there is no thread continues through Ray.
                 accepted.close()
         self._listener.close()
 
-    def _serve(self, accepted: socket.socket) -> None:
+    def _serve(self, accepted: socket.socket, process: int) -> None:
         connection, buffers = Connection(accepted), OpenBuffers()
+        self._answer(connection, buffers)
+        if _has_ended(process):
+            self._ended(buffers)
+
+    def _answer(self, connection: Connection, buffers: OpenBuffers) -> None:
         with closing(connection), suppress(OSError):
             if not hmac.compare_digest(connection.receive(), self.address[1].encode()):
                 return
@@ -196,9 +207,29 @@ class SocketServer:
                 connection.send(self._handle(connection.receive(), buffers))
 
 
-def _is_own_user(connected: socket.socket) -> bool:
+def _peer(connected: socket.socket) -> tuple[int, int]:
+    """Return the process and the user at the other end; process 0 is one that cannot be seen from here."""
     told = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return bool(_CREDENTIALS.unpack(told)[1] == os.geteuid())
+    process, user, _ = _CREDENTIALS.unpack(told)
+    return process, user
+
+
+def _has_ended(process: int) -> bool:
+    """Return whether a process has ended, or ends within a moment; False if that cannot be found out."""
+    if process == 0:
+        return False
+    try:
+        descriptor = os.pidfd_open(process)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    try:
+        ends = select.poll()
+        ends.register(descriptor, select.POLLIN)
+        return bool(ends.poll(1000 * _EXIT_S))
+    finally:
+        os.close(descriptor)
 
 
 # ---------------------------------------------------------------- bulk payloads
@@ -263,6 +294,8 @@ class OpenBuffers:
 
     def __init__(self) -> None:
         self._segment: Segment | None = None
+        self.owner: str | None = None
+        """The client, once a request has said it."""
 
     def find(self, described: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the payload of a request, and room for the payload of its reply.

@@ -9,6 +9,7 @@ import os
 import struct
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ class ServerActor:
         context = ray.get_runtime_context()
         comes_back = context.was_current_actor_reconstructed
         self._server = Server(PSOptions(**json.loads(options)), index, comes_back=comes_back)
-        self._listener = _listen(self.serve_connection)
+        self._listener = _listen(self.serve_connection, self.mark_dead)
         self._cache = SharedCache()
         self._copying = threading.Lock()
         name = context.get_actor_name() or ""
@@ -78,6 +79,8 @@ class ServerActor:
         out, payload = None, None
         try:
             head, layout, inline = split(message)
+            owner = head.get("owner")
+            buffers.owner = owner if isinstance(owner, str) else None
             described = head.pop("buffers", None)
             if described is not None:
                 sent, out = buffers.find(described)
@@ -89,6 +92,11 @@ class ServerActor:
         if out is not None and reply.payload is not None and reply.payload.data_ptr() == out.data_ptr():
             return join({**reply.head, "in_buffers": len(reply.payload)})
         return _joined(reply)
+
+    def mark_dead(self, buffers: OpenBuffers) -> None:
+        """Count the client of a connection as dead, since its process has ended."""
+        if buffers.owner is not None:
+            self._server.mark_dead(buffers.owner)
 
     def _answer(self, head: dict[str, Any], layout: bytes, payload: Any, out: torch.Tensor | None = None) -> Reply:
         cached_nbytes = head.pop("cached_nbytes", None)
@@ -172,12 +180,12 @@ def _joined(reply: Reply) -> bytes:
     return join(reply.head, payload=b"" if reply.payload is None else reply.payload.numpy().data)
 
 
-def _listen(handle: Handler) -> SocketServer | None:
+def _listen(handle: Handler, ended: Callable[[OpenBuffers], None]) -> SocketServer | None:
     """Listen for clients of this host; None where they cannot share memory, or the system gives no socket or thread."""
     if not can_share():
         return None
     try:
-        return SocketServer(handle)
+        return SocketServer(handle, ended)
     except (OSError, RuntimeError) as error:
         _logger.warning("clients of this host send their requests through Ray: %s", error)
         return None

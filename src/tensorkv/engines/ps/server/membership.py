@@ -5,6 +5,7 @@ Server 0 decides for the whole store. What is decided is an event of ``ServerTab
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -109,6 +110,17 @@ class Membership:
             if client in self._tables.members:
                 with suppress(StorageError):
                     self._record(["bye", client])
+            self._condition.notify_all()
+
+    def mark_dead(self, client: str) -> None:
+        """Count a client as dead now: its process has ended without disconnecting."""
+        with self._condition:
+            if client not in self._last_seen:
+                return
+            self._last_seen[client] = math.nextafter(self._now() - self._heartbeat_timeout_s, -math.inf)
+            rank = self._tables.members.get(client)
+            if rank is not None and rank < self._num_workers and self._tables.holders.get(rank) == client:
+                self.staleness.mark_dead(rank)
             self._condition.notify_all()
 
     def remove_idle(self) -> None:

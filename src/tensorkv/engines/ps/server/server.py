@@ -130,6 +130,10 @@ class Server:
         """Return the clients that are alive."""
         return self._membership.clients()
 
+    def mark_dead(self, owner: str) -> None:
+        """Count a client as dead before its heartbeat timeout, since its process has ended."""
+        self._membership.mark_dead(owner)
+
     def stats(self) -> dict[str, Any]:
         """Return counters of keys, requests and workers."""
         staleness = self._staleness

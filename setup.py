@@ -38,7 +38,7 @@ setup(
             # Without a C compiler the package installs all the same; torch does the sums, and Gloo the rest.
             optional=True,
         )
-        for name in ("_native", "_shared", "_signals")
+        for name in ("_native", "_shared", "_signals", "_tables")
     ],
     cmdclass={"bdist_wheel": Wheel},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

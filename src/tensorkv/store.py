@@ -351,7 +351,8 @@ class KVStore:
 
         Returns:
             None with ``out``. Otherwise ``Rows`` with unique, sorted ids (a list for a list of keys), of the
-            library that the key was initialised with. Rows that were never pushed are zero.
+            library that the key was initialised with. Rows that were never pushed are as the table's ``init`` says,
+            zero by default.
 
         Raises:
             KeyNotFoundError, ArrayTypeError: as for ``pull``.
@@ -888,7 +889,7 @@ def _take_values(verb: str, keys: Sequence[Key], values: Sequence[Any]) -> tuple
     for part, value in zip(taken, values, strict=True):
         if isinstance(part, Rows):
             library = value.values if isinstance(value, Rows) else value
-            spec = KeySpec(torch.Size(part.shape), part.values.dtype, interop.origin(library), True)
+            spec = KeySpec(torch.Size(part.shape), part.values.dtype, interop.origin(library), True, part.init)
         else:
             spec = KeySpec(part.shape, part.dtype, interop.origin(value), False)
         specs.append(known.setdefault(spec, spec))

@@ -115,7 +115,7 @@ def test_an_installation_without_compiled_parts_says_so(tree, tmp_path):
     report, version = ended.stdout.splitlines()
     file, told, value, compiled, shared = json.loads(report)
     assert Path(file).is_relative_to(tmp_path)
-    what = "installed without its compiled parts _native, _shared, _signals, since no C compiler was found"
+    what = "installed without its compiled parts _native, _shared, _signals, _tables, since no C compiler was found"
     assert told == [f"tensorkv is {what}: results are the same, calls slower; see docs/dependencies.md"]
     assert shared == f"tensorkv is {what}"
     assert value == [2.0] * 3

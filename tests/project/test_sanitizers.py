@@ -12,7 +12,14 @@ import pytest
 from tensorkv.compiled import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("shard/test_plain.py", "shard/test_native.py", "shard/test_fused.py", "runtime/test_shield.py")
+TESTS = (
+    "arrays/test_rowinit.py",
+    "shard/test_fused.py",
+    "shard/test_index.py",
+    "shard/test_native.py",
+    "shard/test_plain.py",
+    "runtime/test_shield.py",
+)
 
 
 @pytest.mark.release

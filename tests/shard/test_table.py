@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tensorkv.arrays.rowinit import RowInit
+from tensorkv.shard.index import HashIndex, SortedIndex
 from tensorkv.shard.table import Columns, Table, fill_with
 
 SIZES = [1, 40, 2_000_000_000, 2**62]
@@ -26,10 +28,18 @@ def bits(tensor):
 
 
 class TableMachine(RuleBasedStateMachine):
-    @initialize(size=st.sampled_from(SIZES), shape=st.sampled_from(ROW_SHAPES), dtype=st.sampled_from(DTYPES))
-    def make(self, size, shape, dtype):
+    @initialize(
+        size=st.sampled_from(SIZES),
+        shape=st.sampled_from(ROW_SHAPES),
+        dtype=st.sampled_from(DTYPES),
+        init=st.sampled_from([None, RowInit.of(1, {}), RowInit.of("normal", {"std": 3.0}, 5)]),
+        index=st.sampled_from([HashIndex, SortedIndex]),
+    )
+    def make(self, size, shape, dtype, init, index):
         self.size, self.shape = size, shape
-        self.table = Table(size, torch.Size(shape), dtype)
+        self.init = init if init is None or init.name == "constant" or dtype.is_floating_point else None
+        self.table = Table(size, torch.Size(shape), dtype, init=self.init, key="t")
+        self.table._index = index()
         # Per column its dtype and fill, and the rows that were written.
         self.columns = {"": (dtype, 0.0, {})}
         self.ids = set()
@@ -42,8 +52,14 @@ class TableMachine(RuleBasedStateMachine):
 
     def expected(self, ids, name):
         dtype, fill, held = self.columns[name]
-        absent = fill_with(torch.empty(self.shape, dtype=dtype), fill)
-        rows = [held.get(i, absent) for i in ids]
+        zero = fill_with(torch.empty(self.shape, dtype=dtype), fill)
+
+        def absent(i):
+            if name or self.init is None:
+                return zero
+            return self.init.rows("t", torch.tensor([i]), torch.Size(self.shape), dtype)[0]
+
+        rows = [held[i] if i in held else absent(i) for i in ids]
         return torch.stack(rows) if rows else torch.empty((0, *self.shape), dtype=dtype)
 
     @rule(seed=seeds, count=st.integers(0, 12), which=st.integers(0, 3))
@@ -88,8 +104,15 @@ class TableMachine(RuleBasedStateMachine):
         rows.ids.zero_()
 
     @rule()
+    def copy(self):
+        other = self.table.copy()
+        assert (len(other), other.columns, other.init) == (len(self.ids), [], self.init)
+        ids = torch.tensor(self.some_ids(5, 12), dtype=torch.int64)
+        assert bits(other.read(ids)) == bits(self.table.read(ids))
+
+    @rule()
     def copy_columns(self):
-        other = Table(self.size, torch.Size(self.shape), self.columns[""][0])
+        other = self.table.empty()
         other.take_columns(self.table)
         assert other.columns == self.table.columns
         ids = sorted(self.ids)

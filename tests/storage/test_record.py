@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tensorkv import StorageError
 from tensorkv.arrays.interop import DTYPES, NUMPY, dtype_name
 from tensorkv.arrays.packing import Item
+from tensorkv.arrays.rowinit import RowInit
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.shard.entry import Batch
@@ -65,6 +66,28 @@ def test_fixed_bytes_are_read(tmp_path):
     out = torch.empty(2)
     shard.pull(["w"], [[out]])
     assert (out.tolist(), shard.entry("pull", "w").version, shard.log.applied.last) == ([1, 5], 2, {"a": 2})
+    shard.close()
+
+
+def test_the_record_of_a_table_that_starts_by_a_rule(tmp_path):
+    """A table of any size costs a line, and an older version, which does not know its kind, refuses it."""
+    init = RowInit.of("normal", {"std": 0.5}, 7)
+    shard = open_shard(str(tmp_path), threads=1, wait_s=0)
+    spec = KeySpec(torch.Size([2**62, 2]), torch.float32, NUMPY, True, init)
+    none = torch.empty(0, dtype=torch.int64)
+    shard.init(["t"], [Rows(none, torch.zeros(0, 2), 2**62, init=init)], [spec])
+    first = shard.pull_rows(["t"], [torch.tensor([5])])[0].values
+    shard.close()
+    body = (
+        b'{"kind":"store","update":"assign","optimizer":null,"keys":[{"key":"t","kind":"initialized-rows","shape":'
+        b'[4611686018427387904,2],"dtype":"float32","version":0,"library":"numpy","device":null,"state":[],"columns":{},'
+        b'"init":{"name":"normal","mean":0.0,"std":0.5,"seed":7}}]}'
+    )
+    data = (tmp_path / "log-0000000000000001-00000001.tkv").read_bytes()
+    assert b'{"verb":"init","body":' + body + b'}[["ids/t","tensor","int64",[0]],["value/t",' in data
+    assert len(data) < 500
+    shard = open_shard(str(tmp_path), threads=1, wait_s=0)
+    assert torch.equal(shard.pull_rows(["t"], [torch.tensor([5])])[0].values, first)
     shard.close()
 
 

@@ -64,6 +64,7 @@ FEW = (
     "test_pushpull_in_place",
     "test_broadcast",
     "test_rows_of_several_parts_and_sparse_tensors",
+    "test_rows_start_as_init_says",
     "test_rows_step_lazily",
     "test_row_sparse_pull",
     "test_bad_row_ids",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from tensorkv.errors import ArgumentError, ArrayTypeError, ValueMismatchError, naming, show
 
 from . import interop
+from .rowinit import RowInit
 
 
 @dataclass(slots=True, eq=False)
@@ -22,10 +23,17 @@ class Rows:
         ids: which rows, shape ``(n,)``, integers in ``[0, num_rows)``, any order, repeats allowed; an array or a list.
         values: the rows, shape ``(n, ...)``, any dtype that a store holds.
         num_rows: rows of the whole tensor.
+        init: for ``KVStore.init``, what the other rows hold until they are pushed: ``"normal"`` or ``"uniform"``
+            (floating-point numbers that depend on the seed, the key, the row's id and the column alone), or a number.
+            None: zeros.
+        mean, std: of the normal distribution (0 and 1 by default).
+        a, b: bounds of the uniform distribution (0 and 1 by default).
+        seed: of both distributions, an int in ``[0, 2**64)`` (0 by default).
 
     Raises:
         ArrayTypeError: ids are not integers, or values are not an array.
         ValueMismatchError: ids and values differ in length, or an id is out of range.
+        ArgumentError: ``num_rows``, ``init`` or a number that belongs to it is invalid.
 
     >>> import numpy as np
     >>> rows = Rows(np.array([4, 1, 4]), np.array([[1.0], [2.0], [3.0]]), num_rows=6)
@@ -39,9 +47,23 @@ class Rows:
     ids: Any
     values: Any
     num_rows: int
+    _: KW_ONLY
+    init: Any = None
+    mean: InitVar[float | None] = None
+    std: InitVar[float | None] = None
+    a: InitVar[float | None] = None
+    b: InitVar[float | None] = None
+    seed: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(
+        self, mean: float | None, std: float | None, a: float | None, b: float | None, seed: int | None
+    ) -> None:
         with naming("Rows"):
+            numbers = {"mean": mean, "std": std, "a": a, "b": b}
+            if self.init is not None and not isinstance(self.init, RowInit):
+                self.init = RowInit.of(self.init, numbers, seed)
+            elif seed is not None or any(number is not None for number in numbers.values()):
+                raise ArgumentError('numbers of a distribution without its name; give init="normal" or "uniform"')
             if isinstance(self.ids, list | tuple | range):
                 self.ids = _listed_ids("ids", self.ids)
             take_rows(self)
@@ -120,9 +142,11 @@ def take_rows(thing: Any) -> Rows:
             "expected (n,) and (n, ...) with the same n"
         )
     _check_range(ids, thing.num_rows)
+    if thing.init is not None:
+        thing.init.check_dtype(values.dtype)
     if ids is thing.ids and values is thing.values and ids.dtype is torch.int64:
         return thing
-    return _unchecked(ids.long(), values, thing.num_rows)
+    return _unchecked(ids.long(), values, thing.num_rows, thing.init)
 
 
 def _take_part(array: Any, name: str) -> torch.Tensor:
@@ -142,9 +166,9 @@ def _take_coo(tensor: torch.Tensor) -> Rows:
     return _unchecked(ids, values, tensor.shape[0])
 
 
-def _unchecked(ids: torch.Tensor, values: torch.Tensor, num_rows: int) -> Rows:
+def _unchecked(ids: torch.Tensor, values: torch.Tensor, num_rows: int, init: RowInit | None = None) -> Rows:
     rows = object.__new__(Rows)
-    rows.ids, rows.values, rows.num_rows = ids, values, num_rows
+    rows.ids, rows.values, rows.num_rows, rows.init = ids, values, num_rows, init
     return rows
 
 
@@ -158,16 +182,19 @@ def _check_range(ids: torch.Tensor, num_rows: int) -> None:
         )
 
 
-def merge(parts: list[Rows], dtype: torch.dtype | None = None) -> Rows:
+def merge(parts: list[Rows], dtype: torch.dtype | None = None, *, may_share: bool = False) -> Rows:
     """Sum torch Rows: unique, sorted ids; values of one id are added in the order given.
 
     Args:
         parts: at least one, all of one row shape.
         dtype: of the result (default: the first part's). float16 and bfloat16 are added in float32
             and rounded once.
+        may_share: return the only part itself if its ids are unique and sorted.
     """
     first = parts[0].values
     dtype = first.dtype if dtype is None else dtype
+    if may_share and len(parts) == 1 and first.dtype is dtype and first.is_contiguous() and _rises(parts[0].ids):
+        return parts[0]
     wide = interop.accumulator(dtype)
     ids = torch.cat([part.ids.to(first.device) for part in parts])
     values = torch.cat([interop.signed(part.values.to(first.device, wide)) for part in parts])
@@ -181,7 +208,12 @@ def merge(parts: list[Rows], dtype: torch.dtype | None = None) -> Rows:
             merged.index_add_(0, places[again], values[again])
         else:
             add_by_turns(merged, places[again], values[again])
-    return _unchecked(unique, merged.view(wide).to(dtype), parts[0].num_rows)
+    return _unchecked(unique, merged.view(wide).to(dtype), parts[0].num_rows, parts[0].init)
+
+
+def _rises(ids: torch.Tensor) -> bool:
+    """Return whether ids are unique and sorted."""
+    return bool((ids[1:] > ids[:-1]).all())
 
 
 def add_by_turns(merged: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:
@@ -212,7 +244,8 @@ def take_ids(row_ids: Any, num_rows: int) -> torch.Tensor:
     ids = _take_part(row_ids, "row_ids")
     if interop.family(ids.dtype) != "int" or ids.dtype is torch.uint64:
         raise ArrayTypeError(f"row_ids have dtype {interop.dtype_name(ids.dtype)}; expected integers")
-    unique: torch.Tensor = torch.unique(ids.long().cpu())
+    listed = ids.long().cpu().reshape(-1)
+    unique: torch.Tensor = listed.clone() if _rises(listed) else torch.unique(listed)
     _check_range(unique, num_rows)
     return unique
 

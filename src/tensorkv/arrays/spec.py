@@ -8,16 +8,25 @@ from typing import Any
 import torch
 
 from . import interop
+from .rowinit import RowInit
 
 
 @dataclass(frozen=True, slots=True)
 class KeySpec:
-    """What callers need to know of a key to make an array for it."""
+    """What callers need to know of a key to make an array for it.
+
+    Args:
+        shape, dtype: of the value.
+        origin: library and device of new arrays.
+        is_table: whether it is a sparse table.
+        init: what the rows of a table hold before their first push (None: zeros).
+    """
 
     shape: torch.Size
     dtype: torch.dtype
     origin: interop.Origin
     is_table: bool
+    init: RowInit | None = None
 
     def new(self) -> Any:
         """Return a new array to be filled, of NumPy or torch."""

@@ -6,7 +6,7 @@ import logging
 from functools import cache
 from importlib import import_module
 
-PARTS = ("_native", "_shared", "_signals")
+PARTS = ("_native", "_shared", "_signals", "_tables")
 
 log = logging.getLogger("tensorkv")
 
@@ -16,7 +16,7 @@ def parts() -> dict[str, bool]:
     """Return the compiled parts, and whether each can be used here.
 
     >>> parts()
-    {'_native': True, '_shared': True, '_signals': True}
+    {'_native': True, '_shared': True, '_signals': True, '_tables': True}
     """
     return {name: _is_there(name) for name in PARTS}
 

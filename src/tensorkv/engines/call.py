@@ -131,7 +131,12 @@ def take(verb: str, key: Key, index: int | None, array: Any) -> Part:
         ArrayTypeError, ValueMismatchError: not an array that a store can take.
     """
     try:
-        return take_rows(array) if is_rows(array) else interop.take(array)
+        if not is_rows(array):
+            return interop.take(array)
+        rows = take_rows(array)
+        if index is not None and rows.init is not None:
+            raise ArgumentError("has init=, which says how the rows of a new table start; give it to init")
+        return rows
     except TensorKVError as error:
         part = "the value" if index is None else f"part {index}"
         raise type(error)(f"{verb}({quote(key)}): {part} {error}") from None

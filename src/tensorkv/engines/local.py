@@ -144,4 +144,4 @@ class LocalEngine(Engine):
 
 
 def _copy(value: torch.Tensor | Table) -> torch.Tensor | Table:
-    return Table.of(value.to_rows(), value.device) if isinstance(value, Table) else value.clone()
+    return value.copy() if isinstance(value, Table) else value.clone()

@@ -77,10 +77,10 @@ class Entry(Cell):
         return part.to_dense(interop.accumulator(self.spec.dtype)) if isinstance(part, Rows) else part
 
     def merged(self, parts: Sequence[Any]) -> Rows:
-        """Return the sum of parts that are all Rows, on the value's device and in its dtype."""
+        """Return the sum of parts that are all Rows, or the only part, on the value's device and in its dtype."""
         device = self.value.device
         moved = [part if part.values.device == device else part.to(device) for part in parts]
-        return rows.merge(moved, self.value.dtype)
+        return rows.merge(moved, self.value.dtype, may_share=True)
 
     def read_rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Return copies of rows in the order of ``ids``."""

@@ -211,7 +211,8 @@ class CallUpdater:
     def updated_rows(self, entry: Entry, received: Rows) -> Rows:
         """Return what the function makes of some rows, which stay as they are."""
         scratch = Rows(received.ids.clone(), entry.read_rows(received.ids), received.num_rows)
-        self._call(entry, _view_rows(received, entry.spec.origin), _view_rows(scratch, entry.spec.origin))
+        own = Rows(received.ids, received.values.clone(), received.num_rows)
+        self._call(entry, _view_rows(own, entry.spec.origin), _view_rows(scratch, entry.spec.origin))
         return scratch
 
     def _call(self, entry: Entry, received: Any, stored: Any) -> None:
@@ -241,7 +242,7 @@ class LostUpdater(CallUpdater):
 
 
 def _view_rows(rows: Rows, origin: interop.Origin) -> Rows:
-    # The ids are the updater's own copy: what it does to them moves no row of the store.
+    # The updater's own copies: what it does to them changes neither rows of the store nor the caller's arrays.
     return Rows(interop.view(rows.ids.clone(), origin), interop.view(rows.values, origin), rows.num_rows)
 
 

@@ -126,7 +126,8 @@ class Shard(native.ShardFields):
             self.refuse_reentry()
             self.check_new(keys)
             made = [
-                Entry(key, spec, self._copy_in(value)) for key, value, spec in zip(keys, values, specs, strict=True)
+                Entry(key, spec, self._copy_in(key, value))
+                for key, value, spec in zip(keys, values, specs, strict=True)
             ]
             self._commit(Init(made))
 
@@ -570,11 +571,10 @@ class Shard(native.ShardFields):
         if self._on_device and isinstance(entry.spec.origin.device, torch.device):
             entry.move(entry.spec.origin.device)
 
-    def _copy_in(self, value: Part) -> torch.Tensor | Table:
+    def _copy_in(self, key: Key, value: Part) -> torch.Tensor | Table:
         if isinstance(value, Rows):
-            merged = rows.merge([value])
-            device = merged.values.device if self._on_device else "cpu"
-            return Table.of(merged, device)
+            device = value.values.device if self._on_device else "cpu"
+            return Table.of(rows.merge([value], may_share=True), device, key)
         device = value.device if self._on_device else "cpu"
         return torch.empty(value.shape, dtype=value.dtype, device=device).copy_(value)
 

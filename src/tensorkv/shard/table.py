@@ -1,20 +1,32 @@
-"""Table: a tensor of which only the rows that were ever written are held; the others read as zero."""
+"""Table: a tensor of which only the rows that were ever written are held; the others are as its rule says, or zero."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 import torch
 
 from tensorkv.arrays import interop
+from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.rowinit import RowInit
 from tensorkv.arrays.rows import Rows
+
+from .index import new_index
 
 
 class Table:
     """Rows by id, with room for tables of billions of rows of which few are ever seen.
 
-    Ids are kept sorted beside the place of their row, so a look-up is a binary search:
-    O(q log n) for q of n rows. Rows themselves never move; adding m new ones costs O(n) copies of
-    8-byte ids and O(m) of rows. ``columns`` holds, beside the values, the optimizer's state of each
-    row under its name; a column grows with the table.
+    Rows never move but when the table grows, which costs O(1) copies for each row. ``columns`` holds, beside the
+    values, the optimizer's state of each row under its name; a column grows with the table.
+
+    Args:
+        num_rows, row_shape, dtype: of the whole tensor.
+        device: of the rows; ids are on the CPU.
+        init: what rows hold that were never written (None: zeros).
+        key: of the table, on which random first values depend.
 
     >>> table = Table(num_rows=10**9, row_shape=torch.Size([2]), dtype=torch.float32)
     >>> table.write(torch.tensor([7]), torch.ones(1, 2))
@@ -28,31 +40,43 @@ class Table:
         row_shape: torch.Size,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        *,
+        init: RowInit | None = None,
+        key: Key = "",
     ) -> None:
         self.num_rows = num_rows
         self.row_shape = row_shape
         self.dtype = dtype
         self.device = torch.device(device)
-        self._ids = torch.empty(0, dtype=torch.int64, device="cpu")
-        self._places = torch.empty(0, dtype=torch.int64, device="cpu")
+        self.init, self._key = init, key
+        self._index = new_index()
         self._columns: dict[str, torch.Tensor] = {}
         self._fills: dict[str, float] = {}
         self.add_column("", dtype, 0)
 
     @classmethod
-    def of(cls, rows: Rows, device: torch.device | str) -> Table:
-        """Return a table that holds these rows (merged)."""
-        table = cls(rows.num_rows, rows.values.shape[1:], rows.values.dtype, device)
-        table.write(rows.ids, rows.values.to(device))
+    def of(cls, rows: Rows, device: torch.device | str, key: Key = "") -> Table:
+        """Return a table that holds these rows (merged), and starts the others by their rule."""
+        values = rows.values
+        table = cls(rows.num_rows, values.shape[1:], values.dtype, device, init=rows.init, key=key)
+        table.write(rows.ids, values.to(device))
         return table
 
+    def empty(self) -> Table:
+        """Return a table of the same kind that holds no rows."""
+        return Table(self.num_rows, self.row_shape, self.dtype, self.device, init=self.init, key=self._key)
+
+    def copy(self) -> Table:
+        """Return a copy of the values, without the optimizer's state."""
+        return Table.of(self.to_rows(), self.device, self._key)
+
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._index)
 
     @property
     def ids(self) -> torch.Tensor:
         """The ids held, sorted, int64, shape ``(n,)``; for reading only."""
-        return self._ids
+        return self._index.ids()
 
     @property
     def columns(self) -> list[str]:
@@ -79,29 +103,41 @@ class Table:
             del self._columns[name], self._fills[name]
 
     def read(self, ids: torch.Tensor, column: str = "") -> torch.Tensor:
-        """Return copies of rows, shape ``(n, *row_shape)``, in the order of ``ids``; absent ones hold the fill."""
-        source = self._columns[column]
-        rows = fill_with(source.new_empty((len(ids), *self.row_shape)), self._fills[column])
-        held, places = self._find(ids)
-        interop.signed(rows)[held] = interop.signed(source)[places]
+        """Return copies of rows, shape ``(n, *row_shape)``, in the order of ``ids``; absent ones as they start."""
+        source, own = self._columns[column], ids.cpu()
+        places, missing = self._index.find(own)
+        if missing == len(own):
+            return self._first(own, column)
+        rows = interop.signed(source).index_select(0, places.clamp(min=0).to(self.device))
+        rows = rows.view(source.dtype)
+        if missing:
+            absent = places < 0
+            interop.signed(rows)[absent.to(self.device)] = interop.signed(self._first(own[absent], column))
         return rows
 
     def write(self, ids: torch.Tensor, rows: torch.Tensor, column: str = "") -> None:
         """Replace rows; ids are unique, and those not held yet are added."""
-        self._insert(ids)
-        _, places = self._find(ids)
+        places = self._hold(ids.cpu(), starts=column != "").to(self.device)
         target = self._columns[column]
-        interop.signed(target)[places] = interop.signed(rows.to(target.dtype))
+        interop.signed(target).index_copy_(0, places, interop.signed(rows.to(target.dtype)))
+
+    def addresses(self, ids: torch.Tensor) -> dict[str, bytes]:
+        """Return where the rows of each column are in the CPU's memory until the table grows, as columns of addresses.
+
+        Rows that are not held yet are added.
+        """
+        places = self._hold(ids, starts=True).numpy().view(np.uint64)
+        return {name: address_rows(column, places) for name, column in self._columns.items()}
 
     def fill(self, column: str) -> float:
-        """Return what a column holds for a row that was never written."""
+        """Return what a column of state holds for a row that was never written."""
         return self._fills[column]
 
     def take_columns(self, other: Table) -> None:
         """Copy another table's state columns, for the rows that it holds."""
         for name in other.columns:
             self.add_column(name, other._columns[name].dtype, other._fills[name])
-            self.write(other._ids, other.read(other._ids, name), name)
+            self.write(other.ids, other.read(other.ids, name), name)
 
     def to(self, device: torch.device) -> Table:
         """Bring every row and its state to a device; ids stay on the CPU."""
@@ -110,28 +146,28 @@ class Table:
         return self
 
     def to_rows(self) -> Rows:
-        """Return a copy of every row held."""
-        return Rows(self._ids.clone(), self.read(self._ids), self.num_rows)
+        """Return a copy of every row held, and the rule of the others."""
+        return Rows(self.ids.clone(), self.read(self.ids), self.num_rows, init=self.init)
 
-    def _find(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = ids.cpu()
-        if not len(self._ids):
-            return torch.zeros(len(ids), dtype=torch.bool, device=self.device), self._places.to(self.device)
-        spots = torch.searchsorted(self._ids, ids).clamp_(max=len(self._ids) - 1)
-        held = self._ids[spots] == ids
-        return held.to(self.device), self._places[spots[held]].to(self.device)
+    def _first(self, ids: torch.Tensor, column: str) -> torch.Tensor:
+        """Return what rows hold that were never written."""
+        if self.init is not None and not column:
+            return self.init.rows(self._key, ids, self.row_shape, self.dtype).to(self.device)
+        source = self._columns[column]
+        return fill_with(source.new_empty((len(ids), *self.row_shape)), self._fills[column])
 
-    def _insert(self, ids: torch.Tensor) -> None:
-        held, _ = self._find(ids)
-        new = ids.cpu()[~held.cpu()]
-        if not len(new):
-            return
-        count = len(self)
-        self._grow(count + len(new))
-        joined = torch.cat([self._ids, new])
-        places = torch.cat([self._places, torch.arange(count, count + len(new), device="cpu")])
-        self._ids, order = torch.sort(joined)
-        self._places = places[order]
+    def _hold(self, ids: torch.Tensor, *, starts: bool) -> torch.Tensor:
+        """Return the places of rows; those not held yet are added (``starts``: with their first values)."""
+        places, missing = self._index.find(ids)
+        if missing:
+            absent, count = places < 0, len(self)
+            new = ids[absent]
+            self._grow(count + missing)
+            if starts and self.init is not None:
+                self._columns[""][count : count + missing] = self._first(new, "")
+            self._index.add(new)
+            places[absent] = torch.arange(count, count + missing, device="cpu")
+        return places
 
     def _grow(self, needed: int) -> None:
         room = len(self._columns[""])
@@ -145,6 +181,12 @@ class Table:
             self._columns[name] = grown
 
 
+def address_rows(tensor: torch.Tensor, places: np.ndarray[Any, np.dtype[np.uint64]]) -> bytes:
+    """Return the addresses of some rows of a contiguous CPU tensor."""
+    row_nbytes = tensor[:1].nbytes
+    return (places * np.uint64(row_nbytes) + np.uint64(tensor.data_ptr())).tobytes()
+
+
 class Columns:
     """The rows of a value and of its state, the same for a dense tensor and for a Table."""
 
@@ -156,7 +198,29 @@ class Columns:
         """Names of the states that have a row for each of the value's."""
         if isinstance(self._value, Table):
             return self._value.columns
-        return [name for name, tensor in self._state.items() if tensor.shape == self._value.shape]
+        return list(self._held())
+
+    def addresses(self, ids: torch.Tensor, states: Mapping[str, float]) -> dict[str, bytes]:
+        """Return where rows of the value (``""``) and of its states are in the CPU's memory, as columns of addresses.
+
+        Args:
+            ids: of the rows, int64 on the CPU.
+            states: that there are to be, and what a new one holds everywhere.
+        """
+        value = self._value
+        if isinstance(value, Table):
+            for name, fill in states.items():
+                value.add_column(name, value.dtype, fill)
+            return value.addresses(ids)
+        for name, fill in states.items():
+            if name not in self._state:
+                self._state[name] = fill_with(torch.empty_like(value), fill)
+        places = ids.numpy().view(np.uint64)
+        return {name: address_rows(each, places) for name, each in {"": value, **self._held()}.items()}
+
+    def _held(self) -> dict[str, torch.Tensor]:
+        shape = self._value.shape  # type: ignore[union-attr]
+        return {name: tensor for name, tensor in self._state.items() if tensor.shape == shape}
 
     def read_value(self, ids: torch.Tensor) -> torch.Tensor:
         """Return copies of the value's rows."""

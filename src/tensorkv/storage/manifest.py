@@ -16,6 +16,7 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key, check_key
+from tensorkv.arrays.rowinit import RowInit
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import CheckpointError, OptimizerError, TensorKVError, quote
 from tensorkv.shard.entry import Entry
@@ -78,7 +79,7 @@ def _describe_entry(kind: Kind, entry: Entry, tensors: Tensors) -> dict[str, Any
         tensors[_name(f"state/{name}", key)] = _real(tensor)
     return {
         "key": key,
-        "kind": "rows" if isinstance(value, Table) else "dense",
+        "kind": "dense" if not entry.spec.is_table else "rows" if entry.spec.init is None else "initialized-rows",
         "shape": list(entry.spec.shape),
         "dtype": interop.dtype_name(value.dtype),
         "version": entry.version,
@@ -86,7 +87,13 @@ def _describe_entry(kind: Kind, entry: Entry, tensors: Tensors) -> dict[str, Any
         "device": str(entry.spec.origin.device) if entry.spec.origin.library == "torch" else None,
         "state": sorted(entry.state),
         "columns": columns,
+        **describe_init(entry.spec),
     }
+
+
+def describe_init(spec: KeySpec) -> dict[str, Any]:
+    """Return how the rows of a table start, as ``restore_spec`` reads it; nothing if they start as zeros."""
+    return {} if spec.init is None else {"init": spec.init.to_json()}
 
 
 def _name(what: str, key: Key) -> str:
@@ -138,7 +145,7 @@ def check_fits(contents: Contents, held: Mapping[Key, Entry]) -> None:
         mine = held.get(saved.key)
         if mine is None:
             raise CheckpointError(f"has state of {quote(saved.key)}, which is not in the store")
-        if replace(mine.spec, origin=saved.spec.origin) != saved.spec:
+        if replace(mine.spec, origin=saved.spec.origin, init=saved.spec.init) != saved.spec:
             raise CheckpointError(f"{quote(saved.key)} was {saved.info()}, in the store it is {mine.info()}")
     check_states(contents)
 
@@ -192,8 +199,10 @@ def restore_rule(described: Any) -> StepOptimizer:
 
 def _restore_entry(kind: str, described: Any, tensors: Tensors) -> Entry:
     key = check_key("load", _field(described, "key", (str, int)))
-    is_table = _one_of(described, "kind", ("dense", "rows")) == "rows"
+    of_key = _one_of(described, "kind", ("dense", "rows", "initialized-rows"))
+    is_table = of_key != "dense"
     spec = restore_spec(key, described, is_table=is_table)
+    _check((spec.init is not None) is (of_key == "initialized-rows"), f"{quote(key)}: {of_key} with init, or without")
     dtype, shape = spec.dtype, spec.shape
     version = _field(described, "version", int)
     if not 0 <= version < 1 << 63:
@@ -205,7 +214,7 @@ def _restore_entry(kind: str, described: Any, tensors: Tensors) -> Entry:
         state[name] = _pop(tensors, _name(f"state/{name}", key), dtype, shape)
     value: torch.Tensor | Table
     if is_table:
-        value = _restore_table(kind, key, described, shape, dtype, tensors)
+        value = _restore_table(kind, key, described, spec, tensors)
     else:
         if _field(described, "columns", dict):
             raise CheckpointError(f"{quote(key)}: a dense key with columns")
@@ -225,26 +234,30 @@ def restore_spec(key: Key, described: Any, *, is_table: bool) -> KeySpec:
     dtype = _DTYPES.get(name)
     if dtype is None:
         raise CheckpointError(f"{quote(key)}: dtype {name!r} is unknown")
-    return KeySpec(_shape(key, described, dtype, is_table), dtype, origin_of(described), is_table)
+    init = None
+    if "init" in described:
+        init = RowInit.from_json(described["init"])
+        init.check_dtype(dtype)
+        _check(is_table, f"{quote(key)}: a dense key with init")
+    return KeySpec(_shape(key, described, dtype, is_table), dtype, origin_of(described), is_table, init)
 
 
-def _restore_table(
-    kind: str, key: Key, described: Any, shape: torch.Size, dtype: torch.dtype, tensors: Tensors
-) -> Table:
+def _restore_table(kind: str, key: Key, described: Any, spec: KeySpec, tensors: Tensors) -> Table:
+    shape, dtype = spec.shape, spec.dtype
     ids = _pop(tensors, _name("ids", key), torch.int64, shape)
     _check(ids.dtype is torch.int64 and ids.ndim == 1, f"{quote(key)}: ids are not one-dimensional int64")
     rises = bool((ids[1:] > ids[:-1]).all()) and (not len(ids) or (int(ids[0]) >= 0 and int(ids[-1]) < shape[0]))
     _check(rises, f"{quote(key)}: ids are not unique, sorted and in range")
     rows_shape = torch.Size((len(ids), *shape[1:]))
-    table = Table(shape[0], shape[1:], dtype)
+    table = Table(shape[0], shape[1:], dtype, init=spec.init, key=key)
+    if kind != "optimizer-states":
+        table.write(ids, _pop_exactly(tensors, _name("value", key), dtype, rows_shape))
     for name, fill in _field(described, "columns", dict).items():
         fits = type(fill) in (int, float) and dtype.is_floating_point | dtype.is_complex
         _check(fits and abs(fill) <= torch.finfo(dtype).max, f"{quote(key)}: {quote(name)} is filled with {fill!r}")
         _check(name.isidentifier(), f"{quote(key)}: column {name!r}")
         table.add_column(name, dtype, fill)
         table.write(ids, _pop_exactly(tensors, _name(f"column/{name}", key), dtype, rows_shape), name)
-    if kind != "optimizer-states":
-        table.write(ids, _pop_exactly(tensors, _name("value", key), dtype, rows_shape))
     return table
 
 

@@ -10,7 +10,7 @@ import tensorkv
 from tensorkv import Rows
 
 from . import surroundings
-from .values import F32, LAYOUTS, NO_ARRAYS, check_neighbours, ones, state
+from .values import F32, FIRST_ROWS, LAYOUTS, NO_ARRAYS, check_neighbours, ones, state
 
 
 class ArrayContract:
@@ -83,6 +83,39 @@ class ArrayContract:
         for call in (lambda: kv.pull("t"), lambda: kv.push("t", ones(1, 4))):
             with pytest.raises(tensorkv.ValueMismatchError):
                 call()
+
+    @pytest.mark.parametrize("name", list(FIRST_ROWS))
+    def test_rows_start_as_init_says(self, kv, tmp_path, name):
+        """With the same bits in every type of store, after a checkpoint, and beside rows that were pushed."""
+        init, numbers, dtype, bits = FIRST_ROWS[name]
+        kv.init(name, Rows([], torch.zeros(0, 5, dtype=dtype), 10**12, init=init, **numbers))
+        ids = [0, 7, 10**12 - 1]
+        first = kv.row_sparse_pull(name, row_ids=ids).values
+        assert first.view(torch.uint8).numpy().tobytes().hex() == bits
+        assert kv.info(name).nbytes == 0
+        kv.set_optimizer("sgd", lr=0.5)
+        kv.push(name, Rows(np.array([7]), torch.ones(1, 5, dtype=dtype), 10**12))
+        kv.save(tmp_path / "started")
+        with self.create() as other:
+            other.load(tmp_path / "started")
+            for store in (kv, other):
+                rows = store.row_sparse_pull(name, row_ids=ids).values
+                assert torch.equal(rows[[0, 2]], first[[0, 2]])
+                assert torch.equal(rows[1], first[1] - torch.full((5,), 0.5, dtype=dtype))
+                assert store.info(name).nbytes == 5 * dtype.itemsize
+
+    def test_tables_of_one_seed_start_differently(self, kv):
+        none = np.zeros((0, 4), F32)
+        kv.init({"users": Rows([], none, 9, init="normal"), "items": Rows([], none, 9, init="normal")})
+        users, items = kv.row_sparse_pull(["users", "items"], row_ids=[range(9), range(9)])
+        assert not np.isin(users.values, items.values).any()
+
+    def test_rows_that_are_given_beside_init(self, kv):
+        kv.init("t", Rows([3, 1, 3], ones(3, 2), 5, init=-1.0))
+        assert kv.row_sparse_pull("t", row_ids=range(5)).values[:, 0].tolist() == [-1, 1, -1, 2, -1]
+        with pytest.raises(tensorkv.ArgumentError, match=r'push\("t"\): part 0 has init='):
+            kv.push("t", Rows([3], ones(1, 2), 5, init=-1.0))
+        assert kv.info("t").version == 0
 
     @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam"])
     def test_rows_step_lazily(self, kv, optimizer):

@@ -52,6 +52,44 @@ NO_ARRAYS = {
     "object": lambda: object(),
 }
 
+# How a table starts, and the bits of its rows 0, 7 and 10**12 - 1, of five columns: docs/semantics.md has the steps.
+FIRST_ROWS = {
+    "normal": (
+        "normal",
+        {"std": 0.1, "seed": 5},
+        torch.float32,
+        "5aab9fbc5b70b5bd0ed5283eeb92a1bdd8e38ebc4131493db101643dbcf876bd093a05befd18ca3b669a1cbd2c2554bde610"
+        "a8bc3929313da4c7d5bd",
+    ),
+    "uniform": (
+        "uniform",
+        {"a": -1, "b": 3, "seed": 5},
+        torch.float32,
+        "1f2271bf589e204044952d402e8c733ed782b43fd72cf4be9c7a1f3fa8dace3f002d6bbfb7ca074050a107bc03ba013f82d6"
+        "35bf193b3f4039270ebf",
+    ),
+    "float64": (
+        "normal",
+        {"mean": 2.0},
+        torch.float64,
+        "184d98cae92ad8bf68c171f3f8f5c33fdd2f9e3c139bf93f2801ade66ef9f73fc1c1e0cdaf460540919737ade41106408831"
+        "eec8d1600840360f73d3610bfa3fd5e0b0cd45c80940f2c4d1e2e564ff3f9120e3052ce9054010b2bddd8869054039265a50"
+        "9436f53f2051d1dde9b40e40007d2fa1ea660740",
+    ),
+    "bfloat16": (
+        "normal",
+        {},
+        torch.bfloat16,
+        "29401bbffa3fa4bef53e833d2f3e0cc036bf1b3f7e3fa53f97be513e3640",
+    ),
+    "a number": (
+        0.25,
+        {},
+        torch.float16,
+        "003400340034003400340034003400340034003400340034003400340034",
+    ),
+}
+
 
 def ones(*shape, dtype=F32):
     return np.ones(shape, dtype)

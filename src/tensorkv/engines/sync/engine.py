@@ -135,7 +135,8 @@ class DistEngine(Engine):
             entries = []
             for key, value, spec in zip(keys, values, specs, strict=True):
                 if isinstance(value, Rows):
-                    entries.append(Entry(key, spec, sparse.first_table(self._group, value)))
+                    table = sparse.first_table(self._group, key, value)
+                    entries.append(Entry(key, replace(spec, init=table.init), table))
                 else:
                     entries.append(Entry(key, spec, partitioned[key].part(self._chain.owner)))
             self._shard.add(entries)

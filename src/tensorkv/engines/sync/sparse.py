@@ -11,6 +11,7 @@ import torch
 from tensorkv import errors
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.rowinit import RowInit
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import WorkerError, quote
 from tensorkv.shard.entry import Entry
@@ -70,14 +71,17 @@ def copy_rows(group: ProcessGroup, value: PartitionedValue, ids: torch.Tensor, s
         signed[ids] = found.clone().view(signed.dtype).view(len(ids), *signed.shape[1:])
 
 
-def first_table(group: ProcessGroup, value: Rows) -> Table:
-    """Return a table with rank 0's rows."""
-    merged = rows.merge([value])
+def first_table(group: ProcessGroup, key: Key, value: Rows) -> Table:
+    """Return a table with rank 0's rows and rank 0's rule for the others."""
+    merged = rows.merge([value], may_share=True)
     first = group.rank == 0
+    told = group.all_gather_json(None if value.init is None else value.init.to_json())[0]
+    init = None if told is None else RowInit.from_json(told)
     ids = group.all_gather(merged.ids.cpu() if first else torch.empty(0, dtype=torch.int64, device="cpu"))[0]
     sent = _bytes(merged.values.cpu()) if first else torch.empty(0, dtype=torch.uint8, device="cpu")
     values = group.all_gather(sent)[0].clone().view(merged.values.dtype)
-    return Table.of(Rows(ids, values.view(len(ids), *merged.values.shape[1:]), value.num_rows), "cpu")
+    held = Rows(ids, values.view(len(ids), *merged.values.shape[1:]), value.num_rows, init=init)
+    return Table.of(held, "cpu", key)
 
 
 def raised_elsewhere(rank: int, key: Key, kind: str, message: str) -> Exception:

@@ -80,7 +80,7 @@ def _join(placement: KeyPlacement, pieces: Sequence[Entry]) -> Entry:
     if len(pieces) == 1:
         return first.copy(spec=placement.spec)
     if isinstance(first.value, Table):
-        table = Table(placement.spec.shape[0], placement.spec.shape[1:], placement.spec.dtype)
+        table = first.value.empty()
         for piece in pieces:
             if isinstance(piece.value, Table):
                 table.write(piece.value.ids, piece.value.read(piece.value.ids))
@@ -112,7 +112,7 @@ def _piece(entry: Entry, placement: KeyPlacement, server: int) -> Entry | None:
 def _rows_of(table: Table, server: int, placement: KeyPlacement) -> Table:
     selected = placement.rows_of(server, table.ids)
     mine = table.ids[:0] if selected is None else selected[0]
-    part = Table(table.num_rows, table.row_shape, table.dtype)
+    part = table.empty()
     part.write(mine, table.read(mine))
     for name in table.columns:
         part.add_column(name, table.dtype, table.fill(name))

@@ -80,7 +80,7 @@ class DataClient:
         """Create keys with values, of which each server gets its pieces; return the replies by server."""
         requests = []
         if any(isinstance(value, Rows) for value in values):
-            totals = [rows.merge([value]) if isinstance(value, Rows) else value for value in values]
+            totals = [rows.merge([value], may_share=True) if isinstance(value, Rows) else value for value in values]
             for server in _servers_of([each.placement for each in placed]):
                 mine = [index for index, each in enumerate(placed) if server in each.placement.servers]
                 items = [item for i in mine for item in _items(keys[i], placed[i].placement, totals[i], server)]
@@ -221,7 +221,7 @@ class DataClient:
             return total
         on_cpu: Any = [part.to("cpu") for part in parts]
         if not self._is_sync:
-            return rows.merge(on_cpu, dtype)
+            return rows.merge(on_cpu, dtype, may_share=True)
         # The server adds the rows of all workers in one order, which is not that of the sums of each.
         ids, values = torch.cat([part.ids for part in on_cpu]), torch.cat([part.values.to(wide) for part in on_cpu])
         return Rows(ids, values, placement.spec.shape[0])

@@ -16,6 +16,7 @@ from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.keytable import KeyTable
 from tensorkv.arrays.packing import Slot, decode_layout, join_layout
+from tensorkv.arrays.rowinit import RowInit
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Entry
@@ -98,13 +99,15 @@ class KeyPlacement:
             "device": str(origin.device) if origin.library == "torch" else None,
             "table": self.spec.is_table,
             "pieces": [list(piece) for piece in self.pieces],
+            **manifest.describe_init(self.spec),
         }
 
     @classmethod
     def from_metadata(cls, data: Mapping[str, Any]) -> KeyPlacement:
         """Return what ``to_metadata`` was called on."""
         dtype: torch.dtype = getattr(torch, data["dtype"])
-        spec = KeySpec(torch.Size(data["shape"]), dtype, manifest.origin_of(data), data["table"])
+        init = RowInit.from_json(data["init"]) if "init" in data else None
+        spec = KeySpec(torch.Size(data["shape"]), dtype, manifest.origin_of(data), data["table"], init)
         return cls(spec, [(server, start, stop) for server, start, stop in data["pieces"]])
 
 

@@ -210,4 +210,4 @@ class CopyOnWriteSnapshots:
             if is_same and key in snapshot.copies:
                 return snapshot.copies[key]
         value = entry.value
-        return Table.of(value.to_rows(), value.device) if isinstance(value, Table) else value.clone()
+        return value.copy() if isinstance(value, Table) else value.clone()

@@ -235,7 +235,7 @@ class ServerState:
         known: dict[Any, int] = {}
         indices = []
         for _, data in found:
-            names = (data["dtype"], data["library"], data["device"], data["table"])
+            names = (data["dtype"], data["library"], data["device"], data["table"], json.dumps(data.get("init")))
             kind = (*names, tuple(data["shape"]), tuple(map(tuple, data["pieces"])))
             index = known.setdefault(kind, len(kinds))
             if index == len(kinds):
@@ -330,7 +330,8 @@ def _new_entry(key: Key, spec: KeySpec, part: Part) -> Entry:
     if not fits or isinstance(part, Rows) is not spec.is_table:
         raise ValueMismatchError(f"init({quote(key)}): the value is {dtype} {tuple(shape)}, its metadata say otherwise")
     if isinstance(part, Rows):
-        return Entry(key, spec, Table.of(merge([part]), "cpu"))
+        held = merge([part], may_share=True)
+        return Entry(key, spec, Table.of(replace(held, init=spec.init), "cpu", key))
     return Entry(key, replace(spec, shape=shape), part.clone())
 
 

@@ -8,8 +8,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tensorkv.shard import native, optimizers
+from tensorkv.arrays.rowinit import RowInit
+from tensorkv.arrays.rows import Rows
+from tensorkv.shard import index, native, optimizers
 from tensorkv.shard.fused import DTYPES, FUSED, Kernel, power
+from tensorkv.shard.table import Table
 from tests.support.amount import amount
 
 CASES = {
@@ -170,3 +173,37 @@ def test_powers_are_rounded_to_the_nearest():
 
 def test_names_are_optimizers():
     assert set(optimizers.CLASSES) > FUSED
+
+
+def step_rows(case, dtype, shape, is_table):
+    """Return a value of 50 rows and its state after four steps with some of its rows, repeats and none among them."""
+    name, numbers = CASES[case]
+    init = RowInit.of("normal", {}, 9)
+    table = Table(50, torch.Size(shape), dtype, init=init, key="t")
+    value = table if is_table else table.read(torch.arange(50))
+    optimizer, state = optimizers.Optimizer(optimizers.spec(name, numbers)), {}
+    generator = torch.Generator().manual_seed(3)
+    for count in (20, 1, 0, 35):
+        ids = torch.randperm(50, generator=generator)[:count].sort()[0]
+        grads = torch.randn((count, *shape), generator=generator).to(dtype)
+        optimizer.step_rows("t", value, Rows(ids, grads, 50), state)
+    everything = torch.arange(50)
+    held = {"": value.read(everything) if is_table else value, **state}
+    if is_table:
+        assert len(table) < 50
+        held |= {column: table.read(everything, column) for column in table.columns}
+    return held
+
+
+@pytest.mark.parametrize("is_table", [True, False])
+@pytest.mark.parametrize("shape", [(), (3,), (70, 2), (0,)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_rows_are_stepped_where_they_lie_with_the_bits_of_copies(case, dtype, shape, is_table, monkeypatch):
+    compiled = step_rows(case, dtype, shape, is_table)
+    monkeypatch.setattr(native, "_native", None)
+    monkeypatch.setattr(index, "_tables", None)
+    with_torch = step_rows(case, dtype, shape, is_table)
+    assert list(compiled) == list(with_torch)
+    for column, tensor in compiled.items():
+        assert same_bits(tensor.view(-1), with_torch[column].view(-1)), column

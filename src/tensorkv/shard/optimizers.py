@@ -26,7 +26,7 @@ from tensorkv.errors import OptimizerError, quote, show, suggestion
 from . import native
 from .fused import DTYPES as FUSED_DTYPES
 from .fused import FUSED, Kernel, runs
-from .table import Columns, Table, fill_with
+from .table import Columns, Table, address_rows, fill_with
 
 if TYPE_CHECKING:
     from .entry import Entry
@@ -431,6 +431,10 @@ class Optimizer:
         """
         ids = rows.ids
         columns, fills = Columns(value, state), self._fills_of(key)
+        kernel = self._kernel_of_rows(key, value, rows)
+        if kernel is not None:
+            self._step_rows_in_place(kernel, columns, rows, state, fills)
+            return
         shape = rows.values.shape
         picked = _in_vectors(columns.read_value(ids))
         held: State = {name: _in_vectors(columns.read(name, ids)) for name in columns.names()}
@@ -443,6 +447,29 @@ class Optimizer:
             else:
                 state[name] = tensor
         columns.write_value(ids, _out_of_vectors(picked, shape))
+
+    def _kernel_of_rows(self, key: Key, value: torch.Tensor | Table, rows: Rows) -> Kernel | None:
+        """Return the kernel that steps rows where they lie, None if the compiled part cannot."""
+        held = rows.values.new_empty(0) if isinstance(value, Table) else value
+        if value.device.type != "cpu" or not native.is_plain([held, rows.values]):
+            return None
+        return self.kernel(key, held)
+
+    def _step_rows_in_place(
+        self, kernel: Kernel, columns: Columns, rows: Rows, state: State, fills: Mapping[str, float]
+    ) -> None:
+        is_first = "momentum_buffer" not in columns.names()
+        if kernel.name != "sgd" and "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        count = float(state["step"]) + 1 if "step" in state else 1.0
+        ids, values = rows.ids.contiguous(), rows.values
+        at = columns.addresses(ids, {name: fills[name] for name in kernel.columns})
+        if values.numel():
+            held = [at[name] for name in ("", *kernel.columns)]
+            grads = address_rows(values, np.arange(len(ids), dtype=np.uint64))
+            step = native.Step(kernel, count, is_first, held)
+            native.Pass([], [grads], [values[0].numel()] * len(ids), values.dtype, step).jobs(1)[0]()
+        finish(state, count)
 
     @property
     def changes_grads(self) -> bool:

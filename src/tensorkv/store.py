@@ -796,6 +796,9 @@ class KVStore:
         spec = self._engine.optimizer
         count = len(self._engine.keys())
         what = f"{count} key{'' if count == 1 else 's'}"
+        if self._type.startswith("dist"):
+            # Shows a worker that was meant to be one of several, and is alone.
+            what = f"rank {self.rank} of {self.num_workers}, {what}"
         return f"KVStore({self._type!r}, {what}{'' if spec is None else ', optimizer=' + repr(spec.name)})"
 
     def __reduce__(self) -> Any:

@@ -16,17 +16,49 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from tensorkv.errors import RankDeadError
+from tensorkv.errors import ArgumentError, RankDeadError
 from tensorkv.runtime import forks
 
 # How often a worker looks whether rank 0 has answered, or announced another start.
 _POLL_S = 0.02
+# What MPI's launchers set, of which torchrun's variables are no part.
+_SIZES_ELSEWHERE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 # The rendezvous store that torchrun's variables name; its server lives as long as rank 0's process.
 _connection: Any = None
 
 
+def launched() -> tuple[int, int]:
+    """Return the rank and the number of workers that a launcher has given this process; 0 and 1 without a launcher.
+
+    Raises:
+        ArgumentError: RANK and WORLD_SIZE are not both set, or are no such numbers; or a launcher that sets neither has
+            started several processes, each of which would train alone.
+    """
+    rank, size = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE"))
+    if rank is None and size is None:
+        for name in _SIZES_ELSEWHERE:
+            if os.environ.get(name, "1") != "1":
+                raise ArgumentError(
+                    f"create: {name} is {os.environ[name]}, and RANK and WORLD_SIZE are not set; start the workers "
+                    "with torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in each"
+                )
+        return 0, 1
+    if size == "1":
+        return 0, 1
+    if rank is None or size is None or not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise ArgumentError(
+            f"create: RANK is {rank or 'not set'} and WORLD_SIZE is {size or 'not set'}; expected a rank below the "
+            "number of workers, as torchrun sets them, or neither"
+        )
+    return int(rank), int(size)
+
+
 def connect(timeout: timedelta) -> tuple[Any, int, int]:
-    """Join the rendezvous store at MASTER_ADDR and MASTER_PORT; return it, the rank and the number of workers."""
+    """Join the rendezvous store at MASTER_ADDR and MASTER_PORT; return it, the rank and the number of workers.
+
+    Raises:
+        ArgumentError: a variable that a launcher sets is missing or invalid.
+    """
     global _connection
     if _connection is None:
         _connection = _connect(timeout)
@@ -36,15 +68,21 @@ def connect(timeout: timedelta) -> tuple[Any, int, int]:
 
 
 def _connect(timeout: timedelta) -> tuple[Any, int, int]:
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, size = launched()
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdecimal() or int(port) >= 1 << 16:
+        raise ArgumentError(
+            f"create: RANK and WORLD_SIZE are set, MASTER_ADDR is {host or 'not set'} and MASTER_PORT is "
+            f"{port or 'not set'}; start the workers with torchrun, or set the address and port of rank 0 in each"
+        )
     is_loopback = host == "localhost" or host.startswith("127.")
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not is_loopback:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         return store, rank, size
-    descriptor = _listen(host, port) if rank == 0 else None
+    descriptor = _listen(host, int(port)) if rank == 0 else None
+    at = host, int(port)
     store = TCPStore(
-        host, port, size, rank == 0, timeout, wait_for_workers=False, multi_tenant=True, master_listen_fd=descriptor
+        *at, size, rank == 0, timeout, wait_for_workers=False, multi_tenant=True, master_listen_fd=descriptor
     )
     return store, rank, size
 
@@ -125,5 +163,8 @@ def get(store: Any, key: str, rank: int, size: int, timeout_s: float) -> bytes:
         store.wait([key], timedelta(seconds=timeout_s))
         value: bytes = store.get(key)
     except dist.DistError as error:
-        raise RankDeadError(f"rank {rank} of {size} did not join within {timeout_s:g} s: {error}") from error
+        raise RankDeadError(
+            f"rank {rank} of {size} did not join within {timeout_s:g} s; check that it is running and was started with "
+            "the same MASTER_ADDR and MASTER_PORT, or raise timeout_s"
+        ) from error
     return value

@@ -10,13 +10,14 @@ from typing import Any
 from tensorkv.arrays.arguments import check_flag, check_timeout, folder_path
 from tensorkv.errors import ArgumentError, quote, show
 from tensorkv.shard.nonfinite import NonFinite
+from tensorkv.transport.rendezvous import launched
 
 # Options of one client; the others are those of the store, and the same for all of its clients.
 _OF_CLIENT = ("name", "address", "timeout_s", "insecure")
 
 
 def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return launched()[1]
 
 
 @dataclass(frozen=True, kw_only=True)

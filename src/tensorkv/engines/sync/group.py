@@ -20,7 +20,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from tensorkv import errors
 from tensorkv.errors import RankDeadError, TensorKVError, WorkerMismatchError
 from tensorkv.runtime import _compat, caller, forks
-from tensorkv.transport.rendezvous import agree_on_start, connect, get, host_id, network_id
+from tensorkv.transport.rendezvous import agree_on_start, connect, get, host_id, launched, network_id
 from tensorkv.transport.segment import Segment, can_share, why_not_shared
 
 log = logging.getLogger("tensorkv")
@@ -90,11 +90,11 @@ class ProcessGroup:
         if dist.is_available() and dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
             return _compat.default_rendezvous_store() if self.size > 1 else None
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        if launched()[1] == 1:
             return None
         try:
             store, self.rank, self.size = connect(timedelta(seconds=self.timeout_s))
-        except (KeyError, OSError, ValueError, dist.DistError) as error:
+        except (OSError, dist.DistError) as error:
             raise RankDeadError(f"create: the rendezvous at MASTER_ADDR and MASTER_PORT failed: {error}") from error
         return store
 

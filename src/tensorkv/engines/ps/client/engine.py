@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import threading
 import time
@@ -39,7 +38,7 @@ from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
 from tensorkv.shard.rules import StepOptimizer, Updater
 from tensorkv.storage import checkpoint
 from tensorkv.storage.manifest import Contents, Kind
-from tensorkv.transport.rendezvous import host_id
+from tensorkv.transport.rendezvous import host_id, launched
 from tensorkv.transport.segment import can_share
 
 from .. import messages
@@ -130,8 +129,8 @@ class PSEngine(Engine):
         return self._rank if self._rank is not None and self._rank < self._options.num_workers else None
 
     def _take_rank(self, wanted: int | None = None) -> int:
-        if wanted is None and int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
-            wanted = int(os.environ["RANK"])
+        if wanted is None and launched()[1] > 1:
+            wanted = launched()[0]
         with self._sessions.take() as session:
             try:
                 told = session.send([ServerRequest(0, messages.Connect(wanted_rank=wanted))])[0].head

@@ -19,7 +19,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from tensorkv.errors import ArgumentError, RankDeadError, ServerDeadError, StorageError, TensorKVError, quote
-from tensorkv.transport.rendezvous import agree_on_start, connect
+from tensorkv.transport.rendezvous import agree_on_start, connect, launched
 
 from ..options import PSOptions
 from . import _compat, fork, safety
@@ -72,7 +72,7 @@ def _enter(address: str | None, timeout_s: float, insecure: bool) -> bool:
     if address is not None:
         _join(address, min(timeout_s, _STARTING_S))
         return False
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = launched()
     if size > 1 and int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size:
         raise ArgumentError(
             "create: the workers are on several hosts, and there is no Ray cluster; start one and set RAY_ADDRESS"
@@ -265,7 +265,7 @@ def _start_together(rank: int, timeout_s: float) -> bool:
         store, _, size = connect(wait)
         store = PrefixStore("tensorkv/ray", store)
         store = PrefixStore(agree_on_start(store, rank, size, timeout_s), store)
-    except (KeyError, OSError, ValueError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise RankDeadError(f"create: the rendezvous at MASTER_ADDR and MASTER_PORT failed: {error}") from error
     if rank == 0:
         try:

@@ -1,0 +1,76 @@
+"""What a launcher has set, and what a worker makes of it."""
+
+import pytest
+
+import tensorkv
+from tensorkv.transport.rendezvous import launched
+
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"WORLD_SIZE": "1"}, (0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "OMPI_COMM_WORLD_SIZE": "2"}, (1, 2)),
+    ],
+)
+def test_a_worker_knows_its_rank_and_how_many_there_are(variables, expected, environment):
+    for name, text in variables.items():
+        environment.setenv(name, text)
+    assert launched() == expected
+
+
+# With each of them, workers would train alone, or wait for a worker that does not exist.
+INVALID = [
+    ({"RANK": "0"}, "RANK is 0 and WORLD_SIZE is not set"),
+    ({"WORLD_SIZE": "2"}, "RANK is not set and WORLD_SIZE is 2"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE is 2"),
+    ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is -1"),
+    ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is one"),
+    ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE is two"),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2.*torchrun"),
+    ({"PMI_SIZE": "4"}, "PMI_SIZE is 4.*torchrun"),
+]
+
+
+@pytest.mark.parametrize("engine", ["dist_sync", "dist_async"])
+@pytest.mark.parametrize(("variables", "message"), INVALID)
+def test_a_launcher_that_is_not_understood_is_an_error(variables, message, engine, environment):
+    if engine == "dist_async":
+        pytest.importorskip("ray")
+    for name, text in variables.items():
+        environment.setenv(name, text)
+    with pytest.raises(tensorkv.ArgumentError, match=f"create: .*{message}"):
+        tensorkv.create(engine, timeout_s=1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "MASTER_ADDR is not set and MASTER_PORT is not set"),
+        ({"MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "http"}, "MASTER_PORT is http"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "65536"}, "MASTER_PORT is 65536"),
+    ],
+)
+def test_a_worker_that_cannot_find_the_others_says_what_to_set(variables, message, environment):
+    for name, text in {"RANK": "0", "WORLD_SIZE": "2", **variables}.items():
+        environment.setenv(name, text)
+    with pytest.raises(tensorkv.ArgumentError, match=f"create: .*{message}.*torchrun"):
+        tensorkv.create("dist_sync", timeout_s=1)
+
+
+def test_a_store_shows_that_a_worker_is_alone():
+    with tensorkv.create("dist_sync") as kv:
+        assert repr(kv) == "KVStore('dist_sync', rank 0 of 1, 0 keys)"

@@ -155,7 +155,10 @@ def _arrays(verb: str, what: str, key: Key, value: Any) -> list[Any]:
         raise ArgumentError(f"{verb}({quote(key)}): got an empty list; expected at least one {what}")
     for index, each in enumerate(value):
         if type(each) in _LISTS:
-            raise ArgumentError(f"{verb}({quote(key)}): {what} {index} is {show(each)}; expected an array")
+            raise ArgumentError(
+                f"{verb}({quote(key)}): {what} {index} is {show(each)}; expected an array: a list holds the "
+                f"{what}s of a key, and is not turned into an array itself; for one array of numbers use numpy.asarray"
+            )
     return list(value)
 
 

@@ -39,19 +39,20 @@ class KeyTable(dict[Key, V]):
         >>> KeyTable({"weight": 1, "bias": 2}).find("pull", "weigth")
         Traceback (most recent call last):
             ...
-        tensorkv.errors.KeyNotFoundError: pull("weigth"): no such key (did you mean "weight"?); the store has "weight", "bias"; call init first
+        tensorkv.errors.KeyNotFoundError: pull("weigth"): no such key (did you mean "weight"?); the store has "weight", "bias"
         >>> KeyTable.fromkeys(range(100), 0).find("pull", 777)
         Traceback (most recent call last):
             ...
-        tensorkv.errors.KeyNotFoundError: pull(777): no such key (did you mean 77?); the store has 100 keys: 0, 1, 2, 3, ...; call init first
+        tensorkv.errors.KeyNotFoundError: pull(777): no such key (did you mean 77?); the store has 100 keys: 0, 1, 2, 3, ...
         """  # noqa: E501
         found = self.get(key)
         if found is not None:
             return found
         self._check_type(verb, key)
+        near = suggestion(key, self)
         raise KeyNotFoundError(
-            f"{verb}({quote(key)}): no such key{suggestion(key, self)}; the store has {_named(list(self))}; "
-            "call init first"
+            f"{verb}({quote(key)}): no such key{near}; the store has {_named(list(self))}"
+            f"{'' if near else '; call init first'}"
         )
 
     def check_new(self, keys: Iterable[Key]) -> None:

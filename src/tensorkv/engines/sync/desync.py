@@ -15,7 +15,7 @@ def mismatch(number: int, calls: dict[str, list[int]]) -> WorkerMismatchError:
     """Return the error that names which ranks made which call, and where two calls differ first.
 
     Args:
-        number: of the call.
+        number: of the call, from 0 on.
         calls: the ranks that made each call, by its text.
     """
     first = _first_difference(calls)
@@ -26,9 +26,15 @@ def mismatch(number: int, calls: dict[str, list[int]]) -> WorkerMismatchError:
         for text, ranks in calls.items()
     ]
     return WorkerMismatchError(
-        f"the workers' calls differ at call {number}{first}: {'; '.join(parts)}. "
-        "Every worker must make the same calls with the same keys in the same order"
+        f"the workers' calls differ at collective call {number + 1}{first}: {'; '.join(parts)}. "
+        f"Every worker must make the same calls with the same keys in the same order{_hint(calls)}"
     )
+
+
+def _hint(calls: Iterable[str]) -> str:
+    """Return what to do about the usual difference, workers with fewer batches."""
+    verbs = {text.partition(" ")[0] for text in calls}
+    return "; a worker that has fewer batches calls leave() before close()" if verbs > {"close"} else ""
 
 
 def _first_difference(calls: Mapping[str, Sequence[int]]) -> str:

@@ -544,7 +544,7 @@ def test_a_round_that_fails_fails_for_everybody(monkeypatch):
         stores[0].init("n", np.zeros(1, F32))
         real = cluster.servers[0]._state.push_round
 
-        def fail(keys, parts, requests):
+        def fail(keys, parts, counts, requests):
             raise RuntimeError("a kernel failed")
 
         monkeypatch.setattr(cluster.servers[0]._state, "push_round", fail)
@@ -557,6 +557,73 @@ def test_a_round_that_fails_fails_for_everybody(monkeypatch):
         monkeypatch.setattr(cluster.servers[0]._state, "push_round", real)
         together(*[partial(kv.push, "n", np.full(1, 5, F32)) for kv in stores])
         assert stores[0].pull("n")[0] == 10
+
+
+def test_a_mean_of_a_round_is_over_the_parts_of_all_workers(small_pieces):
+    with Cluster(2, mode="sync", num_workers=2, reduce="mean") as cluster:
+        stores = cluster.stores(2)
+        with tensorkv.create("local", reduce="mean") as local:
+            values = {"large": torch.zeros(300), "half": torch.zeros(5, dtype=torch.float16), "few": torch.zeros(9, 1)}
+            for store in (*stores, local):
+                store.init(values)
+                store.set_optimizer("sgd", lr=1.0)
+            generator = torch.Generator().manual_seed(1)
+            # The first worker has several parts, since those of one are added before those of several workers.
+            parts = {
+                key: [torch.randn(each.shape, generator=generator).to(each.dtype) for _ in range(4)]
+                for key, each in values.items()
+            }
+            rows = [Rows([2, 1, 2], torch.randn(3, 1, generator=generator), 9) for _ in range(4)]
+            for keys in (["large", "half"], ["half"]):
+                given = {key: parts[key] for key in keys}
+                mine = [{key: own[:3] for key, own in given.items()}, {key: own[3:] for key, own in given.items()}]
+                together(*[partial(kv.push, own) for kv, own in zip(stores, mine, strict=True)])
+                local.push(given)
+            together(partial(stores[0].push, "few", rows[:3]), partial(stores[1].push, "few", rows[3:]))
+            local.push("few", rows)
+            for key in values:
+                assert torch.equal(stores[0].pull(key), local.pull(key)), key
+
+
+def test_a_push_with_wrong_counts_is_refused():
+    server = Server(PSOptions(mode="sync", reduce="mean"))
+    bad = [[], [0], [True], [1, 1], [1.5]]
+    metadata = {
+        "kinds": [
+            {
+                "dtype": "float32",
+                "library": "numpy",
+                "device": None,
+                "table": False,
+                "shape": [1],
+                "pieces": [[0, 0, 1]],
+            }
+        ]
+    }
+    packed = pack([Item("w", "sum", torch.ones(1))])
+    head = {
+        "verb": "init",
+        "owner": "o",
+        "client": "o.0",
+        "rank": 0,
+        "seq": 1,
+        "keys": ["w"],
+        "indices": [0],
+        "orders": [0],
+    }
+    payload = b"".join(map(bytes, packed.payload))
+    assert server.serve({**head, **metadata}, packed.layout, payload).head.get("error") is None
+    for counts in bad:
+        push = {
+            "verb": "push",
+            "owner": "o",
+            "client": "o.0",
+            "rank": 0,
+            "seq": 2,
+            "round": ["w", 1, 1],
+            "counts": counts,
+        }
+        assert "number of parts of each key" in str(server.serve(push, packed.layout, payload).head["error"])
 
 
 def test_barriers_and_who_is_missing():

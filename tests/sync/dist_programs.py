@@ -835,9 +835,9 @@ def interrupted_pull():
         say("new values")
 
 
-def other_options():
+def other_options(name, first, second):
     try:
-        create(nonfinite="raise" if RANK else "skip")
+        create(**{name: second if RANK else first})
     except tensorkv.WorkerMismatchError as error:
         say(error)
 

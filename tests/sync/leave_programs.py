@@ -57,8 +57,8 @@ def uneven(order, shared_memory):
     partition._WHOLE //= SMALLER
     push.SLOT_NBYTES //= SMALLER
     push.SLOT_NBYTES_OVER_HOSTS //= SMALLER
-    for rule in ("assign", "updater", "adam", "skip"):
-        options = {"nonfinite": "skip"} if rule == "skip" else {}
+    for rule in ("assign", "updater", "adam", "skip", "mean"):
+        options = {"skip": {"nonfinite": "skip"}, "mean": {"reduce": "mean"}}.get(rule, {})
         with create(shared_memory=shared_memory == "True", **options) as kv, tensorkv.create(**options) as local:
             for store in (kv, local):
                 store.init({key: torch.zeros(shape) for key, shape in SHAPES.items() if key != "h"})
@@ -77,11 +77,11 @@ def train(kv, local, places, epoch):
     for turn in range(1 + SIZE):
         who = [rank for rank in range(SIZE) if turn <= places.index(rank)]
         if RANK in who:
-            batch(kv, RANK, [RANK], epoch, turn)
+            batch(kv, who[0], [RANK], epoch, turn)
         elif turn == 1 + places.index(RANK):
             kv.leave()
         if who:
-            batch(local, None, who, epoch, turn)
+            batch(local, who[0], who, epoch, turn)
     for key in SHAPES:
         check(kv.pull(key), local.pull(key))
         assert kv.info(key) == local.info(key), key
@@ -89,11 +89,15 @@ def train(kv, local, places, epoch):
     check(mine.values, right.values)
 
 
-def batch(store, rank, who, *seed):
-    """Make a batch's calls with the parts of some workers."""
+def batch(store, first, who, *seed):
+    """Make a batch's calls with the parts of some workers; the first one present has two of some keys."""
 
     def parts(make, key, call):
-        return [make(key, *seed, call, each, ord(key)) for each in who]
+        return [
+            make(key, *seed, call, each, ord(key), number)
+            for each in who
+            for number in range(1 + (each == first and key in "bcht"))
+        ]
 
     store.push({key: parts(part, key, 0) for key in "ab"})
     store.push({key: parts(part, key, 1) for key in "bh"}, priority=3)

@@ -331,8 +331,9 @@ def test_an_interrupted_pull_is_asked_again(tmp_path):
     assert all("new values" in text for text in texts)
 
 
-def test_options_are_compared():
-    for text in run(2, PROGRAMS, "other_options"):
+@pytest.mark.parametrize("options", [("nonfinite", "skip", "raise"), ("reduce", "sum", "mean")])
+def test_options_are_compared(options):
+    for text in run(2, PROGRAMS, "other_options", *options):
         assert "create: the options of rank 0 are" in text
         assert "those of rank 1" in text
 

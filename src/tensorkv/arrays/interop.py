@@ -91,6 +91,13 @@ def signed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if twin is None else tensor.view(twin)
 
 
+def divide(total: torch.Tensor, divisor: int) -> None:
+    """Divide a sum of floating-point or complex numbers in place, each number by one division."""
+    real = torch.view_as_real(total) if total.is_complex() else total
+    # A number, or a tensor of one on the CPU, would make torch multiply by its reciprocal on CUDA.
+    real.div_(torch.full((), divisor, dtype=real.dtype, device=real.device))
+
+
 def _is_safe(source: torch.dtype, target: torch.dtype) -> bool:
     if torch.bfloat16 in (source, target):
         return source is torch.bool or (source is torch.bfloat16 and target in (*FLOATS[2:], *COMPLEX))

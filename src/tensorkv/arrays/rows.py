@@ -182,18 +182,20 @@ def _check_range(ids: torch.Tensor, num_rows: int) -> None:
         )
 
 
-def merge(parts: list[Rows], dtype: torch.dtype | None = None, *, may_share: bool = False) -> Rows:
-    """Sum torch Rows: unique, sorted ids; values of one id are added in the order given.
+def merge(parts: list[Rows], dtype: torch.dtype | None = None, *, may_share: bool = False, divisor: int = 1) -> Rows:
+    """Sum torch Rows: unique, sorted ids; values of one id are added in the order given and then divided.
 
     Args:
         parts: at least one, all of one row shape.
         dtype: of the result (default: the first part's). float16 and bfloat16 are added in float32
             and rounded once.
         may_share: return the only part itself if its ids are unique and sorted.
+        divisor: of the sums, before they are rounded.
     """
     first = parts[0].values
     dtype = first.dtype if dtype is None else dtype
-    if may_share and len(parts) == 1 and first.dtype is dtype and first.is_contiguous() and _rises(parts[0].ids):
+    is_sum = len(parts) == 1 and divisor == 1 and first.dtype is dtype
+    if may_share and is_sum and first.is_contiguous() and _rises(parts[0].ids):
         return parts[0]
     wide = interop.accumulator(dtype)
     ids = torch.cat([part.ids.to(first.device) for part in parts])
@@ -208,7 +210,10 @@ def merge(parts: list[Rows], dtype: torch.dtype | None = None, *, may_share: boo
             merged.index_add_(0, places[again], values[again])
         else:
             add_by_turns(merged, places[again], values[again])
-    return _unchecked(unique, merged.view(wide).to(dtype), parts[0].num_rows, parts[0].init)
+    merged = merged.view(wide)
+    if divisor != 1:
+        interop.divide(merged, divisor)
+    return _unchecked(unique, merged.to(dtype), parts[0].num_rows, parts[0].init)
 
 
 def _rises(ids: torch.Tensor) -> bool:

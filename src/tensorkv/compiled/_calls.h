@@ -124,7 +124,7 @@ PyDoc_STRVAR(fields_doc, "What the compiled part reads of a shard.");
 typedef struct {
     PyObject_HEAD
     PyObject *entries, *steps, *lock, *log;
-    char looks;
+    char looks, averages;
 } ShardFields;
 
 static PyTypeObject *fields_type;
@@ -162,6 +162,7 @@ static PyMemberDef fields_members[] = {
     {"_lock", T_OBJECT_EX, offsetof(ShardFields, lock), 0, "Its ``depth`` is not 0 while somebody reads or writes."},
     {"log", T_OBJECT, offsetof(ShardFields, log), 0, "Writes each change before it is applied, if there is one."},
     {"_looks", T_BOOL, offsetof(ShardFields, looks), 0, "Whether calls may be looked at here at all."},
+    {"averages", T_BOOL, offsetof(ShardFields, averages), 0, "Whether a push takes the mean of parts, not their sum."},
     {NULL, 0, 0, 0, NULL},
 };
 
@@ -347,6 +348,10 @@ static PyObject *look_at_call(Call *call, PyObject *entries, const ShardFields *
     }
     PyObject *found = new_batch(entries, held[KEYS], held[VALUES], held[OUTS], step, own_steps, held[FLAT] == Py_True);
     if (found == NULL || found == Py_None) return found;
+    if (shard != NULL && shard->averages && ((Batch *)found)->pushes && !average((Batch *)found)) {
+        Py_DECREF(found);
+        return Py_NewRef(Py_None);
+    }
     call->batch = (Batch *)Py_NewRef(found);
     call->batch->has_new_outs = call->has_new_outs;
     return found;

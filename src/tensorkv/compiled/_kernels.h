@@ -85,6 +85,11 @@ static Step step_of(const Numbers *numbers, double count, int is_first) {
         _Pragma("GCC ivdep") EACH out[i] = a[i] + b[i];                                                               \
     }                                                                                                                 \
                                                                                                                       \
+    FOR_EACH_CPU static void divide_##T(T *out, const T *a, double divisor, size_t n) {                               \
+        const T by = (T)divisor;                                                                                      \
+        _Pragma("GCC ivdep") EACH out[i] = a[i] / by;                                                                 \
+    }                                                                                                                 \
+                                                                                                                      \
     FOR_EACH_CPU static void prepare_##T(const Numbers *by, const T *restrict value, T *restrict grad, size_t n) {    \
         const T scale = (T)by->rescale_grad, most = (T)by->clip_gradient, decay = (T)by->weight_decay;                \
         if (by->rescale_grad != 1) EACH grad[i] *= scale;                                                             \
@@ -247,6 +252,14 @@ static void add(int dtype, void *out, const void *a, const void *b, size_t n) {
     }
 }
 
+/* Divide a sum of floating-point numbers. */
+static void divide(int dtype, void *out, const void *a, double divisor, size_t n) {
+    if (dtype == FLOAT64)
+        divide_double(out, a, divisor, n);
+    else
+        divide_float(out, a, divisor, n);
+}
+
 /* ------------------------------------------------------------ outputs */
 
 static void copy_block(char *out, const char *from, size_t nbytes, int past_cache) {
@@ -288,6 +301,7 @@ typedef struct {
     char *const *outs;
     const unsigned char *out_dtypes; /* NULL: the value's */
     size_t num_parts, num_outs, num_past_cache;
+    double divisor;     /* of the sum, which becomes a mean; 0 or 1: it stays as it is */
     int has_wide_parts; /* of a float16 or bfloat16 value: parts are float32 */
     int has_wide_outs;  /* likewise: outputs are float32, and get the sum before it is rounded */
 } Item;
@@ -312,14 +326,15 @@ static void step_block(const Step *step, int dtype, const Item *item, size_t at,
     }
 }
 
-/* Sum the parts, step or assign, and copy out, for the elements from start to stop. */
+/* Sum the parts, divide the sum, step or assign, and copy out, for the elements from start to stop. */
 static void run_item(const Item *item, int dtype, const Step *step, size_t start, size_t stop) {
     _Alignas(64) double buffer[BLOCK];
     float wide[BLOCK];
     size_t itemsize = ITEMSIZES[dtype];
     int is_narrow = is_low(dtype), sum_dtype = is_narrow ? FLOAT32 : dtype;
     int part_dtype = item->has_wide_parts ? sum_dtype : dtype;
-    int is_added = item->num_parts > 1 || step != NULL || item->has_wide_parts || item->has_wide_outs;
+    int is_divided = item->divisor > 1;
+    int is_added = item->num_parts > 1 || step != NULL || item->has_wide_parts || item->has_wide_outs || is_divided;
     for (size_t at = start; at < stop; at += BLOCK) {
         size_t n = stop - at < BLOCK ? stop - at : BLOCK, offset = at * itemsize, place = at * ITEMSIZES[part_dtype];
         const char *from = item->value == NULL ? NULL : item->value + offset;
@@ -331,9 +346,13 @@ static void run_item(const Item *item, int dtype, const Step *step, size_t start
                 add(sum_dtype, buffer, sum, widened(item->parts[i] + place, part_dtype, wide, n), n);
                 sum = buffer;
             }
+            if (is_divided) {
+                divide(sum_dtype, buffer, sum, item->divisor, n);
+                sum = buffer;
+            }
             if (item->has_wide_outs) {
                 from_dtype = sum_dtype;
-            } else if (is_narrow && (item->num_parts > 1 || item->has_wide_parts)) {
+            } else if (is_narrow && (item->num_parts > 1 || item->has_wide_parts || is_divided)) {
                 narrow((char *)wide, dtype, sum, n);
                 sum = step == NULL ? wide : widened((char *)wide, dtype, (float *)buffer, n);
             }

@@ -610,6 +610,7 @@ typedef struct {
     unsigned char *dtypes;
     PyObject **arrays; /* the parts and outs; NULL for a piece of a flat array */
     size_t num_keys, num_addresses, room, total_nbytes;
+    int averages; /* whether the sums of parts are divided by their number */
     /* Of a call of one key and few arrays. */
     Work few_works[1];
     char *few_addresses[FEW];
@@ -632,7 +633,8 @@ static Item item_of_work(const Calls *calls, const Work *work) {
                  .outs = calls->addresses + work->first_out,
                  .out_dtypes = calls->dtypes + work->first_out,
                  .num_parts = work->num_parts,
-                 .num_outs = work->num_outs};
+                 .num_outs = work->num_outs,
+                 .divisor = calls->averages ? (double)work->num_parts : 0};
     for (int i = 0; work->numbers != NULL && i < work->num_states; i++) item.states[i] = work->cell->state_addresses[i];
     return item;
 }
@@ -1254,6 +1256,28 @@ static PyObject *batch_run(Batch *batch, PyObject *args) {
     return Py_NewRef(Py_None);
 }
 
+/* Make means of the sums: each is divided by the number of its parts; whether all are of floating-point numbers. */
+static int average(Batch *batch) {
+    for (size_t i = 0; i < batch->calls.num_keys; i++)
+        if (batch->calls.works[i].cell->plain.dtype > BFLOAT16) return 0;
+    return batch->calls.averages = 1;
+}
+
+static PyObject *batch_average(Batch *batch, PyObject *none) {
+    (void)none;
+    return PyBool_FromLong(average(batch));
+}
+
+/* How many parts each key has, as 64-bit numbers. */
+static PyObject *batch_part_counts(Batch *batch, void *closure) {
+    PyObject *counts = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(8 * batch->calls.num_keys));
+    (void)closure;
+    int64_t *at = counts == NULL ? NULL : (int64_t *)PyBytes_AsString(counts);
+    for (size_t i = 0; i < batch->calls.num_keys && at != NULL; i++)
+        at[i] = (int64_t)batch->calls.works[i].num_parts;
+    return counts;
+}
+
 static PyObject *batch_begin(Batch *batch, PyObject *args) {
     PyObject *entries = NULL, *step = NULL;
     if (!PyArg_ParseTuple(args, "p|OO", &batch->past_cache, &entries, &step)) return NULL;
@@ -1284,7 +1308,7 @@ static int sum_dtype_of(int dtype) { return is_low(dtype) ? FLOAT32 : dtype; }
 enum { SUM_PIECES, COPY_PIECES, UPDATE_PIECES };
 
 static void run_piece(Batch *batch, const Piece *piece, const uint64_t *const *columns, size_t num_columns, size_t at,
-                      int64_t from, int64_t to, int wide, int mode) {
+                      double divisor, int64_t from, int64_t to, int wide, int mode) {
     const Work *work = &batch->calls.works[piece->key];
     int dtype = work->cell->plain.dtype, other = wide ? sum_dtype_of(dtype) : dtype;
     const char *parts[MAX_COLUMNS];
@@ -1304,6 +1328,7 @@ static void run_piece(Batch *batch, const Piece *piece, const uint64_t *const *c
         for (size_t i = 0; i < num_columns; i++) parts[i] = before(columns[i][at], piece, other);
         item.parts = parts;
         item.num_parts = num_columns;
+        item.divisor = divisor;
         item.has_wide_parts = other != dtype;
         item.num_past_cache = batch->past_cache ? item.num_outs : 0;
         if (mode == COPY_PIECES) {
@@ -1316,8 +1341,8 @@ static void run_piece(Batch *batch, const Piece *piece, const uint64_t *const *c
     run_item(&item, dtype, step, (size_t)(piece->first + from), (size_t)(piece->first + to));
 }
 
-static PyObject *run_by_pieces(Batch *batch, PyObject *pieces, PyObject *columns, Py_ssize_t start, Py_ssize_t stop,
-                               int wide, int mode) {
+static PyObject *run_by_pieces(Batch *batch, PyObject *pieces, PyObject *columns, PyObject *divisors, Py_ssize_t start,
+                               Py_ssize_t stop, int wide, int mode) {
     const uint64_t *found[MAX_COLUMNS];
     Py_ssize_t num_columns = PyList_Size(columns), nbytes = PyBytes_Size(pieces), count = nbytes / (Py_ssize_t)sizeof(Piece);
     const Piece *all = (const Piece *)PyBytes_AsString(pieces);
@@ -1326,6 +1351,11 @@ static PyObject *run_by_pieces(Batch *batch, PyObject *pieces, PyObject *columns
         PyObject *column = PyList_GetItem(columns, i);
         fits = PyBytes_Check(column) && PyBytes_Size(column) == 8 * count;
         found[i] = fits ? (const uint64_t *)PyBytes_AsString(column) : NULL;
+    }
+    const double *divided = NULL;
+    if (divisors != Py_None && fits) {
+        fits = PyBytes_Check(divisors) && PyBytes_Size(divisors) == 8 * count;
+        divided = fits ? (const double *)PyBytes_AsString(divisors) : NULL;
     }
     for (Py_ssize_t i = 0; i < count && fits; i++)
         fits = all[i].key >= 0 && all[i].key < (int64_t)batch->calls.num_keys && all[i].first >= 0 && all[i].count >= 0 &&
@@ -1338,7 +1368,8 @@ static PyObject *run_by_pieces(Batch *batch, PyObject *pieces, PyObject *columns
     Py_ssize_t done = 0;
     for (Py_ssize_t i = 0; i < count && done < stop; done += (Py_ssize_t)all[i++].count) {
         int64_t from = start > done ? start - done : 0, to = stop - done < all[i].count ? stop - done : all[i].count;
-        if (from < to) run_piece(batch, &all[i], found, (size_t)num_columns, (size_t)i, from, to, wide, mode);
+        double divisor = divided == NULL ? 0 : divided[i];
+        if (from < to) run_piece(batch, &all[i], found, (size_t)num_columns, (size_t)i, divisor, from, to, wide, mode);
     }
 #if defined(__x86_64__)
     if (batch->past_cache) _mm_sfence();
@@ -1348,11 +1379,13 @@ static PyObject *run_by_pieces(Batch *batch, PyObject *pieces, PyObject *columns
 }
 
 static PyObject *by_pieces(Batch *batch, PyObject *args, int mode) {
-    PyObject *pieces, *columns;
+    PyObject *pieces, *columns, *divisors = Py_None;
     Py_ssize_t start = 0, stop = PY_SSIZE_T_MAX;
     int wide = 0;
-    if (!PyArg_ParseTuple(args, "SO!|pnn", &pieces, &PyList_Type, &columns, &wide, &start, &stop)) return NULL;
-    return run_by_pieces(batch, pieces, columns, start, stop, wide, mode);
+    int fits = mode == UPDATE_PIECES
+                   ? PyArg_ParseTuple(args, "SO!|pO", &pieces, &PyList_Type, &columns, &wide, &divisors)
+                   : PyArg_ParseTuple(args, "SO!|pnn", &pieces, &PyList_Type, &columns, &wide, &start, &stop);
+    return fits ? run_by_pieces(batch, pieces, columns, divisors, start, stop, wide, mode) : NULL;
 }
 
 static PyObject *batch_sum_pieces(Batch *batch, PyObject *args) { return by_pieces(batch, args, SUM_PIECES); }
@@ -1449,9 +1482,14 @@ static PyMethodDef batch_methods[] = {
      "copy_pieces(pieces, sources, wide=False, start=0, stop=...)\n--\n\n"
      "Write the sums of columns to pieces of the outs, as ``sum_pieces``."},
     {"update_pieces", (PyCFunction)batch_update_pieces, METH_VARARGS,
-     "update_pieces(pieces, parts, wide=False, start=0, stop=...)\n--\n\n"
+     "update_pieces(pieces, parts, wide=False, divisors=None)\n--\n\n"
      "Assign the sums of columns to pieces of the values, or step with them, after ``begin``, as ``sum_pieces``.\n\n"
-     "``wide``: the parts of float16 and bfloat16 are float32."},
+     "Args:\n"
+     "    wide: the parts of float16 and bfloat16 are float32.\n"
+     "    divisors: a buffer with a double for each piece, by which its sum is divided."},
+    {"average", (PyCFunction)batch_average, METH_NOARGS,
+     "average()\n--\n\n"
+     "Divide each sum by the number of its parts from now on; return whether all are of floating-point numbers."},
     {"part_column", (PyCFunction)batch_part_column, METH_O,
      "part_column(pieces)\n--\n\nReturn the address of each piece of the parts; None if a key has not just one."},
     {"packed", (PyCFunction)batch_packed, METH_NOARGS,
@@ -1469,6 +1507,7 @@ static PyGetSetDef batch_attributes[] = {
      NULL},
     {"keys", (getter)batch_keys, NULL, "The keys, in a tuple.", NULL},
     {"cells", (getter)batch_cells, NULL, "What is held of each key.", NULL},
+    {"part_counts", (getter)batch_part_counts, NULL, "How many parts each key has, as 64-bit numbers in bytes.", NULL},
     {"sums", (getter)batch_sums, NULL, "The array that is the sum of all keys, None if there is none.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

@@ -47,6 +47,7 @@ class Batch:
     unready: list[Any] | None
     keys: tuple[Any, ...]
     cells: list[Any]
+    part_counts: bytes
     sums: Any
     def begin(self, past_cache: bool, entries: Any = ..., step: Any = ..., /) -> bool: ...
     def run(self, start: int, stop: int, /) -> None: ...
@@ -58,8 +59,9 @@ class Batch:
         self, pieces: bytes, sources: list[bytes], wide: bool = False, start: int = 0, stop: int = ..., /
     ) -> None: ...
     def update_pieces(
-        self, pieces: bytes, parts: list[bytes], wide: bool = False, start: int = 0, stop: int = ..., /
+        self, pieces: bytes, parts: list[bytes], wide: bool = False, divisors: bytes | None = None, /
     ) -> None: ...
+    def average(self) -> bool: ...
     def part_column(self, pieces: bytes, /) -> bytes | None: ...
     def packed(self) -> tuple[bytes, bytes, int]: ...
     def take_sums(self, flat: Any, /) -> None: ...
@@ -77,6 +79,7 @@ class ShardFields:
     _steps: Any
     _lock: Any
     _looks: bool
+    averages: bool
     log: Any
 
 class Call:

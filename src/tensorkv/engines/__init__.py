@@ -14,6 +14,7 @@ from typing import Any
 
 from tensorkv.errors import ArgumentError, EngineNotFoundError, naming, quote, show, suggestion
 from tensorkv.shard.nonfinite import NonFinite
+from tensorkv.shard.reduce import Reduce
 
 from .base import Engine as Engine
 from .base import Reader as Reader
@@ -27,13 +28,16 @@ GROUP = "tensorkv.engines"
 Factory = Callable[..., Engine]
 
 
-def _build_dist(*, nonfinite: NonFinite = "pass", timeout_s: float = 300.0, shared_memory: bool = True) -> Engine:
+def _build_dist(
+    *, nonfinite: NonFinite = "pass", reduce: Reduce = "sum", timeout_s: float = 300.0, shared_memory: bool = True
+) -> Engine:
     # Only here: torch.distributed takes a while to import.
     from .sync import engine
 
     # Raises for an option that is out of range before other workers are waited for.
-    alone = LocalEngine(False, nonfinite=nonfinite)
-    return engine.build(nonfinite=nonfinite, timeout_s=timeout_s, shared_memory=shared_memory) or alone
+    alone = LocalEngine(False, nonfinite=nonfinite, reduce=reduce)
+    made = engine.build(nonfinite=nonfinite, reduce=reduce, timeout_s=timeout_s, shared_memory=shared_memory)
+    return made or alone
 
 
 def _build_ps(**options: Any) -> Engine:

@@ -18,6 +18,7 @@ from tensorkv.runtime import shield
 from tensorkv.shard.entry import Batch, KeyInfo, Part
 from tensorkv.shard.nonfinite import NonFinite
 from tensorkv.shard.optimizers import OptimizerSpec
+from tensorkv.shard.reduce import Reduce
 from tensorkv.shard.rules import Updater
 from tensorkv.shard.shard import Shard
 from tensorkv.shard.table import Table
@@ -36,6 +37,7 @@ class LocalEngine(Engine):
     Args:
         on_device: keep each value on the device of its arrays (``"device"``) or on the CPU (``"local"``).
         nonfinite: ``"pass"``, ``"raise"`` or ``"skip"`` updates whose sum has NaN or Inf.
+        reduce: whether a push takes the ``"sum"`` or the ``"mean"`` of the parts of a key.
         threads: that sum and update large values (None: as many as cores).
         path: a folder where the store is kept, and opened again by the next that names it (``"local"`` only).
         durability: ``"process"``: what a call has changed outlives the process, ``"disk"``: and the machine's power.
@@ -50,6 +52,7 @@ class LocalEngine(Engine):
         on_device: bool,
         *,
         nonfinite: NonFinite = "pass",
+        reduce: Reduce = "sum",
         threads: int | None = None,
         path: str | os.PathLike[str] | None = None,
         durability: Durability = "process",
@@ -58,7 +61,7 @@ class LocalEngine(Engine):
         if path is None:
             if not isinstance(durability, str) or durability != "process" or log_nbytes is not None:
                 raise ArgumentError("durability and log_nbytes are of a store that is kept in a folder; give its path")
-            self._shard = Shard(on_device=on_device, nonfinite=nonfinite, threads=threads)
+            self._shard = Shard(on_device=on_device, nonfinite=nonfinite, reduce=reduce, threads=threads)
         elif on_device:
             raise ArgumentError(
                 f'path is {folder_path("create", path)!r}, and "device" keeps nothing in a folder; use "local"'
@@ -71,6 +74,7 @@ class LocalEngine(Engine):
                     durability=durability,
                     log_nbytes=log_nbytes,
                     nonfinite=nonfinite,
+                    reduce=reduce,
                     threads=threads,
                 )
             )

@@ -76,11 +76,11 @@ class Entry(Cell):
         # In the dtype that sums are made in, so that rows are not rounded before the sum is.
         return part.to_dense(interop.accumulator(self.spec.dtype)) if isinstance(part, Rows) else part
 
-    def merged(self, parts: Sequence[Any]) -> Rows:
-        """Return the sum of parts that are all Rows, or the only part, on the value's device and in its dtype."""
+    def merged(self, parts: Sequence[Any], divisor: int = 1) -> Rows:
+        """Return the sum of parts that are all Rows, divided, or the only part, on the value's device, in its dtype."""
         device = self.value.device
         moved = [part if part.values.device == device else part.to(device) for part in parts]
-        return rows.merge(moved, self.value.dtype, may_share=True)
+        return rows.merge(moved, self.value.dtype, may_share=True, divisor=divisor)
 
     def read_rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Return copies of rows in the order of ``ids``."""
@@ -137,11 +137,25 @@ class KeyInfo:
 
 @dataclass(slots=True)
 class Batch:
-    """One call's work: the verb that the user called, keys, and per key its parts."""
+    """One call's work.
+
+    Args:
+        verb: that the user called.
+        keys: each once.
+        parts: of each key.
+        counts: of how many parts together the parts of each key are the sums (None: each is one).
+    """
 
     verb: str
     keys: list[Key]
     parts: list[list[Part]]
+    counts: Sequence[int] | None = None
+
+    def divisors(self, averages: bool) -> Sequence[int]:
+        """Return by what the sum of each key is divided: 1, or for a mean the number of its parts."""
+        if not averages:
+            return [1] * len(self.keys)
+        return [len(parts) for parts in self.parts] if self.counts is None else self.counts
 
     def name(self, key: Key, part: int | None = None) -> str:
         """Return how messages begin: ``push("w"): part 1``."""

@@ -58,21 +58,24 @@ class NonFinitePolicy:
         self.counts["skipped"] += len(found)
         return set(found)
 
-    def finite_sums(
-        self, batch: Batch, entries: Sequence[Entry], add: Callable[[Entry, Sequence[Any]], Any] | None = None
-    ) -> tuple[list[Entry], list[list[Any]]]:
-        """Return the entries whose sums are finite, and those sums, made beside the values.
+    def sums(
+        self, batch: Batch, entries: Sequence[Entry], averages: bool, add: Callable[..., Any] | None = None
+    ) -> tuple[Sequence[Entry], list[list[Any]]]:
+        """Return the entries whose sums are not to be left out, and those sums, made beside the values.
 
         Args:
             batch: of a push.
             entries: of its keys.
-            add: returns the sum of a key's parts (None: as a shard makes it).
+            averages: whether means are made instead of sums.
+            add: returns the sum of a key's parts, divided by a number (None: as a shard makes it).
 
         Raises:
             NonFiniteError: a sum is not finite, and the mode is ``"raise"``.
         """
-        pairs = zip(entries, batch.parts, strict=True)
-        sums = [total(entry, parts) if add is None else add(entry, parts) for entry, parts in pairs]
+        wanted = zip(entries, batch.parts, batch.divisors(averages), strict=True)
+        sums = [(add or total)(entry, parts, divisor=divisor) for entry, parts, divisor in wanted]
+        if not self.checks:
+            return entries, [[each] for each in sums]
         bad = {position: count_nonfinite(each) for position, each in enumerate(sums)}
         left_out = self.left_out(bad, [batch.name(entry.key) for entry in entries], is_whole=True)
         kept = [position for position in range(len(sums)) if position not in left_out]
@@ -84,9 +87,9 @@ def count_nonfinite(total: Any) -> int:
     return reduce.count_nonfinite(total.values if isinstance(total, Rows) else total)
 
 
-def total(entry: Entry, parts: Sequence[Any], *, may_share: bool = False) -> Any:
-    """Return the sum of the parts of one key, beside the value (``may_share``: or the only part itself)."""
+def total(entry: Entry, parts: Sequence[Any], *, may_share: bool = False, divisor: int = 1) -> Any:
+    """Return the sum of the parts of one key, divided, beside the value (``may_share``: or the only part itself)."""
     if all(isinstance(part, Rows) for part in parts):
-        return entry.merged(parts)
+        return entry.merged(parts, divisor)
     dense = [entry.dense(part) for part in parts]
-    return reduce.total(entry.tensor, dense, may_share=may_share)
+    return reduce.total(entry.tensor, dense, may_share=may_share, divisor=divisor)

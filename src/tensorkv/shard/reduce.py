@@ -1,14 +1,16 @@
-"""Sum parts: left to right, in slices that stay in cache, without a value-sized temporary."""
+"""Sum parts, or take their mean: left to right, in slices that stay in cache, without a value-sized temporary."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any, Literal
 
 import torch
 
 from tensorkv.arrays import interop
+from tensorkv.errors import ArgumentError, show
 
 from . import native
 from .pool import Job
@@ -21,9 +23,22 @@ _SMALL = 1 << 13
 
 _local = threading.local()
 
+Reduce = Literal["sum", "mean"]
 
-def sum_into(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
-    """Make ``out`` the sum of the parts, added in the order given.
+
+def averages(name: Any) -> bool:
+    """Return whether a store's option ``reduce`` asks for means.
+
+    Raises:
+        ArgumentError: neither ``"sum"`` nor ``"mean"``.
+    """
+    if not isinstance(name, str) or name not in ("sum", "mean"):
+        raise ArgumentError(f'reduce is {show(name)}; expected "sum" or "mean"')
+    return name == "mean"
+
+
+def sum_into(out: torch.Tensor, parts: Sequence[torch.Tensor], divisor: int = 1) -> None:
+    """Make ``out`` the sum of the parts, added in the order given and then divided.
 
     float16 and bfloat16 are added in float32 and rounded once; integers wrap around as in NumPy;
     bool adds by "or".
@@ -31,6 +46,7 @@ def sum_into(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
     Args:
         out: any shape; shares no memory with a part, unless it is one, element for element.
         parts: at least one, of out's shape, of any dtype that ``arrays.may_push`` allows, on any device.
+        divisor: of the sum, before it is rounded; not 1 for floating-point and complex numbers only.
 
     >>> out = torch.empty(3)
     >>> sum_into(out, [torch.ones(3), torch.ones(3, dtype=torch.float16)])
@@ -38,24 +54,29 @@ def sum_into(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
     [2.0, 2.0, 2.0]
     """
     for piece, *sources in cut([out, *parts]):
-        sum_piece(piece, sources)
+        sum_piece(piece, sources, divisor)
 
 
-def sum_piece(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+def sum_piece(out: torch.Tensor, parts: Sequence[torch.Tensor], divisor: int = 1) -> None:
     """Do ``sum_into`` for one slice."""
     # A non-blocking copy to the CPU could be read before it has arrived.
     ahead = out.is_cuda
-    if len(parts) == 1:
+    if len(parts) == 1 and divisor == 1:
         out.copy_(parts[0], non_blocking=ahead)
         return
     wide = interop.accumulator(out.dtype)
-    first, second, *others = [interop.signed(part.to(out.device, wide, non_blocking=ahead)) for part in parts]
+    first, *others = [interop.signed(part.to(out.device, wide, non_blocking=ahead)) for part in parts]
     # Out may be one of the others, which has to be read first.
     directly = wide is out.dtype and not any(part.data_ptr() == out.data_ptr() for part in parts[2:])
     into = interop.signed(out if directly else scratch(out, wide))
-    torch.add(first, second, out=into)
-    for part in others:
+    if others:
+        torch.add(first, others[0], out=into)
+    else:
+        into.copy_(first)
+    for part in others[1:]:
         into.add_(part)
+    if divisor != 1:
+        interop.divide(into, divisor)
     if not directly:
         out.copy_(into.view(wide))
 
@@ -75,12 +96,15 @@ def copies(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], threads: int) -> 
     return jobs
 
 
-def total(value: torch.Tensor, parts: Sequence[torch.Tensor], *, may_share: bool = False) -> torch.Tensor:
-    """Return the parts' sum as a new tensor like ``value`` (``may_share``: or the only part itself)."""
-    if may_share and len(parts) == 1 and parts[0].dtype is value.dtype and parts[0].device == value.device:
+def total(
+    value: torch.Tensor, parts: Sequence[torch.Tensor], *, may_share: bool = False, divisor: int = 1
+) -> torch.Tensor:
+    """Return the parts' sum, divided, as a new tensor like ``value`` (``may_share``: or the only part itself)."""
+    is_same = parts[0].dtype is value.dtype and parts[0].device == value.device
+    if may_share and len(parts) == 1 and divisor == 1 and is_same:
         return parts[0]
     out = torch.empty_like(value)
-    sum_into(out, parts)
+    sum_into(out, parts, divisor)
     return out
 
 

@@ -57,8 +57,8 @@ class Rule(Protocol):
 class Step(Protocol):
     """One update of one dense value, of which the sums come piece by piece."""
 
-    def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor]) -> None:
-        """Take the sum of parts for some elements of the flattened value."""
+    def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor], divisor: int = 1) -> None:
+        """Take the sum of parts, divided, for some elements of the flattened value."""
 
     def finish(self) -> None:
         """Count the update, every element having been given."""
@@ -68,9 +68,9 @@ class _AssignStep:
     def __init__(self, entry: Entry) -> None:
         self._entry = entry
 
-    def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor]) -> None:
+    def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor], divisor: int = 1) -> None:
         value = self._entry.tensor
-        reduce.sum_piece(value.view(-1)[start:stop], parts)
+        reduce.sum_piece(value.view(-1)[start:stop], parts, divisor)
 
     def finish(self) -> None:
         self._entry.version += 1
@@ -83,8 +83,8 @@ class WholeStep:
         self._rule, self._entry, self._pool = rule, entry, pool
         self._total = torch.empty_like(entry.tensor)
 
-    def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor]) -> None:
-        reduce.sum_piece(self._total.view(-1)[start:stop], parts)
+    def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor], divisor: int = 1) -> None:
+        reduce.sum_piece(self._total.view(-1)[start:stop], parts, divisor)
 
     def count_nonfinite(self) -> int:
         """Return how many elements of the sum are NaN or Inf."""
@@ -103,10 +103,10 @@ class _KernelStep:
         self._is_first = is_first or entry.is_new
         self._tensors = [entry.tensor, *(entry.state[name] for name in kernel.columns)]
 
-    def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor]) -> None:
+    def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor], divisor: int = 1) -> None:
         value, *states = [tensor.view(-1)[start:stop] for tensor in self._tensors]
         grad = reduce.scratch(value, value.dtype, "gradient")
-        reduce.sum_piece(grad.view(parts[0].shape), parts)
+        reduce.sum_piece(grad.view(parts[0].shape), parts, divisor)
         native.step(self._kernel, value, grad, states, self._count, is_first=self._is_first)
 
     def finish(self) -> None:
@@ -325,13 +325,14 @@ class StepOptimizer:
 # ---------------------------------------------------------------- checks of a push, which change nothing
 
 
-def check_push(batch: Batch, entries: Sequence[Entry], rule: Rule) -> None:
+def check_push(batch: Batch, entries: Sequence[Entry], rule: Rule, averages: bool = False) -> None:
     """Raise if a part does not fit.
 
     Args:
         batch: of a push.
         entries: of its keys.
         rule: that is to be applied.
+        averages: whether it takes means of the parts.
 
     Raises:
         ValueMismatchError: a part's shape or dtype; the message names the part.
@@ -354,7 +355,17 @@ def check_push(batch: Batch, entries: Sequence[Entry], rule: Rule) -> None:
             )
         if by_rows and not shape:
             raise ValueMismatchError(f"{batch.name(key)}: the value is 0-d and has no rows; push an array")
+        if averages and not has_means(entry):
+            raise ValueMismatchError(
+                f"{batch.name(key)}: a mean of {interop.dtype_name(dtype)} is not of this dtype, and the store was "
+                'created with reduce="mean"; keep integers and bools in a store with reduce="sum"'
+            )
         rule.check(entry, by_rows=by_rows)
+
+
+def has_means(entry: Entry) -> bool:
+    """Return whether a key's dtype is one of floating-point or complex numbers, which can be divided."""
+    return entry.spec.dtype.is_floating_point or entry.spec.dtype.is_complex
 
 
 def fit(entry: Entry, outs: Sequence[torch.Tensor]) -> bool:

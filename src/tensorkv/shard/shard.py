@@ -47,6 +47,7 @@ from .entry import Batch, Entry, Part
 from .nonfinite import NonFinite, NonFinitePolicy
 from .optimizers import OptimizerSpec
 from .pool import Pool
+from .reduce import Reduce, averages
 from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater, check_outs, check_push
 from .table import Table
 
@@ -98,13 +99,22 @@ class Shard(native.ShardFields):
     Args:
         on_device: keep values on the device of their arrays (else on the CPU).
         nonfinite: what a push of NaN or Inf does: ``"pass"``, ``"raise"`` or ``"skip"`` that key's update.
+        reduce: whether a push takes the ``"sum"`` or the ``"mean"`` of the parts of a key.
         threads: that sum and update (None: as many as cores).
     """
 
-    def __init__(self, *, on_device: bool = False, nonfinite: NonFinite = "pass", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        on_device: bool = False,
+        nonfinite: NonFinite = "pass",
+        reduce: Reduce = "sum",
+        threads: int | None = None,
+    ) -> None:
         self._entries: KeyTable[Entry] = KeyTable()
         self._on_device = on_device
         self._finite = NonFinitePolicy(nonfinite)
+        self.averages = averages(reduce)
         self._pool = Pool(threads)
         self._lock = Lock()
         self._looks = native.can_look()
@@ -386,7 +396,7 @@ class Shard(native.ShardFields):
     def check(self, batch: Batch) -> None:
         """Raise what a push of a batch would raise."""
         self.refuse_reentry()
-        check_push(batch, [self.entry(batch.verb, key) for key in batch.keys], self._rule)
+        check_push(batch, [self.entry(batch.verb, key) for key in batch.keys], self._rule, self.averages)
 
     def check_new(self, keys: Sequence[Key]) -> None:
         """Raise if a key cannot be initialised."""
@@ -548,13 +558,14 @@ class Shard(native.ShardFields):
     def _push(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]], requests: RequestIds) -> bool:
         """Check and push a batch; return whether its outs were filled on the way."""
         entries = [self.entry(batch.verb, key) for key in batch.keys]
-        check_push(batch, entries, self._rule)
+        check_push(batch, entries, self._rule, self.averages)
         parts: list[list[Any]] = batch.parts
         if self._on_device:
             move_to_parts(entries, parts)
         with self._in_order(entries):
-            if self._finite.checks:
-                entries, parts = self._finite.finite_sums(batch, entries)
+            if self._finite.checks or self.averages:
+                kept, parts = self._finite.sums(batch, entries, self.averages)
+                return self._commit(Push(kept, parts, outs, requests=requests))
             return self._commit(Push(entries, parts, outs, requests=requests))
 
     def _pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]]) -> None:

@@ -21,6 +21,7 @@ from tensorkv.shard.changes import Change, Delete, PlainPush, Push, Put, Restore
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.nonfinite import NonFinite
 from tensorkv.shard.pool import OneTorchThread
+from tensorkv.shard.reduce import Reduce
 from tensorkv.shard.rules import Assign, CallUpdater, LostUpdater
 from tensorkv.shard.shard import Shard
 
@@ -45,6 +46,7 @@ def open_shard(
     log_nbytes: int | None = None,
     wait_s: float = 10.0,
     nonfinite: NonFinite = "pass",
+    reduce: Reduce = "sum",
     threads: int | None = None,
     applied: AppliedRequests | None = None,
 ) -> Shard:
@@ -53,13 +55,13 @@ def open_shard(
     Args:
         path: a folder of this shard's own.
         durability, log_nbytes, wait_s: as for ``WriteAheadLog``.
-        nonfinite, threads: as for ``Shard``.
+        nonfinite, reduce, threads: as for ``Shard``.
         applied: a dedup table that is kept with the values.
 
     Raises:
         StorageError: another process has the folder open, or its files are damaged.
     """
-    shard = Shard(nonfinite=nonfinite, threads=threads)
+    shard = Shard(nonfinite=nonfinite, reduce=reduce, threads=threads)
     wal = WriteAheadLog(path, durability, log_nbytes, wait_s)
     log = shard.log = DurableLog(wal, AppliedRequests() if applied is None else applied)
     try:

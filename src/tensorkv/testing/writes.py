@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import tensorkv
+from tensorkv import Rows
 
 from .values import F32, ones, state
 
@@ -137,6 +138,53 @@ class WriteContract:
         assert kv.pull("i").tolist() == [-128]
         assert kv.pull("u").tolist() == [1]
         assert kv.pull("b").tolist() == [True, False]
+
+    # ---------------------------------------------------------------- means
+
+    @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "complex64"])
+    def test_a_mean_is_the_sum_divided_once(self, dtype):
+        dtype = getattr(torch, dtype)
+        wide = torch.float32 if dtype.itemsize == 2 else dtype
+        torch.manual_seed(3)
+        parts = [torch.randn(70, 3, dtype=wide).to(dtype) for _ in range(3)]
+        with self.create(reduce="mean") as kv:
+            kv.init({"a": torch.zeros(70, 3, dtype=dtype), "b": torch.zeros(70, 3, dtype=dtype)})
+            strided = [part.t().contiguous().t() for part in parts]
+            for key, given in (("a", parts), ("b", strided)):
+                for count in (3, 1):
+                    total = sum((part.to(wide) for part in given[1:count]), given[0].to(wide, copy=True))
+                    numbers = torch.view_as_real(total) if wide.is_complex else total
+                    numbers /= count * kv.num_workers
+                    assert torch.equal(kv.pushpull(key, given[:count]), total.to(dtype)), (key, count)
+            pulled = kv.pushpull(["a", "b"], [parts, parts[:1]])
+            assert torch.equal(pulled[1], kv.pushpull("b", parts[:1]))
+            assert torch.equal(pulled[0], kv.pushpull("a", parts))
+
+    def test_an_optimizer_steps_on_the_mean(self):
+        with self.create(reduce="mean") as kv:
+            kv.init(["w", "r"], [np.zeros(2, F32), np.zeros((2, 1), F32)])
+            kv.set_optimizer("sgd", lr=1.0)
+            for _ in range(2):
+                kv.push("w", [kv.num_workers * np.array([1, 8], F32), kv.num_workers * np.array([3, 0], F32)])
+            assert kv.pull("w").tolist() == [-4, -8]
+            part = Rows(np.array([1]), kv.num_workers * np.array([[6]], F32), 2)
+            kv.push("r", [part, Rows(np.array([], np.int64), np.zeros((0, 1), F32), 2)])
+            assert kv.pull("r").tolist() == [[0], [-3]], "a mean of Rows is over all parts"
+
+    @pytest.mark.parametrize("dtype", ["int32", "bool"])
+    def test_there_is_no_mean_of_integers(self, dtype):
+        with self.create(reduce="mean") as kv:
+            kv.init(["w", "n"], [ones(2), np.ones(2, dtype)])
+            before = state(kv)
+            for part in (np.ones(2, dtype), [np.ones(2, dtype)] * 2, Rows(np.array([0]), np.ones(1, dtype), 2)):
+                with pytest.raises(tensorkv.ValueMismatchError, match=rf'push\("n"\): a mean of {dtype}.*reduce="sum"'):
+                    kv.push(["w", "n"], [5 * ones(2), part])
+            assert state(kv) == before
+
+    def test_other_words_for_reduce(self):
+        for bad in ("max", 1):
+            with pytest.raises(tensorkv.ArgumentError, match=r"reduce is .*mean"):
+                self.create(reduce=bad)
 
     # ---------------------------------------------------------------- update
 

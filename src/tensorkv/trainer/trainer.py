@@ -61,7 +61,7 @@ class Trainer:
             a store has one optimizer for all its keys.
 
     The gradient is the **sum** over replicas and workers. Where each replica's loss is the mean over its
-    part of the batch, ``rescale_grad=1 / (number of replicas and workers)`` gives the mean over the batch.
+    part of the batch, a store with ``reduce="mean"`` gives the mean over the batch.
     Sparse gradients (``nn.Embedding(sparse=True)``) update only their rows if the store updates.
 
     >>> import torch, tensorkv

@@ -48,12 +48,14 @@ class Push(Message):
         checksum: of the layout that the client expects of the reply.
         round: in mode sync, the name of the list of keys, the number of the round, and the first round to which this
             worker may still push.
+        counts: in mode sync, for means, of how many parts the part of each key is the sum (None: of one).
         late: apply the push alone, since other servers have applied it in a round that was closed here without it.
     """
 
     pulls: bool = False
     checksum: int | None = None
     round: list[Any] | None = None
+    counts: list[Any] | None = None
     late: bool = False
 
 

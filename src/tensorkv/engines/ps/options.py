@@ -10,6 +10,7 @@ from typing import Any
 from tensorkv.arrays.arguments import check_flag, check_timeout, folder_path
 from tensorkv.errors import ArgumentError, quote, show
 from tensorkv.shard.nonfinite import NonFinite
+from tensorkv.shard.reduce import Reduce
 from tensorkv.transport.rendezvous import launched
 
 # Options of one client; the others are those of the store, and the same for all of its clients.
@@ -32,6 +33,8 @@ class PSOptions:
         path: a folder that the servers see, where they keep everything (None: in memory alone).
         durability: ``"memory"``, ``"process"`` (default with a path) or ``"disk"``.
         nonfinite: ``"pass"``, ``"raise"`` or ``"skip"`` updates whose sum has NaN or Inf.
+        reduce: whether a push takes the ``"sum"`` or the ``"mean"`` of the parts of a key, in mode sync those of all
+            workers.
         keep: how many snapshots may be held at a time.
         heartbeat_timeout_s: after how many seconds without a heartbeat a worker is dead; more than the 1 between two
             heartbeats.
@@ -49,6 +52,7 @@ class PSOptions:
     path: str | None = None
     durability: str = ""
     nonfinite: NonFinite = "pass"
+    reduce: Reduce = "sum"
     keep: int = 4
     heartbeat_timeout_s: float = 30.0
     name: str = "tensorkv"
@@ -95,6 +99,7 @@ class PSOptions:
             )
         _check_one_of("mode", self.mode, ("async", "sync"))
         _check_one_of("nonfinite", self.nonfinite, ("pass", "raise", "skip"))
+        _check_one_of("reduce", self.reduce, ("sum", "mean"))
         is_sync, staleness = self.mode == "sync", self.staleness
         if staleness is not None and (type(staleness) is not int or staleness < 0 or is_sync):
             raise ArgumentError(

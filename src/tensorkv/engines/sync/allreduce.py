@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tensorkv.engines.partition import Numbers
 from tensorkv.errors import NonFiniteError, quote
 from tensorkv.runtime.shield import Steps
 from tensorkv.shard import native, reduce
@@ -55,6 +56,8 @@ class Update:
         # Whether values change only when all sums have come.
         self.is_at_end = policy.checks or schedule.sees_whole
         self.assigns = isinstance(self._rule, Assign) and not policy.checks
+        self.averages = shard.averages
+        """Whether each sum is divided by the number of its parts."""
         self._steps: dict[int, Step] = {}
         # By position of the key, what its update raised.
         self.failed: list[tuple[int, Exception]] = []
@@ -70,16 +73,23 @@ class Update:
         """What the compiled part updates; made in the turn of the call, since it counts the steps before."""
         return None if self.is_at_end else self._shard.updates(self._layout.own_keys)
 
-    def take(self, segment: BucketSegment, columns: list[bytes]) -> bool:
-        """Update this worker's pieces of a segment from columns of parts; False: they are to be given to ``apply``."""
+    def take(self, segment: BucketSegment, columns: list[bytes], divisors: Numbers | None) -> bool:
+        """Update this worker's pieces of a segment from columns of parts; False: they are to be given to ``apply``.
+
+        Args:
+            segment: of a bucket.
+            columns: of parts.
+            divisors: of the sum of each piece (None: they are not divided).
+        """
         if segment.dtype not in native.DTYPES or self._batch is None:
             return False
-        self._batch.update_pieces(segment.own_triples, columns, True)
+        packed = None if divisors is None else divisors.astype(np.float64).tobytes()
+        self._batch.update_pieces(segment.own_triples, columns, True, packed)
         return True
 
-    def apply(self, key: int, start: int, stop: int, parts: Sequence[torch.Tensor]) -> None:
-        """Take the sum of parts for some elements of this worker's part of a key."""
-        self._step(key).apply(start, stop, parts)
+    def apply(self, key: int, start: int, stop: int, parts: Sequence[torch.Tensor], divisor: int) -> None:
+        """Take the sum of parts, divided, for some elements of this worker's part of a key."""
+        self._step(key).apply(start, stop, parts, divisor)
 
     def _step(self, key: int) -> Step:
         if key not in self._steps:
@@ -221,6 +231,10 @@ class AllReduce:
             segment.pack(parts, segment.staged_others)
             if self._direct_column(segment) is None:
                 segment.pack(parts, segment.staged_own)
+        if self.update.averages:
+            counts = self.staging.counts(bucket.slot, self._host.local_rank)
+            for place, segment in zip(bucket.places, bucket.segments, strict=True):
+                counts[place : place + len(segment.pieces.key)] = parts.counts[segment.pieces.key]
         self._host.store(self.staging.own_filled[bucket.slot], bucket.use)
 
     def reduce(self, index: int) -> Steps[None]:
@@ -230,7 +244,8 @@ class AllReduce:
             members = self._members
             yield from self._host.reach(self._filled(bucket), bucket.use, members)
             earlier = self._receive(index) if self.call.sum_comes else None
-            sums = self._sum(bucket.own, members, earlier)
+            counts = self._counts(bucket, members, earlier) if self.update.averages else None
+            sums = self._sum(bucket.own, members, earlier, counts)
             self._host.store(self.staging.own_read[bucket.slot], bucket.use)
             if bucket.own and not self._chain.is_last:
                 self._send_on(index, sums)
@@ -268,26 +283,54 @@ class AllReduce:
             return column
         return b"".join(column[8 * worker : 8 * worker + 8] for worker in members)
 
+    def _counts(self, bucket: Bucket, members: list[int], earlier: PackedBuffer | None) -> list[Numbers]:
+        """Return, for each segment of which this worker owns pieces, of how many parts their sums are up to here."""
+        staged = [self.staging.counts(bucket.slot, worker) for worker in members]
+        cuts = [
+            slice(place + s.own.start, place + s.own.stop)
+            for place, s in zip(bucket.places, bucket.segments, strict=True)
+        ]
+        counts: list[Numbers] = [
+            sum((each[cut] for each in staged), np.zeros(cut.stop - cut.start, np.int64))
+            for cut in cuts
+            if cut.stop > cut.start
+        ]
+        if earlier is not None:
+            before = np.split(earlier.flats[-1].numpy(), np.cumsum([len(own) for own in counts])[:-1])
+            counts = [own + those for own, those in zip(counts, before, strict=True)]
+        return counts
+
     def _sum(
-        self, segments: list[BucketSegment], members: list[int], earlier: PackedBuffer | None
+        self,
+        segments: list[BucketSegment],
+        members: list[int],
+        earlier: PackedBuffer | None,
+        counts: list[Numbers] | None,
     ) -> PackedBuffer | None:
         """Update values, or return the sums for the next host; None where there are no parts up to here."""
         sums: PackedBuffer | None = None
         if not self._chain.is_last:
             if not members or not segments:
                 return earlier
-            if earlier is None and members == [self._host.local_rank] and self._direct is not None:
+            alone = earlier is None and members == [self._host.local_rank]
+            if alone and self._direct is not None and counts is None:
                 sums = PackedBuffer.of_parts(segments, self._direct)
             if sums is not None:
                 return sums
-            sums = PackedBuffer.new([(segment, segment.sum_dtype) for segment in segments])
+            sums = PackedBuffer.new([(segment, segment.sum_dtype) for segment in segments], counts)
         for index, segment in enumerate(segments):
             before = None if earlier is None else earlier.flats[index]
-            self._sum_segment(segment, members, before, None if sums is None else sums.flats[index])
+            own = None if counts is None or sums is not None else counts[index]
+            self._sum_segment(segment, members, before, None if sums is None else sums.flats[index], own)
         return sums
 
     def _sum_segment(
-        self, segment: BucketSegment, members: list[int], earlier: torch.Tensor | None, sums: torch.Tensor | None
+        self,
+        segment: BucketSegment,
+        members: list[int],
+        earlier: torch.Tensor | None,
+        sums: torch.Tensor | None,
+        divisors: Numbers | None,
     ) -> None:
         """Add the members' parts of this worker's pieces to the sum from the host before.
 
@@ -296,6 +339,7 @@ class AllReduce:
             members: of this host, whose parts are added in this order.
             earlier: the sum from the host before; None if none comes.
             sums: where the sums go; None: they update values.
+            divisors: of the sums before they update values (None: they are not divided).
         """
         if native.can_sum(segment.sum_dtype):
             columns = [self._column(segment, worker) for worker in members]
@@ -305,7 +349,7 @@ class AllReduce:
                 counts = segment.own_counts
                 _sum_columns(native.column_beside(sums, counts), columns, counts, segment.sum_dtype)
                 return
-            if self.update.take(segment, columns):
+            if self.update.take(segment, columns, divisors):
                 return
         before = None if earlier is None else _split(segment, earlier)
         targets = None if sums is None else _split(segment, sums)
@@ -313,7 +357,7 @@ class AllReduce:
             # What takes pieces as tensors finds them in the staging buffer.
             segment.pack(self._direct, segment.staged_own)
         with torch.no_grad():
-            self._sum_tensors(segment, members, before, targets)
+            self._sum_tensors(segment, members, before, targets, divisors)
 
     def _sum_tensors(
         self,
@@ -321,6 +365,7 @@ class AllReduce:
         members: list[int],
         before: list[torch.Tensor] | None,
         targets: list[torch.Tensor] | None,
+        divisors: Numbers | None,
     ) -> None:
         for index, at in enumerate(range(segment.own.start, segment.own.stop)):
             parts = [segment.staged(worker, at) for worker in members]
@@ -330,7 +375,8 @@ class AllReduce:
                 reduce.sum_piece(targets[index], parts)
             else:
                 start = int(segment.own_starts[index])
-                self.update.apply(segment.key(at), start, start + int(segment.pieces.count[at]), parts)
+                stop, divisor = start + int(segment.pieces.count[at]), 1 if divisors is None else int(divisors[index])
+                self.update.apply(segment.key(at), start, stop, parts, divisor)
 
     def _column(self, segment: BucketSegment, worker: int) -> bytes:
         """Return where a worker's parts of this worker's pieces can be read."""
@@ -360,6 +406,11 @@ class AllReduce:
         """Return memory for the sums of the hosts before: the values themselves where these are only added to."""
         # A worker that has left may read values at any time.
         in_place = len(self._members) == self._host.size and self.update.assigns and self._chain.is_last
+        if self.update.averages:
+            pieces = sum(len(segment.own_counts) for segment in segments)
+            return PackedBuffer.new(
+                [(segment, segment.sum_dtype) for segment in segments], [np.zeros(pieces, np.int64)]
+            )
         if in_place and all(native.can_sum(segment.dtype) for segment in segments):
             return PackedBuffer.of_values(segments)
         return PackedBuffer.new([(segment, segment.sum_dtype) for segment in segments])
@@ -387,15 +438,21 @@ class PackedBuffer:
     is_value: bool = False
 
     @classmethod
-    def new(cls, wanted: Sequence[tuple[BucketSegment, torch.dtype]]) -> PackedBuffer:
-        """Return memory for the pieces of segments, in a dtype for each."""
-        counts = [sum(segment.own_counts) for segment, _ in wanted]
-        sizes = [aligned(count * dtype.itemsize) for count, (_, dtype) in zip(counts, wanted, strict=True)]
+    def new(
+        cls, wanted: Sequence[tuple[BucketSegment, torch.dtype]], counts: Sequence[Numbers] | None = None
+    ) -> PackedBuffer:
+        """Return memory for the pieces of segments, in a dtype for each; after them, of how many parts they are."""
+        lies = [(sum(segment.own_counts), dtype) for segment, dtype in wanted]
+        if counts is not None:
+            lies.append((sum(map(len, counts)), torch.int64))
+        sizes = [aligned(count * dtype.itemsize) for count, dtype in lies]
         whole = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
         flats = [
             place[: count * dtype.itemsize].view(dtype)
-            for place, count, (_, dtype) in zip(torch.split(whole, sizes), counts, wanted, strict=True)
+            for place, (count, dtype) in zip(torch.split(whole, sizes), lies, strict=True)
         ]
+        if counts is not None:
+            flats[-1].numpy()[:] = np.concatenate(counts)
         return cls(whole, flats)
 
     @classmethod

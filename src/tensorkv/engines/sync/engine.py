@@ -29,6 +29,7 @@ from tensorkv.shard import native
 from tensorkv.shard.entry import Batch, Entry, KeyInfo, Part
 from tensorkv.shard.nonfinite import NonFinite, NonFinitePolicy
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
+from tensorkv.shard.reduce import Reduce
 from tensorkv.shard.rules import CallUpdater, Rule, StepOptimizer, Updater
 from tensorkv.shard.shard import Shard
 from tensorkv.shard.table import Table
@@ -46,16 +47,18 @@ from .push import Pushes
 from .schedule import PartitionedValue
 
 
-def build(*, nonfinite: NonFinite, timeout_s: float, shared_memory: bool) -> DistEngine | None:
+def build(*, nonfinite: NonFinite, reduce: Reduce, timeout_s: float, shared_memory: bool) -> DistEngine | None:
     """Return the engine of this worker, None if it is the only one.
 
     Args:
         nonfinite: ``"pass"``, ``"raise"`` or ``"skip"`` updates whose sum has NaN or Inf.
+        reduce: whether a push takes the ``"sum"`` or the ``"mean"`` of all parts of a key.
         timeout_s: how long to wait for another worker, in seconds.
         shared_memory: let the workers of one host share memory; without it they use Gloo.
     """
-    group = ProcessGroup(check_timeout(timeout_s), check_flag("shared_memory", shared_memory), {"nonfinite": nonfinite})
-    return None if group.size == 1 else DistEngine(group, nonfinite)
+    options = {"nonfinite": nonfinite, "reduce": reduce}
+    group = ProcessGroup(check_timeout(timeout_s), check_flag("shared_memory", shared_memory), options)
+    return None if group.size == 1 else DistEngine(group, nonfinite, reduce)
 
 
 class DistEngine(Engine):
@@ -63,16 +66,16 @@ class DistEngine(Engine):
 
     Args:
         group: of all workers, more than one.
-        nonfinite: as for ``build``.
+        nonfinite, reduce: as for ``build``.
     """
 
     capabilities = frozenset({"optimizer", "updater", "rows", "checkpoint"})
 
-    def __init__(self, group: ProcessGroup, nonfinite: NonFinite) -> None:
+    def __init__(self, group: ProcessGroup, nonfinite: NonFinite, reduce: Reduce = "sum") -> None:
         self._group = group
         self._host = HostGroup(group)
         self._chain = Chain(group, self._host)
-        self._shard = Shard(threads=1)
+        self._shard = Shard(reduce=reduce, threads=1)
         self._order = CollectiveOrder(self._host, self._chain, self._shard)
         self._values: dict[Key, PartitionedValue] = {}
         # Bytes that each owner updates, and whether the rule has to see whole values.

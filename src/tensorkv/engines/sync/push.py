@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from tensorkv.arrays import interop
@@ -23,7 +24,7 @@ from tensorkv.runtime.shield import Steps, finish
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Batch, Entry, Part
 from tensorkv.shard.nonfinite import NonFinitePolicy, count_nonfinite
-from tensorkv.shard.rules import check_outs
+from tensorkv.shard.rules import check_outs, has_means
 from tensorkv.shard.shard import Shard, kept
 from tensorkv.shard.table import Table
 
@@ -137,7 +138,10 @@ class Pushes:
         try:
             # What the compiled part can update, it can by dtype.
             for key in keys if rule.plain_steps is None else self._examples(keys):
-                rule.check(self._shard.entry("push", key), by_rows=False)
+                entry = self._shard.entry("push", key)
+                rule.check(entry, by_rows=False)
+                if self._shard.averages and not has_means(entry):
+                    return False
         except TensorKVError:
             return False
         return True
@@ -260,7 +264,7 @@ class Pushes:
         pairs = list(zip(batch.keys, batch.parts, by_rows, strict=True))
         rows: dict[Key, Any] = {key: parts for key, parts, is_rows in pairs if is_rows}
         dense = {key: parts for key, parts, is_rows in pairs if not is_rows}
-        merged = self._gather_rows(batch.verb, rows)
+        merged = self._gather_rows(batch.verb, rows, [len(parts) for parts in rows.values()])
         if dense:
             inner = self._host.enter(self._signature("push", tuple(dense)))
             yield from self._push_groups(inner, tuple(dense), list(dense.values()), None, 0)
@@ -269,9 +273,22 @@ class Pushes:
         self._apply_rows(merged)
         return False
 
-    def _gather_rows(self, verb: str, parts: Mapping[Key, Sequence[Rows]]) -> dict[Key, Rows]:
-        """Return the sums of all workers' Rows, without those that are left out."""
-        merged = {key: sparse.gather(self._group, self._shard.entry(verb, key), own) for key, own in parts.items()}
+    def _gather_rows(self, verb: str, parts: Mapping[Key, Sequence[Rows]], counts: Sequence[int]) -> dict[Key, Rows]:
+        """Return the sums of all workers' Rows, without those that are left out.
+
+        Args:
+            verb: of the call.
+            parts: of this worker.
+            counts: how many of each key it has, none if it has left.
+        """
+        divisors = np.ones(len(parts), np.int64)
+        if self._shard.averages:
+            found = self._group.all_gather(torch.tensor(counts, dtype=torch.int64, device="cpu"))
+            divisors = np.sum([each.numpy() for each in found], 0)
+        merged = {
+            key: sparse.gather(self._group, self._shard.entry(verb, key), own, divisor)
+            for (key, own), divisor in zip(parts.items(), divisors.tolist(), strict=True)
+        }
         self._host.barrier()
         if self._policy.checks:
             bad = {position: count_nonfinite(total) for position, total in enumerate(merged.values())}
@@ -402,7 +419,8 @@ class Pushes:
             return
         self._order.wait_for_all()
         chosen = [key for key, is_rows in zip(keys, by_rows, strict=True) if is_rows]
-        merged = self._gather_rows(verb, {key: [sparse.no_rows(self._shard.entry(verb, key))] for key in chosen})
+        nothing: dict[Key, Any] = {key: [sparse.no_rows(self._shard.entry(verb, key))] for key in chosen}
+        merged = self._gather_rows(verb, nothing, [0] * len(chosen))
         if len(chosen) < len(keys):
             self._serve(self._order.join())
         self._apply_rows(merged)
@@ -426,7 +444,7 @@ class Pushes:
         if not deferred:
             if self._ring is None:
                 yield from self._agreed_early(call)
-                self._ring = StagingBuffer(self._host, RING, self._slot_nbytes)
+                self._ring = StagingBuffer(self._host, RING, self._slot_nbytes, counts=self._shard.averages)
             staging = self._ring
         elif schedule.is_small:
             staging, first = yield from self._next_small_slot(call)
@@ -442,7 +460,7 @@ class Pushes:
     def _next_small_slot(self, call: Collective) -> Steps[tuple[StagingBuffer, int]]:
         if self._small is None:
             yield from self._agreed_early(call)
-            self._small = StagingBuffer(self._host, ENTRIES, SMALL_NBYTES)
+            self._small = StagingBuffer(self._host, ENTRIES, SMALL_NBYTES, counts=self._shard.averages)
             self._small_pushes = [None] * ENTRIES
         slot = self._small_slot
         self._small_slot = (slot + 1) % ENTRIES
@@ -455,7 +473,8 @@ class Pushes:
         if schedule.own_staging is None:
             yield from self._make_room(schedule)
             yield from self._agreed_early(call)
-            schedule.own_staging = StagingBuffer(self._host, schedule.num_slots, schedule.slot_nbytes)
+            slots, nbytes = schedule.num_slots, schedule.slot_nbytes
+            schedule.own_staging = StagingBuffer(self._host, slots, nbytes, counts=self._shard.averages)
         else:
             # Its slots are filled again only when what was staged before has been taken.
             yield from self._queue.done(schedule.own_staging)

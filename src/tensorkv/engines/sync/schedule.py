@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,11 +80,15 @@ class StagingBuffer:
         host: whose workers share it.
         slots: how many.
         slot_nbytes: of one worker's parts in a slot.
+        counts: whether there is room, beside the parts, for the number of parts that each piece is the sum of.
     """
 
-    def __init__(self, host: HostGroup, slots: int, slot_nbytes: int) -> None:
+    def __init__(self, host: HostGroup, slots: int, slot_nbytes: int, *, counts: bool = False) -> None:
         size = host.size
-        self._row = aligned(slot_nbytes)
+        # A piece begins a line, and so there are at most as many.
+        self._room = aligned(slot_nbytes) // LINE if counts else 0
+        self._counts_at = aligned(slot_nbytes)
+        self._row = self._counts_at + aligned(8 * self._room)
         words = slots * 3 * size
         self._data = words * LINE
         self.segment = host.allocate(self._data + slots * size * self._row, words)
@@ -119,6 +124,11 @@ class StagingBuffer:
         """Return what a worker puts at an offset of a slot."""
         at = self._data + (slot * self._size + worker) * self._row + offset
         return self.segment.tensor(at, (count,), dtype)
+
+    def counts(self, slot: int, worker: int) -> Numbers:
+        """Return how many parts each piece in a slot is the sum of, as a worker has put it there."""
+        found: Numbers = self.tensor(slot, worker, self._counts_at, self._room, torch.int64).numpy()
+        return found
 
 
 class Layout:
@@ -311,6 +321,11 @@ class Bucket:
     slot: int
     use: int
 
+    @property
+    def places(self) -> list[int]:
+        """The place of the first piece of each segment among all pieces."""
+        return list(accumulate([len(segment.pieces.key) for segment in self.segments], initial=0))[:-1]
+
 
 class Schedule:
     """A list of keys, cut into buckets.
@@ -404,6 +419,13 @@ class Arrays:
         if key not in self._flat:
             self._flat[key] = [array.reshape(-1) for array in self._groups[key]]
         return self._flat[key]
+
+    @cached_property
+    def counts(self) -> Numbers:
+        """How many arrays each key has."""
+        if self.batch is not None and self.places is None:
+            return np.frombuffer(self.batch.part_counts, np.int64)
+        return np.array([len(group) for group in self._groups], np.int64)
 
     def own_column(self, segment: BucketSegment) -> bytes | None:
         """Return where this worker's pieces are in the arrays; None where they are not to be read there."""

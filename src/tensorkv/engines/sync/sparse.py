@@ -22,13 +22,14 @@ from .group import ProcessGroup
 from .schedule import PartitionedValue
 
 
-def gather(group: ProcessGroup, entry: Entry, mine: Sequence[Rows]) -> Rows:
-    """Return the sum of every rank's rows, added in the order of ranks and parts, in the value's dtype.
+def gather(group: ProcessGroup, entry: Entry, mine: Sequence[Rows], divisor: int = 1) -> Rows:
+    """Return the sum of every rank's rows, added in the order of ranks and parts, divided, in the value's dtype.
 
     Args:
         group: of all workers.
         entry: of the key.
         mine: this worker's parts. They travel as they are, since to merge them first would round otherwise.
+        divisor: of the sum.
     """
     shape, wide = entry.spec.shape, interop.accumulator(entry.spec.dtype)
     ids = torch.cat([part.ids.cpu() for part in mine])
@@ -39,7 +40,7 @@ def gather(group: ProcessGroup, entry: Entry, mine: Sequence[Rows]) -> Rows:
         Rows(own, each.clone().view(wide).view(len(own), *shape[1:]), shape[0])
         for own, each in zip(found_ids, found_values, strict=True)
     ]
-    return rows.merge(parts, entry.spec.dtype)
+    return rows.merge(parts, entry.spec.dtype, divisor=divisor)
 
 
 def no_rows(entry: Entry) -> Rows:

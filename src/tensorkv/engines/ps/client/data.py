@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from tensorkv.arrays import interop, rows
@@ -52,6 +53,7 @@ class DataClient:
         same_host: of each server, whether it may be on this host.
         is_sync: whether the sums of several workers are added before they are rounded, in rounds.
         finite: checks sums before they are sent, so that no server refuses what another has applied.
+        averages: whether a push takes the means of parts.
     """
 
     def __init__(
@@ -62,9 +64,10 @@ class DataClient:
         *,
         is_sync: bool,
         finite: NonFinitePolicy,
+        averages: bool,
     ) -> None:
         self._sessions, self._keymap, self._same_host, self._is_sync = sessions, keymap, list(same_host), is_sync
-        self._finite = finite
+        self._finite, self._averages = finite, averages
         self._pool = Pool()
         self._rounds = RoundNumbers()
 
@@ -121,6 +124,8 @@ class DataClient:
         if pushes and not isinstance(rule, Assign) and not takes_all:
             # Each value has to be checked.
             return None
+        if pushes and self._averages and not (batch.average() if not self._is_sync else layout.is_floating):
+            return None
         # Outs that would not stay in the cache are stored past it.
         batch.begin(native.leaves_cache(batch.nbytes))
         return PlainCall(batch, layout, pushes, call.verb != "push")
@@ -144,9 +149,11 @@ class DataClient:
         """Push a batch; with outs, pull its keys."""
         placed = self._keymap.having(batch.verb, batch.keys)
         entries = [placed.entry(key) for key in batch.keys]
-        check_push(batch, entries, self._keymap.rule)
-        if self._finite.checks:
-            kept, sums = self._finite.finite_sums(batch, entries, lambda e, p: self._sum(placed[e.key].placement, p))
+        check_push(batch, entries, self._keymap.rule, self._averages)
+        if self._finite.checks or (self._averages and not self._is_sync):
+            kept, sums = self._finite.sums(
+                batch, entries, self._averages, lambda e, p, divisor: self._sum(placed[e.key].placement, p, divisor)
+            )
             if len(kept) < len(entries):
                 self._push_checked(Batch(batch.verb, [entry.key for entry in kept], sums), None, placed)
                 self.pull(batch.keys, outs or ())
@@ -164,12 +171,24 @@ class DataClient:
         targets = None if outs is None else placed.look(batch.keys, outs=outs)
         self._exchange(placed.layout(batch.keys), parts, targets)
 
+    def _counts(self, parts: Arrays | Sequence[Sequence[Part]], chosen: Any) -> list[int] | None:
+        """Return how many parts some of the keys have, if servers need it to take means."""
+        if not self._averages or not self._is_sync:
+            return None
+        if isinstance(parts, Sequence):
+            counts = np.array([len(each) for each in parts])
+        else:
+            counts = np.frombuffer(parts.part_counts, np.int64)
+        found: list[int] = counts[chosen].tolist()
+        return found
+
     def _exchange(self, layout: Layout, parts: Arrays, outs: Arrays | None) -> None:
         """Push dense sums, and fill the outs with the new values."""
         requests = []
         for pushed, pulled in zip(layout.pushed, layout.pulled, strict=True):
             fill = partial(pushed.gather, parts=parts, pool=self._pool)
-            message = Push() if outs is None else Push(pulls=True, checksum=pulled.checksum)
+            own = self._counts(parts, pushed.indices)
+            message = Push(counts=own) if outs is None else Push(pulls=True, checksum=pulled.checksum, counts=own)
             reply_nbytes = 0 if outs is None else pulled.nbytes
             requests.append(ServerRequest(pushed.server, message, pushed.layout, pushed.nbytes, fill, reply_nbytes))
         with self._sessions.take() as session:
@@ -186,7 +205,9 @@ class DataClient:
             items: list[Item] = []
             for key, placement, total in zip(batch.keys, placements, sums, strict=True):
                 items += _items(key, placement, total, server)
-            requests.append(ServerRequest.of_tensors(server, Push(), pack(items)))
+            held = [index for index, each in enumerate(placements) if each.piece_of(server) is not None]
+            counts = self._counts(batch.parts, held)
+            requests.append(ServerRequest.of_tensors(server, Push(counts=counts), pack(items)))
         with self._sessions.take() as session:
             self._send_push(session, list_name(batch.keys), requests)
 
@@ -210,18 +231,18 @@ class DataClient:
                     replies[index] = reply
             return replies
 
-    def _sum(self, placement: KeyPlacement, parts: Sequence[Part]) -> Part:
-        """Return the sum of the parts of a call, in the dtype in which it travels."""
+    def _sum(self, placement: KeyPlacement, parts: Sequence[Part], divisor: int = 1) -> Part:
+        """Return the sum of the parts of a call, divided, in the dtype in which it travels."""
         dtype = placement.spec.dtype
         wide = interop.accumulator(dtype) if self._is_sync else dtype
         if not all(isinstance(part, Rows) for part in parts):
             dense = [part.to_dense(interop.accumulator(dtype)) if isinstance(part, Rows) else part for part in parts]
             total = torch.empty(placement.spec.shape, dtype=wide, device="cpu")
-            reduce.sum_into(total, dense)
+            reduce.sum_into(total, dense, divisor)
             return total
         on_cpu: Any = [part.to("cpu") for part in parts]
         if not self._is_sync:
-            return rows.merge(on_cpu, dtype, may_share=True)
+            return rows.merge(on_cpu, dtype, may_share=True, divisor=divisor)
         # The server adds the rows of all workers in one order, which is not that of the sums of each.
         ids, values = torch.cat([part.ids for part in on_cpu]), torch.cat([part.values.to(wide) for part in on_cpu])
         return Rows(ids, values, placement.spec.shape[0])

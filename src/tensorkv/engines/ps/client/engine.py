@@ -94,7 +94,14 @@ class PSEngine(Engine):
         # In mode sync only the servers know the sums.
         self._finite = NonFinitePolicy("pass" if is_sync else options.nonfinite)
         same_host = [address is not None for address in self._addresses]
-        self._data = DataClient(self._sessions, self._keymap, same_host, is_sync=is_sync, finite=self._finite)
+        self._data = DataClient(
+            self._sessions,
+            self._keymap,
+            same_host,
+            is_sync=is_sync,
+            finite=self._finite,
+            averages=options.reduce == "mean",
+        )
         self._snapshots = SnapshotClient(self._sessions, self._data, len(actors))
         self._claiming, self._claims = threading.Lock(), 0
         self._ranking = threading.Lock()

@@ -235,7 +235,10 @@ class Server:
         batch = self._state.batch(request)
         self._state.shard.check(batch)
         parts = [parts[0] for parts in batch.parts]
-        return PendingPush(request.sender.client, request.sender.seq, parts, _logged(request))
+        counts = request.message.counts
+        if counts is not None and [type(count) is int and count > 0 for count in counts] != [True] * len(parts):
+            raise ArgumentError("malformed push; expected the number of parts of each key")
+        return PendingPush(request.sender.client, request.sender.seq, parts, _logged(request), counts=counts)
 
     def _describe_missing(self, name: str, number: int) -> str:
         return self._staleness.describe(self._sync_rounds.missing(name, number, self._staleness.live()))
@@ -246,7 +249,9 @@ class Server:
 
     def _apply_round(self, keys: Sequence[Key], parts: Sequence[list[Part]], pushes: Sequence[PendingPush]) -> None:
         ids = [(each.client, each.seq, each.words) for each in pushes]
-        self._state.push_round(keys, parts, ids)
+        ones = [1] * len(keys)
+        counts = [sum(own) for own in zip(*(each.counts or ones for each in pushes), strict=True)]
+        self._state.push_round(keys, parts, counts, ids)
         self._tables.add(ids, keys)
         self._condition.notify_all()
 

@@ -61,7 +61,9 @@ class ServerState:
     """
 
     def __init__(self, options: PSOptions, index: int, threads: int | None, clients: ServerTables) -> None:
-        common: dict[str, Any] = {"nonfinite": options.nonfinite, "threads": threads}
+        # In mode async clients take the means.
+        reduce = options.reduce if options.mode == "sync" else "sum"
+        common: dict[str, Any] = {"nonfinite": options.nonfinite, "reduce": reduce, "threads": threads}
         folder = options.folder(index)
         if folder is None:
             self.shard = Shard(**common)
@@ -108,10 +110,12 @@ class ServerState:
         rows = [(*self.shard.entry("push", key).spec.shape, 0)[0] for key in pushed.keys]
         return Batch("push", list(pushed.keys), [[part] for part in pushed.parts(request.payload, rows)])
 
-    def push_round(self, keys: Sequence[Key], parts: Sequence[list[Part]], ids: RequestIds) -> None:
-        """Push the parts of a round."""
+    def push_round(
+        self, keys: Sequence[Key], parts: Sequence[list[Part]], counts: Sequence[int], ids: RequestIds
+    ) -> None:
+        """Push the parts of a round, which are the sums of so many parts of workers."""
         self.snapshots.before_change(keys)
-        self.shard.push(Batch("push", list(keys), list(parts)), requests=ids)
+        self.shard.push(Batch("push", list(keys), list(parts), counts), requests=ids)
 
     def values(
         self, keys: tuple[Key, ...], out: torch.Tensor | None, checksum: int | None, snapshot: str | None = None

@@ -26,6 +26,8 @@ class PendingPush:
     words: dict[str, Any] = field(default_factory=dict)
     replaced: PendingPush | None = None
     """The push of this worker that it replaces, which timed out."""
+    counts: Sequence[int] | None = None
+    """Of how many parts each part is the sum; None: of one."""
 
 
 @dataclass(slots=True)

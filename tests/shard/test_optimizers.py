@@ -544,7 +544,7 @@ def test_names_that_are_no_optimizers(optimizer, words):
     ("name", "numbers", "words"),
     [
         ("sgd", {"learning_rate": 0.1}, 'did you mean "lr"'),
-        ("sgd", {"lr_scheduler": object()}, 'sgd has no "lr_scheduler"; set lr with set_hyperparameters, or give Trai'),
+        ("sgd", {"lr_scheduler": "cosine"}, 'sgd has no "lr_scheduler"; set lr with set_hyperparameters, or give Trai'),
         ("adam", {"wd": 0.1}, 'did you mean "weight_decay"'),
         ("adam", {"beta1": 0.1}, 'did you mean "betas"'),
         ("adam", {"epsilon": 0.1}, 'did you mean "eps"'),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 import torch
 
 from tensorkv import compiled, engines
-from tensorkv.arrays import interop
+from tensorkv.arrays import interop, trees
 from tensorkv.arrays.arguments import (
     Key,
     check_flag,
@@ -23,7 +23,7 @@ from tensorkv.arrays.arguments import (
     single_values,
 )
 from tensorkv.arrays.keytable import select
-from tensorkv.arrays.outputs import GivenOuts, NewOuts
+from tensorkv.arrays.outputs import GivenOuts, NewOuts, like_origin
 from tensorkv.arrays.rows import Rows, take_ids
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.call import Call, check_priority, nbytes, take
@@ -40,6 +40,7 @@ from .errors import (
     ArgumentError,
     ArrayTypeError,
     ForkedStoreError,
+    KeyNotFoundError,
     OptimizerError,
     SparseOutWarning,
     StoreClosedError,
@@ -337,6 +338,161 @@ class KVStore:
         self._engine.protect(init_and_fill)
         self._metrics.add("broadcast", start, keys, list(map(nbytes, outs.tensors)))
         return outs.result(key)
+
+    # ------------------------------------------------------------ trees
+
+    def init_tree(self, tree: Any, *, prefix: str = "") -> None:
+        """Create a key for each array of a tree.
+
+        A tree is an array, or dicts, lists, tuples and NamedTuples of trees; where JAX was imported, any pytree. The
+        key of an array is the path to it, joined with dots. None is a tree without arrays.
+
+        Args:
+            tree: of arrays of any library, or ``Rows``.
+            prefix: put before each key, with a dot in between: several trees can share a store.
+
+        Raises:
+            ArgumentError: two arrays of one name; a bare array without a prefix; a tree that contains itself.
+            TensorKVError: as ``init``; the messages name the path.
+
+        >>> import numpy as np
+        >>> kv = create()
+        >>> kv.init_tree({"layers": [{"w": np.zeros(2)}, {"w": np.ones(1)}]}, prefix="net")
+        >>> kv.keys()
+        ['net.layers.0.w', 'net.layers.1.w']
+        """
+        self._check_open("init_tree")
+        with self._engine.collective("init_tree"):
+            flat = trees.flatten("init_tree", tree, prefix)
+        self.init(flat.names, flat.leaves)
+
+    def push_tree(self, *parts: Any, prefix: str = "", priority: int = 0) -> None:
+        """Push every array of a tree, as one ``push``.
+
+        Args:
+            *parts: trees of equal structure, such as each device's gradients: the arrays at one path are the parts of
+                one key, summed in the order given. The trees may have fewer arrays than the store has keys.
+            prefix: as for ``init_tree``.
+            priority: as for ``push``.
+
+        Raises:
+            ArgumentError: trees of different structure, or as for ``init_tree``.
+            TensorKVError: as ``push``; the messages name the path.
+
+        >>> import numpy as np
+        >>> kv = create()
+        >>> kv.init_tree({"w": np.zeros(2), "b": np.zeros(1)})
+        >>> kv.push_tree({"w": np.ones(2), "b": None}, {"w": np.ones(2), "b": None})
+        >>> kv.pull_tree()
+        {'b': array([0.]), 'w': array([2., 2.])}
+        """
+        self._check_open("push_tree")
+        with self._engine.collective("push_tree"):
+            flat, values = trees.flatten_parts("push_tree", parts, prefix)
+        self.push(flat.names, values, priority=priority)
+
+    def pull_tree(self, like: Any = None, *, into: Any = None, prefix: str = "") -> Any:
+        """Pull every array of a tree, as one ``pull``.
+
+        Args:
+            like: a tree of the structure to return. Its arrays choose library and device; they may be
+                ``jax.ShapeDtypeStruct``.
+            into: a tree of arrays to fill instead, such as ``model.state_dict()``.
+            prefix: as for ``init_tree``.
+
+        Returns:
+            None with ``into``. A tree of new arrays with ``like``. Otherwise nested dicts of all keys that begin with
+            the prefix, as each key was initialised.
+
+        Raises:
+            KeyNotFoundError: the store has no key of that path, or none that begins with the prefix.
+            ArgumentError: as for ``init_tree``; ``like`` and ``into``; keys that do not make nested dicts.
+            TensorKVError: as ``pull``; nothing has been written.
+
+        >>> import numpy as np, torch
+        >>> kv = create()
+        >>> kv.init_tree({"layers": [np.zeros(2), np.ones(1)]})
+        >>> kv.pull_tree({"layers": [torch.empty(2), torch.empty(1)]})
+        {'layers': [tensor([0., 0.], dtype=torch.float64), tensor([1.], dtype=torch.float64)]}
+        >>> kv.pull_tree()
+        {'layers': {'0': array([0., 0.]), '1': array([1.])}}
+        """
+        self._check_open("pull_tree")
+        if into is not None:
+            if like is not None:
+                raise ArgumentError("pull_tree: got like= and into=; like= is the structure of a new tree")
+            flat = trees.flatten("pull_tree", into, prefix)
+            self.pull(flat.names, out=flat.leaves)
+            return None
+        if like is not None:
+            flat = trees.flatten("pull_tree", like, prefix)
+            return flat.rebuild(self._pull_like(flat.names, flat.leaves))
+        base = trees.check_prefix("pull_tree", prefix)
+        keys = self.keys()
+        names = [key for key in keys if isinstance(key, str) and trees.is_below(key, base)]
+        if not names and (base or keys):
+            what = f"begins with {quote(base)}" if base else "is a str"
+            raise KeyNotFoundError(
+                f"pull_tree: no key {what}; the store has {show(keys[:3])}{', ...' * (len(keys) > 3)}"
+            )
+        return trees.nest("pull_tree", dict(zip(names, self.pull(names), strict=True)), base)
+
+    def _pull_like(self, keys: list[str], arrays: list[Any]) -> list[Any]:
+        """Return the value of each key as an array of the library and device of another array."""
+        origins = [like_origin(f"pull_tree({quote(key)})", array) for key, array in zip(keys, arrays, strict=True)]
+        if all(origin == origins[0] for origin in origins):
+            same: list[Any] = self.pull(keys, like=arrays[0] if arrays else None)
+            return same
+        pulled = self.pull(keys, like=torch.empty(0, dtype=torch.float32, device="cpu"))
+        return interop.give_each(pulled, origins)
+
+    def pushpull_tree(self, *parts: Any, prefix: str = "", priority: int = 0) -> Any:
+        """Push every array of a tree, then pull the same keys, as one ``pushpull``.
+
+        Args:
+            *parts, prefix, priority: as for ``push_tree``.
+
+        Returns:
+            A tree of the structure of ``parts[0]`` with the new values, as each key was initialised: with an optimizer
+            in the store the new parameters, without one the sum.
+
+        Raises:
+            TensorKVError: as ``push_tree``.
+
+        >>> import numpy as np
+        >>> kv = create()
+        >>> kv.init_tree({"w": np.ones(2)})
+        >>> kv.set_optimizer("sgd", lr=0.5)
+        >>> kv.pushpull_tree({"w": np.ones(2)})
+        {'w': array([0.5, 0.5])}
+        """
+        self._check_open("pushpull_tree")
+        with self._engine.collective("pushpull_tree"):
+            flat, values = trees.flatten_parts("pushpull_tree", parts, prefix)
+        return flat.rebuild(self.pushpull(flat.names, values, priority=priority))
+
+    def broadcast_tree(self, tree: Any, *, prefix: str = "") -> Any:
+        """Create a key for each array of a tree, then pull them: ``init_tree`` and ``pull_tree`` in one call.
+
+        Args:
+            tree, prefix: as for ``init_tree``.
+
+        Returns:
+            A tree of new arrays; with several workers they have rank 0's values.
+
+        Raises:
+            TensorKVError: as ``init_tree``; nothing has changed.
+
+        >>> import numpy as np
+        >>> create().broadcast_tree([np.ones(2), {"b": np.zeros(1)}])
+        [array([1., 1.]), {'b': array([0.])}]
+        """
+        self._check_open("broadcast_tree")
+        with self._engine.collective("broadcast_tree"):
+            flat = trees.flatten("broadcast_tree", tree, prefix)
+        return flat.rebuild(self.broadcast(flat.names, flat.leaves))
+
+    # ------------------------------------------------------------ rows, snapshots
 
     @runs_outside_modes
     def row_sparse_pull(self, key: Any, out: Any = None, priority: int = 0, row_ids: Any = None) -> Any:
@@ -853,6 +1009,15 @@ class Snapshot:
             TensorKVError: as ``KVStore.pull``.
         """
         return self._store.pull(key, out, like=like)
+
+    def pull_tree(self, like: Any = None, *, into: Any = None, prefix: str = "") -> Any:
+        """Copy the arrays of a tree, as ``KVStore.pull_tree`` does.
+
+        Raises:
+            SnapshotError: the snapshot was dropped.
+            TensorKVError: as ``KVStore.pull_tree``.
+        """
+        return self._store.pull_tree(like, into=into, prefix=prefix)
 
     def row_sparse_pull(self, key: Any, out: Any = None, *, row_ids: Any = None) -> Any:
         """Copy rows, as ``KVStore.row_sparse_pull`` does.

@@ -27,10 +27,10 @@ def nothing(value):
         return type(value)([nothing(each) for each in value])
     if isinstance(value, torch.Tensor):
         return _torch_nothing(value)
-    if type(value) in (np.ndarray, np.float64, np.float32) and value.dtype.kind in "biufc":
-        zero = -0.0 if value.dtype.kind in "fc" else 0
+    if type(value) in (np.ndarray, np.float64, np.float32) and value.dtype.kind in "biufcV":
+        zero = 0 if value.dtype.kind in "biu" else -0.0  # ml_dtypes' bfloat16 is "V"
         return np.full_like(value, zero) if isinstance(value, np.ndarray) else type(value)(zero)
-    if type(value).__module__.startswith("jax") and hasattr(value, "dtype"):
+    if type(value).__module__.startswith("jax") and hasattr(value, "dtype") and not value.is_deleted():
         return value * 0 if value.dtype != bool else value & False
     return value
 

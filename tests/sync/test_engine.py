@@ -63,6 +63,7 @@ FEW = (
     "test_pushpull_is_push_then_pull",
     "test_pushpull_in_place",
     "test_broadcast",
+    "test_trees_are_pushed_and_pulled",
     "test_rows_of_several_parts_and_sparse_tensors",
     "test_rows_start_as_init_says",
     "test_rows_step_lazily",

@@ -2,8 +2,8 @@
 
 Inside the store there are only torch tensors. ``take`` turns a caller's array into a tensor that
 shares its memory; ``target`` does the same for an array to be filled; ``give`` turns a tensor that
-nothing else refers to into an array of the caller's library. This is the only file that names jax or cupy,
-and it imports them only when the caller already has.
+nothing else refers to into an array of the caller's library. This is the only file that imports JAX or CuPy,
+and it does so only when the caller already has.
 """
 
 from __future__ import annotations
@@ -217,6 +217,14 @@ def _take_jax(array: Any) -> torch.Tensor:
         raise ArrayTypeError(_bad_dtype(str(array.dtype)))
     if array.is_deleted():
         raise ArrayTypeError("is a JAX array that was deleted or donated, and has no elements any more")
+    if array.is_fully_replicated:
+        # Each device has all of it. Not by NumPy, whose view JAX would keep, so that the array could not be donated.
+        array = array.addressable_data(0)
+    elif not array.is_fully_addressable:
+        raise ArrayTypeError(
+            "is a JAX array of which other processes hold parts; gather it first, such as with "
+            "jax.experimental.multihost_utils.process_allgather"
+        )
     if len(array.devices()) > 1 or array.dtype.name not in _NUMPY_NAMES:
         return _take_numpy(np.asarray(array))
     return _take_torch(torch.utils.dlpack.from_dlpack(array))
@@ -230,28 +238,42 @@ def _bad_dtype(name: str) -> str:
     return f"has dtype {name}, which a store cannot hold; it holds {known}"
 
 
+# Classes of JAX's arrays: it takes long to ask JAX.
+_jax_classes: set[type] = set()
+
+
 def is_jax(array: Any) -> bool:
     """Return whether this is a JAX array, without importing JAX."""
+    if type(array) in _jax_classes:
+        return True
     jax = sys.modules.get("jax")
-    return jax is not None and isinstance(array, jax.Array)
+    if jax is None or not isinstance(array, jax.Array):
+        return False
+    _jax_classes.add(type(array))
+    return True
 
 
 def jax_views(given: Any) -> Any:
-    """Return arrays with NumPy's views in place of JAX's that are in this process's memory.
+    """Return arrays with views of NumPy or torch in place of JAX's arrays.
 
     Args:
         given: an array, or a list or tuple of arrays or of such lists.
 
     Returns:
-        ``given`` itself where it has no such arrays.
+        ``given`` itself where it has no such arrays. Arrays that cannot be viewed stay as they are; those that are
+        sharded over several devices are gathered.
     """
     if type(given) in (list, tuple) and "jax" in sys.modules:
         viewed = [jax_views(each) for each in given]
         return viewed if any(map(operator.is_not, viewed, given)) else given
-    if is_jax(given):
-        # Raised by arrays elsewhere, on several devices, deleted, traced, and of dtypes that buffers do not have.
-        with suppress(BufferError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            return np.asarray(memoryview(given))
+    if not is_jax(given):
+        return given
+    try:
+        return np.asarray(memoryview(given))
+    except (BufferError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        # Elsewhere, on several devices, deleted, traced, or of a dtype that buffers do not have.
+        with suppress(ArrayTypeError):
+            return _take_jax(given)
     return given
 
 
@@ -269,8 +291,9 @@ def origin(array: Any) -> Origin:
         return Origin("torch", array.device)
     if isinstance(array, np.ndarray | np.generic):
         return NUMPY
-    if is_jax(array):
-        return Origin("jax", array.sharding)
+    if is_jax(array) or _is_jax_struct(array):
+        # An array without a device of its own stays one: JAX moves it to those of the arrays it is used with.
+        return Origin("jax", array.sharding if getattr(array, "committed", True) else None)
     if type(array).__module__.partition(".")[0] == "cupy":
         return Origin("cupy", array.device)
     if isinstance(array, type):
@@ -280,6 +303,12 @@ def origin(array: Any) -> Origin:
     if hasattr(array, "__dlpack__"):
         return Origin("torch")
     raise ArrayTypeError(f"is {show(array)}, not an array")
+
+
+def _is_jax_struct(array: Any) -> bool:
+    """Return whether this describes a JAX array, as ``jax.eval_shape`` returns it."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(array, jax.ShapeDtypeStruct)
 
 
 def empty(shape: torch.Size, dtype: torch.dtype, origin: Origin) -> Any:
@@ -306,17 +335,7 @@ def give(tensor: torch.Tensor, origin: Origin) -> Any:
     if origin.library == "numpy":
         return view(tensor.cpu(), origin)
     if origin.library == "jax":
-        import jax
-
-        # Not by DLPack: XLA's threads let go of its memory, which takes Python's lock where torch has made it, and
-        # ends the process if Python has ended. Of NumPy's arrays JAX itself lets go, in a thread of Python.
-        array = jax.device_put(view(tensor.cpu(), NUMPY), origin.device)
-        if array.dtype.name != dtype_name(tensor.dtype):
-            raise ArrayTypeError(
-                f"is {dtype_name(tensor.dtype)}, which JAX would cut down to {array.dtype.name}; "
-                'call jax.config.update("jax_enable_x64", True) first, or pull into another library'
-            )
-        return array
+        return _give_jax([tensor], origin.device)[0]
     if origin.library == "cupy":
         import cupy
 
@@ -324,6 +343,36 @@ def give(tensor: torch.Tensor, origin: Origin) -> Any:
             return cupy.from_dlpack(tensor.to(f"cuda:{origin.device.id}"))
     # A copy, which the library lets go of when and where it likes.
     return origin.device.asarray(view(tensor.cpu(), NUMPY), copy=True)
+
+
+def give_each(tensors: Sequence[torch.Tensor], origins: Sequence[Origin]) -> list[Any]:
+    """Return ``give`` of each tensor; arrays of JAX are made together, which takes half as long."""
+    given: list[Any] = [None] * len(tensors)
+    by_device: dict[Any, list[int]] = {}
+    for index, (tensor, origin) in enumerate(zip(tensors, origins, strict=True)):
+        if origin.library == "jax":
+            by_device.setdefault(origin.device, []).append(index)
+        else:
+            given[index] = give(tensor, origin)
+    for device, places in by_device.items():
+        for index, array in zip(places, _give_jax([tensors[index] for index in places], device), strict=True):
+            given[index] = array
+    return given
+
+
+def _give_jax(tensors: Sequence[torch.Tensor], device: Any) -> list[Any]:
+    import jax
+
+    # Not by DLPack: XLA's threads let go of its memory, which takes Python's lock where torch has made it, and
+    # ends the process if Python has ended. Of NumPy's arrays JAX itself lets go, in a thread of Python.
+    arrays: list[Any] = jax.device_put([view(tensor.cpu(), NUMPY) for tensor in tensors], device)
+    for tensor, array in zip(tensors, arrays, strict=True):
+        if array.dtype.name != dtype_name(tensor.dtype):
+            raise ArrayTypeError(
+                f"is {dtype_name(tensor.dtype)}, which JAX would cut down to {array.dtype.name}; "
+                'call jax.config.update("jax_enable_x64", True) first, or pull into another library'
+            )
+    return arrays
 
 
 def view(tensor: torch.Tensor, origin: Origin) -> Any:

@@ -32,10 +32,6 @@ class KeySpec:
         """Return a new array to be filled, of NumPy or torch."""
         return interop.empty(self.shape, self.dtype, self.origin)
 
-    def give(self, array: Any) -> Any:
-        """Return a filled new array as one of the key's library."""
-        return interop.give(array, self.origin) if isinstance(array, torch.Tensor) else array
-
     def of(self, origin: interop.Origin) -> KeySpec:
         """Return the same for arrays of another library or device."""
         return replace(self, origin=origin)

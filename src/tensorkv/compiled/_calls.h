@@ -189,7 +189,8 @@ static int is_free(const ShardFields *fields) {
 
 PyDoc_STRVAR(call_doc, "Call(record, verb, key, value, out, priority, like=None, ignore_sparse=False, flat=False)\n--\n\n"
                        "A push, pull or pushpull, as the caller wrote it. A subclass parses what is not plain: it has\n"
-                       "``outcome() -> (keys, nbytes, result)``, and ``like_spec(spec)`` for new outs like an array.");
+                       "``outcome() -> (keys, nbytes, result)``, ``like_spec(spec)`` for new outs like an array, and\n"
+                       "``give(outs, specs)``, which returns outs as arrays of their keys' libraries.");
 
 /* What a call was made with; then its keys, values and outs, one each or lists of these; then the specs of the keys whose
  * new outs are not returned as they are, by place. */
@@ -390,19 +391,8 @@ static PyObject *call_run(Call *call, PyObject *given) {
 static PyObject *give_outs(Call *call) {
     static PyObject *give_name;
     if (give_name == NULL) give_name = PyUnicode_InternFromString("give");
-    PyObject *outs = Py_NewRef(call->held[OUTS]), *place, *spec;
-    Py_ssize_t at = 0;
-    int is_list = PyList_CheckExact(outs);
-    while (call->held[SPECS] != NULL && outs != NULL && PyDict_Next(call->held[SPECS], &at, &place, &spec)) {
-        Py_ssize_t index = PyLong_AsSsize_t(place);
-        PyObject *given = PyObject_CallMethodObjArgs(spec, give_name, is_list ? PyList_GetItem(outs, index) : outs, NULL);
-        if (is_list && given != NULL) {
-            if (PyList_SetItem(outs, index, given)) Py_CLEAR(outs);
-        } else {
-            Py_DECREF(outs);
-            outs = given;
-        }
-    }
+    PyObject *outs = call->held[OUTS], *specs = call->held[SPECS];
+    outs = specs == NULL ? Py_NewRef(outs) : PyObject_CallMethodObjArgs((PyObject *)call, give_name, outs, specs, NULL);
     if (outs == NULL || !PyDict_CheckExact(call->held[KEY])) return outs;
     PyObject *named = PyDict_New();
     for (Py_ssize_t i = 0; named != NULL && i < PyList_Size(outs); i++)

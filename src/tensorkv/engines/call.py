@@ -33,6 +33,7 @@ class Call(native.Call):
     # What is parsed of the arguments, when that is first asked for.
     _batch: Batch | None = None
     _outs: NewOuts | GivenOuts | None = None
+    _like_origin: interop.Origin | None = None
     skipped: SparseOutWarning | None = None
     """The warning that an out was left alone."""
 
@@ -99,7 +100,24 @@ class Call(native.Call):
 
     def like_spec(self, spec: KeySpec) -> KeySpec:
         """Return what a new array for a key must be like, whose library and device ``like`` may choose."""
-        return spec if self.like is None else spec.of(like_origin(self.verb, self.like))
+        if self.like is None:
+            return spec
+        if self._like_origin is None:
+            self._like_origin = like_origin(self.verb, self.like)
+        return spec if spec.origin == self._like_origin else spec.of(self._like_origin)
+
+    def give(self, outs: Any, specs: dict[int, KeySpec]) -> Any:
+        """Return filled new outs as arrays of their keys' libraries.
+
+        Args:
+            outs: one, or a list.
+            specs: of the keys whose arrays torch has made, by place.
+        """
+        listed = outs if isinstance(outs, list) else [outs]
+        given = interop.give_each([listed[place] for place in specs], [spec.origin for spec in specs.values()])
+        for place, array in zip(specs, given, strict=True):
+            listed[place] = array
+        return outs if isinstance(outs, list) else listed[0]
 
     def outcome(self) -> tuple[list[Key], list[int], Any]:
         """Return the keys of a parsed call, for each of them the bytes that it has moved, and what the verb returns."""

@@ -12,11 +12,12 @@ from .arrays import ArrayContract
 from .libraries import LIBRARIES
 from .life import LifeContract
 from .reads import ReadContract
+from .trees import TreeContract
 from .updaters import UpdaterContract
 from .writes import WriteContract
 
 
-class BaseContract(ArgumentContract, WriteContract, ReadContract, ArrayContract, LifeContract):
+class BaseContract(ArgumentContract, WriteContract, ReadContract, ArrayContract, TreeContract, LifeContract):
     """The contract without update functions, for an engine that cannot run functions of the caller.
 
     Subclass it as ``Contract``.

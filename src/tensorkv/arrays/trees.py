@@ -1,0 +1,240 @@
+"""Trees: nested containers of arrays as named arrays, and back.
+
+The name of an array is the keys on its path, joined with dots. Where the process has imported JAX, its registry says
+what a container is, so dataclasses and modules that are registered as pytrees are trees as well. Without JAX, the
+containers are those that JAX knows itself, with the same names in the same order.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tensorkv.errors import ArgumentError, TensorKVError, quote, show
+
+# Names of the trees seen last, by structure and prefix.
+_names: dict[tuple[Any, str], list[str]] = {}
+_MAX_NAMES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """The leaves of a tree.
+
+    Args:
+        names: of the leaves; other trees of this structure have the same list, so it must not be changed.
+        leaves: in the order of the names.
+        structure: equal for trees of equal structure.
+        rebuild: makes a tree of this structure from other leaves.
+    """
+
+    names: list[str]
+    leaves: list[Any]
+    structure: Any
+    rebuild: Callable[[Sequence[Any]], Any]
+
+
+def flatten(verb: str, tree: Any, prefix: str) -> Flat:
+    """Return the leaves of a tree with their names.
+
+    Args:
+        verb: for messages.
+        tree: nested dicts, lists, tuples, NamedTuples and None, or any pytree if JAX was imported.
+        prefix: put before each name, joined with a dot; it may end with that dot.
+
+    Raises:
+        ArgumentError: two leaves of one name, a leaf without a name, a tree that contains itself, an invalid prefix.
+
+    >>> flat = flatten("push", {"layers": [{"w": 1}, {"w": 2, "b": None}]}, "net")
+    >>> flat.names, flat.leaves
+    (['net.layers.0.w', 'net.layers.1.w'], [1, 2])
+    >>> flat.rebuild([3, 4])
+    {'layers': [{'w': 3}, {'b': None, 'w': 4}]}
+    """
+    base = check_prefix(verb, prefix)
+    jax = sys.modules.get("jax")
+    try:
+        return _flatten(verb, tree, base) if jax is None else _flatten_pytree(verb, jax.tree_util, tree, base)
+    except (RecursionError, SystemError):  # the latter from JAX's compiled code
+        raise ArgumentError(f"{verb}: the tree contains itself, or is nested too deeply") from None
+    except (TypeError, ValueError) as error:
+        if isinstance(error, TensorKVError):
+            raise
+        raise ArgumentError(f"{verb}: the tree cannot be flattened: {error}") from error
+
+
+def check_prefix(verb: str, prefix: Any) -> str:
+    """Return a prefix of names without its last dot.
+
+    Raises:
+        ArgumentError: it is not a str.
+    """
+    if not isinstance(prefix, str):
+        raise ArgumentError(f"{verb}: prefix is {show(prefix)}; expected a str")
+    return prefix.removesuffix(".")
+
+
+def flatten_parts(verb: str, trees: Sequence[Any], prefix: str) -> tuple[Flat, list[Any]]:
+    """Return the first of several trees of one structure, and what a push of its names takes.
+
+    Args:
+        verb, prefix: as for ``flatten``.
+        trees: at least one.
+
+    Returns:
+        The first tree, and its leaves; if there are several trees, a list of parts for each leaf.
+
+    Raises:
+        ArgumentError: no tree, trees of different structure, or as ``flatten``.
+
+    >>> flatten_parts("push", [{"w": 1, "b": 2}, {"w": 3, "b": 4}], "")[1]
+    [[2, 4], [1, 3]]
+    """
+    if not trees:
+        raise ArgumentError(f"{verb}: got no tree; expected at least one")
+    flats = [flatten(verb, tree, prefix) for tree in trees]
+    first = flats[0]
+    if len(flats) == 1:
+        return first, first.leaves
+    for index, other in enumerate(flats):
+        if other.structure != first.structure:
+            lone = sorted(set(first.names) ^ set(other.names))
+            where = f"only one has {quote(lone[0])}" if lone else "the types of their containers differ"
+            raise ArgumentError(f"{verb}: trees 0 and {index} differ in structure: {where}")
+    return first, [list(parts) for parts in zip(*(flat.leaves for flat in flats), strict=True)]
+
+
+def nest(verb: str, arrays: dict[str, Any], prefix: str) -> Any:
+    """Return named arrays as nested dicts, by the parts of their names between dots.
+
+    Args:
+        verb: for messages.
+        arrays: by names that begin with the prefix.
+        prefix: what to leave out of the names, without its last dot.
+
+    Raises:
+        ArgumentError: a name that another one continues.
+
+    >>> nest("pull_tree", {"net.layers.0": 1, "net.bias": 2}, "net")
+    {'layers': {'0': 1}, 'bias': 2}
+    """
+    if list(arrays) == [prefix]:
+        return arrays[prefix]
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *path, last = (name[len(prefix) + 1 :] if prefix else name).split(".")
+        inner = tree
+        for key in path:
+            inner = inner.setdefault(key, {})
+            if type(inner) is not dict:
+                break
+        if type(inner) is not dict or last in inner or name == prefix:
+            raise ArgumentError(f"{verb}: {quote(name)} is an array and part of another name; give like= or into=")
+        inner[last] = array
+    return tree
+
+
+def is_below(name: str, prefix: str) -> bool:
+    """Return whether a prefix without its last dot is one of a name.
+
+    >>> [is_below(name, "net") for name in ("net.w", "net", "network.w")]
+    [True, True, False]
+    """
+    return not prefix or name == prefix or name.startswith(f"{prefix}.")
+
+
+def _check_names(verb: str, names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise ArgumentError(
+            f"{verb}: two leaves of the tree have the path {quote(twice)}; paths are joined with dots, so rename a key"
+        )
+    if "" in names:
+        raise ArgumentError(
+            f"{verb}: a leaf of the tree has no name; give a prefix, or a name in place of an empty one"
+        )
+    return names
+
+
+# ---------------------------------------------------------------- with JAX
+
+
+def _flatten_pytree(verb: str, tree_util: Any, tree: Any, base: str) -> Flat:
+    leaves, structure = tree_util.tree_flatten(tree)
+    names = _names.get((structure, base))
+    if names is None:
+        paths = [path for path, _ in tree_util.tree_flatten_with_path(tree)[0]]
+        words = [[tree_util.keystr((key,), simple=True) for key in path] for path in paths]
+        names = _check_names(verb, [".".join([base, *path] if base else path) for path in words])
+        if len(_names) >= _MAX_NAMES:
+            _names.clear()
+        _names[structure, base] = names
+    return Flat(names, leaves, structure, structure.unflatten)
+
+
+# ---------------------------------------------------------------- without JAX
+
+_LEAF = object()
+_CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, tuple, type(None)})
+
+
+def _flatten(verb: str, tree: Any, base: str) -> Flat:
+    names: list[str] = []
+    leaves: list[Any] = []
+    # The tree is the only child of a list.
+    (structure,) = _walk_all([tree], [base or None], names, leaves)
+    return Flat(_check_names(verb, names), leaves, structure, lambda given: _rebuild_all([structure], iter(given))[0])
+
+
+def _walk_all(below: Iterable[Any], paths: Iterable[str | None], names: list[str], leaves: list[Any]) -> list[Any]:
+    """Append the leaves of some trees and their names; return the trees' structures, for ``_rebuild_all``."""
+    structures = []
+    for tree, path in zip(below, paths, strict=True):
+        kind = type(tree)
+        if kind not in _CONTAINERS and not (isinstance(tree, tuple) and hasattr(kind, "_fields")):
+            names.append(path or "")
+            leaves.append(tree)
+            structures.append(_LEAF)
+        elif tree is None:
+            structures.append(None)
+        else:
+            words, inner = _children(tree)
+            start = "" if path is None else f"{path}."
+            found = _walk_all(inner, [f"{start}{word}" for word in words], names, leaves)
+            structures.append((kind, getattr(tree, "default_factory", None), words, found))
+    return structures
+
+
+def _children(tree: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Return the keys of a container, in the order of JAX, and what it has there."""
+    kind = type(tree)
+    if kind in (list, tuple):
+        return range(len(tree)), tree
+    if isinstance(tree, tuple):
+        return tree._fields, tree  # type: ignore[attr-defined]
+    words = list(tree) if kind is OrderedDict else sorted(tree)
+    return words, [tree[word] for word in words]
+
+
+def _rebuild_all(structures: list[Any], leaves: Iterator[Any]) -> list[Any]:
+    trees = []
+    for structure in structures:
+        if structure is _LEAF:
+            trees.append(next(leaves))
+        elif structure is None:
+            trees.append(None)
+        else:
+            kind, factory, words, inner = structure
+            trees.append(_container(kind, factory, words, _rebuild_all(inner, leaves)))
+    return trees
+
+
+def _container(kind: type, factory: Any, words: Sequence[Any], below: list[Any]) -> Any:
+    if kind is defaultdict:
+        return defaultdict(factory, zip(words, below, strict=True))
+    if kind in (dict, OrderedDict):
+        return kind(zip(words, below, strict=True))
+    return kind(below) if kind in (list, tuple) else kind(*below)

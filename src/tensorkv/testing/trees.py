@@ -1,0 +1,247 @@
+"""Trees: nested containers of arrays, by the paths to their arrays."""
+
+from collections import OrderedDict, defaultdict
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import tensorkv
+from tensorkv import Rows
+
+from .values import F32, ones, state
+
+
+class Layer(NamedTuple):
+    weight: object
+    bias: object
+
+
+def tree_of(library, number, dtype="float32"):
+    """A tree of every kind of container, whose arrays are full of a number."""
+
+    def full(*shape):
+        return library.make(np.full(shape, number), dtype)
+
+    return {
+        "layers": [Layer(full(2, 3), full(3)), Layer(full(3, 1), None)],
+        "scale": (full(), OrderedDict(z=full(1), a=full(2))),
+        "more": defaultdict(list, {"none": None, "empty": {}}),
+    }
+
+
+PATHS = ["layers.0.weight", "layers.0.bias", "layers.1.weight", "scale.0", "scale.1.z", "scale.1.a"]
+
+
+def check(library, tree, number):
+    """Check the types of a tree's containers, and that its arrays are full of a number."""
+    first, second = tree["layers"]
+    scale, ordered = tree["scale"]
+    assert [type(each) for each in (tree, tree["layers"], first, second)] == [dict, list, Layer, Layer]
+    assert (type(tree["scale"]), type(ordered), list(ordered)) == (tuple, OrderedDict, ["z", "a"])
+    assert (type(tree["more"]), tree["more"].default_factory) == (defaultdict, list)
+    assert (second.bias, dict(tree["more"])) == (None, {"none": None, "empty": {}})
+    arrays = [first.weight, first.bias, second.weight, scale, ordered["z"], ordered["a"]]
+    read = [library.read(array) for array in arrays]
+    assert [each.shape for each in read] == [(2, 3), (3,), (3, 1), (), (1,), (2,)]
+    assert all((each == number).all() for each in read)
+
+
+class TreeContract:
+    """Trees: nested containers of arrays, by the paths to their arrays."""
+
+    def test_keys_are_the_paths_of_a_tree(self, kv, library):
+        kv.init_tree(tree_of(library, 1))
+        kv.init_tree(tree_of(library, 2), prefix="other")
+        kv.init_tree(library.make([3]), prefix="bare")
+        # A dict's keys are sorted, an OrderedDict's are not.
+        assert kv.keys() == [*PATHS, *(f"other.{path}" for path in PATHS), "bare"]
+        check(library, kv.pull_tree(tree_of(library, 0)), 1)
+        check(library, kv.pull_tree(tree_of(library, 0), prefix="other."), 2)
+        assert library.read(kv.pull_tree(library.make([0]), prefix="bare")).tolist() == [3]
+
+    def test_trees_are_pushed_and_pulled(self, kv, library):
+        kv.init_tree(tree_of(library, 1))
+        kv.push_tree(tree_of(library, 2))
+        check(library, kv.pull_tree(tree_of(library, 0)), 2)
+        # Several trees are parts of one push.
+        kv.push_tree(tree_of(library, 2), tree_of(library, 3), tree_of(library, 4))
+        check(library, kv.pull_tree(tree_of(library, 0)), 9)
+        check(library, kv.pushpull_tree(tree_of(library, 5), tree_of(library, 6)), 11)
+        assert {kv.info(key).version for key in kv} == {3}
+
+    def test_an_optimizer_steps_a_tree(self, kv, library):
+        kv.init_tree(tree_of(library, 1), prefix="net")
+        kv.set_optimizer("sgd", lr=0.5)
+        check(library, kv.pushpull_tree(tree_of(library, 1), tree_of(library, 0), prefix="net"), 0.5)
+
+    def test_a_tree_is_broadcast(self, kv, library):
+        check(library, kv.broadcast_tree(tree_of(library, 1), prefix="net"), 1)
+        assert kv.keys() == [f"net.{path}" for path in PATHS]
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "int32", "bool"])
+    def test_trees_of_any_dtype(self, kv, library, dtype):
+        if library.name == "jax" and dtype == "float64":
+            library, dtype = type(library)(), "float32"
+        if library.name == "numpy" and dtype == "bfloat16":
+            pytest.importorskip("ml_dtypes")
+        tree = {"w": [library.make([1, 0], dtype)]}
+        kv.init_tree(tree)
+        pulled = kv.pushpull_tree(tree)["w"][0]
+        assert str(pulled.dtype).removeprefix("torch.") == dtype
+        assert pulled.tolist() == [1, 0]
+
+    def test_a_part_of_a_tree_is_pushed(self, kv, library):
+        tree = {"a": library.make([1]), "b": library.make([1])}
+        kv.init_tree(tree)
+        kv.push_tree({"a": None, "b": library.make([2])})
+        pulled = kv.pushpull_tree({"a": library.make([3])})
+        assert library.read(pulled["a"]).tolist() == [3]
+        assert [kv.info(key).version for key in ("a", "b")] == [1, 1]
+
+    def test_trees_without_arrays(self, kv):
+        for tree in ({}, [], None, {"a": [None, ()]}):
+            kv.init_tree(tree)
+            kv.push_tree(tree)
+            kv.push_tree(tree, tree)
+            assert kv.pushpull_tree(tree) == tree
+            assert kv.pull_tree(tree) == (tree if tree is not None else {})
+        assert kv.keys() == []
+
+    def test_trees_of_several_libraries(self, kv):
+        kv.init_tree({"n": ones(2), "t": torch.ones(2)})
+        pulled = kv.pushpull_tree({"n": torch.full((2,), 2.0), "t": np.full(2, 3, F32)})
+        assert isinstance(pulled["n"], np.ndarray)
+        assert isinstance(pulled["t"], torch.Tensor)
+        like = kv.pull_tree({"n": torch.empty(0), "t": ones(2)})
+        assert isinstance(like["n"], torch.Tensor)
+        assert isinstance(like["t"], np.ndarray)
+        assert (like["n"].tolist(), like["t"].tolist()) == ([2, 2], [3, 3])
+
+    def test_a_tree_is_filled(self, kv):
+        module = torch.nn.Linear(2, 1)
+        kv.init_tree(module.state_dict(), prefix="head")
+        kv.push_tree({"weight": torch.full((1, 2), 5.0), "bias": torch.ones(1)}, prefix="head")
+        assert kv.pull_tree(into=module.state_dict(), prefix="head") is None
+        assert (module.weight.tolist(), module.bias.tolist()) == ([[5, 5]], [1])
+        with pytest.raises(tensorkv.ArgumentError, match="pull_tree: got like= and into="):
+            kv.pull_tree({}, into={})
+
+    def test_a_tree_without_a_model_is_nested_dicts(self, kv):
+        kv.init_tree({"policy": {"layers": [ones(1), 2 * ones(1)]}, "policy2": 3 * ones(1)})
+        assert kv.pull_tree() == {"policy": {"layers": {"0": 1, "1": 2}}, "policy2": 3}
+        assert kv.pull_tree(prefix="policy.layers") == {"0": 1, "1": 2}
+        assert kv.pull_tree(prefix="policy2") == 3
+        with pytest.raises(tensorkv.KeyNotFoundError, match='pull_tree: no key begins with "pol"'):
+            kv.pull_tree(prefix="pol")
+        kv.init("policy", ones(1))
+        with pytest.raises(tensorkv.ArgumentError, match='pull_tree: "policy" is an array and part of another name'):
+            kv.pull_tree()
+
+    def test_rows_in_a_tree(self, kv):
+        kv.init_tree({"table": Rows(np.array([2]), ones(1, 2), 9), "w": ones(2)})
+        kv.push_tree({"table": Rows(np.array([4]), ones(1, 2), 9), "w": ones(2)})
+        assert kv.row_sparse_pull("table", row_ids=[2, 3, 4]).values[:, 0].tolist() == [1, 0, 1]
+
+    def test_trees_that_do_not_fit(self, kv):
+        kv.init_tree({"a": [ones(2), ones(2)], "b": ones(2)})
+        before = state(kv)
+        inside = []
+        inside.append(inside)
+        errors = [
+            ({"a": [ones(2), 3.0]}, tensorkv.ArrayTypeError, r'push\("a\.1"\): part 0 is 3.0, not an array'),
+            ({"a": [ones(2), "text"]}, tensorkv.ArrayTypeError, r'push\("a\.1"\)'),
+            ({"a": [ones(2), ones(3)]}, tensorkv.ValueMismatchError, r'push\("a\.1"\): part 0 has shape \(3,\)'),
+            ({"a": [ones(2)] * 3}, tensorkv.KeyNotFoundError, r'push\("a\.2"\): no such key'),
+            ({"a": [ones(2)], "a.0": ones(2)}, tensorkv.ArgumentError, 'push_tree: two leaves .* the path "a.0"'),
+            (ones(2), tensorkv.ArgumentError, "push_tree: a leaf of the tree has no name; give a prefix"),
+            ({"": ones(2)}, tensorkv.ArgumentError, "push_tree: a leaf of the tree has no name"),
+            ({"a": inside}, tensorkv.ArgumentError, "push_tree: the tree contains itself"),
+            ({"a": ones(2), 1: ones(2)}, tensorkv.ArgumentError, "push_tree: the tree cannot be flattened"),
+        ]
+        for tree, kind, match in errors:
+            with pytest.raises(kind, match=match):
+                kv.push_tree(tree)
+        for others in ([{"a": [ones(2)]}], [{"a": (ones(2), ones(2)), "b": ones(2)}], [[ones(2)] * 3]):
+            with pytest.raises(tensorkv.ArgumentError, match="trees 0 and 1 differ in structure"):
+                kv.push_tree({"a": [ones(2), ones(2)], "b": ones(2)}, *others)
+        with pytest.raises(tensorkv.ArgumentError, match="pushpull_tree: got no tree"):
+            kv.pushpull_tree()
+        with pytest.raises(tensorkv.ArgumentError, match="init_tree: prefix is 3; expected a str"):
+            kv.init_tree({"c": ones(2)}, prefix=3)
+        with pytest.raises(tensorkv.ArrayTypeError, match=r'init\("c\.0"\): the value is 1.5, not an array'):
+            kv.init_tree({"d": ones(2), "c": [1.5]})
+        with pytest.raises(tensorkv.KeyExistsError):
+            kv.init_tree({"b": ones(2), "c": ones(2)})
+        with pytest.raises(tensorkv.ArrayTypeError, match=r'pull_tree\("b"\): like is 3.0'):
+            kv.pull_tree({"b": 3.0})
+        assert state(kv) == before
+
+    def test_a_closed_store_has_no_trees(self):
+        kv = self.create()
+        kv.close()
+        for call in (kv.init_tree, kv.push_tree, kv.pull_tree, kv.pushpull_tree, kv.broadcast_tree):
+            with pytest.raises(tensorkv.StoreClosedError):
+                call({})
+
+    # ---------------------------------------------------------------- JAX
+
+    def test_jax_arrays_may_be_donated(self, kv):
+        """Nothing of a store refers to an array that was pushed, nor to the memory of one that was pulled."""
+        jax = pytest.importorskip("jax")
+        add_one = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+        tree = {"f": jax.numpy.zeros(1000), "h": jax.numpy.zeros(1000, "bfloat16"), **sharded(jax)}
+
+        def donate(given):
+            moved = add_one(given)
+            assert all(each.is_deleted() for each in jax.tree.leaves(given))
+            return moved
+
+        kv.init_tree(tree)
+        pushed = donate(tree)
+        kv.push_tree(pushed)
+        pushed = donate(pushed)
+        pulled = kv.pushpull_tree(pushed)
+        donate(pushed)
+        for _ in range(2):
+            assert {float(x) for leaf in jax.tree.leaves(pulled) for x in (leaf.min(), leaf.max())} == {2}
+            assert {float(x.max()) for x in jax.tree.leaves(donate(pulled))} == {3}
+            pulled = kv.pull_tree(pushed)
+        for call in (kv.push_tree, kv.pushpull_tree):
+            with pytest.raises(tensorkv.ArrayTypeError, match=r'"divided"\): part 0 is a JAX array that was deleted'):
+                call(pushed)
+        assert kv.info("f").version == 2
+
+    def test_jax_arrays_over_several_devices(self, kv):
+        """An array counts once, on however many devices it is; parts are given as several trees."""
+        jax = pytest.importorskip("jax")
+        tree = sharded(jax)
+        kv.init_tree(tree)
+        ones_ = jax.tree.map(lambda x: x + 1, tree)
+        pulled = kv.pushpull_tree(ones_)
+        assert {float(x.sum()) for x in jax.tree.leaves(pulled)} == {12}
+        per_device = [jax.device_put(jax.tree.map(np.asarray, ones_), device) for device in jax.devices()]
+        pulled = kv.pushpull_tree(*per_device)
+        assert {float(x.sum()) for x in jax.tree.leaves(pulled)} == {12 * len(per_device)}
+        # The arrays of a tree choose where those of a pull are, and shapes alone do as well.
+        structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+        for like in (tree, structs):
+            again = kv.pull_tree(like)
+            assert jax.tree.map(lambda x: x.sharding, again) == jax.tree.map(lambda x: x.sharding, tree)
+
+
+def sharded(jax):
+    """A tree of zeros, whole on each device or divided between all."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+
+    def put(dtype, *axes):
+        where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        return jax.device_put(np.zeros((12,), dtype), where)
+
+    return {
+        "replicated": put(F32),
+        "divided": put(F32, "data"),
+        "low": put("bfloat16", "data"),
+        "every": put("bfloat16"),
+    }

@@ -79,7 +79,8 @@ class OptimizerSpec:
         numbers: every hyperparameter of the torch.optim class, defaults filled in.
         rescale_grad: factor on the summed gradient, before clipping.
         clip_gradient: bound on each element's absolute value after rescaling (None: no bound).
-        overrides: hyperparameters of single keys, set while running.
+        overrides: hyperparameters of single keys, set while running. Keys that were set together share a dict, which
+            nothing changes.
     """
 
     name: str
@@ -116,10 +117,12 @@ class OptimizerSpec:
         overrides = data.get("overrides")
         if not isinstance(overrides, list) or any(not isinstance(x, list) or len(x) != 2 for x in overrides):
             raise OptimizerError("the optimizer's overrides: expected a list of pairs")
+        shared: dict[str, dict[str, Any]] = {}
         for key, numbers in overrides:
             if not isinstance(key, str | int) or not isinstance(numbers, dict):
                 raise OptimizerError("an optimizer's override: expected a pair of key and hyperparameters")
-            made.overrides[key] = check_numbers(made.name, numbers)
+            own = check_numbers(made.name, numbers)
+            made.overrides[key] = shared.setdefault(repr(own), own)
         return made
 
 
@@ -317,9 +320,13 @@ class Optimizer:
         self._runners: dict[bool, torch.optim.Optimizer] = {}
         # Of values of two elements, by their dtype.
         self._probed: dict[torch.dtype, dict[str, tuple[torch.Size, torch.dtype]]] = {}
+        # For each key with numbers of its own, the first key that has the same; what is made for that one serves all.
+        first: dict[int, Key] = {}
+        self._like = {key: first.setdefault(id(own), key) for key, own in spec.overrides.items()}
         self._fills = initial_state(spec.name, tuple(spec.numbers.items()))
         self._own_fills = {
-            key: initial_state(spec.name, tuple({**spec.numbers, **own}.items())) for key, own in spec.overrides.items()
+            key: initial_state(spec.name, tuple({**spec.numbers, **spec.overrides[key]}.items()))
+            for key in first.values()
         }
 
     def check(self, key: Key, value: torch.Tensor | Table, *, by_rows: bool) -> None:
@@ -364,7 +371,7 @@ class Optimizer:
                 continue
             if state:
                 self._complete(key, state, value)
-            own = key if key in self.spec.overrides else None
+            own = self._like.get(key)
             fused = self.spec.name in _FUSED_BY_TORCH and value.is_cuda and value.dtype in FUSED_DTYPES[2:]
             # What needs whole gradients may carry numbers from one parameter to the next, as Adafactor does its eps.
             alone = None if self.spec.name in ROWWISE else index
@@ -384,10 +391,10 @@ class Optimizer:
         spec = self.spec
         if spec.name not in FUSED or not value.is_cpu or value.dtype not in FUSED_DTYPES:
             return None
-        return self._kernel_of(key if key in spec.overrides else None)
+        return self._kernel_of(self._like.get(key))
 
     def _kernel_of(self, own: Key | None) -> Kernel:
-        """Return the kernel of a key with numbers of its own, or of all others."""
+        """Return the kernel of a key that is the first with its numbers, or of all without numbers of their own."""
         if own not in self._kernels:
             numbers = {**self.spec.numbers, **({} if own is None else self.spec.overrides[own])}
             self._kernels[own] = Kernel(self.spec.name, numbers, self.spec.rescale_grad, self.spec.clip_gradient)
@@ -397,14 +404,14 @@ class Optimizer:
         """Return the steps of all keys, and of those with numbers of their own, as ``native.look`` takes them."""
         if self.spec.name not in FUSED:
             return None
-        own = {key: self._kernel_of(key).compiled for key in self.spec.overrides}
+        own = {key: self._kernel_of(first).compiled for key, first in self._like.items()}
         return self._kernel_of(None).compiled, own or None
 
     def begin_all(self, entries: Sequence[Entry]) -> None:
         """Do ``begin`` for many keys of plain values; new states are marked, for the step that comes next."""
         fresh: dict[tuple[Key | None, torch.dtype], list[Entry]] = {}
         for entry in entries:
-            own = entry.key if entry.key in self.spec.overrides else None
+            own = self._like.get(entry.key)
             if entry.is_blank:
                 fresh.setdefault((own, entry.value.dtype), []).append(entry)
             else:
@@ -561,7 +568,7 @@ class Optimizer:
 
     def _fills_of(self, key: Key) -> dict[str, float]:
         # Numbers of a key that was deleted are forgotten, and with them what its state began with.
-        return self._own_fills[key] if key in self.spec.overrides else self._fills
+        return self._own_fills[self._like[key]] if key in self._like else self._fills
 
     def _complete(self, key: Key, state: State, value: torch.Tensor) -> None:
         """Add what a change of numbers (amsgrad, centered, momentum) newly asks of an old state."""

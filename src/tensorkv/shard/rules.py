@@ -271,12 +271,20 @@ class StepOptimizer:
         changed, overrides = spec, dict(spec.overrides)
         if keys is None:
             changed = make_spec(spec.name, {**spec.to_numbers(), **numbers})
-            for key, own in spec.overrides.items():
-                overrides[key] = {word: number for word, number in own.items() if word not in numbers}
+            left = {
+                id(own): {word: number for word, number in own.items() if word not in numbers}
+                for own in spec.overrides.values()
+            }
+            overrides = {key: left[id(own)] for key, own in spec.overrides.items()}
         else:
             numbers = check_numbers(spec.name, numbers)
+            # Keys that have had the same numbers share what they have now.
+            made: dict[int, dict[str, Any]] = {}
             for key in keys:
-                overrides[key] = {**overrides.get(key, {}), **numbers}
+                own = overrides.get(key, spec.numbers)
+                if id(own) not in made:
+                    made[id(own)] = {**(own if key in overrides else {}), **numbers}
+                overrides[key] = made[id(own)]
         return StepOptimizer(replace(changed, overrides={key: own for key, own in overrides.items() if own}))
 
     def check(self, entry: Entry, *, by_rows: bool) -> None:

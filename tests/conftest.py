@@ -56,6 +56,8 @@ def ray_address(ray_store):
 MAY_SKIP = (
     "needs a CUDA device",
     "could not import 'cupy'",
+    "could not import 'accelerate'",
+    "could not import 'lightning'",
     "has not been made",  # the environment of a benchmark's peer
     "take root",  # network and PID namespaces
     "takes root",

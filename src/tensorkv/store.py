@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import wraps
@@ -145,6 +146,8 @@ class KVStore:
         self._type = type
         self._metrics = Metrics()
         self._pushes, self._pulls, self._pushpulls = map(self._metrics.of, ("push", "pull", "pushpull"))
+        # Of those who have numbers for the optimizer that are not in the store yet.
+        self._flushes: list[weakref.WeakMethod[Callable[[], None]]] = []
         forks.pin_in_children(self)
 
     if not TYPE_CHECKING:  # so that type checkers report unknown names
@@ -688,6 +691,7 @@ class KVStore:
         An updater is a function and is not saved; set it again after ``load``.
         """
         self._begin("save")
+        self._flush()
         self._engine.protect(self._engine.save, folder_path("save", path), "store")
 
     @_collective
@@ -744,6 +748,7 @@ class KVStore:
         self._begin("save_optimizer_states")
         if self._engine.optimizer is None:
             raise OptimizerError("save_optimizer_states: the store has no optimizer; call set_optimizer first")
+        self._flush()
         self._engine.protect(self._engine.save, folder_path("save_optimizer_states", path), "optimizer-states")
 
     @_collective
@@ -757,7 +762,35 @@ class KVStore:
         self._begin("load_optimizer_states")
         self._engine.protect(self._engine.load, folder_path("load_optimizer_states", path), "optimizer-states")
 
-    # ------------------------------------------------------------ for Trainer.state_dict and load_state_dict
+    # ------------------------------------------------------------ for Trainer
+
+    def _before_save(self, flush: Callable[[], None]) -> None:
+        """Have a method called before a checkpoint is written, as long as its object lives."""
+        self._flushes.append(weakref.WeakMethod(flush))
+
+    def _flush(self) -> None:
+        for reference in self._flushes:
+            flush = reference()
+            if flush is not None:
+                flush()
+
+    @_collective
+    def _set_optimizer(self, spec: optimizers.OptimizerSpec) -> None:
+        """Set an optimizer with the numbers of single keys."""
+        self._begin("set_optimizer")
+        self._engine.protect(self._engine.set_optimizer, spec)
+
+    @_collective
+    def _agree(self, verb: str, what: Any) -> None:
+        """Raise WorkerMismatchError if workers in lock step do something else, or the same with other arguments."""
+        self._begin(verb)
+        self._engine.protect(self._engine.agree, verb, what)
+
+    @_collective
+    def _any(self, verb: str, mine: bool) -> bool:
+        """Return whether it is so on any worker in lock step."""
+        self._begin(verb)
+        return self._engine.protect(self._engine.any_worker, verb, mine)
 
     @_collective
     def _state_dict(self, read: Callable[[Contents], R]) -> R:

@@ -138,6 +138,15 @@ CALLS = {
     "Trainer prefix": lambda kv, x: Trainer(LINEAR, create(), prefix=x),
     "Trainer update_on_store": lambda kv, x: Trainer(LINEAR, create(), update_on_store=x),
     "Trainer overlap": lambda kv, x: Trainer(LINEAR, create(), overlap=x),
+    "Trainer param_groups": lambda kv, x: Trainer(LINEAR, create(), param_groups=x),
+    "Trainer a group": lambda kv, x: Trainer(LINEAR, create(), param_groups=[{"params": "*"}, x]),
+    "Trainer params of a group": lambda kv, x: Trainer(LINEAR, create(), param_groups=[{"params": x}]),
+    "Trainer lr of a group": lambda kv, x: Trainer(LINEAR, create(), param_groups=[{"params": "*", "lr": x}]),
+    "add_param_group": lambda kv, x: Trainer(LINEAR, create()).optimizer.add_param_group(x),
+    "load_state_dict of an optimizer": lambda kv, x: Trainer(LINEAR, create()).optimizer.load_state_dict(x),
+    "load_state_dict of groups": lambda kv, x: Trainer(LINEAR, create()).optimizer.load_state_dict(
+        {"state": {}, "param_groups": [x]}
+    ),
     "learning_rate": lambda kv, x: setattr(Trainer(LINEAR, create()), "learning_rate", x),
     "load_state_dict": lambda kv, x: Trainer(LINEAR, create()).load_state_dict(x),
     "register": lambda kv, x: tensorkv.engines.register(x, "no factory"),

@@ -7,6 +7,7 @@ import pytest
 
 import tensorkv
 from tensorkv.testing import BaseContract
+from tests.trainer import optimizer_programs as programs
 
 ray = pytest.importorskip("ray")
 
@@ -41,6 +42,15 @@ class TestOneServer(BaseContract):
 
 class TestTwoServers(TestOneServer):
     OPTIONS = {"num_servers": 2}
+
+
+@pytest.mark.parametrize("num_servers", [1, 2])
+def test_torch_s_schedulers_and_scaler_over_servers(num_servers):
+    options = {"num_servers": num_servers}
+    programs.schedule(("dist_async", {"name": next(names), **options}), "OneCycleLR", True, replicas=2)
+    programs.schedule(("dist_async", {"name": next(names), **options}), "CyclicLR of betas", False, overlap=True)
+    assert programs.scaler(("dist_async", {"name": next(names), **options}), True, False, 1) == 2
+    programs.thaw(("dist_async", {"name": next(names), **options}), True, False)
 
 
 def test_many_rows_come_with_the_reply_to_one_message():

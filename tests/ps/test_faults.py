@@ -517,6 +517,25 @@ def test_workers_load_a_trainer_s_state_together(monkeypatch):
         assert [each.tolist() for each in models[1].parameters()] == at_six[1]
 
 
+def test_the_numbers_of_rank_0_s_trainer_count(monkeypatch):
+    """For groups from the first push on, and for schedulers; the other worker's groups show them."""
+    groups = [{"params": "weight", "weight_decay": 0.1}, {"params": "bias", "lr": 0.2}]
+    with two_workers(monkeypatch, num_servers=2) as (stores, both):
+        models = [torch.nn.Linear(3, 2) for _ in stores]
+        trainers = both(lambda rank: tensorkv.Trainer(models[rank], stores[rank], "sgd", lr=0.1, param_groups=groups))
+        for trainer in trainers:
+            assert [(g["lr"], g["weight_decay"]) for g in trainer.param_groups] == [(0.1, 0.1), (0.2, 0)]
+        schedulers = [torch.optim.lr_scheduler.ExponentialLR(trainer.optimizer, 0.5) for trainer in trainers]
+        for rank in (1, 0):
+            models[rank](torch.ones(1, 3)).sum().backward()
+            trainers[rank].step()
+            schedulers[rank].step()
+            trainers[rank].step()
+            rates = [0.1, 0.2] if rank else [0.05, 0.1]
+            for trainer in trainers:
+                assert [group["lr"] for group in trainer.param_groups] == rates
+
+
 def test_workers_as_tasks_actors_and_threads_train_together():
     """In step, one of each kind."""
     with create(mode="sync", num_workers=3) as kv:

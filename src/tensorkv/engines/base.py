@@ -237,6 +237,18 @@ class Engine(Reader):
         """Return rank 0's text to every worker."""
         return text
 
+    @property
+    def decides(self) -> bool:
+        """Whether a Trainer on this worker sets numbers of the optimizer that all workers share."""
+        return True
+
+    def agree(self, verb: str, what: Any) -> None:
+        """Raise WorkerMismatchError if workers in lock step do something else; ``what`` is plain data."""
+
+    def any_worker(self, verb: str, mine: bool) -> bool:
+        """Return whether it is so on any of the workers in lock step."""
+        return mine
+
     def leave(self) -> None:
         """Serve the others until every worker has left."""
 

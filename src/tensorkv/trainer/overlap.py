@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +24,11 @@ class Overlap:
     Args:
         kv: the store.
         params: by key, the parameter of every replica.
+        before: is called before the first bucket of each step.
     """
 
-    def __init__(self, kv: KVStore, params: dict[str, list[nn.Parameter]]) -> None:
-        self._kv, self._params = kv, params
+    def __init__(self, kv: KVStore, params: dict[str, list[nn.Parameter]], before: Callable[[], None]) -> None:
+        self._kv, self._params, self._before = kv, params, before
         self._buckets = _buckets(params)
         self._missing: dict[str, int] = {}
         self._next = 0
@@ -57,6 +58,8 @@ class Overlap:
         return hook
 
     def _push(self, keys: Sequence[str]) -> None:
+        if self._next == 0:
+            self._before()
         groups = [[param.grad for param in self._params[key] if param.grad is not None] for key in keys]
         wanted = [index for index, group in enumerate(groups) if group]
         if wanted:

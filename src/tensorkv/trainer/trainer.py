@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import check_flag
 from tensorkv.errors import (
     ArgumentError,
@@ -20,15 +19,15 @@ from tensorkv.errors import (
     KeyExistsError,
     KeyNotFoundError,
     OptimizerError,
-    ValueMismatchError,
     naming,
     quote,
     show,
 )
 from tensorkv.store import KVStore
 
-from .overlap import Overlap
-from .updates import Params, StoreUpdate, WorkerUpdate, broadcast
+from .groups import Params, groups_of, parameters, trained
+from .optimizer import StoreOptimizer
+from .updates import StoreUpdate, WorkerUpdate, broadcast
 
 # The parts of a state dict that are by key; ``overrides`` has the hyperparameters of single keys.
 _BY_KEY = ("weights", "state", "overrides")
@@ -45,6 +44,9 @@ class Trainer:
         optimizer: the name or class of an optimizer, as ``KVStore.set_optimizer`` takes it. With
             ``update_on_store=False`` also any function or class that makes a ``torch.optim.Optimizer``
             when called as ``optimizer(params, **numbers)``; each replica gets one.
+        param_groups: parameter groups, as a ``torch.optim.Optimizer`` takes them: dicts with ``"params"`` and the
+            numbers that differ from ``**numbers``. In place of parameters also their names, patterns of names such as
+            ``"*.bias"`` (as of ``fnmatch``), and functions of a name. Every trained parameter is in one group.
         prefix: put before each name, so that several models can share a store.
         update_on_store: True: the store updates and replicas pull weights. False: the store only sums,
             replicas pull the sum into ``.grad`` and step their own optimizers.
@@ -54,7 +56,8 @@ class Trainer:
             1) and ``clip_gradient`` (bound on each element after rescaling).
 
     Raises:
-        ArgumentError: not modules, nothing to train, or replicas whose parameters differ in name.
+        ArgumentError: not modules, nothing to train, replicas whose parameters differ in name, or parameter groups that
+            do not have every trained parameter once.
         ValueMismatchError: replicas whose parameters differ in shape or dtype.
         KeyExistsError: the store has a parameter's key; load after this, or give another ``prefix``.
         OptimizerError: unknown optimizer or number; or the store has another optimizer, or other numbers:
@@ -80,6 +83,7 @@ class Trainer:
         kv: KVStore,
         optimizer: Any = "sgd",
         *,
+        param_groups: Any = None,
         prefix: str = "",
         update_on_store: bool = True,
         overlap: bool = False,
@@ -91,21 +95,27 @@ class Trainer:
             raise ArgumentError(f"Trainer: prefix is {show(prefix)}; expected a str")
         self._kv = kv
         self._prefix = prefix
-        self._params = _parameters_by_key(_replicas(model_or_replicas), prefix)
+        replicas = _replicas(model_or_replicas)
+        named = parameters(replicas)
+        self._params: Params = {prefix + name: each for name, each in trained(named).items()}
+        if not self._params:
+            raise ArgumentError("Trainer: no parameter requires a gradient; there is nothing to train")
+        groups = [] if param_groups is None else groups_of(param_groups, named, prefix)
         self._update: StoreUpdate | WorkerUpdate
         with naming("Trainer"):
             kind = StoreUpdate if check_flag("update_on_store", update_on_store) else WorkerUpdate
             overlaps = check_flag("overlap", overlap)
-            self._update = kind(kv, optimizer, numbers, self._params)
+            self._update = kind(kv, optimizer, numbers, self._params, groups)
         try:
-            broadcast(kv, self._params, {key: params[0].detach() for key, params in self._params.items()})
+            broadcast(kv, self._params)
         except KeyExistsError as error:
             raise KeyExistsError(
                 f"Trainer: {error}. To resume from a checkpoint, create the Trainer first, then kv.load(...) and "
                 "trainer.refresh(); for a second model, give a prefix"
             ) from None
         self._update.start()
-        self._overlap = Overlap(kv, self._params) if overlaps else None
+        self.optimizer = StoreOptimizer(kv, replicas, prefix, self._params, self._update, overlaps=overlaps)
+        """What steps, as a ``torch.optim.Optimizer`` for schedulers, ``GradScaler`` and training frameworks."""
 
     def step(self) -> None:
         """Push each parameter's gradients, summed over replicas, and update every replica.
@@ -119,10 +129,7 @@ class Trainer:
 
         Limits: all workers of a synchronous store must have gradients for the same parameters.
         """
-        if self._overlap is not None:
-            self._overlap.finish()
-        pushed = {k: params for k, params in self._params.items() if any(p.grad is not None for p in params)}
-        self._update.step(pushed, is_pushed=self._overlap is not None)
+        self.optimizer.step()
 
     def refresh(self) -> None:
         """Pull the weights from the store into every replica, as after ``kv.load``.
@@ -145,12 +152,7 @@ class Trainer:
         Args:
             set_to_none: False fills gradients with zeros, which the next ``step`` pushes like any other.
         """
-        for params in self._params.values():
-            for param in params:
-                if set_to_none:
-                    param.grad = None
-                elif param.grad is not None:
-                    param.grad = param.grad.detach_().zero_()
+        self.optimizer.zero_grad(set_to_none)
 
     @property
     def keys(self) -> list[str]:
@@ -171,8 +173,22 @@ class Trainer:
         return list(self._update.optimizers)
 
     @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of ``optimizer``, with the numbers that are in force.
+
+        >>> import torch, tensorkv
+        >>> groups = [{"params": "weight", "weight_decay": 0.1}, {"params": "bias"}]
+        >>> trainer = Trainer(torch.nn.Linear(2, 1), tensorkv.create(), "adamw", lr=0.1, param_groups=groups)
+        >>> [group["lr"] for group in trainer.param_groups]
+        [0.1, 0.1]
+        """
+        return self.optimizer.param_groups
+
+    @property
     def learning_rate(self) -> float:
-        """The optimizer's ``lr``. Setting it counts for every key of the store, or every parameter group.
+        """The ``lr`` of the first parameter group. Setting it counts at once, for every key of the store.
+
+        With ``update_on_store=False`` it counts for every group of the replicas' optimizers.
 
         Raises:
             OptimizerError: set to something else than a finite number of at least 0.
@@ -183,13 +199,17 @@ class Trainer:
         >>> trainer.learning_rate
         0.01
         """
-        return self._update.learning_rate
+        return float(self.param_groups[0]["lr"])
 
     @learning_rate.setter
     def learning_rate(self, lr: float) -> None:
         if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 <= lr < math.inf:
             raise OptimizerError(f"learning_rate is {show(lr)}; expected a finite number of at least 0")
-        self._update.learning_rate = lr
+        self.optimizer.set_learning_rate(lr)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set ``learning_rate``; the name of MXNet's ``gluon.Trainer``."""
+        self.learning_rate = lr
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the trained weights, the optimizer's numbers and its state.
@@ -206,6 +226,7 @@ class Trainer:
         >>> sorted(trainer.state_dict())
         ['optimizer', 'overrides', 'state', 'update_on_store', 'weights']
         """
+        self.optimizer.flush()
         state: dict[str, Any] = {"update_on_store": self._update.on_store, **self._update.state()}
         for part in _BY_KEY:
             state[part] = {key.removeprefix(self._prefix): each for key, each in state[part].items()}
@@ -251,43 +272,6 @@ def _replicas(given: Any) -> list[nn.Module]:
         if not isinstance(replica, nn.Module):
             raise ArgumentError(f"Trainer: replica {index} is {show(replica)}; expected an nn.Module")
     return replicas
-
-
-def _parameters_by_key(replicas: list[nn.Module], prefix: str) -> Params:
-    """Return the trained parameter of every replica, by key; raise if replicas differ."""
-    first, *others = [dict(replica.named_parameters()) for replica in replicas]
-    seen = {id(param) for param in first.values()}
-    for index, other in enumerate(others, start=1):
-        for name in [*first, *other]:
-            if name not in first or name not in other:
-                has, lacks = (0, index) if name in first else (index, 0)
-                raise ArgumentError(
-                    f"Trainer: replica {has} has a parameter {quote(name)}, replica {lacks} does not; "
-                    "make replicas with copy.deepcopy"
-                )
-            if id(other[name]) in seen:
-                raise ArgumentError(
-                    f"Trainer: {quote(name)} of replica {index} is the parameter of another replica; "
-                    "make replicas with copy.deepcopy"
-                )
-            if _describe(other[name]) != _describe(first[name]):
-                raise ValueMismatchError(
-                    f"Trainer: {quote(name)} is {_describe(other[name])} in replica {index}, "
-                    f"in replica 0 it is {_describe(first[name])}"
-                )
-        seen.update(map(id, other.values()))
-    trained = [name for name, param in first.items() if param.requires_grad]
-    if not trained:
-        raise ArgumentError("Trainer: no parameter requires a gradient; there is nothing to train")
-    for name in trained:
-        if nn.parameter.is_lazy(first[name]):
-            raise ArgumentError(f"Trainer: {quote(name)} has no shape yet; run the lazy module once first")
-    return {prefix + name: [first[name], *(other[name] for other in others)] for name in trained}
-
-
-def _describe(param: nn.Parameter) -> str:
-    shape = "without shape" if nn.parameter.is_lazy(param) else str(tuple(param.shape))
-    return f"{interop.dtype_name(param.dtype)} {shape}, {'trained' if param.requires_grad else 'frozen'}"
 
 
 def _check_weights(params: Params, weights: dict[str, Any], overrides: dict[str, Any]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.keytable import KeyTable
 from tensorkv.errors import CheckpointError, OptimizerError, show
 from tensorkv.shard import optimizers
@@ -18,15 +20,16 @@ from tensorkv.shard.rules import StepOptimizer
 from tensorkv.storage.manifest import Contents
 from tensorkv.store import KVStore
 
-# The parameter of every replica, by key.
-Params = dict[str, list[nn.Parameter]]
+from .groups import Group, Params, check_options
+
+Groups = list[Group]
+# The gradients of those replicas that have one, by key.
+Grads = dict[str, list[torch.Tensor]]
 
 
-def broadcast(kv: KVStore, params: Params, weights: Mapping[str, torch.Tensor]) -> None:
-    """Create the store's keys from weights, and copy them to every replica."""
-    # On the parameter's device, where a "device" store is to hold the value.
-    values = [weights[key].to(replicas[0].device) for key, replicas in params.items()]
-    kv.broadcast(list(params), values, out=list(params.values()))
+def broadcast(kv: KVStore, params: Params) -> None:
+    """Create the store's keys from the weights of the first replica, and copy them to every replica."""
+    kv.broadcast(list(params), [replicas[0].detach() for replicas in params.values()], out=list(params.values()))
 
 
 class StoreUpdate:
@@ -35,9 +38,13 @@ class StoreUpdate:
     on_store = True
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
 
-    def __init__(self, kv: KVStore, optimizer: Any, numbers: dict[str, Any], params: Params) -> None:
+    def __init__(self, kv: KVStore, optimizer: Any, numbers: dict[str, Any], params: Params, groups: Groups) -> None:
         self._kv, self._params = kv, params
-        spec = optimizers.spec(optimizer, numbers)
+        spec = self._spec = optimizers.spec(optimizer, numbers)
+        self.defaults = dict(spec.numbers)
+        self.groups = groups or [Group(list(params), {})]
+        for group in self.groups:
+            _check(spec, group.options)
         self._wanted = {"name": spec.name, **spec.to_numbers()}
         held = kv.optimizer or self._wanted
         words = [word for word in {**held, **self._wanted} if held.get(word) != self._wanted.get(word)]
@@ -52,26 +59,112 @@ class StoreUpdate:
         """Set the update rule, after the keys were created."""
         # Setting an equal optimizer again would reset the hyperparameters of single keys.
         if self._kv.optimizer is None:
-            numbers = dict(self._wanted)
-            self._kv.set_optimizer(numbers.pop("name"), **numbers)
+            own = [self._own(group) for group in self.groups]
+            self._kv._set_optimizer(replace(self._spec, overrides=self._overrides(self._spec, own)))
+        else:
+            self.write([self._own(group) for group in self.groups])
 
-    def step(self, params: Params, *, is_pushed: bool) -> None:
+    def add(self, group: Group, created: Sequence[str]) -> None:
+        """Take in one more group, of which these keys are new; their parameters are in ``params`` already."""
+        _check(self._held("add_param_group"), group.options)
+        broadcast(self._kv, {key: self._params[key] for key in created})
+        self.groups.append(group)
+        numbers = {**self.defaults, **self._own(group)}
+        held = self.read()[-1]
+        changed = {word: number for word, number in numbers.items() if number != held[word]}
+        self.write([{} for _ in self.groups[:-1]] + [changed])
+
+    def step(self, grads: Grads, *, is_pushed: bool) -> None:
+        """Push the gradients of some keys, unless they are pushed already, and take the result to every replica."""
+        keys = list(grads)
+        outs = [self._params[key] for key in keys]
         if is_pushed:
-            self._kv.pull(list(params), out=list(params.values()))
+            self._kv.pull(keys, out=outs)
+        else:
+            self._kv.pushpull(keys, list(grads.values()), out=outs)
+
+    # ------------------------------------------------------------ numbers
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return each group's numbers in the store, which are not to be changed.
+
+        A number that was set for single keys of a group is not the group's.
+        """
+        spec = self._held("param_groups")
+        return [_numbers_of(spec, group.keys) for group in self.groups]
+
+    def write(self, changes: Sequence[dict[str, Any]]) -> None:
+        """Set these numbers of each group in the store; with servers, those of rank 0 count."""
+        spec = self._held("param_groups")
+        for change, numbers in zip(changes, self.read(), strict=True):
+            _check(spec, {**numbers, **change})
+        if not self._kv._engine.decides:
             return
-        grads = [[p.grad for p in replicas if p.grad is not None] for replicas in params.values()]
-        self._kv.pushpull(list(params), grads, out=list(params.values()))
+        alike, rest = self._split(changes)
+        if alike:
+            self._kv.set_hyperparameters(**alike)
+        for group, own in zip(self.groups, rest, strict=True):
+            if own and group.keys:
+                self._kv.set_hyperparameters(group.keys, **own)
 
-    @property
-    def learning_rate(self) -> float:
-        held = self._kv.optimizer
-        if held is None:
-            raise self._lacks_optimizer("learning_rate")
-        return float(held["lr"])
+    def _split(self, changes: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return the numbers that are to be those of every key of the store, and those of each group alone."""
+        alike: dict[str, Any] = {}
+        if sum(len(group.keys) for group in self.groups) == len(self._kv):
+            first, *others = changes
+            alike = {word: n for word, n in first.items() if all(word in own and own[word] == n for own in others)}
+        return alike, [{word: n for word, n in own.items() if word not in alike} for own in changes]
 
-    @learning_rate.setter
-    def learning_rate(self, lr: float) -> None:
+    def set_everywhere(self, lr: float) -> None:
+        """Set the learning rate of every key of the store."""
         self._kv.set_hyperparameters(lr=lr)
+
+    def _own(self, group: Group) -> dict[str, Any]:
+        """Return the hyperparameters among a group's options."""
+        return {word: number for word, number in group.options.items() if word in self.defaults}
+
+    def _overrides(self, spec: OptimizerSpec, numbers: Sequence[dict[str, Any]]) -> dict[Key, dict[str, Any]]:
+        """Return, from the numbers of each group, those of single keys that are not those of all keys."""
+        found: dict[Key, dict[str, Any]] = {}
+        for group, own in zip(self.groups, numbers, strict=True):
+            checked = optimizers.check_numbers(spec.name, own).items()
+            differs = {word: number for word, number in checked if number != spec.numbers[word]}
+            found.update(dict.fromkeys(group.keys, differs) if differs else {})
+        return found
+
+    def _held(self, verb: str) -> OptimizerSpec:
+        spec = self._kv._engine.optimizer
+        if spec is None:
+            raise self._lacks_optimizer(verb)
+        return spec
+
+    # ------------------------------------------------------------ state
+
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """Return copies of the optimizer's state, by key."""
+        state: dict[str, dict[str, Any]] = self.state()["state"]
+        return state
+
+    def load_optimizer_state(self, state: dict[str, dict[str, Any]], groups: Groups) -> None:
+        """Replace the numbers of all groups, and the optimizer's state; the weights stay.
+
+        Args:
+            state: by key, tensors by name.
+            groups: with all their options.
+        """
+        spec, keys = self._held("load_state_dict"), list(self._params)
+        alike, rest = self._split([self._own(group) for group in groups])
+        spec = replace(spec, numbers={**spec.numbers, **alike})
+        weights = [torch.empty_like(replicas[0], requires_grad=False) for replicas in self._params.values()]
+        self._kv.pull(keys, out=weights)
+        self.load(
+            {
+                "weights": dict(zip(keys, weights, strict=True)),
+                "state": state,
+                "overrides": self._overrides(spec, rest),
+                "optimizer": _without_overrides(spec),
+            }
+        )
 
     def state(self) -> dict[str, Any]:
         return self._kv._state_dict(self._read)
@@ -88,12 +181,7 @@ class StoreUpdate:
                 key: {name: t.to("cpu", copy=True) for name, t in each.state.items()} for key, each in held.items()
             },
             "overrides": {key: own for key, own in spec.overrides.items() if key in self._params},
-            "optimizer": {
-                "name": spec.name,
-                "numbers": dict(spec.numbers),
-                "rescale_grad": spec.rescale_grad,
-                "clip_gradient": spec.clip_gradient,
-            },
+            "optimizer": _without_overrides(spec),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -103,15 +191,13 @@ class StoreUpdate:
             self._kv.pull(list(self._params), out=list(self._params.values()))
 
     def _contents(self, state: dict[str, Any]) -> Contents:
-        spec = self._kv._engine.optimizer
-        if spec is None:
-            raise self._lacks_optimizer("load_state_dict")
+        spec = self._held("load_state_dict")
         others = {key: own for key, own in spec.overrides.items() if key not in self._params}
         try:
             overrides = [[key, dict(own)] for key, own in {**others, **state["overrides"]}.items()]
             loaded = OptimizerSpec.from_json({**state["optimizer"], "overrides": overrides})
             states = {
-                key: {name: torch.clone(each) for name, each in state["state"].get(key, {}).items()}
+                key: {name: torch.as_tensor(each).clone() for name, each in state["state"].get(key, {}).items()}
                 for key in self._params
             }
         except (AttributeError, OptimizerError, TypeError, ValueError) as error:
@@ -134,23 +220,26 @@ class WorkerUpdate:
 
     on_store = False
 
-    def __init__(self, kv: KVStore, optimizer: Any, numbers: dict[str, Any], params: Params) -> None:
+    def __init__(self, kv: KVStore, optimizer: Any, numbers: dict[str, Any], params: Params, groups: Groups) -> None:
         self._kv, self._params = kv, params
         self._refuse_optimizer()
         numbers = dict(numbers)
         rescale, clip = numbers.pop("rescale_grad", 1.0), numbers.pop("clip_gradient", None)
         self._scaling = optimizers.spec("sgd", {"rescale_grad": rescale, "clip_gradient": clip})
         if isinstance(optimizer, str):
-            optimizer = getattr(torch.optim, optimizers.CLASSES[optimizers.spec(optimizer, numbers).name])
+            spec = optimizers.spec(optimizer, numbers)
+            optimizer = getattr(torch.optim, optimizers.CLASSES[spec.name])
+            for group in groups:
+                _check(spec, group.options)
         if not callable(optimizer):
             raise OptimizerError(
                 f"Trainer: optimizer is {show(optimizer)}; with update_on_store=False expected a name, "
                 "a class, or a function that returns a torch.optim.Optimizer for a list of parameters"
             )
         self.optimizers: list[torch.optim.Optimizer] = []
-        for replica in zip(*params.values(), strict=True):
+        for index, replica in enumerate(zip(*params.values(), strict=True)):
             try:
-                made = optimizer(list(replica), **numbers)
+                made = optimizer([self._of(group, index) for group in groups] or list(replica), **numbers)
             except (TypeError, ValueError) as error:
                 raise OptimizerError(f"Trainer: the optimizer cannot be created: {error}") from error
             if not isinstance(made, torch.optim.Optimizer) or isinstance(made, torch.optim.LBFGS):
@@ -159,20 +248,35 @@ class WorkerUpdate:
                     "that steps from gradients alone"
                 )
             self.optimizers.append(made)
+        key_of = {id(replicas[0]): key for key, replicas in params.items()}
+        self.defaults = self.optimizers[0].defaults
+        self.groups = [
+            Group([key_of[id(param)] for param in group["params"]], _options(group))
+            for group in self.optimizers[0].param_groups
+        ]
 
     def start(self) -> None:
         pass
 
-    def step(self, params: Params, *, is_pushed: bool) -> None:
+    def add(self, group: Group, created: Sequence[str]) -> None:
+        for index, each in enumerate(self.optimizers):
+            each.add_param_group(self._of(group, index))
+        broadcast(self._kv, {key: self._params[key] for key in created})
+        self.groups.append(group)
+
+    def _of(self, group: Group, replica: int) -> dict[str, Any]:
+        return {"params": [self._params[key][replica] for key in group.keys], **group.options}
+
+    def step(self, grads: Grads, *, is_pushed: bool) -> None:
         self._refuse_optimizer()
-        # Sparse gradients are summed as dense ones, since a worker does not know which rows the others push.
-        grads = [[_dense(p.grad) for p in replicas if p.grad is not None] for replicas in params.values()]
-        sums = [[_sum_buffer(p) for p in replicas] for replicas in params.values()]
+        keys = list(grads)
+        sums = [[_sum_buffer(p) for p in self._params[key]] for key in keys]
         if is_pushed:
-            self._kv.pull(list(params), out=sums)
+            self._kv.pull(keys, out=sums)
         else:
-            self._kv.pushpull(list(params), grads, out=sums)
-        for replicas, totals in zip(params.values(), sums, strict=True):
+            # Sparse gradients are summed as dense ones, since a worker does not know which rows the others push.
+            self._kv.pushpull(keys, [[_dense(grad) for grad in own] for own in grads.values()], out=sums)
+        for replicas, totals in zip([self._params[key] for key in keys], sums, strict=True):
             sparse = all(p.grad is None or p.grad.is_sparse for p in replicas)
             for param, total in zip(replicas, totals, strict=True):
                 self._scale(total)
@@ -180,28 +284,48 @@ class WorkerUpdate:
         for each in self.optimizers:
             each.step()
 
-    @property
-    def learning_rate(self) -> float:
-        return float(self.optimizers[0].param_groups[0]["lr"])
+    def read(self) -> list[dict[str, Any]]:
+        return [_options(group) for group in self.optimizers[0].param_groups]
 
-    @learning_rate.setter
-    def learning_rate(self, lr: float) -> None:
+    def write(self, changes: Sequence[dict[str, Any]]) -> None:
+        self._kv._agree("set_hyperparameters", changes)
+        for each in self.optimizers:
+            for group, change in zip(each.param_groups, changes, strict=True):
+                group.update(change)
+
+    def set_everywhere(self, lr: float) -> None:
         for each in self.optimizers:
             for group in each.param_groups:
                 group["lr"] = lr
+
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        state = self.optimizers[0].state
+        return {key: copy.deepcopy(state[p[0]]) for key, p in self._params.items() if p[0] in state}
+
+    def load_optimizer_state(self, state: dict[str, dict[str, Any]], groups: Groups) -> None:
+        keys = [key for group in groups for key in group.keys]
+        index = {key: number for number, key in enumerate(keys)}
+        packed = {
+            "state": {index[key]: own for key, own in state.items()},
+            "param_groups": [{**group.options, "params": [index[key] for key in group.keys]} for group in groups],
+        }
+        self._load(packed)
 
     def state(self) -> dict[str, Any]:
         weights = {key: replicas[0].detach().clone() for key, replicas in self._params.items()}
         own = copy.deepcopy(self.optimizers[0].state_dict())
         return {"weights": weights, "state": {}, "overrides": {}, "optimizer": own}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def _load(self, packed: dict[str, Any]) -> None:
         try:
             # A copy, since an optimizer keeps the tensors that it is given.
             for each in self.optimizers:
-                each.load_state_dict(copy.deepcopy(state["optimizer"]))
+                each.load_state_dict(copy.deepcopy(packed))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"load_state_dict: not the state of such an optimizer: {error}") from error
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._load(state["optimizer"])
         for key, replicas in self._params.items():
             for param in replicas:
                 param.detach().copy_(state["weights"][key])
@@ -227,3 +351,37 @@ def _dense(grad: torch.Tensor) -> torch.Tensor:
 def _sum_buffer(param: nn.Parameter) -> torch.Tensor:
     grad = param.grad
     return torch.empty_like(param) if grad is None or grad.is_sparse or 0 in grad.stride() else grad.detach()
+
+
+def _check(spec: OptimizerSpec, options: Mapping[str, Any]) -> None:
+    """Raise if a group cannot have such options."""
+    check_options(spec.name, spec.numbers, options)
+    optimizers.spec(spec.name, {**spec.numbers, **{w: n for w, n in options.items() if w in spec.numbers}})
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a group of torch.optim has beside its parameters."""
+    return {word: option for word, option in group.items() if word not in ("params", "param_names")}
+
+
+def _without_overrides(spec: OptimizerSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "numbers": dict(spec.numbers),
+        "rescale_grad": spec.rescale_grad,
+        "clip_gradient": spec.clip_gradient,
+    }
+
+
+# Of a key without numbers of its own.
+_NONE: dict[str, Any] = {}
+
+
+def _numbers_of(spec: OptimizerSpec, keys: Sequence[str]) -> dict[str, Any]:
+    """Return the numbers of a group of keys: of the first key, but for what only some keys have of their own."""
+    if not spec.overrides:
+        return spec.numbers
+    # Keys that were set together share their dict.
+    owns = list({id(own): own for own in (spec.overrides.get(key, _NONE) for key in keys)}.values())
+    common = {word: number for word, number in owns[0].items() if all(word in own for own in owns)} if owns else {}
+    return {**spec.numbers, **common}

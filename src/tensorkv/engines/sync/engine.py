@@ -358,6 +358,14 @@ class DistEngine(Engine):
     def leave(self) -> None:
         self._pushes.leave()
 
+    def agree(self, verb: str, what: Any) -> None:
+        with self._entered(describe(verb, what=_comparable(what))):
+            pass
+
+    def any_worker(self, verb: str, mine: bool) -> bool:
+        with self._entered(verb):
+            return any(self._group.all_gather_json(mine))
+
     def broadcast_text(self, text: str) -> str:
         with self._entered("broadcast_text"):
             return str(self._group.all_gather_json(text)[0])

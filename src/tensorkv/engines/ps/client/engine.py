@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -320,14 +321,20 @@ class PSEngine(Engine):
                 "set_updater: a function cannot travel to servers as data; use set_optimizer, or a store of type "
                 '"local" or "dist_sync", which run functions in your process'
             )
-        if self._decides:
+        if self.decides:
             self._ask(messages.SetRule())
         self._keymap.refresh()
 
     def set_optimizer(self, spec: OptimizerSpec) -> None:
         self._check_whole(spec)
-        if self._decides:
-            self._ask(messages.SetRule(optimizer=spec.to_json()))
+        if self.decides:
+            servers_of = {key: self._keymap.find("set_optimizer", key).servers for key in spec.overrides}
+            requests = []
+            for server in self._all:
+                own = {key: numbers for key, numbers in spec.overrides.items() if server in servers_of[key]}
+                message = messages.SetRule(optimizer=replace(spec, overrides=own).to_json())
+                requests.append(ServerRequest(server, message))
+            shield.run(self._send, requests)
         else:
             self._ask(messages.WaitForOptimizer(name=spec.name))
         self._keymap.refresh()
@@ -362,7 +369,7 @@ class PSEngine(Engine):
         self._keymap.refresh()
 
     @property
-    def _decides(self) -> bool:
+    def decides(self) -> bool:
         """Whether this client sets the rule: rank 0 does, or every client where one worker is expected."""
         return self._options.num_workers == 1 or self._rank == 0
 
@@ -454,7 +461,7 @@ class PSEngine(Engine):
     def _on_rank_0(self, call: Callable[[], Any]) -> None:
         """Call a function on rank 0, and raise its error on every worker; a reader calls it for itself."""
         problem: TensorKVError | None = None
-        if self._decides or self._counted_rank is None:
+        if self.decides or self._counted_rank is None:
             try:
                 call()
             except TensorKVError as error:

@@ -1,0 +1,321 @@
+"""StoreOptimizer: what steps in a Trainer, as PyTorch's schedulers, scalers and frameworks know optimizers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from tensorkv.errors import CheckpointError, OptimizerError, naming, show
+from tensorkv.store import KVStore
+
+from .groups import Group, Params, group_of, parameters
+from .overlap import Overlap
+from .updates import StoreUpdate, WorkerUpdate
+
+
+class StoreOptimizer(torch.optim.Optimizer):
+    """The optimizer of a Trainer: pushes gradients, and has replicas pull what the store makes of them.
+
+    ``Trainer.optimizer`` is one. It is a ``torch.optim.Optimizer``, so learning-rate schedulers, ``GradScaler`` and
+    training frameworks take it. Its ``param_groups`` show the hyperparameters that are in force in the store. What is
+    written into them and differs reaches the store with the next step, ``state_dict`` or ``KVStore.save``.
+    With ``update_on_store=False`` they show the numbers of the replicas' own optimizers.
+
+    Each group has the parameters of all replicas: of the first, then of the others.
+
+    Args:
+        kv: the store.
+        replicas: modules with equal parameters.
+        prefix: of the keys.
+        params: the trained parameters of every replica, by key; ``add_param_group`` adds to it.
+        update: who updates.
+        overlaps: whether gradients are pushed during backward.
+
+    >>> import torch, tensorkv
+    >>> model = torch.nn.Linear(2, 1)
+    >>> trainer = tensorkv.Trainer(model, tensorkv.create(), "sgd", lr=0.5)
+    >>> scheduler = torch.optim.lr_scheduler.ExponentialLR(trainer.optimizer, gamma=0.5)
+    >>> model(torch.ones(1, 2)).sum().backward()
+    >>> trainer.optimizer.step()
+    >>> scheduler.step()
+    >>> trainer.learning_rate
+    0.25
+    """
+
+    # GradScaler then calls ``step`` whether it has found Inf or not, so that workers can agree on what they do.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        kv: KVStore,
+        replicas: Sequence[nn.Module],
+        prefix: str,
+        params: Params,
+        update: StoreUpdate | WorkerUpdate,
+        *,
+        overlaps: bool,
+    ) -> None:
+        self._kv, self._replicas, self._prefix = kv, replicas, prefix
+        self._params, self._update = params, update
+        numbers = self._seen = update.read()
+        self._groups = [self._shown(*pair) for pair in zip(update.groups, numbers, strict=True)]
+        self._overlap = Overlap(kv, params, self.flush) if overlaps else None
+        kv._before_save(self.flush)
+        # Torch's constructor would add groups, and import torch's compiler for that. This is how it unpickles.
+        super().__setstate__({"defaults": dict(update.defaults)})
+
+    def _shown(self, group: Group, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a group as torch has it."""
+        replicas = zip(*(self._params[key] for key in group.keys), strict=True)
+        return {"params": [param for replica in replicas for param in replica], **group.options, **numbers}
+
+    # ------------------------------------------------------------ numbers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The parameter groups, as ``torch.optim`` has them, with the numbers that are in force."""
+        self._read()
+        return self._groups
+
+    def _read(self) -> None:
+        """Take over what has changed in the store since the last time."""
+        now = self._update.read()
+        for group, seen, numbers in zip(self._groups, self._seen, now, strict=True):
+            group.update({word: number for word, number in numbers.items() if seen.get(word) != number})
+        self._seen = now
+
+    def _changes(self) -> list[dict[str, Any]]:
+        """Return, for each group, the numbers that were written into it and are not in force yet."""
+        changes = []
+        for group, seen in zip(self._groups, self._seen, strict=True):
+            # Most are the very objects that were read.
+            numbers = {word: _number(group[word]) for word, number in seen.items() if group[word] is not number}
+            changes.append({word: number for word, number in numbers.items() if number != seen[word]})
+        return changes
+
+    def flush(self) -> None:
+        """Put numbers that were written into ``param_groups`` in force now, rather than with the next step.
+
+        Raises:
+            OptimizerError: a number is out of range; none has changed.
+            WorkerMismatchError: of ``dist_sync``: workers have set different numbers.
+        """
+        if not any(self._changes()):
+            return
+        self._read()
+        changes = self._changes()
+        if any(changes):
+            with naming("Trainer"):
+                self._update.write(changes)
+            self._seen = self._update.read()
+            for group, numbers in zip(self._groups, self._seen, strict=True):
+                group.update(numbers)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set the learning rate of all groups at once."""
+        self._update.set_everywhere(lr)
+        self._read()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, whose parameters may be new to the Trainer: of frozen layers that are to be trained now.
+
+        Args:
+            param_group: a dict with ``"params"``, which are parameters of the model, their names or patterns of names,
+                and numbers. All workers of a store add the same group.
+
+        Raises:
+            ArgumentError: parameters of another model, or that are in a group already.
+            KeyExistsError: the store has a key of such a name.
+        """
+        with naming("add_param_group"):
+            named = parameters(self._replicas)
+            group = group_of("add_param_group", param_group, named, self._prefix, self._update.groups)
+        created = {key: named[key.removeprefix(self._prefix)] for key in group.keys}
+        self._params.update(created)
+        try:
+            self._update.add(group, list(created))
+        except BaseException:
+            for key in created:
+                del self._params[key]
+            raise
+        now = self._update.read()
+        self._groups.append(self._shown(group, now[-1]))
+        self._seen.append(now[-1])
+        if self._overlap is not None:
+            self._overlap.close()
+            self._overlap = Overlap(self._kv, self._params, self.flush)
+
+    # ------------------------------------------------------------ the step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Push each parameter's gradients, summed over replicas, and update every replica.
+
+        Args:
+            closure: computes the gradients anew and returns the loss.
+
+        Returns:
+            The loss, None without a closure.
+
+        Raises:
+            TensorKVError: as ``Trainer.step``.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        try:
+            if self._unscale():
+                self._push_and_pull()
+        except BaseException:
+            # GradScaler takes them away after a step alone.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
+        return loss
+
+    def _push_and_pull(self) -> None:
+        if self._overlap is not None:
+            self._overlap.finish()
+        else:
+            self.flush()
+        grads = {
+            key: found
+            for key, replicas in self._params.items()
+            if (found := [grad for param in replicas if (grad := param.grad) is not None])
+        }
+        self._update.step(grads, is_pushed=self._overlap is not None)
+
+    def _unscale(self) -> bool:
+        """Do what a GradScaler that calls ``step`` asks for; return whether to step.
+
+        It gives ``found_inf``, and ``grad_scale`` if gradients are still scaled. Every worker divides by its own scale.
+        """
+        found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is None:
+            return True
+        if self._overlap is not None:
+            raise OptimizerError(
+                "Trainer: a GradScaler needs overlap=False, since gradients are unscaled after they are computed"
+            )
+        if self._kv._any("step", bool(found_inf.item())):
+            return False
+        scale: torch.Tensor | None = getattr(self, "grad_scale", None)
+        if scale is not None:
+            factor = scale.double().reciprocal().item()
+            for replicas in self._params.values():
+                for param in replicas:
+                    if param.grad is not None:
+                        param.grad.mul_(factor)
+        return True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of every replica's trained parameters.
+
+        Args:
+            set_to_none: False fills gradients with zeros, which the next ``step`` pushes like any other.
+        """
+        for params in self._params.values():
+            for param in params:
+                if set_to_none:
+                    param.grad = None
+                elif param.grad is not None:
+                    param.grad = param.grad.detach_().zero_()
+
+    # ------------------------------------------------------------ state
+
+    @property
+    def state(self) -> defaultdict[torch.Tensor, Any]:  # type: ignore[override]
+        """A copy of the optimizer's state, by parameter of the first replica.
+
+        All workers of ``dist_sync`` ask for it together.
+        """
+        found: defaultdict[torch.Tensor, Any] = defaultdict(dict)
+        for key, own in self._update.optimizer_state().items():
+            if own:
+                found[self._params[key][0]] = own
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of the numbers and the state, in the form of ``torch.optim``: without the weights.
+
+        All workers of ``dist_sync`` call this together.
+        """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        self.flush()
+        index = {key: number for number, key in enumerate(self._keys())}
+        packed: dict[str, Any] = {
+            "state": {index[key]: own for key, own in self._update.optimizer_state().items() if own},
+            "param_groups": [
+                {**shown, "params": [index[key] for key in group.keys]}
+                for group, shown in zip(self._update.groups, self.param_groups, strict=True)
+            ],
+        }
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            packed = post_hook(self, packed) or packed
+        return packed
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned here, or in an optimizer of ``torch.optim`` with the same groups.
+
+        The weights stay. With several workers all call this together.
+
+        Raises:
+            CheckpointError: not such a state, or one of other groups or of another optimizer; nothing has changed.
+        """
+        given = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            given = hook(self, given) or given
+        mine, loaded = self._update.groups, _loaded_groups(given)
+        counts, expected = [len(group["params"]) for group in loaded], [len(group.keys) for group in mine]
+        if counts != expected:
+            raise CheckpointError(
+                f"load_state_dict: the state has parameter groups of {counts} parameters; expected {expected}"
+            )
+        key_of = dict(zip((number for group in loaded for number in group["params"]), self._keys(), strict=True))
+        state = {key_of[number]: _tensors(own) for number, own in given["state"].items() if number in key_of}
+        groups = [
+            Group(group.keys, {word: option for word, option in other.items() if word not in ("params", "param_names")})
+            for group, other in zip(mine, loaded, strict=True)
+        ]
+        self._update.load_optimizer_state(state, groups)
+        self._seen = self._update.read()
+        for shown, group, numbers in zip(self._groups, groups, self._seen, strict=True):
+            shown.update({**group.options, **numbers})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _keys(self) -> list[str]:
+        return [key for group in self._update.groups for key in group.keys]
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a StoreOptimizer cannot be pickled or copied; use state_dict() and load_state_dict()")
+
+
+def _number(option: Any) -> Any:
+    return option.item() if isinstance(option, torch.Tensor) and option.numel() == 1 else option
+
+
+def _loaded_groups(state: Any) -> list[dict[str, Any]]:
+    """Return the groups of a state dict, or raise CheckpointError if it has not the form of one."""
+    if not isinstance(state, dict) or not isinstance(state.get("state"), dict):
+        raise CheckpointError(f"load_state_dict: got {show(state)}; expected what state_dict() returns")
+    groups = state.get("param_groups")
+    if not isinstance(groups, list):
+        raise CheckpointError(f"load_state_dict: param_groups is {show(groups)}; expected a list of dicts")
+    for group in groups:
+        numbers = group.get("params") if isinstance(group, dict) else None
+        if not isinstance(numbers, list) or not all(isinstance(number, int) for number in numbers):
+            raise CheckpointError(f"load_state_dict: a group is {show(group)}; expected a dict with a list of params")
+    return groups
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of a parameter without what torch.optim only has room for."""
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"load_state_dict: the state of a parameter is {show(state)}; expected a dict")
+    return {name: each for name, each in state.items() if each is not None}

@@ -12,6 +12,7 @@ import pytest
 
 import tensorkv
 from tests.support.amount import amount
+from tests.support.workers import free_port
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("sklearn")
@@ -19,7 +20,7 @@ pytest.importorskip("sklearn")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(name, tmp_path, *arguments, **sizes):
+def run(name, tmp_path, *arguments, launcher=(), **sizes):
     """Run an example with some of its constants set, in a folder of its own; return the lines that it prints."""
     text = (ROOT / "examples" / name).read_text()
     for constant, size in sizes.items():
@@ -28,7 +29,7 @@ def run(name, tmp_path, *arguments, **sizes):
     # Nothing may be left behind, and nothing found here.
     file = tmp_path.with_name(f"{tmp_path.name}-{name}")
     file.write_text(text)
-    command = [sys.executable, str(file), *map(str, arguments)]
+    command = [sys.executable, *launcher, str(file), *map(str, arguments)]
     environment = {key: text for key, text in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "RAY_ADDRESS")}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -36,7 +37,11 @@ def run(name, tmp_path, *arguments, **sizes):
 
 
 def test_every_example_is_tested():
-    assert {path.name for path in (ROOT / "examples").glob("*.py")} == {"embeddings.py", "publish_weights.py"}
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
+        "embeddings.py",
+        "jax_digits.py",
+        "publish_weights.py",
+    }
 
 
 def test_readers_see_increasing_versions_and_consistent_snapshots(tmp_path):
@@ -62,6 +67,20 @@ def test_vectors_are_learned_though_a_server_is_killed(tmp_path):
     assert float(share[1]) > 0.7
     assert float(share[2]) < 0.55
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["server-0", "server-1"]
+
+
+def test_jax_learns_digits_with_the_same_losses_in_one_process_and_in_two(tmp_path):
+    pytest.importorskip("jax")
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1")
+    told = []
+    for launcher in ((), (*torchrun, f"--master-port={free_port()}")):
+        lines = run("jax_digits.py", tmp_path, launcher=launcher, EPOCHS=amount(4, 10))
+        found = [re.fullmatch(r"epoch \d+: loss ([\d.]+), accuracy on test images ([\d.]+)", line) for line in lines]
+        told.append([(float(match[1]), float(match[2])) for match in found])
+    assert len(told[0]) == amount(4, 10)
+    assert told[0][-1][0] < told[0][0][0] / 2
+    assert told[0][-1][1] > 0.9
+    assert [loss for loss, _ in told[1]] == pytest.approx([loss for loss, _ in told[0]], rel=1e-3)
 
 
 def test_an_example_that_fails_says_why(tmp_path, monkeypatch, capsys):

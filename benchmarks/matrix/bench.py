@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,8 +40,8 @@ NumPy or torch, torch.optim's fused step, or Gloo's all_reduce of one flat buffe
 and MPI. Every result is checked; a wrong one ends the run with exit status 1 and nothing is written."""
     epilog = f"""\
 Files in --out: matrix.json (all raw times, versions, machine), matrix.md (tables), matrix.png. The whole matrix has
-{len(cells(ENGINES, quick=False)):,} cells and takes some hours and 24 GB of memory. --only takes parts of names such as
-"local: 2×3, torch, list, AdamW".
+{len(cells(ENGINES, quick=False)):,} cells and takes some hours and 24 GB of memory; with --keep it can be measured
+in several runs. --only takes parts of names such as "local: 2×3, torch, list, AdamW".
 
 examples:
   python -m benchmarks matrix --quick                        toy sizes: does it work here?
@@ -54,6 +55,7 @@ examples:
         add = parser.add_argument
         add("--engines", type=_engines, default=ENGINES, metavar="E,E", help=f"default {','.join(ENGINES)}")
         add("--no-mpi", action="store_true", help="leave MPI out")
+        add("--keep", action="store_true", help="keep the other cells that matrix.json in --out has, of earlier runs")
 
     def works(self, options: argparse.Namespace) -> dict[str, list[Any]]:
         return {engine: cells([engine], quick=options.quick) for engine in options.engines}
@@ -62,7 +64,8 @@ examples:
         mxnet, mpi = (self.find_python(venv, options) for venv in (MXNET, MPI))
         copy = machine.Copy(_COPY_NBYTES)
         copy.time()
-        measured = []
+        measured = _earlier(options.out) if options.keep else {}
+        revision = machine.git_revision()
         for engine in options.engines:
             launchers = _launchers(engine, mxnet, mpi)
             with Roster(launchers, self.missing, self.versions, topic=f", {engine}") as roster:
@@ -77,11 +80,14 @@ examples:
                         alone=("first", "changing") if work.keys > 1 else ("first",),
                         others={"copy": copy},
                     )
-                    measured.append(_brief(work, found, copy))
-        return {"cells": measured}
+                    measured[work.name] = {**_brief(work, found, copy), "git": revision}
+        names = [work.name for work in cells(ENGINES, quick=options.quick)]
+        return {"cells": [measured[name] for name in names if name in measured]}
 
     def given(self, result: Mapping[str, Any]) -> str:
-        return "arrays of each library; of several processes, each has one OpenMP thread"
+        revisions = sorted({str(each["git"]) for each in result["cells"]})
+        runs = "" if len(revisions) == 1 else f"; measured in several runs, of revisions {', '.join(revisions)}"
+        return f"arrays of each library; of several processes, each has one OpenMP thread{runs}"
 
     def sections(self, result: Mapping[str, Any]) -> list[list[str]]:
         by_engine = _grouped(result["cells"], "engine")
@@ -94,6 +100,12 @@ examples:
 
     def plots(self, result: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
         return {"matrix.png": partial(_draw, result)}
+
+
+def _earlier(out: Path) -> dict[str, Any]:
+    """Return the cells that earlier runs have measured, by name."""
+    path = out / "matrix.json"
+    return {each["name"]: each for each in json.loads(path.read_text())["cells"]} if path.exists() else {}
 
 
 def _engines(text: str) -> tuple[Engine, ...]:

@@ -46,6 +46,19 @@ def test_a_run_writes_raw_times_tables_and_a_plot(tmp_path):
     assert len(rows_of(table, "`local`, lists of NumPy arrays, beside every peer")) == len(RULES)
 
 
+def test_cells_of_earlier_runs_are_kept(tmp_path):
+    first, second = (["--engines", "local", "--only", f"tiny, {arrays}, list, assign"] for arrays in ("torch", "numpy"))
+    assert run(tmp_path, *first) == 0
+    [earlier] = json.loads((tmp_path / "matrix.json").read_text())["cells"]
+    assert run(tmp_path, *second, "--keep") == 0
+    found = json.loads((tmp_path / "matrix.json").read_text())["cells"]
+    # In the order of the matrix, not of the runs.
+    assert [each["arrays"] for each in found] == ["numpy", "torch"]
+    assert found[1] == earlier
+    assert run(tmp_path, *second) == 0
+    assert len(json.loads((tmp_path / "matrix.json").read_text())["cells"]) == 1
+
+
 @pytest.mark.parametrize("engine", ENGINES[1:])
 def test_a_run_with_processes(engine, tmp_path):
     only = [f"{SMALL}, mixed, nested, AdamW", f"{SMALL}, numpy, list, assign", f"{SMALL}, jax, no out, SGD momentum"]

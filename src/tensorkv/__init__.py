@@ -7,6 +7,7 @@ from tensorkv.runtime import early  # noqa: F401 - before anything that takes lo
 # isort: split
 from tensorkv.arrays.rows import Rows
 from tensorkv.shard.entry import KeyInfo
+from tensorkv.trainer.embedding import Embedding, EmbeddingBag
 from tensorkv.trainer.trainer import Trainer
 
 from . import engines, errors
@@ -43,6 +44,8 @@ __all__ = [
     "ArgumentError",
     "ArrayTypeError",
     "CheckpointError",
+    "Embedding",
+    "EmbeddingBag",
     "EngineNotFoundError",
     "ForkedStoreError",
     "KVStore",

@@ -41,6 +41,7 @@ def test_every_example_is_tested():
         "embeddings.py",
         "jax_digits.py",
         "publish_weights.py",
+        "recommender.py",
     }
 
 
@@ -81,6 +82,19 @@ def test_jax_learns_digits_with_the_same_losses_in_one_process_and_in_two(tmp_pa
     assert told[0][-1][0] < told[0][0][0] / 2
     assert told[0][-1][1] > 0.9
     assert [loss for loss, _ in told[1]] == pytest.approx([loss for loss, _ in told[0]], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["local", "dist_async"])
+def test_a_recommender_learns_in_one_process_and_on_servers(tmp_path, kind):
+    users, items, error = run("recommender.py", tmp_path, kind, EPOCHS=8)
+    for line in (users, items):
+        rows, updates = map(int, re.fullmatch(r"\w+: (\d+) of 1099511627776 rows, (\d+) updates", line).groups())
+        assert 250 < rows <= 1000
+        # 36,000 ratings in batches of 512, for each of two workers if there are servers.
+        assert updates == 8 * (71 if kind == "local" else 2 * 36)
+    reached, constant = map(float, re.findall(r"\d\.\d+", error))
+    assert reached < constant / 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_example_that_fails_says_why(tmp_path, monkeypatch, capsys):

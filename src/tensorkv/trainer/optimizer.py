@@ -12,6 +12,7 @@ from torch import nn
 from tensorkv.errors import CheckpointError, OptimizerError, naming, show
 from tensorkv.store import KVStore
 
+from . import embedding
 from .groups import Group, Params, group_of, parameters
 from .overlap import Overlap
 from .updates import StoreUpdate, WorkerUpdate
@@ -61,6 +62,7 @@ class StoreOptimizer(torch.optim.Optimizer):
     ) -> None:
         self._kv, self._replicas, self._prefix = kv, replicas, prefix
         self._params, self._update = params, update
+        self._tables = embedding.layers_of(replicas)
         numbers = self._seen = update.read()
         self._groups = [self._shown(*pair) for pair in zip(update.groups, numbers, strict=True)]
         self._overlap = Overlap(kv, params, self.flush) if overlaps else None
@@ -188,6 +190,7 @@ class StoreOptimizer(torch.optim.Optimizer):
             if (found := [grad for param in replicas if (grad := param.grad) is not None])
         }
         self._update.step(grads, is_pushed=self._overlap is not None)
+        embedding.step(self._tables)
 
     def _unscale(self) -> bool:
         """Do what a GradScaler that calls ``step`` asks for; return whether to step.
@@ -201,7 +204,7 @@ class StoreOptimizer(torch.optim.Optimizer):
             raise OptimizerError(
                 "Trainer: a GradScaler needs overlap=False, since gradients are unscaled after they are computed"
             )
-        if self._kv._any("step", bool(found_inf.item())):
+        if self._kv._any("step", bool(found_inf.item()) or not embedding.is_finite(self._tables)):
             return False
         scale: torch.Tensor | None = getattr(self, "grad_scale", None)
         if scale is not None:
@@ -210,6 +213,7 @@ class StoreOptimizer(torch.optim.Optimizer):
                 for param in replicas:
                     if param.grad is not None:
                         param.grad.mul_(factor)
+            embedding.scale(self._tables, factor)
         return True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -224,6 +228,8 @@ class StoreOptimizer(torch.optim.Optimizer):
                     param.grad = None
                 elif param.grad is not None:
                     param.grad = param.grad.detach_().zero_()
+        for layer in self._tables:
+            layer.zero_grad(set_to_none)
 
     # ------------------------------------------------------------ state
 

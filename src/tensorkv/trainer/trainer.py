@@ -25,6 +25,7 @@ from tensorkv.errors import (
 )
 from tensorkv.store import KVStore
 
+from .embedding import layers_of
 from .groups import Params, groups_of, parameters, trained
 from .optimizer import StoreOptimizer
 from .updates import StoreUpdate, WorkerUpdate, broadcast
@@ -65,7 +66,8 @@ class Trainer:
 
     The gradient is the **sum** over replicas and workers. Where each replica's loss is the mean over its
     part of the batch, a store with ``reduce="mean"`` gives the mean over the batch.
-    Sparse gradients (``nn.Embedding(sparse=True)``) update only their rows if the store updates.
+    Sparse gradients (``nn.Embedding(sparse=True)``) update only their rows if the store updates. Tables of
+    ``tensorkv.Embedding`` layers are stepped with the parameters, and are in ``kv.save``, not in ``state_dict``.
 
     >>> import torch, tensorkv
     >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -100,6 +102,8 @@ class Trainer:
         self._params: Params = {prefix + name: each for name, each in trained(named).items()}
         if not self._params:
             raise ArgumentError("Trainer: no parameter requires a gradient; there is nothing to train")
+        if update_on_store is False and layers_of(replicas):
+            raise ArgumentError("Trainer: a store updates the tables of Embedding layers; use update_on_store=True")
         groups = [] if param_groups is None else groups_of(param_groups, named, prefix)
         self._update: StoreUpdate | WorkerUpdate
         with naming("Trainer"):

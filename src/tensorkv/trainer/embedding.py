@@ -1,0 +1,317 @@
+"""Embedding and EmbeddingBag: tables of a store as layers, which pull the rows of a batch and push their gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from tensorkv.arrays import interop
+from tensorkv.arrays.rows import Rows
+from tensorkv.errors import (
+    ArgumentError,
+    ArrayTypeError,
+    KeyExistsError,
+    OptimizerError,
+    TensorKVError,
+    ValueMismatchError,
+    naming,
+    quote,
+    show,
+)
+from tensorkv.store import KVStore
+
+
+class TableLayer(nn.Module):
+    """What both layers have in common."""
+
+    def __init__(
+        self,
+        kv: KVStore,
+        key: str | int,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        init: Any = "normal",
+        **numbers: Any,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if not isinstance(kv, KVStore):
+            raise ArgumentError(f"{name}: kv is {show(kv)}; expected a KVStore, from tensorkv.create()")
+        for word, size in {"num_embeddings": num_embeddings, "embedding_dim": embedding_dim}.items():
+            if type(size) is not int or size < 1:
+                raise ArgumentError(f"{name}: {word} is {show(size)}; expected an int of at least 1")
+        if dtype not in interop.FLOATS:
+            raise ArgumentError(f"{name}: dtype is {show(dtype)}; expected a floating-point torch.dtype")
+        self.kv, self.key, self.dtype = kv, key, dtype
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        with naming(name):
+            self.padding_idx = _check_padding(padding_idx, num_embeddings)
+        # What backward has computed since the last step.
+        self._gradients: list[Rows] = []
+        self._has_optimizer = False
+        self._create(init, numbers)
+
+    def _create(self, init: Any, numbers: dict[str, Any]) -> None:
+        """Create the table if the store does not have it; raise if it has another one."""
+        name, key, kv = type(self).__name__, self.key, self.kv
+        expected = (self.num_embeddings, self.embedding_dim), interop.dtype_name(self.dtype)
+        try:
+            rows = Rows(*_no_rows(self.embedding_dim, self.dtype), self.num_embeddings, init=init, **numbers)
+        except TensorKVError as error:
+            raise type(error)(f"{name}: {error}") from None
+        except TypeError as error:
+            raise ArgumentError(f"{name}: {error}") from None
+        with naming(name):
+            if key not in kv:
+                # Another process may create it meanwhile.
+                with suppress(KeyExistsError):
+                    kv.init(key, rows)
+            info = kv.info(key)
+            if (info.shape, info.dtype) != expected:
+                raise ValueMismatchError(
+                    f"{quote(key)} has shape {info.shape} and dtype {info.dtype} in the store; expected {expected[0]} "
+                    f"and {expected[1]}, or give another key"
+                )
+
+    def _pull(self, ids: Any) -> tuple[torch.Tensor, torch.Tensor, int | None]:
+        """Return rows, the place of each id in them, and the place of the padding row if it is there."""
+        name = type(self).__name__
+        if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32):
+            raise ArrayTypeError(f"{name}({quote(self.key)}): got {show(ids)}; expected a tensor of int64 or int32 ids")
+        unique, places = torch.unique(ids, return_inverse=True)
+        with torch.no_grad():
+            pulled = self.kv.row_sparse_pull(self.key, row_ids=unique)
+            # In float32 at least, so that the gradients of repeated ids are added before they are rounded.
+            rows = interop.take(pulled.values).to(ids.device, interop.accumulator(self.dtype))
+            found = None
+            if self.padding_idx is not None and bool((at := unique == self.padding_idx).any()):
+                found = int(at.nonzero())
+                rows[found] = 0
+        if torch.is_grad_enabled():
+            rows.requires_grad_()
+            rows.register_post_accumulate_grad_hook(self._keep(unique, found))  # type: ignore[no-untyped-call]
+        return rows, places, found
+
+    def _keep(self, ids: torch.Tensor, padding: int | None) -> Any:
+        # Not the rows themselves: those of a forward pass without a backward pass are to be freed.
+        gradients = self._gradients
+
+        def hook(rows: torch.Tensor) -> None:
+            grad, rows.grad = rows.grad, None
+            kept = slice(None) if padding is None else torch.arange(len(ids), device=ids.device) != padding
+            gradients.append(Rows(ids[kept], grad[kept], self.num_embeddings))  # type: ignore[index]
+
+        return hook
+
+    def step(self) -> None:
+        """Push the gradients of all backward passes since the last step: one update of the rows that they used.
+
+        Without any, no rows are pushed, which counts as an update all the same: workers that push together have to
+        make the same calls.
+
+        Raises:
+            OptimizerError: the store has no optimizer, so gradients would replace rows.
+            TensorKVError: as ``KVStore.push``.
+        """
+        step([self])
+
+    def _check_optimizer(self) -> None:
+        # Servers are asked once.
+        self._has_optimizer = self._has_optimizer or self.kv.optimizer is not None
+        if not self._has_optimizer:
+            raise OptimizerError(
+                f"{quote(self.key)}: the store has no optimizer, and gradients would replace rows; call "
+                "kv.set_optimizer first"
+            )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients since the last step."""
+        super().zero_grad(set_to_none)
+        self._gradients.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # A store cannot be copied: a replica shares the table, and has gradients of its own.
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        shared = {id(self.kv): self.kv}
+        made.__dict__.update({name: copy.deepcopy(each, {**memo, **shared}) for name, each in self.__dict__.items()})
+        made._gradients = []
+        return made
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{quote(self.key)}, {self.num_embeddings}, {self.embedding_dim}{padding}"
+
+
+class Embedding(TableLayer):
+    """A table of embeddings in a store, as ``torch.nn.Embedding`` of which a process holds only a batch's rows.
+
+    ``forward`` pulls the rows of its ids; ``step`` pushes the gradients of all backward passes since the last step, and
+    the store's optimizer updates those rows. A ``Trainer`` calls ``step`` for the layers of its model.
+
+    Args:
+        kv: the store; give it an optimizer with ``set_optimizer``.
+        key: of the table. One that the store has is used as it is; else it is created. Workers of a store create the
+            layer together, and rank 0's ``init`` counts.
+        num_embeddings: rows of the table.
+        embedding_dim: elements of a row.
+        padding_idx: an id whose vector is zero and which is never updated.
+        dtype: of the table and of the vectors: float32, float64, float16 or bfloat16.
+        init: how rows start, as for ``Rows``: ``"normal"``, ``"uniform"`` or a number.
+        **numbers: of ``init``: ``mean``, ``std``, ``a``, ``b``, ``seed``.
+
+    Raises:
+        ArgumentError: an argument is invalid.
+        ValueMismatchError: the store has the key with another shape or dtype.
+
+    Limits: the rows are in the store and its checkpoints, not in ``parameters()`` or ``state_dict()``. Copies that
+    ``copy.deepcopy`` makes share the table.
+
+    >>> import torch, tensorkv
+    >>> kv = tensorkv.create()
+    >>> items = tensorkv.Embedding(kv, "items", 1_000_000_000, 4, std=0.01, seed=7)
+    >>> kv.set_optimizer("adagrad", lr=0.1)
+    >>> vectors = items(torch.tensor([[3, 999_999_999], [3, 0]]))
+    >>> vectors.shape
+    torch.Size([2, 2, 4])
+    >>> vectors.sum().backward()
+    >>> items.step()
+    >>> kv.info("items").nbytes  # three rows of four float32
+    48
+    """
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the vectors of ids.
+
+        Args:
+            ids: int64 or int32, of any shape.
+
+        Returns:
+            A tensor of shape ``(*ids.shape, embedding_dim)`` on the device of ``ids``.
+
+        Raises:
+            ArrayTypeError: not such a tensor.
+            ValueMismatchError: an id is out of range.
+            TensorKVError: as ``KVStore.row_sparse_pull``.
+        """
+        rows, places, padding = self._pull(ids)
+        return functional.embedding(places, rows, padding_idx=padding).to(self.dtype)
+
+
+class EmbeddingBag(TableLayer):
+    """Sums, means or maxima of bags of embeddings in a store, as ``torch.nn.EmbeddingBag``.
+
+    Args:
+        kv, key, num_embeddings, embedding_dim, padding_idx, dtype, init, **numbers: as for ``Embedding``; ids that are
+            ``padding_idx`` are left out of their bags.
+        mode: ``"mean"``, ``"sum"`` or ``"max"``.
+
+    >>> import torch, tensorkv
+    >>> kv = tensorkv.create()
+    >>> words = tensorkv.EmbeddingBag(kv, "words", 1000, 2, mode="sum", init=0.5)
+    >>> words(torch.tensor([4, 2, 4]), offsets=torch.tensor([0, 1])).tolist()
+    [[0.5, 0.5], [1.0, 1.0]]
+    """
+
+    def __init__(self, *args: Any, mode: str = "mean", **options: Any) -> None:
+        if mode not in ("mean", "sum", "max"):
+            raise ArgumentError(f'EmbeddingBag: mode is {show(mode)}; expected "mean", "sum" or "max"')
+        super().__init__(*args, **options)
+        self.mode = mode
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return one vector for each bag, of shape ``(bags, embedding_dim)``.
+
+        Args:
+            ids: int64 or int32: of shape ``(bags, n)``, or ``(n,)`` with offsets.
+            offsets: where each bag begins in one-dimensional ids.
+            per_sample_weights: factors on the vectors, of the shape of ``ids`` (mode ``"sum"`` only).
+
+        Raises:
+            TensorKVError: as ``Embedding.forward``.
+            ValueError: shapes that ``torch.nn.functional.embedding_bag`` refuses.
+        """
+        rows, places, padding = self._pull(ids)
+        weights = None if per_sample_weights is None else per_sample_weights.to(rows.dtype)
+        found = functional.embedding_bag(
+            places, rows, offsets, mode=self.mode, per_sample_weights=weights, padding_idx=padding
+        )
+        return found.to(self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, mode={self.mode!r}"
+
+
+def layers_of(modules: Iterable[nn.Module]) -> list[TableLayer]:
+    """Return the layers of modules whose tables are in a store."""
+    return [layer for module in modules for layer in module.modules() if isinstance(layer, TableLayer)]
+
+
+def is_finite(layers: Iterable[TableLayer]) -> bool:
+    """Return whether the gradients that layers are going to push have neither NaN nor Inf."""
+    return all(bool(rows.values.isfinite().all()) for layer in layers for rows in layer._gradients)
+
+
+def scale(layers: Iterable[TableLayer], factor: float) -> None:
+    """Multiply the gradients that layers are going to push."""
+    for layer in layers:
+        for rows in layer._gradients:
+            rows.values.mul_(factor)
+
+
+def step(layers: Iterable[TableLayer]) -> None:
+    """Push the gradients of layers to their stores, those of one store in one call.
+
+    Args:
+        layers: of which several may have one table, as those of replicas do.
+
+    Raises:
+        OptimizerError: a store has no optimizer.
+        TensorKVError: as ``KVStore.push``.
+    """
+    stores: dict[KVStore, dict[str | int, list[TableLayer]]] = {}
+    for layer in layers:
+        stores.setdefault(layer.kv, {}).setdefault(layer.key, []).append(layer)
+    for kv, by_key in stores.items():
+        for layer, *_ in by_key.values():
+            layer._check_optimizer()
+        kv.push(list(by_key), [_parts(same) for same in by_key.values()])
+        for same in by_key.values():
+            for layer in same:
+                layer._gradients.clear()
+
+
+def _parts(layers: list[TableLayer]) -> list[Rows]:
+    """Return what layers of one table push: at least one part."""
+    first = layers[0]
+    parts = [rows for layer in layers for rows in layer._gradients]
+    if parts:
+        return parts
+    return [Rows(*_no_rows(first.embedding_dim, interop.accumulator(first.dtype)), first.num_embeddings)]
+
+
+def _no_rows(columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty((0, columns), dtype=dtype, device="cpu")
+
+
+def _check_padding(padding_idx: Any, rows: int) -> int | None:
+    """Return an id that may count from the end, as one that does not."""
+    if padding_idx is None:
+        return None
+    if type(padding_idx) is not int or not -rows <= padding_idx < rows:
+        raise ArgumentError(f"padding_idx is {show(padding_idx)}; expected an int in [-{rows}, {rows})")
+    return padding_idx % rows

@@ -1,0 +1,344 @@
+"""Embedding and EmbeddingBag: layers whose table is in a store learn as torch's do."""
+
+import copy
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import tensorkv
+from tensorkv import Embedding, EmbeddingBag, Rows, Trainer
+from tests.support.workers import run
+from tests.trainer.embedding_programs import learn_together
+
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.1, "initial_accumulator_value": 0.1}),
+    "adam": (torch.optim.SparseAdam, {"lr": 0.1}),
+}
+N, D = 50, 6
+
+
+@pytest.fixture
+def kv():
+    with tensorkv.create() as store:
+        yield store
+
+
+def whole(kv, key="t", rows=N):
+    """All rows of a table."""
+    return torch.as_tensor(kv.row_sparse_pull(key, row_ids=range(rows)).values)
+
+
+def batches(steps, shape=(4, 7), low=0):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(low, N, shape, generator=generator) for _ in range(steps)]
+
+
+def loss(vectors):
+    """Of which the gradient differs from element to element."""
+    return (vectors * torch.linspace(-1, 1, vectors.numel()).view(vectors.shape)).sum() + vectors.square().sum()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("padding_idx", [None, 3, -1])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_it_learns_as_torch_does(kv, optimizer, padding_idx):
+    kind, numbers = OPTIMIZERS[optimizer]
+    mine = Embedding(kv, "t", N, D, padding_idx=padding_idx, std=0.5, seed=3)
+    kv.set_optimizer(optimizer, **numbers)
+    theirs = nn.Embedding(N, D, padding_idx=padding_idx, sparse=True)
+    with torch.no_grad():
+        theirs.weight.copy_(whole(kv))
+        if padding_idx is not None:
+            theirs.weight[padding_idx] = 0
+    step = kind(theirs.parameters(), **numbers)
+    for ids in batches(5):
+        step.zero_grad()
+        vectors, expected = mine(ids), theirs(ids)
+        torch.testing.assert_close(vectors, expected)
+        loss(expected).backward()
+        loss(vectors).backward()
+        step.step()
+        mine.step()
+    final = whole(kv)
+    if padding_idx is not None:
+        final[padding_idx] = 0
+        first = Embedding(kv, "u", N, D, padding_idx=padding_idx)
+        assert len(first(torch.tensor([first.padding_idx])).unique()) == 1
+    torch.testing.assert_close(final, theirs.weight.detach())
+    assert kv.info("t").version == 5
+
+
+def test_the_padding_row_is_not_pushed(kv):
+    layer = Embedding(kv, "t", N, D, padding_idx=0)
+    kv.set_optimizer("adam", lr=0.1)
+    loss(layer(torch.tensor([0, 5, 0]))).backward()
+    layer.step()
+    assert kv.info("t").nbytes == D * 4
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags(kv, mode):
+    mine = EmbeddingBag(kv, "t", N, D, mode=mode, padding_idx=2)
+    kv.set_optimizer("sgd", lr=0.5)
+    theirs = nn.EmbeddingBag(N, D, mode=mode, padding_idx=2)
+    theirs.weight.data.copy_(whole(kv))
+    step = torch.optim.SGD(theirs.parameters(), lr=0.5)
+    weights = torch.linspace(0, 1, 28).view(4, 7) if mode == "sum" else None
+    for ids in batches(3):
+        ids[:, 0] = 2
+        for given in ((ids, None, weights), (ids.flatten(), torch.tensor([0, 3, 3]), None)):
+            step.zero_grad()
+            vectors, expected = mine(*given), theirs(*given)
+            torch.testing.assert_close(vectors, expected)
+            loss(expected).backward()
+            loss(vectors).backward()
+            step.step()
+            mine.step()
+    torch.testing.assert_close(whole(kv), theirs.weight.detach())
+
+
+def test_weights_of_samples_get_gradients(kv):
+    layer = EmbeddingBag(kv, "t", N, D, mode="sum", init=2.0)
+    weights = torch.ones(1, 3, requires_grad=True)
+    layer(torch.tensor([[1, 2, 1]]), per_sample_weights=weights).sum().backward()
+    assert weights.grad.tolist() == [[2.0 * D] * 3]
+
+
+def test_gradients_of_several_passes_are_one_update(kv):
+    layer = Embedding(kv, "t", N, D, init=0.0)
+    kv.set_optimizer("sgd", lr=1.0)
+    first, second = layer(torch.tensor([1, 1])), layer(torch.tensor([[2], [1]]))
+    second.sum().backward()
+    first.sum().backward()
+    layer(torch.tensor(4)).sum().backward()
+    layer.step()
+    assert whole(kv)[:5, 0].tolist() == [0, -3, -1, 0, -1]
+    assert kv.info("t").version == 1
+    again = layer(torch.tensor([7]))
+    again.sum().backward(retain_graph=True)
+    again.sum().backward()
+    layer.step()
+    assert whole(kv)[7, 0] == -2
+
+
+def test_zero_grad_forgets(kv):
+    model = nn.Sequential(Embedding(kv, "t", N, D, init=0.0))
+    kv.set_optimizer("sgd", lr=1.0)
+    model(torch.tensor([1])).sum().backward()
+    model[0].zero_grad()
+    model[0].step()
+    assert not whole(kv).any()
+
+
+def test_passes_without_gradients_keep_nothing(kv):
+    layer = Embedding(kv, "t", N, D)
+    with torch.no_grad():
+        assert not layer(torch.tensor([1])).requires_grad
+    with torch.inference_mode():
+        layer(torch.tensor([1]))
+    assert kv.info("t").nbytes == 0
+    layer.eval()
+    kept = []
+    original = layer._keep
+    layer._keep = lambda *given: kept.append(weakref.ref(hook := original(*given))) or hook
+    vectors = layer(torch.tensor([1, 2]))
+    assert kept[0]() is not None
+    del vectors
+    gc.collect()
+    assert kept[0]() is None, "rows of a pass without a backward pass are freed"
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_ids_of_any_shape(kv, shape, dtype):
+    layer = Embedding(kv, "t", N, D)
+    kv.set_optimizer("adam", lr=0.1)
+    vectors = layer(torch.ones(shape, dtype=dtype))
+    assert vectors.shape == (*shape, D)
+    loss(vectors).backward()
+    layer.step()
+    assert kv.info("t").version == 1
+
+
+def test_low_precision_adds_gradients_before_it_rounds(kv):
+    layer = Embedding(kv, "t", 3, 1, dtype=torch.float16, init=0.0)
+    kv.set_optimizer("sgd", lr=1.0)
+    vectors = layer(torch.tensor([1, 1, 1]))
+    assert vectors.dtype is torch.float16
+    # 2048 + 1 is 2048 in float16.
+    (vectors.flatten() * torch.tensor([2048, 1, 1], dtype=torch.float16)).sum().backward()
+    layer.step()
+    assert layer(torch.tensor([1])).item() == -2050
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "dense"])
+def test_a_key_that_the_store_has_is_used_as_it_is(kv, library):
+    values = np.full((1, D), 3, np.float32)
+    if library == "dense":
+        kv.init("t", np.full((N, D), 3, np.float32))
+    else:
+        kv.init("t", Rows([4], values if library == "numpy" else torch.from_numpy(values), N))
+    layer = Embedding(kv, "t", N, D)
+    kv.set_optimizer("sgd", lr=1.0)
+    vectors = layer(torch.tensor([4]))
+    assert vectors.tolist() == [[3.0] * D]
+    vectors.sum().backward()
+    layer.step()
+    assert layer(torch.tensor([4])).tolist() == [[2.0] * D]
+    with pytest.raises(tensorkv.ValueMismatchError, match=r'Embedding: "t" has shape \(50, 6\)'):
+        Embedding(kv, "t", N, D + 1)
+    with pytest.raises(tensorkv.ValueMismatchError, match="float64"):
+        Embedding(kv, "t", N, D, dtype=torch.float64)
+
+
+def test_copies_share_the_table_and_not_gradients(kv):
+    model = nn.Sequential(Embedding(kv, "t", N, D, init=0.0), nn.Linear(D, 1))
+    other = copy.deepcopy(model)
+    assert other[0].kv is kv
+    assert other[1].weight is not model[1].weight
+    kv.set_optimizer("sgd", lr=1.0)
+    other[0](torch.tensor([1])).sum().backward()
+    model[0].step()
+    assert not whole(kv).any()
+    other[0].step()
+    assert whole(kv)[1, 0] == -1
+
+
+def test_a_trainer_steps_the_layers_of_its_replicas(kv):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.users, self.items = (Embedding(kv, key, N, D, init=1.0) for key in ("users", "items"))
+            self.bias = nn.Parameter(torch.zeros(1))
+
+        def forward(self, users, items):
+            return (self.users(users) * self.items(items)).sum(-1) + self.bias
+
+    model = Model()
+    replicas = [model, copy.deepcopy(model)]
+    trainer = Trainer(replicas, kv, "sgd", lr=0.5)
+    assert kv.keys() == ["users", "items", "bias"]
+    for replica, user in zip(replicas, (3, 3), strict=True):
+        replica(torch.tensor([user]), torch.tensor([4])).sum().backward()
+    trainer.step()
+    assert whole(kv, "users")[2:5, 0].tolist() == [1, 0, 1]
+    assert [replica.bias.item() for replica in replicas] == [-1, -1]
+    assert [kv.info(key).version for key in kv.keys()] == [1, 1, 1]
+    model(torch.tensor([3]), torch.tensor([5])).sum().backward()
+    trainer.zero_grad()
+    trainer.step()
+    assert whole(kv, "users")[2:5, 0].tolist() == [1, 0, 1]
+    with pytest.raises(tensorkv.ArgumentError, match="update_on_store"):
+        Trainer(model, kv, "sgd", lr=0.5, prefix="other.", update_on_store=False)
+
+
+def test_a_scaler_scales_the_gradients_of_tables(kv):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.bias = Embedding(kv, "t", N, D, init=0.0), nn.Parameter(torch.zeros(1))
+
+        def forward(self, ids, factor):
+            return self.table(ids).sum() * factor + self.bias
+
+    model = Model()
+    trainer = Trainer(model, kv, "sgd", lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for factor, expected in ((3.0, -3), (float("inf"), -3), (1.0, -4)):
+        trainer.optimizer.zero_grad()
+        scaler.scale(model(torch.tensor([7]), factor)).backward()
+        scaler.step(trainer.optimizer)
+        scaler.update()
+        assert whole(kv)[7].tolist() == [expected] * D
+    assert [kv.info(key).version for key in ("t", "bias")] == [2, 2]
+
+
+def test_a_store_without_an_optimizer_is_refused(kv):
+    layer = Embedding(kv, "t", N, D)
+    layer(torch.tensor([1])).sum().backward()
+    with pytest.raises(tensorkv.OptimizerError, match=r'"t": the store has no optimizer'):
+        layer.step()
+    assert kv.info("t").version == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ((3, "t", N, D), {}, "Embedding: kv is 3"),
+        ((None, "t", 0, D), {}, "num_embeddings is 0"),
+        ((None, "t", N, 1.5), {}, "embedding_dim is 1.5"),
+        ((None, "t", N, D), {"dtype": torch.int64}, "dtype is torch.int64"),
+        ((None, "t", N, D), {"padding_idx": N}, r"padding_idx is 50; expected an int in \[-50, 50\)"),
+        ((None, "t", N, D), {"init": "xavier"}, "init is 'xavier'"),
+        ((None, "t", N, D), {"a": 1}, "has no a"),
+        ((None, "t", N, D), {"sparse": True}, "sparse"),
+        ((None, "t", N, D), {"mode": "median"}, "mode is 'median'"),
+    ],
+)
+def test_bad_arguments(kv, given, options, message):
+    kind = EmbeddingBag if "mode" in options else Embedding
+    with pytest.raises(tensorkv.ArgumentError, match=message):
+        kind(*(kv if each is None else each for each in given), **options)
+    assert kv.keys() == []
+
+
+@pytest.mark.parametrize(
+    ("ids", "error"),
+    [
+        ([1], tensorkv.ArrayTypeError),
+        (torch.tensor([1.0]), tensorkv.ArrayTypeError),
+        (torch.tensor([N]), tensorkv.ValueMismatchError),
+        (torch.tensor([-1]), tensorkv.ValueMismatchError),
+    ],
+)
+def test_bad_ids(kv, ids, error):
+    with pytest.raises(error, match='"t"'):
+        Embedding(kv, "t", N, D)(ids)
+
+
+def test_it_shows_what_it_is(kv):
+    assert repr(Embedding(kv, "t", N, D, padding_idx=-1)) == 'Embedding("t", 50, 6, padding_idx=49)'
+    assert repr(EmbeddingBag(kv, 't"', N, D)).endswith("50, 6, mode='mean')")
+
+
+# ---------------------------------------------------------------- several workers and servers
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_together_learn_as_one(workers):
+    """With batches of unequal size, and workers without one."""
+    run(workers, learn_together)
+
+
+@pytest.mark.parametrize("servers", [1, 2, 3])
+def test_servers_hold_what_a_local_store_holds(ray_store, servers, kv, tmp_path):
+    path = tmp_path / "servers"
+    options = {"name": f"layers on {servers}", "num_servers": servers, "num_workers": 1, "path": path}
+    with tensorkv.create("dist_async", **options) as theirs:
+        found = [learn(store) for store in (kv, theirs)]
+        theirs.save(tmp_path / "saved")
+    for mine, other in zip(*found, strict=True):
+        assert torch.equal(mine, other)
+    with tensorkv.create("dist_async", **options) as theirs, tensorkv.create() as local:
+        local.load(tmp_path / "saved")
+        for store in (theirs, local):
+            # The durable servers, and a checkpoint of theirs, start the same rows in the same way.
+            assert torch.equal(whole(store), found[0][0])
+            assert store.info("t").nbytes == kv.info("t").nbytes
+
+
+def learn(store):
+    """Train two layers; return their tables."""
+    layers = [Embedding(store, "t", N, D, padding_idx=1, std=0.3), EmbeddingBag(store, "u", N, D, init="uniform")]
+    store.set_optimizer("adagrad", lr=0.1)
+    for ids in batches(4, (3, 4)):
+        for layer in layers:
+            loss(layer(ids % 20)).backward()
+        for layer in layers:
+            layer.step()
+    return whole(store, "t"), whole(store, "u")

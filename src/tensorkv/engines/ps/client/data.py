@@ -315,33 +315,34 @@ class DataClient:
             torch.empty((len(own), *each.spec.shape[1:]), dtype=each.spec.dtype, device="cpu")
             for each, own in zip(placements, ids, strict=True)
         ]
-        requests, masks = [], []
+        requests, chosen = [], []
         for server in _servers_of(placements):
             items, wanted, nbytes = [], [], 0
             for index, (key, placement, own) in enumerate(zip(keys, placements, ids, strict=True)):
                 selected = placement.rows_of(server, own.cpu())
                 if selected is not None:
                     items.append(Item(key, "ids", selected[0]))
-                    wanted.append((index, selected[1]))
+                    wanted.append((index, len(selected[0]), selected[1]))
                     # Before the rows of each key, as much as it takes to align them.
                     nbytes += found[index].itemsize + len(selected[0]) * found[index][:1].nbytes
             requests.append(ServerRequest.of_tensors(server, PullRows(snapshot=snapshot), pack(items), nbytes))
-            masks.append(wanted)
+            chosen.append(wanted)
         with self._sessions.take() as session:
             replies = self._send(session, requests)
-            for reply, wanted in zip(replies, masks, strict=True):
+            for reply, wanted in zip(replies, chosen, strict=True):
                 items = unpack(reply.head["layout"].encode(), reply.payload.numpy().data)
-                for item, (index, mine) in zip(items, wanted, strict=True):
-                    self._check_rows(keys[index], item.tensor, found[index][mine])
-                    interop.signed(found[index])[mine] = interop.signed(item.tensor)
+                for item, (index, count, places) in zip(items, wanted, strict=True):
+                    rows, target = item.tensor, found[index]
+                    if rows.dtype is not target.dtype or rows.shape != (count, *target.shape[1:]):
+                        self._keymap.refresh()
+                        raise ValueMismatchError(
+                            f"row_sparse_pull({quote(keys[index])}): another client has re-created this key; call again"
+                        )
+                    if places is None:
+                        target.copy_(rows)
+                    else:
+                        interop.signed(target).index_copy_(0, places, interop.signed(rows))
         return [Rows(own, each, p.spec.shape[0]) for own, each, p in zip(ids, found, placements, strict=True)]
-
-    def _check_rows(self, key: Key, rows: torch.Tensor, expected: torch.Tensor) -> None:
-        if rows.dtype is not expected.dtype or rows.shape != expected.shape:
-            self._keymap.refresh()
-            raise ValueMismatchError(
-                f"row_sparse_pull({quote(key)}): another client has re-created this key; call again"
-            )
 
     def _send(self, session: Session, requests: Sequence[ServerRequest], *, retry: bool = False) -> list[ServerReply]:
         try:
@@ -373,8 +374,9 @@ def _items(key: Key, placement: KeyPlacement, total: Part, server: int) -> list[
     selected = placement.rows_of(server, total.ids)
     if selected is None:
         return []
-    ids, mine = selected
-    return [Item(key, "ids", ids), Item(key, "rows", total.values[mine])]
+    ids, places = selected
+    values = total.values if places is None else interop.signed(total.values).index_select(0, places)
+    return [Item(key, "ids", ids), Item(key, "rows", values.view(total.values.dtype))]
 
 
 def _with_outs(keys: Sequence[Key], outs: Outs) -> tuple[list[Key], list[Sequence[torch.Tensor]]]:

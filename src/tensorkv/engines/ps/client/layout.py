@@ -73,21 +73,23 @@ class KeyPlacement:
             return None
         return value[piece[0] : piece[1]] if value.ndim else value
 
-    def rows_of(self, server: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def rows_of(self, server: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Select the row ids that a server holds; rows of a table are on the server ``id % num_servers``.
 
         Returns:
-            The ids as the server numbers its rows, and a mask of them in ``ids``; None: the server holds no piece.
+            The ids as the server numbers its rows, and their places in ``ids`` (None: all of them, in order); None: the
+            server holds no piece.
         """
         piece = self.piece_of(server)
         if piece is None:
             return None
-        if self.spec.is_table:
-            mine = ids % len(self.pieces) == server
-            return ids[mine], mine
+        if len(self.pieces) == 1:
+            return ids, None
         start, stop = piece
-        mine = (ids >= start) & (ids < stop)
-        return ids[mine] - start, mine
+        mine = ids % len(self.pieces) == server if self.spec.is_table else (ids >= start) & (ids < stop)
+        places = mine.nonzero()[:, 0]
+        chosen = ids[places]
+        return chosen if self.spec.is_table else chosen - start, places
 
     def to_metadata(self) -> dict[str, Any]:
         """Return what the metadata of all these keys have in common, as plain data."""

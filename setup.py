@@ -22,9 +22,9 @@ class Wheel(bdist_wheel):
 setup(
     ext_modules=[
         Extension(
-            f"tensorkv.compiled.{name}",
-            [f"src/tensorkv/compiled/{name}.c"],
-            depends=["src/tensorkv/compiled/_kernels.h", "src/tensorkv/compiled/_calls.h"],
+            f"tensorkv.compiled.{module}",
+            [f"src/tensorkv/compiled/{module}.c"],
+            depends=[f"src/tensorkv/compiled/{name}.h" for name in ("_kernels", "_calls", "_reduce", "_words")],
             # Each operation is rounded for itself: the bits are to be the same on every processor.
             extra_compile_args=[
                 "-O3",
@@ -38,7 +38,7 @@ setup(
             # Without a C compiler the package installs all the same; torch does the sums, and Gloo the rest.
             optional=True,
         )
-        for name in ("_native", "_shared", "_signals", "_tables")
+        for module in ("_native", "_shared", "_signals", "_tables")
     ],
     cmdclass={"bdist_wheel": Wheel},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

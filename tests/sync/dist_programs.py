@@ -13,9 +13,11 @@ import pytest
 import torch
 
 import tensorkv
+from tensorkv.engines import partition
 from tensorkv.engines.sync import push
 from tensorkv.shard import native
 from tests.support.until import until
+from tests.sync import stages
 
 F32 = np.float32
 RANK = int(os.environ.get("RANK", "0"))
@@ -320,12 +322,10 @@ PHASES = ["between", "laid out", "summed", "background", "copying"]
 
 def lost(phase, how, repeat):
     """The last rank dies or stops at some point; the others get an error that names it."""
-    from tensorkv.engines.sync import allreduce
-
     victim = SIZE - 1
     rounds = 3 + int(repeat)
     if victim == RANK:
-        plant(allreduce, phase, how, rounds)
+        plant_end(phase, how, rounds)
     if "STOPPED" in os.environ:
         shorten_timeouts(os.environ["STOPPED"])
     kv = create(timeout_s=300)
@@ -352,26 +352,18 @@ def lost(phase, how, repeat):
     kv.close()
 
 
-def plant(allreduce, phase, how, rounds):
+def plant_end(phase, how, rounds):
     """End this process at a phase of its so-manieth exchange."""
-    at = {
-        "laid out": (allreduce.AllReduce, "stage_in"),
-        "summed": (allreduce.AllReduce, "reduce"),
-        "background": (allreduce.AllReduce, "run"),
-        "copying": (allreduce.AllReduce, "copy_out"),
-    }.get(phase)
-    if at is None:
-        return
-    owner, name = at
-    right, seen = getattr(owner, name), [0]
+    stage = {"laid out": "stage_in", "summed": "reduce", "background": "run", "copying": "copy_out"}.get(phase)
+    seen = [0]
 
-    def faulty(self, *args, **kwargs):
+    def faulty():
         seen[0] += 1
         if seen[0] > rounds:
             end(how)
-        return right(self, *args, **kwargs)
 
-    setattr(owner, name, faulty)
+    if stage is not None:
+        stages.plant(stage, faulty)
 
 
 def shorten_timeouts(path):
@@ -537,9 +529,9 @@ def key_by_key(count, shared_memory):
     made = []
 
     class Counted(schedule.StagingBuffer):
-        def __init__(self, host, slots, slot_nbytes):
+        def __init__(self, host, slots, slot_nbytes, **options):
             made.append(slots * slot_nbytes)
-            super().__init__(host, slots, slot_nbytes)
+            super().__init__(host, slots, slot_nbytes, **options)
 
     push.StagingBuffer = Counted
     with create(shared_memory=shared_memory == "True") as kv:
@@ -557,6 +549,41 @@ def key_by_key(count, shared_memory):
 
 
 # ------------------------------------------------------------ calls of plain arrays
+
+
+def some_plain(compiled):
+    """Some workers give plain arrays and others do not, so that one call goes both ways: the local store's bits."""
+    push.SLOT_NBYTES = 1 << 12
+    partition._WHOLE = 1 << 10
+    if compiled == "False" and RANK == 0:
+        native._native, native.can_look = None, lambda: False
+    shapes = [(2, 3), (700,), (90, 40), (), (0, 4), (7,), (3000,), (50, 21)]
+    dtypes = [torch.float32, torch.float16, torch.float64, torch.bfloat16]
+    generator = torch.Generator().manual_seed(1)
+    for options, optimizer in (({}, None), ({}, "sgd"), ({}, "adamw"), ({"reduce": "mean"}, "adam")):
+        with create(**options) as kv, tensorkv.create("local", **options) as local:
+            keys = [f"{index}" for index in range(2 * len(shapes))]
+            of = [(shapes[index % 8], dtypes[index % 4 if index < 8 else index // 4]) for index in range(len(keys))]
+            for store in (kv, local):
+                store.init(keys, [torch.ones(shape, dtype=dtype) for shape, dtype in of])
+                if optimizer:
+                    store.set_optimizer(optimizer, lr=0.1)
+            for turn in range(4):
+                chosen = keys if turn != 2 else keys[1::3]
+                # What each worker has is the sum of its parts, and the local store adds these sums.
+                parts = [
+                    [torch.randn(of[int(key)][0], generator=generator).to(of[int(key)][1]) for key in chosen]
+                    for _ in range(SIZE)
+                ]
+                mine = [torch.stack([part, part], -1)[..., 0] if turn % 2 == RANK else part for part in parts[RANK]]
+                outs = [torch.empty(of[int(key)][0], dtype=of[int(key)][1]) for key in chosen]
+                kv.pushpull(chosen, mine, out=outs)
+                local.push(chosen, [list(own) for own in zip(*parts, strict=True)])
+                for key, out in zip(chosen, outs, strict=True):
+                    check(out, local.pull(key))
+                    assert kv.info(key) == local.info(key), key
+    say("same bits")
+
 
 FORM_DTYPES = ["float32", "float32", "float64", "float16", "bfloat16", "int32", "uint8", "bool", "complex64"]
 FORM_SHAPES = [(), (3,), (0, 2), (7, 5), (64,), (2, 3, 4), (513, 65), (300_001,)]

@@ -16,6 +16,7 @@ from tensorkv.arrays.outputs import GivenOuts
 from tensorkv.engines import partition
 from tensorkv.engines.sync import allreduce, group, host, push
 from tensorkv.storage import checkpoint
+from tests.sync import stages
 from tests.sync.dist_programs import F32, RANK, SIZE, create, say
 
 
@@ -66,29 +67,31 @@ def outs_stay(count):
         name = rng.choice(["stage_in", "reduce", "return_values", "wait_for_values"])
         at, victim = rng.randrange(1 if name == "wait_for_values" else 12), rng.randrange(SIZE)
         verb = rng.choice(["pushpull", "pushpull many", "pushpull cast", "updater", "trainer"])
-        right, seen = getattr(allreduce.AllReduce, name), []
+        seen = []
 
-        def faulty(self, *args, right=right, seen=seen, at=at, number=number):
-            seen.append(args)
-            if len(seen) == at + 1:
+        def faulty(seen=seen, at=at, number=number):
+            if seen and len(seen) == at + 1:
                 fired.append(number)
                 raise ZeroDivisionError("planted")
-            return right(self, *args)
+            if seen:
+                seen.append(number)
 
+        take_away = stages.plant(name, faulty) if victim == RANK else None
         kv = create()
         outs, expected = [], []
         try:
             # Who is ahead may break off while this worker is still preparing.
             do, outs, after = prepare(kv, verb)
             expected = [out.clone() for out in outs]
-            if victim == RANK:
-                setattr(allreduce.AllReduce, name, faulty)
+            # From now on it counts.
+            seen.append(number)
             do()
             expected = after
         except (tensorkv.TensorKVError, ZeroDivisionError):
             failed += 1
         finally:
-            setattr(allreduce.AllReduce, name, right)
+            if take_away is not None:
+                take_away()
         for out, right_one in zip(outs, expected, strict=True):
             assert torch.equal(out, right_one), (number, name, at, victim, verb, out, right_one)
         # Who was done hears of it now.

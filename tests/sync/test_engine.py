@@ -326,6 +326,11 @@ def test_small_keys_that_are_pushed_alone_share_a_stage(keys, shared_memory):
         assert nbytes < 32 << 20 if shared_memory else nbytes < 128 << 20
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_workers_may_give_plain_arrays_or_not(compiled):
+    assert all("same bits" in text for text in run(3, PROGRAMS, "some_plain", compiled))
+
+
 def test_an_interrupted_pull_is_asked_again(tmp_path):
     texts = run(2, PROGRAMS, "interrupted_pull", env={"INTERRUPTED": str(tmp_path / "interrupted")})
     assert "interrupted" in texts[0]

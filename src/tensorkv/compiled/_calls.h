@@ -3,16 +3,8 @@
  * A call of plain arrays is looked at, done and counted here, while Python's lock is held; what it is not plain in, or
  * what takes long, is left to Python. Included by _native.c.
  */
-#include <time.h>
-
 /* Calls of at most so many bytes are done while Python's lock is held. */
 enum { AT_ONCE_NBYTES = 1 << 20 };
-
-static double now(void) {
-    struct timespec at;
-    clock_gettime(CLOCK_MONOTONIC, &at);
-    return (double)at.tv_sec + 1e-9 * (double)at.tv_nsec;
-}
 
 /* ------------------------------------------------------------ counts */
 
@@ -216,7 +208,7 @@ static PyObject *call_new(PyTypeObject *type, PyObject *args, PyObject *named) {
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     Call *call = (Call *)allocate(type, 0);
     if (call == NULL) return NULL;
-    call->start = now();
+    call->start = monotonic_s();
     for (int i = 0; i < NUM_GIVEN; i++)
         call->held[i] = Py_NewRef(i < count ? PyTuple_GetItem(args, i) : i == LIKE ? Py_None : Py_False);
     return (PyObject *)call;
@@ -358,12 +350,14 @@ static PyObject *look_at_call(Call *call, PyObject *entries, const ShardFields *
     return found;
 }
 
-static PyObject *call_look(Call *call, PyObject *entries) {
-    if (!PyDict_Check(entries)) {
-        PyErr_SetString(PyExc_TypeError, "look: expected a dict of key to Cell");
+static PyObject *call_look(Call *call, PyObject *args) {
+    PyObject *entries, *shard = Py_None;
+    if (!PyArg_ParseTuple(args, "O!|O", &PyDict_Type, &entries, &shard)) return NULL;
+    if (shard != Py_None && !PyObject_TypeCheck(shard, fields_type)) {
+        PyErr_SetString(PyExc_TypeError, "look: expected a shard");
         return NULL;
     }
-    return look_at_call(call, entries, NULL);
+    return look_at_call(call, entries, shard == Py_None ? NULL : (const ShardFields *)shard);
 }
 
 static PyObject *call_run(Call *call, PyObject *given) {
@@ -380,7 +374,7 @@ static PyObject *call_run(Call *call, PyObject *given) {
     int free = is_free(shard);
     if (free > 0) {
         run_range(call->batch, 0, SIZE_MAX);
-        count_done(call->batch);
+        count_done(call->batch, call->batch->pushes);
     }
     if (!free) return found;
     Py_DECREF(found);
@@ -408,7 +402,7 @@ static PyObject *call_end(Call *call, PyObject *none) {
         PyObject *keys, *nbytes, *result = NULL, *counted = NULL;
         PyObject *outcome = PyObject_CallMethod((PyObject *)call, "outcome", NULL);
         if (outcome != NULL && PyArg_ParseTuple(outcome, "OOO", &keys, &nbytes, &result))
-            counted = PyObject_CallMethod((PyObject *)record, "add", "dOO", now() - call->start, keys, nbytes);
+            counted = PyObject_CallMethod((PyObject *)record, "add", "dOO", monotonic_s() - call->start, keys, nbytes);
         if (counted != NULL) Py_INCREF(result);
         Py_XDECREF(outcome);
         Py_XDECREF(counted);
@@ -418,7 +412,7 @@ static PyObject *call_end(Call *call, PyObject *none) {
         PyErr_SetString(PyExc_TypeError, "end: expected a Record");
         return NULL;
     }
-    if (count_call(record, now() - call->start)) return NULL;
+    if (count_call(record, monotonic_s() - call->start)) return NULL;
     const Calls *calls = &call->batch->calls;
     for (size_t i = 0; i < calls->num_keys; i++)
         if (count_key(record, calls->works[i].key, moved_by(calls, &calls->works[i]))) return NULL;
@@ -439,8 +433,9 @@ static PyMemberDef call_members[] = {
 };
 
 static PyMethodDef call_methods[] = {
-    {"look", (PyCFunction)call_look, METH_O,
-     "look(entries)\n--\n\nReturn a Batch of what the call does, without a step; None if it is not plain."},
+    {"look", (PyCFunction)call_look, METH_VARARGS,
+     "look(entries, shard=None)\n--\n\n"
+     "Return a Batch of what the call does, without a step if no shard is given; None if it is not plain."},
     {"run", (PyCFunction)call_run, METH_O,
      "run(shard)\n--\n\n"
      "Do the call with a shard, and return True.\n\n"

@@ -16,6 +16,7 @@
 #include <structmember.h>
 
 #include "_kernels.h"
+#include "_words.h"
 
 /* Keys that are fetched into the cache before their turn, and bytes of each. */
 enum { MAX_COLUMNS = 256, FETCHED_AHEAD = 2, FETCHED_NBYTES = 1024, LINE_NBYTES = 64 };
@@ -469,8 +470,11 @@ typedef struct {
     unsigned long long named; /* by which call last */
     char is_plain, is_remote; /* remote: the value is only described, and is elsewhere */
     char is_new;              /* the state was made for the next step */
+    int owner;                /* of the whole, if there is just one; else DIVIDED, or NOBODY of one without elements */
     long long version;
-    Plain plain; /* of ``bound``, if ``is_plain`` */
+    size_t own_first, own_numel; /* the elements of the whole that are the value */
+    Plain plain;                 /* of the whole, if ``is_plain``, as of when ``bound`` was the value */
+    PyObject *whole, *borders;   /* NULL or None: the value is not a part of another */
     PyObject *state, *spec, *bound_states[MAX_STATES + 1];
     PyObject *block; /* has the state, which is no dict yet: a tuple of the states' names and what makes the dict */
     size_t place, offset, placed_nbytes; /* in the block: which key, its first element, and the bytes of its value */
@@ -486,6 +490,8 @@ static int cell_traverse(Cell *cell, visitproc visit, void *arg) {
     Py_VISIT(cell->spec);
     Py_VISIT(cell->block);
     Py_VISIT(cell->bound);
+    Py_VISIT(cell->whole);
+    Py_VISIT(cell->borders);
     for (int i = 0; i <= MAX_STATES; i++) Py_VISIT(cell->bound_states[i]);
     return 0;
 }
@@ -496,6 +502,8 @@ static int cell_clear(Cell *cell) {
     Py_CLEAR(cell->spec);
     Py_CLEAR(cell->block);
     Py_CLEAR(cell->bound);
+    Py_CLEAR(cell->whole);
+    Py_CLEAR(cell->borders);
     for (int i = 0; i <= MAX_STATES; i++) Py_CLEAR(cell->bound_states[i]);
     return 0;
 }
@@ -553,6 +561,10 @@ static PyMemberDef cell_members[] = {
     {"value", T_OBJECT_EX, offsetof(Cell, value), 0, "The value of the key."},
     {"spec", T_OBJECT_EX, offsetof(Cell, spec), 0, "What callers need to know of the key, which makes new arrays."},
     {"version", T_LONGLONG, offsetof(Cell, version), 0, "How many updates the key has had."},
+    {"whole", T_OBJECT, offsetof(Cell, whole), 0,
+     "The tensor of which the value is some rows, None if it is not; parts and outs are as the whole."},
+    {"borders", T_OBJECT, offsetof(Cell, borders), 0,
+     "A list of where in the whole each owner's rows begin, and the number of rows last; set before the value."},
     {"is_new", T_BOOL, offsetof(Cell, is_new), 0, "Whether the state was made for the step that comes next."},
     {NULL, 0, 0, 0, NULL},
 };
@@ -585,14 +597,51 @@ static int look_at_description(PyObject *given, Plain *plain) {
     return describe(plain, elsewhere, ndim, sizes, NULL, code, bits);
 }
 
-/* The value of a cell as a plain array; NULL if it is none. */
+enum { DIVIDED = -1, NOBODY = -2 };
+
+/* The row where an owner's part of a divided value begins; after the last owner, how many rows there are. */
+static int64_t border_of(const Cell *cell, Py_ssize_t owner) {
+    return PyLong_AsLongLong(PyList_GetItem(cell->borders, owner));
+}
+
+/* Find which part of the whole the value is, and who owns the parts; whether that can be told. */
+static int bind_whole(Cell *cell) {
+    Plain own;
+    const Plain *whole = &cell->plain;
+    if (!is_torch(cell->whole) || !look_at_torch(cell->whole, &cell->plain) || !is_torch(cell->value) ||
+        !look_at_torch(cell->value, &own) || own.kind != whole->kind || !PyList_CheckExact(cell->borders))
+        return 0;
+    uintptr_t distance = (uintptr_t)own.address - (uintptr_t)whole->address;
+    cell->own_numel = (size_t)own.numel;
+    cell->own_first = own.numel ? distance / ITEMSIZES[own.dtype] : 0;
+    if (cell->own_first + cell->own_numel > (size_t)whole->numel) return 0;
+    cell->owner = NOBODY;
+    for (Py_ssize_t i = 0; i + 1 < PyList_Size(cell->borders); i++) {
+        int64_t first = border_of(cell, i), last = border_of(cell, i + 1);
+        if (PyErr_Occurred() || first < 0 || first > last) return 0;
+        if (first < last && whole->numel) cell->owner = cell->owner == NOBODY ? (int)i : DIVIDED;
+    }
+    return 1;
+}
+
+static int has_whole(const Cell *cell) { return cell->whole != NULL && cell->whole != Py_None; }
+
+/* The array that parts and outs of a cell are like: its value, or the whole of which that is a part; NULL if it is not
+ * plain. */
 static const Plain *plain_of(Cell *cell) {
     if (cell->value == NULL) return NULL;
     if (cell->bound != cell->value) {
         PyObject *old = cell->bound;
         cell->is_remote = (char)PyTuple_CheckExact(cell->value);
-        cell->is_plain = (char)(cell->is_remote ? look_at_description(cell->value, &cell->plain)
-                                                : is_torch(cell->value) && look_at_torch(cell->value, &cell->plain));
+        if (has_whole(cell)) {
+            cell->is_plain = (char)bind_whole(cell);
+            PyErr_Clear();
+        } else {
+            cell->is_plain = (char)(cell->is_remote ? look_at_description(cell->value, &cell->plain)
+                                                    : is_torch(cell->value) && look_at_torch(cell->value, &cell->plain));
+            cell->own_first = 0;
+            cell->own_numel = (size_t)cell->plain.numel;
+        }
         cell->bound = Py_NewRef(cell->value);
         Py_XDECREF(old);
         for (int i = 0; i <= MAX_STATES; i++) Py_CLEAR(cell->bound_states[i]);
@@ -644,7 +693,10 @@ static Item item_of_work(const Calls *calls, const Work *work) {
                  .num_parts = work->num_parts,
                  .num_outs = work->num_outs,
                  .divisor = calls->averages ? (double)work->num_parts : 0};
-    for (int i = 0; work->numbers != NULL && i < work->num_states; i++) item.states[i] = work->cell->state_addresses[i];
+    /* Elements are counted from the beginning of the whole. */
+    uintptr_t before = work->cell->own_first * ITEMSIZES[work->cell->plain.dtype];
+    for (int i = 0; work->numbers != NULL && i < work->num_states; i++)
+        item.states[i] = (char *)((uintptr_t)work->cell->state_addresses[i] - before);
     return item;
 }
 
@@ -798,6 +850,15 @@ static Py_ssize_t take_piece(Calls *calls, Flat *flat, const Plain *value) {
     return add_array(calls, NULL, &piece) ? 1 : -1;
 }
 
+/* Whether an array has the shape of a cell's value. */
+static int is_alike_own(const Plain *plain, const Cell *cell) {
+    if (!has_whole(cell) || plain->ndim == 0) return is_alike(plain, &cell->plain);
+    return plain->ndim == cell->plain.ndim && (size_t)plain->numel == cell->own_numel &&
+           !memcmp(plain->shape + 1, cell->plain.shape + 1, (size_t)(plain->ndim - 1) * sizeof *plain->shape);
+}
+
+static size_t own_nbytes(const Cell *cell) { return cell->own_numel * ITEMSIZES[cell->plain.dtype]; }
+
 /* The memory of a state of a name, of the value's dtype and shape or a single float; NULL if it is not there as such. */
 static char *state_of(Cell *cell, int place, PyObject *name) {
     PyObject *tensor = PyDict_GetItemWithError(cell->state, name);
@@ -806,7 +867,7 @@ static char *state_of(Cell *cell, int place, PyObject *name) {
     if (cell->bound_states[place] == tensor) return cell->state_addresses[place];
     if (!is_torch(tensor) || !look_at_torch(tensor, &plain)) return NULL;
     if (place == MAX_STATES ? plain.dtype != FLOAT32 || plain.numel != 1
-                            : plain.kind != cell->plain.kind || !is_alike(&plain, &cell->plain))
+                            : plain.kind != cell->plain.kind || !is_alike_own(&plain, cell))
         return NULL;
     PyObject *old = cell->bound_states[place];
     cell->bound_states[place] = Py_NewRef(tensor);
@@ -820,7 +881,7 @@ static char *state_of(Cell *cell, int place, PyObject *name) {
 static int is_in_block(const Cell *cell, PyObject *names) {
     PyObject *held = PyTuple_GetItem(cell->block, 0);
     Py_ssize_t count = PyTuple_Size(names);
-    int is_same = PyTuple_Size(held) == count && cell->placed_nbytes == nbytes_of(&cell->plain);
+    int is_same = PyTuple_Size(held) == count && cell->placed_nbytes == own_nbytes(cell);
     for (Py_ssize_t i = 0; held != names && i < count && is_same; i++)
         is_same = PyUnicode_Compare(PyTuple_GetItem(held, i), PyTuple_GetItem(names, i)) == 0;
     return is_same;
@@ -858,8 +919,9 @@ static PyObject *place_states(PyObject *module, PyObject *args) {
         PyObject *cell = PyList_GetItem(cells, i);
         const Plain *plain = PyObject_TypeCheck(cell, cell_type) ? plain_of((Cell *)cell) : NULL;
         for (Py_ssize_t j = 0; j < num_names && fits; j++)
-            fits = plain != NULL && plain->kind == column[j].kind && offset + (size_t)plain->numel <= (size_t)column[j].numel;
-        offset += plain == NULL ? 0 : (size_t)plain->numel;
+            fits = plain != NULL && plain->kind == column[j].kind &&
+                   offset + ((Cell *)cell)->own_numel <= (size_t)column[j].numel;
+        offset += plain == NULL ? 0 : ((Cell *)cell)->own_numel;
     }
     PyObject *block = fits ? PyTuple_Pack(2, names, make) : NULL;
     if (block == NULL) {
@@ -878,9 +940,9 @@ static PyObject *place_states(PyObject *module, PyObject *args) {
         cell->block = Py_NewRef(block);
         cell->place = (size_t)i;
         cell->offset = offset;
-        cell->placed_nbytes = nbytes_of(&cell->plain);
+        cell->placed_nbytes = own_nbytes(cell);
         cell->is_new = 1;
-        offset += (size_t)cell->plain.numel;
+        offset += cell->own_numel;
     }
     Py_DECREF(block);
     return Py_NewRef(Py_None);
@@ -891,6 +953,9 @@ static int bind_states(Work *work, PyObject *step) {
     static PyObject *step_name;
     PyObject *names = PyTuple_GetItem(step, 1);
     Cell *cell = work->cell;
+    work->numbers = NULL;
+    /* Another owner updates the value. */
+    if (has_whole(cell) && !cell->own_numel) return 1;
     if (step_name == NULL) step_name = PyUnicode_InternFromString("step");
     work->numbers = (const Numbers *)PyBytes_AsString(PyTuple_GetItem(step, 0));
     work->counts_steps = PyTuple_GetItem(step, 2) == Py_True;
@@ -986,7 +1051,8 @@ typedef struct {
     Calls calls;
     Flat values, outs;
     unsigned long long number;
-    int is_list, pushes, pulls, past_cache, is_remote, has_new_outs, is_done;
+    int is_list, pushes, pulls, is_remote, has_new_outs, is_done;
+    char past_cache;
 } Batch;
 
 static PyTypeObject *batch_type;
@@ -1184,16 +1250,16 @@ static void run_range(Batch *batch, size_t start, size_t stop) {
 #endif
 }
 
-/* Count what was done: versions of keys, steps of optimizers, versions of torch's outs. */
-static void count_done(Batch *batch) {
+/* Count what was done: versions of keys and steps of optimizers if values were updated, and versions of torch's outs. */
+static void count_done(Batch *batch, int is_update) {
     PyObject *written = NULL;
     batch->is_done = 1;
     for (size_t i = 0; i < batch->calls.num_keys; i++) {
         const Work *work = &batch->calls.works[i];
-        float *counter = (float *)counter_of(work);
+        float *counter = is_update ? (float *)counter_of(work) : NULL;
         fetch_cell(&batch->calls, i + AHEAD);
-        if (batch->pushes || !batch->pulls) work->cell->version++;
-        if (work->numbers != NULL) work->cell->is_new = 0;
+        if (is_update) work->cell->version++;
+        if (is_update && work->numbers != NULL) work->cell->is_new = 0;
         if (counter != NULL) *counter += 1;
         for (size_t j = work->first_out; !batch->has_new_outs && j < outs_end(work); j++) {
             if (batch->calls.arrays[j] == NULL || !is_torch(batch->calls.arrays[j])) continue;
@@ -1289,14 +1355,17 @@ static PyObject *batch_part_counts(Batch *batch, void *closure) {
 
 static PyObject *batch_begin(Batch *batch, PyObject *args) {
     PyObject *entries = NULL, *step = NULL;
-    if (!PyArg_ParseTuple(args, "p|OO", &batch->past_cache, &entries, &step)) return NULL;
+    int past_cache;
+    if (!PyArg_ParseTuple(args, "p|OO", &past_cache, &entries, &step)) return NULL;
+    batch->past_cache = (char)past_cache;
     int is_of = (entries == NULL || entries == batch->entries) && (step == NULL || step == batch->step);
     return PyBool_FromLong(is_of && is_current(batch));
 }
 
-static PyObject *batch_finish(Batch *batch, PyObject *none) {
-    (void)none;
-    count_done(batch);
+static PyObject *batch_finish(Batch *batch, PyObject *args) {
+    int is_update = batch->pushes || !batch->pulls;
+    if (!PyArg_ParseTuple(args, "|p", &is_update)) return NULL;
+    count_done(batch, is_update);
     return Py_NewRef(Py_None);
 }
 
@@ -1316,8 +1385,8 @@ static int sum_dtype_of(int dtype) { return is_low(dtype) ? FLOAT32 : dtype; }
 
 enum { SUM_PIECES, COPY_PIECES, UPDATE_PIECES };
 
-static void run_piece(Batch *batch, const Piece *piece, const uint64_t *const *columns, size_t num_columns, size_t at,
-                      double divisor, int64_t from, int64_t to, int wide, int mode) {
+static void run_piece(Batch *batch, const Piece *piece, const uint64_t *addresses, size_t count, double divisor,
+                      int64_t from, int64_t to, int wide, int mode) {
     const Work *work = &batch->calls.works[piece->key];
     int dtype = work->cell->plain.dtype, other = wide ? sum_dtype_of(dtype) : dtype;
     const char *parts[MAX_COLUMNS];
@@ -1326,17 +1395,18 @@ static void run_piece(Batch *batch, const Piece *piece, const uint64_t *const *c
     Step space;
     const Step *step = NULL;
     if (mode == SUM_PIECES) {
-        target = before(columns[0][at], piece, other);
+        target = before(addresses[0], piece, other);
         item.value = NULL;
         item.outs = &target;
         item.out_dtypes = NULL;
         item.num_outs = 1;
         item.num_past_cache = 0;
+        item.divisor = 0;
         item.has_wide_outs = other != dtype;
     } else {
-        for (size_t i = 0; i < num_columns; i++) parts[i] = before(columns[i][at], piece, other);
+        for (size_t i = 0; i < count; i++) parts[i] = before(addresses[i], piece, other);
         item.parts = parts;
-        item.num_parts = num_columns;
+        item.num_parts = count;
         item.divisor = divisor;
         item.has_wide_parts = other != dtype;
         item.num_past_cache = batch->past_cache ? item.num_outs : 0;
@@ -1375,10 +1445,12 @@ static PyObject *run_by_pieces(Batch *batch, PyObject *pieces, PyObject *columns
     }
     Py_BEGIN_ALLOW_THREADS;
     Py_ssize_t done = 0;
+    uint64_t addresses[MAX_COLUMNS];
     for (Py_ssize_t i = 0; i < count && done < stop; done += (Py_ssize_t)all[i++].count) {
         int64_t from = start > done ? start - done : 0, to = stop - done < all[i].count ? stop - done : all[i].count;
         double divisor = divided == NULL ? 0 : divided[i];
-        if (from < to) run_piece(batch, &all[i], found, (size_t)num_columns, (size_t)i, divisor, from, to, wide, mode);
+        for (Py_ssize_t j = 0; j < num_columns && from < to; j++) addresses[j] = found[j][i];
+        if (from < to) run_piece(batch, &all[i], addresses, (size_t)num_columns, divisor, from, to, wide, mode);
     }
 #if defined(__x86_64__)
     if (batch->past_cache) _mm_sfence();
@@ -1478,7 +1550,9 @@ static PyMethodDef batch_methods[] = {
      "Outs may be stored past the cache."},
     {"run", (PyCFunction)batch_run, METH_VARARGS,
      "run(start, stop)\n--\n\nDo some elements, counted through all keys, without the interpreter's lock."},
-    {"finish", (PyCFunction)batch_finish, METH_NOARGS, "finish()\n--\n\nCount what ``run`` has done."},
+    {"finish", (PyCFunction)batch_finish, METH_VARARGS,
+     "finish(is_update=...)\n--\n\n"
+     "Count what ``run`` has done: an update of all values, unless it was a pull or something else counts that."},
     {"sum_pieces", (PyCFunction)batch_sum_pieces, METH_VARARGS,
      "sum_pieces(pieces, targets, wide=False, start=0, stop=...)\n--\n\n"
      "Write the sums of pieces of the parts elsewhere, without the interpreter's lock.\n\n"
@@ -1521,8 +1595,14 @@ static PyGetSetDef batch_attributes[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
+static PyMemberDef batch_members[] = {
+    {"past_cache", T_BOOL, offsetof(Batch, past_cache), 0, "Whether outs are stored past the processor's cache."},
+    {NULL, 0, 0, 0, NULL},
+};
+
 static PyType_Slot batch_slots[] = {
     {Py_tp_doc, (void *)batch_doc},
+    {Py_tp_members, batch_members},
     {Py_tp_methods, batch_methods},
     {Py_tp_getset, batch_attributes},
     {Py_tp_dealloc, batch_dealloc},
@@ -1533,6 +1613,7 @@ static PyType_Spec batch_spec = {"tensorkv.compiled._native.Batch", sizeof(Batch
                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, batch_slots};
 
 #include "_calls.h"
+#include "_reduce.h"
 
 static PyMethodDef methods[] = {
     {"run_columns", run_columns, METH_VARARGS, run_columns_doc},
@@ -1556,7 +1637,8 @@ PyMODINIT_FUNC PyInit__native(void) {
                  {&batch_type, &batch_spec},
                  {&record_type, &record_spec},
                  {&fields_type, &fields_spec},
-                 {&call_type, &call_spec}};
+                 {&call_type, &call_spec},
+                 {&reduce_type, &reduce_spec}};
     for (size_t i = 0; i < sizeof types / sizeof *types && module != NULL; i++) {
         *types[i].type = (PyTypeObject *)PyType_FromSpec(types[i].spec);
         if (*types[i].type == NULL || PyModule_AddType(module, *types[i].type)) Py_CLEAR(module);

@@ -33,15 +33,18 @@ def place_states(
 ) -> None: ...
 
 class Cell:
-    __slots__ = ("is_new", "spec", "state", "value", "version")
+    __slots__ = ("borders", "is_new", "spec", "state", "value", "version", "whole")
     is_blank: bool
     value: Any
+    whole: Any
+    borders: Any
     state: dict[str, Any]
     spec: KeySpec
     version: int
     is_new: bool
 
 class Batch:
+    past_cache: bool
     numel: int
     nbytes: int
     unready: list[Any] | None
@@ -51,7 +54,7 @@ class Batch:
     sums: Any
     def begin(self, past_cache: bool, entries: Any = ..., step: Any = ..., /) -> bool: ...
     def run(self, start: int, stop: int, /) -> None: ...
-    def finish(self) -> None: ...
+    def finish(self, is_update: bool = ..., /) -> None: ...
     def sum_pieces(
         self, pieces: bytes, targets: list[bytes], wide: bool = False, start: int = 0, stop: int = ..., /
     ) -> None: ...
@@ -65,6 +68,33 @@ class Batch:
     def part_column(self, pieces: bytes, /) -> bytes | None: ...
     def packed(self) -> tuple[bytes, bytes, int]: ...
     def take_sums(self, flat: Any, /) -> None: ...
+
+class SharedReduce:
+    phase: Literal["stage_in", "agree", "reduce", "fill_outs", "done"]
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        room: int,
+        spin_s: float,
+        soon_s: float,
+        stop: int,
+        entered: bytes,
+        agreed: int,
+        entries: int,
+        entry_step: int,
+        slots: int,
+        row: int,
+        counts_at: int,
+        words: int,
+        data: int,
+        uses: int,
+        /,
+    ) -> None: ...
+    def begin(self, batch: Batch, number: int, entry: int, /) -> None: ...
+    def advance(self) -> tuple[bytes, int, list[int] | None] | Literal[False] | None: ...
+    def step(self) -> tuple[bytes, int, list[int] | None] | Literal[False] | None: ...
+    def agree(self, members: list[int], /) -> None: ...
 
 class Record:
     calls: int
@@ -104,6 +134,6 @@ class Call:
         flat: bool = False,
         /,
     ) -> None: ...
-    def look(self, entries: dict[Any, Any], /) -> Batch | None: ...
+    def look(self, entries: dict[Any, Any], shard: ShardFields | None = None, /) -> Batch | None: ...
     def run(self, shard: ShardFields, /) -> Batch | Literal[True] | None: ...
     def end(self) -> Any: ...

@@ -32,16 +32,17 @@ if TYPE_CHECKING or _native is not None:
     Batch = _native.Batch
     Call = _native.Call
     Cell = _native.Cell
+    SharedReduce = _native.SharedReduce
     ShardFields = _native.ShardFields
     look = _native.look
     place_states = _native.place_states
 else:
-    Batch = look = place_states = None
+    Batch = SharedReduce = look = place_states = None
 
     class Cell:
         """A key's value, state and version, which the compiled part reads and writes where it is there."""
 
-        __slots__ = ("is_new", "spec", "state", "value", "version")
+        __slots__ = ("borders", "is_new", "spec", "state", "value", "version", "whole")
 
         def __init__(self) -> None:
             self.state: dict[str, Any] = {}
@@ -71,7 +72,7 @@ else:
             self.verb, self.key, self.value, self.out, self.priority = verb, key, value, out, priority
             self.like, self.ignore_sparse = like, ignore_sparse
 
-        def look(self, entries: Any) -> None:
+        def look(self, entries: Any, shard: Any = None) -> None:
             """Do nothing: without the compiled part no call is plain."""
 
         run = look

@@ -196,9 +196,8 @@ class Shard(native.ShardFields):
 
     def _begin(self, batch: native.Batch, entries: dict[Key, Entry], step: Any) -> bool:
         """Begin a batch that steps entries, with the states it needs; return whether it can be run."""
-        if batch.unready is not None and isinstance(self._rule, StepOptimizer):
-            with kept():
-                self._rule.optimizer.begin_all(batch.unready)
+        if batch.unready is not None:
+            self.complete(batch.unready)
         return batch.begin(native.leaves_cache(batch.nbytes), entries, step)
 
     def updates(self, keys: Sequence[Key]) -> native.Batch | None:
@@ -214,6 +213,12 @@ class Shard(native.ShardFields):
         """
         with self._lock:
             return self._begun(self._entries, keys, None, None)
+
+    def complete(self, entries: Sequence[Entry]) -> None:
+        """Add to the states of plain values what the optimizer's next step asks for."""
+        if isinstance(self._rule, StepOptimizer):
+            with kept():
+                self._rule.optimizer.begin_all(entries)
 
     def count_updates(self, keys: Sequence[Key]) -> None:
         """Count an update of values of which this shard holds nothing that has changed."""

@@ -26,7 +26,7 @@ from tensorkv.shard.nonfinite import NonFinitePolicy
 from tensorkv.shard.pool import Pool
 from tensorkv.shard.rules import Assign, Step, WholeStep
 from tensorkv.shard.shard import Shard
-from tensorkv.transport.segment import aligned
+from tensorkv.transport.segment import LINE, aligned
 
 from .chain import Chain
 from .host import Collective, HostGroup
@@ -233,8 +233,8 @@ class AllReduce:
                 segment.pack(parts, segment.staged_own)
         if self.update.averages:
             counts = self.staging.counts(bucket.slot, self._host.local_rank)
-            for place, segment in zip(bucket.places, bucket.segments, strict=True):
-                counts[place : place + len(segment.pieces.key)] = parts.counts[segment.pieces.key]
+            for segment in bucket.segments:
+                counts[segment.pieces.offset // LINE] = parts.counts[segment.pieces.key]
         self._host.store(self.staging.own_filled[bucket.slot], bucket.use)
 
     def reduce(self, index: int) -> Steps[None]:
@@ -286,15 +286,8 @@ class AllReduce:
     def _counts(self, bucket: Bucket, members: list[int], earlier: PackedBuffer | None) -> list[Numbers]:
         """Return, for each segment of which this worker owns pieces, of how many parts their sums are up to here."""
         staged = [self.staging.counts(bucket.slot, worker) for worker in members]
-        cuts = [
-            slice(place + s.own.start, place + s.own.stop)
-            for place, s in zip(bucket.places, bucket.segments, strict=True)
-        ]
-        counts: list[Numbers] = [
-            sum((each[cut] for each in staged), np.zeros(cut.stop - cut.start, np.int64))
-            for cut in cuts
-            if cut.stop > cut.start
-        ]
+        lines = [segment.pieces.offset[segment.own] // LINE for segment in bucket.own]
+        counts: list[Numbers] = [sum((each[own] for each in staged), np.zeros(len(own), np.int64)) for own in lines]
         if earlier is not None:
             before = np.split(earlier.flats[-1].numpy(), np.cumsum([len(own) for own in counts])[:-1])
             counts = [own + those for own, those in zip(counts, before, strict=True)]

@@ -28,7 +28,7 @@ from tensorkv.transport.segment import aligned
 from .chain import Chain
 from .group import ProcessGroup
 from .host import HostGroup
-from .schedule import PartitionedValue
+from .schedule import PartitionedEntry
 
 # File numbers that each writer has for itself.
 _FILES = 1000
@@ -49,7 +49,7 @@ class ShardedCheckpoint:
         host: HostGroup,
         chain: Chain,
         shard: Shard,
-        values: Mapping[Key, PartitionedValue],
+        values: Mapping[Key, PartitionedEntry],
     ) -> None:
         self._group, self._host, self._chain, self._shard, self._values = group, host, chain, shard, values
 
@@ -154,7 +154,7 @@ class ShardedCheckpoint:
             return Contents(
                 "store",
                 [
-                    each.copy(value=self._values[each.key].value, state=states.get(index, {}))
+                    each.copy(value=self._values[each.key].whole, state=states.get(index, {}))
                     if each.key in self._values
                     else each
                     for index, each in enumerate(entries)
@@ -168,11 +168,11 @@ class ShardedCheckpoint:
         """Return where each state tensor is to lie, whole, and how many bytes all take."""
         places, at = [], 0
         for index, names in sorted(found.items()):
-            whole = self._values[entries[index].key]
+            entry = self._values[entries[index].key]
             for name, (dtype_name, own_shape) in names.items():
                 dtype, shape = getattr(torch, dtype_name), torch.Size(own_shape)
-                if _is_divided(whole) and len(shape) == whole.value.ndim:
-                    shape = whole.value.shape
+                if _is_divided(entry) and len(shape) == entry.whole.ndim:
+                    shape = entry.whole.shape
                 places.append((index, name, dtype, shape, at))
                 at += aligned(shape.numel() * dtype.itemsize)
         return places, at
@@ -194,12 +194,12 @@ class ShardedCheckpoint:
         return manifest.restore(body, tensors_here)
 
 
-def _part(whole: torch.Tensor, value: PartitionedValue, owner: int) -> torch.Tensor:
+def _part(whole: torch.Tensor, value: PartitionedEntry, owner: int) -> torch.Tensor:
     """Return an owner's part of a tensor that may have the shape of the value."""
-    return part_of(whole, value.value.shape, value.borders[owner], value.borders[owner + 1])
+    return part_of(whole, value.whole.shape, value.borders[owner], value.borders[owner + 1])
 
 
-def _is_divided(value: PartitionedValue) -> bool:
+def _is_divided(value: PartitionedEntry) -> bool:
     """Tell whether several owners update a value; only optimizers that treat each element alone allow it."""
     rows = value.borders[-1]
     return rows not in [high - low for low, high in pairwise(value.borders)]
@@ -217,7 +217,7 @@ def _share_of(tensors: Tensors, worker: int, workers: int) -> Tensors:
     return mine
 
 
-def own_state(saved: Entry, value: PartitionedValue, owner: int) -> State:
+def own_state(saved: Entry, value: PartitionedEntry, owner: int) -> State:
     """Return what an owner keeps of a whole key's state."""
     if value.borders[owner] == value.borders[owner + 1]:
         return {}

@@ -44,7 +44,7 @@ from .group import ProcessGroup, log
 from .host import HostGroup, describe
 from .order import CollectiveOrder
 from .push import Pushes
-from .schedule import PartitionedValue
+from .schedule import PartitionedEntry
 
 
 def build(*, nonfinite: NonFinite, reduce: Reduce, timeout_s: float, shared_memory: bool) -> DistEngine | None:
@@ -77,7 +77,7 @@ class DistEngine(Engine):
         self._chain = Chain(group, self._host)
         self._shard = Shard(reduce=reduce, threads=1)
         self._order = CollectiveOrder(self._host, self._chain, self._shard)
-        self._values: dict[Key, PartitionedValue] = {}
+        self._values: dict[Key, PartitionedEntry] = {}
         # Bytes that each owner updates, and whether the rule has to see whole values.
         self._loads = [0] * self._chain.owners
         self._keeps_whole = False
@@ -132,16 +132,16 @@ class DistEngine(Engine):
             partitioned = self._partition(keys, specs, self._allocate(specs))
             for key, value in zip(keys, values, strict=True):
                 if isinstance(value, torch.Tensor) and self.rank == 0:
-                    partitioned[key].value.copy_(value)
-            self._chain.broadcast([each.value for each in partitioned.values()])
+                    partitioned[key].whole.copy_(value)
+            self._chain.broadcast([each.whole for each in partitioned.values()])
             self._host.barrier()
-            entries = []
+            entries: list[Entry] = []
             for key, value, spec in zip(keys, values, specs, strict=True):
                 if isinstance(value, Rows):
                     table = sparse.first_table(self._group, key, value)
                     entries.append(Entry(key, replace(spec, init=table.init), table))
                 else:
-                    entries.append(Entry(key, spec, partitioned[key].part(self._chain.owner)))
+                    entries.append(partitioned[key])
             self._shard.add(entries)
             self._values.update(partitioned)
 
@@ -152,7 +152,7 @@ class DistEngine(Engine):
 
     def _partition(
         self, keys: Sequence[Key], specs: Sequence[KeySpec], memory: Segment | None
-    ) -> dict[Key, PartitionedValue]:
+    ) -> dict[Key, PartitionedEntry]:
         """Give dense keys their places in memory, and owners."""
         if memory is None:
             return {}
@@ -160,11 +160,12 @@ class DistEngine(Engine):
         sizes = [_nbytes(spec) for _, spec in dense]
         at = 0
         borders = [self._borders(spec.shape, size) for (_, spec), size in zip(dense, sizes, strict=True)]
-        found: dict[Key, PartitionedValue] = {}
+        found: dict[Key, PartitionedEntry] = {}
         # What one owner sends to another host at a time lies side by side, as far as can be.
         for index in sorted(range(len(dense)), key=lambda index: partition.whose(borders[index])):
             key, spec = dense[index]
-            found[key] = PartitionedValue(spec, memory.tensor(at, spec.shape, spec.dtype), borders[index])
+            whole = memory.tensor(at, spec.shape, spec.dtype)
+            found[key] = PartitionedEntry(key, spec, whole, borders[index], self._chain.owner)
             at += aligned(sizes[index])
         return {key: found[key] for key, _ in dense}
 
@@ -207,7 +208,7 @@ class DistEngine(Engine):
 
     def _whole(self, entry: Entry) -> Entry:
         """Return an entry with the whole value."""
-        return entry if isinstance(entry.value, Table) else entry.copy(value=self._values[entry.key].value)
+        return entry if isinstance(entry.value, Table) else entry.copy(value=self._values[entry.key].whole)
 
     def delete(self, keys: Sequence[Key]) -> None:
         for key in keys:
@@ -221,7 +222,7 @@ class DistEngine(Engine):
         for key in keys:
             partitioned = self._values.pop(key, None)
             if partitioned is not None:
-                self._add_load(partitioned.value.nbytes, partitioned.borders, -1)
+                self._add_load(partitioned.whole.nbytes, partitioned.borders, -1)
         self._pushes.forget(keys)
 
     # ------------------------------------------------------------ the update rule
@@ -253,9 +254,9 @@ class DistEngine(Engine):
             return
         self._keeps_whole = sees_whole
         self._loads = [0] * self._chain.owners
-        for key, partitioned in self._values.items():
-            partitioned.borders = self._borders(partitioned.value.shape, partitioned.value.nbytes)
-            self._shard.entry("set_optimizer", key).value = partitioned.part(self._chain.owner)
+        for entry in self._values.values():
+            borders = self._borders(entry.whole.shape, entry.whole.nbytes)
+            entry.value = entry.divide(borders, self._chain.owner)
         self._pushes.forget()
         self._host.barrier()
 
@@ -345,9 +346,9 @@ class DistEngine(Engine):
                 kept.append(each)
                 continue
             if self._host.local_rank == 0:
-                mine.value.copy_(each.value)
-            state = own_state(each, mine, self._chain.owner)
-            kept.append(each.copy(value=mine.part(self._chain.owner), state=state))
+                mine.whole.copy_(each.value)
+            mine.version, mine.state = each.version, own_state(each, mine, self._chain.owner)
+            kept.append(mine)
         self._values.update(partitioned)
         checkpoint.put(self._shard, replace(contents, entries=kept))
 

@@ -21,6 +21,7 @@ from tensorkv import errors
 from tensorkv.errors import TensorKVError, WorkerMismatchError
 from tensorkv.runtime import shield
 from tensorkv.runtime.shield import Steps
+from tensorkv.shard import native
 from tensorkv.transport.segment import LINE, Segment
 
 from . import desync
@@ -144,6 +145,21 @@ class HostGroup:
 
     def _column(self, which: int) -> bytes:
         return array("Q", [self._word(index, which) for index in range(self.size)]).tobytes()
+
+    def shared_reduce(self, room: int, places: tuple[int, int, int, int, int, int]) -> native.SharedReduce:
+        """Return what makes plain calls in memory that the workers share, which is at these places.
+
+        Args:
+            room: the bytes of a bucket.
+            places: as ``StagingBuffer.places`` returns them.
+        """
+        entries = self._memory.address + self._entry(0, 0)
+        words = self._stop, self._entered, self._own_agreed, entries, _STEP
+        return native.SharedReduce(self.local_rank, self.size, room, self._spin_s, _SOON_S, *words, *places)
+
+    def entry_offset(self, number: int) -> int:
+        """Return how far behind that of call 0 the entry of a call is."""
+        return number % ENTRIES * _ENTRY_NBYTES
 
     def _entry(self, worker: int, number: int) -> int:
         return LINE * (1 + self.size * _WORDS) + (worker * ENTRIES + number % ENTRIES) * _ENTRY_NBYTES

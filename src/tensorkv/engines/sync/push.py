@@ -41,7 +41,7 @@ from .schedule import (
     SMALL_NBYTES,
     Arrays,
     Layout,
-    PartitionedValue,
+    PartitionedEntry,
     Schedule,
     StagingBuffer,
 )
@@ -84,7 +84,7 @@ class Pushes:
         chain: Chain,
         order: CollectiveOrder,
         shard: Shard,
-        values: dict[Key, PartitionedValue],
+        values: dict[Key, PartitionedEntry],
         policy: NonFinitePolicy,
     ) -> None:
         self._group, self._host, self._chain, self._order = group, host, chain, order
@@ -98,6 +98,7 @@ class Pushes:
         self._slot_nbytes = SLOT_NBYTES if len(group.hosts) == 1 else SLOT_NBYTES_OVER_HOSTS
         # The staging buffer of all calls that are not deferred.
         self._ring: StagingBuffer | None = None
+        self._shared: native.SharedReduce | None = None
         # That of small deferred pushes, the slot of the next one, and the last push in each slot.
         self._small: StagingBuffer | None = None
         self._small_slot = 0
@@ -108,6 +109,8 @@ class Pushes:
     def plain(self, call: native.Call) -> Steps[bool]:
         """Do a call with the caller's own arrays if all are plain; return whether it was done."""
         self._order.check()
+        if call.verb == "pushpull" and self._shares_memory and self._shard.rule.plain_steps is not None:
+            return (yield from self._pushpull_plain(call))
         batch = call.look(self._values)
         if batch is None:
             return False
@@ -127,7 +130,46 @@ class Pushes:
                 self._signature(verb, keys),
                 partial(self._push_dense, keys=keys, parts=Arrays(groups, batch), outs=outs, priority=call.priority),
             )
-        batch.finish()
+        # The update has been counted where it was made.
+        batch.finish(False)
+        return True
+
+    @property
+    def _shares_memory(self) -> bool:
+        """Whether all workers are on this host, and updates are made as soon as sums are there."""
+        return len(self._group.hosts) == 1 and not self._policy.checks
+
+    def _pushpull_plain(self, call: native.Call) -> Steps[bool]:
+        """Do a pushpull of plain arrays in memory that all workers share; return whether it was done."""
+        yield from self._drained()
+        batch = call.look(self._values, self._shard)
+        if batch is None:
+            return False
+        batch.past_cache = batch.nbytes > 2 * _PAST_CACHE_NBYTES
+        if batch.unready is not None:
+            self._shard.complete(batch.unready)
+            if not batch.begin(batch.past_cache):
+                return False
+        return (
+            yield from self._enter(self._signature("pushpull", batch.keys), partial(self._reduce_shared, batch=batch))
+        )
+
+    def _reduce_shared(self, call: Collective, batch: native.Batch) -> Steps[bool]:
+        self._order.remember(call)
+        if self._shared is None:
+            ring = yield from self._shared_ring(call)
+            self._shared = self._host.shared_reduce(self._slot_nbytes, ring.places())
+        reduce = self._shared
+        reduce.begin(batch, call.number, self._host.entry_offset(call.number))
+        if call.members is not None:
+            reduce.agree(call.members)
+        while (awaited := reduce.advance()) is not None:
+            if awaited:
+                yield
+                self._host.wait(*awaited)
+            else:
+                yield from self._order.agreement([call])
+                reduce.agree(call.members or [])
         return True
 
     def _fits_rule(self, keys: tuple[Key, ...]) -> bool:
@@ -148,7 +190,7 @@ class Pushes:
 
     def _examples(self, keys: Sequence[Key]) -> list[Key]:
         """Return a key of each dtype."""
-        return list({self._values[key].value.dtype: key for key in keys}.values())
+        return list({self._values[key].whole.dtype: key for key in keys}.values())
 
     def push(self, batch: Batch, outs: Outs | None, priority: int) -> None:
         """Push a batch; with outs, pull its keys."""
@@ -357,7 +399,7 @@ class Pushes:
             self._order.check()
             check_outs([self._shard.entry("pull", key) for key in keys], outs)
             self.settle(keys)
-            pairs = [(out, self._values[key].value) for key, group in zip(keys, outs, strict=True) for out in group]
+            pairs = [(out, self._values[key].whole) for key, group in zip(keys, outs, strict=True) for out in group]
             with torch.no_grad():
                 for job in reduce.copies(pairs, 1):
                     job()
@@ -442,10 +484,7 @@ class Pushes:
         self._order.remember(call)
         first = 0
         if not deferred:
-            if self._ring is None:
-                yield from self._agreed_early(call)
-                self._ring = StagingBuffer(self._host, RING, self._slot_nbytes, counts=self._shard.averages)
-            staging = self._ring
+            staging = yield from self._shared_ring(call)
         elif schedule.is_small:
             staging, first = yield from self._next_small_slot(call)
         else:
@@ -456,6 +495,12 @@ class Pushes:
         if staging is self._small:
             self._small_pushes[first] = allreduce
         return allreduce
+
+    def _shared_ring(self, call: Collective) -> Steps[StagingBuffer]:
+        if self._ring is None:
+            yield from self._agreed_early(call)
+            self._ring = StagingBuffer(self._host, RING, self._slot_nbytes, counts=self._shard.averages)
+        return self._ring
 
     def _next_small_slot(self, call: Collective) -> Steps[tuple[StagingBuffer, int]]:
         if self._small is None:
@@ -508,7 +553,7 @@ class Pushes:
 
     def _make_room(self, schedule: Schedule) -> Steps[None]:
         """Drop the least recently used schedules until there is room for another one's staging buffer."""
-        values = [each.value for each in self._values.values()]
+        values = [each.whole for each in self._values.values()]
         nbytes = sum(value.numel() * interop.accumulator(value.dtype).itemsize for value in values)
         staged = {keys: each.staging_nbytes for keys, each in self._schedules.items() if each.own_staging is not None}
         room = max(_MIN_STAGING_NBYTES, _MAX_STAGING * nbytes) - schedule.staging_nbytes - sum(staged.values())
@@ -539,7 +584,7 @@ class Pushes:
         self._schedules.clear()
         self._pending.clear()
         self._small_pushes.clear()
-        self._ring = self._small = None
+        self._ring = self._small = self._shared = None
 
 
 def _verb(call: Collective) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines import partition
 from tensorkv.engines.partition import Numbers, Pieces, Runs
 from tensorkv.shard import native, reduce
+from tensorkv.shard.entry import Entry
 from tensorkv.shard.rules import Rule
 from tensorkv.transport.segment import LINE, aligned
 
@@ -40,34 +40,36 @@ SMALL_NBYTES = 64 << 10
 Tensors = Sequence[torch.Tensor]
 
 
-class PartitionedValue(native.Cell):
-    """What every worker knows of a dense key.
+class PartitionedEntry(Entry):
+    """What a worker holds of a dense key: the rows that it updates, and the whole that the workers of the host share.
 
     Args:
-        spec: of this worker.
-        value: the whole of it, in memory that the workers of the host share.
+        key, spec: of the key.
+        whole: the whole value, in memory that the workers of the host share.
         borders: the rows where each owner's part begins, and the number of rows.
+        owner: of the rows that are this worker's value.
     """
 
-    __slots__ = ("borders",)
+    __slots__ = ()
 
-    def __init__(self, spec: KeySpec, value: torch.Tensor, borders: list[int]) -> None:
-        self.spec, self.value = spec, value
-        self.borders = borders
+    def __init__(self, key: Key, spec: KeySpec, whole: torch.Tensor, borders: list[int], owner: int) -> None:
+        self.whole = whole
+        super().__init__(key, spec, self.divide(borders, owner))
 
     @property
     def flat(self) -> torch.Tensor:
-        """The value, element by element."""
-        flat: torch.Tensor = self.value.view(-1)
+        """The whole value, element by element."""
+        flat: torch.Tensor = self.whole.view(-1)
         return flat
 
-    def part(self, owner: int) -> torch.Tensor:
-        """Return an owner's part as a value of its own, with the rows that it updates."""
-        start, stop = self.borders[owner], self.borders[owner + 1]
-        value: torch.Tensor = self.value
-        if not value.ndim:
-            return value if stop > start else self.flat[:0]
-        return value[start:stop]
+    def divide(self, borders: list[int], owner: int) -> torch.Tensor:
+        """Divide the whole between owners, and return an owner's part as a value of its own."""
+        self.borders = borders
+        start, stop = borders[owner], borders[owner + 1]
+        whole: torch.Tensor = self.whole
+        if not whole.ndim:
+            return whole if stop > start else self.flat[:0]
+        return whole[start:stop]
 
 
 class StagingBuffer:
@@ -93,7 +95,7 @@ class StagingBuffer:
         self._data = words * LINE
         self.segment = host.allocate(self._data + slots * size * self._row, words)
         self.slots = slots
-        self._uses = [0] * slots
+        self._uses = array("Q", [0] * slots)
         self._size = size
         self.filled, self.read, self.ready = (
             [self._column(slot, which) for slot in range(slots)] for which in range(3)
@@ -114,6 +116,11 @@ class StagingBuffer:
         self._uses[slot] += 1
         return self._uses[slot]
 
+    def places(self) -> tuple[int, int, int, int, int, int]:
+        """Return how many slots there are, and where what is in them, as ``native.SharedReduce`` takes it."""
+        address = self.segment.address
+        return self.slots, self._row, self._counts_at, address, address + self._data, self._uses.buffer_info()[0]
+
     def bases(self, slot: int) -> np.ndarray[Any, Any]:
         """Return where the parts of each worker begin in a slot."""
         rows = np.arange(slot * self._size, (slot + 1) * self._size, dtype=np.uint64)
@@ -126,7 +133,7 @@ class StagingBuffer:
         return self.segment.tensor(at, (count,), dtype)
 
     def counts(self, slot: int, worker: int) -> Numbers:
-        """Return how many parts each piece in a slot is the sum of, as a worker has put it there."""
+        """Return how many parts the piece that begins on each line of a slot is the sum of, as a worker has put it."""
         found: Numbers = self.tensor(slot, worker, self._counts_at, self._room, torch.int64).numpy()
         return found
 
@@ -141,9 +148,9 @@ class Layout:
         owners: how many workers of the host update values.
     """
 
-    def __init__(self, keys: tuple[Key, ...], values: Sequence[PartitionedValue], local_rank: int, owners: int) -> None:
+    def __init__(self, keys: tuple[Key, ...], values: Sequence[PartitionedEntry], local_rank: int, owners: int) -> None:
         self.keys, self.values, self.local_rank, self.owners = keys, values, local_rank, owners
-        tensors: list[torch.Tensor] = [each.value for each in values]
+        tensors: list[torch.Tensor] = [each.whole for each in values]
         self.addresses = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
         dtypes = [tensor.dtype for tensor in tensors]
         self.dtypes = list(dict.fromkeys(dtypes))
@@ -211,8 +218,8 @@ class BucketSegment:
         own = pieces.take(self.own)
         self.own_starts = own.start - layout.own_starts[own.key]
         """Where this worker's pieces begin in its own part of their values."""
-        self.own_triples = _triples(layout.own_places[own.key], own, self.own_starts)
-        """This worker's pieces, by place among its own keys and in its own part of their values."""
+        self.own_triples = _triples(layout.own_places[own.key], own)
+        """This worker's pieces, by place among its own keys."""
         self.own_pieces: bytes = _cut(self.triples, self.own, 24)
         """This worker's pieces, in whole values."""
         self.own_values_column: bytes = _cut(self.value_column, self.own)
@@ -256,7 +263,7 @@ class BucketSegment:
 
     def own_value(self) -> torch.Tensor:
         """Return the value of which this worker's first piece is one."""
-        value: torch.Tensor = self._layout.values[self.key(self.own.start)].value
+        value: torch.Tensor = self._layout.values[self.key(self.own.start)].whole
         return value
 
     def own_values(self) -> list[torch.Tensor]:
@@ -320,11 +327,6 @@ class Bucket:
     own: list[BucketSegment]
     slot: int
     use: int
-
-    @property
-    def places(self) -> list[int]:
-        """The place of the first piece of each segment among all pieces."""
-        return list(accumulate([len(segment.pieces.key) for segment in self.segments], initial=0))[:-1]
 
 
 class Schedule:
@@ -434,7 +436,7 @@ class Arrays:
         return self.batch.part_column(segment.own_pieces)
 
     @classmethod
-    def of(cls, values: dict[Key, PartitionedValue], keys: Sequence[Key], groups: Sequence[Tensors]) -> Arrays:
+    def of(cls, values: dict[Key, PartitionedEntry], keys: Sequence[Key], groups: Sequence[Tensors]) -> Arrays:
         """Return the parts of a call, those that are plain as a batch."""
         if not native.can_look():
             return cls(groups, None)
@@ -442,7 +444,7 @@ class Arrays:
         if isinstance(batch, native.Batch):
             return cls(groups, batch)
         pairs = enumerate(zip(keys, groups, strict=True))
-        plain = [index for index, (key, group) in pairs if native.is_plain([values[key].value, *group])]
+        plain = [index for index, (key, group) in pairs if native.is_plain([values[key].whole, *group])]
         batch = native.look(values, [keys[i] for i in plain], [groups[i] for i in plain], None, None, None)
         if not isinstance(batch, native.Batch):
             return cls(groups, None)
@@ -451,9 +453,9 @@ class Arrays:
         return cls(groups, batch, places)
 
 
-def _triples(keys: Numbers, pieces: Pieces, starts: Numbers | None = None) -> bytes:
+def _triples(keys: Numbers, pieces: Pieces) -> bytes:
     """Return pieces as the compiled part takes them: for each the place of its key, its first element, how many."""
-    return np.stack([keys, pieces.start if starts is None else starts, pieces.count], 1).tobytes()
+    return np.stack([keys, pieces.start, pieces.count], 1).tobytes()
 
 
 def _cut(column: bytes, cut: slice, width: int = 8) -> bytes:

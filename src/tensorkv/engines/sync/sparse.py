@@ -19,7 +19,7 @@ from tensorkv.shard.rules import Rule
 from tensorkv.shard.table import Table
 
 from .group import ProcessGroup
-from .schedule import PartitionedValue
+from .schedule import PartitionedEntry
 
 
 def gather(group: ProcessGroup, entry: Entry, mine: Sequence[Rows], divisor: int = 1) -> Rows:
@@ -53,7 +53,7 @@ def no_rows(entry: Entry) -> Rows:
     )
 
 
-def apply(rule: Rule, entry: Entry, value: PartitionedValue, owner: int, merged: Rows) -> None:
+def apply(rule: Rule, entry: Entry, value: PartitionedEntry, owner: int, merged: Rows) -> None:
     """Update those rows of a dense value that this worker owns."""
     low, high = value.borders[owner], value.borders[owner + 1]
     chosen = (merged.ids >= low) & (merged.ids < high)
@@ -63,9 +63,9 @@ def apply(rule: Rule, entry: Entry, value: PartitionedValue, owner: int, merged:
     entry.version = version + 1
 
 
-def copy_rows(group: ProcessGroup, value: PartitionedValue, ids: torch.Tensor, source: int, writes: bool) -> None:
+def copy_rows(group: ProcessGroup, value: PartitionedEntry, ids: torch.Tensor, source: int, writes: bool) -> None:
     """Copy rows of a dense value from one rank to the hosts that do not update it."""
-    signed = interop.signed(value.value)
+    signed = interop.signed(value.whole)
     mine = _bytes(signed[ids]) if group.rank == source else torch.empty(0, dtype=torch.uint8, device="cpu")
     found = group.all_gather(mine)[source]
     if writes:

@@ -787,10 +787,10 @@ class KVStore:
         self._engine.protect(self._engine.agree, verb, what)
 
     @_collective
-    def _any(self, verb: str, mine: bool) -> bool:
-        """Return whether it is so on any worker in lock step."""
+    def _gather(self, verb: str, mine: bytes) -> list[bytes]:
+        """Return what each worker in lock step gives, by rank; of other stores what this one gives."""
         self._begin(verb)
-        return self._engine.protect(self._engine.any_worker, verb, mine)
+        return self._engine.protect(self._engine.gather, verb, mine)
 
     @_collective
     def _state_dict(self, read: Callable[[Contents], R]) -> R:

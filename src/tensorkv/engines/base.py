@@ -245,9 +245,9 @@ class Engine(Reader):
     def agree(self, verb: str, what: Any) -> None:
         """Raise WorkerMismatchError if workers in lock step do something else; ``what`` is plain data."""
 
-    def any_worker(self, verb: str, mine: bool) -> bool:
-        """Return whether it is so on any of the workers in lock step."""
-        return mine
+    def gather(self, verb: str, mine: bytes) -> list[bytes]:
+        """Return what each of the workers in lock step gives, by rank."""
+        return [mine]
 
     def leave(self) -> None:
         """Serve the others until every worker has left."""

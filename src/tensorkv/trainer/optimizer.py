@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -13,6 +14,8 @@ from tensorkv.errors import CheckpointError, OptimizerError, naming, show
 from tensorkv.store import KVStore
 
 from . import embedding
+from .buffers import Buffers
+from .gradients import Gradients
 from .groups import Group, Params, group_of, parameters
 from .overlap import Overlap
 from .updates import StoreUpdate, WorkerUpdate
@@ -35,6 +38,8 @@ class StoreOptimizer(torch.optim.Optimizer):
         params: the trained parameters of every replica, by key; ``add_param_group`` adds to it.
         update: who updates.
         overlaps: whether gradients are pushed during backward.
+        unused: as of ``Trainer``.
+        buffers: None where each replica keeps its own.
 
     >>> import torch, tensorkv
     >>> model = torch.nn.Linear(2, 1)
@@ -59,16 +64,27 @@ class StoreOptimizer(torch.optim.Optimizer):
         update: StoreUpdate | WorkerUpdate,
         *,
         overlaps: bool,
+        unused: str,
+        buffers: Buffers | None,
     ) -> None:
         self._kv, self._replicas, self._prefix = kv, replicas, prefix
         self._params, self._update = params, update
         self._tables = embedding.layers_of(replicas)
         numbers = self._seen = update.read()
         self._groups = [self._shown(*pair) for pair in zip(update.groups, numbers, strict=True)]
-        self._overlap = Overlap(kv, params, self.flush) if overlaps else None
+        self._unused = unused
+        self._collect(overlaps=overlaps)
+        self._buffers = buffers
         kv._before_save(self.flush)
         # Torch's constructor would add groups, and import torch's compiler for that. This is how it unpickles.
         super().__setstate__({"defaults": dict(update.defaults)})
+
+    def _collect(self, *, overlaps: bool) -> None:
+        """Get ready to collect the gradients of the present parameters."""
+        self._gradients = Gradients(self._kv, self._replicas, self._params, self._unused)
+        self._overlap: Overlap | None = None
+        if overlaps:
+            self._overlap = Overlap(self._kv, self._params, self._gradients, self._update.parts, self.flush)
 
     def _shown(self, group: Group, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Return a group as torch has it."""
@@ -149,7 +165,7 @@ class StoreOptimizer(torch.optim.Optimizer):
         self._seen.append(now[-1])
         if self._overlap is not None:
             self._overlap.close()
-            self._overlap = Overlap(self._kv, self._params, self.flush)
+        self._collect(overlaps=self._overlap is not None)
 
     # ------------------------------------------------------------ the step
 
@@ -172,6 +188,8 @@ class StoreOptimizer(torch.optim.Optimizer):
         try:
             if self._unscale():
                 self._push_and_pull()
+            if self._buffers is not None:
+                self._buffers.synchronise()
         except BaseException:
             # GradScaler takes them away after a step alone.
             self.__dict__.pop("grad_scale", None)
@@ -184,12 +202,7 @@ class StoreOptimizer(torch.optim.Optimizer):
             self._overlap.finish()
         else:
             self.flush()
-        grads = {
-            key: found
-            for key, replicas in self._params.items()
-            if (found := [grad for param in replicas if (grad := param.grad) is not None])
-        }
-        self._update.step(grads, is_pushed=self._overlap is not None)
+        self._update.step(self._gradients.all(), is_pushed=self._overlap is not None)
         embedding.step(self._tables)
 
     def _unscale(self) -> bool:
@@ -204,7 +217,8 @@ class StoreOptimizer(torch.optim.Optimizer):
             raise OptimizerError(
                 "Trainer: a GradScaler needs overlap=False, since gradients are unscaled after they are computed"
             )
-        if self._kv._any("step", bool(found_inf.item()) or not embedding.is_finite(self._tables)):
+        overflows = bool(found_inf.item()) or not embedding.is_finite(self._tables)
+        if any(map(any, self._kv._gather("step", bytes([overflows])))):
             return False
         scale: torch.Tensor | None = getattr(self, "grad_scale", None)
         if scale is not None:
@@ -215,6 +229,10 @@ class StoreOptimizer(torch.optim.Optimizer):
                         param.grad.mul_(factor)
             embedding.scale(self._tables, factor)
         return True
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Return a block in which backward adds to the gradients and pushes nothing, as ``Trainer.no_sync``."""
+        return nullcontext() if self._overlap is None else self._overlap.accumulate()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of every replica's trained parameters.

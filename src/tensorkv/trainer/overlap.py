@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from tensorkv.errors import ArgumentError, quote
 from tensorkv.store import KVStore
+
+from .gradients import Gradients, Grads
+from .groups import Params
 
 # Long enough that a push costs bytes rather than calls, short enough that several fit into a backward pass.
 BUCKET_NBYTES = 4 << 20
@@ -18,18 +22,30 @@ BUCKET_NBYTES = 4 << 20
 class Overlap:
     """Pushes the gradients of replicas from hooks that run when backward has computed them.
 
-    Buckets hold neighbouring parameters, the last ones first, in the order of backward. Every worker pushes them in
-    this order, whichever is full first.
+    Buckets hold parameters in the order in which the first backward on rank 0 has computed their gradients. Every
+    worker pushes them in this order, whichever is full first. The gradients of the first backward are pushed after it.
 
     Args:
         kv: the store.
         params: by key, the parameter of every replica.
+        gradients: of these.
+        parts: returns what is pushed of some gradients.
         before: is called before the first bucket of each step.
     """
 
-    def __init__(self, kv: KVStore, params: dict[str, list[nn.Parameter]], before: Callable[[], None]) -> None:
-        self._kv, self._params, self._before = kv, params, before
-        self._buckets = _buckets(params)
+    def __init__(
+        self,
+        kv: KVStore,
+        params: Params,
+        gradients: Gradients,
+        parts: Callable[[Grads], list[list[torch.Tensor]]],
+        before: Callable[[], None],
+    ) -> None:
+        self._kv, self._params, self._gradients, self._parts, self._before = kv, params, gradients, parts, before
+        self._buckets: list[list[str]] | None = None
+        # Keys in the order in which the first backward computes the gradients of their last replicas.
+        self._order: dict[str, None] = {}
+        self._accumulates = False
         self._missing: dict[str, int] = {}
         self._next = 0
         self._handles = [
@@ -45,47 +61,64 @@ class Overlap:
 
     def _hook(self, key: str) -> Any:
         def hook(_: torch.Tensor) -> None:
+            if self._accumulates:
+                return
             self._missing[key] -= 1
             if self._missing[key] < 0:
                 raise ArgumentError(
                     f"Trainer: backward has computed the gradient of {quote(key)} twice; with overlap=True call step() "
-                    "after each backward. To accumulate gradients, use overlap=False"
+                    "after each backward. To accumulate gradients, make all backward calls but the last "
+                    "within trainer.no_sync()"
                 )
+            if self._buckets is None:
+                self._order.pop(key, None)
+                self._order[key] = None
+                return
             while self._next < len(self._buckets) and not any(self._missing[k] for k in self._buckets[self._next]):
                 self._push(self._buckets[self._next])
-                self._next += 1
 
         return hook
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Leave gradients that are computed in the block for the push after a later backward."""
+        before, self._accumulates = self._accumulates, True
+        try:
+            yield
+        finally:
+            self._accumulates = before
 
     def _push(self, keys: Sequence[str]) -> None:
         if self._next == 0:
             self._before()
-        groups = [[param.grad for param in self._params[key] if param.grad is not None] for key in keys]
-        wanted = [index for index, group in enumerate(groups) if group]
-        if wanted:
+        grads = self._gradients.of(keys)
+        if grads:
             # Backward computes last what the next forward pass needs first.
-            self._kv.push([keys[i] for i in wanted], [groups[i] for i in wanted], priority=self._next)
+            self._kv.push(list(grads), self._parts(grads), priority=self._next)
+        self._next += 1
 
     def finish(self) -> None:
         """Push the remaining buckets, which have a parameter that backward has not reached."""
+        if self._buckets is None:
+            self._buckets = self._make_buckets()
         while self._next < len(self._buckets):
             self._push(self._buckets[self._next])
-            self._next += 1
         self._begin()
+
+    def _make_buckets(self) -> list[list[str]]:
+        order = [*self._order, *(key for key in reversed(self._params) if key not in self._order)]
+        agreed = json.loads(self._kv._gather("step", json.dumps(order).encode())[0])
+        buckets: list[list[str]] = []
+        room = 0
+        for key in agreed:
+            if room <= 0:
+                buckets.append([])
+                room = BUCKET_NBYTES
+            buckets[-1].append(key)
+            room -= self._params[key][0].nbytes
+        return buckets
 
     def close(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
-
-
-def _buckets(params: dict[str, list[nn.Parameter]]) -> list[list[str]]:
-    buckets: list[list[str]] = []
-    room = 0
-    for key, replicas in reversed(list(params.items())):
-        if room <= 0:
-            buckets.append([])
-            room = BUCKET_NBYTES
-        buckets[-1].append(key)
-        room -= replicas[0].nbytes
-    return buckets

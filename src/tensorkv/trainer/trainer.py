@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ from tensorkv.errors import (
 )
 from tensorkv.store import KVStore
 
+from .buffers import Buffers, check_buffers
 from .embedding import layers_of
+from .gradients import check_unused
 from .groups import Params, groups_of, parameters, trained
 from .optimizer import StoreOptimizer
 from .updates import StoreUpdate, WorkerUpdate, broadcast
@@ -39,7 +42,7 @@ class Trainer:
 
     Args:
         model_or_replicas: an ``nn.Module``, or a list of replicas with equal parameters (such as
-            ``copy.deepcopy`` makes). All start from the first one's weights; buffers stay each replica's own.
+            ``copy.deepcopy`` makes). All start from the first one's weights.
         kv: a store with str keys. The keys are ``prefix`` + the parameter's name, in the order of
             ``named_parameters()``; tied parameters have one key, frozen ones (``requires_grad=False``) none.
         optimizer: the name or class of an optimizer, as ``KVStore.set_optimizer`` takes it. With
@@ -52,7 +55,15 @@ class Trainer:
         update_on_store: True: the store updates and replicas pull weights. False: the store only sums,
             replicas pull the sum into ``.grad`` and step their own optimizers.
         overlap: push each gradient as soon as backward has computed it, so that communication overlaps with
-            backward. Call ``step`` after each ``backward``. This helps where ``push`` does not wait.
+            backward. Call ``step`` after each ``backward`` that is not within ``no_sync``. This helps where ``push``
+            does not wait. The first backward only finds the order in which gradients are computed.
+        unused: what a step does with a parameter that has no gradient. ``"skip"``: it is not pushed and does not move;
+            workers in lock step must have gradients of the same parameters. ``"agree"``: the same if no worker has one,
+            otherwise those without push zeros; workers in lock step first tell each other, which costs a message.
+            ``"zero"``: zeros are pushed, so weight decay and momentum move it.
+        buffers: what happens to the modules' buffers, such as those of a batch norm. ``"local"``: each replica keeps
+            its own. ``"broadcast"``: after each step all replicas and workers have those of rank 0's first replica.
+            ``"mean"``: they have the mean over replicas and workers; of integers, those of rank 0's first replica.
         **numbers: hyperparameters such as ``lr=0.1``; also ``rescale_grad`` (factor on the sum, default
             1) and ``clip_gradient`` (bound on each element after rescaling).
 
@@ -89,6 +100,8 @@ class Trainer:
         prefix: str = "",
         update_on_store: bool = True,
         overlap: bool = False,
+        unused: str = "skip",
+        buffers: str = "local",
         **numbers: Any,
     ) -> None:
         if not isinstance(kv, KVStore):
@@ -109,6 +122,8 @@ class Trainer:
         with naming("Trainer"):
             kind = StoreUpdate if check_flag("update_on_store", update_on_store) else WorkerUpdate
             overlaps = check_flag("overlap", overlap)
+            check_unused(unused, overlaps=overlaps)
+            kept = None if check_buffers(buffers) == "local" else Buffers(kv, replicas, buffers)
             self._update = kind(kv, optimizer, numbers, self._params, groups)
         try:
             broadcast(kv, self._params)
@@ -118,22 +133,40 @@ class Trainer:
                 "trainer.refresh(); for a second model, give a prefix"
             ) from None
         self._update.start()
-        self.optimizer = StoreOptimizer(kv, replicas, prefix, self._params, self._update, overlaps=overlaps)
+        if kept is not None:
+            kept.start()
+        self.optimizer = StoreOptimizer(
+            kv, replicas, prefix, self._params, self._update, overlaps=overlaps, unused=unused, buffers=kept
+        )
         """What steps, as a ``torch.optim.Optimizer`` for schedulers, ``GradScaler`` and training frameworks."""
 
     def step(self) -> None:
         """Push each parameter's gradients, summed over replicas, and update every replica.
 
         Call it after ``backward`` on every replica. A parameter without a gradient in any replica is not
-        pushed and does not move; where only some replicas have one, the others count as nothing.
-        Gradients stay until ``zero_grad``.
+        pushed and does not move, unless ``unused`` says otherwise; where only some replicas have one, the others count
+        as nothing. Gradients stay until ``zero_grad``.
 
         Raises:
             TensorKVError: as ``KVStore.pushpull``; no parameter has changed.
-
-        Limits: all workers of a synchronous store must have gradients for the same parameters.
+            WorkerMismatchError: with ``unused="skip"``: workers have gradients of different parameters.
         """
         self.optimizer.step()
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Return a block in which backward adds to the gradients and pushes nothing, to accumulate over batches.
+
+        Without ``overlap=True`` it changes nothing, since gradients are pushed by ``step`` alone.
+
+        >>> import torch, tensorkv
+        >>> model = torch.nn.Linear(2, 1)
+        >>> trainer = Trainer(model, tensorkv.create(), lr=0.1, overlap=True)
+        >>> with trainer.no_sync():
+        ...     model(torch.ones(1, 2)).sum().backward()
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> trainer.step()
+        """
+        return self.optimizer.no_sync()
 
     def refresh(self) -> None:
         """Pull the weights from the store into every replica, as after ``kv.load``.

@@ -20,11 +20,10 @@ from tensorkv.shard.rules import StepOptimizer
 from tensorkv.storage.manifest import Contents
 from tensorkv.store import KVStore
 
+from .gradients import Grads
 from .groups import Group, Params, check_options
 
 Groups = list[Group]
-# The gradients of those replicas that have one, by key.
-Grads = dict[str, list[torch.Tensor]]
 
 
 def broadcast(kv: KVStore, params: Params) -> None:
@@ -81,7 +80,12 @@ class StoreUpdate:
         if is_pushed:
             self._kv.pull(keys, out=outs)
         else:
-            self._kv.pushpull(keys, list(grads.values()), out=outs)
+            self._kv.pushpull(keys, self.parts(grads), out=outs)
+
+    @staticmethod
+    def parts(grads: Grads) -> list[list[torch.Tensor]]:
+        """Return what is pushed of some gradients, for each key."""
+        return list(grads.values())
 
     # ------------------------------------------------------------ numbers
 
@@ -274,15 +278,19 @@ class WorkerUpdate:
         if is_pushed:
             self._kv.pull(keys, out=sums)
         else:
-            # Sparse gradients are summed as dense ones, since a worker does not know which rows the others push.
-            self._kv.pushpull(keys, [[_dense(grad) for grad in own] for own in grads.values()], out=sums)
-        for replicas, totals in zip([self._params[key] for key in keys], sums, strict=True):
-            sparse = all(p.grad is None or p.grad.is_sparse for p in replicas)
-            for param, total in zip(replicas, totals, strict=True):
+            self._kv.pushpull(keys, self.parts(grads), out=sums)
+        for key, totals in zip(keys, sums, strict=True):
+            sparse = all(grad.is_sparse for grad in grads[key])
+            for param, total in zip(self._params[key], totals, strict=True):
                 self._scale(total)
                 param.grad = total.to_sparse(1) if sparse else total
         for each in self.optimizers:
             each.step()
+
+    @staticmethod
+    def parts(grads: Grads) -> list[list[torch.Tensor]]:
+        # Sparse gradients are summed as dense ones, since a worker does not know which rows the others push.
+        return [[_dense(grad) for grad in own] for own in grads.values()]
 
     def read(self) -> list[dict[str, Any]]:
         return [_options(group) for group in self.optimizers[0].param_groups]

@@ -8,9 +8,10 @@ from itertools import pairwise
 import pytest
 import torch
 
+from tensorkv.arrays import rowinit
 from tensorkv.arrays.rowinit import RowInit
 from tensorkv.arrays.rows import Rows
-from tensorkv.shard import index, native, optimizers
+from tensorkv.shard import index, native, optimizers, table
 from tensorkv.shard.fused import DTYPES, FUSED, Kernel, power
 from tensorkv.shard.table import Table
 from tests.support.amount import amount
@@ -179,8 +180,8 @@ def step_rows(case, dtype, shape, is_table):
     """Return a value of 50 rows and its state after four steps with some of its rows, repeats and none among them."""
     name, numbers = CASES[case]
     init = RowInit.of("normal", {}, 9)
-    table = Table(50, torch.Size(shape), dtype, init=init, key="t")
-    value = table if is_table else table.read(torch.arange(50))
+    held_rows = Table(50, torch.Size(shape), dtype, init=init, key="t")
+    value = held_rows if is_table else held_rows.read(torch.arange(50))
     optimizer, state = optimizers.Optimizer(optimizers.spec(name, numbers)), {}
     generator = torch.Generator().manual_seed(3)
     for count in (20, 1, 0, 35):
@@ -190,8 +191,8 @@ def step_rows(case, dtype, shape, is_table):
     everything = torch.arange(50)
     held = {"": value.read(everything) if is_table else value, **state}
     if is_table:
-        assert len(table) < 50
-        held |= {column: table.read(everything, column) for column in table.columns}
+        assert len(held_rows) < 50
+        held |= {column: held_rows.read(everything, column) for column in held_rows.columns}
     return held
 
 
@@ -202,7 +203,8 @@ def step_rows(case, dtype, shape, is_table):
 def test_rows_are_stepped_where_they_lie_with_the_bits_of_copies(case, dtype, shape, is_table, monkeypatch):
     compiled = step_rows(case, dtype, shape, is_table)
     monkeypatch.setattr(native, "_native", None)
-    monkeypatch.setattr(index, "_tables", None)
+    for module in (index, rowinit, table):
+        monkeypatch.setattr(module, "_tables", None)
     with_torch = step_rows(case, dtype, shape, is_table)
     assert list(compiled) == list(with_torch)
     for column, tensor in compiled.items():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tensorkv.arrays.rowinit import RowInit
+from tensorkv.shard import table
 from tensorkv.shard.index import HashIndex, SortedIndex
 from tensorkv.shard.table import Columns, Table, fill_with
 
@@ -138,6 +139,15 @@ class TableMachine(RuleBasedStateMachine):
 
 TableMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=20, print_blob=True)
 TestTable = TableMachine.TestCase
+
+
+def test_rows_are_gathered_with_the_same_bits_by_torch(monkeypatch):
+    held = Table(10**6, torch.Size([5]), torch.bfloat16, init=RowInit.of("normal", {}), key="t")
+    ids = torch.randperm(1000)[:700] * 997
+    held.write(ids[:500], torch.randn(500, 5).to(torch.bfloat16))
+    compiled = held.read(ids)
+    monkeypatch.setattr(table, "_tables", None)
+    assert bits(held.read(ids)) == bits(compiled)
 
 
 def test_rows_are_copies():

@@ -8,9 +8,11 @@
 #include <Python.h>
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
-/* So many rows, or elements, are worth giving up Python's lock for. */
-enum { WORTH_UNLOCKING = 1 << 14 };
+/* So many rows, or elements, are worth giving up Python's lock for; what comes so much later is fetched into the cache,
+ * at most so many bytes of a row. */
+enum { WORTH_UNLOCKING = 1 << 14, AHEAD = 8, FETCHED_NBYTES = 1024, LINE_NBYTES = 64 };
 
 /* ---------------------------------------------------------------- first values, as in docs/semantics.md */
 
@@ -144,6 +146,11 @@ static PyObject *find(PyObject *module, PyObject *args) {
     int64_t *places = (int64_t *)(uintptr_t)places_at;
     PyThreadState *state = count >= WORTH_UNLOCKING ? PyEval_SaveThread() : NULL;
     for (Py_ssize_t i = 0; i < count; i++) {
+        if (i + 2 * AHEAD < count) __builtin_prefetch(&index.slots[hash_of(ids[i + 2 * AHEAD]) & index.mask]);
+        if (i + AHEAD < count) {
+            int64_t likely = index.slots[hash_of(ids[i + AHEAD]) & index.mask];
+            if (likely >= 0) __builtin_prefetch(&index.held[likely]);
+        }
         places[i] = index.slots[slot_of(&index, ids[i])];
         missing += places[i] < 0;
     }
@@ -174,10 +181,36 @@ static PyObject *add(PyObject *module, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(gather_doc,
+             "gather(source, row_nbytes, places, count, out)\n--\n\n"
+             "Copy rows one after another to out; those whose place is negative are left out.\n\n"
+             "source, places (int64) and out are addresses.");
+
+static PyObject *gather(PyObject *module, PyObject *args) {
+    unsigned long long source_at, places_at, out_at;
+    Py_ssize_t row_nbytes, count;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "KnKnK", &source_at, &row_nbytes, &places_at, &count, &out_at)) return NULL;
+    const char *source = (const char *)(uintptr_t)source_at;
+    const int64_t *places = (const int64_t *)(uintptr_t)places_at;
+    char *out = (char *)(uintptr_t)out_at;
+    Py_ssize_t fetched = row_nbytes < FETCHED_NBYTES ? row_nbytes : FETCHED_NBYTES;
+    PyThreadState *state = count * row_nbytes >= WORTH_UNLOCKING ? PyEval_SaveThread() : NULL;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (i + AHEAD < count && places[i + AHEAD] >= 0)
+            for (Py_ssize_t at = 0; at < fetched; at += LINE_NBYTES)
+                __builtin_prefetch(source + places[i + AHEAD] * row_nbytes + at);
+        if (places[i] >= 0) memcpy(out + i * row_nbytes, source + places[i] * row_nbytes, (size_t)row_nbytes);
+    }
+    if (state != NULL) PyEval_RestoreThread(state);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"first_rows", first_rows, METH_VARARGS, first_rows_doc},
     {"find", find, METH_VARARGS, find_doc},
     {"add", add, METH_VARARGS, add_doc},
+    {"gather", gather, METH_VARARGS, gather_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -15,6 +15,11 @@ from tensorkv.arrays.rows import Rows
 
 from .index import new_index
 
+try:
+    from tensorkv.compiled import _tables
+except ImportError:
+    _tables = None  # type: ignore[assignment]
+
 
 class Table:
     """Rows by id, with room for tables of billions of rows of which few are ever seen.
@@ -108,8 +113,7 @@ class Table:
         places, missing = self._index.find(own)
         if missing == len(own):
             return self._first(own, column)
-        rows = interop.signed(source).index_select(0, places.clamp(min=0).to(self.device))
-        rows = rows.view(source.dtype)
+        rows = _gather(source, places)
         if missing:
             absent = places < 0
             interop.signed(rows)[absent.to(self.device)] = interop.signed(self._first(own[absent], column))
@@ -179,6 +183,16 @@ class Table:
             interop.signed(grown)[:room] = interop.signed(column)
             fill_with(grown[room:], self._fills[name])
             self._columns[name] = grown
+
+
+def _gather(source: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return copies of rows; anything where a place is negative."""
+    if _tables is None or not source.is_cpu:
+        rows = interop.signed(source).index_select(0, places.clamp(min=0).to(source.device))
+        return rows.view(source.dtype)
+    rows = source.new_empty((len(places), *source.shape[1:]))
+    _tables.gather(source.data_ptr(), rows[:1].nbytes, places.data_ptr(), len(places), rows.data_ptr())
+    return rows
 
 
 def address_rows(tensor: torch.Tensor, places: np.ndarray[Any, np.dtype[np.uint64]]) -> bytes:

@@ -82,11 +82,12 @@ class Entry(Cell):
         moved = [part if part.values.device == device else part.to(device) for part in parts]
         return rows.merge(moved, self.value.dtype, may_share=True, divisor=divisor)
 
-    def read_rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return copies of rows in the order of ``ids``."""
+    def read_rows(self, ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return copies of rows in the order of ``ids``, in contiguous memory of the value's dtype if it is given."""
         if isinstance(self.value, Table):
-            return self.value.read(ids)
-        return interop.signed(self.value)[ids].view(self.value.dtype)
+            return self.value.read(ids, out=out)
+        rows = interop.signed(self.value)[ids].view(self.value.dtype)
+        return rows if out is None else out.copy_(rows)
 
     def write_rows(self, rows: Rows) -> None:
         """Replace the rows that ``rows`` (merged, of the value's dtype) names."""

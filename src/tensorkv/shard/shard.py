@@ -253,15 +253,23 @@ class Shard(native.ShardFields):
         self._pool.share(batch.numel, batch.run)
         batch.finish()
 
-    def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
-        """Return copies of rows; ids are unique and sorted."""
+    def pull_rows(
+        self, keys: Sequence[Key], ids: Sequence[torch.Tensor], outs: Sequence[torch.Tensor | None] | None = None
+    ) -> list[Rows]:
+        """Return copies of rows; ids are unique and sorted.
+
+        Args:
+            keys: whose rows.
+            ids: of each key.
+            outs: contiguous memory for the rows of each key, of its dtype (None: new memory).
+        """
         with self._lock:
             self.refuse_reentry()
             entries = [self.entry("row_sparse_pull", key) for key in keys]
             with self._in_order(entries):
                 return [
-                    Rows(own, entry.read_rows(own.to(entry.value.device)), entry.spec.shape[0])
-                    for entry, own in zip(entries, ids, strict=True)
+                    Rows(own, entry.read_rows(own.to(entry.value.device), out), entry.spec.shape[0])
+                    for entry, own, out in zip(entries, ids, outs or [None] * len(keys), strict=True)
                 ]
 
     def delete(self, keys: Sequence[Key], *, requests: RequestIds = ()) -> None:

@@ -107,13 +107,19 @@ class Table:
         for name in self.columns:
             del self._columns[name], self._fills[name]
 
-    def read(self, ids: torch.Tensor, column: str = "") -> torch.Tensor:
-        """Return copies of rows, shape ``(n, *row_shape)``, in the order of ``ids``; absent ones as they start."""
+    def read(self, ids: torch.Tensor, column: str = "", out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return copies of rows, shape ``(n, *row_shape)``, in the order of ``ids``; absent ones as they start.
+
+        Args:
+            ids: of the rows.
+            column: of the optimizer's state; ``""`` for the values.
+            out: contiguous memory for the rows on the table's device (None: new memory).
+        """
         source, own = self._columns[column], ids.cpu()
         places, missing = self._index.find(own)
-        if missing == len(own):
-            return self._first(own, column)
-        rows = _gather(source, places)
+        rows = source.new_empty((len(own), *self.row_shape)) if out is None else out
+        if missing < len(own):
+            _gather(source, places, rows)
         if missing:
             absent = places < 0
             interop.signed(rows)[absent.to(self.device)] = interop.signed(self._first(own[absent], column))
@@ -185,14 +191,13 @@ class Table:
             self._columns[name] = grown
 
 
-def _gather(source: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Return copies of rows; anything where a place is negative."""
+def _gather(source: torch.Tensor, places: torch.Tensor, out: torch.Tensor) -> None:
+    """Copy rows; where a place is negative, anything."""
     if _tables is None or not source.is_cpu:
-        rows = interop.signed(source).index_select(0, places.clamp(min=0).to(source.device))
-        return rows.view(source.dtype)
-    rows = source.new_empty((len(places), *source.shape[1:]))
-    _tables.gather(source.data_ptr(), rows[:1].nbytes, places.data_ptr(), len(places), rows.data_ptr())
-    return rows
+        at = places.clamp(min=0).to(source.device)
+        torch.index_select(interop.signed(source), 0, at, out=interop.signed(out))
+    else:
+        _tables.gather(source.data_ptr(), out[:1].nbytes, places.data_ptr(), len(places), out.data_ptr())
 
 
 def address_rows(tensor: torch.Tensor, places: np.ndarray[Any, np.dtype[np.uint64]]) -> bytes:

@@ -20,7 +20,6 @@ from tensorkv.arrays.packing import (
     join_slots,
     json_keys,
     pack,
-    raw_bytes,
     unpack,
     views,
 )
@@ -151,16 +150,19 @@ class ServerState:
         items = unpack(request.layout, request.payload)
         keys, ids = [item.key for item in items], [item.tensor for item in items]
         name = request.message.snapshot
-        found = self.shard.pull_rows(keys, ids) if name is None else self.snapshots.read_rows(name, keys, ids)
-        lies = encode_layout(
-            (key, "rows", rows.values.dtype, rows.values.shape) for key, rows in zip(keys, found, strict=True)
-        )
-        where = decode_layout(lies)
-        room = Room(where, request.out)
-        # Not by torch, whose threads would wait for each other beside those of other requests.
-        memory = room.payload.numpy()
-        for place, rows in zip(where, found, strict=True):
-            memory[place.start : place.stop] = raw_bytes(rows.values)
+        found = None if name is None else self.snapshots.read_rows(name, keys, ids)
+        if found is None:
+            specs = [self.shard.entry("row_sparse_pull", key).spec for key in keys]
+            kinds = [(spec.dtype, (len(own), *spec.shape[1:])) for own, spec in zip(ids, specs, strict=True)]
+        else:
+            kinds = [(rows.values.dtype, rows.values.shape) for rows in found]
+        lies = encode_layout((key, "rows", *kind) for key, kind in zip(keys, kinds, strict=True))
+        room = Room(decode_layout(lies), request.out)
+        if found is None:
+            self.shard.pull_rows(keys, ids, room.tensors)
+        else:
+            for each, rows in zip(room.tensors, found, strict=True):
+                each.copy_(rows.values)
         return Reply({"layout": lies.decode()}, room.payload)
 
     def _room(self, keys: tuple[Key, ...], out: torch.Tensor | None, checksum: Any) -> Room:

@@ -196,6 +196,13 @@ def test_a_key_that_the_store_has_is_used_as_it_is(kv, library):
         Embedding(kv, "t", N, D, dtype=torch.float64)
 
 
+def test_arrays_that_cannot_be_written_are_left_alone(kv):
+    jnp = pytest.importorskip("jax.numpy")
+    kv.init("t", Rows([4], jnp.full((1, D), 3.0), N, init=1.0))
+    layer = Embedding(kv, "t", N, D, padding_idx=4)
+    assert layer(torch.tensor([4, 5]))[:, 0].tolist() == [0, 1]
+
+
 def test_copies_share_the_table_and_not_gradients(kv):
     model = nn.Sequential(Embedding(kv, "t", N, D, init=0.0), nn.Linear(D, 1))
     other = copy.deepcopy(model)

@@ -95,7 +95,8 @@ class TableLayer(nn.Module):
             found = None
             if self.padding_idx is not None and bool((at := unique == self.padding_idx).any()):
                 found = int(at.nonzero())
-                rows[found] = 0
+                # Not in place: the arrays of some libraries cannot be written.
+                rows = rows.index_fill(0, at.nonzero()[:, 0], 0)
         if torch.is_grad_enabled():
             rows.requires_grad_()
             rows.register_post_accumulate_grad_hook(self._keep(unique, found))  # type: ignore[no-untyped-call]

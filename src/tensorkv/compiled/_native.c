@@ -473,6 +473,7 @@ typedef struct {
     int owner;                /* of the whole, if there is just one; else DIVIDED, or NOBODY of one without elements */
     long long version;
     size_t own_first, own_numel; /* the elements of the whole that are the value */
+    unsigned long long digest;   /* of the key */
     Plain plain;                 /* of the whole, if ``is_plain``, as of when ``bound`` was the value */
     PyObject *whole, *borders;   /* NULL or None: the value is not a part of another */
     PyObject *state, *spec, *bound_states[MAX_STATES + 1];
@@ -561,6 +562,7 @@ static PyMemberDef cell_members[] = {
     {"value", T_OBJECT_EX, offsetof(Cell, value), 0, "The value of the key."},
     {"spec", T_OBJECT_EX, offsetof(Cell, spec), 0, "What callers need to know of the key, which makes new arrays."},
     {"version", T_LONGLONG, offsetof(Cell, version), 0, "How many updates the key has had."},
+    {"digest", T_ULONGLONG, offsetof(Cell, digest), 0, "A number that differs where keys differ."},
     {"whole", T_OBJECT, offsetof(Cell, whole), 0,
      "The tensor of which the value is some rows, None if it is not; parts and outs are as the whole."},
     {"borders", T_OBJECT, offsetof(Cell, borders), 0,
@@ -1492,6 +1494,64 @@ static PyObject *batch_part_column(Batch *batch, PyObject *pieces) {
     return column;
 }
 
+/* Text of at most so many bytes; ``at`` is how many it would have. */
+typedef struct {
+    char *text;
+    size_t at, most;
+} Text;
+
+static void add_text(Text *text, const char *more, size_t length) {
+    if (text->at < text->most) memcpy(text->text + text->at, more, length < text->most - text->at ? length : text->most - text->at);
+    text->at += length;
+}
+
+/* Add a key as JSON has it; whether it is a short number, or a str of characters that stand for themselves. */
+static int add_key(Text *text, PyObject *key) {
+    if (PyLong_CheckExact(key)) {
+        int overflow;
+        char digits[32];
+        long long number = PyLong_AsLongLongAndOverflow(key, &overflow);
+        if (!overflow) add_text(text, digits, (size_t)PyOS_snprintf(digits, sizeof digits, "%lld", number));
+        return !overflow;
+    }
+    Py_ssize_t length;
+    const char *found = PyUnicode_AsUTF8AndSize(key, &length);
+    for (Py_ssize_t i = 0; i < length && found != NULL; i++)
+        if (found[i] < ' ' || found[i] > '~' || found[i] == '"' || found[i] == '\\') found = NULL;
+    if (found == NULL) return 0;
+    add_text(text, "\"", 1);
+    add_text(text, found, (size_t)length);
+    add_text(text, "\"", 1);
+    return 1;
+}
+
+static PyObject *batch_describe(Batch *batch, PyObject *args) {
+    unsigned long long digest;
+    const char *begin;
+    Py_ssize_t begin_length, most;
+    if (!PyArg_ParseTuple(args, "Ks#n", &digest, &begin, &begin_length, &most)) return NULL;
+    PyObject *described = PyBytes_FromStringAndSize(NULL, most);
+    if (described == NULL) return NULL;
+    Text text = {PyBytes_AsString(described), 0, (size_t)most};
+    add_text(&text, begin, (size_t)begin_length);
+    int is_plain = 1;
+    for (size_t i = 0; i < batch->calls.num_keys; i++) {
+        const Work *work = &batch->calls.works[i];
+        fetch_cell(&batch->calls, i + AHEAD);
+        digest = (digest ^ work->cell->digest) * 0x9E3779B97F4A7C15u;
+        digest ^= digest >> 32;
+        if (text.at >= text.most || !is_plain) continue;
+        if (i) add_text(&text, ", ", 2);
+        is_plain = add_key(&text, work->key);
+    }
+    add_text(&text, "]}", 2);
+    PyErr_Clear();
+    PyObject *result = is_plain ? Py_BuildValue("Ky#", digest, text.text, (Py_ssize_t)(text.at < text.most ? text.at : text.most))
+                                : Py_BuildValue("KO", digest, Py_None);
+    Py_DECREF(described);
+    return result;
+}
+
 /* Where the values of all keys lie one after another, and the bytes of all; or their pieces, each a whole value. */
 static PyObject *batch_packed(Batch *batch, PyObject *none) {
     size_t at = 0, count = batch->calls.num_keys;
@@ -1575,6 +1635,15 @@ static PyMethodDef batch_methods[] = {
      "Divide each sum by the number of its parts from now on; return whether all are of floating-point numbers."},
     {"part_column", (PyCFunction)batch_part_column, METH_O,
      "part_column(pieces)\n--\n\nReturn the address of each piece of the parts; None if a key has not just one."},
+    {"describe", (PyCFunction)batch_describe, METH_VARARGS,
+     "describe(seed, begin, most)\n--\n\n"
+     "Return a number that differs where the keys or the seed differ, and the keys as JSON.\n\n"
+     "Args:\n"
+     "    seed: such a number, of the verb.\n"
+     "    begin: the text before the keys; after them comes ``]}``.\n"
+     "    most: the bytes of text to return.\n\n"
+     "Returns:\n"
+     "    The number, and the text; None for a key that JSON writes in another way."},
     {"packed", (PyCFunction)batch_packed, METH_NOARGS,
      "packed()\n--\n\n"
      "Return a piece for each whole value, where they lie one after another, and how many bytes that takes."},

@@ -42,7 +42,7 @@ else:
     class Cell:
         """A key's value, state and version, which the compiled part reads and writes where it is there."""
 
-        __slots__ = ("borders", "is_new", "spec", "state", "value", "version", "whole")
+        __slots__ = ("borders", "digest", "is_new", "spec", "state", "value", "version", "whole")
 
         def __init__(self) -> None:
             self.state: dict[str, Any] = {}

@@ -146,7 +146,7 @@ class Chain:
         if header is not None and header.digest == LEFT:
             self._send_header(self.prev, said)
         if call.digest == LEFT:
-            call.digest, call.text = said.digest, said.text
+            call.become(said.digest, said.text)
 
     def refuse(self, call: Collective) -> None:
         """Tell the host after that a call was refused; all earlier pushes have been sent."""

@@ -148,7 +148,10 @@ class DistEngine(Engine):
     def _allocate(self, specs: Sequence[KeySpec]) -> Segment | None:
         """Return shared memory for dense keys; None if there are none."""
         sizes = [aligned(_nbytes(spec)) for spec in specs if not spec.is_table]
-        return self._host.allocate(sum(sizes)) if sizes else None
+        if not sizes:
+            return None
+        self._pushes.allocate()
+        return self._host.allocate(sum(sizes))
 
     def _partition(
         self, keys: Sequence[Key], specs: Sequence[KeySpec], memory: Segment | None

@@ -11,13 +11,15 @@ import json
 import struct
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
 from time import monotonic
 from typing import Any
 
 from tensorkv import errors
+from tensorkv.arrays.arguments import Key
 from tensorkv.errors import TensorKVError, WorkerMismatchError
 from tensorkv.runtime import shield
 from tensorkv.runtime.shield import Steps
@@ -74,15 +76,62 @@ class Signature:
         digest: LEFT or REFUSED (None: 8 bytes that differ where texts differ).
     """
 
-    __slots__ = ("digest", "entry", "text")
+    __slots__ = ("_text", "digest", "entry", "verb")
 
     def __init__(self, text: str, digest: bytes | None = None) -> None:
         data = text.encode("utf-8", "backslashreplace")
-        self.text = text
-        self.digest = blake2b(data, digest_size=_DIGEST_NBYTES).digest() if digest is None else digest
+        self.verb = text.partition(" ")[0]
+        self._text: str | Callable[[], str] = text
+        self.digest = _digest(data) if digest is None else digest
         data = data[:ENTRY_TEXT]
         self.entry = _HEAD.pack(self.digest, len(data)) + data
         """What a worker enters of it: as much of the text as there is room for."""
+
+    @classmethod
+    def of_keys(
+        cls, verb: str, keys: Sequence[Key], values: Mapping[Key, Any], batch: native.Batch | None
+    ) -> Signature:
+        """Return the signature of a push of dense parts, whose text is made when it is asked for.
+
+        Args:
+            verb, keys: of the call.
+            values: with the digest of each key.
+            batch: of these keys; None where the compiled part has none.
+        """
+        seed, text = _seed(verb), None
+        self = cls.__new__(cls)
+        self.verb, self._text = verb, lambda: describe(verb, keys=list(keys))
+        if batch is None:
+            number = seed
+            for key in keys:
+                number = (number ^ values[key].digest) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+                number ^= number >> 32
+        else:
+            number, text = batch.describe(seed, f'{verb} {{"keys": [', ENTRY_TEXT)
+        if text is None:
+            text = self.text.encode()[:ENTRY_TEXT]
+        self.digest = number.to_bytes(_DIGEST_NBYTES, "little")
+        self.entry = _HEAD.pack(self.digest, len(text)) + text
+        return self
+
+    @property
+    def text(self) -> str:
+        """The verb, and what must be equal for every worker."""
+        if not isinstance(self._text, str):
+            self._text = self._text()
+        return self._text
+
+
+def _digest(data: bytes) -> bytes:
+    return blake2b(data, digest_size=_DIGEST_NBYTES).digest()
+
+
+def number_of(name: Key) -> int:
+    """Return a 64-bit number that differs where names differ."""
+    return int.from_bytes(_digest(json.dumps(name).encode()), "little")
+
+
+_seed = cache(number_of)
 
 
 class NoMemoryToShareError(MemoryError):
@@ -96,16 +145,25 @@ class Collective:
     Args:
         number: how many calls this worker has entered before.
         digest: the fingerprint of the text; or LEFT, REFUSED.
-        text: the verb, and what must be equal for every worker.
+        signature: with the verb, and what must be equal for every worker.
         members: the workers of this host that take part; None until they have agreed.
         sum_comes: whether the host before this one sends a sum of parts.
     """
 
     number: int
     digest: bytes
-    text: str
+    signature: Signature
     members: list[int] | None = None
     sum_comes: bool = False
+
+    @property
+    def text(self) -> str:
+        """The verb, and what must be equal for every worker."""
+        return self.signature.text
+
+    def become(self, digest: bytes, text: str) -> None:
+        """Take part in a call of other workers."""
+        self.digest, self.signature = digest, Signature(text, digest)
 
 
 class HostGroup:
@@ -289,7 +347,7 @@ class HostGroup:
             self._memory.memory[at : at + len(entry)] = entry
             _shared.store(self._own_entered, number + 1)
         self.num_entered += 1
-        return Collective(number, signature.digest, signature.text)
+        return Collective(number, signature.digest, signature)
 
     def can_enter(self) -> bool:
         """Tell whether the next call can be entered without a wait."""
@@ -328,7 +386,7 @@ class HostGroup:
         if len({digests[worker] for worker in members}) > 1:
             raise self._mismatch(call, members)
         if call.digest == LEFT and members:
-            call.digest, call.text = digests[members[0]], self._read_text(members[0], number)
+            call.become(digests[members[0]], self._read_text(members[0], number))
         self.pass_over(call)
         call.members = members
 

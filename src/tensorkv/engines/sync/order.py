@@ -86,8 +86,8 @@ class CollectiveOrder:
     def __init__(self, host: HostGroup, chain: Chain, shard: Shard) -> None:
         self._host, self._chain, self._shard = host, chain, shard
         self.lock = CallLock()
-        # Texts by their digests, where an entry or a header may have no room for the whole.
-        self._texts: dict[bytes, str] = {}
+        # Calls by their digests, where an entry or a header may have no room for the whole.
+        self._signatures: dict[bytes, Signature] = {}
 
     def check(self) -> None:
         """Raise if an updater is running, or the error that has ended this store."""
@@ -122,10 +122,10 @@ class CollectiveOrder:
 
     def remember(self, call: Collective) -> None:
         """Keep the text of a push, for a time when this worker has left and other workers push the same keys."""
-        if len(call.text) > HEADER_TEXT:
-            self._texts[call.digest] = self._texts.pop(call.digest, call.text)
-            if len(self._texts) > _MAX_TEXTS:
-                del self._texts[next(iter(self._texts))]
+        if len(call.signature.entry) > HEADER_TEXT:
+            self._signatures[call.digest] = self._signatures.pop(call.digest, call.signature)
+            if len(self._signatures) > _MAX_TEXTS:
+                del self._signatures[next(iter(self._signatures))]
 
     # ------------------------------------------------------------ agreement
 
@@ -171,9 +171,9 @@ class CollectiveOrder:
         call = self.agree([self._host.enter(Signature("leave", LEFT))])
         if not call.members:
             # Only some workers are connected with other hosts, and know what these call.
-            digest, _, call.text = self._host.broadcast_text(f"{call.digest.hex()} {call.text}").partition(" ")
-            call.digest = bytes.fromhex(digest)
-        call.text = self._texts.get(call.digest, call.text)
+            digest, _, text = self._host.broadcast_text(f"{call.digest.hex()} {call.text}").partition(" ")
+            call.become(bytes.fromhex(digest), text)
+        call.signature = self._signatures.get(call.digest, call.signature)
         return call
 
     def agree_on_all(self, call: Collective) -> None:
@@ -197,28 +197,28 @@ class CollectiveOrder:
     # ------------------------------------------------------------ faults
 
     @contextmanager
-    def ending_store(self, text: str) -> Iterator[None]:
+    def ending_store(self, said: Signature | str) -> Iterator[None]:
         """End the store for every worker on a mismatch, a dead rank or a failed worker; name the call.
 
         Args:
-            text: of the call.
+            said: by the call, or its text.
         """
         try:
             yield
         except TensorKVError as error:
-            self._raise_first(error, text)
+            self._raise_first(error, said if isinstance(said, str) else said.text)
 
     @contextmanager
-    def unbroken(self, text: str) -> Iterator[None]:
+    def unbroken(self, said: Signature | str) -> Iterator[None]:
         """Do as ``ending_store``, and also end the store if this worker breaks off inside the call.
 
         Args:
-            text: of the call.
+            said: by the call, or its text.
         """
         try:
             yield
         except BaseException as error:
-            self.break_off(error, text)
+            self.break_off(error, said if isinstance(said, str) else said.text)
 
     def break_off(self, error: BaseException, text: str) -> NoReturn:
         """Raise what a call has raised, after it has ended the store, or what has ended the store before."""
@@ -364,9 +364,9 @@ class PushQueue:
         """Run the push that comes next; an error ends the store, and with it all other pushes."""
         push: _Push | None = None
         try:
-            with self._order.unbroken(pushes[0].call.text):
+            with self._order.unbroken(pushes[0].call.signature):
                 push = self._agree(pushes)
-            with self._order.unbroken(push.call.text):
+            with self._order.unbroken(push.call.signature):
                 shield.finish(push.allreduce.run())
                 if self._chain.has_neighbours:
                     self._chain.report_progress(self._last_staged())

@@ -96,7 +96,7 @@ class Pushes:
         self._schedules: dict[tuple[Key, ...], Schedule] = {}
         self._num_named = 0
         self._slot_nbytes = SLOT_NBYTES if len(group.hosts) == 1 else SLOT_NBYTES_OVER_HOSTS
-        # The staging buffer of all calls that are not deferred.
+        # The staging buffer of all calls that are not deferred, and what makes plain ones of them in it on one host.
         self._ring: StagingBuffer | None = None
         self._shared: native.SharedReduce | None = None
         # That of small deferred pushes, the slot of the next one, and the last push in each slot.
@@ -109,7 +109,7 @@ class Pushes:
     def plain(self, call: native.Call) -> Steps[bool]:
         """Do a call with the caller's own arrays if all are plain; return whether it was done."""
         self._order.check()
-        if call.verb == "pushpull" and self._shares_memory and self._shard.rule.plain_steps is not None:
+        if call.verb == "pushpull" and self._shared is not None and self._shard.rule.plain_steps is not None:
             return (yield from self._pushpull_plain(call))
         batch = call.look(self._values)
         if batch is None:
@@ -134,10 +134,16 @@ class Pushes:
         batch.finish(False)
         return True
 
-    @property
-    def _shares_memory(self) -> bool:
-        """Whether all workers are on this host, and updates are made as soon as sums are there."""
-        return len(self._group.hosts) == 1 and not self._policy.checks
+    def allocate(self) -> None:
+        """Allocate what pushpulls stage their parts in, if all workers are on this host; all of them call this."""
+        # With checks, values change when all sums are there.
+        if self._ring is None and len(self._group.hosts) == 1 and not self._policy.checks:
+            self._ring = self._new_ring()
+            if native.can_look():
+                self._shared = self._host.shared_reduce(self._slot_nbytes, self._ring.places())
+
+    def _new_ring(self) -> StagingBuffer:
+        return StagingBuffer(self._host, RING, self._slot_nbytes, counts=self._shard.averages)
 
     def _pushpull_plain(self, call: native.Call) -> Steps[bool]:
         """Do a pushpull of plain arrays in memory that all workers share; return whether it was done."""
@@ -150,19 +156,13 @@ class Pushes:
             self._shard.complete(batch.unready)
             if not batch.begin(batch.past_cache):
                 return False
-        return (
-            yield from self._enter(self._signature("pushpull", batch.keys), partial(self._reduce_shared, batch=batch))
-        )
+        signature = Signature.of_keys("pushpull", batch.keys, self._values, batch)
+        return (yield from self._enter(signature, partial(self._reduce_shared, batch=batch)))
 
     def _reduce_shared(self, call: Collective, batch: native.Batch) -> Steps[bool]:
         self._order.remember(call)
-        if self._shared is None:
-            ring = yield from self._shared_ring(call)
-            self._shared = self._host.shared_reduce(self._slot_nbytes, ring.places())
-        reduce = self._shared
+        reduce: Any = self._shared
         reduce.begin(batch, call.number, self._host.entry_offset(call.number))
-        if call.members is not None:
-            reduce.agree(call.members)
         while (awaited := reduce.advance()) is not None:
             if awaited:
                 yield
@@ -218,7 +218,8 @@ class Pushes:
         schedule = self._schedules.get(keys)
         signature = None if schedule is None else schedule.signatures.get(verb)
         if signature is None:
-            signature = Signature(describe(verb, keys=list(keys)))
+            batch = native.look(self._values, keys, None, None, None, None) if native.can_look() else None
+            signature = Signature.of_keys(verb, keys, self._values, batch)
             if schedule is not None:
                 schedule.signatures[verb] = signature
         return signature
@@ -262,7 +263,7 @@ class Pushes:
         self, call: Collective, keys: tuple[Key, ...], parts: Arrays, outs: native.Batch | None, priority: int
     ) -> Steps[bool]:
         """Push dense parts, and fill outputs if they are plain; return whether these have been written."""
-        if _verb(call) == "push" and self._can_defer:
+        if call.signature.verb == "push" and self._can_defer:
             yield from self._defer(call, keys, parts, priority)
             return False
         allreduce = yield from self._run(call, keys, parts)
@@ -413,7 +414,7 @@ class Pushes:
             return
         for allreduce in self._pending_of(keys):
             yield from self._queue.done(allreduce)
-            with self._order.ending_store(allreduce.call.text):
+            with self._order.ending_store(allreduce.call.signature):
                 yield from allreduce.wait_for_values()
         # Only now: a call that is interrupted while it waits is made again.
         for key in keys:
@@ -468,7 +469,7 @@ class Pushes:
         self._apply_rows(merged)
 
     def _serve_dense(self, call: Collective, keys: tuple[Key, ...]) -> None:
-        deferred = _verb(call) == "push" and self._can_defer
+        deferred = call.signature.verb == "push" and self._can_defer
         allreduce = finish(self._prepare(call, keys, deferred=deferred))
         finish(allreduce.run())
         if deferred:
@@ -484,23 +485,20 @@ class Pushes:
         self._order.remember(call)
         first = 0
         if not deferred:
-            staging = yield from self._shared_ring(call)
+            if self._ring is None:
+                yield from self._agreed_early(call)
+                self._ring = self._new_ring()
+            staging = self._ring
         elif schedule.is_small:
             staging, first = yield from self._next_small_slot(call)
         else:
             staging = yield from self._own_staging(schedule, call)
         updates_empty = self._chain.is_last and self._host.local_rank == 0
-        update = Update(_verb(call), self._shard, schedule, self._policy, updates_empty)
+        update = Update(call.signature.verb, self._shard, schedule, self._policy, updates_empty)
         allreduce = AllReduce(self._host, self._chain, call, schedule, staging, update, first)
         if staging is self._small:
             self._small_pushes[first] = allreduce
         return allreduce
-
-    def _shared_ring(self, call: Collective) -> Steps[StagingBuffer]:
-        if self._ring is None:
-            yield from self._agreed_early(call)
-            self._ring = StagingBuffer(self._host, RING, self._slot_nbytes, counts=self._shard.averages)
-        return self._ring
 
     def _next_small_slot(self, call: Collective) -> Steps[tuple[StagingBuffer, int]]:
         if self._small is None:
@@ -585,10 +583,6 @@ class Pushes:
         self._pending.clear()
         self._small_pushes.clear()
         self._ring = self._small = self._shared = None
-
-
-def _verb(call: Collective) -> str:
-    return call.text.partition(" ")[0]
 
 
 def _dense(entry: Entry, parts: Sequence[Part]) -> list[torch.Tensor]:

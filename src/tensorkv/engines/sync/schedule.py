@@ -26,7 +26,7 @@ from tensorkv.shard.entry import Entry
 from tensorkv.shard.rules import Rule
 from tensorkv.transport.segment import LINE, aligned
 
-from .host import HostGroup, Signature
+from .host import HostGroup, Signature, number_of
 
 # What a worker stages at a time: small enough to be in the shared cache when the others read it; over hosts, long
 # enough for a message.
@@ -54,6 +54,7 @@ class PartitionedEntry(Entry):
 
     def __init__(self, key: Key, spec: KeySpec, whole: torch.Tensor, borders: list[int], owner: int) -> None:
         self.whole = whole
+        self.digest = number_of(key)
         super().__init__(key, spec, self.divide(borders, owner))
 
     @property

@@ -153,6 +153,16 @@ def test_workers_with_other_buffers_get_an_error():
         assert "buffers" in message
 
 
+def test_workers_that_are_not_in_lock_step_have_local_buffers(monkeypatch):
+    model = nn.BatchNorm1d(2)
+    with tensorkv.create() as kv:
+        monkeypatch.setattr(type(kv._engine), "num_workers", 2)
+        with pytest.raises(tensorkv.ArgumentError, match='buffers="mean" needs workers in lock step'):
+            Trainer(model, kv, lr=0.1, buffers="mean")
+        assert len(kv) == 0
+        Trainer(model, kv, lr=0.1)
+
+
 def test_replicas_with_other_buffers():
     replicas = [nn.BatchNorm1d(2), nn.BatchNorm1d(2)]
     replicas[1].register_buffer("more", torch.zeros(1))

@@ -20,7 +20,7 @@ RANK = int(os.environ.get("RANK", "0"))
 def nothing(value):
     """The same form with nothing in it: adding it changes no bit."""
     if isinstance(value, Rows):
-        return Rows(value.ids, nothing(value.values), value.num_rows)
+        return Rows(value.ids, nothing(value.values), value.num_rows, init=value.init)
     if isinstance(value, dict):
         return {key: nothing(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -114,9 +114,11 @@ class LifeContract:
         assert kv.info("b") == tensorkv.KeyInfo((4,), "bfloat16", "cpu", 0, 8, "dense")
         kv.push("a", ones(2, 3))
         assert kv.info("a").version == 1
-        assert repr(kv) == f"KVStore({self.TYPE!r}, 2 keys)"
+        rank, count = self.PLACE
+        place = f"rank {rank} of {count}, " if self.TYPE.startswith("dist") else ""
+        assert repr(kv) == f"KVStore({self.TYPE!r}, {place}2 keys)"
         kv.set_optimizer("sgd", lr=0.1)
-        assert repr(kv) == f"KVStore({self.TYPE!r}, 2 keys, optimizer='sgd')"
+        assert repr(kv) == f"KVStore({self.TYPE!r}, {place}2 keys, optimizer='sgd')"
         assert kv.is_capable("optimizer")
         with pytest.raises(tensorkv.ArgumentError):
             kv.is_capable("flying")

@@ -1385,7 +1385,8 @@ static char *before(uint64_t address, const Piece *piece, int dtype) {
 
 static int sum_dtype_of(int dtype) { return is_low(dtype) ? FLOAT32 : dtype; }
 
-enum { SUM_PIECES, COPY_PIECES, UPDATE_PIECES };
+/* To stage is to sum for others, who add sums of theirs before they divide. */
+enum { SUM_PIECES, STAGE_PIECES, COPY_PIECES, UPDATE_PIECES };
 
 static void run_piece(Batch *batch, const Piece *piece, const uint64_t *addresses, size_t count, double divisor,
                       int64_t from, int64_t to, int wide, int mode) {
@@ -1396,14 +1397,14 @@ static void run_piece(Batch *batch, const Piece *piece, const uint64_t *addresse
     Item item = item_of_work(&batch->calls, work);
     Step space;
     const Step *step = NULL;
-    if (mode == SUM_PIECES) {
+    if (mode == SUM_PIECES || mode == STAGE_PIECES) {
         target = before(addresses[0], piece, other);
         item.value = NULL;
         item.outs = &target;
         item.out_dtypes = NULL;
         item.num_outs = 1;
         item.num_past_cache = 0;
-        item.divisor = 0;
+        if (mode == STAGE_PIECES) item.divisor = 0;
         item.has_wide_outs = other != dtype;
     } else {
         for (size_t i = 0; i < count; i++) parts[i] = before(addresses[i], piece, other);

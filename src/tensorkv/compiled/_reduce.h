@@ -238,7 +238,7 @@ static void stage_bucket(SharedReduce *reduce, size_t bucket) {
             *staged_count(reduce, bucket, reduce->rank, owned) = reduce->batch->calls.works[owned->piece.key].num_parts;
         if (owned->owner == reduce->rank && is_read_there(reduce->batch, owned)) continue;
         uint64_t address = (uint64_t)(uintptr_t)(target + owned->offset);
-        run_piece(reduce->batch, &owned->piece, &address, 1, 0, 0, owned->piece.count, 1, SUM_PIECES);
+        run_piece(reduce->batch, &owned->piece, &address, 1, 0, 0, owned->piece.count, 1, STAGE_PIECES);
     }
 }
 

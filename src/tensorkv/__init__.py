@@ -7,6 +7,7 @@ from tensorkv.runtime import early  # noqa: F401 - before anything that takes lo
 # isort: split
 from tensorkv.arrays.rows import Rows
 from tensorkv.shard.entry import KeyInfo
+from tensorkv.shard.norm import PushResult
 from tensorkv.trainer.embedding import Embedding, EmbeddingBag
 from tensorkv.trainer.trainer import Trainer
 
@@ -56,6 +57,7 @@ __all__ = [
     "NonFiniteError",
     "OptimizerError",
     "PushOutcomeUnknownError",
+    "PushResult",
     "RankDeadError",
     "Rows",
     "ServerDeadError",

@@ -33,6 +33,7 @@ from tensorkv.runtime.modes import outside_modes, runs_outside_modes
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard import optimizers
 from tensorkv.shard.entry import KeyInfo, Part
+from tensorkv.shard.norm import PushResult
 from tensorkv.shard.rules import Updater
 from tensorkv.storage import checkpoint
 from tensorkv.storage.manifest import Contents
@@ -84,7 +85,8 @@ def create(type: str = "local", **options: Any) -> KVStore:
             Ray cluster, which are started if no servers of this name run. ``tensorkv.engines.names()`` lists all
             types, with their aliases.
         **options: of the type. All take ``nonfinite``: ``"pass"`` (default), ``"raise"`` or ``"skip"`` updates
-            whose sum has NaN or Inf; and ``reduce``: ``"sum"`` (default) or ``"mean"`` of the parts of a push.
+            whose sum has NaN or Inf, or ``"skip_step"`` all of such a push; and ``reduce``: ``"sum"`` (default) or
+            ``"mean"`` of the parts of a push.
             ``local``, ``device``: ``threads``; ``local`` also ``path``, ``durability`` and ``log_nbytes``, for a
             store that is kept in a folder.
             ``dist_sync``: ``timeout_s``, ``shared_memory``.
@@ -615,8 +617,9 @@ class KVStore:
                 or ``torch.optim.SGD``. LBFGS and SparseAdam are not supported: they need more than a gradient.
             *unnamed: not allowed; give hyperparameters by name.
             **numbers: hyperparameters by their torch.optim names; also ``rescale_grad`` (factor on the
-                sum, default 1) and ``clip_gradient`` (bound on the absolute value of each element after
-                rescaling, default None).
+                sum, default 1), ``clip_gradient`` (bound on the absolute value of each element after
+                rescaling, default None) and ``max_grad_norm`` (bound on the 2-norm of the gradients of all keys of a
+                push after rescaling, default None).
 
         Raises:
             OptimizerError: the optimizer or a hyperparameter is unknown, or a hyperparameter is out of range.
@@ -665,6 +668,28 @@ class KVStore:
         listed = None if keys is None else select("set_hyperparameters", keys, self._engine.keys)
         with naming("set_hyperparameters"):
             self._engine.protect(self._engine.set_hyperparameters, numbers, listed)
+
+    @property
+    def last_push(self) -> PushResult:
+        """What the store has found out about its last push or pushpull: ``found_inf`` and ``grad_norm``.
+
+        ``found_inf`` tells whether a sum had NaN or Inf; it is None where sums are not looked at (``nonfinite="pass"``
+        without ``max_grad_norm``). ``grad_norm`` is the 2-norm of the gradients of all keys before they were clipped;
+        None without ``max_grad_norm``. Where several threads push, the last push is that of any of them.
+
+        >>> import numpy as np
+        >>> kv = create(nonfinite="skip_step")
+        >>> kv.init("w", np.zeros(2))
+        >>> kv.set_optimizer("sgd", lr=1.0, max_grad_norm=2.5)
+        >>> kv.push("w", np.array([3.0, 4.0]))
+        >>> kv.last_push
+        PushResult(found_inf=False, grad_norm=5.0)
+        >>> kv.push("w", np.array([3.0, np.inf]))
+        >>> kv.last_push.found_inf, kv.info("w").version
+        (True, 1)
+        """
+        self._begin("last_push")
+        return self._engine.last_push
 
     @property
     def optimizer(self) -> dict[str, Any] | None:

@@ -585,6 +585,108 @@ def test_a_mean_of_a_round_is_over_the_parts_of_all_workers(small_pieces):
                 assert torch.equal(stores[0].pull(key), local.pull(key)), key
 
 
+@pytest.mark.parametrize("num_servers", [1, 3])
+def test_a_client_decides_on_all_servers_before_it_pushes(small_pieces, num_servers):
+    """In mode async the sums are those of one client, which knows the norm and what is not finite."""
+    options = {"nonfinite": "skip_step", "reduce": "mean"}
+    with Cluster(num_servers, **options) as cluster, tensorkv.create("local", **options) as local:
+        kv = cluster.store()
+        shapes = {"large": (700,), "b": (3, 2), "half": (9,)}
+        generator = torch.Generator().manual_seed(2)
+        for store in (kv, local):
+            store.init(
+                {
+                    key: torch.zeros(shape, dtype=torch.float16 if key == "half" else torch.float32)
+                    for key, shape in shapes.items()
+                }
+            )
+            store.init("t", Rows([1], torch.zeros(1, 2), 10**9))
+            store.set_optimizer("adam", lr=0.1, max_grad_norm=1.0, rescale_grad=0.3)
+        for turn in range(6):
+            parts = {key: [torch.randn(shape, generator=generator) for _ in range(2)] for key, shape in shapes.items()}
+            parts["half"] = [part.half() for part in parts["half"]]
+            if turn % 2:
+                parts["t"] = Rows([5, 8, 5], torch.randn(3, 2, generator=generator), 10**9)
+            if turn in (2, 3):
+                parts["large"][1][650] = float("inf")
+            for store in (kv, local):
+                store.push(parts)
+            assert kv.last_push == local.last_push
+            assert kv.last_push.found_inf is (turn in (2, 3))
+            for key in shapes:
+                assert torch.equal(kv.pull(key), local.pull(key)), key
+                assert kv.info(key).version == local.info(key).version
+            assert torch.equal(*[each.row_sparse_pull("t", row_ids=[1, 5, 8]).values for each in (kv, local)])
+
+
+def test_a_server_decides_on_a_round(small_pieces):
+    options = {"nonfinite": "skip_step", "reduce": "mean"}
+    with Cluster(mode="sync", num_workers=2, **options) as cluster, tensorkv.create("local", **options) as local:
+        stores = cluster.stores(2)
+        for store in (*stores, local):
+            store.init({"w": torch.zeros(700), "b": torch.zeros(3)})
+            store.set_optimizer("adam", lr=0.1, max_grad_norm=1.0)
+        generator = torch.Generator().manual_seed(2)
+        for turn in range(4):
+            parts = {
+                key: [torch.randn(n, generator=generator) for _ in range(2)] for key, n in {"w": 700, "b": 3}.items()
+            }
+            if turn == 1:
+                parts["b"][1][2] = float("nan")
+            mine = [{key: own[rank] for key, own in parts.items()} for rank in range(2)]
+            if turn < 3:
+                together(*[partial(kv.push, own) for kv, own in zip(stores, mine, strict=True)])
+                local.push(parts)
+            else:
+                together(*[partial(kv.pushpull, own) for kv, own in zip(stores, mine, strict=True)])
+                local.push(parts)
+            for kv in stores:
+                assert kv.last_push == local.last_push
+                assert all(torch.equal(kv.pull(key), local.pull(key)) for key in "wb")
+        assert local.info("w").version == stores[0].info("w").version == 3
+
+
+def test_a_client_that_does_not_know_of_a_bound_on_the_norm(small_pieces):
+    """A push of which no server knows the norm is refused by each, once."""
+    with Cluster(2, num_workers=2) as cluster:
+        first, second = cluster.stores(2)
+        first.init("w", np.zeros(300, F32))
+        first.set_optimizer("sgd", lr=1.0)
+        assert second.optimizer["max_grad_norm"] is None
+        with mock.patch.object(type(second._engine._keymap), "refresh"):
+            first._engine._ask(messages.SetHyperparameters(numbers={"max_grad_norm": 1.0}))
+            for _ in range(2):
+                with pytest.raises(tensorkv.OptimizerError, match="has just set max_grad_norm; push again"):
+                    second.push("w", np.ones(300, F32))
+        assert not first.pull("w").any()
+        with pytest.raises(tensorkv.OptimizerError, match="push again"):
+            second.push("w", np.ones(300, F32))
+        second.push("w", np.ones(300, F32))
+        assert second.last_push.grad_norm == np.sqrt(300)
+        assert np.allclose(first.pull("w"), -1 / np.sqrt(300))
+        # Without a push of its own, a client learns of it with its next heartbeat.
+        first._engine._ask(messages.SetHyperparameters(numbers={"max_grad_norm": 2.0}))
+        until(lambda: second._engine._keymap.rule.clipping.bound == 2.0)
+
+
+def test_several_servers_do_not_clip_the_sums_of_workers(tmp_path):
+    with tensorkv.create("local") as local:
+        local.init("w", np.zeros(1, F32))
+        local.set_optimizer("sgd", lr=1.0, max_grad_norm=1.0)
+        local.save(tmp_path / "saved")
+    with Cluster(2, mode="sync") as cluster:
+        kv = cluster.store()
+        for call in (
+            lambda: kv.set_optimizer("sgd", lr=1.0, max_grad_norm=1.0),
+            lambda: kv.set_hyperparameters(max_grad_norm=1.0),
+            lambda: kv.load(tmp_path / "saved"),
+        ):
+            with pytest.raises(tensorkv.OptimizerError, match="max_grad_norm in mode sync takes one server"):
+                call()
+            kv.set_optimizer("sgd", lr=1.0)
+        assert kv.keys() == []
+
+
 def test_a_push_with_wrong_counts_is_refused():
     server = Server(PSOptions(mode="sync", reduce="mean"))
     bad = [[], [0], [True], [1, 1], [1.5]]

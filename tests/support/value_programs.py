@@ -91,6 +91,8 @@ class Program:
         first = numbers(rng, name, rng.randint(0, 3))
         if rng.random() < 0.3:
             first |= {"rescale_grad": 0.5, "clip_gradient": 1.5}
+        if rng.random() < 0.4:
+            first |= {"max_grad_norm": rng.choice([0.5, 40.0])}
         self.both(lambda store: store.set_optimizer(name, **first))
         for number in range(rng.randint(1, 6)):
             is_table = name in ROWWISE and rng.random() < 0.3
@@ -123,6 +125,7 @@ class Program:
             self.kv.pushpull(chosen, mine, out=outs)
             for key, out, right in zip(chosen, outs, self.local.pushpull(parts).values(), strict=True):
                 check(f"the out of {key}", out, right)
+        assert self.kv.last_push == self.local.last_push
         self.compare()
 
     def parts(self, key):

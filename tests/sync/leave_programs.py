@@ -22,6 +22,15 @@ SHAPES = {"a": (5,), "b": (1_200_000 // SMALLER + 1,), "c": (40, 3), "h": (300 /
 TABLE_ROWS = 1_000_000_000
 
 
+RULES = ("assign", "updater", "adam", "skip", "mean", "clip", "skip_step")
+OPTIONS = {
+    "skip": {"nonfinite": "skip"},
+    "mean": {"reduce": "mean"},
+    "clip": {"nonfinite": "pass"},
+    "skip_step": {"nonfinite": "skip_step", "reduce": "mean"},
+}
+
+
 def add(key, received, stored):
     if isinstance(received, tensorkv.Rows):
         stored.values += received.values
@@ -57,31 +66,35 @@ def uneven(order, shared_memory):
     partition._WHOLE //= SMALLER
     push.SLOT_NBYTES //= SMALLER
     push.SLOT_NBYTES_OVER_HOSTS //= SMALLER
-    for rule in ("assign", "updater", "adam", "skip", "mean"):
-        options = {"skip": {"nonfinite": "skip"}, "mean": {"reduce": "mean"}}.get(rule, {})
+    for rule in RULES:
+        options = OPTIONS.get(rule, {})
         with create(shared_memory=shared_memory == "True", **options) as kv, tensorkv.create(**options) as local:
             for store in (kv, local):
                 store.init({key: torch.zeros(shape) for key, shape in SHAPES.items() if key != "h"})
                 store.init("h", torch.zeros(SHAPES["h"], dtype=torch.float16))
                 store.init("t", tensorkv.Rows(torch.tensor([1]), torch.ones(1, 3), TABLE_ROWS))
-                if rule == "adam":
+                if rule in ("clip", "skip_step"):
+                    store.set_optimizer("adam", lr=0.1, max_grad_norm=0.5, rescale_grad=0.7)
+                elif rule == "adam":
                     store.set_optimizer("adam", lr=0.1)
                 elif rule == "updater":
                     store.set_updater(add)
             for epoch in range(2):
-                train(kv, local, places, epoch)
+                train(kv, local, places, epoch, rule)
         say("same bits", rule)
 
 
-def train(kv, local, places, epoch):
+def train(kv, local, places, epoch, rule):
     for turn in range(1 + SIZE):
         who = [rank for rank in range(SIZE) if turn <= places.index(rank)]
         if RANK in who:
-            batch(kv, who[0], [RANK], epoch, turn)
+            batch(kv, rule, who[0], [RANK], epoch, turn)
         elif turn == 1 + places.index(RANK):
             kv.leave()
         if who:
-            batch(local, who[0], who, epoch, turn)
+            batch(local, rule, who[0], who, epoch, turn)
+    # A worker that has left is told, too.
+    assert kv.last_push == local.last_push
     for key in SHAPES:
         check(kv.pull(key), local.pull(key))
         assert kv.info(key) == local.info(key), key
@@ -89,7 +102,7 @@ def train(kv, local, places, epoch):
     check(mine.values, right.values)
 
 
-def batch(store, first, who, *seed):
+def batch(store, rule, first, who, *seed):
     """Make a batch's calls with the parts of some workers; the first one present has two of some keys."""
 
     def parts(make, key, call):
@@ -103,6 +116,10 @@ def batch(store, first, who, *seed):
     store.push({key: parts(part, key, 1) for key in "bh"}, priority=3)
     store.push("c", parts(rows, "c", 2))
     store.push({"t": parts(rows, "t", 3), "a": parts(part, "a", 3), "c": parts(rows, "c", 3)})
+    if "skip" in rule and seed[-1] % 2:
+        poisoned = {"h": parts(part, "h", 5), "c": parts(rows, "c", 5)}
+        poisoned["h"][-1][2] = float("nan")
+        store.push(poisoned)
     store.pushpull({key: parts(part, key, 4) for key in "hba"}, priority=-1)
 
 

@@ -30,7 +30,7 @@ def run_over(per_host, *args):
 )
 def test_sums_over_those_present_have_the_local_bits(per_host, order):
     for text in run_over(per_host, "uneven", order, True):
-        assert text.count("same bits") == 5
+        assert text.count("same bits") == 7
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_sums_over_those_present_have_the_local_bits(per_host, order):
 )
 def test_on_one_host_too(workers, order, shared_memory):
     for text in run(workers, PROGRAMS, "uneven", order, shared_memory):
-        assert text.count("same bits") == 5
+        assert text.count("same bits") == 7
 
 
 @pytest.mark.parametrize("shared_memory", [True, False])

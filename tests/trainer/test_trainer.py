@@ -115,6 +115,57 @@ def test_rescaling_comes_before_clipping(update_on_store):
     assert model.weight.tolist() == [[-1.0, 1.5]]
 
 
+@pytest.mark.parametrize("update_on_store", MODES)
+def test_gradients_are_clipped_as_by_clip_grad_norm_(update_on_store):
+    alone = _model()
+    replicas = [copy.deepcopy(alone) for _ in range(2)]
+    optimizer = torch.optim.AdamW(alone.parameters(), lr=0.05)
+    with tensorkv.create(reduce="mean") as kv:
+        trainer = Trainer(replicas, kv, "adamw", lr=0.05, max_grad_norm=0.5, update_on_store=update_on_store)
+        for step in range(20):
+            x, y = _batch(step)
+            optimizer.zero_grad()
+            _loss(alone, x, y).backward()
+            norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.5)
+            optimizer.step()
+            trainer.zero_grad()
+            for replica, own_x, own_y in zip(replicas, x.chunk(2), y.chunk(2), strict=True):
+                _loss(replica, own_x, own_y).backward()
+            result = trainer.step()
+            assert result.found_inf is False
+            assert result.grad_norm == pytest.approx(float(norm), rel=1e-4)
+            assert step or result.grad_norm > 0.5, "nothing was clipped"
+    for replica in replicas:
+        for one, other in zip(replica.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("update_on_store", MODES)
+def test_a_step_that_is_not_finite_moves_nothing(update_on_store):
+    model = _model()
+    with tensorkv.create(nonfinite="skip_step") as kv:
+        trainer = Trainer(model, kv, "adam", lr=0.1, update_on_store=update_on_store)
+        for step in range(4):
+            before = _weights(model)
+            trainer.zero_grad()
+            _loss(model, *_batch(step)).backward()
+            if step % 2:
+                next(model.parameters()).grad[0] = float("inf")
+            assert trainer.step().found_inf is (step % 2 == 1)
+            assert _equal(before, _weights(model)) is (step % 2 == 1)
+
+
+def test_what_does_not_go_with_a_bound_on_the_norm():
+    with pytest.raises(tensorkv.ArgumentError, match="use overlap=False"):
+        Trainer(_model(), tensorkv.create(), lr=0.1, max_grad_norm=1.0, overlap=True)
+    kv = tensorkv.create()
+    model = nn.Sequential(tensorkv.Embedding(kv, "items", 50, 4), nn.Linear(4, 1))
+    with pytest.raises(tensorkv.ArgumentError, match="would not be in the norm"):
+        Trainer(model, kv, "sgd", lr=0.1, max_grad_norm=1.0)
+    with pytest.raises(tensorkv.OptimizerError, match="max_grad_norm is 0"):
+        Trainer(_model(), tensorkv.create(), lr=0.1, max_grad_norm=0)
+
+
 def test_a_step_is_one_pushpull():
     replicas = [_model(), _model()]
     with tensorkv.create() as kv:

@@ -116,7 +116,7 @@ PyDoc_STRVAR(fields_doc, "What the compiled part reads of a shard.");
 typedef struct {
     PyObject_HEAD
     PyObject *entries, *steps, *lock, *log;
-    char looks, averages;
+    char looks, averages, decides;
 } ShardFields;
 
 static PyTypeObject *fields_type;
@@ -154,6 +154,8 @@ static PyMemberDef fields_members[] = {
     {"_lock", T_OBJECT_EX, offsetof(ShardFields, lock), 0, "Its ``depth`` is not 0 while somebody reads or writes."},
     {"log", T_OBJECT, offsetof(ShardFields, log), 0, "Writes each change before it is applied, if there is one."},
     {"_looks", T_BOOL, offsetof(ShardFields, looks), 0, "Whether calls may be looked at here at all."},
+    {"_decides", T_BOOL, offsetof(ShardFields, decides), 0,
+     "Whether what is done with a push depends on the sums of all its keys."},
     {"averages", T_BOOL, offsetof(ShardFields, averages), 0, "Whether a push takes the mean of parts, not their sum."},
     {NULL, 0, 0, 0, NULL},
 };
@@ -370,7 +372,9 @@ static PyObject *call_run(Call *call, PyObject *given) {
     PyObject *found = look_at_call(call, shard->entries, shard);
     if (found == NULL || found == Py_None) return found;
     int is_logged = call->batch->pushes && shard->log != NULL && shard->log != Py_None;
-    if (call->batch->calls.total_nbytes > AT_ONCE_NBYTES || is_logged || call->batch->unready != NULL) return found;
+    int is_decided_on = call->batch->pushes && shard->decides;
+    if (call->batch->calls.total_nbytes > AT_ONCE_NBYTES || is_logged || is_decided_on || call->batch->unready != NULL)
+        return found;
     int free = is_free(shard);
     if (free > 0) {
         run_range(call->batch, 0, SIZE_MAX);

@@ -35,6 +35,7 @@ typedef struct {
 /* The factors of one step: what the numbers come to at this count of steps. */
 typedef struct {
     const Numbers *numbers;
+    double rescale; /* of the sum: rescale_grad, times what brings the norm of all gradients within its bound */
     double size, root; /* adam: lr / (1 - beta1^t) and sqrt(1 - beta2^t); adagrad: lr / (1 + (t - 1) lr_decay) */
     int is_first;      /* sgd: the momentum buffer is new, and becomes the gradient */
 } Step;
@@ -65,8 +66,8 @@ static double power(double base, uint64_t exponent) {
     return high;
 }
 
-static Step step_of(const Numbers *numbers, double count, int is_first) {
-    Step step = {numbers, numbers->lr, 1, is_first};
+static Step step_of(const Numbers *numbers, double scale, double count, int is_first) {
+    Step step = {numbers, numbers->rescale_grad * scale, numbers->lr, 1, is_first};
     if (numbers->optimizer == ADAM) {
         step.size = numbers->lr / (1 - power(numbers->beta1, (uint64_t)count));
         step.root = sqrt(1 - power(numbers->beta2, (uint64_t)count));
@@ -78,6 +79,9 @@ static Step step_of(const Numbers *numbers, double count, int is_first) {
 
 /* ------------------------------------------------------------ sums and steps in float and double */
 
+/* Elements whose squares are added in one order, wherever they are: a value is divided between groups. */
+enum { GROUP = 64, LANES = 8 };
+
 #define EACH for (size_t i = 0; i < n; i++)
 
 #define DEFINE_FLOATING(T, SQRT)                                                                                      \
@@ -85,14 +89,29 @@ static Step step_of(const Numbers *numbers, double count, int is_first) {
         _Pragma("GCC ivdep") EACH out[i] = a[i] + b[i];                                                               \
     }                                                                                                                 \
                                                                                                                       \
+    /* The squares of each group of elements, scaled before, added in this order of double precision. */              \
+    FOR_EACH_CPU static void square_##T(double *restrict out, const T *restrict from, double factor, size_t groups) { \
+        const T scale = (T)factor;                                                                                    \
+        for (size_t group = 0; group < groups; group++, from += GROUP) {                                              \
+            double lanes[LANES] = {0};                                                                                \
+            for (int i = 0; i < GROUP; i += LANES)                                                                    \
+                for (int lane = 0; lane < LANES; lane++) {                                                            \
+                    double each = (double)(T)(from[i + lane] * scale);                                                \
+                    lanes[lane] += each * each;                                                                       \
+                }                                                                                                     \
+            out[group] = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7])); \
+        }                                                                                                             \
+    }                                                                                                                 \
+                                                                                                                      \
     FOR_EACH_CPU static void divide_##T(T *out, const T *a, double divisor, size_t n) {                               \
         const T by = (T)divisor;                                                                                      \
         _Pragma("GCC ivdep") EACH out[i] = a[i] / by;                                                                 \
     }                                                                                                                 \
                                                                                                                       \
-    FOR_EACH_CPU static void prepare_##T(const Numbers *by, const T *restrict value, T *restrict grad, size_t n) {    \
-        const T scale = (T)by->rescale_grad, most = (T)by->clip_gradient, decay = (T)by->weight_decay;                \
-        if (by->rescale_grad != 1) EACH grad[i] *= scale;                                                             \
+    FOR_EACH_CPU static void prepare_##T(const Step *step, const T *restrict value, T *restrict grad, size_t n) {     \
+        const Numbers *by = step->numbers;                                                                            \
+        const T scale = (T)step->rescale, most = (T)by->clip_gradient, decay = (T)by->weight_decay;                \
+        if (step->rescale != 1) EACH grad[i] *= scale;                                                                \
         if (by->clip_gradient > 0)                                                                                    \
             EACH grad[i] = grad[i] < -most ? -most : (grad[i] > most ? most : grad[i]);                               \
         if (by->maximize != 0) EACH grad[i] = -grad[i];                                                               \
@@ -103,7 +122,7 @@ static Step step_of(const Numbers *numbers, double count, int is_first) {
                                       T *restrict second, T *restrict third, size_t n) {                              \
         const Numbers *by = step->numbers;                                                                            \
         const T size = (T)step->size, root = (T)step->root, eps = (T)by->eps;                                         \
-        prepare_##T(by, value, grad, n);                                                                              \
+        prepare_##T(step, value, grad, n);                                                                            \
         if (by->optimizer == SGD) {                                                                                   \
             const T momentum = (T)by->momentum, fresh = (T)(1 - by->dampening);                                       \
             if (by->momentum != 0) {                                                                                  \
@@ -326,38 +345,52 @@ static void step_block(const Step *step, int dtype, const Item *item, size_t at,
     }
 }
 
+/* Sum the parts of a block and divide the sum, in the precision of sums; in the buffer if ``is_copied``, else perhaps
+ * where the only part is. ``is_rounded``: to the dtype of the value. */
+static const void *sum_block(const Item *item, int dtype, size_t at, size_t n, void *buffer, float *wide, int is_copied,
+                             int is_rounded) {
+    int is_narrow = is_low(dtype), sum_dtype = is_narrow ? FLOAT32 : dtype;
+    int part_dtype = item->has_wide_parts ? sum_dtype : dtype, is_divided = item->divisor > 1;
+    size_t place = at * ITEMSIZES[part_dtype];
+    const void *sum = widened(item->parts[0] + place, part_dtype, buffer, n);
+    for (size_t i = 1; i < item->num_parts; i++) {
+        add(sum_dtype, buffer, sum, widened(item->parts[i] + place, part_dtype, wide, n), n);
+        sum = buffer;
+    }
+    if (is_divided) {
+        divide(sum_dtype, buffer, sum, item->divisor, n);
+        sum = buffer;
+    }
+    if (is_narrow && is_rounded && (item->num_parts > 1 || item->has_wide_parts || is_divided)) {
+        narrow((char *)wide, dtype, sum, n);
+        sum = widened((char *)wide, dtype, buffer, n);
+    }
+    if (is_copied && sum != buffer) memcpy(buffer, sum, n * ITEMSIZES[sum_dtype]);
+    return is_copied ? buffer : sum;
+}
+
 /* Sum the parts, divide the sum, step or assign, and copy out, for the elements from start to stop. */
 static void run_item(const Item *item, int dtype, const Step *step, size_t start, size_t stop) {
     _Alignas(64) double buffer[BLOCK];
     float wide[BLOCK];
     size_t itemsize = ITEMSIZES[dtype];
     int is_narrow = is_low(dtype), sum_dtype = is_narrow ? FLOAT32 : dtype;
-    int part_dtype = item->has_wide_parts ? sum_dtype : dtype;
     int is_divided = item->divisor > 1;
     int is_added = item->num_parts > 1 || step != NULL || item->has_wide_parts || item->has_wide_outs || is_divided;
     for (size_t at = start; at < stop; at += BLOCK) {
-        size_t n = stop - at < BLOCK ? stop - at : BLOCK, offset = at * itemsize, place = at * ITEMSIZES[part_dtype];
+        size_t n = stop - at < BLOCK ? stop - at : BLOCK, offset = at * itemsize;
         const char *from = item->value == NULL ? NULL : item->value + offset;
         int from_dtype = dtype;
         if (item->num_parts) {
-            const void *sum = item->parts[0] + place;
-            if (is_added) sum = widened(sum, part_dtype, (float *)buffer, n);
-            for (size_t i = 1; i < item->num_parts; i++) {
-                add(sum_dtype, buffer, sum, widened(item->parts[i] + place, part_dtype, wide, n), n);
-                sum = buffer;
-            }
-            if (is_divided) {
-                divide(sum_dtype, buffer, sum, item->divisor, n);
-                sum = buffer;
-            }
+            int steps = step != NULL;
+            const void *sum = is_added ? sum_block(item, dtype, at, n, buffer, wide, steps, steps) : item->parts[0] + offset;
             if (item->has_wide_outs) {
                 from_dtype = sum_dtype;
-            } else if (is_narrow && (item->num_parts > 1 || item->has_wide_parts || is_divided)) {
+            } else if (is_narrow && is_added && !steps) {
                 narrow((char *)wide, dtype, sum, n);
-                sum = step == NULL ? wide : widened((char *)wide, dtype, (float *)buffer, n);
+                sum = wide;
             }
             if (step != NULL) {
-                if (sum != buffer) memcpy(buffer, sum, n * itemsize);
                 step_block(step, dtype, item, at, buffer, n);
             } else {
                 if (item->value != NULL && sum != item->value + offset)
@@ -371,5 +404,62 @@ static void run_item(const Item *item, int dtype, const Step *step, size_t start
             /* An output may be the only part itself. */
             if (out != from) copy_out(out, to, from, from_dtype, n, i + item->num_past_cache >= item->num_outs);
         }
+    }
+}
+
+/* ------------------------------------------------------------ sums of squares */
+
+/* A sum of doubles that are not negative, exact: 32 bits of its value in each limb, and room for 2^31 carries. */
+enum { NUM_LIMBS = 68 };
+
+typedef struct {
+    uint64_t limbs[NUM_LIMBS]; /* in units of 2^-1074, the least first */
+    double rest;               /* Inf and NaN among what was added; 0 without any */
+} ExactSum;
+
+static void add_exact(ExactSum *sum, const double *numbers, size_t n) {
+    EACH {
+        uint64_t bits;
+        memcpy(&bits, &numbers[i], 8);
+        unsigned exponent = (unsigned)(bits >> 52 & 0x7ff);
+        if (exponent == 0x7ff) {
+            sum->rest += numbers[i];
+            continue;
+        }
+        uint64_t mantissa = (bits & 0xfffffffffffff) | (uint64_t)(exponent != 0) << 52;
+        unsigned at = exponent ? exponent - 1 : 0, shift = at % 32;
+        uint64_t low = mantissa << shift, *limb = &sum->limbs[at / 32];
+        limb[0] += low & 0xffffffff;
+        limb[1] += low >> 32;
+        limb[2] += shift ? mantissa >> (64 - shift) : 0;
+    }
+}
+
+/* Add another sum, and bring each limb to 32 bits. */
+static void merge_exact(ExactSum *sum, const ExactSum *other) {
+    uint64_t carry = 0;
+    for (int i = 0; i < NUM_LIMBS; i++) {
+        carry += sum->limbs[i] + other->limbs[i];
+        sum->limbs[i] = carry & 0xffffffff;
+        carry >>= 32;
+    }
+    sum->rest += other->rest;
+}
+
+/* Add the squares of the summed and rescaled parts for the elements from start to stop, whole groups. */
+static void square_item(const Item *item, int dtype, double rescale, size_t start, size_t stop, ExactSum *total) {
+    _Alignas(64) double buffer[BLOCK], squares[BLOCK / GROUP];
+    float wide[BLOCK];
+    for (size_t at = start; at < stop; at += BLOCK) {
+        size_t n = stop - at < BLOCK ? stop - at : BLOCK, groups = (n + GROUP - 1) / GROUP;
+        const void *sum = sum_block(item, dtype, at, n, buffer, wide, n % GROUP != 0, 1);
+        if (dtype == FLOAT64) {
+            if (n % GROUP) memset(buffer + n, 0, (groups * GROUP - n) * 8);
+            square_double(squares, sum, rescale, groups);
+        } else {
+            if (n % GROUP) memset((float *)buffer + n, 0, (groups * GROUP - n) * 4);
+            square_float(squares, sum, rescale, groups);
+        }
+        add_exact(total, squares, groups);
     }
 }

@@ -81,7 +81,7 @@ static int take_step(Buffers *buffers, PyObject *given, Numbers *numbers, Step *
         return -1;
     }
     memcpy(numbers, PyBytes_AsString(packed), sizeof *numbers);
-    *step = step_of(numbers, count, is_first);
+    *step = step_of(numbers, 1, count, is_first);
     return (*num_columns = take_columns(buffers, listed, columns)) < 0 ? -1 : 0;
 }
 
@@ -1053,6 +1053,8 @@ typedef struct {
     Calls calls;
     Flat values, outs;
     unsigned long long number;
+    double scale;      /* of all gradients, beside rescale_grad */
+    ExactSum *squares; /* of the sums; NULL: not asked for */
     int is_list, pushes, pulls, is_remote, has_new_outs, is_done;
     char past_cache;
 } Batch;
@@ -1063,6 +1065,7 @@ static void batch_dealloc(Batch *batch) {
     PyTypeObject *type = Py_TYPE((PyObject *)batch);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     free_calls(&batch->calls);
+    PyMem_Free(batch->squares);
     Py_XDECREF(batch->entries);
     Py_XDECREF(batch->step);
     Py_XDECREF(batch->own_steps);
@@ -1165,6 +1168,7 @@ static PyObject *new_batch(PyObject *entries, PyObject *keys, PyObject *values, 
         batch->flat_values = Py_NewRef(values);
         batch->flat_outs = Py_NewRef(outs);
     }
+    batch->scale = 1;
     batch->is_list = length >= 0;
     batch->pushes = values != Py_None;
     batch->pulls = outs != Py_None;
@@ -1225,10 +1229,10 @@ static int is_current(Batch *batch) {
 }
 
 /* The step of a key, if there is one. */
-static const Step *step_for(const Work *work, Step *step) {
+static const Step *step_for(const Batch *batch, const Work *work, Step *step) {
     if (work->numbers == NULL) return NULL;
     const float *counter = (const float *)counter_of(work);
-    *step = step_of(work->numbers, counter == NULL ? 1 : (double)*counter + 1, work->cell->is_new);
+    *step = step_of(work->numbers, batch->scale, counter == NULL ? 1 : (double)*counter + 1, work->cell->is_new);
     return step;
 }
 
@@ -1245,7 +1249,7 @@ static void run_range(Batch *batch, size_t start, size_t stop) {
         Item item = item_of_work(&batch->calls, work);
         /* The value, too. */
         item.num_past_cache = batch->past_cache ? item.num_outs + 1 : 0;
-        run_item(&item, work->cell->plain.dtype, step_for(work, &step), first, last);
+        run_item(&item, work->cell->plain.dtype, step_for(batch, work, &step), first, last);
     }
 #if defined(__x86_64__)
     if (batch->past_cache) _mm_sfence();
@@ -1355,6 +1359,44 @@ static PyObject *batch_part_counts(Batch *batch, void *closure) {
     return counts;
 }
 
+/* The next beginning of a group of a key's elements, or the end of them. */
+static size_t group_from(size_t at, size_t numel) {
+    size_t up = (at + GROUP - 1) / GROUP * GROUP;
+    return up < numel ? up : numel;
+}
+
+static PyObject *batch_add_squares(Batch *batch, PyObject *args) {
+    double rescale;
+    Py_ssize_t start, stop;
+    if (!PyArg_ParseTuple(args, "dnn", &rescale, &start, &stop)) return NULL;
+    if (batch->squares == NULL && (batch->squares = PyMem_Calloc(1, sizeof *batch->squares)) == NULL) return PyErr_NoMemory();
+    ExactSum own;
+    memset(&own, 0, sizeof own);
+    Py_BEGIN_ALLOW_THREADS;
+    size_t before = 0, from = (size_t)start, to = (size_t)stop;
+    for (size_t i = 0; i < batch->calls.num_keys && before < to; i++) {
+        const Work *work = &batch->calls.works[i];
+        size_t numel = (size_t)work->cell->plain.numel;
+        size_t first = from > before ? group_from(from - before, numel) : 0;
+        size_t last = to - before < numel ? group_from(to - before, numel) : numel;
+        before += numel;
+        if (first >= last || work->cell->plain.dtype > BFLOAT16) continue;
+        Item item = item_of_work(&batch->calls, work);
+        square_item(&item, work->cell->plain.dtype, rescale, first, last, &own);
+    }
+    Py_END_ALLOW_THREADS;
+    merge_exact(batch->squares, &own);
+    return Py_NewRef(Py_None);
+}
+
+static PyObject *batch_squares(Batch *batch, void *closure) {
+    unsigned char bytes[4 * NUM_LIMBS] = {0};
+    (void)closure;
+    for (int i = 0; i < 4 * NUM_LIMBS && batch->squares != NULL; i++)
+        bytes[i] = (unsigned char)(batch->squares->limbs[i / 4] >> 8 * (i % 4));
+    return Py_BuildValue("y#d", bytes, (Py_ssize_t)sizeof bytes, batch->squares == NULL ? 0.0 : batch->squares->rest);
+}
+
 static PyObject *batch_begin(Batch *batch, PyObject *args) {
     PyObject *entries = NULL, *step = NULL;
     int past_cache;
@@ -1417,7 +1459,7 @@ static void run_piece(Batch *batch, const Piece *piece, const uint64_t *addresse
             item.value = NULL;
         } else {
             item.num_outs = item.num_past_cache = 0;
-            step = step_for(work, &space);
+            step = step_for(batch, work, &space);
         }
     }
     run_item(&item, dtype, step, (size_t)(piece->first + from), (size_t)(piece->first + to));
@@ -1611,6 +1653,10 @@ static PyMethodDef batch_methods[] = {
      "Outs may be stored past the cache."},
     {"run", (PyCFunction)batch_run, METH_VARARGS,
      "run(start, stop)\n--\n\nDo some elements, counted through all keys, without the interpreter's lock."},
+    {"add_squares", (PyCFunction)batch_add_squares, METH_VARARGS,
+     "add_squares(rescale, start, stop)\n--\n\n"
+     "Add the squares of some rescaled sums to ``squares``, without the interpreter's lock.\n\n"
+     "Which elements are counted through all keys; whole groups of 64 of a key, each by the range with its beginning."},
     {"finish", (PyCFunction)batch_finish, METH_VARARGS,
      "finish(is_update=...)\n--\n\n"
      "Count what ``run`` has done: an update of all values, unless it was a pull or something else counts that."},
@@ -1661,12 +1707,15 @@ static PyGetSetDef batch_attributes[] = {
     {"keys", (getter)batch_keys, NULL, "The keys, in a tuple.", NULL},
     {"cells", (getter)batch_cells, NULL, "What is held of each key.", NULL},
     {"part_counts", (getter)batch_part_counts, NULL, "How many parts each key has, as 64-bit numbers in bytes.", NULL},
+    {"squares", (getter)batch_squares, NULL,
+     "The finite part of what ``add_squares`` has added, in units of 2**-1074 as little-endian bytes, and the rest.", NULL},
     {"sums", (getter)batch_sums, NULL, "The array that is the sum of all keys, None if there is none.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyMemberDef batch_members[] = {
     {"past_cache", T_BOOL, offsetof(Batch, past_cache), 0, "Whether outs are stored past the processor's cache."},
+    {"scale", T_DOUBLE, offsetof(Batch, scale), 0, "A factor on all gradients, beside the optimizer's rescale_grad."},
     {NULL, 0, 0, 0, NULL},
 };
 

@@ -52,6 +52,8 @@ class Batch:
     keys: tuple[Any, ...]
     cells: list[Any]
     part_counts: bytes
+    scale: float
+    squares: tuple[bytes, float]
     sums: Any
     def begin(self, past_cache: bool, entries: Any = ..., step: Any = ..., /) -> bool: ...
     def run(self, start: int, stop: int, /) -> None: ...
@@ -65,6 +67,7 @@ class Batch:
     def update_pieces(
         self, pieces: bytes, parts: list[bytes], wide: bool = False, divisors: bytes | None = None, /
     ) -> None: ...
+    def add_squares(self, rescale: float, start: int, stop: int, /) -> None: ...
     def average(self) -> bool: ...
     def part_column(self, pieces: bytes, /) -> bytes | None: ...
     def describe(self, seed: int, begin: str, most: int, /) -> tuple[int, bytes | None]: ...
@@ -112,6 +115,7 @@ class ShardFields:
     _lock: Any
     _looks: bool
     averages: bool
+    _decides: bool
     log: Any
 
 class Call:

@@ -19,6 +19,7 @@ from tensorkv.errors import ArgumentError, WaitTimeoutError, quote
 from tensorkv.runtime import shield
 from tensorkv.runtime.modes import outside_modes
 from tensorkv.shard.entry import Batch, KeyInfo, Part
+from tensorkv.shard.norm import PushResult
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.rules import Updater
 from tensorkv.storage import checkpoint
@@ -173,6 +174,11 @@ class Engine(Reader):
     def optimizer(self) -> OptimizerSpec | None:
         """The optimizer in force, None without one."""
         return None
+
+    @property
+    def last_push(self) -> PushResult:
+        """What was found out about the last push."""
+        return PushResult()
 
     def set_updater(self, updater: Updater | None) -> None:
         """Apply a function to each sum; None restores assignment."""

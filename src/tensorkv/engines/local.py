@@ -17,6 +17,7 @@ from tensorkv.errors import ArgumentError
 from tensorkv.runtime import shield
 from tensorkv.shard.entry import Batch, KeyInfo, Part
 from tensorkv.shard.nonfinite import NonFinite
+from tensorkv.shard.norm import PushResult
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.reduce import Reduce
 from tensorkv.shard.rules import Updater
@@ -112,6 +113,10 @@ class LocalEngine(Engine):
     @property
     def optimizer(self) -> OptimizerSpec | None:
         return self._shard.optimizer
+
+    @property
+    def last_push(self) -> PushResult:
+        return self._shard.last_push
 
     def spec(self, verb: str, key: Key) -> KeySpec:
         return self._shard.entry(verb, key).spec

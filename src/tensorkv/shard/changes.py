@@ -47,17 +47,25 @@ class Init(Change):
 
 @dataclass(slots=True)
 class Push(Change):
-    """Sum the parts of each entry and apply the update rule, and copy the values to the outs where that is possible."""
+    """Sum the parts of each entry and apply the update rule, and copy the values to the outs where that is possible.
+
+    Args:
+        entries: of the keys.
+        parts: of each.
+        outs: of each, if there are any.
+        scale: of all gradients, beside the optimizer's ``rescale_grad``.
+    """
 
     entries: Sequence[Entry]
     parts: Sequence[list[Any]]
     outs: Sequence[Sequence[torch.Tensor]] = ()
+    scale: float = 1.0
 
     def summed(self) -> Push:
         """Return the same push with one part for each entry, the sum."""
         pairs = zip(self.entries, self.parts, strict=True)
         sums = [[nonfinite.total(entry, parts, may_share=True)] for entry, parts in pairs]
-        return Push(self.entries, sums, self.outs, requests=self.requests)
+        return Push(self.entries, sums, self.outs, self.scale, requests=self.requests)
 
     def updated(self) -> list[Key]:
         return [entry.key for entry in self.entries]
@@ -68,7 +76,7 @@ class PlainPush(Change):
     """Do a batch that was begun, which sums, updates values and fills outs.
 
     Args:
-        batch: of the compiled part.
+        batch: of the compiled part, with the scale of all gradients.
         entries: of its keys.
         sums: the sums of all keys as bytes, one after another, for a log; without one, what the caller gave.
     """

@@ -10,7 +10,8 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from copy import copy
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,7 @@ class OptimizerSpec:
         numbers: every hyperparameter of the torch.optim class, defaults filled in.
         rescale_grad: factor on the summed gradient, before clipping.
         clip_gradient: bound on each element's absolute value after rescaling (None: no bound).
+        max_grad_norm: bound on the norm of all gradients of a push after rescaling (None: no bound).
         overrides: hyperparameters of single keys, set while running. Keys that were set together share a dict, which
             nothing changes.
     """
@@ -87,15 +89,20 @@ class OptimizerSpec:
     numbers: dict[str, Any]
     rescale_grad: float = 1.0
     clip_gradient: float | None = None
+    max_grad_norm: float | None = None
     overrides: dict[Key, dict[str, Any]] = field(default_factory=dict)
 
     def to_numbers(self) -> dict[str, Any]:
         """Return everything that ``spec`` takes as numbers."""
-        return {**self.numbers, "rescale_grad": self.rescale_grad, "clip_gradient": self.clip_gradient}
+        own = {word: getattr(self, word) for word in ("rescale_grad", "clip_gradient", "max_grad_norm")}
+        return {**self.numbers, **own}
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``from_json`` reads; overrides become pairs, since JSON has no int keys."""
-        return {**asdict(self), "overrides": [[key, numbers] for key, numbers in self.overrides.items()]}
+        data = {**asdict(self), "overrides": [[key, numbers] for key, numbers in self.overrides.items()]}
+        # Among the numbers, where versions before it refuse it, and not without it.
+        bound = data.pop("max_grad_norm")
+        return data if bound is None else {**data, "numbers": {**self.numbers, "max_grad_norm": bound}}
 
     @classmethod
     def from_json(cls, data: Any) -> OptimizerSpec:
@@ -131,7 +138,8 @@ def spec(optimizer: Any, numbers: Mapping[str, Any]) -> OptimizerSpec:
 
     Args:
         optimizer: ``"sgd"`` or ``torch.optim.SGD``.
-        numbers: hyperparameters by their torch.optim names, and ``rescale_grad``, ``clip_gradient``.
+        numbers: hyperparameters by their torch.optim names, and ``rescale_grad``, ``clip_gradient``,
+            ``max_grad_norm``.
 
     Raises:
         OptimizerError: unknown name, unknown number, or a number out of range.
@@ -142,14 +150,16 @@ def spec(optimizer: Any, numbers: Mapping[str, Any]) -> OptimizerSpec:
     name = _name(optimizer)
     numbers = dict(numbers)
     rescale = _own(numbers.pop("rescale_grad", 1.0))
-    clip = _own(numbers.pop("clip_gradient", None))
+    bounds = {word: _own(numbers.pop(word, None)) for word in ("clip_gradient", "max_grad_norm")}
     if not _is_finite(rescale):
         raise OptimizerError(f"rescale_grad is {show(rescale)}; expected a finite number, such as 1 / batch_size")
-    if clip is not None and not (_is_finite(clip) and clip > 0):
-        raise OptimizerError(f"clip_gradient is {show(clip)}; expected a number above 0, or None for no bound")
+    for word, bound in bounds.items():
+        if bound is not None and not (_is_finite(bound) and bound > 0):
+            raise OptimizerError(f"{word} is {show(bound)}; expected a number above 0, or None for no bound")
     whole = {**_defaults(name), **check_numbers(name, numbers)}
     initial_state(name, tuple(whole.items()))
-    return OptimizerSpec(name, whole, float(rescale), None if clip is None else float(clip))
+    clip, norm = (None if bound is None else float(bound) for bound in bounds.values())
+    return OptimizerSpec(name, whole, float(rescale), clip, norm)
 
 
 def check_numbers(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -328,6 +338,12 @@ class Optimizer:
             key: initial_state(spec.name, tuple({**spec.numbers, **spec.overrides[key]}.items()))
             for key in first.values()
         }
+
+    def scaled(self, scale: float) -> Optimizer:
+        """Return an optimizer that multiplies gradients by a number more than this one."""
+        scaled = copy(self)
+        scaled.spec, scaled._kernels = replace(self.spec, rescale_grad=self.spec.rescale_grad * scale), {}
+        return scaled
 
     def check(self, key: Key, value: torch.Tensor | Table, *, by_rows: bool) -> None:
         """Raise OptimizerError if this optimizer cannot update such a value."""

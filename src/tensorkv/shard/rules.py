@@ -6,6 +6,7 @@ The checks of a push stand here, too: whether every part fits its value and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from tensorkv.errors import UpdaterError, ValueMismatchError, quote
 from . import native, reduce
 from .entry import Batch, Entry, Part
 from .fused import Kernel
+from .norm import Clipping
 from .optimizers import Optimizer, OptimizerSpec, check_numbers, finish
 from .optimizers import spec as make_spec
 from .pool import WORTH_A_THREAD, Job, Pool
@@ -33,6 +35,12 @@ class Rule(Protocol):
 
     running: bool
     """Whether code of the user is being run, which must not call the store."""
+
+    clipping: Clipping | None
+    """How the gradients of a push are clipped, None where they are not."""
+
+    def scaled(self, scale: float) -> Rule:
+        """Return the rule for gradients that are multiplied by a number."""
 
     @property
     def plain_steps(self) -> tuple[Any, Any] | None:
@@ -81,17 +89,17 @@ class WholeStep:
 
     def __init__(self, rule: Rule, entry: Entry, pool: Pool) -> None:
         self._rule, self._entry, self._pool = rule, entry, pool
-        self._total = torch.empty_like(entry.tensor)
+        self.total = torch.empty_like(entry.tensor)
 
     def apply(self, start: int, stop: int, parts: Sequence[torch.Tensor], divisor: int = 1) -> None:
-        reduce.sum_piece(self._total.view(-1)[start:stop], parts, divisor)
+        reduce.sum_piece(self.total.view(-1)[start:stop], parts, divisor)
 
     def count_nonfinite(self) -> int:
         """Return how many elements of the sum are NaN or Inf."""
-        return reduce.count_nonfinite(self._total)
+        return reduce.count_nonfinite(self.total)
 
     def finish(self) -> None:
-        self._rule.apply([self._entry], [[self._total]], self._pool)
+        self._rule.apply([self._entry], [[self.total]], self._pool)
 
 
 class _KernelStep:
@@ -119,7 +127,11 @@ class Assign:
     """The sum replaces the value; a push of Rows replaces those rows."""
 
     running = False
+    clipping: Clipping | None = None
     plain_steps: tuple[Any, Any] | None = (None, None)
+
+    def scaled(self, scale: float) -> Rule:
+        return self
 
     def check(self, entry: Entry, *, by_rows: bool) -> None:
         pass
@@ -176,11 +188,15 @@ class CallUpdater:
     key as it was, and one that keeps ``stored`` holds no memory of the store.
     """
 
+    clipping: Clipping | None = None
     plain_steps: tuple[Any, Any] | None = None
 
     def __init__(self, updater: Updater) -> None:
         self._updater = updater
         self.running = False
+
+    def scaled(self, scale: float) -> Rule:
+        return self
 
     def check(self, entry: Entry, *, by_rows: bool) -> None:
         pass
@@ -253,6 +269,15 @@ class StepOptimizer:
 
     def __init__(self, spec: OptimizerSpec) -> None:
         self.optimizer = Optimizer(spec)
+        self.clipping = None if spec.max_grad_norm is None else Clipping(spec.rescale_grad, spec.max_grad_norm)
+
+    def scaled(self, scale: float) -> StepOptimizer:
+        if scale == 1:
+            return self
+        rule = copy(self)
+        rule.__dict__.pop("plain_steps", None)
+        rule.optimizer = self.optimizer.scaled(scale)
+        return rule
 
     @cached_property
     def plain_steps(self) -> tuple[Any, Any] | None:

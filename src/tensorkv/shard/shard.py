@@ -44,7 +44,8 @@ from .changes import (
     SetRule,
 )
 from .entry import Batch, Entry, Part
-from .nonfinite import NonFinite, NonFinitePolicy
+from .nonfinite import NonFinite, NonFinitePolicy, clip
+from .norm import PushResult, SquareSum
 from .optimizers import OptimizerSpec
 from .pool import Pool
 from .reduce import Reduce, averages
@@ -98,7 +99,8 @@ class Shard(native.ShardFields):
 
     Args:
         on_device: keep values on the device of their arrays (else on the CPU).
-        nonfinite: what a push of NaN or Inf does: ``"pass"``, ``"raise"`` or ``"skip"`` that key's update.
+        nonfinite: what a push of NaN or Inf does: ``"pass"``, ``"raise"``, ``"skip"`` that key's update, or
+            ``"skip_step"``, the whole push.
         reduce: whether a push takes the ``"sum"`` or the ``"mean"`` of the parts of a key.
         threads: that sum and update (None: as many as cores).
     """
@@ -117,6 +119,8 @@ class Shard(native.ShardFields):
         self.averages = averages(reduce)
         self._pool = Pool(threads)
         self._lock = Lock()
+        self.last_push = PushResult()
+        """What was found out about the last push."""
         self._looks = native.can_look()
         self._use(Assign())
         self._closed = False
@@ -141,12 +145,18 @@ class Shard(native.ShardFields):
             ]
             self._commit(Init(made))
 
-    def push(self, batch: Batch, *, requests: RequestIds = ()) -> None:
-        """Sum the parts of each key and apply the update rule; the whole batch is checked first."""
+    def push(self, batch: Batch, *, requests: RequestIds = (), scale: float | None = None) -> None:
+        """Sum the parts of each key and apply the update rule; the whole batch is checked first.
+
+        Args:
+            batch: of the push.
+            requests: ids of the requests that it answers, for a log.
+            scale: of all gradients, if others have decided on it, by the sums of more keys than are here.
+        """
         with self._lock:
             self.refuse_reentry()
             with kept():
-                self._push(batch, (), requests)
+                self._push(batch, (), requests, scale)
 
     def pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]]) -> None:
         """Copy values into tensors of their shapes."""
@@ -154,33 +164,43 @@ class Shard(native.ShardFields):
             self.refuse_reentry()
             self._pull(keys, outs)
 
-    def pushpull(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]], *, requests: RequestIds = ()) -> None:
-        """Push, then pull the same keys, with nothing in between."""
+    def pushpull(
+        self,
+        batch: Batch,
+        outs: Sequence[Sequence[torch.Tensor]],
+        *,
+        requests: RequestIds = (),
+        scale: float | None = None,
+    ) -> None:
+        """Push, then pull the same keys, with nothing in between; see ``push``."""
         with self._lock:
             self.refuse_reentry()
             with kept():
-                filled = self._push(batch, outs, requests)
+                filled = self._push(batch, outs, requests, scale)
             if not filled:
                 self._pull(batch.keys, outs)
 
-    def plain(self, call: native.Call, *, requests: RequestIds = ()) -> bool:
+    def plain(self, call: native.Call, *, requests: RequestIds = (), scale: float | None = None) -> bool:
         """Do a call with the caller's own arrays if all are plain, and so are the values.
 
         Args:
             call: what the caller asked for.
             requests: ids of the requests that a push answers, for a log.
+            scale: as for ``push``.
 
         Returns:
             Whether it was done; otherwise nothing was, and the call is to be parsed.
         """
+        if scale not in (None, 1.0) and not self._decides:
+            return False
         found = call.run(self)
         if found is None or found is True:
             return found is True
         with outside_modes():
-            return shield.defer(self._push_plain, call, found, requests)
+            return shield.defer(self._push_plain, call, found, requests, scale)
 
-    def _push_plain(self, call: native.Call, batch: native.Batch, requests: RequestIds) -> bool:
-        """Do a plain call that is long, or is logged, or is the first step of keys."""
+    def _push_plain(self, call: native.Call, batch: native.Batch, requests: RequestIds, scale: float | None) -> bool:
+        """Do a plain call that is long, is logged, is the first step of keys, or depends on the sums of all keys."""
         with self._lock:
             self.refuse_reentry()
             if call.verb == "pull":
@@ -188,11 +208,28 @@ class Shard(native.ShardFields):
                 if is_begun:
                     self._run(batch)
                 return is_begun
+            # What leaves sums out, or raises, is not done here.
+            if self._decides and not self._decide_plain(batch, scale):
+                return False
             if self._steps is None or not self._begin(batch, self._entries, self._steps[0]):
                 return False
             sums = None if self.log is None else self._sums_of(batch)
             self._commit(PlainPush(batch, batch.cells, sums, requests=requests))
             return True
+
+    def _decide_plain(self, batch: native.Batch, scale: float | None) -> bool:
+        """Look at the sums of a batch, and scale its gradients; return False if the policy is to be asked."""
+        clipping = self._rule.clipping if scale is None else None
+        rescale = 1.0 if clipping is None else clipping.rescale
+        squares = SquareSum()
+        if clipping is not None or self._finite.checks:
+            self._pool.share(batch.numel, partial(batch.add_squares, rescale))
+            squares = SquareSum.of_batch(batch.squares)
+        if self._finite.checks and squares.rest != 0:
+            return False
+        found, self.last_push = clip(squares, clipping, False if self._finite.checks else None)
+        batch.scale = found if scale is None else scale
+        return True
 
     def _begin(self, batch: native.Batch, entries: dict[Key, Entry], step: Any) -> bool:
         """Begin a batch that steps entries, with the states it needs; return whether it can be run."""
@@ -229,9 +266,11 @@ class Shard(native.ShardFields):
         for key in keys:
             self._entries[key].version += 1
 
-    def _begun(self, entries: dict[Key, Entry], keys: Sequence[Key], values: Any, outs: Any) -> native.Batch | None:
-        """Return a batch that updates values by the rule, begun, with the states it needs; None if not plain."""
-        steps = self._rule.plain_steps
+    def _begun(
+        self, entries: dict[Key, Entry], keys: Sequence[Key], values: Any, outs: Any, rule: Rule | None = None
+    ) -> native.Batch | None:
+        """Return a batch that updates values by a rule, begun, with the states it needs; None if not plain."""
+        steps = (rule or self._rule).plain_steps
         if steps is None or not native.can_look():
             return None
         batch = native.look(entries, keys, values, outs, *steps)
@@ -446,8 +485,8 @@ class Shard(native.ShardFields):
             Whether the outs of a push were filled on the way.
         """
         match change:
-            case Push(entries=entries, parts=parts, outs=outs):
-                return self._update(entries, parts, outs)
+            case Push(entries=entries, parts=parts, outs=outs, scale=scale):
+                return self._update(entries, parts, outs, self._rule.scaled(scale))
             case PlainPush(batch=batch):
                 self._run(batch)
                 return True
@@ -478,58 +517,63 @@ class Shard(native.ShardFields):
         return False
 
     def _update(
-        self, entries: Sequence[Entry], parts: Sequence[list[Any]], outs: Sequence[Sequence[torch.Tensor]]
+        self, entries: Sequence[Entry], parts: Sequence[list[Any]], outs: Sequence[Sequence[torch.Tensor]], rule: Rule
     ) -> bool:
-        """Update values from the sums of their parts; return whether the outs were filled on the way."""
+        """Update values by a rule from the sums of their parts; return whether the outs were filled on the way."""
         if any(isinstance(part, Rows) for key_parts in parts for part in key_parts):
-            (entries, parts), outs = self._push_rows(entries, parts), ()
-        if outs and all(outs) and self._update_plain(entries, parts, outs):
+            (entries, parts), outs = self._push_rows(entries, parts, rule), ()
+        if outs and all(outs) and self._update_plain(entries, parts, outs, rule):
             return True
-        if not self._update_plain(entries, parts, None):
-            each = [not self._update_plain([entry], [own], None) for entry, own in zip(entries, parts, strict=True)]
-            self._update_rest(list(compress(entries, each)), list(compress(parts, each)))
+        if not self._update_plain(entries, parts, None, rule):
+            pairs = zip(entries, parts, strict=True)
+            each = [not self._update_plain([entry], [own], None, rule) for entry, own in pairs]
+            self._update_rest(list(compress(entries, each)), list(compress(parts, each)), rule)
         return False
 
-    def _update_rest(self, entries: Sequence[Entry], parts: Sequence[list[Any]]) -> None:
+    def _update_rest(self, entries: Sequence[Entry], parts: Sequence[list[Any]], rule: Rule) -> None:
         """Update values whose parts are not plain: of small ones, which are many, the sums are made beside."""
         large: list[int] = list(range(len(entries)))
-        if isinstance(self._rule, StepOptimizer) and self._rule.plain_steps is not None:
+        if isinstance(rule, StepOptimizer) and rule.plain_steps is not None:
             small: list[int] = []
             large, numel = [], 0
             for index, entry in enumerate(entries):
                 size = entry.spec.shape.numel()
                 if numel + size > reduce.SLICE:
-                    large += self._update_small(small, entries, parts)
+                    large += self._update_small(small, entries, parts, rule)
                     small, numel = [], 0
                 if size > reduce.SLICE or entry.value.device.type != "cpu":
                     large.append(index)
                 else:
                     small.append(index)
                     numel += size
-            large += self._update_small(small, entries, parts)
+            large += self._update_small(small, entries, parts, rule)
         if large:
-            self._rule.apply([entries[i] for i in large], [parts[i] for i in large], self._pool)
+            rule.apply([entries[i] for i in large], [parts[i] for i in large], self._pool)
 
-    def _update_small(self, indices: list[int], entries: Sequence[Entry], parts: Sequence[list[Any]]) -> list[int]:
+    def _update_small(
+        self, indices: list[int], entries: Sequence[Entry], parts: Sequence[list[Any]], rule: Rule
+    ) -> list[int]:
         """Update some values in one pass over their sums; return those for which that was not done."""
         mine = [entries[index] for index in indices]
         sums = [[reduce.total(entries[index].tensor, parts[index])] for index in indices]
-        return [] if self._update_plain(mine, sums, None) else indices
+        return [] if self._update_plain(mine, sums, None, rule) else indices
 
-    def _update_plain(self, entries: Sequence[Entry], parts: Sequence[list[Any]], outs: Any) -> bool:
+    def _update_plain(self, entries: Sequence[Entry], parts: Sequence[list[Any]], outs: Any, rule: Rule) -> bool:
         """Update values in one pass if they and their parts are plain; return whether it was done."""
         by_key = {entry.key: entry for entry in entries}
-        batch = self._begun(by_key, list(by_key), parts, outs) if entries else None
+        batch = self._begun(by_key, list(by_key), parts, outs, rule) if entries else None
         if batch is not None:
             self._run(batch)
         return batch is not None
 
-    def _push_rows(self, entries: Sequence[Entry], parts: Sequence[list[Any]]) -> tuple[list[Entry], list[list[Part]]]:
+    def _push_rows(
+        self, entries: Sequence[Entry], parts: Sequence[list[Any]], rule: Rule
+    ) -> tuple[list[Entry], list[list[Part]]]:
         """Apply what was pushed as Rows alone; return the rest, Rows beside dense parts made dense."""
         rest: tuple[list[Entry], list[list[Part]]] = ([], [])
         for entry, key_parts in zip(entries, parts, strict=True):
             if all(isinstance(part, Rows) for part in key_parts):
-                self._rule.apply_rows(entry, entry.merged(key_parts))
+                rule.apply_rows(entry, entry.merged(key_parts))
             else:
                 rest[0].append(entry)
                 rest[1].append([entry.dense(part) for part in key_parts])
@@ -543,7 +587,9 @@ class Shard(native.ShardFields):
 
     def _use(self, rule: Rule) -> None:
         self._rule = rule
-        self._steps = None if self._finite.checks else rule.plain_steps
+        self._steps = rule.plain_steps
+        self._decides = self._finite.checks or rule.clipping is not None
+        self.last_push = PushResult()
 
     def _restore_states(self, saved: Sequence[Entry], rule: Rule) -> None:
         mine = [self.entry("load_optimizer_states", entry.key) for entry in saved]
@@ -568,7 +614,9 @@ class Shard(native.ShardFields):
 
     # ------------------------------------------------------------ push and pull, the lock being held
 
-    def _push(self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]], requests: RequestIds) -> bool:
+    def _push(
+        self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]], requests: RequestIds, scale: float | None
+    ) -> bool:
         """Check and push a batch; return whether its outs were filled on the way."""
         entries = [self.entry(batch.verb, key) for key in batch.keys]
         check_push(batch, entries, self._rule, self.averages)
@@ -576,10 +624,11 @@ class Shard(native.ShardFields):
         if self._on_device:
             move_to_parts(entries, parts)
         with self._in_order(entries):
-            if self._finite.checks or self.averages:
-                kept, parts = self._finite.sums(batch, entries, self.averages)
-                return self._commit(Push(kept, parts, outs, requests=requests))
-            return self._commit(Push(entries, parts, outs, requests=requests))
+            if self._decides or self.averages:
+                clipping = self._rule.clipping if scale is None else None
+                kept, parts, found, self.last_push = self._finite.decide(batch, entries, self.averages, clipping)
+                return self._commit(Push(kept, parts, outs, found if scale is None else scale, requests=requests))
+            return self._commit(Push(entries, parts, outs, 1.0 if scale is None else scale, requests=requests))
 
     def _pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]]) -> None:
         entries = [self.entry("pull", key) for key in keys]

@@ -35,10 +35,10 @@ def encode(change: Change) -> Record:
 
 def _encode(change: Change) -> Record:
     match change:
-        case Push(entries=entries, parts=parts):
-            return Record.pack({"verb": "push"}, _items(entries, [total for (total,) in parts]))
-        case PlainPush(entries=entries, sums=torch.Tensor() as sums):
-            return Record({"verb": "push"}, join_slots([entry.slot for entry in entries]), [raw_bytes(sums)])
+        case Push(entries=entries, parts=parts, scale=scale):
+            return Record.pack(_head_of_push(scale), _items(entries, [total for (total,) in parts]))
+        case PlainPush(batch=batch, entries=entries, sums=torch.Tensor() as sums):
+            return Record(_head_of_push(batch.scale), join_slots([entry.slot for entry in entries]), [raw_bytes(sums)])
         case Put(entries=entries, values=values):
             return Record.pack({"verb": "put"}, _items(entries, values))
         case Init(entries=entries):
@@ -56,6 +56,11 @@ def _encode(change: Change) -> Record:
     raise TypeError(f"a log has no record of a {type(change).__name__}")
 
 
+def _head_of_push(scale: float) -> dict[str, Any]:
+    # Under a name of its own, which a version that knows no scale refuses; as text, since it may be NaN.
+    return {"verb": "push"} if scale == 1 else {"verb": "push_scaled", "scale": scale.hex()}
+
+
 def decode(record: Record, shard: Shard) -> Change:
     """Return the change of a record, checked against the shard that is to apply it.
 
@@ -65,11 +70,11 @@ def decode(record: Record, shard: Shard) -> Change:
     """
     head = record.head
     match head.get("verb"):
-        case "push":
+        case "push" | "push_scaled":
             entries, sums = _read_items(record, shard)
             batch = Batch("push", [entry.key for entry in entries], [[total] for total in sums])
             check_push(batch, entries, shard.rule)
-            return Push(entries, batch.parts)
+            return Push(entries, batch.parts, scale=float.fromhex(head.get("scale", "1")))
         case "put":
             return Put(*_read_items(record, shard))
         case "init":

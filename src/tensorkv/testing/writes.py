@@ -1,5 +1,8 @@
 """Init, push, pushpull and broadcast: what is stored, and what is refused and changes nothing."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -185,6 +188,148 @@ class WriteContract:
         for bad in ("max", 1):
             with pytest.raises(tensorkv.ArgumentError, match=r"reduce is .*mean"):
                 self.create(reduce=bad)
+
+    # ---------------------------------------------------------------- whole steps and norms
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    def test_a_step_is_skipped_whole(self, bad):
+        with self.create(nonfinite="skip_step") as kv:
+            kv.init({"a": ones(3), "b": ones(2), "n": np.ones(2, np.int32), "r": ones(2, 1)})
+            kv.init("t", Rows(np.array([7]), ones(1, 2), 50))
+            rows, poison = Rows(np.array([1]), ones(1, 1), 2), np.array([1, bad], F32)
+            before = state(kv)
+            calls = [
+                (["a", "b", "n"], [5 * ones(3), [ones(2), poison], np.ones(2, np.int32)]),
+                (["b", "a", "r"], [poison, 5 * ones(3), rows]),
+                (["r", "b"], [Rows(np.array([0, 1]), np.array([[bad], [2]], F32), 2), 5 * ones(2)]),
+                (["t", "a"], [Rows(np.array([3]), np.array([[bad, 0]], F32), 50), 5 * ones(3)]),
+                (["t", "r"], [Rows(np.array([3]), ones(1, 2), 50), Rows(np.array([0]), np.array([[bad]], F32), 2)]),
+            ]
+            for keys, parts in calls:
+                kv.push(keys, parts)
+                assert kv.last_push.found_inf is True
+                assert state(kv) == before, keys
+            assert kv.stats()["nonfinite"] == {"raised": 0, "skipped": 12}
+            out = [np.zeros(3, F32), np.zeros(2, F32)]
+            kv.pushpull(["a", "b"], [5 * ones(3), poison], out=out)
+            assert [each.tolist() for each in out] == [[1, 1, 1], [1, 1]]
+            for keys, parts in [(["a", "b"], [5 * ones(3), 6 * ones(2)]), (["r", "n"], [rows, np.ones(2, np.int32)])]:
+                kv.push(keys, parts)
+                assert kv.last_push == (False, None)
+            assert [kv.pull(key).flatten().tolist() for key in "abrn"] == [[5, 5, 5], [6, 6], [1, 1], [1, 1]]
+            assert kv.info("a").version == 1
+
+    def test_a_skipped_step_leaves_the_optimizer_as_it_was(self):
+        with self.create(nonfinite="skip_step") as kv, self.create() as other:
+            for store in (kv, other):
+                store.init({"a": ones(70), "b": ones(5)})
+                store.set_optimizer("adam", lr=0.1)
+            good, bad = {"a": 3 * ones(70), "b": ones(5)}, {"a": np.full(70, np.inf, F32), "b": ones(5)}
+            for parts in (bad, good, bad, bad, good):
+                kv.push(parts)
+                assert kv.last_push.found_inf is (parts is bad)
+            other.push(good)
+            other.push(good)
+            assert state(kv) == state(other)
+
+    @pytest.mark.parametrize("name", ["sgd", "adam", "nadam"])
+    def test_gradients_are_clipped_by_the_norm_of_all_keys(self, name):
+        torch.manual_seed(4)
+        shapes = {"a": (70, 3), "b": (5,), "c": (), "e": (0, 2)}
+        params = {key: torch.nn.Parameter(torch.randn(shape)) for key, shape in shapes.items()}
+        with self.create() as kv:
+            kv.init({key: param.detach().clone() for key, param in params.items()})
+            kv.set_optimizer(name, lr=0.1, max_grad_norm=2.0, rescale_grad=0.5)
+            assert kv.optimizer["max_grad_norm"] == 2
+            assert kv.last_push == (None, None)
+            right = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "nadam": torch.optim.NAdam}[name]
+            optimizer = right(params.values(), lr=0.1)
+            for size in (1.0, 0.01, 30.0):
+                parts = {key: [size * torch.randn(shape) for _ in range(2)] for key, shape in shapes.items()}
+                for key, param in params.items():
+                    param.grad = (parts[key][0] + parts[key][1]) * 0.5
+                norm = torch.nn.utils.clip_grad_norm_(params.values(), 2.0)
+                optimizer.step()
+                kv.push(parts)
+                assert kv.last_push.found_inf is False
+                assert kv.last_push.grad_norm == pytest.approx(float(norm), rel=1e-6)
+                for key, param in params.items():
+                    torch.testing.assert_close(kv.pull(key), param.detach(), rtol=1e-5, atol=1e-6)
+
+    def test_a_norm_is_exact(self):
+        parts = np.array([3e-30, 1, 2.0**-12, 3e15], F32), np.array([4, 2.0**-40], F32)
+        total = sum(Fraction(float(each)) ** 2 for part in parts for each in part)
+        with self.create() as kv:
+            kv.init({"a": ones(4), "b": ones(2)})
+            kv.set_optimizer("sgd", lr=0.0, max_grad_norm=1.0)
+            kv.push({"a": parts[0], "b": parts[1]})
+            assert kv.last_push.grad_norm == math.sqrt(float(total))
+
+    def test_rows_are_in_the_norm(self):
+        with self.create() as kv:
+            kv.init({"d": np.zeros(2, F32), "r": np.zeros((3, 1), F32), "t": Rows([1], np.zeros((1, 1), F32), 50)})
+            kv.set_optimizer("sgd", lr=1.0, max_grad_norm=1.0)
+            rows = Rows([2, 0, 2], np.array([[1], [-4], [3]], F32), 3)
+            kv.push({"r": rows, "t": Rows([40], np.array([[2]], F32), 50), "d": np.array([8, 0], F32)})
+            assert kv.last_push.grad_norm == 10
+            factor = F32(1 / (10 + 1e-6))
+            assert kv.pull("r").tolist() == [[4 * factor], [0], [-4 * factor]]
+            assert kv.row_sparse_pull("t", row_ids=[40]).values.tolist() == [[-2 * factor]]
+            assert kv.pull("d").tolist() == [-8 * factor, 0]
+            kv.push("r", rows)
+            assert kv.last_push.grad_norm == math.sqrt(32)
+
+    def test_norms_and_sums_that_are_not_finite(self):
+        grads = {"a": np.array([3, np.inf], F32), "b": np.array([4], F32)}
+        for nonfinite, found in {"pass": True, "skip": True, "skip_step": True}.items():
+            with self.create(nonfinite=nonfinite) as kv:
+                kv.init({"a": ones(2), "b": ones(1)})
+                kv.set_optimizer("sgd", lr=1.0, max_grad_norm=2.0)
+                kv.push(grads)
+                assert kv.last_push.found_inf is found
+                values = [kv.pull(key).tolist() for key in "ab"]
+                if nonfinite == "pass":
+                    # As with clip_grad_norm_: a finite gradient times 0, and Inf times 0.
+                    assert (kv.last_push.grad_norm, values[1]) == (math.inf, [1])
+                    assert np.isnan(kv.pull("a")[1])
+                    kv.push({"a": np.array([3, np.nan], F32), "b": grads["b"]})
+                    assert kv.last_push.found_inf
+                    assert np.isnan([kv.last_push.grad_norm, kv.pull("b")[0]]).all()
+                elif nonfinite == "skip":
+                    assert (kv.last_push.grad_norm, values) == (4, [[1, 1], [1 - 4 * F32(2 / (4 + 1e-6))]])
+                else:
+                    assert values == [[1, 1], [1]]
+        with self.create(nonfinite="raise") as kv:
+            kv.init({"a": ones(2), "b": ones(1)})
+            kv.set_optimizer("sgd", lr=1.0, max_grad_norm=2.0)
+            before = state(kv)
+            with pytest.raises(tensorkv.NonFiniteError, match=r'push\("a"\)'):
+                kv.push(grads)
+            assert state(kv) == before
+
+    def test_a_bound_on_the_norm_is_a_number_of_the_optimizer(self, tmp_path):
+        with self.create() as kv:
+            kv.init("w", np.zeros(2, F32))
+            for bad in (0, -1.0, math.inf, "1"):
+                with pytest.raises(tensorkv.OptimizerError, match="max_grad_norm is"):
+                    kv.set_optimizer("sgd", lr=1.0, max_grad_norm=bad)
+            kv.set_optimizer("sgd", lr=1.0)
+            kv.set_hyperparameters(max_grad_norm=5)
+            with pytest.raises(tensorkv.OptimizerError, match="max_grad_norm"):
+                kv.set_hyperparameters("w", max_grad_norm=1.0)
+            kv.save(tmp_path / "saved")
+            kv.set_hyperparameters(max_grad_norm=None)
+            kv.push("w", np.array([6, 8], F32))
+            assert kv.pull("w").tolist() == [-6, -8]
+            assert kv.last_push == (None, None)
+            kv.load(tmp_path / "saved")
+            kv.push("w", np.array([6, 8], F32))
+            assert kv.pull("w").tolist() == pytest.approx([-3, -4])
+            assert kv.last_push == (False, 10)
+            kv.set_updater(None)
+            for push in (kv.push, kv.pushpull):
+                push("w", np.array([6, 8], F32))
+                assert kv.last_push == (None, None)
 
     # ---------------------------------------------------------------- update
 

@@ -159,7 +159,7 @@ def check_options(name: str, known: Iterable[str], options: Mapping[str, Any]) -
     """
     known = list(known)
     for word in options.keys() - _HOW:
-        if word in ("rescale_grad", "clip_gradient"):
+        if word in ("rescale_grad", "clip_gradient", "max_grad_norm"):
             raise ArgumentError(f"Trainer: {word} holds for all parameters; give it to the Trainer, not to a group")
         if word not in known and (near := suggestion(word, known)):
             raise ArgumentError(f"Trainer: a parameter group has {quote(word)}{near}; {name} has {', '.join(known)}")

@@ -24,6 +24,7 @@ from tensorkv.errors import (
     quote,
     show,
 )
+from tensorkv.shard.norm import PushResult
 from tensorkv.store import KVStore
 
 from .buffers import Buffers, check_buffers
@@ -65,7 +66,8 @@ class Trainer:
             its own. ``"broadcast"``: after each step all replicas and workers have those of rank 0's first replica.
             ``"mean"``: they have the mean over replicas and workers; of integers, those of rank 0's first replica.
         **numbers: hyperparameters such as ``lr=0.1``; also ``rescale_grad`` (factor on the sum, default
-            1) and ``clip_gradient`` (bound on each element after rescaling).
+            1), ``clip_gradient`` (bound on each element after rescaling) and ``max_grad_norm`` (bound on the 2-norm
+            of all gradients, over replicas and workers, as with ``torch.nn.utils.clip_grad_norm_``).
 
     Raises:
         ArgumentError: not modules, nothing to train, replicas whose parameters differ in name, or parameter groups that
@@ -85,7 +87,7 @@ class Trainer:
     >>> trainer = Trainer(model, tensorkv.create(), "sgd", lr=0.5)
     >>> before = model.weight.tolist()[0]
     >>> model(torch.tensor([[1.0, 2.0]])).sum().backward()
-    >>> trainer.step()
+    >>> _ = trainer.step()
     >>> [round(b - a, 3) for a, b in zip(model.weight.tolist()[0], before)]
     [0.5, 1.0]
     """
@@ -115,6 +117,16 @@ class Trainer:
         self._params: Params = {prefix + name: each for name, each in trained(named).items()}
         if not self._params:
             raise ArgumentError("Trainer: no parameter requires a gradient; there is nothing to train")
+        if numbers.get("max_grad_norm") is not None and overlap is True and update_on_store is not False:
+            raise ArgumentError(
+                "Trainer: max_grad_norm bounds the norm of the gradients of one push, and overlap=True makes several; "
+                "use overlap=False"
+            )
+        if numbers.get("max_grad_norm") is not None and layers_of(replicas):
+            raise ArgumentError(
+                "Trainer: tables of Embedding layers are pushed by themselves, and their gradients would not be in the "
+                "norm; push parameters and tables in one call, to a store with max_grad_norm"
+            )
         if update_on_store is False and layers_of(replicas):
             raise ArgumentError("Trainer: a store updates the tables of Embedding layers; use update_on_store=True")
         groups = [] if param_groups is None else groups_of(param_groups, named, prefix)
@@ -140,18 +152,24 @@ class Trainer:
         )
         """What steps, as a ``torch.optim.Optimizer`` for schedulers, ``GradScaler`` and training frameworks."""
 
-    def step(self) -> None:
+    def step(self) -> PushResult:
         """Push each parameter's gradients, summed over replicas, and update every replica.
 
         Call it after ``backward`` on every replica. A parameter without a gradient in any replica is not
         pushed and does not move, unless ``unused`` says otherwise; where only some replicas have one, the others count
         as nothing. Gradients stay until ``zero_grad``.
 
+        Returns:
+            ``found_inf``: whether a gradient had NaN or Inf (None: the store was created with ``nonfinite="pass"`` and
+            has no ``max_grad_norm``; with ``"skip_step"`` nothing has moved if so). ``grad_norm``: the norm of all
+            gradients before clipping, None without ``max_grad_norm``.
+
         Raises:
             TensorKVError: as ``KVStore.pushpull``; no parameter has changed.
             WorkerMismatchError: with ``unused="skip"``: workers have gradients of different parameters.
         """
         self.optimizer.step()
+        return self._update.last_push
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Return a block in which backward adds to the gradients and pushes nothing, to accumulate over batches.

@@ -15,6 +15,8 @@ from tensorkv.arrays.keytable import KeyTable
 from tensorkv.errors import CheckpointError, OptimizerError, show
 from tensorkv.shard import optimizers
 from tensorkv.shard.entry import Entry
+from tensorkv.shard.nonfinite import clip
+from tensorkv.shard.norm import PushResult, SquareSum
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.rules import StepOptimizer
 from tensorkv.storage.manifest import Contents
@@ -72,6 +74,11 @@ class StoreUpdate:
         held = self.read()[-1]
         changed = {word: number for word, number in numbers.items() if number != held[word]}
         self.write([{} for _ in self.groups[:-1]] + [changed])
+
+    @property
+    def last_push(self) -> PushResult:
+        """What was found out about the gradients of the last step."""
+        return self._kv.last_push
 
     def step(self, grads: Grads, *, is_pushed: bool) -> None:
         """Push the gradients of some keys, unless they are pushed already, and take the result to every replica."""
@@ -228,8 +235,9 @@ class WorkerUpdate:
         self._kv, self._params = kv, params
         self._refuse_optimizer()
         numbers = dict(numbers)
-        rescale, clip = numbers.pop("rescale_grad", 1.0), numbers.pop("clip_gradient", None)
-        self._scaling = optimizers.spec("sgd", {"rescale_grad": rescale, "clip_gradient": clip})
+        own = ("rescale_grad", "clip_gradient", "max_grad_norm")
+        self._scaling = optimizers.spec("sgd", {word: numbers.pop(word) for word in own if word in numbers})
+        self.last_push = PushResult()
         if isinstance(optimizer, str):
             spec = optimizers.spec(optimizer, numbers)
             optimizer = getattr(torch.optim, optimizers.CLASSES[spec.name])
@@ -279,10 +287,18 @@ class WorkerUpdate:
             self._kv.pull(keys, out=sums)
         else:
             self._kv.pushpull(keys, self.parts(grads), out=sums)
+        rule, self.last_push = StepOptimizer(self._scaling), self._kv.last_push
+        if self.last_push.found_inf:
+            # The store has left sums out, and what was pulled are those of an earlier step.
+            return
+        if rule.clipping is not None:
+            squares = sum((SquareSum.of(totals[0], rule.clipping.rescale) for totals in sums), SquareSum())
+            scale, self.last_push = clip(squares, rule.clipping, self.last_push.found_inf)
+            rule = rule.scaled(scale)
         for key, totals in zip(keys, sums, strict=True):
             sparse = all(grad.is_sparse for grad in grads[key])
             for param, total in zip(self._params[key], totals, strict=True):
-                self._scale(total)
+                _scale(total, rule.optimizer.spec)
                 param.grad = total.to_sparse(1) if sparse else total
         for each in self.optimizers:
             each.step()
@@ -338,11 +354,6 @@ class WorkerUpdate:
             for param in replicas:
                 param.detach().copy_(state["weights"][key])
 
-    def _scale(self, total: torch.Tensor) -> None:
-        total.mul_(self._scaling.rescale_grad)
-        if (bound := self._scaling.clip_gradient) is not None:
-            (torch.view_as_real(total) if total.is_complex() else total).clamp_(-bound, bound)
-
     def _refuse_optimizer(self) -> None:
         held = self._kv.optimizer
         if held is not None:
@@ -350,6 +361,12 @@ class WorkerUpdate:
                 f"Trainer: the store has the optimizer {held['name']}, and with update_on_store=False it is to sum "
                 "only; use another store, or kv.set_updater(None)"
             )
+
+
+def _scale(total: torch.Tensor, scaling: OptimizerSpec) -> None:
+    total.mul_(scaling.rescale_grad)
+    if (bound := scaling.clip_gradient) is not None:
+        (torch.view_as_real(total) if total.is_complex() else total).clamp_(-bound, bound)
 
 
 def _dense(grad: torch.Tensor) -> torch.Tensor:
@@ -373,12 +390,7 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_overrides(spec: OptimizerSpec) -> dict[str, Any]:
-    return {
-        "name": spec.name,
-        "numbers": dict(spec.numbers),
-        "rescale_grad": spec.rescale_grad,
-        "clip_gradient": spec.clip_gradient,
-    }
+    return {word: each for word, each in spec.to_json().items() if word != "overrides"}
 
 
 # Of a key without numbers of its own.

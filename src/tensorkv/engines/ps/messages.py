@@ -49,6 +49,7 @@ class Push(Message):
         round: in mode sync, the name of the list of keys, the number of the round, and the first round to which this
             worker may still push.
         counts: in mode sync, for means, of how many parts the part of each key is the sum (None: of one).
+        scale: of all gradients, if the client has decided on it (None: the server does, if it is to be decided).
         late: apply the push alone, since other servers have applied it in a round that was closed here without it.
     """
 
@@ -56,6 +57,7 @@ class Push(Message):
     checksum: int | None = None
     round: list[Any] | None = None
     counts: list[Any] | None = None
+    scale: float | None = None
     late: bool = False
 
 

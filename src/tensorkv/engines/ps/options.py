@@ -9,7 +9,7 @@ from typing import Any
 
 from tensorkv.arrays.arguments import check_flag, check_timeout, folder_path
 from tensorkv.errors import ArgumentError, quote, show
-from tensorkv.shard.nonfinite import NonFinite
+from tensorkv.shard.nonfinite import MODES, NonFinite
 from tensorkv.shard.reduce import Reduce
 from tensorkv.transport.rendezvous import launched
 
@@ -32,7 +32,8 @@ class PSOptions:
         staleness: in mode async, how many rounds a worker may be ahead of the slowest (None: any number).
         path: a folder that the servers see, where they keep everything (None: in memory alone).
         durability: ``"memory"``, ``"process"`` (default with a path) or ``"disk"``.
-        nonfinite: ``"pass"``, ``"raise"`` or ``"skip"`` updates whose sum has NaN or Inf.
+        nonfinite: ``"pass"``, ``"raise"`` or ``"skip"`` updates whose sum has NaN or Inf, or ``"skip_step"``, the
+            whole push.
         reduce: whether a push takes the ``"sum"`` or the ``"mean"`` of the parts of a key, in mode sync those of all
             workers.
         keep: how many snapshots may be held at a time.
@@ -98,7 +99,7 @@ class PSOptions:
                 "heartbeats"
             )
         _check_one_of("mode", self.mode, ("async", "sync"))
-        _check_one_of("nonfinite", self.nonfinite, ("pass", "raise", "skip"))
+        _check_one_of("nonfinite", self.nonfinite, MODES)
         _check_one_of("reduce", self.reduce, ("sum", "mean"))
         is_sync, staleness = self.mode == "sync", self.staleness
         if staleness is not None and (type(staleness) is not int or staleness < 0 or is_sync):

@@ -21,8 +21,10 @@ from tensorkv.engines.partition import Numbers
 from tensorkv.errors import NonFiniteError, quote
 from tensorkv.runtime.shield import Steps
 from tensorkv.shard import native, reduce
+from tensorkv.shard.changes import Push
 from tensorkv.shard.entry import Entry
-from tensorkv.shard.nonfinite import NonFinitePolicy
+from tensorkv.shard.nonfinite import NonFinitePolicy, clip, squares_of
+from tensorkv.shard.norm import PushResult, SquareSum
 from tensorkv.shard.pool import Pool
 from tensorkv.shard.rules import Assign, Step, WholeStep
 from tensorkv.shard.shard import Shard
@@ -44,24 +46,37 @@ class Update:
         shard: with this worker's part of each key.
         schedule: of the keys, which were checked for the shard's rule.
         policy: for sums with NaN or Inf.
+        row_squares: of the gradients that the same call has as Rows, which every worker knows.
         updates_empty: whether this worker updates values without elements, of which no piece comes.
     """
 
     def __init__(
-        self, verb: str, shard: Shard, schedule: Schedule, policy: NonFinitePolicy, updates_empty: bool
+        self,
+        verb: str,
+        shard: Shard,
+        schedule: Schedule,
+        policy: NonFinitePolicy,
+        row_squares: SquareSum,
+        updates_empty: bool,
     ) -> None:
         self._verb, self._shard, self._layout, self._policy = verb, shard, schedule.layout, policy
-        self._rule = shard.rule
+        self._rule, self._row_squares = shard.rule, row_squares
+        self._decides = policy.checks or shard.rule.clipping is not None
         self._updates_empty = updates_empty
         # Whether values change only when all sums have come.
-        self.is_at_end = policy.checks or schedule.sees_whole
-        self.assigns = isinstance(self._rule, Assign) and not policy.checks
+        self.is_at_end = self._decides or schedule.sees_whole
+        self.assigns = isinstance(self._rule, Assign) and not self._decides
         self.averages = shard.averages
         """Whether each sum is divided by the number of its parts."""
         self._steps: dict[int, Step] = {}
         # By position of the key, what its update raised.
         self.failed: list[tuple[int, Exception]] = []
         self.refusal: NonFiniteError | None = None
+        self.scale = 1.0
+        """Of all gradients of the call."""
+        self.result = PushResult()
+        self.is_skipped = False
+        """Whether nothing of the call is to change."""
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -94,7 +109,7 @@ class Update:
     def _step(self, key: int) -> Step:
         if key not in self._steps:
             entry = self.entries[key]
-            whole = self._policy.checks
+            whole = self._decides
             self._steps[key] = WholeStep(self._rule, entry, _POOL) if whole else self._rule.step(entry, _POOL)
         return self._steps[key]
 
@@ -112,12 +127,16 @@ class Update:
     def _finish_steps(self, batch: native.Batch | None) -> None:
         left_out = self._left_out() if self._policy.checks else set()
         counted = left_out if batch is None else {*left_out, *self._layout.own.tolist()}
+        if self.is_at_end and self._updates_empty:
+            for key, entry in enumerate(self.entries):
+                if key not in counted and not entry.spec.shape.numel():
+                    self._step(key)
+        if self._decides:
+            self._decide(left_out)
         for key, entry in enumerate(self.entries):
             if key in counted:
                 continue
             version = entry.version
-            if self.is_at_end and self._updates_empty and not entry.spec.shape.numel():
-                self._step(key)
             step = self._steps.pop(key, None)
             try:
                 if step is not None:
@@ -125,6 +144,26 @@ class Update:
                 entry.version = version + 1
             except Exception as error:
                 self.failed.append((key, error))
+
+    def _decide(self, left_out: set[int]) -> None:
+        """Agree with all workers on the scale of gradients, and update this worker's parts of the keys together."""
+        mine = {key: step for key, step in self._steps.items() if key not in left_out and isinstance(step, WholeStep)}
+        entries, sums = [self.entries[key] for key in mine], [step.total for step in mine.values()]
+        # Sums are as the parts of values that this worker updates, and not as the whole values.
+        parts = [entry.copy() for entry in entries]
+        clipping, squares = self._rule.clipping, SquareSum()
+        if clipping is not None:
+            squares = self._policy.all_squares(squares_of(parts, sums, clipping.rescale)) + self._row_squares
+        self.is_skipped = self._policy.skips_steps and bool(left_out)
+        self.scale, self.result = clip(squares, clipping, bool(left_out) if self._policy.checks else None)
+        if self._shard.has_updater:
+            return
+        for entry, part in zip(entries, parts, strict=True):
+            part.is_new = entry.is_new
+        self._shard.apply(Push(parts, [[each] for each in sums], scale=self.scale))
+        for key, entry, part in zip(mine, entries, parts, strict=True):
+            entry.state, entry.is_new = part.state, part.is_new
+            del self._steps[key]
 
     def _left_out(self) -> set[int]:
         """Agree with all workers on which keys are left out."""

@@ -28,6 +28,7 @@ from tensorkv.runtime.modes import outside_modes
 from tensorkv.shard import native
 from tensorkv.shard.entry import Batch, Entry, KeyInfo, Part
 from tensorkv.shard.nonfinite import NonFinite, NonFinitePolicy
+from tensorkv.shard.norm import PushResult
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
 from tensorkv.shard.reduce import Reduce
 from tensorkv.shard.rules import CallUpdater, Rule, StepOptimizer, Updater
@@ -266,6 +267,10 @@ class DistEngine(Engine):
     @property
     def optimizer(self) -> OptimizerSpec | None:
         return self._shard.optimizer
+
+    @property
+    def last_push(self) -> PushResult:
+        return self._pushes.last_push
 
     # ------------------------------------------------------------ looking
 

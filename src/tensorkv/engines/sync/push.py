@@ -23,7 +23,8 @@ from tensorkv.errors import NonFiniteError, TensorKVError, WorkerError, WorkerMi
 from tensorkv.runtime.shield import Steps, finish
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Batch, Entry, Part
-from tensorkv.shard.nonfinite import NonFinitePolicy, count_nonfinite
+from tensorkv.shard.nonfinite import NonFinitePolicy, clip, count_nonfinite
+from tensorkv.shard.norm import PushResult, SquareSum
 from tensorkv.shard.rules import check_outs, has_means
 from tensorkv.shard.shard import Shard, kept
 from tensorkv.shard.table import Table
@@ -102,6 +103,11 @@ class Pushes:
         # That of small deferred pushes, the slot of the next one, and the last push in each slot.
         self._small: StagingBuffer | None = None
         self._small_slot = 0
+        self.last_push = PushResult()
+        """What was found out about the last push."""
+        # Of the gradients that the present call has as Rows; and how its dense ones were updated.
+        self._row_squares = SquareSum()
+        self._update: Update | None = None
         self._small_pushes: list[AllReduce | None] = []
 
     # ------------------------------------------------------------ push
@@ -109,7 +115,8 @@ class Pushes:
     def plain(self, call: native.Call) -> Steps[bool]:
         """Do a call with the caller's own arrays if all are plain; return whether it was done."""
         self._order.check()
-        if call.verb == "pushpull" and self._shared is not None and self._shard.rule.plain_steps is not None:
+        is_at_once = self._shard.rule.plain_steps is not None and not self._decides
+        if call.verb == "pushpull" and self._shared is not None and is_at_once:
             return (yield from self._pushpull_plain(call))
         batch = call.look(self._values)
         if batch is None:
@@ -226,6 +233,7 @@ class Pushes:
 
     def _enter(self, signature: Signature, push: Callable[[Collective], Steps[bool]]) -> Steps[bool]:
         """Enter a push and make it; return whether its outputs have been written."""
+        self.last_push = PushResult()
         if self._waits_for_messages or not self._host.can_enter():
             yield
         try:
@@ -239,7 +247,12 @@ class Pushes:
     @property
     def _waits_for_messages(self) -> bool:
         """Whether a push waits for messages of other workers, or runs a function of the caller's."""
-        return self._chain.has_neighbours or self._policy.checks or self._shard.has_updater
+        return self._chain.has_neighbours or self._decides or self._shard.has_updater
+
+    @property
+    def _decides(self) -> bool:
+        """Whether what is done with a push depends on the sums of all its keys."""
+        return self._policy.checks or self._shard.rule.clipping is not None
 
     def _push_groups(
         self,
@@ -275,7 +288,7 @@ class Pushes:
     @property
     def _can_defer(self) -> bool:
         """Whether nothing can go wrong with a push that its caller would have to hear of."""
-        return not self._shard.has_updater and not self._policy.checks
+        return not self._shard.has_updater and not self._decides
 
     def _defer(self, call: Collective, keys: tuple[Key, ...], parts: Arrays, priority: int) -> Steps[None]:
         """Stage a push and leave the rest to the queue."""
@@ -308,13 +321,42 @@ class Pushes:
         rows: dict[Key, Any] = {key: parts for key, parts, is_rows in pairs if is_rows}
         dense = {key: parts for key, parts, is_rows in pairs if not is_rows}
         merged = self._gather_rows(batch.verb, rows, [len(parts) for parts in rows.values()])
-        if dense:
+        has_inner = bool(dense) and not self._skips(rows, merged)
+        if has_inner:
             inner = self._host.enter(self._signature("push", tuple(dense)))
             yield from self._push_groups(inner, tuple(dense), list(dense.values()), None, 0)
             # One thread at a time may step an optimizer, and this one goes on with the Rows.
             self._queue.wait_for()
-        self._apply_rows(merged)
+        self._apply_decided(rows, merged, len(dense), has_inner=has_inner)
         return False
+
+    def _skips(self, rows: Mapping[Key, Any], merged: Mapping[Key, Rows]) -> bool:
+        """Tell whether a call is left out as a whole, since some of its Rows were."""
+        return self._policy.skips_steps and len(merged) < len(rows)
+
+    def _apply_decided(
+        self, rows: Mapping[Key, Any], merged: Mapping[Key, Rows], num_dense: int, *, has_inner: bool
+    ) -> None:
+        """Update rows, after the dense keys of the call, by what was decided on all of them.
+
+        Args:
+            rows: what was pushed as Rows.
+            merged: the sums of those that are not left out.
+            num_dense: how many other keys the call has.
+            has_inner: whether these were pushed.
+        """
+        found_inf = len(merged) < len(rows) if self._policy.checks else None
+        update = self._update if has_inner and self._decides else None
+        if update is None:
+            scale, self.last_push = clip(self._row_squares, self._shard.rule.clipping, found_inf)
+            self._policy.counts["skipped"] += num_dense if self._skips(rows, merged) else 0
+        else:
+            scale, self.last_push = update.scale, update.result._replace(found_inf=found_inf or update.result.found_inf)
+            if update.is_skipped:
+                self._policy.counts["skipped"] += len(merged)
+                merged = {}
+        self._row_squares = SquareSum()
+        self._apply_rows(merged, scale)
 
     def _gather_rows(self, verb: str, parts: Mapping[Key, Sequence[Rows]], counts: Sequence[int]) -> dict[Key, Rows]:
         """Return the sums of all workers' Rows, without those that are left out.
@@ -338,20 +380,25 @@ class Pushes:
             names = [f"{verb}({quote(key)})" for key in merged]
             left_out = self._policy.left_out(bad, names, is_whole=True)
             merged = {key: merged[key] for position, key in enumerate(merged) if position not in left_out}
+        clipping = self._shard.rule.clipping
+        self._row_squares = SquareSum()
+        if clipping is not None:
+            self._row_squares = sum((SquareSum.of(each, clipping.rescale) for each in merged.values()), SquareSum())
         return merged
 
-    def _apply_rows(self, merged: Mapping[Key, Rows]) -> None:
+    def _apply_rows(self, merged: Mapping[Key, Rows], scale: float) -> None:
         """Update rows, every worker doing the same with what all have pushed."""
+        rule = self._shard.rule.scaled(scale)
         entries = [self._shard.entry("push", key) for key in merged]
         failed: list[tuple[int, Exception]] = []
         for position, (entry, total) in enumerate(zip(entries, merged.values(), strict=True)):
             try:
                 if isinstance(entry.value, Table):
-                    self._shard.rule.apply_rows(entry, total)
+                    rule.apply_rows(entry, total)
                 else:
                     updates = self._chain.is_last and self._chain.is_owner
                     owner = self._host.local_rank if updates else self._chain.owners
-                    sparse.apply(self._shard.rule, entry, self._values[entry.key], owner, total)
+                    sparse.apply(rule, entry, self._values[entry.key], owner, total)
             except Exception as error:
                 failed.append((position, error))
         self._host.barrier()
@@ -370,7 +417,9 @@ class Pushes:
 
     def _raise_failed(self, allreduce: AllReduce) -> None:
         """Raise, on every worker, what an updater has raised on one, or that a sum was refused."""
+        self._update, self.last_push = allreduce.update, allreduce.update.result
         if allreduce.update.refusal is not None:
+            self._row_squares = SquareSum()
             raise allreduce.update.refusal
         if allreduce.update.failed or self._shard.has_updater:
             self._raise_on_all(allreduce.update.failed, allreduce.update.entries)
@@ -464,9 +513,10 @@ class Pushes:
         chosen = [key for key, is_rows in zip(keys, by_rows, strict=True) if is_rows]
         nothing: dict[Key, Any] = {key: [sparse.no_rows(self._shard.entry(verb, key))] for key in chosen}
         merged = self._gather_rows(verb, nothing, [0] * len(chosen))
-        if len(chosen) < len(keys):
+        has_inner = len(chosen) < len(keys) and not self._skips(nothing, merged)
+        if has_inner:
             self._serve(self._order.join())
-        self._apply_rows(merged)
+        self._apply_decided(nothing, merged, len(keys) - len(chosen), has_inner=has_inner)
 
     def _serve_dense(self, call: Collective, keys: tuple[Key, ...]) -> None:
         deferred = call.signature.verb == "push" and self._can_defer
@@ -494,7 +544,7 @@ class Pushes:
         else:
             staging = yield from self._own_staging(schedule, call)
         updates_empty = self._chain.is_last and self._host.local_rank == 0
-        update = Update(call.signature.verb, self._shard, schedule, self._policy, updates_empty)
+        update = Update(call.signature.verb, self._shard, schedule, self._policy, self._row_squares, updates_empty)
         allreduce = AllReduce(self._host, self._chain, call, schedule, staging, update, first)
         if staging is self._small:
             self._small_pushes[first] = allreduce

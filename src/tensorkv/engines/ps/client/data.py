@@ -16,13 +16,14 @@ from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import Item, pack, unpack
 from tensorkv.arrays.rows import Rows
-from tensorkv.errors import KeyNotFoundError, ValueMismatchError, quote
+from tensorkv.errors import KeyNotFoundError, OptimizerError, ValueMismatchError, quote
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Batch, Part
-from tensorkv.shard.nonfinite import NonFinitePolicy
+from tensorkv.shard.nonfinite import NonFinitePolicy, clip
+from tensorkv.shard.norm import Clipping, PushResult, SquareSum
 from tensorkv.shard.optimizers import ROWWISE
 from tensorkv.shard.pool import Pool
-from tensorkv.shard.rules import Assign, StepOptimizer, check_push
+from tensorkv.shard.rules import Assign, Rule, StepOptimizer, check_push
 
 from ..messages import Init, Pull, PullRows, Push
 from .keymap import KeyMap
@@ -42,6 +43,8 @@ class PlainCall(NamedTuple):
     layout: Layout
     pushes: bool
     pulls: bool
+    scale: float | None = None
+    result: PushResult = PushResult()
 
 
 class DataClient:
@@ -70,6 +73,8 @@ class DataClient:
         self._finite, self._averages = finite, averages
         self._pool = Pool()
         self._rounds = RoundNumbers()
+        self.last_push = PushResult()
+        """What was found out about the last push."""
 
     def close(self) -> None:
         """End the threads."""
@@ -114,7 +119,7 @@ class DataClient:
         if placed is None:
             placed = self._keymap.placed
         pushes = call.verb != "pull"
-        if not native.can_look() or (pushes and self._finite.checks):
+        if not native.can_look():
             return None
         batch = call.look(placed)
         if batch is None:
@@ -128,11 +133,30 @@ class DataClient:
             return None
         # Outs that would not stay in the cache are stored past it.
         batch.begin(native.leaves_cache(batch.nbytes))
-        return PlainCall(batch, layout, pushes, call.verb != "push")
+        decided = self._decide_plain(batch, rule) if pushes else (None, PushResult())
+        return None if decided is None else PlainCall(batch, layout, pushes, call.verb != "push", *decided)
+
+    def _clipping(self, rule: Rule) -> Clipping | None:
+        """Return how the gradients of a push are clipped here; in mode sync the server does it."""
+        return None if self._is_sync else rule.clipping
+
+    def _decide_plain(self, batch: native.Batch, rule: Rule) -> tuple[float | None, PushResult] | None:
+        """Return the scale of a batch's gradients, and what its caller is told; None if sums are to be left out."""
+        clipping = self._clipping(rule)
+        if clipping is None and not self._finite.checks:
+            return None, PushResult()
+        rescale = 1.0 if clipping is None else clipping.rescale
+        self._pool.share(batch.numel, partial(batch.add_squares, rescale))
+        squares = SquareSum.of_batch(batch.squares)
+        if self._finite.checks and squares.rest != 0:
+            return None
+        scale, result = clip(squares, clipping, False if self._finite.checks else None)
+        return None if clipping is None else scale, result
 
     def push_plain(self, call: PlainCall) -> None:
         """Push; pull if there are outs."""
-        self._exchange(call.layout, call.batch, call.batch if call.pulls else None)
+        told = self._exchange(call.layout, call.batch, call.batch if call.pulls else None, call.scale)
+        self.last_push = told or call.result
         call.batch.finish()
 
     def pull_plain(self, call: PlainCall, snapshot: str | None = None) -> None:
@@ -150,26 +174,38 @@ class DataClient:
         placed = self._keymap.having(batch.verb, batch.keys)
         entries = [placed.entry(key) for key in batch.keys]
         check_push(batch, entries, self._keymap.rule, self._averages)
-        if self._finite.checks or (self._averages and not self._is_sync):
-            kept, sums = self._finite.sums(
-                batch, entries, self._averages, lambda e, p, divisor: self._sum(placed[e.key].placement, p, divisor)
-            )
-            if len(kept) < len(entries):
-                self._push_checked(Batch(batch.verb, [entry.key for entry in kept], sums), None, placed)
-                self.pull(batch.keys, outs or ())
-                return
-            batch = Batch(batch.verb, batch.keys, sums)
-        self._push_checked(batch, outs, placed)
+        clipping = self._clipping(self._keymap.rule)
+        if self._is_sync or not (self._finite.checks or self._averages or clipping is not None):
+            self.last_push = self._push_checked(batch, outs, placed, None) or PushResult()
+            return
+        decided = self._finite.decide(
+            batch,
+            entries,
+            self._averages,
+            clipping,
+            lambda entry, parts, divisor: self._sum(placed[entry.key].placement, parts, divisor),
+        )
+        chosen = Batch(batch.verb, [entry.key for entry in decided.entries], decided.sums)
+        is_whole = len(chosen.keys) == len(batch.keys)
+        scale = None if clipping is None else decided.scale
+        if chosen.keys:
+            self._push_checked(chosen, outs if is_whole else None, placed, scale)
+        if not is_whole:
+            self.pull(batch.keys, outs or ())
+        self.last_push = decided.result
 
-    def _push_checked(self, batch: Batch, outs: Outs | None, placed: PlacedKeys) -> None:
+    def _push_checked(
+        self, batch: Batch, outs: Outs | None, placed: PlacedKeys, scale: float | None
+    ) -> PushResult | None:
+        """Push parts whose gradients are scaled; return what a server has found out about them, if it has looked."""
         if any(isinstance(part, Rows) for parts in batch.parts for part in parts):
-            self._push_rows(batch, placed)
+            told = self._push_rows(batch, placed, scale)
             if outs is not None:
                 self.pull(batch.keys, outs)
-            return
+            return told
         parts = placed.look(batch.keys, parts=batch.parts)
         targets = None if outs is None else placed.look(batch.keys, outs=outs)
-        self._exchange(placed.layout(batch.keys), parts, targets)
+        return self._exchange(placed.layout(batch.keys), parts, targets, scale)
 
     def _counts(self, parts: Arrays | Sequence[Sequence[Part]], chosen: Any) -> list[int] | None:
         """Return how many parts some of the keys have, if servers need it to take means."""
@@ -182,13 +218,15 @@ class DataClient:
         found: list[int] = counts[chosen].tolist()
         return found
 
-    def _exchange(self, layout: Layout, parts: Arrays, outs: Arrays | None) -> None:
+    def _exchange(self, layout: Layout, parts: Arrays, outs: Arrays | None, scale: float | None) -> PushResult | None:
         """Push dense sums, and fill the outs with the new values."""
         requests = []
         for pushed, pulled in zip(layout.pushed, layout.pulled, strict=True):
             fill = partial(pushed.gather, parts=parts, pool=self._pool)
             own = self._counts(parts, pushed.indices)
-            message = Push(counts=own) if outs is None else Push(pulls=True, checksum=pulled.checksum, counts=own)
+            message = Push(counts=own, scale=scale)
+            if outs is not None:
+                message.pulls, message.checksum = True, pulled.checksum
             reply_nbytes = 0 if outs is None else pulled.nbytes
             requests.append(ServerRequest(pushed.server, message, pushed.layout, pushed.nbytes, fill, reply_nbytes))
         with self._sessions.take() as session:
@@ -196,8 +234,9 @@ class DataClient:
             if outs is not None:
                 for pulled, reply in zip(layout.pulled, replies, strict=True):
                     pulled.scatter(reply.payload, outs, self._pool)
+        return _result_of(replies)
 
-    def _push_rows(self, batch: Batch, placed: PlacedKeys) -> None:
+    def _push_rows(self, batch: Batch, placed: PlacedKeys, scale: float | None) -> PushResult | None:
         placements = [placed[key].placement for key in batch.keys]
         sums = [self._sum(each, parts) for each, parts in zip(placements, batch.parts, strict=True)]
         requests = []
@@ -207,9 +246,9 @@ class DataClient:
                 items += _items(key, placement, total, server)
             held = [index for index, each in enumerate(placements) if each.piece_of(server) is not None]
             counts = self._counts(batch.parts, held)
-            requests.append(ServerRequest.of_tensors(server, Push(counts=counts), pack(items)))
+            requests.append(ServerRequest.of_tensors(server, Push(counts=counts, scale=scale), pack(items)))
         with self._sessions.take() as session:
-            self._send_push(session, list_name(batch.keys), requests)
+            return _result_of(self._send_push(session, list_name(batch.keys), requests))
 
     def _send_push(self, session: Session, name: str, requests: Sequence[ServerRequest]) -> list[ServerReply]:
         """Send a push; in mode sync, to the present round of its list of keys."""
@@ -347,10 +386,16 @@ class DataClient:
     def _send(self, session: Session, requests: Sequence[ServerRequest], *, retry: bool = False) -> list[ServerReply]:
         try:
             return session.send(requests, retry=retry)
-        except (KeyNotFoundError, ValueMismatchError):
-            # Another client has deleted or re-created a key.
+        except (KeyNotFoundError, OptimizerError, ValueMismatchError):
+            # Another client has deleted or re-created a key, or changed the rule.
             self._keymap.refresh()
             raise
+
+
+def _result_of(replies: Sequence[ServerReply]) -> PushResult | None:
+    """Return what a server has found out about a push; several servers do not look at sums in mode sync."""
+    told = replies[0].head.get("result") if replies else None
+    return None if told is None else PushResult(*told)
 
 
 def _servers_of(placements: Sequence[KeyPlacement]) -> list[int]:

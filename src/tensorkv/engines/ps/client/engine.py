@@ -35,6 +35,7 @@ from tensorkv.runtime import forks, shield
 from tensorkv.runtime.modes import outside_modes
 from tensorkv.shard.entry import Batch, KeyInfo, Part
 from tensorkv.shard.nonfinite import NonFinitePolicy
+from tensorkv.shard.norm import PushResult
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
 from tensorkv.shard.rules import StepOptimizer, Updater
 from tensorkv.storage import checkpoint
@@ -214,10 +215,11 @@ class PSEngine(Engine):
             try:
                 requests = [ServerRequest(server, messages.Heartbeat()) for server in self._all]
                 replies = session.send(requests, timeout_s=self._heartbeat_s)
-                if changes != [reply.head["changes"] for reply in replies]:
-                    # Other clients have created, deleted or re-created keys.
+                told = [(reply.head["changes"], reply.head["rule"]) for reply in replies]
+                if changes != told:
+                    # Other clients have created, deleted or re-created keys, or changed the rule.
                     self._keymap.refresh(partial(self._list, session=session))
-                    changes = [reply.head["changes"] for reply in replies]
+                    changes = told
             except TensorKVError:
                 # The next call of the user gets the error.
                 continue
@@ -327,6 +329,7 @@ class PSEngine(Engine):
 
     def set_optimizer(self, spec: OptimizerSpec) -> None:
         self._check_whole(spec)
+        self._check_clipping(spec)
         if self.decides:
             servers_of = {key: self._keymap.find("set_optimizer", key).servers for key in spec.overrides}
             requests = []
@@ -338,6 +341,14 @@ class PSEngine(Engine):
         else:
             self._ask(messages.WaitForOptimizer(name=spec.name))
         self._keymap.refresh()
+
+    def _check_clipping(self, spec: OptimizerSpec) -> None:
+        """Raise if gradients are to be clipped by the norm of sums of which no server has all."""
+        if spec.max_grad_norm is not None and self._options.mode == "sync" and len(self._actors) > 1:
+            raise OptimizerError(
+                "max_grad_norm in mode sync takes one server: of several, each has only its part of the sums over "
+                "workers; use num_servers=1, mode async, or dist_sync"
+            )
 
     def _check_whole(self, spec: OptimizerSpec) -> None:
         """Raise if an optimizer needs whole values and one is divided."""
@@ -356,7 +367,7 @@ class PSEngine(Engine):
         if not isinstance(rule, StepOptimizer):
             raise OptimizerError("set_hyperparameters: the store has no optimizer; call set_optimizer first")
         placements = {key: self._keymap.find("set_hyperparameters", key) for key in keys or ()}
-        rule.changed(numbers, keys)
+        self._check_clipping(rule.changed(numbers, keys).optimizer.spec)
         plain = json.loads(json.dumps(numbers, default=float))
         servers = (
             {server for each in placements.values() for server in each.servers} if keys is not None else set(self._all)
@@ -377,6 +388,10 @@ class PSEngine(Engine):
     def optimizer(self) -> OptimizerSpec | None:
         self._keymap.refresh()
         return self._keymap.optimizer
+
+    @property
+    def last_push(self) -> PushResult:
+        return self._data.last_push
 
     # ------------------------------------------------------------ looking
 
@@ -448,6 +463,8 @@ class PSEngine(Engine):
         self._keymap.refresh()
 
     def _restore(self, contents: Contents) -> None:
+        if isinstance(contents.rule, StepOptimizer):
+            self._check_clipping(contents.rule.optimizer.spec)
         with self._claim():
             self._send(scatter(contents, self._keymap, len(self._actors)))
 

@@ -17,10 +17,11 @@ import torch
 
 from tensorkv import errors
 from tensorkv.arrays.arguments import Key
-from tensorkv.errors import ArgumentError, TensorKVError, WorkerError
+from tensorkv.errors import ArgumentError, OptimizerError, TensorKVError, WorkerError
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard.changes import RequestIds
 from tensorkv.shard.entry import Part
+from tensorkv.shard.norm import PushResult
 
 from .. import messages
 from ..messages import Message, Push, Reply, Request, keys_of, push_layout
@@ -75,6 +76,8 @@ class Server:
             self._record(["new"])
         self._snapshot_barrier = SnapshotBarrier(self._condition, self._tables, index, now)
         self._sync_rounds = SyncRounds(self._apply_round, self._tables.lists)
+        # Of each client, what was found out about its last push to a round.
+        self._results: dict[str, tuple[int, PushResult]] = {}
         self._metrics = Metrics()
         self._resent = 0
         self.is_broken = False
@@ -177,8 +180,15 @@ class Server:
         """Apply a push; a pull with it has the values of the moment of the push."""
         keys = push_layout(request.layout).keys
         with self._change(request, keys) as ids:
+            if ids:
+                self._check_scale(request.message)
             reply = self._state.push(request, ids) if ids else None
         return reply or self._pushed(request, keys)
+
+    def _check_scale(self, message: Push) -> None:
+        """Raise if a client did not know that gradients are to be clipped, by a norm that is not known here."""
+        if message.scale is None and self.options.num_servers > 1 and self._state.shard.rule.clipping is not None:
+            raise OptimizerError("push: another worker has just set max_grad_norm; push again")
 
     def _push_bounded(self, request: Request[Push]) -> Reply:
         """Apply a push, and wait until no live worker is too many rounds behind."""
@@ -189,6 +199,7 @@ class Server:
                 self._wait_for_slow_workers(request.sender.rank, "")
             with self._change(request, keys) as ids:
                 if ids:
+                    self._check_scale(request.message)
                     self._state.push(request, ids, fill=False)
             self._wait_for_slow_workers(request.sender.rank, "; this push has been applied")
         return self._pushed(request, keys)
@@ -253,14 +264,20 @@ class Server:
         counts = [sum(own) for own in zip(*(each.counts or ones for each in pushes), strict=True)]
         self._state.push_round(keys, parts, counts, ids)
         self._tables.add(ids, keys)
+        for each in pushes:
+            self._results[each.client] = each.seq, self._state.shard.last_push
         self._condition.notify_all()
 
     def _pushed(self, request: Request[Push], keys: tuple[Key, ...]) -> Reply:
         """Reply to a push that has been applied."""
-        if not request.message.pulls:
-            return Reply({})
         with self._condition:
-            return self._state.values(keys, request.out, request.message.checksum)
+            seq, result = self._results.get(request.sender.client, (0, PushResult()))
+            # After a restart it is not known.
+            told = {"result": list(result)} if seq == request.sender.seq and any(result) else {}
+            if not request.message.pulls:
+                return Reply(told)
+            reply = self._state.values(keys, request.out, request.message.checksum)
+            return Reply({**reply.head, **told}, reply.payload)
 
     # ------------------------------------------------------------ pulls
 
@@ -376,7 +393,7 @@ class Server:
     def _heartbeat(self, request: Request[messages.Heartbeat]) -> Reply:
         self._membership.remove_idle()
         self._drop_snapshots_of_dead_clients()
-        return Reply({"changes": self._changes, "dead": self._staleness.dead()})
+        return Reply({"changes": self._changes, "rule": self._state.rule_changes, "dead": self._staleness.dead()})
 
     def _disconnect(self, request: Request[messages.Disconnect]) -> Reply:
         self.is_broken = self.is_broken or request.message.broken

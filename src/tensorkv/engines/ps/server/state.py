@@ -75,6 +75,7 @@ class ServerState:
         self.inits = 0
         """How often keys were created, deleted or re-created, or their metadata set."""
         self._index = index
+        self._rule, self._rule_changes = self.shard.rule, 0
 
     # ------------------------------------------------------------ pushes and pulls
 
@@ -86,9 +87,9 @@ class ServerState:
         if not self._push_plain(pushed, request, room, ids):
             batch = self.batch(request)
             if room is None:
-                self.shard.push(batch, requests=ids)
+                self.shard.push(batch, requests=ids, scale=message.scale)
             else:
-                self.shard.pushpull(batch, [[each] for each in room.tensors], requests=ids)
+                self.shard.pushpull(batch, [[each] for each in room.tensors], requests=ids, scale=message.scale)
         return None if room is None else Reply({}, room.payload)
 
     def _push_plain(self, pushed: PushLayout, request: Request[Push], room: Room | None, ids: RequestIds) -> bool:
@@ -96,12 +97,16 @@ class ServerState:
         found = None if pushed.has_rows else self._layout_of(pushed.keys)
         if found is None or request.layout != found[0]:
             return False
-        return self._plain(pushed.keys, bytes_of(request.payload), None if room is None else room.payload, ids)
+        outs = None if room is None else room.payload
+        return self._plain(pushed.keys, bytes_of(request.payload), outs, ids, request.message.scale)
 
-    def _plain(self, keys: tuple[Key, ...], values: Any, outs: Any, ids: RequestIds) -> bool:
+    def _plain(
+        self, keys: tuple[Key, ...], values: Any, outs: Any, ids: RequestIds, scale: float | None = None
+    ) -> bool:
         """Do a call whose arrays are pieces of payloads; return False if nothing was done."""
         verb = "pull" if values is None else "push" if outs is None else "pushpull"
-        return self.shard.plain(native.Call(None, verb, keys, values, outs, 0, None, False, True), requests=ids)
+        call = native.Call(None, verb, keys, values, outs, 0, None, False, True)
+        return self.shard.plain(call, requests=ids, scale=scale)
 
     def batch(self, request: Request[Push]) -> Batch:
         """Return what a request pushes, one part for each key."""
@@ -207,6 +212,14 @@ class ServerState:
         self.snapshots.before_change(keys)
         self.shard.delete(keys, requests=ids)
         self._forget_layouts()
+
+    @property
+    def rule_changes(self) -> int:
+        """What differs when the update rule does."""
+        if self.shard.rule is not self._rule:
+            self._rule = self.shard.rule
+            self._rule_changes += 1
+        return self._rule_changes
 
     def set_rule(self, optimizer: dict[str, Any] | None, ids: RequestIds) -> None:
         """Set an optimizer; None sets assignment."""

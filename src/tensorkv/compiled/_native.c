@@ -453,7 +453,7 @@ static int is_negated(PyObject *tensor) {
 /* Whether an array is plain: exactly NumPy's or torch's, no subclass, and its elements as they count in memory. */
 static int look_at(PyObject *array, Plain *plain, int writable) {
     if ((PyObject *)Py_TYPE(array) == ndarray_type) return look_at_numpy(array, plain, writable);
-    return is_torch(array) && look_at_torch(array, plain);
+    return is_torch(array) && !(negated_bit.is_known && is_negated(array)) && look_at_torch(array, plain);
 }
 
 static int is_alike(const Plain *left, const Plain *right) {
@@ -774,6 +774,15 @@ static PyObject *item_ahead(PyObject *list, Py_ssize_t index) {
     return index < length_of(list) ? item_of(list, index) : NULL;
 }
 
+/* Have the processor fetch what torch holds of a tensor: where that is, is only a guess, on which nothing but time
+ * depends. */
+static void fetch_tensor(PyObject *array) {
+    for (int word = 2; word < 4; word++) {
+        const char *inside = ((const char *const *)array)[word];
+        for (int line = 0; line < 4 && inside != NULL; line++) __builtin_prefetch(inside + 64 * line);
+    }
+}
+
 /* Have the processor fetch an array of a list that is looked at soon. */
 static void fetch_array(PyObject *list, Py_ssize_t index) {
     const char *object = (const char *)item_ahead(list, index + AHEAD);
@@ -781,11 +790,7 @@ static void fetch_array(PyObject *list, Py_ssize_t index) {
     PyObject *array = item_ahead(list, index + AHEAD / 2);
     if (array == NULL) return;
     if (is_torch(array)) {
-        /* Where torch keeps what it is, in one release or another: only a guess, on which nothing but time depends. */
-        for (int word = 2; word < 4; word++) {
-            const char *inside = ((const char *const *)array)[word];
-            for (int line = 0; line < 4 && inside != NULL; line++) __builtin_prefetch(inside + 64 * line);
-        }
+        fetch_tensor(array);
     } else if ((PyObject *)Py_TYPE(array) == ndarray_type) {
         __builtin_prefetch(((const NumpyArray *)array)->dimensions);
     }
@@ -797,8 +802,10 @@ static void fetch_cell(const Calls *calls, size_t index) {
     for (int line = 0; line < 3 && cell != NULL; line++) __builtin_prefetch(cell + 64 * line);
 }
 
-/* Whether no tensor in an array, a list, or a list of lists is lazily negated. This may let other threads run. */
+/* Whether no tensor in an array, a list, or a list of lists is lazily negated, if that has to be asked; ``look_at`` sees
+ * it otherwise. This may let other threads run. */
 static int is_direct(PyObject *given, int depth) {
+    if (negated_bit.is_known) return 1;
     Py_ssize_t length = length_of(given);
     if (length < 0) {
         return !is_torch(given) || !is_negated(given);
@@ -1256,9 +1263,29 @@ static void run_range(Batch *batch, size_t start, size_t stop) {
 #endif
 }
 
+/* Raise the versions of torch's outs, so many at a time that they are still in the cache when torch sees them: autograd
+ * has to know that an array is not what it was. */
+static void raise_versions(const Calls *calls) {
+    enum { AT_A_TIME = 64 };
+    PyObject *written = NULL;
+    for (size_t i = 0; i <= calls->num_keys; i++) {
+        if (written != NULL && (i == calls->num_keys || PyList_Size(written) >= AT_A_TIME)) {
+            Py_XDECREF(PyObject_CallFunctionObjArgs(increment_version, written, NULL));
+            Py_CLEAR(written);
+        }
+        const Work *work = i < calls->num_keys ? &calls->works[i] : NULL;
+        for (size_t j = work == NULL ? 0 : work->first_out; work != NULL && j < outs_end(work); j++) {
+            if (calls->arrays[j] == NULL || !is_torch(calls->arrays[j])) continue;
+            fetch_tensor(calls->arrays[j]);
+            if (written == NULL) written = PyList_New(0);
+            if (written != NULL) PyList_Append(written, calls->arrays[j]);
+        }
+    }
+    PyErr_Clear();
+}
+
 /* Count what was done: versions of keys and steps of optimizers if values were updated, and versions of torch's outs. */
 static void count_done(Batch *batch, int is_update) {
-    PyObject *written = NULL;
     batch->is_done = 1;
     for (size_t i = 0; i < batch->calls.num_keys; i++) {
         const Work *work = &batch->calls.works[i];
@@ -1267,16 +1294,8 @@ static void count_done(Batch *batch, int is_update) {
         if (is_update) work->cell->version++;
         if (is_update && work->numbers != NULL) work->cell->is_new = 0;
         if (counter != NULL) *counter += 1;
-        for (size_t j = work->first_out; !batch->has_new_outs && j < outs_end(work); j++) {
-            if (batch->calls.arrays[j] == NULL || !is_torch(batch->calls.arrays[j])) continue;
-            if (written == NULL) written = PyList_New(0);
-            if (written != NULL) PyList_Append(written, batch->calls.arrays[j]);
-        }
     }
-    /* Autograd has to know that an array is not what it was. */
-    if (written != NULL) Py_XDECREF(PyObject_CallFunctionObjArgs(increment_version, written, NULL));
-    Py_XDECREF(written);
-    PyErr_Clear();
+    if (batch->pulls && !batch->has_new_outs) raise_versions(&batch->calls);
 }
 
 /* The bytes of the arrays of a key. */

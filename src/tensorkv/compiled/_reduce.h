@@ -156,6 +156,7 @@ static void cut_runs(Cut *cut, const Batch *batch) {
     memset(cut->filled, 0, cut->owners * sizeof *cut->filled);
     for (size_t key = 0; key < batch->calls.num_keys; key++) {
         const Cell *cell = batch->calls.works[key].cell;
+        fetch_cell(&batch->calls, key + AHEAD);
         if (cell->owner >= 0) cut_run(cut, key, cell, (size_t)cell->owner);
         for (size_t owner = 0; owner < cut->owners && cell->owner == DIVIDED; owner++) cut_run(cut, key, cell, owner);
     }
@@ -171,6 +172,7 @@ static int cut_call(SharedReduce *reduce) {
     if (cut.room < 64) cut.room = 64;
     for (size_t key = 0; key < batch->calls.num_keys; key++) {
         const Cell *cell = batch->calls.works[key].cell;
+        fetch_cell(&batch->calls, key + AHEAD);
         for (size_t owner = 0, first; owner < owners; owner++)
             if (cell->owner == DIVIDED || cell->owner == (int)owner)
                 filled[owner] += in_lines(run_of(cell, owner, &first) * sum_itemsize(cell));
@@ -229,11 +231,17 @@ static int is_read_there(const Batch *batch, const Owned *owned) {
     return work->num_parts == 1 && !is_low(work->cell->plain.dtype);
 }
 
+/* Have the processor fetch what a piece that comes soon is of; ``stop`` ends the pieces of the bucket. */
+static void fetch_piece(const SharedReduce *reduce, size_t index, size_t stop) {
+    if (index + AHEAD < stop) fetch_cell(&reduce->batch->calls, (size_t)reduce->owned[index + AHEAD].piece.key);
+}
+
 static void stage_bucket(SharedReduce *reduce, size_t bucket) {
     const size_t *starts = &reduce->starts[bucket * reduce->size];
     char *target = staged_parts(reduce, bucket, reduce->rank);
     for (size_t i = starts[0]; i < starts[reduce->size]; i++) {
         const Owned *owned = &reduce->owned[i];
+        fetch_piece(reduce, i, starts[reduce->size]);
         if (reduce->batch->calls.averages)
             *staged_count(reduce, bucket, reduce->rank, owned) = reduce->batch->calls.works[owned->piece.key].num_parts;
         if (owned->owner == reduce->rank && is_read_there(reduce->batch, owned)) continue;
@@ -260,6 +268,7 @@ static void update_bucket(SharedReduce *reduce, size_t bucket, const size_t *mem
         const Work *work = &reduce->batch->calls.works[owned->piece.key];
         uint64_t addresses[MAX_COLUMNS];
         double divisor = 0;
+        fetch_piece(reduce, i, starts[1]);
         for (size_t j = 0; j < count && reduce->batch->calls.averages; j++)
             divisor += (double)*staged_count(reduce, bucket, members[j], owned);
         for (size_t j = 0; j < count; j++) addresses[j] = (uint64_t)(uintptr_t)(bases[j] + owned->offset);
@@ -275,6 +284,7 @@ static void copy_to_outs(Batch *batch) {
     for (size_t i = 0; i < batch->calls.num_keys; i++) {
         const Work *work = &batch->calls.works[i];
         Item item = item_of_work(&batch->calls, work);
+        fetch_cell(&batch->calls, i + AHEAD);
         item.num_parts = 0;
         item.num_past_cache = batch->past_cache ? item.num_outs : 0;
         run_item(&item, work->cell->plain.dtype, NULL, 0, (size_t)work->cell->plain.numel);

@@ -33,8 +33,10 @@ from tensorkv.runtime.modes import outside_modes, runs_outside_modes
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard import optimizers
 from tensorkv.shard.entry import KeyInfo, Part
+from tensorkv.shard.fused import AVERAGE
 from tensorkv.shard.norm import PushResult
 from tensorkv.shard.rules import Updater
+from tensorkv.shard.table import Table
 from tensorkv.storage import checkpoint
 from tensorkv.storage.manifest import Contents
 
@@ -344,6 +346,79 @@ class KVStore:
         self._metrics.add("broadcast", start, keys, list(map(nbytes, outs.tensors)))
         return outs.result(key)
 
+    @_collective
+    def pull_ema(self, key: Any, out: Any = None, *, like: Any = None, row_ids: Any = None) -> Any:
+        """Copy the moving averages of values out of the store, which ``set_optimizer(..., ema=0.999)`` keeps.
+
+        Args:
+            key, out, like: as for ``pull``. A key that was not updated since averages are kept has its value.
+            row_ids: for one key, the rows to return, as for ``row_sparse_pull``; a sparse table needs them.
+
+        Returns:
+            As ``pull``; with ``row_ids`` ``Rows``.
+
+        Raises:
+            OptimizerError: the store has no optimizer that keeps averages.
+            TensorKVError: as ``pull``; nothing has been written.
+
+        Limits: with several workers or servers, all values and their optimizer state are gathered, so call it seldom,
+        such as once an epoch. The workers of ``dist_sync`` call it together.
+
+        >>> import numpy as np
+        >>> kv = create()
+        >>> kv.init("w", np.zeros(1))
+        >>> kv.set_optimizer("sgd", lr=1.0, ema=0.5)
+        >>> for _ in range(2):
+        ...     kv.push("w", -np.ones(1))
+        >>> kv.pull("w"), kv.pull_ema("w")
+        (array([2.]), array([1.25]))
+        """
+        start = self._begin("pull_ema")
+        spec = self._engine.optimizer
+        if spec is None or spec.ema is None:
+            raise OptimizerError("pull_ema: the store keeps no averages; call set_optimizer(..., ema=0.999) first")
+        if row_ids is not None:
+            return self._pull_average_rows(start, check_key("pull_ema", key), row_ids)
+        outs: NewOuts | GivenOuts
+        if out is None and not isinstance(key, Mapping):
+            keys = keys_of("pull_ema", key)
+            specs = self._engine.protect(lambda: [self._engine.spec("pull_ema", each) for each in keys])
+            if like is not None:
+                origin = like_origin("pull_ema", like)
+                specs = [spec.of(origin) for spec in specs]
+            outs = NewOuts("pull_ema", keys, specs)
+        else:
+            outs = GivenOuts("pull_ema", key, out)
+            outs.check(self._engine.protect(lambda: [self._engine.spec("pull_ema", each) for each in outs.keys]))
+        self._engine.protect(self._copy_averages, outs.keys, outs.tensors)
+        outs.finish()
+        self._metrics.add("pull_ema", start, outs.keys, list(map(nbytes, outs.tensors)))
+        return outs.result(key)
+
+    def _copy_averages(self, keys: list[Key], outs: list[list[torch.Tensor]]) -> None:
+        with self._engine.contents() as contents:
+            held = {entry.key: entry for entry in contents.entries}
+            for key, tensors in zip(keys, outs, strict=True):
+                entry = held[key]
+                for tensor in tensors:
+                    tensor.copy_(entry.state.get(AVERAGE, entry.tensor))
+
+    def _pull_average_rows(self, start: float, key: Key, row_ids: Any) -> Rows:
+        spec = self._engine.protect(self._engine.spec, "pull_ema", key)
+        ids = _take_ids("pull_ema", key, spec, row_ids)
+
+        def read() -> torch.Tensor:
+            with self._engine.contents() as contents:
+                entry = next(entry for entry in contents.entries if entry.key == key)
+                if isinstance(entry.value, Table):
+                    return entry.value.read(ids, AVERAGE if AVERAGE in entry.value.columns else "")
+                rows: torch.Tensor = entry.state.get(AVERAGE, entry.tensor)[ids].to(spec.dtype)
+                return rows
+
+        rows = _give_rows(Rows(ids, self._engine.protect(read), spec.shape[0]), spec.origin)
+        self._metrics.add("pull_ema", start, [key], [rows.values.nbytes])
+        return rows
+
     # ------------------------------------------------------------ trees
 
     def init_tree(self, tree: Any, *, prefix: str = "") -> None:
@@ -538,7 +613,9 @@ class KVStore:
         wanted = _matching("row_sparse_pull", "row_ids", listed, [row_ids] if single else row_ids)
         outs = None if out is None else _matching("row_sparse_pull", "out", listed, [out] if single else out)
         specs = self._engine.protect(lambda: [self._engine.spec("row_sparse_pull", each) for each in listed])
-        ids = [_take_ids(each, spec, own) for each, spec, own in zip(listed, specs, wanted, strict=True)]
+        ids = [
+            _take_ids("row_sparse_pull", each, spec, own) for each, spec, own in zip(listed, specs, wanted, strict=True)
+        ]
         for each, target in zip(listed, outs or (), strict=False):
             if not isinstance(target, Rows):
                 raise ArrayTypeError(f"row_sparse_pull({quote(each)}): out is {show(target)}; expected Rows")
@@ -618,8 +695,9 @@ class KVStore:
             *unnamed: not allowed; give hyperparameters by name.
             **numbers: hyperparameters by their torch.optim names; also ``rescale_grad`` (factor on the
                 sum, default 1), ``clip_gradient`` (bound on the absolute value of each element after
-                rescaling, default None) and ``max_grad_norm`` (bound on the 2-norm of the gradients of all keys of a
-                push after rescaling, default None).
+                rescaling, default None), ``max_grad_norm`` (bound on the 2-norm of the gradients of all keys of a
+                push after rescaling, default None) and ``ema`` (the share that a step keeps of a moving average of
+                each value, such as 0.999, default None: no averages; see ``pull_ema``).
 
         Raises:
             OptimizerError: the optimizer or a hyperparameter is unknown, or a hyperparameter is out of range.
@@ -650,7 +728,7 @@ class KVStore:
                 key and returns whether it is chosen, or a list of these; an existing key of exactly the pattern's name
                 is that key. None changes all keys, and replaces what was set for single keys.
             *unnamed: not allowed; give hyperparameters by name.
-            **numbers: such as ``lr=0.01``; ``rescale_grad`` and ``clip_gradient`` hold for all keys only.
+            **numbers: such as ``lr=0.01``; ``rescale_grad``, ``clip_gradient`` and ``ema`` hold for all keys only.
 
         Raises:
             OptimizerError: the store has no optimizer, or a hyperparameter is unknown or out of range.
@@ -1122,13 +1200,13 @@ def _take_values(verb: str, keys: Sequence[Key], values: Sequence[Any]) -> tuple
     return taken, specs
 
 
-def _take_ids(key: Key, spec: KeySpec, row_ids: Any) -> torch.Tensor:
+def _take_ids(verb: str, key: Key, spec: KeySpec, row_ids: Any) -> torch.Tensor:
     if not spec.shape:
-        raise ValueMismatchError(f"row_sparse_pull({quote(key)}): the value is 0-d and has no rows; use pull")
+        raise ValueMismatchError(f"{verb}({quote(key)}): the value is 0-d and has no rows; use pull")
     try:
         return take_ids(row_ids, spec.shape[0])
     except TensorKVError as error:
-        raise type(error)(f"row_sparse_pull({quote(key)}): {error}") from None
+        raise type(error)(f"{verb}({quote(key)}): {error}") from None
 
 
 def _give_rows(rows: Rows, origin: interop.Origin) -> Rows:

@@ -1,5 +1,6 @@
 """Fused kernels: the same bits compiled and with torch, wherever slices end; the numbers of torch.optim."""
 
+import copy
 import math
 import random
 from fractions import Fraction
@@ -7,12 +8,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import tensorkv
 from tensorkv.arrays import rowinit
+from tensorkv.arrays.interop import LOW_PRECISION, accumulator
 from tensorkv.arrays.rowinit import RowInit
 from tensorkv.arrays.rows import Rows
 from tensorkv.shard import index, native, optimizers, table
-from tensorkv.shard.fused import DTYPES, FUSED, Kernel, power
+from tensorkv.shard.fused import AVERAGE, DTYPES, FUSED, Kernel, power
 from tensorkv.shard.table import Table
 from tests.support.amount import amount
 
@@ -28,6 +32,8 @@ CASES = {
     "rmsprop": ("rmsprop", {"lr": 0.1, "weight_decay": 0.01}),
     "centered": ("rmsprop", {"lr": 0.1, "momentum": 0.9, "centered": True, "maximize": True}),
 }
+# Of these, steps keep a moving average of the value, too.
+AVERAGED = {"sgd": 0.5, "nesterov": 0.9, "amsgrad": 0.999, "adamw": 0.0, "adagrad": 0.99, "centered": 0.9}
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, 1e-38, 3e38, 65504.0, 65520.0, 6e-8, 1e-7]
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -42,7 +48,7 @@ def same_bits(left, right):
 
 def run(case, dtype, size, cuts, *, step=native.step, steps=4):
     name, numbers = CASES[case]
-    kernel = Kernel(name, optimizers.spec(name, numbers).numbers)
+    kernel = Kernel(name, optimizers.spec(name, numbers).numbers, ema=AVERAGED.get(case))
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(size, generator=generator).to(dtype)
     state = kernel.fresh([value]).state(value)
@@ -114,8 +120,13 @@ def test_random_steps_have_the_same_bits_compiled_and_with_torch():
         name, dtype, special = draw.choice(sorted(FUSED)), draw.choice(DTYPES), draw.random() < 0.4
         size = draw.choice([1, 2, 7, 63, 64, 65, 500, 2047, 2048, 2049, 5000])
         numbers = optimizers.spec(name, random_numbers(draw, name)).numbers
-        kernel = Kernel(name, numbers, draw.choice([1.0, 0.5, 1 / 3]), draw.choice([None, 1.0, 0.1]))
+        ema = draw.choice([None, 0.0, 0.9, 0.999])
+        kernel = Kernel(name, numbers, draw.choice([1.0, 0.5, 1 / 3]), draw.choice([None, 1.0, 0.1]), ema)
         held = [random_tensor(draw, generator, size, dtype, special=special) for _ in range(1 + len(kernel.columns))]
+        held[1:] = [
+            tensor.to(accumulator(dtype)) if name == AVERAGE else tensor
+            for name, tensor in zip(kernel.columns, held[1:], strict=True)
+        ]
         grad = random_tensor(draw, generator, size, dtype, special=special)
         how = draw.choice([1.0, 2.0, 10.0, 1000.0, 123457.0]), draw.random() < 0.3
         compiled, other = ([tensor.clone() for tensor in held] for _ in range(2))
@@ -172,6 +183,48 @@ def test_powers_are_rounded_to_the_nearest():
         assert power(base, exponent) == float(Fraction(base) ** exponent)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", AVERAGED)
+def test_stores_average_with_the_same_bits_compiled_and_with_torch(case, dtype, monkeypatch):
+    """Averages of float16 and bfloat16 values, which are float32, among them."""
+    name, numbers = CASES[case]
+    sizes = {"a": 1, "b": 2049, "c": 70_000, "d": 0}
+    found = []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(7)
+        with tensorkv.create() as kv:
+            kv.init({key: torch.randn(size, generator=generator).to(dtype) for key, size in sizes.items()})
+            kv.set_optimizer(name, **numbers, ema=AVERAGED[case])
+            for _ in range(3):
+                kv.push({key: torch.randn(size, generator=generator).to(dtype) for key, size in sizes.items()})
+            outs = {key: torch.empty(size, dtype=accumulator(dtype)) for key, size in sizes.items()}
+            kv.pull_ema(outs)
+            found.append([*kv.pull(list(sizes)), *outs.values()])
+        monkeypatch.setattr(native, "_native", None)
+        assert not native.can_look()
+    assert all(map(same_bits, *found))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "radam"])
+def test_averages_are_those_of_torch(name):
+    """But for the last places, from the parameters before the first step on."""
+    model = torch.nn.Linear(3, 2)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    averaged.update_parameters(model)
+    with tensorkv.create() as kv:
+        trainer = tensorkv.Trainer(model, kv, name, lr=0.1, ema=0.9)
+        for _ in range(10):
+            trainer.zero_grad()
+            model(torch.randn(4, 3)).square().sum().backward()
+            trainer.step()
+            averaged.update_parameters(model)
+        mine = copy.deepcopy(model)
+        trainer.pull_ema(mine)
+        for own, expected in zip(mine.parameters(), averaged.module.parameters(), strict=True):
+            torch.testing.assert_close(own, expected, rtol=1e-6, atol=1e-6)
+        assert not torch.equal(mine.weight, model.weight)
+
+
 def test_names_are_optimizers():
     assert set(optimizers.CLASSES) > FUSED
 
@@ -182,6 +235,8 @@ def step_rows(case, dtype, shape, is_table):
     init = RowInit.of("normal", {}, 9)
     held_rows = Table(50, torch.Size(shape), dtype, init=init, key="t")
     value = held_rows if is_table else held_rows.read(torch.arange(50))
+    if not (is_table and dtype in LOW_PRECISION):
+        numbers = {**numbers, "ema": AVERAGED.get(case)}
     optimizer, state = optimizers.Optimizer(optimizers.spec(name, numbers)), {}
     generator = torch.Generator().manual_seed(3)
     for count in (20, 1, 0, 35):

@@ -20,7 +20,8 @@
 
 enum { FLOAT32, FLOAT64, FLOAT16, BFLOAT16, INT8, INT16, INT32, INT64, BOOL, NUM_DTYPES };
 enum { SGD, ADAM, ADAGRAD, RMSPROP, NUM_OPTIMIZERS };
-enum { MAX_STATES = 3, BLOCK = 2048 };
+/* States of a step: three of the optimizer, and the average of the values. */
+enum { MAX_STATES = 4, BLOCK = 2048 };
 
 static const unsigned char ITEMSIZES[NUM_DTYPES] = {4, 8, 2, 2, 1, 2, 4, 8, 1};
 
@@ -30,6 +31,7 @@ typedef struct {
     double momentum, dampening, nesterov;
     double beta1, beta2, eps, amsgrad;
     double lr_decay, alpha, centered;
+    double average; /* the share of an average of the values that a step keeps; below 0: there is no average */
 } Numbers;
 
 /* The factors of one step: what the numbers come to at this count of steps. */
@@ -64,6 +66,14 @@ static double power(double base, uint64_t exponent) {
         rest = error - (square - product);
     }
     return high;
+}
+
+/* The place of the average among the states: after those of the optimizer; MAX_STATES: there is none. */
+static int place_of_average(const Numbers *by) {
+    if (by->average < 0) return MAX_STATES;
+    if (by->optimizer == SGD) return by->momentum != 0;
+    if (by->optimizer == ADAM) return 2 + (by->amsgrad != 0);
+    return by->optimizer == ADAGRAD ? 1 : 1 + (by->momentum > 0) + (by->centered != 0);
 }
 
 static Step step_of(const Numbers *numbers, double scale, double count, int is_first) {
@@ -106,6 +116,11 @@ enum { GROUP = 64, LANES = 8 };
     FOR_EACH_CPU static void divide_##T(T *out, const T *a, double divisor, size_t n) {                               \
         const T by = (T)divisor;                                                                                      \
         _Pragma("GCC ivdep") EACH out[i] = a[i] / by;                                                                 \
+    }                                                                                                                 \
+                                                                                                                      \
+    FOR_EACH_CPU static void average_##T(T *restrict average, const T *restrict value, double keep, size_t n) {       \
+        const T fresh = (T)(1 - keep);                                                                                \
+        EACH average[i] += fresh * (value[i] - average[i]);                                                           \
     }                                                                                                                 \
                                                                                                                       \
     FOR_EACH_CPU static void prepare_##T(const Step *step, const T *restrict value, T *restrict grad, size_t n) {     \
@@ -329,10 +344,19 @@ static void step_block(const Step *step, int dtype, const Item *item, size_t at,
     size_t offset = at * ITEMSIZES[dtype];
     char *value = item->value + offset, *states[MAX_STATES];
     for (int i = 0; i < MAX_STATES; i++) states[i] = item->states[i] == NULL ? NULL : item->states[i] + offset;
+    int place = place_of_average(step->numbers);
+    char *average = NULL;
+    if (place < MAX_STATES) {
+        /* Of a float16 or bfloat16 value it is float32: smaller steps than those numbers can show add up in it. */
+        average = is_low(dtype) ? item->states[place] + at * sizeof(float) : states[place];
+        states[place] = NULL;
+    }
     if (dtype == FLOAT64) {
         step_double(step, (double *)value, grad, (double *)states[0], (double *)states[1], (double *)states[2], n);
+        if (average != NULL) average_double((double *)average, (double *)value, step->numbers->average, n);
     } else if (dtype == FLOAT32) {
         step_float(step, (float *)value, grad, (float *)states[0], (float *)states[1], (float *)states[2], n);
+        if (average != NULL) average_float((float *)average, (float *)value, step->numbers->average, n);
     } else {
         float wide[1 + MAX_STATES][BLOCK];
         widened(value, dtype, wide[0], n);
@@ -342,6 +366,10 @@ static void step_block(const Step *step, int dtype, const Item *item, size_t at,
         narrow(value, dtype, wide[0], n);
         for (int i = 0; i < MAX_STATES; i++)
             if (states[i] != NULL) narrow(states[i], dtype, wide[1 + i], n);
+        if (average != NULL) {
+            widened(value, dtype, wide[0], n);
+            average_float((float *)average, wide[0], step->numbers->average, n);
+        }
     }
 }
 

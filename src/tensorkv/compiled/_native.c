@@ -696,9 +696,11 @@ static Item item_of_work(const Calls *calls, const Work *work) {
                  .num_outs = work->num_outs,
                  .divisor = calls->averages ? (double)work->num_parts : 0};
     /* Elements are counted from the beginning of the whole. */
-    uintptr_t before = work->cell->own_first * ITEMSIZES[work->cell->plain.dtype];
-    for (int i = 0; work->numbers != NULL && i < work->num_states; i++)
-        item.states[i] = (char *)((uintptr_t)work->cell->state_addresses[i] - before);
+    int dtype = work->cell->plain.dtype, place = work->numbers == NULL ? MAX_STATES : place_of_average(work->numbers);
+    for (int i = 0; work->numbers != NULL && i < work->num_states; i++) {
+        size_t itemsize = i == place && is_low(dtype) ? sizeof(float) : ITEMSIZES[dtype];
+        item.states[i] = (char *)((uintptr_t)work->cell->state_addresses[i] - work->cell->own_first * itemsize);
+    }
     return item;
 }
 
@@ -868,6 +870,12 @@ static int is_alike_own(const Plain *plain, const Cell *cell) {
 
 static size_t own_nbytes(const Cell *cell) { return cell->own_numel * ITEMSIZES[cell->plain.dtype]; }
 
+/* Whether a state has the kind of a value, or is the average of a value of float16 or bfloat16, which is float32. */
+static int is_state_of(const Plain *value, const Plain *state, PyObject *name) {
+    int is_average = PyUnicode_CompareWithASCIIString(name, "ema") == 0 && is_low(value->dtype);
+    return is_average ? state->dtype == FLOAT32 : state->kind == value->kind;
+}
+
 /* The memory of a state of a name, of the value's dtype and shape or a single float; NULL if it is not there as such. */
 static char *state_of(Cell *cell, int place, PyObject *name) {
     PyObject *tensor = PyDict_GetItemWithError(cell->state, name);
@@ -876,7 +884,7 @@ static char *state_of(Cell *cell, int place, PyObject *name) {
     if (cell->bound_states[place] == tensor) return cell->state_addresses[place];
     if (!is_torch(tensor) || !look_at_torch(tensor, &plain)) return NULL;
     if (place == MAX_STATES ? plain.dtype != FLOAT32 || plain.numel != 1
-                            : plain.kind != cell->plain.kind || !is_alike_own(&plain, cell))
+                            : !is_state_of(&cell->plain, &plain, name) || !is_alike_own(&plain, cell))
         return NULL;
     PyObject *old = cell->bound_states[place];
     cell->bound_states[place] = Py_NewRef(tensor);
@@ -928,7 +936,7 @@ static PyObject *place_states(PyObject *module, PyObject *args) {
         PyObject *cell = PyList_GetItem(cells, i);
         const Plain *plain = PyObject_TypeCheck(cell, cell_type) ? plain_of((Cell *)cell) : NULL;
         for (Py_ssize_t j = 0; j < num_names && fits; j++)
-            fits = plain != NULL && plain->kind == column[j].kind &&
+            fits = plain != NULL && is_state_of(plain, &column[j], PyTuple_GetItem(names, j)) &&
                    offset + ((Cell *)cell)->own_numel <= (size_t)column[j].numel;
         offset += plain == NULL ? 0 : ((Cell *)cell)->own_numel;
     }

@@ -23,6 +23,8 @@ DTYPES = interop.FLOATS
 NAMES = ("sgd", "adam", "adagrad", "rmsprop")
 _NUMBER_OF = {name: number for number, name in enumerate(NAMES)} | {"adamw": 1}
 FUSED = frozenset(_NUMBER_OF)
+AVERAGE = "ema"
+"""The name of the state that is a moving average of a value; of float16 and bfloat16 values it is float32."""
 # Elements of a block of states, which is let go when none of them is in use.
 _FEW = 1 << 20
 
@@ -34,13 +36,14 @@ class Kernel:
     Args:
         name: one of ``FUSED``.
         numbers: hyperparameters of the torch.optim class.
-        rescale_grad, clip_gradient: of the optimizer's description.
+        rescale_grad, clip_gradient, ema: of the optimizer's description.
     """
 
     name: str
     numbers: Mapping[str, Any]
     rescale_grad: float = 1.0
     clip_gradient: float | None = None
+    ema: float | None = None
     packed: bytes = field(init=False, repr=False)
     """All numbers, as the compiled part takes them."""
     compiled: tuple[bytes, tuple[str, ...], bool] = field(init=False, repr=False)
@@ -67,6 +70,7 @@ class Kernel:
             by.get("lr_decay", 0),
             by.get("alpha", 0),
             by.get("centered", False),
+            -1 if self.ema is None else self.ema,
         ]
         object.__setattr__(self, "packed", array("d", map(float, packed)).tobytes())
         object.__setattr__(self, "compiled", (self.packed, tuple(self.columns), self.name != "sgd"))
@@ -74,6 +78,9 @@ class Kernel:
     @property
     def columns(self) -> list[str]:
         """Names of the state tensors of the value's shape, in the order that ``step`` takes them."""
+        return [*self._columns_of_optimizer(), *([] if self.ema is None else [AVERAGE])]
+
+    def _columns_of_optimizer(self) -> list[str]:
         by = self.numbers
         if self.name == "sgd":
             return ["momentum_buffer"] if by["momentum"] else []
@@ -88,9 +95,12 @@ class Kernel:
         """Return the states of values of one dtype before their first step."""
         dtype, numel = values[0].dtype, sum([value.numel() for value in values])
         # Of NumPy, whose memory the system clears when the first step comes to it.
-        columns = [torch.from_numpy(np.zeros(numel, f"i{dtype.itemsize}")).view(dtype) for _ in self.columns]
+        own = self._columns_of_optimizer()
+        columns = [torch.from_numpy(np.zeros(numel, f"i{dtype.itemsize}")).view(dtype) for _ in own]
         if fill := self.numbers.get("initial_accumulator_value", 0):
             columns = [column.fill_(fill) for column in columns]
+        if self.ema is not None:
+            columns.append(torch.cat([average_of(value).view(-1) for value in values]))
         steps = None if self.name == "sgd" else torch.zeros(len(values), dtype=torch.float32, device="cpu")
         return StateBlock(self.compiled[1], tuple(columns), steps)
 
@@ -106,10 +116,14 @@ class Kernel:
             is_first: whether the state of sgd is new, whose momentum is then the gradient itself.
         """
         wide = interop.accumulator(value.dtype)
+        if self.ema is not None:
+            *columns, average = columns
         stepped = [tensor.to(wide) for tensor in (value, *columns)]
         new = self._stepped(grad.to(wide), *stepped, count=count, is_first=is_first)
         for held, tensor in zip((value, *columns), new, strict=True):
             held.copy_(tensor)
+        if self.ema is not None:
+            move_average(average, value, self.ema)
 
     def _stepped(
         self, grad: torch.Tensor, value: torch.Tensor, *states: torch.Tensor, count: float, is_first: bool
@@ -160,6 +174,16 @@ class StateBlock:
         for name, column in zip(self.names, self.columns, strict=True):
             state[name] = column[offset : offset + value.numel()].view(value.shape)
         return state
+
+
+def average_of(value: torch.Tensor) -> torch.Tensor:
+    """Return the moving average of a value before its first step: a copy, at least in float32."""
+    return value.to(interop.accumulator(value.dtype), copy=True, memory_format=torch.contiguous_format)
+
+
+def move_average(average: torch.Tensor, value: torch.Tensor, keep: float) -> None:
+    """Move an average towards a value: ``e = e + {1 - keep} * (p - e)``."""
+    average.copy_(average + (value.to(average.dtype) - average) * (1 - keep))
 
 
 def runs(values: Sequence[torch.Tensor]) -> list[tuple[int, int]]:

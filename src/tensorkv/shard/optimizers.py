@@ -25,8 +25,8 @@ from tensorkv.arrays.rows import Rows
 from tensorkv.errors import OptimizerError, quote, show, suggestion
 
 from . import native
+from .fused import AVERAGE, FUSED, Kernel, average_of, move_average, runs
 from .fused import DTYPES as FUSED_DTYPES
-from .fused import FUSED, Kernel, runs
 from .table import Columns, Table, address_rows, fill_with
 
 if TYPE_CHECKING:
@@ -71,6 +71,10 @@ _ELSEWHERE = {
 }
 
 
+OF_STORE = ("rescale_grad", "clip_gradient", "max_grad_norm", "ema")
+"""Numbers that hold for every key, and are not torch.optim's."""
+
+
 @dataclass(slots=True)
 class OptimizerSpec:
     """What ``set_optimizer`` was told, as plain data.
@@ -81,6 +85,7 @@ class OptimizerSpec:
         rescale_grad: factor on the summed gradient, before clipping.
         clip_gradient: bound on each element's absolute value after rescaling (None: no bound).
         max_grad_norm: bound on the norm of all gradients of a push after rescaling (None: no bound).
+        ema: the share of a moving average of each value that a step keeps (None: there are no averages).
         overrides: hyperparameters of single keys, set while running. Keys that were set together share a dict, which
             nothing changes.
     """
@@ -90,19 +95,19 @@ class OptimizerSpec:
     rescale_grad: float = 1.0
     clip_gradient: float | None = None
     max_grad_norm: float | None = None
+    ema: float | None = None
     overrides: dict[Key, dict[str, Any]] = field(default_factory=dict)
 
     def to_numbers(self) -> dict[str, Any]:
         """Return everything that ``spec`` takes as numbers."""
-        own = {word: getattr(self, word) for word in ("rescale_grad", "clip_gradient", "max_grad_norm")}
-        return {**self.numbers, **own}
+        return {**self.numbers, **{word: getattr(self, word) for word in OF_STORE}}
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``from_json`` reads; overrides become pairs, since JSON has no int keys."""
         data = {**asdict(self), "overrides": [[key, numbers] for key, numbers in self.overrides.items()]}
         # Among the numbers, where versions before it refuse it, and not without it.
-        bound = data.pop("max_grad_norm")
-        return data if bound is None else {**data, "numbers": {**self.numbers, "max_grad_norm": bound}}
+        later = {word: data.pop(word) for word in ("max_grad_norm", "ema")}
+        return {**data, "numbers": {**self.numbers, **{w: number for w, number in later.items() if number is not None}}}
 
     @classmethod
     def from_json(cls, data: Any) -> OptimizerSpec:
@@ -115,11 +120,7 @@ class OptimizerSpec:
             raise OptimizerError("the optimizer's description has no numbers")
         made = spec(
             data.get("name"),
-            {
-                **data["numbers"],
-                "rescale_grad": data.get("rescale_grad"),
-                "clip_gradient": data.get("clip_gradient"),
-            },
+            {**data["numbers"], **{word: data.get(word) for word in ("rescale_grad", "clip_gradient")}},
         )
         overrides = data.get("overrides")
         if not isinstance(overrides, list) or any(not isinstance(x, list) or len(x) != 2 for x in overrides):
@@ -138,8 +139,7 @@ def spec(optimizer: Any, numbers: Mapping[str, Any]) -> OptimizerSpec:
 
     Args:
         optimizer: ``"sgd"`` or ``torch.optim.SGD``.
-        numbers: hyperparameters by their torch.optim names, and ``rescale_grad``, ``clip_gradient``,
-            ``max_grad_norm``.
+        numbers: hyperparameters by their torch.optim names, and those of ``OF_STORE``.
 
     Raises:
         OptimizerError: unknown name, unknown number, or a number out of range.
@@ -151,15 +151,18 @@ def spec(optimizer: Any, numbers: Mapping[str, Any]) -> OptimizerSpec:
     numbers = dict(numbers)
     rescale = _own(numbers.pop("rescale_grad", 1.0))
     bounds = {word: _own(numbers.pop(word, None)) for word in ("clip_gradient", "max_grad_norm")}
+    ema = _own(numbers.pop("ema", None))
     if not _is_finite(rescale):
         raise OptimizerError(f"rescale_grad is {show(rescale)}; expected a finite number, such as 1 / batch_size")
     for word, bound in bounds.items():
         if bound is not None and not (_is_finite(bound) and bound > 0):
             raise OptimizerError(f"{word} is {show(bound)}; expected a number above 0, or None for no bound")
+    if ema is not None and not (_is_finite(ema) and 0 <= ema < 1):
+        raise OptimizerError(f"ema is {show(ema)}; expected a number from 0 to below 1, such as 0.999, or None")
     whole = {**_defaults(name), **check_numbers(name, numbers)}
     initial_state(name, tuple(whole.items()))
-    clip, norm = (None if bound is None else float(bound) for bound in bounds.values())
-    return OptimizerSpec(name, whole, float(rescale), clip, norm)
+    clip, norm, keep = (None if each is None else float(each) for each in (*bounds.values(), ema))
+    return OptimizerSpec(name, whole, float(rescale), clip, norm, keep)
 
 
 def check_numbers(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -357,6 +360,11 @@ class Optimizer:
             raise OptimizerError(
                 f"{quote(key)} is {interop.dtype_name(value.dtype)}, and {name} updates real values only"
             )
+        if self.spec.ema is not None and isinstance(value, Table) and value.dtype in interop.LOW_PRECISION:
+            raise OptimizerError(
+                f"{quote(key)} is a sparse table of {interop.dtype_name(value.dtype)}, and ema averages tables of "
+                "float32 and float64 only"
+            )
         if by_rows and name not in ROWWISE:
             raise OptimizerError(f"{name} needs whole gradients, and {quote(key)} was pushed as Rows")
         if name == "muon" and isinstance(value, torch.Tensor) and value.ndim != 2:
@@ -375,6 +383,7 @@ class Optimizer:
             keys, values, grads, states: of equal length; a grad has its value's shape and dtype.
         """
         groups: dict[tuple[Any, ...], list[int]] = {}
+        averages: dict[int, torch.Tensor] = {}
         for index, (key, value, state) in enumerate(zip(keys, values, states, strict=True)):
             if not value.numel() and self.spec.name not in ROWWISE:
                 continue
@@ -385,6 +394,10 @@ class Optimizer:
                 native.step(kernel, value, grads[index], columns, count, is_first=is_first)
                 finish(state, count)
                 continue
+            if self.spec.ema is not None:
+                # torch.optim takes a state that is not empty for its own.
+                found = state.pop(AVERAGE, None)
+                averages[index] = average_of(value) if found is None else found
             if state:
                 self._complete(key, state, value)
             own = self._like.get(key)
@@ -401,6 +414,9 @@ class Optimizer:
                 [states[i] for i in members],
                 fused,
             )
+        for index, average in averages.items():
+            move_average(average, values[index], self.spec.ema)  # type: ignore[arg-type]
+            states[index][AVERAGE] = average
 
     def kernel(self, key: Key, value: torch.Tensor) -> Kernel | None:
         """Return the step of a key as a kernel for slices, None where torch.optim has to see the whole value."""
@@ -413,7 +429,8 @@ class Optimizer:
         """Return the kernel of a key that is the first with its numbers, or of all without numbers of their own."""
         if own not in self._kernels:
             numbers = {**self.spec.numbers, **({} if own is None else self.spec.overrides[own])}
-            self._kernels[own] = Kernel(self.spec.name, numbers, self.spec.rescale_grad, self.spec.clip_gradient)
+            spec = self.spec
+            self._kernels[own] = Kernel(spec.name, numbers, spec.rescale_grad, spec.clip_gradient, spec.ema)
         return self._kernels[own]
 
     def plain_steps(self) -> tuple[Any, Any] | None:
@@ -441,10 +458,13 @@ class Optimizer:
     def begin(self, kernel: Kernel, key: Key, value: torch.Tensor, state: State) -> tuple[float, bool]:
         """Add to a state what its next step as a kernel asks for; return its count, and whether sgd's is new."""
         is_first = "momentum_buffer" not in state
+        average = state.pop(AVERAGE, None)
         if state:
             self._complete(key, state, value)
         else:
             state.update(kernel.fresh([value]).state(value))
+        if kernel.ema is not None:
+            state[AVERAGE] = average if average is not None else average_of(value)
         return float(state["step"]) + 1 if "step" in state else 1.0, is_first
 
     def step_rows(self, key: Key, value: torch.Tensor | Table, rows: Rows, state: State) -> None:
@@ -454,6 +474,8 @@ class Optimizer:
         """
         ids = rows.ids
         columns, fills = Columns(value, state), self._fills_of(key)
+        if self.spec.ema is not None:
+            columns.add_average()
         kernel = self._kernel_of_rows(key, value, rows)
         if kernel is not None:
             self._step_rows_in_place(kernel, columns, rows, state, fills)
@@ -476,6 +498,8 @@ class Optimizer:
         held = rows.values.new_empty(0) if isinstance(value, Table) else value
         if value.device.type != "cpu" or not native.is_plain([held, rows.values]):
             return None
+        if self.spec.ema is not None and held.dtype in interop.LOW_PRECISION:
+            return None
         return self.kernel(key, held)
 
     def _step_rows_in_place(
@@ -486,7 +510,7 @@ class Optimizer:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         count = float(state["step"]) + 1 if "step" in state else 1.0
         ids, values = rows.ids.contiguous(), rows.values
-        at = columns.addresses(ids, {name: fills[name] for name in kernel.columns})
+        at = columns.addresses(ids, {name: fills[name] for name in kernel.columns if name != AVERAGE})
         if values.numel():
             held = [at[name] for name in ("", *kernel.columns)]
             grads = address_rows(values, np.arange(len(ids), dtype=np.uint64))
@@ -559,6 +583,8 @@ class Optimizer:
             can_be_made = name in self._fills_of(key) and self.spec.name in ROWWISE
             if name not in state and name not in columns and not can_be_made:
                 raise OptimizerError(f"{quote(key)}: the state of {self.spec.name} lacks {quote(name)}")
+        # What is missing begins at the value.
+        expected[AVERAGE] = (shape, interop.accumulator(value.dtype))
         for name, tensor in state.items():
             wanted, dtype = expected.get(name, (shape, value.dtype))
             if tensor.shape != wanted or tensor.dtype is not dtype:

@@ -44,6 +44,7 @@ from .changes import (
     SetRule,
 )
 from .entry import Batch, Entry, Part
+from .fused import AVERAGE
 from .nonfinite import NonFinite, NonFinitePolicy, clip
 from .norm import PushResult, SquareSum
 from .optimizers import OptimizerSpec
@@ -583,6 +584,8 @@ class Shard(native.ShardFields):
         new = rule.optimizer.spec.name if isinstance(rule, StepOptimizer) else None
         if new is None or self.optimizer is None or self.optimizer.name != new:
             self._drop_states()
+        elif self.optimizer.ema is not None and rule.optimizer.spec.ema is None:  # type: ignore[attr-defined]
+            self._drop_states(AVERAGE)
         self._use(rule)
 
     def _use(self, rule: Rule) -> None:
@@ -601,11 +604,15 @@ class Shard(native.ShardFields):
                 entry.value.take_columns(other.value)
         self._use(rule)
 
-    def _drop_states(self) -> None:
+    def _drop_states(self, name: str | None = None) -> None:
+        """Forget the optimizer's state, or the state of one name."""
         for entry in self._entries.values():
-            entry.state = {}
+            if name is None:
+                entry.state = {}
+            else:
+                entry.state.pop(name, None)
             if isinstance(entry.value, Table):
-                entry.value.drop_columns()
+                entry.value.drop_columns(name)
 
     def _keep_overrides(self) -> None:
         """Drop the hyperparameters of keys that were removed."""

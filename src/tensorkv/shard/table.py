@@ -13,6 +13,7 @@ from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rowinit import RowInit
 from tensorkv.arrays.rows import Rows
 
+from .fused import AVERAGE, average_of
 from .index import new_index
 
 try:
@@ -94,18 +95,25 @@ class Table:
         return len(self) * self.row_shape.numel() * self.dtype.itemsize
 
     def add_column(self, name: str, dtype: torch.dtype, fill: float) -> None:
-        """Hold one more row per id, ``fill`` everywhere (see ``fill_with``); do nothing if the name exists."""
+        """Hold one more row per id, ``fill`` everywhere (see ``fill_with``); do nothing if the name exists.
+
+        The average of a row begins as the row.
+        """
         if name in self._columns:
             return
         room = len(self._columns[""]) if self._columns else 0
-        column = torch.empty((room, *self.row_shape), dtype=dtype, device=self.device)
-        self._columns[name] = fill_with(column, fill)
+        if name == AVERAGE:
+            column = self._columns[""].clone()
+        else:
+            column = fill_with(torch.empty((room, *self.row_shape), dtype=dtype, device=self.device), fill)
+        self._columns[name] = column
         self._fills[name] = fill
 
-    def drop_columns(self) -> None:
-        """Forget the optimizer's state."""
+    def drop_columns(self, only: str | None = None) -> None:
+        """Forget the optimizer's state, or the column of one name."""
         for name in self.columns:
-            del self._columns[name], self._fills[name]
+            if only in (None, name):
+                del self._columns[name], self._fills[name]
 
     def read(self, ids: torch.Tensor, column: str = "", out: torch.Tensor | None = None) -> torch.Tensor:
         """Return copies of rows, shape ``(n, *row_shape)``, in the order of ``ids``; absent ones as they start.
@@ -161,7 +169,7 @@ class Table:
 
     def _first(self, ids: torch.Tensor, column: str) -> torch.Tensor:
         """Return what rows hold that were never written."""
-        if self.init is not None and not column:
+        if self.init is not None and column in ("", AVERAGE):
             return self.init.rows(self._key, ids, self.row_shape, self.dtype).to(self.device)
         source = self._columns[column]
         return fill_with(source.new_empty((len(ids), *self.row_shape)), self._fills[column])
@@ -174,7 +182,9 @@ class Table:
             new = ids[absent]
             self._grow(count + missing)
             if starts and self.init is not None:
-                self._columns[""][count : count + missing] = self._first(new, "")
+                first = self._first(new, "")
+                for name in {"", AVERAGE} & self._columns.keys():
+                    self._columns[name][count : count + missing] = first
             self._index.add(new)
             places[absent] = torch.arange(count, count + missing, device="cpu")
         return places
@@ -236,6 +246,13 @@ class Columns:
                 self._state[name] = fill_with(torch.empty_like(value), fill)
         places = ids.numpy().view(np.uint64)
         return {name: address_rows(each, places) for name, each in {"": value, **self._held()}.items()}
+
+    def add_average(self) -> None:
+        """Have an average for each row, which begins as the row."""
+        if isinstance(self._value, Table):
+            self._value.add_column(AVERAGE, self._value.dtype, 0.0)
+        elif AVERAGE not in self._state:
+            self._state[AVERAGE] = average_of(self._value)
 
     def _held(self) -> dict[str, torch.Tensor]:
         shape = self._value.shape  # type: ignore[union-attr]

@@ -9,6 +9,7 @@ import tensorkv
 
 from .arguments import ArgumentContract
 from .arrays import ArrayContract
+from .averages import AverageContract
 from .libraries import LIBRARIES
 from .life import LifeContract
 from .reads import ReadContract
@@ -17,7 +18,9 @@ from .updaters import UpdaterContract
 from .writes import WriteContract
 
 
-class BaseContract(ArgumentContract, WriteContract, ReadContract, ArrayContract, TreeContract, LifeContract):
+class BaseContract(
+    ArgumentContract, WriteContract, ReadContract, ArrayContract, TreeContract, AverageContract, LifeContract
+):
     """The contract without update functions, for an engine that cannot run functions of the caller.
 
     Subclass it as ``Contract``.

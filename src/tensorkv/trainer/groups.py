@@ -12,6 +12,7 @@ from torch import nn
 from tensorkv.arrays import interop
 from tensorkv.arrays.keytable import select
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote, show, suggestion
+from tensorkv.shard.optimizers import OF_STORE
 
 # The parameter of every replica, by key or by name.
 Params = dict[str, list[nn.Parameter]]
@@ -159,7 +160,7 @@ def check_options(name: str, known: Iterable[str], options: Mapping[str, Any]) -
     """
     known = list(known)
     for word in options.keys() - _HOW:
-        if word in ("rescale_grad", "clip_gradient", "max_grad_norm"):
+        if word in OF_STORE:
             raise ArgumentError(f"Trainer: {word} holds for all parameters; give it to the Trainer, not to a group")
         if word not in known and (near := suggestion(word, known)):
             raise ArgumentError(f"Trainer: a parameter group has {quote(word)}{near}; {name} has {', '.join(known)}")

@@ -66,8 +66,9 @@ class Trainer:
             its own. ``"broadcast"``: after each step all replicas and workers have those of rank 0's first replica.
             ``"mean"``: they have the mean over replicas and workers; of integers, those of rank 0's first replica.
         **numbers: hyperparameters such as ``lr=0.1``; also ``rescale_grad`` (factor on the sum, default
-            1), ``clip_gradient`` (bound on each element after rescaling) and ``max_grad_norm`` (bound on the 2-norm
-            of all gradients, over replicas and workers, as with ``torch.nn.utils.clip_grad_norm_``).
+            1), ``clip_gradient`` (bound on each element after rescaling), ``max_grad_norm`` (bound on the 2-norm
+            of all gradients, over replicas and workers, as with ``torch.nn.utils.clip_grad_norm_``) and ``ema`` (see
+            ``pull_ema``).
 
     Raises:
         ArgumentError: not modules, nothing to train, replicas whose parameters differ in name, or parameter groups that
@@ -200,6 +201,33 @@ class Trainer:
             raise KeyNotFoundError(
                 f"Trainer.refresh: {error}. A load replaces all keys by those of the checkpoint; load one of this model"
             ) from None
+
+    def pull_ema(self, model: nn.Module) -> None:
+        """Fill a module with the moving averages of the trained weights, which the store keeps with ``ema=0.999``.
+
+        Args:
+            model: with the parameters of the trained one, such as ``copy.deepcopy`` makes; its frozen parameters and
+                buffers stay its own.
+
+        Raises:
+            ArgumentError: not a module, or one without a trained parameter.
+            TensorKVError: as ``KVStore.pull_ema``; no parameter has changed.
+
+        Limits: all workers of ``dist_sync`` call this together; it gathers the whole state, so call it seldom.
+
+        >>> import copy, torch, tensorkv
+        >>> model = torch.nn.Linear(2, 1)
+        >>> trainer = Trainer(model, tensorkv.create(), lr=0.1, ema=0.999)
+        >>> averaged = copy.deepcopy(model)
+        >>> trainer.pull_ema(averaged)
+        """
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(f"Trainer.pull_ema: model is {show(model)}; expected an nn.Module")
+        params = {self._prefix + name: param.detach() for name, param in model.named_parameters()}
+        lacking = [key for key in self._params if key not in params]
+        if lacking:
+            raise ArgumentError(f"Trainer.pull_ema: the model has no parameter for the key {quote(lacking[0])}")
+        self._kv.pull_ema(list(self._params), out=[params[key] for key in self._params])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of every replica's trained parameters.

@@ -12,7 +12,7 @@ from torch import nn
 
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.keytable import KeyTable
-from tensorkv.errors import CheckpointError, OptimizerError, show
+from tensorkv.errors import ArgumentError, CheckpointError, OptimizerError, show
 from tensorkv.shard import optimizers
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.nonfinite import clip
@@ -235,6 +235,11 @@ class WorkerUpdate:
         self._kv, self._params = kv, params
         self._refuse_optimizer()
         numbers = dict(numbers)
+        if numbers.pop("ema", None) is not None:
+            raise ArgumentError(
+                "Trainer: ema needs update_on_store=True, which averages in the store; where replicas step their own "
+                "optimizers, use torch.optim.swa_utils.AveragedModel"
+            )
         own = ("rescale_grad", "clip_gradient", "max_grad_norm")
         self._scaling = optimizers.spec("sgd", {word: numbers.pop(word) for word in own if word in numbers})
         self.last_push = PushResult()

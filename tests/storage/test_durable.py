@@ -132,6 +132,23 @@ def test_a_key_that_comes_again_in_another_form(tmp_path, monkeypatch, caplog):
     reopened(kv, tmp_path).close()
 
 
+@pytest.mark.parametrize("is_table", [True, False])
+def test_a_caller_may_change_its_rows_after_a_push(is_table, tmp_path, monkeypatch):
+    monkeypatch.setattr(durable, "DIGEST_EVERY", 4)
+    kv = tensorkv.create("local", path=tmp_path)
+    kv.init("t", Rows(np.array([5]), np.zeros((1, 2)), 9) if is_table else np.zeros((9, 2)))
+    kv.set_optimizer("sgd", lr=1.0)
+    ids, values = np.array([1, 3]), np.ones((2, 2))
+    for step in range(10):
+        ids[:], values[:] = [step % 4, 4 + step % 4], step
+        kv.push("t", Rows(ids, values, 9))
+    ids[:], values[:] = 8, np.nan
+    before = kv.row_sparse_pull("t", row_ids=list(range(9))).values.tolist()
+    kv = reopened(kv, tmp_path)
+    assert kv.row_sparse_pull("t", row_ids=list(range(9))).values.tolist() == before
+    kv.close()
+
+
 def test_what_was_set_for_a_key_goes_with_it_when_others_are_loaded(tmp_path):
     other = tensorkv.create("local")
     other.init("x", np.zeros(1))

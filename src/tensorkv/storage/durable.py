@@ -294,7 +294,8 @@ class _Digests:
         if not isinstance(total, Rows):
             self._changed[entry.key] = None
         elif (ids := self._changed.setdefault(entry.key, [])) is not None:
-            ids.append(total.ids)
+            # The caller may change its ids after the push.
+            ids.append(total.ids.clone())
 
     def of(self, shard: Shard) -> list[list[Any]]:
         """Return each changed key with a checksum of its version, value and state."""

@@ -1090,7 +1090,8 @@ class KVStore:
         what = f"{count} key{'' if count == 1 else 's'}"
         if self._type.startswith("dist"):
             # Shows a worker that was meant to be one of several, and is alone.
-            what = f"rank {self.rank} of {self.num_workers}, {what}"
+            is_worker = self.rank < self.num_workers
+            what = f"{f'rank {self.rank} of {self.num_workers}' if is_worker else 'a reader'}, {what}"
         return f"KVStore({self._type!r}, {what}{'' if spec is None else ', optimizer=' + repr(spec.name)})"
 
     def __reduce__(self) -> Any:

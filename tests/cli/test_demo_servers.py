@@ -49,6 +49,7 @@ def test_the_demo_reaches_its_accuracy_and_names_the_png_last(tmp_path):
 def test_one_mode_alone_and_quiet_prints_only_the_line_with_the_png(ray_store, tmp_path, monkeypatch, capsys):
     """As the only worker that torchrun has started."""
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr(demo_servers, "SLEEP_S", 0.0)
     out = tmp_path / "one.png"
     options = ["--store", "dist_async", "--mode", "async", "--epochs", "1", "--quiet", "--out", str(out)]
@@ -110,6 +111,7 @@ def test_options_that_do_not_go_together_are_wrong_usage(capsys, options, proble
 @pytest.mark.parametrize(("options", "status"), [([], 1), (["--epochs", "1"], 0), (["--min-accuracy", "0.9"], 0)])
 def test_only_the_demos_own_training_is_held_to_its_accuracy(tmp_path, monkeypatch, options, status):
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr(demo_servers, "run", lambda *_, **__: 0.94)
     out = str(tmp_path / "a.png")
     assert main.main(["demo", "--store", "dist_async", "--out", out, *options]) == status

@@ -114,8 +114,8 @@ class LifeContract:
         assert kv.info("b") == tensorkv.KeyInfo((4,), "bfloat16", "cpu", 0, 8, "dense")
         kv.push("a", ones(2, 3))
         assert kv.info("a").version == 1
-        rank, count = self.PLACE
-        place = f"rank {rank} of {count}, " if self.TYPE.startswith("dist") else ""
+        rank, size = self.PLACE
+        place = f"{f'rank {rank} of {size}' if rank < size else 'a reader'}, " if "dist" in self.TYPE else ""
         assert repr(kv) == f"KVStore({self.TYPE!r}, {place}2 keys)"
         kv.set_optimizer("sgd", lr=0.1)
         assert repr(kv) == f"KVStore({self.TYPE!r}, {place}2 keys, optimizer='sgd')"

@@ -39,6 +39,7 @@ def run(name, tmp_path, *arguments, launcher=(), **sizes):
 def test_every_example_is_tested():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
         "embeddings.py",
+        "gpt.py",
         "jax_digits.py",
         "publish_weights.py",
         "recommender.py",
@@ -68,6 +69,16 @@ def test_vectors_are_learned_though_a_server_is_killed(tmp_path):
     assert float(share[1]) > 0.7
     assert float(share[2]) < 0.55
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["server-0", "server-1"]
+
+
+def test_a_gpt_has_the_losses_of_ddp_with_every_store(tmp_path):
+    lines = run("gpt.py", tmp_path, STEPS=amount(8, 100))
+    told = [re.fullmatch(r"(\w+): loss ([\d.]+) to ([\d.]+), [\d.]+ ms a step", line) for line in lines[:3]]
+    assert [match[1] for match in told] == ["local", "dist_sync", "ddp"]
+    assert all(float(match[3]) < float(match[2]) for match in told)
+    most = re.fullmatch(r"largest relative difference from DDP at any step: (\S+); plot: gpt.png", lines[-1])
+    assert float(most[1]) <= 1e-5
+    assert [path.name for path in tmp_path.iterdir()] == ["gpt.png"]
 
 
 def test_jax_learns_digits_with_the_same_losses_in_one_process_and_in_two(tmp_path):

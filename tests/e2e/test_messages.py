@@ -255,9 +255,12 @@ def test_ids_may_be_lists_and_of_any_shape():
 def test_pythons_own_messages_name_the_class_that_users_know(name):
     method = getattr(tensorkv.KVStore, name)
     if callable(method):
+        # Of trees any number are parts.
+        wrong = {"nonsense": 1} if name in ("push_tree", "pushpull_tree") else {}
         with make_store() as kv, pytest.raises((TypeError, tensorkv.ArgumentError)) as caught:
-            method(kv, *range(20))
-        assert str(caught.value).startswith((f"KVStore.{name}() takes", f"{name}: got 1 without a name"))
+            method(kv, *(() if wrong else range(20)), **wrong)
+        says = ("() takes", "() got an unexpected keyword argument")
+        assert str(caught.value).startswith((*(f"KVStore.{name}{each}" for each in says), f"{name}: got 1 without"))
 
 
 @pytest.mark.parametrize("name", ["set_gradient_compression", "num_dead_node", "_barrier", "_set_updater"])

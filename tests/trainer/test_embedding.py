@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 import weakref
 
 import numpy as np
@@ -126,6 +127,101 @@ def test_gradients_of_several_passes_are_one_update(kv):
     assert whole(kv)[7, 0] == -2
 
 
+@pytest.mark.parametrize("padding_idx", [None, 0])
+def test_a_mean_does_not_count_passes(padding_idx):
+    """Of replicas and workers alone, as for parameters: of a model with two towers, or accumulated batches."""
+    with tensorkv.create(reduce="mean") as kv:
+        layer = Embedding(kv, "t", N, D, init=1.0, padding_idx=padding_idx)
+        kv.set_optimizer("sgd", lr=1.0)
+        (layer(torch.tensor([1, 0])).sum() + layer(torch.tensor([2], dtype=torch.int32)).sum()).backward()
+        layer(torch.tensor([1, 3])).sum().backward()
+        assert len(layer._gradients) == 1
+        layer.step()
+        assert whole(kv)[1:5, 0].tolist() == [-1, 0, 0, 1]
+
+
+def test_a_mean_counts_replicas():
+    """Those without gradients, too, and not the layers of a replica that have one table."""
+    with tensorkv.create(reduce="mean") as kv:
+        model = nn.ModuleList([nn.Linear(1, 1), *(Embedding(kv, "t", N, D, init=1.0) for _ in range(2))])
+        replicas = [model, copy.deepcopy(model)]
+        trainer = Trainer(replicas, kv, "sgd", lr=1.0)
+        for layer in model[1:]:
+            layer(torch.tensor([1, 2])).sum().backward()
+        replicas[1][1](torch.tensor([2])).sum().backward()
+        trainer.step()
+        assert whole(kv)[1:4, 0].tolist() == [0, -0.5, 1]
+        model[1](torch.tensor([3])).sum().backward()
+        trainer.step()
+        assert whole(kv)[3, 0] == 0.5
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_gradients_keep_no_graph(kv):
+    layer = Embedding(kv, "t", N, D, init=1.0)
+    kv.set_optimizer("sgd", lr=1.0)
+    for _ in range(2):
+        layer(torch.tensor([1])).square().sum().backward(create_graph=True)
+    assert not layer._gradients[0].values.requires_grad
+    layer.step()
+    assert whole(kv)[1, 0] == -3
+
+
+def test_gradients_of_a_push_that_fails_are_kept(kv, monkeypatch):
+    layer = Embedding(kv, "t", N, D, init=0.0)
+    kv.set_optimizer("sgd", lr=1.0)
+    layer(torch.tensor([1])).sum().backward()
+
+    def push(*_):
+        layer(torch.tensor([1, 2])).sum().backward()
+        raise tensorkv.StorageError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kv, "push", push)
+        with pytest.raises(tensorkv.StorageError):
+            layer.step()
+    layer.step()
+    assert whole(kv)[:4, 0].tolist() == [0, -2, -1, 0]
+
+
+def test_gradients_that_arrive_during_a_push_are_kept(kv, monkeypatch):
+    layer = Embedding(kv, "t", N, D, init=0.0)
+    kv.set_optimizer("sgd", lr=1.0)
+    layer(torch.tensor([1])).sum().backward()
+    real = kv.push
+
+    def push(*given):
+        real(*given)
+        # What another thread does meanwhile.
+        monkeypatch.setattr(kv, "push", real)
+        layer.step()
+        layer(torch.tensor([2])).sum().backward()
+
+    monkeypatch.setattr(kv, "push", push)
+    layer.step()
+    assert whole(kv)[:4, 0].tolist() == [0, -1, 0, 0]
+    layer.step()
+    assert whole(kv)[:4, 0].tolist() == [0, -1, -1, 0]
+
+
+def test_threads_lose_no_gradients(kv):
+    layer = Embedding(kv, "t", N, D, init=0.0)
+    kv.set_optimizer("sgd", lr=1.0)
+
+    def learn():
+        for _ in range(50):
+            layer(torch.tensor([1, 2])).sum().backward()
+            layer.step()
+
+    threads = [threading.Thread(target=learn) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    layer.step()
+    assert whole(kv)[:4, 0].tolist() == [0, -200, -200, 0]
+
+
 def test_zero_grad_forgets(kv):
     model = nn.Sequential(Embedding(kv, "t", N, D, init=0.0))
     kv.set_optimizer("sgd", lr=1.0)
@@ -216,6 +312,27 @@ def test_copies_share_the_table_and_not_gradients(kv):
     assert whole(kv)[1, 0] == -1
 
 
+def test_copies_keep_what_subclasses_share(kv):
+    class Head(Embedding):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.output = nn.Linear(D, D)
+            self.outputs = [self.output, self.kv]
+
+    model = nn.ModuleList([Head(kv, "t", N, D, init=0.0)])
+    model.append(model[0].output)
+    other = copy.deepcopy(model)
+    assert other[1] is other[0].output is other[0].outputs[0]
+    assert other[0].outputs[1] is kv
+    assert other[1].weight is not model[1].weight
+    kv.set_optimizer("sgd", lr=1.0)
+    shallow = copy.copy(model[0])
+    assert (type(shallow), shallow.output) == (Head, model[1])
+    shallow(torch.tensor([1])).sum().backward()
+    Trainer(nn.ModuleList([model[0], shallow]), kv, "sgd", lr=1.0).step()
+    assert whole(kv)[1, 0] == -1
+
+
 def test_a_trainer_steps_the_layers_of_its_replicas(kv):
     class Model(nn.Module):
         def __init__(self):
@@ -271,6 +388,13 @@ def test_a_store_without_an_optimizer_is_refused(kv):
     with pytest.raises(tensorkv.OptimizerError, match=r'"t": the store has no optimizer'):
         layer.step()
     assert kv.info("t").version == 0
+    kv.set_optimizer("sgd", lr=1.0)
+    layer.step()
+    kv.set_updater(None)
+    layer(torch.tensor([1])).sum().backward()
+    with pytest.raises(tensorkv.OptimizerError, match=r'"t": the store has no optimizer'):
+        layer.step()
+    assert kv.info("t").version == 1
 
 
 @pytest.mark.parametrize(
@@ -283,7 +407,12 @@ def test_a_store_without_an_optimizer_is_refused(kv):
         ((None, "t", N, D), {"padding_idx": N}, r"padding_idx is 50; expected an int in \[-50, 50\)"),
         ((None, "t", N, D), {"init": "xavier"}, "init is 'xavier'"),
         ((None, "t", N, D), {"a": 1}, "has no a"),
-        ((None, "t", N, D), {"sparse": True}, "sparse"),
+        (
+            (None, "t", N, D),
+            {"max_norm": 1.0},
+            "Embedding: got an unexpected argument 'max_norm'; expected padding_idx",
+        ),
+        ((None, "t", N, D), {"mode": "sum", "sparse": True}, "EmbeddingBag: got an unexpected argument 'sparse'"),
         ((None, "t", N, D), {"mode": "median"}, "mode is 'median'"),
     ],
 )
@@ -320,6 +449,19 @@ def test_it_shows_what_it_is(kv):
 def test_workers_together_learn_as_one(workers):
     """With batches of unequal size, and workers without one."""
     run(workers, learn_together)
+
+
+def test_servers_without_an_optimizer_are_refused(ray_store):
+    with tensorkv.create("dist_async", name="layers without", num_servers=2, num_workers=1) as kv:
+        layer = Embedding(kv, "t", N, D, init=0.0)
+        layer(torch.tensor([1])).sum().backward()
+        for _ in range(2):
+            with pytest.raises(tensorkv.OptimizerError, match=r'"t": the store has no optimizer'):
+                layer.step()
+            kv.set_optimizer("sgd", lr=1.0)
+            layer.step()
+            kv.set_updater(None)
+        assert whole(kv)[1, 0] == -1
 
 
 @pytest.mark.parametrize("servers", [1, 2, 3])

@@ -180,6 +180,11 @@ class Engine(Reader):
         """What was found out about the last push."""
         return PushResult()
 
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether this process knows of an optimizer in force, without asking others."""
+        return self.optimizer is not None
+
     def set_updater(self, updater: Updater | None) -> None:
         """Apply a function to each sum; None restores assignment."""
         raise self.lacks("set_updater")

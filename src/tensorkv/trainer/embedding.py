@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from tensorkv.arrays import interop
-from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.rows import Rows, merge
 from tensorkv.errors import (
     ArgumentError,
     ArrayTypeError,
@@ -25,6 +25,9 @@ from tensorkv.errors import (
     show,
 )
 from tensorkv.store import KVStore
+
+# The numbers of ``init``.
+_NUMBERS = ("mean", "std", "a", "b", "seed")
 
 
 class TableLayer(nn.Module):
@@ -55,21 +58,24 @@ class TableLayer(nn.Module):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         with naming(name):
             self.padding_idx = _check_padding(padding_idx, num_embeddings)
-        # What backward has computed since the last step.
+        # The sum of what backward has computed since the last step. A list, as copies of nn.DataParallel add to it.
         self._gradients: list[Rows] = []
-        self._has_optimizer = False
         self._create(init, numbers)
 
     def _create(self, init: Any, numbers: dict[str, Any]) -> None:
         """Create the table if the store does not have it; raise if it has another one."""
         name, key, kv = type(self).__name__, self.key, self.kv
         expected = (self.num_embeddings, self.embedding_dim), interop.dtype_name(self.dtype)
+        for word in numbers:
+            if word not in _NUMBERS:
+                raise ArgumentError(
+                    f"{name}: got an unexpected argument {word!r}; expected padding_idx, dtype, init, or a number of "
+                    f"init: {', '.join(_NUMBERS)}"
+                )
         try:
             rows = Rows(*_no_rows(self.embedding_dim, self.dtype), self.num_embeddings, init=init, **numbers)
         except TensorKVError as error:
             raise type(error)(f"{name}: {error}") from None
-        except TypeError as error:
-            raise ArgumentError(f"{name}: {error}") from None
         with naming(name):
             if key not in kv:
                 # Another process may create it meanwhile.
@@ -109,43 +115,43 @@ class TableLayer(nn.Module):
         def hook(rows: torch.Tensor) -> None:
             grad, rows.grad = rows.grad, None
             kept = slice(None) if padding is None else torch.arange(len(ids), device=ids.device) != padding
-            gradients.append(Rows(ids[kept], grad[kept], self.num_embeddings))  # type: ignore[index]
+            _add(gradients, Rows(ids[kept].long(), grad.detach()[kept], self.num_embeddings))  # type: ignore[union-attr]
 
         return hook
 
     def step(self) -> None:
-        """Push the gradients of all backward passes since the last step: one update of the rows that they used.
+        """Push the sum of the gradients of all backward passes since the last step: one update of the rows they used.
 
         Without any, no rows are pushed, which counts as an update all the same: workers that push together have to
         make the same calls.
 
         Raises:
             OptimizerError: the store has no optimizer, so gradients would replace rows.
-            TensorKVError: as ``KVStore.push``.
+            TensorKVError: as ``KVStore.push``; the gradients are kept.
         """
-        step([self])
-
-    def _check_optimizer(self) -> None:
-        # Servers are asked once.
-        self._has_optimizer = self._has_optimizer or self.kv.optimizer is not None
-        if not self._has_optimizer:
-            raise OptimizerError(
-                f"{quote(self.key)}: the store has no optimizer, and gradients would replace rows; call "
-                "kv.set_optimizer first"
-            )
+        step([[self]])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients since the last step."""
+        """Forget the gradients since the last step.
+
+        ``zero_grad`` of a model that has this layer does not: PyTorch clears the gradients of parameters there. Call
+        ``Trainer.zero_grad``, or this for each layer.
+        """
         super().zero_grad(set_to_none)
         self._gradients.clear()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # A store cannot be copied: a replica shares the table, and has gradients of its own.
+    # A store cannot be copied: a replica shares the table, and has gradients of its own.
+
+    def __copy__(self) -> Self:
         made = type(self).__new__(type(self))
-        memo[id(self)] = made
-        shared = {id(self.kv): self.kv}
-        made.__dict__.update({name: copy.deepcopy(each, {**memo, **shared}) for name, each in self.__dict__.items()})
-        made._gradients = []
+        made.__dict__.update(self.__dict__, _gradients=[])
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        memo[id(self.kv)] = self.kv
+        memo[id(self._gradients)] = []
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return made
 
     def extra_repr(self) -> str:
@@ -258,8 +264,8 @@ class EmbeddingBag(TableLayer):
 
 
 def layers_of(modules: Iterable[nn.Module]) -> list[TableLayer]:
-    """Return the layers of modules whose tables are in a store."""
-    return [layer for module in modules for layer in module.modules() if isinstance(layer, TableLayer)]
+    """Return the layers of modules whose tables are in a store, each once."""
+    return list({each: None for module in modules for each in module.modules() if isinstance(each, TableLayer)})
 
 
 def is_finite(layers: Iterable[TableLayer]) -> bool:
@@ -274,35 +280,63 @@ def scale(layers: Iterable[TableLayer], factor: float) -> None:
             rows.values.mul_(factor)
 
 
-def step(layers: Iterable[TableLayer]) -> None:
+def step(replicas: Iterable[Iterable[TableLayer]]) -> None:
     """Push the gradients of layers to their stores, those of one store in one call.
 
     Args:
-        layers: of which several may have one table, as those of replicas do.
+        replicas: the layers of each. Those of one replica that have one table push one part, the sum of their
+            gradients, as tied parameters do.
 
     Raises:
         OptimizerError: a store has no optimizer.
-        TensorKVError: as ``KVStore.push``.
+        TensorKVError: as ``KVStore.push``; the gradients that were not pushed are kept.
     """
-    stores: dict[KVStore, dict[str | int, list[TableLayer]]] = {}
-    for layer in layers:
-        stores.setdefault(layer.kv, {}).setdefault(layer.key, []).append(layer)
-    for kv, by_key in stores.items():
-        for layer, *_ in by_key.values():
-            layer._check_optimizer()
-        kv.push(list(by_key), [_parts(same) for same in by_key.values()])
-        for same in by_key.values():
-            for layer in same:
-                layer._gradients.clear()
+    stores: dict[KVStore, dict[str | int, dict[int, list[TableLayer]]]] = {}
+    for number, layers in enumerate(replicas):
+        for layer in layers:
+            stores.setdefault(layer.kv, {}).setdefault(layer.key, {}).setdefault(number, []).append(layer)
+    for kv, tables in stores.items():
+        # Servers are asked where this process knows of none.
+        if not kv._engine.has_optimizer and kv.optimizer is None:
+            raise OptimizerError(
+                f"{quote(next(iter(tables)))}: the store has no optimizer, and gradients would replace rows; call "
+                "kv.set_optimizer first"
+            )
+        taken: list[tuple[TableLayer, Rows]] = []
+        try:
+            # Before the push, during which other threads may compute more.
+            parts = [[_take_part(same, taken) for same in table.values()] for table in tables.values()]
+            kv.push(list(tables), parts)
+        except BaseException:
+            for layer, rows in taken:
+                _add(layer._gradients, rows)
+            raise
 
 
-def _parts(layers: list[TableLayer]) -> list[Rows]:
-    """Return what layers of one table push: at least one part."""
+def _take_part(layers: list[TableLayer], taken: list[tuple[TableLayer, Rows]]) -> Rows:
+    """Take away the sum of the gradients of layers of one table, no rows if there are none; note what was taken."""
+    own = [(layer, rows) for layer in layers if (rows := _take(layer._gradients)) is not None]
+    taken += own
+    if own:
+        return merge([rows for _, rows in own], may_share=True)
     first = layers[0]
-    parts = [rows for layer in layers for rows in layer._gradients]
-    if parts:
-        return parts
-    return [Rows(*_no_rows(first.embedding_dim, interop.accumulator(first.dtype)), first.num_embeddings)]
+    return Rows(*_no_rows(first.embedding_dim, interop.accumulator(first.dtype)), first.num_embeddings)
+
+
+def _add(gradients: list[Rows], rows: Rows) -> None:
+    """Add rows to the sum of gradients that a list has, which is empty if there are none."""
+    before = _take(gradients)
+    gradients.append(rows if before is None else merge([before, rows]))
+
+
+def _take(gradients: list[Rows]) -> Rows | None:
+    """Take the sum of gradients out of a list, None if there are none."""
+    found = []
+    # Of threads that take at once, pop gives each gradient to one.
+    with suppress(IndexError):
+        while True:
+            found.append(gradients.pop())
+    return merge(found[::-1], may_share=True) if found else None
 
 
 def _no_rows(columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -70,6 +70,7 @@ class StoreOptimizer(torch.optim.Optimizer):
         self._kv, self._replicas, self._prefix = kv, replicas, prefix
         self._params, self._update = params, update
         self._tables = embedding.layers_of(replicas)
+        self._tables_of = [embedding.layers_of([replica]) for replica in replicas]
         numbers = self._seen = update.read()
         self._groups = [self._shown(*pair) for pair in zip(update.groups, numbers, strict=True)]
         self._unused = unused
@@ -203,7 +204,7 @@ class StoreOptimizer(torch.optim.Optimizer):
         else:
             self.flush()
         self._update.step(self._gradients.all(), is_pushed=self._overlap is not None)
-        embedding.step(self._tables)
+        embedding.step(self._tables_of)
 
     def _unscale(self) -> bool:
         """Do what a GradScaler that calls ``step`` asks for; return whether to step.

@@ -393,6 +393,10 @@ class PSEngine(Engine):
     def last_push(self) -> PushResult:
         return self._data.last_push
 
+    @property
+    def has_optimizer(self) -> bool:
+        return self._keymap.optimizer is not None
+
     # ------------------------------------------------------------ looking
 
     def spec(self, verb: str, key: Key) -> KeySpec:

@@ -308,3 +308,11 @@ def test_bad_row_ids(row_ids, error, words):
     with pytest.raises(error) as caught:
         take_ids(row_ids, 6)
     assert words in str(caught.value)
+
+
+def test_rows_on_another_device_start_their_table_alike():
+    rows = Rows([], np.zeros((0, 2), np.float32), 9, init="normal", seed=3)
+    assert rows.to("cpu").init == rows.merged().init == rows.init
+    with tensorkv.create() as kv:
+        kv.init({"t": rows.to("cpu")})
+        assert kv.row_sparse_pull("t", row_ids=[4]).values.any()

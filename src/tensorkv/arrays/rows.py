@@ -96,7 +96,7 @@ class Rows:
             raise ArgumentError(
                 f'Rows.to: device is {show(device)}; expected a torch.device, or a str such as "cpu"'
             ) from None
-        return _unchecked(taken.ids.to(target), taken.values.to(target), self.num_rows)
+        return _unchecked(taken.ids.to(target), taken.values.to(target), self.num_rows, taken.init)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the whole tensor, shape ``(num_rows, ...)``, rows that are not here being zero.

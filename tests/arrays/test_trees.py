@@ -146,6 +146,18 @@ def test_names_are_cached_and_the_cache_is_bounded(monkeypatch):
     assert len(trees._names) <= trees._MAX_NAMES
 
 
+EQUAL = [0, False, np.int64(0), 0.0, "0", (1, 2)]
+
+
+@pytest.mark.parametrize("first", EQUAL, ids=repr)
+@pytest.mark.parametrize("second", EQUAL, ids=repr)
+def test_keys_that_are_equal_do_not_share_names(first, second):
+    pytest.importorskip("jax")
+    trees._names.clear()
+    for key in (first, second, first):
+        assert flatten("push", {key: 1}, "").names == [str(key)]
+
+
 def test_trees_do_not_import_jax():
     code = "import sys, numpy as np, tensorkv; kv = tensorkv.create(); kv.init_tree({'a': [np.ones(1)]})"
     code += "; print(kv.pushpull_tree({'a': [np.ones(1)]}), 'jax' in sys.modules)"

@@ -15,8 +15,8 @@ from typing import Any
 
 from tensorkv.errors import ArgumentError, TensorKVError, quote, show
 
-# Names of the trees seen last, by structure and prefix.
-_names: dict[tuple[Any, str], list[str]] = {}
+# Names of the trees seen last, by structure, prefix and, where keys are not all str, the structure's text.
+_names: dict[tuple[Any, str, str | None], list[str]] = {}
 _MAX_NAMES = 64
 
 
@@ -164,14 +164,20 @@ def _check_names(verb: str, names: list[str]) -> list[str]:
 
 def _flatten_pytree(verb: str, tree_util: Any, tree: Any, base: str) -> Flat:
     leaves, structure = tree_util.tree_flatten(tree)
-    names = _names.get((structure, base))
+    names = _names.get((structure, base, None))
+    if names is None:
+        # Structures are equal if their keys are, as 0 and False are.
+        text = str(structure)
+        names = _names.get((structure, base, text))
     if names is None:
         paths = [path for path, _ in tree_util.tree_flatten_with_path(tree)[0]]
         words = [[tree_util.keystr((key,), simple=True) for key in path] for path in paths]
         names = _check_names(verb, [".".join([base, *path] if base else path) for path in words])
-        if len(_names) >= _MAX_NAMES:
-            _names.clear()
-        _names[structure, base] = names
+        keys = {type(key.key) for path in paths for key in path if isinstance(key, tree_util.DictKey)}
+        if keys <= {str, int}:
+            if len(_names) >= _MAX_NAMES:
+                _names.clear()
+            _names[structure, base, text if int in keys else None] = names
     return Flat(names, leaves, structure, structure.unflatten)
 
 

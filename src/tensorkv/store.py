@@ -24,7 +24,7 @@ from tensorkv.arrays.arguments import (
     single_values,
 )
 from tensorkv.arrays.keytable import select
-from tensorkv.arrays.outputs import GivenOuts, NewOuts, like_origin
+from tensorkv.arrays.outputs import GivenOuts, NewOuts, describe_like, give_each, like_origin
 from tensorkv.arrays.rows import Rows, take_ids
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.call import Call, check_priority, nbytes, take
@@ -475,8 +475,8 @@ class KVStore:
         """Pull every array of a tree, as one ``pull``.
 
         Args:
-            like: a tree of the structure to return. Its arrays choose library and device; they may be
-                ``jax.ShapeDtypeStruct``.
+            like: a tree of the structure to return. Its arrays have the shapes of the keys, choose library, device and
+                dtype, and may be ``jax.ShapeDtypeStruct``.
             into: a tree of arrays to fill instead, such as ``model.state_dict()``.
             prefix: as for ``init_tree``.
 
@@ -486,6 +486,7 @@ class KVStore:
 
         Raises:
             KeyNotFoundError: the store has no key of that path, or none that begins with the prefix.
+            ValueMismatchError: an array of another shape than its key, or of a dtype that a ``pull`` does not cast to.
             ArgumentError: as for ``init_tree``; ``like`` and ``into``; keys that do not make nested dicts.
             TensorKVError: as ``pull``; nothing has been written.
 
@@ -493,7 +494,7 @@ class KVStore:
         >>> kv = create()
         >>> kv.init_tree({"layers": [np.zeros(2), np.ones(1)]})
         >>> kv.pull_tree({"layers": [torch.empty(2), torch.empty(1)]})
-        {'layers': [tensor([0., 0.], dtype=torch.float64), tensor([1.], dtype=torch.float64)]}
+        {'layers': [tensor([0., 0.]), tensor([1.])]}
         >>> kv.pull_tree()
         {'layers': {'0': array([0., 0.]), '1': array([1.])}}
         """
@@ -518,13 +519,19 @@ class KVStore:
         return trees.nest("pull_tree", dict(zip(names, self.pull(names), strict=True)), base)
 
     def _pull_like(self, keys: list[str], arrays: list[Any]) -> list[Any]:
-        """Return the value of each key as an array of the library and device of another array."""
-        origins = [like_origin(f"pull_tree({quote(key)})", array) for key, array in zip(keys, arrays, strict=True)]
-        if all(origin == origins[0] for origin in origins):
+        """Return the value of each key as an array of the shape, dtype, library and device of another array."""
+        wanted = [describe_like("pull_tree", key, array) for key, array in zip(keys, arrays, strict=True)]
+        held = self._engine.protect(lambda: [self._engine.spec("pull", key) for key in keys])
+        if all(
+            shape == spec.shape and dtype is spec.dtype and (origin is wanted[0][2] or origin == wanted[0][2])
+            for (shape, dtype, origin), spec in zip(wanted, held, strict=True)
+        ):
             same: list[Any] = self.pull(keys, like=arrays[0] if arrays else None)
             return same
-        pulled = self.pull(keys, like=torch.empty(0, dtype=torch.float32, device="cpu"))
-        return interop.give_each(pulled, origins)
+        specs = [KeySpec(torch.Size(shape), dtype, origin, is_table=False) for shape, dtype, origin in wanted]
+        outs = [spec.new() for spec in specs]
+        self.pull(keys, out=outs)
+        return give_each(list(zip(outs, specs, strict=True)))
 
     def pushpull_tree(self, *parts: Any, prefix: str = "", priority: int = 0) -> Any:
         """Push every array of a tree, then pull the same keys, as one ``pushpull``.

@@ -230,6 +230,7 @@ def _take_jax(array: Any) -> torch.Tensor:
     return _take_torch(torch.utils.dlpack.from_dlpack(array))
 
 
+_BY_NAME = {dtype_name(dtype): dtype for dtype in DTYPES}
 _NUMPY_NAMES = {dtype.name for dtype in _NUMPY_DTYPES.values()} | {"bfloat16"}
 
 
@@ -303,6 +304,29 @@ def origin(array: Any) -> Origin:
     if hasattr(array, "__dlpack__"):
         return Origin("torch")
     raise ArrayTypeError(f"is {show(array)}, not an array")
+
+
+def shape_and_dtype(array: Any) -> tuple[tuple[int, ...], torch.dtype]:
+    """Return the shape and dtype of an array of any library, or of what describes one; its memory may be gone.
+
+    Raises:
+        ArrayTypeError: a dtype that no store holds.
+    """
+    if isinstance(array, torch.Tensor) and array.dtype in DTYPES:
+        return array.shape, array.dtype
+    if not hasattr(array, "dtype") or not hasattr(array, "shape"):
+        taken = take(array)
+        return taken.shape, taken.dtype
+    return array.shape, _torch_dtype(array.dtype)
+
+
+@lru_cache(maxsize=256)
+def _torch_dtype(dtype: Any) -> torch.dtype:
+    # NumPy's, in any order of bytes, as well as JAX's and CuPy's have a name; other libraries' have only their text.
+    name = getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
+    if name not in _BY_NAME:
+        raise ArrayTypeError(_bad_dtype(name))
+    return _BY_NAME[name]
 
 
 def _is_jax_struct(array: Any) -> bool:

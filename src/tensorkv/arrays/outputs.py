@@ -153,11 +153,28 @@ def like_origin(verb: str, like: Any) -> interop.Origin:
         ArrayTypeError: it is not an array, or has no numbers.
     """
     try:
-        if isinstance(like, torch.Tensor) and like.is_meta:
-            raise ArrayTypeError("is a meta tensor, which has no numbers")
-        return interop.origin(like)
+        return _origin(like)
     except ArrayTypeError as error:
         raise ArrayTypeError(f"{verb}: like {error}; give an array of the library and device to return") from None
+
+
+def _origin(like: Any) -> interop.Origin:
+    if isinstance(like, torch.Tensor) and like.is_meta:
+        raise ArrayTypeError("is a meta tensor, which has no numbers")
+    return interop.origin(like)
+
+
+def describe_like(verb: str, key: Key, like: Any) -> tuple[tuple[int, ...], torch.dtype, interop.Origin]:
+    """Return the shape, dtype, library and device of the array that a key's new one is to be like.
+
+    Raises:
+        ArrayTypeError: as ``like_origin``, or a dtype that no store holds.
+    """
+    try:
+        origin = _origin(like)
+        return *interop.shape_and_dtype(like), origin
+    except ArrayTypeError as error:
+        raise ArrayTypeError(f"{verb}({quote(key)}): like {error}; give an array like the one to return") from None
 
 
 def check_dense(verb: str, key: Key, spec: KeySpec) -> None:

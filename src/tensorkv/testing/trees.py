@@ -114,7 +114,7 @@ class TreeContract:
         pulled = kv.pushpull_tree({"n": torch.full((2,), 2.0), "t": np.full(2, 3, F32)})
         assert isinstance(pulled["n"], np.ndarray)
         assert isinstance(pulled["t"], torch.Tensor)
-        like = kv.pull_tree({"n": torch.empty(0), "t": ones(2)})
+        like = kv.pull_tree({"n": torch.empty(2), "t": ones(2)})
         assert isinstance(like["n"], torch.Tensor)
         assert isinstance(like["t"], np.ndarray)
         assert (like["n"].tolist(), like["t"].tolist()) == ([2, 2], [3, 3])
@@ -127,6 +127,21 @@ class TreeContract:
         assert (module.weight.tolist(), module.bias.tolist()) == ([[5, 5]], [1])
         with pytest.raises(tensorkv.ArgumentError, match="pull_tree: got like= and into="):
             kv.pull_tree({}, into={})
+
+    @pytest.mark.parametrize("is_mixed", [False, True])
+    def test_arrays_of_a_tree_choose_shapes_and_dtypes(self, kv, library, is_mixed):
+        kv.init_tree({"a": library.make([1.5, 2]), "n": library.make([3], "int32")})
+        other = np.zeros(1, np.int16) if is_mixed else library.make([0], "int16")
+        pulled = kv.pull_tree({"a": library.make([0, 0], "float16"), "n": other})
+        assert [str(pulled[name].dtype).removeprefix("torch.") for name in "an"] == ["float16", "int16"]
+        assert [pulled[name].tolist() for name in "an"] == [[1.5, 2], [3]]
+        for like, match in [
+            ({"a": library.make([0] * 5), "n": other}, r'\("a"\): out 0 has shape \(5,\), .* \(2,\)'),
+            ({"a": library.make([[0, 0]]), "n": other}, r'\("a"\): out 0 has shape \(1, 2\), .* \(2,\)'),
+            ({"a": library.make([0, 0], "int32"), "n": other}, r'\("a"\): out 0 is int32'),
+        ]:
+            with pytest.raises(tensorkv.ValueMismatchError, match=match):
+                kv.pull_tree(like)
 
     def test_a_tree_without_a_model_is_nested_dicts(self, kv):
         kv.init_tree({"policy": {"layers": [ones(1), 2 * ones(1)]}, "policy2": 3 * ones(1)})

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar
 
 import torch
 
@@ -120,6 +120,14 @@ def _collective(method: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+class _Trainer(Protocol):
+    """The optimizer of a Trainer, which may have hyperparameters that are not in the store yet."""
+
+    def flush(self) -> None: ...
+
+    def replace_pending(self, words: Collection[str] | None, keys: Collection[Key] | None) -> None: ...
+
+
 class KVStore:
     """A key-value store of tensors: write by summing (``push``), read by copying (``pull``).
 
@@ -150,8 +158,8 @@ class KVStore:
         self._type = type
         self._metrics = Metrics()
         self._pushes, self._pulls, self._pushpulls = map(self._metrics.of, ("push", "pull", "pushpull"))
-        # Of those who have numbers for the optimizer that are not in the store yet.
-        self._flushes: list[weakref.WeakMethod[Callable[[], None]]] = []
+        # In the order of their creation, which is the same on all workers.
+        self._trainers: weakref.WeakKeyDictionary[_Trainer, None] = weakref.WeakKeyDictionary()
         forks.pin_in_children(self)
 
     if not TYPE_CHECKING:  # so that type checkers report unknown names
@@ -725,6 +733,7 @@ class KVStore:
         with naming("set_optimizer"):
             spec = optimizers.spec(optimizer, numbers)
         self._engine.protect(self._engine.set_optimizer, spec)
+        self._replace_pending()
 
     @_collective
     def set_hyperparameters(self, keys: Any = None, *unnamed: Any, **numbers: Any) -> None:
@@ -753,6 +762,7 @@ class KVStore:
         listed = None if keys is None else select("set_hyperparameters", keys, self._engine.keys)
         with naming("set_hyperparameters"):
             self._engine.protect(self._engine.set_hyperparameters, numbers, listed)
+        self._replace_pending(numbers, listed)
 
     @property
     def last_push(self) -> PushResult:
@@ -845,6 +855,7 @@ class KVStore:
             if self._engine.protect(self._engine.broadcast_text, seen) == "missing":
                 return False
         self._engine.protect(self._engine.load, folder, "store")
+        self._replace_pending()
         return True
 
     @_collective
@@ -871,18 +882,22 @@ class KVStore:
         """
         self._begin("load_optimizer_states")
         self._engine.protect(self._engine.load, folder_path("load_optimizer_states", path), "optimizer-states")
+        self._replace_pending()
 
     # ------------------------------------------------------------ for Trainer
 
-    def _before_save(self, flush: Callable[[], None]) -> None:
-        """Have a method called before a checkpoint is written, as long as its object lives."""
-        self._flushes.append(weakref.WeakMethod(flush))
+    def _attach(self, trainer: _Trainer) -> None:
+        """Have the methods of a Trainer's optimizer called, as long as it lives."""
+        self._trainers[trainer] = None
 
     def _flush(self) -> None:
-        for reference in self._flushes:
-            flush = reference()
-            if flush is not None:
-                flush()
+        for trainer in list(self._trainers):
+            trainer.flush()
+
+    def _replace_pending(self, words: Collection[str] | None = None, keys: Collection[Key] | None = None) -> None:
+        """Have hyperparameters that were set here replace those that Trainers have not put in force yet."""
+        for trainer in list(self._trainers):
+            trainer.replace_pending(words, keys)
 
     @_collective
     def _set_optimizer(self, spec: optimizers.OptimizerSpec) -> None:
@@ -918,6 +933,7 @@ class KVStore:
         """Take over what contents hold."""
         self._begin("load_state_dict")
         self._engine.protect(self._engine.restore, contents)
+        self._replace_pending()
 
     # ------------------------------------------------------------ looking
 

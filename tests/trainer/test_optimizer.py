@@ -1,6 +1,7 @@
 """``trainer.optimizer``: PyTorch's schedulers and scaler on a store train as they do on an optimizer of torch."""
 
 import copy
+import gc
 import pickle
 import re
 import warnings
@@ -156,6 +157,78 @@ def test_what_is_set_last_counts():
         trainer.param_groups[0]["lr"] = 0.4
         trainer.step()
         assert kv.optimizer["lr"] == trainer.learning_rate == 0.4
+
+
+def _load(kv, trainer, path, _):
+    kv.load(path / "saved")
+    trainer.refresh()
+
+
+REPLACERS = {
+    "kv.load": _load,
+    "kv.load_optimizer_states": lambda kv, trainer, path, _: kv.load_optimizer_states(path / "states"),
+    "kv.set_optimizer": lambda kv, trainer, path, _: kv.set_optimizer("sgd", lr=0.1),
+    "kv.set_hyperparameters": lambda kv, trainer, path, _: kv.set_hyperparameters(lr=0.1),
+    "of its keys": lambda kv, trainer, path, _: kv.set_hyperparameters("*", lr=0.1),
+    "trainer.load_state_dict": lambda kv, trainer, path, states: trainer.load_state_dict(states[0]),
+    "optimizer.load_state_dict": lambda kv, trainer, path, states: trainer.optimizer.load_state_dict(states[1]),
+    "trainer.learning_rate": lambda kv, trainer, path, _: setattr(trainer, "learning_rate", 0.1),
+}
+
+
+@pytest.mark.parametrize(
+    ("replace", "update_on_store"),
+    [(name, on_store) for name in REPLACERS for on_store in MODES if on_store or not name.startswith(("kv.", "of "))],
+)
+def test_an_equal_number_that_is_set_later_replaces_one_that_is_pending(replace, update_on_store, tmp_path):
+    model = _model()
+    with tensorkv.create() as kv:
+        trainer = Trainer(model, kv, "sgd", lr=0.1, update_on_store=update_on_store)
+        states = trainer.state_dict(), trainer.optimizer.state_dict()
+        kv.save(tmp_path / "saved")
+        if update_on_store:
+            kv.save_optimizer_states(tmp_path / "states")
+        trainer.param_groups[0]["lr"] = 0.5
+        REPLACERS[replace](kv, trainer, tmp_path, states)
+        before = model[0].bias.detach().clone()
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        trainer.step()
+        torch.testing.assert_close(model[0].bias.detach(), before - 0.1)
+        assert trainer.learning_rate == 0.1
+
+
+def test_what_is_set_for_others_leaves_pending_numbers_alone(tmp_path):
+    with tensorkv.create() as kv:
+        one, other = (Trainer(_model(), kv, "sgd", lr=0.1, prefix=prefix) for prefix in ("a.", "b."))
+        one.param_groups[0]["lr"] = 0.5
+        kv.set_hyperparameters(weight_decay=0.1)
+        kv.set_hyperparameters("a.0.bias", lr=0.1)
+        kv.set_hyperparameters(other.keys, lr=0.1)
+        other.param_groups[0]["lr"] = 0.25
+        other.step()
+        one.step()
+        assert [each.param_groups[0]["lr"] for each in (one, other)] == [0.5, 0.25]
+        assert one.param_groups[0]["weight_decay"] == 0.1
+    with tensorkv.create() as kv:
+        # A store that only sums has no numbers to replace those of the replicas' optimizers.
+        trainer = Trainer(_model(), kv, "sgd", lr=0.1, update_on_store=False)
+        kv.save(tmp_path)
+        trainer.param_groups[0]["lr"] = 0.5
+        kv.load(tmp_path)
+        trainer.step()
+        assert trainer.learning_rate == 0.5
+
+
+def test_a_store_keeps_nothing_of_trainers_that_are_gone(tmp_path):
+    with tensorkv.create() as kv:
+        for number in range(3):
+            trainer = Trainer(_model(), kv, "sgd", lr=0.1, prefix=f"{number}.")
+        gc.collect()
+        assert len(kv._trainers) == 1
+        trainer.param_groups[0]["lr"] = 0.2
+        kv.save(tmp_path)
+        assert kv._engine.optimizer.overrides["2.0.bias"] == {"lr": 0.2}
 
 
 def test_a_trainer_s_groups_leave_other_keys_alone():

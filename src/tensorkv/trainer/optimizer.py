@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
+from tensorkv.arrays.arguments import Key
 from tensorkv.errors import CheckpointError, OptimizerError, naming, show
 from tensorkv.store import KVStore
 
@@ -76,7 +77,7 @@ class StoreOptimizer(torch.optim.Optimizer):
         self._unused = unused
         self._collect(overlaps=overlaps)
         self._buffers = buffers
-        kv._before_save(self.flush)
+        kv._attach(self)
         # Torch's constructor would add groups, and import torch's compiler for that. This is how it unpickles.
         super().__setstate__({"defaults": dict(update.defaults)})
 
@@ -134,9 +135,28 @@ class StoreOptimizer(torch.optim.Optimizer):
             for group, numbers in zip(self._groups, self._seen, strict=True):
                 group.update(numbers)
 
+    def replace_pending(self, words: Collection[str] | None, keys: Collection[Key] | None) -> None:
+        """Give up numbers that are not in force yet, after others were set in the store.
+
+        Args:
+            words: names of these numbers; None stands for all.
+            keys: of which they were set. A group counts if all of its keys are among them; None stands for all keys.
+        """
+        if self._update.on_store:
+            self.drop_pending(words, keys)
+
+    def drop_pending(self, words: Collection[str] | None = None, keys: Collection[Key] | None = None) -> None:
+        """Give up numbers that were written into ``param_groups`` and are not in force yet."""
+        chosen = None if keys is None else set(keys)
+        # A group that is being added is not shown yet.
+        for group, shown, seen in zip(self._update.groups, self._groups, self._seen, strict=False):
+            if chosen is None or chosen.issuperset(group.keys):
+                shown.update({word: number for word, number in seen.items() if words is None or word in words})
+
     def set_learning_rate(self, lr: float) -> None:
         """Set the learning rate of all groups at once."""
         self._update.set_everywhere(lr)
+        self.drop_pending({"lr"})
         self._read()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -340,6 +340,7 @@ class Trainer:
             state[part] = {f"{self._prefix}{name}": each for name, each in state[part].items()}
         _check_weights(self._params, state["weights"], state["overrides"])
         self._update.load(state)
+        self.optimizer.drop_pending()
 
     def __repr__(self) -> str:
         count = len(next(iter(self._params.values())))

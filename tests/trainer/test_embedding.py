@@ -361,25 +361,106 @@ def test_a_trainer_steps_the_layers_of_its_replicas(kv):
         Trainer(model, kv, "sgd", lr=0.5, prefix="other.", update_on_store=False)
 
 
-def test_a_scaler_scales_the_gradients_of_tables(kv):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table, self.bias = Embedding(kv, "t", N, D, init=0.0), nn.Parameter(torch.zeros(1))
+class TableModel(nn.Module):
+    """A table and a bias."""
 
-        def forward(self, ids, factor):
-            return self.table(ids).sum() * factor + self.bias
+    def __init__(self, kv, dtype=torch.float32, key="t"):
+        super().__init__()
+        self.table, self.bias = Embedding(kv, key, N, D, init=0.0, dtype=dtype), nn.Parameter(torch.zeros(1))
 
-    model = Model()
-    trainer = Trainer(model, kv, "sgd", lr=1.0)
+    def forward(self, ids, factor=1.0, offset=1.0):
+        return (self.table(ids) * factor).sum().float() + self.bias * offset
+
+
+@pytest.mark.parametrize("unscales", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_a_scaler_scales_the_gradients_of_tables(kv, dtype, unscales):
+    model = TableModel(kv, dtype)
+    replicas = [model, copy.deepcopy(model)]
+    trainer = Trainer(replicas, kv, "sgd", lr=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for factor, expected in ((3.0, -3), (float("inf"), -3), (1.0, -4)):
+    for factor, expected in ((3.0, -6), (float("inf"), -6), (1.0, -8)):
         trainer.optimizer.zero_grad()
-        scaler.scale(model(torch.tensor([7]), factor)).backward()
+        for replica in replicas:
+            scaler.scale(replica(torch.tensor([7]), factor)).backward()
+        if unscales:
+            scaler.unscale_(trainer.optimizer)
+            assert model.bias.grad.item() == 1
+            nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         scaler.step(trainer.optimizer)
         scaler.update()
         assert whole(kv)[7].tolist() == [expected] * D
+    assert scaler.get_scale() == 512
     assert [kv.info(key).version for key in ("t", "bias")] == [2, 2]
+
+
+def test_a_scaler_lowers_its_scale_if_only_a_table_overflows(kv):
+    model = TableModel(kv, torch.float16)
+    trainer = Trainer(model, kv, "sgd", lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    steps = 0
+    while kv.info("t").version == 0:
+        assert steps < 10, "the scale does not fall"
+        # As a model does that does not know of tables: gradients of a step that is left out are gone.
+        model.zero_grad()
+        scaler.scale(model(torch.tensor([7]))).backward()
+        scaler.step(trainer.optimizer)
+        scaler.update()
+        steps += 1
+    assert (steps, scaler.get_scale()) == (6, 2.0**15)
+    assert whole(kv)[7].tolist() == [-1.0] * D
+
+
+def test_gradients_of_tables_are_clipped_through_the_groups(kv):
+    model = TableModel(kv)
+    trainer = Trainer(model, kv, "sgd", lr=1.0)
+    count = len(trainer.param_groups[0]["params"])
+    model(torch.tensor([7]), factor=3.0, offset=4.0).backward()
+    params = trainer.param_groups[0]["params"]
+    assert len(params) == count + 1
+    assert nn.utils.clip_grad_norm_(params, 0.5).item() == pytest.approx((9 * D + 16) ** 0.5)
+    trainer.step()
+    norm = (whole(kv).square().sum() + model.bias.detach().square()).sqrt()
+    assert norm.item() == pytest.approx(0.5, rel=1e-5)
+    assert len(trainer.param_groups[0]["params"]) == count
+    assert trainer.optimizer.state_dict()["param_groups"][0]["params"] == [0]
+
+
+@pytest.mark.parametrize("has_more", [False, True])
+@pytest.mark.parametrize("groups", [None, [{"params": "bias"}, {"params": "other", "momentum": 0.5}]])
+def test_a_scheduler_sets_the_learning_rate_of_tables(kv, groups, has_more):
+    model = TableModel(kv)
+    model.other = nn.Parameter(torch.zeros(1))
+    if has_more:
+        kv.init("more", torch.zeros(1))
+    trainer = Trainer(model, kv, "sgd", lr=1.0, param_groups=groups)
+    scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, 1, gamma=0.5)
+    saved = trainer.optimizer.state_dict()
+    for expected in (-1.0, -1.5, -1.75):
+        trainer.zero_grad()
+        model(torch.tensor([7])).backward()
+        trainer.step()
+        scheduler.step()
+        assert whole(kv)[7].tolist() == [expected] * D
+        assert model.bias.item() == expected
+    assert kv.optimizer["lr"] == (1.0 if has_more else 0.25)
+    if has_more:
+        kv.push("more", torch.ones(1))
+        assert kv.pull("more").item() == -1
+    trainer.optimizer.load_state_dict(saved)
+    model(torch.tensor([7])).backward()
+    trainer.step()
+    assert whole(kv)[7].tolist() == [-2.75] * D
+
+
+def test_a_number_of_one_group_is_not_the_tables(kv):
+    model = TableModel(kv)
+    model.other = nn.Parameter(torch.zeros(1))
+    trainer = Trainer(model, kv, "sgd", lr=1.0, param_groups=[{"params": "bias"}, {"params": "other"}])
+    trainer.param_groups[1]["lr"] = 0.5
+    model(torch.tensor([7])).backward()
+    trainer.step()
+    assert whole(kv)[7].tolist() == [-1.0] * D
 
 
 def test_a_store_without_an_optimizer_is_refused(kv):

@@ -268,9 +268,20 @@ def layers_of(modules: Iterable[nn.Module]) -> list[TableLayer]:
     return list({each: None for module in modules for each in module.modules() if isinstance(each, TableLayer)})
 
 
-def is_finite(layers: Iterable[TableLayer]) -> bool:
-    """Return whether the gradients that layers are going to push have neither NaN nor Inf."""
-    return all(bool(rows.values.isfinite().all()) for layer in layers for rows in layer._gradients)
+def tables_of(layers: Iterable[TableLayer], kv: KVStore) -> list[str | int]:
+    """Return the keys in one store of the tables of layers."""
+    return list(dict.fromkeys(layer.key for layer in layers if layer.kv is kv))
+
+
+def parameters(layers: Iterable[TableLayer]) -> list[nn.Parameter]:
+    """Return parameters whose ``grad`` is what layers are going to push: to scale or clip it in place."""
+    found = []
+    for layer in layers:
+        for rows in layer._gradients:
+            param = nn.Parameter(rows.values.detach())
+            param.grad = param.detach()
+            found.append(param)
+    return found
 
 
 def scale(layers: Iterable[TableLayer], factor: float) -> None:

@@ -30,7 +30,8 @@ class StoreOptimizer(torch.optim.Optimizer):
     written into them and differs reaches the store with the next step, ``state_dict`` or ``KVStore.save``.
     With ``update_on_store=False`` they show the numbers of the replicas' own optimizers.
 
-    Each group has the parameters of all replicas: of the first, then of the others.
+    Each group has the parameters of all replicas: of the first, then of the others. After ``backward`` the first group
+    also has a parameter for each gradient of a table, of which ``grad`` may be changed in place.
 
     Args:
         kv: the store.
@@ -99,6 +100,11 @@ class StoreOptimizer(torch.optim.Optimizer):
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The parameter groups, as ``torch.optim`` has them, with the numbers that are in force."""
         self._read()
+        if self._tables:
+            # What unscales or clips gradients finds them through the parameters of groups.
+            params = self._groups[0]["params"]
+            del params[len(self._update.groups[0].keys) * len(self._replicas) :]
+            params += embedding.parameters(self._tables)
         return self._groups
 
     def _read(self) -> None:
@@ -238,8 +244,9 @@ class StoreOptimizer(torch.optim.Optimizer):
             raise OptimizerError(
                 "Trainer: a GradScaler needs overlap=False, since gradients are unscaled after they are computed"
             )
-        overflows = bool(found_inf.item()) or not embedding.is_finite(self._tables)
-        if any(map(any, self._kv._gather("step", bytes([overflows])))):
+        if any(map(any, self._kv._gather("step", bytes([bool(found_inf)])))):
+            for layer in self._tables:
+                layer.zero_grad()
             return False
         scale: torch.Tensor | None = getattr(self, "grad_scale", None)
         if scale is not None:

@@ -28,7 +28,7 @@ from tensorkv.shard.norm import PushResult
 from tensorkv.store import KVStore
 
 from .buffers import Buffers, check_buffers
-from .embedding import layers_of
+from .embedding import layers_of, tables_of
 from .gradients import check_unused
 from .groups import Params, groups_of, parameters, trained
 from .optimizer import StoreOptimizer
@@ -118,17 +118,18 @@ class Trainer:
         self._params: Params = {prefix + name: each for name, each in trained(named).items()}
         if not self._params:
             raise ArgumentError("Trainer: no parameter requires a gradient; there is nothing to train")
+        layers = layers_of(replicas)
         if numbers.get("max_grad_norm") is not None and overlap is True and update_on_store is not False:
             raise ArgumentError(
                 "Trainer: max_grad_norm bounds the norm of the gradients of one push, and overlap=True makes several; "
                 "use overlap=False"
             )
-        if numbers.get("max_grad_norm") is not None and layers_of(replicas):
+        if numbers.get("max_grad_norm") is not None and layers:
             raise ArgumentError(
                 "Trainer: tables of Embedding layers are pushed by themselves, and their gradients would not be in the "
                 "norm; push parameters and tables in one call, to a store with max_grad_norm"
             )
-        if update_on_store is False and layers_of(replicas):
+        if update_on_store is False and layers:
             raise ArgumentError("Trainer: a store updates the tables of Embedding layers; use update_on_store=True")
         groups = [] if param_groups is None else groups_of(param_groups, named, prefix)
         self._update: StoreUpdate | WorkerUpdate
@@ -138,6 +139,7 @@ class Trainer:
             check_unused(unused, overlaps=overlaps)
             kept = None if check_buffers(buffers) == "local" else Buffers(kv, replicas, buffers)
             self._update = kind(kv, optimizer, numbers, self._params, groups)
+            self._update.tables = tables_of(layers, kv)
         try:
             broadcast(kv, self._params)
         except KeyExistsError as error:

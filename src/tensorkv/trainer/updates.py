@@ -38,6 +38,8 @@ class StoreUpdate:
 
     on_store = True
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
+    # Keys of the tables in the store that the Trainer steps. They are in no group.
+    tables: Sequence[Key] = ()
 
     def __init__(self, kv: KVStore, optimizer: Any, numbers: dict[str, Any], params: Params, groups: Groups) -> None:
         self._kv, self._params = kv, params
@@ -111,20 +113,28 @@ class StoreUpdate:
             _check(spec, {**numbers, **change})
         if not self._kv._engine.decides:
             return
-        alike, rest = self._split(changes)
-        if alike:
-            self._kv.set_hyperparameters(**alike)
-        for group, own in zip(self.groups, rest, strict=True):
+        everywhere, of_groups, of_tables = self._split(changes)
+        if everywhere:
+            self._kv.set_hyperparameters(**everywhere)
+        for group, own in zip(self.groups, of_groups, strict=True):
             if own and group.keys:
                 self._kv.set_hyperparameters(group.keys, **own)
+        self._write_to_tables(of_tables)
 
-    def _split(self, changes: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Return the numbers that are to be those of every key of the store, and those of each group alone."""
-        alike: dict[str, Any] = {}
-        if sum(len(group.keys) for group in self.groups) == len(self._kv):
-            first, *others = changes
-            alike = {word: n for word, n in first.items() if all(word in own and own[word] == n for own in others)}
-        return alike, [{word: n for word, n in own.items() if word not in alike} for own in changes]
+    def _write_to_tables(self, numbers: dict[str, Any]) -> None:
+        if numbers and self.tables:
+            self._kv.set_hyperparameters(self.tables, **numbers)
+
+    def _split(self, changes: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+        """Return the numbers for every key of the store, for each group alone, and for the tables alone.
+
+        A number that all groups get is for the tables too.
+        """
+        first, *others = changes
+        alike = {word: n for word, n in first.items() if all(word in own and own[word] == n for own in others)}
+        if sum(len(group.keys) for group in self.groups) + len(self.tables) < len(self._kv):
+            return {}, list(changes), alike
+        return alike, [{word: n for word, n in own.items() if word not in alike} for own in changes], {}
 
     def set_everywhere(self, lr: float) -> None:
         """Set the learning rate of every key of the store."""
@@ -164,18 +174,20 @@ class StoreUpdate:
             groups: with all their options.
         """
         spec, keys = self._held("load_state_dict"), list(self._params)
-        alike, rest = self._split([self._own(group) for group in groups])
-        spec = replace(spec, numbers={**spec.numbers, **alike})
+        everywhere, of_groups, of_tables = self._split([self._own(group) for group in groups])
+        spec = replace(spec, numbers={**spec.numbers, **everywhere})
         weights = [torch.empty_like(replicas[0], requires_grad=False) for replicas in self._params.values()]
         self._kv.pull(keys, out=weights)
         self.load(
             {
                 "weights": dict(zip(keys, weights, strict=True)),
                 "state": state,
-                "overrides": self._overrides(spec, rest),
+                "overrides": self._overrides(spec, of_groups),
                 "optimizer": _without_overrides(spec),
             }
         )
+        if self._kv._engine.decides:
+            self._write_to_tables(of_tables)
 
     def state(self) -> dict[str, Any]:
         return self._kv._state_dict(self._read)
@@ -230,6 +242,7 @@ class WorkerUpdate:
     """The store sums; each replica's own optimizer steps."""
 
     on_store = False
+    tables: Sequence[Key] = ()
 
     def __init__(self, kv: KVStore, optimizer: Any, numbers: dict[str, Any], params: Params, groups: Groups) -> None:
         self._kv, self._params = kv, params

@@ -304,6 +304,16 @@ def differ(update_on_store, changes_both):
     return "no error"
 
 
+def rates_differ(update_on_store):
+    """The workers set different learning rates at once."""
+    with Run("dist_sync", *SGD, update_on_store=update_on_store) as run:
+        try:
+            run.trainer.learning_rate = 0.5 + RANK
+        except tensorkv.WorkerMismatchError as error:
+            return [str(error), [group["lr"] for group in run.trainer.param_groups]]
+    return ["no error", []]
+
+
 def resume(store, folder):
     """A checkpoint has the number that a scheduler has written after the last step."""
     with Run(store, *SGD) as run:

@@ -93,6 +93,13 @@ def test_workers_whose_schedulers_differ_get_an_error(update_on_store, changes_b
         assert "set_hyperparameters" in message
 
 
+@pytest.mark.parametrize("update_on_store", MODES)
+def test_workers_that_set_different_learning_rates_get_an_error(update_on_store):
+    for message, rates in run(2, programs.rates_differ, update_on_store):
+        assert "the workers' calls differ" in message
+        assert rates == [0.1, 0.05]
+
+
 def test_a_checkpoint_has_what_a_scheduler_has_set_last(tmp_path):
     assert programs.resume("local", tmp_path / "local") == [0.025, 0.0125]
     assert run(2, programs.resume, "dist_sync", str(tmp_path / "dist")) == [[0.025, 0.0125]] * 2
@@ -242,18 +249,23 @@ def test_a_trainer_s_groups_leave_other_keys_alone():
         assert kv.pull("more").item() == pytest.approx(-0.1)
 
 
+@pytest.mark.parametrize("update_on_store", MODES)
 @pytest.mark.parametrize("bad", [float("nan"), -1.0, "0.1", None])
-def test_a_number_out_of_range_changes_nothing(bad):
+def test_a_number_out_of_range_changes_nothing(bad, update_on_store):
     model = _model()
     with tensorkv.create() as kv:
-        trainer = Trainer(model, kv, "sgd", lr=0.1, param_groups=programs.groups_of(model))
+        groups = programs.groups_of(model)
+        trainer = Trainer(model, kv, "sgd", lr=0.1, param_groups=groups, update_on_store=update_on_store)
         before = copy.deepcopy(model.state_dict())
         programs.loss_of(model, *programs.make_batch(0)).backward()
         trainer.param_groups[0]["lr"], trainer.param_groups[1]["lr"] = 0.2, bad
         with pytest.raises(tensorkv.OptimizerError, match="Trainer: sgd"):
             trainer.step()
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-        assert kv.optimizer["lr"] == 0.1
+        if update_on_store:
+            assert kv.optimizer["lr"] == 0.1
+        else:
+            assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.1, 0.05]
         assert not any(kv.info(key).version for key in kv)
         trainer.param_groups[1]["lr"] = torch.tensor(0.5)
         trainer.step()
@@ -430,11 +442,12 @@ def test_groups_that_do_not_fit(groups, error, message, update_on_store):
         assert kv.optimizer is None
 
 
-def test_a_group_that_cannot_be_added_changes_nothing():
+@pytest.mark.parametrize("update_on_store", MODES)
+def test_a_group_that_cannot_be_added_changes_nothing(update_on_store):
     model = _model()
     model[0].requires_grad_(False)
     with tensorkv.create() as kv:
-        trainer = Trainer(model, kv, "sgd", lr=0.1)
+        trainer = Trainer(model, kv, "sgd", lr=0.1, update_on_store=update_on_store)
         model[0].requires_grad_(True)
         kv.init("0.bias", torch.zeros(8))
         for group, error in [

@@ -256,8 +256,10 @@ class WorkerUpdate:
         own = ("rescale_grad", "clip_gradient", "max_grad_norm")
         self._scaling = optimizers.spec("sgd", {word: numbers.pop(word) for word in own if word in numbers})
         self.last_push = PushResult()
+        # None for optimizers that were not given by name, of whose numbers nothing is known.
+        self._spec: OptimizerSpec | None = None
         if isinstance(optimizer, str):
-            spec = optimizers.spec(optimizer, numbers)
+            spec = self._spec = optimizers.spec(optimizer, numbers)
             optimizer = getattr(torch.optim, optimizers.CLASSES[spec.name])
             for group in groups:
                 _check(spec, group.options)
@@ -289,9 +291,17 @@ class WorkerUpdate:
         pass
 
     def add(self, group: Group, created: Sequence[str]) -> None:
-        for index, each in enumerate(self.optimizers):
-            each.add_param_group(self._of(group, index))
-        broadcast(self._kv, {key: self._params[key] for key in created})
+        if self._spec is not None:
+            _check(self._spec, group.options)
+        count = len(self.groups)
+        try:
+            for index, each in enumerate(self.optimizers):
+                each.add_param_group(self._of(group, index))
+            broadcast(self._kv, {key: self._params[key] for key in created})
+        except BaseException:
+            for each in self.optimizers:
+                del each.param_groups[count:]
+            raise
         self.groups.append(group)
 
     def _of(self, group: Group, replica: int) -> dict[str, Any]:
@@ -330,15 +340,17 @@ class WorkerUpdate:
         return [_options(group) for group in self.optimizers[0].param_groups]
 
     def write(self, changes: Sequence[dict[str, Any]]) -> None:
+        if self._spec is not None:
+            known = self._spec.numbers
+            for change, numbers in zip(changes, self.read(), strict=True):
+                optimizers.spec(self._spec.name, {word: {**numbers, **change}[word] for word in known})
         self._kv._agree("set_hyperparameters", changes)
         for each in self.optimizers:
             for group, change in zip(each.param_groups, changes, strict=True):
                 group.update(change)
 
     def set_everywhere(self, lr: float) -> None:
-        for each in self.optimizers:
-            for group in each.param_groups:
-                group["lr"] = lr
+        self.write([{"lr": lr}] * len(self.groups))
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         state = self.optimizers[0].state

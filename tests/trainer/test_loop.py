@@ -48,6 +48,22 @@ def test_nothing_is_pushed_within_no_sync():
             trainer.zero_grad()
 
 
+def test_training_goes_on_after_a_push_that_failed_within_backward():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    with tensorkv.create(nonfinite="raise") as kv:
+        trainer = Trainer(model, kv, lr=0.1, overlap=True)
+        for step, factor in enumerate((1.0, float("nan"), 1.0, 1.0)):
+            trainer.zero_grad()
+            loss = model(torch.ones(1, 2)).sum() * factor
+            if step == 1:
+                with pytest.raises(tensorkv.NonFiniteError):
+                    loss.backward()
+            else:
+                loss.backward()
+                trainer.step()
+        assert {kv.info(key).version for key in kv} == {3}
+
+
 def test_a_gradient_of_a_batch_within_no_sync_alone_is_pushed():
     model = nn.ModuleList([nn.Linear(1, 1, bias=False) for _ in range(2)])
     trainer = Trainer(model, tensorkv.create(), lr=1.0, overlap=True)

@@ -351,6 +351,13 @@ def test_a_grad_scaler_and_overlap_exclude_each_other():
     with pytest.raises(tensorkv.OptimizerError, match="a GradScaler needs overlap=False"):
         scaler.step(trainer.optimizer)
     assert not hasattr(trainer.optimizer, "found_inf")
+    assert not any(trainer._kv.info(key).version for key in trainer.keys)
+    # Training goes on without the scaler.
+    for version in (1, 2):
+        trainer.zero_grad()
+        programs.loss_of(model, *programs.make_batch(1)).backward()
+        trainer.step()
+        assert {trainer._kv.info(key).version for key in trainer.keys} == {version}
 
 
 def test_a_state_of_other_groups_changes_nothing():

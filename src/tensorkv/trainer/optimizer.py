@@ -241,6 +241,7 @@ class StoreOptimizer(torch.optim.Optimizer):
         if found_inf is None:
             return True
         if self._overlap is not None:
+            self._overlap.begin()
             raise OptimizerError(
                 "Trainer: a GradScaler needs overlap=False, since gradients are unscaled after they are computed"
             )
@@ -276,6 +277,8 @@ class StoreOptimizer(torch.optim.Optimizer):
                     param.grad = param.grad.detach_().zero_()
         for layer in self._tables:
             layer.zero_grad(set_to_none)
+        if self._overlap is not None:
+            self._overlap.recover()
 
     # ------------------------------------------------------------ state
 

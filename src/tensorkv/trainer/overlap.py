@@ -53,9 +53,11 @@ class Overlap:
             for key, replicas in params.items()
             for param in replicas
         ]
-        self._begin()
+        self.begin()
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Forget what backward has computed and what was pushed since the last step."""
+        self._has_failed = False
         self._missing = {key: len(replicas) for key, replicas in self._params.items()}
         self._next = 0
 
@@ -89,12 +91,16 @@ class Overlap:
             self._accumulates = before
 
     def _push(self, keys: Sequence[str]) -> None:
-        if self._next == 0:
-            self._before()
-        grads = self._gradients.of(keys)
-        if grads:
-            # Backward computes last what the next forward pass needs first.
-            self._kv.push(list(grads), self._parts(grads), priority=self._next)
+        try:
+            if self._next == 0:
+                self._before()
+            grads = self._gradients.of(keys)
+            if grads:
+                # Backward computes last what the next forward pass needs first.
+                self._kv.push(list(grads), self._parts(grads), priority=self._next)
+        except BaseException:
+            self._has_failed = True
+            raise
         self._next += 1
 
     def finish(self) -> None:
@@ -103,7 +109,12 @@ class Overlap:
             self._buckets = self._make_buckets()
         while self._next < len(self._buckets):
             self._push(self._buckets[self._next])
-        self._begin()
+        self.begin()
+
+    def recover(self) -> None:
+        """Begin anew if a push has failed since the last step."""
+        if self._has_failed:
+            self.begin()
 
     def _make_buckets(self) -> list[list[str]]:
         order = [*self._order, *(key for key in reversed(self._params) if key not in self._order)]

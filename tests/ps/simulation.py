@@ -11,7 +11,6 @@ import itertools
 import json
 import random
 import threading
-from collections import UserDict
 from types import SimpleNamespace
 from unittest import mock
 
@@ -33,18 +32,13 @@ from tensorkv.store import KVStore
 LONG_SILENCE_S = 2.5
 
 
-class Environment(UserDict):
-    """The environment of a simulated process: threads of several make stores at the same time."""
+# What a launcher has set for a simulated process: threads of several make stores at the same time.
+of_thread = threading.local()
 
-    of_thread = threading.local()
 
-    @property
-    def data(self):
-        return getattr(self.of_thread, "words", {})
-
-    @data.setter
-    def data(self, words):
-        """Ignore what UserDict begins with."""
+def launched():
+    """Return rank and number of workers of the simulated process whose thread this is."""
+    return getattr(of_thread, "place", (0, 1))
 
 
 class BrokenPromiseError(AssertionError):
@@ -443,8 +437,8 @@ class World(Loop):
         holding, index = actor.server._state, actor.index
         push_round, push = holding.push_round, holding.push
 
-        def watched_round(keys, parts, ids):
-            push_round(keys, parts, ids)
+        def watched_round(keys, parts, counts, ids):
+            push_round(keys, parts, counts, ids)
             self.rounds.setdefault(index, []).append((tuple(keys), [(client, seq) for client, seq, *_ in ids]))
 
         def watched_push(request, ids, **options):
@@ -504,7 +498,7 @@ class World(Loop):
         token = namespace(token_hex=lambda nbytes: f"{next(self.tokens):0{2 * nbytes}x}")
         enter(mock.patch.object(ray_engine, "secrets", token))
         enter(mock.patch.object(snapshot, "secrets", token))
-        enter(mock.patch.object(ray_engine, "os", namespace(environ=Environment())))
+        enter(mock.patch.object(ray_engine, "launched", launched))
         enter(mock.patch.object(cluster, "stop_servers", self.stop_servers))
         enter(mock.patch.object(durable, "WriteAheadLog", lambda *more: Disk(self.disks, *more)))
         self.at(1.0, self._tick)
@@ -526,7 +520,7 @@ class World(Loop):
     def create(self, number, rank=None):
         """Make the store of a client, in a thread of its process."""
         places = [["elsewhere", 0, 1, "", None]] * len(self.actors)
-        Environment.of_thread.words = {} if rank is None else {"RANK": str(rank), "WORLD_SIZE": "2"}
+        of_thread.place = (0, 1) if rank is None else (rank, 2)
         engine = ray_engine.PSEngine(self.actors, self.options, places, 90.0, started=False)
         self.stores[number] = KVStore(engine, "dist_async")
         self.open.add(self.processes[number])

@@ -647,7 +647,7 @@ def test_hostile_states_are_not_placed(kv):
         ([entry], ("a",), (np.zeros(6, F32),), steps),
         ([entry], ("a",), (), steps),
         ([entry], (1,), (flat,), steps),
-        ([entry], ("a", "b", "c", "d"), (flat,) * 4, steps),
+        ([entry], ("a", "b", "c", "d", "e"), (flat,) * 5, steps),
         ([entry], ("a",), (flat,), torch.zeros(2)),
         ([entry], ("a",), (flat,), 1),
         ([None], ("a",), (flat,), steps),

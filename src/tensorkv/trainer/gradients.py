@@ -80,4 +80,7 @@ class Gradients:
 
 def _no_rows(param: nn.Parameter) -> torch.Tensor:
     ids = torch.empty((1, 0), dtype=torch.int64, device=param.device)
-    return torch.sparse_coo_tensor(ids, param.new_empty((0, *param.shape[1:])), param.shape, check_invariants=False)
+    rows = param.new_empty((0, *param.shape[1:]))
+    return torch.sparse_coo_tensor(
+        ids, rows, param.shape, dtype=param.dtype, device=param.device, check_invariants=False
+    )

@@ -185,7 +185,7 @@ class Trainer:
         >>> with trainer.no_sync():
         ...     model(torch.ones(1, 2)).sum().backward()
         >>> model(torch.ones(1, 2)).sum().backward()
-        >>> trainer.step()
+        >>> result = trainer.step()
         """
         return self.optimizer.no_sync()
 

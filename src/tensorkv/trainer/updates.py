@@ -220,8 +220,7 @@ class StoreUpdate:
             overrides = [[key, dict(own)] for key, own in {**others, **state["overrides"]}.items()]
             loaded = OptimizerSpec.from_json({**state["optimizer"], "overrides": overrides})
             states = {
-                key: {name: torch.as_tensor(each).clone() for name, each in state["state"].get(key, {}).items()}
-                for key in self._params
+                key: {name: _tensor(each) for name, each in state["state"].get(key, {}).items()} for key in self._params
             }
         except (AttributeError, OptimizerError, TypeError, ValueError) as error:
             raise CheckpointError(f"load_state_dict: {error}") from error
@@ -435,3 +434,10 @@ def _numbers_of(spec: OptimizerSpec, keys: Sequence[str]) -> dict[str, Any]:
     owns = list({id(own): own for own in (spec.overrides.get(key, _NONE) for key in keys)}.values())
     common = {word: number for word, number in owns[0].items() if all(word in own for own in owns)} if owns else {}
     return {**spec.numbers, **common}
+
+
+def _tensor(state: Any) -> torch.Tensor:
+    """Return a copy of an optimizer's state, which may be a number."""
+    if isinstance(state, torch.Tensor):
+        return state.clone()
+    return torch.tensor(state, dtype=torch.float32, device="cpu")

@@ -55,6 +55,15 @@ def test_a_launcher_that_is_not_understood_is_an_error(variables, message, engin
         tensorkv.create(engine, timeout_s=1)
 
 
+@pytest.mark.parametrize("variables", [{"RANK": "1"}, {"OMPI_COMM_WORLD_SIZE": "2"}], ids=repr)
+def test_servers_that_are_told_the_number_of_workers_do_not_ask_a_launcher(variables, environment):
+    pytest.importorskip("ray")
+    for name, text in variables.items():
+        environment.setenv(name, text)
+    with tensorkv.create("dist_async", num_workers=1) as kv:
+        assert (kv.rank, kv.num_workers) == (0, 1)
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [

@@ -27,13 +27,25 @@ _SIZES_ELSEWHERE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _connection: Any = None
 
 
-def launched() -> tuple[int, int]:
+def launched(*, strict: bool = True) -> tuple[int, int]:
     """Return the rank and the number of workers that a launcher has given this process; 0 and 1 without a launcher.
+
+    Args:
+        strict: False returns 0 and 1 instead of raising, for a caller that was told the number of workers.
 
     Raises:
         ArgumentError: RANK and WORLD_SIZE are not both set, or are no such numbers; or a launcher that sets neither has
             started several processes, each of which would train alone.
     """
+    try:
+        return _launched()
+    except ArgumentError:
+        if strict:
+            raise
+        return 0, 1
+
+
+def _launched() -> tuple[int, int]:
     rank, size = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE"))
     if rank is None and size is None:
         for name in _SIZES_ELSEWHERE:

@@ -138,8 +138,9 @@ class PSEngine(Engine):
         return self._rank if self._rank is not None and self._rank < self._options.num_workers else None
 
     def _take_rank(self, wanted: int | None = None) -> int:
-        if wanted is None and launched()[1] > 1:
-            wanted = launched()[0]
+        rank, size = launched(strict=False)
+        if wanted is None and size > 1:
+            wanted = rank
         with self._sessions.take() as session:
             try:
                 told = session.send([ServerRequest(0, messages.Connect(wanted_rank=wanted))])[0].head

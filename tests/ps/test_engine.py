@@ -17,7 +17,7 @@ names = (f"store{number}" for number in itertools.count())
 pytestmark = pytest.mark.usefixtures("ray_store")
 
 
-class TestOneServer(BaseContract):
+class ServersContract(BaseContract):
     TYPE = "dist_async"
     # The keeper of the servers is rank 0.
     PLACE = (1, 1)
@@ -40,7 +40,13 @@ class TestOneServer(BaseContract):
         return super().create(name=self.name)
 
 
-class TestTwoServers(TestOneServer):
+# Many other tests are of one server, too: faults, random programs, recipes and the pages of the documentation.
+@pytest.mark.release
+class TestOneServer(ServersContract):
+    pass
+
+
+class TestTwoServers(ServersContract):
     OPTIONS = {"num_servers": 2}
 
 

@@ -463,6 +463,42 @@ def test_a_number_of_one_group_is_not_the_tables(kv):
     assert whole(kv)[7].tolist() == [-1.0] * D
 
 
+def test_no_parameter_moves_if_the_store_of_a_table_has_no_optimizer(kv):
+    with tensorkv.create() as other:
+        model = TableModel(other)
+        trainer = Trainer(model, kv, "sgd", lr=1.0)
+        model(torch.tensor([7])).backward()
+        with pytest.raises(tensorkv.OptimizerError, match=r'"t": the store has no optimizer'):
+            trainer.step()
+        assert (model.bias.item(), kv.info("bias").version) == (0, 0)
+        other.set_optimizer("sgd", lr=2.0)
+        trainer.step()
+        assert (model.bias.item(), whole(other)[7, 0].item()) == (-1, -2)
+
+
+def test_layers_that_are_added_later_take_part_with_the_next_group(kv):
+    model = TableModel(kv)
+    trainer = Trainer(model, kv, "sgd", lr=1.0)
+    model.more = TableModel(kv, key="more")
+    trainer.optimizer.add_param_group({"params": "more.bias"})
+    (model(torch.tensor([7])) + model.more(torch.tensor([7]))).backward()
+    trainer.param_groups[0]["lr"] = trainer.param_groups[1]["lr"] = 0.5
+    trainer.step()
+    assert (whole(kv)[7, 0].item(), whole(kv, "more")[7, 0].item(), model.more.bias.item()) == (-0.5, -0.5, -0.5)
+    assert kv.optimizer["lr"] == 0.5
+
+
+def test_a_layer_that_is_frozen_does_not_move(kv):
+    model = TableModel(kv)
+    trainer = Trainer(model, kv, "sgd", lr=1.0)
+    assert model.table.requires_grad_(False) is model.table
+    for expected in (0, -1):
+        model(torch.tensor([7])).backward()
+        trainer.step()
+        assert whole(kv)[7, 0].item() == expected
+        model.table.requires_grad_()
+
+
 def test_a_store_without_an_optimizer_is_refused(kv):
     layer = Embedding(kv, "t", N, D)
     layer(torch.tensor([1])).sum().backward()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
@@ -60,6 +60,7 @@ class TableLayer(nn.Module):
             self.padding_idx = _check_padding(padding_idx, num_embeddings)
         # The sum of what backward has computed since the last step. A list, as copies of nn.DataParallel add to it.
         self._gradients: list[Rows] = []
+        self._is_trained = True
         self._create(init, numbers)
 
     def _create(self, init: Any, numbers: dict[str, Any]) -> None:
@@ -103,7 +104,7 @@ class TableLayer(nn.Module):
                 found = int(at.nonzero())
                 # Not in place: the arrays of some libraries cannot be written.
                 rows = rows.index_fill(0, at.nonzero()[:, 0], 0)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self._is_trained:
             rows.requires_grad_()
             rows.register_post_accumulate_grad_hook(self._keep(unique, found))  # type: ignore[no-untyped-call]
         return rows, places, found
@@ -130,6 +131,14 @@ class TableLayer(nn.Module):
             TensorKVError: as ``KVStore.push``; the gradients are kept.
         """
         step([[self]])
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze the table with False: later passes compute no gradients of it.
+
+        ``requires_grad_`` of a model that has this layer does not, since PyTorch freezes parameters there.
+        """
+        self._is_trained = requires_grad
+        return super().requires_grad_(requires_grad)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients since the last step.
@@ -291,7 +300,18 @@ def scale(layers: Iterable[TableLayer], factor: float) -> None:
             rows.values.mul_(factor)
 
 
-def step(replicas: Iterable[Iterable[TableLayer]]) -> None:
+def check(layers: Iterable[TableLayer]) -> None:
+    """Raise OptimizerError if the store of a layer has no optimizer."""
+    for kv, key in {layer.kv: layer.key for layer in layers}.items():
+        # Servers are asked where this process knows of none.
+        if not kv._engine.has_optimizer and kv.optimizer is None:
+            raise OptimizerError(
+                f"{quote(key)}: the store has no optimizer, and gradients would replace rows; call "
+                "kv.set_optimizer first"
+            )
+
+
+def step(replicas: Sequence[Sequence[TableLayer]]) -> None:
     """Push the gradients of layers to their stores, those of one store in one call.
 
     Args:
@@ -306,13 +326,8 @@ def step(replicas: Iterable[Iterable[TableLayer]]) -> None:
     for number, layers in enumerate(replicas):
         for layer in layers:
             stores.setdefault(layer.kv, {}).setdefault(layer.key, {}).setdefault(number, []).append(layer)
+    check(layer for layers in replicas for layer in layers)
     for kv, tables in stores.items():
-        # Servers are asked where this process knows of none.
-        if not kv._engine.has_optimizer and kv.optimizer is None:
-            raise OptimizerError(
-                f"{quote(next(iter(tables)))}: the store has no optimizer, and gradients would replace rows; call "
-                "kv.set_optimizer first"
-            )
         taken: list[tuple[TableLayer, Rows]] = []
         try:
             # Before the push, during which other threads may compute more.

@@ -71,8 +71,6 @@ class StoreOptimizer(torch.optim.Optimizer):
     ) -> None:
         self._kv, self._replicas, self._prefix = kv, replicas, prefix
         self._params, self._update = params, update
-        self._tables = embedding.layers_of(replicas)
-        self._tables_of = [embedding.layers_of([replica]) for replica in replicas]
         numbers = self._seen = update.read()
         self._groups = [self._shown(*pair) for pair in zip(update.groups, numbers, strict=True)]
         self._unused = unused
@@ -83,7 +81,12 @@ class StoreOptimizer(torch.optim.Optimizer):
         super().__setstate__({"defaults": dict(update.defaults)})
 
     def _collect(self, *, overlaps: bool) -> None:
-        """Get ready to collect the gradients of the present parameters."""
+        """Get ready to collect the gradients of the present parameters and tables."""
+        self._tables_of = [
+            embedding.layers_of([replica]) if self._update.on_store else [] for replica in self._replicas
+        ]
+        self._tables = list(dict.fromkeys(layer for layers in self._tables_of for layer in layers))
+        self._update.tables = embedding.tables_of(self._tables, self._kv)
         self._gradients = Gradients(self._kv, self._replicas, self._params, self._unused)
         self._overlap: Overlap | None = None
         if overlaps:
@@ -168,6 +171,8 @@ class StoreOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose parameters may be new to the Trainer: of frozen layers that are to be trained now.
 
+        ``Embedding`` layers that were added to the model since the Trainer was created take part from now on.
+
         Args:
             param_group: a dict with ``"params"``, which are parameters of the model, their names or patterns of names,
                 and numbers. All workers of a store add the same group.
@@ -225,6 +230,7 @@ class StoreOptimizer(torch.optim.Optimizer):
         return loss
 
     def _push_and_pull(self) -> None:
+        embedding.check(self._tables)
         if self._overlap is not None:
             self._overlap.finish()
         else:

@@ -168,7 +168,8 @@ class Trainer:
             gradients before clipping, None without ``max_grad_norm``.
 
         Raises:
-            TensorKVError: as ``KVStore.pushpull``; no parameter has changed.
+            TensorKVError: as ``KVStore.pushpull``; no parameter has changed, unless it is about a table: tables are
+                pushed after the parameters, such as to a store with ``nonfinite="raise"``.
             WorkerMismatchError: with ``unused="skip"``: workers have gradients of different parameters.
         """
         self.optimizer.step()

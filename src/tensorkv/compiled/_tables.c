@@ -194,6 +194,8 @@ static PyObject *gather(PyObject *module, PyObject *args) {
     const char *source = (const char *)(uintptr_t)source_at;
     const int64_t *places = (const int64_t *)(uintptr_t)places_at;
     char *out = (char *)(uintptr_t)out_at;
+    /* Rows without elements have no address. */
+    if (row_nbytes == 0) Py_RETURN_NONE;
     Py_ssize_t fetched = row_nbytes < FETCHED_NBYTES ? row_nbytes : FETCHED_NBYTES;
     PyThreadState *state = count * row_nbytes >= WORTH_UNLOCKING ? PyEval_SaveThread() : NULL;
     for (Py_ssize_t i = 0; i < count; i++) {

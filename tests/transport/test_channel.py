@@ -297,7 +297,7 @@ def test_a_server_is_told_when_the_process_of_a_client_has_ended(end, monkeypatc
         buffers.owner = message.decode()
         return b""
 
-    # A client that only closes its connection stays: waiting for its end is in vain.
+    # A client that only closes its connection keeps running, so the server must not wait long for its exit.
     monkeypatch.setattr(channel, "_EXIT_S", 0.1 if end == "closes" else LIMIT_S)
     monkeypatch.setattr(channel, "_has_ended", look)
     server = SocketServer(answer, lambda buffers: told.put(buffers.owner))

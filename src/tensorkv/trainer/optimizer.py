@@ -205,7 +205,7 @@ class StoreOptimizer(torch.optim.Optimizer):
         """Push each parameter's gradients, summed over replicas, and update every replica.
 
         Args:
-            closure: computes the gradients anew and returns the loss.
+            closure: recomputes the gradients and returns the loss.
 
         Returns:
             The loss, None without a closure.

@@ -112,7 +112,7 @@ class Overlap:
         self.begin()
 
     def recover(self) -> None:
-        """Begin anew if a push has failed since the last step."""
+        """Reset if a push has failed since the last step."""
         if self._has_failed:
             self.begin()
 

@@ -373,7 +373,7 @@ class DistEngine(Engine):
 
     def gather(self, verb: str, mine: bytes) -> list[bytes]:
         with self._entered(verb):
-            # One more byte, since there is no tensor of an empty buffer.
+            # torch.frombuffer rejects an empty buffer, so the message gets one more byte.
             found = self._group.all_gather(torch.frombuffer(bytearray(mine + b"."), dtype=torch.uint8))
             return [bytes(each.numpy())[:-1] for each in found]
 

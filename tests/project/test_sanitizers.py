@@ -17,7 +17,7 @@ TESTS = (
     "shard/test_fused.py",
     "shard/test_index.py",
     "shard/test_native.py",
-    "shard/test_plain.py",
+    "shard/test_compiled_path.py",
     "runtime/test_shield.py",
 )
 

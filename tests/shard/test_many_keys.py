@@ -37,14 +37,14 @@ def kv(request, tmp_path, monkeypatch):
 @pytest.fixture
 def plain(monkeypatch):
     """How many calls were made without being parsed."""
-    counted, made = [], Shard.plain
+    counted, made = [], Shard.try_compiled
 
     def count(self, *args, **kwargs):
         done = made(self, *args, **kwargs)
         counted.extend([1] if done else [])
         return done
 
-    monkeypatch.setattr(Shard, "plain", count)
+    monkeypatch.setattr(Shard, "try_compiled", count)
     return counted
 
 

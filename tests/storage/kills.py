@@ -70,7 +70,7 @@ def apply(shard, i, requests=()):
         shard.push(batch, requests=requests)
         return
     keys, parts = batch.keys[1:], batch.parts[1:]
-    if not shard.plain(native.Call(None, "push", keys, parts, None, 0), requests=requests):
+    if not shard.try_compiled(native.Call(None, "push", keys, parts, None, 0), requests=requests):
         assert not native.can_look()
         shard.push(Batch("push", keys, parts), requests=requests)
 

@@ -62,7 +62,7 @@ def use(shard):
     shard.set_hyperparameters({"lr": 0.2}, ["w"])
     for number in range(5):
         gradients = [torch.full((50,), 0.1 * number + i) for i in range(len(MANY))]
-        if not shard.plain(native.Call(None, "push", MANY, gradients, None, 0)):
+        if not shard.try_compiled(native.Call(None, "push", MANY, gradients, None, 0)):
             shard.push(Batch("push", MANY, [[gradient] for gradient in gradients]))
         shard.push(Batch("push", ["w", "t"], [[torch.randn(300, generator=generator)], [rows([number], 1.0)]]))
     shard.commit(SetNotes({"place": {"server": 1}, "gone": 1}))

@@ -61,7 +61,7 @@ class Reader(ABC):
 
     def pull(self, call: Call) -> None:
         """Make a pull."""
-        if self.plain(call):
+        if self.try_compiled(call):
             return
         with outside_modes():
             call.check()
@@ -88,13 +88,15 @@ class Reader(ABC):
         """Return the error of a verb that this kind of store does not have."""
         return ArgumentError(f"{verb}: this type of store cannot do it; is_capable() tells what it can")
 
-    # ------------------------------------------------------------ the short way, behind the door
+    # ------------------------------------------------------------ the compiled path
 
-    def plain(self, call: Call) -> bool:
-        """Do a call whose arrays are plain: of NumPy or torch on the CPU, and each as its key's value.
+    def try_compiled(self, call: Call) -> bool:
+        """Make a call in compiled code if all of its arrays are plain.
+
+        Plain arrays are of NumPy or torch, on the CPU, contiguous, and of their key's dtype and shape.
 
         Returns:
-            Whether it was done; otherwise nothing was, and the call is to be parsed.
+            True if the call was made; False if nothing was done, and the call has to be parsed.
         """
         return False
 
@@ -128,14 +130,14 @@ class Engine(Reader):
 
     def push(self, call: Call) -> None:
         """Make a push."""
-        if self.plain(call) or (call.view_jax() and self.plain(call)):
+        if self.try_compiled(call) or (call.view_jax() and self.try_compiled(call)):
             return
         with self.collective("push"), outside_modes():
             self.protect(self.push_parts, call.batch, call.priority)
 
     def pushpull(self, call: Call) -> None:
         """Make a push and a pull of the same keys, in one trip."""
-        if self.plain(call) or (call.view_jax() and self.plain(call)):
+        if self.try_compiled(call) or (call.view_jax() and self.try_compiled(call)):
             return
         with self.collective("pushpull"), outside_modes():
             call.check()

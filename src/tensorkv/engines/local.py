@@ -92,8 +92,8 @@ class LocalEngine(Engine):
     def pushpull_into(self, batch: Batch, outs: Outs, priority: int) -> None:
         self._shard.pushpull(batch, outs)
 
-    def plain(self, call: Call) -> bool:
-        return self._shard.plain(call)
+    def try_compiled(self, call: Call) -> bool:
+        return self._shard.try_compiled(call)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         return self._shard.pull_rows(keys, ids)

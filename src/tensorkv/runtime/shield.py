@@ -1,16 +1,17 @@
 """Shield: make calls that an exception from a signal handler cannot interrupt halfway.
 
 Python runs signal handlers in the main thread, between any two bytecodes, and what they raise (KeyboardInterrupt, a
-TimeoutError of ``signal.alarm``, SystemExit on SIGTERM) unwinds whatever runs there. There are two ways around it:
+TimeoutError of ``signal.alarm``, SystemExit on SIGTERM) unwinds whatever runs there. There are three ways around it:
 
 - ``defer``: handlers run when the call has ended. It costs a few microseconds, and needs the compiled part.
 - ``run``: the call is made in another thread while the main thread waits and runs handlers, so that they can end a
   call that waits for other processes. What they raise is raised when the call has ended. A call that a handler makes
   has a thread of its own, so it waits for the one that it interrupts as any thread's call does.
-- ``run_steps``: a call that says where it may have to wait for long is made as by ``defer`` up to there, and goes on as
-  by ``run``. To hand a call to another thread and back takes 15 to 120 µs, more than a short call itself.
+- ``run_steps``: a call written as a generator yields before it waits for other processes. It is made as by ``defer``
+  until it yields, and as by ``run`` after that. To hand a call to another thread and back takes 15 to 120 µs, more
+  than a short call itself.
 
-Either way the call has happened as a whole, or has not begun.
+In each case the call has happened as a whole, or has not begun.
 
 Rejected: undoing a half-made call (values are updated in place), blocking signals (the kernel then delivers them to
 another thread, and the main thread still runs their handlers), and a lock that handlers may enter (they would see half
@@ -37,8 +38,12 @@ except ImportError:
     _signals = None  # type: ignore[assignment]
 
 T = TypeVar("T")
-# A call that yields where it may have to wait for long.
 Steps = Generator[None, None, T]
+"""A call written as a generator: a bare ``yield`` means "from here on this call may wait for other processes".
+
+``return`` gives the call's result. ``yield from`` makes one such call within another, ``run_steps`` makes it for the
+caller of a verb, and ``finish`` makes it in a thread that may wait at any point.
+"""
 
 # How often a caller that waits lets signal handlers run whose signal came to another thread.
 _LOOK_S = 0.1

@@ -181,8 +181,8 @@ class Shard(native.ShardFields):
             if not filled:
                 self._pull(batch.keys, outs)
 
-    def plain(self, call: native.Call, *, requests: RequestIds = (), scale: float | None = None) -> bool:
-        """Do a call with the caller's own arrays if all are plain, and so are the values.
+    def try_compiled(self, call: native.Call, *, requests: RequestIds = (), scale: float | None = None) -> bool:
+        """Make a call in compiled code if its arrays and the values are plain.
 
         Args:
             call: what the caller asked for.
@@ -190,7 +190,7 @@ class Shard(native.ShardFields):
             scale: as for ``push``.
 
         Returns:
-            Whether it was done; otherwise nothing was, and the call is to be parsed.
+            True if the call was made; False if nothing was done, and the call has to be parsed.
         """
         if scale not in (None, 1.0) and not self._decides:
             return False
@@ -198,10 +198,10 @@ class Shard(native.ShardFields):
         if found is None or found is True:
             return found is True
         with outside_modes():
-            return shield.defer(self._push_plain, call, found, requests, scale)
+            return shield.defer(self._make_plain, call, found, requests, scale)
 
-    def _push_plain(self, call: native.Call, batch: native.Batch, requests: RequestIds, scale: float | None) -> bool:
-        """Do a plain call that is long, is logged, is the first step of keys, or depends on the sums of all keys."""
+    def _make_plain(self, call: native.Call, batch: native.Batch, requests: RequestIds, scale: float | None) -> bool:
+        """Make a plain call that is long, is logged, is the first step of keys, or depends on the sums of all keys."""
         with self._lock:
             self.refuse_reentry()
             if call.verb == "pull":

@@ -185,11 +185,11 @@ class DistEngine(Engine):
         for owner in range(self._chain.owners):
             self._loads[owner] += sign * (borders[owner + 1] - borders[owner]) * width
 
-    def plain(self, call: Call) -> bool:
+    def try_compiled(self, call: Call) -> bool:
         if not native.can_look():
             return False
         with outside_modes():
-            return shield.run_steps(self._order.steps(self._pushes.plain(call)))
+            return shield.run_steps(self._order.steps(self._pushes.try_compiled(call)))
 
     def push_parts(self, batch: Batch, priority: int) -> None:
         self._pushes.push(batch, None, priority)

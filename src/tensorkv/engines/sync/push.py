@@ -112,8 +112,8 @@ class Pushes:
 
     # ------------------------------------------------------------ push
 
-    def plain(self, call: native.Call) -> Steps[bool]:
-        """Do a call with the caller's own arrays if all are plain; return whether it was done."""
+    def try_compiled(self, call: native.Call) -> Steps[bool]:
+        """Make a call in compiled code if all arrays are plain; return False if nothing was done."""
         self._order.check()
         is_at_once = self._shard.rule.plain_steps is not None and not self._decides
         if call.verb == "pushpull" and self._shared is not None and is_at_once:

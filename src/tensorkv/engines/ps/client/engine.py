@@ -288,7 +288,7 @@ class PSEngine(Engine):
     def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
         self._data.pull(keys, outs)
 
-    def plain(self, call: Call) -> bool:
+    def try_compiled(self, call: Call) -> bool:
         found = self._data.look(call)
         if found is None:
             return False

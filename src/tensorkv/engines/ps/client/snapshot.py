@@ -158,8 +158,8 @@ class RemoteSnapshot(Reader):
         """Return every key, in the order of init."""
         return list(self._placed)
 
-    def plain(self, call: Call) -> bool:
-        """Pull into arrays that are plain."""
+    def try_compiled(self, call: Call) -> bool:
+        """Make a pull in compiled code if all outs are plain; return False if nothing was done."""
         found = self._data.look(call, self._placed)
         if found is None:
             return False

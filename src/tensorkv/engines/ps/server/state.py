@@ -84,7 +84,7 @@ class ServerState:
         pushed, message = push_layout(request.layout), request.message
         room = self._room(pushed.keys, request.out, message.checksum) if message.pulls and fill else None
         self.snapshots.before_change(pushed.keys)
-        if not self._push_plain(pushed, request, room, ids):
+        if not self._try_push(pushed, request, room, ids):
             batch = self.batch(request)
             if room is None:
                 self.shard.push(batch, requests=ids, scale=message.scale)
@@ -92,21 +92,21 @@ class ServerState:
                 self.shard.pushpull(batch, [[each] for each in room.tensors], requests=ids, scale=message.scale)
         return None if room is None else Reply({}, room.payload)
 
-    def _push_plain(self, pushed: PushLayout, request: Request[Push], room: Room | None, ids: RequestIds) -> bool:
+    def _try_push(self, pushed: PushLayout, request: Request[Push], room: Room | None, ids: RequestIds) -> bool:
         """Push parts that lie in a payload as the values of their keys would; return False if nothing was done."""
         found = None if pushed.has_rows else self._layout_of(pushed.keys)
         if found is None or request.layout != found[0]:
             return False
         outs = None if room is None else room.payload
-        return self._plain(pushed.keys, bytes_of(request.payload), outs, ids, request.message.scale)
+        return self._try_compiled(pushed.keys, bytes_of(request.payload), outs, ids, request.message.scale)
 
-    def _plain(
+    def _try_compiled(
         self, keys: tuple[Key, ...], values: Any, outs: Any, ids: RequestIds, scale: float | None = None
     ) -> bool:
-        """Do a call whose arrays are pieces of payloads; return False if nothing was done."""
+        """Make a call whose arrays are pieces of payloads; return False if nothing was done."""
         verb = "pull" if values is None else "push" if outs is None else "pushpull"
         call = native.Call(None, verb, keys, values, outs, 0, None, False, True)
-        return self.shard.plain(call, requests=ids, scale=scale)
+        return self.shard.try_compiled(call, requests=ids, scale=scale)
 
     def batch(self, request: Request[Push]) -> Batch:
         """Return what a request pushes, one part for each key."""
@@ -141,7 +141,7 @@ class ServerState:
                 each.copy_(value)
             return Reply({}, room.payload)
         room = self._room(keys, out, checksum)
-        if not self._plain(keys, None, room.payload, ()):
+        if not self._try_compiled(keys, None, room.payload, ()):
             self.shard.pull(keys, [[each] for each in room.tensors])
         return Reply({}, room.payload)
 

@@ -34,14 +34,14 @@ RULES = [
 def taken(monkeypatch):
     """Whether the compiled part has done it, of each call."""
     results = []
-    plain = LocalEngine.plain
+    try_compiled = LocalEngine.try_compiled
 
     def spy(engine, call):
-        done = plain(engine, call)
+        done = try_compiled(engine, call)
         results.append(done)
         return done
 
-    monkeypatch.setattr(LocalEngine, "plain", spy)
+    monkeypatch.setattr(LocalEngine, "try_compiled", spy)
     return results
 
 
@@ -55,7 +55,7 @@ def kv():
 def general(monkeypatch_context, call, *args, **kwargs):
     """Make a call the general way."""
     with monkeypatch_context() as patch:
-        patch.setattr(LocalEngine, "plain", lambda *_: False)
+        patch.setattr(LocalEngine, "try_compiled", lambda *_: False)
         return call(*args, **kwargs)
 
 

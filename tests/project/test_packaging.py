@@ -89,7 +89,7 @@ import json, logging, sys
 import numpy as np
 import tensorkv
 from tensorkv.cli import main as cli
-from tensorkv.transport import segment
+from tensorkv.engines.transport import segment
 
 told = []
 class Handler(logging.Handler):

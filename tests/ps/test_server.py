@@ -23,10 +23,10 @@ from tensorkv.engines.ps.messages import Reply
 from tensorkv.engines.ps.options import PSOptions
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.engines.ps.server.snapshot import SnapshotBarrier
+from tensorkv.engines.transport import channel
 from tensorkv.storage.durable import open_shard
 from tensorkv.storage.record import Record
 from tensorkv.storage.wal import WriteAheadLog
-from tensorkv.transport import channel
 from tests.support.amount import amount
 
 pytest.importorskip("ray")

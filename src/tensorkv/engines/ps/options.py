@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tensorkv.arrays.arguments import check_flag, check_timeout, folder_path
+from tensorkv.engines.transport.rendezvous import launched
 from tensorkv.errors import ArgumentError, quote, show
 from tensorkv.shard.nonfinite import MODES, NonFinite
 from tensorkv.shard.reduce import Reduce
-from tensorkv.transport.rendezvous import launched
 
 # Options of one client; the others are those of the store, and the same for all of its clients.
 _OF_CLIENT = ("name", "address", "timeout_s", "insecure")

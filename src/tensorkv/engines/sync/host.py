@@ -20,11 +20,11 @@ from typing import Any
 
 from tensorkv import errors
 from tensorkv.arrays.arguments import Key
+from tensorkv.engines.transport.segment import LINE, Segment
 from tensorkv.errors import TensorKVError, WorkerMismatchError
 from tensorkv.runtime import shield
 from tensorkv.runtime.shield import Steps
 from tensorkv.shard import native
-from tensorkv.transport.segment import LINE, Segment
 
 from . import desync
 from .group import ProcessGroup, rank_died

@@ -22,6 +22,8 @@ from tensorkv.engines.base import Engine, Outs
 from tensorkv.engines.call import Call
 from tensorkv.engines.ps.ray import cluster
 from tensorkv.engines.ps.ray.metrics import merge_stats
+from tensorkv.engines.transport.rendezvous import host_id, launched
+from tensorkv.engines.transport.segment import can_share
 from tensorkv.errors import (
     ArgumentError,
     OptimizerError,
@@ -40,8 +42,6 @@ from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
 from tensorkv.shard.rules import StepOptimizer, Updater
 from tensorkv.storage import checkpoint
 from tensorkv.storage.manifest import Contents, Kind
-from tensorkv.transport.rendezvous import host_id, launched
-from tensorkv.transport.segment import can_share
 
 from .. import messages
 from ..options import PSOptions

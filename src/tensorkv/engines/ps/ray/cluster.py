@@ -18,8 +18,8 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from tensorkv.engines.transport.rendezvous import agree_on_start, connect, launched
 from tensorkv.errors import ArgumentError, RankDeadError, ServerDeadError, StorageError, TensorKVError, quote
-from tensorkv.transport.rendezvous import agree_on_start, connect, launched
 
 from ..options import PSOptions
 from . import _compat, fork, safety

@@ -369,7 +369,7 @@ def check_safety(actors: Sequence[Any], insecure: bool, timeout_s: float) -> lis
     if found:
         raise ArgumentError(
             f"create: the Ray cluster accepts connections from other hosts (at {', '.join(found[:3])}) and asks for no "
-            "token: any process that reaches it can run code there; start it with RAY_AUTH_MODE=token, or say "
+            "token: any process that reaches it can run code there; start it with RAY_AUTH_MODE=token, or pass "
             "insecure=True if nobody else can"
         )
     return places

@@ -34,6 +34,91 @@ def say(*words):
 
 # ------------------------------------------------------------ the same bits as the local store
 
+DECIDING = [
+    ("sgd", {}),
+    ("sgd", {"momentum": 0.9}),
+    ("adam", {"amsgrad": True}),
+    ("adamw", {"weight_decay": 0.1, "ema": 0.9}),
+    ("adagrad", {}),
+    ("rmsprop", {"momentum": 0.5}),
+    ("adadelta", {}),
+    (None, {}),
+]
+
+
+def decided(first, count):
+    """Random pushes whose update all sums decide on: clipped by their norm, left out or refused for a NaN or Inf.
+
+    Some workers give arrays that are plain, others do not; values are divided, and pushed in many buckets.
+    """
+    partition._WHOLE //= 256
+    push.SLOT_NBYTES //= 256
+    for seed in range(int(first), int(first) + int(count)):
+        rng, made = random.Random(seed), np.random.default_rng(seed)
+        options = {
+            "nonfinite": rng.choice(["pass", "raise", "skip", "skip_step"]),
+            "reduce": rng.choice(["sum", "mean"]),
+        }
+        name, numbers = rng.choice(DECIDING)
+        if rng.random() < 0.8 or options["nonfinite"] == "pass":
+            numbers = {**numbers, "max_grad_norm": rng.choice([0.5, 100.0])}
+        shapes = [(3, 5), (1000,), (130, 7), (), (0, 4), (5000, 3)]
+        dtypes = [torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16]
+        like = {
+            f"k{number}": torch.ones(rng.choice(shapes), dtype=rng.choice(dtypes))
+            for number in range(rng.randint(1, 6))
+        }
+        with create(**options) as kv, tensorkv.create(**options) as local:
+            for store in (kv, local):
+                store.init(like)
+                if name is not None:
+                    store.set_optimizer(name, lr=0.1, rescale_grad=0.7, **numbers)
+            for step in range(4):
+                _decide_alike(kv, local, like, rng, made, (seed, step))
+            assert kv.stats()["nonfinite"] == local.stats()["nonfinite"], seed
+    say("same bits")
+
+
+def _decide_alike(kv, local, like, rng, made, where):
+    """Make a call with the parts of this worker in one store, and with those of all in the other."""
+    keys = [key for key in like if rng.random() < 0.8] or list(like)
+    # More than one part is summed before the others' come.
+    parts = {
+        key: [
+            [
+                torch.from_numpy(np.asarray(made.standard_normal(like[key].shape))).to(like[key].dtype)
+                for _ in range(rng.randint(1, 2) if rank == 0 else 1)
+            ]
+            for rank in range(SIZE)
+        ]
+        for key in keys
+    }
+    poisoned = rng.choice(parts[rng.choice(keys)])[0]
+    if rng.random() < 0.3 and poisoned.numel():
+        # The last is Inf in float16 only when it is summed.
+        poisoned.view(-1)[rng.randrange(poisoned.numel())] = rng.choice([np.nan, np.inf, 60_000.0])
+    verb, strided = rng.choice(["push", "pushpull"]), rng.choice([None, 0, SIZE - 1])
+    own, every = [parts[key][RANK] for key in keys], [[part for own in parts[key] for part in own] for key in keys]
+    if strided == RANK:
+        own = [[part.t().contiguous().t() if part.ndim == 2 else part for part in each] for each in own]
+    outcomes = []
+    for store, values in ((kv, own), (local, every)):
+        outs = [torch.full_like(like[key], 7) for key in keys]
+        try:
+            store.push(keys, values) if verb == "push" else store.pushpull(keys, values, out=outs)
+            outcomes.append((repr(store.last_push), outs))
+        except tensorkv.NonFiniteError as error:
+            outcomes.append((str(error), outs))
+    (said, outs), (right, right_outs) = outcomes
+    assert said == right, (where, said, right)
+    for key, out, right_out in zip(
+        [*keys, *like], [*outs, *map(kv.pull, like)], [*right_outs, *map(local.pull, like)], strict=True
+    ):
+        assert out.reshape(-1).view(torch.uint8).equal(right_out.reshape(-1).view(torch.uint8)), (where, verb, key)
+    for key in like:
+        assert kv.info(key) == local.info(key), (where, key)
+
+
 SHAPES = [
     (),
     (3,),

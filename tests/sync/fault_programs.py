@@ -66,7 +66,7 @@ def outs_stay(count):
     for number in range(int(count)):
         name = rng.choice(["stage_in", "reduce", "return_values", "wait_for_values"])
         at, victim = rng.randrange(1 if name == "wait_for_values" else 12), rng.randrange(SIZE)
-        verb = rng.choice(["pushpull", "pushpull many", "pushpull cast", "updater", "trainer"])
+        verb = rng.choice(["pushpull", "pushpull many", "pushpull cast", "clipped", "updater", "trainer"])
         seen = []
 
         def faulty(seen=seen, at=at, number=number):
@@ -116,11 +116,14 @@ def prepare(kv, verb):
     kv.init(keys, ones)
     if verb == "updater":
         kv.set_updater(lambda key, received, stored: stored.copy_(received))
+    if verb == "clipped":
+        kv.set_optimizer("sgd", lr=1.0, max_grad_norm=1e6)
     outs = [torch.zeros(400, dtype=torch.float64 if verb == "pushpull cast" else torch.float32) for _ in keys]
     if verb == "pushpull many":
         # What comes again goes a shorter way.
         kv.pushpull(keys, ones, out=[out.clone() for out in outs])
-    return lambda: kv.pushpull(keys, ones, out=outs), outs, [torch.full_like(out, SIZE) for out in outs]
+    after = 1 - SIZE if verb == "clipped" else SIZE
+    return lambda: kv.pushpull(keys, ones, out=outs), outs, [torch.full_like(out, after) for out in outs]
 
 
 def gathering(shared_memory):

@@ -4,28 +4,28 @@ from collections.abc import Callable
 
 from tensorkv.engines.sync import allreduce, host
 
-# Which phase of a call that the compiled part makes does the same.
+# Which phases of a call that the compiled part makes do the same.
 PHASES = {
-    "stage_in": "stage_in",
-    "reduce": "reduce",
-    "return_values": "reduce",
-    "wait_for_values": "fill_outs",
-    "copy_out": "fill_outs",
+    "stage_in": ["stage_in"],
+    "reduce": ["reduce"],
+    "return_values": ["reduce", "update"],
+    "wait_for_values": ["fill_outs"],
+    "copy_out": ["fill_outs"],
 }
 
 
 class Stepwise:
     """A call of the compiled part, made phase by phase."""
 
-    def __init__(self, reduce, phase: str, before: Callable[[], None]) -> None:
-        self._reduce, self._phase, self._before = reduce, phase, before
+    def __init__(self, reduce, phases: list[str], before: Callable[[], None]) -> None:
+        self._reduce, self._phases, self._before = reduce, phases, before
 
     def __getattr__(self, name):
         return getattr(self._reduce, name)
 
     def advance(self):
         while self._reduce.phase != "done":
-            if self._reduce.phase == self._phase:
+            if self._reduce.phase in self._phases:
                 self._before()
             found = self._reduce.step()
             if found is not None:

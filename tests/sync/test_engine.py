@@ -318,6 +318,12 @@ def test_stages_of_many_lists_of_keys_are_bounded(workers):
         assert "same bits" in text
 
 
+@pytest.mark.parametrize("workers", [2, 3])
+def test_what_all_sums_decide_on_is_as_in_the_local_store(workers):
+    for text in run(workers, PROGRAMS, "decided", 0, amount(20, 200)):
+        assert "same bits" in text
+
+
 @pytest.mark.parametrize(("keys", "shared_memory"), [(300, True), (40, False)])
 def test_small_keys_that_are_pushed_alone_share_a_stage(keys, shared_memory):
     for text in run(2, PROGRAMS, "key_by_key", keys, shared_memory):

@@ -378,7 +378,7 @@ static PyObject *call_run(Call *call, PyObject *given) {
     int free = is_free(shard);
     if (free > 0) {
         run_range(call->batch, 0, SIZE_MAX);
-        count_done(call->batch, call->batch->pushes);
+        count_done(call->batch, call->batch->pushes, NULL);
     }
     if (!free) return found;
     Py_DECREF(found);

@@ -491,3 +491,17 @@ static void square_item(const Item *item, int dtype, double rescale, size_t star
         add_exact(total, squares, groups);
     }
 }
+
+/* How many elements of the summed parts are NaN or Inf, from start to stop. */
+static size_t count_nonfinite(const Item *item, int dtype, size_t start, size_t stop) {
+    _Alignas(64) double buffer[BLOCK];
+    float wide[BLOCK];
+    size_t count = 0;
+    for (size_t at = start; at < stop; at += BLOCK) {
+        size_t n = stop - at < BLOCK ? stop - at : BLOCK;
+        const void *sum = sum_block(item, dtype, at, n, buffer, wide, 0, 1);
+        for (size_t i = 0; i < n; i++)
+            count += dtype == FLOAT64 ? !isfinite(((const double *)sum)[i]) : !isfinite(((const float *)sum)[i]);
+    }
+    return count;
+}

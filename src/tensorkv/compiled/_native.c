@@ -1292,15 +1292,17 @@ static void raise_versions(const Calls *calls) {
     PyErr_Clear();
 }
 
-/* Count what was done: versions of keys and steps of optimizers if values were updated, and versions of torch's outs. */
-static void count_done(Batch *batch, int is_update) {
+/* Count what was done: versions of keys and steps of optimizers if values were updated, and versions of torch's outs.
+ * ``left_out``: for each key whether its value was left as it was; NULL: none was. */
+static void count_done(Batch *batch, int is_update, const char *left_out) {
     batch->is_done = 1;
     for (size_t i = 0; i < batch->calls.num_keys; i++) {
         const Work *work = &batch->calls.works[i];
-        float *counter = is_update ? (float *)counter_of(work) : NULL;
         fetch_cell(&batch->calls, i + AHEAD);
-        if (is_update) work->cell->version++;
-        if (is_update && work->numbers != NULL) work->cell->is_new = 0;
+        if (!is_update || (left_out != NULL && left_out[i])) continue;
+        float *counter = (float *)counter_of(work);
+        work->cell->version++;
+        if (work->numbers != NULL) work->cell->is_new = 0;
         if (counter != NULL) *counter += 1;
     }
     if (batch->pulls && !batch->has_new_outs) raise_versions(&batch->calls);
@@ -1416,12 +1418,17 @@ static PyObject *batch_add_squares(Batch *batch, PyObject *args) {
     return Py_NewRef(Py_None);
 }
 
+/* A sum whose limbs have 32 bits each, as little-endian bytes, and the rest. */
+static PyObject *pack_exact(const ExactSum *sum) {
+    unsigned char bytes[4 * NUM_LIMBS];
+    for (int i = 0; i < 4 * NUM_LIMBS; i++) bytes[i] = (unsigned char)(sum->limbs[i / 4] >> 8 * (i % 4));
+    return Py_BuildValue("y#d", bytes, (Py_ssize_t)sizeof bytes, sum->rest);
+}
+
 static PyObject *batch_squares(Batch *batch, void *closure) {
-    unsigned char bytes[4 * NUM_LIMBS] = {0};
+    static const ExactSum nothing;
     (void)closure;
-    for (int i = 0; i < 4 * NUM_LIMBS && batch->squares != NULL; i++)
-        bytes[i] = (unsigned char)(batch->squares->limbs[i / 4] >> 8 * (i % 4));
-    return Py_BuildValue("y#d", bytes, (Py_ssize_t)sizeof bytes, batch->squares == NULL ? 0.0 : batch->squares->rest);
+    return pack_exact(batch->squares == NULL ? &nothing : batch->squares);
 }
 
 static PyObject *batch_begin(Batch *batch, PyObject *args) {
@@ -1436,7 +1443,7 @@ static PyObject *batch_begin(Batch *batch, PyObject *args) {
 static PyObject *batch_finish(Batch *batch, PyObject *args) {
     int is_update = batch->pushes || !batch->pulls;
     if (!PyArg_ParseTuple(args, "|p", &is_update)) return NULL;
-    count_done(batch, is_update);
+    count_done(batch, is_update, NULL);
     return Py_NewRef(Py_None);
 }
 
@@ -1789,6 +1796,5 @@ PyMODINIT_FUNC PyInit__native(void) {
         *types[i].type = (PyTypeObject *)PyType_FromSpec(types[i].spec);
         if (*types[i].type == NULL || PyModule_AddType(module, *types[i].type)) Py_CLEAR(module);
     }
-    if (module != NULL && PyModule_AddStringConstant(module, "SOURCES", SOURCES)) Py_CLEAR(module);
     return module;
 }

@@ -2,8 +2,10 @@
  *
  * Each owner updates some elements of the values. These are cut into pieces, and the pieces into buckets that fit into a
  * slot of a staging buffer. Of each bucket, every worker puts its sums of what others own into the slot, and each owner
- * adds the parts of all and updates its values; outs are written when all values are there. Where a worker may have to
- * wait for long for another, ``advance`` returns, and goes on there when it is called again. Included by _native.c.
+ * adds the parts of all and updates its values; outs are written when all values are there. Where the sums of all keys
+ * decide on the update, as with a bound on their norm, each owner keeps its sums and adds their squares; it updates its
+ * values when the caller has said how. Where a worker may have to wait for long for another, ``advance`` returns, and
+ * goes on there when it is called again. Included by _native.c.
  */
 
 /* A piece of a key that one owner updates, and where its elements lie in a slot. */
@@ -14,8 +16,8 @@ typedef struct {
 } Owned;
 
 enum { FILLED, READ, READY, NUM_SLOT_WORDS };
-enum { TO_STAGE, TO_AGREE, TO_REDUCE, TO_FILL_OUTS, DONE };
-static const char *const PHASES[] = {"stage_in", "agree", "reduce", "fill_outs", "done"};
+enum { TO_STAGE, TO_AGREE, TO_REDUCE, TO_DECIDE, TO_UPDATE, TO_FILL_OUTS, DONE };
+static const char *const PHASES[] = {"stage_in", "agree", "reduce", "decide", "update", "fill_outs", "done"};
 /* Calls of at most so many bytes are made while Python's lock is held. */
 enum { MAX_HELD_NBYTES = 64 << 10 };
 
@@ -56,6 +58,13 @@ typedef struct {
     int phase;
     PyObject *members; /* a list of the workers that take part; NULL: all */
     uint64_t *awaited;
+    /* Of a call whose update is decided on by all sums: these, of this worker's parts of the values, one after another,
+     * each from the beginning of a line; the sum of the squares of the rescaled sums; and which keys are left out. */
+    int decides, is_refused;
+    double rescale;
+    size_t own_nbytes, summed_nbytes;
+    char *sums, *left_out;
+    ExactSum squares;
 } SharedReduce;
 
 static PyTypeObject *reduce_type;
@@ -64,9 +73,12 @@ static void drop_call(SharedReduce *reduce) {
     free_memory(reduce->owned);
     free_memory(reduce->starts);
     free_memory(reduce->bucket_uses);
+    free_memory(reduce->sums);
+    free_memory(reduce->left_out);
     reduce->owned = NULL;
     reduce->starts = NULL;
     reduce->bucket_uses = NULL;
+    reduce->sums = reduce->left_out = NULL;
     Py_CLEAR(reduce->members);
     Py_CLEAR(reduce->batch);
 }
@@ -178,6 +190,7 @@ static int cut_call(SharedReduce *reduce) {
                 filled[owner] += in_lines(run_of(cell, owner, &first) * sum_itemsize(cell));
     }
     for (size_t owner = 0; owner < owners; owner++) most = filled[owner] > most ? filled[owner] : most;
+    reduce->own_nbytes = filled[reduce->rank];
     reduce->num_buckets = (most + cut.room - 1) / cut.room;
     size_t num_starts = reduce->num_buckets * owners;
     reduce->starts = new_zeros((num_starts + 1) * sizeof *reduce->starts);
@@ -259,7 +272,66 @@ static size_t num_members(const SharedReduce *reduce) {
     return reduce->members == NULL ? reduce->size : (size_t)PyList_Size(reduce->members);
 }
 
-static void update_bucket(SharedReduce *reduce, size_t bucket, const size_t *members, size_t count) {
+/* This worker's sums of a key, which begin at some address, as the parts of an update. */
+static Item item_of_sums(const Work *work, const char **address) {
+    int dtype = work->cell->plain.dtype;
+    *address = (const char *)((uintptr_t)*address - work->cell->own_first * ITEMSIZES[sum_dtype_of(dtype)]);
+    return (Item){.parts = address, .num_parts = 1, .has_wide_parts = is_low(dtype)};
+}
+
+/* Sum a piece of this worker's, and add the squares of the groups of elements that end in it while they are in cache. */
+static void keep_sums(SharedReduce *reduce, const Piece *piece, const uint64_t *addresses, size_t count, double divisor) {
+    enum { AT_A_TIME = 2 * BLOCK };
+    const Work *work = &reduce->batch->calls.works[piece->key];
+    const Cell *cell = work->cell;
+    int dtype = cell->plain.dtype;
+    size_t itemsize = sum_itemsize(cell), begin = cell->own_first, end = begin + cell->own_numel;
+    size_t first = (size_t)piece->first, stop = first + (size_t)piece->count;
+    const char *parts[MAX_COLUMNS], *kept;
+    if (first == begin) reduce->summed_nbytes = in_lines(reduce->summed_nbytes);
+    kept = reduce->sums + reduce->summed_nbytes - (first - begin) * itemsize;
+    reduce->summed_nbytes += (stop - first) * itemsize;
+    Item squared = item_of_sums(work, &kept);
+    char *target = (char *)(uintptr_t)kept;
+    for (size_t i = 0; i < count; i++) parts[i] = before(addresses[i], piece, sum_dtype_of(dtype));
+    Item item = {.parts = parts, .outs = &target, .num_parts = count, .num_outs = 1, .divisor = divisor};
+    item.has_wide_parts = item.has_wide_outs = is_low(dtype);
+    for (size_t at = first; at < stop; at += AT_A_TIME) {
+        size_t to = stop - at < AT_A_TIME ? stop : at + AT_A_TIME;
+        size_t low = begin + (at - begin) / GROUP * GROUP, high = to == end ? end : begin + (to - begin) / GROUP * GROUP;
+        run_item(&item, dtype, NULL, at, to);
+        if (dtype <= BFLOAT16) square_item(&squared, dtype, reduce->rescale, low, high, &reduce->squares);
+    }
+}
+
+/* Where this worker's sums of a key begin; ``at`` is where those of the key before have ended. NULL: it has none. */
+static const char *kept_sums(const SharedReduce *reduce, const Cell *cell, size_t *at) {
+    const char *kept = reduce->sums + *at;
+    *at += in_lines(cell->own_numel * sum_itemsize(cell));
+    return cell->own_numel ? kept : NULL;
+}
+
+static int is_left_out(const SharedReduce *reduce, size_t key) { return reduce->left_out != NULL && reduce->left_out[key]; }
+
+/* Update this worker's parts of the values by the sums that it has kept. */
+static void update_by_sums(SharedReduce *reduce) {
+    size_t at = 0;
+    for (size_t i = 0; i < reduce->batch->calls.num_keys && !reduce->is_refused; i++) {
+        const Work *work = &reduce->batch->calls.works[i];
+        const Cell *cell = work->cell;
+        fetch_cell(&reduce->batch->calls, i + AHEAD);
+        const char *kept = kept_sums(reduce, cell, &at);
+        if (kept == NULL || is_left_out(reduce, i)) continue;
+        Step step;
+        Item item = item_of_work(&reduce->batch->calls, work), sums = item_of_sums(work, &kept);
+        item.parts = sums.parts, item.num_parts = sums.num_parts, item.has_wide_parts = sums.has_wide_parts;
+        item.num_outs = 0, item.divisor = 0;
+        run_item(&item, cell->plain.dtype, step_for(reduce->batch, work, &step), cell->own_first,
+                 cell->own_first + cell->own_numel);
+    }
+}
+
+static void reduce_bucket(SharedReduce *reduce, size_t bucket, const size_t *members, size_t count) {
     const size_t *starts = &reduce->starts[bucket * reduce->size + reduce->rank];
     const char *bases[MAX_COLUMNS];
     for (size_t j = 0; j < count; j++) bases[j] = staged_parts(reduce, bucket, members[j]);
@@ -276,7 +348,10 @@ static void update_bucket(SharedReduce *reduce, size_t bucket, const size_t *mem
             if (members[j] == reduce->rank && is_read_there(reduce->batch, owned))
                 addresses[j] = (uint64_t)(uintptr_t)(reduce->batch->calls.addresses[work->first_part] +
                                                      (size_t)owned->piece.first * ITEMSIZES[work->cell->plain.dtype]);
-        run_piece(reduce->batch, &owned->piece, addresses, count, divisor, 0, owned->piece.count, 1, UPDATE_PIECES);
+        if (reduce->decides)
+            keep_sums(reduce, &owned->piece, addresses, count, divisor);
+        else
+            run_piece(reduce->batch, &owned->piece, addresses, count, divisor, 0, owned->piece.count, 1, UPDATE_PIECES);
     }
 }
 
@@ -332,7 +407,16 @@ static int have_same_entries(const SharedReduce *reduce) {
     return 1;
 }
 
-/* Do what comes next; NULL: it is done. Else what is to be waited for, or False where the entries differ. */
+/* What follows when no bucket is to be reduced any more. */
+static int phase_after_sums(SharedReduce *reduce) {
+    static const ExactSum nothing;
+    if (!reduce->decides) return TO_FILL_OUTS;
+    merge_exact(&reduce->squares, &nothing);
+    return TO_DECIDE;
+}
+
+/* Do what comes next; NULL: it is done. Else what is to be waited for, False where the entries differ, or True where
+ * ``decide`` is to be called. */
 static PyObject *advance_call(SharedReduce *reduce, int *failed) {
     PyObject *found;
     size_t members[MAX_COLUMNS], count;
@@ -356,7 +440,10 @@ static PyObject *advance_call(SharedReduce *reduce, int *failed) {
                 if (!have_same_entries(reduce)) return Py_NewRef(Py_False);
                 store_word(reduce->agreed, reduce->number + 1);
             }
-            reduce->phase = reduce->num_buckets == 0 ? TO_FILL_OUTS : reduce->num_buckets > 1 ? TO_STAGE : TO_REDUCE;
+            if (reduce->num_buckets == 0)
+                reduce->phase = phase_after_sums(reduce);
+            else
+                reduce->phase = reduce->num_buckets > 1 ? TO_STAGE : TO_REDUCE;
             return NULL;
         case TO_REDUCE:
             found = await_slot(reduce, reduce->reduced, FILLED, reduce->bucket_uses[reduce->reduced], failed);
@@ -364,14 +451,23 @@ static PyObject *advance_call(SharedReduce *reduce, int *failed) {
             count = num_members(reduce);
             for (size_t i = 0; i < count; i++) members[i] = member(reduce, i);
             if (is_long) state = PyEval_SaveThread();
-            update_bucket(reduce, reduce->reduced, members, count);
+            reduce_bucket(reduce, reduce->reduced, members, count);
             if (is_long) PyEval_RestoreThread(state);
             store_slot(reduce, reduce->reduced, READ);
-            store_slot(reduce, reduce->reduced++, READY);
-            if (reduce->reduced == reduce->num_buckets)
-                reduce->phase = TO_FILL_OUTS;
+            if (!reduce->decides) store_slot(reduce, reduce->reduced, READY);
+            if (++reduce->reduced == reduce->num_buckets)
+                reduce->phase = phase_after_sums(reduce);
             else
                 reduce->phase = reduce->staged < reduce->num_buckets ? TO_STAGE : TO_REDUCE;
+            return NULL;
+        case TO_DECIDE:
+            return Py_NewRef(Py_True);
+        case TO_UPDATE:
+            if (is_long) state = PyEval_SaveThread();
+            update_by_sums(reduce);
+            if (is_long) PyEval_RestoreThread(state);
+            for (size_t bucket = 0; bucket < reduce->num_buckets; bucket++) store_slot(reduce, bucket, READY);
+            reduce->phase = reduce->is_refused ? DONE : TO_FILL_OUTS;
             return NULL;
         case TO_FILL_OUTS:
             for (; reduce->ready < reduce->num_buckets; reduce->ready++) {
@@ -381,16 +477,18 @@ static PyObject *advance_call(SharedReduce *reduce, int *failed) {
             if (is_long) state = PyEval_SaveThread();
             copy_to_outs(reduce->batch);
             if (is_long) PyEval_RestoreThread(state);
-            count_done(reduce->batch, 1);
+            count_done(reduce->batch, 1, reduce->left_out);
             reduce->phase = DONE;
     }
     return NULL;
 }
 
 static PyObject *reduce_begin(SharedReduce *reduce, PyObject *args) {
-    PyObject *given;
+    PyObject *given, *rescale = Py_None;
     Py_ssize_t entry_offset;
-    if (!PyArg_ParseTuple(args, "OKn", &given, &reduce->number, &entry_offset)) return NULL;
+    if (!PyArg_ParseTuple(args, "OKn|O", &given, &reduce->number, &entry_offset, &rescale)) return NULL;
+    double factor = rescale == Py_None ? 1 : PyFloat_AsDouble(rescale);
+    if (PyErr_Occurred()) return NULL;
     Batch *batch = (Batch *)given;
     if (!PyObject_TypeCheck(given, batch_type) || !batch->pushes || batch->is_remote) {
         PyErr_SetString(PyExc_ValueError, "begin: expected a batch with parts");
@@ -403,7 +501,14 @@ static PyObject *reduce_begin(SharedReduce *reduce, PyObject *args) {
         }
     drop_call(reduce);
     reduce->batch = (Batch *)Py_NewRef(given);
-    if (!cut_call(reduce)) {
+    reduce->decides = rescale != Py_None;
+    reduce->is_refused = 0;
+    reduce->rescale = factor;
+    reduce->summed_nbytes = 0;
+    memset(&reduce->squares, 0, sizeof reduce->squares);
+    int has_memory = cut_call(reduce);
+    if (has_memory && reduce->decides) has_memory = (reduce->sums = new_memory(reduce->own_nbytes + 1)) != NULL;
+    if (!has_memory) {
         drop_call(reduce);
         return PyErr_NoMemory();
     }
@@ -437,8 +542,94 @@ static PyObject *reduce_phase(SharedReduce *reduce, void *closure) {
     return PyUnicode_FromString(PHASES[reduce->phase]);
 }
 
+static PyObject *reduce_squares(SharedReduce *reduce, void *closure) {
+    (void)closure;
+    return pack_exact(&reduce->squares);
+}
+
+static int is_to_decide(const SharedReduce *reduce) {
+    if (reduce->phase == TO_DECIDE) return 1;
+    PyErr_SetString(PyExc_ValueError, "expected a call that is to be decided on");
+    return 0;
+}
+
+/* Take a byte for each key; whether there are as many. */
+static int take_left_out(SharedReduce *reduce, const char *left_out, Py_ssize_t length) {
+    free_memory(reduce->left_out);
+    reduce->left_out = NULL;
+    if (length == 0) return 1;
+    if ((size_t)length != reduce->batch->calls.num_keys) {
+        PyErr_SetString(PyExc_ValueError, "expected a byte for each key");
+        return 0;
+    }
+    reduce->left_out = new_memory((size_t)length);
+    if (reduce->left_out == NULL)
+        PyErr_NoMemory();
+    else
+        memcpy(reduce->left_out, left_out, (size_t)length);
+    return reduce->left_out != NULL;
+}
+
+static PyObject *reduce_count_nonfinite(SharedReduce *reduce, PyObject *none) {
+    size_t at = 0;
+    (void)none;
+    PyObject *found = is_to_decide(reduce) ? PyDict_New() : NULL;
+    for (size_t i = 0; found != NULL && i < reduce->batch->calls.num_keys; i++) {
+        const Work *work = &reduce->batch->calls.works[i];
+        const char *kept = kept_sums(reduce, work->cell, &at);
+        if (kept == NULL || work->cell->plain.dtype > BFLOAT16) continue;
+        Item item = item_of_sums(work, &kept);
+        size_t first = work->cell->own_first, count;
+        if ((count = count_nonfinite(&item, work->cell->plain.dtype, first, first + work->cell->own_numel)) == 0) continue;
+        PyObject *place = PyLong_FromSize_t(i), *number = PyLong_FromSize_t(count);
+        if (place == NULL || number == NULL || PyDict_SetItem(found, place, number)) Py_CLEAR(found);
+        Py_XDECREF(place);
+        Py_XDECREF(number);
+    }
+    return found;
+}
+
+static PyObject *reduce_leave_out(SharedReduce *reduce, PyObject *args) {
+    static const ExactSum nothing;
+    const char *left_out;
+    Py_ssize_t length;
+    size_t at = 0;
+    if (!PyArg_ParseTuple(args, "y#", &left_out, &length) || !is_to_decide(reduce)) return NULL;
+    if (!take_left_out(reduce, left_out, length)) return NULL;
+    memset(&reduce->squares, 0, sizeof reduce->squares);
+    for (size_t i = 0; i < reduce->batch->calls.num_keys; i++) {
+        const Work *work = &reduce->batch->calls.works[i];
+        const char *kept = kept_sums(reduce, work->cell, &at);
+        if (kept == NULL || work->cell->plain.dtype > BFLOAT16 || is_left_out(reduce, i)) continue;
+        Item item = item_of_sums(work, &kept);
+        size_t first = work->cell->own_first;
+        square_item(&item, work->cell->plain.dtype, reduce->rescale, first, first + work->cell->own_numel, &reduce->squares);
+    }
+    merge_exact(&reduce->squares, &nothing);
+    return Py_NewRef(Py_None);
+}
+
+static PyObject *reduce_decide(SharedReduce *reduce, PyObject *args) {
+    double scale;
+    if (!PyArg_ParseTuple(args, "d", &scale) || !is_to_decide(reduce)) return NULL;
+    reduce->batch->scale = scale;
+    reduce->phase = TO_UPDATE;
+    return Py_NewRef(Py_None);
+}
+
+static PyObject *reduce_refuse(SharedReduce *reduce, PyObject *none) {
+    (void)none;
+    if (!is_to_decide(reduce)) return NULL;
+    reduce->is_refused = 1;
+    reduce->phase = TO_UPDATE;
+    return Py_NewRef(Py_None);
+}
+
 static PyGetSetDef reduce_attributes[] = {
-    {"phase", (getter)reduce_phase, NULL, "What comes next: stage_in, agree, reduce, fill_outs; or done.", NULL},
+    {"phase", (getter)reduce_phase, NULL,
+     "What comes next: stage_in, agree, reduce, decide, update, fill_outs; or done.", NULL},
+    {"squares", (getter)reduce_squares, NULL,
+     "Of a call that is to be decided on, the sum of the squares of this worker's sums, as of a batch.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
@@ -454,18 +645,34 @@ static PyObject *reduce_agree(SharedReduce *reduce, PyObject *members) {
 
 static PyMethodDef reduce_methods[] = {
     {"begin", (PyCFunction)reduce_begin, METH_VARARGS,
-     "begin(batch, number, entry)\n--\n\n"
-     "Begin a call that this worker has entered: its batch, its number, and where its entries are."},
+     "begin(batch, number, entry, rescale=None)\n--\n\n"
+     "Begin a call that this worker has entered.\n\n"
+     "Args:\n"
+     "    batch: what it does.\n"
+     "    number: of the call.\n"
+     "    entry: where its entries are.\n"
+     "    rescale: a factor on sums before they are squared, if all sums decide on the update; None: they do not."},
     {"advance", (PyCFunction)reduce_advance, METH_NOARGS,
      "advance()\n--\n\n"
      "Go on with the call, and return None when it is done, its outs are written and it is counted.\n\n"
      "Returns:\n"
      "    What is to be waited for before it is called again: addresses of words, the count, and the workers whose words\n"
-     "    these are (None: the first ones); or False: the workers have not entered the same call, or have left."},
+     "    these are (None: the first ones); False: the workers have not entered the same call, or have left; or True:\n"
+     "    the sums are made, and ``decide`` or ``refuse`` is to be called."},
     {"step", (PyCFunction)reduce_step, METH_NOARGS,
      "step()\n--\n\nGo on by one phase of one bucket; None if that was done, otherwise what ``advance`` returns."},
     {"agree", (PyCFunction)reduce_agree, METH_O,
      "agree(members)\n--\n\nSay which workers take part in the present call, if not all do."},
+    {"count_nonfinite", (PyCFunction)reduce_count_nonfinite, METH_NOARGS,
+     "count_nonfinite()\n--\n\n"
+     "Return, by the places of keys, how many of this worker's sums are NaN or Inf, without those that have none."},
+    {"leave_out", (PyCFunction)reduce_leave_out, METH_VARARGS,
+     "leave_out(which)\n--\n\n"
+     "Leave out keys for which there is a byte that is not 0, also of ``squares``; their values stay as they are."},
+    {"decide", (PyCFunction)reduce_decide, METH_VARARGS,
+     "decide(scale)\n--\n\nHave ``advance`` update values by the sums times a number."},
+    {"refuse", (PyCFunction)reduce_refuse, METH_NOARGS,
+     "refuse()\n--\n\nHave ``advance`` end the call; neither values nor outs change."},
     {NULL, NULL, 0, NULL},
 };
 

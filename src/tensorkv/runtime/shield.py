@@ -32,7 +32,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from tensorkv.compiled import _signals
+try:
+    from tensorkv.compiled import _signals
+except ImportError:
+    _signals = None  # type: ignore[assignment]
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]

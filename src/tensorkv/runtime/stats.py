@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tensorkv.compiled import _native
+try:
+    from tensorkv.compiled import _native
+except ImportError:
+    _native = None  # type: ignore[assignment]
 
 clock = perf_counter
 

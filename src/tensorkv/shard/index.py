@@ -6,7 +6,10 @@ from typing import Protocol
 
 import torch
 
-from tensorkv.compiled import _tables
+try:
+    from tensorkv.compiled import _tables
+except ImportError:
+    _tables = None  # type: ignore[assignment]
 
 
 class Index(Protocol):

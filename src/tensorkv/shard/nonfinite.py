@@ -116,12 +116,6 @@ class NonFinitePolicy:
         """Whether one sum that is not finite has all of a push left out."""
         return self._mode == "skip_step"
 
-    def all_squares(self, mine: SquareSum) -> SquareSum:
-        """Return the sum over all workers."""
-        if self._all_gather is None:
-            return mine
-        return sum(map(SquareSum.from_plain, self._all_gather(mine.to_plain())), SquareSum())
-
 
 def squares_of(entries: Sequence[Entry], sums: Sequence[Any], rescale: float) -> SquareSum:
     """Return the sum of the squares of some keys' rescaled sums."""

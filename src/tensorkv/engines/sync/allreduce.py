@@ -9,7 +9,7 @@ for another worker yields before it does (see ``shield.run_steps``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,19 +18,20 @@ import numpy as np
 import torch
 
 from tensorkv.engines.partition import Numbers
-from tensorkv.engines.transport.segment import LINE, aligned
-from tensorkv.errors import NonFiniteError, quote
+from tensorkv.errors import NonFiniteError
 from tensorkv.runtime.shield import Steps
 from tensorkv.shard import native, reduce
 from tensorkv.shard.changes import Push
 from tensorkv.shard.entry import Entry
-from tensorkv.shard.nonfinite import NonFinitePolicy, clip, squares_of
+from tensorkv.shard.nonfinite import NonFinitePolicy, squares_of
 from tensorkv.shard.norm import PushResult, SquareSum
 from tensorkv.shard.pool import Pool
 from tensorkv.shard.rules import Assign, Step, WholeStep
 from tensorkv.shard.shard import Shard
+from tensorkv.transport.segment import LINE, aligned
 
 from .chain import Chain
+from .decision import Decisions
 from .host import Collective, HostGroup
 from .schedule import Arrays, Bucket, BucketSegment, Schedule, StagingBuffer
 
@@ -46,6 +47,7 @@ class Update:
         shard: with this worker's part of each key.
         schedule: of the keys, which were checked for the shard's rule.
         policy: for sums with NaN or Inf.
+        decisions: of this worker.
         row_squares: of the gradients that the same call has as Rows, which every worker knows.
         updates_empty: whether this worker updates values without elements, of which no piece comes.
     """
@@ -56,11 +58,12 @@ class Update:
         shard: Shard,
         schedule: Schedule,
         policy: NonFinitePolicy,
+        decisions: Decisions,
         row_squares: SquareSum,
         updates_empty: bool,
     ) -> None:
         self._verb, self._shard, self._layout, self._policy = verb, shard, schedule.layout, policy
-        self._rule, self._row_squares = shard.rule, row_squares
+        self._rule, self._decisions, self._row_squares = shard.rule, decisions, row_squares
         self._decides = policy.checks or shard.rule.clipping is not None
         self._updates_empty = updates_empty
         # Whether values change only when all sums have come.
@@ -75,8 +78,8 @@ class Update:
         self.scale = 1.0
         """Of all gradients of the call."""
         self.result = PushResult()
-        self.is_skipped = False
-        """Whether nothing of the call is to change."""
+        self.left_out: set[int] = set()
+        """The positions of keys that are not to change."""
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -113,7 +116,7 @@ class Update:
             self._steps[key] = WholeStep(self._rule, entry, _POOL) if whole else self._rule.step(entry, _POOL)
         return self._steps[key]
 
-    def finish(self) -> None:
+    def finish(self) -> Steps[None]:
         """Count the update of every key, once, on every worker."""
         batch = self.__dict__.get("_batch")
         if batch is not None:
@@ -121,18 +124,16 @@ class Update:
         if not self._steps and not self.is_at_end:
             self._shard.count_updates(self._layout.keys if batch is None else self._layout.other_keys)
             return
-        with torch.no_grad():
-            self._finish_steps(batch)
-
-    def _finish_steps(self, batch: native.Batch | None) -> None:
-        left_out = self._left_out() if self._policy.checks else set()
-        counted = left_out if batch is None else {*left_out, *self._layout.own.tolist()}
         if self.is_at_end and self._updates_empty:
             for key, entry in enumerate(self.entries):
-                if key not in counted and not entry.spec.shape.numel():
+                if not entry.spec.shape.numel():
                     self._step(key)
         if self._decides:
-            self._decide(left_out)
+            yield from self._decide()
+        with torch.no_grad():
+            self._finish_steps(self.left_out if batch is None else {*self.left_out, *self._layout.own.tolist()})
+
+    def _finish_steps(self, counted: set[int]) -> None:
         for key, entry in enumerate(self.entries):
             if key in counted:
                 continue
@@ -145,35 +146,54 @@ class Update:
             except Exception as error:
                 self.failed.append((key, error))
 
-    def _decide(self, left_out: set[int]) -> None:
-        """Agree with all workers on the scale of gradients, and update this worker's parts of the keys together."""
-        mine = {key: step for key, step in self._steps.items() if key not in left_out and isinstance(step, WholeStep)}
-        entries, sums = [self.entries[key] for key in mine], [step.total for step in mine.values()]
-        # Sums are as the parts of values that this worker updates, and not as the whole values.
-        parts = [entry.copy() for entry in entries]
-        clipping, squares = self._rule.clipping, SquareSum()
-        if clipping is not None:
-            squares = self._policy.all_squares(squares_of(parts, sums, clipping.rescale)) + self._row_squares
-        self.is_skipped = self._policy.skips_steps and bool(left_out)
-        self.scale, self.result = clip(squares, clipping, bool(left_out) if self._policy.checks else None)
-        if self._shard.has_updater:
-            return
-        for entry, part in zip(entries, parts, strict=True):
-            part.is_new = entry.is_new
-        self._shard.apply(Push(parts, [[each] for each in sums], scale=self.scale))
-        for key, entry, part in zip(mine, entries, parts, strict=True):
-            entry.state, entry.is_new = part.state, part.is_new
-            del self._steps[key]
-
-    def _left_out(self) -> set[int]:
-        """Agree with all workers on which keys are left out."""
-        bad = {key: step.count_nonfinite() for key, step in self._steps.items() if isinstance(step, WholeStep)}
+    def _decide(self) -> Steps[None]:
+        """Decide on the update with all workers, and update this worker's parts of the keys together."""
+        keys, clipping = self._layout.keys, self._rule.clipping
         try:
-            return self._policy.left_out(bad, [f"{self._verb}({quote(key)})" for key in self._layout.keys])
+            decision = yield from self._decisions.make(self._verb, keys, self, clipping, self._row_squares)
         except NonFiniteError as error:
             # Raised when the values have gone back to all workers, who wait for them.
             self.refusal = error
-            return set(range(len(self._layout.keys)))
+            self.left_out = set(range(len(keys)))
+            return
+        _, self.scale, self.result = decision
+        if self._shard.has_updater:
+            return
+        with torch.no_grad():
+            mine = self._whole_steps()
+            entries, parts = [self.entries[key] for key in mine], self._parts_of(mine)
+            for entry, part in zip(entries, parts, strict=True):
+                part.is_new = entry.is_new
+            self._shard.apply(Push(parts, [[step.total] for step in mine.values()], scale=self.scale))
+            for key, entry, part in zip(mine, entries, parts, strict=True):
+                entry.state, entry.is_new = part.state, part.is_new
+                del self._steps[key]
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether nothing of the call is to change."""
+        return self._policy.skips_steps and bool(self.left_out)
+
+    def _whole_steps(self) -> dict[int, WholeStep]:
+        steps = self._steps.items()
+        return {key: step for key, step in steps if key not in self.left_out and isinstance(step, WholeStep)}
+
+    def _parts_of(self, keys: Iterable[int]) -> list[Entry]:
+        # Sums are as the parts of values that this worker updates, and not as the whole values.
+        return [self.entries[key].copy() for key in keys]
+
+    def squares(self) -> SquareSum:
+        """As of ``Sums``."""
+        mine, rescale = self._whole_steps(), 1.0 if self._rule.clipping is None else self._rule.clipping.rescale
+        return squares_of(self._parts_of(mine), [step.total for step in mine.values()], rescale)
+
+    def count_nonfinite(self) -> dict[int, int]:
+        """As of ``Sums``."""
+        return {key: step.count_nonfinite() for key, step in self._whole_steps().items()}
+
+    def leave_out(self, places: set[int]) -> None:
+        """As of ``Sums``."""
+        self.left_out = places
 
 
 class AllReduce:
@@ -230,7 +250,7 @@ class AllReduce:
         """Make the values, all workers having agreed on the call; the stages of different buckets overlap."""
         count = len(self._buckets)
         if not count:
-            self.update.finish()
+            yield from self.update.finish()
         # A bucket goes to the last host and back while the next ones follow it.
         return_lag = count if self.update.is_at_end else 4 * self._chain.hosts_after
         stages: list[tuple[int, Callable[[int], Steps[None]]]]
@@ -289,7 +309,7 @@ class AllReduce:
             if bucket.own and not self._chain.is_last:
                 self._send_on(index, sums)
         if index == len(self._buckets) - 1:
-            self.update.finish()
+            yield from self.update.finish()
 
     def return_values(self, index: int) -> Steps[None]:
         """Have the values of this worker's pieces in place, here and on the host before."""

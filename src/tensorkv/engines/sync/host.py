@@ -20,15 +20,19 @@ from typing import Any
 
 from tensorkv import errors
 from tensorkv.arrays.arguments import Key
-from tensorkv.compiled import _shared
-from tensorkv.engines.transport.segment import LINE, Segment
 from tensorkv.errors import TensorKVError, WorkerMismatchError
 from tensorkv.runtime import shield
 from tensorkv.runtime.shield import Steps
 from tensorkv.shard import native
+from tensorkv.transport.segment import LINE, Segment
 
 from . import desync
 from .group import ProcessGroup, rank_died
+
+try:
+    from tensorkv.compiled import _shared
+except ImportError:
+    _shared = None  # type: ignore[assignment]
 
 # Entries that a worker can be ahead of the others.
 ENTRIES = 32
@@ -41,8 +45,11 @@ _HEAD = struct.Struct("8sI")
 # Bytes of text that an entry has room for; ``describe`` makes texts of one byte for each character.
 ENTRY_TEXT = _ENTRY_NBYTES - _HEAD.size
 # Words of a worker.
-_ENTERED, _AGREED, _BROADCAST, _ARRIVED, _WAITS_FOR = range(5)
-_WORDS = 5
+_ENTERED, _AGREED, _BROADCAST, _ARRIVED, _WAITS_FOR, _EXCHANGED = range(6)
+_WORDS = 6
+# What a worker gives in an exchange, and its length before.
+_EXCHANGE_NBYTES = 1024
+_LENGTH = struct.Struct("I")
 # Long enough for a worker that is about to arrive, short enough to leave the core to one that is not.
 _SPIN_S = 50e-6
 # A wait that takes longer is made where signal handlers can interrupt it.
@@ -183,7 +190,7 @@ class HostGroup:
         # Where workers outnumber cores, one that spins keeps another from working.
         self._spin_s = _SPIN_S if self.size <= group.num_cores else 0.0
         self._num_arrivals = 0
-        self._num_broadcasts = 0
+        self._num_broadcasts = self._num_exchanges = 0
         self._segments: list[Segment] = []
         if self._memory is not None:
             self._memory.set_words(1 + self.size * _WORDS)
@@ -221,6 +228,11 @@ class HostGroup:
     @property
     def _note(self) -> int:
         return LINE * (1 + self.size * _WORDS) + self.size * ENTRIES * _ENTRY_NBYTES
+
+    def _exchanged(self, worker: int, number: int) -> int:
+        # A worker that writes for an exchange has read all of the one before, which the others may still read.
+        place = worker + number % 2 * self.size
+        return self._note + _NOTE_NBYTES + place * _EXCHANGE_NBYTES
 
     # ------------------------------------------------------------ words
 
@@ -478,6 +490,23 @@ class HostGroup:
         self.barrier()
         return text
 
+    def exchange(self, data: bytes) -> Steps[list[bytes]]:
+        """Return what each worker of this host gives, of at most 1020 bytes; all of them call this."""
+        if self.size == 1:
+            return [data]
+        self._num_exchanges += 1
+        number, memory = self._num_exchanges, self._memory.memory
+        at = self._exchanged(self.local_rank, number)
+        memory[at : at + _LENGTH.size + len(data)] = _LENGTH.pack(len(data)) + data
+        _shared.store(self._word(self.local_rank, _EXCHANGED), number)
+        yield from self.reach(self._column(_EXCHANGED), number)
+        found = []
+        for worker in range(self.size):
+            at = self._exchanged(worker, number)
+            (length,) = _LENGTH.unpack_from(memory, at)
+            found.append(bytes(memory[at + _LENGTH.size : at + _LENGTH.size + length]))
+        return found
+
     def release(self, segment: Segment) -> None:
         """Drop a segment with words in which no worker waits any more."""
         self._segments.remove(segment)
@@ -491,4 +520,4 @@ class HostGroup:
 
 def _control_nbytes(size: int) -> int:
     """Return the size of the segment in which so many workers compare calls."""
-    return LINE + size * (_WORDS * LINE + ENTRIES * _ENTRY_NBYTES) + _NOTE_NBYTES
+    return LINE + size * (_WORDS * LINE + ENTRIES * _ENTRY_NBYTES + 2 * _EXCHANGE_NBYTES) + _NOTE_NBYTES

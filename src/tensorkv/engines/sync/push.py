@@ -8,7 +8,7 @@ that has left takes part in the pushes of the others.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -32,6 +32,7 @@ from tensorkv.shard.table import Table
 from . import sparse
 from .allreduce import AllReduce, Update
 from .chain import Chain
+from .decision import Decisions
 from .group import ProcessGroup
 from .host import ENTRIES, LEFT, REFUSED, Collective, HostGroup, Signature, describe
 from .order import CollectiveOrder, PushQueue
@@ -65,6 +66,25 @@ class _UpdateFailedError(TensorKVError):
         self.error = error
 
 
+class _SharedSums:
+    """The sums of a call that compiled code makes.
+
+    Args:
+        reduce: which makes them.
+        batch: of the call.
+    """
+
+    def __init__(self, reduce: native.SharedReduce, batch: native.Batch) -> None:
+        self._reduce, self._batch = reduce, batch
+        self.count_nonfinite = reduce.count_nonfinite
+
+    def squares(self) -> SquareSum:
+        return SquareSum.of_batch(self._reduce.squares)
+
+    def leave_out(self, places: set[int]) -> None:
+        self._reduce.leave_out(bytes(place in places for place in range(len(self._batch.cells))))
+
+
 class Pushes:
     """What one worker pushes and pulls.
 
@@ -91,6 +111,7 @@ class Pushes:
         self._group, self._host, self._chain, self._order = group, host, chain, order
         self._shard, self._values, self._policy = shard, values, policy
         self._queue = PushQueue(order, host, chain)
+        self._decisions = Decisions(group, host, policy)
         # The last push of each key, until its values are known to be there.
         self._pending: dict[Key, AllReduce] = {}
         # By their keys, the least recently used first; and how many keys they name together.
@@ -115,9 +136,9 @@ class Pushes:
     def try_compiled(self, call: native.Call) -> Steps[bool]:
         """Make a call in compiled code if all arrays are plain; return False if nothing was done."""
         self._order.check()
-        is_at_once = self._shard.rule.plain_steps is not None and not self._decides
-        if call.verb == "pushpull" and self._shared is not None and is_at_once:
-            return (yield from self._pushpull_plain(call))
+        has_sums = call.verb == "pushpull" or (call.verb == "push" and self._decides)
+        if has_sums and self._shared is not None and self._shard.rule.plain_steps is not None:
+            return (yield from self._push_plain(call))
         batch = call.look(self._values)
         if batch is None:
             return False
@@ -143,8 +164,7 @@ class Pushes:
 
     def allocate(self) -> None:
         """Allocate what pushpulls stage their parts in, if all workers are on this host; all of them call this."""
-        # With checks, values change when all sums are there.
-        if self._ring is None and len(self._group.hosts) == 1 and not self._policy.checks:
+        if self._ring is None and len(self._group.hosts) == 1:
             self._ring = self._new_ring()
             if native.can_look():
                 self._shared = self._host.shared_reduce(self._slot_nbytes, self._ring.places())
@@ -152,32 +172,64 @@ class Pushes:
     def _new_ring(self) -> StagingBuffer:
         return StagingBuffer(self._host, RING, self._slot_nbytes, counts=self._shard.averages)
 
-    def _pushpull_plain(self, call: native.Call) -> Steps[bool]:
-        """Do a pushpull of plain arrays in memory that all workers share; return whether it was done."""
+    def _push_plain(self, call: native.Call) -> Steps[bool]:
+        """Push plain arrays in memory that all workers share, and wait; return whether it was done."""
         yield from self._drained()
         batch = call.look(self._values, self._shard)
         if batch is None:
             return False
         batch.past_cache = batch.nbytes > 2 * _PAST_CACHE_NBYTES
+        blank = [] if batch.unready is None else [entry for entry in batch.unready if entry.is_blank]
         if batch.unready is not None:
             self._shard.complete(batch.unready)
             if not batch.begin(batch.past_cache):
                 return False
-        signature = Signature.of_keys("pushpull", batch.keys, self._values, batch)
-        return (yield from self._enter(signature, partial(self._reduce_shared, batch=batch)))
+        signature = Signature.of_keys(call.verb, batch.keys, self._values, batch)
+        push = partial(self._reduce_shared, batch=batch, blank=blank)
+        return (yield from self._enter(signature, push, waits=False))
 
-    def _reduce_shared(self, call: Collective, batch: native.Batch) -> Steps[bool]:
+    def _reduce_shared(self, call: Collective, batch: native.Batch, blank: Sequence[Entry]) -> Steps[bool]:
+        """Push a batch.
+
+        Args:
+            call: that was entered.
+            batch: of the call.
+            blank: those of its entries that had no state before the call.
+        """
         self._order.remember(call)
         reduce: Any = self._shared
-        reduce.begin(batch, call.number, self._host.entry_offset(call.number))
+        clipping, rescale = self._shard.rule.clipping, None
+        if self._decides:
+            rescale = 1.0 if clipping is None else clipping.rescale
+        reduce.begin(batch, call.number, self._host.entry_offset(call.number), rescale)
         while (awaited := reduce.advance()) is not None:
-            if awaited:
+            if awaited is True:
+                yield from self._decide_shared(call.signature.verb, batch, blank)
+            elif awaited:
                 yield
                 self._host.wait(*awaited)
             else:
                 yield from self._order.agreement([call])
                 reduce.agree(call.members or [])
         return True
+
+    def _decide_shared(self, verb: str, batch: native.Batch, blank: Sequence[Entry]) -> Steps[None]:
+        """Decide on the update of a batch whose sums are made."""
+        reduce: Any = self._shared
+        clipping, sums = self._shard.rule.clipping, _SharedSums(reduce, batch)
+        try:
+            decision = yield from self._decisions.make(verb, batch.keys, sums, clipping, SquareSum())
+        except NonFiniteError:
+            _clear(blank)
+            reduce.refuse()
+            # Others wait for this worker's word that its values are there.
+            reduce.advance()
+            raise
+        self.last_push = decision.result
+        if decision.left_out and blank:
+            left_out = {batch.keys[place] for place in decision.left_out}
+            _clear(entry for entry in blank if entry.key in left_out)
+        reduce.decide(decision.scale)
 
     def _fits_rule(self, keys: tuple[Key, ...]) -> bool:
         """Tell whether the update rule can update these keys from dense parts."""
@@ -231,10 +283,18 @@ class Pushes:
                 schedule.signatures[verb] = signature
         return signature
 
-    def _enter(self, signature: Signature, push: Callable[[Collective], Steps[bool]]) -> Steps[bool]:
-        """Enter a push and make it; return whether its outputs have been written."""
+    def _enter(
+        self, signature: Signature, push: Callable[[Collective], Steps[bool]], *, waits: bool | None = None
+    ) -> Steps[bool]:
+        """Enter a push and make it; return whether its outputs have been written.
+
+        Args:
+            signature: of the push.
+            push: makes it.
+            waits: whether it waits for others without a yield before (None: as ``_waits_for_messages`` says).
+        """
         self.last_push = PushResult()
-        if self._waits_for_messages or not self._host.can_enter():
+        if (self._waits_for_messages if waits is None else waits) or not self._host.can_enter():
             yield
         try:
             return (yield from push(self._host.enter(signature)))
@@ -503,7 +563,7 @@ class Pushes:
             arguments = json.loads(rest)
         except ValueError:
             raise WorkerError(
-                "leave: the other workers push a new list of keys that is too long to be sent to a worker that has left"
+                "leave: the others push a list of keys that they have not pushed before, and it is too long"
             ) from None
         keys, by_rows = arguments["keys"], arguments.get("rows")
         if by_rows is None:
@@ -544,7 +604,8 @@ class Pushes:
         else:
             staging = yield from self._own_staging(schedule, call)
         updates_empty = self._chain.is_last and self._host.local_rank == 0
-        update = Update(call.signature.verb, self._shard, schedule, self._policy, self._row_squares, updates_empty)
+        decisions, row_squares = self._decisions, self._row_squares
+        update = Update(call.signature.verb, self._shard, schedule, self._policy, decisions, row_squares, updates_empty)
         allreduce = AllReduce(self._host, self._chain, call, schedule, staging, update, first)
         if staging is self._small:
             self._small_pushes[first] = allreduce
@@ -633,6 +694,12 @@ class Pushes:
         self._pending.clear()
         self._small_pushes.clear()
         self._ring = self._small = self._shared = None
+
+
+def _clear(entries: Iterable[Entry]) -> None:
+    """Forget the states of entries."""
+    for entry in entries:
+        entry.state = {}
 
 
 def _dense(entry: Entry, parts: Sequence[Part]) -> list[torch.Tensor]:

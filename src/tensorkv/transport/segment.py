@@ -21,7 +21,11 @@ from collections.abc import Sequence
 import torch
 
 from tensorkv import compiled
-from tensorkv.compiled import _shared
+
+try:
+    from tensorkv.compiled import _shared
+except ImportError:
+    _shared = None  # type: ignore[assignment]
 
 LINE = 64
 _TOKEN_NBYTES = 16

@@ -1,1 +1,0 @@
-"""Move bytes between processes: sockets, shared memory, rendezvous."""

@@ -1,0 +1,1 @@
+"""Between processes: wire format, shared memory, rendezvous."""

@@ -1,9 +1,12 @@
 """The compiled parts, which tensorkv can do without: everything else is in pyproject.toml."""
 
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+
+sources = run_path("src/tensorkv/compiled/sources.py")
 
 
 class Wheel(bdist_wheel):
@@ -24,6 +27,8 @@ setup(
         Extension(
             f"tensorkv.compiled.{module}",
             [f"src/tensorkv/compiled/{module}.c"],
+            # What the package compares with its sources before it uses a part.
+            define_macros=[("SOURCES", f'"{sources["checksum"](module)}"')],
             depends=[f"src/tensorkv/compiled/{name}.h" for name in ("_kernels", "_calls", "_reduce", "_words")],
             # Each operation is rounded for itself: the bits are to be the same on every processor.
             extra_compile_args=[
@@ -38,7 +43,7 @@ setup(
             # Without a C compiler the package installs all the same; torch does the sums, and Gloo the rest.
             optional=True,
         )
-        for module in ("_native", "_shared", "_signals", "_tables")
+        for module in sources["PARTS"]
     ],
     cmdclass={"bdist_wheel": Wheel},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

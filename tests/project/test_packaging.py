@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 
 import tensorkv
+from tensorkv import compiled
 from tensorkv.cli import main
-from tensorkv.compiled import PARTS
+from tensorkv.compiled.sources import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("benchmarks", "docs", "examples", "src/tensorkv", "tests")
@@ -71,14 +73,14 @@ def test_a_wheel_is_of_a_platform_only_with_compiled_parts(tree, tmp_path, compi
         names = archive.namelist()
         (tags,) = (name for name in names if name.endswith(".dist-info/WHEEL"))
         told = Parser().parsestr(archive.read(tags).decode())
-    compiled = {name for name in names if name.endswith(".so")}
-    assert "tensorkv/store.py" in names
+    built = {name for name in names if name.endswith(".so")}
+    assert {"tensorkv/store.py", *(f"tensorkv/compiled/{part}.c" for part in PARTS)} <= set(names)
     if compiler == "none":
-        assert not compiled
+        assert not built
         assert wheel.name.endswith("-py3-none-any.whl")
         assert (told["Root-Is-Purelib"], told["Tag"]) == ("true", "py3-none-any")
     else:
-        assert compiled == {f"tensorkv/compiled/{name}.abi3.so" for name in PARTS}
+        assert built == {f"tensorkv/compiled/{name}.abi3.so" for name in PARTS}
         assert "-cp311-abi3-linux" in wheel.name
         assert told["Root-Is-Purelib"] == "false"
 
@@ -88,8 +90,9 @@ UNCOMPILED = """
 import json, logging, sys
 import numpy as np
 import tensorkv
+from tensorkv import compiled
 from tensorkv.cli import main as cli
-from tensorkv.transport import segment
+from tensorkv.engines.transport import segment
 
 told = []
 class Handler(logging.Handler):
@@ -113,14 +116,70 @@ def test_an_installation_without_compiled_parts_says_so(tree, tmp_path):
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     report, version = ended.stdout.splitlines()
-    file, told, value, compiled, shared = json.loads(report)
+    file, told, value, has, shared = json.loads(report)
     assert Path(file).is_relative_to(tmp_path)
     what = "installed without its compiled parts _native, _shared, _signals, _tables, since no C compiler was found"
     assert told == [f"tensorkv is {what}: results are the same, calls slower; see docs/dependencies.md"]
     assert shared == f"tensorkv is {what}"
     assert value == [2.0] * 3
-    assert compiled == dict.fromkeys(PARTS, False)
+    assert has == dict.fromkeys(PARTS, False)
     assert version == f"tensorkv {tensorkv.__version__} ({what})"
+
+
+def spoil_nothing(folder):
+    pass
+
+
+def change_headers(folder):
+    with (folder / "_reduce.h").open("a") as file:
+        file.write("/* newer */")
+
+
+def change_one_source(folder):
+    with (folder / "_tables.c").open("a") as file:
+        file.write("/* newer */")
+
+
+def leave_out_sources(folder):
+    for path in [*folder.glob("*.c"), *folder.glob("*.h")]:
+        path.unlink()
+
+
+def name_another_part(folder):
+    shutil.copy(folder / "_shared.abi3.so", folder / "_native.abi3.so")
+
+
+def cut_short(folder):
+    (folder / "_native.abi3.so").write_bytes(b"\x7fELF")
+
+
+OTHER_SOURCES = r"they were built from other C sources \(remove the files and install tensorkv again\)"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "missing", "said"),
+    [
+        (spoil_nothing, [], ""),
+        (leave_out_sources, [], ""),
+        (change_headers, PARTS, f"installed without its compiled parts {', '.join(PARTS)}, since {OTHER_SOURCES}"),
+        (change_one_source, ["_tables"], f"installed without its compiled parts _tables, since {OTHER_SOURCES}"),
+        (name_another_part, ["_native"], "installed without its compiled parts _native, since .*PyInit__native.*"),
+        (cut_short, ["_native"], "installed without its compiled parts _native, since .*file too short"),
+    ],
+)
+def test_a_part_that_is_not_of_these_sources_is_not_used(spoil, missing, said, tmp_path):
+    """The package of the parts is imported by itself, since it needs neither torch nor the rest."""
+    shutil.copytree(Path(compiled.__file__).parent, tmp_path / "parts", ignore=shutil.ignore_patterns("__pycache__"))
+    spoil(tmp_path / "parts")
+    code = (
+        "import json, parts; from parts import _native, _shared, _signals, _tables\n"
+        "print(json.dumps([[_native is None, _shared is None, _signals is None, _tables is None], parts.describe()]))"
+    )
+    command = [sys.executable, "-c", code]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    none, description = json.loads(told)
+    assert none == [part in missing for part in PARTS]
+    assert re.fullmatch(said, description)
 
 
 def test_a_full_installation_says_that_it_has_its_parts(capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tensorkv.compiled import PARTS
+from tensorkv.compiled.sources import PARTS, checksum
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = (
@@ -32,7 +32,8 @@ def test_the_tests_of_compiled_parts_pass_under_sanitizers(tmp_path):
     flags = ["-shared", "-fPIC", "-O1", "-g", "-std=c11", "-D_GNU_SOURCE", "-ffp-contract=off", "-fno-math-errno"]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{sysconfig.get_paths()['include']}"]
     for part in PARTS:
-        command = ["gcc", *flags, compiled / f"{part}.c", "-o", compiled / f"{part}.abi3.so"]
+        define = f'-DSOURCES="{checksum(part)}"'
+        command = ["gcc", *flags, define, compiled / f"{part}.c", "-o", compiled / f"{part}.abi3.so"]
         subprocess.run(command, check=True)
     libraries = [
         subprocess.run(["gcc", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()

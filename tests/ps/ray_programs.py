@@ -39,7 +39,7 @@ def ask_through_ray_alone():
 
 def lose_answers(chance):
     """Lose replies over the socket now and then."""
-    from tensorkv.transport.channel import Connection
+    from tensorkv.engines.transport.channel import Connection
 
     receive, draw = Connection.receive, random.Random(1)
 

@@ -32,7 +32,7 @@ from tensorkv.engines.ps.ray.actor import why
         ({"nonfinite": "ignore"}, "nonfinite is 'ignore'"),
         ({"staleness": -1}, "staleness is -1"),
         ({"staleness": 2, "mode": "sync"}, "staleness is 2"),
-        ({"nonfinite": "skip", "mode": "sync", "num_servers": 2}, "takes one server"),
+        ({"nonfinite": "skip", "mode": "sync", "num_servers": 2}, "needs num_servers=1"),
         ({"durability": "disk"}, "needs path="),
         ({"durability": "memory", "path": "store"}, "durability is 'memory'"),
         ({"heartbeat_timeout_s": 1}, "heartbeat_timeout_s is 1"),

@@ -18,10 +18,10 @@ from tensorkv.engines.ps.server.staleness import StalenessClock
 from tensorkv.engines.ps.server.sync_round import PendingPush, SyncRounds
 from tensorkv.engines.ps.server.tables import ServerTables
 from tensorkv.engines.ps.server.wait import Condition, RetryLater
+from tensorkv.engines.transport.channel import Buffers, OpenBuffers
+from tensorkv.engines.transport.segment import can_share
+from tensorkv.engines.transport.shared_cache import SharedCache, SharedCacheReader
 from tensorkv.storage.dedup import AppliedRequests
-from tensorkv.transport.channel import Buffers, OpenBuffers
-from tensorkv.transport.segment import can_share
-from tensorkv.transport.shared_cache import SharedCache, SharedCacheReader
 
 shares = pytest.mark.skipif(not can_share(), reason="needs tables that processes share")
 

@@ -119,6 +119,6 @@ def test_a_later_holder_is_noticed(tmp_path):
     lock.check()
     with open(tmp_path / "lock", "r+b") as file:
         file.write(b"%016x" % 7)
-    with pytest.raises(StorageError, match="another process has opened this store since"):
+    with pytest.raises(StorageError, match="another process has opened this store, taking this one for dead"):
         lock.check()
     lock.close()

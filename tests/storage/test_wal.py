@@ -255,7 +255,7 @@ def two(tmp_path):
 def test_whoever_was_taken_for_dead_writes_nothing_more(two, tmp_path):
     first, second = two
     size = os.stat(next(tmp_path.glob("log-*1.tkv"))).st_size
-    with pytest.raises(StorageError, match="another process has opened this store since"):
+    with pytest.raises(StorageError, match="another process has opened this store, taking this one for dead"):
         first.append(numbers(1)[0])
     with pytest.raises(StorageError):
         first.undo()

@@ -20,10 +20,10 @@ from tensorkv.engines.ps.options import PSOptions
 from tensorkv.engines.ps.ray import cluster
 from tensorkv.engines.ps.ray.actor import ServerActor
 from tensorkv.engines.ps.server.server import Server
+from tensorkv.engines.transport.channel import SocketServer
+from tensorkv.engines.transport.rendezvous import host_id
+from tensorkv.engines.transport.shared_cache import SharedCache
 from tensorkv.store import KVStore
-from tensorkv.transport.channel import SocketServer
-from tensorkv.transport.rendezvous import host_id
-from tensorkv.transport.shared_cache import SharedCache
 from tests.support.until import LIMIT_S
 
 NONE = "nothing"

@@ -16,7 +16,7 @@ from torch.distributed import TCPStore
 
 import tensorkv
 from tensorkv.engines.sync import group
-from tensorkv.transport import rendezvous
+from tensorkv.engines.transport import rendezvous
 from tests.support.until import LIMIT_S
 from tests.sync.dist_programs import RANK, SIZE, create, say
 

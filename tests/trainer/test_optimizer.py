@@ -424,9 +424,13 @@ def test_plain_parameters_are_one_group_and_frozen_ones_may_be_in_it():
 @pytest.mark.parametrize(
     ("groups", "error", "message"),
     [
-        (lambda m: [{"params": m[0].parameters()}], "ArgumentError", '"2.weight" is trained and in no parameter group'),
+        (
+            lambda m: [{"params": m[0].parameters()}],
+            "ArgumentError",
+            '"2.weight" requires a gradient and is in no parameter group',
+        ),
         (lambda m: [{"params": "*"}, {"params": m[2].bias}], "ArgumentError", '"2.bias" is in two parameter groups'),
-        (lambda m: [{"params": "*"}, {"params": [nn.Parameter(torch.ones(1))]}], "ArgumentError", "no parameter of"),
+        (lambda m: [{"params": "*"}, {"params": [nn.Parameter(torch.ones(1))]}], "ArgumentError", "not a parameter of"),
         (lambda m: [{"params": ["0.wieght"]}], "ArgumentError", 'no parameter "0.wieght" (did you mean "0.weight"?)'),
         (lambda m: [{"params": "*.bais"}], "KeyNotFoundError", 'Trainer: params("*.bais"): the pattern matches no key'),
         (lambda m: [{"params": set(m.parameters())}], "ArgumentError", "a set, which has no order"),

@@ -13,17 +13,17 @@ from unittest.mock import Mock
 
 import pytest
 
+from tensorkv.engines.transport import channel
+from tensorkv.engines.transport.channel import Buffers, Connection, OpenBuffers, SocketServer, connect
+from tensorkv.engines.transport.segment import can_share
 from tensorkv.runtime import shield
-from tensorkv.transport import channel
-from tensorkv.transport.channel import Buffers, Connection, OpenBuffers, SocketServer, connect
-from tensorkv.transport.segment import can_share
 from tests.support.until import LIMIT_S, until
 
 pytestmark = pytest.mark.skipif(not can_share(), reason="this platform has no shared memory of this kind")
 
 SERVER = """
 import json, sys, threading
-from tensorkv.transport.channel import SocketServer
+from tensorkv.engines.transport.channel import SocketServer
 
 def answer(message, buffers):
     if message == b"close":
@@ -201,7 +201,7 @@ def test_only_a_process_that_has_the_key_is_answered(server):
 CONNECT_AS_NOBODY = """
 import json, os, sys, time
 sys.path[:] = json.loads(sys.argv[2])
-from tensorkv.transport.channel import connect
+from tensorkv.engines.transport.channel import connect
 os.setgid(65534), os.setuid(65534)
 try:
     connect(json.loads(sys.argv[1]), time.monotonic() + 600)
@@ -226,7 +226,7 @@ def test_a_server_refuses_another_user(server, monkeypatch):
     """Also a client that does not look who listens."""
     code = CONNECT_AS_NOBODY.replace(
         "os.setgid",
-        "import tensorkv.transport.channel as channel\nchannel.os.geteuid = lambda: 0\nos.setgid",
+        "import tensorkv.engines.transport.channel as channel\nchannel.os.geteuid = lambda: 0\nos.setgid",
     )
     words = [json.dumps(server.address), json.dumps(sys.path)]
     tried = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
@@ -271,7 +271,7 @@ def test_a_server_that_gets_no_descriptor_goes_on_afterwards(monkeypatch):
 
 CLIENT = """
 import json, math, os, sys
-from tensorkv.transport.channel import connect
+from tensorkv.engines.transport.channel import connect
 
 connection = connect(json.loads(sys.argv[1]), math.inf)
 connection.send(b"a client")

@@ -3,7 +3,7 @@
 import pytest
 
 import tensorkv
-from tensorkv.transport.rendezvous import launched
+from tensorkv.engines.transport.rendezvous import launched
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 

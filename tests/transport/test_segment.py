@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tensorkv.compiled import _shared
-from tensorkv.transport.segment import LINE, Segment, can_share
+from tensorkv.engines.transport.segment import LINE, Segment, can_share
 from tests.support.amount import amount
 from tests.support.until import LIMIT_S, until
 
@@ -26,7 +26,7 @@ def column(*addresses):
 ANSWER = """
 import struct, sys
 from tensorkv.compiled import _shared
-from tensorkv.transport.segment import LINE, Segment
+from tensorkv.engines.transport.segment import LINE, Segment
 theirs, turns, spin_s = Segment(4096, sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 print("ready", flush=True)
 for turn in range(1, turns + 1):
@@ -38,7 +38,7 @@ for turn in range(1, turns + 1):
 """
 LIVE = """
 import os, sys
-from tensorkv.transport.segment import Segment
+from tensorkv.engines.transport.segment import Segment
 theirs = Segment(4096, sys.argv[1])
 theirs.mark_alive(1)
 if not os.fork():
@@ -143,7 +143,7 @@ def test_another_size_is_not_the_segment_that_was_shared():
 
 UNMAPPED = """
 import os, resource
-from tensorkv.transport.segment import Segment
+from tensorkv.engines.transport.segment import Segment
 
 def held():
     # torch keeps a descriptor of what it could not map, but not the memory.

@@ -16,15 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from tensorkv.compiled import _tables
 from tensorkv.errors import ArgumentError, show
 
 from . import interop
 from .arguments import Key
-
-try:
-    from tensorkv.compiled import _tables
-except ImportError:
-    _tables = None  # type: ignore[assignment]
 
 # The numbers of each rule and their defaults, named as in torch.nn.init.
 NUMBERS: dict[str, dict[str, float]] = {

@@ -63,7 +63,7 @@ class Rows:
             if self.init is not None and not isinstance(self.init, RowInit):
                 self.init = RowInit.of(self.init, numbers, seed)
             elif seed is not None or any(number is not None for number in numbers.values()):
-                raise ArgumentError('numbers of a distribution without its name; give init="normal" or "uniform"')
+                raise ArgumentError('got parameters of a distribution without init; give init="normal" or "uniform"')
             if isinstance(self.ids, list | tuple | range):
                 self.ids = _listed_ids("ids", self.ids)
             take_rows(self)

@@ -1796,5 +1796,6 @@ PyMODINIT_FUNC PyInit__native(void) {
         *types[i].type = (PyTypeObject *)PyType_FromSpec(types[i].spec);
         if (*types[i].type == NULL || PyModule_AddType(module, *types[i].type)) Py_CLEAR(module);
     }
+    if (module != NULL && PyModule_AddStringConstant(module, "SOURCES", SOURCES)) Py_CLEAR(module);
     return module;
 }

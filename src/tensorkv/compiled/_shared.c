@@ -73,4 +73,8 @@ static struct PyModuleDef definition = {
     NULL,                  NULL,               NULL,                                    NULL,
 };
 
-PyMODINIT_FUNC PyInit__shared(void) { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit__shared(void) {
+    PyObject *module = PyModule_Create(&definition);
+    if (module != NULL && PyModule_AddStringConstant(module, "SOURCES", SOURCES)) Py_CLEAR(module);
+    return module;
+}

@@ -179,5 +179,6 @@ PyMODINIT_FUNC PyInit__signals(void) {
     }
     if (get_handler != NULL && set_handler != NULL && recorder != NULL) module = PyModule_Create(&definition);
     Py_DECREF(functions);
+    if (module != NULL && PyModule_AddStringConstant(module, "SOURCES", SOURCES)) Py_CLEAR(module);
     return module;
 }

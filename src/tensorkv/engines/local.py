@@ -61,11 +61,11 @@ class LocalEngine(Engine):
     ) -> None:
         if path is None:
             if not isinstance(durability, str) or durability != "process" or log_nbytes is not None:
-                raise ArgumentError("durability and log_nbytes are of a store that is kept in a folder; give its path")
+                raise ArgumentError("create: durability and log_nbytes need a store in a folder; give path=")
             self._shard = Shard(on_device=on_device, nonfinite=nonfinite, reduce=reduce, threads=threads)
         elif on_device:
             raise ArgumentError(
-                f'path is {folder_path("create", path)!r}, and "device" keeps nothing in a folder; use "local"'
+                f'create: path is {folder_path("create", path)!r}; a "device" store cannot be in a folder, use "local"'
             )
         else:
             self._shard = self.protect(

@@ -32,10 +32,7 @@ from typing import Any, TypeVar
 
 import torch
 
-try:
-    from tensorkv.compiled import _signals
-except ImportError:
-    _signals = None  # type: ignore[assignment]
+from tensorkv.compiled import _signals
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]

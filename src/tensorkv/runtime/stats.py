@@ -7,10 +7,7 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-try:
-    from tensorkv.compiled import _native
-except ImportError:
-    _native = None  # type: ignore[assignment]
+from tensorkv.compiled import _native
 
 clock = perf_counter
 

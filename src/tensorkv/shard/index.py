@@ -6,10 +6,7 @@ from typing import Protocol
 
 import torch
 
-try:
-    from tensorkv.compiled import _tables
-except ImportError:
-    _tables = None  # type: ignore[assignment]
+from tensorkv.compiled import _tables
 
 
 class Index(Protocol):

@@ -17,16 +17,12 @@ import numpy as np
 import torch
 
 from tensorkv.arrays import interop
+from tensorkv.compiled import _native
 from tensorkv.runtime import _compat
 from tensorkv.runtime.stats import Record, clock
 
 from .fused import Kernel
 from .pool import Job, length_of_share
-
-try:
-    from tensorkv.compiled import _native
-except ImportError:
-    _native = None  # type: ignore[assignment]
 
 if TYPE_CHECKING or _native is not None:
     Batch = _native.Batch

@@ -12,14 +12,10 @@ from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rowinit import RowInit
 from tensorkv.arrays.rows import Rows
+from tensorkv.compiled import _tables
 
 from .fused import AVERAGE, average_of
 from .index import new_index
-
-try:
-    from tensorkv.compiled import _tables
-except ImportError:
-    _tables = None  # type: ignore[assignment]
 
 
 class Table:

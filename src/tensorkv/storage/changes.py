@@ -171,7 +171,7 @@ def _read_rule(head: dict[str, Any], shard: Shard) -> Rule:
             raise StorageError("the optimizer has hyperparameters for keys that do not exist")
         return rule
     if head["update"] not in ("assign", "updater"):
-        raise CheckpointError(f"update is {head['update']!r}")
+        raise CheckpointError(f"unknown update rule {head['update']!r}")
     return Assign() if head["update"] == "assign" else LostUpdater()
 
 

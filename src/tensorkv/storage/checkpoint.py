@@ -26,6 +26,7 @@ from tensorkv.shard.changes import RequestIds
 from tensorkv.shard.shard import Shard
 
 from . import manifest
+from .folder import sync
 from .manifest import Contents, Kind, Tensors
 
 FORMAT = "tensorkv-checkpoint"
@@ -108,7 +109,7 @@ def publish(path: str, token: str, body: dict[str, Any]) -> None:
     with _explaining(path):
         temporary = folder / f"manifest-{token}.tmp"
         _write_manifest(temporary, body)
-        _sync(folder)
+        sync(folder)
         for file in body["files"]:
             # A manifest is put in force only beside the files that it names: the path may lead elsewhere by now.
             if not (folder / file["name"]).is_file():
@@ -117,7 +118,7 @@ def publish(path: str, token: str, body: dict[str, Any]) -> None:
                     "replaced meanwhile; nothing has changed in the present one; save again"
                 )
         os.replace(temporary, folder / MANIFEST)
-        _sync(folder)
+        sync(folder)
         # What cannot be removed now, the next save removes: this one is written.
         with suppress(OSError):
             _remove(folder, lambda name: token not in name)
@@ -162,7 +163,9 @@ def read(path: str, kind: Kind | None = None) -> Contents:
     with naming(path):
         contents = manifest.restore(body, tensors)
     if contents.kind != (kind or contents.kind):
-        raise CheckpointError(f"{path}: holds {contents.kind}, expected {kind}; save and load with the same pair")
+        raise CheckpointError(
+            f"{path}: holds {contents.kind}, expected {kind}; load it with the counterpart of the save that wrote it"
+        )
     return contents
 
 
@@ -225,7 +228,7 @@ def _open_folder(folder: Path) -> None:
                 f"{folder}: holds other files and no checkpoint; give a new or empty directory"
             ) from None
     for each in (folder, *missing):
-        _sync(each.parent)
+        sync(each.parent)
 
 
 def _groups(tensors: Tensors) -> Iterator[Tensors]:
@@ -272,14 +275,6 @@ def _write_synced(file: Path, data: bytes) -> None:
         handle.write(data)
         handle.flush()
         os.fsync(handle.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(folder: Path, wanted: Callable[[str], bool]) -> None:

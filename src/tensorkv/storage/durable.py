@@ -307,9 +307,9 @@ class _Digests:
         if mine != written:
             differ = next((key for (key, _), other in zip(mine, written, strict=False) if [key, _] != other), None)
             raise StorageError(
-                f"replaying the log leads to other values than before (first at {quote(differ)}): another processor or "
-                "version of torch, or an array that was changed during its push; open the store where it was written, "
-                "save() it there and load() it here"
+                f"replaying the log gives other values than before (first at {quote(differ)}); causes are another "
+                "processor or version of torch, or an array that was changed during its push; open the store where it "
+                "was written, save() it there and load() it here"
             )
         self.clear()
 

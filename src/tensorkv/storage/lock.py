@@ -56,7 +56,7 @@ class FolderLock:
         """Raise StorageError if another process has opened the folder since, or the folder was removed."""
         if self._read_epoch() != self.epoch:
             raise StorageError(
-                f"{self._folder.path}: another process has opened this store since, as if this one had died; "
+                f"{self._folder.path}: another process has opened this store, taking this one for dead; "
                 "nothing can be written from here; close this store"
             )
         if not os.fstat(self._file.fileno()).st_nlink:

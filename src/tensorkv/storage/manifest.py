@@ -175,7 +175,9 @@ def check_states(contents: Contents) -> None:
             if name in state:
                 number = float(state[name])
                 if not 0 <= number <= limit:
-                    raise CheckpointError(f"{quote(entry.key)}: {quote(name)} is {number}")
+                    raise CheckpointError(
+                        f"{quote(entry.key)}: {quote(name)} is {number}; expected a number from 0 to {limit}"
+                    )
 
 
 def restore_rule(described: Any) -> StepOptimizer:
@@ -202,15 +204,18 @@ def _restore_entry(kind: str, described: Any, tensors: Tensors) -> Entry:
     of_key = _one_of(described, "kind", ("dense", "rows", "initialized-rows"))
     is_table = of_key != "dense"
     spec = restore_spec(key, described, is_table=is_table)
-    _check((spec.init is not None) is (of_key == "initialized-rows"), f"{quote(key)}: {of_key} with init, or without")
+    _check(
+        (spec.init is not None) is (of_key == "initialized-rows"),
+        f"{quote(key)}: the kind {of_key} does not match init",
+    )
     dtype, shape = spec.dtype, spec.shape
     version = _field(described, "version", int)
     if not 0 <= version < 1 << 63:
-        raise CheckpointError(f"{quote(key)}: version {version}")
+        raise CheckpointError(f"{quote(key)}: version {version} is out of range")
     state: State = {}
     for name in _field(described, "state", list):
         if not isinstance(name, str) or not name.isidentifier():
-            raise CheckpointError(f"{quote(key)}: state {name!r}")
+            raise CheckpointError(f"{quote(key)}: invalid name of a state {name!r}")
         state[name] = _pop(tensors, _name(f"state/{name}", key), dtype, shape)
     value: torch.Tensor | Table
     if is_table:
@@ -254,8 +259,11 @@ def _restore_table(kind: str, key: Key, described: Any, spec: KeySpec, tensors: 
         table.write(ids, _pop_exactly(tensors, _name("value", key), dtype, rows_shape))
     for name, fill in _field(described, "columns", dict).items():
         fits = type(fill) in (int, float) and dtype.is_floating_point | dtype.is_complex
-        _check(fits and abs(fill) <= torch.finfo(dtype).max, f"{quote(key)}: {quote(name)} is filled with {fill!r}")
-        _check(name.isidentifier(), f"{quote(key)}: column {name!r}")
+        _check(
+            fits and abs(fill) <= torch.finfo(dtype).max,
+            f"{quote(key)}: the column {quote(name)} has the invalid default {fill!r}",
+        )
+        _check(name.isidentifier(), f"{quote(key)}: invalid name of a column {name!r}")
         table.add_column(name, dtype, fill)
         table.write(ids, _pop_exactly(tensors, _name(f"column/{name}", key), dtype, rows_shape), name)
     return table
@@ -284,7 +292,7 @@ def _shape(key: Key, described: Any, dtype: torch.dtype, is_table: bool) -> torc
     # Of a table, only a row must fit into memory.
     nbytes = dtype.itemsize * math.prod(size or 1 for size in shape[is_table:]) if fits else 0
     if not fits or nbytes >= 1 << 63:
-        raise CheckpointError(f"{quote(key)}: shape {shape}")
+        raise CheckpointError(f"{quote(key)}: invalid shape {shape}")
     return torch.Size(shape)
 
 
@@ -315,7 +323,7 @@ def _field(data: Any, name: str, kind: Any) -> Any:
         raise CheckpointError(f"the field {quote(name)} is missing")
     value = data[name]
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise CheckpointError(f"the field {quote(name)} is wrong")
+        raise CheckpointError(f"the field {quote(name)} is {value!r:.40}, of the wrong type")
     return value
 
 

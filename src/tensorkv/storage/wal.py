@@ -195,7 +195,9 @@ class WriteAheadLog:
             self._check_holder()
             self._segment.truncate(self._undo_end)
         if self._segment.broken is not None:
-            raise StorageError(f"{self.path}: a record could not be removed and will count when the store is opened")
+            raise StorageError(
+                f"{self.path}: a record could not be removed; it will be applied when the store is opened"
+            )
         self.lsn, self.nbytes = self.lsn - 1, self.nbytes - self._undo_nbytes
 
     def is_due(self, state_nbytes: Callable[[], int]) -> bool:

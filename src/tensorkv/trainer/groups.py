@@ -104,8 +104,8 @@ def groups_of(given: Any, params: Params, prefix: str) -> list[Group]:
     for name in trained(params):
         if prefix + name not in named:
             raise ArgumentError(
-                f"Trainer: {quote(name)} is trained and in no parameter group; add it to one, or freeze it with "
-                "requires_grad_(False)"
+                f"Trainer: {quote(name)} requires a gradient and is in no parameter group; add it to one, or freeze it "
+                "with requires_grad_(False)"
             )
     return groups
 
@@ -138,7 +138,9 @@ def _names(verb: str, chosen: Any, params: Params) -> list[str]:
             each = each[1]  # of named_parameters()
         if isinstance(each, torch.Tensor):
             if id(each) not in name_of:
-                raise ArgumentError(f"{verb}: a parameter group has {show(each)}, which is no parameter of the model")
+                raise ArgumentError(
+                    f"{verb}: a parameter group has {show(each)}, which is not a parameter of the model"
+                )
             wanted.append(name_of[id(each)])
         else:
             wanted.append(each)

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tensorkv.arrays.arguments import check_flag, check_timeout, folder_path
+from tensorkv.engines.transport.rendezvous import launched
 from tensorkv.errors import ArgumentError, quote, show
 from tensorkv.shard.nonfinite import MODES, NonFinite
 from tensorkv.shard.reduce import Reduce
-from tensorkv.transport.rendezvous import launched
 
 # Options of one client; the others are those of the store, and the same for all of its clients.
 _OF_CLIENT = ("name", "address", "timeout_s", "insecure")
@@ -108,13 +108,13 @@ class PSOptions:
             )
         if self.nonfinite != "pass" and is_sync and self.num_servers > 1:
             raise ArgumentError(
-                f"create: nonfinite={self.nonfinite!r} in mode sync takes one server: of several, one would refuse a "
-                "sum whose other pieces the others have taken"
+                f"create: nonfinite={self.nonfinite!r} in mode sync needs num_servers=1: one of several servers "
+                "could refuse its piece of a sum that the others have applied"
             )
         if self.path is not None:
             _check_one_of("with a path, durability", self.durability, ("process", "disk"))
         elif self.durability != "memory":
-            raise ArgumentError(f"create: durability={self.durability!r} needs path=, a folder to keep things in")
+            raise ArgumentError(f"create: durability={self.durability!r} needs path=, a folder for the log")
 
     def check_same(self, given: Mapping[str, Any], found: PSOptions) -> None:
         """Raise if a store that is running differs in an option that was given.
@@ -127,7 +127,7 @@ class PSOptions:
             mine, theirs = getattr(self, name), getattr(found, name)
             if name not in _OF_CLIENT and mine != theirs:
                 raise ArgumentError(
-                    f"create: the store {quote(self.name)} is there, and its {name} is {theirs!r}, not {mine!r}; leave "
+                    f"create: the store {quote(self.name)} is running with {name}={theirs!r}, not {mine!r}; leave "
                     "the option out to join it, or choose another name"
                 )
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from tensorkv.engines.partition import Numbers
+from tensorkv.engines.transport.segment import LINE, aligned
 from tensorkv.errors import NonFiniteError
 from tensorkv.runtime.shield import Steps
 from tensorkv.shard import native, reduce
@@ -28,7 +29,6 @@ from tensorkv.shard.norm import PushResult, SquareSum
 from tensorkv.shard.pool import Pool
 from tensorkv.shard.rules import Assign, Step, WholeStep
 from tensorkv.shard.shard import Shard
-from tensorkv.transport.segment import LINE, aligned
 
 from .chain import Chain
 from .decision import Decisions

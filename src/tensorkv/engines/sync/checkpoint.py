@@ -17,13 +17,13 @@ from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import decode_layout, encode_layout
 from tensorkv.engines.partition import part_of
+from tensorkv.engines.transport.segment import aligned
 from tensorkv.errors import CheckpointError
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.optimizers import State
 from tensorkv.shard.shard import Shard
 from tensorkv.storage import checkpoint, manifest
 from tensorkv.storage.manifest import Contents, Kind, Tensors
-from tensorkv.transport.segment import aligned
 
 from .chain import Chain
 from .group import ProcessGroup

@@ -22,6 +22,7 @@ from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines import partition
 from tensorkv.engines.base import Engine, Outs
 from tensorkv.engines.call import Call
+from tensorkv.engines.transport.segment import Segment, aligned
 from tensorkv.errors import ForkedStoreError, RankDeadError, StoreClosedError, TensorKVError
 from tensorkv.runtime import shield
 from tensorkv.runtime.modes import outside_modes
@@ -36,7 +37,6 @@ from tensorkv.shard.shard import Shard
 from tensorkv.shard.table import Table
 from tensorkv.storage import checkpoint
 from tensorkv.storage.manifest import Contents, Kind
-from tensorkv.transport.segment import Segment, aligned
 
 from . import sparse
 from .chain import Chain

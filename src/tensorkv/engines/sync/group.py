@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from tensorkv import errors
+from tensorkv.engines.transport.rendezvous import agree_on_start, connect, get, host_id, launched, network_id
+from tensorkv.engines.transport.segment import Segment, can_share, why_not_shared
 from tensorkv.errors import RankDeadError, TensorKVError, WorkerMismatchError
 from tensorkv.runtime import _compat, caller, forks
-from tensorkv.transport.rendezvous import agree_on_start, connect, get, host_id, launched, network_id
-from tensorkv.transport.segment import Segment, can_share, why_not_shared
 
 log = logging.getLogger("tensorkv")
 

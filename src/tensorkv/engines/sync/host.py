@@ -20,19 +20,15 @@ from typing import Any
 
 from tensorkv import errors
 from tensorkv.arrays.arguments import Key
+from tensorkv.compiled import _shared
+from tensorkv.engines.transport.segment import LINE, Segment
 from tensorkv.errors import TensorKVError, WorkerMismatchError
 from tensorkv.runtime import shield
 from tensorkv.runtime.shield import Steps
 from tensorkv.shard import native
-from tensorkv.transport.segment import LINE, Segment
 
 from . import desync
 from .group import ProcessGroup, rank_died
-
-try:
-    from tensorkv.compiled import _shared
-except ImportError:
-    _shared = None  # type: ignore[assignment]
 
 # Entries that a worker can be ahead of the others.
 ENTRIES = 32

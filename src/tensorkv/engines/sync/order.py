@@ -185,7 +185,7 @@ class CollectiveOrder:
             left.append(self._chain.prev)
         if left:
             raise WorkerMismatchError(
-                f"{call.text}: rank {left[0]} has left; until all have, others may push and pull only"
+                f"{call.text}: rank {left[0]} has left; until all ranks have left, the others may only push and pull"
             )
         self.wait_for_all()
 

@@ -563,7 +563,7 @@ class Pushes:
             arguments = json.loads(rest)
         except ValueError:
             raise WorkerError(
-                "leave: the others push a list of keys that they have not pushed before, and it is too long"
+                "leave: the other workers push a new list of keys that is too long to be sent to a worker that has left"
             ) from None
         keys, by_rows = arguments["keys"], arguments.get("rows")
         if by_rows is None:

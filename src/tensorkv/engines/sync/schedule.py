@@ -21,10 +21,10 @@ from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines import partition
 from tensorkv.engines.partition import Numbers, Pieces, Runs
+from tensorkv.engines.transport.segment import LINE, aligned
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.rules import Rule
-from tensorkv.transport.segment import LINE, aligned
 
 from .host import HostGroup, Signature, number_of
 

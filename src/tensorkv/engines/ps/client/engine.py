@@ -22,6 +22,8 @@ from tensorkv.engines.base import Engine, Outs
 from tensorkv.engines.call import Call
 from tensorkv.engines.ps.ray import cluster
 from tensorkv.engines.ps.ray.metrics import merge_stats
+from tensorkv.engines.transport.rendezvous import host_id, launched
+from tensorkv.engines.transport.segment import can_share
 from tensorkv.errors import (
     ArgumentError,
     OptimizerError,
@@ -40,8 +42,6 @@ from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
 from tensorkv.shard.rules import StepOptimizer, Updater
 from tensorkv.storage import checkpoint
 from tensorkv.storage.manifest import Contents, Kind
-from tensorkv.transport.rendezvous import host_id, launched
-from tensorkv.transport.segment import can_share
 
 from .. import messages
 from ..options import PSOptions
@@ -321,7 +321,7 @@ class PSEngine(Engine):
     def set_updater(self, updater: Updater | None) -> None:
         if updater is not None:
             raise ArgumentError(
-                "set_updater: a function cannot travel to servers as data; use set_optimizer, or a store of type "
+                "set_updater: a function cannot be sent to servers as data; use set_optimizer, or a store of type "
                 '"local" or "dist_sync", which run functions in your process'
             )
         if self.decides:
@@ -347,8 +347,8 @@ class PSEngine(Engine):
         """Raise if gradients are to be clipped by the norm of sums of which no server has all."""
         if spec.max_grad_norm is not None and self._options.mode == "sync" and len(self._actors) > 1:
             raise OptimizerError(
-                "max_grad_norm in mode sync takes one server: of several, each has only its part of the sums over "
-                "workers; use num_servers=1, mode async, or dist_sync"
+                "max_grad_norm in mode sync needs num_servers=1: each of several servers has only its part of the sums "
+                "over workers; use one server, mode async, or dist_sync"
             )
 
     def _check_whole(self, spec: OptimizerSpec) -> None:
@@ -359,7 +359,7 @@ class PSEngine(Engine):
             if len(self._keymap.find("set_optimizer", key).pieces) > 1:
                 raise OptimizerError(
                     f"{spec.name} needs whole values, and {quote(key)} is divided between servers; call set_optimizer "
-                    "before init, which then divides nothing"
+                    "before init, so that init keeps values whole"
                 )
 
     def set_hyperparameters(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> None:

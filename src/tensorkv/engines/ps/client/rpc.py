@@ -20,10 +20,10 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, Ray
 from tensorkv import errors
 from tensorkv.engines.ps.ray.actor import INLINE_NBYTES, why
 from tensorkv.engines.ps.server.wait import POLL_TIMEOUT_S
+from tensorkv.engines.transport.channel import Buffers, Connection, connect
+from tensorkv.engines.transport.shared_cache import SharedCacheReader
 from tensorkv.errors import PushOutcomeUnknownError, ServerDeadError, TensorKVError, WaitTimeoutError
 from tensorkv.runtime import shield
-from tensorkv.transport.channel import Buffers, Connection, connect
-from tensorkv.transport.shared_cache import SharedCacheReader
 
 from ..messages import bytes_of, join, split
 

@@ -19,10 +19,10 @@ from ray.exceptions import OutOfMemoryError
 
 from tensorkv.engines.ps.server.membership import IDLE_TIMEOUT_S
 from tensorkv.engines.ps.server.server import Server
-from tensorkv.transport.channel import Handler, OpenBuffers, SocketServer
-from tensorkv.transport.rendezvous import host_id
-from tensorkv.transport.segment import can_share
-from tensorkv.transport.shared_cache import SharedCache
+from tensorkv.engines.transport.channel import Handler, OpenBuffers, SocketServer
+from tensorkv.engines.transport.rendezvous import host_id
+from tensorkv.engines.transport.segment import can_share
+from tensorkv.engines.transport.shared_cache import SharedCache
 
 from ..messages import Reply, join, split
 from ..options import PSOptions

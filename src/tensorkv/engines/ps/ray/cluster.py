@@ -18,8 +18,8 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from tensorkv.engines.transport.rendezvous import agree_on_start, connect, launched
 from tensorkv.errors import ArgumentError, RankDeadError, ServerDeadError, StorageError, TensorKVError, quote
-from tensorkv.transport.rendezvous import agree_on_start, connect, launched
 
 from ..options import PSOptions
 from . import _compat, fork, safety
@@ -369,7 +369,7 @@ def check_safety(actors: Sequence[Any], insecure: bool, timeout_s: float) -> lis
     if found:
         raise ArgumentError(
             f"create: the Ray cluster accepts connections from other hosts (at {', '.join(found[:3])}) and asks for no "
-            "token: any process that reaches it can run code there; start it with RAY_AUTH_MODE=token, or say "
+            "token: any process that reaches it can run code there; start it with RAY_AUTH_MODE=token, or pass "
             "insecure=True if nobody else can"
         )
     return places

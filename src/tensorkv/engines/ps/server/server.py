@@ -379,7 +379,7 @@ class Server:
 
     def _info(self, request: Request[messages.Info]) -> Reply:
         info = self._state.shard.entry("info", request.message.key).info()
-        return Reply({"version": info.version, "nbytes": info.nbytes, "device": info.device})
+        return Reply({"version": info.version, "nbytes": info.nbytes})
 
     def _stats(self, request: Request[messages.Stats]) -> Reply:
         return Reply(self.stats())
@@ -393,7 +393,7 @@ class Server:
     def _heartbeat(self, request: Request[messages.Heartbeat]) -> Reply:
         self._membership.remove_idle()
         self._drop_snapshots_of_dead_clients()
-        return Reply({"changes": self._changes, "rule": self._state.rule_changes, "dead": self._staleness.dead()})
+        return Reply({"changes": self._changes, "rule": self._state.rule_changes})
 
     def _disconnect(self, request: Request[messages.Disconnect]) -> Reply:
         self.is_broken = self.is_broken or request.message.broken

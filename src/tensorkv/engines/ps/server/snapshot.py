@@ -150,7 +150,7 @@ class CopyOnWriteSnapshots:
         """Hold the present values of a shard, and the metadata of its keys."""
         if name not in self._snapshots and len(self._snapshots) >= self._keep:
             raise SnapshotError(
-                f"snapshot: {self._keep} are held, got one more than keep= allows; close one, or raise keep"
+                f"snapshot: {self._keep} are held already, as many as keep= allows; close one, or raise keep"
             )
         with shard.frozen() as (entries, _):
             held = {entry.key: entry for entry in entries}
@@ -195,7 +195,7 @@ class CopyOnWriteSnapshots:
         snapshot = self._snapshots.get(name)
         if snapshot is None:
             raise SnapshotError(
-                "this snapshot is not held any more: it was closed, the heartbeats of its process stopped, or a server "
+                "this snapshot is no longer held: it was closed, the heartbeats of its process stopped, or a server "
                 "was restarted; take another"
             )
         missing = [key for key in keys if key not in snapshot.entries]

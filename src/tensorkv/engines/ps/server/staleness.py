@@ -113,11 +113,6 @@ class StalenessClock:
                 rank for rank, worker in self._workers.items() if worker.is_dead and worker.last_seen is not None
             )
 
-    def has_left(self, rank: int) -> bool:
-        """Return whether a worker has called ``leave``, or has closed the store."""
-        with self._lock:
-            return self._workers[rank].has_left
-
     def all_left(self) -> bool:
         """Return whether every worker has left or is dead."""
         with self._lock:

@@ -347,7 +347,9 @@ def _new_entry(key: Key, spec: KeySpec, part: Part) -> Entry:
     dtype, shape = (part.values.dtype, part.values.shape) if isinstance(part, Rows) else (part.dtype, part.shape)
     fits = dtype is spec.dtype and shape[1:] == spec.shape[1:] and len(shape) == len(spec.shape)
     if not fits or isinstance(part, Rows) is not spec.is_table:
-        raise ValueMismatchError(f"init({quote(key)}): the value is {dtype} {tuple(shape)}, its metadata say otherwise")
+        raise ValueMismatchError(
+            f"init({quote(key)}): the value is {dtype} {tuple(shape)}, which differs from its metadata"
+        )
     if isinstance(part, Rows):
         held = merge([part], may_share=True)
         return Entry(key, spec, Table.of(replace(held, init=spec.init), "cpu", key))

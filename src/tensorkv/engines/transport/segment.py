@@ -21,11 +21,7 @@ from collections.abc import Sequence
 import torch
 
 from tensorkv import compiled
-
-try:
-    from tensorkv.compiled import _shared
-except ImportError:
-    _shared = None  # type: ignore[assignment]
+from tensorkv.compiled import _shared
 
 LINE = 64
 _TOKEN_NBYTES = 16

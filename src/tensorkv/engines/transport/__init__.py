@@ -1,0 +1,1 @@
+"""Move bytes between processes: sockets, shared memory, rendezvous."""

@@ -1,1 +1,0 @@
-"""Between processes: wire format, shared memory, rendezvous."""

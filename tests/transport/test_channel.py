@@ -4,10 +4,9 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
+from pathlib import Path
 from queue import SimpleQueue
 from unittest.mock import Mock
 
@@ -17,52 +16,61 @@ from tensorkv.engines.transport import channel
 from tensorkv.engines.transport.channel import Buffers, Connection, OpenBuffers, SocketServer, connect
 from tensorkv.engines.transport.segment import can_share
 from tensorkv.runtime import shield
+from tests.support.processes import Program, run
 from tests.support.until import LIMIT_S, until
 
 pytestmark = pytest.mark.skipif(not can_share(), reason="this platform has no shared memory of this kind")
 
-SERVER = """
-import json, sys, threading
-from tensorkv.engines.transport.channel import SocketServer
 
-def answer(message, buffers):
-    if message == b"close":
-        raise ConnectionResetError
-    if message == b"sleep":
-        threading.Event().wait()
-    if message == b"long":
-        return b"x" * 5_000_000
-    if message.startswith(b"["):
-        payload, room = buffers.find(json.loads(message))
-        room.copy_(payload[: len(room)]).add_(1)
-    return b"told " + message
+def serve(control):
+    """Listen, tell the address to a socket that a test listens at, and answer the words that come from there."""
 
-server = SocketServer(answer)
-print(json.dumps(server.address), flush=True)
-for line in sys.stdin:
-    if line == "close\\n":
-        server.close()
-    print(sum(thread.name.startswith("tensorkv-") for thread in threading.enumerate()), flush=True)
-"""
+    def answer(message, buffers):
+        if message == b"close":
+            raise ConnectionResetError
+        if message == b"sleep":
+            threading.Event().wait()
+        if message == b"long":
+            return b"x" * 5_000_000
+        if message.startswith(b"["):
+            payload, room = buffers.find(json.loads(message))
+            room.copy_(payload[: len(room)]).add_(1)
+        return b"told " + message
+
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(control)
+        words = connection.makefile("rw", buffering=1)
+        listener = SocketServer(answer)
+        print(json.dumps(listener.address), file=words)
+        for word in words:
+            if word == "close\n":
+                listener.close()
+            print(sum(thread.name.startswith("tensorkv-") for thread in threading.enumerate()), file=words)
 
 
 class Server:
     """A process that listens; a context manager."""
 
     def __enter__(self):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-        self.process = subprocess.Popen([sys.executable, "-c", SERVER], **pipes)
-        self.address = json.loads(self.process.stdout.readline())
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind("")  # to a free abstract address
+            listening.listen()
+            listening.settimeout(LIMIT_S)
+            self._program = Program(serve, listening.getsockname())
+            self.process = self._program.process
+            with listening.accept()[0] as connection:
+                self._words = connection.makefile("rw", buffering=1)
+        self.address = json.loads(self._words.readline())
         return self
 
     def __exit__(self, *_):
-        self.process.kill()
-        self.process.communicate()
+        self._program.close()
+        self._words.close()
 
     def count(self, word="count"):
         """How many threads serve, the one that accepts connections included."""
-        self.process.stdin.write(f"{word}\n")
-        return int(self.process.stdout.readline())
+        print(word, file=self._words)
+        return int(self._words.readline())
 
     def open_files(self):
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
@@ -159,7 +167,7 @@ def test_a_restarted_server_is_not_reached_at_the_address_of_the_one_before(serv
 def test_a_stopped_server_is_not_taken_for_a_dead_one_and_holds_no_caller(server, client, message):
     """A message longer than the kernel's buffer cannot be sent as a whole."""
     os.kill(server.process.pid, signal.SIGSTOP)
-    os.waitid(os.P_PID, server.process.pid, os.WSTOPPED | os.WNOWAIT)
+    until(lambda: "State:\tT" in Path(f"/proc/{server.process.pid}/status").read_text())
     with pytest.raises(TimeoutError):
         ask(client, message, 0.2)
     with pytest.raises(TimeoutError):
@@ -198,39 +206,26 @@ def test_only_a_process_that_has_the_key_is_answered(server):
         connect([server.address[0], "0" * 32], soon())
 
 
-CONNECT_AS_NOBODY = """
-import json, os, sys, time
-sys.path[:] = json.loads(sys.argv[2])
-from tensorkv.engines.transport.channel import connect
-os.setgid(65534), os.setuid(65534)
-try:
-    connect(json.loads(sys.argv[1]), time.monotonic() + 600)
-except OSError as error:
-    print(type(error).__name__)
-"""
+def connect_as_nobody(address, looks):
+    if not looks:
+        channel.os.geteuid = lambda: 0
+    os.setgid(65534), os.setuid(65534)
+    connect(address, soon())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes another user's name, which only root may")
 def test_another_user_is_refused_though_it_has_the_key(server):
-    words = [json.dumps(server.address), json.dumps(sys.path)]
-    tried = subprocess.run(
-        [sys.executable, "-c", CONNECT_AS_NOBODY, *words], capture_output=True, text=True, check=True
-    )
-    assert tried.stdout == "PermissionError\n"
+    with pytest.raises(PermissionError):
+        run(connect_as_nobody, server.address, True)
     # The server has not begun to serve it either.
     assert server.count() == 1
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes another user's name, which only root may")
-def test_a_server_refuses_another_user(server, monkeypatch):
+def test_a_server_refuses_another_user(server):
     """Also a client that does not look who listens."""
-    code = CONNECT_AS_NOBODY.replace(
-        "os.setgid",
-        "import tensorkv.engines.transport.channel as channel\nchannel.os.geteuid = lambda: 0\nos.setgid",
-    )
-    words = [json.dumps(server.address), json.dumps(sys.path)]
-    tried = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
-    assert tried.stdout in ("ConnectionResetError\n", "BrokenPipeError\n")
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+        run(connect_as_nobody, server.address, False)
 
 
 def test_a_server_that_gets_no_thread_for_a_connection_closes_it(monkeypatch):
@@ -269,20 +264,6 @@ def test_a_server_that_gets_no_descriptor_goes_on_afterwards(monkeypatch):
 # ---------------------------------------------------------------- clients that end
 
 
-CLIENT = """
-import json, math, os, sys
-from tensorkv.engines.transport.channel import connect
-
-connection = connect(json.loads(sys.argv[1]), math.inf)
-connection.send(b"a client")
-connection.receive()
-if sys.argv[2] == "closes":
-    connection.close()
-print("ready", flush=True)
-sys.stdin.read()
-"""
-
-
 @pytest.mark.parametrize("end", ["closes", "is killed"])
 def test_a_server_is_told_when_the_process_of_a_client_has_ended(end, monkeypatch):
     looked, told = SimpleQueue(), SimpleQueue()
@@ -300,16 +281,27 @@ def test_a_server_is_told_when_the_process_of_a_client_has_ended(end, monkeypatc
     # A client that only closes its connection keeps running, so the server must not wait long for its exit.
     monkeypatch.setattr(channel, "_EXIT_S", 0.1 if end == "closes" else LIMIT_S)
     monkeypatch.setattr(channel, "_has_ended", look)
-    server = SocketServer(answer, lambda buffers: told.put(buffers.owner))
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", CLIENT, json.dumps(server.address), end], **pipes) as client:
-        assert client.stdout.readline() == b"ready\n"
-        if end == "is killed":
-            # It stays a zombie until somebody waits for it.
-            client.kill()
-            assert told.get(timeout=LIMIT_S) == "a client"
-        assert looked.get(timeout=LIMIT_S) is (end == "is killed")
-        client.kill()
+    server = SocketServer(answer, told.put)
+    ours, theirs = socket.socketpair()
+    client = os.fork()
+    if not client:
+        ours.close()
+        connection = connect(server.address, soon())
+        ask(connection, b"a client")
+        if end == "closes":
+            connection.close()
+        theirs.send(b"ready")
+        theirs.recv(1)
+        os._exit(0)
+    theirs.close()
+    assert ours.recv(5) == b"ready"
+    if end == "is killed":
+        # It stays a zombie until this process waits for it.
+        os.kill(client, signal.SIGKILL)
+        assert told.get(timeout=LIMIT_S) == "a client"
+    assert looked.get(timeout=LIMIT_S) is (end == "is killed")
+    ours.close()
+    os.waitpid(client, 0)
     assert told.empty()
     server.close()
 

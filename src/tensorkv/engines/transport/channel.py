@@ -147,14 +147,14 @@ class SocketServer:
     Args:
         handle: given a request and the buffers of its connection, returns the reply. An ``OSError`` closes the
             connection.
-        ended: called with the buffers of a connection whose client's process has ended. Where processes of the client
-            cannot be seen, as in another PID namespace, it is not called.
+        ended: called with the owner that requests of a connection have named, when its process has ended. Where
+            processes of the client cannot be seen, as in another PID namespace, it is not called.
 
     Raises:
         OSError, RuntimeError: the system gives no socket, or no thread.
     """
 
-    def __init__(self, handle: Handler, ended: Callable[[OpenBuffers], None] = lambda _: None) -> None:
+    def __init__(self, handle: Handler, ended: Callable[[str], None] = lambda _: None) -> None:
         self._handle, self._ended = handle, ended
         self.address = [f"tensorkv-{secrets.token_hex(8)}", secrets.token_hex(16)]
         """Where it listens, and the key that a client sends first."""
@@ -193,18 +193,18 @@ class SocketServer:
         self._listener.close()
 
     def _serve(self, accepted: socket.socket, process: int) -> None:
-        connection, buffers = Connection(accepted), OpenBuffers()
-        self._answer(connection, buffers)
-        if _has_ended(process):
-            self._ended(buffers)
+        # The client's memory is released before its process is waited for.
+        owner = self._answer(Connection(accepted), OpenBuffers())
+        if owner is not None and _has_ended(process):
+            self._ended(owner)
 
-    def _answer(self, connection: Connection, buffers: OpenBuffers) -> None:
+    def _answer(self, connection: Connection, buffers: OpenBuffers) -> str | None:
         with closing(connection), suppress(OSError):
-            if not hmac.compare_digest(connection.receive(), self.address[1].encode()):
-                return
-            connection.send(b"")
-            while True:
-                connection.send(self._handle(connection.receive(), buffers))
+            if hmac.compare_digest(connection.receive(), self.address[1].encode()):
+                connection.send(b"")
+                while True:
+                    connection.send(self._handle(connection.receive(), buffers))
+        return buffers.owner
 
 
 def _peer(connected: socket.socket) -> tuple[int, int]:

@@ -52,7 +52,7 @@ class ServerActor:
         context = ray.get_runtime_context()
         comes_back = context.was_current_actor_reconstructed
         self._server = Server(PSOptions(**json.loads(options)), index, comes_back=comes_back)
-        self._listener = _listen(self.serve_connection, self.mark_dead)
+        self._listener = _listen(self.serve_connection, self._server.mark_dead)
         self._cache = SharedCache()
         self._copying = threading.Lock()
         name = context.get_actor_name() or ""
@@ -92,11 +92,6 @@ class ServerActor:
         if out is not None and reply.payload is not None and reply.payload.data_ptr() == out.data_ptr():
             return join({**reply.head, "in_buffers": len(reply.payload)})
         return _joined(reply)
-
-    def mark_dead(self, buffers: OpenBuffers) -> None:
-        """Count the client of a connection as dead, since its process has ended."""
-        if buffers.owner is not None:
-            self._server.mark_dead(buffers.owner)
 
     def _answer(self, head: dict[str, Any], layout: bytes, payload: Any, out: torch.Tensor | None = None) -> Reply:
         cached_nbytes = head.pop("cached_nbytes", None)
@@ -180,7 +175,7 @@ def _joined(reply: Reply) -> bytes:
     return join(reply.head, payload=b"" if reply.payload is None else reply.payload.numpy().data)
 
 
-def _listen(handle: Handler, ended: Callable[[OpenBuffers], None]) -> SocketServer | None:
+def _listen(handle: Handler, ended: Callable[[str], None]) -> SocketServer | None:
     """Listen for clients of this host; None where they cannot share memory, or the system gives no socket or thread."""
     if not can_share():
         return None

@@ -112,10 +112,10 @@ def no_leaks():
     for thread in left:
         thread.join(LIMIT_S)
     assert not [thread for thread in left if thread.is_alive()]
-    if len(_descriptors()) > len(descriptors):
+    if any(map(_is_file, _descriptors() - descriptors)):
+        # It may belong to a cycle of objects.
         gc.collect()
-    open_now = _descriptors() - descriptors
-    assert not [fd for fd in open_now if _is_file(fd)], "files left open"
+        assert not list(filter(_is_file, _descriptors() - descriptors)), "files left open"
 
 
 def _is_file(descriptor):

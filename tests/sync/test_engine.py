@@ -105,7 +105,7 @@ def contract():
     [
         (2, "TestDist", True),
         (4, "TestDist", ALL),
-        (3, "TestGloo", False),
+        (amount(2, 3), "TestGloo", False),
         # One worker has a local store.
         *([(1, "TestDist", True), (2, "TestGloo", False)] if ALL else []),
     ],

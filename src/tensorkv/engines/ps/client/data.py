@@ -48,7 +48,7 @@ class PlainCall(NamedTuple):
 
 
 class DataClient:
-    """What one client pushes and pulls.
+    """Makes the inits, pushes and pulls of one client.
 
     Args:
         sessions: with the servers.
@@ -159,12 +159,9 @@ class DataClient:
         self.last_push = told or call.result
         call.batch.finish()
 
-    def pull_plain(self, call: PlainCall, snapshot: str | None = None) -> None:
-        """Fill outs with present values, or with those of a snapshot."""
-        if snapshot is None:
-            self._pull_current(call.layout, call.batch)
-        else:
-            self._pull(call.layout, call.batch, snapshot)
+    def pull_plain(self, call: PlainCall) -> None:
+        """Fill outs with values."""
+        self._pull(call.layout, call.batch)
         call.batch.finish()
 
     # ------------------------------------------------------------ push
@@ -288,24 +285,27 @@ class DataClient:
 
     # ------------------------------------------------------------ pull
 
-    def pull(self, keys: Sequence[Key], outs: Outs) -> None:
-        """Fill outs with the present values of keys; keys without outs are skipped."""
-        named, wanted = _with_outs(keys, outs)
-        if named:
-            placed = self._keymap.having("pull", named)
-            self._pull_current(placed.layout(named), placed.look(named, outs=wanted))
+    def pull(self, keys: Sequence[Key], outs: Outs, placed: PlacedKeys | None = None) -> None:
+        """Fill outs with the values of keys; keys without outs are skipped.
 
-    def pull_snapshot(self, keys: Sequence[Key], outs: Outs, snapshot: str, placed: PlacedKeys) -> None:
-        """Fill outs with the values of a snapshot, which has keys placed as given."""
-        named, wanted = _with_outs(keys, outs)
-        if named:
-            self._pull(placed.layout(named), placed.look(named, outs=wanted), snapshot)
+        Args:
+            keys, outs: of the call.
+            placed: the keys of a snapshot (None: the present ones).
+        """
+        listed = [(key, own) for key, own in zip(keys, outs, strict=False) if own]
+        if listed:
+            named, wanted = [key for key, _ in listed], [own for _, own in listed]
+            if placed is None:
+                placed = self._keymap.having("pull", named)
+            self._pull(placed.layout(named), placed.look(named, outs=wanted))
 
-    def _pull_current(self, layout: Layout, outs: Arrays) -> None:
-        """Pull present values; retry once with fresh metadata if another client re-created a key on other servers."""
+    def _pull(self, layout: Layout, outs: Arrays) -> None:
+        """Pull values; retry once with fresh metadata if another client re-created a key on other servers."""
         try:
-            self._pull(layout, outs)
+            self._pull_once(layout, outs)
         except (KeyNotFoundError, ValueMismatchError) as error:
+            if layout.snapshot is not None:
+                raise
             fresh = self._keymap.layout("pull", layout.keys)
             for key, before, after in zip(layout.keys, layout.placements, fresh.placements, strict=True):
                 old, new = before.spec, after.spec
@@ -314,14 +314,14 @@ class DataClient:
                         f"pull({quote(key)}): another client has re-created this key; it was {old.dtype} "
                         f"{tuple(old.shape)} and is {new.dtype} {tuple(new.shape)}; call again, with arrays that fit"
                     ) from error
-            self._pull(fresh, outs)
+            self._pull_once(fresh, outs)
 
-    def _pull(self, layout: Layout, outs: Arrays, snapshot: str | None = None) -> None:
+    def _pull_once(self, layout: Layout, outs: Arrays) -> None:
         requests = []
         for pulled in layout.pulled:
-            message, nbytes = Pull(checksum=pulled.checksum, snapshot=snapshot), pulled.nbytes
+            message, nbytes = Pull(checksum=pulled.checksum, snapshot=layout.snapshot), pulled.nbytes
             request = ServerRequest(pulled.server, message, pulled.keys, reply_nbytes=nbytes)
-            if self._same_host[pulled.server] and nbytes > _CACHED_NBYTES and snapshot is None:
+            if self._same_host[pulled.server] and nbytes > _CACHED_NBYTES and layout.snapshot is None:
                 request = request._replace(cached_nbytes=nbytes)
             requests.append(request)
         with self._sessions.take() as session:
@@ -332,23 +332,12 @@ class DataClient:
                     (reply,) = self._send(session, [request])
                     pulled.scatter(reply.payload, outs, self._pool)
 
-    def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
-        """Return copies of present rows; ids are unique and sorted."""
-        return self._pull_rows(keys, ids, self._keymap.having("row_sparse_pull", keys))
-
-    def pull_snapshot_rows(
-        self, keys: Sequence[Key], ids: Sequence[torch.Tensor], snapshot: str, placed: PlacedKeys
+    def pull_rows(
+        self, keys: Sequence[Key], ids: Sequence[torch.Tensor], placed: PlacedKeys | None = None
     ) -> list[Rows]:
-        """Return copies of rows of a snapshot, which has keys placed as given."""
-        return self._pull_rows(keys, ids, placed, snapshot)
-
-    def _pull_rows(
-        self,
-        keys: Sequence[Key],
-        ids: Sequence[torch.Tensor],
-        placed: PlacedKeys,
-        snapshot: str | None = None,
-    ) -> list[Rows]:
+        """Return copies of rows; ids are unique and sorted, ``placed`` is as for ``pull``."""
+        if placed is None:
+            placed = self._keymap.having("row_sparse_pull", keys)
         placements = [placed[key].placement for key in keys]
         found = [
             torch.empty((len(own), *each.spec.shape[1:]), dtype=each.spec.dtype, device="cpu")
@@ -364,7 +353,7 @@ class DataClient:
                     wanted.append((index, len(selected[0]), selected[1]))
                     # Before the rows of each key, as much as it takes to align them.
                     nbytes += found[index].itemsize + len(selected[0]) * found[index][:1].nbytes
-            requests.append(ServerRequest.of_tensors(server, PullRows(snapshot=snapshot), pack(items), nbytes))
+            requests.append(ServerRequest.of_tensors(server, PullRows(snapshot=placed.snapshot), pack(items), nbytes))
             chosen.append(wanted)
         with self._sessions.take() as session:
             replies = self._send(session, requests)
@@ -422,11 +411,6 @@ def _items(key: Key, placement: KeyPlacement, total: Part, server: int) -> list[
     ids, places = selected
     values = total.values if places is None else interop.signed(total.values).index_select(0, places)
     return [Item(key, "ids", ids), Item(key, "rows", values.view(total.values.dtype))]
-
-
-def _with_outs(keys: Sequence[Key], outs: Outs) -> tuple[list[Key], list[Sequence[torch.Tensor]]]:
-    listed = [(key, own) for key, own in zip(keys, outs, strict=False) if own]
-    return [key for key, _ in listed], [own for _, own in listed]
 
 
 class RoundNumbers:

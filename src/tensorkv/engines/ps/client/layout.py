@@ -144,12 +144,18 @@ class PlacedKeys(KeyTable[PlacedKey]):
 
     Args:
         placed: by key, in the order of init.
-        wide: as for ``Layout``.
+        wide, snapshot: as for ``Layout``.
     """
 
-    def __init__(self, placed: Mapping[Key, PlacedKey] | Iterable[tuple[Key, PlacedKey]] = (), *, wide: bool) -> None:
+    def __init__(
+        self,
+        placed: Mapping[Key, PlacedKey] | Iterable[tuple[Key, PlacedKey]] = (),
+        *,
+        wide: bool,
+        snapshot: str | None = None,
+    ) -> None:
         super().__init__(placed)
-        self._wide = wide
+        self._wide, self.snapshot = wide, snapshot
         self._layouts: dict[tuple[Key, ...], Layout] = {}
         self._entries: dict[Key, Entry] = {}
 
@@ -158,7 +164,8 @@ class PlacedKeys(KeyTable[PlacedKey]):
         called = tuple(keys)
         layout = self._layouts.get(called)
         if layout is None:
-            layout = Layout(keys, [self[key].placement for key in keys], wide=self._wide)
+            placements = [self[key].placement for key in keys]
+            layout = Layout(keys, placements, wide=self._wide, snapshot=self.snapshot)
             if len(self._layouts) >= _CACHED_LAYOUTS:
                 self._layouts.clear()
             self._layouts[called] = layout
@@ -192,7 +199,7 @@ Arrays = native.Batch | Sequence[Sequence[torch.Tensor]]
 
 
 def describe(keys: Sequence[Key], placed: Sequence[PlacedKey]) -> dict[str, list[Any]]:
-    """Return the metadata of keys as columns, as ``Init`` has them: metadata that several keys share stand once."""
+    """Return the metadata of keys as columns, as ``Init`` has them: metadata that several keys share is listed once."""
     placements = [each.placement for each in placed]
     kinds = dict.fromkeys(placements)
     numbers = {placement: number for number, placement in enumerate(kinds)}
@@ -265,7 +272,7 @@ class ServerLayout:
 
     @cached_property
     def checksum(self) -> int:
-        """By this a server tells whether its values are what the client takes them to be."""
+        """A checksum of the layout; the server refuses a request whose checksum is not that of its own values."""
         return zlib.crc32(self.layout)
 
     @cached_property
@@ -302,16 +309,19 @@ class ServerLayout:
 
 
 class Layout:
-    """How a list of keys lies over servers.
+    """How the values of a list of keys are divided over servers, and where the pieces lie in payloads.
 
     Args:
         keys: in order.
         placements: of each key.
         wide: send sums of float16 and bfloat16 in float32, for the server to add before it rounds.
+        snapshot: the name of the snapshot whose keys they are (None: the present ones).
     """
 
-    def __init__(self, keys: Sequence[Key], placements: Sequence[KeyPlacement], *, wide: bool) -> None:
-        self.keys, self.placements = list(keys), placements
+    def __init__(
+        self, keys: Sequence[Key], placements: Sequence[KeyPlacement], *, wide: bool, snapshot: str | None = None
+    ) -> None:
+        self.keys, self.placements, self.snapshot = list(keys), placements, snapshot
         distinct = list(dict.fromkeys(placements))
         numbers = {placement: number for number, placement in enumerate(distinct)}
         indices = np.array([numbers[placement] for placement in placements], np.int64)

@@ -69,7 +69,7 @@ class SnapshotClient:
         except TensorKVError:
             self.drop(name)
             raise
-        placed = PlacedKeys(wide=False)
+        placed = PlacedKeys(wide=False, snapshot=name)
         for key in sorted(metadata, key=lambda key: metadata[key]["order"]):
             each = PlacedKey.from_metadata(metadata[key])
             # A key exists when all of its pieces do.
@@ -129,22 +129,16 @@ class RemoteSnapshot(Reader):
 
     Args:
         client: that has taken it.
-        data: to read by.
+        data: reads values.
         name: under which servers hold it.
         placed: its keys.
         versions: of its keys.
     """
 
     def __init__(
-        self,
-        client: SnapshotClient,
-        data: DataClient,
-        name: str,
-        placed: PlacedKeys,
-        versions: dict[Key, int],
+        self, client: SnapshotClient, data: DataClient, name: str, placed: PlacedKeys, versions: dict[Key, int]
     ) -> None:
-        self._client, self._data, self._name = client, data, name
-        self._placed = placed
+        self._client, self._data, self._name, self._placed = client, data, name, placed
         self.versions = versions
 
     def spec(self, verb: str, key: Key) -> KeySpec:
@@ -164,16 +158,16 @@ class RemoteSnapshot(Reader):
         if found is None:
             return False
         with outside_modes():
-            self.protect(self._data.pull_plain, found, self._name)
+            self.protect(self._data.pull_plain, found)
         return True
 
     def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
         """Copy values into tensors."""
-        self._data.pull_snapshot(keys, outs, self._name, self._placed)
+        self._data.pull(keys, outs, self._placed)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         """Return copies of rows."""
-        return self._data.pull_snapshot_rows(keys, ids, self._name, self._placed)
+        return self._data.pull_rows(keys, ids, self._placed)
 
     def abandon(self) -> None:
         """Let the next snapshot release this one; the garbage collector calls it, at any point of the program."""

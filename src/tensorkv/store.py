@@ -296,7 +296,8 @@ class KVStore:
 
         Args:
             key, value, priority: as for ``push``.
-            out: as for ``pull``; may be the pushed arrays themselves. With a mapping as key, a mapping.
+            out: as for ``pull``; may be the pushed arrays themselves. With a mapping as key, a mapping. A key whose out
+                is an empty list, as a sparse table's has to be, is not pulled.
 
         Returns:
             As ``pull``; without ``out`` and with a mapping as key, a dict of new arrays.

@@ -1,8 +1,10 @@
 """What workers run for test_embedding."""
 
+import copy
 import os
 
 import torch
+from torch import nn
 
 import tensorkv
 
@@ -36,3 +38,30 @@ def learn_together():
         torch.testing.assert_close(mine, expected)
         assert together.info("t").version == 4
         assert together.info("t").nbytes == alone.info("t").nbytes < ROWS * COLUMNS * 4
+
+
+def clip(kv, batches):
+    """Train a table and a layer, with a replica for each number in a batch; return norms and what was learned."""
+    torch.manual_seed(0)
+    model = nn.Sequential(tensorkv.Embedding(kv, "t", ROWS, COLUMNS, seed=5), nn.Linear(COLUMNS, 3))
+    replicas = [model, *(copy.deepcopy(model) for _ in batches[0][1:])]
+    trainer = tensorkv.Trainer(replicas, kv, "adam", lr=0.1, max_grad_norm=0.5)
+    results = []
+    for step, seeds in enumerate(batches):
+        trainer.zero_grad()
+        for replica, seed in zip(replicas, seeds, strict=True):
+            ids = torch.randint(0, ROWS, (5,), generator=torch.Generator().manual_seed(100 * step + seed))
+            replica(ids).square().sum().backward()
+        results.append(tuple(trainer.step()))
+        assert results[-1][1] > 0.5, "nothing was clipped"
+    table = torch.as_tensor(kv.row_sparse_pull("t", row_ids=range(ROWS)).values)
+    return results, [table, *(param.detach() for param in model.parameters())]
+
+
+def clip_together():
+    """Train on each rank with its part of each batch, and alone in a local store with all of it: the same bits."""
+    with tensorkv.create("dist_sync") as together, tensorkv.create() as alone:
+        mine, learned = clip(together, [[RANK]] * 4)
+        others, expected = clip(alone, [list(range(SIZE))] * 4)
+        assert mine == others
+        assert all(map(torch.equal, learned, expected))

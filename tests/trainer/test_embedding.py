@@ -13,7 +13,7 @@ from torch import nn
 import tensorkv
 from tensorkv import Embedding, EmbeddingBag, Rows, Trainer
 from tests.support.workers import run
-from tests.trainer.embedding_programs import learn_together
+from tests.trainer.embedding_programs import clip, clip_together, learn_together
 
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {"lr": 0.1}),
@@ -361,6 +361,72 @@ def test_a_trainer_steps_the_layers_of_its_replicas(kv):
         Trainer(model, kv, "sgd", lr=0.5, prefix="other.", update_on_store=False)
 
 
+def test_a_step_with_tables_is_one_call(kv):
+    model = TableModel(kv)
+    trainer = Trainer(model, kv, "sgd", lr=1.0)
+    for _ in range(3):
+        trainer.zero_grad()
+        model(torch.tensor([7])).backward()
+        trainer.step()
+    verbs = kv.stats()["verbs"]
+    assert verbs["pushpull"]["calls"] == 3
+    assert "push" not in verbs or verbs["push"]["calls"] == 0
+    assert (model.bias.item(), whole(kv)[7, 0].item()) == (-3, -3)
+
+
+def test_the_norm_of_a_step_has_the_rows_of_tables(kv):
+    model = TableModel(kv)
+    replicas = [model, copy.deepcopy(model)]
+    trainer = Trainer(replicas, kv, "sgd", lr=1.0, max_grad_norm=0.5)
+    for replica in replicas:
+        replica(torch.tensor([7]), factor=3.0, offset=4.0).backward()
+    norm = (D * 6.0**2 + 8.0**2) ** 0.5
+    assert trainer.step() == (False, norm)
+    moved = torch.cat([whole(kv).flatten(), model.bias.detach()])
+    assert moved.norm().item() == pytest.approx(0.5, rel=1e-5)
+    assert moved[-1].item() == pytest.approx(-8 * 0.5 / norm)
+
+
+@pytest.mark.parametrize("bad", ["table", "parameter"])
+def test_a_step_that_is_not_finite_moves_neither_parameters_nor_tables(bad):
+    with tensorkv.create(nonfinite="skip_step") as kv:
+        model = TableModel(kv)
+        trainer = Trainer(model, kv, "adam", lr=1.0)
+        for step in range(4):
+            factors = [1.0, 1.0]
+            factors[bad == "parameter"] = float("inf") if step == 1 else 1.0
+            trainer.zero_grad()
+            model(torch.tensor([7]), *factors).backward()
+            before = model.bias.item(), whole(kv)[7, 0].item()
+            assert trainer.step().found_inf is (step == 1)
+            after = model.bias.item(), whole(kv)[7, 0].item()
+            assert [one == other for one, other in zip(before, after, strict=True)] == [step == 1] * 2
+        assert [kv.info(key).version for key in kv.keys()] == [3, 3]
+
+
+def test_gradients_of_tables_stay_if_a_step_raises():
+    with tensorkv.create(nonfinite="raise") as kv:
+        model = TableModel(kv)
+        trainer = Trainer(model, kv, "sgd", lr=1.0)
+        model(torch.tensor([7]), offset=float("inf")).backward()
+        with pytest.raises(tensorkv.NonFiniteError, match='"bias"'):
+            trainer.step()
+        assert (model.bias.item(), whole(kv).abs().sum().item()) == (0, 0)
+        model.bias.grad = None
+        trainer.step()
+        assert whole(kv)[7, 0].item() == -1
+
+
+def test_buckets_and_tables_are_one_step(kv):
+    model = TableModel(kv)
+    trainer = Trainer(model, kv, "sgd", lr=1.0, overlap=True)
+    for expected in (-1, -2, -3):
+        trainer.zero_grad()
+        model(torch.tensor([7])).backward()
+        trainer.step()
+        assert (model.bias.item(), whole(kv)[7, 0].item()) == (expected, expected)
+
+
 class TableModel(nn.Module):
     """A table and a bias."""
 
@@ -566,6 +632,20 @@ def test_it_shows_what_it_is(kv):
 def test_workers_together_learn_as_one(workers):
     """With batches of unequal size, and workers without one."""
     run(workers, learn_together)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_clip_tables_as_one(workers):
+    run(workers, clip_together)
+
+
+@pytest.mark.parametrize("servers", [1, 3])
+def test_servers_clip_tables_as_a_local_store_does(ray_store, servers, kv):
+    options = {"name": f"clipped on {servers}", "num_servers": servers, "num_workers": 1}
+    with tensorkv.create("dist_async", **options) as theirs:
+        found = [clip(store, [[0, 1, 2]] * 3) for store in (kv, theirs)]
+    assert found[0][0] == found[1][0]
+    assert all(map(torch.equal, found[0][1], found[1][1]))
 
 
 def test_servers_without_an_optimizer_are_refused(ray_store):

@@ -158,12 +158,56 @@ def test_a_step_that_is_not_finite_moves_nothing(update_on_store):
 def test_what_does_not_go_with_a_bound_on_the_norm():
     with pytest.raises(tensorkv.ArgumentError, match="use overlap=False"):
         Trainer(_model(), tensorkv.create(), lr=0.1, max_grad_norm=1.0, overlap=True)
+    with pytest.raises(tensorkv.ArgumentError, match='nonfinite="skip_step" decides by the gradients'):
+        Trainer(_model(), tensorkv.create(nonfinite="skip_step"), lr=0.1, overlap=True)
     kv = tensorkv.create()
     model = nn.Sequential(tensorkv.Embedding(kv, "items", 50, 4), nn.Linear(4, 1))
-    with pytest.raises(tensorkv.ArgumentError, match="would not be in the norm"):
-        Trainer(model, kv, "sgd", lr=0.1, max_grad_norm=1.0)
+    with tensorkv.create() as other, pytest.raises(tensorkv.ArgumentError, match='"items" is in another store'):
+        Trainer(model, other, "sgd", lr=0.1, max_grad_norm=1.0)
+    assert kv.keys() == ["items"]
     with pytest.raises(tensorkv.OptimizerError, match="max_grad_norm is 0"):
         Trainer(_model(), tensorkv.create(), lr=0.1, max_grad_norm=0)
+
+
+def test_a_bound_that_is_set_later_stops_buckets_before_they_step():
+    model = _model()
+    with tensorkv.create() as kv:
+        trainer = Trainer(model, kv, lr=0.1, overlap=True)
+        _train(trainer, [model], 2)
+        before = _weights(model)
+        kv.set_hyperparameters(max_grad_norm=1.0)
+        with pytest.raises(tensorkv.ArgumentError, match="max_grad_norm decides"):
+            _train(trainer, [model], 1)
+        assert {kv.info(key).version for key in trainer.keys} == {2}
+        kv.set_hyperparameters(max_grad_norm=None)
+        _train(trainer, [model], 1)
+        assert not _equal(before, _weights(model))
+
+
+def test_replicas_that_step_clip_what_was_pushed_in_buckets(monkeypatch):
+    monkeypatch.setattr("tensorkv.trainer.overlap.BUCKET_NBYTES", 1)
+    found = []
+    for overlap in (False, True):
+        model = _model()
+        with tensorkv.create(nonfinite="skip_step") as kv:
+            trainer = Trainer(model, kv, "sgd", lr=0.1, max_grad_norm=0.5, update_on_store=False, overlap=overlap)
+            results = []
+            for step in range(5):
+                x, y = _batch(step)
+                trainer.zero_grad()
+                before = _weights(model)
+                scale = float("inf") if step == 3 else 1.0
+                # Of the first bucket, while the others are finite.
+                hook = model[2].bias.register_hook(lambda grad, scale=scale: grad * scale)
+                _loss(model, x, y).backward()
+                hook.remove()
+                results.append(trainer.step())
+                assert _equal(before, _weights(model)) is (step == 3)
+            found.append(
+                (results[:3], results[4], results[3].found_inf, [w.tolist() for w in _weights(model).values()])
+            )
+    assert found[0] == found[1]
+    assert found[1][2] is True
 
 
 def test_a_step_is_one_pushpull():

@@ -151,7 +151,7 @@ def _align(verb: str, what: str, keys: list[Any], values: Mapping[Any, Any]) -> 
 def _arrays(verb: str, what: str, key: Key, value: Any) -> list[Any]:
     if type(value) not in _LISTS:
         return [value]
-    if not value:
+    if not value and (verb, what) != ("pushpull", "out"):
         raise ArgumentError(f"{verb}({quote(key)}): got an empty list; expected at least one {what}")
     for index, each in enumerate(value):
         if type(each) in _LISTS:

@@ -183,6 +183,11 @@ class Engine(Reader):
         return PushResult()
 
     @property
+    def skips_steps(self) -> bool:
+        """Whether a push changes nothing if the sum of any of its keys has NaN or Inf: ``nonfinite="skip_step"``."""
+        return False
+
+    @property
     def has_optimizer(self) -> bool:
         """Whether this process knows of an optimizer in force, without asking others."""
         return self.optimizer is not None

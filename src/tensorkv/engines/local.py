@@ -118,6 +118,10 @@ class LocalEngine(Engine):
     def last_push(self) -> PushResult:
         return self._shard.last_push
 
+    @property
+    def skips_steps(self) -> bool:
+        return self._shard.skips_steps
+
     def spec(self, verb: str, key: Key) -> KeySpec:
         return self._shard.entry(verb, key).spec
 

@@ -370,6 +370,11 @@ class Shard(native.ShardFields):
         return self._rule.optimizer.spec if isinstance(self._rule, StepOptimizer) else None
 
     @property
+    def skips_steps(self) -> bool:
+        """Whether one sum that is not finite has all of a push left out."""
+        return self._finite.skips_steps
+
+    @property
     def nonfinite_counts(self) -> dict[str, int]:
         """How many pushes were refused, and how many updates left out, for NaN or Inf."""
         return self._finite.counts
@@ -522,7 +527,7 @@ class Shard(native.ShardFields):
     ) -> bool:
         """Update values by a rule from the sums of their parts; return whether the outs were filled on the way."""
         if any(isinstance(part, Rows) for key_parts in parts for part in key_parts):
-            (entries, parts), outs = self._push_rows(entries, parts, rule), ()
+            entries, parts, outs = self._push_rows(entries, parts, outs, rule)
         if outs and all(outs) and self._update_plain(entries, parts, outs, rule):
             return True
         if not self._update_plain(entries, parts, None, rule):
@@ -568,17 +573,24 @@ class Shard(native.ShardFields):
         return batch is not None
 
     def _push_rows(
-        self, entries: Sequence[Entry], parts: Sequence[list[Any]], rule: Rule
-    ) -> tuple[list[Entry], list[list[Part]]]:
-        """Apply what was pushed as Rows alone; return the rest, Rows beside dense parts made dense."""
-        rest: tuple[list[Entry], list[list[Part]]] = ([], [])
-        for entry, key_parts in zip(entries, parts, strict=True):
+        self, entries: Sequence[Entry], parts: Sequence[list[Any]], outs: Sequence[Sequence[torch.Tensor]], rule: Rule
+    ) -> tuple[list[Entry], list[list[Part]], list[Sequence[torch.Tensor]]]:
+        """Apply what was pushed as Rows alone; return the rest, Rows beside dense parts made dense.
+
+        The rest has no outs if they are not all that there are.
+        """
+        rest: tuple[list[Entry], list[list[Part]], list[Sequence[torch.Tensor]]] = ([], [], [])
+        is_filled = len(outs) == len(entries)
+        for position, (entry, key_parts) in enumerate(zip(entries, parts, strict=True)):
+            own = outs[position] if is_filled else ()
             if all(isinstance(part, Rows) for part in key_parts):
                 rule.apply_rows(entry, entry.merged(key_parts))
+                is_filled = is_filled and not own
             else:
                 rest[0].append(entry)
                 rest[1].append([entry.dense(part) for part in key_parts])
-        return rest
+                rest[2].append(own)
+        return rest[0], rest[1], rest[2] if is_filled else []
 
     def _set_rule(self, rule: Rule) -> None:
         new = rule.optimizer.spec.name if isinstance(rule, StepOptimizer) else None

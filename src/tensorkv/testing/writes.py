@@ -279,6 +279,49 @@ class WriteContract:
             kv.push("r", rows)
             assert kv.last_push.grad_norm == math.sqrt(32)
 
+    def test_dense_keys_and_tables_in_one_pushpull(self):
+        with self.create(nonfinite="skip_step") as kv, tensorkv.create("local", nonfinite="skip_step") as local:
+            outs = {id(store): [np.zeros((3, 2), F32), np.zeros(2, F32)] for store in (kv, local)}
+            for store in (kv, local):
+                store.init({"w": ones(3, 2), "b": ones(2)})
+                store.init("t", Rows(np.array([1]), ones(1, 2), 100))
+                store.set_optimizer("adam", lr=0.1, max_grad_norm=0.5)
+            rng = np.random.default_rng(4)
+            for step in range(4):
+                w, b, rows = (rng.standard_normal(shape).astype(F32) for shape in ((3, 2), 2, (2, 2)))
+                if step == 2:
+                    rows[1, 0] = np.inf
+                for store in (kv, local):
+                    w_out, b_out = outs[id(store)]
+                    parts = [w, [b, b], Rows(np.array([1, 40 + step]), rows, 100)]
+                    assert store.pushpull(["w", "b", "t"], parts, out=[w_out, [b_out], []]) is None
+                    assert store.last_push.found_inf is (step == 2)
+                if step == 2:
+                    assert kv.info("t").nbytes == local.info("t").nbytes == 3 * 8
+                else:
+                    assert kv.last_push == local.last_push
+                    assert kv.last_push.grad_norm > 0.5
+                for mine, other in zip(outs[id(kv)], outs[id(local)], strict=True):
+                    assert np.array_equal(mine, other)
+            pulled = [store.row_sparse_pull("t", row_ids=range(100)).values for store in (kv, local)]
+            assert np.array_equal(*pulled)
+            for mine, key in zip(outs[id(kv)], ("w", "b"), strict=True):
+                assert np.array_equal(mine, kv.pull(key))
+            assert [kv.info(key).version for key in ("w", "b", "t")] == [3] * 3
+            with pytest.raises(tensorkv.ValueMismatchError, match="row_sparse_pull"):
+                kv.pushpull(["w", "t"], [w, Rows(np.array([1]), ones(1, 2), 100)])
+            assert kv.info("w").version == 3
+
+    def test_an_empty_list_of_outs_pulls_nothing(self, kv):
+        kv.init({"a": ones(2), "b": ones(2)})
+        out = np.zeros(2, F32)
+        assert kv.pushpull(["a", "b"], [2 * ones(2), 3 * ones(2)], out=[[], out]) is None
+        assert (out.tolist(), kv.pull("a").tolist()) == ([3, 3], [2, 2])
+        assert kv.pushpull("a", 4 * ones(2), out=[]) is None
+        assert kv.pull("a").tolist() == [4, 4]
+        with pytest.raises(tensorkv.ArgumentError, match="empty list"):
+            kv.pull("a", out=[])
+
     def test_norms_and_sums_that_are_not_finite(self):
         grads = {"a": np.array([3, np.inf], F32), "b": np.array([4], F32)}
         for nonfinite, found in {"pass": True, "skip": True, "skip_step": True}.items():

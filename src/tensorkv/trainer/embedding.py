@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 import torch
@@ -311,32 +311,46 @@ def check(layers: Iterable[TableLayer]) -> None:
             )
 
 
-def step(replicas: Sequence[Sequence[TableLayer]]) -> None:
+def step(replicas: Sequence[Sequence[TableLayer]], pushed: KVStore | None = None) -> None:
     """Push the gradients of layers to their stores, those of one store in one call.
 
     Args:
-        replicas: the layers of each. Those of one replica that have one table push one part, the sum of their
-            gradients, as tied parameters do.
+        replicas: the layers of each, as for ``taken``.
+        pushed: a store that has got its gradients.
 
     Raises:
         OptimizerError: a store has no optimizer.
         TensorKVError: as ``KVStore.push``; the gradients that were not pushed are kept.
     """
-    stores: dict[KVStore, dict[str | int, dict[int, list[TableLayer]]]] = {}
+    every = [layer for layers in replicas for layer in layers if layer.kv is not pushed]
+    check(every)
+    for kv in dict.fromkeys(layer.kv for layer in every):
+        with taken(replicas, kv) as gradients:
+            kv.push(list(gradients), list(gradients.values()))
+
+
+@contextmanager
+def taken(replicas: Sequence[Sequence[TableLayer]], kv: KVStore) -> Iterator[dict[str | int, list[Rows]]]:
+    """Take the gradients of the tables in a store for a block that pushes them; if it raises, layers keep them.
+
+    Args:
+        replicas: the layers of each. Those of one replica that have one table make one part, the sum of their
+            gradients, as tied parameters do.
+        kv: the store.
+    """
+    tables: dict[str | int, dict[int, list[TableLayer]]] = {}
     for number, layers in enumerate(replicas):
         for layer in layers:
-            stores.setdefault(layer.kv, {}).setdefault(layer.key, {}).setdefault(number, []).append(layer)
-    check(layer for layers in replicas for layer in layers)
-    for kv, tables in stores.items():
-        taken: list[tuple[TableLayer, Rows]] = []
-        try:
-            # Before the push, during which other threads may compute more.
-            parts = [[_take_part(same, taken) for same in table.values()] for table in tables.values()]
-            kv.push(list(tables), parts)
-        except BaseException:
-            for layer, rows in taken:
-                _add(layer._gradients, rows)
-            raise
+            if layer.kv is kv:
+                tables.setdefault(layer.key, {}).setdefault(number, []).append(layer)
+    own: list[tuple[TableLayer, Rows]] = []
+    try:
+        # Before the push, during which other threads may compute more.
+        yield {key: [_take_part(same, own) for same in table.values()] for key, table in tables.items()}
+    except BaseException:
+        for layer, rows in own:
+            _add(layer._gradients, rows)
+        raise
 
 
 def _take_part(layers: list[TableLayer], taken: list[tuple[TableLayer, Rows]]) -> Rows:

@@ -90,7 +90,12 @@ class StoreOptimizer(torch.optim.Optimizer):
         self._gradients = Gradients(self._kv, self._replicas, self._params, self._unused)
         self._overlap: Overlap | None = None
         if overlaps:
-            self._overlap = Overlap(self._kv, self._params, self._gradients, self._update.parts, self.flush)
+            self._overlap = Overlap(self._kv, self._params, self._gradients, self._update.parts, self._begin_pushes)
+
+    def _begin_pushes(self) -> None:
+        """Get ready to push gradients in buckets."""
+        self.flush()
+        self._update.check_buckets()
 
     def _shown(self, group: Group, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Return a group as torch has it."""
@@ -231,12 +236,14 @@ class StoreOptimizer(torch.optim.Optimizer):
 
     def _push_and_pull(self) -> None:
         embedding.check(self._tables)
+        pushed = None
         if self._overlap is not None:
-            self._overlap.finish()
+            pushed = self._overlap.finish()
         else:
             self.flush()
-        self._update.step(self._gradients.all(), is_pushed=self._overlap is not None)
-        embedding.step(self._tables_of)
+        with embedding.taken(self._tables_of, self._kv) as rows:
+            self._update.step(self._gradients.all(), rows, pushed)
+        embedding.step(self._tables_of, pushed=self._kv)
 
     def _unscale(self) -> bool:
         """Do what a GradScaler that calls ``step`` asks for; return whether to step.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tensorkv.errors import ArgumentError, quote
+from tensorkv.shard.norm import PushResult
 from tensorkv.store import KVStore
 
 from .gradients import Gradients, Grads
@@ -58,6 +59,7 @@ class Overlap:
     def begin(self) -> None:
         """Forget what backward has computed and what was pushed since the last step."""
         self._has_failed = False
+        self._found_inf: bool | None = None
         self._missing = {key: len(replicas) for key, replicas in self._params.items()}
         self._next = 0
 
@@ -98,18 +100,27 @@ class Overlap:
             if grads:
                 # Backward computes last what the next forward pass needs first.
                 self._kv.push(list(grads), self._parts(grads), priority=self._next)
+                found_inf = self._kv.last_push.found_inf
+                if found_inf is not None:
+                    self._found_inf = self._found_inf or found_inf
         except BaseException:
             self._has_failed = True
             raise
         self._next += 1
 
-    def finish(self) -> None:
-        """Push the remaining buckets, which have a parameter that backward has not reached."""
+    def finish(self) -> PushResult:
+        """Push the remaining buckets, which have a parameter that backward has not reached.
+
+        Returns:
+            What was found out about all pushes of the step.
+        """
         if self._buckets is None:
             self._buckets = self._make_buckets()
         while self._next < len(self._buckets):
             self._push(self._buckets[self._next])
+        result = PushResult(self._found_inf)
         self.begin()
+        return result
 
     def recover(self) -> None:
         """Reset if a push has failed since the last step."""

@@ -119,16 +119,12 @@ class Trainer:
         if not self._params:
             raise ArgumentError("Trainer: no parameter requires a gradient; there is nothing to train")
         layers = layers_of(replicas)
-        if numbers.get("max_grad_norm") is not None and overlap is True and update_on_store is not False:
-            raise ArgumentError(
-                "Trainer: max_grad_norm bounds the norm of the gradients of one push, and overlap=True makes several; "
-                "use overlap=False"
-            )
-        if numbers.get("max_grad_norm") is not None and layers:
-            raise ArgumentError(
-                "Trainer: tables of Embedding layers are pushed by themselves, and their gradients would not be in the "
-                "norm; push parameters and tables in one call, to a store with max_grad_norm"
-            )
+        for layer in layers if numbers.get("max_grad_norm") is not None else ():
+            if layer.kv is not kv:
+                raise ArgumentError(
+                    f"Trainer: the table {quote(layer.key)} is in another store, and its gradient would not be in the "
+                    "norm that max_grad_norm bounds; create its layer with the store of the Trainer"
+                )
         if update_on_store is False and layers:
             raise ArgumentError("Trainer: a store updates the tables of Embedding layers; use update_on_store=True")
         groups = [] if param_groups is None else groups_of(param_groups, named, prefix)
@@ -138,7 +134,7 @@ class Trainer:
             overlaps = check_flag("overlap", overlap)
             check_unused(unused, overlaps=overlaps)
             kept = None if check_buffers(buffers) == "local" else Buffers(kv, replicas, buffers)
-            self._update = kind(kv, optimizer, numbers, self._params, groups)
+            self._update = kind(kv, optimizer, numbers, self._params, groups, overlaps=overlaps)
             self._update.tables = tables_of(layers, kv)
         try:
             broadcast(kv, self._params)
@@ -168,8 +164,8 @@ class Trainer:
             gradients before clipping, None without ``max_grad_norm``.
 
         Raises:
-            TensorKVError: as ``KVStore.pushpull``; no parameter has changed, unless it is about a table: tables are
-                pushed after the parameters, such as to a store with ``nonfinite="raise"``.
+            TensorKVError: as ``KVStore.pushpull``; no parameter has changed, unless it is about a table in another
+                store, which is pushed after the parameters.
             WorkerMismatchError: with ``unused="skip"``: workers have gradients of different parameters.
         """
         self.optimizer.step()

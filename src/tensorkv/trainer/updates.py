@@ -12,6 +12,7 @@ from torch import nn
 
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.keytable import KeyTable
+from tensorkv.arrays.rows import Rows
 from tensorkv.errors import ArgumentError, CheckpointError, OptimizerError, show
 from tensorkv.shard import optimizers
 from tensorkv.shard.entry import Entry
@@ -26,6 +27,8 @@ from .gradients import Grads
 from .groups import Group, Params, check_options
 
 Groups = list[Group]
+# The gradients that a step pushes to tables, by key.
+TableGradients = Mapping[Key, list[Rows]]
 
 
 def broadcast(kv: KVStore, params: Params) -> None:
@@ -41,10 +44,23 @@ class StoreUpdate:
     # Keys of the tables in the store that the Trainer steps. They are in no group.
     tables: Sequence[Key] = ()
 
-    def __init__(self, kv: KVStore, optimizer: Any, numbers: dict[str, Any], params: Params, groups: Groups) -> None:
+    def __init__(
+        self,
+        kv: KVStore,
+        optimizer: Any,
+        numbers: dict[str, Any],
+        params: Params,
+        groups: Groups,
+        *,
+        overlaps: bool,
+    ) -> None:
         self._kv, self._params = kv, params
         spec = self._spec = optimizers.spec(optimizer, numbers)
         self.defaults = dict(spec.numbers)
+        self.last_push = PushResult()
+        """What was found out about the gradients of the last step."""
+        if overlaps:
+            self._check_buckets(spec)
         self.groups = groups or [Group(list(params), {})]
         for group in self.groups:
             _check(spec, group.options)
@@ -77,19 +93,36 @@ class StoreUpdate:
         changed = {word: number for word, number in numbers.items() if number != held[word]}
         self.write([{} for _ in self.groups[:-1]] + [changed])
 
-    @property
-    def last_push(self) -> PushResult:
-        """What was found out about the gradients of the last step."""
-        return self._kv.last_push
+    def check_buckets(self) -> None:
+        """Raise if gradients that are pushed in buckets cannot be stepped one bucket after the other."""
+        self._check_buckets(self._held("step"))
 
-    def step(self, grads: Grads, *, is_pushed: bool) -> None:
-        """Push the gradients of some keys, unless they are pushed already, and take the result to every replica."""
-        keys = list(grads)
-        outs = [self._params[key] for key in keys]
-        if is_pushed:
-            self._kv.pull(keys, out=outs)
-        else:
-            self._kv.pushpull(keys, self.parts(grads), out=outs)
+    def _check_buckets(self, spec: OptimizerSpec) -> None:
+        word = "max_grad_norm" if spec.max_grad_norm is not None else 'nonfinite="skip_step"'
+        if spec.max_grad_norm is not None or self._kv._engine.skips_steps:
+            raise ArgumentError(
+                f"Trainer: {word} decides by the gradients of a whole step, and with overlap=True the store steps with "
+                "some before it has the others; use overlap=False, or update_on_store=False"
+            )
+
+    def step(self, grads: Grads, rows: TableGradients, pushed: PushResult | None) -> None:
+        """Push the gradients of some keys and tables in one call, and take the weights to every replica.
+
+        Args:
+            grads: of parameters.
+            rows: the gradients of tables, by key.
+            pushed: what was found out about ``grads``, if they are pushed already.
+        """
+        outs: list[Any] = [self._params[key] for key in grads]
+        if pushed is None:
+            self._kv.pushpull([*grads, *rows], [*self.parts(grads), *rows.values()], out=[*outs, *([] for _ in rows)])
+            self.last_push = self._kv.last_push
+            return
+        if rows:
+            self._kv.push(list(rows), list(rows.values()))
+            pushed = PushResult(pushed.found_inf or self._kv.last_push.found_inf)
+        self._kv.pull(list(grads), out=outs)
+        self.last_push = pushed
 
     @staticmethod
     def parts(grads: Grads) -> list[list[torch.Tensor]]:
@@ -243,7 +276,16 @@ class WorkerUpdate:
     on_store = False
     tables: Sequence[Key] = ()
 
-    def __init__(self, kv: KVStore, optimizer: Any, numbers: dict[str, Any], params: Params, groups: Groups) -> None:
+    def __init__(
+        self,
+        kv: KVStore,
+        optimizer: Any,
+        numbers: dict[str, Any],
+        params: Params,
+        groups: Groups,
+        *,
+        overlaps: bool,
+    ) -> None:
         self._kv, self._params = kv, params
         self._refuse_optimizer()
         numbers = dict(numbers)
@@ -306,15 +348,19 @@ class WorkerUpdate:
     def _of(self, group: Group, replica: int) -> dict[str, Any]:
         return {"params": [self._params[key][replica] for key in group.keys], **group.options}
 
-    def step(self, grads: Grads, *, is_pushed: bool) -> None:
+    def check_buckets(self) -> None:
+        """Do nothing: sums do not step."""
+
+    def step(self, grads: Grads, rows: TableGradients, pushed: PushResult | None) -> None:
+        """Step every replica; there are no tables."""
         self._refuse_optimizer()
         keys = list(grads)
         sums = [[_sum_buffer(p) for p in self._params[key]] for key in keys]
-        if is_pushed:
-            self._kv.pull(keys, out=sums)
-        else:
+        if pushed is None:
             self._kv.pushpull(keys, self.parts(grads), out=sums)
-        rule, self.last_push = StepOptimizer(self._scaling), self._kv.last_push
+        else:
+            self._kv.pull(keys, out=sums)
+        rule, self.last_push = StepOptimizer(self._scaling), pushed or self._kv.last_push
         if self.last_push.found_inf:
             # The store has left sums out, and what was pulled are those of an earlier step.
             return

@@ -272,6 +272,10 @@ class DistEngine(Engine):
     def last_push(self) -> PushResult:
         return self._pushes.last_push
 
+    @property
+    def skips_steps(self) -> bool:
+        return self._policy.skips_steps
+
     # ------------------------------------------------------------ looking
 
     def spec(self, verb: str, key: Key) -> KeySpec:

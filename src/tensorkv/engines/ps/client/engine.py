@@ -395,6 +395,10 @@ class PSEngine(Engine):
         return self._data.last_push
 
     @property
+    def skips_steps(self) -> bool:
+        return self._options.nonfinite == "skip_step"
+
+    @property
     def has_optimizer(self) -> bool:
         return self._keymap.optimizer is not None
 

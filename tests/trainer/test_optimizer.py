@@ -25,13 +25,18 @@ def _model():
 
 def _set_calls(kv, monkeypatch):
     """The changes of numbers that reach a store."""
-    seen, change = [], kv._engine.set_hyperparameters
+    seen, change, set_all = [], kv._engine.set_hyperparameters, kv._engine.set_optimizer
 
     def spy(numbers, keys):
         seen.append((numbers, keys))
         change(numbers, keys)
 
+    def spy_on_all(spec):
+        seen.append(spec.overrides)
+        set_all(spec)
+
     monkeypatch.setattr(kv._engine, "set_hyperparameters", spy)
+    monkeypatch.setattr(kv._engine, "set_optimizer", spy_on_all)
     return seen
 
 
@@ -120,7 +125,9 @@ def test_numbers_reach_the_store_once_a_step_and_only_if_they_changed(monkeypatc
         assert kv.optimizer["lr"] == 0.1
         trainer.step()
         trainer.step()
-        assert seen == [({"lr": 0.0125}, ["0.weight", "2.weight"]), ({"lr": 0.00625}, ["0.bias", "2.bias"])]
+        [overrides] = seen
+        rates = {key: own["lr"] for key, own in overrides.items()}
+        assert rates == {"0.weight": 0.0125, "2.weight": 0.0125, "0.bias": 0.00625, "2.bias": 0.00625}
         seen.clear()
         for group in trainer.param_groups:
             group["lr"] = 0.5
@@ -131,6 +138,33 @@ def test_numbers_reach_the_store_once_a_step_and_only_if_they_changed(monkeypatc
         trainer.param_groups[0]["lr"] = 0.5
         trainer.step()
         assert not seen
+
+
+def test_numbers_of_many_groups_are_one_call(monkeypatch):
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)))
+    with tensorkv.create() as kv:
+        kv.init("other", torch.zeros(1))
+        groups = [{"params": f"{n}.*", "lr": 0.1 * (n + 1)} for n in range(5)]
+        trainer = Trainer(model, kv, "adamw", lr=0.1, max_grad_norm=9.0, param_groups=groups)
+        kv.set_hyperparameters("1.bias", weight_decay=0.5)
+        kv.set_hyperparameters("other", lr=7.0)
+        lambdas = [lambda step, n=n: 1 / (step + n * n + 2) for n in range(5)]
+        model(torch.ones(1, 2)).sum().backward()
+        trainer.step()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambdas)
+        calls = _set_calls(kv, monkeypatch)
+        for step in range(1, 3):
+            trainer.step()
+            assert len(calls) == step
+            own = kv._engine.optimizer.overrides
+            for n in range(5):
+                rate = 0.1 * (n + 1) / (step - 1 + n * n + 2)
+                assert own[f"{n}.weight"]["lr"] == own[f"{n}.bias"]["lr"] == pytest.approx(rate)
+            assert own["1.bias"]["weight_decay"] == 0.5
+            assert own["other"] == {"lr": 7.0}
+            assert kv.optimizer["max_grad_norm"] == 9
+            assert kv.info("0.weight").version == step + 1
+            scheduler.step()
 
 
 def test_groups_show_what_was_set_in_the_store():

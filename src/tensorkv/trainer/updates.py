@@ -140,23 +140,24 @@ class StoreUpdate:
         return [_numbers_of(spec, group.keys) for group in self.groups]
 
     def write(self, changes: Sequence[dict[str, Any]]) -> None:
-        """Set these numbers of each group in the store; with servers, those of rank 0 count."""
+        """Set these numbers of each group in the store, in one call; with servers, those of rank 0 count."""
         spec = self._held("param_groups")
         for change, numbers in zip(changes, self.read(), strict=True):
             _check(spec, {**numbers, **change})
         if not self._kv._engine.decides:
             return
         everywhere, of_groups, of_tables = self._split(changes)
-        if everywhere:
-            self._kv.set_hyperparameters(**everywhere)
-        for group, own in zip(self.groups, of_groups, strict=True):
-            if own and group.keys:
-                self._kv.set_hyperparameters(group.keys, **own)
-        self._write_to_tables(of_tables)
-
-    def _write_to_tables(self, numbers: dict[str, Any]) -> None:
-        if numbers and self.tables:
-            self._kv.set_hyperparameters(self.tables, **numbers)
+        wanted: list[tuple[dict[str, Any], Sequence[Key] | None]] = [(everywhere, None)]
+        wanted += [(own, group.keys) for group, own in zip(self.groups, of_groups, strict=True) if group.keys]
+        wanted += [(of_tables, self.tables)] if self.tables else []
+        calls = [(numbers, keys) for numbers, keys in wanted if numbers]
+        if len(calls) == 1:
+            self._kv.set_hyperparameters(calls[0][1], **calls[0][0])
+        elif calls:
+            rule = StepOptimizer(spec)
+            for numbers, keys in calls:
+                rule = rule.changed(numbers, keys)
+            self._kv._set_optimizer(rule.optimizer.spec)
 
     def _split(self, changes: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
         """Return the numbers for every key of the store, for each group alone, and for the tables alone.
@@ -219,8 +220,8 @@ class StoreUpdate:
                 "optimizer": _without_overrides(spec),
             }
         )
-        if self._kv._engine.decides:
-            self._write_to_tables(of_tables)
+        if of_tables and self.tables and self._kv._engine.decides:
+            self._kv.set_hyperparameters(self.tables, **of_tables)
 
     def state(self) -> dict[str, Any]:
         return self._kv._state_dict(self._read)

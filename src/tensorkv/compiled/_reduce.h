@@ -59,10 +59,11 @@ typedef struct {
     PyObject *members; /* a list of the workers that take part; NULL: all */
     uint64_t *awaited;
     /* Of a call whose update is decided on by all sums: these, of this worker's parts of the values, one after another,
-     * each from the beginning of a line; the sum of the squares of the rescaled sums; and which keys are left out. */
+     * each from the beginning of a line; the sum of the squares of the rescaled sums; and which keys are left out. The
+     * memory of the sums stays for the next such call: to get it from the kernel takes as long as to sum. */
     int decides, is_refused;
     double rescale;
-    size_t own_nbytes, summed_nbytes;
+    size_t own_nbytes, summed_nbytes, sums_nbytes;
     char *sums, *left_out;
     ExactSum squares;
 } SharedReduce;
@@ -73,20 +74,29 @@ static void drop_call(SharedReduce *reduce) {
     free_memory(reduce->owned);
     free_memory(reduce->starts);
     free_memory(reduce->bucket_uses);
-    free_memory(reduce->sums);
     free_memory(reduce->left_out);
     reduce->owned = NULL;
     reduce->starts = NULL;
     reduce->bucket_uses = NULL;
-    reduce->sums = reduce->left_out = NULL;
+    reduce->left_out = NULL;
     Py_CLEAR(reduce->members);
     Py_CLEAR(reduce->batch);
+}
+
+/* Have memory for so many bytes of sums; whether there is as much. */
+static int reserve_sums(SharedReduce *reduce, size_t nbytes) {
+    if (nbytes && nbytes <= reduce->sums_nbytes) return 1;
+    free_memory(reduce->sums);
+    reduce->sums = nbytes ? new_memory(nbytes) : NULL;
+    reduce->sums_nbytes = reduce->sums == NULL ? 0 : nbytes;
+    return reduce->sums_nbytes == nbytes;
 }
 
 static void reduce_dealloc(SharedReduce *reduce) {
     PyTypeObject *type = Py_TYPE((PyObject *)reduce);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     drop_call(reduce);
+    reserve_sums(reduce, 0);
     PyMem_Free(reduce->entered);
     PyMem_Free(reduce->awaited);
     release(reduce);
@@ -506,9 +516,7 @@ static PyObject *reduce_begin(SharedReduce *reduce, PyObject *args) {
     reduce->rescale = factor;
     reduce->summed_nbytes = 0;
     memset(&reduce->squares, 0, sizeof reduce->squares);
-    int has_memory = cut_call(reduce);
-    if (has_memory && reduce->decides) has_memory = (reduce->sums = new_memory(reduce->own_nbytes + 1)) != NULL;
-    if (!has_memory) {
+    if (!cut_call(reduce) || !reserve_sums(reduce, reduce->decides ? reduce->own_nbytes + 1 : 0)) {
         drop_call(reduce);
         return PyErr_NoMemory();
     }

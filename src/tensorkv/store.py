@@ -24,7 +24,7 @@ from tensorkv.arrays.arguments import (
     single_values,
 )
 from tensorkv.arrays.keytable import select
-from tensorkv.arrays.outputs import GivenOuts, NewOuts, describe_like, give_each, like_origin
+from tensorkv.arrays.outputs import GivenOuts, NewOuts, describe_like, give_each
 from tensorkv.arrays.rows import Rows, take_ids
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.call import Call, check_priority, nbytes, take
@@ -388,21 +388,10 @@ class KVStore:
             raise OptimizerError("pull_ema: the store keeps no averages; call set_optimizer(..., ema=0.999) first")
         if row_ids is not None:
             return self._pull_average_rows(start, check_key("pull_ema", key), row_ids)
-        outs: NewOuts | GivenOuts
-        if out is None and not isinstance(key, Mapping):
-            keys = keys_of("pull_ema", key)
-            specs = self._engine.protect(lambda: [self._engine.spec("pull_ema", each) for each in keys])
-            if like is not None:
-                origin = like_origin("pull_ema", like)
-                specs = [spec.of(origin) for spec in specs]
-            outs = NewOuts("pull_ema", keys, specs)
-        else:
-            outs = GivenOuts("pull_ema", key, out)
-            outs.check(self._engine.protect(lambda: [self._engine.spec("pull_ema", each) for each in outs.keys]))
-        self._engine.protect(self._copy_averages, outs.keys, outs.tensors)
-        outs.finish()
-        self._metrics.add("pull_ema", start, outs.keys, list(map(nbytes, outs.tensors)))
-        return outs.result(key)
+        call = Call(self._metrics.of("pull_ema"), "pull_ema", key, None, out, 0, like)
+        call.check()
+        self._engine.protect(call.fill, self._engine.spec, self._copy_averages)
+        return call.end()
 
     def _copy_averages(self, keys: list[Key], outs: list[list[torch.Tensor]]) -> None:
         with self._engine.contents() as contents:
@@ -450,10 +439,15 @@ class KVStore:
         >>> kv.keys()
         ['net.layers.0.w', 'net.layers.1.w']
         """
-        self._check_open("init_tree")
-        with self._engine.collective("init_tree"):
-            flat = trees.flatten("init_tree", tree, prefix)
+        flat = self._flatten("init_tree", tree, prefix, trees.flatten)
         self.init(flat.names, flat.leaves)
+
+    def _flatten(self, verb: str, tree: Any, prefix: str, flatten: Callable[[str, Any, str], R]) -> R:
+        """Begin a verb for trees: return the names and arrays of a tree, or of several that are parts."""
+        self._check_open(verb)
+        # Workers in lock step do not wait for one whose tree is refused.
+        with self._engine.collective(verb):
+            return flatten(verb, tree, prefix)
 
     def push_tree(self, *parts: Any, prefix: str = "", priority: int = 0) -> None:
         """Push every array of a tree, as one ``push``.
@@ -475,9 +469,7 @@ class KVStore:
         >>> kv.pull_tree()
         {'b': array([0.]), 'w': array([2., 2.])}
         """
-        self._check_open("push_tree")
-        with self._engine.collective("push_tree"):
-            flat, values = trees.flatten_parts("push_tree", parts, prefix)
+        flat, values = self._flatten("push_tree", parts, prefix, trees.flatten_parts)
         self.push(flat.names, values, priority=priority)
 
     def pull_tree(self, like: Any = None, *, into: Any = None, prefix: str = "") -> Any:
@@ -562,9 +554,7 @@ class KVStore:
         >>> kv.pushpull_tree({"w": np.ones(2)})
         {'w': array([0.5, 0.5])}
         """
-        self._check_open("pushpull_tree")
-        with self._engine.collective("pushpull_tree"):
-            flat, values = trees.flatten_parts("pushpull_tree", parts, prefix)
+        flat, values = self._flatten("pushpull_tree", parts, prefix, trees.flatten_parts)
         return flat.rebuild(self.pushpull(flat.names, values, priority=priority))
 
     def broadcast_tree(self, tree: Any, *, prefix: str = "") -> Any:
@@ -583,9 +573,7 @@ class KVStore:
         >>> create().broadcast_tree([np.ones(2), {"b": np.zeros(1)}])
         [array([1., 1.]), {'b': array([0.])}]
         """
-        self._check_open("broadcast_tree")
-        with self._engine.collective("broadcast_tree"):
-            flat = trees.flatten("broadcast_tree", tree, prefix)
+        flat = self._flatten("broadcast_tree", tree, prefix, trees.flatten)
         return flat.rebuild(self.broadcast(flat.names, flat.leaves))
 
     # ------------------------------------------------------------ rows, snapshots

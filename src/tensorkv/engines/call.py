@@ -23,7 +23,7 @@ class Call(native.Call):
 
     Args:
         record: in which ``end`` counts the call.
-        verb: ``"push"``, ``"pull"`` or ``"pushpull"``.
+        verb: ``"push"``, ``"pull"``, ``"pushpull"`` or ``"pull_ema"``.
         key, value, out: the caller's arguments, in any form that the verbs of ``KVStore`` take.
         priority: of this call; higher goes first where an engine queues pushes.
         like: for a pull without ``out``, an array of the library and device to return.
@@ -64,15 +64,16 @@ class Call(native.Call):
 
     def check(self) -> None:
         """Raise what ``batch`` raises, and what the outs raise that can be told without the keys' values."""
-        if self.verb == "pull":
+        reads_only = self.verb in ("pull", "pull_ema")
+        if reads_only:
             check_priority(self.verb, self.priority)
         else:
             _ = self.batch
-        if self.out is None and not (self.verb == "pull" and isinstance(self.key, Mapping)):
+        if self.out is None and not (reads_only and isinstance(self.key, Mapping)):
             return
         if self.like is not None:
             raise ArgumentError(f"{self.verb}: got out= and like=; like= chooses what a pull without out returns")
-        keys = list(self.key) if isinstance(self.key, Mapping) and self.verb != "pull" else self.key
+        keys = list(self.key) if isinstance(self.key, Mapping) and not reads_only else self.key
         self._outs = outs = GivenOuts(self.verb, keys, self.out, skip_sparse=self.ignore_sparse)
         self.skipped = outs.skipped
 

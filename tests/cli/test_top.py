@@ -59,7 +59,7 @@ def test_an_observer_is_neither_a_client_nor_a_worker(store):
     assert seen["clients"] == 1
 
 
-def test_servers_end_with_their_last_client_though_somebody_looks(store):
+def test_servers_end_with_their_last_client_while_an_observer_reads_them(store):
     name = f"short-{os.getpid()}"
     kv = tensorkv.create("dist_async", name=name)
     observer = ray_observer.observe(name)

@@ -284,7 +284,7 @@ def test_a_client_knows_the_keys_that_it_has_created(monkeypatch):
             assert kv.keys() == ["a", "b", "c"]
             kv.push("b", np.ones(400))
         assert other.pull("b").tolist() == [1] * 400
-        # What others have created since the last listing is not missed, whoever may create keys.
+        # Keys that other clients have created since the last listing are not missed.
         data = kv._engine._data
         init = data.init
 

@@ -143,7 +143,7 @@ def push_until(kv, done, n, start=0):
 # ---------------------------------------------------------------- kills
 
 
-def test_killed_servers_lose_no_acknowledged_push_and_make_none_twice(tmp_path):
+def test_killed_servers_lose_no_acknowledged_push_and_apply_none_twice(tmp_path):
     n = 300_000
     with create(num_servers=SERVERS, path=tmp_path / "store") as kv:
         count_up(kv)
@@ -191,8 +191,8 @@ def test_adam_goes_on_to_the_bit_after_kills(tmp_path):
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_server_without_a_folder_that_is_killed_is_lost_and_never_empty(lost, tmp_path, monkeypatch):
-    """And the store can be created again once it has been closed everywhere, whoever is first."""
+def test_a_killed_server_without_a_folder_is_never_restarted_empty(lost, tmp_path, monkeypatch):
+    """And the store can be created again by any client once it has been closed everywhere."""
     value = np.arange(600_000, dtype=F32)
     kv = create(num_servers=2)
     name = name_of(kv)
@@ -309,7 +309,7 @@ def test_stopped_servers(tmp_path):
         assert kv.pull("w").sum() == count
 
 
-def test_when_nothing_answers_in_time_the_outcome_is_unknown_and_the_store_goes_on():
+def test_without_an_answer_in_time_the_outcome_is_unknown_and_the_store_stays_usable():
     with create() as keeper, tensorkv.create("dist_async", name=name_of(keeper)) as kv:
         count_up(keeper)
         keeper.init("n", np.zeros(30_000, F32))
@@ -348,7 +348,7 @@ def test_lost_replies(fault, shared, ray_address, tmp_path):
 
 
 @pytest.mark.release
-def test_rays_own_retries_would_make_pushes_twice_were_requests_not_known(ray_address):
+def test_rays_own_retries_would_apply_pushes_twice_without_request_ids(ray_address):
     """A fault that was planted: it shows that replies are lost, and that it would be noticed."""
     n = 100
     env = {**ray_address, "RAY_testing_rpc_failure": LOSE_REPLIES}
@@ -359,7 +359,7 @@ def test_rays_own_retries_would_make_pushes_twice_were_requests_not_known(ray_ad
 # ---------------------------------------------------------------- a disk that is full
 
 
-def test_a_full_disk_is_an_error_and_nothing_is_acknowledged_that_is_not_kept(tmp_path):
+def test_a_full_disk_is_an_error_and_no_lost_push_is_acknowledged(tmp_path):
     """Files of the server may not grow any more: as on a full disk, a write ends early or fails."""
     folder = tmp_path / "store"
     with create(path=folder) as kv:
@@ -583,7 +583,7 @@ def test_workers_of_torchrun_train_together_on_a_ray_that_they_start(monkeypatch
         assert "trained" in text
 
 
-def test_a_lost_worker_is_not_waited_for_again_when_a_server_comes_back(ray_address, tmp_path):
+def test_a_restarted_server_does_not_wait_for_a_dead_worker(ray_address, tmp_path):
     with create(num_workers=2, mode="sync", path=tmp_path / "store", heartbeat_timeout_s=1.5) as kv:
         count_up(kv)
         kv.init("n", np.zeros(1, F32))
@@ -598,7 +598,7 @@ def test_a_lost_worker_is_not_waited_for_again_when_a_server_comes_back(ray_addr
 
 
 def test_a_worker_that_is_killed_is_named_and_its_rank_is_free_again(ray_address):
-    # On this host nobody waits for a heartbeat of a process that has ended.
+    # On this host a process that has ended is dead at once, without a heartbeat timeout.
     with create(num_workers=2, heartbeat_timeout_s=2 * LIMIT_S) as kv:
         kv.init("n", np.zeros(1, F32))
         with Program(PROGRAMS, "silent", name_of(kv), env=ray_address) as program:

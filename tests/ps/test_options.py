@@ -99,7 +99,7 @@ def test_a_cluster_that_starts_is_waited_for():
         listening.join()
 
 
-def test_who_comes_when_the_last_client_has_closed_gets_servers_of_its_own(monkeypatch):
+def test_a_client_that_connects_after_the_last_has_closed_starts_new_servers(monkeypatch):
     found = [(["ending"], PSOptions()), (["ending"], PSOptions()), None]
 
     def client(actors, *rest, **more):
@@ -122,7 +122,7 @@ def test_who_comes_when_the_last_client_has_closed_gets_servers_of_its_own(monke
 
 
 @pytest.mark.parametrize(("is_ending", "after_s"), [(True, 10), (False, 120)])
-def test_servers_that_nobody_ends_end_by_themselves(is_ending, after_s, monkeypatch):
+def test_servers_without_clients_end_by_themselves(is_ending, after_s, monkeypatch):
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds))
     monkeypatch.setattr(ray_actor, "time", clock)

@@ -386,7 +386,7 @@ def test_a_token_that_others_can_read_is_refused_before_anything_is_started(home
     token.chmod(mode)
     with pytest.raises(tensorkv.ArgumentError, match=rf"chmod 600 {token}"):
         safety.check_token()
-    # A folder that nobody else can enter keeps it as well.
+    # A folder that no other user can enter protects it as well.
     home.chmod(0o700)
     safety.check_token()
     home.chmod(0o755)

@@ -184,14 +184,14 @@ def push_of(kv, rank, number, value):
     return {**words, "seq": number}, record.layout, record.payload[0]
 
 
-def test_a_push_in_step_that_is_resent_during_a_snapshot_counts_once():
+def test_a_push_in_mode_sync_that_is_resent_during_a_snapshot_counts_once():
     with Cluster(mode="sync", num_workers=2) as cluster:
         stores = cluster.stores(2)
         together(*[partial(count_up, kv) for kv in stores])
         together(*[partial(kv.init, "n", np.zeros(1, F32)) for kv in stores])
         first, second = stores
         assert serve_twice_after_a_snapshot(cluster, push_of(first, 0, 1, 1), push_of(second, 1, 1, 10)) == [{}] * 3
-        # In the next round nobody has pushed for rank 0 yet.
+        # Rank 0 has no push in the next round yet.
         assert "wait_for" in cluster.servers[0].serve(*push_of(second, 1, 2, 100)).head
         assert first.pull("n").tolist() == [11]
 
@@ -311,7 +311,7 @@ def test_sessions_made_at_the_same_time_have_different_numbers():
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3])
-def test_nobody_is_further_ahead_than_the_bound(staleness):
+def test_no_worker_is_further_ahead_than_the_bound(staleness):
     rounds, workers = 12, 3
     with Cluster(num_workers=workers, staleness=staleness) as cluster:
         stores = cluster.stores(workers)
@@ -340,7 +340,7 @@ def server_stats(cluster):
     return cluster.servers[0].serve({"verb": "stats", "owner": "test", "client": "test.0", "seq": 1}).head
 
 
-def test_waiting_for_the_slow_is_reported_and_bounded_even_for_one_that_does_not_wait():
+def test_repeated_pushes_after_a_timeout_do_not_exceed_the_staleness_bound():
     with Cluster(num_workers=2, staleness=1) as cluster:
         fast, slow = cluster.stores(2)
         fast.init("n", np.zeros(1, F32))
@@ -487,8 +487,8 @@ def test_a_round_closes_without_one_that_leaves_is_closed_or_is_dead():
         assert stores[0].pull("n").tolist() == [12] * 600
 
 
-def test_who_is_awaited_is_named_and_a_push_in_vain_harms_nothing():
-    """A push that waits in vain stays; memory in which it was sent is not used for what comes next."""
+def test_a_timeout_names_the_missing_ranks_and_the_push_does_no_harm():
+    """A push whose wait times out stays in its round, and its memory is not used for the next request."""
     n = 40_000
     with Cluster(2, mode="sync", num_workers=2) as cluster:
         first, second = cluster.stores(2)
@@ -765,7 +765,7 @@ def test_a_reader_saves_and_loads_by_itself(tmp_path):
 @pytest.mark.parametrize("near", [True, False])
 @pytest.mark.parametrize("num_servers", [1, 2])
 @pytest.mark.parametrize("part", ["everything", "states"])
-def test_what_was_loaded_does_not_lie_where_clients_write_their_next_request(part, num_servers, near, tmp_path):
+def test_loaded_values_do_not_share_memory_with_the_next_request(part, num_servers, near, tmp_path):
     keys = [f"k{number}" for number in range(6)]
     grads = dict.fromkeys(keys, np.ones(100_000, F32))
     with Cluster(num_servers, near=near) as cluster, tensorkv.create("local") as local:
@@ -803,7 +803,7 @@ def test_a_rule_that_stays_keeps_the_numbers_of_single_keys(tmp_path):
         assert [pulled.tolist() for pulled in kv.pull(keys)] == [[1, 1, 1]] * 8
 
 
-def test_a_load_that_fails_leaves_keys_where_they_were_and_one_that_succeeds_forgets_them(tmp_path, monkeypatch):
+def test_a_failed_load_keeps_the_placement_of_keys_and_a_successful_one_replaces_it(tmp_path, monkeypatch):
     with Cluster(2) as cluster:
         (kv,) = cluster.stores(1)
         kv.init(["a", "b"], [np.full(3, 1, F32), np.full(5, 2, F32)])
@@ -828,7 +828,7 @@ def test_a_load_that_fails_leaves_keys_where_they_were_and_one_that_succeeds_for
 
 
 @pytest.mark.parametrize("keys", [["n"], [f"k{i}" for i in range(20)]])
-def test_a_pull_finds_keys_that_another_client_has_made_anew_elsewhere(keys):
+def test_a_pull_finds_keys_that_another_client_has_re_created_on_other_servers(keys):
     with Cluster(2) as cluster:
         first, second = cluster.stores(2)
         for kv in (first, second):
@@ -917,7 +917,7 @@ def test_a_snapshot_that_is_dropped_makes_room_for_the_next_one():
             del moment
 
 
-def test_a_reader_takes_the_rank_of_a_worker_that_is_gone_when_it_has_to_push():
+def test_a_reader_that_pushes_takes_the_rank_of_a_worker_that_has_ended():
     """As in a notebook, where the cell that creates the store was run again."""
     with Cluster(2, mode="sync", num_workers=1) as cluster:
         first, second = cluster.stores(2)
@@ -957,13 +957,13 @@ def test_after_a_dead_server_the_others_stay_for_live_clients_alone():
         cluster.actors[1].die()
         first.close()
         ray_cluster.stop_servers.assert_not_called()
-        # They end as soon as nobody is left whom they hear of, though nobody may be there to end them.
+        # They end as soon as no client sends heartbeats, even if none disconnects.
         assert [actor.server.is_broken for actor in cluster.actors] == [True, False, True]
         last.close()
         ray_cluster.stop_servers.assert_called_once()
 
 
-def test_the_servers_of_a_store_are_looked_for_until_all_are_there_or_the_store_has_ended(monkeypatch):
+def test_finding_servers_waits_until_all_are_there_or_the_store_has_ended(monkeypatch):
     options = PSOptions(num_servers=2).of_store()
     there = {0: SimpleNamespace(options="first"), 1: SimpleNamespace()}
     looks, comes_at = [], []
@@ -993,11 +993,11 @@ def test_the_servers_of_a_store_are_looked_for_until_all_are_there_or_the_store_
     assert ray_cluster.find_servers("s", LIMIT_S) is None
 
 
-# ---------------------------------------------------------------- one moment
+# ---------------------------------------------------------------- snapshots
 
 
 def test_a_snapshot_has_every_key_that_it_names(small_pieces):
-    """Also one that another client has created, or deleted and created again, a moment before."""
+    """Also one that another client has just created, or deleted and created again."""
     with Cluster(2) as cluster:
         first, second = cluster.stores(2)
         first.init(["a", "b"], [np.zeros(3, F32), np.zeros(3, F32)])
@@ -1075,7 +1075,7 @@ def test_a_cut_that_is_none_is_noticed(mode, small_pieces, monkeypatch):
     assert torn
 
 
-def test_a_cut_that_does_not_wait_for_requests_on_their_way_is_noticed(small_pieces, monkeypatch):
+def test_a_cut_that_does_not_wait_for_requests_in_flight_is_noticed(small_pieces, monkeypatch):
     real = SnapshotBarrier.commit
     monkeypatch.setattr(
         SnapshotBarrier, "commit", lambda self, owner, seq, wanted, take: real(self, owner, seq, {}, take)
@@ -1116,7 +1116,7 @@ def test_half_of_a_dead_workers_push_does_not_end_snapshots(small_pieces):
             assert sorted(set(view.pull("w").tolist())) == [0, 1]
 
 
-def test_a_snapshot_shows_keys_that_were_deleted_or_made_anew_since(small_pieces):
+def test_a_snapshot_shows_keys_that_were_deleted_or_re_created_since(small_pieces):
     with Cluster(2, keep=2) as cluster:
         kv, other = cluster.stores(2)
         kv.init(["w", "v", "t"], [np.arange(600, dtype=F32), np.ones(3), Rows(np.array([2]), np.ones((1, 2)), 9)])
@@ -1155,7 +1155,7 @@ def test_pulls_wait_for_versions():
 
 @pytest.mark.parametrize("near", [True, False])
 @pytest.mark.parametrize("num_servers", [1, 2])
-def test_a_key_made_anew_is_never_read_as_what_it_was(near, num_servers, small_pieces):
+def test_a_re_created_key_is_never_read_with_its_old_shape(near, num_servers, small_pieces):
     """Of the same bytes, of fewer, of more, of none; small values, and those that come in shared copies.
 
     None of them can be pulled into the out, in case that a heartbeat has told a client of it.
@@ -1191,7 +1191,7 @@ def test_a_key_made_anew_is_never_read_as_what_it_was(near, num_servers, small_p
                 other.delete("w")
 
 
-def test_clients_learn_in_time_of_keys_made_anew():
+def test_clients_learn_in_time_of_re_created_keys():
     with Cluster(2) as cluster:
         kv, other = cluster.stores(2)
         kv.init("w", np.zeros(3))
@@ -1224,7 +1224,7 @@ def test_two_clients_that_make_the_same_key(small_pieces):
                 assert {*kv.pull("w").tolist(), *kv.pull("small").tolist()} == set(won)
 
 
-def test_an_init_that_did_not_reach_every_server_can_be_made_again(small_pieces):
+def test_an_init_that_did_not_reach_every_server_can_be_repeated(small_pieces):
     with Cluster(2) as cluster:
         kv, hasty = cluster.stores(2)
         kv.keys()
@@ -1239,7 +1239,7 @@ def test_an_init_that_did_not_reach_every_server_can_be_made_again(small_pieces)
         assert set(kv.pull("w").tolist()) == {2}
 
 
-# ---------------------------------------------------------------- requests that nobody should send
+# ---------------------------------------------------------------- malformed requests
 
 
 LAYOUTS = [

@@ -58,7 +58,7 @@ def test_rounds_that_are_restored_are_as_far_as_they_were():
     assert restored.rounds() == {0: 0, 1: 0, 2: 0}
 
 
-def test_a_worker_without_heartbeats_is_dead_and_comes_back_where_the_slowest_is():
+def test_a_worker_without_heartbeats_is_dead_and_rejoins_at_the_slowest_round():
     clock = Clock()
     staleness = StalenessClock(3, 5, clock)
     assert staleness.live() == [0, 1, 2]

@@ -78,7 +78,7 @@ class Job:
         self.check_staleness(rank)
 
     def is_reliable(self, rank):
-        """Whether nobody has had a reason to take a worker for lost."""
+        """Whether no server has had a reason to consider a worker dead."""
         process = self.world.processes[rank]
         return not process.is_dead and process.was_still < LONG_SILENCE_S
 
@@ -190,7 +190,7 @@ def test_promises_hold(mode, kinds):
         simulate(seed, mode, FAULTS[kinds])
 
 
-def test_workers_stay_in_step_even_if_a_server_has_taken_one_for_lost(monkeypatch):
+def test_rounds_stay_equal_on_servers_even_if_one_considers_a_worker_dead(monkeypatch):
     """A server that stood still closes rounds without those whom it has not heard; others have waited for them."""
     monkeypatch.setattr("tensorkv.engines.ps.server.server.AwakeClock", lambda now, limit_s: now)
     different = 0
@@ -239,6 +239,6 @@ def test_what_a_restarted_server_forgets_is_noticed(what):
 
 
 @pytest.mark.release
-def test_a_server_that_takes_its_own_pause_for_silence_is_noticed(monkeypatch):
+def test_a_server_that_counts_its_own_pause_as_missing_heartbeats_is_noticed(monkeypatch):
     monkeypatch.setattr("tensorkv.engines.ps.server.server.AwakeClock", lambda now, limit_s: now)
     assert is_noticed("sync", ("still",))

@@ -219,7 +219,7 @@ def test_without_the_compiled_part_another_thread_works(monkeypatch):
     assert shield.defer(threading.get_ident) != threading.get_ident()
 
 
-def test_handlers_are_back_whatever_is_raised_at_any_moment(handlers):
+def test_handlers_are_restored_whenever_one_raises(handlers):
     """Timers of two signals whose handlers raise, while calls begin and end."""
 
     class Boom(BaseException):

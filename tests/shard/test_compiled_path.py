@@ -1,4 +1,4 @@
-"""Calls with plain arrays are done by the compiled part, as the general way does them, and the rest is left to it."""
+"""Calls of plain arrays are made in compiled code, with the results of parsed calls; other calls are parsed."""
 
 import contextlib
 import gc
@@ -32,7 +32,7 @@ RULES = [
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Whether the compiled part has done it, of each call."""
+    """Of each call, whether it was made in compiled code."""
     results = []
     try_compiled = LocalEngine.try_compiled
 
@@ -52,14 +52,14 @@ def kv():
         yield store
 
 
-def general(monkeypatch_context, call, *args, **kwargs):
-    """Make a call the general way."""
+def parsed(monkeypatch_context, call, *args, **kwargs):
+    """Make a call that is parsed."""
     with monkeypatch_context() as patch:
         patch.setattr(LocalEngine, "try_compiled", lambda *_: False)
         return call(*args, **kwargs)
 
 
-# ---------------------------------------------------------------- every form is the same as the general way
+# ---------------------------------------------------------------- every form gives the same as a parsed call
 
 
 def random_array(draw, dtype, shape, library):
@@ -150,7 +150,7 @@ def state_bits(kv):
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_random_calls_do_what_the_general_way_does(rule, monkeypatch, taken):
+def test_random_calls_do_what_parsed_calls_do(rule, monkeypatch, taken):
     """Forms, libraries, dtypes, numbers of parts and outs, parts that are filled, new outs, any keys."""
     draw, compiled = random.Random(str(rule)), 0
     for _ in range(amount(6, 60)):
@@ -167,7 +167,7 @@ def test_random_calls_do_what_the_general_way_does(rule, monkeypatch, taken):
             taken.clear()
             made = make_call(kv, verb, form, *mine)
             compiled += taken == [True]
-            expected = general(monkeypatch.context, make_call, twin, verb, form, *theirs)
+            expected = parsed(monkeypatch.context, make_call, twin, verb, form, *theirs)
             assert list(map(bits, flat(made))) == list(map(bits, flat(expected))), (verb, form, step)
             assert [type(each) for each in flat(made)] == [type(each) for each in flat(expected)]
             assert state_bits(kv) == state_bits(twin), (verb, form, step)
@@ -199,17 +199,17 @@ def test_long_calls_are_shared_between_threads(rule, threads, monkeypatch, taken
         outs = [[np.zeros(size, F32), np.zeros(size)] for size in sizes.values()]
         more = [[np.zeros(size, F32), np.zeros(size)] for size in sizes.values()]
         stores[0].pushpull(list(sizes), parts, out=outs)
-        general(monkeypatch.context, stores[1].pushpull, list(sizes), parts, out=more)
+        parsed(monkeypatch.context, stores[1].pushpull, list(sizes), parts, out=more)
         assert list(map(bits, flat(outs))) == list(map(bits, flat(more)))
         assert state_bits(stores[0]) == state_bits(stores[1])
     assert False not in taken
 
 
-# ---------------------------------------------------------------- what goes which way
+# ---------------------------------------------------------------- which calls are compiled
 
 
 @pytest.mark.parametrize("wrap", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
-def test_plain_arrays_take_it(kv, taken, wrap):
+def test_plain_arrays_take_the_compiled_path(kv, taken, wrap):
     part, out = np.arange(6, dtype=F32).reshape(2, 3), np.zeros((2, 3), F32)
     kv.push("w", wrap(part))
     kv.pull("w", out=wrap(out))
@@ -241,7 +241,7 @@ def test_a_dtype_that_is_not_numpys_own_is_plain_too(taken, code):
     assert taken == [True] * 2
 
 
-def test_jax_arrays_take_it_by_views_of_them(kv, taken):
+def test_jax_arrays_take_the_compiled_path_as_views(kv, taken):
     jnp = pytest.importorskip("jax.numpy")
     part, out = jnp.arange(6, dtype=F32).reshape(2, 3), np.zeros((2, 3), F32)
     kv.push("w", part)
@@ -255,7 +255,7 @@ def test_jax_arrays_take_it_by_views_of_them(kv, taken):
     assert taken[-2:] == [False, True]
 
 
-def test_jax_arrays_without_views_are_left_to_the_general_way(kv, taken):
+def test_jax_arrays_without_views_are_parsed(kv, taken):
     jax = pytest.importorskip("jax")
     part = jax.numpy.ones((2, 3))
     kv.push("w", [part, part.astype("bfloat16")])
@@ -305,7 +305,7 @@ class Tensor(torch.Tensor):
         "unaligned",
     ],
 )
-def test_other_arrays_are_left_to_the_general_way(kv, taken, part, expected):
+def test_other_arrays_are_parsed(kv, taken, part, expected):
     kv.push("w", part)
     assert taken == [False]
     kv.push(["w"], [[part]])
@@ -348,7 +348,7 @@ def test_outs_that_share_memory_are_refused_and_parts_that_are_outs_read_first(k
     assert kv.pull("w").ravel().tolist() == list(range(6))
 
 
-def test_an_updater_and_nonfinite_keep_it_shut(kv, taken):
+def test_calls_with_an_updater_or_a_refused_sum_are_parsed(kv, taken):
     kv.set_updater(lambda key, received, stored: np.add(stored, received, out=stored))
     for _ in range(2):
         kv.push("w", np.ones((2, 3), F32))
@@ -371,7 +371,7 @@ def test_keys_that_only_look_alike():
         assert kv.pull(1).tolist() == [2]
 
 
-def test_it_follows_a_value_that_moves(kv, taken, tmp_path):
+def test_the_compiled_path_follows_a_value_that_moves(kv, taken, tmp_path):
     kv.push("w", np.ones((2, 3), F32))
     kv.save(tmp_path)
     kv.push("w", 2 * np.ones((2, 3), F32))
@@ -694,7 +694,7 @@ def test_a_batch_whose_keys_have_changed_is_not_done(kv):
     assert (kv.pull("w") == 0).all()
 
 
-def test_a_call_waits_while_somebody_reads(kv):
+def test_a_call_waits_while_another_thread_reads(kv):
     shard = kv._engine._shard
     call = native.Call(None, "push", "w", np.ones((2, 3), F32), None, 0)
     with shard._lock:

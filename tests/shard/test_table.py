@@ -201,7 +201,7 @@ def test_rows_are_cast_to_the_column():
     assert got.tolist() == [[1.0]]
 
 
-def test_a_column_begins_with_its_fill_where_there_is_room_already():
+def test_a_new_column_has_its_default_in_memory_that_is_allocated_already():
     table = Table(100, torch.Size([1]), torch.float64)
     table.write(torch.arange(20), torch.zeros(20, 1, dtype=torch.float64))
     table.add_column("sum", torch.float64, 0.1)

@@ -39,7 +39,7 @@ def reopened(kv, path, **options):
     return tensorkv.create("local", path=path, **options)
 
 
-def test_an_updater_is_lost_with_its_process_and_what_it_made_is_not(tmp_path):
+def test_an_updater_ends_with_its_process_and_its_values_are_kept(tmp_path):
     kv = tensorkv.create("local", path=tmp_path)
     kv.init(["w", "t"], [np.zeros(2), Rows(np.array([1]), np.ones((1, 2)), 5)])
 
@@ -149,7 +149,7 @@ def test_a_caller_may_change_its_rows_after_a_push(is_table, tmp_path, monkeypat
     kv.close()
 
 
-def test_what_was_set_for_a_key_goes_with_it_when_others_are_loaded(tmp_path):
+def test_a_load_drops_the_hyperparameters_of_keys_that_it_replaces(tmp_path):
     other = tensorkv.create("local")
     other.init("x", np.zeros(1))
     other.set_updater(lambda key, received, stored: None)
@@ -209,7 +209,7 @@ def test_a_load_that_cannot_be_written_leaves_the_old_state(verb, error, tmp_pat
     kv.close()
 
 
-def test_a_load_of_which_the_disk_may_know_nothing_is_not_said_to_have_changed_nothing(tmp_path, monkeypatch):
+def test_the_error_of_a_load_that_may_have_reached_the_disk_does_not_deny_it(tmp_path, monkeypatch):
     kv = tensorkv.create("local", path=tmp_path / "store", durability="disk")
     kv.init("w", np.zeros(2))
     kv.save(tmp_path / "saved")
@@ -229,7 +229,7 @@ def test_a_load_of_which_the_disk_may_know_nothing_is_not_said_to_have_changed_n
     kv.close()
 
 
-def test_a_store_that_could_not_become_its_log_serves_nothing_and_can_be_closed(tmp_path, monkeypatch):
+def test_a_store_that_could_not_be_rolled_back_refuses_calls_and_can_be_closed(tmp_path, monkeypatch):
     kv = tensorkv.create("local", path=tmp_path)
     kv.init("w", np.zeros(2))
     kv.push("w", np.ones(2))

@@ -1,4 +1,4 @@
-"""Folders and disks as they may be: full, read-only, failing, of somebody else, with links in them."""
+"""Folders and disks as they may be: full, read-only, failing, of another user, with links in them."""
 
 import errno
 import os
@@ -132,7 +132,7 @@ def refused(folder, *words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_folders_of_somebody_else(tmp_path):
+def test_folders_of_another_user(tmp_path):
     (tmp_path / "file").write_bytes(b"mine")
     refused(tmp_path / "file", "cannot open the folder")
     refused(tmp_path / "file" / "below", "cannot open the folder")

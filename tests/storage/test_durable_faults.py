@@ -52,7 +52,7 @@ def look(shard, i, *, applied):
 
 
 def push_until_applied(shard, i, reopen):
-    """Push number i, and again as its client would; return the shard, opened anew if it asked for that."""
+    """Push number i, and again as its client would; return the shard, opened again if it has to be."""
     try:
         kills.push(shard, i)
         return shard

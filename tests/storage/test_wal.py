@@ -252,7 +252,7 @@ def two(tmp_path):
     second.close()
 
 
-def test_whoever_was_taken_for_dead_writes_nothing_more(two, tmp_path):
+def test_a_holder_that_was_taken_for_dead_writes_nothing_more(two, tmp_path):
     first, second = two
     size = os.stat(next(tmp_path.glob("log-*1.tkv"))).st_size
     with pytest.raises(StorageError, match="another process has opened this store, taking this one for dead"):
@@ -263,7 +263,7 @@ def test_whoever_was_taken_for_dead_writes_nothing_more(two, tmp_path):
     assert os.stat(next(tmp_path.glob("log-*1.tkv"))).st_size == size
 
 
-def test_a_snapshot_of_whoever_was_taken_for_dead_does_not_count(two, tmp_path):
+def test_a_snapshot_of_a_holder_that_was_taken_for_dead_does_not_count(two, tmp_path):
     first, _ = two
     assert not first.snapshot([Record({"verb": "end"})])
     assert not list(tmp_path.glob("snapshot-*"))

@@ -198,8 +198,8 @@ def no_room(*_):
     raise MemoryError("planted")
 
 
-def made_anew():
-    """A thread pulls a key which another deletes and makes anew with another shape."""
+def re_created():
+    """A thread pulls a key that another thread deletes and re-creates with another shape."""
     right, looked, changed = GivenOuts.check, threading.Event(), threading.Event()
 
     def check(self, specs):

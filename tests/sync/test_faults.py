@@ -72,8 +72,8 @@ def test_a_worker_without_memory_of_its_own_is_named_at_once(tmp_path):
         assert "rank 0 broke off: MemoryError: planted" in text
 
 
-def test_a_pull_of_a_key_that_was_made_anew_is_refused():
-    for text in run(2, PROGRAMS, "made_anew"):
+def test_a_pull_of_a_key_that_was_re_created_is_refused():
+    for text in run(2, PROGRAMS, "re_created"):
         assert 'pull raised ValueMismatchError | pull("a"): the key was re-created' in text
         assert "unchanged" in text
         assert "again gave [1.0, 1.0, 1.0, 1.0]" in text

@@ -77,7 +77,7 @@ def test_children_leave_the_store_of_their_parent_alone(engine, workers, tmp_pat
         assert "goes on" in text
 
 
-def test_a_child_that_outlives_its_parent_keeps_nobody_waiting():
+def test_a_child_that_outlives_its_parent_keeps_no_worker_waiting():
     with Team(2, PROGRAMS, "outlived") as team:
         try:
             assert team.wait() == [0, -signal.SIGKILL]

@@ -37,5 +37,5 @@ def test_what_an_earlier_start_has_announced_is_not_believed(first):
     for text in run(3, PROGRAMS, "stale", before, first, env=env):
         assert "met" in text
     assert store.get("tensorkv/start").decode() != before
-    # The fault fired: who came before rank 0 has said hello to a start that is over.
+    # The fault fired: ranks that came before rank 0 have joined a start that is over.
     assert (store.add(f"tensorkv/{before}/turns", 0) > 2) == (first != 0)

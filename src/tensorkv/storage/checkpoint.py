@@ -104,7 +104,7 @@ def write_files(path: str, token: str, first: int, tensors: Tensors) -> list[dic
 
 
 def publish(path: str, token: str, body: dict[str, Any]) -> None:
-    """Put a manifest in force whose data files are written, and remove what the one before named."""
+    """Replace the manifest by one whose data files are written, and remove the files of the old one."""
     folder = Path(path)
     with _explaining(path):
         temporary = folder / f"manifest-{token}.tmp"

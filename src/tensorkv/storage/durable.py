@@ -158,7 +158,7 @@ class DurableLog:
         return shard.apply(change)
 
     def _roll_back(self, shard: Shard, undo: Callable[[], None] | None = None) -> None:
-        """Bring a shard back to what the log says, after a change that failed halfway."""
+        """Restore a shard from the log, after a change that failed halfway."""
         try:
             if undo is not None:
                 undo()
@@ -213,7 +213,7 @@ class DurableLog:
     # ------------------------------------------------------------ replay
 
     def recover(self, shard: Shard) -> None:
-        """Bring a shard to what the folder says, and begin a log segment.
+        """Restore a shard from the folder, and begin a log segment.
 
         Raises:
             StorageError: damaged, or not what a shard writes.
@@ -262,7 +262,7 @@ class DurableLog:
 
 
 class _Digests:
-    """Checksums of what has changed since the last digest, to which a replay has to lead as well."""
+    """Checksums of what has changed since the last digest; a replay has to give the same."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -1,4 +1,4 @@
-"""Folder: a directory that is held open. Its files are reached through it, wherever its path leads by now."""
+"""Folder: a directory that is held open. Its files are reached through it, even if its path leads elsewhere by now."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Folder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        # Also closes that of an owner that is forgotten and never closed.
+        # Also when the owner is garbage-collected without ``close``.
         self._close = weakref.finalize(self, os.close, self._descriptor)
         self._close.atexit = False
 
@@ -58,7 +58,7 @@ class Folder:
         os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Let go of the directory."""
+        """Close the directory."""
         self._close()
 
     def __truediv__(self, name: str) -> Path:

@@ -270,7 +270,7 @@ def _restore_table(kind: str, key: Key, described: Any, spec: KeySpec, tensors: 
 
 
 def origin_of(described: Any) -> interop.Origin:
-    """Return the library and device that pulls are to have, of those that are here."""
+    """Return the library and device of later pulls; torch on the CPU where the saved ones are missing."""
     library = _one_of(described, "library", ("numpy", "torch", "jax", "cupy", "array-api"))
     name = _field(described, "device", (str, NoneType)) or ""
     if library == "numpy":

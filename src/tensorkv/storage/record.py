@@ -41,7 +41,7 @@ _CALL_BUFFERS, _CALL_NBYTES = 512, 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is written at once.
+    """Plain data and packed tensors, which are written in one piece.
 
     Args:
         head: plain data, for JSON.

@@ -310,7 +310,7 @@ class WriteAheadLog:
             _logger.warning("%s: old files could not be removed: %s", self.path, error)
 
     def _abandon_snapshot(self, temporary: str, error: BaseException) -> None:
-        """Leave the old snapshot in force."""
+        """Remove a snapshot that failed; the old one stays in force."""
         with suppress(OSError):
             self._folder.remove(temporary)
         self.counts["failed_snapshots"] += 1
@@ -419,7 +419,7 @@ class SegmentWriter:
             os.close(self._file)
 
     def begin(self, name: str) -> None:
-        """Go on in another segment."""
+        """Continue in a new segment."""
         if name == self._name:
             # It has no record yet.
             return
@@ -461,7 +461,7 @@ class SegmentWriter:
             self.broken = f"a record could not be removed ({error})"
 
     def close(self) -> None:
-        """Write nothing any more."""
+        """Close the segment; later writes fail."""
         file, self._file, self.broken = self._file, None, "it was closed"
         if file is not None:
             os.close(file)

@@ -194,7 +194,7 @@ class DataClient:
     def _push_checked(
         self, batch: Batch, outs: Outs | None, placed: PlacedKeys, scale: float | None
     ) -> PushResult | None:
-        """Push parts whose gradients are scaled; return what a server has found out about them, if it has looked."""
+        """Push checked parts, with a scale of their gradients; return a server's result if it has checked sums."""
         if any(isinstance(part, Rows) for parts in batch.parts for part in parts):
             told = self._push_rows(batch, placed, scale)
             if outs is not None:

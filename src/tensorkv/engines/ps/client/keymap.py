@@ -157,7 +157,7 @@ class KeyMap:
         return self.placed.find(verb, key).placement
 
     def having(self, verb: str, keys: Sequence[Key]) -> PlacedKeys:
-        """Return all keys, among them these; refresh if one is unknown, and raise as ``find``."""
+        """Return the table of all keys, which contains these; refresh if one is unknown, and raise as ``find``."""
         placed = self.placed
         if not all(map(placed.__contains__, keys)):
             self.refresh()
@@ -167,7 +167,7 @@ class KeyMap:
         return placed
 
     def incomplete(self, keys: Sequence[Key]) -> dict[int, list[Key]]:
-        """Return, by server, those of some keys of which other servers lack their pieces."""
+        """Return, by server, those of the keys that are on it but lack pieces on other servers."""
         found: dict[int, list[Key]] = {}
         for key in keys:
             for server in self._incomplete.get(key, ()):

@@ -61,7 +61,7 @@ class _StillWaiting:
 
 
 class _NotServed:
-    """The server cannot serve this connection, since it cannot open the client's memory; Ray's way is left."""
+    """The server cannot open the client's memory; the request goes through Ray instead."""
 
 
 class _NoCache:

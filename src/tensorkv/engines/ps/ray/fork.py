@@ -35,7 +35,7 @@ def _leave_to_parent() -> None:
     if not ray.is_initialized():
         return
     _in_parent = True
-    # Whatever has threads in Ray's C++ part stays: what its modules refer to, and what only a collection would find.
+    # Objects with threads in Ray's C++ part are never freed: those of its modules, and those in reference cycles.
     gc.freeze()
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "ray":

@@ -177,7 +177,7 @@ class Server:
         return self._push_at_once(request) if self.options.staleness is None else self._push_bounded(request)
 
     def _push_at_once(self, request: Request[Push]) -> Reply:
-        """Apply a push; a pull with it has the values of the moment of the push."""
+        """Apply a push; a pull in the same request reads the values right after it."""
         keys = push_layout(request.layout).keys
         with self._change(request, keys) as ids:
             if ids:

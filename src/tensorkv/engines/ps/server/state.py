@@ -93,7 +93,7 @@ class ServerState:
         return None if room is None else Reply({}, room.payload)
 
     def _try_push(self, pushed: PushLayout, request: Request[Push], room: Room | None, ids: RequestIds) -> bool:
-        """Push parts that lie in a payload as the values of their keys would; return False if nothing was done."""
+        """Push parts whose layout in the payload is that of their keys' values; return False if nothing was done."""
         found = None if pushed.has_rows else self._layout_of(pushed.keys)
         if found is None or request.layout != found[0]:
             return False

@@ -95,7 +95,7 @@ class ServerTables(AppliedRequests):
     # ------------------------------------------------------------ events, by the names that logs have for them
 
     def _on_new(self) -> None:
-        """Begin a store; clients that used the folder before are none of it."""
+        """Begin a store; forget the clients that used the folder before."""
         self.restore(dict(self.last), {})
 
     def _on_member(self, owner: str) -> None:

@@ -5,10 +5,10 @@ import os
 import signal
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 import tensorkv
 from tensorkv.testing.libraries import LIBRARIES
@@ -21,9 +21,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get(
 # A shell that starts this process in the background has it ignore Ctrl-C, and so would all that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Hypothesis looks at the clock as well: how long an example takes, and how long it takes to make one.
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any machine")
+# Tests that need what is not installed are skipped, also those with Hypothesis.
+if find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    # Hypothesis looks at the clock as well: how long an example takes, and how long it takes to make one.
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")
 
 # Before JAX starts: three CPU devices, so that parts can live on devices of their own.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "3")
@@ -68,6 +72,8 @@ MAY_SKIP = (
 
 def pytest_addoption(parser):
     parser.addoption("--known-skips", action="store_true", help="fail tests that skip for an unknown reason")
+    if not find_spec("pytest_timeout"):
+        parser.addini("timeout", "of pytest-timeout: without it, nothing ends a test that hangs")
 
 
 def fail_unknown_skip(report, config):

@@ -7,6 +7,8 @@ from collections import OrderedDict, defaultdict, namedtuple
 
 import numpy as np
 import pytest
+
+pytest.importorskip("hypothesis")
 from hypothesis import given
 from hypothesis import strategies as st
 

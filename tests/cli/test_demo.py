@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tensorkv.cli import demo, main
-
+pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
+from tensorkv.cli import demo, main
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SHORT = demo.Settings(epochs=2)

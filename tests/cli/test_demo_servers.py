@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
+pytest.importorskip("ray")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
 import tensorkv
 from tensorkv.cli import demo, demo_servers, main
 from tensorkv.cli.demo_servers import AccuracyCurve, Consistency
 from tests.support.amount import amount
-
-pytest.importorskip("ray")
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

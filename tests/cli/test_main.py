@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("rich")
 import tensorkv
 from tensorkv.cli import inspect, main, tutorial
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+pytest.importorskip("rich")
 import tensorkv
 from tensorkv.cli import main, top
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+pytest.importorskip("rich")
 from tensorkv.cli import main, tutorial
 
 HEADERS = {

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -90,6 +92,77 @@ def test_a_closed_store_holds_no_descriptor(tmp_path):
     assert set(os.listdir("/proc/self/fd")) > before
     kv.close()
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+NAMES = ["with space", "new\nline", "quo'te\"s", "ümläut-日本", os.fsdecode(b"not UTF-8 \xff\xfe"), "-dash", "%20#?:*~"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_folders_have_any_name(name, tmp_path, monkeypatch, capfd):
+    """Of a store, of checkpoints and for the command line, and as the working directory."""
+    for engine in ENGINES:
+        with tensorkv.create(engine) as kv:
+            kv.init("w", np.ones(2))
+            kv.set_optimizer("sgd", lr=0.5, momentum=0.9)
+            kv.push("w", np.ones(2))
+            for _ in range(2):
+                kv.save(tmp_path / name / engine)
+                kv.save_optimizer_states(str(tmp_path / name / f"{engine}-states"))
+            kv.load(str(tmp_path / name / engine))
+            kv.load_optimizer_states(tmp_path / name / f"{engine}-states")
+            assert kv.pull("w").tolist() == [0.5, 0.5]
+    monkeypatch.chdir(tmp_path / name)
+    for path in (tmp_path / name / name, name):
+        with tensorkv.create("local", path=path, log_nbytes=20_000) as kv:
+            fill(kv, 3)
+    assert held(name) == (60, {3.0})
+    main = pytest.importorskip("tensorkv.cli.main", exc_type=ModuleNotFoundError).main
+    for path in (tmp_path / name / "local", tmp_path / name / name):
+        assert main(["inspect", "--verify", str(path)]) == 0
+        assert '"w"' in capfd.readouterr().out
+
+
+BARE = """
+import os, sys
+sys.stdin.close()
+import numpy as np, torch
+import tensorkv
+for type in ("local", "device", "dist_sync"):
+    with tensorkv.create(type) as kv:
+        kv.init("w", np.zeros(3))
+        kv.set_optimizer("adam", lr=0.1)
+        kv.push("w", [np.ones(3), torch.ones(3, dtype=torch.float64)])
+        kv.save(sys.argv[1])
+        kv.load(sys.argv[1])
+        if abs(kv.pull("w")[0] + 0.1) > 1e-6:
+            sys.exit("wrong value")
+for _ in range(2):
+    with tensorkv.create("local", path=sys.argv[1] + "-store") as kv:
+        if "w" not in kv:
+            kv.init("w", np.zeros(3))
+        kv.push("w", np.ones(3))
+sys.stderr.write("done")
+"""
+
+
+def test_a_process_without_surroundings(tmp_path):
+    """Without variables, home, locale, UTF-8 and terminal, in a directory that takes no file even of root's."""
+    folder = os.fsencode(tmp_path) + b"/\xc3\xa4\xff"
+    command = [sys.executable, "-I", "-X", "utf8=0", "-W", "error", "-c", BARE, folder]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            command,
+            cwd="/proc",
+            env={"LC_ALL": "C", "PATH": "/nowhere"},
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            umask=0o077,
+            check=False,
+        )
+    assert (ended.returncode, ended.stderr) == (0, b"done")
+    modes = {path.stat().st_mode & 0o077 for path in tmp_path.rglob("*")}
+    assert modes == {0}
 
 
 @pytest.mark.parametrize("type", ENGINES)

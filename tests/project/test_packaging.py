@@ -15,7 +15,6 @@ import pytest
 
 import tensorkv
 from tensorkv import compiled
-from tensorkv.cli import main
 from tensorkv.compiled.sources import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +109,7 @@ cli.main(["--version"])
 
 
 def test_an_installation_without_compiled_parts_says_so(tree, tmp_path):
+    pytest.importorskip("rich")
     shutil.copytree(tree / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.egg-info"))
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src")}
     command = [sys.executable, "-c", UNCOMPILED]
@@ -183,6 +183,7 @@ def test_a_part_that_is_not_of_these_sources_is_not_used(spoil, missing, said, t
 
 
 def test_a_full_installation_says_that_it_has_its_parts(capsys):
+    main = pytest.importorskip("tensorkv.cli.main", exc_type=ModuleNotFoundError)
     with tensorkv.create() as kv:
         assert kv.stats()["compiled"] == dict.fromkeys(PARTS, True)
     assert main.main(["--version"]) == 0

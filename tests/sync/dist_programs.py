@@ -76,7 +76,7 @@ def decided(first, count):
             for step in range(4):
                 _decide_alike(kv, local, like, rng, made, (seed, step))
             assert kv.stats()["nonfinite"] == local.stats()["nonfinite"], seed
-    say("same bits")
+    say("same bits, compiled:", native.can_look())
 
 
 def _decide_alike(kv, local, like, rng, made, where):

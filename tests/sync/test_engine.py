@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from tests.support.workers import Team, free_port, run
 from tests.sync.dist_programs import EQUAL, PAIRS, PHASES, REFUSED
 
 PROGRAMS = "tests.sync.dist_programs"
+ROOT = Path(__file__).parents[2]
 
 
 def errors_of(text):
@@ -322,6 +324,15 @@ def test_stages_of_many_lists_of_keys_are_bounded(workers):
 def test_what_all_sums_decide_on_is_as_in_the_local_store(workers):
     for text in run(workers, PROGRAMS, "decided", 0, amount(20, 200)):
         assert "same bits" in text
+
+
+def test_an_installation_without_compiled_parts_gives_the_same_bits(tmp_path):
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *torchrun, PROGRAMS, "decided", "0", "4"]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert ended.stdout.count("same bits, compiled: False") == 2, ended.stdout + ended.stderr
 
 
 @pytest.mark.parametrize(("keys", "shared_memory"), [(300, True), (40, False)])

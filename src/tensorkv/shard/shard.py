@@ -261,7 +261,7 @@ class Shard(native.ShardFields):
     def count_updates(self, keys: Sequence[Key]) -> None:
         """Count an update of values of which this shard holds nothing that has changed."""
         batch = native.look(self._entries, keys, None, None, None, None) if native.can_look() else None
-        if isinstance(batch, native.Batch):
+        if batch is not None:
             batch.finish()
             return
         for key in keys:

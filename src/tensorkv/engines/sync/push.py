@@ -327,7 +327,7 @@ class Pushes:
         parts, targets = Arrays.of(self._values, keys, dense), None
         if outs is not None and native.can_look():
             targets = native.look(self._values, keys, None, outs, None, None)
-        if not isinstance(targets, native.Batch):
+        if targets is None:
             return (yield from self._push_dense(call, keys, parts, None, priority))
         targets.begin(targets.nbytes > _PAST_CACHE_NBYTES)
         return (yield from self._push_dense(call, keys, parts, targets, priority))

@@ -442,12 +442,12 @@ class Arrays:
         if not native.can_look():
             return cls(groups, None)
         batch = native.look(values, keys, groups, None, None, None)
-        if isinstance(batch, native.Batch):
+        if batch is not None:
             return cls(groups, batch)
         pairs = enumerate(zip(keys, groups, strict=True))
         plain = [index for index, (key, group) in pairs if native.is_plain([values[key].whole, *group])]
         batch = native.look(values, [keys[i] for i in plain], [groups[i] for i in plain], None, None, None)
-        if not isinstance(batch, native.Batch):
+        if batch is None:
             return cls(groups, None)
         places = np.full(len(keys), -1)
         places[plain] = np.arange(len(plain))

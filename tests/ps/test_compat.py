@@ -22,13 +22,22 @@ def test_ray_reads_its_environment_and_its_token_again(monkeypatch):
     assert _compat.authentication_mode() == before
 
 
-def test_a_node_on_loopback_is_found_and_left_to_the_parent():
+def test_a_node_on_loopback_is_started_again_and_found_and_left_to_the_parent():
     """In a process of its own, since Ray starts once in each."""
     code = """
 import atexit
 import ray
 from tensorkv.engines.ps.ray import _compat
+start_raylet, raylets = _compat.services.start_raylet, []
+def start(*args, **options):
+    raylets.append(start_raylet(*args, **options))
+    if len(raylets) == 1:
+        # As one that has waited 15 seconds for the other processes of its node.
+        raylets[0].process.kill()
+    return raylets[-1]
+_compat.services.start_raylet = start
 _compat.init_on_loopback(address="local", include_dashboard=False, num_cpus=1, object_store_memory=100 << 20)
+assert [raylet.process.poll() for raylet in raylets] == [-9, None]
 address = ray.get_runtime_context().gcs_address
 assert address.startswith(_compat.LOOPBACK + ":"), address
 assert address in _compat.cluster_addresses()
@@ -68,6 +77,36 @@ def test_a_node_may_take_long_to_start(monkeypatch):
     looks.clear()
     with pytest.raises(RuntimeError, match="not there yet"):
         _compat.init_on_loopback()
+
+
+def test_a_raylet_that_ends_each_time_is_an_error(monkeypatch):
+    killed = []
+
+    class Node:
+        def __init__(self):
+            self.all_processes = {"raylet": [SimpleNamespace(process=SimpleNamespace(poll=lambda: -6))]}
+            self.start_ray_processes()
+            _compat.services.get_node("address", 7)
+
+        def start_ray_processes(self):
+            pass
+
+        def get_logs_dir_path(self):
+            return "/logs"
+
+        def kill_all_processes(self, **options):
+            killed.append(self)
+
+    def get_node(address, node):
+        raise RuntimeError("it is not there yet")
+
+    monkeypatch.setattr(_compat.services, "get_node", get_node)
+    monkeypatch.setattr(_compat.ray_node, "Node", Node)
+    monkeypatch.setattr(_compat.ray, "init", lambda **options: _compat.ray_node.Node())
+    with pytest.raises(Exception, match=r"a raylet ended with status -6; see /logs/raylet\.err"):
+        _compat.init_on_loopback()
+    assert len(killed) == len(set(killed)) == _compat._STARTS
+    assert _compat.ray_node.Node is Node
 
 
 def test_a_shutdown_waits_for_rays_processes(monkeypatch):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
+import ray._private.node as ray_node
 import ray._private.worker as worker
 from ray._private import ray_constants, services
 from ray._raylet import (  # type: ignore[attr-defined]
@@ -25,13 +27,41 @@ LOOPBACK = "127.0.0.1"
 # are too short for a busy machine.
 _START_S = 120.0
 _END_S = 60.0
+# How often a node is started whose raylet ends.
+_STARTS = 3
 
 
 def init_on_loopback(**options: Any) -> None:
-    """Call ``ray.init`` for a node whose address is 127.0.0.1."""
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    look: Any = services.get_node
+    """Call ``ray.init`` for a node whose address is 127.0.0.1; start the node again if its raylet ends at once.
+
+    A raylet ends if another process of its node takes longer than 15 seconds to start, as on a busy machine; that limit
+    cannot be set (https://github.com/ray-project/ray/issues/65983).
+    """
     deadline = time.monotonic() + _START_S
+    with _patient_nodes(deadline) as nodes:
+        while True:
+            try:
+                ray.init(_node_ip_address=LOOPBACK, **options)
+                return
+            except BaseException as error:
+                if nodes:
+                    nodes[-1].kill_all_processes(check_alive=False, allow_graceful=False)
+                if not isinstance(error, _RayletEndedError) or len(nodes) == _STARTS or time.monotonic() > deadline:
+                    raise
+
+
+@contextmanager
+def _patient_nodes(deadline: float) -> Iterator[list[Any]]:
+    """Have Ray wait until a deadline for a node that starts, unless its raylet has ended; yield the nodes."""
+    nodes: list[Any] = []
+    node_type: Any = ray_node.Node
+    look: Any = services.get_node
+    before = ray_constants.ENABLE_RAY_CLUSTER
+
+    class Node(node_type):  # type: ignore[misc]
+        def start_ray_processes(self) -> Any:
+            nodes.append(self)
+            return super().start_ray_processes()
 
     def get_node(*args: Any) -> Any:
         while True:
@@ -39,6 +69,7 @@ def init_on_loopback(**options: Any) -> None:
                 return look(*args)
             except RuntimeError:
                 # It is not there yet.
+                _check_raylet(nodes)
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)
@@ -46,12 +77,25 @@ def init_on_loopback(**options: Any) -> None:
     # Otherwise Ray replaces the address by that of the network. This is Ray's own word for "this cluster has one node",
     # which is its default on macOS and Windows.
     ray_constants.ENABLE_RAY_CLUSTER = False
-    services.get_node = get_node
+    ray_node.Node, services.get_node = Node, get_node  # type: ignore[misc]
     try:
-        ray.init(_node_ip_address=LOOPBACK, **options)
+        yield nodes
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
-        services.get_node = look
+        ray_node.Node, services.get_node = node_type, look  # type: ignore[misc]
+
+
+class _RayletEndedError(Exception):
+    """A node's raylet ended before the node had started."""
+
+
+def _check_raylet(nodes: list[Any]) -> None:
+    for node in nodes[-1:]:
+        for raylet in node.all_processes.get("raylet", []):
+            status = raylet.process.poll()
+            if status is not None:
+                where = f"{node.get_logs_dir_path()}/raylet.err"
+                raise _RayletEndedError(f"a raylet ended with status {status}; see {where}")
 
 
 def shutdown() -> None:

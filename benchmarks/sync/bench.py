@@ -75,7 +75,7 @@ examples:
         far = [_HOSTS * per_host for per_host in _PER_HOST] if options.hosts else []
         return {
             "works": [work for ranks in options.ranks for work in sync_works.exchanges(ranks, quick=quick)],
-            "training": [sync_works.training(ranks, quick=quick) for ranks in options.ranks],
+            "training": [work for ranks in options.ranks for work in sync_works.trainings(ranks, quick=quick)],
             "far": [
                 work for ranks in far for work in sync_works.exchanges_between_hosts(ranks, _HOSTS, quick=quick)
             ],
@@ -94,7 +94,9 @@ examples:
                         names = ["tensorkv", *(PEERS[:2] if work.rule == "momentum" else PEERS)]
                         measured.append(measure(work, roster, _PAIRS, options.reps, names=names))
             launchers = {name: partial(launch.torchrun, name, ranks, member) for name, member in _TRAINING.items()}
-            with Roster(launchers, self.missing, self.versions, topic=", training") as roster:
+            # What a process has kept of an earlier work is not to count as memory that was there before.
+            fresh = tuple(launchers)
+            with Roster(launchers, self.missing, self.versions, fresh, topic=", training") as roster:
                 trained += [_train(work, roster, options.reps) for work in works["training"] if work.ranks == ranks]
         measured += self._run_between_hosts(works["far"], options.reps)
         return {"works": measured, "training": trained}
@@ -127,7 +129,14 @@ examples:
         near = [work for work in result["works"] if work["hosts"] == 1]
         far = [work for work in result["works"] if work["hosts"] > 1]
         every = [*result["works"], *result["training"]]
-        return [_near(near), _far(far), _training(result["training"]), memory_section(near), spreads(every, NAMES)]
+        return [
+            _near(near),
+            _far(far),
+            _training(result["training"]),
+            memory_section(near),
+            training_memory_section(result["training"]),
+            spreads(every, NAMES),
+        ]
 
     def plots(self, result: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
         return {"sync.png": partial(_draw, result)}
@@ -193,8 +202,9 @@ def _training(works: Sequence[Mapping[str, Any]]) -> list[str]:
         rows.append([work["name"], *cells, *ratio_texts(work, list(_TRAINING_PAIRS)), loss])
     return section(
         "A step of training",
-        "zero_grad, forward, backward and step, with SGD and momentum: `tensorkv.Trainer`, whose store steps, beside "
-        "`DistributedDataParallel` and `torch.optim.SGD` with their defaults. All have the same losses (checked).",
+        "zero_grad, forward, backward and step, with SGD and momentum or with AdamW: `tensorkv.Trainer`, whose store "
+        "steps, beside `DistributedDataParallel` with `torch.optim.SGD`, or with `torch.optim.AdamW` in a "
+        "`ZeroRedundancyOptimizer`, with their defaults. All have the same losses (checked).",
         ["work", "tensorkv, ms", "tensorkv with overlap, ms", "DDP, ms", "DDP ÷ tensorkv", "DDP ÷ overlap", "loss"],
         rows,
     )
@@ -217,6 +227,29 @@ def memory_section(works: Sequence[Mapping[str, Any]]) -> list[str]:
         "the store was made. Memory that processes share counts once; files such as libraries do not count. "
         "Servers: all of them together.",
         ["work", "who", "a rank", "a rank ÷ values", "servers ÷ values"],
+        rows,
+    )
+
+
+def training_memory_section(works: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the section of what a training takes of each rank's memory."""
+    rows = []
+    for work in works:
+        if work["value_nbytes"] < _LEAST_NBYTES:
+            continue
+        for name, found in work["memory_nbytes"].items():
+            before = found["before"]["ranks"]
+            cells = []
+            for moment in ("after", "most"):
+                per_rank = (found[moment]["ranks"] - before) / work["ranks"]
+                cells += [nbytes_text(per_rank), times_text(per_rank / work["value_nbytes"])]
+            rows.append([work["name"], NAMES[name], *cells])
+    return section(
+        "Memory of training",
+        "What training takes of a rank beyond the model and its batch, gradients included: at rest after a step, and "
+        "the most at a time. Memory that processes share counts once; files such as libraries do not count. "
+        "DDP with AdamW divides its state over ranks (`ZeroRedundancyOptimizer`).",
+        ["work", "who", "at rest", "at rest ÷ parameters", "the most", "the most ÷ parameters"],
         rows,
     )
 

@@ -7,13 +7,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import tensorkv
 from benchmarks.common.work import MOMENTUM, Verb
 from benchmarks.sync.contenders import Gloo, open_store
 from benchmarks.sync.works import Training
 
-_LR = 0.5
+# Names and numbers of the optimizers, as both a Trainer and torch.optim take them.
+_NUMBERS: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": 0.5, "momentum": MOMENTUM},
+    "adamw": {"lr": 1e-4, "weight_decay": 0.01},
+}
 
 
 class Trained:
@@ -52,9 +57,9 @@ class Trained:
             port: free, and the same for every rank.
         """
         self._kv = open_store(port)
-        self._optimizer = tensorkv.Trainer(
-            self._model, self._kv, "sgd", lr=_LR, momentum=MOMENTUM, rescale_grad=1 / self._work.ranks, **self.OPTIONS
-        )
+        name = self._work.optimizer
+        numbers = {"rescale_grad": 1 / self._work.ranks, **_NUMBERS[name]}
+        self._optimizer = tensorkv.Trainer(self._model, self._kv, name, **numbers, **self.OPTIONS)
 
     def prepare(self, verb: Verb, calls: int) -> None:
         """Do nothing before so many steps."""
@@ -94,7 +99,7 @@ class Overlapped(Trained):
 
 
 class DDP(Trained):
-    """DistributedDataParallel and ``torch.optim.SGD`` with their defaults."""
+    """DistributedDataParallel with its defaults; ``torch.optim.SGD``, or AdamW with its state divided over ranks."""
 
     @staticmethod
     def start() -> dict[str, str]:
@@ -103,4 +108,8 @@ class DDP(Trained):
     def open(self, port: int) -> None:
         del port  # the group has met at one of its own
         self._model = nn.parallel.DistributedDataParallel(self._model)
-        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=_LR, momentum=MOMENTUM)
+        params, numbers = self._model.parameters(), _NUMBERS[self._work.optimizer]
+        if self._work.optimizer == "sgd":
+            self._optimizer = torch.optim.SGD(params, **numbers)
+        else:
+            self._optimizer = ZeroRedundancyOptimizer(params, torch.optim.AdamW, **numbers)

@@ -48,12 +48,14 @@ class Training:
         width: features of each layer.
         layers: how many.
         batch: samples of each rank.
+        optimizer: ``"sgd"``, with momentum, or ``"adamw"``.
     """
 
     ranks: int
     width: int
     layers: int
     batch: int = 4
+    optimizer: str = "sgd"
 
     calls: ClassVar[int] = 1
     warm_up: ClassVar[int] = 6
@@ -64,8 +66,11 @@ class Training:
 
         >>> Training(2, 2048, 6).name
         'training 25.2M parameters, 2 ranks'
+        >>> Training(2, 2048, 6, optimizer="adamw").name
+        'training 25.2M parameters, 2 ranks, AdamW'
         """
-        return f"training {short(round(self.parameters, -5) or self.parameters)} parameters, {self.ranks} ranks"
+        size = short(round(self.parameters, -5) or self.parameters)
+        return f"training {size} parameters, {self.ranks} ranks{', AdamW' if self.optimizer == 'adamw' else ''}"
 
     @property
     def parameters(self) -> int:
@@ -99,9 +104,10 @@ def exchanges(ranks: int, *, quick: bool) -> list[Exchange]:
     ]
 
 
-def training(ranks: int, *, quick: bool) -> Training:
+def trainings(ranks: int, *, quick: bool) -> list[Training]:
     """Return what this many ranks train."""
-    return Training(ranks, 64, 3) if quick else Training(ranks, 2048, 6)
+    width, layers = (64, 3) if quick else (2048, 6)
+    return [Training(ranks, width, layers, optimizer=optimizer) for optimizer in ("sgd", "adamw")]
 
 
 def exchanges_between_hosts(ranks: int, hosts: int, *, quick: bool) -> list[Exchange]:

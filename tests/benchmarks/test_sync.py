@@ -52,9 +52,10 @@ def check_result(result):
         assert set(work["summary"]["pushpull"]["ratios"]) == set(times) - {"tensorkv"}
         for found in work["memory_nbytes"].values():
             assert min(found[when]["ranks"] for when in ("before", "most", "after")) > 1e6
-    [training] = result["training"]
-    assert {"tensorkv", "ddp"} <= set(training["times_s"]["pushpull"])
-    assert all(losses[-1] < 0.9 * losses[0] for ranks in training["losses"].values() for losses in ranks)
+    assert [work["optimizer"] for work in result["training"]] == ["sgd", "adamw"]
+    for training, falls_to in zip(result["training"], (0.9, 0.999), strict=True):
+        assert {"tensorkv", "ddp"} <= set(training["times_s"]["pushpull"])
+        assert all(losses[-1] < falls_to * losses[0] for ranks in training["losses"].values() for losses in ranks)
 
 
 def check_table(table, result):
@@ -170,7 +171,7 @@ PLANTED = {
         def other(self, work, rank):
             right(self, work, rank)
             if type(self) is not training.DDP:
-                training.MOMENTUM = 0.8
+                training._NUMBERS["sgd"]["momentum"] = 0.8
 
         training.Trained.__init__ = other
         """,
@@ -316,3 +317,10 @@ def test_memory_is_what_was_added_in_multiples_of_the_values():
     work = {"name": "w", "keys": 1, "parts": 2, "value_nbytes": 100e6, "memory_nbytes": {"mxnet1": found}}
     assert bench.memory_section([work])[-1] == "| w | MXNet, 1 server | 150 MB | 1.50 | 2.00 |"
     assert bench.memory_section([{**work, "value_nbytes": 1e6}]) == []
+
+
+def test_memory_of_training_is_that_of_a_rank():
+    found = {"before": {"ranks": 100e6}, "most": {"ranks": 700e6}, "after": {"ranks": 500e6}}
+    work = {"name": "w", "ranks": 2, "value_nbytes": 100e6, "memory_nbytes": {"ddp": found}}
+    assert bench.training_memory_section([work])[-1] == "| w | PyTorch DDP | 200 MB | 2.00 | 300 MB | 3.00 |"
+    assert bench.training_memory_section([{**work, "value_nbytes": 1e6}]) == []

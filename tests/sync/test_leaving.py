@@ -67,7 +67,7 @@ def test_long_names_and_refused_calls_over_hosts(pusher):
 @pytest.mark.parametrize("pusher", [0, 3])
 def test_a_long_list_that_was_never_pushed_is_an_error(pusher):
     for text in run_over((1, 3), "not_seen_before", pusher):
-        assert "WorkerError | leave: the others push a list of keys that they have not pushed before" in text
+        assert "WorkerError | leave: the other workers push a new list of keys that is too long to be sent" in text
 
 
 @needs_hosts

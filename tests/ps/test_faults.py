@@ -24,6 +24,8 @@ from tests.support.until import LIMIT_S, until
 from tests.support.workers import run
 
 ray = pytest.importorskip("ray")
+from tensorkv.engines.ps import messages  # noqa: E402
+from tensorkv.engines.ps.client.rpc import ServerConnection  # noqa: E402
 from tensorkv.engines.ps.ray import cluster as ray_cluster  # noqa: E402
 from tests.support.overdue import overdue  # noqa: E402
 
@@ -188,6 +190,74 @@ def test_adam_goes_on_to_the_bit_after_kills(tmp_path):
         assert killed == kills
         assert kv.pull("w").numpy().tobytes() == expected.pull("w").numpy().tobytes()
         assert kv.info("w").version == len(gradients)
+
+
+class KillsInPush:
+    """Kills servers at a stage of the next push: "before" it is sent, when it was "sent", or when it was "applied".
+
+    Args:
+        kv: the store.
+        monkeypatch: of the test.
+    """
+
+    def __init__(self, kv, monkeypatch):
+        self._kv, self._start, self._stage = kv, ServerConnection.start, ""
+        self.left = []
+        monkeypatch.setattr(ServerConnection, "start", lambda *args, **options: self._begin(*args, **options))
+
+    def plan(self, stage, servers):
+        """Kill these servers in the next push."""
+        self._stage, self.left = stage, list(servers)
+
+    def _begin(self, connection, head, layout, **options):
+        server = connection._index
+        if head["verb"] != "push" or server not in self.left:
+            self._start(connection, head, layout, **options)
+            return
+        self.left.remove(server)
+        pid = pid_of(self._kv, server)
+        if self._stage == "before":
+            os.kill(pid, signal.SIGKILL)
+        self._start(connection, head, layout, **options)
+        if self._stage == "applied":
+            # The reply is lost with the server.
+            connection._connection.receive(time.monotonic() + LIMIT_S)
+        if self._stage != "before":
+            os.kill(pid, signal.SIGKILL)
+
+
+def versions_of(kv, servers):
+    """The version of "w" on each of some servers."""
+    return [told["version"] for told in kv._engine._ask(messages.Info(key="w"), servers)]
+
+
+def test_a_clipped_push_is_whole_and_made_once_whenever_servers_are_killed(tmp_path, monkeypatch):
+    """Each server scales its part by a factor that depends on the sums of all."""
+    generator = torch.Generator().manual_seed(3)
+    with create(num_servers=2, path=tmp_path / "store", durability="process") as kv, tensorkv.create() as expected:
+        kills = KillsInPush(kv, monkeypatch)
+        for store in (kv, expected):
+            store.init("w", torch.ones(300_000))
+            store.init("t", tensorkv.Rows([1], torch.ones(1, 2), 10**9))
+            store.set_optimizer("sgd", lr=1.0, momentum=0.9, max_grad_norm=1.0)
+        for version, stage, servers, has_rows in [
+            (1, "before", [1], False),
+            (2, "applied", [0, 1], True),
+            (3, "sent", [0], False),
+            (4, "", [], True),
+        ]:
+            parts = {"w": torch.randn(300_000, generator=generator)}
+            if has_rows:
+                parts["t"] = tensorkv.Rows([3, 8, 3], torch.randn(3, 2, generator=generator), 10**9)
+            kills.plan(stage, servers)
+            for store in (kv, expected):
+                store.push(parts)
+            assert not kills.left
+            assert kv.last_push == expected.last_push
+            assert torch.equal(kv.pull("w"), expected.pull("w"))
+            assert torch.equal(*[each.row_sparse_pull("t", row_ids=[1, 3, 8]).values for each in (kv, expected)])
+            assert versions_of(kv, [0, 1]) == [version] * 2
+        assert kv.stats()["resent"] >= 4
 
 
 @pytest.mark.parametrize("lost", [0, 1])

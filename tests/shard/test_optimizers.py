@@ -761,6 +761,19 @@ def test_rows_and_whole_gradients_share_one_state(name):
     assert torch.equal(kv.pull("w"), other.pull("w"))
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (40, 3), (300, 7)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", sorted(ROWWISE))
+def test_rows_of_all_ids_have_the_bits_of_a_whole_gradient(name, dtype, shape):
+    kv = store({"w": random(*shape).to(dtype)}, name, lr=0.1)
+    other = store({"w": random(*shape).to(dtype)}, name, lr=0.1)
+    for step in range(5):
+        grad = random(*shape, seed=step).to(dtype)
+        kv.push("w", Rows(torch.arange(shape[0]), grad, shape[0]))
+        other.push("w", grad)
+    assert bits(kv.pull("w")) == bits(other.pull("w"))
+
+
 def test_empty_rows_are_a_step_of_no_row():
     kv = store({"w": torch.ones(3, 2)}, "adam", lr=0.1)
     kv.push("w", Rows(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 2), 3))

@@ -314,6 +314,14 @@ def _out_of_vectors(elements: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return elements[: shape.numel()].view(shape)
 
 
+def _take_from_vectors(value: torch.Tensor, state: State, elements: torch.Tensor, held: State) -> None:
+    """Set a value and its state to what was made of copies in vectors."""
+    value.copy_(_out_of_vectors(elements, value.shape))
+    state.clear()
+    for name, tensor in held.items():
+        state[name] = _out_of_vectors(tensor, value.shape) if tensor.shape == elements.shape else tensor
+
+
 def finish(state: State, count: float) -> None:
     """Count a step in the state of a key, if its optimizer counts them."""
     if "step" in state:
@@ -407,16 +415,34 @@ class Optimizer:
             # torch's fused kernels take either all new or no new parameters.
             groups.setdefault((own, fused, bool(state), alone), []).append(index)
         for (own, fused, _, _), members in groups.items():
+            numbers = {**self.spec.numbers, **self.spec.overrides.get(own, {})}
+            whole = [self._in_vectors(own, values[i], states[i]) for i in members]
             self._run(
-                {**self.spec.numbers, **self.spec.overrides.get(own, {})},
-                [values[i] for i in members],
-                [self._prepare(grads[i]) for i in members],
-                [states[i] for i in members],
+                numbers,
+                [values[i] if each is None else each[0] for i, each in zip(members, whole, strict=True)],
+                [
+                    self._prepare(grads[i] if each is None else _in_vectors(grads[i]))
+                    for i, each in zip(members, whole, strict=True)
+                ],
+                [states[i] if each is None else each[1] for i, each in zip(members, whole, strict=True)],
                 fused,
             )
+            for i, each in zip(members, whole, strict=True):
+                if each is not None:
+                    _take_from_vectors(values[i], states[i], *each)
         for index, average in averages.items():
             move_average(average, values[index], self.spec.ema)  # type: ignore[arg-type]
             states[index][AVERAGE] = average
+
+    def _in_vectors(self, own: Key | None, value: torch.Tensor, state: State) -> tuple[torch.Tensor, State] | None:
+        """Return copies that torch computes in vectors alone; None where it rounds alike, or has to see the value."""
+        if self.spec.name not in ROWWISE or value.dtype not in interop.LOW_PRECISION or not value.is_cpu:
+            return None
+        if value.numel() % _ALIGN == 0:
+            return None
+        fills = self._fills if own is None else self._own_fills[own]
+        held = {name: _in_vectors(each) if name in fills else each for name, each in state.items()}
+        return _in_vectors(value), held
 
     def kernel(self, key: Key, value: torch.Tensor) -> Kernel | None:
         """Return the step of a key as a kernel for slices, None where torch.optim has to see the whole value."""

@@ -305,7 +305,10 @@ class ServerLayout:
     def _run(self, move: Any, payload: torch.Tensor, pool: Pool, *, wide: bool) -> None:
         """Move all pieces between a batch and a payload, large ones by several threads."""
         pieces, columns = self._pieces, [(self._starts + np.uint64(payload.data_ptr())).tobytes()]
-        pool.share(self._numel, partial(move, pieces, columns, wide), least=_PARALLEL_NUMEL)
+        if self._numel < _PARALLEL_NUMEL:
+            move(pieces, columns, wide, 0, self._numel)
+        else:
+            pool.share(self._numel, partial(move, pieces, columns, wide), least=_PARALLEL_NUMEL)
 
 
 class Layout:

@@ -616,14 +616,14 @@ class KVStore:
             )
         wanted = _matching("row_sparse_pull", "row_ids", listed, [row_ids] if single else row_ids)
         outs = None if out is None else _matching("row_sparse_pull", "out", listed, [out] if single else out)
-        specs = self._engine.protect(lambda: [self._engine.spec("row_sparse_pull", each) for each in listed])
+        specs = self._engine.transfer(lambda: [self._engine.spec("row_sparse_pull", each) for each in listed])
         ids = [
             _take_ids("row_sparse_pull", each, spec, own) for each, spec, own in zip(listed, specs, wanted, strict=True)
         ]
         for each, target in zip(listed, outs or (), strict=False):
             if not isinstance(target, Rows):
                 raise ArrayTypeError(f"row_sparse_pull({quote(each)}): out is {show(target)}; expected Rows")
-        found = self._engine.protect(self._engine.pull_rows, listed, ids)
+        found = self._engine.transfer(self._engine.pull_rows, listed, ids)
         pulled = [_give_rows(rows, spec.origin) for rows, spec in zip(found, specs, strict=True)]
         self._metrics.add("row_sparse_pull", start, listed, [rows.values.nbytes for rows in pulled])
         if outs is None:

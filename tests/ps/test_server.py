@@ -3,6 +3,7 @@
 import contextlib
 import random
 import shutil
+import signal
 import threading
 import time
 from dataclasses import fields
@@ -1360,6 +1361,63 @@ def test_nonsense_is_an_error_and_changes_nothing_else(mode, tmp_path):
             kv.push("w", np.full(600, 5, F32))
             assert set(kv.pull("w").tolist()) == {5}
         assert kv.row_sparse_pull("t", row_ids=[2, 3]).ids.tolist() == [2, 3]
+
+
+@pytest.fixture
+def on_alarm():
+    """Sets the handler of an alarm that comes soon."""
+    before = signal.getsignal(signal.SIGALRM)
+
+    def set_alarm(handler):
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+
+    yield set_alarm
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_a_handler_pushes_while_a_push_waits_for_its_server(near, on_alarm):
+    with Cluster(near=near) as cluster:
+        kv = cluster.store()
+        kv.init("w", np.zeros(3, F32))
+        kv.set_optimizer("sgd", lr=1.0, maximize=True)
+        [actor] = cluster.actors
+        seen = []
+
+        def handle(*_):
+            actor.paused.set()
+            seen.append(kv.pushpull("w", np.ones(3, F32)).tolist())
+
+        actor.paused.clear()
+        on_alarm(handle)
+        kv.push("w", np.full(3, 2, F32))
+        assert seen in ([[1.0] * 3], [[3.0] * 3])
+        assert kv.pull("w").tolist() == [3.0] * 3
+        assert kv.info("w").version == 2
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_a_handler_ends_a_push_that_waits_for_its_server(near, on_alarm):
+    """Its TimeoutError is not one of the connection, after which the push would be sent again."""
+    with Cluster(near=near) as cluster:
+        kv = cluster.store()
+        kv.init("w", np.zeros(3, F32))
+        [actor] = cluster.actors
+
+        def handle(*_):
+            raise TimeoutError("of the handler")
+
+        actor.paused.clear()
+        on_alarm(handle)
+        with pytest.raises(TimeoutError, match="of the handler"):
+            kv.push("w", np.ones(3, F32))
+        actor.paused.set()
+        assert kv.stats()["resent"] == 0
+        kv.push("w", np.full(3, 2, F32))
+        until(lambda: kv.info("w").version == 2)
+        assert set(kv.pull("w").tolist()) <= {1.0, 2.0}
 
 
 def test_interrupted_pulls_keep_no_memory():

@@ -48,7 +48,9 @@ def run_last_step(work, *args):
 
 
 WAYS = pytest.mark.parametrize(
-    "protect", [shield.run, shield.defer, run_steps, run_last_step], ids=["run", "defer", "steps", "last step"]
+    "protect",
+    [shield.run, shield.defer, shield.run_here, run_steps, run_last_step],
+    ids=["run", "defer", "here", "steps", "last step"],
 )
 
 
@@ -272,7 +274,8 @@ def test_an_interrupt_before_the_work_begins_gives_it_up(monkeypatch):
     assert done == [2]
 
 
-def test_a_wait_for_others_ends_when_its_caller_is_interrupted():
+@pytest.mark.parametrize("protect", [shield.run, shield.run_here])
+def test_a_wait_for_others_ends_when_its_caller_is_interrupted(protect):
     seen = []
 
     def wait():
@@ -284,10 +287,72 @@ def test_a_wait_for_others_ends_when_its_caller_is_interrupted():
             raise
 
     with pytest.raises(KeyboardInterrupt):
-        shield.run(wait)
+        protect(wait)
     assert seen == ["interrupted"]
     shield.check()
-    shield.run(shield.check)
+    protect(shield.check)
+
+
+# ---------------------------------------------------------------- calls that wait in the caller's thread
+
+
+def test_what_a_handler_raises_is_not_taken_for_an_error_of_the_wait(handlers):
+    """A handler's TimeoutError ends the call, and another signal that comes meanwhile does not split it."""
+    ended = []
+
+    def expire(*_):
+        raise TimeoutError("of the handler")
+
+    def wait():
+        signal.raise_signal(signal.SIGUSR1)
+        try:
+            with contextlib.suppress(TimeoutError):
+                shield.check()
+        finally:
+            signal.raise_signal(signal.SIGUSR1)
+            ended.append(1)
+
+    handlers(signal.SIGUSR1, expire)
+    with pytest.raises(TimeoutError, match="of the handler"):
+        shield.run_here(wait)
+    assert ended == [1]
+
+
+def test_a_handler_that_runs_in_a_wait_may_make_calls(handlers):
+    threads = []
+
+    def note():
+        threads.append(threading.get_ident())
+
+    def handle(*_):
+        # As its own call, not as a part of the one that waits.
+        shield.run(note)
+        shield.run_here(note)
+
+    def wait():
+        signal.raise_signal(signal.SIGUSR1)
+        assert threads == []
+        shield.check()
+        assert len(threads) == 2
+        shield.run(note)
+
+    handlers(signal.SIGUSR1, handle)
+    shield.run_here(wait)
+    main = threading.get_ident()
+    assert [thread == main for thread in threads] == [False, True, True]
+
+
+def test_a_call_inside_of_one_that_may_hold_locks_runs_no_handlers(handlers):
+    seen = []
+
+    def wait():
+        signal.raise_signal(signal.SIGUSR1)
+        shield.run_here(shield.check)
+        assert seen == []
+
+    handlers(signal.SIGUSR1, lambda *_: seen.append(1))
+    shield.defer(wait)
+    assert seen == [1]
 
 
 # ---------------------------------------------------------------- calls in two threads

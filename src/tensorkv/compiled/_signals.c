@@ -144,6 +144,28 @@ done:
     return result;
 }
 
+PyDoc_STRVAR(run_handlers_doc, "run_handlers()\n--\n\n"
+                               "Run the handlers of signals that have come during a call of ``defer``.\n\n"
+                               "What they raise is raised here; other signals are deferred until the call has ended.");
+
+static PyObject *run_handlers(PyObject *module, PyObject *none) {
+    PyObject *first[3] = {NULL, NULL, NULL};
+    (void)module, (void)none;
+    if (!is_deferring || memchr(seen, 1, sizeof seen) == NULL) return Py_NewRef(Py_None);
+    if (restore()) keep_first(first);
+    if (replace()) keep_first(first);
+    if (first[0] == NULL) return Py_NewRef(Py_None);
+    PyErr_Restore(first[0], first[1], first[2]);
+    return NULL;
+}
+
+PyDoc_STRVAR(is_deferring_doc, "is_deferring()\n--\n\nReturn whether a call of ``defer`` is under way.");
+
+static PyObject *get_is_deferring(PyObject *module, PyObject *none) {
+    (void)module, (void)none;
+    return PyBool_FromLong(is_deferring);
+}
+
 PyDoc_STRVAR(after_fork_doc, "after_fork()\n--\n\n"
                              "Put the handlers back in a child that was forked, by any thread, during a call.");
 
@@ -157,6 +179,8 @@ static PyMethodDef record_def = {"record", record, METH_VARARGS, "Note a signal.
 
 static PyMethodDef methods[] = {
     {"defer", defer, METH_VARARGS, defer_doc},
+    {"run_handlers", run_handlers, METH_NOARGS, run_handlers_doc},
+    {"is_deferring", get_is_deferring, METH_NOARGS, is_deferring_doc},
     {"after_fork", after_fork, METH_NOARGS, after_fork_doc},
     {NULL, NULL, 0, NULL},
 };

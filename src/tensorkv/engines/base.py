@@ -65,11 +65,15 @@ class Reader(ABC):
             return
         with outside_modes():
             call.check()
-            self.protect(call.fill, self.spec, partial(self._copy_out, call))
+            self.transfer(call.fill, self.spec, partial(self._copy_out, call))
 
     def protect(self, work: Callable[..., T], *args: Any) -> T:
         """Make a call that no exception from a signal handler splits (see ``tensorkv.runtime.shield``)."""
         return shield.run(work, *args)
+
+    def transfer(self, work: Callable[..., T], *args: Any) -> T:
+        """Make a push or pull as by ``protect``; an engine whose pushes and pulls hold no locks may do it faster."""
+        return self.protect(work, *args)
 
     def _copy_out(self, call: Call, keys: Sequence[Key], outs: Outs) -> None:
         self.pull_into(keys, outs, call.priority)
@@ -105,7 +109,7 @@ class Engine(Reader):
     """What decides where values are and how pushes are summed.
 
     ``push``, ``pull`` and ``pushpull`` are the only ways in: a class that overrides one of them sees every such call.
-    Their defaults parse the call and hand it to ``push_parts``, ``pull_into`` and ``pushpull_into`` by ``protect``.
+    Their defaults parse the call and hand it to ``push_parts``, ``pull_into`` and ``pushpull_into`` by ``transfer``.
     Tensors and Rows share the caller's memory: an engine reads them before its method returns, and keeps none.
     """
 
@@ -133,7 +137,7 @@ class Engine(Reader):
         if self.try_compiled(call) or (call.view_jax() and self.try_compiled(call)):
             return
         with self.collective("push"), outside_modes():
-            self.protect(self.push_parts, call.batch, call.priority)
+            self.transfer(self.push_parts, call.batch, call.priority)
 
     def pushpull(self, call: Call) -> None:
         """Make a push and a pull of the same keys, in one trip."""
@@ -141,7 +145,7 @@ class Engine(Reader):
             return
         with self.collective("pushpull"), outside_modes():
             call.check()
-            self.protect(call.fill, self.spec, partial(self._push_and_copy_out, call))
+            self.transfer(call.fill, self.spec, partial(self._push_and_copy_out, call))
 
     def _push_and_copy_out(self, call: Call, keys: Sequence[Key], outs: Outs) -> None:
         self.pushpull_into(call.batch, outs, call.priority)

@@ -1,7 +1,7 @@
 """Shield: make calls that an exception from a signal handler cannot interrupt halfway.
 
 Python runs signal handlers in the main thread, between any two bytecodes, and what they raise (KeyboardInterrupt, a
-TimeoutError of ``signal.alarm``, SystemExit on SIGTERM) unwinds whatever runs there. There are three ways around it:
+TimeoutError of ``signal.alarm``, SystemExit on SIGTERM) unwinds whatever runs there. There are four ways around it:
 
 - ``defer``: handlers run when the call has ended. It costs a few microseconds, and needs the compiled part.
 - ``run``: the call is made in another thread while the main thread waits and runs handlers, so that they can end a
@@ -10,6 +10,8 @@ TimeoutError of ``signal.alarm``, SystemExit on SIGTERM) unwinds whatever runs t
 - ``run_steps``: a call written as a generator yields before it waits for other processes. It is made as by ``defer``
   until it yields, and as by ``run`` after that. To hand a call to another thread and back takes 15 to 120 µs, more
   than a short call itself.
+- ``run_here``: the call is made as by ``defer``, and handlers also run where it waits and calls ``check``. Handlers may
+  make calls there, so the call must hold no lock while it waits.
 
 In each case the call has happened as a whole, or has not begun.
 
@@ -47,7 +49,7 @@ _LOOK_S = 0.1
 
 
 class Interrupted(BaseException):
-    """Ends a wait for other processes whose caller has been interrupted; ``run`` raises what interrupted it."""
+    """Ends a wait for other processes whose caller has been interrupted, who raises what interrupted it."""
 
 
 class _Call:
@@ -118,6 +120,29 @@ class _Call:
                 continue
 
 
+class _CallHere:
+    """A call in the main thread, and what a signal handler has raised while it waited."""
+
+    __slots__ = ("error",)
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the call is to end; handlers of signals that have come run now."""
+        if self.error is None:
+            # What a handler calls is a call of its own.
+            _thread.call = None
+            try:
+                _signals.run_handlers()
+            except BaseException as error:
+                self.error = error
+            finally:
+                _thread.call = self
+        return self.error is not None
+
+
 def _nothing() -> None:
     pass
 
@@ -158,6 +183,7 @@ def _reset() -> None:
     global _main
     # A forked child has none of the threads of its parent.
     _servers.clear()
+    _thread.call = None
     _main = get_ident()
     if _signals is not None:
         _signals.after_fork()
@@ -217,7 +243,7 @@ def run(work: Callable[..., T], *args: Any) -> T:
     >>> run(max, 1, 2)
     2
     """
-    if get_ident() != _main or sys.is_finalizing() or (server := _idle_server()) is None:
+    if get_ident() != _main or sys.is_finalizing() or _is_here() or (server := _idle_server()) is None:
         return work(*args)
     call = _Call(_with_callers_modes(work, args))
     try:
@@ -227,6 +253,50 @@ def run(work: Callable[..., T], *args: Any) -> T:
         call.settle()
         raise
     return call.take_result()  # type: ignore[no-any-return]
+
+
+def run_here(work: Callable[..., T], *args: Any) -> T:
+    """Make a call that no exception from a signal handler interrupts halfway, in this thread.
+
+    Args:
+        work: the call. Where it waits it calls ``check`` now and then, and holds no lock.
+        *args: its arguments.
+
+    Returns:
+        What the work returns.
+
+    Raises:
+        What the work raises; or what a signal handler has raised, when the work has ended or before it has begun.
+
+    >>> run_here(max, 1, 2)
+    2
+    """
+    if get_ident() != _main or sys.is_finalizing():
+        return work(*args)
+    if _signals is None or _signals.is_deferring():
+        # In a call as by ``defer``, which may hold locks, no handler may run.
+        return run(work, *args)
+    return _signals.defer(_make_here, work, args)
+
+
+def _make_here(work: Callable[..., T], args: tuple[Any, ...]) -> T:
+    call = _thread.call = _CallHere()
+    try:
+        return work(*args)
+    finally:
+        _thread.call = None
+        error, call.error = call.error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                # The traceback leads here, and with this would wait for the garbage collector.
+                del error
+
+
+def _is_here() -> bool:
+    """Return whether this thread makes a call as by ``run_here``."""
+    return isinstance(getattr(_thread, "call", None), _CallHere)
 
 
 def run_steps(steps: Steps[T]) -> T:
@@ -298,7 +368,7 @@ def check() -> None:
 
     >>> check()
     """
-    call: _Call | None = getattr(_thread, "call", None)
+    call: _Call | _CallHere | None = getattr(_thread, "call", None)
     if call is not None and call.is_interrupted:
         raise Interrupted("a signal handler raised an exception while the call waited")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -51,6 +51,8 @@ from .keymap import KeyMap
 from .rpc import ServerConnection, ServerReply
 from .session import ServerRequest, Session, SessionPool
 from .snapshot import RemoteSnapshot, SnapshotClient
+
+T = TypeVar("T")
 
 _HEARTBEAT_S = 1.0
 
@@ -277,6 +279,10 @@ class PSEngine(Engine):
                     f"{spec.dtype} {tuple(spec.shape)}"
                 )
 
+    def transfer(self, work: Callable[..., T], *args: Any) -> T:
+        # In mode sync a call may wait for other workers, and for a rank with a lock that a handler's call would take.
+        return (shield.run if self._options.mode == "sync" else shield.run_here)(work, *args)
+
     def push_parts(self, batch: Batch, priority: int) -> None:
         self._become_worker()
         self._data.push(batch, None)
@@ -293,7 +299,7 @@ class PSEngine(Engine):
         if found is None:
             return False
         with outside_modes():
-            self.protect(self._send_plain, found)
+            self.transfer(self._send_plain, found)
         return True
 
     def _send_plain(self, call: PlainCall) -> None:

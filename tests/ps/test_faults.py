@@ -164,7 +164,7 @@ def test_killed_servers_lose_no_acknowledged_push_and_apply_none_twice(tmp_path)
         assert kv.info("n").version == last
         assert kv.stats()["resent"] >= KILLS
         print("pushes", last, "resent", kv.stats()["resent"])
-        with pytest.raises(tensorkv.ArgumentError, match=rf"num_servers is {SERVERS}, not 4"):
+        with pytest.raises(tensorkv.ArgumentError, match=f"num_servers={SERVERS}, not 4"):
             tensorkv.create("dist_async", name=name_of(kv), num_servers=4)
     # The store has ended; its folder is there.
     with pytest.raises(tensorkv.StorageError, match=f"was written by {SERVERS} servers, and num_servers is 4"):
@@ -466,9 +466,9 @@ def test_two_stores_on_one_path_and_options_that_differ(shared, tmp_path):
         with tensorkv.create("dist_async", name=name, path=tmp_path / "store") as same:
             assert same.num_workers == 2
         for options in ({"mode": "sync"}, {"num_servers": 2}, {"num_workers": 3}, {"staleness": 1}, {"keep": 9}):
-            with pytest.raises(tensorkv.ArgumentError, match=f"its {next(iter(options))} is"):
+            with pytest.raises(tensorkv.ArgumentError, match=f"running with {next(iter(options))}="):
                 tensorkv.create("dist_async", name=name, **options)
-        with pytest.raises(tensorkv.ArgumentError, match="its path is"):
+        with pytest.raises(tensorkv.ArgumentError, match="running with path="):
             tensorkv.create("dist_async", name=name, path=tmp_path / "other")
         with pytest.raises(tensorkv.StorageError, match=r"another process|open"):
             create(path=tmp_path / "store")

@@ -65,11 +65,11 @@ def _patient_nodes(deadline: float) -> Iterator[list[Any]]:
 
     def get_node(*args: Any) -> Any:
         while True:
+            _check_raylet(nodes)
             try:
                 return look(*args)
             except RuntimeError:
                 # It is not there yet.
-                _check_raylet(nodes)
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)

@@ -415,32 +415,27 @@ class Optimizer:
             # torch's fused kernels take either all new or no new parameters.
             groups.setdefault((own, fused, bool(state), alone), []).append(index)
         for (own, fused, _, _), members in groups.items():
-            numbers = {**self.spec.numbers, **self.spec.overrides.get(own, {})}
-            whole = [self._in_vectors(own, values[i], states[i]) for i in members]
+            padded = {i: each for i in members if (each := self._padded(keys[i], values[i], states[i])) is not None}
             self._run(
-                numbers,
-                [values[i] if each is None else each[0] for i, each in zip(members, whole, strict=True)],
-                [
-                    self._prepare(grads[i] if each is None else _in_vectors(grads[i]))
-                    for i, each in zip(members, whole, strict=True)
-                ],
-                [states[i] if each is None else each[1] for i, each in zip(members, whole, strict=True)],
+                {**self.spec.numbers, **self.spec.overrides.get(own, {})},
+                [padded[i][0] if i in padded else values[i] for i in members],
+                [self._prepare(_in_vectors(grads[i]) if i in padded else grads[i]) for i in members],
+                [padded[i][1] if i in padded else states[i] for i in members],
                 fused,
             )
-            for i, each in zip(members, whole, strict=True):
-                if each is not None:
-                    _take_from_vectors(values[i], states[i], *each)
+            for i, (elements, held) in padded.items():
+                _take_from_vectors(values[i], states[i], elements, held)
         for index, average in averages.items():
             move_average(average, values[index], self.spec.ema)  # type: ignore[arg-type]
             states[index][AVERAGE] = average
 
-    def _in_vectors(self, own: Key | None, value: torch.Tensor, state: State) -> tuple[torch.Tensor, State] | None:
+    def _padded(self, key: Key, value: torch.Tensor, state: State) -> tuple[torch.Tensor, State] | None:
         """Return copies that torch computes in vectors alone; None where it rounds alike, or has to see the value."""
         if self.spec.name not in ROWWISE or value.dtype not in interop.LOW_PRECISION or not value.is_cpu:
             return None
         if value.numel() % _ALIGN == 0:
             return None
-        fills = self._fills if own is None else self._own_fills[own]
+        fills = self._fills_of(key)
         held = {name: _in_vectors(each) if name in fills else each for name, each in state.items()}
         return _in_vectors(value), held
 

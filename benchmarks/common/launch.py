@@ -75,6 +75,23 @@ def mxnet(name: str, servers: int, python: str, ranks: int, member: str, **team:
     return Team(name, ranks, processes, **team)
 
 
+def redis(name: str, server: str, folder: str, python: str, member: str, **team: Any) -> Team:
+    """Start a Redis server that writes nothing to disk, and one client of it.
+
+    Args:
+        name: of the contender.
+        server: the program of the server.
+        folder: where its socket is.
+        python: the interpreter that has its library.
+        member: module and class of the contender.
+        **team: more of what a ``Team`` takes.
+    """
+    socket = {"REDIS_SOCKET": f"{folder}/redis"}
+    words = ["--unixsocket", socket["REDIS_SOCKET"], "--port", "0", "--save", "", "--appendonly", "no"]
+    processes = [Process([server, *words], {}, helps=True), Process(_command(python, member), _threads() | socket)]
+    return Team(name, 1, processes, **team)
+
+
 def mpi(name: str, python: str, ranks: int, member: str, **team: Any) -> Team:
     """Start ranks with the ``mpiexec`` that is beside a Python, on this host; arguments as for ``torchrun``."""
     starter = str(Path(python).with_name("mpiexec"))

@@ -89,6 +89,8 @@ class Venv:
 
 # MXNet 1.9.1 is the last release, and uses names that newer versions of NumPy do not have.
 MXNET = Venv("mxnet", "mxnet", ("mxnet==1.9.1", "numpy==1.23.5"), (3, 11))
+# Without hiredis, its client takes replies apart in Python.
+REDIS = Venv("redis", "redis", ("redis==8.1.0", "hiredis==3.5.0", "numpy>=2.0"))
 # The wheel of MPICH brings the library and mpiexec, so that nothing of the system is needed or changed.
 MPI = Venv("mpi", "mpi4py.MPI", ("mpi4py==4.1.2", "mpich==5.0.2", "numpy>=2.0"))
 

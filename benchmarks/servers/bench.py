@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from benchmarks.common.benchmark import Benchmark, counts
 from benchmarks.common.report import ms_text, p50_text, quantile, ratio_texts, section, spreads, times_text
 from benchmarks.common.runner import Roster, measure
 from benchmarks.common.team import Team
-from benchmarks.common.venvs import MXNET, PeerError
+from benchmarks.common.venvs import MXNET, REDIS, PeerError
 from benchmarks.servers import alone
 from benchmarks.servers import works as servers_works
 from benchmarks.servers.alone import REPLY_TIMEOUT_S, by_size, start, wal_stats
@@ -29,6 +30,9 @@ PAIRS = {peer: (peer, peer.replace("mxnet", "tensorkv")) for peer in PEERS}
 # The first keeps its values in memory alone.
 DURABILITIES = ("tensorkv1", "process", "disk")
 DURABILITY_PAIRS = {level: (level, "tensorkv1") for level in DURABILITIES[1:]}
+# Who steps the rows of a table.
+TABLE_CLIENTS = ("rows", "embedding", "redis")
+TABLE_PAIRS = {name: ("redis", name) for name in TABLE_CLIENTS[:2]}
 _COLORS = {"mxnet1": plot.BLUE, "mxnet2": plot.LIGHT_BLUE, "process": plot.GREEN, "disk": plot.ORANGE}
 
 
@@ -36,22 +40,22 @@ class ServersBenchmark(Benchmark):
     """Push and pull through servers, and what is measured of them alone."""
 
     name = "servers"
-    help = "parameter servers beside MXNet's; durability, growth, readers, recovery"
+    help = "parameter servers beside MXNet's; tables beside Redis; durability, growth, readers, recovery"
     description = """\
 Measure pushpull of a dist_async store, whose servers step by SGD with momentum, beside push and pull of MXNet's
-dist_async, all in turns in one run: read ratios rather than milliseconds. Also: what durability costs, more workers
-and servers, many readers of one value, and how long a killed server is away. Every result is checked on every worker;
-a wrong one ends the run with exit status 1 and nothing is written."""
+dist_async, all in turns in one run: read ratios rather than milliseconds. Also: rows of a table beside Redis, what
+durability costs, more workers and servers, many readers of one value, and how long a killed server is away. Every
+result is checked on every worker; a wrong one ends the run with exit status 1 and nothing is written."""
     epilog = f"""\
 Files in --out: servers.json (all raw times, versions, machine), servers.md (tables), servers.png. MXNet 1.9.1 gets a
-virtual environment of its own in {MXNET.folder}/, created when first needed. A peer that cannot be started is left
-out, and the tables say why.
+virtual environment of its own in {MXNET.folder}/, created when first needed, and so does the client of Redis in
+{REDIS.folder}/. A peer that cannot be started is left out, and the tables say why.
 
 examples:
   python -m benchmarks servers --quick                 half a minute: does it work here?
   python -m benchmarks servers                         everything; some ten minutes
   python -m benchmarks servers --only durability       works with "durability" in their names"""
-    title = "Parameter servers: tensorkv and MXNet"
+    title = "Parameter servers: tensorkv, MXNet and Redis"
     names = NAMES
 
     @staticmethod
@@ -60,6 +64,8 @@ examples:
         add("--workers", type=counts(1, "worker"), metavar="N,N", help="workers of growth (default 1,2,4,8; quick: 1)")
         add("--servers", type=counts(1, "server"), metavar="N,N", help="servers of growth (default 1,2,4; quick: 2)")
         add("--readers", type=counts(1, "reader"), metavar="N,N", help="readers at once (default 1,4,16; quick: 1,2)")
+        add("--no-redis", action="store_true", help="leave Redis out")
+        add("--redis-server", default="redis-server", metavar="PATH", help="the server of Redis (default: on PATH)")
         add("--folder", metavar="DIR", help="where durable servers write (default: the folder for temporary files)")
 
     def works(self, options: argparse.Namespace) -> dict[str, list[Any]]:
@@ -69,6 +75,7 @@ examples:
         options.readers = options.readers or ((1, 2) if quick else (1, 4, 16))
         return {
             "works": servers_works.beside_peers(quick=quick),
+            "tables": servers_works.tables(quick=quick),
             "durability": servers_works.durability(quick=quick),
             "growth": [work for count in options.workers for work in servers_works.growth(count, quick=quick)],
             "readers": [servers_works.readers(max(options.readers), quick=quick)],
@@ -86,6 +93,7 @@ examples:
             with Roster(self._launchers(options, folder), self.missing, self.versions, fresh=PEERS) as roster:
                 timed = partial(measure, roster=roster, reps=options.reps)
                 found["works"] = [timed(work, pairs=PAIRS, names=names, look=_laps) for work in works["works"]]
+                found["tables"] = [timed(work, pairs=TABLE_PAIRS, names=TABLE_CLIENTS) for work in works["tables"]]
                 found["durability"] = [
                     with_means(timed(work, pairs=DURABILITY_PAIRS, names=levels, look=wal_stats))
                     for work in works["durability"]
@@ -107,6 +115,18 @@ examples:
         }
         for level in DURABILITIES[1:]:
             launchers[level] = partial(start, level, 2, durability=level, path=f"{folder}/{level}")
+        for name in TABLE_PAIRS:
+            launchers[name] = partial(start, name, 1, name.capitalize())
+        if redis := self._find_redis(options):
+            launchers["redis"] = partial(
+                launch.redis,
+                "redis",
+                redis[0],
+                folder,
+                redis[1],
+                "benchmarks.servers.contenders:Redis",
+                reply_timeout_s=REPLY_TIMEOUT_S,
+            )
         if mxnet := self.find_python(MXNET, options):
             for name in PEERS:
                 launchers[name] = partial(
@@ -115,14 +135,22 @@ examples:
                 )  # fmt: skip
         return launchers
 
+    def _find_redis(self, options: argparse.Namespace) -> tuple[str, str] | None:
+        """Return the server and an interpreter with its client; None if there is none, and ``missing`` says why."""
+        if not options.no_redis and shutil.which(options.redis_server) is None:
+            self.missing["redis"] = f"there is no {options.redis_server} (--redis-server says where one is)"
+            return None
+        python = self.find_python(REDIS, options)
+        return (options.redis_server, python) if python else None
+
     def given(self, result: Mapping[str, Any]) -> str:
         return "NumPy arrays, each worker pushes one part; one OpenMP thread a process (as torchrun sets it)"
 
     def sections(self, result: Mapping[str, Any]) -> list[list[str]]:
-        works, durability = result["works"], result["durability"]
-        return [_beside(works), _latency(works), _durability(durability, result["file_system"]),
+        works, tables, durability = result["works"], result["tables"], result["durability"]
+        return [_beside(works), _latency(works), _tables(tables), _durability(durability, result["file_system"]),
                 alone.growth_section(result["growth"]), *map(alone.readers_section, result["readers"]),
-                alone.recovery_section(result["recovery"]), spreads([*works, *durability], NAMES)]  # fmt: skip
+                alone.recovery_section(result["recovery"]), spreads([*works, *tables, *durability], NAMES)]  # fmt: skip
 
     def plots(self, result: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
         return {"servers.png": partial(_draw, result)}
@@ -194,6 +222,22 @@ def _latency(works: Sequence[Mapping[str, Any]]) -> list[str]:
             if found and work["keys"] == 1
         ],
     )
+
+
+def _tables(works: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = []
+    for work in works:
+        times = [p50_text(work, name) for name in TABLE_CLIENTS]
+        rows.append([_size(work), *times, *ratio_texts(work, list(TABLE_PAIRS)), _goal(work["name"])])
+    return section(
+        "Tables beside Redis",
+        "One worker and one server: rows are pulled, and stepped by their gradients, other rows in each call. A layer "
+        "of torch does it with `Embedding`. Redis has a string for each row and knows no arrays: its client pulls with "
+        "MGET, steps in NumPy, and writes with MSET, over a Unix socket. Above 1, tensorkv is faster.",
+        ["work", "pull and push, ms", "Embedding, ms", "Redis, ms", "Redis ÷ pull and push", "Redis ÷ Embedding",
+         "goal"],
+        rows,
+    )  # fmt: skip
 
 
 def _durability(works: Sequence[Mapping[str, Any]], file_system: str) -> list[str]:

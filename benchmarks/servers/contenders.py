@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, ClassVar
 
 import numpy as np
 
-from benchmarks.common.work import Verb, Work, WrongResultError
+from benchmarks.common.work import FIRST, Verb, Work, WrongResultError
 from benchmarks.common.work import check as check_exactly
-from benchmarks.servers.works import Serving, check
+from benchmarks.servers.works import BATCHES, TABLE_LR, Serving, Table, check
 from benchmarks.sync.contenders import Member, MXNet, TensorKV
 
 NAMES = {
@@ -24,6 +24,9 @@ NAMES = {
     "mxnet1": "MXNet, 1 server",
     "mxnet2": "MXNet, 2 servers",
     "mxnet": "MXNet",
+    "rows": "tensorkv, pull and push",
+    "embedding": "tensorkv, Embedding",
+    "redis": "Redis",
     "process": "a log, process",
     "disk": "a log, disk",
 }
@@ -165,3 +168,164 @@ class AsyncMXNet(Worker, MXNet):
     def pull(self) -> None:
         self._kv.pull(self._keys, out=self._given_outs)
         self._mx.nd.waitall()
+
+
+class TableClient:
+    """The only worker of a table: pulls the rows of the next batch, and steps them by their gradients."""
+
+    WORK: ClassVar[type[Any]] = Table
+
+    def __init__(self, work: Table, rank: int | None = None) -> None:
+        del rank  # there is one
+        self.work = work
+        self.batches = [work.ids(number) for number in range(BATCHES)]
+        self.gradients = [work.gradients(ids) for ids in self.batches]
+        self.calls = 0
+        self.pulled: Any = None
+
+    @staticmethod
+    def start() -> dict[str, str]:
+        """Import the library; return versions."""
+        return {}
+
+    def open(self, port: int, **options: Any) -> None:
+        """Make the table; arguments as for a contender."""
+        raise NotImplementedError
+
+    def prepare(self, verb: Verb, calls: int) -> None:
+        """Do nothing before calls."""
+
+    def time(self, verb: Verb, calls: int = 1) -> float:
+        """Pull and step batch after batch; return the seconds of one."""
+        start = perf_counter()
+        for _ in range(calls):
+            number = self.calls % BATCHES
+            self.pulled = self.step(self.batches[number], self.gradients[number])
+            self.calls += 1
+        return (perf_counter() - start) / calls
+
+    def step(self, ids: Any, gradients: Any) -> Any:
+        """Pull rows, and step them; return what was pulled."""
+        raise NotImplementedError
+
+    def pull(self, ids: Any) -> Any:
+        """Return rows as a NumPy array."""
+        raise NotImplementedError
+
+    def renew(self) -> None:
+        """Forget what was pulled."""
+        self.pulled = None
+
+    def check(self) -> None:
+        """Raise ``WrongResultError`` unless the last pull was right, and all rows are."""
+        before = self.calls - 1
+        ids = np.asarray(self.batches[before % BATCHES])
+        self.work.check(np.asarray(self.pulled), ids, before, "the last pull")
+        for ids in np.array_split(np.arange(self.work.rows), 20):
+            self.work.check(self.pull(ids), ids, self.calls, "at the end")
+
+    def first(self, count: int) -> Any:
+        """Return so many rows as they are at first."""
+        return np.full((count, self.work.dim), FIRST, np.float32)
+
+    def close(self) -> None:
+        """Let the table go."""
+
+
+class Rows(TableClient):
+    """Rows that are pulled from this project's store, and pushed to it."""
+
+    @staticmethod
+    def start() -> dict[str, str]:
+        return Servers.start()
+
+    def open(self, port: int, **options: Any) -> None:
+        import tensorkv
+
+        self._rows = tensorkv.Rows
+        self._kv = tensorkv.create("dist_async", name=f"bench{port}", timeout_s=_TIMEOUT_S, **options)
+        rows = self.work.rows
+        self._kv.init("table", self._rows(np.arange(rows), self.first(rows), rows))
+        self._kv.set_optimizer("sgd", lr=TABLE_LR)
+
+    def step(self, ids: Any, gradients: Any) -> Any:
+        pulled = self.pull(ids)
+        self._kv.push("table", self._rows(ids, gradients, self.work.rows))
+        return pulled
+
+    def pull(self, ids: Any) -> Any:
+        return self._kv.row_sparse_pull("table", row_ids=ids).values
+
+    def close(self) -> None:
+        self._kv.close()
+
+
+class Embedding(Rows):
+    """A layer of torch whose table is in this project's store."""
+
+    def open(self, port: int, **options: Any) -> None:
+        super().open(port, **options)
+        import torch
+
+        import tensorkv
+
+        self._layer = tensorkv.Embedding(self._kv, "table", self.work.rows, self.work.dim)
+        # A layer is given ids in any order.
+        order = np.random.default_rng(0).permutation(self.work.batch)
+        self.batches = [torch.from_numpy(ids[order]) for ids in self.batches]
+        self.gradients = [torch.from_numpy(gradients[order]) for gradients in self.gradients]
+
+    def step(self, ids: Any, gradients: Any) -> Any:
+        pulled = self._layer(ids)
+        pulled.backward(gradients)
+        self._layer.step()
+        return pulled.detach()
+
+
+class Redis(TableClient):
+    """A string for each row in Redis, which knows no arrays: the client steps, between MGET and MSET."""
+
+    @staticmethod
+    def start() -> dict[str, str]:
+        import redis
+
+        until = perf_counter() + _TIMEOUT_S
+        while True:
+            try:
+                with _redis() as client:
+                    return {"redis": client.info()["redis_version"], "redis-py": redis.__version__}
+            except redis.ConnectionError:
+                # The server has been started with this process.
+                if perf_counter() > until:
+                    raise
+                sleep(0.05)
+
+    def open(self, port: int, **options: Any) -> None:
+        self._redis = _redis()
+        for ids in np.array_split(np.arange(self.work.rows), 20):
+            self._put(ids, self.first(len(ids)))
+
+    def step(self, ids: Any, gradients: Any) -> Any:
+        pulled = self.pull(ids)
+        self._put(ids, pulled - np.float32(TABLE_LR) * gradients)
+        return pulled
+
+    def pull(self, ids: Any) -> Any:
+        found = self._redis.mget([b"%d" % number for number in ids.tolist()])
+        return np.frombuffer(b"".join(found), np.float32).reshape(len(ids), -1)
+
+    def _put(self, ids: Any, rows: Any) -> None:
+        data, nbytes = rows.tobytes(), rows.shape[1] * rows.itemsize
+        starts = range(0, len(data), nbytes)
+        pairs = zip(ids.tolist(), starts, strict=True)
+        self._redis.mset({b"%d" % number: data[start : start + nbytes] for number, start in pairs})
+
+    def close(self) -> None:
+        self._redis.flushall()
+        self._redis.close()
+
+
+def _redis() -> Any:
+    import redis
+
+    return redis.Redis(unix_socket_path=os.environ["REDIS_SOCKET"])

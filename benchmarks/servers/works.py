@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.common.work import FIRST, TOLERANCE, Work, WrongResultError, right_slices
+from benchmarks.common.work import FIRST, TOLERANCE, Floats, Work, WrongResultError, right_slices, short
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,82 @@ def readers(count: int, *, quick: bool) -> Serving:
     return Serving(1, (100_000 if quick else 25_000_000,), count, topic="readers")
 
 
+# How many batches of rows take turns. Steps are multiples of a power of 2, so that the right rows have no rounding.
+BATCHES = 20
+TABLE_LR = 2.0**-10
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of which a worker pulls some rows and steps them by SGD, other rows in each call.
+
+    Args:
+        rows: how many the table has.
+        dim: elements of a row, float32.
+        batch: how many rows a call pulls and steps.
+        calls: how many calls are timed together as one repetition.
+        warm_up: how many calls are made before any is timed.
+    """
+
+    rows: int
+    dim: int
+    batch: int
+    calls: int = BATCHES
+    warm_up: int = BATCHES
+
+    @property
+    def name(self) -> str:
+        """What tables and ``--only`` call it.
+
+        >>> Table(200_000, 64, 4096).name
+        'tables: 4096 of 200k rows of 64, SGD'
+        """
+        return f"tables: {self.batch} of {short(self.rows)} rows of {self.dim}, SGD"
+
+    @property
+    def value_nbytes(self) -> int:
+        """Of the whole table."""
+        return 4 * self.rows * self.dim
+
+    def ids(self, number: int) -> npt.NDArray[np.int64]:
+        """Return the rows of a batch, in rising order, none twice."""
+        return np.sort(np.random.default_rng(number).permutation(self.rows)[: self.batch])
+
+    def gradients(self, ids: npt.NDArray[np.int64]) -> Floats:
+        """Return the gradients of rows, the same in each batch: multiples of 1/8."""
+        return (((ids[:, None] + np.arange(self.dim)) % 97 + 1) / 8).astype(np.float32)
+
+    def check(self, found: npt.NDArray[Any], ids: npt.NDArray[np.int64], calls: int, who: str) -> None:
+        """Raise unless rows are what so many calls leave.
+
+        Args:
+            found: the rows.
+            ids: which ones they are.
+            calls: how many calls there were before, batch after batch.
+            who: pulled, for the message.
+
+        Raises:
+            WrongResultError: naming the first row that is wrong.
+        """
+        steps = np.zeros(self.rows, np.float32)
+        for number in range(min(calls, BATCHES)):
+            steps[self.ids(number)] += len(range(number, calls, BATCHES))
+        right = np.float32(FIRST) - np.float32(TABLE_LR) * steps[ids][:, None] * self.gradients(ids)
+        if found.shape != right.shape or found.dtype != right.dtype:
+            raise WrongResultError(f"{self.name}: {who}: {found.dtype} of shape {found.shape}")
+        wrong = np.flatnonzero((found != right).any(axis=1))
+        if wrong.size:
+            at = wrong[0]
+            raise WrongResultError(f"{self.name}: {who}: row {ids[at]} is {found[at]}, expected {right[at]}")
+
+
+def tables(*, quick: bool) -> list[Table]:
+    """Return what is measured of tables beside peers."""
+    if quick:
+        return [Table(1000, 4, 100, calls=2, warm_up=2)]
+    return [Table(200_000, 64, 4096), Table(200_000, 64, 256), Table(200_000, 8, 4096)]
+
+
 # What one worker has to wait for beside MXNet with as many servers, at least so many times faster; and how many times
 # slower than in memory alone a durable store may be.
 GOALS = {
@@ -90,6 +166,9 @@ GOALS = {
     "MXNet: 160 × 160k, 2 workers, SGD momentum 0.9": 2.5,
     "MXNet: 1000 × 1000, 2 workers, SGD momentum 0.9": 20.0,
     "MXNet: one 2×3 key, 2 workers, SGD momentum 0.9": 0.7,
+    "tables: 4096 of 200k rows of 64, SGD": 5.0,
+    "tables: 256 of 200k rows of 64, SGD": 5.0,
+    "tables: 4096 of 200k rows of 8, SGD": 5.0,
     "durability: 1 × 25M, 2 workers, SGD momentum 0.9": 2.0,
     "durability: 1000 × 1000, 2 workers, SGD momentum 0.9": 1.3,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import tensorkv
 from benchmarks.__main__ import main
 from benchmarks.common import work
 from benchmarks.common.report import ratios
-from benchmarks.common.venvs import MXNET
+from benchmarks.common.venvs import MXNET, REDIS
 from benchmarks.common.work import WrongResultError
 from benchmarks.servers import bench, contenders, works
 from tests.conftest import ROOT
@@ -46,14 +47,23 @@ def cluster():
 
 def test_quick_run_writes_raw_times_tables_and_a_plot(cluster, tmp_path, capsys):
     out = tmp_path / "out"
-    assert run(out, "--no-mxnet") == 0
+    assert run(out, "--no-mxnet", "--no-redis") == 0
     assert sorted(path.name for path in out.iterdir()) == ["servers.json", "servers.md", "servers.png"]
     assert (out / "servers.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((out / "servers.json").read_text())
     table = (out / "servers.md").read_text()
     assert table in capsys.readouterr().out
     check_result(result)
-    for head in ("Beside MXNet", "Single calls", "Durability", "Workers and servers", "Readers", "Recovery", "Spread"):
+    for head in (
+        "Beside MXNet",
+        "Single calls",
+        "Tables beside Redis",
+        "Durability",
+        "Workers and servers",
+        "Readers",
+        "Recovery",
+        "Spread",
+    ):
         assert f"## {head}\n" in table
     assert "MXNet was not measured**: left out" in table
     assert "at toy sizes" in table
@@ -63,13 +73,18 @@ def test_quick_run_writes_raw_times_tables_and_a_plot(cluster, tmp_path, capsys)
 def check_result(result):
     assert result["schema"] == 2
     assert result["quick"] is True
-    assert result["missing"] == {"mxnet": "left out with --no-mxnet"}
-    for topic, names in (("works", {"tensorkv1"}), ("durability", {"tensorkv1", "process"})):
-        made = (works.beside_peers if topic == "works" else works.durability)(quick=True)
+    assert result["missing"] == {"mxnet": "left out with --no-mxnet", "redis": "left out with --no-redis"}
+    for topic, make, names in (
+        ("works", works.beside_peers, {"tensorkv1"}),
+        ("tables", works.tables, {"rows", "embedding"}),
+        ("durability", works.durability, {"tensorkv1", "process"}),
+    ):
+        made = make(quick=True)
         assert [each["name"] for each in result[topic]] == [each.name for each in made]
         for measured in result[topic]:
             times = measured["times_s"]["pushpull"]
-            assert set(times) == set(measured["found"]) == set(measured["summary"]["pushpull"]["spread"]) == names
+            assert set(times) == set(measured["summary"]["pushpull"]["spread"]) == names
+            assert topic == "tables" or set(measured["found"]) == names
             assert all(len(raw) == 2 and min(raw) > 0 for raw in times.values())
     assert set(result["durability"][0]["of_means"]) == {"process"}
     found = result["works"][1]["found"]["tensorkv1"]
@@ -95,6 +110,23 @@ def test_with_mxnet(cluster, tmp_path):
     result = json.loads((tmp_path / "servers.json").read_text())
     assert set(result["works"][0]["summary"]["pushpull"]["ratios"]) == {"mxnet1"}
     assert result["missing"] == {}
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server has not been made available")
+def test_with_redis(cluster, tmp_path):
+    if not Path(ROOT, REDIS.folder).exists():
+        pytest.skip(f"{REDIS.folder} has not been made")
+    assert run(tmp_path, "--no-mxnet", "--only", "tables") == 0
+    result = json.loads((tmp_path / "servers.json").read_text())
+    assert set(result["tables"][0]["summary"]["pushpull"]["ratios"]) == {"rows", "embedding"}
+    assert set(result["missing"]) == {"mxnet"}
+
+
+def test_without_redis_the_tables_say_why(cluster, tmp_path):
+    assert run(tmp_path, "--no-mxnet", "--only", "tables", "--redis-server", str(tmp_path / "none")) == 0
+    [work] = json.loads((tmp_path / "servers.json").read_text())["tables"]
+    assert set(work["times_s"]["pushpull"]) == {"rows", "embedding"}
+    assert f"Redis was not measured**: there is no {tmp_path / 'none'}" in (tmp_path / "servers.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -128,6 +160,19 @@ PLANTED = {
         contenders.Servers.exchange = forgetful
         """,
     ),
+    "rows that are not stepped": (
+        "tables",
+        "rows: tables: 100 of 1000 rows of 4, SGD: at the end: row ",
+        """
+        from benchmarks.servers import contenders
+        right = contenders.Rows.step
+
+        def forgetful(self, ids, gradients):
+            return right(self, ids, gradients) if self.calls != 3 else self.pull(ids)
+
+        contenders.Rows.step = forgetful
+        """,
+    ),
 }
 
 
@@ -135,7 +180,7 @@ PLANTED = {
 def test_what_is_wrong_is_noticed(what, cluster, tmp_path, capsys, plant):
     only, message, code = PLANTED[what]
     plant(code)
-    assert run(tmp_path / "out", "--no-mxnet", "--only", only) == 1
+    assert run(tmp_path / "out", "--no-mxnet", "--no-redis", "--only", only) == 1
     assert not (tmp_path / "out").exists()
     error = capsys.readouterr().err
     assert f"error: {message}" in error
@@ -197,11 +242,30 @@ def test_steps_too_many_and_too_few():
         works.check(served, lambda key: np.zeros(97), 1, 1)
 
 
+def test_rows_that_are_not_those_of_so_many_calls():
+    table = works.Table(1000, 4, 100)
+    ids = np.arange(1000)
+    rows = np.full((1000, 4), work.FIRST, np.float32)
+    for number in range(25):
+        batch = table.ids(number % works.BATCHES)
+        assert len(set(batch.tolist())) == 100
+        rows[batch] -= np.float32(works.TABLE_LR) * table.gradients(batch)
+    table.check(rows, ids, 25, "now")
+    for calls in (24, 26):
+        with pytest.raises(WrongResultError, match=r"tables: 100 of 1000 rows of 4, SGD: now: row \d+ is"):
+            table.check(rows, ids, calls, "now")
+    rows[7, 3] = np.nan
+    with pytest.raises(WrongResultError, match=r"now: row 7 is .*nan.*, expected"):
+        table.check(rows, ids, 25, "now")
+    with pytest.raises(WrongResultError, match="float64"):
+        table.check(rows.astype(np.float64), ids, 25, "now")
+
+
 # ------------------------------------------------------------ numbers
 
 
 def test_every_goal_is_of_a_work():
-    names = {work.name for work in [*works.beside_peers(quick=False), *works.durability(quick=False)]}
+    names = {work.name for make in (works.beside_peers, works.durability, works.tables) for work in make(quick=False)}
     assert set(works.GOALS) == names
     first = works.beside_peers(quick=False)[0]
     assert replace(first, topic="").name == "1 × 25M, 2 workers, SGD momentum 0.9"

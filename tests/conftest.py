@@ -12,6 +12,7 @@ import pytest
 
 import tensorkv
 from tensorkv.testing.libraries import LIBRARIES
+from tests.support.servers import ServerPool
 from tests.support.until import LIMIT_S
 
 # Programs that tests start find the modules of the tests, in whatever folder they run.
@@ -46,6 +47,13 @@ def ray_store():
     pytest.importorskip("ray")
     with tensorkv.create("dist_async", name="keeper of the tests") as keeper:
         yield keeper
+
+
+@pytest.fixture(scope="module")
+def server_pool(ray_store, tmp_path_factory):
+    """Servers that tests of a module use one after another."""
+    with ServerPool(tmp_path_factory.mktemp("pool")) as pool:
+        yield pool
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ pytest.importorskip("ray")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-import tensorkv
 from tensorkv.cli import demo, demo_servers, main
 from tensorkv.cli.demo_servers import AccuracyCurve, Consistency
 from tests.support.amount import amount
@@ -58,11 +57,11 @@ def test_one_mode_alone_and_quiet_prints_only_the_line_with_the_png(ray_store, t
     assert out.read_bytes().startswith(PNG)
 
 
-def test_one_worker_trains_in_this_process(ray_store, monkeypatch):
+def test_one_worker_trains_in_this_process(server_pool, monkeypatch):
     monkeypatch.setattr(demo_servers, "SLEEP_S", 0.0)
     digits, told = demo.load_digits(), []
     settings = demo.Settings(epochs=2, store="dist_async")
-    with tensorkv.create("dist_async", name="one-worker") as kv:
+    with server_pool.create() as kv:
         curve = demo_servers.train(
             digits, settings, kv, averages=False, progress=lambda updates, share: told.append(updates)
         )

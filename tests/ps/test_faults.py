@@ -53,19 +53,11 @@ def name_of(kv):
     return called[id(kv)]
 
 
-@pytest.fixture(scope="module")
-def two_servers(ray_store):
-    with create(num_servers=2) as kv:
-        yield kv
-
-
 @pytest.fixture
-def shared(two_servers):
-    """An empty store on two servers, which tests that end no server use one after another: to start one takes time."""
-    name = name_of(two_servers)
+def shared(server_pool):
+    """An empty store on two servers, for tests that end no server."""
+    name = server_pool.name(num_servers=2)
     with tensorkv.create("dist_async", name=name) as kv:
-        kv.delete(kv.keys())
-        kv.set_updater(None)
         called[id(kv)] = name
         yield kv
 

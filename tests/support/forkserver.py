@@ -26,7 +26,7 @@ import tempfile
 import traceback
 
 # What most programs import, and nothing that starts a thread.
-PRELOAD = ("numpy", "torch", "torch.distributed", "pytest", "tensorkv", "tensorkv.engines.sync.engine")
+PRELOAD = ("numpy", "torch", "torch._dynamo", "torch.distributed", "pytest", "tensorkv", "tensorkv.engines.sync.engine")
 MESSAGE_NBYTES = 1 << 20
 CLONE_NEWNET = 0x40000000  # of sched.h
 

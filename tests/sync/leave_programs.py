@@ -60,13 +60,13 @@ def rows(key, *seed):
     return tensorkv.Rows(ids, torch.from_numpy(rng.standard_normal((len(ids), 3), F32)), count)
 
 
-def uneven(order, shared_memory):
+def uneven(order, shared_memory, *rules):
     """Workers run out of batches in some order; sums are over the parts of the others, with the local store's bits."""
     places = [int(rank) for rank in order.split(",")]
     partition._WHOLE //= SMALLER
     push.SLOT_NBYTES //= SMALLER
     push.SLOT_NBYTES_OVER_HOSTS //= SMALLER
-    for rule in RULES:
+    for rule in rules:
         options = OPTIONS.get(rule, {})
         with create(shared_memory=shared_memory == "True", **options) as kv, tensorkv.create(**options) as local:
             for store in (kv, local):

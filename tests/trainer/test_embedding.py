@@ -640,16 +640,15 @@ def test_workers_clip_tables_as_one(workers):
 
 
 @pytest.mark.parametrize("servers", [1, 3])
-def test_servers_clip_tables_as_a_local_store_does(ray_store, servers, kv):
-    options = {"name": f"clipped on {servers}", "num_servers": servers, "num_workers": 1}
-    with tensorkv.create("dist_async", **options) as theirs:
+def test_servers_clip_tables_as_a_local_store_does(server_pool, servers, kv):
+    with server_pool.create(num_servers=servers) as theirs:
         found = [clip(store, [[0, 1, 2]] * 3) for store in (kv, theirs)]
     assert found[0][0] == found[1][0]
     assert all(map(torch.equal, found[0][1], found[1][1]))
 
 
-def test_servers_without_an_optimizer_are_refused(ray_store):
-    with tensorkv.create("dist_async", name="layers without", num_servers=2, num_workers=1) as kv:
+def test_servers_without_an_optimizer_are_refused(server_pool):
+    with server_pool.create(num_servers=3) as kv:
         layer = Embedding(kv, "t", N, D, init=0.0)
         layer(torch.tensor([1])).sum().backward()
         for _ in range(2):

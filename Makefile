@@ -14,6 +14,9 @@ demo: $(STAMP) ## Train a network on handwritten digits over four replicas; its 
 	@mkdir -p out
 	$(BIN)/tensorkv demo --out out/demo.png
 
+# Tests start hundreds of interpreters, and each would compile the package and the tests.
+test test-all: export PYTHONDONTWRITEBYTECODE :=
+
 # Three tests at a time on two cores: many wait for other processes, and each more costs imports of torch, JAX and Ray.
 test: $(STAMP) ## Test every behaviour, and each fault
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not release" $(PYTEST)

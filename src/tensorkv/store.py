@@ -25,7 +25,7 @@ from tensorkv.arrays.arguments import (
 )
 from tensorkv.arrays.keytable import select
 from tensorkv.arrays.outputs import GivenOuts, NewOuts, describe_like, give_each
-from tensorkv.arrays.rows import Rows, take_ids
+from tensorkv.arrays.rows import Rows, take_ids, unchecked_rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.call import Call, check_priority, nbytes, take
 from tensorkv.runtime import caller, forks
@@ -1225,7 +1225,7 @@ def _take_ids(verb: str, key: Key, spec: KeySpec, row_ids: Any) -> torch.Tensor:
 def _give_rows(rows: Rows, origin: interop.Origin) -> Rows:
     # JAX has int64 only on demand, and seldom needs it for ids.
     ids = rows.ids.int() if origin.library == "jax" and rows.num_rows <= 1 << 31 else rows.ids
-    return Rows(interop.give(ids, origin), interop.give(rows.values, origin), rows.num_rows)
+    return unchecked_rows(interop.give(ids, origin), interop.give(rows.values, origin), rows.num_rows)
 
 
 def _holds_rows(out: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tensorkv.compiled import _tables
 from tensorkv.errors import ArgumentError, ArrayTypeError, ValueMismatchError, naming, show
 
 from . import interop
@@ -96,7 +97,7 @@ class Rows:
             raise ArgumentError(
                 f'Rows.to: device is {show(device)}; expected a torch.device, or a str such as "cpu"'
             ) from None
-        return _unchecked(taken.ids.to(target), taken.values.to(target), self.num_rows, taken.init)
+        return unchecked_rows(taken.ids.to(target), taken.values.to(target), self.num_rows, taken.init)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the whole tensor, shape ``(num_rows, ...)``, rows that are not here being zero.
@@ -146,7 +147,7 @@ def take_rows(thing: Any) -> Rows:
         thing.init.check_dtype(values.dtype)
     if ids is thing.ids and values is thing.values and ids.dtype is torch.int64:
         return thing
-    return _unchecked(ids.long(), values, thing.num_rows, thing.init)
+    return unchecked_rows(ids.long(), values, thing.num_rows, thing.init)
 
 
 def _take_part(array: Any, name: str) -> torch.Tensor:
@@ -163,23 +164,37 @@ def _take_coo(tensor: torch.Tensor) -> Rows:
         )
     ids, values = tensor.detach()._indices()[0], interop.take(tensor.detach()._values())
     _check_range(ids, tensor.shape[0])
-    return _unchecked(ids, values, tensor.shape[0])
+    return unchecked_rows(ids, values, tensor.shape[0])
 
 
-def _unchecked(ids: torch.Tensor, values: torch.Tensor, num_rows: int, init: RowInit | None = None) -> Rows:
+def unchecked_rows(ids: Any, values: Any, num_rows: int, init: RowInit | None = None) -> Rows:
+    """Return Rows of ids and values that are known to fit each other and the rows, without a look at them."""
     rows = object.__new__(Rows)
     rows.ids, rows.values, rows.num_rows, rows.init = ids, values, num_rows, init
     return rows
 
 
 def _check_range(ids: torch.Tensor, num_rows: int) -> None:
-    if not len(ids):
-        return
-    low, high = (int(bound) for bound in torch.aminmax(ids.long()))
+    if len(ids):
+        low, high, _ = _scan(ids)
+        _check_bounds(low, high, num_rows)
+
+
+def _check_bounds(low: int, high: int, num_rows: int) -> None:
     if low < 0 or high >= num_rows:
         raise ValueMismatchError(
             f"row id {low if low < 0 else high} is out of range; there are rows 0 to {num_rows - 1}"
         )
+
+
+def _scan(ids: torch.Tensor) -> tuple[int, int, bool]:
+    """Return the least id, the largest, and whether they are unique and sorted; there is at least one."""
+    if _tables is not None and ids.is_cpu and ids.dtype is torch.int64 and ids.is_contiguous():
+        return _tables.scan(ids.data_ptr(), len(ids))
+    # torch compares no unsigned integers.
+    ids = ids.long()
+    low, high = torch.aminmax(ids)
+    return int(low), int(high), bool((ids[1:] > ids[:-1]).all())
 
 
 def merge(parts: list[Rows], dtype: torch.dtype | None = None, *, may_share: bool = False, divisor: int = 1) -> Rows:
@@ -213,12 +228,12 @@ def merge(parts: list[Rows], dtype: torch.dtype | None = None, *, may_share: boo
     merged = merged.view(wide)
     if divisor != 1:
         interop.divide(merged, divisor)
-    return _unchecked(unique, merged.to(dtype), parts[0].num_rows, parts[0].init)
+    return unchecked_rows(unique, merged.to(dtype), parts[0].num_rows, parts[0].init)
 
 
 def _rises(ids: torch.Tensor) -> bool:
     """Return whether ids are unique and sorted."""
-    return bool((ids[1:] > ids[:-1]).all())
+    return not len(ids) or _scan(ids)[2]
 
 
 def add_by_turns(merged: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:
@@ -250,9 +265,11 @@ def take_ids(row_ids: Any, num_rows: int) -> torch.Tensor:
     if interop.family(ids.dtype) != "int" or ids.dtype is torch.uint64:
         raise ArrayTypeError(f"row_ids have dtype {interop.dtype_name(ids.dtype)}; expected integers")
     listed = ids.long().cpu().reshape(-1)
-    unique: torch.Tensor = listed.clone() if _rises(listed) else torch.unique(listed)
-    _check_range(unique, num_rows)
-    return unique
+    if not len(listed):
+        return listed
+    low, high, rises = _scan(listed)
+    _check_bounds(low, high, num_rows)
+    return listed.clone() if rises else torch.unique(listed)
 
 
 def _listed_ids(name: str, ids: Sequence[Any]) -> np.ndarray[Any, Any]:

@@ -208,11 +208,33 @@ static PyObject *gather(PyObject *module, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(scan_doc,
+             "scan(ids, count)\n--\n\n"
+             "Return the least of some ids, the largest, and whether each is above the one before; count is at least 1.\n\n"
+             "ids is an address of int64.");
+
+static PyObject *scan(PyObject *module, PyObject *args) {
+    unsigned long long ids_at;
+    Py_ssize_t count;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "Kn", &ids_at, &count)) return NULL;
+    const int64_t *ids = (const int64_t *)(uintptr_t)ids_at;
+    int64_t low = ids[0], high = ids[0];
+    int falls = 0;
+    for (Py_ssize_t i = 1; i < count; i++) {
+        falls |= ids[i] <= ids[i - 1];
+        if (ids[i] < low) low = ids[i];
+        if (ids[i] > high) high = ids[i];
+    }
+    return Py_BuildValue("LLO", (long long)low, (long long)high, falls ? Py_False : Py_True);
+}
+
 static PyMethodDef methods[] = {
     {"first_rows", first_rows, METH_VARARGS, first_rows_doc},
     {"find", find, METH_VARARGS, find_doc},
     {"add", add, METH_VARARGS, add_doc},
     {"gather", gather, METH_VARARGS, gather_doc},
+    {"scan", scan, METH_VARARGS, scan_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -18,7 +18,7 @@ import torch
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.keytable import KeyTable
-from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.rows import Rows, unchecked_rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import (
     OptimizerError,
@@ -308,7 +308,7 @@ class Shard(native.ShardFields):
             entries = [self.entry("row_sparse_pull", key) for key in keys]
             with self._in_order(entries):
                 return [
-                    Rows(own, entry.read_rows(own.to(entry.value.device), out), entry.spec.shape[0])
+                    unchecked_rows(own, entry.read_rows(own.to(entry.value.device), out), entry.spec.shape[0])
                     for entry, own, out in zip(entries, ids, outs or [None] * len(keys), strict=True)
                 ]
 

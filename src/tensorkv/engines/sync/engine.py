@@ -17,7 +17,7 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key, check_flag, check_timeout
-from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.rows import Rows, unchecked_rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines import partition
 from tensorkv.engines.base import Engine, Outs
@@ -207,7 +207,7 @@ class DistEngine(Engine):
             found = []
             for key, own in zip(keys, ids, strict=True):
                 entry = self._shard.entry("row_sparse_pull", key)
-                found.append(Rows(own, self._whole(entry).read_rows(own), entry.spec.shape[0]))
+                found.append(unchecked_rows(own, self._whole(entry).read_rows(own), entry.spec.shape[0]))
             return found
 
     def _whole(self, entry: Entry) -> Entry:

@@ -15,7 +15,7 @@ import torch
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import Item, pack, unpack
-from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.rows import Rows, unchecked_rows
 from tensorkv.errors import KeyNotFoundError, OptimizerError, ValueMismatchError, quote
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Batch, Part
@@ -281,7 +281,7 @@ class DataClient:
             return rows.merge(on_cpu, dtype, may_share=True, divisor=divisor)
         # The server adds the rows of all workers in one order, which is not that of the sums of each.
         ids, values = torch.cat([part.ids for part in on_cpu]), torch.cat([part.values.to(wide) for part in on_cpu])
-        return Rows(ids, values, placement.spec.shape[0])
+        return unchecked_rows(ids, values, placement.spec.shape[0])
 
     # ------------------------------------------------------------ pull
 
@@ -360,17 +360,17 @@ class DataClient:
             for reply, wanted in zip(replies, chosen, strict=True):
                 items = unpack(reply.head["layout"].encode(), reply.payload.numpy().data)
                 for item, (index, count, places) in zip(items, wanted, strict=True):
-                    rows, target = item.tensor, found[index]
-                    if rows.dtype is not target.dtype or rows.shape != (count, *target.shape[1:]):
+                    values, target = item.tensor, found[index]
+                    if values.dtype is not target.dtype or values.shape != (count, *target.shape[1:]):
                         self._keymap.refresh()
                         raise ValueMismatchError(
                             f"row_sparse_pull({quote(keys[index])}): another client has re-created this key; call again"
                         )
                     if places is None:
-                        target.copy_(rows)
+                        target.copy_(values)
                     else:
-                        interop.signed(target).index_copy_(0, places, interop.signed(rows))
-        return [Rows(own, each, p.spec.shape[0]) for own, each, p in zip(ids, found, placements, strict=True)]
+                        interop.signed(target).index_copy_(0, places, interop.signed(values))
+        return [unchecked_rows(own, each, p.spec.shape[0]) for own, each, p in zip(ids, found, placements, strict=True)]
 
     def _send(self, session: Session, requests: Sequence[ServerRequest], *, retry: bool = False) -> list[ServerReply]:
         try:

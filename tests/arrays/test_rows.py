@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 import tensorkv
 from tensorkv import ArgumentError, ArrayTypeError, Rows, ValueMismatchError
+from tensorkv.arrays import rows
 from tensorkv.arrays.rows import is_rows, merge, take_ids, take_rows
 
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"]
@@ -283,6 +284,17 @@ def test_row_ids_become_unique_and_sorted(row_ids):
 @pytest.mark.parametrize("row_ids", [[], range(0), np.zeros(0, np.int64)])
 def test_no_row_ids(row_ids):
     assert take_ids(row_ids, 6).tolist() == []
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@given(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 3), min_size=1))
+def test_ids_are_scanned_alike_with_and_without_the_compiled_part(compiled, ids):
+    with pytest.MonkeyPatch.context() as patch:
+        if not compiled:
+            patch.setattr(rows, "_tables", None)
+        assert rows._scan(torch.tensor(ids)) == (min(ids), max(ids), ids == sorted(set(ids)))
+        every_other = torch.tensor([each for one in ids for each in (one, 0)])[::2]
+        assert rows._scan(every_other) == rows._scan(torch.tensor(ids))
 
 
 def test_row_ids_of_any_size():

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -250,6 +251,53 @@ def test_a_clipped_push_is_whole_and_made_once_whenever_servers_are_killed(tmp_p
             assert torch.equal(*[each.row_sparse_pull("t", row_ids=[1, 3, 8]).values for each in (kv, expected)])
             assert versions_of(kv, [0, 1]) == [version] * 2
         assert kv.stats()["resent"] >= 4
+
+
+@pytest.mark.parametrize("found", ["nothing", "another store"])
+def test_a_server_that_is_restarted_without_its_folder_waits_for_it(found, tmp_path):
+    """As where a lost host had the folder, and the server is restarted on another one."""
+    lost, away = tmp_path / "store" / "server-1", tmp_path / "away"
+    with create(num_servers=2, path=tmp_path / "store") as kv:
+        kv.set_optimizer("sgd", lr=1.0, maximize=True)
+        kv.init("w", np.zeros(300_000, F32))
+        kv.push("w", np.ones(300_000, F32))
+        pid = pid_of(kv, 1)
+        lost.rename(away)
+        if found == "another store":
+            with tensorkv.create("local", path=lost) as other:
+                other.init("w", np.full(150_016, 7, F32))
+        os.kill(pid, signal.SIGKILL)
+        what = "is not there" if found == "nothing" else "is that of another store"
+        said = f"waiting for server 1: it was restarted on host .*, where its folder {lost} {what}; .* had on host .*"
+        hasty = {"name": name_of(kv), "timeout_s": 6}
+        with pytest.raises(tensorkv.WaitTimeoutError, match=said), tensorkv.create("dist_async", **hasty) as other:
+            other.pull("w")
+        with ThreadPoolExecutor(1) as pool:
+            pushed = pool.submit(kv.push, "w", np.ones(300_000, F32))
+            with pytest.raises(FutureTimeoutError):
+                pushed.result(1)
+            if found == "another store":
+                lost.rename(tmp_path / "of the other")
+            assert not lost.exists()
+            away.rename(lost)
+            pushed.result(LIMIT_S)
+        # What was acknowledged is there, and the push that had to wait is whole.
+        assert (kv.pull("w") == 2).all()
+        assert kv.info("w").version == 2
+
+
+def test_a_store_whose_server_waits_for_its_folder_is_closed_and_created_again(tmp_path):
+    lost = tmp_path / "store" / "server-0"
+    with create(path=tmp_path / "store", timeout_s=6) as kv:
+        kv.init("w", np.zeros(3, F32))
+        pid = pid_of(kv, 0)
+        lost.rename(tmp_path / "away")
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(tensorkv.WaitTimeoutError, match="is not there"):
+            kv.pull("w")
+        name = name_of(kv)
+    with tensorkv.create("dist_async", name=name, path=tmp_path / "store") as kv:
+        assert kv.keys() == []
 
 
 @pytest.mark.parametrize("lost", [0, 1])

@@ -11,7 +11,7 @@ import pytest
 import tensorkv
 from tensorkv import StorageError
 from tensorkv.storage.folder import Folder
-from tensorkv.storage.lock import FolderLock
+from tensorkv.storage.lock import FolderLock, read_stamp
 from tests.support.until import LIMIT_S
 
 HOLD = """
@@ -122,3 +122,14 @@ def test_a_later_holder_is_noticed(tmp_path):
     with pytest.raises(StorageError, match="another process has opened this store, taking this one for dead"):
         lock.check()
     lock.close()
+
+
+def test_the_stamp_is_that_of_the_last_opening(tmp_path):
+    assert read_stamp(str(tmp_path / "nowhere")) is None
+    assert read_stamp(str(tmp_path)) is None
+    for stamp in ("a" * 32, "b", ""):
+        FolderLock(Folder(tmp_path), 0, stamp=stamp).close()
+        assert read_stamp(str(tmp_path)) == stamp
+    for content in (b"\xff\xfe", b"x" * 4096):
+        (tmp_path / FolderLock.NAME).write_bytes(content)
+        assert not read_stamp(str(tmp_path))

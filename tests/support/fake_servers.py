@@ -55,6 +55,7 @@ class Actor:
     def __init__(self, options, index, pool, fate, near):
         self.actor = object.__new__(ServerActor)
         self.actor._server = self.server = Server(options, index, threads=1)
+        self.actor._options = options
         self.actor._listener = self.listener = SocketServer(self._answer_connection) if near else None
         self.actor._cache = SharedCache()
         self.actor._copying = threading.Lock()

@@ -45,6 +45,7 @@ def open_shard(
     durability: Durability = "process",
     log_nbytes: int | None = None,
     wait_s: float = 10.0,
+    stamp: str = "",
     nonfinite: NonFinite = "pass",
     reduce: Reduce = "sum",
     threads: int | None = None,
@@ -54,7 +55,7 @@ def open_shard(
 
     Args:
         path: a folder of this shard's own.
-        durability, log_nbytes, wait_s: as for ``WriteAheadLog``.
+        durability, log_nbytes, wait_s, stamp: as for ``WriteAheadLog``.
         nonfinite, reduce, threads: as for ``Shard``.
         applied: a dedup table that is kept with the values.
 
@@ -62,7 +63,7 @@ def open_shard(
         StorageError: another process has the folder open, or its files are damaged.
     """
     shard = Shard(nonfinite=nonfinite, reduce=reduce, threads=threads)
-    wal = WriteAheadLog(path, durability, log_nbytes, wait_s)
+    wal = WriteAheadLog(path, durability, log_nbytes, wait_s, stamp)
     log = shard.log = DurableLog(wal, AppliedRequests() if applied is None else applied)
     try:
         # What torch computes may depend on its number of threads: pushes and replays have one.

@@ -17,6 +17,9 @@ from tensorkv.errors import StorageError
 
 from .folder import Folder
 
+# Of a lock's file, which anything could have written.
+_MOST_NBYTES = 256
+
 _held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 
@@ -27,6 +30,7 @@ class FolderLock:
         folder: to be locked.
         wait_s: how long to wait for another holder; a process that was killed may take a moment to end.
         least_epoch: the new epoch is higher, even if the lock's file was removed.
+        stamp: written beside the epoch, by which a process that comes back knows the folder.
 
     Raises:
         OSError: the file cannot be opened or written.
@@ -37,7 +41,7 @@ class FolderLock:
     NAME = "lock"
     _MAX_EPOCHS = 1 << 31
 
-    def __init__(self, folder: Folder, wait_s: float, least_epoch: int = 0) -> None:
+    def __init__(self, folder: Folder, wait_s: float, least_epoch: int = 0, stamp: str = "") -> None:
         self._folder = folder
         # A file object, which is closed when a store that was not closed is garbage collected.
         self._file = open(folder.open(self.NAME, os.O_RDWR | os.O_CREAT), "r+b", buffering=0)  # noqa: SIM115
@@ -45,7 +49,9 @@ class FolderLock:
             self._take(time.monotonic() + wait_s)
             self.epoch = max(self._read_epoch(), least_epoch) + 1
             # In place, so that other processes that have the file open see it.
-            os.pwrite(self._file.fileno(), f"{self.epoch:016x} {os.getpid():>10}\n".encode(), 0)
+            line = f"{self.epoch:016x} {os.getpid():>10}\n{stamp}\n".encode()
+            os.pwrite(self._file.fileno(), line, 0)
+            os.ftruncate(self._file.fileno(), len(line))
             os.fsync(self._file.fileno())
         except BaseException:
             self._file.close()
@@ -110,6 +116,15 @@ class FolderLock:
                 f"{self._folder / self.NAME}: not the lock file of a store; remove it if no store is open"
             )
         return epoch
+
+
+def read_stamp(path: str) -> str | None:
+    """Return the stamp that a folder got when it was opened last; None: it was not opened yet, or is not there."""
+    try:
+        with open(os.path.join(path, FolderLock.NAME), encoding="ascii") as file:
+            return file.read(_MOST_NBYTES).partition("\n")[2].strip()
+    except (OSError, ValueError):
+        return None
 
 
 def _release_in_child() -> None:

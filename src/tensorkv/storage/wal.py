@@ -52,7 +52,9 @@ class WriteAheadLog:
         StorageError: another process has the folder open, it holds something else, or it cannot be written.
     """
 
-    def __init__(self, path: str, durability: Durability, log_nbytes: int | None = None, wait_s: float = 10.0) -> None:
+    def __init__(
+        self, path: str, durability: Durability, log_nbytes: int | None = None, wait_s: float = 10.0, stamp: str = ""
+    ) -> None:
         if not isinstance(durability, str) or durability not in ("process", "disk"):
             raise ArgumentError(f'durability is {show(durability)}; with a path, expected "process" or "disk"')
         if log_nbytes is not None and (type(log_nbytes) is not int or log_nbytes < 1):
@@ -77,7 +79,7 @@ class WriteAheadLog:
             with self._explaining("lock the folder"):
                 # Segments that begin with the same record are sorted by epoch.
                 epochs = [epoch for _, epoch, _ in self._files()[1]]
-                self._lock = FolderLock(self._folder, wait_s, max(epochs, default=0))
+                self._lock = FolderLock(self._folder, wait_s, max(epochs, default=0), stamp)
         except BaseException:
             self._folder.close()
             raise

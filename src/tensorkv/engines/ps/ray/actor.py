@@ -17,12 +17,14 @@ import ray
 import torch
 from ray.exceptions import OutOfMemoryError
 
+from tensorkv.engines.ps.server.awaited import AwaitedServer, why_not_the_folder
 from tensorkv.engines.ps.server.membership import IDLE_TIMEOUT_S
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.engines.transport.channel import Handler, OpenBuffers, SocketServer
 from tensorkv.engines.transport.rendezvous import host_id
 from tensorkv.engines.transport.segment import can_share
 from tensorkv.engines.transport.shared_cache import SharedCache
+from tensorkv.errors import StorageError
 
 from ..messages import Reply, join, split
 from ..options import PSOptions
@@ -46,13 +48,15 @@ class ServerActor:
     Args:
         options: of the store, as JSON, so that a restart needs nothing from Ray's object store.
         index: of the server.
+        stamp: of its folder, as for ``FolderLock``: a restarted server opens no other one.
+        home: the host on which it is to be started, "" if Ray chooses.
     """
 
-    def __init__(self, options: str, index: int) -> None:
+    def __init__(self, options: str, index: int, stamp: str = "", home: str = "") -> None:
         context = ray.get_runtime_context()
-        comes_back = context.was_current_actor_reconstructed
-        self._server = Server(PSOptions(**json.loads(options)), index, comes_back=comes_back)
-        self._listener = _listen(self.serve_connection, self._server.mark_dead)
+        self._options, self._index, self._stamp, self._home = PSOptions(**json.loads(options)), index, stamp, home
+        self._server: Server | AwaitedServer = self._open(comes_back=context.was_current_actor_reconstructed)
+        self._listener = _listen(self.serve_connection, lambda owner: self._server.mark_dead(owner))
         self._cache = SharedCache()
         self._copying = threading.Lock()
         name = context.get_actor_name() or ""
@@ -64,6 +68,15 @@ class ServerActor:
         # often that it doubles the time of an init or a load.
         gc.set_threshold(_GC_THRESHOLD)
         threading.Thread(target=self._watch, daemon=True).start()
+
+    def _open(self, *, comes_back: bool) -> Server | AwaitedServer:
+        """Return the server, or what answers for it while its folder is not there."""
+        folder = self._options.folder(self._index)
+        if comes_back and folder is not None:
+            why = why_not_the_folder(folder, self._stamp, self._index, self._home)
+            if why is not None:
+                return AwaitedServer(why, self._options.heartbeat_timeout_s)
+        return Server(self._options, self._index, comes_back=comes_back, stamp=self._stamp)
 
     def serve(self, message: bytes, payload: Any = None) -> Any:
         """Answer a message that came through Ray, whose payload is in it or beside it."""
@@ -108,7 +121,7 @@ class ServerActor:
 
     def options(self) -> dict[str, Any]:
         """Return the options of the store."""
-        return self._server.options.of_store()
+        return self._options.of_store()
 
     def stop(self) -> None:
         """Release the folder, before the process is killed."""
@@ -123,7 +136,10 @@ class ServerActor:
         # Usually the last client ends the servers; it may have been killed.
         while time.monotonic() - alone_since < (_ENDING_S if self._server.is_ending else IDLE_TIMEOUT_S):
             time.sleep(_WATCH_S)
-            self._metrics.export(self._server.stats())
+            if isinstance(self._server, AwaitedServer):
+                self._look_for_folder(self._server)
+            else:
+                self._metrics.export(self._server.stats())
             if self._server.owners():
                 alone_since = time.monotonic()
             elif self._server.is_broken:
@@ -131,6 +147,19 @@ class ServerActor:
         self._server.close()
         # Ray would restart an actor whose process ended in any other way.
         ray.kill(ray.get_runtime_context().current_actor)
+
+    def _look_for_folder(self, awaited: AwaitedServer) -> None:
+        """Open the folder if it is there again."""
+        try:
+            opened = self._open(comes_back=True)
+        except StorageError as error:
+            _logger.warning("a folder that was waited for cannot be opened: %s", error)
+            return
+        # One that is awaited still keeps the clients that it knows.
+        if isinstance(opened, Server):
+            self._server = opened
+            _logger.warning("the folder %s is there again", self._options.folder(self._index))
+            awaited.end()
 
     def _cached(self, head: dict[str, Any], layout: bytes, nbytes: int) -> dict[str, Any] | None:
         """Return the place of a copy that all clients of this host read, or a refusal; None: send the values."""

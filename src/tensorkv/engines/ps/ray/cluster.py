@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -407,7 +408,9 @@ def _make(options: PSOptions, index: int) -> Any:
         "max_task_retries": 0,
         "enable_task_events": False,
     }
-    return ray.remote(ServerActor).options(**of_actor).remote(json.dumps(options.of_store()), index)
+    return (
+        ray.remote(ServerActor).options(**of_actor).remote(json.dumps(options.of_store()), index, secrets.token_hex(16))
+    )
 
 
 def _get(name: str, index: int) -> Any:

@@ -43,6 +43,7 @@ class Server:
         index: of this server.
         threads: as for ``Shard``.
         comes_back: whether this is a restart, and workers are waiting for it.
+        stamp: of its folder, as for ``FolderLock``.
         now: a clock in seconds.
 
     Raises:
@@ -56,6 +57,7 @@ class Server:
         *,
         threads: int | None = None,
         comes_back: bool = False,
+        stamp: str = "",
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.options, self.index = options, index
@@ -65,7 +67,7 @@ class Server:
         awake = AwakeClock(now, options.heartbeat_timeout_s / 2)
         self._staleness = StalenessClock(options.num_workers, options.heartbeat_timeout_s, awake)
         self._tables = ServerTables(self._staleness)
-        self._state = ServerState(options, index, threads, self._tables)
+        self._state = ServerState(options, index, threads, self._tables, stamp)
         self._condition = Condition()
         self._membership = Membership(
             self._condition, self._tables, self._record, options.num_workers, options.heartbeat_timeout_s, awake

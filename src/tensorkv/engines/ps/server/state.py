@@ -59,7 +59,7 @@ class ServerState:
         StorageError: the folder cannot be opened.
     """
 
-    def __init__(self, options: PSOptions, index: int, threads: int | None, clients: ServerTables) -> None:
+    def __init__(self, options: PSOptions, index: int, threads: int | None, clients: ServerTables, stamp: str) -> None:
         # In mode async clients take the means.
         reduce = options.reduce if options.mode == "sync" else "sum"
         common: dict[str, Any] = {"nonfinite": options.nonfinite, "reduce": reduce, "threads": threads}
@@ -68,7 +68,7 @@ class ServerState:
             self.shard = Shard(**common)
         else:
             durability: Any = options.durability
-            self.shard = open_shard(folder, durability=durability, applied=clients, **common)
+            self.shard = open_shard(folder, durability=durability, applied=clients, stamp=stamp, **common)
         self._clients = clients
         self.snapshots = CopyOnWriteSnapshots(options.keep)
         self._layouts: dict[tuple[Key, ...], tuple[bytes, int]] = {}

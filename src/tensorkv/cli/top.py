@@ -110,11 +110,11 @@ def _sum(servers: list[dict[str, Any]], word: str) -> Any:
 
 
 def _server(index: int, old: Mapping[str, Any] | None, new: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
-    words = ("pid", "keys", "nbytes", "pushes_per_s", "pulls_per_s", "nbytes_per_s", "waits", "log_nbytes")
+    words = ("host", "pid", "keys", "nbytes", "pushes_per_s", "pulls_per_s", "nbytes_per_s", "waits", "log_nbytes")
     found: dict[str, Any] = {"index": index, "state": "down", **dict.fromkeys(words)}
     if new is None:
         return found
-    found |= {"state": "up", **{word: new[word] for word in ("pid", "keys", "nbytes", "waits")}}
+    found |= {"state": "up", **{word: new[word] for word in ("host", "pid", "keys", "nbytes", "waits")}}
     found["log_nbytes"] = new.get("wal", {}).get("log_nbytes")
     # A server that was restarted counts from 0.
     verbs = old["verbs"] if old is not None and old["pid"] == new["pid"] else {}
@@ -177,14 +177,22 @@ def draw(found: Mapping[str, Any]) -> Group:
 
 
 def _servers_table(servers: list[dict[str, Any]]) -> Table:
-    drawn = _table("server", "state", "pid", "keys", "size", "push/s", "pull/s", "waits", "log")
+    drawn = _table("server", "state", "host", "pid", "keys", "size", "push/s", "pull/s", "waits", "log")
     for each in servers:
         if each["state"] == "down":
             drawn.add_row(str(each["index"]), _coloured("down"))
             continue
         log = "" if each["log_nbytes"] is None else size(each["log_nbytes"])
         rates = [f"{each[word]:.0f}" for word in ("pushes_per_s", "pulls_per_s")]
-        cells = [str(each["pid"]), str(each["keys"]), size(each["nbytes"]), *rates, str(each["waits"]), log]
+        cells = [
+            printable(each["host"]),
+            str(each["pid"]),
+            str(each["keys"]),
+            size(each["nbytes"]),
+            *rates,
+            str(each["waits"]),
+            log,
+        ]
         drawn.add_row(str(each["index"]), _coloured(each["state"]), *cells)
     return drawn
 
@@ -199,7 +207,7 @@ def _workers_table(workers: list[dict[str, Any]]) -> Table:
 def _table(*names: str) -> Table:
     drawn = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for name in names:
-        drawn.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
+        drawn.add_column(name, justify="left" if name in ("state", "host") else "right", no_wrap=True)
     return drawn
 
 

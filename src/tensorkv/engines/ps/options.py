@@ -28,6 +28,9 @@ class PSOptions:
     Args:
         num_servers: how many hold values.
         num_workers: how many push (default: ``WORLD_SIZE``, else 1).
+        placement: ``"spread"``: servers take turns at the nodes of the cluster; ``"pack"``: all are on one node; or a
+            mapping of ``"server-0"`` and so on to ``{"node": host name, address or Ray's id}`` or ``{"resources":
+            {name: amount}}``; servers that it does not name are spread.
         mode: ``"async"``: a push is applied at once; ``"sync"``: when every live worker has pushed.
         staleness: in mode async, how many rounds a worker may be ahead of the slowest (None: any number).
         path: a folder that the servers see, where they keep everything (None: in memory alone).
@@ -48,6 +51,7 @@ class PSOptions:
 
     num_servers: int = 1
     num_workers: int = field(default_factory=_world_size)
+    placement: str | Mapping[str, Mapping[str, Any]] = "spread"
     mode: str = "async"
     staleness: int | None = None
     path: str | None = None
@@ -92,6 +96,7 @@ class PSOptions:
             number = getattr(self, name)
             if type(number) is not int or number < 1:
                 raise ArgumentError(f"create: {name} is {show(number)}; expected an int of at least 1")
+        self._check_placement()
         timeout_s = self.heartbeat_timeout_s
         if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not 1 < timeout_s < 1e9:
             raise ArgumentError(
@@ -116,6 +121,23 @@ class PSOptions:
         elif self.durability != "memory":
             raise ArgumentError(f"create: durability={self.durability!r} needs path=, a folder for the log")
 
+    def _check_placement(self) -> None:
+        placement = self.placement
+        if placement in ("spread", "pack"):
+            return
+        expected = '{"node": "..."} or {"resources": {"...": 1}}'
+        if not isinstance(placement, Mapping):
+            raise ArgumentError(
+                f"create: placement is {show(placement)}; expected 'spread', 'pack', or a mapping of server names to "
+                f"{expected}"
+            )
+        servers = [f"server-{index}" for index in range(self.num_servers)]
+        for name, wanted in placement.items():
+            if name not in servers:
+                raise ArgumentError(f"create: placement names {show(name)}; the servers are {', '.join(servers)}")
+            if not isinstance(wanted, Mapping) or not _is_place(dict(wanted)):
+                raise ArgumentError(f"create: placement of {name} is {show(wanted)}; expected {expected}")
+
     def check_same(self, given: Mapping[str, Any], found: PSOptions) -> None:
         """Raise if a store that is running differs in an option that was given.
 
@@ -138,6 +160,17 @@ class PSOptions:
     def folder(self, index: int) -> str | None:
         """Return the folder of one server; None: it keeps everything in memory."""
         return None if self.path is None else os.path.join(self.path, f"server-{index}")
+
+
+def _is_place(wanted: dict[Any, Any]) -> bool:
+    match wanted:
+        case {"node": str() as node, **rest}:
+            return bool(node) and not rest
+        case {"resources": Mapping() as resources, **rest}:
+            pairs = resources.items()
+            amounts_fit = all(type(amount) in (int, float) and 0 < amount < 1e18 for _, amount in pairs)
+            return bool(pairs) and not rest and amounts_fit and all(isinstance(word, str) for word, _ in pairs)
+    return False
 
 
 def _check_one_of(name: str, found: Any, choices: tuple[str, ...]) -> None:

@@ -23,7 +23,7 @@ from tensorkv.engines.transport.rendezvous import agree_on_start, connect, launc
 from tensorkv.errors import ArgumentError, RankDeadError, ServerDeadError, StorageError, TensorKVError, quote
 
 from ..options import PSOptions
-from . import _compat, fork, safety
+from . import _compat, fork, placement, safety
 from .actor import ServerActor, why
 
 NAMESPACE = "tensorkv"
@@ -326,12 +326,14 @@ def make_servers(options: PSOptions) -> tuple[list[Any], PSOptions]:
     """Start the servers of a store; return those of another client if it was faster.
 
     Raises:
+        ArgumentError: a node that a server is to run on is not there.
         StorageError: a server's folder cannot be opened.
     """
     name, timeout_s = options.name, options.timeout_s
     _check_folders(options)
     _wait_for_the_end(name, options.num_servers, timeout_s)
-    handles = [_make(options, index) for index in range(options.num_servers)]
+    places = placement.of_servers(options.placement, options.num_servers, timeout_s)
+    handles = [_make(options, index, place) for index, place in enumerate(places)]
     for handle in handles:
         _ask(handle.place, name, timeout_s)
     found = find_servers(name, timeout_s)
@@ -395,8 +397,8 @@ def _check_folders(options: PSOptions) -> None:
         )
 
 
-def _make(options: PSOptions, index: int) -> Any:
-    of_actor = {
+def _make(options: PSOptions, index: int, place: placement.Place) -> Any:
+    of_actor: dict[str, Any] = {
         "name": f"{options.name}/{index}",
         "namespace": NAMESPACE,
         "lifetime": "detached",
@@ -407,9 +409,12 @@ def _make(options: PSOptions, index: int) -> Any:
         "max_restarts": 0 if options.path is None else -1,
         "max_task_retries": 0,
         "enable_task_events": False,
+        **place.options,
     }
     return (
-        ray.remote(ServerActor).options(**of_actor).remote(json.dumps(options.of_store()), index, secrets.token_hex(16))
+        ray.remote(ServerActor)
+        .options(**of_actor)
+        .remote(json.dumps(options.of_store()), index, secrets.token_hex(16), place.host)
     )
 
 

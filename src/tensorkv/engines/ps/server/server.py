@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -152,6 +153,7 @@ class Server:
             "ahead": staleness.spread(),
             "most_ahead": staleness.most_ahead,
             "pid": os.getpid(),
+            "host": socket.gethostname(),
             "resent": self._resent,
             "waits": self._condition.count,
             "waited_s": self._condition.seconds,

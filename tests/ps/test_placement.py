@@ -1,0 +1,147 @@
+"""On which nodes servers run: what is asked for, what there is, and what Ray makes of it."""
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("ray")
+import tensorkv
+from tensorkv.engines.ps.options import PSOptions
+from tensorkv.engines.ps.ray import placement
+from tensorkv.engines.ps.ray.placement import Node
+from tests.support.processes import call
+
+A, B, C = ("aa" * 28, "bb" * 28, "cc" * 28)
+HEAD = Node(A, "head", "10.0.0.1", {"CPU": 2, "memory": 1e9}, True)
+ONE = Node(B, "one", "10.0.0.2", {"CPU": 2, "memory": 4e9, "fast": 1}, False)
+TWO = Node(C, "two", "10.0.0.3", {"CPU": 2, "memory": 4e9}, False)
+
+
+def nodes_of(found):
+    return [place.options["scheduling_strategy"].node_id for place in found]
+
+
+def test_servers_take_turns_at_the_nodes():
+    found = placement.of_servers("spread", 5, 1, lambda: [HEAD, ONE, TWO])
+    assert nodes_of(found) == [A, B, C, A, B]
+    assert all(place.options["scheduling_strategy"].soft for place in found)
+
+
+def test_servers_are_packed_on_one_node():
+    assert nodes_of(placement.of_servers("pack", 3, 1, lambda: [HEAD, ONE])) == [A] * 3
+
+
+def test_no_server_is_where_no_work_is_wanted_unless_there_is_no_other_node():
+    head = HEAD._replace(resources={"memory": 1e9})
+    assert nodes_of(placement.of_servers("spread", 3, 1, lambda: [head, ONE, TWO])) == [B, C, B]
+    assert nodes_of(placement.of_servers("pack", 2, 1, lambda: [head, ONE])) == [B, B]
+    assert nodes_of(placement.of_servers("spread", 2, 1, lambda: [head])) == [A, A]
+
+
+@pytest.mark.parametrize("name", [B, "one", "10.0.0.2"])
+def test_a_server_stays_on_the_node_that_it_asks_for(name):
+    wanted = {"server-1": {"node": name}, "server-2": {"resources": {"fast": 0.5, "CPU": 1, "memory": 2e9}}}
+    first, second, third = placement.of_servers(wanted, 3, 1, lambda: [HEAD, ONE, TWO])
+    assert nodes_of([first, second]) == [A, B]
+    assert first.options["scheduling_strategy"].soft
+    assert not second.options["scheduling_strategy"].soft
+    assert [first.host, second.host] == ["head", "one"]
+    assert third == ({"resources": {"fast": 0.5}, "num_cpus": 1, "memory": 2e9}, "")
+
+
+def test_nodes_that_are_late_are_waited_for(monkeypatch):
+    monkeypatch.setattr(placement, "_LOOK_S", 0)
+    looks = itertools.chain([[HEAD]] * 5, itertools.repeat([HEAD, ONE]))
+    assert nodes_of(placement.of_servers({"server-0": {"node": "one"}}, 1, 60, lambda: next(looks))) == [B]
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"node": "ten"}, {"resources": {"fast": 2}}, {"resources": {"slow": 1}}, {"resources": {"memory": 1e12}}]
+)
+def test_what_is_not_there_is_an_error_that_lists_the_nodes(wanted, monkeypatch):
+    now = itertools.count()
+    # A clock that goes on at each look, and no sleep.
+    monkeypatch.setattr(placement, "time", SimpleNamespace(monotonic=lambda: next(now), sleep=lambda _: None))
+    with pytest.raises(tensorkv.ArgumentError) as caught:
+        placement.of_servers({"server-0": wanted}, 1, 3, lambda: [HEAD, ONE])
+    said = str(caught.value)
+    assert f"placement wants {wanted} for server-0, and no node is or has that" in said
+    assert "head (10.0.0.1; CPU 2, memory 1e+09); one (10.0.0.2; CPU 2, fast 1, memory 4e+09)" in said
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("everywhere", "placement is 'everywhere'; expected 'spread', 'pack', or a mapping"),
+        (3, "placement is 3"),
+        ({"server-2": {"node": "a"}}, "placement names 'server-2'; the servers are server-0, server-1"),
+        ({0: {"node": "a"}}, "placement names 0"),
+        ({"server-0": "a"}, "placement of server-0 is 'a'; expected"),
+        ({"server-0": {}}, "placement of server-0 is {}"),
+        ({"server-0": {"node": ""}}, "placement of server-0"),
+        ({"server-0": {"node": "a", "resources": {"b": 1}}}, "placement of server-0"),
+        ({"server-0": {"resources": {}}}, "placement of server-0"),
+        ({"server-0": {"resources": {"b": -1}}}, "placement of server-0"),
+        ({"server-0": {"resources": {"b": True}}}, "placement of server-0"),
+        ({"server-0": {"resources": {1: 1}}}, "placement of server-0"),
+    ],
+)
+def test_placements_that_make_no_sense(wanted, said):
+    with pytest.raises(tensorkv.ArgumentError, match=said):
+        PSOptions.parse({"num_servers": 2, "placement": wanted})
+
+
+# What follows runs in a process of its own, since a process is part of one cluster.
+
+
+def place_on_three_nodes():
+    """Start nodes on this machine; tell where the servers of several stores run."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    for resources in ({"fast": 1}, {}):
+        cluster.add_node(num_cpus=1, resources=resources)
+    common = {"address": cluster.address, "insecure": True, "timeout_s": 60}
+    told = {}
+    try:
+        with tensorkv.create("dist_async", name="keeper", **common):
+            ids = [node.id for node in placement.live_nodes()]
+            fast = next(node.id for node in placement.live_nodes() if "fast" in node.resources)
+            chosen = {"server-0": {"resources": {"fast": 0.5}}, "server-2": {"node": ids[0]}}
+            for name, wanted in {"spread": "spread", "pack": "pack", "chosen": chosen}.items():
+                with tensorkv.create("dist_async", name=name, num_servers=3, placement=wanted, **common) as kv:
+                    kv.init("w", np.ones(3))
+                    places = [ray.get(actor.place.remote())[3] for actor in kv._engine._actors]
+                    told[name] = [ids.index(place) for place in places]
+                    with tensorkv.create("dist_async", name=name, **common) as other:
+                        assert other.pull("w").tolist() == [1, 1, 1]
+                    assert all(server["host"] for server in kv.stats()["servers"])
+            told["fast"] = ids.index(fast)
+            try:
+                late = {"server-0": {"node": "nowhere"}}
+                tensorkv.create("dist_async", name="late", placement=late, **{**common, "timeout_s": 1})
+            except tensorkv.ArgumentError as error:
+                told["error"] = str(error)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    print(json.dumps(told))
+
+
+def test_servers_of_a_cluster_of_three_nodes():
+    status, text = call("tests.ps.test_placement")
+    assert status == 0, text
+    told = json.loads(text.splitlines()[-1])
+    assert told["spread"] == [0, 1, 2]
+    assert told["pack"] == [0, 0, 0]
+    assert told["chosen"] == [told["fast"], 1, 0]
+    assert told["error"].count("CPU 1") == 3
+    assert "nowhere" in told["error"]
+
+
+if __name__ == "__main__":
+    place_on_three_nodes()

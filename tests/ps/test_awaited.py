@@ -47,11 +47,14 @@ def test_a_request_is_held_no_longer_when_the_folder_is_there():
         ([], "is empty"),
         (["notes"], "is that of another store"),
         (["lock"], "is that of another store"),
+        ("file", "cannot be read (Not a directory)"),
     ],
 )
 def test_folders_of_others(content, what, tmp_path):
     folder = tmp_path / "server-1"
-    if content is not None:
+    if content == "file":
+        folder.touch()
+    elif content is not None:
         folder.mkdir()
         for name in content:
             FolderLock(Folder(folder), 0, stamp="theirs").close() if name == "lock" else (folder / name).touch()

@@ -81,13 +81,14 @@ def why_not_the_folder(folder: str, stamp: str, index: int, home: str) -> str | 
         index: of the server, for the text.
         home: the host on which it was started, "" if that is not known.
     """
-    found = read_stamp(folder)
-    if found == stamp:
+    if read_stamp(folder) == stamp:
         return None
-    if not os.path.isdir(folder):
+    try:
+        what = "is that of another store" if os.listdir(folder) else "is empty"
+    except FileNotFoundError:
         what = "is not there"
-    else:
-        what = "is empty" if found is None and not os.listdir(folder) else "is that of another store"
+    except OSError as error:
+        what = f"cannot be read ({error.strerror})"
     here, there = socket.gethostname(), f" on host {home}" if home else ""
     return (
         f"server {index}: it was restarted on host {here}, where its folder {folder} {what}; its values are in the "

@@ -150,7 +150,7 @@ SETTINGS = {"name": "a\x1b[31m", "mode": "async", "staleness": 2, "path": None, 
 def look(pushes, pid=7, **more):
     verbs = {"push": {"calls": pushes, "nbytes": 100 * pushes, "seconds": 1.0}, "pushpull": {"calls": 1, "nbytes": 10}}
     server = {"verbs": verbs, "pid": pid, "keys": 2, "nbytes": 64, "waits": 3, "connected": [0, 1], "live": [0, 1, 3]}
-    server |= {"dead": [2], "rounds": [[0, 9], [1, 7], [2, 1], [3, 0], [4, 5]], **more}
+    server |= {"host": "db\x1b[31m", "dead": [2], "rounds": [[0, 9], [1, 7], [2, 1], [3, 0], [4, 5]], **more}
     plain = {"num_keys": 2, "nbytes": 64, "clients": 2, "ahead": 2, "most_ahead": 3, "waits": 3, "waited_s": 0.5}
     return {**plain, "snapshots": 1, "servers": [server, None]}
 
@@ -179,7 +179,7 @@ def test_drawing_sends_no_control_characters(capsys):
     Console(width=100).print(top.draw(top.report(SETTINGS, look(1), look(2, wal={"log_nbytes": 2048}), 1.0)))
     out = capsys.readouterr().out
     assert "\x1b" not in out
-    for word in ("staleness 2", "2.0 KiB", "down", "dead", "staleness: 2 rounds now, 3 at most"):
+    for word in ("staleness 2", "db", "2.0 KiB", "down", "dead", "staleness: 2 rounds now, 3 at most"):
         assert word in out
 
 

@@ -46,6 +46,8 @@ def test_every_example_is_tested():
     }
 
 
+# The guide to publishing weights, which runs in make test, has readers, too.
+@pytest.mark.release
 def test_readers_see_increasing_versions_and_consistent_snapshots(tmp_path):
     readers = amount(2, 3)
     lines = run("publish_weights.py", tmp_path, READERS=readers)
@@ -95,7 +97,8 @@ def test_jax_learns_digits_with_the_same_losses_in_one_process_and_in_two(tmp_pa
     assert [loss for loss, _ in told[1]] == pytest.approx([loss for loss, _ in told[0]], rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["local", "dist_async"])
+# Tables on servers are tested beside the layers.
+@pytest.mark.parametrize("kind", ["local", pytest.param("dist_async", marks=pytest.mark.release)])
 def test_a_recommender_learns_in_one_process_and_on_servers(tmp_path, kind):
     users, items, error = run("recommender.py", tmp_path, kind, EPOCHS=8)
     for line in (users, items):

@@ -3,7 +3,7 @@
 import itertools
 import json
 import socket
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,6 +79,7 @@ def test_what_is_not_there_is_an_error_that_lists_the_nodes(wanted, monkeypatch)
     [
         ("everywhere", "placement is 'everywhere'; expected 'spread', 'pack', or a mapping"),
         (3, "placement is 3"),
+        (np.zeros(2), "placement is"),
         ({"server-2": {"node": "a"}}, "placement names 'server-2'; the servers are server-0, server-1"),
         ({0: {"node": "a"}}, "placement names 0"),
         ({"server-0": "a"}, "placement of server-0 is 'a'; expected"),
@@ -94,6 +95,12 @@ def test_what_is_not_there_is_an_error_that_lists_the_nodes(wanted, monkeypatch)
 def test_placements_that_make_no_sense(wanted, said):
     with pytest.raises(tensorkv.ArgumentError, match=said):
         PSOptions.parse({"num_servers": 2, "placement": wanted})
+
+
+def test_any_mapping_will_do():
+    inner = MappingProxyType({"resources": MappingProxyType({"fast": 1})})
+    parsed = PSOptions.parse({"placement": MappingProxyType({"server-0": inner})})
+    assert json.dumps(parsed.of_store()["placement"]) == '{"server-0": {"resources": {"fast": 1}}}'
 
 
 # What follows runs in a process of its own, since a process is part of one cluster.

@@ -81,6 +81,8 @@ class PSOptions:
         """
         path = given.get("path")
         options = cls(**{**given, "path": None if path is None else folder_path("create", path)})
+        # It travels as JSON.
+        object.__setattr__(options, "placement", _plain(options.placement))
         options._check_client()
         options._check_store()
         return options
@@ -123,7 +125,7 @@ class PSOptions:
 
     def _check_placement(self) -> None:
         placement = self.placement
-        if placement in ("spread", "pack"):
+        if isinstance(placement, str) and placement in ("spread", "pack"):
             return
         expected = '{"node": "..."} or {"resources": {"...": 1}}'
         if not isinstance(placement, Mapping):
@@ -160,6 +162,13 @@ class PSOptions:
     def folder(self, index: int) -> str | None:
         """Return the folder of one server; None: it keeps everything in memory."""
         return None if self.path is None else os.path.join(self.path, f"server-{index}")
+
+
+def _plain(placement: Any) -> Any:
+    """Return a placement with dicts in place of other mappings."""
+    if not isinstance(placement, Mapping):
+        return placement
+    return {name: _plain(each) for name, each in placement.items()}
 
 
 def _is_place(wanted: dict[Any, Any]) -> bool:

@@ -17,6 +17,8 @@ from benchmarks.common.venvs import PeerError, Venv
 from benchmarks.common.work import WrongResultError
 
 _LEAST_REPS = 7
+# Options that say where something is on this machine, which is nobody else's concern.
+_PLACES = ("out", "folder", "mxnet_python", "redis_server")
 
 
 class Benchmark(ABC):
@@ -103,7 +105,7 @@ def run(benchmark: Benchmark, parser: argparse.ArgumentParser, options: argparse
     if not options.quick and options.reps is not None and options.reps < _LEAST_REPS:
         parser.error(f"--reps is {options.reps}; fewer than {_LEAST_REPS} say little (--quick does 2)")
     options.reps = options.reps or (2 if options.quick else 11)
-    arguments = {name: value for name, value in vars(options).items() if name not in ("kind", "parser", "out")}
+    arguments = {name: value for name, value in vars(options).items() if name not in ("kind", "parser", *_PLACES)}
     works = benchmark.works(options)
     arguments = {name: getattr(options, name) for name in arguments}
     wanted = {topic: [work for work in own if _is_wanted(work.name, options.only)] for topic, own in works.items()}

@@ -90,7 +90,7 @@ examples:
         found: dict[str, Any] = {}
         parent = Path(options.folder).resolve() if options.folder else None
         with _cluster(), tempfile.TemporaryDirectory(prefix="bench-", dir=parent) as folder:
-            with Roster(self._launchers(options, folder), self.missing, self.versions, fresh=PEERS) as roster:
+            with Roster(self._launchers(options, folder, works), self.missing, self.versions, fresh=PEERS) as roster:
                 timed = partial(measure, roster=roster, reps=options.reps)
                 found["works"] = [timed(work, pairs=PAIRS, names=names, look=_laps) for work in works["works"]]
                 found["tables"] = [timed(work, pairs=TABLE_PAIRS, names=TABLE_CLIENTS) for work in works["tables"]]
@@ -109,7 +109,9 @@ examples:
             found["file_system"] = machine.file_system(folder)
         return found
 
-    def _launchers(self, options: argparse.Namespace, folder: str) -> dict[str, Callable[[], Team]]:
+    def _launchers(
+        self, options: argparse.Namespace, folder: str, works: Mapping[str, Sequence[Any]]
+    ) -> dict[str, Callable[[], Team]]:
         launchers: dict[str, Callable[[], Team]] = {
             f"tensorkv{count}": partial(start, f"tensorkv{count}", 2, num_servers=count) for count in (1, 2)
         }
@@ -117,7 +119,7 @@ examples:
             launchers[level] = partial(start, level, 2, durability=level, path=f"{folder}/{level}")
         for name in TABLE_PAIRS:
             launchers[name] = partial(start, name, 1, name.capitalize())
-        if redis := self._find_redis(options):
+        if works["tables"] and (redis := self._find_redis(options)):
             launchers["redis"] = partial(
                 launch.redis,
                 "redis",

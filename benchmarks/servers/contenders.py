@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from benchmarks.common.contender import Contender
 from benchmarks.common.work import FIRST, Verb, Work, WrongResultError
 from benchmarks.common.work import check as check_exactly
 from benchmarks.servers.works import BATCHES, TABLE_LR, Serving, Table, check
@@ -170,39 +171,28 @@ class AsyncMXNet(Worker, MXNet):
         self._mx.nd.waitall()
 
 
-class TableClient:
+class TableClient(Contender):
     """The only worker of a table: pulls the rows of the next batch, and steps them by their gradients."""
 
     WORK: ClassVar[type[Any]] = Table
+    work: Any
 
     def __init__(self, work: Table, rank: int | None = None) -> None:
-        del rank  # there is one
+        # Rows are chosen anew in each call: there are no parts and outs of whole values.
+        del rank
         self.work = work
         self.batches = [work.ids(number) for number in range(BATCHES)]
         self.gradients = [work.gradients(ids) for ids in self.batches]
-        self.calls = 0
+        self.steps = self._done = 0
         self.pulled: Any = None
 
-    @staticmethod
-    def start() -> dict[str, str]:
-        """Import the library; return versions."""
-        return {}
+    def calls(self) -> dict[Verb, Callable[[], None]]:
+        return {"pushpull": self._step_next}
 
-    def open(self, port: int, **options: Any) -> None:
-        """Make the table; arguments as for a contender."""
-        raise NotImplementedError
-
-    def prepare(self, verb: Verb, calls: int) -> None:
-        """Do nothing before calls."""
-
-    def time(self, verb: Verb, calls: int = 1) -> float:
-        """Pull and step batch after batch; return the seconds of one."""
-        start = perf_counter()
-        for _ in range(calls):
-            number = self.calls % BATCHES
-            self.pulled = self.step(self.batches[number], self.gradients[number])
-            self.calls += 1
-        return (perf_counter() - start) / calls
+    def _step_next(self) -> None:
+        number = self._done % BATCHES
+        self.pulled = self.step(self.batches[number], self.gradients[number])
+        self._done += 1
 
     def step(self, ids: Any, gradients: Any) -> Any:
         """Pull rows, and step them; return what was pulled."""
@@ -218,18 +208,15 @@ class TableClient:
 
     def check(self) -> None:
         """Raise ``WrongResultError`` unless the last pull was right, and all rows are."""
-        before = self.calls - 1
+        before = self.steps - 1
         ids = np.asarray(self.batches[before % BATCHES])
         self.work.check(np.asarray(self.pulled), ids, before, "the last pull")
         for ids in np.array_split(np.arange(self.work.rows), 20):
-            self.work.check(self.pull(ids), ids, self.calls, "at the end")
+            self.work.check(self.pull(ids), ids, self.steps, "at the end")
 
     def first(self, count: int) -> Any:
         """Return so many rows as they are at first."""
         return np.full((count, self.work.dim), FIRST, np.float32)
-
-    def close(self) -> None:
-        """Let the table go."""
 
 
 class Rows(TableClient):

@@ -93,15 +93,15 @@ def of_servers(
     """
     deadline = time.monotonic() + timeout_s
     chosen: Mapping[str, Mapping[str, Any]] = {} if isinstance(placement, str) else placement
+    nodes = look()
+    # Where whoever runs the cluster wants no work (a head without CPUs, as on Kubernetes) is no server.
+    nodes = [node for node in nodes if node.resources.get("CPU", 0) > 0] or nodes
     found = []
     for index in range(num_servers):
         name = f"server-{index}"
         if name in chosen:
             found.append(_asked_for(name, chosen[name], deadline, look))
             continue
-        # Where whoever runs the cluster wants no work (a head without CPUs, as on Kubernetes) is no server.
-        nodes = look()
-        nodes = [node for node in nodes if node.resources.get("CPU", 0) > 0] or nodes
         node = nodes[0 if placement == "pack" else index % len(nodes)]
         found.append(_on(node, may_move=True))
     return found

@@ -19,6 +19,7 @@ Needs the extra examples: pip install '.[examples]'
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -246,7 +247,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        run_here(sys.argv[1])
-    else:
+    parser = argparse.ArgumentParser(description="Train a small GPT in three ways and compare their losses.")
+    parser.add_argument("way", nargs="?", choices=WAYS, help="only this one, in the processes that have been started")
+    way = parser.parse_args().way
+    if way is None:
         main()
+    else:
+        run_here(way)

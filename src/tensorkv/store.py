@@ -1,4 +1,4 @@
-"""KVStore: the verbs. A push and a pull can be read here from the caller's arguments to the engine."""
+"""KVStore: the public methods. A ``Call`` (``engines/call.py``) parses the arguments of a push or a pull."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def create(type: str = "local", **options: Any) -> KVStore:
             ``local``, ``device``: ``threads``; ``local`` also ``path``, ``durability`` and ``log_nbytes``, for a
             store that is kept in a folder.
             ``dist_sync``: ``timeout_s``, ``shared_memory``.
-            ``dist_async``: ``num_servers``, ``num_workers``, ``mode``, ``staleness``, ``path``, ``durability``,
-            ``keep``, ``heartbeat_timeout_s``, ``name``, ``address``, ``timeout_s``, ``insecure``.
+            ``dist_async``: ``num_servers``, ``num_workers``, ``placement``, ``mode``, ``staleness``, ``path``,
+            ``durability``, ``keep``, ``heartbeat_timeout_s``, ``name``, ``address``, ``timeout_s``, ``insecure``.
 
     Raises:
         EngineNotFoundError: the type is unknown.
@@ -120,7 +120,7 @@ def _collective(method: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-class _Trainer(Protocol):
+class _TrainerOptimizer(Protocol):
     """The optimizer of a Trainer, which may have hyperparameters that are not in the store yet."""
 
     def flush(self) -> None: ...
@@ -129,7 +129,7 @@ class _Trainer(Protocol):
 
 
 class KVStore:
-    """A key-value store of tensors: write by summing (``push``), read by copying (``pull``).
+    """A key-value store of tensors: ``push`` sums arrays and updates values, ``pull`` copies values out.
 
     Create one with ``tensorkv.create``. Keys are str or int, one type per store. Arrays may be NumPy, PyTorch,
     JAX, CuPy or any that have ``__dlpack__``; the store never shares memory with its callers. Every method may be
@@ -159,7 +159,7 @@ class KVStore:
         self._metrics = Metrics()
         self._pushes, self._pulls, self._pushpulls = map(self._metrics.of, ("push", "pull", "pushpull"))
         # In the order of their creation, which is the same on all workers.
-        self._trainers: weakref.WeakKeyDictionary[_Trainer, None] = weakref.WeakKeyDictionary()
+        self._trainers: weakref.WeakKeyDictionary[_TrainerOptimizer, None] = weakref.WeakKeyDictionary()
         forks.pin_in_children(self)
 
     if not TYPE_CHECKING:  # so that type checkers report unknown names
@@ -690,14 +690,14 @@ class KVStore:
         self._engine.protect(self._engine.set_updater, updater)
 
     @_collective
-    def set_optimizer(self, optimizer: Any, *unnamed: Any, **numbers: Any) -> None:
+    def set_optimizer(self, optimizer: Any, *unnamed: Any, **hyperparameters: Any) -> None:
         """Update values with an optimizer, which takes the sum of a push as the gradient.
 
         Args:
             optimizer: the name or class of an optimizer of torch.optim, such as ``"sgd"``, ``"adamw"``
                 or ``torch.optim.SGD``. LBFGS and SparseAdam are not supported: they need more than a gradient.
             *unnamed: not allowed; give hyperparameters by name.
-            **numbers: hyperparameters by their torch.optim names; also ``rescale_grad`` (factor on the
+            **hyperparameters: by their torch.optim names; also ``rescale_grad`` (factor on the
                 sum, default 1), ``clip_gradient`` (bound on the absolute value of each element after
                 rescaling, default None), ``max_grad_norm`` (bound on the 2-norm of the gradients of all keys of a
                 push after rescaling, default None) and ``ema`` (the share that a step keeps of a moving average of
@@ -720,12 +720,12 @@ class KVStore:
         self._begin("set_optimizer")
         _refuse_unnamed("set_optimizer", unnamed)
         with naming("set_optimizer"):
-            spec = optimizers.spec(optimizer, numbers)
+            spec = optimizers.spec(optimizer, hyperparameters)
         self._engine.protect(self._engine.set_optimizer, spec)
         self._replace_pending()
 
     @_collective
-    def set_hyperparameters(self, keys: Any = None, *unnamed: Any, **numbers: Any) -> None:
+    def set_hyperparameters(self, keys: Any = None, *unnamed: Any, **hyperparameters: Any) -> None:
         """Change hyperparameters of the optimizer and keep its state.
 
         Args:
@@ -733,7 +733,8 @@ class KVStore:
                 key and returns whether it is chosen, or a list of these; an existing key of exactly the pattern's name
                 is that key. None changes all keys, and replaces what was set for single keys.
             *unnamed: not allowed; give hyperparameters by name.
-            **numbers: such as ``lr=0.01``; ``rescale_grad``, ``clip_gradient`` and ``ema`` hold for all keys only.
+            **hyperparameters: such as ``lr=0.01``; ``rescale_grad``, ``clip_gradient`` and ``ema`` hold for all keys
+                only.
 
         Raises:
             OptimizerError: the store has no optimizer, or a hyperparameter is unknown or out of range.
@@ -750,8 +751,8 @@ class KVStore:
         _refuse_unnamed("set_hyperparameters", unnamed)
         listed = None if keys is None else select("set_hyperparameters", keys, self._engine.keys)
         with naming("set_hyperparameters"):
-            self._engine.protect(self._engine.set_hyperparameters, numbers, listed)
-        self._replace_pending(numbers, listed)
+            self._engine.protect(self._engine.set_hyperparameters, hyperparameters, listed)
+        self._replace_pending(hyperparameters, listed)
 
     @property
     def last_push(self) -> PushResult:
@@ -875,7 +876,7 @@ class KVStore:
 
     # ------------------------------------------------------------ for Trainer
 
-    def _attach(self, trainer: _Trainer) -> None:
+    def _attach(self, trainer: _TrainerOptimizer) -> None:
         """Have the methods of a Trainer's optimizer called, as long as it lives."""
         self._trainers[trainer] = None
 
@@ -890,7 +891,7 @@ class KVStore:
 
     @_collective
     def _set_optimizer(self, spec: optimizers.OptimizerSpec) -> None:
-        """Set an optimizer with the numbers of single keys."""
+        """Set an optimizer with the hyperparameters of single keys."""
         self._begin("set_optimizer")
         self._engine.protect(self._engine.set_optimizer, spec)
 
@@ -1021,7 +1022,12 @@ class KVStore:
 
     @runs_outside_modes
     def barrier(self) -> None:
-        """Wait until every worker has called ``barrier``; with one worker, return at once."""
+        """Wait until every worker has called ``barrier``; with one worker, return at once.
+
+        Raises:
+            WaitTimeoutError: of ``dist_async``: other workers have not called it within ``timeout_s``.
+            RankDeadError, WorkerMismatchError: of ``dist_sync``, as for ``push``.
+        """
         self._begin("barrier")
         self._engine.protect(self._engine.barrier)
 
@@ -1034,7 +1040,8 @@ class KVStore:
         call returns, and all may push again. With one worker it returns at once.
 
         Raises:
-            RankDeadError, WorkerMismatchError: as for ``push``.
+            WaitTimeoutError: of ``dist_async``: other workers have not left within ``timeout_s``.
+            RankDeadError, WorkerMismatchError: of ``dist_sync``, as for ``push``.
 
         >>> import tensorkv
         >>> tensorkv.create().leave()

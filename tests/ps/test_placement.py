@@ -55,7 +55,7 @@ def test_a_server_stays_on_the_node_that_it_asks_for(name):
 
 
 def test_nodes_that_are_late_are_waited_for(monkeypatch):
-    monkeypatch.setattr(placement, "_LOOK_S", 0)
+    monkeypatch.setattr(placement, "_POLL_S", 0)
     looks = itertools.chain([[HEAD]] * 5, itertools.repeat([HEAD, ONE]))
     assert nodes_of(placement.of_servers({"server-0": {"node": "one"}}, 1, 60, lambda: next(looks))) == [B]
 

@@ -1143,8 +1143,10 @@ def test_pulls_wait_for_versions():
     with Cluster(2) as cluster:
         kv, other = cluster.stores(2)
         kv.init(["a", "b"], [np.zeros(3), np.zeros(3)])
-        with overdue(), pytest.raises(tensorkv.WaitTimeoutError, match="version 1"):
-            kv.pull("a", min_version=1)
+        other.push("a", np.ones(3))
+        said = r'pull timed out after .* waiting for version 2 of "a", which is at 1'
+        with overdue(), pytest.raises(tensorkv.WaitTimeoutError, match=said):
+            kv.pull("a", min_version=2)
         timer = threading.Timer(0.2, lambda: other.push(["a", "b"], [np.ones(3), np.ones(3)]))
         timer.start()
         assert kv.pull(["a", "b"], min_version=1)[1].tolist() == [1, 1, 1]

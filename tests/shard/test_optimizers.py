@@ -528,7 +528,7 @@ def test_a_second_set_optimizer_ends_single_keys_numbers():
         ("SparseAdam", "'SparseAdam'"),
         (torch.optim.SparseAdam, "the class SparseAdam"),
         (torch.optim.Optimizer, "the class Optimizer"),
-        (torch.optim.SGD([torch.zeros(1)]), "an instance of SGD; give its name and numbers instead"),
+        (torch.optim.SGD([torch.zeros(1)]), "an instance of SGD; give its name and hyperparameters instead"),
         (torch.nn.Linear, "the class Linear"),
         (["sgd"], "sgd"),
     ],

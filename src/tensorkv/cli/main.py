@@ -114,7 +114,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="tensorkv",
-        description="A key-value store for tensors: write by summing, read by copying, update in the store.",
+        description="A key-value store for tensors: push sums arrays and updates values, pull copies them.",
         epilog="Each command has a --help of its own, with examples.\n"
         "Exit status: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C.",
     )

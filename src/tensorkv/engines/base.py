@@ -1,4 +1,4 @@
-"""Engine: what a store asks of an engine, with defaults for what is optional."""
+"""The interface between a store and the engine that holds its values, with defaults for what is optional."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .call import Call
 T = TypeVar("T")
 Outs = Sequence[Sequence[torch.Tensor]]
 # How often ``wait_for`` looks at a version.
-_LOOK_S = 0.001
+_POLL_S = 0.001
 
 
 class Reader(ABC):
@@ -60,7 +60,7 @@ class Reader(ABC):
     # ------------------------------------------------------------ with a default
 
     def pull(self, call: Call) -> None:
-        """Make a pull."""
+        """Check a call and copy values into its outs; on an error no out has changed."""
         if self.try_compiled(call):
             return
         with outside_modes():
@@ -68,11 +68,11 @@ class Reader(ABC):
             self.transfer(call.fill, self.spec, partial(self._copy_out, call))
 
     def protect(self, work: Callable[..., T], *args: Any) -> T:
-        """Make a call that no exception from a signal handler splits (see ``tensorkv.runtime.shield``)."""
+        """Run ``work`` to its end; what a signal handler raises meanwhile is raised then (``runtime.shield``)."""
         return shield.run(work, *args)
 
     def transfer(self, work: Callable[..., T], *args: Any) -> T:
-        """Make a push or pull as by ``protect``; an engine whose pushes and pulls hold no locks may do it faster."""
+        """Run a push or pull to its end, as ``protect`` does; an engine that holds no locks may do it faster."""
         return self.protect(work, *args)
 
     def _copy_out(self, call: Call, keys: Sequence[Key], outs: Outs) -> None:
@@ -108,8 +108,9 @@ class Reader(ABC):
 class Engine(Reader):
     """What decides where values are and how pushes are summed.
 
-    ``push``, ``pull`` and ``pushpull`` are the only ways in: a class that overrides one of them sees every such call.
-    Their defaults parse the call and hand it to ``push_parts``, ``pull_into`` and ``pushpull_into`` by ``transfer``.
+    ``KVStore.push``, ``pull`` and ``pushpull`` come in by the methods of these names; a class that overrides one sees
+    every such call. Their defaults parse the call and hand it to ``push_parts``, ``pull_into`` and ``pushpull_into`` by
+    ``transfer``.
     Tensors and Rows share the caller's memory: an engine reads them before its method returns, and keeps none.
     """
 
@@ -133,14 +134,14 @@ class Engine(Reader):
     # ------------------------------------------------------------ with a default
 
     def push(self, call: Call) -> None:
-        """Make a push."""
+        """Check a call and apply its push; on an error nothing has changed."""
         if self.try_compiled(call) or (call.view_jax() and self.try_compiled(call)):
             return
         with self.collective("push"), outside_modes():
             self.transfer(self.push_parts, call.batch, call.priority)
 
     def pushpull(self, call: Call) -> None:
-        """Make a push and a pull of the same keys, in one trip."""
+        """Check a call, apply its push and copy the new values into its outs, in one trip."""
         if self.try_compiled(call) or (call.view_jax() and self.try_compiled(call)):
             return
         with self.collective("pushpull"), outside_modes():
@@ -250,7 +251,7 @@ class Engine(Reader):
                 if time.monotonic() >= deadline:
                     what = f"version {min_version} has not come within {timeout_s:g} s; it is {version}"
                     raise WaitTimeoutError(f"pull({quote(key)}): {what}")
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_S)
 
     def barrier(self) -> None:
         """Wait until every worker is here."""

@@ -45,7 +45,7 @@ caller of a verb, and ``finish`` makes it in a thread that may wait at any point
 """
 
 # How often a caller that waits lets signal handlers run whose signal came to another thread.
-_LOOK_S = 0.1
+_POLL_S = 0.1
 
 
 class Interrupted(BaseException):
@@ -82,7 +82,7 @@ class _Call:
 
     def wait(self) -> None:
         """Wait until the call has ended; handlers run meanwhile, and may raise."""
-        while not self.done.acquire(timeout=_LOOK_S):
+        while not self.done.acquire(timeout=_POLL_S):
             pass
 
     def take_result(self) -> Any:
@@ -115,7 +115,7 @@ class _Call:
         # The interrupted caller may have taken the lock already.
         while not self.has_ended:
             try:
-                self.done.acquire(timeout=_LOOK_S)
+                self.done.acquire(timeout=_POLL_S)
             except BaseException:  # noqa: S112 - what came first is raised
                 continue
 

@@ -1,4 +1,4 @@
-"""Optimizers by name and numbers, run by torch.optim for the keys of a push alone.
+"""Optimizers by name and hyperparameters, run by torch.optim for the keys of a push alone.
 
 An optimizer is data: a name from the list below and numbers that JSON can carry, so that it can travel
 to a server or lie in a checkpoint without anything being unpickled.
@@ -117,7 +117,7 @@ class OptimizerSpec:
             OptimizerError: not such data, or names and numbers that ``spec`` refuses.
         """
         if not isinstance(data, dict) or not isinstance(data.get("numbers"), dict):
-            raise OptimizerError("the optimizer's description has no numbers")
+            raise OptimizerError("the optimizer's description has no hyperparameters")
         made = spec(
             data.get("name"),
             {**data["numbers"], **{word: data.get(word) for word in ("rescale_grad", "clip_gradient")}},
@@ -213,7 +213,7 @@ def _name(optimizer: Any) -> str:
         if optimizer is getattr(torch.optim, attribute):
             return name
     if isinstance(optimizer, torch.optim.Optimizer):
-        what = f"an instance of {type(optimizer).__name__}; give its name and numbers instead"
+        what = f"an instance of {type(optimizer).__name__}; give its name and hyperparameters instead"
     elif isinstance(optimizer, type):
         what = f"the class {optimizer.__qualname__}{suggestion(optimizer.__name__.lower(), CLASSES)}"
     else:

@@ -116,7 +116,7 @@ class Shard(native.ShardFields):
     ) -> None:
         self._entries: KeyTable[Entry] = KeyTable()
         self._on_device = on_device
-        self._finite = NonFinitePolicy(nonfinite)
+        self._nonfinite = NonFinitePolicy(nonfinite)
         self.averages = averages(reduce)
         self._pool = Pool(threads)
         self._lock = Lock()
@@ -223,12 +223,12 @@ class Shard(native.ShardFields):
         clipping = self._rule.clipping if scale is None else None
         rescale = 1.0 if clipping is None else clipping.rescale
         squares = SquareSum()
-        if clipping is not None or self._finite.checks:
+        if clipping is not None or self._nonfinite.checks:
             self._pool.share(batch.numel, partial(batch.add_squares, rescale))
             squares = SquareSum.of_batch(batch.squares)
-        if self._finite.checks and squares.rest != 0:
+        if self._nonfinite.checks and squares.rest != 0:
             return False
-        found, self.last_push = clip(squares, clipping, False if self._finite.checks else None)
+        found, self.last_push = clip(squares, clipping, False if self._nonfinite.checks else None)
         batch.scale = found if scale is None else scale
         return True
 
@@ -372,12 +372,12 @@ class Shard(native.ShardFields):
     @property
     def skips_steps(self) -> bool:
         """Whether one sum that is not finite has all of a push left out."""
-        return self._finite.skips_steps
+        return self._nonfinite.skips_steps
 
     @property
     def nonfinite_counts(self) -> dict[str, int]:
         """How many pushes were refused, and how many updates left out, for NaN or Inf."""
-        return self._finite.counts
+        return self._nonfinite.counts
 
     # ------------------------------------------------------------ looking
 
@@ -603,7 +603,7 @@ class Shard(native.ShardFields):
     def _use(self, rule: Rule) -> None:
         self._rule = rule
         self._steps = rule.plain_steps
-        self._decides = self._finite.checks or rule.clipping is not None
+        self._decides = self._nonfinite.checks or rule.clipping is not None
         self.last_push = PushResult()
 
     def _restore_states(self, saved: Sequence[Entry], rule: Rule) -> None:
@@ -645,7 +645,7 @@ class Shard(native.ShardFields):
         with self._in_order(entries):
             if self._decides or self.averages:
                 clipping = self._rule.clipping if scale is None else None
-                kept, parts, found, self.last_push = self._finite.decide(batch, entries, self.averages, clipping)
+                kept, parts, found, self.last_push = self._nonfinite.decide(batch, entries, self.averages, clipping)
                 return self._commit(Push(kept, parts, outs, found if scale is None else scale, requests=requests))
             return self._commit(Push(entries, parts, outs, 1.0 if scale is None else scale, requests=requests))
 

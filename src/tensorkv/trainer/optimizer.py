@@ -28,7 +28,7 @@ class StoreOptimizer(torch.optim.Optimizer):
     ``Trainer.optimizer`` is one. It is a ``torch.optim.Optimizer``, so learning-rate schedulers, ``GradScaler`` and
     training frameworks take it. Its ``param_groups`` show the hyperparameters that are in force in the store. What is
     written into them and differs reaches the store with the next step, ``state_dict`` or ``KVStore.save``.
-    With ``update_on_store=False`` they show the numbers of the replicas' own optimizers.
+    With ``update_on_store=False`` they show those of the replicas' own optimizers.
 
     Each group has the parameters of all replicas: of the first, then of the others. After ``backward`` the first group
     also has a parameter for each gradient of a table, of which ``grad`` may be changed in place.
@@ -106,7 +106,7 @@ class StoreOptimizer(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The parameter groups, as ``torch.optim`` has them, with the numbers that are in force."""
+        """The parameter groups, as ``torch.optim`` has them, with the hyperparameters that are in force."""
         self._read()
         if self._tables:
             # What unscales or clips gradients finds them through the parameters of groups.
@@ -123,7 +123,7 @@ class StoreOptimizer(torch.optim.Optimizer):
         self._seen = now
 
     def _changes(self) -> list[dict[str, Any]]:
-        """Return, for each group, the numbers that were written into it and are not in force yet."""
+        """Return, for each group, the hyperparameters that were written into it and are not in force yet."""
         changes = []
         for group, seen in zip(self._groups, self._seen, strict=True):
             # Most are the very objects that were read.
@@ -132,11 +132,11 @@ class StoreOptimizer(torch.optim.Optimizer):
         return changes
 
     def flush(self) -> None:
-        """Put numbers that were written into ``param_groups`` in force now, rather than with the next step.
+        """Put hyperparameters that were written into ``param_groups`` in force now, rather than with the next step.
 
         Raises:
             OptimizerError: a number is out of range; none has changed.
-            WorkerMismatchError: of ``dist_sync``: workers have set different numbers.
+            WorkerMismatchError: of ``dist_sync``: workers have set different hyperparameters.
         """
         if not any(self._changes()):
             return
@@ -150,17 +150,17 @@ class StoreOptimizer(torch.optim.Optimizer):
                 group.update(numbers)
 
     def replace_pending(self, words: Collection[str] | None, keys: Collection[Key] | None) -> None:
-        """Give up numbers that are not in force yet, after others were set in the store.
+        """Give up hyperparameters that are not in force yet, after others were set in the store.
 
         Args:
-            words: names of these numbers; None stands for all.
+            words: their names; None stands for all.
             keys: of which they were set. A group counts if all of its keys are among them; None stands for all keys.
         """
         if self._update.on_store:
             self.drop_pending(words, keys)
 
     def drop_pending(self, words: Collection[str] | None = None, keys: Collection[Key] | None = None) -> None:
-        """Give up numbers that were written into ``param_groups`` and are not in force yet."""
+        """Give up hyperparameters that were written into ``param_groups`` and are not in force yet."""
         chosen = None if keys is None else set(keys)
         # A group that is being added is not shown yet.
         for group, shown, seen in zip(self._update.groups, self._groups, self._seen, strict=False):
@@ -180,7 +180,7 @@ class StoreOptimizer(torch.optim.Optimizer):
 
         Args:
             param_group: a dict with ``"params"``, which are parameters of the model, their names or patterns of names,
-                and numbers. All workers of a store add the same group.
+                and hyperparameters. All workers of a store add the same group.
 
         Raises:
             ArgumentError: parameters of another model, or that are in a group already.
@@ -308,7 +308,7 @@ class StoreOptimizer(torch.optim.Optimizer):
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of the numbers and the state, in the form of ``torch.optim``: without the weights.
+        """Return copies of the hyperparameters and the state, in the form of ``torch.optim``: without the weights.
 
         All workers of ``dist_sync`` call this together.
         """

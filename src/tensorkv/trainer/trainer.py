@@ -48,10 +48,10 @@ class Trainer:
             ``named_parameters()``; tied parameters have one key, frozen ones (``requires_grad=False``) none.
         optimizer: the name or class of an optimizer, as ``KVStore.set_optimizer`` takes it. With
             ``update_on_store=False`` also any function or class that makes a ``torch.optim.Optimizer``
-            when called as ``optimizer(params, **numbers)``; each replica gets one.
+            when called as ``optimizer(params, **hyperparameters)``; each replica gets one.
         param_groups: parameter groups, as a ``torch.optim.Optimizer`` takes them: dicts with ``"params"`` and the
-            numbers that differ from ``**numbers``. In place of parameters also their names, patterns of names such as
-            ``"*.bias"`` (as of ``fnmatch``), and functions of a name. Every trained parameter is in one group.
+            hyperparameters that differ from those of all. In place of parameters also their names, patterns of names
+            such as ``"*.bias"`` (as of ``fnmatch``), and functions of a name. Every trained parameter is in one group.
         prefix: put before each name, so that several models can share a store.
         update_on_store: True: the store updates and replicas pull weights. False: the store only sums,
             replicas pull the sum into ``.grad`` and step their own optimizers.
@@ -65,7 +65,7 @@ class Trainer:
         buffers: what happens to the modules' buffers, such as those of a batch norm. ``"local"``: each replica keeps
             its own. ``"broadcast"``: after each step all replicas and workers have those of rank 0's first replica.
             ``"mean"``: they have the mean over replicas and workers; of integers, those of rank 0's first replica.
-        **numbers: hyperparameters such as ``lr=0.1``; also ``rescale_grad`` (factor on the sum, default
+        **hyperparameters: such as ``lr=0.1``; also ``rescale_grad`` (factor on the sum, default
             1), ``clip_gradient`` (bound on each element after rescaling), ``max_grad_norm`` (bound on the 2-norm
             of all gradients, over replicas and workers, as with ``torch.nn.utils.clip_grad_norm_``) and ``ema`` (see
             ``pull_ema``).
@@ -75,7 +75,7 @@ class Trainer:
             do not have every trained parameter once.
         ValueMismatchError: replicas whose parameters differ in shape or dtype.
         KeyExistsError: the store has a parameter's key; load after this, or give another ``prefix``.
-        OptimizerError: unknown optimizer or number; or the store has another optimizer, or other numbers:
+        OptimizerError: unknown optimizer or hyperparameter; or the store has another optimizer, or others:
             a store has one optimizer for all its keys.
 
     The gradient is the **sum** over replicas and workers. Where each replica's loss is the mean over its
@@ -105,7 +105,7 @@ class Trainer:
         overlap: bool = False,
         unused: str = "skip",
         buffers: str = "local",
-        **numbers: Any,
+        **hyperparameters: Any,
     ) -> None:
         if not isinstance(kv, KVStore):
             raise ArgumentError(f"Trainer: kv is {show(kv)}; expected a KVStore, from tensorkv.create()")
@@ -119,7 +119,7 @@ class Trainer:
         if not self._params:
             raise ArgumentError("Trainer: no parameter requires a gradient; there is nothing to train")
         layers = layers_of(replicas)
-        for layer in layers if numbers.get("max_grad_norm") is not None else ():
+        for layer in layers if hyperparameters.get("max_grad_norm") is not None else ():
             if layer.kv is not kv:
                 raise ArgumentError(
                     f"Trainer: the table {quote(layer.key)} is in another store, and its gradient would not be in the "
@@ -134,7 +134,7 @@ class Trainer:
             overlaps = check_flag("overlap", overlap)
             check_unused(unused, overlaps=overlaps)
             kept = None if check_buffers(buffers) == "local" else Buffers(kv, replicas, buffers)
-            self._update = kind(kv, optimizer, numbers, self._params, groups, overlaps=overlaps)
+            self._update = kind(kv, optimizer, hyperparameters, self._params, groups, overlaps=overlaps)
             self._update.tables = tables_of(layers, kv)
         try:
             broadcast(kv, self._params)
@@ -256,7 +256,7 @@ class Trainer:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The parameter groups of ``optimizer``, with the numbers that are in force.
+        """The parameter groups of ``optimizer``, with the hyperparameters that are in force.
 
         >>> import torch, tensorkv
         >>> groups = [{"params": "weight", "weight_decay": 0.1}, {"params": "bias"}]
@@ -294,7 +294,7 @@ class Trainer:
         self.learning_rate = lr
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of the trained weights, the optimizer's numbers and its state.
+        """Return copies of the trained weights, the optimizer's hyperparameters and its state.
 
         Returns:
             Plain tensors, numbers and str in dicts, under the parameters' names without prefix;

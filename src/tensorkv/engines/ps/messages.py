@@ -288,6 +288,23 @@ VERBS: dict[str, type[Message]] = {
     "abort": Abort,
     "drop_snapshot": DropSnapshot,
 }
+# What a user has called that sends a message of another name.
+CALLS = {
+    "wait_for_version": "pull",
+    "pull_rows": "row_sparse_pull",
+    "restore": "load",
+    "set_rule": "set_optimizer",
+    "wait_for_optimizer": "set_optimizer",
+    "list_keys": "keys",
+    "connect": "create",
+    "disconnect": "close",
+    "claim": "init or delete",
+    "unclaim": "init or delete",
+    "prepare": "snapshot",
+    "commit": "snapshot",
+    "abort": "snapshot",
+    "drop_snapshot": "snapshot",
+}
 _NAMES = {message: verb for verb, message in VERBS.items()}
 
 

@@ -55,7 +55,7 @@ class DataClient:
         keymap: of the store.
         same_host: of each server, whether it may be on this host.
         is_sync: whether the sums of several workers are added before they are rounded, in rounds.
-        finite: checks sums before they are sent, so that no server refuses what another has applied.
+        nonfinite: checks sums before they are sent, so that no server refuses what another has applied.
         averages: whether a push takes the means of parts.
     """
 
@@ -66,11 +66,11 @@ class DataClient:
         same_host: Sequence[bool],
         *,
         is_sync: bool,
-        finite: NonFinitePolicy,
+        nonfinite: NonFinitePolicy,
         averages: bool,
     ) -> None:
         self._sessions, self._keymap, self._same_host, self._is_sync = sessions, keymap, list(same_host), is_sync
-        self._finite, self._averages = finite, averages
+        self._nonfinite, self._averages = nonfinite, averages
         self._pool = Pool()
         self._rounds = RoundNumbers()
         self.last_push = PushResult()
@@ -109,8 +109,8 @@ class DataClient:
 
     # ------------------------------------------------------------ calls of plain arrays
 
-    def look(self, call: native.Call, placed: PlacedKeys | None = None) -> PlainCall | None:
-        """Return a call of the caller's own arrays if all are plain; nothing is sent yet.
+    def prepare(self, call: native.Call, placed: PlacedKeys | None = None) -> PlainCall | None:
+        """Return what to send for a call if all of its arrays are plain, with its sums checked and scaled.
 
         Args:
             call: what the caller asked for.
@@ -143,14 +143,14 @@ class DataClient:
     def _decide_plain(self, batch: native.Batch, rule: Rule) -> tuple[float | None, PushResult] | None:
         """Return the scale of a batch's gradients, and what its caller is told; None if sums are to be left out."""
         clipping = self._clipping(rule)
-        if clipping is None and not self._finite.checks:
+        if clipping is None and not self._nonfinite.checks:
             return None, PushResult()
         rescale = 1.0 if clipping is None else clipping.rescale
         self._pool.share(batch.numel, partial(batch.add_squares, rescale))
         squares = SquareSum.of_batch(batch.squares)
-        if self._finite.checks and squares.rest != 0:
+        if self._nonfinite.checks and squares.rest != 0:
             return None
-        scale, result = clip(squares, clipping, False if self._finite.checks else None)
+        scale, result = clip(squares, clipping, False if self._nonfinite.checks else None)
         return None if clipping is None else scale, result
 
     def push_plain(self, call: PlainCall) -> None:
@@ -172,10 +172,10 @@ class DataClient:
         entries = [placed.entry(key) for key in batch.keys]
         check_push(batch, entries, self._keymap.rule, self._averages)
         clipping = self._clipping(self._keymap.rule)
-        if self._is_sync or not (self._finite.checks or self._averages or clipping is not None):
+        if self._is_sync or not (self._nonfinite.checks or self._averages or clipping is not None):
             self.last_push = self._push_checked(batch, outs, placed, None) or PushResult()
             return
-        decided = self._finite.decide(
+        decided = self._nonfinite.decide(
             batch,
             entries,
             self._averages,

@@ -96,14 +96,14 @@ class PSEngine(Engine):
         self._keymap = KeyMap(len(actors), self._list, wide=options.mode == "sync")
         is_sync = options.mode == "sync"
         # In mode sync only the servers know the sums.
-        self._finite = NonFinitePolicy("pass" if is_sync else options.nonfinite)
+        self._nonfinite = NonFinitePolicy("pass" if is_sync else options.nonfinite)
         same_host = [address is not None for address in self._addresses]
         self._data = DataClient(
             self._sessions,
             self._keymap,
             same_host,
             is_sync=is_sync,
-            finite=self._finite,
+            nonfinite=self._nonfinite,
             averages=options.reduce == "mean",
         )
         self._snapshots = SnapshotClient(self._sessions, self._data, len(actors))
@@ -132,10 +132,10 @@ class PSEngine(Engine):
             ServerConnection(actor, index, address=self._addresses[index], timeout_s=self._timeout_s)
             for index, actor in enumerate(self._actors)
         ]
-        return Session(self._owner, number, connections, self._counted_rank)
+        return Session(self._owner, number, connections, self._worker_rank)
 
     @property
-    def _counted_rank(self) -> int | None:
+    def _worker_rank(self) -> int | None:
         """The rank, if this client is a worker; None for a reader."""
         return self._rank if self._rank is not None and self._rank < self._options.num_workers else None
 
@@ -156,13 +156,13 @@ class PSEngine(Engine):
         self._sessions.clear()
         return int(told["rank"])
 
-    def _become_worker(self) -> None:
+    def _ensure_worker(self) -> None:
         """Take the rank of a worker that has ended, if there is one: in mode sync only workers push."""
-        if self._options.mode != "sync" or self._counted_rank is not None:
+        if self._options.mode != "sync" or self._worker_rank is not None:
             return
         close_abandoned()
         with self._ranking:
-            live = set() if self._counted_rank is not None else set(self._ask(messages.Stats(), [0])[0]["live"])
+            live = set() if self._worker_rank is not None else set(self._ask(messages.Stats(), [0])[0]["live"])
             for free in sorted(set(range(self._options.num_workers)) - live):
                 before, old = self._owner, self._make_session(-2)
                 self._owner = secrets.token_hex(8)
@@ -233,7 +233,7 @@ class PSEngine(Engine):
     # ------------------------------------------------------------ init, push, pull
 
     def init(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
-        if self._counted_rank not in (0, None) and self._options.num_workers > 1:
+        if self._worker_rank not in (0, None) and self._options.num_workers > 1:
             self._wait_for_keys(keys, specs)
             return
         with self._claim():
@@ -284,18 +284,18 @@ class PSEngine(Engine):
         return (shield.run if self._options.mode == "sync" else shield.run_here)(work, *args)
 
     def push_parts(self, batch: Batch, priority: int) -> None:
-        self._become_worker()
+        self._ensure_worker()
         self._data.push(batch, None)
 
     def pushpull_into(self, batch: Batch, outs: Outs, priority: int) -> None:
-        self._become_worker()
+        self._ensure_worker()
         self._data.push(batch, outs)
 
     def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
         self._data.pull(keys, outs)
 
     def try_compiled(self, call: Call) -> bool:
-        found = self._data.look(call)
+        found = self._data.prepare(call)
         if found is None:
             return False
         with outside_modes():
@@ -304,7 +304,7 @@ class PSEngine(Engine):
 
     def _send_plain(self, call: PlainCall) -> None:
         if call.pushes:
-            self._become_worker()
+            self._ensure_worker()
             self._data.push_plain(call)
         else:
             self._data.pull_plain(call)
@@ -432,7 +432,7 @@ class PSEngine(Engine):
     def stats(self) -> Mapping[str, Any]:
         told = self._ask(messages.Stats())
         merged = merge_stats(told)
-        for what, count in self._finite.counts.items():
+        for what, count in self._nonfinite.counts.items():
             merged["nonfinite"][what] += count
         return {
             **merged,
@@ -449,12 +449,12 @@ class PSEngine(Engine):
     # ------------------------------------------------------------ all workers
 
     def barrier(self) -> None:
-        if self._counted_rank is not None:
+        if self._worker_rank is not None:
             self._barriers += 1
             self._ask(messages.Barrier(number=self._barriers), [0])
 
     def broadcast_text(self, text: str) -> str:
-        if self._options.num_workers == 1 or self._counted_rank is None:
+        if self._options.num_workers == 1 or self._worker_rank is None:
             return text
         self._broadcasts += 1
         mine = text if self._rank == 0 else None
@@ -462,7 +462,7 @@ class PSEngine(Engine):
         return told
 
     def leave(self) -> None:
-        if self._counted_rank is None or self._options.num_workers == 1:
+        if self._worker_rank is None or self._options.num_workers == 1:
             return
         self._leaves += 1
         self._ask(messages.Leave(number=self._leaves))
@@ -493,7 +493,7 @@ class PSEngine(Engine):
     def _on_rank_0(self, call: Callable[[], Any]) -> None:
         """Call a function on rank 0, and raise its error on every worker; a reader calls it for itself."""
         problem: TensorKVError | None = None
-        if self.decides or self._counted_rank is None:
+        if self.decides or self._worker_rank is None:
             try:
                 call()
             except TensorKVError as error:

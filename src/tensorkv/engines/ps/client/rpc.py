@@ -25,7 +25,7 @@ from tensorkv.engines.transport.shared_cache import SharedCacheReader
 from tensorkv.errors import PushOutcomeUnknownError, ServerDeadError, TensorKVError, WaitTimeoutError
 from tensorkv.runtime import shield
 
-from ..messages import bytes_of, join, split
+from ..messages import CALLS, bytes_of, join, split
 
 # How long to wait for a reply before the request is sent again.
 _RESEND_S = 10.0
@@ -324,7 +324,8 @@ class ServerConnection:
 
     def _timeout(self, call: _Call, how: str) -> TensorKVError:
         """Return the error of a call that is overdue."""
-        verb, seconds = call.head["verb"], f"{call.timeout_s:g} s"
+        sent, seconds = call.head["verb"], f"{call.timeout_s:g} s"
+        verb = CALLS.get(sent, sent)
         if call.waits_for is not None:
             return WaitTimeoutError(f"{verb} timed out after {seconds} waiting for {call.waits_for}")
         return PushOutcomeUnknownError(

@@ -154,7 +154,7 @@ class RemoteSnapshot(Reader):
 
     def try_compiled(self, call: Call) -> bool:
         """Make a pull in compiled code if all outs are plain; return False if nothing was done."""
-        found = self._data.look(call, self._placed)
+        found = self._data.prepare(call, self._placed)
         if found is None:
             return False
         with outside_modes():

@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tensorkv.errors import ArgumentError, show
 
-_LOOK_S = 0.2
+_POLL_S = 0.2
 # What Ray calls some resources when an actor asks for them.
 _WORDS = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
 # Ray puts an actor that asks for no resource at all on any node, whatever its scheduling strategy.
@@ -120,7 +120,7 @@ def _asked_for(name: str, wanted: Mapping[str, Any], deadline: float, look: Call
                 f"create: placement wants {show(dict(wanted))} for {name}, and no node is or has that; the cluster has "
                 + "; ".join(map(str, nodes))
             )
-        time.sleep(_LOOK_S)
+        time.sleep(_POLL_S)
 
 
 def _on(node: Node, *, may_move: bool) -> Place:

@@ -18,7 +18,7 @@ import torch
 
 from tensorkv import errors
 from tensorkv.arrays.arguments import Key
-from tensorkv.errors import ArgumentError, OptimizerError, TensorKVError, WorkerError
+from tensorkv.errors import ArgumentError, OptimizerError, TensorKVError, WorkerError, quote
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard.changes import RequestIds
 from tensorkv.shard.entry import Part
@@ -292,11 +292,13 @@ class Server:
 
     def _wait_for_version(self, request: Request[messages.WaitForVersion]) -> Reply:
         keys, wanted, shard = keys_of(request.layout), request.message.min_version, self._state.shard
+
+        def older() -> str:
+            behind = ((key, shard.entry("pull", key).version) for key in keys)
+            return next((f"{quote(key)}, which is at {version}" for key, version in behind if version < wanted), "")
+
         with self._condition:
-            self._condition.wait_for(
-                lambda: all(shard.entry("pull", key).version >= wanted for key in keys),
-                lambda: f"version {wanted}, which the keys have not reached yet",
-            )
+            self._condition.wait_for(lambda: not older(), lambda: f"version {wanted} of {older()}")
         return Reply({})
 
     def _pull_rows(self, request: Request[messages.PullRows]) -> Reply:

@@ -143,17 +143,17 @@ def raw(found):
 
 
 @contextlib.contextmanager
-def looked(monkeypatch):
+def prepared(monkeypatch):
     """Count the calls that were plain, and those that were not."""
     counts = {True: 0, False: 0}
-    look = DataClient.look
+    prepare = DataClient.prepare
 
     def counted(*args, **more):
-        found = look(*args, **more)
+        found = prepare(*args, **more)
         counts[found is not None] += 1
         return found
 
-    monkeypatch.setattr(DataClient, "look", counted)
+    monkeypatch.setattr(DataClient, "prepare", counted)
     yield counts
 
 
@@ -163,7 +163,7 @@ def looked(monkeypatch):
 def test_random_calls(servers, mode, is_compiled, monkeypatch):
     if not is_compiled:
         monkeypatch.setattr(native, "can_look", lambda: False)
-    with looked(monkeypatch) as counts:
+    with prepared(monkeypatch) as counts:
         for seed in range(amount(6, 30)):
             optimizer = [None, ("sgd", {"lr": 0.1, "momentum": 0.9}), ("adam", {"lr": 0.1})][seed % 3]
             with Cluster(servers, mode=mode) as cluster, tensorkv.create("local") as local:
@@ -246,7 +246,7 @@ def test_a_key_that_another_client_has_re_created():
 
 
 def test_a_snapshot_fills_plain_outs(monkeypatch):
-    with looked(monkeypatch) as counts, Cluster(2) as cluster:
+    with prepared(monkeypatch) as counts, Cluster(2) as cluster:
         kv = cluster.store()
         values = {"a": np.arange(3.0), "b": torch.arange(400)}
         kv.init(values)

@@ -22,34 +22,55 @@ ONE = Node(B, "one", "10.0.0.2", {"CPU": 2, "memory": 4e9, "fast": 1}, False)
 TWO = Node(C, "two", "10.0.0.3", {"CPU": 2, "memory": 4e9}, False)
 
 
+def of_servers(wanted, count, nodes=(), *, looks=None, shares=None, **options):
+    """Places in a cluster that is not there; without ``shares`` there is no folder to look for."""
+    parsed = PSOptions.parse({"num_servers": count, "placement": wanted, "path": shares and "/store", **options})
+    look = (lambda: nodes) if looks is None else (lambda: next(looks))
+    return placement.of_servers(parsed, look, lambda path, nodes, timeout_s: shares == "all")
+
+
+def pins(found):
+    """What holds each server where it is."""
+    return [list(place.options.get("resources", {})) for place in found]
+
+
 def nodes_of(found):
     return [place.options["scheduling_strategy"].node_id for place in found]
 
 
 def test_servers_take_turns_at_the_nodes():
-    found = placement.of_servers("spread", 5, 1, lambda: [HEAD, ONE, TWO])
+    found = of_servers("spread", 5, [HEAD, ONE, TWO])
     assert nodes_of(found) == [A, B, C, A, B]
     assert all(place.options["scheduling_strategy"].soft for place in found)
+    assert pins(found) == [[]] * 5
+
+
+@pytest.mark.parametrize("wanted", ["spread", "pack"])
+def test_a_server_stays_where_its_folder_is_unless_all_nodes_have_it(wanted):
+    found = of_servers(wanted, 2, [HEAD, ONE], shares="all")
+    assert pins(found) == [[], []]
+    found = of_servers(wanted, 2, [HEAD, ONE], shares="none")
+    addresses = ["10.0.0.1", "10.0.0.2" if wanted == "spread" else "10.0.0.1"]
+    assert pins(found) == [[f"node:{address}"] for address in addresses]
 
 
 def test_servers_are_packed_on_one_node():
-    assert nodes_of(placement.of_servers("pack", 3, 1, lambda: [HEAD, ONE])) == [A] * 3
+    assert nodes_of(of_servers("pack", 3, [HEAD, ONE])) == [A] * 3
 
 
 def test_no_server_is_where_no_work_is_wanted_unless_there_is_no_other_node():
     head = HEAD._replace(resources={"memory": 1e9})
-    assert nodes_of(placement.of_servers("spread", 3, 1, lambda: [head, ONE, TWO])) == [B, C, B]
-    assert nodes_of(placement.of_servers("pack", 2, 1, lambda: [head, ONE])) == [B, B]
-    assert nodes_of(placement.of_servers("spread", 2, 1, lambda: [head])) == [A, A]
+    assert nodes_of(of_servers("spread", 3, [head, ONE, TWO])) == [B, C, B]
+    assert nodes_of(of_servers("pack", 2, [head, ONE])) == [B, B]
+    assert nodes_of(of_servers("spread", 2, [head])) == [A, A]
 
 
 @pytest.mark.parametrize("name", [B, "one", "10.0.0.2"])
 def test_a_server_stays_on_the_node_that_it_asks_for(name):
     wanted = {"server-1": {"node": name}, "server-2": {"resources": {"fast": 0.5, "CPU": 1, "memory": 2e9}}}
-    first, second, third = placement.of_servers(wanted, 3, 1, lambda: [HEAD, ONE, TWO])
+    first, second, third = of_servers(wanted, 3, [HEAD, ONE, TWO])
     assert nodes_of([first, second]) == [A, B]
-    assert first.options["scheduling_strategy"].soft
-    assert not second.options["scheduling_strategy"].soft
+    assert pins([first, second]) == [[], ["node:10.0.0.2"]]
     assert [first.host, second.host] == ["head", "one"]
     assert third == ({"resources": {"fast": 0.5}, "num_cpus": 1, "memory": 2e9}, "")
 
@@ -57,7 +78,7 @@ def test_a_server_stays_on_the_node_that_it_asks_for(name):
 def test_nodes_that_are_late_are_waited_for(monkeypatch):
     monkeypatch.setattr(placement, "_POLL_S", 0)
     looks = itertools.chain([[HEAD]] * 5, itertools.repeat([HEAD, ONE]))
-    assert nodes_of(placement.of_servers({"server-0": {"node": "one"}}, 1, 60, lambda: next(looks))) == [B]
+    assert nodes_of(of_servers({"server-0": {"node": "one"}}, 1, looks=looks)) == [B]
 
 
 @pytest.mark.parametrize(
@@ -68,10 +89,27 @@ def test_what_is_not_there_is_an_error_that_lists_the_nodes(wanted, monkeypatch)
     # A clock that goes on at each look, and no sleep.
     monkeypatch.setattr(placement, "time", SimpleNamespace(monotonic=lambda: next(now), sleep=lambda _: None))
     with pytest.raises(tensorkv.ArgumentError) as caught:
-        placement.of_servers({"server-0": wanted}, 1, 3, lambda: [HEAD, ONE])
+        of_servers({"server-0": wanted}, 1, [HEAD, ONE], timeout_s=3)
     said = str(caught.value)
     assert f"placement wants {wanted} for server-0, and no node is or has that" in said
     assert "head (10.0.0.1; CPU 2, memory 1e+09); one (10.0.0.2; CPU 2, fast 1, memory 4e+09)" in said
+
+
+def weights(memory, on, wanted="spread"):
+    options = PSOptions.parse({"num_servers": len(on), "placement": wanted})
+    nodes = [Node(each, each, each, {"memory": nbytes}, False) for each, nbytes in memory.items()]
+    return placement.weights(options, on, lambda: nodes)
+
+
+def test_a_server_with_more_memory_holds_more():
+    memory = {"small": 2e9, "large": 8e9, "like large": 7e9}
+    assert weights(memory, ["small", "large", "large"]) == [50, 100, 100]
+    assert weights(memory, ["large", "like large"]) == [1, 1]
+    assert weights(memory, ["small", "small"]) == [1, 1]
+    assert weights(memory, ["small", "gone"]) == [1, 1]
+    assert weights(memory, ["large"]) == [1]
+    asked = {"server-0": {"resources": {"memory": 3e9}}}
+    assert weights(memory, ["large", "small"], asked) == [100, 67]
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,30 @@ def count_up(kv):
     kv.set_optimizer("sgd", lr=1.0, maximize=True)
 
 
+def test_servers_hold_by_their_weights(small_pieces, tmp_path):
+    """Large values and small ones; the bits, a checkpoint and another number of servers do not know of it."""
+    values = {"large": np.random.default_rng(0).normal(size=(1000, 7)).astype(F32)}
+    values |= {f"small{index}": np.full(64, index, F32) for index in range(12)}
+    gradients = {key: value[::-1].copy() for key, value in values.items()}
+    with Cluster(3, weights=[100, 50, 1]) as cluster, tensorkv.create("local") as alone:
+        kv = cluster.store()
+        for each in (kv, alone):
+            each.init(values)
+            each.set_optimizer("adamw", lr=0.1)
+            found = each.pushpull(gradients)
+        first, second, third = [server["nbytes"] for server in kv.stats()["servers"]]
+        assert first == pytest.approx(2 * second, rel=0.1)
+        assert third < second / 5
+        kv.save(tmp_path / "checkpoint")
+        for key, value in found.items():
+            np.testing.assert_array_equal(kv.pull(key), value)
+    with Cluster(2) as cluster:
+        kv = cluster.store()
+        kv.load(tmp_path / "checkpoint")
+        for key, value in found.items():
+            np.testing.assert_array_equal(kv.pull(key), value)
+
+
 # ---------------------------------------------------------------- what holds over a restart
 
 

@@ -78,7 +78,14 @@ class Actor:
         """What the actor's ``place`` returns."""
         if self.is_dead:
             raise ActorDiedError
-        return [host_id() if self.listener else "elsewhere", 0, 1, "", self.listener and self.listener.address]
+        return [
+            host_id() if self.listener else "elsewhere",
+            0,
+            1,
+            "",
+            "played",
+            self.listener and self.listener.address,
+        ]
 
     def _remote(self, *message):
         # Payloads beside a message are the actor's own copies, as Ray's object store makes them.
@@ -121,13 +128,14 @@ class Cluster:
     Args:
         num_servers: how many.
         near: whether clients and servers share memory.
+        weights: how much each server may hold (None: all the same).
         fate: as for ``Actor``.
         options: of the store. No worker is dead for lack of heartbeats before a minute, but see ``silence``.
     """
 
-    def __init__(self, num_servers=1, *, near=True, fate=lambda head: NONE, **options):
+    def __init__(self, num_servers=1, *, near=True, weights=None, fate=lambda head: NONE, **options):
         self.options = PSOptions(num_servers=num_servers, **{"heartbeat_timeout_s": 60.0, **options})
-        self._pool = ThreadPoolExecutor(64)
+        self._pool, self._weights = ThreadPoolExecutor(64), weights or [1] * num_servers
         self.actors = [Actor(self.options, index, self._pool, fate, near) for index in range(num_servers)]
         self._stores = []
         self._patches = contextlib.ExitStack()
@@ -144,7 +152,7 @@ class Cluster:
     def store(self):
         """A new client; each is the next rank."""
         places = [actor.find_place() for actor in self.actors]
-        engine = ray_engine.PSEngine(self.actors, self.options, places, LIMIT_S, started=False)
+        engine = ray_engine.PSEngine(self.actors, self.options, places, self._weights, LIMIT_S, started=False)
         self._stores.append(KVStore(engine, "dist_async"))
         return self._stores[-1]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,9 @@ _LINE = 64
 _VECTOR = 64
 
 
-def borders(shape: Sequence[int], owners: int, lead: int, *, whole: bool = False) -> list[int]:
+def borders(
+    shape: Sequence[int], owners: int, lead: int, *, whole: bool = False, weights: Sequence[int] | None = None
+) -> list[int]:
     """Return the rows where each owner's part begins, and the number of rows.
 
     Args:
@@ -30,9 +32,12 @@ def borders(shape: Sequence[int], owners: int, lead: int, *, whole: bool = False
         owners: how many there are.
         lead: the owner of a value that is not divided.
         whole: do not divide this value.
+        weights: of the owners' parts, positive (None: all are alike).
 
     >>> borders((1_000_000,), 4, 0)
     [0, 249984, 499968, 749952, 1000000]
+    >>> borders((1_000_000,), 2, 0, weights=[3, 1])
+    [0, 749952, 1000000]
     >>> borders((2, 3), 4, lead=1)
     [0, 0, 2, 2, 2]
     """
@@ -43,16 +48,18 @@ def borders(shape: Sequence[int], owners: int, lead: int, *, whole: bool = False
     # torch computes the last few elements of an array otherwise than the rest, and they may round differently:
     # parts end where its vectors end.
     step = _VECTOR // math.gcd(_VECTOR, numel // rows)
-    return [rows * owner // owners // step * step for owner in range(owners)] + [rows]
+    before = [0, *accumulate(weights or [1] * owners)]
+    return [rows * weight // before[-1] // step * step for weight in before[:-1]] + [rows]
 
 
-def lightest(loads: Sequence[int]) -> int:
-    """Return the owner with the least to do.
+def lightest(loads: Sequence[int], weights: Sequence[int] | None = None) -> int:
+    """Return the owner with the least to do, for its weight.
 
-    >>> lightest([5, 3, 3])
-    1
+    >>> lightest([5, 3, 3]), lightest([5, 3, 3], [4, 1, 1])
+    (1, 0)
     """
-    return loads.index(min(loads))
+    relative = loads if weights is None else [load / weight for load, weight in zip(loads, weights, strict=True)]
+    return relative.index(min(relative))
 
 
 def part_of(tensor: torch.Tensor, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
@@ -159,7 +166,9 @@ def cut(runs: Runs, owners: int, slot_nbytes: int) -> list[Pieces]:
 # ---------------------------------------------------------------- servers
 
 
-def pieces(shape: Sequence[int], loads: Sequence[int], *, whole: bool = False) -> list[tuple[int, int, int]]:
+def pieces(
+    shape: Sequence[int], loads: Sequence[int], *, whole: bool = False, weights: Sequence[int] | None = None
+) -> list[tuple[int, int, int]]:
     """Return which server holds which rows of a value.
 
     Large values are divided between all servers. Small ones go to the server that holds least; what is there stays
@@ -169,6 +178,7 @@ def pieces(shape: Sequence[int], loads: Sequence[int], *, whole: bool = False) -
         shape: of the value; a 0-d value has one row.
         loads: bytes that each server holds already.
         whole: do not divide this value.
+        weights: how much each server can hold, compared with the others (None: all the same).
 
     Returns:
         (server, first row, row after the last) for each piece, in the order of rows.
@@ -179,7 +189,7 @@ def pieces(shape: Sequence[int], loads: Sequence[int], *, whole: bool = False) -
     [(1, 0, 10)]
     """
     servers = len(loads)
-    ends = borders(shape, servers, 0, whole=whole or servers == 1)
+    ends = borders(shape, servers, 0, whole=whole or servers == 1, weights=weights)
     if servers > 1 and ends[1] < ends[-1]:
-        return [(server, ends[server], ends[server + 1]) for server in range(servers)]
-    return [(lightest(loads), 0, shape[0] if shape else 1)]
+        return [(server, *rows) for server, rows in enumerate(pairwise(ends)) if rows[0] < rows[1]]
+    return [(lightest(loads, weights), 0, shape[0] if shape else 1)]

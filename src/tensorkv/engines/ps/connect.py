@@ -10,7 +10,7 @@ from tensorkv.errors import ArgumentError
 
 from .client.engine import PSEngine, StoreEndingError, close_abandoned
 from .options import PSOptions
-from .ray import cluster
+from .ray import cluster, placement
 
 
 def connect(given: Mapping[str, Any]) -> PSEngine:
@@ -53,4 +53,5 @@ def _join(options: PSOptions, given: Mapping[str, Any], *, started: bool) -> PSE
         if found is None:
             cluster.stop_servers(actors)
         raise
-    return PSEngine(actors, theirs, places, options.timeout_s, started=started)
+    weights = placement.weights(theirs, [place[3] for place in places])
+    return PSEngine(actors, theirs, places, weights, options.timeout_s, started=started)

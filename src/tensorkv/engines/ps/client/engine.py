@@ -78,6 +78,7 @@ class PSEngine(Engine):
         actors: the servers.
         options: of the store.
         places: of the servers.
+        weights: of the servers, how much each can hold, compared with the others.
         timeout_s: how long to wait for servers and other workers.
         started: whether this process has started the Ray cluster.
     """
@@ -85,15 +86,23 @@ class PSEngine(Engine):
     capabilities = frozenset({"optimizer", "rows", "checkpoint", "snapshot"})
 
     def __init__(
-        self, actors: Sequence[Any], options: PSOptions, places: Sequence[Any], timeout_s: float, *, started: bool
+        self,
+        actors: Sequence[Any],
+        options: PSOptions,
+        places: Sequence[Any],
+        weights: Sequence[int],
+        timeout_s: float,
+        *,
+        started: bool,
     ) -> None:
         self._actors, self._options, self._timeout_s, self._started = list(actors), options, timeout_s, started
+        self._hosts = [place[-2] for place in places]
         # Where the servers of this host listen.
         self._addresses = [place[-1] if can_share() and place[0] == host_id() else None for place in places]
         self._owner = secrets.token_hex(8)
         self._rank: int | None = None
         self._sessions = SessionPool(self._make_session)
-        self._keymap = KeyMap(len(actors), self._list, wide=options.mode == "sync")
+        self._keymap = KeyMap(weights, self._list, wide=options.mode == "sync")
         is_sync = options.mode == "sync"
         # In mode sync only the servers know the sums.
         self._nonfinite = NonFinitePolicy("pass" if is_sync else options.nonfinite)
@@ -129,8 +138,8 @@ class PSEngine(Engine):
 
     def _make_session(self, number: int) -> Session:
         connections = [
-            ServerConnection(actor, index, address=self._addresses[index], timeout_s=self._timeout_s)
-            for index, actor in enumerate(self._actors)
+            ServerConnection(actor, index, host=host, address=address, timeout_s=self._timeout_s)
+            for index, (actor, host, address) in enumerate(zip(self._actors, self._hosts, self._addresses, strict=True))
         ]
         return Session(self._owner, number, connections, self._worker_rank)
 

@@ -42,16 +42,16 @@ class KeyMap:
     """Keys, their placements, and the rule.
 
     Args:
-        num_servers: over which keys lie.
+        weights: of each server over which keys lie, how much it can hold, compared with the others.
         ask: asks every server for its keys.
         wide: whether sums travel in the dtype in which they are made.
     """
 
-    def __init__(self, num_servers: int, ask: Ask, *, wide: bool) -> None:
-        self._num_servers, self._ask, self._wide = num_servers, ask, wide
+    def __init__(self, weights: Sequence[int], ask: Ask, *, wide: bool) -> None:
+        self._weights, self._ask, self._wide = weights, ask, wide
         self._lock = threading.RLock()
         self._asked = self._answered = 0
-        self._listings = [Listing(None, {})] * num_servers
+        self._listings = [Listing(None, {})] * len(weights)
         self._incomplete: dict[Key, set[int]] = {}
         self.placed = PlacedKeys(wide=wide)
         """The keys, as of the last refresh."""
@@ -190,7 +190,7 @@ class KeyMap:
             rule: that is going to be in force (None: the present one).
             replace: whether the new keys replace all present ones.
         """
-        loads = [0] * self._num_servers
+        loads = [0] * len(self._weights)
         present = [] if replace else list(self.placed.values())
         for each in present:
             _add(loads, each.placement)
@@ -200,14 +200,14 @@ class KeyMap:
         made: dict[int, PlacedKey] = {}
         placements: dict[tuple[KeySpec, int], KeyPlacement] = {}
         for index in sorted(range(len(keys)), key=lambda i: -_nbytes(specs[i])):
-            kind = spec, _ = specs[index], lightest(loads)
+            kind = spec, _ = specs[index], lightest(loads, self._weights)
             placement = placements.get(kind)
             if placement is None:
                 if spec.is_table:
                     # Rows are placed by their ids, so that the most popular ones are spread over servers.
-                    where = [(server, 0, spec.shape[0]) for server in range(self._num_servers)]
+                    where = [(server, 0, spec.shape[0]) for server in range(len(loads))]
                 else:
-                    where = pieces(spec.shape, loads, whole=whole)
+                    where = pieces(spec.shape, loads, whole=whole, weights=self._weights)
                 placement = placements[kind] = KeyPlacement(spec, where)
             made[index] = PlacedKey(placement, order + index)
             _add(loads, placement)

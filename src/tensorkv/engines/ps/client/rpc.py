@@ -111,12 +111,13 @@ class ServerConnection:
     Args:
         actor: the server's handle.
         index: of the server, for messages.
+        host: of the server when the store was opened, for messages.
         address: where the server listens on this host (None: every request goes through Ray).
         timeout_s: how long to try.
     """
 
-    def __init__(self, actor: Any, index: int, *, address: Sequence[str] | None, timeout_s: float) -> None:
-        self._actor, self._index = actor, index
+    def __init__(self, actor: Any, index: int, *, host: str, address: Sequence[str] | None, timeout_s: float) -> None:
+        self._actor, self._name = actor, f"server {index} (on host {host})"
         self._timeout_s = timeout_s
         self._address = address
         self._connection: Connection | None = None
@@ -199,13 +200,14 @@ class ServerConnection:
             how = "has not answered"
         except ActorDiedError as error:
             raise ServerDeadError(
-                f"server {self._index} has ended for good: {why(error)}; what was not saved is lost"
+                f"{self._name} has ended for good: {why(error)}; its values are lost. Close the store everywhere, "
+                "create it again, and load a checkpoint"
             ) from error
         except (RayActorError, ObjectLostError, OSError):
             time.sleep(_RESTART_PAUSE_S)
             how = "was not reachable"
         except RayError as error:
-            raise ServerDeadError(f"server {self._index}: {why(error)}") from error
+            raise ServerDeadError(f"{self._name}: {why(error)}") from error
         call.is_pending = False
         return _NoReply(how)
 
@@ -213,7 +215,7 @@ class ServerConnection:
         call.attempts += 1
         if not ray.is_initialized():
             # Without this check Ray would start a cluster of its own.
-            raise ServerDeadError(f"server {self._index}: Ray has been shut down in this process")
+            raise ServerDeadError(f"{self._name}: Ray has been shut down in this process")
         head, now = call.head, time.monotonic()
         left = call.deadline - now
         call.attempt_deadline = now + max(0.001, min(left, _RESEND_S))
@@ -329,7 +331,7 @@ class ServerConnection:
         if call.waits_for is not None:
             return WaitTimeoutError(f"{verb} timed out after {seconds} waiting for {call.waits_for}")
         return PushOutcomeUnknownError(
-            f"{verb}: server {self._index} {how} for {seconds} (attempts: {call.attempts}): the request was applied "
+            f"{verb}: {self._name} {how} for {seconds} (attempts: {call.attempts}): the request was applied "
             "once, or not at all; look at the key's version, or load a checkpoint"
         )
 

@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import os
+import socket
 import struct
 import threading
 import time
@@ -115,9 +116,12 @@ class ServerActor:
         return self._server.serve(head, layout, payload, out)
 
     def place(self) -> list[Any]:
-        """Return this server's host, process, authentication mode, Ray node, and where it listens (None: nowhere)."""
+        """Return this server's host, process, authentication mode, Ray node, its host's name, and where it listens.
+
+        The last one is None if it listens nowhere.
+        """
         node, address = ray.get_runtime_context().get_node_id(), self._listener and self._listener.address
-        return [host_id(), os.getpid(), _compat.authentication_mode(), node, address]
+        return [host_id(), os.getpid(), _compat.authentication_mode(), node, socket.gethostname(), address]
 
     def options(self) -> dict[str, Any]:
         """Return the options of the store."""

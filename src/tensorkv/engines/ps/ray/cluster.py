@@ -332,7 +332,7 @@ def make_servers(options: PSOptions) -> tuple[list[Any], PSOptions]:
     name, timeout_s = options.name, options.timeout_s
     _check_folders(options)
     _wait_for_the_end(name, options.num_servers, timeout_s)
-    places = placement.of_servers(options.placement, options.num_servers, timeout_s)
+    places = placement.of_servers(options)
     handles = [_make(options, index, place) for index, place in enumerate(places)]
     for handle in handles:
         _ask(handle.place, name, timeout_s)

@@ -135,6 +135,19 @@ def test_random_steps_have_the_same_bits_compiled_and_with_torch():
         assert all(map(same_bits, compiled, other)), (kernel, dtype, size, how)
 
 
+@pytest.mark.parametrize("size", [1, 64, 70])
+@pytest.mark.parametrize("zeros", [(0.0, -0.0), (-0.0, 0.0)])
+def test_the_larger_of_two_zeros_is_the_one_that_was_there(zeros, size):
+    """Whose sign it is does not depend on whether the place is in a vector of torch or behind the last one."""
+    kernel = Kernel("adam", optimizers.spec("adam", {"lr": 0.1, "amsgrad": True}).numbers)
+    held = [torch.full((size,), zero) for zero in (1.0, 0.0, zeros[0], zeros[1])]
+    compiled, other = ([tensor.clone() for tensor in held] for _ in range(2))
+    native.step(kernel, compiled[0], torch.zeros(size), compiled[1:], 1, is_first=False)
+    kernel.step(other[0], torch.zeros(size), other[1:], 1, is_first=False)
+    assert all(map(same_bits, compiled, other))
+    assert other[3].signbit().all() == (zeros[1] == 0 and math.copysign(1, zeros[1]) < 0)
+
+
 def variants(name, dtype):
     """Return the ways in which torch.optim itself can compute."""
     ways = [{"foreach": False}, {"foreach": True}]

@@ -214,7 +214,8 @@ def _adam(
     beta1, beta2 = by["betas"]
     first = states[0] + (grad - states[0]) * (1 - beta1)
     second = states[1] * beta2 + (grad * (1 - beta2)) * grad
-    largest = [torch.maximum(states[2], second)] if by["amsgrad"] else []
+    # Of 0.0 and -0.0 torch.maximum returns one or the other, as it vectorizes.
+    largest = [torch.where((states[2] >= second) | states[2].isnan(), states[2], second)] if by["amsgrad"] else []
     root = _sqrt((largest or [second])[0]) / math.sqrt(1 - power(beta2, count)) + by["eps"]
     return [value - (first * (by["lr"] / (1 - power(beta1, count)))) / root, first, second, *largest]
 

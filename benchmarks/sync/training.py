@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import tensorkv
 from benchmarks.common.work import MOMENTUM, Verb
@@ -112,4 +111,7 @@ class DDP(Trained):
         if self._work.optimizer == "sgd":
             self._optimizer = torch.optim.SGD(params, **numbers)
         else:
+            # Its import warns of torch's own use of torch.jit.
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+
             self._optimizer = ZeroRedundancyOptimizer(params, torch.optim.AdamW, **numbers)

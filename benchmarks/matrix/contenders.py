@@ -104,9 +104,12 @@ class Caller(Contender):
 class TensorKV(Caller):
     """The store of this project.
 
-    ``first`` is the first call of a new store; ``changing`` calls with half of the keys, and then with the others, of
-    another choice each time.
+    ``first`` is the first call of a new store, or, of servers, of a new client with new keys; ``changing`` calls with
+    half of the keys, and then with the others, of another choice each time.
     """
+
+    # Servers take seconds to start, so those of a rule are kept from cell to cell, by a client that does nothing else.
+    _kept: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, work: Cell, rank: int | None = None) -> None:
         self._kv: Any = None
@@ -139,7 +142,12 @@ class TensorKV(Caller):
         if self.work.engine == "dist_sync":
             return sync.open_store(self._port)
         if self.work.engine == "dist_async":
-            return tensorkv.create("dist_async", name=f"matrix{self._port}", timeout_s=_TIMEOUT_S)
+            name = f"matrix-{self.work.rule}"
+            if name not in self._kept:
+                for kept in [self._kept.pop(other) for other in list(self._kept)]:
+                    kept.close()
+                self._kept[name] = tensorkv.create("dist_async", name=name, timeout_s=_TIMEOUT_S)
+            return tensorkv.create("dist_async", name=name, timeout_s=_TIMEOUT_S)
         return tensorkv.create("local")
 
     def _arrange(self) -> None:
@@ -202,6 +210,8 @@ class TensorKV(Caller):
 
     def close(self) -> None:
         if self._kv is not None:
+            if self.work.engine == "dist_async":
+                self._kv.delete(self._kv.keys())
             self._kv.close()
         self._kv = None
 

@@ -1,0 +1,99 @@
+"""Servers and workers on several hosts, and hosts and cables that fail."""
+
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("ray")
+import tensorkv
+from tests.ps.host_programs import SHAPE, gradients
+from tests.support.hosts import CAN_MAKE, machines
+from tests.support.ray_hosts import RayHosts
+
+pytestmark = pytest.mark.skipif(not CAN_MAKE, reason="needs root and ip")
+F32 = np.float32
+ROUNDS = 4
+
+
+@pytest.fixture
+def hosts():
+    with machines(2) as made, RayHosts(made) as cluster:
+        yield cluster, made
+
+
+def trained(workers):
+    """What one store makes of the pushes of ``train``, as bytes."""
+    with tensorkv.create("local") as kv:
+        kv.init({"large": np.zeros(SHAPE, F32), "small": np.zeros(7, F32)})
+        kv.set_optimizer("adamw", lr=0.1)
+        rngs = [np.random.default_rng(rank) for rank in range(workers)]
+        for _ in range(ROUNDS):
+            parts = [gradients(rng) for rng in rngs]
+            found = kv.pushpull({key: [part[key] for part in parts] for key in parts[0]})
+        return {key: value.tobytes().hex() for key, value in found.items()}
+
+
+@pytest.mark.parametrize(
+    "servers", [pytest.param(1, marks=pytest.mark.release), 2, pytest.param(4, marks=pytest.mark.release)]
+)
+def test_servers_and_workers_on_two_hosts_make_what_one_store_makes(hosts, servers):
+    cluster, made = hosts
+    options = {"num_servers": servers, "num_workers": 2, "mode": "sync"}
+    for program in [cluster.run(machine, "train", options, ROUNDS) for machine in made]:
+        (said,) = program.end()
+        assert said == {"hosts": [made[index % 2].name for index in range(servers)], **trained(2)}
+
+
+def test_a_host_with_a_local_folder_dies_and_comes_back(hosts, tmp_path):
+    """The push that was on its way waits for the host, is applied once, and nothing acknowledged is lost."""
+    cluster, made = hosts
+    path = tmp_path / "path"
+    path.mkdir()
+    for machine in made:
+        (tmp_path / machine.name).mkdir()
+        machine.mount(tmp_path / machine.name, path)
+    worker = cluster.run(made[0], "count", {"num_servers": 2, "path": str(path / "store")})
+    assert [worker.say(), worker.say()] == [["host1", "host2"], "pushing"]
+    made[1].crash()
+    made[1].boot()
+    cluster.join(made[1])
+    (said,) = worker.end()
+    assert said.pop("hosts") == ["host1", "host2"]
+    assert said["least"] == said["most"] == said["pushed"]
+
+
+@pytest.mark.release
+def test_servers_of_a_dead_host_move_with_a_folder_that_all_hosts_see(hosts, tmp_path):
+    cluster, made = hosts
+    worker = cluster.run(made[0], "count", {"num_servers": 2, "path": str(tmp_path / "store")})
+    assert [worker.say(), worker.say()] == [["host1", "host2"], "pushing"]
+    made[1].crash()
+    (said,) = worker.end()
+    assert said.pop("hosts") == ["host1", "host1"]
+    assert said["least"] == said["most"] == said["pushed"]
+
+
+@pytest.mark.release
+def test_a_dead_host_without_a_folder_is_an_error_that_names_it(hosts):
+    cluster, made = hosts
+    worker = cluster.run(made[0], "lose", {"num_servers": 2})
+    assert worker.say() == "pushing"
+    made[1].crash()
+    (said,) = worker.end()
+    assert "server 1 (on host host2) has ended for good" in said
+    assert "load a checkpoint" in said
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("down_s", [12, 25])
+def test_a_cable_that_is_out_for_a_while_costs_a_wait(hosts, down_s):
+    cluster, made = hosts
+    worker = cluster.run(made[0], "count", {"placement": {"server-0": {"node": "host2"}}})
+    assert [worker.say(), worker.say()] == [["host2"], "pushing"]
+    made[1].unplug()
+    time.sleep(down_s)
+    made[1].plug()
+    (said,) = worker.end()
+    assert said.pop("hosts") == ["host2"]
+    assert said["least"] == said["most"] == said["pushed"]

@@ -5,7 +5,8 @@ Needs NumPy alone, so that the process of a peer with an old NumPy can import it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
@@ -106,7 +107,7 @@ class Work:
 
 def count(shape: tuple[int, ...]) -> int:
     """Return the elements of a shape."""
-    return int(np.prod(shape, dtype=np.int64))
+    return math.prod(shape)
 
 
 def short(count: int) -> str:
@@ -159,11 +160,17 @@ def check(work: Work, steps: int, scale: int, outs: Callable[[int], npt.NDArray[
     Raises:
         WrongResultError: naming the first key that is wrong.
     """
+    # Of thousands of small keys, many have the same result.
+    known: dict[tuple[tuple[int, ...], int], list[tuple[int, Floats]]] = {}
     for key, shape in enumerate(work.shapes):
         out = np.asarray(outs(key))
         if out.shape != shape or out.dtype != np.float32:
             raise WrongResultError(f"{work.name}: key {key} came out as {out.dtype} of shape {out.shape}")
-        for start, right in right_slices(work, key, steps, scale):
+        slices: Iterable[tuple[int, Floats]] = right_slices(work, key, steps, scale)
+        if count(shape) < _SLICE:
+            kind = shape, key % _SHIFTS
+            slices = known[kind] if kind in known else known.setdefault(kind, list(slices))
+        for start, right in slices:
             piece = out.reshape(-1)[start : start + len(right)]
             good = piece == right if work.rule == "assign" else is_near(piece, right, steps)
             if not good.all():

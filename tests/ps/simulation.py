@@ -519,7 +519,7 @@ class World(Loop):
 
     def create(self, number, rank=None):
         """Make the store of a client, in a thread of its process."""
-        places = [["elsewhere", 0, 1, "", "elsewhere", None]] * len(self.actors)
+        places = [["elsewhere", 0, 1, "", "elsewhere", [None, None]]] * len(self.actors)
         of_thread.place = (0, 1) if rank is None else (rank, 2)
         engine = ray_engine.PSEngine(self.actors, self.options, places, [1] * len(places), 90.0, started=False)
         self.stores[number] = KVStore(engine, "dist_async")

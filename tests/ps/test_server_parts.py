@@ -18,7 +18,7 @@ from tensorkv.engines.ps.server.staleness import StalenessClock
 from tensorkv.engines.ps.server.sync_round import PendingPush, SyncRounds
 from tensorkv.engines.ps.server.tables import ServerTables
 from tensorkv.engines.ps.server.wait import Condition, RetryLater
-from tensorkv.engines.transport.channel import Buffers, OpenBuffers
+from tensorkv.engines.transport.channel import OpenSharedBuffers, SharedBuffers
 from tensorkv.engines.transport.segment import can_share
 from tensorkv.engines.transport.shared_cache import SharedCache, SharedCacheReader
 from tensorkv.storage.dedup import AppliedRequests
@@ -285,14 +285,14 @@ def test_layouts_of_pushes():
 
 @shares
 def test_new_buffers_leave_the_old_ones_to_the_server():
-    buffers, server = Buffers(), OpenBuffers()
+    buffers, server = SharedBuffers(), OpenSharedBuffers()
     old = buffers.allocate(100, 50).fill_(1)
     first = buffers.describe()
     payload, reply = server.find(first)
     buffers.replace(old).fill_(2)
     reply.fill_(9)
     assert set(payload.tolist()) == {1}
-    assert not buffers.reply(50).any()
+    assert not buffers.receive(None, 50, math.inf).any()
     again, _ = server.find(buffers.describe())
     assert set(again.tolist()) == {2}
     # The first message comes late: its memory is gone, or another's.
@@ -301,7 +301,7 @@ def test_new_buffers_leave_the_old_ones_to_the_server():
     name, nbytes, *_ = buffers.describe()
     for bad in ([name, nbytes, 1 << 40, 1], [name, nbytes, -1, 1], [name, nbytes, 1, 1 << 40], [name, nbytes, 1, -1]):
         with pytest.raises(OSError, match="outside"):
-            OpenBuffers().find(bad)
+            OpenSharedBuffers().find(bad)
     buffers.close()
 
 

@@ -21,6 +21,7 @@ from tensorkv.engines.ps.ray import cluster
 from tensorkv.engines.ps.ray.actor import ServerActor
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.engines.transport.channel import SocketServer
+from tensorkv.engines.transport.network import NetworkServer
 from tensorkv.engines.transport.rendezvous import host_id
 from tensorkv.engines.transport.shared_cache import SharedCache
 from tensorkv.store import KVStore
@@ -48,7 +49,7 @@ class Actor:
         pool: threads that answer what comes through Ray.
         fate: given the head of a message, what happens: "nothing", "lose request", "lose reply", or "twice" (a copy of
             it comes again later, with other messages in between).
-        near: whether it listens for clients on this host.
+        near: True: it listens for clients on this host; "network": for those of others; False: only Ray is there.
 
     """
 
@@ -56,7 +57,13 @@ class Actor:
         self.actor = object.__new__(ServerActor)
         self.actor._server = self.server = Server(options, index, threads=1)
         self.actor._options = options
-        self.actor._listener = self.listener = SocketServer(self._answer_connection) if near else None
+        listeners = {
+            True: lambda: SocketServer(self._answer_connection),
+            "network": lambda: NetworkServer("127.0.0.1", self._answer_connection),
+            False: lambda: None,
+        }
+        self._near, self.listener = near, listeners[near]()
+        self.actor._listener = self.listener
         self.actor._cache = SharedCache()
         self.actor._copying = threading.Lock()
         self._pool, self.fate = pool, fate
@@ -78,14 +85,9 @@ class Actor:
         """What the actor's ``place`` returns."""
         if self.is_dead:
             raise ActorDiedError
-        return [
-            host_id() if self.listener else "elsewhere",
-            0,
-            1,
-            "",
-            "played",
-            self.listener and self.listener.address,
-        ]
+        address = self.listener and self.listener.address
+        addresses = [address, None] if self._near is True else [None, address]
+        return [host_id() if self._near is True else "elsewhere", 0, 1, "", "played", addresses]
 
     def _remote(self, *message):
         # Payloads beside a message are the actor's own copies, as Ray's object store makes them.
@@ -127,7 +129,7 @@ class Cluster:
 
     Args:
         num_servers: how many.
-        near: whether clients and servers share memory.
+        near: as for ``Actor``.
         weights: how much each server may hold (None: all the same).
         fate: as for ``Actor``.
         options: of the store. No worker is dead for lack of heartbeats before a minute, but see ``silence``.

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 
 from tensorkv.engines.transport import channel
-from tensorkv.engines.transport.channel import Buffers, Connection, OpenBuffers, SocketServer, connect
+from tensorkv.engines.transport.channel import Connection, OpenSharedBuffers, SharedBuffers, SocketServer, connect
 from tensorkv.engines.transport.segment import can_share
 from tensorkv.runtime import shield
 from tests.support.processes import Program, run
@@ -341,11 +341,11 @@ def test_a_forked_child_holds_no_connection(server):
 
 
 def test_requests_are_answered_in_place(client):
-    buffers = Buffers()
+    buffers = SharedBuffers()
     for turn, nbytes in enumerate([64, 64, 10_000, 1, 9_000, 0, 63]):
         buffers.allocate(nbytes, nbytes).fill_(turn)
         ask(client, json.dumps(buffers.describe()).encode())
-        assert buffers.reply(nbytes).tolist() == [turn + 1] * nbytes
+        assert buffers.receive(client, nbytes, soon()).tolist() == [turn + 1] * nbytes
     buffers.close()
 
 
@@ -355,7 +355,7 @@ def test_a_server_lets_go_of_memory_that_was_closed(server):
             return sum("memfd:tensorkv" in line for line in lines)
 
     for _ in range(5):
-        client, buffers = connect(server.address, soon()), Buffers()
+        client, buffers = connect(server.address, soon()), SharedBuffers()
         buffers.allocate(64, 64)
         ask(client, json.dumps(buffers.describe()).encode())
         assert mapped() == 1
@@ -366,7 +366,7 @@ def test_a_server_lets_go_of_memory_that_was_closed(server):
 
 def test_buffers_keep_one_file_open_at_most():
     before = len(os.listdir("/proc/self/fd"))
-    mine, theirs = Buffers(), OpenBuffers()
+    mine, theirs = SharedBuffers(), OpenSharedBuffers()
     for nbytes in (10, 1000, 100_000):
         payload = mine.allocate(nbytes, nbytes)
         theirs.find(mine.describe())
@@ -377,9 +377,9 @@ def test_buffers_keep_one_file_open_at_most():
 
 
 def test_what_a_server_cannot_open_is_an_error(monkeypatch):
-    buffers = Buffers()
+    buffers = SharedBuffers()
     buffers.allocate(10, 10)
     monkeypatch.setattr(channel, "Segment", Mock(side_effect=OSError("no memory")))
     with pytest.raises(OSError, match="no memory"):
-        OpenBuffers().find(buffers.describe())
+        OpenSharedBuffers().find(buffers.describe())
     buffers.close()

@@ -21,6 +21,7 @@ import socket
 import struct
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from typing import Any
@@ -65,6 +66,14 @@ class Connection:
         forks.pin_in_children(self)
         forks.close_in_children(self._descriptor)
 
+    def wait_until_open(self, deadline: float) -> None:
+        """Wait until a connection that was begun is there; errors are those of ``send``, and what connecting raises."""
+        _wait(self._writable, deadline)
+        with socket.socket(fileno=os.dup(self._descriptor)) as connected:
+            failed = connected.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if failed:
+            raise OSError(failed, os.strerror(failed))
+
     def send(self, message: bytes, deadline: float = math.inf) -> None:
         """Send a message.
 
@@ -76,24 +85,50 @@ class Connection:
             TimeoutError: the deadline has passed; the connection is of no more use.
             ConnectionError: the other end is closed.
         """
-        left = memoryview(_LENGTH.pack(len(message)) + message)
+        self.send_bytes(memoryview(_LENGTH.pack(len(message)) + message), deadline)
+
+    def send_bytes(self, left: memoryview, deadline: float = math.inf, patience_s: float = math.inf) -> None:
+        """Send bytes whose number the other end knows.
+
+        Args:
+            left: the bytes.
+            deadline: as for ``send``, and so are the errors.
+            patience_s: how long to wait while none of them can be sent, before the deadline.
+        """
         while left:
             try:
                 left = left[os.write(self._descriptor, left) :]
             except BlockingIOError:
-                _wait(self._writable, deadline)
+                _wait(self._writable, min(deadline, time.monotonic() + patience_s))
 
-    def receive(self, deadline: float = math.inf) -> bytes:
-        """Return the next message; arguments and errors are those of ``send``."""
+    def receive_bytes(self, left: memoryview, deadline: float = math.inf, patience_s: float = math.inf) -> None:
+        """Fill memory with what the other end sends; arguments and errors are those of ``send_bytes``."""
+        while left:
+            _wait(self._readable, min(deadline, time.monotonic() + patience_s))
+            count = os.readv(self._descriptor, [left])
+            if not count:
+                raise ConnectionResetError("the other end of the connection is closed")
+            left = left[count:]
+
+    def receive(self, deadline: float = math.inf, most_nbytes: float = math.inf) -> bytes:
+        """Return the next message; arguments and errors are those of ``send``.
+
+        Args:
+            deadline: by ``time.monotonic``.
+            most_nbytes: a longer message is a ``ConnectionAbortedError``.
+        """
         found, needed = bytearray(), _LENGTH.size
         while len(found) < needed:
             _wait(self._readable, deadline)
-            some = os.read(self._descriptor, _CHUNK_NBYTES)
+            # No more than the message: a payload may follow it.
+            some = os.read(self._descriptor, min(_CHUNK_NBYTES, needed - len(found)))
             if not some:
                 raise ConnectionResetError("the other end of the connection is closed")
             found += some
             if needed == _LENGTH.size <= len(found):
                 needed += _LENGTH.unpack_from(found)[0]
+                if needed > most_nbytes:
+                    raise ConnectionAbortedError(f"a message of {needed} bytes, where {most_nbytes} are allowed")
         return bytes(memoryview(found)[_LENGTH.size :])
 
     def close(self) -> None:
@@ -141,25 +176,22 @@ def connect(address: Sequence[str], deadline: float) -> Connection:
     return connection
 
 
-class SocketServer:
+class Listener(ABC):
     """A server's side: it accepts connections, and answers the requests of each in a thread of its own.
 
     Args:
+        listener: the socket that accepts.
         handle: given a request and the buffers of its connection, returns the reply. An ``OSError`` closes the
             connection.
         ended: called with the owner that requests of a connection have named, when its process has ended. Where
-            processes of the client cannot be seen, as in another PID namespace, it is not called.
+            processes of the client cannot be seen, as on another host, it is not called.
 
     Raises:
         OSError, RuntimeError: the system gives no socket, or no thread.
     """
 
-    def __init__(self, handle: Handler, ended: Callable[[str], None] = lambda _: None) -> None:
-        self._handle, self._ended = handle, ended
-        self.address = [f"tensorkv-{secrets.token_hex(8)}", secrets.token_hex(16)]
-        """Where it listens, and the key that a client sends first."""
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(f"\0{self.address[0]}")
+    def __init__(self, listener: socket.socket, handle: Handler, ended: Callable[[str], None]) -> None:
+        self._handle, self._ended, self._listener = handle, ended, listener
         self._listener.listen()
         forks.pin_in_children(self._listener)
         forks.close_in_children(self._listener.fileno())
@@ -182,10 +214,7 @@ class SocketServer:
                 time.sleep(_ACCEPT_PAUSE_S)
                 continue
             try:
-                process, user = _peer(accepted)
-                if user != os.geteuid():
-                    raise PermissionError
-                arguments = (accepted, process)
+                arguments = (accepted, self._admit(accepted))
                 threading.Thread(target=self._serve, args=arguments, name="tensorkv-serve", daemon=True).start()
             except (OSError, RuntimeError):
                 # A client for which there is no thread continues through Ray.
@@ -194,17 +223,56 @@ class SocketServer:
 
     def _serve(self, accepted: socket.socket, process: int) -> None:
         # The client's memory is released before its process is waited for.
-        owner = self._answer(Connection(accepted), OpenBuffers())
+        owner = self._answer(Connection(accepted))
         if owner is not None and _has_ended(process):
             self._ended(owner)
 
-    def _answer(self, connection: Connection, buffers: OpenBuffers) -> str | None:
+    def _answer(self, connection: Connection) -> str | None:
+        buffers = self._buffers_of(connection)
         with closing(connection), suppress(OSError):
-            if hmac.compare_digest(connection.receive(), self.address[1].encode()):
-                connection.send(b"")
+            if self._knows(connection):
                 while True:
                     connection.send(self._handle(connection.receive(), buffers))
+                    buffers.end_reply()
         return buffers.owner
+
+    @abstractmethod
+    def _admit(self, accepted: socket.socket) -> int:
+        """Return the process at the other end (0: it cannot be seen); raise ``PermissionError`` if it is to go."""
+
+    @abstractmethod
+    def _knows(self, connection: Connection) -> bool:
+        """Return whether the other end has shown that it knows the key."""
+
+    @abstractmethod
+    def _buffers_of(self, connection: Connection) -> OpenBuffers:
+        """Return the buffers of a new connection."""
+
+
+class SocketServer(Listener):
+    """A server's side of connections within a host; arguments and errors are those of ``Listener``."""
+
+    def __init__(self, handle: Handler, ended: Callable[[str], None] = lambda _: None) -> None:
+        self.address = [f"tensorkv-{secrets.token_hex(8)}", secrets.token_hex(16)]
+        """Where it listens, and the key that a client sends first."""
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(f"\0{self.address[0]}")
+        super().__init__(listener, handle, ended)
+
+    def _admit(self, accepted: socket.socket) -> int:
+        process, user = _peer(accepted)
+        if user != os.geteuid():
+            raise PermissionError
+        return process
+
+    def _knows(self, connection: Connection) -> bool:
+        knows = hmac.compare_digest(connection.receive(), self.address[1].encode())
+        if knows:
+            connection.send(b"")
+        return knows
+
+    def _buffers_of(self, connection: Connection) -> OpenBuffers:
+        return OpenSharedBuffers()
 
 
 def _peer(connected: socket.socket) -> tuple[int, int]:
@@ -235,23 +303,54 @@ def _has_ended(process: int) -> bool:
 # ---------------------------------------------------------------- bulk payloads
 
 
-class Buffers:
-    """Memory that a client shares with a server: a payload to send, and room for the payload of the reply.
+class Buffers(ABC):
+    """A client's memory for a payload to send, with room for the payload of the reply.
 
     A client has them for each of its connections, keeps them, and replaces them by new ones when it does not know
     whether the server is done with them.
     """
 
-    def __init__(self) -> None:
-        self._segment: Segment | None = None
-        self._payload_nbytes = self._reply_nbytes = 0
-
+    @abstractmethod
     def allocate(self, payload_nbytes: int, reply_nbytes: int) -> torch.Tensor:
         """Return memory for a payload, with room for a reply.
 
         Raises:
             OSError: there is no memory.
         """
+
+    @abstractmethod
+    def replace(self, payload: torch.Tensor) -> torch.Tensor:
+        """Continue with memory that no server uses; return it with the payload.
+
+        Raises:
+            OSError: there is no memory.
+        """
+
+    @abstractmethod
+    def describe(self) -> list[Any]:
+        """Return what a server needs to find the payload and the room, as plain data."""
+
+    @abstractmethod
+    def send(self, connection: Connection, deadline: float) -> None:
+        """Send the payload behind the message that describes it; errors are those of ``Connection.send``."""
+
+    @abstractmethod
+    def receive(self, connection: Connection, nbytes: int, deadline: float) -> torch.Tensor:
+        """Return the payload of a reply, behind its message; errors are those of ``Connection.receive``."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the memory; tensors that lie in it stay valid."""
+
+
+class SharedBuffers(Buffers):
+    """Memory that a client shares with a server of its host."""
+
+    def __init__(self) -> None:
+        self._segment: Segment | None = None
+        self._payload_nbytes = self._reply_nbytes = 0
+
+    def allocate(self, payload_nbytes: int, reply_nbytes: int) -> torch.Tensor:
         needed = aligned(payload_nbytes) + aligned(reply_nbytes)
         if self._segment is None or self._segment.nbytes < needed:
             self.close()
@@ -260,21 +359,18 @@ class Buffers:
         return self._segment.tensor(0, (payload_nbytes,), torch.uint8)
 
     def replace(self, payload: torch.Tensor) -> torch.Tensor:
-        """Continue with new memory, since a server may still use the old; return it with the payload copied.
-
-        Raises:
-            OSError: there is no memory.
-        """
+        # A server may still use the old memory.
         self.close()
         return self.allocate(self._payload_nbytes, self._reply_nbytes).copy_(payload)
 
     def describe(self) -> list[Any]:
-        """Return what a server needs to open them, as plain data."""
         segment = self._allocated()
         return [segment.name, segment.nbytes, self._payload_nbytes, self._reply_nbytes]
 
-    def reply(self, nbytes: int) -> torch.Tensor:
-        """Return the bytes that the server has written."""
+    def send(self, connection: Connection, deadline: float) -> None:
+        """Do nothing: the payload is where the server sees it."""
+
+    def receive(self, connection: Connection, nbytes: int, deadline: float) -> torch.Tensor:
         return self._allocated().tensor(aligned(self._payload_nbytes), (nbytes,), torch.uint8)
 
     def _allocated(self) -> Segment:
@@ -283,20 +379,21 @@ class Buffers:
         return self._segment
 
     def close(self) -> None:
-        """Release the memory; tensors that lie in it stay valid."""
         if self._segment is not None:
             self._segment.close_file()
             self._segment = None
 
 
-class OpenBuffers:
+class OpenBuffers(ABC):
     """A server's side: the buffers of one connection."""
 
     def __init__(self) -> None:
-        self._segment: Segment | None = None
         self.owner: str | None = None
         """The client, once a request has said it."""
+        self.reply_nbytes = 0
+        """How much of the room for a reply the server has filled."""
 
+    @abstractmethod
     def find(self, described: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the payload of a request, and room for the payload of its reply.
 
@@ -306,6 +403,19 @@ class OpenBuffers:
         Raises:
             OSError: they cannot be opened here, or are not the client's.
         """
+
+    def end_reply(self) -> None:
+        """Do what is to be done when the message of a reply has been sent."""
+
+
+class OpenSharedBuffers(OpenBuffers):
+    """Memory that a client of this host shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._segment: Segment | None = None
+
+    def find(self, described: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         name, nbytes, payload_nbytes, reply_nbytes = described
         if self._segment is None or self._segment.name != name:
             self._segment = Segment(nbytes, name)

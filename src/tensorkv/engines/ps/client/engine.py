@@ -97,8 +97,9 @@ class PSEngine(Engine):
     ) -> None:
         self._actors, self._options, self._timeout_s, self._started = list(actors), options, timeout_s, started
         self._hosts = [place[-2] for place in places]
-        # Where the servers of this host listen.
-        self._addresses = [place[-1] if can_share() and place[0] == host_id() else None for place in places]
+        same_host = [can_share() and place[0] == host_id() and place[-1][0] is not None for place in places]
+        # Where each server listens for this client.
+        self._addresses = [place[-1][not is_near] for place, is_near in zip(places, same_host, strict=True)]
         self._owner = secrets.token_hex(8)
         self._rank: int | None = None
         self._sessions = SessionPool(self._make_session)
@@ -106,7 +107,6 @@ class PSEngine(Engine):
         is_sync = options.mode == "sync"
         # In mode sync only the servers know the sums.
         self._nonfinite = NonFinitePolicy("pass" if is_sync else options.nonfinite)
-        same_host = [address is not None for address in self._addresses]
         self._data = DataClient(
             self._sessions,
             self._keymap,

@@ -20,7 +20,8 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, Ray
 from tensorkv import errors
 from tensorkv.engines.ps.ray.actor import INLINE_NBYTES, why
 from tensorkv.engines.ps.server.wait import POLL_TIMEOUT_S
-from tensorkv.engines.transport.channel import Buffers, Connection, connect
+from tensorkv.engines.transport import channel, network
+from tensorkv.engines.transport.channel import Buffers, Connection
 from tensorkv.engines.transport.shared_cache import SharedCacheReader
 from tensorkv.errors import PushOutcomeUnknownError, ServerDeadError, TensorKVError, WaitTimeoutError
 from tensorkv.runtime import shield
@@ -31,6 +32,8 @@ from ..messages import CALLS, bytes_of, join, split
 _RESEND_S = 10.0
 # How often a wait for Ray checks whether its caller was interrupted.
 _CHECK_S = 0.1
+# How often a server of another host may not be reached directly, though Ray reaches it.
+_MOST_FAILURES = 3
 # How long to wait before a server that is being restarted is asked again.
 _RESTART_PAUSE_S = 0.01
 
@@ -112,16 +115,17 @@ class ServerConnection:
         actor: the server's handle.
         index: of the server, for messages.
         host: of the server when the store was opened, for messages.
-        address: where the server listens on this host (None: every request goes through Ray).
+        address: where the server listens, on this host or for others (None: every request goes through Ray).
         timeout_s: how long to try.
     """
 
-    def __init__(self, actor: Any, index: int, *, host: str, address: Sequence[str] | None, timeout_s: float) -> None:
+    def __init__(self, actor: Any, index: int, *, host: str, address: Sequence[Any] | None, timeout_s: float) -> None:
         self._actor, self._name = actor, f"server {index} (on host {host})"
         self._timeout_s = timeout_s
         self._address = address
         self._connection: Connection | None = None
-        self._buffers = Buffers()
+        self._buffers: Buffers = network.StreamBuffers() if _is_far(address) else channel.SharedBuffers()
+        self._failures = 0
         self._cache = SharedCacheReader()
         # The payload of the present request, and whether it lies in the buffers.
         self._payload = _no_bytes()
@@ -230,6 +234,10 @@ class ServerConnection:
             else:
                 message = join(head, call.layout, self._payload.numpy().data)
             connection.send(message, call.attempt_deadline)
+            if self._in_buffers:
+                # A large payload may take longer than an attempt, as long as it moves.
+                self._buffers.send(connection, call.deadline)
+                call.attempt_deadline = min(call.deadline, time.monotonic() + _RESEND_S)
             self.socket_requests += 1
         elif len(self._payload) <= INLINE_NBYTES:
             call.ref = self._actor.serve.remote(join(head, call.layout, self._payload.numpy().data))
@@ -239,16 +247,26 @@ class ServerConnection:
     def _connect(self, call: _Call) -> Connection | None:
         """Return the connection, a new one if need be; None: the request goes through Ray."""
         while self._connection is None and self._address is not None:
+            is_far = _is_far(self._address)
             try:
-                self._connection = connect(self._address, call.attempt_deadline)
+                self._connection = (network if is_far else channel).connect(self._address, call.attempt_deadline)
+                self._failures = 0
             except (TimeoutError, BlockingIOError):
-                # It is there, and slow: too many connections wait for it.
+                # It is there, and slow: too many connections wait for it. Or the network does not answer.
                 raise
             except OSError:
                 # Ray knows where a server listens that has been restarted.
                 timeout_s = call.attempt_deadline - time.monotonic()
-                *_, address = _get(self._actor.place.remote(), timeout_s)
-                self._address = None if address == self._address else address
+                *_, addresses = _get(self._actor.place.remote(), timeout_s)
+                address = addresses[is_far]
+                self._failures += 1
+                if address != self._address:
+                    self._address = address
+                elif not is_far or self._failures > _MOST_FAILURES:
+                    # Something is between that lets Ray through, and not this.
+                    self._address = None
+                else:
+                    time.sleep(_RESTART_PAUSE_S)
         return self._connection
 
     def _receive(self, call: _Call) -> ServerReply | _Retry:
@@ -257,10 +275,11 @@ class ServerConnection:
             received = _get(call.ref, call.attempt_deadline - time.monotonic())
         else:
             received = self._connection.receive(call.attempt_deadline)
+        outcome = self._decode(received, call)
         call.is_pending = False
-        return self._decode(received)
+        return outcome
 
-    def _decode(self, received: Any) -> ServerReply | _Retry:
+    def _decode(self, received: Any, call: _Call) -> ServerReply | _Retry:
         """Return the outcome that a server's message tells.
 
         Raises:
@@ -281,7 +300,9 @@ class ServerConnection:
                 except OSError:
                     return _NoCache()
             case {"in_buffers": nbytes}:
-                return ServerReply(head, self._buffers.reply(nbytes))
+                if self._connection is None:
+                    raise ConnectionResetError("the connection was given up")
+                return ServerReply(head, self._buffers.receive(self._connection, nbytes, call.deadline))
         return ServerReply(head, bytes_of(inline if beside is None else np.asarray(beside)))
 
     # ------------------------------------------------------------ after a failed attempt
@@ -344,6 +365,11 @@ def _get(ref: Any, timeout_s: float) -> Any:
             return ray.get(ref, timeout=_CHECK_S)
         shield.check()
     return ray.get(ref, timeout=max(0.001, left))
+
+
+def _is_far(address: Sequence[Any] | None) -> bool:
+    """Return whether an address is one for clients of other hosts: with a host, a port and a key."""
+    return address is not None and len(address) == 3
 
 
 def _no_bytes() -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import ipaddress
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from tensorkv.engines.ps.server.awaited import AwaitedServer, why_not_the_folder
 from tensorkv.engines.ps.server.membership import IDLE_TIMEOUT_S
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.engines.transport.channel import Handler, OpenBuffers, SocketServer
+from tensorkv.engines.transport.network import NetworkServer
 from tensorkv.engines.transport.rendezvous import host_id
 from tensorkv.engines.transport.segment import can_share
 from tensorkv.engines.transport.shared_cache import SharedCache
@@ -58,6 +60,7 @@ class ServerActor:
         self._options, self._index, self._stamp, self._home = PSOptions(**json.loads(options)), index, stamp, home
         self._server: Server | AwaitedServer = self._open(comes_back=context.was_current_actor_reconstructed)
         self._listener = _listen(self.serve_connection, lambda owner: self._server.mark_dead(owner))
+        self._network = _listen_to_hosts(self.serve_connection)
         self._cache = SharedCache()
         self._copying = threading.Lock()
         name = context.get_actor_name() or ""
@@ -104,6 +107,7 @@ class ServerActor:
             return b""
         reply = self._answer(head, layout, inline if payload is None else payload, out)
         if out is not None and reply.payload is not None and reply.payload.data_ptr() == out.data_ptr():
+            buffers.reply_nbytes = len(reply.payload)
             return join({**reply.head, "in_buffers": len(reply.payload)})
         return _joined(reply)
 
@@ -118,10 +122,11 @@ class ServerActor:
     def place(self) -> list[Any]:
         """Return this server's host, process, authentication mode, Ray node, its host's name, and where it listens.
 
-        The last one is None if it listens nowhere.
+        The last one has an address for clients of this host, and one for others; None where it does not listen.
         """
-        node, address = ray.get_runtime_context().get_node_id(), self._listener and self._listener.address
-        return [host_id(), os.getpid(), _compat.authentication_mode(), node, socket.gethostname(), address]
+        node = ray.get_runtime_context().get_node_id()
+        addresses = [self._listener and self._listener.address, self._network and self._network.address]
+        return [host_id(), os.getpid(), _compat.authentication_mode(), node, socket.gethostname(), addresses]
 
     def options(self) -> dict[str, Any]:
         """Return the options of the store."""
@@ -216,6 +221,18 @@ def _listen(handle: Handler, ended: Callable[[str], None]) -> SocketServer | Non
         return SocketServer(handle, ended)
     except (OSError, RuntimeError) as error:
         _logger.warning("clients of this host send their requests through Ray: %s", error)
+        return None
+
+
+def _listen_to_hosts(handle: Handler) -> NetworkServer | None:
+    """Listen for clients of other hosts, at the address of this node; None if there are none, or no socket."""
+    address = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+    if ipaddress.ip_address(address).is_loopback:
+        return None
+    try:
+        return NetworkServer(address, handle)
+    except (OSError, RuntimeError) as error:
+        _logger.warning("clients of other hosts send their requests through Ray: %s", error)
         return None
 
 

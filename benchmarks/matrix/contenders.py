@@ -108,8 +108,8 @@ class TensorKV(Caller):
     half of the keys, and then with the others, of another choice each time.
     """
 
-    # Servers take seconds to start, so those of a rule are kept from cell to cell, by a client that does nothing else.
-    _kept: ClassVar[dict[str, Any]] = {}
+    # Servers take seconds to start, so they are kept from cell to cell, by a client that does nothing else.
+    _servers: ClassVar[Any] = None
 
     def __init__(self, work: Cell, rank: int | None = None) -> None:
         self._kv: Any = None
@@ -142,12 +142,9 @@ class TensorKV(Caller):
         if self.work.engine == "dist_sync":
             return sync.open_store(self._port)
         if self.work.engine == "dist_async":
-            name = f"matrix-{self.work.rule}"
-            if name not in self._kept:
-                for kept in [self._kept.pop(other) for other in list(self._kept)]:
-                    kept.close()
-                self._kept[name] = tensorkv.create("dist_async", name=name, timeout_s=_TIMEOUT_S)
-            return tensorkv.create("dist_async", name=name, timeout_s=_TIMEOUT_S)
+            if self._servers is None:
+                type(self)._servers = tensorkv.create("dist_async", name="matrix", timeout_s=_TIMEOUT_S)
+            return tensorkv.create("dist_async", name="matrix", timeout_s=_TIMEOUT_S)
         return tensorkv.create("local")
 
     def _arrange(self) -> None:
@@ -212,6 +209,7 @@ class TensorKV(Caller):
         if self._kv is not None:
             if self.work.engine == "dist_async":
                 self._kv.delete(self._kv.keys())
+                self._kv.set_updater(None)
             self._kv.close()
         self._kv = None
 

@@ -191,6 +191,11 @@ class Loop:
             raise GetTimeoutError("late")
         return future.result()
 
+    def wait_for_one(self, futures, timeout):
+        """What ``ray.wait`` is to a client."""
+        self.wait(futures[0], timeout)
+        return [each for each in futures if each.is_done], [each for each in futures if not each.is_done]
+
 
 # ---------------------------------------------------------------- disks
 
@@ -482,7 +487,9 @@ class World(Loop):
 
         enter = self._patches.enter_context
         clock = namespace(monotonic=lambda: self.now, sleep=self.sleep, time=lambda: self.now)
-        enter(mock.patch.object(rpc, "ray", namespace(get=self.get, is_initialized=lambda: True)))
+        enter(
+            mock.patch.object(rpc, "ray", namespace(get=self.get, wait=self.wait_for_one, is_initialized=lambda: True))
+        )
         enter(mock.patch.object(rpc, "time", clock))
         enter(mock.patch.object(rpc, "_RESTART_PAUSE_S", 0.3))
         enter(mock.patch.object(ray_engine, "time", clock))

@@ -1,6 +1,8 @@
 """Clients of servers do with any call what a local store does, bit for bit, whether its arrays are plain or not."""
 
 import contextlib
+import math
+import time
 from unittest import mock
 
 import numpy as np
@@ -14,7 +16,9 @@ from tests.support.amount import amount
 
 pytest.importorskip("ray")
 
-from tensorkv.engines.ps.client import layout
+from ray.exceptions import GetTimeoutError
+
+from tensorkv.engines.ps.client import layout, rpc
 from tensorkv.engines.ps.client.data import DataClient
 from tensorkv.engines.ps.server.state import ServerState
 from tests.support.fake_servers import Cluster, together
@@ -299,3 +303,40 @@ def test_a_client_knows_the_keys_that_it_has_created(monkeypatch):
         monkeypatch.setattr(data, "init", init_after_another)
         kv.init("d", np.zeros(3))
         assert set(kv.keys()) == {"a", "b", "c", "d", "x"}
+
+
+class SlowReply:
+    """A reply that Ray fetches from another host; a get that times out gives up what it has of it."""
+
+    SECONDS = 0.25
+
+    def __init__(self):
+        self.since = None
+
+    def get(self, ref, timeout):
+        assert ref is self
+        if self.since is not None and time.monotonic() - self.since >= self.SECONDS:
+            return "reply"
+        self.since = None
+        time.sleep(timeout)
+        if timeout >= self.SECONDS:
+            return "reply"
+        raise GetTimeoutError
+
+    def wait(self, refs, timeout):
+        self.since = self.since or time.monotonic()
+        time.sleep(timeout)
+        done = time.monotonic() - self.since >= self.SECONDS
+        return (refs, []) if done else ([], refs)
+
+
+def test_a_large_reply_through_ray_arrives_though_the_wait_for_it_is_looked_at(monkeypatch):
+    """Interrupts and deadlines are checked while Ray fetches; that must not have it begin again."""
+    slow = SlowReply()
+    monkeypatch.setattr(rpc, "ray", slow)
+    assert rpc._get(slow, 60) == "reply"
+    never = SlowReply()
+    never.SECONDS = math.inf
+    monkeypatch.setattr(rpc, "ray", never)
+    with pytest.raises(GetTimeoutError):
+        rpc._get(never, 0.3)

@@ -8,6 +8,7 @@ import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import wait as futures_wait
 from types import SimpleNamespace
 from unittest import mock
 
@@ -37,7 +38,12 @@ def get(future, timeout=None):
         raise GetTimeoutError("late") from None
 
 
-PLAYED_RAY = SimpleNamespace(get=get, is_initialized=lambda: True)
+def wait(futures, timeout=None):
+    done, late = futures_wait(futures, timeout)
+    return list(done), list(late)
+
+
+PLAYED_RAY = SimpleNamespace(get=get, wait=wait, is_initialized=lambda: True)
 
 
 class Actor:

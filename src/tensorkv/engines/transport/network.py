@@ -1,9 +1,9 @@
 """A channel between a client and a server of different hosts: messages and bulk payloads over one TCP connection.
 
-Ray carries bulk data between hosts at a tenth of what a connection does, through two object stores that fill up. A
-server listens at the address of its Ray node. It passes the port and a key on through Ray, which asks for its token,
-and answers only who proves to know the key: each end sends a random challenge and an HMAC of both (RFC 2104, with
-SHA-256), so the key is never sent. Like Ray's own connections, these are not encrypted.
+Ray takes three times as long to carry a large payload to another host and back, through two object stores. A server
+listens at the address of its Ray node. It passes the port and a key on through Ray, which asks for its token, and
+answers only who proves to know the key: each end sends a random challenge and an HMAC of both (RFC 2104, with SHA-256),
+so the key is never sent. Like Ray's own connections, these are not encrypted.
 """
 
 from __future__ import annotations

@@ -360,11 +360,15 @@ class ServerConnection:
 def _get(ref: Any, timeout_s: float) -> Any:
     """Wait for Ray's reply, checking now and then whether the caller was interrupted."""
     deadline = time.monotonic() + timeout_s
-    while (left := deadline - time.monotonic()) > _CHECK_S:
+    if timeout_s > _CHECK_S:
         with suppress(GetTimeoutError):
             return ray.get(ref, timeout=_CHECK_S)
-        shield.check()
-    return ray.get(ref, timeout=max(0.001, left))
+        # A get that is too early begins again with fetching a large reply from another host; a wait goes on.
+        while not ray.wait([ref], timeout=_CHECK_S)[0]:
+            shield.check()
+            if time.monotonic() >= deadline:
+                break
+    return ray.get(ref, timeout=max(0.001, deadline - time.monotonic()))
 
 
 def _is_far(address: Sequence[Any] | None) -> bool:

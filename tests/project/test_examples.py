@@ -12,6 +12,7 @@ import pytest
 
 import tensorkv
 from tests.support.amount import amount
+from tests.support.hosts import CAN_MAKE
 from tests.support.workers import free_port
 
 ray = pytest.importorskip("ray")
@@ -37,13 +38,38 @@ def run(name, tmp_path, *arguments, launcher=(), **sizes):
 
 
 def test_every_example_is_tested():
-    assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
+    assert {path.name for path in (ROOT / "examples").iterdir() if path.is_file()} == {
         "embeddings.py",
         "gpt.py",
         "jax_digits.py",
         "publish_weights.py",
         "recommender.py",
+        "two_hosts.sh",
     }
+
+
+ON_A_HOST = """
+import os, numpy, tensorkv
+kv = tensorkv.create("dist_async", num_servers=2, num_workers=2, mode="sync")
+kv.init("w", numpy.zeros(3))
+total = kv.pushpull("w", numpy.full(3, int(os.environ["RANK"]) + 1.0))
+print(os.uname().nodename, total.tolist(), [server["host"] for server in kv.stats()["servers"]], flush=True)
+kv.close()
+"""
+
+
+@pytest.mark.release
+@pytest.mark.skipif(not CAN_MAKE, reason="needs root and ip")
+def test_a_program_runs_on_hosts_of_one_machine(tmp_path):
+    before = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+    command = [ROOT / "examples" / "two_hosts.sh", "--hosts", "2", sys.executable, "-c", ON_A_HOST]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("host")]
+    assert sorted(lines) == [f"host{number} [3.0, 3.0, 3.0] ['host1', 'host2']" for number in (1, 2)]
+    assert subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout == before
+    failed = subprocess.run([*command[:5], "raise SystemExit(3)"], capture_output=True, check=False)
+    assert failed.returncode == 3
 
 
 # The guide to publishing weights, which runs in make test, has readers, too.

@@ -183,6 +183,22 @@ def test_a_server_that_only_ray_reaches_is_reached_by_ray(monkeypatch):
         assert kv.stats()["socket_requests"] == 0
 
 
+@pytest.mark.parametrize("first", [True, "network"])
+def test_a_server_that_has_moved_is_reached_where_it_is(first):
+    """From the client's host to another one, and back; the request that finds it out is not lost."""
+    fates = iter(["lose reply"])
+    with Cluster(near=first, fate=lambda head: next(fates, NONE) if head["verb"] == "push" else NONE) as cluster:
+        kv = cluster.store()
+        kv.init("w", np.zeros(100_000, F32))
+        count_up(kv)
+        cluster.actors[0].move("network" if first is True else True)
+        for _ in range(3):
+            kv.push("w", np.ones(100_000, F32))
+        before = kv.stats()["socket_requests"]
+        assert (kv.pull("w") == 3).all()
+        assert kv.stats()["socket_requests"] > before
+
+
 @pytest.mark.parametrize(("fault", "near"), FAULTS)
 @pytest.mark.parametrize("num_servers", [1, 3])
 def test_each_push_counts_once(fault, near, num_servers, small_pieces):

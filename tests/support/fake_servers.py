@@ -63,13 +63,7 @@ class Actor:
         self.actor = object.__new__(ServerActor)
         self.actor._server = self.server = Server(options, index, threads=1)
         self.actor._options = options
-        listeners = {
-            True: lambda: SocketServer(self._answer_connection),
-            "network": lambda: NetworkServer("127.0.0.1", self._answer_connection),
-            False: lambda: None,
-        }
-        self._near, self.listener = near, listeners[near]()
-        self.actor._listener = self.listener
+        self._listen(near)
         self.actor._cache = SharedCache()
         self.actor._copying = threading.Lock()
         self._pool, self.fate = pool, fate
@@ -80,6 +74,20 @@ class Actor:
         self.paused.set()
         self.serve = SimpleNamespace(remote=self._remote)
         self.place = SimpleNamespace(remote=lambda: self._pool.submit(self.find_place))
+
+    def _listen(self, near):
+        listeners = {
+            True: lambda: SocketServer(self._answer_connection),
+            "network": lambda: NetworkServer("127.0.0.1", self._answer_connection),
+            False: lambda: None,
+        }
+        self._near, self.listener = near, listeners[near]()
+        self.actor._listener = self.listener
+
+    def move(self, near):
+        """Listen elsewhere from now on; connections that are open stay."""
+        self.listener.close()
+        self._listen(near)
 
     def die(self):
         """End for good."""

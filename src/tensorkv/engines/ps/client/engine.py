@@ -22,8 +22,7 @@ from tensorkv.engines.base import Engine, Outs
 from tensorkv.engines.call import Call
 from tensorkv.engines.ps.ray import cluster
 from tensorkv.engines.ps.ray.metrics import merge_stats
-from tensorkv.engines.transport.rendezvous import host_id, launched
-from tensorkv.engines.transport.segment import can_share
+from tensorkv.engines.transport.rendezvous import launched
 from tensorkv.errors import (
     ArgumentError,
     OptimizerError,
@@ -48,7 +47,7 @@ from ..options import PSOptions
 from .checkpoint import gather, scatter
 from .data import DataClient, PlainCall
 from .keymap import KeyMap
-from .rpc import ServerConnection, ServerReply
+from .rpc import ServerConnection, ServerReply, address_for_here, is_far
 from .session import ServerRequest, Session, SessionPool
 from .snapshot import RemoteSnapshot, SnapshotClient
 
@@ -97,9 +96,7 @@ class PSEngine(Engine):
     ) -> None:
         self._actors, self._options, self._timeout_s, self._started = list(actors), options, timeout_s, started
         self._hosts = [place[-2] for place in places]
-        same_host = [can_share() and place[0] == host_id() and place[-1][0] is not None for place in places]
-        # Where each server listens for this client.
-        self._addresses = [place[-1][not is_near] for place, is_near in zip(places, same_host, strict=True)]
+        self._addresses = [address_for_here(place) for place in places]
         self._owner = secrets.token_hex(8)
         self._rank: int | None = None
         self._sessions = SessionPool(self._make_session)
@@ -110,7 +107,7 @@ class PSEngine(Engine):
         self._data = DataClient(
             self._sessions,
             self._keymap,
-            same_host,
+            [address is not None and not is_far(address) for address in self._addresses],
             is_sync=is_sync,
             nonfinite=self._nonfinite,
             averages=options.reduce == "mean",

@@ -22,6 +22,8 @@ from tensorkv.engines.ps.ray.actor import INLINE_NBYTES, why
 from tensorkv.engines.ps.server.wait import POLL_TIMEOUT_S
 from tensorkv.engines.transport import channel, network
 from tensorkv.engines.transport.channel import Buffers, Connection
+from tensorkv.engines.transport.rendezvous import host_id
+from tensorkv.engines.transport.segment import can_share
 from tensorkv.engines.transport.shared_cache import SharedCacheReader
 from tensorkv.errors import PushOutcomeUnknownError, ServerDeadError, TensorKVError, WaitTimeoutError
 from tensorkv.runtime import shield
@@ -124,7 +126,8 @@ class ServerConnection:
         self._timeout_s = timeout_s
         self._address = address
         self._connection: Connection | None = None
-        self._buffers: Buffers = network.StreamBuffers() if _is_far(address) else channel.SharedBuffers()
+        self._buffers = _buffers_for(address)
+        self._reply_nbytes = 0
         self._failures = 0
         self._cache = SharedCacheReader()
         # The payload of the present request, and whether it lies in the buffers.
@@ -139,6 +142,7 @@ class ServerConnection:
     def allocate(self, payload_nbytes: int, reply_nbytes: int) -> torch.Tensor:
         """Return memory for the next request's payload."""
         self._in_buffers = self._address is not None and max(payload_nbytes, reply_nbytes) > INLINE_NBYTES
+        self._reply_nbytes = reply_nbytes
         if self._in_buffers:
             try:
                 self._payload = self._buffers.allocate(payload_nbytes, reply_nbytes)
@@ -247,9 +251,9 @@ class ServerConnection:
     def _connect(self, call: _Call) -> Connection | None:
         """Return the connection, a new one if need be; None: the request goes through Ray."""
         while self._connection is None and self._address is not None:
-            is_far = _is_far(self._address)
+            far = is_far(self._address)
             try:
-                self._connection = (network if is_far else channel).connect(self._address, call.attempt_deadline)
+                self._connection = (network if far else channel).connect(self._address, call.attempt_deadline)
                 self._failures = 0
             except (TimeoutError, BlockingIOError):
                 # It is there, and slow: too many connections wait for it. Or the network does not answer.
@@ -257,17 +261,26 @@ class ServerConnection:
             except OSError:
                 # Ray knows where a server listens that has been restarted.
                 timeout_s = call.attempt_deadline - time.monotonic()
-                *_, addresses = _get(self._actor.place.remote(), timeout_s)
-                address = addresses[is_far]
+                address = address_for_here(_get(self._actor.place.remote(), timeout_s))
                 self._failures += 1
                 if address != self._address:
-                    self._address = address
-                elif not is_far or self._failures > _MOST_FAILURES:
+                    self._move(address)
+                elif not far or self._failures > _MOST_FAILURES:
                     # Something is between that lets Ray through, and not this.
                     self._address = None
                 else:
                     time.sleep(_RESTART_PAUSE_S)
         return self._connection
+
+    def _move(self, address: Sequence[Any] | None) -> None:
+        """Continue with a server that listens elsewhere now, perhaps on another host."""
+        if address is not None and is_far(address) != is_far(self._address):
+            self._buffers.close()
+            self._buffers = _buffers_for(address)
+            if self._in_buffers:
+                payload = self._payload
+                self._payload = self._buffers.allocate(len(payload), self._reply_nbytes).copy_(payload)
+        self._address = address
 
     def _receive(self, call: _Call) -> ServerReply | _Retry:
         """Wait for the outcome of the last attempt."""
@@ -275,9 +288,8 @@ class ServerConnection:
             received = _get(call.ref, call.attempt_deadline - time.monotonic())
         else:
             received = self._connection.receive(call.attempt_deadline)
-        outcome = self._decode(received, call)
         call.is_pending = False
-        return outcome
+        return self._decode(received, call)
 
     def _decode(self, received: Any, call: _Call) -> ServerReply | _Retry:
         """Return the outcome that a server's message tells.
@@ -302,7 +314,11 @@ class ServerConnection:
             case {"in_buffers": nbytes}:
                 if self._connection is None:
                     raise ConnectionResetError("the connection was given up")
-                return ServerReply(head, self._buffers.receive(self._connection, nbytes, call.deadline))
+                # What is left of a payload is in the way of the next reply.
+                call.is_pending = True
+                payload = self._buffers.receive(self._connection, nbytes, call.deadline)
+                call.is_pending = False
+                return ServerReply(head, payload)
         return ServerReply(head, bytes_of(inline if beside is None else np.asarray(beside)))
 
     # ------------------------------------------------------------ after a failed attempt
@@ -371,7 +387,18 @@ def _get(ref: Any, timeout_s: float) -> Any:
     return ray.get(ref, timeout=max(0.001, deadline - time.monotonic()))
 
 
-def _is_far(address: Sequence[Any] | None) -> bool:
+def address_for_here(place: Sequence[Any]) -> Sequence[Any] | None:
+    """Return where a server listens for this process, of what its actor says of its place (None: nowhere)."""
+    host, *_, (near, far) = place
+    address: Sequence[Any] | None = near if can_share() and host == host_id() and near is not None else far
+    return address
+
+
+def _buffers_for(address: Sequence[Any] | None) -> Buffers:
+    return network.StreamBuffers() if is_far(address) else channel.SharedBuffers()
+
+
+def is_far(address: Sequence[Any] | None) -> bool:
     """Return whether an address is one for clients of other hosts: with a host, a port and a key."""
     return address is not None and len(address) == 3
 

@@ -25,7 +25,7 @@ from tensorkv.engines.ps.messages import Reply
 from tensorkv.engines.ps.options import PSOptions
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.engines.ps.server.snapshot import SnapshotBarrier
-from tensorkv.engines.transport import channel
+from tensorkv.engines.transport import channel, network
 from tensorkv.storage.durable import open_shard
 from tensorkv.storage.record import Record
 from tensorkv.storage.wal import WriteAheadLog
@@ -170,8 +170,11 @@ FAULTS = [
 ]
 
 
-def test_a_server_that_only_ray_reaches_is_reached_by_ray(monkeypatch):
-    """A firewall lets Ray through, and not the connection of a client of another host."""
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_a_server_that_only_ray_reaches_is_reached_by_ray(is_silent, monkeypatch):
+    """A firewall lets Ray through, and refuses or drops the connection of a client of another host."""
+    if is_silent:
+        monkeypatch.setattr(network, "connect", mock.Mock(side_effect=TimeoutError))
     with Cluster(near="network") as cluster, socket.create_server(("127.0.0.1", 0)) as closed:
         address = ["127.0.0.1", closed.getsockname()[1], "key"]
         closed.close()

@@ -34,8 +34,9 @@ from ..messages import CALLS, bytes_of, join, split
 _RESEND_S = 10.0
 # How often a wait for Ray checks whether its caller was interrupted.
 _CHECK_S = 0.1
-# How often a server of another host may not be reached directly, though Ray reaches it.
-_MOST_FAILURES = 3
+# How long a connection to another host may take, and how often it may fail though Ray reaches the server.
+_CONNECT_S = 2.0
+_MOST_FAILURES = 2
 # How long to wait before a server that is being restarted is asked again.
 _RESTART_PAUSE_S = 0.01
 
@@ -252,14 +253,15 @@ class ServerConnection:
         """Return the connection, a new one if need be; None: the request goes through Ray."""
         while self._connection is None and self._address is not None:
             far = is_far(self._address)
+            until = min(call.attempt_deadline, time.monotonic() + _CONNECT_S) if far else call.attempt_deadline
             try:
-                self._connection = (network if far else channel).connect(self._address, call.attempt_deadline)
+                self._connection = (network if far else channel).connect(self._address, until)
                 self._failures = 0
-            except (TimeoutError, BlockingIOError):
-                # It is there, and slow: too many connections wait for it. Or the network does not answer.
-                raise
-            except OSError:
-                # Ray knows where a server listens that has been restarted.
+            except OSError as error:
+                if not far and isinstance(error, TimeoutError | BlockingIOError):
+                    # It is there, and slow: too many connections wait for it.
+                    raise
+                # Ray knows where a server listens that has been restarted, and may get through where this does not.
                 timeout_s = call.attempt_deadline - time.monotonic()
                 address = address_for_here(_get(self._actor.place.remote(), timeout_s))
                 self._failures += 1

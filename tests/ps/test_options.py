@@ -110,6 +110,7 @@ def test_a_client_that_connects_after_the_last_has_closed_starts_new_servers(mon
     monkeypatch.setattr(ps_connect, "PSEngine", client)
     cluster = mock.Mock(enter=lambda *_, **__: False, find_servers=lambda *_: found.pop(0))
     cluster.make_servers.return_value = (["new"], PSOptions())
+    cluster.check_safety.return_value = [["host", 1, 1, "node", "name", [None, None]]]
     monkeypatch.setattr(ps_connect, "cluster", cluster)
     assert ps_connect.connect({"timeout_s": 20.0}) == ["new"]
     assert not found

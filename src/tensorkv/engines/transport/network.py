@@ -146,7 +146,9 @@ class _Memory:
         if len(self._memory) < nbytes:
             self.drop()
             try:
-                self._memory = torch.empty(int(nbytes * _GROWTH) if nbytes < 1 << 28 else nbytes, dtype=torch.uint8)
+                self._memory = torch.empty(
+                    int(nbytes * _GROWTH) if nbytes < 1 << 28 else nbytes, dtype=torch.uint8, device="cpu"
+                )
             except RuntimeError as error:
                 raise OSError(f"no memory for {nbytes} bytes") from error
         return self._memory[:nbytes]

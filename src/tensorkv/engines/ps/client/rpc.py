@@ -123,7 +123,7 @@ class ServerConnection:
     """
 
     def __init__(self, actor: Any, index: int, *, host: str, address: Sequence[Any] | None, timeout_s: float) -> None:
-        self._actor, self._name = actor, f"server {index} (on host {host})"
+        self._actor, self._index, self._name = actor, index, f"server {index} (on host {host})"
         self._timeout_s = timeout_s
         self._address = address
         self._connection: Connection | None = None

@@ -43,7 +43,7 @@ trap 'exit 130' INT TERM
 on() {
     local init=${inits[$1 - 1]}
     shift
-    nsenter --target "$(cat "/proc/$init/task/$init/children")" --net --pid --uts --ipc --mount "$@"
+    nsenter --target "$(tr -d " " < "/proc/$init/task/$init/children")" --net --pid --uts --ipc --mount "$@"
 }
 
 (umask 077; mkdir "$home/.ray"; od -An -N32 -tx1 /dev/urandom | tr -d ' \n' > "$home/.ray/auth_token")

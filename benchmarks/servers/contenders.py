@@ -178,7 +178,7 @@ class TableClient(Contender):
     work: Any
 
     def __init__(self, work: Table, rank: int | None = None) -> None:
-        # Rows are chosen anew in each call: there are no parts and outs of whole values.
+        # Each call takes other rows: there are no parts and outs of whole values.
         del rank
         self.work = work
         self.batches = [work.ids(number) for number in range(BATCHES)]

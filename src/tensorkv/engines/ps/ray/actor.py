@@ -12,7 +12,8 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -22,7 +23,7 @@ from ray.exceptions import OutOfMemoryError
 from tensorkv.engines.ps.server.awaited import AwaitedServer, why_not_the_folder
 from tensorkv.engines.ps.server.membership import IDLE_TIMEOUT_S
 from tensorkv.engines.ps.server.server import Server
-from tensorkv.engines.transport.channel import Handler, OpenBuffers, SocketServer
+from tensorkv.engines.transport.channel import Handler, Listener, OpenBuffers, SocketServer
 from tensorkv.engines.transport.network import NetworkServer
 from tensorkv.engines.transport.rendezvous import host_id
 from tensorkv.engines.transport.segment import can_share
@@ -43,6 +44,7 @@ _WATCH_S = 1.0
 _ENDING_S = 10.0
 
 _logger = logging.getLogger(__name__)
+L = TypeVar("L", bound=Listener)
 
 
 class ServerActor:
@@ -214,25 +216,25 @@ def _joined(reply: Reply) -> bytes:
 
 
 def _listen(handle: Handler, ended: Callable[[str], None]) -> SocketServer | None:
-    """Listen for clients of this host; None where they cannot share memory, or the system gives no socket or thread."""
-    if not can_share():
-        return None
-    try:
-        return SocketServer(handle, ended)
-    except (OSError, RuntimeError) as error:
-        _logger.warning("clients of this host send their requests through Ray: %s", error)
-        return None
+    """Listen for clients of this host; None where they cannot share memory."""
+    return _try_to_listen("this host", lambda: SocketServer(handle, ended)) if can_share() else None
 
 
 def _listen_to_hosts(handle: Handler) -> NetworkServer | None:
-    """Listen for clients of other hosts, at the address of this node; None if there are none, or no socket."""
+    """Listen for clients of other hosts, at the address of this node; None if there are none."""
     address = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-    if ipaddress.ip_address(address).is_loopback:
-        return None
+    with suppress(ValueError):
+        if ipaddress.ip_address(address).is_loopback:
+            return None
+    return _try_to_listen("other hosts", lambda: NetworkServer(address, handle))
+
+
+def _try_to_listen(clients: str, make: Callable[[], L]) -> L | None:
+    """Return a listener; None if the system gives no socket or thread."""
     try:
-        return NetworkServer(address, handle)
+        return make()
     except (OSError, RuntimeError) as error:
-        _logger.warning("clients of other hosts send their requests through Ray: %s", error)
+        _logger.warning("clients of %s send their requests through Ray: %s", clients, error)
         return None
 
 

@@ -79,7 +79,7 @@ examples:
             "durability": servers_works.durability(quick=quick),
             "growth": [work for count in options.workers for work in servers_works.growth(count, quick=quick)],
             "readers": [servers_works.readers(max(options.readers), quick=quick)],
-            "recovery": [servers_works.recovery(quick=quick)],
+            "recovery": servers_works.recoveries(quick=quick),
         }
 
     def run(self, options: argparse.Namespace, works: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -105,7 +105,11 @@ examples:
                 for point in alone.growth(count, own, options.servers, min(options.reps, 5))
             ]
             found["readers"] = [alone.readers(work, options.readers, few) for work in works["readers"]]
-            found["recovery"] = [alone.recovery(work, f"{folder}/killed", few) for work in works["recovery"]]
+            found["recovery"] = [
+                alone.recovery(work, f"{folder}/killed-{number}-{spare}", few, spare=spare)
+                for number, work in enumerate(works["recovery"])
+                for spare in (False, True)
+            ]
             found["file_system"] = machine.file_system(folder)
         return found
 

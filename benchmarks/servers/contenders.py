@@ -108,14 +108,19 @@ class Killer(Servers):
 
     def kill(self) -> float:
         """Kill the server; return the seconds until it has answered a pull of the first key."""
-        import ray
-
-        actor = ray.get_actor(f"{self._name}/0", namespace="tensorkv")
-        _, pid, *_ = ray.get(actor.place.remote(), timeout=_TIMEOUT_S)
-        os.kill(pid, signal.SIGKILL)
+        self._wait_for_actors()
+        os.kill(self._kv.stats()["servers"][0]["pid"], signal.SIGKILL)
         start = perf_counter()
         self._kv.pull(0, out=self.outs[0])
         return perf_counter() - start
+
+    def _wait_for_actors(self) -> None:
+        """Wait until the server, and its spare if it has one, have been started."""
+        import ray
+
+        for name in ray.util.list_named_actors(all_namespaces=True):
+            if name["name"].startswith(f"{self._name}/"):
+                ray.get(ray.get_actor(**name).place.remote(), timeout=_TIMEOUT_S)
 
     def check(self) -> None:
         for out in self.outs:

@@ -73,9 +73,9 @@ def growth(workers: int, *, quick: bool) -> list[Serving]:
     ]
 
 
-def recovery(*, quick: bool) -> Serving:
-    """Return what a server holds that is killed."""
-    return Serving(10, (1000 if quick else 25_000_000,), 1, topic="recovery")
+def recoveries(*, quick: bool) -> list[Serving]:
+    """Return what servers hold that are killed."""
+    return [Serving(10, (numel,), 1, topic="recovery") for numel in ([1000] if quick else [1000, 25_000_000])]
 
 
 def readers(count: int, *, quick: bool) -> Serving:

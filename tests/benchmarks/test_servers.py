@@ -98,9 +98,10 @@ def check_result(result):
     assert readers["copies_while_timed"] == 0
     assert readers["pulls"] > 15
     assert [len(point["times_s"]) for point in readers["points"]] == [5, 10]
-    [recovery] = result["recovery"]
-    assert len(recovery["times_s"]) == 1
-    assert recovery["log_nbytes"] > recovery["value_nbytes"]
+    assert [each["spare"] for each in result["recovery"]] == [False, True]
+    for recovery in result["recovery"]:
+        assert len(recovery["times_s"]) == 1
+        assert recovery["log_nbytes"] > recovery["value_nbytes"]
 
 
 def test_with_mxnet(cluster, tmp_path):

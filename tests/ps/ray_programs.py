@@ -112,6 +112,7 @@ def rely_on_rays_retries(n):
     from tensorkv.engines.ps.options import PSOptions
     from tensorkv.engines.ps.ray import cluster
     from tensorkv.engines.ps.ray.actor import ServerActor
+    from tensorkv.engines.ps.ray.handle import ServerHandle
     from tensorkv.store import KVStore
 
     class Forgetful(ServerActor):
@@ -122,8 +123,8 @@ def rely_on_rays_retries(n):
     cluster.enter(None, LIMIT_S)
     options = {"num_cpus": 0, "max_concurrency": 8, "max_restarts": -1, "max_task_retries": -1}
     actor = ray.remote(Forgetful).options(**options).remote(json.dumps(PSOptions().of_store()))
-    places = [["elsewhere", 0, 1, "", "elsewhere", [None, None]]]
-    kv = KVStore(PSEngine([actor], PSOptions(), places, [1], LIMIT_S, started=False), "dist_async")
+    places = [["elsewhere", 0, 1, "", "", "elsewhere", [None, None]]]
+    kv = KVStore(PSEngine([ServerHandle(actor)], PSOptions(), places, [1], LIMIT_S, started=False), "dist_async")
     with contextlib.suppress(tensorkv.KeyExistsError):
         kv.init("n", np.zeros(1, F32))
     for _ in range(int(n)):

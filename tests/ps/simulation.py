@@ -22,7 +22,8 @@ from tensorkv.engines.ps.client import rpc, snapshot
 from tensorkv.engines.ps.messages import split
 from tensorkv.engines.ps.options import PSOptions
 from tensorkv.engines.ps.ray import actor as ray_actor
-from tensorkv.engines.ps.ray import cluster
+from tensorkv.engines.ps.ray import cluster, handle
+from tensorkv.engines.ps.ray.handle import ServerHandle
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.storage import durable
 from tensorkv.storage.record import Record
@@ -491,6 +492,8 @@ class World(Loop):
             mock.patch.object(rpc, "ray", namespace(get=self.get, wait=self.wait_for_one, is_initialized=lambda: True))
         )
         enter(mock.patch.object(rpc, "time", clock))
+        enter(mock.patch.object(handle, "ray", rpc.ray))
+        enter(mock.patch.object(handle, "time", clock))
         enter(mock.patch.object(rpc, "_RESTART_PAUSE_S", 0.3))
         enter(mock.patch.object(ray_engine, "time", clock))
         threads = namespace(
@@ -526,9 +529,10 @@ class World(Loop):
 
     def create(self, number, rank=None):
         """Make the store of a client, in a thread of its process."""
-        places = [["elsewhere", 0, 1, "", "elsewhere", [None, None]]] * len(self.actors)
+        places = [["elsewhere", 0, 1, "", "", "elsewhere", [None, None]]] * len(self.actors)
         of_thread.place = (0, 1) if rank is None else (rank, 2)
-        engine = ray_engine.PSEngine(self.actors, self.options, places, [1] * len(places), 90.0, started=False)
+        servers = [ServerHandle(actor) for actor in self.actors]
+        engine = ray_engine.PSEngine(servers, self.options, places, [1] * len(places), 90.0, started=False)
         self.stores[number] = KVStore(engine, "dist_async")
         self.open.add(self.processes[number])
         return self.stores[number]

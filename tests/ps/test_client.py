@@ -18,8 +18,9 @@ pytest.importorskip("ray")
 
 from ray.exceptions import GetTimeoutError
 
-from tensorkv.engines.ps.client import layout, rpc
+from tensorkv.engines.ps.client import layout
 from tensorkv.engines.ps.client.data import DataClient
+from tensorkv.engines.ps.ray import handle
 from tensorkv.engines.ps.server.state import ServerState
 from tests.support.fake_servers import Cluster, together
 
@@ -333,10 +334,10 @@ class SlowReply:
 def test_a_large_reply_through_ray_arrives_though_the_wait_for_it_is_looked_at(monkeypatch):
     """Interrupts and deadlines are checked while Ray fetches; that must not have it begin again."""
     slow = SlowReply()
-    monkeypatch.setattr(rpc, "ray", slow)
-    assert rpc._get(slow, 60) == "reply"
+    monkeypatch.setattr(handle, "ray", slow)
+    assert handle.get(slow, 60) == "reply"
     never = SlowReply()
     never.SECONDS = math.inf
-    monkeypatch.setattr(rpc, "ray", never)
+    monkeypatch.setattr(handle, "ray", never)
     with pytest.raises(GetTimeoutError):
-        rpc._get(never, 0.3)
+        handle.get(never, 0.3)

@@ -30,6 +30,7 @@ ray = pytest.importorskip("ray")
 from tensorkv.engines.ps import messages  # noqa: E402
 from tensorkv.engines.ps.client.rpc import ServerConnection  # noqa: E402
 from tensorkv.engines.ps.ray import cluster as ray_cluster  # noqa: E402
+from tensorkv.engines.ps.ray.observer import observe  # noqa: E402
 from tests.support.overdue import overdue  # noqa: E402
 
 F32 = np.float32
@@ -46,7 +47,9 @@ pytestmark = pytest.mark.usefixtures("ray_store")
 
 def create(**options):
     name = next(names)
-    kv = tensorkv.create("dist_async", name=name, **options)
+    # Most tests need no spare servers, and each takes the time of a start.
+    spare = {"spare": False} if "path" in options else {}
+    kv = tensorkv.create("dist_async", name=name, **spare | options)
     called[id(kv)] = name
     return kv
 
@@ -82,7 +85,7 @@ def pid_of(kv, server):
 
     def is_there():
         with contextlib.suppress(ray.exceptions.RayActorError):
-            found.append(ray.get(kv._engine._actors[server].place.remote(), timeout=LIMIT_S)[1])
+            found.append(kv._engine._servers[server].place(LIMIT_S)[1])
         return found
 
     until(is_there)
@@ -100,7 +103,7 @@ class Killer:
 
     def __init__(self, kv, times, *, at_once=False):
         self._kv, self._times, self.killed = kv, times, []
-        servers = range(len(kv._engine._actors))
+        servers = range(len(kv._engine._servers))
         groups = [list(servers)] if at_once else [[server] for server in servers]
         self._threads = [threading.Thread(target=self._run, args=(group,)) for group in groups]
 
@@ -140,9 +143,10 @@ def push_until(kv, done, n, start=0):
 # ---------------------------------------------------------------- kills
 
 
-def test_killed_servers_lose_no_acknowledged_push_and_apply_none_twice(tmp_path):
+@pytest.mark.parametrize("spare", [False, True], ids=["alone", "with spares"])
+def test_killed_servers_lose_no_acknowledged_push_and_apply_none_twice(spare, tmp_path):
     n = 300_000
-    with create(num_servers=SERVERS, path=tmp_path / "store") as kv:
+    with create(num_servers=SERVERS, path=tmp_path / "store", spare=spare) as kv:
         count_up(kv)
         kv.init(["w", "n"], [np.zeros(n, F32), np.zeros(3, F32)])
         with Killer(kv, KILLS) as killer:
@@ -164,6 +168,71 @@ def test_killed_servers_lose_no_acknowledged_push_and_apply_none_twice(tmp_path)
     # The store has ended; its folder is there.
     with pytest.raises(tensorkv.StorageError, match=f"was written by {SERVERS} servers, and num_servers is 4"):
         create(num_servers=4, path=tmp_path / "store")
+
+
+def pids_with_spare(kv, server=0):
+    """The processes of a server and of its spare, as soon as both are there; the one that serves is first."""
+    found = kv._engine._servers[server]
+    found.place(LIMIT_S)
+    pids = {}
+
+    def are_there():
+        for actor in found._both():
+            with contextlib.suppress(ray.exceptions.RayActorError):
+                pids[actor is found.actor] = ray.get(actor.place.remote(), timeout=LIMIT_S)[1]
+        return len(pids) == 2
+
+    until(are_there)
+    return pids[True], pids[False]
+
+
+def named_actors(kv):
+    return [name for name in ray.util.list_named_actors() if name.startswith(f"{name_of(kv)}/")]
+
+
+def test_a_spare_that_is_there_already_serves_instead_of_a_killed_server(tmp_path):
+    with create(path=tmp_path / "store", spare=True) as kv:
+        count_up(kv)
+        kv.init("n", np.zeros(3, F32))
+        with tensorkv.create("dist_async", name=name_of(kv)) as reader:
+            assert reader.pull("n").tolist() == [0] * 3
+            for pushes in range(1, 4):
+                serving, spare = pids_with_spare(kv)
+                os.kill(serving, signal.SIGKILL)
+                kv.push("n", np.ones(3, F32))
+                assert reader.pull("n").tolist() == [pushes] * 3
+                assert [each.stats()["servers"][0]["pid"] for each in (kv, reader)] == [spare] * 2
+                with tensorkv.create("dist_async", name=name_of(kv)) as new:
+                    assert new.stats()["servers"][0]["pid"] == spare
+                seen = observe(name_of(kv))
+                until(lambda seen=seen, spare=spare: (seen.stats()["servers"][0] or {}).get("pid") == spare)
+            assert kv.info("n").version == 3
+        assert len(named_actors(kv)) == 2
+    # Both have ended with the store.
+    until(lambda: not named_actors(kv))
+
+
+def test_a_spare_leaves_a_server_alone_that_is_only_stopped(tmp_path):
+    with create(path=tmp_path / "store", spare=True) as kv:
+        kv.init("n", np.zeros(3, F32))
+        serving, _ = pids_with_spare(kv)
+        _, spare = kv._engine._servers[0]._both()
+        os.kill(serving, signal.SIGSTOP)
+        try:
+            for _ in range(3):
+                assert ray.get(spare.place.remote(), timeout=LIMIT_S)[-1] is None
+        finally:
+            os.kill(serving, signal.SIGCONT)
+        kv.push("n", np.ones(3, F32))
+        assert pid_of(kv, 0) == serving
+
+
+def test_servers_have_a_spare_by_default_if_they_have_a_folder_and_else_none(tmp_path):
+    with tensorkv.create("dist_async", name="spared", path=tmp_path / "store"):
+        assert len([name for name in ray.util.list_named_actors() if name.startswith("spared/")]) == 2
+    for options in ({}, {"path": tmp_path / "store", "spare": False}):
+        with create(**options) as kv:
+            assert named_actors(kv) == [f"{name_of(kv)}/0"]
 
 
 def test_adam_goes_on_to_the_bit_after_kills(tmp_path):
@@ -537,21 +606,20 @@ def test_two_stores_on_one_path_and_options_that_differ(shared, tmp_path):
 
 
 def test_a_cluster_that_others_can_reach_is_refused_without_a_token(ray_store, monkeypatch):
-    actors = ray_store._engine._actors
-    places = [[*ray.get(actors[0].place.remote())]]
+    places = [[*ray_store._engine._servers[0].place(LIMIT_S)]]
+    servers = [SimpleNamespace(place=lambda timeout_s: places[0])]
     assert places[0][2], "the servers of a Ray that was started here ask for a token"
     node = {"Alive": True, "NodeManagerAddress": "10.1.2.3", "NodeManagerPort": 1, "ObjectManagerPort": 2}
     nodes = [*ray.nodes(), node]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(ray_cluster, "_ask", lambda method, name, timeout_s: places[0])
     # With a token, anywhere.
-    assert ray_cluster.check_safety(actors, insecure=False, timeout_s=1) == places
+    assert ray_cluster.places(servers, insecure=False, timeout_s=1) == places
     places[0][2] = 0
     with pytest.raises(tensorkv.ArgumentError, match=r"\(at 10\.1\.2\.3:1, 10\.1\.2\.3:2\) and asks for no token"):
-        ray_cluster.check_safety(actors, insecure=False, timeout_s=1)
-    assert ray_cluster.check_safety(actors, insecure=True, timeout_s=1) == places
+        ray_cluster.places(servers, insecure=False, timeout_s=1)
+    assert ray_cluster.places(servers, insecure=True, timeout_s=1) == places
     node["Alive"] = False
-    assert ray_cluster.check_safety(actors, insecure=False, timeout_s=1) == places
+    assert ray_cluster.places(servers, insecure=False, timeout_s=1) == places
 
 
 # ---------------------------------------------------------------- snapshots and versions

@@ -102,15 +102,15 @@ def test_a_cluster_that_starts_is_waited_for():
 def test_a_client_that_connects_after_the_last_has_closed_starts_new_servers(monkeypatch):
     found = [(["ending"], PSOptions()), (["ending"], PSOptions()), None]
 
-    def client(actors, *rest, **more):
-        if actors == ["ending"]:
+    def client(servers, *rest, **more):
+        if servers == ["ending"]:
             raise ps_connect.StoreEndingError("its servers are ending")
-        return actors
+        return servers
 
     monkeypatch.setattr(ps_connect, "PSEngine", client)
     cluster = mock.Mock(enter=lambda *_, **__: False, find_servers=lambda *_: found.pop(0))
     cluster.make_servers.return_value = (["new"], PSOptions())
-    cluster.check_safety.return_value = [["host", 1, 1, "node", "name", [None, None]]]
+    cluster.places.return_value = [["host", 1, 1, "node", "", "name", [None, None]]]
     monkeypatch.setattr(ps_connect, "cluster", cluster)
     assert ps_connect.connect({"timeout_s": 20.0}) == ["new"]
     assert not found
@@ -129,6 +129,7 @@ def test_servers_without_clients_end_by_themselves(is_ending, after_s, monkeypat
     monkeypatch.setattr(ray_actor, "time", clock)
     monkeypatch.setattr(ray_actor, "ray", mock.Mock())
     actor = object.__new__(ray_actor.ServerActor)
+    actor._twin = ""
     actor._server, actor._metrics = (
         mock.Mock(is_ending=is_ending, is_broken=False, owners=lambda: now[0] < 50),
         mock.Mock(),

@@ -160,7 +160,7 @@ def place_on_two_nodes():
         for name, wanted in {"spread": "spread", "chosen": chosen}.items():
             with tensorkv.create("dist_async", name=name, num_servers=2, placement=wanted, **common) as kv:
                 kv.init("w", np.ones(3))
-                places = [ray.get(actor.place.remote())[3] for actor in kv._engine._actors]
+                places = [server.place(LIMIT_S)[3] for server in kv._engine._servers]
                 told[name] = [ids.index(place) for place in places]
                 told["hosts"] = [server["host"] for server in kv.stats()["servers"]]
         try:

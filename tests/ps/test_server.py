@@ -1048,13 +1048,14 @@ def test_finding_servers_waits_until_all_are_there_or_the_store_has_ended(monkey
 
     monkeypatch.setattr(ray_cluster, "_get", get)
     monkeypatch.setattr(ray_cluster, "_ask", ask)
-    assert ray_cluster.find_servers("s", LIMIT_S) == ([there[0], there[1]], PSOptions(num_servers=2))
+    servers, found = ray_cluster.find_servers("s", LIMIT_S)
+    assert ([server.actor for server in servers], found) == ([there[0], there[1]], PSOptions(num_servers=2))
     second = there.pop(1)
     with pytest.raises(tensorkv.ServerDeadError, match=r"server 1 of 2 has ended.*close it everywhere, then create"):
         ray_cluster.find_servers("s", 0.1)
     # It comes late, or the first one ends while it is waited for.
     looks[:], comes_at[:] = [], [6]
-    assert ray_cluster.find_servers("s", LIMIT_S)[0][1] is second
+    assert ray_cluster.find_servers("s", LIMIT_S)[0][1].actor is second
     there[0].options = "ending"
     assert ray_cluster.find_servers("s", LIMIT_S) is None
 

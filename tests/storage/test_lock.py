@@ -11,7 +11,7 @@ import pytest
 import tensorkv
 from tensorkv import StorageError
 from tensorkv.storage.folder import Folder
-from tensorkv.storage.lock import FolderLock, read_stamp
+from tensorkv.storage.lock import FolderLock, is_locked, read_stamp
 from tests.support.until import LIMIT_S
 
 HOLD = """
@@ -42,6 +42,21 @@ def test_two_in_one_process(tmp_path):
     second = FolderLock(Folder(tmp_path), 0)
     assert second.epoch == first.epoch + 1
     second.close()
+
+
+def test_looking_whether_a_folder_is_locked_takes_no_lock(tmp_path):
+    assert not is_locked(tmp_path / "none")
+    assert not is_locked(tmp_path)
+    lock = FolderLock(Folder(tmp_path), 0)
+    assert is_locked(tmp_path)
+    lock.close()
+    assert not is_locked(tmp_path)
+    holder = hold(tmp_path)
+    assert is_locked(tmp_path)
+    holder.kill()
+    holder.communicate()
+    assert not is_locked(tmp_path)
+    FolderLock(Folder(tmp_path), 0).close()
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")

@@ -18,8 +18,9 @@ from tensorkv.engines.ps.client import engine as ray_engine
 from tensorkv.engines.ps.client import rpc
 from tensorkv.engines.ps.messages import split
 from tensorkv.engines.ps.options import PSOptions
-from tensorkv.engines.ps.ray import cluster
+from tensorkv.engines.ps.ray import cluster, handle
 from tensorkv.engines.ps.ray.actor import ServerActor
+from tensorkv.engines.ps.ray.handle import ServerHandle
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.engines.transport.channel import SocketServer
 from tensorkv.engines.transport.network import NetworkServer
@@ -101,7 +102,7 @@ class Actor:
             raise ActorDiedError
         address = self.listener and self.listener.address
         addresses = [address, None] if self._near is True else [None, address]
-        return [host_id() if self._near is True else "elsewhere", 0, 1, "", "played", addresses]
+        return [host_id() if self._near is True else "elsewhere", 0, 1, "", "", "played", addresses]
 
     def _remote(self, *message):
         # Payloads beside a message are the actor's own copies, as Ray's object store makes them.
@@ -162,13 +163,15 @@ class Cluster:
 
     def __enter__(self):
         self._patches.enter_context(mock.patch.object(rpc, "ray", PLAYED_RAY))
+        self._patches.enter_context(mock.patch.object(handle, "ray", PLAYED_RAY))
         self._patches.enter_context(mock.patch.object(cluster, "stop_servers"))
         return self
 
     def store(self):
         """A new client; each is the next rank."""
         places = [actor.find_place() for actor in self.actors]
-        engine = ray_engine.PSEngine(self.actors, self.options, places, self._weights, LIMIT_S, started=False)
+        servers = [ServerHandle(actor) for actor in self.actors]
+        engine = ray_engine.PSEngine(servers, self.options, places, self._weights, LIMIT_S, started=False)
         self._stores.append(KVStore(engine, "dist_async"))
         return self._stores[-1]
 

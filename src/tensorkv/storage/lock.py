@@ -127,6 +127,21 @@ def read_stamp(path: str) -> str | None:
         return None
 
 
+def is_locked(path: str) -> bool:
+    """Return whether a process has a folder open; False where there is no folder."""
+    try:
+        file = os.open(os.path.join(path, FolderLock.NAME), os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
+
+
 def _release_in_child() -> None:
     # A forked data loader must not keep the lock of its parent after the parent has died.
     for lock in list(_held):

@@ -45,13 +45,13 @@ def connect(given: Mapping[str, Any]) -> PSEngine:
 def _join(options: PSOptions, given: Mapping[str, Any], *, started: bool) -> PSEngine:
     """Return a client of the servers that are there, or of new ones."""
     found = cluster.find_servers(options.name, options.timeout_s)
-    actors, theirs = found or cluster.make_servers(options)
+    servers, theirs = found or cluster.make_servers(options)
     options.check_same(given, theirs)
     try:
-        places = cluster.check_safety(actors, options.insecure, options.timeout_s)
+        places = cluster.places(servers, options.insecure, options.timeout_s)
     except ArgumentError:
         if found is None:
-            cluster.stop_servers(actors)
+            cluster.stop_servers(servers)
         raise
     weights = placement.weights(theirs, [place[3] for place in places])
-    return PSEngine(actors, theirs, places, weights, options.timeout_s, started=started)
+    return PSEngine(servers, theirs, places, weights, options.timeout_s, started=started)

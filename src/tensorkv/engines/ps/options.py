@@ -35,6 +35,7 @@ class PSOptions:
         staleness: in mode async, how many rounds a worker may be ahead of the slowest (None: any number).
         path: a folder that the servers see, where they keep everything (None: in memory alone).
         durability: ``"memory"``, ``"process"`` (default with a path) or ``"disk"``.
+        spare: with a path, keep a process for each server that takes over when the server is killed.
         nonfinite: ``"pass"``, ``"raise"`` or ``"skip"`` updates whose sum has NaN or Inf, or ``"skip_step"``, the
             whole push.
         reduce: whether a push takes the ``"sum"`` or the ``"mean"`` of the parts of a key, in mode sync those of all
@@ -56,6 +57,7 @@ class PSOptions:
     staleness: int | None = None
     path: str | None = None
     durability: str = ""
+    spare: bool = True
     nonfinite: NonFinite = "pass"
     reduce: Reduce = "sum"
     keep: int = 4
@@ -122,6 +124,7 @@ class PSOptions:
             _check_one_of("with a path, durability", self.durability, ("process", "disk"))
         elif self.durability != "memory":
             raise ArgumentError(f"create: durability={self.durability!r} needs path=, a folder for the log")
+        check_flag("spare", self.spare)
 
     def _check_placement(self) -> None:
         placement = self.placement

@@ -21,6 +21,7 @@ from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.base import Engine, Outs
 from tensorkv.engines.call import Call
 from tensorkv.engines.ps.ray import cluster
+from tensorkv.engines.ps.ray.handle import ServerHandle
 from tensorkv.engines.ps.ray.metrics import merge_stats
 from tensorkv.engines.transport.rendezvous import launched
 from tensorkv.errors import (
@@ -74,7 +75,7 @@ class PSEngine(Engine):
     """A client of parameter servers.
 
     Args:
-        actors: the servers.
+        servers: of the store.
         options: of the store.
         places: of the servers.
         weights: of the servers, how much each can hold, compared with the others.
@@ -86,7 +87,7 @@ class PSEngine(Engine):
 
     def __init__(
         self,
-        actors: Sequence[Any],
+        servers: Sequence[ServerHandle],
         options: PSOptions,
         places: Sequence[Any],
         weights: Sequence[int],
@@ -94,7 +95,7 @@ class PSEngine(Engine):
         *,
         started: bool,
     ) -> None:
-        self._actors, self._options, self._timeout_s, self._started = list(actors), options, timeout_s, started
+        self._servers, self._options, self._timeout_s, self._started = list(servers), options, timeout_s, started
         self._hosts = [place[-2] for place in places]
         self._addresses = [address_for_here(place) for place in places]
         self._owner = secrets.token_hex(8)
@@ -112,10 +113,10 @@ class PSEngine(Engine):
             nonfinite=self._nonfinite,
             averages=options.reduce == "mean",
         )
-        self._snapshots = SnapshotClient(self._sessions, self._data, len(actors))
+        self._snapshots = SnapshotClient(self._sessions, self._data, len(servers))
         self._claiming, self._claims = threading.Lock(), 0
         self._ranking = threading.Lock()
-        self._all = range(len(actors))
+        self._all = range(len(servers))
         # A worker that is late, or waits for a slow server, must not be taken for dead.
         self._heartbeat_s = min(_HEARTBEAT_S, options.heartbeat_timeout_s / 4)
         self._rank = self._take_rank()
@@ -135,8 +136,8 @@ class PSEngine(Engine):
 
     def _make_session(self, number: int) -> Session:
         connections = [
-            ServerConnection(actor, index, host=host, address=address, timeout_s=self._timeout_s)
-            for index, (actor, host, address) in enumerate(zip(self._actors, self._hosts, self._addresses, strict=True))
+            ServerConnection(self._servers[index], index, host=host, address=address, timeout_s=self._timeout_s)
+            for index, (host, address) in enumerate(zip(self._hosts, self._addresses, strict=True))
         ]
         return Session(self._owner, number, connections, self._worker_rank)
 
@@ -357,7 +358,7 @@ class PSEngine(Engine):
 
     def _check_clipping(self, spec: OptimizerSpec) -> None:
         """Raise if gradients are to be clipped by the norm of sums of which no server has all."""
-        if spec.max_grad_norm is not None and self._options.mode == "sync" and len(self._actors) > 1:
+        if spec.max_grad_norm is not None and self._options.mode == "sync" and len(self._servers) > 1:
             raise OptimizerError(
                 "max_grad_norm in mode sync needs num_servers=1: each of several servers has only its part of the sums "
                 "over workers; use one server, mode async, or dist_sync"
@@ -487,7 +488,7 @@ class PSEngine(Engine):
         if isinstance(contents.rule, StepOptimizer):
             self._check_clipping(contents.rule.optimizer.spec)
         with self._claim():
-            self._send(scatter(contents, self._keymap, len(self._actors)))
+            self._send(scatter(contents, self._keymap, len(self._servers)))
 
     def save(self, path: str, kind: Kind) -> None:
         self._on_rank_0(partial(super().save, path, kind))
@@ -559,13 +560,13 @@ class PSEngine(Engine):
         self._sessions.close()
         self._data.close()
         if left == 0:
-            cluster.stop_servers(self._actors)
+            cluster.stop_servers(self._servers)
         cluster.leave(self._started)
 
     def _disconnect(self) -> int:
         """Disconnect from the servers; return how many other clients use them, or may use them."""
         heads = self._send_disconnect(self._all)
-        is_whole = len(heads) == len(self._actors)
+        is_whole = len(heads) == len(self._servers)
         if not is_whole:
             # The values of a dead server are lost, and the other servers are of no use. They stay for live clients that
             # have the store open, and not for dead ones.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, Ray
 
 from tensorkv import errors
 from tensorkv.engines.ps.ray.actor import INLINE_NBYTES, why
+from tensorkv.engines.ps.ray.handle import ServerHandle, get
 from tensorkv.engines.ps.server.wait import POLL_TIMEOUT_S
 from tensorkv.engines.transport import channel, network
 from tensorkv.engines.transport.channel import Buffers, Connection
@@ -26,14 +26,11 @@ from tensorkv.engines.transport.rendezvous import host_id
 from tensorkv.engines.transport.segment import can_share
 from tensorkv.engines.transport.shared_cache import SharedCacheReader
 from tensorkv.errors import PushOutcomeUnknownError, ServerDeadError, TensorKVError, WaitTimeoutError
-from tensorkv.runtime import shield
 
 from ..messages import CALLS, bytes_of, join, split
 
 # How long to wait for a reply before the request is sent again.
 _RESEND_S = 10.0
-# How often a wait for Ray checks whether its caller was interrupted.
-_CHECK_S = 0.1
 # How long a connection to another host may take, and how often it may fail though Ray reaches the server.
 _CONNECT_S = 2.0
 _MOST_FAILURES = 2
@@ -74,7 +71,11 @@ class _NoCache:
     """The copy that the server has named cannot be opened."""
 
 
-_Retry = _NoReply | _StillWaiting | _NotServed | _NoCache
+class _IsSpare:
+    """Another actor serves."""
+
+
+_Retry = _NoReply | _StillWaiting | _NotServed | _NoCache | _IsSpare
 
 
 @dataclass(slots=True)
@@ -115,15 +116,17 @@ class ServerConnection:
     """The connection of one session to one server; it has one request at a time.
 
     Args:
-        actor: the server's handle.
+        server: to which.
         index: of the server, for messages.
         host: of the server when the store was opened, for messages.
         address: where the server listens, on this host or for others (None: every request goes through Ray).
         timeout_s: how long to try.
     """
 
-    def __init__(self, actor: Any, index: int, *, host: str, address: Sequence[Any] | None, timeout_s: float) -> None:
-        self._actor, self._index, self._name = actor, index, f"server {index} (on host {host})"
+    def __init__(
+        self, server: ServerHandle, index: int, *, host: str, address: Sequence[Any] | None, timeout_s: float
+    ) -> None:
+        self._server, self._index, self._name = server, index, f"server {index} (on host {host})"
         self._timeout_s = timeout_s
         self._address = address
         self._connection: Connection | None = None
@@ -245,9 +248,9 @@ class ServerConnection:
                 call.attempt_deadline = min(call.deadline, time.monotonic() + _RESEND_S)
             self.socket_requests += 1
         elif len(self._payload) <= INLINE_NBYTES:
-            call.ref = self._actor.serve.remote(join(head, call.layout, self._payload.numpy().data))
+            call.ref = self._server.actor.serve.remote(join(head, call.layout, self._payload.numpy().data))
         else:
-            call.ref = self._actor.serve.remote(join(head, call.layout), self._payload.numpy())
+            call.ref = self._server.actor.serve.remote(join(head, call.layout), self._payload.numpy())
 
     def _connect(self, call: _Call) -> Connection | None:
         """Return the connection, a new one if need be; None: the request goes through Ray."""
@@ -262,8 +265,7 @@ class ServerConnection:
                     # It is there, and slow: too many connections wait for it.
                     raise
                 # Ray knows where a server listens that has been restarted, and may get through where this does not.
-                timeout_s = call.attempt_deadline - time.monotonic()
-                address = address_for_here(_get(self._actor.place.remote(), timeout_s))
+                address = address_for_here(self._server.place(call.attempt_deadline - time.monotonic()))
                 self._failures += 1
                 if address != self._address:
                     self._move(address)
@@ -287,7 +289,7 @@ class ServerConnection:
     def _receive(self, call: _Call) -> ServerReply | _Retry:
         """Wait for the outcome of the last attempt."""
         if self._connection is None or call.ref is not None:
-            received = _get(call.ref, call.attempt_deadline - time.monotonic())
+            received = get(call.ref, call.attempt_deadline - time.monotonic())
         else:
             received = self._connection.receive(call.attempt_deadline)
         call.is_pending = False
@@ -308,6 +310,8 @@ class ServerConnection:
                 raise errors.decode(error)
             case {"wait_for": reason}:
                 return _StillWaiting(reason)
+            case {"spare": True}:
+                return _IsSpare()
             case {"cached": place}:
                 try:
                     return ServerReply(head, self._cache.find(place), place)
@@ -334,6 +338,12 @@ class ServerConnection:
                 if call.is_overdue:
                     raise self._timeout(call, how)
                 self._replace_buffers()
+                if self._address is None and self._server.has_spare:
+                    self._try(call, self._find_serving)
+            case _IsSpare():
+                self._try(call, self._find_serving)
+                if call.is_overdue:
+                    raise self._timeout(call, "was not there")
             case _StillWaiting(reason):
                 call.waits_for = reason
                 if call.is_overdue:
@@ -342,6 +352,11 @@ class ServerConnection:
                 self._use_ray()
             case _NoCache():
                 call.head = {name: each for name, each in call.head.items() if name != "cached_nbytes"}
+
+    def _find_serving(self, call: _Call) -> None:
+        """Continue with the actor that serves; over a connection, it is found when connecting."""
+        self._disconnect()
+        self._server.place(max(0.001, min(_RESEND_S, call.deadline - time.monotonic())))
 
     def _replace_buffers(self) -> None:
         """Use a connection and memory that no earlier attempt uses."""
@@ -373,20 +388,6 @@ class ServerConnection:
             f"{verb}: {self._name} {how} for {seconds} (attempts: {call.attempts}): the request was applied "
             "once, or not at all; look at the key's version, or load a checkpoint"
         )
-
-
-def _get(ref: Any, timeout_s: float) -> Any:
-    """Wait for Ray's reply, checking now and then whether the caller was interrupted."""
-    deadline = time.monotonic() + timeout_s
-    if timeout_s > _CHECK_S:
-        with suppress(GetTimeoutError):
-            return ray.get(ref, timeout=_CHECK_S)
-        # A get that is too early begins again with fetching a large reply from another host; a wait goes on.
-        while not ray.wait([ref], timeout=_CHECK_S)[0]:
-            shield.check()
-            if time.monotonic() >= deadline:
-                break
-    return ray.get(ref, timeout=max(0.001, deadline - time.monotonic()))
 
 
 def address_for_here(place: Sequence[Any]) -> Sequence[Any] | None:

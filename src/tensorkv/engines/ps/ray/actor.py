@@ -20,7 +20,7 @@ import ray
 import torch
 from ray.exceptions import OutOfMemoryError
 
-from tensorkv.engines.ps.server.awaited import AwaitedServer, why_not_the_folder
+from tensorkv.engines.ps.server.awaited import AwaitedServer, SpareServer, why_not_the_folder
 from tensorkv.engines.ps.server.membership import IDLE_TIMEOUT_S
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.engines.transport.channel import Handler, Listener, OpenBuffers, SocketServer
@@ -29,12 +29,14 @@ from tensorkv.engines.transport.rendezvous import host_id
 from tensorkv.engines.transport.segment import can_share
 from tensorkv.engines.transport.shared_cache import SharedCache
 from tensorkv.errors import StorageError
+from tensorkv.storage.lock import is_locked
 
 from ..messages import Reply, join, split
 from ..options import PSOptions
 from . import _compat
 from .metrics import ServerMetrics
 
+NAMESPACE = "tensorkv"
 # Up to here a payload travels inside of its message, and Ray puts it into no object store.
 INLINE_NBYTES = 64 << 10
 
@@ -42,6 +44,8 @@ INLINE_NBYTES = 64 << 10
 _GC_THRESHOLD = 50_000
 _WATCH_S = 1.0
 _ENDING_S = 10.0
+# How often a spare looks whether the server is still there.
+_LOOK_S = 10.0
 
 _logger = logging.getLogger(__name__)
 L = TypeVar("L", bound=Listener)
@@ -55,18 +59,22 @@ class ServerActor:
         index: of the server.
         stamp: of its folder, as for ``FolderLock``: a restarted server opens no other one.
         home: the host on which it is to be started, "" if Ray chooses.
+        is_spare: whether another actor of the same folder serves as long as it lives.
     """
 
-    def __init__(self, options: str, index: int, stamp: str = "", home: str = "") -> None:
+    def __init__(self, options: str, index: int, stamp: str = "", home: str = "", *, is_spare: bool = False) -> None:
         context = ray.get_runtime_context()
         self._options, self._index, self._stamp, self._home = PSOptions(**json.loads(options)), index, stamp, home
-        self._server: Server | AwaitedServer = self._open(comes_back=context.was_current_actor_reconstructed)
+        self._is_spare, self._opening = is_spare, threading.Lock()
+        self._server = self._open(comes_back=is_spare or context.was_current_actor_reconstructed)
         self._listener = _listen(self.serve_connection, lambda owner: self._server.mark_dead(owner))
         self._network = _listen_to_hosts(self.serve_connection)
         self._cache = SharedCache()
         self._copying = threading.Lock()
-        name = context.get_actor_name() or ""
-        self._metrics = ServerMetrics(name.rpartition("/")[0], index)
+        name = (context.get_actor_name() or "").rpartition("/")[0]
+        has_twin = self._options.path is not None and self._options.spare
+        self._twin = (f"{name}/{index}" if is_spare else spare_name(name, index, stamp)) if has_twin else ""
+        self._metrics = ServerMetrics(name, index)
         # Keeps what the libraries have made out of every later garbage collection.
         gc.collect()
         gc.freeze()
@@ -75,14 +83,22 @@ class ServerActor:
         gc.set_threshold(_GC_THRESHOLD)
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def _open(self, *, comes_back: bool) -> Server | AwaitedServer:
-        """Return the server, or what answers for it while its folder is not there."""
+    def _open(self, *, comes_back: bool) -> Server | AwaitedServer | SpareServer:
+        """Return the server, or what answers while its twin has the folder, or while the folder is not there."""
         folder = self._options.folder(self._index)
         if comes_back and folder is not None:
+            if self._options.spare and is_locked(folder):
+                return SpareServer()
             why = why_not_the_folder(folder, self._stamp, self._index, self._home)
             if why is not None:
-                return AwaitedServer(why, self._options.heartbeat_timeout_s)
-        return Server(self._options, self._index, comes_back=comes_back, stamp=self._stamp)
+                return SpareServer() if self._is_spare else AwaitedServer(why, self._options.heartbeat_timeout_s)
+        try:
+            return Server(self._options, self._index, comes_back=comes_back, stamp=self._stamp)
+        except StorageError:
+            if comes_back and folder is not None and self._options.spare and is_locked(folder):
+                # Both have been asked at the same time, and the other one was faster.
+                return SpareServer()
+            raise
 
     def serve(self, message: bytes, payload: Any = None) -> Any:
         """Answer a message that came through Ray, whose payload is in it or beside it."""
@@ -122,13 +138,28 @@ class ServerActor:
         return self._server.serve(head, layout, payload, out)
 
     def place(self) -> list[Any]:
-        """Return this server's host, process, authentication mode, Ray node, its host's name, and where it listens.
+        """Return where this server is; a spare takes over first, if its twin has ended.
 
-        The last one has an address for clients of this host, and one for others; None where it does not listen.
+        Returns:
+            Host, process, authentication mode, Ray node, stamp of the folder, the host's name, and where it listens:
+            an address for clients of this host, and one for others, each None where it does not listen. None instead
+            of both: it is a spare.
         """
+        self._take_over()
         node = ray.get_runtime_context().get_node_id()
-        addresses = [self._listener and self._listener.address, self._network and self._network.address]
-        return [host_id(), os.getpid(), _compat.authentication_mode(), node, socket.gethostname(), addresses]
+        mine = [host_id(), os.getpid(), _compat.authentication_mode(), node, self._stamp, socket.gethostname()]
+        if isinstance(self._server, SpareServer):
+            return [*mine, None]
+        return [*mine, [self._listener and self._listener.address, self._network and self._network.address]]
+
+    def _take_over(self) -> None:
+        """Serve instead of a twin that has ended."""
+        with self._opening:
+            if isinstance(self._server, SpareServer):
+                try:
+                    self._server = self._open(comes_back=True)
+                except StorageError as error:
+                    _logger.warning("a spare server cannot open the folder: %s", error)
 
     def options(self) -> dict[str, Any]:
         """Return the options of the store."""
@@ -147,6 +178,10 @@ class ServerActor:
         # Usually the last client ends the servers; it may have been killed.
         while time.monotonic() - alone_since < (_ENDING_S if self._server.is_ending else IDLE_TIMEOUT_S):
             time.sleep(_WATCH_S)
+            if isinstance(self._server, SpareServer):
+                if time.monotonic() - alone_since >= _LOOK_S and find_actor(self._twin) is not None:
+                    alone_since = time.monotonic()
+                continue
             if isinstance(self._server, AwaitedServer):
                 self._look_for_folder(self._server)
             else:
@@ -155,6 +190,10 @@ class ServerActor:
                 alone_since = time.monotonic()
             elif self._server.is_broken:
                 break
+        twin = find_actor(self._twin)
+        if twin is not None:
+            # It would take over otherwise.
+            ray.kill(twin)
         self._server.close()
         # Ray would restart an actor whose process ended in any other way.
         ray.kill(ray.get_runtime_context().current_actor)
@@ -167,7 +206,7 @@ class ServerActor:
             _logger.warning("a folder that was waited for cannot be opened: %s", error)
             return
         # One that is awaited still keeps the clients that it knows.
-        if isinstance(opened, Server):
+        if not isinstance(opened, AwaitedServer):
             self._server = opened
             _logger.warning("the folder %s is there again", self._options.folder(self._index))
             awaited.end()
@@ -201,6 +240,19 @@ class ServerActor:
                     self._cache.forget(layout)
                     return None
         return {"cached": place}
+
+
+def spare_name(name: str, index: int, stamp: str) -> str:
+    """Return the name of the actor that is the spare of a server, of one start of a store."""
+    return f"{name}/{index}-{stamp}"
+
+
+def find_actor(name: str) -> Any:
+    """Return the actor of a name, None if there is none."""
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE) if name else None
+    except ValueError:
+        return None
 
 
 def through_ray(reply: Reply) -> bytes | list[Any]:

@@ -9,9 +9,9 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from tensorkv.errors import ArgumentError, RankDeadError, ServerDeadError, Stora
 
 from ..options import PSOptions
 from . import _compat, fork, placement, safety
-from .actor import ServerActor, why
+from .actor import NAMESPACE, ServerActor, find_actor, spare_name, why
+from .handle import ServerHandle
 
-NAMESPACE = "tensorkv"
 # Requests that a server handles at a time, each in a thread.
 _THREADS = 64
 _OBJECT_STORE_NBYTES = 1 << 30
@@ -291,7 +291,7 @@ def _start_together(rank: int, timeout_s: float) -> bool:
 # ---------------------------------------------------------------- servers
 
 
-def find_servers(name: str, timeout_s: float) -> tuple[list[Any], PSOptions] | None:
+def find_servers(name: str, timeout_s: float) -> tuple[list[ServerHandle], PSOptions] | None:
     """Return the servers of a running store and its options; None if there is no such store.
 
     Raises:
@@ -306,7 +306,9 @@ def find_servers(name: str, timeout_s: float) -> tuple[list[Any], PSOptions] | N
             options = PSOptions(**_ask(first.options, name, max(0.001, deadline - time.monotonic())))
             actors = [first, *(_get(name, index) for index in range(1, options.num_servers))]
             if None not in actors:
-                return actors, options
+                has_spares = options.path is not None and options.spare
+                spares = [partial(_get_spare, name, index) if has_spares else None for index in range(len(actors))]
+                return [ServerHandle(*each) for each in zip(actors, spares, strict=True)], options
             missing = actors.index(None)
         except ServerDeadError:
             # It is just ending; the next look finds none, or a new one.
@@ -322,7 +324,7 @@ def find_servers(name: str, timeout_s: float) -> tuple[list[Any], PSOptions] | N
         time.sleep(0.02)
 
 
-def make_servers(options: PSOptions) -> tuple[list[Any], PSOptions]:
+def make_servers(options: PSOptions) -> tuple[list[ServerHandle], PSOptions]:
     """Start the servers of a store; return those of another client if it was faster.
 
     Raises:
@@ -333,9 +335,13 @@ def make_servers(options: PSOptions) -> tuple[list[Any], PSOptions]:
     _check_folders(options)
     _wait_for_the_end(name, options.num_servers, timeout_s)
     places = placement.of_servers(options)
-    handles = [_make(options, index, place) for index, place in enumerate(places)]
-    for handle in handles:
-        _ask(handle.place, name, timeout_s)
+    stamps = [secrets.token_hex(16) for _ in places]
+    actors = [_make(options, *each) for each in zip(range(len(places)), places, stamps, strict=True)]
+    for index, (actor, place, stamp) in enumerate(zip(actors, places, stamps, strict=True)):
+        _, _, _, node, theirs, *_ = _ask(actor.place, name, timeout_s)
+        if options.path is not None and options.spare and theirs == stamp:
+            # It starts while the store is used.
+            _make(options, index, placement.of_spare(place, node), stamp, is_spare=True)
     found = find_servers(name, timeout_s)
     if found is None:
         raise ServerDeadError(f"create({name!r}): the servers ended at once")
@@ -359,31 +365,29 @@ def _wait_for_the_end(name: str, num_servers: int, timeout_s: float) -> None:
         time.sleep(0.05)
 
 
-def check_safety(actors: Sequence[Any], insecure: bool, timeout_s: float) -> list[list[Any]]:
+def places(servers: Sequence[ServerHandle], insecure: bool, timeout_s: float) -> list[list[Any]]:
     """Return each server's place; raise if other hosts can reach the cluster without a token.
 
     Raises:
         ArgumentError: a cluster that other hosts can connect to and that asks for no token.
     """
-    places = [_ask(actor.place, "place", timeout_s) for actor in actors]
-    if insecure or all(place[2] for place in places):
-        return places
-    found = _open_addresses()
-    if found:
+    found = [_retry(server.place, "place", timeout_s) for server in servers]
+    if insecure or all(place[2] for place in found):
+        return found
+    addresses = _open_addresses()
+    if addresses:
         raise ArgumentError(
-            f"create: the Ray cluster accepts connections from other hosts (at {', '.join(found[:3])}) and asks for no "
-            "token: any process that reaches it can run code there; start it with RAY_AUTH_MODE=token, or pass "
+            f"create: the Ray cluster accepts connections from other hosts (at {', '.join(addresses[:3])}) and asks "
+            "for no token: any process that reaches it can run code there; start it with RAY_AUTH_MODE=token, or pass "
             "insecure=True if nobody else can"
         )
-    return places
+    return found
 
 
-def stop_servers(actors: Sequence[Any]) -> None:
-    """End servers, so that Ray does not restart them."""
-    for actor in actors:
-        with suppress(RayError):
-            ray.get(actor.stop.remote(), timeout=5)
-        ray.kill(actor)
+def stop_servers(servers: Sequence[ServerHandle]) -> None:
+    """End servers and their spares, so that Ray does not restart them."""
+    for server in servers:
+        server.stop()
 
 
 def _check_folders(options: PSOptions) -> None:
@@ -397,9 +401,9 @@ def _check_folders(options: PSOptions) -> None:
         )
 
 
-def _make(options: PSOptions, index: int, place: placement.Place) -> Any:
+def _make(options: PSOptions, index: int, place: placement.Place, stamp: str, *, is_spare: bool = False) -> Any:
     of_actor: dict[str, Any] = {
-        "name": f"{options.name}/{index}",
+        "name": spare_name(options.name, index, stamp) if is_spare else f"{options.name}/{index}",
         "namespace": NAMESPACE,
         "lifetime": "detached",
         "get_if_exists": True,
@@ -414,23 +418,29 @@ def _make(options: PSOptions, index: int, place: placement.Place) -> Any:
     return (
         ray.remote(ServerActor)
         .options(**of_actor)
-        .remote(json.dumps(options.of_store()), index, secrets.token_hex(16), place.host)
+        .remote(json.dumps(options.of_store()), index, stamp, place.host, is_spare=is_spare)
     )
 
 
 def _get(name: str, index: int) -> Any:
-    try:
-        return ray.get_actor(f"{name}/{index}", namespace=NAMESPACE)
-    except ValueError:
-        return None
+    return find_actor(f"{name}/{index}")
+
+
+def _get_spare(name: str, index: int, stamp: str) -> Any:
+    return find_actor(spare_name(name, index, stamp))
 
 
 def _ask(method: Any, name: str, timeout_s: float) -> Any:
     """Call an idempotent method of a server, and again while the server is being restarted."""
+    return _retry(lambda left: ray.get(method.remote(), timeout=left), name, timeout_s)
+
+
+def _retry(call: Callable[[float], Any], name: str, timeout_s: float) -> Any:
+    """Make a call that is given the seconds left, and again while a server is being restarted."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            return ray.get(method.remote(), timeout=max(0.001, deadline - time.monotonic()))
+            return call(max(0.001, deadline - time.monotonic()))
         except RayActorError as error:
             if isinstance(error, ActorUnavailableError) and time.monotonic() < deadline:
                 time.sleep(0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -14,18 +15,21 @@ from tensorkv.errors import ServerDeadError, quote
 from ..messages import Stats, encode, join, split
 from ..options import PSOptions
 from . import cluster
+from .handle import ServerHandle
 from .metrics import merge_stats
 
 # Without an owner: servers answer, and do not count a client.
 _QUESTION = join(encode(Stats(), {"owner": None, "client": "observer", "seq": 0}))
+# How long to look for a server that is not where it was.
+_LOOK_S = 1.0
 _SETTINGS = ("num_servers", "num_workers", "mode", "staleness", "path", "durability")
 
 
 class Observer:
     """Reads the statistics of a running store; it keeps no server alive, and ends none. Made by ``observe``."""
 
-    def __init__(self, name: str, actors: Sequence[Any], options: PSOptions, timeout_s: float) -> None:
-        self._name, self._actors, self._timeout_s = name, list(actors), timeout_s
+    def __init__(self, name: str, servers: Sequence[ServerHandle], options: PSOptions, timeout_s: float) -> None:
+        self._name, self._servers, self._timeout_s = name, list(servers), timeout_s
         self.settings = {"name": name, **{word: getattr(options, word) for word in _SETTINGS}}
         """The options of the store, as plain data."""
 
@@ -40,21 +44,25 @@ class Observer:
         """
         if not ray.is_initialized():
             raise ServerDeadError(f"the store {quote(self._name)} has ended: Ray has been shut down in this process")
-        refs = [actor.serve.remote(_QUESTION) for actor in self._actors]
+        refs = [server.actor.serve.remote(_QUESTION) for server in self._servers]
         ray.wait(refs, num_returns=len(refs), timeout=self._timeout_s)
         told: list[dict[str, Any] | None] = []
         ended = 0
-        for ref in refs:
+        for server, ref in zip(self._servers, refs, strict=True):
+            head: dict[str, Any] | None = None
             try:
                 head = split(ray.get(ref, timeout=0))[0]
-                # A server that is ending has released its values, and refuses.
-                told.append(None if "error" in head else head)
             except ActorDiedError:
                 ended += 1
-                told.append(None)
             except RayError:
                 # It is slow, or is being restarted.
-                told.append(None)
+                pass
+            if server.has_spare and (head is None or "spare" in head):
+                # The next question goes to the one that serves.
+                with suppress(RayError):
+                    server.place(_LOOK_S)
+            # A server that is ending has released its values, and refuses.
+            told.append(None if head is None or "error" in head or "spare" in head else head)
         if ended == len(told):
             raise ServerDeadError(f"the store {quote(self._name)} has ended: none of its servers is left")
         return {**merge_stats([each for each in told if each is not None]), "servers": told}

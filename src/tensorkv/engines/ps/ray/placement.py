@@ -194,6 +194,14 @@ def _on(node: Node, *, is_pinned: bool) -> Place:
     return Place({"scheduling_strategy": strategy, "memory": _ANY_NBYTES, **own}, node.host)
 
 
+def of_spare(place: Place, node: str) -> Place:
+    """Return where the spare of a server is to run: on its node, without the resources that were chosen for it."""
+    if "scheduling_strategy" in place.options:
+        return place
+    strategy = NodeAffinitySchedulingStrategy(node, soft=True)
+    return Place({"scheduling_strategy": strategy, "memory": _ANY_NBYTES}, place.host)
+
+
 def _resources(wanted: Mapping[str, float]) -> Place:
     own = {word: amount for word, amount in wanted.items() if word not in _WORDS}
     return Place({"resources": own, **{_WORDS[word]: wanted[word] for word in _WORDS if word in wanted}})

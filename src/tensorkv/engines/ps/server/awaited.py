@@ -72,6 +72,29 @@ class AwaitedServer:
         """Do nothing: no folder is open."""
 
 
+class SpareServer:
+    """Answers while another actor has the folder open and serves: clients are to look for that one."""
+
+    is_ending = is_broken = False
+
+    def serve(self, head: Mapping[str, Any], *_: Any, **__: Any) -> Reply:
+        """Return that another actor serves."""
+        return Reply({"spare": True})
+
+    def signature(self, layout: bytes, checksum: Any) -> None:
+        """Return that there are no values."""
+
+    def owners(self) -> list[str]:
+        """Return no clients."""
+        return []
+
+    def mark_dead(self, owner: str) -> None:
+        """Do nothing: it has no clients."""
+
+    def close(self) -> None:
+        """Do nothing: no folder is open."""
+
+
 def why_not_the_folder(folder: str, stamp: str, index: int, home: str) -> str | None:
     """Return why a server that is restarted must not open a folder; None: it is the one that it had.
 

@@ -1,10 +1,13 @@
 """The compiled sum gives torch's bits, whatever is cut where, and everything works without it."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 
 import tensorkv
+from tensorkv.arrays import interop
 from tensorkv.shard import native
 from tensorkv.shard.native import Pass, column_beside, column_of, is_plain
 
@@ -143,6 +146,75 @@ def test_negated_views_are_pushed_as_the_numbers_that_they_show():
         for _ in range(4):
             kv.push(keys, parts)
             assert [value.item() for value in kv.pull(keys)] == [-(key + 1.0) for key in keys]
+
+
+def look_at(values, out=None, shape=(2, 3), dtype=torch.float32):
+    """What the compiled part makes of a call of one key."""
+    cell = native.Cell()
+    cell.value = torch.zeros(shape, dtype=dtype)
+    return native.look({0: cell}, 0, values, out, None, None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int32", "bool"])
+def test_arrays_of_jax_are_looked_at_as_buffers(dtype):
+    jnp = pytest.importorskip("jax.numpy")
+    array = jnp.arange(6).reshape(2, 3).astype(dtype)
+    assert interop.is_jax(array)
+    tensor = torch.from_numpy(np.array(array))
+    for values in (array, [array], (array, tensor), [tensor.numpy(), array]):
+        assert look_at(values, dtype=tensor.dtype) is not None
+    assert look_at(array, dtype=torch.float64) is None
+    assert look_at(array, shape=(3, 2), dtype=tensor.dtype) is None
+    assert look_at(array.T, shape=(3, 2), dtype=tensor.dtype) is not None
+
+
+def test_what_is_no_buffer_is_not_plain():
+    jax = pytest.importorskip("jax")
+    good, gone = jax.numpy.ones((2, 3)), jax.numpy.ones((2, 3))
+    assert interop.is_jax(good)
+    gone.delete()
+    assert look_at(good) is not None
+    for values in (gone, [good, gone], jax.numpy.ones((2, 3), jax.numpy.bfloat16), [good, [good]]):
+        assert look_at(values) is None
+    # A caller gives no views, and an array of JAX is never written.
+    view = memoryview(np.ones((2, 3), np.float32))
+    assert look_at(view) is look_at([good, view]) is look_at(good, out=view) is look_at(good, out=good) is None
+    with tensorkv.create("local") as kv:
+        kv.init("w", np.zeros((2, 3), np.float32))
+        with pytest.raises(tensorkv.ArrayTypeError):
+            kv.push("w", [good, view])
+
+
+def test_an_array_of_jax_is_let_go_of_after_the_call():
+    """JAX deletes a donated array only if nobody looks at it."""
+    jax = pytest.importorskip("jax")
+    double = jax.jit(lambda x: 2 * x, donate_argnums=0)
+    with tensorkv.create("local") as kv:
+        kv.init(["a", "b"], [np.zeros(1000, np.float32)] * 2)
+        arrays = [jax.numpy.full(1000, 3.0), jax.numpy.full(1000, 4.0)]
+        for _ in range(3):
+            kv.push(["a", "b"], arrays)
+            before, arrays = arrays, [double(each) for each in arrays]
+            assert [each.is_deleted() for each in before] == [True, True]
+        assert [value[0] for value in kv.pull(["a", "b"])] == [12, 16]
+
+
+def test_lists_of_jax_that_become_shorter_while_they_are_looked_at_do_no_harm():
+    """To look at a result that is still being computed lets other threads run."""
+    jax = pytest.importorskip("jax")
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 30, lambda _, y: y @ y / 300, x))
+    assert interop.is_jax(jax.numpy.ones(1))
+    looked = 0
+    for _ in range(20):
+        values = [slow(jax.numpy.ones((300, 300))) for _ in range(3)]
+        shortener = threading.Timer(0.002, values.clear)
+        shortener.start()
+        cells = {key: native.Cell() for key in range(3)}
+        for cell in cells.values():
+            cell.value = torch.zeros(300, 300)
+        looked += native.look(cells, [0, 1, 2], values, None, None, None) is None
+        shortener.join()
+    assert looked, "no list became shorter in time"
 
 
 def test_column_beside():

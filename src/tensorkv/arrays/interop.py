@@ -239,18 +239,18 @@ def _bad_dtype(name: str) -> str:
     return f"has dtype {name}, which a store cannot hold; it holds {known}"
 
 
-# Classes of JAX's arrays: it takes long to ask JAX.
-_jax_classes: set[type] = set()
+jax_classes: set[type] = set()
+"""Classes of JAX's arrays, as far as they have been met: it takes long to ask JAX. The compiled part reads it."""
 
 
 def is_jax(array: Any) -> bool:
     """Return whether this is a JAX array, without importing JAX."""
-    if type(array) in _jax_classes:
+    if type(array) in jax_classes:
         return True
     jax = sys.modules.get("jax")
     if jax is None or not isinstance(array, jax.Array):
         return False
-    _jax_classes.add(type(array))
+    jax_classes.add(type(array))
     return True
 
 

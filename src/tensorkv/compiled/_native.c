@@ -226,6 +226,8 @@ enum { CODE_INT, CODE_UINT, CODE_FLOAT, CODE_BFLOAT = 4, CODE_BOOL = 6 };
 
 static const ExchangeAPI *torch_api;
 static PyObject *ndarray_type, *tensor_type, *parameter_type, *is_neg, *increment_version;
+/* A set of the types of arrays that are looked at as buffers, which may let other threads run. */
+static PyObject *viewed_types;
 
 /* As in numpy/ndarraytypes.h, the same in NumPy 1 and 2, whose own macros read it. */
 typedef struct {
@@ -248,9 +250,10 @@ static struct {
 static int num_numpy_dtypes, knows_numpy;
 
 PyDoc_STRVAR(use_doc,
-             "use(ndarray, tensor, parameter, api, is_neg, increment_version, samples, tensors, negated)\n--\n\n"
+             "use(ndarray, tensor, parameter, api, is_neg, increment_version, viewed, samples, tensors, negated)\n--\n\n"
              "Tell which types of arrays there are, and what torch has for them: a capsule of DLPack's functions,\n"
              "whether a tensor is lazily negated, and what raises the versions of tensors.\n\n"
+             "viewed: a set of other types of arrays, which are buffers and are only read; it may grow.\n"
              "samples: a list of NumPy arrays of two dimensions, one of each dtype, from which the rest is learned.\n"
              "tensors, negated: lists of tensors that are not lazily negated, and of such that are; likewise.");
 
@@ -258,10 +261,10 @@ static void learn_numpy(PyObject *samples);
 static void learn_negated(PyObject *tensors, PyObject *negated);
 
 static PyObject *use(PyObject *module, PyObject *args) {
-    PyObject *given[6], *samples, *tensors, *negated;
+    PyObject *given[7], *samples, *tensors, *negated;
     (void)module;
-    if (!PyArg_ParseTuple(args, "OOOOOOO!O!O!", &given[0], &given[1], &given[2], &given[3], &given[4], &given[5],
-                          &PyList_Type, &samples, &PyList_Type, &tensors, &PyList_Type, &negated))
+    if (!PyArg_ParseTuple(args, "OOOOOOO!O!O!O!", &given[0], &given[1], &given[2], &given[3], &given[4], &given[5],
+                          &PySet_Type, &given[6], &PyList_Type, &samples, &PyList_Type, &tensors, &PyList_Type, &negated))
         return NULL;
     const ExchangeAPI *api = PyCapsule_GetPointer(given[3], "dlpack_exchange_api");
     if (api == NULL) return NULL;
@@ -270,8 +273,8 @@ static PyObject *use(PyObject *module, PyObject *args) {
         return NULL;
     }
     torch_api = api;
-    PyObject **held[] = {&ndarray_type, &tensor_type, &parameter_type, NULL, &is_neg, &increment_version};
-    for (int i = 0; i < 6; i++)
+    PyObject **held[] = {&ndarray_type, &tensor_type, &parameter_type, NULL, &is_neg, &increment_version, &viewed_types};
+    for (int i = 0; i < 7; i++)
         if (held[i] != NULL) {
             Py_XDECREF(*held[i]);
             *held[i] = Py_NewRef(given[i]);
@@ -347,7 +350,10 @@ static int look_at_buffer(PyObject *array, Plain *plain, int writable) {
         PyErr_Clear();
         return 0;
     }
-    const char *at = view.format == NULL || !view.format[0] || view.format[1] ? NULL : strchr(formats, view.format[0]);
+    const char *format = view.format == NULL ? "" : view.format;
+    /* In the order of bytes of this processor; how many they are is told beside it. */
+    if (*format == '=' || *format == '@') format++;
+    const char *at = !format[0] || format[1] ? NULL : strchr(formats, format[0]);
     if (at != NULL && view.ndim <= MAX_DIMS) {
         int64_t shape[MAX_DIMS];
         for (int i = 0; i < view.ndim; i++) shape[i] = view.shape[i];
@@ -450,9 +456,11 @@ static int is_negated(PyObject *tensor) {
     return found != Py_False;
 }
 
-/* Whether an array is plain: exactly NumPy's or torch's, no subclass, and its elements as they count in memory. */
+/* Whether an array is plain: exactly NumPy's or torch's, no subclass, or in place of one that is viewed, and its elements
+ * as they count in memory. */
 static int look_at(PyObject *array, Plain *plain, int writable) {
     if ((PyObject *)Py_TYPE(array) == ndarray_type) return look_at_numpy(array, plain, writable);
+    if (PyMemoryView_Check(array)) return !writable && PySet_Size(viewed_types) > 0 && look_at_buffer(array, plain, 0);
     return is_torch(array) && !(negated_bit.is_known && is_negated(array)) && look_at_torch(array, plain);
 }
 
@@ -821,6 +829,48 @@ static int is_direct(PyObject *given, int depth) {
         if (!direct) return 0;
     }
     return 1;
+}
+
+static int is_viewed(PyObject *array) {
+    /* Types stay in the set. */
+    static PyObject *last;
+    PyObject *type = (PyObject *)Py_TYPE(array);
+    if (type == ndarray_type || type == tensor_type || type == parameter_type) return 0;
+    if (type != last && PySet_Contains(viewed_types, type) == 1) last = type;
+    return type == last;
+}
+
+/* A new list of the first items of a list or tuple. */
+static PyObject *first_items(PyObject *given, Py_ssize_t count) {
+    PyObject *slice = PySequence_GetSlice(given, 0, count), *list = slice == NULL ? NULL : PySequence_List(slice);
+    Py_XDECREF(slice);
+    return list;
+}
+
+/* An array, a list, or a list of lists, with a view in place of each array that is viewed; the same object if there are
+ * none. NULL: an array has no buffer, or is a view already, which callers do not give. This lets other threads run. */
+static PyObject *viewed(PyObject *given, int depth) {
+    Py_ssize_t length = length_of(given);
+    if (PySet_Size(viewed_types) == 0) return Py_NewRef(given);
+    if (length < 0) {
+        if (PyMemoryView_Check(given)) return NULL;
+        return is_viewed(given) ? PyMemoryView_FromObject(given) : Py_NewRef(given);
+    }
+    PyObject *list = NULL;
+    for (Py_ssize_t i = 0; depth && i < length; i++) {
+        /* Another thread may have removed it from the list, or remove it meanwhile. */
+        PyObject *each = Py_XNewRef(item_ahead(given, i)), *found = each == NULL ? NULL : viewed(each, depth - 1);
+        if (found != NULL && found != each && list == NULL) list = first_items(given, i);
+        if (found == NULL || (found != each && list == NULL) || (list != NULL && PyList_Append(list, found))) {
+            Py_XDECREF(each);
+            Py_XDECREF(found);
+            Py_XDECREF(list);
+            return NULL;
+        }
+        Py_DECREF(each);
+        Py_DECREF(found);
+    }
+    return list == NULL ? Py_NewRef(given) : list;
 }
 
 /* Take the parts or outs of one key; how many, or -1 if one is not as the value asks for. */
@@ -1225,8 +1275,15 @@ static PyObject *look(PyObject *module, PyObject *args) {
     if (!PyArg_ParseTuple(args, "O!OOOOO|p", &PyDict_Type, &entries, &keys, &values, &outs, &step, &own_steps, &is_flat))
         return NULL;
     int depth = length_of(keys) < 0 ? 1 : 2;
-    if (torch_api == NULL || !is_direct(values, depth) || !is_direct(outs, depth)) return Py_NewRef(Py_None);
-    return new_batch(entries, keys, values, outs, step, own_steps, is_flat);
+    PyObject *views = torch_api == NULL ? NULL : viewed(values, depth), *found = Py_None;
+    if (views == NULL || !is_direct(views, depth) || !is_direct(outs, depth)) {
+        PyErr_Clear();
+        Py_INCREF(found);
+    } else {
+        found = new_batch(entries, keys, views, outs, step, own_steps, is_flat);
+    }
+    Py_XDECREF(views);
+    return found;
 }
 
 /* Whether values and states are those that ``look`` has seen, and are here. */
@@ -1336,13 +1393,13 @@ static PyObject *batch_cells(Batch *batch, void *closure) {
     return cells;
 }
 
-/* The array that is the sum of all keys, if there is just one. */
+/* The array that is the sum of all keys, if there is just one, and not only a view of it. */
 static PyObject *batch_sums(Batch *batch, void *closure) {
     PyObject *sums = batch->flat_values;
     (void)closure;
     if (sums == NULL && batch->calls.num_keys == 1 && batch->calls.works[0].num_parts == 1)
         sums = batch->calls.arrays[batch->calls.works[0].first_part];
-    return Py_NewRef(sums == NULL ? Py_None : sums);
+    return Py_NewRef(sums == NULL || PyMemoryView_Check(sums) ? Py_None : sums);
 }
 
 static PyObject *batch_numel(Batch *batch, void *closure) {

@@ -96,7 +96,8 @@ def _show_libraries() -> bool:
     conjugated = [tensor.conj() for tensor in complexes]
     tensors = [*complexes, *conjugated, *(tensor.imag for tensor in complexes), torch.nn.Parameter(complexes[0])]
     negated = [tensor.imag for tensor in conjugated]
-    _native.use(np.ndarray, torch.Tensor, torch.nn.Parameter, api, is_neg, increment, samples, tensors, negated)
+    types = np.ndarray, torch.Tensor, torch.nn.Parameter
+    _native.use(*types, api, is_neg, increment, interop.jax_classes, samples, tensors, negated)
     return True
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,34 @@ def alone(name: str, member: str, python: str = sys.executable, **team: Any) -> 
     return Team(name, 1, [Process(_command(python, member), {})], **team)
 
 
+Places = Sequence[tuple[Sequence[str], str, str]]
+"""Of each host, what stands before a command to run it there, its address, and its interface."""
+_HERE: Places = (((), "127.0.0.1", "lo"),)
+
+
 def torchrun(
-    name: str, ranks: int, member: str, hosts: Sequence[tuple[Sequence[str], str, str]] = (([], "127.0.0.1", "lo"),),
+    name: str,
+    ranks: int,
+    member: str,
+    hosts: Places = _HERE,
+    environment: Mapping[str, str] | None = None,
     **team: Any,
-) -> Team:  # fmt: skip
+) -> Team:
     """Start ranks as torchrun does, as many on each host.
 
     Args:
         name: of the contender.
         ranks: on all hosts together.
         member: module and class of the contender.
-        hosts: for each, what stands before a command to run it there, its address and its interface.
+        hosts: on which.
+        environment: more variables.
         **team: more of what a ``Team`` takes.
     """
     per_host, port = ranks // len(hosts), free_port()
     processes = []
     for rank in range(ranks):
         prefix, _, interface = hosts[rank // per_host]
-        environment = _threads() | {
+        own = _threads() | {
             "RANK": str(rank),
             "WORLD_SIZE": str(ranks),
             "LOCAL_RANK": str(rank % per_host),
@@ -50,28 +60,31 @@ def torchrun(
             "MASTER_PORT": str(port),
             "GLOO_SOCKET_IFNAME": interface,
         }
-        processes.append(Process([*prefix, *_command(sys.executable, member)], environment))
+        processes.append(Process([*prefix, *_command(sys.executable, member)], own | dict(environment or {})))
     return Team(name, ranks, processes, **team)
 
 
-def mxnet(name: str, servers: int, python: str, ranks: int, member: str, **team: Any) -> Team:
-    """Start a scheduler, servers and workers of MXNet on this host; arguments as for ``torchrun``."""
-    environment = _threads() | {
-        "DMLC_PS_ROOT_URI": "127.0.0.1",
+def mxnet(
+    name: str, servers: int, python: str, ranks: int, member: str, hosts: Places = _HERE, **team: Any
+) -> Team:  # fmt: skip
+    """Start a scheduler, servers and workers of MXNet, as many of each on each host; arguments as for ``torchrun``."""
+    common = _threads() | {
+        "DMLC_PS_ROOT_URI": hosts[0][1],
         "DMLC_PS_ROOT_PORT": str(free_port()),
         "DMLC_NUM_WORKER": str(ranks),
         "DMLC_NUM_SERVER": str(servers),
-        "DMLC_INTERFACE": "lo",
     }
+
+    def start(role: str, number: int, count: int, command: Sequence[str]) -> Process:
+        prefix, address, interface = hosts[number * len(hosts) // count]
+        own = {"DMLC_ROLE": role, "DMLC_INTERFACE": interface, "DMLC_NODE_HOST": address, "RANK": str(number)}
+        return Process([*prefix, *command], common | own, helps=role != "worker")
+
     # At its import, MXNet sees what it is to be.
     helper = [python, "-c", "import mxnet"]
-    processes = [
-        Process(helper, {**environment, "DMLC_ROLE": role}, helps=True)
-        for role in ["scheduler", *["server"] * servers]
-    ]  # fmt: skip
-    for rank in range(ranks):
-        own = {**environment, "DMLC_ROLE": "worker", "RANK": str(rank)}
-        processes.append(Process(_command(python, member), own))
+    processes = [start("scheduler", 0, 1, helper)]
+    processes += [start("server", number, servers, helper) for number in range(servers)]
+    processes += [start("worker", rank, ranks, _command(python, member)) for rank in range(ranks)]
     return Team(name, ranks, processes, **team)
 
 

@@ -121,7 +121,7 @@ def _main(member: str) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(os.environ["BENCH_SOCKET"])
         with connection.makefile("r") as commands, connection.makefile("w") as replies:
-            print(rank or 0, os.getpid(), file=replies, flush=True)
+            print(rank or 0, file=replies, flush=True)
             _serve(Answers(member, rank), commands, replies)
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import selectors
 import socket
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ _END_TIMEOUT_S = 10
 # How long before a common start its time is told, and how often a team is asked again if a rank heard too late.
 _LEAD_S = 0.02
 _TRIES = 4
+# Of the process at the other end of a socket: its number, user and group.
+_CREDENTIALS = struct.Struct("3i")
 # How often memory is looked at.
 _LOOK_S = 0.003
 # A variable of these would tell a library of another group than the one that is started.
@@ -121,7 +124,9 @@ class Team:
                     why = "ended at its start" if ended else f"did not start within {_START_TIMEOUT_S} s"
                     raise PeerError(f"{self.name}: a process {why}\n{self._last_lines()}") from None
         connection.settimeout(self._reply_timeout_s)
-        rank, pid = map(int, _line(connection).split())
+        rank = int(_line(connection))
+        # As it is seen from here: on another host a process has another number for itself.
+        pid, _, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
         self._connections[rank], self._pids[rank] = connection, pid
 
     # ------------------------------------------------------------ commands

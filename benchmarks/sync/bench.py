@@ -15,11 +15,8 @@ from benchmarks.common.runner import Roster, measure
 from benchmarks.common.venvs import MPI, MXNET
 from benchmarks.sync import works as sync_works
 from benchmarks.sync.contenders import NAMES
-from benchmarks.sync.hosts import Hosts, HostsError
-from benchmarks.sync.works import Exchange, check_losses
+from benchmarks.sync.works import check_losses
 
-_HOSTS = 2
-_PER_HOST = (1, 2)
 PEERS = ("mxnet1", "mxnet2", "gloo", "mpi")
 _PAIRS = {peer: (peer, "tensorkv") for peer in PEERS}
 _TRAINING_PAIRS = {"ddp": ("ddp", "tensorkv"), "ddp beside overlap": ("ddp", "overlap")}
@@ -57,7 +54,7 @@ started is left out, and the tables say why.
 
 examples:
   python -m benchmarks sync --quick                    a few seconds: does it work here?
-  python -m benchmarks sync --hosts                    everything; --hosts needs root
+  python -m benchmarks sync                            everything
   python -m benchmarks sync --only SGD --ranks 2       works with "SGD" in their names, with 2 ranks"""
     title = "Processes in lock step: tensorkv and its peers"
     names = NAMES
@@ -67,19 +64,14 @@ examples:
         add = parser.add_argument
         add("--ranks", type=counts(2, "ranks"), metavar="N,N", help="ranks on one host (default 2,4; quick: 2)")
         add("--no-mpi", action="store_true", help="leave MPI out")
-        add("--hosts", action="store_true", help="also between two hosts, made of network namespaces; needs root")
 
     def works(self, options: argparse.Namespace) -> dict[str, list[Any]]:
         quick = options.quick
         options.ranks = options.ranks or ((2,) if quick else (2, 4))
-        far = [_HOSTS * per_host for per_host in _PER_HOST] if options.hosts else []
         return {
             "works": [work for ranks in options.ranks for work in sync_works.exchanges(ranks, quick=quick)],
             "training": [work for ranks in options.ranks for work in sync_works.trainings(ranks, quick=quick)],
-            "far": [
-                work for ranks in far for work in sync_works.exchanges_between_hosts(ranks, _HOSTS, quick=quick)
-            ],
-        }  # fmt: skip
+        }
 
     def run(self, options: argparse.Namespace, works: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         mxnet, mpi = (self.find_python(venv, options) for venv in (MXNET, MPI))
@@ -98,44 +90,19 @@ examples:
             fresh = tuple(launchers)
             with Roster(launchers, self.missing, self.versions, fresh, topic=", training") as roster:
                 trained += [_train(work, roster, options.reps) for work in works["training"] if work.ranks == ranks]
-        measured += self._run_between_hosts(works["far"], options.reps)
         return {"works": measured, "training": trained}
-
-    def _run_between_hosts(self, works: Sequence[Exchange], reps: int) -> list[dict[str, Any]]:
-        measured = []
-        for ranks in dict.fromkeys(work.parts for work in works):
-            try:
-                with Hosts() as hosts:
-                    launchers = {
-                        name: partial(launch.torchrun, name, ranks, f"{_MEMBERS}:{member}", hosts.places())
-                        for name, member in (("tensorkv", "TensorKV"), ("gloo", "Gloo"))
-                    }
-                    with Roster(launchers, self.missing, self.versions, topic=", between hosts") as roster:
-                        for work in works:
-                            if work.parts == ranks:
-                                found = measure(
-                                    work, roster, _PAIRS, reps, names=list(launchers), sent_nbytes=hosts.sent_nbytes
-                                )
-                                measured.append(found)
-            except HostsError as error:
-                self.missing["hosts"] = str(error)
-                break
-        return measured
 
     def given(self, result: Mapping[str, Any]) -> str:
         return "NumPy arrays, each rank pushes one part; one OpenMP thread a process (as torchrun sets it)"
 
     def sections(self, result: Mapping[str, Any]) -> list[list[str]]:
-        near = [work for work in result["works"] if work["hosts"] == 1]
-        far = [work for work in result["works"] if work["hosts"] > 1]
-        every = [*result["works"], *result["training"]]
+        works, training = result["works"], result["training"]
         return [
-            _near(near),
-            _far(far),
-            _training(result["training"]),
-            memory_section(near),
-            training_memory_section(result["training"]),
-            spreads(every, NAMES),
+            _exchanges(works),
+            _training(training),
+            memory_section(works),
+            training_memory_section(training),
+            spreads([*works, *training], NAMES),
         ]
 
     def plots(self, result: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
@@ -167,29 +134,14 @@ def _train(work: Any, roster: Roster, reps: int) -> dict[str, Any]:
     return {**found, "parameters": work.parameters, "losses": losses}
 
 
-def _near(works: Sequence[Mapping[str, Any]]) -> list[str]:
+def _exchanges(works: Sequence[Mapping[str, Any]]) -> list[str]:
     return section(
-        "On one host",
+        "Exchanges",
         "One exchange of all keys, from a common start to the end of the last rank. Median of the peer ÷ median of "
         "tensorkv; in brackets the least and the largest ratio of one repetition. Above 1, tensorkv is faster. "
         "All-reduce has no optimizer, so that it has no rows with SGD.",
         ["work", "tensorkv, ms", *(f"{NAMES[peer]} ÷ tensorkv" for peer in PEERS)],
         [[work["name"], p50_text(work, "tensorkv"), *ratio_texts(work, PEERS)] for work in works],
-    )
-
-
-def _far(works: Sequence[Mapping[str, Any]]) -> list[str]:
-    rows = []
-    for work in works:
-        sent = [work["sent_nbytes"].get(name) for name in ("tensorkv", "gloo")]
-        sent_texts = ["–" if nbytes is None else nbytes_text(nbytes) for nbytes in sent]
-        rows.append([work["name"], p50_text(work, "tensorkv"), *ratio_texts(work, ["gloo"]), *sent_texts])
-    return section(
-        "Between hosts",
-        "The hosts are network namespaces of one machine, joined by a pair of virtual interfaces: such a cable costs "
-        "time of the same cores, and has no bandwidth of its own. Sent: bytes on it in one call, both ways together.",
-        ["work", "tensorkv, ms", "Gloo all_reduce ÷ tensorkv", "tensorkv sent", "Gloo all_reduce sent"],
-        rows,
     )
 
 
@@ -255,20 +207,14 @@ def training_memory_section(works: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _draw(result: Mapping[str, Any], path: Path) -> None:
-    """Draw the ratio of every peer to tensorkv, a panel for each number of ranks, and one for several hosts."""
+    """Draw the ratio of every peer to tensorkv, a panel for each number of ranks."""
     panels: dict[str, dict[str, Any]] = {}
     for work in [*result["works"], *result["training"]]:
-        hosts, ranks = work.get("hosts", 1), work.get("parts") or work["ranks"]
         size, *_, last = work["name"].split(", ")
-        title = f"{ranks} ranks on one host" if hosts == 1 else f"between {hosts} hosts"
-        name = (
-            f"{size}\n{ranks} ranks"
-            if hosts > 1
-            else size.replace(" ", "\n", 1)
-            if "ranks" in last
-            else f"{size}\n{last}"
-        )
-        panels.setdefault(title, {})[name] = work["summary"]["pushpull"]["ratios"]
+        name = size.replace(" ", "\n", 1) if "ranks" in last else f"{size}\n{last}"
+        panels.setdefault(f"{work.get('parts') or work['ranks']} ranks", {})[name] = work["summary"]["pushpull"][
+            "ratios"
+        ]
     panels = panels or {"nothing was measured": {}}
     longest = max(map(len, panels.values()))
     figure = plot.new_figure(

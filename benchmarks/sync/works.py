@@ -110,12 +110,6 @@ def trainings(ranks: int, *, quick: bool) -> list[Training]:
     return [Training(ranks, width, layers, optimizer=optimizer) for optimizer in ("sgd", "adamw")]
 
 
-def exchanges_between_hosts(ranks: int, hosts: int, *, quick: bool) -> list[Exchange]:
-    """Return what this many ranks of several hosts are measured at."""
-    sizes = ((1, 100_000), (16, 1600)) if quick else ((1, 25_000_000), (160, 160_000))
-    return [Exchange(keys, (elements,), ranks, hosts=hosts) for keys, elements in sizes]
-
-
 def check_losses(work: Training, losses: Sequence[Sequence[float]], right: Sequence[Sequence[float]]) -> None:
     """Raise unless two ways of training have the same losses, as far as both have gone, and these fall.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from benchmarks.common.report import ratios
 from benchmarks.common.team import Process, Team
 from benchmarks.common.venvs import MPI, MXNET, PeerError
 from benchmarks.common.work import WrongResultError
-from benchmarks.sync import bench, hosts, works
+from benchmarks.sync import bench, works
 from tests.conftest import ROOT
 
 # Each test starts many processes, which takes long on a busy machine.
@@ -251,40 +250,6 @@ def test_processes_that_do_not_come_are_an_error():
         Team("x", 1, [Process(["/no/such/program"], {})])
 
 
-# ------------------------------------------------------------ hosts
-
-
-def have_hosts():
-    try:
-        with hosts.Hosts():
-            return True
-    except hosts.HostsError:
-        return False
-
-
-@pytest.mark.skipif(not have_hosts(), reason="network namespaces cannot be made here")
-def test_between_hosts(tmp_path):
-    only = "2 ranks on 2 hosts"
-    assert run(tmp_path, "--no-mxnet", "--no-mpi", "--hosts", "--only", only) == 0
-    result = json.loads((tmp_path / "sync.json").read_text())
-    assert [work["hosts"] for work in result["works"]] == [2, 2]
-    for work in result["works"]:
-        assert set(work["times_s"]["pushpull"]) == {"tensorkv", "gloo"}
-        # Each rank needs at least half of what the other one has, and shared memory would send nothing at all.
-        assert all(sent >= work["value_nbytes"] for sent in work["sent_nbytes"].values())
-    assert "| 1 × 100k, 2 ranks on 2 hosts, assign | tensorkv |" in (tmp_path / "sync.md").read_text()
-    assert f"bench{os.getpid()}" not in hosts._ip("netns", "list")
-
-
-def test_without_root_there_are_no_hosts_and_the_table_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(hosts.os, "geteuid", lambda: 1000)
-    assert run(tmp_path, "--no-mxnet", "--no-mpi", "--hosts", "--only", "on 2 hosts") == 0
-    assert (
-        "**hosts was not measured**: two hosts are network namespaces, which need root"
-        in (tmp_path / "sync.md").read_text()
-    )
-
-
 # ------------------------------------------------------------ numbers
 
 
@@ -296,10 +261,6 @@ def test_works_are_those_that_were_asked_for():
         "one 2×3 key, 4 ranks, assign",
         "1 × 25M, 4 ranks, SGD momentum 0.9",
         "160 × 160k, 4 ranks, SGD momentum 0.9",
-    ]
-    assert [work.name for work in works.exchanges_between_hosts(4, 2, quick=False)] == [
-        "1 × 25M, 4 ranks on 2 hosts, assign",
-        "160 × 160k, 4 ranks on 2 hosts, assign",
     ]
 
 

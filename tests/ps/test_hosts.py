@@ -7,8 +7,9 @@ import pytest
 
 pytest.importorskip("ray")
 import tensorkv
+from benchmarks.common import hosts as namespaces
 from tests.ps.host_programs import SHAPE, gradients
-from tests.support.hosts import CAN_MAKE, machines
+from tests.support.hosts import CAN_MAKE
 from tests.support.ray_hosts import RayHosts
 
 pytestmark = pytest.mark.skipif(not CAN_MAKE, reason="needs root and ip")
@@ -18,7 +19,7 @@ ROUNDS = 4
 
 @pytest.fixture
 def hosts():
-    with machines(2) as made, RayHosts(made) as cluster:
+    with namespaces.hosts(2) as made, RayHosts(made) as cluster:
         yield cluster, made
 
 

@@ -1,69 +1,31 @@
-"""A Ray cluster with a token over the hosts of ``tests.support.hosts.machines``, and programs that run there."""
+"""Programs that run on the hosts of a Ray cluster."""
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
-from tensorkv.engines.ps.ray import safety
-from tests.support.until import LIMIT_S, until
-
-RAY = [sys.executable, "-m", "ray.scripts.scripts", "start"]
+from benchmarks.common.ray_hosts import RayCluster
+from tests.support.until import LIMIT_S
 
 
-class RayHosts:
-    """Nodes on hosts, the first one the head; a context manager.
+class RayHosts(RayCluster):
+    """A cluster that also ends the programs that were started on its hosts; arguments are those of ``RayCluster``."""
 
-    Args:
-        machines: the hosts.
-    """
-
-    def __init__(self, machines):
-        self._machines, self._nodes, self._programs = machines, [], []
-        # Sockets of Ray need a short path.
-        self._folder = Path(tempfile.mkdtemp(prefix="tkv", dir="/tmp"))
-        safety._make_token(self._folder / ".ray" / "auth_token")
-        ours = {"HOME": str(self._folder), "RAY_AUTH_MODE": "token", "RAY_ADDRESS": f"{machines[0].address}:6379"}
-        self._env = {**os.environ, **ours, "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(self._folder)}
-
-    def __enter__(self):
-        try:
-            for machine in self._machines:
-                self.join(machine)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+    def __init__(self, hosts):
+        super().__init__(hosts)
+        self._programs = []
 
     def __exit__(self, *_):
-        for process in [*self._programs, *self._nodes]:
+        for process in self._programs:
             process.kill()
             process.wait()
-        for machine in self._machines:
-            machine.crash()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        super().__exit__(*_)
 
-    def join(self, machine):
-        """Start a node on a host."""
-        address = self._env["RAY_ADDRESS"]
-        is_head = address.startswith(f"{machine.address}:")
-        own = ["--head", "--port", "6379", "--include-dashboard", "false"] if is_head else ["--address", address]
-        common = ["--node-ip-address", machine.address, "--num-cpus", "1", "--object-store-memory", str(1 << 28)]
-        log = self._folder / f"node{len(self._nodes)}"
-        with open(log, "w") as out:
-            node = subprocess.Popen(
-                [*machine.start, *RAY, *own, *common, "--block"], env=self._env, stdout=out, stderr=out
-            )
-        self._nodes.append(node)
-        until(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None)
-        assert node.poll() is None, log.read_text()
-
-    def run(self, machine, program, *args):
+    def run(self, host, program, *args):
         """Start ``program(*args)`` of ``tests.ps.host_programs`` on a host."""
-        process = Program([*machine.start, sys.executable, "-m", "tests.ps.host_programs", program], args, self._env)
+        command = [*host.start, sys.executable, "-m", "tests.ps.host_programs", program]
+        process = Program(command, args, os.environ | self.environment)
         self._programs.append(process.process)
         return process
 

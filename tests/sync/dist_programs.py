@@ -490,6 +490,24 @@ def endless():
         say(type(error).__name__, "|", error)
 
 
+def patient():
+    """Push and pull until a call has taken long on a worker; every sum is right."""
+    with create(timeout_s=60) as kv:
+        kv.init("a", np.zeros(50_000, F32))
+        part, turn, is_over = np.full(50_000, RANK + 1, F32), 0, False
+        while not is_over:
+            start = time.monotonic()
+            found = kv.pushpull("a", part)
+            assert set(found[1:].tolist()) == {SIZE * (SIZE + 1) / 2}
+            is_over = found[0] >= 1000
+            # All workers are told in the next call.
+            part[0] += 1000 * (time.monotonic() - start > 3)
+            turn += 1
+            if turn == 20:
+                say("turn 20")
+        say("went on after a wait")
+
+
 def interrupted():
     """Ctrl-C in a call that waits: this worker ends at once, and so do the others."""
     kv = create()

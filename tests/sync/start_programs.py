@@ -63,5 +63,38 @@ def one_node_fails():
             signal.pause()
 
 
+STEPS = 40
+
+
+def elastic(own, first, folder):
+    """A launcher of one of up to three hosts, which goes on with those that are left."""
+    words = ["--nnodes=1:3", "--nproc-per-node=1", "--max-restarts=3", "--monitor-interval=0.2", "--rdzv-backend=c10d"]
+    # A host is missing after two seconds, and another one is waited for as long.
+    conf = f"is_host={int(own == first)},last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=2"
+    place = [f"--rdzv-endpoint={first}:29400", f"--rdzv-conf={conf}", f"--local-addr={own}"]
+    torchrun([*words, *place, __file__, "train_from_checkpoint", folder])
+
+
+def train_from_checkpoint(folder):
+    """Count the workers of each step, and keep what came out; each start begins where the last checkpoint is."""
+    with create(timeout_s=10) as kv:
+        if not kv.load(f"{folder}/checkpoint", missing_ok=True):
+            kv.init("steps", np.zeros(3, np.float32))
+            kv.init("workers", np.zeros(3, np.float32))
+            kv.set_optimizer("sgd", lr=1.0, maximize=True)
+        say(f"rank {RANK} of {SIZE} begins at step {kv.info('steps').version}")
+        while kv.info("steps").version < STEPS:
+            done = kv.info("steps").version
+            kv.push(["steps", "workers"], [np.full(3, 1 / SIZE, np.float32), np.ones(3, np.float32)])
+            if done % 5 == 4:
+                kv.save(f"{folder}/checkpoint")
+                say(f"saved {done + 1}")
+            if SIZE == 3 and done == 12:
+                # From here on the test takes a host away, and nobody goes on without it.
+                say("at step 12")
+                signal.pause() if RANK == 2 else kv.barrier()
+        say(f"ended with {SIZE}: {kv.pull('steps').tolist()} {kv.pull('workers').tolist()}")
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])

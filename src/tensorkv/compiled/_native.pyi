@@ -20,6 +20,7 @@ def use(
     api: Any,
     is_neg: Any,
     increment_version: Any,
+    viewed: set[type],
     samples: list[Any],
     tensors: list[Any],
     negated: list[Any],

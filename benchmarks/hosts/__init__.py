@@ -1,0 +1,1 @@
+"""Several hosts, namespaces of this machine: both engines beside Gloo, MXNet, Ray and bare TCP."""

@@ -81,6 +81,18 @@ class Host:
             self._init.communicate()
             self._init = None
 
+    def pause(self) -> None:
+        """Have all of its processes stand still, as on a host that hangs."""
+        self._signal("STOP")
+
+    def resume(self) -> None:
+        """Have them go on."""
+        self._signal("CONT")
+
+    def _signal(self, name: str) -> None:
+        # To all but the sender and the first process of the host.
+        subprocess.run([*self.start, "kill", f"-{name}", "--", "-1"], check=True)
+
     def unplug(self) -> None:
         """Take its cable out."""
         _ip("-n", self._netns, "link", "set", "eth0", "down")

@@ -227,6 +227,26 @@ def test_a_spare_leaves_a_server_alone_that_is_only_stopped(tmp_path):
         assert pid_of(kv, 0) == serving
 
 
+@pytest.mark.parametrize("spare", [True, False], ids=["with a spare", "alone"])
+def test_a_server_whose_folder_another_one_has_opened_serves_no_more(spare, tmp_path):
+    """As on a file system that has given its lock away, while its host could not be reached."""
+    with create(path=tmp_path / "store", spare=spare) as kv:
+        count_up(kv)
+        kv.init("n", np.zeros(3, F32))
+        kv.push("n", np.ones(3, F32))
+        old = pids_with_spare(kv)[0] if spare else pid_of(kv, 0)
+        lock = tmp_path / "store" / "server-0" / "lock"
+        epoch, rest = lock.read_bytes()[:16], lock.read_bytes()[16:]
+        # In place: the old one reads it. The kernel's lock stays with the old one until it has ended.
+        with lock.open("r+b") as file:
+            file.write(b"%016x" % (int(epoch, 16) + 1) + rest)
+        assert kv.pull("n").tolist() == [1] * 3
+        kv.push("n", np.ones(3, F32))
+        assert kv.pull("n").tolist() == [2] * 3
+        assert pid_of(kv, 0) != old
+        until(lambda: not Path(f"/proc/{old}").exists())
+
+
 def test_servers_have_a_spare_by_default_if_they_have_a_folder_and_else_none(tmp_path):
     with tensorkv.create("dist_async", name="spared", path=tmp_path / "store"):
         assert len([name for name in ray.util.list_named_actors() if name.startswith("spared/")]) == 2

@@ -132,8 +132,10 @@ def test_a_file_that_is_no_lock_is_left_alone(content, tmp_path):
 def test_a_later_holder_is_noticed(tmp_path):
     lock = FolderLock(Folder(tmp_path), 0)
     lock.check()
+    assert not lock.is_superseded
     with open(tmp_path / "lock", "r+b") as file:
         file.write(b"%016x" % 7)
+    assert lock.is_superseded
     with pytest.raises(StorageError, match="another process has opened this store, taking this one for dead"):
         lock.check()
     lock.close()

@@ -85,6 +85,10 @@ class Log(Protocol):
     def counts(self) -> dict[str, int]:
         """What was written, and how often."""
 
+    @property
+    def is_superseded(self) -> bool:
+        """Whether another process writes there now, and the values here are old."""
+
     def close(self) -> None:
         """Write nothing any more."""
 

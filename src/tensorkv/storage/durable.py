@@ -93,6 +93,11 @@ class DurableLog:
         """Records and bytes written, snapshots made, the length of the log in bytes, and its last record."""
         return {**self._wal.counts, "log_nbytes": self._wal.nbytes, "lsn": self._wal.lsn}
 
+    @property
+    def is_superseded(self) -> bool:
+        """Whether another process has opened the folder since, and the values here are old."""
+        return self._wal.is_superseded
+
     def close(self) -> None:
         """Close the folder."""
         self._wal.close()

@@ -71,6 +71,14 @@ class FolderLock:
                 "written from here; close this store"
             )
 
+    @property
+    def is_superseded(self) -> bool:
+        """Whether another process has opened the folder since; False if its file cannot be read."""
+        try:
+            return self._read_epoch() > self.epoch
+        except (OSError, StorageError):
+            return False
+
     def close(self) -> None:
         """Release the lock."""
         _held.discard(self)

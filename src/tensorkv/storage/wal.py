@@ -168,6 +168,11 @@ class WriteAheadLog:
             self._tidy()
             self._begin_segment()
 
+    @property
+    def is_superseded(self) -> bool:
+        """Whether another process has opened the folder since."""
+        return self._lock.is_superseded
+
     def append(self, each: Record) -> None:
         """Append a record; it counts when this returns.
 

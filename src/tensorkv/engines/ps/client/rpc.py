@@ -354,9 +354,11 @@ class ServerConnection:
                 call.head = {name: each for name, each in call.head.items() if name != "cached_nbytes"}
 
     def _find_serving(self, call: _Call) -> None:
-        """Continue with the actor that serves; over a connection, it is found when connecting."""
+        """Continue with the actor that serves, wherever it is."""
         self._disconnect()
-        self._server.place(max(0.001, min(_RESEND_S, call.deadline - time.monotonic())))
+        place = self._server.place(max(0.001, min(_RESEND_S, call.deadline - time.monotonic())))
+        if self._address is not None:
+            self._move(address_for_here(place))
 
     def _replace_buffers(self) -> None:
         """Use a connection and memory that no earlier attempt uses."""

@@ -84,7 +84,7 @@ class ServerActor:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _open(self, *, comes_back: bool) -> Server | AwaitedServer | SpareServer:
-        """Return the server, or what answers while its twin has the folder, or while the folder is not there."""
+        """Return the server, or what answers while another process has the folder, or while it is not there."""
         folder = self._options.folder(self._index)
         if comes_back and folder is not None:
             if self._options.spare and is_locked(folder):
@@ -94,11 +94,15 @@ class ServerActor:
                 return SpareServer() if self._is_spare else AwaitedServer(why, self._options.heartbeat_timeout_s)
         try:
             return Server(self._options, self._index, comes_back=comes_back, stamp=self._stamp)
-        except StorageError:
-            if comes_back and folder is not None and self._options.spare and is_locked(folder):
+        except StorageError as error:
+            if not comes_back or folder is None or not is_locked(folder):
+                raise
+            if self._options.spare:
                 # Both have been asked at the same time, and the other one was faster.
                 return SpareServer()
-            raise
+            # Its last process is not dead: it is on a host that hangs, or that no network leads to.
+            why = f"server {self._index}: {error}; it serves as soon as that process has ended"
+            return AwaitedServer(why, self._options.heartbeat_timeout_s)
 
     def serve(self, message: bytes, payload: Any = None) -> Any:
         """Answer a message that came through Ray, whose payload is in it or beside it."""
@@ -148,7 +152,7 @@ class ServerActor:
         self._take_over()
         node = ray.get_runtime_context().get_node_id()
         mine = [host_id(), os.getpid(), _compat.authentication_mode(), node, self._stamp, socket.gethostname()]
-        if isinstance(self._server, SpareServer):
+        if isinstance(self._server, SpareServer) or self._server.is_superseded:
             return [*mine, None]
         return [*mine, [self._listener and self._listener.address, self._network and self._network.address]]
 
@@ -182,6 +186,9 @@ class ServerActor:
                 if time.monotonic() - alone_since >= _LOOK_S and find_actor(self._twin) is not None:
                     alone_since = time.monotonic()
                 continue
+            if self._server.is_superseded:
+                _logger.warning("another process has opened the folder of server %s: this one ends", self._index)
+                os._exit(1)
             if isinstance(self._server, AwaitedServer):
                 self._look_for_folder(self._server)
             else:

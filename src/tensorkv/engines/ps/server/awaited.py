@@ -31,7 +31,7 @@ class AwaitedServer:
         timeout_s: after how many seconds without a heartbeat a client waits no longer.
     """
 
-    is_ending = False
+    is_ending = is_superseded = False
 
     def __init__(self, why: str, timeout_s: float) -> None:
         self._why, self._timeout_s = why, timeout_s
@@ -75,7 +75,7 @@ class AwaitedServer:
 class SpareServer:
     """Answers while another actor has the folder open and serves: clients are to look for that one."""
 
-    is_ending = is_broken = False
+    is_ending = is_broken = is_superseded = False
 
     def serve(self, head: Mapping[str, Any], *_: Any, **__: Any) -> Reply:
         """Return that another actor serves."""

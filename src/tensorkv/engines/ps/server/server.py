@@ -96,10 +96,12 @@ class Server:
             out: bytes, in which pulled values are put if they fit, instead of in new memory.
 
         Returns:
-            A reply. Its head has ``"error"`` (class name and message) if the request was refused, and ``"wait_for"``
-            if it has to be sent again.
+            A reply. Its head has ``"error"`` (class name and message) if the request was refused, ``"wait_for"`` if it
+            has to be sent again, and ``"spare"`` if another server has its folder.
         """
         start = clock()
+        if self.is_superseded:
+            return Reply({"spare": True})
         try:
             request = messages.decode(head, layout, payload, out)
             reply = self._answer(request)
@@ -126,6 +128,12 @@ class Server:
         if not isinstance(message, messages.Disconnect):
             self._membership.heartbeat(sender)
         return _HANDLERS[type(message)](self, request)
+
+    @property
+    def is_superseded(self) -> bool:
+        """Whether another process has opened the folder, taking this one for dead, so that the values here are old."""
+        log = self._state.shard.log
+        return log is not None and log.is_superseded
 
     @property
     def is_ending(self) -> bool:

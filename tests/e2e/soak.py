@@ -1,8 +1,10 @@
 """Kill durable shards and disturb random programs for as long as you like, and report: ``make soak MINUTES=30``.
 
 The programs of the tests run with seeds of their own: durable shards two at a time, over both durabilities, every way
-to be killed and two optimizers; between them, disturbed programs on every engine. The first wrong state ends it with
-exit status 1 and the command that shows it again.
+to be killed and two optimizers; between them, disturbed programs on every engine. Where hosts can be made of namespaces
+(as root), a worker uses servers on two of them all along, of which one crashes, hangs or loses its cable in between,
+and counts at the end what has come of its pushes. The first wrong state ends it with exit status 1 and the command
+that shows it again.
 """
 
 from __future__ import annotations
@@ -10,14 +12,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 from tests.storage.test_durable_kills import finish, start
 from tests.support import workers
+from tests.support.away import FAULTS, HostsInUse
+from tests.support.hosts import CAN_MAKE
 
 KILLS = 200
 # Disturbed programs between two pairs of killed ones: engine, how many at a time, options, workers.
@@ -39,22 +45,38 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the first program, default: the time")
     parser.add_argument("--out", type=Path, default=Path("out/soak.json"), help="the report, default out/soak.json")
     options = parser.parse_args()
-    report = {"seed": options.seed, "seconds": 0.0, "runs": {}, "disturbed": Counter()}
+    report = {"seed": options.seed, "seconds": 0.0, "runs": {}, "disturbed": Counter(), "hosts": {}}
     began = time.monotonic()
     status, seed = 0, options.seed
-    disturbed = itertools.cycle(DISTURBED)
-    for pair in itertools.cycle(zip(RUNS[::2], RUNS[1::2], strict=True)):
-        if status or time.monotonic() - began > 60 * options.minutes:
-            break
-        status = run(pair, seed, report) or disturb(*next(disturbed), seed, report)
-        seed += 20
-        report["seconds"] = round(time.monotonic() - began, 1)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
-        programs = sum(report["disturbed"].values())
-        print(f"{report['seconds']:8.0f} s, {total(report)} kills, {programs} disturbed programs", flush=True)
+    disturbed, faults = itertools.cycle(DISTURBED), itertools.cycle(FAULTS)
+    with ExitStack() as stack:
+        used = stack.enter_context(HostsInUse(random.Random(seed))) if CAN_MAKE else None
+        for pair in itertools.cycle(zip(RUNS[::2], RUNS[1::2], strict=True)):
+            if status or time.monotonic() - began > 60 * options.minutes:
+                break
+            if used is not None:
+                used.disturb(next(faults))
+                report["hosts"] = {"faults": used.faults}
+            status = run(pair, seed, report) or disturb(*next(disturbed), seed, report)
+            seed += 20
+            write(report, began, options.out)
+            programs = sum(report["disturbed"].values())
+            print(f"{report['seconds']:8.0f} s, {total(report)} kills, {programs} disturbed programs", flush=True)
+        if used is not None:
+            try:
+                report["hosts"] |= used.end()
+            except AssertionError as error:
+                print(f"wrong: python -m tests.e2e.soak --seed {options.seed} (hosts)\n{error}")
+                status = 1
+            write(report, began, options.out)
     show(report)
     return status
+
+
+def write(report, began, out):
+    report["seconds"] = round(time.monotonic() - began, 1)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def run(pair, seed, report):
@@ -106,6 +128,8 @@ def show(report):
     print("\n| run | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
     for run_name, counts in report["runs"].items():
         print(f"| {run_name} | " + " | ".join(str(counts[name]) for name in names) + " |")
+    if report["hosts"]:
+        print(f"\nhosts: {json.dumps(report['hosts'])}")
 
 
 if __name__ == "__main__":

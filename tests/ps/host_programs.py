@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -55,6 +56,42 @@ def count(options):
         # Large payloads are not carried by Ray.
         assert kv.stats()["socket_requests"] > pushed
         say({"pushed": pushed, "least": float(value.min()), "most": float(value.max()), "hosts": servers})
+
+
+def do_everything(options, folder, until):
+    """Push, init, snapshot and save in turns until a file is there; say what came out of it.
+
+    A snapshot that a server has lost may be refused; whatever is read is whole.
+    """
+    with tensorkv.create("dist_async", timeout_s=LIMIT_S, **options) as kv:
+        kv.init(["w", "n"], [np.zeros(SHAPE, F32), np.zeros(3, F32)])
+        kv.set_optimizer("sgd", lr=1.0, maximize=True)
+        say("pushing")
+        counts = {"pushed": 0, "saved": 0, "lost": 0}
+        while not os.path.exists(until):
+            kv.push(["w", "n"], [np.ones(SHAPE, F32), np.ones(3, F32)])
+            counts["pushed"] += 1
+            number = counts["pushed"]
+            Path(folder, "progress").write_text(str(number))
+            # Now and then one that is divided, so that both servers have some of it.
+            kv.init(f"new {number % 100}", np.full(SHAPE if number % 10 == 0 else 3, number, F32))
+            try:
+                with kv.snapshot() as snapshot:
+                    assert {float(each) for key in ("w", "n") for each in snapshot.pull(key).flat} == {number}
+                kv.save(f"{folder}/saved")
+                counts["saved"] += 1
+            except tensorkv.SnapshotError:
+                counts["lost"] += 1
+            if counts["saved"]:
+                with tensorkv.create("local") as read:
+                    read.load(f"{folder}/saved")
+                    assert len({*read.pull("w").flat, *read.pull("n").flat}) == 1
+            if number % 100 == 99:
+                for key in range(number - 98, number + 1):
+                    assert set(kv.pull(f"new {key % 100}").flat) == {key}
+                kv.delete([f"new {key % 100}" for key in range(number - 98, number + 1)])
+        value, resent = kv.pull("w"), kv.stats()["resent"]
+        say({**counts, "least": float(value.min()), "most": float(value.max()), "resent": resent})
 
 
 def lose(options):

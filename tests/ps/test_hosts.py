@@ -1,5 +1,6 @@
 """Servers and workers on several hosts, and hosts and cables that fail."""
 
+import random
 import time
 
 import numpy as np
@@ -9,6 +10,7 @@ pytest.importorskip("ray")
 import tensorkv
 from benchmarks.common import hosts as namespaces
 from tests.ps.host_programs import SHAPE, gradients
+from tests.support.away import FAULTS, HostsInUse
 from tests.support.hosts import CAN_MAKE
 from tests.support.ray_hosts import RayHosts
 
@@ -70,6 +72,36 @@ def test_servers_of_a_dead_host_move_with_a_folder_that_all_hosts_see(hosts, tmp
     worker = cluster.run(made[0], "count", {"num_servers": 2, "path": str(tmp_path / "store")})
     assert [worker.say(), worker.say()] == [["host1", "host2"], "pushing"]
     made[1].crash()
+    (said,) = worker.end()
+    assert said.pop("hosts") == ["host1", "host1"]
+    assert said["least"] == said["most"] == said["pushed"]
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("fault", FAULTS)
+def test_nothing_is_lost_or_made_twice_whatever_a_call_does_when_a_host_is_away(fault):
+    """Pushes, inits, snapshots and saves, during which a host is away ten times."""
+    with HostsInUse(random.Random(7)) as used:
+        for _ in range(10):
+            used.disturb(fault)
+        said = used.end()
+    assert said["pushed"] > 10, said
+    assert said["saved"] > 5, said
+    assert said["resent"] > 0 or fault == "hang", said
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("spare", [True, False], ids=["with spares", "alone"])
+def test_a_host_that_hangs_and_wakes_up_serves_no_more(hosts, spare, tmp_path):
+    """Ray starts its server elsewhere, where it waits for the lock that the stopped process has."""
+    cluster, made = hosts
+    options = {"path": str(tmp_path / "store"), "num_servers": 2, "spare": spare}
+    worker = cluster.run(made[0], "count", options)
+    assert [worker.say(), worker.say()] == [["host1", "host2"], "pushing"]
+    made[1].pause()
+    # Ray has taken it for dead by then.
+    time.sleep(110)
+    made[1].resume()
     (said,) = worker.end()
     assert said.pop("hosts") == ["host1", "host1"]
     assert said["least"] == said["most"] == said["pushed"]

@@ -204,6 +204,8 @@ class Loop:
 class Disk:
     """A write-ahead log that is kept here, as far as a shard uses one."""
 
+    is_superseded = False
+
     def __init__(self, disks, path, *_):
         self.path, self._kept = path, disks.setdefault(path, {"snapshot": [], "log": []})
         self.lsn = self.nbytes = 0

@@ -131,12 +131,25 @@ def test_servers_without_clients_end_by_themselves(is_ending, after_s, monkeypat
     actor = object.__new__(ray_actor.ServerActor)
     actor._twin = ""
     actor._server, actor._metrics = (
-        mock.Mock(is_ending=is_ending, is_broken=False, owners=lambda: now[0] < 50),
+        mock.Mock(is_ending=is_ending, is_broken=False, is_superseded=False, owners=lambda: now[0] < 50),
         mock.Mock(),
     )
     actor._watch()
     ray_actor.ray.kill.assert_called_once()
     assert 50 + after_s - 2 < now[0] < 50 + after_s + 2
+
+
+def test_a_spare_ends_when_its_server_has_ended_for_good(monkeypatch):
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds))
+    monkeypatch.setattr(ray_actor, "time", clock)
+    monkeypatch.setattr(ray_actor, "ray", mock.Mock())
+    monkeypatch.setattr(ray_actor, "find_actor", lambda name: name if now[0] < 500 else None)
+    actor = object.__new__(ray_actor.ServerActor)
+    actor._twin, actor._server = "store/0", ray_actor.SpareServer()
+    actor._watch()
+    ray_actor.ray.kill.assert_called_once()
+    assert 600 < now[0] < 622
 
 
 def test_the_documented_options_are_those_that_there_are():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import random
 import re
 import selectors
 import socket
@@ -28,6 +30,8 @@ _LEAD_S = 0.02
 _TRIES = 4
 # Of the process at the other end of a socket: its number, user and group.
 _CREDENTIALS = struct.Struct("3i")
+# Below those that the kernel gives to connections: another host is not asked whether it has used one.
+_PORTS = range(20_000, 32_000)
 # How often memory is looked at.
 _LOOK_S = 0.003
 # A variable of these would tell a library of another group than the one that is started.
@@ -293,8 +297,9 @@ def _pss(pid: int) -> int:
 
 
 def free_port() -> int:
-    """Return a TCP port of this host that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a TCP port of this host that nobody listens on, and that no host gives to a connection by itself."""
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(errno.EADDRINUSE, "no port is free")

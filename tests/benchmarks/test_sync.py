@@ -60,7 +60,7 @@ def check_result(result):
 def check_table(table, result):
     for work in result["works"]:
         assert f"| {work['name']} | tensorkv |" in table
-    for head in ("## On one host", "## A step of training", "MXNet was not measured**: left out", "at toy sizes"):
+    for head in ("## Exchanges", "## A step of training", "MXNet was not measured**: left out", "at toy sizes"):
         assert head in table
     # Values this small are not what a process has most of.
     assert "## Memory" not in table

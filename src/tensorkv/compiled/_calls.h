@@ -333,20 +333,19 @@ static PyObject *look_at_call(Call *call, PyObject *entries, const ShardFields *
     int depth = length_of(held[KEYS]) < 0 ? 1 : 2;
     if (call->has_new_outs && held[OUTS] == Py_None && !make_outs(call, entries))
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+    PyObject *values = direct_values(held[VALUES], held[OUTS], depth, call->has_new_outs);
+    if (values == NULL) return Py_NewRef(Py_None);
+    /* From here on no other thread runs that could change the rule. */
     if (shard != NULL && held[VALUES] != Py_None) {
-        if (shard->steps == NULL || !PyTuple_CheckExact(shard->steps) || PyTuple_Size(shard->steps) != 2)
+        if (shard->steps == NULL || !PyTuple_CheckExact(shard->steps) || PyTuple_Size(shard->steps) != 2) {
+            Py_DECREF(values);
             return Py_NewRef(Py_None);
+        }
         step = PyTuple_GetItem(shard->steps, 0);
         own_steps = PyTuple_GetItem(shard->steps, 1);
     }
-    PyObject *values = viewed(held[VALUES], depth), *found = NULL;
-    if (values != NULL && is_direct(values, depth) && (call->has_new_outs || is_direct(held[OUTS], depth))) {
-        found = new_batch(entries, held[KEYS], values, held[OUTS], step, own_steps, held[FLAT] == Py_True);
-    } else {
-        PyErr_Clear();
-        found = Py_NewRef(Py_None);
-    }
-    Py_XDECREF(values);
+    PyObject *found = new_batch(entries, held[KEYS], values, held[OUTS], step, own_steps, held[FLAT] == Py_True);
+    Py_DECREF(values);
     if (found == NULL || found == Py_None) return found;
     if (shard != NULL && shard->averages && ((Batch *)found)->pushes && !average((Batch *)found)) {
         Py_DECREF(found);

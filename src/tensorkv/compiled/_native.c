@@ -873,6 +873,17 @@ static PyObject *viewed(PyObject *given, int depth) {
     return list == NULL ? Py_NewRef(given) : list;
 }
 
+/* The values of a call, viewed, where neither they nor the outs have a lazily negated tensor that ``look_at`` would not
+ * see; NULL: the call is not plain. This lets other threads run. */
+static PyObject *direct_values(PyObject *values, PyObject *outs, int depth, int has_new_outs) {
+    PyObject *views = viewed(values, depth);
+    if (views == NULL || !is_direct(views, depth) || (!has_new_outs && !is_direct(outs, depth))) {
+        PyErr_Clear();
+        Py_CLEAR(views);
+    }
+    return views;
+}
+
 /* Take the parts or outs of one key; how many, or -1 if one is not as the value asks for. */
 static Py_ssize_t take_arrays(Calls *calls, PyObject *given, const Plain *value, int writable) {
     Py_ssize_t length = length_of(given), count = length < 0 ? 1 : length;
@@ -1275,14 +1286,10 @@ static PyObject *look(PyObject *module, PyObject *args) {
     if (!PyArg_ParseTuple(args, "O!OOOOO|p", &PyDict_Type, &entries, &keys, &values, &outs, &step, &own_steps, &is_flat))
         return NULL;
     int depth = length_of(keys) < 0 ? 1 : 2;
-    PyObject *views = torch_api == NULL ? NULL : viewed(values, depth), *found = Py_None;
-    if (views == NULL || !is_direct(views, depth) || !is_direct(outs, depth)) {
-        PyErr_Clear();
-        Py_INCREF(found);
-    } else {
-        found = new_batch(entries, keys, views, outs, step, own_steps, is_flat);
-    }
-    Py_XDECREF(views);
+    PyObject *views = torch_api == NULL ? NULL : direct_values(values, outs, depth, 0);
+    if (views == NULL) return Py_NewRef(Py_None);
+    PyObject *found = new_batch(entries, keys, views, outs, step, own_steps, is_flat);
+    Py_DECREF(views);
     return found;
 }
 

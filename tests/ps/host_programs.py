@@ -94,6 +94,14 @@ def do_everything(options, folder, until):
         say({**counts, "least": float(value.min()), "most": float(value.max()), "resent": resent})
 
 
+def refuse(options):
+    """Say what the error of ``create`` says."""
+    try:
+        tensorkv.create("dist_async", **options).close()
+    except tensorkv.TensorKVError as error:
+        say([type(error).__name__, str(error)])
+
+
 def lose(options):
     """Push until a server is dead; say what the error says."""
     kv = tensorkv.create("dist_async", timeout_s=LIMIT_S, **options)

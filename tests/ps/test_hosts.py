@@ -130,3 +130,19 @@ def test_a_cable_that_is_out_for_a_while_costs_a_wait(hosts, down_s):
     (said,) = worker.end()
     assert said.pop("hosts") == ["host2"]
     assert said["least"] == said["most"] == said["pushed"]
+
+
+@pytest.mark.release
+def test_two_clusters_with_stores_of_one_name_do_not_meet(tmp_path):
+    """Each has its own servers; one that is given the folder of the other does not start."""
+    with namespaces.hosts(2) as made, RayHosts(made[:1]) as first, RayHosts(made[1:]) as second:
+        for program in [first.run(made[0], "train", {}, ROUNDS), second.run(made[1], "train", {}, ROUNDS)]:
+            (said,) = program.end()
+            assert said.pop("hosts") in (["host1"], ["host2"])
+            assert said == trained(1)
+        options = {"path": str(tmp_path / "store")}
+        worker = first.run(made[0], "count", options)
+        assert [worker.say(), worker.say()] == [["host1"], "pushing"]
+        ((kind, text),) = second.run(made[1], "refuse", options).end()
+        assert kind == "StorageError"
+        assert "another store has this folder open (process" in text

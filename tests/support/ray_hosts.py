@@ -51,9 +51,11 @@ class Program:
         return [json.loads(line) for line in text.splitlines()]
 
     def close(self):
-        """Kill it if it runs, and forget what it has said."""
+        """Forget what it has said; if it runs, it ends with its host."""
         self.process.kill()
-        self.process.communicate()
+        # What starts a program on a host is not the program, which may hold the other end of the pipe.
+        self.process.stdout.close()
+        self.process.wait(LIMIT_S)
         self._errors.close()
 
     def _last_errors(self):

@@ -6,12 +6,12 @@ import os
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar
 
 import torch
 
-from tensorkv import compiled, engines
+from tensorkv import compiled, compression, engines
 from tensorkv.arrays import interop, trees
 from tensorkv.arrays.arguments import (
     Key,
@@ -58,7 +58,7 @@ from .errors import (
 
 P = ParamSpec("P")
 R = TypeVar("R")
-CAPABILITIES = ("checkpoint", "optimizer", "rows", "snapshot", "updater")
+CAPABILITIES = ("checkpoint", "compression", "optimizer", "rows", "snapshot", "updater")
 # How long a pull waits for a version, in seconds.
 WAIT_S = 60.0
 # Names that users of MXNet's KVStore, or of other key-value stores, may try, and what to use instead.
@@ -72,7 +72,6 @@ _FOREIGN_NAMES = {
     "num_dead_node": "use dead_workers(), a list of ranks",
     "put": "use init(key, value) for a new key, then push(key, value)",
     "set": "use init(key, value) for a new key, then push(key, value)",
-    "set_gradient_compression": "gradients are not compressed yet; push float16 or bfloat16 arrays to halve them",
     "set_optimizer_states": "use load_optimizer_states(path)",
 }
 
@@ -753,6 +752,47 @@ class KVStore:
         with naming("set_hyperparameters"):
             self._engine.protect(self._engine.set_hyperparameters, hyperparameters, listed)
         self._replace_pending(hyperparameters, listed)
+
+    @_collective
+    def set_gradient_compression(self, compression_params: Any, *unnamed: Any, simulate: bool = False) -> None:
+        """Send gradients in fewer bytes; what is not sent is kept, and added to the next gradient of the key.
+
+        Args:
+            compression_params: a dict with ``"type"``, one of ``tensorkv.compression.names()``, and the parameters of
+                that codec; None, or the type ``"none"``: gradients are sent as they are.
+                ``{"type": "2bit", "threshold": 0.5}``: plus or minus the threshold, or nothing.
+                ``{"type": "1bit", "threshold": 0.0}``: plus or minus one.
+                ``{"type": "fp16"}``, ``{"type": "bf16"}``, ``{"type": "int8"}``: each element in fewer bits.
+                ``{"type": "topk", "ratio": 0.01}``: the largest elements.
+                ``{"type": "powersgd", "rank": 2}``: matrices as products of thin ones.
+            *unnamed: not allowed.
+            simulate: on a store that sends nothing (``local``, ``device``), compress each part of a push as if a
+                worker had sent it.
+
+        Raises:
+            ArgumentError: the type or a parameter is unknown or out of range, or the store sends nothing.
+            OptimizerError, UpdaterError: the update rule refused what earlier gradients still owe.
+
+        From now on a push takes dense gradients of float32, float16 and bfloat16 for dense keys; Rows for tables,
+        values of ``init``, and pulls are not compressed. A gradient with NaN or Inf is a ``NonFiniteError``. Where
+        the setting changes and there is an update rule, what is owed is pushed first, without compression.
+
+        >>> import numpy as np
+        >>> kv = create()
+        >>> kv.init("w", np.zeros(3, np.float32))
+        >>> kv.set_gradient_compression({"type": "2bit", "threshold": 0.5}, simulate=True)
+        >>> gradient = np.array([0.75, -0.25, 0.25], np.float32)
+        >>> kv.pushpull("w", gradient)
+        array([0.5, 0. , 0. ], dtype=float32)
+        >>> kv.pushpull("w", gradient)
+        array([ 0.5, -0.5,  0.5], dtype=float32)
+        """
+        self._begin("set_gradient_compression")
+        _refuse_unnamed("set_gradient_compression", unnamed)
+        check_flag("simulate", simulate)
+        with naming("set_gradient_compression"):
+            codec = compression.parse(compression_params)
+        self._engine.protect(partial(self._engine.set_gradient_compression, codec, simulate=simulate))
 
     @property
     def last_push(self) -> PushResult:

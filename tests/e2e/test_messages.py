@@ -263,7 +263,7 @@ def test_pythons_own_messages_name_the_class_that_users_know(name):
         assert str(caught.value).startswith((*(f"KVStore.{name}{each}" for each in says), f"{name}: got 1 without"))
 
 
-@pytest.mark.parametrize("name", ["set_gradient_compression", "num_dead_node", "_barrier", "_set_updater"])
+@pytest.mark.parametrize("name", ["num_dead_node", "_barrier", "_set_updater"])
 def test_a_name_of_mxnet_says_what_there_is_instead(name):
     with make_store() as kv:
         assert not hasattr(kv, name)

@@ -118,7 +118,8 @@ def test_an_installation_without_compiled_parts_says_so(tree, tmp_path):
     report, version = ended.stdout.splitlines()
     file, told, value, has, shared = json.loads(report)
     assert Path(file).is_relative_to(tmp_path)
-    what = "installed without its compiled parts _native, _shared, _signals, _tables, since no C compiler was found"
+    parts = ", ".join(PARTS)
+    what = f"installed without its compiled parts {parts}, since no C compiler was found"
     assert told == [f"tensorkv is {what}: results are the same, calls slower; see docs/dependencies.md"]
     assert shared == f"tensorkv is {what}"
     assert value == [2.0] * 3
@@ -172,8 +173,8 @@ def test_a_part_that_is_not_of_these_sources_is_not_used(spoil, missing, said, t
     shutil.copytree(Path(compiled.__file__).parent, tmp_path / "parts", ignore=shutil.ignore_patterns("__pycache__"))
     spoil(tmp_path / "parts")
     code = (
-        "import json, parts; from parts import _native, _shared, _signals, _tables\n"
-        "print(json.dumps([[_native is None, _shared is None, _signals is None, _tables is None], parts.describe()]))"
+        "import json, parts\n"
+        "print(json.dumps([[getattr(parts, each) is None for each in parts.PARTS], parts.describe()]))"
     )
     command = [sys.executable, "-c", code]
     told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout

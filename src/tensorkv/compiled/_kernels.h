@@ -12,11 +12,7 @@
 #if defined(__x86_64__)
 #include <emmintrin.h>
 #endif
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define FOR_EACH_CPU
-#endif
+#include "_cpus.h"
 
 enum { FLOAT32, FLOAT64, FLOAT16, BFLOAT16, INT8, INT16, INT32, INT64, BOOL, NUM_DTYPES };
 enum { SGD, ADAM, ADAGRAD, RMSPROP, NUM_OPTIMIZERS };

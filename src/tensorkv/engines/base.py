@@ -15,6 +15,7 @@ import torch
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
+from tensorkv.compression import Codec
 from tensorkv.errors import ArgumentError, WaitTimeoutError, quote
 from tensorkv.runtime import shield
 from tensorkv.runtime.modes import outside_modes
@@ -115,7 +116,8 @@ class Engine(Reader):
     """
 
     capabilities: frozenset[str] = frozenset()
-    """What it can do, of ``"optimizer"``, ``"updater"``, ``"rows"``, ``"checkpoint"`` and ``"snapshot"``."""
+    """What it can do, of ``"checkpoint"``, ``"compression"`` of what it sends, ``"optimizer"``, ``"rows"``,
+    ``"snapshot"`` and ``"updater"``."""
 
     # ------------------------------------------------------------ to be implemented
 
@@ -208,6 +210,15 @@ class Engine(Reader):
     def set_hyperparameters(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> None:
         """Change numbers of the optimizer, for all keys or some."""
         raise self.lacks("set_hyperparameters")
+
+    def set_gradient_compression(self, codec: Codec | None, *, simulate: bool) -> None:
+        """Compress gradients that are pushed from now on; what earlier ones still owe is pushed first.
+
+        Args:
+            codec: None: they are not compressed.
+            simulate: compress where nothing is sent, too.
+        """
+        raise self.lacks("set_gradient_compression")
 
     def stats(self) -> Mapping[str, Any]:
         """Return counters of the engine's own, which are merged into ``KVStore.stats()``."""

@@ -13,6 +13,7 @@ import torch
 from tensorkv.arrays.arguments import Key, folder_path
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
+from tensorkv.compression import Codec, Compressor, Sending
 from tensorkv.errors import ArgumentError
 from tensorkv.runtime import shield
 from tensorkv.shard.entry import Batch, KeyInfo, Part
@@ -21,7 +22,7 @@ from tensorkv.shard.norm import PushResult
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.reduce import Reduce
 from tensorkv.shard.rules import Updater
-from tensorkv.shard.shard import Shard
+from tensorkv.shard.shard import Lock, Shard
 from tensorkv.shard.table import Table
 from tensorkv.storage import checkpoint
 from tensorkv.storage.durable import open_shard
@@ -45,7 +46,7 @@ class LocalEngine(Engine):
         log_nbytes: how long the log in the folder may grow (None: twice the store, at most 1 GiB).
     """
 
-    capabilities = frozenset({"optimizer", "updater", "rows", "checkpoint", "snapshot"})
+    capabilities = frozenset({"checkpoint", "optimizer", "rows", "snapshot", "updater"})
     protect = staticmethod(shield.defer)
 
     def __init__(
@@ -59,6 +60,8 @@ class LocalEngine(Engine):
         durability: Durability = "process",
         log_nbytes: int | None = None,
     ) -> None:
+        self._compressor = Compressor()
+        self._compressing = Lock()
         if path is None:
             if not isinstance(durability, str) or durability != "process" or log_nbytes is not None:
                 raise ArgumentError("create: durability and log_nbytes need a store in a folder; give path=")
@@ -84,22 +87,67 @@ class LocalEngine(Engine):
         self._shard.init(keys, values, specs)
 
     def push_parts(self, batch: Batch, priority: int) -> None:
-        self._shard.push(batch)
+        with self._compressed(batch) as found:
+            self._shard.push(found)
 
     def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
         self._shard.pull(keys, outs)
 
     def pushpull_into(self, batch: Batch, outs: Outs, priority: int) -> None:
-        self._shard.pushpull(batch, outs)
+        with self._compressed(batch) as found:
+            self._shard.pushpull(found, outs)
 
     def try_compiled(self, call: Call) -> bool:
-        return self._shard.try_compiled(call)
+        return (self._compressor.codec is None or call.verb == "pull") and self._shard.try_compiled(call)
+
+    # ------------------------------------------------------------ compression
+
+    def set_gradient_compression(self, codec: Codec | None, *, simulate: bool) -> None:
+        if codec is not None and not simulate:
+            raise ArgumentError(
+                "set_gradient_compression: this type of store sends nothing; simulate=True compresses each part as if "
+                "a worker had sent it"
+            )
+        if codec is not None and self._shard.log is not None:
+            raise ArgumentError("set_gradient_compression: a store in a folder (path=) cannot simulate compression")
+        with self._compressing:
+            self._compressor.change(codec, self._push_owed)
+
+    def _push_owed(self, owed: dict[Key, list[Part]]) -> None:
+        # A value that is assigned owes nothing.
+        if owed and (self._shard.optimizer is not None or self._shard.has_updater):
+            self._shard.push(Batch("set_gradient_compression", list(owed), list(owed.values())))
+
+    @contextmanager
+    def _compressed(self, batch: Batch) -> Iterator[Batch]:
+        """Give the batch that the receivers of a compressed one have; if it is pushed, what is left of it is kept."""
+        if self._compressor.codec is None:
+            yield batch
+            return
+        with self._compressing:
+            self._shard.check(batch)
+            sendings: list[Sending] = []
+            parts = [
+                [self._sent(batch, key, index, part, sendings) for index, part in enumerate(own)]
+                for key, own in zip(batch.keys, batch.parts, strict=True)
+            ]
+            yield Batch(batch.verb, batch.keys, parts, batch.counts)
+            self._compressor.keep(sendings)
+
+    def _sent(self, batch: Batch, key: Key, worker: int, part: Part, sendings: list[Sending]) -> Part:
+        """Return what is received of a part."""
+        if self._shard.entry(batch.verb, key).spec.is_table:
+            return part
+        sendings.append(self._compressor.encode(batch.verb, (key, worker), part))
+        return self._compressor.decode(sendings[-1].words, part.shape)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         return self._shard.pull_rows(keys, ids)
 
     def delete(self, keys: Sequence[Key]) -> None:
         self._shard.delete(keys)
+        with self._compressing:
+            self._compressor.forget(keys)
 
     def set_updater(self, updater: Updater | None) -> None:
         self._shard.set_updater(updater)
@@ -135,16 +183,17 @@ class LocalEngine(Engine):
         return key in self._shard
 
     def stats(self) -> Mapping[str, Any]:
-        counts = {"nonfinite": dict(self._shard.nonfinite_counts)}
+        counts = {"nonfinite": dict(self._shard.nonfinite_counts), **self._compressor.stats()}
         return counts if self._shard.log is None else {**counts, "wal": self._shard.log.counts}
 
     @contextmanager
     def contents(self) -> Iterator[Contents]:
         with self._shard.frozen() as (entries, rule):
-            yield Contents("store", entries, rule)
+            yield Contents("store", entries, rule, self._compressor.owed)
 
     def restore(self, contents: Contents) -> None:
         checkpoint.restore(self._shard, contents)
+        self._compressor.owed = dict(contents.owed)
 
     def snapshot(self) -> tuple[LocalEngine, Mapping[Key, int]]:
         copy = LocalEngine(False)

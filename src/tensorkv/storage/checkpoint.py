@@ -75,7 +75,7 @@ def write(path: str, contents: Contents) -> None:
         CheckpointError: the path holds something else, or cannot be written.
     """
     token = secrets.token_hex(8)
-    body, tensors = manifest.describe(contents.kind, contents.entries, contents.rule)
+    body, tensors = manifest.describe(contents.kind, contents.entries, contents.rule, contents.owed)
     with writing(path, token):
         publish(path, token, {**body, "files": write_files(path, token, 0, tensors)})
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import NoneType
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType, NoneType
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,6 +18,7 @@ from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key, check_key
 from tensorkv.arrays.rowinit import RowInit
 from tensorkv.arrays.spec import KeySpec
+from tensorkv.compression import Owed, Source
 from tensorkv.errors import CheckpointError, OptimizerError, TensorKVError, quote
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.optimizers import OptimizerSpec, State
@@ -42,17 +43,21 @@ class Contents:
             checkpoint is).
         entries: of the keys.
         rule: None where an updater was in force, which cannot be saved.
+        owed: what was not sent of compressed gradients, by key and worker.
     """
 
     kind: Kind
     entries: list[Entry]
     rule: Rule | None
+    owed: Mapping[Source, Owed] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------- out
 
 
-def describe(kind: Kind, entries: Sequence[Entry], rule: Rule | None) -> tuple[dict[str, Any], Tensors]:
+def describe(
+    kind: Kind, entries: Sequence[Entry], rule: Rule | None, owed: Mapping[Source, Owed] = MappingProxyType({})
+) -> tuple[dict[str, Any], Tensors]:
     """Return the manifest's body, as JSON can hold it, and the tensors that it names."""
     tensors: Tensors = {}
     keys = [_describe_entry(kind, entry, tensors) for entry in entries]
@@ -60,7 +65,18 @@ def describe(kind: Kind, entries: Sequence[Entry], rule: Rule | None) -> tuple[d
     optimizer = None
     if isinstance(rule, StepOptimizer):
         update, optimizer = "optimizer", rule.optimizer.spec.to_json()
-    return {"kind": kind, "update": update, "optimizer": optimizer, "keys": keys}, tensors
+    body = {"kind": kind, "update": update, "optimizer": optimizer, "keys": keys}
+    if owed:
+        body["owed"] = [_describe_owed(source, each, tensors) for source, each in owed.items()]
+    return body, tensors
+
+
+def _describe_owed(source: Source, owed: Owed, tensors: Tensors) -> dict[str, Any]:
+    key, worker = source
+    tensors[_name(f"residual/{worker}", key)] = torch.from_numpy(owed.residual)
+    for name, array in owed.memory.items():
+        tensors[_name(f"memory/{worker}/{name}", key)] = torch.from_numpy(array)
+    return {"key": key, "worker": worker, "memory": sorted(owed.memory)}
 
 
 def _describe_entry(kind: Kind, entry: Entry, tensors: Tensors) -> dict[str, Any]:
@@ -124,6 +140,8 @@ def restore(body: Any, tensors: Tensors) -> Contents:
             rule = restore_rule(body.get("optimizer"))
         left = dict(tensors)
         entries = [_restore_entry(kind, described, left) for described in _field(body, "keys", list)]
+        by_key = {entry.key: entry for entry in entries}
+        owed = dict(_restore_owed(described, by_key, left) for described in _optional_list(body, "owed"))
         _check(not left, f"tensors that no key has: {', '.join(list(left)[:3])}")
         keys = {entry.key for entry in entries}
         _check(len(keys) == len(entries), "duplicate key")
@@ -131,7 +149,7 @@ def restore(body: Any, tensors: Tensors) -> Contents:
         if isinstance(rule, StepOptimizer) and kind != "keys":
             others = [key for key in rule.optimizer.spec.overrides if isinstance(key, bool) or key not in keys]
             _check(not others, f"the optimizer has hyperparameters for {others[:3]}, which are not among the keys")
-        return Contents(kind, entries, rule)
+        return Contents(kind, entries, rule, owed)
     except CheckpointError:
         raise
     except TensorKVError as error:
@@ -227,6 +245,23 @@ def _restore_entry(kind: str, described: Any, tensors: Tensors) -> Entry:
         if kind != "optimizer-states":
             value = _pop_exactly(tensors, _name("value", key), dtype, shape)
     return Entry(key, spec, value, version, state)
+
+
+def _restore_owed(described: Any, entries: Mapping[Key, Entry], tensors: Tensors) -> tuple[Source, Owed]:
+    key = check_key("load", _field(described, "key", (str, int)))
+    worker = _field(described, "worker", int)
+    _check(key in entries and not entries[key].spec.is_table, f"{quote(key)}: a gradient of no dense key is owed")
+    _check(0 <= worker < 1 << 31, f"{quote(key)}: worker {worker} is out of range")
+    residual = _pop_exactly(tensors, _name(f"residual/{worker}", key), torch.float32, entries[key].spec.shape)
+    _check(bool(residual.isfinite().all()), f"{quote(key)}: what is owed has NaN or Inf")
+    memory = {}
+    for name in _field(described, "memory", list):
+        _check(isinstance(name, str) and name.isidentifier(), f"{quote(key)}: invalid name of a memory {name!r}")
+        array = tensors.pop(_name(f"memory/{worker}/{name}", key), None)
+        if array is None or array.dtype is not torch.float32:
+            raise CheckpointError(f"{quote(key)}: the memory {quote(name)} is missing, or not float32")
+        memory[name] = array.numpy()
+    return (key, worker), Owed(residual.numpy(), memory)
 
 
 def restore_spec(key: Key, described: Any, *, is_table: bool) -> KeySpec:
@@ -325,6 +360,11 @@ def _field(data: Any, name: str, kind: Any) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise CheckpointError(f"the field {quote(name)} is {value!r:.40}, of the wrong type")
     return value
+
+
+def _optional_list(data: Any, name: str) -> list[Any]:
+    found: list[Any] = _field(data, name, list) if name in data else []
+    return found
 
 
 def _one_of(data: Any, name: str, choices: tuple[str, ...]) -> Any:

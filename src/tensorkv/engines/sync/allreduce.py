@@ -227,6 +227,8 @@ class AllReduce:
         self._parts: Arrays | None = None
         # Parts whose own pieces are read where they are: only what others sum is staged.
         self._direct: Arrays | None = None
+        # Whether they are sums over all workers, of which this one needs those of its own pieces.
+        self._is_summed = False
         self._incoming: dict[int, tuple[PackedBuffer, object]] = {}
         self._returning: dict[int, tuple[PackedBuffer, object]] = {}
 
@@ -279,6 +281,12 @@ class AllReduce:
             for segment in bucket.segments:
                 outs.copy_pieces(segment.triples, [segment.value_column])
 
+    def take_sums(self, sums: Arrays) -> Steps[None]:
+        """Take the sums of all workers, which each worker has, instead of parts that are staged."""
+        self.call.members, self.call.sum_comes = [self._host.local_rank], False
+        self._is_summed = True
+        yield from self.start(sums)
+
     # ------------------------------------------------------------ the stages of one bucket
 
     def stage_in(self, index: int) -> Steps[None]:
@@ -287,7 +295,8 @@ class AllReduce:
         parts: Any = self._parts
         yield from self._host.reach(self.staging.read[bucket.slot][: self._owner_words], bucket.use - 1)
         for segment in bucket.segments:
-            segment.pack(parts, segment.staged_others)
+            if not self._is_summed:
+                segment.pack(parts, segment.staged_others)
             if self._direct_column(segment) is None:
                 segment.pack(parts, segment.staged_own)
         if self.update.averages:

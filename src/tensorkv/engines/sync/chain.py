@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +69,14 @@ class Chain:
         self._sending: list[tuple[Any, int, torch.Tensor]] = []
         # Why calls of this worker were refused, by their numbers.
         self._refused: dict[int, str] = {}
+
+    def alone(self) -> Chain:
+        """Return a chain of this host alone, with the same owners."""
+        found = copy(self)
+        found.prev = found.next = None
+        found.is_last, found.has_neighbours, found.hosts_after = True, False, 0
+        found._sending = []
+        return found
 
     # ------------------------------------------------------------ messages
 

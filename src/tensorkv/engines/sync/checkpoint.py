@@ -16,6 +16,7 @@ import torch
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import decode_layout, encode_layout
+from tensorkv.compression import Compressor
 from tensorkv.engines.partition import part_of
 from tensorkv.engines.transport.segment import aligned
 from tensorkv.errors import CheckpointError
@@ -25,6 +26,7 @@ from tensorkv.shard.shard import Shard
 from tensorkv.storage import checkpoint, manifest
 from tensorkv.storage.manifest import Contents, Kind, Tensors
 
+from . import coded
 from .chain import Chain
 from .group import ProcessGroup
 from .host import HostGroup
@@ -41,6 +43,7 @@ class ShardedCheckpoint:
         group, host, chain: of this worker.
         shard: of this worker.
         values: of dense keys, and who owns which part of them.
+        compressor: of this worker's gradients.
     """
 
     def __init__(
@@ -50,8 +53,10 @@ class ShardedCheckpoint:
         chain: Chain,
         shard: Shard,
         values: Mapping[Key, PartitionedEntry],
+        compressor: Compressor,
     ) -> None:
         self._group, self._host, self._chain, self._shard, self._values = group, host, chain, shard, values
+        self._compressor = compressor
 
     def save(self, path: str, kind: Kind) -> None:
         """Write what the workers hold; the host that updates values writes.
@@ -70,7 +75,9 @@ class ShardedCheckpoint:
                 return token
 
             token = next(each for each in self._on_all_ranks(start if leads else None) if each)
-            body, tensors = manifest.describe(kind, contents.entries, contents.rule) if writes else ({}, {})
+            body, tensors = (
+                manifest.describe(kind, contents.entries, contents.rule, contents.owed) if writes else ({}, {})
+            )
             mine = _share_of(tensors, host.local_rank, host.size) if writes else {}
             files = self._on_all_ranks(
                 lambda: checkpoint.write_files(path, token, host.local_rank * _FILES, mine) if writes else []
@@ -128,6 +135,7 @@ class ShardedCheckpoint:
                 which updates values, have it.
         """
         host, is_last = self._host, self._chain.is_last
+        owed = coded.gather_owed(self._group, self._compressor.owed)
         with self._shard.frozen() as (entries, rule):
             mine = {}
             for index, entry in enumerate(entries):
@@ -160,6 +168,7 @@ class ShardedCheckpoint:
                     for index, each in enumerate(entries)
                 ],
                 rule,
+                owed,
             )
 
     def _places(
@@ -180,7 +189,7 @@ class ShardedCheckpoint:
     def broadcast(self, contents: Contents) -> Contents:
         """Return rank 0's contents on every worker, in shared memory."""
         is_first = self._group.rank == 0
-        body, tensors = manifest.describe(contents.kind, contents.entries, contents.rule)
+        body, tensors = manifest.describe(contents.kind, contents.entries, contents.rule, contents.owed)
         layout = encode_layout((name, "tensor", each.dtype, each.shape) for name, each in tensors.items())
         body, told = self._group.all_gather_json([body, layout.decode()] if is_first else None)[0]
         slots = decode_layout(told.encode())

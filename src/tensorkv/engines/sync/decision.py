@@ -50,10 +50,21 @@ class Decisions:
         group: of all workers.
         host: of this worker.
         policy: for sums with NaN or Inf.
+        is_repeated: whether each host has all of the sums, and not one of them alone.
+        counts: whether this worker's counts of NaN and Inf are to be added to those of the others.
     """
 
-    def __init__(self, group: ProcessGroup, host: HostGroup, policy: NonFinitePolicy) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup,
+        host: HostGroup,
+        policy: NonFinitePolicy,
+        *,
+        is_repeated: bool = False,
+        counts: bool = True,
+    ) -> None:
         self._group, self._host, self._policy = group, host, policy
+        self._is_of_host, self._counts = is_repeated or len(group.hosts) == 1, counts
 
     def make(
         self, verb: str, keys: Sequence[Key], sums: Sums, clipping: Clipping | None, row_squares: SquareSum
@@ -74,7 +85,7 @@ class Decisions:
         if self._policy.checks and squares.rest != 0:
             yield
             names = [f"{verb}({quote(key)})" for key in keys]
-            left_out = self._policy.left_out(sums.count_nonfinite(), names)
+            left_out = self._policy.left_out(sums.count_nonfinite() if self._counts else {}, names)
             if left_out:
                 sums.leave_out(left_out)
                 squares = yield from self._total(sums.squares())
@@ -83,9 +94,9 @@ class Decisions:
 
     def _total(self, mine: SquareSum) -> Steps[SquareSum]:
         """Return the sum over all workers."""
-        if len(self._group.hosts) > 1:
-            found = self._group.all_gather_json(mine.to_plain())
-        else:
+        if self._is_of_host:
             data = yield from self._host.exchange(json.dumps(mine.to_plain()).encode())
             found = [json.loads(each) for each in data]
+        else:
+            found = self._group.all_gather_json(mine.to_plain())
         return sum(map(SquareSum.from_plain, found), SquareSum())

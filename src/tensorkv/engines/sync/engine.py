@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key, check_flag, check_timeout
 from tensorkv.arrays.rows import Rows, unchecked_rows
 from tensorkv.arrays.spec import KeySpec
+from tensorkv.compression import Codec, Compressor
 from tensorkv.engines import partition
 from tensorkv.engines.base import Engine, Outs
 from tensorkv.engines.call import Call
 from tensorkv.engines.transport.segment import Segment, aligned
-from tensorkv.errors import ForkedStoreError, RankDeadError, StoreClosedError, TensorKVError
+from tensorkv.errors import ArgumentError, ForkedStoreError, RankDeadError, StoreClosedError, TensorKVError
 from tensorkv.runtime import shield
 from tensorkv.runtime.modes import outside_modes
 from tensorkv.shard import native
@@ -38,7 +40,7 @@ from tensorkv.shard.table import Table
 from tensorkv.storage import checkpoint
 from tensorkv.storage.manifest import Contents, Kind
 
-from . import sparse
+from . import coded, sparse
 from .chain import Chain
 from .checkpoint import ShardedCheckpoint, own_state
 from .group import ProcessGroup, log
@@ -70,7 +72,7 @@ class DistEngine(Engine):
         nonfinite, reduce: as for ``build``.
     """
 
-    capabilities = frozenset({"optimizer", "updater", "rows", "checkpoint"})
+    capabilities = frozenset({"checkpoint", "compression", "optimizer", "rows", "updater"})
 
     def __init__(self, group: ProcessGroup, nonfinite: NonFinite, reduce: Reduce = "sum") -> None:
         self._group = group
@@ -83,8 +85,13 @@ class DistEngine(Engine):
         self._loads = [0] * self._chain.owners
         self._keeps_whole = False
         self._policy = NonFinitePolicy(nonfinite, group.all_gather_json)
-        self._checkpoint = ShardedCheckpoint(group, self._host, self._chain, self._shard, self._values)
-        self._pushes = Pushes(group, self._host, self._chain, self._order, self._shard, self._values, self._policy)
+        self._compressor = Compressor()
+        self._checkpoint = ShardedCheckpoint(
+            group, self._host, self._chain, self._shard, self._values, self._compressor
+        )
+        self._pushes = Pushes(
+            group, self._host, self._chain, self._order, self._shard, self._values, self._policy, self._compressor
+        )
 
     @property
     def rank(self) -> int:
@@ -220,6 +227,7 @@ class DistEngine(Engine):
         text = describe("delete", keys=list(keys))
         with self._entered(text):
             self._shard.delete(keys)
+            self._compressor.forget(keys)
             self._forget(keys)
 
     def _forget(self, keys: Sequence[Key]) -> None:
@@ -276,6 +284,42 @@ class DistEngine(Engine):
     def skips_steps(self) -> bool:
         return self._policy.skips_steps
 
+    # ------------------------------------------------------------ compression
+
+    def set_gradient_compression(self, codec: Codec | None, *, simulate: bool) -> None:
+        if codec is not None and len(self._group.hosts) == 1 and not simulate:
+            raise ArgumentError(
+                "set_gradient_compression: all workers are on one host and share memory, so that nothing is sent; "
+                "simulate=True compresses as between hosts, shared_memory=False has workers send"
+            )
+        described = None if codec is None else _comparable(codec.to_json())
+        with self._entered(describe("set_gradient_compression", params=described, simulate=simulate)):
+            owed = self._group.all_gather_json([key for key, _ in self._compressor.owed])
+        keys = list(dict.fromkeys(key for own in owed for key in own))
+        if self._compressor.codec == codec:
+            return
+        self._compressor.change(codec, partial(self._push_owed, keys))
+        with self._entered("set_gradient_compression"):
+            entries = list(self._values.values())
+            if codec is not None:
+                coded.spread_states(self._group, self._chain, self._host.local_rank, entries)
+            elif not self._chain.is_last:
+                for entry in entries:
+                    entry.state = {}
+
+    def _push_owed(self, keys: Sequence[Key], owed: Mapping[Key, list[Part]]) -> None:
+        """Push what this worker owes, without compression, beside what the others owe."""
+        # A value that is assigned owes nothing.
+        if not keys or (self._shard.optimizer is None and not self._shard.has_updater):
+            return
+        parts = [owed.get(key) or [torch.zeros(self._values[key].whole.shape, device="cpu")] for key in keys]
+        compressing, self._compressor.codec = self._compressor.codec, None
+        try:
+            self._pushes.push(Batch("set_gradient_compression", list(keys), parts), None, 0)
+            self._pushes.drain()
+        finally:
+            self._compressor.codec = compressing
+
     # ------------------------------------------------------------ looking
 
     def spec(self, verb: str, key: Key) -> KeySpec:
@@ -298,6 +342,7 @@ class DistEngine(Engine):
     def stats(self) -> Mapping[str, Any]:
         return {
             "nonfinite": dict(self._policy.counts),
+            **self._compressor.stats(),
             "dist": {"hosts": len(self._group.hosts), "sent_nbytes": self._chain.sent_nbytes},
         }
 
@@ -331,6 +376,7 @@ class DistEngine(Engine):
             self._take_states(contents)
         else:
             self._take_values(contents)
+        self._compressor.owed = coded.own_owed(contents.owed, self.rank, self.num_workers)
         self._host.barrier()
 
     def _take_states(self, contents: Contents) -> None:

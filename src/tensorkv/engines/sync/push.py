@@ -19,6 +19,7 @@ import torch
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.compression import Compressor, Sending
 from tensorkv.errors import NonFiniteError, TensorKVError, WorkerError, WorkerMismatchError, quote
 from tensorkv.runtime.shield import Steps, finish
 from tensorkv.shard import native, reduce
@@ -29,7 +30,7 @@ from tensorkv.shard.rules import check_outs, has_means
 from tensorkv.shard.shard import Shard, kept
 from tensorkv.shard.table import Table
 
-from . import sparse
+from . import coded, sparse
 from .allreduce import AllReduce, Update
 from .chain import Chain
 from .decision import Decisions
@@ -96,6 +97,7 @@ class Pushes:
         shard: what it updates.
         values: whole values, by key.
         policy: for sums with NaN or Inf.
+        compressor: of this worker's gradients.
     """
 
     def __init__(
@@ -107,11 +109,15 @@ class Pushes:
         shard: Shard,
         values: dict[Key, PartitionedEntry],
         policy: NonFinitePolicy,
+        compressor: Compressor,
     ) -> None:
         self._group, self._host, self._chain, self._order = group, host, chain, order
+        self._compressor, self._chain_alone = compressor, chain.alone()
         self._shard, self._values, self._policy = shard, values, policy
         self._queue = PushQueue(order, host, chain)
         self._decisions = Decisions(group, host, policy)
+        # Of compressed gradients, whose sums are made on each host.
+        self._decisions_alone = Decisions(group, host, policy, is_repeated=True, counts=chain.is_last)
         # The last push of each key, until its values are known to be there.
         self._pending: dict[Key, AllReduce] = {}
         # By their keys, the least recently used first; and how many keys they name together.
@@ -136,6 +142,8 @@ class Pushes:
     def try_compiled(self, call: native.Call) -> Steps[bool]:
         """Make a call in compiled code if all arrays are plain; return False if nothing was done."""
         self._order.check()
+        if self._compressor.codec is not None and call.verb != "pull":
+            return False
         has_sums = call.verb == "pushpull" or (call.verb == "push" and self._decides)
         if has_sums and self._shared is not None and self._shard.rule.plain_steps is not None:
             return (yield from self._push_plain(call))
@@ -261,16 +269,32 @@ class Pushes:
         keys, verb = tuple(batch.keys), "push" if outs is None else "pushpull"
         self._shard.check(batch)
         self._order.check()
+        # What cannot be encoded raises before others hear of the call.
+        sendings = self._encode(batch, by_rows)
         if any(by_rows):
             signature = Signature(describe(verb, keys=batch.keys, rows=by_rows))
-            filled = yield from self._enter(signature, partial(self._push_rows_and_dense, batch=batch, by_rows=by_rows))
+            push = partial(self._push_rows_and_dense, batch=batch, by_rows=by_rows, sendings=sendings)
         else:
-            filled = yield from self._enter(
-                self._signature(verb, keys),
-                partial(self._push_groups, keys=keys, groups=batch.parts, outs=outs, priority=priority),
+            signature = self._signature(verb, keys)
+            push = partial(
+                self._push_groups, keys=keys, groups=batch.parts, outs=outs, priority=priority, sendings=sendings
             )
+        filled = yield from self._enter(signature, push)
         if outs is not None and not filled:
             self.pull(keys, outs)
+
+    def _encode(self, batch: Batch, by_rows: Sequence[bool]) -> list[Sending] | None:
+        """Return the words of the keys that are not pushed as Rows of a table; None: they are not compressed."""
+        if self._compressor.codec is None:
+            return None
+        entries = [self._shard.entry(batch.verb, key) for key in batch.keys]
+        chosen = [
+            (entry, parts)
+            for entry, parts, is_rows in zip(entries, batch.parts, by_rows, strict=True)
+            if not (is_rows and entry.spec.is_table)
+        ]
+        owners, groups = [entry for entry, _ in chosen], [parts for _, parts in chosen]
+        return coded.encode(self._compressor, batch.verb, self._group.rank, owners, groups)
 
     def _signature(self, verb: str, keys: tuple[Key, ...]) -> Signature:
         """Describe a push of dense parts to the other workers."""
@@ -321,8 +345,19 @@ class Pushes:
         groups: Sequence[Sequence[Part]],
         outs: Outs | None,
         priority: int,
+        sendings: Sequence[Sending] | None = None,
     ) -> Steps[bool]:
-        """Do ``_push_dense`` with parts and outputs as tensors, or Rows that become dense."""
+        """Do ``_push_dense`` with parts and outputs as tensors, or Rows that become dense.
+
+        Args:
+            call: that was entered.
+            keys, groups, outs, priority: of the call.
+            sendings: the words of the parts, which are pushed instead.
+        """
+        if sendings is not None:
+            yield from self._push_coded(call, keys, sendings, [len(group) for group in groups])
+            self._compressor.keep(sendings)
+            return False
         dense = [_dense(self._shard.entry("push", key), group) for key, group in zip(keys, groups, strict=True)]
         parts, targets = Arrays.of(self._values, keys, dense), None
         if outs is not None and native.can_look():
@@ -344,6 +379,32 @@ class Pushes:
         if outs is not None:
             allreduce.copy_out(outs)
         return outs is not None
+
+    def _push_coded(
+        self, call: Collective, keys: tuple[Key, ...], sendings: Sequence[Sending] | None, counts: Sequence[int]
+    ) -> Steps[None]:
+        """Push words; each host makes the update for itself.
+
+        Args:
+            call: on which a worker that has left has agreed already.
+            keys: of the call.
+            sendings: of this worker (None: it has left).
+            counts: of how many parts each key's are.
+        """
+        yield from self._drained()
+        self._order.remember(call)
+        if sendings is not None:
+            self._order.agree([call])
+        self._order.wait_for_all()
+        shapes = [self._values[key].whole.shape for key in keys]
+        sums, counted = coded.exchange(self._compressor, self._group, shapes, sendings, counts)
+        allreduce = yield from self._prepare(call, keys, deferred=False, is_repeated=True)
+        arrays = Arrays.of(self._values, keys, [[each] for each in sums])
+        arrays.counts = counted
+        yield from allreduce.take_sums(arrays)
+        yield from allreduce.run()
+        yield from allreduce.wait_for_values()
+        self._raise_failed(allreduce)
 
     @property
     def _can_defer(self) -> bool:
@@ -371,7 +432,9 @@ class Pushes:
         yield from allreduce.wait_for_values()
         return allreduce
 
-    def _push_rows_and_dense(self, call: Collective, batch: Batch, by_rows: Sequence[bool]) -> Steps[bool]:
+    def _push_rows_and_dense(
+        self, call: Collective, batch: Batch, by_rows: Sequence[bool], sendings: Sequence[Sending] | None
+    ) -> Steps[bool]:
         """Push keys of which some came as Rows alone; no outputs are written."""
         yield from self._drained()
         self._order.remember(call)
@@ -384,7 +447,7 @@ class Pushes:
         has_inner = bool(dense) and not self._skips(rows, merged)
         if has_inner:
             inner = self._host.enter(self._signature("push", tuple(dense)))
-            yield from self._push_groups(inner, tuple(dense), list(dense.values()), None, 0)
+            yield from self._push_groups(inner, tuple(dense), list(dense.values()), None, 0, sendings)
             # One thread at a time may step an optimizer, and this one goes on with the Rows.
             self._queue.wait_for()
         self._apply_decided(rows, merged, len(dense), has_inner=has_inner)
@@ -579,6 +642,9 @@ class Pushes:
         self._apply_decided(nothing, merged, len(keys) - len(chosen), has_inner=has_inner)
 
     def _serve_dense(self, call: Collective, keys: tuple[Key, ...]) -> None:
+        if self._compressor.codec is not None:
+            finish(self._push_coded(call, keys, None, ()))
+            return
         deferred = call.signature.verb == "push" and self._can_defer
         allreduce = finish(self._prepare(call, keys, deferred=deferred))
         finish(allreduce.run())
@@ -589,8 +655,17 @@ class Pushes:
 
     # ------------------------------------------------------------ schedules and staging buffers
 
-    def _prepare(self, call: Collective, keys: tuple[Key, ...], *, deferred: bool) -> Steps[AllReduce]:
-        """Choose the staging buffer of a call; one that is new is allocated by all workers of the host."""
+    def _prepare(
+        self, call: Collective, keys: tuple[Key, ...], *, deferred: bool, is_repeated: bool = False
+    ) -> Steps[AllReduce]:
+        """Choose the staging buffer of a call; one that is new is allocated by all workers of the host.
+
+        Args:
+            call: that was entered.
+            keys: of the call.
+            deferred: whether the queue runs it.
+            is_repeated: whether each host makes all of it.
+        """
         schedule = yield from self._schedule(keys)
         self._order.remember(call)
         first = 0
@@ -603,10 +678,12 @@ class Pushes:
             staging, first = yield from self._next_small_slot(call)
         else:
             staging = yield from self._own_staging(schedule, call)
-        updates_empty = self._chain.is_last and self._host.local_rank == 0
-        decisions, row_squares = self._decisions, self._row_squares
+        chain, decisions, row_squares = self._chain, self._decisions, self._row_squares
+        if is_repeated:
+            chain, decisions = self._chain_alone, self._decisions_alone
+        updates_empty = chain.is_last and self._host.local_rank == 0
         update = Update(call.signature.verb, self._shard, schedule, self._policy, decisions, row_squares, updates_empty)
-        allreduce = AllReduce(self._host, self._chain, call, schedule, staging, update, first)
+        allreduce = AllReduce(self._host, chain, call, schedule, staging, update, first)
         if staging is self._small:
             self._small_pushes[first] = allreduce
         return allreduce

@@ -1,0 +1,146 @@
+"""The interface of a codec, and the look-up by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from tensorkv.errors import ArgumentError, naming, quote, show, suggestion
+
+Floats = npt.NDArray[np.float32]
+Words = npt.NDArray[np.uint8]
+# What a codec remembers of a gradient from push to push, beside what is still owed.
+Memory = dict[str, Floats]
+
+
+class Codec(ABC):
+    """How the gradient of a key is written in fewer bytes.
+
+    A codec is a frozen dataclass; its fields are the parameters that ``set_gradient_compression`` takes, and raise
+    ``ArgumentError`` from ``__post_init__`` where they are out of range. Bytes depend on the shape alone: worker and
+    server know how many there are. The same words make the same bits everywhere.
+    """
+
+    name: ClassVar[str]
+    """The ``"type"`` that ``set_gradient_compression`` takes."""
+
+    @abstractmethod
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Return how many bytes the words of an array of a shape have."""
+
+    @abstractmethod
+    def encode(self, owed: Floats, words: Words, memory: Memory) -> None:
+        """Write words of what is owed, and leave in its place what they do not send.
+
+        Args:
+            owed: gradient and residual together, finite and contiguous; becomes the residual.
+            words: to be written, of ``nbytes``.
+            memory: of this gradient from push to push, changed in place; arrays in it are replaced, not written to.
+
+        Raises:
+            NonFiniteError: it overflows on the way.
+        """
+
+    @abstractmethod
+    def decode(self, words: Words, out: Floats) -> None:
+        """Write what words stand for into a contiguous array; words that nobody has encoded may make anything."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``parse`` makes this codec of."""
+        return {"type": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+
+_factories: dict[str, Callable[..., Codec]] = {}
+
+
+def register(name: str, factory: Callable[..., Codec]) -> None:
+    """Have ``set_gradient_compression({"type": name, **parameters})`` use ``factory(**parameters)``.
+
+    Args:
+        name: that is not taken.
+        factory: a subclass of ``Codec``, in every process that pushes or serves.
+
+    Raises:
+        ArgumentError: the name is taken or empty, or the factory cannot be called.
+
+    >>> from tensorkv.compression.halves import BFloat16
+    >>> register("doctest", BFloat16)
+    >>> "doctest" in names()
+    True
+    """
+    if not isinstance(name, str) or not name:
+        raise ArgumentError(f"register: the name is {show(name)}; expected a non-empty str")
+    if name in _factories:
+        raise ArgumentError(f"register: there is a codec {quote(name)} already; choose another name")
+    if not callable(factory):
+        raise ArgumentError(f"register({quote(name)}): the factory is {show(factory)}; expected a class")
+    _factories[name] = factory
+
+
+def names() -> list[str]:
+    """Return the names of all codecs.
+
+    >>> names()[:3]
+    ['1bit', '2bit', 'bf16']
+    """
+    return sorted(_factories)
+
+
+def parse(params: Any) -> Codec | None:
+    """Return the codec that parameters describe, None for ``None`` or the type ``"none"``.
+
+    Raises:
+        ArgumentError: the type or a parameter is unknown or out of range.
+
+    >>> parse({"type": "2bit", "threshold": 0.25})
+    TwoBit(threshold=0.25)
+    >>> parse({"type": "2bits"})  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    tensorkv.errors.ArgumentError: no codec '2bits' (did you mean "2bit"?); the codecs are ...
+    """
+    if params is None:
+        return None
+    if not isinstance(params, Mapping) or "type" not in params:
+        raise ArgumentError(
+            f'got {show(params)}; expected a dict such as {{"type": "2bit", "threshold": 0.5}}, or None'
+        )
+    given = dict(params)
+    name = given.pop("type")
+    if name == "none" and not given:
+        return None
+    factory = _factories.get(name) if isinstance(name, str) else None
+    if factory is None:
+        known = names()
+        raise ArgumentError(f"no codec {show(name)}{suggestion(name, known)}; the codecs are {', '.join(known)}")
+    if isinstance(factory, type) and dataclasses.is_dataclass(factory):
+        taken = [field.name for field in dataclasses.fields(factory)]
+        for parameter in given:
+            if parameter not in taken:
+                raise ArgumentError(
+                    f"{name} has no parameter {show(parameter)}{suggestion(parameter, taken)}; it has "
+                    f"{', '.join(taken) or 'none'}"
+                )
+    with naming(name):
+        return factory(**given)
+
+
+def check_number(name: str, value: Any, *, above: float = 0.0, most: float = float(np.finfo(np.float32).max)) -> None:
+    """Raise ArgumentError if a parameter is not a number of float32 in a range.
+
+    >>> check_number("threshold", 1e-60)
+    Traceback (most recent call last):
+        ...
+    tensorkv.errors.ArgumentError: threshold is 1e-60; expected a number of float32 above 0
+    """
+    is_number = isinstance(value, int | float | np.floating | np.integer) and not isinstance(value, bool)
+    if is_number and math.isfinite(value) and value <= most and float(np.float32(value)) > above:
+        return
+    bound = "" if most == np.finfo(np.float32).max else f", at most {most:g}"
+    raise ArgumentError(f"{name} is {show(value)}; expected a number of float32 above {above:g}{bound}")

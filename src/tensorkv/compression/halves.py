@@ -1,0 +1,60 @@
+"""fp16 and bf16: each element in half of the bytes, rounded; what rounding takes away is sent later."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from .codec import Codec, Floats, Memory, Words
+
+
+class _Half(Codec):
+    """An element in a dtype of two bytes, as near as it gets; beyond its range, the largest number of that sign."""
+
+    dtype: ClassVar[torch.dtype]
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        return 2 * prod(shape)
+
+    def encode(self, owed: Floats, words: Words, memory: Memory) -> None:
+        left = torch.from_numpy(owed)
+        sent = torch.from_numpy(words.view(np.int16)).view(self.dtype).view(owed.shape)
+        most = torch.finfo(self.dtype).max
+        sent.copy_(left.clamp(-most, most))
+        left -= sent.float()
+
+
+@dataclass(frozen=True)
+class Float16(_Half):
+    """IEEE half precision: 11 bits of precision, numbers up to 65504, down to 6e-8.
+
+    Source: P. Micikevicius et al., "Mixed Precision Training", ICLR 2018.
+
+    Limits: what is below 3e-8 is rounded to zero, and waits in the residual until it has added up.
+    """
+
+    name: ClassVar[str] = "fp16"
+    dtype: ClassVar[torch.dtype] = torch.float16
+
+    def decode(self, words: Words, out: Floats) -> None:
+        out.reshape(-1)[:] = words.view(np.float16)
+
+
+@dataclass(frozen=True)
+class BFloat16(_Half):
+    """The top half of a float32: its range, 8 bits of precision.
+
+    Source: D. Kalamkar et al., "A Study of BFLOAT16 for Deep Learning Training", arXiv 1905.12322.
+    """
+
+    name: ClassVar[str] = "bf16"
+    dtype: ClassVar[torch.dtype] = torch.bfloat16
+
+    def decode(self, words: Words, out: Floats) -> None:
+        # NumPy has no such dtype.
+        np.left_shift(words.view(np.uint16), np.uint32(16), out=out.reshape(-1).view(np.uint32), dtype=np.uint32)

@@ -1,0 +1,88 @@
+"""powersgd: a matrix as the product of two thin ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+import numpy as np
+
+from tensorkv.errors import ArgumentError, NonFiniteError, show
+
+from .codec import Codec, Floats, Memory, Words
+
+_BASIS = "basis"
+
+
+@dataclass(frozen=True)
+class PowerSGD(Codec):
+    """A matrix ``M`` of n rows and m columns as ``P @ Q.T``, of n by rank and m by rank.
+
+    One step of a subspace iteration: ``P`` is an orthonormal basis of ``M @ Q``, with the ``Q`` of the push before, and
+    the new ``Q`` is ``M.T @ P``. Dimensions after the first are one. Vectors, and matrices whose factors would not be
+    smaller, are sent whole. Words are ``P``, then ``Q``, as float32.
+
+    Args:
+        rank: at least 1.
+
+    Source: T. Vogels, S. Karimireddy, M. Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression for Distributed
+    Optimization", NeurIPS 2019. There, workers average P and Q; here each one's product is summed, so that workers
+    need not be in step.
+    """
+
+    name: ClassVar[str] = "powersgd"
+    rank: int = 2
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 1:
+            raise ArgumentError(f"rank is {show(self.rank)}; expected an int of at least 1")
+
+    def _sizes(self, shape: Sequence[int]) -> tuple[int, int] | None:
+        """Return the rows and columns of a matrix that is sent as two factors, None for what is sent whole."""
+        rows, columns = (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, 1)
+        return (rows, columns) if self.rank * (rows + columns) < rows * columns else None
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        sizes = self._sizes(shape)
+        return 4 * (prod(shape) if sizes is None else self.rank * sum(sizes))
+
+    def encode(self, owed: Floats, words: Words, memory: Memory) -> None:
+        sent, sizes = words.view(np.float32), self._sizes(owed.shape)
+        if sizes is None:
+            sent[:] = owed.reshape(-1)
+            owed[...] = 0
+            return
+        matrix = owed.reshape(sizes)
+        basis = memory.get(_BASIS)
+        if basis is None or basis.shape != (sizes[1], self.rank):
+            basis = np.random.default_rng(0).standard_normal((sizes[1], self.rank), np.float32)
+        left, right = self._factors(words, sizes)
+        left[:] = np.linalg.qr(matrix @ basis)[0]
+        right[:] = matrix.T @ left
+        matrix -= _product(left, right)
+        if not np.isfinite(matrix).all():
+            raise NonFiniteError("its factors overflow float32")
+        memory[_BASIS] = right.copy()
+
+    def decode(self, words: Words, out: Floats) -> None:
+        sizes = self._sizes(out.shape)
+        if sizes is None:
+            out.reshape(-1)[:] = words.view(np.float32)
+        else:
+            out.reshape(sizes)[:] = _product(*self._factors(words, sizes))
+
+    def _factors(self, words: Words, sizes: tuple[int, int]) -> tuple[Floats, Floats]:
+        rows, columns = sizes
+        both = words.view(np.float32)
+        left, right = both[: rows * self.rank], both[rows * self.rank :]
+        return left.reshape(rows, self.rank), right.reshape(columns, self.rank)
+
+
+def _product(left: Floats, right: Floats) -> Floats:
+    # Not ``@``, which adds in an order, and with fused operations, that depend on the processor.
+    out = left[:, :1] * right[:, 0]
+    for index in range(1, left.shape[1]):
+        out += left[:, index : index + 1] * right[:, index]
+    return out

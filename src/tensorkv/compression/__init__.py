@@ -6,13 +6,16 @@ Third parties add codecs with ``register``.
 from __future__ import annotations
 
 from .codec import Codec as Codec
+from .codec import Words as Words
 from .codec import names as names
 from .codec import parse as parse
 from .codec import register as register
+from .compressor import COMPRESSED_DTYPES as COMPRESSED_DTYPES
 from .compressor import Compressor as Compressor
 from .compressor import Owed as Owed
 from .compressor import Sending as Sending
 from .compressor import Source as Source
+from .compressor import decoded as decoded
 from .halves import BFloat16, Float16
 from .int8 import Int8
 from .one_bit import OneBit

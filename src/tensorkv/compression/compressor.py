@@ -15,7 +15,7 @@ from tensorkv.errors import NonFiniteError, ValueMismatchError, quote
 
 from .codec import Codec, Floats, Memory, Words
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+COMPRESSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Owed(NamedTuple):
@@ -43,12 +43,14 @@ class Sending:
         words: to be sent.
         owed: after it was sent.
         raw_nbytes: of the gradient.
+        before: what was owed.
     """
 
     source: Source
     words: Words
     owed: Owed
     raw_nbytes: int
+    before: Owed | None
 
 
 class Compressor:
@@ -84,7 +86,7 @@ class Compressor:
                 f"{verb}({quote(key)}): gradients are compressed ({codec.name}), and this one is Rows for a dense key; "
                 "expected an array"
             )
-        if gradient.dtype not in DTYPES:
+        if gradient.dtype not in COMPRESSED_DTYPES:
             raise ValueMismatchError(
                 f"{verb}({quote(key)}): gradients are compressed ({codec.name}), and this one is "
                 f"{str(gradient.dtype).removeprefix('torch.')}; expected float32, float16 or bfloat16"
@@ -107,14 +109,11 @@ class Compressor:
                 codec.encode(residual, words, memory)
         except NonFiniteError as error:
             raise NonFiniteError(f"{verb}({quote(key)}): {codec.name}: {error}; nothing has changed") from None
-        return Sending(source, words, Owed(residual, memory), gradient.nbytes)
+        return Sending(source, words, Owed(residual, memory), gradient.nbytes, self.owed.get(source))
 
     def decode(self, words: Words, shape: Sequence[int]) -> torch.Tensor:
         """Return what words stand for, as float32."""
-        out: Floats = np.empty(tuple(shape), np.float32)
-        with np.errstate(all="ignore"):
-            self._codec.decode(words, out)
-        return torch.from_numpy(out)
+        return decoded(self._codec, words, shape)
 
     def keep(self, sendings: Iterable[Sending]) -> None:
         """Count gradients as sent."""
@@ -122,6 +121,17 @@ class Compressor:
             self.owed[each.source] = each.owed
             self.sent_nbytes += each.words.nbytes
             self.raw_nbytes += each.raw_nbytes
+
+    def undo(self, sendings: Iterable[Sending]) -> None:
+        """Owe what was owed before gradients were kept which did not arrive, unless others were kept since."""
+        for each in sendings:
+            if self.owed.get(each.source) is each.owed:
+                if each.before is None:
+                    del self.owed[each.source]
+                else:
+                    self.owed[each.source] = each.before
+            self.sent_nbytes -= each.words.nbytes
+            self.raw_nbytes -= each.raw_nbytes
 
     def forget(self, keys: Iterable[Key]) -> None:
         """Drop what is owed of keys that were deleted."""
@@ -158,6 +168,15 @@ class Compressor:
         if self.codec is None:
             raise RuntimeError("there is no codec")
         return self.codec
+
+
+def decoded(codec: Codec, words: Words, shape: Sequence[int]) -> torch.Tensor:
+    """Return what words stand for, as float32."""
+    out: Floats = np.empty(tuple(shape), np.float32)
+    # Words may be of any sender, and anything may be their sum.
+    with np.errstate(all="ignore"):
+        codec.decode(words, out)
+    return torch.from_numpy(out)
 
 
 def _add(gradient: Floats, residual: Floats | None, out: Floats) -> bool:

@@ -20,9 +20,11 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key, check_key
-from tensorkv.arrays.packing import decode_layout, unpack
+from tensorkv.arrays.packing import Item, decode_layout, unpack
 from tensorkv.arrays.rows import Rows
-from tensorkv.errors import ArgumentError
+from tensorkv.arrays.spec import KeySpec
+from tensorkv.compression import COMPRESSED_DTYPES, Codec, Words, decoded
+from tensorkv.errors import ArgumentError, ValueMismatchError, quote
 from tensorkv.shard.entry import Part
 
 # Bytes of the head and of the layout, before both.
@@ -50,6 +52,7 @@ class Push(Message):
             worker may still push.
         counts: in mode sync, for means, of how many parts the part of each key is the sum (None: of one).
         scale: of all gradients, if the client has decided on it (None: the server does, if it is to be decided).
+        codec: of those parts that are compressed (None: none is).
         late: apply the push alone, since other servers have applied it in a round that was closed here without it.
     """
 
@@ -58,6 +61,7 @@ class Push(Message):
     round: list[Any] | None = None
     counts: list[Any] | None = None
     scale: float | None = None
+    codec: dict[str, Any] | None = None
     late: bool = False
 
 
@@ -475,29 +479,55 @@ class PushLayout:
 
     Args:
         keys: in order, each once.
-        has_rows: whether some parts are Rows.
+        has_sums: whether all parts are sums, neither Rows nor words of a codec.
         layout: of the request.
     """
 
     keys: tuple[Key, ...]
-    has_rows: bool
+    has_sums: bool
     layout: bytes
 
-    def parts(self, payload: Any, num_rows: Sequence[int]) -> list[Part]:
-        """Return one part for each key; they share the payload's memory.
+    def parts(self, payload: Any, specs: Sequence[KeySpec], codec: Codec | None) -> list[Part]:
+        """Return one part for each key; they share the payload's memory where they are not compressed.
 
         Args:
             payload: of the request.
-            num_rows: of each key's value.
+            specs: of the keys.
+            codec: of the parts that are compressed.
 
         Raises:
-            LayoutError, ValueMismatchError: the payload does not fit the layout, or the rows.
+            LayoutError, ValueMismatchError: the payload does not fit the layout, the rows or the values.
         """
         items = iter(unpack(self.layout, payload))
         found: list[Part] = []
-        for item, count in zip(items, num_rows, strict=False):
-            found.append(Rows(item.tensor, next(items).tensor, count) if item.role == "ids" else item.tensor)
+        for item, spec in zip(items, specs, strict=False):
+            if item.role == "ids":
+                found.append(Rows(item.tensor, next(items).tensor, (*spec.shape, 0)[0]))
+            elif item.role == "words":
+                found.append(_decoded(item, spec, codec))
+            else:
+                found.append(item.tensor)
         return found
+
+
+def words_item(key: Key, words: Words) -> Item:
+    """Return what a payload has of the words of a key, as numbers that begin where every dtype may."""
+    padded = np.zeros(-(-len(words) // 8) * 8, np.uint8)
+    padded[: len(words)] = words
+    return Item(key, "words", interop.take(padded.view(np.int64)))
+
+
+def _decoded(item: Item, spec: KeySpec, codec: Codec | None) -> torch.Tensor:
+    """Return what words stand for."""
+    fits = codec is not None and not spec.is_table and spec.dtype in COMPRESSED_DTYPES
+    if codec is None or not fits or item.tensor.dtype is not torch.int64:
+        raise ValueMismatchError(f"malformed push: {quote(item.key)} has no gradient that is compressed")
+    words, nbytes = item.tensor.numpy().view(np.uint8), codec.nbytes(spec.shape)
+    if len(words) != -(-nbytes // 8) * 8:
+        raise ValueMismatchError(
+            f"push({quote(item.key)}): got {len(words)} bytes of {codec.name}, for {tuple(spec.shape)} it has {nbytes}"
+        )
+    return decoded(codec, words[:nbytes], spec.shape)
 
 
 @lru_cache(maxsize=256)
@@ -512,11 +542,11 @@ def push_layout(layout: bytes) -> PushLayout:
     keys = tuple(place.key for place in found if place.role != "rows")
     pairs = list(pairwise(found))
     fits = all((a.role == "ids") == (b.role == "rows" and a.key == b.key) for a, b in pairs)
-    if not keys or not fits or set(roles) - {"sum", "ids", "rows"} or roles[0] == "rows" or roles[-1] == "ids":
-        raise ArgumentError("malformed push layout; expected sums, or pairs of ids and rows")
+    if not keys or not fits or set(roles) - {"sum", "words", "ids", "rows"} or roles[0] == "rows" or roles[-1] == "ids":
+        raise ArgumentError("malformed push layout; expected sums, words, or pairs of ids and rows")
     if len(set(keys)) < len(keys):
         raise ArgumentError("duplicate key in a push layout")
-    return PushLayout(keys, set(roles) != {"sum"}, layout)
+    return PushLayout(keys, set(roles) == {"sum"}, layout)
 
 
 @lru_cache(maxsize=256)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,6 +16,7 @@ from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import Item, pack, unpack
 from tensorkv.arrays.rows import Rows, unchecked_rows
+from tensorkv.compression import Codec, Compressor, Sending, Source
 from tensorkv.errors import KeyNotFoundError, OptimizerError, ValueMismatchError, quote
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Batch, Part
@@ -25,7 +26,7 @@ from tensorkv.shard.optimizers import ROWWISE
 from tensorkv.shard.pool import Pool
 from tensorkv.shard.rules import Assign, Rule, StepOptimizer, check_push
 
-from ..messages import Init, Pull, PullRows, Push
+from ..messages import Init, Pull, PullRows, Push, words_item
 from .keymap import KeyMap
 from .layout import Arrays, KeyPlacement, Layout, PlacedKey, PlacedKeys, describe, list_name
 from .rpc import ServerReply
@@ -75,10 +76,51 @@ class DataClient:
         self._rounds = RoundNumbers()
         self.last_push = PushResult()
         """What was found out about the last push."""
+        self.compressor = Compressor()
+        """Of the gradients of this worker, by key and server."""
+        self._compressing = threading.Lock()
 
     def close(self) -> None:
         """End the threads."""
         self._pool.close()
+
+    # ------------------------------------------------------------ compression
+
+    def set_compression(self, codec: Codec | None, keys: Sequence[Key]) -> None:
+        """Compress with another codec, after what gradients still owe was pushed.
+
+        Args:
+            codec: None: gradients are sent as they are.
+            keys: of which rank 0 owes something: in mode sync all workers push these.
+        """
+        with self._compressing:
+            self.compressor.change(codec, partial(self._push_owed, keys))
+
+    def _push_owed(self, keys: Sequence[Key], owed: Mapping[Key, Sequence[torch.Tensor]]) -> None:
+        # A value that is assigned owes nothing.
+        if isinstance(self._keymap.rule, Assign):
+            return
+        chosen = list(keys) if self._is_sync else list(owed)
+        specs = {key: self._keymap.find("set_gradient_compression", key).spec for key in chosen}
+        zeros = {
+            key: torch.zeros(spec.shape, dtype=torch.float32, device="cpu")
+            for key, spec in specs.items()
+            if key not in owed
+        }
+        parts: list[list[Part]] = [
+            [zeros[key] if key in zeros else _joined(owed[key]).to(specs[key].dtype)] for key in chosen
+        ]
+        compressing, self.compressor.codec = self.compressor.codec, None
+        try:
+            if chosen:
+                self.push(Batch("set_gradient_compression", chosen, parts), None)
+        finally:
+            self.compressor.codec = compressing
+
+    def forget(self, keys: Sequence[Key]) -> None:
+        """Drop what is owed of keys that were deleted."""
+        with self._compressing:
+            self.compressor.forget(keys)
 
     # ------------------------------------------------------------ init
 
@@ -119,6 +161,8 @@ class DataClient:
         if placed is None:
             placed = self._keymap.placed
         pushes = call.verb != "pull"
+        if pushes and self.compressor.codec is not None:
+            return None
         if not native.can_look():
             return None
         batch = call.look(placed)
@@ -172,6 +216,9 @@ class DataClient:
         entries = [placed.entry(key) for key in batch.keys]
         check_push(batch, entries, self._keymap.rule, self._averages)
         clipping = self._clipping(self._keymap.rule)
+        if self.compressor.codec is not None:
+            self._push_coded(batch, outs, placed, clipping)
+            return
         if self._is_sync or not (self._nonfinite.checks or self._averages or clipping is not None):
             self.last_push = self._push_checked(batch, outs, placed, None) or PushResult()
             return
@@ -203,6 +250,116 @@ class DataClient:
         parts = placed.look(batch.keys, parts=batch.parts)
         targets = None if outs is None else placed.look(batch.keys, outs=outs)
         return self._exchange(placed.layout(batch.keys), parts, targets, scale)
+
+    def _push_coded(self, batch: Batch, outs: Outs | None, placed: PlacedKeys, clipping: Clipping | None) -> None:
+        """Push the words of checked parts, and Rows of tables as they are."""
+        placements = [placed[key].placement for key in batch.keys]
+        # In mode sync the server takes the means.
+        divisors = batch.divisors(self._averages and not self._is_sync)
+        totals: dict[Key, Part] = {
+            key: self._sum(each, parts, divisor) if each.spec.is_table else _wide_sum(each, parts, divisor)
+            for key, each, parts, divisor in zip(batch.keys, placements, batch.parts, divisors, strict=True)
+        }
+        with self._compressing:
+            coded = {
+                (key, server): self.compressor.encode(batch.verb, (key, server), _piece(each, server, totals[key]))
+                for key, each in zip(batch.keys, placements, strict=True)
+                if not each.spec.is_table
+                for server in each.servers
+            }
+            self.compressor.keep(coded.values())
+        try:
+            left_out, scale, result = self._decide_coded(batch, placed, totals, coded, clipping)
+            counts = dict(zip(batch.keys, map(len, batch.parts), strict=True))
+            keys = [key for key in batch.keys if key not in left_out]
+            requests = self._coded_requests(keys, placed, totals, coded, counts, scale)
+            is_whole = outs is not None and not left_out and len({key for key, _ in coded}) == len(keys)
+            told = self._send_coded(keys, requests, outs if is_whole else None, placed) if keys else None
+        except BaseException:
+            with self._compressing:
+                self.compressor.undo(coded.values())
+            raise
+        with self._compressing:
+            self.compressor.undo(each for (key, _), each in coded.items() if key in left_out)
+        if outs is not None and not is_whole:
+            self.pull(batch.keys, outs)
+        self.last_push = told or result
+
+    def _decide_coded(
+        self,
+        batch: Batch,
+        placed: PlacedKeys,
+        totals: Mapping[Key, Part],
+        coded: Mapping[Source, Sending],
+        clipping: Clipping | None,
+    ) -> tuple[set[Key], float | None, PushResult]:
+        """Return which keys are left out, a scale of the gradients that arrive, and what the caller is told."""
+        if self._is_sync or not (self._nonfinite.checks or clipping is not None):
+            return set(), None, PushResult()
+        arrived: list[list[Part]] = []
+        for key in batch.keys:
+            placement = placed[key].placement
+            pieces = [
+                self.compressor.decode(coded[key, server].words, placement.shape(start, stop))
+                for server, start, stop in placement.pieces
+                if not placement.spec.is_table
+            ]
+            # As a shard makes sums, on which it decides.
+            arrived.append([_joined(pieces).to(placement.spec.dtype) if pieces else totals[key]])
+        entries = [placed.entry(key) for key in batch.keys]
+        decided = self._nonfinite.decide(
+            Batch(batch.verb, batch.keys, arrived), entries, False, clipping, lambda _, parts, **__: parts[0]
+        )
+        chosen = {entry.key for entry in decided.entries}
+        return set(batch.keys) - chosen, None if clipping is None else decided.scale, decided.result
+
+    def _coded_requests(
+        self,
+        keys: Sequence[Key],
+        placed: PlacedKeys,
+        totals: Mapping[Key, Part],
+        coded: Mapping[Source, Sending],
+        counts: Mapping[Key, int],
+        scale: float | None,
+    ) -> list[ServerRequest]:
+        """Return a request to each server that holds pieces of some keys."""
+        codec = None if self.compressor.codec is None else self.compressor.codec.to_json()
+        placements = {key: placed[key].placement for key in keys}
+        requests = []
+        for server in _servers_of(list(placements.values())):
+            items: list[Item] = []
+            held = [key for key, each in placements.items() if each.piece_of(server) is not None]
+            for key in held:
+                sending = coded.get((key, server))
+                if sending is None:
+                    items += _items(key, placements[key], totals[key], server)
+                else:
+                    items.append(words_item(key, sending.words))
+            has_counts = self._averages and self._is_sync
+            message = Push(counts=[counts[key] for key in held] if has_counts else None, scale=scale, codec=codec)
+            requests.append(ServerRequest.of_tensors(server, message, pack(items)))
+        return requests
+
+    def _send_coded(
+        self, keys: Sequence[Key], requests: Sequence[ServerRequest], outs: Outs | None, placed: PlacedKeys
+    ) -> PushResult | None:
+        """Send words; fill outs with the new values, in one trip; return what a server has found out."""
+        targets, pulled = None, {}
+        if outs is not None:
+            targets = placed.look(keys, outs=outs)
+            pulled = {each.server: each for each in placed.layout(keys).pulled}
+            requests = [
+                _with(each, pulls=True, checksum=pulled[each.server].checksum)._replace(
+                    reply_nbytes=pulled[each.server].nbytes
+                )
+                for each in requests
+            ]
+        with self._sessions.take() as session:
+            replies = self._send_push(session, list_name(keys) if self._is_sync else "", requests)
+            for request, reply in zip(requests, replies, strict=True):
+                if targets is not None:
+                    pulled[request.server].scatter(reply.payload, targets, self._pool)
+        return _result_of(replies)
 
     def _counts(self, parts: Arrays | Sequence[Sequence[Part]], chosen: Any) -> list[int] | None:
         """Return how many parts some of the keys have, if servers need it to take means."""
@@ -385,6 +542,26 @@ def _result_of(replies: Sequence[ServerReply]) -> PushResult | None:
     """Return what a server has found out about a push; several servers do not look at sums in mode sync."""
     told = replies[0].head.get("result") if replies else None
     return None if told is None else PushResult(*told)
+
+
+def _joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return a value of its pieces, by server."""
+    return torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0]
+
+
+def _wide_sum(placement: KeyPlacement, parts: Sequence[Part], divisor: int) -> Part:
+    """Return the sum of dense parts, divided, as a codec takes it: not rounded; Rows, which it refuses, as they are."""
+    rows_of = [part for part in parts if isinstance(part, Rows)]
+    if rows_of:
+        return rows_of[0]
+    total = torch.empty(placement.spec.shape, dtype=interop.accumulator(placement.spec.dtype), device="cpu")
+    reduce.sum_into(total, parts, divisor)  # type: ignore[arg-type]
+    return total
+
+
+def _piece(placement: KeyPlacement, server: int, total: Part) -> Any:
+    """Return what a server gets of a dense sum."""
+    return placement.slice_of(server, total) if isinstance(total, torch.Tensor) else total
 
 
 def _servers_of(placements: Sequence[KeyPlacement]) -> list[int]:

@@ -18,6 +18,7 @@ from tensorkv import errors
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
+from tensorkv.compression import Codec
 from tensorkv.engines.base import Engine, Outs
 from tensorkv.engines.call import Call
 from tensorkv.engines.ps.ray import cluster
@@ -31,6 +32,7 @@ from tensorkv.errors import (
     TensorKVError,
     ValueMismatchError,
     WaitTimeoutError,
+    WorkerMismatchError,
     quote,
 )
 from tensorkv.runtime import forks, shield
@@ -83,7 +85,7 @@ class PSEngine(Engine):
         started: whether this process has started the Ray cluster.
     """
 
-    capabilities = frozenset({"optimizer", "rows", "checkpoint", "snapshot"})
+    capabilities = frozenset({"checkpoint", "compression", "optimizer", "rows", "snapshot"})
 
     def __init__(
         self,
@@ -327,7 +329,22 @@ class PSEngine(Engine):
                 own = [key for key, each in zip(keys, placements, strict=True) if server in each.servers]
                 requests.append(ServerRequest(server, messages.Delete(keys=own)))
             self._send(requests)
+        self._data.forget(keys)
         self._keymap.refresh()
+
+    # ------------------------------------------------------------ compression
+
+    def set_gradient_compression(self, codec: Codec | None, *, simulate: bool) -> None:
+        self._ensure_worker()
+        mine = None if codec is None else codec.to_json()
+        known = [key for key, _ in self._data.compressor.owed]
+        theirs, keys = json.loads(self.broadcast_text(json.dumps([mine, list(dict.fromkeys(known))])))
+        if theirs != mine:
+            raise WorkerMismatchError(
+                f"set_gradient_compression: rank 0 has set {theirs}, rank {self._rank} {mine}; all workers have to set "
+                "the same"
+            )
+        self._data.set_compression(codec, keys)
 
     # ------------------------------------------------------------ the rule
 
@@ -443,6 +460,7 @@ class PSEngine(Engine):
             merged["nonfinite"][what] += count
         return {
             **merged,
+            **self._data.compressor.stats(),
             "resent": self._sessions.resent,
             "socket_requests": self._sessions.socket_requests,
             "servers": told,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tensorkv import compression
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import (
     Item,
@@ -94,7 +95,7 @@ class ServerState:
 
     def _try_push(self, pushed: PushLayout, request: Request[Push], room: Room | None, ids: RequestIds) -> bool:
         """Push parts whose layout in the payload is that of their keys' values; return False if nothing was done."""
-        found = None if pushed.has_rows else self._layout_of(pushed.keys)
+        found = self._layout_of(pushed.keys) if pushed.has_sums else None
         if found is None or request.layout != found[0]:
             return False
         outs = None if room is None else room.payload
@@ -111,8 +112,9 @@ class ServerState:
     def batch(self, request: Request[Push]) -> Batch:
         """Return what a request pushes, one part for each key."""
         pushed = push_layout(request.layout)
-        rows = [(*self.shard.entry("push", key).spec.shape, 0)[0] for key in pushed.keys]
-        return Batch("push", list(pushed.keys), [[part] for part in pushed.parts(request.payload, rows)])
+        specs = [self.shard.entry("push", key).spec for key in pushed.keys]
+        codec = compression.parse(request.message.codec)
+        return Batch("push", list(pushed.keys), [[part] for part in pushed.parts(request.payload, specs, codec)])
 
     def push_round(
         self, keys: Sequence[Key], parts: Sequence[list[Part]], counts: Sequence[int], ids: RequestIds
@@ -335,8 +337,7 @@ def new_entries(request: Request[Init]) -> list[Entry]:
     if keys != list(pushed.keys) or len(orders) != len(keys) or not all(type(order) is int for order in orders):
         raise ArgumentError("malformed init; expected the keys of the layout, and the order of each")
     found = [specs[index] for index in message.indices]
-    num_rows = [(*spec.shape, 0)[0] for spec in specs]
-    parts = pushed.parts(request.payload, [num_rows[index] for index in message.indices])
+    parts = pushed.parts(request.payload, found, None)
     return [_new_entry(*each) for each in zip(pushed.keys, found, parts, strict=True)]
 
 

@@ -170,6 +170,29 @@ def test_killed_servers_lose_no_acknowledged_push_and_apply_none_twice(spare, tm
         create(num_servers=4, path=tmp_path / "store")
 
 
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_killed_servers_apply_compressed_pushes_once(mode, tmp_path):
+    """Each push owes a quarter more, and every second one sends a half."""
+    n = 300_000
+    with create(num_servers=SERVERS, mode=mode, path=tmp_path / "store") as kv:
+        count_up(kv)
+        kv.init(["w", "n"], [np.zeros(n, F32), np.zeros(3, F32)])
+        kv.set_gradient_compression({"type": "2bit", "threshold": 0.5})
+        quarters = [np.full(n, 0.25, F32), np.full(3, 0.25, F32)]
+        pushed = 0
+        with Killer(kv, KILLS) as killer:
+            while not killer.is_done or pushed % 2:
+                kv.push(["w", "n"], quarters)
+                pushed += 1
+        assert kv.stats()["resent"] >= KILLS
+        assert set(kv.pull("w").tolist()) == set(kv.pull("n").tolist()) == {0.25 * pushed}
+        kv.push(["w", "n"], quarters)
+        assert set(kv.pull("w").tolist()) == {0.25 * pushed}
+        # What is owed is pushed when nothing is compressed any more.
+        kv.set_gradient_compression(None)
+        assert set(kv.pull("w").tolist()) == set(kv.pull("n").tolist()) == {0.25 * (pushed + 1)}
+
+
 def pids_with_spare(kv, server=0):
     """The processes of a server and of its spare, as soon as both are there; the one that serves is first."""
     found = kv._engine._servers[server]

@@ -42,14 +42,12 @@ class Sending:
         source: of the gradient.
         words: to be sent.
         owed: after it was sent.
-        raw_nbytes: of the gradient.
         before: what was owed.
     """
 
     source: Source
     words: Words
     owed: Owed
-    raw_nbytes: int
     before: Owed | None
 
 
@@ -65,7 +63,7 @@ class Compressor:
         self.owed: dict[Source, Owed] = {}
         """What was not sent, of every gradient that was pushed; from a checkpoint also without a codec."""
         self.sent_nbytes = self.raw_nbytes = 0
-        """How many bytes gradients had on their way, and how many they would have had without a codec."""
+        """How many bytes gradients had on their way, and how many they have as float32."""
 
     def encode(self, verb: str, source: Source, gradient: Any, words: Words | None = None) -> Sending:
         """Return the words of a gradient, with what is owed of those before it. Nothing counts until ``keep``.
@@ -109,7 +107,7 @@ class Compressor:
                 codec.encode(residual, words, memory)
         except NonFiniteError as error:
             raise NonFiniteError(f"{verb}({quote(key)}): {codec.name}: {error}; nothing has changed") from None
-        return Sending(source, words, Owed(residual, memory), gradient.nbytes, self.owed.get(source))
+        return Sending(source, words, Owed(residual, memory), self.owed.get(source))
 
     def decode(self, words: Words, shape: Sequence[int]) -> torch.Tensor:
         """Return what words stand for, as float32."""
@@ -120,7 +118,7 @@ class Compressor:
         for each in sendings:
             self.owed[each.source] = each.owed
             self.sent_nbytes += each.words.nbytes
-            self.raw_nbytes += each.raw_nbytes
+            self.raw_nbytes += each.owed.residual.nbytes
 
     def undo(self, sendings: Iterable[Sending]) -> None:
         """Owe what was owed before gradients were kept which did not arrive, unless others were kept since."""
@@ -131,7 +129,7 @@ class Compressor:
                 else:
                     self.owed[each.source] = each.before
             self.sent_nbytes -= each.words.nbytes
-            self.raw_nbytes -= each.raw_nbytes
+            self.raw_nbytes -= each.owed.residual.nbytes
 
     def forget(self, keys: Iterable[Key]) -> None:
         """Drop what is owed of keys that were deleted."""

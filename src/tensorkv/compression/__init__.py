@@ -6,6 +6,7 @@ Third parties add codecs with ``register``.
 from __future__ import annotations
 
 from .codec import Codec as Codec
+from .codec import Floats as Floats
 from .codec import Words as Words
 from .codec import names as names
 from .codec import parse as parse

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +15,8 @@ from tensorkv.errors import ArgumentError, naming, quote, show, suggestion
 
 Floats = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint8]
+# So many elements stay in a processor's cache.
+RUN = 1 << 16
 # What a codec remembers of a gradient from push to push, beside what is still owed.
 Memory = dict[str, Floats]
 
@@ -29,6 +31,9 @@ class Codec(ABC):
 
     name: ClassVar[str]
     """The ``"type"`` that ``set_gradient_compression`` takes."""
+
+    is_divisible: ClassVar[bool] = False
+    """Whether the words of an array are those of its runs of ``RUN`` elements, one after another, without a memory."""
 
     @abstractmethod
     def nbytes(self, shape: Sequence[int]) -> int:
@@ -54,6 +59,19 @@ class Codec(ABC):
     def to_json(self) -> dict[str, Any]:
         """Return what ``parse`` makes this codec of."""
         return {"type": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+
+def runs(codec: Codec, numel: int) -> Iterator[tuple[slice, slice]]:
+    """Return the runs of an array's elements that are encoded alone, and where in its words each lies.
+
+    >>> from tensorkv.compression.halves import BFloat16
+    >>> list(runs(BFloat16(), RUN + 2))[1]
+    (slice(65536, 65538, None), slice(131072, 131076, None))
+    """
+    width = codec.nbytes((RUN,))
+    for start in range(0, numel, RUN):
+        stop, at = min(start + RUN, numel), start // RUN * width
+        yield slice(start, stop), slice(at, at + codec.nbytes((stop - start,)))
 
 
 _factories: dict[str, Callable[..., Codec]] = {}

@@ -13,7 +13,7 @@ from tensorkv.arrays.arguments import Key
 from tensorkv.compiled import _codecs
 from tensorkv.errors import NonFiniteError, ValueMismatchError, quote
 
-from .codec import Codec, Floats, Memory, Words
+from .codec import RUN, Codec, Floats, Memory, Words, runs
 
 COMPRESSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -62,6 +62,8 @@ class Compressor:
         self.codec = codec
         self.owed: dict[Source, Owed] = {}
         """What was not sent, of every gradient that was pushed; from a checkpoint also without a codec."""
+        # Memory for what is owed next, since new memory costs as much time as a codec.
+        self._spare: dict[Source, Floats] = {}
         self.sent_nbytes = self.raw_nbytes = 0
         """How many bytes gradients had on their way, and how many they have as float32."""
 
@@ -93,25 +95,44 @@ class Compressor:
         before = self.owed.get(source)
         if before is not None and before.residual.shape != plain.shape:
             before = None
-        residual: Floats = np.empty_like(plain)
-        if not _add(plain, None if before is None else before.residual, residual):
-            raise NonFiniteError(
-                f"{verb}({quote(key)}): the gradient{'' if before is None else ', with what is owed of earlier ones,'} "
-                f"has NaN or Inf, which {codec.name} cannot compress; nothing has changed"
-            )
+        spare = self._spare.pop(source, None)
+        residual: Floats = np.empty_like(plain) if spare is None or spare.shape != plain.shape else spare
         if words is None:
             words = np.empty(codec.nbytes(plain.shape), np.uint8)
         memory = {} if before is None else dict(before.memory)
         try:
             with np.errstate(all="ignore"):
-                codec.encode(residual, words, memory)
+                _encode(codec, plain, None if before is None else before.residual, residual, words, memory)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{verb}({quote(key)}): {codec.name}: {error}; nothing has changed") from None
+            what = "the gradient" if before is None else "the gradient, with what is owed of earlier ones,"
+            raise NonFiniteError(
+                f"{verb}({quote(key)}): {what} {error}, which {codec.name} cannot compress; nothing has changed"
+            ) from None
         return Sending(source, words, Owed(residual, memory), self.owed.get(source))
 
-    def decode(self, words: Words, shape: Sequence[int]) -> torch.Tensor:
-        """Return what words stand for, as float32."""
-        return decoded(self._codec, words, shape)
+    def decode(self, words: Words, out: Floats) -> None:
+        """Write what words stand for."""
+        self.decode_sum([words], out)
+
+    def decode_sum(self, words: Sequence[Words], out: Floats) -> None:
+        """Write the sum, in this order, of what the words of some arrays stand for."""
+        codec, flat = self._codec, out.reshape(-1)
+        # Words may be of any sender, and anything may be their sum.
+        with np.errstate(all="ignore"):
+            if not codec.is_divisible:
+                codec.decode(words[0], out)
+                part = np.empty_like(out) if len(words) > 1 else out
+                for each in words[1:]:
+                    codec.decode(each, part)
+                    out += part
+                return
+            part = np.empty(min(RUN, len(flat)), np.float32)
+            for run, place in runs(codec, len(flat)):
+                codec.decode(words[0][place], flat[run])
+                for each in words[1:]:
+                    rest = part[: run.stop - run.start]
+                    codec.decode(each[place], rest)
+                    flat[run] += rest
 
     def keep(self, sendings: Iterable[Sending]) -> None:
         """Count gradients as sent."""
@@ -119,6 +140,12 @@ class Compressor:
             self.owed[each.source] = each.owed
             self.sent_nbytes += each.words.nbytes
             self.raw_nbytes += each.owed.residual.nbytes
+
+    def end(self, sendings: Iterable[Sending]) -> None:
+        """Use the memory of what was owed before gradients that have arrived; ``undo`` is not called for them."""
+        for each in sendings:
+            if each.before is not None:
+                self._spare[each.source] = each.before.residual
 
     def undo(self, sendings: Iterable[Sending]) -> None:
         """Owe what was owed before gradients were kept which did not arrive, unless others were kept since."""
@@ -134,8 +161,9 @@ class Compressor:
     def forget(self, keys: Iterable[Key]) -> None:
         """Drop what is owed of keys that were deleted."""
         gone = set(keys)
-        for source in [source for source in self.owed if source[0] in gone]:
-            del self.owed[source]
+        for held in (self.owed, self._spare):
+            for source in [source for source in held if source[0] in gone]:
+                del held[source]
 
     def change(self, codec: Codec | None, push: Callable[[dict[Key, list[Any]]], None]) -> None:
         """Use another codec, after what gradients still owe was pushed; the same codec goes on.
@@ -152,7 +180,7 @@ class Compressor:
             for (key, _), owed in sorted(self.owed.items(), key=lambda each: each[0][1]):
                 left.setdefault(key, []).append(torch.from_numpy(owed.residual))
             push(left)
-            self.owed = {}
+            self.owed, self._spare = {}, {}
         self.codec = codec
 
     def stats(self) -> dict[str, Any]:
@@ -171,10 +199,29 @@ class Compressor:
 def decoded(codec: Codec, words: Words, shape: Sequence[int]) -> torch.Tensor:
     """Return what words stand for, as float32."""
     out: Floats = np.empty(tuple(shape), np.float32)
-    # Words may be of any sender, and anything may be their sum.
-    with np.errstate(all="ignore"):
-        codec.decode(words, out)
+    Compressor(codec).decode(words, out)
     return torch.from_numpy(out)
+
+
+def _encode(codec: Codec, gradient: Floats, residual: Floats | None, out: Floats, words: Words, memory: Memory) -> None:
+    """Write the words of a gradient and what is owed before it, and to ``out`` what is owed then.
+
+    Raises:
+        NonFiniteError: NaN or Inf.
+    """
+    if codec.is_divisible:
+        flats = [None if each is None else each.reshape(-1) for each in (gradient, residual, out)]
+        for run, place in runs(codec, gradient.size):
+            one, other, left = (None if each is None else each[run] for each in flats)
+            _encode_run(codec, one, other, left, words[place], memory)
+    else:
+        _encode_run(codec, gradient, residual, out, words, memory)
+
+
+def _encode_run(codec: Codec, gradient: Any, residual: Any, out: Any, words: Words, memory: Memory) -> None:
+    if not _add(gradient, residual, out):
+        raise NonFiniteError("has NaN or Inf")
+    codec.encode(out, words, memory)
 
 
 def _add(gradient: Floats, residual: Floats | None, out: Floats) -> bool:

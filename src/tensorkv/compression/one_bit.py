@@ -33,6 +33,7 @@ class OneBit(Codec):
     """
 
     name: ClassVar[str] = "1bit"
+    is_divisible: ClassVar[bool] = True
     threshold: float = 0.0
 
     def __post_init__(self) -> None:

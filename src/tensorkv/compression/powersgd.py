@@ -63,7 +63,7 @@ class PowerSGD(Codec):
         right[:] = matrix.T @ left
         matrix -= _product(left, right)
         if not np.isfinite(matrix).all():
-            raise NonFiniteError("its factors overflow float32")
+            raise NonFiniteError("has numbers whose products overflow")
         memory[_BASIS] = right.copy()
 
     def decode(self, words: Words, out: Floats) -> None:

@@ -35,6 +35,7 @@ class TwoBit(Codec):
     """
 
     name: ClassVar[str] = "2bit"
+    is_divisible: ClassVar[bool] = True
     threshold: float = 0.5
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from tensorkv.arrays.arguments import Key, folder_path
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
-from tensorkv.compression import Codec, Compressor, Sending
+from tensorkv.compression import Codec, Compressor, Sending, decoded
 from tensorkv.errors import ArgumentError
 from tensorkv.runtime import shield
 from tensorkv.shard.entry import Batch, KeyInfo, Part
@@ -133,13 +133,15 @@ class LocalEngine(Engine):
             ]
             yield Batch(batch.verb, batch.keys, parts, batch.counts)
             self._compressor.keep(sendings)
+            self._compressor.end(sendings)
 
     def _sent(self, batch: Batch, key: Key, worker: int, part: Part, sendings: list[Sending]) -> Part:
         """Return what is received of a part."""
         if self._shard.entry(batch.verb, key).spec.is_table:
             return part
         sendings.append(self._compressor.encode(batch.verb, (key, worker), part))
-        return self._compressor.decode(sendings[-1].words, part.shape)
+        codec: Any = self._compressor.codec
+        return decoded(codec, sendings[-1].words, part.shape)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         return self._shard.pull_rows(keys, ids)
@@ -188,12 +190,13 @@ class LocalEngine(Engine):
 
     @contextmanager
     def contents(self) -> Iterator[Contents]:
-        with self._shard.frozen() as (entries, rule):
+        with self._compressing, self._shard.frozen() as (entries, rule):
             yield Contents("store", entries, rule, self._compressor.owed)
 
     def restore(self, contents: Contents) -> None:
-        checkpoint.restore(self._shard, contents)
-        self._compressor.owed = dict(contents.owed)
+        with self._compressing:
+            checkpoint.restore(self._shard, contents)
+            self._compressor.owed = dict(contents.owed)
 
     def snapshot(self) -> tuple[LocalEngine, Mapping[Key, int]]:
         copy = LocalEngine(False)

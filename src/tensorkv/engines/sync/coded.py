@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from tensorkv.arrays import interop
-from tensorkv.compression import Compressor, Owed, Sending, Source
+from tensorkv.compression import Compressor, Floats, Owed, Sending, Source
 from tensorkv.engines.transport.segment import aligned
 from tensorkv.shard import reduce
 from tensorkv.shard.entry import Entry
@@ -55,6 +55,7 @@ def exchange(
     shapes: Sequence[Sequence[int]],
     sendings: Sequence[Sending] | None,
     counts: Sequence[int],
+    memory: dict[tuple[int, ...], Floats],
 ) -> tuple[list[torch.Tensor], np.ndarray[Any, np.dtype[np.int64]]]:
     """Return the sums of all workers' gradients, added in the order of ranks, and of how many parts each is.
 
@@ -64,6 +65,7 @@ def exchange(
         shapes: of the keys.
         sendings: of this worker (None: it has left).
         counts: how many parts this worker has of each key.
+        memory: for the sums, kept by the caller from call to call.
     """
     codec = compressor.codec
     sizes = [0 if codec is None else codec.nbytes(shape) for shape in shapes]
@@ -79,12 +81,12 @@ def exchange(
     present = [each for each in found if len(each)]
     total = np.sum([each[: 8 * len(shapes)].view(np.int64) for each in present], axis=0)
     sums = []
-    for shape, start, size in zip(shapes, starts, sizes, strict=False):
-        parts = (compressor.decode(each[start : start + size], shape) for each in present)
-        whole = next(parts)
-        for part in parts:
-            whole += part
-        sums.append(whole)
+    for place, (shape, start, size) in enumerate(zip(shapes, starts, sizes, strict=False)):
+        whole = memory.get((place, *shape))
+        if whole is None:
+            whole = memory[(place, *shape)] = np.empty(shape, np.float32)
+        compressor.decode_sum([words[start : start + size] for words in present], whole)
+        sums.append(torch.from_numpy(whole))
     return sums, total
 
 

@@ -118,6 +118,8 @@ class Pushes:
         self._decisions = Decisions(group, host, policy)
         # Of compressed gradients, whose sums are made on each host.
         self._decisions_alone = Decisions(group, host, policy, is_repeated=True, counts=chain.is_last)
+        # Memory of sums of compressed gradients, by position and shape.
+        self._coded_sums: dict[tuple[int, ...], Any] = {}
         # The last push of each key, until its values are known to be there.
         self._pending: dict[Key, AllReduce] = {}
         # By their keys, the least recently used first; and how many keys they name together.
@@ -357,6 +359,7 @@ class Pushes:
         if sendings is not None:
             yield from self._push_coded(call, keys, sendings, [len(group) for group in groups])
             self._compressor.keep(sendings)
+            self._compressor.end(sendings)
             return False
         dense = [_dense(self._shard.entry("push", key), group) for key, group in zip(keys, groups, strict=True)]
         parts, targets = Arrays.of(self._values, keys, dense), None
@@ -397,7 +400,7 @@ class Pushes:
             self._order.agree([call])
         self._order.wait_for_all()
         shapes = [self._values[key].whole.shape for key in keys]
-        sums, counted = coded.exchange(self._compressor, self._group, shapes, sendings, counts)
+        sums, counted = coded.exchange(self._compressor, self._group, shapes, sendings, counts, self._coded_sums)
         allreduce = yield from self._prepare(call, keys, deferred=False, is_repeated=True)
         arrays = Arrays.of(self._values, keys, [[each] for each in sums])
         arrays.counts = counted
@@ -753,6 +756,7 @@ class Pushes:
         """Drop the schedules of some keys, or all, when no push is pending any more."""
         # The last push in a slot refers to values.
         self._small_pushes = [None] * len(self._small_pushes)
+        self._coded_sums.clear()
         gone = None if keys is None else set(keys)
         for named in [each for each in self._schedules if gone is None or not gone.isdisjoint(each)]:
             finish(self._drop(named))

@@ -16,7 +16,7 @@ from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import Item, pack, unpack
 from tensorkv.arrays.rows import Rows, unchecked_rows
-from tensorkv.compression import Codec, Compressor, Sending, Source
+from tensorkv.compression import Codec, Compressor, Sending, Source, decoded
 from tensorkv.errors import KeyNotFoundError, OptimizerError, ValueMismatchError, quote
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Batch, Part
@@ -281,6 +281,7 @@ class DataClient:
             raise
         with self._compressing:
             self.compressor.undo(each for (key, _), each in coded.items() if key in left_out)
+            self.compressor.end(each for (key, _), each in coded.items() if key not in left_out)
         if outs is not None and not is_whole:
             self.pull(batch.keys, outs)
         self.last_push = told or result
@@ -296,11 +297,12 @@ class DataClient:
         """Return which keys are left out, a scale of the gradients that arrive, and what the caller is told."""
         if self._is_sync or not (self._nonfinite.checks or clipping is not None):
             return set(), None, PushResult()
+        codec: Any = self.compressor.codec
         arrived: list[list[Part]] = []
         for key in batch.keys:
             placement = placed[key].placement
             pieces = [
-                self.compressor.decode(coded[key, server].words, placement.shape(start, stop))
+                decoded(codec, coded[key, server].words, placement.shape(start, stop))
                 for server, start, stop in placement.pieces
                 if not placement.spec.is_table
             ]

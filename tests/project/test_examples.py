@@ -39,6 +39,7 @@ def run(name, tmp_path, *arguments, launcher=(), **sizes):
 
 def test_every_example_is_tested():
     assert {path.name for path in (ROOT / "examples").iterdir() if path.is_file()} == {
+        "compression.py",
         "embeddings.py",
         "gpt.py",
         "jax_digits.py",
@@ -70,6 +71,12 @@ def test_a_program_runs_on_hosts_of_one_machine(tmp_path):
     assert subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout == before
     failed = subprocess.run([*command[:5], "raise SystemExit(3)"], capture_output=True, check=False)
     assert failed.returncode == 3
+
+
+@pytest.mark.release
+def test_no_codec_costs_accuracy(tmp_path):
+    assert run("compression.py", tmp_path)[-1] == "curves: compression.png"
+    assert (tmp_path / "compression.png").stat().st_size > 10_000
 
 
 # The guide to publishing weights, which runs in make test, has readers, too.

@@ -1,11 +1,15 @@
 """Compressed gradients between workers and servers: the bits, what is owed, faults and errors."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 import tensorkv
 from tensorkv import compression
+from tests.support.until import LIMIT_S
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.usefixtures("ray_store")
@@ -179,3 +183,52 @@ def test_a_server_refuses_words_that_do_not_fit(server_pool):
 
 def test_every_codec_is_tried():
     assert {each["type"] for each in CODECS if each} == set(compression.names()) - {"doctest"}
+
+
+def push_and_pull(kv, rank):
+    kv.push({key: each * (rank + 1) for key, each in gradients(7, rank).items()})
+    kv.barrier()
+    found = {key: kv.pull(key) for key in SHAPES}
+    kv.barrier()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["2bit", "powersgd"])
+def test_a_checkpoint_has_what_all_workers_owe(server_pool, tmp_path, kind):
+    """Two workers push and save; two others, and one alone, go on from there."""
+    params = next(each for each in CODECS if each and each["type"] == kind)
+    options = {"num_workers": 2, "num_servers": 2, "mode": "sync"}
+
+    def together(*calls):
+        with ThreadPoolExecutor(2) as pool:
+            return [each.result(LIMIT_S) for each in [pool.submit(call) for call in calls]]
+
+    def workers(name):
+        return together(*[partial(tensorkv.create, "dist_async", name=name)] * 2)
+
+    found = []
+    for turn in range(2):
+        first, second = sorted(workers(server_pool.name(**options)), key=lambda kv: kv.rank)
+        pair = (first, second)
+        if turn == 0:
+            together(*(partial(start, "sgd", kv) for kv in pair))
+            together(*(partial(kv.set_gradient_compression, params) for kv in pair))
+            together(*(partial(push_and_pull, kv, kv.rank) for kv in pair))
+            together(*(partial(kv.save, tmp_path / "saved") for kv in pair))
+        else:
+            together(*(partial(kv.load, tmp_path / "saved") for kv in pair))
+            together(*(partial(kv.set_gradient_compression, params) for kv in pair))
+        found.append(together(*(partial(push_and_pull, kv, kv.rank) for kv in pair))[0])
+        together(*(kv.close for kv in pair))
+    for key in SHAPES:
+        assert torch.equal(found[0][key], found[1][key]), key
+    with server_pool.create(num_servers=2) as alone, tensorkv.create() as local:
+        for kv in (alone, local):
+            kv.load(tmp_path / "saved")
+            kv.set_gradient_compression(CODECS[2], simulate=True)
+            # What both have owed is pushed.
+            kv.set_gradient_compression(None)
+        for key in SHAPES:
+            mine, right = alone.pull(key).float(), local.pull(key).float()
+            torch.testing.assert_close(mine, right, rtol=1e-2 if key in DTYPES else 1e-5, atol=1e-6)
+            assert not torch.equal(right, found[0][key].float()) or key == "scalar"

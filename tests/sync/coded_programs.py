@@ -70,10 +70,9 @@ class Simulated:
         others = [torch.full_like(total, -0.0) for _ in parts[1:]]
         if self.codec is None:
             return [total, *others]
-        owed = total.numpy() + self.owed.get((key, rank), np.float32(0))
-        words, out = np.empty(self.codec.nbytes(owed.shape), np.uint8), np.empty(owed.shape, np.float32)
-        owed = np.asarray(owed, np.float32).copy()
-        self.codec.encode(owed, words, self.memory.setdefault((key, rank), {}))
+        owed, out = np.empty(total.shape, np.float32), np.empty(total.shape, np.float32)
+        words, memory = np.empty(self.codec.nbytes(owed.shape), np.uint8), self.memory.setdefault((key, rank), {})
+        self.codec.encode(total.numpy(), self.owed.get((key, rank)), owed, words, memory)
         self.codec.decode(words, out)
         self.owed[key, rank] = owed
         return [torch.from_numpy(out), *others]

@@ -23,39 +23,29 @@ static Py_ssize_t words_nbytes(Py_ssize_t count, int bits) {
     return (count + per_word - 1) / per_word * WORD_NBYTES;
 }
 
-/* Add, or copy where there is nothing to add; return whether all is finite. */
-FOR_EACH_CPU static int sum_of(const float *gradient, const float *residual, float *out, Py_ssize_t count) {
+/* Write what is owed of a block: its gradient and its residual, if there is one; return whether a number is NaN or Inf. */
+static inline uint32_t owe(const float *gradient, const float *residual, float *owed, Py_ssize_t count) {
     uint32_t odd = 0;
     for (Py_ssize_t i = 0; i < count; i++) {
         uint32_t bits;
-        out[i] = residual == NULL ? gradient[i] : gradient[i] + residual[i];
-        memcpy(&bits, &out[i], sizeof bits);
+        owed[i] = residual == NULL ? gradient[i] : gradient[i] + residual[i];
+        memcpy(&bits, &owed[i], sizeof bits);
         odd |= (bits & 0x7F800000u) == 0x7F800000u;
     }
-    return odd == 0;
+    return odd;
 }
 
-PyDoc_STRVAR(add_doc,
-             "add(gradient, residual, out)\n--\n\n"
-             "Write the sum of two arrays of float32, the first one if the second is None; return whether all of it is "
-             "finite.");
+/* What is encoded, and what is written. */
+typedef struct {
+    const float *gradient, *residual;
+    float *owed;
+    uint8_t *words;
+    Py_ssize_t count;
+    float threshold;
+} Encoding;
 
-static PyObject *add(PyObject *module, PyObject *args) {
-    Py_buffer gradient, residual, out;
-    (void)module;
-    if (!PyArg_ParseTuple(args, "y*z*w*", &gradient, &residual, &out)) return NULL;
-    int fits = gradient.len == out.len && (residual.buf == NULL || residual.len == out.len);
-    int is_finite = 0;
-    if (fits) {
-        const Py_ssize_t count = out.len / (Py_ssize_t)sizeof(float);
-        PyThreadState *state = count >= WORTH_UNLOCKING ? PyEval_SaveThread() : NULL;
-        is_finite = sum_of(gradient.buf, residual.buf, out.buf, count);
-        if (state != NULL) PyEval_RestoreThread(state);
-    }
-    PyBuffer_Release(&gradient);
-    if (residual.obj != NULL) PyBuffer_Release(&residual);
-    PyBuffer_Release(&out);
-    return fits ? PyBool_FromLong(is_finite) : refuse("add");
+FOR_EACH_CPU static uint32_t add_all(const Encoding *given) {
+    return owe(given->gradient, given->residual, given->owed, given->count);
 }
 
 /* The codes of elements that are owed: 11 for +threshold, 10 for -threshold, 00 for nothing; they are less that after.
@@ -70,18 +60,25 @@ static inline void take_two_bits(float *owed, uint32_t *codes, Py_ssize_t count,
     }
 }
 
-FOR_EACH_CPU static void encode_two_bits(float *owed, uint8_t *words, Py_ssize_t count, float threshold) {
-    for (Py_ssize_t at = 0; at < count; at += BLOCK) {
+FOR_EACH_CPU static uint32_t encode_two_bits(const Encoding *given) {
+    uint32_t odd = 0;
+    for (Py_ssize_t at = 0; at < given->count; at += BLOCK) {
         uint32_t codes[BLOCK] = {0};
-        if (count - at >= BLOCK)
-            take_two_bits(owed + at, codes, BLOCK, threshold);
-        else
-            take_two_bits(owed + at, codes, count - at, threshold);
-        const Py_ssize_t left = (count - at + 3) / 4, nbytes = left < BLOCK / 4 ? left : BLOCK / 4;
-        for (Py_ssize_t byte = 0; byte < nbytes; byte++)
-            words[at / 4 + byte] = (uint8_t)(codes[4 * byte] << 6 | codes[4 * byte + 1] << 4 | codes[4 * byte + 2] << 2 |
-                                             codes[4 * byte + 3]);
+        const Py_ssize_t left = given->count - at, count = left < BLOCK ? left : BLOCK;
+        const float *residual = given->residual == NULL ? NULL : given->residual + at;
+        uint8_t *words = given->words + at / 4;
+        if (count == BLOCK) {
+            odd |= owe(given->gradient + at, residual, given->owed + at, BLOCK);
+            take_two_bits(given->owed + at, codes, BLOCK, given->threshold);
+        } else {
+            odd |= owe(given->gradient + at, residual, given->owed + at, count);
+            take_two_bits(given->owed + at, codes, count, given->threshold);
+        }
+        for (Py_ssize_t byte = 0; byte < (count + 3) / 4; byte++)
+            words[byte] = (uint8_t)(codes[4 * byte] << 6 | codes[4 * byte + 1] << 4 | codes[4 * byte + 2] << 2 |
+                                    codes[4 * byte + 3]);
     }
+    return odd;
 }
 
 FOR_EACH_CPU static void decode_two_bits(const uint8_t *words, float *out, Py_ssize_t count, float threshold) {
@@ -102,20 +99,27 @@ static inline void take_one_bit(float *owed, uint32_t *codes, Py_ssize_t count, 
     }
 }
 
-FOR_EACH_CPU static void encode_one_bit(float *owed, uint8_t *words, Py_ssize_t count, float threshold) {
-    for (Py_ssize_t at = 0; at < count; at += BLOCK) {
+FOR_EACH_CPU static uint32_t encode_one_bit(const Encoding *given) {
+    uint32_t odd = 0;
+    for (Py_ssize_t at = 0; at < given->count; at += BLOCK) {
         uint32_t codes[BLOCK] = {0};
-        if (count - at >= BLOCK)
-            take_one_bit(owed + at, codes, BLOCK, threshold);
-        else
-            take_one_bit(owed + at, codes, count - at, threshold);
-        const Py_ssize_t left = (count - at + 7) / 8, nbytes = left < BLOCK / 8 ? left : BLOCK / 8;
-        for (Py_ssize_t byte = 0; byte < nbytes; byte++) {
+        const Py_ssize_t left = given->count - at, count = left < BLOCK ? left : BLOCK;
+        const float *residual = given->residual == NULL ? NULL : given->residual + at;
+        uint8_t *words = given->words + at / 8;
+        if (count == BLOCK) {
+            odd |= owe(given->gradient + at, residual, given->owed + at, BLOCK);
+            take_one_bit(given->owed + at, codes, BLOCK, given->threshold);
+        } else {
+            odd |= owe(given->gradient + at, residual, given->owed + at, count);
+            take_one_bit(given->owed + at, codes, count, given->threshold);
+        }
+        for (Py_ssize_t byte = 0; byte < (count + 7) / 8; byte++) {
             uint32_t found = 0;
             for (int i = 0; i < 8; i++) found |= codes[8 * byte + i] << (7 - i);
-            words[at / 8 + byte] = (uint8_t)found;
+            words[byte] = (uint8_t)found;
         }
     }
+    return odd;
 }
 
 FOR_EACH_CPU static void decode_one_bit(const uint8_t *words, float *out, Py_ssize_t count, float threshold) {
@@ -126,25 +130,40 @@ FOR_EACH_CPU static void decode_one_bit(const uint8_t *words, float *out, Py_ssi
     for (Py_ssize_t i = 8 * whole; i < count; i++) out[i] = (float)(int)(words[whole] >> (7 - i % 8) & 1) * 2.0f - 1.0f;
 }
 
-/* Parse the float32 and the words, the first or the second of which is written, and run one of the above. */
+/* Parse a gradient, a residual or None, memory for what is owed, and for words unless bits is 0; run one of the above;
+ * return whether all that was owed is finite. */
 static PyObject *encode(PyObject *args, const char *function, const char *format, int bits,
-                        void (*run)(float *, uint8_t *, Py_ssize_t, float)) {
-    Py_buffer owed, words;
-    float threshold;
-    if (!PyArg_ParseTuple(args, format, &owed, &words, &threshold)) return NULL;
-    const Py_ssize_t count = owed.len / (Py_ssize_t)sizeof(float);
-    const int fits = words.len == words_nbytes(count, bits);
+                        uint32_t (*run)(const Encoding *)) {
+    Py_buffer gradient, residual, owed, words = {0};
+    Encoding given = {0};
+    if (!PyArg_ParseTuple(args, format, &gradient, &residual, &owed, &words, &given.threshold)) return NULL;
+    given.gradient = gradient.buf, given.residual = residual.buf, given.owed = owed.buf, given.words = words.buf;
+    given.count = owed.len / (Py_ssize_t)sizeof(float);
+    const int fits = gradient.len == owed.len && (residual.buf == NULL || residual.len == owed.len) &&
+                     words.len == (bits == 0 ? 0 : words_nbytes(given.count, bits));
+    uint32_t odd = 0;
     if (fits) {
-        PyThreadState *state = count >= WORTH_UNLOCKING ? PyEval_SaveThread() : NULL;
-        /* The last bytes may be written in part, or not at all. */
-        if (words.len > 0) memset((uint8_t *)words.buf + words.len - WORD_NBYTES, 0, WORD_NBYTES);
-        run(owed.buf, words.buf, count, threshold);
+        PyThreadState *state = given.count >= WORTH_UNLOCKING ? PyEval_SaveThread() : NULL;
+        /* The last word may be written in part. */
+        if (words.len > 0) memset(given.words + words.len - WORD_NBYTES, 0, WORD_NBYTES);
+        odd = run(&given);
         if (state != NULL) PyEval_RestoreThread(state);
     }
+    PyBuffer_Release(&gradient);
+    if (residual.obj != NULL) PyBuffer_Release(&residual);
     PyBuffer_Release(&owed);
-    PyBuffer_Release(&words);
-    if (!fits) return refuse(function);
-    Py_RETURN_NONE;
+    if (words.obj != NULL) PyBuffer_Release(&words);
+    return fits ? PyBool_FromLong(odd == 0) : refuse(function);
+}
+
+PyDoc_STRVAR(add_doc,
+             "add(gradient, residual, owed)\n--\n\n"
+             "Write the sum of two arrays of float32, the first one if the second is None; return whether all of it is "
+             "finite.");
+
+static PyObject *add(PyObject *module, PyObject *args) {
+    (void)module;
+    return encode(args, "add", "y*z*w*", 0, add_all);
 }
 
 static PyObject *decode(PyObject *args, const char *function, const char *format, int bits,
@@ -166,12 +185,12 @@ static PyObject *decode(PyObject *args, const char *function, const char *format
 }
 
 PyDoc_STRVAR(encode_2bit_doc,
-             "encode_2bit(owed, words, threshold)\n--\n\n"
-             "Write two bits for each float32, 16 in a word, and leave in its place what they do not send.");
+             "encode_2bit(gradient, residual, owed, words, threshold)\n--\n\n"
+             "Do as add, and write two bits for each float32, 16 in a word; what they do not send stays in owed.");
 
 static PyObject *encode_2bit(PyObject *module, PyObject *args) {
     (void)module;
-    return encode(args, "encode_2bit", "w*w*f", 2, encode_two_bits);
+    return encode(args, "encode_2bit", "y*z*w*w*f", 2, encode_two_bits);
 }
 
 PyDoc_STRVAR(decode_2bit_doc, "decode_2bit(words, out, threshold)\n--\n\nWrite the float32 that two bits each stand for.");
@@ -182,12 +201,12 @@ static PyObject *decode_2bit(PyObject *module, PyObject *args) {
 }
 
 PyDoc_STRVAR(encode_1bit_doc,
-             "encode_1bit(owed, words, threshold)\n--\n\n"
-             "Write a bit for each float32, 32 in a word, and leave in its place what it does not send.");
+             "encode_1bit(gradient, residual, owed, words, threshold)\n--\n\n"
+             "Do as add, and write a bit for each float32, 32 in a word; what it does not send stays in owed.");
 
 static PyObject *encode_1bit(PyObject *module, PyObject *args) {
     (void)module;
-    return encode(args, "encode_1bit", "w*w*f", 1, encode_one_bit);
+    return encode(args, "encode_1bit", "y*z*w*w*f", 1, encode_one_bit);
 }
 
 PyDoc_STRVAR(decode_1bit_doc, "decode_1bit(words, out, threshold)\n--\n\nWrite the float32 that a bit each stands for.");

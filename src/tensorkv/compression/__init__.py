@@ -17,6 +17,7 @@ from .compressor import Owed as Owed
 from .compressor import Sending as Sending
 from .compressor import Source as Source
 from .compressor import decoded as decoded
+from .compressor import owed_by as owed_by
 from .halves import BFloat16, Float16
 from .int8 import Int8
 from .one_bit import OneBit

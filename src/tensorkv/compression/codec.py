@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from tensorkv.errors import ArgumentError, naming, quote, show, suggestion
+from tensorkv.compiled import _codecs
+from tensorkv.errors import ArgumentError, NonFiniteError, naming, quote, show, suggestion
 
 Floats = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint8]
@@ -40,16 +41,18 @@ class Codec(ABC):
         """Return how many bytes the words of an array of a shape have."""
 
     @abstractmethod
-    def encode(self, owed: Floats, words: Words, memory: Memory) -> None:
-        """Write words of what is owed, and leave in its place what they do not send.
+    def encode(self, gradient: Floats, residual: Floats | None, owed: Floats, words: Words, memory: Memory) -> None:
+        """Write words of what is owed, and what they do not send.
 
         Args:
-            owed: gradient and residual together, finite and contiguous; becomes the residual.
+            gradient: contiguous, as all arrays here.
+            residual: what was owed before (None: nothing).
+            owed: to be written: ``owe`` puts gradient and residual together here; what is sent is to be taken off.
             words: to be written, of ``nbytes``.
             memory: of this gradient from push to push, changed in place; arrays in it are replaced, not written to.
 
         Raises:
-            NonFiniteError: it overflows on the way.
+            NonFiniteError: what is owed has NaN or Inf, or makes it on the way.
         """
 
     @abstractmethod
@@ -59,6 +62,28 @@ class Codec(ABC):
     def to_json(self) -> dict[str, Any]:
         """Return what ``parse`` makes this codec of."""
         return {"type": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+
+def owe(gradient: Floats, residual: Floats | None, owed: Floats) -> None:
+    """Write the sum of a gradient and what was owed before it.
+
+    Raises:
+        NonFiniteError: it has NaN or Inf.
+    """
+    if _codecs is not None:
+        check_finite(_codecs.add(gradient, residual, owed))
+        return
+    if residual is None:
+        owed[...] = gradient
+    else:
+        np.add(gradient, residual, out=owed)
+    check_finite(bool(np.isfinite(owed).all()))
+
+
+def check_finite(is_finite: bool) -> None:
+    """Raise NonFiniteError if what is owed was not finite."""
+    if not is_finite:
+        raise NonFiniteError("has NaN or Inf")
 
 
 def runs(codec: Codec, numel: int) -> Iterator[tuple[slice, slice]]:

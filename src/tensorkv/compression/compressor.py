@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from tensorkv.arrays.arguments import Key
-from tensorkv.compiled import _codecs
 from tensorkv.errors import NonFiniteError, ValueMismatchError, quote
 
-from .codec import RUN, Codec, Floats, Memory, Words, runs
+from .codec import Codec, Floats, Memory, Words, runs
 
 COMPRESSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -110,29 +110,25 @@ class Compressor:
             ) from None
         return Sending(source, words, Owed(residual, memory), self.owed.get(source))
 
-    def decode(self, words: Words, out: Floats) -> None:
-        """Write what words stand for."""
-        self.decode_sum([words], out)
+    def runs(self, shape: Sequence[int]) -> Iterable[tuple[slice, slice]]:
+        """Return the runs of an array's elements that are decoded alone, and where in its words each lies."""
+        numel = prod(shape)
+        if self._codec.is_divisible:
+            return runs(self._codec, numel)
+        return [(slice(0, numel), slice(0, self._codec.nbytes(shape)))]
 
-    def decode_sum(self, words: Sequence[Words], out: Floats) -> None:
-        """Write the sum, in this order, of what the words of some arrays stand for."""
-        codec, flat = self._codec, out.reshape(-1)
+    def decode_sum(self, words: Sequence[Words], out: Floats, run: slice) -> None:
+        """Write the sum, in this order, of what words stand for, to a run of an array."""
+        codec, first = self._codec, out
+        if codec.is_divisible:
+            first = out.reshape(-1)[run]
         # Words may be of any sender, and anything may be their sum.
         with np.errstate(all="ignore"):
-            if not codec.is_divisible:
-                codec.decode(words[0], out)
-                part = np.empty_like(out) if len(words) > 1 else out
-                for each in words[1:]:
-                    codec.decode(each, part)
-                    out += part
-                return
-            part = np.empty(min(RUN, len(flat)), np.float32)
-            for run, place in runs(codec, len(flat)):
-                codec.decode(words[0][place], flat[run])
-                for each in words[1:]:
-                    rest = part[: run.stop - run.start]
-                    codec.decode(each[place], rest)
-                    flat[run] += rest
+            codec.decode(words[0], first)
+            part = np.empty_like(first) if len(words) > 1 else first
+            for each in words[1:]:
+                codec.decode(each, part)
+                first += part
 
     def keep(self, sendings: Iterable[Sending]) -> None:
         """Count gradients as sent."""
@@ -196,40 +192,37 @@ class Compressor:
         return self.codec
 
 
+def owed_by(owed: Mapping[Source, Owed], rank: int, size: int) -> dict[Source, Owed]:
+    """Return what one of some workers owes of what workers owed when a checkpoint was saved, perhaps more of them.
+
+    Each goes on with its own; rank 0 also owes what those owe that are no longer there.
+    """
+    found = {(key, worker): each for (key, worker), each in owed.items() if worker == rank}
+    for (key, worker), each in owed.items() if rank == 0 else ():
+        if worker >= size:
+            before = found.get((key, 0))
+            residual = each.residual if before is None else np.asarray(before.residual + each.residual)
+            found[key, 0] = Owed(residual, {} if before is None else before.memory)
+    return found
+
+
 def decoded(codec: Codec, words: Words, shape: Sequence[int]) -> torch.Tensor:
     """Return what words stand for, as float32."""
     out: Floats = np.empty(tuple(shape), np.float32)
-    Compressor(codec).decode(words, out)
+    compressor = Compressor(codec)
+    for run, place in compressor.runs(shape):
+        compressor.decode_sum([words[place]], out, run)
     return torch.from_numpy(out)
 
 
-def _encode(codec: Codec, gradient: Floats, residual: Floats | None, out: Floats, words: Words, memory: Memory) -> None:
-    """Write the words of a gradient and what is owed before it, and to ``out`` what is owed then.
-
-    Raises:
-        NonFiniteError: NaN or Inf.
-    """
-    if codec.is_divisible:
-        flats = [None if each is None else each.reshape(-1) for each in (gradient, residual, out)]
-        for run, place in runs(codec, gradient.size):
-            one, other, left = (None if each is None else each[run] for each in flats)
-            _encode_run(codec, one, other, left, words[place], memory)
-    else:
-        _encode_run(codec, gradient, residual, out, words, memory)
-
-
-def _encode_run(codec: Codec, gradient: Any, residual: Any, out: Any, words: Words, memory: Memory) -> None:
-    if not _add(gradient, residual, out):
-        raise NonFiniteError("has NaN or Inf")
-    codec.encode(out, words, memory)
-
-
-def _add(gradient: Floats, residual: Floats | None, out: Floats) -> bool:
-    """Write the sum; return whether all of it is finite."""
-    if _codecs is not None:
-        return _codecs.add(gradient, residual, out)
-    if residual is None:
-        out[...] = gradient
-    else:
-        np.add(gradient, residual, out=out)
-    return bool(np.isfinite(out).all())
+def _encode(
+    codec: Codec, gradient: Floats, residual: Floats | None, owed: Floats, words: Words, memory: Memory
+) -> None:
+    """Do as ``Codec.encode``, run by run if they are encoded alone."""
+    if not codec.is_divisible:
+        codec.encode(gradient, residual, owed, words, memory)
+        return
+    flat, left = gradient.reshape(-1), owed.reshape(-1)
+    before = None if residual is None else residual.reshape(-1)
+    for run, place in runs(codec, gradient.size):
+        codec.encode(flat[run], None if before is None else before[run], left[run], words[place], memory)

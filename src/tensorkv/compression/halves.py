@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from .codec import Codec, Floats, Memory, Words
+from .codec import Codec, Floats, Memory, Words, owe
 
 
 class _Half(Codec):
@@ -22,7 +22,8 @@ class _Half(Codec):
     def nbytes(self, shape: Sequence[int]) -> int:
         return 2 * prod(shape)
 
-    def encode(self, owed: Floats, words: Words, memory: Memory) -> None:
+    def encode(self, gradient: Floats, residual: Floats | None, owed: Floats, words: Words, memory: Memory) -> None:
+        owe(gradient, residual, owed)
         left = torch.from_numpy(owed)
         sent = torch.from_numpy(words.view(np.int16)).view(self.dtype).view(owed.shape)
         most = torch.finfo(self.dtype).max

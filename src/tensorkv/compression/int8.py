@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .codec import Codec, Floats, Memory, Words
+from .codec import Codec, Floats, Memory, Words, owe
 
 BLOCK = 1024
 _MOST = np.float32(127)
@@ -30,7 +30,8 @@ class Int8(Codec):
     def nbytes(self, shape: Sequence[int]) -> int:
         return 4 * _blocks(prod(shape)) + prod(shape)
 
-    def encode(self, owed: Floats, words: Words, memory: Memory) -> None:
+    def encode(self, gradient: Floats, residual: Floats | None, owed: Floats, words: Words, memory: Memory) -> None:
+        owe(gradient, residual, owed)
         flat, scales, sent = _split(owed, words)
         if not len(flat):
             return

@@ -11,7 +11,7 @@ import numpy as np
 
 from tensorkv.compiled import _codecs
 
-from .codec import Codec, Floats, Memory, Words, check_number
+from .codec import Codec, Floats, Memory, Words, check_finite, check_number, owe
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,11 @@ class OneBit(Codec):
     def nbytes(self, shape: Sequence[int]) -> int:
         return -(-prod(shape) // 32) * 4
 
-    def encode(self, owed: Floats, words: Words, memory: Memory) -> None:
+    def encode(self, gradient: Floats, residual: Floats | None, owed: Floats, words: Words, memory: Memory) -> None:
         if _codecs is not None:
-            _codecs.encode_1bit(owed, words, self.threshold)
+            check_finite(_codecs.encode_1bit(gradient, residual, owed, words, self.threshold))
             return
+        owe(gradient, residual, owed)
         flat = owed.reshape(-1)
         above = flat > np.float32(self.threshold)
         words[:] = 0

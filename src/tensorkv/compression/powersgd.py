@@ -11,7 +11,7 @@ import numpy as np
 
 from tensorkv.errors import ArgumentError, NonFiniteError, show
 
-from .codec import Codec, Floats, Memory, Words
+from .codec import Codec, Floats, Memory, Words, owe
 
 _BASIS = "basis"
 
@@ -48,7 +48,8 @@ class PowerSGD(Codec):
         sizes = self._sizes(shape)
         return 4 * (prod(shape) if sizes is None else self.rank * sum(sizes))
 
-    def encode(self, owed: Floats, words: Words, memory: Memory) -> None:
+    def encode(self, gradient: Floats, residual: Floats | None, owed: Floats, words: Words, memory: Memory) -> None:
+        owe(gradient, residual, owed)
         sent, sizes = words.view(np.float32), self._sizes(owed.shape)
         if sizes is None:
             sent[:] = owed.reshape(-1)

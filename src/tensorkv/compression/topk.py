@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .codec import Codec, Floats, Memory, Words, check_number
+from .codec import Codec, Floats, Memory, Words, check_number, owe
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class TopK(Codec):
     def nbytes(self, shape: Sequence[int]) -> int:
         return 8 * self.count(shape)
 
-    def encode(self, owed: Floats, words: Words, memory: Memory) -> None:
+    def encode(self, gradient: Floats, residual: Floats | None, owed: Floats, words: Words, memory: Memory) -> None:
+        owe(gradient, residual, owed)
         flat, count = owed.reshape(-1), self.count(owed.shape)
         places, sent = _split(words, count)
         if not count:

@@ -11,7 +11,7 @@ import numpy as np
 
 from tensorkv.compiled import _codecs
 
-from .codec import Codec, Floats, Memory, Words, check_number
+from .codec import Codec, Floats, Memory, Words, check_finite, check_number, owe
 
 # Four codes in a byte, the first one on top.
 _SHIFTS = np.array([6, 4, 2, 0], np.uint8)
@@ -44,10 +44,11 @@ class TwoBit(Codec):
     def nbytes(self, shape: Sequence[int]) -> int:
         return -(-prod(shape) // 16) * 4
 
-    def encode(self, owed: Floats, words: Words, memory: Memory) -> None:
+    def encode(self, gradient: Floats, residual: Floats | None, owed: Floats, words: Words, memory: Memory) -> None:
         if _codecs is not None:
-            _codecs.encode_2bit(owed, words, self.threshold)
+            check_finite(_codecs.encode_2bit(gradient, residual, owed, words, self.threshold))
             return
+        owe(gradient, residual, owed)
         flat, threshold = owed.reshape(-1), np.float32(self.threshold)
         above, below = flat >= threshold, flat <= -threshold
         codes = np.zeros(4 * len(words), np.uint8)

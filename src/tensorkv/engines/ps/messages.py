@@ -236,6 +236,31 @@ class Broadcast(Message):
 
 
 @dataclass(kw_only=True)
+class KeepOwed(Message):
+    """Keep what a worker owes of compressed gradients, which is in the payload, until it was taken.
+
+    Args:
+        token: of a save or load; what was kept for another one is dropped.
+        rank: of the worker.
+    """
+
+    token: str
+    rank: int
+
+
+@dataclass(kw_only=True)
+class TakeOwed(Message):
+    """Reply with what was kept for a worker.
+
+    Args:
+        token, rank: as of ``KeepOwed``.
+    """
+
+    token: str
+    rank: int
+
+
+@dataclass(kw_only=True)
 class Prepare(Message):
     """Begin a snapshot: hold new requests, and reply with each client's last request to several servers."""
 
@@ -287,6 +312,8 @@ VERBS: dict[str, type[Message]] = {
     "leave": Leave,
     "barrier": Barrier,
     "broadcast": Broadcast,
+    "keep_owed": KeepOwed,
+    "take_owed": TakeOwed,
     "prepare": Prepare,
     "commit": Commit,
     "abort": Abort,
@@ -304,6 +331,8 @@ CALLS = {
     "disconnect": "close",
     "claim": "init or delete",
     "unclaim": "init or delete",
+    "keep_owed": "save or load",
+    "take_owed": "save or load",
     "prepare": "snapshot",
     "commit": "snapshot",
     "abort": "snapshot",

@@ -6,7 +6,7 @@ come back, and the optimizer's state is on every host as long as gradients are c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -21,6 +21,9 @@ from tensorkv.shard.entry import Entry
 
 from .chain import Chain
 from .group import ProcessGroup
+
+# So many bytes of words go at a time.
+_PART_NBYTES = 1 << 20
 
 
 def encode(
@@ -67,27 +70,60 @@ def exchange(
         counts: how many parts this worker has of each key.
         memory: for the sums, kept by the caller from call to call.
     """
-    codec = compressor.codec
-    sizes = [0 if codec is None else codec.nbytes(shape) for shape in shapes]
-    head = aligned(8 * len(shapes))
-    starts = np.cumsum([head, *map(aligned, sizes)]).tolist()
-    # One byte more, so that a worker that is here sends something.
-    mine = np.zeros(0 if sendings is None else starts[-1] + 1, np.uint8)
-    if sendings is not None:
-        mine[: 8 * len(shapes)].view(np.int64)[:] = counts
-        for start, size, each in zip(starts, sizes, sendings, strict=False):
-            mine[start : start + size] = each.words
-    found = [each.numpy() for each in group.all_gather(torch.from_numpy(mine))]
-    present = [each for each in found if len(each)]
-    total = np.sum([each[: 8 * len(shapes)].view(np.int64) for each in present], axis=0)
+    told = group.all_gather(torch.tensor(counts if sendings is not None else [], dtype=torch.int64, device="cpu"))
+    present = [rank for rank, each in enumerate(told) if len(each) or not shapes]
+    total = np.zeros(len(shapes), np.int64)
+    for rank in present:
+        total += told[rank].numpy()
+    codec: Any = compressor.codec
+    starts = np.cumsum([0, *(aligned(codec.nbytes(shape)) for shape in shapes)]).tolist()
+    words = _AllWords(group, starts[-1])
+    for start, each in zip(starts, sendings or (), strict=False):
+        words.mine[start : start + len(each.words)] = each.words
+    words.begin()
     sums = []
-    for place, (shape, start, size) in enumerate(zip(shapes, starts, sizes, strict=False)):
+    for place, (shape, start) in enumerate(zip(shapes, starts, strict=False)):
         whole = memory.get((place, *shape))
         if whole is None:
             whole = memory[(place, *shape)] = np.empty(shape, np.float32)
-        compressor.decode_sum([words[start : start + size] for words in present], whole)
+        # What has come is summed while the rest is on its way.
+        for run, at in compressor.runs(shape):
+            words.wait_for(start + at.stop)
+            compressor.decode_sum(
+                [words.found[rank][start + at.start : start + at.stop] for rank in present], whole, run
+            )
         sums.append(torch.from_numpy(whole))
+    words.wait_for(starts[-1])
     return sums, total
+
+
+class _AllWords:
+    """The words of all workers, which come in parts.
+
+    Args:
+        group: of all workers.
+        nbytes: of each worker's.
+    """
+
+    def __init__(self, group: ProcessGroup, nbytes: int) -> None:
+        self._group, self._nbytes = group, nbytes
+        self.mine = np.zeros(nbytes, np.uint8)
+        self.found = [np.empty(nbytes, np.uint8) for _ in range(group.size)]
+        self._parts: list[tuple[int, Callable[[], None]]] = []
+        self._come = 0
+
+    def begin(self) -> None:
+        """Send this worker's."""
+        mine, found = torch.from_numpy(self.mine), [torch.from_numpy(each) for each in self.found]
+        for start in range(0, self._nbytes, _PART_NBYTES):
+            part = slice(start, min(start + _PART_NBYTES, self._nbytes))
+            self._parts.append((part.stop, self._group.begin_all_gather([each[part] for each in found], mine[part])))
+
+    def wait_for(self, stop: int) -> None:
+        """Return when so many bytes of every worker's have come."""
+        while self._come < stop:
+            self._come, wait = self._parts.pop(0)
+            wait()
 
 
 def spread_states(group: ProcessGroup, chain: Chain, local_rank: int, entries: Sequence[Entry]) -> None:
@@ -136,18 +172,4 @@ def gather_owed(group: ProcessGroup, owed: Mapping[Source, Owed]) -> dict[Source
                 size = prod(shape)
                 own[name], rest = rest[:size].reshape(shape).copy(), rest[size:]
             found[key, rank] = Owed(own.pop(""), own)
-    return found
-
-
-def own_owed(owed: Mapping[Source, Owed], rank: int, size: int) -> dict[Source, Owed]:
-    """Return what one of some workers owes of what workers owed when a checkpoint was saved, perhaps more of them.
-
-    Each goes on with its own; rank 0 also owes what those owe that are no longer there.
-    """
-    found = {(key, worker): each for (key, worker), each in owed.items() if worker == rank}
-    for (key, worker), each in owed.items() if rank == 0 else ():
-        if worker >= size:
-            before = found.get((key, 0))
-            residual = each.residual if before is None else np.asarray(before.residual + each.residual)
-            found[key, 0] = Owed(residual, {} if before is None else before.memory)
     return found

@@ -20,7 +20,7 @@ from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key, check_flag, check_timeout
 from tensorkv.arrays.rows import Rows, unchecked_rows
 from tensorkv.arrays.spec import KeySpec
-from tensorkv.compression import Codec, Compressor
+from tensorkv.compression import Codec, Compressor, owed_by
 from tensorkv.engines import partition
 from tensorkv.engines.base import Engine, Outs
 from tensorkv.engines.call import Call
@@ -376,7 +376,7 @@ class DistEngine(Engine):
             self._take_states(contents)
         else:
             self._take_values(contents)
-        self._compressor.owed = coded.own_owed(contents.owed, self.rank, self.num_workers)
+        self._compressor.owed = owed_by(contents.owed, self.rank, self.num_workers)
         self._host.barrier()
 
     def _take_states(self, contents: Contents) -> None:

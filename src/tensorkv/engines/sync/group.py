@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from time import monotonic, sleep
 from typing import Any
 
@@ -321,13 +322,26 @@ class ProcessGroup:
         return [json.loads(bytes(each.numpy())) for each in self.all_gather(data)]
 
     def _all_gather_equal(self, into: list[torch.Tensor], tensor: torch.Tensor) -> None:
+        self.begin_all_gather(into, tensor)()
+
+    def begin_all_gather(self, into: list[torch.Tensor], tensor: torch.Tensor) -> Callable[[], None]:
+        """Begin to fill flat tensors with every rank's, all of one length; return a function that waits for it."""
         try:
-            self.gloo.allgather([into], [tensor]).wait()
+            return partial(self._end_all_gather, self.gloo.allgather([into], [tensor]))
         except RuntimeError as error:
-            dead = self._find_dead()
-            if dead is not None:
-                raise rank_died(dead, "died or ended early") from error
-            raise self.published_error(RankDiedError(f"a rank died or ended early: {error}")) from error
+            raise self._explained(error) from error
+
+    def _end_all_gather(self, work: Any) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._explained(error) from error
+
+    def _explained(self, error: RuntimeError) -> TensorKVError:
+        dead = self._find_dead()
+        if dead is not None:
+            return rank_died(dead, "died or ended early")
+        return self.published_error(RankDiedError(f"a rank died or ended early: {error}"))
 
     def disconnect(self) -> None:
         """Close the connections to other workers."""

@@ -16,7 +16,7 @@ from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import Item, pack, unpack
 from tensorkv.arrays.rows import Rows, unchecked_rows
-from tensorkv.compression import Codec, Compressor, Sending, Source, decoded
+from tensorkv.compression import Codec, Compressor, Owed, Sending, Source, decoded
 from tensorkv.errors import KeyNotFoundError, OptimizerError, ValueMismatchError, quote
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Batch, Part
@@ -116,6 +116,35 @@ class DataClient:
                 self.push(Batch("set_gradient_compression", chosen, parts), None)
         finally:
             self.compressor.codec = compressing
+
+    def owed(self, rank: int) -> dict[Source, Owed]:
+        """Return what this worker owes, as of whole values, under its rank."""
+        found: dict[Source, Owed] = {}
+        with self._compressing:
+            pieces = dict(self.compressor.owed)
+        for key in dict.fromkeys(key for key, _ in pieces):
+            if key not in self._keymap:
+                continue
+            placement = self._keymap.find("save", key)
+            own = [pieces[key, server] for server in placement.servers if (key, server) in pieces]
+            if len(own) == len(placement.servers):
+                # What a codec remembers of a piece is of no use for a whole.
+                residuals, memory = [each.residual for each in own], own[0].memory if len(own) == 1 else {}
+                found[key, rank] = Owed(np.concatenate(residuals) if len(own) > 1 else residuals[0].copy(), memory)
+        return found
+
+    def take_owed(self, owed: Mapping[Source, Owed]) -> None:
+        """Owe what a checkpoint says that this worker owes."""
+        pieces: dict[Source, Owed] = {}
+        for (key, _), each in owed.items():
+            placement = self._keymap.find("load", key)
+            for server in placement.servers:
+                mine = placement.slice_of(server, torch.from_numpy(each.residual))
+                if mine is not None:
+                    memory = each.memory if len(placement.servers) == 1 else {}
+                    pieces[key, server] = Owed(mine.clone().numpy(), memory)
+        with self._compressing:
+            self.compressor.owed = pieces
 
     def forget(self, keys: Sequence[Key]) -> None:
         """Drop what is owed of keys that were deleted."""

@@ -16,9 +16,10 @@ import torch
 
 from tensorkv import errors
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.packing import Item, pack, unpack
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
-from tensorkv.compression import Codec
+from tensorkv.compression import Codec, Owed, Source, owed_by
 from tensorkv.engines.base import Engine, Outs
 from tensorkv.engines.call import Call
 from tensorkv.engines.ps.ray import cluster
@@ -125,6 +126,8 @@ class PSEngine(Engine):
         self.forks = forks.count
         self._ending, self._ended = threading.Event(), threading.Event()
         self._closing = threading.Lock()
+        # Whether some worker may owe something of compressed gradients.
+        self._owes = False
         self.is_abandoned = False
         """Whether the store was dropped without ``close``."""
         self._heartbeats = threading.Thread(target=self._send_heartbeats, name="tensorkv-heartbeat", daemon=True)
@@ -345,6 +348,58 @@ class PSEngine(Engine):
                 "the same"
             )
         self._data.set_compression(codec, keys)
+        self._owes = True
+
+    def _gather_owed(self) -> dict[Source, Owed]:
+        """Return, on rank 0, what all workers owe; they call this together."""
+        rank, workers = self._worker_rank, range(self._options.num_workers)
+        if rank is None or not self._owes:
+            return {}
+        mine = self._data.owed(rank)
+        if len(workers) == 1:
+            return mine
+        token = self.broadcast_text(secrets.token_hex(8))
+        self._keep_owed(token, rank, mine)
+        self.barrier()
+        found: dict[Source, Owed] = {}
+        if rank == 0:
+            for each in workers:
+                found |= self._take_owed(token, each)
+            self._keep_owed("", 0, {})
+        return found
+
+    def _spread_owed(self, owed: Mapping[Source, Owed]) -> None:
+        """Have each worker owe what it owed according to a checkpoint, which rank 0 has read."""
+        rank, size = self._worker_rank, self._options.num_workers
+        if rank is None:
+            return
+        token = self.broadcast_text(secrets.token_hex(8) if owed else "")
+        self._owes = self._owes or bool(token)
+        if size == 1 or not token:
+            self._data.take_owed(owed_by(owed, rank, size))
+            return
+        for each in range(size) if rank == 0 else ():
+            self._keep_owed(token, each, owed_by(owed, each, size))
+        self.barrier()
+        self._data.take_owed(self._take_owed(token, rank))
+
+    def _keep_owed(self, token: str, rank: int, owed: Mapping[Source, Owed]) -> None:
+        items = []
+        for (key, _), each in owed.items():
+            items.append(Item(key, "residual", torch.from_numpy(each.residual)))
+            items += [Item(key, f"memory/{name}", torch.from_numpy(array)) for name, array in each.memory.items()]
+        self._send([ServerRequest.of_tensors(0, messages.KeepOwed(token=token, rank=rank), pack(items))])
+
+    def _take_owed(self, token: str, rank: int) -> dict[Source, Owed]:
+        (reply,) = self._send([ServerRequest(0, messages.TakeOwed(token=token, rank=rank))])
+        found: dict[Source, Owed] = {}
+        for item in unpack(reply.head["layout"].encode(), b"" if reply.payload is None else reply.payload.numpy().data):
+            array = item.tensor.clone().numpy()
+            if item.role == "residual":
+                found[item.key, rank] = Owed(array, {})
+            else:
+                found[item.key, rank].memory[item.role.removeprefix("memory/")] = array
+        return found
 
     # ------------------------------------------------------------ the rule
 
@@ -496,11 +551,14 @@ class PSEngine(Engine):
 
     @contextmanager
     def contents(self) -> Iterator[Contents]:
-        yield gather(self._snapshots.contents())
+        # Those of other workers come with ``save`` alone, which all of them call.
+        owed = self._gather_owed() if self._options.num_workers == 1 else {}
+        yield replace(gather(self._snapshots.contents()), owed=owed)
 
     def restore(self, contents: Contents) -> None:
         self._on_rank_0(partial(self._restore, contents))
         self._keymap.refresh()
+        self._spread_owed(contents.owed)
 
     def _restore(self, contents: Contents) -> None:
         if isinstance(contents.rule, StepOptimizer):
@@ -509,11 +567,25 @@ class PSEngine(Engine):
             self._send(scatter(contents, self._keymap, len(self._servers)))
 
     def save(self, path: str, kind: Kind) -> None:
-        self._on_rank_0(partial(super().save, path, kind))
+        owed = self._gather_owed()
+
+        def write() -> None:
+            with self.contents() as contents:
+                checkpoint.write(path, replace(contents, kind=kind, owed=owed))
+
+        self._on_rank_0(write)
 
     def load(self, path: str, kind: Kind) -> None:
-        self._on_rank_0(lambda: self._restore(checkpoint.read(path, kind)))
+        owed: dict[Source, Owed] = {}
+
+        def read() -> None:
+            contents = checkpoint.read(path, kind)
+            self._restore(contents)
+            owed.update(contents.owed)
+
+        self._on_rank_0(read)
         self._keymap.refresh()
+        self._spread_owed(owed)
 
     def _on_rank_0(self, call: Callable[[], Any]) -> None:
         """Call a function on rank 0, and raise its error on every worker; a reader calls it for itself."""

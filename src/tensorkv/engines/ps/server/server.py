@@ -18,6 +18,7 @@ import torch
 
 from tensorkv import errors
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.packing import unpack
 from tensorkv.errors import ArgumentError, OptimizerError, TensorKVError, WorkerError, quote
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard.changes import RequestIds
@@ -25,7 +26,7 @@ from tensorkv.shard.entry import Part
 from tensorkv.shard.norm import PushResult
 
 from .. import messages
-from ..messages import Message, Push, Reply, Request, keys_of, push_layout
+from ..messages import Message, Push, Reply, Request, bytes_of, keys_of, push_layout
 from ..options import PSOptions
 from .membership import Membership
 from .snapshot import SnapshotBarrier
@@ -81,6 +82,9 @@ class Server:
         self._sync_rounds = SyncRounds(self._apply_round, self._tables.lists)
         # Of each client, what was found out about its last push to a round.
         self._results: dict[str, tuple[int, PushResult]] = {}
+        # What workers owe, by rank, while it goes from them to a checkpoint or back; and its token.
+        self._owed: dict[int, tuple[bytes, bytes]] = {}
+        self._owed_token = ""
         self._metrics = Metrics()
         self._resent = 0
         self.is_broken = False
@@ -477,6 +481,25 @@ class Server:
             self._state.snapshots.drop(request.message.snapshot)
         return Reply({})
 
+    # ------------------------------------------------------------ what workers owe
+
+    def _keep_owed(self, request: Request[messages.KeepOwed]) -> Reply:
+        message = request.message
+        # Raises if they do not fit together.
+        unpack(request.layout, request.payload)
+        with self._condition:
+            if message.token != self._owed_token:
+                self._owed, self._owed_token = {}, message.token
+            self._owed[message.rank] = request.layout, bytes(request.payload)
+        return Reply({})
+
+    def _take_owed(self, request: Request[messages.TakeOwed]) -> Reply:
+        message = request.message
+        with self._condition:
+            kept = self._owed if message.token == self._owed_token else {}
+            layout, payload = kept.get(message.rank, (b"[]", b""))
+        return Reply({"layout": layout.decode()}, bytes_of(bytearray(payload)))
+
     # ------------------------------------------------------------ each change once
 
     def _record(self, *events: list[Any]) -> None:
@@ -536,6 +559,8 @@ _HANDLERS: dict[type[Message], Callable[[Server, Request[Any]], Reply]] = {
     messages.Leave: Server._leave,
     messages.Barrier: Server._barrier,
     messages.Broadcast: Server._broadcast,
+    messages.KeepOwed: Server._keep_owed,
+    messages.TakeOwed: Server._take_owed,
     messages.Prepare: Server._prepare,
     messages.Commit: Server._commit,
     messages.Abort: Server._abort,

@@ -67,14 +67,13 @@ class Compressor:
         self.sent_nbytes = self.raw_nbytes = 0
         """How many bytes gradients had on their way, and how many they have as float32."""
 
-    def encode(self, verb: str, source: Source, gradient: Any, words: Words | None = None) -> Sending:
+    def encode(self, verb: str, source: Source, gradient: Any) -> Sending:
         """Return the words of a gradient, with what is owed of those before it. Nothing counts until ``keep``.
 
         Args:
             verb: for messages.
             source: of the gradient.
             gradient: a tensor on any device.
-            words: memory to write to (None: new memory).
 
         Raises:
             ValueMismatchError: Rows, or a dtype other than float32, float16, bfloat16.
@@ -91,14 +90,13 @@ class Compressor:
                 f"{verb}({quote(key)}): gradients are compressed ({codec.name}), and this one is "
                 f"{str(gradient.dtype).removeprefix('torch.')}; expected float32, float16 or bfloat16"
             )
-        plain: Floats = gradient.detach().to("cpu", torch.float32).contiguous().numpy()
+        plain: Floats = gradient.detach().to("cpu", torch.float32).resolve_neg().contiguous().numpy()
         before = self.owed.get(source)
         if before is not None and before.residual.shape != plain.shape:
             before = None
         spare = self._spare.pop(source, None)
         residual: Floats = np.empty_like(plain) if spare is None or spare.shape != plain.shape else spare
-        if words is None:
-            words = np.empty(codec.nbytes(plain.shape), np.uint8)
+        words = np.empty(codec.nbytes(plain.shape), np.uint8)
         memory = {} if before is None else dict(before.memory)
         try:
             with np.errstate(all="ignore"):

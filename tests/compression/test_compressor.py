@@ -1,0 +1,263 @@
+"""What a store makes of compressed pushes, in one process: forms, libraries, rules, errors and what is owed."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import tensorkv
+from tensorkv.compression import Codec, Compressor, names, parse, register
+from tensorkv.compression.codec import RUN, owe
+
+F32 = np.float32
+TWO_BITS = {"type": "2bit", "threshold": 0.5}
+
+
+@pytest.fixture
+def kv():
+    with tensorkv.create() as made:
+        made.init("w", np.zeros(4, F32))
+        made.set_gradient_compression(TWO_BITS, simulate=True)
+        yield made
+
+
+GRADIENT = np.array([0.75, -0.75, 0.25, 0], F32)
+SENT = [0.5, -0.5, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        np.copy,
+        torch.from_numpy,
+        lambda array: np.repeat(array, 2)[::2],
+        lambda array: torch.from_numpy(array).repeat_interleave(2)[::2],
+        lambda array: torch._neg_view(-torch.from_numpy(array)),
+        lambda array: torch.from_numpy(array).requires_grad_(),
+        lambda array: pytest.importorskip("jax.numpy").asarray(array),
+    ],
+    ids=["numpy", "torch", "strided", "strided torch", "negated", "requires grad", "jax"],
+)
+@pytest.mark.parametrize("form", ["single", "list", "mapping", "out", "tree"])
+def test_every_form_and_library(kv, make, form):
+    part = make(GRADIENT)
+    if form == "single":
+        kv.push("w", part)
+    elif form == "list":
+        kv.push(["w"], [[part]])
+    elif form == "mapping":
+        assert kv.pushpull({"w": part})["w"].tolist() == SENT
+    elif form == "tree":
+        kv.push_tree({"w": part})
+    else:
+        out = np.empty(4, F32)
+        kv.pushpull("w", part, out=out)
+        assert out.tolist() == SENT
+    assert kv.pull("w").tolist() == SENT
+    # What was owed comes with the next one.
+    assert kv.pushpull("w", part).tolist() == [1 / 2, -1 / 2, 1 / 2, 0]
+
+
+def test_parts_are_as_workers(kv):
+    """Each has what it owes."""
+    small = np.full(4, 0.25, F32)
+    assert kv.pushpull("w", [small, small, GRADIENT]).tolist() == SENT
+    assert kv.pushpull("w", [small, small, np.zeros(4, F32)]).tolist() == [1, 1, 1, 1]
+
+
+def test_an_update_that_raises_leaves_what_is_owed(kv):
+    def refuse(key, received, stored):
+        raise ValueError("no")
+
+    kv.push("w", GRADIENT)
+    kv.set_updater(refuse)
+    with pytest.raises(ValueError, match="no"):
+        kv.push("w", np.full(4, 0.25, F32))
+    kv.set_updater(None)
+    assert kv.pushpull("w", np.full(4, 0.25, F32)).tolist() == [0.5, 0, 0.5, 0]
+
+
+def test_nothing_is_lost_when_a_codec_changes(kv):
+    kv.set_optimizer("sgd", lr=1.0, maximize=True)
+    kv.push("w", GRADIENT)
+    kv.set_gradient_compression(TWO_BITS, simulate=True)
+    assert kv.pull("w").tolist() == SENT
+    kv.set_gradient_compression({"type": "2bit", "threshold": 0.125}, simulate=True)
+    assert kv.pull("w").tolist() == GRADIENT.tolist()
+    kv.push("w", GRADIENT)
+    kv.set_gradient_compression({"type": "none"})
+    assert kv.pull("w").tolist() == (2 * GRADIENT).tolist()
+    assert kv.info("w").version == 4
+
+
+def test_a_value_that_is_assigned_owes_nothing(kv):
+    kv.push("w", GRADIENT)
+    kv.set_gradient_compression(None)
+    assert kv.pull("w").tolist() == SENT
+    assert kv.info("w").version == 1
+
+
+def test_tables_are_not_compressed(kv):
+    kv.init("t", tensorkv.Rows(np.array([1]), np.ones((1, 2), F32), 9))
+    kv.push({"w": GRADIENT, "t": tensorkv.Rows(np.array([2]), np.full((1, 2), 0.3, F32), 9)})
+    assert kv.row_sparse_pull("t", row_ids=[2]).values.tolist() == [[F32(0.3)] * 2]
+    assert kv.pull("w").tolist() == SENT
+
+
+def test_a_shape_that_changes_with_its_key_starts_anew(kv):
+    kv.push("w", GRADIENT)
+    kv.delete("w")
+    kv.init("w", np.zeros(2, F32))
+    assert kv.pushpull("w", np.full(2, 0.25, F32)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("options", [{}, {"nonfinite": "raise"}, {"nonfinite": "skip"}])
+def test_nan_is_an_error_and_changes_nothing(options):
+    with tensorkv.create(**options) as kv:
+        kv.init(["v", "w"], [np.zeros(4, F32)] * 2)
+        kv.set_gradient_compression(TWO_BITS, simulate=True)
+        kv.push(["v", "w"], [GRADIENT] * 2)
+        for odd in (np.nan, np.inf, -np.inf):
+            with pytest.raises(tensorkv.NonFiniteError, match=r'push\("w"\).*NaN or Inf, which 2bit cannot compress'):
+                kv.push(["v", "w"], [GRADIENT, np.array([0, 0, 0, odd], F32)])
+        assert kv.info("v").version == 1
+        assert kv.pushpull("v", np.full(4, 0.25, F32)).tolist() == [0.5, 0, 0.5, 0]
+
+
+def test_what_overflows_with_what_is_owed_is_an_error(kv):
+    huge = np.full(4, 3e38, F32)
+    kv.push("w", huge)
+    with pytest.raises(tensorkv.NonFiniteError, match="with what is owed of earlier ones"):
+        kv.push("w", huge)
+    kv.set_gradient_compression({"type": "powersgd"}, simulate=True)
+    kv.init("m", np.zeros((20, 30), F32))
+    with pytest.raises(tensorkv.NonFiniteError, match="products overflow"):
+        kv.push("m", np.random.default_rng(0).normal(size=(20, 30)).astype(F32) * F32(3e37))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int64", "bool", "float64"])
+def test_other_dtypes_are_an_error(kv, dtype):
+    kv.init("i", np.zeros(4, dtype))
+    with pytest.raises(tensorkv.ValueMismatchError, match=f"this one is {dtype}; expected float32, float16"):
+        kv.push("i", np.zeros(4, dtype))
+    kv.set_gradient_compression(None)
+    kv.push("i", np.ones(4, dtype))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((TWO_BITS,), "sends nothing; simulate=True"),
+        ((TWO_BITS, 3), "without a name"),
+        (({"type": "3bit"},), 'no codec .3bit. .did you mean "[12]bit"'),
+    ],
+)
+def test_settings_that_are_refused(arguments, message):
+    with tensorkv.create() as kv, pytest.raises(tensorkv.ArgumentError, match=f"set_gradient_compression.*{message}"):
+        kv.set_gradient_compression(*arguments)
+
+
+def test_a_store_in_a_folder_does_not_simulate(tmp_path):
+    with tensorkv.create(path=tmp_path / "store") as kv:
+        with pytest.raises(tensorkv.ArgumentError, match="store in a folder"):
+            kv.set_gradient_compression(TWO_BITS, simulate=True)
+        kv.set_gradient_compression(None)
+
+
+@pytest.mark.parametrize("params", [TWO_BITS, {"type": "powersgd"}], ids=["2bit", "powersgd"])
+def test_a_checkpoint_has_what_is_owed(params, tmp_path):
+    def push(store, seed):
+        rng = np.random.default_rng(seed)
+        store.push("m", [rng.normal(size=(30, 20)).astype(F32) for _ in range(2)])
+        return store.pull("m")
+
+    with tensorkv.create() as first, tensorkv.create() as second, tensorkv.create() as third:
+        first.init("m", np.zeros((30, 20), F32))
+        first.set_optimizer("adam", lr=0.1)
+        first.set_gradient_compression(params, simulate=True)
+        push(first, 0)
+        first.save(tmp_path / "a")
+        # It goes through a store that compresses nothing, too.
+        second.load(tmp_path / "a")
+        second.save(tmp_path / "b")
+        third.load(tmp_path / "b")
+        third.set_gradient_compression(params, simulate=True)
+        assert push(first, 1).tobytes() == push(third, 1).tobytes()
+
+
+def test_threads_push_one_key():
+    count, each = 4, 50
+    with tensorkv.create() as kv:
+        kv.init("w", np.zeros(1000, F32))
+        kv.set_optimizer("sgd", lr=1.0, maximize=True)
+        kv.set_gradient_compression(TWO_BITS, simulate=True)
+
+        def push():
+            for _ in range(each):
+                kv.push("w", np.full(1000, 0.25, F32))
+
+        threads = [threading.Thread(target=push) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert set(kv.pull("w").tolist()) == {0.25 * count * each}
+        assert kv.stats()["compression"] == {"sent_nbytes": 252 * count * each, "raw_nbytes": 4000 * count * each}
+
+
+def test_arrays_of_several_runs_are_as_those_of_one(monkeypatch):
+    rng = np.random.default_rng(8)
+    gradients = rng.normal(size=(3, 3, RUN // 2 + 5)).astype(F32)
+    found = []
+    for _ in range(2):
+        with tensorkv.create() as kv:
+            kv.init("w", np.zeros((3, RUN // 2 + 5), F32))
+            kv.set_gradient_compression(TWO_BITS, simulate=True)
+            found.append([kv.pushpull("w", each).tobytes() for each in gradients])
+        monkeypatch.setattr("tensorkv.compression.codec.RUN", 1 << 30)
+    assert found[0] == found[1]
+
+
+class Signs(Codec):
+    """What a third party could write: the sign of each element, as a byte."""
+
+    name = "signs"
+
+    def nbytes(self, shape):
+        return int(np.prod(shape))
+
+    def encode(self, gradient, residual, owed, words, memory):
+        owe(gradient, residual, owed)
+        words[:] = np.sign(owed).astype(np.int8).reshape(-1).view(np.uint8)
+        owed -= np.sign(owed)
+
+    def decode(self, words, out):
+        out.reshape(-1)[:] = words.view(np.int8)
+
+    def to_json(self):
+        return {"type": self.name}
+
+
+def test_a_codec_of_somebody_else(monkeypatch):
+    monkeypatch.setattr("tensorkv.compression.codec._factories", {})
+    register("signs", Signs)
+    assert names() == ["signs"]
+    with tensorkv.create() as kv:
+        kv.init("w", np.zeros(4, F32))
+        kv.set_gradient_compression({"type": "signs"}, simulate=True)
+        assert kv.pushpull("w", GRADIENT).tolist() == [1, -1, 1, 0]
+        assert kv.pushpull("w", np.zeros(4, F32)).tolist() == [-1, 1, -1, 0]
+
+
+def test_words_that_did_not_arrive_are_owed_again():
+    made = Compressor(parse(TWO_BITS))
+    first = made.encode("push", ("w", 0), torch.from_numpy(GRADIENT))
+    made.keep([first])
+    second = made.encode("push", ("w", 0), torch.from_numpy(GRADIENT))
+    made.keep([second])
+    made.undo([second])
+    assert made.owed["w", 0].residual.tolist() == [0.25, -0.25, 0.25, 0]
+    made.undo([first])
+    assert made.owed == {}
+    assert made.sent_nbytes == made.raw_nbytes == 0

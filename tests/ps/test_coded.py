@@ -204,11 +204,11 @@ def test_a_checkpoint_has_what_all_workers_owe(server_pool, tmp_path, kind):
             return [each.result(LIMIT_S) for each in [pool.submit(call) for call in calls]]
 
     def workers(name):
-        return together(*[partial(tensorkv.create, "dist_async", name=name)] * 2)
+        return together(*[partial(tensorkv.create, "dist_async", name=name, **options)] * 2)
 
     found = []
     for turn in range(2):
-        first, second = sorted(workers(server_pool.name(**options)), key=lambda kv: kv.rank)
+        first, second = sorted(workers(f"owed-{kind}-{turn}"), key=lambda kv: kv.rank)
         pair = (first, second)
         if turn == 0:
             together(*(partial(start, "sgd", kv) for kv in pair))

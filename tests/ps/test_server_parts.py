@@ -272,8 +272,8 @@ def test_a_push_is_in_the_round_of_its_number_and_in_no_other():
 def test_layouts_of_pushes():
     call = push_layout(b'[["w","sum","float32",[2]],["t","ids","int64",[1]],["t","rows","float32",[1,2]]]')
     assert call.keys == ("w", "t")
-    assert call.has_rows
-    assert not push_layout(b'[["w","sum","float32",[2]],["n","sum","int64",[1]]]').has_rows
+    assert not call.has_sums
+    assert push_layout(b'[["w","sum","float32",[2]],["n","sum","int64",[1]]]').has_sums
     assert keys_of(b'["w",3]') == ("w", 3)
     for bad in (b"", b"3", b"[true]", b'[""]', b"[null]", b"[" * 5000):
         with pytest.raises((tensorkv.ArgumentError, tensorkv.KeyTypeError)):

@@ -241,11 +241,11 @@ class KeepOwed(Message):
 
     Args:
         token: of a save or load; what was kept for another one is dropped.
-        rank: of the worker.
+        worker: its rank.
     """
 
     token: str
-    rank: int
+    worker: int
 
 
 @dataclass(kw_only=True)
@@ -253,11 +253,11 @@ class TakeOwed(Message):
     """Reply with what was kept for a worker.
 
     Args:
-        token, rank: as of ``KeepOwed``.
+        token, worker: as of ``KeepOwed``.
     """
 
     token: str
-    rank: int
+    worker: int
 
 
 @dataclass(kw_only=True)

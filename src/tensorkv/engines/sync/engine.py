@@ -312,7 +312,10 @@ class DistEngine(Engine):
         # A value that is assigned owes nothing.
         if not keys or (self._shard.optimizer is None and not self._shard.has_updater):
             return
-        parts = [owed.get(key) or [torch.zeros(self._values[key].whole.shape, device="cpu")] for key in keys]
+        parts = [
+            owed.get(key) or [torch.zeros(self._values[key].whole.shape, dtype=torch.float32, device="cpu")]
+            for key in keys
+        ]
         compressing, self._compressor.codec = self._compressor.codec, None
         try:
             self._pushes.push(Batch("set_gradient_compression", list(keys), parts), None, 0)

@@ -388,10 +388,10 @@ class PSEngine(Engine):
         for (key, _), each in owed.items():
             items.append(Item(key, "residual", torch.from_numpy(each.residual)))
             items += [Item(key, f"memory/{name}", torch.from_numpy(array)) for name, array in each.memory.items()]
-        self._send([ServerRequest.of_tensors(0, messages.KeepOwed(token=token, rank=rank), pack(items))])
+        self._send([ServerRequest.of_tensors(0, messages.KeepOwed(token=token, worker=rank), pack(items))])
 
     def _take_owed(self, token: str, rank: int) -> dict[Source, Owed]:
-        (reply,) = self._send([ServerRequest(0, messages.TakeOwed(token=token, rank=rank))])
+        (reply,) = self._send([ServerRequest(0, messages.TakeOwed(token=token, worker=rank))])
         found: dict[Source, Owed] = {}
         for item in unpack(reply.head["layout"].encode(), b"" if reply.payload is None else reply.payload.numpy().data):
             array = item.tensor.clone().numpy()

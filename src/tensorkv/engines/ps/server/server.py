@@ -490,14 +490,14 @@ class Server:
         with self._condition:
             if message.token != self._owed_token:
                 self._owed, self._owed_token = {}, message.token
-            self._owed[message.rank] = request.layout, bytes(request.payload)
+            self._owed[message.worker] = request.layout, bytes(request.payload)
         return Reply({})
 
     def _take_owed(self, request: Request[messages.TakeOwed]) -> Reply:
         message = request.message
         with self._condition:
             kept = self._owed if message.token == self._owed_token else {}
-            layout, payload = kept.get(message.rank, (b"[]", b""))
+            layout, payload = kept.get(message.worker, (b"[]", b""))
         return Reply({"layout": layout.decode()}, bytes_of(bytearray(payload)))
 
     # ------------------------------------------------------------ each change once

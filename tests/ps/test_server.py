@@ -1385,6 +1385,7 @@ def test_nonsense_is_an_error_and_changes_nothing_else(mode, tmp_path):
             "pull",
             "pull_rows",
             "push",
+            "take_owed",
             "list",
             "info",
             "stats",

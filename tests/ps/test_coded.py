@@ -113,9 +113,14 @@ def test_a_value_on_several_servers_is_pushed_as_pieces(server_pool):
     [
         ("i", np.ones(3, np.int32), r'push\("i"\): gradients are compressed \(2bit\), and this one is int32'),
         ("w", tensorkv.Rows(np.array([1]), np.ones(1, F32), 3), r'push\("w"\).*is Rows for a dense key'),
+        (
+            "w",
+            [np.ones(3, F32), tensorkv.Rows(np.array([1]), np.ones(1, F32), 3)],
+            r'push\("w"\).*is Rows for a dense key',
+        ),
         ("w", np.array([1, np.nan, 0], F32), r'push\("w"\): the gradient.* has NaN or Inf, which 2bit cannot'),
     ],
-    ids=["integers", "rows", "nan"],
+    ids=["integers", "rows", "rows beside dense", "nan"],
 )
 def test_what_cannot_be_compressed_is_an_error_and_changes_nothing(server_pool, key, gradient, message):
     with server_pool.create() as kv:

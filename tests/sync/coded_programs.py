@@ -219,6 +219,11 @@ def refuse(what):
         bad = {
             "integers": ("i", torch.ones(3, dtype=torch.int32), "expected float32, float16 or bfloat16"),
             "rows": ("t", tensorkv.Rows(torch.tensor([1]), torch.ones(1, 2), 4), "Rows for a dense key"),
+            "mixed": (
+                "t",
+                [torch.ones(4, 2), tensorkv.Rows(torch.tensor([1]), torch.ones(1, 2), 4)],
+                "Rows for a dense key",
+            ),
             "nan": ("w", torch.tensor([1.0, float("nan"), 0.0]), "has NaN or Inf, which 2bit cannot compress"),
         }
         key, gradient, message = bad[what]

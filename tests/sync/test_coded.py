@@ -73,7 +73,7 @@ def test_workers_that_share_memory_send_nothing():
     assert [text.splitlines()[-1] for text in run(2, PROGRAMS, "refuse", "shared")] == ["[2.0, 2.0, 2.0]"] * 2
 
 
-@pytest.mark.parametrize("what", ["integers", "rows", "nan"])
+@pytest.mark.parametrize("what", ["integers", "rows", "mixed", "nan"])
 def test_what_cannot_be_compressed_is_an_error_and_changes_nothing(what):
     texts = run(2, PROGRAMS, "refuse", what)
     assert [text.splitlines()[-1] for text in texts] == ["[1.0, 0.0, 1.0] [1.0, 0.0, 0.0]"] * 2

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from tensorkv.arrays import interop
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import ArgumentError, show
 
 from . import native
@@ -105,6 +106,20 @@ def total(
         return parts[0]
     out = torch.empty_like(value)
     sum_into(out, parts, divisor)
+    return out
+
+
+def unrounded(spec: KeySpec, parts: Sequence[Any], divisor: int = 1) -> Any:
+    """Return the sum of dense parts of a key, divided, in the dtype that sums are made in.
+
+    An only part is returned as it is, and so are Rows among the parts, which the caller refuses.
+    """
+    rows = [part for part in parts if not isinstance(part, torch.Tensor)]
+    if rows or (len(parts) == 1 and divisor == 1):
+        return (rows or parts)[0]
+    out = torch.empty(spec.shape, dtype=interop.accumulator(spec.dtype), device="cpu")
+    with torch.no_grad():
+        sum_into(out, parts, divisor)
     return out
 
 

@@ -41,15 +41,10 @@ def encode(
     Raises:
         ValueMismatchError, NonFiniteError: as of ``Compressor.encode``.
     """
-    sendings = []
-    for entry, group in zip(entries, groups, strict=True):
-        whole = group[0]
-        if len(group) > 1 and all(isinstance(part, torch.Tensor) for part in group):
-            whole = torch.empty(entry.spec.shape, dtype=interop.accumulator(entry.spec.dtype), device="cpu")
-            with torch.no_grad():
-                reduce.sum_into(whole, group)
-        sendings.append(compressor.encode(verb, (entry.key, rank), whole))
-    return sendings
+    return [
+        compressor.encode(verb, (entry.key, rank), reduce.unrounded(entry.spec, group))
+        for entry, group in zip(entries, groups, strict=True)
+    ]
 
 
 def exchange(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -286,7 +286,7 @@ class DataClient:
         # In mode sync the server takes the means.
         divisors = batch.divisors(self._averages and not self._is_sync)
         totals: dict[Key, Part] = {
-            key: self._sum(each, parts, divisor) if each.spec.is_table else _wide_sum(each, parts, divisor)
+            key: self._sum(each, parts, divisor) if each.spec.is_table else reduce.unrounded(each.spec, parts, divisor)
             for key, each, parts, divisor in zip(batch.keys, placements, batch.parts, divisors, strict=True)
         }
         with self._compressing:
@@ -299,9 +299,8 @@ class DataClient:
             self.compressor.keep(coded.values())
         try:
             left_out, scale, result = self._decide_coded(batch, placed, totals, coded, clipping)
-            counts = dict(zip(batch.keys, map(len, batch.parts), strict=True))
             keys = [key for key in batch.keys if key not in left_out]
-            requests = self._coded_requests(keys, placed, totals, coded, counts, scale)
+            requests = self._item_requests(batch, placed, totals, coded, scale, left_out)
             is_whole = outs is not None and not left_out and len({key for key, _ in coded}) == len(keys)
             told = self._send_coded(keys, requests, outs if is_whole else None, placed) if keys else None
         except BaseException:
@@ -344,30 +343,39 @@ class DataClient:
         chosen = {entry.key for entry in decided.entries}
         return set(batch.keys) - chosen, None if clipping is None else decided.scale, decided.result
 
-    def _coded_requests(
+    def _item_requests(
         self,
-        keys: Sequence[Key],
+        batch: Batch,
         placed: PlacedKeys,
         totals: Mapping[Key, Part],
         coded: Mapping[Source, Sending],
-        counts: Mapping[Key, int],
         scale: float | None,
+        left_out: Collection[Key] = (),
     ) -> list[ServerRequest]:
-        """Return a request to each server that holds pieces of some keys."""
-        codec = None if self.compressor.codec is None else self.compressor.codec.to_json()
-        placements = {key: placed[key].placement for key in keys}
+        """Return a push to each server that holds pieces of a batch's keys, with an item for each piece.
+
+        Args:
+            batch: whose keys.
+            placed: of these keys.
+            totals: the sums of their parts.
+            coded: the words of pieces that are sent instead, by key and server.
+            scale: of the gradients.
+            left_out: keys that are not pushed.
+        """
+        codec = None if not coded or self.compressor.codec is None else self.compressor.codec.to_json()
+        placements = {place: placed[key].placement for place, key in enumerate(batch.keys) if key not in left_out}
         requests = []
         for server in _servers_of(list(placements.values())):
             items: list[Item] = []
-            held = [key for key, each in placements.items() if each.piece_of(server) is not None]
-            for key in held:
+            held = [place for place, each in placements.items() if each.piece_of(server) is not None]
+            for place in held:
+                key = batch.keys[place]
                 sending = coded.get((key, server))
                 if sending is None:
-                    items += _items(key, placements[key], totals[key], server)
+                    items += _items(key, placements[place], totals[key], server)
                 else:
                     items.append(words_item(key, sending.words))
-            has_counts = self._averages and self._is_sync
-            message = Push(counts=[counts[key] for key in held] if has_counts else None, scale=scale, codec=codec)
+            message = Push(counts=self._counts(batch.parts, held), scale=scale, codec=codec)
             requests.append(ServerRequest.of_tensors(server, message, pack(items)))
         return requests
 
@@ -422,16 +430,10 @@ class DataClient:
         return _result_of(replies)
 
     def _push_rows(self, batch: Batch, placed: PlacedKeys, scale: float | None) -> PushResult | None:
-        placements = [placed[key].placement for key in batch.keys]
-        sums = [self._sum(each, parts) for each, parts in zip(placements, batch.parts, strict=True)]
-        requests = []
-        for server in _servers_of(placements):
-            items: list[Item] = []
-            for key, placement, total in zip(batch.keys, placements, sums, strict=True):
-                items += _items(key, placement, total, server)
-            held = [index for index, each in enumerate(placements) if each.piece_of(server) is not None]
-            counts = self._counts(batch.parts, held)
-            requests.append(ServerRequest.of_tensors(server, Push(counts=counts, scale=scale), pack(items)))
+        totals = {
+            key: self._sum(placed[key].placement, parts) for key, parts in zip(batch.keys, batch.parts, strict=True)
+        }
+        requests = self._item_requests(batch, placed, totals, {}, scale)
         with self._sessions.take() as session:
             return _result_of(self._send_push(session, list_name(batch.keys), requests))
 
@@ -578,16 +580,6 @@ def _result_of(replies: Sequence[ServerReply]) -> PushResult | None:
 def _joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return a value of its pieces, by server."""
     return torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0]
-
-
-def _wide_sum(placement: KeyPlacement, parts: Sequence[Part], divisor: int) -> Part:
-    """Return the sum of dense parts, divided, as a codec takes it: not rounded; Rows, which it refuses, as they are."""
-    rows_of = [part for part in parts if isinstance(part, Rows)]
-    if rows_of:
-        return rows_of[0]
-    total = torch.empty(placement.spec.shape, dtype=interop.accumulator(placement.spec.dtype), device="cpu")
-    reduce.sum_into(total, parts, divisor)  # type: ignore[arg-type]
-    return total
 
 
 def _piece(placement: KeyPlacement, server: int, total: Part) -> Any:

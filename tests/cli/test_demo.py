@@ -112,6 +112,25 @@ def test_both_lines_of_the_picture_can_be_seen_where_they_coincide():
     assert list(drawn.axes[1].get_lines()[0].get_ydata()) == [0.5, 0.9]
 
 
+def test_compressed_gradients_are_plotted_over_their_bytes(tmp_path, capsys):
+    words = ["--compression", "2bit", "--epochs", "3", "--quiet", "--out", str(tmp_path / "demo.png")]
+    assert main.main(["demo", *words]) == 0
+    assert (tmp_path / "demo.png").read_bytes().startswith(PNG)
+    settings = replace(SHORT, optimizer="sgd", compression="2bit")
+    curves = demo.train(demo.load_digits(), settings)
+    steps, numel = 22, sum(each.numel() for each in demo.network(0).parameters())
+    # Four replicas, and at most a word more for each parameter.
+    assert curves.raw_nbytes == [4 * 4 * numel * steps, 2 * 4 * 4 * numel * steps]
+    assert all(0 < 16 * sent - raw < raw / 50 for sent, raw in zip(curves.sent_nbytes, curves.raw_nbytes, strict=True))
+    assert curves.losses[1] < curves.losses[0]
+    drawn = demo.figure(curves, demo.train(demo.load_digits(), replace(settings, compression=None)), settings)
+    for axes in drawn.axes:
+        plain, compressed = axes.get_lines()
+        assert (plain.get_label(), compressed.get_label()) == ("no compression", "2bit")
+        assert list(compressed.get_xdata()) == [each / 1e6 for each in curves.sent_nbytes]
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize(
     ("optimizer", "lr", "expected"), [("sgd", None, 0.2), ("sgd", 0.5, 0.5), ("nadam", None, 2e-3)]
 )

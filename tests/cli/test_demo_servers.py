@@ -111,6 +111,8 @@ def test_an_accuracy_that_was_never_reached_has_no_time():
         (["--workers", "2"], "--workers is for stores of type dist_sync or dist_async, not local"),
         (["--store", "dist_async", "--mode", "sync", "--staleness", "1"], "--staleness is for --mode async"),
         (["--store", "dist_async", "--checkpoint", "a"], "--checkpoint is for stores without servers"),
+        (["--store", "dist_async", "--compression", "2bit"], "--compression is for stores without servers"),
+        (["--compression", "2bit", "--checkpoint", "a"], "cannot be resumed from a --checkpoint"),
     ],
 )
 def test_options_that_do_not_go_together_are_wrong_usage(capsys, options, problem):

@@ -55,8 +55,8 @@ def test_version(capsys):
         (
             "demo",
             "--replicas --epochs --batch-size --lr --optimizer --seed --store --out --min-accuracy --quiet --workers "
-            "--servers --mode --staleness "
-            "tensorkv-demo.png (4) (20) (64) (adam) (local) examples: tensorkv[examples]",
+            "--servers --mode --staleness --compression powersgd "
+            "tensorkv-demo.png (4) (20) (64) (adam; with --compression: sgd) (local) examples: tensorkv[examples]",
         ),
         ("tutorial", "--arrays numpy torch jax examples: tensorkv[jax]"),
         ("inspect", "CHECKPOINT --json --verify examples:"),
@@ -84,6 +84,7 @@ def test_help_of_a_command_names_its_options_and_defaults(capsys, monkeypatch, c
         (["demo", "--min-accuracy", "96"], "--min-accuracy: expected a number from 0 to 1, not '96'"),
         (["demo", "--store", "lokal"], """no store type 'lokal' (did you mean "local"?); there are device, dist,"""),
         (["demo", "--optimizer", "sdg"], """no optimizer 'sdg' (did you mean "sgd"?)"""),
+        (["demo", "--compression", "3bit"], """no codec '3bit' (did you mean "2bit"?)"""),
         (["tutorial", "--arrays", "fortran"], "invalid choice: 'fortran'"),
         (["inspect"], "CHECKPOINT"),
         (["top", "--every", "0"], "--every: expected a number above 0, not '0'"),

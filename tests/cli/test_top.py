@@ -152,7 +152,8 @@ def look(pushes, pid=7, **more):
     server = {"verbs": verbs, "pid": pid, "keys": 2, "nbytes": 64, "waits": 3, "connected": [0, 1], "live": [0, 1, 3]}
     server |= {"host": "db\x1b[31m", "dead": [2], "rounds": [[0, 9], [1, 7], [2, 1], [3, 0], [4, 5]], **more}
     plain = {"num_keys": 2, "nbytes": 64, "clients": 2, "ahead": 2, "most_ahead": 3, "waits": 3, "waited_s": 0.5}
-    return {**plain, "snapshots": 1, "servers": [server, None]}
+    sent = {"sent_nbytes": 1024, "sent_raw_nbytes": 2048, "received_nbytes": 4096, "received_raw_nbytes": 65536}
+    return {**plain, "snapshots": 1, "server_compression": sent, "servers": [server, None]}
 
 
 def test_rates_are_over_the_seconds_between_two_looks():
@@ -181,6 +182,7 @@ def test_drawing_sends_no_control_characters(capsys):
     assert "\x1b" not in out
     for word in ("staleness 2", "db", "2.0 KiB", "down", "dead", "staleness: 2 rounds now, 3 at most"):
         assert word in out
+    assert "compressed gradients: 4.0 KiB for 64.0 KiB\ncompressed pulls: 1.0 KiB for 2.0 KiB" in out
 
 
 # ---------------------------------------------------------------- Ray's metrics

@@ -203,7 +203,10 @@ def test_threads_push_one_key():
         for thread in threads:
             thread.join()
         assert set(kv.pull("w").tolist()) == {0.25 * count * each}
-        assert kv.stats()["compression"] == {"sent_nbytes": 252 * count * each, "raw_nbytes": 4000 * count * each}
+        counts = kv.stats()["compression"]
+        assert counts["sent_nbytes"] == 252 * count * each
+        assert counts["sent_raw_nbytes"] == 4000 * count * each
+        assert counts["received_nbytes"] == counts["received_raw_nbytes"] == 0
 
 
 def test_arrays_of_several_runs_are_as_those_of_one(monkeypatch):
@@ -260,4 +263,4 @@ def test_words_that_did_not_arrive_are_owed_again():
     assert made.owed["w", 0].residual.tolist() == [0.25, -0.25, 0.25, 0]
     made.undo([first])
     assert made.owed == {}
-    assert made.sent_nbytes == made.raw_nbytes == 0
+    assert made.traffic.stats() == {}

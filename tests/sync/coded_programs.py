@@ -146,7 +146,9 @@ def agree(options, *rules):
                 same(kv, simulated)
                 assert kv.last_push == simulated.store.last_push
             counts = kv.stats()["compression"]
-            assert 0 < counts["sent_nbytes"] < counts["raw_nbytes"]
+            assert 0 < counts["sent_nbytes"] < counts["sent_raw_nbytes"]
+            assert counts["received_nbytes"] == (SIZE - 1) * counts["sent_nbytes"]
+            assert counts["received_raw_nbytes"] == (SIZE - 1) * counts["sent_raw_nbytes"]
         say("same bits", rule)
 
 

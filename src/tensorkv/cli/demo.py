@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from tensorkv.trainer.trainer import Trainer
 
 # Other optimizers use the default of torch.optim.
 LEARNING_RATES = {"adam": 0.005, "adamw": 0.005, "sgd": 0.2}
+# Gradients are multiplied by this where they are compressed, so that their elements are of about the size that 1bit and
+# 2bit send.
+COMPRESSED_SCALE = 100
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Settings:
     seed: int = 0
     store: str = "local"
     checkpoint: Path | None = None
+    compression: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,18 @@ class Digits:
 
 @dataclass(frozen=True)
 class Curves:
-    """For each epoch, the mean training loss, and the accuracy on the test images at its end."""
+    """For each epoch, the mean training loss, the accuracy on the test images at its end, and the bytes sent so far.
+
+    Args:
+        losses, accuracies: by epoch.
+        sent_nbytes: of compressed gradients, of all replicas together.
+        raw_nbytes: of the same gradients without compression.
+    """
 
     losses: list[float]
     accuracies: list[float]
+    sent_nbytes: list[int] = field(default_factory=list)
+    raw_nbytes: list[int] = field(default_factory=list)
 
 
 def load_digits() -> Digits:
@@ -101,11 +113,14 @@ def train(digits: Digits, settings: Settings, on_epoch: Callable[[float, float],
     first = network(settings.seed)
     shuffler = torch.Generator().manual_seed(settings.seed)
 
-    with one_thread(), create(settings.store) as kv, create(settings.store) as sums:
+    with one_thread(), _create(settings) as kv, create(settings.store) as sums:
         copies = settings.replicas if kv.num_workers == 1 else 1
         replicas = [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
         shares = slice(kv.rank * copies, (kv.rank + 1) * copies)
-        trainer = Trainer(replicas, kv, settings.optimizer, **learning_rate(settings))
+        scale = 1 if settings.compression is None else COMPRESSED_SCALE
+        trainer = Trainer(replicas, kv, settings.optimizer, rescale_grad=1 / scale, **learning_rate(settings))
+        if settings.compression is not None:
+            kv.set_gradient_compression({"type": settings.compression}, simulate=kv.num_workers == 1)
         first_rate = trainer.learning_rate
         sums.init("loss", torch.zeros(1, dtype=torch.float64, device="cpu"))
         curves = _resume(settings, kv, trainer, steps=-(-len(digits.labels) // settings.batch_size))
@@ -124,17 +139,27 @@ def train(digits: Digits, settings: Settings, on_epoch: Callable[[float, float],
                 for replica, share in zip(replicas, parts, strict=True):
                     loss = cross_entropy(replica(digits.images[share]), digits.labels[share], reduction="sum")
                     # Divided by the length of the whole batch, so that the gradients add up to that of its mean loss.
-                    (loss / len(batch)).backward()  # type: ignore[no-untyped-call]
+                    (scale * loss / len(batch)).backward()  # type: ignore[no-untyped-call]
                     epoch_loss += loss.item()
                 trainer.step()  # push every replica's gradients, update in the store, pull the weights
 
             total = sums.pushpull("loss", torch.tensor([epoch_loss], dtype=torch.float64, device="cpu")).item()
             curves.losses.append(total / len(digits.labels))
             curves.accuracies.append(accuracy(first, digits))
+            if settings.compression is not None:
+                counts = kv.stats()["compression"]
+                curves.sent_nbytes.append(counts["sent_nbytes"] + counts["received_nbytes"])
+                curves.raw_nbytes.append(counts["sent_raw_nbytes"] + counts["received_raw_nbytes"])
             _save_checkpoint(settings, kv, curves)
             if on_epoch is not None:
                 on_epoch(curves.losses[-1], curves.accuracies[-1])
     return curves
+
+
+def _create(settings: Settings) -> KVStore:
+    """Return the store to train with; workers who share memory send nothing that could be compressed."""
+    options = {} if settings.compression is None or settings.store in ("local", "device") else {"shared_memory": False}
+    return create(settings.store, **options)
 
 
 def _resume(settings: Settings, kv: KVStore, trainer: Trainer, steps: int) -> Curves:
@@ -199,6 +224,8 @@ def figure(many: Curves, one: Curves, settings: Settings) -> Any:
     from matplotlib.ticker import MaxNLocator
 
     label = f"{_count(settings.replicas)}, gradients summed in the store"
+    if settings.compression is not None:
+        return _compression_figure(many, one, settings)
     epochs = range(1, len(many.losses) + 1)
     drawn = Figure(figsize=(11, 4.8), layout="constrained")
     loss_axes, accuracy_axes = drawn.subplots(1, 2)
@@ -221,6 +248,40 @@ def figure(many: Curves, one: Curves, settings: Settings) -> Any:
     drawn.suptitle(
         f"Handwritten digits, {settings.optimizer} in the store: final test accuracy {many.accuracies[-1]:.1%} "
         f"with {_count(settings.replicas)}, {one.accuracies[-1]:.1%} with {_count(1)}",
+        fontsize=13,
+        fontweight="bold",
+    )
+    return drawn
+
+
+def _compression_figure(many: Curves, one: Curves, settings: Settings) -> Any:
+    """Return a matplotlib figure of the curves with compression beside those without it, over the bytes sent."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(11, 4.8), layout="constrained")
+    loss_axes, accuracy_axes = drawn.subplots(1, 2)
+    for axes, plain, compressed in (
+        (loss_axes, one.losses, many.losses),
+        (accuracy_axes, one.accuracies, many.accuracies),
+    ):
+        for values, nbytes, colour, label in (
+            (plain, many.raw_nbytes, "#f5b041", "no compression"),
+            (compressed, many.sent_nbytes, "#1b2a6b", settings.compression),
+        ):
+            megabytes = [each / 1e6 for each in nbytes]
+            axes.plot(megabytes, values, color=colour, linewidth=2, marker="o", markersize=4, label=label)
+        axes.set_xlabel("megabytes of gradients sent (log scale)")
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    loss_axes.set_title("Training loss")
+    loss_axes.set_ylabel("mean cross-entropy (log scale)")
+    loss_axes.set_yscale("log")
+    accuracy_axes.set_title("Test accuracy")
+    accuracy_axes.set_ylabel("share of test images classified correctly")
+    drawn.suptitle(
+        f"Handwritten digits, {_count(settings.replicas)}: final test accuracy {many.accuracies[-1]:.1%} with "
+        f"{settings.compression}, {one.accuracies[-1]:.1%} without",
         fontsize=13,
         fontweight="bold",
     )
@@ -264,7 +325,8 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> Curves:
     many = _train_with_progress(digits, settings, quiet or not leads)
     if not leads:
         return many
-    one = _train_with_progress(digits, replace(settings, replicas=1, store="local", checkpoint=None), quiet)
+    alone = replace(settings, replicas=1, store="local", checkpoint=None, compression=None)
+    one = _train_with_progress(digits, alone, quiet)
     save(figure(many, one, settings), out)
     if not quiet:
         apart = max(abs(a - b) for a, b in zip(many.losses, one.losses, strict=True))
@@ -274,7 +336,11 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> Curves:
         )
         print(f"{_count(settings.replicas)}: test accuracy {many.accuracies[-1]:.4f}, loss {many.losses[-1]:.4f}")
         print(f"{_count(1)}: test accuracy {one.accuracies[-1]:.4f}, loss {one.losses[-1]:.4f}")
-        print(f"the two loss curves are at most {apart:.1e} apart")
+        if settings.compression is None:
+            print(f"the two loss curves are at most {apart:.1e} apart")
+        else:
+            sent, raw = many.sent_nbytes[-1], many.raw_nbytes[-1]
+            print(f"gradients: {sent / 1e6:.2f} MB sent with {settings.compression}, {raw / 1e6:.2f} MB without")
     print(f"curves: {out}")
     return many
 

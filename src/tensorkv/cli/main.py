@@ -11,13 +11,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, TypeVar
 
-from tensorkv import __version__, compiled, engines
+from tensorkv import __version__, compiled, compression, engines
 from tensorkv.errors import TensorKVError, suggestion
 from tensorkv.runtime import early
 from tensorkv.shard import optimizers
@@ -34,6 +35,8 @@ PIPE_CLOSED = 141  # 128 + SIGPIPE
 # The demo's default settings reach more than this; with other settings, any accuracy is accepted.
 MIN_ACCURACY = 0.96
 MIN_ACCURACY_ON_SERVERS = 0.95
+# One that remembers gradients would take those that come late for new ones.
+_COMPRESSED_OPTIMIZER = "sgd"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,6 +151,7 @@ def _add_demo(commands: Any) -> None:
         "  tensorkv demo --replicas 8 --store device --out eight.png\n"
         "  tensorkv demo --store dist_sync --workers 4\n"
         "  tensorkv demo --store dist_async --workers 4 --staleness 2\n"
+        "  tensorkv demo --store dist_sync --workers 4 --compression 2bit\n"
         "  torchrun --nproc-per-node=4 -m tensorkv demo --store dist_sync\n"
         "  tensorkv demo --optimizer sgd --lr 0.1 --epochs 40 --min-accuracy 0.95\n\n"
         "The last line of the output names the PNG. Needs: pip install 'tensorkv[examples]'",
@@ -165,10 +169,11 @@ def _demo_options() -> list[tuple[str, str, Callable[[str], Any], Any, str]]:
     rates = ", ".join(f"{lr} for {name}" for name, lr in demo.LEARNING_RATES.items())
     workers = "with dist_sync or dist_async: start N processes with torchrun, each training one replica (dist_async: 4)"
     staleness = "with dist_async: rounds that a worker may be ahead of the slowest (2; with --mode async: any number)"
+    codecs = f"compress gradients, and plot over the bytes sent: one of {', '.join(compression.names())}"
     accuracy = (
         "exit with status 1 if the test accuracy, from 0 to 1, is lower (default: "
-        f"{MIN_ACCURACY}, dist_async {MIN_ACCURACY_ON_SERVERS}, or 0 where --epochs, --batch-size, --lr or --optimizer "
-        "is given)"
+        f"{MIN_ACCURACY}, dist_async {MIN_ACCURACY_ON_SERVERS}, or 0 where --epochs, --batch-size, --lr, --optimizer "
+        "or --compression is given)"
     )
     return [
         ("--replicas", "N", _positive, own.replicas, "copies of the network (%(default)s)"),
@@ -185,14 +190,15 @@ def _demo_options() -> list[tuple[str, str, Callable[[str], Any], Any, str]]:
             "--optimizer",
             "NAME",
             _optimizer_name,
-            own.optimizer,
-            "optimizer in the store, from torch.optim (%(default)s)",
+            None,
+            f"optimizer in the store, from torch.optim ({own.optimizer}; with --compression: {_COMPRESSED_OPTIMIZER})",
         ),
         ("--seed", "N", _seed, own.seed, "for the initial weights and for shuffling (%(default)s)"),
         ("--store", "TYPE", _store_type, own.store, "type of the store (%(default)s)"),
         ("--workers", "N", _positive, None, workers),
         ("--servers", "N", _positive, None, "with dist_async: number of servers that hold the weights (1)"),
         ("--staleness", "N", _seed, None, staleness),
+        ("--compression", "TYPE", _codec_name, None, codecs),
         ("--checkpoint", "DIR", _folder, None, "save after every epoch, and resume if DIR has a checkpoint"),
         ("--out", "PATH", Path, Path("tensorkv-demo.png"), "PNG to write, replacing an older one (%(default)s)"),
         ("--min-accuracy", "SHARE", _share, None, accuracy),
@@ -303,6 +309,10 @@ def _optimizer_name(text: str) -> str:
     return _name("optimizer", text, list(optimizers.CLASSES))
 
 
+def _codec_name(text: str) -> str:
+    return _name("codec", text, compression.names())
+
+
 def _name(what: str, text: str, known: Sequence[str]) -> str:
     if text not in known:
         near = suggestion(text, known)
@@ -319,8 +329,10 @@ def _help(parser: argparse.ArgumentParser, _: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    names = ("replicas", "epochs", "batch_size", "optimizer", "lr", "seed", "store", "checkpoint")
+    names = ("replicas", "epochs", "batch_size", "lr", "seed", "store", "checkpoint", "compression")
     settings = demo.Settings(**{name: getattr(arguments, name) for name in names})
+    own = settings.optimizer if arguments.compression is None else _COMPRESSED_OPTIMIZER
+    settings = replace(settings, optimizer=arguments.optimizer or own)
     out: Path = arguments.out
     on_servers = "async" in settings.store
     problem = _demo_problem(arguments, on_servers)
@@ -407,6 +419,8 @@ def _demo_problem(arguments: argparse.Namespace, on_servers: bool) -> str | None
             return f"--{name} is for stores of type dist_async, not {arguments.store}"
     if on_servers and arguments.checkpoint is not None:
         return "--checkpoint is for stores without servers"
+    if arguments.compression is not None and (on_servers or arguments.checkpoint is not None):
+        return "--compression is for stores without servers, and cannot be resumed from a --checkpoint"
     if arguments.mode == "sync" and arguments.staleness is not None:
         return "--staleness is for --mode async"
     return None
@@ -415,7 +429,7 @@ def _demo_problem(arguments: argparse.Namespace, on_servers: bool) -> str | None
 def _wanted_accuracy(given: float | None, settings: demo.Settings, own: float) -> float:
     if given is not None:
         return given
-    names = ("epochs", "batch_size", "optimizer", "lr")
+    names = ("epochs", "batch_size", "optimizer", "lr", "compression")
     is_own = all(getattr(settings, name) == getattr(demo.Settings(), name) for name in names)
     return own if is_own else 0.0
 

@@ -84,10 +84,12 @@ def report(settings: Mapping[str, Any], before: Mapping[str, Any], after: Mappin
 
     Returns:
         A dict. Rates are per second and count requests at servers: a push to two servers counts at each. ``log_nbytes``
-        is None without a folder; the values of a server are None while it does not answer.
+        is None without a folder; the values of a server are None while it does not answer. ``compression`` has the
+        bytes of compressed gradients and pulls since the servers started, and those that they have without it.
 
     >>> stats = {"ahead": 1, "most_ahead": 3, "waits": 0, "waited_s": 0.0, "num_keys": 0, "nbytes": 0, "clients": 1}
-    >>> found = report({"name": "a"}, {"servers": [None]}, {**stats, "snapshots": 0, "servers": [None]}, 1.0)
+    >>> stats |= {"snapshots": 0, "server_compression": {}, "servers": [None]}
+    >>> found = report({"name": "a"}, stats, stats, 1.0)
     >>> found["ahead"], found["servers"][0]["state"]
     (1, 'down')
     """
@@ -99,6 +101,7 @@ def report(settings: Mapping[str, Any], before: Mapping[str, Any], after: Mappin
         "seconds": round(seconds, 3),
         **{word: after[word] for word in plain},
         **{word: _sum(servers, word) for word in ("pushes_per_s", "pulls_per_s", "nbytes_per_s", "log_nbytes")},
+        "compression": dict(after["server_compression"]),
         "servers": servers,
         "workers": _workers([new for _, new in pairs if new is not None]),
     }
@@ -173,6 +176,11 @@ def draw(found: Mapping[str, Any]) -> Group:
         f"staleness: {found['ahead']} rounds now, {found['most_ahead']} at most; "
         f"{found['waits']} waits, {found['waited_s']:.1f} s",
     ]
+    traffic = found["compression"]
+    for what, way in (("gradients", "received"), ("pulls", "sent")):
+        raw_nbytes = traffic[f"{way}_raw_nbytes"]
+        if raw_nbytes:
+            lines.append(f"compressed {what}: {size(traffic[f'{way}_nbytes'])} for {size(raw_nbytes)}")
     return Group(Text("\n".join(lines)), _servers_table(found["servers"]), _workers_table(found["workers"]))
 
 

@@ -316,7 +316,7 @@ static void copy_out(char *out, int to, const char *from, int dtype, size_t n, i
     if (to == dtype)
         copy_block(out, from, n * ITEMSIZES[dtype], past_cache);
     else if (to == FLOAT64)
-        widen_float((double *)out, (const float *)from, n);
+        widen_float((double *)out, widened(from, dtype, buffer, n), n);
     else if (dtype == FLOAT64)
         narrow_double((float *)out, (const double *)from, n);
     else if (to == FLOAT32)

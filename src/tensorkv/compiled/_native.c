@@ -1528,10 +1528,20 @@ static int sum_dtype_of(int dtype) { return is_low(dtype) ? FLOAT32 : dtype; }
 /* To stage is to sum for others, who add sums of theirs before they divide. */
 enum { SUM_PIECES, STAGE_PIECES, COPY_PIECES, UPDATE_PIECES };
 
+/* How columns hold the numbers of values: as these do, or those of float16 and bfloat16 as float32, or those of float32
+ * and float64 as FLOAT16 or BFLOAT16. */
+enum { AS_VALUES, WIDE };
+
+static int column_dtype_of(int dtype, int columns_as) {
+    if (columns_as == AS_VALUES) return dtype;
+    if (columns_as == WIDE) return sum_dtype_of(dtype);
+    return dtype == FLOAT32 || dtype == FLOAT64 ? columns_as : dtype;
+}
+
 static void run_piece(Batch *batch, const Piece *piece, const uint64_t *addresses, size_t count, double divisor,
-                      int64_t from, int64_t to, int wide, int mode) {
+                      int64_t from, int64_t to, int columns_as, int mode) {
     const Work *work = &batch->calls.works[piece->key];
-    int dtype = work->cell->plain.dtype, other = wide ? sum_dtype_of(dtype) : dtype;
+    int dtype = work->cell->plain.dtype, other = column_dtype_of(dtype, columns_as);
     const char *parts[MAX_COLUMNS];
     char *target;
     Item item = item_of_work(&batch->calls, work);
@@ -1551,7 +1561,7 @@ static void run_piece(Batch *batch, const Piece *piece, const uint64_t *addresse
         item.parts = parts;
         item.num_parts = count;
         item.divisor = divisor;
-        item.has_wide_parts = other != dtype;
+        item.has_wide_parts = columns_as == WIDE && other != dtype;
         item.num_past_cache = batch->past_cache ? item.num_outs : 0;
         if (mode == COPY_PIECES) {
             item.value = NULL;
@@ -1560,11 +1570,13 @@ static void run_piece(Batch *batch, const Piece *piece, const uint64_t *addresse
             step = step_for(batch, work, &space);
         }
     }
-    run_item(&item, dtype, step, (size_t)(piece->first + from), (size_t)(piece->first + to));
+    /* Narrow numbers are copied to the outs, which may be of another dtype. */
+    int copied = mode == COPY_PIECES && columns_as > WIDE ? other : dtype;
+    run_item(&item, copied, step, (size_t)(piece->first + from), (size_t)(piece->first + to));
 }
 
 static PyObject *run_by_pieces(Batch *batch, PyObject *pieces, PyObject *columns, PyObject *divisors, Py_ssize_t start,
-                               Py_ssize_t stop, int wide, int mode) {
+                               Py_ssize_t stop, int columns_as, int mode) {
     const uint64_t *found[MAX_COLUMNS];
     Py_ssize_t num_columns = PyList_Size(columns), nbytes = PyBytes_Size(pieces), count = nbytes / (Py_ssize_t)sizeof(Piece);
     const Piece *all = (const Piece *)PyBytes_AsString(pieces);
@@ -1593,7 +1605,7 @@ static PyObject *run_by_pieces(Batch *batch, PyObject *pieces, PyObject *columns
         int64_t from = start > done ? start - done : 0, to = stop - done < all[i].count ? stop - done : all[i].count;
         double divisor = divided == NULL ? 0 : divided[i];
         for (Py_ssize_t j = 0; j < num_columns && from < to; j++) addresses[j] = found[j][i];
-        if (from < to) run_piece(batch, &all[i], addresses, (size_t)num_columns, divisor, from, to, wide, mode);
+        if (from < to) run_piece(batch, &all[i], addresses, (size_t)num_columns, divisor, from, to, columns_as, mode);
     }
 #if defined(__x86_64__)
     if (batch->past_cache) _mm_sfence();
@@ -1605,11 +1617,17 @@ static PyObject *run_by_pieces(Batch *batch, PyObject *pieces, PyObject *columns
 static PyObject *by_pieces(Batch *batch, PyObject *args, int mode) {
     PyObject *pieces, *columns, *divisors = Py_None;
     Py_ssize_t start = 0, stop = PY_SSIZE_T_MAX;
-    int wide = 0;
+    int columns_as = AS_VALUES;
     int fits = mode == UPDATE_PIECES
-                   ? PyArg_ParseTuple(args, "SO!|pO", &pieces, &PyList_Type, &columns, &wide, &divisors)
-                   : PyArg_ParseTuple(args, "SO!|pnn", &pieces, &PyList_Type, &columns, &wide, &start, &stop);
-    return fits ? run_by_pieces(batch, pieces, columns, divisors, start, stop, wide, mode) : NULL;
+                   ? PyArg_ParseTuple(args, "SO!|iO", &pieces, &PyList_Type, &columns, &columns_as, &divisors)
+                   : PyArg_ParseTuple(args, "SO!|inn", &pieces, &PyList_Type, &columns, &columns_as, &start, &stop);
+    if (!fits) return NULL;
+    int is_narrow = columns_as != AS_VALUES && columns_as != WIDE;
+    if (is_narrow && (mode != COPY_PIECES || !is_low(columns_as) || PyList_Size(columns) != 1)) {
+        PyErr_SetString(PyExc_ValueError, "expected numbers as values have them, or wide; a copy may be of narrow ones");
+        return NULL;
+    }
+    return run_by_pieces(batch, pieces, columns, divisors, start, stop, columns_as, mode);
 }
 
 static PyObject *batch_sum_pieces(Batch *batch, PyObject *args) { return by_pieces(batch, args, SUM_PIECES); }
@@ -1767,8 +1785,11 @@ static PyMethodDef batch_methods[] = {
      "    wide: sums of float16 and bfloat16 are written as float32, before they are rounded.\n"
      "    start, stop: which elements to do, counted through all pieces."},
     {"copy_pieces", (PyCFunction)batch_copy_pieces, METH_VARARGS,
-     "copy_pieces(pieces, sources, wide=False, start=0, stop=...)\n--\n\n"
-     "Write the sums of columns to pieces of the outs, as ``sum_pieces``."},
+     "copy_pieces(pieces, sources, columns_as=0, start=0, stop=...)\n--\n\n"
+     "Write the sums of columns to pieces of the outs, as ``sum_pieces``.\n\n"
+     "Args:\n"
+     "    columns_as: 0: sources are of the dtypes of values; 1: those of float16 and bfloat16 are float32; the number of\n"
+     "        float16 or bfloat16: those of float32 and float64 are of that dtype, and there is one column."},
     {"update_pieces", (PyCFunction)batch_update_pieces, METH_VARARGS,
      "update_pieces(pieces, parts, wide=False, divisors=None)\n--\n\n"
      "Assign the sums of columns to pieces of the values, or step with them, after ``begin``, as ``sum_pieces``.\n\n"

@@ -63,7 +63,7 @@ class Batch:
         self, pieces: bytes, targets: list[bytes], wide: bool = False, start: int = 0, stop: int = ..., /
     ) -> None: ...
     def copy_pieces(
-        self, pieces: bytes, sources: list[bytes], wide: bool = False, start: int = 0, stop: int = ..., /
+        self, pieces: bytes, sources: list[bytes], columns_as: int = 0, start: int = 0, stop: int = ..., /
     ) -> None: ...
     def update_pieces(
         self, pieces: bytes, parts: list[bytes], wide: bool = False, divisors: bytes | None = None, /

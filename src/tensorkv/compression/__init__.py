@@ -23,6 +23,7 @@ from .int8 import Int8
 from .one_bit import OneBit
 from .powersgd import PowerSGD
 from .topk import TopK
+from .traffic import Traffic as Traffic
 from .two_bits import TwoBit
 
 for _codec in (BFloat16, Float16, Int8, OneBit, PowerSGD, TopK, TwoBit):

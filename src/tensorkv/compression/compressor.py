@@ -14,6 +14,7 @@ from tensorkv.arrays.arguments import Key
 from tensorkv.errors import NonFiniteError, ValueMismatchError, quote
 
 from .codec import Codec, Floats, Memory, Words, runs
+from .traffic import Traffic
 
 COMPRESSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -64,8 +65,8 @@ class Compressor:
         """What was not sent, of every gradient that was pushed; from a checkpoint also without a codec."""
         # Memory for what is owed next, since new memory costs as much time as a codec.
         self._spare: dict[Source, Floats] = {}
-        self.sent_nbytes = self.raw_nbytes = 0
-        """How many bytes gradients had on their way, and how many they have as float32."""
+        self.traffic = Traffic()
+        """Of gradients, whose raw bytes are those of float32."""
 
     def encode(self, verb: str, source: Source, gradient: Any) -> Sending:
         """Return the words of a gradient, with what is owed of those before it. Nothing counts until ``keep``.
@@ -132,8 +133,7 @@ class Compressor:
         """Count gradients as sent."""
         for each in sendings:
             self.owed[each.source] = each.owed
-            self.sent_nbytes += each.words.nbytes
-            self.raw_nbytes += each.owed.residual.nbytes
+            self.traffic.add_sent(each.words.nbytes, each.owed.residual.nbytes)
 
     def end(self, sendings: Iterable[Sending]) -> None:
         """Use the memory of what was owed before gradients that have arrived; ``undo`` is not called for them."""
@@ -149,8 +149,7 @@ class Compressor:
                     del self.owed[each.source]
                 else:
                     self.owed[each.source] = each.before
-            self.sent_nbytes -= each.words.nbytes
-            self.raw_nbytes -= each.owed.residual.nbytes
+            self.traffic.add_sent(-each.words.nbytes, -each.owed.residual.nbytes)
 
     def forget(self, keys: Iterable[Key]) -> None:
         """Drop what is owed of keys that were deleted."""
@@ -176,12 +175,6 @@ class Compressor:
             push(left)
             self.owed, self._spare = {}, {}
         self.codec = codec
-
-    def stats(self) -> dict[str, Any]:
-        """Return what ``KVStore.stats`` tells, nothing before the first push that is compressed."""
-        if not self.raw_nbytes:
-            return {}
-        return {"compression": {"sent_nbytes": self.sent_nbytes, "raw_nbytes": self.raw_nbytes}}
 
     @property
     def _codec(self) -> Codec:

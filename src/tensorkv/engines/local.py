@@ -185,7 +185,7 @@ class LocalEngine(Engine):
         return key in self._shard
 
     def stats(self) -> Mapping[str, Any]:
-        counts = {"nonfinite": dict(self._shard.nonfinite_counts), **self._compressor.stats()}
+        counts = {"nonfinite": dict(self._shard.nonfinite_counts), **self._compressor.traffic.stats()}
         return counts if self._shard.log is None else {**counts, "wal": self._shard.log.counts}
 
     @contextmanager

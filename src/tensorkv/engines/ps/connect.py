@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from tensorkv.errors import ArgumentError
@@ -54,4 +55,5 @@ def _join(options: PSOptions, given: Mapping[str, Any], *, started: bool) -> PSE
             cluster.stop_servers(servers)
         raise
     weights = placement.weights(theirs, [place[3] for place in places])
-    return PSEngine(servers, theirs, places, weights, options.timeout_s, started=started)
+    own = replace(theirs, pull_dtype=options.pull_dtype)
+    return PSEngine(servers, own, places, weights, options.timeout_s, started=started)

@@ -24,7 +24,7 @@ from tensorkv.arrays.packing import Item, decode_layout, unpack
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import COMPRESSED_DTYPES, Codec, Words, decoded
-from tensorkv.errors import ArgumentError, ValueMismatchError, quote
+from tensorkv.errors import ArgumentError, ValueMismatchError, quote, show
 from tensorkv.shard.entry import Part
 
 # Bytes of the head and of the layout, before both.
@@ -32,6 +32,9 @@ _SIZES = struct.Struct("<II")
 _ALIGN = 16
 # ``json.dumps`` would make one for each message.
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
+
+# The dtypes in which values of float32 and float64 may be pulled.
+PULL_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 # ---------------------------------------------------------------- verbs
 
@@ -48,6 +51,7 @@ class Push(Message):
     Args:
         pulls: reply with the new values.
         checksum: of the layout that the client expects of the reply.
+        pull_dtype: a name in ``PULL_DTYPES`` in which the reply has them (None: as they are).
         round: in mode sync, the name of the list of keys, the number of the round, and the first round to which this
             worker may still push.
         counts: in mode sync, for means, of how many parts the part of each key is the sum (None: of one).
@@ -58,6 +62,7 @@ class Push(Message):
 
     pulls: bool = False
     checksum: int | None = None
+    pull_dtype: str | None = None
     round: list[Any] | None = None
     counts: list[Any] | None = None
     scale: float | None = None
@@ -71,10 +76,12 @@ class Pull(Message):
 
     Args:
         checksum: of the layout that the client expects of the reply.
+        pull_dtype: as of ``Push``.
         snapshot: to read (None: the present values).
     """
 
     checksum: int | None = None
+    pull_dtype: str | None = None
     snapshot: str | None = None
 
 
@@ -87,8 +94,14 @@ class WaitForVersion(Message):
 
 @dataclass(kw_only=True)
 class PullRows(Message):
-    """Reply with the rows whose ids are in the payload."""
+    """Reply with the rows whose ids are in the payload.
 
+    Args:
+        pull_dtype: as of ``Push``.
+        snapshot: to read (None: the present values).
+    """
+
+    pull_dtype: str | None = None
     snapshot: str | None = None
 
 
@@ -500,6 +513,19 @@ def bytes_of(buffer: Any) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------- layouts
+
+
+def pulled_dtype(dtype: torch.dtype, pull_dtype: str | None) -> torch.dtype:
+    """Return the dtype in which values are pulled.
+
+    Raises:
+        ArgumentError: there is no such ``pull_dtype``.
+    """
+    if pull_dtype is None:
+        return dtype
+    if pull_dtype not in PULL_DTYPES:
+        raise ArgumentError(f"malformed pull_dtype {show(pull_dtype)}; expected one of {', '.join(PULL_DTYPES)}")
+    return PULL_DTYPES[pull_dtype] if dtype in (torch.float32, torch.float64) else dtype
 
 
 @dataclass(frozen=True, slots=True)

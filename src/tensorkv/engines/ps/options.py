@@ -13,8 +13,10 @@ from tensorkv.errors import ArgumentError, quote, show
 from tensorkv.shard.nonfinite import MODES, NonFinite
 from tensorkv.shard.reduce import Reduce
 
+from .messages import PULL_DTYPES
+
 # Options of one client; the others are those of the store, and the same for all of its clients.
-_OF_CLIENT = ("name", "address", "timeout_s", "insecure")
+_OF_CLIENT = ("name", "address", "timeout_s", "insecure", "pull_dtype")
 
 
 def _world_size() -> int:
@@ -43,6 +45,8 @@ class PSOptions:
         keep: how many snapshots may be held at a time.
         heartbeat_timeout_s: after how many seconds without a heartbeat a worker is dead; more than the 1 between two
             heartbeats.
+        pull_dtype: ``"bf16"`` or ``"fp16"``: values of float32 and float64, which servers keep as they are, are
+            rounded to that dtype when this client pulls them, and travel in half the bytes or a quarter.
         name: of the store in its cluster.
         address: of a Ray cluster (default: ``RAY_ADDRESS``, else one is started on this machine).
         timeout_s: how long to wait for servers and other workers.
@@ -62,6 +66,7 @@ class PSOptions:
     reduce: Reduce = "sum"
     keep: int = 4
     heartbeat_timeout_s: float = 30.0
+    pull_dtype: str | None = None
     name: str = "tensorkv"
     address: str | None = None
     timeout_s: float = 300.0
@@ -94,6 +99,9 @@ class PSOptions:
         check_flag("insecure", self.insecure)
         if not isinstance(self.name, str) or not self.name or "/" in self.name:
             raise ArgumentError(f"create: name is {show(self.name)}; expected a str without a slash")
+
+        if self.pull_dtype is not None:
+            _check_one_of("pull_dtype", self.pull_dtype, tuple(PULL_DTYPES))
 
     def _check_store(self) -> None:
         for name in ("num_servers", "num_workers", "keep"):

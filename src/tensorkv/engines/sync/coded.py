@@ -89,6 +89,9 @@ def exchange(
             )
         sums.append(torch.from_numpy(whole))
     words.wait_for(starts[-1])
+    num_others = len(present) - (sendings is not None)
+    nbytes, raw_nbytes = sum(codec.nbytes(shape) for shape in shapes), sum(each.nbytes for each in sums)
+    compressor.traffic.add_received(num_others * nbytes, num_others * raw_nbytes)
     return sums, total
 
 

@@ -345,7 +345,7 @@ class DistEngine(Engine):
     def stats(self) -> Mapping[str, Any]:
         return {
             "nonfinite": dict(self._policy.counts),
-            **self._compressor.stats(),
+            **self._compressor.traffic.stats(),
             "dist": {"hosts": len(self._group.hosts), "sent_nbytes": self._chain.sent_nbytes},
         }
 

@@ -26,7 +26,7 @@ from tensorkv.shard.optimizers import ROWWISE
 from tensorkv.shard.pool import Pool
 from tensorkv.shard.rules import Assign, Rule, StepOptimizer, check_push
 
-from ..messages import Init, Pull, PullRows, Push, words_item
+from ..messages import Init, Pull, PullRows, Push, pulled_dtype, words_item
 from .keymap import KeyMap
 from .layout import Arrays, KeyPlacement, Layout, PlacedKey, PlacedKeys, describe, list_name
 from .rpc import ServerReply
@@ -58,6 +58,7 @@ class DataClient:
         is_sync: whether the sums of several workers are added before they are rounded, in rounds.
         nonfinite: checks sums before they are sent, so that no server refuses what another has applied.
         averages: whether a push takes the means of parts.
+        pull_dtype: in which values of float32 and float64 are pulled (None: in their own).
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class DataClient:
         is_sync: bool,
         nonfinite: NonFinitePolicy,
         averages: bool,
+        pull_dtype: str | None = None,
     ) -> None:
         self._sessions, self._keymap, self._same_host, self._is_sync = sessions, keymap, list(same_host), is_sync
-        self._nonfinite, self._averages = nonfinite, averages
+        self._nonfinite, self._averages, self.pull_dtype = nonfinite, averages, pull_dtype
         self._pool = Pool()
         self._rounds = RoundNumbers()
         self.last_push = PushResult()
@@ -166,7 +168,7 @@ class DataClient:
                 message = _init_of(mine, keys, placed)
                 requests.append(ServerRequest.of_tensors(server, message, pack(items)))
         else:
-            new = PlacedKeys(zip(keys, placed, strict=True), wide=False)
+            new = PlacedKeys(zip(keys, placed, strict=True))
             parts: Any = new.look(keys, parts=values)
             if parts is values:
                 parts = [[value] for value in values]
@@ -388,7 +390,7 @@ class DataClient:
             targets = placed.look(keys, outs=outs)
             pulled = {each.server: each for each in placed.layout(keys).pulled}
             requests = [
-                _with(each, pulls=True, checksum=pulled[each.server].checksum)._replace(
+                _with(each, pulls=True, checksum=pulled[each.server].checksum, pull_dtype=self.pull_dtype)._replace(
                     reply_nbytes=pulled[each.server].nbytes
                 )
                 for each in requests
@@ -398,6 +400,8 @@ class DataClient:
             for request, reply in zip(requests, replies, strict=True):
                 if targets is not None:
                     pulled[request.server].scatter(reply.payload, targets, self._pool)
+        if targets is not None:
+            self._count_pulled(placed.layout(keys))
         return _result_of(replies)
 
     def _counts(self, parts: Arrays | Sequence[Sequence[Part]], chosen: Any) -> list[int] | None:
@@ -419,7 +423,7 @@ class DataClient:
             own = self._counts(parts, pushed.indices)
             message = Push(counts=own, scale=scale)
             if outs is not None:
-                message.pulls, message.checksum = True, pulled.checksum
+                message.pulls, message.checksum, message.pull_dtype = True, pulled.checksum, self.pull_dtype
             reply_nbytes = 0 if outs is None else pulled.nbytes
             requests.append(ServerRequest(pushed.server, message, pushed.layout, pushed.nbytes, fill, reply_nbytes))
         with self._sessions.take() as session:
@@ -427,6 +431,7 @@ class DataClient:
             if outs is not None:
                 for pulled, reply in zip(layout.pulled, replies, strict=True):
                     pulled.scatter(reply.payload, outs, self._pool)
+                self._count_pulled(layout)
         return _result_of(replies)
 
     def _push_rows(self, batch: Batch, placed: PlacedKeys, scale: float | None) -> PushResult | None:
@@ -509,9 +514,10 @@ class DataClient:
     def _pull_once(self, layout: Layout, outs: Arrays) -> None:
         requests = []
         for pulled in layout.pulled:
-            message, nbytes = Pull(checksum=pulled.checksum, snapshot=layout.snapshot), pulled.nbytes
+            message = Pull(checksum=pulled.checksum, pull_dtype=self.pull_dtype, snapshot=layout.snapshot)
+            nbytes, is_present = pulled.nbytes, layout.snapshot is None and self.pull_dtype is None
             request = ServerRequest(pulled.server, message, pulled.keys, reply_nbytes=nbytes)
-            if self._same_host[pulled.server] and nbytes > _CACHED_NBYTES and layout.snapshot is None:
+            if self._same_host[pulled.server] and nbytes > _CACHED_NBYTES and is_present:
                 request = request._replace(cached_nbytes=nbytes)
             requests.append(request)
         with self._sessions.take() as session:
@@ -521,6 +527,14 @@ class DataClient:
                 while not session.is_intact(pulled.server, reply):
                     (reply,) = self._send(session, [request])
                     pulled.scatter(reply.payload, outs, self._pool)
+        self._count_pulled(layout)
+
+    def _count_pulled(self, layout: Layout) -> None:
+        """Count pulled values if they travel in fewer bytes than they have."""
+        if self.pull_dtype is not None:
+            nbytes = sum(each.nbytes for each in layout.pulled), sum(each.raw_nbytes for each in layout.pulled)
+            with self._compressing:
+                self.compressor.traffic.add_received(*nbytes)
 
     def pull_rows(
         self, keys: Sequence[Key], ids: Sequence[torch.Tensor], placed: PlacedKeys | None = None
@@ -543,7 +557,8 @@ class DataClient:
                     wanted.append((index, len(selected[0]), selected[1]))
                     # Before the rows of each key, as much as it takes to align them.
                     nbytes += found[index].itemsize + len(selected[0]) * found[index][:1].nbytes
-            requests.append(ServerRequest.of_tensors(server, PullRows(snapshot=placed.snapshot), pack(items), nbytes))
+            message = PullRows(pull_dtype=self.pull_dtype, snapshot=placed.snapshot)
+            requests.append(ServerRequest.of_tensors(server, message, pack(items), nbytes))
             chosen.append(wanted)
         with self._sessions.take() as session:
             replies = self._send(session, requests)
@@ -551,7 +566,8 @@ class DataClient:
                 items = unpack(reply.head["layout"].encode(), reply.payload.numpy().data)
                 for item, (index, count, places) in zip(items, wanted, strict=True):
                     values, target = item.tensor, found[index]
-                    if values.dtype is not target.dtype or values.shape != (count, *target.shape[1:]):
+                    kind = pulled_dtype(target.dtype, self.pull_dtype), (count, *target.shape[1:])
+                    if (values.dtype, values.shape) != kind:
                         self._keymap.refresh()
                         raise ValueMismatchError(
                             f"row_sparse_pull({quote(keys[index])}): another client has re-created this key; call again"
@@ -559,7 +575,10 @@ class DataClient:
                     if places is None:
                         target.copy_(values)
                     else:
-                        interop.signed(target).index_copy_(0, places, interop.signed(values))
+                        interop.signed(target).index_copy_(0, places, interop.signed(values.to(target.dtype)))
+                    if self.pull_dtype is not None:
+                        with self._compressing:
+                            self.compressor.traffic.add_received(values.nbytes, values.numel() * target.itemsize)
         return [unchecked_rows(own, each, p.spec.shape[0]) for own, each, p in zip(ids, found, placements, strict=True)]
 
     def _send(self, session: Session, requests: Sequence[ServerRequest], *, retry: bool = False) -> list[ServerReply]:

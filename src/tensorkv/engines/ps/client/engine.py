@@ -79,7 +79,7 @@ class PSEngine(Engine):
 
     Args:
         servers: of the store.
-        options: of the store.
+        options: of the store, and the ``pull_dtype`` of this client.
         places: of the servers.
         weights: of the servers, how much each can hold, compared with the others.
         timeout_s: how long to wait for servers and other workers.
@@ -104,7 +104,7 @@ class PSEngine(Engine):
         self._owner = secrets.token_hex(8)
         self._rank: int | None = None
         self._sessions = SessionPool(self._make_session)
-        self._keymap = KeyMap(weights, self._list, wide=options.mode == "sync")
+        self._keymap = KeyMap(weights, self._list, wide=options.mode == "sync", pull_dtype=options.pull_dtype)
         is_sync = options.mode == "sync"
         # In mode sync only the servers know the sums.
         self._nonfinite = NonFinitePolicy("pass" if is_sync else options.nonfinite)
@@ -115,6 +115,7 @@ class PSEngine(Engine):
             is_sync=is_sync,
             nonfinite=self._nonfinite,
             averages=options.reduce == "mean",
+            pull_dtype=options.pull_dtype,
         )
         self._snapshots = SnapshotClient(self._sessions, self._data, len(servers))
         self._claiming, self._claims = threading.Lock(), 0
@@ -515,7 +516,7 @@ class PSEngine(Engine):
             merged["nonfinite"][what] += count
         return {
             **merged,
-            **self._data.compressor.stats(),
+            **self._data.compressor.traffic.stats(),
             "resent": self._sessions.resent,
             "socket_requests": self._sessions.socket_requests,
             "servers": told,

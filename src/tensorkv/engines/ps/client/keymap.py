@@ -45,15 +45,16 @@ class KeyMap:
         weights: of each server over which keys lie, how much it can hold, compared with the others.
         ask: asks every server for its keys.
         wide: whether sums travel in the dtype in which they are made.
+        pull_dtype: of this client.
     """
 
-    def __init__(self, weights: Sequence[int], ask: Ask, *, wide: bool) -> None:
-        self._weights, self._ask, self._wide = weights, ask, wide
+    def __init__(self, weights: Sequence[int], ask: Ask, *, wide: bool, pull_dtype: str | None) -> None:
+        self._weights, self._ask, self._wide, self._pull_dtype = weights, ask, wide, pull_dtype
         self._lock = threading.RLock()
         self._asked = self._answered = 0
         self._listings = [Listing(None, {})] * len(weights)
         self._incomplete: dict[Key, set[int]] = {}
-        self.placed = PlacedKeys(wide=wide)
+        self.placed = PlacedKeys(wide=wide, pull_dtype=pull_dtype)
         """The keys, as of the last refresh."""
         self.rule: Rule = Assign()
 
@@ -118,7 +119,7 @@ class KeyMap:
         found: dict[Key, PlacedKey] = {}
         for listing in listings:
             found.update(listing.placed)
-        placed, incomplete = PlacedKeys(wide=self._wide), {}
+        placed, incomplete = PlacedKeys(wide=self._wide, pull_dtype=self._pull_dtype), {}
         for key, each in sorted(found.items(), key=lambda item: item[1].order):
             # A key exists when all of its pieces do.
             if all(key in listings[server].placed for server in each.placement.servers):

@@ -24,6 +24,8 @@ from tensorkv.shard.pool import Pool
 from tensorkv.shard.table import Table
 from tensorkv.storage import manifest
 
+from ..messages import PULL_DTYPES, pulled_dtype
+
 # Copies of more elements than this are divided between threads.
 _PARALLEL_NUMEL = 1 << 18
 _CACHED_LAYOUTS = 256
@@ -144,18 +146,19 @@ class PlacedKeys(KeyTable[PlacedKey]):
 
     Args:
         placed: by key, in the order of init.
-        wide, snapshot: as for ``Layout``.
+        wide, pull_dtype, snapshot: as for ``Layout``.
     """
 
     def __init__(
         self,
         placed: Mapping[Key, PlacedKey] | Iterable[tuple[Key, PlacedKey]] = (),
         *,
-        wide: bool,
+        wide: bool = False,
+        pull_dtype: str | None = None,
         snapshot: str | None = None,
     ) -> None:
         super().__init__(placed)
-        self._wide, self.snapshot = wide, snapshot
+        self._wide, self._pull_dtype, self.snapshot = wide, pull_dtype, snapshot
         self._layouts: dict[tuple[Key, ...], Layout] = {}
         self._entries: dict[Key, Entry] = {}
 
@@ -165,7 +168,7 @@ class PlacedKeys(KeyTable[PlacedKey]):
         layout = self._layouts.get(called)
         if layout is None:
             placements = [self[key].placement for key in keys]
-            layout = Layout(keys, placements, wide=self._wide, snapshot=self.snapshot)
+            layout = Layout(keys, placements, wide=self._wide, pull_dtype=self._pull_dtype, snapshot=self.snapshot)
             if len(self._layouts) >= _CACHED_LAYOUTS:
                 self._layouts.clear()
             self._layouts[called] = layout
@@ -234,14 +237,24 @@ class ServerLayout:
         placements: each once.
         indices: of each key's placement.
         wide: whether sums of float16 and bfloat16 travel in float32.
+        pull_dtype: in which values of float32 and float64 travel (None: in their own).
     """
 
     def __init__(
-        self, server: int, keys: Sequence[Key], placements: Sequence[KeyPlacement], indices: Any, *, wide: bool
+        self,
+        server: int,
+        keys: Sequence[Key],
+        placements: Sequence[KeyPlacement],
+        indices: Any,
+        *,
+        wide: bool = False,
+        pull_dtype: str | None = None,
     ) -> None:
         self.server, self._wide = server, wide
+        # As the compiled part takes it.
+        self._columns_as = 0 if pull_dtype is None else native.DTYPES[PULL_DTYPES[pull_dtype]]
         dtypes = [each.spec.dtype for each in placements]
-        sent = [interop.accumulator(dtype) for dtype in dtypes] if wide else dtypes
+        sent = [interop.accumulator(dtype) if wide else pulled_dtype(dtype, pull_dtype) for dtype in dtypes]
         self._shares = [_Share(each, server, dtype) for each, dtype in zip(placements, sent, strict=True)]
         there = np.array([share.is_there for share in self._shares], bool)[indices]
         self.indices = np.flatnonzero(there)
@@ -251,6 +264,9 @@ class ServerLayout:
         numbers = [(share.first, share.count, share.itemsize) for share in self._shares]
         firsts, counts, itemsizes = np.array(numbers, np.int64).reshape(-1, 3)[self._own].T
         self._numel = int(counts.sum())
+        itemsize_of = np.array([dtype.itemsize for dtype in dtypes], np.int64)
+        self.raw_nbytes = int((counts * itemsize_of[self._own]).sum())
+        """The bytes of the values in their own dtypes."""
         # As the compiled part takes pieces: place of the key in the call, first element, how many.
         self._pieces = np.stack([self.indices, firsts, counts], 1).tobytes()
         starts, at = [], 0
@@ -290,7 +306,7 @@ class ServerLayout:
                 if target.numel():
                     reduce.sum_into(target, own)
         else:
-            self._run(parts.sum_pieces, room, pool, wide=self._wide)
+            self._run(parts.sum_pieces, room, pool, int(self._wide))
 
     def scatter(self, values: torch.Tensor, outs: Arrays, pool: Pool) -> None:
         """Copy the pieces to the outputs."""
@@ -300,15 +316,15 @@ class ServerLayout:
                 for out in outs[index]:
                     (out[share.start : share.stop] if out.ndim else out).copy_(value)
         else:
-            self._run(outs.copy_pieces, values, pool, wide=False)
+            self._run(outs.copy_pieces, values, pool, self._columns_as)
 
-    def _run(self, move: Any, payload: torch.Tensor, pool: Pool, *, wide: bool) -> None:
+    def _run(self, move: Any, payload: torch.Tensor, pool: Pool, columns_as: int) -> None:
         """Move all pieces between a batch and a payload, large ones by several threads."""
         pieces, columns = self._pieces, [(self._starts + np.uint64(payload.data_ptr())).tobytes()]
         if self._numel < _PARALLEL_NUMEL:
-            move(pieces, columns, wide, 0, self._numel)
+            move(pieces, columns, columns_as, 0, self._numel)
         else:
-            pool.share(self._numel, partial(move, pieces, columns, wide), least=_PARALLEL_NUMEL)
+            pool.share(self._numel, partial(move, pieces, columns, columns_as), least=_PARALLEL_NUMEL)
 
 
 class Layout:
@@ -318,11 +334,18 @@ class Layout:
         keys: in order.
         placements: of each key.
         wide: send sums of float16 and bfloat16 in float32, for the server to add before it rounds.
+        pull_dtype: in which values of float32 and float64 are pulled (None: in their own).
         snapshot: the name of the snapshot whose keys they are (None: the present ones).
     """
 
     def __init__(
-        self, keys: Sequence[Key], placements: Sequence[KeyPlacement], *, wide: bool, snapshot: str | None = None
+        self,
+        keys: Sequence[Key],
+        placements: Sequence[KeyPlacement],
+        *,
+        wide: bool,
+        pull_dtype: str | None = None,
+        snapshot: str | None = None,
     ) -> None:
         self.keys, self.placements, self.snapshot = list(keys), placements, snapshot
         distinct = list(dict.fromkeys(placements))
@@ -333,10 +356,11 @@ class Layout:
         self.is_floating = all(dtype.is_floating_point for dtype in dtypes)
         """Whether all values are of floating-point numbers."""
         self.pushed = [ServerLayout(server, self.keys, distinct, indices, wide=wide) for server in servers]
-        # Pulled values always have the dtypes of the keys.
         self.pulled = self.pushed
-        if wide and not dtypes.isdisjoint(interop.LOW_PRECISION):
-            self.pulled = [ServerLayout(server, self.keys, distinct, indices, wide=False) for server in servers]
+        if (wide and not dtypes.isdisjoint(interop.LOW_PRECISION)) or pull_dtype is not None:
+            self.pulled = [
+                ServerLayout(server, self.keys, distinct, indices, pull_dtype=pull_dtype) for server in servers
+            ]
 
     @cached_property
     def name(self) -> str:

@@ -69,7 +69,7 @@ class SnapshotClient:
         except TensorKVError:
             self.drop(name)
             raise
-        placed = PlacedKeys(wide=False, snapshot=name)
+        placed = PlacedKeys(pull_dtype=self._data.pull_dtype, snapshot=name)
         for key in sorted(metadata, key=lambda key: metadata[key]["order"]):
             each = PlacedKey.from_metadata(metadata[key])
             # A key exists when all of its pieces do.

@@ -26,7 +26,12 @@ _COUNTERS = {
     "waits": "requests that had to wait for others",
     "waited_seconds": "seconds that they waited",
     "resent": "requests that were received again",
+    "compressed_received_nbytes": "bytes of compressed gradients",
+    "compressed_received_raw_nbytes": "bytes that these gradients have without compression",
+    "compressed_sent_nbytes": "bytes of values that were rounded for pulls",
+    "compressed_sent_raw_nbytes": "bytes that these values have",
 }
+_TRAFFIC = ("received_nbytes", "received_raw_nbytes", "sent_nbytes", "sent_raw_nbytes")
 
 
 class ServerMetrics:
@@ -59,7 +64,7 @@ class ServerMetrics:
 
 
 def _values(stats: Mapping[str, Any]) -> dict[str, float]:
-    verbs = stats["verbs"]
+    verbs, compressed = stats["verbs"], stats.get("compression", {})
 
     def calls(*names: str) -> float:
         return float(sum(verbs[name]["calls"] for name in names if name in verbs))
@@ -80,6 +85,7 @@ def _values(stats: Mapping[str, Any]) -> dict[str, float]:
         "waits": stats["waits"],
         "waited_seconds": stats["waited_s"],
         "resent": stats["resent"],
+        **{f"compressed_{word}": compressed.get(word, 0) for word in _TRAFFIC},
     }
 
 
@@ -109,4 +115,6 @@ def merge_stats(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for name, count in counts.items():
                 total[name] += count
     found["server_verbs"] = verbs
+    compressed = [each["compression"] for each in told if "compression" in each]
+    found["server_compression"] = {word: sum(each[word] for each in compressed) for word in _TRAFFIC}
     return found

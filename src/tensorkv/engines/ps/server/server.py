@@ -292,7 +292,8 @@ class Server:
             told = {"result": list(result)} if seq == request.sender.seq and any(result) else {}
             if not request.message.pulls:
                 return Reply(told)
-            reply = self._state.values(keys, request.out, request.message.checksum)
+            message = request.message
+            reply = self._state.values(keys, request.out, message.checksum, message.pull_dtype)
             return Reply({**reply.head, **told}, reply.payload)
 
     # ------------------------------------------------------------ pulls
@@ -300,7 +301,9 @@ class Server:
     def _pull(self, request: Request[messages.Pull]) -> Reply:
         message = request.message
         with self._condition:
-            return self._state.values(keys_of(request.layout), request.out, message.checksum, message.snapshot)
+            return self._state.values(
+                keys_of(request.layout), request.out, message.checksum, message.pull_dtype, message.snapshot
+            )
 
     def _wait_for_version(self, request: Request[messages.WaitForVersion]) -> Reply:
         keys, wanted, shard = keys_of(request.layout), request.message.min_version, self._state.shard

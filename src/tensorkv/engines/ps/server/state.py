@@ -26,6 +26,7 @@ from tensorkv.arrays.packing import (
 )
 from tensorkv.arrays.rows import Rows, merge
 from tensorkv.arrays.spec import KeySpec
+from tensorkv.compression import Traffic
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote
 from tensorkv.shard import native
 from tensorkv.shard.changes import RequestIds, SetNotes
@@ -38,7 +39,18 @@ from tensorkv.storage.changes import Events
 from tensorkv.storage.durable import open_shard
 from tensorkv.storage.manifest import Contents
 
-from ..messages import Init, PullRows, Push, PushLayout, Reply, Request, Restore, bytes_of, push_layout
+from ..messages import (
+    Init,
+    PullRows,
+    Push,
+    PushLayout,
+    Reply,
+    Request,
+    Restore,
+    bytes_of,
+    pulled_dtype,
+    push_layout,
+)
 from ..options import PSOptions
 from .snapshot import CopyOnWriteSnapshots
 from .tables import ServerTables
@@ -72,10 +84,12 @@ class ServerState:
             self.shard = open_shard(folder, durability=durability, applied=clients, stamp=stamp, **common)
         self._clients = clients
         self.snapshots = CopyOnWriteSnapshots(options.keep)
-        self._layouts: dict[tuple[Key, ...], tuple[bytes, int]] = {}
+        self._layouts: dict[tuple[tuple[Key, ...], str | None], tuple[bytes, int]] = {}
         self.inits = 0
         """How often keys were created, deleted or re-created, or their metadata set."""
         self._index = index
+        self.traffic = Traffic()
+        """Of compressed gradients and pulls."""
         self._rule, self._rule_changes = self.shard.rule, 0
 
     # ------------------------------------------------------------ pushes and pulls
@@ -83,15 +97,21 @@ class ServerState:
     def push(self, request: Request[Push], ids: RequestIds, *, fill: bool = True) -> Reply | None:
         """Push what a request brings; return the reply with the new values if it pulls and they are to be filled."""
         pushed, message = push_layout(request.layout), request.message
-        room = self._room(pushed.keys, request.out, message.checksum) if message.pulls and fill else None
+        pulls = message.pulls and fill
+        room = self._room(pushed.keys, request.out, message.checksum, message.pull_dtype) if pulls else None
+        outs = room if message.pull_dtype is None else None
         self.snapshots.before_change(pushed.keys)
-        if not self._try_push(pushed, request, room, ids):
+        if not self._try_push(pushed, request, outs, ids):
             batch = self.batch(request)
-            if room is None:
+            if outs is None:
                 self.shard.push(batch, requests=ids, scale=message.scale)
             else:
-                self.shard.pushpull(batch, [[each] for each in room.tensors], requests=ids, scale=message.scale)
-        return None if room is None else Reply({}, room.payload)
+                self.shard.pushpull(batch, [[each] for each in outs.tensors], requests=ids, scale=message.scale)
+        if room is None:
+            return None
+        if outs is None:
+            self._fill_narrow(pushed.keys, room)
+        return Reply({}, room.payload)
 
     def _try_push(self, pushed: PushLayout, request: Request[Push], room: Room | None, ids: RequestIds) -> bool:
         """Push parts whose layout in the payload is that of their keys' values; return False if nothing was done."""
@@ -109,12 +129,26 @@ class ServerState:
         call = native.Call(None, verb, keys, values, outs, 0, None, False, True)
         return self.shard.try_compiled(call, requests=ids, scale=scale)
 
+    def _fill_narrow(self, keys: tuple[Key, ...], room: Room) -> None:
+        """Fill memory with values, rounded to its dtypes."""
+        outs = [[each] for each in room.tensors]
+        if not self.shard.try_compiled(native.Call(None, "pull", list(keys), None, outs, 0)):
+            self.shard.pull(keys, outs)
+        raw_nbytes = sum(self.shard.entry("pull", key).value.nbytes for key in keys)
+        self.traffic.add_sent(len(room.payload), raw_nbytes)
+
     def batch(self, request: Request[Push]) -> Batch:
         """Return what a request pushes, one part for each key."""
         pushed = push_layout(request.layout)
         specs = [self.shard.entry("push", key).spec for key in pushed.keys]
         codec = compression.parse(request.message.codec)
-        return Batch("push", list(pushed.keys), [[part] for part in pushed.parts(request.payload, specs, codec)])
+        parts = pushed.parts(request.payload, specs, codec)
+        if codec is not None:
+            shapes = [spec.shape for spec in specs if not spec.is_table]
+            self.traffic.add_received(
+                sum(codec.nbytes(shape) for shape in shapes), 4 * sum(shape.numel() for shape in shapes)
+            )
+        return Batch("push", list(pushed.keys), [[part] for part in parts])
 
     def push_round(
         self, keys: Sequence[Key], parts: Sequence[list[Part]], counts: Sequence[int], ids: RequestIds
@@ -124,7 +158,12 @@ class ServerState:
         self.shard.push(Batch("push", list(keys), list(parts), counts), requests=ids)
 
     def values(
-        self, keys: tuple[Key, ...], out: torch.Tensor | None, checksum: int | None, snapshot: str | None = None
+        self,
+        keys: tuple[Key, ...],
+        out: torch.Tensor | None,
+        checksum: int | None,
+        pull_dtype: str | None = None,
+        snapshot: str | None = None,
     ) -> Reply:
         """Return the present values, or those of a snapshot.
 
@@ -132,52 +171,68 @@ class ServerState:
             keys: whose values.
             out: memory in which they are put if they fit.
             checksum: of the layout that the client expects.
+            pull_dtype: as of ``Push``.
             snapshot: its name.
         """
         if snapshot is not None:
             found = self.snapshots.read(snapshot, keys)
-            layout = encode_layout((key, "sum", v.dtype, v.shape) for key, v in zip(keys, found, strict=True))
+            dtypes = [pulled_dtype(value.dtype, pull_dtype) for value in found]
+            layout = encode_layout(
+                (key, "sum", dtype, value.shape) for key, dtype, value in zip(keys, dtypes, found, strict=True)
+            )
             _check_same(keys, zlib.crc32(layout), checksum)
             room = Room(decode_layout(layout), out)
             for each, value in zip(room.tensors, found, strict=True):
                 each.copy_(value)
+            if pull_dtype is not None:
+                self.traffic.add_sent(len(room.payload), sum(value.nbytes for value in found))
             return Reply({}, room.payload)
-        room = self._room(keys, out, checksum)
-        if not self._try_compiled(keys, None, room.payload, ()):
+        room = self._room(keys, out, checksum, pull_dtype)
+        if pull_dtype is not None:
+            self._fill_narrow(keys, room)
+        elif not self._try_compiled(keys, None, room.payload, ()):
             self.shard.pull(keys, [[each] for each in room.tensors])
         return Reply({}, room.payload)
 
     def versions(self, keys: tuple[Key, ...], checksum: Any) -> tuple[int, ...]:
         """Return the version of each key, and a number that changes when a key is re-created."""
-        self._layout(keys, checksum)
+        self._layout(keys, checksum, None)
         return (self.inits, *[self.shard.entry("pull", key).version for key in keys])
 
     def rows(self, request: Request[PullRows]) -> Reply:
         """Return the rows that a request names."""
         items = unpack(request.layout, request.payload)
         keys, ids = [item.key for item in items], [item.tensor for item in items]
-        name = request.message.snapshot
+        name, narrow = request.message.snapshot, request.message.pull_dtype
         found = None if name is None else self.snapshots.read_rows(name, keys, ids)
+        if narrow is not None and found is None:
+            found = self.shard.pull_rows(keys, ids)
         if found is None:
             specs = [self.shard.entry("row_sparse_pull", key).spec for key in keys]
             kinds = [(spec.dtype, (len(own), *spec.shape[1:])) for own, spec in zip(ids, specs, strict=True)]
         else:
             kinds = [(rows.values.dtype, rows.values.shape) for rows in found]
-        lies = encode_layout((key, "rows", *kind) for key, kind in zip(keys, kinds, strict=True))
+        lies = encode_layout(
+            (key, "rows", pulled_dtype(dtype, narrow), shape) for key, (dtype, shape) in zip(keys, kinds, strict=True)
+        )
         room = Room(decode_layout(lies), request.out)
         if found is None:
             self.shard.pull_rows(keys, ids, room.tensors)
         else:
             for each, rows in zip(room.tensors, found, strict=True):
                 each.copy_(rows.values)
+            if narrow is not None:
+                self.traffic.add_sent(len(room.payload), sum(rows.values.nbytes for rows in found))
         return Reply({"layout": lies.decode()}, room.payload)
 
-    def _room(self, keys: tuple[Key, ...], out: torch.Tensor | None, checksum: Any) -> Room:
-        return Room(decode_layout(self._layout(keys, checksum)), out)
+    def _room(
+        self, keys: tuple[Key, ...], out: torch.Tensor | None, checksum: Any, pull_dtype: str | None = None
+    ) -> Room:
+        return Room(decode_layout(self._layout(keys, checksum, pull_dtype)), out)
 
-    def _layout(self, keys: tuple[Key, ...], checksum: Any) -> bytes:
+    def _layout(self, keys: tuple[Key, ...], checksum: Any, pull_dtype: str | None) -> bytes:
         """Return how values lie in a reply; raise if the client expects another layout."""
-        found = self._layout_of(keys)
+        found = self._layout_of(keys, pull_dtype)
         if found is None:
             tables = [key for key in keys if self.shard.entry("pull", key).spec.is_table]
             # A client with fresh metadata does not ask for this.
@@ -186,19 +241,25 @@ class ServerState:
         _check_same(keys, found[1], checksum)
         return found[0]
 
-    def _layout_of(self, keys: tuple[Key, ...]) -> tuple[bytes, int] | None:
+    def _layout_of(self, keys: tuple[Key, ...], pull_dtype: str | None = None) -> tuple[bytes, int] | None:
         """Return how the values of keys lie one after another, and a checksum of it; None without dense values."""
-        found = self._layouts.get(keys)
+        found = self._layouts.get((keys, pull_dtype))
         if found is None and all(key in self.shard for key in keys):
             entries = [self.shard.entry("pull", key) for key in keys]
             if any(entry.spec.is_table for entry in entries):
                 return None
             # Named as the client names them: it compares.
-            layout = join_slots([entry.slot for entry in entries])
+            if pull_dtype is None:
+                layout = join_slots([entry.slot for entry in entries])
+            else:
+                specs = [(entry.key, entry.spec) for entry in entries]
+                layout = encode_layout(
+                    (key, "sum", pulled_dtype(spec.dtype, pull_dtype), spec.shape) for key, spec in specs
+                )
             found = layout, zlib.crc32(layout)
             if len(self._layouts) >= _REMEMBERED_LAYOUTS:
                 self._layouts.clear()
-            self._layouts[keys] = found
+            self._layouts[keys, pull_dtype] = found
         return found
 
     # ------------------------------------------------------------ keys and the rule
@@ -286,6 +347,7 @@ class ServerState:
         found: dict[str, Any] = {"keys": len(entries), "first_keys": firsts, "nbytes": nbytes}
         found["snapshots"] = len(self.snapshots)
         found["nonfinite"] = self.shard.nonfinite_counts
+        found |= self.traffic.stats()
         return found if self.shard.log is None else {**found, "wal": self.shard.log.counts}
 
     def _is_first(self, key: Key) -> bool:

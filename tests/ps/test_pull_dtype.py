@@ -121,7 +121,6 @@ def test_jax_outputs(pair, narrow):
     assert np.array_equal(kv.pull("w", like=jnp.zeros(1)), rounded(whole, NARROW[narrow]).numpy())
 
 
-
 def test_rows_snapshots_and_checkpoints(pair, narrow, tmp_path):
     kv, reader = pair
     dtype = NARROW[narrow]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tensorkv
-from tensorkv.compression import Codec, Compressor, names, parse, register
+from tensorkv.compression import Codec, Compressor, names, parse, register, words_layout
 from tensorkv.compression.codec import RUN, owe
 
 F32 = np.float32
@@ -204,7 +204,7 @@ def test_threads_push_one_key():
             thread.join()
         assert set(kv.pull("w").tolist()) == {0.25 * count * each}
         counts = kv.stats()["compression"]
-        assert counts["sent_nbytes"] == 252 * count * each
+        assert counts["sent_nbytes"] == 256 * count * each
         assert counts["sent_raw_nbytes"] == 4000 * count * each
         assert counts["received_nbytes"] == counts["received_raw_nbytes"] == 0
 
@@ -218,8 +218,60 @@ def test_arrays_of_several_runs_are_as_those_of_one(monkeypatch):
             kv.init("w", np.zeros((3, RUN // 2 + 5), F32))
             kv.set_gradient_compression(TWO_BITS, simulate=True)
             found.append([kv.pushpull("w", each).tobytes() for each in gradients])
-        monkeypatch.setattr("tensorkv.compression.codec.RUN", 1 << 30)
+        monkeypatch.setattr("tensorkv.compression.layout.RUN", 1 << 30)
+        words_layout.cache_clear()
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["2bit", "1bit", "bf16", "int8", "powersgd"])
+def test_many_gradients_are_encoded_as_each_by_itself(name):
+    """Small ones go together, large ones in pieces, and the same gradients in other lists."""
+    rng = np.random.default_rng(3)
+    shapes = [(), (1,), (5, 7), (64,), (0, 3), (RUN + 9,), (33,), (RUN - 1,), (2, 2), (100, 100), (40, 2000), (3,)]
+    codec = parse({"type": name})
+    together, alone, owed, memories = Compressor(codec), Compressor(codec), {}, {}
+    for chosen in (range(12), range(12), range(3, 9), [8, 1, 0, 10], range(12)):
+        gradients = {place: rng.normal(size=shapes[place]).astype(F32) for place in chosen}
+        sources = [(str(place), 0) for place in chosen]
+        sending = together.encode("push", sources, [torch.from_numpy(each) for each in gradients.values()])
+        together.keep(sending)
+        together.end(sending)
+        arrived = sending.decoded()
+        assert len(sending.words) == sum(-(-codec.nbytes(shapes[place]) // 8) * 8 for place in chosen)
+        for source, (place, gradient), got in zip(sources, gradients.items(), arrived, strict=True):
+            one = alone.encode("push", [source], [torch.from_numpy(gradient)])
+            alone.keep(one)
+            alone.end(one)
+            assert torch.equal(one.decoded()[0], got)
+            left, words = np.empty_like(gradient), np.empty(codec.nbytes(gradient.shape), np.uint8)
+            decoded = np.empty_like(gradient)
+            codec.encode(gradient, owed.get(place), left, words, memories.setdefault(place, {}))
+            codec.decode(words, decoded)
+            assert np.array_equal(decoded, got.numpy())
+            assert np.array_equal(left, together.owed[source].residual)
+            assert np.array_equal(left, alone.owed[source].residual)
+            owed[place] = left
+
+
+@pytest.mark.parametrize("params", [TWO_BITS, {"type": "bf16"}, {"type": "topk"}])
+def test_of_many_gradients_the_one_with_nan_is_named_and_nothing_changes(params):
+    made = Compressor(parse(params))
+    sources = [(name, 0) for name in "abc"]
+    first = made.encode("push", sources, [torch.from_numpy(GRADIENT)] * 3)
+    made.keep(first)
+    bad = GRADIENT.copy()
+    bad[1] = np.nan
+    with pytest.raises(tensorkv.NonFiniteError, match=r'push\("b"\): the gradient, with what is owed'):
+        made.encode("push", sources, [torch.from_numpy(each) for each in (GRADIENT, bad, GRADIENT)])
+    for index, source in enumerate(sources):
+        assert made.owed[source] is first.owed[index]
+        assert (
+            made.owed[source].residual.tolist()
+            == Compressor(parse(params))
+            .encode("push", [source], [torch.from_numpy(GRADIENT)])
+            .owed[0]
+            .residual.tolist()
+        )
 
 
 class Signs(Codec):
@@ -255,12 +307,16 @@ def test_a_codec_of_somebody_else(monkeypatch):
 
 def test_words_that_did_not_arrive_are_owed_again():
     made = Compressor(parse(TWO_BITS))
-    first = made.encode("push", ("w", 0), torch.from_numpy(GRADIENT))
-    made.keep([first])
-    second = made.encode("push", ("w", 0), torch.from_numpy(GRADIENT))
-    made.keep([second])
-    made.undo([second])
+    sources, gradients = [("w", 0), ("v", 0)], [torch.from_numpy(GRADIENT), torch.from_numpy(GRADIENT)]
+    first = made.encode("push", sources, gradients)
+    made.keep(first)
+    second = made.encode("push", sources, gradients)
+    made.keep(second)
+    made.undo(second, keys=["w"])
     assert made.owed["w", 0].residual.tolist() == [0.25, -0.25, 0.25, 0]
-    made.undo([first])
+    assert made.owed["v", 0] is second.owed[1]
+    made.undo(second, keys=["v"])
+    assert made.owed["v", 0].residual.tolist() == [0.25, -0.25, 0.25, 0]
+    made.undo(first)
     assert made.owed == {}
     assert made.traffic.stats() == {}

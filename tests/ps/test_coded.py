@@ -162,7 +162,7 @@ def test_a_server_refuses_words_that_do_not_fit(server_pool):
     from tensorkv.engines.ps.messages import Push, words_item
 
     def send(kv, key, nbytes, codec):
-        packed = pack([words_item(key, np.zeros(nbytes, np.uint8))])
+        packed = pack([words_item(key, np.zeros(-(-nbytes // 8) * 8, np.uint8))])
         with kv._engine._sessions.take() as session:
             session.send([ServerRequest.of_tensors(0, Push(codec=codec), packed)])
 

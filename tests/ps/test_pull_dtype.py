@@ -169,5 +169,5 @@ def test_large_numbers_are_inf_in_fp16_alone(pair, narrow):
 
 @pytest.mark.parametrize("given", ["float16", "", 3, ["bf16"]])
 def test_other_dtypes_are_refused(given):
-    with pytest.raises(tensorkv.ArgumentError, match="create: pull_dtype is .*; expected one of fp16, bf16"):
+    with pytest.raises(tensorkv.ArgumentError, match=r"create: pull_dtype is .*; expected one of fp16, bf16"):
         tensorkv.create("dist_async", pull_dtype=given)

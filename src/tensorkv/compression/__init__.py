@@ -16,10 +16,12 @@ from .compressor import Compressor as Compressor
 from .compressor import Owed as Owed
 from .compressor import Sending as Sending
 from .compressor import Source as Source
-from .compressor import decoded as decoded
 from .compressor import owed_by as owed_by
 from .halves import BFloat16, Float16
 from .int8 import Int8
+from .layout import WordsLayout as WordsLayout
+from .layout import decoded as decoded
+from .layout import words_layout as words_layout
 from .one_bit import OneBit
 from .powersgd import PowerSGD
 from .topk import TopK

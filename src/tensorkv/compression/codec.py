@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from tensorkv.errors import ArgumentError, NonFiniteError, naming, quote, show, 
 
 Floats = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint8]
-# So many elements stay in a processor's cache.
+# So many elements stay in a processor's cache; a multiple of all units.
 RUN = 1 << 16
 # What a codec remembers of a gradient from push to push, beside what is still owed.
 Memory = dict[str, Floats]
@@ -33,8 +33,8 @@ class Codec(ABC):
     name: ClassVar[str]
     """The ``"type"`` that ``set_gradient_compression`` takes."""
 
-    is_divisible: ClassVar[bool] = False
-    """Whether the words of an array are those of its runs of ``RUN`` elements, one after another, without a memory."""
+    unit: ClassVar[int] = 0
+    """How many elements have words of eight bytes, which depend on nothing else; 0: an array is encoded as a whole."""
 
     @abstractmethod
     def nbytes(self, shape: Sequence[int]) -> int:
@@ -84,19 +84,6 @@ def check_finite(is_finite: bool) -> None:
     """Raise NonFiniteError if what is owed was not finite."""
     if not is_finite:
         raise NonFiniteError("has NaN or Inf")
-
-
-def runs(codec: Codec, numel: int) -> Iterator[tuple[slice, slice]]:
-    """Return the runs of an array's elements that are encoded alone, and where in its words each lies.
-
-    >>> from tensorkv.compression.halves import BFloat16
-    >>> list(runs(BFloat16(), RUN + 2))[1]
-    (slice(65536, 65538, None), slice(131072, 131076, None))
-    """
-    width = codec.nbytes((RUN,))
-    for start in range(0, numel, RUN):
-        stop, at = min(start + RUN, numel), start // RUN * width
-        yield slice(start, stop), slice(at, at + codec.nbytes((stop - start,)))
 
 
 _factories: dict[str, Callable[..., Codec]] = {}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +12,8 @@ import torch
 from tensorkv.arrays.arguments import Key
 from tensorkv.errors import NonFiniteError, ValueMismatchError, quote
 
-from .codec import Codec, Floats, Memory, Words, runs
+from .codec import RUN, Codec, Floats, Memory, Words
+from .layout import Run, WordsLayout, words_layout
 from .traffic import Traffic
 
 COMPRESSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,19 +37,29 @@ Source = tuple[Key, int]
 
 @dataclass(slots=True)
 class Sending:
-    """A gradient that was encoded; ``Compressor.keep`` makes it count.
+    """Gradients that were encoded; ``Compressor.keep`` makes them count.
 
     Args:
-        source: of the gradient.
+        sources: of the gradients.
+        layout: of their words.
         words: to be sent.
-        owed: after it was sent.
-        before: what was owed.
+        owed: of each, after it was sent.
+        before: what was owed of each.
     """
 
-    source: Source
+    sources: Sequence[Source]
+    layout: WordsLayout
     words: Words
-    owed: Owed
-    before: Owed | None
+    owed: list[Owed]
+    before: list[Owed | None]
+
+    def words_of(self, index: int) -> Words:
+        """Return the words of one gradient, in whole units of eight bytes."""
+        return self.words[self.layout.places[index]]
+
+    def decoded(self) -> list[torch.Tensor]:
+        """Return what the words of each gradient stand for, as float32."""
+        return self.layout.decoded(self.words)
 
 
 class Compressor:
@@ -68,88 +78,97 @@ class Compressor:
         self.traffic = Traffic()
         """Of gradients, whose raw bytes are those of float32."""
 
-    def encode(self, verb: str, source: Source, gradient: Any) -> Sending:
-        """Return the words of a gradient, with what is owed of those before it. Nothing counts until ``keep``.
+    def encode(self, verb: str, sources: Sequence[Source], gradients: Sequence[Any]) -> Sending:
+        """Return the words of gradients, with what is owed of those before them. Nothing counts until ``keep``.
 
         Args:
             verb: for messages.
-            source: of the gradient.
-            gradient: a tensor on any device.
+            sources: of the gradients.
+            gradients: tensors on any device.
 
         Raises:
             ValueMismatchError: Rows, or a dtype other than float32, float16, bfloat16.
-            NonFiniteError: NaN or Inf, in it or in its sum with what is owed.
+            NonFiniteError: NaN or Inf, in one or in its sum with what is owed.
         """
-        codec, key = self._codec, source[0]
-        if not isinstance(gradient, torch.Tensor):
+        plain = [self._plain(verb, key, each) for (key, _), each in zip(sources, gradients, strict=True)]
+        layout = words_layout(self._codec, tuple(each.shape for each in plain))
+        before = [self.owed.get(source) for source in sources]
+        # What a codec leaves of a gradient, and what it remembers.
+        left = [self._room(source, each.shape) for source, each in zip(sources, plain, strict=True)]
+        memories = [{} if each is None else dict(each.memory) for each in before]
+        residuals = [
+            None if owed is None or owed.residual.shape != each.shape else owed.residual
+            for owed, each in zip(before, plain, strict=True)
+        ]
+        encoding = _Encoding(layout, np.zeros(layout.nbytes, np.uint8), plain, residuals, left, memories)
+        for run in layout.runs:
+            try:
+                with np.errstate(all="ignore"):
+                    encoding.run(run)
+            except NonFiniteError as error:
+                index = encoding.find_nonfinite(run)
+                added = "" if residuals[index] is None else ", with what is owed of earlier ones,"
+                raise NonFiniteError(
+                    f"{verb}({quote(sources[index][0])}): the gradient{added} {error}, which {self._codec.name} cannot "
+                    "compress; nothing has changed"
+                ) from None
+        return Sending(sources, layout, encoding.words, list(map(Owed, left, memories)), before)
+
+    def _plain(self, verb: str, key: Key, gradient: Any) -> Floats:
+        """Return a gradient as a contiguous array of float32."""
+        found = "Rows for a dense key" if not isinstance(gradient, torch.Tensor) else None
+        if found is None and gradient.dtype not in COMPRESSED_DTYPES:
+            found = str(gradient.dtype).removeprefix("torch.")
+        if found is not None:
+            expected = "an array" if "Rows" in found else "float32, float16 or bfloat16"
             raise ValueMismatchError(
-                f"{verb}({quote(key)}): gradients are compressed ({codec.name}), and this one is Rows for a dense key; "
-                "expected an array"
+                f"{verb}({quote(key)}): gradients are compressed ({self._codec.name}), and this one is {found}; "
+                f"expected {expected}"
             )
-        if gradient.dtype not in COMPRESSED_DTYPES:
-            raise ValueMismatchError(
-                f"{verb}({quote(key)}): gradients are compressed ({codec.name}), and this one is "
-                f"{str(gradient.dtype).removeprefix('torch.')}; expected float32, float16 or bfloat16"
-            )
-        plain: Floats = gradient.detach().to("cpu", torch.float32).resolve_neg().contiguous().numpy()
-        before = self.owed.get(source)
-        if before is not None and before.residual.shape != plain.shape:
-            before = None
+        if gradient.dtype is not torch.float32 or not gradient.is_cpu:
+            gradient = gradient.to("cpu", torch.float32)
+        plain: Floats = gradient.detach().resolve_neg().contiguous().numpy()
+        return plain
+
+    def _room(self, source: Source, shape: tuple[int, ...]) -> Floats:
+        """Return memory for what will be owed of a gradient."""
         spare = self._spare.pop(source, None)
-        residual: Floats = np.empty_like(plain) if spare is None or spare.shape != plain.shape else spare
-        words = np.empty(codec.nbytes(plain.shape), np.uint8)
-        memory = {} if before is None else dict(before.memory)
-        try:
-            with np.errstate(all="ignore"):
-                _encode(codec, plain, None if before is None else before.residual, residual, words, memory)
-        except NonFiniteError as error:
-            what = "the gradient" if before is None else "the gradient, with what is owed of earlier ones,"
-            raise NonFiniteError(
-                f"{verb}({quote(key)}): {what} {error}, which {codec.name} cannot compress; nothing has changed"
-            ) from None
-        return Sending(source, words, Owed(residual, memory), self.owed.get(source))
+        return np.empty(shape, np.float32) if spare is None or spare.shape != shape else spare
 
-    def runs(self, shape: Sequence[int]) -> Iterable[tuple[slice, slice]]:
-        """Return the runs of an array's elements that are decoded alone, and where in its words each lies."""
-        numel = prod(shape)
-        if self._codec.is_divisible:
-            return runs(self._codec, numel)
-        return [(slice(0, numel), slice(0, self._codec.nbytes(shape)))]
-
-    def decode_sum(self, words: Sequence[Words], out: Floats, run: slice) -> None:
-        """Write the sum, in this order, of what words stand for, to a run of an array."""
-        codec, first = self._codec, out
-        if codec.is_divisible:
-            first = out.reshape(-1)[run]
-        # Words may be of any sender, and anything may be their sum.
-        with np.errstate(all="ignore"):
-            codec.decode(words[0], first)
-            part = np.empty_like(first) if len(words) > 1 else first
-            for each in words[1:]:
-                codec.decode(each, part)
-                first += part
-
-    def keep(self, sendings: Iterable[Sending]) -> None:
+    def keep(self, sending: Sending) -> None:
         """Count gradients as sent."""
-        for each in sendings:
-            self.owed[each.source] = each.owed
-            self.traffic.add_sent(each.words.nbytes, each.owed.residual.nbytes)
+        self.owed.update(zip(sending.sources, sending.owed, strict=True))
+        self.traffic.add_sent(sending.layout.nbytes, sending.layout.raw_nbytes)
 
-    def end(self, sendings: Iterable[Sending]) -> None:
-        """Use the memory of what was owed before gradients that have arrived; ``undo`` is not called for them."""
-        for each in sendings:
-            if each.before is not None:
-                self._spare[each.source] = each.before.residual
+    def end(self, sending: Sending, *, without: Collection[Key] = ()) -> None:
+        """Use the memory of what was owed before gradients that have arrived; ``undo`` is not called for them.
 
-    def undo(self, sendings: Iterable[Sending]) -> None:
-        """Owe what was owed before gradients were kept which did not arrive, unless others were kept since."""
-        for each in sendings:
-            if self.owed.get(each.source) is each.owed:
-                if each.before is None:
-                    del self.owed[each.source]
+        Args:
+            sending: the gradients.
+            without: keys whose gradients have not arrived.
+        """
+        for source, before in zip(sending.sources, sending.before, strict=True):
+            if before is not None and source[0] not in without:
+                self._spare[source] = before.residual
+
+    def undo(self, sending: Sending, *, keys: Collection[Key] | None = None) -> None:
+        """Owe what was owed before gradients were kept which did not arrive, unless others were kept since.
+
+        Args:
+            sending: the gradients.
+            keys: whose gradients did not arrive (None: none did).
+        """
+        layout = sending.layout
+        for index, (source, owed) in enumerate(zip(sending.sources, sending.owed, strict=True)):
+            if keys is not None and source[0] not in keys:
+                continue
+            before = sending.before[index]
+            if self.owed.get(source) is owed:
+                if before is None:
+                    del self.owed[source]
                 else:
-                    self.owed[each.source] = each.before
-            self.traffic.add_sent(-each.words.nbytes, -each.owed.residual.nbytes)
+                    self.owed[source] = before
+            self.traffic.add_sent(-len(sending.words_of(index)), -4 * layout.counts[index])
 
     def forget(self, keys: Iterable[Key]) -> None:
         """Drop what is owed of keys that were deleted."""
@@ -197,23 +216,67 @@ def owed_by(owed: Mapping[Source, Owed], rank: int, size: int) -> dict[Source, O
     return found
 
 
-def decoded(codec: Codec, words: Words, shape: Sequence[int]) -> torch.Tensor:
-    """Return what words stand for, as float32."""
-    out: Floats = np.empty(tuple(shape), np.float32)
-    compressor = Compressor(codec)
-    for run, place in compressor.runs(shape):
-        compressor.decode_sum([words[place]], out, run)
-    return torch.from_numpy(out)
+class _Encoding(NamedTuple):
+    """Gradients that are being encoded.
+
+    Args:
+        layout: of the words.
+        words: to be written.
+        gradients: contiguous.
+        residuals: of each gradient (None: nothing was owed).
+        left: memory for what is owed of each.
+        memories: of the codec for each, changed in place.
+    """
+
+    layout: WordsLayout
+    words: Words
+    gradients: Sequence[Floats]
+    residuals: Sequence[Floats | None]
+    left: Sequence[Floats]
+    memories: Sequence[Memory]
+
+    def run(self, run: Run) -> None:
+        """Encode some."""
+        if run.stop - run.first > 1:
+            self._run_together(run)
+            return
+        index, start = run.first, self.layout.starts[run.first]
+        gradient, residual, left = self.gradients[index], self.residuals[index], self.left[index]
+        if self.layout.codec.unit:
+            elements = slice(run.elements.start - start, min(run.elements.stop - start, gradient.size))
+            gradient, left = gradient.reshape(-1)[elements], left.reshape(-1)[elements]
+            residual = None if residual is None else residual.reshape(-1)[elements]
+        words = self.words[run.words][: self.layout.codec.nbytes(gradient.shape)]
+        self.layout.codec.encode(gradient, residual, left, words, self.memories[index])
+
+    def _run_together(self, run: Run) -> None:
+        """Encode several small gradients, side by side."""
+        chosen = range(run.first, run.stop)
+        starts = [self.layout.starts[index] - run.elements.start for index in chosen]
+        size = run.elements.stop - run.elements.start
+        stops = [*starts[1:], size]
+        gradients: list[Floats] = []
+        residuals: list[Floats] = []
+        for index, start, stop in zip(chosen, starts, stops, strict=True):
+            count = self.layout.counts[index]
+            residual = self.residuals[index]
+            gradients += self.gradients[index], _ZEROS[: stop - start - count]
+            residuals += _ZEROS[:count] if residual is None else residual, _ZEROS[: stop - start - count]
+        left: Floats = np.concatenate(gradients, axis=None)
+        has_residuals = any(self.residuals[index] is not None for index in chosen)
+        residual = np.concatenate(residuals, axis=None) if has_residuals else None
+        self.layout.codec.encode(left, residual, left, self.words[run.words], {})
+        for index, start in zip(chosen, starts, strict=True):
+            self.left[index].reshape(-1)[:] = left[start : start + self.layout.counts[index]]
+
+    def find_nonfinite(self, run: Run) -> int:
+        """Return which gradient of a run a codec has found not to be finite."""
+        for index in range(run.first, run.stop - 1):
+            gradient, residual = self.gradients[index], self.residuals[index]
+            with np.errstate(all="ignore"):
+                if not np.isfinite(gradient if residual is None else gradient + residual).all():
+                    return index
+        return run.stop - 1
 
 
-def _encode(
-    codec: Codec, gradient: Floats, residual: Floats | None, owed: Floats, words: Words, memory: Memory
-) -> None:
-    """Do as ``Codec.encode``, run by run if they are encoded alone."""
-    if not codec.is_divisible:
-        codec.encode(gradient, residual, owed, words, memory)
-        return
-    flat, left = gradient.reshape(-1), owed.reshape(-1)
-    before = None if residual is None else residual.reshape(-1)
-    for run, place in runs(codec, gradient.size):
-        codec.encode(flat[run], None if before is None else before[run], left[run], words[place], memory)
+_ZEROS: Floats = np.zeros(RUN, np.float32)

@@ -16,7 +16,7 @@ from .codec import Codec, Floats, Memory, Words, owe
 class _Half(Codec):
     """An element in a dtype of two bytes, as near as it gets; beyond its range, the largest number of that sign."""
 
-    is_divisible: ClassVar[bool] = True
+    unit: ClassVar[int] = 4
     dtype: ClassVar[torch.dtype]
 
     def nbytes(self, shape: Sequence[int]) -> int:

@@ -33,7 +33,7 @@ class OneBit(Codec):
     """
 
     name: ClassVar[str] = "1bit"
-    is_divisible: ClassVar[bool] = True
+    unit: ClassVar[int] = 64
     threshold: float = 0.0
 
     def __post_init__(self) -> None:

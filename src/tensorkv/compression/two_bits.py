@@ -35,7 +35,7 @@ class TwoBit(Codec):
     """
 
     name: ClassVar[str] = "2bit"
-    is_divisible: ClassVar[bool] = True
+    unit: ClassVar[int] = 32
     threshold: float = 0.5
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from tensorkv.arrays.arguments import Key, folder_path
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
-from tensorkv.compression import Codec, Compressor, Sending, decoded
+from tensorkv.compression import Codec, Compressor
 from tensorkv.errors import ArgumentError
 from tensorkv.runtime import shield
 from tensorkv.shard.entry import Batch, KeyInfo, Part
@@ -126,22 +126,23 @@ class LocalEngine(Engine):
             return
         with self._compressing:
             self._shard.check(batch)
-            sendings: list[Sending] = []
-            parts = [
-                [self._sent(batch, key, index, part, sendings) for index, part in enumerate(own)]
-                for key, own in zip(batch.keys, batch.parts, strict=True)
+            places = [
+                (place, worker)
+                for place, key in enumerate(batch.keys)
+                if not self._shard.entry(batch.verb, key).spec.is_table
+                for worker in range(len(batch.parts[place]))
             ]
+            sending = self._compressor.encode(
+                batch.verb,
+                [(batch.keys[place], worker) for place, worker in places],
+                [batch.parts[place][worker] for place, worker in places],
+            )
+            parts = [list(own) for own in batch.parts]
+            for (place, worker), part in zip(places, sending.decoded(), strict=True):
+                parts[place][worker] = part
             yield Batch(batch.verb, batch.keys, parts, batch.counts)
-            self._compressor.keep(sendings)
-            self._compressor.end(sendings)
-
-    def _sent(self, batch: Batch, key: Key, worker: int, part: Part, sendings: list[Sending]) -> Part:
-        """Return what is received of a part."""
-        if self._shard.entry(batch.verb, key).spec.is_table:
-            return part
-        sendings.append(self._compressor.encode(batch.verb, (key, worker), part))
-        codec: Any = self._compressor.codec
-        return decoded(codec, sendings[-1].words, part.shape)
+            self._compressor.keep(sending)
+            self._compressor.end(sending)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         return self._shard.pull_rows(keys, ids)

@@ -554,26 +554,33 @@ class PushLayout:
             LayoutError, ValueMismatchError: the payload does not fit the layout, the rows or the values.
         """
         items = iter(unpack(self.layout, payload))
-        found: list[Part] = []
+        found: list[Any] = []
+        coded: list[tuple[int, Item, KeySpec]] = []
         for item, spec in zip(items, specs, strict=False):
             if item.role == "ids":
                 found.append(Rows(item.tensor, next(items).tensor, (*spec.shape, 0)[0]))
             elif item.role == "words":
-                found.append(_decoded(item, spec, codec))
+                coded.append((len(found), item, spec))
+                found.append(None)
             else:
                 found.append(item.tensor)
+        if coded:
+            words = [_words_of(item, spec, codec) for _, item, spec in coded]
+            known: Any = codec
+            for (place, _, _), part in zip(
+                coded, decoded(known, words, [spec.shape for _, _, spec in coded]), strict=True
+            ):
+                found[place] = part
         return found
 
 
 def words_item(key: Key, words: Words) -> Item:
     """Return what a payload has of the words of a key, as numbers that begin where every dtype may."""
-    padded = np.zeros(-(-len(words) // 8) * 8, np.uint8)
-    padded[: len(words)] = words
-    return Item(key, "words", interop.take(padded.view(np.int64)))
+    return Item(key, "words", interop.take(words.view(np.int64)))
 
 
-def _decoded(item: Item, spec: KeySpec, codec: Codec | None) -> torch.Tensor:
-    """Return what words stand for."""
+def _words_of(item: Item, spec: KeySpec, codec: Codec | None) -> Words:
+    """Return the words that a payload has of a key."""
     fits = codec is not None and not spec.is_table and spec.dtype in COMPRESSED_DTYPES
     if codec is None or not fits or item.tensor.dtype is not torch.int64:
         raise ValueMismatchError(f"malformed push: {quote(item.key)} has no gradient that is compressed")
@@ -582,7 +589,7 @@ def _decoded(item: Item, spec: KeySpec, codec: Codec | None) -> torch.Tensor:
         raise ValueMismatchError(
             f"push({quote(item.key)}): got {len(words)} bytes of {codec.name}, for {tuple(spec.shape)} it has {nbytes}"
         )
-    return decoded(codec, words[:nbytes], spec.shape)
+    return words
 
 
 @lru_cache(maxsize=256)

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from tensorkv.arrays import interop
-from tensorkv.compression import Compressor, Floats, Owed, Sending, Source
-from tensorkv.engines.transport.segment import aligned
+from tensorkv.compression import Compressor, Floats, Owed, Sending, Source, Words, WordsLayout, words_layout
 from tensorkv.shard import reduce
 from tensorkv.shard.entry import Entry
 
@@ -24,11 +23,12 @@ from .group import ProcessGroup
 
 # So many bytes of words go at a time.
 _PART_NBYTES = 1 << 20
+_REMEMBERED_LAYOUTS = 64
 
 
 def encode(
     compressor: Compressor, verb: str, rank: int, entries: Sequence[Entry], groups: Sequence[Sequence[Any]]
-) -> list[Sending]:
+) -> Sending:
     """Return the words of this worker's gradients, each the sum of its parts.
 
     Args:
@@ -41,19 +41,17 @@ def encode(
     Raises:
         ValueMismatchError, NonFiniteError: as of ``Compressor.encode``.
     """
-    return [
-        compressor.encode(verb, (entry.key, rank), reduce.unrounded(entry.spec, group))
-        for entry, group in zip(entries, groups, strict=True)
-    ]
+    totals = [reduce.unrounded(entry.spec, group) for entry, group in zip(entries, groups, strict=True)]
+    return compressor.encode(verb, [(entry.key, rank) for entry in entries], totals)
 
 
 def exchange(
     compressor: Compressor,
     group: ProcessGroup,
     shapes: Sequence[Sequence[int]],
-    sendings: Sequence[Sending] | None,
+    sending: Sending | None,
     counts: Sequence[int],
-    memory: dict[tuple[int, ...], Floats],
+    memory: SumMemory,
 ) -> tuple[list[torch.Tensor], np.ndarray[Any, np.dtype[np.int64]]]:
     """Return the sums of all workers' gradients, added in the order of ranks, and of how many parts each is.
 
@@ -61,38 +59,49 @@ def exchange(
         compressor: of this worker; all have the same codec.
         group: of all workers, which call this together.
         shapes: of the keys.
-        sendings: of this worker (None: it has left).
+        sending: of this worker (None: it has left).
         counts: how many parts this worker has of each key.
-        memory: for the sums, kept by the caller from call to call.
+        memory: for the sums, which are there until the next call.
     """
-    told = group.all_gather(torch.tensor(counts if sendings is not None else [], dtype=torch.int64, device="cpu"))
+    told = group.all_gather(torch.tensor(counts if sending is not None else [], dtype=torch.int64, device="cpu"))
     present = [rank for rank, each in enumerate(told) if len(each) or not shapes]
     total = np.zeros(len(shapes), np.int64)
     for rank in present:
         total += told[rank].numpy()
     codec: Any = compressor.codec
-    starts = np.cumsum([0, *(aligned(codec.nbytes(shape)) for shape in shapes)]).tolist()
-    words = _AllWords(group, starts[-1])
-    for start, each in zip(starts, sendings or (), strict=False):
-        words.mine[start : start + len(each.words)] = each.words
+    layout = words_layout(codec, tuple(tuple(shape) for shape in shapes))
+    words = _AllWords(group, np.zeros(layout.nbytes, np.uint8) if sending is None else sending.words)
     words.begin()
-    sums = []
-    for place, (shape, start) in enumerate(zip(shapes, starts, strict=False)):
-        whole = memory.get((place, *shape))
-        if whole is None:
-            whole = memory[(place, *shape)] = np.empty(shape, np.float32)
-        # What has come is summed while the rest is on its way.
-        for run, at in compressor.runs(shape):
-            words.wait_for(start + at.stop)
-            compressor.decode_sum(
-                [words.found[rank][start + at.start : start + at.stop] for rank in present], whole, run
-            )
-        sums.append(torch.from_numpy(whole))
-    words.wait_for(starts[-1])
-    num_others = len(present) - (sendings is not None)
-    nbytes, raw_nbytes = sum(codec.nbytes(shape) for shape in shapes), sum(each.nbytes for each in sums)
-    compressor.traffic.add_received(num_others * nbytes, num_others * raw_nbytes)
+    flat, sums = memory.of(layout)
+    found = [words.found[rank] for rank in present]
+    # What has come is summed while the rest is on its way.
+    for run in layout.runs:
+        words.wait_for(run.words.stop)
+        layout.decode_sum(found, flat, run)
+    words.wait_for(layout.nbytes)
+    num_others = len(present) - (sending is not None)
+    compressor.traffic.add_received(num_others * layout.nbytes, num_others * layout.raw_nbytes)
     return sums, total
+
+
+class SumMemory:
+    """Memory for the sums of a call, used again by the next one."""
+
+    def __init__(self) -> None:
+        self._flat: Floats = np.empty(0, np.float32)
+        self._views: dict[WordsLayout, list[torch.Tensor]] = {}
+
+    def of(self, layout: WordsLayout) -> tuple[Floats, list[torch.Tensor]]:
+        """Return memory for all sums, and the sum of each key in it."""
+        if layout.numel > len(self._flat):
+            self._flat = np.empty(layout.numel, np.float32)
+            self._views.clear()
+        views = self._views.get(layout)
+        if views is None:
+            if len(self._views) >= _REMEMBERED_LAYOUTS:
+                self._views.clear()
+            views = self._views[layout] = [torch.from_numpy(each) for each in layout.views(self._flat)]
+        return self._flat, views
 
 
 class _AllWords:
@@ -100,19 +109,18 @@ class _AllWords:
 
     Args:
         group: of all workers.
-        nbytes: of each worker's.
+        mine: of this worker.
     """
 
-    def __init__(self, group: ProcessGroup, nbytes: int) -> None:
-        self._group, self._nbytes = group, nbytes
-        self.mine = np.zeros(nbytes, np.uint8)
-        self.found = [np.empty(nbytes, np.uint8) for _ in range(group.size)]
+    def __init__(self, group: ProcessGroup, mine: Words) -> None:
+        self._group, self._mine, self._nbytes = group, mine, len(mine)
+        self.found = [np.empty(self._nbytes, np.uint8) for _ in range(group.size)]
         self._parts: list[tuple[int, Callable[[], None]]] = []
         self._come = 0
 
     def begin(self) -> None:
         """Send this worker's."""
-        mine, found = torch.from_numpy(self.mine), [torch.from_numpy(each) for each in self.found]
+        mine, found = torch.from_numpy(self._mine), [torch.from_numpy(each) for each in self.found]
         for start in range(0, self._nbytes, _PART_NBYTES):
             part = slice(start, min(start + _PART_NBYTES, self._nbytes))
             self._parts.append((part.stop, self._group.begin_all_gather([each[part] for each in found], mine[part])))

@@ -118,8 +118,7 @@ class Pushes:
         self._decisions = Decisions(group, host, policy)
         # Of compressed gradients, whose sums are made on each host.
         self._decisions_alone = Decisions(group, host, policy, is_repeated=True, counts=chain.is_last)
-        # Memory of sums of compressed gradients, by position and shape.
-        self._coded_sums: dict[tuple[int, ...], Any] = {}
+        self._coded_sums = coded.SumMemory()
         # The last push of each key, until its values are known to be there.
         self._pending: dict[Key, AllReduce] = {}
         # By their keys, the least recently used first; and how many keys they name together.
@@ -272,20 +271,20 @@ class Pushes:
         self._shard.check(batch)
         self._order.check()
         # What cannot be encoded raises before others hear of the call.
-        sendings = self._encode(batch, by_rows)
+        sending = self._encode(batch, by_rows)
         if any(by_rows):
             signature = Signature(describe(verb, keys=batch.keys, rows=by_rows))
-            push = partial(self._push_rows_and_dense, batch=batch, by_rows=by_rows, sendings=sendings)
+            push = partial(self._push_rows_and_dense, batch=batch, by_rows=by_rows, sending=sending)
         else:
             signature = self._signature(verb, keys)
             push = partial(
-                self._push_groups, keys=keys, groups=batch.parts, outs=outs, priority=priority, sendings=sendings
+                self._push_groups, keys=keys, groups=batch.parts, outs=outs, priority=priority, sending=sending
             )
         filled = yield from self._enter(signature, push)
         if outs is not None and not filled:
             self.pull(keys, outs)
 
-    def _encode(self, batch: Batch, by_rows: Sequence[bool]) -> list[Sending] | None:
+    def _encode(self, batch: Batch, by_rows: Sequence[bool]) -> Sending | None:
         """Return the words of the keys that are not pushed as Rows of a table; None: they are not compressed."""
         if self._compressor.codec is None:
             return None
@@ -347,19 +346,19 @@ class Pushes:
         groups: Sequence[Sequence[Part]],
         outs: Outs | None,
         priority: int,
-        sendings: Sequence[Sending] | None = None,
+        sending: Sending | None = None,
     ) -> Steps[bool]:
         """Do ``_push_dense`` with parts and outputs as tensors, or Rows that become dense.
 
         Args:
             call: that was entered.
             keys, groups, outs, priority: of the call.
-            sendings: the words of the parts, which are pushed instead.
+            sending: the words of the parts, which are pushed instead.
         """
-        if sendings is not None:
-            yield from self._push_coded(call, keys, sendings, [len(group) for group in groups])
-            self._compressor.keep(sendings)
-            self._compressor.end(sendings)
+        if sending is not None:
+            yield from self._push_coded(call, keys, sending, [len(group) for group in groups])
+            self._compressor.keep(sending)
+            self._compressor.end(sending)
             return False
         dense = [_dense(self._shard.entry("push", key), group) for key, group in zip(keys, groups, strict=True)]
         parts, targets = Arrays.of(self._values, keys, dense), None
@@ -384,23 +383,23 @@ class Pushes:
         return outs is not None
 
     def _push_coded(
-        self, call: Collective, keys: tuple[Key, ...], sendings: Sequence[Sending] | None, counts: Sequence[int]
+        self, call: Collective, keys: tuple[Key, ...], sending: Sending | None, counts: Sequence[int]
     ) -> Steps[None]:
         """Push words; each host makes the update for itself.
 
         Args:
             call: on which a worker that has left has agreed already.
             keys: of the call.
-            sendings: of this worker (None: it has left).
+            sending: of this worker (None: it has left).
             counts: of how many parts each key's are.
         """
         yield from self._drained()
         self._order.remember(call)
-        if sendings is not None:
+        if sending is not None:
             self._order.agree([call])
         self._order.wait_for_all()
         shapes = [self._values[key].whole.shape for key in keys]
-        sums, counted = coded.exchange(self._compressor, self._group, shapes, sendings, counts, self._coded_sums)
+        sums, counted = coded.exchange(self._compressor, self._group, shapes, sending, counts, self._coded_sums)
         allreduce = yield from self._prepare(call, keys, deferred=False, is_repeated=True)
         arrays = Arrays.of(self._values, keys, [[each] for each in sums])
         arrays.counts = counted
@@ -436,7 +435,7 @@ class Pushes:
         return allreduce
 
     def _push_rows_and_dense(
-        self, call: Collective, batch: Batch, by_rows: Sequence[bool], sendings: Sequence[Sending] | None
+        self, call: Collective, batch: Batch, by_rows: Sequence[bool], sending: Sending | None
     ) -> Steps[bool]:
         """Push keys of which some came as Rows alone; no outputs are written."""
         yield from self._drained()
@@ -450,7 +449,7 @@ class Pushes:
         has_inner = bool(dense) and not self._skips(rows, merged)
         if has_inner:
             inner = self._host.enter(self._signature("push", tuple(dense)))
-            yield from self._push_groups(inner, tuple(dense), list(dense.values()), None, 0, sendings)
+            yield from self._push_groups(inner, tuple(dense), list(dense.values()), None, 0, sending)
             # One thread at a time may step an optimizer, and this one goes on with the Rows.
             self._queue.wait_for()
         self._apply_decided(rows, merged, len(dense), has_inner=has_inner)
@@ -756,7 +755,7 @@ class Pushes:
         """Drop the schedules of some keys, or all, when no push is pending any more."""
         # The last push in a slot refers to values.
         self._small_pushes = [None] * len(self._small_pushes)
-        self._coded_sums.clear()
+        self._coded_sums = coded.SumMemory()
         gone = None if keys is None else set(keys)
         for named in [each for each in self._schedules if gone is None or not gone.isdisjoint(each)]:
             finish(self._drop(named))

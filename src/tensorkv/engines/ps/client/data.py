@@ -16,7 +16,7 @@ from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import Item, pack, unpack
 from tensorkv.arrays.rows import Rows, unchecked_rows
-from tensorkv.compression import Codec, Compressor, Owed, Sending, Source, decoded
+from tensorkv.compression import Codec, Compressor, Owed, Sending, Source, Words
 from tensorkv.errors import KeyNotFoundError, OptimizerError, ValueMismatchError, quote
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Batch, Part
@@ -291,27 +291,28 @@ class DataClient:
             key: self._sum(each, parts, divisor) if each.spec.is_table else reduce.unrounded(each.spec, parts, divisor)
             for key, each, parts, divisor in zip(batch.keys, placements, batch.parts, divisors, strict=True)
         }
+        sources, pieces = [], []
+        for key, each in zip(batch.keys, placements, strict=True):
+            for server in () if each.spec.is_table else each.servers:
+                sources.append((key, server))
+                pieces.append(_piece(each, server, totals[key]))
         with self._compressing:
-            coded = {
-                (key, server): self.compressor.encode(batch.verb, (key, server), _piece(each, server, totals[key]))
-                for key, each in zip(batch.keys, placements, strict=True)
-                if not each.spec.is_table
-                for server in each.servers
-            }
-            self.compressor.keep(coded.values())
+            sending = self.compressor.encode(batch.verb, sources, pieces)
+            self.compressor.keep(sending)
         try:
-            left_out, scale, result = self._decide_coded(batch, placed, totals, coded, clipping)
+            left_out, scale, result = self._decide_coded(batch, placed, totals, sending, clipping)
             keys = [key for key in batch.keys if key not in left_out]
+            coded = {source: sending.words_of(index) for index, source in enumerate(sources)}
             requests = self._item_requests(batch, placed, totals, coded, scale, left_out)
-            is_whole = outs is not None and not left_out and len({key for key, _ in coded}) == len(keys)
+            is_whole = outs is not None and not left_out and len({key for key, _ in sources}) == len(keys)
             told = self._send_coded(keys, requests, outs if is_whole else None, placed) if keys else None
         except BaseException:
             with self._compressing:
-                self.compressor.undo(coded.values())
+                self.compressor.undo(sending)
             raise
         with self._compressing:
-            self.compressor.undo(each for (key, _), each in coded.items() if key in left_out)
-            self.compressor.end(each for (key, _), each in coded.items() if key not in left_out)
+            self.compressor.undo(sending, keys=left_out)
+            self.compressor.end(sending, without=left_out)
         if outs is not None and not is_whole:
             self.pull(batch.keys, outs)
         self.last_push = told or result
@@ -321,21 +322,17 @@ class DataClient:
         batch: Batch,
         placed: PlacedKeys,
         totals: Mapping[Key, Part],
-        coded: Mapping[Source, Sending],
+        sending: Sending,
         clipping: Clipping | None,
     ) -> tuple[set[Key], float | None, PushResult]:
         """Return which keys are left out, a scale of the gradients that arrive, and what the caller is told."""
         if self._is_sync or not (self._nonfinite.checks or clipping is not None):
             return set(), None, PushResult()
-        codec: Any = self.compressor.codec
+        decoded = dict(zip(sending.sources, sending.decoded(), strict=True))
         arrived: list[list[Part]] = []
         for key in batch.keys:
             placement = placed[key].placement
-            pieces = [
-                decoded(codec, coded[key, server].words, placement.shape(start, stop))
-                for server, start, stop in placement.pieces
-                if not placement.spec.is_table
-            ]
+            pieces = [] if placement.spec.is_table else [decoded[key, server] for server in placement.servers]
             # As a shard makes sums, on which it decides.
             arrived.append([_joined(pieces).to(placement.spec.dtype) if pieces else totals[key]])
         entries = [placed.entry(key) for key in batch.keys]
@@ -350,7 +347,7 @@ class DataClient:
         batch: Batch,
         placed: PlacedKeys,
         totals: Mapping[Key, Part],
-        coded: Mapping[Source, Sending],
+        coded: Mapping[Source, Words],
         scale: float | None,
         left_out: Collection[Key] = (),
     ) -> list[ServerRequest]:
@@ -372,11 +369,11 @@ class DataClient:
             held = [place for place, each in placements.items() if each.piece_of(server) is not None]
             for place in held:
                 key = batch.keys[place]
-                sending = coded.get((key, server))
-                if sending is None:
+                words = coded.get((key, server))
+                if words is None:
                     items += _items(key, placements[place], totals[key], server)
                 else:
-                    items.append(words_item(key, sending.words))
+                    items.append(words_item(key, words))
             message = Push(counts=self._counts(batch.parts, held), scale=scale, codec=codec)
             requests.append(ServerRequest.of_tensors(server, message, pack(items)))
         return requests

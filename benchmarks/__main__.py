@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.common.benchmark import Benchmark, add_options, run
+from benchmarks.compression.bench import CompressionBenchmark
 from benchmarks.hosts.bench import HostsBenchmark
 from benchmarks.local.bench import LocalBenchmark
 from benchmarks.matrix.bench import MatrixBenchmark
@@ -14,7 +15,15 @@ from benchmarks.servers.bench import ServersBenchmark
 from benchmarks.sync.bench import SyncBenchmark
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
-    each.name: each for each in (LocalBenchmark, SyncBenchmark, ServersBenchmark, HostsBenchmark, MatrixBenchmark)
+    each.name: each
+    for each in (
+        LocalBenchmark,
+        SyncBenchmark,
+        ServersBenchmark,
+        HostsBenchmark,
+        CompressionBenchmark,
+        MatrixBenchmark,
+    )
 }
 
 

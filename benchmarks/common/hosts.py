@@ -101,6 +101,18 @@ class Host:
         """Put its cable in again."""
         _ip("-n", self._netns, "link", "set", "eth0", "up")
 
+    def limit(self, rate: str) -> None:
+        """Send no faster than a rate, such as ``1gbit``.
+
+        Raises:
+            HostsError: it cannot be limited.
+        """
+        tc = _find("tc")
+        words = [tc, "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "256kb", "latency", "100ms"]
+        done = subprocess.run([*self.start, *words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise HostsError(f"{' '.join(words)}: {done.stderr.strip() or 'no reason given'}")
+
     def sent_nbytes(self) -> int:
         """Return the bytes that have gone through its cable so far, both ways."""
         counters = [f"/sys/class/net/eth0/statistics/{way}_bytes" for way in ("rx", "tx")]
@@ -146,10 +158,14 @@ def places(made: Sequence[Host]) -> list[tuple[list[str], str, str]]:
 def _ip(*words: str) -> str:
     if os.geteuid() != 0:
         raise HostsError("hosts are namespaces, which need root")
-    ip = shutil.which("ip", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
-    if ip is None:
-        raise HostsError("hosts need the command ip, from the package iproute2")
-    done = subprocess.run([ip, *words], capture_output=True, text=True, check=False)
+    done = subprocess.run([_find("ip"), *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise HostsError(f"ip {' '.join(words)}: {done.stderr.strip() or 'no reason given'}")
     return done.stdout
+
+
+def _find(command: str) -> str:
+    found = shutil.which(command, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
+    if found is None:
+        raise HostsError(f"hosts need the command {command}, from the package iproute2")
+    return found

@@ -33,11 +33,12 @@ check: docs ## Check format, lint, types, the layers of packages and the documen
 docs: $(STAMP) ## Build the documentation into out/site; a broken link or docstring is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: $(STAMP) ## Measure one process, processes in lock step, servers and (as root) hosts beside peers; results go to out/bench/
+bench: $(STAMP) ## Measure one process, processes in lock step, servers and (as root) hosts and compression beside peers; results go to out/bench/
 	$(BIN)/python -m benchmarks local --growth --memory $(BENCH)
 	$(BIN)/python -m benchmarks sync $(BENCH_SYNC)
 	$(BIN)/python -m benchmarks servers $(BENCH_SERVERS)
 	$(BIN)/python -m benchmarks hosts $(BENCH_HOSTS)
+	$(BIN)/python -m benchmarks compression $(BENCH_COMPRESSION)
 
 bench-matrix: $(STAMP) ## Measure every form, array library, rule and size on every engine, for hours, into out/bench/
 	$(BIN)/python -m benchmarks matrix $(BENCH)

@@ -11,12 +11,13 @@ from .codec import Words as Words
 from .codec import names as names
 from .codec import parse as parse
 from .codec import register as register
-from .compressor import COMPRESSED_DTYPES as COMPRESSED_DTYPES
 from .compressor import Compressor as Compressor
 from .compressor import Owed as Owed
 from .compressor import Sending as Sending
 from .compressor import Source as Source
 from .compressor import owed_by as owed_by
+from .gradients import COMPRESSED_DTYPES as COMPRESSED_DTYPES
+from .gradients import PlainGradients as PlainGradients
 from .halves import BFloat16, Float16
 from .int8 import Int8
 from .layout import WordsLayout as WordsLayout

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 
 from tensorkv.arrays.arguments import Key
-from tensorkv.errors import NonFiniteError, ValueMismatchError, quote
+from tensorkv.errors import NonFiniteError, quote
 
-from .codec import RUN, Codec, Floats, Memory, Words
-from .layout import Run, WordsLayout, words_layout
+from .codec import Codec, Floats, Memory, Words
+from .gradients import Gradients, TensorGradients
+from .layout import Run, WordsLayout
 from .traffic import Traffic
-
-COMPRESSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Owed(NamedTuple):
@@ -74,66 +73,57 @@ class Compressor:
         self.owed: dict[Source, Owed] = {}
         """What was not sent, of every gradient that was pushed; from a checkpoint also without a codec."""
         # Memory for what is owed next, since new memory costs as much time as a codec.
-        self._spare: dict[Source, Floats] = {}
+        self._spare: dict[Source, Owed] = {}
         self.traffic = Traffic()
         """Of gradients, whose raw bytes are those of float32."""
 
-    def encode(self, verb: str, sources: Sequence[Source], gradients: Sequence[Any]) -> Sending:
+    def encode(self, verb: str, sources: Sequence[Source], tensors: Sequence[Any]) -> Sending:
         """Return the words of gradients, with what is owed of those before them. Nothing counts until ``keep``.
 
         Args:
             verb: for messages.
             sources: of the gradients.
-            gradients: tensors on any device.
+            tensors: the gradients, on any device.
 
         Raises:
             ValueMismatchError: Rows, or a dtype other than float32, float16, bfloat16.
             NonFiniteError: NaN or Inf, in one or in its sum with what is owed.
         """
-        plain = [self._plain(verb, key, each) for (key, _), each in zip(sources, gradients, strict=True)]
-        layout = words_layout(self._codec, tuple(each.shape for each in plain))
+        return self.encode_all(verb, sources, TensorGradients(self._codec, verb, [key for key, _ in sources], tensors))
+
+    def encode_all(self, verb: str, sources: Sequence[Source], gradients: Gradients) -> Sending:
+        """Do as ``encode`` with gradients from elsewhere."""
+        layout = gradients.layout
         before = [self.owed.get(source) for source in sources]
-        # What a codec leaves of a gradient, and what it remembers.
-        left = [self._room(source, each.shape) for source, each in zip(sources, plain, strict=True)]
-        memories = [{} if each is None else dict(each.memory) for each in before]
         residuals = [
-            None if owed is None or owed.residual.shape != each.shape else owed.residual
-            for owed, each in zip(before, plain, strict=True)
+            None if owed is None or owed.residual.shape != shape else owed.residual
+            for owed, shape in zip(before, layout.shapes, strict=True)
         ]
-        encoding = _Encoding(layout, np.zeros(layout.nbytes, np.uint8), plain, residuals, left, memories)
-        for run in layout.runs:
-            try:
-                with np.errstate(all="ignore"):
-                    encoding.run(run)
-            except NonFiniteError as error:
-                index = encoding.find_nonfinite(run)
-                added = "" if residuals[index] is None else ", with what is owed of earlier ones,"
-                raise NonFiniteError(
-                    f"{verb}({quote(sources[index][0])}): the gradient{added} {error}, which {self._codec.name} cannot "
-                    "compress; nothing has changed"
-                ) from None
-        return Sending(sources, layout, encoding.words, list(map(Owed, left, memories)), before)
+        owed = [self._room(source, shape) for source, shape in zip(sources, layout.shapes, strict=True)]
+        if not layout.codec.unit:
+            owed = [
+                Owed(room.residual, {} if each is None else dict(each.memory))
+                for room, each in zip(owed, before, strict=True)
+            ]
+        sending = Sending(sources, layout, np.zeros(layout.nbytes, np.uint8), owed, before)
+        with np.errstate(all="ignore"):
+            for run in layout.runs:
+                gradient = gradients.gather(run)
+                try:
+                    _encode(sending, run, gradient, residuals)
+                except NonFiniteError as error:
+                    index = _find_nonfinite(layout, run, gradients.gather(run), residuals)
+                    added = "" if residuals[index] is None else ", with what is owed of earlier ones,"
+                    raise NonFiniteError(
+                        f"{verb}({quote(sources[index][0])}): the gradient{added} {error}, which {self._codec.name} "
+                        "cannot compress; nothing has changed"
+                    ) from None
+        return sending
 
-    def _plain(self, verb: str, key: Key, gradient: Any) -> Floats:
-        """Return a gradient as a contiguous array of float32."""
-        found = "Rows for a dense key" if not isinstance(gradient, torch.Tensor) else None
-        if found is None and gradient.dtype not in COMPRESSED_DTYPES:
-            found = str(gradient.dtype).removeprefix("torch.")
-        if found is not None:
-            expected = "an array" if "Rows" in found else "float32, float16 or bfloat16"
-            raise ValueMismatchError(
-                f"{verb}({quote(key)}): gradients are compressed ({self._codec.name}), and this one is {found}; "
-                f"expected {expected}"
-            )
-        if gradient.dtype is not torch.float32 or not gradient.is_cpu:
-            gradient = gradient.to("cpu", torch.float32)
-        plain: Floats = gradient.detach().resolve_neg().contiguous().numpy()
-        return plain
-
-    def _room(self, source: Source, shape: tuple[int, ...]) -> Floats:
+    def _room(self, source: Source, shape: Sequence[int]) -> Owed:
         """Return memory for what will be owed of a gradient."""
         spare = self._spare.pop(source, None)
-        return np.empty(shape, np.float32) if spare is None or spare.shape != shape else spare
+        return Owed(np.empty(shape, np.float32), {}) if spare is None or spare.residual.shape != shape else spare
 
     def keep(self, sending: Sending) -> None:
         """Count gradients as sent."""
@@ -149,7 +139,7 @@ class Compressor:
         """
         for source, before in zip(sending.sources, sending.before, strict=True):
             if before is not None and source[0] not in without:
-                self._spare[source] = before.residual
+                self._spare[source] = before
 
     def undo(self, sending: Sending, *, keys: Collection[Key] | None = None) -> None:
         """Owe what was owed before gradients were kept which did not arrive, unless others were kept since.
@@ -216,67 +206,46 @@ def owed_by(owed: Mapping[Source, Owed], rank: int, size: int) -> dict[Source, O
     return found
 
 
-class _Encoding(NamedTuple):
-    """Gradients that are being encoded.
+def _encode(sending: Sending, run: Run, gradient: Floats, residuals: Sequence[Floats | None]) -> None:
+    """Encode some gradients.
 
     Args:
-        layout: of the words.
-        words: to be written.
-        gradients: contiguous.
-        residuals: of each gradient (None: nothing was owed).
-        left: memory for what is owed of each.
-        memories: of the codec for each, changed in place.
+        sending: whose words and what is owed are written.
+        run: which gradients.
+        gradient: these, flat.
+        residuals: of all gradients (None: nothing was owed).
     """
-
-    layout: WordsLayout
-    words: Words
-    gradients: Sequence[Floats]
-    residuals: Sequence[Floats | None]
-    left: Sequence[Floats]
-    memories: Sequence[Memory]
-
-    def run(self, run: Run) -> None:
-        """Encode some."""
-        if run.stop - run.first > 1:
-            self._run_together(run)
-            return
-        index, start = run.first, self.layout.starts[run.first]
-        gradient, residual, left = self.gradients[index], self.residuals[index], self.left[index]
-        if self.layout.codec.unit:
-            elements = slice(run.elements.start - start, min(run.elements.stop - start, gradient.size))
-            gradient, left = gradient.reshape(-1)[elements], left.reshape(-1)[elements]
-            residual = None if residual is None else residual.reshape(-1)[elements]
-        words = self.words[run.words][: self.layout.codec.nbytes(gradient.shape)]
-        self.layout.codec.encode(gradient, residual, left, words, self.memories[index])
-
-    def _run_together(self, run: Run) -> None:
-        """Encode several small gradients, side by side."""
-        chosen = range(run.first, run.stop)
-        starts = [self.layout.starts[index] - run.elements.start for index in chosen]
-        size = run.elements.stop - run.elements.start
-        stops = [*starts[1:], size]
-        gradients: list[Floats] = []
-        residuals: list[Floats] = []
-        for index, start, stop in zip(chosen, starts, stops, strict=True):
-            count = self.layout.counts[index]
-            residual = self.residuals[index]
-            gradients += self.gradients[index], _ZEROS[: stop - start - count]
-            residuals += _ZEROS[:count] if residual is None else residual, _ZEROS[: stop - start - count]
-        left: Floats = np.concatenate(gradients, axis=None)
-        has_residuals = any(self.residuals[index] is not None for index in chosen)
-        residual = np.concatenate(residuals, axis=None) if has_residuals else None
-        self.layout.codec.encode(left, residual, left, self.words[run.words], {})
-        for index, start in zip(chosen, starts, strict=True):
-            self.left[index].reshape(-1)[:] = left[start : start + self.layout.counts[index]]
-
-    def find_nonfinite(self, run: Run) -> int:
-        """Return which gradient of a run a codec has found not to be finite."""
-        for index in range(run.first, run.stop - 1):
-            gradient, residual = self.gradients[index], self.residuals[index]
-            with np.errstate(all="ignore"):
-                if not np.isfinite(gradient if residual is None else gradient + residual).all():
-                    return index
-        return run.stop - 1
+    layout, words = sending.layout, sending.words[run.words]
+    codec, first, start = layout.codec, run.first, run.elements.start
+    if run.stop - first > 1:
+        residual = None
+        if any(residuals[index] is not None for index in range(first, run.stop)):
+            residual = np.zeros(len(gradient), np.float32)
+            for index in range(first, run.stop):
+                if (own := residuals[index]) is not None:
+                    at = layout.starts[index] - start
+                    residual[at : at + own.size] = own.reshape(-1)
+        left: Floats = np.empty(len(gradient), np.float32)
+        codec.encode(gradient, residual, left, words, {})
+        for index in range(first, run.stop):
+            at = layout.starts[index] - start
+            sending.owed[index].residual.reshape(-1)[:] = left[at : at + layout.counts[index]]
+        return
+    owed, whole = sending.owed[first], residuals[first]
+    if not codec.unit:
+        codec.encode(gradient.reshape(layout.shapes[first]), whole, owed.residual, words, owed.memory)
+        return
+    piece = slice(start - layout.starts[first], min(run.elements.stop - layout.starts[first], layout.counts[first]))
+    size = piece.stop - piece.start
+    residual = None if whole is None else whole.reshape(-1)[piece]
+    codec.encode(gradient[:size], residual, owed.residual.reshape(-1)[piece], words[: codec.nbytes((size,))], {})
 
 
-_ZEROS: Floats = np.zeros(RUN, np.float32)
+def _find_nonfinite(layout: WordsLayout, run: Run, gradient: Floats, residuals: Sequence[Floats | None]) -> int:
+    """Return which gradient of a run a codec has found not to be finite."""
+    for index in range(run.first, run.stop - 1):
+        at, residual = layout.starts[index] - run.elements.start, residuals[index]
+        own = gradient[at : at + layout.counts[index]]
+        if not np.isfinite(own if residual is None else own + residual.reshape(-1)).all():
+            return index
+    return run.stop - 1

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from tensorkv.arrays import interop
-from tensorkv.compression import Compressor, Floats, Owed, Sending, Source, Words, WordsLayout, words_layout
+from tensorkv.compression import Compressor, Floats, Owed, Sending, Source, Words, WordsLayout
+from tensorkv.engines.partition import Numbers
 from tensorkv.shard import reduce
 from tensorkv.shard.entry import Entry
 
@@ -48,28 +49,26 @@ def encode(
 def exchange(
     compressor: Compressor,
     group: ProcessGroup,
-    shapes: Sequence[Sequence[int]],
+    layout: WordsLayout,
     sending: Sending | None,
-    counts: Sequence[int],
+    counts: Sequence[int] | Numbers,
     memory: SumMemory,
-) -> tuple[list[torch.Tensor], np.ndarray[Any, np.dtype[np.int64]]]:
+) -> tuple[list[list[torch.Tensor]], np.ndarray[Any, np.dtype[np.int64]]]:
     """Return the sums of all workers' gradients, added in the order of ranks, and of how many parts each is.
 
     Args:
         compressor: of this worker; all have the same codec.
         group: of all workers, which call this together.
-        shapes: of the keys.
+        layout: of the words of a worker.
         sending: of this worker (None: it has left).
         counts: how many parts this worker has of each key.
         memory: for the sums, which are there until the next call.
     """
     told = group.all_gather(torch.tensor(counts if sending is not None else [], dtype=torch.int64, device="cpu"))
-    present = [rank for rank, each in enumerate(told) if len(each) or not shapes]
-    total = np.zeros(len(shapes), np.int64)
+    present = [rank for rank, each in enumerate(told) if len(each) or not layout.shapes]
+    total = np.zeros(len(layout.shapes), np.int64)
     for rank in present:
         total += told[rank].numpy()
-    codec: Any = compressor.codec
-    layout = words_layout(codec, tuple(tuple(shape) for shape in shapes))
     words = _AllWords(group, np.zeros(layout.nbytes, np.uint8) if sending is None else sending.words)
     words.begin()
     flat, sums = memory.of(layout)
@@ -89,10 +88,10 @@ class SumMemory:
 
     def __init__(self) -> None:
         self._flat: Floats = np.empty(0, np.float32)
-        self._views: dict[WordsLayout, list[torch.Tensor]] = {}
+        self._views: dict[WordsLayout, list[list[torch.Tensor]]] = {}
 
-    def of(self, layout: WordsLayout) -> tuple[Floats, list[torch.Tensor]]:
-        """Return memory for all sums, and the sum of each key in it."""
+    def of(self, layout: WordsLayout) -> tuple[Floats, list[list[torch.Tensor]]]:
+        """Return memory for all sums, and the sum of each key in it, as the only part of that key."""
         if layout.numel > len(self._flat):
             self._flat = np.empty(layout.numel, np.float32)
             self._views.clear()
@@ -100,7 +99,7 @@ class SumMemory:
         if views is None:
             if len(self._views) >= _REMEMBERED_LAYOUTS:
                 self._views.clear()
-            views = self._views[layout] = [torch.from_numpy(each) for each in layout.views(self._flat)]
+            views = self._views[layout] = [[torch.from_numpy(each)] for each in layout.views(self._flat)]
         return self._flat, views
 
 

@@ -19,7 +19,14 @@ import torch
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
-from tensorkv.compression import Compressor, Sending
+from tensorkv.compression import (
+    COMPRESSED_DTYPES,
+    Compressor,
+    PlainGradients,
+    Sending,
+    words_layout,
+)
+from tensorkv.engines.partition import Numbers
 from tensorkv.errors import NonFiniteError, TensorKVError, WorkerError, WorkerMismatchError, quote
 from tensorkv.runtime.shield import Steps, finish
 from tensorkv.shard import native, reduce
@@ -53,6 +60,8 @@ from .schedule import (
 _PAST_CACHE_NBYTES = 4 << 20
 # How many schedules are remembered at least, and how often they may name each key together.
 _MIN_SCHEDULES, _MAX_NAMED = 256, 4
+# Lists of keys whose compressed pushes are remembered.
+_MAX_GRADIENTS = 64
 # What their staging buffers may take together: so many times the values, and at least so many bytes.
 _MAX_STAGING, _MIN_STAGING_NBYTES = 4, 64 << 20
 
@@ -119,6 +128,7 @@ class Pushes:
         # Of compressed gradients, whose sums are made on each host.
         self._decisions_alone = Decisions(group, host, policy, is_repeated=True, counts=chain.is_last)
         self._coded_sums = coded.SumMemory()
+        self._gradients: dict[tuple[Key, ...], PlainGradients] = {}
         # The last push of each key, until its values are known to be there.
         self._pending: dict[Key, AllReduce] = {}
         # By their keys, the least recently used first; and how many keys they name together.
@@ -144,7 +154,7 @@ class Pushes:
         """Make a call in compiled code if all arrays are plain; return False if nothing was done."""
         self._order.check()
         if self._compressor.codec is not None and call.verb != "pull":
-            return False
+            return (yield from self._push_plain_coded(call))
         has_sums = call.verb == "pushpull" or (call.verb == "push" and self._decides)
         if has_sums and self._shared is not None and self._shard.rule.plain_steps is not None:
             return (yield from self._push_plain(call))
@@ -356,10 +366,7 @@ class Pushes:
             sending: the words of the parts, which are pushed instead.
         """
         if sending is not None:
-            yield from self._push_coded(call, keys, sending, [len(group) for group in groups])
-            self._compressor.keep(sending)
-            self._compressor.end(sending)
-            return False
+            return (yield from self._push_coded(call, keys, sending, [len(group) for group in groups]))
         dense = [_dense(self._shard.entry("push", key), group) for key, group in zip(keys, groups, strict=True)]
         parts, targets = Arrays.of(self._values, keys, dense), None
         if outs is not None and native.can_look():
@@ -382,31 +389,86 @@ class Pushes:
             allreduce.copy_out(outs)
         return outs is not None
 
+    def _push_plain_coded(self, call: native.Call) -> Steps[bool]:
+        """Push the words of plain arrays; return False if nothing was done."""
+        batch = call.look(self._values)
+        if batch is None or not self._fits_rule(batch.keys):
+            return False
+        keys, gradients = batch.keys, self._plain_gradients(batch.keys)
+        if gradients is None:
+            return False
+        if not batch.begin(batch.nbytes > 2 * _PAST_CACHE_NBYTES):
+            return False
+        rank = self._group.rank
+        sending = self._compressor.encode_all(call.verb, [(key, rank) for key in keys], gradients.of(batch))
+        counts = np.frombuffer(batch.part_counts, np.int64)
+        push = partial(
+            self._push_coded,
+            keys=keys,
+            sending=sending,
+            counts=counts,
+            outs=batch if call.verb == "pushpull" else None,
+        )
+        yield from self._enter(self._signature(call.verb, keys), push)
+        # The update has been counted where it was made.
+        batch.finish(False)
+        return True
+
+    def _plain_gradients(self, keys: tuple[Key, ...]) -> PlainGradients | None:
+        """Return what takes gradients of plain arrays; None: some are not compressed."""
+        codec: Any = self._compressor.codec
+        found = self._gradients.get(keys)
+        if found is None or found.layout.codec is not codec:
+            wholes = [self._values[key].whole for key in keys]
+            if not all(whole.dtype in COMPRESSED_DTYPES for whole in wholes):
+                return None
+            if len(self._gradients) >= _MAX_GRADIENTS:
+                self._gradients.clear()
+            layout = words_layout(codec, tuple(tuple(whole.shape) for whole in wholes))
+            found = self._gradients[keys] = PlainGradients(layout, range(len(keys)), [0] * len(keys))
+        return found
+
     def _push_coded(
-        self, call: Collective, keys: tuple[Key, ...], sending: Sending | None, counts: Sequence[int]
-    ) -> Steps[None]:
-        """Push words; each host makes the update for itself.
+        self,
+        call: Collective,
+        keys: tuple[Key, ...],
+        sending: Sending | None,
+        counts: Sequence[int] | Numbers,
+        outs: native.Batch | None = None,
+    ) -> Steps[bool]:
+        """Push words; each host makes the update for itself. Return whether outputs have been written.
 
         Args:
             call: on which a worker that has left has agreed already.
             keys: of the call.
             sending: of this worker (None: it has left).
             counts: of how many parts each key's are.
+            outs: if they are plain.
         """
         yield from self._drained()
         self._order.remember(call)
         if sending is not None:
             self._order.agree([call])
         self._order.wait_for_all()
-        shapes = [self._values[key].whole.shape for key in keys]
-        sums, counted = coded.exchange(self._compressor, self._group, shapes, sending, counts, self._coded_sums)
+        if sending is None:
+            codec: Any = self._compressor.codec
+            layout = words_layout(codec, tuple(tuple(self._values[key].whole.shape) for key in keys))
+        else:
+            layout = sending.layout
+        sums, counted = coded.exchange(self._compressor, self._group, layout, sending, counts, self._coded_sums)
         allreduce = yield from self._prepare(call, keys, deferred=False, is_repeated=True)
-        arrays = Arrays.of(self._values, keys, [[each] for each in sums])
+        arrays = Arrays.of(self._values, keys, sums)
         arrays.counts = counted
         yield from allreduce.take_sums(arrays)
         yield from allreduce.run()
         yield from allreduce.wait_for_values()
         self._raise_failed(allreduce)
+        if sending is not None:
+            self._compressor.keep(sending)
+            self._compressor.end(sending)
+        if outs is not None:
+            allreduce.copy_out(outs)
+        return outs is not None
 
     @property
     def _can_defer(self) -> bool:
@@ -756,6 +818,7 @@ class Pushes:
         # The last push in a slot refers to values.
         self._small_pushes = [None] * len(self._small_pushes)
         self._coded_sums = coded.SumMemory()
+        self._gradients.clear()
         gone = None if keys is None else set(keys)
         for named in [each for each in self._schedules if gone is None or not gone.isdisjoint(each)]:
             finish(self._drop(named))

@@ -24,7 +24,6 @@ from benchmarks.sync.works import check_losses
 
 _MEMBERS = "benchmarks.compression.contenders"
 _TRAINING = "benchmarks.compression.training"
-_PLAIN = "benchmarks.sync.contenders"
 # For gradients of a mean loss, which are small.
 _TRAINING_CODECS: dict[str, dict[str, Any]] = {
     "fp16": CODECS["fp16"],
@@ -137,8 +136,8 @@ def _links(made: Sequence[Host], mxnet: str | None) -> dict[str, Callable[[], Te
         for name, params in {"none": None, **CODECS}.items()
     }
     if mxnet:
-        for name, member in (("mxnet", f"{_PLAIN}:MXNet"), ("mxnet 2bit", f"{_MEMBERS}:CompressedMXNet")):
-            launchers[name] = partial(launch.mxnet, name, 2, mxnet, 2, member, on)
+        for name, member in (("mxnet", "PlainMXNet"), ("mxnet 2bit", "CompressedMXNet")):
+            launchers[name] = partial(launch.mxnet, name, 2, mxnet, 2, f"{_MEMBERS}:{member}", on)
     return launchers
 
 

@@ -128,14 +128,25 @@ class Compressed(TensorKV):
         super().check()
 
 
-class CompressedMXNet(MXNet):
-    """MXNet's 2bit, which does not tell what it owes."""
+class PlainMXNet(MXNet):
+    """MXNet without compression."""
 
     WORK = Link
+
+
+class CompressedMXNet(PlainMXNet):
+    """MXNet's 2bit, which does not tell what it owes."""
 
     def open(self, port: int, **options: Any) -> None:
         super().open(port)
         self._kv.set_gradient_compression({"type": "2bit", "threshold": THRESHOLD})
+
+    def exchange(self) -> None:
+        # It cannot compress in a pushpull.
+        given = next(self._coming)
+        self._kv.push(self._keys, given if self.work.keys > 1 else given[0])
+        self._kv.pull(self._keys, out=self._given_outs)
+        self._mx.nd.waitall()
 
     def check(self) -> None:
         # Each rank owes less than the threshold and one gradient.

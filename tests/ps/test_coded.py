@@ -237,3 +237,70 @@ def test_a_checkpoint_has_what_all_workers_owe(server_pool, tmp_path, kind):
             mine, right = alone.pull(key).float(), local.pull(key).float()
             torch.testing.assert_close(mine, right, rtol=1e-2 if key in DTYPES else 1e-5, atol=1e-6)
             assert not torch.equal(right, found[0][key].float()) or key == "scalar"
+
+
+def written(turn, wholes):
+    """Return gradients as some user would give them."""
+    match turn % 4:
+        case 0:
+            return wholes
+        case 1:
+            return [torch.stack([each, each], -1)[..., 1] for each in wholes]
+        case 2:
+            return [each if each.dtype is torch.bfloat16 else each.numpy() for each in wholes]
+    # The sum has no rounding.
+    return [[each * 2, -each] for each in wholes]
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+@pytest.mark.parametrize("codec", [{"type": "2bit", "threshold": 0.5}, {"type": "int8"}], ids=["2bit", "int8"])
+def test_gradients_of_all_kinds_of_arrays_owe_to_each_other(server_pool, mode, codec):
+    """Plain arrays, at which the compiled part looks, and others take turns, in changing lists of keys."""
+    with server_pool.create(mode=mode, num_servers=2) as kv, tensorkv.create() as local:
+        keys = [*SHAPES, *(f"small{number}" for number in range(40))]
+        shapes = [*SHAPES.values(), *((number,) for number in range(40))]
+        dtypes = [DTYPES.get(key, torch.float32) for key in keys]
+        for store in (kv, local):
+            store.init(keys, [torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)])
+            store.set_optimizer("sgd", lr=0.1, momentum=0.9)
+        kv.set_gradient_compression(codec)
+        local.set_gradient_compression(codec, simulate=True)
+        rng = np.random.default_rng(5)
+        for turn in range(12):
+            places = range(len(keys)) if turn % 3 == 0 else sorted(rng.choice(len(keys), 11, replace=False).tolist())
+            chosen = [keys[place] for place in places]
+            wholes = [
+                torch.from_numpy(rng.normal(size=shapes[place]).astype(F32)).to(dtypes[place]) for place in places
+            ]
+            local.push(chosen, wholes)
+            given = written(turn, wholes)
+            if turn % 2:
+                kv.push(chosen, given)
+            else:
+                outs = [torch.empty_like(each) for each in wholes]
+                kv.pushpull(chosen, given, out=outs)
+                for key, out in zip(chosen, outs, strict=True):
+                    assert torch.equal(out, local.pull(key)), (turn, key)
+            for key in chosen:
+                assert torch.equal(kv.pull(key), local.pull(key)), (turn, key)
+        kv.set_gradient_compression(None)
+        local.set_gradient_compression(None)
+        for key in keys:
+            assert torch.equal(kv.pull(key), local.pull(key)), key
+        assert kv.stats()["compression"]["sent_raw_nbytes"] == local.stats()["compression"]["sent_raw_nbytes"]
+
+
+def test_a_push_of_plain_arrays_that_is_refused_owes_what_was_owed(server_pool):
+    name = server_pool.name()
+    with tensorkv.create("dist_async", name=name) as kv, tensorkv.create("dist_async", name=name) as other:
+        kv.init(["w", "v"], [np.zeros(3, F32), np.zeros(3, F32)])
+        kv.set_gradient_compression({"type": "2bit", "threshold": 0.5})
+        gradients = [np.array([0.25, 0.75, 0], F32), np.array([0.5, 0.25, 0], F32)]
+        kv.push(["w", "v"], gradients)
+        before = {source: owed.residual.copy() for source, owed in kv._engine._data.compressor.owed.items()}
+        other.delete("v")
+        with pytest.raises(tensorkv.TensorKVError):
+            kv.push(["w", "v"], gradients)
+        owed = kv._engine._data.compressor.owed
+        assert np.array_equal(owed["w", 0].residual, before["w", 0])
+        assert kv.pushpull("w", np.array([0.25, 0, 0.25], F32)).tolist() == [0.5, 0, 0]

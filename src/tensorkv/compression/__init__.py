@@ -20,6 +20,7 @@ from .gradients import COMPRESSED_DTYPES as COMPRESSED_DTYPES
 from .gradients import PlainGradients as PlainGradients
 from .halves import BFloat16, Float16
 from .int8 import Int8
+from .layout import SumMemory as SumMemory
 from .layout import WordsLayout as WordsLayout
 from .layout import decoded as decoded
 from .layout import words_layout as words_layout

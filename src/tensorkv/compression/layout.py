@@ -14,6 +14,7 @@ from .codec import RUN, Codec, Floats, Words
 
 # The words of each gradient begin at a multiple of this, where every dtype may begin.
 _ALIGN = 8
+_REMEMBERED_LAYOUTS = 64
 
 
 class Run(NamedTuple):
@@ -143,6 +144,26 @@ def words_layout(codec: Codec, shapes: tuple[tuple[int, ...], ...]) -> WordsLayo
     (slice(25008, 25016, None), 4)
     """
     return WordsLayout(codec, shapes)
+
+
+class SumMemory:
+    """Memory for the sums of a call, used again by the next one."""
+
+    def __init__(self) -> None:
+        self._flat: Floats = np.empty(0, np.float32)
+        self._views: dict[WordsLayout, list[list[torch.Tensor]]] = {}
+
+    def of(self, layout: WordsLayout) -> tuple[Floats, list[list[torch.Tensor]]]:
+        """Return memory for all sums, and the sum of each key in it, as the only part of that key."""
+        if layout.numel > len(self._flat):
+            self._flat = np.empty(layout.numel, np.float32)
+            self._views.clear()
+        views = self._views.get(layout)
+        if views is None:
+            if len(self._views) >= _REMEMBERED_LAYOUTS:
+                self._views.clear()
+            views = self._views[layout] = [[torch.from_numpy(each)] for each in layout.views(self._flat)]
+        return self._flat, views
 
 
 def decoded(codec: Codec, words: Sequence[Words], shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:

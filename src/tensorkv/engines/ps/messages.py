@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from itertools import pairwise
@@ -20,7 +20,7 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key, check_key
-from tensorkv.arrays.packing import Item, decode_layout, unpack
+from tensorkv.arrays.packing import Item, decode_layout, join_layout, unpack
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import COMPRESSED_DTYPES, Codec, Words, decoded
@@ -579,10 +579,29 @@ def words_item(key: Key, words: Words) -> Item:
     return Item(key, "words", interop.take(words.view(np.int64)))
 
 
+def words_text(keys: Sequence[Key], places: Sequence[slice]) -> bytes:
+    """Return the layout of a payload that has nothing but the words of keys, one after another.
+
+    Args:
+        keys: in order.
+        places: the bytes of each.
+
+    >>> words_text(["w"], [slice(8, 24)])
+    b'[["w","words","int64",[2]]]'
+    """
+    sizes = [(place.stop - place.start) // 8 for place in places]
+    numbers = {size: number for number, size in enumerate(dict.fromkeys(sizes))}
+    return join_layout(keys, [("words", torch.int64, [size]) for size in numbers], [numbers[size] for size in sizes])
+
+
+def can_code(specs: Iterable[KeySpec]) -> bool:
+    """Return whether gradients of keys are compressed."""
+    return all(not spec.is_table and spec.dtype in COMPRESSED_DTYPES for spec in specs)
+
+
 def _words_of(item: Item, spec: KeySpec, codec: Codec | None) -> Words:
     """Return the words that a payload has of a key."""
-    fits = codec is not None and not spec.is_table and spec.dtype in COMPRESSED_DTYPES
-    if codec is None or not fits or item.tensor.dtype is not torch.int64:
+    if codec is None or not can_code([spec]) or item.tensor.dtype is not torch.int64:
         raise ValueMismatchError(f"malformed push: {quote(item.key)} has no gradient that is compressed")
     words, nbytes = item.tensor.numpy().view(np.uint8), codec.nbytes(spec.shape)
     if len(words) != -(-nbytes // 8) * 8:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from tensorkv.arrays import interop
-from tensorkv.compression import Compressor, Floats, Owed, Sending, Source, Words, WordsLayout
+from tensorkv.compression import Compressor, Owed, Sending, Source, SumMemory, Words, WordsLayout
 from tensorkv.engines.partition import Numbers
 from tensorkv.shard import reduce
 from tensorkv.shard.entry import Entry
@@ -24,7 +24,6 @@ from .group import ProcessGroup
 
 # So many bytes of words go at a time.
 _PART_NBYTES = 1 << 20
-_REMEMBERED_LAYOUTS = 64
 
 
 def encode(
@@ -81,26 +80,6 @@ def exchange(
     num_others = len(present) - (sending is not None)
     compressor.traffic.add_received(num_others * layout.nbytes, num_others * layout.raw_nbytes)
     return sums, total
-
-
-class SumMemory:
-    """Memory for the sums of a call, used again by the next one."""
-
-    def __init__(self) -> None:
-        self._flat: Floats = np.empty(0, np.float32)
-        self._views: dict[WordsLayout, list[list[torch.Tensor]]] = {}
-
-    def of(self, layout: WordsLayout) -> tuple[Floats, list[list[torch.Tensor]]]:
-        """Return memory for all sums, and the sum of each key in it, as the only part of that key."""
-        if layout.numel > len(self._flat):
-            self._flat = np.empty(layout.numel, np.float32)
-            self._views.clear()
-        views = self._views.get(layout)
-        if views is None:
-            if len(self._views) >= _REMEMBERED_LAYOUTS:
-                self._views.clear()
-            views = self._views[layout] = [[torch.from_numpy(each)] for each in layout.views(self._flat)]
-        return self._flat, views
 
 
 class _AllWords:

@@ -24,6 +24,7 @@ from tensorkv.compression import (
     Compressor,
     PlainGradients,
     Sending,
+    SumMemory,
     words_layout,
 )
 from tensorkv.engines.partition import Numbers
@@ -127,7 +128,7 @@ class Pushes:
         self._decisions = Decisions(group, host, policy)
         # Of compressed gradients, whose sums are made on each host.
         self._decisions_alone = Decisions(group, host, policy, is_repeated=True, counts=chain.is_last)
-        self._coded_sums = coded.SumMemory()
+        self._coded_sums = SumMemory()
         self._gradients: dict[tuple[Key, ...], PlainGradients] = {}
         # The last push of each key, until its values are known to be there.
         self._pending: dict[Key, AllReduce] = {}
@@ -817,7 +818,7 @@ class Pushes:
         """Drop the schedules of some keys, or all, when no push is pending any more."""
         # The last push in a slot refers to values.
         self._small_pushes = [None] * len(self._small_pushes)
-        self._coded_sums = coded.SumMemory()
+        self._coded_sums = SumMemory()
         self._gradients.clear()
         gone = None if keys is None else set(keys)
         for named in [each for each in self._schedules if gone is None or not gone.isdisjoint(each)]:

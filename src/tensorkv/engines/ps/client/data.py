@@ -27,6 +27,7 @@ from tensorkv.shard.pool import Pool
 from tensorkv.shard.rules import Assign, Rule, StepOptimizer, check_push
 
 from ..messages import Init, Pull, PullRows, Push, pulled_dtype, words_item
+from .coded import CodedLayout
 from .keymap import KeyMap
 from .layout import Arrays, KeyPlacement, Layout, PlacedKey, PlacedKeys, describe, list_name
 from .rpc import ServerReply
@@ -35,6 +36,8 @@ from .session import ServerRequest, Session, SessionPool
 Outs = Sequence[Sequence[torch.Tensor]]
 # Pulls of more bytes are read from a copy that all readers of a host share.
 _CACHED_NBYTES = 64 << 10
+# Lists of keys whose compressed pushes are remembered.
+_MAX_CODED = 64
 
 
 class PlainCall(NamedTuple):
@@ -46,6 +49,7 @@ class PlainCall(NamedTuple):
     pulls: bool
     scale: float | None = None
     result: PushResult = PushResult()
+    verb: str = "push"
 
 
 class DataClient:
@@ -80,6 +84,7 @@ class DataClient:
         """What was found out about the last push."""
         self.compressor = Compressor()
         """Of the gradients of this worker, by key and server."""
+        self._coded: dict[Layout, CodedLayout] = {}
         self._compressing = threading.Lock()
 
     def close(self) -> None:
@@ -192,14 +197,14 @@ class DataClient:
         if placed is None:
             placed = self._keymap.placed
         pushes = call.verb != "pull"
-        if pushes and self.compressor.codec is not None:
-            return None
         if not native.can_look():
             return None
         batch = call.look(placed)
         if batch is None:
             return None
         layout, rule = placed.layout(batch.keys), self._keymap.rule
+        if pushes and self.compressor.codec is not None and not self._can_code(layout, rule):
+            return None
         takes_all = layout.is_floating and isinstance(rule, StepOptimizer) and rule.optimizer.spec.name in ROWWISE
         if pushes and not isinstance(rule, Assign) and not takes_all:
             # Each value has to be checked.
@@ -209,7 +214,12 @@ class DataClient:
         # Outs that would not stay in the cache are stored past it.
         batch.begin(native.leaves_cache(batch.nbytes))
         decided = self._decide_plain(batch, rule) if pushes else (None, PushResult())
-        return None if decided is None else PlainCall(batch, layout, pushes, call.verb != "push", *decided)
+        return None if decided is None else PlainCall(batch, layout, pushes, call.verb != "push", *decided, call.verb)
+
+    def _can_code(self, layout: Layout, rule: Rule) -> bool:
+        """Return whether nothing has to be decided on gradients that are all compressed."""
+        decides = not self._is_sync and (self._nonfinite.checks or rule.clipping is not None)
+        return not decides and layout.can_code
 
     def _clipping(self, rule: Rule) -> Clipping | None:
         """Return how the gradients of a push are clipped here; in mode sync the server does it."""
@@ -230,9 +240,56 @@ class DataClient:
 
     def push_plain(self, call: PlainCall) -> None:
         """Push; pull if there are outs."""
-        told = self._exchange(call.layout, call.batch, call.batch if call.pulls else None, call.scale)
+        with self._compressing:
+            coded, sending = self._encode_plain(call)
+        if coded is None or sending is None:
+            told = self._exchange(call.layout, call.batch, call.batch if call.pulls else None, call.scale)
+        else:
+            told = self._exchange_coded(call, coded, sending)
         self.last_push = told or call.result
         call.batch.finish()
+
+    def _encode_plain(self, call: PlainCall) -> tuple[CodedLayout | None, Sending | None]:
+        """Return the words of plain gradients, which count as sent, and how they lie; None: they are not compressed."""
+        codec = self.compressor.codec
+        if codec is None:
+            return None, None
+        coded = self._coded.get(call.layout)
+        if coded is None or coded.words.codec is not codec:
+            if len(self._coded) >= _MAX_CODED:
+                self._coded.clear()
+            coded = self._coded[call.layout] = CodedLayout(call.layout, codec)
+        sending = self.compressor.encode_all(call.verb, coded.sources, coded.gradients.of(call.batch))
+        self.compressor.keep(sending)
+        return coded, sending
+
+    def _exchange_coded(self, call: PlainCall, coded: CodedLayout, sending: Sending) -> PushResult | None:
+        """Push the words of plain gradients, and fill the outs with the new values."""
+        codec, requests = coded.words.codec.to_json(), []
+        for each, pulled in zip(coded.servers, call.layout.pulled, strict=True):
+            message = Push(counts=self._counts(call.batch, each.indices), codec=codec)
+            if call.pulls:
+                message.pulls, message.checksum, message.pull_dtype = True, pulled.checksum, self.pull_dtype
+            words = torch.from_numpy(sending.words[each.place])
+            reply_nbytes = pulled.nbytes if call.pulls else 0
+            requests.append(
+                ServerRequest(each.server, message, each.layout, len(words), partial(_fill, words), reply_nbytes)
+            )
+        try:
+            with self._sessions.take() as session:
+                replies = self._send_push(session, call.layout.name if self._is_sync else "", requests)
+                for pulled, reply in zip(call.layout.pulled, replies, strict=True):
+                    if call.pulls:
+                        pulled.scatter(reply.payload, call.batch, self._pool)
+        except BaseException:
+            with self._compressing:
+                self.compressor.undo(sending)
+            raise
+        with self._compressing:
+            self.compressor.end(sending)
+        if call.pulls:
+            self._count_pulled(call.layout)
+        return _result_of(replies)
 
     def pull_plain(self, call: PlainCall) -> None:
         """Fill outs with values."""
@@ -585,6 +642,10 @@ class DataClient:
             # Another client has deleted or re-created a key, or changed the rule.
             self._keymap.refresh()
             raise
+
+
+def _fill(words: torch.Tensor, room: torch.Tensor) -> None:
+    room.copy_(words)
 
 
 def _result_of(replies: Sequence[ServerReply]) -> PushResult | None:

@@ -24,7 +24,7 @@ from tensorkv.shard.pool import Pool
 from tensorkv.shard.table import Table
 from tensorkv.storage import manifest
 
-from ..messages import PULL_DTYPES, pulled_dtype
+from ..messages import PULL_DTYPES, can_code, pulled_dtype
 
 # Copies of more elements than this are divided between threads.
 _PARALLEL_NUMEL = 1 << 18
@@ -355,6 +355,8 @@ class Layout:
         dtypes = {each.spec.dtype for each in distinct}
         self.is_floating = all(dtype.is_floating_point for dtype in dtypes)
         """Whether all values are of floating-point numbers."""
+        self.can_code = can_code(each.spec for each in distinct)
+        """Whether gradients of all keys are compressed."""
         self.pushed = [ServerLayout(server, self.keys, distinct, indices, wide=wide) for server in servers]
         self.pulled = self.pushed
         if (wide and not dtypes.isdisjoint(interop.LOW_PRECISION)) or pull_dtype is not None:

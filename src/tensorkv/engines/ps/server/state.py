@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 from tensorkv import compression
@@ -26,7 +27,7 @@ from tensorkv.arrays.packing import (
 )
 from tensorkv.arrays.rows import Rows, merge
 from tensorkv.arrays.spec import KeySpec
-from tensorkv.compression import Traffic
+from tensorkv.compression import SumMemory, Traffic, WordsLayout, words_layout
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote
 from tensorkv.shard import native
 from tensorkv.shard.changes import RequestIds, SetNotes
@@ -48,8 +49,10 @@ from ..messages import (
     Request,
     Restore,
     bytes_of,
+    can_code,
     pulled_dtype,
     push_layout,
+    words_text,
 )
 from ..options import PSOptions
 from .snapshot import CopyOnWriteSnapshots
@@ -85,6 +88,9 @@ class ServerState:
         self._clients = clients
         self.snapshots = CopyOnWriteSnapshots(options.keep)
         self._layouts: dict[tuple[tuple[Key, ...], str | None], tuple[bytes, int]] = {}
+        # Of pushes whose parts are all compressed, and memory for these parts.
+        self._coded: dict[bytes, WordsLayout] = {}
+        self._sums = SumMemory()
         self.inits = 0
         """How often keys were created, deleted or re-created, or their metadata set."""
         self._index = index
@@ -101,6 +107,12 @@ class ServerState:
         room = self._room(pushed.keys, request.out, message.checksum, message.pull_dtype) if pulls else None
         outs = room if message.pull_dtype is None else None
         self.snapshots.before_change(pushed.keys)
+        coded = self._decoded(request, self._sums)
+        if coded is not None:
+            call = native.Call(None, "push", list(pushed.keys), coded, None, 0)
+            if not self.shard.try_compiled(call, requests=ids, scale=message.scale):
+                self.shard.push(Batch("push", list(pushed.keys), coded), requests=ids, scale=message.scale)
+            return None if room is None else self._filled(pushed.keys, room, message.pull_dtype)
         if not self._try_push(pushed, request, outs, ids):
             batch = self.batch(request)
             if outs is None:
@@ -109,9 +121,7 @@ class ServerState:
                 self.shard.pushpull(batch, [[each] for each in outs.tensors], requests=ids, scale=message.scale)
         if room is None:
             return None
-        if outs is None:
-            self._fill_narrow(pushed.keys, room)
-        return Reply({}, room.payload)
+        return Reply({}, room.payload) if outs is not None else self._filled(pushed.keys, room, message.pull_dtype)
 
     def _try_push(self, pushed: PushLayout, request: Request[Push], room: Room | None, ids: RequestIds) -> bool:
         """Push parts whose layout in the payload is that of their keys' values; return False if nothing was done."""
@@ -129,6 +139,44 @@ class ServerState:
         call = native.Call(None, verb, keys, values, outs, 0, None, False, True)
         return self.shard.try_compiled(call, requests=ids, scale=scale)
 
+    def _decoded(self, request: Request[Push], memory: SumMemory) -> Any:
+        """Return what a push stands for whose parts are all compressed, one part of each key; None: they are not.
+
+        Args:
+            request: the push.
+            memory: for the parts.
+        """
+        if request.message.codec is None:
+            return None
+        pushed, codec = push_layout(request.layout), compression.parse(request.message.codec)
+        found = self._coded.get(request.layout)
+        if found is None or found.codec != codec:
+            if codec is None or not all(key in self.shard for key in pushed.keys):
+                return None
+            specs = [self.shard.entry("push", key).spec for key in pushed.keys]
+            layout = words_layout(codec, tuple(tuple(spec.shape) for spec in specs))
+            if words_text(pushed.keys, layout.places) != request.layout or not can_code(specs):
+                return None
+            if len(self._coded) >= _REMEMBERED_LAYOUTS:
+                self._coded.clear()
+            found = self._coded[request.layout] = layout
+        if len(request.payload) != found.nbytes:
+            return None
+        flat, parts = memory.of(found)
+        words = np.frombuffer(request.payload, np.uint8)
+        for run in found.runs:
+            found.decode_sum([words], flat, run)
+        self.traffic.add_received(found.nbytes, found.raw_nbytes)
+        return parts
+
+    def _filled(self, keys: tuple[Key, ...], room: Room, pull_dtype: str | None) -> Reply:
+        """Return a reply with values."""
+        if pull_dtype is not None:
+            self._fill_narrow(keys, room)
+        elif not self._try_compiled(keys, None, room.payload, ()):
+            self.shard.pull(keys, [[each] for each in room.tensors])
+        return Reply({}, room.payload)
+
     def _fill_narrow(self, keys: tuple[Key, ...], room: Room) -> None:
         """Fill memory with values, rounded to its dtypes."""
         outs = [[each] for each in room.tensors]
@@ -140,6 +188,9 @@ class ServerState:
     def batch(self, request: Request[Push]) -> Batch:
         """Return what a request pushes, one part for each key."""
         pushed = push_layout(request.layout)
+        coded = self._decoded(request, SumMemory())
+        if coded is not None:
+            return Batch("push", list(pushed.keys), coded)
         specs = [self.shard.entry("push", key).spec for key in pushed.keys]
         codec = compression.parse(request.message.codec)
         parts = pushed.parts(request.payload, specs, codec)
@@ -187,12 +238,7 @@ class ServerState:
             if pull_dtype is not None:
                 self.traffic.add_sent(len(room.payload), sum(value.nbytes for value in found))
             return Reply({}, room.payload)
-        room = self._room(keys, out, checksum, pull_dtype)
-        if pull_dtype is not None:
-            self._fill_narrow(keys, room)
-        elif not self._try_compiled(keys, None, room.payload, ()):
-            self.shard.pull(keys, [[each] for each in room.tensors])
-        return Reply({}, room.payload)
+        return self._filled(keys, self._room(keys, out, checksum, pull_dtype), pull_dtype)
 
     def versions(self, keys: tuple[Key, ...], checksum: Any) -> tuple[int, ...]:
         """Return the version of each key, and a number that changes when a key is re-created."""
@@ -360,6 +406,8 @@ class ServerState:
 
     def _forget_layouts(self) -> None:
         self._layouts.clear()
+        self._coded.clear()
+        self._sums = SumMemory()
         self.inits += 1
 
     def metadata(self, names: Iterable[str]) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,24 +15,26 @@ from benchmarks.common import launch, plot
 from benchmarks.common.benchmark import Benchmark
 from benchmarks.common.hosts import Host, HostsError, hosts, places
 from benchmarks.common.report import p50_text, ratio_texts, section, spreads, times_text
-from benchmarks.common.runner import Here, Roster, measure
+from benchmarks.common.runner import Here, Roster, measure, progress
 from benchmarks.common.team import Team
-from benchmarks.common.venvs import MXNET
+from benchmarks.common.venvs import MXNET, PeerError
 from benchmarks.common.work import WrongResultError
 from benchmarks.compression import works as compression_works
 from benchmarks.compression.contenders import NAMES, Copy, Decode, Encode
+from benchmarks.compression.digits import RANKS, Digits, Ours, write
 from benchmarks.compression.works import CODECS
 from benchmarks.sync.works import check_losses
 
 _MEMBERS = "benchmarks.compression.contenders"
 _TRAINING = "benchmarks.compression.training"
+_DIGITS = "benchmarks.compression.digits"
 # For gradients of a mean loss, which are small.
 _TRAINING_CODECS: dict[str, dict[str, Any]] = {
     "fp16": CODECS["fp16"],
     "2bit": {"type": "2bit", "threshold": 1e-4},
     "powersgd": CODECS["powersgd"],
 }
-_HOOKS = {"ddp": None, "ddp fp16": "fp16", "ddp powersgd": "powersgd"}
+_HOOKS = {"ddp": "DDP", "ddp fp16": "Fp16DDP", "ddp powersgd": "PowerSGDDDP"}
 # A codec is above the line where it saves time.
 _LINK_PAIRS = {codec: ("none", codec) for codec in CODECS} | {
     "mxnet": ("mxnet", "none"),
@@ -81,6 +85,7 @@ examples:
             "codecs": compression_works.codings(quick=quick),
             "links": compression_works.links(quick=quick),
             "training": compression_works.trainings(quick=quick),
+            "digits": [Digits("", codec, 2 if quick else 30) for codec in ("none", "2bit")],
         }
 
     def run(self, options: argparse.Namespace, works: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -92,9 +97,10 @@ examples:
         with Roster(here, self.missing, self.versions) as roster:
             for work in works["codecs"]:
                 found["codecs"].append(measure(work, roster, pairs, options.reps, names=list(here)))
+        mxnet = self.find_python(MXNET, options)
+        found["digits"] = [self._learn(work, mxnet) for work in works["digits"]]
         if not works["links"] and not works["training"]:
             return found
-        mxnet = self.find_python(MXNET, options)
         try:
             with hosts(2) as made:
                 for host in made:
@@ -113,6 +119,28 @@ examples:
             self.missing["hosts"] = str(error)
         return found
 
+    def _learn(self, work: Digits, mxnet: str | None) -> dict[str, Any]:
+        """Return the accuracies of a training with this store, and with MXNet's, and what was sent."""
+        progress(work.name)
+        with tempfile.TemporaryDirectory() as folder:
+            work = replace(work, path=f"{folder}/digits.npz")
+            write(Path(work.path), work.epochs)
+            ours = Ours(work)
+            ours.open(0)
+            ours.train()
+            raw_nbytes = RANKS * len(ours.shares()) * sum(4 * ours.data[name].size for name in ours.names)
+            sent_nbytes = raw_nbytes if work.codec == "none" else ours.sent_nbytes()
+            ours.close()
+            accuracies = {"tensorkv": ours.found}
+            if mxnet:
+                try:
+                    accuracies["mxnet"] = _learn_with_mxnet(work, mxnet)
+                except PeerError as error:
+                    self.missing["mxnet, digits"] = " ".join(str(error).split())
+        if not all(each[-1] > (0.9 if work.epochs > 2 else 0.3) for each in accuracies.values()):
+            raise WrongResultError(f"{work.name}: nothing was learnt: {accuracies}")
+        return {"name": work.name, "codec": work.codec, "accuracies": accuracies, "sent_nbytes": sent_nbytes}
+
     def given(self, result: Mapping[str, Any]) -> str:
         return "NumPy arrays; one OpenMP thread a process (as torchrun sets it); hosts are namespaces of one machine"
 
@@ -122,11 +150,13 @@ examples:
             _codecs(result["codecs"]),
             _exchanges(result["links"]),
             _steps(result["training"]),
+            _learnt(result["digits"]),
             spreads(measured, NAMES),
         ]
 
     def plots(self, result: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
-        return {"compression.png": partial(_draw, result)}
+        drawn = {"compression.png": partial(_draw, result)}
+        return drawn | ({"compression-digits.png": partial(_draw_digits, result)} if result["digits"] else {})
 
 
 def _links(made: Sequence[Host], mxnet: str | None) -> dict[str, Callable[[], Team]]:
@@ -146,8 +176,8 @@ def _trainings(made: Sequence[Host]) -> dict[str, Callable[[], Team]]:
     launchers: dict[str, Callable[[], Team]] = {"none": partial(start, "none", member=f"{_TRAINING}:Trained")}
     for name, params in _TRAINING_CODECS.items():
         launchers[name] = partial(start, name, member=f"{_TRAINING}:Trained", options={"params": params})
-    for name, hook in _HOOKS.items():
-        launchers[name] = partial(start, name, member=f"{_TRAINING}:DDP", options={"hook": hook} if hook else {})
+    for name, member in _HOOKS.items():
+        launchers[name] = partial(start, name, member=f"{_TRAINING}:{member}")
     return launchers
 
 
@@ -219,6 +249,54 @@ def _steps(works: Sequence[Mapping[str, Any]]) -> list[str]:
         ["work", "who", "p50, ms", "ratio", "loss"],
         rows,
     )
+
+
+def _learn_with_mxnet(work: Digits, python: str) -> list[float]:
+    team = launch.mxnet("mxnet", 1, python, RANKS, f"{_DIGITS}:MXNetLearner")
+    try:
+        team.build(work)
+        team.open()
+        team.time("pushpull")
+        found: list[float] = team.call("accuracies")[0]
+        team.dismiss()
+    finally:
+        team.end()
+    return found
+
+
+def _learnt(works: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = []
+    for work in works:
+        last = work["accuracies"]
+        cells = [f"{last[who][-1]:.4f}" if who in last else "–" for who in ("tensorkv", "mxnet")]
+        rows.append([work["name"], f"{work['sent_nbytes'] / 1e6:.2f}", *cells])
+    return section(
+        "Digits",
+        f"A multilayer perceptron learns scikit-learn's handwritten digits with SGD, on {RANKS} ranks, from the same "
+        "data in the same order: accuracy on held-out images at the end. Bytes are of gradients, without headers.",
+        ["work", "MB sent", "accuracy, tensorkv", "accuracy, MXNet"],
+        rows,
+    )
+
+
+def _draw_digits(result: Mapping[str, Any], path: Path) -> None:
+    """Draw accuracy over bytes, with and without 2bit, of both stores."""
+    figure = plot.new_figure(result, "Handwritten digits: accuracy over gradients sent", 9, 5)
+    axes = figure.subplots()
+    for work in result["digits"]:
+        for who, style in (("tensorkv", "-"), ("mxnet", "--")):
+            if who in work["accuracies"]:
+                values = work["accuracies"][who]
+                megabytes = [work["sent_nbytes"] / 1e6 * (epoch + 1) / len(values) for epoch in range(len(values))]
+                color = plot.BLUE if work["codec"] == "2bit" else plot.ORANGE
+                label = f"{'MXNet' if who == 'mxnet' else who}, {work['codec']}"
+                axes.plot(megabytes, values, style, color=color, linewidth=2 if style == "-" else 1.2, label=label)
+    axes.set_xscale("log")
+    axes.set_xlabel("megabytes of gradients sent, by all ranks (log scale)")
+    axes.set_ylabel("share of held-out images classified correctly")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130)
 
 
 def _draw(result: Mapping[str, Any], path: Path) -> None:

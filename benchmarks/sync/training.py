@@ -100,13 +100,15 @@ class Overlapped(Trained):
 class DDP(Trained):
     """DistributedDataParallel with its defaults; ``torch.optim.SGD``, or AdamW with its state divided over ranks."""
 
+    DDP_OPTIONS: ClassVar[dict[str, Any]] = {}
+
     @staticmethod
     def start() -> dict[str, str]:
         return Gloo.start()
 
     def open(self, port: int) -> None:
         del port  # the group has met at one of its own
-        self._model = nn.parallel.DistributedDataParallel(self._model)
+        self._model = nn.parallel.DistributedDataParallel(self._model, **self.DDP_OPTIONS)
         params, numbers = self._model.parameters(), _NUMBERS[self._work.optimizer]
         if self._work.optimizer == "sgd":
             self._optimizer = torch.optim.SGD(params, **numbers)

@@ -8,7 +8,7 @@ import pytest
 
 from tensorkv import compression
 from tensorkv.compression import codec as interface
-from tensorkv.compression import one_bit, two_bits
+from tensorkv.compression import halves, int8, one_bit, two_bits
 from tensorkv.compression.int8 import BLOCK
 from tensorkv.errors import ArgumentError, NonFiniteError
 
@@ -88,20 +88,23 @@ def test_what_rounding_loses_in_a_thousand_pushes_is_within_the_bound(params):
         assert (np.abs(given - taken - residual) <= bound).all()
 
 
-@pytest.mark.parametrize("params", ALL[:2], ids=["2bit", "1bit"])
+@each_codec
 def test_the_same_bits_without_the_compiled_part(params, monkeypatch):
     if two_bits._codecs is None:
         pytest.skip("the compiled part is not there")
     codec, rng = compression.parse(params), np.random.default_rng(4)
     special = np.array([0.0, -0.0, 0.5, -0.5, 0.125, np.nextafter(F32(0.5), F32(0)), 1e-45, -1e-45, 3e38, -3e38], F32)
-    for count in [*range(70), 127, 1000]:
+    # Around the largest and the smallest numbers of 16 bits, and halfway between two of them.
+    narrow = np.array([65504, 65519.9, -65520, 7e4, 6.1e-5, 6e-8, 3e-8, -2.9e-8, 1 + 2**-11, 1 + 2**-8, 3.395e38], F32)
+    for count in [*range(70), 127, 1000, 1024, 1025, 3000]:
         owed = np.concatenate([special, rng.normal(size=count).astype(F32)])[-count or len(special) + 1 :]
+        if count % 3 == 0:
+            owed = np.concatenate([owed, narrow, rng.normal(scale=1e-40, size=count).astype(F32)])
         residual = rng.normal(size=len(owed)).astype(F32) if count % 2 else None
         compiled = sent(codec, owed, residual=residual)
         with monkeypatch.context() as patch:
-            patch.setattr(two_bits, "_codecs", None)
-            patch.setattr(one_bit, "_codecs", None)
-            patch.setattr(interface, "_codecs", None)
+            for module in (two_bits, one_bit, halves, int8, interface):
+                patch.setattr(module, "_codecs", None)
             plain = sent(codec, owed, residual=residual)
         assert [each.tobytes() for each in compiled] == [each.tobytes() for each in plain]
 

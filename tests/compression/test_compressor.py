@@ -303,6 +303,8 @@ def test_a_codec_of_somebody_else(monkeypatch):
         kv.set_gradient_compression({"type": "signs"}, simulate=True)
         assert kv.pushpull("w", GRADIENT).tolist() == [1, -1, 1, 0]
         assert kv.pushpull("w", np.zeros(4, F32)).tolist() == [-1, 1, -1, 0]
+    with pytest.raises(tensorkv.ArgumentError, match=r"signs: wrong parameters: got .* keyword argument 'bits'"):
+        parse({"type": "signs", "bits": 2})
 
 
 def test_words_that_did_not_arrive_are_owed_again():

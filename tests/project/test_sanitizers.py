@@ -14,6 +14,8 @@ from tensorkv.compiled.sources import PARTS, checksum
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = (
     "arrays/test_rowinit.py",
+    "compression/test_codecs.py",
+    "compression/test_compressor.py",
     "shard/test_fused.py",
     "shard/test_index.py",
     "shard/test_native.py",

@@ -1,4 +1,4 @@
-/* tensorkv.compiled._codecs: gradients of one or two bits an element, and what is left of them.
+/* tensorkv.compiled._codecs: gradients of one, two, eight or sixteen bits an element, and what is left of them.
  *
  * Built for Python's stable ABI. Arrays come as contiguous buffers, of float32 or of bytes.
  */
@@ -8,17 +8,19 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "_cpus.h"
+#include "_halves.h"
 
 /* So many elements are worth giving up Python's lock for; words are of so many bytes; so many
- * elements are looked at together. */
-enum { WORTH_UNLOCKING = 1 << 14, WORD_NBYTES = 4, BLOCK = 64 };
+ * elements are looked at together; so many have one scale. */
+enum { WORTH_UNLOCKING = 1 << 14, WORD_NBYTES = 4, BLOCK = 64, SCALED = 1024 };
 
 static PyObject *refuse(const char *function) {
     return PyErr_Format(PyExc_ValueError, "%s: the buffers do not fit together", function);
 }
 
 static Py_ssize_t words_nbytes(Py_ssize_t count, int bits) {
+    if (bits == 8) return 4 * ((count + SCALED - 1) / SCALED) + count;
+    if (bits == 16) return 2 * count;
     Py_ssize_t per_word = 8 * WORD_NBYTES / bits;
     return (count + per_word - 1) / per_word * WORD_NBYTES;
 }
@@ -41,7 +43,7 @@ typedef struct {
     float *owed;
     uint8_t *words;
     Py_ssize_t count;
-    float threshold;
+    float parameter; /* a threshold, or the largest number of a dtype */
 } Encoding;
 
 FOR_EACH_CPU static uint32_t add_all(const Encoding *given) {
@@ -69,10 +71,10 @@ FOR_EACH_CPU static uint32_t encode_two_bits(const Encoding *given) {
         uint8_t *words = given->words + at / 4;
         if (count == BLOCK) {
             odd |= owe(given->gradient + at, residual, given->owed + at, BLOCK);
-            take_two_bits(given->owed + at, codes, BLOCK, given->threshold);
+            take_two_bits(given->owed + at, codes, BLOCK, given->parameter);
         } else {
             odd |= owe(given->gradient + at, residual, given->owed + at, count);
-            take_two_bits(given->owed + at, codes, count, given->threshold);
+            take_two_bits(given->owed + at, codes, count, given->parameter);
         }
         for (Py_ssize_t byte = 0; byte < (count + 3) / 4; byte++)
             words[byte] = (uint8_t)(codes[4 * byte] << 6 | codes[4 * byte + 1] << 4 | codes[4 * byte + 2] << 2 |
@@ -108,10 +110,10 @@ FOR_EACH_CPU static uint32_t encode_one_bit(const Encoding *given) {
         uint8_t *words = given->words + at / 8;
         if (count == BLOCK) {
             odd |= owe(given->gradient + at, residual, given->owed + at, BLOCK);
-            take_one_bit(given->owed + at, codes, BLOCK, given->threshold);
+            take_one_bit(given->owed + at, codes, BLOCK, given->parameter);
         } else {
             odd |= owe(given->gradient + at, residual, given->owed + at, count);
-            take_one_bit(given->owed + at, codes, count, given->threshold);
+            take_one_bit(given->owed + at, codes, count, given->parameter);
         }
         for (Py_ssize_t byte = 0; byte < (count + 7) / 8; byte++) {
             uint32_t found = 0;
@@ -130,13 +132,96 @@ FOR_EACH_CPU static void decode_one_bit(const uint8_t *words, float *out, Py_ssi
     for (Py_ssize_t i = 8 * whole; i < count; i++) out[i] = (float)(int)(words[whole] >> (7 - i % 8) & 1) * 2.0f - 1.0f;
 }
 
+/* Numbers beyond the range of a dtype are sent as its largest. */
+static inline __attribute__((always_inline)) uint32_t encode_halves(const Encoding *given, void (*narrow)(uint16_t *, const float *, size_t),
+                              void (*widen)(float *, const uint16_t *, size_t)) {
+    uint32_t odd = 0;
+    const float most = given->parameter;
+    for (Py_ssize_t at = 0; at < given->count; at += SCALED) {
+        float sent[SCALED];
+        uint16_t words[SCALED];
+        const Py_ssize_t left = given->count - at, count = left < SCALED ? left : SCALED;
+        float *owed = given->owed + at;
+        odd |= owe(given->gradient + at, given->residual == NULL ? NULL : given->residual + at, owed, count);
+        for (Py_ssize_t i = 0; i < count; i++) {
+            const float below = owed[i] < most ? owed[i] : most;
+            sent[i] = below > -most ? below : -most;
+        }
+        narrow(words, sent, (size_t)count);
+        widen(sent, words, (size_t)count);
+        for (Py_ssize_t i = 0; i < count; i++) owed[i] -= sent[i];
+        memcpy(given->words + 2 * at, words, 2 * (size_t)count);
+    }
+    return odd;
+}
+
+FOR_EACH_CPU static uint32_t encode_float16(const Encoding *given) {
+    return encode_halves(given, narrow_float16, widen_float16);
+}
+
+FOR_EACH_CPU static uint32_t encode_bfloat16(const Encoding *given) {
+    return encode_halves(given, narrow_bfloat16, widen_bfloat16);
+}
+
+static void decode_float16(const uint8_t *words, float *out, Py_ssize_t count, float parameter) {
+    (void)parameter;
+    widen_float16(out, (const uint16_t *)words, (size_t)count);
+}
+
+static void decode_bfloat16(const uint8_t *words, float *out, Py_ssize_t count, float parameter) {
+    (void)parameter;
+    widen_bfloat16(out, (const uint16_t *)words, (size_t)count);
+}
+
+static Py_ssize_t num_scales(Py_ssize_t count) { return (count + SCALED - 1) / SCALED; }
+
+/* Scales come first, a float32 for each block, then a byte for each element. */
+FOR_EACH_CPU static uint32_t encode_bytes(const Encoding *given) {
+    uint32_t odd = 0;
+    uint8_t *scales = given->words;
+    int8_t *bytes = (int8_t *)scales + 4 * num_scales(given->count);
+    for (Py_ssize_t at = 0; at < given->count; at += SCALED) {
+        const Py_ssize_t left = given->count - at, count = left < SCALED ? left : SCALED;
+        float *owed = given->owed + at;
+        odd |= owe(given->gradient + at, given->residual == NULL ? NULL : given->residual + at, owed, count);
+        /* The bits of absolute values are in the order of these. */
+        uint32_t most = 0;
+        for (Py_ssize_t i = 0; i < count; i++) {
+            const uint32_t bits = bits_of(owed[i]) & 0x7fffffff;
+            most = bits > most ? bits : most;
+        }
+        const float scale = float_of(most) / 127.0f, unit = scale > 0 ? scale : float_of(0x7f800000);
+        memcpy(scales + at / SCALED * 4, &scale, 4);
+        float sent[SCALED];
+        for (Py_ssize_t i = 0; i < count; i++) {
+            /* The sum has no bits after the point: it rounds to the nearest whole number, ties to even. */
+            const float rounded = (owed[i] / unit + 0x1.8p23f) - 0x1.8p23f;
+            sent[i] = rounded >= -127.0f ? rounded <= 127.0f ? rounded : 127.0f : -127.0f;
+            owed[i] -= sent[i] * scale;
+        }
+        for (Py_ssize_t i = 0; i < count; i++) bytes[at + i] = (int8_t)(int32_t)sent[i];
+    }
+    return odd;
+}
+
+FOR_EACH_CPU static void decode_bytes(const uint8_t *words, float *out, Py_ssize_t count, float parameter) {
+    (void)parameter;
+    const int8_t *bytes = (const int8_t *)words + 4 * num_scales(count);
+    for (Py_ssize_t at = 0; at < count; at += SCALED) {
+        const Py_ssize_t stop = count - at < SCALED ? count : at + SCALED;
+        float scale;
+        memcpy(&scale, words + at / SCALED * 4, 4);
+        for (Py_ssize_t i = at; i < stop; i++) out[i] = (float)bytes[i] * scale;
+    }
+}
+
 /* Parse a gradient, a residual or None, memory for what is owed, and for words unless bits is 0; run one of the above;
  * return whether all that was owed is finite. */
 static PyObject *encode(PyObject *args, const char *function, const char *format, int bits,
                         uint32_t (*run)(const Encoding *)) {
     Py_buffer gradient, residual, owed, words = {0};
     Encoding given = {0};
-    if (!PyArg_ParseTuple(args, format, &gradient, &residual, &owed, &words, &given.threshold)) return NULL;
+    if (!PyArg_ParseTuple(args, format, &gradient, &residual, &owed, &words, &given.parameter)) return NULL;
     given.gradient = gradient.buf, given.residual = residual.buf, given.owed = owed.buf, given.words = words.buf;
     given.count = owed.len / (Py_ssize_t)sizeof(float);
     const int fits = gradient.len == owed.len && (residual.buf == NULL || residual.len == owed.len) &&
@@ -144,8 +229,8 @@ static PyObject *encode(PyObject *args, const char *function, const char *format
     uint32_t odd = 0;
     if (fits) {
         PyThreadState *state = given.count >= WORTH_UNLOCKING ? PyEval_SaveThread() : NULL;
-        /* The last word may be written in part. */
-        if (words.len > 0) memset(given.words + words.len - WORD_NBYTES, 0, WORD_NBYTES);
+        /* The last word of bits may be written in part. */
+        if (words.len > 0 && bits < 8) memset(given.words + words.len - WORD_NBYTES, 0, WORD_NBYTES);
         odd = run(&given);
         if (state != NULL) PyEval_RestoreThread(state);
     }
@@ -216,12 +301,66 @@ static PyObject *decode_1bit(PyObject *module, PyObject *args) {
     return decode(args, "decode_1bit", "y*w*f", 1, decode_one_bit);
 }
 
+PyDoc_STRVAR(encode_fp16_doc,
+             "encode_fp16(gradient, residual, owed, words, most)\n--\n\n"
+             "Do as add, and write each float32 as float16, ``most`` at most.");
+
+static PyObject *encode_fp16(PyObject *module, PyObject *args) {
+    (void)module;
+    return encode(args, "encode_fp16", "y*z*w*w*f", 16, encode_float16);
+}
+
+PyDoc_STRVAR(decode_fp16_doc, "decode_fp16(words, out, unused)\n--\n\nWrite float16 as float32.");
+
+static PyObject *decode_fp16(PyObject *module, PyObject *args) {
+    (void)module;
+    return decode(args, "decode_fp16", "y*w*f", 16, decode_float16);
+}
+
+PyDoc_STRVAR(encode_bf16_doc,
+             "encode_bf16(gradient, residual, owed, words, most)\n--\n\n"
+             "Do as add, and write each float32 as bfloat16, ``most`` at most.");
+
+static PyObject *encode_bf16(PyObject *module, PyObject *args) {
+    (void)module;
+    return encode(args, "encode_bf16", "y*z*w*w*f", 16, encode_bfloat16);
+}
+
+PyDoc_STRVAR(decode_bf16_doc, "decode_bf16(words, out, unused)\n--\n\nWrite bfloat16 as float32.");
+
+static PyObject *decode_bf16(PyObject *module, PyObject *args) {
+    (void)module;
+    return decode(args, "decode_bf16", "y*w*f", 16, decode_bfloat16);
+}
+
+PyDoc_STRVAR(encode_int8_doc,
+             "encode_int8(gradient, residual, owed, words, unused)\n--\n\n"
+             "Do as add, and write a scale for each block of 1024 float32 and a byte for each.");
+
+static PyObject *encode_int8(PyObject *module, PyObject *args) {
+    (void)module;
+    return encode(args, "encode_int8", "y*z*w*w*f", 8, encode_bytes);
+}
+
+PyDoc_STRVAR(decode_int8_doc, "decode_int8(words, out, unused)\n--\n\nWrite the float32 that scales and bytes stand for.");
+
+static PyObject *decode_int8(PyObject *module, PyObject *args) {
+    (void)module;
+    return decode(args, "decode_int8", "y*w*f", 8, decode_bytes);
+}
+
 static PyMethodDef methods[] = {
     {"add", add, METH_VARARGS, add_doc},
     {"encode_2bit", encode_2bit, METH_VARARGS, encode_2bit_doc},
     {"decode_2bit", decode_2bit, METH_VARARGS, decode_2bit_doc},
     {"encode_1bit", encode_1bit, METH_VARARGS, encode_1bit_doc},
     {"decode_1bit", decode_1bit, METH_VARARGS, decode_1bit_doc},
+    {"encode_fp16", encode_fp16, METH_VARARGS, encode_fp16_doc},
+    {"decode_fp16", decode_fp16, METH_VARARGS, decode_fp16_doc},
+    {"encode_bf16", encode_bf16, METH_VARARGS, encode_bf16_doc},
+    {"decode_bf16", decode_bf16, METH_VARARGS, decode_bf16_doc},
+    {"encode_int8", encode_int8, METH_VARARGS, encode_int8_doc},
+    {"decode_int8", decode_int8, METH_VARARGS, decode_int8_doc},
     {NULL, NULL, 0, NULL},
 };
 
@@ -232,7 +371,7 @@ static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, add_sources}, {0, NULL}}
 static PyModuleDef module = {
     PyModuleDef_HEAD_INIT,
     "_codecs",
-    "Gradients of one or two bits an element, and what is left of them.",
+    "Gradients of one, two, eight or sixteen bits an element, and what is left of them.",
     0,
     methods,
     module_slots,

@@ -12,7 +12,7 @@
 #if defined(__x86_64__)
 #include <emmintrin.h>
 #endif
-#include "_cpus.h"
+#include "_halves.h"
 
 enum { FLOAT32, FLOAT64, FLOAT16, BFLOAT16, INT8, INT16, INT32, INT64, BOOL, NUM_DTYPES };
 enum { SGD, ADAM, ADAGRAD, RMSPROP, NUM_OPTIMIZERS };
@@ -90,7 +90,6 @@ enum { GROUP = 64, LANES = 8 };
 /* Bytes ahead that squares have the processor fetch, whose own guesses end with each page: a fifth less time. */
 enum { SQUARES_AHEAD = 2048 };
 
-#define EACH for (size_t i = 0; i < n; i++)
 
 #define DEFINE_FLOATING(T, SQRT)                                                                                      \
     FOR_EACH_CPU static void add_##T(T *out, const T *a, const T *b, size_t n) {                                      \
@@ -199,52 +198,6 @@ DEFINE_INTEGER(uint16_t, +)
 DEFINE_INTEGER(uint32_t, +)
 DEFINE_INTEGER(uint64_t, +)
 DEFINE_INTEGER(bool8, |)
-
-/* ------------------------------------------------------------ float16 and bfloat16 */
-
-static inline uint32_t bits_of(float number) {
-    uint32_t bits;
-    memcpy(&bits, &number, 4);
-    return bits;
-}
-
-static inline float float_of(uint32_t bits) {
-    float number;
-    memcpy(&number, &bits, 4);
-    return number;
-}
-
-FOR_EACH_CPU static void widen_bfloat16(float *restrict out, const uint16_t *restrict from, size_t n) {
-    EACH out[i] = float_of((uint32_t)from[i] << 16);
-}
-
-FOR_EACH_CPU static void narrow_bfloat16(uint16_t *restrict out, const float *restrict from, size_t n) {
-    EACH {
-        uint32_t bits = bits_of(from[i]);
-        uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        out[i] = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-    }
-}
-
-FOR_EACH_CPU static void widen_float16(float *restrict out, const uint16_t *restrict from, size_t n) {
-    EACH {
-        uint32_t magnitude = (uint32_t)(from[i] & 0x7fff) << 13, sign = (uint32_t)(from[i] & 0x8000) << 16;
-        /* The exponent's bias is 112 less; the product is exact, for subnormal numbers too. */
-        uint32_t finite = bits_of(float_of(magnitude) * 0x1p112f), other = magnitude | 0x7f800000;
-        out[i] = float_of(sign | (magnitude >= 0x0f800000 ? other : finite));
-    }
-}
-
-FOR_EACH_CPU static void narrow_float16(uint16_t *restrict out, const float *restrict from, size_t n) {
-    EACH {
-        uint32_t bits = bits_of(from[i]) & 0x7fffffff, sign = bits_of(from[i]) >> 16 & 0x8000;
-        uint32_t normal = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
-        /* The sum rounds to a multiple of the smallest subnormal number. */
-        uint32_t subnormal = bits_of(float_of(bits) + 0.5f) - bits_of(0.5f);
-        uint32_t large = bits > 0x7f800000 ? 0x7e00 : 0x7c00;
-        out[i] = (uint16_t)(sign | (bits >= 143u << 23 ? large : (bits < 113u << 23 ? subnormal : normal)));
-    }
-}
 
 FOR_EACH_CPU static void widen_float(double *restrict out, const float *restrict from, size_t n) {
     EACH out[i] = from[i];

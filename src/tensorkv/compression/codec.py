@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -158,6 +159,10 @@ def parse(params: Any) -> Codec | None:
                     f"{', '.join(taken) or 'none'}"
                 )
     with naming(name):
+        try:
+            inspect.signature(factory).bind(**given)
+        except TypeError as error:
+            raise ArgumentError(f"wrong parameters: {error}") from None
         return factory(**given)
 
 

@@ -10,7 +10,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from .codec import Codec, Floats, Memory, Words, owe
+from tensorkv.compiled import _codecs
+
+from .codec import Codec, Floats, Memory, Words, check_finite, owe
 
 
 class _Half(Codec):
@@ -23,10 +25,13 @@ class _Half(Codec):
         return 2 * prod(shape)
 
     def encode(self, gradient: Floats, residual: Floats | None, owed: Floats, words: Words, memory: Memory) -> None:
+        most = torch.finfo(self.dtype).max
+        if _codecs is not None:
+            check_finite(getattr(_codecs, f"encode_{self.name}")(gradient, residual, owed, words, most))
+            return
         owe(gradient, residual, owed)
         left = torch.from_numpy(owed)
         sent = torch.from_numpy(words.view(np.int16)).view(self.dtype).view(owed.shape)
-        most = torch.finfo(self.dtype).max
         sent.copy_(left.clamp(-most, most))
         left -= sent.float()
 
@@ -44,6 +49,9 @@ class Float16(_Half):
     dtype: ClassVar[torch.dtype] = torch.float16
 
     def decode(self, words: Words, out: Floats) -> None:
+        if _codecs is not None:
+            _codecs.decode_fp16(words, out, 0.0)
+            return
         out.reshape(-1)[:] = words.view(np.float16)
 
 
@@ -58,5 +66,8 @@ class BFloat16(_Half):
     dtype: ClassVar[torch.dtype] = torch.bfloat16
 
     def decode(self, words: Words, out: Floats) -> None:
+        if _codecs is not None:
+            _codecs.decode_bf16(words, out, 0.0)
+            return
         # NumPy has no such dtype.
         np.left_shift(words.view(np.uint16), np.uint32(16), out=out.reshape(-1).view(np.uint32), dtype=np.uint32)

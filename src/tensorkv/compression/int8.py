@@ -9,7 +9,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from .codec import Codec, Floats, Memory, Words, owe
+from tensorkv.compiled import _codecs
+
+from .codec import Codec, Floats, Memory, Words, check_finite, owe
 
 BLOCK = 1024
 _MOST = np.float32(127)
@@ -31,6 +33,9 @@ class Int8(Codec):
         return 4 * _blocks(prod(shape)) + prod(shape)
 
     def encode(self, gradient: Floats, residual: Floats | None, owed: Floats, words: Words, memory: Memory) -> None:
+        if _codecs is not None:
+            check_finite(_codecs.encode_int8(gradient, residual, owed, words, 0.0))
+            return
         owe(gradient, residual, owed)
         flat, scales, sent = _split(owed, words)
         if not len(flat):
@@ -42,6 +47,9 @@ class Int8(Codec):
         flat -= sent * np.repeat(scales, BLOCK)[: len(flat)]
 
     def decode(self, words: Words, out: Floats) -> None:
+        if _codecs is not None:
+            _codecs.decode_int8(words, out, 0.0)
+            return
         flat, scales, sent = _split(out, words)
         np.multiply(sent, np.repeat(scales, BLOCK)[: len(flat)], out=flat)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
@@ -11,7 +11,7 @@ import numpy as np
 
 from tensorkv.errors import ArgumentError, NonFiniteError, show
 
-from .codec import Codec, Floats, Memory, Words, owe
+from .codec import RUN, Codec, Floats, Memory, Words, owe
 
 _BASIS = "basis"
 
@@ -62,9 +62,10 @@ class PowerSGD(Codec):
         left, right = self._factors(words, sizes)
         left[:] = np.linalg.qr(matrix @ basis)[0]
         right[:] = matrix.T @ left
-        matrix -= _product(left, right)
-        if not np.isfinite(matrix).all():
-            raise NonFiniteError("has numbers whose products overflow")
+        for rows, product in _products(left, right):
+            matrix[rows] -= product
+            if not np.isfinite(matrix[rows]).all():
+                raise NonFiniteError("has numbers whose products overflow")
         memory[_BASIS] = right.copy()
 
     def decode(self, words: Words, out: Floats) -> None:
@@ -72,7 +73,9 @@ class PowerSGD(Codec):
         if sizes is None:
             out.reshape(-1)[:] = words.view(np.float32)
         else:
-            out.reshape(sizes)[:] = _product(*self._factors(words, sizes))
+            matrix = out.reshape(sizes)
+            for rows, product in _products(*self._factors(words, sizes)):
+                matrix[rows] = product
 
     def _factors(self, words: Words, sizes: tuple[int, int]) -> tuple[Floats, Floats]:
         rows, columns = sizes
@@ -81,9 +84,14 @@ class PowerSGD(Codec):
         return left.reshape(rows, self.rank), right.reshape(columns, self.rank)
 
 
-def _product(left: Floats, right: Floats) -> Floats:
-    # Not ``@``, which adds in an order, and with fused operations, that depend on the processor.
-    out = left[:, :1] * right[:, 0]
-    for index in range(1, left.shape[1]):
-        out += left[:, index : index + 1] * right[:, index]
-    return out
+def _products(left: Floats, right: Floats) -> Iterator[tuple[slice, Floats]]:
+    """Return the product of two factors, some rows at a time, which stay in a processor's cache."""
+    columns = np.ascontiguousarray(right.T)
+    count = max(1, RUN // max(1, len(right)))
+    for start in range(0, len(left), count):
+        rows = slice(start, start + count)
+        # Not ``@``, which adds in an order, and with fused operations, that depend on the processor.
+        out = left[rows, :1] * columns[0]
+        for index in range(1, left.shape[1]):
+            out += left[rows, index : index + 1] * columns[index]
+        yield rows, out

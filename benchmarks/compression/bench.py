@@ -284,13 +284,14 @@ def _draw_digits(result: Mapping[str, Any], path: Path) -> None:
     figure = plot.new_figure(result, "Handwritten digits: accuracy over gradients sent", 9, 5)
     axes = figure.subplots()
     for work in result["digits"]:
-        for who, style in (("tensorkv", "-"), ("mxnet", "--")):
+        for who, style in (("tensorkv", "-"), ("mxnet", "kx")):
             if who in work["accuracies"]:
                 values = work["accuracies"][who]
                 megabytes = [work["sent_nbytes"] / 1e6 * (epoch + 1) / len(values) for epoch in range(len(values))]
-                color = plot.BLUE if work["codec"] == "2bit" else plot.ORANGE
                 label = f"{'MXNet' if who == 'mxnet' else who}, {work['codec']}"
-                axes.plot(megabytes, values, style, color=color, linewidth=2 if style == "-" else 1.2, label=label)
+                (line,) = axes.plot(megabytes, values, style, label=label)
+                if who == "tensorkv":
+                    line.set(color=plot.BLUE if work["codec"] == "2bit" else plot.ORANGE, linewidth=2)
     axes.set_xscale("log")
     axes.set_xlabel("megabytes of gradients sent, by all ranks (log scale)")
     axes.set_ylabel("share of held-out images classified correctly")

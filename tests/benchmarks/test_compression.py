@@ -28,7 +28,8 @@ def run(out, *arguments):
 def test_quick_run_writes_raw_times_tables_and_a_plot(tmp_path, capsys):
     out = tmp_path / "out"
     assert run(out, "--no-mxnet") == 0
-    assert sorted(path.name for path in out.iterdir()) == ["compression.json", "compression.md", "compression.png"]
+    files = ["compression-digits.png", "compression.json", "compression.md", "compression.png"]
+    assert sorted(path.name for path in out.iterdir()) == files
     assert (out / "compression.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((out / "compression.json").read_text())
     table = (out / "compression.md").read_text()
@@ -52,8 +53,21 @@ def test_quick_run_writes_raw_times_tables_and_a_plot(tmp_path, capsys):
     # All that is on the cable counts, headers and the agreement of ranks included.
     for codec, least in (("bf16", 1.9), ("int8", 3.5), ("2bit", 12), ("1bit", 20)):
         assert sent["none"] / sent[codec] > least
-    for head in ("Codecs", "Exchanges over 1 Gbit/s", "A step of training over 1 Gbit/s", "Spread"):
+    assert [list(each["accuracies"]) for each in result["digits"]] == [["tensorkv"]] * 2
+    for head in ("Digits", "Codecs", "Exchanges over 1 Gbit/s", "A step of training over 1 Gbit/s", "Spread"):
         assert f"## {head}\n" in table
+
+
+def test_digits_with_mxnet(tmp_path):
+    if not Path(ROOT, MXNET.folder).exists():
+        pytest.skip(f"{MXNET.folder} has not been made")
+    assert run(tmp_path, "--only", "digits") == 0
+    result = json.loads((tmp_path / "compression.json").read_text())
+    assert not result["missing"]
+    for learnt in result["digits"]:
+        # The same rule for the same gradients, rounded by other libraries.
+        accuracies = learnt["accuracies"]
+        assert accuracies["mxnet"] == pytest.approx(accuracies["tensorkv"], abs=0.02)
 
 
 @needs_hosts

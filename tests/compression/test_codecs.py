@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tensorkv import compression
 from tensorkv.compression import codec as interface
@@ -107,6 +108,17 @@ def test_the_same_bits_without_the_compiled_part(params, monkeypatch):
                 patch.setattr(module, "_codecs", None)
             plain = sent(codec, owed, residual=residual)
         assert [each.tobytes() for each in compiled] == [each.tobytes() for each in plain]
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_all_words_of_sixteen_bits_are_read_as_torch_reads_them(name):
+    words = np.arange(1 << 16, dtype=np.uint16)
+    out = np.empty(1 << 16, F32)
+    codec = compression.parse({"type": name})
+    codec.decode(words.view(np.uint8), out)
+    right = torch.from_numpy(words.view(np.int16)).view(codec.dtype).float().numpy()
+    assert np.array_equal(out, right, equal_nan=True)
+    assert np.array_equal(np.signbit(out), np.signbit(right))
 
 
 def test_a_sum_and_whether_it_is_finite_without_the_compiled_part(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -82,15 +83,15 @@ class PlainGradients:
         layout: of their words.
         places: in a batch of the key of each gradient.
         firsts: of each, its first element in the value of the key.
+        is_float32: whether all arrays are float32; those that nothing is added to are not copied then.
     """
 
-    def __init__(self, layout: WordsLayout, places: Sequence[int], firsts: Sequence[int]) -> None:
-        self.layout = layout
+    def __init__(self, layout: WordsLayout, places: Sequence[int], firsts: Sequence[int], *, is_float32: bool) -> None:
+        self.layout, self._is_float32 = layout, is_float32
         # As the compiled part takes pieces: place of the key in the call, first element, how many.
         self._pieces = np.array([places, firsts, layout.counts], np.int64).T.copy()
         self._offsets = 4 * np.array(layout.starts, np.int64)
-        most = max((run.elements.stop - run.elements.start for run in layout.runs), default=0)
-        self._room: Floats = np.zeros(most, np.float32)
+        self._room: Floats = np.empty(0, np.float32)
 
     def of(self, batch: Any) -> Gradients:
         """Return the gradients of a batch, as ``shard.native`` has it."""
@@ -98,17 +99,30 @@ class PlainGradients:
 
     def gather(self, batch: Any, run: Run) -> Floats:
         """Return some gradients of a batch as float32."""
-        found = self._room[: run.elements.stop - run.elements.start]
-        start, stop = 0, sum(self.layout.counts[run.first : run.stop])
+        pieces = self._pieces[run.first : run.stop].tobytes()
+        size, start, stop = run.elements.stop - run.elements.start, 0, sum(self.layout.counts[run.first : run.stop])
         if run.stop - run.first == 1:
             start = run.elements.start - self.layout.starts[run.first]
-            stop = min(stop, start + len(found))
-        if stop - start < len(found):
+            stop = min(stop, start + size)
+            column = batch.part_column(pieces) if self._is_float32 and stop - start == size else None
+            if column is not None:
+                # The batch holds the array.
+                address = int(np.frombuffer(column, np.uint64)[0]) + 4 * start
+                return np.ctypeslib.as_array((ctypes.c_float * size).from_address(address))
+        found = self._memory(size)
+        if stop - start < size:
             found[:] = 0
         targets = self._offsets[run.first : run.stop] + (found.ctypes.data - 4 * run.elements.start)
-        pieces = self._pieces[run.first : run.stop].tobytes()
         batch.sum_pieces(pieces, [targets.astype(np.uint64).tobytes()], _WIDE, start, stop)
         return found
+
+    def _memory(self, size: int) -> Floats:
+        """Return memory for so many elements; what is larger than a cache is not kept."""
+        if size > RUN:
+            return np.empty(size, np.float32)
+        if not len(self._room):
+            self._room = np.empty(RUN, np.float32)
+        return self._room[:size]
 
 
 class _BatchGradients:

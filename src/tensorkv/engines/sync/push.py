@@ -426,7 +426,12 @@ class Pushes:
             if len(self._gradients) >= _MAX_GRADIENTS:
                 self._gradients.clear()
             layout = words_layout(codec, tuple(tuple(whole.shape) for whole in wholes))
-            found = self._gradients[keys] = PlainGradients(layout, range(len(keys)), [0] * len(keys))
+            found = self._gradients[keys] = PlainGradients(
+                layout,
+                range(len(keys)),
+                [0] * len(keys),
+                is_float32=all(whole.dtype is torch.float32 for whole in wholes),
+            )
         return found
 
     def _push_coded(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from math import prod
 from typing import Any, NamedTuple
 
+import torch
+
 from tensorkv.compression import Codec, PlainGradients, Source, words_layout
 
 from ..messages import words_text
@@ -53,7 +55,12 @@ class CodedLayout:
             places += indices
             counts.append(len(indices))
         self.words = words_layout(codec, tuple(shapes))
-        self.gradients = PlainGradients(self.words, places, firsts)
+        self.gradients = PlainGradients(
+            self.words,
+            places,
+            firsts,
+            is_float32=all(each.spec.dtype is torch.float32 for each in set(layout.placements)),
+        )
         self.servers: list[ServerWords] = []
         begin = 0
         for pushed, count in zip(layout.pushed, counts, strict=True):

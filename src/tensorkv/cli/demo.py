@@ -220,15 +220,16 @@ def accuracy(model: nn.Module, digits: Digits) -> float:
 
 def figure(many: Curves, one: Curves, settings: Settings) -> Any:
     """Return a matplotlib figure of the curves of many replicas over those of one."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    label = f"{_count(settings.replicas)}, gradients summed in the store"
     if settings.compression is not None:
         return _compression_figure(many, one, settings)
+    label = f"{_count(settings.replicas)}, gradients summed in the store"
     epochs = range(1, len(many.losses) + 1)
-    drawn = Figure(figsize=(11, 4.8), layout="constrained")
-    loss_axes, accuracy_axes = drawn.subplots(1, 2)
+    drawn, loss_axes, accuracy_axes = _panels(
+        f"Handwritten digits, {settings.optimizer} in the store: final test accuracy {many.accuracies[-1]:.1%} "
+        f"with {_count(settings.replicas)}, {one.accuracies[-1]:.1%} with {_count(1)}"
+    )
     for axes, below, above in (
         (loss_axes, one.losses, many.losses),
         (accuracy_axes, one.accuracies, many.accuracies),
@@ -238,28 +239,16 @@ def figure(many: Curves, one: Curves, settings: Settings) -> Any:
         axes.plot(epochs, above, color="#1b2a6b", linewidth=1.8, linestyle="--", marker="o", markersize=4, label=label)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
         axes.legend()
-    loss_axes.set_title("Training loss")
-    loss_axes.set_ylabel("mean cross-entropy (log scale)")
-    loss_axes.set_yscale("log")
-    accuracy_axes.set_title("Test accuracy")
-    accuracy_axes.set_ylabel("share of test images classified correctly")
-    drawn.suptitle(
-        f"Handwritten digits, {settings.optimizer} in the store: final test accuracy {many.accuracies[-1]:.1%} "
-        f"with {_count(settings.replicas)}, {one.accuracies[-1]:.1%} with {_count(1)}",
-        fontsize=13,
-        fontweight="bold",
-    )
     return drawn
 
 
 def _compression_figure(many: Curves, one: Curves, settings: Settings) -> Any:
     """Return a matplotlib figure of the curves with compression beside those without it, over the bytes sent."""
-    from matplotlib.figure import Figure
-
-    drawn = Figure(figsize=(11, 4.8), layout="constrained")
-    loss_axes, accuracy_axes = drawn.subplots(1, 2)
+    drawn, loss_axes, accuracy_axes = _panels(
+        f"Handwritten digits, {_count(settings.replicas)}: final test accuracy {many.accuracies[-1]:.1%} with "
+        f"{settings.compression}, {one.accuracies[-1]:.1%} without"
+    )
     for axes, plain, compressed in (
         (loss_axes, one.losses, many.losses),
         (accuracy_axes, one.accuracies, many.accuracies),
@@ -272,20 +261,25 @@ def _compression_figure(many: Curves, one: Curves, settings: Settings) -> Any:
             axes.plot(megabytes, values, color=colour, linewidth=2, marker="o", markersize=4, label=label)
         axes.set_xlabel("megabytes of gradients sent (log scale)")
         axes.set_xscale("log")
-        axes.grid(alpha=0.3)
         axes.legend()
+    return drawn
+
+
+def _panels(title: str) -> tuple[Any, Any, Any]:
+    """Return a matplotlib figure, and its axes for a loss and for an accuracy."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(11, 4.8), layout="constrained")
+    loss_axes, accuracy_axes = drawn.subplots(1, 2)
     loss_axes.set_title("Training loss")
     loss_axes.set_ylabel("mean cross-entropy (log scale)")
     loss_axes.set_yscale("log")
     accuracy_axes.set_title("Test accuracy")
     accuracy_axes.set_ylabel("share of test images classified correctly")
-    drawn.suptitle(
-        f"Handwritten digits, {_count(settings.replicas)}: final test accuracy {many.accuracies[-1]:.1%} with "
-        f"{settings.compression}, {one.accuracies[-1]:.1%} without",
-        fontsize=13,
-        fontweight="bold",
-    )
-    return drawn
+    for axes in (loss_axes, accuracy_axes):
+        axes.grid(alpha=0.3)
+    drawn.suptitle(title, fontsize=13, fontweight="bold")
+    return drawn, loss_axes, accuracy_axes
 
 
 def save(drawn: Any, out: Path) -> None:

@@ -30,7 +30,8 @@ setup(
             # What the package compares with its sources before it uses a part.
             define_macros=[("SOURCES", f'"{sources["checksum"](module)}"')],
             depends=[
-                f"src/tensorkv/compiled/{name}.h" for name in ("_cpus", "_halves", "_kernels", "_calls", "_reduce", "_words")
+                f"src/tensorkv/compiled/{name}.h"
+                for name in ("_cpus", "_halves", "_kernels", "_calls", "_reduce", "_words")
             ],
             # Each operation is rounded for itself: the bits are to be the same on every processor.
             extra_compile_args=[

@@ -102,6 +102,9 @@ def test_an_accuracy_that_was_never_reached_has_no_time():
     assert AccuracyCurve([0.1], [0.5]).seconds_to(0.9) is None
 
 
+WITHOUT_COMPRESSION = "--compression is for stores without servers, and cannot be resumed from a --checkpoint"
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
@@ -111,8 +114,8 @@ def test_an_accuracy_that_was_never_reached_has_no_time():
         (["--workers", "2"], "--workers is for stores of type dist_sync or dist_async, not local"),
         (["--store", "dist_async", "--mode", "sync", "--staleness", "1"], "--staleness is for --mode async"),
         (["--store", "dist_async", "--checkpoint", "a"], "--checkpoint is for stores without servers"),
-        (["--store", "dist_async", "--compression", "2bit"], "--compression is for stores without servers"),
-        (["--compression", "2bit", "--checkpoint", "a"], "cannot be resumed from a --checkpoint"),
+        (["--store", "dist_async", "--compression", "2bit"], WITHOUT_COMPRESSION),
+        (["--compression", "2bit", "--checkpoint", "a"], WITHOUT_COMPRESSION),
     ],
 )
 def test_options_that_do_not_go_together_are_wrong_usage(capsys, options, problem):

@@ -74,7 +74,7 @@ def do_everything(options, folder, until):
             number = counts["pushed"]
             Path(folder, "progress").write_text(str(number))
             # Now and then one that is divided, so that both servers have some of it.
-            kv.init(f"new {number % 100}", np.full(SHAPE if number % 10 == 0 else 3, number, F32))
+            kv.init(f"new {number}", np.full(SHAPE if number % 10 == 0 else 3, number, F32))
             try:
                 with kv.snapshot() as snapshot:
                     assert {float(each) for key in ("w", "n") for each in snapshot.pull(key).flat} == {number}
@@ -87,9 +87,10 @@ def do_everything(options, folder, until):
                     read.load(f"{folder}/saved")
                     assert len({*read.pull("w").flat, *read.pull("n").flat}) == 1
             if number % 100 == 99:
-                for key in range(number - 98, number + 1):
-                    assert set(kv.pull(f"new {key % 100}").flat) == {key}
-                kv.delete([f"new {key % 100}" for key in range(number - 98, number + 1)])
+                new = range(max(1, number - 99), number + 1)
+                for key in new:
+                    assert set(kv.pull(f"new {key}").flat) == {key}
+                kv.delete([f"new {key}" for key in new])
         value, resent = kv.pull("w"), kv.stats()["resent"]
         say({**counts, "least": float(value.min()), "most": float(value.max()), "resent": resent})
 

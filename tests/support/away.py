@@ -48,7 +48,10 @@ class HostsInUse:
         """Have the second host be away for a while, in one of the ways of ``FAULTS``."""
         host, before = self._made[1], self._pushed()
         # Each fault meets a worker that has gone on after the one before.
-        until(lambda: self._pushed() > before + 1)
+        until(lambda: self._pushed() > before + 1 or self._worker.has_ended())
+        if self._worker.has_ended():
+            self._worker.end()
+            raise AssertionError("the worker has ended before it was told to")
         time.sleep(self._chance.uniform(0.5, 3))
         if fault == "crash":
             host.crash()

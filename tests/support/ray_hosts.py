@@ -44,6 +44,10 @@ class Program:
         assert line, f"it has ended with status {self.process.wait(LIMIT_S)}: {self._last_errors()}"
         return json.loads(line)
 
+    def has_ended(self):
+        """Tell whether it runs no more."""
+        return self.process.poll() is not None
+
     def end(self):
         """Return the rest of what it says, when it has ended well."""
         text, _ = self.process.communicate(timeout=LIMIT_S)

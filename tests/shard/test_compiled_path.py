@@ -14,6 +14,7 @@ import torch
 
 import tensorkv
 from tensorkv.arrays import interop
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.local import LocalEngine
 from tensorkv.shard import native
 from tests.support.amount import amount
@@ -735,3 +736,34 @@ def test_lists_that_other_threads_change_are_no_harm(kv):
         sys.setswitchinterval(before)
     assert done
     assert kv.pull("w").min() == kv.pull("w").max()
+
+
+@pytest.mark.parametrize("verb", ["pull", "pushpull"])
+@pytest.mark.parametrize("keys", ["w", ["w", "v"]], ids=["one", "list"])
+def test_a_checkpoint_that_another_thread_loads_while_new_outs_are_made(tmp_path, monkeypatch, verb, keys):
+    """The call is made with the entries that are there then, not with those that it found before."""
+    with tensorkv.create() as kv:
+        kv.init(["w", "v"], [np.full(3, 1, F32)] * 2)
+        kv.set_optimizer("sgd", lr=1.0, maximize=True)
+        kv.save(tmp_path / "checkpoint")
+        kv.push(["w", "v"], [np.full(3, 8, F32)] * 2)
+        # Kept, so that without the check the call is wrong instead of reading freed memory.
+        before, make, loading = kv._engine._shard._entries, KeySpec.new, []
+
+        def load_and_make(spec):
+            if not loading:
+                loading.append(threading.Thread(target=kv.load, args=(tmp_path / "checkpoint",)))
+                loading[0].start()
+                loading[0].join()
+            return make(spec)
+
+        monkeypatch.setattr(KeySpec, "new", load_and_make)
+        gradient = np.full(3, 4, F32)
+        if verb == "pull":
+            found = kv.pull(keys)
+        else:
+            found = kv.pushpull(keys, gradient if keys == "w" else [gradient, gradient])
+        assert kv._engine._shard._entries is not before
+        right = [1.0 if verb == "pull" else 5.0] * 3
+        assert [each.tolist() for each in ([found] if keys == "w" else found)] == [right] * (1 if keys == "w" else 2)
+        assert kv.pull("w").tolist() == right

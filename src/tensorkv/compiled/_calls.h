@@ -326,7 +326,7 @@ static int make_outs(Call *call, PyObject *entries) {
 
 /* What ``look`` returns for a call; of a shard, pushes are for its update rule. */
 static PyObject *look_at_call(Call *call, PyObject *entries, const ShardFields *shard) {
-    PyObject **held = call->held, *step = Py_None, *own_steps = Py_None;
+    PyObject **held = call->held, *steps = NULL, *step = Py_None, *own_steps = Py_None;
     Py_CLEAR(call->batch);
     if (torch_api == NULL || (held[KEYS] == NULL && !list_arguments(call)))
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
@@ -335,17 +335,19 @@ static PyObject *look_at_call(Call *call, PyObject *entries, const ShardFields *
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
     PyObject *values = direct_values(held[VALUES], held[OUTS], depth, call->has_new_outs);
     if (values == NULL) return Py_NewRef(Py_None);
-    /* From here on no other thread runs that could change the rule. */
+    /* From here on no other thread runs that could change the rule, but for what the garbage collector may call. */
     if (shard != NULL && held[VALUES] != Py_None) {
         if (shard->steps == NULL || !PyTuple_CheckExact(shard->steps) || PyTuple_Size(shard->steps) != 2) {
             Py_DECREF(values);
             return Py_NewRef(Py_None);
         }
-        step = PyTuple_GetItem(shard->steps, 0);
-        own_steps = PyTuple_GetItem(shard->steps, 1);
+        steps = Py_NewRef(shard->steps);
+        step = PyTuple_GetItem(steps, 0);
+        own_steps = PyTuple_GetItem(steps, 1);
     }
     PyObject *found = new_batch(entries, held[KEYS], values, held[OUTS], step, own_steps, held[FLAT] == Py_True);
     Py_DECREF(values);
+    Py_XDECREF(steps);
     if (found == NULL || found == Py_None) return found;
     if (shard != NULL && shard->averages && ((Batch *)found)->pushes && !average((Batch *)found)) {
         Py_DECREF(found);
@@ -373,13 +375,16 @@ static PyObject *call_run(Call *call, PyObject *given) {
     }
     const ShardFields *shard = (const ShardFields *)given;
     if (!shard->looks || shard->entries == NULL || !PyDict_Check(shard->entries)) return Py_NewRef(Py_None);
-    PyObject *found = look_at_call(call, shard->entries, shard);
+    /* While new outs are made another thread may load a checkpoint, and with it other entries. */
+    PyObject *entries = Py_NewRef(shard->entries), *found = look_at_call(call, entries, shard);
+    Py_DECREF(entries);
     if (found == NULL || found == Py_None) return found;
     int is_logged = call->batch->pushes && shard->log != NULL && shard->log != Py_None;
     int is_decided_on = call->batch->pushes && shard->decides;
     if (call->batch->calls.total_nbytes > AT_ONCE_NBYTES || is_logged || is_decided_on || call->batch->unready != NULL)
         return found;
     int free = is_free(shard);
+    if (free > 0 && call->batch->entries != shard->entries) free = 0;
     if (free > 0) {
         run_range(call->batch, 0, SIZE_MAX);
         count_done(call->batch, call->batch->pushes, NULL);

@@ -18,8 +18,10 @@ static PyObject *refuse(const char *function) {
     return PyErr_Format(PyExc_ValueError, "%s: the buffers do not fit together", function);
 }
 
+static Py_ssize_t num_scales(Py_ssize_t count) { return (count + SCALED - 1) / SCALED; }
+
 static Py_ssize_t words_nbytes(Py_ssize_t count, int bits) {
-    if (bits == 8) return 4 * ((count + SCALED - 1) / SCALED) + count;
+    if (bits == 8) return 4 * num_scales(count) + count;
     if (bits == 16) return 2 * count;
     Py_ssize_t per_word = 8 * WORD_NBYTES / bits;
     return (count + per_word - 1) / per_word * WORD_NBYTES;
@@ -133,8 +135,9 @@ FOR_EACH_CPU static void decode_one_bit(const uint8_t *words, float *out, Py_ssi
 }
 
 /* Numbers beyond the range of a dtype are sent as its largest. */
-static inline __attribute__((always_inline)) uint32_t encode_halves(const Encoding *given, void (*narrow)(uint16_t *, const float *, size_t),
-                              void (*widen)(float *, const uint16_t *, size_t)) {
+static inline __attribute__((always_inline)) uint32_t encode_halves(
+    const Encoding *given, void (*narrow)(uint16_t *, const float *, size_t),
+    void (*widen)(float *, const uint16_t *, size_t)) {
     uint32_t odd = 0;
     const float most = given->parameter;
     for (Py_ssize_t at = 0; at < given->count; at += SCALED) {
@@ -172,8 +175,6 @@ static void decode_bfloat16(const uint8_t *words, float *out, Py_ssize_t count, 
     (void)parameter;
     widen_bfloat16(out, (const uint16_t *)words, (size_t)count);
 }
-
-static Py_ssize_t num_scales(Py_ssize_t count) { return (count + SCALED - 1) / SCALED; }
 
 /* Scales come first, a float32 for each block, then a byte for each element. */
 FOR_EACH_CPU static uint32_t encode_bytes(const Encoding *given) {
@@ -269,98 +270,50 @@ static PyObject *decode(PyObject *args, const char *function, const char *format
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(encode_2bit_doc,
-             "encode_2bit(gradient, residual, owed, words, threshold)\n--\n\n"
-             "Do as add, and write two bits for each float32, 16 in a word; what they do not send stays in owed.");
+/* The functions of a codec, for Python. */
+#define DEFINE_CODEC(NAME, BITS, ENCODE, DECODE)                                \
+    static PyObject *encode_##NAME(PyObject *module, PyObject *args) {          \
+        (void)module;                                                           \
+        return encode(args, "encode_" #NAME, "y*z*w*w*f", BITS, ENCODE);        \
+    }                                                                           \
+    static PyObject *decode_##NAME(PyObject *module, PyObject *args) {          \
+        (void)module;                                                           \
+        return decode(args, "decode_" #NAME, "y*w*f", BITS, DECODE);            \
+    }
 
-static PyObject *encode_2bit(PyObject *module, PyObject *args) {
-    (void)module;
-    return encode(args, "encode_2bit", "y*z*w*w*f", 2, encode_two_bits);
-}
-
-PyDoc_STRVAR(decode_2bit_doc, "decode_2bit(words, out, threshold)\n--\n\nWrite the float32 that two bits each stand for.");
-
-static PyObject *decode_2bit(PyObject *module, PyObject *args) {
-    (void)module;
-    return decode(args, "decode_2bit", "y*w*f", 2, decode_two_bits);
-}
-
-PyDoc_STRVAR(encode_1bit_doc,
-             "encode_1bit(gradient, residual, owed, words, threshold)\n--\n\n"
-             "Do as add, and write a bit for each float32, 32 in a word; what it does not send stays in owed.");
-
-static PyObject *encode_1bit(PyObject *module, PyObject *args) {
-    (void)module;
-    return encode(args, "encode_1bit", "y*z*w*w*f", 1, encode_one_bit);
-}
-
-PyDoc_STRVAR(decode_1bit_doc, "decode_1bit(words, out, threshold)\n--\n\nWrite the float32 that a bit each stands for.");
-
-static PyObject *decode_1bit(PyObject *module, PyObject *args) {
-    (void)module;
-    return decode(args, "decode_1bit", "y*w*f", 1, decode_one_bit);
-}
-
-PyDoc_STRVAR(encode_fp16_doc,
-             "encode_fp16(gradient, residual, owed, words, most)\n--\n\n"
-             "Do as add, and write each float32 as float16, ``most`` at most.");
-
-static PyObject *encode_fp16(PyObject *module, PyObject *args) {
-    (void)module;
-    return encode(args, "encode_fp16", "y*z*w*w*f", 16, encode_float16);
-}
-
-PyDoc_STRVAR(decode_fp16_doc, "decode_fp16(words, out, unused)\n--\n\nWrite float16 as float32.");
-
-static PyObject *decode_fp16(PyObject *module, PyObject *args) {
-    (void)module;
-    return decode(args, "decode_fp16", "y*w*f", 16, decode_float16);
-}
-
-PyDoc_STRVAR(encode_bf16_doc,
-             "encode_bf16(gradient, residual, owed, words, most)\n--\n\n"
-             "Do as add, and write each float32 as bfloat16, ``most`` at most.");
-
-static PyObject *encode_bf16(PyObject *module, PyObject *args) {
-    (void)module;
-    return encode(args, "encode_bf16", "y*z*w*w*f", 16, encode_bfloat16);
-}
-
-PyDoc_STRVAR(decode_bf16_doc, "decode_bf16(words, out, unused)\n--\n\nWrite bfloat16 as float32.");
-
-static PyObject *decode_bf16(PyObject *module, PyObject *args) {
-    (void)module;
-    return decode(args, "decode_bf16", "y*w*f", 16, decode_bfloat16);
-}
-
-PyDoc_STRVAR(encode_int8_doc,
-             "encode_int8(gradient, residual, owed, words, unused)\n--\n\n"
-             "Do as add, and write a scale for each block of 1024 float32 and a byte for each.");
-
-static PyObject *encode_int8(PyObject *module, PyObject *args) {
-    (void)module;
-    return encode(args, "encode_int8", "y*z*w*w*f", 8, encode_bytes);
-}
-
-PyDoc_STRVAR(decode_int8_doc, "decode_int8(words, out, unused)\n--\n\nWrite the float32 that scales and bytes stand for.");
-
-static PyObject *decode_int8(PyObject *module, PyObject *args) {
-    (void)module;
-    return decode(args, "decode_int8", "y*w*f", 8, decode_bytes);
-}
+DEFINE_CODEC(2bit, 2, encode_two_bits, decode_two_bits)
+DEFINE_CODEC(1bit, 1, encode_one_bit, decode_one_bit)
+DEFINE_CODEC(fp16, 16, encode_float16, decode_float16)
+DEFINE_CODEC(bf16, 16, encode_bfloat16, decode_bfloat16)
+DEFINE_CODEC(int8, 8, encode_bytes, decode_bytes)
 
 static PyMethodDef methods[] = {
     {"add", add, METH_VARARGS, add_doc},
-    {"encode_2bit", encode_2bit, METH_VARARGS, encode_2bit_doc},
-    {"decode_2bit", decode_2bit, METH_VARARGS, decode_2bit_doc},
-    {"encode_1bit", encode_1bit, METH_VARARGS, encode_1bit_doc},
-    {"decode_1bit", decode_1bit, METH_VARARGS, decode_1bit_doc},
-    {"encode_fp16", encode_fp16, METH_VARARGS, encode_fp16_doc},
-    {"decode_fp16", decode_fp16, METH_VARARGS, decode_fp16_doc},
-    {"encode_bf16", encode_bf16, METH_VARARGS, encode_bf16_doc},
-    {"decode_bf16", decode_bf16, METH_VARARGS, decode_bf16_doc},
-    {"encode_int8", encode_int8, METH_VARARGS, encode_int8_doc},
-    {"decode_int8", decode_int8, METH_VARARGS, decode_int8_doc},
+    {"encode_2bit", encode_2bit, METH_VARARGS,
+     "encode_2bit(gradient, residual, owed, words, threshold)\n--\n\n"
+     "Do as add, and write two bits for each float32, 16 in a word; what they do not send stays in owed."},
+    {"decode_2bit", decode_2bit, METH_VARARGS,
+     "decode_2bit(words, out, threshold)\n--\n\nWrite the float32 that two bits each stand for."},
+    {"encode_1bit", encode_1bit, METH_VARARGS,
+     "encode_1bit(gradient, residual, owed, words, threshold)\n--\n\n"
+     "Do as add, and write a bit for each float32, 32 in a word; what it does not send stays in owed."},
+    {"decode_1bit", decode_1bit, METH_VARARGS,
+     "decode_1bit(words, out, threshold)\n--\n\nWrite the float32 that a bit each stand for."},
+    {"encode_fp16", encode_fp16, METH_VARARGS,
+     "encode_fp16(gradient, residual, owed, words, most)\n--\n\n"
+     "Do as add, and write each float32 as float16, ``most`` at most; what is rounded away stays in owed."},
+    {"decode_fp16", decode_fp16, METH_VARARGS,
+     "decode_fp16(words, out, unused)\n--\n\nWrite the float32 that float16 stands for."},
+    {"encode_bf16", encode_bf16, METH_VARARGS,
+     "encode_bf16(gradient, residual, owed, words, most)\n--\n\n"
+     "Do as add, and write each float32 as bfloat16, ``most`` at most; what is rounded away stays in owed."},
+    {"decode_bf16", decode_bf16, METH_VARARGS,
+     "decode_bf16(words, out, unused)\n--\n\nWrite the float32 that bfloat16 stands for."},
+    {"encode_int8", encode_int8, METH_VARARGS,
+     "encode_int8(gradient, residual, owed, words, unused)\n--\n\n"
+     "Do as add, and write a scale for each 1024 float32, then a byte for each; what is rounded away stays in owed."},
+    {"decode_int8", decode_int8, METH_VARARGS,
+     "decode_int8(words, out, unused)\n--\n\nWrite the float32 that scales and bytes stand for."},
     {NULL, NULL, 0, NULL},
 };
 

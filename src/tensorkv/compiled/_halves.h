@@ -33,7 +33,7 @@ FOR_EACH_CPU static void narrow_bfloat16(uint16_t *restrict out, const float *re
 FOR_EACH_CPU static void widen_float16(float *restrict out, const uint16_t *restrict from, size_t n) {
     EACH {
         uint32_t magnitude = (uint32_t)(from[i] & 0x7fff) << 13, sign = (uint32_t)(from[i] & 0x8000) << 16;
-        /* The exponent's bias is 112 less. The difference is exact; subnormal float32 would take a hundred times as long. */
+        /* The exponent's bias is 112 less. The difference is exact, and of normal numbers: others take much longer. */
         uint32_t normal = magnitude + (112u << 23), other = magnitude | 0x7f800000;
         uint32_t subnormal = bits_of(float_of(normal + (1u << 23)) - 0x1p-14f);
         out[i] = float_of(sign | (magnitude >= 0x0f800000 ? other : magnitude < 1u << 23 ? subnormal : normal));

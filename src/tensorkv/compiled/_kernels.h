@@ -90,7 +90,6 @@ enum { GROUP = 64, LANES = 8 };
 /* Bytes ahead that squares have the processor fetch, whose own guesses end with each page: a fifth less time. */
 enum { SQUARES_AHEAD = 2048 };
 
-
 #define DEFINE_FLOATING(T, SQRT)                                                                                      \
     FOR_EACH_CPU static void add_##T(T *out, const T *a, const T *b, size_t n) {                                      \
         _Pragma("GCC ivdep") EACH out[i] = a[i] + b[i];                                                               \

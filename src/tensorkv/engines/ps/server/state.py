@@ -105,16 +105,16 @@ class ServerState:
         pushed, message = push_layout(request.layout), request.message
         pulls = message.pulls and fill
         room = self._room(pushed.keys, request.out, message.checksum, message.pull_dtype) if pulls else None
-        outs = room if message.pull_dtype is None else None
         self.snapshots.before_change(pushed.keys)
         coded = self._decoded(request, self._sums)
+        # What is written in the pass of the update.
+        outs = room if coded is None and message.pull_dtype is None else None
         if coded is not None:
             call = native.Call(None, "push", list(pushed.keys), coded, None, 0)
             if not self.shard.try_compiled(call, requests=ids, scale=message.scale):
                 self.shard.push(Batch("push", list(pushed.keys), coded), requests=ids, scale=message.scale)
-            return None if room is None else self._filled(pushed.keys, room, message.pull_dtype)
-        if not self._try_push(pushed, request, outs, ids):
-            batch = self.batch(request)
+        elif not self._try_push(pushed, request, outs, ids):
+            batch = self._parsed(request)
             if outs is None:
                 self.shard.push(batch, requests=ids, scale=message.scale)
             else:
@@ -187,10 +187,12 @@ class ServerState:
 
     def batch(self, request: Request[Push]) -> Batch:
         """Return what a request pushes, one part for each key."""
-        pushed = push_layout(request.layout)
         coded = self._decoded(request, SumMemory())
-        if coded is not None:
-            return Batch("push", list(pushed.keys), coded)
+        return self._parsed(request) if coded is None else Batch("push", list(push_layout(request.layout).keys), coded)
+
+    def _parsed(self, request: Request[Push]) -> Batch:
+        """Do as ``batch``, part by part."""
+        pushed = push_layout(request.layout)
         specs = [self.shard.entry("push", key).spec for key in pushed.keys]
         codec = compression.parse(request.message.codec)
         parts = pushed.parts(request.payload, specs, codec)

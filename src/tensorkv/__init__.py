@@ -6,6 +6,7 @@ from tensorkv.runtime import early  # noqa: F401 - before anything that takes lo
 
 # isort: split
 from tensorkv.arrays.rows import Rows
+from tensorkv.releases.changes import Changes, KeyChange, Patch, apply_changes
 from tensorkv.shard.entry import KeyInfo
 from tensorkv.shard.norm import PushResult
 from tensorkv.trainer.embedding import Embedding, EmbeddingBag
@@ -25,6 +26,9 @@ from .errors import (
     OptimizerError,
     PushOutcomeUnknownError,
     RankDeadError,
+    ReleaseExistsError,
+    ReleaseMismatchError,
+    ReleaseNotFoundError,
     ServerDeadError,
     SnapshotError,
     SparseOutWarning,
@@ -37,28 +41,36 @@ from .errors import (
     WorkerError,
     WorkerMismatchError,
 )
-from .store import KVStore, Snapshot, create
+from .store import KVStore, Release, ReleaseInfo, Snapshot, create
 
 __version__ = version("tensorkv")
 
 __all__ = [
     "ArgumentError",
     "ArrayTypeError",
+    "Changes",
     "CheckpointError",
     "Embedding",
     "EmbeddingBag",
     "EngineNotFoundError",
     "ForkedStoreError",
     "KVStore",
+    "KeyChange",
     "KeyExistsError",
     "KeyInfo",
     "KeyNotFoundError",
     "KeyTypeError",
     "NonFiniteError",
     "OptimizerError",
+    "Patch",
     "PushOutcomeUnknownError",
     "PushResult",
     "RankDeadError",
+    "Release",
+    "ReleaseExistsError",
+    "ReleaseInfo",
+    "ReleaseMismatchError",
+    "ReleaseNotFoundError",
     "Rows",
     "ServerDeadError",
     "Snapshot",
@@ -74,6 +86,7 @@ __all__ = [
     "WorkerError",
     "WorkerMismatchError",
     "__version__",
+    "apply_changes",
     "create",
     "engines",
     "errors",

@@ -13,6 +13,9 @@ TensorKVError
 ├── CheckpointError        (ValueError)    a checkpoint that is damaged, does not fit, or cannot be written
 ├── StorageError           (RuntimeError)  a store's folder that could not be opened, read or written
 ├── SnapshotError          (RuntimeError)  a snapshot that was dropped, or one more than the store keeps
+├── ReleaseNotFoundError   (KeyError)      a release that was never published, or was dropped
+├── ReleaseExistsError     (ValueError)    a second release of one name
+├── ReleaseMismatchError   (ValueError)    changes that are applied to other values than those they start from
 ├── EngineNotFoundError    (ValueError)    an unknown type of store
 ├── WorkerMismatchError    (RuntimeError)  desync: dist_sync workers that did not make the same call
 ├── RankDeadError          (RuntimeError)  a dist_sync worker that died, stalled or ended early
@@ -90,6 +93,20 @@ class StorageError(TensorKVError, RuntimeError):
 
 class SnapshotError(TensorKVError, RuntimeError):
     """A snapshot was dropped, or the store keeps as many as it may."""
+
+
+class ReleaseNotFoundError(TensorKVError, KeyError):
+    """A release was never published, or has been dropped."""
+
+    __str__ = Exception.__str__
+
+
+class ReleaseExistsError(TensorKVError, ValueError):
+    """A release of this name was published before; names are not used again."""
+
+
+class ReleaseMismatchError(TensorKVError, ValueError):
+    """Arrays do not hold the release that changes start from."""
 
 
 class EngineNotFoundError(TensorKVError, ValueError):

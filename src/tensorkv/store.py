@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar
 
@@ -27,7 +28,9 @@ from tensorkv.arrays.keytable import select
 from tensorkv.arrays.outputs import GivenOuts, NewOuts, describe_like, give_each
 from tensorkv.arrays.rows import Rows, take_ids, unchecked_rows
 from tensorkv.arrays.spec import KeySpec
+from tensorkv.engines.base import ReleaseReader
 from tensorkv.engines.call import Call, check_priority, nbytes, take
+from tensorkv.releases.changes import Changes
 from tensorkv.runtime import caller, forks
 from tensorkv.runtime.modes import outside_modes, runs_outside_modes
 from tensorkv.runtime.stats import Metrics, clock
@@ -58,9 +61,12 @@ from .errors import (
 
 P = ParamSpec("P")
 R = TypeVar("R")
-CAPABILITIES = ("checkpoint", "compression", "optimizer", "rows", "snapshot", "updater")
-# How long a pull waits for a version, in seconds.
+CAPABILITIES = ("checkpoint", "compression", "optimizer", "releases", "rows", "snapshot", "updater")
+# How long a pull waits for a version, and a reader for a release, in seconds.
 WAIT_S = 60.0
+# How long a release stays after it was last read, in seconds, and how long its name may be.
+LEASE_S = 60.0
+MAX_NAME = 255
 # Names that users of MXNet's KVStore, or of other key-value stores, may try, and what to use instead.
 _FOREIGN_NAMES = {
     "_barrier": "use barrier()",
@@ -656,6 +662,128 @@ class KVStore:
         reader, versions = self._engine.protect(self._engine.snapshot)
         return Snapshot(KVStore(reader, self._type), versions, self)
 
+    # ------------------------------------------------------------ releases
+
+    def publish(self, name: str, keys: Any = None, *, keep: int | None = None) -> None:
+        """Publish the present values as a release, an immutable version with a name.
+
+        Nothing is copied until a value changes. Each update is in a release as a whole or not at all, on every server.
+
+        Args:
+            name: of the release, a str of at most 255 characters. A name is never used again.
+            keys: to publish: a key, a pattern, a function or a list, as for ``set_hyperparameters`` (None: all keys).
+            keep: how many of the newest releases stay, this one included; older ones are dropped once nobody reads
+                them (None: all stay).
+
+        Raises:
+            ReleaseExistsError: there was a release of this name.
+            KeyNotFoundError: a key does not exist, or a pattern or function chooses none.
+            ArgumentError: an invalid name or ``keep``; this type of store has no releases
+                (``is_capable("releases")``).
+
+        >>> import numpy as np
+        >>> kv = create()
+        >>> kv.init("w", np.zeros(2))
+        >>> kv.publish("step-1", keep=2)
+        >>> kv.push("w", np.ones(2))
+        >>> with kv.open_release("step-1") as release:
+        ...     release.pull("w")
+        array([0., 0.])
+        """
+        self._begin_release("publish", name)
+        if keep is not None and (type(keep) is not int or keep < 1):
+            raise ArgumentError(f"publish({quote(name)}): keep is {show(keep)}; expected an int of at least 1, or None")
+        chosen = None if keys is None else select("publish", keys, self.keys)
+        self._engine.protect(self._engine.publish, name, chosen, keep)
+
+    def releases(self) -> list[ReleaseInfo]:
+        """Return the releases that are held, from the oldest to the newest.
+
+        Raises:
+            ArgumentError: this type of store has no releases.
+
+        >>> kv = create()
+        >>> kv.publish("empty")
+        >>> kv.releases()
+        [ReleaseInfo(name='empty', number=1)]
+        """
+        self._begin_release("releases")
+        return [ReleaseInfo(*each) for each in self._engine.protect(self._engine.releases)]
+
+    def unpublish(self, name: str) -> None:
+        """Drop a release, once nobody reads it.
+
+        Raises:
+            ReleaseNotFoundError: it was dropped, or never published.
+            ArgumentError: this type of store has no releases.
+        """
+        self._begin_release("unpublish", name)
+        self._engine.protect(self._engine.unpublish, name)
+
+    def open_release(self, name: str, *, lease_s: float = LEASE_S) -> Release:
+        """Open a release for reading; close it after use.
+
+        Args:
+            name: of the release.
+            lease_s: how long the release stays after it was last read, in seconds, though others drop it.
+
+        Returns:
+            A ``Release`` with ``pull``, ``pull_tree``, ``row_sparse_pull``, ``changes`` and ``digest``.
+
+        Raises:
+            ReleaseNotFoundError: it was dropped, or never published.
+            ArgumentError: this type of store has no releases, or an invalid ``lease_s``.
+        """
+        self._begin_release("open_release", name)
+        lease_s = check_timeout(lease_s, "open_release: lease_s")
+        return self._opened(self._engine.protect(self._engine.open_release, name, lease_s))
+
+    def wait_release(
+        self, after: str | Release | None = None, *, timeout_s: float = WAIT_S, lease_s: float = LEASE_S
+    ) -> Release:
+        """Wait until there is a release that is newer than another one, and open the newest.
+
+        A reader that falls behind gets the newest release, not those between.
+
+        Args:
+            after: a release or its name, which may have been dropped since; None or ``""``: any release will do.
+            timeout_s: how long to wait, in seconds.
+            lease_s: as for ``open_release``.
+
+        Returns:
+            As ``open_release``.
+
+        Raises:
+            WaitTimeoutError: no newer release was published in time.
+            ReleaseNotFoundError: there never was a release ``after``.
+            ArgumentError: this type of store has no releases, or an invalid time.
+
+        >>> kv = create()
+        >>> kv.publish("step-1")
+        >>> kv.publish("step-2")
+        >>> kv.wait_release(after="step-1").name
+        'step-2'
+        """
+        name = after.name if isinstance(after, Release) else after or None
+        self._begin_release("wait_release", *([] if name is None else [name]))
+        timeout_s = check_timeout(timeout_s, "wait_release: timeout_s")
+        lease_s = check_timeout(lease_s, "wait_release: lease_s")
+        return self._opened(self._engine.wait_release(name, timeout_s, lease_s))
+
+    def _begin_release(self, verb: str, *names: Any) -> None:
+        """Check that this store has releases, and names of them."""
+        self._begin(verb)
+        if "releases" not in self._engine.capabilities:
+            raise ArgumentError(f"{verb}: a store of type {quote(self._type)} has no releases")
+        for name in names:
+            if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
+                raise ArgumentError(
+                    f"{verb}: the name is {show(name)}; expected a str of 1 to {MAX_NAME} printable characters"
+                )
+
+    def _opened(self, reader: ReleaseReader) -> Release:
+        return Release(KVStore(reader, self._type), reader, self)
+
     # ------------------------------------------------------------ the update rule
 
     @_collective
@@ -1236,6 +1364,70 @@ class Snapshot:
 
     def __repr__(self) -> str:
         return f"Snapshot({len(self.versions)} keys)"
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseInfo:
+    """What ``KVStore.releases`` tells of a release.
+
+    Args:
+        name: of the release.
+        number: greater than those of all earlier releases of the store.
+    """
+
+    name: str
+    number: int
+
+
+class Release(Snapshot):
+    """A release that is read: one version of all its keys, whatever is pushed meanwhile.
+
+    ``KVStore.open_release`` and ``KVStore.wait_release`` return them. As a context manager a release closes itself.
+    """
+
+    def __init__(self, store: KVStore, reader: ReleaseReader, owner: KVStore) -> None:
+        super().__init__(store, reader.versions, owner)
+        self._reader = reader
+        self.name = reader.name
+        """The name under which it was published."""
+        self.number = reader.number
+        """Greater than those of all earlier releases of the store."""
+
+    @property
+    def digest(self) -> str:
+        """A digest of all keys with their dtypes, shapes and bits, 32 hexadecimal digits.
+
+        Equal values have equal digests on every type of store. It is computed when it is first asked for.
+
+        Raises:
+            ReleaseNotFoundError: the release was dropped.
+        """
+        self._store._begin("digest")
+        return self._reader.protect(self._reader.digest)
+
+    def changes(self, since: str | Release) -> Changes:
+        """Return what has changed since another release, bit by bit; ``apply_changes`` applies it.
+
+        The store finds the changes between two releases once, for all readers.
+
+        Args:
+            since: a release or its name.
+
+        Returns:
+            Changes, one for each key. If the store does not hold ``since`` any more, all values.
+
+        Raises:
+            ReleaseNotFoundError: there never was a release ``since``, or this one was dropped.
+            ArgumentError: ``since`` is newer than this release.
+        """
+        self._store._begin("changes")
+        name = since.name if isinstance(since, Release) else since
+        if not isinstance(name, str):
+            raise ArgumentError(f"changes: since is {show(name)}; expected a release or its name")
+        return self._reader.protect(self._reader.changes, name)
+
+    def __repr__(self) -> str:
+        return f"Release({self.name!r}, number {self.number}, {len(self.versions)} keys)"
 
 
 def _refuse_unnamed(verb: str, unnamed: tuple[Any, ...]) -> None:

@@ -1,9 +1,10 @@
 """Packing: every dtype, and layouts that no tensors have."""
 
+import numpy as np
 import pytest
 import torch
 
-from tensorkv.arrays import interop
+from tensorkv.arrays import interop, packing
 from tensorkv.arrays.packing import Item, LayoutError, decode_layout, encode_layout, join_layout, pack, unpack
 
 
@@ -74,3 +75,13 @@ def test_a_joined_layout_is_an_encoded_one(keys):
     numbers = [index % 2 for index in range(len(keys))]
     tensors = [(key, *kinds[number]) for key, number in zip(keys, numbers, strict=True)]
     assert join_layout(keys, kinds, numbers) == encode_layout(tensors)
+
+
+@pytest.mark.parametrize("stride", [0, 3])
+def test_the_bytes_of_one_element_with_any_stride(stride):
+    one = torch.as_strided(torch.tensor([1.0, 2, 3, 4]), (1,), (stride,))
+    assert bytes(packing.raw_bytes(one)) == np.float32(1).tobytes()
+    shared = packing.flat_bytes(one)
+    shared.zero_()
+    assert one.tolist() == [0]
+    assert len(packing.raw_bytes(torch.zeros(0, 3))) == 0

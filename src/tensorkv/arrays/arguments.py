@@ -177,14 +177,14 @@ def check_flag(name: str, flag: Any) -> bool:
     return flag
 
 
-def check_timeout(timeout_s: Any) -> float:
-    """Return the option as a float.
+def check_timeout(timeout_s: Any, name: str = "timeout_s") -> float:
+    """Return an option of a name as a float.
 
     Raises:
         ArgumentError: not a number above 0.
     """
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < 1e9:
-        raise ArgumentError(f"timeout_s is {show(timeout_s)}; expected a number of seconds above 0")
+        raise ArgumentError(f"{name} is {show(timeout_s)}; expected a number of seconds above 0")
     return float(timeout_s)
 
 

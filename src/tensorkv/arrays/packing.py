@@ -243,5 +243,15 @@ def decode_layout(layout: bytes) -> tuple[Slot, ...]:
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the elements of a tensor as bytes, sharing the memory of a contiguous CPU tensor."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().data
+    return flat_bytes(tensor.detach().cpu()).numpy().data
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements of a tensor as a flat tensor of bytes, sharing the memory of a contiguous one.
+
+    >>> flat_bytes(torch.as_strided(torch.ones(1), (1,), (0,)))
+    tensor([  0,   0, 128,  63], dtype=torch.uint8)
+    """
+    whole = tensor.contiguous()
+    # A tensor of one element is contiguous with any stride, and with most of them has no view of another dtype.
+    return torch.as_strided(whole, (whole.numel(),), (1,)).view(torch.uint8)

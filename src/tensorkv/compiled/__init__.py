@@ -43,7 +43,7 @@ def parts() -> dict[str, bool]:
     """Return the compiled parts, and whether each can be used here.
 
     >>> parts()
-    {'_codecs': True, '_native': True, '_shared': True, '_signals': True, '_tables': True}
+    {'_codecs': True, '_elements': True, '_native': True, '_shared': True, '_signals': True, '_tables': True}
     """
     return {part: part not in _missing for part in PARTS}
 

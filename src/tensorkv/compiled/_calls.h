@@ -380,7 +380,7 @@ static PyObject *call_run(Call *call, PyObject *given) {
     Py_DECREF(entries);
     if (found == NULL || found == Py_None) return found;
     int is_logged = call->batch->pushes && shard->log != NULL && shard->log != Py_None;
-    int is_decided_on = call->batch->pushes && shard->decides;
+    int is_decided_on = call->batch->pushes && (shard->decides || call->batch->is_frozen);
     if (call->batch->calls.total_nbytes > AT_ONCE_NBYTES || is_logged || is_decided_on || call->batch->unready != NULL)
         return found;
     int free = is_free(shard);

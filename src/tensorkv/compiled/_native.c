@@ -484,6 +484,7 @@ typedef struct {
     unsigned long long digest;   /* of the key */
     Plain plain;                 /* of the whole, if ``is_plain``, as of when ``bound`` was the value */
     PyObject *whole, *borders;   /* NULL or None: the value is not a part of another */
+    PyObject *frozen;            /* what snapshots hold of the key as it is now; NULL or None: nothing */
     PyObject *state, *spec, *bound_states[MAX_STATES + 1];
     PyObject *block; /* has the state, which is no dict yet: a tuple of the states' names and what makes the dict */
     size_t place, offset, placed_nbytes; /* in the block: which key, its first element, and the bytes of its value */
@@ -501,6 +502,7 @@ static int cell_traverse(Cell *cell, visitproc visit, void *arg) {
     Py_VISIT(cell->bound);
     Py_VISIT(cell->whole);
     Py_VISIT(cell->borders);
+    Py_VISIT(cell->frozen);
     for (int i = 0; i <= MAX_STATES; i++) Py_VISIT(cell->bound_states[i]);
     return 0;
 }
@@ -513,6 +515,7 @@ static int cell_clear(Cell *cell) {
     Py_CLEAR(cell->bound);
     Py_CLEAR(cell->whole);
     Py_CLEAR(cell->borders);
+    Py_CLEAR(cell->frozen);
     for (int i = 0; i <= MAX_STATES; i++) Py_CLEAR(cell->bound_states[i]);
     return 0;
 }
@@ -575,6 +578,8 @@ static PyMemberDef cell_members[] = {
      "The tensor of which the value is some rows, None if it is not; parts and outs are as the whole."},
     {"borders", T_OBJECT, offsetof(Cell, borders), 0,
      "A list of where in the whole each owner's rows begin, and the number of rows last; set before the value."},
+    {"frozen", T_OBJECT, offsetof(Cell, frozen), 0,
+     "What snapshots hold of the key as it is now, None if there are none; a push has to see to it."},
     {"is_new", T_BOOL, offsetof(Cell, is_new), 0, "Whether the state was made for the step that comes next."},
     {NULL, 0, 0, 0, NULL},
 };
@@ -1131,7 +1136,7 @@ typedef struct {
     unsigned long long number;
     double scale;      /* of all gradients, beside rescale_grad */
     ExactSum *squares; /* of the sums; NULL: not asked for */
-    int is_list, pushes, pulls, is_remote, has_new_outs, is_done;
+    int is_list, pushes, pulls, is_remote, is_frozen, has_new_outs, is_done;
     char past_cache;
 } Batch;
 
@@ -1172,6 +1177,7 @@ static int take_work(Batch *batch, Work *work, PyObject *value, PyObject *out, P
     if ((batch->pushes && value == NULL) || (batch->pulls && out == NULL)) return 0;
     cell->named = batch->number;
     batch->is_remote |= cell->is_remote;
+    batch->is_frozen |= cell->frozen != NULL && cell->frozen != Py_None;
     work->first_part = (uint32_t)calls->num_addresses;
     if (batch->pushes) {
         Py_ssize_t count =

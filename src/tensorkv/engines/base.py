@@ -17,6 +17,7 @@ from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import Codec
 from tensorkv.errors import ArgumentError, WaitTimeoutError, quote
+from tensorkv.releases.changes import Changes
 from tensorkv.runtime import shield
 from tensorkv.runtime.modes import outside_modes
 from tensorkv.shard.entry import Batch, KeyInfo, Part
@@ -30,8 +31,8 @@ from .call import Call
 
 T = TypeVar("T")
 Outs = Sequence[Sequence[torch.Tensor]]
-# How often ``wait_for`` looks at a version.
-_POLL_S = 0.001
+# How often a wait looks whether it is over.
+POLL_S = 0.001
 
 
 class Reader(ABC):
@@ -86,6 +87,9 @@ class Reader(ABC):
     def close(self) -> None:
         """Finish what is pending and let go of everything; called once."""
 
+    def abandon(self) -> None:
+        """Let go, some time soon, of what outlives this process: the store was dropped without ``close``."""
+
     def __contains__(self, key: object) -> bool:
         return key in self.keys()
 
@@ -106,6 +110,31 @@ class Reader(ABC):
         return False
 
 
+class ReleaseReader(Reader):
+    """A release that is read.
+
+    Args:
+        name, number: of the release.
+        versions: how many updates each key had had.
+    """
+
+    def __init__(self, name: str, number: int, versions: Mapping[Key, int]) -> None:
+        self.name, self.number, self.versions = name, number, versions
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Return the digest of all keys, which is computed once."""
+
+    @abstractmethod
+    def changes(self, since: str) -> Changes:
+        """Return what has changed since another release; all values if that is not held any more.
+
+        Raises:
+            ReleaseNotFoundError: there never was a release of that name.
+            ArgumentError: it is newer than this one.
+        """
+
+
 class Engine(Reader):
     """What decides where values are and how pushes are summed.
 
@@ -116,8 +145,8 @@ class Engine(Reader):
     """
 
     capabilities: frozenset[str] = frozenset()
-    """What it can do, of ``"checkpoint"``, ``"compression"`` of what it sends, ``"optimizer"``, ``"rows"``,
-    ``"snapshot"`` and ``"updater"``."""
+    """What it can do, of ``"checkpoint"``, ``"compression"`` of what it sends, ``"optimizer"``, ``"releases"``,
+    ``"rows"``, ``"snapshot"`` and ``"updater"``."""
 
     # ------------------------------------------------------------ to be implemented
 
@@ -249,6 +278,48 @@ class Engine(Reader):
         """Return all values as they are now, and how many updates each key has had."""
         raise self.lacks("snapshot")
 
+    def publish(self, name: str, keys: Sequence[Key] | None, keep: int | None) -> None:
+        """Hold the present values of some keys, or of all, as a release.
+
+        Args:
+            name: of the release.
+            keys: of the values (None: all).
+            keep: how many of the newest releases stay (None: all).
+
+        Raises:
+            ReleaseExistsError: there was a release of this name.
+        """
+        raise self.lacks("publish")
+
+    def unpublish(self, name: str) -> None:
+        """Drop a release, once nobody reads it.
+
+        Raises:
+            ReleaseNotFoundError: it was dropped, or never published.
+        """
+        raise self.lacks("unpublish")
+
+    def releases(self) -> list[tuple[str, int]]:
+        """Return names and numbers of the releases, from the oldest to the newest."""
+        raise self.lacks("releases")
+
+    def open_release(self, name: str, lease_s: float) -> ReleaseReader:
+        """Return a release, which stays until the reader is closed or has not read for ``lease_s`` seconds.
+
+        Raises:
+            ReleaseNotFoundError: it was dropped, or never published.
+        """
+        raise self.lacks("open_release")
+
+    def wait_release(self, after: str | None, timeout_s: float, lease_s: float) -> ReleaseReader:
+        """Wait for a release that is newer than another one (None: any), and return the newest.
+
+        Raises:
+            ReleaseNotFoundError: there never was a release ``after``.
+            WaitTimeoutError: none has come in time.
+        """
+        raise self.lacks("wait_release")
+
     def wait_for(self, keys: Sequence[Key], min_version: int, timeout_s: float) -> None:
         """Return when every key has had so many updates.
 
@@ -262,7 +333,7 @@ class Engine(Reader):
                 if time.monotonic() >= deadline:
                     what = f"version {min_version} has not come within {timeout_s:g} s; it is {version}"
                     raise WaitTimeoutError(f"pull({quote(key)}): {what}")
-                time.sleep(_POLL_S)
+                time.sleep(POLL_S)
 
     def barrier(self) -> None:
         """Wait until every worker is here."""
@@ -290,5 +361,8 @@ class Engine(Reader):
         """Return the ranks of workers that were here and are dead."""
         return []
 
-    def abandon(self) -> None:
-        """Let go, some time soon, of what outlives this process: the store was dropped without ``close``."""
+
+def no_release(after: str | None, timeout_s: float) -> WaitTimeoutError:
+    """Return the error of a wait for a release that has not come."""
+    what = "no release has come" if after is None else f"no release after {quote(after)} has come"
+    return WaitTimeoutError(f"wait_release: {what} within {timeout_s:g} s")

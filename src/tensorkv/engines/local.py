@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,25 +17,109 @@ from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import Codec, Compressor
 from tensorkv.errors import ArgumentError
+from tensorkv.releases.changes import Changes, changes_of, release_digest
+from tensorkv.releases.finder import ChangeFinder
 from tensorkv.runtime import shield
 from tensorkv.shard.entry import Batch, KeyInfo, Part
 from tensorkv.shard.nonfinite import NonFinite
 from tensorkv.shard.norm import PushResult
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.reduce import Reduce
+from tensorkv.shard.releases import HeldRelease
 from tensorkv.shard.rules import Updater
-from tensorkv.shard.shard import Lock, Shard
-from tensorkv.shard.table import Table
+from tensorkv.shard.shard import Lock, Shard, ShardSnapshot
 from tensorkv.storage import checkpoint
 from tensorkv.storage.durable import open_shard
 from tensorkv.storage.manifest import Contents
 from tensorkv.storage.wal import Durability
 
-from .base import Engine, Outs
+from .base import POLL_S, Engine, Outs, Reader, ReleaseReader, no_release
 from .call import Call
 
 
-class LocalEngine(Engine):
+class ShardReader(Reader):
+    """Reads a shard of this process.
+
+    Args:
+        shard: to be read.
+    """
+
+    protect = staticmethod(shield.defer)
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+
+    def spec(self, verb: str, key: Key) -> KeySpec:
+        return self._shard.entry(verb, key).spec
+
+    def keys(self) -> list[Key]:
+        return self._shard.keys()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._shard
+
+    def try_compiled(self, call: Call) -> bool:
+        return self._shard.try_compiled(call)
+
+    def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
+        self._shard.pull(keys, outs)
+
+    def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
+        return self._shard.pull_rows(keys, ids)
+
+    def close(self) -> None:
+        self._shard.close()
+
+
+class LocalRelease(ShardReader, ReleaseReader):
+    """A release of a store in this process.
+
+    Args:
+        shard: of the store.
+        finder: of changes between its releases.
+        held: the release, which ``reader`` holds.
+        reader: who reads.
+        lease_s: how long the release stays after it was read last.
+    """
+
+    def __init__(self, shard: Shard, finder: ChangeFinder, held: HeldRelease, reader: str, lease_s: float) -> None:
+        self._finder = finder
+        ShardReader.__init__(self, held.snapshot)
+        ReleaseReader.__init__(self, held.name, held.number, held.snapshot.versions)
+        self._source, self._reader, self._lease_s = shard, reader, lease_s
+        self._renewed = time.monotonic()
+
+    def _renew(self) -> None:
+        """Hold the release for longer, if the lease is no longer new."""
+        now = time.monotonic()
+        if now - self._renewed > self._lease_s / 4:
+            self._source.hold_release(self.name, self._reader, self._lease_s)
+            self._renewed = now
+
+    def pull(self, call: Call) -> None:
+        self._renew()
+        super().pull(call)
+
+    def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
+        self._renew()
+        return super().pull_rows(keys, ids)
+
+    def digest(self) -> str:
+        self._renew()
+        digests = self._finder.digests(self.name)
+        specs = {key: self.spec("digest", key) for key in digests}
+        return release_digest((key, specs[key].dtype, specs[key].shape, number) for key, number in digests.items())
+
+    def changes(self, since: str) -> Changes:
+        self._renew()
+        base, found = self._finder.changes(self.name, since)
+        return changes_of(base, self.name, found)
+
+    def close(self) -> None:
+        self._source.let_go(self.name, self._reader)
+
+
+class LocalEngine(ShardReader, Engine):
     """Values in this process; a push is summed and applied before it returns.
 
     Args:
@@ -46,8 +132,7 @@ class LocalEngine(Engine):
         log_nbytes: how long the log in the folder may grow (None: twice the store, at most 1 GiB).
     """
 
-    capabilities = frozenset({"checkpoint", "optimizer", "rows", "snapshot", "updater"})
-    protect = staticmethod(shield.defer)
+    capabilities = frozenset({"checkpoint", "optimizer", "releases", "rows", "snapshot", "updater"})
 
     def __init__(
         self,
@@ -83,15 +168,14 @@ class LocalEngine(Engine):
                 )
             )
 
+        self._finder = ChangeFinder(self._shard)
+
     def init(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
         self._shard.init(keys, values, specs)
 
     def push_parts(self, batch: Batch, priority: int) -> None:
         with self._compressed(batch) as found:
             self._shard.push(found)
-
-    def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
-        self._shard.pull(keys, outs)
 
     def pushpull_into(self, batch: Batch, outs: Outs, priority: int) -> None:
         with self._compressed(batch) as found:
@@ -144,9 +228,6 @@ class LocalEngine(Engine):
             self._compressor.keep(sending)
             self._compressor.end(sending)
 
-    def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
-        return self._shard.pull_rows(keys, ids)
-
     def delete(self, keys: Sequence[Key]) -> None:
         self._shard.delete(keys)
         with self._compressing:
@@ -173,17 +254,8 @@ class LocalEngine(Engine):
     def skips_steps(self) -> bool:
         return self._shard.skips_steps
 
-    def spec(self, verb: str, key: Key) -> KeySpec:
-        return self._shard.entry(verb, key).spec
-
     def info(self, key: Key) -> KeyInfo:
         return self._shard.entry("info", key).info()
-
-    def keys(self) -> list[Key]:
-        return self._shard.keys()
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._shard
 
     def stats(self) -> Mapping[str, Any]:
         counts = {"nonfinite": dict(self._shard.nonfinite_counts), **self._compressor.traffic.stats()}
@@ -199,15 +271,30 @@ class LocalEngine(Engine):
             checkpoint.restore(self._shard, contents)
             self._compressor.owed = dict(contents.owed)
 
-    def snapshot(self) -> tuple[LocalEngine, Mapping[Key, int]]:
-        copy = LocalEngine(False)
-        with self._shard.frozen() as (entries, _):
-            copy._shard.add([entry.copy(value=_copy(entry.value), state={}) for entry in entries])
-            return copy, {entry.key: entry.version for entry in entries}
+    # ------------------------------------------------------------ snapshots and releases
 
-    def close(self) -> None:
-        self._shard.close()
+    def snapshot(self) -> tuple[Reader, Mapping[Key, int]]:
+        taken = ShardSnapshot(self._shard, self._shard.freeze())
+        return ShardReader(taken), taken.versions
 
+    def publish(self, name: str, keys: Sequence[Key] | None, keep: int | None) -> None:
+        self._shard.publish(name, keys, keep)
 
-def _copy(value: torch.Tensor | Table) -> torch.Tensor | Table:
-    return value.copy() if isinstance(value, Table) else value.clone()
+    def unpublish(self, name: str) -> None:
+        self._shard.unpublish(name)
+
+    def releases(self) -> list[tuple[str, int]]:
+        return [(held.name, held.number) for held in self._shard.held_releases()]
+
+    def open_release(self, name: str, lease_s: float) -> ReleaseReader:
+        reader = secrets.token_hex(8)
+        held = self._shard.hold_release(name, reader, lease_s)
+        return LocalRelease(self._shard, self._finder, held, reader, lease_s)
+
+    def wait_release(self, after: str | None, timeout_s: float, lease_s: float) -> ReleaseReader:
+        reader, deadline = secrets.token_hex(8), time.monotonic() + timeout_s
+        while (held := self._shard.hold_newest(after, reader, lease_s)) is None:
+            if time.monotonic() >= deadline:
+                raise no_release(after, timeout_s)
+            time.sleep(POLL_S)
+        return LocalRelease(self._shard, self._finder, held, reader, lease_s)

@@ -135,3 +135,36 @@ class SetNotes(Change):
     """Keep plain data, for JSON, beside the values, by name; None removes a note."""
 
     notes: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class Publish(Change):
+    """Hold the present values as a release.
+
+    Args:
+        name, number: of the release.
+        keys: of the values (None: all).
+        is_visible: whether readers see it at once.
+        keep: if so, how many releases to keep, this one included (None: all).
+    """
+
+    name: str
+    number: int
+    keys: Sequence[Key] | None = None
+    is_visible: bool = True
+    keep: int | None = None
+
+
+@dataclass(slots=True)
+class ShowRelease(Change):
+    """Let readers see a release, and keep so many (None: all)."""
+
+    name: str
+    keep: int | None = None
+
+
+@dataclass(slots=True)
+class Unpublish(Change):
+    """Drop releases, which may be unknown."""
+
+    names: Sequence[str]

@@ -32,7 +32,7 @@ class Entry(Cell):
         state: of the optimizer, by name.
     """
 
-    __slots__ = ("_slot", "key", "ready")
+    __slots__ = ("_slot", "key", "ready", "spare")
 
     def __init__(
         self, key: Key, spec: KeySpec, value: torch.Tensor | Table, version: int = 0, state: State | None = None
@@ -46,6 +46,16 @@ class Entry(Cell):
         self._slot: bytes | None = None
         self.ready: Any = None
         """On CUDA: the moment when the last work on the value is done, for callers on other streams."""
+        self.spare: torch.Tensor | None = None
+        """Memory for the next copy of the value that a snapshot needs."""
+
+    def freeze(self) -> FrozenEntry:
+        """Return what one more snapshot holds of the key as it is now."""
+        if self.frozen is None:
+            self.frozen = FrozenEntry(self)
+        found: FrozenEntry = self.frozen
+        found.holders += 1
+        return found
 
     def copy(
         self, *, spec: KeySpec | None = None, value: torch.Tensor | Table | None = None, state: State | None = None
@@ -113,6 +123,39 @@ class Entry(Cell):
             self.value.nbytes,
             "rows" if self.spec.is_table else "dense",
         )
+
+
+class FrozenEntry(Entry):
+    """What snapshots hold of a key: the value of another entry until that is about to change, then a copy of it.
+
+    Args:
+        source: the other entry.
+    """
+
+    __slots__ = ("content_digest", "holders", "source")
+
+    def __init__(self, source: Entry) -> None:
+        super().__init__(source.key, source.spec, source.value, source.version)
+        self.source, self.ready = source, source.ready
+        self.holders = 0
+        """How many snapshots hold it."""
+        self.content_digest: int | None = None
+        """Of the value, once it was asked for."""
+
+    def release(self) -> bool:
+        """Let one snapshot go, and return whether it was the last one of a value that has not changed since.
+
+        After the last one, the memory of a copy is for the source's next one.
+        """
+        self.holders -= 1
+        if self.holders:
+            return False
+        if self.source.frozen is self:
+            self.source.frozen = None
+            return True
+        if isinstance(self.value, torch.Tensor) and self.value.device == self.source.value.device:
+            self.source.spare = self.value
+        return False
 
 
 @dataclass(frozen=True, slots=True)

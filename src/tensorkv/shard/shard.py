@@ -18,13 +18,16 @@ import torch
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.keytable import KeyTable
+from tensorkv.arrays.packing import flat_bytes
 from tensorkv.arrays.rows import Rows, unchecked_rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import (
     OptimizerError,
+    SnapshotError,
     StorageError,
     StoreClosedError,
     UpdaterError,
+    quote,
 )
 from tensorkv.runtime import shield
 from tensorkv.runtime.modes import outside_modes
@@ -35,6 +38,7 @@ from .changes import (
     Delete,
     Init,
     PlainPush,
+    Publish,
     Push,
     Put,
     RequestIds,
@@ -42,14 +46,17 @@ from .changes import (
     RestoreStates,
     SetNotes,
     SetRule,
+    ShowRelease,
+    Unpublish,
 )
-from .entry import Batch, Entry, Part
+from .entry import Batch, Entry, FrozenEntry, Part
 from .fused import AVERAGE
 from .nonfinite import NonFinite, NonFinitePolicy, clip
 from .norm import PushResult, SquareSum
 from .optimizers import OptimizerSpec
 from .pool import Pool
 from .reduce import Reduce, averages
+from .releases import HeldRelease, Releases
 from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater, check_outs, check_push
 from .table import Table
 
@@ -119,11 +126,17 @@ class Shard(native.ShardFields):
         threads: int | None = None,
     ) -> None:
         self._entries: KeyTable[Entry] = KeyTable()
-        self._on_device = on_device
+        self.on_device = on_device
         self._nonfinite = NonFinitePolicy(nonfinite)
         self.averages = averages(reduce)
-        self._pool = Pool(threads)
+        self.pool = Pool(threads)
         self._lock = Lock()
+        self.frozen_lock = Lock()
+        """Held while a snapshot is read, or gets its own copies of values; after ``_lock`` where both are held."""
+        # Values that snapshots share and that have not changed since.
+        self._num_frozen = 0
+        self.releases = Releases()
+        """Snapshots that have a name."""
         self.last_push = PushResult()
         """What was found out about the last push."""
         self._looks = native.can_look()
@@ -228,7 +241,7 @@ class Shard(native.ShardFields):
         rescale = 1.0 if clipping is None else clipping.rescale
         squares = SquareSum()
         if clipping is not None or self._nonfinite.checks:
-            self._pool.share(batch.numel, partial(batch.add_squares, rescale))
+            self.pool.share(batch.numel, partial(batch.add_squares, rescale))
             squares = SquareSum.of_batch(batch.squares)
         if self._nonfinite.checks and squares.rest != 0:
             return False
@@ -284,17 +297,17 @@ class Shard(native.ShardFields):
     def _sums_of(self, batch: native.Batch) -> torch.Tensor:
         """Return the sums of a batch, as bytes one after another; if they are made for that, have it push them."""
         if batch.sums is not None:
-            return interop.take(batch.sums).view(-1).view(torch.uint8)
+            return flat_bytes(interop.take(batch.sums))
         pieces, places, nbytes = batch.packed()
         sums = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         column = native.moved_by(places, sums.data_ptr())
-        self._pool.share(batch.numel, partial(batch.sum_pieces, pieces, [column], False))
+        self.pool.share(batch.numel, partial(batch.sum_pieces, pieces, [column], False))
         batch.take_sums(sums)
         return sums
 
     def _run(self, batch: native.Batch) -> None:
         """Do a batch that was begun."""
-        self._pool.share(batch.numel, batch.run)
+        self.pool.share(batch.numel, batch.run)
         batch.finish()
 
     def pull_rows(
@@ -415,8 +428,9 @@ class Shard(native.ShardFields):
             self._refuse_use()
             self._closed = True
             try:
+                self.releases.close()
                 self._entries.clear()
-                self._pool.close()
+                self.pool.close()
             finally:
                 if self.log is not None:
                     self.log.close()
@@ -429,6 +443,69 @@ class Shard(native.ShardFields):
         with self._lock:
             self.refuse_reentry()
             yield list(self._entries.values()), self._rule
+
+    def freeze(self, keys: Sequence[Key] | None = None) -> list[FrozenEntry]:
+        """Return what one more snapshot holds of some keys, or of all, without a copy of their values."""
+        with self._lock:
+            self.refuse_reentry()
+            entries = self._entries.values() if keys is None else [self.entry("snapshot", key) for key in keys]
+            frozen = [entry.freeze() for entry in entries]
+            self._num_frozen += sum([entry.holders == 1 for entry in frozen])
+            return frozen
+
+    def shares(self, frozen: FrozenEntry) -> bool:
+        """Return whether what snapshots hold of a key is its present value."""
+        return self._entries.get(frozen.key) is frozen.source and frozen.source.frozen is frozen
+
+    def release(self, entries: Sequence[FrozenEntry]) -> None:
+        """Let go of what a snapshot holds."""
+        with self._lock, self.frozen_lock:
+            self._num_frozen -= sum([entry.release() for entry in entries])
+
+    def publish(self, name: str, keys: Sequence[Key] | None, keep: int | None, *, requests: RequestIds = ()) -> None:
+        """Hold the present values of some keys, or of all, as a release; keep so many of the newest (None: all)."""
+        with self._lock:
+            self.refuse_reentry()
+            self.releases.check_new(name)
+            for key in keys or ():
+                self.entry("publish", key)
+            self._commit(Publish(name, self.releases.next_number, keys, keep=keep, requests=requests))
+
+    def unpublish(self, name: str, *, requests: RequestIds = ()) -> None:
+        """Drop a release, once nobody reads it."""
+        with self._lock:
+            self.refuse_reentry()
+            self.releases.find(name)
+            self._commit(Unpublish([name], requests=requests))
+
+    def held_releases(self) -> list[HeldRelease]:
+        """Return the releases that readers see, from the oldest to the newest."""
+        with self._lock:
+            self.refuse_reentry()
+            return self.releases.visible()
+
+    def number_of_release(self, name: str) -> int:
+        """Return the number of a release that is here, or was."""
+        with self._lock:
+            return self.releases.number_of(name)
+
+    def hold_release(self, name: str, reader: str, lease_s: float) -> HeldRelease:
+        """Return a release, which stays until a reader's lease has ended; ``Releases.hold``."""
+        with self._lock:
+            self.refuse_reentry()
+            return self.releases.hold(name, reader, lease_s)
+
+    def hold_newest(self, after: str | None, reader: str, lease_s: float) -> HeldRelease | None:
+        """Return the newest release after another one (None: any) for a reader, if there is one."""
+        with self._lock:
+            self.refuse_reentry()
+            found = self.releases.newest(after)
+            return None if found is None else self.releases.hold(found.name, reader, lease_s)
+
+    def let_go(self, name: str, reader: str) -> None:
+        """End a reader's lease."""
+        with self._lock:
+            self.releases.let_go(name, reader)
 
     def add(self, entries: Sequence[Entry], *, requests: RequestIds = ()) -> None:
         """Add entries that were made elsewhere, without a copy of their values."""
@@ -494,6 +571,8 @@ class Shard(native.ShardFields):
         Returns:
             Whether the outs of a push were filled on the way.
         """
+        if self._num_frozen and isinstance(change, Push | PlainPush | Put):
+            self._thaw(change.entries)
         match change:
             case Push(entries=entries, parts=parts, outs=outs, scale=scale):
                 return self._update(entries, parts, outs, self._rule.scaled(scale))
@@ -518,6 +597,15 @@ class Shard(native.ShardFields):
                 self._keep_overrides()
             case RestoreStates(entries=entries, rule=rule):
                 self._restore_states(entries, rule)
+            case Publish(name=name, number=number, keys=keys, is_visible=is_visible, keep=keep):
+                self.releases.add(name, number, ShardSnapshot(self, self.freeze(keys)))
+                if is_visible:
+                    self.releases.show(name, keep)
+            case ShowRelease(name=name, keep=keep):
+                self.releases.show(name, keep)
+            case Unpublish(names=names):
+                for name in names:
+                    self.releases.remove(name)
             case SetNotes(notes=notes):
                 self.notes |= notes
                 for name in [name for name, data in notes.items() if data is None]:
@@ -525,6 +613,33 @@ class Shard(native.ShardFields):
             case _:
                 raise TypeError(f"a shard has no change {type(change).__name__}")
         return False
+
+    def _thaw(self, entries: Sequence[Entry]) -> None:
+        """Give snapshots their own copies of values that are about to change."""
+        shared = [(entry, entry.frozen) for entry in entries if entry.frozen is not None]
+        if not shared:
+            return
+        with kept(), self.frozen_lock, self._in_order([frozen for _, frozen in shared]):
+            copies: list[torch.Tensor | Table] = []
+            pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+            for entry, _ in shared:
+                if isinstance(entry.value, Table):
+                    copies.append(entry.value.copy())
+                else:
+                    copy = torch.empty_like(entry.value) if entry.spare is None else entry.spare
+                    copies.append(copy)
+                    pairs.append((copy, entry.value))
+            self._copy_all(pairs)
+            for copied, (entry, frozen) in zip(copies, shared, strict=True):
+                frozen.value, entry.spare, entry.frozen = copied, None, None
+            self._num_frozen -= len(shared)
+
+    def _copy_all(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Copy tensors, each into the first one of its pair."""
+        if self.pool.is_worth([tensor for pair in pairs for tensor in pair]):
+            self.pool.run(reduce.copies(pairs, self.pool.threads))
+        elif pairs:
+            torch._foreach_copy_([out for out, _ in pairs], [value for _, value in pairs])
 
     def _update(
         self, entries: Sequence[Entry], parts: Sequence[list[Any]], outs: Sequence[Sequence[torch.Tensor]], rule: Rule
@@ -558,7 +673,7 @@ class Shard(native.ShardFields):
                     numel += size
             large += self._update_small(small, entries, parts, rule)
         if large:
-            rule.apply([entries[i] for i in large], [parts[i] for i in large], self._pool)
+            rule.apply([entries[i] for i in large], [parts[i] for i in large], self.pool)
 
     def _update_small(
         self, indices: list[int], entries: Sequence[Entry], parts: Sequence[list[Any]], rule: Rule
@@ -644,7 +759,7 @@ class Shard(native.ShardFields):
         entries = [self.entry(batch.verb, key) for key in batch.keys]
         check_push(batch, entries, self._rule, self.averages)
         parts: list[list[Any]] = batch.parts
-        if self._on_device:
+        if self.on_device:
             move_to_parts(entries, parts)
         with self._in_order(entries):
             if self._decides or self.averages:
@@ -657,22 +772,70 @@ class Shard(native.ShardFields):
         entries = [self.entry("pull", key) for key in keys]
         check_outs(entries, outs)
         with self._in_order(entries):
-            pairs: list[Any] = [(out, e.value) for e, key_outs in zip(entries, outs, strict=True) for out in key_outs]
-            if self._pool.is_worth([tensor for pair in pairs for tensor in pair]):
-                self._pool.run(reduce.copies(pairs, self._pool.threads))
-            elif pairs:
-                torch._foreach_copy_([out for out, _ in pairs], [value for _, value in pairs])
+            self._copy_all([(out, e.tensor) for e, key_outs in zip(entries, outs, strict=True) for out in key_outs])
 
     def _to_device(self, entry: Entry) -> None:
-        if self._on_device and isinstance(entry.spec.origin.device, torch.device):
+        if self.on_device and isinstance(entry.spec.origin.device, torch.device):
             entry.move(entry.spec.origin.device)
 
     def _copy_in(self, key: Key, value: Part) -> torch.Tensor | Table:
         if isinstance(value, Rows):
-            device = value.values.device if self._on_device else "cpu"
+            device = value.values.device if self.on_device else "cpu"
             return Table.of(rows.merge([value], may_share=True), device, key)
-        device = value.device if self._on_device else "cpu"
+        device = value.device if self.on_device else "cpu"
         return torch.empty(value.shape, dtype=value.dtype, device=device).copy_(value)
+
+
+class ShardSnapshot(Shard):
+    """The present values of a shard, for reading only.
+
+    A value is copied before its first change after that, once for all snapshots that share it.
+
+    Args:
+        shard: whose values.
+        frozen: what ``Shard.freeze`` has returned for this snapshot.
+    """
+
+    def __init__(self, shard: Shard, frozen: Sequence[FrozenEntry]) -> None:
+        super().__init__(on_device=shard.on_device, threads=shard.pool.threads)
+        self.pool, self._lock = shard.pool, shard.frozen_lock
+        self._source = shard
+        self.held: dict[Key, FrozenEntry] = {entry.key: entry for entry in frozen}
+        """What is held of each key."""
+        self._entries: KeyTable[Entry] = KeyTable(self.held)
+        self.versions = {key: entry.version for key, entry in self.held.items()}
+        """How many updates each key had had."""
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Return a block in which values stay as they are, and where they are.
+
+        Raises:
+            SnapshotError: the snapshot was dropped.
+        """
+        with self._lock:
+            if self._closed:
+                raise SnapshotError("this snapshot was dropped; take another")
+            yield
+
+    def entry(self, verb: str, key: Key) -> Entry:
+        """Return what is held of a key.
+
+        Raises:
+            SnapshotError: the snapshot was dropped.
+            KeyNotFoundError: the key was not there when it was taken.
+        """
+        if self._closed:
+            raise SnapshotError(f"{verb}({quote(key)}): this snapshot was dropped; take another")
+        return super().entry(verb, key)
+
+    def close(self) -> None:
+        """Let go of the values."""
+        with self._lock:
+            frozen, self.held = self.held, {}
+            self._closed = True
+            self._entries.clear()
+        self._source.release(list(frozen.values()))
 
 
 def _put(entries: Sequence[Entry], values: Sequence[Any]) -> None:

@@ -11,7 +11,19 @@ import torch
 from tensorkv.arrays.packing import Item, join_slots, raw_bytes
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import CheckpointError, StorageError, quote
-from tensorkv.shard.changes import Change, Delete, Init, PlainPush, Push, Put, SetNotes, SetRule
+from tensorkv.shard.changes import (
+    Change,
+    Delete,
+    Init,
+    PlainPush,
+    Publish,
+    Push,
+    Put,
+    SetNotes,
+    SetRule,
+    ShowRelease,
+    Unpublish,
+)
 from tensorkv.shard.entry import Batch, Entry
 from tensorkv.shard.rules import Assign, LostUpdater, Rule, StepOptimizer, check_push
 from tensorkv.shard.shard import Shard
@@ -33,7 +45,7 @@ def encode(change: Change) -> Record:
     return replace(record, head={**record.head, "requests": list(change.requests)}) if change.requests else record
 
 
-def _encode(change: Change) -> Record:
+def _encode(change: Change) -> Record:  # noqa: C901 - one case for each kind of change
     match change:
         case Push(entries=entries, parts=parts, scale=scale):
             return Record.pack(_head_of_push(scale), _items(entries, [total for (total,) in parts]))
@@ -51,6 +63,21 @@ def _encode(change: Change) -> Record:
             return Record({"verb": "rule", **_describe_rule(rule)})
         case SetNotes(notes=notes):
             return Record({"verb": "notes", "notes": dict(notes)})
+        case Publish(name=name, number=number, keys=keys, is_visible=is_visible, keep=keep):
+            return Record(
+                {
+                    "verb": "publish",
+                    "name": name,
+                    "number": number,
+                    "keys": None if keys is None else list(keys),
+                    "is_visible": is_visible,
+                    "keep": keep,
+                }
+            )
+        case ShowRelease(name=name, keep=keep):
+            return Record({"verb": "show_release", "name": name, "keep": keep})
+        case Unpublish(names=names):
+            return Record({"verb": "unpublish", "names": list(names)})
         case Events(events=events):
             return Record({"verb": "session", "events": list(events)})
     raise TypeError(f"a log has no record of a {type(change).__name__}")
@@ -61,7 +88,7 @@ def _head_of_push(scale: float) -> dict[str, Any]:
     return {"verb": "push"} if scale == 1 else {"verb": "push_scaled", "scale": scale.hex()}
 
 
-def decode(record: Record, shard: Shard) -> Change:
+def decode(record: Record, shard: Shard) -> Change:  # noqa: C901 - one case for each kind of change
     """Return the change of a record, checked against the shard that is to apply it.
 
     Raises:
@@ -87,6 +114,16 @@ def decode(record: Record, shard: Shard) -> Change:
             return SetRule(_read_rule(head, shard))
         case "notes":
             return SetNotes(dict(head["notes"]))
+        case "publish":
+            keys = None if head["keys"] is None else _list(head["keys"])
+            for key in keys or ():
+                shard.entry("publish", key)
+            shard.releases.check_new(head["name"])
+            return Publish(str(head["name"]), int(head["number"]), keys, bool(head["is_visible"]), head["keep"])
+        case "show_release":
+            return ShowRelease(str(head["name"]), head["keep"])
+        case "unpublish":
+            return Unpublish(_list(head["names"]))
         case "session":
             return Events(_list(head["events"]))
         case verb:

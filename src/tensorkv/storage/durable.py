@@ -25,7 +25,7 @@ from tensorkv.shard.reduce import Reduce
 from tensorkv.shard.rules import Assign, CallUpdater, LostUpdater
 from tensorkv.shard.shard import Shard
 
-from . import manifest
+from . import manifest, releases
 from .changes import Events, add_tensors, decode, encode, read_contents
 from .dedup import AppliedRequests
 from .record import Record, crc32
@@ -202,6 +202,8 @@ class DurableLog:
     def _snapshot_records(self, shard: Shard) -> Iterator[Record]:
         with shard.frozen() as (entries, rule):
             body, tensors = manifest.describe("store", entries, rule)
+            published, copies = releases.describe(shard)
+        tensors |= copies
         group: list[Item] = []
         nbytes = 0
         # Adjacent tensors are written at once.
@@ -214,7 +216,8 @@ class DurableLog:
         yield Record.pack({"verb": "tensors"}, group)
         session = self.applied.describe()
         applied = {"clients": self.applied.last, **({"session": session} if session else {})}
-        yield Record({"verb": "end", "body": body, **applied, "notes": shard.notes})
+        known = {"releases": published} if published["numbers"] or published["held"] else {}
+        yield Record({"verb": "end", "body": body, **applied, **known, "notes": shard.notes})
 
     # ------------------------------------------------------------ replay
 
@@ -226,6 +229,7 @@ class DurableLog:
         """
         shard.apply(Restore([], Assign()))
         shard.notes.clear()
+        shard.releases.restore({}, [])
         self.applied.restore({}, {})
         self._digests.clear()
         tensors: manifest.Tensors = {}
@@ -248,10 +252,13 @@ class DurableLog:
         add_tensors(record, tensors)
         if head["verb"] != "end":
             return
+        copies = releases.take_tensors(tensors)
         contents = read_contents(head["body"], tensors, None)
         shard.apply(Restore(contents.entries, LostUpdater() if contents.rule is None else contents.rule))
         self.applied.restore(head["clients"], head.get("session", {}))
         shard.notes.update(head["notes"])
+        if "releases" in head:
+            releases.restore(shard, head["releases"], copies)
 
     def _replay(self, shard: Shard, record: Record) -> None:
         head = record.head

@@ -13,13 +13,21 @@ from .averages import AverageContract
 from .libraries import LIBRARIES
 from .life import LifeContract
 from .reads import ReadContract
+from .releases import ReleaseContract
 from .trees import TreeContract
 from .updaters import UpdaterContract
 from .writes import WriteContract
 
 
 class BaseContract(
-    ArgumentContract, WriteContract, ReadContract, ArrayContract, TreeContract, AverageContract, LifeContract
+    ArgumentContract,
+    WriteContract,
+    ReadContract,
+    ArrayContract,
+    TreeContract,
+    AverageContract,
+    ReleaseContract,
+    LifeContract,
 ):
     """The contract without update functions, for an engine that cannot run functions of the caller.
 

@@ -16,6 +16,8 @@ VIEWS = {
 }
 
 LAYOUTS = {
+    "one element without a stride": lambda: np.broadcast_to(F32(3), ())[None],
+    "one element of a broadcast tensor": lambda: torch.ones(()).expand(1),
     "0-d": lambda: np.array(2, F32),
     "empty": lambda: np.zeros((0, 3), F32),
     "strided and flipped": lambda: np.arange(12, dtype=F32).reshape(3, 4)[::2, ::-1],

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tensorkv.arrays import interop
+from tensorkv.arrays.packing import raw_bytes
 from tensorkv.errors import ArgumentError, show
 from tensorkv.store import KVStore
 
@@ -63,7 +64,7 @@ class Buffers:
     def _synchronise(self, mode: str) -> None:
         groups = list(zip(*(replica.buffers() for replica in self._replicas), strict=True))
         mine = [_sum(group) if mode == "mean" and _has_mean(group[0]) else group[0] for group in groups]
-        told = self._kv._gather("step", b"".join(map(_bytes_of, mine)))
+        told = self._kv._gather("step", b"".join(map(raw_bytes, mine)))
         place = 0
         with torch.no_grad():
             for group, own in zip(groups, mine, strict=True):
@@ -85,10 +86,6 @@ def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     for part in parts[1:]:
         total += part.detach().cpu()
     return total
-
-
-def _bytes_of(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _tensor_of(data: bytes, like: torch.Tensor) -> torch.Tensor:

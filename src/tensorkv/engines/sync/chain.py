@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tensorkv.arrays.packing import flat_bytes
+
 from .desync import mismatch
 from .group import ProcessGroup
 from .host import LEFT, REFUSED, Collective, HostGroup
@@ -201,7 +203,7 @@ class Chain:
             return
         source, target = (self.next, self.prev) if from_last else (self.prev, self.next)
         for tensor in tensors:
-            flat = tensor.view(-1).view(torch.uint8)
+            flat = flat_bytes(tensor)
             if source is not None and flat.numel():
                 self.recv(flat, source)
             if target is not None and flat.numel():

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from tensorkv.arrays import interop
+from tensorkv.arrays.packing import flat_bytes
 from tensorkv.compression import Compressor, Owed, Sending, Source, SumMemory, Words, WordsLayout
 from tensorkv.engines.partition import Numbers
 from tensorkv.shard import reduce
@@ -128,7 +129,7 @@ def spread_states(group: ProcessGroup, chain: Chain, local_rank: int, entries: S
                 for name, (dtype, shape) in names.items()
             }
         for name in names:
-            flat = entry.state[name].contiguous().view(-1).view(torch.uint8)
+            flat = flat_bytes(entry.state[name])
             if chain.next is not None and flat.numel():
                 chain.recv(flat, chain.next)
             if chain.prev is not None and flat.numel():

@@ -11,6 +11,7 @@ import torch
 from tensorkv import errors
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.packing import flat_bytes
 from tensorkv.arrays.rowinit import RowInit
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import WorkerError, quote
@@ -35,7 +36,7 @@ def gather(group: ProcessGroup, entry: Entry, mine: Sequence[Rows], divisor: int
     ids = torch.cat([part.ids.cpu() for part in mine])
     values = torch.cat([part.values.cpu().to(wide) for part in mine])
     found_ids = group.all_gather(ids)
-    found_values = group.all_gather(_bytes(values))
+    found_values = group.all_gather(flat_bytes(values))
     parts = [
         Rows(own, each.clone().view(wide).view(len(own), *shape[1:]), shape[0])
         for own, each in zip(found_ids, found_values, strict=True)
@@ -66,7 +67,7 @@ def apply(rule: Rule, entry: Entry, value: PartitionedEntry, owner: int, merged:
 def copy_rows(group: ProcessGroup, value: PartitionedEntry, ids: torch.Tensor, source: int, writes: bool) -> None:
     """Copy rows of a dense value from one rank to the hosts that do not update it."""
     signed = interop.signed(value.whole)
-    mine = _bytes(signed[ids]) if group.rank == source else torch.empty(0, dtype=torch.uint8, device="cpu")
+    mine = flat_bytes(signed[ids]) if group.rank == source else torch.empty(0, dtype=torch.uint8, device="cpu")
     found = group.all_gather(mine)[source]
     if writes:
         signed[ids] = found.clone().view(signed.dtype).view(len(ids), *signed.shape[1:])
@@ -79,7 +80,7 @@ def first_table(group: ProcessGroup, key: Key, value: Rows) -> Table:
     told = group.all_gather_json(None if value.init is None else value.init.to_json())[0]
     init = None if told is None else RowInit.from_json(told)
     ids = group.all_gather(merged.ids.cpu() if first else torch.empty(0, dtype=torch.int64, device="cpu"))[0]
-    sent = _bytes(merged.values.cpu()) if first else torch.empty(0, dtype=torch.uint8, device="cpu")
+    sent = flat_bytes(merged.values.cpu()) if first else torch.empty(0, dtype=torch.uint8, device="cpu")
     values = group.all_gather(sent)[0].clone().view(merged.values.dtype)
     held = Rows(ids, values.view(len(ids), *merged.values.shape[1:]), value.num_rows, init=init)
     return Table.of(held, "cpu", key)
@@ -93,7 +94,3 @@ def raised_elsewhere(rank: int, key: Key, kind: str, message: str) -> Exception:
         error.add_note(f"raised by the updater of {quote(key)} on rank {rank}")
         return error
     return WorkerError(f"the updater of {quote(key)} raised on rank {rank}: {kind}: {message}")
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)

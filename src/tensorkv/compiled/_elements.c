@@ -1,0 +1,293 @@
+/* Elements of arrays that differ: finding them, writing them, and digests of what arrays hold.
+ *
+ * A digest is a sum over elements, modulo 2^64, of a hash of each element's bits and its place. So what a change does to
+ * it depends on the elements that change alone. ``tensorkv/releases/elements.py`` has the same functions in NumPy.
+ */
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030b0000
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "_cpus.h"
+
+/* With fewer bytes it takes longer to give Python's lock away than to do the work. */
+enum { WORTH_UNLOCKING = 1 << 14, BLOCK = 64 };
+
+/* ------------------------------------------------------------ digests */
+
+/* The finalizer of MurmurHash3 (Appleby, 2011), of a word and its place, and a second hash made of it in the upper half. */
+static inline uint64_t hash_of(uint32_t word, uint64_t place) {
+    uint32_t x = word ^ ((uint32_t)place * 0x9E3779B1u) ^ ((uint32_t)(place >> 32) * 0x7FEB352Du);
+    x = (x ^ x >> 16) * 0x85EBCA6Bu;
+    x = (x ^ x >> 13) * 0xC2B2AE35u;
+    x ^= x >> 16;
+    uint32_t y = x * 0x27D4EB2Fu;
+    return (uint64_t)(y ^ y >> 15) << 32 | x;
+}
+
+/* The sum of hashes of numbers that lie one after another; ``first`` is the place of the first one. */
+#define DEFINE_DIGEST(TYPE)                                                                                      \
+    FOR_EACH_CPU static uint64_t digest_##TYPE(const char *at, uint64_t count, uint64_t first) {                 \
+        uint64_t low = 0;                                                                                        \
+        uint32_t high = 0;                                                                                       \
+        for (uint64_t done = 0; done < count;) {                                                                 \
+            /* Places of a run have the same upper half. */                                                      \
+            uint64_t start = first + done, run = (uint64_t)UINT32_MAX + 1 - (uint32_t)start;                     \
+            uint32_t length = (uint32_t)(count - done < run ? count - done : run > UINT32_MAX ? UINT32_MAX : run); \
+            uint32_t upper = (uint32_t)(start >> 32) * 0x7FEB352Du, place = (uint32_t)start * 0x9E3779B1u;       \
+            const char *from = at + done * sizeof(TYPE);                                                         \
+            for (uint32_t i = 0; i < length; i++) {                                                              \
+                TYPE number;                                                                                     \
+                memcpy(&number, from + (size_t)i * sizeof number, sizeof number);                                \
+                uint32_t x = (uint32_t)number ^ (place + i * 0x9E3779B1u) ^ upper;                               \
+                x = (x ^ x >> 16) * 0x85EBCA6Bu;                                                                 \
+                x = (x ^ x >> 13) * 0xC2B2AE35u;                                                                 \
+                x ^= x >> 16;                                                                                    \
+                uint32_t y = x * 0x27D4EB2Fu;                                                                    \
+                low += x;                                                                                        \
+                high += y ^ y >> 15;                                                                             \
+            }                                                                                                    \
+            done += length;                                                                                      \
+        }                                                                                                        \
+        return low + ((uint64_t)high << 32);                                                                     \
+    }
+
+DEFINE_DIGEST(uint8_t)
+DEFINE_DIGEST(uint16_t)
+DEFINE_DIGEST(uint32_t)
+
+static uint64_t digest_of(const char *at, uint64_t count, size_t itemsize, uint64_t first) {
+    if (itemsize == 1) return digest_uint8_t(at, count, first);
+    if (itemsize == 2) return digest_uint16_t(at, count, first);
+    return digest_uint32_t(at, count * (itemsize / 4), first * (itemsize / 4));
+}
+
+/* The digest of one element. */
+static inline uint64_t digest_one(const char *at, size_t itemsize, uint64_t place) {
+    uint64_t sum = 0;
+    uint32_t word = 0;
+    if (itemsize < 4) {
+        uint16_t two;
+        if (itemsize == 1) return hash_of((uint8_t)*at, place);
+        memcpy(&two, at, sizeof two);
+        return hash_of(two, place);
+    }
+    for (size_t i = 0; i < itemsize / 4; i++) {
+        memcpy(&word, at + 4 * i, sizeof word);
+        sum += hash_of(word, place * (itemsize / 4) + i);
+    }
+    return sum;
+}
+
+/* ------------------------------------------------------------ elements that differ */
+
+typedef struct {
+    char *indices, *values;
+    size_t index_size;
+    Py_ssize_t count, room;
+    uint64_t gone, come;
+} Found;
+
+static inline void write_index(char *at, size_t size, uint64_t index) {
+    uint32_t narrow = (uint32_t)index;
+    memcpy(at, size == 4 ? (void *)&narrow : (void *)&index, size);
+}
+
+static inline uint64_t read_index(const char *at, size_t size) {
+    uint64_t index = 0;
+    uint32_t narrow;
+    if (size == 8) {
+        memcpy(&index, at, sizeof index);
+        return index;
+    }
+    memcpy(&narrow, at, sizeof narrow);
+    return narrow;
+}
+
+/* Whether two blocks have the same bits. */
+static inline int are_equal(const char *left, const char *right) {
+    uint64_t a[BLOCK / 8], b[BLOCK / 8], differing = 0;
+    memcpy(a, left, BLOCK);
+    memcpy(b, right, BLOCK);
+    for (int i = 0; i < BLOCK / 8; i++) differing |= a[i] ^ b[i];
+    return differing == 0;
+}
+
+/* Which elements of two blocks differ, a bit for each. */
+static inline uint64_t differing_in(const char *left, const char *right, size_t count, size_t itemsize) {
+    uint64_t bits = 0;
+    for (size_t i = 0; i < count; i++)
+        bits |= (uint64_t)(memcmp(left + i * itemsize, right + i * itemsize, itemsize) != 0) << i;
+    return bits;
+}
+
+/* Find elements that differ; returns 0 where there are more than there is room for. */
+static inline int find_sized(const char *old, const char *now, size_t count, size_t itemsize, uint64_t first, Found *found) {
+    const size_t whole = BLOCK / itemsize;
+    for (size_t i = 0; i < count; i += whole) {
+        const char *before = old + i * itemsize, *after = now + i * itemsize;
+        size_t length = i + whole < count ? whole : count - i;
+        if (length == whole && are_equal(before, after)) continue;
+        for (uint64_t bits = differing_in(before, after, length, itemsize); bits; bits &= bits - 1) {
+            size_t j = (size_t)__builtin_ctzll(bits);
+            if (found->count == found->room) return 0;
+            uint64_t place = first + i + j;
+            write_index(found->indices + (size_t)found->count * found->index_size, found->index_size, place);
+            memcpy(found->values + (size_t)found->count * itemsize, after + j * itemsize, itemsize);
+            found->gone += digest_one(before + j * itemsize, itemsize, place);
+            found->come += digest_one(after + j * itemsize, itemsize, place);
+            found->count++;
+        }
+    }
+    return 1;
+}
+
+/* The same where the compiler knows the size. */
+FOR_EACH_CPU static int find_all(const char *old, const char *now, size_t count, size_t itemsize, uint64_t first,
+                                 Found *found) {
+    if (itemsize == 1) return find_sized(old, now, count, 1, first, found);
+    if (itemsize == 2) return find_sized(old, now, count, 2, first, found);
+    if (itemsize == 4) return find_sized(old, now, count, 4, first, found);
+    if (itemsize == 8) return find_sized(old, now, count, 8, first, found);
+    return find_sized(old, now, count, 16, first, found);
+}
+
+/* ------------------------------------------------------------ for Python */
+
+static int is_size(Py_ssize_t itemsize) {
+    return itemsize == 1 || itemsize == 2 || itemsize == 4 || itemsize == 8 || itemsize == 16;
+}
+
+static PyObject *refuse(const char *what) {
+    PyErr_SetString(PyExc_ValueError, what);
+    return NULL;
+}
+
+PyDoc_STRVAR(digest_doc, "digest(values, itemsize, first)\n--\n\n"
+                         "Return the digest of elements that lie one after another; the first one's place is ``first``.");
+
+static PyObject *digest(PyObject *module, PyObject *args) {
+    Py_buffer values;
+    Py_ssize_t itemsize;
+    unsigned long long first;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*nK", &values, &itemsize, &first)) return NULL;
+    int fits = is_size(itemsize) && values.len % itemsize == 0;
+    uint64_t sum = 0;
+    if (fits) {
+        PyThreadState *state = values.len >= WORTH_UNLOCKING ? PyEval_SaveThread() : NULL;
+        sum = digest_of(values.buf, (uint64_t)(values.len / itemsize), (size_t)itemsize, first);
+        if (state != NULL) PyEval_RestoreThread(state);
+    }
+    PyBuffer_Release(&values);
+    return fits ? PyLong_FromUnsignedLongLong(sum) : refuse("digest: bytes that are not whole elements");
+}
+
+PyDoc_STRVAR(find_doc,
+             "find(old, new, itemsize, first, indices, values, index_size)\n--\n\n"
+             "Find the elements whose bits differ; write their places and what they are now.\n\n"
+             "Args:\n"
+             "    old, new: bytes of as many elements.\n"
+             "    itemsize: of an element.\n"
+             "    first: the place of the first element.\n"
+             "    indices, values: memory for as many places and elements.\n"
+             "    index_size: of a place, 4 or 8.\n\n"
+             "Returns:\n"
+             "    how many, and the digests of what they were and of what they are; None if there is no room for all.");
+
+static PyObject *find(PyObject *module, PyObject *args) {
+    Py_buffer old, now, indices, values;
+    Py_ssize_t itemsize, index_size;
+    unsigned long long first;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*y*nKw*w*n", &old, &now, &itemsize, &first, &indices, &values, &index_size)) return NULL;
+    int fits = is_size(itemsize) && (index_size == 4 || index_size == 8) && old.len == now.len &&
+               old.len % itemsize == 0 && indices.len % index_size == 0 &&
+               indices.len / index_size == values.len / itemsize && values.len % itemsize == 0 &&
+               (index_size == 8 || first + (uint64_t)(old.len / itemsize) <= (uint64_t)INT32_MAX + 1);
+    Found found = {.indices = indices.buf, .values = values.buf, .index_size = (size_t)index_size};
+    int is_whole = 0;
+    if (fits) {
+        found.room = indices.len / index_size;
+        PyThreadState *state = old.len >= WORTH_UNLOCKING ? PyEval_SaveThread() : NULL;
+        is_whole = find_all(old.buf, now.buf, (size_t)(old.len / itemsize), (size_t)itemsize, first, &found);
+        if (state != NULL) PyEval_RestoreThread(state);
+    }
+    PyBuffer_Release(&old);
+    PyBuffer_Release(&now);
+    PyBuffer_Release(&indices);
+    PyBuffer_Release(&values);
+    if (!fits) return refuse("find: bytes that are not whole elements, or places that do not fit");
+    if (!is_whole) Py_RETURN_NONE;
+    return Py_BuildValue("nKK", found.count, (unsigned long long)found.gone, (unsigned long long)found.come);
+}
+
+/* So many elements ahead memory is fetched: places are far apart. */
+enum { AHEAD = 24 };
+
+/* Exchange elements of an array with others; returns the digest of what the array had. */
+static uint64_t exchange_all(char *held, const char *indices, char *values, size_t count, size_t itemsize, size_t index_size) {
+    uint64_t sum = 0;
+    for (size_t i = 0; i < count; i++) {
+        if (i + AHEAD < count)
+            __builtin_prefetch(held + read_index(indices + (i + AHEAD) * index_size, index_size) * itemsize, 1);
+        uint64_t place = read_index(indices + i * index_size, index_size);
+        char *at = held + place * itemsize, *other = values + i * itemsize, kept[16];
+        sum += digest_one(at, itemsize, place);
+        memcpy(kept, at, itemsize);
+        memcpy(at, other, itemsize);
+        memcpy(other, kept, itemsize);
+    }
+    return sum;
+}
+
+/* The same where the compiler knows the sizes. */
+static uint64_t exchange_any(char *held, const char *indices, char *values, size_t count, size_t itemsize, size_t index_size) {
+    if (index_size == 4 && itemsize == 4) return exchange_all(held, indices, values, count, 4, 4);
+    if (index_size == 4 && itemsize == 2) return exchange_all(held, indices, values, count, 2, 4);
+    return exchange_all(held, indices, values, count, itemsize, index_size);
+}
+
+PyDoc_STRVAR(exchange_doc, "exchange(held, itemsize, indices, index_size, values)\n--\n\n"
+                           "Exchange the elements of an array that are at some places with others; return the digest of\n"
+                           "those that it had.");
+
+static PyObject *exchange(PyObject *module, PyObject *args) {
+    Py_buffer held, indices, values;
+    Py_ssize_t itemsize, index_size;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "w*ny*nw*", &held, &itemsize, &indices, &index_size, &values)) return NULL;
+    int fits = is_size(itemsize) && (index_size == 4 || index_size == 8) && held.len % itemsize == 0 &&
+               indices.len % index_size == 0 && indices.len / index_size * itemsize == values.len;
+    uint64_t sum = 0;
+    if (fits) {
+        const size_t size = (size_t)itemsize, step = (size_t)index_size, count = (size_t)indices.len / step;
+        const uint64_t room = (uint64_t)(held.len / itemsize);
+        PyThreadState *state = indices.len >= WORTH_UNLOCKING ? PyEval_SaveThread() : NULL;
+        for (size_t i = 0; i < count; i++) fits &= read_index((const char *)indices.buf + i * step, step) < room;
+        if (fits) sum = exchange_any(held.buf, indices.buf, values.buf, count, size, step);
+        if (state != NULL) PyEval_RestoreThread(state);
+    }
+    PyBuffer_Release(&held);
+    PyBuffer_Release(&indices);
+    PyBuffer_Release(&values);
+    return fits ? PyLong_FromUnsignedLongLong(sum) : refuse("a place outside of the array, or bytes that are not whole elements");
+}
+
+static PyMethodDef methods[] = {
+    {"digest", digest, METH_VARARGS, digest_doc},
+    {"find", find, METH_VARARGS, find_doc},
+    {"exchange", exchange, METH_VARARGS, exchange_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static int add_sources(PyObject *module) { return PyModule_AddStringConstant(module, "SOURCES", SOURCES); }
+
+static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, add_sources}, {0, NULL}};
+
+static PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_elements", "Elements that differ, and digests.", 0, methods, module_slots, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__elements(void) { return PyModuleDef_Init(&module); }

@@ -1,0 +1,266 @@
+"""Elements of flat tensors that differ bit by bit: finding them, writing them, and digests of tensors.
+
+The digest of a tensor is the sum, modulo 2^64, of a hash of each element and its place. So it can be carried forward
+from a version to the next by the elements that differ alone, and pieces of a value can be digested by themselves. It
+detects mistakes, not attacks: the hash is not a cryptographic one.
+
+All functions do the same, bit by bit, with and without the compiled part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tensorkv.arrays.packing import raw_bytes
+from tensorkv.compiled import _elements
+from tensorkv.shard.pool import WORTH_A_THREAD, Pool
+
+T = TypeVar("T")
+Bytes = npt.NDArray[np.uint8]
+
+_MASK = (1 << 64) - 1
+# Elements that NumPy hashes, or compares, at a time.
+_BLOCK = 1 << 16
+
+
+class Difference(NamedTuple):
+    """The elements of a flat tensor that differ from those of another one.
+
+    Args:
+        indices: of the elements, increasing; int32, or int64 where that is too small.
+        values: of the elements, in the dtype of the tensor.
+        gone, come: digests of these elements in the other tensor, and in this one.
+    """
+
+    indices: torch.Tensor
+    values: torch.Tensor
+    gone: int
+    come: int
+
+
+def add(*digests: int) -> int:
+    """Return the digest of elements together.
+
+    >>> add(3, 2**64 - 1)
+    2
+    """
+    return sum(digests) & _MASK
+
+
+def subtract(digest: int, gone: int) -> int:
+    """Return a digest without some of its elements.
+
+    >>> subtract(2, 3) == 2**64 - 1
+    True
+    """
+    return (digest - gone) & _MASK
+
+
+def digest(tensor: torch.Tensor, first: int = 0, pool: Pool | None = None) -> int:
+    """Return the digest of a contiguous CPU tensor.
+
+    Args:
+        tensor: of any shape and dtype.
+        first: the place of its first element in the value that it is a piece of.
+        pool: threads that share the work.
+
+    >>> values = torch.arange(10)
+    >>> digest(values) == add(digest(values[:4]), digest(values[4:], first=4))
+    True
+    """
+    itemsize, held = tensor.element_size(), bytes_of(tensor)
+    ranges = _ranges(tensor.numel(), pool)
+    if pool is not None and len(ranges) > 1:
+        flat = tensor.detach().reshape(-1)
+        return add(*_run_all(pool, [partial(digest, flat[each], first + each.start) for each in ranges]))
+    if _elements is not None:
+        found: int = _elements.digest(held, itemsize, first)
+        return found
+    words, per_item = _words(held, itemsize), max(1, itemsize // 4)
+    blocks = [words[at : at + _BLOCK] for at in range(0, len(words), _BLOCK)]
+    starts = [first * per_item + at for at in range(0, len(words), _BLOCK)]
+    places = [
+        np.arange(start, start + len(block), dtype=np.uint64) for start, block in zip(starts, blocks, strict=True)
+    ]
+    return add(*map(_hash_sum, blocks, places))
+
+
+def find(
+    old: torch.Tensor, new: torch.Tensor, first: int = 0, *, numel: int, most: int, pool: Pool | None = None
+) -> Difference | None:
+    """Return the elements of a contiguous CPU tensor whose bits differ from those of another.
+
+    Args:
+        old, new: tensors of one dtype and shape.
+        first: the place of their first element in the value that they are a piece of.
+        numel: of that value.
+        most: how many elements are worth finding.
+        pool: threads that share the work.
+
+    Returns:
+        None if more differ.
+
+    >>> find(torch.zeros(5), torch.tensor([0, -0.0, 0, 7, 0]), numel=5, most=5)[:2]
+    (tensor([1, 3], dtype=torch.int32), tensor([-0., 7.]))
+    """
+    ranges = _ranges(new.numel(), pool)
+    if pool is not None and len(ranges) > 1:
+        before, after = old.detach().reshape(-1), new.detach().reshape(-1)
+        jobs = [partial(find, before[each], after[each], first + each.start, numel=numel, most=most) for each in ranges]
+        return _joined(_run_all(pool, jobs), most)
+    itemsize, index_dtype = new.element_size(), torch.int32 if numel <= 1 << 31 else torch.int64
+    most = min(most, new.numel())
+    if _elements is None:
+        return _find(old, new, first, index_dtype, most)
+    indices = torch.empty(most, dtype=index_dtype, device="cpu")
+    values = torch.empty(most, dtype=new.dtype, device="cpu")
+    found = _elements.find(
+        bytes_of(old), bytes_of(new), itemsize, first, bytes_of(indices), bytes_of(values), index_dtype.itemsize
+    )
+    if found is None:
+        return None
+    count, gone, come = found
+    # Copies, which let go of the rest of the memory.
+    return Difference(indices[:count].clone(), values[:count].clone(), gone, come)
+
+
+def digest_of_elements(values: torch.Tensor, indices: torch.Tensor) -> int:
+    """Return the digest of elements, given by themselves, that are at some places.
+
+    >>> values = torch.arange(10)
+    >>> digest_of_elements(values[4:6], torch.tensor([4, 5])) == digest(values[4:6], first=4)
+    True
+    """
+    return _hash_at(bytes_of(values), values.element_size(), indices)
+
+
+def exchange(tensor: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, pool: Pool | None = None) -> int:
+    """Exchange some elements of a contiguous CPU tensor with others, bit by bit.
+
+    Args:
+        tensor: that is changed.
+        indices: of the elements, each once; int32 or int64.
+        values: of its dtype, as many; becomes what the tensor had.
+        pool: threads that share the work.
+
+    Returns:
+        The digest of what the tensor had.
+
+    Raises:
+        ValueError: an index outside of the tensor; nothing has changed, unless a pool shares the work.
+
+    >>> target, values = torch.zeros(4), torch.tensor([5.0])
+    >>> exchange(target, torch.tensor([2]), values) == digest(torch.zeros(1), first=2)
+    True
+    >>> target, values
+    (tensor([0., 0., 5., 0.]), tensor([0.]))
+    """
+    ranges = _ranges(len(indices), pool)
+    if pool is not None and len(ranges) > 1:
+        return add(*_run_all(pool, [partial(exchange, tensor, indices[each], values[each]) for each in ranges]))
+    itemsize = tensor.element_size()
+    if _elements is not None:
+        held, places = bytes_of(tensor), bytes_of(indices)
+        found: int = _elements.exchange(held, itemsize, places, indices.element_size(), bytes_of(values))
+        return found
+    rows = indices.numpy().astype(np.int64)
+    if len(rows) and not 0 <= rows.min() <= rows.max() < tensor.numel():
+        raise ValueError("a place outside of the array")
+    items, others = _items(tensor), _items(values)
+    kept = items[rows]
+    items[rows], others[:] = others, kept
+    return _hash_at(kept.reshape(-1), itemsize, indices)
+
+
+def _joined(found: Sequence[Difference | None], most: int) -> Difference | None:
+    """Return what was found in pieces that follow one another as one; None if it is more than is worth finding."""
+    whole = [each for each in found if each is not None]
+    if len(whole) < len(found) or sum(each.indices.numel() for each in whole) > most:
+        return None
+    indices, values = torch.cat([each.indices for each in whole]), torch.cat([each.values for each in whole])
+    return Difference(indices, values, add(*(each.gone for each in whole)), add(*(each.come for each in whole)))
+
+
+def _ranges(numel: int, pool: Pool | None) -> Sequence[slice]:
+    """Return slices of about equal size that cover so many elements, one for each thread if that is worth it."""
+    count = 1 if pool is None else max(1, min(pool.threads, numel // WORTH_A_THREAD))
+    borders = [numel * place // count for place in range(count + 1)]
+    return [slice(start, stop) for start, stop in pairwise(borders)]
+
+
+def _run_all(pool: Pool, jobs: Sequence[Callable[[], T]]) -> list[T]:
+    """Return what jobs return, which the threads of a pool run."""
+    found: dict[int, T] = {}
+    pool.run([partial(_run_one, found, place, job) for place, job in enumerate(jobs)])
+    return [found[place] for place in range(len(jobs))]
+
+
+def _run_one(found: dict[int, T], place: int, job: Callable[[], T]) -> None:
+    found[place] = job()
+
+
+def bytes_of(tensor: torch.Tensor) -> Bytes:
+    """Return the memory of a contiguous CPU tensor as bytes."""
+    return np.asarray(raw_bytes(tensor), np.uint8)
+
+
+# ---------------------------------------------------------------- without the compiled part
+
+
+def _items(tensor: torch.Tensor) -> Bytes:
+    """Return the bytes of each element in a row."""
+    return bytes_of(tensor).reshape(-1, tensor.element_size())
+
+
+def _words(held: Bytes, itemsize: int) -> npt.NDArray[np.uint32]:
+    """Return what is hashed of elements: their words of 32 bits, or shorter numbers."""
+    if itemsize < 4:
+        return held.view(np.uint8 if itemsize == 1 else np.uint16).astype(np.uint32)
+    return np.frombuffer(held.tobytes(), np.uint32)
+
+
+def _hash_sum(words: npt.NDArray[np.uint32], places: npt.NDArray[np.uint64]) -> int:
+    """Return the sum of the hashes of words that are at some places.
+
+    The finalizer of MurmurHash3 (Appleby, 2011), and a second hash made of it in the upper half.
+    """
+    low, high = places.astype(np.uint32), (places >> np.uint64(32)).astype(np.uint32)
+    x = words ^ (low * np.uint32(0x9E3779B1)) ^ (high * np.uint32(0x7FEB352D))
+    x = (x ^ x >> np.uint32(16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ x >> np.uint32(13)) * np.uint32(0xC2B2AE35)
+    x ^= x >> np.uint32(16)
+    y = x * np.uint32(0x27D4EB2F)
+    y ^= y >> np.uint32(15)
+    return (int(x.sum(dtype=np.uint64)) + (int(y.sum(dtype=np.uint64)) << 32)) & _MASK
+
+
+def _hash_at(held: Bytes, itemsize: int, indices: torch.Tensor) -> int:
+    """Return the digest of elements at some places."""
+    per_item = max(1, itemsize // 4)
+    firsts = np.multiply(indices.numpy(), per_item, dtype=np.uint64, casting="unsafe")
+    places = np.add.outer(firsts, np.arange(per_item, dtype=np.uint64)).reshape(-1)
+    return _hash_sum(_words(held, itemsize), places)
+
+
+def _find(old: torch.Tensor, new: torch.Tensor, first: int, index_dtype: torch.dtype, most: int) -> Difference | None:
+    before, after, itemsize = _items(old), _items(new), new.element_size()
+    found: list[npt.NDArray[np.intp]] = []
+    count = 0
+    for at in range(0, len(after), _BLOCK):
+        block = slice(at, at + _BLOCK)
+        differing = np.flatnonzero((before[block] != after[block]).any(axis=1)) + at
+        count += len(differing)
+        if count > most:
+            return None
+        found.append(differing)
+    places = np.concatenate(found) if found else np.empty(0, np.intp)
+    indices = torch.from_numpy(places + first).to(index_dtype)
+    gone, come = (_hash_at(each[places].reshape(-1), itemsize, indices) for each in (before, after))
+    return Difference(indices, new.detach().reshape(-1)[torch.from_numpy(places)], gone, come)

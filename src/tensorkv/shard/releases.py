@@ -1,0 +1,187 @@
+"""Releases: snapshots of a shard that have a name and a number."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tensorkv.errors import ReleaseExistsError, ReleaseNotFoundError, quote, suggestion
+
+if TYPE_CHECKING:
+    from .shard import ShardSnapshot
+
+# Names of releases that are gone, which cannot be used again.
+_REMEMBERED_NAMES = 10_000
+
+
+@dataclass(slots=True)
+class HeldRelease:
+    """A release that a shard holds.
+
+    Args:
+        name, number: of the release.
+        snapshot: its values.
+    """
+
+    name: str
+    number: int
+    snapshot: ShardSnapshot
+    is_visible: bool = False
+    """Whether readers see it."""
+    is_kept: bool = True
+    """Whether it stays without readers."""
+    leases: dict[str, float] = field(default_factory=dict)
+    """Of each reader: until when it may read the release though it is not kept."""
+
+
+class Releases:
+    """The releases of one shard, from the oldest to the newest.
+
+    Args:
+        now: a clock in seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._held: dict[str, HeldRelease] = {}
+        self.numbers: dict[str, int] = {}
+        """Of each release that was seen by readers, those that are gone included."""
+
+    @property
+    def next_number(self) -> int:
+        """The number of the next release."""
+        last = max((held.number for held in self._held.values()), default=0)
+        return max(last, next(reversed(self.numbers.values()), 0)) + 1
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._held
+
+    def visible(self) -> list[HeldRelease]:
+        """Return the releases that readers see."""
+        self._drop_expired()
+        return [held for held in self._held.values() if held.is_visible and held.is_kept]
+
+    def lasting(self) -> list[HeldRelease]:
+        """Return the releases that stay without readers, those that they do not see yet included."""
+        return [held for held in self._held.values() if held.is_kept]
+
+    def hidden(self) -> list[str]:
+        """Return the names of releases that readers do not see yet."""
+        return [held.name for held in self._held.values() if not held.is_visible]
+
+    def newest(self, after: str | None) -> HeldRelease | None:
+        """Return the newest release after another one (None: any), if there is one.
+
+        Raises:
+            ReleaseNotFoundError: there never was a release of that name.
+        """
+        number = 0 if after is None else self.number_of(after)
+        found = [held for held in self.visible() if held.number > number]
+        return found[-1] if found else None
+
+    def number_of(self, name: str) -> int:
+        """Return the number of a release that is here, or was.
+
+        Raises:
+            ReleaseNotFoundError: there never was a release of that name.
+        """
+        found = self.numbers.get(name)
+        if found is None:
+            near = suggestion(name, self.numbers)
+            raise ReleaseNotFoundError(f"no release {quote(name)} was published{near}; {self._describe()}")
+        return found
+
+    def find(self, name: str) -> HeldRelease:
+        """Return a release that readers see, or hold.
+
+        Raises:
+            ReleaseNotFoundError: it was dropped, or never published.
+        """
+        self._drop_expired()
+        held = self._held.get(name)
+        if held is None or not held.is_visible:
+            self.number_of(name)
+            raise ReleaseNotFoundError(f"the release {quote(name)} was dropped; {self._describe()}")
+        return held
+
+    def _describe(self) -> str:
+        names = ", ".join(quote(held.name) for held in self.visible()[-4:])
+        return f"the newest are {names}" if names else "there are no releases"
+
+    # ------------------------------------------------------------ readers
+
+    def hold(self, name: str, reader: str, lease_s: float) -> HeldRelease:
+        """Return a release, which stays for a reader until its lease has ended; a new lease replaces the last.
+
+        Raises:
+            ReleaseNotFoundError: as ``find``.
+        """
+        held = self.find(name)
+        held.leases[reader] = self._now() + lease_s
+        return held
+
+    def let_go(self, name: str, reader: str) -> None:
+        """End a reader's lease."""
+        held = self._held.get(name)
+        if held is not None:
+            held.leases.pop(reader, None)
+            self._drop_expired()
+
+    def _drop_expired(self) -> None:
+        now = self._now()
+        for held in list(self._held.values()):
+            if not held.is_kept and all(until <= now for until in held.leases.values()):
+                self._drop(held.name)
+
+    # ------------------------------------------------------------ changes
+
+    def check_new(self, name: str) -> None:
+        """Raise if there was a release of a name.
+
+        Raises:
+            ReleaseExistsError: there was.
+        """
+        if name in self._held or name in self.numbers:
+            raise ReleaseExistsError(
+                f"publish({quote(name)}): a release of this name was published before; names are not used again"
+            )
+
+    def add(self, name: str, number: int, snapshot: ShardSnapshot) -> None:
+        """Hold a release, which readers do not see yet."""
+        self._held[name] = HeldRelease(name, number, snapshot)
+
+    def show(self, name: str, keep: int | None) -> None:
+        """Let readers see a release, and keep so many of the newest (None: all)."""
+        shown = self._held[name]
+        shown.is_visible = True
+        self.numbers[name] = shown.number
+        while len(self.numbers) > _REMEMBERED_NAMES:
+            del self.numbers[next(iter(self.numbers))]
+        kept = [held for held in self._held.values() if held.is_visible and held.is_kept]
+        for held in kept[: -keep if keep is not None else 0]:
+            held.is_kept = False
+        self._drop_expired()
+
+    def remove(self, name: str) -> None:
+        """Drop a release, once nobody reads it any more."""
+        held = self._held.get(name)
+        if held is not None:
+            held.is_kept = False
+            if not held.is_visible:
+                held.leases.clear()
+            self._drop_expired()
+
+    def restore(self, numbers: dict[str, int], held: Sequence[HeldRelease]) -> None:
+        """Take over names and releases; snapshots that readers have stay readable."""
+        self.numbers = numbers
+        self._held = {each.name: each for each in held}
+
+    def close(self) -> None:
+        """Drop everything."""
+        for name in list(self._held):
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        self._held.pop(name).snapshot.close()

@@ -1,0 +1,59 @@
+"""Releases of a store in a folder: they are there again after a crash, with their names, numbers and bits."""
+
+import numpy as np
+import pytest
+
+import tensorkv
+from tensorkv import Rows
+
+
+def value(number):
+    return np.full((40, 5), number, np.float32)
+
+
+@pytest.mark.parametrize("log_nbytes", [None, 4000], ids=["log", "snapshots"])
+def test_releases_are_there_after_a_crash(tmp_path, log_nbytes):
+    path, copy = tmp_path / "store", tmp_path / "copy"
+    kv = tensorkv.create(path=path, log_nbytes=log_nbytes)
+    kv.init({"w": value(0), "same": value(7), "gone": value(8), "table": Rows([0], np.ones((1, 2), np.float32), 9)})
+    digests = {}
+    for number in range(1, 9):
+        kv.push("w", value(number))
+        kv.push("table", Rows([number], np.full((1, 2), number, np.float32), 9))
+        kv.publish(f"step-{number}", keep=3)
+        with kv.open_release(f"step-{number}") as release:
+            digests[number] = release.digest
+        if number == 7:
+            kv.delete("gone")
+    kv.unpublish("step-6")
+    assert kv.stats()["wal"]["snapshots"] > 0 if log_nbytes else True
+    # Without close, as a crash leaves it.
+    copy.mkdir()
+    for file in path.iterdir():
+        if file.name != "lock":
+            (copy / file.name).write_bytes(file.read_bytes())
+    for _ in range(2):
+        with tensorkv.create(path=copy, log_nbytes=log_nbytes) as again:
+            assert [(each.name, each.number) for each in again.releases()] == [("step-7", 7), ("step-8", 8)]
+            for number in (7, 8):
+                with again.open_release(f"step-{number}") as release:
+                    assert release.digest == digests[number]
+                    assert (release.pull("w") == value(number)).all()
+                    assert (release.pull("same") == 7).all()
+                    assert ("gone" in release.keys()) == (number == 7)
+                    rows = release.row_sparse_pull("table", row_ids=range(9))
+                    assert np.flatnonzero(rows.values.any(axis=1)).tolist() == list(range(number + 1))
+            with again.open_release("step-8") as release:
+                kinds = {each.key: each.kind for each in release.changes(since="step-7")}
+                assert kinds == {"w": "dense", "same": "same", "table": "rows", "gone": "deleted"}
+                assert release.changes(since="step-3").base is None
+            for name in ("step-1", "step-6", "step-8"):
+                with pytest.raises(tensorkv.ReleaseExistsError):
+                    again.publish(name)
+    with tensorkv.create(path=copy) as again:
+        again.push("w", value(9))
+        again.publish("step-9", keep=2)
+        with again.open_release("step-8") as release:
+            assert (release.pull("w") == 8).all()
+        assert [each.number for each in again.releases()] == [8, 9]
+    kv.close()

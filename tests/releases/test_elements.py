@@ -36,7 +36,7 @@ def random_bits(rng, numel, dtype):
     if dtype is torch.bool:
         return torch.from_numpy(rng.integers(0, 2, numel).astype(bool))
     held = rng.integers(0, 256, numel * dtype.itemsize, np.uint8)
-    return torch.from_numpy(held).view(dtype)
+    return elements.as_tensor(held, dtype)
 
 
 def changed(rng, tensor, share):
@@ -44,7 +44,7 @@ def changed(rng, tensor, share):
     items = elements.bytes_of(tensor.clone()).reshape(-1, tensor.element_size()).copy()
     places = np.flatnonzero(rng.random(len(items)) < share)
     items[places, rng.integers(tensor.element_size())] ^= 1
-    return torch.from_numpy(items.reshape(-1)).view(tensor.dtype).reshape(tensor.shape), places
+    return elements.as_tensor(items.reshape(-1), tensor.dtype).reshape(tensor.shape), places
 
 
 def both_ways():
@@ -137,3 +137,57 @@ def test_the_digest_is_the_one_of_earlier_versions():
     # Files of changes have digests, and others read them.
     for _ in both_ways():
         assert elements.digest(torch.arange(5, dtype=torch.int32)) == 15288156691447580566
+
+
+@each_dtype
+def test_many_tensors_are_done_as_each_by_itself(dtype):
+    rng = np.random.default_rng(4)
+    sizes = [0, 1, 3, 70_000, 64, 5, 90_000, 0]
+    olds = [random_bits(rng, numel, dtype) for numel in sizes]
+    news = [changed(rng, old, share)[0] for old, share in zip(olds, [0, 1, 0.5, 0.01, 0, 1, 0.1, 0], strict=True)]
+    firsts = [0, 7, 1 << 30, 0, 5, 6, 7, 8]
+    with_threads = Pool(3)
+    for _ in both_ways():
+        for pool in (None, with_threads):
+            assert elements.digest_each(news, firsts, pool).tolist() == list(map(elements.digest, news, firsts))
+            found = elements.find_each(olds, news, [0] * len(sizes), pool)
+            alone = [
+                elements.find(old, new, numel=100_000, most=elements.worth_finding(new.numel(), dtype.itemsize))
+                for old, new in zip(olds, news, strict=True)
+            ]
+            assert found.counts.tolist() == [-1 if each is None else len(each.indices) for each in alone]
+            whole = [each for each in alone if each is not None]
+            assert found.indices.tobytes() == b"".join(bytes(elements.bytes_of(each.indices)) for each in whole)
+            assert found.values.tobytes() == b"".join(bytes(elements.bytes_of(each.values)) for each in whole)
+            mine = [old.clone() for old, each in zip(olds, alone, strict=True) if each is not None]
+            counts = [len(each.indices) for each in whole]
+            given = found.values.copy()
+            gone = elements.exchange_each(mine, counts, found.indices, given, pool)
+            assert gone.tolist() == [each.gone for each in whole]
+            expected = [new for new, each in zip(news, alone, strict=True) if each is not None]
+            for left, right in zip(mine, expected, strict=True):
+                assert (elements.bytes_of(left) == elements.bytes_of(right)).all()
+    with_threads.close()
+
+
+def test_columns_that_do_not_fit_are_refused():
+    part = _elements
+    if part is None:
+        pytest.skip("needs the compiled part")
+    held = torch.zeros(4)
+    column = [np.array([number], np.uint64) for number in (held.data_ptr(), 4, 4)]
+    one, none, out = np.ones(1, np.uint64), np.zeros(1, np.uint64), np.zeros(1, np.uint64)
+    for counts, places, indices, values in [
+        (one, none, np.array([4], np.int32), np.zeros(1, np.float32)),
+        (one, none, np.array([-1], np.int32), np.zeros(1, np.float32)),
+        (one * 2, none, np.zeros(1, np.int32), np.zeros(2, np.float32)),
+        (one, one * 4, np.zeros(1, np.int32), np.zeros(1, np.float32)),
+        (one * (1 << 62), none, np.zeros(1, np.int32), np.zeros(1, np.float32)),
+    ]:
+        with pytest.raises(ValueError, match="exchange_many"):
+            part.exchange_many(*column, counts, places, none, indices, values, out)
+    with pytest.raises(ValueError, match="find_many"):
+        part.find_many(column[0], *column, none, out, out, out, np.zeros(1, np.int32), np.zeros(1, np.float32))
+    with pytest.raises(ValueError, match="digest_many"):
+        part.digest_many(*column[:2], np.array([3], np.uint64), none, out)
+    assert held.tolist() == [0, 0, 0, 0]

@@ -275,10 +275,156 @@ static PyObject *exchange(PyObject *module, PyObject *args) {
     return fits ? PyLong_FromUnsignedLongLong(sum) : refuse("a place outside of the array, or bytes that are not whole elements");
 }
 
+/* ------------------------------------------------------------ many arrays */
+
+/* Arrays by columns of 64-bit numbers: addresses, elements and bytes of an element; and where the first element is. */
+typedef struct {
+    const uint64_t *addresses, *others, *numels, *itemsizes, *firsts;
+    size_t count;
+} Arrays;
+
+/* Whether a buffer has a 64-bit number for each of so many arrays. */
+static int is_column(const Py_buffer *buffer, size_t count) { return buffer->len == (Py_ssize_t)(8 * count); }
+
+static int have_sizes(const Arrays *arrays) {
+    int fits = 1;
+    for (size_t i = 0; i < arrays->count; i++) fits &= is_size((Py_ssize_t)arrays->itemsizes[i]);
+    return fits;
+}
+
+PyDoc_STRVAR(digest_many_doc, "digest_many(addresses, numels, itemsizes, firsts, digests)\n--\n\n"
+                              "Write the digest of each of some arrays; all arguments are columns of 64-bit numbers.");
+
+static PyObject *digest_many(PyObject *module, PyObject *args) {
+    Py_buffer in[4], out;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*y*y*y*w*", &in[0], &in[1], &in[2], &in[3], &out)) return NULL;
+    size_t count = (size_t)in[0].len / 8;
+    int fits = is_column(&out, count);
+    for (int i = 0; i < 4; i++) fits &= is_column(&in[i], count);
+    Arrays arrays = {in[0].buf, NULL, in[1].buf, in[2].buf, in[3].buf, count};
+    fits = fits && have_sizes(&arrays);
+    if (fits) {
+        uint64_t *digests = out.buf;
+        Py_BEGIN_ALLOW_THREADS;
+        for (size_t i = 0; i < count; i++)
+            digests[i] = digest_of((const char *)(uintptr_t)arrays.addresses[i], arrays.numels[i], arrays.itemsizes[i],
+                                   arrays.firsts[i]);
+        Py_END_ALLOW_THREADS;
+    }
+    for (int i = 0; i < 4; i++) PyBuffer_Release(&in[i]);
+    PyBuffer_Release(&out);
+    if (!fits) return refuse("digest_many: columns that do not fit together");
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(find_many_doc,
+             "find_many(old, new, numels, itemsizes, firsts, counts, gone, come, indices, values)\n--\n\n"
+             "Do as find for each of some arrays; places have four bytes.\n\n"
+             "Args:\n"
+             "    old, new: addresses.\n"
+             "    numels, itemsizes, firsts: of each array.\n"
+             "    counts, gone, come: columns that are written: what find returns; a count is -1 where more elements\n"
+             "        differ than are worth finding, since the whole array is not larger.\n"
+             "    indices, values: memory for what is found, one after another, half as large as all arrays.\n\n"
+             "Returns:\n"
+             "    how many bytes of indices and of values were written.");
+
+static PyObject *find_many(PyObject *module, PyObject *args) {
+    Py_buffer in[10];
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*y*y*y*y*w*w*w*w*w*", &in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &in[6], &in[7],
+                          &in[8], &in[9]))
+        return NULL;
+    size_t count = (size_t)in[0].len / 8;
+    uint64_t need_indices = 0, need_values = 0, used_indices = 0, used_values = 0;
+    int fits = 1;
+    for (int i = 0; i < 8; i++) fits &= is_column(&in[i], count);
+    Arrays arrays = {in[0].buf, in[1].buf, in[2].buf, in[3].buf, in[4].buf, count};
+    fits = fits && have_sizes(&arrays);
+    for (size_t i = 0; i < count && fits; i++) {
+        uint64_t most = arrays.numels[i] * arrays.itemsizes[i] / (4 + arrays.itemsizes[i]);
+        need_indices += 4 * most;
+        need_values += arrays.itemsizes[i] * most;
+        fits = arrays.firsts[i] + arrays.numels[i] <= (uint64_t)INT32_MAX + 1;
+    }
+    fits = fits && need_indices <= (uint64_t)in[8].len && need_values <= (uint64_t)in[9].len;
+    if (fits) {
+        int64_t *counts = in[5].buf;
+        uint64_t *gone = in[6].buf, *come = in[7].buf;
+        Py_BEGIN_ALLOW_THREADS;
+        for (size_t i = 0; i < count; i++) {
+            size_t itemsize = arrays.itemsizes[i];
+            Found found = {.indices = (char *)in[8].buf + used_indices,
+                           .values = (char *)in[9].buf + used_values,
+                           .index_size = 4,
+                           .room = (Py_ssize_t)(arrays.numels[i] * itemsize / (4 + itemsize))};
+            if (find_all((const char *)(uintptr_t)arrays.addresses[i], (const char *)(uintptr_t)arrays.others[i],
+                         arrays.numels[i], itemsize, arrays.firsts[i], &found)) {
+                counts[i] = found.count;
+                gone[i] = found.gone;
+                come[i] = found.come;
+                used_indices += 4 * (uint64_t)found.count;
+                used_values += itemsize * (uint64_t)found.count;
+            } else {
+                counts[i] = -1;
+            }
+        }
+        Py_END_ALLOW_THREADS;
+    }
+    for (int i = 0; i < 10; i++) PyBuffer_Release(&in[i]);
+    if (!fits) return refuse("find_many: columns that do not fit together");
+    return Py_BuildValue("KK", (unsigned long long)used_indices, (unsigned long long)used_values);
+}
+
+PyDoc_STRVAR(exchange_many_doc,
+             "exchange_many(addresses, numels, itemsizes, counts, index_places, value_places, indices, values, gone)\n--\n\n"
+             "Do as exchange for each of some arrays; places have four bytes.\n\n"
+             "Args:\n"
+             "    addresses, numels, itemsizes: of each array.\n"
+             "    counts: how many elements of each.\n"
+             "    index_places, value_places: where in ``indices`` and ``values`` those of each array begin.\n"
+             "    gone: a column that is written: what exchange returns.");
+
+static PyObject *exchange_many(PyObject *module, PyObject *args) {
+    Py_buffer in[9];
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*y*y*y*y*y*y*w*w*", &in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &in[6], &in[7], &in[8]))
+        return NULL;
+    size_t count = (size_t)in[0].len / 8;
+    int fits = is_column(&in[8], count);
+    for (int i = 0; i < 6; i++) fits &= is_column(&in[i], count);
+    Arrays arrays = {in[0].buf, NULL, in[1].buf, in[2].buf, NULL, count};
+    const uint64_t *counts = in[3].buf, *index_places = in[4].buf, *value_places = in[5].buf;
+    const uint64_t room = (uint64_t)in[6].len, value_room = (uint64_t)in[7].len;
+    const char *indices = in[6].buf;
+    fits = fits && have_sizes(&arrays);
+    for (size_t i = 0; i < count && fits; i++) {
+        fits = index_places[i] <= room && counts[i] <= (room - index_places[i]) / 4 && value_places[i] <= value_room &&
+               counts[i] <= (value_room - value_places[i]) / arrays.itemsizes[i];
+        for (uint64_t j = 0; fits && j < counts[i]; j++)
+            fits = read_index(indices + index_places[i] + 4 * j, 4) < arrays.numels[i];
+    }
+    if (fits) {
+        uint64_t *gone = in[8].buf;
+        Py_BEGIN_ALLOW_THREADS;
+        for (size_t i = 0; i < count; i++)
+            gone[i] = exchange_any((char *)(uintptr_t)arrays.addresses[i], indices + index_places[i],
+                                   (char *)in[7].buf + value_places[i], counts[i], arrays.itemsizes[i], 4);
+        Py_END_ALLOW_THREADS;
+    }
+    for (int i = 0; i < 9; i++) PyBuffer_Release(&in[i]);
+    if (!fits) return refuse("exchange_many: columns that do not fit together, or a place outside of its array");
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"digest", digest, METH_VARARGS, digest_doc},
     {"find", find, METH_VARARGS, find_doc},
     {"exchange", exchange, METH_VARARGS, exchange_doc},
+    {"digest_many", digest_many, METH_VARARGS, digest_many_doc},
+    {"find_many", find_many, METH_VARARGS, find_many_doc},
+    {"exchange_many", exchange_many, METH_VARARGS, exchange_many_doc},
     {NULL, NULL, 0, NULL},
 };
 

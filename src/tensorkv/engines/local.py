@@ -17,7 +17,7 @@ from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import Codec, Compressor
 from tensorkv.errors import ArgumentError
-from tensorkv.releases.changes import Changes, changes_of, release_digest
+from tensorkv.releases.changes import Changes
 from tensorkv.releases.finder import ChangeFinder
 from tensorkv.runtime import shield
 from tensorkv.shard.entry import Batch, KeyInfo, Part
@@ -106,14 +106,12 @@ class LocalRelease(ShardReader, ReleaseReader):
 
     def digest(self) -> str:
         self._renew()
-        digests = self._finder.digests(self.name)
-        specs = {key: self.spec("digest", key) for key in digests}
-        return release_digest((key, specs[key].dtype, specs[key].shape, number) for key, number in digests.items())
+        return self._finder.digest(self.name)
 
     def changes(self, since: str) -> Changes:
         self._renew()
         base, found = self._finder.changes(self.name, since)
-        return changes_of(base, self.name, found)
+        return Changes(base, self.name, found)
 
     def close(self) -> None:
         self._source.let_go(self.name, self._reader)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from tensorkv.arrays import interop, trees
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.interop import Origin
+from tensorkv.arrays.packing import flat_bytes
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.arrays.trees import Flat
 from tensorkv.errors import ArgumentError, ArrayTypeError, ReleaseMismatchError, ValueMismatchError, quote, show
 from tensorkv.runtime import _compat
@@ -21,11 +23,15 @@ from tensorkv.shard.pool import Pool
 from tensorkv.shard.table import Table
 
 from . import elements
+from .elements import Bytes
+
+# Arrays of fewer elements are done with others, in one call of the compiled part.
+_SMALL_NUMEL = 1 << 20
 
 Kind = Literal["same", "elements", "dense", "rows", "deleted"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class KeyChange:
     """What has changed of one key between two releases.
 
@@ -34,40 +40,61 @@ class KeyChange:
         kind: ``"same"``: nothing. ``"elements"``: some elements. ``"dense"``: so many that this is the whole value,
             or a key that the older release does not have. ``"rows"``: some rows of a sparse table. ``"deleted"``:
             the newer release does not have the key, or has it with another shape or dtype (as ``"dense"``).
-        shape: of the value.
-        dtype: of the value.
-        origin: the library of the key.
-        places: flat indices of elements, int32 or int64; of ``"rows"``, their ids; else None.
-        content: the new elements, rows or value; None if nothing has changed.
-        before, after: digests of the value in the older release (None: it does not have the key) and in the newer one.
+        spec: of the key.
+        places: indices as bytes: of elements, or ids of rows; None if there are none.
+        content: the new elements, rows or value, as bytes; None if nothing has changed.
+        before: digest of the value in the older release, None if that does not have the key.
+        after: digest of the value in the newer release.
         gone: of ``"elements"``, the digest of what they were.
     """
 
     key: Key
     kind: Kind
-    shape: torch.Size
-    dtype: torch.dtype
-    origin: Origin
-    places: torch.Tensor | None = None
-    content: torch.Tensor | None = None
+    spec: KeySpec
+    places: Bytes | None = None
+    content: Bytes | None = None
     before: int | None = None
     after: int = 0
     gone: int = 0
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the value."""
+        return tuple(self.spec.shape)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the value, such as ``"float32"``."""
+        return interop.dtype_name(self.spec.dtype)
+
+    @property
     def indices(self) -> Any:
-        """Flat indices of the elements that have changed, or ids of rows, as an array of the key's library; or None."""
-        return None if self.places is None else interop.give(self.places.clone(), self.origin)
+        """Flat indices of elements, int32 or int64, or ids of rows, as an array of the key's library; or None."""
+        if self.places is None:
+            return None
+        return interop.give(elements.as_tensor(self.places.copy(), index_dtype(self.spec)), self.spec.origin)
 
     @property
     def values(self) -> Any:
         """The new elements, rows or value, as an array of the key's library; None if nothing has changed."""
-        return None if self.content is None else interop.give(self.content.clone(), self.origin)
+        if self.content is None:
+            return None
+        found = elements.as_tensor(self.content.copy(), self.spec.dtype)
+        if self.spec.is_table:
+            found = found.reshape(-1, *self.spec.shape[1:])
+        elif self.kind == "dense":
+            found = found.reshape(self.spec.shape)
+        return interop.give(found, self.spec.origin)
 
     @property
     def nbytes(self) -> int:
         """Bytes of indices and values."""
-        return sum(each.nbytes for each in (self.places, self.content) if each is not None)
+        return sum(len(each) for each in (self.places, self.content) if each is not None)
+
+
+def index_dtype(spec: KeySpec) -> torch.dtype:
+    """Return the dtype of indices into a value, or of the ids of a table."""
+    return torch.int32 if spec.shape.numel() <= 1 << 31 and not spec.is_table else torch.int64
 
 
 class Patch(NamedTuple):
@@ -86,7 +113,7 @@ class Patch(NamedTuple):
     values: Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Changes:
     """What has changed between two releases, key by key in the order of the newer one.
 
@@ -95,15 +122,23 @@ class Changes:
     Args:
         base: name of the older release; None if these are whole values, which can be applied to anything.
         name: of the newer release.
-        base_digest, digest: of the two releases.
         changes: one for each key.
     """
 
     base: str | None
     name: str
-    base_digest: str | None
-    digest: str
     changes: Sequence[KeyChange] = field(repr=False)
+
+    @cached_property
+    def base_digest(self) -> str | None:
+        """The digest of the older release."""
+        old = [(each.key, each.spec, each.before) for each in self.changes if each.before is not None]
+        return None if self.base is None else release_digest(old)
+
+    @cached_property
+    def digest(self) -> str:
+        """The digest of the newer release."""
+        return release_digest((each.key, each.spec, each.after) for each in self.changes if each.kind != "deleted")
 
     def __len__(self) -> int:
         return len(self.changes)
@@ -134,23 +169,38 @@ class Changes:
         """
         for each in self.changes:
             if each.kind not in ("same", "deleted"):
-                yield Patch(each.key, tuple(each.shape), each.indices, each.values)
+                yield Patch(each.key, each.shape, each.indices, each.values)
 
 
 # ---------------------------------------------------------------- digests
 
 
-def content_digest(entry: FrozenEntry, first: int, pool: Pool | None) -> int:
-    """Return the digest of what a snapshot holds of a key, which is computed once.
+def digests_of(entries: Sequence[FrozenEntry], firsts: Sequence[int], pool: Pool | None) -> list[int]:
+    """Return the digest of what a snapshot holds of each of some keys, which is computed once.
 
     Args:
-        entry: of the snapshot.
-        first: the place of its first element in the value that it is a piece of.
+        entries: of the snapshot.
+        firsts: the place of the first element of each in the value that it is a piece of.
         pool: threads that share the work.
     """
-    if entry.content_digest is None:
-        entry.content_digest = _digest_of(entry.value, first, pool)
-    return entry.content_digest
+    new = [place for place, entry in enumerate(entries) if entry.content_digest is None]
+    small = [place for place in new if is_small(entries[place])]
+    if small:
+        tensors = [entries[place].tensor for place in small]
+        found = elements.digest_each(tensors, [firsts[place] for place in small], pool)
+        for place, number in zip(small, found.tolist(), strict=True):
+            entries[place].content_digest = number
+    for place in new:
+        entry = entries[place]
+        if entry.content_digest is None:
+            entry.content_digest = _digest_of(entry.value, firsts[place], pool)
+    return [entry.content_digest or 0 for entry in entries]
+
+
+def is_small(entry: FrozenEntry) -> bool:
+    """Return whether a value is done with others in one call of the compiled part."""
+    value = entry.value
+    return isinstance(value, torch.Tensor) and value.numel() < _SMALL_NUMEL and value.is_cpu
 
 
 def _digest_of(value: torch.Tensor | Table, first: int, pool: Pool | None) -> int:
@@ -166,110 +216,139 @@ def _digest_of(value: torch.Tensor | Table, first: int, pool: Pool | None) -> in
     )
 
 
-def release_digest(keys: Iterable[tuple[Key, torch.dtype, Sequence[int], int]]) -> str:
+def release_digest(keys: Iterable[tuple[Key, KeySpec, int]]) -> str:
     """Return the digest of a release, as 32 hexadecimal digits.
 
     Args:
-        keys: of each key its name, dtype, shape and digest, in any order.
-
-    >>> release_digest([("w", torch.float32, (2,), 7)]) == release_digest([("w", torch.float64, (2,), 7)])
-    False
+        keys: of each key its name, spec and digest, in any order.
     """
-    lines = sorted(
-        json.dumps([key, interop.dtype_name(dtype), list(shape), number]) for key, dtype, shape, number in keys
-    )
-    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
-
-
-def changes_of(base: str | None, name: str, found: Sequence[KeyChange]) -> Changes:
-    """Return the changes of all keys of a release since another one; None: its values."""
-    old = [(each.key, each.dtype, each.shape, each.before) for each in found if each.before is not None]
-    new = [(each.key, each.dtype, each.shape, each.after) for each in found if each.kind != "deleted"]
-    return Changes(base, name, None if base is None else release_digest(old), release_digest(new), found)
+    lines = sorted([f"{key!r} {spec.dtype} {tuple(spec.shape)} {number}" for key, spec, number in keys])
+    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 # ---------------------------------------------------------------- finding changes
 
 
-def is_comparable(old: FrozenEntry, new: FrozenEntry | None) -> bool:
-    """Return whether a release has a key as an older one has it, perhaps with other elements or rows."""
-    return new is not None and (old.spec.shape, old.spec.dtype, old.spec.is_table) == (
-        new.spec.shape,
-        new.spec.dtype,
-        new.spec.is_table,
-    )
-
-
-def deleted(old: FrozenEntry, *, first: int, pool: Pool | None) -> KeyChange:
-    """Return the change of a key that the newer release does not have, or not so; arguments as for ``compare``."""
-    spec, before = old.spec, content_digest(old, first, pool)
-    return KeyChange(old.key, "deleted", spec.shape, spec.dtype, spec.origin, before=before)
-
-
-def compare(old: FrozenEntry | None, new: FrozenEntry, *, first: int, numel: int, pool: Pool | None) -> KeyChange:
-    """Return what has changed of a key, or of a piece of it; no thread may change the values meanwhile.
+@dataclass(slots=True)
+class Pair:
+    """What two releases hold of a key, or of a piece of it.
 
     Args:
-        old: what the older release holds of it, which is comparable; None: nothing.
-        new: what the newer release holds of it.
+        old: in the older release, comparable with ``new``; None: nothing.
+        new: in the newer release.
         first: the place of the piece's first element in the value.
-        numel: of the value.
-        pool: threads that share the work.
     """
-    spec = new.spec
-    whole = KeyChange(new.key, "dense", spec.shape, spec.dtype, spec.origin)
-    if old is None:
-        return _replaced(whole, None, new, first, pool)
-    if old is new or old.value is new.value:
-        after = content_digest(new, first, pool)
-        return replace(whole, kind="same", before=after, after=after)
-    before = content_digest(old, first, pool)
-    if isinstance(new.value, Table) and isinstance(old.value, Table):
-        return _compare_tables(whole, old.value, new, new.value, before, pool)
-    earlier, later = (each.tensor.cpu().contiguous() for each in (old, new))
-    index_nbytes = 4 if numel <= 1 << 31 else 8
-    most = later.nbytes // (index_nbytes + later.element_size())
-    found = elements.find(earlier, later, first, numel=numel, most=most, pool=pool)
-    if found is None:
-        return _replaced(whole, before, new, first, pool)
-    after = new.content_digest = elements.add(elements.subtract(before, found.gone), found.come)
-    if not len(found.indices):
-        return replace(whole, kind="same", before=before, after=after)
-    return replace(
-        whole,
-        kind="elements",
-        places=found.indices,
-        content=found.values,
-        before=before,
-        after=after,
-        gone=found.gone,
+
+    old: FrozenEntry | None
+    new: FrozenEntry
+    first: int = 0
+
+
+def is_comparable(old: FrozenEntry, new: FrozenEntry | None) -> bool:
+    """Return whether a release has a key as an older one has it, perhaps with other elements or rows."""
+    return new is not None and (
+        old.spec is new.spec
+        or (old.spec.shape, old.spec.dtype, old.spec.is_table) == (new.spec.shape, new.spec.dtype, new.spec.is_table)
     )
 
 
-def _replaced(whole: KeyChange, before: int | None, new: FrozenEntry, first: int, pool: Pool | None) -> KeyChange:
+def compare(pairs: Sequence[Pair], pool: Pool | None) -> list[KeyChange]:
+    """Return what has changed of each of some keys; no thread may change the values meanwhile."""
+    found: list[KeyChange | None] = [None] * len(pairs)
+    small = []
+    for place, pair in enumerate(pairs):
+        new = pair.new
+        if pair.old is new:
+            continue
+        if pair.old is not None and is_small(new) and new.spec.shape.numel() <= 1 << 31:
+            small.append(place)
+        else:
+            found[place] = _compare_one(pair, pool)
+    _compare_small([pairs[place] for place in small], small, found, pool)
+    same = [place for place, change in enumerate(found) if change is None]
+    entries = [pairs[place].new for place in same]
+    digests = digests_of(entries, [pairs[place].first for place in same], pool)
+    for place, entry, number in zip(same, entries, digests, strict=True):
+        found[place] = KeyChange(entry.key, "same", entry.spec, before=number, after=number)
+    return [change for change in found if change is not None]
+
+
+def _compare_small(
+    pairs: Sequence[Pair], places: Sequence[int], found: list[KeyChange | None], pool: Pool | None
+) -> None:
+    """Put what has changed of small values in its place; what has not changed is left out."""
+    olds = [pair.old for pair in pairs if pair.old is not None]
+    firsts = [pair.first for pair in pairs]
+    before = digests_of(olds, firsts, pool)
+    differ = elements.find_each([old.tensor for old in olds], [pair.new.tensor for pair in pairs], firsts, pool)
+    at = value_at = 0
+    columns = (differ.counts.tolist(), differ.gone.tolist(), differ.come.tolist())
+    for place, pair, start, count, gone, come in zip(places, pairs, before, *columns, strict=True):
+        new = pair.new
+        if count < 0:
+            found[place] = _replaced(new, start, pair.first, pool)
+            continue
+        new.content_digest = elements.add(elements.subtract(start, gone), come)
+        if count:
+            index_end, value_end = at + 4 * count, value_at + new.spec.dtype.itemsize * count
+            change = KeyChange(new.key, "elements", new.spec, before=start, after=new.content_digest, gone=gone)
+            change.places, change.content = differ.indices[at:index_end], differ.values[value_at:value_end]
+            at, value_at = index_end, value_end
+            found[place] = change
+
+
+def _compare_one(pair: Pair, pool: Pool | None) -> KeyChange | None:
+    """Return what has changed of a key; None: nothing."""
+    old, new, first = pair.old, pair.new, pair.first
+    if old is None:
+        return _replaced(new, None, first, pool)
+    (before,) = digests_of([old], [first], pool)
+    if isinstance(new.value, Table) and isinstance(old.value, Table):
+        return _compare_tables(old.value, new, new.value, before, pool)
+    earlier, later = old.tensor.cpu().contiguous(), new.tensor.cpu().contiguous()
+    numel = new.spec.shape.numel()
+    most = elements.worth_finding(later.numel(), later.element_size(), index_dtype(new.spec).itemsize)
+    found = elements.find(earlier, later, first, numel=numel, most=most, pool=pool)
+    if found is None:
+        return _replaced(new, before, first, pool)
+    new.content_digest = elements.add(elements.subtract(before, found.gone), found.come)
+    if not len(found.indices):
+        return None
+    places, content = elements.bytes_of(found.indices), elements.bytes_of(found.values)
+    return KeyChange(new.key, "elements", new.spec, places, content, before, new.content_digest, found.gone)
+
+
+def _replaced(new: FrozenEntry, before: int | None, first: int, pool: Pool | None) -> KeyChange:
     """Return a change that has all that the newer release holds of a key."""
-    after = content_digest(new, first, pool)
+    (after,) = digests_of([new], [first], pool)
     if isinstance(new.value, Table):
         rows = new.value.to_rows()
-        return replace(whole, places=rows.ids, content=rows.values, before=before, after=after)
-    # The store's own memory is reused when the release is dropped.
-    return replace(whole, content=new.value.detach().clone(), before=before, after=after)
+        return KeyChange(new.key, "dense", new.spec, *_bytes_of_rows(rows.ids, rows.values), before, after)
+    # A copy: the store's own memory is used again when the release is dropped.
+    content = elements.bytes_of(new.value.detach().cpu().contiguous()).copy()
+    return KeyChange(new.key, "dense", new.spec, None, content, before, after)
 
 
-def _compare_tables(
-    whole: KeyChange, earlier: Table, new: FrozenEntry, later: Table, before: int, pool: Pool | None
-) -> KeyChange:
+def deleted(old: FrozenEntry, first: int, pool: Pool | None) -> KeyChange:
+    """Return the change of a key that the newer release does not have, or not so."""
+    return KeyChange(old.key, "deleted", old.spec, before=digests_of([old], [first], pool)[0])
+
+
+def _compare_tables(earlier: Table, new: FrozenEntry, later: Table, before: int, pool: Pool | None) -> KeyChange | None:
     rows = later.to_rows()
-    known = torch.isin(earlier.ids, rows.ids)
-    if not known.all():
-        return _replaced(whole, before, new, 0, pool)
+    if not torch.isin(earlier.ids, rows.ids).all():
+        return _replaced(new, before, 0, pool)
     held = earlier.read(rows.ids)
     differ = (_bits(held) != _bits(rows.values)).any(dim=1) | ~torch.isin(rows.ids, earlier.ids)
-    ids, values = rows.ids[differ], rows.values[differ]
-    after = content_digest(new, 0, pool)
-    if not len(ids):
-        return replace(whole, kind="same", before=before, after=after)
-    return replace(whole, kind="rows", places=ids, content=values, before=before, after=after)
+    (after,) = digests_of([new], [0], pool)
+    if not differ.any():
+        return None
+    parts = _bytes_of_rows(rows.ids[differ], rows.values[differ])
+    return KeyChange(new.key, "rows", new.spec, *parts, before, after)
+
+
+def _bytes_of_rows(ids: torch.Tensor, values: torch.Tensor) -> tuple[Bytes, Bytes]:
+    return elements.bytes_of(ids.contiguous()), elements.bytes_of(values.cpu().contiguous())
 
 
 def _bits(rows: torch.Tensor) -> torch.Tensor:
@@ -328,20 +407,9 @@ def apply_changes(tree: Any, changes: Changes, *, prefix: str = "", base: str | 
     flat = _by_key(tree, changes, prefix)
     wanted = {each.key: each for each in changes if each.kind != "deleted"}
     works = [_Work(wanted[key], array) for key, array in zip(flat.names, flat.leaves, strict=True)]
-    begun: list[_Work] = []
-    try:
-        if changes.base is not None and base is None:
-            for work in works:
-                work.check(changes.base)
-        for work in works:
-            begun.append(work)
-            work.exchange(changes.base, is_checked=changes.base is None or base is None)
-    except BaseException:
-        for work in begun:
-            work.undo()
-        raise
-    for work in works:
-        work.finish()
+    if changes.base is not None and base is None:
+        _check(works, changes.base)
+    _write(works, None if base is None else changes.base)
     given = [work.given for work in works]
     if all(new is old for new, old in zip(given, flat.leaves, strict=True)):
         return tree
@@ -372,84 +440,143 @@ def _by_key(tree: Any, changes: Changes, prefix: str) -> Flat:
 class _Work:
     """An array and the change that is to be made to it."""
 
+    __slots__ = ("_array", "_finish", "_target", "change", "given", "held", "is_done", "is_plain")
+
     def __init__(self, change: KeyChange, array: Any) -> None:
-        self._change, self._array = change, array
-        self._is_done = False
-        self._others: torch.Tensor | None = None
+        self.change, self._array = change, array
+        self.is_done = False
+        """Whether the array holds the newer release."""
         self._target: torch.Tensor | None = None
+        self._finish: interop.Finish | None = None
         self.given = array
         """The array, or what replaces one that cannot be written."""
-        key = change.key
-        if change.kind == "rows" or (change.kind == "dense" and change.places is not None):
+        if change.spec.is_table:
             raise ArgumentError(
-                f"apply_changes({quote(key)}): the key is a sparse table; write the rows yourself: change.indices are "
-                "their ids, change.values their values"
+                f"apply_changes({quote(change.key)}): the key is a sparse table; write the rows yourself: "
+                "change.indices are their ids, change.values their values"
             )
         try:
             if interop.is_jax(array):
-                self._held = interop.take(array)
+                self.held = interop.take(array)
             else:
                 self._target, self._finish = interop.target(array)
-                self._held = self._target
+                self.held = self._target
         except ArrayTypeError as error:
-            raise ArrayTypeError(f"apply_changes({quote(key)}): {error}") from None
-        if self._held.shape != change.shape or self._held.dtype is not change.dtype:
+            raise ArrayTypeError(f"apply_changes({quote(change.key)}): {error}") from None
+        if self.held.shape != change.spec.shape or self.held.dtype is not change.spec.dtype:
             raise ValueMismatchError(
-                f"apply_changes({quote(key)}): the array is {interop.dtype_name(self._held.dtype)} of shape "
-                f"{tuple(self._held.shape)}, the release has {interop.dtype_name(change.dtype)} of shape "
-                f"{tuple(change.shape)}"
+                f"apply_changes({quote(change.key)}): the array is {interop.dtype_name(self.held.dtype)} of shape "
+                f"{tuple(self.held.shape)}, the release has {change.dtype} of shape {change.shape}"
             )
         # Elements are read and written where they are, or in a copy.
-        self._is_plain = self._target is not None and self._held.is_cpu and self._held.is_contiguous()
-        if not self._is_plain:
-            self._held = self._held.cpu().contiguous().clone()
+        self.is_plain = self._target is not None and self.held.is_cpu and self.held.is_contiguous()
+        if not self.is_plain:
+            self.held = self.held.cpu().contiguous().clone()
 
-    def check(self, base: str) -> None:
-        """Raise if the array holds neither the older release nor the newer one."""
-        change = self._change
-        if change.before is None or change.kind == "dense":
-            return
-        found = elements.digest(self._held, pool=_pool)
-        self._is_done = found == change.after
-        if found not in (change.before, change.after):
-            raise self._mismatch(base)
+    @property
+    def has_elements(self) -> bool:
+        """Whether some elements are to be written."""
+        return self.change.kind == "elements" and not self.is_done
 
-    def exchange(self, base: str | None, *, is_checked: bool) -> None:
-        """Write elements that have changed; raise if they were not those of the older release or the newer one."""
-        change = self._change
-        if change.kind != "elements" or self._is_done or change.places is None or change.content is None:
-            return
-        # What was there, for ``undo``.
-        self._others = change.content.clone()
-        found = elements.exchange(self._held, change.places, self._others, _pool)
-        come = elements.subtract(elements.add(change.gone, change.after), change.before or 0)
-        if not is_checked and found not in (change.gone, come):
-            raise self._mismatch(base or "")
-
-    def undo(self) -> None:
-        """Write what was there before ``exchange``."""
-        if self._others is not None and self._change.places is not None:
-            elements.exchange(self._held, self._change.places, self._others, _pool)
+    @property
+    def is_small(self) -> bool:
+        """Whether the array is done with others in one call of the compiled part."""
+        return self.held.numel() < _SMALL_NUMEL
 
     def finish(self) -> None:
         """Write whole values, and give the array what was written to a copy of it."""
-        change = self._change
-        if self._is_done or change.kind == "same" or change.content is None:
+        change = self.change
+        if self.is_done or change.kind == "same" or change.content is None:
             return
         if change.kind == "dense":
-            self._held.copy_(change.content)
+            flat_bytes(self.held).copy_(torch.from_numpy(change.content))
         if self._target is None:
-            self.given = interop.give(self._held, interop.origin(self._array))
+            self.given = interop.give(self.held, interop.origin(self._array))
             return
-        if not self._is_plain:
-            self._target.copy_(self._held)
-        if isinstance(self._array, torch.Tensor):
-            _compat.increment_version([self._array])
+        if not self.is_plain:
+            self._target.copy_(self.held)
         if self._finish is not None:
             self._finish()
 
-    def _mismatch(self, base: str) -> ReleaseMismatchError:
-        return ReleaseMismatchError(
-            f"apply_changes({quote(self._change.key)}): the array does not hold the release {quote(base)}, from which "
-            "the changes start; pull the whole release"
-        )
+
+def _check(works: Sequence[_Work], base: str) -> None:
+    """Raise if an array holds neither the older release nor the newer one; mark those that hold the newer one."""
+    checked = [work for work in works if work.change.before is not None and work.change.kind != "dense"]
+    small = [work for work in checked if work.is_small]
+    digests = elements.digest_each([work.held for work in small], [0] * len(small), _pool).tolist()
+    found = dict(zip(map(id, small), digests, strict=True))
+    for work in checked:
+        number = found[id(work)] if id(work) in found else elements.digest(work.held, pool=_pool)
+        work.is_done = number == work.change.after
+        if number not in (work.change.before, work.change.after):
+            raise _mismatch(work, base)
+
+
+def _write(works: Sequence[_Work], base: str | None) -> None:
+    """Write what has changed; on an error arrays are as they were.
+
+    Args:
+        works: arrays and changes.
+        base: the older release, if what the elements were is to be checked (None: that was done).
+    """
+    to_do = [work for work in works if work.has_elements]
+    small = [work for work in to_do if work.is_small]
+    large = [work for work in to_do if not work.is_small]
+    indices, others = (_joined([part(work) for work in small]) for part in (_places, _content))
+    counts = [len(_places(work)) // 4 for work in small]
+    tensors = [work.held for work in small]
+    is_begun = False
+    exchanged: list[tuple[_Work, torch.Tensor]] = []
+    try:
+        gone = elements.exchange_each(tensors, counts, indices, others, _pool).tolist()
+        is_begun = True
+        if base is not None:
+            for work, number in zip(small, gone, strict=True):
+                _check_gone(work, number, base)
+        for work in large:
+            # What was there, for the way back.
+            values = elements.as_tensor(_content(work).copy(), work.held.dtype)
+            places = elements.as_tensor(_places(work), index_dtype(work.change.spec))
+            number = elements.exchange(work.held, places, values, _pool)
+            exchanged.append((work, values))
+            if base is not None:
+                _check_gone(work, number, base)
+    except BaseException:
+        if is_begun:
+            elements.exchange_each(tensors, counts, indices, others, _pool)
+        for work, values in exchanged:
+            places = elements.as_tensor(_places(work), index_dtype(work.change.spec))
+            elements.exchange(work.held, places, values, _pool)
+        raise
+    for work in works:
+        work.finish()
+    written = [work.given for work in works if work.change.kind != "same" and isinstance(work.given, torch.Tensor)]
+    if written:
+        _compat.increment_version(written)
+
+
+def _places(work: _Work) -> Bytes:
+    return work.change.places if work.change.places is not None else np.empty(0, np.uint8)
+
+
+def _content(work: _Work) -> Bytes:
+    return work.change.content if work.change.content is not None else np.empty(0, np.uint8)
+
+
+def _joined(parts: Sequence[Bytes]) -> Bytes:
+    return np.concatenate([np.empty(0, np.uint8), *parts])
+
+
+def _check_gone(work: _Work, found: int, base: str) -> None:
+    """Raise if the elements that were written were neither those of the older release nor those of the newer one."""
+    change = work.change
+    come = elements.subtract(elements.add(change.gone, change.after), change.before or 0)
+    if found not in (change.gone, come):
+        raise _mismatch(work, base)
+
+
+def _mismatch(work: _Work, base: str) -> ReleaseMismatchError:
+    return ReleaseMismatchError(
+        f"apply_changes({quote(work.change.key)}): the array does not hold the release {quote(base)}, from which "
+        "the changes start; pull the whole release"
+    )

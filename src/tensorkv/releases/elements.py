@@ -20,6 +20,7 @@ import torch
 
 from tensorkv.arrays.packing import raw_bytes
 from tensorkv.compiled import _elements
+from tensorkv.shard.native import column_of
 from tensorkv.shard.pool import WORTH_A_THREAD, Pool
 
 T = TypeVar("T")
@@ -209,6 +210,163 @@ def _run_one(found: dict[int, T], place: int, job: Callable[[], T]) -> None:
 def bytes_of(tensor: torch.Tensor) -> Bytes:
     """Return the memory of a contiguous CPU tensor as bytes."""
     return np.asarray(raw_bytes(tensor), np.uint8)
+
+
+def as_tensor(held: Bytes, dtype: torch.dtype) -> torch.Tensor:
+    """Return bytes as a flat tensor, which shares their memory if that begins where its dtype may."""
+    whole = held if held.ctypes.data % 16 == 0 else held.copy()
+    return torch.as_strided(torch.from_numpy(whole), (len(whole),), (1,)).view(dtype)
+
+
+# ---------------------------------------------------------------- many tensors
+
+
+class Found(NamedTuple):
+    """The elements of some flat tensors that differ from those of others.
+
+    Args:
+        counts: how many of each tensor, int64; -1 where more differ than are worth finding.
+        gone, come: digests of what they were and of what they are, of each tensor, uint64.
+        indices: int32 as bytes, one tensor's after the other's.
+        values: as bytes, likewise.
+    """
+
+    counts: npt.NDArray[np.int64]
+    gone: npt.NDArray[np.uint64]
+    come: npt.NDArray[np.uint64]
+    indices: Bytes
+    values: Bytes
+
+
+def worth_finding(numel: int, itemsize: int, index_size: int = 4) -> int:
+    """Return how many elements that differ take no more bytes, with their indices, than all elements."""
+    return numel * itemsize // (index_size + itemsize)
+
+
+def digest_each(
+    tensors: Sequence[torch.Tensor], firsts: Sequence[int], pool: Pool | None = None
+) -> npt.NDArray[np.uint64]:
+    """Return ``digest`` of each of some tensors; threads of a pool share the work.
+
+    >>> pair = [torch.zeros(3), torch.ones(2)]
+    >>> digest_each(pair, [0, 7]).tolist() == [digest(pair[0]), digest(pair[1], first=7)]
+    True
+    """
+    parts = _shares(tensors, pool)
+    if pool is not None and len(parts) > 1:
+        return np.concatenate(_run_all(pool, [partial(digest_each, tensors[each], firsts[each]) for each in parts]))
+    digests = np.empty(len(tensors), np.uint64)
+    if _elements is None:
+        digests[:] = [digest(tensor, first) for tensor, first in zip(tensors, firsts, strict=True)]
+    else:
+        addresses, numels, itemsizes = _columns(tensors)
+        _elements.digest_many(addresses, numels, itemsizes, np.array(firsts, np.uint64), digests)
+    return digests
+
+
+def find_each(
+    olds: Sequence[torch.Tensor], news: Sequence[torch.Tensor], firsts: Sequence[int], pool: Pool | None = None
+) -> Found:
+    """Do as ``find`` for each of some pairs of tensors, which are pieces of values of at most 2^31 elements.
+
+    >>> found = find_each([torch.zeros(9), torch.zeros(2)], [torch.arange(9) // 8.0, torch.ones(2)], [0, 0])
+    >>> found.counts.tolist(), found.indices.view(np.int32).tolist()
+    ([1, -1], [8])
+    """
+    shares = _shares(news, pool)
+    if pool is not None and len(shares) > 1:
+        jobs = [partial(find_each, olds[each], news[each], firsts[each]) for each in shares]
+        return Found(*(np.concatenate(each) for each in zip(*_run_all(pool, jobs), strict=True)))
+    counts, gone, come = np.empty(len(news), np.int64), *np.zeros((2, len(news)), np.uint64)
+    if _elements is None:
+        parts = []
+        for place, (old, new, first) in enumerate(zip(olds, news, firsts, strict=True)):
+            most = worth_finding(new.numel(), new.element_size())
+            found = find(old, new, first, numel=first + new.numel(), most=most)
+            counts[place] = -1 if found is None else len(found.indices)
+            if found is not None:
+                gone[place], come[place] = found.gone, found.come
+                parts.append(found)
+        indices, values = (
+            np.concatenate([np.empty(0, np.uint8), *map(bytes_of, each)])
+            for each in ([part.indices for part in parts], [part.values for part in parts])
+        )
+        return Found(counts, gone, come, indices, values)
+    addresses, numels, itemsizes = _columns(news)
+    most = numels * itemsizes // (4 + itemsizes)
+    indices, values = np.empty(int(4 * most.sum()), np.uint8), np.empty(int((itemsizes * most).sum()), np.uint8)
+    used = _elements.find_many(
+        _addresses(olds), addresses, numels, itemsizes, np.array(firsts, np.uint64), counts, gone, come, indices, values
+    )
+    # Copies, which let go of the rest of the memory.
+    return Found(counts, gone, come, indices[: used[0]].copy(), values[: used[1]].copy())
+
+
+def exchange_each(
+    tensors: Sequence[torch.Tensor], counts: Sequence[int], indices: Bytes, values: Bytes, pool: Pool | None = None
+) -> npt.NDArray[np.uint64]:
+    """Do as ``exchange`` for each of some tensors.
+
+    Args:
+        tensors: that are changed.
+        counts: how many elements of each.
+        indices: int32 as bytes, one tensor's after the other's.
+        values: as bytes, likewise; becomes what the tensors had.
+        pool: threads that share the work.
+
+    Raises:
+        ValueError: an index outside of its tensor.
+    """
+    gone = np.zeros(len(tensors), np.uint64)
+    addresses, numels, itemsizes = _columns(tensors)
+    lengths = np.array(counts, np.uint64)
+    index_ends, value_ends = np.cumsum(4 * lengths), np.cumsum(itemsizes * lengths)
+    index_places, value_places = index_ends - 4 * lengths, value_ends - itemsizes * lengths
+    shares = _shares(tensors, pool)
+    if pool is not None and len(shares) > 1:
+        jobs = [
+            partial(
+                exchange_each,
+                tensors[each],
+                counts[each],
+                indices[int(index_places[each.start]) : int(index_ends[each.stop - 1])],
+                values[int(value_places[each.start]) : int(value_ends[each.stop - 1])],
+            )
+            for each in shares
+        ]
+        return np.concatenate(_run_all(pool, jobs))
+    if _elements is not None:
+        _elements.exchange_many(
+            addresses, numels, itemsizes, lengths, index_places, value_places, indices, values, gone
+        )
+        return gone
+    for place, tensor in enumerate(tensors):
+        own = as_tensor(indices[int(index_places[place]) : int(index_ends[place])], torch.int32)
+        others = values[int(value_places[place]) : int(value_ends[place])]
+        exchanged = as_tensor(others.copy(), tensor.dtype)
+        gone[place] = exchange(tensor, own, exchanged)
+        others[:] = bytes_of(exchanged)
+    return gone
+
+
+def _shares(tensors: Sequence[torch.Tensor], pool: Pool | None) -> Sequence[slice]:
+    """Return slices of some tensors that have about as many elements each, one for each thread if that is worth it."""
+    if pool is None or len(tensors) < 2:
+        return [slice(0, len(tensors))]
+    ends = np.cumsum([tensor.numel() for tensor in tensors])
+    count = max(1, min(pool.threads, int(ends[-1]) // WORTH_A_THREAD))
+    wanted = [int(ends[-1]) * place // count for place in range(1, count)]
+    borders = sorted({0, *np.searchsorted(ends, wanted, side="right").tolist(), len(tensors)})
+    return [slice(start, stop) for start, stop in pairwise(borders)]
+
+
+def _columns(tensors: Sequence[torch.Tensor]) -> tuple[npt.NDArray[np.uint64], ...]:
+    numels = np.array([tensor.numel() for tensor in tensors], np.uint64)
+    return _addresses(tensors), numels, np.array([tensor.element_size() for tensor in tensors], np.uint64)
+
+
+def _addresses(tensors: Sequence[torch.Tensor]) -> npt.NDArray[np.uint64]:
+    return np.frombuffer(column_of(tensors), np.uint64)
 
 
 # ---------------------------------------------------------------- without the compiled part

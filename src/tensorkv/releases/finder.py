@@ -12,20 +12,33 @@ from tensorkv.errors import ArgumentError, ReleaseNotFoundError, quote
 from tensorkv.shard.entry import FrozenEntry
 from tensorkv.shard.shard import Shard, ShardSnapshot
 
-from .changes import KeyChange, compare, content_digest, deleted, is_comparable
+from .changes import KeyChange, Pair, compare, deleted, digests_of, is_comparable, release_digest
 
 # Pairs of releases of which the changes are kept.
 _REMEMBERED_PAIRS = 4
 # Longer than a comparison takes.
 _LEASE_S = 3600.0
 
-PlaceOf = Callable[[FrozenEntry], tuple[int, int]]
-"""Returns where in its value the first element of what is held of a key is, and how many elements the value has."""
+# Values that are looked at together, without a push in between.
+_GROUP_NBYTES = 16 << 20
 
 
-def whole_value(entry: FrozenEntry) -> tuple[int, int]:
-    """Return the place of what is held of a key where that is all of its value."""
-    return 0, entry.spec.shape.numel()
+def _groups(entries: Sequence[FrozenEntry]) -> Iterator[list[FrozenEntry]]:
+    """Return entries in groups that do not take long."""
+    group: list[FrozenEntry] = []
+    nbytes = 0
+    for entry in entries:
+        group.append(entry)
+        nbytes += entry.value.nbytes
+        if nbytes >= _GROUP_NBYTES:
+            yield group
+            group, nbytes = [], 0
+    if group:
+        yield group
+
+
+def _first_of_whole(_: FrozenEntry) -> int:
+    return 0
 
 
 class ChangeFinder:
@@ -33,11 +46,11 @@ class ChangeFinder:
 
     Args:
         shard: that has the releases.
-        place_of: where in its value the piece that the shard has of a key begins.
+        first_of: returns where in its value the first element of the piece is that the shard has of a key.
     """
 
-    def __init__(self, shard: Shard, place_of: PlaceOf = whole_value) -> None:
-        self._shard, self._place_of = shard, place_of
+    def __init__(self, shard: Shard, first_of: Callable[[FrozenEntry], int] = _first_of_whole) -> None:
+        self._shard, self._first_of = shard, first_of
         self._found: dict[tuple[str, str], Sequence[KeyChange]] = {}
         self._lock = threading.Lock()
 
@@ -68,34 +81,48 @@ class ChangeFinder:
                     self._remember(name, since, found)
                 return since, found
 
-    def digests(self, name: str) -> dict[Key, int]:
-        """Return the digest of each key of a release.
+    def digest(self, name: str) -> str:
+        """Return the digest of a release.
 
         Raises:
             ReleaseNotFoundError: it was dropped, or never published.
         """
-        found = {}
+        numbers = self.digests(name)
+        with self._held(name) as snapshot:
+            return release_digest((key, entry.spec, numbers[key]) for key, entry in snapshot.held.items())
+
+    def digests(self, name: str) -> dict[Key, int]:
+        """Return the digest of what is held of each key of a release.
+
+        Raises:
+            ReleaseNotFoundError: it was dropped, or never published.
+        """
+        found: dict[Key, int] = {}
         with self._lock, self._held(name) as snapshot:
-            for key, entry in snapshot.held.items():
+            for entries in _groups(list(snapshot.held.values())):
+                firsts = [self._first_of(entry) for entry in entries]
                 with snapshot.reading():
-                    found[key] = content_digest(entry, self._place_of(entry)[0], self._shard.pool)
+                    numbers = digests_of(entries, firsts, self._shard.pool)
+                found.update(zip([entry.key for entry in entries], numbers, strict=True))
         return found
 
     def _compare(self, new: ShardSnapshot, old: ShardSnapshot | None) -> Sequence[KeyChange]:
-        found = []
-        pool, earlier = self._shard.pool, {} if old is None else old.held
-        # The lock is free between keys, so that pushes go on; what a snapshot holds stays as it is.
-        for key, entry in new.held.items():
-            first, numel = self._place_of(entry)
-            before = earlier.get(key)
-            with new.reading():
+        found: list[KeyChange] = []
+        earlier = {} if old is None else old.held
+        # The lock is free between groups, so that pushes go on; what a snapshot holds stays as it is.
+        for entries in _groups(list(new.held.values())):
+            pairs = []
+            for entry in entries:
+                before = earlier.get(entry.key)
                 if before is not None and not is_comparable(before, entry):
                     before = None
-                found.append(compare(before, entry, first=first, numel=numel, pool=pool))
+                pairs.append(Pair(before, entry, self._first_of(entry)))
+            with new.reading():
+                found += compare(pairs, self._shard.pool)
         for key, before in earlier.items():
             if not is_comparable(before, new.held.get(key)):
                 with new.reading():
-                    found.append(deleted(before, first=self._place_of(before)[0], pool=pool))
+                    found.append(deleted(before, self._first_of(before), self._shard.pool))
         return found
 
     def _remember(self, name: str, since: str, found: Sequence[KeyChange]) -> None:

@@ -46,7 +46,7 @@ class Entry(Cell):
         self._slot: bytes | None = None
         self.ready: Any = None
         """On CUDA: the moment when the last work on the value is done, for callers on other streams."""
-        self.spare: torch.Tensor | None = None
+        self.spare: Any = None
         """Memory for the next copy of the value that a snapshot needs."""
 
     def freeze(self) -> FrozenEntry:

@@ -616,23 +616,29 @@ class Shard(native.ShardFields):
 
     def _thaw(self, entries: Sequence[Entry]) -> None:
         """Give snapshots their own copies of values that are about to change."""
-        shared = [(entry, entry.frozen) for entry in entries if entry.frozen is not None]
-        if not shared:
+        entries = [entry for entry in entries if entry.frozen is not None]
+        shared: list[FrozenEntry] = [entry.frozen for entry in entries]
+        if not entries:
             return
-        with kept(), self.frozen_lock, self._in_order([frozen for _, frozen in shared]):
-            copies: list[torch.Tensor | Table] = []
-            pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-            for entry, _ in shared:
+        with kept(), self.frozen_lock, self._in_order(shared):
+            for entry in entries:
                 if isinstance(entry.value, Table):
-                    copies.append(entry.value.copy())
-                else:
-                    copy = torch.empty_like(entry.value) if entry.spare is None else entry.spare
-                    copies.append(copy)
-                    pairs.append((copy, entry.value))
-            self._copy_all(pairs)
-            for copied, (entry, frozen) in zip(copies, shared, strict=True):
-                frozen.value, entry.spare, entry.frozen = copied, None, None
+                    entry.spare = entry.value.copy()
+                elif entry.spare is None:
+                    entry.spare = torch.empty_like(entry.value)
+            self._copy_dense([entry for entry in entries if not isinstance(entry.value, Table)])
+            for entry, frozen in zip(entries, shared, strict=True):
+                frozen.value, entry.spare, entry.frozen = entry.spare, None, None
             self._num_frozen -= len(shared)
+
+    def _copy_dense(self, entries: Sequence[Entry]) -> None:
+        """Copy dense values of this shard into their spare memory."""
+        keys, copies = [entry.key for entry in entries], [entry.spare for entry in entries]
+        batch = native.look(self._entries, keys, None, copies, None, None) if native.can_look() else None
+        if batch is not None and batch.begin(native.leaves_cache(batch.nbytes), self._entries):
+            self.pool.share(batch.numel, batch.run)
+        else:
+            self._copy_all([(copy, entry.value) for copy, entry in zip(copies, entries, strict=True)])  # type: ignore[misc]
 
     def _copy_all(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Copy tensors, each into the first one of its pair."""

@@ -38,6 +38,7 @@ from tensorkv.shard import optimizers
 from tensorkv.shard.entry import KeyInfo, Part
 from tensorkv.shard.fused import AVERAGE
 from tensorkv.shard.norm import PushResult
+from tensorkv.shard.releases import check_keep, check_name
 from tensorkv.shard.rules import Updater
 from tensorkv.shard.table import Table
 from tensorkv.storage import checkpoint
@@ -64,9 +65,8 @@ R = TypeVar("R")
 CAPABILITIES = ("checkpoint", "compression", "optimizer", "releases", "rows", "snapshot", "updater")
 # How long a pull waits for a version, and a reader for a release, in seconds.
 WAIT_S = 60.0
-# How long a release stays after it was last read, in seconds, and how long its name may be.
+# How long a release stays after it was last read, in seconds.
 LEASE_S = 60.0
-MAX_NAME = 255
 # Names that users of MXNet's KVStore, or of other key-value stores, may try, and what to use instead.
 _FOREIGN_NAMES = {
     "_barrier": "use barrier()",
@@ -691,8 +691,7 @@ class KVStore:
         array([0., 0.])
         """
         self._begin_release("publish", name)
-        if keep is not None and (type(keep) is not int or keep < 1):
-            raise ArgumentError(f"publish({quote(name)}): keep is {show(keep)}; expected an int of at least 1, or None")
+        check_keep(f"publish({quote(name)})", keep)
         chosen = None if keys is None else select("publish", keys, self.keys)
         self._engine.protect(self._engine.publish, name, chosen, keep)
 
@@ -776,10 +775,7 @@ class KVStore:
         if "releases" not in self._engine.capabilities:
             raise ArgumentError(f"{verb}: a store of type {quote(self._type)} has no releases")
         for name in names:
-            if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
-                raise ArgumentError(
-                    f"{verb}: the name is {show(name)}; expected a str of 1 to {MAX_NAME} printable characters"
-                )
+            check_name(verb, name)
 
     def _opened(self, reader: ReleaseReader) -> Release:
         return Release(KVStore(reader, self._type), reader, self)

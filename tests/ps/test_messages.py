@@ -12,7 +12,7 @@ from tensorkv.engines.ps.messages import VERBS, decode, encode
 SENDER = {"owner": "p", "client": "p.0", "seq": 7}
 REQUIRED = {"body": {"format": 1}, "metadata": {}, "numbers": {"lr": 0.1}, "keys": ["w", 3], "name": "sgd", "key": "w"}
 REQUIRED |= {"kinds": [], "indices": [], "orders": [], "number": 3, "wanted": {"p.0": [7, [0, 1]]}, "snapshot": "s"}
-REQUIRED |= {"token": "t", "worker": 1}
+REQUIRED |= {"token": "t", "worker": 1, "release": "r", "since": "q", "lease_s": 60.0, "releases": ["r"]}
 
 
 def message_of(verb):

@@ -1393,6 +1393,8 @@ def test_nonsense_is_an_error_and_changes_nothing_else(mode, tmp_path):
             "wait_for_version",
             "connect",
             "commit",
+            "digests",
+            "find_changes",
         }
         for number in range(3000):
             verb = chance.choice([*sorted(messages.VERBS), "nothing", None])

@@ -119,7 +119,8 @@ class ReleaseReader(Reader):
     """
 
     def __init__(self, name: str, number: int, versions: Mapping[Key, int]) -> None:
-        self.name, self.number, self.versions = name, number, versions
+        self.name, self.number = name, number
+        self.versions: Mapping[Key, int] = versions
 
     @abstractmethod
     def digest(self) -> str:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from .elements import Bytes
 _SMALL_NUMEL = 1 << 20
 
 Kind = Literal["same", "elements", "dense", "rows", "deleted"]
+KINDS = get_args(Kind)
 
 
 @dataclass(slots=True, eq=False)
@@ -237,11 +238,13 @@ class Pair:
         old: in the older release, comparable with ``new``; None: nothing.
         new: in the newer release.
         first: the place of the piece's first element in the value.
+        numel: of the value.
     """
 
     old: FrozenEntry | None
     new: FrozenEntry
-    first: int = 0
+    first: int
+    numel: int
 
 
 def is_comparable(old: FrozenEntry, new: FrozenEntry | None) -> bool:
@@ -260,7 +263,7 @@ def compare(pairs: Sequence[Pair], pool: Pool | None) -> list[KeyChange]:
         new = pair.new
         if pair.old is new:
             continue
-        if pair.old is not None and is_small(new) and new.spec.shape.numel() <= 1 << 31:
+        if pair.old is not None and is_small(new) and pair.numel <= 1 << 31:
             small.append(place)
         else:
             found[place] = _compare_one(pair, pool)
@@ -306,9 +309,9 @@ def _compare_one(pair: Pair, pool: Pool | None) -> KeyChange | None:
     if isinstance(new.value, Table) and isinstance(old.value, Table):
         return _compare_tables(old.value, new, new.value, before, pool)
     earlier, later = old.tensor.cpu().contiguous(), new.tensor.cpu().contiguous()
-    numel = new.spec.shape.numel()
-    most = elements.worth_finding(later.numel(), later.element_size(), index_dtype(new.spec).itemsize)
-    found = elements.find(earlier, later, first, numel=numel, most=most, pool=pool)
+    index_nbytes = 4 if pair.numel <= 1 << 31 else 8
+    most = elements.worth_finding(later.numel(), later.element_size(), index_nbytes)
+    found = elements.find(earlier, later, first, numel=pair.numel, most=most, pool=pool)
     if found is None:
         return _replaced(new, before, first, pool)
     new.content_digest = elements.add(elements.subtract(before, found.gone), found.come)

@@ -37,8 +37,12 @@ def _groups(entries: Sequence[FrozenEntry]) -> Iterator[list[FrozenEntry]]:
         yield group
 
 
-def _first_of_whole(_: FrozenEntry) -> int:
-    return 0
+PlaceOf = Callable[[FrozenEntry], tuple[int, int]]
+"""Returns where in its value the first element of what is held of a key is, and how many elements the value has."""
+
+
+def _whole(entry: FrozenEntry) -> tuple[int, int]:
+    return 0, entry.spec.shape.numel()
 
 
 class ChangeFinder:
@@ -46,11 +50,11 @@ class ChangeFinder:
 
     Args:
         shard: that has the releases.
-        first_of: returns where in its value the first element of the piece is that the shard has of a key.
+        place_of: tells what is held of a key.
     """
 
-    def __init__(self, shard: Shard, first_of: Callable[[FrozenEntry], int] = _first_of_whole) -> None:
-        self._shard, self._first_of = shard, first_of
+    def __init__(self, shard: Shard, place_of: PlaceOf = _whole) -> None:
+        self._shard, self._place_of = shard, place_of
         self._found: dict[tuple[str, str], Sequence[KeyChange]] = {}
         self._lock = threading.Lock()
 
@@ -100,7 +104,7 @@ class ChangeFinder:
         found: dict[Key, int] = {}
         with self._lock, self._held(name) as snapshot:
             for entries in _groups(list(snapshot.held.values())):
-                firsts = [self._first_of(entry) for entry in entries]
+                firsts = [self._place_of(entry)[0] for entry in entries]
                 with snapshot.reading():
                     numbers = digests_of(entries, firsts, self._shard.pool)
                 found.update(zip([entry.key for entry in entries], numbers, strict=True))
@@ -116,13 +120,13 @@ class ChangeFinder:
                 before = earlier.get(entry.key)
                 if before is not None and not is_comparable(before, entry):
                     before = None
-                pairs.append(Pair(before, entry, self._first_of(entry)))
+                pairs.append(Pair(before, entry, *self._place_of(entry)))
             with new.reading():
                 found += compare(pairs, self._shard.pool)
         for key, before in earlier.items():
             if not is_comparable(before, new.held.get(key)):
                 with new.reading():
-                    found.append(deleted(before, self._first_of(before), self._shard.pool))
+                    found.append(deleted(before, self._place_of(before)[0], self._shard.pool))
         return found
 
     def _remember(self, name: str, since: str, found: Sequence[KeyChange]) -> None:

@@ -146,6 +146,7 @@ class Publish(Change):
         keys: of the values (None: all).
         is_visible: whether readers see it at once.
         keep: if so, how many releases to keep, this one included (None: all).
+        owner: if not, who is to show it.
     """
 
     name: str
@@ -153,6 +154,7 @@ class Publish(Change):
     keys: Sequence[Key] | None = None
     is_visible: bool = True
     keep: int | None = None
+    owner: str = ""
 
 
 @dataclass(slots=True)

@@ -132,13 +132,15 @@ class FrozenEntry(Entry):
         source: the other entry.
     """
 
-    __slots__ = ("content_digest", "holders", "source")
+    __slots__ = ("content_digest", "holders", "note", "source")
 
     def __init__(self, source: Entry) -> None:
         super().__init__(source.key, source.spec, source.value, source.version)
         self.source, self.ready = source, source.ready
         self.holders = 0
         """How many snapshots hold it."""
+        self.note: Any = None
+        """What the shard has noted of the key, under the key's JSON."""
         self.content_digest: int | None = None
         """Of the value, once it was asked for."""
 

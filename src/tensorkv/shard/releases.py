@@ -5,15 +5,39 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tensorkv.errors import ReleaseExistsError, ReleaseNotFoundError, quote, suggestion
+from tensorkv.errors import ArgumentError, ReleaseExistsError, ReleaseNotFoundError, quote, show, suggestion
 
 if TYPE_CHECKING:
     from .shard import ShardSnapshot
 
+# How long a name may be.
+MAX_NAME = 255
 # Names of releases that are gone, which cannot be used again.
 _REMEMBERED_NAMES = 10_000
+
+
+def check_name(verb: str, name: Any) -> str:
+    """Return the name of a release.
+
+    Raises:
+        ArgumentError: not a str of 1 to 255 printable characters.
+    """
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
+        raise ArgumentError(f"{verb}: the name is {show(name)}; expected a str of 1 to {MAX_NAME} printable characters")
+    return name
+
+
+def check_keep(verb: str, keep: Any) -> int | None:
+    """Return how many releases are to stay.
+
+    Raises:
+        ArgumentError: not None or an int of at least 1.
+    """
+    if keep is not None and (type(keep) is not int or keep < 1):
+        raise ArgumentError(f"{verb}: keep is {show(keep)}; expected an int of at least 1, or None")
+    return keep
 
 
 @dataclass(slots=True)
@@ -23,11 +47,13 @@ class HeldRelease:
     Args:
         name, number: of the release.
         snapshot: its values.
+        owner: who is to show it to readers.
     """
 
     name: str
     number: int
     snapshot: ShardSnapshot
+    owner: str = ""
     is_visible: bool = False
     """Whether readers see it."""
     is_kept: bool = True
@@ -52,7 +78,7 @@ class Releases:
     @property
     def next_number(self) -> int:
         """The number of the next release."""
-        last = max((held.number for held in self._held.values()), default=0)
+        last = max([held.number for held in list(self._held.values())], default=0)
         return max(last, next(reversed(self.numbers.values()), 0)) + 1
 
     def __contains__(self, name: object) -> bool:
@@ -61,15 +87,19 @@ class Releases:
     def visible(self) -> list[HeldRelease]:
         """Return the releases that readers see."""
         self._drop_expired()
-        return [held for held in self._held.values() if held.is_visible and held.is_kept]
+        return [held for held in list(self._held.values()) if held.is_visible and held.is_kept]
 
     def lasting(self) -> list[HeldRelease]:
         """Return the releases that stay without readers, those that they do not see yet included."""
-        return [held for held in self._held.values() if held.is_kept]
+        return [held for held in list(self._held.values()) if held.is_kept]
 
     def hidden(self) -> list[str]:
         """Return the names of releases that readers do not see yet."""
-        return [held.name for held in self._held.values() if not held.is_visible]
+        return [held.name for held in list(self._held.values()) if not held.is_visible]
+
+    def owner_of(self, name: str) -> str:
+        """Return who is to show a release that is here."""
+        return self._held[name].owner
 
     def newest(self, after: str | None) -> HeldRelease | None:
         """Return the newest release after another one (None: any), if there is one.
@@ -148,9 +178,11 @@ class Releases:
                 f"publish({quote(name)}): a release of this name was published before; names are not used again"
             )
 
-    def add(self, name: str, number: int, snapshot: ShardSnapshot) -> None:
-        """Hold a release, which readers do not see yet."""
-        self._held[name] = HeldRelease(name, number, snapshot)
+    def add(self, name: str, number: int, snapshot: ShardSnapshot, owner: str) -> None:
+        """Hold a release, which readers do not see yet, in place of one of this name that they never saw."""
+        if name in self._held:
+            self._drop(name)
+        self._held[name] = HeldRelease(name, number, snapshot, owner)
 
     def show(self, name: str, keep: int | None) -> None:
         """Let readers see a release, and keep so many of the newest (None: all)."""
@@ -159,7 +191,7 @@ class Releases:
         self.numbers[name] = shown.number
         while len(self.numbers) > _REMEMBERED_NAMES:
             del self.numbers[next(iter(self.numbers))]
-        kept = [held for held in self._held.values() if held.is_visible and held.is_kept]
+        kept = [held for held in list(self._held.values()) if held.is_visible and held.is_kept]
         for held in kept[: -keep if keep is not None else 0]:
             held.is_kept = False
         self._drop_expired()
@@ -184,4 +216,6 @@ class Releases:
             self._drop(name)
 
     def _drop(self, name: str) -> None:
-        self._held.pop(name).snapshot.close()
+        held = self._held.pop(name, None)
+        if held is not None:
+            held.snapshot.close()

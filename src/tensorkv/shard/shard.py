@@ -18,7 +18,7 @@ import torch
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.keytable import KeyTable
-from tensorkv.arrays.packing import flat_bytes
+from tensorkv.arrays.packing import flat_bytes, json_keys
 from tensorkv.arrays.rows import Rows, unchecked_rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import (
@@ -450,6 +450,9 @@ class Shard(native.ShardFields):
             self.refuse_reentry()
             entries = self._entries.values() if keys is None else [self.entry("snapshot", key) for key in keys]
             frozen = [entry.freeze() for entry in entries]
+            if self.notes:
+                for entry, name in zip(frozen, json_keys([entry.key for entry in frozen]), strict=True):
+                    entry.note = self.notes.get(name)
             self._num_frozen += sum([entry.holders == 1 for entry in frozen])
             return frozen
 
@@ -471,11 +474,12 @@ class Shard(native.ShardFields):
                 self.entry("publish", key)
             self._commit(Publish(name, self.releases.next_number, keys, keep=keep, requests=requests))
 
-    def unpublish(self, name: str, *, requests: RequestIds = ()) -> None:
-        """Drop a release, once nobody reads it."""
+    def unpublish(self, name: str, *, hidden_ok: bool = False, requests: RequestIds = ()) -> None:
+        """Drop a release, once nobody reads it; ``hidden_ok``: or one that readers do not see."""
         with self._lock:
             self.refuse_reentry()
-            self.releases.find(name)
+            if not hidden_ok:
+                self.releases.find(name)
             self._commit(Unpublish([name], requests=requests))
 
     def held_releases(self) -> list[HeldRelease]:
@@ -597,8 +601,8 @@ class Shard(native.ShardFields):
                 self._keep_overrides()
             case RestoreStates(entries=entries, rule=rule):
                 self._restore_states(entries, rule)
-            case Publish(name=name, number=number, keys=keys, is_visible=is_visible, keep=keep):
-                self.releases.add(name, number, ShardSnapshot(self, self.freeze(keys)))
+            case Publish(name=name, number=number, keys=keys, is_visible=is_visible, keep=keep, owner=owner):
+                self.releases.add(name, number, ShardSnapshot(self, self.freeze(keys)), owner)
                 if is_visible:
                     self.releases.show(name, keep)
             case ShowRelease(name=name, keep=keep):

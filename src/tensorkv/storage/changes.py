@@ -63,7 +63,7 @@ def _encode(change: Change) -> Record:  # noqa: C901 - one case for each kind of
             return Record({"verb": "rule", **_describe_rule(rule)})
         case SetNotes(notes=notes):
             return Record({"verb": "notes", "notes": dict(notes)})
-        case Publish(name=name, number=number, keys=keys, is_visible=is_visible, keep=keep):
+        case Publish(name=name, number=number, keys=keys, is_visible=is_visible, keep=keep, owner=owner):
             return Record(
                 {
                     "verb": "publish",
@@ -72,6 +72,7 @@ def _encode(change: Change) -> Record:  # noqa: C901 - one case for each kind of
                     "keys": None if keys is None else list(keys),
                     "is_visible": is_visible,
                     "keep": keep,
+                    "owner": owner,
                 }
             )
         case ShowRelease(name=name, keep=keep):
@@ -118,8 +119,8 @@ def decode(record: Record, shard: Shard) -> Change:  # noqa: C901 - one case for
             keys = None if head["keys"] is None else _list(head["keys"])
             for key in keys or ():
                 shard.entry("publish", key)
-            shard.releases.check_new(head["name"])
-            return Publish(str(head["name"]), int(head["number"]), keys, bool(head["is_visible"]), head["keep"])
+            name, number = str(head["name"]), int(head["number"])
+            return Publish(name, number, keys, bool(head["is_visible"]), head["keep"], str(head["owner"]))
         case "show_release":
             return ShowRelease(str(head["name"]), head["keep"])
         case "unpublish":

@@ -19,9 +19,9 @@ def describe(shard: Shard) -> tuple[dict[str, Any], manifest.Tensors]:
     """Return the releases of a shard, and the values that only they hold; a value that has not changed is not repeated.
 
     Returns:
-        ``{"numbers": of each name, "copies": manifests, "held": releases}``. A release has, for each key, the place of
-        its copy, None if its value is the present one. Tensors are named as in a manifest, after ``release/`` and the
-        place of the copy.
+        ``{"numbers": of each name, "copies": manifests and notes, "held": releases}``. A release has, for each key,
+        the place of its copy, None if its value is the present one. Tensors are named as in a manifest, after
+        ``release/`` and the place of the copy.
     """
     copies: dict[int, int] = {}
     bodies: list[Any] = []
@@ -36,10 +36,18 @@ def describe(shard: Shard) -> tuple[dict[str, Any], manifest.Tensors]:
             place = copies.setdefault(id(entry), len(bodies))
             if place == len(bodies):
                 body, own = manifest.describe("store", [entry], Assign())
-                bodies.append(body)
+                bodies.append({"body": body, "note": entry.note})
                 tensors |= {f"{_PREFIX}{place}/{name}": tensor for name, tensor in own.items()}
             keys.append([key, place])
-        held.append({"name": release.name, "number": release.number, "is_visible": release.is_visible, "keys": keys})
+        held.append(
+            {
+                "name": release.name,
+                "number": release.number,
+                "is_visible": release.is_visible,
+                "owner": release.owner,
+                "keys": keys,
+            }
+        )
     return {"numbers": shard.releases.numbers, "copies": bodies, "held": held}, tensors
 
 
@@ -62,9 +70,10 @@ def restore(shard: Shard, data: Any, tensors: list[manifest.Tensors]) -> None:
     if len(bodies) != len(tensors):
         raise StorageError("the copies of releases do not fit their tensors")
     copies = []
-    for body, own in zip(bodies, tensors, strict=True):
-        (entry,) = manifest.restore(body, own).entries
+    for each, own in zip(bodies, tensors, strict=True):
+        (entry,) = manifest.restore(each["body"], own).entries
         copies.append(FrozenEntry(entry))
+        copies[-1].note = each["note"]
     held = []
     for each in data["held"]:
         present = {entry.key: entry for entry in shard.freeze([key for key, place in each["keys"] if place is None])}
@@ -73,5 +82,6 @@ def restore(shard: Shard, data: Any, tensors: list[manifest.Tensors]) -> None:
             frozen.append(present[key] if place is None else copies[place])
             frozen[-1].holders += place is not None
         snapshot = ShardSnapshot(shard, frozen)
-        held.append(HeldRelease(str(each["name"]), int(each["number"]), snapshot, is_visible=bool(each["is_visible"])))
+        name, number, owner = str(each["name"]), int(each["number"]), str(each["owner"])
+        held.append(HeldRelease(name, number, snapshot, owner, bool(each["is_visible"])))
     shard.releases.restore({str(name): int(number) for name, number in data["numbers"].items()}, held)

@@ -275,7 +275,13 @@ class TakeOwed(Message):
 
 @dataclass(kw_only=True)
 class Prepare(Message):
-    """Begin a snapshot: hold new requests, and reply with each client's last request to several servers."""
+    """Begin a snapshot: hold new requests, and reply with each client's last request to several servers.
+
+    Args:
+        release: if it is to be a release, its name; the reply has a number for it.
+    """
+
+    release: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -285,10 +291,16 @@ class Commit(Message):
     Args:
         wanted: by client, its last request and the servers of that request, which are to be applied first.
         snapshot: the name under which the values are held (None: reply with everything instead).
+        release: hold them as a release of this name instead, which readers do not see yet.
+        number: of the release.
+        keys: of the release (None: all).
     """
 
     wanted: dict[str, Any]
     snapshot: str | None = None
+    release: str | None = None
+    number: int = 0
+    keys: list[Any] | None = None
 
 
 @dataclass(kw_only=True)
@@ -300,6 +312,113 @@ class Abort(Message):
 class DropSnapshot(Message):
     """Release a snapshot."""
 
+    snapshot: str
+
+
+@dataclass(kw_only=True)
+class Publish(Message):
+    """Hold the present values as a release, which readers see at once; for a store of one server.
+
+    Args:
+        release: its name.
+        keys: of the values (None: all).
+        keep: how many of the newest releases stay (None: all).
+    """
+
+    release: str
+    keys: list[Any] | None = None
+    keep: int | None = None
+
+
+@dataclass(kw_only=True)
+class ShowRelease(Message):
+    """Let readers see a release; reply with the names of all that stay.
+
+    Args:
+        release: its name.
+        keep: how many of the newest releases stay (None: all).
+    """
+
+    release: str
+    keep: int | None = None
+
+
+@dataclass(kw_only=True)
+class Unpublish(Message):
+    """Drop a release; reply as for ``ShowRelease``.
+
+    Args:
+        release: its name.
+        missing_ok: whether it may be unknown, or not seen by readers.
+    """
+
+    release: str
+    missing_ok: bool = False
+
+
+@dataclass(kw_only=True)
+class KeepReleases(Message):
+    """Drop all releases but those of some names."""
+
+    releases: list[Any]
+
+
+@dataclass(kw_only=True)
+class ListReleases(Message):
+    """Reply with the names and numbers of the releases that readers see."""
+
+
+@dataclass(kw_only=True)
+class WaitForRelease(Message):
+    """Reply with the newest release when it is newer than another one.
+
+    Args:
+        after: the name of the other one (None: any release will do).
+    """
+
+    after: str | None = None
+
+
+@dataclass(kw_only=True)
+class OpenRelease(Message):
+    """Hold a release for this client, and reply with its number, its keys, their versions and metadata.
+
+    Args:
+        release: its name.
+        snapshot: the name under which it is held and read.
+        lease_s: how long it stays after it was last read.
+    """
+
+    release: str
+    snapshot: str
+    lease_s: float
+
+
+@dataclass(kw_only=True)
+class FindChanges(Message):
+    """Reply with what has changed in one release since another one.
+
+    Args:
+        release: the newer one.
+        since: the older one.
+        snapshot: under which this client holds the newer one.
+    """
+
+    release: str
+    since: str
+    snapshot: str
+
+
+@dataclass(kw_only=True)
+class Digests(Message):
+    """Reply with the digest of each key of a release.
+
+    Args:
+        release: its name.
+        snapshot: under which this client holds it.
+    """
+
+    release: str
     snapshot: str
 
 
@@ -331,6 +450,15 @@ VERBS: dict[str, type[Message]] = {
     "commit": Commit,
     "abort": Abort,
     "drop_snapshot": DropSnapshot,
+    "publish": Publish,
+    "show_release": ShowRelease,
+    "unpublish": Unpublish,
+    "keep_releases": KeepReleases,
+    "list_releases": ListReleases,
+    "wait_for_release": WaitForRelease,
+    "open_release": OpenRelease,
+    "find_changes": FindChanges,
+    "digests": Digests,
 }
 # What a user has called that sends a message of another name.
 CALLS = {
@@ -350,6 +478,12 @@ CALLS = {
     "commit": "snapshot",
     "abort": "snapshot",
     "drop_snapshot": "snapshot",
+    "show_release": "publish",
+    "keep_releases": "publish",
+    "list_releases": "releases",
+    "wait_for_release": "wait_release",
+    "find_changes": "changes",
+    "digests": "digest",
 }
 _NAMES = {message: verb for verb, message in VERBS.items()}
 

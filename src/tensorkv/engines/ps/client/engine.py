@@ -20,7 +20,7 @@ from tensorkv.arrays.packing import Item, pack, unpack
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import Codec, Owed, Source, owed_by
-from tensorkv.engines.base import Engine, Outs
+from tensorkv.engines.base import Engine, Outs, ReleaseReader
 from tensorkv.engines.call import Call
 from tensorkv.engines.ps.ray import cluster
 from tensorkv.engines.ps.ray.handle import ServerHandle
@@ -51,6 +51,7 @@ from ..options import PSOptions
 from .checkpoint import gather, scatter
 from .data import DataClient, PlainCall
 from .keymap import KeyMap
+from .releases import ReleaseClient
 from .rpc import ServerConnection, ServerReply, address_for_here, is_far
 from .session import ServerRequest, Session, SessionPool
 from .snapshot import RemoteSnapshot, SnapshotClient
@@ -86,7 +87,7 @@ class PSEngine(Engine):
         started: whether this process has started the Ray cluster.
     """
 
-    capabilities = frozenset({"checkpoint", "compression", "optimizer", "rows", "snapshot"})
+    capabilities = frozenset({"checkpoint", "compression", "optimizer", "releases", "rows", "snapshot"})
 
     def __init__(
         self,
@@ -118,6 +119,7 @@ class PSEngine(Engine):
             pull_dtype=options.pull_dtype,
         )
         self._snapshots = SnapshotClient(self._sessions, self._data, len(servers))
+        self._releases = ReleaseClient(self._sessions, self._data, self._snapshots, len(servers))
         self._claiming, self._claims = threading.Lock(), 0
         self._ranking = threading.Lock()
         self._all = range(len(servers))
@@ -607,6 +609,26 @@ class PSEngine(Engine):
         """Hold the present values of all servers, at one point in time."""
         snapshot = self._snapshots.take()
         return snapshot, snapshot.versions
+
+    def publish(self, name: str, keys: Sequence[Key] | None, keep: int | None) -> None:
+        """Hold the present values of some keys, or of all, as a release."""
+        self._releases.publish(name, keys, keep)
+
+    def unpublish(self, name: str) -> None:
+        """Drop a release, once nobody reads it."""
+        self._releases.unpublish(name)
+
+    def releases(self) -> list[tuple[str, int]]:
+        """Return names and numbers of the releases, from the oldest to the newest."""
+        return self._releases.listed()
+
+    def open_release(self, name: str, lease_s: float) -> ReleaseReader:
+        """Return a release, which stays until the reader is closed or has not read for ``lease_s`` seconds."""
+        return self._releases.open(name, lease_s)
+
+    def wait_release(self, after: str | None, timeout_s: float, lease_s: float) -> ReleaseReader:
+        """Wait for a release that is newer than another one, and return the newest."""
+        return shield.run(self._releases.wait, after, timeout_s, lease_s)
 
     def wait_for(self, keys: Sequence[Key], min_version: int, timeout_s: float) -> None:
         """Return when every key has this version or a later one."""

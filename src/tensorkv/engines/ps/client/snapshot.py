@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -57,33 +58,53 @@ class SnapshotClient:
         while self.abandoned:
             self.drop(self.abandoned.pop())
         name = secrets.token_hex(8)
-        metadata: dict[Key, Any] = {}
-        versions: dict[Key, int] = {}
-        pieces: dict[Key, int] = {}
         try:
-            for head, _ in self._take(name):
-                for key, version, data in head["keys"]:
-                    metadata[key] = data
-                    versions.setdefault(key, version)
-                    pieces[key] = pieces.get(key, 0) + 1
+            told = [head for head, _ in self._take(Commit(wanted={}, snapshot=name))]
         except TensorKVError:
             self.drop(name)
             raise
+        placed, versions = self.placed(name, told)
+        return RemoteSnapshot(self, self._data, name, placed, versions)
+
+    def placed(self, name: str, told: Iterable[Mapping[str, Any]]) -> tuple[PlacedKeys, dict[Key, int]]:
+        """Return the keys that servers hold under a name, and their versions.
+
+        Args:
+            name: under which they are read.
+            told: of each server, the keys with their versions and metadata.
+        """
+        metadata: dict[Key, Any] = {}
+        versions: dict[Key, int] = {}
+        pieces: dict[Key, int] = {}
+        for head in told:
+            for key, version, data in head["keys"]:
+                metadata[key] = data
+                versions.setdefault(key, version)
+                pieces[key] = pieces.get(key, 0) + 1
         placed = PlacedKeys(pull_dtype=self._data.pull_dtype, snapshot=name)
         for key in sorted(metadata, key=lambda key: metadata[key]["order"]):
             each = PlacedKey.from_metadata(metadata[key])
             # A key exists when all of its pieces do.
             if pieces[key] == len(each.placement.pieces):
                 placed[key] = each
-        return RemoteSnapshot(self, self._data, name, placed, {key: versions[key] for key in placed})
+        return placed, {key: versions[key] for key in placed}
+
+    def commit_release(self, name: str, keys: list[Key] | None) -> None:
+        """Have every server hold its present values of some keys, or of all, as a release that readers do not see."""
+        commit = Commit(wanted={}, release=name, keys=keys)
+        try:
+            self._take(commit)
+        except SnapshotError:
+            # As for ``contents``.
+            self._take(commit)
 
     def contents(self) -> list[ServerContents]:
         """Return everything that each server holds."""
         try:
-            taken = self._take(None)
+            taken = self._take(Commit(wanted={}))
         except SnapshotError:
             # A reply was lost, or the snapshot was aborted because it took too long: try once more.
-            taken = self._take(None)
+            taken = self._take(Commit(wanted={}))
         found = []
         for head, payload in taken:
             items = unpack(head["layout"].encode(), payload.numpy().data)
@@ -98,25 +119,26 @@ class SnapshotClient:
         with suppress(TensorKVError), self._sessions.take() as session:
             session.send([ServerRequest(server, DropSnapshot(snapshot=name)) for server in self._all])
 
-    def _take(self, name: str | None) -> list[tuple[dict[str, Any], torch.Tensor]]:
+    def _take(self, commit: Commit) -> list[tuple[dict[str, Any], torch.Tensor]]:
         """Run the two phases of a snapshot on every server, and return their replies to the second.
 
         Args:
-            name: under which servers hold it (None: they reply with everything instead).
+            commit: the second phase, but for the requests that servers wait for, and the number of a release.
         """
         with self._sessions.take() as session:
             try:
                 wanted: dict[str, list[Any]] = {}
                 # Server 0 decides between clients that take snapshots at the same time: the first to prepare it.
-                replies = session.send([ServerRequest(0, Prepare())])
+                replies = session.send([ServerRequest(0, Prepare(release=commit.release))])
+                number = replies[0].head.get("number", 0)
                 if len(self._all) > 1:
                     replies += session.send([ServerRequest(server, Prepare()) for server in self._all[1:]])
                 for reply in replies:
                     for client, (seq, servers) in reply.head["last_requests"].items():
                         if seq > wanted.get(client, [0])[0]:
                             wanted[client] = [seq, servers]
-                commit = Commit(wanted=wanted, snapshot=name)
-                requests = [ServerRequest(server, commit) for server in self._all]
+                message = replace(commit, wanted=wanted, number=number)
+                requests = [ServerRequest(server, message) for server in self._all]
                 return [(reply.head, reply.payload.clone()) for reply in session.send(requests)]
             except TensorKVError:
                 with suppress(TensorKVError):
@@ -139,7 +161,7 @@ class RemoteSnapshot(Reader):
         self, client: SnapshotClient, data: DataClient, name: str, placed: PlacedKeys, versions: dict[Key, int]
     ) -> None:
         self._client, self._data, self._name, self._placed = client, data, name, placed
-        self.versions = versions
+        self.versions: Mapping[Key, int] = versions
 
     def spec(self, verb: str, key: Key) -> KeySpec:
         """Return what an array for a key must be like."""

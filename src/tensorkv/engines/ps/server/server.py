@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 
 from tensorkv import errors
@@ -24,10 +25,12 @@ from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard.changes import RequestIds
 from tensorkv.shard.entry import Part
 from tensorkv.shard.norm import PushResult
+from tensorkv.shard.releases import check_keep, check_name
 
 from .. import messages
 from ..messages import Message, Push, Reply, Request, bytes_of, keys_of, push_layout
 from ..options import PSOptions
+from ..released import encode_changes
 from .membership import Membership
 from .snapshot import SnapshotBarrier
 from .staleness import StalenessClock
@@ -35,6 +38,9 @@ from .state import ServerState, contents_of, metadata_of, new_entries
 from .sync_round import PendingPush, SyncRounds
 from .tables import ServerTables
 from .wait import AwakeClock, Condition, RetryLater
+
+# A client may ask a release to stay so long.
+_LONGEST_LEASE_S = 1e9
 
 
 class Server:
@@ -293,7 +299,8 @@ class Server:
             if not request.message.pulls:
                 return Reply(told)
             message = request.message
-            reply = self._state.values(keys, request.out, message.checksum, message.pull_dtype)
+            served = self._state.served(None)
+            reply = served.values(keys, request.out, message.checksum, message.pull_dtype)
             return Reply({**reply.head, **told}, reply.payload)
 
     # ------------------------------------------------------------ pulls
@@ -301,9 +308,8 @@ class Server:
     def _pull(self, request: Request[messages.Pull]) -> Reply:
         message = request.message
         with self._condition:
-            return self._state.values(
-                keys_of(request.layout), request.out, message.checksum, message.pull_dtype, message.snapshot
-            )
+            served = self._state.served(message.snapshot)
+            return served.values(keys_of(request.layout), request.out, message.checksum, message.pull_dtype)
 
     def _wait_for_version(self, request: Request[messages.WaitForVersion]) -> Reply:
         keys, wanted, shard = keys_of(request.layout), request.message.min_version, self._state.shard
@@ -318,7 +324,7 @@ class Server:
 
     def _pull_rows(self, request: Request[messages.PullRows]) -> Reply:
         with self._condition:
-            return self._state.rows(request)
+            return self._state.served(request.message.snapshot).rows(request)
 
     # ------------------------------------------------------------ keys and the rule
 
@@ -428,7 +434,9 @@ class Server:
 
     def _drop_snapshots_of_dead_clients(self) -> None:
         with self._condition:
-            self._state.snapshots.drop_all_but_of(self._membership.clients())
+            clients = self._membership.clients()
+            self._state.snapshots.drop_all_but_of(clients)
+            self._state.drop_unfinished_releases(clients)
 
     def _claim(self, request: Request[messages.Claim]) -> Reply:
         self._membership.claim(str(request.sender.owner), request.message.number)
@@ -452,26 +460,35 @@ class Server:
     # ------------------------------------------------------------ snapshots
 
     def _prepare(self, request: Request[messages.Prepare]) -> Reply:
-        sender = request.sender
+        sender, release = request.sender, request.message.release
         with self._condition:
+            if release is not None:
+                check_name("publish", release)
+                self._state.check_new_release(release, str(sender.owner))
             last = self._snapshot_barrier.prepare(sender.client, sender.seq, self._membership.clients())
-            return Reply({"last_requests": last})
+            told = {} if release is None else {"number": self._state.shard.releases.next_number}
+            return Reply({"last_requests": last, **told})
 
     def _commit(self, request: Request[messages.Commit]) -> Reply:
-        sender, name = request.sender, request.message.snapshot
-        snapshots = self._state.snapshots
+        sender, message = request.sender, request.message
+        name, release, state = message.snapshot, message.release, self._state
 
         def take() -> Reply:
+            if release is not None:
+                state.add_release(release, message.number, message.keys, str(sender.owner))
+                return Reply({})
             if name is None:
-                return self._state.contents()
-            self._state.take_snapshot(name, str(sender.owner))
-            return Reply({"keys": snapshots.describe(name)})
+                return state.contents()
+            state.take_snapshot(name, str(sender.owner))
+            return Reply({"keys": state.snapshots.describe(name)})
 
         with self._condition:
-            if name is not None and name in snapshots:
-                # The reply was lost.
-                return Reply({"keys": snapshots.describe(name)})
-            taken: Reply = self._snapshot_barrier.commit(sender.client, sender.seq, request.message.wanted, take)
+            # The reply may have been lost.
+            if name is not None and name in state.snapshots:
+                return Reply({"keys": state.snapshots.describe(name)})
+            if release is not None and state.has_release(release, message.number):
+                return Reply({})
+            taken: Reply = self._snapshot_barrier.commit(sender.client, sender.seq, message.wanted, take)
             return taken
 
     def _abort(self, request: Request[messages.Abort]) -> Reply:
@@ -483,6 +500,78 @@ class Server:
         with self._condition:
             self._state.snapshots.drop(request.message.snapshot)
         return Reply({})
+
+    # ------------------------------------------------------------ releases
+
+    def _publish(self, request: Request[messages.Publish]) -> Reply:
+        message = request.message
+        check_name("publish", message.release)
+        check_keep("publish", message.keep)
+        with self._change(request) as ids:
+            if ids:
+                self._state.shard.publish(message.release, message.keys, message.keep, requests=ids)
+        return Reply({})
+
+    def _show_release(self, request: Request[messages.ShowRelease]) -> Reply:
+        check_keep("publish", request.message.keep)
+        with self._change(request) as ids:
+            if ids:
+                self._state.show_release(request.message.release, request.message.keep, ids)
+            return self._told_releases()
+
+    def _unpublish(self, request: Request[messages.Unpublish]) -> Reply:
+        message, shard = request.message, self._state.shard
+        with self._change(request) as ids:
+            if ids and (not message.missing_ok or message.release in shard.releases):
+                shard.unpublish(message.release, hidden_ok=message.missing_ok, requests=ids)
+            return self._told_releases()
+
+    def _keep_releases(self, request: Request[messages.KeepReleases]) -> Reply:
+        with self._change(request) as ids:
+            if ids:
+                self._state.keep_releases(request.message.releases, ids)
+        return Reply({})
+
+    def _told_releases(self) -> Reply:
+        return Reply({"releases": [held.name for held in self._state.shard.releases.lasting()]})
+
+    def _list_releases(self, request: Request[messages.ListReleases]) -> Reply:
+        with self._condition:
+            held = self._state.shard.held_releases()
+            return Reply({"releases": [[each.name, each.number] for each in held]})
+
+    def _wait_for_release(self, request: Request[messages.WaitForRelease]) -> Reply:
+        after, releases = request.message.after, self._state.shard.releases
+        with self._condition:
+            self._condition.wait_for(
+                lambda: releases.newest(after) is not None,
+                lambda: "a release" if after is None else f"a release after {quote(after)}",
+            )
+            newest = releases.newest(after)
+            return Reply({"name": None if newest is None else newest.name})
+
+    def _open_release(self, request: Request[messages.OpenRelease]) -> Reply:
+        message, state = request.message, self._state
+        if not 0 < message.lease_s < _LONGEST_LEASE_S:
+            raise ArgumentError(f"malformed open_release; expected a lease of at most {_LONGEST_LEASE_S:g} s")
+        with self._condition:
+            owner = str(request.sender.owner)
+            held = state.snapshots.open_release(message.snapshot, owner, message.release, message.lease_s)
+            return Reply({"number": held.number, "keys": state.snapshots.describe(message.snapshot)})
+
+    def _find_changes(self, request: Request[messages.FindChanges]) -> Reply:
+        message = request.message
+        with self._condition:
+            self._state.snapshots.find(message.snapshot)
+        # Pushes go on meanwhile.
+        base, found = self._state.changes.changes(message.release, message.since)
+        return encode_changes(base, found, request.out)
+
+    def _digests(self, request: Request[messages.Digests]) -> Reply:
+        with self._condition:
+            self._state.snapshots.find(request.message.snapshot)
+        digests = self._state.changes.digests(request.message.release)
+        return Reply({"keys": list(digests)}, bytes_of(np.array(list(digests.values()), np.uint64).view(np.uint8)))
 
     # ------------------------------------------------------------ what workers owe
 
@@ -568,6 +657,15 @@ _HANDLERS: dict[type[Message], Callable[[Server, Request[Any]], Reply]] = {
     messages.Commit: Server._commit,
     messages.Abort: Server._abort,
     messages.DropSnapshot: Server._drop_snapshot,
+    messages.Publish: Server._publish,
+    messages.ShowRelease: Server._show_release,
+    messages.Unpublish: Server._unpublish,
+    messages.KeepReleases: Server._keep_releases,
+    messages.ListReleases: Server._list_releases,
+    messages.WaitForRelease: Server._wait_for_release,
+    messages.OpenRelease: Server._open_release,
+    messages.FindChanges: Server._find_changes,
+    messages.Digests: Server._digests,
 }
 
 

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.rows import Rows
-from tensorkv.errors import ArgumentError, KeyNotFoundError, SnapshotError, quote
-from tensorkv.shard.entry import Entry
-from tensorkv.shard.shard import Shard
-from tensorkv.shard.table import Table
+from tensorkv.compression import Traffic
+from tensorkv.errors import ReleaseNotFoundError, SnapshotError
+from tensorkv.shard.releases import HeldRelease
+from tensorkv.shard.shard import Shard, ShardSnapshot
 from tensorkv.storage.dedup import AppliedRequests
 
+from .values import ServedValues
 from .wait import Condition
 
 # A snapshot whose client has died is aborted after so long.
@@ -116,98 +113,100 @@ class SnapshotBarrier:
 
 
 @dataclass(slots=True)
-class _Snapshot:
-    client: str
-    entries: Mapping[Key, Entry]
-    versions: Mapping[Key, int]
-    metadata: Mapping[Key, Any]
-    copies: dict[Key, torch.Tensor | Table] = field(default_factory=dict)
-
-
-class CopyOnWriteSnapshots:
-    """The snapshots of one shard: a value is copied when it is about to change and a snapshot still needs it.
+class _Held:
+    """What a client reads under a name.
 
     Args:
-        keep: how many may be held at a time.
+        client: the process.
+        values: of the snapshot.
+        snapshot: the values' shard.
+        release: of which these are the values (None: it is a snapshot of this client's own).
     """
 
-    def __init__(self, keep: int) -> None:
-        self._keep = keep
-        self._snapshots: dict[str, _Snapshot] = {}
+    client: str
+    values: ServedValues
+    snapshot: ShardSnapshot
+    release: str | None = None
+    lease_s: float = 0.0
+
+
+class HeldSnapshots:
+    """The snapshots of one shard that clients read, and the releases that they have opened, by name.
+
+    Args:
+        shard: whose values they hold.
+        keep: how many snapshots may be held at a time.
+        traffic: as for ``ServedValues``.
+    """
+
+    def __init__(self, shard: Shard, keep: int, traffic: Traffic) -> None:
+        self._shard, self._keep, self._traffic = shard, keep, traffic
+        self._held: dict[str, _Held] = {}
 
     def __len__(self) -> int:
-        return len(self._snapshots)
+        return sum(held.release is None for held in self._held.values())
 
     def __contains__(self, name: object) -> bool:
-        return name in self._snapshots
+        return name in self._held
 
     def describe(self, name: str) -> list[list[Any]]:
-        """Return every key of a snapshot with its version and its metadata."""
-        snapshot = self._snapshots[name]
-        return [[key, version, snapshot.metadata[key]] for key, version in snapshot.versions.items()]
+        """Return every key that is held under a name, with its version and its metadata."""
+        entries = self._held[name].snapshot.held.values()
+        return [[entry.key, entry.version, entry.note] for entry in entries]
 
-    def take(self, name: str, client: str, shard: Shard, metadata_of: Callable[[Key], Any]) -> None:
-        """Hold the present values of a shard, and the metadata of its keys."""
-        if name not in self._snapshots and len(self._snapshots) >= self._keep:
+    def take(self, name: str, client: str) -> None:
+        """Hold the present values of the shard for a client."""
+        if name not in self._held and len(self) >= self._keep:
             raise SnapshotError(
                 f"snapshot: {self._keep} are held already, as many as keep= allows; close one, or raise keep"
             )
-        with shard.frozen() as (entries, _):
-            held = {entry.key: entry for entry in entries}
-            versions = {entry.key: entry.version for entry in entries}
-            self._snapshots[name] = _Snapshot(client, held, versions, {key: metadata_of(key) for key in held})
+        self._add(name, client, ShardSnapshot(self._shard, self._shard.freeze()))
 
-    def before_change(self, keys: Sequence[Key]) -> None:
-        """Copy values that are about to change, for the snapshots that have no copy yet."""
-        for snapshot in self._snapshots.values():
-            for key in keys:
-                entry = snapshot.entries.get(key)
-                if entry is not None and key not in snapshot.copies:
-                    snapshot.copies[key] = self._copy(key, entry)
+    def open_release(self, name: str, client: str, release: str, lease_s: float) -> HeldRelease:
+        """Hold a release for a client, which may be held already.
 
-    def read(self, name: str, keys: Sequence[Key]) -> list[torch.Tensor]:
-        """Return the dense values of a snapshot, to be read before the next change."""
-        found = []
-        for value in self._values(name, keys):
-            if isinstance(value, Table):
-                raise ArgumentError("snapshot: a table has no dense value; pull rows of it")
-            found.append(value)
+        Raises:
+            ReleaseNotFoundError: it was dropped, or never published.
+        """
+        found = self._shard.hold_release(release, name, lease_s)
+        if name not in self._held:
+            held = self._add(name, client, found.snapshot)
+            held.release, held.lease_s = release, lease_s
         return found
 
-    def read_rows(self, name: str, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
-        """Return copies of rows of a snapshot."""
-        found = []
-        for value, own in zip(self._values(name, keys), ids, strict=True):
-            rows = value.read(own) if isinstance(value, Table) else value[own]
-            found.append(Rows(own, rows, value.num_rows if isinstance(value, Table) else len(value)))
-        return found
+    def _add(self, name: str, client: str, snapshot: ShardSnapshot) -> _Held:
+        self._held[name] = _Held(client, ServedValues(snapshot, self._traffic), snapshot)
+        return self._held[name]
+
+    def find(self, name: str) -> ServedValues:
+        """Return what is held under a name; a release is held for longer then.
+
+        Raises:
+            SnapshotError: nothing is.
+        """
+        held = self._held.get(name)
+        if held is not None and held.release is not None:
+            try:
+                self._shard.hold_release(held.release, name, held.lease_s)
+            except ReleaseNotFoundError:
+                self.drop(name)
+                held = None
+        if held is None:
+            raise SnapshotError(
+                "this snapshot is no longer held: it was closed, the heartbeats of its process stopped, its lease "
+                "ended, or a server was restarted; take another"
+            )
+        return held.values
 
     def drop(self, name: str) -> None:
-        """Release a snapshot."""
-        self._snapshots.pop(name, None)
+        """Let go of what is held under a name."""
+        held = self._held.pop(name, None)
+        if held is not None and held.release is None:
+            held.snapshot.close()
+        elif held is not None and held.release is not None:
+            self._shard.let_go(held.release, name)
 
     def drop_all_but_of(self, clients: Sequence[str]) -> None:
-        """Release the snapshots of clients that are not among these."""
-        for name in [name for name, snapshot in self._snapshots.items() if snapshot.client not in clients]:
-            del self._snapshots[name]
-
-    def _values(self, name: str, keys: Sequence[Key]) -> list[torch.Tensor | Table]:
-        snapshot = self._snapshots.get(name)
-        if snapshot is None:
-            raise SnapshotError(
-                "this snapshot is no longer held: it was closed, the heartbeats of its process stopped, or a server "
-                "was restarted; take another"
-            )
-        missing = [key for key in keys if key not in snapshot.entries]
-        if missing:
-            raise KeyNotFoundError(f"snapshot: {quote(missing[0])} was not there when it was taken")
-        return [snapshot.copies[key] if key in snapshot.copies else snapshot.entries[key].value for key in keys]
-
-    def _copy(self, key: Key, entry: Entry) -> torch.Tensor | Table:
-        for snapshot in self._snapshots.values():
-            # Snapshots without a change in between share a copy.
-            is_same = snapshot.entries.get(key) is entry and snapshot.versions[key] == entry.version
-            if is_same and key in snapshot.copies:
-                return snapshot.copies[key]
-        value = entry.value
-        return value.copy() if isinstance(value, Table) else value.clone()
+        """Let go of what is held for clients that are not among these."""
+        for name in [name for name, held in self._held.items() if held.client not in clients]:
+            self.drop(name)

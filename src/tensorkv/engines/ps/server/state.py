@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import zlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,22 +15,18 @@ from tensorkv import compression
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import (
     Item,
-    Slot,
-    decode_layout,
-    encode_layout,
-    join_slots,
     json_keys,
     pack,
     unpack,
-    views,
 )
 from tensorkv.arrays.rows import Rows, merge
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import SumMemory, Traffic, WordsLayout, words_layout
-from tensorkv.errors import ArgumentError, ValueMismatchError, quote
+from tensorkv.errors import ArgumentError, SnapshotError, ValueMismatchError, quote
+from tensorkv.releases.finder import ChangeFinder
 from tensorkv.shard import native
-from tensorkv.shard.changes import RequestIds, SetNotes
-from tensorkv.shard.entry import Batch, Entry, Part
+from tensorkv.shard.changes import Publish, RequestIds, SetNotes, ShowRelease, Unpublish
+from tensorkv.shard.entry import Batch, Entry, FrozenEntry, Part
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.shard import Shard
 from tensorkv.shard.table import Table
@@ -42,7 +37,6 @@ from tensorkv.storage.manifest import Contents
 
 from ..messages import (
     Init,
-    PullRows,
     Push,
     PushLayout,
     Reply,
@@ -50,16 +44,13 @@ from ..messages import (
     Restore,
     bytes_of,
     can_code,
-    pulled_dtype,
     push_layout,
     words_text,
 )
 from ..options import PSOptions
-from .snapshot import CopyOnWriteSnapshots
+from .snapshot import HeldSnapshots
 from .tables import ServerTables
-
-# Lists of keys that are pulled together.
-_REMEMBERED_LAYOUTS = 1024
+from .values import REMEMBERED_LAYOUTS, Room, ServedValues
 
 
 class ServerState:
@@ -86,16 +77,18 @@ class ServerState:
             durability: Any = options.durability
             self.shard = open_shard(folder, durability=durability, applied=clients, stamp=stamp, **common)
         self._clients = clients
-        self.snapshots = CopyOnWriteSnapshots(options.keep)
-        self._layouts: dict[tuple[tuple[Key, ...], str | None], tuple[bytes, int]] = {}
+        self.traffic = Traffic()
+        """Of compressed gradients and pulls."""
+        self._live = ServedValues(self.shard, self.traffic)
+        self.snapshots = HeldSnapshots(self.shard, options.keep, self.traffic)
+        self.changes = ChangeFinder(self.shard, self._place_of)
+        """Finds changes between releases."""
         # Of pushes whose parts are all compressed, and memory for these parts.
         self._coded: dict[bytes, WordsLayout] = {}
         self._sums = SumMemory()
         self.inits = 0
         """How often keys were created, deleted or re-created, or their metadata set."""
         self._index = index
-        self.traffic = Traffic()
-        """Of compressed gradients and pulls."""
         self._rule, self._rule_changes = self.shard.rule, 0
 
     # ------------------------------------------------------------ pushes and pulls
@@ -104,8 +97,7 @@ class ServerState:
         """Push what a request brings; return the reply with the new values if it pulls and they are to be filled."""
         pushed, message = push_layout(request.layout), request.message
         pulls = message.pulls and fill
-        room = self._room(pushed.keys, request.out, message.checksum, message.pull_dtype) if pulls else None
-        self.snapshots.before_change(pushed.keys)
+        room = self._live.room(pushed.keys, request.out, message.checksum, message.pull_dtype) if pulls else None
         coded = self._decoded(request, self._sums)
         # What is written in the pass of the update.
         outs = room if coded is None and message.pull_dtype is None else None
@@ -121,11 +113,11 @@ class ServerState:
                 self.shard.pushpull(batch, [[each] for each in outs.tensors], requests=ids, scale=message.scale)
         if room is None:
             return None
-        return Reply({}, room.payload) if outs is not None else self._filled(pushed.keys, room, message.pull_dtype)
+        return Reply({}, room.payload) if outs is not None else self._live.filled(pushed.keys, room, message.pull_dtype)
 
     def _try_push(self, pushed: PushLayout, request: Request[Push], room: Room | None, ids: RequestIds) -> bool:
         """Push parts whose layout in the payload is that of their keys' values; return False if nothing was done."""
-        found = self._layout_of(pushed.keys) if pushed.has_sums else None
+        found = self._live.layout_of(pushed.keys) if pushed.has_sums else None
         if found is None or request.layout != found[0]:
             return False
         outs = None if room is None else room.payload
@@ -157,7 +149,7 @@ class ServerState:
             layout = words_layout(codec, tuple(tuple(spec.shape) for spec in specs))
             if words_text(pushed.keys, layout.places) != request.layout or not can_code(specs):
                 return None
-            if len(self._coded) >= _REMEMBERED_LAYOUTS:
+            if len(self._coded) >= REMEMBERED_LAYOUTS:
                 self._coded.clear()
             found = self._coded[request.layout] = layout
         if len(request.payload) != found.nbytes:
@@ -168,22 +160,6 @@ class ServerState:
             found.decode_sum([words], flat, run)
         self.traffic.add_received(found.nbytes, found.raw_nbytes)
         return parts
-
-    def _filled(self, keys: tuple[Key, ...], room: Room, pull_dtype: str | None) -> Reply:
-        """Return a reply with values."""
-        if pull_dtype is not None:
-            self._fill_narrow(keys, room)
-        elif not self._try_compiled(keys, None, room.payload, ()):
-            self.shard.pull(keys, [[each] for each in room.tensors])
-        return Reply({}, room.payload)
-
-    def _fill_narrow(self, keys: tuple[Key, ...], room: Room) -> None:
-        """Fill memory with values, rounded to its dtypes."""
-        outs = [[each] for each in room.tensors]
-        if not self.shard.try_compiled(native.Call(None, "pull", list(keys), None, outs, 0)):
-            self.shard.pull(keys, outs)
-        raw_nbytes = sum(self.shard.entry("pull", key).value.nbytes for key in keys)
-        self.traffic.add_sent(len(room.payload), raw_nbytes)
 
     def batch(self, request: Request[Push]) -> Batch:
         """Return what a request pushes, one part for each key."""
@@ -207,108 +183,20 @@ class ServerState:
         self, keys: Sequence[Key], parts: Sequence[list[Part]], counts: Sequence[int], ids: RequestIds
     ) -> None:
         """Push the parts of a round, which are the sums of so many parts of workers."""
-        self.snapshots.before_change(keys)
         self.shard.push(Batch("push", list(keys), list(parts), counts), requests=ids)
 
-    def values(
-        self,
-        keys: tuple[Key, ...],
-        out: torch.Tensor | None,
-        checksum: int | None,
-        pull_dtype: str | None = None,
-        snapshot: str | None = None,
-    ) -> Reply:
+    def served(self, snapshot: str | None) -> ServedValues:
         """Return the present values, or those of a snapshot.
 
-        Args:
-            keys: whose values.
-            out: memory in which they are put if they fit.
-            checksum: of the layout that the client expects.
-            pull_dtype: as of ``Push``.
-            snapshot: its name.
+        Raises:
+            SnapshotError: it is not held any more.
         """
-        if snapshot is not None:
-            found = self.snapshots.read(snapshot, keys)
-            dtypes = [pulled_dtype(value.dtype, pull_dtype) for value in found]
-            layout = encode_layout(
-                (key, "sum", dtype, value.shape) for key, dtype, value in zip(keys, dtypes, found, strict=True)
-            )
-            _check_same(keys, zlib.crc32(layout), checksum)
-            room = Room(decode_layout(layout), out)
-            for each, value in zip(room.tensors, found, strict=True):
-                each.copy_(value)
-            if pull_dtype is not None:
-                self.traffic.add_sent(len(room.payload), sum(value.nbytes for value in found))
-            return Reply({}, room.payload)
-        return self._filled(keys, self._room(keys, out, checksum, pull_dtype), pull_dtype)
+        return self._live if snapshot is None else self.snapshots.find(snapshot)
 
     def versions(self, keys: tuple[Key, ...], checksum: Any) -> tuple[int, ...]:
         """Return the version of each key, and a number that changes when a key is re-created."""
-        self._layout(keys, checksum, None)
+        self._live.layout(keys, checksum, None)
         return (self.inits, *[self.shard.entry("pull", key).version for key in keys])
-
-    def rows(self, request: Request[PullRows]) -> Reply:
-        """Return the rows that a request names."""
-        items = unpack(request.layout, request.payload)
-        keys, ids = [item.key for item in items], [item.tensor for item in items]
-        name, narrow = request.message.snapshot, request.message.pull_dtype
-        found = None if name is None else self.snapshots.read_rows(name, keys, ids)
-        if narrow is not None and found is None:
-            found = self.shard.pull_rows(keys, ids)
-        if found is None:
-            specs = [self.shard.entry("row_sparse_pull", key).spec for key in keys]
-            kinds = [(spec.dtype, (len(own), *spec.shape[1:])) for own, spec in zip(ids, specs, strict=True)]
-        else:
-            kinds = [(rows.values.dtype, rows.values.shape) for rows in found]
-        lies = encode_layout(
-            (key, "rows", pulled_dtype(dtype, narrow), shape) for key, (dtype, shape) in zip(keys, kinds, strict=True)
-        )
-        room = Room(decode_layout(lies), request.out)
-        if found is None:
-            self.shard.pull_rows(keys, ids, room.tensors)
-        else:
-            for each, rows in zip(room.tensors, found, strict=True):
-                each.copy_(rows.values)
-            if narrow is not None:
-                self.traffic.add_sent(len(room.payload), sum(rows.values.nbytes for rows in found))
-        return Reply({"layout": lies.decode()}, room.payload)
-
-    def _room(
-        self, keys: tuple[Key, ...], out: torch.Tensor | None, checksum: Any, pull_dtype: str | None = None
-    ) -> Room:
-        return Room(decode_layout(self._layout(keys, checksum, pull_dtype)), out)
-
-    def _layout(self, keys: tuple[Key, ...], checksum: Any, pull_dtype: str | None) -> bytes:
-        """Return how values lie in a reply; raise if the client expects another layout."""
-        found = self._layout_of(keys, pull_dtype)
-        if found is None:
-            tables = [key for key in keys if self.shard.entry("pull", key).spec.is_table]
-            # A client with fresh metadata does not ask for this.
-            _check_same(tables, -1, checksum)
-            raise ArgumentError(f"pull({quote(tables[0])}): a table has no dense value; pull rows of it")
-        _check_same(keys, found[1], checksum)
-        return found[0]
-
-    def _layout_of(self, keys: tuple[Key, ...], pull_dtype: str | None = None) -> tuple[bytes, int] | None:
-        """Return how the values of keys lie one after another, and a checksum of it; None without dense values."""
-        found = self._layouts.get((keys, pull_dtype))
-        if found is None and all(key in self.shard for key in keys):
-            entries = [self.shard.entry("pull", key) for key in keys]
-            if any(entry.spec.is_table for entry in entries):
-                return None
-            # Named as the client names them: it compares.
-            if pull_dtype is None:
-                layout = join_slots([entry.slot for entry in entries])
-            else:
-                specs = [(entry.key, entry.spec) for entry in entries]
-                layout = encode_layout(
-                    (key, "sum", pulled_dtype(spec.dtype, pull_dtype), spec.shape) for key, spec in specs
-                )
-            found = layout, zlib.crc32(layout)
-            if len(self._layouts) >= _REMEMBERED_LAYOUTS:
-                self._layouts.clear()
-            self._layouts[keys, pull_dtype] = found
-        return found
 
     # ------------------------------------------------------------ keys and the rule
 
@@ -320,7 +208,6 @@ class ServerState:
 
     def delete(self, keys: Sequence[Key], ids: RequestIds) -> None:
         """Forget keys."""
-        self.snapshots.before_change(keys)
         self.shard.delete(keys, requests=ids)
         self._forget_layouts()
 
@@ -341,8 +228,6 @@ class ServerState:
 
     def restore(self, contents: Contents, ids: RequestIds) -> None:
         """Take over the contents of a checkpoint."""
-        if contents.kind != "optimizer-states":
-            self.snapshots.before_change(self.shard.keys())
         checkpoint.restore(self.shard, contents, requests=ids)
         if contents.kind != "optimizer-states":
             self._forget_layouts()
@@ -385,7 +270,43 @@ class ServerState:
 
     def take_snapshot(self, name: str, client: str) -> None:
         """Hold the present values for a client."""
-        self.snapshots.take(name, client, self.shard, self._metadata_of)
+        self.snapshots.take(name, client)
+
+    # ------------------------------------------------------------ releases
+
+    def check_new_release(self, name: str, owner: str) -> None:
+        """Raise if there was a release of a name, unless a client has begun it and now tries again."""
+        releases = self.shard.releases
+        if name not in releases.hidden() or releases.owner_of(name) != owner:
+            releases.check_new(name)
+
+    def has_release(self, name: str, number: int) -> bool:
+        """Return whether a release of a name and number is held, whether readers see it or not."""
+        return any(held.name == name and held.number == number for held in self.shard.releases.lasting())
+
+    def add_release(self, name: str, number: int, keys: Sequence[Key] | None, owner: str) -> None:
+        """Hold the present values, which are here, as a release that readers do not see yet."""
+        mine = None if keys is None else [key for key in keys if key in self.shard]
+        self.shard.commit(Publish(name, number, mine, is_visible=False, owner=owner))
+
+    def show_release(self, name: str, keep: int | None, ids: RequestIds) -> None:
+        """Let readers see a release."""
+        if name not in self.shard.releases:
+            raise SnapshotError(f"publish({quote(name)}): the release was not finished in time; publish again")
+        self.shard.commit(ShowRelease(name, keep, requests=ids))
+
+    def keep_releases(self, names: Sequence[str], ids: RequestIds) -> None:
+        """Drop all other releases that readers see."""
+        others = [held.name for held in self.shard.releases.lasting() if held.is_visible and held.name not in names]
+        if others:
+            self.shard.commit(Unpublish(others, requests=ids))
+
+    def drop_unfinished_releases(self, clients: Sequence[str]) -> None:
+        """Drop releases that clients which are not among these have begun and not finished."""
+        releases = self.shard.releases
+        lost = [name for name in releases.hidden() if releases.owner_of(name) not in clients]
+        if lost:
+            self.shard.commit(Unpublish(lost))
 
     def stats(self) -> dict[str, Any]:
         """Return counts of what is held."""
@@ -394,6 +315,7 @@ class ServerState:
             firsts = sum(self._is_first(entry.key) for entry in entries)
         found: dict[str, Any] = {"keys": len(entries), "first_keys": firsts, "nbytes": nbytes}
         found["snapshots"] = len(self.snapshots)
+        found["releases"] = len(self.shard.held_releases())
         found["nonfinite"] = self.shard.nonfinite_counts
         found |= self.traffic.stats()
         return found if self.shard.log is None else {**found, "wal": self.shard.log.counts}
@@ -403,11 +325,19 @@ class ServerState:
         note = self._metadata_of(key)
         return note is not None and bool(note["pieces"][0][0] == self._index)
 
+    def _place_of(self, entry: FrozenEntry) -> tuple[int, int]:
+        """Return where in its value the first element is of what this server holds of a key, and the value's size."""
+        numel = math.prod(entry.note["shape"])
+        if entry.spec.is_table:
+            return 0, numel
+        first: int = next(start for server, start, _ in entry.note["pieces"] if server == self._index)
+        return first * entry.spec.shape[1:].numel(), numel
+
     def _metadata_of(self, key: Key) -> Any:
         return self.shard.notes.get(json.dumps(key))
 
     def _forget_layouts(self) -> None:
-        self._layouts.clear()
+        self._live.forget_layouts()
         self._coded.clear()
         self._sums = SumMemory()
         self.inits += 1
@@ -489,31 +419,3 @@ def contents_of(request: Request[Restore]) -> Contents:
             entry.value = entry.value.clone()
         entry.state = {name: tensor.clone() for name, tensor in entry.state.items()}
     return contents
-
-
-def _check_same(keys: Sequence[Key], checksum: int, expected: Any) -> None:
-    if expected is not None and expected != checksum:
-        raise ValueMismatchError(
-            f"{', '.join(map(quote, keys[:3]))}: another client has re-created a key with another shape or dtype; "
-            "call again"
-        )
-
-
-class Room:
-    """Memory for the values of some keys, one after another.
-
-    Args:
-        slots: of each value.
-        out: memory to use if it is large enough (None: new memory).
-    """
-
-    def __init__(self, slots: Sequence[Slot], out: torch.Tensor | None = None) -> None:
-        self._slots = slots
-        nbytes = slots[-1].stop if slots else 0
-        fits = out is not None and len(out) >= nbytes
-        self.payload: torch.Tensor = out[:nbytes] if fits else torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # type: ignore[index]
-
-    @cached_property
-    def tensors(self) -> list[torch.Tensor]:
-        """Each value."""
-        return views(self.payload, self._slots)

@@ -1,0 +1,234 @@
+"""Releases of a store on servers: published on all of them or none, and read at any of their pieces."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.rows import Rows
+from tensorkv.engines.base import Outs, ReleaseReader, no_release
+from tensorkv.engines.call import Call
+from tensorkv.errors import ReleaseNotFoundError, SnapshotError, TensorKVError, WaitTimeoutError, WorkerError
+from tensorkv.releases import elements
+from tensorkv.releases.changes import Changes, KeyChange, release_digest
+
+from ..messages import (
+    Digests,
+    DropSnapshot,
+    FindChanges,
+    KeepReleases,
+    ListReleases,
+    OpenRelease,
+    Publish,
+    ShowRelease,
+    Unpublish,
+    WaitForRelease,
+)
+from ..released import OwnedPiece, PieceChange, decode_changes, merge
+from .data import DataClient
+from .layout import PlacedKey, PlacedKeys
+from .rpc import ServerReply
+from .session import ServerRequest, SessionPool
+from .snapshot import RemoteSnapshot, SnapshotClient
+
+T = TypeVar("T")
+
+
+class ReleaseClient:
+    """Publishes releases, and opens them.
+
+    Server 0 decides which releases there are: a release that readers see on server 0 is there, and seen, on all others.
+
+    Args:
+        sessions: with the servers.
+        data: of this client.
+        snapshots: of this client.
+        num_servers: of the store.
+    """
+
+    def __init__(self, sessions: SessionPool, data: DataClient, snapshots: SnapshotClient, num_servers: int) -> None:
+        self.sessions, self.data, self._snapshots = sessions, data, snapshots
+        self.servers = range(num_servers)
+
+    def publish(self, name: str, keys: Sequence[Key] | None, keep: int | None) -> None:
+        """Hold the present values of some keys, or of all, as a release."""
+        listed = None if keys is None else list(keys)
+        if len(self.servers) == 1:
+            self._ask([0], Publish(release=name, keys=listed, keep=keep))
+            return
+        try:
+            self._snapshots.commit_release(name, listed)
+            others = self.servers[1:]
+            self._ask(others, ShowRelease(release=name))
+            (told,) = self._ask([0], ShowRelease(release=name, keep=keep))
+        except SnapshotError:
+            # It took too long, or a server was restarted in the middle; readers have not seen it.
+            self._ask(self.servers, Unpublish(release=name, missing_ok=True))
+            raise
+        self._ask(others, KeepReleases(releases=told.head["releases"]))
+
+    def unpublish(self, name: str) -> None:
+        """Drop a release, once nobody reads it."""
+        (told,) = self._ask([0], Unpublish(release=name))
+        if len(self.servers) > 1:
+            self._ask(self.servers[1:], KeepReleases(releases=told.head["releases"]))
+
+    def listed(self) -> list[tuple[str, int]]:
+        """Return names and numbers of the releases, from the oldest to the newest."""
+        (told,) = self._ask([0], ListReleases())
+        return [(name, number) for name, number in told.head["releases"]]
+
+    def open(self, name: str, lease_s: float) -> RemoteRelease:
+        """Open a release for reading."""
+        token = secrets.token_hex(8)
+        try:
+            replies = self._ask(self.servers, OpenRelease(release=name, snapshot=token, lease_s=lease_s))
+        except TensorKVError:
+            self._snapshots.drop(token)
+            raise
+        return RemoteRelease(self, self._snapshots, name, token, lease_s, [reply.head for reply in replies])
+
+    def wait(self, after: str | None, timeout_s: float, lease_s: float) -> RemoteRelease:
+        """Wait for a release that is newer than another one, and open the newest."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                (told,) = self._ask([0], WaitForRelease(after=after), max(0.001, deadline - time.monotonic()))
+            except WaitTimeoutError:
+                raise no_release(after, timeout_s) from None
+            try:
+                return self.open(told.head["name"], lease_s)
+            except ReleaseNotFoundError:
+                # Others have published and dropped it meanwhile.
+                continue
+
+    def _ask(self, servers: Sequence[int], message: Any, timeout_s: float | None = None) -> list[ServerReply]:
+        with self.sessions.take() as session:
+            replies = session.send([ServerRequest(server, message) for server in servers], timeout_s=timeout_s)
+            # Replies lie in memory that the next request uses.
+            return [reply._replace(payload=reply.payload.clone()) for reply in replies]
+
+    def ask_for(self, message: Any) -> list[ServerReply]:
+        """Return the replies of all servers to a message."""
+        return self._ask(self.servers, message)
+
+
+class RemoteRelease(RemoteSnapshot, ReleaseReader):
+    """A release that servers hold; an engine for reading.
+
+    Args:
+        client: that has opened it.
+        snapshots: of the client.
+        name: of the release.
+        token: under which servers hold it for this reader.
+        lease_s: how long it stays after it was last read.
+        told: what each server has told of it.
+    """
+
+    def __init__(
+        self,
+        client: ReleaseClient,
+        snapshots: SnapshotClient,
+        name: str,
+        token: str,
+        lease_s: float,
+        told: Sequence[Mapping[str, Any]],
+    ) -> None:
+        placed, versions = snapshots.placed(token, told)
+        RemoteSnapshot.__init__(self, snapshots, client.data, token, placed, versions)
+        ReleaseReader.__init__(self, name, told[0]["number"], versions)
+        self._releases, self._lease_s = client, lease_s
+        self._held = [[key for key, _, _ in each["keys"]] for each in told]
+        """The keys of which each server holds something."""
+
+    def _again(self, work: Callable[..., T], *args: Any) -> T:
+        """Do work; if a server has been restarted and does not know this reader, open the release there once more."""
+        try:
+            return work(*args)
+        except SnapshotError:
+            message = OpenRelease(release=self.name, snapshot=self._name, lease_s=self._lease_s)
+            told = self._releases.ask_for(message)
+            if any(each.head["number"] != self.number for each in told):
+                raise
+            return work(*args)
+
+    def pull(self, call: Call) -> None:
+        """Check a call and copy values into its outs."""
+        self._again(super().pull, call)
+
+    def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
+        """Copy values into tensors."""
+        self._again(super().pull_into, keys, outs, priority)
+
+    def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
+        """Return copies of rows."""
+        return self._again(super().pull_rows, keys, ids)
+
+    def digest(self) -> str:
+        """Return the digest of all keys."""
+        replies = self._again(self._releases.ask_for, Digests(release=self.name, snapshot=self._name))
+        digests: dict[Key, int] = {}
+        for reply in replies:
+            for key, number in zip(reply.head["keys"], reply.payload.numpy().view(np.uint64).tolist(), strict=True):
+                digests[key] = elements.add(digests.get(key, 0), number)
+        return release_digest((key, placed.placement.spec, digests[key]) for key, placed in self._placed.items())
+
+    def changes(self, since: str) -> Changes:
+        """Return what has changed since another release; all values if a server does not hold that any more."""
+        message = FindChanges(release=self.name, since=since, snapshot=self._name)
+        replies = self._again(self._releases.ask_for, message)
+        bases = {reply.head["base"] for reply in replies}
+        if len(bases) > 1:
+            # It was dropped in between: now it is gone on all.
+            return self.changes(since)
+        deleted: PlacedKeys | None = None
+        if any(reply.head["deleted"] for reply in replies):
+            try:
+                older = self._releases.open(since, self._lease_s)
+            except ReleaseNotFoundError:
+                return self.changes(since)
+            deleted = older._placed
+            older.close()
+        return Changes(bases.pop(), self.name, self._merged(replies, deleted))
+
+    def _merged(self, replies: Sequence[ServerReply], deleted: PlacedKeys | None) -> list[KeyChange]:
+        """Return the changes of whole values.
+
+        Args:
+            replies: of the servers.
+            deleted: the keys of the older release, if some were deleted.
+        """
+        pieces: dict[Key, dict[int, PieceChange]] = {}
+        gone: dict[Key, dict[int, PieceChange]] = {}
+        for server, (reply, keys) in enumerate(zip(replies, self._held, strict=True)):
+            lost = reply.head["deleted"]
+            found = decode_changes(reply.payload.numpy(), len(keys) + len(lost))
+            for key, change in zip(keys, found, strict=False):
+                pieces.setdefault(key, {})[server] = change
+            for key, change in zip(lost, found[len(keys) :], strict=True):
+                gone.setdefault(key, {})[server] = change
+        merged = [_merge(key, placed, pieces[key]) for key, placed in self._placed.items()]
+        if deleted is not None:
+            merged += [_merge(key, deleted[key], own) for key, own in gone.items() if key in deleted]
+        return merged
+
+    def close(self) -> None:
+        """Let go of it."""
+        with suppress(TensorKVError):
+            self._releases.ask_for(DropSnapshot(snapshot=self._name))
+
+
+def _merge(key: Key, placed: PlacedKey, changes: Mapping[int, PieceChange]) -> KeyChange:
+    placement = placed.placement
+    row = placement.spec.shape[1:].numel()
+    if any(server not in changes for server in placement.servers):
+        raise WorkerError("changes: a server has sent a malformed reply")
+    found = [OwnedPiece(start * row, stop * row, changes[server]) for server, start, stop in placement.pieces]
+    return merge(key, placement.spec, found)

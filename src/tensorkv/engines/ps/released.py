@@ -1,0 +1,141 @@
+"""Changes between two releases as a server sends them, and the changes of whole values that clients make of them.
+
+The payload of a reply has a table of 64-bit numbers, a row for each property and a column for each key, and then the
+indices and the new values of each key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.spec import KeySpec
+from tensorkv.errors import WorkerError
+from tensorkv.releases import elements
+from tensorkv.releases.changes import KINDS, KeyChange, index_dtype
+from tensorkv.releases.elements import Bytes
+
+from .messages import Reply
+
+# Rows of the table. Lengths are one more than the bytes, 0 for nothing.
+_KIND, _IS_NEW, _INDEX_LENGTH, _VALUE_LENGTH, _BEFORE, _AFTER, _GONE, _NUM_ROWS = range(8)
+
+
+def encode_changes(base: str | None, changes: Sequence[KeyChange], out: torch.Tensor | None) -> Reply:
+    """Return a reply with the changes of what a server holds of each key.
+
+    Args:
+        base: the older release (None: these are all values).
+        changes: in the order of the keys of the newer release, then those of deleted keys.
+        out: memory for the payload, if it fits.
+    """
+    table = np.zeros((_NUM_ROWS, len(changes)), np.uint64)
+    table[_KIND] = [KINDS.index(each.kind) for each in changes]
+    table[_IS_NEW] = [each.before is None for each in changes]
+    table[_INDEX_LENGTH] = [0 if each.places is None else 1 + len(each.places) for each in changes]
+    table[_VALUE_LENGTH] = [0 if each.content is None else 1 + len(each.content) for each in changes]
+    table[_BEFORE] = [each.before or 0 for each in changes]
+    table[_AFTER] = [each.after for each in changes]
+    table[_GONE] = [each.gone for each in changes]
+    parts = [table.reshape(-1).view(np.uint8)]
+    parts += [part for each in changes for part in (each.places, each.content) if part is not None]
+    nbytes = sum(map(len, parts))
+    fits = out is not None and len(out) >= nbytes
+    payload = out[:nbytes] if fits else torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # type: ignore[index]
+    np.concatenate(parts, out=payload.numpy())
+    return Reply({"base": base, "deleted": [each.key for each in changes if each.kind == "deleted"]}, payload)
+
+
+class PieceChange(NamedTuple):
+    """What has changed of a piece of a value.
+
+    Args:
+        kind: as of ``KeyChange``.
+        before: digest in the older release (None: it does not have the key).
+        after, gone, places, content: as of ``KeyChange``.
+    """
+
+    kind: Any
+    before: int | None
+    after: int
+    gone: int
+    places: Bytes | None
+    content: Bytes | None
+
+
+def decode_changes(payload: Bytes, num_keys: int) -> list[PieceChange]:
+    """Return what ``encode_changes`` was called with, for so many keys, those deleted included."""
+    table_nbytes = 8 * _NUM_ROWS * num_keys
+    if len(payload) < table_nbytes:
+        raise WorkerError("changes: a server has sent a malformed reply")
+    table = payload[:table_nbytes].copy().view(np.uint64).reshape(_NUM_ROWS, num_keys).tolist()
+    at = table_nbytes
+    found = []
+    for kind, is_new, index_length, value_length, before, after, gone in zip(*table, strict=True):
+        parts: list[Bytes | None] = []
+        for length in (index_length, value_length):
+            parts.append(payload[at : at + length - 1] if length else None)
+            at += max(0, length - 1)
+        found.append(PieceChange(KINDS[kind], None if is_new else before, after, gone, parts[0], parts[1]))
+    return found
+
+
+class OwnedPiece(NamedTuple):
+    """A change of a piece, and the places of the piece's first element and after its last one in the value."""
+
+    first: int
+    stop: int
+    change: PieceChange
+
+
+def merge(key: Key, spec: KeySpec, pieces: Sequence[OwnedPiece]) -> KeyChange:
+    """Return the change of a value from those of its pieces, in order."""
+    changes = [each.change for each in pieces]
+    is_new = any(each.before is None for each in changes)
+    found = KeyChange(key, "same", spec)
+    found.before = None if is_new else elements.add(*(each.before or 0 for each in changes))
+    found.after = elements.add(*(each.after for each in changes))
+    # Of a piece that is sent whole, all elements were others.
+    found.gone = elements.add(*((each.before or 0) if each.kind == "dense" else each.gone for each in changes))
+    kinds = {each.kind for each in changes}
+    if kinds <= {"same"} or kinds <= {"deleted"}:
+        found.kind = changes[0].kind
+    elif len(changes) == 1:
+        found.kind, found.places, found.content = changes[0].kind, changes[0].places, changes[0].content
+    elif spec.is_table:
+        _merge_rows(found, changes)
+    elif kinds == {"dense"} or is_new:
+        found.kind, found.content = "dense", _joined(each.content for each in changes)
+    else:
+        _merge_elements(found, pieces)
+    return found
+
+
+def _merge_rows(found: KeyChange, changes: Sequence[PieceChange]) -> None:
+    """Put rows of several servers together; those of a server that sends all of its rows are among them."""
+    found.kind = "dense" if all(each.kind == "dense" for each in changes) else "rows"
+    ids = elements.as_tensor(_joined(each.places for each in changes), torch.int64)
+    rows = elements.as_tensor(_joined(each.content for each in changes), torch.uint8).reshape(len(ids), -1)
+    order = torch.argsort(ids)
+    found.places, found.content = elements.bytes_of(ids[order]), elements.bytes_of(rows[order])
+
+
+def _merge_elements(found: KeyChange, pieces: Sequence[OwnedPiece]) -> None:
+    """Put elements together; a piece of which all are sent has each of its elements."""
+    dtype = index_dtype(found.spec)
+    places: list[Bytes | None] = []
+    for first, stop, change in pieces:
+        if change.kind == "dense":
+            places.append(elements.bytes_of(torch.arange(first, stop, dtype=dtype, device="cpu")))
+        else:
+            places.append(change.places)
+    found.kind, found.places = "elements", _joined(places)
+    found.content = _joined(change.content for _, _, change in pieces)
+
+
+def _joined(parts: Iterable[Bytes | None]) -> Bytes:
+    return np.concatenate([np.empty(0, np.uint8), *(part for part in parts if part is not None)])

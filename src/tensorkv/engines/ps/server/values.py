@@ -1,0 +1,152 @@
+"""ServedValues: the values of a shard, or of a snapshot of it, as replies have them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.packing import Slot, decode_layout, encode_layout, join_slots, unpack, views
+from tensorkv.compression import Traffic
+from tensorkv.errors import ArgumentError, ValueMismatchError, quote
+from tensorkv.shard import native
+from tensorkv.shard.shard import Shard
+
+from ..messages import PullRows, Reply, Request, pulled_dtype
+
+# Lists of keys that are pulled together.
+REMEMBERED_LAYOUTS = 1024
+
+
+class Room:
+    """Memory for the values of some keys, one after another.
+
+    Args:
+        slots: of each value.
+        out: memory to use if it is large enough (None: new memory).
+    """
+
+    def __init__(self, slots: Sequence[Slot], out: torch.Tensor | None = None) -> None:
+        self._slots = slots
+        nbytes = slots[-1].stop if slots else 0
+        fits = out is not None and len(out) >= nbytes
+        self.payload: torch.Tensor = out[:nbytes] if fits else torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # type: ignore[index]
+
+    @cached_property
+    def tensors(self) -> list[torch.Tensor]:
+        """Each value."""
+        return views(self.payload, self._slots)
+
+
+class ServedValues:
+    """The values of a shard in replies.
+
+    Args:
+        shard: that has them.
+        traffic: counts pulls in other dtypes than those of values.
+    """
+
+    def __init__(self, shard: Shard, traffic: Traffic) -> None:
+        self.shard, self._traffic = shard, traffic
+        self._layouts: dict[tuple[tuple[Key, ...], str | None], tuple[bytes, int]] = {}
+
+    def forget_layouts(self) -> None:
+        """Look at keys again, which may be others than before."""
+        self._layouts.clear()
+
+    def values(self, keys: tuple[Key, ...], out: torch.Tensor | None, checksum: Any, pull_dtype: str | None) -> Reply:
+        """Return values.
+
+        Args:
+            keys: whose values.
+            out: memory in which they are put if they fit.
+            checksum: of the layout that the client expects.
+            pull_dtype: as of ``Push``.
+        """
+        return self.filled(keys, self.room(keys, out, checksum, pull_dtype), pull_dtype)
+
+    def room(
+        self, keys: tuple[Key, ...], out: torch.Tensor | None, checksum: Any, pull_dtype: str | None = None
+    ) -> Room:
+        """Return memory for values; raise if the client expects another layout."""
+        return Room(decode_layout(self.layout(keys, checksum, pull_dtype)), out)
+
+    def filled(self, keys: tuple[Key, ...], room: Room, pull_dtype: str | None) -> Reply:
+        """Return a reply with values."""
+        if pull_dtype is not None:
+            self._fill_narrow(keys, room)
+        elif not self.shard.try_compiled(native.Call(None, "pull", keys, None, room.payload, 0, None, False, True)):
+            self.shard.pull(keys, [[each] for each in room.tensors])
+        return Reply({}, room.payload)
+
+    def _fill_narrow(self, keys: tuple[Key, ...], room: Room) -> None:
+        """Fill memory with values, rounded to its dtypes."""
+        outs = [[each] for each in room.tensors]
+        if not self.shard.try_compiled(native.Call(None, "pull", list(keys), None, outs, 0)):
+            self.shard.pull(keys, outs)
+        raw_nbytes = sum(self.shard.entry("pull", key).value.nbytes for key in keys)
+        self._traffic.add_sent(len(room.payload), raw_nbytes)
+
+    def rows(self, request: Request[PullRows]) -> Reply:
+        """Return the rows that a request names."""
+        items = unpack(request.layout, request.payload)
+        keys, ids = [item.key for item in items], [item.tensor for item in items]
+        narrow = request.message.pull_dtype
+        specs = [self.shard.entry("row_sparse_pull", key).spec for key in keys]
+        lies = encode_layout(
+            (key, "rows", pulled_dtype(spec.dtype, narrow), (len(own), *spec.shape[1:]))
+            for key, own, spec in zip(keys, ids, specs, strict=True)
+        )
+        room = Room(decode_layout(lies), request.out)
+        if narrow is None:
+            self.shard.pull_rows(keys, ids, room.tensors)
+        else:
+            found = self.shard.pull_rows(keys, ids)
+            for each, rows in zip(room.tensors, found, strict=True):
+                each.copy_(rows.values)
+            self._traffic.add_sent(len(room.payload), sum(rows.values.nbytes for rows in found))
+        return Reply({"layout": lies.decode()}, room.payload)
+
+    def layout(self, keys: tuple[Key, ...], checksum: Any, pull_dtype: str | None) -> bytes:
+        """Return how values lie in a reply; raise if the client expects another layout."""
+        found = self.layout_of(keys, pull_dtype)
+        if found is None:
+            tables = [key for key in keys if self.shard.entry("pull", key).spec.is_table]
+            # A client with fresh metadata does not ask for this.
+            _check_same(tables, -1, checksum)
+            raise ArgumentError(f"pull({quote(tables[0])}): a table has no dense value; pull rows of it")
+        _check_same(keys, found[1], checksum)
+        return found[0]
+
+    def layout_of(self, keys: tuple[Key, ...], pull_dtype: str | None = None) -> tuple[bytes, int] | None:
+        """Return how the values of keys lie one after another, and a checksum of it; None without dense values."""
+        found = self._layouts.get((keys, pull_dtype))
+        if found is None and all(key in self.shard for key in keys):
+            entries = [self.shard.entry("pull", key) for key in keys]
+            if any(entry.spec.is_table for entry in entries):
+                return None
+            # Named as the client names them: it compares.
+            if pull_dtype is None:
+                layout = join_slots([entry.slot for entry in entries])
+            else:
+                specs = [(entry.key, entry.spec) for entry in entries]
+                layout = encode_layout(
+                    (key, "sum", pulled_dtype(spec.dtype, pull_dtype), spec.shape) for key, spec in specs
+                )
+            found = layout, zlib.crc32(layout)
+            if len(self._layouts) >= REMEMBERED_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[keys, pull_dtype] = found
+        return found
+
+
+def _check_same(keys: Sequence[Key], checksum: int, expected: Any) -> None:
+    if expected is not None and expected != checksum:
+        raise ValueMismatchError(
+            f"{', '.join(map(quote, keys[:3]))}: another client has re-created a key with another shape or dtype; "
+            "call again"
+        )

@@ -184,6 +184,11 @@ class Releases:
             self._drop(name)
         self._held[name] = HeldRelease(name, number, snapshot, owner)
 
+    def reveal(self, name: str) -> None:
+        """Let readers see a release, if it is here."""
+        if name in self._held and not self._held[name].is_visible:
+            self.show(name, None)
+
     def show(self, name: str, keep: int | None) -> None:
         """Let readers see a release, and keep so many of the newest (None: all)."""
         shown = self._held[name]

@@ -332,7 +332,7 @@ class Publish(Message):
 
 @dataclass(kw_only=True)
 class ShowRelease(Message):
-    """Let readers see a release; reply with the names of all that stay.
+    """Let readers see a release; reply with the names of all that stay, and its number. Sent to server 0.
 
     Args:
         release: its name.
@@ -358,8 +358,14 @@ class Unpublish(Message):
 
 @dataclass(kw_only=True)
 class KeepReleases(Message):
-    """Drop all releases but those of some names."""
+    """Drop all releases up to a number but those of some names, which server 0 has.
 
+    Args:
+        number: of the newest that may be dropped.
+        releases: the names.
+    """
+
+    number: int
     releases: list[Any]
 
 

@@ -569,9 +569,9 @@ class DataClient:
         requests = []
         for pulled in layout.pulled:
             message = Pull(checksum=pulled.checksum, pull_dtype=self.pull_dtype, snapshot=layout.snapshot)
-            nbytes, is_present = pulled.nbytes, layout.snapshot is None and self.pull_dtype is None
+            nbytes = pulled.nbytes
             request = ServerRequest(pulled.server, message, pulled.keys, reply_nbytes=nbytes)
-            if self._same_host[pulled.server] and nbytes > _CACHED_NBYTES and is_present:
+            if self._same_host[pulled.server] and nbytes > _CACHED_NBYTES and self.pull_dtype is None:
                 request = request._replace(cached_nbytes=nbytes)
             requests.append(request)
         with self._sessions.take() as session:

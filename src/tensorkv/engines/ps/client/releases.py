@@ -44,7 +44,8 @@ T = TypeVar("T")
 class ReleaseClient:
     """Publishes releases, and opens them.
 
-    Server 0 decides which releases there are: a release that readers see on server 0 is there, and seen, on all others.
+    Server 0 decides which releases there are: one that readers see there is on all others, whether these know that it
+    is finished or not. What server 0 does not have, because whoever published it has died, others drop with the next.
 
     Args:
         sessions: with the servers.
@@ -65,20 +66,23 @@ class ReleaseClient:
             return
         try:
             self._snapshots.commit_release(name, listed)
-            others = self.servers[1:]
-            self._ask(others, ShowRelease(release=name))
             (told,) = self._ask([0], ShowRelease(release=name, keep=keep))
         except SnapshotError:
             # It took too long, or a server was restarted in the middle; readers have not seen it.
             self._ask(self.servers, Unpublish(release=name, missing_ok=True))
             raise
-        self._ask(others, KeepReleases(releases=told.head["releases"]))
+        self._drop_others(told)
 
     def unpublish(self, name: str) -> None:
         """Drop a release, once nobody reads it."""
         (told,) = self._ask([0], Unpublish(release=name))
+        self._drop_others(told)
+
+    def _drop_others(self, told: ServerReply) -> None:
+        """Have the other servers drop the releases that server 0 does not have any more."""
         if len(self.servers) > 1:
-            self._ask(self.servers[1:], KeepReleases(releases=told.head["releases"]))
+            message = KeepReleases(number=told.head["number"], releases=told.head["releases"])
+            self._ask(self.servers[1:], message)
 
     def listed(self) -> list[tuple[str, int]]:
         """Return names and numbers of the releases, from the oldest to the newest."""
@@ -145,7 +149,7 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
         RemoteSnapshot.__init__(self, snapshots, client.data, token, placed, versions)
         ReleaseReader.__init__(self, name, told[0]["number"], versions)
         self._releases, self._lease_s = client, lease_s
-        self._held = [[key for key, _, _ in each["keys"]] for each in told]
+        self._held = [each["keys"] for each in told]
         """The keys of which each server holds something."""
 
     def _again(self, work: Callable[..., T], *args: Any) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -23,6 +24,7 @@ from tensorkv.storage.manifest import Contents
 
 from ..messages import Abort, Commit, DropSnapshot, Prepare
 from .data import DataClient
+from .keymap import Listing
 from .layout import PlacedKey, PlacedKeys
 from .session import ServerRequest, SessionPool
 
@@ -73,17 +75,16 @@ class SnapshotClient:
             name: under which they are read.
             told: of each server, the keys with their versions and metadata.
         """
-        metadata: dict[Key, Any] = {}
+        found: dict[Key, PlacedKey] = {}
         versions: dict[Key, int] = {}
-        pieces: dict[Key, int] = {}
+        pieces: Counter[Key] = Counter()
         for head in told:
-            for key, version, data in head["keys"]:
-                metadata[key] = data
-                versions.setdefault(key, version)
-                pieces[key] = pieces.get(key, 0) + 1
+            listing = Listing.from_reply(head)
+            found = {**listing.placed, **found}
+            versions = {**dict(zip(head["keys"], head["versions"], strict=True)), **versions}
+            pieces.update(list(listing.placed))
         placed = PlacedKeys(pull_dtype=self._data.pull_dtype, snapshot=name)
-        for key in sorted(metadata, key=lambda key: metadata[key]["order"]):
-            each = PlacedKey.from_metadata(metadata[key])
+        for key, each in sorted(found.items(), key=lambda item: item[1].order):
             # A key exists when all of its pieces do.
             if pieces[key] == len(each.placement.pieces):
                 placed[key] = each

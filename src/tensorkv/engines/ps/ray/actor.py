@@ -220,20 +220,24 @@ class ServerActor:
 
     def _cached(self, head: dict[str, Any], layout: bytes, nbytes: int) -> dict[str, Any] | None:
         """Return the place of a copy that all clients of this host read, or a refusal; None: send the values."""
-        sender = {name: each for name, each in head.items() if name not in ("verb", "checksum")}
-        reply = self._server.serve({**sender, "verb": "wait_for_version"}, layout)
-        if reply.head:
-            return reply.head
+        snapshot = head.get("snapshot")
+        if snapshot is None:
+            sender = {name: each for name, each in head.items() if name not in ("verb", "checksum")}
+            reply = self._server.serve({**sender, "verb": "wait_for_version"}, layout)
+            if reply.head:
+                return reply.head
         with self._copying:
-            signature = self._server.signature(layout, head.get("checksum"))
+            signature = self._server.signature(layout, head.get("checksum"), snapshot)
             if signature is None:
                 return None
-            place = self._cache.find(layout, signature)
+            # Copies of the present values and of releases are kept side by side.
+            listed = layout if snapshot is None else b"releases of " + layout
+            place = self._cache.find(listed, signature)
             if place is None:
                 replies: list[Reply] = []
                 try:
                     place = self._cache.make(
-                        layout,
+                        listed,
                         signature,
                         nbytes,
                         lambda room: replies.append(self._server.serve(head, layout, out=room)),
@@ -244,7 +248,7 @@ class ServerActor:
                 payload = replies[0].payload
                 if replies[0].head or payload is None or len(payload) != nbytes:
                     # The client's request is answered as a plain pull, with the right error.
-                    self._cache.forget(layout)
+                    self._cache.forget(listed)
                     return None
         return {"cached": place}
 

@@ -56,7 +56,7 @@ class AwaitedServer:
         """Hold requests no longer: the folder is there."""
         self._is_over.set()
 
-    def signature(self, layout: bytes, checksum: Any) -> None:
+    def signature(self, layout: bytes, checksum: Any, snapshot: Any = None) -> None:
         """Return that there are no values."""
 
     def owners(self) -> list[str]:
@@ -81,7 +81,7 @@ class SpareServer:
         """Return that another actor serves."""
         return Reply({"spare": True})
 
-    def signature(self, layout: bytes, checksum: Any) -> None:
+    def signature(self, layout: bytes, checksum: Any, snapshot: Any = None) -> None:
         """Return that there are no values."""
 
     def owners(self) -> list[str]:

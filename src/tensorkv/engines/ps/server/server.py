@@ -178,11 +178,15 @@ class Server:
         }
         return {**mine, **self._state.stats()}
 
-    def signature(self, layout: bytes, checksum: Any) -> tuple[int, ...] | None:
-        """Return the versions of the keys of a pull, which differ when the values do; None: the pull is refused."""
+    def signature(self, layout: bytes, checksum: Any, snapshot: Any = None) -> tuple[int, ...] | None:
+        """Return numbers that differ when the values of a pull do; None: the pull is refused, or its own snapshot's."""
         try:
             with self._condition:
-                return self._state.versions(keys_of(layout), checksum)
+                if snapshot is None:
+                    return self._state.versions(keys_of(layout), checksum)
+                self._state.served(snapshot).layout(keys_of(layout), checksum, None)
+                number = self._state.snapshots.release_of(snapshot)
+                return None if number is None else (number,)
         except TensorKVError:
             return None
 
@@ -436,7 +440,8 @@ class Server:
         with self._condition:
             clients = self._membership.clients()
             self._state.snapshots.drop_all_but_of(clients)
-            self._state.drop_unfinished_releases(clients)
+            if self.index == 0:
+                self._state.drop_unfinished_releases(clients)
 
     def _claim(self, request: Request[messages.Claim]) -> Reply:
         self._membership.claim(str(request.sender.owner), request.message.number)
@@ -480,12 +485,12 @@ class Server:
             if name is None:
                 return state.contents()
             state.take_snapshot(name, str(sender.owner))
-            return Reply({"keys": state.snapshots.describe(name)})
+            return Reply(state.snapshots.describe(name))
 
         with self._condition:
             # The reply may have been lost.
             if name is not None and name in state.snapshots:
-                return Reply({"keys": state.snapshots.describe(name)})
+                return Reply(state.snapshots.describe(name))
             if release is not None and state.has_release(release, message.number):
                 return Reply({})
             taken: Reply = self._snapshot_barrier.commit(sender.client, sender.seq, message.wanted, take)
@@ -529,11 +534,14 @@ class Server:
     def _keep_releases(self, request: Request[messages.KeepReleases]) -> Reply:
         with self._change(request) as ids:
             if ids:
-                self._state.keep_releases(request.message.releases, ids)
+                self._state.keep_releases(request.message.number, request.message.releases, ids)
         return Reply({})
 
     def _told_releases(self) -> Reply:
-        return Reply({"releases": [held.name for held in self._state.shard.releases.lasting()]})
+        """Reply with the releases that stay, and the number of the newest that others need not keep."""
+        held = self._state.shard.releases.lasting()
+        newest = max([each.number for each in held if each.is_visible], default=0)
+        return Reply({"releases": [each.name for each in held], "number": newest})
 
     def _list_releases(self, request: Request[messages.ListReleases]) -> Reply:
         with self._condition:
@@ -555,9 +563,12 @@ class Server:
         if not 0 < message.lease_s < _LONGEST_LEASE_S:
             raise ArgumentError(f"malformed open_release; expected a lease of at most {_LONGEST_LEASE_S:g} s")
         with self._condition:
+            # Server 0 says which ones readers see.
+            if self.index > 0:
+                state.shard.releases.reveal(message.release)
             owner = str(request.sender.owner)
             held = state.snapshots.open_release(message.snapshot, owner, message.release, message.lease_s)
-            return Reply({"number": held.number, "keys": state.snapshots.describe(message.snapshot)})
+            return Reply({"number": held.number, **state.snapshots.describe(message.snapshot)})
 
     def _find_changes(self, request: Request[messages.FindChanges]) -> Reply:
         message = request.message

@@ -19,6 +19,7 @@ from tensorkv.shard.releases import HeldRelease
 from tensorkv.shard.shard import Shard, ShardSnapshot
 from tensorkv.storage.dedup import AppliedRequests
 
+from .listing import listed
 from .values import ServedValues
 from .wait import Condition
 
@@ -149,10 +150,16 @@ class HeldSnapshots:
     def __contains__(self, name: object) -> bool:
         return name in self._held
 
-    def describe(self, name: str) -> list[list[Any]]:
-        """Return every key that is held under a name, with its version and its metadata."""
-        entries = self._held[name].snapshot.held.values()
-        return [[entry.key, entry.version, entry.note] for entry in entries]
+    def describe(self, name: str) -> dict[str, Any]:
+        """Return a listing of the keys that are held under a name, and their versions."""
+        entries = list(self._held[name].snapshot.held.values())
+        told = listed([entry.key for entry in entries], [entry.note for entry in entries])
+        return {**told, "versions": [entry.version for entry in entries]}
+
+    def release_of(self, name: str) -> int | None:
+        """Return the number of the release that is held under a name, None if it is none."""
+        held = self._held.get(name)
+        return None if held is None or held.release is None else self._shard.number_of_release(held.release)
 
     def take(self, name: str, client: str) -> None:
         """Hold the present values of the shard for a client."""

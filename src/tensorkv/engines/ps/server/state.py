@@ -48,6 +48,7 @@ from ..messages import (
     words_text,
 )
 from ..options import PSOptions
+from .listing import listed
 from .snapshot import HeldSnapshots
 from .tables import ServerTables
 from .values import REMEMBERED_LAYOUTS, Room, ServedValues
@@ -246,18 +247,7 @@ class ServerState:
         """Return the metadata of every key, as ``messages.Init`` has them."""
         with self.shard.frozen() as (entries, _):
             found = [(entry.key, self._metadata_of(entry.key)) for entry in entries]
-        kinds: list[Any] = []
-        known: dict[Any, int] = {}
-        indices = []
-        for _, data in found:
-            names = (data["dtype"], data["library"], data["device"], data["table"], json.dumps(data.get("init")))
-            kind = (*names, tuple(data["shape"]), tuple(map(tuple, data["pieces"])))
-            index = known.setdefault(kind, len(kinds))
-            if index == len(kinds):
-                kinds.append({name: each for name, each in data.items() if name != "order"})
-            indices.append(index)
-        keys, orders = [key for key, _ in found], [data["order"] for _, data in found]
-        return {"kinds": kinds, "keys": keys, "indices": indices, "orders": orders}
+        return listed([key for key, _ in found], [data for _, data in found])
 
     def contents(self) -> Reply:
         """Return everything that the shard holds, in the form of a checkpoint."""
@@ -295,9 +285,12 @@ class ServerState:
             raise SnapshotError(f"publish({quote(name)}): the release was not finished in time; publish again")
         self.shard.commit(ShowRelease(name, keep, requests=ids))
 
-    def keep_releases(self, names: Sequence[str], ids: RequestIds) -> None:
-        """Drop all other releases that readers see."""
-        others = [held.name for held in self.shard.releases.lasting() if held.is_visible and held.name not in names]
+    def keep_releases(self, number: int, names: Sequence[str], ids: RequestIds) -> None:
+        """Drop all releases up to a number but those of some names, which server 0 has."""
+        releases = self.shard.releases
+        for name in names:
+            releases.reveal(name)
+        others = [held.name for held in releases.lasting() if held.number <= number and held.name not in names]
         if others:
             self.shard.commit(Unpublish(others, requests=ids))
 

@@ -7,6 +7,7 @@ from tensorkv.runtime import early  # noqa: F401 - before anything that takes lo
 # isort: split
 from tensorkv.arrays.rows import Rows
 from tensorkv.releases.changes import Changes, KeyChange, Patch, apply_changes
+from tensorkv.releases.file import load_changes, save_changes
 from tensorkv.shard.entry import KeyInfo
 from tensorkv.shard.norm import PushResult
 from tensorkv.trainer.embedding import Embedding, EmbeddingBag
@@ -90,6 +91,8 @@ __all__ = [
     "create",
     "engines",
     "errors",
+    "load_changes",
+    "save_changes",
 ]
 
 

@@ -87,6 +87,26 @@ class KeyChange:
             found = found.reshape(self.spec.shape)
         return interop.give(found, self.spec.origin)
 
+    def check(self) -> None:
+        """Raise ValueError if indices and values do not fit the kind of change and the value."""
+        spec = self.spec
+        width = spec.dtype.itemsize * (spec.shape[1:].numel() if spec.is_table else 1)
+        has_places = self.kind in ("elements", "rows") or (self.kind == "dense" and spec.is_table)
+        has_content = has_places or self.kind == "dense"
+        if (self.places is not None, self.content is not None) != (has_places, has_content):
+            raise ValueError(f"{self.key!r}: a change of the kind {self.kind} with other parts")
+        if self.content is None:
+            return
+        if self.places is None:
+            count = spec.shape.numel()
+        else:
+            size = index_dtype(spec).itemsize
+            if len(self.places) % size:
+                raise ValueError(f"{self.key!r}: indices that are not whole")
+            count = len(self.places) // size
+        if len(self.content) != count * width:
+            raise ValueError(f"{self.key!r}: {len(self.content)} bytes of values, expected {count * width}")
+
     @property
     def nbytes(self) -> int:
         """Bytes of indices and values."""

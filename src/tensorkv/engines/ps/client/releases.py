@@ -15,7 +15,14 @@ from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.engines.base import Outs, ReleaseReader, no_release
 from tensorkv.engines.call import Call
-from tensorkv.errors import ReleaseNotFoundError, SnapshotError, TensorKVError, WaitTimeoutError, WorkerError
+from tensorkv.errors import (
+    PushOutcomeUnknownError,
+    ReleaseNotFoundError,
+    SnapshotError,
+    TensorKVError,
+    WaitTimeoutError,
+    WorkerError,
+)
 from tensorkv.releases import elements
 from tensorkv.releases.changes import Changes, KeyChange, release_digest
 
@@ -105,8 +112,9 @@ class ReleaseClient:
         while True:
             try:
                 (told,) = self._ask([0], WaitForRelease(after=after), max(0.001, deadline - time.monotonic()))
-            except WaitTimeoutError:
-                raise no_release(after, timeout_s) from None
+            except (WaitTimeoutError, PushOutcomeUnknownError) as error:
+                # The latter if the server could not be reached all the time.
+                raise no_release(after, timeout_s) from error
             try:
                 return self.open(told.head["name"], lease_s)
             except ReleaseNotFoundError:

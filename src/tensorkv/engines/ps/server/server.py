@@ -469,8 +469,10 @@ class Server:
         with self._condition:
             if release is not None:
                 check_name("publish", release)
-                self._state.check_new_release(release, str(sender.owner))
             last = self._snapshot_barrier.prepare(sender.client, sender.seq, self._membership.clients())
+            if release is not None:
+                # Not before: another client may have published it while this one waited.
+                self._state.check_new_release(release, str(sender.owner))
             told = {} if release is None else {"number": self._state.shard.releases.next_number}
             return Reply({"last_requests": last, **told})
 

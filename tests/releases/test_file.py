@@ -1,0 +1,123 @@
+"""Files of changes: what is read is what was written, and anything else is an error."""
+
+import contextlib
+import json
+import os
+import random
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+import tensorkv
+from tensorkv import Rows
+
+
+@pytest.fixture
+def changes():
+    with tensorkv.create() as kv:
+        kv.init(
+            {
+                "some": np.arange(100, dtype=np.float32),
+                "all": torch.zeros(4, dtype=torch.bfloat16),
+                "none": np.zeros((2, 3)),
+                "gone": np.ones(2),
+                "table": Rows([1], np.ones((1, 2), np.float32), 9),
+            }
+        )
+        kv.publish("a")
+        some = np.arange(100, dtype=np.float32)
+        some[[3, 77]] = np.nan, -0.0
+        kv.push({"some": some, "all": torch.ones(4, dtype=torch.bfloat16)})
+        kv.push("table", Rows([5], np.full((1, 2), 3, np.float32), 9))
+        kv.delete("gone")
+        kv.init("new", np.full(3, 9, np.uint8))
+        kv.publish("b")
+        with kv.open_release("b") as release:
+            yield release.changes(since="a")
+
+
+def test_a_file_has_everything(changes, tmp_path):
+    path = tmp_path / "b.safetensors"
+    tensorkv.save_changes(path, changes)
+    for _ in range(2):
+        loaded = tensorkv.load_changes(path)
+        assert (loaded.base, loaded.name, loaded.base_digest, loaded.digest) == (
+            "a",
+            "b",
+            changes.base_digest,
+            changes.digest,
+        )
+        for mine, theirs in zip(changes, loaded, strict=True):
+            assert (mine.key, mine.kind, mine.shape, mine.dtype) == (
+                theirs.key,
+                theirs.kind,
+                theirs.shape,
+                theirs.dtype,
+            )
+            for left, right in ((mine.indices, theirs.indices), (mine.values, theirs.values)):
+                assert type(left) is type(right)
+                if left is not None:
+                    assert bytes(memoryview(torch.as_tensor(left).view(torch.uint8).numpy())) == bytes(
+                        memoryview(torch.as_tensor(right).view(torch.uint8).numpy())
+                    )
+        # Written again, over itself.
+        tensorkv.save_changes(path, loaded)
+    assert os.listdir(tmp_path) == ["b.safetensors"]
+
+
+def test_any_changed_byte_is_an_error(changes, tmp_path):
+    path = tmp_path / "b.safetensors"
+    tensorkv.save_changes(path, changes)
+    data = path.read_bytes()
+    chance = random.Random(1)
+    for place in chance.sample(range(len(data)), 300):
+        broken = bytearray(data)
+        broken[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(broken)
+        with contextlib.suppress(tensorkv.CheckpointError):
+            loaded = tensorkv.load_changes(path)
+            # A name or a library that is another one now.
+            assert [each.kind for each in loaded] == [each.kind for each in changes]
+    for cut in (0, 7, 100, len(data) - 1):
+        path.write_bytes(data[:cut])
+        with pytest.raises(tensorkv.CheckpointError, match="cannot be read"):
+            tensorkv.load_changes(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda told: told.update(format=2), "version 2 of the format"),
+        (lambda told: told["keys"][0].update(kind="odd"), "not described as a change is"),
+        (lambda told: told["keys"][0].update(kind="same"), "a change of the kind same with other parts"),
+        (lambda told: told["keys"][0].update(dtype="float64"), "bytes of values, expected"),
+        (lambda told: told["keys"][0].update(dtype="nn"), "is not described as a change"),
+        (lambda told: told["keys"][0].update(after=1), "digests of its keys"),
+        (lambda told: told["keys"].pop(), "unexpected tensor|digests of its keys"),
+        (lambda told: told.pop("keys"), "cannot be read: .keys"),
+    ],
+)
+def test_a_file_that_describes_something_else_is_refused(changes, tmp_path, change, said):
+    path = tmp_path / "b.safetensors"
+    tensorkv.save_changes(path, changes)
+    with safetensors.safe_open(path, "np") as file:
+        told = json.loads(file.metadata()["tensorkv"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    change(told)
+    safetensors.numpy.save_file(tensors, path, {"tensorkv": json.dumps(told)})
+    with pytest.raises(tensorkv.CheckpointError, match=said):
+        tensorkv.load_changes(path)
+
+
+def test_what_cannot_be_read_or_written(changes, tmp_path):
+    with pytest.raises(tensorkv.CheckpointError, match="cannot be read"):
+        tensorkv.load_changes(tmp_path / "missing")
+    with pytest.raises(tensorkv.CheckpointError, match="cannot be written"):
+        tensorkv.save_changes(tmp_path / "missing" / "b.safetensors", changes)
+    with pytest.raises(tensorkv.ArgumentError, match="got None"):
+        tensorkv.save_changes(tmp_path / "b", None)
+    safetensors.numpy.save_file({"w": np.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(tensorkv.CheckpointError, match="cannot be read"):
+        tensorkv.load_changes(tmp_path / "other.safetensors")

@@ -18,6 +18,7 @@ from tensorkv.shard.reduce import Reduce
 
 from .base import Engine as Engine
 from .base import Reader as Reader
+from .base import ReleaseReader as ReleaseReader
 from .call import Call as Call
 from .local import LocalEngine
 from .ps.options import PSOptions

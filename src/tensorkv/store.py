@@ -424,18 +424,23 @@ class KVStore:
 
     # ------------------------------------------------------------ trees
 
-    def init_tree(self, tree: Any, *, prefix: str = "") -> None:
+    def init_tree(self, tree: Any, *, prefix: str = "", rename: trees.Rename | None = None) -> None:
         """Create a key for each array of a tree.
 
         A tree is an array, or dicts, lists, tuples and NamedTuples of trees; where JAX was imported, any pytree. The
-        key of an array is the path to it, joined with dots. None is a tree without arrays.
+        key of an array is the path to it, joined with dots. None is a tree without arrays. A ``torch.nn.Module`` is a
+        tree of the parameters and buffers of its ``state_dict``; tied ones have one key, with the first of their
+        names.
 
         Args:
             tree: of arrays of any library, or ``Rows``.
             prefix: put before each key, with a dot in between: several trees can share a store.
+            rename: other names for arrays: a mapping from path to name, in which others are left as they are, or a
+                function that is called with each path.
 
         Raises:
-            ArgumentError: two arrays of one name; a bare array without a prefix; a tree that contains itself.
+            ArgumentError: two arrays of one name; a bare array without a prefix; a tree that contains itself; an
+                invalid ``rename``.
             TensorKVError: as ``init``; the messages name the path.
 
         >>> import numpy as np
@@ -444,23 +449,23 @@ class KVStore:
         >>> kv.keys()
         ['net.layers.0.w', 'net.layers.1.w']
         """
-        flat = self._flatten("init_tree", tree, prefix, trees.flatten)
+        flat = self._flatten("init_tree", trees.flatten, tree, prefix, rename)
         self.init(flat.names, flat.leaves)
 
-    def _flatten(self, verb: str, tree: Any, prefix: str, flatten: Callable[[str, Any, str], R]) -> R:
+    def _flatten(self, verb: str, flatten: Callable[..., R], *tree: Any) -> R:
         """Begin a verb for trees: return the names and arrays of a tree, or of several that are parts."""
         self._check_open(verb)
         # Workers in lock step do not wait for one whose tree is refused.
         with self._engine.collective(verb):
-            return flatten(verb, tree, prefix)
+            return flatten(verb, *tree)
 
-    def push_tree(self, *parts: Any, prefix: str = "", priority: int = 0) -> None:
+    def push_tree(self, *parts: Any, prefix: str = "", rename: trees.Rename | None = None, priority: int = 0) -> None:
         """Push every array of a tree, as one ``push``.
 
         Args:
             *parts: trees of equal structure, such as each device's gradients: the arrays at one path are the parts of
                 one key, summed in the order given. The trees may have fewer arrays than the store has keys.
-            prefix: as for ``init_tree``.
+            prefix, rename: as for ``init_tree``.
             priority: as for ``push``.
 
         Raises:
@@ -474,17 +479,26 @@ class KVStore:
         >>> kv.pull_tree()
         {'b': array([0.]), 'w': array([2., 2.])}
         """
-        flat, values = self._flatten("push_tree", parts, prefix, trees.flatten_parts)
+        flat, values = self._flatten("push_tree", trees.flatten_parts, parts, prefix, rename)
         self.push(flat.names, values, priority=priority)
 
-    def pull_tree(self, like: Any = None, *, into: Any = None, prefix: str = "") -> Any:
+    def pull_tree(
+        self,
+        like: Any = None,
+        *,
+        into: Any = None,
+        prefix: str = "",
+        rename: trees.Rename | None = None,
+        strict: bool = True,
+    ) -> Any:
         """Pull every array of a tree, as one ``pull``.
 
         Args:
             like: a tree of the structure to return. Its arrays have the shapes of the keys, choose library, device and
                 dtype, and may be ``jax.ShapeDtypeStruct``.
-            into: a tree of arrays to fill instead, such as ``model.state_dict()``.
-            prefix: as for ``init_tree``.
+            into: a tree of arrays to fill instead, such as a model or its ``state_dict()``.
+            prefix, rename: as for ``init_tree``; ``rename`` goes with ``like`` or ``into``.
+            strict: whether an array of ``into`` that has no key is an error, or left as it is.
 
         Returns:
             None with ``into``. A tree of new arrays with ``like``. Otherwise nested dicts of all keys that begin with
@@ -508,12 +522,18 @@ class KVStore:
         if into is not None:
             if like is not None:
                 raise ArgumentError("pull_tree: got like= and into=; like= is the structure of a new tree")
-            flat = trees.flatten("pull_tree", into, prefix)
-            self.pull(flat.names, out=flat.leaves)
+            flat = trees.flatten("pull_tree", into, prefix, rename)
+            wanted = dict(zip(flat.names, flat.leaves, strict=True))
+            if not check_flag("pull_tree: strict", strict):
+                held = set(self.keys())
+                wanted = {name: array for name, array in wanted.items() if name in held}
+            self.pull(list(wanted), out=list(wanted.values()))
             return None
         if like is not None:
-            flat = trees.flatten("pull_tree", like, prefix)
+            flat = trees.flatten("pull_tree", like, prefix, rename)
             return flat.rebuild(self._pull_like(flat.names, flat.leaves))
+        if rename is not None or strict is not True:
+            raise ArgumentError("pull_tree: rename and strict are for the arrays of like= or into=; give one of these")
         base = trees.check_prefix("pull_tree", prefix)
         keys = self.keys()
         names = [key for key in keys if isinstance(key, str) and trees.is_below(key, base)]
@@ -539,11 +559,13 @@ class KVStore:
         self.pull(keys, out=outs)
         return give_each(list(zip(outs, specs, strict=True)))
 
-    def pushpull_tree(self, *parts: Any, prefix: str = "", priority: int = 0) -> Any:
+    def pushpull_tree(
+        self, *parts: Any, prefix: str = "", rename: trees.Rename | None = None, priority: int = 0
+    ) -> Any:
         """Push every array of a tree, then pull the same keys, as one ``pushpull``.
 
         Args:
-            *parts, prefix, priority: as for ``push_tree``.
+            *parts, prefix, rename, priority: as for ``push_tree``.
 
         Returns:
             A tree of the structure of ``parts[0]`` with the new values, as each key was initialised: with an optimizer
@@ -559,14 +581,14 @@ class KVStore:
         >>> kv.pushpull_tree({"w": np.ones(2)})
         {'w': array([0.5, 0.5])}
         """
-        flat, values = self._flatten("pushpull_tree", parts, prefix, trees.flatten_parts)
+        flat, values = self._flatten("pushpull_tree", trees.flatten_parts, parts, prefix, rename)
         return flat.rebuild(self.pushpull(flat.names, values, priority=priority))
 
-    def broadcast_tree(self, tree: Any, *, prefix: str = "") -> Any:
+    def broadcast_tree(self, tree: Any, *, prefix: str = "", rename: trees.Rename | None = None) -> Any:
         """Create a key for each array of a tree, then pull them: ``init_tree`` and ``pull_tree`` in one call.
 
         Args:
-            tree, prefix: as for ``init_tree``.
+            tree, prefix, rename: as for ``init_tree``.
 
         Returns:
             A tree of new arrays; with several workers they have rank 0's values.
@@ -578,7 +600,7 @@ class KVStore:
         >>> create().broadcast_tree([np.ones(2), {"b": np.zeros(1)}])
         [array([1., 1.]), {'b': array([0.])}]
         """
-        flat = self._flatten("broadcast_tree", tree, prefix, trees.flatten)
+        flat = self._flatten("broadcast_tree", trees.flatten, tree, prefix, rename)
         return flat.rebuild(self.broadcast(flat.names, flat.leaves))
 
     # ------------------------------------------------------------ rows, snapshots
@@ -1330,14 +1352,22 @@ class Snapshot:
         """
         return self._store.pull(key, out, like=like)
 
-    def pull_tree(self, like: Any = None, *, into: Any = None, prefix: str = "") -> Any:
+    def pull_tree(
+        self,
+        like: Any = None,
+        *,
+        into: Any = None,
+        prefix: str = "",
+        rename: trees.Rename | None = None,
+        strict: bool = True,
+    ) -> Any:
         """Copy the arrays of a tree, as ``KVStore.pull_tree`` does.
 
         Raises:
             SnapshotError: the snapshot was dropped.
             TensorKVError: as ``KVStore.pull_tree``.
         """
-        return self._store.pull_tree(like, into=into, prefix=prefix)
+        return self._store.pull_tree(like, into=into, prefix=prefix, rename=rename, strict=strict)
 
     def row_sparse_pull(self, key: Any, out: Any = None, *, row_ids: Any = None) -> Any:
         """Copy rows, as ``KVStore.row_sparse_pull`` does.

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from tensorkv.errors import ArgumentError, TensorKVError, quote, show
+
+Rename = Mapping[str, str] | Callable[[str], str]
+"""Names by path, or a function that returns the name of a path."""
 
 # Names of the trees seen last, by structure, prefix and, where keys are not all str, the structure's text.
 _names: dict[tuple[Any, str, str | None], list[str]] = {}
@@ -37,16 +42,19 @@ class Flat:
     rebuild: Callable[[Sequence[Any]], Any]
 
 
-def flatten(verb: str, tree: Any, prefix: str) -> Flat:
+def flatten(verb: str, tree: Any, prefix: str, rename: Rename | None = None) -> Flat:
     """Return the leaves of a tree with their names.
 
     Args:
         verb: for messages.
-        tree: nested dicts, lists, tuples, NamedTuples and None, or any pytree if JAX was imported.
+        tree: nested dicts, lists, tuples, NamedTuples and None, or any pytree if JAX was imported; or a module of
+            torch, as a dict of its parameters and buffers.
         prefix: put before each name, joined with a dot; it may end with that dot.
+        rename: other names, by path; or a function that returns the name of a path.
 
     Raises:
-        ArgumentError: two leaves of one name, a leaf without a name, a tree that contains itself, an invalid prefix.
+        ArgumentError: two leaves of one name, a leaf without a name, a tree that contains itself, an invalid prefix,
+            names that are not str.
 
     >>> flat = flatten("push", {"layers": [{"w": 1}, {"w": 2, "b": None}]}, "net")
     >>> flat.names, flat.leaves
@@ -55,6 +63,10 @@ def flatten(verb: str, tree: Any, prefix: str) -> Flat:
     {'layers': [{'w': 3}, {'b': None, 'w': 4}]}
     """
     base = check_prefix(verb, prefix)
+    if isinstance(tree, torch.nn.Module):
+        tree = state_of(tree)
+    if rename is not None:
+        return _renamed(verb, flatten(verb, tree, ""), base, rename)
     jax = sys.modules.get("jax")
     try:
         return _flatten(verb, tree, base) if jax is None else _flatten_pytree(verb, jax.tree_util, tree, base)
@@ -64,6 +76,41 @@ def flatten(verb: str, tree: Any, prefix: str) -> Flat:
         if isinstance(error, TensorKVError):
             raise
         raise ArgumentError(f"{verb}: the tree cannot be flattened: {error}") from error
+
+
+def state_of(module: torch.nn.Module) -> OrderedDict[str, Any]:
+    """Return the parameters and buffers of a module that a state_dict has; tied tensors once, by their first name.
+
+    >>> module = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+    >>> module[1].weight = module[0].weight
+    >>> list(state_of(module))
+    ['0.weight']
+    """
+    found: OrderedDict[str, Any] = OrderedDict()
+    seen = set()
+    for name, value in module.state_dict().items():
+        if isinstance(value, torch.Tensor) and value.numel() and value.layout is torch.strided:
+            place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+            if place in seen:
+                continue
+            seen.add(place)
+        found[name] = value
+    return found
+
+
+def _renamed(verb: str, flat: Flat, base: str, rename: Rename) -> Flat:
+    if callable(rename):
+        names = [rename(name) for name in flat.names]
+    elif isinstance(rename, Mapping):
+        names = [rename.get(name, name) for name in flat.names]
+    else:
+        raise ArgumentError(f"{verb}: rename is {show(rename)}; expected a mapping from path to name, or a function")
+    for path, name in zip(flat.names, names, strict=True):
+        if not isinstance(name, str):
+            raise ArgumentError(f"{verb}: rename gives {quote(path)} the name {show(name)}; expected a str")
+    return replace(
+        flat, names=_check_names(verb, [f"{base}.{name}" if base and name else base or name for name in names])
+    )
 
 
 def check_prefix(verb: str, prefix: Any) -> str:
@@ -77,11 +124,11 @@ def check_prefix(verb: str, prefix: Any) -> str:
     return prefix.removesuffix(".")
 
 
-def flatten_parts(verb: str, trees: Sequence[Any], prefix: str) -> tuple[Flat, list[Any]]:
+def flatten_parts(verb: str, trees: Sequence[Any], prefix: str, rename: Rename | None = None) -> tuple[Flat, list[Any]]:
     """Return the first of several trees of one structure, and what a push of its names takes.
 
     Args:
-        verb, prefix: as for ``flatten``.
+        verb, prefix, rename: as for ``flatten``.
         trees: at least one.
 
     Returns:
@@ -95,7 +142,7 @@ def flatten_parts(verb: str, trees: Sequence[Any], prefix: str) -> tuple[Flat, l
     """
     if not trees:
         raise ArgumentError(f"{verb}: got no tree; expected at least one")
-    flats = [flatten(verb, tree, prefix) for tree in trees]
+    flats = [flatten(verb, tree, prefix, rename) for tree in trees]
     first = flats[0]
     if len(flats) == 1:
         return first, first.leaves

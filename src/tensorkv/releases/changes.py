@@ -442,7 +442,7 @@ def apply_changes(tree: Any, changes: Changes, *, prefix: str = "", base: str | 
 def _by_key(tree: Any, changes: Changes, prefix: str) -> Flat:
     """Return the arrays of a tree by key, and check that they are those of the changes."""
     kinds = {each.key: each.kind for each in changes if each.kind != "deleted"}
-    held = tree.state_dict() if isinstance(tree, torch.nn.Module) else tree
+    held = trees.state_of(tree) if isinstance(tree, torch.nn.Module) else tree
     if isinstance(held, Mapping) and not prefix and all(key in kinds for key in held):
         flat = Flat(list(held), list(held.values()), None, lambda arrays: dict(zip(held, arrays, strict=True)))
     else:

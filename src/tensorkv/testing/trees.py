@@ -245,6 +245,56 @@ class TreeContract:
             again = kv.pull_tree(like)
             assert jax.tree.map(lambda x: x.sharding, again) == jax.tree.map(lambda x: x.sharding, tree)
 
+    def test_modules_and_tied_tensors(self, kv):
+        torch.manual_seed(2)
+        trained, read = (torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(3))) for _ in range(2))
+        for model in (trained, read):
+            model[2].weight = model[0].weight
+            model.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
+        kv.init_tree(trained, prefix="net")
+        names = ["steps", "0.weight", "0.bias", "1.weight", "1.bias", "2.bias"]
+        assert sorted(kv.keys()) == sorted(f"net.{name}" for name in names)
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                parameter.add_(1)
+            trained.steps.add_(1)
+        kv.push_tree(trained, prefix="net")
+        kv.pull_tree(into=read, prefix="net")
+        for mine, other in zip(read.state_dict().values(), trained.state_dict().values(), strict=True):
+            assert torch.equal(mine, other)
+        assert read[2].weight is read[0].weight
+
+    def test_arrays_by_other_names(self, kv, library):
+        tree = {"a": library.make([1, 2]), "deep": {"b": library.make([3])}}
+        kv.init_tree(tree, prefix="net", rename={"deep.b": "bias"})
+        kv.init_tree(tree, rename=lambda path: f"copy/{path}")
+        assert sorted(kv.keys()) == ["copy/a", "copy/deep.b", "net.a", "net.bias"]
+        kv.push_tree({"a": library.make([5, 6])}, prefix="net", rename={})
+        pulled = kv.pull_tree(tree, prefix="net", rename={"deep.b": "bias"})
+        assert library.read(pulled["a"]).tolist() == [5, 6]
+        assert library.read(pulled["deep"]["b"]).tolist() == [3]
+        with pytest.raises(tensorkv.ArgumentError, match="two leaves of the tree have the path"):
+            kv.init_tree(tree, rename=lambda path: "same")
+        with pytest.raises(tensorkv.ArgumentError, match=r'rename gives "a" the name 3; expected a str'):
+            kv.init_tree(tree, rename=lambda path: 3)
+        with pytest.raises(tensorkv.ArgumentError, match=r"rename is 7; expected a mapping"):
+            kv.init_tree(tree, rename=7)
+        with pytest.raises(tensorkv.ArgumentError, match="rename and strict are for the arrays of like= or into="):
+            kv.pull_tree(rename={})
+        assert len(kv.keys()) == 4
+
+    def test_a_tree_with_arrays_that_have_no_key(self, kv):
+        kv.init_tree({"a": ones(2)})
+        into = {"a": np.zeros(2, F32), "b": np.full(3, 7, F32)}
+        with pytest.raises(tensorkv.KeyNotFoundError, match=r'pull."b".'):
+            kv.pull_tree(into=into)
+        assert into["a"].tolist() == [0, 0]
+        kv.pull_tree(into=into, strict=False)
+        assert into["a"].tolist() == [1, 1]
+        assert into["b"].tolist() == [7, 7, 7]
+        with pytest.raises(tensorkv.ArgumentError, match="pull_tree: strict is 1"):
+            kv.pull_tree(into=into, strict=1)
+
 
 def sharded(jax):
     """A tree of zeros, whole on each device or divided between all."""

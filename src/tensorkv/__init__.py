@@ -11,6 +11,7 @@ from tensorkv.releases.file import load_changes, save_changes
 from tensorkv.shard.entry import KeyInfo
 from tensorkv.shard.norm import PushResult
 from tensorkv.trainer.embedding import Embedding, EmbeddingBag
+from tensorkv.trainer.local_trainer import LocalTrainer
 from tensorkv.trainer.trainer import Trainer
 
 from . import engines, errors
@@ -61,6 +62,7 @@ __all__ = [
     "KeyInfo",
     "KeyNotFoundError",
     "KeyTypeError",
+    "LocalTrainer",
     "NonFiniteError",
     "OptimizerError",
     "Patch",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -342,6 +342,11 @@ class Engine(Reader):
     def broadcast_text(self, text: str) -> str:
         """Return rank 0's text to every worker."""
         return text
+
+    @property
+    def joins_workers(self) -> Literal["sum", "mean", "alone"]:
+        """What an update takes of the pushes of several workers: their sum, their mean, or each push by itself."""
+        return "sum"
 
     @property
     def decides(self) -> bool:

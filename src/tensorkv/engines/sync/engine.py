@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -324,6 +324,11 @@ class DistEngine(Engine):
             self._compressor.codec = compressing
 
     # ------------------------------------------------------------ looking
+
+    @property
+    def joins_workers(self) -> Literal["sum", "mean", "alone"]:
+        """What an update takes of the pushes of several workers."""
+        return "mean" if self._shard.averages else "sum"
 
     def spec(self, verb: str, key: Key) -> KeySpec:
         return self._shard.entry(verb, key).spec

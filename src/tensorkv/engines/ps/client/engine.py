@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -467,6 +467,13 @@ class PSEngine(Engine):
             requests.append(ServerRequest(server, messages.SetHyperparameters(numbers=plain, keys=own)))
         self._send(requests)
         self._keymap.refresh()
+
+    @property
+    def joins_workers(self) -> Literal["sum", "mean", "alone"]:
+        """What an update takes of the pushes of several workers."""
+        if self._options.mode == "async":
+            return "alone"
+        return self._options.reduce
 
     @property
     def decides(self) -> bool:

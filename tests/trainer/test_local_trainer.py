@@ -1,0 +1,155 @@
+"""LocalTrainer: the published algorithm, step by step, on every type of store."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+import tensorkv
+from tensorkv import LocalTrainer
+from tests.support.fake_servers import Cluster
+from tests.support.until import LIMIT_S
+from tests.support.workers import run
+from tests.trainer import local_programs as programs
+
+AVERAGE = {"lr": 1, "momentum": 0}
+OUTERS = {
+    "the paper's": {},
+    "without momentum": {"lr": 0.5, "momentum": 0},
+    "plain momentum": {"lr": 0.3, "momentum": 0.5, "nesterov": False},
+}
+
+
+def assert_close(found, expected):
+    assert len(found) == len(expected) == programs.ROUNDS
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.as_tensor(mine), theirs, rtol=2e-5, atol=1e-6)
+
+
+def reference(outer, workers, **more):
+    full = {"lr": 0.7, "momentum": 0.9, "nesterov": True, **outer}
+    return programs.published(workers, **{**full, "nesterov": full["nesterov"] and bool(full["momentum"])}, **more)
+
+
+@pytest.mark.parametrize("name", OUTERS)
+def test_one_worker_makes_the_steps_of_the_paper(name):
+    with tensorkv.create() as kv:
+        assert_close(programs.train(kv, 0, **OUTERS[name]), reference(OUTERS[name], 1))
+
+
+@pytest.mark.parametrize("name", OUTERS)
+def test_workers_in_lock_step_make_the_steps_of_the_paper(name):
+    found = run(2, programs.on_workers, OUTERS[name])
+    assert found[0] == found[1]
+    assert_close(found[0], reference(OUTERS[name], 2))
+
+
+@pytest.mark.parametrize("name", OUTERS)
+def test_servers_make_the_steps_of_the_paper(name):
+    found = on_servers(OUTERS[name], mode="sync", reduce="mean")
+    assert [each.tolist() for each in found[0]] == [each.tolist() for each in found[1]]
+    assert_close(found[0], reference(OUTERS[name], 2))
+
+
+def on_servers(outer, **options):
+    with Cluster(2, num_workers=2, **options) as cluster, ThreadPoolExecutor(2) as pool:
+        stores = cluster.stores(2)
+        each = [pool.submit(programs.train, kv, worker, **outer) for worker, kv in enumerate(stores)]
+        return [future.result(LIMIT_S) for future in each]
+
+
+def test_steps_of_1_without_momentum_are_the_mean_bit_by_bit():
+    expected = [each.tolist() for each in programs.averaged(2)]
+    assert run(2, programs.on_workers, AVERAGE) == [expected] * 2
+    for found in on_servers(AVERAGE, mode="sync", reduce="mean"):
+        assert [each.tolist() for each in found] == expected
+    with tensorkv.create() as kv:
+        assert [each.tolist() for each in programs.train(kv, 0, **AVERAGE)] == [
+            each.tolist() for each in programs.averaged(1)
+        ]
+
+
+def test_a_worker_that_leaves_is_not_in_the_mean():
+    found = run(2, programs.leaves_early)
+    expected = reference({}, 2, lasts=[programs.ROUNDS, 2])[-1]
+    torch.testing.assert_close(torch.tensor(found[0]), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_workers_that_do_not_wait_for_each_other():
+    """Each outer step takes one worker's gradient; both go on from what the store has then."""
+    found = on_servers({"lr": 0.3}, mode="async", staleness=2)
+    for worker in found:
+        assert all(torch.isfinite(each).all() for each in worker)
+        assert not torch.equal(worker[0], worker[-1])
+
+
+def test_a_checkpoint_goes_on_with_the_same_bits(tmp_path):
+    def steps(net, inner, trainer, numbers):
+        for step in numbers:
+            inner.zero_grad()
+            programs.loss(net, 0, step).backward()
+            trainer.step()
+        return [each.tolist() for each in net.parameters()]
+
+    def begin(kv):
+        net = programs.model()
+        inner = torch.optim.SGD(net.parameters(), lr=0.1)
+        return net, inner, LocalTrainer(net, kv, inner, every=2, prefix="net.")
+
+    with tensorkv.create() as kv:
+        made = begin(kv)
+        steps(*made, range(4))
+        kv.save(tmp_path / "four")
+        expected = steps(*made, range(4, 8))
+    with tensorkv.create() as kv:
+        made = begin(kv)
+        kv.load(tmp_path / "four")
+        made[2].refresh()
+        assert steps(*made, range(4, 8)) == expected
+        assert made[2].steps == 4
+    with tensorkv.create() as kv:
+        made = begin(kv)
+        kv.delete("net.0.bias")
+        with pytest.raises(tensorkv.KeyNotFoundError, match=r'refresh: the store has no parameter "net.0.bias"'):
+            made[2].refresh()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"every": 0}, tensorkv.ArgumentError, "every is 0; expected an int of at least 1"),
+        ({"every": 1.5}, tensorkv.ArgumentError, "every is 1.5"),
+        ({"inner": "adamw"}, tensorkv.ArgumentError, "inner is 'adamw'; expected an optimizer of torch"),
+        ({"model": 3}, tensorkv.ArgumentError, "model is 3; expected an nn.Module"),
+        ({"kv": None}, tensorkv.ArgumentError, "kv is None; expected a KVStore"),
+        ({"prefix": 4}, tensorkv.ArgumentError, "prefix is 4; expected a str"),
+        ({"outer": "sdg"}, tensorkv.OptimizerError, "sdg"),
+        ({"lr": -1}, tensorkv.OptimizerError, "Invalid learning rate"),
+        ({"model": torch.nn.ReLU()}, tensorkv.ArgumentError, "no parameter requires a gradient"),
+    ],
+)
+def test_bad_arguments_change_nothing(change, error, said):
+    net = programs.model()
+    before = [each.tolist() for each in net.parameters()]
+    with tensorkv.create() as kv:
+        given = {"model": net, "kv": kv, "inner": programs.inner_of(net), "every": 2, **change}
+        with pytest.raises(error, match=said):
+            LocalTrainer(**given)
+        assert kv.keys() == []
+    assert [each.tolist() for each in net.parameters()] == before
+
+
+def test_stores_that_do_not_fit():
+    for said in run(2, programs.sums):
+        assert 'create it with reduce="mean"' in said
+    net = programs.model()
+    with tensorkv.create() as kv:
+        kv.set_optimizer("sgd", lr=0.1)
+        with pytest.raises(
+            tensorkv.OptimizerError, match="the store has an optimizer, and parameters are to be averaged"
+        ):
+            LocalTrainer(net, kv, programs.inner_of(net), every=2, **AVERAGE)
+        kv.init("0.weight", np.zeros(2))
+        with pytest.raises(tensorkv.KeyExistsError):
+            LocalTrainer(net, kv, programs.inner_of(net), every=2)

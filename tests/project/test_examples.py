@@ -45,6 +45,7 @@ def test_every_example_is_tested():
         "jax_digits.py",
         "publish_weights.py",
         "recommender.py",
+        "rl_weights.py",
         "two_hosts.sh",
     }
 
@@ -92,6 +93,18 @@ def test_readers_see_increasing_versions_and_consistent_snapshots(tmp_path):
         assert versions == sorted(set(versions))
         assert versions[-1] == 20
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.release
+def test_rollouts_see_whole_releases_though_one_is_killed(tmp_path):
+    lines = run("rl_weights.py", tmp_path, UPDATES=30, KILLED_AT=10)
+    assert lines[0] == "rollout process 0 was killed after update 10, and comes back"
+    whole, changes = map(
+        int, re.fullmatch(r"a whole policy has (\d+) bytes, changes had (\d+) on average", lines[1]).groups()
+    )
+    assert 0 < changes < whole
+    assert lines[2] == "all 3 rollout processes saw whole releases only, up to update 30; curves: rl_weights.png"
+    assert (tmp_path / "rl_weights.png").stat().st_size > 10_000
 
 
 def test_vectors_are_learned_though_a_server_is_killed(tmp_path):

@@ -307,3 +307,140 @@ def test_releases_are_there_after_all_processes_have_ended(kills, tmp_path):
             with kv.open_release("step-3") as release:
                 assert number_in(release.pull(list(SHAPES))) == 3
     assert digests[0] == digests[1]
+
+
+# ---------------------------------------------------------------- what a review has found
+
+
+def test_a_second_attempt_takes_all_servers_again():
+    """One server has done its part of the first attempt, another one not; and others have pushed in between."""
+    with Cluster(2) as cluster:
+        kv = cluster.store()
+        kv.init(values(0))
+        real, failed = Session.send, []
+
+        def send(self, requests, **more):
+            if isinstance(requests[0].message, messages.Commit) and not failed:
+                failed.append(real(self, requests[1:], **more))
+                # Server 0 was restarted, and knows nothing of the snapshot.
+                cluster.servers[0]._snapshot_barrier._owner = None
+                kv.push(values(1))
+                raise tensorkv.SnapshotError("server 0 was restarted")
+            return real(self, requests, **more)
+
+        with mock.patch.object(Session, "send", send):
+            kv.publish("step-1")
+        assert failed
+        with kv.open_release("step-1") as release:
+            assert number_in(release.pull(list(SHAPES))) == 1
+        kv.push(values(2))
+
+
+def test_numbers_are_used_once_in_whatever_order_releases_are_shown():
+    with Cluster(2) as cluster:
+        stores = cluster.stores(2)
+        stores[0].init(values(0))
+        real, waiting = ReleaseClient._ask, []
+
+        def ask(self, servers, message, timeout_s=None):
+            if isinstance(message, messages.ShowRelease) and message.release == "first":
+                waiting.append(1)
+                stores[1].publish("second")
+            return real(self, servers, message, timeout_s)
+
+        with mock.patch.object(ReleaseClient, "_ask", ask):
+            stores[0].publish("first")
+        assert waiting
+        assert [(each.name, each.number) for each in stores[0].releases()] == [("first", 1), ("second", 2)]
+        stores[0].unpublish("second")
+        stores[0].publish("third")
+        with stores[1].wait_release(after="second") as release:
+            assert (release.name, release.number) == ("third", 3)
+
+
+@pytest.mark.parametrize("rows", [300_000, 300_010])
+def test_a_key_that_is_made_again_with_nearly_the_same_shape(rows):
+    with Cluster(2) as cluster:
+        kv = cluster.store()
+        kv.init("v", np.zeros((300_000,), F32))
+        kv.publish("a")
+        kv.delete("v")
+        kv.init("v", np.arange(rows, dtype=F32))
+        kv.publish("b")
+        with kv.open_release("b") as release:
+            changes = release.changes(since="a")
+            kinds = sorted(each.kind for each in changes)
+            assert kinds == (["dense"] if rows == 300_000 else ["deleted", "dense"])
+            found = next(each for each in changes if each.kind == "dense")
+            assert (found.values == np.arange(rows, dtype=F32)).all()
+            assert changes.digest == release.digest
+
+
+def test_a_table_without_rows_and_one_whose_rows_are_gone():
+    with Cluster(2) as cluster:
+        kv = cluster.store()
+
+        def table(*ids):
+            return tensorkv.Rows(list(ids), np.ones((len(ids), 2), F32), 9)
+
+        kv.init("t", table())
+        kv.publish("a")
+        kv.publish("b")
+        kv.push("t", table(0, 2))
+        kv.publish("c")
+        kv.delete("t")
+        kv.init("t", table(5))
+        kv.publish("d")
+        for name, since, kind, ids in [("b", "a", "same", None), ("c", "b", "rows", [0, 2]), ("d", "c", "dense", [5])]:
+            with kv.open_release(name) as release:
+                (change,) = release.changes(since=since)
+            assert change.kind == kind
+            assert (change.indices.tolist() if ids else change.indices) == ids
+        with kv.open_release("a") as release:
+            (change,) = release.changes(since="a")
+            assert change.kind == "same"
+
+
+def test_servers_that_do_not_hold_the_same_releases():
+    """As after the death of a publisher before it has told the others what server 0 has dropped."""
+    with Cluster(3) as cluster:
+        kv = cluster.store()
+        kv.init(values(0))
+        kv.publish("a")
+        kv.push(values(1))
+        kv.publish("b")
+        for server in cluster.servers[:1]:
+            server._state.shard.unpublish("a")
+        with kv.open_release("b") as release:
+            changes = release.changes(since="a")
+            assert changes.base is None
+            mine = tensorkv.apply_changes(values(7), changes)
+            assert number_in(mine.values()) == 1
+            with pytest.raises(tensorkv.ReleaseNotFoundError, match='no release "x" was published'):
+                release.changes(since="x")
+
+
+def test_releases_that_were_not_closed_are_let_go():
+    with Cluster(2) as cluster:
+        kv, reader = cluster.stores(2)
+        kv.init(values(0))
+        kv.publish("a")
+        for _ in range(5):
+            reader.open_release("a", lease_s=0.001)
+        kv.push(values(1))
+        kv.publish("b", keep=1)
+        time.sleep(0.01)
+        for server in cluster.servers:
+            server._drop_snapshots_of_dead_clients()
+            assert not server._state.snapshots._held
+            assert [held.name for held in server._state.shard.releases.lasting()] == ["b"]
+
+
+def test_keys_that_are_given_twice_change_nothing():
+    with Cluster(1) as cluster:
+        kv = cluster.store()
+        kv.init(values(0))
+        kv._engine._releases._ask([0], messages.Publish(release="a", keys=["large", "large", "small"]))
+        kv.push(values(1))
+        with kv.open_release("a") as release:
+            assert number_in([release.pull("large"), release.pull("small")]) == 0

@@ -57,3 +57,33 @@ def test_releases_are_there_after_a_crash(tmp_path, log_nbytes):
             assert (release.pull("w") == 8).all()
         assert [each.number for each in again.releases()] == [8, 9]
     kv.close()
+
+
+def test_a_release_that_is_held_is_never_forgotten():
+    with tensorkv.create() as kv:
+        kv.publish("pinned")
+        releases = kv._engine._shard.releases
+        for number in range(11_000):
+            releases.numbers[f"old-{number}"] = number
+        kv.publish("new")
+        assert len(releases.numbers) <= 10_002
+        with kv.open_release("pinned") as release:
+            assert release.name == "pinned"
+
+
+def test_changes_within_an_updater_are_refused():
+    with tensorkv.create() as kv:
+        kv.init("w", value(0))
+        kv.publish("a")
+        release = kv.open_release("a")
+        raised = []
+
+        def update(key, received, stored):
+            for call in (lambda: release.digest, lambda: release.changes(since="a")):
+                with pytest.raises(tensorkv.UpdaterError):
+                    call()
+                raised.append(key)
+
+        kv.set_updater(update)
+        kv.push("w", value(1))
+        assert raised == ["w", "w"]

@@ -111,6 +111,15 @@ def test_a_file_that_describes_something_else_is_refused(changes, tmp_path, chan
         tensorkv.load_changes(path)
 
 
+@pytest.mark.parametrize("places", [[3, 100], [3, -1], [77, 3], [3, 3]])
+def test_indices_that_a_store_does_not_give_are_refused(changes, tmp_path, places):
+    path = tmp_path / "b.safetensors"
+    changes[0].places = np.array(places, np.int32).view(np.uint8)
+    tensorkv.save_changes(path, changes)
+    with pytest.raises(tensorkv.CheckpointError, match="indices that do not increase, or are outside of the value"):
+        tensorkv.load_changes(path)
+
+
 def test_what_cannot_be_read_or_written(changes, tmp_path):
     with pytest.raises(tensorkv.CheckpointError, match="cannot be read"):
         tensorkv.load_changes(tmp_path / "missing")

@@ -89,13 +89,20 @@ def state_of(module: torch.nn.Module) -> OrderedDict[str, Any]:
     found: OrderedDict[str, Any] = OrderedDict()
     seen = set()
     for name, value in module.state_dict().items():
-        if isinstance(value, torch.Tensor) and value.numel() and value.layout is torch.strided:
-            place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
-            if place in seen:
-                continue
+        place = place_of(value)
+        if place is None or place not in seen:
+            found[name] = value
             seen.add(place)
-        found[name] = value
     return found
+
+
+def place_of(array: Any) -> Any:
+    """Return what tied tensors have in common: their memory, and how they see it; None for what is tied to nothing."""
+    if not isinstance(array, torch.Tensor) or torch.nn.parameter.is_lazy(array) or array.is_meta:
+        return None
+    if array.layout is not torch.strided or not array.numel():
+        return None
+    return array.device, array.data_ptr(), array.dtype, array.shape, array.stride()
 
 
 def _renamed(verb: str, flat: Flat, base: str, rename: Rename) -> Flat:

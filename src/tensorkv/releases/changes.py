@@ -82,7 +82,7 @@ class KeyChange:
             return None
         found = elements.as_tensor(self.content.copy(), self.spec.dtype)
         if self.spec.is_table:
-            found = found.reshape(-1, *self.spec.shape[1:])
+            found = found.reshape(0 if self.places is None else len(self.places) // 8, *self.spec.shape[1:])
         elif self.kind == "dense":
             found = found.reshape(self.spec.shape)
         return interop.give(found, self.spec.origin)
@@ -104,6 +104,10 @@ class KeyChange:
             if len(self.places) % size:
                 raise ValueError(f"{self.key!r}: indices that are not whole")
             count = len(self.places) // size
+            places = elements.as_tensor(self.places, index_dtype(spec))
+            most = spec.shape[0] if spec.is_table else spec.shape.numel()
+            if count and not (places[0] >= 0 and places[-1] < most and bool((places[1:] > places[:-1]).all())):
+                raise ValueError(f"{self.key!r}: indices that do not increase, or are outside of the value")
         if len(self.content) != count * width:
             raise ValueError(f"{self.key!r}: {len(self.content)} bytes of values, expected {count * width}")
 
@@ -229,7 +233,7 @@ def _digest_of(value: torch.Tensor | Table, first: int, pool: Pool | None) -> in
         return elements.digest(value.cpu().contiguous(), first, pool)
     rows = value.to_rows()
     per_row = value.row_shape.numel()
-    places = (rows.ids[:, None] * per_row + torch.arange(per_row)).reshape(-1)
+    places = (rows.ids[:, None] * per_row + torch.arange(per_row, dtype=torch.int64, device="cpu")).reshape(-1)
     # Of the ids as well: rows of zeros are rows that were written.
     return elements.add(
         elements.digest_of_elements(rows.values.cpu().contiguous(), places),
@@ -265,14 +269,6 @@ class Pair:
     new: FrozenEntry
     first: int
     numel: int
-
-
-def is_comparable(old: FrozenEntry, new: FrozenEntry | None) -> bool:
-    """Return whether a release has a key as an older one has it, perhaps with other elements or rows."""
-    return new is not None and (
-        old.spec is new.spec
-        or (old.spec.shape, old.spec.dtype, old.spec.is_table) == (new.spec.shape, new.spec.dtype, new.spec.is_table)
-    )
 
 
 def compare(pairs: Sequence[Pair], pool: Pool | None) -> list[KeyChange]:
@@ -388,7 +384,7 @@ _pool = Pool()
 def apply_changes(tree: Any, changes: Changes, *, prefix: str = "", base: str | None = None) -> Any:
     """Make arrays that hold one release hold the next one, bit by bit.
 
-    Everything is checked first; on an error nothing has changed. Arrays that hold the newer release already, all or
+    On an error nothing has changed. Arrays that hold the newer release already, all or
     some of them, stay as they are, so changes may be applied again after an interruption.
 
     Args:
@@ -442,11 +438,12 @@ def apply_changes(tree: Any, changes: Changes, *, prefix: str = "", base: str | 
 def _by_key(tree: Any, changes: Changes, prefix: str) -> Flat:
     """Return the arrays of a tree by key, and check that they are those of the changes."""
     kinds = {each.key: each.kind for each in changes if each.kind != "deleted"}
-    held = trees.state_of(tree) if isinstance(tree, torch.nn.Module) else tree
+    held = tree.state_dict() if isinstance(tree, torch.nn.Module) else tree
     if isinstance(held, Mapping) and not prefix and all(key in kinds for key in held):
         flat = Flat(list(held), list(held.values()), None, lambda arrays: dict(zip(held, arrays, strict=True)))
     else:
         flat = trees.flatten("apply_changes", held, prefix)
+    flat = _without_tied(flat, kinds)
     names = set(flat.names)
     stem = trees.check_prefix("apply_changes", prefix)
     missing = [key for key in kinds if key not in names and (not stem or trees.is_below(str(key), stem))]
@@ -458,6 +455,26 @@ def _by_key(tree: Any, changes: Changes, prefix: str) -> Flat:
             f"{'has' if missing else 'does not'}; pull the whole release"
         )
     return flat
+
+
+def _without_tied(flat: Flat, kinds: Mapping[Key, Kind]) -> Flat:
+    """Leave out arrays that the release does not have, and that are the same memory as one that it has."""
+    known = {trees.place_of(leaf) for name, leaf in zip(flat.names, flat.leaves, strict=True) if name in kinds} - {None}
+    kept = [
+        place
+        for place, (name, leaf) in enumerate(zip(flat.names, flat.leaves, strict=True))
+        if name in kinds or trees.place_of(leaf) not in known
+    ]
+    if len(kept) == len(flat.names):
+        return flat
+
+    def rebuild(leaves: Sequence[Any]) -> Any:
+        whole = list(flat.leaves)
+        for place, leaf in zip(kept, leaves, strict=True):
+            whole[place] = leaf
+        return flat.rebuild(whole)
+
+    return Flat([flat.names[place] for place in kept], [flat.leaves[place] for place in kept], None, rebuild)
 
 
 class _Work:
@@ -483,7 +500,8 @@ class _Work:
                 self.held = interop.take(array)
             else:
                 self._target, self._finish = interop.target(array)
-                self.held = self._target
+                # What torch cannot view is written by way of another array.
+                self.held = self._target if self._finish is None else interop.take(array)
         except ArrayTypeError as error:
             raise ArrayTypeError(f"apply_changes({quote(change.key)}): {error}") from None
         if self.held.shape != change.spec.shape or self.held.dtype is not change.spec.dtype:
@@ -492,7 +510,7 @@ class _Work:
                 f"{tuple(self.held.shape)}, the release has {change.dtype} of shape {change.shape}"
             )
         # Elements are read and written where they are, or in a copy.
-        self.is_plain = self._target is not None and self.held.is_cpu and self.held.is_contiguous()
+        self.is_plain = self.held is self._target and self.held.is_cpu and self.held.is_contiguous()
         if not self.is_plain:
             self.held = self.held.cpu().contiguous().clone()
 
@@ -542,6 +560,7 @@ def _write(works: Sequence[_Work], base: str | None) -> None:
         works: arrays and changes.
         base: the older release, if what the elements were is to be checked (None: that was done).
     """
+    _leave_out_tied(works)
     to_do = [work for work in works if work.has_elements]
     small = [work for work in to_do if work.is_small]
     large = [work for work in to_do if not work.is_small]
@@ -576,6 +595,27 @@ def _write(works: Sequence[_Work], base: str | None) -> None:
     written = [work.given for work in works if work.change.kind != "same" and isinstance(work.given, torch.Tensor)]
     if written:
         _compat.increment_version(written)
+
+
+def _leave_out_tied(works: Sequence[_Work]) -> None:
+    """Mark arrays that are the memory of others, which are written once.
+
+    Raises:
+        ArgumentError: two keys of one memory have other changes.
+    """
+    seen: dict[Any, _Work] = {}
+    for work in works:
+        if not work.is_plain or not work.has_elements:
+            continue
+        first = seen.setdefault((work.held.data_ptr(), work.held.numel()), work)
+        if first is not work:
+            mine, others = work.change, first.change
+            if bytes(_places(work)) != bytes(_places(first)) or bytes(_content(work)) != bytes(_content(first)):
+                raise ArgumentError(
+                    f"apply_changes: the arrays of {quote(others.key)} and {quote(mine.key)} are one memory, and their "
+                    "changes differ"
+                )
+            work.is_done = True
 
 
 def _places(work: _Work) -> Bytes:

@@ -116,10 +116,20 @@ def load_changes(path: str | os.PathLike[str]) -> Changes:
         if tensors:
             raise ValueError(f"unexpected tensor {next(iter(tensors))}")
         base = None if told["base"] is None else str(told["base"])
+        if base is None and any(each.kind != "dense" for each in found):
+            raise ValueError("changes without a base that are not whole values")
         changes = Changes(base, str(told["name"]), found)
         if (changes.base_digest, changes.digest) != (told["base_digest"], told["digest"]):
             raise ValueError("the digests of its keys are not those of its releases")
-    except (OSError, TensorKVError, safetensors.SafetensorError, LookupError, TypeError, ValueError) as error:
+    except (
+        OSError,
+        TensorKVError,
+        safetensors.SafetensorError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
         raise CheckpointError(f"load_changes: {os.fspath(path)} cannot be read: {error}") from error
     return changes
 
@@ -142,7 +152,7 @@ def _describe(change: KeyChange) -> dict[str, Any]:
 def _restore(told: Any, number: int, tensors: dict[str, Any]) -> KeyChange:
     """Check and return a change; its tensors are taken out of ``tensors``."""
     shape, dtype = torch.Size(told["shape"]), getattr(torch, told["dtype"], None)
-    if told["kind"] not in KINDS or not isinstance(dtype, torch.dtype) or any(size < 0 for size in shape):
+    if told["kind"] not in KINDS or dtype not in interop.DTYPES or any(size < 0 for size in shape):
         raise ValueError(f"{told['key']!r} is not described as a change is")
     origin = interop.NUMPY if told["library"] in ("numpy", "jax") else interop.Origin("torch")
     change = KeyChange(

@@ -12,7 +12,7 @@ from tensorkv.errors import ArgumentError, ReleaseNotFoundError, quote
 from tensorkv.shard.entry import FrozenEntry
 from tensorkv.shard.shard import Shard, ShardSnapshot
 
-from .changes import KeyChange, Pair, compare, deleted, digests_of, is_comparable, release_digest
+from .changes import KeyChange, Pair, compare, deleted, digests_of, release_digest
 
 # Pairs of releases of which the changes are kept.
 _REMEMBERED_PAIRS = 4
@@ -58,8 +58,15 @@ class ChangeFinder:
         self._found: dict[tuple[str, str], Sequence[KeyChange]] = {}
         self._lock = threading.Lock()
 
-    def changes(self, name: str, since: str) -> tuple[str | None, Sequence[KeyChange]]:
+    def changes(
+        self, name: str, since: str | None, *, unknown_ok: bool = False
+    ) -> tuple[str | None, Sequence[KeyChange]]:
         """Return what has changed of each key in one release since another one.
+
+        Args:
+            name: of the release.
+            since: name of the other one (None: return all values).
+            unknown_ok: whether ``since`` may be one that was never published here.
 
         Returns:
             The older release and the changes; None and all values if it is not held any more.
@@ -68,8 +75,11 @@ class ChangeFinder:
             ReleaseNotFoundError: there never was a release ``since``, or ``name`` was dropped.
             ArgumentError: ``since`` is newer than ``name``.
         """
+        self._shard.refuse_reentry()
         with self._lock, self._held(name) as new:
-            if self._shard.number_of_release(since) > self._shard.number_of_release(name):
+            if since is None:
+                return None, self._compare(new, None)
+            if not unknown_ok and self._shard.number_of_release(since) > self._shard.number_of_release(name):
                 raise ArgumentError(
                     f"changes: since={quote(since)} is newer than the release {quote(name)}; ask that one for its "
                     "changes"
@@ -102,10 +112,11 @@ class ChangeFinder:
             ReleaseNotFoundError: it was dropped, or never published.
         """
         found: dict[Key, int] = {}
+        self._shard.refuse_reentry()
         with self._lock, self._held(name) as snapshot:
             for entries in _groups(list(snapshot.held.values())):
                 firsts = [self._place_of(entry)[0] for entry in entries]
-                with snapshot.reading():
+                with snapshot.reading(entries):
                     numbers = digests_of(entries, firsts, self._shard.pool)
                 found.update(zip([entry.key for entry in entries], numbers, strict=True))
         return found
@@ -118,16 +129,25 @@ class ChangeFinder:
             pairs = []
             for entry in entries:
                 before = earlier.get(entry.key)
-                if before is not None and not is_comparable(before, entry):
+                if before is not None and not self._is_comparable(before, entry):
                     before = None
                 pairs.append(Pair(before, entry, *self._place_of(entry)))
-            with new.reading():
+            with new.reading([*entries, *(pair.old for pair in pairs if pair.old is not None)]):
                 found += compare(pairs, self._shard.pool)
         for key, before in earlier.items():
-            if not is_comparable(before, new.held.get(key)):
-                with new.reading():
+            after = new.held.get(key)
+            if after is None or not self._is_comparable(before, after):
+                with new.reading([before]):
                     found.append(deleted(before, self._place_of(before)[0], self._shard.pool))
         return found
+
+    def _is_comparable(self, old: FrozenEntry, new: FrozenEntry) -> bool:
+        """Return whether two releases hold the same piece of a key, perhaps with other elements or rows."""
+        if old is new:
+            return True
+        kinds = [(each.spec.shape, each.spec.dtype, each.spec.is_table) for each in (old, new)]
+        # Of another whole value a piece may be as large, and begin elsewhere.
+        return kinds[0] == kinds[1] and self._place_of(old) == self._place_of(new)
 
     def _remember(self, name: str, since: str, found: Sequence[KeyChange]) -> None:
         for pair in list(self._found):

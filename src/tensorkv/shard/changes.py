@@ -146,7 +146,7 @@ class Publish(Change):
         keys: of the values (None: all).
         is_visible: whether readers see it at once.
         keep: if so, how many releases to keep, this one included (None: all).
-        owner: if not, who is to show it.
+        owner, attempt: if not, who is to show it, and which attempt of the owner this is.
     """
 
     name: str
@@ -155,6 +155,7 @@ class Publish(Change):
     is_visible: bool = True
     keep: int | None = None
     owner: str = ""
+    attempt: str = ""
 
 
 @dataclass(slots=True)

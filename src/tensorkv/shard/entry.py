@@ -155,7 +155,8 @@ class FrozenEntry(Entry):
         if self.source.frozen is self:
             self.source.frozen = None
             return True
-        if isinstance(self.value, torch.Tensor) and self.value.device == self.source.value.device:
+        # Memory of a GPU may still be read by work that was queued.
+        if isinstance(self.value, torch.Tensor) and self.value.is_cpu and self.source.value.device == self.value.device:
             self.source.spare = self.value
         return False
 

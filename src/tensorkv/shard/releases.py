@@ -48,12 +48,14 @@ class HeldRelease:
         name, number: of the release.
         snapshot: its values.
         owner: who is to show it to readers.
+        attempt: of the owner to publish it.
     """
 
     name: str
     number: int
     snapshot: ShardSnapshot
     owner: str = ""
+    attempt: str = ""
     is_visible: bool = False
     """Whether readers see it."""
     is_kept: bool = True
@@ -72,14 +74,14 @@ class Releases:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._held: dict[str, HeldRelease] = {}
+        self._last_number = 0
         self.numbers: dict[str, int] = {}
         """Of each release that was seen by readers, those that are gone included."""
 
     @property
     def next_number(self) -> int:
         """The number of the next release."""
-        last = max([held.number for held in list(self._held.values())], default=0)
-        return max(last, next(reversed(self.numbers.values()), 0)) + 1
+        return self._last_number + 1
 
     def __contains__(self, name: object) -> bool:
         return name in self._held
@@ -100,6 +102,15 @@ class Releases:
     def owner_of(self, name: str) -> str:
         """Return who is to show a release that is here."""
         return self._held[name].owner
+
+    def number_held(self, name: str) -> int:
+        """Return the number of a release that is here, whether readers see it or not."""
+        return self._held[name].number
+
+    def has_attempt(self, name: str, attempt: str) -> bool:
+        """Return whether a release that readers do not see yet is of an attempt."""
+        held = self._held.get(name)
+        return held is not None and not held.is_visible and held.attempt == attempt
 
     def newest(self, after: str | None) -> HeldRelease | None:
         """Return the newest release after another one (None: any), if there is one.
@@ -148,9 +159,15 @@ class Releases:
         Raises:
             ReleaseNotFoundError: as ``find``.
         """
-        held = self.find(name)
-        held.leases[reader] = self._now() + lease_s
+        held, now = self.find(name), self._now()
+        held.leases = {each: until for each, until in held.leases.items() if until > now}
+        held.leases[reader] = now + lease_s
         return held
+
+    def has_lease(self, name: str, reader: str) -> bool:
+        """Return whether a reader's lease goes on."""
+        held = self._held.get(name)
+        return held is not None and held.leases.get(reader, 0.0) > self._now()
 
     def let_go(self, name: str, reader: str) -> None:
         """End a reader's lease."""
@@ -178,11 +195,12 @@ class Releases:
                 f"publish({quote(name)}): a release of this name was published before; names are not used again"
             )
 
-    def add(self, name: str, number: int, snapshot: ShardSnapshot, owner: str) -> None:
+    def add(self, name: str, number: int, snapshot: ShardSnapshot, owner: str, attempt: str) -> None:
         """Hold a release, which readers do not see yet, in place of one of this name that they never saw."""
         if name in self._held:
             self._drop(name)
-        self._held[name] = HeldRelease(name, number, snapshot, owner)
+        self._held[name] = HeldRelease(name, number, snapshot, owner, attempt)
+        self._last_number = max(self._last_number, number)
 
     def reveal(self, name: str) -> None:
         """Let readers see a release, if it is here."""
@@ -190,12 +208,16 @@ class Releases:
             self.show(name, None)
 
     def show(self, name: str, keep: int | None) -> None:
-        """Let readers see a release, and keep so many of the newest (None: all)."""
-        shown = self._held[name]
+        """Let readers see a release, if it is here, and keep so many of the newest (None: all)."""
+        shown = self._held.get(name)
+        if shown is None:
+            return
         shown.is_visible = True
         self.numbers[name] = shown.number
-        while len(self.numbers) > _REMEMBERED_NAMES:
-            del self.numbers[next(iter(self.numbers))]
+        if len(self.numbers) > _REMEMBERED_NAMES + len(self._held):
+            gone = [each for each in self.numbers if each not in self._held]
+            for each in gone[: len(self.numbers) - _REMEMBERED_NAMES]:
+                del self.numbers[each]
         kept = [held for held in list(self._held.values()) if held.is_visible and held.is_kept]
         for held in kept[: -keep if keep is not None else 0]:
             held.is_kept = False
@@ -213,6 +235,7 @@ class Releases:
     def restore(self, numbers: dict[str, int], held: Sequence[HeldRelease]) -> None:
         """Take over names and releases; snapshots that readers have stay readable."""
         self.numbers = numbers
+        self._last_number = max([*numbers.values(), *(each.number for each in held)], default=0)
         self._held = {each.name: each for each in held}
 
     def close(self) -> None:

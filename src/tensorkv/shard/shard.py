@@ -430,7 +430,8 @@ class Shard(native.ShardFields):
             try:
                 self.releases.close()
                 self._entries.clear()
-                self.pool.close()
+                with self.frozen_lock:
+                    self.pool.close()
             finally:
                 if self.log is not None:
                     self.log.close()
@@ -448,12 +449,13 @@ class Shard(native.ShardFields):
         """Return what one more snapshot holds of some keys, or of all, without a copy of their values."""
         with self._lock:
             self.refuse_reentry()
-            entries = self._entries.values() if keys is None else [self.entry("snapshot", key) for key in keys]
-            frozen = [entry.freeze() for entry in entries]
+            chosen = self._entries if keys is None else dict.fromkeys(keys)
+            entries = [self.entry("snapshot", key) for key in chosen]
+            self._num_frozen += sum([entry.frozen is None for entry in entries])
+            frozen: list[FrozenEntry] = [entry.freeze() for entry in entries]
             if self.notes:
                 for entry, name in zip(frozen, json_keys([entry.key for entry in frozen]), strict=True):
                     entry.note = self.notes.get(name)
-            self._num_frozen += sum([entry.holders == 1 for entry in frozen])
             return frozen
 
     def shares(self, frozen: FrozenEntry) -> bool:
@@ -499,12 +501,24 @@ class Shard(native.ShardFields):
             self.refuse_reentry()
             return self.releases.hold(name, reader, lease_s)
 
+    def newest_release(self, after: str | None) -> str | None:
+        """Return the name of the newest release after another one (None: any), if there is one."""
+        with self._lock:
+            self.refuse_reentry()
+            found = self.releases.newest(after)
+            return None if found is None else found.name
+
     def hold_newest(self, after: str | None, reader: str, lease_s: float) -> HeldRelease | None:
         """Return the newest release after another one (None: any) for a reader, if there is one."""
         with self._lock:
             self.refuse_reentry()
             found = self.releases.newest(after)
             return None if found is None else self.releases.hold(found.name, reader, lease_s)
+
+    def has_lease(self, name: str, reader: str) -> bool:
+        """Return whether a reader's lease goes on."""
+        with self._lock:
+            return self.releases.has_lease(name, reader)
 
     def let_go(self, name: str, reader: str) -> None:
         """End a reader's lease."""
@@ -601,10 +615,11 @@ class Shard(native.ShardFields):
                 self._keep_overrides()
             case RestoreStates(entries=entries, rule=rule):
                 self._restore_states(entries, rule)
-            case Publish(name=name, number=number, keys=keys, is_visible=is_visible, keep=keep, owner=owner):
-                self.releases.add(name, number, ShardSnapshot(self, self.freeze(keys)), owner)
-                if is_visible:
-                    self.releases.show(name, keep)
+            case Publish(name=name, number=number):
+                snapshot = ShardSnapshot(self, self.freeze(change.keys))
+                self.releases.add(name, number, snapshot, change.owner, change.attempt)
+                if change.is_visible:
+                    self.releases.show(name, change.keep)
             case ShowRelease(name=name, keep=keep):
                 self.releases.show(name, keep)
             case Unpublish(names=names):
@@ -817,8 +832,8 @@ class ShardSnapshot(Shard):
         """How many updates each key had had."""
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Return a block in which values stay as they are, and where they are.
+    def reading(self, entries: Sequence[FrozenEntry]) -> Iterator[None]:
+        """Return a block in which some values stay as they are, and where they are.
 
         Raises:
             SnapshotError: the snapshot was dropped.
@@ -826,7 +841,8 @@ class ShardSnapshot(Shard):
         with self._lock:
             if self._closed:
                 raise SnapshotError("this snapshot was dropped; take another")
-            yield
+            with self._in_order(entries):
+                yield
 
     def entry(self, verb: str, key: Key) -> Entry:
         """Return what is held of a key.

@@ -63,16 +63,17 @@ def _encode(change: Change) -> Record:  # noqa: C901 - one case for each kind of
             return Record({"verb": "rule", **_describe_rule(rule)})
         case SetNotes(notes=notes):
             return Record({"verb": "notes", "notes": dict(notes)})
-        case Publish(name=name, number=number, keys=keys, is_visible=is_visible, keep=keep, owner=owner):
+        case Publish(name=name, number=number, keys=keys):
             return Record(
                 {
                     "verb": "publish",
                     "name": name,
                     "number": number,
                     "keys": None if keys is None else list(keys),
-                    "is_visible": is_visible,
-                    "keep": keep,
-                    "owner": owner,
+                    "is_visible": change.is_visible,
+                    "keep": change.keep,
+                    "owner": change.owner,
+                    "attempt": change.attempt,
                 }
             )
         case ShowRelease(name=name, keep=keep):
@@ -120,7 +121,8 @@ def decode(record: Record, shard: Shard) -> Change:  # noqa: C901 - one case for
             for key in keys or ():
                 shard.entry("publish", key)
             name, number = str(head["name"]), int(head["number"])
-            return Publish(name, number, keys, bool(head["is_visible"]), head["keep"], str(head["owner"]))
+            owner, attempt = str(head["owner"]), str(head["attempt"])
+            return Publish(name, number, keys, bool(head["is_visible"]), head["keep"], owner, attempt)
         case "show_release":
             return ShowRelease(str(head["name"]), head["keep"])
         case "unpublish":

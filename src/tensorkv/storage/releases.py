@@ -45,6 +45,7 @@ def describe(shard: Shard) -> tuple[dict[str, Any], manifest.Tensors]:
                 "number": release.number,
                 "is_visible": release.is_visible,
                 "owner": release.owner,
+                "attempt": release.attempt,
                 "keys": keys,
             }
         )
@@ -82,6 +83,7 @@ def restore(shard: Shard, data: Any, tensors: list[manifest.Tensors]) -> None:
             frozen.append(present[key] if place is None else copies[place])
             frozen[-1].holders += place is not None
         snapshot = ShardSnapshot(shard, frozen)
-        name, number, owner = str(each["name"]), int(each["number"]), str(each["owner"])
-        held.append(HeldRelease(name, number, snapshot, owner, bool(each["is_visible"])))
+        owner, attempt = str(each["owner"]), str(each["attempt"])
+        is_visible = bool(each["is_visible"])
+        held.append(HeldRelease(str(each["name"]), int(each["number"]), snapshot, owner, attempt, is_visible))
     shard.releases.restore({str(name): int(number) for name, number in data["numbers"].items()}, held)

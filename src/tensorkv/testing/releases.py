@@ -30,7 +30,13 @@ class ReleaseContract:
     """Releases: named versions that stay as they are, and what has changed between them."""
 
     @pytest.fixture(autouse=True)
-    def _has_releases(self, kv):
+    def _releases_of_a_test(self, request):
+        """Skip the tests of this class where there are no releases; after each, unpublish what it has published."""
+        # Tests of the other classes of a contract come by here, too.
+        if not request.function.__qualname__.startswith(f"{ReleaseContract.__name__}."):
+            yield
+            return
+        kv = request.getfixturevalue("kv")
         if not kv.is_capable("releases"):
             for call in (lambda: kv.publish("a"), kv.releases, lambda: kv.open_release("a"), kv.wait_release):
                 with pytest.raises(tensorkv.ArgumentError, match=r"has no releases"):
@@ -39,8 +45,6 @@ class ReleaseContract:
         # Servers may be those of other tests, and a name is used once.
         self.prefix = f"{uuid.uuid4().hex[:8]}/"
         yield
-        if not kv.is_capable("releases"):
-            return
         for each in kv.releases():
             kv.unpublish(each.name)
 
@@ -326,14 +330,50 @@ class ReleaseContract:
         assert torch.equal(read.bias, trained.bias)
         assert read.weight._version > before
 
-    def test_arrays_of_any_layout(self, kv):
+    def test_tied_tensors_are_written_once_and_undone_as_one(self, kv):
+        model = torch.nn.Sequential(*(torch.nn.Linear(3, 3, bias=False) for _ in range(3)))
+        model[2].weight = model[0].weight
+        first = {name: value.clone() for name, value in model.state_dict().items()}
+        kv.init_tree(first, prefix="all")
+        kv.init_tree(model, prefix="tied")
+        with published(kv, self.at("a")) as release:
+            base = release.digest
+        later = {name: value.clone() for name, value in first.items()}
+        for value in later.values():
+            value[0, 1] += 1
+        kv.push_tree(later, prefix="all")
+        kv.push_tree({name: later[name] for name in ("0.weight", "1.weight")}, prefix="tied")
+        with published(kv, self.at("b")) as release:
+            changes = release.changes(since=self.at("a"))
+        with torch.no_grad():
+            model[1].weight[0, 1] += 5
+        before = [each.clone() for each in model.parameters()]
+        for tree in (model, model.state_dict()):
+            for prefix in ("all", "tied"):
+                with pytest.raises(tensorkv.ReleaseMismatchError, match=r"1.weight"):
+                    tensorkv.apply_changes(tree, changes, prefix=prefix, base=base)
+                assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+        with torch.no_grad():
+            model[1].weight[0, 1] -= 5
+            model[1].weight.copy_(first["1.weight"])
+        for prefix in ("all", "tied"):
+            tensorkv.apply_changes(model, changes, prefix=prefix, base=base)
+            assert all(torch.equal(value, later[name]) for name, value in model.state_dict().items())
+
+    def test_changes_into_arrays_of_any_layout(self, kv):
         start = np.arange(12, dtype=np.float32).reshape(3, 4)
         kv.init("w", start)
         kv.publish(self.at("a"))
         kv.push("w", np.where(start == 5, -1, start).astype(F32))
         with published(kv, self.at("b")) as release:
             changes = release.changes(since=self.at("a"))
-        for array in (np.asfortranarray(start), np.repeat(start, 2, axis=0)[::2], torch.from_numpy(start.T.copy()).t()):
+        for array in (
+            np.asfortranarray(start),
+            np.repeat(start, 2, axis=0)[::2],
+            np.ascontiguousarray(start[::-1, ::-1])[::-1, ::-1],
+            start.astype(">f4"),
+            torch.from_numpy(start.T.copy()).t(),
+        ):
             tensorkv.apply_changes({"w": array}, changes)
             assert float(array[1, 1]) == -1
             assert float(array[2, 3]) == 11

@@ -294,6 +294,7 @@ class Commit(Message):
         release: hold them as a release of this name instead, which readers do not see yet.
         number: of the release.
         keys: of the release (None: all).
+        attempt: of the client to publish it.
     """
 
     wanted: dict[str, Any]
@@ -301,6 +302,7 @@ class Commit(Message):
     release: str | None = None
     number: int = 0
     keys: list[Any] | None = None
+    attempt: str = ""
 
 
 @dataclass(kw_only=True)
@@ -349,7 +351,7 @@ class Unpublish(Message):
 
     Args:
         release: its name.
-        missing_ok: whether it may be unknown, or not seen by readers.
+        missing_ok: drop one that this client has begun and readers do not see, if there is one.
     """
 
     release: str
@@ -402,17 +404,19 @@ class OpenRelease(Message):
 
 @dataclass(kw_only=True)
 class FindChanges(Message):
-    """Reply with what has changed in one release since another one.
+    """Reply with what has changed in one release since another one; with all values if that is not held.
+
+    Server 0 refuses a release that was never published, or is newer.
 
     Args:
         release: the newer one.
-        since: the older one.
+        since: the older one (None: reply with all values).
         snapshot: under which this client holds the newer one.
     """
 
     release: str
-    since: str
     snapshot: str
+    since: str | None = None
 
 
 @dataclass(kw_only=True)

@@ -92,10 +92,16 @@ class OwnedPiece(NamedTuple):
     change: PieceChange
 
 
-def merge(key: Key, spec: KeySpec, pieces: Sequence[OwnedPiece]) -> KeyChange:
-    """Return the change of a value from those of its pieces, in order."""
+def merge(key: Key, spec: KeySpec, pieces: Sequence[OwnedPiece]) -> KeyChange | None:
+    """Return the change of a value from those of its pieces, in order; None: it takes all of them whole.
+
+    So it does if some servers have the key anew, or have lost rows of a table, and others have not.
+    """
     changes = [each.change for each in pieces]
     is_new = any(each.before is None for each in changes)
+    is_whole = all(each.kind == "dense" for each in changes)
+    if not is_whole and (is_new or (spec.is_table and any(each.kind == "dense" for each in changes))):
+        return None
     found = KeyChange(key, "same", spec)
     found.before = None if is_new else elements.add(*(each.before or 0 for each in changes))
     found.after = elements.add(*(each.after for each in changes))
@@ -108,18 +114,24 @@ def merge(key: Key, spec: KeySpec, pieces: Sequence[OwnedPiece]) -> KeyChange:
         found.kind, found.places, found.content = changes[0].kind, changes[0].places, changes[0].content
     elif spec.is_table:
         _merge_rows(found, changes)
-    elif kinds == {"dense"} or is_new:
+    elif kinds == {"dense"}:
         found.kind, found.content = "dense", _joined(each.content for each in changes)
     else:
         _merge_elements(found, pieces)
     return found
 
 
+def _row_nbytes(spec: KeySpec) -> int:
+    """Return how many bytes a row has."""
+    return spec.shape[1:].numel() * spec.dtype.itemsize
+
+
 def _merge_rows(found: KeyChange, changes: Sequence[PieceChange]) -> None:
     """Put rows of several servers together; those of a server that sends all of its rows are among them."""
     found.kind = "dense" if all(each.kind == "dense" for each in changes) else "rows"
     ids = elements.as_tensor(_joined(each.places for each in changes), torch.int64)
-    rows = elements.as_tensor(_joined(each.content for each in changes), torch.uint8).reshape(len(ids), -1)
+    width = _row_nbytes(found.spec)
+    rows = elements.as_tensor(_joined(each.content for each in changes), torch.uint8).reshape(len(ids), width)
     order = torch.argsort(ids)
     found.places, found.content = elements.bytes_of(ids[order]), elements.bytes_of(rows[order])
 

@@ -619,6 +619,8 @@ class PSEngine(Engine):
 
     def publish(self, name: str, keys: Sequence[Key] | None, keep: int | None) -> None:
         """Hold the present values of some keys, or of all, as a release."""
+        for key in keys or ():
+            self._keymap.find("publish", key)
         self._releases.publish(name, keys, keep)
 
     def unpublish(self, name: str) -> None:

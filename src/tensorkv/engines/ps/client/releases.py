@@ -40,7 +40,7 @@ from ..messages import (
 )
 from ..released import OwnedPiece, PieceChange, decode_changes, merge
 from .data import DataClient
-from .layout import PlacedKey, PlacedKeys
+from .layout import PlacedKey
 from .rpc import ServerReply
 from .session import ServerRequest, SessionPool
 from .snapshot import RemoteSnapshot, SnapshotClient
@@ -98,6 +98,7 @@ class ReleaseClient:
 
     def open(self, name: str, lease_s: float) -> RemoteRelease:
         """Open a release for reading."""
+        self._snapshots.drop_abandoned()
         token = secrets.token_hex(8)
         try:
             replies = self._ask(self.servers, OpenRelease(release=name, snapshot=token, lease_s=lease_s))
@@ -194,28 +195,23 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
 
     def changes(self, since: str) -> Changes:
         """Return what has changed since another release; all values if a server does not hold that any more."""
-        message = FindChanges(release=self.name, since=since, snapshot=self._name)
-        replies = self._again(self._releases.ask_for, message)
-        bases = {reply.head["base"] for reply in replies}
-        if len(bases) > 1:
-            # It was dropped in between: now it is gone on all.
-            return self.changes(since)
-        deleted: PlacedKeys | None = None
-        if any(reply.head["deleted"] for reply in replies):
-            try:
-                older = self._releases.open(since, self._lease_s)
-            except ReleaseNotFoundError:
-                return self.changes(since)
-            deleted = older._placed
-            older.close()
-        return Changes(bases.pop(), self.name, self._merged(replies, deleted))
+        replies = self._find_changes(since)
+        found = None if any(reply.head["base"] is None for reply in replies) else self._merged(since, replies)
+        if found is None:
+            # Not since a release that only some servers hold.
+            return Changes(None, self.name, self._merged(None, self._find_changes(None)) or [])
+        return Changes(since, self.name, found)
 
-    def _merged(self, replies: Sequence[ServerReply], deleted: PlacedKeys | None) -> list[KeyChange]:
-        """Return the changes of whole values.
+    def _find_changes(self, since: str | None) -> list[ServerReply]:
+        message = FindChanges(release=self.name, since=since, snapshot=self._name)
+        return self._again(self._releases.ask_for, message)
+
+    def _merged(self, since: str | None, replies: Sequence[ServerReply]) -> list[KeyChange] | None:
+        """Return the changes of whole values; None: they are to be asked for without the older release.
 
         Args:
+            since: the older release.
             replies: of the servers.
-            deleted: the keys of the older release, if some were deleted.
         """
         pieces: dict[Key, dict[int, PieceChange]] = {}
         gone: dict[Key, dict[int, PieceChange]] = {}
@@ -227,9 +223,15 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
             for key, change in zip(lost, found[len(keys) :], strict=True):
                 gone.setdefault(key, {})[server] = change
         merged = [_merge(key, placed, pieces[key]) for key, placed in self._placed.items()]
-        if deleted is not None:
-            merged += [_merge(key, deleted[key], own) for key, own in gone.items() if key in deleted]
-        return merged
+        if gone and since is not None:
+            try:
+                older = self._releases.open(since, self._lease_s)
+            except ReleaseNotFoundError:
+                return None
+            merged += [_merge(key, older._placed[key], own) for key, own in gone.items() if key in older._placed]
+            older.close()
+        whole = [each for each in merged if each is not None]
+        return whole if len(whole) == len(merged) else None
 
     def close(self) -> None:
         """Let go of it."""
@@ -237,7 +239,7 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
             self._releases.ask_for(DropSnapshot(snapshot=self._name))
 
 
-def _merge(key: Key, placed: PlacedKey, changes: Mapping[int, PieceChange]) -> KeyChange:
+def _merge(key: Key, placed: PlacedKey, changes: Mapping[int, PieceChange]) -> KeyChange | None:
     placement = placed.placement
     row = placement.spec.shape[1:].numel()
     if any(server not in changes for server in placement.servers):

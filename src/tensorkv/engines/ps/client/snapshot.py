@@ -57,8 +57,7 @@ class SnapshotClient:
         Raises:
             SnapshotError: too many are held.
         """
-        while self.abandoned:
-            self.drop(self.abandoned.pop())
+        self.drop_abandoned()
         name = secrets.token_hex(8)
         try:
             told = [head for head, _ in self._take(Commit(wanted={}, snapshot=name))]
@@ -67,6 +66,11 @@ class SnapshotClient:
             raise
         placed, versions = self.placed(name, told)
         return RemoteSnapshot(self, self._data, name, placed, versions)
+
+    def drop_abandoned(self) -> None:
+        """Have servers release what was dropped without ``close``."""
+        while self.abandoned:
+            self.drop(self.abandoned.pop())
 
     def placed(self, name: str, told: Iterable[Mapping[str, Any]]) -> tuple[PlacedKeys, dict[Key, int]]:
         """Return the keys that servers hold under a name, and their versions.
@@ -138,7 +142,8 @@ class SnapshotClient:
                     for client, (seq, servers) in reply.head["last_requests"].items():
                         if seq > wanted.get(client, [0])[0]:
                             wanted[client] = [seq, servers]
-                message = replace(commit, wanted=wanted, number=number)
+                attempt = "" if commit.release is None else secrets.token_hex(8)
+                message = replace(commit, wanted=wanted, number=number, attempt=attempt)
                 requests = [ServerRequest(server, message) for server in self._all]
                 return [(reply.head, reply.payload.clone()) for reply in session.send(requests)]
             except TensorKVError:

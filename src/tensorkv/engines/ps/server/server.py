@@ -178,7 +178,7 @@ class Server:
         }
         return {**mine, **self._state.stats()}
 
-    def signature(self, layout: bytes, checksum: Any, snapshot: Any = None) -> tuple[int, ...] | None:
+    def signature(self, layout: bytes, checksum: Any, snapshot: Any = None) -> tuple[Any, ...] | None:
         """Return numbers that differ when the values of a pull do; None: the pull is refused, or its own snapshot's."""
         try:
             with self._condition:
@@ -186,7 +186,7 @@ class Server:
                     return self._state.versions(keys_of(layout), checksum)
                 self._state.served(snapshot).layout(keys_of(layout), checksum, None)
                 number = self._state.snapshots.release_of(snapshot)
-                return None if number is None else (number,)
+                return None if number is None else number
         except TensorKVError:
             return None
 
@@ -440,6 +440,7 @@ class Server:
         with self._condition:
             clients = self._membership.clients()
             self._state.snapshots.drop_all_but_of(clients)
+            self._state.snapshots.drop_expired()
             if self.index == 0:
                 self._state.drop_unfinished_releases(clients)
 
@@ -482,7 +483,7 @@ class Server:
 
         def take() -> Reply:
             if release is not None:
-                state.add_release(release, message.number, message.keys, str(sender.owner))
+                state.add_release(message, release, str(sender.owner))
                 return Reply({})
             if name is None:
                 return state.contents()
@@ -493,7 +494,7 @@ class Server:
             # The reply may have been lost.
             if name is not None and name in state.snapshots:
                 return Reply(state.snapshots.describe(name))
-            if release is not None and state.has_release(release, message.number):
+            if release is not None and state.shard.releases.has_attempt(release, message.attempt):
                 return Reply({})
             taken: Reply = self._snapshot_barrier.commit(sender.client, sender.seq, message.wanted, take)
             return taken
@@ -523,13 +524,15 @@ class Server:
         check_keep("publish", request.message.keep)
         with self._change(request) as ids:
             if ids:
-                self._state.show_release(request.message.release, request.message.keep, ids)
+                owner = str(request.sender.owner)
+                self._state.show_release(request.message.release, request.message.keep, owner, ids)
             return self._told_releases()
 
     def _unpublish(self, request: Request[messages.Unpublish]) -> Reply:
         message, shard = request.message, self._state.shard
         with self._change(request) as ids:
-            if ids and (not message.missing_ok or message.release in shard.releases):
+            owner = str(request.sender.owner)
+            if ids and (not message.missing_ok or self._state.is_begun(message.release, owner)):
                 shard.unpublish(message.release, hidden_ok=message.missing_ok, requests=ids)
             return self._told_releases()
 
@@ -551,14 +554,13 @@ class Server:
             return Reply({"releases": [[each.name, each.number] for each in held]})
 
     def _wait_for_release(self, request: Request[messages.WaitForRelease]) -> Reply:
-        after, releases = request.message.after, self._state.shard.releases
+        after, shard = request.message.after, self._state.shard
         with self._condition:
             self._condition.wait_for(
-                lambda: releases.newest(after) is not None,
+                lambda: shard.newest_release(after) is not None,
                 lambda: "a release" if after is None else f"a release after {quote(after)}",
             )
-            newest = releases.newest(after)
-            return Reply({"name": None if newest is None else newest.name})
+            return Reply({"name": shard.newest_release(after)})
 
     def _open_release(self, request: Request[messages.OpenRelease]) -> Reply:
         message, state = request.message, self._state
@@ -577,7 +579,7 @@ class Server:
         with self._condition:
             self._state.snapshots.find(message.snapshot)
         # Pushes go on meanwhile.
-        base, found = self._state.changes.changes(message.release, message.since)
+        base, found = self._state.changes.changes(message.release, message.since, unknown_ok=self.index > 0)
         return encode_changes(base, found, request.out)
 
     def _digests(self, request: Request[messages.Digests]) -> Reply:

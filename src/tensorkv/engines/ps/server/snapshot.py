@@ -145,7 +145,7 @@ class HeldSnapshots:
         self._held: dict[str, _Held] = {}
 
     def __len__(self) -> int:
-        return sum(held.release is None for held in self._held.values())
+        return sum(held.release is None for held in list(self._held.values()))
 
     def __contains__(self, name: object) -> bool:
         return name in self._held
@@ -156,10 +156,12 @@ class HeldSnapshots:
         told = listed([entry.key for entry in entries], [entry.note for entry in entries])
         return {**told, "versions": [entry.version for entry in entries]}
 
-    def release_of(self, name: str) -> int | None:
-        """Return the number of the release that is held under a name, None if it is none."""
+    def release_of(self, name: str) -> tuple[str, int] | None:
+        """Return name and number of the release that is held under a name, None if it is none."""
         held = self._held.get(name)
-        return None if held is None or held.release is None else self._shard.number_of_release(held.release)
+        if held is None or held.release is None:
+            return None
+        return held.release, self._shard.number_of_release(held.release)
 
     def take(self, name: str, client: str) -> None:
         """Hold the present values of the shard for a client."""
@@ -212,6 +214,12 @@ class HeldSnapshots:
             held.snapshot.close()
         elif held is not None and held.release is not None:
             self._shard.let_go(held.release, name)
+
+    def drop_expired(self) -> None:
+        """Let go of releases that were not read for so long that their leases have ended."""
+        for name, held in list(self._held.items()):
+            if held.release is not None and not self._shard.has_lease(held.release, name):
+                self.drop(name)
 
     def drop_all_but_of(self, clients: Sequence[str]) -> None:
         """Let go of what is held for clients that are not among these."""

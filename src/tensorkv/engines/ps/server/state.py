@@ -36,6 +36,7 @@ from tensorkv.storage.durable import open_shard
 from tensorkv.storage.manifest import Contents
 
 from ..messages import (
+    Commit,
     Init,
     Push,
     PushLayout,
@@ -266,30 +267,33 @@ class ServerState:
 
     def check_new_release(self, name: str, owner: str) -> None:
         """Raise if there was a release of a name, unless a client has begun it and now tries again."""
-        releases = self.shard.releases
-        if name not in releases.hidden() or releases.owner_of(name) != owner:
-            releases.check_new(name)
+        if not self.is_begun(name, owner):
+            self.shard.releases.check_new(name)
 
-    def has_release(self, name: str, number: int) -> bool:
-        """Return whether a release of a name and number is held, whether readers see it or not."""
-        return any(held.name == name and held.number == number for held in self.shard.releases.lasting())
-
-    def add_release(self, name: str, number: int, keys: Sequence[Key] | None, owner: str) -> None:
+    def add_release(self, message: Commit, name: str, owner: str) -> None:
         """Hold the present values, which are here, as a release that readers do not see yet."""
-        mine = None if keys is None else [key for key in keys if key in self.shard]
-        self.shard.commit(Publish(name, number, mine, is_visible=False, owner=owner))
+        keys = None if message.keys is None else [key for key in message.keys if key in self.shard]
+        change = Publish(name, message.number, keys, is_visible=False, owner=owner, attempt=message.attempt)
+        self.shard.commit(change)
 
-    def show_release(self, name: str, keep: int | None, ids: RequestIds) -> None:
-        """Let readers see a release."""
-        if name not in self.shard.releases:
+    def is_begun(self, name: str, owner: str) -> bool:
+        """Return whether a client has begun a release that readers do not see yet."""
+        releases = self.shard.releases
+        return name in releases.hidden() and releases.owner_of(name) == owner
+
+    def show_release(self, name: str, keep: int | None, owner: str, ids: RequestIds) -> None:
+        """Let readers see a release that a client has begun."""
+        if not self.is_begun(name, owner):
             raise SnapshotError(f"publish({quote(name)}): the release was not finished in time; publish again")
         self.shard.commit(ShowRelease(name, keep, requests=ids))
 
     def keep_releases(self, number: int, names: Sequence[str], ids: RequestIds) -> None:
         """Drop all releases up to a number but those of some names, which server 0 has."""
         releases = self.shard.releases
-        for name in names:
-            releases.reveal(name)
+        for name in releases.hidden():
+            # Server 0 has shown those up to the number.
+            if name in names and releases.number_held(name) <= number:
+                self.shard.commit(ShowRelease(name))
         others = [held.name for held in releases.lasting() if held.number <= number and held.name not in names]
         if others:
             self.shard.commit(Unpublish(others, requests=ids))

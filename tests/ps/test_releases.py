@@ -261,7 +261,7 @@ def kills():
     return test_faults
 
 
-@pytest.mark.parametrize("num_servers", [1, 2])
+@pytest.mark.parametrize("num_servers", [pytest.param(1, marks=pytest.mark.release), 2])
 def test_servers_that_are_killed_while_releases_are_published_and_read(kills, num_servers, tmp_path):
     with kills.create(num_servers=num_servers, path=tmp_path / "store") as kv:
         kv.init(values(0))

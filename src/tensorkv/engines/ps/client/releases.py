@@ -116,11 +116,10 @@ class ReleaseClient:
             except (WaitTimeoutError, PushOutcomeUnknownError) as error:
                 # The latter if the server could not be reached all the time.
                 raise no_release(after, timeout_s) from error
-            try:
-                return self.open(told.head["name"], lease_s)
-            except ReleaseNotFoundError:
-                # Others have published and dropped it meanwhile.
-                continue
+            # Others may have dropped it meanwhile.
+            if told.head["name"] is not None:
+                with suppress(ReleaseNotFoundError):
+                    return self.open(told.head["name"], lease_s)
 
     def _ask(self, servers: Sequence[int], message: Any, timeout_s: float | None = None) -> list[ServerReply]:
         with self.sessions.take() as session:

@@ -1,5 +1,6 @@
 """Releases on servers that are killed, that restart, and whose publishers die: no reader sees two versions at once."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -80,6 +81,34 @@ class Readers:
             self.errors.append(error)
 
 
+@contextlib.contextmanager
+def pushing(kv):
+    """Push all values again and again in a thread, each time other ones, until the block ends."""
+    stop = threading.Event()
+
+    def push():
+        for number in itertools.count(1):
+            kv.push(values(number))
+            if stop.is_set():
+                return
+
+    thread = threading.Thread(target=push)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def publish_and_read(kv, count):
+    """Publish so many releases, and read each: all of its values are of one push."""
+    for number in range(count):
+        kv.publish(f"step-{number}", keep=1)
+        with kv.open_release(f"step-{number}") as release:
+            number_in(release.pull(list(SHAPES)))
+
+
 def publish_all(kv, numbers):
     for number in numbers:
         kv.push(values(number))
@@ -111,53 +140,16 @@ def test_a_test_of_mixed_releases_would_see_one():
     with Cluster(3) as cluster, mock.patch.object(ReleaseClient, "publish", publish_one_by_one):
         kv, other = cluster.store(), cluster.store()
         kv.init(values(0))
-        stop = threading.Event()
-
-        def push():
-            for number in itertools.count(1):
-                other.push(values(number))
-                if stop.is_set():
-                    return
-
-        thread = threading.Thread(target=push)
-        thread.start()
-        try:
-            torn = 0
-            for number in range(1000):
-                kv.publish(f"step-{number}", keep=1)
-                with kv.open_release(f"step-{number}") as release:
-                    pulled = release.pull(list(SHAPES))
-                torn += len({float(each.flat[0]) for each in pulled}) > 1
-                if torn:
-                    break
-        finally:
-            stop.set()
-            thread.join()
-    assert torn
+        with pushing(other), pytest.raises(AssertionError, match=r"versions \{.*\} together"):
+            publish_and_read(kv, 1000)
 
 
 def test_pushes_of_others_are_in_a_release_whole_or_not_at_all():
     with Cluster(3) as cluster:
         kv, other = cluster.store(), cluster.store()
         kv.init(values(0))
-        stop = threading.Event()
-
-        def push():
-            for number in itertools.count(1):
-                other.push(values(number))
-                if stop.is_set():
-                    return
-
-        thread = threading.Thread(target=push)
-        thread.start()
-        try:
-            for number in range(amount(100, 2000)):
-                kv.publish(f"step-{number}", keep=1)
-                with kv.open_release(f"step-{number}") as release:
-                    number_in(release.pull(list(SHAPES)))
-        finally:
-            stop.set()
-            thread.join()
+        with pushing(other):
+            publish_and_read(kv, amount(100, 2000))
 
 
 @pytest.mark.parametrize("lost", range(5))

@@ -16,14 +16,25 @@ enum { WORTH_UNLOCKING = 1 << 14, BLOCK = 64 };
 
 /* ------------------------------------------------------------ digests */
 
-/* The finalizer of MurmurHash3 (Appleby, 2011), of a word and its place, and a second hash made of it in the upper half. */
-static inline uint64_t hash_of(uint32_t word, uint64_t place) {
-    uint32_t x = word ^ ((uint32_t)place * 0x9E3779B1u) ^ ((uint32_t)(place >> 32) * 0x7FEB352Du);
+#define BY_PLACE 0x9E3779B1u
+#define BY_UPPER_PLACE 0x7FEB352Du
+
+/* The finalizer of MurmurHash3 (Appleby, 2011). */
+static inline uint32_t first_hash(uint32_t x) {
     x = (x ^ x >> 16) * 0x85EBCA6Bu;
     x = (x ^ x >> 13) * 0xC2B2AE35u;
-    x ^= x >> 16;
-    uint32_t y = x * 0x27D4EB2Fu;
-    return (uint64_t)(y ^ y >> 15) << 32 | x;
+    return x ^ x >> 16;
+}
+
+static inline uint32_t second_hash(uint32_t first) {
+    uint32_t y = first * 0x27D4EB2Fu;
+    return y ^ y >> 15;
+}
+
+/* The hash of a word and its place: the second hash is the upper half. */
+static inline uint64_t hash_of(uint32_t word, uint64_t place) {
+    uint32_t low = first_hash(word ^ (uint32_t)place * BY_PLACE ^ (uint32_t)(place >> 32) * BY_UPPER_PLACE);
+    return (uint64_t)second_hash(low) << 32 | low;
 }
 
 /* The sum of hashes of numbers that lie one after another; ``first`` is the place of the first one. */
@@ -35,18 +46,14 @@ static inline uint64_t hash_of(uint32_t word, uint64_t place) {
             /* Places of a run have the same upper half. */                                                      \
             uint64_t start = first + done, run = (uint64_t)UINT32_MAX + 1 - (uint32_t)start;                     \
             uint32_t length = (uint32_t)(count - done < run ? count - done : run > UINT32_MAX ? UINT32_MAX : run); \
-            uint32_t upper = (uint32_t)(start >> 32) * 0x7FEB352Du, place = (uint32_t)start * 0x9E3779B1u;       \
+            uint32_t upper = (uint32_t)(start >> 32) * BY_UPPER_PLACE, place = (uint32_t)start * BY_PLACE;       \
             const char *from = at + done * sizeof(TYPE);                                                         \
             for (uint32_t i = 0; i < length; i++) {                                                              \
                 TYPE number;                                                                                     \
                 memcpy(&number, from + (size_t)i * sizeof number, sizeof number);                                \
-                uint32_t x = (uint32_t)number ^ (place + i * 0x9E3779B1u) ^ upper;                               \
-                x = (x ^ x >> 16) * 0x85EBCA6Bu;                                                                 \
-                x = (x ^ x >> 13) * 0xC2B2AE35u;                                                                 \
-                x ^= x >> 16;                                                                                    \
-                uint32_t y = x * 0x27D4EB2Fu;                                                                    \
+                uint32_t x = first_hash((uint32_t)number ^ (place + i * BY_PLACE) ^ upper);                      \
                 low += x;                                                                                        \
-                high += y ^ y >> 15;                                                                             \
+                high += second_hash(x);                                                                          \
             }                                                                                                    \
             done += length;                                                                                      \
         }                                                                                                        \

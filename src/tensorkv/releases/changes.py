@@ -90,7 +90,6 @@ class KeyChange:
     def check(self) -> None:
         """Raise ValueError if indices and values do not fit the kind of change and the value."""
         spec = self.spec
-        width = spec.dtype.itemsize * (spec.shape[1:].numel() if spec.is_table else 1)
         has_places = self.kind in ("elements", "rows") or (self.kind == "dense" and spec.is_table)
         has_content = has_places or self.kind == "dense"
         if (self.places is not None, self.content is not None) != (has_places, has_content):
@@ -108,8 +107,9 @@ class KeyChange:
             most = spec.shape[0] if spec.is_table else spec.shape.numel()
             if count and not (places[0] >= 0 and places[-1] < most and bool((places[1:] > places[:-1]).all())):
                 raise ValueError(f"{self.key!r}: indices that do not increase, or are outside of the value")
-        if len(self.content) != count * width:
-            raise ValueError(f"{self.key!r}: {len(self.content)} bytes of values, expected {count * width}")
+        expected = count * item_nbytes(spec)
+        if len(self.content) != expected:
+            raise ValueError(f"{self.key!r}: {len(self.content)} bytes of values, expected {expected}")
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +119,12 @@ class KeyChange:
 
 def index_dtype(spec: KeySpec) -> torch.dtype:
     """Return the dtype of indices into a value, or of the ids of a table."""
-    return torch.int32 if spec.shape.numel() <= 1 << 31 and not spec.is_table else torch.int64
+    return torch.int64 if spec.is_table else elements.index_dtype(spec.shape.numel())
+
+
+def item_nbytes(spec: KeySpec) -> int:
+    """Return the bytes of what an index names: an element, or a row of a table."""
+    return spec.dtype.itemsize * (spec.shape[1:].numel() if spec.is_table else 1)
 
 
 class Patch(NamedTuple):
@@ -279,7 +284,7 @@ def compare(pairs: Sequence[Pair], pool: Pool | None) -> list[KeyChange]:
         new = pair.new
         if pair.old is new:
             continue
-        if pair.old is not None and is_small(new) and pair.numel <= 1 << 31:
+        if pair.old is not None and is_small(new) and elements.index_dtype(pair.numel) is torch.int32:
             small.append(place)
         else:
             found[place] = _compare_one(pair, pool)
@@ -325,8 +330,8 @@ def _compare_one(pair: Pair, pool: Pool | None) -> KeyChange | None:
     if isinstance(new.value, Table) and isinstance(old.value, Table):
         return _compare_tables(old.value, new, new.value, before, pool)
     earlier, later = old.tensor.cpu().contiguous(), new.tensor.cpu().contiguous()
-    index_nbytes = 4 if pair.numel <= 1 << 31 else 8
-    most = elements.worth_finding(later.numel(), later.element_size(), index_nbytes)
+    index_size = elements.index_dtype(pair.numel).itemsize
+    most = elements.worth_finding(later.numel(), later.element_size(), index_size)
     found = elements.find(earlier, later, first, numel=pair.numel, most=most, pool=pool)
     if found is None:
         return _replaced(new, before, first, pool)
@@ -384,8 +389,8 @@ _pool = Pool()
 def apply_changes(tree: Any, changes: Changes, *, prefix: str = "", base: str | None = None) -> Any:
     """Make arrays that hold one release hold the next one, bit by bit.
 
-    On an error nothing has changed. Arrays that hold the newer release already, all or
-    some of them, stay as they are, so changes may be applied again after an interruption.
+    On an error nothing has changed. Arrays that hold the newer release already, all or some of them, stay as they are,
+    so changes may be applied again after an interruption.
 
     Args:
         tree: what a pull of the older release has filled: a mapping from key to array, a tree of arrays as for
@@ -564,7 +569,8 @@ def _write(works: Sequence[_Work], base: str | None) -> None:
     to_do = [work for work in works if work.has_elements]
     small = [work for work in to_do if work.is_small]
     large = [work for work in to_do if not work.is_small]
-    indices, others = (_joined([part(work) for work in small]) for part in (_places, _content))
+    indices = elements.join_bytes(work.change.places for work in small)
+    others = elements.join_bytes(work.change.content for work in small)
     counts = [len(_places(work)) // 4 for work in small]
     tensors = [work.held for work in small]
     is_begun = False
@@ -624,10 +630,6 @@ def _places(work: _Work) -> Bytes:
 
 def _content(work: _Work) -> Bytes:
     return work.change.content if work.change.content is not None else np.empty(0, np.uint8)
-
-
-def _joined(parts: Sequence[Bytes]) -> Bytes:
-    return np.concatenate([np.empty(0, np.uint8), *parts])
 
 
 def _check_gone(work: _Work, found: int, base: str) -> None:

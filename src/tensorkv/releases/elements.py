@@ -9,7 +9,7 @@ All functions do the same, bit by bit, with and without the compiled part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
@@ -93,6 +93,11 @@ def digest(tensor: torch.Tensor, first: int = 0, pool: Pool | None = None) -> in
     return add(*map(_hash_sum, blocks, places))
 
 
+def index_dtype(numel: int) -> torch.dtype:
+    """Return the dtype of indices into a value of so many elements."""
+    return torch.int32 if numel <= 1 << 31 else torch.int64
+
+
 def find(
     old: torch.Tensor, new: torch.Tensor, first: int = 0, *, numel: int, most: int, pool: Pool | None = None
 ) -> Difference | None:
@@ -116,14 +121,14 @@ def find(
         before, after = old.detach().reshape(-1), new.detach().reshape(-1)
         jobs = [partial(find, before[each], after[each], first + each.start, numel=numel, most=most) for each in ranges]
         return _joined(_run_all(pool, jobs), most)
-    itemsize, index_dtype = new.element_size(), torch.int32 if numel <= 1 << 31 else torch.int64
+    itemsize, places_as = new.element_size(), index_dtype(numel)
     most = min(most, new.numel())
     if _elements is None:
-        return _find(old, new, first, index_dtype, most)
-    indices = torch.empty(most, dtype=index_dtype, device="cpu")
+        return _find(old, new, first, places_as, most)
+    indices = torch.empty(most, dtype=places_as, device="cpu")
     values = torch.empty(most, dtype=new.dtype, device="cpu")
     found = _elements.find(
-        bytes_of(old), bytes_of(new), itemsize, first, bytes_of(indices), bytes_of(values), index_dtype.itemsize
+        bytes_of(old), bytes_of(new), itemsize, first, bytes_of(indices), bytes_of(values), places_as.itemsize
     )
     if found is None:
         return None
@@ -238,6 +243,15 @@ class Found(NamedTuple):
     values: Bytes
 
 
+def join_bytes(parts: Iterable[Bytes | None]) -> Bytes:
+    """Return bytes one after another; those that are None are left out.
+
+    >>> join_bytes([np.array([1], np.uint8), None, np.array([2, 3], np.uint8)]).tolist()
+    [1, 2, 3]
+    """
+    return np.concatenate([np.empty(0, np.uint8), *(part for part in parts if part is not None)])
+
+
 def worth_finding(numel: int, itemsize: int, index_size: int = 4) -> int:
     """Return how many elements that differ take no more bytes, with their indices, than all elements."""
     return numel * itemsize // (index_size + itemsize)
@@ -287,10 +301,7 @@ def find_each(
             if found is not None:
                 gone[place], come[place] = found.gone, found.come
                 parts.append(found)
-        indices, values = (
-            np.concatenate([np.empty(0, np.uint8), *map(bytes_of, each)])
-            for each in ([part.indices for part in parts], [part.values for part in parts])
-        )
+        indices, values = (join_bytes(bytes_of(part[place]) for part in parts) for place in (0, 1))
         return Found(counts, gone, come, indices, values)
     addresses, numels, itemsizes = _columns(news)
     most = numels * itemsizes // (4 + itemsizes)
@@ -407,7 +418,7 @@ def _hash_at(held: Bytes, itemsize: int, indices: torch.Tensor) -> int:
     return _hash_sum(_words(held, itemsize), places)
 
 
-def _find(old: torch.Tensor, new: torch.Tensor, first: int, index_dtype: torch.dtype, most: int) -> Difference | None:
+def _find(old: torch.Tensor, new: torch.Tensor, first: int, places_as: torch.dtype, most: int) -> Difference | None:
     before, after, itemsize = _items(old), _items(new), new.element_size()
     found: list[npt.NDArray[np.intp]] = []
     count = 0
@@ -419,6 +430,6 @@ def _find(old: torch.Tensor, new: torch.Tensor, first: int, index_dtype: torch.d
             return None
         found.append(differing)
     places = np.concatenate(found) if found else np.empty(0, np.intp)
-    indices = torch.from_numpy(places + first).to(index_dtype)
+    indices = torch.from_numpy(places + first).to(places_as)
     gone, come = (_hash_at(each[places].reshape(-1), itemsize, indices) for each in (before, after))
     return Difference(indices, new.detach().reshape(-1)[torch.from_numpy(places)], gone, come)

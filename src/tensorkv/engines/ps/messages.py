@@ -656,6 +656,13 @@ def bytes_of(buffer: Any) -> torch.Tensor:
     return interop.take(np.frombuffer(buffer, np.uint8))
 
 
+def room_for(nbytes: int, out: torch.Tensor | None) -> torch.Tensor:
+    """Return memory for a payload: the beginning of ``out`` if that is large enough, else new memory."""
+    if out is not None and len(out) >= nbytes:
+        return out[:nbytes]
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+
+
 # ---------------------------------------------------------------- layouts
 
 

@@ -6,7 +6,7 @@ indices and the new values of each key.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,10 +16,10 @@ from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import WorkerError
 from tensorkv.releases import elements
-from tensorkv.releases.changes import KINDS, KeyChange, index_dtype
+from tensorkv.releases.changes import KINDS, KeyChange, index_dtype, item_nbytes
 from tensorkv.releases.elements import Bytes
 
-from .messages import Reply
+from .messages import Reply, room_for
 
 # Rows of the table. Lengths are one more than the bytes, 0 for nothing.
 _KIND, _IS_NEW, _INDEX_LENGTH, _VALUE_LENGTH, _BEFORE, _AFTER, _GONE, _NUM_ROWS = range(8)
@@ -44,8 +44,7 @@ def encode_changes(base: str | None, changes: Sequence[KeyChange], out: torch.Te
     parts = [table.reshape(-1).view(np.uint8)]
     parts += [part for each in changes for part in (each.places, each.content) if part is not None]
     nbytes = sum(map(len, parts))
-    fits = out is not None and len(out) >= nbytes
-    payload = out[:nbytes] if fits else torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # type: ignore[index]
+    payload = room_for(nbytes, out)
     np.concatenate(parts, out=payload.numpy())
     return Reply({"base": base, "deleted": [each.key for each in changes if each.kind == "deleted"]}, payload)
 
@@ -93,9 +92,11 @@ class OwnedPiece(NamedTuple):
 
 
 def merge(key: Key, spec: KeySpec, pieces: Sequence[OwnedPiece]) -> KeyChange | None:
-    """Return the change of a value from those of its pieces, in order; None: it takes all of them whole.
+    """Return the change of a value from those of its pieces, in order.
 
-    So it does if some servers have the key anew, or have lost rows of a table, and others have not.
+    Returns:
+        None if the whole value has to be requested instead: the key is new, or rows of its table were removed, on
+        some of its servers only.
     """
     changes = [each.change for each in pieces]
     is_new = any(each.before is None for each in changes)
@@ -115,23 +116,18 @@ def merge(key: Key, spec: KeySpec, pieces: Sequence[OwnedPiece]) -> KeyChange | 
     elif spec.is_table:
         _merge_rows(found, changes)
     elif kinds == {"dense"}:
-        found.kind, found.content = "dense", _joined(each.content for each in changes)
+        found.kind, found.content = "dense", elements.join_bytes(each.content for each in changes)
     else:
         _merge_elements(found, pieces)
     return found
 
 
-def _row_nbytes(spec: KeySpec) -> int:
-    """Return how many bytes a row has."""
-    return spec.shape[1:].numel() * spec.dtype.itemsize
-
-
 def _merge_rows(found: KeyChange, changes: Sequence[PieceChange]) -> None:
-    """Put rows of several servers together; those of a server that sends all of its rows are among them."""
-    found.kind = "dense" if all(each.kind == "dense" for each in changes) else "rows"
-    ids = elements.as_tensor(_joined(each.places for each in changes), torch.int64)
-    width = _row_nbytes(found.spec)
-    rows = elements.as_tensor(_joined(each.content for each in changes), torch.uint8).reshape(len(ids), width)
+    """Put rows of several servers together: all rows of each, or those that have changed."""
+    found.kind = "dense" if changes[0].kind == "dense" else "rows"
+    ids = elements.as_tensor(elements.join_bytes(each.places for each in changes), torch.int64)
+    content = elements.join_bytes(each.content for each in changes)
+    rows = torch.from_numpy(content).reshape(len(ids), item_nbytes(found.spec))
     order = torch.argsort(ids)
     found.places, found.content = elements.bytes_of(ids[order]), elements.bytes_of(rows[order])
 
@@ -145,9 +141,5 @@ def _merge_elements(found: KeyChange, pieces: Sequence[OwnedPiece]) -> None:
             places.append(elements.bytes_of(torch.arange(first, stop, dtype=dtype, device="cpu")))
         else:
             places.append(change.places)
-    found.kind, found.places = "elements", _joined(places)
-    found.content = _joined(change.content for _, _, change in pieces)
-
-
-def _joined(parts: Iterable[Bytes | None]) -> Bytes:
-    return np.concatenate([np.empty(0, np.uint8), *(part for part in parts if part is not None)])
+    found.kind, found.places = "elements", elements.join_bytes(places)
+    found.content = elements.join_bytes(change.content for _, _, change in pieces)

@@ -487,7 +487,7 @@ class Server:
                 return Reply({})
             if name is None:
                 return state.contents()
-            state.take_snapshot(name, str(sender.owner))
+            state.snapshots.take(name, str(sender.owner))
             return Reply(state.snapshots.describe(name))
 
         with self._condition:

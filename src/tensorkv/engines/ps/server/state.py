@@ -259,10 +259,6 @@ class ServerState:
             head = {"body": body, "layout": packed.layout.decode(), "metadata": metadata}
             return Reply(head, bytes_of(b"".join(packed.payload)))
 
-    def take_snapshot(self, name: str, client: str) -> None:
-        """Hold the present values for a client."""
-        self.snapshots.take(name, client)
-
     # ------------------------------------------------------------ releases
 
     def check_new_release(self, name: str, owner: str) -> None:

@@ -16,7 +16,7 @@ from tensorkv.errors import ArgumentError, ValueMismatchError, quote
 from tensorkv.shard import native
 from tensorkv.shard.shard import Shard
 
-from ..messages import PullRows, Reply, Request, pulled_dtype
+from ..messages import PullRows, Reply, Request, pulled_dtype, room_for
 
 # Lists of keys that are pulled together.
 REMEMBERED_LAYOUTS = 1024
@@ -32,9 +32,7 @@ class Room:
 
     def __init__(self, slots: Sequence[Slot], out: torch.Tensor | None = None) -> None:
         self._slots = slots
-        nbytes = slots[-1].stop if slots else 0
-        fits = out is not None and len(out) >= nbytes
-        self.payload: torch.Tensor = out[:nbytes] if fits else torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # type: ignore[index]
+        self.payload = room_for(slots[-1].stop if slots else 0, out)
 
     @cached_property
     def tensors(self) -> list[torch.Tensor]:

@@ -131,9 +131,10 @@ class LocalTrainer:
             TensorKVError: as ``KVStore.pushpull``.
         """
         keys, own = list(self._params), [param.detach() for param in self._params.values()]
-        given = own if self._averages else torch._foreach_sub(list(self._common.values()), own)
-        self._kv.pushpull(keys, list(given), out=own)
-        torch._foreach_copy_(list(self._common.values()), own)
+        common = self._common.values()
+        given = own if self._averages else [theirs - mine for theirs, mine in zip(common, own, strict=True)]
+        self._kv.pushpull(keys, given, out=own)
+        torch._foreach_copy_(list(common), own)
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -30,6 +30,7 @@ from tensorkv.arrays.rows import Rows, take_ids, unchecked_rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.base import ReleaseReader
 from tensorkv.engines.call import Call, check_priority, nbytes, take
+from tensorkv.engines.regions import RegionReader
 from tensorkv.releases.changes import Changes
 from tensorkv.runtime import caller, forks
 from tensorkv.runtime.modes import outside_modes, runs_outside_modes
@@ -242,6 +243,7 @@ class KVStore:
         ignore_sparse: bool = True,
         *,
         like: Any = None,
+        region: Any = None,
         min_version: int | None = None,
         timeout_s: float | None = None,
     ) -> Any:
@@ -255,6 +257,9 @@ class KVStore:
             priority: as for ``push``.
             ignore_sparse: skip a sparse ``out`` with one warning instead of raising.
             like: without ``out``, an array of the library and device to return.
+            region: the part of the value that is copied: a slice, or a tuple of slices for the first axes, as an index
+                of NumPy but for steps; for a list of keys, a list of these. No more than that leaves a server, and
+                an ``out`` has the shape of the part (None: the whole value).
             min_version: wait until every key has had this many updates (``info(key).version``) by any worker.
             timeout_s: how long to wait for ``min_version``, in seconds (default 60).
 
@@ -264,9 +269,9 @@ class KVStore:
 
         Raises:
             KeyNotFoundError: a key was not initialised.
-            ValueMismatchError: the shape or dtype of an out does not fit.
+            ValueMismatchError: the shape or dtype of an out does not fit, or ``region`` does not lie in the value.
             ArrayTypeError: an out cannot be written (read-only, JAX); nothing has been written.
-            ArgumentError: two outs overlap in memory, or the arguments do not fit together.
+            ArgumentError: two outs overlap in memory, ``region`` has a step, or the arguments do not fit together.
             WaitTimeoutError: the version was not reached in time; nothing has been written.
 
         >>> import numpy as np
@@ -276,6 +281,8 @@ class KVStore:
         >>> kv.pull("w", out=[a, b])
         >>> a, b
         (array([1.5, 2.5]), array([1.5, 2.5], dtype=float16))
+        >>> kv.pull("w", region=slice(1, 2))
+        array([2.5], dtype=float32)
         """
         self._check_open("pull")
         if min_version is not None:
@@ -283,7 +290,10 @@ class KVStore:
         elif timeout_s is not None:
             raise ArgumentError("pull: timeout_s is how long to wait for min_version; give that as well")
         call = Call(self._pulls, "pull", key, None, out, priority, like, ignore_sparse)
-        self._engine.pull(call)
+        if region is None:
+            self._engine.pull(call)
+        else:
+            RegionReader(self._engine, _regions(key, region)).pull(call)
         if call.skipped is not None:
             self._warn_once(call.skipped)
         return call.end()
@@ -1343,14 +1353,14 @@ class Snapshot:
         """Return every key, in the order of init."""
         return list(self.versions)
 
-    def pull(self, key: Any, out: Any = None, *, like: Any = None) -> Any:
-        """Copy values, as ``KVStore.pull`` does.
+    def pull(self, key: Any, out: Any = None, *, like: Any = None, region: Any = None) -> Any:
+        """Copy values, or parts of them, as ``KVStore.pull`` does.
 
         Raises:
             SnapshotError: the snapshot was dropped.
             TensorKVError: as ``KVStore.pull``.
         """
-        return self._store.pull(key, out, like=like)
+        return self._store.pull(key, out, like=like, region=region)
 
     def pull_tree(
         self,
@@ -1491,6 +1501,17 @@ def _give_rows(rows: Rows, origin: interop.Origin) -> Rows:
     # JAX has int64 only on demand, and seldom needs it for ids.
     ids = rows.ids.int() if origin.library == "jax" and rows.num_rows <= 1 << 31 else rows.ids
     return unchecked_rows(interop.give(ids, origin), interop.give(rows.values, origin), rows.num_rows)
+
+
+def _regions(key: Any, region: Any) -> dict[Key, Any]:
+    """Return the part that is wanted of each key."""
+    listed = keys_of("pull", list(key) if isinstance(key, Mapping) else key)
+    wanted: dict[Key, Any] = {}
+    for each, own in zip(listed, [region] if is_key(key) else _matching("pull", "region", listed, region), strict=True):
+        first = wanted.setdefault(each, own)
+        if first is not own and not (isinstance(own, slice | tuple) and first == own):
+            raise ArgumentError(f"pull({quote(each)}): two regions of one key; pull them one after the other")
+    return wanted
 
 
 def _holds_rows(out: Any) -> bool:

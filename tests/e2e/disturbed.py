@@ -86,9 +86,9 @@ def make_program(seed, allowed):
     steps = [{"verb": "init", "keys": [*SHAPES, *SMALL], "table": True}]
     for _ in range(STEPS):
         verb = rng.choices(
-            ["push", "pushpull", "pull", "rows", "pull rows", "optimizer", "numbers", "delete", "init", "save and load",
-             "states", "snapshot", "wrong"],
-            [8, 6, 3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 2],
+            ["push", "pushpull", "pull", "pull regions", "rows", "pull rows", "optimizer", "numbers", "delete", "init",
+             "save and load", "states", "snapshot", "wrong"],
+            [8, 6, 3, 2, 3, 2, 2, 1, 1, 1, 1, 1, 1, 2],
         )[0]  # fmt: skip
         few = rng.sample([*SHAPES, *SMALL], rng.randint(1, 4))
         steps.append(
@@ -160,6 +160,11 @@ class Side:
 
     def do_pull(self, seed, step, keys):
         return [np.asarray(each).tobytes() for each in self.kv.pull(keys)]
+
+    def do_pull_regions(self, seed, step, keys):
+        keys = [key for key in keys if shape_of(key)]
+        found = self.kv.pull(keys, region=[slice(shape_of(key)[0] // 3, None) for key in keys])
+        return [np.asarray(each).tobytes() for each in found]
 
     def do_rows(self, seed, step, keys):
         own = [rows(seed, worker, step["library"]) for worker in self.workers]

@@ -1595,6 +1595,61 @@ def test_a_malformed_init_changes_nothing(kind, columns):
         assert kv.pull("n").tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize(
+    "regions",
+    [
+        [[[0, 4], [0, 2]]],
+        [[[2, 1], [0, 2]]],
+        [[[-1, 2], [0, 2]]],
+        [[[0, 2]]],
+        [[[0, 2], [0, 2], [0, 1]]],
+        [[]],
+        [],
+        [[[0, 2], [0, 2]]] * 2,
+        [[[0, "2"], [0, 2]]],
+        [[[0, 1.5], [0, 2]]],
+        [[0, 2]],
+        ["ab"],
+        [None],
+    ],
+    ids=str,
+)
+def test_a_malformed_region_is_refused(regions):
+    with Cluster() as cluster:
+        kv, (server,) = cluster.store(), cluster.servers
+        kv.init("w", np.ones((3, 2), F32))
+        head = {"verb": "pull", "owner": "x", "client": "x.1"}
+        told = server.serve({**head, "regions": regions, "seq": 1}, b'["w"]', b"").head["error"]
+        assert told[0] == "ArgumentError"
+        assert "region" in told[1]
+        fine = server.serve({**head, "regions": [[[1, 3], [0, 1]]], "seq": 2}, b'["w"]', b"")
+        assert bytes(fine.payload) == np.ones(2, F32).tobytes()
+        told = server.serve({**head, "regions": [[[1, 3], [0, 1]]], "checksum": 3, "seq": 3}, b'["w"]', b"").head
+        assert told["error"][0] == "ValueMismatchError"
+
+
+@pytest.mark.parametrize("pull_dtype", [None, "bf16"])
+def test_no_more_than_a_region_leaves_a_server(pull_dtype, monkeypatch):
+    replies = []
+    with Cluster(3, pull_dtype=pull_dtype) as cluster:
+        for server in cluster.servers:
+            serve = server.serve
+            monkeypatch.setattr(
+                server, "serve", lambda *a, _serve=serve, **k: replies.append(_serve(*a, **k)) or replies[-1]
+            )
+        kv = cluster.store()
+        value = np.arange(600_000, dtype=F32).reshape(300_000, 2) % 128
+        kv.init("w", value)
+        assert len(kv._engine._keymap.find("pull", "w").servers) == 3
+        for start, stop, asked in ((0, 10, 1), (95_000, 205_000, 3), (299_999, 300_000, 1), (7, 7, 0)):
+            replies.clear()
+            assert np.array_equal(kv.pull("w", region=(slice(start, stop), slice(1, 2))), value[start:stop, 1:])
+            assert len(replies) == asked
+            assert sum(map(len, (each.payload for each in replies))) == (stop - start) * (
+                4 if pull_dtype is None else 2
+            )
+
+
 def test_keys_are_listed_again_only_when_they_have_changed():
     with Cluster(2) as cluster:
         kv, other = cluster.stores(2)

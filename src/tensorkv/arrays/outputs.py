@@ -67,7 +67,7 @@ class GivenOuts:
                 if tensor.shape != spec.shape:
                     raise ValueMismatchError(
                         f"{self._verb}({quote(key)}): out {index} has shape {tuple(tensor.shape)}, "
-                        f"the key was initialised with {tuple(spec.shape)}"
+                        f"expected {tuple(spec.shape)}"
                     )
                 if tensor.dtype is not spec.dtype and not interop.may_pull(spec.dtype, tensor.dtype):
                     raise ValueMismatchError(

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import Codec
@@ -79,6 +80,15 @@ class Reader(ABC):
 
     def _copy_out(self, call: Call, keys: Sequence[Key], outs: Outs) -> None:
         self.pull_into(keys, outs, call.priority)
+
+    def pull_regions(self, keys: Sequence[Key], regions: Sequence[Region], outs: Outs) -> None:
+        """Copy a part of each key's value into its tensors, which have the part's shape; as ``pull_into``."""
+        specs = [self.spec("pull", key) for key in keys]
+        whole = [torch.empty(spec.shape, dtype=spec.dtype, device="cpu") for spec in specs]
+        self.pull_into(keys, [[value] for value in whole], 0)
+        for region, value, own in zip(regions, whole, outs, strict=True):
+            for out in own:
+                out.copy_(region.of(value))
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         """Return copies of the rows of each key; ids are unique and sorted."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tensorkv.arrays.arguments import Key, folder_path
+from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import Codec, Compressor
@@ -64,6 +65,9 @@ class ShardReader(Reader):
     def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
         self._shard.pull(keys, outs)
 
+    def pull_regions(self, keys: Sequence[Key], regions: Sequence[Region], outs: Outs) -> None:
+        self._shard.pull(keys, outs, regions)
+
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         return self._shard.pull_rows(keys, ids)
 
@@ -99,6 +103,10 @@ class LocalRelease(ShardReader, ReleaseReader):
     def pull(self, call: Call) -> None:
         self._renew()
         super().pull(call)
+
+    def pull_regions(self, keys: Sequence[Key], regions: Sequence[Region], outs: Outs) -> None:
+        self._renew()
+        super().pull_regions(keys, regions, outs)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         self._renew()

@@ -19,6 +19,7 @@ from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.keytable import KeyTable
 from tensorkv.arrays.packing import flat_bytes, json_keys
+from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows, unchecked_rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import (
@@ -176,11 +177,19 @@ class Shard(native.ShardFields):
             with kept():
                 self._push(batch, (), requests, scale)
 
-    def pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]]) -> None:
-        """Copy values into tensors of their shapes."""
+    def pull(
+        self,
+        keys: Sequence[Key],
+        outs: Sequence[Sequence[torch.Tensor]],
+        regions: Sequence[Region] | None = None,
+    ) -> None:
+        """Copy values, or a part of each, into tensors of their shapes."""
         with self._lock:
             self.refuse_reentry()
-            self._pull(keys, outs)
+            if regions is None:
+                self._pull(keys, outs)
+            else:
+                self._pull_regions(keys, regions, outs)
 
     def pushpull(
         self,
@@ -798,6 +807,14 @@ class Shard(native.ShardFields):
         check_outs(entries, outs)
         with self._in_order(entries):
             self._copy_all([(out, e.tensor) for e, key_outs in zip(entries, outs, strict=True) for out in key_outs])
+
+    def _pull_regions(
+        self, keys: Sequence[Key], regions: Sequence[Region], outs: Sequence[Sequence[torch.Tensor]]
+    ) -> None:
+        entries = [self.entry("pull", key) for key in keys]
+        with self._in_order(entries):
+            parts = [region.of(entry.tensor) for entry, region in zip(entries, regions, strict=True)]
+            self._copy_all([(out, part) for part, own in zip(parts, outs, strict=True) for out in own])
 
     def _to_device(self, entry: Entry) -> None:
         if self.on_device and isinstance(entry.spec.origin.device, torch.device):

@@ -13,6 +13,7 @@ from .averages import AverageContract
 from .libraries import LIBRARIES
 from .life import LifeContract
 from .reads import ReadContract
+from .regions import RegionContract
 from .releases import ReleaseContract
 from .trees import TreeContract
 from .updaters import UpdaterContract
@@ -23,6 +24,7 @@ class BaseContract(
     ArgumentContract,
     WriteContract,
     ReadContract,
+    RegionContract,
     ArrayContract,
     TreeContract,
     AverageContract,

@@ -78,11 +78,13 @@ class Pull(Message):
         checksum: of the layout that the client expects of the reply.
         pull_dtype: as of ``Push``.
         snapshot: to read (None: the present values).
+        regions: of each key, the bounds of the part of what the server holds (None: all).
     """
 
     checksum: int | None = None
     pull_dtype: str | None = None
     snapshot: str | None = None
+    regions: list[Any] | None = None
 
 
 @dataclass(kw_only=True)

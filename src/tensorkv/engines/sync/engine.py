@@ -18,6 +18,7 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key, check_flag, check_timeout
+from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows, unchecked_rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import Codec, Compressor, owed_by
@@ -206,6 +207,9 @@ class DistEngine(Engine):
 
     def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
         self._pushes.pull(keys, outs)
+
+    def pull_regions(self, keys: Sequence[Key], regions: Sequence[Region], outs: Outs) -> None:
+        self._pushes.pull(keys, outs, regions)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         with self._order.lock:

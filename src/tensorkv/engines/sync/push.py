@@ -18,6 +18,7 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows
 from tensorkv.compression import (
     COMPRESSED_DTYPES,
@@ -636,16 +637,27 @@ class Pushes:
 
     # ------------------------------------------------------------ pull
 
-    def pull(self, keys: Sequence[Key], outs: Outs) -> None:
-        """Copy values out, after this worker's earlier pushes of these keys."""
+    def pull(self, keys: Sequence[Key], outs: Outs, regions: Sequence[Region] | None = None) -> None:
+        """Copy values, or a part of each, out, after this worker's earlier pushes of these keys."""
         with self._order.lock:
             self._order.check()
-            check_outs([self._shard.entry("pull", key) for key in keys], outs)
+            entries = [self._shard.entry("pull", key) for key in keys]
+            if regions is None:
+                check_outs(entries, outs)
             self.settle(keys)
-            pairs = [(out, self._values[key].whole) for key, group in zip(keys, outs, strict=True) for out in group]
+            wanted = [None] * len(keys) if regions is None else regions
+            pairs = [
+                (out, self._part(key, region))
+                for key, region, group in zip(keys, wanted, outs, strict=True)
+                for out in group
+            ]
             with torch.no_grad():
                 for job in reduce.copies(pairs, 1):
                     job()
+
+    def _part(self, key: Key, region: Region | None) -> torch.Tensor:
+        whole = self._values[key].whole
+        return whole if region is None else region.of(whole)
 
     def settle(self, keys: Sequence[Key]) -> None:
         """Wait until this worker's earlier pushes of some keys have made their values."""

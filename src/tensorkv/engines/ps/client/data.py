@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +16,8 @@ import torch
 
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.packing import Item, pack, unpack
+from tensorkv.arrays.packing import Item, decode_layout, encode_layout, pack, unpack, views
+from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows, unchecked_rows
 from tensorkv.compression import Codec, Compressor, Owed, Sending, Source, Words
 from tensorkv.errors import KeyNotFoundError, OptimizerError, ValueMismatchError, quote
@@ -589,6 +592,44 @@ class DataClient:
             nbytes = sum(each.nbytes for each in layout.pulled), sum(each.raw_nbytes for each in layout.pulled)
             with self._compressing:
                 self.compressor.traffic.add_received(*nbytes)
+
+    def pull_regions(
+        self, keys: Sequence[Key], regions: Sequence[Region], outs: Outs, placed: PlacedKeys | None = None
+    ) -> None:
+        """Fill outs with parts of the values of keys; ``placed`` is as for ``pull``."""
+        if placed is None:
+            placed = self._keymap.having("pull", keys)
+        placements = [placed[key].placement for key in keys]
+        requests, layouts, chosen = [], [], []
+        for server in _servers_of(placements):
+            found = [each.region_of(server, region) for each, region in zip(placements, regions, strict=True)]
+            wanted = [(index, *own) for index, own in enumerate(found) if own is not None and outs[index]]
+            if not wanted:
+                continue
+            layout = encode_layout(
+                (keys[index], "region", pulled_dtype(placements[index].spec.dtype, self.pull_dtype), own.shape)
+                for index, own, _ in wanted
+            )
+            message = Pull(
+                checksum=zlib.crc32(layout),
+                pull_dtype=self.pull_dtype,
+                snapshot=placed.snapshot,
+                regions=[own.bounds for _, own, _ in wanted],
+            )
+            slots = decode_layout(layout)
+            named = json.dumps([keys[index] for index, _, _ in wanted]).encode()
+            requests.append(ServerRequest(server, message, named, reply_nbytes=slots[-1].stop))
+            layouts.append(slots)
+            chosen.append(wanted)
+        with self._sessions.take() as session:
+            for reply, slots, wanted in zip(self._send(session, requests), layouts, chosen, strict=True):
+                for part, (index, own, first) in zip(views(reply.payload, slots), wanted, strict=True):
+                    for out in outs[index]:
+                        out[first : first + own.shape[0]].copy_(part)
+                    if self.pull_dtype is not None:
+                        itemsize = placements[index].spec.dtype.itemsize
+                        with self._compressing:
+                            self.compressor.traffic.add_received(part.nbytes, part.numel() * itemsize)
 
     def pull_rows(
         self, keys: Sequence[Key], ids: Sequence[torch.Tensor], placed: PlacedKeys | None = None

@@ -17,6 +17,7 @@ import torch
 from tensorkv import errors
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import Item, pack, unpack
+from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import Codec, Owed, Source, owed_by
@@ -323,6 +324,9 @@ class PSEngine(Engine):
             self._data.push_plain(call)
         else:
             self._data.pull_plain(call)
+
+    def pull_regions(self, keys: Sequence[Key], regions: Sequence[Region], outs: Outs) -> None:
+        self._data.pull_regions(keys, regions, outs)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         return self._data.pull_rows(keys, ids)

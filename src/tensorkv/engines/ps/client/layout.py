@@ -16,6 +16,7 @@ from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.keytable import KeyTable
 from tensorkv.arrays.packing import Slot, decode_layout, join_layout
+from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rowinit import RowInit
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.shard import native, reduce
@@ -92,6 +93,11 @@ class KeyPlacement:
         places = mine.nonzero()[:, 0]
         chosen = ids[places]
         return chosen if self.spec.is_table else chosen - start, places
+
+    def region_of(self, server: int, region: Region) -> tuple[Region, int] | None:
+        """Return what a server holds of a part of a dense value, and the place of its first row in the part."""
+        piece = self.piece_of(server)
+        return None if piece is None else region.within(*piece)
 
     def to_metadata(self) -> dict[str, Any]:
         """Return what the metadata of all these keys have in common, as plain data."""

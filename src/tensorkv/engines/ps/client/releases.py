@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows
 from tensorkv.engines.base import Outs, ReleaseReader, no_release
 from tensorkv.engines.call import Call
@@ -178,6 +179,10 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
     def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
         """Copy values into tensors."""
         self._again(super().pull_into, keys, outs, priority)
+
+    def pull_regions(self, keys: Sequence[Key], regions: Sequence[Region], outs: Outs) -> None:
+        """Copy parts of values into tensors."""
+        self._again(super().pull_regions, keys, regions, outs)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         """Return copies of rows."""

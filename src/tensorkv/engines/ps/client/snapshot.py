@@ -13,6 +13,7 @@ import torch
 
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import unpack
+from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.base import Outs, Reader
@@ -192,6 +193,10 @@ class RemoteSnapshot(Reader):
     def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
         """Copy values into tensors."""
         self._data.pull(keys, outs, self._placed)
+
+    def pull_regions(self, keys: Sequence[Key], regions: Sequence[Region], outs: Outs) -> None:
+        """Copy parts of values into tensors."""
+        self._data.pull_regions(keys, regions, outs, self._placed)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         """Return copies of rows."""

@@ -313,6 +313,8 @@ class Server:
         message = request.message
         with self._condition:
             served = self._state.served(message.snapshot)
+            if message.regions is not None:
+                return served.regions(request)
             return served.values(keys_of(request.layout), request.out, message.checksum, message.pull_dtype)
 
     def _wait_for_version(self, request: Request[messages.WaitForVersion]) -> Reply:

@@ -11,12 +11,13 @@ import torch
 
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import Slot, decode_layout, encode_layout, join_slots, unpack, views
+from tensorkv.arrays.regions import Region
 from tensorkv.compression import Traffic
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote
 from tensorkv.shard import native
 from tensorkv.shard.shard import Shard
 
-from ..messages import PullRows, Reply, Request, pulled_dtype, room_for
+from ..messages import Pull, PullRows, Reply, Request, keys_of, pulled_dtype, room_for
 
 # Lists of keys that are pulled together.
 REMEMBERED_LAYOUTS = 1024
@@ -88,6 +89,26 @@ class ServedValues:
             self.shard.pull(keys, outs)
         raw_nbytes = sum(self.shard.entry("pull", key).value.nbytes for key in keys)
         self._traffic.add_sent(len(room.payload), raw_nbytes)
+
+    def regions(self, request: Request[Pull]) -> Reply:
+        """Return the parts of values that a request names."""
+        keys, message = keys_of(request.layout), request.message
+        specs = [self.shard.entry("pull", key).spec for key in keys]
+        wanted = message.regions or []
+        if len(wanted) != len(keys):
+            raise ArgumentError(f"pull: {len(wanted)} regions of {len(keys)} keys")
+        regions = [Region.from_json(each, spec) for each, spec in zip(wanted, specs, strict=True)]
+        lies = encode_layout(
+            (key, "region", pulled_dtype(spec.dtype, message.pull_dtype), region.shape)
+            for key, spec, region in zip(keys, specs, regions, strict=True)
+        )
+        _check_same(keys, zlib.crc32(lies), message.checksum)
+        room = Room(decode_layout(lies), request.out)
+        self.shard.pull(keys, [[each] for each in room.tensors], regions)
+        if message.pull_dtype is not None:
+            raw = sum(region.shape.numel() * spec.dtype.itemsize for region, spec in zip(regions, specs, strict=True))
+            self._traffic.add_sent(len(room.payload), raw)
+        return Reply({}, room.payload)
 
     def rows(self, request: Request[PullRows]) -> Reply:
         """Return the rows that a request names."""

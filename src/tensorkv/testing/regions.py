@@ -1,0 +1,137 @@
+"""Regions: pulls of parts of values."""
+
+import uuid
+
+import numpy as np
+import pytest
+import torch
+
+import tensorkv
+
+from .values import F32, VIEWS
+
+REGIONS = [
+    slice(2, 5),
+    slice(None),
+    slice(3, 3),
+    slice(-2, None),
+    (slice(1, 4), slice(0, 2)),
+    (slice(None), slice(-1, None), slice(1, 2)),
+    (slice(0, 6), slice(2, 2)),
+    (),
+]
+
+
+class RegionContract:
+    """Regions: pulls of parts of values."""
+
+    @pytest.mark.parametrize("region", REGIONS, ids=str)
+    def test_a_region_is_what_an_index_of_numpy_is(self, kv, library, region):
+        value = np.arange(6 * 3 * 2).reshape(6, 3, 2)
+        for key, dtype in (("f", "float32"), ("h", "float16"), ("i", "int32")):
+            kv.init(key, library.make(value.tolist(), dtype))
+            expected = value[region].astype(dtype)
+            found = library.read(kv.pull(key, region=region))
+            assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+            assert np.array_equal(found, expected)
+        out = np.full(expected.shape, -1, np.float64)
+        kv.pull("i", out=out, region=region)
+        assert np.array_equal(out, expected)
+
+    def test_regions_of_values_that_are_divided(self, kv):
+        value, chance = np.random.default_rng(0).standard_normal((1200, 500)).astype(F32), np.random.default_rng(1)
+        kv.init(["w", "flat"], [value, torch.from_numpy(value.reshape(-1).copy())])
+        for _ in range(20):
+            (a, b), (c, d) = np.sort(chance.integers(0, 1201, 2)), np.sort(chance.integers(0, 501, 2))
+            assert np.array_equal(kv.pull("w", region=(slice(a, b), slice(c, d))), value[a:b, c:d])
+            out = torch.zeros(2, b - a)
+            kv.pull(["flat"], out=[[out[1], out[0]]], region=[slice(a, b)])
+            assert np.array_equal(out.numpy(), [value.reshape(-1)[a:b]] * 2)
+
+    @pytest.mark.parametrize("view", VIEWS)
+    def test_a_region_into_any_strides(self, kv, view):
+        kv.init("w", np.arange(12, dtype=F32).reshape(3, 4))
+        base = np.full((4, 6), -1, F32)
+        out = VIEWS[view](base)[:2, :2]
+        touched = int(out.size) if np.shares_memory(out, base) else 0
+        kv.pull("w", out=out, region=(slice(1, 3), slice(2, 4)))
+        assert out.tolist() == [[6, 7], [10, 11]]
+        assert (base != -1).sum() == touched
+
+    def test_regions_of_several_keys(self, kv):
+        kv.init({"a": np.arange(4, dtype=F32), "b": torch.arange(6).reshape(2, 3)})
+        wanted = [slice(1, 3), (slice(None), slice(0, 1))]
+        a, b = kv.pull(["a", "b"], region=wanted)
+        assert (a.tolist(), b.tolist()) == ([1, 2], [[0], [3]])
+        mine, like = np.zeros(2, F32), np.zeros(0)
+        kv.pull({"b": (out := torch.zeros(2, 1, dtype=torch.int64)), "a": mine}, region=wanted[::-1])
+        assert (mine.tolist(), out.tolist()) == ([1, 2], [[0], [3]])
+        assert type(kv.pull("b", region=wanted[1], like=like)) is np.ndarray
+        first, second = kv.pull(["a", "a"], region=[slice(0, 2), slice(0, 2)])
+        assert first.tolist() == second.tolist() == [0, 1]
+
+    def test_a_region_is_as_new_as_a_whole_value(self, kv):
+        kv.init("w", np.zeros(4, F32))
+        kv.set_optimizer("sgd", lr=1.0)
+        for number in range(1, 4):
+            kv.push("w", -np.ones(4, F32))
+            assert kv.pull("w", region=slice(2, 3), min_version=number).tolist() == [number]
+
+    @pytest.mark.parametrize(
+        ("key", "region", "error", "said"),
+        [
+            ("w", slice(0, 7), "ValueMismatchError", "0:7 for axis 0, which has the size 6"),
+            ("w", slice(-7, 2), "ValueMismatchError", "-7:2 for axis 0"),
+            ("w", slice(4, 2), "ValueMismatchError", "4:2 for axis 0"),
+            ("w", (slice(None), slice(0, 4)), "ValueMismatchError", "0:4 for axis 1"),
+            ("w", (slice(None),) * 3, "ValueMismatchError", "3 slices"),
+            ("w", slice(0, 4, 2), "ArgumentError", "the step 2 for axis 0"),
+            ("w", slice(None, None, -1), "ArgumentError", "the step -1"),
+            ("w", slice(0.0, 2), "ArgumentError", "expected integers"),
+            ("w", 3, "ArgumentError", "expected a slice"),
+            ("w", np.array([True] * 6), "ArgumentError", "expected a slice"),
+            ("w", (slice(None), ...), "ArgumentError", "expected a slice"),
+            ("scalar", slice(None), "ValueMismatchError", "0-d"),
+            ("scalar", (), "ValueMismatchError", "0-d"),
+            ("table", slice(0, 2), "ValueMismatchError", "row_sparse_pull"),
+            ("none", slice(0, 2), "KeyNotFoundError", "no such key"),
+        ],
+        ids=str,
+    )
+    def test_regions_that_are_not_there(self, kv, key, region, error, said):
+        kv.init({"w": np.ones((6, 3), F32), "scalar": np.array(1.0)})
+        kv.init("table", tensorkv.Rows(np.array([1]), np.ones((1, 2), F32), num_rows=9))
+        out = np.zeros((2, 3), F32)
+        for arguments in ({}, {"out": out}):
+            with pytest.raises(getattr(tensorkv, error), match=said):
+                kv.pull(key, region=region, **arguments)
+        assert not out.any()
+
+    def test_regions_and_outs_that_do_not_fit(self, kv):
+        kv.init({"w": np.ones((6, 3), F32), "v": np.ones(4, F32)})
+        good, bad = np.zeros((2, 3), F32), np.zeros((4,), F32)
+        with pytest.raises(tensorkv.ValueMismatchError, match=r"out 0 has shape \(4,\), expected \(2,\)"):
+            kv.pull(["w", "v"], out=[good, bad], region=[slice(0, 2), slice(0, 2)])
+        for region in (slice(0, 2), [slice(0, 2)], None):
+            with pytest.raises(tensorkv.TensorKVError):
+                kv.pull(["w", "v"], out=[good, bad[:2]], region=region)
+        with pytest.raises(tensorkv.ArgumentError, match="two regions"):
+            kv.pull(["v", "v"], region=[slice(0, 2), slice(1, 2)])
+        assert not good.any()
+        assert not bad.any()
+
+    def test_regions_of_snapshots_and_releases(self, kv):
+        kv.init("w", np.arange(1_000_000, dtype=F32).reshape(1000, 1000))
+        for capability in ("snapshot", "releases"):
+            if not kv.is_capable(capability):
+                continue
+            if capability == "releases":
+                name = f"regions-{uuid.uuid4()}"
+                kv.publish(name)
+            with kv.snapshot() if capability == "snapshot" else kv.open_release(name) as held:
+                before = held.pull("w")
+                kv.push("w", before + 1)
+                found = held.pull("w", region=(slice(400, 700), slice(999, None)))
+                assert np.array_equal(found, before[400:700, 999:])
+                with pytest.raises(tensorkv.ValueMismatchError):
+                    held.pull("w", region=slice(0, 1001))

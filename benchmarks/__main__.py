@@ -13,6 +13,7 @@ from benchmarks.local.bench import LocalBenchmark
 from benchmarks.matrix.bench import MatrixBenchmark
 from benchmarks.servers.bench import ServersBenchmark
 from benchmarks.sync.bench import SyncBenchmark
+from benchmarks.weights.bench import WeightsBenchmark
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
     each.name: each
@@ -22,6 +23,7 @@ BENCHMARKS: dict[str, type[Benchmark]] = {
         ServersBenchmark,
         HostsBenchmark,
         CompressionBenchmark,
+        WeightsBenchmark,
         MatrixBenchmark,
     )
 }

@@ -88,8 +88,8 @@ def mxnet(
     return Team(name, ranks, processes, **team)
 
 
-def redis(name: str, server: str, folder: str, python: str, member: str, **team: Any) -> Team:
-    """Start a Redis server that writes nothing to disk, and one client of it.
+def redis(name: str, server: str, folder: str, python: str, member: str, ranks: int = 1, **team: Any) -> Team:
+    """Start a Redis server that writes nothing to disk, and its clients.
 
     Args:
         name: of the contender.
@@ -97,12 +97,14 @@ def redis(name: str, server: str, folder: str, python: str, member: str, **team:
         folder: where its socket is.
         python: the interpreter that has its library.
         member: module and class of the contender.
+        ranks: how many clients.
         **team: more of what a ``Team`` takes.
     """
     socket = {"REDIS_SOCKET": f"{folder}/redis"}
     words = ["--unixsocket", socket["REDIS_SOCKET"], "--port", "0", "--save", "", "--appendonly", "no"]
-    processes = [Process([server, *words], {}, helps=True), Process(_command(python, member), _threads() | socket)]
-    return Team(name, 1, processes, **team)
+    own = [_threads() | socket | {"RANK": str(rank)} for rank in range(ranks)]
+    clients = [Process(_command(python, member), each) for each in own]
+    return Team(name, ranks, [Process([server, *words], {}, helps=True), *clients], **team)
 
 
 def mpi(name: str, python: str, ranks: int, member: str, **team: Any) -> Team:

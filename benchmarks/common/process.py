@@ -79,10 +79,8 @@ class Answers:
 
     def memory(self) -> dict[str, Any]:
         """Return resident bytes: now, and the most since the last call. Linux only."""
-        found = {"rss": _status("VmRSS"), "peak": _status("VmHWM")}
-        # ru_maxrss would also count what making the arrays took, and the peak of the process that started this one.
-        with open("/proc/self/clear_refs", "w") as peak:
-            peak.write("5")
+        found = {"rss": resident_nbytes(), "peak": peak_nbytes()}
+        forget_peak()
         return found
 
     def close(self) -> dict[str, Any]:
@@ -93,8 +91,27 @@ class Answers:
         return {}
 
 
-def _status(field: str) -> int:
-    with open("/proc/self/status") as lines:
+def resident_nbytes(pid: int | None = None) -> int:
+    """Return the bytes that a process has in memory (None: this one). Linux only."""
+    return _status("VmRSS", pid)
+
+
+def peak_nbytes() -> int:
+    """Return the most bytes that this process had in memory since ``forget_peak``. Linux only."""
+    return _status("VmHWM", None)
+
+
+def forget_peak() -> None:
+    """Count the most bytes anew.
+
+    ``ru_maxrss`` would also count what making arrays took, and the peak of the process that started this one.
+    """
+    with open("/proc/self/clear_refs", "w") as peak:
+        peak.write("5")
+
+
+def _status(field: str, pid: int | None) -> int:
+    with open(f"/proc/{pid or 'self'}/status") as lines:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 

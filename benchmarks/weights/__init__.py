@@ -1,0 +1,1 @@
+"""Weights that one process publishes and others read, beside files, Ray's objects and Redis."""

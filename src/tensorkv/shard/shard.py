@@ -599,7 +599,8 @@ class Shard(native.ShardFields):
             Whether the outs of a push were filled on the way.
         """
         if self._num_frozen and isinstance(change, Push | PlainPush | Put):
-            self._thaw(change.entries)
+            assigned = change.batch if isinstance(change, PlainPush) and isinstance(self._rule, Assign) else None
+            self._thaw(change.entries, assigned)
         match change:
             case Push(entries=entries, parts=parts, outs=outs, scale=scale):
                 return self._update(entries, parts, outs, self._rule.scaled(scale))
@@ -642,8 +643,13 @@ class Shard(native.ShardFields):
                 raise TypeError(f"a shard has no change {type(change).__name__}")
         return False
 
-    def _thaw(self, entries: Sequence[Entry]) -> None:
-        """Give snapshots their own copies of values that are about to change."""
+    def _thaw(self, entries: Sequence[Entry], assigned: native.Batch | None = None) -> None:
+        """Give snapshots their own copies of values that are about to change.
+
+        Args:
+            entries: of the values.
+            assigned: what replaces all of every value, and reads nothing of it (None: another change).
+        """
         entries = [entry for entry in entries if entry.frozen is not None]
         shared: list[FrozenEntry] = [entry.frozen for entry in entries]
         if not entries:
@@ -654,10 +660,27 @@ class Shard(native.ShardFields):
                     entry.spare = entry.value.copy()
                 elif entry.spare is None:
                     entry.spare = torch.empty_like(entry.value)
+            if assigned is not None and self._move(entries, assigned):
+                self._num_frozen -= len(shared)
+                return
             self._copy_dense([entry for entry in entries if not isinstance(entry.value, Table)])
             for entry, frozen in zip(entries, shared, strict=True):
                 frozen.value, entry.spare, entry.frozen = entry.spare, None, None
             self._num_frozen -= len(shared)
+
+    def _move(self, entries: Sequence[Entry], assigned: native.Batch) -> bool:
+        """Leave values to their snapshots, and have a batch that was begun write to their spare memory."""
+        held = [(entry.value, entry.frozen) for entry in entries]
+        for entry in entries:
+            entry.value, entry.spare, entry.frozen = entry.spare, None, None
+        # The batch writes where its keys' values were seen last.
+        keys = [entry.key for entry in entries]
+        is_seen = native.look(self._entries, keys, None, None, None, None) is not None
+        if is_seen and assigned.begin(native.leaves_cache(assigned.nbytes), self._entries):
+            return True
+        for entry, (value, frozen) in zip(entries, held, strict=True):
+            entry.value, entry.spare, entry.frozen = value, entry.value, frozen
+        return False
 
     def _copy_dense(self, entries: Sequence[Entry]) -> None:
         """Copy dense values of this shard into their spare memory."""

@@ -142,6 +142,22 @@ def test_a_server_that_is_restarted_knows_what_it_has_promised(tmp_path):
     server.close()
 
 
+def test_readers_of_a_server_that_is_restarted_read_on(tmp_path):
+    options = PSOptions(path=str(tmp_path), durability="process")
+    server = Server(options)
+    for name in ("first", "second"):
+        assert "error" not in asked(server, "publish", release=name, seq=len(name), keep=1)
+    # ``first`` was dropped, and nobody has told that it was read.
+    server.close()
+    server = Server(options, comes_back=True)
+    assert "error" not in asked(server, "publish", release="third", seq=9, keep=1)
+    opened = [asked(server, "open_release", release=name, snapshot=name, lease_s=60.0) for name in ("first", "second")]
+    assert opened[0]["error"][0] == "ReleaseNotFoundError"
+    assert opened[1]["number"] == 2
+    assert asked(server, "list_releases")["releases"] == [["third", 3]]
+    server.close()
+
+
 def test_keys_stay_where_an_earlier_version_has_placed_them(tmp_path, monkeypatch):
     values = {f"w{number}": np.full(10, number, np.float32) for number in range(6)}
     options = {"path": str(tmp_path), "durability": "process"}

@@ -54,6 +54,9 @@ from .snapshot import HeldSnapshots
 from .tables import ServerTables
 from .values import REMEMBERED_LAYOUTS, Room, ServedValues
 
+# Within this time a reader whose server was restarted reads on.
+_COMES_BACK_S = 60.0
+
 
 class ServerState:
     """A shard, the metadata of its keys, and snapshots.
@@ -78,6 +81,9 @@ class ServerState:
         else:
             durability: Any = options.durability
             self.shard = open_shard(folder, durability=durability, applied=clients, stamp=stamp, **common)
+            # Their readers do not know yet that this server was restarted.
+            for held in self.shard.held_releases():
+                self.shard.hold_release(held.name, "readers before the restart", _COMES_BACK_S)
         self._clients = clients
         self.traffic = Traffic()
         """Of compressed gradients and pulls."""

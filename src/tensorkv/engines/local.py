@@ -18,7 +18,7 @@ from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import Codec, Compressor
 from tensorkv.errors import ArgumentError
-from tensorkv.releases.changes import Changes
+from tensorkv.releases.changes import Changes, with_values
 from tensorkv.releases.finder import ChangeFinder
 from tensorkv.runtime import shield
 from tensorkv.shard.entry import Batch, KeyInfo, Part
@@ -119,7 +119,7 @@ class LocalRelease(ShardReader, ReleaseReader):
     def changes(self, since: str) -> Changes:
         self._renew()
         base, found = self._finder.changes(self.name, since)
-        return Changes(base, self.name, found)
+        return Changes(base, self.name, with_values(found, self._shard.pull))
 
     def close(self) -> None:
         self._source.let_go(self.name, self._reader)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -277,9 +277,12 @@ class Pair:
 
 
 def compare(pairs: Sequence[Pair], pool: Pool | None) -> list[KeyChange]:
-    """Return what has changed of each of some keys; no thread may change the values meanwhile."""
+    """Return what has changed of each of some keys; no thread may change the values meanwhile.
+
+    A dense value that has changed as a whole is left out: ``with_values`` adds it.
+    """
     found: list[KeyChange | None] = [None] * len(pairs)
-    small = []
+    small: list[int] = []
     for place, pair in enumerate(pairs):
         new = pair.new
         if pair.old is new:
@@ -289,12 +292,42 @@ def compare(pairs: Sequence[Pair], pool: Pool | None) -> list[KeyChange]:
         else:
             found[place] = _compare_one(pair, pool)
     _compare_small([pairs[place] for place in small], small, found, pool)
-    same = [place for place, change in enumerate(found) if change is None]
-    entries = [pairs[place].new for place in same]
-    digests = digests_of(entries, [pairs[place].first for place in same], pool)
-    for place, entry, number in zip(same, entries, digests, strict=True):
-        found[place] = KeyChange(entry.key, "same", entry.spec, before=number, after=number)
+    # The digests of values of which no elements were looked at.
+    rest = [place for place, change in enumerate(found) if change is None or _is_bare(change)]
+    entries = [pairs[place].new for place in rest]
+    digests = digests_of(entries, [pairs[place].first for place in rest], pool)
+    for place, entry, number in zip(rest, entries, digests, strict=True):
+        change = found[place]
+        if change is None:
+            found[place] = KeyChange(entry.key, "same", entry.spec, before=number, after=number)
+        else:
+            change.after = number
     return [change for change in found if change is not None]
+
+
+def _is_bare(change: KeyChange) -> bool:
+    """Return whether a change is of a whole value, which it does not have."""
+    return change.kind == "dense" and change.content is None
+
+
+def with_values(
+    changes: Sequence[KeyChange], pull: Callable[[list[Key], list[list[torch.Tensor]]], None]
+) -> list[KeyChange]:
+    """Return changes with the values that ``compare`` leaves out, where a whole value has changed.
+
+    Args:
+        changes: of ``compare``, which stay as they are.
+        pull: copies values of the newer release into tensors.
+    """
+    bare = [place for place, change in enumerate(changes) if _is_bare(change)]
+    specs = [changes[place].spec for place in bare]
+    values = [torch.empty(spec.shape, dtype=spec.dtype, device="cpu") for spec in specs]
+    if bare:
+        pull([changes[place].key for place in bare], [[value] for value in values])
+    found = list(changes)
+    for place, value in zip(bare, values, strict=True):
+        found[place] = replace(changes[place], content=elements.bytes_of(value))
+    return found
 
 
 def _compare_small(
@@ -310,7 +343,7 @@ def _compare_small(
     for place, pair, start, count, gone, come in zip(places, pairs, before, *columns, strict=True):
         new = pair.new
         if count < 0:
-            found[place] = _replaced(new, start, pair.first, pool)
+            found[place] = KeyChange(new.key, "dense", new.spec, before=start)
             continue
         new.content_digest = elements.add(elements.subtract(start, gone), come)
         if count:
@@ -325,7 +358,7 @@ def _compare_one(pair: Pair, pool: Pool | None) -> KeyChange | None:
     """Return what has changed of a key; None: nothing."""
     old, new, first = pair.old, pair.new, pair.first
     if old is None:
-        return _replaced(new, None, first, pool)
+        return _replaced(new, None, pool)
     (before,) = digests_of([old], [first], pool)
     if isinstance(new.value, Table) and isinstance(old.value, Table):
         return _compare_tables(old.value, new, new.value, before, pool)
@@ -334,7 +367,7 @@ def _compare_one(pair: Pair, pool: Pool | None) -> KeyChange | None:
     most = elements.worth_finding(later.numel(), later.element_size(), index_size)
     found = elements.find(earlier, later, first, numel=pair.numel, most=most, pool=pool)
     if found is None:
-        return _replaced(new, before, first, pool)
+        return _replaced(new, before, pool)
     new.content_digest = elements.add(elements.subtract(before, found.gone), found.come)
     if not len(found.indices):
         return None
@@ -342,15 +375,12 @@ def _compare_one(pair: Pair, pool: Pool | None) -> KeyChange | None:
     return KeyChange(new.key, "elements", new.spec, places, content, before, new.content_digest, found.gone)
 
 
-def _replaced(new: FrozenEntry, before: int | None, first: int, pool: Pool | None) -> KeyChange:
-    """Return a change that has all that the newer release holds of a key."""
-    (after,) = digests_of([new], [first], pool)
-    if isinstance(new.value, Table):
-        rows = new.value.to_rows()
-        return KeyChange(new.key, "dense", new.spec, *_bytes_of_rows(rows.ids, rows.values), before, after)
-    # A copy: the store's own memory is used again when the release is dropped.
-    content = elements.bytes_of(new.value.detach().cpu().contiguous()).copy()
-    return KeyChange(new.key, "dense", new.spec, None, content, before, after)
+def _replaced(new: FrozenEntry, before: int | None, pool: Pool | None) -> KeyChange:
+    """Return a change of all that the newer release holds of a key, with all rows of a table."""
+    if not isinstance(new.value, Table):
+        return KeyChange(new.key, "dense", new.spec, before=before)
+    rows, (after,) = new.value.to_rows(), digests_of([new], [0], pool)
+    return KeyChange(new.key, "dense", new.spec, *_bytes_of_rows(rows.ids, rows.values), before, after)
 
 
 def deleted(old: FrozenEntry, first: int, pool: Pool | None) -> KeyChange:
@@ -361,7 +391,7 @@ def deleted(old: FrozenEntry, first: int, pool: Pool | None) -> KeyChange:
 def _compare_tables(earlier: Table, new: FrozenEntry, later: Table, before: int, pool: Pool | None) -> KeyChange | None:
     rows = later.to_rows()
     if not torch.isin(earlier.ids, rows.ids).all():
-        return _replaced(new, before, 0, pool)
+        return _replaced(new, before, pool)
     held = earlier.read(rows.ids)
     differ = (_bits(held) != _bits(rows.values)).any(dim=1) | ~torch.isin(rows.ids, earlier.ids)
     (after,) = digests_of([new], [0], pool)

@@ -119,8 +119,14 @@ def find(
     ranges = _ranges(new.numel(), pool)
     if pool is not None and len(ranges) > 1:
         before, after = old.detach().reshape(-1), new.detach().reshape(-1)
-        jobs = [partial(find, before[each], after[each], first + each.start, numel=numel, most=most) for each in ranges]
-        return _joined(_run_all(pool, jobs), most)
+        jobs = [partial(find, before[each], after[each], first + each.start, numel=numel) for each in ranges]
+        # Where a range has more than its share, all have, or the others have less.
+        pieces = _run_all(pool, [partial(job, most=most // len(jobs)) for job in jobs])
+        if all(piece is None for piece in pieces):
+            return None
+        again = [partial(job, most=most) for job, piece in zip(jobs, pieces, strict=True) if piece is None]
+        rest = iter(_run_all(pool, again))
+        return _joined([next(rest) if piece is None else piece for piece in pieces], most)
     itemsize, places_as = new.element_size(), index_dtype(numel)
     most = min(most, new.numel())
     if _elements is None:

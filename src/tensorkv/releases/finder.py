@@ -69,7 +69,7 @@ class ChangeFinder:
             unknown_ok: whether ``since`` may be one that was never published here.
 
         Returns:
-            The older release and the changes; None and all values if it is not held any more.
+            The older release and the changes, as of ``compare``; None and all values if it is not held any more.
 
         Raises:
             ReleaseNotFoundError: there never was a release ``since``, or ``name`` was dropped.

@@ -1,5 +1,7 @@
 """Changes between two releases as a server sends them, and the changes of whole values that clients make of them.
 
+Values that have changed as a whole are not among them: clients pull these.
+
 The payload of a reply has a table of 64-bit numbers, a row for each property and a column for each key, and then the
 indices and the new values of each key.
 """
@@ -116,7 +118,7 @@ def merge(key: Key, spec: KeySpec, pieces: Sequence[OwnedPiece]) -> KeyChange | 
     elif spec.is_table:
         _merge_rows(found, changes)
     elif kinds == {"dense"}:
-        found.kind, found.content = "dense", elements.join_bytes(each.content for each in changes)
+        found.kind = "dense"
     else:
         _merge_elements(found, pieces)
     return found

@@ -25,7 +25,7 @@ from tensorkv.errors import (
     WorkerError,
 )
 from tensorkv.releases import elements
-from tensorkv.releases.changes import Changes, KeyChange, release_digest
+from tensorkv.releases.changes import Changes, KeyChange, release_digest, with_values
 
 from ..messages import (
     Digests,
@@ -200,11 +200,15 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
     def changes(self, since: str) -> Changes:
         """Return what has changed since another release; all values if a server does not hold that any more."""
         replies = self._find_changes(since)
+        base: str | None = since
         found = None if any(reply.head["base"] is None for reply in replies) else self._merged(since, replies)
         if found is None:
             # Not since a release that only some servers hold.
-            return Changes(None, self.name, self._merged(None, self._find_changes(None)) or [])
-        return Changes(since, self.name, found)
+            base, found = None, self._merged(None, self._find_changes(None)) or []
+        return Changes(base, self.name, self._again(with_values, found, self._pull_whole))
+
+    def _pull_whole(self, keys: Sequence[Key], outs: Outs) -> None:
+        self._data.pull(keys, outs, self._placed)
 
     def _find_changes(self, since: str | None) -> list[ServerReply]:
         message = FindChanges(release=self.name, since=since, snapshot=self._name)
@@ -226,6 +230,7 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
                 pieces.setdefault(key, {})[server] = change
             for key, change in zip(lost, found[len(keys) :], strict=True):
                 gone.setdefault(key, {})[server] = change
+        self._again(self._pull_pieces, pieces)
         merged = [_merge(key, placed, pieces[key]) for key, placed in self._placed.items()]
         if gone and since is not None:
             try:
@@ -236,6 +241,27 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
             older.close()
         whole = [each for each in merged if each is not None]
         return whole if len(whole) == len(merged) else None
+
+    def _pull_pieces(self, changes: Mapping[Key, dict[int, PieceChange]]) -> None:
+        """Add the values of pieces that have changed as a whole while others of the same key have not."""
+        wanted = []
+        for key, own in changes.items():
+            placement = self._placed[key].placement
+            kinds = {each.kind for each in own.values()}
+            if "dense" in kinds and len(kinds) > 1 and not placement.spec.is_table:
+                others = [(0, size) for size in placement.spec.shape[1:]]
+                for server, start, stop in placement.pieces:
+                    if own[server].kind == "dense":
+                        wanted.append((key, server, Region(((start, stop), *others))))
+        keys, regions = [key for key, _, _ in wanted], [region for _, _, region in wanted]
+        dtypes = [self._placed[key].placement.spec.dtype for key in keys]
+        parts = [
+            torch.empty(region.shape, dtype=dtype, device="cpu") for region, dtype in zip(regions, dtypes, strict=True)
+        ]
+        if wanted:
+            self._data.pull_regions(keys, regions, [[part] for part in parts], self._placed)
+        for (key, server, _), part in zip(wanted, parts, strict=True):
+            changes[key][server] = changes[key][server]._replace(content=elements.bytes_of(part))
 
     def close(self) -> None:
         """Let go of it."""

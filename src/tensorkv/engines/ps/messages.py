@@ -397,11 +397,13 @@ class OpenRelease(Message):
         release: its name.
         snapshot: the name under which it is held and read.
         lease_s: how long it stays after it was last read.
+        known: the ``listing`` of an earlier reply; if it is the same, the keys and their metadata are left out.
     """
 
     release: str
     snapshot: str
     lease_s: float
+    known: str | None = None
 
 
 @dataclass(kw_only=True)

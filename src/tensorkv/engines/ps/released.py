@@ -101,6 +101,11 @@ def merge(key: Key, spec: KeySpec, pieces: Sequence[OwnedPiece]) -> KeyChange | 
         some of its servers only.
     """
     changes = [each.change for each in pieces]
+    if len(changes) == 1:
+        (change,) = changes
+        # Of a value that has changed as a whole, all elements were others.
+        gone = (change.before or 0) if change.kind == "dense" else change.gone
+        return KeyChange(key, change.kind, spec, change.places, change.content, change.before, change.after, gone)
     is_new = any(each.before is None for each in changes)
     is_whole = all(each.kind == "dense" for each in changes)
     if not is_whole and (is_new or (spec.is_table and any(each.kind == "dense" for each in changes))):
@@ -113,8 +118,6 @@ def merge(key: Key, spec: KeySpec, pieces: Sequence[OwnedPiece]) -> KeyChange | 
     kinds = {each.kind for each in changes}
     if kinds <= {"same"} or kinds <= {"deleted"}:
         found.kind = changes[0].kind
-    elif len(changes) == 1:
-        found.kind, found.places, found.content = changes[0].kind, changes[0].places, changes[0].content
     elif spec.is_table:
         _merge_rows(found, changes)
     elif kinds == {"dense"}:

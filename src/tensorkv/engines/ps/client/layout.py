@@ -6,6 +6,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from functools import cached_property, partial
 from typing import Any
 
@@ -167,6 +168,13 @@ class PlacedKeys(KeyTable[PlacedKey]):
         self._wide, self._pull_dtype, self.snapshot = wide, pull_dtype, snapshot
         self._layouts: dict[tuple[Key, ...], Layout] = {}
         self._entries: dict[Key, Entry] = {}
+
+    def of_snapshot(self, snapshot: str) -> PlacedKeys:
+        """Return the same keys as another snapshot has them, with the layouts that are known."""
+        found = PlacedKeys(self, wide=self._wide, pull_dtype=self._pull_dtype, snapshot=snapshot)
+        found._layouts = {keys: layout.of_snapshot(snapshot) for keys, layout in list(self._layouts.items())}
+        found._entries = self._entries
+        return found
 
     def layout(self, keys: Sequence[Key]) -> Layout:
         """Return the layout of some of the keys, each given once."""
@@ -369,6 +377,12 @@ class Layout:
             self.pulled = [
                 ServerLayout(server, self.keys, distinct, indices, pull_dtype=pull_dtype) for server in servers
             ]
+
+    def of_snapshot(self, snapshot: str) -> Layout:
+        """Return the layout of the same keys in another snapshot."""
+        found = copy(self)
+        found.snapshot = snapshot
+        return found
 
     @cached_property
     def name(self) -> str:

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -44,7 +45,7 @@ from .data import DataClient
 from .layout import PlacedKey
 from .rpc import ServerReply
 from .session import ServerRequest, SessionPool
-from .snapshot import RemoteSnapshot, SnapshotClient
+from .snapshot import RemoteSnapshot, SnapshotClient, Told
 
 T = TypeVar("T")
 
@@ -100,13 +101,19 @@ class ReleaseClient:
     def open(self, name: str, lease_s: float) -> RemoteRelease:
         """Open a release for reading."""
         self._snapshots.drop_abandoned()
-        token = secrets.token_hex(8)
+        token, before = secrets.token_hex(8), self._snapshots.told
+        known = [None] * len(self.servers) if before is None else [each.changes for each in before.listings]
+        message = OpenRelease(release=name, snapshot=token, lease_s=lease_s)
+        requests = [
+            ServerRequest(server, replace(message, known=own)) for server, own in zip(self.servers, known, strict=True)
+        ]
         try:
-            replies = self._ask(self.servers, OpenRelease(release=name, snapshot=token, lease_s=lease_s))
+            with self.sessions.take() as session:
+                told = [reply.head for reply in session.send(requests)]
+            return RemoteRelease(self, self._snapshots, name, token, lease_s, told, before)
         except TensorKVError:
             self._snapshots.drop(token)
             raise
-        return RemoteRelease(self, self._snapshots, name, token, lease_s, [reply.head for reply in replies])
 
     def wait(self, after: str | None, timeout_s: float, lease_s: float) -> RemoteRelease:
         """Wait for a release that is newer than another one, and open the newest."""
@@ -143,6 +150,7 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
         token: under which servers hold it for this reader.
         lease_s: how long it stays after it was last read.
         told: what each server has told of it.
+        before: what servers had told before.
     """
 
     def __init__(
@@ -153,13 +161,13 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
         token: str,
         lease_s: float,
         told: Sequence[Mapping[str, Any]],
+        before: Told | None,
     ) -> None:
-        placed, versions = snapshots.placed(token, told)
+        placed, versions, self._held = snapshots.placed(token, told, before)
+        """The keys of which each server holds something."""
         RemoteSnapshot.__init__(self, snapshots, client.data, token, placed, versions)
         ReleaseReader.__init__(self, name, told[0]["number"], versions)
         self._releases, self._lease_s = client, lease_s
-        self._held = [each["keys"] for each in told]
-        """The keys of which each server holds something."""
 
     def _again(self, work: Callable[..., T], *args: Any) -> T:
         """Do work; if a server has been restarted and does not know this reader, open the release there once more."""
@@ -271,8 +279,8 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
 
 def _merge(key: Key, placed: PlacedKey, changes: Mapping[int, PieceChange]) -> KeyChange | None:
     placement = placed.placement
-    row = placement.spec.shape[1:].numel()
     if any(server not in changes for server in placement.servers):
         raise WorkerError("changes: a server has sent a malformed reply")
+    row = placement.spec.shape[1:].numel()
     found = [OwnedPiece(start * row, stop * row, changes[server]) for server, start, stop in placement.pieces]
     return merge(key, placement.spec, found)

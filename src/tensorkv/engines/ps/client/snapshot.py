@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -37,6 +37,13 @@ class ServerContents(NamedTuple):
     placed: dict[Key, PlacedKey]
 
 
+class Told(NamedTuple):
+    """What servers have told of the keys that they hold for a client, and the keys that this makes."""
+
+    listings: list[Listing]
+    placed: PlacedKeys
+
+
 class SnapshotClient:
     """Takes snapshots of a store.
 
@@ -49,6 +56,8 @@ class SnapshotClient:
     def __init__(self, sessions: SessionPool, data: DataClient, num_servers: int) -> None:
         self._sessions, self._data = sessions, data
         self._all = range(num_servers)
+        self.told: Told | None = None
+        """What servers have told last."""
         self.abandoned: list[str] = []
         """Snapshots that were dropped without ``close``."""
 
@@ -65,7 +74,7 @@ class SnapshotClient:
         except TensorKVError:
             self.drop(name)
             raise
-        placed, versions = self.placed(name, told)
+        placed, versions, _ = self.placed(name, told)
         return RemoteSnapshot(self, self._data, name, placed, versions)
 
     def drop_abandoned(self) -> None:
@@ -73,27 +82,44 @@ class SnapshotClient:
         while self.abandoned:
             self.drop(self.abandoned.pop())
 
-    def placed(self, name: str, told: Iterable[Mapping[str, Any]]) -> tuple[PlacedKeys, dict[Key, int]]:
-        """Return the keys that servers hold under a name, and their versions.
+    def placed(
+        self, name: str, told: Sequence[Mapping[str, Any]], before: Told | None = None
+    ) -> tuple[PlacedKeys, dict[Key, int], list[list[Key]]]:
+        """Return the keys that servers hold under a name, and their versions; and the keys of each server.
 
         Args:
             name: under which they are read.
-            told: of each server, the keys with their versions and metadata.
+            told: of each server, the versions, and the keys with their metadata unless they are as before.
+            before: what servers were told to be known.
         """
-        found: dict[Key, PlacedKey] = {}
+        earlier = [None] * len(told) if before is None else before.listings
+        listings = [
+            Listing.from_reply(head) if old is None or "keys" in head else old
+            for head, old in zip(told, earlier, strict=True)
+        ]
+        if before is not None and all(new is old for new, old in zip(listings, earlier, strict=True)):
+            placed = before.placed.of_snapshot(name)
+        else:
+            placed = self._join(name, listings)
+        self.told = Told(listings, placed)
+        held = [list(listing.placed) for listing in listings]
         versions: dict[Key, int] = {}
+        for head, keys in zip(told, held, strict=True):
+            versions = {**dict(zip(keys, head["versions"], strict=True)), **versions}
+        return placed, {key: versions[key] for key in placed}, held
+
+    def _join(self, name: str, listings: Sequence[Listing]) -> PlacedKeys:
+        found: dict[Key, PlacedKey] = {}
         pieces: Counter[Key] = Counter()
-        for head in told:
-            listing = Listing.from_reply(head)
+        for listing in listings:
             found = {**listing.placed, **found}
-            versions = {**dict(zip(head["keys"], head["versions"], strict=True)), **versions}
             pieces.update(list(listing.placed))
         placed = PlacedKeys(pull_dtype=self._data.pull_dtype, snapshot=name)
         for key, each in sorted(found.items(), key=lambda item: item[1].order):
             # A key exists when all of its pieces do.
             if pieces[key] == len(each.placement.pieces):
                 placed[key] = each
-        return placed, {key: versions[key] for key in placed}
+        return placed
 
     def commit_release(self, name: str, keys: list[Key] | None) -> None:
         """Have every server hold its present values of some keys, or of all, as a release that readers do not see."""

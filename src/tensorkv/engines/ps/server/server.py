@@ -574,7 +574,7 @@ class Server:
                 state.shard.releases.reveal(message.release)
             owner = str(request.sender.owner)
             held = state.snapshots.open_release(message.snapshot, owner, message.release, message.lease_s)
-            return Reply({"number": held.number, **state.snapshots.describe(message.snapshot)})
+            return Reply({"number": held.number, **state.snapshots.describe(message.snapshot, message.known)})
 
     def _find_changes(self, request: Request[messages.FindChanges]) -> Reply:
         message = request.message

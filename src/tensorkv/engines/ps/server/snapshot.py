@@ -8,11 +8,14 @@ for clients that send one request at a time.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from tensorkv.arrays.arguments import Key
 from tensorkv.compression import Traffic
 from tensorkv.errors import ReleaseNotFoundError, SnapshotError
 from tensorkv.shard.releases import HeldRelease
@@ -20,7 +23,7 @@ from tensorkv.shard.shard import Shard, ShardSnapshot
 from tensorkv.storage.dedup import AppliedRequests
 
 from .listing import listed
-from .values import ServedValues
+from .values import Layouts, ServedValues
 from .wait import Condition
 
 # A snapshot whose client has died is aborted after so long.
@@ -114,6 +117,23 @@ class SnapshotBarrier:
 
 
 @dataclass(slots=True)
+class _Keys:
+    """The keys of snapshots that have the same ones.
+
+    Args:
+        contents: each key, and the number of its metadata among the objects of this process.
+        notes: the metadata, which have these numbers as long as they are here.
+        name: which no others have.
+        layouts: as of ``ServedValues``.
+    """
+
+    contents: list[tuple[Key, int]]
+    notes: list[Any]
+    name: str = field(default_factory=partial(secrets.token_hex, 8))
+    layouts: Layouts = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class _Held:
     """What a client reads under a name.
 
@@ -121,12 +141,14 @@ class _Held:
         client: the process.
         values: of the snapshot.
         snapshot: the values' shard.
+        keys: of the snapshot.
         release: of which these are the values (None: it is a snapshot of this client's own).
     """
 
     client: str
     values: ServedValues
     snapshot: ShardSnapshot
+    keys: _Keys
     release: str | None = None
     lease_s: float = 0.0
 
@@ -143,6 +165,7 @@ class HeldSnapshots:
     def __init__(self, shard: Shard, keep: int, traffic: Traffic) -> None:
         self._shard, self._keep, self._traffic = shard, keep, traffic
         self._held: dict[str, _Held] = {}
+        self._last_keys: _Keys | None = None
 
     def __len__(self) -> int:
         return sum(held.release is None for held in list(self._held.values()))
@@ -150,11 +173,19 @@ class HeldSnapshots:
     def __contains__(self, name: object) -> bool:
         return name in self._held
 
-    def describe(self, name: str) -> dict[str, Any]:
-        """Return a listing of the keys that are held under a name, and their versions."""
-        entries = list(self._held[name].snapshot.held.values())
-        told = listed([entry.key for entry in entries], [entry.note for entry in entries])
-        return {**told, "versions": [entry.version for entry in entries]}
+    def describe(self, name: str, known: str | None = None) -> dict[str, Any]:
+        """Return a listing of the keys that are held under a name, with a name of its own, and their versions.
+
+        Args:
+            name: of what is held.
+            known: name of a listing that the client has, and is not told again.
+        """
+        held = self._held[name]
+        entries = list(held.snapshot.held.values())
+        told = {"listing": held.keys.name, "versions": [entry.version for entry in entries]}
+        if known == held.keys.name:
+            return told
+        return {**told, **listed([entry.key for entry in entries], held.keys.notes)}
 
     def release_of(self, name: str) -> tuple[str, int] | None:
         """Return name and number of the release that is held under a name, None if it is none."""
@@ -184,7 +215,12 @@ class HeldSnapshots:
         return found
 
     def _add(self, name: str, client: str, snapshot: ShardSnapshot) -> _Held:
-        self._held[name] = _Held(client, ServedValues(snapshot, self._traffic), snapshot)
+        keys = _Keys([(entry.key, id(entry.note)) for entry in snapshot.held.values()], [])
+        if self._last_keys is None or self._last_keys.contents != keys.contents:
+            keys.notes += [entry.note for entry in snapshot.held.values()]
+            self._last_keys = keys
+        keys = self._last_keys
+        self._held[name] = _Held(client, ServedValues(snapshot, self._traffic, keys.layouts), snapshot, keys)
         return self._held[name]
 
     def find(self, name: str) -> ServedValues:

@@ -23,6 +23,10 @@ from ..messages import Pull, PullRows, Reply, Request, keys_of, pulled_dtype, ro
 REMEMBERED_LAYOUTS = 1024
 
 
+Layouts = dict[tuple[tuple[Key, ...], str | None], tuple[bytes, int]]
+"""Of lists of keys and the dtypes in which they are pulled, how their values lie in a reply, and a checksum of it."""
+
+
 class Room:
     """Memory for the values of some keys, one after another.
 
@@ -47,11 +51,12 @@ class ServedValues:
     Args:
         shard: that has them.
         traffic: counts pulls in other dtypes than those of values.
+        layouts: what is known of lists of keys; shared by those who serve the same keys.
     """
 
-    def __init__(self, shard: Shard, traffic: Traffic) -> None:
+    def __init__(self, shard: Shard, traffic: Traffic, layouts: Layouts | None = None) -> None:
         self.shard, self._traffic = shard, traffic
-        self._layouts: dict[tuple[tuple[Key, ...], str | None], tuple[bytes, int]] = {}
+        self._layouts: Layouts = {} if layouts is None else layouts
 
     def forget_layouts(self) -> None:
         """Look at keys again, which may be others than before."""

@@ -40,6 +40,7 @@ def run(name, tmp_path, *arguments, launcher=(), **sizes):
 def test_every_example_is_tested():
     assert {path.name for path in (ROOT / "examples").iterdir() if path.is_file()} == {
         "compression.py",
+        "diloco.py",
         "embeddings.py",
         "gpt.py",
         "jax_digits.py",
@@ -96,8 +97,11 @@ def test_readers_see_increasing_versions_and_consistent_snapshots(tmp_path):
 
 
 @pytest.mark.release
-def test_rollouts_see_whole_releases_though_one_is_killed(tmp_path):
-    lines = run("rl_weights.py", tmp_path, UPDATES=30, KILLED_AT=10)
+@pytest.mark.parametrize("policy", ["mlp", "transformer", "jax"])
+def test_rollouts_see_whole_releases_though_one_is_killed(policy, tmp_path):
+    if policy == "jax":
+        pytest.importorskip("optax")
+    lines = run("rl_weights.py", tmp_path, policy, UPDATES=30, KILLED_AT=10)
     assert lines[0] == "rollout process 0 was killed after update 10, and comes back"
     whole, changes = map(
         int, re.fullmatch(r"a whole policy has (\d+) bytes, changes had (\d+) on average", lines[1]).groups()
@@ -105,6 +109,18 @@ def test_rollouts_see_whole_releases_though_one_is_killed(tmp_path):
     assert 0 < changes < whole
     assert lines[2] == "all 3 rollout processes saw whole releases only, up to update 30; curves: rl_weights.png"
     assert (tmp_path / "rl_weights.png").stat().st_size > 10_000
+
+
+def test_diloco_learns_from_a_fraction_of_the_bytes(tmp_path):
+    lines = run("diloco.py", tmp_path, STEPS=amount(200, 600))
+    pattern = r"(.+): each worker has pushed ([\d.]+) MB, held-out loss ([\d.]+) to ([\d.]+)"
+    told = [re.fullmatch(pattern, line) for line in lines[:-1]]
+    assert [match[1] for match in told] == ["synchronous", "DiLoCo, every 10", "DiLoCo, every 50"]
+    sent, first, last = ([float(match[column]) for match in told] for column in (2, 3, 4))
+    assert [round(sent[0] / each) for each in sent] == [1, 10, 50]
+    assert all(after < before / 2 for before, after in zip(first, last, strict=True))
+    assert lines[-1] == "curves: diloco.png"
+    assert [path.name for path in tmp_path.iterdir()] == ["diloco.png"]
 
 
 def test_vectors_are_learned_though_a_server_is_killed(tmp_path):

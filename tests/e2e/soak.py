@@ -3,8 +3,9 @@
 The programs of the tests run with seeds of their own: durable shards two at a time, over both durabilities, every way
 to be killed and two optimizers; between them, disturbed programs on every engine. Where hosts can be made of namespaces
 (as root), a worker uses servers on two of them all along, of which one crashes, hangs or loses its cable in between,
-and counts at the end what has come of its pushes. The first wrong state ends it with exit status 1 and the command
-that shows it again.
+and counts at the end what has come of its pushes. All along, a store is published as fast as can be, with a server
+killed every 20 seconds, and four processes read its releases. The first wrong state ends it with exit status 1 and the
+command that shows it again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tests.storage.test_durable_kills import finish, start
 from tests.support import workers
 from tests.support.away import FAULTS, HostsInUse
 from tests.support.hosts import CAN_MAKE
+from tests.support.published import WeightsInUse
 
 KILLS = 200
 # Disturbed programs between two pairs of killed ones: engine, how many at a time, options, workers.
@@ -45,11 +47,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the first program, default: the time")
     parser.add_argument("--out", type=Path, default=Path("out/soak.json"), help="the report, default out/soak.json")
     options = parser.parse_args()
-    report = {"seed": options.seed, "seconds": 0.0, "runs": {}, "disturbed": Counter(), "hosts": {}}
+    report = {"seed": options.seed, "seconds": 0.0, "runs": {}, "disturbed": Counter(), "hosts": {}, "weights": {}}
     began = time.monotonic()
     status, seed = 0, options.seed
     disturbed, faults = itertools.cycle(DISTURBED), itertools.cycle(FAULTS)
     with ExitStack() as stack:
+        weights = stack.enter_context(WeightsInUse(random.Random(seed)))
         used = stack.enter_context(HostsInUse(random.Random(seed))) if CAN_MAKE else None
         for pair in itertools.cycle(zip(RUNS[::2], RUNS[1::2], strict=True)):
             if status or time.monotonic() - began > 60 * options.minutes:
@@ -60,6 +63,8 @@ def main() -> int:
             status = run(pair, seed, report) or disturb(*next(disturbed), seed, report)
             seed += 20
             write(report, began, options.out)
+            if weights.errors:
+                break
             programs = sum(report["disturbed"].values())
             print(f"{report['seconds']:8.0f} s, {total(report)} kills, {programs} disturbed programs", flush=True)
         if used is not None:
@@ -69,6 +74,12 @@ def main() -> int:
                 print(f"wrong: python -m tests.e2e.soak --seed {options.seed} (hosts)\n{error}")
                 status = 1
             write(report, began, options.out)
+        try:
+            report["weights"] = weights.end()
+        except AssertionError as error:
+            print(f"wrong: python -m tests.support.published {options.minutes}\n{error}")
+            status = 1
+        write(report, began, options.out)
     show(report)
     return status
 
@@ -130,6 +141,7 @@ def show(report):
         print(f"| {run_name} | " + " | ".join(str(counts[name]) for name in names) + " |")
     if report["hosts"]:
         print(f"\nhosts: {json.dumps(report['hosts'])}")
+    print(f"\nweights: {json.dumps(report['weights'])}")
 
 
 if __name__ == "__main__":

@@ -434,7 +434,7 @@ class KVStore:
 
     # ------------------------------------------------------------ trees
 
-    def init_tree(self, tree: Any, *, prefix: str = "", rename: trees.Rename | None = None) -> None:
+    def init_tree(self, tree: Any, *, prefix: str = "", rename: trees.Rename | None = None, dtype: Any = None) -> None:
         """Create a key for each array of a tree.
 
         A tree is an array, or dicts, lists, tuples and NamedTuples of trees; where JAX was imported, any pytree. The
@@ -447,10 +447,13 @@ class KVStore:
             prefix: put before each key, with a dot in between: several trees can share a store.
             rename: other names for arrays: a mapping from path to name, in which others are left as they are, or a
                 function that is called with each path.
+            dtype: of the keys of floating-point arrays, such as ``"bfloat16"`` or ``torch.float16``: values are rounded
+                to it, now and when they are pushed in another one (None: the dtype of each array). Integers, bools,
+                complex numbers and tables stay as they are.
 
         Raises:
             ArgumentError: two arrays of one name; a bare array without a prefix; a tree that contains itself; an
-                invalid ``rename``.
+                invalid ``rename``, or a ``dtype`` that is none of floating-point numbers.
             TensorKVError: as ``init``; the messages name the path.
 
         >>> import numpy as np
@@ -459,7 +462,7 @@ class KVStore:
         >>> kv.keys()
         ['net.layers.0.w', 'net.layers.1.w']
         """
-        flat = self._flatten("init_tree", trees.flatten, tree, prefix, rename)
+        flat = self._flatten("init_tree", partial(trees.flatten_as, dtype), tree, prefix, rename)
         self.init(flat.names, flat.leaves)
 
     def _flatten(self, verb: str, flatten: Callable[..., R], *tree: Any) -> R:

@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 
-from tensorkv.errors import ArgumentError, TensorKVError, quote, show
+from tensorkv.errors import ArgumentError, ArrayTypeError, TensorKVError, quote, show
+
+from . import interop
+from .rows import is_rows
 
 Rename = Mapping[str, str] | Callable[[str], str]
 """Names by path, or a function that returns the name of a path."""
@@ -76,6 +79,42 @@ def flatten(verb: str, tree: Any, prefix: str, rename: Rename | None = None) -> 
         if isinstance(error, TensorKVError):
             raise
         raise ArgumentError(f"{verb}: the tree cannot be flattened: {error}") from error
+
+
+def flatten_as(dtype: Any, verb: str, tree: Any, prefix: str, rename: Rename | None = None) -> Flat:
+    """Return the leaves of a tree, those of floating-point numbers in another dtype (None: in their own).
+
+    Args:
+        dtype: a dtype of floating-point numbers, or its name.
+        verb, tree, prefix, rename: as for ``flatten``.
+
+    Raises:
+        ArgumentError: as ``flatten``, or another dtype.
+        ArrayTypeError: the library of an array does not have the dtype.
+
+    >>> import numpy as np
+    >>> flatten_as("float16", "init_tree", [np.ones(2), np.ones(2, int)], "net").leaves
+    [array([1., 1.], dtype=float16), array([1, 1])]
+    """
+    flat = flatten(verb, tree, prefix, rename)
+    if dtype is None:
+        return flat
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(wanted, torch.dtype) or wanted not in interop.DTYPES or not wanted.is_floating_point:
+        floats = ", ".join(sorted(interop.dtype_name(each) for each in interop.DTYPES if each.is_floating_point))
+        raise ArgumentError(f"{verb}: dtype is {show(dtype)}; expected one of {floats}")
+    return replace(flat, leaves=[_cast(verb, *each, wanted) for each in zip(flat.names, flat.leaves, strict=True)])
+
+
+def _cast(verb: str, name: str, leaf: Any, dtype: torch.dtype) -> Any:
+    if is_rows(leaf):
+        return leaf
+    try:
+        tensor = interop.take(leaf)
+        is_other = tensor.is_floating_point() and tensor.dtype is not dtype
+        return interop.give(tensor.detach().to(dtype), interop.origin(leaf)) if is_other else leaf
+    except ArrayTypeError as error:
+        raise ArrayTypeError(f"{verb}({quote(name)}): the value {error}") from None
 
 
 def state_of(module: torch.nn.Module) -> OrderedDict[str, Any]:

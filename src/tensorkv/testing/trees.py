@@ -51,6 +51,29 @@ def check(library, tree, number):
 class TreeContract:
     """Trees: nested containers of arrays, by the paths to their arrays."""
 
+    @pytest.mark.parametrize("dtype", ["float16", torch.float16])
+    def test_a_tree_may_be_held_in_another_dtype(self, kv, library, dtype):
+        tree = {"w": library.make([1.0001, 2]), "count": library.make([3], "int32"), "on": library.make([1], "bool")}
+        tree["table"] = Rows(library.make([1], "int32"), library.make([[1.5]]), 4)
+        kv.init_tree(tree, prefix="net", dtype=dtype)
+        dtypes = {key: kv.info(key).dtype for key in kv.keys()}
+        assert dtypes == {"net.count": "int32", "net.on": "bool", "net.table": "float32", "net.w": "float16"}
+        assert library.read(kv.pull("net.w")).tolist() == [1, 2]
+        assert library.read(tree["w"]).tolist() == [F32(1.0001), 2]
+        kv.push_tree({"w": library.make([4.0001, 5])}, prefix="net")
+        assert library.read(kv.pull("net.w")).tolist() == [4, 5]
+        into = {"w": torch.zeros(2)}
+        kv.pull_tree(into=into, prefix="net", strict=False)
+        assert into["w"].tolist() == [4, 5]
+
+    @pytest.mark.parametrize("dtype", ["int32", "float8_e4m3fn", "complex64", 3, [], np.float32, "nothing"])
+    def test_a_tree_is_held_in_no_other_dtypes(self, kv, dtype):
+        with pytest.raises(tensorkv.ArgumentError, match=r"dtype is .*; expected one of bfloat16, float16, float32"):
+            kv.init_tree({"w": ones(2)}, dtype=dtype)
+        with pytest.raises(tensorkv.ArrayTypeError, match='"w"'):
+            kv.init_tree({"w": "text"}, dtype="float16")
+        assert kv.keys() == []
+
     def test_keys_are_the_paths_of_a_tree(self, kv, library):
         kv.init_tree(tree_of(library, 1))
         kv.init_tree(tree_of(library, 2), prefix="other")

@@ -33,10 +33,11 @@ check: docs ## Check format, lint, types, the layers of packages and the documen
 docs: $(STAMP) ## Build the documentation into out/site; a broken link or docstring is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: $(STAMP) ## Measure one process, processes in lock step, servers and (as root) hosts and compression beside peers; results go to out/bench/
+bench: $(STAMP) ## Measure one process, processes in lock step, servers, weights and (as root) hosts and compression beside peers; results go to out/bench/
 	$(BIN)/python -m benchmarks local --growth --memory $(BENCH)
 	$(BIN)/python -m benchmarks sync $(BENCH_SYNC)
 	$(BIN)/python -m benchmarks servers $(BENCH_SERVERS)
+	$(BIN)/python -m benchmarks weights $(BENCH_WEIGHTS)
 	$(BIN)/python -m benchmarks hosts $(BENCH_HOSTS)
 	$(BIN)/python -m benchmarks compression $(BENCH_COMPRESSION)
 

@@ -471,7 +471,14 @@ def test_inspect_of_a_store_in_a_folder_tells_what_the_store_tells(capsys, tmp_p
         kv.push(["w", "n"], [np.ones((2, 3), np.float32), np.ones(())])
     kv.push("t", tensorkv.Rows([4, 5], np.ones((2, 2), np.float32), 1000))
     kv.delete("gone")
-    kv.set_hyperparameters(lr=0.125)
+    kv.publish("first")
+    kv.publish("second", keep=1)
+    kv.set_hyperparameters(lr=0.125, max_grad_norm=0.5)
+    # The log has its gradients and how they were scaled.
+    kv.push("w", np.ones((2, 3), np.float32))
+    kv.publish("third")
+    kv.publish("fourth")
+    kv.unpublish("fourth")
     infos, optimizer = {key: kv.info(key) for key in kv.keys()}, kv.optimizer
     if not is_open:
         kv.close()
@@ -489,6 +496,8 @@ def test_inspect_of_a_store_in_a_folder_tells_what_the_store_tells(capsys, tmp_p
         assert key["kind"] == info.kind
         assert key["nbytes"] == info.nbytes or info.kind == "rows"
     assert text.startswith(f"{path}: a store in its folder, with {report['changes']} change")
+    assert report["releases"] == ["second", "third"]
+    assert "releases: second, third" in text
 
 
 def test_inspect_says_where_in_a_folder_there_is_something(capsys, tmp_path):

@@ -168,6 +168,7 @@ def _describe_store(path: str) -> dict[str, Any]:
         "nbytes": sum(sizes.values()),
         "verified": True,
         "changes": contents.changes,
+        "releases": [name for name, is_visible in contents.releases.items() if is_visible],
         "keys": list(contents.keys.values()),
         "files": [{"name": name, "nbytes": nbytes, "sha256": None} for name, nbytes in sizes.items()],
     }
@@ -186,6 +187,8 @@ class _Contents:
         self.update: str = "assign"
         self.optimizer: dict[str, Any] | None = None
         self.changes = 0
+        self.releases: dict[str, bool] = {}
+        """Names, from the oldest to the newest, and whether readers see them."""
         self._tensors: dict[str, Any] = {}
 
     def take_snapshot(self, record: Record) -> None:
@@ -194,29 +197,52 @@ class _Contents:
             body = record.head["body"]
             self.update, self.optimizer = body["update"], body["optimizer"]
             self._add(body)
+            known = record.head.get("releases", {"held": []})
+            self.releases = {each["name"]: each["is_visible"] for each in known["held"]}
 
     def take_change(self, record: Record) -> None:
         head = record.head
-        verb = head["verb"]
-        if verb in ("push", "put"):
-            for key in dict.fromkeys(item.key for item in record.items()):
-                described = self.keys[key]
-                described["version"] += 1
-                if described["kind"] == "rows":
-                    described["rows"] = described["nbytes"] = None
-                if verb == "push" and self.optimizer is not None:
-                    # The step may have created state, or rows of it, which is in no record.
-                    described["state"] = described["state"] or None
-                    described["state_nbytes"] = None
-        elif verb == "init":
-            self._read(record)
-            self._add(head["body"])
-        elif verb == "delete":
-            for key in head["keys"]:
-                del self.keys[key]
-        elif verb == "rule":
-            self.update, self.optimizer = head["update"], head.get("optimizer")
-        self.changes += verb in ("push", "put", "init", "delete", "rule")
+        match head["verb"]:
+            case "push" | "push_scaled" | "put":
+                self._count_updates(record)
+            case "init":
+                self._read(record)
+                self._add(head["body"])
+            case "delete":
+                for key in head["keys"]:
+                    del self.keys[key]
+            case "rule":
+                self.update, self.optimizer = head["update"], head.get("optimizer")
+            case "publish" | "show_release" | "unpublish":
+                self._take_release(head)
+            case _:
+                return
+        self.changes += head["verb"] != "show_release"
+
+    def _count_updates(self, record: Record) -> None:
+        for key in dict.fromkeys(item.key for item in record.items()):
+            described = self.keys[key]
+            described["version"] += 1
+            if described["kind"] == "rows":
+                described["rows"] = described["nbytes"] = None
+            if record.head["verb"] != "put" and self.optimizer is not None:
+                # The step may have created state, or rows of it, which is in no record.
+                described["state"] = described["state"] or None
+                described["state_nbytes"] = None
+
+    def _take_release(self, head: dict[str, Any]) -> None:
+        if head["verb"] == "unpublish":
+            for name in head["names"]:
+                self.releases.pop(name, None)
+            return
+        if head["verb"] == "publish":
+            self.releases.pop(head["name"], None)
+            self.releases[head["name"]] = head["is_visible"]
+        if head["name"] in self.releases and head.get("is_visible", True):
+            self.releases[head["name"]] = True
+            visible = [name for name, is_visible in self.releases.items() if is_visible]
+            for name in visible[: -head["keep"]] if head["keep"] is not None else ():
+                del self.releases[name]
 
     def _read(self, record: Record) -> None:
         for item in record.items():
@@ -246,6 +272,7 @@ def summary(report: dict[str, Any]) -> list[str]:
         f"keys:   {count}",
         f"update: {update}",
         *(f"        {line}" for line in own),
+        *([f"releases: {_listed([printable(name) for name in report['releases']])}"] if report.get("releases") else []),
         f"size:   {size(report['nbytes'])} in {files} data file{'' if files == 1 else 's'} ({checked})",
     ]
     return lines + [f"file:   {printable(file['name'])}  {size(file['nbytes'])}" for file in report["files"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 
 from benchmarks.common import machine, report
 from benchmarks.common.runner import end_progress
-from benchmarks.common.venvs import PeerError, Venv
+from benchmarks.common.venvs import REDIS, PeerError, Venv
 from benchmarks.common.work import WrongResultError
 
 _LEAST_REPS = 7
@@ -73,6 +74,22 @@ class Benchmark(ABC):
         except PeerError as error:
             self.missing[venv.name] = " ".join(str(error).split())
             return None
+
+    def find_redis(self, options: argparse.Namespace) -> tuple[str, str] | None:
+        """Return the server and an interpreter with its client; None if there is none, and ``missing`` says why."""
+        if not options.no_redis and shutil.which(options.redis_server) is None:
+            self.missing["redis"] = f"there is no {options.redis_server} (--redis-server says where one is)"
+            return None
+        python = self.find_python(REDIS, options)
+        return (options.redis_server, python) if python else None
+
+
+def add_redis_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a benchmark that has Redis as a peer."""
+    parser.add_argument("--no-redis", action="store_true", help="leave Redis out")
+    parser.add_argument(
+        "--redis-server", default="redis-server", metavar="PATH", help="the server of Redis (default: on PATH)"
+    )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import launch, machine, plot
-from benchmarks.common.benchmark import Benchmark, counts
+from benchmarks.common.benchmark import Benchmark, add_redis_options, counts
 from benchmarks.common.report import ms_text, p50_text, quantile, ratio_texts, section, spreads, times_text
 from benchmarks.common.runner import Roster, measure
 from benchmarks.common.team import Team
@@ -64,8 +63,7 @@ examples:
         add("--workers", type=counts(1, "worker"), metavar="N,N", help="workers of growth (default 1,2,4,8; quick: 1)")
         add("--servers", type=counts(1, "server"), metavar="N,N", help="servers of growth (default 1,2,4; quick: 2)")
         add("--readers", type=counts(1, "reader"), metavar="N,N", help="readers at once (default 1,4,16; quick: 1,2)")
-        add("--no-redis", action="store_true", help="leave Redis out")
-        add("--redis-server", default="redis-server", metavar="PATH", help="the server of Redis (default: on PATH)")
+        add_redis_options(parser)
         add("--folder", metavar="DIR", help="where durable servers write (default: the folder for temporary files)")
 
     def works(self, options: argparse.Namespace) -> dict[str, list[Any]]:
@@ -123,7 +121,7 @@ examples:
             launchers[level] = partial(start, level, 2, durability=level, path=f"{folder}/{level}")
         for name in TABLE_PAIRS:
             launchers[name] = partial(start, name, 1, name.capitalize())
-        if works["tables"] and (redis := self._find_redis(options)):
+        if works["tables"] and (redis := self.find_redis(options)):
             launchers["redis"] = partial(
                 launch.redis,
                 "redis",
@@ -140,14 +138,6 @@ examples:
                     reply_timeout_s=REPLY_TIMEOUT_S,
                 )  # fmt: skip
         return launchers
-
-    def _find_redis(self, options: argparse.Namespace) -> tuple[str, str] | None:
-        """Return the server and an interpreter with its client; None if there is none, and ``missing`` says why."""
-        if not options.no_redis and shutil.which(options.redis_server) is None:
-            self.missing["redis"] = f"there is no {options.redis_server} (--redis-server says where one is)"
-            return None
-        python = self.find_python(REDIS, options)
-        return (options.redis_server, python) if python else None
 
     def given(self, result: Mapping[str, Any]) -> str:
         return "NumPy arrays, each worker pushes one part; one OpenMP thread a process (as torchrun sets it)"

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import Any, ClassVar
 
 import numpy as np
 
+from benchmarks.common import redis_client
 from benchmarks.common.contender import Contender
 from benchmarks.common.work import FIRST, Verb, Work, WrongResultError
 from benchmarks.common.work import check as check_exactly
@@ -279,21 +280,10 @@ class Redis(TableClient):
 
     @staticmethod
     def start() -> dict[str, str]:
-        import redis
-
-        until = perf_counter() + _TIMEOUT_S
-        while True:
-            try:
-                with _redis() as client:
-                    return {"redis": client.info()["redis_version"], "redis-py": redis.__version__}
-            except redis.ConnectionError:
-                # The server has been started with this process.
-                if perf_counter() > until:
-                    raise
-                sleep(0.05)
+        return redis_client.versions()
 
     def open(self, port: int, **options: Any) -> None:
-        self._redis = _redis()
+        self._redis = redis_client.connect()
         for ids in np.array_split(np.arange(self.work.rows), 20):
             self._put(ids, self.first(len(ids)))
 
@@ -315,9 +305,3 @@ class Redis(TableClient):
     def close(self) -> None:
         self._redis.flushall()
         self._redis.close()
-
-
-def _redis() -> Any:
-    import redis
-
-    return redis.Redis(unix_socket_path=os.environ["REDIS_SOCKET"])

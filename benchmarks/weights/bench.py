@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,11 +13,11 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common import launch, machine, plot
-from benchmarks.common.benchmark import Benchmark
+from benchmarks.common.benchmark import Benchmark, add_redis_options
 from benchmarks.common.report import ms_text, nbytes_text, ratio_texts, section, spreads, times_text
 from benchmarks.common.runner import Roster, measure
 from benchmarks.common.team import Team
-from benchmarks.common.venvs import REDIS, PeerError
+from benchmarks.common.venvs import PeerError
 from benchmarks.weights.contenders import NAMES
 from benchmarks.weights.works import (
     CHANGES_GOAL,
@@ -72,15 +71,13 @@ examples:
 
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
-        add = parser.add_argument
-        add("--no-redis", action="store_true", help="leave Redis out")
-        add("--redis-server", default="redis-server", metavar="PATH", help="the server of Redis (default: on PATH)")
+        add_redis_options(parser)
 
     def works(self, options: argparse.Namespace) -> dict[str, list[Any]]:
         return {"works": publishings(quick=options.quick)}
 
     def run(self, options: argparse.Namespace, works: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        redis = self._find_redis(options)
+        redis = self.find_redis(options)
         found = []
         with _cluster(), tempfile.TemporaryDirectory(prefix="bench-") as folder:
             for readers in dict.fromkeys(work.readers for work in works["works"]):
@@ -101,14 +98,6 @@ examples:
     def _measure(self, work: Publishing, roster: Roster, reps: int) -> dict[str, Any]:
         copy = {"copy": machine.Copy(work.value_nbytes)}
         return measure(work, roster, _PAIRS, reps, names=_CONTENDERS, others=copy, look=_look)
-
-    def _find_redis(self, options: argparse.Namespace) -> tuple[str, str] | None:
-        """Return the server and an interpreter with its client; None if there is none, and ``missing`` says why."""
-        if not options.no_redis and shutil.which(options.redis_server) is None:
-            self.missing["redis"] = f"there is no {options.redis_server} (--redis-server says where one is)"
-            return None
-        python = self.find_python(REDIS, options)
-        return (options.redis_server, python) if python else None
 
     def given(self, result: Mapping[str, Any]) -> str:
         return "NumPy arrays; publisher, readers and servers share the cores; one OpenMP thread a process"

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from benchmarks.common import redis_client
 from benchmarks.common.process import forget_peak, peak_nbytes, resident_nbytes
 from benchmarks.common.work import Verb
 from benchmarks.weights.works import Publishing
@@ -421,26 +422,15 @@ class Redis(Member):
 
     @staticmethod
     def start() -> dict[str, str]:
-        import redis
-
-        until = perf_counter() + _TIMEOUT_S
-        while True:
-            try:
-                with _redis() as client:
-                    return {"redis": client.info()["redis_version"], "redis-py": redis.__version__}
-            except redis.ConnectionError:
-                # The server has been started with this process.
-                if perf_counter() > until:
-                    raise
-                sleep(0.05)
+        return redis_client.versions()
 
     def serve(self, port: int, **options: Any) -> None:
-        self._redis = _redis()
+        self._redis = redis_client.connect()
         self.push()
         self._redis.set("newest", 0)
 
     def join(self, port: int, **options: Any) -> None:
-        self._redis = _redis()
+        self._redis = redis_client.connect()
         self._channel = self._redis.pubsub(ignore_subscribe_messages=True)
         self._channel.subscribe("versions")
         until = perf_counter() + _TIMEOUT_S
@@ -484,9 +474,3 @@ class Redis(Member):
         else:
             self._channel.close()
         self._redis.close()
-
-
-def _redis() -> Any:
-    import redis
-
-    return redis.Redis(unix_socket_path=os.environ["REDIS_SOCKET"])

@@ -6,6 +6,7 @@ from tensorkv.runtime import early  # noqa: F401 - before anything that takes lo
 
 # isort: split
 from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.slices import TensorSlice
 from tensorkv.releases.changes import Changes, KeyChange, Patch, apply_changes
 from tensorkv.releases.file import load_changes, save_changes
 from tensorkv.shard.entry import KeyInfo
@@ -82,6 +83,7 @@ __all__ = [
     "StorageError",
     "StoreClosedError",
     "TensorKVError",
+    "TensorSlice",
     "Trainer",
     "UpdaterError",
     "ValueMismatchError",

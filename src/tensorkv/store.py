@@ -26,6 +26,7 @@ from tensorkv.arrays.arguments import (
 )
 from tensorkv.arrays.keytable import select
 from tensorkv.arrays.outputs import GivenOuts, NewOuts, describe_like, give_each
+from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows, take_ids, unchecked_rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.base import ReleaseReader
@@ -363,7 +364,9 @@ class KVStore:
 
         def init_and_fill() -> None:
             self._engine.init(keys, taken, specs)
-            self._engine.pull_into(outs.keys, outs.tensors, priority)
+            self._engine.pull_into(outs.keys, outs.whole, priority)
+            for part_key, region, tensor in outs.parts:
+                self._engine.pull_regions([part_key], [region], [[tensor]])
             outs.finish()
 
         self._engine.protect(init_and_fill)
@@ -405,16 +408,21 @@ class KVStore:
             return self._pull_average_rows(start, check_key("pull_ema", key), row_ids)
         call = Call(self._metrics.of("pull_ema"), "pull_ema", key, None, out, 0, like)
         call.check()
-        self._engine.protect(call.fill, self._engine.spec, self._copy_averages)
+        self._engine.protect(call.fill, self._engine.spec, self._copy_averages, self._copy_parts_of_averages)
         return call.end()
 
     def _copy_averages(self, keys: list[Key], outs: list[list[torch.Tensor]]) -> None:
+        self._copy_parts_of_averages(keys, [None] * len(keys), outs)
+
+    def _copy_parts_of_averages(
+        self, keys: list[Key], regions: Sequence[Region | None], outs: list[list[torch.Tensor]]
+    ) -> None:
         with self._engine.contents() as contents:
             held = {entry.key: entry for entry in contents.entries}
-            for key, tensors in zip(keys, outs, strict=True):
-                entry = held[key]
+            for key, region, tensors in zip(keys, regions, outs, strict=True):
+                average = held[key].state.get(AVERAGE, held[key].tensor)
                 for tensor in tensors:
-                    tensor.copy_(entry.state.get(AVERAGE, entry.tensor))
+                    tensor.copy_(average if region is None else region.of(average))
 
     def _pull_average_rows(self, start: float, key: Key, row_ids: Any) -> Rows:
         spec = self._engine.protect(self._engine.spec, "pull_ema", key)

@@ -12,7 +12,9 @@ from tensorkv.errors import ArgumentError, ArrayTypeError, SparseOutWarning, Val
 
 from . import arguments, interop
 from .arguments import Key, is_key
+from .regions import Region
 from .rows import Rows
+from .slices import TensorSlice, local_part
 from .spec import KeySpec
 
 
@@ -36,17 +38,20 @@ class GivenOuts:
         self.skipped: SparseOutWarning | None = None
         self.keys, groups = arguments.pairs(verb, "out", key, out)
         self.tensors: list[list[torch.Tensor]] = []
+        self._slices: list[list[TensorSlice | None]] = []
         written: list[Any] = []
         for each, group in zip(self.keys, groups, strict=True):
-            tensors = []
-            for index, array in enumerate(group):
-                if skip_sparse and self._skips(each, array):
+            tensors, slices = [], []
+            for index, given in enumerate(group):
+                if skip_sparse and self._skips(each, given):
                     continue
                 try:
+                    array, own = local_part(given)
                     tensor, finish = interop.target(array)
                 except ArrayTypeError as error:
                     raise ArrayTypeError(f"{verb}({quote(each)}): out {index} {error}") from None
                 tensors.append(tensor)
+                slices.append(own)
                 if isinstance(array, torch.Tensor):
                     self._seen_by_autograd.append(array)
                 if finish is None:
@@ -55,16 +60,22 @@ class GivenOuts:
                     self._finishes.append(finish)
                     written.append(array)
             self.tensors.append(tensors)
+            self._slices.append(slices)
         if len(written) > 1:
             self._check_apart(written)
 
     def check(self, specs: Sequence[KeySpec]) -> None:
         """Raise ValueMismatchError if an out differs in shape from its key, or cannot hold its dtype."""
-        for key, spec, tensors in zip(self.keys, specs, self.tensors, strict=True):
+        for key, spec, tensors, slices in zip(self.keys, specs, self.tensors, self._slices, strict=True):
             if tensors:
                 check_dense(self._verb, key, spec)
-            for index, tensor in enumerate(tensors):
-                if tensor.shape != spec.shape:
+            for index, (tensor, own) in enumerate(zip(tensors, slices, strict=True)):
+                if own is not None and own.global_shape != tuple(spec.shape):
+                    raise ValueMismatchError(
+                        f"{self._verb}({quote(key)}): out {index} is a part of a value of shape {own.global_shape}, "
+                        f"expected {tuple(spec.shape)}"
+                    )
+                if own is None and tensor.shape != spec.shape:
                     raise ValueMismatchError(
                         f"{self._verb}({quote(key)}): out {index} has shape {tuple(tensor.shape)}, "
                         f"expected {tuple(spec.shape)}"
@@ -74,6 +85,22 @@ class GivenOuts:
                         f"{self._verb}({quote(key)}): out {index} is {interop.dtype_name(tensor.dtype)}, which cannot "
                         f"hold the key's {interop.dtype_name(spec.dtype)}; give an out of the same kind of number"
                     )
+
+    @property
+    def whole(self) -> list[list[torch.Tensor]]:
+        """The tensors that have the shape of their key's value."""
+        pairs = zip(self.tensors, self._slices, strict=True)
+        return [[t for t, own in zip(tensors, slices, strict=True) if own is None] for tensors, slices in pairs]
+
+    @property
+    def parts(self) -> list[tuple[Key, Region, torch.Tensor]]:
+        """The tensors that have a part of their key's value."""
+        return [
+            (key, own.region, tensor)
+            for key, tensors, slices in zip(self.keys, self.tensors, self._slices, strict=True)
+            for tensor, own in zip(tensors, slices, strict=True)
+            if own is not None
+        ]
 
     def finish(self) -> None:
         """Fill the arrays that torch could not write itself."""
@@ -120,6 +147,13 @@ class NewOuts:
             self._made.append((array, spec))
             grouped.setdefault(key, []).append(interop.take(array))
         self.keys, self.tensors = list(grouped), list(grouped.values())
+
+    @property
+    def whole(self) -> list[list[torch.Tensor]]:
+        """All of them."""
+        return self.tensors
+
+    parts: Sequence[tuple[Key, Region, torch.Tensor]] = ()
 
     def check(self, specs: Sequence[KeySpec]) -> None:
         """Do nothing: they are what their keys ask for."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from tensorkv.errors import ArgumentError, ArrayTypeError, TensorKVError, quote,
 
 from . import interop
 from .rows import is_rows
+from .slices import local_part
 
 Rename = Mapping[str, str] | Callable[[str], str]
 """Names by path, or a function that returns the name of a path."""
@@ -139,6 +141,9 @@ def place_of(array: Any) -> Any:
     """Return what tied tensors have in common: their memory, and how they see it; None for what is tied to nothing."""
     if not isinstance(array, torch.Tensor) or torch.nn.parameter.is_lazy(array) or array.is_meta:
         return None
+    with suppress(ArrayTypeError):
+        # A DTensor itself has no memory.
+        array, _ = local_part(array)
     if array.layout is not torch.strided or not array.numel():
         return None
     return array.device, array.data_ptr(), array.dtype, array.shape, array.stride()

@@ -68,7 +68,7 @@ class Reader(ABC):
             return
         with outside_modes():
             call.check()
-            self.transfer(call.fill, self.spec, partial(self._copy_out, call))
+            self.transfer(call.fill, self.spec, partial(self._copy_out, call), self.pull_regions)
 
     def protect(self, work: Callable[..., T], *args: Any) -> T:
         """Run ``work`` to its end; what a signal handler raises meanwhile is raised then (``runtime.shield``)."""
@@ -82,13 +82,13 @@ class Reader(ABC):
         self.pull_into(keys, outs, call.priority)
 
     def pull_regions(self, keys: Sequence[Key], regions: Sequence[Region], outs: Outs) -> None:
-        """Copy a part of each key's value into its tensors, which have the part's shape; as ``pull_into``."""
-        specs = [self.spec("pull", key) for key in keys]
-        whole = [torch.empty(spec.shape, dtype=spec.dtype, device="cpu") for spec in specs]
-        self.pull_into(keys, [[value] for value in whole], 0)
-        for region, value, own in zip(regions, whole, outs, strict=True):
+        """Copy a part of each key's value into its tensors, which have the part's shape; a key may come repeatedly."""
+        specs = {key: self.spec("pull", key) for key in keys}
+        whole = {key: torch.empty(spec.shape, dtype=spec.dtype, device="cpu") for key, spec in specs.items()}
+        self.pull_into(list(whole), [[value] for value in whole.values()], 0)
+        for key, region, own in zip(keys, regions, outs, strict=True):
             for out in own:
-                out.copy_(region.of(value))
+                out.copy_(region.of(whole[key]))
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
         """Return copies of the rows of each key; ids are unique and sorted."""
@@ -188,7 +188,7 @@ class Engine(Reader):
             return
         with self.collective("pushpull"), outside_modes():
             call.check()
-            self.transfer(call.fill, self.spec, partial(self._push_and_copy_out, call))
+            self.transfer(call.fill, self.spec, partial(self._push_and_copy_out, call), self.pull_regions)
 
     def _push_and_copy_out(self, call: Call, keys: Sequence[Key], outs: Outs) -> None:
         self.pushpull_into(call.batch, outs, call.priority)

@@ -11,6 +11,7 @@ import torch
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key, keys_of, pairs
 from tensorkv.arrays.outputs import GivenOuts, NewOuts, like_origin
+from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import is_rows, take_rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import ArgumentError, SparseOutWarning, TensorKVError, quote, show
@@ -78,13 +79,17 @@ class Call(native.Call):
         self.skipped = outs.skipped
 
     def fill(
-        self, spec: Callable[[str, Key], KeySpec], copy: Callable[[list[Key], list[list[torch.Tensor]]], None]
+        self,
+        spec: Callable[[str, Key], KeySpec],
+        copy: Callable[[list[Key], list[list[torch.Tensor]]], None],
+        copy_parts: Callable[[list[Key], list[Region], list[list[torch.Tensor]]], None],
     ) -> None:
         """Have an engine fill the outs of a checked call.
 
         Args:
             spec: returns what an array for a key must be like.
             copy: writes the keys' values into tensors.
+            copy_parts: writes parts of values into tensors.
 
         Raises:
             KeyNotFoundError, ValueMismatchError: a key that is not there, or an out that does not fit.
@@ -95,7 +100,10 @@ class Call(native.Call):
             outs = NewOuts(self.verb, keys, [self.like_spec(spec(self.verb, key)) for key in keys])
         else:
             outs.check([spec(self.verb, key) for key in outs.keys])
-        copy(outs.keys, outs.tensors)
+        parts = outs.parts
+        copy(outs.keys, outs.whole if parts else outs.tensors)
+        if parts:
+            copy_parts([key for key, _, _ in parts], [region for _, region, _ in parts], [[out] for _, _, out in parts])
         outs.finish()
         self._outs = outs
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tensorkv
+from tensorkv import TensorSlice
 
 from .values import F32, VIEWS
 
@@ -119,6 +120,71 @@ class RegionContract:
             kv.pull(["v", "v"], region=[slice(0, 2), slice(1, 2)])
         assert not good.any()
         assert not bad.any()
+
+    def test_outs_that_are_parts_of_values(self, kv):
+        value = np.arange(24, dtype=F32).reshape(6, 4)
+        kv.init({"w": value, "v": torch.arange(5)})
+        upper, lower, whole, v = np.zeros((2, 4), F32), torch.zeros(4, 2), np.zeros((6, 4)), np.zeros(2, np.int64)
+        outs = [TensorSlice(upper, (0, 0), (6, 4)), TensorSlice(lower, (2, 1), (6, 4)), whole]
+        kv.pull(["w", "v"], out=[outs, TensorSlice(v, [np.int64(3)], torch.Size([5]))])
+        for found, expected in ((upper, value[:2]), (lower.numpy(), value[2:, 1:3]), (whole, value), (v, [3, 4])):
+            assert np.array_equal(found, expected)
+        kv.push("w", value + 1)
+        kv.pushpull(["w", "v"], [value + 2, torch.arange(5) + 2], out=[outs[0], [TensorSlice(v, (0,), (5,))]])
+        assert np.array_equal(upper, value[:2] + 2)
+        assert v.tolist() == [2, 3]
+        bare = kv.broadcast("b", value, out=outs[:2])
+        assert bare is None
+        assert np.array_equal(lower.numpy(), value[2:, 1:3])
+        kv.pull("w", out=TensorSlice(upper, (1, 0), (3, 4)), region=slice(2, 5))
+        assert np.array_equal(upper, value[3:5] + 2)
+
+    def test_parts_of_averages(self, kv):
+        kv.init("w", np.zeros(4, F32))
+        kv.set_optimizer("sgd", lr=1.0, ema=0.5)
+        for number in range(3):
+            kv.push("w", -np.arange(4, dtype=F32) * number)
+        whole, part = kv.pull_ema("w"), np.zeros(2, F32)
+        kv.pull_ema("w", out=TensorSlice(part, (2,), (4,)))
+        assert part.tolist() == whole[2:].tolist()
+        assert part.any()
+
+    @pytest.mark.parametrize(
+        ("shape", "offsets", "whole", "error", "said"),
+        [
+            ((2, 3), (0, 0), (2, 2), "ValueMismatchError", "does not lie in a value of shape"),
+            ((2, 3), (-1, 0), (6, 3), "ValueMismatchError", "does not lie in a value of shape"),
+            ((2, 3), (5, 0), (6, 3), "ValueMismatchError", "does not lie in a value of shape"),
+            ((2, 3), (0,), (6, 3), "ArgumentError", "as many numbers in each"),
+            ((2, 3), (0, 0), (6,), "ArgumentError", "as many numbers in each"),
+            ((), (), (), "ArgumentError", "at least one"),
+            ((2, 3), (0.0, 0), (6, 3), "ArgumentError", "expected integers"),
+            ((2, 3), 3, (6, 3), "ArgumentError", "expected integers"),
+        ],
+        ids=str,
+    )
+    def test_parts_that_cannot_be(self, shape, offsets, whole, error, said):
+        with pytest.raises(getattr(tensorkv, error), match=said):
+            TensorSlice(np.zeros(shape, F32), offsets, whole)
+        with pytest.raises(tensorkv.ArrayTypeError, match="TensorSlice: the array"):
+            TensorSlice("text", (0,), (1,))
+
+    def test_parts_of_other_values_change_nothing(self, kv):
+        kv.init({"w": np.ones((6, 3), F32), "v": np.ones(4, F32)})
+        good, bad, overlapping = np.zeros(2, F32), np.zeros((2, 3), F32), np.zeros((4, 3), F32)
+        for whole in ((6, 4), (7, 3)):
+            with pytest.raises(
+                tensorkv.ValueMismatchError, match=r"out 0 is a part of a value of shape .*expected \(6, 3\)"
+            ):
+                kv.pull(["v", "w"], out=[TensorSlice(good, (0,), (4,)), TensorSlice(bad, (0, 0), whole)])
+        bad.flags.writeable = False
+        with pytest.raises(tensorkv.ArrayTypeError, match="read-only"):
+            kv.pull(["v", "w"], out=[TensorSlice(good, (0,), (4,)), TensorSlice(bad, (0, 0), (6, 3))])
+        parts = [TensorSlice(overlapping[:3], (0, 0), (6, 3)), TensorSlice(overlapping[2:], (3, 0), (6, 3))]
+        with pytest.raises(tensorkv.ArgumentError, match="overlap"):
+            kv.pull("w", out=parts)
+        assert not good.any()
+        assert not overlapping.any()
 
     def test_regions_of_snapshots_and_releases(self, kv):
         kv.init("w", np.arange(1_000_000, dtype=F32).reshape(1000, 1000))

@@ -94,7 +94,7 @@ def main() -> int:
     found = dict(json.loads(line) for line in ended.stdout.splitlines() if line.startswith("["))
     for way, told in found.items():
         megabytes, loss = told[-1]
-        print(f"{way}: each worker has pushed {megabytes:.2f} MB, held-out loss {told[0][1]:.3f} to {loss:.3f}")
+        print(f"{way}: each worker has pushed {megabytes:.3f} MB, held-out loss {told[0][1]:.3f} to {loss:.3f}")
     plot(found)
     print(f"curves: {PLOT}")
     return 0

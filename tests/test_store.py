@@ -14,7 +14,9 @@ from tensorkv import KVStore
 SIGNATURES = {
     "init": "(key, value=None)",
     "push": "(key, value=None, priority=0)",
-    "pull": ("(key, out=None, priority=0, ignore_sparse=True, *, like=None, min_version=None, timeout_s=None)"),
+    "pull": (
+        "(key, out=None, priority=0, ignore_sparse=True, *, like=None, region=None, min_version=None, timeout_s=None)"
+    ),
     "pushpull": "(key, value=None, out=None, priority=0)",
     "broadcast": "(key, value=None, out=None, priority=0)",
     "row_sparse_pull": "(key, out=None, priority=0, row_ids=None)",

@@ -364,10 +364,7 @@ class KVStore:
 
         def init_and_fill() -> None:
             self._engine.init(keys, taken, specs)
-            self._engine.pull_into(outs.keys, outs.whole, priority)
-            for part_key, region, tensor in outs.parts:
-                self._engine.pull_regions([part_key], [region], [[tensor]])
-            outs.finish()
+            outs.fill(partial(self._engine.pull_into, priority=priority), self._engine.pull_regions)
 
         self._engine.protect(init_and_fill)
         self._metrics.add("broadcast", start, keys, list(map(nbytes, outs.tensors)))

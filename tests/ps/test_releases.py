@@ -491,7 +491,7 @@ def test_keys_are_told_again_only_when_they_have_changed():
         def read(name):
             told.clear()
             with reader.open_release(name) as release:
-                heads = [reply.head for reply in told if "listing" in reply.head]
+                heads = [reply.head for reply in told if "changes" in reply.head]
                 assert len(heads) == 2
                 return [("keys" in head) for head in heads], dict(
                     zip(release.keys(), release.pull(release.keys()), strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,11 @@ from .regions import Region
 from .rows import Rows
 from .slices import TensorSlice, local_part
 from .spec import KeySpec
+
+CopyValues = Callable[[list[Key], list[list[torch.Tensor]]], Any]
+"""Writes the values of keys into tensors."""
+CopyParts = Callable[[list[Key], list[Region], list[list[torch.Tensor]]], Any]
+"""Writes a part of the value of each key, which may come repeatedly, into tensors."""
 
 
 class GivenOuts:
@@ -86,21 +91,20 @@ class GivenOuts:
                         f"hold the key's {interop.dtype_name(spec.dtype)}; give an out of the same kind of number"
                     )
 
-    @property
-    def whole(self) -> list[list[torch.Tensor]]:
-        """The tensors that have the shape of their key's value."""
-        pairs = zip(self.tensors, self._slices, strict=True)
-        return [[t for t, own in zip(tensors, slices, strict=True) if own is None] for tensors, slices in pairs]
-
-    @property
-    def parts(self) -> list[tuple[Key, Region, torch.Tensor]]:
-        """The tensors that have a part of their key's value."""
-        return [
-            (key, own.region, tensor)
-            for key, tensors, slices in zip(self.keys, self.tensors, self._slices, strict=True)
-            for tensor, own in zip(tensors, slices, strict=True)
-            if own is not None
-        ]
+    def fill(self, copy: CopyValues, copy_parts: CopyParts) -> None:
+        """Have values, and parts of values, written."""
+        whole: list[list[torch.Tensor]] = [[] for _ in self.keys]
+        parts: list[tuple[Key, Region, list[torch.Tensor]]] = []
+        for key, tensors, slices, own in zip(self.keys, self.tensors, self._slices, whole, strict=True):
+            for tensor, part in zip(tensors, slices, strict=True):
+                if part is None:
+                    own.append(tensor)
+                else:
+                    parts.append((key, part.region, [tensor]))
+        copy(self.keys, whole)
+        if parts:
+            copy_parts(*map(list, zip(*parts, strict=True)))
+        self.finish()
 
     def finish(self) -> None:
         """Fill the arrays that torch could not write itself."""
@@ -148,18 +152,12 @@ class NewOuts:
             grouped.setdefault(key, []).append(interop.take(array))
         self.keys, self.tensors = list(grouped), list(grouped.values())
 
-    @property
-    def whole(self) -> list[list[torch.Tensor]]:
-        """All of them."""
-        return self.tensors
-
-    parts: Sequence[tuple[Key, Region, torch.Tensor]] = ()
-
     def check(self, specs: Sequence[KeySpec]) -> None:
         """Do nothing: they are what their keys ask for."""
 
-    def finish(self) -> None:
-        """Do nothing: torch has written them all."""
+    def fill(self, copy: CopyValues, copy_parts: CopyParts) -> None:
+        """Have values written."""
+        copy(self.keys, self.tensors)
 
     def result(self, key: Any) -> Any:
         """Return the arrays in the form of the caller's ``key``: one, a list, or a dict."""

@@ -236,8 +236,9 @@ class _Contents:
                 self.releases.pop(name, None)
             return
         if head["verb"] == "publish":
+            # After the others.
             self.releases.pop(head["name"], None)
-            self.releases[head["name"]] = head["is_visible"]
+            self.releases[head["name"]] = False
         if head["name"] in self.releases and head.get("is_visible", True):
             self.releases[head["name"]] = True
             visible = [name for name, is_visible in self.releases.items() if is_visible]

@@ -6,12 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import add
 from typing import Any
 
-import torch
-
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key, keys_of, pairs
-from tensorkv.arrays.outputs import GivenOuts, NewOuts, like_origin
-from tensorkv.arrays.regions import Region
+from tensorkv.arrays.outputs import CopyParts, CopyValues, GivenOuts, NewOuts, like_origin
 from tensorkv.arrays.rows import is_rows, take_rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import ArgumentError, SparseOutWarning, TensorKVError, quote, show
@@ -78,18 +75,12 @@ class Call(native.Call):
         self._outs = outs = GivenOuts(self.verb, keys, self.out, skip_sparse=self.ignore_sparse)
         self.skipped = outs.skipped
 
-    def fill(
-        self,
-        spec: Callable[[str, Key], KeySpec],
-        copy: Callable[[list[Key], list[list[torch.Tensor]]], None],
-        copy_parts: Callable[[list[Key], list[Region], list[list[torch.Tensor]]], None],
-    ) -> None:
+    def fill(self, spec: Callable[[str, Key], KeySpec], copy: CopyValues, copy_parts: CopyParts) -> None:
         """Have an engine fill the outs of a checked call.
 
         Args:
             spec: returns what an array for a key must be like.
-            copy: writes the keys' values into tensors.
-            copy_parts: writes parts of values into tensors.
+            copy, copy_parts: write values, and parts of values.
 
         Raises:
             KeyNotFoundError, ValueMismatchError: a key that is not there, or an out that does not fit.
@@ -100,11 +91,7 @@ class Call(native.Call):
             outs = NewOuts(self.verb, keys, [self.like_spec(spec(self.verb, key)) for key in keys])
         else:
             outs.check([spec(self.verb, key) for key in outs.keys])
-        parts = outs.parts
-        copy(outs.keys, outs.whole if parts else outs.tensors)
-        if parts:
-            copy_parts([key for key, _, _ in parts], [region for _, region, _ in parts], [[out] for _, _, out in parts])
-        outs.finish()
+        outs.fill(copy, copy_parts)
         self._outs = outs
 
     def like_spec(self, spec: KeySpec) -> KeySpec:

@@ -186,10 +186,7 @@ class Shard(native.ShardFields):
         """Copy values, or a part of each, into tensors of their shapes."""
         with self._lock:
             self.refuse_reentry()
-            if regions is None:
-                self._pull(keys, outs)
-            else:
-                self._pull_regions(keys, regions, outs)
+            self._pull(keys, outs, regions)
 
     def pushpull(
         self,
@@ -825,19 +822,20 @@ class Shard(native.ShardFields):
                 return self._commit(Push(kept, parts, outs, found if scale is None else scale, requests=requests))
             return self._commit(Push(entries, parts, outs, 1.0 if scale is None else scale, requests=requests))
 
-    def _pull(self, keys: Sequence[Key], outs: Sequence[Sequence[torch.Tensor]]) -> None:
-        entries = [self.entry("pull", key) for key in keys]
-        check_outs(entries, outs)
-        with self._in_order(entries):
-            self._copy_all([(out, e.tensor) for e, key_outs in zip(entries, outs, strict=True) for out in key_outs])
-
-    def _pull_regions(
-        self, keys: Sequence[Key], regions: Sequence[Region], outs: Sequence[Sequence[torch.Tensor]]
+    def _pull(
+        self,
+        keys: Sequence[Key],
+        outs: Sequence[Sequence[torch.Tensor]],
+        regions: Sequence[Region] | None = None,
     ) -> None:
         entries = [self.entry("pull", key) for key in keys]
+        if regions is None:
+            check_outs(entries, outs)
         with self._in_order(entries):
-            parts = [region.of(entry.tensor) for entry, region in zip(entries, regions, strict=True)]
-            self._copy_all([(out, part) for part, own in zip(parts, outs, strict=True) for out in own])
+            values = [entry.tensor for entry in entries]
+            if regions is not None:
+                values = [region.of(value) for region, value in zip(regions, values, strict=True)]
+            self._copy_all([(out, value) for value, own in zip(values, outs, strict=True) for out in own])
 
     def _to_device(self, entry: Entry) -> None:
         if self.on_device and isinstance(entry.spec.origin.device, torch.device):

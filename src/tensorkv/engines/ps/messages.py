@@ -397,7 +397,7 @@ class OpenRelease(Message):
         release: its name.
         snapshot: the name under which it is held and read.
         lease_s: how long it stays after it was last read.
-        known: the ``listing`` of an earlier reply; if it is the same, the keys and their metadata are left out.
+        known: the ``changes`` of an earlier reply; if they are the same, the keys and their metadata are left out.
     """
 
     release: str

@@ -53,6 +53,7 @@ class PlainCall(NamedTuple):
     scale: float | None = None
     result: PushResult = PushResult()
     verb: str = "push"
+    snapshot: str | None = None
 
 
 class DataClient:
@@ -217,7 +218,11 @@ class DataClient:
         # Outs that would not stay in the cache are stored past it.
         batch.begin(native.leaves_cache(batch.nbytes))
         decided = self._decide_plain(batch, rule) if pushes else (None, PushResult())
-        return None if decided is None else PlainCall(batch, layout, pushes, call.verb != "push", *decided, call.verb)
+        return (
+            None
+            if decided is None
+            else PlainCall(batch, layout, pushes, call.verb != "push", *decided, call.verb, placed.snapshot)
+        )
 
     def _can_code(self, layout: Layout, rule: Rule) -> bool:
         """Return whether nothing has to be decided on gradients that are all compressed."""
@@ -296,7 +301,7 @@ class DataClient:
 
     def pull_plain(self, call: PlainCall) -> None:
         """Fill outs with values."""
-        self._pull(call.layout, call.batch)
+        self._pull(call.layout, call.batch, call.snapshot)
         call.batch.finish()
 
     # ------------------------------------------------------------ push
@@ -549,14 +554,14 @@ class DataClient:
             named, wanted = [key for key, _ in listed], [own for _, own in listed]
             if placed is None:
                 placed = self._keymap.having("pull", named)
-            self._pull(placed.layout(named), placed.look(named, outs=wanted))
+            self._pull(placed.layout(named), placed.look(named, outs=wanted), placed.snapshot)
 
-    def _pull(self, layout: Layout, outs: Arrays) -> None:
+    def _pull(self, layout: Layout, outs: Arrays, snapshot: str | None) -> None:
         """Pull values; retry once with fresh metadata if another client re-created a key on other servers."""
         try:
-            self._pull_once(layout, outs)
+            self._pull_once(layout, outs, snapshot)
         except (KeyNotFoundError, ValueMismatchError) as error:
-            if layout.snapshot is not None:
+            if snapshot is not None:
                 raise
             fresh = self._keymap.layout("pull", layout.keys)
             for key, before, after in zip(layout.keys, layout.placements, fresh.placements, strict=True):
@@ -566,12 +571,12 @@ class DataClient:
                         f"pull({quote(key)}): another client has re-created this key; it was {old.dtype} "
                         f"{tuple(old.shape)} and is {new.dtype} {tuple(new.shape)}; call again, with arrays that fit"
                     ) from error
-            self._pull_once(fresh, outs)
+            self._pull_once(fresh, outs, None)
 
-    def _pull_once(self, layout: Layout, outs: Arrays) -> None:
+    def _pull_once(self, layout: Layout, outs: Arrays, snapshot: str | None) -> None:
         requests = []
         for pulled in layout.pulled:
-            message = Pull(checksum=pulled.checksum, pull_dtype=self.pull_dtype, snapshot=layout.snapshot)
+            message = Pull(checksum=pulled.checksum, pull_dtype=self.pull_dtype, snapshot=snapshot)
             nbytes = pulled.nbytes
             request = ServerRequest(pulled.server, message, pulled.keys, reply_nbytes=nbytes)
             if self._same_host[pulled.server] and nbytes > _CACHED_NBYTES and self.pull_dtype is None:

@@ -35,8 +35,7 @@ class Listing(NamedTuple):
         """Return the listing of a reply to ``ListKeys``; keys of one kind share their placement."""
         kinds = [KeyPlacement.from_metadata(kind) for kind in reply["kinds"]]
         columns = zip(reply["keys"], reply["indices"], reply["orders"], strict=True)
-        changes = reply.get("changes", reply.get("listing"))
-        return cls(changes, {key: PlacedKey(kinds[index], order) for key, index, order in columns})
+        return cls(reply.get("changes"), {key: PlacedKey(kinds[index], order) for key, index, order in columns})
 
 
 class KeyMap:

@@ -6,7 +6,6 @@ import json
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from copy import copy
 from functools import cached_property, partial
 from typing import Any
 
@@ -153,7 +152,8 @@ class PlacedKeys(KeyTable[PlacedKey]):
 
     Args:
         placed: by key, in the order of init.
-        wide, pull_dtype, snapshot: as for ``Layout``.
+        wide, pull_dtype: as for ``Layout``.
+        snapshot: the name of the snapshot whose keys they are (None: the present ones).
     """
 
     def __init__(
@@ -170,10 +170,9 @@ class PlacedKeys(KeyTable[PlacedKey]):
         self._entries: dict[Key, Entry] = {}
 
     def of_snapshot(self, snapshot: str) -> PlacedKeys:
-        """Return the same keys as another snapshot has them, with the layouts that are known."""
+        """Return the same keys as another snapshot has them, which share their layouts."""
         found = PlacedKeys(self, wide=self._wide, pull_dtype=self._pull_dtype, snapshot=snapshot)
-        found._layouts = {keys: layout.of_snapshot(snapshot) for keys, layout in list(self._layouts.items())}
-        found._entries = self._entries
+        found._layouts, found._entries = self._layouts, self._entries
         return found
 
     def layout(self, keys: Sequence[Key]) -> Layout:
@@ -182,7 +181,7 @@ class PlacedKeys(KeyTable[PlacedKey]):
         layout = self._layouts.get(called)
         if layout is None:
             placements = [self[key].placement for key in keys]
-            layout = Layout(keys, placements, wide=self._wide, pull_dtype=self._pull_dtype, snapshot=self.snapshot)
+            layout = Layout(keys, placements, wide=self._wide, pull_dtype=self._pull_dtype)
             if len(self._layouts) >= _CACHED_LAYOUTS:
                 self._layouts.clear()
             self._layouts[called] = layout
@@ -349,7 +348,6 @@ class Layout:
         placements: of each key.
         wide: send sums of float16 and bfloat16 in float32, for the server to add before it rounds.
         pull_dtype: in which values of float32 and float64 are pulled (None: in their own).
-        snapshot: the name of the snapshot whose keys they are (None: the present ones).
     """
 
     def __init__(
@@ -359,9 +357,8 @@ class Layout:
         *,
         wide: bool,
         pull_dtype: str | None = None,
-        snapshot: str | None = None,
     ) -> None:
-        self.keys, self.placements, self.snapshot = list(keys), placements, snapshot
+        self.keys, self.placements = list(keys), placements
         distinct = list(dict.fromkeys(placements))
         numbers = {placement: number for number, placement in enumerate(distinct)}
         indices = np.array([numbers[placement] for placement in placements], np.int64)
@@ -377,12 +374,6 @@ class Layout:
             self.pulled = [
                 ServerLayout(server, self.keys, distinct, indices, pull_dtype=pull_dtype) for server in servers
             ]
-
-    def of_snapshot(self, snapshot: str) -> Layout:
-        """Return the layout of the same keys in another snapshot."""
-        found = copy(self)
-        found.snapshot = snapshot
-        return found
 
     @cached_property
     def name(self) -> str:

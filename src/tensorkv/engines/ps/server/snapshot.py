@@ -182,7 +182,7 @@ class HeldSnapshots:
         """
         held = self._held[name]
         entries = list(held.snapshot.held.values())
-        told = {"listing": held.keys.name, "versions": [entry.version for entry in entries]}
+        told = {"changes": held.keys.name, "versions": [entry.version for entry in entries]}
         if known == held.keys.name:
             return told
         return {**told, **listed([entry.key for entry in entries], held.keys.notes)}

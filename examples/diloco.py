@@ -8,7 +8,7 @@ Nesterov momentum with the mean of that (Douillard et al., 2023).
     python examples/diloco.py                                     two workers; the plot is diloco.png
     torchrun --standalone --nproc-per-node 2 examples/diloco.py   the workers alone
 
-Needs the extra examples: pip install '.[examples]'
+Needs the extras cli and examples: pip install '.[cli,examples]'
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import sys
 from typing import Any
 
 import torch
-from sklearn import datasets, model_selection
 from torch import nn
 from torch.nn import functional
 
 import tensorkv
+from tensorkv.cli import demo
 
 WORKERS = 2
 STEPS = 600
@@ -39,19 +39,11 @@ LOOK = 50
 PLOT = "diloco.png"
 
 
-def digits() -> list[torch.Tensor]:
-    """Return images and labels: those to train with, and a quarter that is held out."""
-    images, labels = datasets.load_digits(return_X_y=True)
-    split = model_selection.train_test_split(images / 16, labels, test_size=0.25, stratify=labels, random_state=0)
-    train, held_out, labels, held_out_labels = map(torch.from_numpy, split)
-    return [train.float(), labels, held_out.float(), held_out_labels]
-
-
 def train(kv: tensorkv.KVStore, every: int) -> list[tuple[float, float]]:
     """Train one way; return the megabytes that this worker has pushed, and the held-out loss, again and again."""
-    images, labels, held_out, held_out_labels = digits()
+    digits = demo.load_digits()
     mine = slice(kv.rank, None, kv.num_workers)
-    images, labels = images[mine], labels[mine]
+    images, labels = digits.images[mine], digits.labels[mine]
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64), nn.GELU(), nn.Linear(64, 10))
     inner = torch.optim.AdamW(model.parameters(), lr=LR)
@@ -71,7 +63,7 @@ def train(kv: tensorkv.KVStore, every: int) -> list[tuple[float, float]]:
         if step % LOOK == 0:
             # With DiLoCo, all workers have the common weights now.
             with torch.no_grad():
-                loss = functional.cross_entropy(model(held_out), held_out_labels).item()
+                loss = functional.cross_entropy(model(digits.test_images), digits.test_labels).item()
             told.append((step // max(1, every) * nbytes / 1e6, loss))
     return told
 

@@ -102,7 +102,7 @@ def peak_nbytes() -> int:
 
 
 def forget_peak() -> None:
-    """Count the most bytes anew.
+    """Reset what ``peak_nbytes`` returns.
 
     ``ru_maxrss`` would also count what making arrays took, and the peak of the process that started this one.
     """

@@ -37,11 +37,11 @@ from tensorkv.runtime import caller, forks
 from tensorkv.runtime.modes import outside_modes, runs_outside_modes
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard import optimizers
-from tensorkv.shard.entry import KeyInfo, Part
+from tensorkv.shard.entry import Entry, KeyInfo, Part
 from tensorkv.shard.fused import AVERAGE
 from tensorkv.shard.norm import PushResult
 from tensorkv.shard.releases import check_keep, check_name
-from tensorkv.shard.rules import Updater
+from tensorkv.shard.rules import Assign, Updater, check_push
 from tensorkv.shard.table import Table
 from tensorkv.storage import checkpoint
 from tensorkv.storage.manifest import Contents
@@ -478,7 +478,10 @@ class KVStore:
             return flatten(verb, *tree)
 
     def push_tree(self, *parts: Any, prefix: str = "", rename: trees.Rename | None = None, priority: int = 0) -> None:
-        """Push every array of a tree, as one ``push``.
+        """Push every array of a tree, as one ``push``; create the keys that are new.
+
+        A key that does not exist is created, of zeros, where a sum replaces the value: with neither an optimizer nor an
+        updater. Otherwise it is an error, since a first gradient is not a value.
 
         Args:
             *parts: trees of equal structure, such as each device's gradients: the arrays at one path are the parts of
@@ -488,17 +491,18 @@ class KVStore:
 
         Raises:
             ArgumentError: trees of different structure, or as for ``init_tree``.
+            KeyNotFoundError: a key does not exist, and the store has an optimizer or an updater.
             TensorKVError: as ``push``; the messages name the path.
 
         >>> import numpy as np
         >>> kv = create()
-        >>> kv.init_tree({"w": np.zeros(2), "b": np.zeros(1)})
+        >>> kv.init_tree({"b": np.zeros(1)})
         >>> kv.push_tree({"w": np.ones(2), "b": None}, {"w": np.ones(2), "b": None})
         >>> kv.pull_tree()
         {'b': array([0.]), 'w': array([2., 2.])}
         """
         flat, values = self._flatten("push_tree", trees.flatten_parts, parts, prefix, rename)
-        self.push(flat.names, values, priority=priority)
+        self._push_tree("push_tree", self.push, flat, values, priority)
 
     def pull_tree(
         self,
@@ -580,7 +584,7 @@ class KVStore:
     def pushpull_tree(
         self, *parts: Any, prefix: str = "", rename: trees.Rename | None = None, priority: int = 0
     ) -> Any:
-        """Push every array of a tree, then pull the same keys, as one ``pushpull``.
+        """Push every array of a tree, then pull the same keys, as one ``pushpull``; create keys as ``push_tree``.
 
         Args:
             *parts, prefix, rename, priority: as for ``push_tree``.
@@ -600,7 +604,40 @@ class KVStore:
         {'w': array([0.5, 0.5])}
         """
         flat, values = self._flatten("pushpull_tree", trees.flatten_parts, parts, prefix, rename)
-        return flat.rebuild(self.pushpull(flat.names, values, priority=priority))
+        return flat.rebuild(self._push_tree("pushpull_tree", self.pushpull, flat, values, priority))
+
+    def _push_tree(self, verb: str, push: Callable[..., R], flat: trees.Flat, values: list[Any], priority: int) -> R:
+        """Push the arrays of a tree; only if that fails, look for keys that do not exist, create them and push."""
+        try:
+            return push(flat.names, values, priority=priority)
+        except KeyNotFoundError as error:
+            self._init_missing(verb, flat, values, error)
+        return push(flat.names, values, priority=priority)
+
+    @_collective
+    def _init_missing(self, verb: str, flat: trees.Flat, values: list[Any], error: KeyNotFoundError) -> None:
+        """Create the keys that a push of a tree lacks, of zeros, once the whole push is known to fit."""
+        start = self._begin(verb)
+        if not self._engine.assigns:
+            raise KeyNotFoundError(
+                f"{error}; {verb} creates keys where a sum replaces the value, and this store has an update rule, for "
+                "which a first gradient is not a value: call init_tree first"
+            ) from None
+        batch = Call(self._pushes, verb, flat.names, values, None, 0).batch
+        held = set(self._engine.keys())
+        new = {name: leaf for name, leaf in zip(flat.names, flat.leaves, strict=True) if name not in held}
+        taken, specs = _take_values(verb, list(new), list(new.values()))
+        made: dict[Key, KeySpec] = dict(zip(new, specs, strict=True))
+        wanted = [made.get(key) or self._engine.spec(verb, key) for key in batch.keys]
+        entries = [
+            Entry(key, spec, parts[0])  # type: ignore[arg-type]
+            for key, spec, parts in zip(batch.keys, wanted, batch.parts, strict=True)
+        ]
+        check_push(batch, entries, Assign(), self._engine.averages)
+        # Not the first parts: the push may be left out, as one of NaN or Inf is if the store was asked for that.
+        blank = [_blank(part) for part in taken]
+        self._engine.protect(self._engine.init_missing, list(new), blank, specs)
+        self._metrics.add("init", start, list(new), [part.nbytes for part in blank])
 
     def broadcast_tree(self, tree: Any, *, prefix: str = "", rename: trees.Rename | None = None) -> Any:
         """Create a key for each array of a tree, then pull them: ``init_tree`` and ``pull_tree`` in one call.
@@ -1494,6 +1531,13 @@ def _take_values(verb: str, keys: Sequence[Key], values: Sequence[Any]) -> tuple
             spec = KeySpec(part.shape, part.dtype, interop.origin(value), False)
         specs.append(known.setdefault(spec, spec))
     return taken, specs
+
+
+def _blank(part: Part) -> Part:
+    """Return zeros of the shape of a part, or no rows."""
+    if isinstance(part, Rows):
+        return unchecked_rows(part.ids[:0], part.values[:0], part.num_rows)
+    return torch.zeros_like(part, memory_format=torch.contiguous_format)
 
 
 def _take_ids(verb: str, key: Key, spec: KeySpec, row_ids: Any) -> torch.Tensor:

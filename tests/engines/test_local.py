@@ -1,5 +1,7 @@
 """The local engine passes the contract, under every type name."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,15 @@ def test_aliases(name):
         assert kv.type == name
         kv.init("w", np.zeros(2))
         assert kv.pushpull("w", [np.ones(2)] * 3).tolist() == [3, 3]
+
+
+def test_threads_create_the_keys_of_a_tree_at_the_same_time():
+    with tensorkv.create() as kv, ThreadPoolExecutor(4) as pool:
+        for turn in range(50):
+            trees = [{f"{turn}": np.ones(2), f"{turn} of {thread}": np.ones(2)} for thread in range(4)]
+            list(pool.map(kv.push_tree, trees))
+            assert kv.info(f"{turn}").version == 4
+        assert len(kv) == 250
 
 
 def test_more_elements_than_a_slice_holds():

@@ -211,6 +211,23 @@ def test_sums_of_workers_are_rounded_once(dtype, large):
                 assert raw(found) == [raw(local.pull("a"))] * 2
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_workers_create_the_keys_of_a_tree_at_the_same_time(mode):
+    with Cluster(2, mode=mode, num_workers=2) as cluster:
+        workers = cluster.stores(2)
+        for turn in range(10):
+            # They do not have the same keys, where no worker waits for the other.
+            trees = [{f"{turn}": np.full(3, rank + 1, np.float32)} for rank in range(2)]
+            if mode == "async":
+                trees = [{**tree, f"{turn} of {rank}": np.ones(1)} for rank, tree in enumerate(trees)]
+            together(*(lambda kv=kv, tree=tree: kv.push_tree(tree) for kv, tree in zip(workers, trees, strict=True)))
+            for kv in workers:
+                found = kv.pull(f"{turn}").tolist()
+                assert found == [3, 3, 3] if mode == "sync" else found in ([1, 1, 1], [2, 2, 2])
+                assert kv.info(f"{turn}").version == (1 if mode == "sync" else 2)
+        assert len(workers[0].keys()) == (10 if mode == "sync" else 30)
+
+
 def test_a_key_that_the_optimizer_cannot_update_stops_the_push_on_every_server():
     with Cluster(2) as cluster:
         kv = cluster.store()

@@ -625,6 +625,25 @@ def ahead():
         say("all there")
 
 
+def new_trees(shared_memory):
+    """Trees whose keys are new, or some of them, while older pushes are on their way."""
+    with create(shared_memory=shared_memory == "True") as kv:
+        for turn in range(20):
+            kv.push_tree({f"{turn}": np.full(3, RANK + 1, F32), "all": np.full(2, turn, F32)})
+        total = SIZE * (SIZE + 1) / 2
+        assert kv.pull_tree({"19": np.zeros(3, F32)})["19"].tolist() == [total] * 3
+        assert kv.pushpull_tree({"new": np.full(1, RANK + 1, F32)})["new"].tolist() == [total]
+        assert kv.pull("all").tolist() == [19 * SIZE] * 2
+        assert [kv.info(key).version for key in ("0", "all", "new")] == [1, 20, 1]
+        kv.set_optimizer("sgd", lr=1.0)
+        for _ in range(3):
+            with pytest.raises(tensorkv.KeyNotFoundError, match="init_tree"):
+                kv.push_tree({"late": np.ones(3, F32)})
+        kv.push_tree({"new": np.ones(1, F32)})
+        assert kv.pull("new").tolist() == [total - SIZE]
+        say("all there")
+
+
 def key_by_key(count, shared_memory):
     """Many small keys, each pushed alone, as MXNet's Module does: no more stages than for a few, and the right sums."""
     from tensorkv.engines.sync import push, schedule

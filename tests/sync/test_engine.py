@@ -314,6 +314,12 @@ def test_workers_may_be_far_ahead(workers):
         assert "all there" in text
 
 
+@pytest.mark.parametrize(("workers", "shared_memory"), [(2, True), (3, False)])
+def test_a_push_creates_the_keys_of_trees(workers, shared_memory):
+    for text in run(workers, PROGRAMS, "new_trees", shared_memory):
+        assert "all there" in text, text
+
+
 @pytest.mark.parametrize("workers", [2, 3])
 def test_stages_of_many_lists_of_keys_are_bounded(workers):
     for text in run(workers, PROGRAMS, "many_lists"):

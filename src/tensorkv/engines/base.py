@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -17,7 +17,7 @@ from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import Codec
-from tensorkv.errors import ArgumentError, WaitTimeoutError, quote
+from tensorkv.errors import ArgumentError, KeyExistsError, WaitTimeoutError, quote
 from tensorkv.releases.changes import Changes
 from tensorkv.runtime import shield
 from tensorkv.runtime.modes import outside_modes
@@ -215,9 +215,26 @@ class Engine(Reader):
         """How many workers push."""
         return 1
 
+    def init_missing(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
+        """Hold copies of new values of those keys that do not exist, though others create some at the same time."""
+        while new := [each for each in zip(keys, values, specs, strict=True) if each[0] not in self]:
+            with suppress(KeyExistsError):
+                self.init(*map(list, zip(*new, strict=True)))
+                return
+
     def delete(self, keys: Sequence[Key]) -> None:
         """Forget keys; all or none."""
         raise self.lacks("delete")
+
+    @property
+    def assigns(self) -> bool:
+        """Whether a sum replaces the value: there is neither an optimizer nor an updater."""
+        return self.optimizer is None
+
+    @property
+    def averages(self) -> bool:
+        """Whether a push takes the mean of the parts of a key, not their sum."""
+        return False
 
     @property
     def optimizer(self) -> OptimizerSpec | None:

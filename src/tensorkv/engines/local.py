@@ -27,7 +27,7 @@ from tensorkv.shard.norm import PushResult
 from tensorkv.shard.optimizers import OptimizerSpec
 from tensorkv.shard.reduce import Reduce
 from tensorkv.shard.releases import HeldRelease
-from tensorkv.shard.rules import Updater
+from tensorkv.shard.rules import Assign, Updater
 from tensorkv.shard.shard import Lock, Shard, ShardSnapshot
 from tensorkv.storage import checkpoint
 from tensorkv.storage.durable import open_shard
@@ -251,6 +251,14 @@ class LocalEngine(ShardReader, Engine):
     @property
     def optimizer(self) -> OptimizerSpec | None:
         return self._shard.optimizer
+
+    @property
+    def assigns(self) -> bool:
+        return isinstance(self._shard.rule, Assign)
+
+    @property
+    def averages(self) -> bool:
+        return self._shard.averages
 
     @property
     def last_push(self) -> PushResult:

@@ -123,6 +123,75 @@ class TreeContract:
         assert library.read(pulled["a"]).tolist() == [3]
         assert [kv.info(key).version for key in ("a", "b")] == [1, 1]
 
+    @pytest.mark.parametrize("verb", ["push_tree", "pushpull_tree"])
+    def test_a_push_creates_the_keys_of_a_tree(self, kv, library, verb):
+        push = getattr(kv, verb)
+        push(tree_of(library, 2), prefix="net")
+        assert kv.keys() == [f"net.{path}" for path in PATHS]
+        check(library, kv.pull_tree(tree_of(library, 0), prefix="net"), 2)
+        # Some are there, some are not; the parts of both are summed.
+        first, more = ({"a": library.make([number]), "n": library.make([1], "int32")} for number in (1, 5))
+        kv.init_tree({"a": library.make([9])})
+        pulled = push(first, more)
+        assert library.read(kv.pull("a")).tolist() == [6]
+        assert library.read(kv.pull("n")).tolist() == [2]
+        assert str(kv.pull("n").dtype).removeprefix("torch.") == "int32"
+        assert pulled is None or library.read(pulled["n"]).tolist() == [2]
+        assert {kv.info(key).version for key in kv} == {1}
+
+    def test_a_push_creates_tables(self, kv):
+        parts = [Rows(np.array([4, 2, 4]), ones(3, 1), 10**12), Rows(np.array([7]), ones(1, 1), 10**12)]
+        kv.push_tree(*({"table": part} for part in parts))
+        assert kv.info("table").kind == "rows"
+        rows = kv.row_sparse_pull("table", row_ids=[2, 3, 4, 7])
+        assert rows.values[:, 0].tolist() == [1, 0, 2, 1]
+
+    def test_a_first_gradient_is_no_value(self, kv):
+        kv.init_tree({"a": ones(2)})
+        kv.set_optimizer("sgd", lr=0.5)
+        before = state(kv)
+        for push, verb in ((kv.push_tree, "push_tree"), (kv.pushpull_tree, "pushpull_tree")):
+            with pytest.raises(
+                tensorkv.KeyNotFoundError, match=rf'"b"\): no such key.*; {verb} .*: call init_tree first'
+            ):
+                push({"a": ones(2), "b": ones(2)})
+        assert state(kv) == before
+
+    def test_a_push_that_does_not_fit_creates_nothing(self, kv):
+        kv.init_tree({"a": ones(2)})
+        before = state(kv)
+        errors = [
+            ([{"a": ones(3), "b": ones(2)}], tensorkv.ValueMismatchError, r'\("a"\): part 0 has shape \(3,\)'),
+            ([{"b": ones(2)}, {"b": ones(3)}], tensorkv.ValueMismatchError, r'\("b"\): part 1 has shape \(3,\)'),
+            ([{"b": ones(2)}, {"b": ones(2, dtype=int)}], tensorkv.ValueMismatchError, r'\("b"\): part 1 is int64'),
+            ([{"b": ones(2), "c": 3.0}], tensorkv.ArrayTypeError, r'\("c"\): part 0 is 3.0, not an array'),
+            ([{"b": Rows(np.array([0]), ones(1, 1), 2, init="normal")}], tensorkv.ArgumentError, r'\("b"\).*init='),
+        ]
+        for parts, kind, match in errors:
+            with pytest.raises(kind, match=match):
+                kv.push_tree(*parts)
+            with pytest.raises(kind, match=match):
+                kv.pushpull_tree(*parts)
+        with pytest.raises(tensorkv.ArgumentError, match="priority is 'high'"):
+            kv.push_tree({"b": ones(2)}, priority="high")
+        assert state(kv) == before
+        with pytest.raises(tensorkv.KeyNotFoundError, match=r'push\("b"\): no such key'):
+            kv.push("b", ones(2))
+
+    def test_a_new_key_has_nothing_of_a_push_that_is_refused(self):
+        with self.create(nonfinite="raise") as kv:
+            with pytest.raises(tensorkv.NonFiniteError):
+                kv.push_tree({"w": np.array([1, np.nan], F32)})
+            assert kv.pull("w").tolist() == [0, 0]
+            assert kv.info("w").version == 0
+            kv.push_tree({"w": ones(2)})
+            assert kv.pull("w").tolist() == [1, 1]
+        with self.create(reduce="mean") as kv:
+            with pytest.raises(tensorkv.ValueMismatchError, match='reduce="mean"'):
+                kv.push_tree({"n": ones(2, dtype=int)})
+            assert kv.keys() == []
+            kv.push_tree({"w": ones(2)})
+
     def test_trees_without_arrays(self, kv):
         for tree in ({}, [], None, {"a": [None, ()]}):
             kv.init_tree(tree)
@@ -191,7 +260,8 @@ class TreeContract:
             ({"a": [ones(2), 3.0]}, tensorkv.ArrayTypeError, r'push\("a\.1"\): part 0 is 3.0, not an array'),
             ({"a": [ones(2), "text"]}, tensorkv.ArrayTypeError, r'push\("a\.1"\)'),
             ({"a": [ones(2), ones(3)]}, tensorkv.ValueMismatchError, r'push\("a\.1"\): part 0 has shape \(3,\)'),
-            ({"a": [ones(2)] * 3}, tensorkv.KeyNotFoundError, r'push\("a\.2"\): no such key'),
+            ({"a": [ones(2), ones(3), ones(1)]}, tensorkv.ValueMismatchError, r'\("a\.1"\): part 0 has shape \(3,\)'),
+            ({"c": ones(2), "d": 3.0}, tensorkv.ArrayTypeError, r'"d"\): part 0 is 3.0, not an array'),
             ({"a": [ones(2)], "a.0": ones(2)}, tensorkv.ArgumentError, 'push_tree: two leaves .* the path "a.0"'),
             (ones(2), tensorkv.ArgumentError, "push_tree: a leaf of the tree has no name; give a prefix"),
             ({"": ones(2)}, tensorkv.ArgumentError, "push_tree: a leaf of the tree has no name"),

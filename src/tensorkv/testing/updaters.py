@@ -89,3 +89,9 @@ class UpdaterContract:
         for array in kept:
             array[:] = 99
         assert kv.pull("w").tolist() == [1, 1]
+
+    def test_an_updater_takes_no_first_value(self, kv):
+        kv.set_updater(lambda key, received, stored: np.add(stored, received, out=stored))
+        with pytest.raises(tensorkv.KeyNotFoundError, match=r'"w"\): no such key.*: call init_tree first'):
+            kv.push_tree({"w": ones(2)})
+        assert kv.keys() == []

@@ -35,7 +35,7 @@ from tensorkv.shard.nonfinite import NonFinite, NonFinitePolicy
 from tensorkv.shard.norm import PushResult
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
 from tensorkv.shard.reduce import Reduce
-from tensorkv.shard.rules import CallUpdater, Rule, StepOptimizer, Updater
+from tensorkv.shard.rules import Assign, CallUpdater, Rule, StepOptimizer, Updater
 from tensorkv.shard.shard import Shard
 from tensorkv.shard.table import Table
 from tensorkv.storage import checkpoint
@@ -279,6 +279,14 @@ class DistEngine(Engine):
     @property
     def optimizer(self) -> OptimizerSpec | None:
         return self._shard.optimizer
+
+    @property
+    def assigns(self) -> bool:
+        return isinstance(self._shard.rule, Assign)
+
+    @property
+    def averages(self) -> bool:
+        return self._shard.averages
 
     @property
     def last_push(self) -> PushResult:

@@ -253,14 +253,25 @@ class PSEngine(Engine):
             self._wait_for_keys(keys, specs)
             return
         with self._claim():
-            self._keymap.check_new(keys)
-            incomplete = self._keymap.incomplete(keys)
-            if incomplete:
-                # Left by an init that did not reach every server; no other init is running now.
-                deletes = {server: messages.Delete(keys=own) for server, own in incomplete.items()}
-                self._send([ServerRequest(server, delete) for server, delete in deletes.items()])
-            placed = self._keymap.place(keys, specs)
-            replies = shield.run(self._data.init, keys, values, placed)
+            self._create(keys, values, specs)
+
+    def init_missing(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
+        # Any worker does, where ``init`` leaves it to rank 0: it is alone in pushing them, perhaps.
+        with self._claim():
+            new = [each for each in zip(keys, values, specs, strict=True) if each[0] not in self._keymap]
+            if new:
+                self._create(*map(list, zip(*new, strict=True)))
+
+    def _create(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
+        """Create keys; no other client creates any now."""
+        self._keymap.check_new(keys)
+        incomplete = self._keymap.incomplete(keys)
+        if incomplete:
+            # Left by an init that did not reach every server; no other init is running now.
+            deletes = {server: messages.Delete(keys=own) for server, own in incomplete.items()}
+            self._send([ServerRequest(server, delete) for server, delete in deletes.items()])
+        placed = self._keymap.place(keys, specs)
+        replies = shield.run(self._data.init, keys, values, placed)
         if not self._keymap.add(keys, placed, replies):
             self._keymap.refresh()
 
@@ -488,6 +499,10 @@ class PSEngine(Engine):
     def optimizer(self) -> OptimizerSpec | None:
         self._keymap.refresh()
         return self._keymap.optimizer
+
+    @property
+    def averages(self) -> bool:
+        return self._options.reduce == "mean"
 
     @property
     def last_push(self) -> PushResult:

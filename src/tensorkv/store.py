@@ -1029,29 +1029,48 @@ class KVStore:
     # ------------------------------------------------------------ checkpoints
 
     @_collective
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, releases: bool = False) -> None:
         """Write values, rows, versions, the optimizer and its state to a checkpoint.
 
         Args:
             path: a directory that is new, empty or holds a checkpoint, which is replaced. A crash at any moment
                 leaves the old checkpoint or the new one.
+            releases: write the releases that ``releases()`` lists, too, and the names that were used. A value that
+                several of them share, or that has not changed since, is written once.
 
         Raises:
             CheckpointError: the directory holds something else, or cannot be written.
+            ArgumentError: ``releases`` of a type of store that has none (``is_capable("releases")``).
 
         An updater is a function and is not saved; set it again after ``load``.
+
+        >>> import tempfile, numpy as np
+        >>> kv, other = create(), create()
+        >>> kv.init("w", np.zeros(2))
+        >>> kv.publish("step-1")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     kv.save(folder, releases=True)
+        ...     other.load(folder)
+        True
+        >>> other.releases()
+        [ReleaseInfo(name='step-1', number=1)]
         """
         self._begin("save")
+        folder = folder_path("save", path)
+        if check_flag("save: releases", releases):
+            self._begin_release("save(releases=True)")
         self._flush()
-        self._engine.protect(self._engine.save, folder_path("save", path), "store")
+        self._engine.protect(partial(self._engine.save, folder, "store", releases=releases))
 
     @_collective
     def load(self, path: str | os.PathLike[str], *, missing_ok: bool = False) -> bool:
-        """Replace every key and the update rule by those of a checkpoint.
+        """Replace every key and the update rule by those of a checkpoint, and the releases if it has any saved.
 
         The optimizer gets the hyperparameters that were saved, ``lr`` and ``rescale_grad`` among them; change them
-        afterwards with ``set_hyperparameters``. A checkpoint of a store with an updater, which is a function and not
-        saved, leaves the present update rule in force.
+        afterwards with ``set_hyperparameters``. Releases that were saved replace those of the store, of which none can
+        be read any more; names that were used here stay used. A checkpoint without releases leaves them as they are. A
+        checkpoint of a store with an updater, which is a function and not saved, leaves the present update rule in
+        force.
 
         Args:
             path: a directory that ``save`` wrote.
@@ -1063,7 +1082,8 @@ class KVStore:
             Whether a checkpoint was loaded.
 
         Raises:
-            CheckpointError: not a checkpoint, or a damaged one; the store has not changed.
+            CheckpointError: not a checkpoint, or a damaged one, or one with releases in a type of store that has none;
+                the store has not changed.
 
         >>> import tempfile, tensorkv, numpy as np
         >>> kv = tensorkv.create()

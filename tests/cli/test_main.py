@@ -593,3 +593,17 @@ def test_constraints_pin_what_the_tests_run_with():
     assert not [name for name, version in pins.items() if "+" in version]
     for name in ("torch", "numpy", "rich", "safetensors", "pytest", "ruff", "mypy"):
         assert importlib.metadata.version(name).partition("+")[0] == pins[name], name
+
+
+def test_inspect_lists_the_releases_of_a_checkpoint(tmp_path, capsys):
+    with tensorkv.create() as kv:
+        kv.init("w", np.zeros(2))
+        for name in ("first", "second"):
+            kv.publish(name)
+            kv.push("w", np.ones(2))
+        kv.save(tmp_path / "with", releases=True)
+        kv.save(tmp_path / "without")
+    report = json.loads(run(capsys, "inspect", "--verify", "--json", str(tmp_path / "with"))[1])
+    assert report["releases"] == ["first", "second"]
+    assert "releases: first, second" in run(capsys, "inspect", str(tmp_path / "with"))[1]
+    assert "releases" not in run(capsys, "inspect", str(tmp_path / "without"))[1]

@@ -39,6 +39,45 @@ def test_threads_create_the_keys_of_a_tree_at_the_same_time():
         assert len(kv) == 250
 
 
+def test_loaded_releases_are_there_when_the_folder_is_opened_again(tmp_path):
+    with tensorkv.create() as kv:
+        kv.init({"a": np.zeros(3), "b": np.ones(3)})
+        kv.publish("one")
+        kv.push("a", np.ones(3))
+        kv.publish("two")
+        kv.save(tmp_path / "saved", releases=True)
+        digests = [kv.open_release(name).digest for name in ("one", "two")]
+    with tensorkv.create(path=tmp_path / "store") as kv:
+        kv.init("a", np.zeros(1))
+        kv.publish("before")
+        kv.load(tmp_path / "saved")
+    with tensorkv.create(path=tmp_path / "store") as kv:
+        assert [(each.name, each.number) for each in kv.releases()] == [("one", 1), ("two", 2)]
+        assert [kv.open_release(name).digest for name in ("one", "two")] == digests
+        for name in ("before", "one"):
+            with pytest.raises(tensorkv.ReleaseExistsError):
+                kv.publish(name)
+        kv.publish("three")
+        kv.push("b", np.zeros(3))
+        assert kv.open_release("three").pull("b").tolist() == [1, 1, 1]
+
+
+def test_an_old_release_does_not_lend_its_changes_to_one_of_its_name(tmp_path):
+    with tensorkv.create() as kv, tensorkv.create() as other:
+        for store, values in ((kv, [1, 2]), (other, [3, 4])):
+            store.init("a", np.zeros(2))
+            store.publish("one")
+            store.push("a", np.array(values, float))
+            store.publish("two")
+        other.save(tmp_path / "saved", releases=True)
+        found = []
+        for _ in range(2):
+            with kv.open_release("two") as release:
+                found.append(release.changes(since="one")[0].values.tolist())
+            kv.load(tmp_path / "saved")
+        assert found == [[1, 2], [3, 4]]
+
+
 def test_more_elements_than_a_slice_holds():
     rng = np.random.default_rng(1)
     parts = [rng.standard_normal((700, 1001)).astype(np.float32) for _ in range(3)]

@@ -522,3 +522,57 @@ def test_keys_are_told_again_only_when_they_have_changed():
             # An older one, whose keys were others.
             assert list(read("a")[1]) == list(SHAPES)
             assert number_in(read("b")[1].values()) == 1
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2), (2, 1), (2, 2)])
+def test_saved_releases_go_to_another_number_of_servers(before, after, tmp_path):
+    def read(kv):
+        found = {}
+        for each in kv.releases():
+            with kv.open_release(each.name) as release:
+                values = {key: release.pull(key).tolist() for key in release.keys() if key != "table"}
+                if "table" in release.keys():
+                    values["table"] = release.row_sparse_pull("table", row_ids=range(100)).values.tolist()
+                found[each] = release.digest, release.versions, values
+        return found
+
+    rows = np.arange(0, 100, 3)
+    with Cluster(before) as cluster:
+        kv = cluster.store()
+        kv.init({"large": np.zeros((512, 512), np.float32), "small": np.arange(3), "gone": np.ones(5)})
+        kv.init("table", tensorkv.Rows(rows, np.ones((len(rows), 2)), 100))
+        kv.publish("one")
+        kv.push("large", np.ones((512, 512), np.float32))
+        kv.publish("two", keys=["small", "large"])
+        kv.push("table", tensorkv.Rows(rows[:5], np.full((5, 2), 7.0), 100))
+        kv.delete("gone")
+        kv.publish("three")
+        kv.publish("dropped")
+        kv.unpublish("dropped")
+        kv.push("small", np.arange(3) * 2)
+        told = read(kv)
+        kv.save(tmp_path / "saved", releases=True)
+    with Cluster(after) as cluster:
+        kv, other = cluster.stores(2)
+        kv.init("small", np.zeros(1))
+        kv.publish("here")
+        kv.load(tmp_path / "saved")
+        assert read(kv) == told
+        assert read(other) == told
+        kv.push({"large": np.full((512, 512), 5, np.float32), "small": np.arange(3) * 3})
+        assert read(other) == told
+        for name in ("dropped", "here", "one"):
+            with pytest.raises(tensorkv.ReleaseExistsError):
+                other.publish(name)
+        other.publish("four")
+        with kv.wait_release(after="three") as release:
+            assert release.name == "four"
+            kinds = {change.key: change.kind for change in release.changes(since="one")}
+            assert kinds == {"large": "dense", "small": "elements", "table": "rows", "gone": "deleted"}
+            with kv.open_release("two") as older:
+                kinds = {change.key: change.kind for change in older.changes(since="one")}
+                assert kinds == {"large": "dense", "small": "same", "table": "deleted", "gone": "deleted"}
+        # A second load, and a save of what was loaded.
+        kv.save(tmp_path / "again", releases=True)
+        kv.load(tmp_path / "saved")
+        assert read(kv) == told

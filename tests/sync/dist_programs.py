@@ -644,6 +644,17 @@ def new_trees(shared_memory):
         say("all there")
 
 
+def load_releases(folder):
+    """A checkpoint with releases is refused on every worker, and nothing has changed."""
+    with create() as kv:
+        kv.init("w", np.zeros(2, F32))
+        with pytest.raises(tensorkv.CheckpointError, match="has releases, which this type of store does not have"):
+            kv.load(folder)
+        kv.push("w", np.ones(2, F32))
+        assert kv.pull("w").tolist() == [SIZE, SIZE]
+        say("all there")
+
+
 def key_by_key(count, shared_memory):
     """Many small keys, each pushed alone, as MXNet's Module does: no more stages than for a few, and the right sums."""
     from tensorkv.engines.sync import push, schedule

@@ -320,6 +320,15 @@ def test_a_push_creates_the_keys_of_trees(workers, shared_memory):
         assert "all there" in text, text
 
 
+def test_a_checkpoint_with_releases_is_refused(tmp_path):
+    with tensorkv.create() as kv:
+        kv.init("w", np.ones(2))
+        kv.publish("one")
+        kv.save(tmp_path / "saved", releases=True)
+    for text in run(2, PROGRAMS, "load_releases", tmp_path / "saved"):
+        assert "all there" in text, text
+
+
 @pytest.mark.parametrize("workers", [2, 3])
 def test_stages_of_many_lists_of_keys_are_bounded(workers):
     for text in run(workers, PROGRAMS, "many_lists"):

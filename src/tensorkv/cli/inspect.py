@@ -68,6 +68,7 @@ def describe(path: str, *, verify: bool = False) -> dict[str, Any]:
             "optimizer": body["optimizer"],
             "nbytes": sum(file["nbytes"] for file in body["files"]),
             "verified": verify,
+            "releases": [each["name"] for each in body.get("releases", {"held": []})["held"]],
             "keys": [_describe_key(body["kind"], each, tensors) for each in body["keys"]],
             "files": [{name: file[name] for name in ("name", "nbytes", "sha256")} for file in body["files"]],
         }

@@ -17,7 +17,7 @@ from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import Codec
-from tensorkv.errors import ArgumentError, KeyExistsError, WaitTimeoutError, quote
+from tensorkv.errors import ArgumentError, CheckpointError, KeyExistsError, WaitTimeoutError, quote
 from tensorkv.releases.changes import Changes
 from tensorkv.runtime import shield
 from tensorkv.runtime.modes import outside_modes
@@ -281,17 +281,21 @@ class Engine(Reader):
         """Return counters of the engine's own, which are merged into ``KVStore.stats()``."""
         return {}
 
-    def contents(self) -> AbstractContextManager[Contents]:
-        """Return a context manager that gives everything that the store holds; nothing changes in its block."""
+    def contents(self, *, releases: bool = False) -> AbstractContextManager[Contents]:
+        """Return a context manager that gives everything that the store holds; nothing changes in its block.
+
+        Args:
+            releases: give the releases, too; only if ``"releases"`` is among the capabilities.
+        """
         raise self.lacks("save")
 
     def restore(self, contents: Contents) -> None:
         """Take over what contents hold; on an error nothing has changed. With several workers, rank 0's count."""
         raise self.lacks("load")
 
-    def save(self, path: str, kind: Kind) -> None:
-        """Write a checkpoint."""
-        with self.contents() as contents:
+    def save(self, path: str, kind: Kind, *, releases: bool = False) -> None:
+        """Write a checkpoint, with the releases if that is asked for."""
+        with self.contents(releases=releases) as contents:
             checkpoint.write(path, replace(contents, kind=kind))
 
     def load(self, path: str, kind: Kind) -> None:
@@ -300,6 +304,8 @@ class Engine(Reader):
             raise self.lacks("load")
         contents = checkpoint.read(path, kind)
         with checkpoint.naming(path):
+            if "releases" not in self.capabilities:
+                refuse_releases(contents)
             self.restore(contents)
 
     def snapshot(self) -> tuple[Reader, Mapping[Key, int]]:
@@ -393,6 +399,15 @@ class Engine(Reader):
     def dead_workers(self) -> list[int]:
         """Return the ranks of workers that were here and are dead."""
         return []
+
+
+def refuse_releases(contents: Contents) -> None:
+    """Raise CheckpointError if contents have releases, for a kind of store that cannot have any."""
+    if contents.releases is not None:
+        raise CheckpointError(
+            "has releases, which this type of store does not have; load it in one that has them "
+            '(is_capable("releases")), and save it from there without releases'
+        )
 
 
 def no_release(after: str | None, timeout_s: float) -> WaitTimeoutError:

@@ -276,9 +276,10 @@ class LocalEngine(ShardReader, Engine):
         return counts if self._shard.log is None else {**counts, "wal": self._shard.log.counts}
 
     @contextmanager
-    def contents(self) -> Iterator[Contents]:
+    def contents(self, *, releases: bool = False) -> Iterator[Contents]:
         with self._compressing, self._shard.frozen() as (entries, rule):
-            yield Contents("store", entries, rule, self._compressor.owed)
+            saved = self._shard.saved_releases() if releases else None
+            yield Contents("store", entries, rule, self._compressor.owed, saved)
 
     def restore(self, contents: Contents) -> None:
         with self._compressing:

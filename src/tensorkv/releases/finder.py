@@ -55,7 +55,8 @@ class ChangeFinder:
 
     def __init__(self, shard: Shard, place_of: PlaceOf = _whole) -> None:
         self._shard, self._place_of = shard, place_of
-        self._found: dict[tuple[str, str], Sequence[KeyChange]] = {}
+        # With the two snapshots: after a load other releases may have the names.
+        self._found: dict[tuple[str, str], tuple[ShardSnapshot, ShardSnapshot, Sequence[KeyChange]]] = {}
         self._lock = threading.Lock()
 
     def changes(
@@ -89,10 +90,12 @@ class ChangeFinder:
                     old = stack.enter_context(self._held(since))
                 except ReleaseNotFoundError:
                     return None, self._compare(new, None)
-                found = self._found.get((name, since))
-                if found is None:
-                    found = self._compare(new, old)
-                    self._remember(name, since, found)
+                known = self._found.get((name, since))
+                if known is not None and known[0] is new and known[1] is old:
+                    return since, known[2]
+                found = self._compare(new, old)
+                self._forget()
+                self._found[name, since] = new, old, found
                 return since, found
 
     def digest(self, name: str) -> str:
@@ -149,11 +152,11 @@ class ChangeFinder:
         # Of another whole value a piece may be as large, and begin elsewhere.
         return kinds[0] == kinds[1] and self._place_of(old) == self._place_of(new)
 
-    def _remember(self, name: str, since: str, found: Sequence[KeyChange]) -> None:
+    def _forget(self) -> None:
+        """Make room for one more pair of releases."""
         for pair in list(self._found):
             if len(self._found) >= _REMEMBERED_PAIRS or pair[0] not in self._shard.releases:
                 del self._found[pair]
-        self._found[name, since] = found
 
     @contextmanager
     def _held(self, name: str) -> Iterator[ShardSnapshot]:

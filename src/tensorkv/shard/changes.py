@@ -16,6 +16,7 @@ from tensorkv.arrays.arguments import Key
 
 from . import native, nonfinite
 from .entry import Entry
+from .releases import SavedReleases
 from .rules import Rule
 
 RequestId = Sequence[Any]
@@ -116,10 +117,11 @@ class SetRule(Change):
 
 @dataclass(slots=True)
 class Restore(Change):
-    """Replace all entries and the rule."""
+    """Replace all entries, the rule, and the releases (None: these stay)."""
 
     entries: Sequence[Entry]
     rule: Rule
+    releases: SavedReleases | None = None
 
 
 @dataclass(slots=True)

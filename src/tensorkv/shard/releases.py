@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tensorkv.errors import ArgumentError, ReleaseExistsError, ReleaseNotFoundError, quote, show, suggestion
 
 if TYPE_CHECKING:
+    from .entry import Entry
     from .shard import ShardSnapshot
 
 # How long a name may be.
@@ -38,6 +39,34 @@ def check_keep(verb: str, keep: Any) -> int | None:
     if keep is not None and (type(keep) is not int or keep < 1):
         raise ArgumentError(f"{verb}: keep is {show(keep)}; expected an int of at least 1, or None")
     return keep
+
+
+@dataclass(frozen=True, slots=True)
+class SavedRelease:
+    """A release in a checkpoint.
+
+    Args:
+        name, number: of the release.
+        entries: of its keys. A value that has not changed since is the entry of the checkpoint itself, and the others
+            are ``FrozenEntry``, one for all releases that share it.
+    """
+
+    name: str
+    number: int
+    entries: Sequence[Entry]
+
+
+@dataclass(frozen=True, slots=True)
+class SavedReleases:
+    """The releases in a checkpoint.
+
+    Args:
+        numbers: of each name that was used.
+        held: the releases, from the oldest to the newest.
+    """
+
+    numbers: Mapping[str, int]
+    held: Sequence[SavedRelease]
 
 
 @dataclass(slots=True)
@@ -237,6 +266,13 @@ class Releases:
         self.numbers = numbers
         self._last_number = max([*numbers.values(), *(each.number for each in held)], default=0)
         self._held = {each.name: each for each in held}
+
+    def replace(self, numbers: Mapping[str, int], held: Sequence[HeldRelease]) -> None:
+        """Drop all releases, those that are read included, and hold others; names that were used stay used."""
+        self.close()
+        self.numbers = {**self.numbers, **numbers}
+        self._last_number = max(self._last_number, *numbers.values(), *(each.number for each in held), 0)
+        self._held = {each.name: each for each in sorted(held, key=lambda each: each.number)}
 
     def close(self) -> None:
         """Drop everything."""

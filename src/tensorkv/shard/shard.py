@@ -57,7 +57,7 @@ from .norm import PushResult, SquareSum
 from .optimizers import OptimizerSpec
 from .pool import Pool
 from .reduce import Reduce, averages
-from .releases import HeldRelease, Releases
+from .releases import HeldRelease, Releases, SavedRelease, SavedReleases
 from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater, check_outs, check_push
 from .table import Table
 
@@ -536,11 +536,18 @@ class Shard(native.ShardFields):
         with self._lock:
             self._commit(Init(entries, requests=requests))
 
-    def restore(self, entries: Sequence[Entry], rule: Rule | None, *, requests: RequestIds = ()) -> None:
-        """Replace all entries and the rule (None: the present rule stays)."""
+    def restore(
+        self,
+        entries: Sequence[Entry],
+        rule: Rule | None,
+        releases: SavedReleases | None = None,
+        *,
+        requests: RequestIds = (),
+    ) -> None:
+        """Replace all entries, the rule and the releases (None: the present rule, the present releases, stay)."""
         with self._lock:
             self.refuse_reentry()
-            self._commit(Restore(entries, self._rule if rule is None else rule, requests=requests))
+            self._commit(Restore(entries, self._rule if rule is None else rule, releases, requests=requests))
 
     def restore_states(self, entries: Sequence[Entry], rule: Rule | None, *, requests: RequestIds = ()) -> None:
         """Take over the optimizer states of these entries, whose shapes are this shard's; other states are dropped."""
@@ -614,12 +621,14 @@ class Shard(native.ShardFields):
                 self._keep_overrides()
             case SetRule(rule=rule):
                 self._set_rule(rule)
-            case Restore(entries=entries, rule=rule):
+            case Restore(entries=entries, rule=rule, releases=releases):
                 for entry in entries:
                     self._to_device(entry)
                 self._entries = KeyTable({entry.key: entry for entry in entries})
                 self._use(rule)
                 self._keep_overrides()
+                if releases is not None:
+                    self._restore_releases(releases)
             case RestoreStates(entries=entries, rule=rule):
                 self._restore_states(entries, rule)
             case Publish(name=name, number=number):
@@ -778,6 +787,33 @@ class Shard(native.ShardFields):
         self._steps = rule.plain_steps
         self._decides = self._nonfinite.checks or rule.clipping is not None
         self.last_push = PushResult()
+
+    def _restore_releases(self, saved: SavedReleases) -> None:
+        held = []
+        for release in saved.held:
+            copies = {each.key: each for each in release.entries if isinstance(each, FrozenEntry)}
+            present = self.freeze([each.key for each in release.entries if each.key not in copies])
+            for copy in copies.values():
+                self._to_device(copy)
+                copy.holders += 1
+            found = {**copies, **{each.key: each for each in present}}
+            snapshot = ShardSnapshot(self, [found[each.key] for each in release.entries])
+            held.append(HeldRelease(release.name, release.number, snapshot, is_visible=True))
+        self.releases.replace(saved.numbers, held)
+
+    def saved_releases(self, *, visible_only: bool = True) -> SavedReleases:
+        """Return the releases for a checkpoint, while ``frozen`` holds the shard.
+
+        Args:
+            visible_only: leave out those that readers do not see yet.
+        """
+        held = []
+        for release in self.releases.lasting():
+            if release.is_visible or not visible_only:
+                frozen = release.snapshot.held.values()
+                entries = [each.source if self.shares(each) else each for each in frozen]
+                held.append(SavedRelease(release.name, release.number, entries))
+        return SavedReleases(dict(self.releases.numbers), held)
 
     def _restore_states(self, saved: Sequence[Entry], rule: Rule) -> None:
         mine = [self.entry("load_optimizer_states", entry.key) for entry in saved]

@@ -56,7 +56,7 @@ def put(shard: Shard, contents: Contents, *, requests: RequestIds = ()) -> None:
     """Put contents that fit into a shard."""
     match contents.kind:
         case "store":
-            shard.restore(contents.entries, contents.rule, requests=requests)
+            shard.restore(contents.entries, contents.rule, contents.releases, requests=requests)
         case "keys":
             new = {entry.key: entry for entry in contents.entries}
             with shard.frozen() as (held, _):
@@ -75,7 +75,7 @@ def write(path: str, contents: Contents) -> None:
         CheckpointError: the path holds something else, or cannot be written.
     """
     token = secrets.token_hex(8)
-    body, tensors = manifest.describe(contents.kind, contents.entries, contents.rule, contents.owed)
+    body, tensors = manifest.describe(contents.kind, contents.entries, contents.rule, contents.owed, contents.releases)
     with writing(path, token):
         publish(path, token, {**body, "files": write_files(path, token, 0, tensors)})
 

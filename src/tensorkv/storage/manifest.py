@@ -20,8 +20,9 @@ from tensorkv.arrays.rowinit import RowInit
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import Owed, Source
 from tensorkv.errors import CheckpointError, OptimizerError, TensorKVError, quote
-from tensorkv.shard.entry import Entry
+from tensorkv.shard.entry import Entry, FrozenEntry
 from tensorkv.shard.optimizers import OptimizerSpec, State
+from tensorkv.shard.releases import SavedRelease, SavedReleases, check_name
 from tensorkv.shard.rules import Assign, CallUpdater, Rule, StepOptimizer
 from tensorkv.shard.table import Table
 
@@ -29,6 +30,8 @@ Kind = Literal["store", "optimizer-states", "keys"]
 Tensors = dict[str, torch.Tensor]
 
 _DTYPES = {interop.dtype_name(dtype): dtype for dtype in interop.DTYPES}
+# How the names of tensors begin that only releases have; the place of the copy and a slash follow.
+_RELEASE = "release/"
 # States that torch computes divisors from, and what they can be at most.
 _COUNTERS = {"step": torch.finfo(torch.float32).max, "mu_product": 1.0}
 
@@ -44,19 +47,25 @@ class Contents:
         entries: of the keys.
         rule: None where an updater was in force, which cannot be saved.
         owed: what was not sent of compressed gradients, by key and worker.
+        releases: of the store (None: they were not saved).
     """
 
     kind: Kind
     entries: list[Entry]
     rule: Rule | None
     owed: Mapping[Source, Owed] = field(default_factory=dict)
+    releases: SavedReleases | None = None
 
 
 # ---------------------------------------------------------------- out
 
 
 def describe(
-    kind: Kind, entries: Sequence[Entry], rule: Rule | None, owed: Mapping[Source, Owed] = MappingProxyType({})
+    kind: Kind,
+    entries: Sequence[Entry],
+    rule: Rule | None,
+    owed: Mapping[Source, Owed] = MappingProxyType({}),
+    releases: SavedReleases | None = None,
 ) -> tuple[dict[str, Any], Tensors]:
     """Return the manifest's body, as JSON can hold it, and the tensors that it names."""
     tensors: Tensors = {}
@@ -68,7 +77,31 @@ def describe(
     body = {"kind": kind, "update": update, "optimizer": optimizer, "keys": keys}
     if owed:
         body["owed"] = [_describe_owed(source, each, tensors) for source, each in owed.items()]
+    if releases is not None:
+        body["releases"] = _describe_releases(releases, tensors)
     return body, tensors
+
+
+def _describe_releases(releases: SavedReleases, tensors: Tensors) -> dict[str, Any]:
+    """Describe releases: values that are not the present ones once, and where each release has its values."""
+    places: dict[int, int] = {}
+    copies: list[Any] = []
+    held = []
+    for release in releases.held:
+        keys: list[list[Any]] = []
+        for entry in release.entries:
+            if not isinstance(entry, FrozenEntry):
+                keys.append([entry.key, None])
+                continue
+            place = places.setdefault(id(entry), len(copies))
+            if place == len(copies):
+                own: Tensors = {}
+                described = _describe_entry("store", entry, own)
+                tensors |= {f"{_RELEASE}{place}/{name}": tensor for name, tensor in own.items()}
+                copies.append(described if entry.note is None else {**described, "note": entry.note})
+            keys.append([entry.key, place])
+        held.append({"name": release.name, "number": release.number, "keys": keys})
+    return {"numbers": dict(releases.numbers), "copies": copies, "held": held}
 
 
 def _describe_owed(source: Source, owed: Owed, tensors: Tensors) -> dict[str, Any]:
@@ -142,6 +175,8 @@ def restore(body: Any, tensors: Tensors) -> Contents:
         entries = [_restore_entry(kind, described, left) for described in _field(body, "keys", list)]
         by_key = {entry.key: entry for entry in entries}
         owed = dict(_restore_owed(described, by_key, left) for described in _optional_list(body, "owed"))
+        releases = _restore_releases(body["releases"], by_key, left) if "releases" in body else None
+        _check(releases is None or kind == "store", f"{kind} with releases")
         _check(not left, f"tensors that no key has: {', '.join(list(left)[:3])}")
         keys = {entry.key for entry in entries}
         _check(len(keys) == len(entries), "duplicate key")
@@ -149,7 +184,7 @@ def restore(body: Any, tensors: Tensors) -> Contents:
         if isinstance(rule, StepOptimizer) and kind != "keys":
             others = [key for key in rule.optimizer.spec.overrides if isinstance(key, bool) or key not in keys]
             _check(not others, f"the optimizer has hyperparameters for {others[:3]}, which are not among the keys")
-        return Contents(kind, entries, rule, owed)
+        return Contents(kind, entries, rule, owed, releases)
     except CheckpointError:
         raise
     except TensorKVError as error:
@@ -262,6 +297,50 @@ def _restore_owed(described: Any, entries: Mapping[Key, Entry], tensors: Tensors
             raise CheckpointError(f"{quote(key)}: the memory {quote(name)} is missing, or not float32")
         memory[name] = array.numpy()
     return (key, worker), Owed(residual.numpy(), memory)
+
+
+def _restore_releases(described: Any, present: Mapping[Key, Entry], tensors: Tensors) -> SavedReleases:
+    copies = []
+    for place, each in enumerate(_field(described, "copies", list)):
+        start = f"{_RELEASE}{place}/"
+        own = {name.removeprefix(start): tensors.pop(name) for name in list(tensors) if name.startswith(start)}
+        copies.append(FrozenEntry(_restore_entry("store", each, own)))
+        copies[-1].note = each.get("note")
+        _check(not own, f"tensors that no release has: {', '.join(list(own)[:3])}")
+    numbers = _field(described, "numbers", dict)
+    for name, number in numbers.items():
+        check_name("load", name)
+        _check(type(number) is int and 0 < number < 1 << 63, f"the release {quote(name)} has the number {number!r}")
+    held = []
+    for each in _field(described, "held", list):
+        name, number = _field(each, "name", str), _field(each, "number", int)
+        _check(numbers.get(name) == number, f"the release {quote(name)} is not among the names that were used")
+        held.append(SavedRelease(name, number, _restore_release(name, each, present, copies)))
+    in_order = [each.number for each in held]
+    _check(in_order == sorted(set(in_order)), "releases that are not in the order of their numbers")
+    used = {id(entry) for each in held for entry in each.entries}
+    _check(all(id(copy) in used for copy in copies), "a value that no release has")
+    return SavedReleases(numbers, held)
+
+
+def _restore_release(
+    name: str, described: Any, present: Mapping[Key, Entry], copies: Sequence[FrozenEntry]
+) -> list[Entry]:
+    entries: list[Entry] = []
+    for pair in _field(described, "keys", list):
+        _check(isinstance(pair, list) and len(pair) == 2, f"the release {quote(name)}: malformed key")
+        key, place = check_key("load", pair[0]), pair[1]
+        if place is None:
+            found: Entry | None = present.get(key)
+        else:
+            found = copies[place] if type(place) is int and 0 <= place < len(copies) else None
+        if found is None or found.key != key:
+            raise CheckpointError(f"the release {quote(name)}: the value of {quote(key)} is missing")
+        entries.append(found)
+    keys = {entry.key for entry in entries}
+    _check(len(keys) == len(entries), f"the release {quote(name)}: duplicate key")
+    _check(len({type(key) for key in keys}) <= 1, f"the release {quote(name)}: keys of two types")
+    return entries
 
 
 def restore_spec(key: Key, described: Any, *, is_table: bool) -> KeySpec:

@@ -1,6 +1,7 @@
 """Releases: named versions that stay as they are, and what has changed between them."""
 
 import gc
+import json
 import random
 import uuid
 
@@ -10,6 +11,7 @@ import torch
 
 import tensorkv
 from tensorkv import Rows
+from tensorkv.storage import checkpoint
 
 from .values import F32
 
@@ -38,7 +40,8 @@ class ReleaseContract:
             return
         kv = request.getfixturevalue("kv")
         if not kv.is_capable("releases"):
-            for call in (lambda: kv.publish("a"), kv.releases, lambda: kv.open_release("a"), kv.wait_release):
+            saving = lambda: kv.save("folder", releases=True)  # noqa: E731
+            for call in (lambda: kv.publish("a"), kv.releases, lambda: kv.open_release("a"), kv.wait_release, saving):
                 with pytest.raises(tensorkv.ArgumentError, match=r"has no releases"):
                     call()
             pytest.skip("this type of store has no releases")
@@ -402,3 +405,104 @@ class ReleaseContract:
         kv.push("w", full(2, 4))
         with kv.open_release(self.at("a")) as release:
             assert release.pull("w").tolist() == [1, 1, 1, 1]
+
+    def test_a_checkpoint_has_releases_if_asked_for(self, kv, tmp_path):
+        names = [self.at(name) for name in ("first", "part", "dropped", "last")]
+        kv.init({"a": full(1, 3, 4), "b": full(2, 5), "large": full(3, 200, 300)})
+        kv.init("table", Rows(np.array([4, 7]), full(1, 2, 3), 10**6))
+        kv.publish(names[0])
+        kv.push({"a": full(5, 3, 4), "table": Rows(np.array([4]), full(9, 1, 3), 10**6)})
+        kv.publish(names[1], keys=["a", "large"])
+        kv.publish(names[2])
+        kv.unpublish(names[2])
+        kv.delete("b")
+        kv.init("b", np.arange(4))
+        kv.publish(names[3])
+        kv.push({"a": full(6, 3, 4), "large": full(7, 200, 300)})
+        told, before = kv.releases(), {name: _read(kv, name) for name in (names[0], names[1], names[3])}
+        kv.save(tmp_path / "with", releases=True)
+        kv.save(tmp_path / "without")
+        # None of these changes is in the checkpoint.
+        later = self.at("later")
+        kv.push("a", full(8, 3, 4))
+        kv.publish(later)
+        kv.unpublish(names[1])
+        kv.delete("table")
+        reader = kv.open_release(names[0])
+        for turn in range(2):
+            kv.load(tmp_path / "with")
+            assert kv.releases() == told
+            assert {name: _read(kv, name) for name in before} == before
+            assert kv.pull("a")[0, 0] == 6
+            assert kv.info("a").version == 2
+            for name in (*names, later):
+                with pytest.raises(tensorkv.ReleaseExistsError):
+                    kv.publish(name)
+            with kv.open_release(names[3]) as release:
+                kinds = {change.key: change.kind for change in release.changes(since=names[0])}
+                assert (kinds["a"], kinds["large"], kinds["table"]) == ("dense", "same", "rows")
+            # They stay as they are while values change, and others come after them.
+            kv.push({"a": full(turn, 3, 4), "large": full(turn, 200, 300)})
+            assert {name: _read(kv, name) for name in before} == before
+            kv.publish(self.at(f"after {turn}"))
+            assert kv.releases()[-1].number > told[-1].number + turn
+        with pytest.raises((tensorkv.SnapshotError, tensorkv.ReleaseNotFoundError)):
+            reader.pull("a")
+        held = kv.releases()
+        kv.load(tmp_path / "without")
+        assert kv.releases() == held
+        assert kv.pull("a")[0, 0] == 6
+        assert {name: _read(kv, name) for name in before} == before
+        # Values that several releases share are in the files once, and those that have not changed nowhere else.
+        body = checkpoint.read_manifest(str(tmp_path / "with"))
+        assert [each["key"] for each in body["releases"]["copies"]].count("a") == 2
+        assert [each["key"] for each in body["releases"]["copies"]].count("large") == 1
+
+    def test_saved_releases_go_to_a_local_store_and_back(self, kv, tmp_path):
+        kv.init({"a": full(1, 64, 1000), "b": full(2, 5)})
+        kv.publish(self.at("one"))
+        kv.push("a", full(3, 64, 1000))
+        before, told = _read(kv, self.at("one")), kv.releases()
+        kv.save(tmp_path / "here", releases=True)
+        with tensorkv.create("local") as local:
+            local.load(tmp_path / "here")
+            assert local.releases() == told
+            assert _read(local, self.at("one")) == before
+            local.push("b", full(4, 5))
+            local.publish(self.at("two"))
+            local.save(tmp_path / "there", releases=True)
+            kv.load(tmp_path / "there")
+            assert kv.releases() == local.releases()
+            assert all(_read(kv, each.name) == _read(local, each.name) for each in kv.releases())
+
+    def test_releases_of_a_checkpoint_that_lie(self, kv, tmp_path):
+        kv.init("a", full(1, 2))
+        kv.publish(self.at("one"))
+        kv.save(tmp_path / "saved", releases=True)
+        told = kv.releases()
+        with pytest.raises(tensorkv.ArgumentError, match="save: releases is 1"):
+            kv.save(tmp_path / "saved", releases=1)
+        body = checkpoint.read_manifest(str(tmp_path / "saved"))
+        for change in (
+            lambda saved: saved["held"][0].update(number=7),
+            lambda saved: saved["held"][0].update(keys=[["a", 0]]),
+            lambda saved: saved["held"][0].update(keys=[["b", None]]),
+            lambda saved: saved["held"][0].update(keys=[["a", None]] * 2),
+            lambda saved: saved["held"].append(saved["held"][0]),
+            lambda saved: saved["numbers"].update(x=0),
+            lambda saved: saved["numbers"].clear(),
+            lambda saved: saved.pop("copies"),
+        ):
+            changed = json.loads(json.dumps(body))
+            change(changed["releases"])
+            checkpoint._write_manifest(tmp_path / "lies.json", changed)
+            (tmp_path / "lies.json").replace(tmp_path / "saved" / "manifest.json")
+            with pytest.raises(tensorkv.CheckpointError, match="saved: "):
+                kv.load(tmp_path / "saved")
+        assert kv.releases() == told
+
+
+def _read(kv, name):
+    """Return the digest of a release, its number, and keys with their versions."""
+    with kv.open_release(name) as release:
+        return release.digest, release.number, sorted(release.versions.items())

@@ -293,6 +293,7 @@ class Commit(Message):
     Args:
         wanted: by client, its last request and the servers of that request, which are to be applied first.
         snapshot: the name under which the values are held (None: reply with everything instead).
+        releases: whether to reply with the releases, too.
         release: hold them as a release of this name instead, which readers do not see yet.
         number: of the release.
         keys: of the release (None: all).
@@ -301,6 +302,7 @@ class Commit(Message):
 
     wanted: dict[str, Any]
     snapshot: str | None = None
+    releases: bool = False
     release: str | None = None
     number: int = 0
     keys: list[Any] | None = None

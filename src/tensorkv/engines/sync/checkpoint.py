@@ -17,6 +17,7 @@ from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import decode_layout, encode_layout
 from tensorkv.compression import Compressor
+from tensorkv.engines.base import refuse_releases
 from tensorkv.engines.partition import part_of
 from tensorkv.engines.transport.segment import aligned
 from tensorkv.errors import CheckpointError
@@ -106,6 +107,7 @@ class ShardedCheckpoint:
 
     def check(self, contents: Contents) -> None:
         """Raise CheckpointError if contents do not fit what this worker holds."""
+        refuse_releases(contents)
         with self._shard.frozen() as (entries, _):
             manifest.check_fits(contents, {entry.key: entry for entry in entries})
 

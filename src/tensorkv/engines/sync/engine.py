@@ -368,7 +368,7 @@ class DistEngine(Engine):
 
     # ------------------------------------------------------------ checkpoints, the end
 
-    def save(self, path: str, kind: Kind) -> None:
+    def save(self, path: str, kind: Kind, *, releases: bool = False) -> None:
         text = describe("save", path=path, kind=kind)
         with self._entered(text):
             self._checkpoint.save(path, kind)
@@ -379,7 +379,7 @@ class DistEngine(Engine):
             self._take_over(self._checkpoint.read(path, kind))
 
     @contextmanager
-    def contents(self) -> Iterator[Contents]:
+    def contents(self, *, releases: bool = False) -> Iterator[Contents]:
         with self._entered("Trainer.state_dict"):
             yield self._checkpoint.gather(everywhere=True)
             # Before this, a worker of this host that went on would change the values that others still read.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import Item, pack
 from tensorkv.engines.partition import part_of
-from tensorkv.shard.entry import Entry
+from tensorkv.errors import SnapshotError, quote
+from tensorkv.shard.entry import Entry, FrozenEntry
+from tensorkv.shard.releases import SavedRelease, SavedReleases
 from tensorkv.shard.rules import Assign, Rule, StepOptimizer
 from tensorkv.shard.table import Table
 from tensorkv.storage import manifest
@@ -41,7 +43,49 @@ def gather(found: Sequence[ServerContents]) -> Contents:
     complete = [key for key in pieces if len(pieces[key]) == len(placed[key].placement.pieces)]
     keys = sorted(complete, key=lambda key: placed[key].order)
     rule = _joined_rule([server.contents for server in found])
-    return Contents("store", [_join(placed[key].placement, pieces[key]) for key in keys], rule)
+    entries = {key: _join(placed[key].placement, pieces[key]) for key in keys}
+    return Contents("store", list(entries.values()), rule, releases=_gather_releases(found, entries))
+
+
+def _gather_releases(found: Sequence[ServerContents], present: Mapping[Key, Entry]) -> SavedReleases | None:
+    """Return the releases of which all servers hold pieces; those there are, the first server knows.
+
+    Args:
+        found: of each server, in one snapshot.
+        present: the values that were joined.
+
+    Raises:
+        SnapshotError: a server does not hold one of them.
+    """
+    told = [server.contents.releases for server in found]
+    if any(each is None for each in told):
+        return None
+    by_name = [{(each.name, each.number): each for each in own.held} for own in told if own is not None]
+    joined: dict[tuple[int, ...], Entry] = {}
+    held = []
+    for name, number in by_name[0]:
+        pieces: dict[Key, list[tuple[PlacedKey, Entry]]] = {}
+        for index, (server, releases) in enumerate(zip(found, by_name, strict=True)):
+            if (name, number) not in releases:
+                raise SnapshotError(f"save: server {index} does not hold the release {quote(name)}; save again")
+            for piece in releases[name, number].entries:
+                is_copy = isinstance(piece, FrozenEntry)
+                placed = PlacedKey.from_metadata(piece.note) if is_copy else server.placed[piece.key]  # type: ignore[attr-defined]
+                pieces.setdefault(piece.key, []).append((placed, piece))
+        # A key exists when all of its pieces do.
+        whole = [own for own in pieces.values() if len(own) == len(own[0][0].placement.pieces)]
+        entries = []
+        for own in sorted(whole, key=lambda own: own[0][0].order):
+            parts = [piece for _, piece in own]
+            if not any(isinstance(piece, FrozenEntry) for piece in parts):
+                entries.append(present[parts[0].key])
+                continue
+            place = tuple(map(id, parts))
+            if place not in joined:
+                joined[place] = FrozenEntry(_join(own[0][0].placement, [piece.copy(state={}) for piece in parts]))
+            entries.append(joined[place])
+        held.append(SavedRelease(name, number, entries))
+    return SavedReleases({} if told[0] is None else told[0].numbers, held)
 
 
 def scatter(contents: Contents, keymap: KeyMap, num_servers: int) -> list[ServerRequest]:
@@ -58,20 +102,63 @@ def scatter(contents: Contents, keymap: KeyMap, num_servers: int) -> list[Server
     else:
         held = keymap.having("load", [entry.key for entry in entries])
         placed = [held[entry.key] for entry in entries]
+    copies = _place_copies(contents, dict(zip([entry.key for entry in entries], placed, strict=True)), keymap)
     requests = []
     for server in range(num_servers):
-        mine, metadata = [], {}
+        mine, metadata, pieces = [], {}, dict[int, Entry]()
         for entry, each in zip(entries, placed, strict=True):
             piece = _piece(entry, each.placement, server)
             if piece is not None:
                 mine.append(piece)
                 metadata[json.dumps(entry.key)] = each.to_metadata()
+                pieces[id(entry)] = piece
+        for copy, each in copies:
+            piece = _piece(copy, each.placement, server)
+            if piece is not None:
+                pieces[id(copy)] = frozen = FrozenEntry(piece)
+                frozen.note = each.to_metadata()
         # Beside the keys that it has, a server may have numbers for others of its own.
         own_rule = rule if kind == "keys" else _own_rule(rule, {entry.key for entry in mine})
-        body, tensors = manifest.describe(kind, mine, own_rule)
+        own_releases = _pieces_of(contents.releases, pieces)
+        body, tensors = manifest.describe(kind, mine, own_rule, releases=own_releases)
         items = [Item(name, "tensor", tensor) for name, tensor in tensors.items()]
         requests.append(ServerRequest.of_tensors(server, Restore(body=body, metadata=metadata), pack(items)))
     return requests
+
+
+def _place_copies(
+    contents: Contents, placed: Mapping[Key, PlacedKey], keymap: KeyMap
+) -> list[tuple[FrozenEntry, PlacedKey]]:
+    """Return where the values lie that only releases have: where the present value of the key does, if it is alike."""
+    held = () if contents.releases is None else contents.releases.held
+    copies = {id(each): each for own in held for each in own.entries if isinstance(each, FrozenEntry)}
+    where: dict[tuple[Key, torch.Size, torch.dtype, bool], PlacedKey] = {
+        (key, each.spec.shape, each.spec.dtype, each.spec.is_table): each for key, each in placed.items()
+    }
+    kinds = {(each.key, each.spec.shape, each.spec.dtype, each.spec.is_table): each.spec for each in copies.values()}
+    others = [kind for kind in kinds if kind not in where]
+    found = keymap.place([kind[0] for kind in others], [kinds[kind] for kind in others], rule=Assign(), replace=True)
+    # After the present keys.
+    where |= {
+        kind: PlacedKey(each.placement, len(placed) + each.order) for kind, each in zip(others, found, strict=True)
+    }
+    return [(each, where[each.key, each.spec.shape, each.spec.dtype, each.spec.is_table]) for each in copies.values()]
+
+
+def _pieces_of(releases: SavedReleases | None, pieces: Mapping[int, Entry]) -> SavedReleases | None:
+    """Return what one server holds of releases.
+
+    Args:
+        releases: of whole values.
+        pieces: of the server, by the identity of the whole entry.
+    """
+    if releases is None:
+        return None
+    held = [
+        replace(each, entries=[pieces[id(entry)] for entry in each.entries if id(entry) in pieces])
+        for each in releases.held
+    ]
+    return replace(releases, held=held)
 
 
 def _join(placement: KeyPlacement, pieces: Sequence[Entry]) -> Entry:

@@ -579,10 +579,10 @@ class PSEngine(Engine):
     # ------------------------------------------------------------ checkpoints
 
     @contextmanager
-    def contents(self) -> Iterator[Contents]:
+    def contents(self, *, releases: bool = False) -> Iterator[Contents]:
         # Those of other workers come with ``save`` alone, which all of them call.
         owed = self._gather_owed() if self._options.num_workers == 1 else {}
-        yield replace(gather(self._snapshots.contents()), owed=owed)
+        yield replace(gather(self._snapshots.contents(releases=releases)), owed=owed)
 
     def restore(self, contents: Contents) -> None:
         self._on_rank_0(partial(self._restore, contents))
@@ -595,11 +595,11 @@ class PSEngine(Engine):
         with self._claim():
             self._send(scatter(contents, self._keymap, len(self._servers)))
 
-    def save(self, path: str, kind: Kind) -> None:
+    def save(self, path: str, kind: Kind, *, releases: bool = False) -> None:
         owed = self._gather_owed()
 
         def write() -> None:
-            with self.contents() as contents:
+            with self.contents(releases=releases) as contents:
                 checkpoint.write(path, replace(contents, kind=kind, owed=owed))
 
         self._on_rank_0(write)

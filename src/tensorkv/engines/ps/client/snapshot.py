@@ -130,13 +130,14 @@ class SnapshotClient:
             # As for ``contents``.
             self._take(commit)
 
-    def contents(self) -> list[ServerContents]:
-        """Return everything that each server holds."""
+    def contents(self, *, releases: bool = False) -> list[ServerContents]:
+        """Return everything that each server holds, with the releases if that is asked for."""
+        commit = Commit(wanted={}, releases=releases)
         try:
-            taken = self._take(Commit(wanted={}))
+            taken = self._take(commit)
         except SnapshotError:
             # A reply was lost, or the snapshot was aborted because it took too long: try once more.
-            taken = self._take(Commit(wanted={}))
+            taken = self._take(commit)
         found = []
         for head, payload in taken:
             items = unpack(head["layout"].encode(), payload.numpy().data)

@@ -488,7 +488,8 @@ class Server:
                 state.add_release(message, release, str(sender.owner))
                 return Reply({})
             if name is None:
-                return state.contents()
+                # Which releases there are, server 0 tells.
+                return state.contents(message.releases, visible_only=self.index == 0)
             state.snapshots.take(name, str(sender.owner))
             return Reply(state.snapshots.describe(name))
 

@@ -256,10 +256,16 @@ class ServerState:
             found = [(entry.key, self._metadata_of(entry.key)) for entry in entries]
         return listed([key for key, _ in found], [data for _, data in found])
 
-    def contents(self) -> Reply:
-        """Return everything that the shard holds, in the form of a checkpoint."""
+    def contents(self, releases: bool, *, visible_only: bool) -> Reply:
+        """Return everything that the shard holds, in the form of a checkpoint.
+
+        Args:
+            releases: with the releases.
+            visible_only: with those alone that readers see.
+        """
         with self.shard.frozen() as (entries, rule):
-            body, tensors = manifest.describe("store", entries, rule)
+            saved = self.shard.saved_releases(visible_only=visible_only) if releases else None
+            body, tensors = manifest.describe("store", entries, rule, releases=saved)
             packed = pack([Item(name, "tensor", tensor) for name, tensor in tensors.items()])
             metadata = [[entry.key, self._metadata_of(entry.key)] for entry in entries]
             head = {"body": body, "layout": packed.layout.decode(), "metadata": metadata}
@@ -412,7 +418,8 @@ def contents_of(request: Request[Restore]) -> Contents:
     """
     tensors = {str(item.key): item.tensor for item in unpack(request.layout, request.payload)}
     contents = manifest.restore(request.message.body, tensors)
-    for entry in contents.entries:
+    released = [] if contents.releases is None else [each.entries for each in contents.releases.held]
+    for entry in {id(each): each for own in (contents.entries, *released) for each in own}.values():
         # The client reuses the memory of this payload for its next request. Tables have copied their rows.
         if isinstance(entry.value, torch.Tensor):
             entry.value = entry.value.clone()

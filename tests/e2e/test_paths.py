@@ -176,9 +176,9 @@ def test_checkpoints_are_where_the_call_said(way, type, tmp_path, monkeypatch):
         engine = kv._engine
 
         def moving(call):
-            def moved(*arguments):
+            def moved(*arguments, **named):
                 monkeypatch.chdir(tmp_path / "there")
-                return call(*arguments)
+                return call(*arguments, **named)
 
             return moved
 

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -576,3 +577,36 @@ def test_saved_releases_go_to_another_number_of_servers(before, after, tmp_path)
         kv.save(tmp_path / "again", releases=True)
         kv.load(tmp_path / "saved")
         assert read(kv) == told
+
+
+@pytest.mark.parametrize("num_servers", [1, 2])
+@pytest.mark.parametrize("beats", [False, True], ids=["at once", "after a heartbeat"])
+def test_a_reader_does_not_go_on_with_a_loaded_release_of_the_same_name(num_servers, beats, tmp_path):
+    """It would mix two versions: what was loaded may be of another store."""
+    for number in range(2):
+        with Cluster(num_servers) as cluster:
+            kv, other = cluster.stores(2)
+            kv.init({"a": np.full(5, number), "b": np.full((600, 600), number)})
+            kv.publish("one")
+            if number == 0:
+                kv.save(tmp_path / "saved", releases=True)
+                continue
+            reader = other.open_release("one")
+            assert reader.pull("a")[0] == 1
+            kv.load(tmp_path / "saved")
+            for actor in cluster.actors if beats else ():
+                actor.server._drop_snapshots_of_dead_clients()
+            reads = [
+                partial(reader.pull, "b"),
+                partial(reader.pull, "a"),
+                partial(getattr, reader, "digest"),
+                partial(reader.pull, "b"),
+            ]
+            for read in reads:
+                with pytest.raises(
+                    tensorkv.SnapshotError, match='the release "one" that was open was replaced by load'
+                ):
+                    read()
+            reader.close()
+            with other.open_release("one") as again:
+                assert again.pull("a")[0] == again.pull("b")[0, 0] == 0

@@ -237,6 +237,8 @@ class ServerState:
     def restore(self, contents: Contents, ids: RequestIds) -> None:
         """Take over the contents of a checkpoint."""
         checkpoint.restore(self.shard, contents, requests=ids)
+        if contents.releases is not None:
+            self.snapshots.drop_replaced()
         if contents.kind != "optimizer-states":
             self._forget_layouts()
 

@@ -1400,6 +1400,7 @@ def test_nonsense_is_an_error_and_changes_nothing_else(mode, tmp_path):
         reading = {
             "pull",
             "pull_rows",
+            "end_read",
             "push",
             "take_owed",
             "list",

@@ -1,5 +1,6 @@
 """The parts of servers and clients alone: staleness, waits, snapshots, layouts, channels, caches, placements."""
 
+import gc
 import itertools
 import json
 import math
@@ -11,16 +12,23 @@ import pytest
 import torch
 
 import tensorkv
+from tensorkv.arrays import interop
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.partition import pieces
 from tensorkv.engines.ps.messages import keys_of, push_layout
+from tensorkv.engines.ps.server.reads import Reads
 from tensorkv.engines.ps.server.snapshot import SnapshotBarrier
 from tensorkv.engines.ps.server.staleness import StalenessClock
 from tensorkv.engines.ps.server.sync_round import PendingPush, SyncRounds
 from tensorkv.engines.ps.server.tables import ServerTables
 from tensorkv.engines.ps.server.wait import Condition, RetryLater
+from tensorkv.engines.transport import shared_values
 from tensorkv.engines.transport.channel import OpenSharedBuffers, SharedBuffers
 from tensorkv.engines.transport.segment import can_share
-from tensorkv.engines.transport.shared_cache import SharedCache, SharedCacheReader
+from tensorkv.engines.transport.shared_values import OpenValues
+from tensorkv.shard import optimizers
+from tensorkv.shard.entry import Batch
+from tensorkv.shard.shard import Shard
 from tensorkv.storage.dedup import AppliedRequests
 
 shares = pytest.mark.skipif(not can_share(), reason="needs tables that processes share")
@@ -305,39 +313,109 @@ def test_new_buffers_leave_the_old_ones_to_the_server():
     buffers.close()
 
 
+# ---------------------------------------------------------------- values that are read where they are
+
+
+def filled_shard(**values):
+    shard = Shard(threads=1)
+    tensors = [torch.as_tensor(value) for value in values.values()]
+    shard.init(list(values), tensors, [KeySpec(each.shape, each.dtype, interop.NUMPY, False) for each in tensors])
+    return shard
+
+
+def push_to(shard, key, value):
+    shard.push(Batch("push", [key], [[torch.as_tensor(value)]]))
+
+
+def read_by(reader, places, shard, keys):
+    values = reader.find(places.segments, places.table)
+    return [values.tensor(i, e.spec.shape, e.spec.dtype) for i, e in enumerate(shard.entry("pull", k) for k in keys)]
+
+
 @shares
-def test_a_reader_that_is_too_slow_notices():
-    copies, reader = SharedCache(), SharedCacheReader()
-    place = copies.make(b"k", 1, 100, lambda room: room.fill_(1))
-    assert copies.find(b"k", 1) == place
-    assert copies.find(b"k", 2) is None
-    values = reader.find(place)
-    assert set(values.tolist()) == {1}
-    assert reader.is_intact(place)
-    for version in range(2, 4):
-        copies.make(b"k", version, 100, lambda room: room.fill_(2))
-        assert reader.is_intact(place)
-    copies.make(b"k", 4, 100, lambda room: room.fill_(3))
-    assert set(values.tolist()) == {3}
-    assert not reader.is_intact(place)
-    # One that is being written is not whole either.
-    place = copies.make(b"k", 5, 100, lambda room: None)
-    reader.find(place)
-
-    def write(room):
-        seen.append(reader.is_intact(place))
-
-    seen = []
-    for version in range(6, 9):
-        copies.make(b"k", version, 100, write)
-    assert seen[-1] is False
-    larger = copies.make(b"k", 9, 1000, lambda room: room.fill_(7))
-    assert set(reader.find(larger).tolist()) == {7}
-    copies.forget(b"k")
+@pytest.mark.parametrize("optimizer", [None, "sgd", "adam"])
+def test_what_is_read_in_place_stays_until_the_read_ends(optimizer):
+    keys = ["a", "empty", "b"]
+    shard = filled_shard(a=np.arange(5000, dtype=np.float32), empty=np.ones((0, 3)), b=np.full((7, 9), 2.0))
+    if optimizer is not None:
+        shard.set_optimizer(optimizers.spec(optimizer, {"lr": 1.0}))
+    reads, reader = Reads(shard), OpenValues()
+    before = [shard.entry("pull", key).value.clone() for key in keys]
+    places = reads.begin(keys, "p.0", "p")
+    seen = read_by(reader, places, shard, keys)
+    for _ in range(3):
+        for key in keys:
+            push_to(shard, key, np.ones_like(shard.entry("pull", key).value.numpy()))
+        assert all(torch.equal(own, first) for own, first in zip(seen, before, strict=True))
+    assert not torch.equal(shard.entry("pull", "a").value, before[0])
+    assert reads.end("p.0")
+    # Only then is the memory used again, and it is the same that this reader has open.
+    new = [shard.entry("pull", key).value.clone() for key in keys]
+    seen_new = read_by(reader, reads.begin(keys, "p.0", "p"), shard, keys)
+    assert all(torch.equal(own, each) for own, each in zip(seen_new, new, strict=True))
+    push_to(shard, "b", np.zeros((7, 9)))
+    assert not torch.equal(seen[2], before[2])
+    assert reads.end("p.0")
+    assert not reads.end("p.0")
+    shard.close()
 
 
-def test_no_two_servers_count_their_copies_alike():
-    assert len({SharedCache()._sequence for _ in range(20)}) == 20
+@shares
+def test_a_read_that_was_given_up_is_not_held():
+    clock, shard = Clock(), filled_shard(a=np.zeros(100))
+    reads = Reads(shard, clock)
+    reads.begin(["a"], "p.0", "p")
+    reads.begin(["a"], "q.0", "q")
+    reads.drop_all_but_of(["q"])
+    assert not reads.end("p.0")
+    clock.now = 1000.0
+    reads.drop_all_but_of(["q"])
+    assert not reads.end("q.0")
+    assert shard.entry("pull", "a").frozen is None
+    shard.close()
+
+
+@shares
+def test_memory_of_values_that_are_gone_is_freed():
+    shard = filled_shard(a=np.zeros(100), b=np.ones(100))
+    reads = Reads(shard)
+    segments = reads._memory._segments
+    places = reads.begin(["a", "b"], "p.0", "p")
+    reads.end("p.0")
+    assert len(segments) == 1
+    shard.delete(["a"])
+    assert len(segments) == 1
+    shard.delete(["b"])
+    gc.collect()
+    assert len(segments) == 0
+    with pytest.raises(OSError, match=r"shared|such file"):
+        OpenValues().find(places.segments, places.table)
+    shard.close()
+
+
+@shares
+def test_values_outside_of_their_memory_are_not_read():
+    shard = filled_shard(a=np.zeros(100))
+    places = Reads(shard).begin(["a"], "p.0", "p")
+    reader = OpenValues()
+    assert len(reader.find(places.segments, places.table).addresses(np.array([800]))) == 1
+    for offset in (-8, 64, 1 << 40):
+        with pytest.raises(OSError, match="outside"):
+            reader.find(places.segments, np.array([[0], [offset]])).addresses(np.array([800]))
+    shard.close()
+
+
+def test_without_memory_values_are_not_read_in_place(monkeypatch, caplog):
+    def refuse(nbytes):
+        raise OSError("no memory")
+
+    monkeypatch.setattr(shared_values, "Segment", refuse)
+    shard = filled_shard(a=np.zeros(100))
+    reads = Reads(shard)
+    assert reads.begin(["a"], "p.0", "p") is None
+    assert "no memory" in caplog.text
+    assert shard.entry("pull", "a").frozen is None
+    shard.close()
 
 
 # ---------------------------------------------------------------- places

@@ -25,7 +25,6 @@ from tensorkv.engines.ps.server.server import Server
 from tensorkv.engines.transport.channel import SocketServer
 from tensorkv.engines.transport.network import NetworkServer
 from tensorkv.engines.transport.rendezvous import host_id
-from tensorkv.engines.transport.shared_cache import SharedCache
 from tensorkv.store import KVStore
 from tests.support.until import LIMIT_S
 
@@ -65,8 +64,6 @@ class Actor:
         self.actor._server = self.server = Server(options, index, threads=1)
         self.actor._options = options
         self._listen(near)
-        self.actor._cache = SharedCache()
-        self.actor._copying = threading.Lock()
         self._pool, self.fate = pool, fate
         self._late = []
         self.is_dead = False
@@ -204,8 +201,6 @@ class Cluster:
             actor.server.close()
             if actor.listener:
                 actor.listener.close()
-            for layout in list(actor.actor._cache._slots):
-                actor.actor._cache.forget(layout)
         self._patches.close()
 
     def fired(self, fate):

@@ -148,6 +148,8 @@ class Shard(native.ShardFields):
         """Writes each change before it is applied; without it, values end with the process."""
         self.notes: dict[str, Any] = {}
         """Plain data that is kept beside the values."""
+        self.make_like: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]] = _empty_like
+        """Returns new memory for values that replace others."""
         self._in_order: Callable[[Sequence[Entry]], AbstractContextManager[Any]]
         self._in_order = stream_order if on_device else nullcontext
 
@@ -473,6 +475,23 @@ class Shard(native.ShardFields):
         with self._lock, self.frozen_lock:
             self._num_frozen -= sum([entry.release() for entry in entries])
 
+    def move(
+        self, entries: Sequence[FrozenEntry], make_like: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
+    ) -> None:
+        """Bring dense values that snapshots hold to other memory; one that has not changed since moves with them.
+
+        Args:
+            entries: of the values.
+            make_like: returns the memory, given the values; what it raises changes nothing.
+        """
+        with self._lock, kept(), self.frozen_lock:
+            moved = make_like([entry.tensor for entry in entries])
+            self._copy_all([(value, entry.tensor) for entry, value in zip(entries, moved, strict=True)])
+            for entry, value in zip(entries, moved, strict=True):
+                if entry.source.frozen is entry:
+                    entry.source.value, entry.source.spare = value, None
+                entry.value = value
+
     def publish(self, name: str, keys: Sequence[Key] | None, keep: int | None, *, requests: RequestIds = ()) -> None:
         """Hold the present values of some keys, or of all, as a release; keep so many of the newest (None: all)."""
         with self._lock:
@@ -603,8 +622,7 @@ class Shard(native.ShardFields):
             Whether the outs of a push were filled on the way.
         """
         if self._num_frozen and isinstance(change, Push | PlainPush | Put):
-            assigned = change.batch if isinstance(change, PlainPush) and isinstance(self._rule, Assign) else None
-            self._thaw(change.entries, assigned)
+            self._thaw(change)
         match change:
             case Push(entries=entries, parts=parts, outs=outs, scale=scale):
                 return self._update(entries, parts, outs, self._rule.scaled(scale))
@@ -649,44 +667,37 @@ class Shard(native.ShardFields):
                 raise TypeError(f"a shard has no change {type(change).__name__}")
         return False
 
-    def _thaw(self, entries: Sequence[Entry], assigned: native.Batch | None = None) -> None:
-        """Give snapshots their own copies of values that are about to change.
-
-        Args:
-            entries: of the values.
-            assigned: what replaces all of every value, and reads nothing of it (None: another change).
-        """
-        entries = [entry for entry in entries if entry.frozen is not None]
-        shared: list[FrozenEntry] = [entry.frozen for entry in entries]
+    def _thaw(self, change: Push | PlainPush | Put) -> None:
+        """Leave values that are about to change to their snapshots, whose readers know where they are."""
+        entries = [entry for entry in change.entries if entry.frozen is not None]
         if not entries:
             return
-        with kept(), self.frozen_lock, self._in_order(shared):
+        dense = [entry for entry in entries if not isinstance(entry.value, Table)]
+        batch = change.batch if isinstance(change, PlainPush) else None
+        with kept(), self.frozen_lock, self._in_order([*entries, *(entry.frozen for entry in entries)]):
             for entry in entries:
                 if isinstance(entry.value, Table):
-                    entry.spare = entry.value.copy()
-                elif entry.spare is None:
-                    entry.spare = torch.empty_like(entry.value)
-            if assigned is not None and self._move(entries, assigned):
-                self._num_frozen -= len(shared)
-                return
-            self._copy_dense([entry for entry in entries if not isinstance(entry.value, Table)])
-            for entry, frozen in zip(entries, shared, strict=True):
-                frozen.value, entry.spare, entry.frozen = entry.spare, None, None
-            self._num_frozen -= len(shared)
+                    entry.frozen.value = entry.value.copy()
+            lacking = [entry for entry in dense if entry.spare is None]
+            for entry, memory in zip(lacking, self.make_like([entry.tensor for entry in lacking]), strict=True):
+                entry.spare = memory
+            # What is assigned to all of a value does not depend on what it was.
+            if batch is None or not isinstance(self._rule, Assign):
+                self._copy_dense(dense)
+            for entry in dense:
+                entry.value, entry.spare = entry.spare, None
+            for entry in entries:
+                entry.frozen = None
+            self._num_frozen -= len(entries)
+            # It writes where its keys' values were seen last.
+            if batch is not None and not self._is_seen_again(batch, [entry.key for entry in dense]):
+                raise RuntimeError("values that were copied are not plain any more")
 
-    def _move(self, entries: Sequence[Entry], assigned: native.Batch) -> bool:
-        """Leave values to their snapshots, and have a batch that was begun write to their spare memory."""
-        held = [(entry.value, entry.frozen) for entry in entries]
-        for entry in entries:
-            entry.value, entry.spare, entry.frozen = entry.spare, None, None
-        # The batch writes where its keys' values were seen last.
-        keys = [entry.key for entry in entries]
-        is_seen = native.look(self._entries, keys, None, None, None, None) is not None
-        if is_seen and assigned.begin(native.leaves_cache(assigned.nbytes), self._entries):
-            return True
-        for entry, (value, frozen) in zip(entries, held, strict=True):
-            entry.value, entry.spare, entry.frozen = value, entry.value, frozen
-        return False
+    def _is_seen_again(self, batch: native.Batch, keys: Sequence[Key]) -> bool:
+        """Look at values that have moved, and begin a batch again."""
+        native.look(self._entries, keys, None, None, None, None)
+        steps = self._steps
+        return steps is not None and batch.begin(batch.past_cache, self._entries, steps[0])
 
     def _copy_dense(self, entries: Sequence[Entry]) -> None:
         """Copy dense values of this shard into their spare memory."""
@@ -945,6 +956,10 @@ def _put(entries: Sequence[Entry], values: Sequence[Any]) -> None:
         else:
             entry.tensor.copy_(value)
         entry.version += 1
+
+
+def _empty_like(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.empty_like(value) for value in values]
 
 
 def kept() -> AbstractContextManager[Any]:

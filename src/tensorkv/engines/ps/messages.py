@@ -79,12 +79,26 @@ class Pull(Message):
         pull_dtype: as of ``Push``.
         snapshot: to read (None: the present values).
         regions: of each key, the bounds of the part of what the server holds (None: all).
+        in_place: reply with where the values are, in memory of this host, if they can be read there; they stay as they
+            are until ``EndRead``, or the next such pull of this session.
     """
 
     checksum: int | None = None
     pull_dtype: str | None = None
     snapshot: str | None = None
     regions: list[Any] | None = None
+    in_place: bool = False
+
+
+@dataclass(kw_only=True)
+class EndRead(Message):
+    """Reply whether the values that this session has read in place were held until now.
+
+    Args:
+        snapshot: that was read (None: the present values).
+    """
+
+    snapshot: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -443,6 +457,7 @@ VERBS: dict[str, type[Message]] = {
     "pull": Pull,
     "wait_for_version": WaitForVersion,
     "pull_rows": PullRows,
+    "end_read": EndRead,
     "init": Init,
     "restore": Restore,
     "delete": Delete,
@@ -479,6 +494,7 @@ VERBS: dict[str, type[Message]] = {
 # What a user has called that sends a message of another name.
 CALLS = {
     "wait_for_version": "pull",
+    "end_read": "pull",
     "pull_rows": "row_sparse_pull",
     "restore": "load",
     "set_rule": "set_optimizer",

@@ -6,7 +6,7 @@ import json
 import threading
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,16 +29,14 @@ from tensorkv.shard.optimizers import ROWWISE
 from tensorkv.shard.pool import Pool
 from tensorkv.shard.rules import Assign, Rule, StepOptimizer, check_push
 
-from ..messages import Init, Pull, PullRows, Push, pulled_dtype, words_item
+from ..messages import EndRead, Init, Pull, PullRows, Push, pulled_dtype, words_item
 from .coded import CodedLayout
 from .keymap import KeyMap
-from .layout import Arrays, KeyPlacement, Layout, PlacedKey, PlacedKeys, describe, list_name
+from .layout import Arrays, KeyPlacement, Layout, PlacedKey, PlacedKeys, ServerLayout, describe, list_name
 from .rpc import ServerReply
 from .session import ServerRequest, Session, SessionPool
 
 Outs = Sequence[Sequence[torch.Tensor]]
-# Pulls of more bytes are read from a copy that all readers of a host share.
-_CACHED_NBYTES = 64 << 10
 # Lists of keys whose compressed pushes are remembered.
 _MAX_CODED = 64
 
@@ -574,22 +572,35 @@ class DataClient:
             self._pull_once(fresh, outs, None)
 
     def _pull_once(self, layout: Layout, outs: Arrays, snapshot: str | None) -> None:
-        requests = []
-        for pulled in layout.pulled:
-            message = Pull(checksum=pulled.checksum, pull_dtype=self.pull_dtype, snapshot=snapshot)
-            nbytes = pulled.nbytes
-            request = ServerRequest(pulled.server, message, pulled.keys, reply_nbytes=nbytes)
-            if self._same_host[pulled.server] and nbytes > _CACHED_NBYTES and self.pull_dtype is None:
-                request = request._replace(cached_nbytes=nbytes)
-            requests.append(request)
+        near = [each for each in layout.pulled if self._same_host[each.server] and each.is_read_in_place]
         with self._sessions.take() as session:
-            replies = self._send(session, requests)
-            for pulled, request, reply in zip(layout.pulled, requests, replies, strict=True):
+            read = self._read_in_place(session, near, outs, snapshot) if self.pull_dtype is None else set()
+            rest = [each for each in layout.pulled if each.server not in read]
+            requests = []
+            for pulled in rest:
+                message = Pull(checksum=pulled.checksum, pull_dtype=self.pull_dtype, snapshot=snapshot)
+                requests.append(ServerRequest(pulled.server, message, pulled.keys, reply_nbytes=pulled.nbytes))
+            for pulled, reply in zip(rest, self._send(session, requests), strict=True):
                 pulled.scatter(reply.payload, outs, self._pool)
-                while not session.is_intact(pulled.server, reply):
-                    (reply,) = self._send(session, [request])
-                    pulled.scatter(reply.payload, outs, self._pool)
         self._count_pulled(layout)
+
+    def _read_in_place(
+        self, session: Session, layouts: Sequence[ServerLayout], outs: Arrays, snapshot: str | None
+    ) -> set[int]:
+        """Fill outs with values that are read where they are; return the servers whose were read."""
+        requests = []
+        for each in layouts:
+            message = Pull(checksum=each.checksum, snapshot=snapshot, in_place=True)
+            requests.append(ServerRequest(each.server, message, each.keys, reply_nbytes=16 * each.num_keys))
+        replies = self._send(session, requests) if requests else []
+        read = []
+        for each, reply in zip(layouts, replies, strict=True):
+            with suppress(OSError):
+                each.scatter(session.values_in_place(each.server, reply), outs, self._pool)
+                read.append(each.server)
+        ends = [ServerRequest(server, EndRead(snapshot=snapshot)) for server in read]
+        held = self._send(session, ends) if ends else []
+        return {server for server, reply in zip(read, held, strict=True) if reply.head["held"]}
 
     def _count_pulled(self, layout: Layout) -> None:
         """Count pulled values if they travel in fewer bytes than they have."""

@@ -19,6 +19,7 @@ from tensorkv.arrays.packing import Slot, decode_layout, join_layout
 from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rowinit import RowInit
 from tensorkv.arrays.spec import KeySpec
+from tensorkv.engines.transport.shared_values import ValuesInPlace
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.pool import Pool
@@ -27,6 +28,9 @@ from tensorkv.storage import manifest
 
 from ..messages import PULL_DTYPES, can_code, pulled_dtype
 
+# Values of a server are read where they are if they have so many bytes, and so many on average.
+_IN_PLACE_NBYTES = 1 << 20
+_IN_PLACE_MEAN_NBYTES = 16 << 10
 # Copies of more elements than this are divided between threads.
 _PARALLEL_NUMEL = 1 << 18
 _CACHED_LAYOUTS = 256
@@ -288,6 +292,9 @@ class ServerLayout:
             starts.append(at)
             at += nbytes
         self._starts, self.nbytes = np.array(starts, np.uint64), at
+        self._sizes, self.num_keys = counts * itemsizes, len(starts)
+        self.is_read_in_place = at >= _IN_PLACE_NBYTES and at >= _IN_PLACE_MEAN_NBYTES * len(starts)
+        """Whether the values are so large that it is worth a request more to read them where they are."""
 
     @cached_property
     def layout(self) -> bytes:
@@ -319,21 +326,32 @@ class ServerLayout:
                 if target.numel():
                     reduce.sum_into(target, own)
         else:
-            self._run(parts.sum_pieces, room, pool, int(self._wide))
+            self._run(parts.sum_pieces, self._starts + np.uint64(room.data_ptr()), pool, int(self._wide))
 
-    def scatter(self, values: torch.Tensor, outs: Arrays, pool: Pool) -> None:
-        """Copy the pieces to the outputs."""
-        if isinstance(outs, Sequence):
-            for index, share, slot in self._places:
-                value = values[slot.start : slot.stop].view(slot.dtype).view(slot.shape)
-                for out in outs[index]:
-                    (out[share.start : share.stop] if out.ndim else out).copy_(value)
+    def scatter(self, values: torch.Tensor | ValuesInPlace, outs: Arrays, pool: Pool) -> None:
+        """Copy the pieces, of a payload or from where they are, to the outputs.
+
+        Raises:
+            OSError: they are not where they should be.
+        """
+        if isinstance(values, ValuesInPlace):
+            addresses = values.addresses(self._sizes)
         else:
-            self._run(outs.copy_pieces, values, pool, self._columns_as)
+            addresses = self._starts + np.uint64(values.data_ptr())
+        if not isinstance(outs, Sequence):
+            self._run(outs.copy_pieces, addresses, pool, self._columns_as)
+            return
+        for number, (index, share, slot) in enumerate(self._places):
+            if isinstance(values, ValuesInPlace):
+                value = values.tensor(number, slot.shape, slot.dtype)
+            else:
+                value = values[slot.start : slot.stop].view(slot.dtype).view(slot.shape)
+            for out in outs[index]:
+                (out[share.start : share.stop] if out.ndim else out).copy_(value)
 
-    def _run(self, move: Any, payload: torch.Tensor, pool: Pool, columns_as: int) -> None:
-        """Move all pieces between a batch and a payload, large ones by several threads."""
-        pieces, columns = self._pieces, [(self._starts + np.uint64(payload.data_ptr())).tobytes()]
+    def _run(self, move: Any, addresses: Any, pool: Pool, columns_as: int) -> None:
+        """Move all pieces between a batch and where they lie, large ones by several threads."""
+        pieces, columns = self._pieces, [addresses.tobytes()]
         if self._numel < _PARALLEL_NUMEL:
             move(pieces, columns, columns_as, 0, self._numel)
         else:

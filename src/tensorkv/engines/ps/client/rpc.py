@@ -24,7 +24,7 @@ from tensorkv.engines.transport import channel, network
 from tensorkv.engines.transport.channel import Buffers, Connection
 from tensorkv.engines.transport.rendezvous import host_id
 from tensorkv.engines.transport.segment import can_share
-from tensorkv.engines.transport.shared_cache import SharedCacheReader
+from tensorkv.engines.transport.shared_values import OpenValues, ValuesInPlace
 from tensorkv.errors import PushOutcomeUnknownError, ServerDeadError, TensorKVError, WaitTimeoutError
 
 from ..messages import CALLS, bytes_of, join, split
@@ -43,7 +43,6 @@ class ServerReply(NamedTuple):
 
     head: dict[str, Any]
     payload: torch.Tensor
-    cached: list[Any] | None = None
 
 
 # Other outcomes of sending a request; after each of them it is sent again.
@@ -67,15 +66,11 @@ class _NotServed:
     """The server cannot open the client's memory; the request goes through Ray instead."""
 
 
-class _NoCache:
-    """The copy that the server has named cannot be opened."""
-
-
 class _IsSpare:
     """Another actor serves."""
 
 
-_Retry = _NoReply | _StillWaiting | _NotServed | _NoCache | _IsSpare
+_Retry = _NoReply | _StillWaiting | _NotServed | _IsSpare
 
 
 @dataclass(slots=True)
@@ -133,7 +128,7 @@ class ServerConnection:
         self._buffers = _buffers_for(address)
         self._reply_nbytes = 0
         self._failures = 0
-        self._cache = SharedCacheReader()
+        self._open = OpenValues()
         # The payload of the present request, and whether it lies in the buffers.
         self._payload = _no_bytes()
         self._in_buffers = False
@@ -192,15 +187,22 @@ class ServerConnection:
                 self._payload = _no_bytes()
             raise
 
-    def is_intact(self, reply: ServerReply) -> bool:
-        """Return whether the payload that was read has not been written over in the meantime."""
-        return reply.cached is None or self._cache.is_intact(reply.cached)
+    def values_in_place(self, reply: ServerReply) -> ValuesInPlace:
+        """Return the values of a reply that says where they are.
+
+        Raises:
+            OSError: they cannot be read from here.
+        """
+        segments = reply.head["in_place"]
+        if segments is None:
+            raise OSError("the server has no memory that it can share")
+        return self._open.find(segments, reply.payload.numpy().view(np.int64).reshape(2, -1))
 
     def close(self) -> None:
         """Release the connection and shared memory."""
         self._disconnect()
         self._buffers.close()
-        self._cache, self._payload = SharedCacheReader(), _no_bytes()
+        self._open, self._payload = OpenValues(), _no_bytes()
 
     # ------------------------------------------------------------ one attempt
 
@@ -312,11 +314,6 @@ class ServerConnection:
                 return _StillWaiting(reason)
             case {"spare": True}:
                 return _IsSpare()
-            case {"cached": place}:
-                try:
-                    return ServerReply(head, self._cache.find(place), place)
-                except OSError:
-                    return _NoCache()
             case {"in_buffers": nbytes}:
                 if self._connection is None:
                     raise ConnectionResetError("the connection was given up")
@@ -350,8 +347,6 @@ class ServerConnection:
                     raise self._timeout(call, "")
             case _NotServed():
                 self._use_ray()
-            case _NoCache():
-                call.head = {name: each for name, each in call.head.items() if name != "cached_nbytes"}
 
     def _find_serving(self, call: _Call) -> None:
         """Continue with the actor that serves, wherever it is."""

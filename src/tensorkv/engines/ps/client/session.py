@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tensorkv.arrays.packing import Packed
+from tensorkv.engines.transport.shared_values import ValuesInPlace
 from tensorkv.errors import StoreClosedError
 
 from ..messages import Message, encode
@@ -30,7 +31,6 @@ class ServerRequest(NamedTuple):
         fill: writes the payload to the memory that it is given.
         reply_nbytes: of the values that come back.
         servers: all servers of the request (None: those to which it is sent now).
-        cached_nbytes: accept a copy of so many bytes that readers of this host share (None: do not).
     """
 
     server: int
@@ -40,7 +40,6 @@ class ServerRequest(NamedTuple):
     fill: Fill | None = None
     reply_nbytes: int = 0
     servers: list[int] | None = None
-    cached_nbytes: int | None = None
 
     @classmethod
     def of_tensors(cls, server: int, message: Message, packed: Packed, reply_nbytes: int = 0) -> ServerRequest:
@@ -106,8 +105,6 @@ class Session:
             if len(request.servers or servers) > 1:
                 sender["servers"] = request.servers or servers
             head = encode(request.message, sender)
-            if request.cached_nbytes is not None:
-                head["cached_nbytes"] = request.cached_nbytes
             payload = connection.allocate(request.nbytes, request.reply_nbytes)
             if request.fill is not None:
                 request.fill(payload)
@@ -121,9 +118,9 @@ class Session:
         self.is_idle = True
         return found
 
-    def is_intact(self, server: int, reply: ServerReply) -> bool:
-        """Return whether a payload that was read has not been written over in the meantime."""
-        return self._connections[server].is_intact(reply)
+    def values_in_place(self, server: int, reply: ServerReply) -> ValuesInPlace:
+        """Return the values of a reply that says where they are; raise OSError if they cannot be read from here."""
+        return self._connections[server].values_in_place(reply)
 
     @property
     def resent(self) -> int:

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import ray
-import torch
 from ray.exceptions import OutOfMemoryError
 
 from tensorkv.engines.ps.server.awaited import AwaitedServer, SpareServer, why_not_the_folder
@@ -27,7 +26,6 @@ from tensorkv.engines.transport.channel import Handler, Listener, OpenBuffers, S
 from tensorkv.engines.transport.network import NetworkServer
 from tensorkv.engines.transport.rendezvous import host_id
 from tensorkv.engines.transport.segment import can_share
-from tensorkv.engines.transport.shared_cache import SharedCache
 from tensorkv.errors import StorageError
 from tensorkv.storage.lock import is_locked
 
@@ -69,8 +67,6 @@ class ServerActor:
         self._server = self._open(comes_back=is_spare or context.was_current_actor_reconstructed)
         self._listener = _listen(self.serve_connection, lambda owner: self._server.mark_dead(owner))
         self._network = _listen_to_hosts(self.serve_connection)
-        self._cache = SharedCache()
-        self._copying = threading.Lock()
         name = (context.get_actor_name() or "").rpartition("/")[0]
         has_twin = self._options.path is not None and self._options.spare
         self._twin = (f"{name}/{index}" if is_spare else spare_name(name, index, stamp)) if has_twin else ""
@@ -107,7 +103,7 @@ class ServerActor:
     def serve(self, message: bytes, payload: Any = None) -> Any:
         """Answer a message that came through Ray, whose payload is in it or beside it."""
         head, layout, inline = split(message)
-        return through_ray(self._answer(head, layout, inline if payload is None else payload))
+        return through_ray(self._server.serve(head, layout, inline if payload is None else payload))
 
     def serve_connection(self, message: bytes, buffers: OpenBuffers) -> bytes:
         """Answer a message that came over a connection, whose payload is in it or in the client's buffers.
@@ -127,19 +123,11 @@ class ServerActor:
         except (OSError, TypeError, ValueError, LookupError, AttributeError, struct.error) as error:
             _logger.warning("a client's request cannot be read, so it continues through Ray: %s", error)
             return b""
-        reply = self._answer(head, layout, inline if payload is None else payload, out)
+        reply = self._server.serve(head, layout, inline if payload is None else payload, out)
         if out is not None and reply.payload is not None and reply.payload.data_ptr() == out.data_ptr():
             buffers.reply_nbytes = len(reply.payload)
             return join({**reply.head, "in_buffers": len(reply.payload)})
         return _joined(reply)
-
-    def _answer(self, head: dict[str, Any], layout: bytes, payload: Any, out: torch.Tensor | None = None) -> Reply:
-        cached_nbytes = head.pop("cached_nbytes", None)
-        if cached_nbytes:
-            cached = self._cached(head, layout, int(cached_nbytes))
-            if cached is not None:
-                return Reply(cached)
-        return self._server.serve(head, layout, payload, out)
 
     def place(self) -> list[Any]:
         """Return where this server is; a spare takes over first, if its twin has ended.
@@ -217,40 +205,6 @@ class ServerActor:
             self._server = opened
             _logger.warning("the folder %s is there again", self._options.folder(self._index))
             awaited.end()
-
-    def _cached(self, head: dict[str, Any], layout: bytes, nbytes: int) -> dict[str, Any] | None:
-        """Return the place of a copy that all clients of this host read, or a refusal; None: send the values."""
-        snapshot = head.get("snapshot")
-        if snapshot is None:
-            sender = {name: each for name, each in head.items() if name not in ("verb", "checksum")}
-            reply = self._server.serve({**sender, "verb": "wait_for_version"}, layout)
-            if reply.head:
-                return reply.head
-        with self._copying:
-            signature = self._server.signature(layout, head.get("checksum"), snapshot)
-            if signature is None:
-                return None
-            # Copies of the present values and of releases are kept side by side.
-            listed = layout if snapshot is None else b"releases of " + layout
-            place = self._cache.find(listed, signature)
-            if place is None:
-                replies: list[Reply] = []
-                try:
-                    place = self._cache.make(
-                        listed,
-                        signature,
-                        nbytes,
-                        lambda room: replies.append(self._server.serve(head, layout, out=room)),
-                    )
-                except OSError as error:
-                    _logger.warning("no memory for a copy that readers share: %s", error)
-                    return None
-                payload = replies[0].payload
-                if replies[0].head or payload is None or len(payload) != nbytes:
-                    # The client's request is answered as a plain pull, with the right error.
-                    self._cache.forget(listed)
-                    return None
-        return {"cached": place}
 
 
 def spare_name(name: str, index: int, stamp: str) -> str:

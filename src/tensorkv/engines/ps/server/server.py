@@ -37,6 +37,7 @@ from .staleness import StalenessClock
 from .state import ServerState, contents_of, metadata_of, new_entries
 from .sync_round import PendingPush, SyncRounds
 from .tables import ServerTables
+from .values import ServedValues
 from .wait import AwakeClock, Condition, RetryLater
 
 # A client may ask a release to stay so long.
@@ -178,18 +179,6 @@ class Server:
         }
         return {**mine, **self._state.stats()}
 
-    def signature(self, layout: bytes, checksum: Any, snapshot: Any = None) -> tuple[Any, ...] | None:
-        """Return numbers that differ when the values of a pull do; None: the pull is refused, or its own snapshot's."""
-        try:
-            with self._condition:
-                if snapshot is None:
-                    return self._state.versions(keys_of(layout), checksum)
-                self._state.served(snapshot).layout(keys_of(layout), checksum, None)
-                number = self._state.snapshots.release_of(snapshot)
-                return None if number is None else number
-        except TensorKVError:
-            return None
-
     def close(self) -> None:
         """Release the values and the folder."""
         with self._condition:
@@ -315,7 +304,30 @@ class Server:
             served = self._state.served(message.snapshot)
             if message.regions is not None:
                 return served.regions(request)
+            if message.in_place:
+                return self._begin_read(request, served)
             return served.values(keys_of(request.layout), request.out, message.checksum, message.pull_dtype)
+
+    def _begin_read(self, request: Request[messages.Pull], served: ServedValues) -> Reply:
+        """Reply with where values are, and keep them as they are; with nothing if no other process can open them."""
+        keys, message, sender = keys_of(request.layout), request.message, request.sender
+        # Raises if the client expects another layout.
+        served.layout(keys, message.checksum, None)
+        if message.snapshot is None:
+            places = self._state.reads.begin(keys, sender.client, str(sender.owner))
+        else:
+            places = self._state.reads.find(self._state.snapshots.entries(message.snapshot, keys))
+        if places is None:
+            return Reply({"in_place": None})
+        return Reply({"in_place": places.segments}, bytes_of(places.table.reshape(-1).view(np.uint8)))
+
+    def _end_read(self, request: Request[messages.EndRead]) -> Reply:
+        snapshot = request.message.snapshot
+        with self._condition:
+            if snapshot is None:
+                return Reply({"held": self._state.reads.end(request.sender.client)})
+            self._state.served(snapshot)
+            return Reply({"held": True})
 
     def _wait_for_version(self, request: Request[messages.WaitForVersion]) -> Reply:
         keys, wanted, shard = keys_of(request.layout), request.message.min_version, self._state.shard
@@ -443,6 +455,7 @@ class Server:
             clients = self._membership.clients()
             self._state.snapshots.drop_all_but_of(clients)
             self._state.snapshots.drop_expired()
+            self._state.reads.drop_all_but_of(clients)
             if self.index == 0:
                 self._state.drop_unfinished_releases(clients)
 
@@ -650,6 +663,7 @@ class Server:
 _HANDLERS: dict[type[Message], Callable[[Server, Request[Any]], Reply]] = {
     messages.Push: Server._push,
     messages.Pull: Server._pull,
+    messages.EndRead: Server._end_read,
     messages.WaitForVersion: Server._wait_for_version,
     messages.PullRows: Server._pull_rows,
     messages.Init: Server._init,

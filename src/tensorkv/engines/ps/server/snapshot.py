@@ -18,6 +18,7 @@ from typing import Any
 from tensorkv.arrays.arguments import Key
 from tensorkv.compression import Traffic
 from tensorkv.errors import ReleaseNotFoundError, SnapshotError, quote
+from tensorkv.shard.entry import FrozenEntry
 from tensorkv.shard.releases import HeldRelease
 from tensorkv.shard.shard import Shard, ShardSnapshot
 from tensorkv.storage.dedup import AppliedRequests
@@ -247,6 +248,11 @@ class HeldSnapshots:
                 "ended, or a server was restarted; take another"
             )
         return held.values
+
+    def entries(self, name: str, keys: Sequence[Key]) -> list[FrozenEntry]:
+        """Return what is held of some keys under a name that ``find`` has found."""
+        held = self._held[name].snapshot.held
+        return [held[key] for key in keys]
 
     def drop(self, name: str) -> None:
         """Let go of what is held under a name."""

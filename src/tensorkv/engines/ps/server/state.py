@@ -50,6 +50,7 @@ from ..messages import (
 )
 from ..options import PSOptions
 from .listing import listed
+from .reads import Reads
 from .snapshot import HeldSnapshots
 from .tables import ServerTables
 from .values import REMEMBERED_LAYOUTS, Room, ServedValues
@@ -89,6 +90,8 @@ class ServerState:
         """Of compressed gradients and pulls."""
         self._live = ServedValues(self.shard, self.traffic)
         self.snapshots = HeldSnapshots(self.shard, options.keep, self.traffic)
+        self.reads = Reads(self.shard)
+        """Values that clients read where they are."""
         self.changes = ChangeFinder(self.shard, self._place_of)
         """Finds changes between releases."""
         # Of pushes whose parts are all compressed, and memory for these parts.
@@ -200,11 +203,6 @@ class ServerState:
             SnapshotError: it is not held any more.
         """
         return self._live if snapshot is None else self.snapshots.find(snapshot)
-
-    def versions(self, keys: tuple[Key, ...], checksum: Any) -> tuple[int, ...]:
-        """Return the version of each key, and a number that changes when a key is re-created."""
-        self._live.layout(keys, checksum, None)
-        return (self.inits, *[self.shard.entry("pull", key).version for key in keys])
 
     # ------------------------------------------------------------ keys and the rule
 

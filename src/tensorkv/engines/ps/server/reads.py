@@ -1,0 +1,101 @@
+"""Reads: the values of a shard that clients of its host read where they are."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from tensorkv.arrays.arguments import Key
+from tensorkv.engines.transport.shared_values import Places, SharedValues
+from tensorkv.shard.entry import FrozenEntry
+from tensorkv.shard.shard import Shard
+
+_logger = logging.getLogger(__name__)
+
+# A read that was not ended for so long was given up.
+_LONGEST_S = 60.0
+
+
+class _Read(NamedTuple):
+    owner: str
+    entries: Sequence[FrozenEntry]
+    until: float
+
+
+class Reads:
+    """The reads of one shard.
+
+    Values are brought to shared memory when they are first read, and their replacements are made there.
+
+    Args:
+        shard: whose values.
+        now: a clock in seconds.
+    """
+
+    def __init__(self, shard: Shard, now: Callable[[], float] = time.monotonic) -> None:
+        self._shard, self._now, self._memory = shard, now, SharedValues()
+        # Of present values, by session, which has one read at a time.
+        self._reads: dict[str, _Read] = {}
+        shard.make_like = self._make_like
+
+    def find(self, entries: Sequence[FrozenEntry]) -> Places | None:
+        """Return where values are that a snapshot holds; None if no other process can read them."""
+        try:
+            elsewhere = [entry for entry in entries if not self._memory.has(entry.tensor)]
+            if elsewhere:
+                self._shard.move(elsewhere, self._memory.like)
+        except OSError as error:
+            _logger.warning("values cannot be read in place, so they are copied for each reader: %s", error)
+            return None
+        return self._memory.find([entry.tensor for entry in entries])
+
+    def begin(self, keys: Sequence[Key], session: str, owner: str) -> Places | None:
+        """Return where the present values are, and keep them as they are until this read, or the next one, is ended.
+
+        Args:
+            keys: of the values.
+            session: of a client, which has one read at a time.
+            owner: the client.
+        """
+        self._drop_expired()
+        self.end(session)
+        entries = self._shard.freeze(keys)
+        found = self.find(entries)
+        if found is None:
+            self._shard.release(entries)
+        else:
+            self._reads[session] = _Read(owner, entries, self._now() + _LONGEST_S)
+        return found
+
+    def end(self, session: str) -> bool:
+        """Let values change, and return whether they were kept until now."""
+        read = self._reads.pop(session, None)
+        if read is None:
+            return False
+        self._shard.release(read.entries)
+        return True
+
+    def drop_all_but_of(self, owners: Sequence[str]) -> None:
+        """End the reads of clients that are not among these, and those that were given up."""
+        for session in [session for session, read in self._reads.items() if read.owner not in owners]:
+            self.end(session)
+        self._drop_expired()
+
+    def _drop_expired(self) -> None:
+        now = self._now()
+        for session in [session for session, read in self._reads.items() if read.until <= now]:
+            self.end(session)
+
+    def _make_like(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return new memory for values that replace others, where readers find it if these were read."""
+        shared = [index for index, value in enumerate(values) if self._memory.has(value)]
+        made: dict[int, torch.Tensor] = {}
+        try:
+            made = dict(zip(shared, self._memory.like([values[index] for index in shared]), strict=True))
+        except OSError as error:
+            _logger.warning("no memory that readers share for values that are pushed: %s", error)
+        return [made[i] if i in made else torch.empty_like(value) for i, value in enumerate(values)]

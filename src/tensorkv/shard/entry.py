@@ -47,7 +47,7 @@ class Entry(Cell):
         self.ready: Any = None
         """On CUDA: the moment when the last work on the value is done, for callers on other streams."""
         self.spare: Any = None
-        """Memory for the next copy of the value that a snapshot needs."""
+        """Memory for the value when it next changes while a snapshot holds it."""
 
     def freeze(self) -> FrozenEntry:
         """Return what one more snapshot holds of the key as it is now."""
@@ -126,7 +126,7 @@ class Entry(Cell):
 
 
 class FrozenEntry(Entry):
-    """What snapshots hold of a key: the value of another entry until that is about to change, then a copy of it.
+    """What snapshots hold of a key: the value that another entry has, or had until that was about to change.
 
     Args:
         source: the other entry.
@@ -147,7 +147,7 @@ class FrozenEntry(Entry):
     def release(self) -> bool:
         """Let one snapshot go, and return whether it was the last one of a value that has not changed since.
 
-        After the last one, the memory of a copy is for the source's next one.
+        After the last one, memory that the source has left to snapshots is for its next change.
         """
         self.holders -= 1
         if self.holders:

@@ -899,7 +899,7 @@ class Shard(native.ShardFields):
 class ShardSnapshot(Shard):
     """The present values of a shard, for reading only.
 
-    A value is copied before its first change after that, once for all snapshots that share it.
+    The first change of a value after that leaves it to the snapshots that share it, and is made in other memory.
 
     Args:
         shard: whose values.

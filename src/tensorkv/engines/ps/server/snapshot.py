@@ -190,13 +190,6 @@ class HeldSnapshots:
             return told
         return {**told, **listed([entry.key for entry in entries], held.keys.notes)}
 
-    def release_of(self, name: str) -> tuple[str, int] | None:
-        """Return name and number of the release that is held under a name, None if it is none."""
-        held = self._held.get(name)
-        if held is None or held.release is None:
-            return None
-        return held.release, self._shard.number_of_release(held.release)
-
     def take(self, name: str, client: str) -> None:
         """Hold the present values of the shard for a client."""
         if name not in self._held and len(self) >= self._keep:

@@ -71,6 +71,10 @@ class ValueMismatchError(TensorKVError, ValueError):
     """An array's shape or dtype does not fit the key's value."""
 
 
+class IncompleteValueError(TensorKVError, RuntimeError):
+    """A value of which some slices of a push have come and others are missing; or such a push that did not fit."""
+
+
 class NonFiniteError(TensorKVError, ValueError):
     """The sum of a push has NaN or Inf, and the store was created with ``nonfinite="raise"``."""
 

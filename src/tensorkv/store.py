@@ -28,6 +28,7 @@ from tensorkv.arrays.keytable import select
 from tensorkv.arrays.outputs import GivenOuts, NewOuts, describe_like, give_each
 from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows, take_ids, unchecked_rows
+from tensorkv.arrays.slices import empty_whole, local_part
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.base import ReleaseReader
 from tensorkv.engines.call import Call, check_priority, nbytes, take
@@ -626,13 +627,15 @@ class KVStore:
         batch = Call(self._pushes, verb, flat.names, values, None, 0).batch
         held = set(self._engine.keys())
         new = {name: leaf for name, leaf in zip(flat.names, flat.leaves, strict=True) if name not in held}
-        taken, specs = _take_values(verb, list(new), list(new.values()))
+        wholes = [empty_whole(leaf) for leaf in new.values()]
+        taken, specs = _take_values(verb, list(new), wholes)
+        specs = [
+            spec if whole is leaf else spec.of(interop.origin(local_part(leaf)[0]))
+            for spec, whole, leaf in zip(specs, wholes, new.values(), strict=True)
+        ]
         made: dict[Key, KeySpec] = dict(zip(new, specs, strict=True))
         wanted = [made.get(key) or self._engine.spec(verb, key) for key in batch.keys]
-        entries = [
-            Entry(key, spec, parts[0])  # type: ignore[arg-type]
-            for key, spec, parts in zip(batch.keys, wanted, batch.parts, strict=True)
-        ]
+        entries = [Entry(key, spec, parts[0]) for key, spec, parts in zip(batch.keys, wanted, batch.parts, strict=True)]
         check_push(batch, entries, Assign(), self._engine.averages)
         # Not the first parts: the push may be left out, as one of NaN or Inf is if the store was asked for that.
         blank = [_blank(part) for part in taken]

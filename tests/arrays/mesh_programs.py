@@ -1,6 +1,7 @@
-"""What each process of a mesh does: pulls into DTensors, which then have what the whole value has.
+"""What each process of a mesh does: pulls into DTensors and pushes of DTensors, of whole values.
 
-Run by ``torchrun`` with the numbers of processes along each axis of the mesh.
+Run by ``torchrun`` with the numbers of processes along each axis of the mesh, and the name of a store on servers, if
+pushes are to go there.
 """
 
 import itertools
@@ -37,6 +38,45 @@ def pull_all(kv, mesh):
             assert torch.equal(out.full_tensor(), value), (shape, placements)
             count += 1
     return count
+
+
+def push_all(kv, mesh):
+    """Push DTensors of all placements; each value is that of the whole, whatever several processes have of it."""
+    count = 0
+    rank = dist.get_rank()
+    for number, shape in enumerate([*SHAPES, ()]):
+        if rank == 0 or kv.type == "dist_sync":
+            kv.init(f"p{number}", torch.zeros(shape))
+        dist.barrier()
+        choices = [Replicate(), *(Shard(dim) for dim in range(len(shape)))]
+        for placements in itertools.product(choices, repeat=mesh.ndim):
+            value = torch.randn(shape, generator=torch.Generator().manual_seed(count))
+            given = distribute_tensor(value, mesh, placements)
+            kv.push(f"p{number}", given)
+            dist.barrier()
+            assert torch.equal(kv.pull(f"p{number}"), value), (shape, placements)
+            dist.barrier()
+            count += 1
+    model = {"layer": distribute_tensor(torch.arange(12.0).reshape(4, 3), mesh, [Shard(0)] * mesh.ndim)}
+    kv.push_tree(model, prefix="model")
+    dist.barrier()
+    assert torch.equal(kv.pull("model.layer"), torch.arange(12.0).reshape(4, 3))
+    dist.barrier()
+    return count
+
+
+def refuse_pushes(kv, mesh):
+    """A slice that one process lacks, and one that two have: every process gets the same error."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    kv.init("q", torch.zeros(size))
+    for place, error in ((rank // 2, tensorkv.ValueMismatchError), (max(rank, 1), tensorkv.ValueMismatchError)):
+        with pytest.raises(error, match="overlaps"):
+            kv.push("q", tensorkv.TensorSlice(torch.ones(1), (place,), (size,)))
+    with pytest.raises(tensorkv.IncompleteValueError, match=r"lacks \[0:1\]"):
+        kv.push("q", tensorkv.TensorSlice(torch.ones(1 if rank else 0), (rank,), (size,)))
+    assert not kv.pull("q").any()
+    kv.push("q", tensorkv.TensorSlice(torch.ones(1), (rank,), (size,)))
+    assert kv.pull("q").all()
 
 
 def pull_module(kv, mesh):
@@ -87,7 +127,16 @@ def refuse(kv, mesh):
 
 def main():
     dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", tuple(map(int, sys.argv[1:])))
+    sizes = [int(each) for each in sys.argv[1:] if each.isdecimal()]
+    mesh = init_device_mesh("cpu", tuple(sizes))
+    if len(sizes) < len(sys.argv) - 1:
+        with tensorkv.create("dist_async", name=sys.argv[-1], num_servers=2) as kv:
+            print(f"{push_all(kv, mesh)} DTensors pushed", flush=True)
+        dist.destroy_process_group()
+        return
+    with tensorkv.create("dist_sync") as kv:
+        print(f"{push_all(kv, mesh)} DTensors pushed", flush=True)
+        refuse_pushes(kv, mesh)
     with tensorkv.create() as kv:
         count = pull_all(kv, mesh)
         pull_module(kv, mesh)

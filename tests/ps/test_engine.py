@@ -5,6 +5,7 @@ import pytest
 
 import tensorkv
 from tensorkv.testing import BaseContract
+from tests.support.workers import run
 from tests.trainer import optimizer_programs as programs
 
 pytest.importorskip("ray")
@@ -41,6 +42,11 @@ def test_torch_s_schedulers_and_scaler_over_servers(num_servers, server_pool):
     programs.schedule(store(), "CyclicLR of betas", False, overlap=True)
     assert programs.scaler(store(), True, False, 1) == 2
     programs.thaw(store(), True, False)
+
+
+def test_the_processes_of_a_mesh_push_dtensors(ray_address):
+    for text in run(2, "tests.arrays.mesh_programs", 2, "mesh", env=ray_address):
+        assert "18 DTensors pushed" in text
 
 
 def test_many_rows_come_with_the_reply_to_one_message(server_pool):

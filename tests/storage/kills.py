@@ -24,7 +24,9 @@ import torch
 
 from tensorkv.arrays.interop import NUMPY
 from tensorkv.arrays.packing import raw_bytes
+from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.slices import Slices
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.shard import native, optimizers
 from tensorkv.shard.entry import Batch
@@ -49,9 +51,9 @@ def open_shard(folder, durability):
 def prepare(shard):
     """Bring a shard to where pushes can begin, whatever of that was done before."""
     if "w" not in shard:
-        values = [torch.zeros(PUSHES, 1), torch.zeros(3)]
+        values = [torch.zeros(PUSHES, 1), torch.zeros(3), torch.zeros(3)]
         specs = [KeySpec(value.shape, value.dtype, NUMPY, False) for value in values]
-        shard.init(["w", "n"], values, specs)
+        shard.init(["w", "n", "s"], values, specs)
     if shard.optimizer is None:
         shard.set_optimizer(SPEC[0])
 
@@ -63,11 +65,18 @@ def gradients(i):
     )
 
 
+def slices(i):
+    """Two of three pushes bring a slice of "s" that makes it incomplete or leaves it so, the third one the last."""
+    place = i // 2 % 3
+    value = torch.full((1,), float(i))
+    return Slices(torch.Size([3]), (0, 3), [Region(((place, place + 1),))], [value], value.dtype)
+
+
 def apply(shard, i, requests=()):
-    """Make push number i: of Rows and an array, which is parsed, or of a plain array."""
+    """Make push number i: of Rows, an array and a slice, which is parsed, or of a plain array."""
     batch = gradients(i)
     if i % 2 == 0:
-        shard.push(batch, requests=requests)
+        shard.push(Batch("push", [*batch.keys, "s"], [*batch.parts, [slices(i)]]), requests=requests)
         return
     keys, parts = batch.keys[1:], batch.parts[1:]
     if not shard.try_compiled(native.Call(None, "push", keys, parts, None, 0), requests=requests):
@@ -91,6 +100,7 @@ def bits(shard):
                 entry.key,
                 entry.version,
                 *((name, bytes(raw_bytes(t))) for name, t in [("", entry.value), *sorted(entry.state.items())]),
+                *(() if entry.incomplete is None else map(bytes, map(raw_bytes, entry.incomplete.to_tensors()))),
             )
             for entry in entries
         ]

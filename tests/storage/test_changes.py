@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from tensorkv.arrays.interop import NUMPY
+from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.slices import Slices
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import StorageError
 from tensorkv.shard import native, optimizers
@@ -55,7 +57,7 @@ def rows(ids, number):
 def use(shard):
     """Make every kind of change that a log has."""
     generator = torch.Generator().manual_seed(0)
-    add(shard, w=torch.randn(300, generator=generator), t=rows([5], 1.0), old=torch.zeros(2))
+    add(shard, w=torch.randn(300, generator=generator), s=torch.zeros(3), t=rows([5], 1.0), old=torch.zeros(2))
     add(shard, **{key: torch.zeros(50) for key in MANY})
     shard.push(Batch("push", ["w", "t"], [[torch.ones(300), torch.ones(300)], [rows([7, 5], 0.5)]]))
     shard.set_optimizer(optimizers.spec("adam", {"lr": 0.1}))
@@ -65,6 +67,9 @@ def use(shard):
         if not shard.try_compiled(native.Call(None, "push", MANY, gradients, None, 0)):
             shard.push(Batch("push", MANY, [[gradient] for gradient in gradients]))
         shard.push(Batch("push", ["w", "t"], [[torch.randn(300, generator=generator)], [rows([number], 1.0)]]))
+    for place in range(5):
+        part = Slices(torch.Size([3]), (0, 3), [Region(((place % 3, place % 3 + 1),))], [torch.ones(1)], torch.float32)
+        shard.push(Batch("push", ["s", "w"], [[part], [torch.ones(300)]]))
     shard.commit(SetNotes({"place": {"server": 1}, "gone": 1}))
     shard.commit(SetNotes({"gone": None}))
     shard.delete(["old"])
@@ -74,6 +79,7 @@ def test_replaying_the_records_of_changes_leads_to_the_same_bits():
     shard, other = Shard(threads=1), Shard(threads=1)
     shard.log = log = Recorder()
     use(shard)
+    assert {record.head["verb"] for record in log.records} >= {"slices", "push"}
     assert {"Init", "Push", "PlainPush", "SetRule", "SetNotes", "Delete"} <= set(log.kinds)
     for record in log.records:
         other.apply(decode(record, other))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tensorkv
-from tensorkv import Rows
+from tensorkv import Rows, TensorSlice
 from tensorkv.shard import rules
 from tensorkv.storage import durable
 from tests.support.amount import amount
@@ -38,7 +38,7 @@ class Program:
         self.plain = tensorkv.create("local")
         self.kv = None
         self.has_updater = False
-        self.openings = 0
+        self.openings = self.incomplete = 0
         self.open()
 
     def open(self):
@@ -47,7 +47,6 @@ class Program:
             "local", path=self.folder, durability=level, log_nbytes=random.choice([500, 20_000, None])
         )
         self.openings += 1
-        self.compare()
         if self.has_updater:
             self.kv.set_updater(updater)
 
@@ -83,10 +82,10 @@ class Program:
         ids = np.array([random.randrange(12) for _ in range(count)], np.int64)
         return Rows(ids, np.full((count, width), random.random(), np.float32), 12)
 
-    def step(self):
+    def step(self):  # noqa: C901 - one case for each verb
         keys = list(self.plain.keys())
         key = random.choice([*SHAPES, *TABLES])
-        match random.randrange(16):
+        match random.randrange(17):
             case 0 | 1 | 2:
                 self.both("init", key, self.rows() if key in TABLES else self.array(key))
             case 3:
@@ -107,9 +106,26 @@ class Program:
                 self.reopen()
             case 9:
                 self.both("push", [k for k in keys if k in SHAPES], [self.array(k) for k in keys if k in SHAPES])
+            case 10:
+                self.push_slices(random.choice(["a", "b", "e"]))
             case _:
                 values = [self.rows() if key in TABLES else self.array(key) for _ in range(random.randrange(1, 4))]
                 self.both("push", key, values)
+
+    def push_slices(self, key):
+        """Push two slices of a value; between them the store in the folder may be opened again."""
+        value, at = self.array(key), random.randrange(1, SHAPES[key][0])
+        first, second = (
+            TensorSlice(own, (start, *[0] * (value.ndim - 1)), value.shape)
+            for own, start in ((value[:at], 0), (value[at:], at))
+        )
+        if self.both("push", key, first):
+            with pytest.raises(tensorkv.IncompleteValueError):
+                self.kv.pull(key)
+            self.incomplete += 1
+            for _ in range(random.randrange(3)):
+                self.reopen()
+            self.both("push", key, second)
 
     def load(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -138,8 +154,15 @@ def test_a_store_in_a_folder_has_the_bits_of_one_in_memory(number, monkeypatch, 
         for _ in range(120):
             program.step()
             program.compare()
+        program.both("set_updater", None)
+        program.has_updater = False
+        program.both("delete", "e")
+        assert program.both("init", "e", program.array("e"))
+        program.push_slices("e")
+        program.compare()
         program.reopen()
         assert program.openings > 3
+        assert program.incomplete
     finally:
         program.plain.close()
         program.kv.close()

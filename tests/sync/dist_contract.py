@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from tensorkv import Rows
+from tensorkv import Rows, TensorKVError, TensorSlice
+from tensorkv.arrays.slices import join_slices, take_slice
 from tensorkv.testing import Contract
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -21,8 +22,16 @@ def nothing(value):
     """The same form with nothing in it: adding it changes no bit."""
     if isinstance(value, Rows):
         return Rows(value.ids, nothing(value.values), value.num_rows, init=value.init)
+    if isinstance(value, TensorSlice):
+        return TensorSlice(value.array[:0], [0] * len(value.offsets), value.global_shape)
     if isinstance(value, dict):
         return {key: nothing(each) for key, each in value.items()}
+    if isinstance(value, list) and value and all(isinstance(each, TensorSlice) for each in value):
+        try:
+            join_slices("push", list(map(take_slice, value)))
+        except TensorKVError:
+            # What cannot be pushed is refused on every rank.
+            return value
     if isinstance(value, list | tuple):
         return type(value)([nothing(each) for each in value])
     if isinstance(value, torch.Tensor):
@@ -49,6 +58,8 @@ def quiet(method):
     def call(key, value=None, *args, **kwargs):
         if isinstance(key, dict):
             return method(nothing(key), value, *args, **kwargs)
+        if isinstance(key, list) and isinstance(value, list):
+            return method(key, [nothing(each) for each in value], *args, **kwargs)
         return method(key, nothing(value), *args, **kwargs)
 
     return call
@@ -57,6 +68,7 @@ def quiet(method):
 class TestDist(Contract):
     TYPE = "dist_sync"
     RUNS_UPDATERS = RANK == 0
+    SLICES_TOGETHER = True
     PLACE = (RANK, int(os.environ.get("WORLD_SIZE", "1")))
 
     @pytest.fixture

@@ -28,9 +28,22 @@ class Region(NamedTuple):
         """The shape of the part."""
         return torch.Size(stop - start for start, stop in self.bounds)
 
+    def __str__(self) -> str:
+        return f"[{', '.join(f'{start}:{stop}' for start, stop in self.bounds)}]"
+
     def of(self, value: torch.Tensor) -> torch.Tensor:
         """Return the part of a value, as a view."""
         return value[tuple(slice(*each) for each in self.bounds)]
+
+    def common(self, other: Region) -> Region | None:
+        """Return the elements that two regions of a value share; None: there are none.
+
+        >>> Region(((0, 4), (0, 2))).common(Region(((3, 9), (0, 1))))
+        Region(bounds=((3, 4), (0, 1)))
+        """
+        pairs = zip(self.bounds, other.bounds, strict=True)
+        bounds = tuple((max(first, start), min(last, stop)) for (first, last), (start, stop) in pairs)
+        return None if any(first >= last for first, last in bounds) else Region(bounds)
 
     def within(self, start: int, stop: int) -> tuple[Region, int] | None:
         """Return what some rows of the value hold of the part, and the place of its first row in the part.

@@ -205,7 +205,9 @@ class _Contents:
         head = record.head
         match head["verb"]:
             case "push" | "push_scaled" | "put":
-                self._count_updates(record)
+                self._count_updates(record, head["verb"])
+            case "slices":
+                self._count_updates(record, head["push"]["verb"])
             case "init":
                 self._read(record)
                 self._add(head["body"])
@@ -220,13 +222,14 @@ class _Contents:
                 return
         self.changes += head["verb"] != "show_release"
 
-    def _count_updates(self, record: Record) -> None:
-        for key in dict.fromkeys(item.key for item in record.items()):
+    def _count_updates(self, record: Record, verb: str) -> None:
+        # Slices update nothing until they are all there.
+        for key in dict.fromkeys(item.key for item in record.items() if item.role not in ("bounds", "slices")):
             described = self.keys[key]
             described["version"] += 1
             if described["kind"] == "rows":
                 described["rows"] = described["nbytes"] = None
-            if record.head["verb"] != "put" and self.optimizer is not None:
+            if verb != "put" and self.optimizer is not None:
                 # The step may have created state, or rows of it, which is in no record.
                 described["state"] = described["state"] or None
                 described["state_nbytes"] = None

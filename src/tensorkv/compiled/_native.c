@@ -485,6 +485,7 @@ typedef struct {
     Plain plain;                 /* of the whole, if ``is_plain``, as of when ``bound`` was the value */
     PyObject *whole, *borders;   /* NULL or None: the value is not a part of another */
     PyObject *frozen;            /* what snapshots hold of the key as it is now; NULL or None: nothing */
+    PyObject *incomplete;        /* slices of a push that has not come as a whole; NULL or None: there are none */
     PyObject *state, *spec, *bound_states[MAX_STATES + 1];
     PyObject *block; /* has the state, which is no dict yet: a tuple of the states' names and what makes the dict */
     size_t place, offset, placed_nbytes; /* in the block: which key, its first element, and the bytes of its value */
@@ -492,6 +493,9 @@ typedef struct {
 } Cell;
 
 static PyTypeObject *cell_type;
+
+/* Whether an attribute is set. */
+static int is_there(PyObject *attribute) { return attribute != NULL && attribute != Py_None; }
 
 static int cell_traverse(Cell *cell, visitproc visit, void *arg) {
     Py_VISIT(Py_TYPE((PyObject *)cell));
@@ -503,6 +507,7 @@ static int cell_traverse(Cell *cell, visitproc visit, void *arg) {
     Py_VISIT(cell->whole);
     Py_VISIT(cell->borders);
     Py_VISIT(cell->frozen);
+    Py_VISIT(cell->incomplete);
     for (int i = 0; i <= MAX_STATES; i++) Py_VISIT(cell->bound_states[i]);
     return 0;
 }
@@ -516,6 +521,7 @@ static int cell_clear(Cell *cell) {
     Py_CLEAR(cell->whole);
     Py_CLEAR(cell->borders);
     Py_CLEAR(cell->frozen);
+    Py_CLEAR(cell->incomplete);
     for (int i = 0; i <= MAX_STATES; i++) Py_CLEAR(cell->bound_states[i]);
     return 0;
 }
@@ -580,6 +586,8 @@ static PyMemberDef cell_members[] = {
      "A list of where in the whole each owner's rows begin, and the number of rows last; set before the value."},
     {"frozen", T_OBJECT, offsetof(Cell, frozen), 0,
      "What snapshots hold of the key as it is now, None if there are none; a push has to see to it."},
+    {"incomplete", T_OBJECT, offsetof(Cell, incomplete), 0,
+     "Slices of a push that has not come as a whole, None if there are none; no call of such a key is plain."},
     {"is_new", T_BOOL, offsetof(Cell, is_new), 0, "Whether the state was made for the step that comes next."},
     {NULL, 0, 0, 0, NULL},
 };
@@ -639,7 +647,7 @@ static int bind_whole(Cell *cell) {
     return 1;
 }
 
-static int has_whole(const Cell *cell) { return cell->whole != NULL && cell->whole != Py_None; }
+static int has_whole(const Cell *cell) { return is_there(cell->whole); }
 
 /* The array that parts and outs of a cell are like: its value, or the whole of which that is a part; NULL if it is not
  * plain. */
@@ -1173,11 +1181,11 @@ static int take_work(Batch *batch, Work *work, PyObject *value, PyObject *out, P
     Calls *calls = &batch->calls;
     Cell *cell = work->cell;
     const Plain *plain = plain_of(cell);
-    if (plain == NULL || cell->named == batch->number) return 0;
+    if (plain == NULL || cell->named == batch->number || is_there(cell->incomplete)) return 0;
     if ((batch->pushes && value == NULL) || (batch->pulls && out == NULL)) return 0;
     cell->named = batch->number;
     batch->is_remote |= cell->is_remote;
-    batch->is_frozen |= cell->frozen != NULL && cell->frozen != Py_None;
+    batch->is_frozen |= is_there(cell->frozen);
     work->first_part = (uint32_t)calls->num_addresses;
     if (batch->pushes) {
         Py_ssize_t count =

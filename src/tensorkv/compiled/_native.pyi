@@ -34,13 +34,14 @@ def place_states(
 ) -> None: ...
 
 class Cell:
-    __slots__ = ("borders", "digest", "frozen", "is_new", "spec", "state", "value", "version", "whole")
+    __slots__ = ("borders", "digest", "frozen", "incomplete", "is_new", "spec", "state", "value", "version", "whole")
     is_blank: bool
     value: Any
     digest: int
     whole: Any
     borders: Any
     frozen: Any
+    incomplete: Any
     state: dict[str, Any]
     spec: KeySpec
     version: int

@@ -10,8 +10,16 @@ from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key, keys_of, pairs
 from tensorkv.arrays.outputs import CopyParts, CopyValues, GivenOuts, NewOuts, like_origin
 from tensorkv.arrays.rows import is_rows, take_rows
+from tensorkv.arrays.slices import Slices, join_slices, take_slice
 from tensorkv.arrays.spec import KeySpec
-from tensorkv.errors import ArgumentError, SparseOutWarning, TensorKVError, quote, show
+from tensorkv.errors import (
+    ArgumentError,
+    ArrayTypeError,
+    SparseOutWarning,
+    TensorKVError,
+    quote,
+    show,
+)
 from tensorkv.shard import native
 from tensorkv.shard.entry import Batch, Part
 
@@ -57,6 +65,9 @@ class Call(native.Call):
                 [take(self.verb, each, index, array) for index, array in enumerate(group)]
                 for each, group in zip(keys, groups, strict=True)
             ]
+            for each, group in zip(keys, parts, strict=True):
+                if len(group) > 1 and any(isinstance(part, Slices) for part in group):
+                    group[:] = [join_slices(f"{self.verb}({quote(each)})", group)]
             self._batch = Batch(self.verb, keys, parts)
         return self._batch
 
@@ -133,8 +144,8 @@ def check_priority(verb: str, priority: Any) -> None:
         raise ArgumentError(f"{verb}: priority is {show(priority)}; expected an int")
 
 
-def take(verb: str, key: Key, index: int | None, array: Any) -> Part:
-    """Return an array of any library as a tensor that shares its memory, or Rows of such.
+def take(verb: str, key: Key, index: int | None, array: Any) -> Any:
+    """Return an array of any library as a tensor that shares its memory, or Rows or Slices of such.
 
     Args:
         verb, key: for messages.
@@ -145,6 +156,11 @@ def take(verb: str, key: Key, index: int | None, array: Any) -> Part:
         ArrayTypeError, ValueMismatchError: not an array that a store can take.
     """
     try:
+        found = take_slice(array)
+        if found is not None:
+            if index is None:
+                raise ArrayTypeError("is a slice of a value; give all of it, or have push_tree create the key")
+            return found
         if not is_rows(array):
             return interop.take(array)
         rows = take_rows(array)

@@ -214,6 +214,7 @@ class LocalEngine(ShardReader, Engine):
         if self._compressor.codec is None:
             yield batch
             return
+        batch.refuse_slices("cannot be compressed; set_gradient_compression(None) has parts pushed as they are")
         with self._compressing:
             self._shard.check(batch)
             places = [
@@ -278,6 +279,7 @@ class LocalEngine(ShardReader, Engine):
     @contextmanager
     def contents(self, *, releases: bool = False) -> Iterator[Contents]:
         with self._compressing, self._shard.frozen() as (entries, rule):
+            self._shard.check_complete("save")
             saved = self._shard.saved_releases() if releases else None
             yield Contents("store", entries, rule, self._compressor.owed, saved)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.slices import Slices
 
 from . import native, nonfinite
 from .entry import Entry
@@ -46,6 +47,19 @@ class Init(Change):
     entries: Sequence[Entry]
 
 
+@dataclass(frozen=True, slots=True)
+class TakenSlices:
+    """What a push of slices does to values that they do not make complete, or not alone.
+
+    Args:
+        kept: entries, and slices that are kept until the others come.
+        ended: entries whose slices are all there, and which the push updates, or leaves out.
+    """
+
+    kept: Sequence[tuple[Entry, Slices]] = ()
+    ended: Sequence[Entry] = ()
+
+
 @dataclass(slots=True)
 class Push(Change):
     """Sum the parts of each entry and apply the update rule, and copy the values to the outs where that is possible.
@@ -55,21 +69,23 @@ class Push(Change):
         parts: of each.
         outs: of each, if there are any.
         scale: of all gradients, beside the optimizer's ``rescale_grad``.
+        slices: of other values, and of those that are complete now.
     """
 
     entries: Sequence[Entry]
     parts: Sequence[list[Any]]
     outs: Sequence[Sequence[torch.Tensor]] = ()
     scale: float = 1.0
+    slices: TakenSlices = TakenSlices()
 
     def summed(self) -> Push:
         """Return the same push with one part for each entry, the sum."""
         pairs = zip(self.entries, self.parts, strict=True)
         sums = [[nonfinite.total(entry, parts, may_share=True)] for entry, parts in pairs]
-        return Push(self.entries, sums, self.outs, self.scale, requests=self.requests)
+        return Push(self.entries, sums, self.outs, self.scale, self.slices, requests=self.requests)
 
     def updated(self) -> list[Key]:
-        return [entry.key for entry in self.entries]
+        return [entry.key for entry in [*self.entries, *(entry for entry, _ in self.slices.kept)]]
 
 
 @dataclass(slots=True)
@@ -92,10 +108,11 @@ class PlainPush(Change):
 
 @dataclass(slots=True)
 class Put(Change):
-    """Replace values, or rows of them, by what an updater has computed."""
+    """Replace values, or rows of them, by what an updater has computed; ``slices`` are as of ``Push``."""
 
     entries: Sequence[Entry]
     values: Sequence[Any]
+    slices: TakenSlices = TakenSlices()
 
     def updated(self) -> list[Key]:
         return [entry.key for entry in self.entries]

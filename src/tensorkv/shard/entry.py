@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import encode_slot
 from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.slices import Slices
 from tensorkv.arrays.spec import KeySpec
-from tensorkv.errors import quote
+from tensorkv.errors import ArgumentError, quote
 
 from .native import Cell
 from .optimizers import State
@@ -125,6 +126,13 @@ class Entry(Cell):
         )
 
 
+def check_complete(verb: str, entries: Iterable[Entry]) -> None:
+    """Raise IncompleteValueError if slices of a push of a value have come and others are missing."""
+    for entry in entries:
+        if entry.incomplete is not None:
+            raise entry.incomplete.incomplete_error(f"{verb}({quote(entry.key)})")
+
+
 class FrozenEntry(Entry):
     """What snapshots hold of a key: the value that another entry has, or had until that was about to change.
 
@@ -189,14 +197,25 @@ class Batch:
     Args:
         verb: that the user called.
         keys: each once.
-        parts: of each key.
+        parts: of each key: tensors and Rows, or one that is Slices.
         counts: of how many parts together the parts of each key are the sums (None: each is one).
     """
 
     verb: str
     keys: list[Key]
-    parts: list[list[Part]]
+    parts: list[list[Any]]
     counts: Sequence[int] | None = None
+
+    @property
+    def has_slices(self) -> bool:
+        """Whether a key has slices of its value."""
+        return any(isinstance(parts[0], Slices) for parts in self.parts)
+
+    def refuse_slices(self, why: str) -> None:
+        """Raise ArgumentError if a key has slices of its value; ``why`` ends the message "slices of a value ..."."""
+        for key, parts in zip(self.keys, self.parts, strict=True):
+            if isinstance(parts[0], Slices):
+                raise ArgumentError(f"{self.name(key)}: slices of a value {why}")
 
     def divisors(self, averages: bool) -> Sequence[int]:
         """Return by what the sum of each key is divided: 1, or for a mean the number of its parts."""

@@ -38,12 +38,24 @@ else:
     class Cell:
         """A key's value, state and version, which the compiled part reads and writes where it is there."""
 
-        __slots__ = ("borders", "digest", "frozen", "is_new", "spec", "state", "value", "version", "whole")
+        __slots__ = (
+            "borders",
+            "digest",
+            "frozen",
+            "incomplete",
+            "is_new",
+            "spec",
+            "state",
+            "value",
+            "version",
+            "whole",
+        )
 
         def __init__(self) -> None:
             self.state: dict[str, Any] = {}
             self.is_new = False
             self.frozen: Any = None
+            self.incomplete: Any = None
 
     class ShardFields:
         """What the compiled part reads of a shard."""

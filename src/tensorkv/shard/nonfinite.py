@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.slices import Slices
 from tensorkv.errors import ArgumentError, NonFiniteError, show
 
 from . import native, reduce
@@ -48,6 +49,7 @@ class NonFinitePolicy:
         if not isinstance(mode, str) or mode not in MODES:
             raise ArgumentError(f'nonfinite is {show(mode)}; expected "pass", "raise", "skip" or "skip_step"')
         self.checks = mode != "pass"
+        self.skips = mode in ("skip", "skip_step")
         self._mode = mode
         self._all_gather = all_gather
         self.counts = {"raised": 0, "skipped": 0}
@@ -110,6 +112,15 @@ class NonFinitePolicy:
         squares = SquareSum() if clipping is None else squares_of(taken, wanted, clipping.rescale)
         scale, result = clip(squares, clipping, found_inf)
         return Decided(taken, [[each] for each in wanted], scale, result)
+
+    def check_slices(self, batch: Batch) -> None:
+        """Raise NonFiniteError if a slice is not finite and the mode is ``"raise"``; other modes look at whole sums."""
+        if self._mode != "raise":
+            return
+        for key, parts in zip(batch.keys, batch.parts, strict=True):
+            if isinstance(parts[0], Slices):
+                count = sum(reduce.count_nonfinite(value) for value in parts[0].values)
+                self.left_out({0: count}, [batch.name(key)], is_whole=True)
 
     @property
     def skips_steps(self) -> bool:

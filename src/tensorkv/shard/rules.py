@@ -16,6 +16,7 @@ import torch
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.slices import Slices
 from tensorkv.errors import UpdaterError, ValueMismatchError, quote
 
 from . import native, reduce
@@ -420,6 +421,11 @@ def check_outs(entries: Sequence[Entry], outs: Sequence[Sequence[torch.Tensor]])
 def _mismatch(batch: Batch, entry: Entry, index: int, part: Part) -> ValueMismatchError:
     name = batch.name(entry.key, index)
     if tuple(part.shape) != tuple(entry.spec.shape):
+        if isinstance(part, Slices):
+            return ValueMismatchError(
+                f"{batch.name(entry.key)}: a slice is of a value of shape {tuple(part.whole)}, the key was initialised "
+                f"with {tuple(entry.spec.shape)}"
+            )
         return ValueMismatchError(
             f"{name} has shape {tuple(part.shape)}, the key was initialised with {tuple(entry.spec.shape)}"
         )

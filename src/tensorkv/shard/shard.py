@@ -21,6 +21,7 @@ from tensorkv.arrays.keytable import KeyTable
 from tensorkv.arrays.packing import flat_bytes, json_keys
 from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows, unchecked_rows
+from tensorkv.arrays.slices import Slices, join_slices
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import (
     OptimizerError,
@@ -48,9 +49,10 @@ from .changes import (
     SetNotes,
     SetRule,
     ShowRelease,
+    TakenSlices,
     Unpublish,
 )
-from .entry import Batch, Entry, FrozenEntry, Part
+from .entry import Batch, Entry, FrozenEntry, Part, check_complete
 from .fused import AVERAGE
 from .nonfinite import NonFinite, NonFinitePolicy, clip
 from .norm import PushResult, SquareSum
@@ -166,18 +168,21 @@ class Shard(native.ShardFields):
             ]
             self._commit(Init(made))
 
-    def push(self, batch: Batch, *, requests: RequestIds = (), scale: float | None = None) -> None:
+    def push(
+        self, batch: Batch, *, requests: RequestIds = (), scale: float | None = None, must_complete: bool = False
+    ) -> None:
         """Sum the parts of each key and apply the update rule; the whole batch is checked first.
 
         Args:
             batch: of the push.
             requests: ids of the requests that it answers, for a log.
             scale: of all gradients, if others have decided on it, by the sums of more keys than are here.
+            must_complete: refuse slices that leave a value incomplete.
         """
         with self._lock:
             self.refuse_reentry()
             with kept():
-                self._push(batch, (), requests, scale)
+                self._push(batch, (), requests, scale, must_complete)
 
     def pull(
         self,
@@ -202,7 +207,7 @@ class Shard(native.ShardFields):
         with self._lock:
             self.refuse_reentry()
             with kept():
-                filled = self._push(batch, outs, requests, scale)
+                filled = self._push(batch, outs, requests, scale, must_complete=True)
             if not filled:
                 self._pull(batch.keys, outs)
 
@@ -331,6 +336,7 @@ class Shard(native.ShardFields):
         with self._lock:
             self.refuse_reentry()
             entries = [self.entry("row_sparse_pull", key) for key in keys]
+            check_complete("row_sparse_pull", entries)
             with self._in_order(entries):
                 return [
                     unchecked_rows(own, entry.read_rows(own.to(entry.value.device), out), entry.spec.shape[0])
@@ -459,6 +465,7 @@ class Shard(native.ShardFields):
             self.refuse_reentry()
             chosen = self._entries if keys is None else dict.fromkeys(keys)
             entries = [self.entry("snapshot", key) for key in chosen]
+            check_complete("snapshot", entries)
             self._num_frozen += sum([entry.frozen is None for entry in entries])
             frozen: list[FrozenEntry] = [entry.freeze() for entry in entries]
             if self.notes:
@@ -497,8 +504,7 @@ class Shard(native.ShardFields):
         with self._lock:
             self.refuse_reentry()
             self.releases.check_new(name)
-            for key in keys or ():
-                self.entry("publish", key)
+            self.check_complete("publish", keys)
             self._commit(Publish(name, self.releases.next_number, keys, keep=keep, requests=requests))
 
     def unpublish(self, name: str, *, hidden_ok: bool = False, requests: RequestIds = ()) -> None:
@@ -587,6 +593,12 @@ class Shard(native.ShardFields):
         self.refuse_reentry()
         check_push(batch, [self.entry(batch.verb, key) for key in batch.keys], self._rule, self.averages)
 
+    def check_complete(self, verb: str, keys: Sequence[Key] | None = None) -> None:
+        """Raise if one of these values, or of all, cannot be read, since slices of a push are missing."""
+        with self._lock:
+            chosen = self._entries.values() if keys is None else [self.entry(verb, key) for key in keys]
+            check_complete(verb, chosen)
+
     def check_new(self, keys: Sequence[Key]) -> None:
         """Raise if a key cannot be initialised."""
         self.refuse_reentry()
@@ -623,9 +635,14 @@ class Shard(native.ShardFields):
         """
         if self._num_frozen and isinstance(change, Push | PlainPush | Put):
             self._thaw(change)
+        if isinstance(change, Push | Put):
+            for entry in change.slices.ended:
+                entry.incomplete = None
+            for entry, slices in change.slices.kept:
+                entry.incomplete = slices if entry.incomplete is None else entry.incomplete.plus(slices)
         match change:
             case Push(entries=entries, parts=parts, outs=outs, scale=scale):
-                return self._update(entries, parts, outs, self._rule.scaled(scale))
+                return bool(entries) and self._update(entries, parts, outs, self._rule.scaled(scale))
             case PlainPush(batch=batch):
                 self._run(batch)
                 return True
@@ -854,20 +871,67 @@ class Shard(native.ShardFields):
     # ------------------------------------------------------------ push and pull, the lock being held
 
     def _push(
-        self, batch: Batch, outs: Sequence[Sequence[torch.Tensor]], requests: RequestIds, scale: float | None
+        self,
+        batch: Batch,
+        outs: Sequence[Sequence[torch.Tensor]],
+        requests: RequestIds,
+        scale: float | None,
+        must_complete: bool,
     ) -> bool:
         """Check and push a batch; return whether its outs were filled on the way."""
         entries = [self.entry(batch.verb, key) for key in batch.keys]
         check_push(batch, entries, self._rule, self.averages)
+        slices = TakenSlices()
+        if any(entry.incomplete is not None for entry in entries) or batch.has_slices:
+            batch, entries, slices = self._take_slices(batch, entries, must_complete)
         parts: list[list[Any]] = batch.parts
         if self.on_device:
             move_to_parts(entries, parts)
         with self._in_order(entries):
+            found = 1.0
             if self._decides or self.averages:
                 clipping = self._rule.clipping if scale is None else None
                 kept, parts, found, self.last_push = self._nonfinite.decide(batch, entries, self.averages, clipping)
-                return self._commit(Push(kept, parts, outs, found if scale is None else scale, requests=requests))
-            return self._commit(Push(entries, parts, outs, 1.0 if scale is None else scale, requests=requests))
+                entries = list(kept)
+            return self._commit(
+                Push(entries, parts, outs, found if scale is None else scale, slices, requests=requests)
+            )
+
+    def _take_slices(
+        self, batch: Batch, entries: Sequence[Entry], must_complete: bool
+    ) -> tuple[Batch, list[Entry], TakenSlices]:
+        """Make whole parts of slices that are all there; return the push of whole parts, and what else is to be done.
+
+        Raises:
+            IncompleteValueError: a whole part for a value that is incomplete, or slices that leave one incomplete.
+            ValueMismatchError: a slice overlaps one that has come.
+            NonFiniteError: a slice is not finite, and the policy refuses it.
+        """
+        self._nonfinite.check_slices(batch)
+        keys: list[Key] = []
+        parts: list[list[Any]] = []
+        whole: list[Entry] = []
+        waiting: list[tuple[Entry, Slices]] = []
+        ended: list[Entry] = []
+        for entry, own in zip(entries, batch.parts, strict=True):
+            slices = own[0]
+            if not isinstance(slices, Slices):
+                check_complete(batch.verb, [entry])
+            else:
+                new, before = slices.to(entry.spec.dtype), entry.incomplete
+                found = new if before is None else join_slices(batch.name(entry.key), [before, new])
+                if not found.is_complete:
+                    if must_complete:
+                        raise found.incomplete_error(batch.name(entry.key))
+                    if not new.is_empty:
+                        waiting.append((entry, new.copy()))
+                    continue
+                ended.append(entry)
+                own = [found.assembled(entry.value.device)]
+            keys.append(entry.key)
+            parts.append(own)
+            whole.append(entry)
+        return Batch(batch.verb, keys, parts, batch.counts), whole, TakenSlices(waiting, ended)
 
     def _pull(
         self,
@@ -876,6 +940,7 @@ class Shard(native.ShardFields):
         regions: Sequence[Region] | None = None,
     ) -> None:
         entries = [self.entry("pull", key) for key in keys]
+        check_complete("pull", entries)
         if regions is None:
             check_outs(entries, outs)
         with self._in_order(entries):

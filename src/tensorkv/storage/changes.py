@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import Item, join_slots, raw_bytes
 from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.slices import Slices
 from tensorkv.errors import CheckpointError, StorageError, quote
 from tensorkv.shard.changes import (
     Change,
@@ -22,6 +24,7 @@ from tensorkv.shard.changes import (
     SetNotes,
     SetRule,
     ShowRelease,
+    TakenSlices,
     Unpublish,
 )
 from tensorkv.shard.entry import Batch, Entry
@@ -47,12 +50,12 @@ def encode(change: Change) -> Record:
 
 def _encode(change: Change) -> Record:  # noqa: C901 - one case for each kind of change
     match change:
-        case Push(entries=entries, parts=parts, scale=scale):
-            return Record.pack(_head_of_push(scale), _items(entries, [total for (total,) in parts]))
+        case Push(entries=entries, parts=parts, scale=scale, slices=slices):
+            return _with_slices(_head_of_push(scale), _items(entries, [total for (total,) in parts]), slices)
         case PlainPush(batch=batch, entries=entries, sums=torch.Tensor() as sums):
             return Record(_head_of_push(batch.scale), join_slots([entry.slot for entry in entries]), [raw_bytes(sums)])
-        case Put(entries=entries, values=values):
-            return Record.pack({"verb": "put"}, _items(entries, values))
+        case Put(entries=entries, values=values, slices=slices):
+            return _with_slices({"verb": "put"}, _items(entries, values), slices)
         case Init(entries=entries):
             body, tensors = manifest.describe("store", entries, Assign())
             items = [Item(name, "tensor", tensor) for name, tensor in tensors.items()]
@@ -90,6 +93,14 @@ def _head_of_push(scale: float) -> dict[str, Any]:
     return {"verb": "push"} if scale == 1 else {"verb": "push_scaled", "scale": scale.hex()}
 
 
+def _with_slices(head: dict[str, Any], items: list[Item], slices: TakenSlices) -> Record:
+    """Return the record of a push, under a name of its own if there are slices, which older versions refuse."""
+    if not slices.kept and not slices.ended:
+        return Record.pack(head, items)
+    head = {"verb": "slices", "push": head, "ended": [entry.key for entry in slices.ended]}
+    return Record.pack(head, [*items, *(item for entry, own in slices.kept for item in slice_items(entry.key, own))])
+
+
 def decode(record: Record, shard: Shard) -> Change:  # noqa: C901 - one case for each kind of change
     """Return the change of a record, checked against the shard that is to apply it.
 
@@ -99,13 +110,12 @@ def decode(record: Record, shard: Shard) -> Change:  # noqa: C901 - one case for
     """
     head = record.head
     match head.get("verb"):
-        case "push" | "push_scaled":
-            entries, sums = _read_items(record, shard)
-            batch = Batch("push", [entry.key for entry in entries], [[total] for total in sums])
-            check_push(batch, entries, shard.rule)
-            return Push(entries, batch.parts, scale=float.fromhex(head.get("scale", "1")))
-        case "put":
-            return Put(*_read_items(record, shard))
+        case "push" | "push_scaled" | "put":
+            return _read_push(head, record, shard, TakenSlices())
+        case "slices":
+            kept = [item for item in record.items() if item.role in ("bounds", "slices")]
+            ended = [shard.entry("push", key) for key in _list(head["ended"])]
+            return _read_push(head["push"], record, shard, TakenSlices(read_slices(kept, shard), ended))
         case "init":
             contents = read_contents(head["body"], add_tensors(record, {}), shard.rule)
             shard.check_new([entry.key for entry in contents.entries])
@@ -136,6 +146,33 @@ def decode(record: Record, shard: Shard) -> Change:  # noqa: C901 - one case for
 # ---------------------------------------------------------------- sums
 
 
+def _read_push(head: dict[str, Any], record: Record, shard: Shard, slices: TakenSlices) -> Push | Put:
+    entries, sums = _read_items(record, shard)
+    if head["verb"] == "put":
+        return Put(entries, sums, slices)
+    batch = Batch("push", [entry.key for entry in entries], [[total] for total in sums])
+    check_push(batch, entries, shard.rule)
+    return Push(entries, batch.parts, scale=float.fromhex(head.get("scale", "1")), slices=slices)
+
+
+def slice_items(key: Key, slices: Slices) -> list[Item]:
+    """Return what a record has of the slices of a value."""
+    bounds, values = slices.to_tensors()
+    return [Item(key, "bounds", bounds), Item(key, "slices", values)]
+
+
+def read_slices(items: Sequence[Item], shard: Shard) -> list[tuple[Entry, Slices]]:
+    """Return the slices of values, of which some others have come or are missing."""
+    found = []
+    for bounds, values in zip(items[::2], items[1::2], strict=True):
+        entry, slices = shard.entry("push", bounds.key), Slices.from_tensors(bounds.tensor, values.tensor)
+        is_pair = (bounds.role, values.role, values.key) == ("bounds", "slices", bounds.key)
+        if not is_pair or slices.shape != entry.spec.shape or slices.dtype is not entry.spec.dtype:
+            raise StorageError(f"{quote(entry.key)}: expected slices of a value of shape {tuple(entry.spec.shape)}")
+        found.append((entry, slices.copy()))
+    return found
+
+
 def _items(entries: Sequence[Entry], sums: Sequence[Any]) -> list[Item]:
     items = []
     for entry, total in zip(entries, sums, strict=True):
@@ -147,7 +184,7 @@ def _items(entries: Sequence[Entry], sums: Sequence[Any]) -> list[Item]:
 
 
 def _read_items(record: Record, shard: Shard) -> tuple[list[Entry], list[Any]]:
-    items = iter(record.items())
+    items = (item for item in record.items() if item.role not in ("bounds", "slices"))
     entries: list[Entry] = []
     sums: list[Any] = []
     for item in items:

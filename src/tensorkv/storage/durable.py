@@ -17,7 +17,7 @@ from tensorkv.arrays.packing import Item, raw_bytes
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import StorageError, quote
 from tensorkv.shard import nonfinite
-from tensorkv.shard.changes import Change, Delete, PlainPush, Push, Put, Restore, RestoreStates
+from tensorkv.shard.changes import Change, Delete, PlainPush, Push, Put, Restore, RestoreStates, TakenSlices
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.nonfinite import NonFinite
 from tensorkv.shard.pool import OneTorchThread
@@ -26,7 +26,7 @@ from tensorkv.shard.rules import Assign, CallUpdater, LostUpdater
 from tensorkv.shard.shard import Shard
 
 from . import manifest, releases
-from .changes import Events, add_tensors, decode, encode, read_contents
+from .changes import Events, add_tensors, decode, encode, read_contents, read_slices, slice_items
 from .dedup import AppliedRequests
 from .record import Record, crc32
 from .wal import Durability, WriteAheadLog
@@ -142,7 +142,7 @@ class DurableLog:
             if values and not change.requests:
                 self._commit_logged(shard, Put(change.entries[: len(values)], values))
             raise
-        return self._commit_logged(shard, Put(change.entries, values, requests=change.requests))
+        return self._commit_logged(shard, Put(change.entries, values, change.slices, requests=change.requests))
 
     def _commit_snapshot(self, shard: Shard, change: Change) -> bool:
         """Make a change that is too large for the log, and a snapshot of its result."""
@@ -203,7 +203,10 @@ class DurableLog:
         with shard.frozen() as (entries, rule):
             body, tensors = manifest.describe("store", entries, rule)
             published, copies = releases.describe(shard)
+            waiting = [(entry.key, entry.incomplete) for entry in entries if entry.incomplete is not None]
         tensors |= copies
+        for place, (key, slices) in enumerate(waiting):
+            tensors |= {f"slices/{place}/{item.role}": item.tensor for item in slice_items(key, slices)}
         group: list[Item] = []
         nbytes = 0
         # Adjacent tensors are written at once.
@@ -216,7 +219,9 @@ class DurableLog:
         yield Record.pack({"verb": "tensors"}, group)
         session = self.applied.describe()
         applied = {"clients": self.applied.last, **({"session": session} if session else {})}
-        known = {"releases": published} if published["numbers"] or published["held"] else {}
+        known: dict[str, Any] = {"releases": published} if published["numbers"] or published["held"] else {}
+        if waiting:
+            known["slices"] = [key for key, _ in waiting]
         yield Record({"verb": "end", "body": body, **applied, **known, "notes": shard.notes})
 
     # ------------------------------------------------------------ replay
@@ -253,8 +258,14 @@ class DurableLog:
         if head["verb"] != "end":
             return
         copies = releases.take_tensors(tensors)
+        waiting = [
+            Item(key, role, tensors.pop(f"slices/{place}/{role}"))
+            for place, key in enumerate(head.get("slices", ()))
+            for role in ("bounds", "slices")
+        ]
         contents = read_contents(head["body"], tensors, None)
         shard.apply(Restore(contents.entries, LostUpdater() if contents.rule is None else contents.rule))
+        shard.apply(Push([], [], slices=TakenSlices(read_slices(waiting, shard))))
         self.applied.restore(head["clients"], head.get("session", {}))
         shard.notes.update(head["notes"])
         if "releases" in head:

@@ -3,7 +3,19 @@
 import pytest
 
 # Before the modules with the tests: a failed assert then shows its values.
-_TOPICS = ("arguments", "arrays", "averages", "life", "reads", "trees", "updaters", "writes")
+_TOPICS = (
+    "arguments",
+    "arrays",
+    "averages",
+    "life",
+    "reads",
+    "regions",
+    "releases",
+    "slices",
+    "trees",
+    "updaters",
+    "writes",
+)
 pytest.register_assert_rewrite(*(f"{__name__}.{topic}" for topic in _TOPICS))
 
 # isort: split

@@ -15,6 +15,7 @@ from .life import LifeContract
 from .reads import ReadContract
 from .regions import RegionContract
 from .releases import ReleaseContract
+from .slices import SliceContract
 from .trees import TreeContract
 from .updaters import UpdaterContract
 from .writes import WriteContract
@@ -25,6 +26,7 @@ class BaseContract(
     WriteContract,
     ReadContract,
     RegionContract,
+    SliceContract,
     ArrayContract,
     TreeContract,
     AverageContract,
@@ -42,6 +44,8 @@ class BaseContract(
     """Options of ``tensorkv.create`` for every store."""
     RUNS_UPDATERS: bool = True
     """Whether update functions run in this process."""
+    SLICES_TOGETHER: bool = False
+    """Whether all slices of a value have to come in one push of all workers."""
     PLACE: tuple[int, int] = (0, 1)
     """Rank and number of workers of a store."""
 

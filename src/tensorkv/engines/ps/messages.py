@@ -22,6 +22,7 @@ from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key, check_key
 from tensorkv.arrays.packing import Item, decode_layout, join_layout, unpack
 from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.slices import Slices
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import COMPRESSED_DTYPES, Codec, Words, decoded
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote, show
@@ -58,6 +59,7 @@ class Push(Message):
         scale: of all gradients, if the client has decided on it (None: the server does, if it is to be decided).
         codec: of those parts that are compressed (None: none is).
         late: apply the push alone, since other servers have applied it in a round that was closed here without it.
+        must_complete: refuse slices that leave a value incomplete.
     """
 
     pulls: bool = False
@@ -68,6 +70,7 @@ class Push(Message):
     scale: float | None = None
     codec: dict[str, Any] | None = None
     late: bool = False
+    must_complete: bool = False
 
 
 @dataclass(kw_only=True)
@@ -707,7 +710,7 @@ class PushLayout:
 
     Args:
         keys: in order, each once.
-        has_sums: whether all parts are sums, neither Rows nor words of a codec.
+        has_sums: whether all parts are sums, neither Rows nor slices nor words of a codec.
         layout: of the request.
     """
 
@@ -732,6 +735,8 @@ class PushLayout:
         for item, spec in zip(items, specs, strict=False):
             if item.role == "ids":
                 found.append(Rows(item.tensor, next(items).tensor, (*spec.shape, 0)[0]))
+            elif item.role == "bounds":
+                found.append(Slices.from_tensors(item.tensor, next(items).tensor))
             elif item.role == "words":
                 coded.append((len(found), item, spec))
                 found.append(None)
@@ -784,6 +789,11 @@ def _words_of(item: Item, spec: KeySpec, codec: Codec | None) -> Words:
     return words
 
 
+# Items that come in pairs, by the role of the first.
+_PAIRS = {"ids": "rows", "bounds": "slices"}
+_SECONDS = frozenset(_PAIRS.values())
+
+
 @lru_cache(maxsize=256)
 def push_layout(layout: bytes) -> PushLayout:
     """Decode the layout of a push.
@@ -793,11 +803,17 @@ def push_layout(layout: bytes) -> PushLayout:
     """
     found = decode_layout(layout)
     roles = [place.role for place in found]
-    keys = tuple(place.key for place in found if place.role != "rows")
-    pairs = list(pairwise(found))
-    fits = all((a.role == "ids") == (b.role == "rows" and a.key == b.key) for a, b in pairs)
-    if not keys or not fits or set(roles) - {"sum", "words", "ids", "rows"} or roles[0] == "rows" or roles[-1] == "ids":
-        raise ArgumentError("malformed push layout; expected sums, words, or pairs of ids and rows")
+    keys = tuple(place.key for place in found if place.role not in _SECONDS)
+    seconds = [_PAIRS.get(role) for role in roles]
+    fits = all(
+        second == (after.role if after.role in _SECONDS else None) and (second is None or place.key == after.key)
+        for (place, after), second in zip(pairwise(found), seconds, strict=False)
+    )
+    is_whole = bool(keys) and roles[0] not in _SECONDS and seconds[-1] is None
+    if not fits or not is_whole or set(roles) - {"sum", "words", *_PAIRS, *_SECONDS}:
+        raise ArgumentError(
+            "malformed push layout; expected sums, words, pairs of ids and rows, or pairs of bounds and slices"
+        )
     if len(set(keys)) < len(keys):
         raise ArgumentError("duplicate key in a push layout")
     return PushLayout(keys, set(roles) == {"sum"}, layout)

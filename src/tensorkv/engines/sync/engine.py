@@ -20,13 +20,20 @@ from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key, check_flag, check_timeout
 from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows, unchecked_rows
+from tensorkv.arrays.slices import Slices, join_slices
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import Codec, Compressor, owed_by
 from tensorkv.engines import partition
 from tensorkv.engines.base import Engine, Outs
 from tensorkv.engines.call import Call
 from tensorkv.engines.transport.segment import Segment, aligned
-from tensorkv.errors import ArgumentError, ForkedStoreError, RankDeadError, StoreClosedError, TensorKVError
+from tensorkv.errors import (
+    ArgumentError,
+    ForkedStoreError,
+    RankDeadError,
+    StoreClosedError,
+    TensorKVError,
+)
 from tensorkv.runtime import shield
 from tensorkv.runtime.modes import outside_modes
 from tensorkv.shard import native
@@ -200,10 +207,48 @@ class DistEngine(Engine):
             return shield.run_steps(self._order.steps(self._pushes.try_compiled(call)))
 
     def push_parts(self, batch: Batch, priority: int) -> None:
-        self._pushes.push(batch, None, priority)
+        self._pushes.push(self._assembled(batch), None, priority)
 
     def pushpull_into(self, batch: Batch, outs: Outs, priority: int) -> None:
-        self._pushes.push(batch, outs, priority)
+        self._pushes.push(self._assembled(batch), outs, priority)
+
+    def _assembled(self, batch: Batch) -> Batch:
+        """Return a push in which each worker has, of values that are pushed in slices, its own beside zeros.
+
+        All workers learn of the slices of the others first.
+
+        Raises:
+            IncompleteValueError, ValueMismatchError: on every worker, if the slices do not make up the value.
+        """
+        if not batch.has_slices:
+            return batch
+        if self._compressor.codec is not None:
+            batch.refuse_slices("cannot be compressed; set_gradient_compression(None) has parts pushed as they are")
+        self._shard.check(batch)
+        mine = {
+            key: parts[0] for key, parts in zip(batch.keys, batch.parts, strict=True) if isinstance(parts[0], Slices)
+        }
+        with self._entered(describe("push_slices", keys=batch.keys, slices=list(mine))):
+            regions = [[region.bounds for region in own.regions] for own in mine.values()]
+            found = self._group.all_gather_json(regions)
+        for place, (key, own) in enumerate(mine.items()):
+            theirs = [[Region(tuple(map(tuple, each))) for each in bounds[place]] for bounds in found]
+            together = join_slices(
+                batch.name(key), [Slices(own.whole, own.rows, each, [], own.dtype) for each in theirs]
+            )
+            if not together.is_complete:
+                raise together.incomplete_error(batch.name(key))
+        parts: list[list[Any]] = []
+        counts = []
+        for key, given in zip(batch.keys, batch.parts, strict=True):
+            if key in mine:
+                # A value of slices is one part, of which rank 0 tells.
+                parts.append([mine[key].to(self._values[key].whole.dtype).assembled(torch.device("cpu"), -0.0)])
+                counts.append(int(self.rank == 0))
+            else:
+                parts.append(given)
+                counts.append(len(given))
+        return Batch(batch.verb, batch.keys, parts, counts)
 
     def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
         self._pushes.pull(keys, outs)

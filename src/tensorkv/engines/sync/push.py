@@ -11,6 +11,8 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import compress
+from operator import not_
 from typing import Any
 
 import numpy as np
@@ -290,7 +292,13 @@ class Pushes:
         else:
             signature = self._signature(verb, keys)
             push = partial(
-                self._push_groups, keys=keys, groups=batch.parts, outs=outs, priority=priority, sending=sending
+                self._push_groups,
+                keys=keys,
+                groups=batch.parts,
+                outs=outs,
+                priority=priority,
+                sending=sending,
+                counts=batch.counts,
             )
         filled = yield from self._enter(signature, push)
         if outs is not None and not filled:
@@ -359,6 +367,7 @@ class Pushes:
         outs: Outs | None,
         priority: int,
         sending: Sending | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Steps[bool]:
         """Do ``_push_dense`` with parts and outputs as tensors, or Rows that become dense.
 
@@ -366,11 +375,14 @@ class Pushes:
             call: that was entered.
             keys, groups, outs, priority: of the call.
             sending: the words of the parts, which are pushed instead.
+            counts: of how many parts each key's are (None: each is one).
         """
         if sending is not None:
             return (yield from self._push_coded(call, keys, sending, [len(group) for group in groups]))
         dense = [_dense(self._shard.entry("push", key), group) for key, group in zip(keys, groups, strict=True)]
         parts, targets = Arrays.of(self._values, keys, dense), None
+        if counts is not None:
+            parts.counts = np.array(counts, np.int64)
         if outs is not None and native.can_look():
             targets = native.look(self._values, keys, None, outs, None, None)
         if targets is None:
@@ -518,7 +530,8 @@ class Pushes:
         has_inner = bool(dense) and not self._skips(rows, merged)
         if has_inner:
             inner = self._host.enter(self._signature("push", tuple(dense)))
-            yield from self._push_groups(inner, tuple(dense), list(dense.values()), None, 0, sending)
+            counts = None if batch.counts is None else list(compress(batch.counts, map(not_, by_rows)))
+            yield from self._push_groups(inner, tuple(dense), list(dense.values()), None, 0, sending, counts)
             # One thread at a time may step an optimizer, and this one goes on with the Rows.
             self._queue.wait_for()
         self._apply_decided(rows, merged, len(dense), has_inner=has_inner)

@@ -19,6 +19,7 @@ from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import Item, decode_layout, encode_layout, pack, unpack, views
 from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows, unchecked_rows
+from tensorkv.arrays.slices import Slices
 from tensorkv.compression import Codec, Compressor, Owed, Sending, Source, Words
 from tensorkv.errors import KeyNotFoundError, OptimizerError, ValueMismatchError, quote
 from tensorkv.shard import native, reduce
@@ -310,6 +311,9 @@ class DataClient:
         entries = [placed.entry(key) for key in batch.keys]
         check_push(batch, entries, self._keymap.rule, self._averages)
         clipping = self._clipping(self._keymap.rule)
+        if batch.has_slices:
+            self._push_slices(batch, outs, placed, clipping)
+            return
         if self.compressor.codec is not None:
             self._push_coded(batch, outs, placed, clipping)
             return
@@ -501,6 +505,30 @@ class DataClient:
         requests = self._item_requests(batch, placed, totals, {}, scale)
         with self._sessions.take() as session:
             return _result_of(self._send_push(session, list_name(batch.keys), requests))
+
+    def _push_slices(self, batch: Batch, outs: Outs | None, placed: PlacedKeys, clipping: Clipping | None) -> None:
+        """Push keys of which some have slices; servers update a value when they have been told of all its slices."""
+        if self.compressor.codec is not None:
+            batch.refuse_slices("cannot be compressed; set_gradient_compression(None) has parts pushed as they are")
+        if len(self._same_host) > 1 and (self._nonfinite.skips or clipping is not None):
+            batch.refuse_slices('cannot be checked by several servers; with nonfinite="skip" or max_grad_norm use one')
+        self._nonfinite.check_slices(batch)
+        # In mode sync the server takes the means.
+        divisors = batch.divisors(self._averages and not self._is_sync)
+        totals: dict[Key, Any] = {
+            key: parts[0].to(placed[key].spec.dtype)
+            if isinstance(parts[0], Slices)
+            else self._sum(placed[key].placement, parts, divisor)
+            for key, parts, divisor in zip(batch.keys, batch.parts, divisors, strict=True)
+        }
+        requests = self._item_requests(batch, placed, totals, {}, None)
+        if outs is not None:
+            requests = [_with(each, must_complete=True) for each in requests]
+        with self._sessions.take() as session:
+            name = list_name(batch.keys) if self._is_sync else ""
+            self.last_push = _result_of(self._send_push(session, name, requests)) or PushResult()
+        if outs is not None:
+            self.pull(batch.keys, outs)
 
     def _send_push(self, session: Session, name: str, requests: Sequence[ServerRequest]) -> list[ServerReply]:
         """Send a push; in mode sync, to the present round of its list of keys."""
@@ -739,6 +767,13 @@ def _items(key: Key, placement: KeyPlacement, total: Part, server: int) -> list[
     if isinstance(total, torch.Tensor):
         piece = placement.slice_of(server, total)
         return [] if piece is None else [Item(key, "sum", piece)]
+    if isinstance(total, Slices):
+        # Every server that holds some rows learns of all slices.
+        rows_held = placement.piece_of(server)
+        if rows_held is None:
+            return []
+        bounds, values = total.within(*rows_held).to_tensors()
+        return [Item(key, "bounds", bounds), Item(key, "slices", values)]
     selected = placement.rows_of(server, total.ids)
     if selected is None:
         return []

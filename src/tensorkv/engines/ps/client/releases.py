@@ -18,6 +18,7 @@ from tensorkv.arrays.rows import Rows
 from tensorkv.engines.base import Outs, ReleaseReader, no_release
 from tensorkv.engines.call import Call
 from tensorkv.errors import (
+    IncompleteValueError,
     PushOutcomeUnknownError,
     ReleaseNotFoundError,
     SnapshotError,
@@ -76,8 +77,8 @@ class ReleaseClient:
         try:
             self._snapshots.commit_release(name, listed)
             (told,) = self._ask([0], ShowRelease(release=name, keep=keep))
-        except SnapshotError:
-            # It took too long, or a server was restarted in the middle; readers have not seen it.
+        except (IncompleteValueError, SnapshotError):
+            # Slices are missing, it took too long, or a server was restarted meanwhile. Readers have not seen it.
             self._ask(self.servers, Unpublish(release=name, missing_ok=True))
             raise
         self._drop_others(told)

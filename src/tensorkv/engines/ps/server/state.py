@@ -20,6 +20,7 @@ from tensorkv.arrays.packing import (
     unpack,
 )
 from tensorkv.arrays.rows import Rows, merge
+from tensorkv.arrays.slices import Slices, join_slices
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import SumMemory, Traffic, WordsLayout, words_layout
 from tensorkv.errors import ArgumentError, SnapshotError, ValueMismatchError, quote
@@ -119,7 +120,8 @@ class ServerState:
         elif not self._try_push(pushed, request, outs, ids):
             batch = self._parsed(request)
             if outs is None:
-                self.shard.push(batch, requests=ids, scale=message.scale)
+                must_complete = message.must_complete
+                self.shard.push(batch, requests=ids, scale=message.scale, must_complete=must_complete)
             else:
                 self.shard.pushpull(batch, [[each] for each in outs.tensors], requests=ids, scale=message.scale)
         if room is None:
@@ -191,10 +193,14 @@ class ServerState:
         return Batch("push", list(pushed.keys), [[part] for part in parts])
 
     def push_round(
-        self, keys: Sequence[Key], parts: Sequence[list[Part]], counts: Sequence[int], ids: RequestIds
+        self, keys: Sequence[Key], parts: Sequence[list[Any]], counts: Sequence[int], ids: RequestIds
     ) -> None:
-        """Push the parts of a round, which are the sums of so many parts of workers."""
-        self.shard.push(Batch("push", list(keys), list(parts), counts), requests=ids)
+        """Push the parts of a round, which are the sums of so many parts of workers; slices of all workers are one."""
+        joined, counted = list(parts), list(counts)
+        for place, own in enumerate(parts):
+            if any(isinstance(part, Slices) for part in own):
+                joined[place], counted[place] = [join_slices(f"push({quote(keys[place])})", own)], 1
+        self.shard.push(Batch("push", list(keys), joined, counted), requests=ids, must_complete=True)
 
     def served(self, snapshot: str | None) -> ServedValues:
         """Return the present values, or those of a snapshot.
@@ -264,6 +270,7 @@ class ServerState:
             visible_only: with those alone that readers see.
         """
         with self.shard.frozen() as (entries, rule):
+            self.shard.check_complete("save")
             saved = self.shard.saved_releases(visible_only=visible_only) if releases else None
             body, tensors = manifest.describe("store", entries, rule, releases=saved)
             packed = pack([Item(name, "tensor", tensor) for name, tensor in tensors.items()])
@@ -281,6 +288,7 @@ class ServerState:
     def add_release(self, message: Commit, name: str, owner: str) -> None:
         """Hold the present values, which are here, as a release that readers do not see yet."""
         keys = None if message.keys is None else [key for key in message.keys if key in self.shard]
+        self.shard.check_complete("publish", keys)
         change = Publish(name, message.number, keys, is_visible=False, owner=owner, attempt=message.attempt)
         self.shard.commit(change)
 

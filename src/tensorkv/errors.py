@@ -7,6 +7,7 @@ TensorKVError
 ├── ArgumentError          (ValueError)    invalid arguments: unequal lengths, unknown options
 ├── ArrayTypeError         (TypeError)     not an array, or one that a store cannot hold, read or fill
 ├── ValueMismatchError     (ValueError)    a shape or dtype that differs from the key's
+├── IncompleteValueError   (RuntimeError)  a value of which some slices have been pushed and others are missing
 ├── NonFiniteError         (ValueError)    NaN or Inf pushed to a store with nonfinite="raise"
 ├── OptimizerError         (ValueError)    an unknown optimizer, an invalid hyperparameter, a value it cannot update
 ├── UpdaterError           (RuntimeError)  an updater that called its store, or returned an array

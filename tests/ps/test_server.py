@@ -278,6 +278,22 @@ def test_a_push_in_mode_sync_that_is_resent_during_a_snapshot_counts_once():
         assert first.pull("n").tolist() == [11]
 
 
+def test_a_snapshot_does_not_wait_for_a_request_that_a_server_has_refused():
+    with Cluster(2) as cluster:
+        kv, other = cluster.stores(2)
+        keys = [f"k{number}" for number in range(4)]
+        kv.init(keys, [np.zeros(3, F32) for _ in keys])
+        other.delete("k3")
+        # The client does not know yet: one server has no such key, the other one applies the push.
+        with pytest.raises(tensorkv.KeyNotFoundError):
+            kv.push(keys, [np.ones(3, F32) for _ in keys])
+        applied = {key for key in keys[:3] if other.pull(key).any()}
+        assert 0 < len(applied) < 3
+        with other.snapshot() as snapshot:
+            assert snapshot.keys() == keys[:3]
+            assert {key for key in keys[:3] if snapshot.pull(key).any()} == applied
+
+
 def test_an_init_that_is_resent_during_a_snapshot_is_made_once():
     with Cluster() as cluster:
         kv = cluster.store()

@@ -188,3 +188,23 @@ def test_slices_are_not_compressed():
         kv.set_gradient_compression(None)
         kv.push("w", slices_of(filled(1), 2))
         assert np.array_equal(kv.pull("w"), filled(1))
+
+
+def test_slices_of_several_keys_are_taken_by_all_servers_or_by_none():
+    with Cluster(2) as cluster:
+        kv = cluster.store()
+        keys = [f"k{number}" for number in range(6)]
+        kv.init(keys, [np.zeros((4, 2), F32) for _ in keys])
+        whole, half = np.ones((4, 2), F32), slices_of(np.ones((4, 2), F32), 2)
+        kv.push("k5", half[0])
+        # They lie on both servers, one of which has the value that has a slice already.
+        with pytest.raises(tensorkv.ValueMismatchError, match="overlaps"):
+            kv.push(keys, [slices_of(whole, 2) for _ in keys])
+        with pytest.raises(tensorkv.IncompleteValueError):
+            kv.pushpull(
+                [*keys[:5], "k5"], [*(slices_of(whole, 2) for _ in keys[:5]), TensorSlice(whole[:0], (0, 0), (4, 2))]
+            )
+        assert not any(each.any() for each in kv.pull(keys[:5]))
+        kv.push("k5", half[1])
+        kv.push(keys, [slices_of(whole, 2) for _ in keys])
+        assert all(each.all() for each in kv.pull(keys))

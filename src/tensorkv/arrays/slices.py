@@ -227,32 +227,42 @@ class Slices:
         return table.reshape(len(bounds), len(sizes), 2), values
 
     @classmethod
+    def from_bounds(cls, bounds: torch.Tensor, dtype: torch.dtype) -> Slices:
+        """Return slices without their values, of which ``to_tensors`` has returned the bounds.
+
+        Raises:
+            ArgumentError: they are malformed.
+        """
+        fits = bounds.ndim == 3 and bounds.shape[0] >= 2 and bounds.shape[2] == 2 and bounds.dtype is torch.int64
+        if not fits:
+            raise ArgumentError("malformed slices; expected the bounds of a value, of rows of it, and of slices")
+        whole, held, *rest = [tuple((first, stop) for first, stop in each) for each in bounds.tolist()]
+        shape = torch.Size(size for _, size in whole)
+        regions = [Region(each) for each in rest]
+        for each in (Region(held), *regions):
+            if any(not 0 <= first <= stop <= size for (first, stop), size in zip(each.bounds, shape, strict=True)):
+                raise ArgumentError(f"malformed slices; {each} does not lie in {tuple(shape)}")
+        return cls(shape, held[0] if held else (0, 1), regions, [], dtype)
+
+    @classmethod
     def from_tensors(cls, bounds: torch.Tensor, values: torch.Tensor) -> Slices:
         """Return what ``to_tensors`` was called on; it shares the memory of the values.
 
         Raises:
             ArgumentError: they are malformed.
         """
-        fits = bounds.ndim == 3 and bounds.shape[0] >= 2 and bounds.shape[2] == 2 and bounds.dtype is torch.int64
-        table: Any = bounds.tolist() if fits and values.ndim == 1 else []
-        if not table:
-            raise ArgumentError("malformed slices; expected their bounds and one run of elements")
-        whole, held, *rest = [tuple((first, stop) for first, stop in each) for each in table]
-        regions = [Region(each) for each in rest]
-        shape = torch.Size(size for _, size in whole)
-        rows = held[0] if held else (0, 1)
-        for each in (Region(held), *regions):
-            if any(not 0 <= first <= stop <= size for (first, stop), size in zip(each.bounds, shape, strict=True)):
-                raise ArgumentError(f"malformed slices; {each} does not lie in {tuple(shape)}")
-        found, at = [], 0
-        for region in regions:
-            cut = region.within(*rows) if region.bounds else (region, 0)
+        found, at = cls.from_bounds(bounds, values.dtype), 0
+        flat = values.reshape(-1)
+        for region in found.regions:
+            cut = region.within(*found.rows) if region.bounds else (region, 0)
             own = torch.Size((0, *region.shape[1:])) if cut is None else cut[0].shape
-            found.append(values[at : at + own.numel()].view(own))
+            if at + own.numel() > len(flat):
+                raise ArgumentError(f"malformed slices; {len(flat)} elements, expected more")
+            found.values.append(flat[at : at + own.numel()].view(own))
             at += own.numel()
-        if at != len(values):
-            raise ArgumentError(f"malformed slices; {len(values)} elements, expected {at}")
-        return cls(shape, rows, regions, found, values.dtype)
+        if at != len(flat):
+            raise ArgumentError(f"malformed slices; {len(flat)} elements, expected {at}")
+        return found
 
 
 def join_slices(name: str, parts: Sequence[Any]) -> Slices:

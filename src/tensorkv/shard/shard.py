@@ -882,8 +882,11 @@ class Shard(native.ShardFields):
         entries = [self.entry(batch.verb, key) for key in batch.keys]
         check_push(batch, entries, self._rule, self.averages)
         slices = TakenSlices()
-        if any(entry.incomplete is not None for entry in entries) or batch.has_slices:
+        if batch.has_slices:
             batch, entries, slices = self._take_slices(batch, entries, must_complete)
+        if must_complete:
+            ended = {entry.key for entry in slices.ended}
+            check_complete(batch.verb, (entry for entry in entries if entry.key not in ended))
         parts: list[list[Any]] = batch.parts
         if self.on_device:
             move_to_parts(entries, parts)
@@ -897,13 +900,27 @@ class Shard(native.ShardFields):
                 Push(entries, parts, outs, found if scale is None else scale, slices, requests=requests)
             )
 
+    def check_slices(self, key: Key, bounds: torch.Tensor, *, must_complete: bool) -> None:
+        """Raise what a push of slices would raise, of which only the bounds are known."""
+        with self._lock:
+            self.refuse_reentry()
+            entry = self.entry("push", key)
+            self._joined(f"push({quote(key)})", entry, Slices.from_bounds(bounds, entry.spec.dtype), must_complete)
+
+    def _joined(self, name: str, entry: Entry, slices: Slices, must_complete: bool) -> Slices:
+        """Return new slices of a value and those that have come before."""
+        found = slices if entry.incomplete is None else join_slices(name, [entry.incomplete, slices])
+        if must_complete and not found.is_complete:
+            raise found.incomplete_error(name)
+        return found
+
     def _take_slices(
         self, batch: Batch, entries: Sequence[Entry], must_complete: bool
     ) -> tuple[Batch, list[Entry], TakenSlices]:
         """Make whole parts of slices that are all there; return the push of whole parts, and what else is to be done.
 
         Raises:
-            IncompleteValueError: a whole part for a value that is incomplete, or slices that leave one incomplete.
+            IncompleteValueError: slices leave a value incomplete, and must not.
             ValueMismatchError: a slice overlaps one that has come.
             NonFiniteError: a slice is not finite, and the policy refuses it.
         """
@@ -915,14 +932,10 @@ class Shard(native.ShardFields):
         ended: list[Entry] = []
         for entry, own in zip(entries, batch.parts, strict=True):
             slices = own[0]
-            if not isinstance(slices, Slices):
-                check_complete(batch.verb, [entry])
-            else:
-                new, before = slices.to(entry.spec.dtype), entry.incomplete
-                found = new if before is None else join_slices(batch.name(entry.key), [before, new])
+            if isinstance(slices, Slices):
+                new = slices.to(entry.spec.dtype)
+                found = self._joined(batch.name(entry.key), entry, new, must_complete)
                 if not found.is_complete:
-                    if must_complete:
-                        raise found.incomplete_error(batch.name(entry.key))
                     if not new.is_empty:
                         waiting.append((entry, new.copy()))
                     continue

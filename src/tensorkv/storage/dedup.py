@@ -27,10 +27,16 @@ class AppliedRequests:
         self.last: dict[str, int] = {}
         self.fans: dict[str, tuple[int, list[int]]] = {}
         """Of each client, the number of its last request that went to several servers, and to which."""
+        self.refused: dict[str, int] = {}
+        """Of each client, the number of its last request that was refused; of this process alone."""
 
     def has_applied(self, client: str, seq: int) -> bool:
         """Return whether a request has been applied."""
         return seq <= self.last.get(client, 0)
+
+    def has_ended(self, client: str, seq: int) -> bool:
+        """Return whether a request has been applied or refused, so that nobody waits for it."""
+        return seq <= max(self.last.get(client, 0), self.refused.get(client, 0))
 
     def add(self, requests: RequestIds, keys: Sequence[Key] = ()) -> None:
         """Count requests as applied, each once; an earlier one that arrives late does not undo a later one.

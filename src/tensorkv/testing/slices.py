@@ -95,31 +95,46 @@ class SliceContract:
         return False
 
     def test_incomplete_values_cannot_be_read(self, kv):
-        kv.init({"w": np.zeros_like(VALUE), "b": np.zeros(3, F32)})
+        kv.init({"w": np.zeros_like(VALUE), "b": np.zeros((3, 1), F32), "v": np.zeros(3, F32)})
         first, second, third, fourth = quarters(VALUE)
         if not self.push_some(kv, first, fourth):
             return
         reads = [
             lambda: kv.pull("w"),
-            lambda: kv.pull(["b", "w"]),
+            lambda: kv.pull(["v", "w"]),
             lambda: kv.pull("w", out=np.empty((4, 6))),
             lambda: kv.pull("w", region=slice(0, 1)),
             lambda: kv.row_sparse_pull("w", row_ids=[0]),
-            lambda: kv.push("w", VALUE),
-            lambda: kv.push(["b", "w"], [np.ones(3, F32), VALUE]),
             lambda: kv.pushpull("w", second),
+            lambda: kv.pushpull(["v", "w"], [np.ones(3, F32), second]),
+            lambda: kv.pushpull("w", VALUE),
             lambda: kv.snapshot(),
             lambda: kv.publish(f"slices-{uuid.uuid4()}"),
         ]
         for read in reads:
             with pytest.raises(tensorkv.IncompleteValueError, match=r"lacks \[.*\] of \(4, 6\)"):
                 read()
-        assert kv.pull("b").tolist() == [0, 0, 0]
+        with pytest.raises(tensorkv.ValueMismatchError, match="overlaps"):
+            kv.push(["b", "w", "v"], [cut(np.ones((3, 1), F32), ((0, 0), (3, 1))), first, np.ones(3, F32)])
+        assert not any(each.any() for each in kv.pull(["b", "v"]))
         kv.push("w", second)
         with pytest.raises(tensorkv.IncompleteValueError, match=r"lacks \[1:4, 0:3\] of"):
             kv.pull("w")
         assert np.array_equal(kv.pushpull("w", third), VALUE)
         assert kv.info("w").version == 1
+
+    def test_a_push_of_the_whole_leaves_slices_alone(self, kv):
+        kv.init("w", np.zeros_like(VALUE))
+        kv.set_optimizer("sgd", lr=1.0, maximize=True)
+        first, *rest = quarters(VALUE)
+        if not self.push_some(kv, first):
+            return
+        kv.push("w", VALUE)
+        with pytest.raises(tensorkv.IncompleteValueError):
+            kv.pull("w")
+        kv.push("w", rest)
+        assert np.array_equal(kv.pull("w"), 2 * VALUE)
+        assert kv.info("w").version == 2
 
     def test_incomplete_values_end_with_their_keys(self, kv):
         kv.init("w", VALUE)

@@ -74,6 +74,17 @@ class Push(Message):
 
 
 @dataclass(kw_only=True)
+class CheckSlices(Message):
+    """Refuse what a push of slices would be refused for; the payload has the bounds of those of each key.
+
+    Args:
+        must_complete: as of ``Push``.
+    """
+
+    must_complete: bool = False
+
+
+@dataclass(kw_only=True)
 class Pull(Message):
     """Reply with the values of the keys that the layout lists.
 
@@ -461,6 +472,7 @@ VERBS: dict[str, type[Message]] = {
     "wait_for_version": WaitForVersion,
     "pull_rows": PullRows,
     "end_read": EndRead,
+    "check_slices": CheckSlices,
     "init": Init,
     "restore": Restore,
     "delete": Delete,

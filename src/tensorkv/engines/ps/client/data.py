@@ -30,7 +30,7 @@ from tensorkv.shard.optimizers import ROWWISE
 from tensorkv.shard.pool import Pool
 from tensorkv.shard.rules import Assign, Rule, StepOptimizer, check_push
 
-from ..messages import EndRead, Init, Pull, PullRows, Push, pulled_dtype, words_item
+from ..messages import CheckSlices, EndRead, Init, Pull, PullRows, Push, pulled_dtype, words_item
 from .coded import CodedLayout
 from .keymap import KeyMap
 from .layout import Arrays, KeyPlacement, Layout, PlacedKey, PlacedKeys, ServerLayout, describe, list_name
@@ -525,10 +525,25 @@ class DataClient:
         if outs is not None:
             requests = [_with(each, must_complete=True) for each in requests]
         with self._sessions.take() as session:
+            if len(requests) > 1 and len(batch.keys) > 1:
+                # One server may have to refuse what others would apply.
+                self._send(session, self._slice_checks(totals, placed, must_complete=outs is not None))
             name = list_name(batch.keys) if self._is_sync else ""
             self.last_push = _result_of(self._send_push(session, name, requests)) or PushResult()
         if outs is not None:
             self.pull(batch.keys, outs)
+
+    def _slice_checks(
+        self, totals: Mapping[Key, Any], placed: PlacedKeys, *, must_complete: bool
+    ) -> list[ServerRequest]:
+        """Return for each server the question whether it takes the slices of a push."""
+        items: dict[int, list[Item]] = {}
+        for key, own in totals.items():
+            for server, first, stop in placed[key].placement.pieces if isinstance(own, Slices) else ():
+                bounds, _ = own.within(first, stop).to_tensors()
+                items.setdefault(server, []).append(Item(key, "bounds", bounds))
+        message = CheckSlices(must_complete=must_complete)
+        return [ServerRequest.of_tensors(server, message, pack(own)) for server, own in items.items()]
 
     def _send_push(self, session: Session, name: str, requests: Sequence[ServerRequest]) -> list[ServerReply]:
         """Send a push; in mode sync, to the present round of its list of keys."""

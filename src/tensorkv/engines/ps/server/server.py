@@ -200,6 +200,13 @@ class Server:
             reply = self._state.push(request, ids) if ids else None
         return reply or self._pushed(request, keys)
 
+    def _check_slices(self, request: Request[messages.CheckSlices]) -> Reply:
+        items = unpack(request.layout, request.payload)
+        with self._condition:
+            for item in items:
+                self._state.shard.check_slices(item.key, item.tensor, must_complete=request.message.must_complete)
+        return Reply({})
+
     def _check_scale(self, message: Push) -> None:
         """Raise if a client did not know that gradients are to be clipped, by a norm that is not known here."""
         if message.scale is None and self.options.num_servers > 1 and self._state.shard.rule.clipping is not None:
@@ -641,7 +648,13 @@ class Server:
             else:
                 words = _logged(request)
                 ids = [(sender.client, sender.seq, words) if words else (sender.client, sender.seq)]
-                yield ids
+                try:
+                    yield ids
+                except TensorKVError:
+                    # Other servers may have applied it, and a snapshot does not wait for it here.
+                    self._tables.refused[sender.client] = sender.seq
+                    self._condition.notify_all()
+                    raise
                 # Where there is a log, it has counted them with the change.
                 self._tables.add(ids, keys)
             self._condition.notify_all()
@@ -664,6 +677,7 @@ _HANDLERS: dict[type[Message], Callable[[Server, Request[Any]], Reply]] = {
     messages.Push: Server._push,
     messages.Pull: Server._pull,
     messages.EndRead: Server._end_read,
+    messages.CheckSlices: Server._check_slices,
     messages.WaitForVersion: Server._wait_for_version,
     messages.PullRows: Server._pull_rows,
     messages.Init: Server._init,

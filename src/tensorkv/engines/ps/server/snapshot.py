@@ -78,7 +78,7 @@ class SnapshotBarrier:
         }
 
     def commit(self, owner: str, seq: int, wanted: Mapping[str, Sequence[Any]], take: Callable[[], Any]) -> Any:
-        """Wait for the requests that other servers have applied, take the snapshot, and go on.
+        """Wait for the requests that other servers have applied, take the snapshot, and go on; also if that fails.
 
         Args:
             owner: of the snapshot.
@@ -94,14 +94,15 @@ class SnapshotBarrier:
         self._admitted = mine
         self._condition.notify_all()
         self._condition.wait_for(
-            lambda: all(self._clients.has_applied(client, seq) for client, seq in mine.items()),
+            lambda: all(self._clients.has_ended(client, seq) for client, seq in mine.items()),
             lambda: f"requests of {len(mine)} workers that are on their way",
         )
         # It may have ended during the wait.
         self._check_prepared(owner)
-        taken = take()
-        self.abort(owner, seq)
-        return taken
+        try:
+            return take()
+        finally:
+            self.abort(owner, seq)
 
     def abort(self, owner: str, seq: int) -> None:
         """Apply new requests again."""

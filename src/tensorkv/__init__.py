@@ -5,6 +5,7 @@ from importlib.metadata import version
 from tensorkv.runtime import early  # noqa: F401 - before anything that takes long
 
 # isort: split
+from tensorkv.arrays.blocks import dequantize_blocks, quantize_blocks
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.slices import TensorSlice
 from tensorkv.releases.changes import Changes, KeyChange, Patch, apply_changes
@@ -95,9 +96,11 @@ __all__ = [
     "__version__",
     "apply_changes",
     "create",
+    "dequantize_blocks",
     "engines",
     "errors",
     "load_changes",
+    "quantize_blocks",
     "save_changes",
 ]
 

@@ -6,14 +6,14 @@ import os
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar
 
 import torch
 
 from tensorkv import compiled, compression, engines
-from tensorkv.arrays import interop, trees
+from tensorkv.arrays import blocks, interop, trees
 from tensorkv.arrays.arguments import (
     Key,
     check_flag,
@@ -455,7 +455,8 @@ class KVStore:
                 function that is called with each path.
             dtype: of the keys of floating-point arrays, such as ``"bfloat16"`` or ``torch.float16``: values are rounded
                 to it, now and when they are pushed in another one (None: the dtype of each array). Integers, bools,
-                complex numbers and tables stay as they are.
+                float8, complex numbers and tables stay as they are. With ``"float8_e4m3fn"`` each array of at least two
+                axes has two keys, as ``quantize_blocks`` makes them, and the others stay as they are.
 
         Raises:
             ArgumentError: two arrays of one name; a bare array without a prefix; a tree that contains itself; an
@@ -550,7 +551,7 @@ class KVStore:
             if not check_flag("pull_tree: strict", strict):
                 held = set(self.keys())
                 wanted = {name: array for name, array in wanted.items() if name in held}
-            self.pull(list(wanted), out=list(wanted.values()))
+            self._pull_into(list(wanted), list(wanted.values()))
             return None
         if like is not None:
             flat = trees.flatten("pull_tree", like, prefix, rename)
@@ -579,8 +580,53 @@ class KVStore:
             return same
         specs = [KeySpec(torch.Size(shape), dtype, origin, is_table=False) for shape, dtype, origin in wanted]
         outs = [spec.new() for spec in specs]
-        self.pull(keys, out=outs)
+        self._pull_into(keys, outs)
         return give_each(list(zip(outs, specs, strict=True)))
+
+    def _pull_into(self, names: list[str], outs: list[Any]) -> None:
+        """Fill arrays with values; only if that fails, look for values in blocks of float8, and restore them."""
+        try:
+            self.pull(names, out=outs)
+        except ValueMismatchError:
+            wide = {
+                name: spec
+                for name, spec, out in zip(names, self._specs_in_blocks(names), outs, strict=True)
+                if spec is not None and interop.shape_and_dtype(local_part(out)[0])[1] is not blocks.DTYPE
+            }
+            if not wide:
+                raise
+            given = dict(zip(names, outs, strict=True))
+            restored = GivenOuts("pull_tree", list(wide), [given[name] for name in wide])
+            restored.check([replace(spec, dtype=torch.float32) for spec in wide.values()])
+            pairs = {name: blocks.empty_pair(spec.shape) for name, spec in wide.items()}
+            for name, (values, scale_inv) in pairs.items():
+                given[name], given[name + blocks.SUFFIX] = values, scale_inv
+            self.pull(list(given), out=list(given.values()))
+
+            def copy(keys: list[Key], tensors: list[list[torch.Tensor]]) -> None:
+                for key, own in zip(keys, tensors, strict=True):
+                    for tensor in own:
+                        tensor.copy_(blocks.restore(*pairs[str(key)], torch.float32))
+
+            def copy_parts(keys: list[Key], regions: list[Region], tensors: list[list[torch.Tensor]]) -> None:
+                for key, region, (tensor,) in zip(keys, regions, tensors, strict=True):
+                    tensor.copy_(region.of(blocks.restore(*pairs[str(key)], torch.float32)))
+
+            with torch.no_grad():
+                restored.fill(copy, copy_parts)
+
+    def _specs_in_blocks(self, names: list[str]) -> list[KeySpec | None]:
+        """Return how each of some keys is held in blocks of float8; None: it is not, or does not exist."""
+        held = set(self.keys())
+
+        def look(name: str) -> KeySpec | None:
+            if name not in held or name + blocks.SUFFIX not in held:
+                return None
+            spec, scales = (self._engine.spec("pull", key) for key in (name, name + blocks.SUFFIX))
+            is_pair = spec.dtype is blocks.DTYPE and len(spec.shape) > 1 and not spec.is_table
+            return spec if is_pair and scales.shape == blocks.scales_shape(spec.shape) else None
+
+        return self._engine.protect(lambda: list(map(look, names)))
 
     def pushpull_tree(
         self, *parts: Any, prefix: str = "", rename: trees.Rename | None = None, priority: int = 0
@@ -608,12 +654,44 @@ class KVStore:
         return flat.rebuild(self._push_tree("pushpull_tree", self.pushpull, flat, values, priority))
 
     def _push_tree(self, verb: str, push: Callable[..., R], flat: trees.Flat, values: list[Any], priority: int) -> R:
-        """Push the arrays of a tree; only if that fails, look for keys that do not exist, create them and push."""
+        """Push the arrays of a tree; only if that fails, look for values in blocks, and for keys that do not exist."""
         try:
             return push(flat.names, values, priority=priority)
-        except KeyNotFoundError as error:
-            self._init_missing(verb, flat, values, error)
-        return push(flat.names, values, priority=priority)
+        except (KeyNotFoundError, ValueMismatchError) as error:
+            # Workers in lock step do not wait for one whose arrays are refused.
+            with self._engine.collective(verb):
+                rounded, values = self._in_blocks(verb, flat, values)
+            if isinstance(error, KeyNotFoundError):
+                self._init_missing(verb, rounded, values, error)
+            elif rounded is flat:
+                raise
+        return push(rounded.names, values, priority=priority)
+
+    def _in_blocks(self, verb: str, flat: trees.Flat, values: list[Any]) -> tuple[trees.Flat, list[Any]]:
+        """Return the arrays of a push, those in two for which the store has values in blocks of float8."""
+        names: list[str] = []
+        leaves: list[Any] = []
+        given: list[Any] = []
+        columns = zip(flat.names, flat.leaves, self._specs_in_blocks(flat.names), values, strict=True)
+        for name, leaf, spec, value in columns:
+            parts = value if isinstance(value, list) else [value]
+            names.append(name)
+            if spec is None or all(interop.shape_and_dtype(part)[1] is blocks.DTYPE for part in parts):
+                leaves.append(leaf)
+                given.append(value)
+                continue
+            if verb == "pushpull_tree" or self._engine.sums_workers:
+                why = (
+                    "with push_tree, then pull them" if verb == "pushpull_tree" else "where workers do not push in step"
+                )
+                raise ArgumentError(
+                    f"{verb}({quote(name)}): the store holds it in blocks of float8; push such values {why}"
+                )
+            pair = blocks.quantize_sum(f"{verb}({quote(name)})", parts)
+            leaves += pair
+            given += pair
+            names.append(name + blocks.SUFFIX)
+        return (flat if names == flat.names else replace(flat, names=names, leaves=leaves)), given
 
     @_collective
     def _init_missing(self, verb: str, flat: trees.Flat, values: list[Any], error: KeyNotFoundError) -> None:

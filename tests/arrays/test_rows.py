@@ -11,11 +11,12 @@ from hypothesis.extra import numpy as hnp
 
 import tensorkv
 from tensorkv import ArgumentError, ArrayTypeError, Rows, ValueMismatchError
-from tensorkv.arrays import rows
+from tensorkv.arrays import interop, rows
 from tensorkv.arrays.rows import is_rows, merge, take_ids, take_rows
 
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int64, torch.uint16]
+DTYPES += interop.FLOAT8
 
 
 def coo(ids, values, shape):
@@ -132,7 +133,7 @@ def test_coo_tensors_that_are_no_rows():
 
 def added(parts, dtype):
     """Return ids and sums, added one by one in the order given, in at least float32, rounded once."""
-    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    wide = torch.float32 if dtype in interop.LOW_PRECISION else dtype
     wide = torch.int16 if dtype is torch.uint16 else wide
     sums = {}
     for ids, values in parts:

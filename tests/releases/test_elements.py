@@ -15,6 +15,8 @@ DTYPES = [
     torch.bool,
     torch.int8,
     torch.uint8,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
     torch.int16,
     torch.uint16,
     torch.float16,

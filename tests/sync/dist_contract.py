@@ -45,7 +45,7 @@ def nothing(value):
 
 
 def _torch_nothing(value):
-    if value.is_meta or value.is_quantized or value.is_nested or value.dtype is torch.float8_e4m3fn:
+    if value.is_meta or value.is_quantized or value.is_nested or value.dtype is torch.float8_e8m0fnu:
         return value
     if value.layout is not torch.strided:
         return value * 0

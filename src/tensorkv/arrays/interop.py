@@ -24,16 +24,19 @@ from tensorkv.errors import ArrayTypeError, show
 from tensorkv.runtime.modes import outside_modes
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LOW_PRECISION = (torch.float16, torch.bfloat16)
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+LOW_PRECISION = (torch.float16, torch.bfloat16, *FLOAT8)
 COMPLEX = (torch.complex64, torch.complex128)
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-DTYPES = frozenset((torch.bool, *SIGNED, *UNSIGNED, *FLOATS, *COMPLEX))
+DTYPES = frozenset((torch.bool, *SIGNED, *UNSIGNED, *FLOATS, *FLOAT8, *COMPLEX))
 
 # How hard numpy.shares_memory may search for a common byte before two arrays count as overlapping.
 _OVERLAP_WORK = 100_000
 _PLAIN_TORCH = (torch.Tensor, torch.nn.Parameter)
-_NUMPY_DTYPES = {dtype: np.dtype(str(dtype).removeprefix("torch.")) for dtype in DTYPES - {torch.bfloat16}}
+# What NumPy has only with the package ml_dtypes, and dtypes of the same size that it has.
+_ML_DTYPES = {torch.bfloat16: torch.int16, **dict.fromkeys(FLOAT8, torch.int8)}
+_NUMPY_DTYPES = {dtype: np.dtype(str(dtype).removeprefix("torch.")) for dtype in DTYPES - _ML_DTYPES.keys()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +69,19 @@ def may_push(part: torch.dtype, value: torch.dtype) -> bool:
     """Return whether a part of one dtype may be summed into a value of another without silent loss."""
     if part is value:
         return True
-    if family(part) != family(value):
+    if family(part) != family(value) or value in FLOAT8:
         return False
     low = (*LOW_PRECISION, torch.float32)
     return (part in low and value in low) or _is_safe(part, value)
 
 
 def may_pull(value: torch.dtype, out: torch.dtype) -> bool:
-    """Return whether a value may be cast to ``out``'s dtype: the same family, or a safe cast."""
+    """Return whether a value may be cast to ``out``'s dtype: the same family, or a safe cast.
+
+    Float8 is cast to nothing, and nothing to it: most such numbers mean nothing without the scale of their block.
+    """
+    if value in FLOAT8 or out in FLOAT8:
+        return value is out
     return family(value) == family(out) or _is_safe(value, out)
 
 
@@ -82,11 +90,16 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in LOW_PRECISION else dtype
 
 
-_SIGNED_TWIN = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+_SIGNED_TWIN = {
+    torch.uint16: torch.int16,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+    **dict.fromkeys(FLOAT8, torch.int8),
+}
 
 
 def signed(tensor: torch.Tensor) -> torch.Tensor:
-    """View uint16, uint32 and uint64 as signed: torch has no sums for them, and the bits are the same."""
+    """View as signed integers what torch cannot index; the sums of those that are integers have the same bits."""
     twin = _SIGNED_TWIN.get(tensor.dtype)
     return tensor if twin is None else tensor.view(twin)
 
@@ -99,7 +112,9 @@ def divide(total: torch.Tensor, divisor: int) -> None:
 
 
 def _is_safe(source: torch.dtype, target: torch.dtype) -> bool:
-    if torch.bfloat16 in (source, target):
+    if source in FLOAT8:
+        return target in (*FLOATS, *COMPLEX)
+    if source in _ML_DTYPES or target in _ML_DTYPES:
         return source is torch.bool or (source is torch.bfloat16 and target in (*FLOATS[2:], *COMPLEX))
     return bool(np.can_cast(_NUMPY_DTYPES[source], _NUMPY_DTYPES[target], "safe"))
 
@@ -169,8 +184,9 @@ def _take_numpy(array: Any) -> torch.Tensor:
     if isinstance(array, np.ma.MaskedArray):
         raise ArrayTypeError("is a masked array, whose mask a store cannot keep; fill it first: x.filled(0)")
     array = np.asarray(array)
-    if array.dtype.name == "bfloat16":
-        return _take_numpy(array.view(np.int16)).view(torch.bfloat16)
+    dtype = _BY_NAME.get(array.dtype.name)
+    if dtype in _ML_DTYPES:
+        return _take_numpy(array.view(_NUMPY_DTYPES[_ML_DTYPES[dtype]])).view(dtype)
     if array.dtype.newbyteorder("=") not in _NUMPY_DTYPES.values():
         raise ArrayTypeError(_bad_dtype(array.dtype.name))
     if not array.dtype.isnative:
@@ -225,13 +241,12 @@ def _take_jax(array: Any) -> torch.Tensor:
             "is a JAX array of which other processes hold parts; gather it first, such as with "
             "jax.experimental.multihost_utils.process_allgather"
         )
-    if len(array.devices()) > 1 or array.dtype.name not in _NUMPY_NAMES:
+    if len(array.devices()) > 1 or array.dtype.name not in _BY_NAME:
         return _take_numpy(np.asarray(array))
     return _take_torch(torch.utils.dlpack.from_dlpack(array))
 
 
 _BY_NAME = {dtype_name(dtype): dtype for dtype in DTYPES}
-_NUMPY_NAMES = {dtype.name for dtype in _NUMPY_DTYPES.values()} | {"bfloat16"}
 
 
 def _bad_dtype(name: str) -> str:
@@ -337,7 +352,7 @@ def _is_jax_struct(array: Any) -> bool:
 
 def empty(shape: torch.Size, dtype: torch.dtype, origin: Origin) -> Any:
     """Return a new array to be filled: NumPy's for NumPy where it has the dtype, else a tensor for ``give``."""
-    if origin.library == "numpy" and dtype is not torch.bfloat16:
+    if origin.library == "numpy" and dtype not in _ML_DTYPES:
         return np.empty(shape, _NUMPY_DTYPES[dtype])
     device = origin.device if origin.library == "torch" and origin.device is not None else "cpu"
     with outside_modes():
@@ -407,20 +422,21 @@ def view(tensor: torch.Tensor, origin: Origin) -> Any:
         import cupy
 
         return cupy.from_dlpack(tensor)
-    if tensor.dtype is torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(_numpy_bfloat16())
+    if tensor.dtype in _ML_DTYPES:
+        return tensor.view(_ML_DTYPES[tensor.dtype]).numpy().view(_ml_dtype(dtype_name(tensor.dtype)))
     return tensor.numpy()
 
 
-def _numpy_bfloat16() -> Any:
+def _ml_dtype(name: str) -> Any:
+    """Return a dtype of NumPy that the package ml_dtypes has."""
     try:
         import ml_dtypes
     except ModuleNotFoundError:
         raise ArrayTypeError(
-            "is bfloat16, which NumPy has only with the package ml_dtypes (JAX brings it); "
+            f"is {name}, which NumPy has only with the package ml_dtypes (JAX brings it); "
             "install it, or pull into a torch tensor or a float32 array"
         ) from None
-    return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(getattr(ml_dtypes, name))
 
 
 Finish = Callable[[], None]
@@ -464,9 +480,10 @@ def _refuse_masked() -> Any:
 
 
 def _numpy_target(out: np.ndarray[Any, Any]) -> tuple[torch.Tensor, Finish | None]:
-    if out.dtype.name == "bfloat16":
-        tensor, finish = target(out.view(np.int16))
-        return tensor.view(torch.bfloat16), finish
+    dtype = _BY_NAME.get(out.dtype.name)
+    if dtype in _ML_DTYPES:
+        tensor, finish = target(out.view(_NUMPY_DTYPES[_ML_DTYPES[dtype]]))
+        return tensor.view(dtype), finish
     source = _take_numpy(np.empty(0, out.dtype))  # raises for dtypes that a store cannot hold
     written = torch.empty(out.shape, dtype=source.dtype, device="cpu")
     return written, lambda: np.copyto(out, written.numpy())

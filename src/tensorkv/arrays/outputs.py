@@ -86,9 +86,10 @@ class GivenOuts:
                         f"expected {tuple(spec.shape)}"
                     )
                 if tensor.dtype is not spec.dtype and not interop.may_pull(spec.dtype, tensor.dtype):
+                    kind = "dtype" if spec.dtype in interop.FLOAT8 else "kind of number"
                     raise ValueMismatchError(
                         f"{self._verb}({quote(key)}): out {index} is {interop.dtype_name(tensor.dtype)}, which cannot "
-                        f"hold the key's {interop.dtype_name(spec.dtype)}; give an out of the same kind of number"
+                        f"hold the key's {interop.dtype_name(spec.dtype)}; give an out of the same {kind}"
                     )
 
     def fill(self, copy: CopyValues, copy_parts: CopyParts) -> None:

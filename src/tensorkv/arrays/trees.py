@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from tensorkv.errors import ArgumentError, ArrayTypeError, TensorKVError, quote, show
+from tensorkv.errors import ArgumentError, ArrayTypeError, NonFiniteError, TensorKVError, quote, show
 
-from . import interop
+from . import blocks, interop
 from .rows import is_rows
 from .slices import local_part
 
@@ -86,6 +86,8 @@ def flatten(verb: str, tree: Any, prefix: str, rename: Rename | None = None) -> 
 def flatten_as(dtype: Any, verb: str, tree: Any, prefix: str, rename: Rename | None = None) -> Flat:
     """Return the leaves of a tree, those of floating-point numbers in another dtype (None: in their own).
 
+    In float8_e4m3fn these are two leaves each, values and the scales of their blocks, if they have two axes.
+
     Args:
         dtype: a dtype of floating-point numbers, or its name.
         verb, tree, prefix, rename: as for ``flatten``.
@@ -102,8 +104,10 @@ def flatten_as(dtype: Any, verb: str, tree: Any, prefix: str, rename: Rename | N
     if dtype is None:
         return flat
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(wanted, torch.dtype) or wanted not in interop.DTYPES or not wanted.is_floating_point:
-        floats = ", ".join(sorted(interop.dtype_name(each) for each in interop.DTYPES if each.is_floating_point))
+    if wanted is blocks.DTYPE:
+        return _in_blocks(verb, flat)
+    if not isinstance(wanted, torch.dtype) or wanted not in interop.FLOATS:
+        floats = ", ".join(sorted(map(interop.dtype_name, (*interop.FLOATS, blocks.DTYPE))))
         raise ArgumentError(f"{verb}: dtype is {show(dtype)}; expected one of {floats}")
     return replace(flat, leaves=[_cast(verb, *each, wanted) for each in zip(flat.names, flat.leaves, strict=True)])
 
@@ -111,12 +115,35 @@ def flatten_as(dtype: Any, verb: str, tree: Any, prefix: str, rename: Rename | N
 def _cast(verb: str, name: str, leaf: Any, dtype: torch.dtype) -> Any:
     if is_rows(leaf):
         return leaf
+    tensor = _taken(verb, name, leaf)
+    is_other = tensor.is_floating_point() and tensor.dtype is not dtype and tensor.dtype not in interop.FLOAT8
     try:
-        tensor = interop.take(leaf)
-        is_other = tensor.is_floating_point() and tensor.dtype is not dtype
         return interop.give(tensor.detach().to(dtype), interop.origin(leaf)) if is_other else leaf
     except ArrayTypeError as error:
         raise ArrayTypeError(f"{verb}({quote(name)}): the value {error}") from None
+
+
+def _taken(verb: str, name: str, leaf: Any) -> torch.Tensor:
+    try:
+        return interop.take(leaf)
+    except ArrayTypeError as error:
+        raise ArrayTypeError(f"{verb}({quote(name)}): the value {error}") from None
+
+
+def _in_blocks(verb: str, flat: Flat) -> Flat:
+    names, leaves = [], []
+    for name, leaf in zip(flat.names, flat.leaves, strict=True):
+        names.append(name)
+        tensor = None if is_rows(leaf) else _taken(verb, name, leaf)
+        if tensor is None or not tensor.is_floating_point() or tensor.ndim < 2 or tensor.dtype in interop.FLOAT8:
+            leaves.append(leaf)
+            continue
+        try:
+            leaves += blocks.quantize_blocks(leaf)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{verb}({quote(name)}): {error}") from None
+        names.append(name + blocks.SUFFIX)
+    return replace(flat, names=_check_names(verb, names), leaves=leaves)
 
 
 def state_of(module: torch.nn.Module) -> OrderedDict[str, Any]:

@@ -364,6 +364,11 @@ class Optimizer:
                 f"{quote(key)} is {interop.dtype_name(value.dtype)}, and {name} updates floating-point values only; "
                 "keep counters in a store without an optimizer"
             )
+        if value.dtype in interop.FLOAT8:
+            raise OptimizerError(
+                f"{quote(key)} is {interop.dtype_name(value.dtype)}, which {name} does not update; keep weights in at "
+                "least 16 bits, and float8 copies of them in a store without an optimizer"
+            )
         if value.dtype.is_complex and name not in ROWWISE:
             raise OptimizerError(
                 f"{quote(key)} is {interop.dtype_name(value.dtype)}, and {name} updates real values only"

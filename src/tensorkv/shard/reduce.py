@@ -41,7 +41,7 @@ def averages(name: Any) -> bool:
 def sum_into(out: torch.Tensor, parts: Sequence[torch.Tensor], divisor: int = 1) -> None:
     """Make ``out`` the sum of the parts, added in the order given and then divided.
 
-    float16 and bfloat16 are added in float32 and rounded once; integers wrap around as in NumPy;
+    Floats of fewer bits are added in float32 and rounded once; integers wrap around as in NumPy;
     bool adds by "or".
 
     Args:
@@ -163,7 +163,9 @@ def count_nonfinite(tensor: torch.Tensor) -> int:
     """Return how many elements are NaN or Inf."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return 0
-    return sum(piece.numel() - int(torch.isfinite(piece).sum()) for (piece,) in cut([tensor]))
+    # torch has none of these functions for float8.
+    wide = torch.float32 if tensor.dtype in interop.FLOAT8 else tensor.dtype
+    return sum(piece.numel() - int(torch.isfinite(piece.to(wide)).sum()) for (piece,) in cut([tensor]))
 
 
 def cut(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

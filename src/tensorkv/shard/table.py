@@ -282,5 +282,5 @@ class Columns:
 
 def fill_with(tensor: torch.Tensor, number: float) -> torch.Tensor:
     """Set every element, of complex ones both parts: so do torch's optimizers begin their state."""
-    (torch.view_as_real(tensor) if tensor.is_complex() else interop.signed(tensor)).fill_(number)
+    (torch.view_as_real(tensor) if tensor.is_complex() else tensor).fill_(number)
     return tensor

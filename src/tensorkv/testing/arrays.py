@@ -205,3 +205,59 @@ class ArrayContract:
                 kv.pushpull("big", [torch.ones(300_000)] * 2)
                 results.append([x.tolist() for x in (*outs, large[:5], *kv.pull(keys))])
         assert results[0] == results[1]
+
+    # ---------------------------------------------------------------- float8
+
+    @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+    def test_float8_keeps_every_bit(self, kv, library, name):
+        bits, dtype = torch.arange(254, dtype=torch.uint8).repeat(3, 1), getattr(torch, name)
+        value = bits.view(dtype)
+        if library.name != "torch":
+            value = bits.numpy().view(np.dtype(getattr(pytest.importorskip("ml_dtypes"), name)))
+        if library.name == "jax":
+            value = pytest.importorskip("jax.numpy").asarray(value)
+        kv.init(["w", "large"], [value, torch.zeros(700, 500, dtype=dtype)])
+        assert kv.info("w").dtype == name
+        got = kv.pull("w")
+        assert type(got) is type(value)
+        for each in (got, *kv.pull(["w"])):
+            found = each.view(torch.uint8) if library.name == "torch" else np.array(each).view(np.uint8)
+            assert np.array_equal(found, bits)
+        # Without the scale of a block such numbers mean little.
+        for wide in (torch.float16, torch.float32, torch.uint8):
+            with pytest.raises(tensorkv.ValueMismatchError, match=f"{name}; give an out of the same dtype"):
+                kv.pull("w", out=torch.empty(3, 254, dtype=wide))
+        out = torch.zeros(2, 4, dtype=dtype)
+        kv.pull("w", out=out, region=(slice(1, 3), slice(2, 6)))
+        assert torch.equal(out.view(torch.uint8), bits[1:3, 2:6])
+
+    @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+    def test_float8_is_summed_in_float32(self, kv, name):
+        dtype, chance = getattr(torch, name), torch.Generator().manual_seed(1)
+        kv.init({"w": torch.zeros(700, 500, dtype=dtype), "s": torch.zeros((), dtype=dtype)})
+        parts = [torch.randn(700, 500, generator=chance).to(dtype) for _ in range(3)]
+        kv.push({"w": parts, "s": torch.tensor(3.0).to(dtype)})
+        expected = (parts[0].float() + parts[1].float() + parts[2].float()).to(dtype)
+        assert torch.equal(kv.pull("w").view(torch.uint8), expected.view(torch.uint8))
+        assert kv.pull("s").item() == 3
+        got = kv.pushpull("w", parts[1])
+        assert torch.equal(got.view(torch.uint8), parts[1].view(torch.uint8))
+        kv.push("w", Rows(np.array([699, 3, 3]), torch.ones(3, 500).to(dtype), 700))
+        rows = kv.row_sparse_pull("w", row_ids=[3, 4, 699]).values.float()
+        assert rows[0].eq(2).all()
+        assert torch.equal(rows[1], parts[1][4].float())
+        assert rows[2].eq(1).all()
+        kv.init("wide", torch.zeros(700, 500))
+        kv.push("wide", parts[0])
+        assert torch.equal(kv.pull("wide"), parts[0].float())
+
+    def test_float8_is_not_stepped_and_nothing_is_rounded_to_it(self, kv):
+        kv.init("w", torch.ones(3, dtype=torch.float8_e5m2))
+        for dtype in (torch.float32, torch.float16, torch.float8_e4m3fn, torch.int32, torch.bool):
+            part = torch.ones(3).to(dtype)
+            with pytest.raises(tensorkv.ValueMismatchError, match="float8_e5m2"):
+                kv.push("w", part)
+        kv.set_optimizer("sgd", lr=1.0)
+        with pytest.raises(tensorkv.OptimizerError, match="float8_e5m2"):
+            kv.push("w", torch.ones(3, dtype=torch.float8_e5m2))
+        assert kv.pull("w").tolist() == [1, 1, 1]

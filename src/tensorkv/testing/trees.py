@@ -66,13 +66,74 @@ class TreeContract:
         kv.pull_tree(into=into, prefix="net", strict=False)
         assert into["w"].tolist() == [4, 5]
 
-    @pytest.mark.parametrize("dtype", ["int32", "float8_e4m3fn", "complex64", 3, [], np.float32, "nothing"])
+    @pytest.mark.parametrize("dtype", ["int32", "float8_e5m2", "complex64", 3, [], np.float32, "nothing"])
     def test_a_tree_is_held_in_no_other_dtypes(self, kv, dtype):
         with pytest.raises(tensorkv.ArgumentError, match=r"dtype is .*; expected one of bfloat16, float16, float32"):
             kv.init_tree({"w": ones(2)}, dtype=dtype)
         with pytest.raises(tensorkv.ArrayTypeError, match='"w"'):
             kv.init_tree({"w": "text"}, dtype="float16")
         assert kv.keys() == []
+
+    def test_a_tree_in_blocks_of_float8(self, kv, library):
+        if library.name != "torch":
+            pytest.importorskip("ml_dtypes")
+        chance = np.random.default_rng(0)
+        w, b = chance.standard_normal((300, 200)).astype(F32), chance.standard_normal(200).astype(F32)
+        tree = {"w": library.make(w), "b": library.make(b), "n": library.make([[3]], "int32")}
+        kv.init_tree(tree, prefix="net", dtype="float8_e4m3fn")
+        found = {key: (kv.info(key).dtype, kv.info(key).shape) for key in kv.keys()}
+        assert found == {
+            "net.b": ("float32", (200,)),
+            "net.n": ("int32", (1, 1)),
+            "net.w": ("float8_e4m3fn", (300, 200)),
+            "net.w_scale_inv": ("float32", (3, 2)),
+        }
+
+        def rounded(value):
+            return tensorkv.dequantize_blocks(*tensorkv.quantize_blocks(value))
+
+        def check_pulls(value):
+            into = {"w": np.empty((300, 200)), "b": torch.empty(200)}
+            kv.pull_tree(into=into, prefix="net")
+            assert np.array_equal(into["w"], rounded(value))
+            assert np.abs(into["w"] - value).max() <= np.abs(value).max() / 16
+            pulled = kv.pull_tree(tree, prefix="net")
+            assert np.array_equal(library.read(pulled["w"]), rounded(value))
+            part = np.empty((100, 50), F32)
+            kv.pull_tree(into={"w": tensorkv.TensorSlice(part, (190, 100), (300, 200))}, prefix="net")
+            assert np.array_equal(part, rounded(value)[190:290, 100:150])
+
+        check_pulls(w)
+        if kv.num_workers > 1 and not kv.type.startswith("dist_async"):
+            with pytest.raises(tensorkv.ArgumentError, match="blocks of float8"):
+                kv.push_tree({"w": library.make(2 * w)}, prefix="net")
+            return
+        kv.push_tree({"w": library.make(3 * w), "b": library.make(b)}, prefix="net")
+        check_pulls(3 * w)
+        # Parts are summed before they are rounded, and new keys are created beside.
+        kv.push_tree(*({"w": library.make(w), "new": library.make([1])} for _ in range(2)), prefix="net")
+        check_pulls(2 * w)
+        assert library.read(kv.pull("net.new")).tolist() == [2]
+
+    def test_what_is_held_in_blocks_is_not_changed_by_mistake(self, kv):
+        kv.init_tree({"w": ones(130, 2)}, dtype="float8_e4m3fn")
+        before = state(kv)
+        bad = ones(130, 2)
+        bad[129, 1] = np.nan
+        wrong = [
+            (lambda: kv.push("w", ones(130, 2)), "ValueMismatchError", "float8_e4m3fn"),
+            (lambda: kv.push_tree({"w": ones(3, 2)}), "TensorKVError", "w"),
+            (lambda: kv.push_tree({"w": bad}), "TensorKVError", "w"),
+            (lambda: kv.pushpull_tree({"w": ones(130, 2)}), "ArgumentError", "blocks of float8"),
+            (lambda: kv.pull_tree(into={"w": ones(3, 2)}), "ValueMismatchError", "shape"),
+            (lambda: kv.pull_tree(into={"w": np.ones((130, 2), int)}), "ValueMismatchError", "int64"),
+            (lambda: kv.pull("w", out=ones(130, 2)), "ValueMismatchError", "float8_e4m3fn"),
+            (lambda: kv.init_tree({"v": bad}, dtype="float8_e4m3fn"), "NonFiniteError", '"v"'),
+        ]
+        for call, error, said in wrong:
+            with pytest.raises(getattr(tensorkv, error), match=said):
+                call()
+        assert state(kv) == before
 
     def test_keys_are_the_paths_of_a_tree(self, kv, library):
         kv.init_tree(tree_of(library, 1))

@@ -49,7 +49,7 @@ NO_ARRAYS = {
     "nested": lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged),
     "csr": lambda: torch.ones(2, 2).to_sparse_csr(),
     "coo with two sparse dimensions": lambda: torch.ones(2, 2).to_sparse(2),
-    "float8": lambda: torch.ones(2).to(torch.float8_e4m3fn),
+    "float8 without a sign": lambda: torch.ones(2).to(torch.float8_e8m0fnu),
     "a class": lambda: np.ndarray,
     "object": lambda: object(),
 }

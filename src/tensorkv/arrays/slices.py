@@ -99,6 +99,8 @@ class Slices:
         regions: where each slice lies in the value.
         values: what each slice has of these rows.
         dtype: of the values, if there are none.
+        memory: of what the receiver holds of the value, in which the slices are at their places (None: they are
+            somewhere else).
     """
 
     whole: torch.Size
@@ -106,6 +108,7 @@ class Slices:
     regions: list[Region]
     values: list[torch.Tensor]
     dtype: torch.dtype
+    memory: torch.Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -150,7 +153,8 @@ class Slices:
                     f"the slice {region} overlaps at {common} one that has come; slices have each element once, and "
                     "those of the next push may follow when these are all there"
                 )
-        return Slices(self.whole, self.rows, self.regions + other.regions, self.values + other.values, self.dtype)
+        regions, values = self.regions + other.regions, self.values + other.values
+        return Slices(self.whole, self.rows, regions, values, self.dtype, self.memory)
 
     def incomplete_error(self, name: str) -> IncompleteValueError:
         """Return an error that names what is missing.
@@ -195,34 +199,27 @@ class Slices:
         """Return the same slices in a dtype."""
         return Slices(self.whole, self.rows, self.regions, [value.to(dtype) for value in self.values], dtype)
 
-    def copy(self) -> Slices:
-        """Return the same slices in CPU memory of their own."""
-        values = [value.to("cpu", copy=True).contiguous() for value in self.values]
-        return Slices(self.whole, self.rows, self.regions, values, self.dtype)
-
-    def assembled(self, device: torch.device, filling: float | None = None) -> torch.Tensor:
-        """Return what the receiver holds of the value, as one tensor.
-
-        Args:
-            device: of the tensor.
-            filling: of the elements that no slice has (None: there are none).
-        """
-        value = torch.empty(self.shape, dtype=self.dtype, device=device)
-        if filling is not None:
-            value.fill_(filling)
+    def placed(self, memory: torch.Tensor) -> Slices:
+        """Return the same slices at their places in memory of the shape and dtype of what the receiver holds."""
+        values = []
         for region, own in zip(self.regions, self.values, strict=True):
-            if not region.bounds:
-                value.copy_(own)
-            elif (cut := region.within(*self.rows)) is not None:
-                cut[0].of(value).copy_(own)
-        return value
+            cut = region.within(*self.rows) if region.bounds else (region, 0)
+            values.append(own if cut is None else cut[0].of(memory).copy_(own))
+        return Slices(self.whole, self.rows, self.regions, values, self.dtype, memory)
+
+    def assembled(self, filling: float) -> torch.Tensor:
+        """Return what the receiver holds of the value as a new tensor, with a number where no slice is."""
+        return self.placed(torch.full(self.shape, filling, dtype=self.dtype, device="cpu")).memory  # type: ignore[return-value]
 
     def to_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return two tensors: the bounds of the value, of the rows and of each slice; and all elements."""
         sizes = tuple((0, size) for size in self.whole)
         bounds = [sizes, (self.rows, *sizes[1:]) if sizes else sizes, *(region.bounds for region in self.regions)]
         flat = [own.cpu().reshape(-1) for own in self.values]
-        values = torch.cat(flat) if flat else torch.empty(0, dtype=self.dtype, device="cpu")
+        if len(flat) == 1:
+            (values,) = flat
+        else:
+            values = torch.cat(flat) if flat else torch.empty(0, dtype=self.dtype, device="cpu")
         table = torch.tensor(bounds, dtype=torch.int64, device="cpu")
         return table.reshape(len(bounds), len(sizes), 2), values
 

@@ -639,7 +639,8 @@ class Shard(native.ShardFields):
             for entry in change.slices.ended:
                 entry.incomplete = None
             for entry, slices in change.slices.kept:
-                entry.incomplete = slices if entry.incomplete is None else entry.incomplete.plus(slices)
+                held = slices.placed(_memory_for(entry))
+                entry.incomplete = held if entry.incomplete is None else entry.incomplete.plus(held)
         match change:
             case Push(entries=entries, parts=parts, outs=outs, scale=scale):
                 return bool(entries) and self._update(entries, parts, outs, self._rule.scaled(scale))
@@ -699,8 +700,12 @@ class Shard(native.ShardFields):
             for entry, memory in zip(lacking, self.make_like([entry.tensor for entry in lacking]), strict=True):
                 entry.spare = memory
             # What is assigned to all of a value does not depend on what it was.
-            if batch is None or not isinstance(self._rule, Assign):
+            if not isinstance(self._rule, Assign) or isinstance(change, Put):
                 self._copy_dense(dense)
+            elif isinstance(change, Push):
+                pairs = zip(change.entries, change.parts, strict=True)
+                by_rows = {entry.key for entry, own in pairs if all(isinstance(part, Rows) for part in own)}
+                self._copy_dense([entry for entry in dense if entry.key in by_rows])
             for entry in dense:
                 entry.value, entry.spare = entry.spare, None
             for entry in entries:
@@ -890,15 +895,20 @@ class Shard(native.ShardFields):
         parts: list[list[Any]] = batch.parts
         if self.on_device:
             move_to_parts(entries, parts)
+        gathered = dict(zip(batch.keys, parts, strict=True))
         with self._in_order(entries):
             found = 1.0
             if self._decides or self.averages:
                 clipping = self._rule.clipping if scale is None else None
                 kept, parts, found, self.last_push = self._nonfinite.decide(batch, entries, self.averages, clipping)
                 entries = list(kept)
-            return self._commit(
-                Push(entries, parts, outs, found if scale is None else scale, slices, requests=requests)
-            )
+            scale = found if scale is None else scale
+            filled = self._commit(Push(entries, parts, outs, scale, slices, requests=requests))
+        for entry in slices.ended:
+            # For the next slices, or the next change under a snapshot.
+            if entry.spare is None:
+                (entry.spare,) = gathered[entry.key]
+        return filled
 
     def check_slices(self, key: Key, bounds: torch.Tensor, *, must_complete: bool) -> None:
         """Raise what a push of slices would raise, of which only the bounds are known."""
@@ -937,10 +947,10 @@ class Shard(native.ShardFields):
                 found = self._joined(batch.name(entry.key), entry, new, must_complete)
                 if not found.is_complete:
                     if not new.is_empty:
-                        waiting.append((entry, new.copy()))
+                        waiting.append((entry, new))
                     continue
                 ended.append(entry)
-                own = [found.assembled(entry.value.device)]
+                own = [new.placed(_memory_for(entry)).memory]
             keys.append(entry.key)
             parts.append(own)
             whole.append(entry)
@@ -1034,6 +1044,15 @@ def _put(entries: Sequence[Entry], values: Sequence[Any]) -> None:
         else:
             entry.tensor.copy_(value)
         entry.version += 1
+
+
+def _memory_for(entry: Entry) -> torch.Tensor:
+    """Return memory in which the slices of a value are gathered."""
+    if entry.incomplete is not None:
+        memory: torch.Tensor = entry.incomplete.memory
+        return memory
+    spare, entry.spare = entry.spare, None
+    return torch.empty_like(entry.tensor) if spare is None else spare
 
 
 def _empty_like(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:

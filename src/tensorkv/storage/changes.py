@@ -169,7 +169,7 @@ def read_slices(items: Sequence[Item], shard: Shard) -> list[tuple[Entry, Slices
         is_pair = (bounds.role, values.role, values.key) == ("bounds", "slices", bounds.key)
         if not is_pair or slices.shape != entry.spec.shape or slices.dtype is not entry.spec.dtype:
             raise StorageError(f"{quote(entry.key)}: expected slices of a value of shape {tuple(entry.spec.shape)}")
-        found.append((entry, slices.copy()))
+        found.append((entry, slices))
     return found
 
 

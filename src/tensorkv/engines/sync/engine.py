@@ -243,7 +243,7 @@ class DistEngine(Engine):
         for key, given in zip(batch.keys, batch.parts, strict=True):
             if key in mine:
                 # A value of slices is one part, of which rank 0 tells.
-                parts.append([mine[key].to(self._values[key].whole.dtype).assembled(torch.device("cpu"), -0.0)])
+                parts.append([mine[key].to(self._values[key].whole.dtype).assembled(-0.0)])
                 counts.append(int(self.rank == 0))
             else:
                 parts.append(given)

@@ -194,7 +194,8 @@ def test_which_dtypes_may_be_pushed_and_pulled():
         for other in interop.DTYPES:
             if interop.may_push(dtype, other):
                 assert interop.family(dtype) == interop.family(other)
-                assert interop.may_pull(dtype, other)
+                # Float8 is cast to nothing without a scale, but it is a part of wider sums.
+                assert interop.may_pull(dtype, other) or (dtype in interop.FLOAT8 and other not in interop.FLOAT8)
             if interop.family(dtype) == interop.family(other) == "int" and interop.may_push(dtype, other):
                 assert torch.iinfo(dtype).min >= torch.iinfo(other).min
                 assert torch.iinfo(dtype).max <= torch.iinfo(other).max

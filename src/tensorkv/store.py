@@ -1606,7 +1606,7 @@ class Release(Snapshot):
         name = since.name if isinstance(since, Release) else since
         if not isinstance(name, str):
             raise ArgumentError(f"changes: since is {show(name)}; expected a release or its name")
-        return self._reader.protect(self._reader.changes, name)
+        return self._reader.protect(self._reader.changes, name).prepare()
 
     def __repr__(self) -> str:
         return f"Release({self.name!r}, number {self.number}, {len(self.versions)} keys)"

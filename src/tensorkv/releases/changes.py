@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tensorkv.arrays import interop, trees
@@ -18,6 +19,7 @@ from tensorkv.arrays.spec import KeySpec
 from tensorkv.arrays.trees import Flat
 from tensorkv.errors import ArgumentError, ArrayTypeError, ReleaseMismatchError, ValueMismatchError, quote, show
 from tensorkv.runtime import _compat
+from tensorkv.shard import native
 from tensorkv.shard.entry import FrozenEntry
 from tensorkv.shard.pool import Pool
 from tensorkv.shard.table import Table
@@ -169,6 +171,16 @@ class Changes:
     def digest(self) -> str:
         """The digest of the newer release."""
         return release_digest((each.key, each.spec, each.after) for each in self.changes if each.kind != "deleted")
+
+    @cached_property
+    def plain(self) -> _PlainChanges | None:
+        """What ``apply_changes`` does with arrays that are all plain; None if there are other changes."""
+        return _PlainChanges.of(self.changes)
+
+    def prepare(self) -> Self:
+        """Compute what ``apply_changes`` needs, so that it takes less time."""
+        _ = self.plain, self.digest, self.base_digest
+        return self
 
     def __len__(self) -> int:
         return len(self.changes)
@@ -458,6 +470,8 @@ def apply_changes(tree: Any, changes: Changes, *, prefix: str = "", base: str | 
             f"apply_changes: base is {show(base)}, and the changes start from {quote(changes.base)} "
             f"({changes.base_digest}); pull the whole release"
         )
+    if base is not None and changes.base is not None and _apply_plain(tree, changes, prefix):
+        return tree
     flat = _by_key(tree, changes, prefix)
     wanted = {each.key: each for each in changes if each.kind != "deleted"}
     works = [_Work(wanted[key], array) for key, array in zip(flat.names, flat.leaves, strict=True)]
@@ -468,6 +482,102 @@ def apply_changes(tree: Any, changes: Changes, *, prefix: str = "", base: str | 
     if all(new is old for new, old in zip(given, flat.leaves, strict=True)):
         return tree
     return flat.rebuild(given)
+
+
+class _PlainChanges(NamedTuple):
+    """Some elements of some small values, as columns: for arrays that the compiled part can look at.
+
+    Args:
+        cells: of all keys, which describe their values.
+        names: of all keys.
+        keys: of those that change, in the order of the columns.
+        pieces: the first element of each array that changes, by its place among the names.
+        columns: what is exchanged.
+        indices, content: the elements, as bytes.
+        gone, come: the digests of what was there, and of what is there after that.
+    """
+
+    cells: dict[Key, native.Cell]
+    names: list[Key]
+    keys: list[Key]
+    pieces: npt.NDArray[np.int64]
+    columns: elements.ExchangeColumns
+    indices: Bytes
+    content: Bytes
+    gone: npt.NDArray[np.uint64]
+    come: npt.NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, changes: Sequence[KeyChange]) -> _PlainChanges | None:
+        kept = [each for each in changes if each.kind != "deleted"]
+        changed = [each for each in kept if each.kind == "elements"]
+        is_simple = len(changed) + sum(each.kind == "same" for each in kept) == len(kept)
+        if not is_simple or not native.can_look() or not elements.can_exchange_columns():
+            return None
+        cells: dict[Key, native.Cell] = {}
+        for each in kept:
+            cell = cells[each.key] = native.Cell()
+            cell.spec, cell.value = each.spec, native.describe(each.spec)
+            if cell.value is None:
+                return None
+        sizes = [each.spec.shape.numel() for each in changed]
+        if max(sizes, default=0) >= _SMALL_NUMEL:
+            return None
+        itemsizes = np.array([each.spec.dtype.itemsize for each in changed], np.uint64)
+        counts = [len(_places(each)) // 4 for each in changed]
+        names = [each.key for each in kept]
+        places = {name: place for place, name in enumerate(names)}
+        pieces = np.zeros((len(changed), 3), np.int64)
+        pieces[:, 0] = [places[each.key] for each in changed]
+        come = [elements.subtract(elements.add(each.gone, each.after), each.before or 0) for each in changed]
+        return cls(
+            cells,
+            names,
+            [each.key for each in changed],
+            pieces,
+            elements.ExchangeColumns.of(np.array(sizes, np.uint64), itemsizes, counts),
+            elements.join_bytes(each.places for each in changed),
+            elements.join_bytes(each.content for each in changed),
+            np.array([each.gone for each in changed], np.uint64),
+            np.array(come, np.uint64),
+        )
+
+
+def _apply_plain(tree: Any, changes: Changes, prefix: str) -> bool:
+    """Apply changes to arrays that are all plain, of a release that they hold; return False if nothing was done."""
+    plain = changes.plain
+    if plain is None:
+        return False
+    held = tree.state_dict() if isinstance(tree, torch.nn.Module) else tree
+    names: list[Any]
+    leaves: list[Any]
+    if isinstance(held, Mapping) and not prefix and held.keys() == plain.cells.keys():
+        names, leaves = list(held), list(held.values())
+    else:
+        flat = trees.flatten("apply_changes", held, prefix)
+        names, leaves = list(flat.names), flat.leaves
+        if len(names) != len(plain.cells) or not plain.cells.keys() >= set(names):
+            return False
+    # Also as parts, whose addresses can be had.
+    batch = native.look(plain.cells, names, leaves, leaves, None, None)
+    if batch is None:
+        return False
+    pieces = plain.pieces
+    if names != plain.names:
+        places = {name: place for place, name in enumerate(names)}
+        pieces = pieces.copy()
+        pieces[:, 0] = [places[key] for key in plain.keys]
+    column = batch.part_column(pieces.tobytes())
+    if column is None:
+        return False
+    addresses, others = np.frombuffer(column, np.uint64), plain.content.copy()
+    found = elements.exchange_columns(addresses, plain.columns, plain.indices, others, _pool)
+    wrong = np.flatnonzero((found != plain.gone) & (found != plain.come))
+    if len(wrong):
+        elements.exchange_columns(addresses, plain.columns, plain.indices, others, _pool)
+        raise _mismatch(plain.keys[wrong[0]], str(changes.base))
+    batch.finish(False)
+    return True
 
 
 def _by_key(tree: Any, changes: Changes, prefix: str) -> Flat:
@@ -585,7 +695,7 @@ def _check(works: Sequence[_Work], base: str) -> None:
         number = found[id(work)] if id(work) in found else elements.digest(work.held, pool=_pool)
         work.is_done = number == work.change.after
         if number not in (work.change.before, work.change.after):
-            raise _mismatch(work, base)
+            raise _mismatch(work.change.key, base)
 
 
 def _write(works: Sequence[_Work], base: str | None) -> None:
@@ -601,7 +711,7 @@ def _write(works: Sequence[_Work], base: str | None) -> None:
     large = [work for work in to_do if not work.is_small]
     indices = elements.join_bytes(work.change.places for work in small)
     others = elements.join_bytes(work.change.content for work in small)
-    counts = [len(_places(work)) // 4 for work in small]
+    counts = [len(_places(work.change)) // 4 for work in small]
     tensors = [work.held for work in small]
     is_begun = False
     exchanged: list[tuple[_Work, torch.Tensor]] = []
@@ -614,7 +724,7 @@ def _write(works: Sequence[_Work], base: str | None) -> None:
         for work in large:
             # What was there, for the way back.
             values = elements.as_tensor(_content(work).copy(), work.held.dtype)
-            places = elements.as_tensor(_places(work), index_dtype(work.change.spec))
+            places = elements.as_tensor(_places(work.change), index_dtype(work.change.spec))
             number = elements.exchange(work.held, places, values, _pool)
             exchanged.append((work, values))
             if base is not None:
@@ -623,7 +733,7 @@ def _write(works: Sequence[_Work], base: str | None) -> None:
         if is_begun:
             elements.exchange_each(tensors, counts, indices, others, _pool)
         for work, values in exchanged:
-            places = elements.as_tensor(_places(work), index_dtype(work.change.spec))
+            places = elements.as_tensor(_places(work.change), index_dtype(work.change.spec))
             elements.exchange(work.held, places, values, _pool)
         raise
     for work in works:
@@ -646,7 +756,9 @@ def _leave_out_tied(works: Sequence[_Work]) -> None:
         first = seen.setdefault((work.held.data_ptr(), work.held.numel()), work)
         if first is not work:
             mine, others = work.change, first.change
-            if bytes(_places(work)) != bytes(_places(first)) or bytes(_content(work)) != bytes(_content(first)):
+            if bytes(_places(work.change)) != bytes(_places(first.change)) or bytes(_content(work)) != bytes(
+                _content(first)
+            ):
                 raise ArgumentError(
                     f"apply_changes: the arrays of {quote(others.key)} and {quote(mine.key)} are one memory, and their "
                     "changes differ"
@@ -654,8 +766,8 @@ def _leave_out_tied(works: Sequence[_Work]) -> None:
             work.is_done = True
 
 
-def _places(work: _Work) -> Bytes:
-    return work.change.places if work.change.places is not None else np.empty(0, np.uint8)
+def _places(change: KeyChange) -> Bytes:
+    return change.places if change.places is not None else np.empty(0, np.uint8)
 
 
 def _content(work: _Work) -> Bytes:
@@ -667,11 +779,11 @@ def _check_gone(work: _Work, found: int, base: str) -> None:
     change = work.change
     come = elements.subtract(elements.add(change.gone, change.after), change.before or 0)
     if found not in (change.gone, come):
-        raise _mismatch(work, base)
+        raise _mismatch(change.key, base)
 
 
-def _mismatch(work: _Work, base: str) -> ReleaseMismatchError:
+def _mismatch(key: Key, base: str) -> ReleaseMismatchError:
     return ReleaseMismatchError(
-        f"apply_changes({quote(work.change.key)}): the array does not hold the release {quote(base)}, from which "
+        f"apply_changes({quote(key)}): the array does not hold the release {quote(base)}, from which "
         "the changes start; pull the whole release"
     )

@@ -336,44 +336,89 @@ def exchange_each(
     """
     gone = np.zeros(len(tensors), np.uint64)
     addresses, numels, itemsizes = _columns(tensors)
-    lengths = np.array(counts, np.uint64)
-    index_ends, value_ends = np.cumsum(4 * lengths), np.cumsum(itemsizes * lengths)
-    index_places, value_places = index_ends - 4 * lengths, value_ends - itemsizes * lengths
-    shares = _shares(tensors, pool)
-    if pool is not None and len(shares) > 1:
-        jobs = [
-            partial(
-                exchange_each,
-                tensors[each],
-                counts[each],
-                indices[int(index_places[each.start]) : int(index_ends[each.stop - 1])],
-                values[int(value_places[each.start]) : int(value_ends[each.stop - 1])],
-            )
-            for each in shares
-        ]
-        return np.concatenate(_run_all(pool, jobs))
+    columns = ExchangeColumns.of(numels, itemsizes, counts)
     if _elements is not None:
-        _elements.exchange_many(
-            addresses, numels, itemsizes, lengths, index_places, value_places, indices, values, gone
-        )
-        return gone
+        return exchange_columns(addresses, columns, indices, values, pool)
     for place, tensor in enumerate(tensors):
-        own = as_tensor(indices[int(index_places[place]) : int(index_ends[place])], torch.int32)
-        others = values[int(value_places[place]) : int(value_ends[place])]
+        index_place, value_place, count = (int(each[place]) for each in columns[2:])
+        own = as_tensor(indices[index_place : index_place + 4 * count], torch.int32)
+        others = values[value_place : value_place + count * tensor.element_size()]
         exchanged = as_tensor(others.copy(), tensor.dtype)
         gone[place] = exchange(tensor, own, exchanged)
         others[:] = bytes_of(exchanged)
     return gone
 
 
+class ExchangeColumns(NamedTuple):
+    """What is exchanged in each of some tensors.
+
+    Args:
+        numels, itemsizes: of the tensors.
+        index_places, value_places: where the indices and values of each begin, in bytes.
+        counts: how many elements of each.
+    """
+
+    numels: npt.NDArray[np.uint64]
+    itemsizes: npt.NDArray[np.uint64]
+    index_places: npt.NDArray[np.uint64]
+    value_places: npt.NDArray[np.uint64]
+    counts: npt.NDArray[np.uint64]
+
+    @classmethod
+    def of(
+        cls, numels: npt.NDArray[np.uint64], itemsizes: npt.NDArray[np.uint64], counts: Sequence[int]
+    ) -> ExchangeColumns:
+        """Return the columns for int32 indices and values that lie one tensor's after the other's."""
+        lengths = np.array(counts, np.uint64)
+        index_places = np.cumsum(4 * lengths) - 4 * lengths
+        return cls(numels, itemsizes, index_places, np.cumsum(itemsizes * lengths) - itemsizes * lengths, lengths)
+
+
+def can_exchange_columns() -> bool:
+    """Return whether ``exchange_columns`` is there."""
+    return _elements is not None
+
+
+def exchange_columns(
+    addresses: npt.NDArray[np.uint64], columns: ExchangeColumns, indices: Bytes, values: Bytes, pool: Pool | None
+) -> npt.NDArray[np.uint64]:
+    """Do ``exchange_each`` at addresses; needs the compiled part."""
+    gone = np.zeros(len(addresses), np.uint64)
+    numels, itemsizes, index_places, value_places, counts = columns
+
+    def run(own: slice) -> None:
+        _elements.exchange_many(
+            addresses[own],
+            numels[own],
+            itemsizes[own],
+            counts[own],
+            index_places[own],
+            value_places[own],
+            indices,
+            values,
+            gone[own],
+        )
+
+    shares = _shares_of(numels, pool)
+    if pool is None or len(shares) == 1:
+        run(slice(None))
+    else:
+        _run_all(pool, [partial(run, own) for own in shares])
+    return gone
+
+
 def _shares(tensors: Sequence[torch.Tensor], pool: Pool | None) -> Sequence[slice]:
     """Return slices of some tensors that have about as many elements each, one for each thread if that is worth it."""
-    if pool is None or len(tensors) < 2:
-        return [slice(0, len(tensors))]
-    ends = np.cumsum([tensor.numel() for tensor in tensors])
+    return _shares_of([tensor.numel() for tensor in tensors], pool)
+
+
+def _shares_of(numels: Sequence[int] | npt.NDArray[np.uint64], pool: Pool | None) -> Sequence[slice]:
+    if pool is None or len(numels) < 2:
+        return [slice(0, len(numels))]
+    ends = np.cumsum(numels)
     count = max(1, min(pool.threads, int(ends[-1]) // WORTH_A_THREAD))
     wanted = [int(ends[-1]) * place // count for place in range(1, count)]
-    borders = sorted({0, *np.searchsorted(ends, wanted, side="right").tolist(), len(tensors)})
+    borders = sorted({0, *np.searchsorted(ends, wanted, side="right").tolist(), len(numels)})
     return [slice(start, stop) for start, stop in pairwise(borders)]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from tensorkv.arrays import interop
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.compiled import _native
 from tensorkv.runtime import _compat
 from tensorkv.runtime.stats import Record, clock
@@ -115,6 +116,22 @@ def _show_libraries() -> bool:
 
 
 _knows_libraries = _show_libraries()
+
+
+# DLPack's codes of the dtypes that the compiled part has.
+_DLPACK_CODES = {
+    **dict.fromkeys(interop.SIGNED, 0),
+    **dict.fromkeys(interop.UNSIGNED, 1),
+    **dict.fromkeys(interop.FLOATS, 2),
+    torch.bfloat16: 4,
+    torch.bool: 6,
+}
+
+
+def describe(spec: KeySpec) -> tuple[int, int, tuple[int, ...]] | None:
+    """Return what a ``Cell`` says of a value that is elsewhere; None if the compiled part has no such values."""
+    code = None if spec.is_table else _DLPACK_CODES.get(spec.dtype)
+    return None if code is None else (code, 8 * spec.dtype.itemsize, tuple(spec.shape))
 
 
 def can_look() -> bool:

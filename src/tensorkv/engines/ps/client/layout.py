@@ -34,14 +34,6 @@ _IN_PLACE_MEAN_NBYTES = 16 << 10
 # Copies of more elements than this are divided between threads.
 _PARALLEL_NUMEL = 1 << 18
 _CACHED_LAYOUTS = 256
-# DLPack's codes of the dtypes that the compiled part has.
-_DLPACK_CODES = {
-    **dict.fromkeys(interop.SIGNED, 0),
-    **dict.fromkeys(interop.UNSIGNED, 1),
-    **dict.fromkeys(interop.FLOATS, 2),
-    torch.bfloat16: 4,
-    torch.bool: 6,
-}
 
 
 class KeyPlacement:
@@ -61,8 +53,7 @@ class KeyPlacement:
         dense = () if spec.is_table else pieces
         self.loads = [(at, self.shape(start, stop).numel() * spec.dtype.itemsize) for at, start, stop in dense]
         """Each server that holds a piece, and the bytes of it."""
-        code = None if spec.is_table else _DLPACK_CODES.get(spec.dtype)
-        self.described = None if code is None else (code, 8 * spec.dtype.itemsize, tuple(spec.shape))
+        self.described = native.describe(spec)
         """What a ``Cell`` says of the value; None if the compiled part has no such values."""
 
     def shape(self, start: int, stop: int) -> torch.Size:

@@ -91,3 +91,16 @@ def test_slices_of_other_values_do_not_go_together():
     for other in (slices_of(torch.Size([5]), ((2, 4),)), slices_of(torch.Size([4]), ((1, 3),))):
         with pytest.raises(ValueMismatchError):
             mine.plus(other)
+
+
+def test_what_is_added_to_the_slices_of_others_changes_no_sign():
+    nothing = Slices(torch.Size([2]), (0, 2), [], [], torch.complex64).assembled(-0.0)
+    assert torch.signbit(torch.view_as_real(nothing)).all()
+
+
+def test_slices_without_axes_and_overlapping_ones():
+    with pytest.raises(IncompleteValueError, match=r"lacks \[\] of \(\)"):
+        raise Slices(torch.Size([]), (0, 1), [], [], torch.float32).incomplete_error("pull")
+    bounds = torch.tensor([[[0, 4]], [[0, 4]], [[0, 2]], [[1, 3]]])
+    with pytest.raises(ArgumentError, match="overlap"):
+        Slices.from_tensors(bounds, torch.zeros(4))

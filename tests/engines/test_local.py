@@ -187,3 +187,28 @@ class TestCuda:
             out = cupy.zeros(10, cupy.float32)
             kv.pull("w", out=out)
             assert out.tolist() == [3] * 10
+
+
+def test_a_plain_push_does_not_lose_its_key_to_slices_that_come_meanwhile(monkeypatch):
+    """A slice arrives after the compiled part has looked at a push, and before its values change under a snapshot."""
+    with tensorkv.create() as kv:
+        shard = kv._engine._shard
+        numel = 1 << 18
+        kv.init({"w": np.zeros(numel, np.float32), "b": np.zeros(numel, np.float32)})
+        half, make = np.ones(numel // 2, np.float32), type(shard)._make_plain
+        pushed = []
+
+        def push_slice_first(self, *arguments):
+            if not pushed:
+                pushed.append(True)
+                kv.push("w", tensorkv.TensorSlice(half, (0,), (numel,)))
+            return make(self, *arguments)
+
+        monkeypatch.setattr(type(shard), "_make_plain", push_slice_first)
+        with kv.snapshot() as snapshot:
+            kv.push(["w", "b"], [np.full(numel, 5, np.float32)] * 2)
+            assert pushed
+            assert not snapshot.pull("w").any()
+        assert set(kv.pull("b").tolist()) == {5}
+        kv.push("w", tensorkv.TensorSlice(half, (numel // 2,), (numel,)))
+        assert set(kv.pull("w").tolist()) == {1}

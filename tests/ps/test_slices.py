@@ -16,7 +16,8 @@ from tests.support.until import LIMIT_S
 pytest.importorskip("ray")
 
 F32 = np.float32
-SHAPE = (40, 30)
+# Its rows are divided between three servers.
+SHAPE = (40, 64)
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,11 @@ def slices_of(value, count, axis=0):
         offsets[axis] = first
         found.append(TensorSlice(value[tuple(own)], offsets, value.shape))
     return found
+
+
+def test_values_are_divided():
+    for num_servers in (2, 3):
+        assert len(partition.pieces(SHAPE, [0] * num_servers)) == num_servers
 
 
 def filled(number):
@@ -102,7 +108,7 @@ def test_slices_of_a_round_of_mode_sync_come_together(num_servers, reduce):
         errors = []
 
         def push(kv, own):
-            with pytest.raises(tensorkv.WorkerError, match=r"IncompleteValueError.*\[28:40, 0:30\]"):
+            with pytest.raises(tensorkv.WorkerError, match=r"IncompleteValueError.*\[28:40, 0:64\]"):
                 kv.push(own)
             errors.append(kv)
 
@@ -167,8 +173,14 @@ def test_what_needs_sums_of_the_whole_takes_no_slices_on_several_servers(options
                     kv.push("w", slices)
                 assert not kv.pull("w").any()
             else:
-                kv.push("w", slices[0])
-                kv.push("w", slices[1])
+                if options.get("nonfinite") == "skip_step":
+                    # A step of several pushes could not be left out as a whole.
+                    with pytest.raises(tensorkv.IncompleteValueError):
+                        kv.push("w", slices[0])
+                    kv.push("w", slices)
+                else:
+                    kv.push("w", slices[0])
+                    kv.push("w", slices[1])
                 norm = np.sqrt(np.prod(SHAPE))
                 assert np.allclose(kv.pull("w"), filled(1 if options else 1 / norm))
                 if options:
@@ -208,3 +220,69 @@ def test_slices_of_several_keys_are_taken_by_all_servers_or_by_none():
         kv.push("k5", half[1])
         kv.push(keys, [slices_of(whole, 2) for _ in keys])
         assert all(each.all() for each in kv.pull(keys))
+
+
+@pytest.mark.parametrize("num_servers", [1, 2])
+def test_a_number_that_the_key_cannot_hold_is_refused_by_all_servers(num_servers):
+    with Cluster(num_servers, nonfinite="raise") as cluster:
+        kv = cluster.store()
+        kv.init("w", filled(0).astype(np.float16))
+        bad = filled(1)
+        bad[0, 0] = 1e6
+        for slices in ([TensorSlice(bad, (0, 0), SHAPE)], slices_of(bad, 4)[:1], slices_of(bad, 4, 1)[:1]):
+            with pytest.raises(tensorkv.NonFiniteError):
+                kv.push("w", slices)
+            assert not kv.pull("w").any()
+        kv.push("w", slices_of(filled(1), 4))
+        assert kv.pull("w").all()
+
+
+@pytest.mark.parametrize("options", [{"pull_dtype": "bf16"}, {"staleness": 5}, {}], ids=str)
+def test_a_pushpull_of_an_incomplete_value_changes_nothing(options):
+    rows = tensorkv.Rows(np.array([1]), np.ones((1, 64), F32), 40)
+    with Cluster(2, **options) as cluster:
+        kv = cluster.store()
+        kv.init("w", filled(0))
+        kv.set_optimizer("sgd", lr=1.0, maximize=True)
+        first, second = slices_of(filled(1), 2)
+        kv.push("w", first)
+        for value in (filled(5), rows):
+            with pytest.raises(tensorkv.IncompleteValueError):
+                kv.pushpull("w", value)
+        kv.push("w", second)
+        assert np.array_equal(kv.pull("w"), filled(1))
+        # What has no elements is nothing to wait for.
+        with pytest.raises(tensorkv.IncompleteValueError):
+            kv.pushpull("w", TensorSlice(filled(1)[:0], (0, 0), SHAPE))
+
+
+def test_a_late_copy_of_a_refused_push_is_refused_as_well():
+    with Cluster(1) as cluster:
+        kv, other = cluster.stores(2)
+        kv.init("w", filled(0))
+        kept, serve = [], cluster.servers[0].serve
+
+        def keep(head, layout, payload, out):
+            if head["verb"] == "push":
+                kept.append((dict(head), layout, bytes(payload)))
+            return serve(head, layout, payload, out)
+
+        cluster.servers[0].serve = keep
+        first, second = slices_of(filled(1), 2)
+        kv.push("w", first)
+        with pytest.raises(tensorkv.ValueMismatchError, match="overlaps"):
+            kv.push("w", slices_of(filled(9), 2)[0])
+        other.push("w", second)
+        head, layout, payload = kept[1]
+        assert "error" in serve(head, layout, bytearray(payload), None).head
+        assert np.array_equal(other.pull("w"), filled(1))
+
+
+def test_workers_without_elements_are_not_behind(tmp_path):
+    with Cluster(1, staleness=1, num_workers=2, path=str(tmp_path / "store")) as cluster:
+        kv, replica = cluster.stores(2)
+        kv.init("w", filled(0))
+        for number in range(1, 5):
+            replica.push("w", TensorSlice(filled(number)[:0], (0, 0), SHAPE))
+            kv.push("w", slices_of(filled(number), 2))
+        assert np.array_equal(replica.pull("w"), filled(4))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tensorkv
-from tensorkv import CheckpointError, NonFiniteError, Rows, StorageError, UpdaterError
+from tensorkv import CheckpointError, NonFiniteError, Rows, StorageError, TensorSlice, UpdaterError
 from tensorkv.shard.entry import Batch
 from tensorkv.shard.shard import Shard
 from tensorkv.storage import durable
@@ -16,6 +16,8 @@ from tensorkv.storage.folder import Folder
 from tensorkv.storage.wal import WriteAheadLog
 from tensorkv.testing import Contract
 from tests.support.checkpoints import snapshot
+
+F32 = np.float32
 
 
 class TestDurable(Contract):
@@ -246,3 +248,51 @@ def test_a_store_that_could_not_be_rolled_back_refuses_calls_and_can_be_closed(t
     kv = reopened(kv, tmp_path)
     assert kv.pull("w").tolist() == [1, 1]
     kv.close()
+
+
+def test_slices_and_releases_of_older_values_are_there_again(tmp_path):
+    first, second = (TensorSlice(np.ones((2, 2), F32), (at, 0), (4, 2)) for at in (0, 2))
+    for _ in range(2):
+        with tensorkv.create("local", path=tmp_path / "store", log_nbytes=4096) as kv:
+            if "w" not in kv:
+                kv.init({"w": np.zeros((4, 2), F32), "b": np.zeros(300, F32)})
+                kv.publish("r")
+                kv.push("w", first)
+            # The log is recycled.
+            for number in range(50):
+                kv.push("b", np.full(300, number, F32))
+            assert kv.stats()["wal"]["snapshots"] > 0
+            with pytest.raises(tensorkv.IncompleteValueError):
+                kv.pull("w")
+    with tensorkv.create("local", path=tmp_path / "store") as kv:
+        with kv.open_release("r") as release:
+            assert not release.pull("w").any()
+        kv.push("w", second)
+        assert kv.pull("w").all()
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_slices_stay_if_an_updater_fails(in_folder, tmp_path):
+    failures = [RuntimeError("planted")]
+
+    def add(key, received, stored):
+        if key == "b" and failures:
+            raise failures.pop()
+        stored += received
+
+    def half(at):
+        return TensorSlice(np.ones(2, F32), (at,), (4,))
+
+    with tensorkv.create("local", **({"path": tmp_path / "store"} if in_folder else {})) as kv:
+        kv.init({"a": np.zeros(4, F32), "b": np.zeros(4, F32)})
+        kv.set_updater(add)
+        kv.push({"a": half(0), "b": half(0)})
+        with pytest.raises(RuntimeError, match="planted"):
+            kv.push({"a": half(2), "b": half(2)})
+        # The first key was updated, the second one waits for its slice.
+        assert kv.pull("a").tolist() == [1, 1, 1, 1]
+        with pytest.raises(tensorkv.IncompleteValueError, match=r"lacks \[2:4\]"):
+            kv.pull("b")
+        kv.push("b", half(2))
+        assert kv.pull("b").tolist() == [1, 1, 1, 1]
+        assert [kv.info(key).version for key in ("a", "b")] == [1, 1]

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import pairwise, product
+from itertools import combinations, pairwise, product
 from operator import index
 from typing import Any
 
@@ -170,6 +170,9 @@ class Slices:
 
     def _gaps(self) -> Iterator[Region]:
         """Return boxes that cover what is missing; the axes are cut where a slice begins or ends."""
+        if not self.whole:
+            yield Region(())
+            return
         axes = [
             list(pairwise(sorted({0, size, *(end for region in self.regions for end in region.bounds[axis])})))
             for axis, size in enumerate(self.whole)
@@ -209,7 +212,10 @@ class Slices:
 
     def assembled(self, filling: float) -> torch.Tensor:
         """Return what the receiver holds of the value as a new tensor, with a number where no slice is."""
-        return self.placed(torch.full(self.shape, filling, dtype=self.dtype, device="cpu")).memory  # type: ignore[return-value]
+        memory = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        (torch.view_as_real(memory) if memory.is_complex() else memory).fill_(filling)
+        self.placed(memory)
+        return memory
 
     def to_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return two tensors: the bounds of the value, of the rows and of each slice; and all elements."""
@@ -239,6 +245,8 @@ class Slices:
         for each in (Region(held), *regions):
             if any(not 0 <= first <= stop <= size for (first, stop), size in zip(each.bounds, shape, strict=True)):
                 raise ArgumentError(f"malformed slices; {each} does not lie in {tuple(shape)}")
+        if any(each.common(other) is not None for each, other in combinations(regions, 2)):
+            raise ArgumentError("malformed slices; some overlap")
         return cls(shape, held[0] if held else (0, 1), regions, [], dtype)
 
     @classmethod
@@ -305,6 +313,8 @@ def take_slice(array: Any) -> Slices | None:
     value = interop.take(local)
     whole = torch.Size(array.shape if own is None else own.global_shape)
     regions = [Region(tuple((0, size) for size in whole)) if own is None else own.region]
+    if value.shape != regions[0].shape:
+        raise ArrayTypeError(f"is a slice whose array has the shape {tuple(value.shape)} now; make another slice of it")
     if not isinstance(array, TensorSlice) and not _is_first_replica(array):
         regions = []
     rows = (0, whole[0] if whole else 1)

@@ -1313,7 +1313,7 @@ static int is_current(Batch *batch) {
     for (size_t i = 0; i < batch->calls.num_keys; i++) {
         Work *work = &batch->calls.works[i];
         if (PyDict_GetItemWithError(batch->entries, work->key) != (PyObject *)work->cell) return 0;
-        if (work->cell->value != work->cell->bound) return 0;
+        if (work->cell->value != work->cell->bound || is_there(work->cell->incomplete)) return 0;
         if (batch->step == Py_None) continue;
         PyObject *own = batch->own_steps == Py_None ? NULL : PyDict_GetItemWithError(batch->own_steps, work->key);
         if (!bind_states(work, own == NULL ? batch->step : own)) return 0;

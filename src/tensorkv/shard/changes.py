@@ -7,7 +7,7 @@ written before it is applied; replaying the log applies the same changes again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Change:
     requests: RequestIds = ()
 
     def updated(self) -> list[Key]:
-        """Return the keys whose values the change updates."""
+        """Return the keys that were pushed, whose rounds count."""
         return []
 
 
@@ -70,6 +70,7 @@ class Push(Change):
         outs: of each, if there are any.
         scale: of all gradients, beside the optimizer's ``rescale_grad``.
         slices: of other values, and of those that are complete now.
+        others: keys that were pushed and are not updated: sums that are not finite, slices without elements.
     """
 
     entries: Sequence[Entry]
@@ -77,15 +78,16 @@ class Push(Change):
     outs: Sequence[Sequence[torch.Tensor]] = ()
     scale: float = 1.0
     slices: TakenSlices = TakenSlices()
+    others: Sequence[Key] = ()
 
     def summed(self) -> Push:
         """Return the same push with one part for each entry, the sum."""
         pairs = zip(self.entries, self.parts, strict=True)
         sums = [[nonfinite.total(entry, parts, may_share=True)] for entry, parts in pairs]
-        return Push(self.entries, sums, self.outs, self.scale, self.slices, requests=self.requests)
+        return replace(self, parts=sums)
 
     def updated(self) -> list[Key]:
-        return [entry.key for entry in [*self.entries, *(entry for entry, _ in self.slices.kept)]]
+        return [*(entry.key for entry in self.entries), *(entry.key for entry, _ in self.slices.kept), *self.others]
 
 
 @dataclass(slots=True)

@@ -109,7 +109,7 @@ class Entry(Cell):
 
     def move(self, device: torch.device) -> None:
         """Bring the value, and the state that has its shape, to a device."""
-        self.value = self.value.to(device)
+        self.value, self.spare = self.value.to(device), None
         for name, tensor in self.state.items():
             if tensor.shape == self.spec.shape:
                 self.state[name] = tensor.to(device)

@@ -113,14 +113,16 @@ class NonFinitePolicy:
         scale, result = clip(squares, clipping, found_inf)
         return Decided(taken, [[each] for each in wanted], scale, result)
 
-    def check_slices(self, batch: Batch) -> None:
-        """Raise NonFiniteError if a slice is not finite and the mode is ``"raise"``; other modes look at whole sums."""
-        if self._mode != "raise":
-            return
-        for key, parts in zip(batch.keys, batch.parts, strict=True):
-            if isinstance(parts[0], Slices):
-                count = sum(reduce.count_nonfinite(value) for value in parts[0].values)
-                self.left_out({0: count}, [batch.name(key)], is_whole=True)
+    def check_slices(self, name: str, slices: Slices) -> None:
+        """Raise NonFiniteError if a slice is not finite and the mode is ``"raise"``; other modes look at whole sums.
+
+        Args:
+            name: of the call and the key, for messages.
+            slices: in the dtype of the key, in which a number may be Inf.
+        """
+        if self._mode == "raise":
+            count = sum(reduce.count_nonfinite(value) for value in slices.values)
+            self.left_out({0: count}, [name], is_whole=True)
 
     @property
     def skips_steps(self) -> bool:

@@ -625,7 +625,7 @@ class Shard(native.ShardFields):
         """Make a change that was checked, by way of the log if there is one; return what ``apply`` returns."""
         return self.apply(change) if self.log is None else self.log.commit(self, change)
 
-    def apply(self, change: Change) -> bool:  # noqa: C901 - one case for each kind of change
+    def apply(self, change: Change) -> bool:
         """Make a change that was checked.
 
         Every verb changes entries and the rule through here, but for short calls of plain arrays (``plain``).
@@ -636,11 +636,31 @@ class Shard(native.ShardFields):
         if self._num_frozen and isinstance(change, Push | PlainPush | Put):
             self._thaw(change)
         if isinstance(change, Push | Put):
-            for entry in change.slices.ended:
-                entry.incomplete = None
-            for entry, slices in change.slices.kept:
-                held = slices.placed(_memory_for(entry))
-                entry.incomplete = held if entry.incomplete is None else entry.incomplete.plus(held)
+            return self._apply_with_slices(change)
+        return self._apply(change)
+
+    def _apply_with_slices(self, change: Push | Put) -> bool:
+        """Make a change, and keep or drop slices; where an update fails halfway, those of other keys stay."""
+        versions = [entry.version for entry in change.slices.ended]
+        # Compiled code does not update a value with slices, and does not fail halfway.
+        is_late = isinstance(self._rule, CallUpdater)
+        for entry in () if is_late else change.slices.ended:
+            entry.incomplete = None
+        is_done = False
+        try:
+            filled = self._apply(change)
+            is_done = True
+        finally:
+            for entry, version in zip(change.slices.ended, versions, strict=True):
+                if is_done or entry.version > version:
+                    entry.incomplete = None
+        for entry, slices in change.slices.kept:
+            held = slices.placed(_memory_for(entry))
+            entry.incomplete = held if entry.incomplete is None else entry.incomplete.plus(held)
+        return filled
+
+    def _apply(self, change: Change) -> bool:  # noqa: C901 - one case for each kind of change
+        """Make a change, but for slices."""
         match change:
             case Push(entries=entries, parts=parts, outs=outs, scale=scale):
                 return bool(entries) and self._update(entries, parts, outs, self._rule.scaled(scale))
@@ -887,6 +907,7 @@ class Shard(native.ShardFields):
         entries = [self.entry(batch.verb, key) for key in batch.keys]
         check_push(batch, entries, self._rule, self.averages)
         slices = TakenSlices()
+        pushed = batch.keys
         if batch.has_slices:
             batch, entries, slices = self._take_slices(batch, entries, must_complete)
         if must_complete:
@@ -903,7 +924,11 @@ class Shard(native.ShardFields):
                 kept, parts, found, self.last_push = self._nonfinite.decide(batch, entries, self.averages, clipping)
                 entries = list(kept)
             scale = found if scale is None else scale
-            filled = self._commit(Push(entries, parts, outs, scale, slices, requests=requests))
+            change = Push(entries, parts, outs, scale, slices, requests=requests)
+            if len(entries) + len(slices.kept) < len(pushed):
+                counted = set(change.updated())
+                change.others = [key for key in pushed if key not in counted]
+            filled = self._commit(change)
         for entry in slices.ended:
             # For the next slices, or the next change under a snapshot.
             if entry.spare is None:
@@ -920,7 +945,9 @@ class Shard(native.ShardFields):
     def _joined(self, name: str, entry: Entry, slices: Slices, must_complete: bool) -> Slices:
         """Return new slices of a value and those that have come before."""
         found = slices if entry.incomplete is None else join_slices(name, [entry.incomplete, slices])
-        if must_complete and not found.is_complete:
+        # Of a replica that pushes nothing, the value may be complete already.
+        has_come = bool(slices.regions) or entry.incomplete is not None
+        if must_complete and has_come and not found.is_complete:
             raise found.incomplete_error(name)
         return found
 
@@ -934,16 +961,23 @@ class Shard(native.ShardFields):
             ValueMismatchError: a slice overlaps one that has come.
             NonFiniteError: a slice is not finite, and the policy refuses it.
         """
-        self._nonfinite.check_slices(batch)
+        # A step that spans several pushes cannot be left out as a whole.
+        must_complete = must_complete or self._nonfinite.skips_steps
+        cast = {
+            entry.key: own[0].to(entry.spec.dtype)
+            for entry, own in zip(entries, batch.parts, strict=True)
+            if isinstance(own[0], Slices)
+        }
+        for key, each in cast.items():
+            self._nonfinite.check_slices(batch.name(key), each)
         keys: list[Key] = []
         parts: list[list[Any]] = []
         whole: list[Entry] = []
         waiting: list[tuple[Entry, Slices]] = []
         ended: list[Entry] = []
         for entry, own in zip(entries, batch.parts, strict=True):
-            slices = own[0]
-            if isinstance(slices, Slices):
-                new = slices.to(entry.spec.dtype)
+            new = cast.get(entry.key)
+            if new is not None:
                 found = self._joined(batch.name(entry.key), entry, new, must_complete)
                 if not found.is_complete:
                     if not new.is_empty:

@@ -51,7 +51,10 @@ def encode(change: Change) -> Record:
 def _encode(change: Change) -> Record:  # noqa: C901 - one case for each kind of change
     match change:
         case Push(entries=entries, parts=parts, scale=scale, slices=slices):
-            return _with_slices(_head_of_push(scale), _items(entries, [total for (total,) in parts]), slices)
+            head = _head_of_push(scale)
+            if change.others:
+                head["others"] = list(change.others)
+            return _with_slices(head, _items(entries, [total for (total,) in parts]), slices)
         case PlainPush(batch=batch, entries=entries, sums=torch.Tensor() as sums):
             return Record(_head_of_push(batch.scale), join_slots([entry.slot for entry in entries]), [raw_bytes(sums)])
         case Put(entries=entries, values=values, slices=slices):
@@ -152,7 +155,8 @@ def _read_push(head: dict[str, Any], record: Record, shard: Shard, slices: Taken
         return Put(entries, sums, slices)
     batch = Batch("push", [entry.key for entry in entries], [[total] for total in sums])
     check_push(batch, entries, shard.rule)
-    return Push(entries, batch.parts, scale=float.fromhex(head.get("scale", "1")), slices=slices)
+    others = _list(head.get("others", []))
+    return Push(entries, batch.parts, scale=float.fromhex(head.get("scale", "1")), slices=slices, others=others)
 
 
 def slice_items(key: Key, slices: Slices) -> list[Item]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorkv.arrays.arguments import Key
-from tensorkv.errors import StorageError
+from tensorkv.errors import StorageError, TensorKVError
 from tensorkv.shard.changes import RequestIds
 
 
@@ -27,8 +27,8 @@ class AppliedRequests:
         self.last: dict[str, int] = {}
         self.fans: dict[str, tuple[int, list[int]]] = {}
         """Of each client, the number of its last request that went to several servers, and to which."""
-        self.refused: dict[str, int] = {}
-        """Of each client, the number of its last request that was refused; of this process alone."""
+        self.refused: dict[str, tuple[int, TensorKVError]] = {}
+        """Of each client, the number of its last request that was refused, and why; of this process alone."""
 
     def has_applied(self, client: str, seq: int) -> bool:
         """Return whether a request has been applied."""
@@ -36,7 +36,12 @@ class AppliedRequests:
 
     def has_ended(self, client: str, seq: int) -> bool:
         """Return whether a request has been applied or refused, so that nobody waits for it."""
-        return seq <= max(self.last.get(client, 0), self.refused.get(client, 0))
+        return self.has_applied(client, seq) or self.refusal(client, seq) is not None
+
+    def refusal(self, client: str, seq: int) -> TensorKVError | None:
+        """Return why a request was refused, or one after it, so that a late copy of it is not applied."""
+        number, error = self.refused.get(client, (0, None))
+        return error if seq <= number else None
 
     def add(self, requests: RequestIds, keys: Sequence[Key] = ()) -> None:
         """Count requests as applied, each once; an earlier one that arrives late does not undo a later one.

@@ -140,7 +140,9 @@ class DurableLog:
         except BaseException:
             # As in any store, the keys before the one that failed are updated; but a request is applied as a whole.
             if values and not change.requests:
-                self._commit_logged(shard, Put(change.entries[: len(values)], values))
+                done = change.entries[: len(values)]
+                ended = [entry for entry in change.slices.ended if entry.key in {each.key for each in done}]
+                self._commit_logged(shard, Put(done, values, TakenSlices(ended=ended)))
             raise
         return self._commit_logged(shard, Put(change.entries, values, change.slices, requests=change.requests))
 
@@ -265,11 +267,12 @@ class DurableLog:
         ]
         contents = read_contents(head["body"], tensors, None)
         shard.apply(Restore(contents.entries, LostUpdater() if contents.rule is None else contents.rule))
-        shard.apply(Push([], [], slices=TakenSlices(read_slices(waiting, shard))))
         self.applied.restore(head["clients"], head.get("session", {}))
         shard.notes.update(head["notes"])
         if "releases" in head:
             releases.restore(shard, head["releases"], copies)
+        # Releases have values from before that are whole.
+        shard.apply(Push([], [], slices=TakenSlices(read_slices(waiting, shard))))
 
     def _replay(self, shard: Shard, record: Record) -> None:
         head = record.head

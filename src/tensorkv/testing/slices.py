@@ -213,5 +213,10 @@ class SliceContract:
             bad[3, 5] = np.nan
             with pytest.raises(tensorkv.NonFiniteError):
                 kv.push("w", quarters(bad))
-            kv.push("w", quarters(VALUE + 1))
+            kv.init("half", VALUE.astype(np.float16))
+            bad[3, 5] = 1e6
+            with pytest.raises(tensorkv.NonFiniteError):
+                kv.push("half", quarters(bad))
+            kv.push(["w", "half"], [quarters(VALUE + 1), quarters(VALUE + 2)])
             assert np.array_equal(kv.pull("w"), VALUE + 1)
+            assert np.array_equal(kv.pull("half"), VALUE + 2)

@@ -341,7 +341,7 @@ class DataClient:
     ) -> PushResult | None:
         """Push checked parts, with a scale of their gradients; return a server's result if it has checked sums."""
         if any(isinstance(part, Rows) for parts in batch.parts for part in parts):
-            told = self._push_rows(batch, placed, scale)
+            told = self._push_rows(batch, placed, scale, must_complete=outs is not None)
             if outs is not None:
                 self.pull(batch.keys, outs)
             return told
@@ -417,6 +417,8 @@ class DataClient:
         coded: Mapping[Source, Words],
         scale: float | None,
         left_out: Collection[Key] = (),
+        *,
+        must_complete: bool = False,
     ) -> list[ServerRequest]:
         """Return a push to each server that holds pieces of a batch's keys, with an item for each piece.
 
@@ -427,6 +429,7 @@ class DataClient:
             coded: the words of pieces that are sent instead, by key and server.
             scale: of the gradients.
             left_out: keys that are not pushed.
+            must_complete: as of ``Push``.
         """
         codec = None if not coded or self.compressor.codec is None else self.compressor.codec.to_json()
         placements = {place: placed[key].placement for place, key in enumerate(batch.keys) if key not in left_out}
@@ -441,7 +444,8 @@ class DataClient:
                     items += _items(key, placements[place], totals[key], server)
                 else:
                     items.append(words_item(key, words))
-            message = Push(counts=self._counts(batch.parts, held), scale=scale, codec=codec)
+            counts = self._counts(batch.parts, held)
+            message = Push(counts=counts, scale=scale, codec=codec, must_complete=must_complete)
             requests.append(ServerRequest.of_tensors(server, message, pack(items)))
         return requests
 
@@ -498,11 +502,13 @@ class DataClient:
                 self._count_pulled(layout)
         return _result_of(replies)
 
-    def _push_rows(self, batch: Batch, placed: PlacedKeys, scale: float | None) -> PushResult | None:
+    def _push_rows(
+        self, batch: Batch, placed: PlacedKeys, scale: float | None, *, must_complete: bool
+    ) -> PushResult | None:
         totals = {
             key: self._sum(placed[key].placement, parts) for key, parts in zip(batch.keys, batch.parts, strict=True)
         }
-        requests = self._item_requests(batch, placed, totals, {}, scale)
+        requests = self._item_requests(batch, placed, totals, {}, scale, must_complete=must_complete)
         with self._sessions.take() as session:
             return _result_of(self._send_push(session, list_name(batch.keys), requests))
 
@@ -512,7 +518,6 @@ class DataClient:
             batch.refuse_slices("cannot be compressed; set_gradient_compression(None) has parts pushed as they are")
         if len(self._same_host) > 1 and (self._nonfinite.skips or clipping is not None):
             batch.refuse_slices('cannot be checked by several servers; with nonfinite="skip" or max_grad_norm use one')
-        self._nonfinite.check_slices(batch)
         # In mode sync the server takes the means.
         divisors = batch.divisors(self._averages and not self._is_sync)
         totals: dict[Key, Any] = {
@@ -521,11 +526,12 @@ class DataClient:
             else self._sum(placed[key].placement, parts, divisor)
             for key, parts, divisor in zip(batch.keys, batch.parts, divisors, strict=True)
         }
-        requests = self._item_requests(batch, placed, totals, {}, None)
-        if outs is not None:
-            requests = [_with(each, must_complete=True) for each in requests]
+        for key, total in totals.items():
+            if isinstance(total, Slices):
+                self._nonfinite.check_slices(batch.name(key), total)
+        requests = self._item_requests(batch, placed, totals, {}, None, must_complete=outs is not None)
         with self._sessions.take() as session:
-            if len(requests) > 1 and len(batch.keys) > 1:
+            if len(requests) > 1:
                 # One server may have to refuse what others would apply.
                 self._send(session, self._slice_checks(totals, placed, must_complete=outs is not None))
             name = list_name(batch.keys) if self._is_sync else ""

@@ -643,16 +643,19 @@ class Server:
         with self._condition:
             if not self._is_resent(request):
                 self._snapshot_barrier.admit(sender.client, sender.seq)
+            refusal = self._tables.refusal(sender.client, sender.seq)
             if self._has_applied(request):
                 yield ()
+            elif refusal is not None:
+                raise refusal
             else:
                 words = _logged(request)
                 ids = [(sender.client, sender.seq, words) if words else (sender.client, sender.seq)]
                 try:
                     yield ids
-                except TensorKVError:
+                except TensorKVError as error:
                     # Other servers may have applied it, and a snapshot does not wait for it here.
-                    self._tables.refused[sender.client] = sender.seq
+                    self._tables.refused[sender.client] = sender.seq, errors.decode(errors.encode(error))
                     self._condition.notify_all()
                     raise
                 # Where there is a log, it has counted them with the change.

@@ -109,6 +109,7 @@ class ServerState:
         """Push what a request brings; return the reply with the new values if it pulls and they are to be filled."""
         pushed, message = push_layout(request.layout), request.message
         pulls = message.pulls and fill
+        must_complete = message.must_complete or message.pulls
         room = self._live.room(pushed.keys, request.out, message.checksum, message.pull_dtype) if pulls else None
         coded = self._decoded(request, self._sums)
         # What is written in the pass of the update.
@@ -116,11 +117,11 @@ class ServerState:
         if coded is not None:
             call = native.Call(None, "push", list(pushed.keys), coded, None, 0)
             if not self.shard.try_compiled(call, requests=ids, scale=message.scale):
-                self.shard.push(Batch("push", list(pushed.keys), coded), requests=ids, scale=message.scale)
+                batch = Batch("push", list(pushed.keys), coded)
+                self.shard.push(batch, requests=ids, scale=message.scale, must_complete=must_complete)
         elif not self._try_push(pushed, request, outs, ids):
             batch = self._parsed(request)
             if outs is None:
-                must_complete = message.must_complete
                 self.shard.push(batch, requests=ids, scale=message.scale, must_complete=must_complete)
             else:
                 self.shard.pushpull(batch, [[each] for each in outs.tensors], requests=ids, scale=message.scale)

@@ -931,8 +931,9 @@ class Shard(native.ShardFields):
             filled = self._commit(change)
         for entry in slices.ended:
             # For the next slices, or the next change under a snapshot.
-            if entry.spare is None:
-                (entry.spare,) = gathered[entry.key]
+            (memory,) = gathered[entry.key]
+            if entry.spare is None and memory.device == entry.value.device:
+                entry.spare = memory
         return filled
 
     def check_slices(self, key: Key, bounds: torch.Tensor, *, must_complete: bool) -> None:

@@ -57,6 +57,8 @@ class Region(NamedTuple):
         >>> Region(((2, 9), (0, 4))).within(5, 20)
         (Region(bounds=((0, 4), (0, 4))), 3)
         """
+        if not self.bounds:
+            return self, 0
         (mine, end), *rest = self.bounds
         first, last = max(start, mine), min(stop, end)
         if first >= last:

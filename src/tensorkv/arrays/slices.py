@@ -191,7 +191,7 @@ class Slices:
 
     def within(self, first: int, stop: int) -> Slices:
         """Return the same slices for the receiver of some rows; these slices have all rows."""
-        cuts = [region.within(first, stop) if region.bounds else (region, 0) for region in self.regions]
+        cuts = [region.within(first, stop) for region in self.regions]
         values = [
             value[:0] if cut is None else value if not region.bounds else value[cut[1] : cut[1] + cut[0].shape[0]]
             for region, value, cut in zip(self.regions, self.values, cuts, strict=True)
@@ -206,7 +206,7 @@ class Slices:
         """Return the same slices at their places in memory of the shape and dtype of what the receiver holds."""
         values = []
         for region, own in zip(self.regions, self.values, strict=True):
-            cut = region.within(*self.rows) if region.bounds else (region, 0)
+            cut = region.within(*self.rows)
             values.append(own if cut is None else cut[0].of(memory).copy_(own))
         return Slices(self.whole, self.rows, self.regions, values, self.dtype, memory)
 
@@ -218,20 +218,24 @@ class Slices:
         return memory
 
     def to_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return two tensors: the bounds of the value, of the rows and of each slice; and all elements."""
-        sizes = tuple((0, size) for size in self.whole)
-        bounds = [sizes, (self.rows, *sizes[1:]) if sizes else sizes, *(region.bounds for region in self.regions)]
+        """Return two tensors: ``to_bounds``, and all elements."""
         flat = [own.cpu().reshape(-1) for own in self.values]
         if len(flat) == 1:
             (values,) = flat
         else:
             values = torch.cat(flat) if flat else torch.empty(0, dtype=self.dtype, device="cpu")
+        return self.to_bounds(), values
+
+    def to_bounds(self) -> torch.Tensor:
+        """Return the bounds of the value, of the rows and of each slice."""
+        sizes = tuple((0, size) for size in self.whole)
+        bounds = [sizes, (self.rows, *sizes[1:]) if sizes else sizes, *(region.bounds for region in self.regions)]
         table = torch.tensor(bounds, dtype=torch.int64, device="cpu")
-        return table.reshape(len(bounds), len(sizes), 2), values
+        return table.reshape(len(bounds), len(sizes), 2)
 
     @classmethod
     def from_bounds(cls, bounds: torch.Tensor, dtype: torch.dtype) -> Slices:
-        """Return slices without their values, of which ``to_tensors`` has returned the bounds.
+        """Return slices without their values, of which ``to_bounds`` has returned the bounds.
 
         Raises:
             ArgumentError: they are malformed.
@@ -259,7 +263,7 @@ class Slices:
         found, at = cls.from_bounds(bounds, values.dtype), 0
         flat = values.reshape(-1)
         for region in found.regions:
-            cut = region.within(*found.rows) if region.bounds else (region, 0)
+            cut = region.within(*found.rows)
             own = torch.Size((0, *region.shape[1:])) if cut is None else cut[0].shape
             if at + own.numel() > len(flat):
                 raise ArgumentError(f"malformed slices; {len(flat)} elements, expected more")

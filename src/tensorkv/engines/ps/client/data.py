@@ -29,6 +29,7 @@ from tensorkv.shard.norm import Clipping, PushResult, SquareSum
 from tensorkv.shard.optimizers import ROWWISE
 from tensorkv.shard.pool import Pool
 from tensorkv.shard.rules import Assign, Rule, StepOptimizer, check_push
+from tensorkv.storage.changes import slice_items
 
 from ..messages import CheckSlices, EndRead, Init, Pull, PullRows, Push, pulled_dtype, words_item
 from .coded import CodedLayout
@@ -546,7 +547,7 @@ class DataClient:
         items: dict[int, list[Item]] = {}
         for key, own in totals.items():
             for server, first, stop in placed[key].placement.pieces if isinstance(own, Slices) else ():
-                bounds, _ = own.within(first, stop).to_tensors()
+                bounds = own.within(first, stop).to_bounds()
                 items.setdefault(server, []).append(Item(key, "bounds", bounds))
         message = CheckSlices(must_complete=must_complete)
         return [ServerRequest.of_tensors(server, message, pack(own)) for server, own in items.items()]
@@ -791,10 +792,7 @@ def _items(key: Key, placement: KeyPlacement, total: Part, server: int) -> list[
     if isinstance(total, Slices):
         # Every server that holds some rows learns of all slices.
         rows_held = placement.piece_of(server)
-        if rows_held is None:
-            return []
-        bounds, values = total.within(*rows_held).to_tensors()
-        return [Item(key, "bounds", bounds), Item(key, "slices", values)]
+        return [] if rows_held is None else slice_items(key, total.within(*rows_held))
     selected = placement.rows_of(server, total.ids)
     if selected is None:
         return []

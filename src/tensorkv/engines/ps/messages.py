@@ -678,12 +678,13 @@ def join(head: Mapping[str, Any], layout: bytes = b"[]", payload: Any = b"") -> 
     return b"".join([_SIZES.pack(len(text), len(layout)), text, layout, payload])
 
 
-def split(message: bytes) -> tuple[dict[str, Any], bytes, memoryview]:
+def split(message: bytes | bytearray) -> tuple[dict[str, Any], bytes, memoryview]:
     """Return what ``join`` has joined; the payload shares the message's memory."""
     words, layout = _SIZES.unpack_from(message)
     start = _SIZES.size + words
     view = memoryview(message)
-    return json.loads(message[_SIZES.size : start]), message[start : start + layout], view[start + layout :]
+    head = json.loads(str(view[_SIZES.size : start], "utf-8"))
+    return head, bytes(view[start : start + layout]), view[start + layout :]
 
 
 def bytes_of(buffer: Any) -> torch.Tensor:

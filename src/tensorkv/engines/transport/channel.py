@@ -110,26 +110,29 @@ class Connection:
                 raise ConnectionResetError("the other end of the connection is closed")
             left = left[count:]
 
-    def receive(self, deadline: float = math.inf, most_nbytes: float = math.inf) -> bytes:
+    def receive(self, deadline: float = math.inf, most_nbytes: float = math.inf) -> bytearray:
         """Return the next message; arguments and errors are those of ``send``.
 
         Args:
             deadline: by ``time.monotonic``.
             most_nbytes: a longer message is a ``ConnectionAbortedError``.
         """
-        found, needed = bytearray(), _LENGTH.size
-        while len(found) < needed:
+        (nbytes,) = _LENGTH.unpack(self._receive_exactly(_LENGTH.size, deadline))
+        if nbytes > most_nbytes:
+            raise ConnectionAbortedError(f"a message of {nbytes} bytes, where {most_nbytes} are allowed")
+        return self._receive_exactly(nbytes, deadline)
+
+    def _receive_exactly(self, nbytes: int, deadline: float) -> bytearray:
+        """Return so many bytes, and leave in the socket what comes after them."""
+        # It grows with what comes: the other end may announce more than it has.
+        found = bytearray()
+        while len(found) < nbytes:
             _wait(self._readable, deadline)
-            # No more than the message: a payload may follow it.
-            some = os.read(self._descriptor, min(_CHUNK_NBYTES, needed - len(found)))
+            some = os.read(self._descriptor, min(_CHUNK_NBYTES, nbytes - len(found)))
             if not some:
                 raise ConnectionResetError("the other end of the connection is closed")
             found += some
-            if needed == _LENGTH.size <= len(found):
-                needed += _LENGTH.unpack_from(found)[0]
-                if needed > most_nbytes:
-                    raise ConnectionAbortedError(f"a message of {needed} bytes, where {most_nbytes} are allowed")
-        return bytes(memoryview(found)[_LENGTH.size :])
+        return found
 
     def close(self) -> None:
         """Close this end."""
@@ -428,4 +431,4 @@ class OpenSharedBuffers(OpenBuffers):
         )
 
 
-Handler = Callable[[bytes, OpenBuffers], bytes]
+Handler = Callable[[bytearray, OpenBuffers], bytes]

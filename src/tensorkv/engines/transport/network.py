@@ -57,10 +57,10 @@ def connect(address: Sequence[Any], deadline: float) -> Connection:
         connection = Connection(connected)
     try:
         connection.wait_until_open(deadline)
-        theirs = connection.receive(deadline, _CHALLENGE_NBYTES + 8)
+        theirs = connection.receive(deadline, _CHALLENGE_NBYTES)
         mine = secrets.token_bytes(_CHALLENGE_NBYTES)
         connection.send(mine + _proof(key, b"client", theirs, mine), deadline)
-        proof = connection.receive(deadline, _PROOF_NBYTES + 8)
+        proof = connection.receive(deadline, _PROOF_NBYTES)
         if not hmac.compare_digest(proof, _proof(key, b"server", theirs, mine)):
             raise PermissionError(f"what listens at {host}:{port} is not the server")
     except BaseException:
@@ -69,7 +69,7 @@ def connect(address: Sequence[Any], deadline: float) -> Connection:
     return connection
 
 
-def _proof(key: str, role: bytes, server: bytes, client: bytes) -> bytes:
+def _proof(key: str, role: bytes, server: bytes | bytearray, client: bytes | bytearray) -> bytes:
     """Return what only an end that knows the key can say of two challenges."""
     return hmac.digest(key.encode(), role + server + client, "sha256").hex().encode()
 
@@ -111,7 +111,7 @@ class NetworkServer(Listener):
             key, deadline = self.address[2], time.monotonic() + _GREETING_S
             mine = secrets.token_bytes(_CHALLENGE_NBYTES)
             connection.send(mine, deadline)
-            said = connection.receive(deadline, _CHALLENGE_NBYTES + _PROOF_NBYTES + 8)
+            said = connection.receive(deadline, _CHALLENGE_NBYTES + _PROOF_NBYTES)
             theirs, proof = said[:_CHALLENGE_NBYTES], said[_CHALLENGE_NBYTES:]
             if not hmac.compare_digest(proof, _proof(key, b"client", mine, theirs)):
                 return False

@@ -305,7 +305,7 @@ class ServerConnection:
         """
         if received == b"":
             return _NotServed()
-        message, beside = (received, None) if isinstance(received, bytes) else received
+        message, beside = (received, None) if isinstance(received, bytes | bytearray) else received
         head, _, inline = split(message)
         match head:
             case {"error": error}:

@@ -105,7 +105,7 @@ class ServerActor:
         head, layout, inline = split(message)
         return through_ray(self._server.serve(head, layout, inline if payload is None else payload))
 
-    def serve_connection(self, message: bytes, buffers: OpenBuffers) -> bytes:
+    def serve_connection(self, message: bytes | bytearray, buffers: OpenBuffers) -> bytes:
         """Answer a message that came over a connection, whose payload is in it or in the client's buffers.
 
         Returns:

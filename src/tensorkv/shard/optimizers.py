@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
@@ -541,7 +542,8 @@ class Optimizer:
             held = [at[name] for name in ("", *kernel.columns)]
             grads = address_rows(values, np.arange(len(ids), dtype=np.uint64))
             step = native.Step(kernel, count, is_first, held)
-            native.Pass([], [grads], [values[0].numel()] * len(ids), values.dtype, step).jobs(1)[0]()
+            counts = array("q", [values[0].numel()]) * len(ids)
+            native.Pass([], [grads], counts, values.dtype, step).jobs(1)[0]()
         finish(state, count)
 
     @property

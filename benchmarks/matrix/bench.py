@@ -65,7 +65,7 @@ examples:
         copy = machine.Copy(_COPY_NBYTES)
         copy.time()
         measured = _earlier(options.out) if options.keep else {}
-        revision = machine.git_revision()
+        here = {"git": machine.git_revision(), "cpu": machine.describe()["cpu"]}
         for engine in options.engines:
             launchers = _launchers(engine, mxnet, mpi)
             # MXNet's servers take an optimizer once.
@@ -82,7 +82,7 @@ examples:
                         alone=("first", "changing") if work.keys > 1 else ("first",),
                         others={"copy": copy},
                     )
-                    measured[work.name] = {**_brief(work, found, copy), "git": revision}
+                    measured[work.name] = {**_brief(work, found, copy), **here}
         names = [work.name for work in cells(ENGINES, quick=options.quick)]
         return {"cells": [measured[name] for name in names if name in measured]}
 
@@ -201,6 +201,14 @@ def _forms(engine: str, arrays: str, found: Sequence[Mapping[str, Any]]) -> list
         ["work", "rule", *FORMS],
         rows,
     )
+
+
+def _cpus_text(found: Sequence[Mapping[str, Any]]) -> str:
+    """Return what cells were measured on: one processor, or several with their sizes."""
+    by_cpu = {cpu: dict.fromkeys(each["size"] for each in own) for cpu, own in _grouped(found, "cpu").items()}
+    if len(by_cpu) == 1:
+        return str(next(iter(by_cpu)))
+    return "; ".join(f"{cpu} ({', '.join(sizes)})" for cpu, sizes in by_cpu.items())
 
 
 def _form_text(each: Mapping[str, Any] | None) -> str:

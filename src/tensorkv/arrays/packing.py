@@ -18,6 +18,8 @@ from . import interop
 from .arguments import Key
 
 _DTYPES = {interop.dtype_name(dtype): dtype for dtype in interop.DTYPES}
+# Made once: json.dumps makes one for each call.
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 class LayoutError(ValueError):
@@ -145,7 +147,7 @@ def views(flat: torch.Tensor, slots: Sequence[Slot]) -> list[torch.Tensor]:
         slots: as ``decode_layout`` returns them.
     """
     dtypes = {slot.dtype for slot in slots}
-    if len(dtypes) != 1:
+    if len(dtypes) != 1 or len(slots) == 1:
         return [flat[slot.start : slot.stop].view(slot.dtype).view(slot.shape) for slot in slots]
     # One call cuts thousands of tensors, which lie side by side if they have one dtype.
     pieces = torch.split(flat.view(dtypes.pop()), [slot.shape.numel() for slot in slots])
@@ -167,7 +169,7 @@ def encode_layout(tensors: Iterable[tuple[Key, str, torch.dtype, Sequence[int]]]
 
 def encode_slot(key: Key, role: str, dtype: torch.dtype, shape: Sequence[int]) -> bytes:
     """Return what the layout says of one tensor."""
-    return json.dumps([key, role, interop.dtype_name(dtype), list(shape)], separators=(",", ":")).encode()
+    return _ENCODER.encode([key, role, interop.dtype_name(dtype), list(shape)]).encode()
 
 
 def join_slots(slots: Iterable[bytes]) -> bytes:
@@ -192,10 +194,7 @@ def join_layout(
     >>> join_layout(["w", "b", "c"], [("sum", torch.int8, [3]), ("sum", torch.float32, [])], [1, 0, 0])
     b'[["w","sum","float32",[]],["b","sum","int8",[3]],["c","sum","int8",[3]]]'
     """
-    ends = [
-        json.dumps([role, interop.dtype_name(dtype), list(shape)], separators=(",", ":"))[1:]
-        for role, dtype, shape in kinds
-    ]
+    ends = [_ENCODER.encode([role, interop.dtype_name(dtype), list(shape)])[1:] for role, dtype, shape in kinds]
     parts = [f"[{key},{ends[number]}" for key, number in zip(json_keys(keys), numbers, strict=True)]
     return f"[{','.join(parts)}]".encode()
 

@@ -19,7 +19,7 @@
 #include "_words.h"
 
 /* Keys that are fetched into the cache before their turn, and bytes of each. */
-enum { MAX_COLUMNS = 256, FETCHED_AHEAD = 2, FETCHED_NBYTES = 1024, LINE_NBYTES = 64 };
+enum { MAX_COLUMNS = 256, FETCHED_AHEAD = 4, FETCHED_NBYTES = 1024, LINE_NBYTES = 64 };
 
 /* ------------------------------------------------------------ columns */
 

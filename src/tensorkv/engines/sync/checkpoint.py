@@ -159,7 +159,7 @@ class ShardedCheckpoint:
                     _part(whole, self._values[entries[index].key], self._chain.owner).copy_(entries[index].state[name])
             host.barrier()
             if everywhere and memory is not None:
-                self._chain.broadcast([memory.tensor(0, (nbytes,), torch.uint8)], from_last=True)
+                self._chain.broadcast([memory.bytes_at(0, nbytes)], from_last=True)
                 host.barrier()
             return Contents(
                 "store",

@@ -359,7 +359,7 @@ class SharedBuffers(Buffers):
             self.close()
             self._segment = Segment(aligned(int(needed * _GROWTH)) if needed < 1 << 28 else needed)
         self._payload_nbytes, self._reply_nbytes = payload_nbytes, reply_nbytes
-        return self._segment.tensor(0, (payload_nbytes,), torch.uint8)
+        return self._segment.bytes_at(0, payload_nbytes)
 
     def replace(self, payload: torch.Tensor) -> torch.Tensor:
         # A server may still use the old memory.
@@ -374,7 +374,7 @@ class SharedBuffers(Buffers):
         """Do nothing: the payload is where the server sees it."""
 
     def receive(self, connection: Connection, nbytes: int, deadline: float) -> torch.Tensor:
-        return self._allocated().tensor(aligned(self._payload_nbytes), (nbytes,), torch.uint8)
+        return self._allocated().bytes_at(aligned(self._payload_nbytes), nbytes)
 
     def _allocated(self) -> Segment:
         if self._segment is None:
@@ -426,8 +426,8 @@ class OpenSharedBuffers(OpenBuffers):
         if min(payload_nbytes, reply_nbytes) < 0 or aligned(payload_nbytes) + reply_nbytes > self._segment.nbytes:
             raise OSError(f"{name}: a payload or a reply outside of the shared memory")
         return (
-            self._segment.tensor(0, (payload_nbytes,), torch.uint8),
-            self._segment.tensor(aligned(payload_nbytes), (reply_nbytes,), torch.uint8),
+            self._segment.bytes_at(0, payload_nbytes),
+            self._segment.bytes_at(aligned(payload_nbytes), reply_nbytes),
         )
 
 

@@ -101,8 +101,12 @@ class Segment:
 
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Return a tensor in this memory, at an offset that is a multiple of ``LINE``."""
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        return self._bytes[offset : offset + nbytes].view(dtype).view(torch.Size(shape))
+        size = torch.Size(shape)
+        return self.bytes_at(offset, size.numel() * dtype.itemsize).view(dtype).view(size)
+
+    def bytes_at(self, offset: int, nbytes: int) -> torch.Tensor:
+        """Return so many bytes of this memory."""
+        return self._bytes.narrow(0, offset, nbytes)
 
     def close_file(self) -> None:
         """Close the file: the memory stays, and no other process can open it any more."""

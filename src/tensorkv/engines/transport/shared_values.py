@@ -64,7 +64,7 @@ class SharedValues:
     def _allocate(self, nbytes: int) -> torch.Tensor:
         segment = Segment(nbytes)
         # torch lets go of the array when no tensor lies in its memory any more.
-        array = segment.tensor(0, (segment.nbytes,), torch.uint8).numpy()
+        array = segment.bytes_at(0, segment.nbytes).numpy()
         self._segments[segment.address] = segment
         weakref.finalize(array, _forget, self._segments, segment.address).atexit = False
         return torch.from_numpy(array)

@@ -511,7 +511,8 @@ class DataClient:
         }
         requests = self._item_requests(batch, placed, totals, {}, scale, must_complete=must_complete)
         with self._sessions.take() as session:
-            return _result_of(self._send_push(session, list_name(batch.keys), requests))
+            name = list_name(batch.keys) if self._is_sync else ""
+            return _result_of(self._send_push(session, name, requests))
 
     def _push_slices(self, batch: Batch, outs: Outs | None, placed: PlacedKeys, clipping: Clipping | None) -> None:
         """Push keys of which some have slices; servers update a value when they have been told of all its slices."""
@@ -581,7 +582,7 @@ class DataClient:
             total = torch.empty(placement.spec.shape, dtype=wide, device="cpu")
             reduce.sum_into(total, dense, divisor)
             return total
-        on_cpu: Any = [part.to("cpu") for part in parts]
+        on_cpu: Any = [part if part.values.is_cpu and part.ids.is_cpu else part.to("cpu") for part in parts]  # type: ignore[union-attr]
         if not self._is_sync:
             return rows.merge(on_cpu, dtype, may_share=True, divisor=divisor)
         # The server adds the rows of all workers in one order, which is not that of the sums of each.

@@ -13,6 +13,7 @@ SENDER = {"owner": "p", "client": "p.0", "seq": 7}
 REQUIRED = {"body": {"format": 1}, "metadata": {}, "numbers": {"lr": 0.1}, "keys": ["w", 3], "name": "sgd", "key": "w"}
 REQUIRED |= {"kinds": [], "indices": [], "orders": [], "number": 3, "wanted": {"p.0": [7, [0, 1]]}, "snapshot": "s"}
 REQUIRED |= {"token": "t", "worker": 1, "release": "r", "since": "q", "lease_s": 60.0, "releases": ["r"]}
+REQUIRED |= {"generation": "g"}
 
 
 def message_of(verb):

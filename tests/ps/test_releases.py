@@ -424,6 +424,72 @@ def test_servers_that_do_not_hold_the_same_releases():
                 release.changes(since="x")
 
 
+def test_a_reader_does_not_wait_forever_for_a_release_that_one_server_has_not():
+    with Cluster(2) as cluster:
+        kv, reader = cluster.stores(2)
+        kv.init(values(0))
+        kv.publish("a")
+        cluster.servers[1]._state.shard.unpublish("a")
+        with pytest.raises(tensorkv.WaitTimeoutError):
+            reader.wait_release(timeout_s=0.2)
+        kv.publish("b")
+        assert reader.wait_release().name == "b"
+
+
+@pytest.mark.parametrize(
+    "problem", [tensorkv.StorageError("no room"), KeyboardInterrupt()], ids=["refused", "interrupted"]
+)
+def test_a_publish_that_fails_leaves_nothing_behind(problem):
+    """Neither a hidden release nor servers that hold the pushes of all."""
+    with Cluster(2) as cluster:
+        kv, other = cluster.stores(2)
+        kv.init(values(0))
+        fired = []
+        send = Session.send
+
+        def fail_second_phase(session, requests, **options):
+            replies = send(session, requests, **options)
+            if isinstance(requests[0].message, messages.Commit):
+                fired.append(requests)
+                raise problem
+            return replies
+
+        with mock.patch.object(Session, "send", fail_second_phase), pytest.raises(type(problem)):
+            kv.publish("s1")
+        assert len(fired) == 1
+        for server in cluster.servers:
+            assert server._state.shard.releases.lasting() == []
+            assert not server._snapshot_barrier._is_prepared()
+        other.publish("s1")
+        assert [name for name, _ in kv._engine.releases()] == ["s1"]
+
+
+def test_a_publish_that_overlaps_a_load_drops_no_release_that_was_loaded(tmp_path):
+    """Numbers of loaded releases are smaller than those that were given out since."""
+    with Cluster(2) as cluster:
+        kv, other = cluster.stores(2)
+        kv.init(values(0))
+        kv.publish("a")
+        kv.publish("b")
+        kv.save(tmp_path / "saved", releases=True)
+        for number in range(5):
+            kv.publish(f"s{number}")
+        drop = ReleaseClient._drop_others
+        loaded = []
+
+        def load_first(client, told):
+            loaded.append(other.load(tmp_path / "saved"))
+            drop(client, told)
+
+        with mock.patch.object(ReleaseClient, "_drop_others", load_first):
+            kv.publish("late", keep=1)
+        assert len(loaded) == 1
+        for name in ("a", "b"):
+            with kv.open_release(name) as release:
+                assert number_in(release.pull(list(SHAPES))) == 0
+        kv.save(tmp_path / "again", releases=True)
+
+
 def test_releases_that_were_not_closed_are_let_go():
     with Cluster(2) as cluster:
         kv, reader = cluster.stores(2)
@@ -438,6 +504,17 @@ def test_releases_that_were_not_closed_are_let_go():
             server._drop_snapshots_of_dead_clients()
             assert not server._state.snapshots._held
             assert [held.name for held in server._state.shard.releases.lasting()] == ["b"]
+
+
+@pytest.mark.parametrize("num_servers", [1, 2])
+def test_the_counters_of_a_store_have_the_number_of_its_releases(num_servers):
+    with Cluster(num_servers) as cluster:
+        kv = cluster.store()
+        kv.init(values(0))
+        for number in range(3):
+            kv.publish(f"r{number}", keep=2)
+        assert kv.stats()["releases"] == 2
+        assert [server["releases"] for server in kv.stats()["servers"]] == [2] * num_servers
 
 
 def test_keys_that_are_given_twice_change_nothing():
@@ -580,8 +657,8 @@ def test_saved_releases_go_to_another_number_of_servers(before, after, tmp_path)
 
 
 @pytest.mark.parametrize("num_servers", [1, 2])
-@pytest.mark.parametrize("beats", [False, True], ids=["at once", "after a heartbeat"])
-def test_a_reader_does_not_go_on_with_a_loaded_release_of_the_same_name(num_servers, beats, tmp_path):
+@pytest.mark.parametrize("case", ["at once", "after a heartbeat", "its lease had ended"])
+def test_a_reader_does_not_go_on_with_a_loaded_release_of_the_same_name(num_servers, case, tmp_path):
     """It would mix two versions: what was loaded may be of another store."""
     for number in range(2):
         with Cluster(num_servers) as cluster:
@@ -593,9 +670,11 @@ def test_a_reader_does_not_go_on_with_a_loaded_release_of_the_same_name(num_serv
                 continue
             reader = other.open_release("one")
             assert reader.pull("a")[0] == 1
+            for server in cluster.servers if case == "its lease had ended" else ():
+                server._state.snapshots.drop(reader._reader._name)
             kv.load(tmp_path / "saved")
-            for actor in cluster.actors if beats else ():
-                actor.server._drop_snapshots_of_dead_clients()
+            for server in cluster.servers if case == "after a heartbeat" else ():
+                server._drop_snapshots_of_dead_clients()
             reads = [
                 partial(reader.pull, "b"),
                 partial(reader.pull, "a"),

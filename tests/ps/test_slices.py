@@ -117,6 +117,54 @@ def test_slices_of_a_round_of_mode_sync_come_together(num_servers, reduce):
         assert stores[1].pull("w").tobytes() == value.tobytes()
 
 
+@pytest.mark.parametrize("num_servers", [1, 3])
+def test_slices_of_a_pushpull_of_mode_sync_come_together(num_servers):
+    """No worker has all of them, and no server either before the round."""
+    with Cluster(num_servers, mode="sync", num_workers=2) as cluster:
+        stores = cluster.stores(2)
+        stores[0].init("w", filled(0))
+        found = {}
+
+        def work(rank, own):
+            found[rank] = stores[rank].pushpull("w", own)
+
+        together(*[partial(work, rank, own) for rank, own in enumerate(slices_of(filled(3), 2))])
+        for rank in range(2):
+            assert np.array_equal(found[rank], filled(3))
+
+
+@pytest.mark.parametrize("num_servers", [1, 3])
+def test_an_array_beside_slices_that_is_not_finite_leaves_every_server_as_it_was(num_servers):
+    with Cluster(num_servers, nonfinite="raise") as cluster:
+        kv = cluster.store()
+        kv.init({"w": filled(0), **{f"b{number}": np.zeros(4, F32) for number in range(6)}})
+        bad = {f"b{number}": np.full(4, np.nan if number == 5 else 1, F32) for number in range(6)}
+        with pytest.raises(tensorkv.NonFiniteError, match='"b5"'):
+            kv.push({"w": slices_of(filled(1), 2)[0], **bad})
+        assert all(kv.pull(key).tolist() == [0] * 4 for key in bad)
+        # Nor were the slices kept.
+        assert not kv.pull("w").any()
+
+
+@pytest.mark.parametrize("staleness", [None, 2])
+def test_what_was_found_out_about_slices_is_told(staleness):
+    with Cluster(1, staleness=staleness, num_workers=1) as cluster:
+        kv = cluster.store()
+        kv.init("w", filled(0))
+        kv.set_optimizer("sgd", lr=1.0, max_grad_norm=1.0)
+        first, second = slices_of(filled(1), 2)
+        kv.push("w", first)
+        kv.push("w", second)
+        assert kv.last_push.grad_norm == pytest.approx(np.sqrt(np.prod(SHAPE)), rel=1e-6)
+    with Cluster(1, nonfinite="skip", staleness=staleness, num_workers=1) as cluster:
+        kv = cluster.store()
+        kv.init("w", filled(0))
+        for number, is_bad in ((1, False), (np.inf, True)):
+            kv.push("w", slices_of(filled(number), 2)[0])
+            kv.push("w", slices_of(filled(1), 2)[1])
+            assert kv.last_push.found_inf is is_bad
+
+
 def test_slices_under_a_bound_of_staleness():
     with Cluster(2, staleness=2, num_workers=2) as cluster:
         stores = cluster.stores(2)

@@ -71,6 +71,27 @@ def test_a_release_that_is_held_is_never_forgotten():
             assert release.name == "pinned"
 
 
+@pytest.mark.parametrize("when", ["from the log", "from a snapshot"])
+def test_loaded_releases_are_of_another_generation_also_after_a_restart(tmp_path, when):
+    pytest.importorskip("ray")
+    from tests.support.fake_servers import Cluster
+
+    options = {"path": str(tmp_path / "store"), "durability": "process"}
+    with Cluster(1, **options) as cluster:
+        kv = cluster.store()
+        kv.init("w", value(1))
+        kv.publish("one")
+        kv.save(tmp_path / "saved", releases=True)
+        kv.load(tmp_path / "saved")
+        shard = cluster.servers[0]._state.shard
+        generation = shard.releases.generation
+        assert generation
+        if when == "from a snapshot":
+            shard.log.snapshot(shard)
+    with Cluster(1, **options) as cluster:
+        assert cluster.servers[0]._state.shard.releases.generation == generation
+
+
 def test_changes_within_an_updater_are_refused():
     with tensorkv.create() as kv:
         kv.init("w", value(0))

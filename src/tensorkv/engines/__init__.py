@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from tensorkv.errors import ArgumentError, EngineNotFoundError, naming, quote, show, suggestion
+from tensorkv.shard.entry import Batch as Batch
 from tensorkv.shard.nonfinite import NonFinite
 from tensorkv.shard.reduce import Reduce
 

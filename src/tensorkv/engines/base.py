@@ -68,7 +68,11 @@ class Reader(ABC):
             return
         with outside_modes():
             call.check()
-            self.transfer(call.fill, self.spec, partial(self._copy_out, call), self.pull_regions)
+            self.transfer(call.fill, self.spec, partial(self._copy_out, call), self.pull_regions, self.together)
+
+    def together(self) -> AbstractContextManager[Any]:
+        """Return a block of reads between which no other thread changes a value, where an engine can do that."""
+        return nullcontext()
 
     def protect(self, work: Callable[..., T], *args: Any) -> T:
         """Run ``work`` to its end; what a signal handler raises meanwhile is raised then (``runtime.shield``)."""
@@ -188,7 +192,8 @@ class Engine(Reader):
             return
         with self.collective("pushpull"), outside_modes():
             call.check()
-            self.transfer(call.fill, self.spec, partial(self._push_and_copy_out, call), self.pull_regions)
+            copy = partial(self._push_and_copy_out, call)
+            self.transfer(call.fill, self.spec, copy, self.pull_regions, self.together)
 
     def _push_and_copy_out(self, call: Call, keys: Sequence[Key], outs: Outs) -> None:
         self.pushpull_into(call.batch, outs, call.priority)

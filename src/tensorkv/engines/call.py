@@ -8,7 +8,7 @@ from typing import Any
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key, keys_of, pairs
-from tensorkv.arrays.outputs import CopyParts, CopyValues, GivenOuts, NewOuts, like_origin
+from tensorkv.arrays.outputs import CopyParts, CopyValues, GivenOuts, NewOuts, Together, like_origin
 from tensorkv.arrays.rows import is_rows, take_rows
 from tensorkv.arrays.slices import Slices, join_slices, take_slice
 from tensorkv.arrays.spec import KeySpec
@@ -86,12 +86,19 @@ class Call(native.Call):
         self._outs = outs = GivenOuts(self.verb, keys, self.out, skip_sparse=self.ignore_sparse)
         self.skipped = outs.skipped
 
-    def fill(self, spec: Callable[[str, Key], KeySpec], copy: CopyValues, copy_parts: CopyParts) -> None:
+    def fill(
+        self,
+        spec: Callable[[str, Key], KeySpec],
+        copy: CopyValues,
+        copy_parts: CopyParts,
+        together: Together,
+    ) -> None:
         """Have an engine fill the outs of a checked call.
 
         Args:
             spec: returns what an array for a key must be like.
             copy, copy_parts: write values, and parts of values.
+            together: a block in which both see the same values.
 
         Raises:
             KeyNotFoundError, ValueMismatchError: a key that is not there, or an out that does not fit.
@@ -102,7 +109,7 @@ class Call(native.Call):
             outs = NewOuts(self.verb, keys, [self.like_spec(spec(self.verb, key)) for key in keys])
         else:
             outs.check([spec(self.verb, key) for key in outs.keys])
-        outs.fill(copy, copy_parts)
+        outs.fill(copy, copy_parts, together)
         self._outs = outs
 
     def like_spec(self, spec: KeySpec) -> KeySpec:

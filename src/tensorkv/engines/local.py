@@ -114,11 +114,11 @@ class LocalRelease(ShardReader, ReleaseReader):
 
     def digest(self) -> str:
         self._renew()
-        return self._finder.digest(self.name)
+        return self._finder.digest(self.name, self._shard)
 
     def changes(self, since: str) -> Changes:
         self._renew()
-        base, found = self._finder.changes(self.name, since)
+        base, found = self._finder.changes(self.name, self._shard, since)
         return Changes(base, self.name, with_values(found, self._shard.pull))
 
     def close(self) -> None:
@@ -186,6 +186,12 @@ class LocalEngine(ShardReader, Engine):
     def pushpull_into(self, batch: Batch, outs: Outs, priority: int) -> None:
         with self._compressed(batch) as found:
             self._shard.pushpull(found, outs)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        # In the order in which a push takes these locks.
+        with self._compressing, self._shard.frozen():
+            yield
 
     def try_compiled(self, call: Call) -> bool:
         return (self._compressor.codec is None or call.verb == "pull") and self._shard.try_compiled(call)

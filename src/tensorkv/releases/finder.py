@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from tensorkv.arrays.arguments import Key
-from tensorkv.errors import ArgumentError, ReleaseNotFoundError, quote
+from tensorkv.errors import ArgumentError, ReleaseNotFoundError, SnapshotError, quote
 from tensorkv.shard.entry import FrozenEntry
 from tensorkv.shard.shard import Shard, ShardSnapshot
 
@@ -60,12 +60,13 @@ class ChangeFinder:
         self._lock = threading.Lock()
 
     def changes(
-        self, name: str, since: str | None, *, unknown_ok: bool = False
+        self, name: str, opened: Shard, since: str | None, *, unknown_ok: bool = False
     ) -> tuple[str | None, Sequence[KeyChange]]:
         """Return what has changed of each key in one release since another one.
 
         Args:
             name: of the release.
+            opened: its values, as the reader has opened them.
             since: name of the other one (None: return all values).
             unknown_ok: whether ``since`` may be one that was never published here.
 
@@ -74,10 +75,11 @@ class ChangeFinder:
 
         Raises:
             ReleaseNotFoundError: there never was a release ``since``, or ``name`` was dropped.
+            SnapshotError: a load has replaced the release.
             ArgumentError: ``since`` is newer than ``name``.
         """
         self._shard.refuse_reentry()
-        with self._lock, self._held(name) as new:
+        with self._lock, self._held(name, opened) as new:
             if since is None:
                 return None, self._compare(new, None)
             if not unknown_ok and self._shard.number_of_release(since) > self._shard.number_of_release(name):
@@ -98,25 +100,25 @@ class ChangeFinder:
                 self._found[name, since] = new, old, found
                 return since, found
 
-    def digest(self, name: str) -> str:
+    def digest(self, name: str, opened: Shard) -> str:
         """Return the digest of a release.
 
-        Raises:
-            ReleaseNotFoundError: it was dropped, or never published.
+        Args:
+            name, opened: as for ``changes``, and so are the errors.
         """
-        numbers = self.digests(name)
-        with self._held(name) as snapshot:
+        numbers = self.digests(name, opened)
+        with self._held(name, opened) as snapshot:
             return release_digest((key, entry.spec, numbers[key]) for key, entry in snapshot.held.items())
 
-    def digests(self, name: str) -> dict[Key, int]:
+    def digests(self, name: str, opened: Shard) -> dict[Key, int]:
         """Return the digest of what is held of each key of a release.
 
-        Raises:
-            ReleaseNotFoundError: it was dropped, or never published.
+        Args:
+            name, opened: as for ``changes``, and so are the errors.
         """
         found: dict[Key, int] = {}
         self._shard.refuse_reentry()
-        with self._lock, self._held(name) as snapshot:
+        with self._lock, self._held(name, opened) as snapshot:
             for entries in _groups(list(snapshot.held.values())):
                 firsts = [self._place_of(entry)[0] for entry in entries]
                 with snapshot.reading(entries):
@@ -159,11 +161,13 @@ class ChangeFinder:
                 del self._found[pair]
 
     @contextmanager
-    def _held(self, name: str) -> Iterator[ShardSnapshot]:
-        """Give the values of a release, which stays meanwhile."""
+    def _held(self, name: str, opened: Shard | None = None) -> Iterator[ShardSnapshot]:
+        """Give the values of a release, which stays meanwhile; raise if they are not those that were opened."""
         reader = secrets.token_hex(8)
         held = self._shard.hold_release(name, reader, _LEASE_S)
         try:
+            if opened is not None and opened is not held.snapshot:
+                raise SnapshotError(f"the release {quote(name)} that was open was replaced by load; open it again")
             yield held.snapshot
         finally:
             self._shard.let_go(name, reader)

@@ -63,10 +63,12 @@ class SavedReleases:
     Args:
         numbers: of each name that was used.
         held: the releases, from the oldest to the newest.
+        generation: that they begin when they are loaded.
     """
 
     numbers: Mapping[str, int]
     held: Sequence[SavedRelease]
+    generation: str = ""
 
 
 @dataclass(slots=True)
@@ -106,6 +108,8 @@ class Releases:
         self._last_number = 0
         self.numbers: dict[str, int] = {}
         """Of each release that was seen by readers, those that are gone included."""
+        self.generation = ""
+        """Differs after a load, which may bring other releases of the same names and numbers."""
 
     @property
     def next_number(self) -> int:
@@ -261,15 +265,16 @@ class Releases:
                 held.leases.clear()
             self._drop_expired()
 
-    def restore(self, numbers: dict[str, int], held: Sequence[HeldRelease]) -> None:
+    def restore(self, numbers: dict[str, int], held: Sequence[HeldRelease], generation: str = "") -> None:
         """Take over names and releases; snapshots that readers have stay readable."""
-        self.numbers = numbers
+        self.numbers, self.generation = numbers, generation
         self._last_number = max([*numbers.values(), *(each.number for each in held)], default=0)
         self._held = {each.name: each for each in held}
 
-    def replace(self, numbers: Mapping[str, int], held: Sequence[HeldRelease]) -> None:
+    def replace(self, numbers: Mapping[str, int], held: Sequence[HeldRelease], generation: str) -> None:
         """Drop all releases, those that are read included, and hold others; names that were used stay used."""
         self.close()
+        self.generation = generation
         self.numbers = {**self.numbers, **numbers}
         self._last_number = max(self._last_number, *numbers.values(), *(each.number for each in held), 0)
         self._held = {each.name: each for each in sorted(held, key=lambda each: each.number)}

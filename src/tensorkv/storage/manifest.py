@@ -101,7 +101,8 @@ def _describe_releases(releases: SavedReleases, tensors: Tensors) -> dict[str, A
                 copies.append(described if entry.note is None else {**described, "note": entry.note})
             keys.append([entry.key, place])
         held.append({"name": release.name, "number": release.number, "keys": keys})
-    return {"numbers": dict(releases.numbers), "copies": copies, "held": held}
+    found = {"numbers": dict(releases.numbers), "copies": copies, "held": held}
+    return {**found, "generation": releases.generation} if releases.generation else found
 
 
 def _describe_owed(source: Source, owed: Owed, tensors: Tensors) -> dict[str, Any]:
@@ -300,10 +301,13 @@ def _restore_owed(described: Any, entries: Mapping[Key, Entry], tensors: Tensors
 
 
 def _restore_releases(described: Any, present: Mapping[Key, Entry], tensors: Tensors) -> SavedReleases:
+    found: dict[str, Tensors] = {}
+    for name in [name for name in tensors if name.startswith(_RELEASE)]:
+        at, _, rest = name.removeprefix(_RELEASE).partition("/")
+        found.setdefault(at, {})[rest] = tensors.pop(name)
     copies = []
     for place, each in enumerate(_field(described, "copies", list)):
-        start = f"{_RELEASE}{place}/"
-        own = {name.removeprefix(start): tensors.pop(name) for name in list(tensors) if name.startswith(start)}
+        own = found.pop(str(place), {})
         copies.append(FrozenEntry(_restore_entry("store", each, own)))
         copies[-1].note = each.get("note")
         _check(not own, f"tensors that no release has: {', '.join(list(own)[:3])}")
@@ -318,9 +322,11 @@ def _restore_releases(described: Any, present: Mapping[Key, Entry], tensors: Ten
         held.append(SavedRelease(name, number, _restore_release(name, each, present, copies)))
     in_order = [each.number for each in held]
     _check(in_order == sorted(set(in_order)), "releases that are not in the order of their numbers")
+    _check(not found, f"tensors that no release has: {', '.join(list(found)[:3])}")
     used = {id(entry) for each in held for entry in each.entries}
     _check(all(id(copy) in used for copy in copies), "a value that no release has")
-    return SavedReleases(numbers, held)
+    generation = _field(described, "generation", str) if "generation" in described else ""
+    return SavedReleases(numbers, held, generation)
 
 
 def _restore_release(

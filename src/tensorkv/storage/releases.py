@@ -19,9 +19,9 @@ def describe(shard: Shard) -> tuple[dict[str, Any], manifest.Tensors]:
     """Return the releases of a shard, and the values that only they hold; a value that has not changed is not repeated.
 
     Returns:
-        ``{"numbers": of each name, "copies": manifests and notes, "held": releases}``. A release has, for each key,
-        the place of its copy, None if its value is the present one. Tensors are named as in a manifest, after
-        ``release/`` and the place of the copy.
+        ``{"numbers": of each name, "generation", "copies": manifests and notes, "held": releases}``. A release has,
+        for each key, the place of its copy, None if its value is the present one. Tensors are named as in a manifest,
+        after ``release/`` and the place of the copy.
     """
     copies: dict[int, int] = {}
     bodies: list[Any] = []
@@ -49,7 +49,8 @@ def describe(shard: Shard) -> tuple[dict[str, Any], manifest.Tensors]:
                 "keys": keys,
             }
         )
-    return {"numbers": shard.releases.numbers, "copies": bodies, "held": held}, tensors
+    of_all = {"numbers": shard.releases.numbers, "generation": shard.releases.generation}
+    return {**of_all, "copies": bodies, "held": held}, tensors
 
 
 def take_tensors(tensors: manifest.Tensors) -> list[manifest.Tensors]:
@@ -86,4 +87,5 @@ def restore(shard: Shard, data: Any, tensors: list[manifest.Tensors]) -> None:
         owner, attempt = str(each["owner"]), str(each["attempt"])
         is_visible = bool(each["is_visible"])
         held.append(HeldRelease(str(each["name"]), int(each["number"]), snapshot, owner, attempt, is_visible))
-    shard.releases.restore({str(name): int(number) for name, number in data["numbers"].items()}, held)
+    numbers = {str(name): int(number) for name, number in data["numbers"].items()}
+    shard.releases.restore(numbers, held, str(data.get("generation", "")))

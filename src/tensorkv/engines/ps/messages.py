@@ -366,7 +366,7 @@ class Publish(Message):
 
 @dataclass(kw_only=True)
 class ShowRelease(Message):
-    """Let readers see a release; reply with the names of all that stay, and its number. Sent to server 0.
+    """Let readers see a release; reply with the names of all that stay, and its number and generation. To server 0.
 
     Args:
         release: its name.
@@ -397,10 +397,12 @@ class KeepReleases(Message):
     Args:
         number: of the newest that may be dropped.
         releases: the names.
+        generation: of the releases on server 0; where others have been loaded meanwhile, nothing is dropped.
     """
 
     number: int
     releases: list[Any]
+    generation: str
 
 
 @dataclass(kw_only=True)
@@ -421,19 +423,21 @@ class WaitForRelease(Message):
 
 @dataclass(kw_only=True)
 class OpenRelease(Message):
-    """Hold a release for this client, and reply with its number, its keys, their versions and metadata.
+    """Hold a release for this client, and reply with its number and generation, its keys, versions and metadata.
 
     Args:
         release: its name.
         snapshot: the name under which it is held and read.
         lease_s: how long it stays after it was last read.
         known: the ``changes`` of an earlier reply; if they are the same, the keys and their metadata are left out.
+        generation: that the release has to be of, as an earlier reply has told (None: any).
     """
 
     release: str
     snapshot: str
     lease_s: float
     known: str | None = None
+    generation: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -724,11 +728,13 @@ class PushLayout:
     Args:
         keys: in order, each once.
         has_sums: whether all parts are sums, neither Rows nor slices nor words of a codec.
+        has_slices: whether some are slices.
         layout: of the request.
     """
 
     keys: tuple[Key, ...]
     has_sums: bool
+    has_slices: bool
     layout: bytes
 
     def parts(self, payload: Any, specs: Sequence[KeySpec], codec: Codec | None) -> list[Part]:
@@ -829,7 +835,7 @@ def push_layout(layout: bytes) -> PushLayout:
         )
     if len(set(keys)) < len(keys):
         raise ArgumentError("duplicate key in a push layout")
-    return PushLayout(keys, set(roles) == {"sum"}, layout)
+    return PushLayout(keys, set(roles) == {"sum"}, "bounds" in roles, layout)
 
 
 @lru_cache(maxsize=256)

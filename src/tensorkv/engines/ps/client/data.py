@@ -529,13 +529,15 @@ class DataClient:
             for key, parts, divisor in zip(batch.keys, batch.parts, divisors, strict=True)
         }
         for key, total in totals.items():
-            if isinstance(total, Slices):
-                self._nonfinite.check_slices(batch.name(key), total)
+            # Of whole arrays, servers check the sums over workers.
+            if isinstance(total, Slices) or not self._is_sync:
+                self._nonfinite.check_part(batch.name(key), total)
         requests = self._item_requests(batch, placed, totals, {}, None, must_complete=outs is not None)
         with self._sessions.take() as session:
             if len(requests) > 1:
-                # One server may have to refuse what others would apply.
-                self._send(session, self._slice_checks(totals, placed, must_complete=outs is not None))
+                # One server may have to refuse what others would apply. In mode sync it knows of this worker's alone.
+                complete = outs is not None and not self._is_sync
+                self._send(session, self._slice_checks(totals, placed, must_complete=complete))
             name = list_name(batch.keys) if self._is_sync else ""
             self.last_push = _result_of(self._send_push(session, name, requests)) or PushResult()
         if outs is not None:

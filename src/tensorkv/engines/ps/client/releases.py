@@ -18,13 +18,14 @@ from tensorkv.arrays.rows import Rows
 from tensorkv.engines.base import Outs, ReleaseReader, no_release
 from tensorkv.engines.call import Call
 from tensorkv.errors import (
-    IncompleteValueError,
     PushOutcomeUnknownError,
+    ReleaseExistsError,
     ReleaseNotFoundError,
     SnapshotError,
     TensorKVError,
     WaitTimeoutError,
     WorkerError,
+    quote,
 )
 from tensorkv.releases import elements
 from tensorkv.releases.changes import Changes, KeyChange, release_digest, with_values
@@ -49,6 +50,8 @@ from .session import ServerRequest, SessionPool
 from .snapshot import RemoteSnapshot, SnapshotClient, Told
 
 T = TypeVar("T")
+# How long to wait before a release is looked for again that not all servers had.
+_PAUSE_S = 0.01
 
 
 class ReleaseClient:
@@ -76,12 +79,24 @@ class ReleaseClient:
             return
         try:
             self._snapshots.commit_release(name, listed)
+        except ReleaseExistsError:
+            raise
+        except BaseException:
+            # A server has no room, slices are missing, a signal came ... Readers have not seen it.
+            self._forget(name)
+            raise
+        try:
             (told,) = self._ask([0], ShowRelease(release=name, keep=keep))
-        except (IncompleteValueError, SnapshotError):
-            # Slices are missing, it took too long, or a server was restarted meanwhile. Readers have not seen it.
-            self._ask(self.servers, Unpublish(release=name, missing_ok=True))
+        except SnapshotError:
+            # It took too long, or server 0 was restarted meanwhile.
+            self._forget(name)
             raise
         self._drop_others(told)
+
+    def _forget(self, name: str) -> None:
+        """Have servers drop a release that this client has begun, and that readers have not seen."""
+        with suppress(TensorKVError):
+            self._ask(self.servers, Unpublish(release=name, missing_ok=True))
 
     def unpublish(self, name: str) -> None:
         """Drop a release, once nobody reads it."""
@@ -91,8 +106,8 @@ class ReleaseClient:
     def _drop_others(self, told: ServerReply) -> None:
         """Have the other servers drop the releases that server 0 does not have any more."""
         if len(self.servers) > 1:
-            message = KeepReleases(number=told.head["number"], releases=told.head["releases"])
-            self._ask(self.servers[1:], message)
+            fields = {name: told.head[name] for name in ("number", "releases", "generation")}
+            self._ask(self.servers[1:], KeepReleases(**fields))
 
     def listed(self) -> list[tuple[str, int]]:
         """Return names and numbers of the releases, from the oldest to the newest."""
@@ -111,6 +126,8 @@ class ReleaseClient:
         try:
             with self.sessions.take() as session:
                 told = [reply.head for reply in session.send(requests)]
+            if len({each["generation"] for each in told}) > 1:
+                raise ReleaseNotFoundError(f"the release {quote(name)} is being replaced by load; open it again")
             return RemoteRelease(self, self._snapshots, name, token, lease_s, told, before)
         except TensorKVError:
             self._snapshots.drop(token)
@@ -125,10 +142,13 @@ class ReleaseClient:
             except (WaitTimeoutError, PushOutcomeUnknownError) as error:
                 # The latter if the server could not be reached all the time.
                 raise no_release(after, timeout_s) from error
-            # Others may have dropped it meanwhile.
+            # Others may have dropped it meanwhile, or a load may not have reached all servers.
             if told.head["name"] is not None:
                 with suppress(ReleaseNotFoundError):
                     return self.open(told.head["name"], lease_s)
+            if time.monotonic() >= deadline:
+                raise no_release(after, timeout_s)
+            time.sleep(_PAUSE_S)
 
     def _ask(self, servers: Sequence[int], message: Any, timeout_s: float | None = None) -> list[ServerReply]:
         with self.sessions.take() as session:
@@ -168,17 +188,15 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
         """The keys of which each server holds something."""
         RemoteSnapshot.__init__(self, snapshots, client.data, token, placed, versions)
         ReleaseReader.__init__(self, name, told[0]["number"], versions)
-        self._releases, self._lease_s = client, lease_s
+        self._releases, self._lease_s, self._generation = client, lease_s, told[0]["generation"]
 
     def _again(self, work: Callable[..., T], *args: Any) -> T:
         """Do work; if a server has been restarted and does not know this reader, open the release there once more."""
         try:
             return work(*args)
         except SnapshotError:
-            message = OpenRelease(release=self.name, snapshot=self._name, lease_s=self._lease_s)
-            told = self._releases.ask_for(message)
-            if any(each.head["number"] != self.number for each in told):
-                raise
+            fields = {"release": self.name, "snapshot": self._name, "generation": self._generation}
+            self._releases.ask_for(OpenRelease(lease_s=self._lease_s, **fields))
             return work(*args)
 
     def pull(self, call: Call) -> None:

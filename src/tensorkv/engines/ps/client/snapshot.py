@@ -174,7 +174,7 @@ class SnapshotClient:
                 message = replace(commit, wanted=wanted, number=number, attempt=attempt)
                 requests = [ServerRequest(server, message) for server in self._all]
                 return [(reply.head, reply.payload.clone()) for reply in session.send(requests)]
-            except TensorKVError:
+            except BaseException:
                 with suppress(TensorKVError):
                     session.send([ServerRequest(server, Abort()) for server in self._all])
                 raise

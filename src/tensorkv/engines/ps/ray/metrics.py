@@ -90,7 +90,7 @@ def _values(stats: Mapping[str, Any]) -> dict[str, float]:
 
 
 _SUMS = ("nbytes", "waits", "waited_s")
-_MOST = ("ahead", "most_ahead", "clients", "snapshots")
+_MOST = ("ahead", "most_ahead", "clients", "snapshots", "releases")
 
 
 def merge_stats(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

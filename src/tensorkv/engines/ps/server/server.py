@@ -20,7 +20,7 @@ import torch
 from tensorkv import errors
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import unpack
-from tensorkv.errors import ArgumentError, OptimizerError, TensorKVError, WorkerError, quote
+from tensorkv.errors import ArgumentError, OptimizerError, SnapshotError, TensorKVError, WorkerError, quote
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard.changes import RequestIds
 from tensorkv.shard.entry import Part
@@ -195,10 +195,17 @@ class Server:
         """Apply a push; a pull in the same request reads the values right after it."""
         keys = push_layout(request.layout).keys
         with self._change(request, keys) as ids:
-            if ids:
-                self._check_scale(request.message)
-            reply = self._state.push(request, ids) if ids else None
+            reply = self._apply(request, ids) if ids else None
         return reply or self._pushed(request, keys)
+
+    def _apply(self, request: Request[Push], ids: RequestIds, *, fill: bool = True) -> Reply | None:
+        """Apply a push; return what ``ServerState.push`` returns."""
+        self._check_scale(request.message)
+        reply = self._state.push(request, ids, fill=fill)
+        if push_layout(request.layout).has_slices:
+            # Of other pushes, the client knows what it has checked.
+            self._results[request.sender.client] = request.sender.seq, self._state.shard.last_push
+        return reply
 
     def _check_slices(self, request: Request[messages.CheckSlices]) -> Reply:
         items = unpack(request.layout, request.payload)
@@ -221,8 +228,7 @@ class Server:
                 self._wait_for_slow_workers(request.sender.rank, "")
             with self._change(request, keys) as ids:
                 if ids:
-                    self._check_scale(request.message)
-                    self._state.push(request, ids, fill=False)
+                    self._apply(request, ids, fill=False)
             self._wait_for_slow_workers(request.sender.rank, "; this push has been applied")
         return self._pushed(request, keys)
 
@@ -295,7 +301,8 @@ class Server:
         with self._condition:
             seq, result = self._results.get(request.sender.client, (0, PushResult()))
             # After a restart it is not known.
-            told = {"result": list(result)} if seq == request.sender.seq and any(result) else {}
+            is_told = seq == request.sender.seq and result != PushResult()
+            told = {"result": list(result)} if is_told else {}
             if not request.message.pulls:
                 return Reply(told)
             message = request.message
@@ -561,15 +568,17 @@ class Server:
 
     def _keep_releases(self, request: Request[messages.KeepReleases]) -> Reply:
         with self._change(request) as ids:
-            if ids:
+            if ids and request.message.generation == self._state.shard.releases.generation:
                 self._state.keep_releases(request.message.number, request.message.releases, ids)
         return Reply({})
 
     def _told_releases(self) -> Reply:
         """Reply with the releases that stay, and the number of the newest that others need not keep."""
-        held = self._state.shard.releases.lasting()
+        releases = self._state.shard.releases
+        held = releases.lasting()
         newest = max([each.number for each in held if each.is_visible], default=0)
-        return Reply({"releases": [each.name for each in held], "number": newest})
+        told = {"releases": [each.name for each in held], "number": newest, "generation": releases.generation}
+        return Reply(told)
 
     def _list_releases(self, request: Request[messages.ListReleases]) -> Reply:
         with self._condition:
@@ -593,22 +602,28 @@ class Server:
             # Server 0 says which ones readers see.
             if self.index > 0:
                 state.shard.releases.reveal(message.release)
+            generation = state.shard.releases.generation
+            if message.generation not in (None, generation):
+                raise SnapshotError(
+                    f"the release {quote(message.release)} that was open was replaced by load; open it again"
+                )
             owner = str(request.sender.owner)
             held = state.snapshots.open_release(message.snapshot, owner, message.release, message.lease_s)
-            return Reply({"number": held.number, **state.snapshots.describe(message.snapshot, message.known)})
+            listing = state.snapshots.describe(message.snapshot, message.known)
+            return Reply({"number": held.number, "generation": generation, **listing})
 
     def _find_changes(self, request: Request[messages.FindChanges]) -> Reply:
         message = request.message
         with self._condition:
-            self._state.snapshots.find(message.snapshot)
+            opened = self._state.snapshots.find(message.snapshot).shard
         # Pushes go on meanwhile.
-        base, found = self._state.changes.changes(message.release, message.since, unknown_ok=self.index > 0)
+        base, found = self._state.changes.changes(message.release, opened, message.since, unknown_ok=self.index > 0)
         return encode_changes(base, found, request.out)
 
     def _digests(self, request: Request[messages.Digests]) -> Reply:
         with self._condition:
-            self._state.snapshots.find(request.message.snapshot)
-        digests = self._state.changes.digests(request.message.release)
+            opened = self._state.snapshots.find(request.message.snapshot).shard
+        digests = self._state.changes.digests(request.message.release, opened)
         return Reply({"keys": list(digests)}, bytes_of(np.array(list(digests.values()), np.uint64).view(np.uint8)))
 
     # ------------------------------------------------------------ what workers owe

@@ -17,7 +17,7 @@ from typing import Any
 
 from tensorkv.arrays.arguments import Key
 from tensorkv.compression import Traffic
-from tensorkv.errors import ReleaseNotFoundError, SnapshotError, quote
+from tensorkv.errors import ReleaseNotFoundError, SnapshotError
 from tensorkv.shard.entry import FrozenEntry
 from tensorkv.shard.releases import HeldRelease
 from tensorkv.shard.shard import Shard, ShardSnapshot
@@ -168,8 +168,6 @@ class HeldSnapshots:
         self._shard, self._keep, self._traffic = shard, keep, traffic
         self._held: dict[str, _Held] = {}
         self._last_keys: _Keys | None = None
-        # What readers had open when a load replaced it by releases that may have the same names.
-        self._replaced: set[str] = set()
 
     def __len__(self) -> int:
         return sum(held.release is None for held in list(self._held.values()))
@@ -204,10 +202,7 @@ class HeldSnapshots:
 
         Raises:
             ReleaseNotFoundError: it was dropped, or never published.
-            SnapshotError: what was held under this name is another release now.
         """
-        if name in self._replaced:
-            raise SnapshotError(f"the release {quote(release)} that was open was replaced by load; open it again")
         found = self._shard.hold_release(release, name, lease_s)
         if name not in self._held:
             held = self._add(name, client, found.snapshot)
@@ -257,10 +252,9 @@ class HeldSnapshots:
             self._shard.let_go(held.release, name)
 
     def drop_replaced(self) -> None:
-        """Let go of all releases, which were replaced; their readers cannot go on with others of the same names."""
+        """Let go of all releases, which were replaced."""
         for name in [name for name, held in self._held.items() if held.release is not None]:
             self.drop(name)
-            self._replaced.add(name)
 
     def drop_expired(self) -> None:
         """Let go of releases that were not read for so long that their leases have ended."""

@@ -101,7 +101,8 @@ def create(type: str = "local", **options: Any) -> KVStore:
             store that is kept in a folder.
             ``dist_sync``: ``timeout_s``, ``shared_memory``.
             ``dist_async``: ``num_servers``, ``num_workers``, ``placement``, ``mode``, ``staleness``, ``path``,
-            ``durability``, ``keep``, ``heartbeat_timeout_s``, ``name``, ``address``, ``timeout_s``, ``insecure``.
+            ``durability``, ``spare``, ``keep``, ``heartbeat_timeout_s``, ``pull_dtype``, ``name``, ``address``,
+            ``timeout_s``, ``insecure``.
 
     Raises:
         EngineNotFoundError: the type is unknown.
@@ -365,7 +366,8 @@ class KVStore:
 
         def init_and_fill() -> None:
             self._engine.init(keys, taken, specs)
-            outs.fill(partial(self._engine.pull_into, priority=priority), self._engine.pull_regions)
+            copy = partial(self._engine.pull_into, priority=priority)
+            outs.fill(copy, self._engine.pull_regions, self._engine.together)
 
         self._engine.protect(init_and_fill)
         self._metrics.add("broadcast", start, keys, list(map(nbytes, outs.tensors)))
@@ -406,7 +408,8 @@ class KVStore:
             return self._pull_average_rows(start, check_key("pull_ema", key), row_ids)
         call = Call(self._metrics.of("pull_ema"), "pull_ema", key, None, out, 0, like)
         call.check()
-        self._engine.protect(call.fill, self._engine.spec, self._copy_averages, self._copy_parts_of_averages)
+        engine = self._engine
+        engine.protect(call.fill, engine.spec, self._copy_averages, self._copy_parts_of_averages, engine.together)
         return call.end()
 
     def _copy_averages(self, keys: list[Key], outs: list[list[torch.Tensor]]) -> None:
@@ -460,7 +463,7 @@ class KVStore:
 
         Raises:
             ArgumentError: two arrays of one name; a bare array without a prefix; a tree that contains itself; an
-                invalid ``rename``, or a ``dtype`` that is none of floating-point numbers.
+                invalid ``rename``, or a ``dtype`` that is not floating-point.
             TensorKVError: as ``init``; the messages name the path.
 
         >>> import numpy as np
@@ -600,7 +603,8 @@ class KVStore:
             restored.check([replace(spec, dtype=torch.float32) for spec in wide.values()])
             pairs = {name: blocks.empty_pair(spec.shape) for name, spec in wide.items()}
             for name, (values, scale_inv) in pairs.items():
-                given[name], given[name + blocks.SUFFIX] = values, scale_inv
+                own = given.get(name + blocks.SUFFIX)
+                given[name], given[name + blocks.SUFFIX] = values, scale_inv if own is None else [scale_inv, own]
             self.pull(list(given), out=list(given.values()))
 
             def copy(keys: list[Key], tensors: list[list[torch.Tensor]]) -> None:
@@ -691,6 +695,7 @@ class KVStore:
             leaves += pair
             given += pair
             names.append(name + blocks.SUFFIX)
+        trees.check_names(verb, names)
         return (flat if names == flat.names else replace(flat, names=names, leaves=leaves)), given
 
     @_collective
@@ -1053,11 +1058,11 @@ class KVStore:
 
         Raises:
             ArgumentError: the type or a parameter is unknown or out of range, or the store sends nothing.
-            OptimizerError, UpdaterError: the update rule refused what earlier gradients still owe.
+            OptimizerError, UpdaterError: the update rule refused the residuals of earlier gradients.
 
         From now on a push takes dense gradients of float32, float16 and bfloat16 for dense keys; Rows for tables,
         values of ``init``, and pulls are not compressed. A gradient with NaN or Inf is a ``NonFiniteError``. Where
-        the setting changes and there is an update rule, what is owed is pushed first, without compression.
+        the setting changes and there is an update rule, residuals are pushed first, without compression.
 
         >>> import numpy as np
         >>> kv = create()
@@ -1333,7 +1338,8 @@ class KVStore:
         """Return whether this type of store has a capability.
 
         Args:
-            name: ``"optimizer"``, ``"updater"``, ``"rows"``, ``"checkpoint"`` or ``"snapshot"``.
+            name: ``"optimizer"``, ``"updater"``, ``"rows"``, ``"checkpoint"``, ``"compression"``, ``"snapshot"`` or
+                ``"releases"``.
 
         Raises:
             ArgumentError: the capability is unknown.
@@ -1483,7 +1489,7 @@ class KVStore:
 
 
 class Snapshot:
-    """A read-only, consistent view of all values of a store.
+    """A read-only, consistent snapshot of all values of a store.
 
     ``KVStore.snapshot`` takes one. As a context manager a snapshot closes itself.
     """

@@ -143,7 +143,7 @@ def _in_blocks(verb: str, flat: Flat) -> Flat:
         except NonFiniteError as error:
             raise NonFiniteError(f"{verb}({quote(name)}): {error}") from None
         names.append(name + blocks.SUFFIX)
-    return replace(flat, names=_check_names(verb, names), leaves=leaves)
+    return replace(flat, names=check_names(verb, names), leaves=leaves)
 
 
 def state_of(module: torch.nn.Module) -> OrderedDict[str, Any]:
@@ -187,7 +187,7 @@ def _renamed(verb: str, flat: Flat, base: str, rename: Rename) -> Flat:
         if not isinstance(name, str):
             raise ArgumentError(f"{verb}: rename gives {quote(path)} the name {show(name)}; expected a str")
     return replace(
-        flat, names=_check_names(verb, [f"{base}.{name}" if base and name else base or name for name in names])
+        flat, names=check_names(verb, [f"{base}.{name}" if base and name else base or name for name in names])
     )
 
 
@@ -271,7 +271,8 @@ def is_below(name: str, prefix: str) -> bool:
     return not prefix or name == prefix or name.startswith(f"{prefix}.")
 
 
-def _check_names(verb: str, names: list[str]) -> list[str]:
+def check_names(verb: str, names: list[str]) -> list[str]:
+    """Return the names of arrays; raise ArgumentError if two are equal."""
     if len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise ArgumentError(
@@ -297,7 +298,7 @@ def _flatten_pytree(verb: str, tree_util: Any, tree: Any, base: str) -> Flat:
     if names is None:
         paths = [path for path, _ in tree_util.tree_flatten_with_path(tree)[0]]
         words = [[tree_util.keystr((key,), simple=True) for key in path] for path in paths]
-        names = _check_names(verb, [".".join([base, *path] if base else path) for path in words])
+        names = check_names(verb, [".".join([base, *path] if base else path) for path in words])
         keys = {type(key.key) for path in paths for key in path if isinstance(key, tree_util.DictKey)}
         if keys <= {str, int}:
             if len(_names) >= _MAX_NAMES:
@@ -317,7 +318,7 @@ def _flatten(verb: str, tree: Any, base: str) -> Flat:
     leaves: list[Any] = []
     # The tree is the only child of a list.
     (structure,) = _walk_all([tree], [base or None], names, leaves)
-    return Flat(_check_names(verb, names), leaves, structure, lambda given: _rebuild_all([structure], iter(given))[0])
+    return Flat(check_names(verb, names), leaves, structure, lambda given: _rebuild_all([structure], iter(given))[0])
 
 
 def _walk_all(below: Iterable[Any], paths: Iterable[str | None], names: list[str], leaves: list[Any]) -> list[Any]:

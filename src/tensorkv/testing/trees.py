@@ -99,6 +99,10 @@ class TreeContract:
             assert np.abs(into["w"] - value).max() <= np.abs(value).max() / 16
             pulled = kv.pull_tree(tree, prefix="net")
             assert np.array_equal(library.read(pulled["w"]), rounded(value))
+            both = {"w": np.empty((300, 200), F32), "w_scale_inv": np.full((3, 2), np.nan, F32)}
+            kv.pull_tree(into=both, prefix="net")
+            assert np.array_equal(both["w"], rounded(value))
+            assert np.array_equal(both["w_scale_inv"], kv.pull("net.w_scale_inv", like=np.empty(0)))
             part = np.empty((100, 50), F32)
             kv.pull_tree(into={"w": tensorkv.TensorSlice(part, (190, 100), (300, 200))}, prefix="net")
             assert np.array_equal(part, rounded(value)[190:290, 100:150])
@@ -125,6 +129,11 @@ class TreeContract:
             (lambda: kv.push_tree({"w": ones(3, 2)}), "TensorKVError", "w"),
             (lambda: kv.push_tree({"w": bad}), "TensorKVError", "w"),
             (lambda: kv.pushpull_tree({"w": ones(130, 2)}), "ArgumentError", "blocks of float8"),
+            (
+                lambda: kv.push_tree({"w": ones(130, 2), "w_scale_inv": ones(2, 1)}),
+                "ArgumentError",
+                "w_scale_inv|blocks",
+            ),
             (lambda: kv.pull_tree(into={"w": ones(3, 2)}), "ValueMismatchError", "shape"),
             (lambda: kv.pull_tree(into={"w": np.ones((130, 2), int)}), "ValueMismatchError", "int64"),
             (lambda: kv.pull("w", out=ones(130, 2)), "ValueMismatchError", "float8_e4m3fn"),

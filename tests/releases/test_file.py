@@ -102,13 +102,44 @@ def test_any_changed_byte_is_an_error(changes, tmp_path):
 def test_a_file_that_describes_something_else_is_refused(changes, tmp_path, change, said):
     path = tmp_path / "b.safetensors"
     tensorkv.save_changes(path, changes)
+    rewrite(path, change)
+    with pytest.raises(tensorkv.CheckpointError, match=said):
+        tensorkv.load_changes(path)
+
+
+def rewrite(path, change):
+    """Change what a file says of its data, which stay as they are."""
     with safetensors.safe_open(path, "np") as file:
         told = json.loads(file.metadata()["tensorkv"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     change(told)
     safetensors.numpy.save_file(tensors, path, {"tensorkv": json.dumps(told)})
-    with pytest.raises(tensorkv.CheckpointError, match=said):
-        tensorkv.load_changes(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "lie"),
+    [
+        ("after", float("inf")),
+        ("after", None),
+        ("gone", -1),
+        ("gone", 1.0),
+        ("before", 1 << 64),
+        ("before", "1"),
+        ("shape", [1 << 63]),
+        ("shape", [1 << 40, 1 << 40]),
+        ("shape", [1.5]),
+        ("shape", 7),
+        ("table", 3),
+        ("table", "yes"),
+    ],
+)
+def test_numbers_that_lie_are_refused(changes, tmp_path, field, lie):
+    path = tmp_path / "b.safetensors"
+    for place in range(len(changes)):
+        tensorkv.save_changes(path, changes)
+        rewrite(path, lambda told, place=place: told["keys"][place].update({field: lie}))
+        with pytest.raises(tensorkv.CheckpointError, match="cannot be read"):
+            tensorkv.load_changes(path)
 
 
 @pytest.mark.parametrize("places", [[3, 100], [3, -1], [77, 3], [3, 3]])
@@ -123,8 +154,9 @@ def test_indices_that_a_store_does_not_give_are_refused(changes, tmp_path, place
 def test_what_cannot_be_read_or_written(changes, tmp_path):
     with pytest.raises(tensorkv.CheckpointError, match="cannot be read"):
         tensorkv.load_changes(tmp_path / "missing")
-    with pytest.raises(tensorkv.CheckpointError, match="cannot be written"):
-        tensorkv.save_changes(tmp_path / "missing" / "b.safetensors", changes)
+    for path in (tmp_path / "missing" / "b.safetensors", ""):
+        with pytest.raises(tensorkv.CheckpointError, match="cannot be written"):
+            tensorkv.save_changes(path, changes)
     with pytest.raises(tensorkv.ArgumentError, match="got None"):
         tensorkv.save_changes(tmp_path / "b", None)
     safetensors.numpy.save_file({"w": np.zeros(2)}, tmp_path / "other.safetensors")

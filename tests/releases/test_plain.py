@@ -1,11 +1,13 @@
 """Changes of arrays that are all plain, which are written without Python's work for each."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
 
 import tensorkv
-from tensorkv.releases import changes
+from tensorkv.releases import changes, elements
 from tensorkv.shard import native
 
 pytestmark = pytest.mark.skipif(not native.can_look(), reason="needs the compiled part")
@@ -42,6 +44,46 @@ def copies(values, kind):
         return {key: torch.from_numpy(value.copy()) for key, value in values.items()}
     listed = [(key, value.copy()) for key, value in values.items()]
     return dict(listed[::-1] if kind == "reversed" else listed)
+
+
+class AlarmError(Exception):
+    """What a signal handler raises."""
+
+
+@pytest.mark.parametrize("base", [False, True], ids=["checked whole", "with a base"])
+def test_a_signal_handler_that_raises_leaves_no_array_half_written(releases, base, monkeypatch):
+    old, new, *_ = releases
+    monkeypatch.setattr(changes, "_SMALL_NUMEL", 50_000)
+    large = np.zeros(70_000, np.float32)
+    with tensorkv.create() as kv:
+        kv.init({**old, "large": large})
+        kv.publish("a")
+        kv.push({**new, "large": large + (np.arange(70_000) % 2).astype(np.float32)})
+        kv.publish("b")
+        with kv.open_release("a") as first, kv.open_release("b") as second:
+            found, digest = second.changes(since="a"), first.digest
+    exchange, fired = elements.exchange, []
+
+    def interrupted(*arguments):
+        number = exchange(*arguments)
+        fired.append(signal.raise_signal(signal.SIGALRM))
+        return number
+
+    def raise_alarm(*_):
+        raise AlarmError
+
+    monkeypatch.setattr(elements, "exchange", interrupted)
+    monkeypatch.setattr(changes, "_apply_plain", lambda *_: False)
+    mine = {**copies(old, "numpy"), "large": large.copy()}
+    before = signal.signal(signal.SIGALRM, raise_alarm)
+    try:
+        with pytest.raises(AlarmError):
+            tensorkv.apply_changes(mine, found, base=digest if base else None)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert fired
+    assert all(np.array_equal(mine[key], value) for key, value in new.items())
+    assert mine["large"].sum() == 35_000
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch", "reversed"])

@@ -18,7 +18,7 @@ from tensorkv.arrays.packing import flat_bytes
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.arrays.trees import Flat
 from tensorkv.errors import ArgumentError, ArrayTypeError, ReleaseMismatchError, ValueMismatchError, quote, show
-from tensorkv.runtime import _compat
+from tensorkv.runtime import _compat, shield
 from tensorkv.shard import native
 from tensorkv.shard.entry import FrozenEntry
 from tensorkv.shard.pool import Pool
@@ -299,7 +299,8 @@ def compare(pairs: Sequence[Pair], pool: Pool | None) -> list[KeyChange]:
         new = pair.new
         if pair.old is new:
             continue
-        if pair.old is not None and is_small(new) and elements.index_dtype(pair.numel) is torch.int32:
+        are_small = pair.old is not None and is_small(pair.old) and is_small(new)
+        if are_small and elements.index_dtype(pair.numel) is torch.int32:
             small.append(place)
         else:
             found[place] = _compare_one(pair, pool)
@@ -429,7 +430,7 @@ _pool = Pool()
 
 
 def apply_changes(tree: Any, changes: Changes, *, prefix: str = "", base: str | None = None) -> Any:
-    """Make arrays that hold one release hold the next one, bit by bit.
+    """Update arrays from one release to the next, bit for bit.
 
     On an error nothing has changed. Arrays that hold the newer release already, all or some of them, stay as they are,
     so changes may be applied again after an interruption.
@@ -465,6 +466,11 @@ def apply_changes(tree: Any, changes: Changes, *, prefix: str = "", base: str | 
     """
     if not isinstance(changes, Changes):
         raise ArgumentError(f"apply_changes: changes is {show(changes)}; expected what Release.changes returns")
+    # What a signal handler raises does not leave some arrays written and others not.
+    return shield.defer(_apply, tree, changes, prefix, base)
+
+
+def _apply(tree: Any, changes: Changes, prefix: str, base: str | None) -> Any:
     if base is not None and changes.base is not None and base not in (changes.base_digest, changes.digest):
         raise ReleaseMismatchError(
             f"apply_changes: base is {show(base)}, and the changes start from {quote(changes.base)} "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ _FORMAT = 1
 
 
 def save_changes(path: str | os.PathLike[str], changes: Changes) -> None:
-    """Write changes to a file, in place of one that is there; a reader sees the old file or the new one.
+    """Write changes to a file, atomically replacing an existing one.
 
     Args:
         path: of a safetensors file.
@@ -75,8 +76,8 @@ def save_changes(path: str | os.PathLike[str], changes: Changes) -> None:
         "keys": keys,
     }
     target = Path(path)
-    temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}.tmp")
     try:
+        temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}.tmp")
         data = safetensors.numpy.save(tensors, {"tensorkv": json.dumps(told)})
         try:
             with open(temporary, "xb") as file:
@@ -102,7 +103,7 @@ def load_changes(path: str | os.PathLike[str]) -> Changes:
         The changes. Arrays of JAX and CuPy come back as arrays of NumPy and torch, which need no device.
 
     Raises:
-        CheckpointError: the file cannot be read, is damaged, or is none of changes.
+        CheckpointError: the file cannot be read, is damaged, or does not contain changes.
     """
     try:
         with safetensors.safe_open(os.fspath(path), "np") as file:
@@ -151,20 +152,27 @@ def _describe(change: KeyChange) -> dict[str, Any]:
 
 def _restore(told: Any, number: int, tensors: dict[str, Any]) -> KeyChange:
     """Check and return a change; its tensors are taken out of ``tensors``."""
-    shape, dtype = torch.Size(told["shape"]), getattr(torch, told["dtype"], None)
-    if told["kind"] not in KINDS or dtype not in interop.DTYPES or any(size < 0 for size in shape):
-        raise ValueError(f"{told['key']!r} is not described as a change is")
+    key, sizes, is_table = check_key("load_changes", told["key"]), told["shape"], told["table"]
+    dtype: Any = getattr(torch, told["dtype"], None)
+    is_known = told["kind"] in KINDS and dtype in interop.DTYPES and type(is_table) is bool
+    # Of a table, only a row has to fit into memory.
+    if not is_known or not all(map(_is_number, sizes)) or math.prod(size or 1 for size in sizes[is_table:]) >= 1 << 58:
+        raise ValueError(f"{key!r} is not described as a change is")
+    digests = [told["before"], told["after"], told["gone"]]
+    if not all(map(_is_number, digests[told["before"] is None :])):
+        raise ValueError(f"{key!r} has the digests {digests!r:.100}")
     origin = interop.NUMPY if told["library"] in ("numpy", "jax") else interop.Origin("torch")
-    change = KeyChange(
-        check_key("load_changes", told["key"]), told["kind"], KeySpec(shape, dtype, origin, told["table"])
-    )
-    change.before = None if told["before"] is None else int(told["before"])
-    change.after, change.gone = int(told["after"]), int(told["gone"])
+    change = KeyChange(key, told["kind"], KeySpec(torch.Size(sizes), dtype, origin, is_table))
+    change.before, change.after, change.gone = digests
     has_places, has_content = told["has"]
     change.places = _take(tensors, f"indices/{number}") if has_places else None
     change.content = _take(tensors, f"values/{number}") if has_content else None
     change.check()
     return change
+
+
+def _is_number(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 1 << 64
 
 
 def _take(tensors: dict[str, Any], name: str) -> Bytes:

@@ -446,8 +446,9 @@ class ReleaseContract:
             assert {name: _read(kv, name) for name in before} == before
             kv.publish(self.at(f"after {turn}"))
             assert kv.releases()[-1].number > told[-1].number + turn
-        with pytest.raises((tensorkv.SnapshotError, tensorkv.ReleaseNotFoundError)):
-            reader.pull("a")
+        for read in (lambda: reader.pull("a"), lambda: reader.digest, lambda: reader.changes(since=names[0])):
+            with pytest.raises((tensorkv.SnapshotError, tensorkv.ReleaseNotFoundError)):
+                read()
         held = kv.releases()
         kv.load(tmp_path / "without")
         assert kv.releases() == held

@@ -147,9 +147,33 @@ def test_stores_that_do_not_fit():
     with tensorkv.create() as kv:
         kv.set_optimizer("sgd", lr=0.1)
         with pytest.raises(
-            tensorkv.OptimizerError, match="the store has an optimizer, and parameters are to be averaged"
+            tensorkv.OptimizerError, match="the store has an update rule, and parameters are to be averaged"
         ):
             LocalTrainer(net, kv, programs.inner_of(net), every=2, **AVERAGE)
-        kv.init("0.weight", np.zeros(2))
-        with pytest.raises(tensorkv.KeyExistsError):
+        with pytest.raises(
+            tensorkv.OptimizerError, match=r"LocalTrainer: the store's optimizer has lr 0.1 \(here 0.7\)"
+        ):
             LocalTrainer(net, kv, programs.inner_of(net), every=2)
+        assert kv.keys() == []
+        assert kv.optimizer["lr"] == 0.1
+
+
+@pytest.mark.parametrize("averages", [False, True])
+def test_an_updater_of_the_store_is_refused(averages):
+    net = programs.model()
+    with tensorkv.create(reduce="mean") as kv:
+        kv.set_updater(lambda key, received, stored: stored.add_(received))
+        with pytest.raises(tensorkv.OptimizerError, match="LocalTrainer: the store has an up"):
+            LocalTrainer(net, kv, programs.inner_of(net), every=2, **(AVERAGE if averages else {}))
+        assert kv.keys() == []
+
+
+@pytest.mark.parametrize("key", ["0.weight", 3])
+def test_keys_that_a_store_has_leave_it_without_an_optimizer(key):
+    net = programs.model()
+    with tensorkv.create() as kv:
+        kv.init(key, np.zeros(2))
+        with pytest.raises((tensorkv.KeyExistsError, tensorkv.KeyTypeError)):
+            LocalTrainer(net, kv, programs.inner_of(net), every=2)
+        assert kv.optimizer is None
+        assert kv.keys() == [key]

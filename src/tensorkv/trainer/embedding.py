@@ -177,7 +177,7 @@ class Embedding(TableLayer):
     Args:
         kv: the store; give it an optimizer with ``set_optimizer``.
         key: of the table. One that the store has is used as it is; else it is created. Workers of a store create the
-            layer together, and rank 0's ``init`` counts.
+            layer together, and rank 0's ``init`` is used.
         num_embeddings: rows of the table.
         embedding_dim: elements of a row.
         padding_idx: an id whose vector is zero and which is never updated.

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from tensorkv.errors import ArgumentError, KeyNotFoundError, KeyTypeError, OptimizerError, naming, quote, show
+from tensorkv.shard import optimizers
 from tensorkv.store import KVStore
 
 from .groups import parameters, trained
-from .updates import broadcast
+from .updates import broadcast, check_rule
 
 
 class LocalTrainer:
@@ -97,12 +98,14 @@ class LocalTrainer:
             hyperparameters = _with_defaults(hyperparameters)
         averages = outer == "sgd" and hyperparameters == {"lr": 1, "momentum": 0, "nesterov": False}
         self._averages = averages and kv._engine.joins_workers != "alone"
-        if self._averages:
-            if kv.optimizer is not None:
-                raise OptimizerError("LocalTrainer: the store has an optimizer, and parameters are to be averaged")
-        else:
-            kv.set_optimizer(outer, **hyperparameters)
+        if not self._averages:
+            with naming("LocalTrainer"):
+                check_rule(kv, optimizers.spec(outer, hyperparameters))
+        elif not kv._engine.assigns:
+            raise OptimizerError("LocalTrainer: the store has an update rule, and parameters are to be averaged")
         broadcast(kv, {key: [param] for key, param in self._params.items()})
+        if not self._averages:
+            kv.set_optimizer(outer, **hyperparameters)
         self._common = {key: param.detach().clone() for key, param in self._params.items()}
         self.steps = 0
         """Inner steps that were made."""

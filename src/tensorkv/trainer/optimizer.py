@@ -23,7 +23,7 @@ from .updates import StoreUpdate, WorkerUpdate
 
 
 class StoreOptimizer(torch.optim.Optimizer):
-    """The optimizer of a Trainer: pushes gradients, and has replicas pull what the store makes of them.
+    """The optimizer of a Trainer: pushes gradients and pulls the results into the replicas.
 
     ``Trainer.optimizer`` is one. It is a ``torch.optim.Optimizer``, so learning-rate schedulers, ``GradScaler`` and
     training frameworks take it. Its ``param_groups`` show the hyperparameters that are in force in the store. What is
@@ -38,7 +38,7 @@ class StoreOptimizer(torch.optim.Optimizer):
         replicas: modules with equal parameters.
         prefix: of the keys.
         params: the trained parameters of every replica, by key; ``add_param_group`` adds to it.
-        update: who updates.
+        update: applies the step, in the store or in the replicas.
         overlaps: whether gradients are pushed during backward.
         unused: as of ``Trainer``.
         buffers: None where each replica keeps its own.

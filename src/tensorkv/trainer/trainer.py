@@ -149,7 +149,7 @@ class Trainer:
         self.optimizer = StoreOptimizer(
             kv, replicas, prefix, self._params, self._update, overlaps=overlaps, unused=unused, buffers=kept
         )
-        """What steps, as a ``torch.optim.Optimizer`` for schedulers, ``GradScaler`` and training frameworks."""
+        """The ``torch.optim.Optimizer`` to give to schedulers, ``GradScaler`` and training frameworks."""
 
     def step(self) -> PushResult:
         """Push each parameter's gradients, summed over replicas, and update every replica.
@@ -268,9 +268,9 @@ class Trainer:
 
     @property
     def learning_rate(self) -> float:
-        """The ``lr`` of the first parameter group. Setting it counts at once, for every key of the store.
+        """The ``lr`` of the first parameter group. Setting it takes effect immediately, for every key of the store.
 
-        With ``update_on_store=False`` it counts for every group of the replicas' optimizers.
+        With ``update_on_store=False`` it takes effect for every group of the replicas' optimizers.
 
         Raises:
             OptimizerError: set to something else than a finite number of at least 0.
@@ -325,7 +325,7 @@ class Trainer:
             CheckpointError: not such a state, or one of other parameters or of another optimizer; nothing has changed.
 
         Limits: if the store updates, the versions of the trainer's keys start at 0 again, and the optimizer's
-        numbers count for the whole store. With several workers all call this together, and rank 0's state counts.
+        numbers are those of the whole store. With several workers all call this together, and rank 0's state is used.
         """
         if not isinstance(state_dict, Mapping) or state_dict.get("update_on_store") is not self._update.on_store:
             raise CheckpointError(

@@ -13,7 +13,7 @@ from torch import nn
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.keytable import KeyTable
 from tensorkv.arrays.rows import Rows
-from tensorkv.errors import ArgumentError, CheckpointError, OptimizerError, show
+from tensorkv.errors import ArgumentError, CheckpointError, OptimizerError, naming, show
 from tensorkv.shard import optimizers
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.nonfinite import clip
@@ -34,6 +34,19 @@ TableGradients = Mapping[Key, list[Rows]]
 def broadcast(kv: KVStore, params: Params) -> None:
     """Create the store's keys from the weights of the first replica, and copy them to every replica."""
     kv.broadcast(list(params), [replicas[0].detach() for replicas in params.values()], out=list(params.values()))
+
+
+def check_rule(kv: KVStore, spec: OptimizerSpec) -> None:
+    """Raise OptimizerError if a store has another update rule than an optimizer that is wanted."""
+    held, wanted = kv.optimizer, {"name": spec.name, **spec.to_numbers()}
+    if held is None and not kv._engine.assigns:
+        raise OptimizerError("the store has an updater; call set_updater(None) first, or use another store")
+    words = [word for word in {**(held or wanted), **wanted} if held and held.get(word) != wanted.get(word)]
+    if words:
+        differ = ", ".join(f"{word} {(held or wanted).get(word)!r} (here {wanted.get(word)!r})" for word in words)
+        raise OptimizerError(
+            f"the store's optimizer has {differ}; a store has one optimizer: give the same, or use another store"
+        )
 
 
 class StoreUpdate:
@@ -64,15 +77,8 @@ class StoreUpdate:
         self.groups = groups or [Group(list(params), {})]
         for group in self.groups:
             _check(spec, group.options)
-        self._wanted = {"name": spec.name, **spec.to_numbers()}
-        held = kv.optimizer or self._wanted
-        words = [word for word in {**held, **self._wanted} if held.get(word) != self._wanted.get(word)]
-        if words:
-            differ = ", ".join(f"{word} {held.get(word)!r} (here {self._wanted.get(word)!r})" for word in words)
-            raise OptimizerError(
-                f"Trainer: the store's optimizer has {differ}; a store has one optimizer: give the same, "
-                "or use another store"
-            )
+        with naming("Trainer"):
+            check_rule(kv, spec)
 
     def start(self) -> None:
         """Set the update rule, after the keys were created."""

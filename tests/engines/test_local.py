@@ -30,6 +30,34 @@ def test_aliases(name):
         assert kv.pushpull("w", [np.ones(2)] * 3).tolist() == [3, 3]
 
 
+@pytest.mark.parametrize("verb", ["pushpull", "pull"])
+def test_outs_that_are_parts_are_read_together_with_the_others(verb):
+    """No push of another thread comes between a call's push, its whole outs and its parts."""
+    with tensorkv.create() as kv, ThreadPoolExecutor(1) as pool:
+        kv.init("w", np.zeros(4))
+        other = []
+        pull_regions = kv._engine.pull_regions
+
+        def push_first(*arguments):
+            other.append(pool.submit(kv.push, "w", np.full(4, 2.0)))
+            with pytest.raises(TimeoutError):
+                other[0].result(0.1)
+            pull_regions(*arguments)
+
+        kv._engine.pull_regions = push_first
+        whole, part = np.empty(4), np.empty(2)
+        outs = [whole, tensorkv.TensorSlice(part, (1,), (4,))]
+        if verb == "pushpull":
+            kv.pushpull("w", np.ones(4), out=outs)
+        else:
+            kv.pull("w", out=outs)
+        other[0].result()
+        expected = 1 if verb == "pushpull" else 0
+        assert whole.tolist() == [expected] * 4
+        assert part.tolist() == [expected] * 2
+        assert kv.pull("w", like=whole).tolist() == [2] * 4
+
+
 def test_threads_create_the_keys_of_a_tree_at_the_same_time():
     with tensorkv.create() as kv, ThreadPoolExecutor(4) as pool:
         for turn in range(50):

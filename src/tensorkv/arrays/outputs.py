@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ CopyValues = Callable[[list[Key], list[list[torch.Tensor]]], Any]
 """Writes the values of keys into tensors."""
 CopyParts = Callable[[list[Key], list[Region], list[list[torch.Tensor]]], Any]
 """Writes a part of the value of each key, which may come repeatedly, into tensors."""
+Together = Callable[[], AbstractContextManager[Any]]
+"""Makes a block in which values and parts of values are read as they are at one moment."""
 
 
 class GivenOuts:
@@ -92,8 +95,8 @@ class GivenOuts:
                         f"hold the key's {interop.dtype_name(spec.dtype)}; give an out of the same {kind}"
                     )
 
-    def fill(self, copy: CopyValues, copy_parts: CopyParts) -> None:
-        """Have values, and parts of values, written."""
+    def fill(self, copy: CopyValues, copy_parts: CopyParts, together: Together = nullcontext) -> None:
+        """Have values, and parts of values, written, in a block in which both are the same values."""
         whole: list[list[torch.Tensor]] = [[] for _ in self.keys]
         parts: list[tuple[Key, Region, list[torch.Tensor]]] = []
         for key, tensors, slices, own in zip(self.keys, self.tensors, self._slices, whole, strict=True):
@@ -102,9 +105,10 @@ class GivenOuts:
                     own.append(tensor)
                 else:
                     parts.append((key, part.region, [tensor]))
-        copy(self.keys, whole)
-        if parts:
-            copy_parts(*map(list, zip(*parts, strict=True)))
+        with together() if parts else nullcontext():
+            copy(self.keys, whole)
+            if parts:
+                copy_parts(*map(list, zip(*parts, strict=True)))
         self.finish()
 
     def finish(self) -> None:
@@ -156,7 +160,7 @@ class NewOuts:
     def check(self, specs: Sequence[KeySpec]) -> None:
         """Do nothing: they are what their keys ask for."""
 
-    def fill(self, copy: CopyValues, copy_parts: CopyParts) -> None:
+    def fill(self, copy: CopyValues, copy_parts: CopyParts, together: Together = nullcontext) -> None:
         """Have values written."""
         copy(self.keys, self.tensors)
 

@@ -25,8 +25,8 @@ class TensorSlice:
     """An array that is a part of a value.
 
     A pull into it fills it with that part, and no more than that leaves a server. A push of slices updates the value
-    when they are all there: together they have each of its elements once. Until then the value cannot be read. A
-    ``DTensor`` is taken as the part that this process has of it; what several processes have, the first of them pushes.
+    when together they cover each of its elements exactly once. Until then the value cannot be read. A ``DTensor``
+    stands for its local shard; of a shard that several processes have, the first of them pushes it.
 
     Args:
         array: of any library, as an out of ``pull`` may be.

@@ -113,15 +113,15 @@ class NonFinitePolicy:
         scale, result = clip(squares, clipping, found_inf)
         return Decided(taken, [[each] for each in wanted], scale, result)
 
-    def check_slices(self, name: str, slices: Slices) -> None:
-        """Raise NonFiniteError if a slice is not finite and the mode is ``"raise"``; other modes look at whole sums.
+    def check_part(self, name: str, part: Any) -> None:
+        """Raise NonFiniteError if a part is not finite and the mode is ``"raise"``; other modes look at whole sums.
 
         Args:
             name: of the call and the key, for messages.
-            slices: in the dtype of the key, in which a number may be Inf.
+            part: a tensor, Rows or Slices, in the dtype of the key, in which a number may be Inf.
         """
         if self._mode == "raise":
-            count = sum(reduce.count_nonfinite(value) for value in slices.values)
+            count = sum(map(reduce.count_nonfinite, part.values)) if isinstance(part, Slices) else count_nonfinite(part)
             self.left_out({0: count}, [name], is_whole=True)
 
     @property

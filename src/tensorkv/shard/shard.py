@@ -852,7 +852,7 @@ class Shard(native.ShardFields):
             found = {**copies, **{each.key: each for each in present}}
             snapshot = ShardSnapshot(self, [found[each.key] for each in release.entries])
             held.append(HeldRelease(release.name, release.number, snapshot, is_visible=True))
-        self.releases.replace(saved.numbers, held)
+        self.releases.replace(saved.numbers, held, saved.generation)
 
     def saved_releases(self, *, visible_only: bool = True) -> SavedReleases:
         """Return the releases for a checkpoint, while ``frozen`` holds the shard.
@@ -970,7 +970,7 @@ class Shard(native.ShardFields):
             if isinstance(own[0], Slices)
         }
         for key, each in cast.items():
-            self._nonfinite.check_slices(batch.name(key), each)
+            self._nonfinite.check_part(batch.name(key), each)
         keys: list[Key] = []
         parts: list[list[Any]] = []
         whole: list[Entry] = []

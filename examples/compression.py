@@ -6,7 +6,7 @@ optimizer is SGD without momentum: one that remembers gradients takes those that
 
     python examples/compression.py
 
-It writes compression.png. Needs scikit-learn and matplotlib: pip install '.[demo]'
+It writes compression.png. Needs scikit-learn and matplotlib: pip install '.[examples]'
 """
 
 from __future__ import annotations

@@ -4,12 +4,13 @@
 #     sudo examples/two_hosts.sh [--hosts N] COMMAND...
 #
 # Each host has a network, process ids, a name and shared memory of its own; a switch joins them. On the first one a
-# head of Ray is started, on the others a node each, all with a new token; then COMMAND runs on every host at once, with
-# RAY_ADDRESS and RANK set (the first host has rank 0). For example:
+# head of Ray is started, on the others a node each, all with a new token; then COMMAND runs on every host at the same
+# time, with the variables that torchrun sets (the first host has rank 0) and RAY_ADDRESS. So both "dist_sync" and
+# "dist_async" find the others. For example:
 #
 #     sudo examples/two_hosts.sh .venv/bin/python -c '
 #     import os, numpy, tensorkv
-#     kv = tensorkv.create("dist_async", num_servers=2, num_workers=2)
+#     kv = tensorkv.create("dist_async", num_servers=2)
 #     kv.init("w", numpy.zeros(3)); kv.barrier(); kv.push("w", numpy.ones(3)); kv.barrier()
 #     print(os.uname().nodename, kv.pull("w"), [server["host"] for server in kv.stats()["servers"]])
 #     kv.close()'
@@ -70,6 +71,7 @@ for number in $(seq "$hosts"); do
         > "$home/ray$number" 2>&1 || { cat "$home/ray$number" >&2; exit 1; }
 done
 
+export WORLD_SIZE=$hosts MASTER_ADDR=10.213.9.1 MASTER_PORT=29500 GLOO_SOCKET_IFNAME=eth0
 for number in $(seq 2 "$hosts"); do
     RANK=$((number - 1)) on "$number" "$@" &
     programs+=($!)

@@ -53,9 +53,12 @@ def test_every_example_is_tested():
 
 ON_A_HOST = """
 import os, numpy, tensorkv
-kv = tensorkv.create("dist_async", num_servers=2, num_workers=2, mode="sync")
+kv = tensorkv.create("dist_async", num_servers=2, mode="sync")
 kv.init("w", numpy.zeros(3))
-total = kv.pushpull("w", numpy.full(3, int(os.environ["RANK"]) + 1.0))
+total = kv.pushpull("w", numpy.full(3, kv.rank + 1.0))
+with tensorkv.create("dist_sync") as both:
+    both.init("w", numpy.zeros(3))
+    assert both.pushpull("w", numpy.full(3, both.rank + 1.0)).tolist() == total.tolist()
 print(os.uname().nodename, total.tolist(), [server["host"] for server in kv.stats()["servers"]], flush=True)
 kv.close()
 """
@@ -83,11 +86,11 @@ def test_no_codec_costs_accuracy(tmp_path):
 
 # The guide to publishing weights, which runs in make test, has readers, too.
 @pytest.mark.release
-def test_readers_see_increasing_versions_and_consistent_snapshots(tmp_path):
+def test_readers_see_consistent_releases_each_newer_than_the_last(tmp_path):
     readers = amount(2, 3)
     lines = run("publish_weights.py", tmp_path, READERS=readers)
-    assert lines[-1] == f"all {readers} readers saw increasing versions and consistent snapshots, up to version 20"
-    told = [re.fullmatch(r"reader (\d): \d+ versions, increasing, consistent: ([\d ]+)", line) for line in lines]
+    assert lines[-1] == f"all {readers} readers saw consistent releases, each newer than the last, up to epoch-20"
+    told = [re.fullmatch(r"reader (\d): \d+ releases, increasing, consistent: ([\d ]+)", line) for line in lines]
     seen = {int(match[1]): list(map(int, match[2].split())) for match in told if match}
     assert sorted(seen) == list(range(readers))
     for versions in seen.values():

@@ -11,14 +11,14 @@ TensorKVError
 ├── NonFiniteError         (ValueError)    NaN or Inf pushed to a store with nonfinite="raise"
 ├── OptimizerError         (ValueError)    an unknown optimizer, an invalid hyperparameter, a value it cannot update
 ├── UpdaterError           (RuntimeError)  an updater that called its store, or returned an array
-├── CheckpointError        (ValueError)    a checkpoint that is damaged, does not fit, or cannot be written
+├── CheckpointError        (ValueError)    a checkpoint or file of changes that is damaged, misfits or cannot be written
 ├── StorageError           (RuntimeError)  a store's folder that could not be opened, read or written
 ├── SnapshotError          (RuntimeError)  a snapshot that was dropped, or one more than the store keeps
 ├── ReleaseNotFoundError   (KeyError)      a release that was never published, or was dropped
 ├── ReleaseExistsError     (ValueError)    a second release of one name
 ├── ReleaseMismatchError   (ValueError)    changes that are applied to other values than those they start from
 ├── EngineNotFoundError    (ValueError)    an unknown type of store
-├── WorkerMismatchError    (RuntimeError)  desync: dist_sync workers that did not make the same call
+├── WorkerMismatchError    (RuntimeError)  desync: workers that did not make the same call
 ├── RankDeadError          (RuntimeError)  a dist_sync worker that died, stalled or ended early
 ├── WorkerError            (RuntimeError)  another worker's failure inside a call of all workers
 ├── ServerDeadError        (RuntimeError)  a parameter server that has ended, with the values that it held
@@ -73,7 +73,7 @@ class ValueMismatchError(TensorKVError, ValueError):
 
 
 class IncompleteValueError(TensorKVError, RuntimeError):
-    """A value of which some slices of a push have come and others are missing; or such a push that did not fit."""
+    """Some slices of a value were pushed and others are missing, or the slices of a push do not complete it."""
 
 
 class NonFiniteError(TensorKVError, ValueError):
@@ -89,7 +89,7 @@ class UpdaterError(TensorKVError, RuntimeError):
 
 
 class CheckpointError(TensorKVError, ValueError):
-    """A checkpoint is damaged, not tensorkv's, does not fit the store, or cannot be written."""
+    """A checkpoint, or a file of changes, is damaged, not tensorkv's, does not fit, or cannot be written."""
 
 
 class StorageError(TensorKVError, RuntimeError):
@@ -97,7 +97,7 @@ class StorageError(TensorKVError, RuntimeError):
 
 
 class SnapshotError(TensorKVError, RuntimeError):
-    """A snapshot was dropped, or the store keeps as many as it may."""
+    """A snapshot was dropped or has expired, or the store holds the maximum number."""
 
 
 class ReleaseNotFoundError(TensorKVError, KeyError):
@@ -119,7 +119,7 @@ class EngineNotFoundError(TensorKVError, ValueError):
 
 
 class WorkerMismatchError(TensorKVError, RuntimeError):
-    """Workers that must make the same calls in the same order did not; the store refuses work from then on."""
+    """Workers that must make the same calls in the same order did not; ``dist_sync`` refuses work from then on."""
 
 
 class RankDeadError(TensorKVError, RuntimeError):

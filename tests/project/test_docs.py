@@ -111,7 +111,7 @@ def run_block(block: Block, file: str, namespace: dict[str, Any]) -> None:
     """Run one Python block: as a doctest where it has prompts, else as a script."""
     if not block.text.lstrip().startswith(">>>"):
         # Blank lines in front make line numbers in tracebacks those of the Markdown file.
-        exec(compile("\n" * (block.line - 1) + block.text, file, "exec"), namespace)
+        exec(compile("\n" * (block.line - 1) + block.text, file, "exec", dont_inherit=True), namespace)
         return
     test = doctest.DocTestParser().get_doctest(block.text, namespace, file, file, block.line - 1)
     report: list[str] = []

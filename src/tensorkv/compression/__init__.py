@@ -9,6 +9,7 @@ from .codec import Codec as Codec
 from .codec import Floats as Floats
 from .codec import Words as Words
 from .codec import names as names
+from .codec import owe as owe
 from .codec import parse as parse
 from .codec import register as register
 from .compressor import Compressor as Compressor

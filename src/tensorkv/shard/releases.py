@@ -261,8 +261,6 @@ class Releases:
         held = self._held.get(name)
         if held is not None:
             held.is_kept = False
-            if not held.is_visible:
-                held.leases.clear()
             self._drop_expired()
 
     def restore(self, numbers: dict[str, int], held: Sequence[HeldRelease], generation: str = "") -> None:

@@ -219,12 +219,12 @@ class Embedding(TableLayer):
             ValueMismatchError: an id is out of range.
             TensorKVError: as ``KVStore.row_sparse_pull``.
         """
-        rows, places, padding = self._pull(ids)
+        rows, places, _ = self._pull(ids)
         if rows.is_cpu:
             # The same, with a gradient that takes a third of the time; on CUDA that would be added in no fixed order.
             vectors = rows.index_select(0, places.reshape(-1)).reshape(*places.shape, rows.shape[1])
         else:
-            vectors = functional.embedding(places, rows, padding_idx=padding)
+            vectors = functional.embedding(places, rows)
         return vectors.to(self.dtype)
 
 

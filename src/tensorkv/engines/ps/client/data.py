@@ -646,14 +646,17 @@ class DataClient:
             message = Pull(checksum=each.checksum, snapshot=snapshot, in_place=True)
             requests.append(ServerRequest(each.server, message, each.keys, reply_nbytes=16 * each.num_keys))
         replies = self._send(session, requests) if requests else []
-        read = []
+        begun, read = [], set()
         for each, reply in zip(layouts, replies, strict=True):
-            with suppress(OSError):
-                each.scatter(session.values_in_place(each.server, reply), outs, self._pool)
-                read.append(each.server)
-        ends = [ServerRequest(server, EndRead(snapshot=snapshot)) for server in read]
+            if reply.head["in_place"] is not None:
+                begun.append(each.server)
+                # A read that was begun is ended also where the memory cannot be opened here.
+                with suppress(OSError):
+                    each.scatter(session.values_in_place(each.server, reply), outs, self._pool)
+                    read.add(each.server)
+        ends = [ServerRequest(server, EndRead(snapshot=snapshot)) for server in begun]
         held = self._send(session, ends) if ends else []
-        return {server for server, reply in zip(read, held, strict=True) if reply.head["held"]}
+        return read & {server for server, reply in zip(begun, held, strict=True) if reply.head["held"]}
 
     def _count_pulled(self, layout: Layout) -> None:
         """Count pulled values if they travel in fewer bytes than they have."""

@@ -246,9 +246,11 @@ class HeldSnapshots:
     def drop(self, name: str) -> None:
         """Let go of what is held under a name."""
         held = self._held.pop(name, None)
-        if held is not None and held.release is None:
+        if held is None:
+            return
+        if held.release is None:
             held.snapshot.close()
-        elif held is not None and held.release is not None:
+        else:
             self._shard.let_go(held.release, name)
 
     def drop_replaced(self) -> None:

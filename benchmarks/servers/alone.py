@@ -152,8 +152,8 @@ def readers_section(found: Mapping[str, Any]) -> list[str]:
     return section(
         "Readers",
         f"Readers on one host, each a process, pull one value of {nbytes_text(found['value_nbytes'])} that does not "
-        f"change. The server wrote it out {found['copies']} time{'s' if found['copies'] > 1 else ''} for "
-        f"{found['pulls']} pulls.",
+        f"change. The server wrote it out {found['copies']} time{'' if found['copies'] == 1 else 's'} for "
+        f"{found['pulls']} pulls: readers copy it from where it is.",
         ["readers at once", "p50 of a pull, ms", "p90, ms"],
         rows,
     )

@@ -163,8 +163,8 @@ class Reader(Servers):
 
     def found(self) -> dict[str, Any]:
         """Return how often the server has written the values out, and how many pulls it has answered."""
-        verbs = self._kv.stats()["server_verbs"]
-        return {"copies": verbs["pull"]["calls"], "pulls": verbs["wait_for_version"]["calls"]}
+        pulls = self._kv.stats()["server_verbs"]["pull"]
+        return {"copies": pulls["nbytes"] // self.work.value_nbytes, "pulls": pulls["calls"]}
 
 
 class AsyncMXNet(Worker, MXNet):

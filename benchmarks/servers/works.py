@@ -80,7 +80,7 @@ def recoveries(*, quick: bool) -> list[Serving]:
 
 def readers(count: int, *, quick: bool) -> Serving:
     """Return the value that so many workers read."""
-    return Serving(1, (100_000 if quick else 25_000_000,), count, topic="readers")
+    return Serving(1, (1_000_000 if quick else 25_000_000,), count, topic="readers")
 
 
 # How many batches of rows take turns. Steps are multiples of a power of 2, so that the right rows have no rounding.

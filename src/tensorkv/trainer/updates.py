@@ -39,11 +39,13 @@ def broadcast(kv: KVStore, params: Params) -> None:
 def check_rule(kv: KVStore, spec: OptimizerSpec) -> None:
     """Raise OptimizerError if a store has another update rule than an optimizer that is wanted."""
     held, wanted = kv.optimizer, {"name": spec.name, **spec.to_numbers()}
-    if held is None and not kv._engine.assigns:
+    if held is None and kv._engine.assigns:
+        return
+    if held is None:
         raise OptimizerError("the store has an updater; call set_updater(None) first, or use another store")
-    words = [word for word in {**(held or wanted), **wanted} if held and held.get(word) != wanted.get(word)]
+    words = [word for word in {**held, **wanted} if held.get(word) != wanted.get(word)]
     if words:
-        differ = ", ".join(f"{word} {(held or wanted).get(word)!r} (here {wanted.get(word)!r})" for word in words)
+        differ = ", ".join(f"{word} {held.get(word)!r} (here {wanted.get(word)!r})" for word in words)
         raise OptimizerError(
             f"the store's optimizer has {differ}; a store has one optimizer: give the same, or use another store"
         )

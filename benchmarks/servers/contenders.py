@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from time import perf_counter
+from time import monotonic, perf_counter, sleep
 from typing import Any, ClassVar
 
 import numpy as np
@@ -119,9 +119,18 @@ class Killer(Servers):
         """Wait until the server, and its spare if it has one, have been started."""
         import ray
 
+        until = monotonic() + _TIMEOUT_S
         for name in ray.util.list_named_actors(all_namespaces=True):
-            if name["name"].startswith(f"{self._name}/"):
-                ray.get(ray.get_actor(**name).place.remote(), timeout=_TIMEOUT_S)
+            is_there = not name["name"].startswith(f"{self._name}/")
+            while not is_there:
+                try:
+                    ray.get(ray.get_actor(**name).place.remote(), timeout=_TIMEOUT_S)
+                    is_there = True
+                except ray.exceptions.ActorUnavailableError:
+                    # It is being started again.
+                    if monotonic() > until:
+                        raise
+                    sleep(0.05)
 
     def check(self) -> None:
         for out in self.outs:

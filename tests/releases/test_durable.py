@@ -32,6 +32,8 @@ def test_releases_are_there_after_a_crash(tmp_path, log_nbytes):
     for file in path.iterdir():
         if file.name != "lock":
             (copy / file.name).write_bytes(file.read_bytes())
+    # A thread of it may still write a snapshot, and has files open.
+    kv.close()
     for _ in range(2):
         with tensorkv.create(path=copy, log_nbytes=log_nbytes) as again:
             assert [(each.name, each.number) for each in again.releases()] == [("step-7", 7), ("step-8", 8)]

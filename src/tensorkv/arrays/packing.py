@@ -18,8 +18,8 @@ from . import interop
 from .arguments import Key
 
 _DTYPES = {interop.dtype_name(dtype): dtype for dtype in interop.DTYPES}
-# Made once: json.dumps makes one for each call.
-_ENCODER = json.JSONEncoder(separators=(",", ":"))
+COMPACT = json.JSONEncoder(separators=(",", ":"))
+"""Writes JSON without spaces; ``json.dumps`` would make an encoder for each call."""
 
 
 class LayoutError(ValueError):
@@ -169,7 +169,7 @@ def encode_layout(tensors: Iterable[tuple[Key, str, torch.dtype, Sequence[int]]]
 
 def encode_slot(key: Key, role: str, dtype: torch.dtype, shape: Sequence[int]) -> bytes:
     """Return what the layout says of one tensor."""
-    return _ENCODER.encode([key, role, interop.dtype_name(dtype), list(shape)]).encode()
+    return COMPACT.encode([key, role, interop.dtype_name(dtype), list(shape)]).encode()
 
 
 def join_slots(slots: Iterable[bytes]) -> bytes:
@@ -194,7 +194,7 @@ def join_layout(
     >>> join_layout(["w", "b", "c"], [("sum", torch.int8, [3]), ("sum", torch.float32, [])], [1, 0, 0])
     b'[["w","sum","float32",[]],["b","sum","int8",[3]],["c","sum","int8",[3]]]'
     """
-    ends = [_ENCODER.encode([role, interop.dtype_name(dtype), list(shape)])[1:] for role, dtype, shape in kinds]
+    ends = [COMPACT.encode([role, interop.dtype_name(dtype), list(shape)])[1:] for role, dtype, shape in kinds]
     parts = [f"[{key},{ends[number]}" for key, number in zip(json_keys(keys), numbers, strict=True)]
     return f"[{','.join(parts)}]".encode()
 

@@ -89,6 +89,11 @@ class KeyChange:
             found = found.reshape(self.spec.shape)
         return interop.give(found, self.spec.origin)
 
+    @property
+    def come(self) -> int:
+        """Of ``"elements"``, the digest of what they are."""
+        return elements.subtract(elements.add(self.gone, self.after), self.before or 0)
+
     def check(self) -> None:
         """Raise ValueError if indices and values do not fit the kind of change and the value."""
         spec = self.spec
@@ -535,7 +540,6 @@ class _PlainChanges(NamedTuple):
         places = {name: place for place, name in enumerate(names)}
         pieces = np.zeros((len(changed), 3), np.int64)
         pieces[:, 0] = [places[each.key] for each in changed]
-        come = [elements.subtract(elements.add(each.gone, each.after), each.before or 0) for each in changed]
         return cls(
             cells,
             names,
@@ -545,7 +549,7 @@ class _PlainChanges(NamedTuple):
             elements.join_bytes(each.places for each in changed),
             elements.join_bytes(each.content for each in changed),
             np.array([each.gone for each in changed], np.uint64),
-            np.array(come, np.uint64),
+            np.array([each.come for each in changed], np.uint64),
         )
 
 
@@ -783,8 +787,7 @@ def _content(work: _Work) -> Bytes:
 def _check_gone(work: _Work, found: int, base: str) -> None:
     """Raise if the elements that were written were neither those of the older release nor those of the newer one."""
     change = work.change
-    come = elements.subtract(elements.add(change.gone, change.after), change.before or 0)
-    if found not in (change.gone, come):
+    if found not in (change.gone, change.come):
         raise _mismatch(change.key, base)
 
 

@@ -31,7 +31,7 @@ Tensors = dict[str, torch.Tensor]
 
 _DTYPES = {interop.dtype_name(dtype): dtype for dtype in interop.DTYPES}
 # How the names of tensors begin that only releases have; the place of the copy and a slash follow.
-_RELEASE = "release/"
+RELEASE = "release/"
 # States that torch computes divisors from, and what they can be at most.
 _COUNTERS = {"step": torch.finfo(torch.float32).max, "mu_product": 1.0}
 
@@ -97,7 +97,7 @@ def _describe_releases(releases: SavedReleases, tensors: Tensors) -> dict[str, A
             if place == len(copies):
                 own: Tensors = {}
                 described = _describe_entry("store", entry, own)
-                tensors |= {f"{_RELEASE}{place}/{name}": tensor for name, tensor in own.items()}
+                tensors |= {f"{RELEASE}{place}/{name}": tensor for name, tensor in own.items()}
                 copies.append(described if entry.note is None else {**described, "note": entry.note})
             keys.append([entry.key, place])
         held.append({"name": release.name, "number": release.number, "keys": keys})
@@ -300,11 +300,17 @@ def _restore_owed(described: Any, entries: Mapping[Key, Entry], tensors: Tensors
     return (key, worker), Owed(residual.numpy(), memory)
 
 
-def _restore_releases(described: Any, present: Mapping[Key, Entry], tensors: Tensors) -> SavedReleases:
+def take_copies(tensors: Tensors) -> dict[str, Tensors]:
+    """Remove the tensors of values that only releases have, and return them by the place of the value."""
     found: dict[str, Tensors] = {}
-    for name in [name for name in tensors if name.startswith(_RELEASE)]:
-        at, _, rest = name.removeprefix(_RELEASE).partition("/")
-        found.setdefault(at, {})[rest] = tensors.pop(name)
+    for name in [name for name in tensors if name.startswith(RELEASE)]:
+        place, _, own = name.removeprefix(RELEASE).partition("/")
+        found.setdefault(place, {})[own] = tensors.pop(name)
+    return found
+
+
+def _restore_releases(described: Any, present: Mapping[Key, Entry], tensors: Tensors) -> SavedReleases:
+    found = take_copies(tensors)
     copies = []
     for place, each in enumerate(_field(described, "copies", list)):
         own = found.pop(str(place), {})

@@ -12,8 +12,6 @@ from tensorkv.shard.shard import Shard, ShardSnapshot
 
 from . import manifest
 
-_PREFIX = "release/"
-
 
 def describe(shard: Shard) -> tuple[dict[str, Any], manifest.Tensors]:
     """Return the releases of a shard, and the values that only they hold; a value that has not changed is not repeated.
@@ -37,7 +35,7 @@ def describe(shard: Shard) -> tuple[dict[str, Any], manifest.Tensors]:
             if place == len(bodies):
                 body, own = manifest.describe("store", [entry], Assign())
                 bodies.append({"body": body, "note": entry.note})
-                tensors |= {f"{_PREFIX}{place}/{name}": tensor for name, tensor in own.items()}
+                tensors |= {f"{manifest.RELEASE}{place}/{name}": tensor for name, tensor in own.items()}
             keys.append([key, place])
         held.append(
             {
@@ -55,11 +53,8 @@ def describe(shard: Shard) -> tuple[dict[str, Any], manifest.Tensors]:
 
 def take_tensors(tensors: manifest.Tensors) -> list[manifest.Tensors]:
     """Remove the tensors of releases from those of a snapshot, and return them by the place of the copy."""
-    found: dict[int, manifest.Tensors] = {}
-    for name in [name for name in tensors if name.startswith(_PREFIX)]:
-        place, _, own = name.removeprefix(_PREFIX).partition("/")
-        found.setdefault(int(place), {})[own] = tensors.pop(name)
-    return [found.get(place, {}) for place in range(len(found))]
+    found = manifest.take_copies(tensors)
+    return [found.get(str(place), {}) for place in range(len(found))]
 
 
 def restore(shard: Shard, data: Any, tensors: list[manifest.Tensors]) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key, check_key
-from tensorkv.arrays.packing import Item, decode_layout, join_layout, unpack
+from tensorkv.arrays.packing import COMPACT, Item, decode_layout, join_layout, unpack
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.slices import Slices
 from tensorkv.arrays.spec import KeySpec
@@ -31,8 +31,6 @@ from tensorkv.shard.entry import Part
 # Bytes of the head and of the layout, before both.
 _SIZES = struct.Struct("<II")
 _ALIGN = 16
-# ``json.dumps`` would make one for each message.
-_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 # The dtypes in which values of float32 and float64 may be pulled.
 PULL_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -675,7 +673,7 @@ def join(head: Mapping[str, Any], layout: bytes = b"[]", payload: Any = b"") -> 
     >>> split(join({"verb": "pull"}, b'["w"]'))[:2]
     ({'verb': 'pull'}, b'["w"]')
     """
-    text = _ENCODER.encode(head).encode()
+    text = COMPACT.encode(head).encode()
     if len(payload):
         # The payload is to begin where every dtype may.
         text += b" " * (-(_SIZES.size + len(text) + len(layout)) % _ALIGN)

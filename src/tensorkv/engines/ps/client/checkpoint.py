@@ -105,7 +105,8 @@ def scatter(contents: Contents, keymap: KeyMap, num_servers: int) -> list[Server
         placed = [held[entry.key] for entry in entries]
     copies = _place_copies(contents, dict(zip([entry.key for entry in entries], placed, strict=True)), keymap)
     requests = []
-    generation = secrets.token_hex(8)
+    # Of all servers: what was open before is not taken for a release of the same name.
+    releases = contents.releases and replace(contents.releases, generation=secrets.token_hex(8))
     for server in range(num_servers):
         mine, metadata, pieces = [], {}, dict[int, Entry]()
         for entry, each in zip(entries, placed, strict=True):
@@ -121,7 +122,7 @@ def scatter(contents: Contents, keymap: KeyMap, num_servers: int) -> list[Server
                 frozen.note = each.to_metadata()
         # Beside the keys that it has, a server may have numbers for others of its own.
         own_rule = rule if kind == "keys" else _own_rule(rule, {entry.key for entry in mine})
-        own_releases = _pieces_of(contents.releases, pieces, generation)
+        own_releases = _pieces_of(releases, pieces)
         body, tensors = manifest.describe(kind, mine, own_rule, releases=own_releases)
         items = [Item(name, "tensor", tensor) for name, tensor in tensors.items()]
         requests.append(ServerRequest.of_tensors(server, Restore(body=body, metadata=metadata), pack(items)))
@@ -147,13 +148,12 @@ def _place_copies(
     return [(each, where[each.key, each.spec.shape, each.spec.dtype, each.spec.is_table]) for each in copies.values()]
 
 
-def _pieces_of(releases: SavedReleases | None, pieces: Mapping[int, Entry], generation: str) -> SavedReleases | None:
+def _pieces_of(releases: SavedReleases | None, pieces: Mapping[int, Entry]) -> SavedReleases | None:
     """Return what one server holds of releases.
 
     Args:
         releases: of whole values.
         pieces: of the server, by the identity of the whole entry.
-        generation: of all servers.
     """
     if releases is None:
         return None
@@ -161,7 +161,7 @@ def _pieces_of(releases: SavedReleases | None, pieces: Mapping[int, Entry], gene
         replace(each, entries=[pieces[id(entry)] for entry in each.entries if id(entry) in pieces])
         for each in releases.held
     ]
-    return replace(releases, held=held, generation=generation)
+    return replace(releases, held=held)
 
 
 def _join(placement: KeyPlacement, pieces: Sequence[Entry]) -> Entry:

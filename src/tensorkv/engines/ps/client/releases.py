@@ -195,8 +195,10 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
         try:
             return work(*args)
         except SnapshotError:
-            fields = {"release": self.name, "snapshot": self._name, "generation": self._generation}
-            self._releases.ask_for(OpenRelease(lease_s=self._lease_s, **fields))
+            message = OpenRelease(
+                release=self.name, snapshot=self._name, lease_s=self._lease_s, generation=self._generation
+            )
+            self._releases.ask_for(message)
             return work(*args)
 
     def pull(self, call: Call) -> None:

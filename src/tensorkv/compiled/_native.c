@@ -85,9 +85,12 @@ static int take_step(Buffers *buffers, PyObject *given, Numbers *numbers, Step *
     return (*num_columns = take_columns(buffers, listed, columns)) < 0 ? -1 : 0;
 }
 
-static inline void fetch(uint64_t address, size_t nbytes) {
-    for (size_t at = 0; at < nbytes && at < FETCHED_NBYTES; at += LINE_NBYTES)
-        __builtin_prefetch((const char *)(uintptr_t)address + at, 1);
+static inline void fetch_to_write(const char *address, size_t nbytes) {
+    for (size_t at = 0; at < nbytes && at < FETCHED_NBYTES; at += LINE_NBYTES) __builtin_prefetch(address + at, 1);
+}
+
+static inline void fetch_to_read(const char *address, size_t nbytes) {
+    for (size_t at = 0; at < nbytes && at < FETCHED_NBYTES; at += LINE_NBYTES) __builtin_prefetch(address + at);
 }
 
 static PyObject *run_columns(PyObject *module, PyObject *args) {
@@ -125,7 +128,8 @@ static PyObject *run_columns(PyObject *module, PyObject *args) {
         if (first >= last) continue;
         /* Rows of a table lie anywhere in memory. */
         for (Py_ssize_t i = 0; i < num_step_columns && key + FETCHED_AHEAD < keys; i++)
-            fetch(step_columns[i][key + FETCHED_AHEAD], (size_t)counts[key + FETCHED_AHEAD] * ITEMSIZES[dtype]);
+            fetch_to_write((const char *)(uintptr_t)step_columns[i][key + FETCHED_AHEAD],
+                           (size_t)counts[key + FETCHED_AHEAD] * ITEMSIZES[dtype]);
         for (Py_ssize_t i = 0; i < num_parts; i++) part_addresses[i] = (const char *)(uintptr_t)part_columns[i][key];
         for (Py_ssize_t i = 0; i < num_outs; i++) out_addresses[i] = (char *)(uintptr_t)out_columns[i][key];
         if (num_step_columns) item.value = (char *)(uintptr_t)step_columns[0][key];
@@ -474,22 +478,24 @@ PyDoc_STRVAR(cell_doc, "What the compiled part reads and writes of a key: its va
 
 typedef struct {
     PyObject_HEAD
+    /* What every call reads comes first. */
     PyObject *value, *bound;
     unsigned long long named; /* by which call last */
     char is_plain, is_remote; /* remote: the value is only described, and is elsewhere */
     char is_new;              /* the state was made for the next step */
     int owner;                /* of the whole, if there is just one; else DIVIDED, or NOBODY of one without elements */
-    long long version;
+    PyObject *whole;          /* NULL or None: the value is not a part of another */
+    PyObject *frozen;         /* what snapshots hold of the key as it is now; NULL or None: nothing */
+    PyObject *incomplete;     /* slices of a push that has not come as a whole; NULL or None: there are none */
     size_t own_first, own_numel; /* the elements of the whole that are the value */
-    unsigned long long digest;   /* of the key */
-    Plain plain;                 /* of the whole, if ``is_plain``, as of when ``bound`` was the value */
-    PyObject *whole, *borders;   /* NULL or None: the value is not a part of another */
-    PyObject *frozen;            /* what snapshots hold of the key as it is now; NULL or None: nothing */
-    PyObject *incomplete;        /* slices of a push that has not come as a whole; NULL or None: there are none */
-    PyObject *state, *spec, *bound_states[MAX_STATES + 1];
+    long long version;
+    unsigned long long digest; /* of the key */
+    PyObject *state;
     PyObject *block; /* has the state, which is no dict yet: a tuple of the states' names and what makes the dict */
-    size_t place, offset, placed_nbytes; /* in the block: which key, its first element, and the bytes of its value */
     char *state_addresses[MAX_STATES + 1]; /* of ``bound_states``, the last of which counts steps */
+    Plain plain; /* of the whole, if ``is_plain``, as of when ``bound`` was the value */
+    PyObject *borders, *spec, *bound_states[MAX_STATES + 1];
+    size_t place, offset, placed_nbytes; /* in the block: which key, its first element, and the bytes of its value */
 } Cell;
 
 static PyTypeObject *cell_type;
@@ -674,16 +680,21 @@ static const Plain *plain_of(Cell *cell) {
 
 /* ------------------------------------------------------------ calls */
 
-/* The work of one call for one key. There may be many, so that they are short: what cells have is not repeated. */
+/* The work of one call for one key. What is read of cells again and again is repeated here: works lie one after another,
+ * and the cells of many keys do not stay in the cache. */
 typedef struct {
     PyObject *key;
     Cell *cell;
     const Numbers *numbers; /* of the optimizer; NULL: no step */
+    char *value;            /* as the cell's ``plain``: of the whole */
+    size_t numel, own_first, own_numel;
     uint32_t first_part, num_parts, first_out, num_outs; /* places in ``addresses`` and ``dtypes`` */
-    unsigned char num_states, counts_steps;
+    int owner;
+    unsigned char dtype, num_states, counts_steps;
 } Work;
 
-enum { FEW = 8 };
+/* How many items ahead the processor is told what it will need, so that it does not wait for memory. */
+enum { FEW = 8, AHEAD = 12 };
 
 typedef struct {
     Work *works;
@@ -703,13 +714,24 @@ static unsigned long long num_calls;
 
 static size_t outs_end(const Work *work) { return (size_t)work->first_out + work->num_outs; }
 
+/* Repeat what a cell that is plain has. */
+static void take_value(Work *work) {
+    const Cell *cell = work->cell;
+    work->value = cell->plain.address;
+    work->numel = (size_t)cell->plain.numel;
+    work->dtype = (unsigned char)cell->plain.dtype;
+    work->own_first = cell->own_first;
+    work->own_numel = cell->own_numel;
+    work->owner = cell->owner;
+}
+
 static char *counter_of(const Work *work) {
     return work->numbers != NULL && work->counts_steps ? work->cell->state_addresses[MAX_STATES] : NULL;
 }
 
-/* The work of a key as the kernels take it. */
-static Item item_of_work(const Calls *calls, const Work *work) {
-    Item item = {.value = work->cell->plain.address,
+/* The work of a key as the kernels take it. Always inline: to copy what was just written keeps the processor waiting. */
+__attribute__((always_inline)) static inline Item item_of_work(const Calls *calls, const Work *work) {
+    Item item = {.value = work->value,
                  .parts = (const char *const *)calls->addresses + work->first_part,
                  .outs = calls->addresses + work->first_out,
                  .out_dtypes = calls->dtypes + work->first_out,
@@ -717,10 +739,10 @@ static Item item_of_work(const Calls *calls, const Work *work) {
                  .num_outs = work->num_outs,
                  .divisor = calls->averages ? (double)work->num_parts : 0};
     /* Elements are counted from the beginning of the whole. */
-    int dtype = work->cell->plain.dtype, place = work->numbers == NULL ? MAX_STATES : place_of_average(work->numbers);
+    int dtype = work->dtype, place = work->numbers == NULL ? MAX_STATES : place_of_average(work->numbers);
     for (int i = 0; work->numbers != NULL && i < work->num_states; i++) {
         size_t itemsize = i == place && is_low(dtype) ? sizeof(float) : ITEMSIZES[dtype];
-        item.states[i] = (char *)((uintptr_t)work->cell->state_addresses[i] - work->cell->own_first * itemsize);
+        item.states[i] = (char *)((uintptr_t)work->cell->state_addresses[i] - work->own_first * itemsize);
     }
     return item;
 }
@@ -735,8 +757,12 @@ static int begin_calls(Calls *calls, size_t num_keys) {
 }
 
 static void free_calls(Calls *calls) {
-    for (size_t i = 0; i < calls->num_addresses; i++) Py_XDECREF(calls->arrays[i]);
+    for (size_t i = 0; i < calls->num_addresses; i++) {
+        if (i + AHEAD < calls->num_addresses) __builtin_prefetch(calls->arrays[i + AHEAD], 1);
+        Py_XDECREF(calls->arrays[i]);
+    }
     for (size_t i = 0; i < calls->num_keys; i++) {
+        if (i + AHEAD < calls->num_keys) __builtin_prefetch(calls->works[i + AHEAD].cell, 1);
         Py_XDECREF(calls->works[i].key);
         Py_XDECREF((PyObject *)calls->works[i].cell);
     }
@@ -789,9 +815,6 @@ static Py_ssize_t length_of(PyObject *list) {
     return PyTuple_CheckExact(list) ? PyTuple_Size(list) : -1;
 }
 
-/* How many items ahead the processor is told what it will need, so that it does not wait for memory. */
-enum { AHEAD = 12 };
-
 /* An item of a list, which may have become shorter; NULL if it is not there. */
 static PyObject *item_ahead(PyObject *list, Py_ssize_t index) {
     return index < length_of(list) ? item_of(list, index) : NULL;
@@ -822,7 +845,16 @@ static void fetch_array(PyObject *list, Py_ssize_t index) {
 /* Have the processor fetch the cell of a key that is looked at soon. */
 static void fetch_cell(const Calls *calls, size_t index) {
     const char *cell = index < calls->num_keys ? (const char *)calls->works[index].cell : NULL;
-    for (int line = 0; line < 3 && cell != NULL; line++) __builtin_prefetch(cell + 64 * line);
+    for (int line = 0; line < 4 && cell != NULL; line++) __builtin_prefetch(cell + 64 * line);
+}
+
+/* Have the processor fetch the beginning of a key's parts, which are soon read, and of its outs, which are written. */
+static void fetch_arrays(const Calls *calls, size_t index, int reads, int writes) {
+    const Work *work = index < calls->num_keys ? &calls->works[index] : NULL;
+    if (work == NULL) return;
+    size_t nbytes = work->numel * ITEMSIZES[work->dtype];
+    for (size_t i = work->first_part; i < work->first_out && reads; i++) fetch_to_read(calls->addresses[i], nbytes);
+    for (size_t i = work->first_out; i < outs_end(work) && writes; i++) fetch_to_write(calls->addresses[i], nbytes);
 }
 
 /* Whether no tensor in an array, a list, or a list of lists is lazily negated, if that has to be asked; ``look_at`` sees
@@ -1114,7 +1146,7 @@ static int are_apart(const Calls *calls) {
             int is_out = i >= work->first_out, is_own = 0;
             for (size_t j = work->first_out; !is_out && j < end; j++)
                 is_own |= calls->addresses[j] == calls->addresses[i] && calls->dtypes[j] == calls->dtypes[i];
-            size_t nbytes = (size_t)work->cell->plain.numel * ITEMSIZES[calls->dtypes[i]];
+            size_t nbytes = work->numel * ITEMSIZES[calls->dtypes[i]];
             uintptr_t start = (uintptr_t)calls->addresses[i];
             if (nbytes && !is_own) spans[count++] = (Span){start, start + nbytes, is_out};
         }
@@ -1144,7 +1176,7 @@ typedef struct {
     unsigned long long number;
     double scale;      /* of all gradients, beside rescale_grad */
     ExactSum *squares; /* of the sums; NULL: not asked for */
-    int is_list, pushes, pulls, is_remote, is_frozen, has_new_outs, is_done;
+    int is_list, pushes, pulls, is_remote, has_wholes, is_frozen, has_new_outs, is_done;
     char past_cache;
 } Batch;
 
@@ -1165,14 +1197,35 @@ static void batch_dealloc(Batch *batch) {
     Py_DECREF(type);
 }
 
-/* Find the cell of a key that the call has not named before; whether there is one. */
-static int take_key(Work *work, PyObject *entries, PyObject *key) {
+/* Find what there is of a key; whether there is something. It is not held yet. */
+static int find_key(Work *work, PyObject *entries, PyObject *key) {
     /* Lists may have become shorter while other threads ran. */
     if (key == NULL || (!PyUnicode_CheckExact(key) && !PyLong_CheckExact(key))) return 0;
-    PyObject *found = PyDict_GetItemWithError(entries, key);
-    if (found == NULL || !PyObject_TypeCheck(found, cell_type)) return 0;
-    work->key = Py_NewRef(key);
-    work->cell = (Cell *)Py_NewRef(found);
+    work->key = key;
+    work->cell = (Cell *)PyDict_GetItemWithError(entries, key);
+    __builtin_prefetch(work->cell, 1);
+    return work->cell != NULL;
+}
+
+/* Hold the key of the next work, and its cell; whether it is one. */
+static int hold_key(Calls *calls) {
+    Work *work = &calls->works[calls->num_keys];
+    if (!PyObject_TypeCheck((PyObject *)work->cell, cell_type)) return 0;
+    Py_INCREF(work->key);
+    Py_INCREF((PyObject *)work->cell);
+    calls->num_keys++;
+    return 1;
+}
+
+/* Find and hold the cells of all keys; whether there is one for each. */
+static int take_keys(Calls *calls, PyObject *entries, PyObject *keys) {
+    Py_ssize_t length = length_of(keys), count = length < 0 ? 1 : length, behind = count < AHEAD ? count : AHEAD;
+    /* A cell is held when it has come into the cache. No code of Python runs meanwhile. */
+    for (Py_ssize_t i = 0; i < count + behind; i++) {
+        if (length >= 0) __builtin_prefetch(item_ahead(keys, i + AHEAD));
+        if (i < count && !find_key(&calls->works[i], entries, length < 0 ? keys : item_ahead(keys, i))) return 0;
+        if (i >= behind && !hold_key(calls)) return 0;
+    }
     return 1;
 }
 
@@ -1184,7 +1237,9 @@ static int take_work(Batch *batch, Work *work, PyObject *value, PyObject *out, P
     if (plain == NULL || cell->named == batch->number || is_there(cell->incomplete)) return 0;
     if ((batch->pushes && value == NULL) || (batch->pulls && out == NULL)) return 0;
     cell->named = batch->number;
+    take_value(work);
     batch->is_remote |= cell->is_remote;
+    batch->has_wholes &= has_whole(cell);
     batch->is_frozen |= is_there(cell->frozen);
     work->first_part = (uint32_t)calls->num_addresses;
     if (batch->pushes) {
@@ -1259,17 +1314,14 @@ static PyObject *new_batch(PyObject *entries, PyObject *keys, PyObject *values, 
         batch->flat_outs = Py_NewRef(outs);
     }
     batch->scale = 1;
+    batch->has_wholes = 1;
     batch->is_list = length >= 0;
     batch->pushes = values != Py_None;
     batch->pulls = outs != Py_None;
     batch->values = value_flat;
     batch->outs = out_flat;
     batch->number = ++num_calls;
-    for (Py_ssize_t i = 0; i < count; i++) {
-        if (length >= 0) __builtin_prefetch(item_ahead(keys, i + AHEAD));
-        if (!take_key(&batch->calls.works[i], entries, length < 0 ? keys : item_ahead(keys, i))) goto not_plain;
-        batch->calls.num_keys = (size_t)i + 1;
-    }
+    if (!take_keys(&batch->calls, entries, keys)) goto not_plain;
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *value = length < 0 || is_flat || !batch->pushes ? values : item_ahead(values, i);
         PyObject *out = length < 0 || is_flat || !batch->pulls ? outs : item_ahead(outs, i);
@@ -1314,6 +1366,7 @@ static int is_current(Batch *batch) {
         Work *work = &batch->calls.works[i];
         if (PyDict_GetItemWithError(batch->entries, work->key) != (PyObject *)work->cell) return 0;
         if (work->cell->value != work->cell->bound || is_there(work->cell->incomplete)) return 0;
+        take_value(work);
         if (batch->step == Py_None) continue;
         PyObject *own = batch->own_steps == Py_None ? NULL : PyDict_GetItemWithError(batch->own_steps, work->key);
         if (!bind_states(work, own == NULL ? batch->step : own)) return 0;
@@ -1334,15 +1387,17 @@ static void run_range(Batch *batch, size_t start, size_t stop) {
     size_t before = 0;
     for (size_t i = 0; i < batch->calls.num_keys && before < stop; i++) {
         const Work *work = &batch->calls.works[i];
-        size_t numel = (size_t)work->cell->plain.numel;
+        size_t numel = work->numel;
         size_t first = start > before ? start - before : 0, last = stop - before < numel ? stop - before : numel;
         before += numel;
         if (first >= last) continue;
+        fetch_cell(&batch->calls, i + AHEAD);
+        fetch_arrays(&batch->calls, i + FETCHED_AHEAD, 1, !batch->past_cache);
         Step step;
         Item item = item_of_work(&batch->calls, work);
         /* The value, too. */
         item.num_past_cache = batch->past_cache ? item.num_outs + 1 : 0;
-        run_item(&item, work->cell->plain.dtype, step_for(batch, work, &step), first, last);
+        run_item(&item, work->dtype, step_for(batch, work, &step), first, last);
     }
 #if defined(__x86_64__)
     if (batch->past_cache) _mm_sfence();
@@ -1389,7 +1444,7 @@ static void count_done(Batch *batch, int is_update, const char *left_out) {
 /* The bytes of the arrays of a key. */
 static size_t moved_by(const Calls *calls, const Work *work) {
     size_t nbytes = 0;
-    for (size_t i = work->first_part; i < outs_end(work); i++) nbytes += (size_t)work->cell->plain.numel * ITEMSIZES[calls->dtypes[i]];
+    for (size_t i = work->first_part; i < outs_end(work); i++) nbytes += work->numel * ITEMSIZES[calls->dtypes[i]];
     return nbytes;
 }
 
@@ -1426,7 +1481,7 @@ static PyObject *batch_sums(Batch *batch, void *closure) {
 static PyObject *batch_numel(Batch *batch, void *closure) {
     size_t numel = 0;
     (void)closure;
-    for (size_t i = 0; i < batch->calls.num_keys; i++) numel += (size_t)batch->calls.works[i].cell->plain.numel;
+    for (size_t i = 0; i < batch->calls.num_keys; i++) numel += batch->calls.works[i].numel;
     return PyLong_FromSize_t(numel);
 }
 
@@ -1447,7 +1502,7 @@ static PyObject *batch_run(Batch *batch, PyObject *args) {
 /* Make means of the sums: each is divided by the number of its parts; whether all are of floating-point numbers. */
 static int average(Batch *batch) {
     for (size_t i = 0; i < batch->calls.num_keys; i++)
-        if (batch->calls.works[i].cell->plain.dtype > BFLOAT16) return 0;
+        if (batch->calls.works[i].dtype > BFLOAT16) return 0;
     return batch->calls.averages = 1;
 }
 
@@ -1483,13 +1538,13 @@ static PyObject *batch_add_squares(Batch *batch, PyObject *args) {
     size_t before = 0, from = (size_t)start, to = (size_t)stop;
     for (size_t i = 0; i < batch->calls.num_keys && before < to; i++) {
         const Work *work = &batch->calls.works[i];
-        size_t numel = (size_t)work->cell->plain.numel;
+        size_t numel = work->numel;
         size_t first = from > before ? group_from(from - before, numel) : 0;
         size_t last = to - before < numel ? group_from(to - before, numel) : numel;
         before += numel;
-        if (first >= last || work->cell->plain.dtype > BFLOAT16) continue;
+        if (first >= last || work->dtype > BFLOAT16) continue;
         Item item = item_of_work(&batch->calls, work);
-        square_item(&item, work->cell->plain.dtype, rescale, first, last, &own);
+        square_item(&item, work->dtype, rescale, first, last, &own);
     }
     Py_END_ALLOW_THREADS;
     merge_exact(batch->squares, &own);
@@ -1555,7 +1610,7 @@ static int column_dtype_of(int dtype, int columns_as) {
 static void run_piece(Batch *batch, const Piece *piece, const uint64_t *addresses, size_t count, double divisor,
                       int64_t from, int64_t to, int columns_as, int mode) {
     const Work *work = &batch->calls.works[piece->key];
-    int dtype = work->cell->plain.dtype, other = column_dtype_of(dtype, columns_as);
+    int dtype = work->dtype, other = column_dtype_of(dtype, columns_as);
     const char *parts[MAX_COLUMNS];
     char *target;
     Item item = item_of_work(&batch->calls, work);
@@ -1607,7 +1662,7 @@ static PyObject *run_by_pieces(Batch *batch, PyObject *pieces, PyObject *columns
     }
     for (Py_ssize_t i = 0; i < count && fits; i++)
         fits = all[i].key >= 0 && all[i].key < (int64_t)batch->calls.num_keys && all[i].first >= 0 && all[i].count >= 0 &&
-               all[i].first <= batch->calls.works[all[i].key].cell->plain.numel - all[i].count;
+               all[i].first <= (int64_t)batch->calls.works[all[i].key].numel - all[i].count;
     if (!fits || (mode == UPDATE_PIECES && batch->is_remote)) {
         PyErr_SetString(PyExc_ValueError, "a piece outside of its value, or columns of another length");
         return NULL;
@@ -1662,7 +1717,7 @@ static PyObject *batch_part_column(Batch *batch, PyObject *pieces) {
             return Py_NewRef(Py_None);
         }
         at[i] = (uint64_t)(uintptr_t)(batch->calls.addresses[work->first_part] +
-                                       (size_t)all[i].first * ITEMSIZES[work->cell->plain.dtype]);
+                                       (size_t)all[i].first * ITEMSIZES[work->dtype]);
     }
     return column;
 }

@@ -137,17 +137,18 @@ static PyObject *reduce_new(PyTypeObject *type, PyObject *args, PyObject *named)
 /* ------------------------------------------------------------ pieces */
 
 /* What one owner updates of a value: its first element, and how many. */
-static size_t run_of(const Cell *cell, size_t owner, size_t *first) {
-    if (cell->owner != DIVIDED) {
+static size_t run_of(const Work *work, size_t owner, size_t *first) {
+    if (work->owner != DIVIDED) {
         *first = 0;
-        return cell->owner == (int)owner ? (size_t)cell->plain.numel : 0;
+        return work->owner == (int)owner ? work->numel : 0;
     }
-    size_t width = (size_t)(cell->plain.numel / border_of(cell, PyList_Size(cell->borders) - 1));
+    const Cell *cell = work->cell;
+    size_t width = work->numel / (size_t)border_of(cell, PyList_Size(cell->borders) - 1);
     *first = (size_t)border_of(cell, (Py_ssize_t)owner) * width;
     return (size_t)border_of(cell, (Py_ssize_t)owner + 1) * width - *first;
 }
 
-static size_t sum_itemsize(const Cell *cell) { return ITEMSIZES[sum_dtype_of(cell->plain.dtype)]; }
+static size_t sum_itemsize(const Work *work) { return ITEMSIZES[sum_dtype_of(work->dtype)]; }
 
 static size_t in_lines(size_t nbytes) { return (nbytes + 63) / 64 * 64; }
 
@@ -158,8 +159,8 @@ typedef struct {
 } Cut;
 
 /* Cut a run of an owner, which begins in the bytes of all of its runs where the one before has ended. */
-static void cut_run(Cut *cut, size_t key, const Cell *cell, size_t owner) {
-    size_t first, numel = run_of(cell, owner, &first), itemsize = sum_itemsize(cell);
+static void cut_run(Cut *cut, size_t key, const Work *work, size_t owner) {
+    size_t first, numel = run_of(work, owner, &first), itemsize = sum_itemsize(work);
     size_t low = cut->filled[owner], high = low + numel * itemsize;
     cut->filled[owner] = low + in_lines(numel * itemsize);
     for (size_t at = low; at < high;) {
@@ -177,10 +178,9 @@ static void cut_run(Cut *cut, size_t key, const Cell *cell, size_t owner) {
 static void cut_runs(Cut *cut, const Batch *batch) {
     memset(cut->filled, 0, cut->owners * sizeof *cut->filled);
     for (size_t key = 0; key < batch->calls.num_keys; key++) {
-        const Cell *cell = batch->calls.works[key].cell;
-        fetch_cell(&batch->calls, key + AHEAD);
-        if (cell->owner >= 0) cut_run(cut, key, cell, (size_t)cell->owner);
-        for (size_t owner = 0; owner < cut->owners && cell->owner == DIVIDED; owner++) cut_run(cut, key, cell, owner);
+        const Work *work = &batch->calls.works[key];
+        if (work->owner >= 0) cut_run(cut, key, work, (size_t)work->owner);
+        for (size_t owner = 0; owner < cut->owners && work->owner == DIVIDED; owner++) cut_run(cut, key, work, owner);
     }
 }
 
@@ -193,11 +193,10 @@ static int cut_call(SharedReduce *reduce) {
     Cut cut = {.room = reduce->room / owners / 64 * 64, .filled = filled, .owners = owners};
     if (cut.room < 64) cut.room = 64;
     for (size_t key = 0; key < batch->calls.num_keys; key++) {
-        const Cell *cell = batch->calls.works[key].cell;
-        fetch_cell(&batch->calls, key + AHEAD);
+        const Work *work = &batch->calls.works[key];
         for (size_t owner = 0, first; owner < owners; owner++)
-            if (cell->owner == DIVIDED || cell->owner == (int)owner)
-                filled[owner] += in_lines(run_of(cell, owner, &first) * sum_itemsize(cell));
+            if (work->owner == DIVIDED || work->owner == (int)owner)
+                filled[owner] += in_lines(run_of(work, owner, &first) * sum_itemsize(work));
     }
     for (size_t owner = 0; owner < owners; owner++) most = filled[owner] > most ? filled[owner] : most;
     reduce->own_nbytes = filled[reduce->rank];
@@ -251,12 +250,14 @@ static int64_t *staged_count(const SharedReduce *reduce, size_t bucket, size_t w
 /* Whether the owner of a piece can read this worker's own part where it is. */
 static int is_read_there(const Batch *batch, const Owned *owned) {
     const Work *work = &batch->calls.works[owned->piece.key];
-    return work->num_parts == 1 && !is_low(work->cell->plain.dtype);
+    return work->num_parts == 1 && !is_low(work->dtype);
 }
 
 /* Have the processor fetch what a piece that comes soon is of; ``stop`` ends the pieces of the bucket. */
 static void fetch_piece(const SharedReduce *reduce, size_t index, size_t stop) {
     if (index + AHEAD < stop) fetch_cell(&reduce->batch->calls, (size_t)reduce->owned[index + AHEAD].piece.key);
+    if (index + FETCHED_AHEAD < stop)
+        fetch_arrays(&reduce->batch->calls, (size_t)reduce->owned[index + FETCHED_AHEAD].piece.key, 1, 0);
 }
 
 static void stage_bucket(SharedReduce *reduce, size_t bucket) {
@@ -284,8 +285,8 @@ static size_t num_members(const SharedReduce *reduce) {
 
 /* This worker's sums of a key, which begin at some address, as the parts of an update. */
 static Item item_of_sums(const Work *work, const char **address) {
-    int dtype = work->cell->plain.dtype;
-    *address = (const char *)((uintptr_t)*address - work->cell->own_first * ITEMSIZES[sum_dtype_of(dtype)]);
+    int dtype = work->dtype;
+    *address = (const char *)((uintptr_t)*address - work->own_first * ITEMSIZES[sum_dtype_of(dtype)]);
     return (Item){.parts = address, .num_parts = 1, .has_wide_parts = is_low(dtype)};
 }
 
@@ -293,9 +294,8 @@ static Item item_of_sums(const Work *work, const char **address) {
 static void keep_sums(SharedReduce *reduce, const Piece *piece, const uint64_t *addresses, size_t count, double divisor) {
     enum { AT_A_TIME = 2 * BLOCK };
     const Work *work = &reduce->batch->calls.works[piece->key];
-    const Cell *cell = work->cell;
-    int dtype = cell->plain.dtype;
-    size_t itemsize = sum_itemsize(cell), begin = cell->own_first, end = begin + cell->own_numel;
+    int dtype = work->dtype;
+    size_t itemsize = sum_itemsize(work), begin = work->own_first, end = begin + work->own_numel;
     size_t first = (size_t)piece->first, stop = first + (size_t)piece->count;
     const char *parts[MAX_COLUMNS], *kept;
     if (first == begin) reduce->summed_nbytes = in_lines(reduce->summed_nbytes);
@@ -315,10 +315,10 @@ static void keep_sums(SharedReduce *reduce, const Piece *piece, const uint64_t *
 }
 
 /* Where this worker's sums of a key begin; ``at`` is where those of the key before have ended. NULL: it has none. */
-static const char *kept_sums(const SharedReduce *reduce, const Cell *cell, size_t *at) {
+static const char *kept_sums(const SharedReduce *reduce, const Work *work, size_t *at) {
     const char *kept = reduce->sums + *at;
-    *at += in_lines(cell->own_numel * sum_itemsize(cell));
-    return cell->own_numel ? kept : NULL;
+    *at += in_lines(work->own_numel * sum_itemsize(work));
+    return work->own_numel ? kept : NULL;
 }
 
 static int is_left_out(const SharedReduce *reduce, size_t key) { return reduce->left_out != NULL && reduce->left_out[key]; }
@@ -328,16 +328,15 @@ static void update_by_sums(SharedReduce *reduce) {
     size_t at = 0;
     for (size_t i = 0; i < reduce->batch->calls.num_keys && !reduce->is_refused; i++) {
         const Work *work = &reduce->batch->calls.works[i];
-        const Cell *cell = work->cell;
         fetch_cell(&reduce->batch->calls, i + AHEAD);
-        const char *kept = kept_sums(reduce, cell, &at);
+        const char *kept = kept_sums(reduce, work, &at);
         if (kept == NULL || is_left_out(reduce, i)) continue;
         Step step;
         Item item = item_of_work(&reduce->batch->calls, work), sums = item_of_sums(work, &kept);
         item.parts = sums.parts, item.num_parts = sums.num_parts, item.has_wide_parts = sums.has_wide_parts;
         item.num_outs = 0, item.divisor = 0;
-        run_item(&item, cell->plain.dtype, step_for(reduce->batch, work, &step), cell->own_first,
-                 cell->own_first + cell->own_numel);
+        run_item(&item, work->dtype, step_for(reduce->batch, work, &step), work->own_first,
+                 work->own_first + work->own_numel);
     }
 }
 
@@ -357,7 +356,7 @@ static void reduce_bucket(SharedReduce *reduce, size_t bucket, const size_t *mem
         for (size_t j = 0; j < count; j++)
             if (members[j] == reduce->rank && is_read_there(reduce->batch, owned))
                 addresses[j] = (uint64_t)(uintptr_t)(reduce->batch->calls.addresses[work->first_part] +
-                                                     (size_t)owned->piece.first * ITEMSIZES[work->cell->plain.dtype]);
+                                                     (size_t)owned->piece.first * ITEMSIZES[work->dtype]);
         if (reduce->decides)
             keep_sums(reduce, &owned->piece, addresses, count, divisor);
         else
@@ -369,10 +368,10 @@ static void copy_to_outs(Batch *batch) {
     for (size_t i = 0; i < batch->calls.num_keys; i++) {
         const Work *work = &batch->calls.works[i];
         Item item = item_of_work(&batch->calls, work);
-        fetch_cell(&batch->calls, i + AHEAD);
+        fetch_arrays(&batch->calls, i + FETCHED_AHEAD, 0, !batch->past_cache);
         item.num_parts = 0;
         item.num_past_cache = batch->past_cache ? item.num_outs : 0;
-        run_item(&item, work->cell->plain.dtype, NULL, 0, (size_t)work->cell->plain.numel);
+        run_item(&item, work->dtype, NULL, 0, work->numel);
     }
 #if defined(__x86_64__)
     if (batch->past_cache) _mm_sfence();
@@ -500,15 +499,10 @@ static PyObject *reduce_begin(SharedReduce *reduce, PyObject *args) {
     double factor = rescale == Py_None ? 1 : PyFloat_AsDouble(rescale);
     if (PyErr_Occurred()) return NULL;
     Batch *batch = (Batch *)given;
-    if (!PyObject_TypeCheck(given, batch_type) || !batch->pushes || batch->is_remote) {
-        PyErr_SetString(PyExc_ValueError, "begin: expected a batch with parts");
+    if (!PyObject_TypeCheck(given, batch_type) || !batch->pushes || batch->is_remote || !batch->has_wholes) {
+        PyErr_SetString(PyExc_ValueError, "begin: expected a batch with parts, of cells with owners");
         return NULL;
     }
-    for (size_t i = 0; i < batch->calls.num_keys; i++)
-        if (!has_whole(batch->calls.works[i].cell)) {
-            PyErr_SetString(PyExc_ValueError, "begin: expected cells with owners");
-            return NULL;
-        }
     drop_call(reduce);
     reduce->batch = (Batch *)Py_NewRef(given);
     reduce->decides = rescale != Py_None;
@@ -584,11 +578,11 @@ static PyObject *reduce_count_nonfinite(SharedReduce *reduce, PyObject *none) {
     PyObject *found = is_to_decide(reduce) ? PyDict_New() : NULL;
     for (size_t i = 0; found != NULL && i < reduce->batch->calls.num_keys; i++) {
         const Work *work = &reduce->batch->calls.works[i];
-        const char *kept = kept_sums(reduce, work->cell, &at);
-        if (kept == NULL || work->cell->plain.dtype > BFLOAT16) continue;
+        const char *kept = kept_sums(reduce, work, &at);
+        if (kept == NULL || work->dtype > BFLOAT16) continue;
         Item item = item_of_sums(work, &kept);
-        size_t first = work->cell->own_first, count;
-        if ((count = count_nonfinite(&item, work->cell->plain.dtype, first, first + work->cell->own_numel)) == 0) continue;
+        size_t first = work->own_first, count;
+        if ((count = count_nonfinite(&item, work->dtype, first, first + work->own_numel)) == 0) continue;
         PyObject *place = PyLong_FromSize_t(i), *number = PyLong_FromSize_t(count);
         if (place == NULL || number == NULL || PyDict_SetItem(found, place, number)) Py_CLEAR(found);
         Py_XDECREF(place);
@@ -607,11 +601,11 @@ static PyObject *reduce_leave_out(SharedReduce *reduce, PyObject *args) {
     memset(&reduce->squares, 0, sizeof reduce->squares);
     for (size_t i = 0; i < reduce->batch->calls.num_keys; i++) {
         const Work *work = &reduce->batch->calls.works[i];
-        const char *kept = kept_sums(reduce, work->cell, &at);
-        if (kept == NULL || work->cell->plain.dtype > BFLOAT16 || is_left_out(reduce, i)) continue;
+        const char *kept = kept_sums(reduce, work, &at);
+        if (kept == NULL || work->dtype > BFLOAT16 || is_left_out(reduce, i)) continue;
         Item item = item_of_sums(work, &kept);
-        size_t first = work->cell->own_first;
-        square_item(&item, work->cell->plain.dtype, reduce->rescale, first, first + work->cell->own_numel, &reduce->squares);
+        size_t first = work->own_first;
+        square_item(&item, work->dtype, reduce->rescale, first, first + work->own_numel, &reduce->squares);
     }
     merge_exact(&reduce->squares, &nothing);
     return Py_NewRef(Py_None);

@@ -228,6 +228,7 @@ def test_plain():
     assert not is_plain([torch.zeros(3, 2).T])
     assert is_plain([torch.zeros(3, dtype=torch.int32)])
     assert not is_plain([torch.zeros(3, dtype=torch.complex64)])
+    assert not is_plain([torch.from_numpy(np.zeros(7, np.uint8)[1:].view(np.float16))]), "not aligned"
     assert not is_plain([torch.zeros(3, device="meta")])
     assert not is_plain([torch.zeros(1)] * 257)
 

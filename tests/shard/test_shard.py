@@ -1,7 +1,10 @@
 """What only the shard can show: locks, races and devices."""
 
+import gc
 import threading
+import weakref
 from array import array
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -10,8 +13,8 @@ import torch
 import tensorkv
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.spec import KeySpec
-from tensorkv.errors import KeyNotFoundError, ValueMismatchError
-from tensorkv.shard import native
+from tensorkv.errors import KeyNotFoundError, StorageError, ValueMismatchError
+from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Batch
 from tensorkv.shard.optimizers import spec as spec_of
 from tensorkv.shard.shard import Shard
@@ -64,6 +67,71 @@ def test_frozen_keeps_pushes_out():
         assert entries[0].value.item() == 0
     thread.join()
     assert entries[0].value.item() == 1
+
+
+@pytest.mark.parametrize("part", [torch.full((4,), 9.0)[::2], np.full(2, 9, np.float32)], ids=["parsed", "plain"])
+def test_an_assignment_that_fails_leaves_the_value_of_a_snapshot(monkeypatch, part):
+    def fail(*_):
+        raise MemoryError
+
+    with tensorkv.create() as kv, monkeypatch.context() as patch:
+        kv.init("w", np.ones(2, np.float32))
+        # The memory into which the value is to go.
+        patch.setattr(kv._engine._shard, "make_like", lambda tensors: [torch.full_like(each, 5) for each in tensors])
+        snapshot = kv.snapshot()
+        patch.setattr(reduce, "sum_piece", fail)
+        with suppress(MemoryError):
+            kv.push("w", part)
+        assert kv.pull("w").tolist() in ([1, 1], [9, 9]), "not what the memory had"
+        assert snapshot.pull("w").tolist() == [1, 1]
+
+
+@pytest.mark.skipif(not native.can_look(), reason="needs the compiled part")
+def test_a_value_that_has_moved_is_not_kept_where_it_was():
+    shard = shard_with(w=torch.ones(3))
+    batch = Batch("push", ["w"], [[torch.ones(3)]])
+    shard.push(batch)
+    [entry] = shard.freeze()
+    old = weakref.ref(entry.value)
+    shard.move([entry], lambda values: [value.clone() for value in values])
+    gc.collect()
+    assert old() is None
+
+
+def test_momentum_that_was_made_for_a_push_that_failed_is_made_by_the_next_rows():
+    class FullDisk:
+        def commit(self, shard, change):
+            raise StorageError("no room")
+
+    values = []
+    for fails in (True, False):
+        with tensorkv.create() as kv:
+            kv.init("w", np.zeros((2, 1), np.float32))
+            kv.set_optimizer("sgd", lr=1.0, momentum=0.5, dampening=0.25)
+            shard = kv._engine._shard
+            shard.log = FullDisk() if fails else None
+            if fails:
+                with pytest.raises(StorageError):
+                    kv.push("w", np.full((2, 1), 8, np.float32))
+            shard.log = None
+            kv.push("w", tensorkv.Rows([0], np.ones((1, 1), np.float32), 2))
+            kv.push("w", np.ones((2, 1), np.float32))
+            values.append(kv.pull("w").tolist())
+    assert values == [[[-2.25], [-0.75]]] * 2
+
+
+@pytest.mark.parametrize("optimizer", [None, "sgd"])
+def test_a_state_that_was_dropped_is_freed(optimizer):
+    with tensorkv.create() as kv:
+        kv.init("w", np.zeros(4, np.float32))
+        kv.set_optimizer("adam", lr=0.1)
+        kv.push("w", np.ones(4, np.float32))
+        state = weakref.ref(kv._engine._shard._entries["w"].state["exp_avg"])
+        kv.push("w", np.ones(4, np.float32))
+        assert state() is not None
+        kv.set_updater(None) if optimizer is None else kv.set_optimizer(optimizer, lr=0.1)
+        gc.collect()
+        assert state() is None
 
 
 @pytest.mark.skipif(not native.can_look(), reason="needs the compiled part")

@@ -237,9 +237,6 @@ static void call_dealloc(Call *call) {
     Py_DECREF(type);
 }
 
-/* Keys of other types are not plain: to look them up may run code of Python. */
-static int is_key(PyObject *key) { return PyUnicode_CheckExact(key) || PyLong_CheckExact(key); }
-
 /* The arrays of a mapping in the order of the keys, or what was given otherwise; NULL: they do not fit. */
 static PyObject *in_order(PyObject *given, PyObject *keys) {
     if (!PyDict_CheckExact(given)) return Py_NewRef(given);

@@ -468,6 +468,14 @@ static int look_at(PyObject *array, Plain *plain, int writable) {
     return is_torch(array) && !(negated_bit.is_known && is_negated(array)) && look_at_torch(array, plain);
 }
 
+/* Whether the bytes of bools are 0 and 1. Any other one is true for NumPy and torch as well, and no file and no message may
+ * have it. */
+static int has_clean_bools(const Plain *plain) {
+    unsigned char all = 0;
+    for (int64_t i = 0; i < plain->numel && plain->dtype == BOOL; i++) all |= (unsigned char)plain->address[i];
+    return all <= 1;
+}
+
 static int is_alike(const Plain *left, const Plain *right) {
     return left->ndim == right->ndim && !memcmp(left->shape, right->shape, (size_t)left->ndim * sizeof *left->shape);
 }
@@ -564,8 +572,10 @@ static int set_cell_state(Cell *cell, PyObject *state, void *closure) {
     PyObject *old = cell->state;
     (void)closure;
     cell->state = Py_XNewRef(state);
+    cell->is_new = 0;
     Py_XDECREF(old);
     Py_CLEAR(cell->block);
+    for (int i = 0; i <= MAX_STATES; i++) Py_CLEAR(cell->bound_states[i]);
     return 0;
 }
 
@@ -594,7 +604,8 @@ static PyMemberDef cell_members[] = {
      "What snapshots hold of the key as it is now, None if there are none; a push has to see to it."},
     {"incomplete", T_OBJECT, offsetof(Cell, incomplete), 0,
      "Slices of a push that has not come as a whole, None if there are none; no call of such a key is plain."},
-    {"is_new", T_BOOL, offsetof(Cell, is_new), 0, "Whether the state was made for the step that comes next."},
+    {"is_new", T_BOOL, offsetof(Cell, is_new), 0,
+     "Whether the state was made for the step that comes next; another state is not."},
     {NULL, 0, 0, 0, NULL},
 };
 
@@ -937,7 +948,7 @@ static Py_ssize_t take_arrays(Calls *calls, PyObject *given, const Plain *value,
         Plain plain;
         if (array == NULL || !look_at(array, &plain, writable) || !is_alike(&plain, value)) return -1;
         if (plain.kind != value->kind && !(writable && can_convert(value->dtype, plain.dtype))) return -1;
-        if (!add_array(calls, array, &plain)) return -1;
+        if ((!writable && !has_clean_bools(&plain)) || !add_array(calls, array, &plain)) return -1;
         calls->total_nbytes += (size_t)plain.numel * ITEMSIZES[plain.dtype];
     }
     return count ? count : -1;
@@ -1059,7 +1070,6 @@ static PyObject *place_states(PyObject *module, PyObject *args) {
             cell->state_addresses[j] = column[j].numel ? column[j].address + offset * ITEMSIZES[column[j].dtype] : (char *)cell;
         cell->state_addresses[MAX_STATES] = counted.address + (size_t)i * sizeof(float);
         set_cell_state(cell, NULL, NULL);
-        for (int j = 0; j <= MAX_STATES; j++) Py_CLEAR(cell->bound_states[j]);
         cell->block = Py_NewRef(block);
         cell->place = (size_t)i;
         cell->offset = offset;
@@ -1197,10 +1207,13 @@ static void batch_dealloc(Batch *batch) {
     Py_DECREF(type);
 }
 
+/* Keys of other types are not plain: to look them up may run code of Python. */
+static int is_key(PyObject *key) { return PyUnicode_CheckExact(key) || PyLong_CheckExact(key); }
+
 /* Find what there is of a key; whether there is something. It is not held yet. */
 static int find_key(Work *work, PyObject *entries, PyObject *key) {
     /* Lists may have become shorter while other threads ran. */
-    if (key == NULL || (!PyUnicode_CheckExact(key) && !PyLong_CheckExact(key))) return 0;
+    if (key == NULL || !is_key(key)) return 0;
     work->key = key;
     work->cell = (Cell *)PyDict_GetItemWithError(entries, key);
     __builtin_prefetch(work->cell, 1);
@@ -1744,7 +1757,7 @@ static int add_key(Text *text, PyObject *key) {
     }
     Py_ssize_t length;
     const char *found = PyUnicode_AsUTF8AndSize(key, &length);
-    for (Py_ssize_t i = 0; i < length && found != NULL; i++)
+    for (Py_ssize_t i = 0; found != NULL && i < length; i++)
         if (found[i] < ' ' || found[i] > '~' || found[i] == '"' || found[i] == '\\') found = NULL;
     if (found == NULL) return 0;
     add_text(text, "\"", 1);

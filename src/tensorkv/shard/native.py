@@ -235,7 +235,10 @@ def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
     dtype = tensors[0].dtype
     if _native is None or dtype not in DTYPES or len(tensors) > _MAX_COLUMNS:
         return False
-    return all(tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
+    return all(
+        tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous() and tensor.data_ptr() % dtype.itemsize == 0
+        for tensor in tensors
+    )
 
 
 def step(

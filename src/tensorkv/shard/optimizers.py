@@ -475,7 +475,8 @@ class Optimizer:
             if entry.is_blank:
                 fresh.setdefault((own, entry.value.dtype), []).append(entry)
             else:
-                _, entry.is_new = self.begin(self._kernel_of(own), entry.key, entry.tensor, entry.state)
+                _, is_first = self.begin(self._kernel_of(own), entry.key, entry.tensor, entry.state)
+                entry.is_new |= is_first
         for (own, _), members in fresh.items():
             values = [entry.tensor for entry in members]
             for start, stop in runs(values):

@@ -352,6 +352,10 @@ class StepOptimizer:
         _count_versions(entries)
 
     def apply_rows(self, entry: Entry, received: Rows) -> None:
+        if entry.is_new:
+            # The momentum was made for a dense step, which has not come: this step is the first.
+            entry.state.pop("momentum_buffer", None)
+            entry.is_new = False
         self.optimizer.step_rows(entry.key, entry.value, received, entry.state)
         entry.version += 1
 

@@ -103,10 +103,6 @@ class Log(Protocol):
         """Write nothing any more."""
 
 
-# A bool, which equals an int, is not a key.
-_KEY_TYPES = (str, int)
-
-
 class Shard(native.ShardFields):
     """Values by key, and how pushes change them.
 
@@ -498,6 +494,8 @@ class Shard(native.ShardFields):
                 if entry.source.frozen is entry:
                     entry.source.value, entry.source.spare = value, None
                 entry.value = value
+            sources = [entry.source for entry in entries if self.shares(entry)]
+            self._see_again([source.key for source in sources])
 
     def publish(self, name: str, keys: Sequence[Key] | None, keep: int | None, *, requests: RequestIds = ()) -> None:
         """Hold the present values of some keys, or of all, as a release; keep so many of the newest (None: all)."""
@@ -719,13 +717,9 @@ class Shard(native.ShardFields):
             lacking = [entry for entry in dense if entry.spare is None]
             for entry, memory in zip(lacking, self.make_like([entry.tensor for entry in lacking]), strict=True):
                 entry.spare = memory
-            # What is assigned to all of a value does not depend on what it was.
-            if not isinstance(self._rule, Assign) or isinstance(change, Put):
+            # What is assigned does not depend on what there was, and compiled code does not fail halfway.
+            if batch is None or not isinstance(self._rule, Assign):
                 self._copy_dense(dense)
-            elif isinstance(change, Push):
-                pairs = zip(change.entries, change.parts, strict=True)
-                by_rows = {entry.key for entry, own in pairs if all(isinstance(part, Rows) for part in own)}
-                self._copy_dense([entry for entry in dense if entry.key in by_rows])
             for entry in dense:
                 entry.value, entry.spare = entry.spare, None
             for entry in entries:
@@ -737,9 +731,14 @@ class Shard(native.ShardFields):
 
     def _is_seen_again(self, batch: native.Batch, keys: Sequence[Key]) -> bool:
         """Look at values that have moved, and begin a batch again."""
-        native.look(self._entries, keys, None, None, None, None)
+        self._see_again(keys)
         steps = self._steps
         return steps is not None and batch.begin(batch.past_cache, self._entries, steps[0])
+
+    def _see_again(self, keys: Sequence[Key]) -> None:
+        """Have the compiled part see where values are now, and let go of where they were."""
+        if native.can_look():
+            native.look(self._entries, keys, None, None, None, None)
 
     def _copy_dense(self, entries: Sequence[Entry]) -> None:
         """Copy dense values of this shard into their spare memory."""

@@ -123,11 +123,11 @@ def spread_states(group: ProcessGroup, chain: Chain, local_rank: int, entries: S
         return
     for entry, (is_new, names) in zip(entries, told.values(), strict=True):
         if not chain.is_last:
-            entry.is_new = is_new
             entry.state = {
                 name: torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
                 for name, (dtype, shape) in names.items()
             }
+            entry.is_new = is_new
         for name in names:
             flat = flat_bytes(entry.state[name])
             if chain.next is not None and flat.numel():

@@ -153,6 +153,17 @@ def take(array: Any) -> torch.Tensor:
     return _take_dlpack(array)
 
 
+def clean(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor whose bools have the bytes 0 and 1, as a store keeps them; the same one if they do.
+
+    NumPy and torch take every other byte for true as well: a mask of 0 and 255 that is viewed as bool, for example.
+    """
+    if tensor.dtype is not torch.bool:
+        return tensor
+    numbers = tensor.view(torch.uint8)
+    return numbers != 0 if bool((numbers > 1).any()) else tensor
+
+
 def _take_torch(array: torch.Tensor) -> torch.Tensor:
     if type(array) not in _PLAIN_TORCH and _dispatches(array):
         raise ArrayTypeError(

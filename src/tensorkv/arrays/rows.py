@@ -152,7 +152,7 @@ def take_rows(thing: Any) -> Rows:
 
 def _take_part(array: Any, name: str) -> torch.Tensor:
     try:
-        return interop.take(array)
+        return interop.clean(interop.take(array))
     except ArrayTypeError as error:
         raise ArrayTypeError(f"{name} {error}") from None
 
@@ -162,7 +162,7 @@ def _take_coo(tensor: torch.Tensor) -> Rows:
         raise ArrayTypeError(
             f"is a sparse COO tensor with {tensor.sparse_dim()} sparse dimensions; expected one (whole rows)"
         )
-    ids, values = tensor.detach()._indices()[0], interop.take(tensor.detach()._values())
+    ids, values = tensor.detach()._indices()[0], interop.clean(interop.take(tensor.detach()._values()))
     _check_range(ids, tensor.shape[0])
     return unchecked_rows(ids, values, tensor.shape[0])
 

@@ -314,7 +314,7 @@ def take_slice(array: Any) -> Slices | None:
     local, own = local_part(array)
     if own is None and local is array:
         return None
-    value = interop.take(local)
+    value = interop.clean(interop.take(local))
     whole = torch.Size(array.shape if own is None else own.global_shape)
     regions = [Region(tuple((0, size) for size in whole)) if own is None else own.region]
     if value.shape != regions[0].shape:

@@ -169,7 +169,7 @@ def take(verb: str, key: Key, index: int | None, array: Any) -> Any:
                 raise ArrayTypeError("is a slice of a value; give all of it, or have push_tree create the key")
             return found
         if not is_rows(array):
-            return interop.take(array)
+            return interop.clean(interop.take(array))
         rows = take_rows(array)
         if index is not None and rows.init is not None:
             raise ArgumentError("has init=, which says how the rows of a new table start; give it to init")

@@ -142,6 +142,19 @@ class WriteContract:
         assert kv.pull("u").tolist() == [1]
         assert kv.pull("b").tolist() == [True, False]
 
+    @pytest.mark.parametrize("library", [np.asarray, torch.from_numpy])
+    def test_bools_of_any_byte_are_kept_as_0_and_1(self, kv, library):
+        odd, even = (library(np.array(numbers, np.uint8).view(bool)) for numbers in ([255, 0, 1, 3], [2, 0, 0, 254]))
+        empty, table = np.zeros(4, bool), np.zeros((2, 4), bool)
+        kv.init({"a": odd, "b": empty, "c": empty, "d": empty, "e": empty, "r": table})
+        kv.push("b", odd)
+        kv.push("c", [odd, even])
+        kv.push(["d", "e"], [odd, [even, odd]])
+        kv.push("r", Rows(np.array([1]), odd.reshape(1, 4), 2))
+        for key in "abcder":
+            found = torch.from_numpy(np.asarray(kv.pull(key))).view(torch.uint8)
+            assert found.reshape(-1)[-4:].tolist() == [1, 0, 1, 1], key
+
     # ---------------------------------------------------------------- means
 
     @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "complex64"])

@@ -84,7 +84,7 @@ class Disk:
         descriptor = self._real["open"](path, flags, *rest, **options)
         name = self._name(path, options.get("dir_fd"))
         self._descriptors[descriptor] = "folder" if Path(os.fsdecode(path)) == self.folder else None
-        if name is not None and flags & (os.O_WRONLY | os.O_RDWR):
+        if name is not None:
             if name not in self._names:
                 self._change_names({name: File()})
             elif flags & os.O_TRUNC:
@@ -144,6 +144,9 @@ class AtOnce:
 
     def __init__(self, target, args=(), daemon=None):
         self._run = lambda: target(*args)
+
+    def is_alive(self):
+        return False
 
     def start(self):
         self._do()

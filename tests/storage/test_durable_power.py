@@ -4,6 +4,7 @@ import os
 import random
 import tempfile
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 
@@ -31,6 +32,18 @@ def open_shard(folder):
     return durable.open_shard(folder, durability="disk", log_nbytes=2000, threads=1, wait_s=0)
 
 
+class Killed(BaseException):
+    """The process has ended."""
+
+
+def kill(shard, i):
+    """End the process of a shard after it has written a push, and before it has synced it."""
+    with patch.object(SegmentWriter, "_sync", side_effect=Killed), patch.object(SegmentWriter, "truncate"):
+        with pytest.raises(Killed):
+            kills.push(shard, i)
+        shard.close()
+
+
 def lose_power(folder, pushes, chance):
     """Push, and let the power go again and again; return the folders left, with what was acknowledged then."""
     left = []
@@ -47,7 +60,13 @@ def lose_power(folder, pushes, chance):
         kills.prepare(shard)
         for i in range(pushes):
             acknowledged[0] = i
-            kills.push(shard, i)
+            if random.random() < 0.1:
+                kill(shard, i)
+                shard = open_shard(folder)
+                # The push counts from now on: a client that repeats it is told so.
+                assert kills.bits(shard) == kills.HISTORY[i + 1]
+            else:
+                kills.push(shard, i)
             acknowledged[0] = i + 1
             perhaps_lose_power()
             if random.random() < 0.1:
@@ -96,6 +115,7 @@ def finish_without_sync(self, temporary, descriptor, lsn):
 PLANTS = {
     "folders": (Folder, "sync", lambda self: None),
     "the log": (SegmentWriter, "_sync", lambda self: None),
+    "the logs of others": (Folder, "sync_file", lambda self, name: None),
     "snapshots": (WriteAheadLog, "_finish_snapshot", finish_without_sync),
 }
 

@@ -57,6 +57,14 @@ class Folder:
         """Make the names in it safe from a loss of power."""
         os.fsync(self._descriptor)
 
+    def sync_file(self, name: str) -> None:
+        """Make the data of a file safe from a loss of power, whoever has written it."""
+        descriptor = self.open(name, os.O_RDONLY)
+        try:
+            os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
+
     def close(self) -> None:
         """Close the directory."""
         self._close()

@@ -60,6 +60,7 @@ class WriteAheadLog:
         if log_nbytes is not None and (type(log_nbytes) is not int or log_nbytes < 1):
             raise ArgumentError(f"log_nbytes is {show(log_nbytes)}; expected a number of bytes, or None")
         self.path = path
+        self._durability = durability
         self._log_nbytes = log_nbytes
         self._max_nbytes = log_nbytes or _MIN_LOG_NBYTES
         self.lsn = 0
@@ -166,6 +167,10 @@ class WriteAheadLog:
         """
         with self._explaining("begin a log segment"):
             self._tidy()
+            if self._durability == "disk":
+                # Writers that were killed, or had another durability, may not have synced what counts from now on.
+                for _, _, name in self._files()[1]:
+                    self._folder.sync_file(name)
             self._begin_segment()
 
     @property

@@ -142,6 +142,19 @@ def test_a_server_that_is_restarted_knows_what_it_has_promised(tmp_path):
     server.close()
 
 
+@pytest.mark.parametrize("event", [["leave", 2], ["base", 2, 3], ["rank", 2, "o2", [0, 0, 0], 3], ["bye", "o2"]])
+def test_a_folder_can_be_opened_with_fewer_workers(event, tmp_path):
+    options = {"path": str(tmp_path), "durability": "process"}
+    server = Server(PSOptions(num_workers=3, **options))
+    assert asked(server, "connect", 2, rank=None, wanted_rank=2)["rank"] == 2
+    server._record(event)
+    server.close()
+    server = Server(PSOptions(num_workers=1, **options))
+    told = asked(server, "stats", rank=None)
+    assert (told["live"], told["rounds"]) == ([0], [(0, 0)])
+    server.close()
+
+
 def test_readers_of_a_server_that_is_restarted_read_on(tmp_path):
     options = PSOptions(path=str(tmp_path), durability="process")
     server = Server(options)

@@ -86,7 +86,7 @@ class StalenessClock:
     def leave(self, rank: int) -> None:
         """Stop waiting for a worker that has called ``leave``."""
         with self._lock:
-            self._workers[rank].has_left = True
+            self._logged(rank).has_left = True
 
     def disconnect(self, rank: int) -> None:
         """Stop waiting for a worker that has closed the store; no round waits for a reader anyway."""
@@ -132,7 +132,7 @@ class StalenessClock:
     def count_push(self, rank: int, keys: Sequence[Key]) -> None:
         """Count a push of some keys."""
         with self._lock:
-            worker = self._workers.setdefault(rank, _Worker())
+            worker = self._logged(rank)
             counts = worker.counts
             for key in keys:
                 counts[key] = count = counts.get(key, 0) + 1
@@ -178,12 +178,12 @@ class StalenessClock:
     def set_base(self, rank: int, base: int) -> None:
         """Count a worker's pushes from another base on."""
         with self._lock:
-            self._workers[rank].base = base
+            self._logged(rank).base = base
 
     def start(self, rank: int, base: int) -> None:
         """Wait for a worker that begins at a round: one that had left, or a replacement."""
         with self._lock:
-            worker = self._workers[rank]
+            worker = self._logged(rank)
             worker.has_left, worker.is_dead = False, False
             worker.restart_at(base)
 
@@ -219,6 +219,10 @@ class StalenessClock:
                 worker = self._workers.setdefault(rank, _Worker())
                 worker.base, worker.has_left, worker.counts = base, has_left, dict(counts)
                 worker.most = max(worker.counts.values(), default=0)
+
+    def _logged(self, rank: int) -> _Worker:
+        """Return a worker that a log names; the log may begin with a store that had more workers."""
+        return self._workers.setdefault(rank, _Worker())
 
     def _live(self) -> list[tuple[int, _Worker]]:
         self._update_dead()

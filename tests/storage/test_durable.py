@@ -9,6 +9,7 @@ import torch
 
 import tensorkv
 from tensorkv import CheckpointError, NonFiniteError, Rows, StorageError, TensorSlice, UpdaterError
+from tensorkv.shard import optimizers
 from tensorkv.shard.entry import Batch
 from tensorkv.shard.shard import Shard
 from tensorkv.storage import durable
@@ -163,6 +164,23 @@ def test_a_load_drops_the_hyperparameters_of_keys_that_it_replaces(tmp_path):
     kv.load(tmp_path / "saved")
     kv = reopened(kv, tmp_path / "store")
     assert kv.keys() == ["x"]
+    kv.close()
+
+
+@pytest.mark.parametrize("in_snapshot", [False, True])
+def test_an_optimizer_leaves_out_hyperparameters_of_keys_that_are_gone(in_snapshot, tmp_path):
+    kv = tensorkv.create("local", path=tmp_path)
+    kv.init(["w", "gone"], [np.zeros(1, F32)] * 2)
+    own = optimizers.spec("sgd", {"lr": 0.1})
+    own.overrides.update({"w": {"lr": 0.5}, "gone": {"lr": 0.2}})
+    kv.delete("gone")
+    kv._set_optimizer(own)
+    if in_snapshot:
+        assert shard_of(kv).log.snapshot(shard_of(kv))
+    kv = reopened(kv, tmp_path)
+    kv.init("gone", np.zeros(1, F32))
+    kv.push(["w", "gone"], [np.ones(1, F32)] * 2)
+    assert [kv.pull(key)[0] for key in ("w", "gone")] == [F32(-0.5), F32(-0.1)]
     kv.close()
 
 

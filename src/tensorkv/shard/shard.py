@@ -356,11 +356,15 @@ class Shard(native.ShardFields):
             self._commit(SetRule(Assign() if updater is None else CallUpdater(updater), requests=requests))
 
     def set_optimizer(self, spec: OptimizerSpec, *, requests: RequestIds = ()) -> None:
-        """Step an optimizer with each sum as the gradient; one of the same name keeps its state."""
+        """Step an optimizer with each sum as the gradient; one of the same name keeps its state.
+
+        Hyperparameters of keys that the shard does not have are left out.
+        """
         rule = StepOptimizer(spec)
         with self._lock:
             self.refuse_reentry()
-            self._commit(SetRule(rule, requests=requests))
+            # Another client may have deleted keys whose numbers come with it.
+            self._commit(SetRule(rule.of_keys(self._entries), requests=requests))
 
     def set_hyperparameters(
         self, numbers: dict[str, Any], keys: Sequence[Key] | None, *, requests: RequestIds = ()

@@ -923,7 +923,7 @@ def test_a_failed_load_keeps_the_placement_of_keys_and_a_successful_one_replaces
         # The other way round, they go to other servers.
         kv.init(["b", "a", "c"], [np.full(9, 3, F32), np.full(4, 4, F32), np.full(2, 5, F32)])
 
-        def fail(contents, requests):
+        def fail(contents, metadata, requests):
             raise tensorkv.StorageError("the disk is full")
 
         for each in cluster.servers:
@@ -936,6 +936,31 @@ def test_a_failed_load_keeps_the_placement_of_keys_and_a_successful_one_replaces
         kv.load(tmp_path / "small")
         assert [kv.pull(key).tolist() for key in "ab"] == [[1] * 3, [2] * 5]
         assert sorted(name for each in cluster.servers for name in each._state.shard.notes) == ['"a"', '"b"']
+
+
+@pytest.mark.parametrize(("step", "found"), [("_write_snapshot", [1, 1]), ("_remove_replaced", [2, 2, 2])])
+def test_a_server_that_is_killed_in_a_load_has_all_of_it_or_nothing(step, found, tmp_path, monkeypatch):
+    options = {"durability": "process"}
+    do = getattr(WriteAheadLog, step)
+
+    def copy_folder(*arguments):
+        shutil.copytree(tmp_path / "store", tmp_path / "killed")
+        return do(*arguments)
+
+    with Cluster(path=str(tmp_path / "store"), **options) as cluster, tensorkv.create("local") as saved:
+        saved.init("w", np.full(3, 2, F32))
+        saved.save(tmp_path / "saved")
+        kv = cluster.store()
+        kv.init(["w", "gone"], [np.ones(2, F32)] * 2)
+        monkeypatch.setattr(WriteAheadLog, step, copy_folder)
+        kv.load(tmp_path / "saved")
+        monkeypatch.undo()
+    with Cluster(path=str(tmp_path / "killed"), **options) as cluster:
+        kv = cluster.store()
+        assert kv.pull("w").tolist() == found
+        kv.push("w", np.zeros(len(found), F32))
+        assert kv.keys() == (["w", "gone"] if len(found) == 2 else ["w"])
+        assert len(cluster.servers[0]._state.shard.notes) == len(kv.keys())
 
 
 @pytest.mark.parametrize("keys", [["n"], [f"k{i}" for i in range(20)]])

@@ -136,11 +136,12 @@ class SetRule(Change):
 
 @dataclass(slots=True)
 class Restore(Change):
-    """Replace all entries, the rule, and the releases (None: these stay)."""
+    """Replace all entries, the rule, and the releases and notes (None: these stay)."""
 
     entries: Sequence[Entry]
     rule: Rule
     releases: SavedReleases | None = None
+    notes: Mapping[str, Any] | None = None
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ they are called; checks, sums, updates and versions are written once, here.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import compress
@@ -568,13 +568,14 @@ class Shard(native.ShardFields):
         entries: Sequence[Entry],
         rule: Rule | None,
         releases: SavedReleases | None = None,
+        notes: Mapping[str, Any] | None = None,
         *,
         requests: RequestIds = (),
     ) -> None:
-        """Replace all entries, the rule and the releases (None: the present rule, the present releases, stay)."""
+        """Replace all entries, the rule, the releases and the notes (None: the present ones stay)."""
         with self._lock:
             self.refuse_reentry()
-            self._commit(Restore(entries, self._rule if rule is None else rule, releases, requests=requests))
+            self._commit(Restore(entries, self._rule if rule is None else rule, releases, notes, requests=requests))
 
     def restore_states(self, entries: Sequence[Entry], rule: Rule | None, *, requests: RequestIds = ()) -> None:
         """Take over the optimizer states of these entries, whose shapes are this shard's; other states are dropped."""
@@ -679,12 +680,14 @@ class Shard(native.ShardFields):
                 self._keep_overrides()
             case SetRule(rule=rule):
                 self._set_rule(rule)
-            case Restore(entries=entries, rule=rule, releases=releases):
+            case Restore(entries=entries, rule=rule, releases=releases, notes=notes):
                 for entry in entries:
                     self._to_device(entry)
                 self._entries = KeyTable({entry.key: entry for entry in entries})
                 self._use(rule)
                 self._keep_overrides()
+                if notes is not None:
+                    self.notes = dict(notes)
                 if releases is not None:
                     self._restore_releases(releases)
             case RestoreStates(entries=entries, rule=rule):

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,22 +41,24 @@ HEAD_BYTES = 90_000_000
 _MANIFEST_BYTES = 1 << 28
 
 
-def restore(shard: Shard, contents: Contents, *, requests: RequestIds = ()) -> None:
-    """Put contents into a shard.
+def restore(
+    shard: Shard, contents: Contents, *, notes: Mapping[str, Any] | None = None, requests: RequestIds = ()
+) -> None:
+    """Put contents into a shard, and the notes of a store.
 
     Raises:
         CheckpointError: they do not fit; the shard is as it was.
     """
     with shard.frozen() as (held, _):
         manifest.check_fits(contents, {entry.key: entry for entry in held})
-        put(shard, contents, requests=requests)
+        put(shard, contents, notes=notes, requests=requests)
 
 
-def put(shard: Shard, contents: Contents, *, requests: RequestIds = ()) -> None:
-    """Put contents that fit into a shard."""
+def put(shard: Shard, contents: Contents, *, notes: Mapping[str, Any] | None = None, requests: RequestIds = ()) -> None:
+    """Put contents that fit into a shard, and the notes of a store."""
     match contents.kind:
         case "store":
-            shard.restore(contents.entries, contents.rule, contents.releases, requests=requests)
+            shard.restore(contents.entries, contents.rule, contents.releases, notes, requests=requests)
         case "keys":
             new = {entry.key: entry for entry in contents.entries}
             with shard.frozen() as (held, _):

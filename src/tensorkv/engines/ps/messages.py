@@ -158,7 +158,7 @@ class Restore(Message):
 
     Args:
         body: its manifest.
-        metadata: of keys, by the JSON of each.
+        metadata: of the keys, by the JSON of each; other checkpoints than those of a store leave it as it is.
     """
 
     body: Any

@@ -113,7 +113,8 @@ def scatter(contents: Contents, keymap: KeyMap, num_servers: int) -> list[Server
             piece = _piece(entry, each.placement, server)
             if piece is not None:
                 mine.append(piece)
-                metadata[json.dumps(entry.key)] = each.to_metadata()
+                if kind == "store":
+                    metadata[json.dumps(entry.key)] = each.to_metadata()
                 pieces[id(entry)] = piece
         for copy, each in copies:
             piece = _piece(copy, each.placement, server)

@@ -11,7 +11,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -375,22 +375,10 @@ class Server:
             return Reply({"before": before, "changes": self._changes} if ids else {})
 
     def _restore(self, request: Request[messages.Restore]) -> Reply:
-        contents, metadata = contents_of(request), request.message.metadata
-        with self._condition:
-            self._admit(request)
-            if self._is_resent(request):
-                return Reply({})
-            keys, before = self._state.shard.keys(), self._state.metadata(metadata)
-            self._state.set_metadata(metadata)
-            try:
-                with self._change(request) as ids:
-                    self._state.restore(contents, ids)
-            except BaseException:
-                # The keys are still where they were.
-                with suppress(TensorKVError):
-                    self._state.set_metadata(before)
-                raise
-            self._state.drop_metadata(keys)
+        contents = contents_of(request)
+        with self._change(request) as ids:
+            if ids:
+                self._state.restore(contents, request.message.metadata, ids)
         return Reply({})
 
     def _delete(self, request: Request[messages.Delete]) -> Reply:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -239,9 +239,9 @@ class ServerState:
         else:
             self.shard.set_optimizer(OptimizerSpec.from_json(optimizer), requests=ids)
 
-    def restore(self, contents: Contents, ids: RequestIds) -> None:
-        """Take over the contents of a checkpoint."""
-        checkpoint.restore(self.shard, contents, requests=ids)
+    def restore(self, contents: Contents, metadata: Mapping[str, Any], ids: RequestIds) -> None:
+        """Take over the contents of a checkpoint, and the metadata of the keys of a store."""
+        checkpoint.restore(self.shard, contents, notes=metadata, requests=ids)
         if contents.releases is not None:
             self.snapshots.drop_replaced()
         if contents.kind != "optimizer-states":
@@ -355,10 +355,6 @@ class ServerState:
         self._coded.clear()
         self._sums = SumMemory()
         self.inits += 1
-
-    def metadata(self, names: Iterable[str]) -> dict[str, Any]:
-        """Return the metadata of keys by their JSON names, None where there is none."""
-        return {name: self.shard.notes.get(name) for name in names}
 
     def record(self, events: Sequence[Any]) -> None:
         """Log events, where there is a log, and apply them to the tables."""

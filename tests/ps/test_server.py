@@ -1381,6 +1381,38 @@ def test_an_init_that_did_not_reach_every_server_can_be_repeated(small_pieces):
 # ---------------------------------------------------------------- malformed requests
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint64, torch.float32])
+@pytest.mark.parametrize("key", ["t", "d"])
+def test_ids_of_another_dtype_than_int64_are_refused(key, dtype, tmp_path):
+    """Compiled code reads ids as int64, and so does a replay of the log."""
+    ids = torch.arange(2).to(dtype)
+    pushed = pack([Item(key, "ids", ids), Item(key, "rows", torch.ones(2, 2))])
+    head = {"owner": None, "client": "x", "seq": 1}
+    with Cluster(path=str(tmp_path), durability="process") as cluster:
+        kv, server = cluster.store(), cluster.servers[0]
+        kv.init({"t": Rows(np.array([0]), np.ones((1, 2), F32), 9), "d": np.zeros((9, 2), F32)})
+        for verb, packed in [("push", pushed), ("pull_rows", pack([Item(key, "ids", ids)]))]:
+            reply = server.serve({"verb": verb, **head}, packed.layout, b"".join(packed.payload))
+            name, text = reply.head["error"]
+            assert name == "ValueMismatchError"
+            assert f'"{key}"' in text
+            assert str(dtype).removeprefix("torch.") in text
+        assert kv.info(key).version == 0
+    with Cluster(path=str(tmp_path), durability="process") as cluster:
+        assert cluster.store().info(key).version == 0
+
+
+@pytest.mark.parametrize("verb", ["push", "pull_rows"])
+def test_ids_that_are_not_a_list_are_refused(verb):
+    with Cluster() as cluster:
+        cluster.store().init("t", Rows(np.array([0]), np.ones((1, 2), F32), 9))
+        ids = [Item("t", "ids", torch.zeros(1, 2, dtype=torch.int64))]
+        packed = pack([*ids, Item("t", "rows", torch.ones(1, 2))] if verb == "push" else ids)
+        head = {"verb": verb, "owner": None, "client": "x", "seq": 1}
+        name, _ = cluster.servers[0].serve(head, packed.layout, b"".join(packed.payload)).head["error"]
+        assert name == "ValueMismatchError"
+
+
 LAYOUTS = [
     b"",
     b"[]",

@@ -751,7 +751,7 @@ class PushLayout:
         coded: list[tuple[int, Item, KeySpec]] = []
         for item, spec in zip(items, specs, strict=False):
             if item.role == "ids":
-                found.append(Rows(item.tensor, next(items).tensor, (*spec.shape, 0)[0]))
+                found.append(Rows(ids_of(item), next(items).tensor, (*spec.shape, 0)[0]))
             elif item.role == "bounds":
                 found.append(Slices.from_tensors(item.tensor, next(items).tensor))
             elif item.role == "words":
@@ -767,6 +767,21 @@ class PushLayout:
             ):
                 found[place] = part
         return found
+
+
+def ids_of(item: Item) -> torch.Tensor:
+    """Return what a payload has as the ids of rows, as compiled code and a log take them.
+
+    Raises:
+        ValueMismatchError: they are not one-dimensional int64.
+    """
+    ids = item.tensor
+    if ids.dtype is not torch.int64 or ids.ndim != 1:
+        raise ValueMismatchError(
+            f"{quote(item.key)}: the ids of rows are {interop.dtype_name(ids.dtype)} {tuple(ids.shape)}; expected one "
+            "dimension of int64"
+        )
+    return ids
 
 
 def words_item(key: Key, words: Words) -> Item:

@@ -17,7 +17,7 @@ from tensorkv.errors import ArgumentError, ValueMismatchError, quote
 from tensorkv.shard import native
 from tensorkv.shard.shard import Shard
 
-from ..messages import Pull, PullRows, Reply, Request, keys_of, pulled_dtype, room_for
+from ..messages import Pull, PullRows, Reply, Request, ids_of, keys_of, pulled_dtype, room_for
 
 # Lists of keys that are pulled together.
 REMEMBERED_LAYOUTS = 1024
@@ -118,7 +118,7 @@ class ServedValues:
     def rows(self, request: Request[PullRows]) -> Reply:
         """Return the rows that a request names."""
         items = unpack(request.layout, request.payload)
-        keys, ids = [item.key for item in items], [item.tensor for item in items]
+        keys, ids = [item.key for item in items], [ids_of(item) for item in items]
         narrow = request.message.pull_dtype
         specs = [self.shard.entry("row_sparse_pull", key).spec for key in keys]
         lies = encode_layout(

@@ -1,6 +1,7 @@
 """Servers and their clients without Ray: each push counts once, rounds are whole, snapshots are of one moment."""
 
 import contextlib
+import json
 import random
 import shutil
 import signal
@@ -18,7 +19,9 @@ import torch
 
 import tensorkv
 from tensorkv import Rows
+from tensorkv.arrays.interop import NUMPY
 from tensorkv.arrays.packing import Item, pack, raw_bytes
+from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines import partition
 from tensorkv.engines.ps import messages
 from tensorkv.engines.ps.messages import Reply
@@ -26,6 +29,9 @@ from tensorkv.engines.ps.options import PSOptions
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.engines.ps.server.snapshot import SnapshotBarrier
 from tensorkv.engines.transport import channel, network
+from tensorkv.shard.entry import Entry
+from tensorkv.shard.rules import Assign
+from tensorkv.storage import manifest
 from tensorkv.storage.durable import open_shard
 from tensorkv.storage.record import Record
 from tensorkv.storage.wal import WriteAheadLog
@@ -1411,6 +1417,80 @@ def test_ids_that_are_not_a_list_are_refused(verb):
         head = {"verb": verb, "owner": None, "client": "x", "seq": 1}
         name, _ = cluster.servers[0].serve(head, packed.layout, b"".join(packed.payload)).head["error"]
         assert name == "ValueMismatchError"
+
+
+OF_W = {"shape": [2], "dtype": "float32", "library": "numpy", "device": None, "table": False, "pieces": [[0, 0, 2]]}
+
+
+def pushed(*keys, **fields):
+    return {"verb": "push", **fields}, pack([Item(key, "sum", torch.ones(2)) for key in keys])
+
+
+def new_keys(*keys, **fields):
+    head = {"verb": "init", "kinds": [{**OF_W, **fields}], "keys": list(keys)}
+    return {**head, "indices": [0] * len(keys), "orders": list(range(len(keys)))}, pushed(*keys)[1]
+
+
+def loaded(metadata):
+    entry = Entry(1, KeySpec(torch.Size([2]), torch.float32, NUMPY, False), torch.full((2,), 5.0))
+    body, tensors = manifest.describe("store", [entry], Assign())
+    items = [Item(name, "tensor", tensor) for name, tensor in tensors.items()]
+    return {"verb": "restore", "body": json.loads(json.dumps(body)), "metadata": metadata}, pack(items)
+
+
+SGD = {"name": "sgd", "numbers": {"lr": 1.0}, "rescale_grad": 1.0, "clip_gradient": None}
+NO_PAYLOAD = pack([])
+UNFIT = {
+    "round without numbers": pushed(1, round=["x"]),
+    "round of a number that is text": pushed(1, round=["x", "y", 0]),
+    "round whose name is a list": pushed(1, round=[["x"], 1, 0]),
+    "round in mode async": pushed(1, round=["x", 1, 0]),
+    "keys of two types": new_keys("a", 3),
+    "empty key": new_keys(""),
+    "no pieces": new_keys(2, pieces=[]),
+    "pieces elsewhere": new_keys(2, pieces=[[1, 0, 2]]),
+    "two pieces here": new_keys(2, pieces=[[0, 0, 1], [0, 1, 2]]),
+    "piece whose rows are text": new_keys(2, pieces=[[0, "0", 2]]),
+    "hyperparameters of a bool": ({"verb": "set_hyperparameters", "numbers": {"lr": 2.0}, "keys": [True]}, NO_PAYLOAD),
+    "hyperparameters of a float": ({"verb": "set_hyperparameters", "numbers": {"lr": 2.0}, "keys": [1.0]}, NO_PAYLOAD),
+    "rule for a bool": ({"verb": "set_rule", "optimizer": {**SGD, "overrides": [[True, {"lr": 2.0}]]}}, NO_PAYLOAD),
+    "deleted bool": ({"verb": "delete", "keys": [True]}, NO_PAYLOAD),
+    "published bool": ({"verb": "publish", "release": "r", "keys": [True]}, NO_PAYLOAD),
+    "load without metadata": loaded({}),
+    "load with metadata of another key": loaded({"2": {**OF_W, "order": 0}}),
+    "load with malformed metadata": loaded({"1": {"order": 0}}),
+    "load with a malformed order": loaded({"1": {**OF_W, "order": "first"}}),
+}
+
+
+@pytest.mark.parametrize("unfit", UNFIT)
+def test_messages_that_a_log_could_not_be_read_with_are_refused(unfit, tmp_path):
+    head, packed = UNFIT[unfit]
+    is_empty = head["verb"] == "init" and 2 not in head["keys"]
+    options = {"path": str(tmp_path), "durability": "process"}
+    with Cluster(**options) as cluster:
+        kv, server = cluster.store(), cluster.servers[0]
+        if not is_empty:
+            kv.init(1, np.ones(2, F32))
+            kv.set_optimizer("sgd", lr=1.0)
+        sender = {"owner": kv._engine._owner, "client": f"{kv._engine._owner}.x", "seq": 1}
+        reply = server.serve(json.loads(json.dumps({**head, **sender})), packed.layout, b"".join(packed.payload))
+        assert "error" in reply.head
+        log = server._state.shard.log
+        # Nothing of it is found in a snapshot, either.
+        assert log.snapshot(server._state.shard)
+        check_unchanged(cluster.store(), [] if is_empty else [1])
+    with Cluster(**options) as cluster:
+        check_unchanged(cluster.store(), [] if is_empty else [1])
+
+
+def check_unchanged(kv, keys):
+    assert kv.keys() == keys
+    assert kv.stats()["servers"][0]["keys"] == len(keys)
+    assert kv.releases() == []
+    for key in keys:
+        assert kv.pull(key).tolist() == [1, 1]
+        assert (kv.info(key).version, kv.optimizer["lr"]) == (0, 1.0)
 
 
 LAYOUTS = [

@@ -184,6 +184,19 @@ def test_an_optimizer_leaves_out_hyperparameters_of_keys_that_are_gone(in_snapsh
     kv.close()
 
 
+def test_a_change_whose_request_cannot_be_counted_is_undone(tmp_path):
+    kv = tensorkv.create("local", path=tmp_path)
+    kv.init("w", np.zeros(1, F32))
+    shard = shard_of(kv)
+    with pytest.raises(AttributeError):
+        shard.push(Batch("push", ["w"], [[torch.ones(1)]]), requests=[("a", 1, "no dict")])
+    for _ in range(2):
+        assert (kv.pull("w").tolist(), kv.info("w").version) == ([0], 0)
+        assert not shard_of(kv).log.applied.has_applied("a", 1)
+        kv = reopened(kv, tmp_path)
+    kv.close()
+
+
 def test_complex_values_that_begin_anywhere(tmp_path):
     kv = tensorkv.create("local", path=tmp_path, log_nbytes=1)
     kv.init(["a", "b"], [np.zeros(1, np.float32), np.full(2, 1 + 2j, np.complex64)])

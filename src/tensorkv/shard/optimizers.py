@@ -128,7 +128,7 @@ class OptimizerSpec:
             raise OptimizerError("the optimizer's overrides: expected a list of pairs")
         shared: dict[str, dict[str, Any]] = {}
         for key, numbers in overrides:
-            if not isinstance(key, str | int) or not isinstance(numbers, dict):
+            if type(key) not in (str, int) or not isinstance(numbers, dict):
                 raise OptimizerError("an optimizer's override: expected a pair of key and hyperparameters")
             own = check_numbers(made.name, numbers)
             made.overrides[key] = shared.setdefault(repr(own), own)

@@ -120,11 +120,11 @@ class DurableLog:
             self._wal.append(encode(change))
             try:
                 filled = self._apply(shard, change)
+                if change.requests:
+                    self.applied.add(change.requests, change.updated())
             except BaseException:
                 self._roll_back(shard, self._wal.undo)
                 raise
-            if change.requests:
-                self.applied.add(change.requests, change.updated())
             self._digests.note(change)
             self._maintain(shard)
         return filled

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from tensorkv.arrays import interop
-from tensorkv.arrays.arguments import Key, check_key
+from tensorkv.arrays.arguments import Key, check_key, check_one_type
 from tensorkv.arrays.packing import COMPACT, Item, decode_layout, join_layout, unpack
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.slices import Slices
@@ -782,6 +782,17 @@ def ids_of(item: Item) -> torch.Tensor:
             "dimension of int64"
         )
     return ids
+
+
+def checked_keys(verb: str, keys: Sequence[Any]) -> list[Key]:
+    """Return the keys that a message lists.
+
+    Raises:
+        KeyTypeError: an invalid key, or keys of two types.
+    """
+    found = [check_key(verb, key) for key in keys]
+    check_one_type(verb, found)
+    return found
 
 
 def words_item(key: Key, words: Words) -> Item:

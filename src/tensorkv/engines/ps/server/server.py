@@ -28,13 +28,13 @@ from tensorkv.shard.norm import PushResult
 from tensorkv.shard.releases import check_keep, check_name
 
 from .. import messages
-from ..messages import Message, Push, Reply, Request, bytes_of, keys_of, push_layout
+from ..messages import Message, Push, Reply, Request, bytes_of, checked_keys, keys_of, push_layout
 from ..options import PSOptions
 from ..released import encode_changes
 from .membership import Membership
 from .snapshot import SnapshotBarrier
 from .staleness import StalenessClock
-from .state import ServerState, contents_of, metadata_of, new_entries
+from .state import ServerState, contents_of, metadata_of, new_entries, released_metadata
 from .sync_round import PendingPush, SyncRounds
 from .tables import ServerTables
 from .values import ServedValues
@@ -187,7 +187,11 @@ class Server:
     # ------------------------------------------------------------ pushes
 
     def _push(self, request: Request[Push]) -> Reply:
-        if self.options.mode == "sync":
+        is_sync, number = self.options.mode == "sync", request.message.round
+        # A log has it with the push.
+        if number is not None and not (is_sync and [type(each) for each in number] == [str, int, int]):
+            raise ArgumentError("malformed push; expected the name and numbers of a round, in mode sync only")
+        if is_sync:
             return self._push_in_round(request)
         return self._push_at_once(request) if self.options.staleness is None else self._push_bounded(request)
 
@@ -362,6 +366,7 @@ class Server:
 
     def _init(self, request: Request[messages.Init]) -> Reply:
         entries = new_entries(request)
+        self._state.check_metadata(request.message.kinds)
         with self._condition:
             self._admit(request)
             before = self._changes
@@ -376,13 +381,15 @@ class Server:
 
     def _restore(self, request: Request[messages.Restore]) -> Reply:
         contents = contents_of(request)
+        self._state.check_metadata(request.message.metadata.values())
+        self._state.check_metadata(released_metadata(contents))
         with self._change(request) as ids:
             if ids:
                 self._state.restore(contents, request.message.metadata, ids)
         return Reply({})
 
     def _delete(self, request: Request[messages.Delete]) -> Reply:
-        keys = request.message.keys
+        keys = checked_keys("delete", request.message.keys)
         with self._change(request) as ids:
             if ids:
                 self._state.delete(keys, ids)
@@ -397,9 +404,11 @@ class Server:
         return Reply({})
 
     def _set_hyperparameters(self, request: Request[messages.SetHyperparameters]) -> Reply:
+        numbers, keys = request.message.numbers, request.message.keys
+        keys = keys and checked_keys("set_hyperparameters", keys)
         with self._change(request) as ids:
             if ids:
-                self._state.shard.set_hyperparameters(request.message.numbers, request.message.keys, requests=ids)
+                self._state.shard.set_hyperparameters(numbers, keys, requests=ids)
         return Reply({})
 
     def _wait_for_optimizer(self, request: Request[messages.WaitForOptimizer]) -> Reply:
@@ -533,9 +542,10 @@ class Server:
         message = request.message
         check_name("publish", message.release)
         check_keep("publish", message.keep)
+        keys = message.keys and checked_keys("publish", message.keys)
         with self._change(request) as ids:
             if ids:
-                self._state.shard.publish(message.release, message.keys, message.keep, requests=ids)
+                self._state.shard.publish(message.release, keys, message.keep, requests=ids)
         return Reply({})
 
     def _show_release(self, request: Request[messages.ShowRelease]) -> Reply:

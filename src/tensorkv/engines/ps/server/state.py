@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from tensorkv.arrays.rows import Rows, merge
 from tensorkv.arrays.slices import Slices, join_slices
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import SumMemory, Traffic, WordsLayout, words_layout
-from tensorkv.errors import ArgumentError, SnapshotError, ValueMismatchError, quote
+from tensorkv.errors import ArgumentError, SnapshotError, ValueMismatchError, quote, show
 from tensorkv.releases.finder import ChangeFinder
 from tensorkv.shard import native
 from tensorkv.shard.changes import Publish, RequestIds, SetNotes, ShowRelease, Unpublish
@@ -46,6 +46,7 @@ from ..messages import (
     Restore,
     bytes_of,
     can_code,
+    checked_keys,
     push_layout,
     words_text,
 )
@@ -100,7 +101,7 @@ class ServerState:
         self._sums = SumMemory()
         self.inits = 0
         """How often keys were created, deleted or re-created, or their metadata set."""
-        self._index = index
+        self._index, self._num_servers = index, options.num_servers
         self._rule, self._rule_changes = self.shard.rule, 0
 
     # ------------------------------------------------------------ pushes and pulls
@@ -288,7 +289,11 @@ class ServerState:
 
     def add_release(self, message: Commit, name: str, owner: str) -> None:
         """Hold the present values, which are here, as a release that readers do not see yet."""
-        keys = None if message.keys is None else [key for key in message.keys if key in self.shard]
+        keys = (
+            None
+            if message.keys is None
+            else [key for key in checked_keys("publish", message.keys) if key in self.shard]
+        )
         self.shard.check_complete("publish", keys)
         change = Publish(name, message.number, keys, is_visible=False, owner=owner, attempt=message.attempt)
         self.shard.commit(change)
@@ -363,6 +368,23 @@ class ServerState:
         else:
             self.shard.commit(Events(events))
 
+    def check_metadata(self, described: Iterable[Any]) -> None:
+        """Raise if metadata of keys is malformed, which all clients are to be told.
+
+        Raises:
+            TensorKVError, LookupError, TypeError, ValueError: it is.
+        """
+        for each in described:
+            manifest.restore_spec("", each, is_table=each["table"] is True)
+            servers = [server for server, _, _ in each["pieces"]]
+            numbers = [each.get("order", 0), *(number for piece in each["pieces"] for number in piece)]
+            fits = all(type(number) is int for number in numbers) and len(set(servers)) == len(servers)
+            if not fits or self._index not in servers or not all(0 <= each < self._num_servers for each in servers):
+                raise ArgumentError(
+                    f"malformed metadata {show(each)}; expected the server, first row and end of each piece, and one "
+                    f"of server {self._index}"
+                )
+
     def set_metadata(self, notes: Mapping[str, Any]) -> None:
         """Set the metadata of keys; None drops it.
 
@@ -381,13 +403,11 @@ def new_entries(request: Request[Init]) -> list[Entry]:
     """
     message = request.message
     kinds, keys, orders = message.kinds, message.keys, message.orders
-    for kind in kinds:
-        if not all(type(part) is int for server, start, stop in kind["pieces"] for part in (server, start, stop)):
-            raise ArgumentError("malformed init; expected the server, first row and end of each piece")
     specs = [manifest.restore_spec("", kind, is_table=kind["table"] is True) for kind in kinds]
     pushed = push_layout(request.layout)
     if keys != list(pushed.keys) or len(orders) != len(keys) or not all(type(order) is int for order in orders):
         raise ArgumentError("malformed init; expected the keys of the layout, and the order of each")
+    checked_keys("init", keys)
     found = [specs[index] for index in message.indices]
     parts = pushed.parts(request.payload, found, None)
     return [_new_entry(*each) for each in zip(pushed.keys, found, parts, strict=True)]
@@ -423,6 +443,9 @@ def contents_of(request: Request[Restore]) -> Contents:
     """
     tensors = {str(item.key): item.tensor for item in unpack(request.layout, request.payload)}
     contents = manifest.restore(request.message.body, tensors)
+    keys = [entry.key for entry in contents.entries]
+    if contents.kind == "store" and request.message.metadata.keys() != set(json_keys(keys)):
+        raise ArgumentError("malformed restore; expected the metadata of each key")
     released = [] if contents.releases is None else [each.entries for each in contents.releases.held]
     for entry in {id(each): each for own in (contents.entries, *released) for each in own}.values():
         # The client reuses the memory of this payload for its next request. Tables have copied their rows.
@@ -430,3 +453,9 @@ def contents_of(request: Request[Restore]) -> Contents:
             entry.value = entry.value.clone()
         entry.state = {name: tensor.clone() for name, tensor in entry.state.items()}
     return contents
+
+
+def released_metadata(contents: Contents) -> list[Any]:
+    """Return the metadata of the values of contents that only releases have."""
+    held = [] if contents.releases is None else contents.releases.held
+    return [each.note for release in held for each in release.entries if isinstance(each, FrozenEntry)]

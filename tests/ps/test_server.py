@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import tensorkv
-from tensorkv import Rows
+from tensorkv import Rows, TensorSlice
 from tensorkv.arrays.interop import NUMPY
 from tensorkv.arrays.packing import Item, pack, raw_bytes
 from tensorkv.arrays.spec import KeySpec
@@ -942,6 +942,41 @@ def test_a_failed_load_keeps_the_placement_of_keys_and_a_successful_one_replaces
         kv.load(tmp_path / "small")
         assert [kv.pull(key).tolist() for key in "ab"] == [[1] * 3, [2] * 5]
         assert sorted(name for each in cluster.servers for name in each._state.shard.notes) == ['"a"', '"b"']
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_servers_forget_keys_and_clients_that_are_gone(in_folder, tmp_path):
+    options = {"path": str(tmp_path / "store"), "durability": "process"} if in_folder else {}
+    options["num_workers"] = 2
+
+    def check(server, clients):
+        assert [dict(worker.counts) for worker in server._staleness._workers.values()] == [{"w": 4}, {"w": 1}]
+        assert server._staleness.rounds() == {0: 4, 1: 1}
+        assert len(server._results) == clients
+
+    with tensorkv.create("local") as saved, Cluster(**options) as cluster:
+        saved.init("w", np.zeros(4, F32))
+        saved.save(tmp_path / "saved")
+        kv, other = cluster.stores(2)
+        kv.init(["w", "loaded"], [np.zeros(4, F32)] * 2)
+        for _ in range(3):
+            kv.push(["w", "loaded"], [np.ones(4, F32)] * 2)
+        for number in range(5):
+            kv.init(f"k{number}", np.zeros(4, F32))
+            kv.push(f"k{number}", np.ones(4, F32))
+            kv.delete(f"k{number}")
+        kv.load(tmp_path / "saved")
+        for each in (kv, other):
+            each.push("w", TensorSlice(np.ones(4, F32), (0,), (4,)))
+        check(cluster.servers[0], 2)
+        cluster.drop(other).close()
+        check(cluster.servers[0], 1)
+        cluster.drop(kv).close()
+        check(cluster.servers[0], 0)
+    if in_folder:
+        server = Server(PSOptions(**options), comes_back=True)
+        check(server, 0)
+        server.close()
 
 
 @pytest.mark.parametrize(("step", "found"), [("_write_snapshot", [1, 1]), ("_remove_replaced", [2, 2, 2])])

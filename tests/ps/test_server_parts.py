@@ -16,6 +16,7 @@ from tensorkv.arrays import interop
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.partition import pieces
 from tensorkv.engines.ps.messages import keys_of, push_layout
+from tensorkv.engines.ps.server import tables as server_tables
 from tensorkv.engines.ps.server.reads import Reads
 from tensorkv.engines.ps.server.snapshot import SnapshotBarrier
 from tensorkv.engines.ps.server.staleness import StalenessClock
@@ -120,6 +121,23 @@ def test_waits_end_with_what_is_waited_for_and_changes_end_them():
     assert condition.count >= 1
 
 
+def test_a_round_stays_when_its_keys_are_deleted():
+    staleness = StalenessClock(1, 5, Clock())
+    for _ in range(3):
+        staleness.count_push(0, ["a", 7])
+    staleness.count_push(0, ["b"])
+    staleness.forget_keys(["a", 7, "unknown"])
+    restored = StalenessClock(1, 5, Clock())
+    restored.restore(json.loads(json.dumps(staleness.to_plain())))
+    for clock in (staleness, restored):
+        assert json.loads(json.dumps(clock.to_plain())) == [[0, 0, False, [["b", 1]], 3]]
+        assert clock.rounds() == {0: 3}
+        # One that is behind the others does not end a round before it has as many pushes.
+        for count in (3, 3, 4):
+            clock.count_push(0, ["b"])
+            assert clock.rounds() == {0: count}
+
+
 # ---------------------------------------------------------------- what is remembered
 
 
@@ -179,6 +197,36 @@ def happen(tables, how, text):
         tables.apply(plain)
     else:
         tables.replay([plain[0]], plain[1])
+
+
+@pytest.mark.parametrize("ends", ["bye", "gone", "new"])
+def test_clients_that_ended_long_ago_are_forgotten(ends, monkeypatch):
+    monkeypatch.setattr(server_tables, "_KEPT_CLIENTS", 3)
+    tables = ServerTables(StalenessClock(1, 5))
+    tables.apply([["member", "stays"]])
+    tables.replay([["stays.0", 1, {"fan": [0, 1]}]], ["w"])
+    for number in range(50):
+        owner = f"o{number}"
+        tables.apply([["member", owner]])
+        for session in range(2):
+            tables.replay([[f"{owner}.{session}", 1, {"fan": [0, 1]}]], ["w"])
+            tables.refused[f"{owner}.{session}"] = (1, tensorkv.StorageError("full"))
+        tables.apply([[ends] if ends == "new" else [ends, owner]])
+        # The last ones may still send a request again.
+        assert all(tables.has_applied(f"o{last}.1", 1) for last in range(max(0, number - 2), number + 1))
+        if ends != "new":
+            assert tables.has_applied("stays.0", 1)
+    for table in (tables.last, tables.fans, tables.refused, tables.idle, tables.disconnected):
+        assert len(table) <= 14
+
+
+def test_a_client_that_was_idle_and_is_back_is_not_forgotten(monkeypatch):
+    monkeypatch.setattr(server_tables, "_KEPT_CLIENTS", 3)
+    tables = ServerTables(StalenessClock(1, 5))
+    tables.replay([["a.0", 1]], ["w"])
+    tables.apply([["member", "a"], ["gone", "a"], ["member", "a"]])
+    tables.apply([["gone", f"o{number}"] for number in range(50)])
+    assert tables.has_applied("a.0", 1)
 
 
 def test_an_event_of_a_newer_version_is_refused():

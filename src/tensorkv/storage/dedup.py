@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from tensorkv.arrays.arguments import Key
 from tensorkv.errors import StorageError, TensorKVError
 from tensorkv.shard.changes import RequestIds
+
+
+def process_of(client: str) -> str:
+    """Return the process of a client, with which its name begins.
+
+    >>> process_of("3f2a.1")
+    '3f2a'
+    """
+    return client.partition(".")[0]
 
 
 class AppliedRequests:
@@ -29,6 +38,16 @@ class AppliedRequests:
         """Of each client, the number of its last request that went to several servers, and to which."""
         self.refused: dict[str, tuple[int, TensorKVError]] = {}
         """Of each client, the number of its last request that was refused, and why; of this process alone."""
+
+    def forget(self, processes: Container[str]) -> None:
+        """Forget the requests of processes that send no more."""
+        tables: list[dict[str, Any]] = [self.last, self.fans, self.refused]
+        for table in tables:
+            for client in [each for each in table if process_of(each) in processes]:
+                del table[client]
+
+    def forget_keys(self, keys: Iterable[Key]) -> None:
+        """Forget how often keys that are gone were pushed; this class counts no pushes."""
 
     def has_applied(self, client: str, seq: int) -> bool:
         """Return whether a request has been applied."""

@@ -150,7 +150,7 @@ class DurableLog:
         """Make a change that is too large for the log, and a snapshot of its result."""
         with OneTorchThread():
             try:
-                shard.apply(change)
+                self._apply(shard, change)
                 self.applied.add(change.requests)
                 if not self.snapshot(shard):
                     raise StorageError(f"{self._wal.path}: what was loaded cannot be written; nothing has changed")
@@ -163,7 +163,11 @@ class DurableLog:
         if isinstance(change, Events):
             self.applied.apply(change.events)
             return False
-        return shard.apply(change)
+        before = change.keys if isinstance(change, Delete) else shard.keys() if isinstance(change, Restore) else ()
+        filled = shard.apply(change)
+        if before:
+            self.applied.forget_keys([key for key in before if key not in shard])
+        return filled
 
     def _roll_back(self, shard: Shard, undo: Callable[[], None] | None = None) -> None:
         """Restore a shard from the log, after a change that failed halfway."""

@@ -26,6 +26,7 @@ from tensorkv.shard.changes import RequestIds
 from tensorkv.shard.entry import Part
 from tensorkv.shard.norm import PushResult
 from tensorkv.shard.releases import check_keep, check_name
+from tensorkv.storage.dedup import process_of
 
 from .. import messages
 from ..messages import Message, Push, Reply, Request, bytes_of, checked_keys, keys_of, push_layout
@@ -467,6 +468,8 @@ class Server:
             self._state.snapshots.drop_all_but_of(clients)
             self._state.snapshots.drop_expired()
             self._state.reads.drop_all_but_of(clients)
+            members = self._tables.members
+            self._results = {client: each for client, each in self._results.items() if process_of(client) in members}
             if self.index == 0:
                 self._state.drop_unfinished_releases(clients)
 

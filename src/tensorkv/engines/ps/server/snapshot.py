@@ -21,7 +21,7 @@ from tensorkv.errors import ReleaseNotFoundError, SnapshotError
 from tensorkv.shard.entry import FrozenEntry
 from tensorkv.shard.releases import HeldRelease
 from tensorkv.shard.shard import Shard, ShardSnapshot
-from tensorkv.storage.dedup import AppliedRequests
+from tensorkv.storage.dedup import AppliedRequests, process_of
 
 from .listing import listed
 from .values import Layouts, ServedValues
@@ -73,9 +73,7 @@ class SnapshotBarrier:
         if not self._is_prepared():
             self._owner, self._until, self._admitted = owner, self._now() + _LIMIT_S, {}
         processes = set(alive)
-        return {
-            client: list(last) for client, last in self._clients.fans.items() if client.partition(".")[0] in processes
-        }
+        return {client: list(last) for client, last in self._clients.fans.items() if process_of(client) in processes}
 
     def commit(self, owner: str, seq: int, wanted: Mapping[str, Sequence[Any]], take: Callable[[], Any]) -> Any:
         """Wait for the requests that other servers have applied, take the snapshot, and go on; also if that fails.

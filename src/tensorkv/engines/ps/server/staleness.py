@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,6 +140,13 @@ class StalenessClock:
                     worker.most = count
             self.most_ahead = max(self.most_ahead, self.ahead(rank))
 
+    def forget_keys(self, keys: Iterable[Key]) -> None:
+        """Forget how often keys that are gone were pushed; the rounds stay."""
+        with self._lock:
+            for worker in self._workers.values():
+                for key in keys:
+                    worker.counts.pop(key, None)
+
     def rounds(self) -> dict[int, int]:
         """Return every worker's round."""
         with self._lock:
@@ -200,9 +207,9 @@ class StalenessClock:
         """Return the round of each worker as plain data, for ``restore``."""
         with self._lock:
             return [
-                [rank, each.base, each.has_left, list(each.counts.items())]
+                [rank, each.base, each.has_left, list(each.counts.items()), each.most]
                 for rank, each in self._workers.items()
-                if each.base or each.has_left or each.counts
+                if each.base or each.has_left or each.most
             ]
 
     def restore(self, described: Sequence[Any]) -> None:
@@ -215,10 +222,9 @@ class StalenessClock:
                 worker.restart_at(0)
                 worker.has_left = False
             self.most_ahead = 0
-            for rank, base, has_left, counts in described:
+            for rank, base, has_left, counts, most in described:
                 worker = self._workers.setdefault(rank, _Worker())
-                worker.base, worker.has_left, worker.counts = base, has_left, dict(counts)
-                worker.most = max(worker.counts.values(), default=0)
+                worker.base, worker.has_left, worker.counts, worker.most = base, has_left, dict(counts), most
 
     def _logged(self, rank: int) -> _Worker:
         """Return a worker that a log names; the log may begin with a store that had more workers."""

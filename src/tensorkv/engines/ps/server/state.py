@@ -223,6 +223,7 @@ class ServerState:
     def delete(self, keys: Sequence[Key], ids: RequestIds) -> None:
         """Forget keys."""
         self.shard.delete(keys, requests=ids)
+        self._clients.forget_keys(keys)
         self._forget_layouts()
 
     @property
@@ -242,7 +243,9 @@ class ServerState:
 
     def restore(self, contents: Contents, metadata: Mapping[str, Any], ids: RequestIds) -> None:
         """Take over the contents of a checkpoint, and the metadata of the keys of a store."""
+        before = self.shard.keys()
         checkpoint.restore(self.shard, contents, notes=metadata, requests=ids)
+        self._clients.forget_keys([key for key in before if key not in self.shard])
         if contents.releases is not None:
             self.snapshots.drop_replaced()
         if contents.kind != "optimizer-states":

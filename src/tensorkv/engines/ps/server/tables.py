@@ -7,19 +7,20 @@ clock and no lock in here: heartbeats are in ``Membership``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tensorkv.arrays.arguments import Key
 from tensorkv.errors import StorageError
-from tensorkv.storage.dedup import AppliedRequests
+from tensorkv.storage.dedup import AppliedRequests, process_of
 
 from .staleness import StalenessClock
 
 # Broadcasts that are kept, for workers that ask later or whose reply was lost.
 _KEPT_TEXTS = 64
-# Clients that have disconnected, whose late messages are refused.
-_KEPT_DISCONNECTED = 1024
+# Clients that have disconnected, whose late messages are refused, and that were idle for too long, whose requests are
+# still applied once if they come back. At most twice as many are kept.
+_KEPT_CLIENTS = 1024
 # Lists of keys whose rounds are counted.
 _KEPT_LISTS = 10_000
 
@@ -48,6 +49,8 @@ class ServerTables(AppliedRequests):
         self.members: dict[str, int | None] = {}
         """The clients of this server, and their ranks."""
         self.disconnected: dict[str, None] = {}
+        self.idle: dict[str, None] = {}
+        """Clients that were idle for too long, or used the folder before, and may come back."""
         self.holders: dict[int, str] = {}
         """The client that has, or had last, each rank; "" if that client has disconnected."""
         self.starts: dict[str, CollectiveCounts] = {}
@@ -95,17 +98,21 @@ class ServerTables(AppliedRequests):
     # ------------------------------------------------------------ events, by the names that logs have for them
 
     def _on_new(self) -> None:
-        """Begin a store; forget the clients that used the folder before."""
-        self.restore(dict(self.last), {})
+        """Begin a store; the clients that used the folder before are none of it."""
+        self.forget(self.disconnected)
+        self.restore(dict(self.last), {"idle": dict.fromkeys(map(process_of, self.last))})
+        self._forget_oldest(self.idle)
 
     def _on_member(self, owner: str) -> None:
         self.members.setdefault(owner, None)
+        self.idle.pop(owner, None)
 
     def _on_rank(self, rank: int, owner: str, start: Sequence[int], base: int | None) -> None:
         """Give a rank to a worker; with a base, its rounds begin there."""
         for other in [each for each, held in self.members.items() if held == rank and each != owner]:
             self.members[other] = None
         self.members[owner], self.holders[rank] = rank, owner
+        self.idle.pop(owner, None)
         self.starts.setdefault(owner, (start[0], start[1], start[2]))
         if base is not None:
             self.leaving.discard(rank)
@@ -116,9 +123,9 @@ class ServerTables(AppliedRequests):
 
     def _on_gone(self, owner: str) -> None:
         """Remove a client that was idle for too long."""
-        self.members.pop(owner, None)
-        self.starts.pop(owner, None)
-        self.claimed.pop(owner, None)
+        self._remove(owner)
+        self.idle[owner] = None
+        self._forget_oldest(self.idle)
 
     def _on_bye(self, owner: str) -> None:
         """Remove a client that has disconnected."""
@@ -128,10 +135,26 @@ class ServerTables(AppliedRequests):
             self.leaving.discard(rank)
             # The next worker of this rank replaces one that has ended.
             self.holders[rank] = ""
-        self._on_gone(owner)
+        self._remove(owner)
         self.disconnected[owner] = None
-        if len(self.disconnected) > _KEPT_DISCONNECTED:
-            del self.disconnected[next(iter(self.disconnected))]
+        self._forget_oldest(self.disconnected)
+
+    def _remove(self, owner: str) -> None:
+        self.members.pop(owner, None)
+        self.starts.pop(owner, None)
+        self.claimed.pop(owner, None)
+
+    def _forget_oldest(self, ended: dict[str, None]) -> None:
+        """Forget clients that have ended long ago; many at once, since that looks at every client."""
+        if len(ended) > 2 * _KEPT_CLIENTS:
+            oldest = dict.fromkeys(list(ended)[:-_KEPT_CLIENTS])
+            self.forget(oldest)
+            for owner in oldest:
+                del ended[owner]
+
+    def forget_keys(self, keys: Iterable[Key]) -> None:
+        """Forget how often keys that are gone were pushed."""
+        self.staleness.forget_keys(keys)
 
     def _on_leave(self, rank: int) -> None:
         self.staleness.leave(rank)
@@ -169,6 +192,7 @@ class ServerTables(AppliedRequests):
             **super().describe(),
             "members": self.members,
             "gone": list(self.disconnected),
+            "idle": list(self.idle),
             "holders": list(self.holders.items()),
             "starts": self.starts,
             "over": [self.barriers, self.leaves],
@@ -186,6 +210,7 @@ class ServerTables(AppliedRequests):
         super().restore(last, described)
         get = described.get
         self.members, self.disconnected = dict(get("members", {})), dict.fromkeys(get("gone", ()))
+        self.idle = dict.fromkeys(get("idle", ()))
         self.holders, self.texts = dict(get("holders", ())), dict(get("texts", ()))
         self.starts = {owner: (counts[0], counts[1], counts[2]) for owner, counts in get("starts", {}).items()}
         self.barriers, self.leaves = get("over", (0, 0))

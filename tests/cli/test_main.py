@@ -522,6 +522,79 @@ def test_inspect_of_a_damaged_store(capsys, tmp_path):
     assert "damaged at byte 0" in error_of(capsys, "inspect", tmp_path / "store", status=1)
 
 
+def cut_off_the_snapshot(path):
+    (snapshot,) = path.glob("snapshot-*.tkv")
+    content = snapshot.read_bytes()
+    snapshot.write_bytes(content[: content.rindex(b"tkv1")])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: sorted(path.glob("log-*.tkv"))[1].unlink(), "record 3 is missing, 4 comes next"),
+        (lambda path: sorted(path.glob("log-*.tkv"))[1].write_bytes(b""), "record 3 is missing, 4 comes next"),
+        (cut_off_the_snapshot, "damaged: it ends early"),
+    ],
+    ids=["removed", "empty", "cut off"],
+)
+def test_inspect_refuses_a_folder_that_no_store_can_be_opened_from(damage, said, capsys, tmp_path):
+    path = tmp_path / "store"
+    for number in range(4):
+        with tensorkv.create("local", path=path) as kv:
+            if not number:
+                kv.init("w", np.zeros(2))
+                shard = kv._engine._shard
+                assert shard.log.snapshot(shard)
+            kv.push("w", np.ones(2))
+    damage(path)
+    assert said in error_of(capsys, "inspect", path, status=1)
+    with pytest.raises(tensorkv.StorageError, match=said):
+        tensorkv.create("local", path=path)
+
+
+def test_inspect_of_a_store_that_replaces_its_snapshot_meanwhile(capsys, tmp_path, monkeypatch):
+    opened = []
+
+    def open_file(folder, name, flags):
+        opened.append(name)
+        if len(opened) == 2:
+            # The files were listed, and the next to be read is removed now.
+            assert shard.log.snapshot(shard)
+        return real(folder, name, flags)
+
+    with tensorkv.create("local", path=tmp_path) as kv:
+        kv.init("w", np.zeros(2))
+        shard = kv._engine._shard
+        assert shard.log.snapshot(shard)
+        kv.push("w", np.ones(2))
+        real = inspect.Folder.open
+        monkeypatch.setattr(inspect, "Folder", type("Watched", (inspect.Folder,), {"open": open_file}))
+        report = inspect_json(capsys, tmp_path)
+    assert len(opened) > 2
+    assert [(key["key"], key["version"]) for key in report["keys"]] == [("w", 1)]
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_inspect_tells_the_sizes_of_all_tables_and_names(in_folder, capsys, tmp_path):
+    values = {name: tensorkv.Rows([3], np.ones((1, 2), np.float32), 1000) for name in ("t", "back\\slash")}
+    values["n"] = tensorkv.Rows([3], np.ones((1, 2), np.float32), 1000, init="normal")
+    values |= {name: np.zeros(3, np.float32) for name in ("a\\b", "half \ud800", "ä")}
+    with tensorkv.create("local", **({"path": tmp_path / "store"} if in_folder else {})) as kv:
+        kv.init(values)
+        if not in_folder:
+            kv.save(tmp_path / "store")
+    found = {key["key"]: (key["rows"], key["nbytes"]) for key in inspect_json(capsys, tmp_path / "store")["keys"]}
+    assert found == {key: (1, 16) if isinstance(value, tensorkv.Rows) else (None, 12) for key, value in values.items()}
+
+
+def test_inspect_does_not_guess_what_pushes_have_added_to_a_table(capsys, tmp_path):
+    with tensorkv.create("local", path=tmp_path) as kv:
+        kv.init("t", tensorkv.Rows([3], np.ones((1, 2), np.float32), 1000, init="normal"))
+        kv.push("t", tensorkv.Rows([4], np.ones((1, 2), np.float32), 1000))
+    (key,) = inspect_json(capsys, tmp_path)["keys"]
+    assert (key["rows"], key["nbytes"], key["version"]) == (None, None, 1)
+
+
 def test_inspect_names_keys_with_the_same_numbers_in_one_line(capsys, tmp_path):
     with tensorkv.create() as kv:
         names = [f"layer{index}" for index in range(20)]

@@ -278,7 +278,7 @@ def old_log_goes_first():
     real = wal.WriteAheadLog._finish_snapshot
 
     def finish(self, temporary, descriptor, lsn):
-        for first, _, name in self._files()[1]:
+        for first, _, name in wal._files(self._folder)[1]:
             if first <= lsn:
                 self._folder.remove(name)
         real(self, temporary, descriptor, lsn)

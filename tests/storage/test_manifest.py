@@ -636,7 +636,7 @@ def test_restore_leaves_its_arguments_alone():
 
 def test_names_of_tensors_differ_where_keys_do():
     keys = ["\ud800", "\\ud800", "\\\\ud800", "\\", "\\\\", "ud800"]
-    names = {manifest._name("value", key) for key in keys}
+    names = {manifest.tensor_name("value", key) for key in keys}
     assert len(names) == len(keys)
     for name in names:
         assert list(safetensors.torch.load(safetensors.torch.save({name: torch.zeros(1)}))) == [name]

@@ -9,15 +9,16 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tensorkv.errors import CheckpointError, StorageError
 from tensorkv.storage import checkpoint
 from tensorkv.storage.folder import Folder
-from tensorkv.storage.record import Reader, Record
-from tensorkv.storage.wal import SEGMENT_NAME, SNAPSHOT_NAME
+from tensorkv.storage.manifest import tensor_name
+from tensorkv.storage.record import Record
+from tensorkv.storage.wal import SEGMENT_NAME, SNAPSHOT_NAME, LogReader
 
 # The head of a safetensors file is a length in 8 bytes and JSON; the format allows no more than this.
 _HEAD_BYTES = 100_000_000
@@ -77,17 +78,19 @@ def describe(path: str, *, verify: bool = False) -> dict[str, Any]:
 
 
 def _describe_key(kind: str, described: dict[str, Any], tensors: dict[str, Any] | None) -> dict[str, Any]:
-    key, is_rows = described["key"], described["kind"] == "rows"
-    state = [f"state/{name}/{key}" for name in described["state"]]
-    state += [f"column/{name}/{key}" for name in described["columns"]]
-    value = [f"value/{key}"] if kind == "store" else []
-    ids = f"ids/{key}"
-    known = tensors is not None and all(name in tensors for name in [*state, *value, *([ids] if is_rows else [])])
-    sizes = {name: head["data_offsets"][1] - head["data_offsets"][0] for name, head in (tensors or {}).items()}
+    key, is_rows = described["key"], described["kind"] != "dense"
+    state = [tensor_name(f"state/{name}", key) for name in described["state"]]
+    state += [tensor_name(f"column/{name}", key) for name in described["columns"]]
+    value = [tensor_name("value", key)] if kind == "store" else []
+    ids = tensor_name("ids", key)
+    value += [ids] if is_rows else []
+    found = {name: tensors[name] for name in [*state, *value] if name in tensors} if tensors else {}
+    known = len(found) == len(state) + len(value)
+    sizes = {name: head["data_offsets"][1] - head["data_offsets"][0] for name, head in found.items()}
     return {
         **{name: described[name] for name in ("key", "kind", "shape", "dtype", "version", "library", "device")},
-        "rows": tensors[ids]["shape"][0] if is_rows and known and tensors else None,
-        "nbytes": sum(sizes[name] for name in [*value, *([ids] if is_rows else [])]) if known else None,
+        "rows": found[ids]["shape"][0] if is_rows and known else None,
+        "nbytes": sum(sizes[name] for name in value) if known else None,
         "state": sorted([*described["state"], *described["columns"]]),
         "state_nbytes": sum(sizes[name] for name in state) if known else None,
     }
@@ -134,31 +137,16 @@ def _describe_store(path: str) -> dict[str, Any]:
     """Read snapshot and log, changing nothing, also while a store has the folder open."""
     folder = Folder(path)
     try:
-        contents = _Contents()
-        names = sorted(folder.names())
-        snapshots = [(int(found[1], 16), found[0]) for found in map(SNAPSHOT_NAME.fullmatch, names) if found]
-        logs = [(int(found[1], 16), found[0]) for found in map(SEGMENT_NAME.fullmatch, names) if found]
-        lsn, files = 0, []
-        if snapshots:
-            lsn, name = snapshots[-1]
-            files.append(name)
-            for _, record in _records(folder, name):
-                contents.take_snapshot(record)
-        segments = logs[max(0, sum(first <= lsn + 1 for first, _ in logs) - 1) :]
-        for index, (_, name) in enumerate(segments):
-            files.append(name)
-            following = segments[index + 1][0] if index + 1 < len(segments) else None
-            for number, record in _records(folder, name):
-                if following is not None and number >= following:
-                    break
-                if number > lsn:
-                    lsn = number
-                    contents.take_change(record)
-        sizes = {name: (Path(path) / name).stat().st_size for name in files}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(f"{path}: a record is not one that a store writes: {error!r}") from error
+        while True:
+            log = LogReader(folder)
+            try:
+                contents = _read_contents(path, log)
+                sizes = {name: (Path(path) / name).stat().st_size for name in log.names}
+                break
+            except (OSError, StorageError):
+                # A store that has the folder open may have replaced these files meanwhile.
+                if set(log.names) <= set(folder.names()):
+                    raise
     finally:
         folder.close()
     return {
@@ -175,9 +163,16 @@ def _describe_store(path: str) -> dict[str, Any]:
     }
 
 
-def _records(folder: Folder, name: str) -> Iterator[tuple[int, Record]]:
-    with Reader(folder, name) as reader:
-        yield from reader.records()
+def _read_contents(path: str, log: LogReader) -> _Contents:
+    contents = _Contents()
+    try:
+        for record, is_snapshot in log.records():
+            (contents.take_snapshot if is_snapshot else contents.take_change)(record)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"{path}: a record is not one that a store writes: {error!r}") from error
+    return contents
 
 
 class _Contents:
@@ -227,7 +222,7 @@ class _Contents:
         for key in dict.fromkeys(item.key for item in record.items() if item.role not in ("bounds", "slices")):
             described = self.keys[key]
             described["version"] += 1
-            if described["kind"] == "rows":
+            if described["kind"] != "dense":
                 described["rows"] = described["nbytes"] = None
             if verb != "put" and self.optimizer is not None:
                 # The step may have created state, or rows of it, which is in no record.

@@ -107,9 +107,9 @@ def _describe_releases(releases: SavedReleases, tensors: Tensors) -> dict[str, A
 
 def _describe_owed(source: Source, owed: Owed, tensors: Tensors) -> dict[str, Any]:
     key, worker = source
-    tensors[_name(f"residual/{worker}", key)] = torch.from_numpy(owed.residual)
+    tensors[tensor_name(f"residual/{worker}", key)] = torch.from_numpy(owed.residual)
     for name, array in owed.memory.items():
-        tensors[_name(f"memory/{worker}/{name}", key)] = torch.from_numpy(array)
+        tensors[tensor_name(f"memory/{worker}/{name}", key)] = torch.from_numpy(array)
     return {"key": key, "worker": worker, "memory": sorted(owed.memory)}
 
 
@@ -118,15 +118,15 @@ def _describe_entry(kind: Kind, entry: Entry, tensors: Tensors) -> dict[str, Any
     columns: dict[str, float] = {}
     if isinstance(value, Table):
         columns = {name: value.fill(name) for name in value.columns}
-        tensors[_name("ids", key)] = value.ids
+        tensors[tensor_name("ids", key)] = value.ids
         for name in columns:
-            tensors[_name(f"column/{name}", key)] = _real(value.read(value.ids, name))
+            tensors[tensor_name(f"column/{name}", key)] = _real(value.read(value.ids, name))
         if kind != "optimizer-states":
-            tensors[_name("value", key)] = _real(value.read(value.ids))
+            tensors[tensor_name("value", key)] = _real(value.read(value.ids))
     elif kind != "optimizer-states":
-        tensors[_name("value", key)] = _real(value)
+        tensors[tensor_name("value", key)] = _real(value)
     for name, tensor in entry.state.items():
-        tensors[_name(f"state/{name}", key)] = _real(tensor)
+        tensors[tensor_name(f"state/{name}", key)] = _real(tensor)
     return {
         "key": key,
         "kind": "dense" if not entry.spec.is_table else "rows" if entry.spec.init is None else "initialized-rows",
@@ -146,7 +146,8 @@ def describe_init(spec: KeySpec) -> dict[str, Any]:
     return {} if spec.init is None else {"init": spec.init.to_json()}
 
 
-def _name(what: str, key: Key) -> str:
+def tensor_name(what: str, key: Key) -> str:
+    """Return the name of a tensor of a key: what it is, a slash and the key."""
     # safetensors names are UTF-8, which has no half of a surrogate pair; a key may.
     return f"{what}/" + str(key).replace("\\", "\\\\").encode("utf-8", "backslashreplace").decode()
 
@@ -270,7 +271,7 @@ def _restore_entry(kind: str, described: Any, tensors: Tensors) -> Entry:
     for name in _field(described, "state", list):
         if not isinstance(name, str) or not name.isidentifier():
             raise CheckpointError(f"{quote(key)}: invalid name of a state {name!r}")
-        state[name] = _pop(tensors, _name(f"state/{name}", key), dtype, shape)
+        state[name] = _pop(tensors, tensor_name(f"state/{name}", key), dtype, shape)
     value: torch.Tensor | Table
     if is_table:
         value = _restore_table(kind, key, described, spec, tensors)
@@ -279,7 +280,7 @@ def _restore_entry(kind: str, described: Any, tensors: Tensors) -> Entry:
             raise CheckpointError(f"{quote(key)}: a dense key with columns")
         value = torch.empty(shape, dtype=dtype, device="meta")
         if kind != "optimizer-states":
-            value = _pop_exactly(tensors, _name("value", key), dtype, shape)
+            value = _pop_exactly(tensors, tensor_name("value", key), dtype, shape)
     return Entry(key, spec, value, version, state)
 
 
@@ -288,12 +289,12 @@ def _restore_owed(described: Any, entries: Mapping[Key, Entry], tensors: Tensors
     worker = _field(described, "worker", int)
     _check(key in entries and not entries[key].spec.is_table, f"{quote(key)}: a gradient of no dense key is owed")
     _check(0 <= worker < 1 << 31, f"{quote(key)}: worker {worker} is out of range")
-    residual = _pop_exactly(tensors, _name(f"residual/{worker}", key), torch.float32, entries[key].spec.shape)
+    residual = _pop_exactly(tensors, tensor_name(f"residual/{worker}", key), torch.float32, entries[key].spec.shape)
     _check(bool(residual.isfinite().all()), f"{quote(key)}: what is owed has NaN or Inf")
     memory = {}
     for name in _field(described, "memory", list):
         _check(isinstance(name, str) and name.isidentifier(), f"{quote(key)}: invalid name of a memory {name!r}")
-        array = tensors.pop(_name(f"memory/{worker}/{name}", key), None)
+        array = tensors.pop(tensor_name(f"memory/{worker}/{name}", key), None)
         if array is None or array.dtype is not torch.float32:
             raise CheckpointError(f"{quote(key)}: the memory {quote(name)} is missing, or not float32")
         memory[name] = array.numpy()
@@ -375,14 +376,14 @@ def restore_spec(key: Key, described: Any, *, is_table: bool) -> KeySpec:
 
 def _restore_table(kind: str, key: Key, described: Any, spec: KeySpec, tensors: Tensors) -> Table:
     shape, dtype = spec.shape, spec.dtype
-    ids = _pop(tensors, _name("ids", key), torch.int64, shape)
+    ids = _pop(tensors, tensor_name("ids", key), torch.int64, shape)
     _check(ids.dtype is torch.int64 and ids.ndim == 1, f"{quote(key)}: ids are not one-dimensional int64")
     rises = bool((ids[1:] > ids[:-1]).all()) and (not len(ids) or (int(ids[0]) >= 0 and int(ids[-1]) < shape[0]))
     _check(rises, f"{quote(key)}: ids are not unique, sorted and in range")
     rows_shape = torch.Size((len(ids), *shape[1:]))
     table = Table(shape[0], shape[1:], dtype, init=spec.init, key=key)
     if kind != "optimizer-states":
-        table.write(ids, _pop_exactly(tensors, _name("value", key), dtype, rows_shape))
+        table.write(ids, _pop_exactly(tensors, tensor_name("value", key), dtype, rows_shape))
     for name, fill in _field(described, "columns", dict).items():
         fits = type(fill) in (int, float) and dtype.is_floating_point | dtype.is_complex
         _check(
@@ -391,7 +392,7 @@ def _restore_table(kind: str, key: Key, described: Any, spec: KeySpec, tensors: 
         )
         _check(name.isidentifier(), f"{quote(key)}: invalid name of a column {name!r}")
         table.add_column(name, dtype, fill)
-        table.write(ids, _pop_exactly(tensors, _name(f"column/{name}", key), dtype, rows_shape), name)
+        table.write(ids, _pop_exactly(tensors, tensor_name(f"column/{name}", key), dtype, rows_shape), name)
     return table
 
 

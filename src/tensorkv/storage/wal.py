@@ -79,7 +79,7 @@ class WriteAheadLog:
             self._check_foreign()
             with self._explaining("lock the folder"):
                 # Segments that begin with the same record are sorted by epoch.
-                epochs = [epoch for _, epoch, _ in self._files()[1]]
+                epochs = [epoch for _, epoch, _ in _files(self._folder)[1]]
                 self._lock = FolderLock(self._folder, wait_s, max(epochs, default=0), stamp)
         except BaseException:
             self._folder.close()
@@ -96,66 +96,11 @@ class WriteAheadLog:
                 writer ended: that record was never acknowledged, and is not yielded.
         """
         self.wait_for_snapshot()
-        snapshots, segments = self._files()
-        self.lsn, self.nbytes = (snapshots[-1][0] if snapshots else 0), 0
-        if snapshots:
-            yield from ((each, True) for each in self._read_snapshot(snapshots[-1][1], self.lsn))
-        needed = [(first, name) for first, _, name in segments[self._first_needed(snapshots, segments) :]]
-        self._segments = len(needed)
-        for index, (first, name) in enumerate(needed):
-            following = needed[index + 1][0] if index + 1 < len(needed) else None
-            yield from ((each, False) for each in self._read_segment(name, first, following))
-
-    def _first_needed(self, snapshots: Sequence[tuple[int, str]], segments: Sequence[tuple[int, int, str]]) -> int:
-        # The last segment that begins at or before the first record that the snapshot lacks may contain that record.
-        lsn = snapshots[-1][0] if snapshots else 0
-        return max(0, sum(first <= lsn + 1 for first, _, _ in segments) - 1)
-
-    def _files(self) -> tuple[list[tuple[int, str]], list[tuple[int, int, str]]]:
-        """Return snapshots (last record, name) and segments (first record, epoch, name), oldest first."""
-        names = self._folder.names()
-        snapshots = [(int(found[1], 16), found[0]) for found in map(SNAPSHOT_NAME.fullmatch, names) if found]
-        segments = [
-            (int(found[1], 16), int(found[2], 16), found[0]) for found in map(SEGMENT_NAME.fullmatch, names) if found
-        ]
-        return sorted(snapshots), sorted(segments)
-
-    def _read_snapshot(self, name: str, lsn: int) -> Iterator[Record]:
-        ended = False
-        with record.Reader(self._folder, name) as reader:
-            for found, each in reader.records():
-                if ended or found != lsn:
-                    raise StorageError(f"{reader.file}: records of different snapshots")
-                ended = each.head.get("verb") == "end"
-                yield each
-        if not ended or reader.is_torn:
-            raise StorageError(f"{reader.file}: damaged: it ends early; restore the folder from a copy")
-
-    def _read_segment(self, name: str, first: int, following: int | None) -> Iterator[Record]:
-        if first > self.lsn + 1:
-            self._missing(name, self.lsn + 1, first)
-        expected = first
-        with record.Reader(self._folder, name) as reader:
-            for lsn, each in reader.records():
-                # A process that took this writer for dead has begun the next segment where it found this one to end.
-                if following is not None and lsn >= following:
-                    break
-                if lsn != expected:
-                    self._missing(name, expected, lsn)
-                expected += 1
-                if lsn <= self.lsn:
-                    continue
-                if lsn != self.lsn + 1:
-                    self._missing(name, self.lsn + 1, lsn)
-                self.lsn, self.nbytes = lsn, self.nbytes + reader.record_nbytes
-                yield each
-        if following is not None and self.lsn + 1 != following:
-            self._missing(name, self.lsn + 1, following)
-
-    def _missing(self, name: str, lsn: int, found: int) -> NoReturn:
-        raise StorageError(
-            f"{self._folder / name}: record {lsn} is missing, {found} comes next; restore the folder from a copy"
-        )
+        reader = LogReader(self._folder)
+        self.lsn, self.nbytes, self._segments = reader.lsn, 0, reader.num_segments
+        for each in reader.records():
+            self.lsn, self.nbytes = reader.lsn, reader.nbytes
+            yield each
 
     # ------------------------------------------------------------ writing
 
@@ -169,7 +114,7 @@ class WriteAheadLog:
             self._tidy()
             if self._durability == "disk":
                 # Writers that were killed, or had another durability, may not have synced what counts from now on.
-                for _, _, name in self._files()[1]:
+                for _, _, name in _files(self._folder)[1]:
                     self._folder.sync_file(name)
             self._begin_segment()
 
@@ -332,8 +277,8 @@ class WriteAheadLog:
 
     def _tidy(self) -> None:
         """Remove files that ``read`` skips, left by processes that ended before they could remove them."""
-        snapshots, segments = self._files()
-        needed = self._first_needed(snapshots, segments)
+        snapshots, segments = _files(self._folder)
+        needed = _first_needed(snapshots, segments)
         old = [name for _, name in snapshots[:-1]] + [name for _, _, name in segments[:needed]]
         # Of segments that begin with the same record, only the last has records that count.
         old += [one[2] for one, next_one in pairwise(segments[needed:]) if one[0] == next_one[0]]
@@ -345,7 +290,7 @@ class WriteAheadLog:
     def _remove_replaced(self, made: int) -> None:
         """Remove what a snapshot has replaced; what cannot be removed now, the next snapshot removes."""
         with suppress(OSError):
-            snapshots, segments = self._files()
+            snapshots, segments = _files(self._folder)
             old = [name for lsn, name in snapshots if lsn < made]
             old += [name for first, _, name in segments if first <= made]
             old += [name for name in self._folder.names() if _UNFINISHED_NAME.fullmatch(name)]
@@ -406,6 +351,99 @@ class WriteAheadLog:
             yield
         except OSError as error:
             raise StorageError(f"{self.path}: cannot {doing}: {error}") from error
+
+
+class LogReader:
+    """Reads the records of a folder that count, as of now; it changes nothing, and another process may have the folder.
+
+    Args:
+        folder: of the log.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        snapshots, segments = _files(folder)
+        self._snapshot = snapshots[-1][1] if snapshots else None
+        self._segments = [(first, name) for first, _, name in segments[_first_needed(snapshots, segments) :]]
+        self.lsn = snapshots[-1][0] if snapshots else 0
+        """Number of the last record that was read, or of the snapshot."""
+        self.nbytes = 0
+        """Bytes of log that were read since the snapshot."""
+
+    @property
+    def num_segments(self) -> int:
+        """How many log segments are read."""
+        return len(self._segments)
+
+    @property
+    def names(self) -> list[str]:
+        """The files that are read, oldest first."""
+        return [name for name in (self._snapshot, *(name for _, name in self._segments)) if name is not None]
+
+    def records(self) -> Iterator[tuple[Record, bool]]:
+        """Yield every record, oldest first, and whether it is part of the snapshot.
+
+        Raises:
+            StorageError: as for ``WriteAheadLog.read``.
+        """
+        if self._snapshot is not None:
+            yield from ((each, True) for each in self._read_snapshot(self._snapshot))
+        for index, (first, name) in enumerate(self._segments):
+            following = self._segments[index + 1][0] if index + 1 < len(self._segments) else None
+            yield from ((each, False) for each in self._read_segment(name, first, following))
+
+    def _read_snapshot(self, name: str) -> Iterator[Record]:
+        ended = False
+        with record.Reader(self._folder, name) as reader:
+            for found, each in reader.records():
+                if ended or found != self.lsn:
+                    raise StorageError(f"{reader.file}: records of different snapshots")
+                ended = each.head.get("verb") == "end"
+                yield each
+        if not ended or reader.is_torn:
+            raise StorageError(f"{reader.file}: damaged: it ends early; restore the folder from a copy")
+
+    def _read_segment(self, name: str, first: int, following: int | None) -> Iterator[Record]:
+        if first > self.lsn + 1:
+            self._missing(name, self.lsn + 1, first)
+        expected = first
+        with record.Reader(self._folder, name) as reader:
+            for lsn, each in reader.records():
+                # A process that took this writer for dead has begun the next segment where it found this one to end.
+                if following is not None and lsn >= following:
+                    break
+                if lsn != expected:
+                    self._missing(name, expected, lsn)
+                expected += 1
+                if lsn <= self.lsn:
+                    continue
+                if lsn != self.lsn + 1:
+                    self._missing(name, self.lsn + 1, lsn)
+                self.lsn, self.nbytes = lsn, self.nbytes + reader.record_nbytes
+                yield each
+        if following is not None and self.lsn + 1 != following:
+            self._missing(name, self.lsn + 1, following)
+
+    def _missing(self, name: str, lsn: int, found: int) -> NoReturn:
+        raise StorageError(
+            f"{self._folder / name}: record {lsn} is missing, {found} comes next; restore the folder from a copy"
+        )
+
+
+def _files(folder: Folder) -> tuple[list[tuple[int, str]], list[tuple[int, int, str]]]:
+    """Return snapshots (last record, name) and segments (first record, epoch, name), oldest first."""
+    names = folder.names()
+    snapshots = [(int(found[1], 16), found[0]) for found in map(SNAPSHOT_NAME.fullmatch, names) if found]
+    segments = [
+        (int(found[1], 16), int(found[2], 16), found[0]) for found in map(SEGMENT_NAME.fullmatch, names) if found
+    ]
+    return sorted(snapshots), sorted(segments)
+
+
+def _first_needed(snapshots: Sequence[tuple[int, str]], segments: Sequence[tuple[int, int, str]]) -> int:
+    # The last segment that begins at or before the first record that the snapshot lacks may contain that record.
+    lsn = snapshots[-1][0] if snapshots else 0
+    return max(0, sum(first <= lsn + 1 for first, _, _ in segments) - 1)
 
 
 class SegmentWriter:

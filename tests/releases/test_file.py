@@ -1,6 +1,7 @@
 """Files of changes: what is read is what was written, and anything else is an error."""
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -12,6 +13,9 @@ import torch
 
 import tensorkv
 from tensorkv import Rows
+from tensorkv.arrays.interop import NUMPY
+from tensorkv.arrays.spec import KeySpec
+from tensorkv.releases.changes import release_digest
 
 
 @pytest.fixture
@@ -162,3 +166,14 @@ def test_what_cannot_be_read_or_written(changes, tmp_path):
     safetensors.numpy.save_file({"w": np.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(tensorkv.CheckpointError, match="cannot be read"):
         tensorkv.load_changes(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("w", "'w'"), (3, "3"), ("ä", r"'\xe4'"), ("\U0001fae8", r"'\U0001fae8'"), ("\ud800", r"'\ud800'")],
+)
+def test_the_digest_of_a_release_has_its_keys_in_ascii(key, name):
+    """Which other characters repr escapes depends on the version of Unicode that Python has."""
+    spec = KeySpec(torch.Size([2]), torch.float32, NUMPY, False)
+    line = f"{name} torch.float32 (2,) 7".encode("ascii")
+    assert release_digest([(key, spec, 7)]) == hashlib.blake2b(line, digest_size=16).hexdigest()

@@ -269,8 +269,9 @@ def release_digest(keys: Iterable[tuple[Key, KeySpec, int]]) -> str:
     Args:
         keys: of each key its name, spec and digest, in any order.
     """
-    lines = sorted([f"{key!r} {spec.dtype} {tuple(spec.shape)} {number}" for key, spec, number in keys])
-    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    # Which characters repr escapes depends on the version of Unicode that Python has.
+    lines = sorted([f"{key!a} {spec.dtype} {tuple(spec.shape)} {number}" for key, spec, number in keys])
+    return hashlib.blake2b("\n".join(lines).encode("ascii"), digest_size=16).hexdigest()
 
 
 # ---------------------------------------------------------------- finding changes

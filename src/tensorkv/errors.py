@@ -141,6 +141,9 @@ class PushOutcomeUnknownError(TensorKVError, RuntimeError):
 class WaitTimeoutError(TensorKVError, TimeoutError):
     """A version, a round or another worker was awaited for longer than the timeout; the store goes on."""
 
+    applied = False
+    """Whether it is of a push that every server has applied: do not repeat it."""
+
 
 class StoreClosedError(TensorKVError, RuntimeError):
     """A verb was called after ``close``."""

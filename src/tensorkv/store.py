@@ -224,7 +224,7 @@ class KVStore:
             StorageError: a store that is kept in a folder could not write; nothing has changed.
             RankDeadError, WorkerMismatchError, WorkerError: of ``dist_sync``, also for a push before this one.
             ServerDeadError, PushOutcomeUnknownError, WaitTimeoutError: of ``dist_async``; after the last two the push
-                may have been applied, as their messages say.
+                may have been applied; ``applied`` of a ``WaitTimeoutError`` tells.
 
         >>> import numpy as np
         >>> kv = create()

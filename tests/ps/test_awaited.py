@@ -6,6 +6,7 @@ from tensorkv.engines.ps.server import awaited
 from tensorkv.engines.ps.server.awaited import AwaitedServer, why_not_the_folder
 from tensorkv.storage.folder import Folder
 from tensorkv.storage.lock import FolderLock
+from tests.support.until import LIMIT_S
 
 
 def test_requests_wait_and_those_that_must_not_are_refused(monkeypatch):
@@ -38,6 +39,12 @@ def test_a_request_is_held_no_longer_when_the_folder_is_there():
     server.end()
     # Held, it would take half a second for each.
     assert [server.serve({"verb": "pull", "owner": "a"}).head for _ in range(1000)][-1] == {"wait_for": "lost"}
+
+
+def test_a_client_whose_time_is_nearly_over_is_answered_before_that(monkeypatch):
+    monkeypatch.setattr(awaited, "_PAUSE_S", LIMIT_S)
+    server = AwaitedServer("lost", 30)
+    assert server.serve({"verb": "pull", "owner": "a", "poll_timeout_s": 0.01}).head == {"wait_for": "lost"}
 
 
 @pytest.mark.parametrize(

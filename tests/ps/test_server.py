@@ -39,6 +39,7 @@ from tests.support.amount import amount
 
 pytest.importorskip("ray")
 
+from tensorkv.engines.ps.client import rpc
 from tensorkv.engines.ps.client.engine import close_abandoned
 from tensorkv.engines.ps.client.rpc import ServerConnection
 from tensorkv.engines.ps.ray import cluster as ray_cluster
@@ -476,6 +477,43 @@ def test_repeated_pushes_after_a_timeout_do_not_exceed_the_staleness_bound():
         assert stats["waited_s"] > 0
         slow.push("n", np.ones(1, F32))
         assert fast.pull("n")[0] == 3
+
+
+def test_a_push_that_timed_out_says_whether_every_server_has_applied_it():
+    """Server 0 waits after it has applied the second push, server 1 before that."""
+    with Cluster(2, num_workers=2, staleness=0) as cluster:
+        fast, _ = cluster.stores(2)
+        fast.init(["a", "b"], [np.zeros(1, F32)] * 2)
+        count_up(fast)
+        for keys, is_applied in [("b", True), (["a", "b"], False), ("a", False)]:
+            with overdue(), pytest.raises(tensorkv.WaitTimeoutError, match=r"ranks \[1\]") as told:
+                fast.push(keys, [np.ones(1, F32)] * len(keys) if isinstance(keys, list) else np.ones(1, F32))
+            assert told.value.applied is is_applied
+            assert ("has been applied" in str(told.value)) is is_applied
+        assert fast.pull(["a", "b"]) == [1, 1]
+
+
+def test_a_push_without_an_answer_after_a_wait_has_an_unknown_outcome(monkeypatch):
+    pushes = []
+
+    def fate(head):
+        if head["verb"] != "push":
+            return NONE
+        pushes.append(head["seq"])
+        if len(pushes) == 1:
+            return NONE
+        asked(cluster.servers[0], "abort", 9, 1, rank=None)
+        return "lose reply"
+
+    monkeypatch.setattr(rpc._Call, "is_overdue", property(lambda call: call.attempts == 2))
+    with Cluster(fate=fate) as cluster:
+        kv = cluster.store()
+        kv.init("w", np.zeros(1, F32))
+        asked(cluster.servers[0], "prepare", 9, 1, rank=None)
+        with pytest.raises(tensorkv.PushOutcomeUnknownError, match="applied once, or not at all"):
+            kv.push("w", np.ones(1, F32))
+        assert len(pushes) == 2
+        assert kv.info("w").version == 1
 
 
 # ---------------------------------------------------------------- in step

@@ -31,6 +31,8 @@ from ..messages import CALLS, bytes_of, join, split
 
 # How long to wait for a reply before the request is sent again.
 _RESEND_S = 10.0
+# A request is not sent again when less than this is left.
+_SHORTEST_S = 0.1
 # How long a connection to another host may take, and how often it may fail though Ray reaches the server.
 _CONNECT_S = 2.0
 _MOST_FAILURES = 2
@@ -60,6 +62,7 @@ class _StillWaiting:
     """The server has received the request, and waits for others to answer it."""
 
     reason: str
+    has_applied: bool
 
 
 class _NotServed:
@@ -87,7 +90,9 @@ class _Call:
         failure: why the first attempt could not be sent.
         is_pending: whether the last attempt has no outcome yet.
         is_uncertain: whether an attempt had no reply.
-        waits_for: the reason that the server gave last for not answering.
+        waits_for: the reason that the server gave last for not answering; None if an attempt since had no reply, and
+            the request may have been applied.
+        has_applied: whether the server has said that it has applied the request, though it waits.
     """
 
     head: dict[str, Any]
@@ -101,6 +106,7 @@ class _Call:
     is_pending: bool = False
     is_uncertain: bool = False
     waits_for: str | None = None
+    has_applied: bool = False
 
     @property
     def is_overdue(self) -> bool:
@@ -311,7 +317,7 @@ class ServerConnection:
             case {"error": error}:
                 raise errors.decode(error)
             case {"wait_for": reason}:
-                return _StillWaiting(reason)
+                return _StillWaiting(reason, bool(head.get("applied")))
             case {"spare": True}:
                 return _IsSpare()
             case {"in_buffers": nbytes}:
@@ -332,6 +338,8 @@ class ServerConnection:
             case _NoReply(how):
                 self.resent += 1
                 call.is_uncertain = True
+                if not call.has_applied:
+                    call.waits_for = None
                 if call.is_overdue:
                     raise self._timeout(call, how)
                 self._replace_buffers()
@@ -341,9 +349,10 @@ class ServerConnection:
                 self._try(call, self._find_serving)
                 if call.is_overdue:
                     raise self._timeout(call, "was not there")
-            case _StillWaiting(reason):
-                call.waits_for = reason
-                if call.is_overdue:
+            case _StillWaiting(reason, has_applied):
+                call.waits_for, call.has_applied = reason, call.has_applied or has_applied
+                # The reply to a shorter attempt might come too late, and what the server has said be lost.
+                if call.is_overdue or call.deadline - time.monotonic() < _SHORTEST_S:
                     raise self._timeout(call, "")
             case _NotServed():
                 self._use_ray()
@@ -380,7 +389,10 @@ class ServerConnection:
         sent, seconds = call.head["verb"], f"{call.timeout_s:g} s"
         verb = CALLS.get(sent, sent)
         if call.waits_for is not None:
-            return WaitTimeoutError(f"{verb} timed out after {seconds} waiting for {call.waits_for}")
+            then = "; this push has been applied" if call.has_applied else ""
+            error = WaitTimeoutError(f"{verb} timed out after {seconds} waiting for {call.waits_for}{then}")
+            error.applied = call.has_applied
+            return error
         return PushOutcomeUnknownError(
             f"{verb}: {self._name} {how} for {seconds} (attempts: {call.attempts}): the request was applied "
             "once, or not at all; look at the key's version, or load a checkpoint"

@@ -12,7 +12,7 @@ import torch
 
 from tensorkv.arrays.packing import Packed
 from tensorkv.engines.transport.shared_values import ValuesInPlace
-from tensorkv.errors import StoreClosedError
+from tensorkv.errors import StoreClosedError, WaitTimeoutError
 
 from ..messages import Message, encode
 from .rpc import ServerConnection, ServerReply
@@ -85,12 +85,12 @@ class Session:
         Raises:
             As ``ServerConnection.finish``, after every server has answered.
         """
-        replies = []
-        for outcome in self.outcomes(requests, timeout_s=timeout_s, retry=retry):
-            if isinstance(outcome, Exception):
-                raise outcome
-            replies.append(outcome)
-        return replies
+        outcomes = self.outcomes(requests, timeout_s=timeout_s, retry=retry)
+        failures = [each for each in outcomes if isinstance(each, Exception)]
+        if failures:
+            # A push was applied if no server has failed but those that have applied it.
+            raise min(failures, key=lambda error: isinstance(error, WaitTimeoutError) and error.applied)
+        return [each for each in outcomes if isinstance(each, ServerReply)]
 
     def outcomes(
         self, requests: Sequence[ServerRequest], *, timeout_s: float | None = None, retry: bool = False

@@ -49,7 +49,8 @@ class AwaitedServer:
                 self.is_broken = True
             return Reply({"error": errors.encode(ServerDeadError(self._why))})
         self._seen[owner] = time.monotonic()
-        self._is_over.wait(_PAUSE_S)
+        poll_timeout_s = head.get("poll_timeout_s")
+        self._is_over.wait(min(_PAUSE_S, poll_timeout_s) if isinstance(poll_timeout_s, float) else _PAUSE_S)
         return Reply({"wait_for": self._why})
 
     def end(self) -> None:

@@ -109,7 +109,8 @@ class Server:
 
         Returns:
             A reply. Its head has ``"error"`` (class name and message) if the request was refused, ``"wait_for"`` if it
-            has to be sent again, and ``"spare"`` if another server has its folder.
+            has to be sent again (and ``"applied"`` if it is a push that waits afterwards), and ``"spare"`` if another
+            server has its folder.
         """
         start = clock()
         if self.is_superseded:
@@ -118,7 +119,8 @@ class Server:
             request = messages.decode(head, layout, payload, out)
             reply = self._answer(request)
         except RetryLater as reason:
-            return Reply({"wait_for": str(reason)})
+            is_applied = isinstance(request.message, Push) and self._has_applied(request)
+            return Reply({"wait_for": str(reason), **({"applied": True} if is_applied else {})})
         except TensorKVError as error:
             return Reply({"error": errors.encode(error)})
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -230,20 +232,20 @@ class Server:
         with self._condition:
             if not self._has_applied(request):
                 # Of a worker whose last push timed out while it waited here.
-                self._wait_for_slow_workers(request.sender.rank, "")
+                self._wait_for_slow_workers(request.sender.rank)
             with self._change(request, keys) as ids:
                 if ids:
                     self._apply(request, ids, fill=False)
-            self._wait_for_slow_workers(request.sender.rank, "; this push has been applied")
+            self._wait_for_slow_workers(request.sender.rank)
         return self._pushed(request, keys)
 
-    def _wait_for_slow_workers(self, rank: int | None, then: str) -> None:
+    def _wait_for_slow_workers(self, rank: int | None) -> None:
         staleness, clock = self.options.staleness, self._staleness
         if rank is None or staleness is None:
             return
         self._condition.wait_for(
             lambda: not clock.behind(rank, staleness),
-            lambda: f"{clock.describe(clock.behind(rank, staleness))}, more than {staleness} rounds behind{then}",
+            lambda: f"{clock.describe(clock.behind(rank, staleness))}, more than {staleness} rounds behind",
         )
 
     def _push_in_round(self, request: Request[Push]) -> Reply:

@@ -20,6 +20,7 @@ from tensorkv.engines.ps import connect as ps_connect
 from tensorkv.engines.ps.options import PSOptions
 from tensorkv.engines.ps.ray import actor as ray_actor
 from tensorkv.engines.ps.ray.actor import why
+from tensorkv.engines.ps.server.server import Server
 
 
 @pytest.mark.parametrize(
@@ -137,6 +138,38 @@ def test_servers_without_clients_end_by_themselves(is_ending, after_s, monkeypat
     actor._watch()
     ray_actor.ray.kill.assert_called_once()
     assert 50 + after_s - 2 < now[0] < 50 + after_s + 2
+
+
+@pytest.mark.parametrize("kind", ["stopped", "stopped, with a folder", "broken"])
+def test_servers_end_by_themselves_that_were_stopped_or_cannot_go_on(kind, monkeypatch, tmp_path):
+    """Whoever stops a server kills it then, unless it is killed itself."""
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds))
+    monkeypatch.setattr(ray_actor, "time", clock)
+    monkeypatch.setattr(ray_actor, "ray", mock.Mock())
+    path = str(tmp_path) if "folder" in kind else None
+    actor = object.__new__(ray_actor.ServerActor)
+    actor._twin, actor._metrics = "", mock.Mock()
+    actor._server = Server(PSOptions(path=path), now=lambda: now[0])
+    if kind == "broken":
+        monkeypatch.setattr(
+            actor._server._state.shard, "frozen", mock.Mock(side_effect=tensorkv.StorageError("broken"))
+        )
+    else:
+        actor.stop()
+        told = actor._server.serve({"verb": "stats", "owner": None, "client": "a.0", "rank": None, "seq": 1}).head
+        assert told["error"][0] == "StoreClosedError"
+    actor._watch()
+    ray_actor.ray.kill.assert_called_once()
+    assert 118 < now[0] < 122
+
+
+def test_a_folder_that_cannot_be_opened_for_any_reason_is_looked_for_again(monkeypatch):
+    actor = object.__new__(ray_actor.ServerActor)
+    actor._server = awaited = ray_actor.AwaitedServer("lost", 30)
+    monkeypatch.setattr(actor, "_open", mock.Mock(side_effect=MemoryError), raising=False)
+    actor._look_for_folder(awaited)
+    assert actor._server is awaited
 
 
 def test_a_spare_ends_when_its_server_has_ended_for_good(monkeypatch):

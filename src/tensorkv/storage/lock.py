@@ -73,10 +73,10 @@ class FolderLock:
 
     @property
     def is_superseded(self) -> bool:
-        """Whether another process has opened the folder since; False if its file cannot be read."""
+        """Whether another process has opened the folder since; False if its file cannot be read, or is closed."""
         try:
             return self._read_epoch() > self.epoch
-        except (OSError, StorageError):
+        except (OSError, ValueError, StorageError):
             return False
 
     def close(self) -> None:

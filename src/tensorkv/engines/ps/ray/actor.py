@@ -26,7 +26,7 @@ from tensorkv.engines.transport.channel import Handler, Listener, OpenBuffers, S
 from tensorkv.engines.transport.network import NetworkServer
 from tensorkv.engines.transport.rendezvous import host_id
 from tensorkv.engines.transport.segment import can_share
-from tensorkv.errors import StorageError
+from tensorkv.errors import StorageError, StoreClosedError, TensorKVError
 from tensorkv.storage.lock import is_locked
 
 from ..messages import Reply, join, split
@@ -180,24 +180,30 @@ class ServerActor:
             if isinstance(self._server, AwaitedServer):
                 self._look_for_folder(self._server)
             else:
-                self._metrics.export(self._server.stats())
+                # Without them if it was told to stop, or cannot read its values any more: it has to end all the same.
+                with suppress(TensorKVError):
+                    self._metrics.export(self._server.stats())
             if self._server.owners():
                 alone_since = time.monotonic()
             elif self._server.is_broken:
                 break
-        twin = find_actor(self._twin)
-        if twin is not None:
-            # It would take over otherwise.
-            ray.kill(twin)
-        self._server.close()
-        # Ray would restart an actor whose process ended in any other way.
-        ray.kill(ray.get_runtime_context().current_actor)
+        try:
+            twin = find_actor(self._twin)
+            if twin is not None:
+                # It would take over otherwise.
+                ray.kill(twin)
+            with suppress(StoreClosedError):
+                self._server.close()
+        finally:
+            # Ray would restart an actor whose process ended in any other way.
+            ray.kill(ray.get_runtime_context().current_actor)
 
     def _look_for_folder(self, awaited: AwaitedServer) -> None:
         """Open the folder if it is there again."""
         try:
             opened = self._open(comes_back=True)
-        except StorageError as error:
+        except Exception as error:
+            # Of whatever kind: it may be better at the next look, and this server has to end by itself in any case.
             _logger.warning("a folder that was waited for cannot be opened: %s", error)
             return
         # One that is awaited still keeps the clients that it knows.

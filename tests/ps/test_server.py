@@ -314,6 +314,18 @@ def test_a_snapshot_does_not_wait_for_a_request_that_a_server_has_refused():
             assert {key for key in keys[:3] if snapshot.pull(key).any()} == applied
 
 
+def test_a_snapshot_does_not_wait_for_a_push_whose_round_one_server_has_refused(small_pieces):
+    with Cluster(2, mode="sync") as cluster:
+        kv = cluster.store()
+        kv.init("w", np.zeros(600, F32))
+        refuse = mock.Mock(side_effect=tensorkv.StorageError("the disk is full"))
+        said = pytest.raises(tensorkv.WorkerError, match="the round was refused: StorageError: the disk is full")
+        with mock.patch.object(cluster.servers[1]._state, "push_round", refuse), said:
+            kv.push("w", np.ones(600, F32))
+        with kv.snapshot() as snapshot:
+            assert sorted(set(snapshot.pull("w").tolist())) == [0, 1]
+
+
 def test_an_init_that_is_resent_during_a_snapshot_is_made_once():
     with Cluster() as cluster:
         kv = cluster.store()

@@ -268,7 +268,7 @@ def test_a_snapshot_barrier_holds_new_requests_and_admits_those_under_way():
 def test_a_round_is_gathered_in_the_order_of_ranks():
     applied = []
     sync_rounds = SyncRounds(
-        lambda keys, parts, pushed: applied.append((keys, parts, [(e.client, e.seq) for e in pushed])), {}
+        lambda keys, parts, pushed: applied.append((keys, parts, [(e.client, e.seq) for e in pushed])), {}, {}
     )
 
     def add(number, rank, pushed, first=None):
@@ -287,7 +287,7 @@ def test_a_round_is_gathered_in_the_order_of_ranks():
 
 def test_a_push_is_in_the_round_of_its_number_and_in_no_other():
     applied, closed = [], {}
-    sync_rounds = SyncRounds(lambda keys, parts, pushed: applied.append(parts[0]), closed)
+    sync_rounds = SyncRounds(lambda keys, parts, pushed: applied.append(parts[0]), closed, {})
 
     def add(number, rank, part, first=None, seq=None):
         sync_rounds.add("w", ("w",), number, first or number, rank, PendingPush(f"c{rank}", seq or number, [part]))

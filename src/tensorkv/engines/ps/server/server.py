@@ -87,7 +87,7 @@ class Server:
         else:
             self._record(["new"])
         self._snapshot_barrier = SnapshotBarrier(self._condition, self._tables, index, now)
-        self._sync_rounds = SyncRounds(self._apply_round, self._tables.lists)
+        self._sync_rounds = SyncRounds(self._apply_round, self._tables.lists, self._tables.refused)
         # Of each client, what was found out about its last push to a round.
         self._results: dict[str, tuple[int, PushResult]] = {}
         # What workers owe, by rank, while it goes from them to a checkpoint or back; and its token.
@@ -257,7 +257,7 @@ class Server:
         name, number, first = push.round or (json.dumps(keys), None, 0)
         with self._condition:
             self._admit(request)
-            if not self._is_resent(request) and rounds.refused(sender.client, sender.seq) is None:
+            if not self._is_resent(request) and self._tables.refusal(sender.client, sender.seq) is None:
                 next_number = rounds.next(name)
                 if number is None:
                     number = next_number
@@ -272,7 +272,7 @@ class Server:
                 lambda: self._is_round_over(sender.client, sender.seq),
                 lambda: f"{self._describe_missing(name, number or 0)}, which have not pushed yet",
             )
-            refused = rounds.refused(sender.client, sender.seq)
+            refused = self._tables.refusal(sender.client, sender.seq)
         if refused is not None:
             raise refused
         return self._pushed(request, keys)
@@ -291,7 +291,7 @@ class Server:
 
     def _is_round_over(self, client: str, seq: int) -> bool:
         self._sync_rounds.close(self._staleness.live(), self._snapshot_barrier.admits)
-        return self._tables.has_applied(client, seq) or self._sync_rounds.refused(client, seq) is not None
+        return self._tables.has_ended(client, seq)
 
     def _apply_round(self, keys: Sequence[Key], parts: Sequence[list[Part]], pushes: Sequence[PendingPush]) -> None:
         ids = [(each.client, each.seq, each.words) for each in pushes]

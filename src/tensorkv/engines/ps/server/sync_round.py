@@ -64,12 +64,12 @@ class SyncRounds:
     Args:
         apply: called with the keys, for each key the parts in the order of ranks, and the pushes of a round.
         closed: of each list of keys, by its name, the last round that is closed.
+        refused: of each client, the number of its last request that was refused, and why.
     """
 
-    def __init__(self, apply: Apply, closed: dict[str, int]) -> None:
-        self._apply, self._closed = apply, closed
+    def __init__(self, apply: Apply, closed: dict[str, int], refused: dict[str, tuple[int, TensorKVError]]) -> None:
+        self._apply, self._closed, self._refused = apply, closed, refused
         self._lists: dict[str, _KeyList] = {}
-        self._refused: dict[str, tuple[int, str]] = {}
 
     def next(self, name: str) -> int:
         """Return the number of the first round of a list of keys that is not closed."""
@@ -91,11 +91,6 @@ class SyncRounds:
         pushes = found.rounds.setdefault(number, {})
         push.replaced = pushes.get(rank)
         pushes[rank] = push
-
-    def refused(self, client: str, seq: int) -> TensorKVError | None:
-        """Return why the round with this push was refused, if it was."""
-        found = self._refused.get(client)
-        return WorkerError(found[1]) if found is not None and found[0] == seq else None
 
     def close(self, live: Sequence[int], admits: Callable[[str, int], bool]) -> None:
         """Apply every round to which each live worker has pushed, and whose requests may be applied now."""
@@ -127,4 +122,5 @@ class SyncRounds:
         except Exception as error:
             # Every worker of the round gets the error: one without would wait for the others' next round.
             for each in by_rank:
-                self._refused[each.client] = (each.seq, f"the round was refused: {type(error).__name__}: {error}")
+                text = f"the round was refused: {type(error).__name__}: {error}"
+                self._refused[each.client] = each.seq, WorkerError(text)

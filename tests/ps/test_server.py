@@ -1344,6 +1344,66 @@ def test_half_of_a_dead_workers_push_does_not_end_snapshots(small_pieces):
             assert sorted(set(view.pull("w").tolist())) == [0, 1]
 
 
+def test_snapshots_go_on_after_a_push_that_only_some_servers_have_got(small_pieces):
+    with Cluster(2) as cluster:
+        kv, other = cluster.stores(2)
+        count_up(kv)
+        kv.init("w", np.zeros(600, F32))
+        cluster.actors[1].fate = lambda head: "lose request" if head["verb"] == "push" else NONE
+        with overdue(), pytest.raises(tensorkv.PushOutcomeUnknownError):
+            kv.push("w", np.ones(600, F32))
+        cluster.actors[1].fate = lambda head: NONE
+        for store in (other, kv):
+            with store.snapshot() as view:
+                assert sorted(set(view.pull("w").tolist())) == [0, 1]
+        kv.push("w", np.ones(600, F32))
+        assert sorted(set(kv.pull("w").tolist())) == [1, 2]
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_snapshots_go_on_after_a_push_that_was_interrupted_between_two_servers(mode, small_pieces):
+    """The second server never hears of the push of a worker that lives on."""
+    with Cluster(2, mode=mode) as cluster:
+        kv = cluster.store()
+        kv.init("w", np.zeros(600, F32))
+        start = ServerConnection.start
+
+        def interrupted(connection, head, layout, **more):
+            if head["verb"] == "push" and connection._index == 1:
+                until(lambda: cluster.servers[0]._state.shard.entry("pull", "w").version == 1)
+                raise KeyboardInterrupt
+            start(connection, head, layout, **more)
+
+        with mock.patch.object(ServerConnection, "start", interrupted), pytest.raises(KeyboardInterrupt):
+            kv.push("w", np.ones(600, F32))
+        with kv.snapshot() as view:
+            assert sorted(set(view.pull("w").tolist())) == [0, 1]
+        kv.push("w", np.full(600, 2, F32))
+        assert set(kv.pull("w").tolist()) == {2}
+
+
+def test_a_late_copy_of_a_request_that_was_given_up_is_refused():
+    with Cluster() as cluster:
+        server = cluster.servers[0]
+        cluster.store().init("w", np.zeros(1, F32))
+        packed = pack([Item("w", "sum", torch.ones(1))])
+        push = {"verb": "push", "owner": "o0", "client": "o0.0", "rank": None}
+
+        def pushed(seq):
+            return server.serve({**push, "seq": seq}, packed.layout, b"".join(map(bytes, packed.payload))).head
+
+        # Nobody gives up what others have sent.
+        asked(server, "heartbeat", 1, rank=None, given_up=[["o0.0", 3]])
+        assert pushed(3) == {}
+        asked(server, "heartbeat", 0, rank=None, given_up=[["o0.0", 4]])
+        assert pushed(4)["error"] == ["PushOutcomeUnknownError", "its client has given this request up"]
+        assert pushed(5) == {}
+        # It was applied, and is answered as before.
+        asked(server, "heartbeat", 0, rank=None, given_up=[["o0.0", 5]])
+        assert pushed(5) == {}
+        assert server._state.shard.entry("pull", "w").version == 2
+
+
 def test_a_snapshot_shows_keys_that_were_deleted_or_re_created_since(small_pieces):
     with Cluster(2, keep=2) as cluster:
         kv, other = cluster.stores(2)

@@ -237,7 +237,14 @@ class Disconnect(Message):
 
 @dataclass(kw_only=True)
 class Heartbeat(Message):
-    """Say that this client is alive; reply with what tells whether keys have changed."""
+    """Say that this client is alive; reply with what tells whether keys have changed.
+
+    Args:
+        given_up: requests to several servers that are not sent again though one may not have got them: the number of
+            each, with the client that has sent it.
+    """
+
+    given_up: list[Any] | None = None
 
 
 @dataclass(kw_only=True)

@@ -105,6 +105,8 @@ class PSEngine(Engine):
         self._addresses = [address_for_here(place) for place in places]
         self._owner = secrets.token_hex(8)
         self._rank: int | None = None
+        # Of each session, its last request to several servers that may have reached only some of them.
+        self._given_up: dict[str, int] = {}
         self._sessions = SessionPool(self._make_session)
         self._keymap = KeyMap(weights, self._list, wide=options.mode == "sync", pull_dtype=options.pull_dtype)
         is_sync = options.mode == "sync"
@@ -148,7 +150,7 @@ class PSEngine(Engine):
             ServerConnection(self._servers[index], index, host=host, address=address, timeout_s=self._timeout_s)
             for index, (host, address) in enumerate(zip(self._hosts, self._addresses, strict=True))
         ]
-        return Session(self._owner, number, connections, self._worker_rank)
+        return Session(self._owner, number, connections, self._worker_rank, self._given_up)
 
     @property
     def _worker_rank(self) -> int | None:
@@ -236,7 +238,9 @@ class PSEngine(Engine):
                 session.close()
                 owner, session = self._owner, self._make_session(-1)
             try:
-                requests = [ServerRequest(server, messages.Heartbeat()) for server in self._all]
+                # Told each time: a server that was restarted has forgotten it.
+                beat = messages.Heartbeat(given_up=[list(each) for each in self._given_up.items()] or None)
+                requests = [ServerRequest(server, beat) for server in self._all]
                 replies = session.send(requests, timeout_s=self._heartbeat_s)
                 told = [(reply.head["changes"], reply.head["rule"]) for reply in replies]
                 if changes != told:

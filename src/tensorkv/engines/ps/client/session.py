@@ -12,7 +12,7 @@ import torch
 
 from tensorkv.arrays.packing import Packed
 from tensorkv.engines.transport.shared_values import ValuesInPlace
-from tensorkv.errors import StoreClosedError, WaitTimeoutError
+from tensorkv.errors import PushOutcomeUnknownError, StoreClosedError, WaitTimeoutError
 
 from ..messages import Message, encode
 from .rpc import ServerConnection, ServerReply
@@ -63,11 +63,21 @@ class Session:
         number: of the session.
         connections: to every server.
         rank: of the worker (None: a reader).
+        given_up: of each client, the number of its last request to several servers that it does not send again though
+            one may not have got it; servers are to be told.
     """
 
-    def __init__(self, owner: str, number: int, connections: Sequence[ServerConnection], rank: int | None) -> None:
-        self._sender = {"owner": owner, "client": f"{owner}.{number}", "rank": rank}
-        self._connections = connections
+    def __init__(
+        self,
+        owner: str,
+        number: int,
+        connections: Sequence[ServerConnection],
+        rank: int | None,
+        given_up: dict[str, int],
+    ) -> None:
+        self._client = f"{owner}.{number}"
+        self._sender = {"owner": owner, "client": self._client, "rank": rank}
+        self._connections, self._given_up = connections, given_up
         self._seq = 0
         self.is_idle = True
         """Whether every request has been answered."""
@@ -97,6 +107,20 @@ class Session:
     ) -> list[ServerReply | Exception]:
         """Send one request to each of some servers and return each reply, or the error, in order."""
         self._seq += not retry
+        try:
+            found = self._exchange(requests, timeout_s)
+        except BaseException:
+            self._give_up(requests)
+            raise
+        if any(isinstance(each, PushOutcomeUnknownError | WaitTimeoutError) for each in found):
+            self._give_up(requests)
+        return found
+
+    def _give_up(self, requests: Sequence[ServerRequest]) -> None:
+        if len(requests) > 1 or any(len(each.servers or ()) > 1 for each in requests):
+            self._given_up[self._client] = self._seq
+
+    def _exchange(self, requests: Sequence[ServerRequest], timeout_s: float | None) -> list[ServerReply | Exception]:
         servers = [request.server for request in requests]
         self.is_idle = False
         for request in requests:

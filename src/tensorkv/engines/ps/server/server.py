@@ -20,7 +20,15 @@ import torch
 from tensorkv import errors
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import unpack
-from tensorkv.errors import ArgumentError, OptimizerError, SnapshotError, TensorKVError, WorkerError, quote
+from tensorkv.errors import (
+    ArgumentError,
+    OptimizerError,
+    PushOutcomeUnknownError,
+    SnapshotError,
+    TensorKVError,
+    WorkerError,
+    quote,
+)
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard.changes import RequestIds
 from tensorkv.shard.entry import Part
@@ -451,8 +459,20 @@ class Server:
 
     def _heartbeat(self, request: Request[messages.Heartbeat]) -> Reply:
         self._membership.remove_idle()
+        self._refuse_given_up(request)
         self._drop_snapshots_of_dead_clients()
         return Reply({"changes": self._changes, "rule": self._state.rule_changes})
+
+    def _refuse_given_up(self, request: Request[messages.Heartbeat]) -> None:
+        """Refuse requests that are not sent again, unless they were applied, so that no snapshot waits for them."""
+        tables = self._tables
+        with self._condition:
+            for client, seq in request.message.given_up or ():
+                is_own = client.partition(".")[0] == request.sender.owner
+                # A push in an open round is applied when the others push.
+                if is_own and not tables.has_ended(client, seq) and not self._sync_rounds.holds(client, seq):
+                    tables.refused[client] = seq, PushOutcomeUnknownError("its client has given this request up")
+                    self._condition.notify_all()
 
     def _disconnect(self, request: Request[messages.Disconnect]) -> Reply:
         self.is_broken = self.is_broken or request.message.broken

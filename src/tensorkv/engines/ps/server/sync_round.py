@@ -92,6 +92,11 @@ class SyncRounds:
         push.replaced = pushes.get(rank)
         pushes[rank] = push
 
+    def holds(self, client: str, seq: int) -> bool:
+        """Return whether a push is in an open round."""
+        rounds = [pushes for found in self._lists.values() for pushes in found.rounds.values()]
+        return any((each.client, each.seq) == (client, seq) for pushes in rounds for each in pushes.values())
+
     def close(self, live: Sequence[int], admits: Callable[[str, int], bool]) -> None:
         """Apply every round to which each live worker has pushed, and whose requests may be applied now."""
         for name, found in list(self._lists.items()):

@@ -19,8 +19,12 @@ from ray.exceptions import OutOfMemoryError, RayError
 from tensorkv.engines.ps import connect as ps_connect
 from tensorkv.engines.ps.options import PSOptions
 from tensorkv.engines.ps.ray import actor as ray_actor
+from tensorkv.engines.ps.ray import cluster as ray_cluster
 from tensorkv.engines.ps.ray.actor import why
+from tensorkv.engines.ps.server.awaited import new_stamp
 from tensorkv.engines.ps.server.server import Server
+from tensorkv.storage.folder import Folder
+from tensorkv.storage.lock import FolderLock
 
 
 @pytest.mark.parametrize(
@@ -87,8 +91,6 @@ def test_where_no_cluster_answers_it_is_an_error_within_the_timeout():
 
 
 def test_a_cluster_that_starts_is_waited_for():
-    from tensorkv.engines.ps.ray import cluster as ray_cluster
-
     with socket.socket() as late:
         late.bind(("127.0.0.1", 0))
         address = "{}:{}".format(*late.getsockname())
@@ -183,6 +185,47 @@ def test_a_spare_ends_when_its_server_has_ended_for_good(monkeypatch):
     actor._watch()
     ray_actor.ray.kill.assert_called_once()
     assert 600 < now[0] < 622
+
+
+def folders_of(path, num_servers):
+    """Folders that servers have left."""
+    for index in range(num_servers):
+        (path / f"server-{index}").mkdir()
+        FolderLock(Folder(path / f"server-{index}"), 0, stamp=new_stamp(num_servers)).close()
+
+
+def nodes(monkeypatch, count):
+    monkeypatch.setattr(ray_cluster.placement, "live_nodes", lambda: [None] * count)
+
+
+@pytest.mark.parametrize("num_servers", [1, 2, 4])
+def test_folders_of_another_number_of_servers_are_not_opened(num_servers, monkeypatch, tmp_path):
+    """Wherever they are: also if the process that creates the store has none of them, or one."""
+    folders_of(tmp_path, 3)
+    options = PSOptions(path=str(tmp_path), num_servers=num_servers)
+    said = f"was written by 3 servers, and num_servers is {num_servers}; use as many"
+    nodes(monkeypatch, 2)
+    with pytest.raises(tensorkv.StorageError, match=said):
+        ray_cluster._check_folders(options)
+    actor = object.__new__(ray_actor.ServerActor)
+    actor._options, actor._index, actor._stamp, actor._home, actor._is_spare = options, 0, "", "", False
+    with pytest.raises(tensorkv.StorageError, match=said):
+        actor._open(comes_back=False)
+
+
+def test_folders_of_a_store_may_be_on_other_hosts(monkeypatch, tmp_path):
+    folders_of(tmp_path, 2)
+    (tmp_path / "server-1").rename(tmp_path / "away")
+    options = PSOptions(path=str(tmp_path), num_servers=2)
+    nodes(monkeypatch, 2)
+    ray_cluster._check_folders(options)
+    # With one host there is no other place.
+    nodes(monkeypatch, 1)
+    with pytest.raises(tensorkv.StorageError, match=r"server-1: is not there, and .*server-0 is; bring it back"):
+        ray_cluster._check_folders(options)
+    (tmp_path / "away").rename(tmp_path / "server-1")
+    ray_cluster._check_folders(options)
+    ray_cluster._check_folders(PSOptions(path=str(tmp_path / "new"), num_servers=2))
 
 
 def test_the_documented_options_are_those_that_there_are():

@@ -19,7 +19,7 @@ import numpy as np
 import ray
 from ray.exceptions import OutOfMemoryError
 
-from tensorkv.engines.ps.server.awaited import AwaitedServer, SpareServer, why_not_the_folder
+from tensorkv.engines.ps.server.awaited import AwaitedServer, SpareServer, check_num_servers, why_not_the_folder
 from tensorkv.engines.ps.server.membership import IDLE_TIMEOUT_S
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.engines.transport.channel import Handler, Listener, OpenBuffers, SocketServer
@@ -88,6 +88,8 @@ class ServerActor:
             why = why_not_the_folder(folder, self._stamp, self._index, self._home)
             if why is not None:
                 return SpareServer() if self._is_spare else AwaitedServer(why, self._options.heartbeat_timeout_s)
+        elif folder is not None:
+            check_num_servers(folder, self._options.num_servers)
         try:
             return Server(self._options, self._index, comes_back=comes_back, stamp=self._stamp)
         except StorageError as error:

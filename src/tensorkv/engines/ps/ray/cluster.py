@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
 import socket
 import threading
 import time
@@ -19,6 +18,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from tensorkv.engines.ps.server.awaited import check_num_servers, new_stamp
 from tensorkv.engines.transport.rendezvous import agree_on_start, connect, launched
 from tensorkv.errors import ArgumentError, RankDeadError, ServerDeadError, StorageError, TensorKVError, quote
 
@@ -335,7 +335,7 @@ def make_servers(options: PSOptions) -> tuple[list[ServerHandle], PSOptions]:
     _check_folders(options)
     _wait_for_the_end(name, options.num_servers, timeout_s)
     places = placement.of_servers(options)
-    stamps = [secrets.token_hex(16) for _ in places]
+    stamps = [new_stamp(options.num_servers) for _ in places]
     actors = [_make(options, *each) for each in zip(range(len(places)), places, stamps, strict=True)]
     for index, (actor, place, stamp) in enumerate(zip(actors, places, stamps, strict=True)):
         _, _, _, node, theirs, *_ = _ask(actor.place, name, timeout_s)
@@ -393,11 +393,15 @@ def stop_servers(servers: Sequence[ServerHandle]) -> None:
 def _check_folders(options: PSOptions) -> None:
     if options.path is None:
         return
-    known = list(Path(options.path).glob("server-*"))
-    if known and len(known) != options.num_servers:
+    folders = [Path(options.path, f"server-{index}") for index in range(options.num_servers)]
+    # On several hosts, the other ones may be elsewhere; each server checks its own where it runs.
+    known = [folder for folder in folders if folder.exists()]
+    for folder in known:
+        check_num_servers(str(folder), options.num_servers)
+    if known and len(known) < len(folders) and len(placement.live_nodes()) == 1:
+        missing = next(folder for folder in folders if folder not in known)
         raise StorageError(
-            f"{options.path}: was written by {len(known)} servers, and num_servers is {options.num_servers}; "
-            "use as many, or save() with them and load() with others"
+            f"{missing}: is not there, and {known[0]} is; bring it back, or remove the others if the store is new"
         )
 
 

@@ -7,6 +7,7 @@ another store has left: a server that began with that would serve values that no
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import threading
 import time
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tensorkv import errors
-from tensorkv.errors import ServerDeadError
+from tensorkv.errors import ServerDeadError, StorageError
 from tensorkv.storage.lock import read_stamp
 
 from ..messages import Reply
@@ -119,3 +120,18 @@ def why_not_the_folder(folder: str, stamp: str, index: int, home: str) -> str | 
         f"folder that it had{there}. It serves as soon as that folder is here (its host is back, or it is mounted). To "
         "begin with what is here, close the store everywhere and create it again"
     )
+
+
+def new_stamp(num_servers: int) -> str:
+    """Return a stamp for the folder of one of so many servers, which no other has."""
+    return f"{secrets.token_hex(16)}-{num_servers}"
+
+
+def check_num_servers(folder: str, num_servers: int) -> None:
+    """Raise StorageError if a folder is that of one of another number of servers, by its stamp."""
+    written = (read_stamp(folder) or "").partition("-")[2]
+    if written and written != str(num_servers):
+        raise StorageError(
+            f"{folder}: the store was written by {written} servers, and num_servers is {num_servers}; use as many, or "
+            "save() with them and load() with others"
+        )

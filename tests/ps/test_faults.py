@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import tensorkv
+from tensorkv.storage.lock import is_locked
 from tests.support.amount import ALL, amount
 from tests.support.processes import Program
 from tests.support.until import LIMIT_S, until
@@ -646,6 +647,22 @@ def test_two_stores_on_one_path_and_options_that_differ(shared, tmp_path):
             create(path=tmp_path / "store")
         kv.init("w", np.ones(2))
         assert "w" not in shared
+
+
+def test_a_create_that_fails_leaves_no_server_behind(tmp_path):
+    """Not even one with a spare: each ``create`` tells the reason, and the next one has the folders and the name."""
+    folders = [tmp_path / "store" / f"server-{index}" for index in range(3)]
+    options = {"num_servers": 3, "path": tmp_path / "store", "name": "with a damaged folder"}
+    for folder in folders:
+        folder.mkdir(parents=True)
+    (folders[1] / "lock").write_text("hello")
+    for _ in range(2):
+        with pytest.raises(tensorkv.StorageError, match="not the lock file of a store"):
+            tensorkv.create("dist_async", **options)
+        until(lambda: not any(is_locked(folder) for folder in folders))
+    (folders[1] / "lock").unlink()
+    with tensorkv.create("dist_async", **options) as kv:
+        assert kv.keys() == []
 
 
 def test_a_cluster_that_others_can_reach_is_refused_without_a_token(ray_store, monkeypatch):

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -337,11 +338,18 @@ def make_servers(options: PSOptions) -> tuple[list[ServerHandle], PSOptions]:
     places = placement.of_servers(options)
     stamps = [new_stamp(options.num_servers) for _ in places]
     actors = [_make(options, *each) for each in zip(range(len(places)), places, stamps, strict=True)]
-    for index, (actor, place, stamp) in enumerate(zip(actors, places, stamps, strict=True)):
-        _, _, _, node, theirs, *_ = _ask(actor.place, name, timeout_s)
-        if options.path is not None and options.spare and theirs == stamp:
-            # It starts while the store is used.
-            _make(options, index, placement.of_spare(place, node), stamp, is_spare=True)
+    has_spares = options.path is not None and options.spare
+    try:
+        for index, (actor, place, stamp) in enumerate(zip(actors, places, stamps, strict=True)):
+            _, _, _, node, theirs, *_ = _ask(actor.place, name, timeout_s)
+            if has_spares and theirs == stamp:
+                # It starts while the store is used.
+                _make(options, index, placement.of_spare(place, node), stamp, is_spare=True)
+    except StorageError:
+        # The others would keep their folders, and the name, until they end by themselves.
+        for index, (actor, stamp) in enumerate(zip(actors, stamps, strict=True)):
+            _stop_own(ServerHandle(actor, partial(_get_spare, name, index) if has_spares else None), stamp, timeout_s)
+        raise
     found = find_servers(name, timeout_s)
     if found is None:
         raise ServerDeadError(f"create({name!r}): the servers ended at once")
@@ -388,6 +396,13 @@ def stop_servers(servers: Sequence[ServerHandle]) -> None:
     """End servers and their spares, so that Ray does not restart them."""
     for server in servers:
         server.stop()
+
+
+def _stop_own(server: ServerHandle, stamp: str, timeout_s: float) -> None:
+    """End a server if it was started with a stamp, and not by another client, and has not ended already."""
+    with suppress(RayError):
+        if server.place(timeout_s)[4] == stamp:
+            server.stop()
 
 
 def _check_folders(options: PSOptions) -> None:

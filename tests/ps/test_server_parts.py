@@ -389,22 +389,55 @@ def test_what_is_read_in_place_stays_until_the_read_ends(optimizer):
         shard.set_optimizer(optimizers.spec(optimizer, {"lr": 1.0}))
     reads, reader = Reads(shard), OpenValues()
     before = [shard.entry("pull", key).value.clone() for key in keys]
-    places = reads.begin(keys, "p.0", "p")
+    places = reads.begin(keys, "p.0", "p", 1)
     seen = read_by(reader, places, shard, keys)
     for _ in range(3):
         for key in keys:
             push_to(shard, key, np.ones_like(shard.entry("pull", key).value.numpy()))
         assert all(torch.equal(own, first) for own, first in zip(seen, before, strict=True))
     assert not torch.equal(shard.entry("pull", "a").value, before[0])
-    assert reads.end("p.0")
+    assert reads.end("p.0", 2)
     # Only then is the memory used again, and it is the same that this reader has open.
     new = [shard.entry("pull", key).value.clone() for key in keys]
-    seen_new = read_by(reader, reads.begin(keys, "p.0", "p"), shard, keys)
+    seen_new = read_by(reader, reads.begin(keys, "p.0", "p", 3), shard, keys)
     assert all(torch.equal(own, each) for own, each in zip(seen_new, new, strict=True))
     push_to(shard, "b", np.zeros((7, 9)))
     assert not torch.equal(seen[2], before[2])
-    assert reads.end("p.0")
-    assert not reads.end("p.0")
+    assert reads.end("p.0", 4)
+    assert not reads.end("p.0", 5)
+    shard.close()
+
+
+@shares
+def test_a_late_copy_of_an_older_read_does_not_end_what_a_newer_one_reads():
+    """The values that a client was told last stay as they are until it says that it has read them."""
+    shard = filled_shard(a=np.zeros(5000, np.float32))
+    reads, reader = Reads(shard), OpenValues()
+
+    def begun(seq):
+        return read_by(reader, reads.begin(["a"], "p.0", "p", seq), shard, ["a"])[0]
+
+    def push_twice(number):
+        for each in (number, number + 1):
+            push_to(shard, "a", np.full(5000, each, np.float32))
+
+    seen = begun(1)
+    push_twice(1)
+    # The same request once more is told the same.
+    assert torch.equal(begun(1), torch.zeros(5000))
+    push_twice(3)
+    assert torch.equal(seen, torch.zeros(5000))
+    # The reply to the first end was lost, and the client has gone on.
+    assert reads.end("p.0", 2)
+    seen = begun(3)
+    assert reads.begin(["a"], "p.0", "p", 1) is None
+    assert not reads.end("p.0", 2)
+    push_twice(5)
+    assert torch.equal(seen, torch.full((5000,), 4.0))
+    assert reads.end("p.0", 4)
+    # Nobody would end this one.
+    assert reads.begin(["a"], "p.0", "p", 3) is None
+    assert shard.entry("pull", "a").frozen is None
     shard.close()
 
 
@@ -412,13 +445,13 @@ def test_what_is_read_in_place_stays_until_the_read_ends(optimizer):
 def test_a_read_that_was_given_up_is_not_held():
     clock, shard = Clock(), filled_shard(a=np.zeros(100))
     reads = Reads(shard, clock)
-    reads.begin(["a"], "p.0", "p")
-    reads.begin(["a"], "q.0", "q")
+    reads.begin(["a"], "p.0", "p", 1)
+    reads.begin(["a"], "q.0", "q", 1)
     reads.drop_all_but_of(["q"])
-    assert not reads.end("p.0")
+    assert not reads.end("p.0", 2)
     clock.now = 1000.0
     reads.drop_all_but_of(["q"])
-    assert not reads.end("q.0")
+    assert not reads.end("q.0", 2)
     assert shard.entry("pull", "a").frozen is None
     shard.close()
 
@@ -428,8 +461,8 @@ def test_memory_of_values_that_are_gone_is_freed():
     shard = filled_shard(a=np.zeros(100), b=np.ones(100))
     reads = Reads(shard)
     segments = reads._memory._segments
-    places = reads.begin(["a", "b"], "p.0", "p")
-    reads.end("p.0")
+    places = reads.begin(["a", "b"], "p.0", "p", 1)
+    reads.end("p.0", 2)
     assert len(segments) == 1
     shard.delete(["a"])
     assert len(segments) == 1
@@ -444,7 +477,7 @@ def test_memory_of_values_that_are_gone_is_freed():
 @shares
 def test_values_outside_of_their_memory_are_not_read():
     shard = filled_shard(a=np.zeros(100))
-    places = Reads(shard).begin(["a"], "p.0", "p")
+    places = Reads(shard).begin(["a"], "p.0", "p", 1)
     reader = OpenValues()
     assert len(reader.find(places.segments, places.table).addresses(np.array([800]))) == 1
     for offset in (-8, 64, 1 << 40):
@@ -460,7 +493,7 @@ def test_without_memory_values_are_not_read_in_place(monkeypatch, caplog):
     monkeypatch.setattr(shared_values, "Segment", refuse)
     shard = filled_shard(a=np.zeros(100))
     reads = Reads(shard)
-    assert reads.begin(["a"], "p.0", "p") is None
+    assert reads.begin(["a"], "p.0", "p", 1) is None
     assert "no memory" in caplog.text
     assert shard.entry("pull", "a").frozen is None
     shard.close()

@@ -22,7 +22,9 @@ _LONGEST_S = 60.0
 
 class _Read(NamedTuple):
     owner: str
-    entries: Sequence[FrozenEntry]
+    seq: int
+    entries: Sequence[FrozenEntry] | None
+    """None: it has ended, and a late copy of its request begins none."""
     until: float
 
 
@@ -53,42 +55,62 @@ class Reads:
             return None
         return self._memory.find([entry.tensor for entry in entries])
 
-    def begin(self, keys: Sequence[Key], session: str, owner: str) -> Places | None:
+    def begin(self, keys: Sequence[Key], session: str, owner: str, seq: int) -> Places | None:
         """Return where the present values are, and keep them as they are until this read, or the next one, is ended.
 
         Args:
             keys: of the values.
             session: of a client, which has one read at a time.
             owner: the client.
+            seq: of the request; one that is sent again is told of the same values.
+
+        Returns:
+            None if no other process can read them, or if the client has had its answer, and gone on.
         """
         self._drop_expired()
-        self.end(session)
+        last = self._reads.get(session)
+        if last is not None and seq == last.seq and last.entries is not None:
+            return self.find(last.entries)
+        if last is not None and seq <= last.seq:
+            return None
+        self._end(session)
         entries = self._shard.freeze(keys)
         found = self.find(entries)
         if found is None:
             self._shard.release(entries)
         else:
-            self._reads[session] = _Read(owner, entries, self._now() + _LONGEST_S)
+            self._reads[session] = _Read(owner, seq, entries, self._now() + _LONGEST_S)
         return found
 
-    def end(self, session: str) -> bool:
-        """Let values change, and return whether they were kept until now."""
-        read = self._reads.pop(session, None)
-        if read is None:
+    def end(self, session: str, seq: int) -> bool:
+        """Let values change, and return whether they were kept until now.
+
+        Args:
+            session: of the client.
+            seq: of the request, which ends the read before it.
+        """
+        read = self._reads.get(session)
+        return read is not None and read.seq < seq and self._end(session)
+
+    def _end(self, session: str) -> bool:
+        read = self._reads.get(session)
+        if read is None or read.entries is None:
             return False
+        self._reads[session] = read._replace(entries=None)
         self._shard.release(read.entries)
         return True
 
     def drop_all_but_of(self, owners: Sequence[str]) -> None:
         """End the reads of clients that are not among these, and those that were given up."""
         for session in [session for session, read in self._reads.items() if read.owner not in owners]:
-            self.end(session)
+            self._end(session)
+            del self._reads[session]
         self._drop_expired()
 
     def _drop_expired(self) -> None:
         now = self._now()
         for session in [session for session, read in self._reads.items() if read.until <= now]:
-            self.end(session)
+            self._end(session)
 
     def _make_like(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return new memory for values that replace others, where readers find it if these were read."""

@@ -343,7 +343,7 @@ class Server:
         # Raises if the client expects another layout.
         served.layout(keys, message.checksum, None)
         if message.snapshot is None:
-            places = self._state.reads.begin(keys, sender.client, str(sender.owner))
+            places = self._state.reads.begin(keys, sender.client, str(sender.owner), sender.seq)
         else:
             places = self._state.reads.find(self._state.snapshots.entries(message.snapshot, keys))
         if places is None:
@@ -351,10 +351,10 @@ class Server:
         return Reply({"in_place": places.segments}, bytes_of(places.table.reshape(-1).view(np.uint8)))
 
     def _end_read(self, request: Request[messages.EndRead]) -> Reply:
-        snapshot = request.message.snapshot
+        snapshot, sender = request.message.snapshot, request.sender
         with self._condition:
             if snapshot is None:
-                return Reply({"held": self._state.reads.end(request.sender.client)})
+                return Reply({"held": self._state.reads.end(sender.client, sender.seq)})
             self._state.served(snapshot)
             return Reply({"held": True})
 

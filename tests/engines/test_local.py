@@ -1,12 +1,14 @@
 """The local engine passes the contract, under every type name."""
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import tensorkv
+from tensorkv.engines import local
 from tensorkv.shard import reduce
 from tensorkv.testing import Contract
 
@@ -240,3 +242,23 @@ def test_a_plain_push_does_not_lose_its_key_to_slices_that_come_meanwhile(monkey
         assert set(kv.pull("b").tolist()) == {5}
         kv.push("w", tensorkv.TensorSlice(half, (numel // 2,), (numel,)))
         assert set(kv.pull("w").tolist()) == {1}
+
+
+def test_a_release_stays_for_its_lease_after_each_read(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(local, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with tensorkv.create("local") as kv:
+        kv._engine._shard.releases._now = lambda: now[0]
+        kv.init("w", np.zeros(3))
+        kv.publish("step-1")
+        release = kv.open_release("step-1", lease_s=60)
+        kv.publish("step-2", keep=1)
+        # At the second read the lease is too new to be renewed.
+        for seconds in (16, 14, 59):
+            now[0] += seconds
+            kv.publish(f"at {now[0]}", keep=1)
+            assert release.pull("w").tolist() == [0] * 3
+        now[0] += 76
+        kv.publish("last", keep=1)
+        with pytest.raises(tensorkv.ReleaseNotFoundError, match="was dropped"):
+            release.pull("w")

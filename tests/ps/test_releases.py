@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -252,6 +253,36 @@ def test_a_lease_ends_and_reading_makes_it_longer():
         with pytest.raises(tensorkv.ReleaseNotFoundError, match='the release "step-1" was dropped'):
             reader.open_release("step-1")
         assert [each.name for each in reader.releases()] == ["step-3"]
+
+
+def test_reading_from_one_server_makes_a_lease_longer_on_all(monkeypatch):
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep)
+    monkeypatch.setattr("tensorkv.engines.ps.client.releases.time", clock)
+    with Cluster(2) as cluster:
+        kv, reader = cluster.store(), cluster.store()
+        kv.init(["a", "b"], [np.zeros(3), np.zeros(3)])
+        for server in cluster.servers:
+            server._state.shard.releases._now = clock.monotonic
+        assert [len(server._state.shard.keys()) for server in cluster.servers] == [1, 1]
+        kv.publish("step-1")
+        release = reader.open_release("step-1", lease_s=60)
+        kv.push("b", np.ones(3))
+        kv.publish("step-2", keep=1)
+
+        def drop():
+            for server in cluster.servers:
+                server._drop_snapshots_of_dead_clients()
+
+        for _ in range(10):
+            now[0] += 50
+            drop()
+            release.pull("a")
+        assert release.pull("b").tolist() == [0] * 3
+        now[0] += 76
+        drop()
+        with pytest.raises(tensorkv.ReleaseNotFoundError, match="was dropped"):
+            release.pull("b")
 
 
 @pytest.fixture(scope="module")

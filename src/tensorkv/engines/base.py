@@ -420,6 +420,10 @@ def refuse_releases(contents: Contents) -> None:
         )
 
 
+# A lease is renewed by the first read after this part of it, so it is held for longer by as much.
+RENEW_AFTER = 0.25
+
+
 def no_release(after: str | None, timeout_s: float) -> WaitTimeoutError:
     """Return the error of a wait for a release that has not come."""
     what = "no release has come" if after is None else f"no release after {quote(after)} has come"

@@ -15,12 +15,13 @@ import torch
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows
-from tensorkv.engines.base import Outs, ReleaseReader, no_release
+from tensorkv.engines.base import RENEW_AFTER, Outs, ReleaseReader, no_release
 from tensorkv.engines.call import Call
 from tensorkv.errors import (
     PushOutcomeUnknownError,
     ReleaseExistsError,
     ReleaseNotFoundError,
+    ServerDeadError,
     SnapshotError,
     TensorKVError,
     WaitTimeoutError,
@@ -33,6 +34,7 @@ from tensorkv.releases.changes import Changes, KeyChange, release_digest, with_v
 from ..messages import (
     Digests,
     DropSnapshot,
+    EndRead,
     FindChanges,
     KeepReleases,
     ListReleases,
@@ -52,6 +54,8 @@ from .snapshot import RemoteSnapshot, SnapshotClient, Told
 T = TypeVar("T")
 # How long to wait before a release is looked for again that not all servers had.
 _PAUSE_S = 0.01
+# How long a server that is to hold a release for longer may take to answer.
+_RENEW_S = 1.0
 
 
 class ReleaseClient:
@@ -119,7 +123,7 @@ class ReleaseClient:
         self._snapshots.drop_abandoned()
         token, before = secrets.token_hex(8), self._snapshots.told
         known = [None] * len(self.servers) if before is None else [each.changes for each in before.listings]
-        message = OpenRelease(release=name, snapshot=token, lease_s=lease_s)
+        message = OpenRelease(release=name, snapshot=token, lease_s=lease_s * (1 + RENEW_AFTER))
         requests = [
             ServerRequest(server, replace(message, known=own)) for server, own in zip(self.servers, known, strict=True)
         ]
@@ -156,9 +160,9 @@ class ReleaseClient:
             # Replies lie in memory that the next request uses.
             return [reply._replace(payload=reply.payload.clone()) for reply in replies]
 
-    def ask_for(self, message: Any) -> list[ServerReply]:
+    def ask_for(self, message: Any, timeout_s: float | None = None) -> list[ServerReply]:
         """Return the replies of all servers to a message."""
-        return self._ask(self.servers, message)
+        return self._ask(self.servers, message, timeout_s)
 
 
 class RemoteRelease(RemoteSnapshot, ReleaseReader):
@@ -189,17 +193,27 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
         RemoteSnapshot.__init__(self, snapshots, client.data, token, placed, versions)
         ReleaseReader.__init__(self, name, told[0]["number"], versions)
         self._releases, self._lease_s, self._generation = client, lease_s, told[0]["generation"]
+        self._renewed = time.monotonic()
 
     def _again(self, work: Callable[..., T], *args: Any) -> T:
         """Do work; if a server has been restarted and does not know this reader, open the release there once more."""
         try:
+            self._renew()
             return work(*args)
         except SnapshotError:
-            message = OpenRelease(
-                release=self.name, snapshot=self._name, lease_s=self._lease_s, generation=self._generation
-            )
+            lease_s = self._lease_s * (1 + RENEW_AFTER)
+            message = OpenRelease(release=self.name, snapshot=self._name, lease_s=lease_s, generation=self._generation)
             self._releases.ask_for(message)
             return work(*args)
+
+    def _renew(self) -> None:
+        """Hold the release for longer, on the servers as well that hold none of the keys that are read."""
+        now = time.monotonic()
+        if len(self._releases.servers) > 1 and now - self._renewed > self._lease_s * RENEW_AFTER:
+            self._renewed = now
+            # A server that does not answer must not keep this reader from what the others have.
+            with suppress(WaitTimeoutError, PushOutcomeUnknownError, ServerDeadError):
+                self._releases.ask_for(EndRead(snapshot=self._name), _RENEW_S)
 
     def pull(self, call: Call) -> None:
         """Check a call and copy values into its outs."""

@@ -50,7 +50,7 @@ from .values import ServedValues
 from .wait import AwakeClock, Condition, RetryLater
 
 # A client may ask a release to stay so long.
-_LONGEST_LEASE_S = 1e9
+_LONGEST_LEASE_S = 2e9
 
 
 class Server:

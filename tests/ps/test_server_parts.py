@@ -285,6 +285,32 @@ def test_a_round_is_gathered_in_the_order_of_ranks():
     assert applied == [(("w",), [["from 0", "from 1"]], [("a", 1), ("b", 1)])]
 
 
+def test_a_late_copy_of_a_push_that_was_replaced_is_left_out():
+    applied = []
+    sync_rounds = SyncRounds(lambda keys, parts, pushed: applied.append(parts[0]), {}, {})
+
+    def add(name, part, seq, number=1):
+        sync_rounds.add(name, (name,), number, 1, 0, PendingPush("a", seq, [part]))
+
+    add("w", "timed out", 1)
+    add("w", "pushed instead", 2)
+    add("w", "timed out", 1)
+    # Of another list of keys, too: the client has gone on.
+    add("v", "timed out", 1)
+    # It is sent again, to the next round, and leaves the one before it to what it had replaced.
+    add("w", "pushed instead", 2, number=2)
+    sync_rounds.close([0], lambda client, seq: True)
+    assert applied == [["timed out"], ["pushed instead"]]
+
+
+def test_pushes_that_were_replaced_are_not_all_kept():
+    sync_rounds = SyncRounds(lambda *_: None, {}, {})
+    pushes = [PendingPush("a", seq, [torch.zeros(3)]) for seq in range(1, 9)]
+    for push in pushes:
+        sync_rounds.add("w", ("w",), 1, 1, 0, push)
+    assert [push.replaced for push in pushes] == [None] * 7 + [pushes[6]]
+
+
 def test_a_push_is_in_the_round_of_its_number_and_in_no_other():
     applied, closed = [], {}
     sync_rounds = SyncRounds(lambda keys, parts, pushed: applied.append(parts[0]), closed, {})
@@ -309,7 +335,7 @@ def test_a_push_is_in_the_round_of_its_number_and_in_no_other():
     add(6, 0, "a6", first=5)
     add(5, 1, "b5")
     assert sync_rounds.missing("w", 5, [0, 1]) == [0]
-    add(5, 0, "a5")
+    add(5, 0, "a5", seq=7)
     add(6, 1, "b6")
     assert applied[4:] == [["a5", "b5"], ["a6", "b6"]]
     # One that timed out is in its round again when the one that took its place goes elsewhere.

@@ -7,7 +7,7 @@ after its round is told the number of the next one instead of being added there,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,8 @@ class SyncRounds:
     def add(self, name: str, keys: tuple[Key, ...], number: int, first: int, rank: int, push: PendingPush) -> None:
         """Add a push to an open round; a request that is sent again is moved from the round that it was in.
 
+        One that arrives after a later push of its client is left out.
+
         Args:
             name, keys: of the list of keys.
             number: of the round.
@@ -85,17 +87,25 @@ class SyncRounds:
             rank: of the worker.
             push: of the worker.
         """
+        if any(each.client == push.client and each.seq > push.seq for each in self._pending()):
+            return
         found = self._lists.setdefault(name, _KeyList(keys))
         found.first[rank] = max(first, found.first.get(rank, 0))
         found.remove(rank, push.client, push.seq)
         pushes = found.rounds.setdefault(number, {})
         push.replaced = pushes.get(rank)
+        if push.replaced is not None:
+            push.replaced.replaced = None
         pushes[rank] = push
 
     def holds(self, client: str, seq: int) -> bool:
         """Return whether a push is in an open round."""
-        rounds = [pushes for found in self._lists.values() for pushes in found.rounds.values()]
-        return any((each.client, each.seq) == (client, seq) for pushes in rounds for each in pushes.values())
+        return any((each.client, each.seq) == (client, seq) for each in self._pending())
+
+    def _pending(self) -> Iterator[PendingPush]:
+        for found in self._lists.values():
+            for pushes in found.rounds.values():
+                yield from pushes.values()
 
     def close(self, live: Sequence[int], admits: Callable[[str, int], bool]) -> None:
         """Apply every round to which each live worker has pushed, and whose requests may be applied now."""

@@ -895,6 +895,20 @@ def test_a_push_with_wrong_counts_is_refused():
         assert "number of parts of each key" in str(server.serve(push, packed.layout, payload).head["error"])
 
 
+@pytest.mark.parametrize("rank", [-1, 2, 99])
+@pytest.mark.parametrize("owner", ["o", None])
+def test_a_push_of_a_rank_that_there_is_not_is_refused(owner, rank):
+    """Nobody waits for such a worker at a barrier."""
+    with Cluster(num_workers=2) as cluster:
+        server = cluster.servers[0]
+        cluster.store().init("w", np.zeros(1, F32))
+        packed = pack([Item("w", "sum", torch.ones(1))])
+        push = {"verb": "push", "owner": owner, "client": "o.0", "rank": rank, "seq": 1}
+        said = f"invalid rank {rank}; expected an int below num_workers=2"
+        assert said in server.serve(push, packed.layout, b"".join(map(bytes, packed.payload))).head["error"][1]
+        assert server._staleness.live() == [0, 1]
+
+
 def test_barriers_and_who_is_missing():
     with Cluster(2, num_workers=2) as cluster:
         first, second = cluster.stores(2)

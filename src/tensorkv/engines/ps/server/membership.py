@@ -68,10 +68,10 @@ class Membership:
     def heartbeat(self, sender: Sender) -> None:
         """Note that the sender of a request is alive; an observer has no owner and counts for nothing."""
         owner, rank, tables = sender.owner, sender.rank, self._tables
-        if owner is None:
-            return
         if rank is not None and not 0 <= rank < self._num_workers:
             raise ArgumentError(f"invalid rank {rank!r}; expected an int below num_workers={self._num_workers}")
+        if owner is None:
+            return
         if owner in tables.disconnected or self.is_closed_to(owner):
             raise StoreClosedError("late message to a store that its client, or the last client, has closed")
         self._last_seen[owner] = self._now()

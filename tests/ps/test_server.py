@@ -909,6 +909,27 @@ def test_a_push_of_a_rank_that_there_is_not_is_refused(owner, rank):
         assert server._staleness.live() == [0, 1]
 
 
+def test_a_client_that_is_removed_as_idle_while_it_sends_a_request_is_added_again():
+    class Members(dict):
+        removed = 0
+
+        def __contains__(self, owner):
+            found = super().__contains__(owner)
+            if not self.removed:
+                # Another thread does this right after.
+                self.removed += found
+                self.pop(owner, None)
+            return found
+
+    server = Server(PSOptions(num_workers=2))
+    for client in (0, 1):
+        asked(server, "connect", client, rank=None, wanted_rank=client)
+    members = server._tables.members = Members(server._tables.members)
+    assert "error" not in asked(server, "stats", 1)
+    assert members.removed == 1
+    assert dict(members) == {"o0": 0, "o1": 1}
+
+
 def test_barriers_and_who_is_missing():
     with Cluster(2, num_workers=2) as cluster:
         first, second = cluster.stores(2)

@@ -75,7 +75,7 @@ class Membership:
         if owner in tables.disconnected or self.is_closed_to(owner):
             raise StoreClosedError("late message to a store that its client, or the last client, has closed")
         self._last_seen[owner] = self._now()
-        if owner not in tables.members or (rank is not None and tables.members[owner] != rank):
+        if owner not in tables.members or (rank is not None and tables.members.get(owner) != rank):
             self._add_member(owner, rank)
         if rank is not None and tables.holders.get(rank) == owner and self.staleness.heartbeat(rank):
             # While the disk takes no writes the worker stays dead, and its next message tries again.

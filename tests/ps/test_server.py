@@ -1379,6 +1379,22 @@ def test_half_of_a_dead_workers_push_does_not_end_snapshots(small_pieces):
             assert sorted(set(view.pull("w").tolist())) == [0, 1]
 
 
+def test_two_threads_that_release_an_abandoned_snapshot_take_the_next_one():
+    class Abandoned(list):
+        def __len__(self):
+            # Another thread takes what there is right after.
+            found = super().__len__()
+            self.clear()
+            return found
+
+    with Cluster() as cluster:
+        kv = cluster.store()
+        kv.init("w", np.zeros(1, F32))
+        kv._engine._snapshots.abandoned = Abandoned(["another's"])
+        with kv.snapshot() as snapshot:
+            assert snapshot.keys() == ["w"]
+
+
 def test_snapshots_go_on_after_a_push_that_only_some_servers_have_got(small_pieces):
     with Cluster(2) as cluster:
         kv, other = cluster.stores(2)

@@ -79,8 +79,13 @@ class SnapshotClient:
 
     def drop_abandoned(self) -> None:
         """Have servers release what was dropped without ``close``."""
-        while self.abandoned:
-            self.drop(self.abandoned.pop())
+        while True:
+            try:
+                name = self.abandoned.pop()
+            except IndexError:
+                # Another thread may have taken the last one.
+                return
+            self.drop(name)
 
     def placed(
         self, name: str, told: Sequence[Mapping[str, Any]], before: Told | None = None

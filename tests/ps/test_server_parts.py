@@ -260,6 +260,16 @@ def test_a_snapshot_barrier_holds_new_requests_and_admits_those_under_way():
             barrier.prepare("x.0", 1, [])
         with pytest.raises(tensorkv.SnapshotError, match="too long"):
             barrier.commit("x.0", 3, {}, lambda: "never")
+        # Others have taken snapshots meanwhile.
+        for number in range(2000):
+            barrier.prepare(f"y.{number}", 1, [])
+            barrier.abort(f"y.{number}", 2)
+            barrier.prepare("z.0", number + 1, [])
+            barrier.abort("z.0", number + 1)
+        for owner in ("y.1999", "y.1100", "z.0"):
+            with pytest.raises(tensorkv.SnapshotError, match="late"):
+                barrier.prepare(owner, 1, [])
+        assert len(barrier._ended) < 2000
         assert barrier.prepare("x.0", 4, []) == {}
         barrier._until = 0
         barrier.admit("d.0", 3)

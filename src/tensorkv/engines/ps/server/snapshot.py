@@ -29,6 +29,8 @@ from .wait import Condition
 
 # A snapshot whose client has died is aborted after so long.
 _LIMIT_S = 10.0
+# Clients whose late requests for a snapshot are refused.
+_KEPT_ENDED = 1024
 
 
 class SnapshotBarrier:
@@ -45,7 +47,8 @@ class SnapshotBarrier:
     ) -> None:
         self._condition, self._clients, self._index, self._now = condition, clients, index, now
         self._owner: str | None = None
-        self._ended: tuple[str, int] = ("", 0)
+        # Of each client, the number of its last request for a snapshot that has ended.
+        self._ended: dict[str, int] = {}
         self._until = 0.0
         self._admitted: Mapping[str, int] = {}
 
@@ -68,7 +71,7 @@ class SnapshotBarrier:
         self._condition.wait_for(
             lambda: not self._is_prepared() or self._owner == owner, lambda: "another snapshot that is being taken"
         )
-        if self._ended[0] == owner and self._ended[1] >= seq:
+        if self._ended.get(owner, 0) >= seq:
             raise SnapshotError("snapshot: late request; this snapshot has ended")
         if not self._is_prepared():
             self._owner, self._until, self._admitted = owner, self._now() + _LIMIT_S, {}
@@ -105,7 +108,11 @@ class SnapshotBarrier:
     def abort(self, owner: str, seq: int) -> None:
         """Apply new requests again."""
         if self._owner == owner:
-            self._owner, self._ended = None, (owner, seq)
+            self._owner = None
+            self._ended.pop(owner, None)
+            self._ended[owner] = seq
+            if len(self._ended) > _KEPT_ENDED:
+                del self._ended[next(iter(self._ended))]
             self._condition.notify_all()
 
     def _check_prepared(self, owner: str) -> None:

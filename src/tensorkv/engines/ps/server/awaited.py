@@ -58,9 +58,6 @@ class AwaitedServer:
         """Hold requests no longer: the folder is there."""
         self._is_over.set()
 
-    def signature(self, layout: bytes, checksum: Any, snapshot: Any = None) -> None:
-        """Return that there are no values."""
-
     def owners(self) -> list[str]:
         """Return the clients that wait."""
         since = time.monotonic() - self._timeout_s
@@ -82,9 +79,6 @@ class SpareServer:
     def serve(self, head: Mapping[str, Any], *_: Any, **__: Any) -> Reply:
         """Return that another actor serves."""
         return Reply({"spare": True})
-
-    def signature(self, layout: bytes, checksum: Any, snapshot: Any = None) -> None:
-        """Return that there are no values."""
 
     def owners(self) -> list[str]:
         """Return no clients."""

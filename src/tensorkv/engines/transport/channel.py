@@ -46,8 +46,8 @@ _CHECK_S = 0.05
 _ACCEPT_PAUSE_S = 0.1
 # The kernel closes the files of a process shortly before the process has ended.
 _EXIT_S = 5.0
-# Memory that is touched for the first time costs twenty times a copy: grow seldom.
-_GROWTH = 1.5
+# Up to here, memory is taken for larger messages, too.
+_MOST_GROWING_NBYTES = 1 << 28
 
 
 class Connection:
@@ -346,6 +346,14 @@ class Buffers(ABC):
         """Release the memory; tensors that lie in it stay valid."""
 
 
+def growing(nbytes: int) -> int:
+    """Return how much memory to take where so many bytes are needed, and perhaps more later.
+
+    Memory that is touched for the first time costs twenty times a copy, so it grows seldom.
+    """
+    return nbytes + nbytes // 2 if nbytes < _MOST_GROWING_NBYTES else nbytes
+
+
 class SharedBuffers(Buffers):
     """Memory that a client shares with a server of its host."""
 
@@ -357,7 +365,7 @@ class SharedBuffers(Buffers):
         needed = aligned(payload_nbytes) + aligned(reply_nbytes)
         if self._segment is None or self._segment.nbytes < needed:
             self.close()
-            self._segment = Segment(aligned(int(needed * _GROWTH)) if needed < 1 << 28 else needed)
+            self._segment = Segment(aligned(growing(needed)))
         self._payload_nbytes, self._reply_nbytes = payload_nbytes, reply_nbytes
         return self._segment.bytes_at(0, payload_nbytes)
 

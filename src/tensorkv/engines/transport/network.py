@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .channel import Buffers, Connection, Handler, Listener, OpenBuffers
+from .channel import Buffers, Connection, Handler, Listener, OpenBuffers, growing
 
 _CHALLENGE_NBYTES = 32
 _PROOF_NBYTES = 64
@@ -31,8 +31,6 @@ _MOST_STRANGERS = 64
 PATIENCE_S = 10.0
 # When the other host is looked for if nothing has come from it, how often, and how many times.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
-# Memory that is touched for the first time costs twenty times a copy: grow seldom.
-_GROWTH = 1.5
 
 
 def connect(address: Sequence[Any], deadline: float) -> Connection:
@@ -146,9 +144,7 @@ class _Memory:
         if len(self._memory) < nbytes:
             self.drop()
             try:
-                self._memory = torch.empty(
-                    int(nbytes * _GROWTH) if nbytes < 1 << 28 else nbytes, dtype=torch.uint8, device="cpu"
-                )
+                self._memory = torch.empty(growing(nbytes), dtype=torch.uint8, device="cpu")
             except RuntimeError as error:
                 raise OSError(f"no memory for {nbytes} bytes") from error
         return self._memory[:nbytes]

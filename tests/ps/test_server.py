@@ -1870,6 +1870,54 @@ def test_a_handler_ends_a_push_that_waits_for_its_server(near, on_alarm):
         assert set(kv.pull("w").tolist()) <= {1.0, 2.0}
 
 
+@pytest.mark.parametrize("has_memory", [True, False])
+def test_a_pull_that_waits_for_another_server_has_written_no_out_when_it_is_interrupted(
+    has_memory, on_alarm, monkeypatch
+):
+    """Though the first server's values are read where they are, at once."""
+
+    def handle(*_):
+        raise TimeoutError("of the handler")
+
+    with Cluster(2) as cluster:
+        near, far = cluster.actors
+        far.move("network")
+        kv = cluster.store()
+        value = np.arange(1 << 20, dtype=F32)
+        kv.init("w", value)
+        if not has_memory:
+            monkeypatch.setattr(near.server._state.reads, "begin", lambda *_: None)
+        out = np.zeros(1 << 20, F32)
+        far.paused.clear()
+        on_alarm(handle)
+        with pytest.raises(TimeoutError, match="of the handler"):
+            kv.pull("w", out=out)
+        far.paused.set()
+        assert not out.any()
+        kv.pull("w", out=out)
+        assert np.array_equal(out, value)
+
+
+def test_values_that_were_not_held_while_they_were_read_are_pulled_again(monkeypatch):
+    with Cluster(2) as cluster:
+        kv = cluster.store()
+        value = np.arange(1 << 20, dtype=F32)
+        kv.init("w", value)
+        pulls = []
+        for actor in cluster.actors:
+            monkeypatch.setattr(actor, "fate", lambda head: pulls.append(head["verb"]) or NONE)
+        monkeypatch.setattr(cluster.servers[1]._state.reads, "end", lambda *_: False)
+        out = np.zeros(1 << 20, F32)
+        kv.pull("w", out=out)
+        assert np.array_equal(out, value)
+        assert [verb for verb in pulls if verb in ("pull", "end_read")].count("pull") == 3
+        # The server is asked again if it has not answered to the end, too.
+        monkeypatch.setattr(cluster.servers[1]._state.reads, "end", mock.Mock(side_effect=OSError("failed")))
+        out[:] = 0
+        kv.pull("w", out=out)
+        assert np.array_equal(out, value)
+
+
 def test_interrupted_pulls_keep_no_memory():
     def mapped():
         with open("/proc/self/maps") as lines:

@@ -6,7 +6,7 @@ import json
 import threading
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -626,37 +626,51 @@ class DataClient:
 
     def _pull_once(self, layout: Layout, outs: Arrays, snapshot: str | None) -> None:
         near = [each for each in layout.pulled if self._same_host[each.server] and each.is_read_in_place]
+        if self.pull_dtype is not None:
+            near = []
         with self._sessions.take() as session:
-            read = self._read_in_place(session, near, outs, snapshot) if self.pull_dtype is None else set()
-            rest = [each for each in layout.pulled if each.server not in read]
-            requests = []
-            for pulled in rest:
-                message = Pull(checksum=pulled.checksum, pull_dtype=self.pull_dtype, snapshot=snapshot)
-                requests.append(ServerRequest(pulled.server, message, pulled.keys, reply_nbytes=pulled.nbytes))
-            for pulled, reply in zip(rest, self._send(session, requests), strict=True):
-                pulled.scatter(reply.payload, outs, self._pool)
+            found: dict[int, Any] = {}
+            # Before the last reply is here no out is written: the wait for it may fail, or be interrupted.
+            asked = [self._pull_request(each, snapshot, in_place=each in near) for each in layout.pulled]
+            begun = []
+            for each, reply in zip(layout.pulled, self._send(session, asked), strict=True):
+                if each not in near:
+                    found[each.server] = reply.payload
+                elif reply.head["in_place"] is not None:
+                    begun.append(each)
+                    # A read that was begun is ended also where the memory cannot be opened here.
+                    with suppress(OSError):
+                        found[each.server] = session.values_in_place(each.server, reply)
+            found |= self._pull_copies(session, [each for each in near if each.server not in found], snapshot)
+            read = set()
+            for each in layout.pulled:
+                with suppress(OSError) if each in near else nullcontext():
+                    each.scatter(found[each.server], outs, self._pool)
+                    read.add(each.server)
+            ends = [ServerRequest(each.server, EndRead(snapshot=snapshot)) for each in begun]
+            for each, end in zip(begun, session.outcomes(ends) if ends else (), strict=True):
+                if isinstance(end, Exception) or not end.head["held"]:
+                    read.discard(each.server)
+            # They could not be read, or may have been changed meanwhile.
+            lost = [each for each in layout.pulled if each.server not in read]
+            copies = self._pull_copies(session, lost, snapshot)
+            for each in lost:
+                each.scatter(copies[each.server], outs, self._pool)
         self._count_pulled(layout)
 
-    def _read_in_place(
-        self, session: Session, layouts: Sequence[ServerLayout], outs: Arrays, snapshot: str | None
-    ) -> set[int]:
-        """Fill outs with values that are read where they are; return the servers whose were read."""
-        requests = []
-        for each in layouts:
-            message = Pull(checksum=each.checksum, snapshot=snapshot, in_place=True)
-            requests.append(ServerRequest(each.server, message, each.keys, reply_nbytes=16 * each.num_keys))
-        replies = self._send(session, requests) if requests else []
-        begun, read = [], set()
-        for each, reply in zip(layouts, replies, strict=True):
-            if reply.head["in_place"] is not None:
-                begun.append(each.server)
-                # A read that was begun is ended also where the memory cannot be opened here.
-                with suppress(OSError):
-                    each.scatter(session.values_in_place(each.server, reply), outs, self._pool)
-                    read.add(each.server)
-        ends = [ServerRequest(server, EndRead(snapshot=snapshot)) for server in begun]
-        held = self._send(session, ends) if ends else []
-        return read & {server for server, reply in zip(begun, held, strict=True) if reply.head["held"]}
+    def _pull_request(self, pulled: ServerLayout, snapshot: str | None, *, in_place: bool = False) -> ServerRequest:
+        message = Pull(checksum=pulled.checksum, pull_dtype=self.pull_dtype, snapshot=snapshot, in_place=in_place)
+        nbytes = 16 * pulled.num_keys if in_place else pulled.nbytes
+        return ServerRequest(pulled.server, message, pulled.keys, reply_nbytes=nbytes)
+
+    def _pull_copies(
+        self, session: Session, layouts: Sequence[ServerLayout], snapshot: str | None
+    ) -> dict[int, torch.Tensor]:
+        """Return copies of values, by server."""
+        if not layouts:
+            return {}
+        replies = self._send(session, [self._pull_request(each, snapshot) for each in layouts])
+        return {each.server: reply.payload for each, reply in zip(layouts, replies, strict=True)}
 
     def _count_pulled(self, layout: Layout) -> None:
         """Count pulled values if they travel in fewer bytes than they have."""

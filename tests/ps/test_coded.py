@@ -304,3 +304,33 @@ def test_a_push_of_plain_arrays_that_is_refused_owes_what_was_owed(server_pool):
         owed = kv._engine._data.compressor.owed
         assert np.array_equal(owed["w", 0].residual, before["w", 0])
         assert kv.pushpull("w", np.array([0.25, 0, 0.25], F32)).tolist() == [0.5, 0, 0]
+
+
+@pytest.mark.parametrize("codec", ["2bit", "powersgd"])
+def test_what_is_saved_as_owed_is_of_one_push_whatever_other_threads_push(server_pool, codec, monkeypatch):
+    rng = np.random.default_rng(0)
+    with server_pool.create() as kv, ThreadPoolExecutor(1) as pool:
+        kv.init("w", np.zeros((70, 30), F32))
+        kv.set_optimizer("sgd", lr=0.1)
+        kv.set_gradient_compression({"type": codec})
+
+        def push():
+            kv.push("w", rng.normal(size=(70, 30)).astype(F32))
+
+        push()
+        data = kv._engine._data
+        ((_, expected),) = data.owed(0).items()
+        find = kv._engine._keymap.find
+
+        def find_late(verb, key):
+            # Of two pushes, the second uses the memory again of what was owed before the first.
+            for _ in range(2 if verb == "save" else 0):
+                pool.submit(push).result(LIMIT_S)
+            return find(verb, key)
+
+        monkeypatch.setattr(kv._engine._keymap, "find", find_late)
+        ((_, found),) = data.owed(0).items()
+        assert np.array_equal(found.residual, expected.residual)
+        assert {name: array.tolist() for name, array in found.memory.items()} == {
+            name: array.tolist() for name, array in expected.memory.items()
+        }

@@ -132,7 +132,11 @@ class DataClient:
         """Return what this worker owes, as of whole values, under its rank."""
         found: dict[Source, Owed] = {}
         with self._compressing:
-            pieces = dict(self.compressor.owed)
+            # Copies: the pushes of other threads use this memory again.
+            pieces = {
+                source: Owed(each.residual.copy(), {name: array.copy() for name, array in each.memory.items()})
+                for source, each in self.compressor.owed.items()
+            }
         for key in dict.fromkeys(key for key, _ in pieces):
             if key not in self._keymap:
                 continue
@@ -141,7 +145,7 @@ class DataClient:
             if len(own) == len(placement.servers):
                 # What a codec remembers of a piece is of no use for a whole.
                 residuals, memory = [each.residual for each in own], own[0].memory if len(own) == 1 else {}
-                found[key, rank] = Owed(np.concatenate(residuals) if len(own) > 1 else residuals[0].copy(), memory)
+                found[key, rank] = Owed(np.concatenate(residuals) if len(own) > 1 else residuals[0], memory)
         return found
 
     def take_owed(self, owed: Mapping[Source, Owed]) -> None:

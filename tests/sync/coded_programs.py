@@ -238,5 +238,19 @@ def refuse(what):
         )
 
 
+def refuse_alone(form):
+    """The gradient of rank 1 alone has NaN; say what each worker's push raises, and whether the store still works."""
+    with create() as kv:
+        kv.init("w", np.zeros(3, np.float32))
+        kv.set_gradient_compression({"type": "bf16"}, simulate=True)
+        gradient = np.full((3, 2), np.nan if RANK == 1 else 1, np.float32)
+        gradient = np.ascontiguousarray(gradient[:, 0]) if form == "plain" else gradient[:, 0]
+        for _ in range(2):
+            with pytest.raises(tensorkv.TensorKVError) as caught:
+                kv.push("w", gradient)
+            say(type(caught.value).__name__, "|", caught.value)
+            gradient = np.ones(3, np.float32)
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])

@@ -79,5 +79,14 @@ def test_what_cannot_be_compressed_is_an_error_and_changes_nothing(what):
     assert [text.splitlines()[-1] for text in texts] == ["[1.0, 0.0, 1.0] [1.0, 0.0, 0.0]"] * 2
 
 
+@pytest.mark.parametrize("form", ["plain", "strided"])
+def test_a_gradient_that_one_worker_cannot_compress_is_told_to_the_others(form):
+    first, second = (text.splitlines() for text in run(2, PROGRAMS, "refuse_alone", form))
+    assert first[0].startswith("WorkerMismatchError"), first
+    assert 'rank 1: push refused: push("w"): the gradient has NaN or Inf, which bf16 cannot compress' in first[0]
+    assert second[0].startswith("NonFiniteError"), second
+    assert all(said[1].startswith("WorkerMismatchError") for said in (first, second)), (first, second)
+
+
 def test_the_programs_try_every_codec():
     assert {each["type"] for each in CODECS} == set(compression.names()) - {"doctest"}

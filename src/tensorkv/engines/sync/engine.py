@@ -8,7 +8,7 @@ the values that it updates, in memory that the workers of its host share.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -203,7 +203,9 @@ class DistEngine(Engine):
     def try_compiled(self, call: Call) -> bool:
         if not native.can_look():
             return False
-        with outside_modes():
+        # Only what a codec refuses is raised here; all other calls that cannot be made are parsed, and raise there.
+        may_refuse = self._compressor.codec is not None and call.verb != "pull"
+        with self.collective(call.verb) if may_refuse else nullcontext(), outside_modes():
             return shield.run_steps(self._order.steps(self._pushes.try_compiled(call)))
 
     def push_parts(self, batch: Batch, priority: int) -> None:

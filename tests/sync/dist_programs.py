@@ -14,7 +14,7 @@ import torch
 
 import tensorkv
 from tensorkv.engines import partition
-from tensorkv.engines.sync import push
+from tensorkv.engines.sync import checkpoint, push
 from tensorkv.shard import native
 from tests.support.until import until
 from tests.sync import stages
@@ -1064,6 +1064,18 @@ def save(path, optimizer):
         train_a_bit(kv, 3)
         kv.save(path)
         say("saved", {key: kv.pull(key).tobytes().hex()[:40] for key in "abc"})
+
+
+def save_by_many(path):
+    """File numbers are enough for one worker less than there are, and the last has nothing to write."""
+    checkpoint._FILES = 100_000 // (SIZE - 1)
+    with create() as kv:
+        kv.init(list("abcdef"), [np.full(5, number, F32) for number in range(6)])
+        kv.save(path)
+        kv.push("a", np.ones(5, F32))
+        kv.load(path)
+        assert [kv.pull(key)[0] for key in "abcdef"] == list(range(6))
+        say("same after load", sorted(path.name[-17:] for path in Path(path).glob("data-*")))
 
 
 def load(path, out):

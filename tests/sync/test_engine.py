@@ -423,6 +423,11 @@ def test_checkpoints_go_to_another_number_of_workers(optimizer, tmp_path):
             assert torch.allclose(torch.from_numpy(value), torch.from_numpy(other[key]), atol=1e-5), key
 
 
+def test_more_workers_than_file_numbers_save_what_can_be_loaded(tmp_path):
+    for text in run(3, PROGRAMS, "save_by_many", tmp_path / "saved"):
+        assert "same after load ['00000.safetensors', '50000.safetensors']" in text, text
+
+
 # ---------------------------------------------------------------- the demo
 
 

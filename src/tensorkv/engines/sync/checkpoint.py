@@ -33,8 +33,8 @@ from .group import ProcessGroup
 from .host import HostGroup
 from .schedule import PartitionedEntry
 
-# File numbers that each writer has for itself.
-_FILES = 1000
+# File numbers that each writer has for itself; names have room for five digits.
+_FILES, _ALL_FILES = 1000, 100_000
 
 
 class ShardedCheckpoint:
@@ -79,7 +79,8 @@ class ShardedCheckpoint:
             body, tensors = (
                 manifest.describe(kind, contents.entries, contents.rule, contents.owed) if writes else ({}, {})
             )
-            mine = _share_of(tensors, host.local_rank, host.size) if writes else {}
+            num_writers = min(host.size, _ALL_FILES // _FILES)
+            mine = _share_of(tensors, host.local_rank, num_writers) if writes else {}
             files = self._on_all_ranks(
                 lambda: checkpoint.write_files(path, token, host.local_rank * _FILES, mine) if writes else []
             )

@@ -14,7 +14,7 @@ import torch
 
 import tensorkv
 from tensorkv.engines import partition
-from tensorkv.engines.sync import checkpoint, push
+from tensorkv.engines.sync import checkpoint, order, push
 from tensorkv.shard import native
 from tests.support.until import until
 from tests.sync import stages
@@ -994,6 +994,38 @@ def interrupted_pull():
             file.touch()
         assert kv.pull("a").tolist() == [5.0 * SIZE] * 3
         say("new values")
+
+
+def interrupted_before(what):
+    """A signal comes while a call waits for an earlier push: it ends the store, and no worker waits for the other."""
+    right, file = order.PushQueue.wait_for, Path(os.environ["INTERRUPTED"])
+
+    def interrupting(*args):
+        order.PushQueue.wait_for = right
+        signal.raise_signal(signal.SIGINT)
+        right(*args)
+
+    with create() as kv:
+        kv.init(["a", "b"], [np.zeros(100_000, F32)] * 2)
+        kv.push("a", np.ones(100_000, F32))
+        kv.pull("a")
+        if RANK == 1:
+            until(file.exists)
+        else:
+            order.PushQueue.wait_for = interrupting
+        try:
+            kv.push("a", np.ones(100_000, F32))
+            if what == "refused" and RANK == 0:
+                kv.push("b", np.ones(7, F32))
+            else:
+                kv.pushpull("b", np.ones(100_000, F32))
+        except (KeyboardInterrupt, tensorkv.WorkerError) as error:
+            say(type(error).__name__)
+        finally:
+            file.touch()
+        with pytest.raises(tensorkv.WorkerError) as caught:
+            kv.barrier()
+        say(caught.value)
 
 
 def other_options(name, first, second):

@@ -370,6 +370,14 @@ def test_an_interrupted_pull_is_asked_again(tmp_path):
     assert all("new values" in text for text in texts)
 
 
+@pytest.mark.parametrize("what", ["plain", "refused"])
+def test_an_interrupted_wait_for_an_earlier_push_ends_the_store(what, tmp_path):
+    texts = run(2, PROGRAMS, "interrupted_before", what, env={"INTERRUPTED": str(tmp_path / "interrupted")})
+    for text, kind in zip(texts, ["KeyboardInterrupt", "WorkerError"], strict=True):
+        assert text.splitlines()[0] == kind, texts
+        assert "rank 0 broke off: Interrupted" in text, texts
+
+
 @pytest.mark.parametrize("options", [("nonfinite", "skip", "raise"), ("reduce", "sum", "mean")])
 def test_options_are_compared(options):
     for text in run(2, PROGRAMS, "other_options", *options):

@@ -125,7 +125,7 @@ class DistEngine(Engine):
     def _refuse(self, text: str) -> None:
         """Tell the other workers that this one did not make its call, since its arguments are wrong."""
         if self._host.error is None:
-            with self._order.lock, suppress(TensorKVError):
+            with self._order.lock, suppress(TensorKVError), self._order.unbroken(text):
                 # Calls are compared in order.
                 self._pushes.drain()
                 self._order.refuse(text)

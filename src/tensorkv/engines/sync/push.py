@@ -197,7 +197,9 @@ class Pushes:
 
     def _push_plain(self, call: native.Call) -> Steps[bool]:
         """Push plain arrays in memory that all workers share, and wait; return whether it was done."""
-        yield from self._drained()
+        # The other workers may make this call, whatever ends this wait.
+        with self._order.unbroken(call.verb):
+            yield from self._drained()
         batch = call.look(self._values, self._shard)
         if batch is None:
             return False

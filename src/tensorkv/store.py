@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar
@@ -408,29 +408,38 @@ class KVStore:
             return self._pull_average_rows(start, check_key("pull_ema", key), row_ids)
         call = Call(self._metrics.of("pull_ema"), "pull_ema", key, None, out, 0, like)
         call.check()
-        engine = self._engine
-        engine.protect(call.fill, engine.spec, self._copy_averages, self._copy_parts_of_averages, engine.together)
+        self._engine.protect(self._fill_with_averages, call)
         return call.end()
 
-    def _copy_averages(self, keys: list[Key], outs: list[list[torch.Tensor]]) -> None:
-        self._copy_parts_of_averages(keys, [None] * len(keys), outs)
+    def _fill_with_averages(self, call: Call) -> None:
+        held: dict[Key, Entry] = {}
+        with ExitStack() as reading:
 
-    def _copy_parts_of_averages(
-        self, keys: list[Key], regions: Sequence[Region | None], outs: list[list[torch.Tensor]]
-    ) -> None:
-        with self._engine.contents() as contents:
-            held = {entry.key: entry for entry in contents.entries}
-            for key, region, tensors in zip(keys, regions, outs, strict=True):
-                average = held[key].state.get(AVERAGE, held[key].tensor)
-                for tensor in tensors:
-                    tensor.copy_(average if region is None else region.of(average))
+            def copy(keys: list[Key], outs: list[list[torch.Tensor]]) -> None:
+                # Workers whose outs are whole, and others whose outs are parts, make the same calls.
+                contents = reading.enter_context(self._averages(keys))
+                held.update({entry.key: entry for entry in contents.entries})
+                copy_parts(keys, [None] * len(keys), outs)
+
+            def copy_parts(keys: list[Key], regions: Sequence[Region | None], outs: list[list[torch.Tensor]]) -> None:
+                for key, region, tensors in zip(keys, regions, outs, strict=True):
+                    average = held[key].state.get(AVERAGE, held[key].tensor)
+                    for tensor in tensors:
+                        tensor.copy_(average if region is None else region.of(average))
+
+            call.fill(self._engine.spec, copy, copy_parts, nullcontext)
+
+    def _averages(self, keys: Sequence[Key]) -> AbstractContextManager[Contents]:
+        """Return a block in which nothing changes what the store holds, once all workers ask for the same keys."""
+        self._engine.agree("pull_ema", list(map(str, keys)))
+        return self._engine.contents()
 
     def _pull_average_rows(self, start: float, key: Key, row_ids: Any) -> Rows:
         spec = self._engine.protect(self._engine.spec, "pull_ema", key)
         ids = _take_ids("pull_ema", key, spec, row_ids)
 
         def read() -> torch.Tensor:
-            with self._engine.contents() as contents:
+            with self._averages([key]) as contents:
                 entry = next(entry for entry in contents.entries if entry.key == key)
                 if isinstance(entry.value, Table):
                     return entry.value.read(ids, AVERAGE if AVERAGE in entry.value.columns else "")

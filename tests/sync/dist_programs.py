@@ -1121,6 +1121,29 @@ def load(path, out):
         say("loaded")
 
 
+def averages(what):
+    """Averages go to whole outs on rank 0, and to parts on the others; other keys are a mismatch."""
+    with create() as kv:
+        kv.init(["w", "v"], [np.zeros((1, 4), F32), np.zeros(3, F32)])
+        kv.set_optimizer("sgd", lr=1.0, ema=0.5)
+        for _ in range(2):
+            kv.push("w", np.full((1, 4), -1 / SIZE, F32))
+        if what == "keys":
+            with pytest.raises(tensorkv.WorkerMismatchError) as caught:
+                kv.pull_ema("v" if RANK else "w")
+            say(caught.value)
+            return
+        out = np.zeros((1, 4), F32)
+        rows = tensorkv.TensorSlice(np.zeros((0, 4), F32), (1, 0), (1, 4))
+        columns = np.zeros((1, 3), F32)
+        kv.pull_ema("w", out=rows if RANK else out)
+        kv.pull_ema("w", out=[tensorkv.TensorSlice(columns, (0, 1), (1, 4)), out] if RANK else out)
+        kv.barrier()
+        assert out.tolist() == [[1.25] * 4]
+        assert columns.tolist() == [[1.25 if RANK else 0.0] * 3]
+        say("the same calls")
+
+
 def train(overlap, update_on_store, shared_memory):
     """A Trainer over workers equals one over replicas."""
     import copy

@@ -398,6 +398,15 @@ def test_state_of_other_shapes_is_saved(tmp_path):
         assert "same after load" in text
 
 
+def test_averages_go_to_whole_outs_and_to_parts():
+    assert run(2, PROGRAMS, "averages", "parts") == ["the same calls\n"] * 2
+
+
+def test_averages_of_other_keys_are_a_mismatch():
+    for text in run(2, PROGRAMS, "averages", "keys"):
+        assert 'rank 0: pull_ema {"what": ["w"]}; rank 1: pull_ema {"what": ["v"]}' in text, text
+
+
 def test_leave_with_long_names_and_a_refused_call():
     texts = run(2, PROGRAMS, "leave_with_long_names")
     assert "refused" in texts[0]

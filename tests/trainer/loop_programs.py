@@ -3,6 +3,7 @@
 Every program runs in one process with a ``local`` store, and in each worker of a team with ``dist_sync``.
 """
 
+import contextlib
 import copy
 import threading
 
@@ -165,6 +166,35 @@ def skip_differs(overlap):
         except tensorkv.WorkerMismatchError as error:
             return str(error)
     return "no error"
+
+
+def refused(what):
+    """Rank 1 alone makes a call that is refused; return what each worker's call raises."""
+    kv = tensorkv.create("dist_sync", reduce="mean")
+    with contextlib.suppress(tensorkv.WorkerMismatchError), kv:
+        model, alone = nn.Linear(6, 1), RANK == 1
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        try:
+            if what == "LocalTrainer":
+                tensorkv.LocalTrainer(model, kv, inner, every=0 if alone else 1)
+            trainer = Trainer(model, kv, "sgd", lr=0.1, ema=0.5, unused="no" if what == "Trainer" and alone else "skip")
+            nn.functional.mse_loss(model(make_batch(0)[0]), make_batch(0)[1]).backward()
+            if what == "load_state_dict":
+                state = trainer.state_dict()
+                trainer.load_state_dict({} if alone else state)
+            if what == "optimizer.load_state_dict":
+                state = trainer.optimizer.state_dict()
+                trainer.optimizer.load_state_dict({} if alone else state)
+            if what == "pull_ema":
+                trainer.pull_ema(None if alone else model)
+            if what == "learning_rate":
+                trainer.learning_rate = -1.0 if alone else 0.2
+            trainer.param_groups[0]["lr"] = -1.0 if alone else 0.2
+            trainer.step()
+            said = "no error", ""
+        except tensorkv.TensorKVError as error:
+            said = type(error).__name__, str(error)
+    return said
 
 
 class Counted(nn.Module):

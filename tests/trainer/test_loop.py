@@ -120,6 +120,27 @@ def test_workers_that_skip_different_parameters_get_an_error(overlap):
         assert "the workers' calls differ" in message
 
 
+@pytest.mark.parametrize(
+    "what",
+    [
+        "Trainer",
+        "LocalTrainer",
+        "step",
+        "load_state_dict",
+        "optimizer.load_state_dict",
+        "pull_ema",
+        "learning_rate",
+    ],
+)
+def test_what_a_trainer_refuses_on_one_worker_is_told_to_the_others(what):
+    first, second = run(2, programs.refused, what)
+    assert first[0] == "WorkerMismatchError", (first, second)
+    assert second[0] in ("ArgumentError", "OptimizerError", "CheckpointError"), (first, second)
+    name = what.removeprefix("optimizer.")
+    said = name if name.endswith("Trainer") else f"Trainer.{name}"
+    assert f"rank 1: {said} refused: {second[1]}"[:60] in first[1], (first, second)
+
+
 def test_overlap_cannot_agree():
     with tensorkv.create() as kv:
         with pytest.raises(tensorkv.ArgumentError, match='unused="agree" needs overlap=False'):

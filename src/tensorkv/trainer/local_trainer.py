@@ -73,39 +73,33 @@ class LocalTrainer:
         prefix: str = "",
         **hyperparameters: Any,
     ) -> None:
-        for name, given, kind, what in (
-            ("kv", kv, KVStore, "a KVStore, from tensorkv.create()"),
-            ("model", model, nn.Module, "an nn.Module"),
-            ("inner", inner, torch.optim.Optimizer, "an optimizer of torch"),
-            ("prefix", prefix, str, "a str"),
-        ):
-            if not isinstance(given, kind):
-                raise ArgumentError(f"LocalTrainer: {name} is {show(given)}; expected {what}")
-        if type(every) is not int or every < 1:
-            raise ArgumentError(f"LocalTrainer: every is {show(every)}; expected an int of at least 1")
-        if kv.num_workers > 1 and kv._engine.joins_workers == "sum":
-            raise ArgumentError(
-                'LocalTrainer: the store takes sums over workers; create it with reduce="mean", since the outer step '
-                "takes the mean of what workers have learned"
-            )
-        self._kv, self._every, self._inner = kv, every, inner
-        with naming("LocalTrainer"):
-            found = trained(parameters([model]))
-        if not found:
-            raise ArgumentError("LocalTrainer: no parameter requires a gradient; there is nothing to train")
-        self._params = {prefix + name: own[0] for name, own in found.items()}
-        if outer == "sgd":
-            hyperparameters = _with_defaults(hyperparameters)
-        averages = outer == "sgd" and hyperparameters == {"lr": 1, "momentum": 0, "nesterov": False}
-        self._averages = averages and kv._engine.joins_workers != "alone"
-        if not self._averages:
+        if not isinstance(kv, KVStore):
+            raise ArgumentError(f"LocalTrainer: kv is {show(kv)}; expected a KVStore, from tensorkv.create()")
+        with kv._engine.collective("LocalTrainer"):
+            _check(model, inner, every, prefix)
+            if kv.num_workers > 1 and kv._engine.joins_workers == "sum":
+                raise ArgumentError(
+                    'LocalTrainer: the store takes sums over workers; create it with reduce="mean", since the outer '
+                    "step takes the mean of what workers have learned"
+                )
+            self._kv, self._every, self._inner = kv, every, inner
             with naming("LocalTrainer"):
-                check_rule(kv, optimizers.spec(outer, hyperparameters))
-        elif not kv._engine.assigns:
-            raise OptimizerError("LocalTrainer: the store has an update rule, and parameters are to be averaged")
-        broadcast(kv, {key: [param] for key, param in self._params.items()})
-        if not self._averages:
-            kv.set_optimizer(outer, **hyperparameters)
+                found = trained(parameters([model]))
+            if not found:
+                raise ArgumentError("LocalTrainer: no parameter requires a gradient; there is nothing to train")
+            self._params = {prefix + name: own[0] for name, own in found.items()}
+            if outer == "sgd":
+                hyperparameters = _with_defaults(hyperparameters)
+            averages = outer == "sgd" and hyperparameters == {"lr": 1, "momentum": 0, "nesterov": False}
+            self._averages = averages and kv._engine.joins_workers != "alone"
+            if not self._averages:
+                with naming("LocalTrainer"):
+                    check_rule(kv, optimizers.spec(outer, hyperparameters))
+            elif not kv._engine.assigns:
+                raise OptimizerError("LocalTrainer: the store has an update rule, and parameters are to be averaged")
+            broadcast(kv, {key: [param] for key, param in self._params.items()})
+            if not self._averages:
+                kv.set_optimizer(outer, **hyperparameters)
         self._common = {key: param.detach().clone() for key, param in self._params.items()}
         self.steps = 0
         """Inner steps that were made."""
@@ -153,6 +147,19 @@ class LocalTrainer:
             key = next((key for key in self._params if key not in self._kv), "")
             raise KeyNotFoundError(f"refresh: the store has no parameter {quote(key)} of this module") from error
         torch._foreach_copy_(list(self._common.values()), own)
+
+
+def _check(model: Any, inner: Any, every: Any, prefix: Any) -> None:
+    """Raise ArgumentError if an argument of a LocalTrainer is not what it has to be."""
+    for name, given, kind, what in (
+        ("model", model, nn.Module, "an nn.Module"),
+        ("inner", inner, torch.optim.Optimizer, "an optimizer of torch"),
+        ("prefix", prefix, str, "a str"),
+    ):
+        if not isinstance(given, kind):
+            raise ArgumentError(f"LocalTrainer: {name} is {show(given)}; expected {what}")
+    if type(every) is not int or every < 1:
+        raise ArgumentError(f"LocalTrainer: every is {show(every)}; expected an int of at least 1")
 
 
 def _with_defaults(hyperparameters: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from .buffers import Buffers
 from .gradients import Gradients
 from .groups import Group, Params, group_of, parameters
 from .overlap import Overlap
-from .updates import StoreUpdate, WorkerUpdate
+from .updates import StoreUpdate, WorkerUpdate, collective
 
 
 class StoreOptimizer(torch.optim.Optimizer):
@@ -131,6 +131,7 @@ class StoreOptimizer(torch.optim.Optimizer):
             changes.append({word: number for word, number in numbers.items() if number != seen[word]})
         return changes
 
+    @collective("Trainer.step")
     def flush(self) -> None:
         """Put hyperparameters that were written into ``param_groups`` in force now, rather than with the next step.
 
@@ -173,6 +174,7 @@ class StoreOptimizer(torch.optim.Optimizer):
         self.drop_pending({"lr"})
         self._read()
 
+    @collective("Trainer.add_param_group")
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose parameters may be new to the Trainer: of frozen layers that are to be trained now.
 
@@ -223,10 +225,11 @@ class StoreOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
-            if self._unscale():
-                self._push_and_pull()
-            if self._buffers is not None:
-                self._buffers.synchronise()
+            with self._kv._engine.collective("Trainer.step"):
+                if self._unscale():
+                    self._push_and_pull()
+                if self._buffers is not None:
+                    self._buffers.synchronise()
         except BaseException:
             # GradScaler takes them away after a step alone.
             self.__dict__.pop("grad_scale", None)
@@ -307,6 +310,7 @@ class StoreOptimizer(torch.optim.Optimizer):
                 found[self._params[key][0]] = own
         return found
 
+    @collective("Trainer.state_dict")
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the hyperparameters and the state, in the form of ``torch.optim``: without the weights.
 
@@ -327,6 +331,7 @@ class StoreOptimizer(torch.optim.Optimizer):
             packed = post_hook(self, packed) or packed
         return packed
 
+    @collective("Trainer.load_state_dict")
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned here, or in an optimizer of ``torch.optim`` with the same groups.
 

@@ -32,7 +32,7 @@ from .embedding import layers_of, tables_of
 from .gradients import check_unused
 from .groups import Params, groups_of, parameters, trained
 from .optimizer import StoreOptimizer
-from .updates import StoreUpdate, WorkerUpdate, broadcast
+from .updates import StoreUpdate, WorkerUpdate, broadcast, collective
 
 # The parts of a state dict that are by key; ``overrides`` has the hyperparameters of single keys.
 _BY_KEY = ("weights", "state", "overrides")
@@ -109,46 +109,47 @@ class Trainer:
     ) -> None:
         if not isinstance(kv, KVStore):
             raise ArgumentError(f"Trainer: kv is {show(kv)}; expected a KVStore, from tensorkv.create()")
-        if not isinstance(prefix, str):
-            raise ArgumentError(f"Trainer: prefix is {show(prefix)}; expected a str")
-        self._kv = kv
-        self._prefix = prefix
-        replicas = _replicas(model_or_replicas)
-        named = parameters(replicas)
-        self._params: Params = {prefix + name: each for name, each in trained(named).items()}
-        if not self._params:
-            raise ArgumentError("Trainer: no parameter requires a gradient; there is nothing to train")
-        layers = layers_of(replicas)
-        for layer in layers if hyperparameters.get("max_grad_norm") is not None else ():
-            if layer.kv is not kv:
-                raise ArgumentError(
-                    f"Trainer: the table {quote(layer.key)} is in another store, and its gradient would not be in the "
-                    "norm that max_grad_norm bounds; create its layer with the store of the Trainer"
-                )
-        if update_on_store is False and layers:
-            raise ArgumentError("Trainer: a store updates the tables of Embedding layers; use update_on_store=True")
-        groups = [] if param_groups is None else groups_of(param_groups, named, prefix)
-        self._update: StoreUpdate | WorkerUpdate
-        with naming("Trainer"):
-            kind = StoreUpdate if check_flag("update_on_store", update_on_store) else WorkerUpdate
-            overlaps = check_flag("overlap", overlap)
-            check_unused(unused, overlaps=overlaps)
-            kept = None if check_buffers(buffers) == "local" else Buffers(kv, replicas, buffers)
-            self._update = kind(kv, optimizer, hyperparameters, self._params, groups, overlaps=overlaps)
-            self._update.tables = tables_of(layers, kv)
-        try:
-            broadcast(kv, self._params)
-        except KeyExistsError as error:
-            raise KeyExistsError(
-                f"Trainer: {error}. To resume from a checkpoint, create the Trainer first, then kv.load(...) and "
-                "trainer.refresh(); for a second model, give a prefix"
-            ) from None
-        self._update.start()
-        if kept is not None:
-            kept.start()
-        self.optimizer = StoreOptimizer(
-            kv, replicas, prefix, self._params, self._update, overlaps=overlaps, unused=unused, buffers=kept
-        )
+        with kv._engine.collective("Trainer"):
+            if not isinstance(prefix, str):
+                raise ArgumentError(f"Trainer: prefix is {show(prefix)}; expected a str")
+            self._kv = kv
+            self._prefix = prefix
+            replicas = _replicas(model_or_replicas)
+            named = parameters(replicas)
+            self._params: Params = {prefix + name: each for name, each in trained(named).items()}
+            if not self._params:
+                raise ArgumentError("Trainer: no parameter requires a gradient; there is nothing to train")
+            layers = layers_of(replicas)
+            for layer in layers if hyperparameters.get("max_grad_norm") is not None else ():
+                if layer.kv is not kv:
+                    raise ArgumentError(
+                        f"Trainer: the table {quote(layer.key)} is in another store, and its gradient would not be in "
+                        "the norm that max_grad_norm bounds; create its layer with the store of the Trainer"
+                    )
+            if update_on_store is False and layers:
+                raise ArgumentError("Trainer: a store updates the tables of Embedding layers; use update_on_store=True")
+            groups = [] if param_groups is None else groups_of(param_groups, named, prefix)
+            self._update: StoreUpdate | WorkerUpdate
+            with naming("Trainer"):
+                kind = StoreUpdate if check_flag("update_on_store", update_on_store) else WorkerUpdate
+                overlaps = check_flag("overlap", overlap)
+                check_unused(unused, overlaps=overlaps)
+                kept = None if check_buffers(buffers) == "local" else Buffers(kv, replicas, buffers)
+                self._update = kind(kv, optimizer, hyperparameters, self._params, groups, overlaps=overlaps)
+                self._update.tables = tables_of(layers, kv)
+            try:
+                broadcast(kv, self._params)
+            except KeyExistsError as error:
+                raise KeyExistsError(
+                    f"Trainer: {error}. To resume from a checkpoint, create the Trainer first, then kv.load(...) and "
+                    "trainer.refresh(); for a second model, give a prefix"
+                ) from None
+            self._update.start()
+            if kept is not None:
+                kept.start()
+            self.optimizer = StoreOptimizer(
+                kv, replicas, prefix, self._params, self._update, overlaps=overlaps, unused=unused, buffers=kept
+            )
         """The ``torch.optim.Optimizer`` to give to schedulers, ``GradScaler`` and training frameworks."""
 
     def step(self) -> PushResult:
@@ -201,6 +202,7 @@ class Trainer:
                 f"Trainer.refresh: {error}. A load replaces all keys by those of the checkpoint; load one of this model"
             ) from None
 
+    @collective("Trainer.pull_ema")
     def pull_ema(self, model: nn.Module) -> None:
         """Fill a module with the moving averages of the trained weights, which the store keeps with ``ema=0.999``.
 
@@ -284,6 +286,7 @@ class Trainer:
         return float(self.param_groups[0]["lr"])
 
     @learning_rate.setter
+    @collective("Trainer.learning_rate")
     def learning_rate(self, lr: float) -> None:
         if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 <= lr < math.inf:
             raise OptimizerError(f"learning_rate is {show(lr)}; expected a finite number of at least 0")
@@ -293,6 +296,7 @@ class Trainer:
         """Set ``learning_rate``; the name of MXNet's ``gluon.Trainer``."""
         self.learning_rate = lr
 
+    @collective("Trainer.state_dict")
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the trained weights, the optimizer's hyperparameters and its state.
 
@@ -314,6 +318,7 @@ class Trainer:
             state[part] = {key.removeprefix(self._prefix): each for key, each in state[part].items()}
         return state
 
+    @collective("Trainer.load_state_dict")
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned; training that continues from it gives the same bits.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -26,9 +27,26 @@ from tensorkv.store import KVStore
 from .gradients import Grads
 from .groups import Group, Params, check_options
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Groups = list[Group]
 # The gradients that a step pushes to tables, by key.
 TableGradients = Mapping[Key, list[Rows]]
+
+
+def collective(verb: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a method of an object with a store a call that all workers make together, as are those of the store."""
+
+    def decorate(method: Callable[P, R]) -> Callable[P, R]:
+        @wraps(method)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            owner: Any = args[0]
+            with owner._kv._engine.collective(verb):
+                return method(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def broadcast(kv: KVStore, params: Params) -> None:

@@ -197,9 +197,11 @@ class Pushes:
 
     def _push_plain(self, call: native.Call) -> Steps[bool]:
         """Push plain arrays in memory that all workers share, and wait; return whether it was done."""
-        # The other workers may make this call, whatever ends this wait.
-        with self._order.unbroken(call.verb):
+        try:
             yield from self._drained()
+        except BaseException as error:
+            # The other workers may make this call, whatever has ended this wait.
+            self._order.break_off(error, call.verb)
         batch = call.look(self._values, self._shard)
         if batch is None:
             return False

@@ -1,5 +1,6 @@
 """The local engine passes the contract, under every type name."""
 
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -242,6 +243,35 @@ def test_a_plain_push_does_not_lose_its_key_to_slices_that_come_meanwhile(monkey
         assert set(kv.pull("b").tolist()) == {5}
         kv.push("w", tensorkv.TensorSlice(half, (numel // 2,), (numel,)))
         assert set(kv.pull("w").tolist()) == {1}
+
+
+def test_a_lease_is_renewed_to_the_end_though_a_signal_handler_raises(monkeypatch):
+    """Otherwise the handler might leave the store's lock behind, held."""
+
+    def handle(*_):
+        raise TimeoutError("of the handler")
+
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        with tensorkv.create("local") as kv:
+            kv.init("w", np.zeros(3))
+            kv.publish("step-1")
+            release = kv.open_release("step-1", lease_s=1e-9)
+            shard, held = kv._engine._shard, []
+            hold = shard.hold_release
+
+            def interrupted(*args):
+                signal.raise_signal(signal.SIGALRM)
+                held.append(hold(*args))
+
+            with monkeypatch.context() as patches:
+                patches.setattr(shard, "hold_release", interrupted)
+                with pytest.raises(TimeoutError, match="of the handler"):
+                    release.pull("w")
+            assert len(held) == 1
+            assert release.pull("w").tolist() == [0] * 3
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_release_stays_for_its_lease_after_each_read(monkeypatch):

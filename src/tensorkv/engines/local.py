@@ -97,7 +97,8 @@ class LocalRelease(ShardReader, ReleaseReader):
         """Hold the release for longer, if the lease is no longer new."""
         now = time.monotonic()
         if now - self._renewed > self._lease_s * RENEW_AFTER:
-            self._source.hold_release(self.name, self._reader, self._lease_s * (1 + RENEW_AFTER))
+            lease_s = self._lease_s * (1 + RENEW_AFTER)
+            self.protect(self._source.hold_release, self.name, self._reader, lease_s)
             self._renewed = now
 
     def pull(self, call: Call) -> None:

@@ -203,7 +203,7 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
         except SnapshotError:
             lease_s = self._lease_s * (1 + RENEW_AFTER)
             message = OpenRelease(release=self.name, snapshot=self._name, lease_s=lease_s, generation=self._generation)
-            self._releases.ask_for(message)
+            self.protect(self._releases.ask_for, message)
             return work(*args)
 
     def _renew(self) -> None:
@@ -213,7 +213,7 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
             self._renewed = now
             # A server that does not answer must not keep this reader from what the others have.
             with suppress(WaitTimeoutError, PushOutcomeUnknownError, ServerDeadError):
-                self._releases.ask_for(EndRead(snapshot=self._name), _RENEW_S)
+                self.protect(self._releases.ask_for, EndRead(snapshot=self._name), _RENEW_S)
 
     def pull(self, call: Call) -> None:
         """Check a call and copy values into its outs."""

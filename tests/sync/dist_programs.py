@@ -920,6 +920,34 @@ def many_lists():
         say("same bits")
 
 
+def lists_in_other_forms(limit):
+    """Workers whose arrays differ in form, or that have left, drop the staging buffers of the same lists of keys."""
+    count = 40_000
+    push._MIN_STAGING_NBYTES = 0
+    push._MAX_STAGING = 3.4 if limit == "bytes" else 100
+    push._MIN_SCHEDULES, push._MAX_NAMED = 4, 100 if limit == "bytes" else 0
+    names = list("abcdef")
+    lists = [[name for name in names if name != out] for out in names]
+    ones = [np.ones(count, F32)] * 5
+    strided = [np.ones((count, 2), F32)[:, 0]] * 5
+    with create() as kv:
+        kv.init(names, [np.zeros(count, F32)] * 6)
+        for turn in range(2):
+            for each in lists[:4]:
+                kv.push(each, ones)
+            if turn == 0:
+                kv.pushpull(lists[0], strided if RANK else ones)
+            elif RANK:
+                kv.leave()
+            else:
+                kv.pushpull(lists[0], ones)
+                kv.leave()
+            kv.push(lists[4], ones)
+            kv.push(lists[0], ones)
+            assert kv.pull("f").tolist() == [SIZE] * count
+        say("the same buffers")
+
+
 def state_stays():
     """Owners and optimizer state stay when keys go and the optimizer gets other numbers."""
     with create() as kv, tensorkv.create("local") as local:

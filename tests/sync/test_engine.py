@@ -336,6 +336,11 @@ def test_stages_of_many_lists_of_keys_are_bounded(workers):
         assert "same bits" in text
 
 
+@pytest.mark.parametrize("limit", ["bytes", "lists"])
+def test_workers_that_make_calls_in_other_forms_drop_the_same_stages(limit):
+    assert run(2, PROGRAMS, "lists_in_other_forms", limit) == ["the same buffers\n"] * 2
+
+
 @pytest.mark.parametrize("workers", [2, 3])
 def test_what_all_sums_decide_on_is_as_in_the_local_store(workers):
     for text in run(workers, PROGRAMS, "decided", 0, amount(20, 200)):

@@ -138,6 +138,9 @@ class Pushes:
         # By their keys, the least recently used first; and how many keys they name together.
         self._schedules: dict[tuple[Key, ...], Schedule] = {}
         self._num_named = 0
+        # By their keys, the least recently pushed first. Workers drop the same ones: only deferred pushes, which all of
+        # them make alike, those that have left too, add or move one.
+        self._staging: dict[tuple[Key, ...], StagingBuffer] = {}
         self._slot_nbytes = SLOT_NBYTES if len(group.hosts) == 1 else SLOT_NBYTES_OVER_HOSTS
         # The staging buffer of all calls that are not deferred, and what makes plain ones of them in it on one host.
         self._ring: StagingBuffer | None = None
@@ -765,7 +768,7 @@ class Pushes:
             deferred: whether the queue runs it.
             is_repeated: whether each host makes all of it.
         """
-        schedule = yield from self._schedule(keys)
+        schedule = self._schedule(keys)
         self._order.remember(call)
         first = 0
         if not deferred:
@@ -776,7 +779,7 @@ class Pushes:
         elif schedule.is_small:
             staging, first = yield from self._next_small_slot(call)
         else:
-            staging = yield from self._own_staging(schedule, call)
+            staging = yield from self._own_staging(keys, schedule, call)
         chain, decisions, row_squares = self._chain, self._decisions, self._row_squares
         if is_repeated:
             chain, decisions = self._chain_alone, self._decisions_alone
@@ -799,16 +802,18 @@ class Pushes:
             yield from self._queue.done(earlier)
         return self._small, slot
 
-    def _own_staging(self, schedule: Schedule, call: Collective) -> Steps[StagingBuffer]:
-        if schedule.own_staging is None:
-            yield from self._make_room(schedule)
+    def _own_staging(self, keys: tuple[Key, ...], schedule: Schedule, call: Collective) -> Steps[StagingBuffer]:
+        staging = self._staging.pop(keys, None)
+        if staging is None:
+            yield from self._make_room(schedule.staging_nbytes)
             yield from self._agreed_early(call)
             slots, nbytes = schedule.num_slots, schedule.slot_nbytes
-            schedule.own_staging = StagingBuffer(self._host, slots, nbytes, counts=self._shard.averages)
+            self._staging[keys] = staging = StagingBuffer(self._host, slots, nbytes, counts=self._shard.averages)
         else:
+            self._staging[keys] = staging
             # Its slots are filled again only when what was staged before has been taken.
-            yield from self._queue.done(schedule.own_staging)
-        return schedule.own_staging
+            yield from self._queue.done(staging)
+        return staging
 
     def _agreed_early(self, call: Collective) -> Steps[None]:
         # Memory is shared by workers that make the same call, and calls are compared in order.
@@ -816,10 +821,8 @@ class Pushes:
         self._queue.wait_for()
         self._host.agree(call)
 
-    def _schedule(self, keys: tuple[Key, ...]) -> Steps[Schedule]:
-        schedule = self._schedules.pop(keys, None)
-        if schedule is None:
-            schedule = yield from self._make_schedule(keys)
+    def _schedule(self, keys: tuple[Key, ...]) -> Schedule:
+        schedule = self._schedules.pop(keys, None) or self._make_schedule(keys)
         self._schedules[keys] = schedule
         rule = self._shard.rule
         if schedule.rule is not rule:
@@ -828,20 +831,23 @@ class Pushes:
             schedule.rule, schedule.sees_whole = rule, any(map(rule.sees_whole, examples))
         return schedule
 
-    def _make_schedule(self, keys: tuple[Key, ...]) -> Steps[Schedule]:
-        # Every worker makes the same calls, and so forgets the same schedule.
+    def _make_schedule(self, keys: tuple[Key, ...]) -> Schedule:
         while len(self._schedules) >= _MIN_SCHEDULES and self._num_named > _MAX_NAMED * len(self._values):
-            yield from self._drop(next(iter(self._schedules)))
+            self._drop_schedule(next(iter(self._schedules)))
         self._num_named += len(keys)
         values = [self._values[key] for key in keys]
         return Schedule(Layout(keys, values, self._host.local_rank, self._chain.owners), self._slot_nbytes)
 
-    def _make_room(self, schedule: Schedule) -> Steps[None]:
-        """Drop the least recently used schedules until there is room for another one's staging buffer."""
+    def _drop_schedule(self, keys: tuple[Key, ...]) -> None:
+        if self._schedules.pop(keys, None) is not None:
+            self._num_named -= len(keys)
+
+    def _make_room(self, staging_nbytes: int) -> Steps[None]:
+        """Drop the least recently used staging buffers until there is room for another one."""
         values = [each.whole for each in self._values.values()]
         nbytes = sum(value.numel() * interop.accumulator(value.dtype).itemsize for value in values)
-        staged = {keys: each.staging_nbytes for keys, each in self._schedules.items() if each.own_staging is not None}
-        room = max(_MIN_STAGING_NBYTES, _MAX_STAGING * nbytes) - schedule.staging_nbytes - sum(staged.values())
+        staged = {keys: each.nbytes for keys, each in self._staging.items()}
+        room = max(_MIN_STAGING_NBYTES, _MAX_STAGING * nbytes) - staging_nbytes - sum(staged.values())
         for keys, freed in staged.items():
             if room >= 0:
                 break
@@ -855,13 +861,14 @@ class Pushes:
         self._coded_sums = SumMemory()
         self._gradients.clear()
         gone = None if keys is None else set(keys)
-        for named in [each for each in self._schedules if gone is None or not gone.isdisjoint(each)]:
-            finish(self._drop(named))
+        for named in {**self._schedules, **self._staging}:
+            if gone is None or not gone.isdisjoint(named):
+                finish(self._drop(named))
 
     def _drop(self, keys: tuple[Key, ...]) -> Steps[None]:
         yield from self._settled(keys)
-        self._num_named -= len(keys)
-        staging = self._schedules.pop(keys).own_staging
+        self._drop_schedule(keys)
+        staging = self._staging.pop(keys, None)
         if staging is not None:
             self._host.release(staging.segment)
 
@@ -869,6 +876,7 @@ class Pushes:
         """End the progress thread and let go of the memory."""
         self._queue.close()
         self._schedules.clear()
+        self._staging.clear()
         self._pending.clear()
         self._small_pushes.clear()
         self._ring = self._small = self._shared = None

@@ -96,6 +96,8 @@ class StagingBuffer:
         self._data = words * LINE
         self.segment = host.allocate(self._data + slots * size * self._row, words)
         self.slots = slots
+        self.nbytes = slots * self._counts_at
+        """The bytes of one worker's parts in all slots."""
         self._uses = array("Q", [0] * slots)
         self._size = size
         self.filled, self.read, self.ready = (
@@ -350,7 +352,6 @@ class Schedule:
         self.sees_whole = False
         """Whether that rule changes a value only when its whole sum has come."""
         self._segments: dict[StagingBuffer, list[list[BucketSegment]]] = {}
-        self.own_staging: StagingBuffer | None = None
 
     @property
     def num_slots(self) -> int:

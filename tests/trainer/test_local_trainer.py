@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import tensorkv
-from tensorkv import LocalTrainer
+from tensorkv import LocalTrainer, OptimizerError
+from tensorkv.shard import optimizers
+from tensorkv.trainer.updates import check_rule
 from tests.support.fake_servers import Cluster
 from tests.support.until import LIMIT_S
 from tests.support.workers import run
@@ -68,6 +70,32 @@ def test_steps_of_1_without_momentum_are_the_mean_bit_by_bit():
         assert [each.tolist() for each in programs.train(kv, 0, **AVERAGE)] == [
             each.tolist() for each in programs.averaged(1)
         ]
+
+
+def test_an_optimizer_that_another_worker_sets_meanwhile_is_not_taken_for_an_updater(monkeypatch):
+    with Cluster(1, num_workers=2, reduce="mean") as cluster:
+        first, second = cluster.stores(2)
+        engine, kind, reads = second._engine, type(second._engine), []
+
+        def read(name, get):
+            def got(self):
+                found = get(self)
+                if self is engine and name not in reads:
+                    reads.append(name)
+                    if len(reads) == 1:
+                        first.set_optimizer("sgd", lr=0.7, momentum=0.9, nesterov=True)
+                return found
+
+            monkeypatch.setattr(kind, name, property(got))
+
+        held = kind.optimizer.fget
+        read("assigns", lambda self: held(self) is None)
+        read("optimizer", held)
+        check_rule(second, optimizers.spec("sgd", {"lr": 0.7, "momentum": 0.9, "nesterov": True}))
+        assert reads, "the optimizer was set in between"
+        check_rule(second, optimizers.spec("sgd", {"lr": 0.7, "momentum": 0.9, "nesterov": True}))
+        with pytest.raises(OptimizerError, match=r"lr 0\.7"):
+            check_rule(second, optimizers.spec("sgd", {"lr": 0.5, "momentum": 0.9, "nesterov": True}))
 
 
 def test_a_worker_that_leaves_is_not_in_the_mean():

@@ -56,9 +56,10 @@ def broadcast(kv: KVStore, params: Params) -> None:
 
 def check_rule(kv: KVStore, spec: OptimizerSpec) -> None:
     """Raise OptimizerError if a store has another update rule than an optimizer that is wanted."""
-    held, wanted = kv.optimizer, {"name": spec.name, **spec.to_numbers()}
-    if held is None and kv._engine.assigns:
+    # Another worker may set the optimizer meanwhile, on servers: what is read second has it then.
+    if kv._engine.assigns:
         return
+    held, wanted = kv.optimizer, {"name": spec.name, **spec.to_numbers()}
     if held is None:
         raise OptimizerError("the store has an updater; call set_updater(None) first, or use another store")
     words = [word for word in {**held, **wanted} if held.get(word) != wanted.get(word)]

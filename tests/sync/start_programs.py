@@ -3,12 +3,14 @@
 import os
 import signal
 import sys
+from datetime import timedelta
 
 import numpy as np
 from torch.distributed import TCPStore
 from torch.distributed.run import main as torchrun
 
 from tensorkv import RankDeadError
+from tensorkv.engines.transport.rendezvous import connect
 from tests.support.until import until
 from tests.sync.dist_programs import RANK, SIZE, create, say
 
@@ -94,6 +96,19 @@ def train_from_checkpoint(folder):
                 say("at step 12")
                 signal.pause() if RANK == 2 else kv.barrier()
         say(f"ended with {SIZE}: {kv.pull('steps').tolist()} {kv.pull('workers').tolist()}")
+
+
+def a_child_is_another_worker():
+    store, rank, _ = connect(timedelta(seconds=30))
+    child = os.fork()
+    if not child:
+        os.environ["RANK"] = "1"
+        store, rank, _ = connect(timedelta(seconds=30))
+        store.set("rank of the child", str(rank))
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert (rank, store.get("rank of the child")) == (0, b"1")
+    say("met")
 
 
 if __name__ == "__main__":

@@ -39,3 +39,8 @@ def test_what_an_earlier_start_has_announced_is_not_believed(first):
     assert store.get("tensorkv/start").decode() != before
     # The fault fired: ranks that came before rank 0 have joined a start that is over.
     assert (store.add(f"tensorkv/{before}/turns", 0) > 2) == (first != 0)
+
+
+def test_a_forked_child_does_not_speak_on_the_connection_of_its_parent():
+    [text] = run(1, PROGRAMS, "a_child_is_another_worker", env={"WORLD_SIZE": "2"})
+    assert "met" in text

@@ -23,8 +23,10 @@ from tensorkv.runtime import forks
 _POLL_S = 0.02
 # What MPI's launchers set, of which torchrun's variables are no part.
 _SIZES_ELSEWHERE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-# The rendezvous store that torchrun's variables name; its server lives as long as rank 0's process.
+# The rendezvous store that torchrun's variables name; its server lives as long as rank 0's process. And how many times
+# this process had forked from others then: a child is another worker, and must not speak on its parent's connection.
 _connection: Any = None
+_forks = 0
 
 
 def launched(*, strict: bool = True) -> tuple[int, int]:
@@ -71,9 +73,9 @@ def connect(timeout: timedelta) -> tuple[Any, int, int]:
     Raises:
         ArgumentError: a variable that a launcher sets is missing or invalid.
     """
-    global _connection
-    if _connection is None:
-        _connection = _connect(timeout)
+    global _connection, _forks
+    if _connection is None or _forks != forks.count:
+        _connection, _forks = _connect(timeout), forks.count
         forks.pin_in_children(_connection[0])
     found: tuple[Any, int, int] = _connection
     return found

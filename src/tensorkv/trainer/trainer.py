@@ -330,7 +330,8 @@ class Trainer:
             CheckpointError: not such a state, or one of other parameters or of another optimizer; nothing has changed.
 
         Limits: if the store updates, the versions of the trainer's keys start at 0 again, and the optimizer's
-        numbers are those of the whole store. With several workers all call this together, and rank 0's state is used.
+        numbers are those of the whole store. With several workers all call this together, and rank 0's state is used;
+        with ``update_on_store=False`` each worker loads its own, which have to be the same.
         """
         if not isinstance(state_dict, Mapping) or state_dict.get("update_on_store") is not self._update.on_store:
             raise CheckpointError(

@@ -1,6 +1,7 @@
 """What a store makes of compressed pushes, in one process: forms, libraries, rules, errors and what is owed."""
 
 import threading
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -123,6 +124,37 @@ def test_nan_is_an_error_and_changes_nothing(options):
                 kv.push(["v", "w"], [GRADIENT, np.array([0, 0, 0, odd], F32)])
         assert kv.info("v").version == 1
         assert kv.pushpull("v", np.full(4, 0.25, F32)).tolist() == [0.5, 0, 0.5, 0]
+
+
+@pytest.mark.parametrize("mode", ["skip", "skip_step"])
+def test_what_was_owed_of_a_sum_that_is_left_out_still_is(mode):
+    with tensorkv.create(nonfinite=mode) as kv:
+        kv.init("h", torch.zeros(2, dtype=torch.float16))
+        kv.set_optimizer("sgd", lr=1.0)
+        kv.set_gradient_compression({"type": "topk", "ratio": 0.5}, simulate=True)
+        kv.push("h", [torch.tensor([1.0, 2.0])] * 2)
+        kv.push("h", [torch.tensor([4e4, 0.0])] * 2)
+        assert kv.info("h").version == 1, "the sum overflows"
+        kv.push("h", [torch.tensor([0.5, 0.0])] * 2)
+        assert kv.pull("h").tolist() == [-3, -4]
+
+
+def test_what_was_owed_of_a_key_whose_updater_failed_still_is():
+    def update(key, received, stored):
+        if key == "b" and fails:
+            raise RuntimeError("not this time")
+        stored += received
+
+    with tensorkv.create() as kv:
+        kv.init(["a", "b"], [torch.zeros(2)] * 2)
+        kv.set_updater(update)
+        kv.set_gradient_compression({"type": "topk", "ratio": 0.5}, simulate=True)
+        for fails in (False, True, False):
+            with pytest.raises(RuntimeError, match="not this time") if fails else nullcontext():
+                kv.push(["a", "b"], [torch.tensor([1.0, 4.0])] * 2)
+        assert [each.tolist() for each in kv.pull(["a", "b"])] == [[0, 12], [0, 8]]
+        kv.set_gradient_compression(None)
+        assert [each.tolist() for each in kv.pull(["a", "b"])] == [[3, 12], [2, 8]]
 
 
 def test_what_overflows_with_what_is_owed_is_an_error(kv):

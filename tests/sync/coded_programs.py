@@ -252,5 +252,17 @@ def refuse_alone(form):
             gradient = np.ones(3, np.float32)
 
 
+def leave_out():
+    """Say the value after a sum that overflows was left out, of which something was owed."""
+    with create(nonfinite="skip") as kv:
+        kv.init("h", torch.zeros(2, dtype=torch.float16))
+        kv.set_optimizer("sgd", lr=1.0)
+        kv.set_gradient_compression({"type": "topk", "ratio": 0.5}, simulate=True)
+        for gradient in ([1.0, 2.0], [4e4, 0.0], [0.5, 0.0]):
+            kv.push("h", torch.tensor(gradient))
+        assert kv.info("h").version == 2, "one sum overflows"
+        say(kv.pull("h").tolist())
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])

@@ -90,3 +90,7 @@ def test_a_gradient_that_one_worker_cannot_compress_is_told_to_the_others(form):
 
 def test_the_programs_try_every_codec():
     assert {each["type"] for each in CODECS} == set(compression.names()) - {"doctest"}
+
+
+def test_what_was_owed_of_a_sum_that_is_left_out_still_is():
+    assert [text.splitlines()[-1] for text in run(2, PROGRAMS, "leave_out")] == ["[-3.0, -4.0]"] * 2

@@ -125,9 +125,15 @@ class Compressor:
         spare = self._spare.pop(source, None)
         return Owed(np.empty(shape, np.float32), {}) if spare is None or spare.residual.shape != shape else spare
 
-    def keep(self, sending: Sending) -> None:
-        """Count gradients as sent."""
-        self.owed.update(zip(sending.sources, sending.owed, strict=True))
+    def keep(self, sending: Sending, *, without: Collection[Key] = ()) -> None:
+        """Count gradients as sent.
+
+        Args:
+            sending: the gradients.
+            without: keys whose gradients were sent and changed nothing: what was owed of them before still is.
+        """
+        pairs = zip(sending.sources, sending.owed, strict=True)
+        self.owed.update((source, owed) for source, owed in pairs if source[0] not in without)
         self.traffic.add_sent(sending.layout.nbytes, sending.layout.raw_nbytes)
 
     def end(self, sending: Sending, *, without: Collection[Key] = ()) -> None:
@@ -140,6 +146,23 @@ class Compressor:
         for source, before in zip(sending.sources, sending.before, strict=True):
             if before is not None and source[0] not in without:
                 self._spare[source] = before
+
+    def settle(self, sending: Sending, entries: Sequence[Any], versions: Sequence[int]) -> None:
+        """Count gradients as sent that have come to an update.
+
+        Of others what was owed before still is: sums with NaN or Inf may have been left out, and an updater may have
+        failed after it had updated some of the keys.
+
+        Args:
+            sending: the gradients.
+            entries: of the keys of the call, as they are now.
+            versions: before the call.
+        """
+        pairs = zip(entries, versions, strict=True)
+        unchanged = {entry.key for entry, version in pairs if entry.version == version}
+        if len(unchanged) < len(entries):
+            self.keep(sending, without=unchanged)
+            self.end(sending, without=unchanged)
 
     def undo(self, sending: Sending, *, keys: Collection[Key] | None = None) -> None:
         """Owe what was owed before gradients were kept which did not arrive, unless others were kept since.

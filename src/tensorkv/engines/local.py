@@ -224,10 +224,11 @@ class LocalEngine(ShardReader, Engine):
         batch.refuse_slices("cannot be compressed; set_gradient_compression(None) has parts pushed as they are")
         with self._compressing:
             self._shard.check(batch)
+            entries = [self._shard.entry(batch.verb, key) for key in batch.keys]
             places = [
                 (place, worker)
-                for place, key in enumerate(batch.keys)
-                if not self._shard.entry(batch.verb, key).spec.is_table
+                for place, entry in enumerate(entries)
+                if not entry.spec.is_table
                 for worker in range(len(batch.parts[place]))
             ]
             sending = self._compressor.encode(
@@ -238,9 +239,11 @@ class LocalEngine(ShardReader, Engine):
             parts = [list(own) for own in batch.parts]
             for (place, worker), part in zip(places, sending.decoded(), strict=True):
                 parts[place][worker] = part
-            yield Batch(batch.verb, batch.keys, parts, batch.counts)
-            self._compressor.keep(sending)
-            self._compressor.end(sending)
+            versions = [entry.version for entry in entries]
+            try:
+                yield Batch(batch.verb, batch.keys, parts, batch.counts)
+            finally:
+                self._compressor.settle(sending, entries, versions)
 
     def delete(self, keys: Sequence[Key]) -> None:
         self._shard.delete(keys)

@@ -481,6 +481,7 @@ class Pushes:
             layout = words_layout(codec, tuple(tuple(self._values[key].whole.shape) for key in keys))
         else:
             layout = sending.layout
+        versions = [self._shard.entry(call.signature.verb, key).version for key in keys]
         sums, counted = coded.exchange(self._compressor, self._group, layout, sending, counts, self._coded_sums)
         allreduce = yield from self._prepare(call, keys, deferred=False, is_repeated=True)
         arrays = Arrays.of(self._values, keys, sums)
@@ -488,10 +489,12 @@ class Pushes:
         yield from allreduce.take_sums(arrays)
         yield from allreduce.run()
         yield from allreduce.wait_for_values()
-        self._raise_failed(allreduce)
-        if sending is not None:
-            self._compressor.keep(sending)
-            self._compressor.end(sending)
+        entries = allreduce.update.entries
+        try:
+            self._raise_failed(allreduce)
+        finally:
+            if sending is not None:
+                self._compressor.settle(sending, entries, versions)
         if outs is not None:
             allreduce.copy_out(outs)
         return outs is not None

@@ -420,8 +420,13 @@ def refuse_releases(contents: Contents) -> None:
         )
 
 
-# A lease is renewed by the first read after this part of it, so it is held for longer by as much.
+# A lease is renewed by the first read after this part of it.
 RENEW_AFTER = 0.25
+
+
+def held_s(lease_s: float) -> float:
+    """Return for how long to hold a release, so that it is there for a whole lease after each read."""
+    return lease_s * (1 + RENEW_AFTER)
 
 
 def no_release(after: str | None, timeout_s: float) -> WaitTimeoutError:

@@ -34,7 +34,7 @@ from tensorkv.storage.durable import open_shard
 from tensorkv.storage.manifest import Contents
 from tensorkv.storage.wal import Durability
 
-from .base import POLL_S, RENEW_AFTER, Engine, Outs, Reader, ReleaseReader, no_release
+from .base import POLL_S, RENEW_AFTER, Engine, Outs, Reader, ReleaseReader, held_s, no_release
 from .call import Call
 
 
@@ -97,8 +97,7 @@ class LocalRelease(ShardReader, ReleaseReader):
         """Hold the release for longer, if the lease is no longer new."""
         now = time.monotonic()
         if now - self._renewed > self._lease_s * RENEW_AFTER:
-            lease_s = self._lease_s * (1 + RENEW_AFTER)
-            self.protect(self._source.hold_release, self.name, self._reader, lease_s)
+            self.protect(self._source.hold_release, self.name, self._reader, held_s(self._lease_s))
             self._renewed = now
 
     def pull(self, call: Call) -> None:
@@ -315,12 +314,12 @@ class LocalEngine(ShardReader, Engine):
 
     def open_release(self, name: str, lease_s: float) -> ReleaseReader:
         reader = secrets.token_hex(8)
-        held = self._shard.hold_release(name, reader, lease_s * (1 + RENEW_AFTER))
+        held = self._shard.hold_release(name, reader, held_s(lease_s))
         return LocalRelease(self._shard, self._finder, held, reader, lease_s)
 
     def wait_release(self, after: str | None, timeout_s: float, lease_s: float) -> ReleaseReader:
         reader, deadline = secrets.token_hex(8), time.monotonic() + timeout_s
-        while (held := self._shard.hold_newest(after, reader, lease_s * (1 + RENEW_AFTER))) is None:
+        while (held := self._shard.hold_newest(after, reader, held_s(lease_s))) is None:
             if time.monotonic() >= deadline:
                 raise no_release(after, timeout_s)
             time.sleep(POLL_S)

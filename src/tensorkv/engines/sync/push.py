@@ -481,15 +481,15 @@ class Pushes:
             layout = words_layout(codec, tuple(tuple(self._values[key].whole.shape) for key in keys))
         else:
             layout = sending.layout
-        versions = [self._shard.entry(call.signature.verb, key).version for key in keys]
         sums, counted = coded.exchange(self._compressor, self._group, layout, sending, counts, self._coded_sums)
         allreduce = yield from self._prepare(call, keys, deferred=False, is_repeated=True)
+        entries = allreduce.update.entries
+        versions = [entry.version for entry in entries]
         arrays = Arrays.of(self._values, keys, sums)
         arrays.counts = counted
         yield from allreduce.take_sums(arrays)
         yield from allreduce.run()
         yield from allreduce.wait_for_values()
-        entries = allreduce.update.entries
         try:
             self._raise_failed(allreduce)
         finally:

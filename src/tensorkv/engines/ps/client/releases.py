@@ -15,7 +15,7 @@ import torch
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows
-from tensorkv.engines.base import RENEW_AFTER, Outs, ReleaseReader, no_release
+from tensorkv.engines.base import RENEW_AFTER, Outs, ReleaseReader, held_s, no_release
 from tensorkv.engines.call import Call
 from tensorkv.errors import (
     PushOutcomeUnknownError,
@@ -123,7 +123,7 @@ class ReleaseClient:
         self._snapshots.drop_abandoned()
         token, before = secrets.token_hex(8), self._snapshots.told
         known = [None] * len(self.servers) if before is None else [each.changes for each in before.listings]
-        message = OpenRelease(release=name, snapshot=token, lease_s=lease_s * (1 + RENEW_AFTER))
+        message = OpenRelease(release=name, snapshot=token, lease_s=held_s(lease_s))
         requests = [
             ServerRequest(server, replace(message, known=own)) for server, own in zip(self.servers, known, strict=True)
         ]
@@ -201,8 +201,8 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
             self._renew()
             return work(*args)
         except SnapshotError:
-            lease_s = self._lease_s * (1 + RENEW_AFTER)
-            message = OpenRelease(release=self.name, snapshot=self._name, lease_s=lease_s, generation=self._generation)
+            held, generation = held_s(self._lease_s), self._generation
+            message = OpenRelease(release=self.name, snapshot=self._name, lease_s=held, generation=generation)
             self.protect(self._releases.ask_for, message)
             return work(*args)
 

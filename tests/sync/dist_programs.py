@@ -14,7 +14,7 @@ import torch
 
 import tensorkv
 from tensorkv.engines import partition
-from tensorkv.engines.sync import checkpoint, order, push
+from tensorkv.engines.sync import checkpoint, group, order, push
 from tensorkv.shard import native
 from tests.support.until import until
 from tests.sync import stages
@@ -734,6 +734,15 @@ def forms(count, first_seed, shared_memory, compiled):
             except (AssertionError, tensorkv.TensorKVError) as error:
                 error.add_note(f"seed {seed}, rank {RANK}")
                 raise
+    say("same bits")
+
+
+def crowd():
+    """More workers on a host than share memory: the others are like another host."""
+    group._MAX_SHARING = 2
+    with create() as kv, tensorkv.create("local") as local:
+        assert kv.stats()["dist"]["hosts"] == 2
+        calls_of_forms(0, kv, local)
     say("same bits")
 
 

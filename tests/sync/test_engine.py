@@ -156,6 +156,11 @@ def test_calls_of_every_form_give_the_bits_of_the_local_store(workers, count, sh
         assert text == "same bits\n"
 
 
+def test_a_host_may_have_more_workers_than_share_memory():
+    for text in run(3, PROGRAMS, "crowd"):
+        assert text == "same bits\n"
+
+
 def test_keys_and_rules_that_change_while_a_call_begins():
     for text in run(2, PROGRAMS, "other_keys"):
         assert text == "as they are now\n"

@@ -69,7 +69,7 @@ class Chain:
         self.staged_after = sys.maxsize if self.next is None else -1
         self.sent_nbytes = 0
         self._sending: list[tuple[Any, int, torch.Tensor]] = []
-        # Why calls of this worker were refused, by their numbers.
+        # Why calls of this worker were refused, by their numbers, until the host before says the same.
         self._refused: dict[int, str] = {}
 
     def alone(self) -> Chain:
@@ -129,8 +129,9 @@ class Chain:
             theirs = self._recv_header(self.prev)
             if theirs.number in self._refused and theirs.digest in (REFUSED, LEFT):
                 # Refused there and here, and so it was no call.
+                text = self._refused.pop(theirs.number)
                 if theirs.digest == LEFT:
-                    self._send_header(self.prev, Header(theirs.number, REFUSED, self._refused[theirs.number]))
+                    self._send_header(self.prev, Header(theirs.number, REFUSED, text))
                 continue
             mine = entered.get(theirs.number)
             if mine is None or (mine.digest != LEFT and theirs.digest not in (mine.digest, LEFT)):
@@ -161,7 +162,8 @@ class Chain:
 
     def refuse(self, call: Collective) -> None:
         """Tell the host after that a call was refused; all earlier pushes have been sent."""
-        self._refused[call.number] = call.text
+        if self.prev is not None:
+            self._refused[call.number] = call.text
         self._send_header(self.next, Header(call.number, REFUSED, call.text))
 
     def _send_header(self, rank: int | None, header: Header) -> None:

@@ -35,6 +35,8 @@ _READ_S = 10.0
 # How much later than its connections a process may end.
 _EXIT_S = 1.0
 _POLL_S = 0.02
+# Workers that share memory at most: compiled code sums so many parts at once. Further ones are like another host.
+_MAX_SHARING = 250
 
 
 class RankDiedError(RankDeadError):
@@ -113,7 +115,7 @@ class ProcessGroup:
         names = [each[1] for each in found]
         hosts: list[list[int]] = []
         for rank, name in enumerate(names):
-            if hosts and name is not None and names[rank - 1] == name:
+            if hosts and name is not None and names[rank - 1] == name and len(hosts[-1]) < _MAX_SHARING:
                 hosts[-1].append(rank)
             else:
                 hosts.append([rank])
@@ -141,7 +143,9 @@ class ProcessGroup:
         if any(len(each) > 1 for each in self.hosts) and not self._all_agree("opened", opened):
             if self.rank == 0:
                 caller.warn("shared memory does not work between the workers; they use Gloo instead, which is slower")
-            self._control = None
+            if self._control is not None:
+                self._control.close_file()
+                self._control = None
             self.hosts, self.host_index = [[rank] for rank in range(self.size)], self.rank
             self._gloo = self._gloo or self._connect()
         return self._control

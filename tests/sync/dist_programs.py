@@ -1181,6 +1181,18 @@ def averages(what):
         say("the same calls")
 
 
+def own_libraries():
+    """After rank 0's contents were restored, new arrays are on each worker of the library that it has."""
+    with create() as kv:
+        kv.init("a", np.ones(2, F32) if RANK else torch.ones(2))
+        with kv._engine.contents() as held:
+            kept = held
+        kv._engine.restore(kept)
+        assert type(kv.pull("a")) is (np.ndarray if RANK else torch.Tensor)
+        assert kv.pull("a").tolist() == [1, 1]
+    say("as before")
+
+
 def train(overlap, update_on_store, shared_memory):
     """A Trainer over workers equals one over replicas."""
     import copy

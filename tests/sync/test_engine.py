@@ -156,6 +156,11 @@ def test_calls_of_every_form_give_the_bits_of_the_local_store(workers, count, sh
         assert text == "same bits\n"
 
 
+def test_contents_of_rank_0_leave_each_worker_its_library():
+    for text in run(2, PROGRAMS, "own_libraries"):
+        assert text == "as before\n"
+
+
 def test_a_host_may_have_more_workers_than_share_memory():
     for text in run(3, PROGRAMS, "crowd"):
         assert text == "same bits\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -190,7 +191,7 @@ class ShardedCheckpoint:
         return places, at
 
     def broadcast(self, contents: Contents) -> Contents:
-        """Return rank 0's contents on every worker, in shared memory."""
+        """Return rank 0's contents on every worker, in shared memory; new arrays are like this worker's own."""
         is_first = self._group.rank == 0
         body, tensors = manifest.describe(contents.kind, contents.entries, contents.rule, contents.owed)
         layout = encode_layout((name, "tensor", each.dtype, each.shape) for name, each in tensors.items())
@@ -203,7 +204,9 @@ class ShardedCheckpoint:
                 tensors_here[name].copy_(tensor)
         self._chain.broadcast(list(tensors_here.values()))
         self._host.barrier()
-        return manifest.restore(body, tensors_here)
+        origins = {each.key: each.spec.origin for each in contents.entries}
+        found = manifest.restore(body, tensors_here)
+        return replace(found, entries=[each.copy(spec=each.spec.of(origins[each.key])) for each in found.entries])
 
 
 def _part(whole: torch.Tensor, value: PartitionedEntry, owner: int) -> torch.Tensor:

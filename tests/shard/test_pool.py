@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tensorkv.errors import ArgumentError
+from tensorkv.shard import pool as pool_module
 from tensorkv.shard.pool import WORTH_A_THREAD, OneTorchThread, Pool, default_threads
 
 
@@ -102,8 +103,14 @@ def test_what_is_work_for_the_pool(pool):
         assert not pool.is_worth([torch.empty(WORTH_A_THREAD)])
 
 
-def test_threads_option():
+def test_threads_option(monkeypatch):
     assert Pool().threads == default_threads() >= 1
+    monkeypatch.setattr(pool_module, "num_cores", lambda: 8)
+    for said, threads in (("1", 1), ("3", 3), ("99", 8), ("2,4", 2), ("0", 1), ("", 8), ("many", 8)):
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+        assert Pool().threads == threads
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert Pool().threads == 8
     for bad in (0, -1, 1.5, True, "two"):
         with pytest.raises(ArgumentError, match="threads"):
             Pool(bad)

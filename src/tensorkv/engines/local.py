@@ -132,7 +132,7 @@ class LocalEngine(ShardReader, Engine):
         on_device: keep each value on the device of its arrays (``"device"``) or on the CPU (``"local"``).
         nonfinite: ``"pass"``, ``"raise"`` or ``"skip"`` updates whose sum has NaN or Inf.
         reduce: whether a push takes the ``"sum"`` or the ``"mean"`` of the parts of a key.
-        threads: that sum and update large values (None: as many as cores).
+        threads: that sum and update large values (None: as many as cores, at most ``OMP_NUM_THREADS``).
         path: a folder where the store is kept, and opened again by the next that names it (``"local"`` only).
         durability: ``"process"``: what a call has changed outlives the process, ``"disk"``: and the machine's power.
         log_nbytes: how long the log in the folder may grow (None: twice the store, at most 1 GiB).

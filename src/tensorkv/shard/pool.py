@@ -22,11 +22,23 @@ WORTH_A_THREAD = 1 << 16
 _ALIGN = 64
 
 
-def default_threads() -> int:
+def num_cores() -> int:
     """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def default_threads() -> int:
+    """Return the number of cores that this process may use, or fewer where ``OMP_NUM_THREADS`` says so.
+
+    ``torchrun`` sets it to 1 where several workers share the cores of a host.
+    """
+    try:
+        most = int(os.environ["OMP_NUM_THREADS"].partition(",")[0])
+    except (KeyError, ValueError):
+        return num_cores()
+    return max(1, min(num_cores(), most))
 
 
 def length_of_share(total: int, threads: int) -> int:
@@ -56,7 +68,7 @@ class Pool:
     thread can be started, the caller does the work.
 
     Args:
-        threads: how many (None: as many as cores).
+        threads: how many (None: as ``default_threads`` says).
 
     >>> pool = Pool(2)
     >>> done = []

@@ -29,6 +29,7 @@ from tensorkv.shard import native
 from tensorkv.shard.changes import Publish, RequestIds, SetNotes, ShowRelease, Unpublish
 from tensorkv.shard.entry import Batch, Entry, FrozenEntry, Part
 from tensorkv.shard.optimizers import OptimizerSpec
+from tensorkv.shard.pool import num_cores
 from tensorkv.shard.shard import Shard
 from tensorkv.shard.table import Table
 from tensorkv.storage import checkpoint, manifest
@@ -67,7 +68,7 @@ class ServerState:
     Args:
         options: of the store.
         index: of the server.
-        threads: as for ``Shard``.
+        threads: as for ``Shard`` (None: as many as cores, which a host of servers has for them).
         clients: the dedup table, whose request ids are logged with each change.
 
     Raises:
@@ -77,7 +78,7 @@ class ServerState:
     def __init__(self, options: PSOptions, index: int, threads: int | None, clients: ServerTables, stamp: str) -> None:
         # In mode async clients take the means.
         reduce = options.reduce if options.mode == "sync" else "sum"
-        common: dict[str, Any] = {"nonfinite": options.nonfinite, "reduce": reduce, "threads": threads}
+        common: dict[str, Any] = {"nonfinite": options.nonfinite, "reduce": reduce, "threads": threads or num_cores()}
         folder = options.folder(index)
         if folder is None:
             self.shard = Shard(**common)

@@ -50,7 +50,7 @@ def torchrun(
     processes = []
     for rank in range(ranks):
         prefix, _, interface = hosts[rank // per_host]
-        own = _threads() | {
+        own = _threads(ranks) | {
             "RANK": str(rank),
             "WORLD_SIZE": str(ranks),
             "LOCAL_RANK": str(rank % per_host),
@@ -68,7 +68,7 @@ def mxnet(
     name: str, servers: int, python: str, ranks: int, member: str, hosts: Places = _HERE, **team: Any
 ) -> Team:  # fmt: skip
     """Start a scheduler, servers and workers of MXNet, as many of each on each host; arguments as for ``torchrun``."""
-    common = _threads() | {
+    common = _threads(ranks) | {
         "DMLC_PS_ROOT_URI": hosts[0][1],
         "DMLC_PS_ROOT_PORT": str(free_port()),
         "DMLC_NUM_WORKER": str(ranks),
@@ -102,7 +102,7 @@ def redis(name: str, server: str, folder: str, python: str, member: str, ranks: 
     """
     socket = {"REDIS_SOCKET": f"{folder}/redis"}
     words = ["--unixsocket", socket["REDIS_SOCKET"], "--port", "0", "--save", "", "--appendonly", "no"]
-    own = [_threads() | socket | {"RANK": str(rank)} for rank in range(ranks)]
+    own = [_threads(ranks) | socket | {"RANK": str(rank)} for rank in range(ranks)]
     clients = [Process(_command(python, member), each) for each in own]
     return Team(name, ranks, [Process([server, *words], {}, helps=True), *clients], **team)
 
@@ -110,13 +110,14 @@ def redis(name: str, server: str, folder: str, python: str, member: str, ranks: 
 def mpi(name: str, python: str, ranks: int, member: str, **team: Any) -> Team:
     """Start ranks with the ``mpiexec`` that is beside a Python, on this host; arguments as for ``torchrun``."""
     starter = str(Path(python).with_name("mpiexec"))
-    return Team(name, ranks, [Process([starter, "-n", str(ranks), *_command(python, member)], _threads())], **team)
+    return Team(name, ranks, [Process([starter, "-n", str(ranks), *_command(python, member)], _threads(ranks))], **team)
 
 
 def _command(python: str, member: str) -> list[str]:
     return [python, "-m", "benchmarks.common.process", member]
 
 
-def _threads() -> dict[str, str]:
-    # As torchrun sets it, since ranks share the cores. MXNet is not slower by it.
-    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+def _threads(ranks: int) -> dict[str, str]:
+    # As torchrun sets it, where ranks share the cores; all contenders heed it, tensorkv's clients too. MXNet is not
+    # slower by it.
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if ranks > 1 else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import cycle
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,8 +21,6 @@ NAMES = {
     "mpi": "MPI Allreduce",
     "mxnet": "MXNet",
 }
-# So many ways to halve the keys come in turns.
-_HALVINGS = 4
 _TIMEOUT_S = 120
 
 Call = Callable[[], Any]
@@ -105,7 +102,7 @@ class TensorKV(Caller):
     """The store of this project.
 
     ``first`` is the first call of a new store, or, of servers, of a new client with new keys; ``changing`` calls with
-    half of the keys, and then with the others, of another choice each time.
+    half of the keys, and then with the others, which are chosen anew each time and were never in one call before.
     """
 
     # Servers take seconds to start, so they are kept from cell to cell, by a client that does nothing else.
@@ -114,6 +111,7 @@ class TensorKV(Caller):
     def __init__(self, work: Cell, rank: int | None = None) -> None:
         self._kv: Any = None
         self._calls: dict[Verb, Call] = {}
+        self._rng, self._halves = np.random.default_rng(0), list[Call]()
         super().__init__(work, rank)
 
     @staticmethod
@@ -135,6 +133,8 @@ class TensorKV(Caller):
             self.steps = 0
             self._calls.clear()
         self.calls()
+        if verb == "changing":
+            self._halves = [self._call(keys) for _ in range(calls) for keys in self._halve()]
 
     def _create(self) -> Any:
         import tensorkv
@@ -156,23 +156,17 @@ class TensorKV(Caller):
             whole = self._call(range(self.work.keys))
             self._calls = {"first": whole, "pushpull": whole}
             if self.work.keys > 1:
-                self._calls["changing"] = self._changing()
+                self._calls["changing"] = self._call_halves
         return self._calls
 
-    def _changing(self) -> Call:
-        rng = np.random.default_rng(0)
-        halvings = []
-        for _ in range(_HALVINGS):
-            mixed = rng.permutation(self.work.keys).tolist()
-            middle = len(mixed) // 2
-            halvings.append((self._call(sorted(mixed[:middle])), self._call(sorted(mixed[middle:]))))
-        coming = cycle(halvings)
+    def _halve(self) -> tuple[Sequence[int], Sequence[int]]:
+        mixed = self._rng.permutation(self.work.keys).tolist()
+        middle = len(mixed) // 2
+        return sorted(mixed[:middle]), sorted(mixed[middle:])
 
-        def call() -> None:
-            for half in next(coming):
-                half()
-
-        return call
+    def _call_halves(self) -> None:
+        self._halves.pop()()
+        self._halves.pop()()
 
     def _call(self, keys: Sequence[int]) -> Call:
         """Return a function that pushes and pulls some keys, written as the form says."""

@@ -305,6 +305,17 @@ def test_a_client_knows_the_keys_that_it_has_created(monkeypatch):
             kv.init(["b", "c"], [np.zeros(400), np.zeros(3)])
             assert kv.keys() == ["a", "b", "c"]
             kv.push("b", np.ones(400))
+            placed = kv._engine._keymap.placed
+            kv.init("d", np.zeros(5))
+            # What was found out of the others is known still.
+            assert kv._engine._keymap.placed.layout(["b"]) is placed.layout(["b"])
+            kv.delete("c")
+            assert kv.keys() == ["a", "b", "d"]
+            kv.delete("d")
+            with pytest.raises(tensorkv.KeyNotFoundError):
+                kv.pull("d")
+            kv.init("c", np.zeros(3))
+        assert other.keys() == ["a", "b", "c"]
         assert other.pull("b").tolist() == [1] * 400
         # Keys that other clients have created since the last listing are not missed.
         data = kv._engine._data

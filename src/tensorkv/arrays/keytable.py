@@ -48,7 +48,7 @@ class KeyTable(dict[Key, V]):
         found = self.get(key)
         if found is not None:
             return found
-        self._check_type(verb, key)
+        _check_type(verb, key, next(iter(self), None))
         near = suggestion(key, self)
         raise KeyNotFoundError(
             f"{verb}({quote(key)}): no such key{near}; the store has {_named(list(self))}"
@@ -66,18 +66,20 @@ class KeyTable(dict[Key, V]):
             ...
         tensorkv.errors.KeyExistsError: init("w"): the key exists; push to it, or delete it first
         """
+        # Once: a dict from whose front many keys were deleted takes long to find its first one.
+        present = next(iter(self), None)
         for key in keys:
-            self._check_type("init", key)
+            _check_type("init", key, present)
             if key in self:
                 raise KeyExistsError(f"init({quote(key)}): the key exists; push to it, or delete it first")
 
-    def _check_type(self, verb: str, key: Key) -> None:
-        present = type(next(iter(self), key))
-        if present is not type(key):
-            raise KeyTypeError(
-                f"{verb}({quote(key)}): this store's keys are {present.__name__}, got {type(key).__name__}; the keys "
-                "of a store are all of one type"
-            )
+
+def _check_type(verb: str, key: Key, present: Key | None) -> None:
+    if present is not None and type(present) is not type(key):
+        raise KeyTypeError(
+            f"{verb}({quote(key)}): this store's keys are {type(present).__name__}, got {type(key).__name__}; the keys "
+            "of a store are all of one type"
+        )
 
 
 def select(verb: str, wanted: Any, keys: Callable[[], Sequence[Key]]) -> list[Key]:

@@ -167,7 +167,7 @@ class Restore(Message):
 
 @dataclass(kw_only=True)
 class Delete(Message):
-    """Delete keys."""
+    """Delete keys; reply as to ``Init``."""
 
     keys: list[Any]
 

@@ -357,9 +357,11 @@ class PSEngine(Engine):
             for server in sorted({server for each in placements for server in each.servers}):
                 own = [key for key, each in zip(keys, placements, strict=True) if server in each.servers]
                 requests.append(ServerRequest(server, messages.Delete(keys=own)))
-            self._send(requests)
+            sent = self._send(requests)
+            replies = {request.server: reply.head for request, reply in zip(requests, sent, strict=True)}
+            if not self._keymap.remove(keys, replies):
+                self._keymap.refresh()
         self._data.forget(keys)
-        self._keymap.refresh()
 
     # ------------------------------------------------------------ compression
 

@@ -100,18 +100,41 @@ class KeyMap:
         Returns:
             Whether nothing else has changed since the last refresh; False: nothing was done.
         """
+        new = dict(zip(keys, placed, strict=True))
+
+        def change(server: int, listed: dict[Key, PlacedKey]) -> None:
+            listed |= {key: each for key, each in new.items() if server in each.placement.servers}
+
+        return self._change(replies, change, lambda: self.placed.extended(new))
+
+    def remove(self, keys: Sequence[Key], replies: Mapping[int, Mapping[str, Any]]) -> bool:
+        """Forget keys that this client has deleted; the rest is as for ``add``."""
+
+        def change(_: int, listed: dict[Key, PlacedKey]) -> None:
+            for key in keys:
+                listed.pop(key, None)
+
+        return self._change(replies, change, lambda: self.placed.without(keys))
+
+    def _change(
+        self,
+        replies: Mapping[int, Mapping[str, Any]],
+        change: Callable[[int, dict[Key, PlacedKey]], None],
+        place: Callable[[], PlacedKeys],
+    ) -> bool:
+        """Do as the servers have done, without asking them: one key costs little, whatever the store has."""
         with self._lock:
             listings = list(self._listings)
             for server, reply in replies.items():
                 changes, before = listings[server]
                 if changes is None or reply.get("before") != changes:
                     return False
-                new = {key: each for key, each in zip(keys, placed, strict=True) if server in each.placement.servers}
-                listings[server] = Listing(reply["changes"], {**before, **new})
+                listings[server] = Listing(reply["changes"], dict(before))
+                change(server, listings[server].placed)
             # What a refresh that is under way has been told may be older.
             self._asked += 1
             self._answered, self._listings = self._asked, listings
-            self._join(listings)
+            self.placed = place()
             return True
 
     def _join(self, listings: Sequence[Listing]) -> None:
@@ -191,17 +214,21 @@ class KeyMap:
             rule: that is going to be in force (None: the present one).
             replace: whether the new keys replace all present ones.
         """
-        loads = [0] * len(self._weights)
-        present = [] if replace else list(self.placed.values())
-        for each in present:
-            _add(loads, each.placement)
+        loads, order = [0] * len(self._weights), 0
+        if not replace:
+            present = self.placed.loads
+            loads, order = [present[server] for server in range(len(loads))], self.placed.next_order
         rule = rule or self.rule
         whole = isinstance(rule, StepOptimizer) and rule.optimizer.spec.name not in ROWWISE
-        order = 1 + max((each.order for each in present), default=-1)
         made: dict[int, PlacedKey] = {}
-        placements: dict[tuple[KeySpec, int], KeyPlacement] = {}
-        for index in sorted(range(len(keys)), key=lambda i: -_nbytes(specs[i])):
-            kind = spec, _ = specs[index], lightest(loads, self._weights)
+        # Most equal specs are one object, which is found sooner by its id than by its value.
+        first: dict[KeySpec, int] = {}
+        number_of = {each: first.setdefault(spec, each) for each, spec in {id(spec): spec for spec in specs}.items()}
+        placements: dict[tuple[int, int], KeyPlacement] = {}
+        sizes = [_nbytes(spec) for spec in specs]
+        for index in sorted(range(len(keys)), key=sizes.__getitem__, reverse=True):
+            spec = specs[index]
+            kind = number_of[id(spec)], lightest(loads, self._weights)
             placement = placements.get(kind)
             if placement is None:
                 if spec.is_table:
@@ -211,7 +238,8 @@ class KeyMap:
                     where = pieces(spec.shape, loads, whole=whole, weights=self._weights)
                 placement = placements[kind] = KeyPlacement(spec, where)
             made[index] = PlacedKey(placement, order + index)
-            _add(loads, placement)
+            for server, nbytes in placement.loads:
+                loads[server] += nbytes
         return [made[index] for index in range(len(keys))]
 
     def layout(self, verb: str, keys: Sequence[Key]) -> Layout:
@@ -221,8 +249,3 @@ class KeyMap:
 
 def _nbytes(spec: KeySpec) -> int:
     return 0 if spec.is_table else spec.shape.numel() * spec.dtype.itemsize
-
-
-def _add(loads: list[int], placement: KeyPlacement) -> None:
-    for server, nbytes in placement.loads:
-        loads[server] += nbytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -164,11 +165,36 @@ class PlacedKeys(KeyTable[PlacedKey]):
         self._layouts: dict[tuple[Key, ...], Layout] = {}
         self._entries: dict[Key, Entry] = {}
 
-    def of_snapshot(self, snapshot: str) -> PlacedKeys:
-        """Return the same keys as another snapshot has them, which share their layouts."""
+    def of_snapshot(self, snapshot: str | None) -> PlacedKeys:
+        """Return the same keys as another snapshot has them (None: the present ones), which share their layouts."""
         found = PlacedKeys(self, wide=self._wide, pull_dtype=self._pull_dtype, snapshot=snapshot)
         found._layouts, found._entries = self._layouts, self._entries
         return found
+
+    def extended(self, new: Mapping[Key, PlacedKey]) -> PlacedKeys:
+        """Return these keys with new ones after them, which share their layouts."""
+        found = self.of_snapshot(self.snapshot)
+        found.update(new)
+        found.loads = self.loads + _loads_of(new.values())
+        found.next_order = max(self.next_order, _next_order(new.values()))
+        return found
+
+    def without(self, keys: Iterable[Key]) -> PlacedKeys:
+        """Return these keys without some of them."""
+        found = PlacedKeys(self, wide=self._wide, pull_dtype=self._pull_dtype, snapshot=self.snapshot)
+        gone = [found.pop(key) for key in keys]
+        found.loads, found.next_order = self.loads - _loads_of(gone), self.next_order
+        return found
+
+    @cached_property
+    def loads(self) -> Counter[int]:
+        """The bytes that each server holds of dense values."""
+        return _loads_of(self.values())
+
+    @cached_property
+    def next_order(self) -> int:
+        """The order of the first key that is to come after these."""
+        return _next_order(self.values())
 
     def layout(self, keys: Sequence[Key]) -> Layout:
         """Return the layout of some of the keys, each given once."""
@@ -203,6 +229,18 @@ class PlacedKeys(KeyTable[PlacedKey]):
         given: Any = parts if outs is None else outs
         arrays: Arrays = given if batch is None else batch
         return arrays
+
+
+def _loads_of(placed: Iterable[PlacedKey]) -> Counter[int]:
+    loads: Counter[int] = Counter()
+    for placement, times in Counter(each.placement for each in placed).items():
+        for server, nbytes in placement.loads:
+            loads[server] += times * nbytes
+    return loads
+
+
+def _next_order(placed: Iterable[PlacedKey]) -> int:
+    return 1 + max((each.order for each in placed), default=-1)
 
 
 Arrays = native.Batch | Sequence[Sequence[torch.Tensor]]

@@ -59,7 +59,7 @@ class Server:
     Args:
         options: of the store.
         index: of this server.
-        threads: as for ``Shard``.
+        threads: as for ``ServerState``.
         comes_back: whether this is a restart, and workers are waiting for it.
         stamp: of its folder, as for ``FolderLock``.
         now: a clock in seconds.
@@ -387,8 +387,7 @@ class Server:
             with self._change(request) as ids:
                 if ids:
                     self._state.init(entries, ids)
-            # Of a request that was applied before, it is not known what came before it.
-            return Reply({"before": before, "changes": self._changes} if ids else {})
+            return self._changed_from(before, ids)
 
     def _restore(self, request: Request[messages.Restore]) -> Reply:
         contents = contents_of(request)
@@ -401,12 +400,14 @@ class Server:
 
     def _delete(self, request: Request[messages.Delete]) -> Reply:
         keys = checked_keys("delete", request.message.keys)
-        with self._change(request) as ids:
-            if ids:
-                self._state.delete(keys, ids)
         with self._condition:
+            self._admit(request)
+            before = self._changes
+            with self._change(request) as ids:
+                if ids:
+                    self._state.delete(keys, ids)
             self._state.drop_metadata(keys)
-        return Reply({})
+            return self._changed_from(before, ids)
 
     def _set_rule(self, request: Request[messages.SetRule]) -> Reply:
         with self._change(request) as ids:
@@ -438,6 +439,10 @@ class Server:
         if changes != request.message.known:
             told |= {"changes": changes, **self._state.listing()}
         return Reply(told)
+
+    def _changed_from(self, before: list[Any], ids: RequestIds) -> Reply:
+        """Return between which ``changes`` a request was applied; nothing of one that was applied before."""
+        return Reply({"before": before, "changes": self._changes} if ids else {})
 
     @property
     def _changes(self) -> list[Any]:

@@ -129,14 +129,19 @@ def unpack(layout: bytes, payload: Any) -> list[Item]:
         if len(payload)
         else torch.empty(0, dtype=torch.uint8, device="cpu")
     )
-    slots = decode_layout(layout)
-    expected = slots[-1].stop if slots else 0
+    slots, expected = decode_layout(layout), layout_nbytes(layout)
     if expected != len(flat):
         raise LayoutError(f"the payload has {len(flat)} bytes, its layout says {expected}")
     for slot in slots:
         if slot.dtype is torch.bool and bool((flat[slot.start : slot.stop] > 1).any()):
             raise LayoutError(f"the bool tensor {slot.key!r} has bytes other than 0 and 1")
     return [Item(slot.key, slot.role, tensor) for slot, tensor in zip(slots, views(flat, slots), strict=True)]
+
+
+def layout_nbytes(layout: bytes) -> int:
+    """Return how many bytes the payload of a layout has; raise as ``decode_layout``."""
+    slots = decode_layout(layout)
+    return slots[-1].stop if slots else 0
 
 
 def views(flat: torch.Tensor, slots: Sequence[Slot]) -> list[torch.Tensor]:
@@ -164,21 +169,18 @@ def encode_layout(tensors: Iterable[tuple[Key, str, torch.dtype, Sequence[int]]]
     >>> encode_layout([("w", "sum", torch.float32, [3]), ("n", "sum", torch.int64, [])])
     b'[["w","sum","float32",[3]],["n","sum","int64",[]]]'
     """
-    return join_slots([encode_slot(*each) for each in tensors])
+    return join_slots(
+        COMPACT.encode([key, role, interop.dtype_name(dtype), list(shape)]) for key, role, dtype, shape in tensors
+    )
 
 
-def encode_slot(key: Key, role: str, dtype: torch.dtype, shape: Sequence[int]) -> bytes:
-    """Return what the layout says of one tensor."""
-    return COMPACT.encode([key, role, interop.dtype_name(dtype), list(shape)]).encode()
-
-
-def join_slots(slots: Iterable[bytes]) -> bytes:
+def join_slots(slots: Iterable[str]) -> bytes:
     """Return the layout of tensors, given what it says of each.
 
-    >>> join_slots([b'["w","sum","float32",[3]]'])
+    >>> join_slots(['["w","sum","float32",[3]]'])
     b'[["w","sum","float32",[3]]]'
     """
-    return b"[" + b",".join(slots) + b"]"
+    return f"[{','.join(slots)}]".encode()
 
 
 def join_layout(
@@ -194,9 +196,15 @@ def join_layout(
     >>> join_layout(["w", "b", "c"], [("sum", torch.int8, [3]), ("sum", torch.float32, [])], [1, 0, 0])
     b'[["w","sum","float32",[]],["b","sum","int8",[3]],["c","sum","int8",[3]]]'
     """
+    return join_slots(encode_slots(keys, kinds, numbers))
+
+
+def encode_slots(
+    keys: Sequence[Key], kinds: Sequence[tuple[str, torch.dtype, Sequence[int]]], numbers: Sequence[int]
+) -> list[str]:
+    """Return what a layout says of each of many tensors; arguments as for ``join_layout``."""
     ends = [COMPACT.encode([role, interop.dtype_name(dtype), list(shape)])[1:] for role, dtype, shape in kinds]
-    parts = [f"[{key},{ends[number]}" for key, number in zip(json_keys(keys), numbers, strict=True)]
-    return f"[{','.join(parts)}]".encode()
+    return [f"[{key},{ends[number]}" for key, number in zip(json_keys(keys), numbers, strict=True)]
 
 
 def json_keys(keys: Sequence[Key]) -> list[str]:
@@ -207,6 +215,25 @@ def json_keys(keys: Sequence[Key]) -> list[str]:
     """
     # JSON strings have no line ends: one call does all.
     return json.dumps(list(keys), separators=("\n", ":"))[1:-1].split("\n") if keys else []
+
+
+def keys_and_roles(layout: bytes) -> tuple[tuple[Key, ...], tuple[str, ...]]:
+    """Return the keys and the roles of a layout whose dtypes and shapes nobody has checked.
+
+    Raises:
+        LayoutError: it has none.
+
+    >>> keys_and_roles(b'[["w","sum","float32",[3]],["n","sum","int64",[]]]')
+    (('w', 'n'), ('sum', 'sum'))
+    """
+    try:
+        described = json.loads(layout)
+        keys, roles, _, _ = zip(*described, strict=True) if described else ((), (), (), ())
+        if set(map(type, roles)) - {str} or set(map(type, keys)) - {str, int}:
+            raise ValueError("expected str or int keys, and roles")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise LayoutError(f"malformed layout: {error}") from None
+    return keys, roles
 
 
 @lru_cache(maxsize=32)

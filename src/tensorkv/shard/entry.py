@@ -10,7 +10,7 @@ import torch
 
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.packing import encode_slot
+from tensorkv.arrays.packing import encode_slots
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.slices import Slices
 from tensorkv.arrays.spec import KeySpec
@@ -33,7 +33,7 @@ class Entry(Cell):
         state: of the optimizer, by name.
     """
 
-    __slots__ = ("_slot", "key", "ready", "spare")
+    __slots__ = ("key", "ready", "slot", "spare")
 
     def __init__(
         self, key: Key, spec: KeySpec, value: torch.Tensor | Table, version: int = 0, state: State | None = None
@@ -44,7 +44,8 @@ class Entry(Cell):
         self.version = version
         if state is not None:
             self.state = state
-        self._slot: bytes | None = None
+        self.slot: str | None = None
+        """What ``slots_of`` has returned of the key."""
         self.ready: Any = None
         """On CUDA: the moment when the last work on the value is done, for callers on other streams."""
         self.spare: Any = None
@@ -69,13 +70,6 @@ class Entry(Cell):
             self.version,
             self.state if state is None else state,
         )
-
-    @property
-    def slot(self) -> bytes:
-        """What a layout says of the sum of a dense key."""
-        if self._slot is None:
-            self._slot = encode_slot(self.key, "sum", self.spec.dtype, self.spec.shape)
-        return self._slot
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -124,6 +118,20 @@ class Entry(Cell):
             self.value.nbytes,
             "rows" if self.spec.is_table else "dense",
         )
+
+
+def slots_of(entries: Sequence[Entry]) -> list[str]:
+    """Return what a layout says of the sum of each of some dense keys."""
+    new = [entry for entry in entries if entry.slot is None]
+    if new:
+        # Many keys have few specs.
+        specs = {id(entry.spec): entry.spec for entry in new}
+        numbers = {found: number for number, found in enumerate(specs)}
+        kinds = [("sum", spec.dtype, spec.shape) for spec in specs.values()]
+        slots = encode_slots([entry.key for entry in new], kinds, [numbers[id(entry.spec)] for entry in new])
+        for entry, slot in zip(new, slots, strict=True):
+            entry.slot = slot
+    return [entry.slot for entry in entries]  # type: ignore[misc]
 
 
 def check_complete(verb: str, entries: Iterable[Entry]) -> None:

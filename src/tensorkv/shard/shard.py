@@ -432,6 +432,13 @@ class Shard(native.ShardFields):
             self._refuse_broken()
         return self._entries.find(verb, key)
 
+    def entries(self, keys: Sequence[Key]) -> list[Entry] | None:
+        """Return what is held of some keys, None if ``entry`` would raise for one of them."""
+        found = list(map(self._entries.get, keys))
+        if self._broken is not None or None in found:
+            return None
+        return found  # type: ignore[return-value]
+
     def fail(self, problem: str) -> None:
         """Raise StorageError with this message from every call but ``close``: values may not be what the log says."""
         self._broken, self._looks = problem, False

@@ -27,7 +27,7 @@ from tensorkv.shard.changes import (
     TakenSlices,
     Unpublish,
 )
-from tensorkv.shard.entry import Batch, Entry
+from tensorkv.shard.entry import Batch, Entry, slots_of
 from tensorkv.shard.rules import Assign, LostUpdater, Rule, StepOptimizer, check_push
 from tensorkv.shard.shard import Shard
 
@@ -56,7 +56,7 @@ def _encode(change: Change) -> Record:  # noqa: C901 - one case for each kind of
                 head["others"] = list(change.others)
             return _with_slices(head, _items(entries, [total for (total,) in parts]), slices)
         case PlainPush(batch=batch, entries=entries, sums=torch.Tensor() as sums):
-            return Record(_head_of_push(batch.scale), join_slots([entry.slot for entry in entries]), [raw_bytes(sums)])
+            return Record(_head_of_push(batch.scale), join_slots(slots_of(entries)), [raw_bytes(sums)])
         case Put(entries=entries, values=values, slices=slices):
             return _with_slices({"verb": "put"}, _items(entries, values), slices)
         case Init(entries=entries):

@@ -20,7 +20,7 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key, check_key, check_one_type
-from tensorkv.arrays.packing import COMPACT, Item, decode_layout, join_layout, unpack
+from tensorkv.arrays.packing import COMPACT, Item, join_layout, keys_and_roles, unpack
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.slices import Slices
 from tensorkv.arrays.spec import KeySpec
@@ -846,27 +846,27 @@ _SECONDS = frozenset(_PAIRS.values())
 
 @lru_cache(maxsize=256)
 def push_layout(layout: bytes) -> PushLayout:
-    """Decode the layout of a push.
+    """Decode the layout of a push; dtypes and shapes are checked when its parts are taken, or compared with values'.
 
     Raises:
         LayoutError, ArgumentError: the layout is malformed.
     """
-    found = decode_layout(layout)
-    roles = [place.role for place in found]
-    keys = tuple(place.key for place in found if place.role not in _SECONDS)
-    seconds = [_PAIRS.get(role) for role in roles]
-    fits = all(
-        second == (after.role if after.role in _SECONDS else None) and (second is None or place.key == after.key)
-        for (place, after), second in zip(pairwise(found), seconds, strict=False)
+    keys, roles = keys_and_roles(layout)
+    has_sums = set(roles) == {"sum"}
+    fits = has_sums or all(
+        _PAIRS.get(role) == (after if after in _SECONDS else None) and (after not in _SECONDS or key == next_key)
+        for (key, role), (next_key, after) in pairwise(zip(keys, roles, strict=True))
     )
-    is_whole = bool(keys) and roles[0] not in _SECONDS and seconds[-1] is None
+    is_whole = bool(keys) and roles[0] not in _SECONDS and _PAIRS.get(roles[-1]) is None
     if not fits or not is_whole or set(roles) - {"sum", "words", *_PAIRS, *_SECONDS}:
         raise ArgumentError(
             "malformed push layout; expected sums, words, pairs of ids and rows, or pairs of bounds and slices"
         )
+    if not has_sums:
+        keys = tuple(key for key, role in zip(keys, roles, strict=True) if role not in _SECONDS)
     if len(set(keys)) < len(keys):
         raise ArgumentError("duplicate key in a push layout")
-    return PushLayout(keys, set(roles) == {"sum"}, "bounds" in roles, layout)
+    return PushLayout(keys, has_sums, "bounds" in roles, layout)
 
 
 @lru_cache(maxsize=256)

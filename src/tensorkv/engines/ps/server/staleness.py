@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ class _Worker:
     has_left: bool = False
     is_dead: bool = False
     base: int = 0
-    counts: dict[Key, int] = field(default_factory=dict)
+    counts: Counter[Key] = field(default_factory=Counter)
     most: int = 0
 
     @property
@@ -35,7 +36,7 @@ class _Worker:
         return not self.is_dead and not self.has_left
 
     def restart_at(self, base: int) -> None:
-        self.base, self.counts, self.most = base, {}, 0
+        self.base, self.counts, self.most = base, Counter(), 0
 
 
 class StalenessClock:
@@ -133,11 +134,8 @@ class StalenessClock:
         """Count a push of some keys."""
         with self._lock:
             worker = self._logged(rank)
-            counts = worker.counts
-            for key in keys:
-                counts[key] = count = counts.get(key, 0) + 1
-                if count > worker.most:
-                    worker.most = count
+            worker.counts.update(keys)
+            worker.most = max(worker.most, max(map(worker.counts.__getitem__, keys), default=0))
             self.most_ahead = max(self.most_ahead, self.ahead(rank))
 
     def forget_keys(self, keys: Iterable[Key]) -> None:
@@ -224,7 +222,7 @@ class StalenessClock:
             self.most_ahead = 0
             for rank, base, has_left, counts, most in described:
                 worker = self._workers.setdefault(rank, _Worker())
-                worker.base, worker.has_left, worker.counts, worker.most = base, has_left, dict(counts), most
+                worker.base, worker.has_left, worker.counts, worker.most = base, has_left, Counter(dict(counts)), most
 
     def _logged(self, rank: int) -> _Worker:
         """Return a worker that a log names; the log may begin with a store that had more workers."""

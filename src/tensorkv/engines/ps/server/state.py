@@ -134,7 +134,7 @@ class ServerState:
     def _try_push(self, pushed: PushLayout, request: Request[Push], room: Room | None, ids: RequestIds) -> bool:
         """Push parts whose layout in the payload is that of their keys' values; return False if nothing was done."""
         found = self._live.layout_of(pushed.keys) if pushed.has_sums else None
-        if found is None or request.layout != found[0]:
+        if found is None or request.layout != found.text:
             return False
         outs = None if room is None else room.payload
         return self._try_compiled(pushed.keys, bytes_of(request.payload), outs, ids, request.message.scale)

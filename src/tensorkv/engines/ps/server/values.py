@@ -5,16 +5,17 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.packing import Slot, decode_layout, encode_layout, join_slots, unpack, views
+from tensorkv.arrays.packing import decode_layout, encode_layout, join_slots, layout_nbytes, unpack, views
 from tensorkv.arrays.regions import Region
 from tensorkv.compression import Traffic
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote
 from tensorkv.shard import native
+from tensorkv.shard.entry import slots_of
 from tensorkv.shard.shard import Shard
 
 from ..messages import Pull, PullRows, Reply, Request, ids_of, keys_of, pulled_dtype, room_for
@@ -23,26 +24,41 @@ from ..messages import Pull, PullRows, Reply, Request, ids_of, keys_of, pulled_d
 REMEMBERED_LAYOUTS = 1024
 
 
-Layouts = dict[tuple[tuple[Key, ...], str | None], tuple[bytes, int]]
-"""Of lists of keys and the dtypes in which they are pulled, how their values lie in a reply, and a checksum of it."""
+class ServedLayout(NamedTuple):
+    """How values lie one after another in a reply.
+
+    Args:
+        text: as ``encode_layout`` makes it.
+        checksum: of the text.
+        nbytes: of the values.
+    """
+
+    text: bytes
+    checksum: int
+    nbytes: int
+
+
+Layouts = dict[tuple[tuple[Key, ...], str | None], ServedLayout]
+"""Of lists of keys and the dtypes in which they are pulled, how their values lie in a reply."""
 
 
 class Room:
     """Memory for the values of some keys, one after another.
 
     Args:
-        slots: of each value.
+        layout: of the values.
+        nbytes: of all of them.
         out: memory to use if it is large enough (None: new memory).
     """
 
-    def __init__(self, slots: Sequence[Slot], out: torch.Tensor | None = None) -> None:
-        self._slots = slots
-        self.payload = room_for(slots[-1].stop if slots else 0, out)
+    def __init__(self, layout: bytes, nbytes: int, out: torch.Tensor | None = None) -> None:
+        self._layout = layout
+        self.payload = room_for(nbytes, out)
 
     @cached_property
     def tensors(self) -> list[torch.Tensor]:
         """Each value."""
-        return views(self.payload, self._slots)
+        return views(self.payload, decode_layout(self._layout))
 
 
 class ServedValues:
@@ -77,7 +93,8 @@ class ServedValues:
         self, keys: tuple[Key, ...], out: torch.Tensor | None, checksum: Any, pull_dtype: str | None = None
     ) -> Room:
         """Return memory for values; raise if the client expects another layout."""
-        return Room(decode_layout(self.layout(keys, checksum, pull_dtype)), out)
+        found = self.layout(keys, checksum, pull_dtype)
+        return Room(found.text, found.nbytes, out)
 
     def filled(self, keys: tuple[Key, ...], room: Room, pull_dtype: str | None) -> Reply:
         """Return a reply with values."""
@@ -108,7 +125,7 @@ class ServedValues:
             for key, spec, region in zip(keys, specs, regions, strict=True)
         )
         _check_same(keys, zlib.crc32(lies), message.checksum)
-        room = Room(decode_layout(lies), request.out)
+        room = Room(lies, layout_nbytes(lies), request.out)
         self.shard.pull(keys, [[each] for each in room.tensors], regions)
         if message.pull_dtype is not None:
             raw = sum(region.shape.numel() * spec.dtype.itemsize for region, spec in zip(regions, specs, strict=True))
@@ -125,7 +142,7 @@ class ServedValues:
             (key, "rows", pulled_dtype(spec.dtype, narrow), (len(own), *spec.shape[1:]))
             for key, own, spec in zip(keys, ids, specs, strict=True)
         )
-        room = Room(decode_layout(lies), request.out)
+        room = Room(lies, layout_nbytes(lies), request.out)
         if narrow is None:
             self.shard.pull_rows(keys, ids, room.tensors)
         else:
@@ -135,7 +152,7 @@ class ServedValues:
             self._traffic.add_sent(len(room.payload), sum(rows.values.nbytes for rows in found))
         return Reply({"layout": lies.decode()}, room.payload)
 
-    def layout(self, keys: tuple[Key, ...], checksum: Any, pull_dtype: str | None) -> bytes:
+    def layout(self, keys: tuple[Key, ...], checksum: Any, pull_dtype: str | None) -> ServedLayout:
         """Return how values lie in a reply; raise if the client expects another layout."""
         found = self.layout_of(keys, pull_dtype)
         if found is None:
@@ -143,25 +160,36 @@ class ServedValues:
             # A client with fresh metadata does not ask for this.
             _check_same(tables, -1, checksum)
             raise ArgumentError(f"pull({quote(tables[0])}): a table has no dense value; pull rows of it")
-        _check_same(keys, found[1], checksum)
-        return found[0]
+        _check_same(keys, found.checksum, checksum)
+        return found
 
-    def layout_of(self, keys: tuple[Key, ...], pull_dtype: str | None = None) -> tuple[bytes, int] | None:
-        """Return how the values of keys lie one after another, and a checksum of it; None without dense values."""
+    def layout_of(self, keys: tuple[Key, ...], pull_dtype: str | None = None) -> ServedLayout | None:
+        """Return how the values of keys lie one after another; None if one is not there, or has no dense value."""
         found = self._layouts.get((keys, pull_dtype))
-        if found is None and all(key in self.shard for key in keys):
-            entries = [self.shard.entry("pull", key) for key in keys]
-            if any(entry.spec.is_table for entry in entries):
+        entries = self.shard.entries(keys) if found is None else None
+        if entries is not None:
+            # Many keys have few specs.
+            each_spec = [entry.spec for entry in entries]
+            ids = list(map(id, each_spec))
+            specs = dict(zip(ids, each_spec, strict=True))
+            if any(spec.is_table for spec in specs.values()):
                 return None
             # Named as the client names them: it compares.
             if pull_dtype is None:
-                layout = join_slots([entry.slot for entry in entries])
+                layout = join_slots(slots_of(entries))
             else:
-                specs = [(entry.key, entry.spec) for entry in entries]
                 layout = encode_layout(
-                    (key, "sum", pulled_dtype(spec.dtype, pull_dtype), spec.shape) for key, spec in specs
+                    (key, "sum", pulled_dtype(spec.dtype, pull_dtype), spec.shape)
+                    for key, spec in zip(keys, each_spec, strict=True)
                 )
-            found = layout, zlib.crc32(layout)
+            sizes, nbytes = {}, 0
+            for number, spec in specs.items():
+                itemsize = pulled_dtype(spec.dtype, pull_dtype).itemsize
+                sizes[number] = itemsize, spec.shape.numel() * itemsize
+            for number in ids:
+                itemsize, size = sizes[number]
+                nbytes += -nbytes % itemsize + size
+            found = ServedLayout(layout, zlib.crc32(layout), nbytes)
             if len(self._layouts) >= REMEMBERED_LAYOUTS:
                 self._layouts.clear()
             self._layouts[keys, pull_dtype] = found

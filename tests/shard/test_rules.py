@@ -64,6 +64,17 @@ def test_an_updater_on_rows(library):
     assert held.value[:, 0].tolist() == [0, 1, 0, 1]
 
 
+def test_an_updater_on_rows_with_a_learned_rate_leaves_no_graph():
+    held, rate = entry(torch.ones(4, 2)), torch.nn.Parameter(torch.tensor(0.5))
+
+    def update(key, received, stored):
+        stored.values.sub_(received.values * rate)
+
+    CallUpdater(update).apply_rows(held, Rows(torch.tensor([1, 3]), torch.ones(2, 2), 4))
+    assert held.value[:, 0].tolist() == [1, 0.5, 1, 0.5]
+    assert not held.value.requires_grad
+
+
 def test_an_updater_that_resizes_its_copy_does_no_harm():
     held = entry(torch.ones(3))
     CallUpdater(lambda k, r, s: s.resize_(5).fill_(7)).apply([held], [[torch.ones(3)]], POOL)

@@ -15,7 +15,7 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.rows import Rows
+from tensorkv.arrays.rows import Rows, unchecked_rows
 from tensorkv.arrays.slices import Slices
 from tensorkv.errors import UpdaterError, ValueMismatchError, quote
 
@@ -223,14 +223,15 @@ class CallUpdater:
         scratch = entry.tensor.clone()
         stored = interop.view(scratch.view_as(scratch), entry.spec.origin)
         self._call(entry, interop.view(received, entry.spec.origin), stored)
-        return scratch
+        # What the function computed with may require gradients.
+        return scratch.detach()
 
     def updated_rows(self, entry: Entry, received: Rows) -> Rows:
         """Return what the function makes of some rows, which stay as they are."""
         scratch = Rows(received.ids.clone(), entry.read_rows(received.ids), received.num_rows)
         own = Rows(received.ids, received.values.clone(), received.num_rows)
         self._call(entry, _view_rows(own, entry.spec.origin), _view_rows(scratch, entry.spec.origin))
-        return scratch
+        return unchecked_rows(scratch.ids, scratch.values.detach(), scratch.num_rows)
 
     def _call(self, entry: Entry, received: Any, stored: Any) -> None:
         self.running = True

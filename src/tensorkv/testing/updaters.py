@@ -90,6 +90,19 @@ class UpdaterContract:
             array[:] = 99
         assert kv.pull("w").tolist() == [1, 1]
 
+    def test_an_updater_with_a_learned_rate_leaves_no_graph(self, kv):
+        rate = torch.nn.Parameter(torch.tensor(0.5))
+        kv.init("w", torch.ones(2))
+        kv.set_updater(lambda key, received, stored: stored.sub_(received * rate))
+        kv.push("w", torch.ones(2))
+        kv.pull("w", out=(out := torch.zeros(2, dtype=torch.float64)))
+        assert out.tolist() == [0.5, 0.5]
+        assert not out.requires_grad
+        kv.set_updater(None)
+        strided = torch.ones(2, 2)[:, 0]
+        kv.push("w", [strided, strided])
+        assert kv.pull("w").tolist() == [2, 2]
+
     def test_an_updater_takes_no_first_value(self, kv):
         kv.set_updater(lambda key, received, stored: np.add(stored, received, out=stored))
         with pytest.raises(tensorkv.KeyNotFoundError, match=r'"w"\): no such key.*: call init_tree first'):

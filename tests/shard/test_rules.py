@@ -6,7 +6,7 @@ import torch
 from tensorkv.arrays import interop
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
-from tensorkv.errors import OptimizerError, ValueMismatchError
+from tensorkv.errors import OptimizerError, UpdaterError, ValueMismatchError
 from tensorkv.shard.entry import Batch, Entry
 from tensorkv.shard.optimizers import spec
 from tensorkv.shard.pool import Pool
@@ -73,6 +73,17 @@ def test_an_updater_on_rows_with_a_learned_rate_leaves_no_graph():
     CallUpdater(update).apply_rows(held, Rows(torch.tensor([1, 3]), torch.ones(2, 2), 4))
     assert held.value[:, 0].tolist() == [1, 0.5, 1, 0.5]
     assert not held.value.requires_grad
+
+
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+@pytest.mark.parametrize("field", ["ids", "values"])
+def test_an_updater_on_rows_that_assigns_instead_of_changing_in_place(library, field):
+    held = entry(torch.ones(4, 2), library)
+    rule = CallUpdater(lambda key, received, stored: setattr(stored, field, getattr(stored, field) * 1))
+    with pytest.raises(UpdaterError, match=rf'updater\("w"\) assigned stored\.{field}; .*in place'):
+        rule.apply_rows(held, Rows(torch.tensor([1, 3]), torch.ones(2, 2), 4))
+    assert held.version == 0
+    assert held.value.tolist() == [[1, 1]] * 4
 
 
 def test_an_updater_that_resizes_its_copy_does_no_harm():

@@ -230,7 +230,14 @@ class CallUpdater:
         """Return what the function makes of some rows, which stay as they are."""
         scratch = Rows(received.ids.clone(), entry.read_rows(received.ids), received.num_rows)
         own = Rows(received.ids, received.values.clone(), received.num_rows)
-        self._call(entry, _view_rows(own, entry.spec.origin), _view_rows(scratch, entry.spec.origin))
+        stored = _view_rows(scratch, entry.spec.origin)
+        ids, values = stored.ids, stored.values
+        self._call(entry, _view_rows(own, entry.spec.origin), stored)
+        if stored.ids is not ids or stored.values is not values:
+            raise UpdaterError(
+                f"updater({quote(entry.key)}) assigned stored.{'ids' if stored.values is values else 'values'}; "
+                "an updater changes stored.values in place (stored.values += ...) and leaves stored.ids alone"
+            )
         return unchecked_rows(scratch.ids, scratch.values.detach(), scratch.num_rows)
 
     def _call(self, entry: Entry, received: Any, stored: Any) -> None:

@@ -1,10 +1,14 @@
 """Releases of a store in a folder: they are there again after a crash, with their names, numbers and bits."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 import tensorkv
 from tensorkv import Rows
+from tests.support.until import LIMIT_S
 
 
 def value(number):
@@ -110,3 +114,30 @@ def test_changes_within_an_updater_are_refused():
         kv.set_updater(update)
         kv.push("w", value(1))
         assert raised == ["w", "w"]
+
+
+def test_changes_while_another_thread_is_in_an_updater_wait_for_it():
+    is_updating, is_done = threading.Event(), threading.Event()
+
+    def update(key, received, stored):
+        is_updating.set()
+        assert is_done.wait(LIMIT_S)
+
+    with tensorkv.create() as kv, ThreadPoolExecutor() as pool:
+        kv.init("w", value(0))
+        kv.publish("a")
+        kv.publish("b")
+        release = kv.open_release("b")
+        digest = release.digest
+        kv.set_updater(update)
+        pushed = pool.submit(kv.push, "w", value(1))
+        assert is_updating.wait(LIMIT_S)
+        calls = [pool.submit(lambda: release.digest), pool.submit(lambda: release.changes(since="a").digest)]
+        try:
+            for call in calls:
+                with pytest.raises(TimeoutError):
+                    call.result(0.1)
+        finally:
+            is_done.set()
+        pushed.result()
+        assert [call.result() for call in calls] == [digest, digest]

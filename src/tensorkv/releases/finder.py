@@ -78,7 +78,7 @@ class ChangeFinder:
             SnapshotError: a load has replaced the release.
             ArgumentError: ``since`` is newer than ``name``.
         """
-        self._shard.refuse_reentry()
+        self._shard.refuse_calls_by_updater()
         with self._lock, self._held(name, opened) as new:
             if since is None:
                 return None, self._compare(new, None)
@@ -117,7 +117,7 @@ class ChangeFinder:
             name, opened: as for ``changes``, and so are the errors.
         """
         found: dict[Key, int] = {}
-        self._shard.refuse_reentry()
+        self._shard.refuse_calls_by_updater()
         with self._lock, self._held(name, opened) as snapshot:
             for entries in _groups(list(snapshot.held.values())):
                 firsts = [self._place_of(entry)[0] for entry in entries]

@@ -600,8 +600,9 @@ class Shard(native.ShardFields):
 
     def check(self, batch: Batch) -> None:
         """Raise what a push of a batch would raise."""
-        self.refuse_reentry()
-        check_push(batch, [self.entry(batch.verb, key) for key in batch.keys], self._rule, self.averages)
+        with self._lock:
+            self.refuse_reentry()
+            check_push(batch, [self.entry(batch.verb, key) for key in batch.keys], self._rule, self.averages)
 
     def check_complete(self, verb: str, keys: Sequence[Key] | None = None) -> None:
         """Raise if one of these values, or of all, cannot be read, since slices of a push are missing."""
@@ -614,8 +615,13 @@ class Shard(native.ShardFields):
         self.refuse_reentry()
         self._entries.check_new(keys)
 
+    def refuse_calls_by_updater(self) -> None:
+        """Raise what ``refuse_reentry`` raises; the updater of another thread's push is waited for."""
+        with self._lock:
+            self.refuse_reentry()
+
     def refuse_reentry(self) -> None:
-        """Raise an error if an updater is running, after ``close``, and after ``fail``."""
+        """Raise an error if an updater is running, after ``close``, and after ``fail``; no other thread may push."""
         self._refuse_use()
         self._refuse_broken()
 

@@ -650,7 +650,7 @@ class Shard(native.ShardFields):
             Whether the outs of a push were filled on the way.
         """
         if self._num_frozen and isinstance(change, Push | PlainPush | Put):
-            self._thaw(change)
+            self._thaw(change.entries, change.batch if isinstance(change, PlainPush) else None)
         if isinstance(change, Push | Put):
             return self._apply_with_slices(change)
         return self._apply(change)
@@ -723,13 +723,12 @@ class Shard(native.ShardFields):
                 raise TypeError(f"a shard has no change {type(change).__name__}")
         return False
 
-    def _thaw(self, change: Push | PlainPush | Put) -> None:
-        """Leave values that are about to change to their snapshots, whose readers know where they are."""
-        entries = [entry for entry in change.entries if entry.frozen is not None]
+    def _thaw(self, changing: Sequence[Entry], batch: native.Batch | None = None) -> None:
+        """Leave values that are about to change, by a plain batch if given, to the snapshots that share them."""
+        entries = [entry for entry in changing if entry.frozen is not None]
         if not entries:
             return
         dense = [entry for entry in entries if not isinstance(entry.value, Table)]
-        batch = change.batch if isinstance(change, PlainPush) else None
         with kept(), self.frozen_lock, self._in_order([*entries, *(entry.frozen for entry in entries)]):
             for entry in entries:
                 if isinstance(entry.value, Table):
@@ -889,6 +888,8 @@ class Shard(native.ShardFields):
 
     def _restore_states(self, saved: Sequence[Entry], rule: Rule) -> None:
         mine = [self.entry("load_optimizer_states", entry.key) for entry in saved]
+        # The states may be of rows that a table does not hold yet.
+        self._thaw([entry for entry in mine if isinstance(entry.value, Table)])
         self._drop_states()
         for entry, other in zip(mine, saved, strict=True):
             entry.state = other.state

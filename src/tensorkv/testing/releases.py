@@ -267,6 +267,22 @@ class ReleaseContract:
             with pytest.raises(tensorkv.ArgumentError, match=r'apply_changes."table".: the key is a sparse table'):
                 tensorkv.apply_changes({"table": full(0, 10, 2)}, release.changes(since=self.at("a")))
 
+    def test_loaded_states_of_more_rows_leave_releases_as_they_are(self, kv, tmp_path):
+        few, more = (Rows(ids, full(1, len(ids), 1), num_rows=9) for ids in ([1], [1, 2]))
+        kv.init("t", more)
+        kv.set_optimizer("adam", lr=0.1)
+        kv.push("t", more)
+        kv.save_optimizer_states(tmp_path / "states")
+        kv.delete("t")
+        kv.init("t", few)
+        kv.publish(self.at("a"))
+        with published(kv, self.at("b"), keep=1) as release:
+            kv.load_optimizer_states(tmp_path / "states")
+            (change,) = release.changes(since=self.at("a"))
+            assert (change.indices.tolist(), change.values.tolist()) == ([1], [[1]])
+        kv.push("t", more)
+        assert (kv.row_sparse_pull("t", row_ids=[1, 2]).values < [[1], [0]]).all()
+
     def test_changes_lead_from_any_release_to_any_later_one(self, kv, library):
         rng = np.random.default_rng(5)
         shapes = {"w": (31, 7), "b": (5,), "scalar": (), "empty": (0,)}

@@ -1,6 +1,7 @@
 """The local engine passes the contract, under every type name."""
 
 import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import tensorkv
 from tensorkv.engines import local
 from tensorkv.shard import reduce
 from tensorkv.testing import Contract
+from tests.support.until import LIMIT_S
 
 
 class TestLocal(Contract):
@@ -31,6 +33,24 @@ def test_aliases(name):
         assert kv.type == name
         kv.init("w", np.zeros(2))
         assert kv.pushpull("w", [np.ones(2)] * 3).tolist() == [3, 3]
+
+
+def test_close_ends_a_wait_for_a_version():
+    with tensorkv.create() as kv, ThreadPoolExecutor(1) as pool:
+        kv.init("w", np.zeros(2))
+        asked, info = threading.Event(), kv._engine.info
+
+        def tell(key):
+            found = info(key)
+            asked.set()
+            return found
+
+        kv._engine.info = tell
+        pulled = pool.submit(kv.pull, "w", min_version=1)
+        assert asked.wait(LIMIT_S)
+        kv.close()
+        with pytest.raises(tensorkv.StoreClosedError, match=r'^pull\("w"\): this store was closed'):
+            pulled.result()
 
 
 @pytest.mark.parametrize("verb", ["pushpull", "pull"])

@@ -373,7 +373,12 @@ class Engine(Reader):
         """
         deadline = time.monotonic() + timeout_s
         for key in keys:
-            while (version := self.info(key).version) < min_version:
+            while True:
+                # Its errors begin with the verb of the call.
+                self.spec("pull", key)
+                version = self.info(key).version
+                if version >= min_version:
+                    break
                 if time.monotonic() >= deadline:
                     what = f"version {min_version} has not come within {timeout_s:g} s; it is {version}"
                     raise WaitTimeoutError(f"pull({quote(key)}): {what}")

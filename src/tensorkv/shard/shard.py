@@ -427,10 +427,14 @@ class Shard(native.ShardFields):
 
         Raises:
             KeyNotFoundError: there is none; the message names the nearest key.
+            StoreClosedError: there is none since ``close``.
         """
         if self._broken is not None:
             self._refuse_broken()
-        return self._entries.find(verb, key)
+        found = self._entries.get(key)
+        if found is None and self._closed:
+            raise StoreClosedError(f"{verb}({quote(key)}): this store was closed; create another")
+        return self._entries.find(verb, key) if found is None else found
 
     def entries(self, keys: Sequence[Key]) -> list[Entry] | None:
         """Return what is held of some keys, None if ``entry`` would raise for one of them."""

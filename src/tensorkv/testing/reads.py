@@ -54,6 +54,11 @@ class ReadContract:
 
     # ---------------------------------------------------------------- pull
 
+    def test_a_pull_of_a_version_of_a_key_that_does_not_exist(self, kv):
+        kv.init("w", ones(2))
+        with pytest.raises(tensorkv.KeyNotFoundError, match=r'^pull\("nope"\): no such key'):
+            kv.pull(["w", "nope"], min_version=0)
+
     def test_pull_into_one_and_into_several(self, kv):
         kv.init("w", np.array([1, 2], F32))
         a, b, c = np.zeros(2, F32), torch.zeros(2), np.zeros(2)

@@ -294,6 +294,31 @@ def test_a_lease_is_renewed_to_the_end_though_a_signal_handler_raises(monkeypatc
         signal.signal(signal.SIGALRM, before)
 
 
+def test_a_wait_for_a_release_is_interrupted_outside_the_lock(monkeypatch):
+    def handle(*_):
+        raise TimeoutError("of the handler")
+
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        with tensorkv.create("local") as kv:
+            kv.publish("step-1")
+            shard, held = kv._engine._shard, []
+            hold = shard.hold_newest
+
+            def interrupted(*args):
+                signal.raise_signal(signal.SIGALRM)
+                held.append(hold(*args))
+
+            with monkeypatch.context() as patches:
+                patches.setattr(shard, "hold_newest", interrupted)
+                with pytest.raises(TimeoutError, match="of the handler"):
+                    kv.wait_release(timeout_s=LIMIT_S)
+            assert len(held) == 1
+            assert kv.wait_release().name == "step-1"
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_a_release_stays_for_its_lease_after_each_read(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(local, "time", SimpleNamespace(monotonic=lambda: now[0]))

@@ -319,7 +319,7 @@ class LocalEngine(ShardReader, Engine):
 
     def wait_release(self, after: str | None, timeout_s: float, lease_s: float) -> ReleaseReader:
         reader, deadline = secrets.token_hex(8), time.monotonic() + timeout_s
-        while (held := self._shard.hold_newest(after, reader, held_s(lease_s))) is None:
+        while (held := self.protect(self._shard.hold_newest, after, reader, held_s(lease_s))) is None:
             if time.monotonic() >= deadline:
                 raise no_release(after, timeout_s)
             time.sleep(POLL_S)

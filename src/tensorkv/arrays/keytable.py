@@ -48,10 +48,12 @@ class KeyTable(dict[Key, V]):
         found = self.get(key)
         if found is not None:
             return found
-        _check_type(verb, key, next(iter(self), None))
-        near = suggestion(key, self)
+        # Another thread may add keys meanwhile.
+        present = list(self)
+        _check_type(verb, key, present[0] if present else None)
+        near = suggestion(key, present)
         raise KeyNotFoundError(
-            f"{verb}({quote(key)}): no such key{near}; the store has {_named(list(self))}"
+            f"{verb}({quote(key)}): no such key{near}; the store has {_named(present)}"
             f"{'' if near else '; call init first'}"
         )
 

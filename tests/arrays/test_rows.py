@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 import tensorkv
 from tensorkv import ArgumentError, ArrayTypeError, Rows, ValueMismatchError
 from tensorkv.arrays import interop, rows
-from tensorkv.arrays.rows import is_rows, merge, take_ids, take_rows
+from tensorkv.arrays.rows import is_rows, merge, take_ids, take_rows, unchecked_rows
 
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int64, torch.uint16]
@@ -331,3 +331,19 @@ def test_rows_on_another_device_start_their_table_alike():
     with tensorkv.create() as kv:
         kv.init({"t": rows.to("cpu")})
         assert kv.row_sparse_pull("t", row_ids=[4]).values.any()
+
+
+def test_a_part_with_its_ids_on_another_device_is_brought_together():
+    class Away(torch.Tensor):
+        """Ids on another device."""
+
+        device = property(lambda self: torch.device("cuda"))
+
+        def to(self, device):
+            assert device == torch.device("cpu")
+            return self.as_subclass(torch.Tensor)
+
+    part = unchecked_rows(torch.tensor([1, 3]).as_subclass(Away), torch.ones(2, 1), 5)
+    merged = merge([part], may_share=True)
+    assert merged.ids.device == merged.values.device
+    assert merged.ids.tolist() == [1, 3]

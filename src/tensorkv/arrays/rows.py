@@ -204,12 +204,12 @@ def merge(parts: list[Rows], dtype: torch.dtype | None = None, *, may_share: boo
         parts: at least one, all of one row shape.
         dtype: of the result (default: the first part's). float16 and bfloat16 are added in float32
             and rounded once.
-        may_share: return the only part itself if its ids are unique and sorted.
+        may_share: return the only part itself if its ids are unique and sorted, and on the device of its values.
         divisor: of the sums, before they are rounded.
     """
     first = parts[0].values
     dtype = first.dtype if dtype is None else dtype
-    is_sum = len(parts) == 1 and divisor == 1 and first.dtype is dtype
+    is_sum = len(parts) == 1 and divisor == 1 and first.dtype is dtype and parts[0].ids.device == first.device
     if may_share and is_sum and first.is_contiguous() and _rises(parts[0].ids):
         return parts[0]
     wide = interop.accumulator(dtype)

@@ -12,6 +12,7 @@ import torch
 
 import tensorkv
 from tensorkv.arrays import interop, rows
+from tensorkv.arrays.regions import Region
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import KeyNotFoundError, StorageError, ValueMismatchError
 from tensorkv.shard import native, reduce
@@ -47,6 +48,30 @@ def test_a_key_that_was_replaced_since_the_outs_were_checked():
     with pytest.raises(ValueMismatchError, match="shape"):
         shard.pull(["w"], [[out]])
     assert out.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (3, 1), ()])
+def test_a_key_that_was_replaced_since_its_regions_and_ids_were_checked(shape):
+    shard = shard_with(w=torch.ones(4))
+    out, rows_out = torch.zeros(2), torch.zeros(2)
+    shard.delete(["w"])
+    shard.init(["w"], [torch.full(shape, 7.0)], [spec(torch.ones(shape))])
+    with pytest.raises(ValueMismatchError, match=r'^pull\("w"\): the key was re-created with another shape'):
+        shard.pull(["w"], [[out]], [Region(((2, 4),))])
+    with pytest.raises(ValueMismatchError, match=r'^row_sparse_pull\("w"\): the key was re-created with another shape'):
+        shard.pull_rows(["w"], [torch.tensor([1, 3])], [rows_out])
+    assert out.tolist() == rows_out.tolist() == [0, 0]
+
+
+def test_a_key_that_is_a_table_since():
+    shard = shard_with(w=torch.ones(4, 1))
+    held = rows.Rows(torch.tensor([1]), torch.ones(1, 1), 4)
+    out = torch.zeros(4, 1)
+    shard.delete(["w"])
+    shard.init(["w"], [held], [KeySpec(out.shape, out.dtype, interop.NUMPY, True)])
+    for regions in (None, [Region(((0, 4), (0, 1)))]):
+        with pytest.raises(ValueMismatchError, match="the key was re-created"):
+            shard.pull(["w"], [[out]], regions)
 
 
 def test_a_key_that_was_deleted_since():

@@ -35,6 +35,12 @@ class Region(NamedTuple):
         """Return the part of a value, as a view."""
         return value[tuple(slice(*each) for each in self.bounds)]
 
+    def lies_in(self, spec: KeySpec) -> bool:
+        """Return whether a value has this part."""
+        if spec.is_table or len(self.bounds) != len(spec.shape):
+            return False
+        return all(0 <= start <= stop <= size for (start, stop), size in zip(self.bounds, spec.shape, strict=True))
+
     def common(self, other: Region) -> Region | None:
         """Return the elements that two regions of a value share; None: there are none.
 
@@ -107,10 +113,8 @@ class Region(NamedTuple):
             found = cls(tuple((index(start), index(stop)) for start, stop in bounds))
         except (TypeError, ValueError):
             raise ArgumentError(f"malformed region {show(bounds)}") from None
-        shape = spec.shape
-        fits = len(found.bounds) == len(shape) > 0 and not spec.is_table
-        if not fits or not all(0 <= start <= stop <= n for (start, stop), n in zip(found.bounds, shape, strict=True)):
-            raise ArgumentError(f"region {show(bounds)} of a value of shape {tuple(shape)}; call again")
+        if not spec.shape or not found.lies_in(spec):
+            raise ArgumentError(f"region {show(bounds)} of a value of shape {tuple(spec.shape)}; call again")
         return found
 
 

@@ -15,6 +15,7 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows, unchecked_rows
 from tensorkv.arrays.slices import Slices
 from tensorkv.errors import UpdaterError, ValueMismatchError, quote
@@ -415,19 +416,41 @@ def has_means(entry: Entry) -> bool:
 
 
 def fit(entry: Entry, outs: Sequence[torch.Tensor]) -> bool:
-    """Return whether outs have the shape of a value."""
-    return all(out.shape == entry.spec.shape for out in outs)
+    """Return whether outs have the shape of a dense value."""
+    return not entry.spec.is_table and all(out.shape == entry.spec.shape for out in outs)
 
 
-def check_outs(entries: Sequence[Entry], outs: Sequence[Sequence[torch.Tensor]]) -> None:
-    """Raise if outs that fitted their values when a pull began do not fit them now.
+def check_outs(
+    entries: Sequence[Entry], outs: Sequence[Sequence[torch.Tensor]], regions: Sequence[Region] | None = None
+) -> None:
+    """Raise if outs that fitted their values, or parts of them, when a pull began do not fit them now.
 
     Raises:
         ValueMismatchError: another thread has re-created the key.
     """
-    for entry, key_outs in zip(entries, outs, strict=True):
-        if not fit(entry, key_outs):
-            raise ValueMismatchError(f"pull({quote(entry.key)}): the key was re-created with another shape; pull again")
+    if regions is None:
+        fitting = [fit(entry, own) for entry, own in zip(entries, outs, strict=True)]
+    else:
+        fitting = [
+            region.lies_in(entry.spec) and all(out.shape == region.shape for out in own)
+            for entry, own, region in zip(entries, outs, regions, strict=True)
+        ]
+    _refuse_recreated("pull", entries, fitting)
+
+
+def check_ids(entries: Sequence[Entry], ids: Sequence[torch.Tensor]) -> None:
+    """Raise if sorted ids that were those of rows when a pull began are not now; errors as of ``check_outs``."""
+    pairs = zip(entries, ids, strict=True)
+    fitting = [bool(entry.spec.shape) and (not len(own) or int(own[-1]) < entry.spec.shape[0]) for entry, own in pairs]
+    _refuse_recreated("row_sparse_pull", entries, fitting)
+
+
+def _refuse_recreated(verb: str, entries: Sequence[Entry], fitting: Sequence[bool]) -> None:
+    for entry, fits in zip(entries, fitting, strict=True):
+        if not fits:
+            raise ValueMismatchError(
+                f"{verb}({quote(entry.key)}): the key was re-created with another shape; pull again"
+            )
 
 
 def _mismatch(batch: Batch, entry: Entry, index: int, part: Part) -> ValueMismatchError:

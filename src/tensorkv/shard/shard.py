@@ -60,7 +60,7 @@ from .optimizers import OptimizerSpec
 from .pool import Pool
 from .reduce import Reduce, averages
 from .releases import HeldRelease, Releases, SavedRelease, SavedReleases
-from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater, check_outs, check_push
+from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater, check_ids, check_outs, check_push
 from .table import Table
 
 
@@ -333,6 +333,7 @@ class Shard(native.ShardFields):
             self.refuse_reentry()
             entries = [self.entry("row_sparse_pull", key) for key in keys]
             check_complete("row_sparse_pull", entries)
+            check_ids(entries, ids)
             with self._in_order(entries):
                 return [
                     unchecked_rows(own, entry.read_rows(own.to(entry.value.device), out), entry.spec.shape[0])
@@ -1023,8 +1024,7 @@ class Shard(native.ShardFields):
     ) -> None:
         entries = [self.entry("pull", key) for key in keys]
         check_complete("pull", entries)
-        if regions is None:
-            check_outs(entries, outs)
+        check_outs(entries, outs, regions)
         with self._in_order(entries):
             values = [entry.tensor for entry in entries]
             if regions is not None:

@@ -81,6 +81,20 @@ def test_a_key_that_was_deleted_since():
         shard.pushpull(Batch("pushpull", ["w"], [[torch.ones(3)]]), [[torch.zeros(3)]])
 
 
+def test_of_two_threads_that_close_at_once_the_second_does_nothing():
+    with tensorkv.create() as kv:
+        close = kv._engine.close
+
+        def close_twice():
+            close()
+            # The other thread came by before the store knew.
+            close()
+
+        kv._engine.close = close_twice
+        kv.close()
+    kv.close()
+
+
 def test_frozen_keeps_pushes_out():
     shard = shard_with(w=torch.zeros(1))
     batch = Batch("push", ["w"], [[torch.ones(1)]])

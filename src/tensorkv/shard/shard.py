@@ -449,8 +449,10 @@ class Shard(native.ShardFields):
         self._broken, self._looks = problem, False
 
     def close(self) -> None:
-        """Drop everything, end the threads and close the log."""
+        """Drop everything, end the threads and close the log; a second call does nothing."""
         with self._lock:
+            if self._closed:
+                return
             self._refuse_use()
             self._closed = True
             try:

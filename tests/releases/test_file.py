@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import tensorkv
 from tensorkv import Rows
 from tensorkv.arrays.interop import NUMPY
 from tensorkv.arrays.spec import KeySpec
-from tensorkv.releases.changes import release_digest
+from tensorkv.releases.changes import Changes, KeyChange, release_digest
 
 
 @pytest.fixture
@@ -143,6 +144,48 @@ def test_numbers_that_lie_are_refused(changes, tmp_path, field, lie):
         tensorkv.save_changes(path, changes)
         rewrite(path, lambda told, place=place: told["keys"][place].update({field: lie}))
         with pytest.raises(tensorkv.CheckpointError, match="cannot be read"):
+            tensorkv.load_changes(path)
+
+
+@pytest.mark.parametrize("others", ["elements", "deleted"])
+def test_a_key_that_is_described_twice_is_refused(tmp_path, others):
+    """Only one of the two was compared with the array, and the other says how long it is."""
+    path = tmp_path / "b.safetensors"
+    spec, other = (KeySpec(torch.Size([size]), torch.float32, NUMPY, False) for size in (4, 1_000_000))
+    place, value = np.zeros(4, np.uint8), np.ones(1, np.float32).view(np.uint8)
+    real = KeyChange("w", "elements", spec, place, value, 1, 2, 3)
+    if others == "elements":
+        more = [KeyChange("w", "elements", other, np.array([999_999], np.int32).view(np.uint8), value, 1, 2, 3)]
+    else:
+        more = [KeyChange("w", "deleted", other, before=1)]
+    tensorkv.save_changes(path, Changes("a", "b", [*more, real]))
+    with pytest.raises(tensorkv.CheckpointError, match="duplicate key 'w'"):
+        tensorkv.load_changes(path)
+
+
+def test_a_key_with_another_shape_is_described_twice(tmp_path):
+    """It is deleted, and then a new one."""
+    path = tmp_path / "b.safetensors"
+    with tensorkv.create() as kv:
+        kv.init("w", np.zeros(4, np.float32))
+        kv.publish("a")
+        kv.delete("w")
+        kv.init("w", np.ones(5, np.float32))
+        kv.publish("b")
+        with kv.open_release("b") as release:
+            tensorkv.save_changes(path, release.changes(since="a"))
+    loaded = tensorkv.load_changes(path)
+    assert [(each.key, each.kind, each.shape) for each in loaded] == [("w", "dense", (5,)), ("w", "deleted", (4,))]
+
+
+def test_a_change_of_a_value_that_the_older_release_does_not_have_is_refused(changes, tmp_path):
+    """It would not be in the digest with which readers compare the release that they hold."""
+    path = tmp_path / "b.safetensors"
+    of_older = [each for each in changes if each.kind != "dense"]
+    assert {each.kind for each in of_older} == {"elements", "same", "rows", "deleted"}
+    for each in of_older:
+        tensorkv.save_changes(path, Changes("a", "b", [replace(each, before=None)]))
+        with pytest.raises(tensorkv.CheckpointError, match=f"'{each.key}': a change of the kind {each.kind} without"):
             tensorkv.load_changes(path)
 
 

@@ -95,8 +95,10 @@ class KeyChange:
         return elements.subtract(elements.add(self.gone, self.after), self.before or 0)
 
     def check(self) -> None:
-        """Raise ValueError if indices and values do not fit the kind of change and the value."""
+        """Raise ValueError if indices, values and digests do not fit the kind of change and the value."""
         spec = self.spec
+        if self.before is None and self.kind != "dense":
+            raise ValueError(f"{self.key!r}: a change of the kind {self.kind} without the digest of the older value")
         has_places = self.kind in ("elements", "rows") or (self.kind == "dense" and spec.is_table)
         has_content = has_places or self.kind == "dense"
         if (self.places is not None, self.content is not None) != (has_places, has_content):

@@ -24,7 +24,7 @@ import safetensors.numpy
 import torch
 
 from tensorkv.arrays import interop
-from tensorkv.arrays.arguments import check_key
+from tensorkv.arrays.arguments import Key, check_key
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import ArgumentError, CheckpointError, TensorKVError, show
 
@@ -119,6 +119,9 @@ def load_changes(path: str | os.PathLike[str]) -> Changes:
         base = None if told["base"] is None else str(told["base"])
         if base is None and any(each.kind != "dense" for each in found):
             raise ValueError("changes without a base that are not whole values")
+        # A key that is new with another shape or dtype is also there as deleted.
+        _refuse_duplicates([each.key for each in found if each.kind != "deleted"])
+        _refuse_duplicates([each.key for each in found if each.before is not None])
         changes = Changes(base, str(told["name"]), found)
         if (changes.base_digest, changes.digest) != (told["base_digest"], told["digest"]):
             raise ValueError("the digests of its keys are not those of its releases")
@@ -169,6 +172,14 @@ def _restore(told: Any, number: int, tensors: dict[str, Any]) -> KeyChange:
     change.content = _take(tensors, f"values/{number}") if has_content else None
     change.check()
     return change
+
+
+def _refuse_duplicates(keys: Sequence[Key]) -> None:
+    seen: set[Key] = set()
+    for key in keys:
+        if key in seen:
+            raise ValueError(f"duplicate key {key!r}")
+        seen.add(key)
 
 
 def _is_number(number: Any) -> bool:

@@ -407,3 +407,21 @@ def test_a_snapshot_removes_what_it_replaces(tmp_path):
         last = 5 * count
         assert names == ["lock", f"log-{last + 1:016x}-00000001.tkv", f"snapshot-{last:016x}.tkv"]
     wal.close()
+
+
+def test_a_snapshot_that_a_killed_process_was_writing_is_removed(tmp_path):
+    """It would take room until a snapshot succeeds, which may fail for lack of that room."""
+    write_segment(tmp_path, numbers(3))
+    (tmp_path / "snapshot-0000000000000003.tmp").write_bytes(b"unfinished")
+    wal, found = open_wal(tmp_path)
+    wal.close()
+    assert len(found) == 3
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_holder_that_was_taken_for_dead_removes_no_snapshot_of_another(two, tmp_path):
+    first, _ = two
+    written = tmp_path / "snapshot-0000000000000001.tmp"
+    written.write_bytes(b"being written by the other")
+    first.begin()
+    assert written.exists()

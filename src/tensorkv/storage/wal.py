@@ -282,6 +282,9 @@ class WriteAheadLog:
         old = [name for _, name in snapshots[:-1]] + [name for _, _, name in segments[:needed]]
         # Of segments that begin with the same record, only the last has records that count.
         old += [one[2] for one, next_one in pairwise(segments[needed:]) if one[0] == next_one[0]]
+        if not self.is_superseded:
+            # Otherwise another process may be writing it.
+            old += self._unfinished()
         if old:
             # The snapshot has to be safe under its name before what it replaces is removed.
             self._folder.sync()
@@ -293,8 +296,11 @@ class WriteAheadLog:
             snapshots, segments = _files(self._folder)
             old = [name for lsn, name in snapshots if lsn < made]
             old += [name for first, _, name in segments if first <= made]
-            old += [name for name in self._folder.names() if _UNFINISHED_NAME.fullmatch(name)]
+            old += self._unfinished()
             self._remove(old)
+
+    def _unfinished(self) -> list[str]:
+        return [name for name in self._folder.names() if _UNFINISHED_NAME.fullmatch(name)]
 
     def _remove(self, names: Iterable[str]) -> None:
         for name in names:

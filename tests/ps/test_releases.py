@@ -163,7 +163,7 @@ def test_pushes_of_others_are_in_a_release_whole_or_not_at_all():
 
 
 @pytest.mark.parametrize("lost", range(5))
-def test_a_publisher_that_dies_in_the_middle(lost):
+def test_a_publisher_that_dies_in_the_middle(lost, tmp_path):
     """After any of its requests: the release is there whole, or not at all, and later ones are as ever."""
     with Cluster(3) as cluster:
         kv, reader = cluster.store(), cluster.store()
@@ -192,6 +192,10 @@ def test_a_publisher_that_dies_in_the_middle(lost):
             server._snapshot_barrier._until = 0.0
         names = [each.name for each in reader.releases()]
         assert names in (["step-1"], ["step-1", "step-2"])
+        reader.save(tmp_path, releases=True)
+        with tensorkv.create() as loaded:
+            loaded.load(tmp_path)
+            assert [each.name for each in loaded.releases()] == names
         for name in names:
             with reader.open_release(name) as release:
                 assert number_in(release.pull(list(SHAPES))) == float(name[-1])

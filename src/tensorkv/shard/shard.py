@@ -891,7 +891,8 @@ class Shard(native.ShardFields):
                 frozen = release.snapshot.held.values()
                 entries = [each.source if self.shares(each) else each for each in frozen]
                 held.append(SavedRelease(release.name, release.number, entries))
-        return SavedReleases(dict(self.releases.numbers), held)
+        # Those that readers do not see yet have used no name so far.
+        return SavedReleases({**self.releases.numbers, **{each.name: each.number for each in held}}, held)
 
     def _restore_states(self, saved: Sequence[Entry], rule: Rule) -> None:
         mine = [self.entry("load_optimizer_states", entry.key) for entry in saved]

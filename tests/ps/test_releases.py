@@ -17,6 +17,7 @@ import tensorkv
 from tensorkv.engines.ps import messages
 from tensorkv.engines.ps.client.releases import ReleaseClient
 from tensorkv.engines.ps.client.session import Session
+from tensorkv.storage.wal import WriteAheadLog
 from tests.support.amount import amount
 from tests.support.fake_servers import Cluster
 from tests.support.until import LIMIT_S, until
@@ -724,3 +725,26 @@ def test_a_reader_does_not_go_on_with_a_loaded_release_of_the_same_name(num_serv
             reader.close()
             with other.open_release("one") as again:
                 assert again.pull("a")[0] == again.pull("b")[0, 0] == 0
+
+
+@pytest.mark.parametrize("releases", [False, True])
+def test_a_reader_goes_on_after_a_load_that_cannot_be_written(releases, tmp_path):
+    with Cluster(2, path=str(tmp_path / "store"), durability="process") as cluster:
+        kv, reader = cluster.store(), cluster.store()
+        kv.init(values(1))
+        kv.publish("step-1")
+        kv.push(values(2))
+        with reader.open_release("step-1", lease_s=1000) as release:
+            digest = release.digest
+            kv.publish("step-2", keep=1)
+            kv.save(tmp_path / "saved", releases=releases)
+            with (
+                mock.patch.object(WriteAheadLog, "_write_snapshot", side_effect=OSError("full")),
+                pytest.raises(tensorkv.StorageError, match="nothing has changed"),
+            ):
+                kv.load(tmp_path / "saved")
+            kv.push(values(3))
+            assert number_in(release.pull(list(SHAPES))) == 1
+            assert release.digest == digest
+            with reader.open_release("step-2") as newer:
+                assert newer.changes(since="step-1").base == "step-1"

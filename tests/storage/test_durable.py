@@ -37,6 +37,10 @@ def shard_of(kv):
     return kv._engine._shard
 
 
+def add(key, received, stored):
+    stored += received
+
+
 def reopened(kv, path, **options):
     kv.close()
     return tensorkv.create("local", path=path, **options)
@@ -240,6 +244,50 @@ def test_a_load_that_cannot_be_written_leaves_the_old_state(verb, error, tmp_pat
     kv = reopened(kv, tmp_path / "store")
     assert snapshot(kv) == after
     kv.close()
+
+
+@pytest.mark.parametrize("releases", [False, True])
+def test_a_load_that_cannot_be_written_leaves_the_updater_and_open_releases(releases, tmp_path, monkeypatch):
+    with tensorkv.create("local", path=tmp_path / "store") as kv:
+        kv.init("w", np.zeros(2))
+        kv.set_updater(add)
+        for name in "abc":
+            kv.push("w", np.ones(2))
+            kv.publish(name, keep=1 if name == "b" else None)
+            if name == "a":
+                dropped = kv.open_release("a", lease_s=1000)
+        kept = kv.open_release("b", lease_s=1000)
+        kv.save(tmp_path / "saved", releases=releases)
+        digests = dropped.digest, kept.digest
+        with monkeypatch.context() as patch:
+            patch.setattr(WriteAheadLog, "_write_snapshot", Mock(side_effect=OSError("full")))
+            with pytest.raises(StorageError, match="nothing has changed"):
+                kv.load(tmp_path / "saved")
+        kv.push("w", np.ones(2))
+        assert kv.pull("w").tolist() == [4, 4]
+        # Without its readers it would be dropped now.
+        kv.publish("d", keep=1)
+        assert [each.name for each in kv.releases()] == ["d"]
+        for release, number in ((dropped, 1), (kept, 2)):
+            assert release.pull("w").tolist() == [number, number]
+        assert (dropped.digest, kept.digest) == digests
+        assert kept.changes(since="a").base == "a"
+        dropped.close()
+        kept.close()
+        kv.unpublish("d")
+        assert shard_of(kv)._num_frozen == 0
+
+
+def test_an_updater_stays_after_a_push_that_could_not_be_applied(tmp_path, monkeypatch):
+    with tensorkv.create("local", path=tmp_path) as kv:
+        kv.init("w", np.zeros(2))
+        kv.set_updater(add)
+        with monkeypatch.context() as patch:
+            patch.setattr("tensorkv.shard.shard._put", Mock(side_effect=MemoryError))
+            with pytest.raises(MemoryError):
+                kv.push("w", np.ones(2))
+        kv.push("w", np.ones(2))
+        assert kv.pull("w").tolist() == [1, 1]
 
 
 def test_the_error_of_a_load_that_may_have_reached_the_disk_does_not_deny_it(tmp_path, monkeypatch):

@@ -128,7 +128,7 @@ def change_first(monkeypatch):
 
 
 def never_undo(monkeypatch):
-    monkeypatch.setattr(DurableLog, "_roll_back", lambda self, shard, undo=None: None)
+    monkeypatch.setattr(DurableLog, "_roll_back", lambda *_: None)
     return "change, not begun", fail_memory
 
 

@@ -105,6 +105,8 @@ class Releases:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._held: dict[str, HeldRelease] = {}
+        # By a load that may still be rolled back.
+        self._replaced: list[HeldRelease] = []
         self._last_number = 0
         self.numbers: dict[str, int] = {}
         """Of each release that was seen by readers, those that are gone included."""
@@ -270,12 +272,40 @@ class Releases:
         self._held = {each.name: each for each in held}
 
     def replace(self, numbers: Mapping[str, int], held: Sequence[HeldRelease], generation: str) -> None:
-        """Drop all releases, those that are read included, and hold others; names that were used stay used."""
-        self.close()
+        """Hold other releases; ``drop_replaced`` drops those before. Names that were used stay used."""
+        self._replaced = list(self._held.values())
         self.generation = generation
         self.numbers = {**self.numbers, **numbers}
         self._last_number = max(self._last_number, *numbers.values(), *(each.number for each in held), 0)
         self._held = {each.name: each for each in sorted(held, key=lambda each: each.number)}
+
+    def drop_replaced(self) -> None:
+        """Drop the releases that were replaced, those that are read included."""
+        replaced, self._replaced = self._replaced, []
+        for held in replaced:
+            held.snapshot.close()
+
+    def before_replace(self) -> list[HeldRelease]:
+        """Return the releases that are held, or that were until ``replace``, which is rolled back."""
+        if self._replaced:
+            self.close()
+            self._held, self._replaced = {each.name: each for each in self._replaced}, []
+        return list(self._held.values())
+
+    def take_readers(self, before: Sequence[HeldRelease]) -> None:
+        """Let readers go on with the releases that were held before these ones were restored."""
+        now = self._now()
+        for old in before:
+            held = self._held.get(old.name)
+            if held is not None:
+                held.snapshot.close()
+                held.snapshot, held.leases = old.snapshot, old.leases
+            elif any(until > now for until in old.leases.values()):
+                old.is_kept = False
+                self._held[old.name] = old
+            else:
+                old.snapshot.close()
+        self._held = {each.name: each for each in sorted(self._held.values(), key=lambda each: each.number)}
 
     def close(self) -> None:
         """Drop everything."""

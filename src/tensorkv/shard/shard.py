@@ -590,6 +590,7 @@ class Shard(native.ShardFields):
         with self._lock:
             self.refuse_reentry()
             self._commit(Restore(entries, self._rule if rule is None else rule, releases, notes, requests=requests))
+            self.releases.drop_replaced()
 
     def restore_states(self, entries: Sequence[Entry], rule: Rule | None, *, requests: RequestIds = ()) -> None:
         """Take over the optimizer states of these entries, whose shapes are this shard's; other states are dropped."""

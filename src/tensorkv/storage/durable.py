@@ -17,12 +17,12 @@ from tensorkv.arrays.packing import Item, raw_bytes
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import StorageError, quote
 from tensorkv.shard import nonfinite
-from tensorkv.shard.changes import Change, Delete, PlainPush, Push, Put, Restore, RestoreStates, TakenSlices
+from tensorkv.shard.changes import Change, Delete, PlainPush, Push, Put, Restore, RestoreStates, SetRule, TakenSlices
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.nonfinite import NonFinite
 from tensorkv.shard.pool import OneTorchThread
 from tensorkv.shard.reduce import Reduce
-from tensorkv.shard.rules import Assign, CallUpdater, LostUpdater
+from tensorkv.shard.rules import Assign, CallUpdater, LostUpdater, Rule
 from tensorkv.shard.shard import Shard
 
 from . import manifest, releases
@@ -118,12 +118,13 @@ class DurableLog:
     def _commit_logged(self, shard: Shard, change: Change) -> bool:
         with OneTorchThread():
             self._wal.append(encode(change))
+            rule = shard.rule
             try:
                 filled = self._apply(shard, change)
                 if change.requests:
                     self.applied.add(change.requests, change.updated())
             except BaseException:
-                self._roll_back(shard, self._wal.undo)
+                self._roll_back(shard, rule, self._wal.undo)
                 raise
             self._digests.note(change)
             self._maintain(shard)
@@ -149,13 +150,14 @@ class DurableLog:
     def _commit_snapshot(self, shard: Shard, change: Change) -> bool:
         """Make a change that is too large for the log, and a snapshot of its result."""
         with OneTorchThread():
+            rule = shard.rule
             try:
                 self._apply(shard, change)
                 self.applied.add(change.requests)
                 if not self.snapshot(shard):
                     raise StorageError(f"{self._wal.path}: what was loaded cannot be written; nothing has changed")
             except BaseException:
-                self._roll_back(shard)
+                self._roll_back(shard, rule)
                 raise
         return False
 
@@ -169,12 +171,25 @@ class DurableLog:
             self.applied.forget_keys([key for key in before if key not in shard])
         return filled
 
-    def _roll_back(self, shard: Shard, undo: Callable[[], None] | None = None) -> None:
-        """Restore a shard from the log, after a change that failed halfway."""
+    def _roll_back(self, shard: Shard, rule: Rule, undo: Callable[[], None] | None = None) -> None:
+        """Restore a shard from the log, after a change that failed halfway.
+
+        Args:
+            shard: to be restored.
+            rule: before the change.
+            undo: removes the change from the log.
+        """
+        before = shard.releases.before_replace()
         try:
             if undo is not None:
                 undo()
             self.recover(shard)
+            # A log has no function and no readers.
+            if isinstance(rule, CallUpdater) and isinstance(shard.rule, LostUpdater):
+                shard.apply(SetRule(rule))
+            # Otherwise the folder may have the releases that were loaded.
+            if not self._wal.is_broken:
+                shard.releases.take_readers(before)
         except BaseException as error:
             shard.fail(
                 f"{self._wal.path}: a change failed halfway and could not be undone ({error}); "

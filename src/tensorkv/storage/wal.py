@@ -123,6 +123,11 @@ class WriteAheadLog:
         """Whether another process has opened the folder since."""
         return self._lock.is_superseded
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether nothing can be appended any more."""
+        return self._segment.broken is not None
+
     def append(self, each: Record) -> None:
         """Append a record; it counts when this returns.
 

@@ -144,7 +144,7 @@ def test_planted_faults_are_noticed(plant, monkeypatch):
     # Fewer snapshots, which make good what is wrong with a log.
     monkeypatch.setattr(sys.modules[__name__], "LOG_NBYTES", 1500)
     monkeypatch.setattr(sys.modules[__name__], "PUSHES", 9)
-    monkeypatch.setattr(sys.modules[__name__], "TIMES", 50)
+    monkeypatch.setattr(sys.modules[__name__], "TIMES", 200)
     random.seed(SEED)
     # Slices that come a second time overlap.
     with pytest.raises((AssertionError, StorageError, ValueMismatchError)):

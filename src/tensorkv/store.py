@@ -700,7 +700,7 @@ class KVStore:
                 raise ArgumentError(
                     f"{verb}({quote(name)}): the store holds it in blocks of float8; push such values {why}"
                 )
-            pair = blocks.quantize_sum(f"{verb}({quote(name)})", parts)
+            pair = blocks.quantize_sum(f"{verb}({quote(name)})", parts, averages=self._engine.averages)
             leaves += pair
             given += pair
             names.append(name + blocks.SUFFIX)

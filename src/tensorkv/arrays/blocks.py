@@ -96,12 +96,13 @@ def restore(values: Any, scale_inv: Any, dtype: torch.dtype) -> torch.Tensor:
     return _whole_of(blocks, tensor.shape).to(dtype)
 
 
-def quantize_sum(name: str, parts: Sequence[Any]) -> tuple[Any, Any]:
-    """Do ``quantize_blocks`` with the sum of some arrays, made in float32.
+def quantize_sum(name: str, parts: Sequence[Any], *, averages: bool) -> tuple[Any, Any]:
+    """Do ``quantize_blocks`` with the sum of some arrays, or with their mean, made in float32.
 
     Args:
         name: of the call and the key, for messages.
         parts: of one shape.
+        averages: whether to take the mean.
     """
     try:
         if len(parts) == 1:
@@ -110,6 +111,8 @@ def quantize_sum(name: str, parts: Sequence[Any]) -> tuple[Any, Any]:
         if any(other.shape != first.shape for other in others):
             raise ValueMismatchError("the parts have different shapes")
         total = reduce(torch.add, others, first)
+        if averages:
+            interop.divide(total, len(parts))
         return quantize_blocks(interop.give(total, interop.origin(parts[0])))
     except (ArrayTypeError, NonFiniteError, ValueMismatchError) as error:
         raise type(error)(f"{name}: {error}") from None

@@ -119,6 +119,17 @@ class TreeContract:
         check_pulls(2 * w)
         assert library.read(kv.pull("net.new")).tolist() == [2]
 
+    def test_a_mean_of_trees_in_blocks_of_float8(self):
+        with self.create(reduce="mean") as kv:
+            kv.init_tree({"w": ones(2, 2), "b": ones(2)}, dtype="float8_e4m3fn")
+            if kv._engine.sums_workers:
+                return
+            kv.push_tree({"w": 2 * ones(2, 2), "b": 2 * ones(2)}, {"w": 4 * ones(2, 2), "b": 4 * ones(2)})
+            into = {"w": np.empty((2, 2), F32), "b": np.empty(2, F32)}
+            kv.pull_tree(into=into)
+            assert into["w"].tolist() == [[3, 3], [3, 3]]
+            assert into["b"].tolist() == [3, 3]
+
     def test_what_is_held_in_blocks_is_not_changed_by_mistake(self, kv):
         kv.init_tree({"w": ones(130, 2)}, dtype="float8_e4m3fn")
         before = state(kv)

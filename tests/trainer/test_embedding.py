@@ -460,6 +460,19 @@ def test_a_scaler_scales_the_gradients_of_tables(kv, dtype, unscales):
     assert [kv.info(key).version for key in ("t", "bias")] == [2, 2]
 
 
+def test_a_scaled_step_of_tables_that_is_refused_can_be_repeated(kv):
+    model = TableModel(kv)
+    trainer = Trainer(model, kv, "sgd", lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(model(torch.tensor([7]))).backward()
+    trainer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(tensorkv.OptimizerError, match="learning rate"):
+        scaler.step(trainer.optimizer)
+    trainer.param_groups[0]["lr"] = 1.0
+    scaler.step(trainer.optimizer)
+    assert whole(kv)[7].tolist() == [-1.0] * D
+
+
 def test_a_scaler_lowers_its_scale_if_only_a_table_overflows(kv):
     model = TableModel(kv, torch.float16)
     trainer = Trainer(model, kv, "sgd", lr=1.0)

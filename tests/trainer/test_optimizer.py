@@ -377,6 +377,24 @@ def test_a_scheduler_notices_the_step_of_a_trainer():
     assert trainer.learning_rate == 0.05
 
 
+@pytest.mark.parametrize("update_on_store", MODES)
+def test_a_scaled_step_that_is_refused_can_be_repeated(update_on_store):
+    model = nn.Linear(2, 1, bias=False)
+    trainer = Trainer(model, tensorkv.create(), "sgd", lr=0.5, update_on_store=update_on_store)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = model.weight.detach().clone()
+    scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+    trainer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(tensorkv.OptimizerError, match="learning rate"):
+        scaler.step(trainer.optimizer)
+    assert model.weight.grad.tolist() == [[1024, 1024]]
+    trainer.param_groups[0]["lr"] = 0.5
+    scaler.step(trainer.optimizer)
+    scaler.update()
+    assert model.weight.grad.tolist() == [[1, 1]]
+    assert torch.equal(model.weight, before - 0.5)
+
+
 def test_a_grad_scaler_and_overlap_exclude_each_other():
     model = _model()
     trainer = Trainer(model, tensorkv.create(), "sgd", lr=0.1, overlap=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -225,8 +225,8 @@ class StoreOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
-            with self._kv._engine.collective("Trainer.step"):
-                if self._unscale():
+            with self._kv._engine.collective("Trainer.step"), self._unscaled() as steps:
+                if steps:
                     self._push_and_pull()
                 if self._buffers is not None:
                     self._buffers.synchronise()
@@ -248,14 +248,17 @@ class StoreOptimizer(torch.optim.Optimizer):
             self._update.step(self._gradients.all(), rows, pushed)
         embedding.step(self._tables_of, pushed=self._kv)
 
-    def _unscale(self) -> bool:
-        """Do what a GradScaler that calls ``step`` asks for; return whether to step.
+    @contextmanager
+    def _unscaled(self) -> Iterator[bool]:
+        """Do what a GradScaler that calls ``step`` asks for; tell the block whether to step.
 
         It gives ``found_inf``, and ``grad_scale`` if gradients are still scaled. Every worker divides by its own scale.
+        If the block raises, gradients are scaled again, since a step that is repeated divides them again.
         """
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
         if found_inf is None:
-            return True
+            yield True
+            return
         if self._overlap is not None:
             self._overlap.begin()
             raise OptimizerError(
@@ -264,16 +267,27 @@ class StoreOptimizer(torch.optim.Optimizer):
         if any(map(any, self._kv._gather("step", bytes([bool(found_inf)])))):
             for layer in self._tables:
                 layer.zero_grad()
-            return False
+            yield False
+            return
         scale: torch.Tensor | None = getattr(self, "grad_scale", None)
-        if scale is not None:
-            factor = scale.double().reciprocal().item()
-            for replicas in self._params.values():
-                for param in replicas:
-                    if param.grad is not None:
-                        param.grad.mul_(factor)
-            embedding.scale(self._tables, factor)
-        return True
+        if scale is None:
+            yield True
+            return
+        factor = scale.double().item()
+        try:
+            self._kv._engine.protect(self._scale, 1 / factor)
+            yield True
+        except BaseException:
+            self._kv._engine.protect(self._scale, factor)
+            raise
+
+    def _scale(self, factor: float) -> None:
+        """Multiply the gradients that a step pushes."""
+        for replicas in self._params.values():
+            for param in replicas:
+                if param.grad is not None:
+                    param.grad.mul_(factor)
+        embedding.scale(self._tables, factor)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Return a block in which backward adds to the gradients and pushes nothing, as ``Trainer.no_sync``."""

@@ -105,6 +105,30 @@ def test_workers_that_set_different_learning_rates_get_an_error(update_on_store)
         assert rates == [0.1, 0.05]
 
 
+@pytest.mark.parametrize("name", ["local", "device"])
+def test_states_of_a_channels_last_model(name):
+    alone = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+    model = copy.deepcopy(alone)
+    x = torch.ones(1, 3, 4, 4)
+
+    def train(net, optimizer):
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        optimizer.step()
+
+    expected = torch.optim.AdamW(alone.parameters(), lr=0.01)
+    train(alone, expected)
+    assert not expected.state[alone.weight]["exp_avg"].is_contiguous()
+    model.load_state_dict(alone.state_dict())
+    with tensorkv.create(name) as kv:
+        trainer = Trainer(model, kv, "adamw", lr=0.01)
+        trainer.optimizer.load_state_dict(expected.state_dict())
+        for _ in range(3):
+            train(alone, expected)
+            train(model, trainer.optimizer)
+            torch.testing.assert_close(model.weight, alone.weight)
+
+
 def test_a_checkpoint_has_what_a_scheduler_has_set_last(tmp_path):
     assert programs.resume("local", tmp_path / "local") == [0.025, 0.0125]
     assert run(2, programs.resume, "dist_sync", str(tmp_path / "dist")) == [[0.025, 0.0125]] * 2

@@ -283,13 +283,13 @@ class StoreUpdate:
             states = {
                 key: {name: _tensor(each) for name, each in state["state"].get(key, {}).items()} for key in self._params
             }
-        except (AttributeError, OptimizerError, TypeError, ValueError) as error:
+        except (AttributeError, OptimizerError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"load_state_dict: {error}") from error
         if loaded.name != spec.name:
             raise CheckpointError(f"load_state_dict: the state is of {loaded.name}, the store has {spec.name}")
         entries = []
         for key in self._params:
-            weight = state["weights"][key].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            weight = _contiguous(state["weights"][key])
             entries.append(Entry(key, self._kv._engine.spec("load_state_dict", key), weight, 0, states[key]))
         return Contents("keys", entries, StepOptimizer(loaded))
 
@@ -513,5 +513,10 @@ def _numbers_of(spec: OptimizerSpec, keys: Sequence[str]) -> dict[str, Any]:
 def _tensor(state: Any) -> torch.Tensor:
     """Return a copy of an optimizer's state, which may be a number."""
     if isinstance(state, torch.Tensor):
-        return state.clone()
+        return _contiguous(state)
     return torch.tensor(state, dtype=torch.float32, device="cpu")
+
+
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy as stores hold values, whatever the layout and device of a model."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

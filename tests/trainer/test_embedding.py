@@ -532,6 +532,34 @@ def test_a_scheduler_sets_the_learning_rate_of_tables(kv, groups, has_more):
     assert whole(kv)[7].tolist() == [-2.75] * D
 
 
+@pytest.mark.parametrize("rates", [(1.0, 0.5), (0.5, 1.0), (0.25, 1.0)])
+@pytest.mark.parametrize("has_more", [True, False])
+def test_a_number_of_all_groups_is_the_tables_too_if_some_have_it_already(kv, has_more, rates):
+    model = TableModel(kv)
+    model.other = nn.Parameter(torch.zeros(1))
+    if has_more:
+        kv.init("more", torch.zeros(1))
+    groups = [{"params": name, "lr": lr} for name, lr in zip(("bias", "other"), rates, strict=True)]
+    trainer = Trainer(model, kv, "sgd", lr=1.0, param_groups=groups)
+    for group in trainer.param_groups:
+        group["lr"] = 0.5
+    model(torch.tensor([7])).backward()
+    trainer.step()
+    assert whole(kv)[7].tolist() == [-0.5] * D
+    assert model.bias.item() == -0.5
+
+
+def test_a_group_that_is_added_leaves_the_numbers_of_tables_alone(kv):
+    model = TableModel(kv)
+    model.other = nn.Parameter(torch.zeros(1), requires_grad=False)
+    trainer = Trainer(model, kv, "sgd", lr=1.0, param_groups=[{"params": "bias", "lr": 0.5}])
+    model.other.requires_grad_()
+    trainer.optimizer.add_param_group({"params": "other", "lr": 0.5})
+    model(torch.tensor([7])).backward()
+    trainer.step()
+    assert whole(kv)[7].tolist() == [-1.0] * D
+
+
 def test_a_number_of_one_group_is_not_the_tables(kv):
     model = TableModel(kv)
     model.other = nn.Parameter(torch.zeros(1))

@@ -131,6 +131,15 @@ class StoreOptimizer(torch.optim.Optimizer):
             changes.append({word: number for word, number in numbers.items() if number != seen[word]})
         return changes
 
+    def _written_everywhere(self, changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return changes in which a number that all groups have after them, which is the tables' too, is in each."""
+        alike = {}
+        for word in (word for change in changes for word in change):
+            first, *others = [_number(group[word]) for group in self._groups]
+            if all(other == first for other in others):
+                alike[word] = first
+        return [{**change, **alike} for change in changes]
+
     @collective("Trainer.step")
     def flush(self) -> None:
         """Put hyperparameters that were written into ``param_groups`` in force now, rather than with the next step.
@@ -145,7 +154,7 @@ class StoreOptimizer(torch.optim.Optimizer):
         changes = self._changes()
         if any(changes):
             with naming("Trainer"):
-                self._update.write(changes)
+                self._update.write(self._written_everywhere(changes) if self._update.on_store else changes)
             self._seen = self._update.read()
             for group, numbers in zip(self._groups, self._seen, strict=True):
                 group.update(numbers)

@@ -64,6 +64,25 @@ def test_training_goes_on_after_a_push_that_failed_within_backward():
         assert {kv.info(key).version for key in kv} == {3}
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_training_goes_on_after_a_backward_that_failed(failing):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    with tensorkv.create() as kv:
+        trainer = Trainer(model, kv, lr=0.1, overlap=True)
+        for step in range(3):
+            trainer.zero_grad()
+            hidden = model[0](torch.ones(1, 2))
+            if step == failing:
+                # Of the second layer gradients are computed, of the first one they are not.
+                hidden.register_hook(lambda grad: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    model[1](hidden).sum().backward()
+                continue
+            model[1](hidden).sum().backward()
+            trainer.step()
+        assert {kv.info(key).version for key in ("0.weight", "0.bias")} == {2}
+
+
 def test_a_gradient_of_a_batch_within_no_sync_alone_is_pushed():
     model = nn.ModuleList([nn.Linear(1, 1, bias=False) for _ in range(2)])
     trainer = Trainer(model, tensorkv.create(), lr=1.0, overlap=True)

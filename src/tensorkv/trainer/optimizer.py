@@ -317,7 +317,8 @@ class StoreOptimizer(torch.optim.Optimizer):
         for layer in self._tables:
             layer.zero_grad(set_to_none)
         if self._overlap is not None:
-            self._overlap.recover()
+            # Backward may have raised when it had computed some gradients, or a push within it.
+            self._overlap.begin()
 
     # ------------------------------------------------------------ state
 

@@ -58,7 +58,6 @@ class Overlap:
 
     def begin(self) -> None:
         """Forget what backward has computed and what was pushed since the last step."""
-        self._has_failed = False
         self._found_inf: bool | None = None
         self._missing = {key: len(replicas) for key, replicas in self._params.items()}
         self._next = 0
@@ -71,8 +70,8 @@ class Overlap:
             if self._missing[key] < 0:
                 raise ArgumentError(
                     f"Trainer: backward has computed the gradient of {quote(key)} twice; with overlap=True call step() "
-                    "after each backward. To accumulate gradients, make all backward calls but the last "
-                    "within trainer.no_sync()"
+                    "after each backward, or trainer.zero_grad() if it has raised. To accumulate gradients, make all "
+                    "backward calls but the last within trainer.no_sync()"
                 )
             if self._buckets is None:
                 self._order.pop(key, None)
@@ -93,19 +92,15 @@ class Overlap:
             self._accumulates = before
 
     def _push(self, keys: Sequence[str]) -> None:
-        try:
-            if self._next == 0:
-                self._before()
-            grads = self._gradients.of(keys)
-            if grads:
-                # Backward computes last what the next forward pass needs first.
-                self._kv.push(list(grads), self._parts(grads), priority=self._next)
-                found_inf = self._kv.last_push.found_inf
-                if found_inf is not None:
-                    self._found_inf = self._found_inf or found_inf
-        except BaseException:
-            self._has_failed = True
-            raise
+        if self._next == 0:
+            self._before()
+        grads = self._gradients.of(keys)
+        if grads:
+            # Backward computes last what the next forward pass needs first.
+            self._kv.push(list(grads), self._parts(grads), priority=self._next)
+            found_inf = self._kv.last_push.found_inf
+            if found_inf is not None:
+                self._found_inf = self._found_inf or found_inf
         self._next += 1
 
     def finish(self) -> PushResult:
@@ -121,11 +116,6 @@ class Overlap:
         result = PushResult(self._found_inf)
         self.begin()
         return result
-
-    def recover(self) -> None:
-        """Reset if a push has failed since the last step."""
-        if self._has_failed:
-            self.begin()
 
     def _make_buckets(self) -> list[list[str]]:
         order = [*self._order, *(key for key in reversed(self._params) if key not in self._order)]

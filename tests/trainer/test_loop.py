@@ -1,5 +1,6 @@
 """What a training loop does besides steps: accumulation, unused parameters, buffers; on one worker and on several."""
 
+import weakref
 from contextlib import suppress
 
 import numpy as np
@@ -81,6 +82,38 @@ def test_training_goes_on_after_a_backward_that_failed(failing):
             model[1](hidden).sum().backward()
             trainer.step()
         assert {kv.info(key).version for key in ("0.weight", "0.bias")} == {2}
+
+
+def test_backward_pushes_nothing_for_a_trainer_that_is_gone():
+    model = nn.Linear(2, 1)
+    with tensorkv.create() as kv:
+        trainer = Trainer(model, kv, lr=0.1, overlap=True)
+        for _ in range(2):
+            trainer.zero_grad()
+            model(torch.ones(1, 2)).sum().backward()
+            trainer.step()
+        optimizer = weakref.ref(trainer.optimizer)
+        del trainer
+        assert optimizer() is None
+        for _ in range(2):
+            model(torch.ones(1, 2)).sum().backward()
+        assert {kv.info(key).version for key in kv} == {2}
+
+
+def test_backward_pushes_nothing_to_a_store_that_was_closed():
+    model = nn.Linear(2, 1)
+    old = []
+    for _ in range(2):
+        with tensorkv.create() as kv:
+            old.append(Trainer(model, kv, lr=0.1, overlap=True))
+            for version in (1, 2):
+                old[-1].zero_grad()
+                model(torch.ones(1, 2)).sum().backward()
+                old[-1].step()
+                assert {kv.info(key).version for key in kv} == {version}
+    model(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(tensorkv.StoreClosedError):
+        old[0].step()
 
 
 def test_a_gradient_of_a_batch_within_no_sync_alone_is_pushed():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from tensorkv.errors import ArgumentError, quote
 from tensorkv.shard.norm import PushResult
@@ -42,18 +44,23 @@ class Overlap:
         parts: Callable[[Grads], list[list[torch.Tensor]]],
         before: Callable[[], None],
     ) -> None:
-        self._kv, self._params, self._gradients, self._parts, self._before = kv, params, gradients, parts, before
+        self._kv, self._params, self._gradients, self._parts = kv, params, gradients, parts
+        # Of the object that owns this one; a cycle would keep both until Python looks for cycles.
+        self._before = weakref.WeakMethod(before)
         self._buckets: list[list[str]] | None = None
         # Keys in the order in which the first backward computes the gradients of their last replicas.
         self._order: dict[str, None] = {}
         self._accumulates = False
         self._missing: dict[str, int] = {}
         self._next = 0
-        self._handles = [
+        handles = [
             param.register_post_accumulate_grad_hook(self._hook(key))  # type: ignore[no-untyped-call]
             for key, replicas in params.items()
             for param in replicas
         ]
+        self.close = weakref.finalize(self, _remove, handles)
+        """Remove the hooks, as happens when this object is gone."""
+        self.close.atexit = False
         self.begin()
 
     def begin(self) -> None:
@@ -63,24 +70,31 @@ class Overlap:
         self._next = 0
 
     def _hook(self, key: str) -> Any:
+        # Parameters live longer than a Trainer, and keep their hooks.
+        weak = weakref.ref(self)
+
         def hook(_: torch.Tensor) -> None:
-            if self._accumulates:
-                return
-            self._missing[key] -= 1
-            if self._missing[key] < 0:
-                raise ArgumentError(
-                    f"Trainer: backward has computed the gradient of {quote(key)} twice; with overlap=True call step() "
-                    "after each backward, or trainer.zero_grad() if it has raised. To accumulate gradients, make all "
-                    "backward calls but the last within trainer.no_sync()"
-                )
-            if self._buckets is None:
-                self._order.pop(key, None)
-                self._order[key] = None
-                return
-            while self._next < len(self._buckets) and not any(self._missing[k] for k in self._buckets[self._next]):
-                self._push(self._buckets[self._next])
+            overlap = weak()
+            if overlap is not None and not overlap._accumulates and not overlap._kv._closed:
+                overlap._take(key)
 
         return hook
+
+    def _take(self, key: str) -> None:
+        """Note that backward has computed a gradient, and push the buckets that have all of theirs."""
+        self._missing[key] -= 1
+        if self._missing[key] < 0:
+            raise ArgumentError(
+                f"Trainer: backward has computed the gradient of {quote(key)} twice; with overlap=True call step() "
+                "after each backward, or trainer.zero_grad() if it has raised. To accumulate gradients, make all "
+                "backward calls but the last within trainer.no_sync()"
+            )
+        if self._buckets is None:
+            self._order.pop(key, None)
+            self._order[key] = None
+            return
+        while self._next < len(self._buckets) and not any(self._missing[k] for k in self._buckets[self._next]):
+            self._push(self._buckets[self._next])
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -92,8 +106,8 @@ class Overlap:
             self._accumulates = before
 
     def _push(self, keys: Sequence[str]) -> None:
-        if self._next == 0:
-            self._before()
+        if self._next == 0 and (before := self._before()) is not None:
+            before()
         grads = self._gradients.of(keys)
         if grads:
             # Backward computes last what the next forward pass needs first.
@@ -130,7 +144,7 @@ class Overlap:
             room -= self._params[key][0].nbytes
         return buckets
 
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
+
+def _remove(handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -490,6 +490,21 @@ def test_a_scaler_lowers_its_scale_if_only_a_table_overflows(kv):
     assert whole(kv)[7].tolist() == [-1.0] * D
 
 
+def test_a_step_that_is_repeated_pushes_no_bucket_again():
+    with tensorkv.create(nonfinite="raise") as kv:
+        model = TableModel(kv)
+        trainer = Trainer(model, kv, "sgd", lr=1.0, overlap=True)
+        for version, factor in ((1, 1.0), (2, float("inf")), (3, 1.0)):
+            trainer.zero_grad()
+            model(torch.tensor([7]), factor).backward()
+            if factor != 1:
+                with pytest.raises(tensorkv.NonFiniteError, match='"t"'):
+                    trainer.step()
+                model.table.zero_grad()
+            trainer.step()
+            assert (kv.info("bias").version, model.bias.item()) == (version, -version)
+
+
 def test_gradients_of_tables_are_clipped_through_the_groups(kv):
     model = TableModel(kv)
     trainer = Trainer(model, kv, "sgd", lr=1.0)

@@ -87,6 +87,24 @@ def test_frozen_layers_are_added_later(update_on_store, overlap):
     programs.thaw("local", update_on_store, overlap)
 
 
+def test_no_layers_are_added_while_gradients_of_a_step_are_pushed():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    with tensorkv.create() as kv:
+        trainer = Trainer(model, kv, "sgd", lr=0.1, overlap=True)
+        for version in (1, 2):
+            trainer.zero_grad()
+            model(torch.ones(1, 2)).sum().backward()
+            if version == 2:
+                with pytest.raises(tensorkv.ArgumentError, match=r"backward has pushed .* after step\(\)"):
+                    trainer.optimizer.add_param_group({"params": "0.*"})
+            trainer.step()
+            assert {kv.info(key).version for key in kv} == {version}
+        model[0].requires_grad_()
+        trainer.optimizer.add_param_group({"params": "0.*"})
+        assert len(kv.keys()) == 4
+
+
 def test_states_and_new_groups_over_workers():
     assert run(2, programs.states_and_groups, "dist_sync") == ["done"] * 2
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tensorkv.arrays.arguments import Key
-from tensorkv.errors import CheckpointError, OptimizerError, naming, show
+from tensorkv.errors import ArgumentError, CheckpointError, OptimizerError, naming, show
 from tensorkv.store import KVStore
 
 from . import embedding
@@ -194,9 +194,15 @@ class StoreOptimizer(torch.optim.Optimizer):
                 and hyperparameters. All workers of a store add the same group.
 
         Raises:
-            ArgumentError: parameters of another model, or that are in a group already.
+            ArgumentError: parameters of another model, or that are in a group already; with ``overlap=True`` a call
+                between ``backward`` and ``step``.
             KeyExistsError: the store has a key of such a name.
         """
+        if self._overlap is not None and self._overlap.has_pushed:
+            raise ArgumentError(
+                "add_param_group: backward has pushed gradients of the next step, which overlap=True allows; "
+                "add groups after step() or trainer.zero_grad()"
+            )
         with naming("add_param_group"):
             named = parameters(self._replicas)
             group = group_of("add_param_group", param_group, named, self._prefix, self._update.groups)
@@ -255,6 +261,8 @@ class StoreOptimizer(torch.optim.Optimizer):
             self.flush()
         with embedding.taken(self._tables_of, self._kv) as rows:
             self._update.step(self._gradients.all(), rows, pushed)
+        if self._overlap is not None:
+            self._overlap.begin()
         embedding.step(self._tables_of, pushed=self._kv)
 
     @contextmanager

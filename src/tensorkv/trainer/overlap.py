@@ -117,8 +117,15 @@ class Overlap:
                 self._found_inf = self._found_inf or found_inf
         self._next += 1
 
+    @property
+    def has_pushed(self) -> bool:
+        """Whether some gradients of the next step are in the store."""
+        return self._next > 0
+
     def finish(self) -> PushResult:
         """Push the remaining buckets, which have a parameter that backward has not reached.
+
+        Until ``begin`` is called, another call pushes nothing again.
 
         Returns:
             What was found out about all pushes of the step.
@@ -127,9 +134,7 @@ class Overlap:
             self._buckets = self._make_buckets()
         while self._next < len(self._buckets):
             self._push(self._buckets[self._next])
-        result = PushResult(self._found_inf)
-        self.begin()
-        return result
+        return PushResult(self._found_inf)
 
     def _make_buckets(self) -> list[list[str]]:
         order = [*self._order, *(key for key in reversed(self._params) if key not in self._order)]

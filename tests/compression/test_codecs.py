@@ -211,6 +211,19 @@ def test_a_codec_is_described_as_it_is_made(params):
 
 
 @pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({"type": "2bit", "threshold": np.float32(0.5)}, {"type": "2bit", "threshold": 0.5}),
+        ({"type": "1bit", "threshold": np.int64(1)}, {"type": "1bit", "threshold": 1}),
+        ({"type": "topk", "ratio": np.float16(0.25)}, {"type": "topk", "ratio": 0.25}),
+        ({"type": "powersgd", "rank": np.int32(4)}, {"type": "powersgd", "rank": 4}),
+    ],
+)
+def test_parameters_may_be_numbers_of_numpy(params, expected):
+    assert json.loads(json.dumps(compression.parse(params).to_json())) == expected
+
+
+@pytest.mark.parametrize(
     ("params", "message"),
     [
         ({"type": "2bit", "threshold": 0}, "2bit: threshold is 0; expected a number of float32 above 0"),

@@ -142,7 +142,8 @@ def parse(params: Any) -> Codec | None:
         raise ArgumentError(
             f'got {show(params)}; expected a dict such as {{"type": "2bit", "threshold": 0.5}}, or None'
         )
-    given = dict(params)
+    # Python's numbers, as JSON has them.
+    given = {word: each.item() if isinstance(each, np.generic) else each for word, each in params.items()}
     name = given.pop("type")
     if name == "none" and not given:
         return None
@@ -174,7 +175,7 @@ def check_number(name: str, value: Any, *, above: float = 0.0, most: float = flo
         ...
     tensorkv.errors.ArgumentError: threshold is 1e-60; expected a number of float32 above 0
     """
-    is_number = isinstance(value, int | float | np.floating | np.integer) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and math.isfinite(value) and value <= most and float(np.float32(value)) > above:
         return
     bound = "" if most == np.finfo(np.float32).max else f", at most {most:g}"

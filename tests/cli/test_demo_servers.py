@@ -1,11 +1,13 @@
 """The demo on parameter servers: it learns in every mode, and names the PNG."""
 
+import copy
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("ray")
 pytest.importorskip("rich")
@@ -14,6 +16,7 @@ pytest.importorskip("matplotlib")
 from tensorkv.cli import demo, demo_servers, main
 from tensorkv.cli.demo_servers import AccuracyCurve, Consistency
 from tests.support.amount import amount
+from tests.support.fake_servers import Cluster, together
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -80,6 +83,35 @@ def test_one_worker_trains_in_this_process(server_pool, monkeypatch):
     assert told[-1] == 2 * 22
     assert curve.seconds == sorted(curve.seconds)
     assert len(curve.seconds) == len(curve.accuracies) == len(told)
+
+
+def weights_after(workers, settings, digits, *, mode):
+    """Train with some workers; return the weights in the store, and how often they were updated."""
+    with Cluster(mode=mode, num_workers=workers) as cluster:
+        stores = cluster.stores(workers)
+
+        def train(kv):
+            demo_servers.train(digits, settings, kv, averages=mode == "sync")
+
+        together(*(lambda kv=kv: train(kv) for kv in stores))
+        return stores[0].pull("1.weight"), stores[0].info("1.weight").version
+
+
+@pytest.mark.parametrize("batch_size", [4, 2])
+def test_workers_in_lock_step_learn_what_one_learns_from_whole_batches(monkeypatch, batch_size):
+    """Also where the last batch, or every batch, has fewer images than there are workers."""
+    all_digits, first = demo.load_digits(), demo.network(0)
+    digits = demo.Digits(*(each[:9] for each in vars(all_digits).values()))
+    monkeypatch.setattr(demo_servers, "SLEEP_S", 0.0)
+    # Workers of this test are threads, which share the generator of random numbers.
+    monkeypatch.setattr(demo_servers, "network", lambda seed: copy.deepcopy(first))
+    settings = demo.Settings(epochs=2, batch_size=batch_size, optimizer="sgd", store="dist_async")
+    one, steps = weights_after(1, settings, digits, mode="sync")
+    four, steps_of_four = weights_after(4, settings, digits, mode="sync")
+    assert steps == steps_of_four
+    torch.testing.assert_close(four, one, rtol=1e-5, atol=1e-6)
+    _, steps_apart = weights_after(4, settings, digits, mode="async")
+    assert steps_apart == 4 * steps
 
 
 def test_paces_are_the_one_asked_for_or_three():

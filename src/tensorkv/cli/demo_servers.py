@@ -88,7 +88,7 @@ def train(digits: Digits, settings: Settings, kv: KVStore, *, averages: bool, pr
         digits: the data set.
         settings: number of epochs, learning rate, and so on.
         kv: the store, without keys; all workers call this together.
-        averages: whether the store averages the pushes of all workers, in lock step.
+        averages: whether a step takes the pushes of all workers, in lock step, so that it averages over the batch.
         progress: called with the number of updates and the accuracy.
 
     Returns:
@@ -96,8 +96,7 @@ def train(digits: Digits, settings: Settings, kv: KVStore, *, averages: bool, pr
     """
     model = network(settings.seed)
     workers = kv.num_workers
-    scale = 1 / workers if averages else 1.0
-    trainer = Trainer(model, kv, settings.optimizer, rescale_grad=scale, **learning_rate(settings))
+    trainer = Trainer(model, kv, settings.optimizer, **learning_rate(settings))
     first_rate = trainer.learning_rate
     shuffler = torch.Generator().manual_seed(settings.seed)
     kv.barrier()  # the clock starts when every worker is ready
@@ -112,10 +111,11 @@ def train(digits: Digits, settings: Settings, kv: KVStore, *, averages: bool, pr
                 share = batch.tensor_split(workers)[kv.rank]
                 if kv.rank == workers - 1:
                     time.sleep(SLEEP_S)
-                if len(share):
-                    trainer.zero_grad()
-                    loss = cross_entropy(model(digits.images[share]), digits.labels[share])
-                    loss.backward()  # type: ignore[no-untyped-call]
+                trainer.zero_grad()
+                loss = cross_entropy(model(digits.images[share]), digits.labels[share], reduction="sum")
+                # A share without images has gradients of zero.
+                averaged = len(batch) if averages else max(1, len(share))
+                (loss / averaged).backward()  # type: ignore[no-untyped-call]
                 trainer.step()  # push this worker's gradient, pull the present weights
         kv.barrier()
     return curve

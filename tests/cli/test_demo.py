@@ -1,7 +1,10 @@
 """The demo learns, shows that many replicas are as good as one, and says where its picture is."""
 
+import json
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,6 +204,72 @@ def test_too_low_an_accuracy_is_a_failure_that_still_shows_the_curves(tmp_path, 
 def test_only_the_demos_own_training_is_held_to_its_accuracy(tmp_path, monkeypatch, options, status):
     monkeypatch.setattr(demo, "run", lambda *_, **__: demo.Curves([1.0], [0.55]))
     assert main.main(["demo", "--out", str(tmp_path / "a.png"), *options]) == status
+
+
+TRAINED = ["--epochs", "2", "--batch-size", "500", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint of two epochs, and its curves."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert run_demo(folder, *TRAINED, "--checkpoint", str(folder))[0] == 0
+    return folder
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "checkpoint"))
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_training_resumes_from_a_checkpoint(tmp_path, checkpoint, epochs):
+    before = json.loads((checkpoint / "curves.json").read_text())
+    words = [*TRAINED, "--epochs", str(epochs), "--checkpoint", str(checkpoint)]
+    assert run_demo(tmp_path, *words)[0] == 0
+    after = json.loads((checkpoint / "curves.json").read_text())
+    assert len(after["losses"]) == epochs
+    assert after["losses"][:2] == before["losses"]
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--epochs", "1"], "has 2 epochs; expected at most --epochs 1"),
+        (["--batch-size", "250"], "was trained with --batch-size 500; expected 250"),
+        (["--optimizer", "sgd"], "was trained with --optimizer adam; expected sgd"),
+        (["--lr", "0.5"], "was trained with --lr 0.005; expected 0.5"),
+        (["--seed", "3"], "was trained with --seed 0; expected 3"),
+        (["--replicas", "3"], "was trained with --replicas 2; expected 3"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_not_resumed(tmp_path, capsys, checkpoint, options, part):
+    before = (checkpoint / "curves.json").read_bytes()
+    status, out = run_demo(tmp_path, *TRAINED, "--checkpoint", str(checkpoint), *options)
+    error = capsys.readouterr().err
+    assert (status, error.count("\n")) == (1, 1)
+    assert f"{checkpoint}: {part}" in error
+    assert not out.exists()
+    assert (checkpoint / "curves.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["", "{", "[]", "[[1.0, 2.0], [0.5, 0.6]]", '{"settings": {}, "losses": 3, "accuracies": []}', "[" * 100_000],
+)
+def test_damaged_curves_of_a_checkpoint_are_an_error_of_one_line(tmp_path, capsys, checkpoint, written):
+    (checkpoint / "curves.json").write_text(written)
+    status, _ = run_demo(tmp_path, *TRAINED, "--checkpoint", str(checkpoint))
+    error = capsys.readouterr().err
+    assert (status, error.count("\n")) == (1, 1)
+    assert f"{checkpoint / 'curves.json'}: damaged" in error
+
+
+def test_curves_that_lack_an_epoch_of_their_checkpoint_are_damaged(tmp_path, capsys, checkpoint):
+    found = json.loads((checkpoint / "curves.json").read_text())
+    (checkpoint / "curves.json").write_text(json.dumps({**found, "losses": found["losses"][:1]}))
+    assert run_demo(tmp_path, *TRAINED, "--checkpoint", str(checkpoint))[0] == 1
+    assert "curves.json: damaged" in capsys.readouterr().err
 
 
 def test_a_training_that_blows_up_is_plotted_too(tmp_path, capsys):

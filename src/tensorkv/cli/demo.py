@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from tensorkv.errors import CheckpointError
 from tensorkv.store import KVStore, create
 from tensorkv.trainer.trainer import Trainer
 
@@ -170,15 +171,60 @@ def _resume(settings: Settings, kv: KVStore, trainer: Trainer, steps: int) -> Cu
         kv: the store, which loads it.
         trainer: whose replicas pull the weights.
         steps: the number of steps in an epoch.
+
+    Raises:
+        CheckpointError: damaged, of a training with other settings, or with more epochs than these settings have.
     """
-    if settings.checkpoint is None or not (settings.checkpoint / "store" / "manifest.json").exists():
+    folder = settings.checkpoint
+    if folder is None or not (folder / "store" / "manifest.json").exists():
         return Curves([], [])
-    kv.load(settings.checkpoint / "store")
+    curves = _read_curves(folder, settings)
+    kv.load(folder / "store")
     trainer.refresh()
-    losses, accuracies = json.loads((settings.checkpoint / "curves.json").read_text())
     # The curves are written before the checkpoint, so they may have one more epoch.
     done = kv.info(trainer.keys[0]).version // steps
-    return Curves(losses[:done], accuracies[:done])
+    if done > settings.epochs:
+        raise CheckpointError(
+            f"--checkpoint {folder}: has {done} epochs; expected at most --epochs {settings.epochs}. "
+            "Give more epochs or another directory"
+        )
+    if done > min(len(curves.losses), len(curves.accuracies)):
+        raise _damaged(folder, f"the checkpoint has {done} epochs, the curves have fewer")
+    return Curves(curves.losses[:done], curves.accuracies[:done])
+
+
+def _read_curves(folder: Path, settings: Settings) -> Curves:
+    """Return the curves beside a checkpoint.
+
+    Raises:
+        CheckpointError: damaged, or of a training with other settings.
+    """
+    try:
+        found = json.loads((folder / "curves.json").read_text())
+        saved = {name: found["settings"][name] for name in _resumable(settings)}
+        curves = Curves([float(each) for each in found["losses"]], [float(each) for each in found["accuracies"]])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _damaged(folder, repr(error)) from None
+    for name, expected in _resumable(settings).items():
+        if saved[name] != expected:
+            option = f"--{name.replace('_', '-')}"
+            raise CheckpointError(
+                f"--checkpoint {folder}: was trained with {option} {saved[name]}; expected {expected}. "
+                "Give the same value or another directory"
+            )
+    return curves
+
+
+def _damaged(folder: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder / 'curves.json'}: damaged, or not written by this demo: {why}. Give another directory"
+    )
+
+
+def _resumable(settings: Settings) -> dict[str, Any]:
+    """Return the settings that cannot change when a training is resumed."""
+    names = ("replicas", "batch_size", "optimizer", "seed")
+    return {**{name: getattr(settings, name) for name in names}, "lr": learning_rate(settings).get("lr")}
 
 
 def _save_checkpoint(settings: Settings, kv: KVStore, curves: Curves) -> None:
@@ -187,7 +233,8 @@ def _save_checkpoint(settings: Settings, kv: KVStore, curves: Curves) -> None:
     if kv.rank == 0:
         settings.checkpoint.mkdir(parents=True, exist_ok=True)
         written = settings.checkpoint / "curves.tmp"
-        written.write_text(json.dumps([curves.losses, curves.accuracies]))
+        content = {"settings": _resumable(settings), "losses": curves.losses, "accuracies": curves.accuracies}
+        written.write_text(json.dumps(content))
         os.replace(written, settings.checkpoint / "curves.json")
     kv.barrier()
     kv.save(settings.checkpoint / "store")
@@ -306,6 +353,7 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> Curves:
         The curves of the several replicas.
 
     Raises:
+        CheckpointError: the checkpoint is damaged, or not one of this training.
         ModuleNotFoundError: scikit-learn or matplotlib is not installed.
         OSError: the PNG cannot be written.
     """

@@ -216,6 +216,15 @@ def show(thing: Any) -> str:
     return shown if len(shown) <= _SHOWN and shown.isprintable() and " at 0x" not in shown else article
 
 
+def install_hint(extra: str) -> str:
+    """Say how to install an extra: from a checkout, since the name may be another package's on PyPI.
+
+    >>> install_hint("ray")
+    "in a checkout of tensorkv: pip install '.[ray]'"
+    """
+    return f"in a checkout of tensorkv: pip install '.[{extra}]'"
+
+
 @contextmanager
 def naming(call: str) -> Iterator[None]:
     """Put the call, such as ``push("w")``, in front of the messages of errors that do not begin with its verb."""

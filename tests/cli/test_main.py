@@ -56,11 +56,11 @@ def test_version(capsys):
             "demo",
             "--replicas --epochs --batch-size --lr --optimizer --seed --store --out --min-accuracy --quiet --workers "
             "--servers --mode --staleness --compression powersgd "
-            "tensorkv-demo.png (4) (20) (64) (adam; with --compression: sgd) (local) examples: tensorkv[examples]",
+            "tensorkv-demo.png (4) (20) (64) (adam; with --compression: sgd) (local) examples: '.[examples]'",
         ),
-        ("tutorial", "--arrays numpy torch jax examples: tensorkv[jax]"),
+        ("tutorial", "--arrays numpy torch jax examples: '.[jax]'"),
         ("inspect", "CHECKPOINT --json --verify examples:"),
-        ("top", "--name --address --every --once --json (tensorkv) (1.0) RAY_ADDRESS examples: tensorkv[ray]"),
+        ("top", "--name --address --every --once --json (tensorkv) (1.0) RAY_ADDRESS examples: '.[ray]'"),
     ],
 )
 def test_help_of_a_command_names_its_options_and_defaults(capsys, monkeypatch, command, words):
@@ -133,7 +133,8 @@ def test_demo_names_a_missing_extra_before_it_starts_workers(capsys, monkeypatch
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("started workers"))
     error = error_of(capsys, "demo", "--store", *store, status=1)
-    assert error == f"tensorkv: error: {name} is not installed; it comes with: pip install 'tensorkv[{extra}]'\n"
+    hint = f"in a checkout of tensorkv: pip install '.[{extra}]'"
+    assert error == f"tensorkv: error: {name} is not installed; {hint}\n"
 
 
 def test_a_worker_that_fails_is_told_without_the_launchers_traceback(tmp_path):
@@ -225,7 +226,7 @@ def test_the_package_is_a_command():
 def test_without_rich_the_command_says_what_to_install():
     code = "import sys; sys.modules['rich'] = None; import runpy; runpy.run_module('tensorkv', run_name='__main__')"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    shown = "tensorkv: the command line needs rich; pip install 'tensorkv[cli]'\n"
+    shown = "tensorkv: the command line needs rich; in a checkout of tensorkv: pip install '.[cli]'\n"
     assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", shown)
 
 
@@ -263,7 +264,18 @@ def test_a_missing_module_that_no_extra_brings_is_not_hidden(monkeypatch, tmp_pa
 
 def test_tutorial_without_jax_names_the_extra(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax", None)
-    assert "pip install 'tensorkv[jax]'" in error_of(capsys, "tutorial", "--arrays", "jax", status=1)
+    assert "in a checkout of tensorkv: pip install '.[jax]'" in error_of(
+        capsys, "tutorial", "--arrays", "jax", status=1
+    )
+
+
+@pytest.mark.parametrize("call", ["tensorkv.create('dist_async')", "top.run('a', None, 1.0)"])
+def test_without_ray_an_error_names_the_extra(call):
+    code = f"import sys; sys.modules['ray'] = None; import tensorkv; from tensorkv.cli import top; {call}"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    *_, last = ended.stderr.splitlines()
+    assert last.startswith("tensorkv.errors.EngineNotFoundError: ")
+    assert last.endswith("; in a checkout of tensorkv: pip install '.[ray]'")
 
 
 def test_the_console_script_runs_the_command_line(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Training frameworks take ``trainer.optimizer`` for an optimizer of torch: pip install tensorkv[frameworks]."""
+"""Training frameworks take ``trainer.optimizer`` for an optimizer of torch: pip install '.[frameworks]'."""
 
 import copy
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from tensorkv.errors import install_hint
+
 
 def run() -> int:
     """Run the command ``tensorkv`` of this process, and return its exit status."""
@@ -12,6 +14,6 @@ def run() -> int:
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "rich":
             raise
-        print("tensorkv: the command line needs rich; pip install 'tensorkv[cli]'", file=sys.stderr)
+        print(f"tensorkv: the command line needs rich; {install_hint('cli')}", file=sys.stderr)
         return 1
     return main()

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, TypeVar
 
 from tensorkv import __version__, compiled, compression, engines
-from tensorkv.errors import TensorKVError, suggestion
+from tensorkv.errors import TensorKVError, install_hint, suggestion
 from tensorkv.runtime import early
 from tensorkv.shard import optimizers
 
@@ -85,7 +85,7 @@ def _run(argv: Sequence[str] | None) -> int:
         if arguments.extra is None:
             raise
         missing = (error.name or str(error)).partition(".")[0]
-        return _fail(f"{missing} is not installed; it comes with: pip install 'tensorkv[{arguments.extra}]'")
+        return _fail(f"{missing} is not installed; {install_hint(arguments.extra)}")
 
 
 def _fail(message: str, status: int = FAILURE) -> int:
@@ -154,7 +154,7 @@ def _add_demo(commands: Any) -> None:
         "  tensorkv demo --store dist_sync --workers 4 --compression 2bit\n"
         "  torchrun --nproc-per-node=4 -m tensorkv demo --store dist_sync\n"
         "  tensorkv demo --optimizer sgd --lr 0.1 --epochs 40 --min-accuracy 0.95\n\n"
-        "The last line of the output names the PNG. Needs: pip install 'tensorkv[examples]'",
+        f"The last line of the output names the PNG. Needs the extra examples; {install_hint('examples')}",
     )
     for name, metavar, kind, default, text in _demo_options():
         parser.add_argument(name, metavar=metavar, type=kind, default=default, help=text)
@@ -215,7 +215,7 @@ def _add_tutorial(commands: Any) -> None:
         epilog="examples:\n"
         "  tensorkv tutorial\n"
         "  tensorkv tutorial --arrays jax\n\n"
-        "JAX is shown with four CPU devices, and needs: pip install 'tensorkv[jax]'",
+        f"JAX is shown with four CPU devices, and needs the extra jax; {install_hint('jax')}",
     )
     parser.add_argument(
         "--arrays",
@@ -258,7 +258,7 @@ def _add_top(commands: Any) -> None:
         "  tensorkv top --name embeddings --every 5\n"
         "  tensorkv top --once --json | jq '.workers[] | select(.state == \"dead\").rank'\n\n"
         "Rates count requests at servers: a push to two servers counts at each.\n"
-        "Needs: pip install 'tensorkv[ray]'",
+        f"Needs the extra ray; {install_hint('ray')}",
     )
     add = parser.add_argument
     add("--name", default="tensorkv", metavar="NAME", help="name of the store (%(default)s)")
@@ -343,7 +343,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     _check_checkpoint(settings.checkpoint)
     for module, extra in (("sklearn", "examples"), ("matplotlib", "examples"), ("ray", "ray" if on_servers else "")):
         if extra and find_spec(module) is None:
-            return _fail(f"{module} is not installed; it comes with: pip install 'tensorkv[{extra}]'")
+            return _fail(f"{module} is not installed; {install_hint(extra)}")
     workers = arguments.workers or (4 if on_servers else None)
     if workers is not None and "RANK" not in os.environ:
         return _launch(workers)

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tensorkv.errors import EngineNotFoundError
+from tensorkv.errors import EngineNotFoundError, install_hint
 
 from .inspect import printable, size
 
@@ -49,7 +49,7 @@ def run(
     try:
         from tensorkv.engines.ps.ray.observer import observe
     except ImportError as error:
-        raise EngineNotFoundError(f"top needs Ray ({error}); pip install 'tensorkv[ray]'") from error
+        raise EngineNotFoundError(f"top needs Ray ({error}); {install_hint('ray')}") from error
     observer = observe(name, address, timeout_s)
     console = Console()
     is_live = console.is_terminal and not once and not as_json

@@ -12,7 +12,7 @@ from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
 
-from tensorkv.errors import ArgumentError, EngineNotFoundError, naming, quote, show, suggestion
+from tensorkv.errors import ArgumentError, EngineNotFoundError, install_hint, naming, quote, show, suggestion
 from tensorkv.shard.entry import Batch as Batch
 from tensorkv.shard.nonfinite import NonFinite
 from tensorkv.shard.reduce import Reduce
@@ -48,7 +48,7 @@ def _build_ps(**options: Any) -> Engine:
         from .ps.connect import connect
     except ImportError as error:
         raise EngineNotFoundError(
-            f"create: dist_async needs Ray, which cannot be imported ({error}); pip install 'tensorkv[ray]'"
+            f"create: dist_async needs Ray, which cannot be imported ({error}); {install_hint('ray')}"
         ) from error
     return connect(given)
 

@@ -8,6 +8,7 @@ import pytest
 import tensorkv
 from tensorkv.engines.ps import messages
 from tensorkv.engines.ps.messages import VERBS, decode, encode
+from tensorkv.engines.ps.server.server import Server
 
 SENDER = {"owner": "p", "client": "p.0", "seq": 7}
 REQUIRED = {"body": {"format": 1}, "metadata": {}, "numbers": {"lr": 0.1}, "keys": ["w", 3], "name": "sgd", "key": "w"}
@@ -30,6 +31,11 @@ def test_what_is_decoded_is_what_was_encoded(verb):
     assert (request.verb, request.message, request.layout, request.payload) == (verb, message, b"layout", b"payload")
     assert (request.sender.client, request.sender.seq, request.sender.rank) == ("p.0", 7, 1)
     assert request.sender.servers == [0, 2]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_server_answers_each_verb(verb):
+    assert callable(getattr(Server, f"_{verb}", None))
 
 
 @pytest.mark.parametrize("verb", VERBS)

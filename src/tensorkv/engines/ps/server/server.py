@@ -149,7 +149,8 @@ class Server:
             return Reply({"ending": True})
         if not isinstance(message, messages.Disconnect):
             self._membership.heartbeat(sender)
-        return _HANDLERS[type(message)](self, request)
+        reply: Reply = getattr(self, f"_{request.verb}")(request)
+        return reply
 
     @property
     def is_superseded(self) -> bool:
@@ -717,48 +718,6 @@ class Server:
 
     def _has_applied(self, request: Request[Message]) -> bool:
         return self._tables.has_applied(request.sender.client, request.sender.seq)
-
-
-_HANDLERS: dict[type[Message], Callable[[Server, Request[Any]], Reply]] = {
-    messages.Push: Server._push,
-    messages.Pull: Server._pull,
-    messages.EndRead: Server._end_read,
-    messages.CheckSlices: Server._check_slices,
-    messages.WaitForVersion: Server._wait_for_version,
-    messages.PullRows: Server._pull_rows,
-    messages.Init: Server._init,
-    messages.Restore: Server._restore,
-    messages.Delete: Server._delete,
-    messages.SetRule: Server._set_rule,
-    messages.SetHyperparameters: Server._set_hyperparameters,
-    messages.WaitForOptimizer: Server._wait_for_optimizer,
-    messages.ListKeys: Server._list_keys,
-    messages.Info: Server._info,
-    messages.Stats: Server._stats,
-    messages.Connect: Server._connect,
-    messages.Disconnect: Server._disconnect,
-    messages.Heartbeat: Server._heartbeat,
-    messages.Claim: Server._claim,
-    messages.Unclaim: Server._unclaim,
-    messages.Leave: Server._leave,
-    messages.Barrier: Server._barrier,
-    messages.Broadcast: Server._broadcast,
-    messages.KeepOwed: Server._keep_owed,
-    messages.TakeOwed: Server._take_owed,
-    messages.Prepare: Server._prepare,
-    messages.Commit: Server._commit,
-    messages.Abort: Server._abort,
-    messages.DropSnapshot: Server._drop_snapshot,
-    messages.Publish: Server._publish,
-    messages.ShowRelease: Server._show_release,
-    messages.Unpublish: Server._unpublish,
-    messages.KeepReleases: Server._keep_releases,
-    messages.ListReleases: Server._list_releases,
-    messages.WaitForRelease: Server._wait_for_release,
-    messages.OpenRelease: Server._open_release,
-    messages.FindChanges: Server._find_changes,
-    messages.Digests: Server._digests,
-}
 
 
 def _rank_of(request: Request[Message]) -> int:

@@ -7,6 +7,7 @@ of the message. A reply is a head and a payload.
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -475,46 +476,8 @@ class Digests(Message):
     snapshot: str
 
 
-VERBS: dict[str, type[Message]] = {
-    "push": Push,
-    "pull": Pull,
-    "wait_for_version": WaitForVersion,
-    "pull_rows": PullRows,
-    "end_read": EndRead,
-    "check_slices": CheckSlices,
-    "init": Init,
-    "restore": Restore,
-    "delete": Delete,
-    "set_rule": SetRule,
-    "set_hyperparameters": SetHyperparameters,
-    "wait_for_optimizer": WaitForOptimizer,
-    "list_keys": ListKeys,
-    "info": Info,
-    "stats": Stats,
-    "connect": Connect,
-    "disconnect": Disconnect,
-    "heartbeat": Heartbeat,
-    "claim": Claim,
-    "unclaim": Unclaim,
-    "leave": Leave,
-    "barrier": Barrier,
-    "broadcast": Broadcast,
-    "keep_owed": KeepOwed,
-    "take_owed": TakeOwed,
-    "prepare": Prepare,
-    "commit": Commit,
-    "abort": Abort,
-    "drop_snapshot": DropSnapshot,
-    "publish": Publish,
-    "show_release": ShowRelease,
-    "unpublish": Unpublish,
-    "keep_releases": KeepReleases,
-    "list_releases": ListReleases,
-    "wait_for_release": WaitForRelease,
-    "open_release": OpenRelease,
-    "find_changes": FindChanges,
-    "digests": Digests,
-}
+VERBS = {re.sub(r"\B([A-Z])", r"_\1", kind.__name__).lower(): kind for kind in Message.__subclasses__()}
+"""The class of each verb, which is its name in snake case."""
 # What a user has called that sends a message of another name.
 CALLS = {
     "wait_for_version": "pull",

@@ -693,7 +693,8 @@ class KVStore:
                 leaves.append(leaf)
                 given.append(value)
                 continue
-            if verb == "pushpull_tree" or self._engine.sums_workers:
+            sums_workers = self._engine.num_workers > 1 and self._engine.joins_workers != "alone"
+            if verb == "pushpull_tree" or sums_workers:
                 why = (
                     "with push_tree, then pull them" if verb == "pushpull_tree" else "where workers do not push in step"
                 )

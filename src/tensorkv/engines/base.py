@@ -237,11 +237,6 @@ class Engine(Reader):
         return self.optimizer is None
 
     @property
-    def sums_workers(self) -> bool:
-        """Whether a push takes the sum of the parts of several workers."""
-        return False
-
-    @property
     def averages(self) -> bool:
         """Whether a push takes the mean of the parts of a key, not their sum."""
         return False

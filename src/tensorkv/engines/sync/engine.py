@@ -332,10 +332,6 @@ class DistEngine(Engine):
         return isinstance(self._shard.rule, Assign)
 
     @property
-    def sums_workers(self) -> bool:
-        return self._group.size > 1
-
-    @property
     def averages(self) -> bool:
         return self._shard.averages
 

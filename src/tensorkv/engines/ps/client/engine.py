@@ -202,10 +202,6 @@ class PSEngine(Engine):
         return self._rank or 0
 
     @property
-    def sums_workers(self) -> bool:
-        return self._options.mode == "sync" and self._options.num_workers > 1
-
-    @property
     def num_workers(self) -> int:
         """How many workers push."""
         return self._options.num_workers

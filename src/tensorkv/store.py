@@ -366,8 +366,7 @@ class KVStore:
 
         def init_and_fill() -> None:
             self._engine.init(keys, taken, specs)
-            copy = partial(self._engine.pull_into, priority=priority)
-            outs.fill(copy, self._engine.pull_regions, self._engine.together)
+            outs.fill(self._engine.pull_into, self._engine.pull_regions, self._engine.together)
 
         self._engine.protect(init_and_fill)
         self._metrics.add("broadcast", start, keys, list(map(nbytes, outs.tensors)))

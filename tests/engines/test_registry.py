@@ -114,7 +114,7 @@ def test_the_least_that_an_engine_needs(registered):
         def push_parts(self, batch, priority):
             self._shard.push(batch)
 
-        def pull_into(self, keys, outs, priority):
+        def pull_into(self, keys, outs):
             self._shard.pull(keys, outs)
 
         def spec(self, verb, key):

@@ -57,7 +57,7 @@ class Reader(ABC):
         """Return every key, in the order of init."""
 
     @abstractmethod
-    def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
+    def pull_into(self, keys: Sequence[Key], outs: Outs) -> None:
         """Copy each key's value into its tensors, which have its shape; their strides and dtypes may differ."""
 
     # ------------------------------------------------------------ with a default
@@ -68,7 +68,7 @@ class Reader(ABC):
             return
         with outside_modes():
             call.check()
-            self.transfer(call.fill, self.spec, partial(self._copy_out, call), self.pull_regions, self.together)
+            self.transfer(call.fill, self.spec, self.pull_into, self.pull_regions, self.together)
 
     def together(self) -> AbstractContextManager[Any]:
         """Return a block of reads between which no other thread changes a value, where an engine can do that."""
@@ -82,14 +82,11 @@ class Reader(ABC):
         """Run a push or pull to its end, as ``protect`` does; an engine that holds no locks may do it faster."""
         return self.protect(work, *args)
 
-    def _copy_out(self, call: Call, keys: Sequence[Key], outs: Outs) -> None:
-        self.pull_into(keys, outs, call.priority)
-
     def pull_regions(self, keys: Sequence[Key], regions: Sequence[Region], outs: Outs) -> None:
         """Copy a part of each key's value into its tensors, which have the part's shape; a key may come repeatedly."""
         specs = {key: self.spec("pull", key) for key in keys}
         whole = {key: torch.empty(spec.shape, dtype=spec.dtype, device="cpu") for key, spec in specs.items()}
-        self.pull_into(list(whole), [[value] for value in whole.values()], 0)
+        self.pull_into(list(whole), [[value] for value in whole.values()])
         for key, region, own in zip(keys, regions, outs, strict=True):
             for out in own:
                 out.copy_(region.of(whole[key]))
@@ -201,7 +198,7 @@ class Engine(Reader):
     def pushpull_into(self, batch: Batch, outs: Outs, priority: int) -> None:
         """Push, then copy the values of the batch's keys into tensors."""
         self.push_parts(batch, priority)
-        self.pull_into(batch.keys, outs, priority)
+        self.pull_into(batch.keys, outs)
 
     def collective(self, verb: str) -> AbstractContextManager[None]:
         """Return a block in which a call that all workers make together is checked and made.

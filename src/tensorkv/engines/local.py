@@ -62,7 +62,7 @@ class ShardReader(Reader):
     def try_compiled(self, call: Call) -> bool:
         return self._shard.try_compiled(call)
 
-    def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
+    def pull_into(self, keys: Sequence[Key], outs: Outs) -> None:
         self._shard.pull(keys, outs)
 
     def pull_regions(self, keys: Sequence[Key], regions: Sequence[Region], outs: Outs) -> None:

@@ -36,6 +36,6 @@ class RegionReader(Reader):
     def transfer(self, work: Callable[..., T], *args: Any) -> T:
         return self._source.transfer(work, *args)
 
-    def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
+    def pull_into(self, keys: Sequence[Key], outs: Outs) -> None:
         regions = [Region.take("pull", key, self._wanted[key], self._source.spec("pull", key)) for key in keys]
         self._source.pull_regions(keys, regions, outs)

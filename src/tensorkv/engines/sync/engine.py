@@ -252,7 +252,7 @@ class DistEngine(Engine):
                 counts.append(len(given))
         return Batch(batch.verb, batch.keys, parts, counts)
 
-    def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
+    def pull_into(self, keys: Sequence[Key], outs: Outs) -> None:
         self._pushes.pull(keys, outs)
 
     def pull_regions(self, keys: Sequence[Key], regions: Sequence[Region], outs: Outs) -> None:

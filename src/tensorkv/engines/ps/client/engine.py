@@ -322,7 +322,7 @@ class PSEngine(Engine):
         self._ensure_worker()
         self._data.push(batch, outs)
 
-    def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
+    def pull_into(self, keys: Sequence[Key], outs: Outs) -> None:
         self._data.pull(keys, outs)
 
     def try_compiled(self, call: Call) -> bool:

@@ -222,7 +222,7 @@ class RemoteSnapshot(Reader):
             self.protect(self._data.pull_plain, found)
         return True
 
-    def pull_into(self, keys: Sequence[Key], outs: Outs, priority: int) -> None:
+    def pull_into(self, keys: Sequence[Key], outs: Outs) -> None:
         """Copy values into tensors."""
         self._data.pull(keys, outs, self._placed)
 

@@ -130,22 +130,9 @@ class Releases:
         """Return the releases that stay without readers, those that they do not see yet included."""
         return [held for held in list(self._held.values()) if held.is_kept]
 
-    def hidden(self) -> list[str]:
-        """Return the names of releases that readers do not see yet."""
-        return [held.name for held in list(self._held.values()) if not held.is_visible]
-
-    def owner_of(self, name: str) -> str:
-        """Return who is to show a release that is here."""
-        return self._held[name].owner
-
-    def number_held(self, name: str) -> int:
-        """Return the number of a release that is here, whether readers see it or not."""
-        return self._held[name].number
-
-    def has_attempt(self, name: str, attempt: str) -> bool:
-        """Return whether a release that readers do not see yet is of an attempt."""
-        held = self._held.get(name)
-        return held is not None and not held.is_visible and held.attempt == attempt
+    def hidden(self) -> list[HeldRelease]:
+        """Return the releases that readers do not see yet."""
+        return [held for held in list(self._held.values()) if not held.is_visible]
 
     def newest(self, after: str | None) -> HeldRelease | None:
         """Return the newest release after another one (None: any), if there is one.

@@ -552,7 +552,7 @@ class Server:
             # The reply may have been lost.
             if name is not None and name in state.snapshots:
                 return Reply(state.snapshots.describe(name))
-            if release is not None and state.shard.releases.has_attempt(release, message.attempt):
+            if any((held.name, held.attempt) == (release, message.attempt) for held in state.shard.releases.hidden()):
                 return Reply({})
             taken: Reply = self._snapshot_barrier.commit(sender.client, sender.seq, message.wanted, take)
             return taken

@@ -304,8 +304,7 @@ class ServerState:
 
     def is_begun(self, name: str, owner: str) -> bool:
         """Return whether a client has begun a release that readers do not see yet."""
-        releases = self.shard.releases
-        return name in releases.hidden() and releases.owner_of(name) == owner
+        return any((held.name, held.owner) == (name, owner) for held in self.shard.releases.hidden())
 
     def show_release(self, name: str, keep: int | None, owner: str, ids: RequestIds) -> None:
         """Let readers see a release that a client has begun."""
@@ -316,18 +315,17 @@ class ServerState:
     def keep_releases(self, number: int, names: Sequence[str], ids: RequestIds) -> None:
         """Drop all releases up to a number but those of some names, which server 0 has."""
         releases = self.shard.releases
-        for name in releases.hidden():
+        for held in releases.hidden():
             # Server 0 has shown those up to the number.
-            if name in names and releases.number_held(name) <= number:
-                self.shard.commit(ShowRelease(name))
+            if held.name in names and held.number <= number:
+                self.shard.commit(ShowRelease(held.name))
         others = [held.name for held in releases.lasting() if held.number <= number and held.name not in names]
         if others:
             self.shard.commit(Unpublish(others, requests=ids))
 
     def drop_unfinished_releases(self, clients: Sequence[str]) -> None:
         """Drop releases that clients which are not among these have begun and not finished."""
-        releases = self.shard.releases
-        lost = [name for name in releases.hidden() if releases.owner_of(name) not in clients]
+        lost = [held.name for held in self.shard.releases.hidden() if held.owner not in clients]
         if lost:
             self.shard.commit(Unpublish(lost))
 

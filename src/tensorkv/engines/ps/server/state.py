@@ -136,16 +136,9 @@ class ServerState:
         found = self._live.layout_of(pushed.keys) if pushed.has_sums else None
         if found is None or request.layout != found.text:
             return False
-        outs = None if room is None else room.payload
-        return self._try_compiled(pushed.keys, bytes_of(request.payload), outs, ids, request.message.scale)
-
-    def _try_compiled(
-        self, keys: tuple[Key, ...], values: Any, outs: Any, ids: RequestIds, scale: float | None = None
-    ) -> bool:
-        """Make a call whose arrays are pieces of payloads; return False if nothing was done."""
-        verb = "pull" if values is None else "push" if outs is None else "pushpull"
-        call = native.Call(None, verb, keys, values, outs, 0, None, False, True)
-        return self.shard.try_compiled(call, requests=ids, scale=scale)
+        verb, outs = ("push", None) if room is None else ("pushpull", room.payload)
+        call = native.Call(None, verb, pushed.keys, bytes_of(request.payload), outs, 0, None, False, True)
+        return self.shard.try_compiled(call, requests=ids, scale=request.message.scale)
 
     def _decoded(self, request: Request[Push], memory: SumMemory) -> Any:
         """Return what a push stands for whose parts are all compressed, one part of each key; None: they are not.

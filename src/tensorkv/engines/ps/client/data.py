@@ -48,12 +48,15 @@ class PlainCall(NamedTuple):
 
     batch: native.Batch
     layout: Layout
-    pushes: bool
-    pulls: bool
-    scale: float | None = None
-    result: PushResult = PushResult()
-    verb: str = "push"
-    snapshot: str | None = None
+    verb: str
+    scale: float | None
+    result: PushResult
+    snapshot: str | None
+
+    @property
+    def pulls(self) -> bool:
+        """Whether outs are filled."""
+        return self.verb != "push"
 
 
 class DataClient:
@@ -222,11 +225,7 @@ class DataClient:
         # Outs that would not stay in the cache are stored past it.
         batch.begin(native.leaves_cache(batch.nbytes))
         decided = self._decide_plain(batch, rule) if pushes else (None, PushResult())
-        return (
-            None
-            if decided is None
-            else PlainCall(batch, layout, pushes, call.verb != "push", *decided, call.verb, placed.snapshot)
-        )
+        return None if decided is None else PlainCall(batch, layout, call.verb, *decided, placed.snapshot)
 
     def _can_code(self, layout: Layout, rule: Rule) -> bool:
         """Return whether nothing has to be decided on gradients that are all compressed."""

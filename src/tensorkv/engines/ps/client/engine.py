@@ -334,11 +334,11 @@ class PSEngine(Engine):
         return True
 
     def _send_plain(self, call: PlainCall) -> None:
-        if call.pushes:
+        if call.verb == "pull":
+            self._data.pull_plain(call)
+        else:
             self._ensure_worker()
             self._data.push_plain(call)
-        else:
-            self._data.pull_plain(call)
 
     def pull_regions(self, keys: Sequence[Key], regions: Sequence[Region], outs: Outs) -> None:
         self._data.pull_regions(keys, regions, outs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from tensorkv.arrays.rows import Rows
@@ -13,6 +14,7 @@ from tensorkv.errors import ArgumentError, NonFiniteError, show
 from . import native, reduce
 from .entry import Batch, Entry
 from .norm import Clipping, PushResult, SquareSum
+from .pool import Pool
 
 NonFinite = Literal["pass", "raise", "skip", "skip_step"]
 MODES = ("pass", "raise", "skip", "skip_step")
@@ -112,6 +114,20 @@ class NonFinitePolicy:
         squares = SquareSum() if clipping is None else squares_of(taken, wanted, clipping.rescale)
         scale, result = clip(squares, clipping, found_inf)
         return Decided(taken, [[each] for each in wanted], scale, result)
+
+    def decide_plain(
+        self, batch: native.Batch, clipping: Clipping | None, pool: Pool
+    ) -> tuple[float, PushResult] | None:
+        """Return the factor on the gradients of a plain batch, and what the caller is told; None: ask ``decide``."""
+        if clipping is None and not self.checks:
+            return 1.0, PushResult()
+        rescale = 1.0 if clipping is None else clipping.rescale
+        pool.share(batch.numel, partial(batch.add_squares, rescale))
+        squares = SquareSum.of_batch(batch.squares)
+        # What leaves sums out, or raises, is not done here.
+        if self.checks and squares.rest != 0:
+            return None
+        return clip(squares, clipping, False if self.checks else None)
 
     def check_part(self, name: str, part: Any) -> None:
         """Raise NonFiniteError if a part is not finite and the mode is ``"raise"``; other modes look at whole sums.

@@ -54,8 +54,8 @@ from .changes import (
 )
 from .entry import Batch, Entry, FrozenEntry, Part, check_complete
 from .fused import AVERAGE
-from .nonfinite import NonFinite, NonFinitePolicy, clip
-from .norm import PushResult, SquareSum
+from .nonfinite import NonFinite, NonFinitePolicy
+from .norm import PushResult
 from .optimizers import OptimizerSpec
 from .pool import Pool
 from .reduce import Reduce, averages
@@ -235,28 +235,18 @@ class Shard(native.ShardFields):
                 if is_begun:
                     self._run(batch)
                 return is_begun
-            # What leaves sums out, or raises, is not done here.
-            if self._decides and not self._decide_plain(batch, scale):
-                return False
+            if self._decides:
+                clipping = self._rule.clipping if scale is None else None
+                decided = self._nonfinite.decide_plain(batch, clipping, self.pool)
+                if decided is None:
+                    return False
+                found, self.last_push = decided
+                batch.scale = found if scale is None else scale
             if self._steps is None or not self._begin(batch, self._entries, self._steps[0]):
                 return False
             sums = None if self.log is None else self._sums_of(batch)
             self._commit(PlainPush(batch, batch.cells, sums, requests=requests))
             return True
-
-    def _decide_plain(self, batch: native.Batch, scale: float | None) -> bool:
-        """Look at the sums of a batch, and scale its gradients; return False if the policy is to be asked."""
-        clipping = self._rule.clipping if scale is None else None
-        rescale = 1.0 if clipping is None else clipping.rescale
-        squares = SquareSum()
-        if clipping is not None or self._nonfinite.checks:
-            self.pool.share(batch.numel, partial(batch.add_squares, rescale))
-            squares = SquareSum.of_batch(batch.squares)
-        if self._nonfinite.checks and squares.rest != 0:
-            return False
-        found, self.last_push = clip(squares, clipping, False if self._nonfinite.checks else None)
-        batch.scale = found if scale is None else scale
-        return True
 
     def _begin(self, batch: native.Batch, entries: dict[Key, Entry], step: Any) -> bool:
         """Begin a batch that steps entries, with the states it needs; return whether it can be run."""

@@ -24,8 +24,8 @@ from tensorkv.compression import Codec, Compressor, Owed, Sending, Source, Words
 from tensorkv.errors import KeyNotFoundError, OptimizerError, ValueMismatchError, quote
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Batch, Part
-from tensorkv.shard.nonfinite import NonFinitePolicy, clip
-from tensorkv.shard.norm import Clipping, PushResult, SquareSum
+from tensorkv.shard.nonfinite import NonFinitePolicy
+from tensorkv.shard.norm import Clipping, PushResult
 from tensorkv.shard.optimizers import ROWWISE
 from tensorkv.shard.pool import Pool
 from tensorkv.shard.rules import Assign, Rule, StepOptimizer, check_push
@@ -224,8 +224,14 @@ class DataClient:
             return None
         # Outs that would not stay in the cache are stored past it.
         batch.begin(native.leaves_cache(batch.nbytes))
-        decided = self._decide_plain(batch, rule) if pushes else (None, PushResult())
-        return None if decided is None else PlainCall(batch, layout, call.verb, *decided, placed.snapshot)
+        if not pushes:
+            return PlainCall(batch, layout, call.verb, None, PushResult(), placed.snapshot)
+        clipping = self._clipping(rule)
+        decided = self._nonfinite.decide_plain(batch, clipping, self._pool)
+        if decided is None:
+            return None
+        scale, result = decided
+        return PlainCall(batch, layout, call.verb, None if clipping is None else scale, result, placed.snapshot)
 
     def _can_code(self, layout: Layout, rule: Rule) -> bool:
         """Return whether nothing has to be decided on gradients that are all compressed."""
@@ -235,19 +241,6 @@ class DataClient:
     def _clipping(self, rule: Rule) -> Clipping | None:
         """Return how the gradients of a push are clipped here; in mode sync the server does it."""
         return None if self._is_sync else rule.clipping
-
-    def _decide_plain(self, batch: native.Batch, rule: Rule) -> tuple[float | None, PushResult] | None:
-        """Return the scale of a batch's gradients, and what its caller is told; None if sums are to be left out."""
-        clipping = self._clipping(rule)
-        if clipping is None and not self._nonfinite.checks:
-            return None, PushResult()
-        rescale = 1.0 if clipping is None else clipping.rescale
-        self._pool.share(batch.numel, partial(batch.add_squares, rescale))
-        squares = SquareSum.of_batch(batch.squares)
-        if self._nonfinite.checks and squares.rest != 0:
-            return None
-        scale, result = clip(squares, clipping, False if self._nonfinite.checks else None)
-        return None if clipping is None else scale, result
 
     def push_plain(self, call: PlainCall) -> None:
         """Push; pull if there are outs."""

@@ -348,11 +348,8 @@ class PSEngine(Engine):
 
     def delete(self, keys: Sequence[Key]) -> None:
         with self._claim():
-            placements = [self._keymap.find("delete", key) for key in keys]
-            requests = []
-            for server in sorted({server for each in placements for server in each.servers}):
-                own = [key for key, each in zip(keys, placements, strict=True) if server in each.servers]
-                requests.append(ServerRequest(server, messages.Delete(keys=own)))
+            chosen = self._keymap.by_server("delete", keys)
+            requests = [ServerRequest(server, messages.Delete(keys=own)) for server, own in chosen.items()]
             sent = self._send(requests)
             replies = {request.server: reply.head for request, reply in zip(requests, sent, strict=True)}
             if not self._keymap.remove(keys, replies):
@@ -476,17 +473,17 @@ class PSEngine(Engine):
         rule = self._keymap.rule
         if not isinstance(rule, StepOptimizer):
             raise OptimizerError("set_hyperparameters: the store has no optimizer; call set_optimizer first")
-        placements = {key: self._keymap.find("set_hyperparameters", key) for key in keys or ()}
+        chosen: Mapping[int, list[Key] | None] = dict.fromkeys(self._all)
+        if keys is not None:
+            chosen = self._keymap.by_server("set_hyperparameters", keys)
         self._check_clipping(rule.changed(numbers, keys).optimizer.spec)
         plain = json.loads(json.dumps(numbers, default=float))
-        servers = (
-            {server for each in placements.values() for server in each.servers} if keys is not None else set(self._all)
+        self._send(
+            [
+                ServerRequest(server, messages.SetHyperparameters(numbers=plain, keys=own))
+                for server, own in chosen.items()
+            ]
         )
-        requests = []
-        for server in sorted(servers):
-            own = None if keys is None else [key for key in keys if server in placements[key].servers]
-            requests.append(ServerRequest(server, messages.SetHyperparameters(numbers=plain, keys=own)))
-        self._send(requests)
         self._keymap.refresh()
 
     @property

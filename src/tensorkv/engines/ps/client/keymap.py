@@ -190,6 +190,14 @@ class KeyMap:
                 placed.find(verb, key)
         return placed
 
+    def by_server(self, verb: str, keys: Sequence[Key]) -> dict[int, list[Key]]:
+        """Return, by server, those of the keys of which it holds a piece; raise as ``find``."""
+        found: dict[int, list[Key]] = {}
+        for key in keys:
+            for server in self.find(verb, key).servers:
+                found.setdefault(server, []).append(key)
+        return dict(sorted(found.items()))
+
     def incomplete(self, keys: Sequence[Key]) -> dict[int, list[Key]]:
         """Return, by server, those of the keys that are on it but lack pieces on other servers."""
         found: dict[int, list[Key]] = {}

@@ -38,6 +38,25 @@ class Listing(NamedTuple):
         return cls(reply.get("changes"), {key: PlacedKey(kinds[index], order) for key, index, order in columns})
 
 
+def join_listings(listings: Sequence[Listing], into: PlacedKeys) -> list[Key]:
+    """Put the keys of which all pieces exist into ``into``, in the order of init; return the others.
+
+    Args:
+        listings: of each server.
+        into: an empty table.
+    """
+    found: dict[Key, PlacedKey] = {}
+    for listing in listings:
+        found.update(listing.placed)
+    others = []
+    for key, each in sorted(found.items(), key=lambda item: item[1].order):
+        if all(key in listings[server].placed for server in each.placement.servers):
+            into[key] = each
+        else:
+            others.append(key)
+    return others
+
+
 class KeyMap:
     """Keys, their placements, and the rule.
 
@@ -139,17 +158,12 @@ class KeyMap:
 
     def _join(self, listings: Sequence[Listing]) -> None:
         """Take over the keys that servers have listed."""
-        found: dict[Key, PlacedKey] = {}
-        for listing in listings:
-            found.update(listing.placed)
-        placed, incomplete = PlacedKeys(wide=self._wide, pull_dtype=self._pull_dtype), {}
-        for key, each in sorted(found.items(), key=lambda item: item[1].order):
-            # A key exists when all of its pieces do.
-            if all(key in listings[server].placed for server in each.placement.servers):
-                placed[key] = each
-            else:
-                incomplete[key] = {server for server, listing in enumerate(listings) if key in listing.placed}
-        self.placed, self._incomplete = placed, incomplete
+        placed = PlacedKeys(wide=self._wide, pull_dtype=self._pull_dtype)
+        self._incomplete = {
+            key: {server for server, listing in enumerate(listings) if key in listing.placed}
+            for key in join_listings(listings, placed)
+        }
+        self.placed = placed
 
     def _set_rule(self, spec: OptimizerSpec | None) -> None:
         mine = self.optimizer

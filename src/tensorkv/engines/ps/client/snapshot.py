@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -25,7 +24,7 @@ from tensorkv.storage.manifest import Contents
 
 from ..messages import Abort, Commit, DropSnapshot, Prepare
 from .data import DataClient
-from .keymap import Listing
+from .keymap import Listing, join_listings
 from .layout import PlacedKey, PlacedKeys
 from .session import ServerRequest, SessionPool
 
@@ -105,26 +104,14 @@ class SnapshotClient:
         if before is not None and all(new is old for new, old in zip(listings, earlier, strict=True)):
             placed = before.placed.of_snapshot(name)
         else:
-            placed = self._join(name, listings)
+            placed = PlacedKeys(pull_dtype=self._data.pull_dtype, snapshot=name)
+            join_listings(listings, placed)
         self.told = Told(listings, placed)
         held = [list(listing.placed) for listing in listings]
         versions: dict[Key, int] = {}
         for head, keys in zip(told, held, strict=True):
             versions = {**dict(zip(keys, head["versions"], strict=True)), **versions}
         return placed, {key: versions[key] for key in placed}, held
-
-    def _join(self, name: str, listings: Sequence[Listing]) -> PlacedKeys:
-        found: dict[Key, PlacedKey] = {}
-        pieces: Counter[Key] = Counter()
-        for listing in listings:
-            found = {**listing.placed, **found}
-            pieces.update(list(listing.placed))
-        placed = PlacedKeys(pull_dtype=self._data.pull_dtype, snapshot=name)
-        for key, each in sorted(found.items(), key=lambda item: item[1].order):
-            # A key exists when all of its pieces do.
-            if pieces[key] == len(each.placement.pieces):
-                placed[key] = each
-        return placed
 
     def commit_release(self, name: str, keys: list[Key] | None) -> None:
         """Have every server hold its present values of some keys, or of all, as a release that readers do not see."""

@@ -115,23 +115,12 @@ class SnapshotClient:
 
     def commit_release(self, name: str, keys: list[Key] | None) -> None:
         """Have every server hold its present values of some keys, or of all, as a release that readers do not see."""
-        commit = Commit(wanted={}, release=name, keys=keys)
-        try:
-            self._take(commit)
-        except SnapshotError:
-            # As for ``contents``.
-            self._take(commit)
+        self._take_twice(Commit(wanted={}, release=name, keys=keys))
 
     def contents(self, *, releases: bool = False) -> list[ServerContents]:
         """Return everything that each server holds, with the releases if that is asked for."""
-        commit = Commit(wanted={}, releases=releases)
-        try:
-            taken = self._take(commit)
-        except SnapshotError:
-            # A reply was lost, or the snapshot was aborted because it took too long: try once more.
-            taken = self._take(commit)
         found = []
-        for head, payload in taken:
+        for head, payload in self._take_twice(Commit(wanted={}, releases=releases)):
             items = unpack(head["layout"].encode(), payload.numpy().data)
             # Replies lie in memory that the next request uses.
             tensors = {str(item.key): item.tensor.clone() for item in items}
@@ -143,6 +132,13 @@ class SnapshotClient:
         """Have every server release a snapshot."""
         with suppress(TensorKVError), self._sessions.take() as session:
             session.send([ServerRequest(server, DropSnapshot(snapshot=name)) for server in self._all])
+
+    def _take_twice(self, commit: Commit) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        """Do as ``_take``, once more if a reply was lost or the snapshot was aborted because it took too long."""
+        try:
+            return self._take(commit)
+        except SnapshotError:
+            return self._take(commit)
 
     def _take(self, commit: Commit) -> list[tuple[dict[str, Any], torch.Tensor]]:
         """Run the two phases of a snapshot on every server, and return their replies to the second.

@@ -219,10 +219,6 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
         """Check a call and copy values into its outs."""
         self._again(super().pull, call)
 
-    def pull_into(self, keys: Sequence[Key], outs: Outs) -> None:
-        """Copy values into tensors."""
-        self._again(super().pull_into, keys, outs)
-
     def pull_regions(self, keys: Sequence[Key], regions: Sequence[Region], outs: Outs) -> None:
         """Copy parts of values into tensors."""
         self._again(super().pull_regions, keys, regions, outs)

@@ -123,12 +123,7 @@ def unpack(layout: bytes, payload: Any) -> list[Item]:
     Raises:
         LayoutError: malformed, or the payload has another length.
     """
-    # A writable view, though it is not written: torch warns about read-only ones.
-    flat = (
-        interop.take(np.frombuffer(payload, np.uint8))
-        if len(payload)
-        else torch.empty(0, dtype=torch.uint8, device="cpu")
-    )
+    flat = bytes_of(payload)
     slots, expected = decode_layout(layout), layout_nbytes(layout)
     if expected != len(flat):
         raise LayoutError(f"the payload has {len(flat)} bytes, its layout says {expected}")
@@ -142,6 +137,14 @@ def layout_nbytes(layout: bytes) -> int:
     """Return how many bytes the payload of a layout has; raise as ``decode_layout``."""
     slots = decode_layout(layout)
     return slots[-1].stop if slots else 0
+
+
+def bytes_of(buffer: Any) -> torch.Tensor:
+    """Return a buffer as a flat tensor that shares its memory."""
+    if not len(buffer):
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    # A writable view, though it is not written: torch warns about read-only ones.
+    return interop.take(np.frombuffer(buffer, np.uint8))
 
 
 def views(flat: torch.Tensor, slots: Sequence[Slot]) -> list[torch.Tensor]:

@@ -659,13 +659,6 @@ def split(message: bytes | bytearray) -> tuple[dict[str, Any], bytes, memoryview
     return head, bytes(view[start : start + layout]), view[start + layout :]
 
 
-def bytes_of(buffer: Any) -> torch.Tensor:
-    """Return a buffer as a flat tensor that shares its memory."""
-    if not len(buffer):
-        return torch.empty(0, dtype=torch.uint8, device="cpu")
-    return interop.take(np.frombuffer(buffer, np.uint8))
-
-
 def room_for(nbytes: int, out: torch.Tensor | None) -> torch.Tensor:
     """Return memory for a payload: the beginning of ``out`` if that is large enough, else new memory."""
     if out is not None and len(out) >= nbytes:

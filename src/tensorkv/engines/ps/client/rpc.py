@@ -17,6 +17,7 @@ import torch
 from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, RayActorError, RayError
 
 from tensorkv import errors
+from tensorkv.arrays.packing import bytes_of
 from tensorkv.engines.ps.ray.actor import INLINE_NBYTES, why
 from tensorkv.engines.ps.ray.handle import ServerHandle, get
 from tensorkv.engines.ps.server.wait import POLL_TIMEOUT_S
@@ -27,7 +28,7 @@ from tensorkv.engines.transport.segment import can_share
 from tensorkv.engines.transport.shared_values import OpenValues, ValuesInPlace
 from tensorkv.errors import PushOutcomeUnknownError, ServerDeadError, TensorKVError, WaitTimeoutError
 
-from ..messages import CALLS, bytes_of, join, split
+from ..messages import CALLS, join, split
 
 # How long to wait for a reply before the request is sent again.
 _RESEND_S = 10.0

@@ -19,7 +19,7 @@ import torch
 
 from tensorkv import errors
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.packing import unpack
+from tensorkv.arrays.packing import bytes_of, unpack
 from tensorkv.errors import (
     ArgumentError,
     OptimizerError,
@@ -37,7 +37,7 @@ from tensorkv.shard.releases import check_keep, check_name
 from tensorkv.storage.dedup import process_of
 
 from .. import messages
-from ..messages import Message, Push, Reply, Request, bytes_of, checked_keys, keys_of, push_layout
+from ..messages import Message, Push, Reply, Request, checked_keys, keys_of, push_layout
 from ..options import PSOptions
 from ..released import encode_changes
 from .membership import Membership

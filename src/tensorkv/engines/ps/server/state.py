@@ -13,12 +13,7 @@ import torch
 
 from tensorkv import compression
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.packing import (
-    Item,
-    json_keys,
-    pack,
-    unpack,
-)
+from tensorkv.arrays.packing import Item, bytes_of, json_keys, pack, unpack
 from tensorkv.arrays.rows import Rows, merge
 from tensorkv.arrays.slices import Slices, join_slices
 from tensorkv.arrays.spec import KeySpec
@@ -45,7 +40,6 @@ from ..messages import (
     Reply,
     Request,
     Restore,
-    bytes_of,
     can_code,
     checked_keys,
     push_layout,

@@ -323,6 +323,14 @@ def _take_from_vectors(value: torch.Tensor, state: State, elements: torch.Tensor
         state[name] = _out_of_vectors(tensor, value.shape) if tensor.shape == elements.shape else tensor
 
 
+def scale_gradient(grad: torch.Tensor, spec: OptimizerSpec) -> None:
+    """Rescale and clip a summed gradient in place."""
+    if spec.rescale_grad != 1.0:
+        grad.mul_(spec.rescale_grad)
+    if (bound := spec.clip_gradient) is not None:
+        (torch.view_as_real(grad) if grad.is_complex() else grad).clamp_(-bound, bound)
+
+
 def finish(state: State, count: float) -> None:
     """Count a step in the state of a key, if its optimizer counts them."""
     if "step" in state:
@@ -554,11 +562,7 @@ class Optimizer:
 
     def _prepare(self, grad: torch.Tensor) -> torch.Tensor:
         """Rescale and clip a summed gradient in place; return it with its elements in order in memory."""
-        if self.spec.rescale_grad != 1.0:
-            grad.mul_(self.spec.rescale_grad)
-        if self.spec.clip_gradient is not None:
-            real = torch.view_as_real(grad) if grad.is_complex() else grad
-            real.clamp_(-self.spec.clip_gradient, self.spec.clip_gradient)
+        scale_gradient(grad, self.spec)
         # torch's fused CPU kernels read memory in order, whatever the strides.
         return grad.contiguous()
 

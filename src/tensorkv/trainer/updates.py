@@ -399,7 +399,7 @@ class WorkerUpdate:
         for key, totals in zip(keys, sums, strict=True):
             sparse = all(grad.is_sparse for grad in grads[key])
             for param, total in zip(self._params[key], totals, strict=True):
-                _scale(total, rule.optimizer.spec)
+                optimizers.scale_gradient(total, rule.optimizer.spec)
                 param.grad = total.to_sparse(1) if sparse else total
         for each in self.optimizers:
             each.step()
@@ -464,12 +464,6 @@ class WorkerUpdate:
                 f"Trainer: the store has the optimizer {held['name']}, and with update_on_store=False it is to sum "
                 "only; use another store, or kv.set_updater(None)"
             )
-
-
-def _scale(total: torch.Tensor, scaling: OptimizerSpec) -> None:
-    total.mul_(scaling.rescale_grad)
-    if (bound := scaling.clip_gradient) is not None:
-        (torch.view_as_real(total) if total.is_complex() else total).clamp_(-bound, bound)
 
 
 def _dense(grad: torch.Tensor) -> torch.Tensor:

@@ -110,6 +110,11 @@ def groups_of(given: Any, params: Params, prefix: str) -> list[Group]:
     return groups
 
 
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a parameter group has beside its parameters."""
+    return {word: option for word, option in group.items() if word not in ("params", "param_names")}
+
+
 def group_of(verb: str, given: Any, params: Params, prefix: str, others: Sequence[Group]) -> Group:
     """Return one parameter group; ``others`` are those that stand before it."""
     if not isinstance(given, dict) or "params" not in given:
@@ -122,7 +127,7 @@ def group_of(verb: str, given: Any, params: Params, prefix: str, others: Sequenc
     for key in keys:
         if key in taken:
             raise ArgumentError(f"{verb}: {quote(key.removeprefix(prefix))} is in two parameter groups")
-    return Group(keys, {word: option for word, option in given.items() if word not in ("params", "param_names")})
+    return Group(keys, options_of(given))
 
 
 def _names(verb: str, chosen: Any, params: Params) -> list[str]:

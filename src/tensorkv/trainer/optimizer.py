@@ -17,7 +17,7 @@ from tensorkv.store import KVStore
 from . import embedding
 from .buffers import Buffers
 from .gradients import Gradients
-from .groups import Group, Params, group_of, parameters
+from .groups import Group, Params, group_of, options_of, parameters
 from .overlap import Overlap
 from .updates import StoreUpdate, WorkerUpdate, collective
 
@@ -383,10 +383,7 @@ class StoreOptimizer(torch.optim.Optimizer):
             )
         key_of = dict(zip((number for group in loaded for number in group["params"]), self._keys(), strict=True))
         state = {key_of[number]: _tensors(own) for number, own in given["state"].items() if number in key_of}
-        groups = [
-            Group(group.keys, {word: option for word, option in other.items() if word not in ("params", "param_names")})
-            for group, other in zip(mine, loaded, strict=True)
-        ]
+        groups = [Group(group.keys, options_of(other)) for group, other in zip(mine, loaded, strict=True)]
         self._update.load_optimizer_state(state, groups)
         self._seen = self._update.read()
         for shown, group, numbers in zip(self._groups, groups, self._seen, strict=True):

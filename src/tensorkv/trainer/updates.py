@@ -25,7 +25,7 @@ from tensorkv.storage.manifest import Contents
 from tensorkv.store import KVStore
 
 from .gradients import Grads
-from .groups import Group, Params, check_options
+from .groups import Group, Params, check_options, options_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -352,7 +352,7 @@ class WorkerUpdate:
         key_of = {id(replicas[0]): key for key, replicas in params.items()}
         self.defaults = self.optimizers[0].defaults
         self.groups = [
-            Group([key_of[id(param)] for param in group["params"]], _options(group))
+            Group([key_of[id(param)] for param in group["params"]], options_of(group))
             for group in self.optimizers[0].param_groups
         ]
 
@@ -410,7 +410,7 @@ class WorkerUpdate:
         return [[_dense(grad) for grad in own] for own in grads.values()]
 
     def read(self) -> list[dict[str, Any]]:
-        return [_options(group) for group in self.optimizers[0].param_groups]
+        return [options_of(group) for group in self.optimizers[0].param_groups]
 
     def write(self, changes: Sequence[dict[str, Any]]) -> None:
         if self._spec is not None:
@@ -479,11 +479,6 @@ def _check(spec: OptimizerSpec, options: Mapping[str, Any]) -> None:
     """Raise if a group cannot have such options."""
     check_options(spec.name, spec.numbers, options)
     optimizers.spec(spec.name, {**spec.numbers, **{w: n for w, n in options.items() if w in spec.numbers}})
-
-
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a group of torch.optim has beside its parameters."""
-    return {word: option for word, option in group.items() if word not in ("params", "param_names")}
 
 
 def _without_overrides(spec: OptimizerSpec) -> dict[str, Any]:

@@ -76,6 +76,6 @@ def _walk(where: str, left: Any, right: Any) -> tuple[str, Any, Any]:
     return where, left, right
 
 
-def shorten(text: str, most: int = 300) -> str:
+def shorten(text: str, most: int) -> str:
     """Return a text for a message, without its middle if it is long."""
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"

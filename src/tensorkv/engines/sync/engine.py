@@ -82,7 +82,7 @@ class DistEngine(Engine):
 
     capabilities = frozenset({"checkpoint", "compression", "optimizer", "rows", "updater"})
 
-    def __init__(self, group: ProcessGroup, nonfinite: NonFinite, reduce: Reduce = "sum") -> None:
+    def __init__(self, group: ProcessGroup, nonfinite: NonFinite, reduce: Reduce) -> None:
         self._group = group
         self._host = HostGroup(group)
         self._chain = Chain(group, self._host)

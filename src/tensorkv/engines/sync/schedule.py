@@ -86,7 +86,7 @@ class StagingBuffer:
         counts: whether there is room, beside the parts, for the number of parts that each piece is the sum of.
     """
 
-    def __init__(self, host: HostGroup, slots: int, slot_nbytes: int, *, counts: bool = False) -> None:
+    def __init__(self, host: HostGroup, slots: int, slot_nbytes: int, *, counts: bool) -> None:
         size = host.size
         # A piece begins a line, and so there are at most as many.
         self._room = aligned(slot_nbytes) // LINE if counts else 0

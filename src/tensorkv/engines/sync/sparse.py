@@ -23,7 +23,7 @@ from .group import ProcessGroup
 from .schedule import PartitionedEntry
 
 
-def gather(group: ProcessGroup, entry: Entry, mine: Sequence[Rows], divisor: int = 1) -> Rows:
+def gather(group: ProcessGroup, entry: Entry, mine: Sequence[Rows], divisor: int) -> Rows:
     """Return the sum of every rank's rows, added in the order of ranks and parts, divided, in the value's dtype.
 
     Args:

@@ -132,12 +132,11 @@ class Membership:
                 self._record(["gone", client])
                 del self._last_seen[client]
 
-    def end_if_unused(self) -> bool:
+    def end_if_unused(self) -> None:
         """End the store, and accept no client from then on, if no client is left, not even a dead one."""
         with self._condition:
             if not self._tables.is_ending and not self.clients(IDLE_TIMEOUT_S):
                 self._record(["ending"])
-            return self._tables.is_ending
 
     def is_closed_to(self, owner: str | None) -> bool:
         """Return whether the store is ending and this client was not part of it."""

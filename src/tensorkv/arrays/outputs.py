@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.autograd.graph import increment_version
 
 from tensorkv.errors import ArgumentError, ArrayTypeError, SparseOutWarning, ValueMismatchError, quote
+from tensorkv.runtime import _compat
 
 from . import arguments, interop
 from .arguments import Key, is_key
@@ -115,7 +115,7 @@ class GivenOuts:
         """Fill the arrays that torch could not write itself."""
         if self._seen_by_autograd:
             # It then notices a tensor that was saved for a backward pass and is another by now.
-            increment_version(self._seen_by_autograd)
+            _compat.increment_version(self._seen_by_autograd)
         for finish in self._finishes:
             finish()
 

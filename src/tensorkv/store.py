@@ -25,7 +25,7 @@ from tensorkv.arrays.arguments import (
     single_values,
 )
 from tensorkv.arrays.keytable import select
-from tensorkv.arrays.outputs import GivenOuts, NewOuts, describe_like, give_each
+from tensorkv.arrays.outputs import GivenOuts, NewOuts, describe_like
 from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows, take_ids, unchecked_rows
 from tensorkv.arrays.slices import empty_whole, local_part
@@ -592,7 +592,7 @@ class KVStore:
         specs = [KeySpec(torch.Size(shape), dtype, origin, is_table=False) for shape, dtype, origin in wanted]
         outs = [spec.new() for spec in specs]
         self._pull_into(keys, outs)
-        return give_each(list(zip(outs, specs, strict=True)))
+        return interop.give_each(outs, [spec.origin for spec in specs])
 
     def _pull_into(self, names: list[str], outs: list[Any]) -> None:
         """Fill arrays with values; only if that fails, look for values in blocks of float8, and restore them."""

@@ -395,17 +395,19 @@ def give(tensor: torch.Tensor, origin: Origin) -> Any:
     return origin.device.asarray(view(tensor.cpu(), NUMPY), copy=True)
 
 
-def give_each(tensors: Sequence[torch.Tensor], origins: Sequence[Origin]) -> list[Any]:
-    """Return ``give`` of each tensor; arrays of JAX are made together, which takes half as long."""
-    given: list[Any] = [None] * len(tensors)
+def give_each(arrays: Sequence[Any], origins: Sequence[Origin]) -> list[Any]:
+    """Return ``give`` of each tensor, others as they are; arrays of JAX are made together, which takes half as long."""
+    given = list(arrays)
     by_device: dict[Any, list[int]] = {}
-    for index, (tensor, origin) in enumerate(zip(tensors, origins, strict=True)):
+    for index, (array, origin) in enumerate(zip(arrays, origins, strict=True)):
+        if not isinstance(array, torch.Tensor):
+            continue
         if origin.library == "jax":
             by_device.setdefault(origin.device, []).append(index)
         else:
-            given[index] = give(tensor, origin)
+            given[index] = give(array, origin)
     for device, places in by_device.items():
-        for index, array in zip(places, _give_jax([tensors[index] for index in places], device), strict=True):
+        for index, array in zip(places, _give_jax([arrays[index] for index in places], device), strict=True):
             given[index] = array
     return given
 

@@ -166,21 +166,10 @@ class NewOuts:
 
     def result(self, key: Any) -> Any:
         """Return the arrays in the form of the caller's ``key``: one, a list, or a dict."""
-        given = give_each(self._made)
+        given = interop.give_each([array for array, _ in self._made], [spec.origin for _, spec in self._made])
         if is_key(key):
             return given[0]
         return dict(zip(key, given, strict=True)) if isinstance(key, Mapping) else given
-
-
-def give_each(made: Sequence[tuple[Any, KeySpec]]) -> list[Any]:
-    """Return filled new arrays as those of their keys' libraries."""
-    given = [array for array, _ in made]
-    places = [index for index, array in enumerate(given) if isinstance(array, torch.Tensor)]
-    if places:
-        origins = [made[index][1].origin for index in places]
-        for index, array in zip(places, interop.give_each([given[i] for i in places], origins), strict=True):
-            given[index] = array
-    return given
 
 
 def like_origin(verb: str, like: Any) -> interop.Origin:

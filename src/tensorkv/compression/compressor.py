@@ -196,7 +196,7 @@ class Compressor:
         Args:
             codec: None: nothing is compressed from now on.
             push: takes, for each key, what is left of its gradients, in the order of their sources; there may be none.
-                If it raises, nothing has changed.
+                It is called while nothing is compressed; if it raises, nothing has changed.
         """
         if codec == self.codec:
             return
@@ -204,7 +204,13 @@ class Compressor:
             left: dict[Key, list[Any]] = {}
             for (key, _), owed in sorted(self.owed.items(), key=lambda each: each[0][1]):
                 left.setdefault(key, []).append(torch.from_numpy(owed.residual))
-            push(left)
+            # What is owed is pushed as it is.
+            before, self.codec = self.codec, None
+            try:
+                push(left)
+            except BaseException:
+                self.codec = before
+                raise
             self.owed, self._spare = {}, {}
         self.codec = codec
 

@@ -211,7 +211,7 @@ class LocalEngine(ShardReader, Engine):
 
     def _push_owed(self, owed: dict[Key, list[Part]]) -> None:
         # A value that is assigned owes nothing.
-        if owed and (self._shard.optimizer is not None or self._shard.has_updater):
+        if owed and not self.assigns:
             self._shard.push(Batch("set_gradient_compression", list(owed), list(owed.values())))
 
     @contextmanager

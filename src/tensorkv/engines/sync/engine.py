@@ -367,20 +367,16 @@ class DistEngine(Engine):
                     entry.state = {}
 
     def _push_owed(self, keys: Sequence[Key], owed: Mapping[Key, list[Part]]) -> None:
-        """Push what this worker owes, without compression, beside what the others owe."""
+        """Push what this worker owes beside what the others owe."""
         # A value that is assigned owes nothing.
-        if not keys or (self._shard.optimizer is None and not self._shard.has_updater):
+        if not keys or self.assigns:
             return
         parts = [
             owed.get(key) or [torch.zeros(self._values[key].whole.shape, dtype=torch.float32, device="cpu")]
             for key in keys
         ]
-        compressing, self._compressor.codec = self._compressor.codec, None
-        try:
-            self._pushes.push(Batch("set_gradient_compression", list(keys), parts), None, 0)
-            self._pushes.drain()
-        finally:
-            self._compressor.codec = compressing
+        self._pushes.push(Batch("set_gradient_compression", list(keys), parts), None, 0)
+        self._pushes.drain()
 
     # ------------------------------------------------------------ looking
 

@@ -124,12 +124,8 @@ class DataClient:
         parts: list[list[Part]] = [
             [zeros[key] if key in zeros else _joined(owed[key]).to(specs[key].dtype)] for key in chosen
         ]
-        compressing, self.compressor.codec = self.compressor.codec, None
-        try:
-            if chosen:
-                self.push(Batch("set_gradient_compression", chosen, parts), None)
-        finally:
-            self.compressor.codec = compressing
+        if chosen:
+            self.push(Batch("set_gradient_compression", chosen, parts), None)
 
     def owed(self, rank: int) -> dict[Source, Owed]:
         """Return what this worker owes, as of whole values, under its rank."""

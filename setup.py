@@ -29,10 +29,7 @@ setup(
             [f"src/tensorkv/compiled/{module}.c"],
             # What the package compares with its sources before it uses a part.
             define_macros=[("SOURCES", f'"{sources["checksum"](module)}"')],
-            depends=[
-                f"src/tensorkv/compiled/{name}.h"
-                for name in ("_cpus", "_halves", "_kernels", "_calls", "_reduce", "_words")
-            ],
+            depends=[str(path) for path in Path("src/tensorkv/compiled").glob("*.h")],
             # Each operation is rounded for itself: the bits are to be the same on every processor.
             extra_compile_args=[
                 "-O3",

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "_halves.h"
+#include "_module.h"
 
 /* So many elements are worth giving up Python's lock for; words are of so many bytes; so many
  * elements are looked at together; so many have one scale. */
@@ -317,20 +318,4 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static int add_sources(PyObject *module) { return PyModule_AddStringConstant(module, "SOURCES", SOURCES); }
-
-static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, add_sources}, {0, NULL}};
-
-static PyModuleDef module = {
-    PyModuleDef_HEAD_INIT,
-    "_codecs",
-    "Gradients of one, two, eight or sixteen bits an element, and what is left of them.",
-    0,
-    methods,
-    module_slots,
-    NULL,
-    NULL,
-    NULL,
-};
-
-PyMODINIT_FUNC PyInit__codecs(void) { return PyModuleDef_Init(&module); }
+MODULE(_codecs, "Gradients of one, two, eight or sixteen bits an element, and what is left of them.")

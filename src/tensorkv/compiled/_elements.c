@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "_cpus.h"
+#include "_module.h"
 
 /* With fewer bytes it takes longer to give Python's lock away than to do the work. */
 enum { WORTH_UNLOCKING = 1 << 14, BLOCK = 64 };
@@ -482,12 +483,4 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static int add_sources(PyObject *module) { return PyModule_AddStringConstant(module, "SOURCES", SOURCES); }
-
-static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, add_sources}, {0, NULL}};
-
-static PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_elements", "Elements that differ, and digests.", 0, methods, module_slots, NULL, NULL, NULL,
-};
-
-PyMODINIT_FUNC PyInit__elements(void) { return PyModuleDef_Init(&module); }
+MODULE(_elements, "Elements that differ, and digests.")

@@ -3,6 +3,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "_module.h"
 #include "_words.h"
 
 PyDoc_STRVAR(wait_doc,
@@ -68,13 +69,4 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "tensorkv.compiled._shared", "Words in memory that processes share.", 0, methods,
-    NULL,                  NULL,               NULL,                                    NULL,
-};
-
-PyMODINIT_FUNC PyInit__shared(void) {
-    PyObject *module = PyModule_Create(&definition);
-    if (module != NULL && PyModule_AddStringConstant(module, "SOURCES", SOURCES)) Py_CLEAR(module);
-    return module;
-}
+MODULE(_shared, "Words in memory that processes share.")

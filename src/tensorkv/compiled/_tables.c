@@ -10,6 +10,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "_module.h"
+
 /* So many rows, or elements, are worth giving up Python's lock for; what comes so much later is fetched into the cache,
  * at most so many bytes of a row. */
 enum { WORTH_UNLOCKING = 1 << 14, AHEAD = 8, FETCHED_NBYTES = 1024, LINE_NBYTES = 64 };
@@ -238,20 +240,4 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static int add_sources(PyObject *module) { return PyModule_AddStringConstant(module, "SOURCES", SOURCES); }
-
-static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, add_sources}, {0, NULL}};
-
-static PyModuleDef module = {
-    PyModuleDef_HEAD_INIT,
-    "_tables",
-    "Where the rows of a table are, and what they hold before their first push.",
-    0,
-    methods,
-    module_slots,
-    NULL,
-    NULL,
-    NULL,
-};
-
-PyMODINIT_FUNC PyInit__tables(void) { return PyModuleDef_Init(&module); }
+MODULE(_tables, "Where the rows of a table are, and what they hold before their first push.")

@@ -1186,7 +1186,7 @@ typedef struct {
     unsigned long long number;
     double scale;      /* of all gradients, beside rescale_grad */
     ExactSum *squares; /* of the sums; NULL: not asked for */
-    int is_list, pushes, pulls, is_remote, has_wholes, is_frozen, has_new_outs, is_done;
+    int pushes, pulls, is_remote, has_wholes, is_frozen, has_new_outs, is_done;
     char past_cache;
 } Batch;
 
@@ -1328,7 +1328,6 @@ static PyObject *new_batch(PyObject *entries, PyObject *keys, PyObject *values, 
     }
     batch->scale = 1;
     batch->has_wholes = 1;
-    batch->is_list = length >= 0;
     batch->pushes = values != Py_None;
     batch->pulls = outs != Py_None;
     batch->values = value_flat;

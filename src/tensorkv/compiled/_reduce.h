@@ -555,23 +555,6 @@ static int is_to_decide(const SharedReduce *reduce) {
     return 0;
 }
 
-/* Take a byte for each key; whether there are as many. */
-static int take_left_out(SharedReduce *reduce, const char *left_out, Py_ssize_t length) {
-    free_memory(reduce->left_out);
-    reduce->left_out = NULL;
-    if (length == 0) return 1;
-    if ((size_t)length != reduce->batch->calls.num_keys) {
-        PyErr_SetString(PyExc_ValueError, "expected a byte for each key");
-        return 0;
-    }
-    reduce->left_out = new_memory((size_t)length);
-    if (reduce->left_out == NULL)
-        PyErr_NoMemory();
-    else
-        memcpy(reduce->left_out, left_out, (size_t)length);
-    return reduce->left_out != NULL;
-}
-
 static PyObject *reduce_count_nonfinite(SharedReduce *reduce, PyObject *none) {
     size_t at = 0;
     (void)none;
@@ -597,7 +580,12 @@ static PyObject *reduce_leave_out(SharedReduce *reduce, PyObject *args) {
     Py_ssize_t length;
     size_t at = 0;
     if (!PyArg_ParseTuple(args, "y#", &left_out, &length) || !is_to_decide(reduce)) return NULL;
-    if (!take_left_out(reduce, left_out, length)) return NULL;
+    if ((size_t)length != reduce->batch->calls.num_keys)
+        return PyErr_Format(PyExc_ValueError, "expected a byte for each key");
+    free_memory(reduce->left_out);
+    reduce->left_out = new_memory((size_t)length);
+    if (reduce->left_out == NULL) return PyErr_NoMemory();
+    memcpy(reduce->left_out, left_out, (size_t)length);
     memset(&reduce->squares, 0, sizeof reduce->squares);
     for (size_t i = 0; i < reduce->batch->calls.num_keys; i++) {
         const Work *work = &reduce->batch->calls.works[i];

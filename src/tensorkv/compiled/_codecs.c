@@ -65,26 +65,33 @@ static inline void take_two_bits(float *owed, uint32_t *codes, Py_ssize_t count,
     }
 }
 
-FOR_EACH_CPU static uint32_t encode_two_bits(const Encoding *given) {
+/* Encode in so many bits an element, from the high bits of each byte down. */
+static inline __attribute__((always_inline)) uint32_t encode_bits(
+    const Encoding *given, int bits, void (*take)(float *, uint32_t *, Py_ssize_t, float)) {
     uint32_t odd = 0;
+    const int per_byte = 8 / bits;
     for (Py_ssize_t at = 0; at < given->count; at += BLOCK) {
         uint32_t codes[BLOCK] = {0};
         const Py_ssize_t left = given->count - at, count = left < BLOCK ? left : BLOCK;
         const float *residual = given->residual == NULL ? NULL : given->residual + at;
-        uint8_t *words = given->words + at / 4;
+        uint8_t *words = given->words + at / per_byte;
         if (count == BLOCK) {
             odd |= owe(given->gradient + at, residual, given->owed + at, BLOCK);
-            take_two_bits(given->owed + at, codes, BLOCK, given->parameter);
+            take(given->owed + at, codes, BLOCK, given->parameter);
         } else {
             odd |= owe(given->gradient + at, residual, given->owed + at, count);
-            take_two_bits(given->owed + at, codes, count, given->parameter);
+            take(given->owed + at, codes, count, given->parameter);
         }
-        for (Py_ssize_t byte = 0; byte < (count + 3) / 4; byte++)
-            words[byte] = (uint8_t)(codes[4 * byte] << 6 | codes[4 * byte + 1] << 4 | codes[4 * byte + 2] << 2 |
-                                    codes[4 * byte + 3]);
+        for (Py_ssize_t byte = 0; byte < (count + per_byte - 1) / per_byte; byte++) {
+            uint32_t found = 0;
+            for (int i = 0; i < per_byte; i++) found |= codes[per_byte * byte + i] << (8 - bits - bits * i);
+            words[byte] = (uint8_t)found;
+        }
     }
     return odd;
 }
+
+FOR_EACH_CPU static uint32_t encode_two_bits(const Encoding *given) { return encode_bits(given, 2, take_two_bits); }
 
 FOR_EACH_CPU static void decode_two_bits(const uint8_t *words, float *out, Py_ssize_t count, float threshold) {
     const float of_code[4] = {0.0f, 0.0f, -threshold, threshold};
@@ -104,28 +111,7 @@ static inline void take_one_bit(float *owed, uint32_t *codes, Py_ssize_t count, 
     }
 }
 
-FOR_EACH_CPU static uint32_t encode_one_bit(const Encoding *given) {
-    uint32_t odd = 0;
-    for (Py_ssize_t at = 0; at < given->count; at += BLOCK) {
-        uint32_t codes[BLOCK] = {0};
-        const Py_ssize_t left = given->count - at, count = left < BLOCK ? left : BLOCK;
-        const float *residual = given->residual == NULL ? NULL : given->residual + at;
-        uint8_t *words = given->words + at / 8;
-        if (count == BLOCK) {
-            odd |= owe(given->gradient + at, residual, given->owed + at, BLOCK);
-            take_one_bit(given->owed + at, codes, BLOCK, given->parameter);
-        } else {
-            odd |= owe(given->gradient + at, residual, given->owed + at, count);
-            take_one_bit(given->owed + at, codes, count, given->parameter);
-        }
-        for (Py_ssize_t byte = 0; byte < (count + 7) / 8; byte++) {
-            uint32_t found = 0;
-            for (int i = 0; i < 8; i++) found |= codes[8 * byte + i] << (7 - i);
-            words[byte] = (uint8_t)found;
-        }
-    }
-    return odd;
-}
+FOR_EACH_CPU static uint32_t encode_one_bit(const Encoding *given) { return encode_bits(given, 1, take_one_bit); }
 
 FOR_EACH_CPU static void decode_one_bit(const uint8_t *words, float *out, Py_ssize_t count, float threshold) {
     (void)threshold;

@@ -290,6 +290,35 @@ def test_reading_from_one_server_makes_a_lease_longer_on_all(monkeypatch):
             release.pull("b")
 
 
+def test_a_release_whose_lease_ends_during_a_read_stays_until_the_read_ends(monkeypatch):
+    """The reader copies it from memory that the next pushes would use again."""
+    size, real = 1 << 18, Session.values_in_place
+    with Cluster(1) as cluster:
+        kv, reader = cluster.store(), cluster.store()
+        (server,) = cluster.servers
+        kv.init("w", np.zeros(size, F32))
+        kv.publish("step-1")
+        release = reader.open_release("step-1")
+        kv.push("w", np.ones(size, F32))
+        kv.publish("step-2", keep=1)
+        begun = []
+
+        def take_long(*arguments):
+            begun.append(arguments)
+            monkeypatch.setattr(server._state.shard.releases, "_now", lambda: time.monotonic() + 1000)
+            server._drop_snapshots_of_dead_clients()
+            for number in (2, 3, 4):
+                kv.push("w", np.full(size, number, F32))
+            return real(*arguments)
+
+        monkeypatch.setattr(Session, "values_in_place", take_long)
+        assert number_in([release.pull("w")]) == 0
+        assert len(begun) == 1
+        with pytest.raises(tensorkv.ReleaseNotFoundError, match="was dropped"):
+            release.pull("w")
+        assert not server._state.shard._num_frozen
+
+
 @pytest.fixture(scope="module")
 def kills():
     pytest.importorskip("ray")

@@ -477,6 +477,13 @@ class Shard(native.ShardFields):
                     entry.note = self.notes.get(name)
             return frozen
 
+    def hold(self, entries: Sequence[FrozenEntry]) -> Sequence[FrozenEntry]:
+        """Hold what a snapshot holds once more, until ``release``."""
+        with self._lock:
+            for entry in entries:
+                entry.holders += 1
+            return entries
+
     def shares(self, frozen: FrozenEntry) -> bool:
         """Return whether what snapshots hold of a key is its present value."""
         return self._entries.get(frozen.key) is frozen.source and frozen.source.frozen is frozen

@@ -108,7 +108,7 @@ class EndRead(Message):
     """Reply whether the values that this session has read in place were held until now.
 
     Args:
-        snapshot: that was read (None: the present values).
+        snapshot: that was read, and is held for longer (None: the present values).
     """
 
     snapshot: str | None = None

@@ -40,7 +40,7 @@ class Reads:
 
     def __init__(self, shard: Shard, now: Callable[[], float] = time.monotonic) -> None:
         self._shard, self._now, self._memory = shard, now, SharedValues()
-        # Of present values, by session, which has one read at a time.
+        # By session, which has one read at a time.
         self._reads: dict[str, _Read] = {}
         shard.make_like = self._make_like
 
@@ -55,14 +55,17 @@ class Reads:
             return None
         return self._memory.find([entry.tensor for entry in entries])
 
-    def begin(self, keys: Sequence[Key], session: str, owner: str, seq: int) -> Places | None:
-        """Return where the present values are, and keep them as they are until this read, or the next one, is ended.
+    def begin(
+        self, keys: Sequence[Key], session: str, owner: str, seq: int, held: Sequence[FrozenEntry] | None = None
+    ) -> Places | None:
+        """Return where values are, and keep them as they are until this read, or the next one, is ended.
 
         Args:
             keys: of the values.
             session: of a client, which has one read at a time.
             owner: the client.
             seq: of the request; one that is sent again is told of the same values.
+            held: what a snapshot holds of the keys (None: their present values are read).
 
         Returns:
             None if no other process can read them, or if the client has had its answer, and gone on.
@@ -74,7 +77,7 @@ class Reads:
         if last is not None and seq <= last.seq:
             return None
         self._end(session)
-        entries = self._shard.freeze(keys)
+        entries = self._shard.freeze(keys) if held is None else self._shard.hold(held)
         found = self.find(entries)
         if found is None:
             self._shard.release(entries)

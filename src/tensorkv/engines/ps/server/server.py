@@ -11,7 +11,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -343,10 +343,8 @@ class Server:
         keys, message, sender = keys_of(request.layout), request.message, request.sender
         # Raises if the client expects another layout.
         served.layout(keys, message.checksum, None)
-        if message.snapshot is None:
-            places = self._state.reads.begin(keys, sender.client, str(sender.owner), sender.seq)
-        else:
-            places = self._state.reads.find(self._state.snapshots.entries(message.snapshot, keys))
+        entries = None if message.snapshot is None else self._state.snapshots.entries(message.snapshot, keys)
+        places = self._state.reads.begin(keys, sender.client, str(sender.owner), sender.seq, entries)
         if places is None:
             return Reply({"in_place": None})
         return Reply({"in_place": places.segments}, bytes_of(places.table.reshape(-1).view(np.uint8)))
@@ -354,10 +352,13 @@ class Server:
     def _end_read(self, request: Request[messages.EndRead]) -> Reply:
         snapshot, sender = request.message.snapshot, request.sender
         with self._condition:
-            if snapshot is None:
-                return Reply({"held": self._state.reads.end(sender.client, sender.seq)})
-            self._state.served(snapshot)
-            return Reply({"held": True})
+            held = self._state.reads.end(sender.client, sender.seq)
+            if snapshot is not None:
+                # What was read is right, even if the snapshot was dropped meanwhile.
+                with suppress(SnapshotError) if held else nullcontext():
+                    self._state.served(snapshot)
+                    held = True
+            return Reply({"held": held})
 
     def _wait_for_version(self, request: Request[messages.WaitForVersion]) -> Reply:
         keys, wanted, shard = keys_of(request.layout), request.message.min_version, self._state.shard

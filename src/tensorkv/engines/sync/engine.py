@@ -382,7 +382,6 @@ class DistEngine(Engine):
 
     @property
     def joins_workers(self) -> Literal["sum", "mean", "alone"]:
-        """What an update takes of the pushes of several workers."""
         return "mean" if self._shard.averages else "sum"
 
     def spec(self, verb: str, key: Key) -> KeySpec:

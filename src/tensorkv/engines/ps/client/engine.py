@@ -198,12 +198,10 @@ class PSEngine(Engine):
 
     @property
     def rank(self) -> int:
-        """This worker's number."""
         return self._rank or 0
 
     @property
     def num_workers(self) -> int:
-        """How many workers push."""
         return self._options.num_workers
 
     # ------------------------------------------------------------ asking servers
@@ -488,7 +486,6 @@ class PSEngine(Engine):
 
     @property
     def joins_workers(self) -> Literal["sum", "mean", "alone"]:
-        """What an update takes of the pushes of several workers."""
         if self._options.mode == "async":
             return "alone"
         return self._options.reduce
@@ -640,29 +637,23 @@ class PSEngine(Engine):
         return snapshot, snapshot.versions
 
     def publish(self, name: str, keys: Sequence[Key] | None, keep: int | None) -> None:
-        """Hold the present values of some keys, or of all, as a release."""
         for key in keys or ():
             self._keymap.find("publish", key)
         self._releases.publish(name, keys, keep)
 
     def unpublish(self, name: str) -> None:
-        """Drop a release, once nobody reads it."""
         self._releases.unpublish(name)
 
     def releases(self) -> list[tuple[str, int]]:
-        """Return names and numbers of the releases, from the oldest to the newest."""
         return self._releases.listed()
 
     def open_release(self, name: str, lease_s: float) -> ReleaseReader:
-        """Return a release, which stays until the reader is closed or has not read for ``lease_s`` seconds."""
         return self._releases.open(name, lease_s)
 
     def wait_release(self, after: str | None, timeout_s: float, lease_s: float) -> ReleaseReader:
-        """Wait for a release that is newer than another one, and return the newest."""
         return shield.run(self._releases.wait, after, timeout_s, lease_s)
 
     def wait_for(self, keys: Sequence[Key], min_version: int, timeout_s: float) -> None:
-        """Return when every key has this version or a later one."""
         layout = self._keymap.layout("pull", tuple(dict.fromkeys(keys)))
         message = messages.WaitForVersion(min_version=min_version)
         shield.run(self._send, [ServerRequest(each.server, message, each.keys) for each in layout.pushed], timeout_s)

@@ -216,19 +216,15 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
                 self.protect(self._releases.ask_for, EndRead(snapshot=self._name), _RENEW_S)
 
     def pull(self, call: Call) -> None:
-        """Check a call and copy values into its outs."""
         self._again(super().pull, call)
 
     def pull_regions(self, keys: Sequence[Key], regions: Sequence[Region], outs: Outs) -> None:
-        """Copy parts of values into tensors."""
         self._again(super().pull_regions, keys, regions, outs)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
-        """Return copies of rows."""
         return self._again(super().pull_rows, keys, ids)
 
     def digest(self) -> str:
-        """Return the digest of all keys."""
         replies = self._again(self._releases.ask_for, Digests(release=self.name, snapshot=self._name))
         digests: dict[Key, int] = {}
         for reply in replies:

@@ -186,18 +186,15 @@ class RemoteSnapshot(Reader):
         self.versions: Mapping[Key, int] = versions
 
     def spec(self, verb: str, key: Key) -> KeySpec:
-        """Return what an array for a key must be like."""
         placed = self._placed.get(key)
         if placed is None:
             raise KeyNotFoundError(f"{verb}({quote(key)}): the key was not there when this snapshot was taken")
         return placed.placement.spec
 
     def keys(self) -> list[Key]:
-        """Return every key, in the order of init."""
         return list(self._placed)
 
     def try_compiled(self, call: Call) -> bool:
-        """Make a pull in compiled code if all outs are plain; return False if nothing was done."""
         found = self._data.prepare(call, self._placed)
         if found is None:
             return False
@@ -206,15 +203,12 @@ class RemoteSnapshot(Reader):
         return True
 
     def pull_into(self, keys: Sequence[Key], outs: Outs) -> None:
-        """Copy values into tensors."""
         self._data.pull(keys, outs, self._placed)
 
     def pull_regions(self, keys: Sequence[Key], regions: Sequence[Region], outs: Outs) -> None:
-        """Copy parts of values into tensors."""
         self._data.pull_regions(keys, regions, outs, self._placed)
 
     def pull_rows(self, keys: Sequence[Key], ids: Sequence[torch.Tensor]) -> list[Rows]:
-        """Return copies of rows."""
         return self._data.pull_rows(keys, ids, self._placed)
 
     def abandon(self) -> None:
@@ -222,5 +216,4 @@ class RemoteSnapshot(Reader):
         self._client.abandoned.append(self._name)
 
     def close(self) -> None:
-        """Release it."""
         self._client.drop(self._name)

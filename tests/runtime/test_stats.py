@@ -1,12 +1,14 @@
 """Counts per verb and key, also from several threads."""
 
+import runpy
 import threading
 
 import numpy as np
 import pytest
 
 import tensorkv
-from tensorkv import Rows
+from tensorkv import Rows, compiled
+from tensorkv.runtime import stats
 from tensorkv.runtime.stats import Metrics, clock
 from tests.support.until import LIMIT_S
 
@@ -118,6 +120,23 @@ def test_seconds_add_up():
         metrics.add("pull", clock() - 2.0, [], [])
     assert 6.0 <= metrics.read()["verbs"]["pull"]["seconds"] < 60.0
     assert metrics.read()["keys"] == {}
+
+
+def test_stores_count_by_themselves_without_the_compiled_part(monkeypatch):
+    """One that is created in a forked child does not wait for a thread of the parent that was counting."""
+    monkeypatch.setattr(compiled, "_native", None)
+    record_type = runpy.run_path(stats.__file__)["Record"]
+    mine, other = record_type(), record_type()
+
+    def count_other():
+        thread = threading.Thread(target=other.add, args=(0.0, ["w"], [8]))
+        thread.start()
+        thread.join(LIMIT_S)
+        assert not thread.is_alive()
+        yield "w"
+
+    mine.add(0.0, count_other(), [8])
+    assert (mine.nbytes, other.nbytes) == (8, 8)
 
 
 def test_counts_from_several_threads():

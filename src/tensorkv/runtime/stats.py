@@ -18,10 +18,10 @@ else:
     class Record:
         """Counts of a verb, and of each of its keys."""
 
-        # A signal handler that calls the store may interrupt the thread that holds it.
-        _lock = threading.RLock()
-
         def __init__(self) -> None:
+            # A signal handler that calls the store may interrupt the thread that holds it. Of its own, since a child
+            # that was forked while it was held creates stores.
+            self._lock = threading.RLock()
             self.calls = self.nbytes = 0
             self.seconds = 0.0
             self._keys: dict[Any, Record] = {}

@@ -24,7 +24,7 @@ from tensorkv.arrays.arguments import (
     keys_of,
     single_values,
 )
-from tensorkv.arrays.keytable import select
+from tensorkv.arrays.keytable import KeyTable, select
 from tensorkv.arrays.outputs import GivenOuts, NewOuts, describe_like
 from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows, take_ids, unchecked_rows
@@ -42,7 +42,7 @@ from tensorkv.shard.entry import Entry, KeyInfo, Part
 from tensorkv.shard.fused import AVERAGE
 from tensorkv.shard.norm import PushResult
 from tensorkv.shard.releases import check_keep, check_name
-from tensorkv.shard.rules import Assign, Updater, check_push
+from tensorkv.shard.rules import Assign, Updater, check_ids, check_outs, check_push
 from tensorkv.shard.table import Table
 from tensorkv.storage import checkpoint
 from tensorkv.storage.manifest import Contents
@@ -411,20 +411,22 @@ class KVStore:
         return call.end()
 
     def _fill_with_averages(self, call: Call) -> None:
-        held: dict[Key, Entry] = {}
+        held: KeyTable[Entry] = KeyTable()
         with ExitStack() as reading:
 
             def copy(keys: list[Key], outs: list[list[torch.Tensor]]) -> None:
                 # Workers whose outs are whole, and others whose outs are parts, make the same calls.
                 contents = reading.enter_context(self._averages(keys))
                 held.update({entry.key: entry for entry in contents.entries})
-                copy_parts(keys, [None] * len(keys), outs)
+                copy_parts(keys, None, outs)
 
-            def copy_parts(keys: list[Key], regions: Sequence[Region | None], outs: list[list[torch.Tensor]]) -> None:
-                for key, region, tensors in zip(keys, regions, outs, strict=True):
-                    average = held[key].state.get(AVERAGE, held[key].tensor)
+            def copy_parts(keys: list[Key], regions: Sequence[Region] | None, outs: list[list[torch.Tensor]]) -> None:
+                entries = [held.find("pull_ema", key) for key in keys]
+                check_outs("pull_ema", entries, outs, regions)
+                for place, (entry, tensors) in enumerate(zip(entries, outs, strict=True)):
+                    average = entry.state.get(AVERAGE, entry.tensor)
                     for tensor in tensors:
-                        tensor.copy_(average if region is None else region.of(average))
+                        tensor.copy_(average if regions is None else regions[place].of(average))
 
             call.fill(self._engine.spec, copy, copy_parts, nullcontext)
 
@@ -439,11 +441,13 @@ class KVStore:
 
         def read() -> torch.Tensor:
             with self._averages([key]) as contents:
-                entry = next(entry for entry in contents.entries if entry.key == key)
+                held = KeyTable({entry.key: entry for entry in contents.entries})
+                entry: Entry = held.find("pull_ema", key)
+                check_ids("pull_ema", [entry], [ids])
                 if isinstance(entry.value, Table):
                     return entry.value.read(ids, AVERAGE if AVERAGE in entry.value.columns else "")
-                rows: torch.Tensor = entry.state.get(AVERAGE, entry.tensor)[ids].to(spec.dtype)
-                return rows
+                average = entry.state.get(AVERAGE)
+                return entry.read_rows(ids) if average is None else average[ids].to(spec.dtype)
 
         rows = _give_rows(Rows(ids, self._engine.protect(read), spec.shape[0]), spec.origin)
         self._metrics.add("pull_ema", start, [key], [rows.values.nbytes])

@@ -35,6 +35,39 @@ def test_aliases(name):
         assert kv.pushpull("w", [np.ones(2)] * 3).tolist() == [3, 3]
 
 
+@pytest.mark.parametrize("value", [None, np.zeros(1), np.zeros(2)])
+@pytest.mark.parametrize("form", ["whole", "part", "rows"])
+def test_averages_of_a_key_that_another_thread_deletes_or_creates_again(value, form):
+    with tensorkv.create() as kv:
+        kv.init("w", np.ones(4))
+        kv.init("x", np.ones(4))
+        kv.set_optimizer("sgd", lr=1.0, ema=0.5)
+        out = np.full(4, 9.0)
+        pull = {
+            "whole": lambda: kv.pull_ema(["x", "w"], out=[np.zeros(4), out]),
+            "part": lambda: kv.pull_ema("w", out=tensorkv.TensorSlice(out[2:], (2,), (4,))),
+            "rows": lambda: kv.pull_ema("w", row_ids=[0, 3]),
+        }[form]
+        contents = kv._engine.contents
+
+        def contents_of_others(**options):
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(kv.delete, "w").result()
+                if value is not None:
+                    pool.submit(kv.init, "w", value).result()
+            return contents(**options)
+
+        kv._engine.contents = contents_of_others
+        error, words = (
+            (tensorkv.KeyNotFoundError, "no such key")
+            if value is None
+            else (tensorkv.ValueMismatchError, "the key was re-created with another shape")
+        )
+        with pytest.raises(error, match=rf'^pull_ema\("w"\): {words}'):
+            pull()
+        assert out.tolist() == [9] * 4
+
+
 def test_close_ends_a_wait_for_a_version():
     with tensorkv.create() as kv, ThreadPoolExecutor(1) as pool:
         kv.init("w", np.zeros(2))

@@ -421,7 +421,10 @@ def fit(entry: Entry, outs: Sequence[torch.Tensor]) -> bool:
 
 
 def check_outs(
-    entries: Sequence[Entry], outs: Sequence[Sequence[torch.Tensor]], regions: Sequence[Region] | None = None
+    verb: str,
+    entries: Sequence[Entry],
+    outs: Sequence[Sequence[torch.Tensor]],
+    regions: Sequence[Region] | None = None,
 ) -> None:
     """Raise if outs that fitted their values, or parts of them, when a pull began do not fit them now.
 
@@ -435,14 +438,14 @@ def check_outs(
             region.lies_in(entry.spec) and all(out.shape == region.shape for out in own)
             for entry, own, region in zip(entries, outs, regions, strict=True)
         ]
-    _refuse_recreated("pull", entries, fitting)
+    _refuse_recreated(verb, entries, fitting)
 
 
-def check_ids(entries: Sequence[Entry], ids: Sequence[torch.Tensor]) -> None:
+def check_ids(verb: str, entries: Sequence[Entry], ids: Sequence[torch.Tensor]) -> None:
     """Raise if sorted ids that were those of rows when a pull began are not now; errors as of ``check_outs``."""
     pairs = zip(entries, ids, strict=True)
     fitting = [bool(entry.spec.shape) and (not len(own) or int(own[-1]) < entry.spec.shape[0]) for entry, own in pairs]
-    _refuse_recreated("row_sparse_pull", entries, fitting)
+    _refuse_recreated(verb, entries, fitting)
 
 
 def _refuse_recreated(verb: str, entries: Sequence[Entry], fitting: Sequence[bool]) -> None:

@@ -323,7 +323,7 @@ class Shard(native.ShardFields):
             self.refuse_reentry()
             entries = [self.entry("row_sparse_pull", key) for key in keys]
             check_complete("row_sparse_pull", entries)
-            check_ids(entries, ids)
+            check_ids("row_sparse_pull", entries, ids)
             with self._in_order(entries):
                 return [
                     unchecked_rows(own, entry.read_rows(own.to(entry.value.device), out), entry.spec.shape[0])
@@ -1025,7 +1025,7 @@ class Shard(native.ShardFields):
     ) -> None:
         entries = [self.entry("pull", key) for key in keys]
         check_complete("pull", entries)
-        check_outs(entries, outs, regions)
+        check_outs("pull", entries, outs, regions)
         with self._in_order(entries):
             values = [entry.tensor for entry in entries]
             if regions is not None:

@@ -665,7 +665,7 @@ class Pushes:
         with self._order.lock:
             self._order.check()
             entries = [self._shard.entry("pull", key) for key in keys]
-            check_outs(entries, outs, regions)
+            check_outs("pull", entries, outs, regions)
             self.settle(keys)
             wanted = [None] * len(keys) if regions is None else regions
             pairs = [

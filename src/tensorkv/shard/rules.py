@@ -416,8 +416,8 @@ def has_means(entry: Entry) -> bool:
 
 
 def fit(entry: Entry, outs: Sequence[torch.Tensor]) -> bool:
-    """Return whether outs have the shape of a dense value."""
-    return not entry.spec.is_table and all(out.shape == entry.spec.shape for out in outs)
+    """Return whether outs have the shape of a dense value; a table, which has none, fits no outs but an empty list."""
+    return all(not entry.spec.is_table and out.shape == entry.spec.shape for out in outs)
 
 
 def check_outs(

@@ -1,8 +1,8 @@
 """Train a JAX network on handwritten digits, in one process or in several.
 
 Each batch is divided into four parts. Every worker computes the gradients of its parts, the store sums them over parts
-and workers and steps the optimizer, and every worker gets the new parameters. So the loss is the same with any number
-of workers, up to rounding. The digits are scikit-learn's; nothing is downloaded.
+and workers and steps the optimizer, and every worker gets the new parameters. So the loss is the same with one to
+four workers, up to rounding. The digits are scikit-learn's; nothing is downloaded.
 
     python examples/jax_digits.py
     torchrun --nproc-per-node 2 examples/jax_digits.py

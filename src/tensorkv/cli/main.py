@@ -40,7 +40,10 @@ _COMPRESSED_OPTIMIZER = "sgd"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C.
+    """Run a command and return its exit status.
+
+    It is 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C, or 141 if the reader of the output has closed it. If a
+    worker failed, it is that worker's: 128 + n after signal n.
 
     Args:
         argv: the arguments; None takes those of the process.
@@ -119,7 +122,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="tensorkv",
         description="A key-value store for tensors: push sums arrays and updates values, pull copies them.",
         epilog="Each command has a --help of its own, with examples.\n"
-        "Exit status: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C.",
+        "Exit status: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C, 141 after a closed pipe;\n"
+        "if a worker failed, that worker's, which is 128 + n after signal n.",
     )
     parser.add_argument("--version", action="version", version=_version())
     parser.set_defaults(run=partial(_help, parser), extra=None)
@@ -168,7 +172,9 @@ def _demo_options() -> list[tuple[str, str, Callable[[str], Any], Any, str]]:
     own = demo.Settings()
     rates = ", ".join(f"{lr} for {name}" for name, lr in demo.LEARNING_RATES.items())
     workers = "with dist_sync or dist_async: start N processes with torchrun, each training one replica (dist_async: 4)"
-    staleness = "with dist_async: rounds that a worker may be ahead of the slowest (2; with --mode async: any number)"
+    staleness = (
+        "with dist_async: rounds that a worker may be ahead of the slowest (default: 2, or no bound with --mode async)"
+    )
     codecs = f"compress gradients, and plot over the bytes sent: one of {', '.join(compression.names())}"
     accuracy = (
         "exit with status 1 if the test accuracy, from 0 to 1, is lower (default: "
@@ -251,7 +257,7 @@ def _add_top(commands: Any) -> None:
         "top",
         help="watch a running store of type dist_async",
         description="Show a store on parameter servers while it runs: its servers and workers, keys and bytes,\n"
-        "pushes and pulls per second, how far workers are apart, waits, and the size of its log.\n"
+        "pushes and pulls per second, how far apart workers are, waits, and the size of its log.\n"
         "The store is not disturbed. Ends when the store ends, or with Ctrl-C.",
         epilog="examples:\n"
         "  tensorkv top\n"

@@ -2,7 +2,7 @@
 
 TensorKVError
 ├── KeyTypeError           (TypeError)     an invalid key, or keys of both types in one store
-├── KeyNotFoundError       (KeyError)      a key that was never initialised
+├── KeyNotFoundError       (KeyError)      a key that was never initialised, or was deleted
 ├── KeyExistsError         (ValueError)    init of a key that exists
 ├── ArgumentError          (ValueError)    invalid arguments: unequal lengths, unknown options
 ├── ArrayTypeError         (TypeError)     not an array, or one that a store cannot hold, read or fill
@@ -17,10 +17,10 @@ TensorKVError
 ├── ReleaseNotFoundError   (KeyError)      a release that was never published, or was dropped
 ├── ReleaseExistsError     (ValueError)    a second release of one name
 ├── ReleaseMismatchError   (ValueError)    changes that are applied to other values than those they start from
-├── EngineNotFoundError    (ValueError)    an unknown type of store
+├── EngineNotFoundError    (ValueError)    an unknown type of store, or one whose package is missing
 ├── WorkerMismatchError    (RuntimeError)  desync: workers that did not make the same call
 ├── RankDeadError          (RuntimeError)  a dist_sync worker that died, stalled or ended early
-├── WorkerError            (RuntimeError)  another worker's failure inside a call of all workers
+├── WorkerError            (RuntimeError)  a failure of another worker or of a server inside a call
 ├── ServerDeadError        (RuntimeError)  a parameter server that has ended, with the values that it held
 ├── PushOutcomeUnknownError (RuntimeError) a request without a reply: it was applied once or not at all
 ├── WaitTimeoutError       (TimeoutError)  a version, a round or a worker that was awaited for too long
@@ -50,7 +50,7 @@ class KeyTypeError(TensorKVError, TypeError):
 
 
 class KeyNotFoundError(TensorKVError, KeyError):
-    """A key was used before ``init``."""
+    """A key was never initialised, or has been deleted."""
 
     # KeyError shows repr(message); people read messages, not reprs.
     __str__ = Exception.__str__
@@ -107,7 +107,7 @@ class ReleaseNotFoundError(TensorKVError, KeyError):
 
 
 class ReleaseExistsError(TensorKVError, ValueError):
-    """A release of this name was published before; names are not used again."""
+    """A release of this name was published before, even if it has been dropped since."""
 
 
 class ReleaseMismatchError(TensorKVError, ValueError):
@@ -115,7 +115,7 @@ class ReleaseMismatchError(TensorKVError, ValueError):
 
 
 class EngineNotFoundError(TensorKVError, ValueError):
-    """No engine is registered under this type name."""
+    """No engine is registered under this type name, or a package that it needs is not installed."""
 
 
 class WorkerMismatchError(TensorKVError, RuntimeError):
@@ -127,22 +127,22 @@ class RankDeadError(TensorKVError, RuntimeError):
 
 
 class WorkerError(TensorKVError, RuntimeError):
-    """Another worker failed inside a call that all workers made; the message says which and how."""
+    """Another worker failed inside a call that all workers made, or a server inside a request; the message says how."""
 
 
 class ServerDeadError(TensorKVError, RuntimeError):
-    """A parameter server has ended for good, or came back without the values that it held in memory alone."""
+    """A parameter server has ended for good, came back without its values, or does not answer at ``create``."""
 
 
 class PushOutcomeUnknownError(TensorKVError, RuntimeError):
-    """No server replied to a request in time, however often it was retried: it was applied once or not at all."""
+    """A server did not reply to a request in time, however often it was retried: it was applied once or not at all."""
 
 
 class WaitTimeoutError(TensorKVError, TimeoutError):
     """A version, a round or another worker was awaited for longer than the timeout; the store goes on."""
 
     applied = False
-    """Whether it is of a push that every server has applied: do not repeat it."""
+    """True if every server has applied the push; do not repeat it then."""
 
 
 class StoreClosedError(TensorKVError, RuntimeError):

@@ -260,9 +260,9 @@ class KVStore:
             priority: as for ``push``.
             ignore_sparse: skip a sparse ``out`` with one warning instead of raising.
             like: without ``out``, an array of the library and device to return.
-            region: the part of the value that is copied: a slice, or a tuple of slices for the first axes, as an index
-                of NumPy but for steps; for a list of keys, a list of these. No more than that leaves a server, and
-                an ``out`` has the shape of the part (None: the whole value).
+            region: the part of the value that is copied: a slice, or a tuple of slices for the first axes, as in a
+                NumPy index, but without steps; for a list of keys, a list of these. No more than that leaves a server,
+                and an ``out`` has the shape of the part (None: the whole value).
             min_version: wait until every key has had this many updates (``info(key).version``) by any worker.
             timeout_s: how long to wait for ``min_version``, in seconds (default 60).
 
@@ -818,7 +818,8 @@ class KVStore:
         """Take a consistent snapshot of all values: each update is in it as a whole or not at all, on every server.
 
         Returns:
-            A ``Snapshot`` with ``pull``, ``row_sparse_pull``, ``keys`` and ``versions``; close it after use.
+            A ``Snapshot`` with ``pull``, ``pull_tree``, ``row_sparse_pull``, ``keys`` and ``versions``; close it after
+            use.
 
         Raises:
             ArgumentError: this type of store has no snapshots (``is_capable("snapshot")``).
@@ -846,7 +847,8 @@ class KVStore:
         Nothing is copied until a value changes. Each update is in a release as a whole or not at all, on every server.
 
         Args:
-            name: of the release, a str of at most 255 characters. A name is never used again.
+            name: of the release, a str of at most 255 characters. Each name is used once, also after its release is
+                dropped; the last 10,000 names are remembered.
             keys: to publish: a key, a pattern, a function or a list, as for ``set_hyperparameters`` (None: all keys).
             keep: how many of the newest releases stay, this one included; older ones are dropped once nobody reads
                 them (None: all stay).
@@ -1032,8 +1034,8 @@ class KVStore:
                 key and returns whether it is chosen, or a list of these; an existing key of exactly the pattern's name
                 is that key. None changes all keys, and replaces what was set for single keys.
             *unnamed: not allowed; give hyperparameters by name.
-            **hyperparameters: such as ``lr=0.01``; ``rescale_grad``, ``clip_gradient`` and ``ema`` hold for all keys
-                only.
+            **hyperparameters: such as ``lr=0.01``; ``rescale_grad``, ``clip_gradient``, ``max_grad_norm`` and ``ema``
+                hold for all keys only.
 
         Raises:
             OptimizerError: the store has no optimizer, or a hyperparameter is unknown or out of range.
@@ -1066,8 +1068,8 @@ class KVStore:
                 ``{"type": "topk", "ratio": 0.01}``: the largest elements.
                 ``{"type": "powersgd", "rank": 2}``: matrices as products of thin ones.
             *unnamed: not allowed.
-            simulate: on a store that sends nothing (``local``, ``device``), compress each part of a push as if a
-                worker had sent it.
+            simulate: on a store that sends nothing (``local``, ``device``, ``dist_sync`` alone or on one host),
+                compress each part of a push as if a worker had sent it. It changes nothing where something is sent.
 
         Raises:
             ArgumentError: the type or a parameter is unknown or out of range, or the store sends nothing.
@@ -1174,8 +1176,8 @@ class KVStore:
         Args:
             path: a directory that ``save`` wrote.
             missing_ok: do nothing if no checkpoint was saved yet: the directory does not exist, or holds only what a
-                crash in the first save has left. A damaged checkpoint still raises. With several workers, what rank 0
-                finds counts.
+                crash in the first save has left. A damaged checkpoint still raises. With several workers, rank 0
+                decides.
 
         Returns:
             Whether a checkpoint was loaded.

@@ -80,7 +80,7 @@ class Trainer:
 
     The gradient is the **sum** over replicas and workers. Where each replica's loss is the mean over its
     part of the batch, a store with ``reduce="mean"`` gives the mean over the batch.
-    Sparse gradients (``nn.Embedding(sparse=True)``) update only their rows if the store updates. Tables of
+    With ``update_on_store=True``, sparse gradients (``nn.Embedding(sparse=True)``) update only their rows. Tables of
     ``tensorkv.Embedding`` layers are stepped with the parameters, and are in ``kv.save``, not in ``state_dict``.
 
     >>> import torch, tensorkv

@@ -468,6 +468,46 @@ def inspect_json(capsys, path):
     return json.loads(out)
 
 
+def with_head(file, change):
+    """Change the head of a safetensors file."""
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    head = change(json.loads(whole[8 : 8 + length]))
+    text = head.encode() if isinstance(head, str) else json.dumps(head).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+
+
+def each_entry(**changed):
+    return lambda head: {name: {**entry, **changed} for name, entry in head.items() if name != "__metadata__"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda head: [],
+        lambda head: dict.fromkeys(head, 3),
+        lambda head: "[" * 100_000,
+        lambda head: {name: {"shape": [1]} for name in head},
+        each_entry(data_offsets=[1]),
+        each_entry(data_offsets=["0", "8"]),
+        each_entry(data_offsets=[8, 0]),
+        each_entry(shape=None),
+        each_entry(shape=["a"]),
+    ],
+    ids=["list", "numbers", "deep", "no offsets", "one offset", "text", "negative", "no shape", "shape of text"],
+)
+def test_sizes_are_unknown_where_the_head_of_the_data_is_invalid(capsys, checkpoint, change):
+    with_head(data_file(checkpoint), change)
+    report = inspect_json(capsys, checkpoint)
+    assert [(key["rows"], key["nbytes"]) for key in report["keys"]] == [(None, None)] * 3
+
+
+def test_rows_are_unknown_where_the_ids_of_a_table_have_no_shape(capsys, checkpoint):
+    with_head(data_file(checkpoint), each_entry(shape=[]))
+    table = next(key for key in inspect_json(capsys, checkpoint)["keys"] if key["kind"] != "dense")
+    assert (table["rows"], table["nbytes"]) == (None, None)
+
+
 # With a short log each push makes a snapshot.
 @pytest.mark.parametrize(
     ("is_open", "log_nbytes"), [(True, None), (False, None), (False, 1)], ids=["open", "closed", "snapshots"]

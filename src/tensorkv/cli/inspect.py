@@ -85,7 +85,7 @@ def _describe_key(kind: str, described: dict[str, Any], tensors: dict[str, Any] 
     ids = tensor_name("ids", key)
     value += [ids] if is_rows else []
     found = {name: tensors[name] for name in [*state, *value] if name in tensors} if tensors else {}
-    known = len(found) == len(state) + len(value)
+    known = len(found) == len(state) + len(value) and (not is_rows or len(found[ids]["shape"]) == 1)
     sizes = {name: head["data_offsets"][1] - head["data_offsets"][0] for name, head in found.items()}
     return {
         **{name: described[name] for name in ("key", "kind", "shape", "dtype", "version", "library", "device")},
@@ -104,9 +104,8 @@ def _tensors(folder: Path, files: Sequence[dict[str, Any]]) -> dict[str, Any] | 
             if Path(file["name"]).name != file["name"]:
                 return None
             heads |= _read_head(folder / file["name"])
-    except (OSError, ValueError, TypeError, struct.error):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error):
         return None
-    heads.pop("__metadata__", None)
     return heads
 
 
@@ -120,6 +119,11 @@ def _read_head(file: Path) -> dict[str, Any]:
         if length > _HEAD_BYTES:
             raise ValueError(f"{file}: not safetensors")
         head: dict[str, Any] = json.loads(handle.read(length))
+    head.pop("__metadata__", None)
+    for entry in head.values():
+        begin, end = entry["data_offsets"]
+        if not all(isinstance(each, int) for each in (begin, end, *entry["shape"])) or not 0 <= begin <= end:
+            raise ValueError(f"{file}: {entry}")
     return head
 
 

@@ -87,7 +87,8 @@ def test_help_of_a_command_names_its_options_and_defaults(capsys, monkeypatch, c
         (["demo", "--compression", "3bit"], """no codec '3bit' (did you mean "2bit"?)"""),
         (["tutorial", "--arrays", "fortran"], "invalid choice: 'fortran'"),
         (["inspect"], "CHECKPOINT"),
-        (["top", "--every", "0"], "--every: expected a number above 0, not '0'"),
+        (["top", "--every", "0"], "--every: expected a number of seconds above 0, at most 86400, not '0'"),
+        (["top", "--every", "1e10"], "--every: expected a number of seconds above 0, at most 86400, not '1e10'"),
         (["inspect", "a", "b"], "unrecognized arguments: b"),
     ],
 )

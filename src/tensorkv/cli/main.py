@@ -273,7 +273,7 @@ def _add_top(commands: Any) -> None:
         metavar="HOST:PORT",
         help="address of its Ray cluster (default: RAY_ADDRESS, else the cluster on this machine that has the store)",
     )
-    add("--every", type=_rate, default=1.0, metavar="SECONDS", help="interval between two reports (%(default)s)")
+    add("--every", type=_interval, default=1.0, metavar="SECONDS", help="interval between two reports (%(default)s)")
     add("--once", action="store_true", help="print one report, after one interval")
     add("--json", action="store_true", help="print each report as a line of JSON, for scripts")
     parser.set_defaults(run=_top, extra="ray")
@@ -293,6 +293,10 @@ def _rate(text: str) -> float:
 
 def _seed(text: str) -> int:
     return _number(text, int, lambda number: 0 <= number < 1 << 63, "a whole number from 0")
+def _interval(text: str) -> float:
+    return _number(text, float, lambda number: 0 < number <= 86400, "a number of seconds above 0, at most 86400")
+
+
 
 
 def _share(text: str) -> float:

@@ -138,6 +138,36 @@ def test_demo_names_a_missing_extra_before_it_starts_workers(capsys, monkeypatch
     assert error == f"tensorkv: error: {name} is not installed; {hint}\n"
 
 
+def launched(monkeypatch, status):
+    """Let a launcher end with a status, without starting it; return the list of its command lines."""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, status)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.delenv("RANK", raising=False)
+    return commands
+
+
+def test_workers_are_given_the_arguments_of_the_call(monkeypatch, tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    commands = launched(monkeypatch, 0)
+    monkeypatch.setattr(sys, "argv", ["other", "words"])
+    words = ["demo", "--store", "dist_sync", "--workers", "2", "--out", str(tmp_path / "a.png")]
+    assert main.main(words) == 0
+    assert commands[0][-len(words) - 2 :] == ["-m", "tensorkv", *words]
+
+
+def test_a_launcher_that_is_killed_has_the_status_of_a_shell(monkeypatch, tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    launched(monkeypatch, -signal.SIGKILL)
+    assert main.main(["demo", "--store", "dist_sync", "--workers", "2", "--out", str(tmp_path / "a.png")]) == 137
+
+
 def test_a_worker_that_fails_is_told_without_the_launchers_traceback(tmp_path):
     words = ["demo", "--store", "dist_sync", "--workers", "2", "--optimizer", "muon", "--quiet"]
     command = [sys.executable, "-m", "tensorkv", *words]
@@ -438,37 +468,6 @@ def test_verify_reads_the_data(capsys, checkpoint):
     assert "damaged" in error_of(capsys, "inspect", "--verify", checkpoint, status=1)
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "link", "pipe", "junk", "huge head"])
-def test_sizes_are_unknown_where_the_data_is_missing(capsys, checkpoint, damage):
-    file = data_file(checkpoint)
-    whole = file.read_bytes()
-    file.unlink()
-    if damage == "short":
-        file.write_bytes(whole[:4])
-    elif damage == "link":
-        other = checkpoint.parent / "elsewhere"
-        other.write_bytes(whole)
-        file.symlink_to(other)
-    elif damage == "pipe":
-        os.mkfifo(file)
-    elif damage == "junk":
-        file.write_bytes((5).to_bytes(8, "little") + b"12345")
-    elif damage == "huge head":
-        file.write_bytes(b"\xff" * 100)
-    status, out, err = run(capsys, "inspect", checkpoint)
-    assert (status, err) == (0, "")
-    assert table_of(out)[1] == '"w"      dense  (300, 4)      float32        2           ?           ?'
-    report = json.loads(run(capsys, "inspect", "--json", checkpoint)[1])
-    assert [(key["rows"], key["nbytes"]) for key in report["keys"]] == [(None, None)] * 3
-    error_of(capsys, "inspect", "--verify", checkpoint, status=1)
-
-
-def inspect_json(capsys, path):
-    status, out, err = run(capsys, "inspect", "--json", path)
-    assert (status, err) == (0, "")
-    return json.loads(out)
-
-
 def with_head(file, change):
     """Change the head of a safetensors file."""
     whole = file.read_bytes()
@@ -507,6 +506,37 @@ def test_rows_are_unknown_where_the_ids_of_a_table_have_no_shape(capsys, checkpo
     with_head(data_file(checkpoint), each_entry(shape=[]))
     table = next(key for key in inspect_json(capsys, checkpoint)["keys"] if key["kind"] != "dense")
     assert (table["rows"], table["nbytes"]) == (None, None)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "link", "pipe", "junk", "huge head"])
+def test_sizes_are_unknown_where_the_data_is_missing(capsys, checkpoint, damage):
+    file = data_file(checkpoint)
+    whole = file.read_bytes()
+    file.unlink()
+    if damage == "short":
+        file.write_bytes(whole[:4])
+    elif damage == "link":
+        other = checkpoint.parent / "elsewhere"
+        other.write_bytes(whole)
+        file.symlink_to(other)
+    elif damage == "pipe":
+        os.mkfifo(file)
+    elif damage == "junk":
+        file.write_bytes((5).to_bytes(8, "little") + b"12345")
+    elif damage == "huge head":
+        file.write_bytes(b"\xff" * 100)
+    status, out, err = run(capsys, "inspect", checkpoint)
+    assert (status, err) == (0, "")
+    assert table_of(out)[1] == '"w"      dense  (300, 4)      float32        2           ?           ?'
+    report = json.loads(run(capsys, "inspect", "--json", checkpoint)[1])
+    assert [(key["rows"], key["nbytes"]) for key in report["keys"]] == [(None, None)] * 3
+    error_of(capsys, "inspect", "--verify", checkpoint, status=1)
+
+
+def inspect_json(capsys, path):
+    status, out, err = run(capsys, "inspect", "--json", path)
+    assert (status, err) == (0, "")
+    return json.loads(out)
 
 
 # With a short log each push makes a snapshot.

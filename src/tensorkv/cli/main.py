@@ -79,7 +79,8 @@ def _flush() -> None:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        arguments = _parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else list(argv)
+        arguments = _parser().parse_args(words, argparse.Namespace(words=words))
     except SystemExit as stop:  # argparse, after a usage error, --help or --version
         return stop.code if isinstance(stop.code, int) else 0
     try:
@@ -356,7 +357,7 @@ def _demo(arguments: argparse.Namespace) -> int:
             return _fail(f"{module} is not installed; {install_hint(extra)}")
     workers = arguments.workers or (4 if on_servers else None)
     if workers is not None and "RANK" not in os.environ:
-        return _launch(workers)
+        return _launch(workers, arguments.words)
     if on_servers:
         chosen = {name: getattr(arguments, name) for name in ("mode", "staleness", "quiet")}
         reached = demo_servers.run(settings, out, servers=arguments.servers or 1, **chosen)
@@ -409,15 +410,15 @@ except SignalException as error:
 """
 
 
-def _launch(workers: int) -> int:
+def _launch(workers: int, words: Sequence[str]) -> int:
     """Have torchrun run this command in several processes on this machine."""
     launcher = [sys.executable, "-c", _LAUNCHER, "--standalone", f"--nproc-per-node={workers}"]
-    words = ["-m", "tensorkv", *sys.argv[1:]]
     # torchrun does not remove its folder of logs.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}  # torchrun's default, which it would warn about
     with TemporaryDirectory() as logs:
-        command = [*launcher, f"--log-dir={logs}", *words]
-        return subprocess.run(command, env=environment, check=False).returncode  # noqa: S603 - our own words
+        command = [*launcher, f"--log-dir={logs}", "-m", "tensorkv", *words]
+        status = subprocess.run(command, env=environment, check=False).returncode  # noqa: S603 - our own words
+    return status if status >= 0 else 128 - status
 
 
 def _demo_problem(arguments: argparse.Namespace, on_servers: bool) -> str | None:

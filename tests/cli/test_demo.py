@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -204,6 +205,45 @@ def test_too_low_an_accuracy_is_a_failure_that_still_shows_the_curves(tmp_path, 
 def test_only_the_demos_own_training_is_held_to_its_accuracy(tmp_path, monkeypatch, options, status):
     monkeypatch.setattr(demo, "run", lambda *_, **__: demo.Curves([1.0], [0.55]))
     assert main.main(["demo", "--out", str(tmp_path / "a.png"), *options]) == status
+
+
+@pytest.mark.parametrize(
+    ("options", "world_size", "part"),
+    [
+        (["--workers", "4", "--replicas", "8"], None, "--replicas is for one process; with --workers each trains one"),
+        (["--replicas", "8"], "4", "--replicas is for one process"),
+        (["--workers", "2"], "4", "--workers 2, but torchrun has started 4"),
+    ],
+)
+def test_options_that_several_workers_would_ignore_are_wrong_usage(monkeypatch, capsys, options, world_size, part):
+    monkeypatch.setattr(demo, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("started workers"))
+    for name, text in (("WORLD_SIZE", world_size), ("RANK", world_size and "0")):
+        if text is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, text)
+    assert main.main(["demo", "--store", "dist_sync", *options]) == 2
+    error = capsys.readouterr().err
+    assert part in error
+    assert error.count("\n") == 1
+
+
+def test_a_number_of_workers_that_is_none_is_an_error_of_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "four")
+    assert main.main(["demo", "--store", "dist_sync"]) == 1
+    assert "WORLD_SIZE is four; expected a rank below the number of workers" in capsys.readouterr().err
+
+
+def test_one_worker_trains_one_replica(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    trained = []
+    monkeypatch.setattr(demo, "run", lambda settings, *_, **__: trained.append(settings) or demo.Curves([1.0], [1.0]))
+    for options in (["--workers", "1"], []):
+        assert main.main(["demo", "--store", "dist_sync", *options, "--out", str(tmp_path / "a.png")]) == 0
+    assert [settings.replicas for settings in trained] == [1, 4]
 
 
 TRAINED = ["--epochs", "2", "--batch-size", "500", "--quiet"]

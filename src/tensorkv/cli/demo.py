@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from tensorkv.engines.transport.rendezvous import launched
 from tensorkv.errors import CheckpointError
 from tensorkv.store import KVStore, create
 from tensorkv.trainer.trainer import Trainer
@@ -360,8 +361,8 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> Curves:
     import matplotlib.figure  # noqa: F401 - so that a missing library is reported before the training
 
     digits = load_digits()
-    workers = int(os.environ.get("WORLD_SIZE", "1")) if settings.store.startswith("dist") else 1
-    leads = workers == 1 or os.environ.get("RANK") == "0"
+    rank, workers = launched() if settings.store.startswith("dist") else (0, 1)
+    leads = rank == 0
     if workers > 1:
         settings = replace(settings, replicas=workers)
     many = _train_with_progress(digits, settings, quiet or not leads)

@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, TypeVar
 
 from tensorkv import __version__, compiled, compression, engines
+from tensorkv.engines.transport.rendezvous import launched
 from tensorkv.errors import TensorKVError, install_hint, suggestion
 from tensorkv.runtime import early
 from tensorkv.shard import optimizers
@@ -183,7 +184,7 @@ def _demo_options() -> list[tuple[str, str, Callable[[str], Any], Any, str]]:
         "or --compression is given)"
     )
     return [
-        ("--replicas", "N", _positive, own.replicas, "copies of the network (%(default)s)"),
+        ("--replicas", "N", _positive, None, f"copies of the network, in one process ({own.replicas})"),
         ("--epochs", "N", _positive, own.epochs, "passes over the training images (%(default)s)"),
         ("--batch-size", "N", _positive, own.batch_size, "images in a batch, over all replicas (%(default)s)"),
         (
@@ -292,12 +293,12 @@ def _rate(text: str) -> float:
     return _number(text, float, lambda number: 0 < number < math.inf, "a number above 0")
 
 
-def _seed(text: str) -> int:
-    return _number(text, int, lambda number: 0 <= number < 1 << 63, "a whole number from 0")
 def _interval(text: str) -> float:
     return _number(text, float, lambda number: 0 < number <= 86400, "a number of seconds above 0, at most 86400")
 
 
+def _seed(text: str) -> int:
+    return _number(text, int, lambda number: 0 <= number < 1 << 63, "a whole number from 0")
 
 
 def _share(text: str) -> float:
@@ -340,15 +341,18 @@ def _help(parser: argparse.ArgumentParser, _: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    on_servers = "async" in arguments.store
+    problem = _demo_problem(arguments, on_servers)
+    if problem is not None:
+        return _fail(f"demo: {problem}", USAGE)
     names = ("replicas", "epochs", "batch_size", "lr", "seed", "store", "checkpoint", "compression")
+    if arguments.replicas is None:
+        # Each worker trains one.
+        arguments.replicas = demo.Settings.replicas if arguments.workers is None else 1
     settings = demo.Settings(**{name: getattr(arguments, name) for name in names})
     own = settings.optimizer if arguments.compression is None else _COMPRESSED_OPTIMIZER
     settings = replace(settings, optimizer=arguments.optimizer or own)
     out: Path = arguments.out
-    on_servers = "async" in settings.store
-    problem = _demo_problem(arguments, on_servers)
-    if problem is not None:
-        return _fail(f"demo: {problem}", USAGE)
     # Before torchrun starts workers: it would report the error of each, and one of its own.
     _check_out(out)
     _check_checkpoint(settings.checkpoint)
@@ -423,8 +427,14 @@ def _launch(workers: int, words: Sequence[str]) -> int:
 
 def _demo_problem(arguments: argparse.Namespace, on_servers: bool) -> str | None:
     """Return what is wrong with the combination of options; None if nothing is."""
-    if arguments.workers is not None and not arguments.store.startswith("dist"):
+    is_dist = arguments.store.startswith("dist")
+    if arguments.workers is not None and not is_dist:
         return f"--workers is for stores of type dist_sync or dist_async, not {arguments.store}"
+    started = launched()[1] if is_dist else 1
+    if arguments.workers is not None and "RANK" in os.environ and arguments.workers != started:
+        return f"--workers {arguments.workers}, but torchrun has started {started}; leave it out"
+    if arguments.replicas is not None and is_dist and (on_servers or arguments.workers is not None or started > 1):
+        return "--replicas is for one process; with --workers each trains one"
     for name in ("servers", "mode", "staleness"):
         if getattr(arguments, name) is not None and not on_servers:
             return f"--{name} is for stores of type dist_async, not {arguments.store}"

@@ -148,6 +148,19 @@ def test_a_gpt_has_the_losses_of_ddp_with_every_store(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["gpt.png"]
 
 
+def test_a_gpt_whose_losses_differ_from_those_of_ddp_is_a_failure(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location("gpt", ROOT / "examples" / "gpt.py")
+    gpt = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpt)
+    for loss, status in ((1.0, 0), (1.001, 1)):
+        monkeypatch.setattr(
+            gpt, "run", lambda way, loss=loss: {"losses": [2.0, loss if way == "local" else 1.0], "step_ms": 1.0}
+        )
+        assert gpt.main() == status
+    assert capsys.readouterr().out.splitlines()[-1].startswith("largest relative difference from DDP")
+
+
 def test_jax_learns_digits_with_the_same_losses_in_one_process_and_in_two(tmp_path):
     pytest.importorskip("jax")
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1")

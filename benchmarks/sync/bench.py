@@ -175,7 +175,7 @@ def memory_section(works: Sequence[Mapping[str, Any]]) -> list[str]:
             rows.append([work["name"], NAMES[name], *cells, times_text(added["helpers"] / work["value_nbytes"])])
     return section(
         "Memory",
-        "What an exchange takes beyond the arrays that it is given: the most at a time, less what was there before "
+        "What an exchange takes beyond the arrays that it is given: the peak, less what was there before "
         "the store was made. Memory that processes share counts once; files such as libraries do not count. "
         "Servers: all of them together.",
         ["work", "who", "a rank", "a rank ÷ values", "servers ÷ values"],
@@ -199,9 +199,9 @@ def training_memory_section(works: Sequence[Mapping[str, Any]]) -> list[str]:
     return section(
         "Memory of training",
         "What training takes of a rank beyond the model and its batch, gradients included: at rest after a step, and "
-        "the most at a time. Memory that processes share counts once; files such as libraries do not count. "
+        "at its peak. Memory that processes share counts once; files such as libraries do not count. "
         "DDP with AdamW divides its state over ranks (`ZeroRedundancyOptimizer`).",
-        ["work", "who", "at rest", "at rest ÷ parameters", "the most", "the most ÷ parameters"],
+        ["work", "who", "at rest", "at rest ÷ parameters", "peak", "peak ÷ parameters"],
         rows,
     )
 

@@ -187,7 +187,7 @@ def _phases(works: Sequence[Mapping[str, Any]]) -> list[str]:
         "Medians in milliseconds. Push: the values are handed over, where that is apart from publishing. Visible: from "
         "the start of publishing to the moment at which a waiting reader has heard of it. Fetch: what a reader does "
         "beside its own work. Pause: while it does this, its weights are not to be used.",
-        ["work", "who", "push", "publish", "visible", "fetch", "pause", "comes to a reader"],
+        ["work", "who", "push", "publish", "visible", "fetch", "pause", "received by a reader"],
         rows,
     )
 

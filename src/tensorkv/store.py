@@ -53,6 +53,7 @@ from .errors import (
     ForkedStoreError,
     KeyNotFoundError,
     OptimizerError,
+    SnapshotError,
     SparseOutWarning,
     StoreClosedError,
     TensorKVError,
@@ -1509,7 +1510,9 @@ class Snapshot:
     ``KVStore.snapshot`` takes one. As a context manager a snapshot closes itself.
     """
 
-    def __init__(self, store: Any, versions: Mapping[Key, int], owner: Any = None) -> None:
+    _CLOSED = "this snapshot was closed; take another"
+
+    def __init__(self, store: KVStore, versions: Mapping[Key, int], owner: KVStore) -> None:
         self._store = store
         # Keeps the store that the snapshot reads from alive.
         self._owner = owner
@@ -1527,7 +1530,7 @@ class Snapshot:
             SnapshotError: the snapshot was dropped.
             TensorKVError: as ``KVStore.pull``.
         """
-        return self._store.pull(key, out, like=like, region=region)
+        return self._opened("pull").pull(key, out, like=like, region=region)
 
     def pull_tree(
         self,
@@ -1544,7 +1547,7 @@ class Snapshot:
             SnapshotError: the snapshot was dropped.
             TensorKVError: as ``KVStore.pull_tree``.
         """
-        return self._store.pull_tree(like, into=into, prefix=prefix, rename=rename, strict=strict)
+        return self._opened("pull_tree").pull_tree(like, into=into, prefix=prefix, rename=rename, strict=strict)
 
     def row_sparse_pull(self, key: Any, out: Any = None, *, row_ids: Any = None) -> Any:
         """Copy rows, as ``KVStore.row_sparse_pull`` does.
@@ -1553,7 +1556,12 @@ class Snapshot:
             SnapshotError: the snapshot was dropped.
             TensorKVError: as ``KVStore.row_sparse_pull``.
         """
-        return self._store.row_sparse_pull(key, out, row_ids=row_ids)
+        return self._opened("row_sparse_pull").row_sparse_pull(key, out, row_ids=row_ids)
+
+    def _opened(self, verb: str) -> KVStore:
+        if self._store._closed:
+            raise SnapshotError(f"{verb}: {self._CLOSED}")
+        return self._store
 
     def close(self) -> None:
         """Drop the snapshot."""
@@ -1588,6 +1596,8 @@ class Release(Snapshot):
     ``KVStore.open_release`` and ``KVStore.wait_release`` return them. As a context manager a release closes itself.
     """
 
+    _CLOSED = "this release was closed; open it again"
+
     def __init__(self, store: KVStore, reader: ReleaseReader, owner: KVStore) -> None:
         super().__init__(store, reader.versions, owner)
         self._reader = reader
@@ -1604,8 +1614,9 @@ class Release(Snapshot):
 
         Raises:
             ReleaseNotFoundError: the release was dropped.
+            SnapshotError: this reader was closed.
         """
-        self._store._begin("digest")
+        self._opened("digest")._begin("digest")
         return self._reader.protect(self._reader.digest)
 
     def changes(self, since: str | Release) -> Changes:
@@ -1621,9 +1632,10 @@ class Release(Snapshot):
 
         Raises:
             ReleaseNotFoundError: there never was a release ``since``, or this one was dropped.
+            SnapshotError: this reader was closed.
             ArgumentError: ``since`` is newer than this release.
         """
-        self._store._begin("changes")
+        self._opened("changes")._begin("changes")
         name = since.name if isinstance(since, Release) else since
         if not isinstance(name, str):
             raise ArgumentError(f"changes: since is {show(name)}; expected a release or its name")

@@ -101,6 +101,22 @@ class LifeContract:
             pass
         assert repr(kv) == f"KVStore({self.TYPE!r}, closed)"
 
+    def test_a_closed_snapshot_is_not_read(self, kv):
+        if not kv.is_capable("snapshot"):
+            return
+        kv.init("w", ones(2))
+        snapshot = kv.snapshot()
+        snapshot.close()
+        for call in (
+            lambda: snapshot.pull("w"),
+            lambda: snapshot.pull_tree({"w": ones(2)}),
+            lambda: snapshot.row_sparse_pull("w", row_ids=[0]),
+        ):
+            with pytest.raises(tensorkv.SnapshotError, match=r"^\w+: this snapshot was closed; take another"):
+                call()
+        snapshot.close()
+        assert kv.pull("w").tolist() == [1, 1]
+
     # ---------------------------------------------------------------- introspection
 
     def test_introspection(self, kv):

@@ -168,9 +168,16 @@ class ReleaseContract:
         kv.init("w", full(0, 2))
         release = published(kv, self.at("a"))
         release.close()
-        for call in (lambda: release.pull("w"), lambda: release.changes(self.at("a")), lambda: release.digest):
-            with pytest.raises(tensorkv.StoreClosedError):
+        for call in (
+            lambda: release.pull("w"),
+            lambda: release.pull_tree({"w": full(0, 2)}),
+            lambda: release.row_sparse_pull("w", row_ids=[0]),
+            lambda: release.changes(self.at("a")),
+            lambda: release.digest,
+        ):
+            with pytest.raises(tensorkv.SnapshotError, match=r"^\w+: this release was closed; open it again"):
                 call()
+        release.close()
 
     def test_the_newest_release_after_another_one(self, kv):
         kv.init("w", full(0, 2))

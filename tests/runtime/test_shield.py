@@ -487,6 +487,10 @@ def test_the_callers_modes_hold():
     with torch.device("meta"):
         assert shield.run(lambda: torch.empty(1).device.type) == "meta"
     assert shield.run(torch.is_grad_enabled) is True
+    product = torch.ones(2, 2) @ torch.ones(2, 2)
+    with torch.autocast("cpu", torch.float16):
+        assert shield.run(torch.matmul, product, product).dtype is torch.float16
+    assert shield.run(torch.matmul, product, product).dtype is torch.float32
 
 
 def test_nothing_is_kept_of_a_call_that_has_ended():

@@ -27,7 +27,7 @@ import sys
 import threading
 from _thread import allocate_lock, get_ident
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from contextvars import copy_context
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -231,7 +231,8 @@ def run(work: Callable[..., T], *args: Any) -> T:
 
     Args:
         work: the call; in the main thread it is made in another thread, in which the caller's context variables,
-            grad mode, default device and CUDA streams hold. Elsewhere it is made at once, since no handler runs there.
+            grad mode, autocast, default device and CUDA streams hold. Elsewhere it is made at once, since no handler
+            runs there.
         *args: its arguments.
 
     Returns:
@@ -379,10 +380,17 @@ def _with_callers_modes(work: Callable[..., Any], args: tuple[Any, ...]) -> Call
     mode: AbstractContextManager[Any] = nullcontext() if torch.is_grad_enabled() else torch.no_grad()
     default = torch.get_default_device()
     device: AbstractContextManager[Any] = nullcontext() if default.type == "cpu" else default
+    casts = [
+        torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=torch.is_autocast_cache_enabled())
+        for kind in ("cpu", "cuda")
+        if torch.is_autocast_enabled(kind)
+    ]
     streams = _Streams() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
     def make() -> Any:
-        with mode, device:
+        with mode, device, ExitStack() as stack:
+            for cast in casts:
+                stack.enter_context(cast)
             if streams is not None:
                 streams.enter()
             return context.run(work, *args)

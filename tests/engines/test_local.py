@@ -86,7 +86,7 @@ def test_close_ends_a_wait_for_a_version():
             pulled.result()
 
 
-@pytest.mark.parametrize("verb", ["pushpull", "pull"])
+@pytest.mark.parametrize("verb", ["pushpull", "pull", "pull of a region"])
 def test_outs_that_are_parts_are_read_together_with_the_others(verb):
     """No push of another thread comes between a call's push, its whole outs and its parts."""
     with tensorkv.create() as kv, ThreadPoolExecutor(1) as pool:
@@ -97,7 +97,7 @@ def test_outs_that_are_parts_are_read_together_with_the_others(verb):
         def push_first(*arguments):
             other.append(pool.submit(kv.push, "w", np.full(4, 2.0)))
             with pytest.raises(TimeoutError):
-                other[0].result(0.1)
+                other[-1].result(0.1)
             pull_regions(*arguments)
 
         kv._engine.pull_regions = push_first
@@ -105,9 +105,12 @@ def test_outs_that_are_parts_are_read_together_with_the_others(verb):
         outs = [whole, tensorkv.TensorSlice(part, (1,), (4,))]
         if verb == "pushpull":
             kv.pushpull("w", np.ones(4), out=outs)
-        else:
+        elif verb == "pull":
             kv.pull("w", out=outs)
-        other[0].result()
+        else:
+            kv.pull("w", out=outs, region=slice(0, 4))
+        for each in other:
+            each.result()
         expected = 1 if verb == "pushpull" else 0
         assert whole.tolist() == [expected] * 4
         assert part.tolist() == [expected] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -32,6 +33,9 @@ class RegionReader(Reader):
 
     def keys(self) -> list[Key]:
         return list(self._wanted)
+
+    def together(self) -> AbstractContextManager[Any]:
+        return self._source.together()
 
     def transfer(self, work: Callable[..., T], *args: Any) -> T:
         return self._source.transfer(work, *args)

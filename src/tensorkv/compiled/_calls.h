@@ -254,7 +254,8 @@ static int list_arguments(Call *call) {
     PyObject **held = call->held, *key = held[KEY], *value = held[VALUE], *out = held[OUT], *listed = NULL;
     int pulls = PyUnicode_CompareWithASCIIString(held[VERB], "push") != 0;
     int pushes = PyUnicode_CompareWithASCIIString(held[VERB], "pull") != 0;
-    if (!PyLong_CheckExact(held[PRIORITY]) || (held[LIKE] != Py_None && out != Py_None)) return 0;
+    if (!PyLong_CheckExact(held[PRIORITY])) return 0;
+    if (held[LIKE] != Py_None && (out != Py_None || (!pushes && PyDict_CheckExact(key)))) return 0;
     if (PyDict_CheckExact(key)) {
         /* A mapping has the values, or the outs of a pull. */
         if ((pushes ? value : out) != Py_None) return 0;

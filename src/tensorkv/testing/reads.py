@@ -130,6 +130,14 @@ class ReadContract:
             assert library.read(kv.pull(key, like=library.make([0]))).tolist() == [1, 1]
         assert all(library.read(x).tolist() == [1, 1] for x in kv.pull(["n", "t"], like=library.make([0])))
 
+    def test_like_beside_outs(self, kv):
+        kv.init("w", ones(2))
+        out = np.zeros(2, F32)
+        for call in (lambda: kv.pull("w", out=out, like=out), lambda: kv.pull({"w": out}, like=out)):
+            with pytest.raises(tensorkv.ArgumentError, match="pull: got out= and like="):
+                call()
+        assert out.tolist() == [0, 0]
+
     def test_like_never_cuts_numbers_down(self, kv):
         jax = pytest.importorskip("jax")
         kv.init("i", np.array([2**40]))

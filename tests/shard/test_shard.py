@@ -13,6 +13,7 @@ import torch
 import tensorkv
 from tensorkv.arrays import interop, rows
 from tensorkv.arrays.regions import Region
+from tensorkv.arrays.slices import Slices
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import KeyNotFoundError, StorageError, ValueMismatchError
 from tensorkv.shard import native, reduce
@@ -79,6 +80,17 @@ def test_a_key_that_was_deleted_since():
     shard.delete(["w"])
     with pytest.raises(KeyNotFoundError):
         shard.pushpull(Batch("pushpull", ["w"], [[torch.ones(3)]]), [[torch.zeros(3)]])
+
+
+def test_a_round_in_which_only_a_replica_pushes_slices():
+    """A replica pushes none of its own, as the value's first process does; other keys have their means."""
+    shard = Shard(reduce="mean")
+    values = [torch.zeros(3), torch.zeros(2)]
+    shard.init(["w", "b"], values, [spec(value) for value in values])
+    nothing = Slices(torch.Size([3]), (0, 3), [], [], torch.float32)
+    shard.push(Batch("push", ["w", "b"], [[nothing], [torch.full((2,), 6.0)]], [1, 2]), must_complete=True)
+    shard.pull(["b"], [[values[1]]])
+    assert values[1].tolist() == [3, 3]
 
 
 def test_of_two_threads_that_close_at_once_the_second_does_nothing():

@@ -999,10 +999,11 @@ class Shard(native.ShardFields):
             self._nonfinite.check_part(batch.name(key), each)
         keys: list[Key] = []
         parts: list[list[Any]] = []
+        counts: list[int] = []
         whole: list[Entry] = []
         waiting: list[tuple[Entry, Slices]] = []
         ended: list[Entry] = []
-        for entry, own in zip(entries, batch.parts, strict=True):
+        for place, (entry, own) in enumerate(zip(entries, batch.parts, strict=True)):
             new = cast.get(entry.key)
             if new is not None:
                 found = self._joined(batch.name(entry.key), entry, new, must_complete)
@@ -1014,8 +1015,9 @@ class Shard(native.ShardFields):
                 own = [new.placed(_memory_for(entry)).memory]
             keys.append(entry.key)
             parts.append(own)
+            counts.append(len(own) if batch.counts is None else batch.counts[place])
             whole.append(entry)
-        return Batch(batch.verb, keys, parts, batch.counts), whole, TakenSlices(waiting, ended)
+        return Batch(batch.verb, keys, parts, counts), whole, TakenSlices(waiting, ended)
 
     def _pull(
         self,

@@ -250,14 +250,18 @@ class TestCuda:
                     pulled = kv.pull("w")
                     assert (pulled == 2.0 * step).all().item()
 
-    @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-    def test_an_optimizer_on_the_gpu(self, optimizer):
+    @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adagrad"])
+    def test_an_optimizer_on_the_gpu(self, optimizer, tmp_path):
         with tensorkv.create("device") as kv:
             kv.init("w", torch.ones(1000, device="cuda"))
             kv.set_optimizer(optimizer, lr=0.1)
             weight = torch.ones(1000, device="cuda", requires_grad=True)
-            reference = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer]([weight], lr=0.1)
-            for _ in range(5):
+            classes = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
+            reference = classes[optimizer]([weight], lr=0.1)
+            for step in range(5):
+                if step == 3:
+                    kv.save(tmp_path / "saved")
+                    kv.load(tmp_path / "saved")
                 weight.grad = torch.full((1000,), 2.0, device="cuda")
                 reference.step()
                 kv.push("w", [torch.ones(1000, device="cuda")] * 2)

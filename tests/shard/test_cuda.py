@@ -1,11 +1,13 @@
-"""The order of work on CUDA values, shown with streams that are not there; real ones are tested with the engines."""
+"""Work on CUDA values, shown with streams and devices that are not there; real ones are tested with the engines."""
 
+import pytest
 import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.shard import shard
 from tensorkv.shard.entry import Entry
+from tensorkv.shard.optimizers import Optimizer, spec
 
 
 class FakeTensor:
@@ -58,3 +60,35 @@ def test_only_cpu_values_with_cuda_parts_move():
     part = FakeTensor("meta")
     shard.move_to_parts([held], [[part]])
     assert held.value.is_meta
+
+
+class OnGpu(torch.Tensor):
+    """A tensor on a device that the CPU cannot read."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adagrad", "rmsprop"])
+@pytest.mark.parametrize("given", ["nothing", "a state from the CPU"])
+def test_fused_kernels_of_torch_find_the_count_of_steps_on_the_gpu(monkeypatch, name, given):
+    optimizer, state = Optimizer(spec(name, {"lr": 0.1})), {}
+    if given != "nothing":
+        optimizer.step(["w"], [torch.ones(2)], [torch.ones(2)], [state])
+    value, grad = (torch.empty(2, device="meta").as_subclass(OnGpu) for _ in range(2))
+    state = {each: held if held.dim() == 0 else held.to("meta") for each, held in state.items()}
+    runner, seen = optimizer._runner, []
+
+    def recorded(fused):
+        found = runner(fused)
+
+        def step():
+            seen.extend((own["step"].device, param.device) for param, own in found.state.items() if "step" in own)
+
+        if fused:
+            found.step = step
+        return found
+
+    monkeypatch.setattr(optimizer, "_runner", recorded)
+    optimizer.step(["w"], [value], [grad], [state])
+    assert all(step == param for step, param in seen)
+    assert bool(seen) == (name in ("adam", "adamw") and given != "nothing")

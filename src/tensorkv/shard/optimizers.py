@@ -58,8 +58,8 @@ CLASSES: dict[str, str] = {
 # Those that treat each element alone, and so can update some rows and leave the others. The rest take
 # no complex numbers either, and divide by the number of elements.
 ROWWISE = frozenset(CLASSES) - {"adafactor", "muon"}
-# Of those with a fused kernel here, torch has one for GPUs.
-_FUSED_BY_TORCH = FUSED - {"rmsprop"}
+# Of those with a fused kernel here, every version of torch has one for GPUs.
+_FUSED_BY_TORCH = FUSED - {"adagrad", "rmsprop"}
 # How a step is computed is the store's business, not a hyperparameter.
 _NOT_NUMBERS = frozenset({"self", "params", "foreach", "fused", "capturable", "differentiable"})
 _OTHER_WORDS = {"learning_rate": "lr", "wd": "weight_decay", "beta1": "betas", "beta2": "betas", "epsilon": "eps"}
@@ -580,6 +580,10 @@ class Optimizer:
                 fresh = _new(self.spec.name, params, numbers).state
             for param, state in zip(params, states, strict=True):
                 state.update(fresh.get(param, {}))
+        for param, state in zip(params, states, strict=True) if fused else ():
+            if "step" in state:
+                # The kernel reads it on the GPU; a count that was loaded, or of steps on the CPU, is not there.
+                state["step"] = state["step"].to(param.device)
         runner = self._runner(fused)
         group = runner.param_groups[0]
         group.update(numbers)

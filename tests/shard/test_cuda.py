@@ -5,7 +5,7 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.spec import KeySpec
-from tensorkv.shard import shard
+from tensorkv.shard import reduce, shard
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.optimizers import Optimizer, spec
 
@@ -92,3 +92,30 @@ def test_fused_kernels_of_torch_find_the_count_of_steps_on_the_gpu(monkeypatch, 
     optimizer.step(["w"], [value], [grad], [state])
     assert all(step == param for step, param in seen)
     assert bool(seen) == (name in ("adam", "adamw") and given != "nothing")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("kind", ["pinned", "pageable", "on a GPU"])
+def test_only_copies_from_pinned_memory_are_waited_for(count, kind):
+    """They would go on after the push, when the caller may write into the part."""
+    ahead = []
+
+    class Part:
+        is_cpu = kind != "on a GPU"
+
+        def is_pinned(self):
+            return kind == "pinned"
+
+        def to(self, device, dtype, non_blocking):
+            ahead.append(non_blocking)
+            return torch.empty(2, device=device)
+
+    class Value(OnGpu):
+        def copy_(self, part, non_blocking=False):
+            if isinstance(part, Part):
+                ahead.append(non_blocking)
+            return self
+
+    value = torch.empty(2, device="meta").as_subclass(Value)
+    reduce.sum_piece(value, [Part() for _ in range(count)])
+    assert ahead == [kind != "pinned"] * count

@@ -60,8 +60,9 @@ def sum_into(out: torch.Tensor, parts: Sequence[torch.Tensor], divisor: int = 1)
 
 def sum_piece(out: torch.Tensor, parts: Sequence[torch.Tensor], divisor: int = 1) -> None:
     """Do ``sum_into`` for one slice."""
-    # A non-blocking copy to the CPU could be read before it has arrived.
-    ahead = out.is_cuda
+    # A non-blocking copy to the CPU could be read before it has arrived, and one from pinned memory go on when the
+    # caller changes the part.
+    ahead = out.is_cuda and not any(part.is_cpu and part.is_pinned() for part in parts)
     if len(parts) == 1 and divisor == 1:
         out.copy_(parts[0], non_blocking=ahead)
         return

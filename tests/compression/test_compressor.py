@@ -9,7 +9,7 @@ import torch
 
 import tensorkv
 from tensorkv.compression import Codec, Compressor, names, parse, register, words_layout
-from tensorkv.compression.codec import RUN, owe
+from tensorkv.compression.codec import RUN, add_residual
 
 F32 = np.float32
 TWO_BITS = {"type": "2bit", "threshold": 0.5}
@@ -160,7 +160,7 @@ def test_what_was_owed_of_a_key_whose_updater_failed_still_is():
 def test_what_overflows_with_what_is_owed_is_an_error(kv):
     huge = np.full(4, 3e38, F32)
     kv.push("w", huge)
-    with pytest.raises(tensorkv.NonFiniteError, match="with what is owed of earlier ones"):
+    with pytest.raises(tensorkv.NonFiniteError, match="with the residual of earlier ones"):
         kv.push("w", huge)
     kv.set_gradient_compression({"type": "powersgd"}, simulate=True)
     kv.init("m", np.zeros((20, 30), F32))
@@ -293,7 +293,7 @@ def test_of_many_gradients_the_one_with_nan_is_named_and_nothing_changes(params)
     made.keep(first)
     bad = GRADIENT.copy()
     bad[1] = np.nan
-    with pytest.raises(tensorkv.NonFiniteError, match=r'push\("b"\): the gradient, with what is owed'):
+    with pytest.raises(tensorkv.NonFiniteError, match=r'push\("b"\): the gradient, with the residual'):
         made.encode("push", sources, [torch.from_numpy(each) for each in (GRADIENT, bad, GRADIENT)])
     for index, source in enumerate(sources):
         assert made.owed[source] is first.owed[index]
@@ -315,7 +315,7 @@ class Signs(Codec):
         return int(np.prod(shape))
 
     def encode(self, gradient, residual, owed, words, memory):
-        owe(gradient, residual, owed)
+        add_residual(gradient, residual, owed)
         words[:] = np.sign(owed).astype(np.int8).reshape(-1).view(np.uint8)
         owed -= np.sign(owed)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from .codec import Codec as Codec
 from .codec import Floats as Floats
 from .codec import Words as Words
+from .codec import add_residual as add_residual
 from .codec import names as names
-from .codec import owe as owe
 from .codec import parse as parse
 from .codec import register as register
 from .compressor import Compressor as Compressor

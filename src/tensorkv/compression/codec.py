@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint8]
 # So many elements stay in a processor's cache; a multiple of all units.
 RUN = 1 << 16
-# What a codec remembers of a gradient from push to push, beside what is still owed.
+# What a codec remembers of a gradient from push to push, beside its residual.
 Memory = dict[str, Floats]
 
 
@@ -42,18 +42,20 @@ class Codec(ABC):
         """Return how many bytes the words of an array of a shape have."""
 
     @abstractmethod
-    def encode(self, gradient: Floats, residual: Floats | None, owed: Floats, words: Words, memory: Memory) -> None:
-        """Write words of what is owed, and what they do not send.
+    def encode(
+        self, gradient: Floats, residual: Floats | None, new_residual: Floats, words: Words, memory: Memory
+    ) -> None:
+        """Write words for the sum of gradient and residual, and what they do not send as the new residual.
 
         Args:
             gradient: contiguous, as all arrays here.
-            residual: what was owed before (None: nothing).
-            owed: to be written: ``owe`` puts gradient and residual together here; what is sent is to be taken off.
+            residual: what earlier words did not send (None: nothing).
+            new_residual: to be written: ``add_residual`` writes the sum here; then subtract what is sent.
             words: to be written, of ``nbytes``.
             memory: of this gradient from push to push, changed in place; arrays in it are replaced, not written to.
 
         Raises:
-            NonFiniteError: what is owed has NaN or Inf, or makes it on the way.
+            NonFiniteError: the sum has NaN or Inf, or makes it on the way.
         """
 
     @abstractmethod
@@ -65,24 +67,24 @@ class Codec(ABC):
         return {"type": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 
 
-def owe(gradient: Floats, residual: Floats | None, owed: Floats) -> None:
-    """Write the sum of a gradient and what was owed before it.
+def add_residual(gradient: Floats, residual: Floats | None, new_residual: Floats) -> None:
+    """Write the sum of a gradient and its residual, from which a codec subtracts what it sends.
 
     Raises:
         NonFiniteError: it has NaN or Inf.
     """
     if _codecs is not None:
-        check_finite(_codecs.add(gradient, residual, owed))
+        check_finite(_codecs.add(gradient, residual, new_residual))
         return
     if residual is None:
-        owed[...] = gradient
+        new_residual[...] = gradient
     else:
-        np.add(gradient, residual, out=owed)
-    check_finite(bool(np.isfinite(owed).all()))
+        np.add(gradient, residual, out=new_residual)
+    check_finite(bool(np.isfinite(new_residual).all()))
 
 
 def check_finite(is_finite: bool) -> None:
-    """Raise NonFiniteError if what is owed was not finite."""
+    """Raise NonFiniteError if a sum of gradient and residual was not finite."""
     if not is_finite:
         raise NonFiniteError("has NaN or Inf")
 

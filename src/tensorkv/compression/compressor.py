@@ -113,7 +113,7 @@ class Compressor:
                     _encode(sending, run, gradient, residuals)
                 except NonFiniteError as error:
                     index = _find_nonfinite(layout, run, gradients.gather(run), residuals)
-                    added = "" if residuals[index] is None else ", with what is owed of earlier ones,"
+                    added = "" if residuals[index] is None else ", with the residual of earlier ones,"
                     raise NonFiniteError(
                         f"{verb}({quote(sources[index][0])}): the gradient{added} {error}, which {self._codec.name} "
                         "cannot compress; nothing has changed"

@@ -12,7 +12,7 @@ import torch
 
 from tensorkv.compiled import _codecs
 
-from .codec import Codec, Floats, Memory, Words, check_finite, owe
+from .codec import Codec, Floats, Memory, Words, add_residual, check_finite
 
 
 class _Half(Codec):
@@ -24,14 +24,16 @@ class _Half(Codec):
     def nbytes(self, shape: Sequence[int]) -> int:
         return 2 * prod(shape)
 
-    def encode(self, gradient: Floats, residual: Floats | None, owed: Floats, words: Words, memory: Memory) -> None:
+    def encode(
+        self, gradient: Floats, residual: Floats | None, new_residual: Floats, words: Words, memory: Memory
+    ) -> None:
         most = torch.finfo(self.dtype).max
         if _codecs is not None:
-            check_finite(getattr(_codecs, f"encode_{self.name}")(gradient, residual, owed, words, most))
+            check_finite(getattr(_codecs, f"encode_{self.name}")(gradient, residual, new_residual, words, most))
             return
-        owe(gradient, residual, owed)
-        left = torch.from_numpy(owed)
-        sent = torch.from_numpy(words.view(np.int16)).view(self.dtype).view(owed.shape)
+        add_residual(gradient, residual, new_residual)
+        left = torch.from_numpy(new_residual)
+        sent = torch.from_numpy(words.view(np.int16)).view(self.dtype).view(new_residual.shape)
         sent.copy_(left.clamp(-most, most))
         left -= sent.float()
 

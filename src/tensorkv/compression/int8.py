@@ -11,7 +11,7 @@ import numpy as np
 
 from tensorkv.compiled import _codecs
 
-from .codec import Codec, Floats, Memory, Words, check_finite, owe
+from .codec import Codec, Floats, Memory, Words, add_residual, check_finite
 
 BLOCK = 1024
 _MOST = np.float32(127)
@@ -32,12 +32,14 @@ class Int8(Codec):
     def nbytes(self, shape: Sequence[int]) -> int:
         return 4 * _blocks(prod(shape)) + prod(shape)
 
-    def encode(self, gradient: Floats, residual: Floats | None, owed: Floats, words: Words, memory: Memory) -> None:
+    def encode(
+        self, gradient: Floats, residual: Floats | None, new_residual: Floats, words: Words, memory: Memory
+    ) -> None:
         if _codecs is not None:
-            check_finite(_codecs.encode_int8(gradient, residual, owed, words, 0.0))
+            check_finite(_codecs.encode_int8(gradient, residual, new_residual, words, 0.0))
             return
-        owe(gradient, residual, owed)
-        flat, scales, sent = _split(owed, words)
+        add_residual(gradient, residual, new_residual)
+        flat, scales, sent = _split(new_residual, words)
         if not len(flat):
             return
         scales[:] = np.maximum.reduceat(np.abs(flat), range(0, len(flat), BLOCK)) / _MOST

@@ -11,14 +11,14 @@ import numpy as np
 
 from tensorkv.compiled import _codecs
 
-from .codec import Codec, Floats, Memory, Words, check_finite, check_number, owe
+from .codec import Codec, Floats, Memory, Words, add_residual, check_finite, check_number
 
 
 @dataclass(frozen=True)
 class OneBit(Codec):
     """One bit an element: plus one or minus one.
 
-    With ``v`` what is owed, gradient and residual together: ``v > threshold`` sends 1 (code 1), any other ``v`` sends
+    With ``v`` the sum of gradient and residual: ``v > threshold`` sends 1 (code 1), any other ``v`` sends
     -1 (code 0); ``v`` less what is sent is the residual. 32 codes are in a word, eight in each byte, the first one in
     its top bit.
 
@@ -42,12 +42,14 @@ class OneBit(Codec):
     def nbytes(self, shape: Sequence[int]) -> int:
         return -(-prod(shape) // 32) * 4
 
-    def encode(self, gradient: Floats, residual: Floats | None, owed: Floats, words: Words, memory: Memory) -> None:
+    def encode(
+        self, gradient: Floats, residual: Floats | None, new_residual: Floats, words: Words, memory: Memory
+    ) -> None:
         if _codecs is not None:
-            check_finite(_codecs.encode_1bit(gradient, residual, owed, words, self.threshold))
+            check_finite(_codecs.encode_1bit(gradient, residual, new_residual, words, self.threshold))
             return
-        owe(gradient, residual, owed)
-        flat = owed.reshape(-1)
+        add_residual(gradient, residual, new_residual)
+        flat = new_residual.reshape(-1)
         above = flat > np.float32(self.threshold)
         words[:] = 0
         packed = np.packbits(above)

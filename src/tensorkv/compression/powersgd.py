@@ -11,7 +11,7 @@ import numpy as np
 
 from tensorkv.errors import ArgumentError, NonFiniteError, show
 
-from .codec import RUN, Codec, Floats, Memory, Words, owe
+from .codec import RUN, Codec, Floats, Memory, Words, add_residual
 
 _BASIS = "basis"
 
@@ -48,14 +48,16 @@ class PowerSGD(Codec):
         sizes = self._sizes(shape)
         return 4 * (prod(shape) if sizes is None else self.rank * sum(sizes))
 
-    def encode(self, gradient: Floats, residual: Floats | None, owed: Floats, words: Words, memory: Memory) -> None:
-        owe(gradient, residual, owed)
-        sent, sizes = words.view(np.float32), self._sizes(owed.shape)
+    def encode(
+        self, gradient: Floats, residual: Floats | None, new_residual: Floats, words: Words, memory: Memory
+    ) -> None:
+        add_residual(gradient, residual, new_residual)
+        sent, sizes = words.view(np.float32), self._sizes(new_residual.shape)
         if sizes is None:
-            sent[:] = owed.reshape(-1)
-            owed[...] = 0
+            sent[:] = new_residual.reshape(-1)
+            new_residual[...] = 0
             return
-        matrix = owed.reshape(sizes)
+        matrix = new_residual.reshape(sizes)
         basis = memory.get(_BASIS)
         if basis is None or basis.shape != (sizes[1], self.rank):
             basis = np.random.default_rng(0).standard_normal((sizes[1], self.rank), np.float32)

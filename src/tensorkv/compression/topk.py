@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .codec import Codec, Floats, Memory, Words, check_number, owe
+from .codec import Codec, Floats, Memory, Words, add_residual, check_number
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,11 @@ class TopK(Codec):
     def nbytes(self, shape: Sequence[int]) -> int:
         return 8 * self.count(shape)
 
-    def encode(self, gradient: Floats, residual: Floats | None, owed: Floats, words: Words, memory: Memory) -> None:
-        owe(gradient, residual, owed)
-        flat, count = owed.reshape(-1), self.count(owed.shape)
+    def encode(
+        self, gradient: Floats, residual: Floats | None, new_residual: Floats, words: Words, memory: Memory
+    ) -> None:
+        add_residual(gradient, residual, new_residual)
+        flat, count = new_residual.reshape(-1), self.count(new_residual.shape)
         places, sent = _split(words, count)
         if not count:
             return

@@ -11,7 +11,7 @@ import numpy as np
 
 from tensorkv.compiled import _codecs
 
-from .codec import Codec, Floats, Memory, Words, check_finite, check_number, owe
+from .codec import Codec, Floats, Memory, Words, add_residual, check_finite, check_number
 
 # Four codes in a byte, the first one on top.
 _SHIFTS = np.array([6, 4, 2, 0], np.uint8)
@@ -21,7 +21,7 @@ _SHIFTS = np.array([6, 4, 2, 0], np.uint8)
 class TwoBit(Codec):
     """Two bits an element: plus or minus a threshold, or nothing.
 
-    With ``v`` what is owed, gradient and residual together: ``v >= threshold`` sends ``threshold`` (code 11),
+    With ``v`` the sum of gradient and residual: ``v >= threshold`` sends ``threshold`` (code 11),
     ``v <= -threshold`` sends ``-threshold`` (code 10), and any other ``v`` sends nothing (code 00); ``v`` less what is
     sent is the residual. 16 codes are in a word of 32 bits, four in each byte, the first one in its top bits.
 
@@ -44,12 +44,14 @@ class TwoBit(Codec):
     def nbytes(self, shape: Sequence[int]) -> int:
         return -(-prod(shape) // 16) * 4
 
-    def encode(self, gradient: Floats, residual: Floats | None, owed: Floats, words: Words, memory: Memory) -> None:
+    def encode(
+        self, gradient: Floats, residual: Floats | None, new_residual: Floats, words: Words, memory: Memory
+    ) -> None:
         if _codecs is not None:
-            check_finite(_codecs.encode_2bit(gradient, residual, owed, words, self.threshold))
+            check_finite(_codecs.encode_2bit(gradient, residual, new_residual, words, self.threshold))
             return
-        owe(gradient, residual, owed)
-        flat, threshold = owed.reshape(-1), np.float32(self.threshold)
+        add_residual(gradient, residual, new_residual)
+        flat, threshold = new_residual.reshape(-1), np.float32(self.threshold)
         above, below = flat >= threshold, flat <= -threshold
         codes = np.zeros(4 * len(words), np.uint8)
         codes[: len(flat)] = 3 * above + 2 * below

@@ -44,6 +44,8 @@ class BaseContract(
     """Options of ``tensorkv.create`` for every store."""
     RUNS_UPDATERS: bool = True
     """Whether update functions run in this process."""
+    TAKES_SLICES: bool = True
+    """Whether pushes take slices of values; if not, they raise what ``Batch.refuse_slices`` does."""
     SLICES_TOGETHER: bool = False
     """Whether all slices of a value have to come in one push of all workers."""
     PLACE: tuple[int, int] = (0, 1)

@@ -131,7 +131,7 @@ class LifeContract:
         kv.push("a", ones(2, 3))
         assert kv.info("a").version == 1
         rank, size = self.PLACE
-        place = f"{f'rank {rank} of {size}' if rank < size else 'a reader'}, " if "dist" in self.TYPE else ""
+        place = f"{f'rank {rank} of {size}' if rank < size else 'a reader'}, " if self.TYPE.startswith("dist") else ""
         assert repr(kv) == f"KVStore({self.TYPE!r}, {place}2 keys)"
         kv.set_optimizer("sgd", lr=0.1)
         assert repr(kv) == f"KVStore({self.TYPE!r}, {place}2 keys, optimizer='sgd')"

@@ -8,6 +8,11 @@ from tensorkv.shard.optimizers import ROWWISE
 F32 = np.float32
 
 
+def workers_of_a_sum(kv):
+    """Return of how many workers a sum has parts; the others of a store push nothing to it."""
+    return kv.num_workers if kv._engine.sums_workers else 1
+
+
 VIEWS = {
     "steps": lambda base: base[::2, ::3],
     "negative steps": lambda base: base[::-2, ::-3],

@@ -10,7 +10,7 @@ import torch
 import tensorkv
 from tensorkv import Rows
 
-from .values import F32, ones, state
+from .values import F32, ones, state, workers_of_a_sum
 
 
 class WriteContract:
@@ -170,7 +170,7 @@ class WriteContract:
                 for count in (3, 1):
                     total = sum((part.to(wide) for part in given[1:count]), given[0].to(wide, copy=True))
                     numbers = torch.view_as_real(total) if wide.is_complex else total
-                    numbers /= count * kv.num_workers
+                    numbers /= count * workers_of_a_sum(kv)
                     assert torch.equal(kv.pushpull(key, given[:count]), total.to(dtype)), (key, count)
             pulled = kv.pushpull(["a", "b"], [parts, parts[:1]])
             assert torch.equal(pulled[1], kv.pushpull("b", parts[:1]))
@@ -180,10 +180,11 @@ class WriteContract:
         with self.create(reduce="mean") as kv:
             kv.init(["w", "r"], [np.zeros(2, F32), np.zeros((2, 1), F32)])
             kv.set_optimizer("sgd", lr=1.0)
+            workers = workers_of_a_sum(kv)
             for _ in range(2):
-                kv.push("w", [kv.num_workers * np.array([1, 8], F32), kv.num_workers * np.array([3, 0], F32)])
+                kv.push("w", [workers * np.array([1, 8], F32), workers * np.array([3, 0], F32)])
             assert kv.pull("w").tolist() == [-4, -8]
-            part = Rows(np.array([1]), kv.num_workers * np.array([[6]], F32), 2)
+            part = Rows(np.array([1]), workers * np.array([[6]], F32), 2)
             kv.push("r", [part, Rows(np.array([], np.int64), np.zeros((0, 1), F32), 2)])
             assert kv.pull("r").tolist() == [[0], [-3]], "a mean of Rows is over all parts"
 

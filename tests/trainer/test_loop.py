@@ -1,5 +1,7 @@
 """What a training loop does besides steps: accumulation, unused parameters, buffers; on one worker and on several."""
 
+import sys
+import threading
 import weakref
 from contextlib import suppress
 
@@ -10,6 +12,8 @@ from torch import nn
 
 import tensorkv
 from tensorkv import Trainer
+from tensorkv.trainer import overlap as overlap_module
+from tests.support.until import LIMIT_S, until
 from tests.support.workers import run
 from tests.trainer import loop_programs as programs
 
@@ -127,6 +131,50 @@ def test_a_gradient_of_a_batch_within_no_sync_alone_is_pushed():
         model[1](torch.ones(1, 1)).sum().backward()
         trainer.step()
         assert [layer.weight.item() for layer in model] == pytest.approx([weight - 1 for weight in before])
+
+
+def test_two_threads_in_backward_push_each_bucket_once(monkeypatch):
+    monkeypatch.setattr(overlap_module, "BUCKET_NBYTES", 1)
+    replicas = [nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False)) for _ in range(2)]
+    with tensorkv.create() as kv:
+        trainer = Trainer(replicas, kv, lr=0.1, overlap=True)
+        push, pushes, pushing = kv.push, [], threading.Event()
+
+        def compute(replica):
+            replica(torch.ones(1, 2)).sum().backward()
+
+        def waits(thread):
+            """Whether a thread is in a hook of the trainer."""
+            frame = sys._current_frames().get(thread.ident)
+            return frame is not None and frame.f_code.co_filename == overlap_module.__file__
+
+        def wait(grad):
+            assert pushing.wait(LIMIT_S)
+
+        def spy(keys, *args, **options):
+            pushes.extend(keys)
+            if len(pushes) == 1:
+                pushing.set()
+                [other] = [each for each in threads if each is not threading.current_thread()]
+                until(lambda: len(pushes) > 1 or not other.is_alive() or waits(other))
+            push(keys, *args, **options)
+
+        for replica in replicas:
+            compute(replica)
+        trainer.step()
+        trainer.zero_grad()
+        monkeypatch.setattr(kv, "push", spy)
+        for replica in replicas:
+            # The first gradient of both is computed, and one of the threads pushes it.
+            replica[0].weight.register_hook(wait)
+        threads = [threading.Thread(target=compute, args=[replica]) for replica in replicas]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        trainer.step()
+        assert pushes == ["1.weight", "0.weight"]
+        assert {kv.info(key).version for key in kv} == {2}
 
 
 def _expected_order(within):

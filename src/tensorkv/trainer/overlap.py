@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ class Overlap:
         self._kv, self._params, self._gradients, self._parts = kv, params, gradients, parts
         # Of the object that owns this one; a cycle would keep both until Python looks for cycles.
         self._before = weakref.WeakMethod(before)
+        # Replicas on several GPUs, and threads that call backward themselves, run hooks at the same time.
+        self._lock = threading.RLock()
         self._buckets: list[list[str]] | None = None
         # Keys in the order in which the first backward computes the gradients of their last replicas.
         self._order: dict[str, None] = {}
@@ -65,9 +68,10 @@ class Overlap:
 
     def begin(self) -> None:
         """Forget what backward has computed and what was pushed since the last step."""
-        self._found_inf: bool | None = None
-        self._missing = {key: len(replicas) for key, replicas in self._params.items()}
-        self._next = 0
+        with self._lock:
+            self._found_inf: bool | None = None
+            self._missing = {key: len(replicas) for key, replicas in self._params.items()}
+            self._next = 0
 
     def _hook(self, key: str) -> Any:
         # Parameters live longer than a Trainer, and keep their hooks.
@@ -76,7 +80,8 @@ class Overlap:
         def hook(_: torch.Tensor) -> None:
             overlap = weak()
             if overlap is not None and not overlap._accumulates and not overlap._kv._closed:
-                overlap._take(key)
+                with overlap._lock:
+                    overlap._take(key)
 
         return hook
 
@@ -130,11 +135,12 @@ class Overlap:
         Returns:
             What was found out about all pushes of the step.
         """
-        if self._buckets is None:
-            self._buckets = self._make_buckets()
-        while self._next < len(self._buckets):
-            self._push(self._buckets[self._next])
-        return PushResult(self._found_inf)
+        with self._lock:
+            if self._buckets is None:
+                self._buckets = self._make_buckets()
+            while self._next < len(self._buckets):
+                self._push(self._buckets[self._next])
+            return PushResult(self._found_inf)
 
     def _make_buckets(self) -> list[list[str]]:
         order = [*self._order, *(key for key in reversed(self._params) if key not in self._order)]

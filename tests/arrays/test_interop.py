@@ -214,6 +214,23 @@ def test_overlap_is_found_by_elements():
     assert interop.overlapping([torch.zeros(0), torch.zeros(0)]) is None
 
 
+class OnDevice(torch.Tensor):
+    """Memory of the CPU that says that it is of a GPU."""
+
+    device = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.bfloat16, torch.float8_e4m3fn, torch.complex128])
+@pytest.mark.parametrize("kind", [torch.Tensor, OnDevice])
+def test_overlap_is_found_by_elements_on_every_device(kind, dtype):
+    base = torch.zeros(4, 12, dtype=dtype).as_subclass(kind)
+    assert interop.overlapping(list(base.chunk(3, dim=1))) is None
+    assert interop.overlapping([base[:, ::2], base[:, 1::2], base[:0]]) is None
+    assert interop.overlapping([base[:, ::2], base[:, 1:4]]) == (0, 1)
+    assert interop.overlapping([base[:, :5], base[:, 4:]]) == (0, 1)
+    assert interop.overlapping([base[:, :2], torch.zeros(4, dtype=dtype), base[3, 1:]]) == (0, 2)
+
+
 @pytest.mark.parametrize(
     ("thing", "message"),
     [

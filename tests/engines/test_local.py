@@ -238,6 +238,15 @@ class TestCuda:
             assert kv.info("w").device == "cpu"
             assert kv.pull("w").is_cuda
 
+    def test_outs_may_lie_side_by_side(self):
+        out = torch.zeros(2, 6, device="cuda")
+        with tensorkv.create() as kv:
+            kv.init(["q", "k", "v"], [np.full((2, 2), number, np.float32) for number in (1, 2, 3)])
+            kv.pull(["q", "k", "v"], out=list(out.chunk(3, dim=1)))
+            assert out.tolist() == [[1, 1, 2, 2, 3, 3]] * 2
+            with pytest.raises(tensorkv.ArgumentError, match="overlap"):
+                kv.pull(["q", "k"], out=[out[:, :2], out[:, 1:3]])
+
     def test_streams_of_the_caller_are_in_order(self):
         with tensorkv.create("device") as kv:
             kv.init("w", torch.zeros(1 << 22, device="cuda"))

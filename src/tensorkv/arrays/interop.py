@@ -546,16 +546,22 @@ def _share(left: Any, right: Any) -> bool:
     devices = [out.device if isinstance(out, torch.Tensor) else torch.device("cpu") for out in (left, right)]
     if devices[0] != devices[1]:
         return False
-    if devices[0].type != "cpu":
-        return True
-    views = [out if isinstance(out, np.ndarray) else _bytes_view(out) for out in (left, right)]
+    views = [out if isinstance(out, np.ndarray) else np.asarray(_Addresses(out)) for out in (left, right)]
     try:
         return bool(np.shares_memory(views[0], views[1], max_work=_OVERLAP_WORK))  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
 
-def _bytes_view(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return real.view(integer[real.element_size()]).numpy()
+class _Addresses:
+    """Show where a tensor's elements are, on any device; what is made of it must not be read."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        size = tensor.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (tensor.data_ptr(), False),
+            "typestr": f"|V{size}",
+            "shape": tuple(tensor.shape),
+            "strides": tuple(step * size for step in tensor.stride()),
+        }

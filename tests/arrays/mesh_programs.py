@@ -112,6 +112,18 @@ def pull_module(kv, mesh):
     assert all(torch.equal(mine.get_parameter(name).full_tensor(), param) for name, param in whole.named_parameters())
 
 
+def pull_between_forward_and_backward(kv, mesh):
+    """A pull into a DTensor that autograd has saved is a change in place."""
+    kv.init("saved", np.full((4, 2), 5, np.float32))
+    out = distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)] * mesh.ndim)
+    x = distribute_tensor(torch.ones(3, 2), mesh, [Replicate()] * mesh.ndim).requires_grad_()
+    for pull in (lambda: kv.pull("saved", out=out), lambda: kv.pull_tree(into={"saved": out})):
+        loss = torch.nn.functional.linear(x, out).sum()
+        pull()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def refuse(kv, mesh):
     """DTensors that are sums in parts, of other shapes, or that are pushed."""
     kv.init("w", np.ones((4, 2), np.float32))
@@ -140,6 +152,7 @@ def main():
     with tensorkv.create() as kv:
         count = pull_all(kv, mesh)
         pull_module(kv, mesh)
+        pull_between_forward_and_backward(kv, mesh)
         refuse(kv, mesh)
     print(f"{count} DTensors", flush=True)
     dist.destroy_process_group()

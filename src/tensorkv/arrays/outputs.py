@@ -62,6 +62,9 @@ class GivenOuts:
                 slices.append(own)
                 if isinstance(array, torch.Tensor):
                     self._seen_by_autograd.append(array)
+                    # A DTensor counts versions of its own beside those of its local shard.
+                    if isinstance(given, torch.Tensor) and given is not array:
+                        self._seen_by_autograd.append(given)
                 if finish is None:
                     written.append(tensor)
                 else:

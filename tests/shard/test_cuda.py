@@ -1,12 +1,15 @@
 """Work on CUDA values, shown with streams and devices that are not there; real ones are tested with the engines."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from tensorkv.arrays import interop
+from tensorkv.arrays.slices import Slices, TensorSlice, take_slice
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.shard import reduce, shard
-from tensorkv.shard.entry import Entry
+from tensorkv.shard.entry import Batch, Entry
 from tensorkv.shard.optimizers import Optimizer, spec
 
 
@@ -119,3 +122,64 @@ def test_only_copies_from_pinned_memory_are_waited_for(count, kind):
     value = torch.empty(2, device="meta").as_subclass(Value)
     reduce.sum_piece(value, [Part() for _ in range(count)])
     assert ahead == [kind != "pinned"] * count
+
+
+class TestInOrder:
+    """All work on values is within a block that puts it after earlier work on them."""
+
+    @pytest.fixture
+    def held(self):
+        """A shard of one key, and the keys on which work is in order now."""
+        held, keys = shard.Shard(on_device=True), []
+
+        @contextmanager
+        def in_order(entries):
+            keys.extend(entry.key for entry in entries)
+            yield
+            del keys[-len(entries) :]
+
+        held._in_order = in_order
+        value = torch.zeros(2, 2)
+        held.init(["w"], [value], [KeySpec(value.shape, value.dtype, interop.NUMPY, False)])
+        return held, keys
+
+    def test_a_new_value_is_copied(self, held, monkeypatch):
+        held, keys = held
+        seen = []
+        monkeypatch.setattr(held, "apply", lambda change: seen.append(list(keys)))
+        value = torch.zeros(2)
+        held.init(["b"], [value], [KeySpec(value.shape, value.dtype, interop.NUMPY, False)])
+        assert seen == [["b"]]
+
+    def test_values_are_read_for_checkpoints_and_averages(self, held):
+        held, keys = held
+        with held.frozen():
+            assert keys == ["w"]
+        held.publish("one", None, None)
+        with held.frozen(releases=True):
+            assert keys == ["w", "w"]
+        assert keys == []
+
+    def test_states_are_restored(self, held, monkeypatch):
+        held, keys = held
+        with held.frozen() as ((entry,), rule):
+            saved = entry.copy()
+        seen = []
+        monkeypatch.setattr(Entry, "move", lambda entry, device: seen.append(list(keys)))
+        held.restore_states([saved], rule)
+        assert seen == [["w"]]
+
+    def test_slices_are_gathered(self, held, monkeypatch):
+        held, keys = held
+        seen, placed = [], Slices.placed
+
+        def seen_placed(slices, memory):
+            seen.append("w" in keys)
+            return placed(slices, memory)
+
+        monkeypatch.setattr(Slices, "placed", seen_placed)
+        for column in range(2):
+            part = take_slice(TensorSlice(torch.ones(2, 1), (0, column), (2, 2)))
+            held.push(Batch("push", ["w"], [[part]]))
+        assert seen == [True, True]
+        assert keys == []

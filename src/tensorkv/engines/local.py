@@ -287,7 +287,7 @@ class LocalEngine(ShardReader, Engine):
 
     @contextmanager
     def contents(self, *, releases: bool = False) -> Iterator[Contents]:
-        with self._compressing, self._shard.frozen() as (entries, rule):
+        with self._compressing, self._shard.frozen(releases=releases) as (entries, rule):
             self._shard.check_complete("save")
             saved = self._shard.saved_releases() if releases else None
             yield Contents("store", entries, rule, self._compressor.owed, saved)

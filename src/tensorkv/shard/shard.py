@@ -162,7 +162,9 @@ class Shard(native.ShardFields):
                 Entry(key, spec, self._copy_in(key, value))
                 for key, value, spec in zip(keys, values, specs, strict=True)
             ]
-            self._commit(Init(made))
+            # The copies are queued already; work on the values comes after them.
+            with self._in_order(made):
+                self._commit(Init(made))
 
     def push(
         self, batch: Batch, *, requests: RequestIds = (), scale: float | None = None, must_complete: bool = False
@@ -457,11 +459,18 @@ class Shard(native.ShardFields):
     # ------------------------------------------------------------ checkpoints
 
     @contextmanager
-    def frozen(self) -> Iterator[tuple[list[Entry], Rule]]:
-        """Give every entry and the rule for reading while no other thread can push."""
+    def frozen(self, *, releases: bool = False) -> Iterator[tuple[list[Entry], Rule]]:
+        """Give every entry and the rule for reading while no other thread can push.
+
+        Args:
+            releases: whether what releases hold is read as well.
+        """
         with self._lock:
             self.refuse_reentry()
-            yield list(self._entries.values()), self._rule
+            entries = list(self._entries.values())
+            held = self.releases.lasting() if releases else []
+            with self._in_order([*entries, *(each for release in held for each in release.snapshot.held.values())]):
+                yield entries, self._rule
 
     def freeze(self, keys: Sequence[Key] | None = None) -> list[FrozenEntry]:
         """Return what one more snapshot holds of some keys, or of all, without a copy of their values."""
@@ -897,11 +906,12 @@ class Shard(native.ShardFields):
         # The states may be of rows that a table does not hold yet.
         self._thaw([entry for entry in mine if isinstance(entry.value, Table)])
         self._drop_states()
-        for entry, other in zip(mine, saved, strict=True):
-            entry.state = other.state
-            entry.move(entry.value.device)
-            if isinstance(entry.value, Table) and isinstance(other.value, Table):
-                entry.value.take_columns(other.value)
+        with self._in_order(mine):
+            for entry, other in zip(mine, saved, strict=True):
+                entry.state = other.state
+                entry.move(entry.value.device)
+                if isinstance(entry.value, Table) and isinstance(other.value, Table):
+                    entry.value.take_columns(other.value)
         self._use(rule)
 
     def _drop_states(self, name: str | None = None) -> None:
@@ -934,33 +944,34 @@ class Shard(native.ShardFields):
         check_push(batch, entries, self._rule, self.averages)
         slices = TakenSlices()
         pushed = batch.keys
-        if batch.has_slices:
-            batch, entries, slices = self._take_slices(batch, entries, must_complete)
-        if must_complete:
-            ended = {entry.key for entry in slices.ended}
-            check_complete(batch.verb, (entry for entry in entries if entry.key not in ended))
-        parts: list[list[Any]] = batch.parts
-        if self.on_device:
-            move_to_parts(entries, parts)
-        gathered = dict(zip(batch.keys, parts, strict=True))
-        with self._in_order(entries):
-            found = 1.0
-            if self._decides or self.averages:
-                clipping = self._rule.clipping if scale is None else None
-                kept, parts, found, self.last_push = self._nonfinite.decide(batch, entries, self.averages, clipping)
-                entries = list(kept)
-            scale = found if scale is None else scale
-            change = Push(entries, parts, outs, scale, slices, requests=requests)
-            if len(entries) + len(slices.kept) < len(pushed):
-                counted = set(change.updated())
-                change.others = [key for key in pushed if key not in counted]
-            filled = self._commit(change)
-        for entry in slices.ended:
-            # For the next slices, or the next change under a snapshot.
-            (memory,) = gathered[entry.key]
-            if entry.spare is None and memory.device == entry.value.device:
-                entry.spare = memory
-        return filled
+        with self._in_order(entries) if batch.has_slices else nullcontext():
+            if batch.has_slices:
+                batch, entries, slices = self._take_slices(batch, entries, must_complete)
+            if must_complete:
+                ended = {entry.key for entry in slices.ended}
+                check_complete(batch.verb, (entry for entry in entries if entry.key not in ended))
+            parts: list[list[Any]] = batch.parts
+            if self.on_device:
+                move_to_parts(entries, parts)
+            gathered = dict(zip(batch.keys, parts, strict=True))
+            with self._in_order(entries):
+                found = 1.0
+                if self._decides or self.averages:
+                    clipping = self._rule.clipping if scale is None else None
+                    kept, parts, found, self.last_push = self._nonfinite.decide(batch, entries, self.averages, clipping)
+                    entries = list(kept)
+                scale = found if scale is None else scale
+                change = Push(entries, parts, outs, scale, slices, requests=requests)
+                if len(entries) + len(slices.kept) < len(pushed):
+                    counted = set(change.updated())
+                    change.others = [key for key in pushed if key not in counted]
+                filled = self._commit(change)
+            for entry in slices.ended:
+                # For the next slices, or the next change under a snapshot.
+                (memory,) = gathered[entry.key]
+                if entry.spare is None and memory.device == entry.value.device:
+                    entry.spare = memory
+            return filled
 
     def check_slices(self, key: Key, bounds: torch.Tensor, *, must_complete: bool) -> None:
         """Raise what a push of slices would raise, of which only the bounds are known."""

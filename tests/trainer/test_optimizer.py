@@ -123,6 +123,17 @@ def test_workers_that_set_different_learning_rates_get_an_error(update_on_store)
         assert rates == [0.1, 0.05]
 
 
+@pytest.mark.parametrize("update_on_store", MODES)
+def test_states_with_a_learning_rate_in_a_tensor(update_on_store):
+    alone = _model()
+    expected = torch.optim.Adam(alone.parameters(), lr=torch.tensor(0.25))
+    programs.loss_of(alone, *programs.make_batch(0)).backward()
+    expected.step()
+    trainer = Trainer(_model(), tensorkv.create(), "adam", lr=0.1, update_on_store=update_on_store)
+    trainer.optimizer.load_state_dict(expected.state_dict())
+    assert trainer.learning_rate == 0.25
+
+
 @pytest.mark.parametrize("name", ["local", "device"])
 def test_states_of_a_channels_last_model(name):
     alone = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)

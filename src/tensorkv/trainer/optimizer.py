@@ -19,7 +19,7 @@ from .buffers import Buffers
 from .gradients import Gradients
 from .groups import Group, Params, group_of, options_of, parameters
 from .overlap import Overlap
-from .updates import StoreUpdate, WorkerUpdate, collective
+from .updates import StoreUpdate, WorkerUpdate, collective, number_of
 
 
 class StoreOptimizer(torch.optim.Optimizer):
@@ -127,7 +127,7 @@ class StoreOptimizer(torch.optim.Optimizer):
         changes = []
         for group, seen in zip(self._groups, self._seen, strict=True):
             # Most are the very objects that were read.
-            numbers = {word: _number(group[word]) for word, number in seen.items() if group[word] is not number}
+            numbers = {word: number_of(group[word]) for word, number in seen.items() if group[word] is not number}
             changes.append({word: number for word, number in numbers.items() if number != seen[word]})
         return changes
 
@@ -135,7 +135,7 @@ class StoreOptimizer(torch.optim.Optimizer):
         """Return changes in which a number that all groups have after them, which is the tables' too, is in each."""
         alike = {}
         for word in (word for change in changes for word in change):
-            first, *others = [_number(group[word]) for group in self._groups]
+            first, *others = [number_of(group[word]) for group in self._groups]
             if all(other == first for other in others):
                 alike[word] = first
         return [{**change, **alike} for change in changes]
@@ -396,10 +396,6 @@ class StoreOptimizer(torch.optim.Optimizer):
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a StoreOptimizer cannot be pickled or copied; use state_dict() and load_state_dict()")
-
-
-def _number(option: Any) -> Any:
-    return option.item() if isinstance(option, torch.Tensor) and option.numel() == 1 else option
 
 
 def _loaded_groups(state: Any) -> list[dict[str, Any]]:

@@ -186,6 +186,19 @@ def test_stores_that_do_not_fit():
         assert kv.optimizer["lr"] == 0.1
 
 
+def test_a_second_trainer_keeps_the_numbers_of_single_keys():
+    with tensorkv.create() as kv:
+        for prefix in ("a.", "b."):
+            model = torch.nn.Linear(2, 1, bias=False)
+            LocalTrainer(model, kv, torch.optim.SGD(model.parameters(), lr=0.1), every=1, lr=0.5, prefix=prefix)
+            if prefix == "a.":
+                kv.set_hyperparameters("a.weight", lr=0.25)
+        before = kv.pull("a.weight")
+        kv.push("a.weight", torch.ones(1, 2))
+        # Nesterov's first step with the momentum 0.9.
+        torch.testing.assert_close(kv.pull("a.weight"), before - 0.25 * 1.9)
+
+
 @pytest.mark.parametrize("averages", [False, True])
 def test_an_updater_of_the_store_is_refused(averages):
     net = programs.model()

@@ -98,7 +98,8 @@ class LocalTrainer:
             elif not kv._engine.assigns:
                 raise OptimizerError("LocalTrainer: the store has an update rule, and parameters are to be averaged")
             broadcast(kv, {key: [param] for key, param in self._params.items()})
-            if not self._averages:
+            # Setting an equal optimizer again would reset the hyperparameters of single keys.
+            if not self._averages and kv.optimizer is None:
                 kv.set_optimizer(outer, **hyperparameters)
         self._common = {key: param.detach().clone() for key, param in self._params.items()}
         self.steps = 0

@@ -241,6 +241,17 @@ def test_what_a_trainer_refuses_on_one_worker_is_told_to_the_others(what):
     assert f"rank 1: {said} refused: {second[1]}"[:60] in first[1], (first, second)
 
 
+@pytest.mark.parametrize("mode", ["broadcast", "mean"])
+def test_a_buffer_that_cannot_be_written_is_refused(mode):
+    model = nn.Linear(2, 1)
+    model.register_buffer("scale", torch.zeros(1).expand(8))
+    with tensorkv.create() as kv:
+        with pytest.raises(tensorkv.ArgumentError, match='the buffer "scale" is expanded'):
+            Trainer(model, kv, lr=0.1, buffers=mode)
+        assert kv.keys() == []
+        Trainer(model, kv, lr=0.1)
+
+
 def test_overlap_cannot_agree():
     with tensorkv.create() as kv:
         with pytest.raises(tensorkv.ArgumentError, match='unused="agree" needs overlap=False'):

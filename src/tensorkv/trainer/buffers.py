@@ -10,7 +10,7 @@ from torch import nn
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.packing import raw_bytes
-from tensorkv.errors import ArgumentError, show
+from tensorkv.errors import ArgumentError, quote, show
 from tensorkv.store import KVStore
 
 MODES = ("local", "broadcast", "mean")
@@ -33,7 +33,7 @@ class Buffers:
             all replicas and workers, summed in the order of ranks; others as with ``"broadcast"``.
 
     Raises:
-        ArgumentError: replicas whose buffers differ, or workers that are not in lock step.
+        ArgumentError: replicas whose buffers differ, an expanded buffer, or workers that are not in lock step.
         WorkerMismatchError: workers whose buffers differ in name, shape or dtype.
     """
 
@@ -45,6 +45,12 @@ class Buffers:
         ]
         if any(each != found[0] for each in found):
             raise ArgumentError("Trainer: the buffers of replicas differ; make replicas with copy.deepcopy")
+        for name, buffer in (pair for replica in replicas for pair in replica.named_buffers()):
+            if any(step == 0 and size > 1 for step, size in zip(buffer.stride(), buffer.shape, strict=True)):
+                raise ArgumentError(
+                    f"Trainer: the buffer {quote(name)} is expanded: several of its elements share one place in "
+                    'memory, and it cannot be written; register a clone of it, or use buffers="local"'
+                )
         kv._agree("Trainer", {"buffers": found[0]})
         counts = kv._gather("Trainer", len(replicas).to_bytes(8))
         if len(counts) != kv.num_workers:

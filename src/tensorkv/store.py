@@ -28,7 +28,7 @@ from tensorkv.arrays.keytable import KeyTable, select
 from tensorkv.arrays.outputs import GivenOuts, NewOuts, describe_like
 from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows, take_ids, unchecked_rows
-from tensorkv.arrays.slices import empty_whole, local_part
+from tensorkv.arrays.slices import TensorSlice, empty_whole, local_part
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.base import ReleaseReader
 from tensorkv.engines.call import Call, check_priority, nbytes, take
@@ -693,7 +693,8 @@ class KVStore:
         for name, leaf, spec, value in columns:
             parts = value if isinstance(value, list) else [value]
             names.append(name)
-            if spec is None or all(interop.shape_and_dtype(part)[1] is blocks.DTYPE for part in parts):
+            is_array = not any(isinstance(part, Rows | TensorSlice) for part in parts)
+            if spec is None or not is_array or all(interop.shape_and_dtype(part)[1] is blocks.DTYPE for part in parts):
                 leaves.append(leaf)
                 given.append(value)
                 continue

@@ -100,3 +100,19 @@ def test_scales_of_other_values_are_refused():
     for other in (scales[:, :2], scales.t(), torch.ones(2, 300)):
         with pytest.raises(tensorkv.ValueMismatchError, match=r"\(2, 300\) have scales of \(1, 3\)"):
             dequantize_blocks(values, other)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        tensorkv.TensorSlice(torch.ones(2, 2), (0, 0), (2, 2)),
+        tensorkv.Rows(torch.tensor([0]), torch.ones(1, 2), 2),
+    ],
+    ids=["slice", "rows"],
+)
+def test_parts_that_are_not_rounded_are_named(part):
+    with tensorkv.create() as kv:
+        kv.init_tree({"w": torch.zeros(2, 2)}, dtype="float8_e4m3fn")
+        with pytest.raises(tensorkv.ValueMismatchError, match=r'push\("w"\): part 0 is float32, .* float8_e4m3fn'):
+            kv.push_tree({"w": part})
+        assert not kv.pull("w").float().any()

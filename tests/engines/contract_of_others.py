@@ -30,13 +30,16 @@ class SeveralEngine(LocalEngine):
 
     capabilities = LocalEngine.capabilities - {"snapshot", "releases"}
     num_workers = 2
+    joins_workers = "alone"
 
     def __init__(self, *, nonfinite="pass", reduce="sum"):
         super().__init__(False, nonfinite=nonfinite, reduce=reduce)
 
 
-engines.register("undistributed", LesserEngine)
-engines.register("several", SeveralEngine)
+def setup_module():
+    # Not at import: the tests of the documentation take every type for one of the project.
+    engines.register("undistributed", LesserEngine)
+    engines.register("several", SeveralEngine)
 
 
 class TestLesser(Contract):

@@ -10,7 +10,7 @@ F32 = np.float32
 
 def workers_of_a_sum(kv):
     """Return of how many workers a sum has parts; the others of a store push nothing to it."""
-    return kv.num_workers if kv._engine.sums_workers else 1
+    return 1 if kv._engine.joins_workers == "alone" else kv.num_workers
 
 
 VIEWS = {

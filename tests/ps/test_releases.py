@@ -17,6 +17,7 @@ import tensorkv
 from tensorkv.engines.ps import messages
 from tensorkv.engines.ps.client.releases import ReleaseClient
 from tensorkv.engines.ps.client.session import Session
+from tensorkv.releases import finder
 from tensorkv.storage.wal import WriteAheadLog
 from tests.support.amount import amount
 from tests.support.fake_servers import Cluster
@@ -258,6 +259,53 @@ def test_a_lease_ends_and_reading_makes_it_longer():
         with pytest.raises(tensorkv.ReleaseNotFoundError, match='the release "step-1" was dropped'):
             reader.open_release("step-1")
         assert [each.name for each in reader.releases()] == ["step-3"]
+
+
+@pytest.mark.parametrize("num_servers", [0, 1])
+@pytest.mark.parametrize("verb", ["changes", "digest"])
+def test_a_lease_does_not_end_while_its_reader_waits_for_a_comparison(num_servers, verb, monkeypatch):
+    now = [0.0]
+    opening = tensorkv.create() if num_servers == 0 else Cluster(num_servers)
+    with opening as opened:
+        kv = opened if num_servers == 0 else opened.store()
+        servers = [] if num_servers == 0 else opened.servers
+        for shard in [server._state.shard for server in servers] or [kv._engine._shard]:
+            shard.releases._now = lambda: now[0]
+        kv.init(values(0))
+        kv.publish("step-0")
+        kv.push(values(1))
+        kv.publish("step-1")
+        release = kv.open_release("step-1", lease_s=60)
+        kv.push(values(2))
+        kv.publish("step-2", keep=3)
+        took_long = []
+        groups = finder._groups
+
+        def long_groups(entries):
+            took_long.append(True)
+            now[0] += 1000
+            for server in servers:
+                server._drop_snapshots_of_dead_clients()
+            if len(took_long) == 1:
+                kv.publish("step-3", keep=1)
+            return groups(entries)
+
+        monkeypatch.setattr(finder, "_groups", long_groups)
+        if verb == "changes":
+            found = release.changes(since="step-0")
+            assert found.base == "step-0"
+            assert number_in([change.values for change in found]) == 1
+        else:
+            assert release.digest
+        assert took_long
+        # From then on it has the whole lease.
+        now[0] += 59
+        for server in servers:
+            server._drop_snapshots_of_dead_clients()
+        assert number_in(release.pull(list(SHAPES))) == 1
+        now[0] += 1000
+        with pytest.raises((tensorkv.ReleaseNotFoundError, tensorkv.SnapshotError)):
+            kv.open_release("step-1")
 
 
 def test_reading_from_one_server_makes_a_lease_longer_on_all(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,8 +15,6 @@ from .changes import KeyChange, Pair, compare, deleted, digests_of, release_dige
 
 # Pairs of releases of which the changes are kept.
 _REMEMBERED_PAIRS = 4
-# Longer than a comparison takes.
-_LEASE_S = 3600.0
 
 # Values that are looked at together, without a push in between.
 _GROUP_NBYTES = 16 << 20
@@ -163,11 +160,7 @@ class ChangeFinder:
     @contextmanager
     def _held(self, name: str, opened: Shard | None = None) -> Iterator[ShardSnapshot]:
         """Give the values of a release, which stays meanwhile; raise if they are not those that were opened."""
-        reader = secrets.token_hex(8)
-        held = self._shard.hold_release(name, reader, _LEASE_S)
-        try:
+        with self._shard.held_release(name) as held:
             if opened is not None and opened is not held.snapshot:
                 raise SnapshotError(f"the release {quote(name)} that was open was replaced by load; open it again")
             yield held.snapshot
-        finally:
-            self._shard.let_go(name, reader)

@@ -6,6 +6,7 @@ they are called; checks, sums, updates and versions are written once, here.
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -62,6 +63,9 @@ from .reduce import Reduce, averages
 from .releases import HeldRelease, Releases, SavedRelease, SavedReleases
 from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater, check_ids, check_outs, check_push
 from .table import Table
+
+# For which a release is held at most without a reader's lease, of a caller that never ends.
+_LONGEST_S = 3600.0
 
 
 class Lock:
@@ -553,6 +557,16 @@ class Shard(native.ShardFields):
         with self._lock:
             self.refuse_reentry()
             return self.releases.hold(name, reader, lease_s)
+
+    @contextmanager
+    def held_release(self, name: str) -> Iterator[HeldRelease]:
+        """Give a release that stays as long as this block, whatever the leases of its readers."""
+        reader = secrets.token_hex(8)
+        found = self.hold_release(name, reader, _LONGEST_S)
+        try:
+            yield found
+        finally:
+            self.let_go(name, reader)
 
     def newest_release(self, after: str | None) -> str | None:
         """Return the name of the newest release after another one (None: any), if there is one."""

@@ -11,7 +11,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from tensorkv.shard.changes import RequestIds
 from tensorkv.shard.entry import Part
 from tensorkv.shard.norm import PushResult
 from tensorkv.shard.releases import check_keep, check_name
+from tensorkv.shard.shard import ShardSnapshot
 from tensorkv.storage.dedup import process_of
 
 from .. import messages
@@ -644,17 +645,23 @@ class Server:
 
     def _find_changes(self, request: Request[messages.FindChanges]) -> Reply:
         message = request.message
-        with self._condition:
-            opened = self._state.snapshots.find(message.snapshot).shard
-        # Pushes go on meanwhile.
-        base, found = self._state.changes.changes(message.release, opened, message.since, unknown_ok=self.index > 0)
-        return encode_changes(base, found, request.out)
+        with self._comparing(message.snapshot, message.release) as opened:
+            base, found = self._state.changes.changes(message.release, opened, message.since, unknown_ok=self.index > 0)
+            return encode_changes(base, found, request.out)
 
     def _digests(self, request: Request[messages.Digests]) -> Reply:
-        with self._condition:
-            opened = self._state.snapshots.find(request.message.snapshot).shard
-        digests = self._state.changes.digests(request.message.release, opened)
+        message = request.message
+        with self._comparing(message.snapshot, message.release) as opened:
+            digests = self._state.changes.digests(message.release, opened)
         return Reply({"keys": list(digests)}, bytes_of(np.array(list(digests.values()), np.uint64).view(np.uint8)))
+
+    @contextmanager
+    def _comparing(self, token: str, release: str) -> Iterator[ShardSnapshot]:
+        """Give the values of a release that a client has open, while pushes go on."""
+        with ExitStack() as stack:
+            with self._condition:
+                opened = stack.enter_context(self._state.snapshots.comparing(token, release))
+            yield opened
 
     # ------------------------------------------------------------ what workers owe
 

@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 import weakref
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -562,6 +563,37 @@ def test_a_number_of_all_groups_is_the_tables_too_if_some_have_it_already(kv, ha
     trainer.step()
     assert whole(kv)[7].tolist() == [-0.5] * D
     assert model.bias.item() == -0.5
+
+
+def test_a_number_that_all_groups_come_to_have_leaves_those_of_single_keys_alone(kv):
+    model = TableModel(kv)
+    model.other, model.fixed = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    groups = [{"params": "bias", "lr": 1.0}, {"params": ["other", "fixed"], "lr": 0.5}]
+    trainer = Trainer(model, kv, "sgd", lr=1.0, param_groups=groups)
+    kv.set_hyperparameters("fixed", lr=0.0)
+    trainer.param_groups[0]["lr"] = 0.5
+    (model(torch.tensor([7])) + model.other + model.fixed).sum().backward()
+    trainer.step()
+    assert whole(kv)[7].tolist() == [-0.5] * D
+    assert [each.item() for each in (model.bias, model.other, model.fixed)] == [-0.5, -0.5, 0]
+
+
+def test_a_step_that_is_repeated_after_an_error_of_buffers_pushes_no_bucket_again(kv, monkeypatch):
+    model = TableModel(kv)
+    model.norm = nn.BatchNorm1d(1)
+    trainer = Trainer(model, kv, "sgd", lr=1.0, overlap=True, buffers="mean")
+    synchronise = trainer.optimizer._buffers.synchronise
+    for version in (1, 2):
+        trainer.zero_grad()
+        model(torch.tensor([7])).backward()
+        monkeypatch.setattr(
+            trainer.optimizer._buffers, "synchronise", mock.Mock(side_effect=tensorkv.WorkerError("away"))
+        )
+        with pytest.raises(tensorkv.WorkerError, match="away"):
+            trainer.step()
+        monkeypatch.setattr(trainer.optimizer._buffers, "synchronise", synchronise)
+        trainer.step()
+        assert (kv.info("bias").version, model.bias.item()) == (version, -version)
 
 
 def test_a_group_that_is_added_leaves_the_numbers_of_tables_alone(kv):

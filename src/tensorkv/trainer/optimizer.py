@@ -131,14 +131,14 @@ class StoreOptimizer(torch.optim.Optimizer):
             changes.append({word: number for word, number in numbers.items() if number != seen[word]})
         return changes
 
-    def _written_everywhere(self, changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return changes in which a number that all groups have after them, which is the tables' too, is in each."""
+    def _of_all(self, changes: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the numbers among some changes that all groups have now, and the tables, too."""
         alike = {}
         for word in (word for change in changes for word in change):
             first, *others = [number_of(group[word]) for group in self._groups]
             if all(other == first for other in others):
                 alike[word] = first
-        return [{**change, **alike} for change in changes]
+        return alike
 
     @collective("Trainer.step")
     def flush(self) -> None:
@@ -154,7 +154,7 @@ class StoreOptimizer(torch.optim.Optimizer):
         changes = self._changes()
         if any(changes):
             with naming("Trainer"):
-                self._update.write(self._written_everywhere(changes) if self._update.on_store else changes)
+                self._update.write(changes, self._of_all(changes))
             self._seen = self._update.read()
             for group, numbers in zip(self._groups, self._seen, strict=True):
                 group.update(numbers)
@@ -245,6 +245,8 @@ class StoreOptimizer(torch.optim.Optimizer):
                     self._push_and_pull()
                 if self._buffers is not None:
                     self._buffers.synchronise()
+            if self._overlap is not None:
+                self._overlap.begin()
         except BaseException:
             # GradScaler takes them away after a step alone.
             self.__dict__.pop("grad_scale", None)
@@ -261,8 +263,6 @@ class StoreOptimizer(torch.optim.Optimizer):
             self.flush()
         with embedding.taken(self._tables_of, self._kv) as rows:
             self._update.step(self._gradients.all(), rows, pushed)
-        if self._overlap is not None:
-            self._overlap.begin()
         embedding.step(self._tables_of, pushed=self._kv)
 
     @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from tensorkv.errors import ArgumentError, quote
+from tensorkv.errors import ArgumentError, WaitTimeoutError, quote
 from tensorkv.shard.norm import PushResult
 from tensorkv.store import KVStore
 
@@ -116,7 +116,11 @@ class Overlap:
         grads = self._gradients.of(keys)
         if grads:
             # Backward computes last what the next forward pass needs first.
-            self._kv.push(list(grads), self._parts(grads), priority=self._next)
+            try:
+                self._kv.push(list(grads), self._parts(grads), priority=self._next)
+            except WaitTimeoutError as error:
+                self._next += error.applied
+                raise
             found_inf = self._kv.last_push.found_inf
             if found_inf is not None:
                 self._found_inf = self._found_inf or found_inf

@@ -145,10 +145,11 @@ class StoreUpdate:
             self._kv.pushpull([*grads, *rows], [*self.parts(grads), *rows.values()], out=[*outs, *([] for _ in rows)])
             self.last_push = self._kv.last_push
             return
+        # Before the rows, which a step that is repeated after an error of this pull pushes again.
+        self._kv.pull(list(grads), out=outs)
         if rows:
             self._kv.push(list(rows), list(rows.values()))
             pushed = PushResult(pushed.found_inf or self._kv.last_push.found_inf)
-        self._kv.pull(list(grads), out=outs)
         self.last_push = pushed
 
     @staticmethod
@@ -166,14 +167,21 @@ class StoreUpdate:
         spec = self._held("param_groups")
         return [_numbers_of(spec, group.keys) for group in self.groups]
 
-    def write(self, changes: Sequence[dict[str, Any]]) -> None:
-        """Set these numbers of each group in the store, in one call; with servers, those of rank 0 count."""
+    def write(self, changes: Sequence[dict[str, Any]], of_all: Mapping[str, Any] | None = None) -> None:
+        """Set numbers in the store, in one call; with servers, those of rank 0 count.
+
+        Args:
+            changes: of each group.
+            of_all: those that all groups have then, for the tables (None: those that are in all changes).
+        """
         spec = self._held("param_groups")
         for change, numbers in zip(changes, self.read(), strict=True):
             _check(spec, {**numbers, **change})
         if not self._kv._engine.decides:
             return
         everywhere, of_groups, of_tables = self._split(changes)
+        if of_all is not None:
+            of_tables = {word: number for word, number in of_all.items() if word not in everywhere}
         wanted: list[tuple[dict[str, Any], Sequence[Key] | None]] = [(everywhere, None)]
         wanted += [(own, group.keys) for group, own in zip(self.groups, of_groups, strict=True) if group.keys]
         wanted += [(of_tables, self.tables)] if self.tables else []
@@ -412,7 +420,7 @@ class WorkerUpdate:
     def read(self) -> list[dict[str, Any]]:
         return [options_of(group) for group in self.optimizers[0].param_groups]
 
-    def write(self, changes: Sequence[dict[str, Any]]) -> None:
+    def write(self, changes: Sequence[dict[str, Any]], of_all: Mapping[str, Any] | None = None) -> None:
         if self._spec is not None:
             known = self._spec.numbers
             for change, numbers in zip(changes, self.read(), strict=True):

@@ -187,6 +187,7 @@ def _brief(work: Cell, found: Mapping[str, Any], copy: machine.Copy) -> dict[str
         "changing": changing,
         # Earlier runs came back to the same four choices of half of the keys.
         "halves": "new",
+        "disturbed": _is_disturbed(found),
         "limit": once / limit_s,
         "ratios": found["summary"]["pushpull"]["ratios"],
         "times_s": times,

@@ -430,7 +430,7 @@ def _demo_problem(arguments: argparse.Namespace, on_servers: bool) -> str | None
     is_dist = arguments.store.startswith("dist")
     if arguments.workers is not None and not is_dist:
         return f"--workers is for stores of type dist_sync or dist_async, not {arguments.store}"
-    started = launched()[1] if is_dist else 1
+    started = launched(strict=arguments.workers is None and not on_servers)[1] if is_dist else 1
     if arguments.workers is not None and "RANK" in os.environ and arguments.workers != started:
         return f"--workers {arguments.workers}, but torchrun has started {started}; leave it out"
     if arguments.replicas is not None and is_dist and (on_servers or arguments.workers is not None or started > 1):

@@ -232,6 +232,10 @@ class LocalEngine(ShardReader, Engine):
             return
         batch.refuse_slices("cannot be compressed; set_gradient_compression(None) has parts pushed as they are")
         with self._compressing:
+            if self._compressor.codec is None:
+                # Another thread has just taken it away.
+                yield batch
+                return
             self._shard.check(batch)
             entries = [self._shard.entry(batch.verb, key) for key in batch.keys]
             places = [

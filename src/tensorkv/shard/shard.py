@@ -6,6 +6,7 @@ they are called; checks, sums, updates and versions are written once, here.
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,9 +65,6 @@ from .releases import HeldRelease, Releases, SavedRelease, SavedReleases
 from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater, check_ids, check_outs, check_push
 from .table import Table
 
-# For which a release is held at most without a reader's lease, of a caller that never ends.
-_LONGEST_S = 3600.0
-
 
 class Lock:
     """Held while a shard is read or changed; its holder may take it again.
@@ -117,7 +115,7 @@ class Shard(native.ShardFields):
         nonfinite: what a push of NaN or Inf does: ``"pass"``, ``"raise"``, ``"skip"`` that key's update, or
             ``"skip_step"``, the whole push.
         reduce: whether a push takes the ``"sum"`` or the ``"mean"`` of the parts of a key.
-        threads: that sum and update (None: as many as cores).
+        threads: that sum and update (None: as ``default_threads`` says).
     """
 
     def __init__(
@@ -562,7 +560,7 @@ class Shard(native.ShardFields):
     def held_release(self, name: str) -> Iterator[HeldRelease]:
         """Give a release that stays as long as this block, whatever the leases of its readers."""
         reader = secrets.token_hex(8)
-        found = self.hold_release(name, reader, _LONGEST_S)
+        found = self.hold_release(name, reader, math.inf)
         try:
             yield found
         finally:

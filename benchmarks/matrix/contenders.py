@@ -101,8 +101,8 @@ class Caller(Contender):
 class TensorKV(Caller):
     """The store of this project.
 
-    ``first`` is the first call of a new store, or, of servers, of a new client with new keys; ``changing`` calls with
-    half of the keys, and then with the others, which are chosen anew each time and were never in one call before.
+    ``first`` is the first call of a new store, or, of servers, of a new client with new keys; ``changing`` calls with a
+    new random half of the keys, then with the other half.
     """
 
     # Servers take seconds to start, so they are kept from cell to cell, by a client that does nothing else.

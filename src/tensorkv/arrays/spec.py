@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,3 +36,17 @@ class KeySpec:
     def of(self, origin: interop.Origin) -> KeySpec:
         """Return the same for arrays of another library or device."""
         return replace(self, origin=origin)
+
+
+def numbered(specs: Sequence[KeySpec]) -> tuple[list[KeySpec], list[int]]:
+    """Return the objects among some specs, each once, and the number of each spec among them; many keys have few.
+
+    Hashing a spec takes longer than what is mostly done with it, and most equal ones are one object.
+
+    >>> one, other = (KeySpec(torch.Size([n]), torch.float32, interop.NUMPY, False) for n in (1, 2))
+    >>> numbered([one, other, one]) == ([one, other], [0, 1, 0])
+    True
+    """
+    objects = {id(spec): spec for spec in specs}
+    numbers = {found: number for number, found in enumerate(objects)}
+    return list(objects.values()), [numbers[id(spec)] for spec in specs]

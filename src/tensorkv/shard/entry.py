@@ -13,7 +13,7 @@ from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import encode_slots
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.slices import Slices
-from tensorkv.arrays.spec import KeySpec
+from tensorkv.arrays.spec import KeySpec, numbered
 from tensorkv.errors import ArgumentError, quote
 
 from .native import Cell
@@ -124,11 +124,8 @@ def slots_of(entries: Sequence[Entry]) -> list[str]:
     """Return what a layout says of the sum of each of some dense keys."""
     new = [entry for entry in entries if entry.slot is None]
     if new:
-        # Many keys have few specs.
-        specs = {id(entry.spec): entry.spec for entry in new}
-        numbers = {found: number for number, found in enumerate(specs)}
-        kinds = [("sum", spec.dtype, spec.shape) for spec in specs.values()]
-        slots = encode_slots([entry.key for entry in new], kinds, [numbers[id(entry.spec)] for entry in new])
+        specs, numbers = numbered([entry.spec for entry in new])
+        slots = encode_slots([entry.key for entry in new], [("sum", each.dtype, each.shape) for each in specs], numbers)
         for entry, slot in zip(new, slots, strict=True):
             entry.slot = slot
     return [entry.slot for entry in entries]  # type: ignore[misc]

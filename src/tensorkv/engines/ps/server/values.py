@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.packing import decode_layout, encode_layout, join_slots, layout_nbytes, unpack, views
+from tensorkv.arrays.packing import decode_layout, encode_layout, join_layout, join_slots, layout_nbytes, unpack, views
 from tensorkv.arrays.regions import Region
+from tensorkv.arrays.spec import numbered
 from tensorkv.compression import Traffic
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote
 from tensorkv.shard import native
@@ -168,25 +169,14 @@ class ServedValues:
         found = self._layouts.get((keys, pull_dtype))
         entries = self.shard.entries(keys) if found is None else None
         if entries is not None:
-            # Many keys have few specs.
-            each_spec = [entry.spec for entry in entries]
-            ids = list(map(id, each_spec))
-            specs = dict(zip(ids, each_spec, strict=True))
-            if any(spec.is_table for spec in specs.values()):
+            specs, numbers = numbered([entry.spec for entry in entries])
+            if any(spec.is_table for spec in specs):
                 return None
             # Named as the client names them: it compares.
-            if pull_dtype is None:
-                layout = join_slots(slots_of(entries))
-            else:
-                layout = encode_layout(
-                    (key, "sum", pulled_dtype(spec.dtype, pull_dtype), spec.shape)
-                    for key, spec in zip(keys, each_spec, strict=True)
-                )
-            sizes, nbytes = {}, 0
-            for number, spec in specs.items():
-                itemsize = pulled_dtype(spec.dtype, pull_dtype).itemsize
-                sizes[number] = itemsize, spec.shape.numel() * itemsize
-            for number in ids:
+            kinds = [("sum", pulled_dtype(spec.dtype, pull_dtype), spec.shape) for spec in specs]
+            layout = join_slots(slots_of(entries)) if pull_dtype is None else join_layout(keys, kinds, numbers)
+            sizes, nbytes = [(dtype.itemsize, shape.numel() * dtype.itemsize) for _, dtype, shape in kinds], 0
+            for number in numbers:
                 itemsize, size = sizes[number]
                 nbytes += -nbytes % itemsize + size
             found = ServedLayout(layout, zlib.crc32(layout), nbytes)

@@ -297,6 +297,27 @@ def test_empty_lists():
         assert kv.info("a").version == 0
 
 
+def test_a_rule_is_learnt_though_another_thread_deletes_a_key_meanwhile():
+    with Cluster(2) as cluster:
+        kv, other = cluster.stores(2)
+        kv.init(["a", "b"], [np.zeros(3)] * 2)
+        other.keys()
+        keymap = other._engine._keymap
+
+        def ask(known):
+            kv.set_optimizer("sgd", lr=0.5)
+            replies = other._engine._list(known)
+            # The other thread has refreshed before the optimizer was set.
+            with mock.patch.object(keymap, "refresh"):
+                other.delete("b")
+            return replies
+
+        keymap.refresh(ask)
+        assert keymap.optimizer is not None
+        assert keymap.optimizer.name == "sgd"
+        assert other.keys() == ["a"]
+
+
 def test_a_client_knows_the_keys_that_it_has_created(monkeypatch):
     with Cluster(2) as cluster:
         kv, other = cluster.stores(2)

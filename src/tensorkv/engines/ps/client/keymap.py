@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.spec import KeySpec
+from tensorkv.arrays.spec import KeySpec, numbered
 from tensorkv.engines.partition import lightest, pieces
 from tensorkv.runtime import shield
 from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
@@ -70,7 +70,7 @@ class KeyMap:
     def __init__(self, weights: Sequence[int], ask: Ask, *, wide: bool, pull_dtype: str | None) -> None:
         self._weights, self._ask, self._wide, self._pull_dtype = weights, ask, wide, pull_dtype
         self._lock = threading.RLock()
-        self._asked = self._answered = 0
+        self._asked = self._answered = self._ruled = 0
         self._listings = [Listing(None, {})] * len(weights)
         self._incomplete: dict[Key, set[int]] = {}
         self.placed = PlacedKeys(wide=wide, pull_dtype=pull_dtype)
@@ -95,6 +95,10 @@ class KeyMap:
             for reply, before in zip(replies, known, strict=True)
         ]
         with self._lock:
+            if number > self._ruled:
+                # ``add`` and ``remove`` know no rule.
+                self._ruled = number
+                self._take_rule(replies)
             if number < self._answered:
                 # Another thread has asked later and was answered earlier.
                 return
@@ -102,12 +106,6 @@ class KeyMap:
             if any(mine is not theirs for mine, theirs in zip(listings, self._listings, strict=True)):
                 self._listings = listings
                 self._join(listings)
-            described = replies[0]["optimizer"]
-            if described is not None:
-                # Each server has the overrides of its own keys.
-                optimizers = [reply["optimizer"] for reply in replies if reply["optimizer"] is not None]
-                described = {**described, "overrides": [own for each in optimizers for own in each["overrides"]]}
-            self._set_rule(None if described is None else OptimizerSpec.from_json(described))
 
     def add(self, keys: Sequence[Key], placed: Sequence[PlacedKey], replies: Mapping[int, Mapping[str, Any]]) -> bool:
         """Take over keys that this client has created.
@@ -119,42 +117,47 @@ class KeyMap:
         Returns:
             Whether nothing else has changed since the last refresh; False: nothing was done.
         """
-        new = dict(zip(keys, placed, strict=True))
-
-        def change(server: int, listed: dict[Key, PlacedKey]) -> None:
-            listed |= {key: each for key, each in new.items() if server in each.placement.servers}
-
-        return self._change(replies, change, lambda: self.placed.extended(new))
+        with self._lock:
+            listings = self._changed(replies)
+            if listings is None:
+                return False
+            new = dict(zip(keys, placed, strict=True))
+            for server in replies:
+                listings[server].placed.update(
+                    (key, each) for key, each in new.items() if server in each.placement.servers
+                )
+            self._take(listings, self.placed.extended(new))
+            return True
 
     def remove(self, keys: Sequence[Key], replies: Mapping[int, Mapping[str, Any]]) -> bool:
         """Forget keys that this client has deleted; the rest is as for ``add``."""
-
-        def change(_: int, listed: dict[Key, PlacedKey]) -> None:
-            for key in keys:
-                listed.pop(key, None)
-
-        return self._change(replies, change, lambda: self.placed.without(keys))
-
-    def _change(
-        self,
-        replies: Mapping[int, Mapping[str, Any]],
-        change: Callable[[int, dict[Key, PlacedKey]], None],
-        place: Callable[[], PlacedKeys],
-    ) -> bool:
-        """Do as the servers have done, without asking them: one key costs little, whatever the store has."""
         with self._lock:
-            listings = list(self._listings)
-            for server, reply in replies.items():
-                changes, before = listings[server]
-                if changes is None or reply.get("before") != changes:
-                    return False
-                listings[server] = Listing(reply["changes"], dict(before))
-                change(server, listings[server].placed)
-            # What a refresh that is under way has been told may be older.
-            self._asked += 1
-            self._answered, self._listings = self._asked, listings
-            self.placed = place()
+            listings = self._changed(replies)
+            if listings is None:
+                return False
+            for server in replies:
+                for key in keys:
+                    listings[server].placed.pop(key, None)
+            self._take(listings, self.placed.without(keys))
             return True
+
+    def _changed(self, replies: Mapping[int, Mapping[str, Any]]) -> list[Listing] | None:
+        """Return the listings to be changed as servers say that they have; None: others have changed them, too.
+
+        So no server is asked, and one key costs little, however many there are.
+        """
+        listings = list(self._listings)
+        for server, reply in replies.items():
+            changes, before = listings[server]
+            if changes is None or reply.get("before") != changes:
+                return None
+            listings[server] = Listing(reply["changes"], dict(before))
+        return listings
+
+    def _take(self, listings: list[Listing], placed: PlacedKeys) -> None:
+        # What a refresh that is under way has been told of keys may be older.
+        self._asked += 1
+        self._answered, self._listings, self.placed = self._asked, listings, placed
 
     def _join(self, listings: Sequence[Listing]) -> None:
         """Take over the keys that servers have listed."""
@@ -165,8 +168,14 @@ class KeyMap:
         }
         self.placed = placed
 
-    def _set_rule(self, spec: OptimizerSpec | None) -> None:
-        mine = self.optimizer
+    def _take_rule(self, replies: Sequence[Mapping[str, Any]]) -> None:
+        """Take over the rule that servers have listed."""
+        described = replies[0]["optimizer"]
+        if described is not None:
+            # Each server has the overrides of its own keys.
+            optimizers = [reply["optimizer"] for reply in replies if reply["optimizer"] is not None]
+            described = {**described, "overrides": [own for each in optimizers for own in each["overrides"]]}
+        spec, mine = None if described is None else OptimizerSpec.from_json(described), self.optimizer
         if (None if mine is None else mine.to_json()) != (None if spec is None else spec.to_json()):
             self.rule = Assign() if spec is None else StepOptimizer(spec)
 
@@ -243,14 +252,14 @@ class KeyMap:
         rule = rule or self.rule
         whole = isinstance(rule, StepOptimizer) and rule.optimizer.spec.name not in ROWWISE
         made: dict[int, PlacedKey] = {}
-        # Most equal specs are one object, which is found sooner by its id than by its value.
+        objects, numbers = numbered(specs)
         first: dict[KeySpec, int] = {}
-        number_of = {each: first.setdefault(spec, each) for each, spec in {id(spec): spec for spec in specs}.items()}
+        equal = [first.setdefault(spec, number) for number, spec in enumerate(objects)]
         placements: dict[tuple[int, int], KeyPlacement] = {}
         sizes = [_nbytes(spec) for spec in specs]
         for index in sorted(range(len(keys)), key=sizes.__getitem__, reverse=True):
             spec = specs[index]
-            kind = number_of[id(spec)], lightest(loads, self._weights)
+            kind = equal[numbers[index]], lightest(loads, self._weights)
             placement = placements.get(kind)
             if placement is None:
                 if spec.is_table:

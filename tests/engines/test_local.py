@@ -11,6 +11,7 @@ import torch
 
 import tensorkv
 from tensorkv.engines import local
+from tensorkv.releases import finder
 from tensorkv.shard import reduce
 from tensorkv.testing import Contract
 from tests.support.until import LIMIT_S
@@ -314,8 +315,16 @@ def test_a_plain_push_does_not_lose_its_key_to_slices_that_come_meanwhile(monkey
         assert set(kv.pull("w").tolist()) == {1}
 
 
-def test_a_lease_is_renewed_to_the_end_though_a_signal_handler_raises(monkeypatch):
-    """Otherwise the handler might leave the store's lock behind, held."""
+@pytest.mark.parametrize(
+    ("inner", "read"),
+    [
+        ("hold_release", lambda kv, release: release.pull("w").tolist()),
+        ("hold_newest", lambda kv, release: kv.wait_release(timeout_s=LIMIT_S).pull("w").tolist()),
+    ],
+    ids=["renewal of a lease", "wait for a release"],
+)
+def test_a_signal_handler_raises_outside_the_lock_of_releases(inner, read, monkeypatch):
+    """Otherwise it might leave the store's lock behind, held."""
 
     def handle(*_):
         raise TimeoutError("of the handler")
@@ -327,45 +336,45 @@ def test_a_lease_is_renewed_to_the_end_though_a_signal_handler_raises(monkeypatc
             kv.publish("step-1")
             release = kv.open_release("step-1", lease_s=1e-9)
             shard, held = kv._engine._shard, []
-            hold = shard.hold_release
+            hold = getattr(shard, inner)
 
             def interrupted(*args):
                 signal.raise_signal(signal.SIGALRM)
                 held.append(hold(*args))
 
             with monkeypatch.context() as patches:
-                patches.setattr(shard, "hold_release", interrupted)
+                patches.setattr(shard, inner, interrupted)
                 with pytest.raises(TimeoutError, match="of the handler"):
-                    release.pull("w")
+                    read(kv, release)
             assert len(held) == 1
-            assert release.pull("w").tolist() == [0] * 3
+            assert read(kv, release) == [0] * 3
     finally:
         signal.signal(signal.SIGALRM, before)
 
 
-def test_a_wait_for_a_release_is_interrupted_outside_the_lock(monkeypatch):
-    def handle(*_):
-        raise TimeoutError("of the handler")
+@pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "replaced by load"])
+def test_a_release_that_goes_while_it_is_compared_is_not_held_on(is_closed, monkeypatch, tmp_path):
+    with tensorkv.create("local") as kv:
+        kv.init("w", np.zeros(3))
+        kv.publish("other")
+        kv.save(tmp_path / "saved", releases=True)
+        kv.publish("mine")
+        release = kv.open_release("mine", lease_s=3600)
+        kv.publish("next", keep=1)
+        groups = finder._groups
 
-    before = signal.signal(signal.SIGALRM, handle)
-    try:
-        with tensorkv.create("local") as kv:
-            kv.publish("step-1")
-            shard, held = kv._engine._shard, []
-            hold = shard.hold_newest
+        def go(entries):
+            release.close() if is_closed else kv.load(tmp_path / "saved")
+            return groups(entries)
 
-            def interrupted(*args):
-                signal.raise_signal(signal.SIGALRM)
-                held.append(hold(*args))
-
-            with monkeypatch.context() as patches:
-                patches.setattr(shard, "hold_newest", interrupted)
-                with pytest.raises(TimeoutError, match="of the handler"):
-                    kv.wait_release(timeout_s=LIMIT_S)
-            assert len(held) == 1
-            assert kv.wait_release().name == "step-1"
-    finally:
-        signal.signal(signal.SIGALRM, before)
+        monkeypatch.setattr(finder, "_groups", go)
+        if is_closed:
+            assert release.digest
+        else:
+            with pytest.raises(tensorkv.SnapshotError, match="dropped"):
+                _ = release.digest
+        with pytest.raises(tensorkv.ReleaseNotFoundError):
+            kv.open_release("mine")
 
 
 def test_a_release_stays_for_its_lease_after_each_read(monkeypatch):

@@ -113,23 +113,13 @@ class LocalRelease(ShardReader, ReleaseReader):
         return super().pull_rows(keys, ids)
 
     def digest(self) -> str:
-        with self._comparing():
+        with self._source.comparing(self.name, self._reader, held_s(self._lease_s)):
             return self._finder.digest(self.name, self._shard)
 
     def changes(self, since: str) -> Changes:
-        with self._comparing():
+        with self._source.comparing(self.name, self._reader, held_s(self._lease_s)):
             base, found = self._finder.changes(self.name, self._shard, since)
             return Changes(base, self.name, with_values(found, self._shard.pull))
-
-    @contextmanager
-    def _comparing(self) -> Iterator[None]:
-        """Hold the release in this block, however long it takes, and for the whole lease from its end on."""
-        with self._source.held_release(self.name):
-            try:
-                yield
-            finally:
-                self._source.hold_release(self.name, self._reader, held_s(self._lease_s))
-                self._renewed = time.monotonic()
 
     def close(self) -> None:
         self._source.let_go(self.name, self._reader)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,8 @@ class HeldRelease:
     """Whether it stays without readers."""
     leases: dict[str, float] = field(default_factory=dict)
     """Of each reader: until when it may read the release though it is not kept."""
+    waiting: Counter[str] = field(default_factory=Counter)
+    """Of each reader: for how many comparisons of the release it waits, in which no lease ends."""
 
 
 class Releases:
@@ -182,14 +185,27 @@ class Releases:
             ReleaseNotFoundError: as ``find``.
         """
         held, now = self.find(name), self._now()
-        held.leases = {each: until for each, until in held.leases.items() if until > now}
+        held.leases = {each: until for each, until in held.leases.items() if until > now or held.waiting[each]}
         held.leases[reader] = now + lease_s
         return held
 
     def has_lease(self, name: str, reader: str) -> bool:
         """Return whether a reader's lease goes on."""
         held = self._held.get(name)
-        return held is not None and held.leases.get(reader, 0.0) > self._now()
+        return held is not None and (held.leases.get(reader, 0.0) > self._now() or held.waiting[reader] > 0)
+
+    def begin_comparison(self, name: str, reader: str, lease_s: float) -> None:
+        """Hold a release for a reader until ``end_comparison``; arguments and errors as of ``hold``."""
+        self.hold(name, reader, lease_s).waiting[reader] += 1
+
+    def end_comparison(self, name: str, reader: str, lease_s: float) -> None:
+        """Have a reader's lease begin again, unless the reader has let go or the release was replaced."""
+        held = self._held.get(name)
+        if held is not None and held.waiting[reader]:
+            held.waiting -= Counter([reader])
+            if reader in held.leases:
+                held.leases[reader] = self._now() + lease_s
+            self._drop_expired()
 
     def let_go(self, name: str, reader: str) -> None:
         """End a reader's lease."""
@@ -201,7 +217,7 @@ class Releases:
     def _drop_expired(self) -> None:
         now = self._now()
         for held in list(self._held.values()):
-            if not held.is_kept and all(until <= now for until in held.leases.values()):
+            if not held.is_kept and not held.waiting and all(until <= now for until in held.leases.values()):
                 self._drop(held.name)
 
     # ------------------------------------------------------------ changes
@@ -286,8 +302,8 @@ class Releases:
             held = self._held.get(old.name)
             if held is not None:
                 held.snapshot.close()
-                held.snapshot, held.leases = old.snapshot, old.leases
-            elif any(until > now for until in old.leases.values()):
+                held.snapshot, held.leases, held.waiting = old.snapshot, old.leases, old.waiting
+            elif old.waiting or any(until > now for until in old.leases.values()):
                 old.is_kept = False
                 self._held[old.name] = old
             else:

@@ -557,6 +557,18 @@ class Shard(native.ShardFields):
             return self.releases.hold(name, reader, lease_s)
 
     @contextmanager
+    def comparing(self, name: str, reader: str, lease_s: float) -> Iterator[None]:
+        """Hold a release for a reader in this block, however long it takes, and for a whole lease from its end on."""
+        with self._lock:
+            self.refuse_reentry()
+            self.releases.begin_comparison(name, reader, lease_s)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.releases.end_comparison(name, reader, lease_s)
+
+    @contextmanager
     def held_release(self, name: str) -> Iterator[HeldRelease]:
         """Give a release that stays as long as this block, whatever the leases of its readers."""
         reader = secrets.token_hex(8)

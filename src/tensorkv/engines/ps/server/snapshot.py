@@ -152,7 +152,6 @@ class _Held:
         keys: of the snapshot.
         release: of which these are the values (None: it is a snapshot of this client's own).
         lease_s: how long it stays after it was read last.
-        comparisons: of the release that the client waits for.
     """
 
     client: str
@@ -161,7 +160,6 @@ class _Held:
     keys: _Keys
     release: str | None = None
     lease_s: float = 0.0
-    comparisons: list[object] = field(default_factory=list)
 
 
 class HeldSnapshots:
@@ -249,23 +247,15 @@ class HeldSnapshots:
 
     @contextmanager
     def comparing(self, name: str, release: str) -> Iterator[ShardSnapshot]:
-        """Give the values of a release that is open under a name, which stay as they are however long the block takes.
-
-        From its end on they are held for the whole lease; the block needs no lock.
+        """Give the values of a release that is open under a name, as ``Shard.comparing`` holds it.
 
         Raises:
             ReleaseNotFoundError, SnapshotError: it was dropped.
         """
         self.find(name)
-        held, this = self._held[name], object()
-        with self._shard.held_release(release):
-            held.comparisons.append(this)
-            try:
-                yield held.snapshot
-            finally:
-                if self._held.get(name) is held:
-                    self._shard.hold_release(release, name, held.lease_s)
-                held.comparisons.remove(this)
+        held = self._held[name]
+        with self._shard.comparing(release, name, held.lease_s):
+            yield held.snapshot
 
     def entries(self, name: str, keys: Sequence[Key]) -> list[FrozenEntry]:
         """Return what is held of some keys under a name that ``find`` has found."""
@@ -290,8 +280,7 @@ class HeldSnapshots:
     def drop_expired(self) -> None:
         """Let go of releases that were not read for so long that their leases have ended."""
         for name, held in list(self._held.items()):
-            is_read = held.release is None or held.comparisons or self._shard.has_lease(held.release, name)
-            if not is_read:
+            if held.release is not None and not self._shard.has_lease(held.release, name):
                 self.drop(name)
 
     def drop_all_but_of(self, clients: Sequence[str]) -> None:

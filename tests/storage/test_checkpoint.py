@@ -304,6 +304,18 @@ def test_more_names_than_a_data_file_takes(tmp_path, monkeypatch):
     assert len(os.listdir(tmp_path)) > 2, "the older checkpoint is still there"
 
 
+def test_a_manifest_that_could_not_be_read_again_is_not_written(tmp_path, monkeypatch):
+    with small(1) as old, store() as kv:
+        old.save(tmp_path)
+        before = set(os.listdir(tmp_path))
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_MANIFEST_BYTES", os.path.getsize(tmp_path / "manifest.json"))
+            with refused(kv, str(tmp_path), "at most", "save fewer keys"):
+                kv.save(tmp_path)
+        assert set(os.listdir(tmp_path)) == before
+        again(old, tmp_path)
+
+
 def test_a_save_replaces_an_older_one_and_touches_no_other_file(tmp_path):
     with small(1) as old, small(2) as new, tensorkv.create() as other:
         old.save(tmp_path)

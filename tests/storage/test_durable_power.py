@@ -1,5 +1,6 @@
 """Power loss: with durability="disk", what was acknowledged is in whatever folder the disk may have kept."""
 
+import errno
 import os
 import random
 import tempfile
@@ -103,6 +104,30 @@ def test_acknowledged_pushes_survive_a_loss_of_power(thread, monkeypatch):
     # Snapshots are finished in a thread: here as soon and as late as that can be, so that a run can be repeated.
     monkeypatch.setattr(wal, "threading", SimpleNamespace(Thread=thread))
     assert run(ROUNDS) > 25 * ROUNDS
+
+
+def test_a_segment_that_could_not_be_begun_does_not_come_back(tmp_path, monkeypatch):
+    """With its name back, records that were written after it to the segment before would be skipped."""
+    real, failures = Folder.sync, [OSError(errno.EIO, "Input/output error")]
+
+    def sync(self):
+        if failures:
+            raise failures.pop()
+        real(self)
+
+    with Disk(tmp_path / "store") as disk:
+        shard = durable.open_shard(str(tmp_path / "store"), durability="disk", threads=1)
+        kills.prepare(shard)
+        with monkeypatch.context() as patch:
+            patch.setattr(Folder, "sync", sync)
+            assert not shard.log.snapshot(shard)
+        assert not failures
+        kills.push(shard, 0)
+        left = [(str(tmp_path / str(number)), 1) for number in range(20)]
+        for folder, _ in left:
+            disk.left(folder)
+        shard.close()
+    check(left)
 
 
 def finish_without_sync(self, temporary, descriptor, lsn):

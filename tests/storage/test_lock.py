@@ -129,6 +129,14 @@ def test_a_file_that_is_no_lock_is_left_alone(content, tmp_path):
     assert (tmp_path / "lock").read_bytes() == content
 
 
+def test_a_file_whose_data_a_loss_of_power_has_kept_from_the_disk_is_a_lock(tmp_path):
+    (tmp_path / "lock").write_bytes(bytes(28))
+    lock = FolderLock(Folder(tmp_path), 0, least_epoch=3)
+    lock.check()
+    assert lock.epoch == 4
+    lock.close()
+
+
 def test_a_later_holder_is_noticed(tmp_path):
     lock = FolderLock(Folder(tmp_path), 0)
     lock.check()

@@ -255,8 +255,13 @@ def _write_data(file: Path, group: Tensors) -> dict[str, Any]:
 
 
 def _write_manifest(file: Path, body: dict[str, Any]) -> None:
-    head = {"format": FORMAT, "version": VERSION, "sha256": _digest(_canonical(body)), "body": body}
-    _write_synced(file, _encode(head))
+    data = _encode({"format": FORMAT, "version": VERSION, "sha256": _digest(_canonical(body)), "body": body})
+    if len(data) > _MANIFEST_BYTES:
+        raise CheckpointError(
+            f"{file.parent}: a manifest of {len(data)} bytes, of which at most {_MANIFEST_BYTES} can be read again; "
+            "save fewer keys or releases"
+        )
+    _write_synced(file, data)
 
 
 def _encode(head: Any) -> bytes:

@@ -116,7 +116,8 @@ class FolderLock:
     def _read_epoch(self) -> int:
         text = os.pread(self._file.fileno(), 16, 0)
         try:
-            epoch = int(text, 16) if text else 0
+            # Zeros are left of a file that a loss of power has caught before its data was on the disk.
+            epoch = int(text, 16) if text.strip(b"\0") else 0
         except ValueError:
             epoch = -1
         if not 0 <= epoch < self._MAX_EPOCHS:

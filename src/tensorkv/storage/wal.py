@@ -328,6 +328,10 @@ class WriteAheadLog:
             path.mkdir(parents=True, exist_ok=True)
             for each in missing:
                 sync(each.parent)
+            if not missing:
+                # Whoever has made it may not have done so, and may not let this user do it.
+                with suppress(PermissionError):
+                    sync(path.parent)
             return Folder(path)
 
     def _check_foreign(self) -> None:
@@ -543,6 +547,9 @@ class SegmentWriter:
     def _is_removed(self, name: str) -> bool:
         try:
             self._folder.remove(name)
+            if self._to_disk:
+                # Else a loss of power may bring it back.
+                self._folder.sync()
         except OSError:
             return False
         return True

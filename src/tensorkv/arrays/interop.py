@@ -116,6 +116,9 @@ def _is_safe(source: torch.dtype, target: torch.dtype) -> bool:
         return target in (*FLOATS, *COMPLEX)
     if source in _ML_DTYPES or target in _ML_DTYPES:
         return source is torch.bool or (source is torch.bfloat16 and target in (*FLOATS[2:], *COMPLEX))
+    if source in (torch.int64, torch.uint64) and (target.is_floating_point or target.is_complex):
+        # NumPy calls these casts safe, though float64 holds integers up to 2^53 alone.
+        return False
     return bool(np.can_cast(_NUMPY_DTYPES[source], _NUMPY_DTYPES[target], "safe"))
 
 

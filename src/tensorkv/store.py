@@ -1104,7 +1104,8 @@ class KVStore:
 
         ``found_inf`` tells whether a sum had NaN or Inf; it is None where sums are not looked at (``nonfinite="pass"``
         without ``max_grad_norm``). ``grad_norm`` is the 2-norm of the gradients of all keys before they were clipped;
-        None without ``max_grad_norm``. Where several threads push, the last push is that of any of them.
+        None without ``max_grad_norm``. After a push that ``nonfinite="raise"`` has refused both are None. Where several
+        threads push, the last push is that of any of them.
 
         >>> import numpy as np
         >>> kv = create(nonfinite="skip_step")

@@ -895,7 +895,9 @@ class Shard(native.ShardFields):
         self._rule = rule
         self._steps = rule.plain_steps
         self._decides = self._nonfinite.checks or rule.clipping is not None
-        self.last_push = PushResult()
+        if not self._decides:
+            # Pushes do not set it any more.
+            self.last_push = PushResult()
 
     def _restore_releases(self, saved: SavedReleases) -> None:
         held = []
@@ -983,6 +985,8 @@ class Shard(native.ShardFields):
                 if self._decides or self.averages:
                     clipping = self._rule.clipping if scale is None else None
                     kept, parts, found, self.last_push = self._nonfinite.decide(batch, entries, self.averages, clipping)
+                    # Of a push that is refused nothing is told.
+                    self.last_push = PushResult()
                     entries = list(kept)
                 scale = found if scale is None else scale
                 change = Push(entries, parts, outs, scale, slices, requests=requests)

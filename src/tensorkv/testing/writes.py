@@ -359,10 +359,21 @@ class WriteContract:
         with self.create(nonfinite="raise") as kv:
             kv.init({"a": ones(2), "b": ones(1)})
             kv.set_optimizer("sgd", lr=1.0, max_grad_norm=2.0)
+            kv.push({"a": np.zeros(2, F32)})
+            assert kv.last_push == (False, 0)
             before = state(kv)
             with pytest.raises(tensorkv.NonFiniteError, match=r'push\("a"\)'):
                 kv.push(grads)
+            assert kv.last_push == (None, None)
             assert state(kv) == before
+
+    def test_a_change_of_hyperparameters_leaves_what_is_known_of_the_last_push(self):
+        with self.create(nonfinite="skip") as kv:
+            kv.init("w", ones(1))
+            kv.set_optimizer("sgd", lr=1.0)
+            kv.push("w", np.array([np.nan], F32))
+            kv.set_hyperparameters(lr=0.5)
+            assert kv.last_push.found_inf is True
 
     def test_a_bound_on_the_norm_is_a_number_of_the_optimizer(self, tmp_path):
         with self.create() as kv:

@@ -304,6 +304,8 @@ class DataClient:
         entries = [placed.entry(key) for key in batch.keys]
         check_push(batch, entries, self._keymap.rule, self._averages)
         clipping = self._clipping(self._keymap.rule)
+        # Of a push that is refused nothing is told.
+        self.last_push = PushResult()
         if batch.has_slices:
             self._push_slices(batch, outs, placed, clipping)
             return

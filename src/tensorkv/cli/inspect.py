@@ -197,8 +197,8 @@ class _Contents:
             body = record.head["body"]
             self.update, self.optimizer = body["update"], body["optimizer"]
             self._add(body)
-            known = record.head.get("releases", {"held": []})
-            self.releases = {each["name"]: each["is_visible"] for each in known["held"]}
+            known = body.get("releases", {"held": []})
+            self.releases = {each["name"]: each.get("is_visible", True) for each in known["held"]}
 
     def take_change(self, record: Record) -> None:
         head = record.head

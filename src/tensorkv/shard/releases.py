@@ -44,22 +44,26 @@ def check_keep(verb: str, keep: Any) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class SavedRelease:
-    """A release in a checkpoint.
+    """A release in a checkpoint, or in a snapshot of a log.
 
     Args:
         name, number: of the release.
         entries: of its keys. A value that has not changed since is the entry of the checkpoint itself, and the others
             are ``FrozenEntry``, one for all releases that share it.
+        owner, attempt, is_visible: as of ``HeldRelease``.
     """
 
     name: str
     number: int
     entries: Sequence[Entry]
+    owner: str = ""
+    attempt: str = ""
+    is_visible: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class SavedReleases:
-    """The releases in a checkpoint.
+    """The releases in a checkpoint, or in a snapshot of a log.
 
     Args:
         numbers: of each name that was used.

@@ -909,23 +909,24 @@ class Shard(native.ShardFields):
                 copy.holders += 1
             found = {**copies, **{each.key: each for each in present}}
             snapshot = ShardSnapshot(self, [found[each.key] for each in release.entries])
-            held.append(HeldRelease(release.name, release.number, snapshot, is_visible=True))
+            whose = release.owner, release.attempt, release.is_visible
+            held.append(HeldRelease(release.name, release.number, snapshot, *whose))
         self.releases.replace(saved.numbers, held, saved.generation)
 
     def saved_releases(self, *, visible_only: bool = True) -> SavedReleases:
-        """Return the releases for a checkpoint, while ``frozen`` holds the shard.
+        """Return the releases for a checkpoint or for the log, while ``frozen`` holds the shard.
 
         Args:
             visible_only: leave out those that readers do not see yet.
         """
         held = []
-        for release in self.releases.lasting():
+        for release in sorted(self.releases.lasting(), key=lambda each: each.number):
             if release.is_visible or not visible_only:
                 frozen = release.snapshot.held.values()
                 entries = [each.source if self.shares(each) else each for each in frozen]
-                held.append(SavedRelease(release.name, release.number, entries))
-        # Those that readers do not see yet have used no name so far.
-        return SavedReleases({**self.releases.numbers, **{each.name: each.number for each in held}}, held)
+                whose = release.owner, release.attempt, release.is_visible
+                held.append(SavedRelease(release.name, release.number, entries, *whose))
+        return SavedReleases(dict(self.releases.numbers), held, self.releases.generation)
 
     def _restore_states(self, saved: Sequence[Entry], rule: Rule) -> None:
         mine = [self.entry("load_optimizer_states", entry.key) for entry in saved]
@@ -984,9 +985,9 @@ class Shard(native.ShardFields):
                 found = 1.0
                 if self._decides or self.averages:
                     clipping = self._rule.clipping if scale is None else None
-                    kept, parts, found, self.last_push = self._nonfinite.decide(batch, entries, self.averages, clipping)
                     # Of a push that is refused nothing is told.
                     self.last_push = PushResult()
+                    kept, parts, found, self.last_push = self._nonfinite.decide(batch, entries, self.averages, clipping)
                     entries = list(kept)
                 scale = found if scale is None else scale
                 change = Push(entries, parts, outs, scale, slices, requests=requests)

@@ -25,7 +25,7 @@ from tensorkv.shard.reduce import Reduce
 from tensorkv.shard.rules import Assign, CallUpdater, LostUpdater, Rule
 from tensorkv.shard.shard import Shard
 
-from . import manifest, releases
+from . import manifest
 from .changes import Events, add_tensors, decode, encode, read_contents, read_slices, slice_items
 from .dedup import AppliedRequests
 from .record import Record, crc32
@@ -222,10 +222,10 @@ class DurableLog:
 
     def _snapshot_records(self, shard: Shard) -> Iterator[Record]:
         with shard.frozen() as (entries, rule):
-            body, tensors = manifest.describe("store", entries, rule)
-            published, copies = releases.describe(shard)
+            releases = shard.saved_releases(visible_only=False)
+            is_used = releases.numbers or releases.held
+            body, tensors = manifest.describe("store", entries, rule, releases=releases if is_used else None)
             waiting = [(entry.key, entry.incomplete) for entry in entries if entry.incomplete is not None]
-        tensors |= copies
         for place, (key, slices) in enumerate(waiting):
             tensors |= {f"slices/{place}/{item.role}": item.tensor for item in slice_items(key, slices)}
         group: list[Item] = []
@@ -240,10 +240,8 @@ class DurableLog:
         yield Record.pack({"verb": "tensors"}, group)
         session = self.applied.describe()
         applied = {"clients": self.applied.last, **({"session": session} if session else {})}
-        known: dict[str, Any] = {"releases": published} if published["numbers"] or published["held"] else {}
-        if waiting:
-            known["slices"] = [key for key, _ in waiting]
-        yield Record({"verb": "end", "body": body, **applied, **known, "notes": shard.notes})
+        slices = {"slices": [key for key, _ in waiting]} if waiting else {}
+        yield Record({"verb": "end", "body": body, **applied, **slices, "notes": shard.notes})
 
     # ------------------------------------------------------------ replay
 
@@ -278,18 +276,15 @@ class DurableLog:
         add_tensors(record, tensors)
         if head["verb"] != "end":
             return
-        copies = releases.take_tensors(tensors)
         waiting = [
             Item(key, role, tensors.pop(f"slices/{place}/{role}"))
             for place, key in enumerate(head.get("slices", ()))
             for role in ("bounds", "slices")
         ]
         contents = read_contents(head["body"], tensors, None)
-        shard.apply(Restore(contents.entries, LostUpdater() if contents.rule is None else contents.rule))
+        rule = LostUpdater() if contents.rule is None else contents.rule
+        shard.apply(Restore(contents.entries, rule, contents.releases, head["notes"]))
         self.applied.restore(head["clients"], head.get("session", {}))
-        shard.notes.update(head["notes"])
-        if "releases" in head:
-            releases.restore(shard, head["releases"], copies)
         # Releases have values from before that are whole.
         shard.apply(Push([], [], slices=TakenSlices(read_slices(waiting, shard))))
 

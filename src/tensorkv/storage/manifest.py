@@ -31,7 +31,9 @@ Tensors = dict[str, torch.Tensor]
 
 _DTYPES = {interop.dtype_name(dtype): dtype for dtype in interop.DTYPES}
 # How the names of tensors begin that only releases have; the place of the copy and a slash follow.
-RELEASE = "release/"
+_RELEASE = "release/"
+# What is left out of a release if it is this, as in every checkpoint.
+_RELEASE_DEFAULTS = {"owner": "", "attempt": "", "is_visible": True}
 # States that torch computes divisors from, and what they can be at most.
 _COUNTERS = {"step": torch.finfo(torch.float32).max, "mu_product": 1.0}
 
@@ -96,11 +98,13 @@ def _describe_releases(releases: SavedReleases, tensors: Tensors) -> dict[str, A
             place = places.setdefault(id(entry), len(copies))
             if place == len(copies):
                 own: Tensors = {}
-                described = _describe_entry("store", entry, own)
-                tensors |= {f"{RELEASE}{place}/{name}": tensor for name, tensor in own.items()}
-                copies.append(described if entry.note is None else {**described, "note": entry.note})
+                copy = _describe_entry("store", entry, own)
+                tensors |= {f"{_RELEASE}{place}/{name}": tensor for name, tensor in own.items()}
+                copies.append(copy if entry.note is None else {**copy, "note": entry.note})
             keys.append([entry.key, place])
-        held.append({"name": release.name, "number": release.number, "keys": keys})
+        told = {name: getattr(release, name) for name in _RELEASE_DEFAULTS}
+        more = {name: value for name, value in told.items() if value != _RELEASE_DEFAULTS[name]}
+        held.append({"name": release.name, "number": release.number, "keys": keys, **more})
     found = {"numbers": dict(releases.numbers), "copies": copies, "held": held}
     return {**found, "generation": releases.generation} if releases.generation else found
 
@@ -301,17 +305,11 @@ def _restore_owed(described: Any, entries: Mapping[Key, Entry], tensors: Tensors
     return (key, worker), Owed(residual.numpy(), memory)
 
 
-def take_copies(tensors: Tensors) -> dict[str, Tensors]:
-    """Remove the tensors of values that only releases have, and return them by the place of the value."""
-    found: dict[str, Tensors] = {}
-    for name in [name for name in tensors if name.startswith(RELEASE)]:
-        place, _, own = name.removeprefix(RELEASE).partition("/")
-        found.setdefault(place, {})[own] = tensors.pop(name)
-    return found
-
-
 def _restore_releases(described: Any, present: Mapping[Key, Entry], tensors: Tensors) -> SavedReleases:
-    found = take_copies(tensors)
+    found: dict[str, Tensors] = {}
+    for tensor in [name for name in tensors if name.startswith(_RELEASE)]:
+        number_of_copy, _, own_name = tensor.removeprefix(_RELEASE).partition("/")
+        found.setdefault(number_of_copy, {})[own_name] = tensors.pop(tensor)
     copies = []
     for place, each in enumerate(_field(described, "copies", list)):
         own = found.pop(str(place), {})
@@ -324,11 +322,20 @@ def _restore_releases(described: Any, present: Mapping[Key, Entry], tensors: Ten
         _check(type(number) is int and 0 < number < 1 << 63, f"the release {quote(name)} has the number {number!r}")
     held = []
     for each in _field(described, "held", list):
-        name, number = _field(each, "name", str), _field(each, "number", int)
-        _check(numbers.get(name) == number, f"the release {quote(name)} is not among the names that were used")
-        held.append(SavedRelease(name, number, _restore_release(name, each, present, copies)))
+        name, number = check_name("load", _field(each, "name", str)), _field(each, "number", int)
+        told = {**_RELEASE_DEFAULTS, **each}
+        owner, attempt, is_visible = (
+            _field(told, "owner", str),
+            _field(told, "attempt", str),
+            told["is_visible"] is True,
+        )
+        # A name counts as used when readers have seen the release.
+        is_known = numbers.get(name) == number or not is_visible
+        _check(is_known, f"the release {quote(name)} is not among the names that were used")
+        entries = _restore_release(name, each, present, copies)
+        held.append(SavedRelease(name, number, entries, owner, attempt, is_visible))
     in_order = [each.number for each in held]
-    _check(in_order == sorted(set(in_order)), "releases that are not in the order of their numbers")
+    _check(in_order == sorted(in_order), "releases that are not in the order of their numbers")
     _check(not found, f"tensors that no release has: {', '.join(list(found)[:3])}")
     used = {id(entry) for each in held for entry in each.entries}
     _check(all(id(copy) in used for copy in copies), "a value that no release has")

@@ -214,6 +214,38 @@ def test_a_publisher_that_dies_in_the_middle(lost, tmp_path):
         ] * 3
 
 
+def test_a_release_that_is_shown_on_some_servers_stays_after_a_restart(tmp_path):
+    """A reader has opened it, and its publisher died before it told all servers that it is finished."""
+    options = {"path": str(tmp_path / "store"), "durability": "process"}
+    with Cluster(2, **options) as cluster:
+        kv = cluster.store()
+        kv.init(values(1))
+        with mock.patch.object(ReleaseClient, "_drop_others"):
+            kv.publish("step-1")
+        assert [len(server._state.shard.releases.hidden()) for server in cluster.servers] == [0, 1]
+        kv.open_release("step-1")
+    with Cluster(2, **options) as cluster:
+        kv = cluster.store()
+        kv.push(values(2))
+        kv.publish("step-2", keep=1)
+        with kv.open_release("step-1") as release:
+            assert number_in(release.pull(list(SHAPES))) == 1
+
+
+def test_a_key_that_another_client_has_deleted_is_not_left_out():
+    with Cluster(2) as cluster:
+        kv, other = cluster.stores(2)
+        kv.init(values(1))
+        kv.pull("small")
+        other.delete("small")
+        with pytest.raises(tensorkv.KeyNotFoundError, match=r'publish\("small"\)'):
+            kv.publish("step-1", keys=["large", "small"])
+        assert kv.releases() == []
+        kv.publish("step-1", keys=["large"])
+        with kv.open_release("step-1") as release:
+            assert release.keys() == ["large"]
+
+
 def test_two_that_publish_at_the_same_time():
     with Cluster(2) as cluster:
         stores = [cluster.store() for _ in range(3)]

@@ -8,6 +8,7 @@ import pytest
 
 import tensorkv
 from tensorkv import Rows
+from tensorkv.releases.finder import ChangeFinder
 from tests.support.until import LIMIT_S
 
 
@@ -96,6 +97,28 @@ def test_loaded_releases_are_of_another_generation_also_after_a_restart(tmp_path
             shard.log.snapshot(shard)
     with Cluster(1, **options) as cluster:
         assert cluster.servers[0]._state.shard.releases.generation == generation
+
+
+def test_a_load_that_replaces_a_release_while_it_is_compared_is_noticed(monkeypatch):
+    """What was dropped has no keys, of which nothing has changed."""
+    real, dropped = ChangeFinder._compare, []
+
+    def compare(self, new, old):
+        # As the load of another thread.
+        new.close()
+        dropped.append(new)
+        return real(self, new, old)
+
+    monkeypatch.setattr(ChangeFinder, "_compare", compare)
+    with tensorkv.create() as kv:
+        kv.init("w", value(0))
+        kv.publish("a")
+        kv.publish("b", keep=1)
+        release = kv.open_release("b")
+        with pytest.raises(tensorkv.SnapshotError, match="dropped"):
+            # All values, since the older one is gone.
+            release.changes(since="a")
+        assert dropped
 
 
 def test_changes_within_an_updater_are_refused():

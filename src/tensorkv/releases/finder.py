@@ -164,3 +164,5 @@ class ChangeFinder:
             if opened is not None and opened is not held.snapshot:
                 raise SnapshotError(f"the release {quote(name)} that was open was replaced by load; open it again")
             yield held.snapshot
+            # A load meanwhile has left it without keys.
+            held.snapshot.refuse_closed()

@@ -193,6 +193,11 @@ class Releases:
         held.leases[reader] = now + lease_s
         return held
 
+    def hold_all(self, reader: str, lease_s: float) -> None:
+        """Hold every release for a reader, those that readers do not see yet included: others may have shown them."""
+        for held in self._held.values():
+            held.leases[reader] = self._now() + lease_s
+
     def has_lease(self, name: str, reader: str) -> bool:
         """Return whether a reader's lease goes on."""
         held = self._held.get(name)
@@ -304,12 +309,12 @@ class Releases:
         now = self._now()
         for old in before:
             held = self._held.get(old.name)
-            if held is not None:
-                held.snapshot.close()
-                held.snapshot, held.leases, held.waiting = old.snapshot, old.leases, old.waiting
-            elif old.waiting or any(until > now for until in old.leases.values()):
+            if held is None and (old.waiting or any(until > now for until in old.leases.values())):
                 old.is_kept = False
                 self._held[old.name] = old
+            elif held is not None and (held.number, held.attempt) == (old.number, old.attempt):
+                held.snapshot.close()
+                held.snapshot, held.leases, held.waiting = old.snapshot, old.leases, old.waiting
             else:
                 old.snapshot.close()
         self._held = {each.name: each for each in sorted(self._held.values(), key=lambda each: each.number)}

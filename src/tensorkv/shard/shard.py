@@ -1114,10 +1114,14 @@ class ShardSnapshot(Shard):
             SnapshotError: the snapshot was dropped.
         """
         with self._lock:
-            if self._closed:
-                raise SnapshotError("this snapshot was dropped; take another")
+            self.refuse_closed()
             with self._in_order(entries):
                 yield
+
+    def refuse_closed(self) -> None:
+        """Raise SnapshotError if the snapshot was dropped."""
+        if self._closed:
+            raise SnapshotError("this snapshot was dropped; take another")
 
     def entry(self, verb: str, key: Key) -> Entry:
         """Return what is held of a key.

@@ -114,8 +114,19 @@ class SnapshotClient:
         return placed, {key: versions[key] for key in placed}, held
 
     def commit_release(self, name: str, keys: list[Key] | None) -> None:
-        """Have every server hold its present values of some keys, or of all, as a release that readers do not see."""
-        self._take_twice(Commit(wanted={}, release=name, keys=keys))
+        """Have every server hold its present values of some keys, or of all, as a release that readers do not see.
+
+        Raises:
+            KeyNotFoundError: another client has deleted one of the keys.
+        """
+        told = [head["keys"] for head, _ in self._take_twice(Commit(wanted={}, release=name, keys=keys))]
+        if keys is not None:
+            held = set().union(*told)
+            for key in keys:
+                if key not in held:
+                    raise KeyNotFoundError(
+                        f"publish({quote(key)}): the key was deleted; leave it out, or init it again"
+                    )
 
     def contents(self, *, releases: bool = False) -> list[ServerContents]:
         """Return everything that each server holds, with the releases if that is asked for."""

@@ -542,8 +542,7 @@ class Server:
 
         def take() -> Reply:
             if release is not None:
-                state.add_release(message, release, str(sender.owner))
-                return Reply({})
+                return Reply({"keys": state.add_release(message, release, str(sender.owner))})
             if name is None:
                 # Which releases there are, server 0 tells.
                 return state.contents(message.releases, visible_only=self.index == 0)

@@ -80,8 +80,7 @@ class ServerState:
             durability: Any = options.durability
             self.shard = open_shard(folder, durability=durability, applied=clients, stamp=stamp, **common)
             # Their readers do not know yet that this server was restarted.
-            for held in self.shard.held_releases():
-                self.shard.hold_release(held.name, "readers before the restart", _COMES_BACK_S)
+            self.shard.releases.hold_all("readers before the restart", _COMES_BACK_S)
         self._clients = clients
         self.traffic = Traffic()
         """Of compressed gradients and pulls."""
@@ -278,8 +277,12 @@ class ServerState:
         if not self.is_begun(name, owner):
             self.shard.releases.check_new(name)
 
-    def add_release(self, message: Commit, name: str, owner: str) -> None:
-        """Hold the present values, which are here, as a release that readers do not see yet."""
+    def add_release(self, message: Commit, name: str, owner: str) -> list[Key] | None:
+        """Hold the present values, which are here, as a release that readers do not see yet.
+
+        Returns:
+            Which of the keys that the message lists are here; None if it means all.
+        """
         keys = (
             None
             if message.keys is None
@@ -288,6 +291,7 @@ class ServerState:
         self.shard.check_complete("publish", keys)
         change = Publish(name, message.number, keys, is_visible=False, owner=owner, attempt=message.attempt)
         self.shard.commit(change)
+        return keys
 
     def is_begun(self, name: str, owner: str) -> bool:
         """Return whether a client has begun a release that readers do not see yet."""

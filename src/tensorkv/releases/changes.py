@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -271,9 +272,14 @@ def release_digest(keys: Iterable[tuple[Key, KeySpec, int]]) -> str:
     Args:
         keys: of each key its name, spec and digest, in any order.
     """
-    # Which characters repr escapes depends on the version of Unicode that Python has.
-    lines = sorted([f"{key!a} {spec.dtype} {tuple(spec.shape)} {number}" for key, spec, number in keys])
+    lines = sorted([_line_of(*each) for each in keys])
     return hashlib.blake2b("\n".join(lines).encode("ascii"), digest_size=16).hexdigest()
+
+
+def _line_of(key: Key, spec: KeySpec, number: int) -> str:
+    # Which characters repr escapes depends on the version of Unicode that Python has.
+    line = f"{key!a} {spec.dtype} {tuple(spec.shape)} {number}"
+    return line if spec.init is None else f"{line} {json.dumps(spec.init.to_json(), sort_keys=True)}"
 
 
 # ---------------------------------------------------------------- finding changes
@@ -762,21 +768,30 @@ def _leave_out_tied(works: Sequence[_Work]) -> None:
     Raises:
         ArgumentError: two keys of one memory have other changes.
     """
-    seen: dict[Any, _Work] = {}
+    by_memory: dict[Any, list[_Work]] = {}
     for work in works:
-        if not work.is_plain or not work.has_elements:
+        if work.is_plain and work.held.numel():
+            by_memory.setdefault((work.held.data_ptr(), work.held.numel()), []).append(work)
+    for tied in by_memory.values():
+        if len(tied) == 1 or all(work.is_done for work in tied):
             continue
-        first = seen.setdefault((work.held.data_ptr(), work.held.numel()), work)
-        if first is not work:
-            mine, others = work.change, first.change
-            if bytes(_places(work.change)) != bytes(_places(first.change)) or bytes(_content(work)) != bytes(
-                _content(first)
-            ):
+        first, *others = tied
+        for work in others:
+            if not _are_equal(first, work):
                 raise ArgumentError(
-                    f"apply_changes: the arrays of {quote(others.key)} and {quote(mine.key)} are one memory, and their "
-                    "changes differ"
+                    f"apply_changes: the arrays of {quote(first.change.key)} and {quote(work.change.key)} are one "
+                    "memory, and their changes differ"
                 )
             work.is_done = True
+
+
+def _are_equal(one: _Work, other: _Work) -> bool:
+    mine, others = one.change, other.change
+    return (
+        mine.kind == others.kind
+        and np.array_equal(_places(mine), _places(others))
+        and np.array_equal(_content(one), _content(other))
+    )
 
 
 def _places(change: KeyChange) -> Bytes:

@@ -2,8 +2,9 @@
 
 The metadata has the key ``tensorkv``, a JSON object: ``format`` (1), ``base`` and ``name``, ``base_digest`` and
 ``digest`` of the releases, ``blake2b`` of all data, and ``keys``: of each its name, kind, shape, dtype, library,
-whether it is a table, its digests ``before`` (null: the older release does not have the key), ``after`` and ``gone``,
-and whether it has indices and values. Those of the n-th key are the tensors ``indices/n`` and ``values/n``, of bytes.
+whether it is a table and how its rows start (``init``), its digests ``before`` (null: the older release does not have
+the key), ``after`` and ``gone``, and whether it has indices and values. Those of the n-th key are the tensors
+``indices/n`` and ``values/n``, of bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key, check_key
+from tensorkv.arrays.rowinit import RowInit
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import ArgumentError, CheckpointError, TensorKVError, show
 
@@ -36,6 +38,8 @@ _FORMAT = 1
 
 def save_changes(path: str | os.PathLike[str], changes: Changes) -> None:
     """Write changes to a file, atomically replacing an existing one.
+
+    A process that is killed meanwhile may leave ``.NAME-….tmp`` beside the file, which can be deleted.
 
     Args:
         path: of a safetensors file.
@@ -146,6 +150,7 @@ def _describe(change: KeyChange) -> dict[str, Any]:
         "dtype": change.dtype,
         "library": change.spec.origin.library,
         "table": change.spec.is_table,
+        **({} if change.spec.init is None else {"init": change.spec.init.to_json()}),
         "before": change.before,
         "after": change.after,
         "gone": change.gone,
@@ -165,7 +170,8 @@ def _restore(told: Any, number: int, tensors: dict[str, Any]) -> KeyChange:
     if not all(map(_is_number, digests[told["before"] is None :])):
         raise ValueError(f"{key!r} has the digests {digests!r:.100}")
     origin = interop.NUMPY if told["library"] in ("numpy", "jax") else interop.Origin("torch")
-    change = KeyChange(key, told["kind"], KeySpec(torch.Size(sizes), dtype, origin, is_table))
+    init = RowInit.from_json(told["init"]) if is_table and "init" in told else None
+    change = KeyChange(key, told["kind"], KeySpec(torch.Size(sizes), dtype, origin, is_table, init))
     change.before, change.after, change.gone = digests
     has_places, has_content = told["has"]
     change.places = _take(tensors, f"indices/{number}") if has_places else None

@@ -147,7 +147,7 @@ class ChangeFinder:
         """Return whether two releases hold the same piece of a key, perhaps with other elements or rows."""
         if old is new:
             return True
-        kinds = [(each.spec.shape, each.spec.dtype, each.spec.is_table) for each in (old, new)]
+        kinds = [(each.spec.shape, each.spec.dtype, each.spec.is_table, each.spec.init) for each in (old, new)]
         # Of another whole value a piece may be as large, and begin elsewhere.
         return kinds[0] == kinds[1] and self._place_of(old) == self._place_of(new)
 

@@ -263,6 +263,19 @@ class ReleaseContract:
             tensorkv.apply_changes({"w": full(1, 3), "gone": full(2, 2), "again": full(3, 2)}, changes)
         first.close()
 
+    def test_a_table_whose_rows_start_otherwise_has_changed(self, kv):
+        digests = []
+        for seed in (1, 2):
+            kv.init("t", Rows([], np.zeros((0, 2), F32), 9, init="normal", seed=seed))
+            with published(kv, self.at(f"seed {seed}")) as release:
+                digests.append(release.digest)
+                if seed == 2:
+                    changes = release.changes(since=self.at("seed 1"))
+                    assert sorted(each.kind for each in changes) == ["deleted", "dense"]
+                    assert (changes.base_digest, changes.digest) == tuple(digests)
+            kv.delete("t")
+        assert digests[0] != digests[1]
+
     def test_changes_of_a_table_are_its_rows(self, kv):
         kv.init("table", Rows([1, 4], np.array([[1, 2], [3, 4]], np.float32), 10))
         kv.publish(self.at("a"))
@@ -385,6 +398,22 @@ class ReleaseContract:
         for prefix in ("all", "tied"):
             tensorkv.apply_changes(model, changes, prefix=prefix, base=base)
             assert all(torch.equal(value, later[name]) for name, value in model.state_dict().items())
+
+    def test_tied_tensors_of_which_one_key_has_changed_are_refused(self, kv):
+        shared = np.zeros(4, F32)
+        kv.init({"one": shared, "other": shared, "third": shared})
+        kv.publish(self.at("a"))
+        kv.push("one", np.array([0, 2, 0, 0], F32))
+        with published(kv, self.at("b")) as release:
+            changes = release.changes(since=self.at("a"))
+        assert {each.key: each.kind for each in changes} == {"one": "elements", "other": "same", "third": "same"}
+        with kv.open_release(self.at("a")) as release:
+            known = release.digest
+        for base in (None, known):
+            tree = {"one": shared, "other": shared, "third": np.zeros(4, F32)}
+            with pytest.raises(tensorkv.ArgumentError, match=r"one memory, and their changes differ"):
+                tensorkv.apply_changes(tree, changes, base=base)
+            assert not shared.any()
 
     def test_changes_into_arrays_of_any_layout(self, kv):
         start = np.arange(12, dtype=np.float32).reshape(3, 4)

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
 from types import SimpleNamespace
@@ -811,6 +812,32 @@ def test_a_server_decides_on_a_round(small_pieces):
                 assert kv.last_push == local.last_push
                 assert all(torch.equal(kv.pull(key), local.pull(key)) for key in "wb")
         assert local.info("w").version == stores[0].info("w").version == 3
+
+
+def test_a_change_of_the_rule_waits_for_rank_0_and_for_no_more_than_it():
+    with Cluster(2, num_workers=2) as cluster, ThreadPoolExecutor(1) as pool:
+        first, second = cluster.stores(2)
+        changes = [
+            lambda kv: kv.set_optimizer("sgd", lr=1.0),
+            lambda kv: kv.set_optimizer("sgd", lr=0.5),
+            lambda kv: kv.set_updater(None),
+        ]
+        for change in changes:
+            waiting = pool.submit(change, second)
+            with pytest.raises(TimeoutError):
+                waiting.result(0.1)
+            change(first)
+            waiting.result()
+            assert first.optimizer == second.optimizer
+        # Rank 0 does not wait for the others: what they wait for may be gone.
+        for change in changes:
+            change(first)
+        for change in changes:
+            change(second)
+        assert second.optimizer is None
+        first.set_optimizer("sgd", lr=1.0)
+        with pytest.raises(tensorkv.WorkerMismatchError, match="rank 0 has set sgd, this worker sets adam"):
+            second.set_optimizer("adam")
 
 
 def test_a_client_that_does_not_know_of_a_bound_on_the_norm(small_pieces):
@@ -1649,7 +1676,10 @@ UNFIT = {
     "piece whose rows are text": new_keys(2, pieces=[[0, "0", 2]]),
     "hyperparameters of a bool": ({"verb": "set_hyperparameters", "numbers": {"lr": 2.0}, "keys": [True]}, NO_PAYLOAD),
     "hyperparameters of a float": ({"verb": "set_hyperparameters", "numbers": {"lr": 2.0}, "keys": [1.0]}, NO_PAYLOAD),
-    "rule for a bool": ({"verb": "set_rule", "optimizer": {**SGD, "overrides": [[True, {"lr": 2.0}]]}}, NO_PAYLOAD),
+    "rule for a bool": (
+        {"verb": "set_rule", "number": 1, "optimizer": {**SGD, "overrides": [[True, {"lr": 2.0}]]}},
+        NO_PAYLOAD,
+    ),
     "deleted bool": ({"verb": "delete", "keys": [True]}, NO_PAYLOAD),
     "published bool": ({"verb": "publish", "release": "r", "keys": [True]}, NO_PAYLOAD),
     "load without metadata": loaded({}),

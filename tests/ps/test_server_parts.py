@@ -156,6 +156,7 @@ def random_event(chance):
             ["all_left", number],
             ["met", number],
             ["text", number * 40, f"text {number}"],
+            ["rules", number, chance.choice(["sgd", None])],
             ["claim", owner, number],
             ["unclaim", owner, number],
             *[[["ending"], ["new"]][chance.random() < 0.5]] * (chance.random() < 0.2),

@@ -175,9 +175,15 @@ class Delete(Message):
 
 @dataclass(kw_only=True)
 class SetRule(Message):
-    """Set an optimizer; None sets assignment."""
+    """Set an optimizer; None sets assignment.
+
+    Args:
+        optimizer: as plain data.
+        number: how often this client has set the rule, with this time.
+    """
 
     optimizer: dict[str, Any] | None = None
+    number: int
 
 
 @dataclass(kw_only=True)
@@ -189,10 +195,10 @@ class SetHyperparameters(Message):
 
 
 @dataclass(kw_only=True)
-class WaitForOptimizer(Message):
-    """Reply when rank 0 has set an optimizer of this name."""
+class WaitForRule(Message):
+    """Reply when rank 0 has set the rule so often, with how often it has by then and its last optimizer's name."""
 
-    name: str
+    number: int
 
 
 @dataclass(kw_only=True)
@@ -485,7 +491,7 @@ CALLS = {
     "pull_rows": "row_sparse_pull",
     "restore": "load",
     "set_rule": "set_optimizer",
-    "wait_for_optimizer": "set_optimizer",
+    "wait_for_rule": "set_optimizer",
     "list_keys": "keys",
     "connect": "create",
     "disconnect": "close",

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from tensorkv import errors
+from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.packing import Item, pack, unpack
 from tensorkv.arrays.regions import Region
@@ -170,6 +171,7 @@ class PSEngine(Engine):
         if "ending" in told:
             raise StoreEndingError("create: the last client has just closed this store, and its servers are ending")
         self._barriers, self._broadcasts, self._leaves = told["completed"]
+        self._rules = 0
         # This session was made without a rank.
         self._sessions.clear()
         return int(told["rank"])
@@ -304,8 +306,8 @@ class PSEngine(Engine):
             theirs = self._keymap.find("init", key).spec
             if (theirs.shape, theirs.dtype, theirs.is_table) != (spec.shape, spec.dtype, spec.is_table):
                 raise ValueMismatchError(
-                    f"init({quote(key)}): rank 0's value is {theirs.dtype} {tuple(theirs.shape)}, here it is "
-                    f"{spec.dtype} {tuple(spec.shape)}"
+                    f"init({quote(key)}): rank 0's value is {interop.dtype_name(theirs.dtype)} of shape "
+                    f"{tuple(theirs.shape)}, here it is {interop.dtype_name(spec.dtype)} of shape {tuple(spec.shape)}"
                 )
 
     def transfer(self, work: Callable[..., T], *args: Any) -> T:
@@ -428,23 +430,38 @@ class PSEngine(Engine):
                 "set_updater: a function cannot be sent to servers as data; use set_optimizer, or a store of type "
                 '"local" or "dist_sync", which run functions in your process'
             )
-        if self.decides:
-            self._ask(messages.SetRule())
-        self._keymap.refresh()
+        self._set_rule("set_updater", None, lambda _: None)
 
     def set_optimizer(self, spec: OptimizerSpec) -> None:
         self._check_whole(spec)
         self._check_clipping(spec)
-        if self.decides:
+
+        def describe(server: int) -> dict[str, Any]:
             servers_of = {key: self._keymap.find("set_optimizer", key).servers for key in spec.overrides}
-            requests = []
-            for server in self._all:
-                own = {key: numbers for key, numbers in spec.overrides.items() if server in servers_of[key]}
-                message = messages.SetRule(optimizer=replace(spec, overrides=own).to_json())
-                requests.append(ServerRequest(server, message))
-            shield.run(self._send, requests)
+            own = {key: numbers for key, numbers in spec.overrides.items() if server in servers_of[key]}
+            return replace(spec, overrides=own).to_json()
+
+        self._set_rule("set_optimizer", spec.name, describe)
+
+    def _set_rule(self, verb: str, name: str | None, describe: Callable[[int], dict[str, Any] | None]) -> None:
+        """Set the rule on each server, or wait until rank 0 has set it as often as this worker.
+
+        Args:
+            verb: of the caller.
+            name: of the optimizer (None: assignment).
+            describe: returns what a server is sent of it.
+        """
+        self._rules += 1
+        if self.decides:
+            rules = {server: messages.SetRule(optimizer=describe(server), number=self._rules) for server in self._all}
+            shield.run(self._send, [ServerRequest(server, rule) for server, rule in rules.items()])
         else:
-            self._ask(messages.WaitForOptimizer(name=spec.name))
+            told = self._ask(messages.WaitForRule(number=self._rules))[0]
+            if told["number"] == self._rules and told["name"] != name:
+                raise WorkerMismatchError(
+                    f"{verb}: rank 0 has set {told['name'] or 'assignment'}, this worker sets {name or 'assignment'}; "
+                    "all workers set the same rules in the same order"
+                )
         self._keymap.refresh()
 
     def _check_clipping(self, spec: OptimizerSpec) -> None:
@@ -524,7 +541,7 @@ class PSEngine(Engine):
     def info(self, key: Key) -> KeyInfo:
         spec, servers = (placement := self._keymap.find("info", key)).spec, sorted(set(placement.servers))
         told = self._ask(messages.Info(key=key), servers)
-        shape, dtype = tuple(spec.shape), str(spec.dtype).removeprefix("torch.")
+        shape, dtype = tuple(spec.shape), interop.dtype_name(spec.dtype)
         kind = "rows" if spec.is_table else "dense"
         return KeyInfo(shape, dtype, "cpu", told[0]["version"], sum(each["nbytes"] for each in told), kind)
 

@@ -244,6 +244,22 @@ class Membership:
     def _missing(self, number: int) -> list[int]:
         return [rank for rank in self.staleness.live() if self._barrier_of.get(rank, 0) < number]
 
+    def count_rules(self, number: int, name: str | None) -> None:
+        """Note how often rank 0 has set the rule, and its optimizer (None: assignment)."""
+        with self._condition:
+            if number > self._tables.rules[0]:
+                self._record(["rules", number, name])
+                self._condition.notify_all()
+
+    def wait_for_rule(self, number: int) -> tuple[int, str | None]:
+        """Return, when rank 0 has set the rule so often, what ``count_rules`` has noted last."""
+        with self._condition:
+            self._condition.wait_for(
+                lambda: self._tables.rules[0] >= number,
+                lambda: f"rank 0, which has set {self._tables.rules[0]} update rules; this worker sets its {number}.",
+            )
+            return self._tables.rules
+
     def broadcast(self, number: int, text: str | None) -> str:
         """Return text ``number`` to every worker, once rank 0 has sent it; the others send None."""
         texts = self._tables.texts

@@ -413,9 +413,11 @@ class Server:
             return self._changed_from(before, ids)
 
     def _set_rule(self, request: Request[messages.SetRule]) -> Reply:
+        optimizer = request.message.optimizer
         with self._change(request) as ids:
             if ids:
-                self._state.set_rule(request.message.optimizer, ids)
+                self._state.set_rule(optimizer, ids)
+            self._membership.count_rules(request.message.number, None if optimizer is None else optimizer["name"])
         return Reply({})
 
     def _set_hyperparameters(self, request: Request[messages.SetHyperparameters]) -> Reply:
@@ -426,14 +428,9 @@ class Server:
                 self._state.shard.set_hyperparameters(numbers, keys, requests=ids)
         return Reply({})
 
-    def _wait_for_optimizer(self, request: Request[messages.WaitForOptimizer]) -> Reply:
-        wanted, shard = request.message.name, self._state.shard
-        with self._condition:
-            self._condition.wait_for(
-                lambda: shard.optimizer is not None and shard.optimizer.name == wanted,
-                lambda: f"rank 0, which has not set the optimizer {wanted} yet",
-            )
-        return Reply({})
+    def _wait_for_rule(self, request: Request[messages.WaitForRule]) -> Reply:
+        number, name = self._membership.wait_for_rule(request.message.number)
+        return Reply({"number": number, "name": name})
 
     def _list_keys(self, request: Request[messages.ListKeys]) -> Reply:
         # Read before the keys: a change in between has the client ask once more, not miss it.

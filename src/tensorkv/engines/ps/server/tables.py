@@ -59,6 +59,8 @@ class ServerTables(AppliedRequests):
         self.leaves = 0
         self.leaving: set[int] = set()
         self.texts: dict[int, str] = {}
+        self.rules: tuple[int, str | None] = (0, None)
+        """How often rank 0 has set the rule, and the name of its last optimizer (None: assignment)."""
         self.claimant: tuple[str, int] = ("", 0)
         """The client that creates or deletes keys, and the number of its claim."""
         self.claimed: dict[str, int] = {}
@@ -173,6 +175,9 @@ class ServerTables(AppliedRequests):
         self.texts.setdefault(number, text)
         self.texts.pop(number - _KEPT_TEXTS, None)
 
+    def _on_rules(self, number: int, name: str | None) -> None:
+        self.rules = (number, name)
+
     def _on_claim(self, owner: str, number: int) -> None:
         self.claimant = (owner, number)
 
@@ -198,6 +203,7 @@ class ServerTables(AppliedRequests):
             "over": [self.barriers, self.leaves],
             "leaving": sorted(self.leaving),
             "texts": list(self.texts.items()),
+            "rules": self.rules,
             "claimant": self.claimant,
             "claimed": self.claimed,
             "is_ending": self.is_ending,
@@ -212,6 +218,8 @@ class ServerTables(AppliedRequests):
         self.members, self.disconnected = dict(get("members", {})), dict.fromkeys(get("gone", ()))
         self.idle = dict.fromkeys(get("idle", ()))
         self.holders, self.texts = dict(get("holders", ())), dict(get("texts", ()))
+        times, name = get("rules", (0, None))
+        self.rules = (times, name)
         self.starts = {owner: (counts[0], counts[1], counts[2]) for owner, counts in get("starts", {}).items()}
         self.barriers, self.leaves = get("over", (0, 0))
         self.leaving, self.claimed = set(get("leaving", ())), dict(get("claimed", {}))

@@ -108,7 +108,7 @@ def test_slices_of_a_round_of_mode_sync_come_together(num_servers, reduce):
         errors = []
 
         def push(kv, own):
-            with pytest.raises(tensorkv.WorkerError, match=r"IncompleteValueError.*\[28:40, 0:64\]"):
+            with pytest.raises(tensorkv.IncompleteValueError, match=r"the round was refused.*\[28:40, 0:64\]"):
                 kv.push(own)
             errors.append(kv)
 

@@ -137,5 +137,8 @@ class SyncRounds:
         except Exception as error:
             # Every worker of the round gets the error: one without would wait for the others' next round.
             for each in by_rank:
-                text = f"the round was refused: {type(error).__name__}: {error}"
-                self._refused[each.client] = each.seq, WorkerError(text)
+                if isinstance(error, TensorKVError):
+                    kind, text = type(error), str(error)
+                else:
+                    kind, text = WorkerError, f"{type(error).__name__}: {error}"
+                self._refused[each.client] = each.seq, kind(f"the round was refused: {text}")

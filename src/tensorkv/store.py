@@ -34,7 +34,7 @@ from tensorkv.engines.base import ReleaseReader
 from tensorkv.engines.call import Call, check_priority, nbytes, take
 from tensorkv.engines.regions import RegionReader
 from tensorkv.releases.changes import Changes
-from tensorkv.runtime import caller, forks
+from tensorkv.runtime import caller, collector, forks
 from tensorkv.runtime.modes import outside_modes, runs_outside_modes
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard import optimizers
@@ -201,7 +201,8 @@ class KVStore:
         """
         start = self._begin("init")
         keys, values = single_values("init", key, value)
-        taken, specs = _take_values("init", keys, values)
+        with collector.paused():
+            taken, specs = _take_values("init", keys, values)
         self._engine.protect(self._engine.init, keys, taken, specs)
         self._metrics.add("init", start, keys, [value.nbytes for value in taken])
 
@@ -1657,14 +1658,20 @@ def _refuse_unnamed(verb: str, unnamed: tuple[Any, ...]) -> None:
 def _take_values(verb: str, keys: Sequence[Key], values: Sequence[Any]) -> tuple[list[Part], list[KeySpec]]:
     taken = [take(verb, key, None, value) for key, value in zip(keys, values, strict=True)]
     specs = []
-    # Equal ones stand once: Python's garbage collector looks through each.
+    # Equal ones stand once: Python's garbage collector looks through each, and to make and hash one takes long.
     known: dict[KeySpec, KeySpec] = {}
+    dense: dict[tuple[torch.Size, torch.dtype, int], KeySpec] = {}
     for part, value in zip(taken, values, strict=True):
         if isinstance(part, Rows):
             library = value.values if isinstance(value, Rows) else value
             spec = KeySpec(torch.Size(part.shape), part.values.dtype, interop.origin(library), True, part.init)
         else:
-            spec = KeySpec(part.shape, part.dtype, interop.origin(value), False)
+            origin = interop.origin(value)
+            found = dense.get(kind := (part.shape, part.dtype, id(origin)))
+            if found is not None and found.origin is origin:
+                specs.append(found)
+                continue
+            spec = dense[kind] = KeySpec(part.shape, part.dtype, origin, False)
         specs.append(known.setdefault(spec, spec))
     return taken, specs
 

@@ -156,6 +156,12 @@ def take(array: Any) -> torch.Tensor:
     return _take_dlpack(array)
 
 
+def is_dense(array: Any) -> bool:
+    """Tell whether an array is of NumPy or dense and of torch, and of no subclass: neither a slice nor rows."""
+    kind = type(array)
+    return kind is np.ndarray or (kind in _PLAIN_TORCH and array.layout is torch.strided)
+
+
 def clean(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor whose bools have the bytes 0 and 1, as a store keeps them; the same one if they do.
 
@@ -318,7 +324,7 @@ def is_sparse_tensor(array: Any) -> bool:
 def origin(array: Any) -> Origin:
     """Return the library and device that ``give`` needs to make an array like this one."""
     if isinstance(array, torch.Tensor):
-        return Origin("torch", array.device)
+        return _torch_origin(array.device)
     if isinstance(array, np.ndarray | np.generic):
         return NUMPY
     if is_jax(array) or _is_jax_struct(array):
@@ -333,6 +339,11 @@ def origin(array: Any) -> Origin:
     if hasattr(array, "__dlpack__"):
         return Origin("torch")
     raise ArrayTypeError(f"is {show(array)}, not an array")
+
+
+@lru_cache
+def _torch_origin(device: torch.device) -> Origin:
+    return Origin("torch", device)
 
 
 def shape_and_dtype(array: Any) -> tuple[tuple[int, ...], torch.dtype]:

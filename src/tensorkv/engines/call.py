@@ -163,12 +163,13 @@ def take(verb: str, key: Key, index: int | None, array: Any) -> Any:
         ArrayTypeError, ValueMismatchError: not an array that a store can take.
     """
     try:
-        found = take_slice(array)
+        is_dense = interop.is_dense(array)
+        found = None if is_dense else take_slice(array)
         if found is not None:
             if index is None:
                 raise ArrayTypeError("is a slice of a value; give all of it, or have push_tree create the key")
             return found
-        if not is_rows(array):
+        if is_dense or not is_rows(array):
             return interop.clean(interop.take(array))
         rows = take_rows(array)
         if index is not None and rows.init is not None:

@@ -33,7 +33,7 @@ from tensorkv.errors import (
     UpdaterError,
     quote,
 )
-from tensorkv.runtime import shield
+from tensorkv.runtime import collector, shield
 from tensorkv.runtime.modes import outside_modes
 
 from . import native, reduce
@@ -64,6 +64,9 @@ from .reduce import Reduce, averages
 from .releases import HeldRelease, Releases, SavedRelease, SavedReleases
 from .rules import Assign, CallUpdater, Rule, StepOptimizer, Updater, check_ids, check_outs, check_push
 from .table import Table
+
+# With fewer elements each, what a copy costs is what Python says of it: several threads would wait for each other.
+_LARGE_NUMEL = 1 << 12
 
 
 class Lock:
@@ -157,11 +160,12 @@ class Shard(native.ShardFields):
 
     def init(self, keys: Sequence[Key], values: Sequence[Part], specs: Sequence[KeySpec]) -> None:
         """Hold copies of new values; all keys or none."""
-        with self._lock, kept():
+        with self._lock, kept(), collector.paused():
             self.refuse_reentry()
             self.check_new(keys)
+            copies = iter(self.copies([value for value in values if not isinstance(value, Rows)]))
             made = [
-                Entry(key, spec, self._copy_in(key, value))
+                Entry(key, spec, self._table_of(key, value) if isinstance(value, Rows) else next(copies))
                 for key, value, spec in zip(keys, values, specs, strict=True)
             ]
             # The copies are queued already; work on the values comes after them.
@@ -808,7 +812,8 @@ class Shard(native.ShardFields):
 
     def _copy_all(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Copy tensors, each into the first one of its pair."""
-        if self.pool.is_worth([tensor for pair in pairs for tensor in pair]):
+        is_large = sum([out.numel() for out, _ in pairs]) >= _LARGE_NUMEL * len(pairs)
+        if is_large and self.pool.is_worth([tensor for pair in pairs for tensor in pair]):
             self.pool.run(reduce.copies(pairs, self.pool.threads))
         elif pairs:
             torch._foreach_copy_([out for out, _ in pairs], [value for _, value in pairs])
@@ -1078,12 +1083,16 @@ class Shard(native.ShardFields):
         if self.on_device and isinstance(entry.spec.origin.device, torch.device):
             entry.move(entry.spec.origin.device)
 
-    def _copy_in(self, key: Key, value: Part) -> torch.Tensor | Table:
-        if isinstance(value, Rows):
-            device = value.values.device if self.on_device else "cpu"
-            return Table.of(rows.merge([value], may_share=True), device, key)
-        device = value.device if self.on_device else "cpu"
-        return torch.empty(value.shape, dtype=value.dtype, device=device).copy_(value)
+    def copies(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return copies of values as a shard holds them."""
+        device = None if self.on_device else "cpu"
+        made = [torch.empty_like(value, memory_format=torch.contiguous_format, device=device) for value in values]
+        self._copy_all(list(zip(made, values, strict=True)))
+        return made
+
+    def _table_of(self, key: Key, value: Rows) -> Table:
+        device = value.values.device if self.on_device else "cpu"
+        return Table.of(rows.merge([value], may_share=True), device, key)
 
 
 class ShardSnapshot(Shard):

@@ -38,7 +38,7 @@ from tensorkv.errors import (
     WorkerMismatchError,
     quote,
 )
-from tensorkv.runtime import forks, shield
+from tensorkv.runtime import collector, forks, shield
 from tensorkv.runtime.modes import outside_modes
 from tensorkv.shard.entry import Batch, KeyInfo, Part
 from tensorkv.shard.nonfinite import NonFinitePolicy
@@ -274,7 +274,8 @@ class PSEngine(Engine):
             # Left by an init that did not reach every server; no other init is running now.
             deletes = {server: messages.Delete(keys=own) for server, own in incomplete.items()}
             self._send([ServerRequest(server, delete) for server, delete in deletes.items()])
-        placed = self._keymap.place(keys, specs)
+        with collector.paused():
+            placed = self._keymap.place(keys, specs)
         replies = shield.run(self._data.init, keys, values, placed)
         if not self._keymap.add(keys, placed, replies):
             self._keymap.refresh()

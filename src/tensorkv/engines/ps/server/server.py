@@ -29,6 +29,7 @@ from tensorkv.errors import (
     WorkerError,
     quote,
 )
+from tensorkv.runtime import collector
 from tensorkv.runtime.stats import Metrics, clock
 from tensorkv.shard.changes import RequestIds
 from tensorkv.shard.entry import Part
@@ -379,8 +380,9 @@ class Server:
     # ------------------------------------------------------------ keys and the rule
 
     def _init(self, request: Request[messages.Init]) -> Reply:
-        entries = new_entries(request)
         self._state.check_metadata(request.message.kinds)
+        with collector.paused():
+            entries = new_entries(request, self._state.shard, self.index)
         with self._condition:
             self._admit(request)
             before = self._changes

@@ -13,7 +13,7 @@ import torch
 
 from tensorkv import compression
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.packing import Item, bytes_of, json_keys, pack, unpack
+from tensorkv.arrays.packing import Item, bytes_of, join_layout, json_keys, pack, unpack
 from tensorkv.arrays.rows import Rows, merge
 from tensorkv.arrays.slices import Slices, join_slices
 from tensorkv.arrays.spec import KeySpec
@@ -388,8 +388,13 @@ class ServerState:
         self.inits += 1
 
 
-def new_entries(request: Request[Init]) -> list[Entry]:
-    """Check and return the new entries that a request brings.
+def new_entries(request: Request[Init], shard: Shard, server: int) -> list[Entry]:
+    """Check and return the new entries that a request brings, whose metadata were checked.
+
+    Args:
+        request: of a client.
+        shard: that is to hold them.
+        server: its index.
 
     Raises:
         TensorKVError, LookupError, TypeError, ValueError: they are malformed.
@@ -397,19 +402,59 @@ def new_entries(request: Request[Init]) -> list[Entry]:
     message = request.message
     kinds, keys, orders = message.kinds, message.keys, message.orders
     specs = [manifest.restore_spec("", kind, is_table=kind["table"] is True) for kind in kinds]
-    pushed = push_layout(request.layout)
-    if keys != list(pushed.keys) or len(orders) != len(keys) or not all(type(order) is int for order in orders):
-        raise ArgumentError("malformed init; expected the keys of the layout, and the order of each")
+    if len(orders) != len(keys) or not all(type(order) is int for order in orders):
+        raise ArgumentError("malformed init; expected the order of each key")
     checked_keys("init", keys)
     found = [specs[index] for index in message.indices]
-    parts = pushed.parts(request.payload, found, None)
-    return [_new_entry(*each) for each in zip(pushed.keys, found, parts, strict=True)]
+    parts = _whole_parts(request, specs, [_shape_on(server, *each) for each in zip(kinds, specs, strict=True)])
+    if parts is None:
+        pushed = push_layout(request.layout)
+        if keys != list(pushed.keys):
+            raise ArgumentError("malformed init; expected the keys of the layout")
+        parts = pushed.parts(request.payload, found, None)
+    entries = [_new_entry(*each) for each in zip(keys, found, parts, strict=True)]
+    # The client reuses the memory of this payload for its next request.
+    dense = [entry for entry in entries if not entry.spec.is_table]
+    for entry, copy in zip(dense, shard.copies([entry.tensor for entry in dense]), strict=True):
+        entry.value = copy
+    return entries
+
+
+def _shape_on(server: int, kind: Mapping[str, Any], spec: KeySpec) -> torch.Size:
+    """Return the shape of what a server holds of a dense value."""
+    _, start, stop = next(piece for piece in kind["pieces"] if piece[0] == server)
+    return torch.Size((stop - start, *spec.shape[1:])) if spec.shape else spec.shape
+
+
+def _whole_parts(
+    request: Request[Init], specs: Sequence[KeySpec], shapes: Sequence[torch.Size]
+) -> Sequence[Part] | None:
+    """Return the values of an init if its layout says what the metadata do; None: it is to be decoded.
+
+    Args:
+        request: of a client.
+        specs, shapes: of each kind of metadata, and what it has here.
+    """
+    message, dtypes = request.message, {spec.dtype for spec in specs}
+    if len(dtypes) > 1 or torch.bool in dtypes or any(spec.is_table for spec in specs) or not specs:
+        return None
+    described = [("sum", spec.dtype, shape) for spec, shape in zip(specs, shapes, strict=True)]
+    numels = [shapes[index].numel() for index in message.indices]
+    (dtype,) = dtypes
+    fits = sum(numels) * dtype.itemsize == len(request.payload) and len(set(message.keys)) == len(message.keys)
+    if not fits or join_layout(message.keys, described, message.indices) != request.layout:
+        return None
+    pieces = torch.split(bytes_of(request.payload).view(dtype), numels)
+    # To view a piece takes as long as to copy it.
+    return [
+        piece if len(shapes[index]) == 1 else piece.view(shapes[index])
+        for piece, index in zip(pieces, message.indices, strict=True)
+    ]
 
 
 def _new_entry(key: Key, spec: KeySpec, part: Part) -> Entry:
     if isinstance(part, torch.Tensor) and part.dtype is spec.dtype and part.shape == spec.shape and not spec.is_table:
-        # The client reuses the memory of this payload for its next request.
-        return Entry(key, spec, part.clone())
+        return Entry(key, spec, part)
     dtype, shape = (part.values.dtype, part.values.shape) if isinstance(part, Rows) else (part.dtype, part.shape)
     fits = dtype is spec.dtype and shape[1:] == spec.shape[1:] and len(shape) == len(spec.shape)
     if not fits or isinstance(part, Rows) is not spec.is_table:
@@ -419,7 +464,7 @@ def _new_entry(key: Key, spec: KeySpec, part: Part) -> Entry:
     if isinstance(part, Rows):
         held = merge([part], may_share=True)
         return Entry(key, spec, Table.of(replace(held, init=spec.init), "cpu", key))
-    return Entry(key, replace(spec, shape=shape), part.clone())
+    return Entry(key, replace(spec, shape=shape), part)
 
 
 def metadata_of(message: Init) -> dict[str, Any]:

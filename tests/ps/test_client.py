@@ -228,6 +228,30 @@ def test_workers_create_the_keys_of_a_tree_at_the_same_time(mode):
         assert len(workers[0].keys()) == (10 if mode == "sync" else 30)
 
 
+def test_an_init_that_rank_0_does_not_make_right_is_refused_at_once():
+    with Cluster(2, num_workers=2) as cluster:
+        first, second = cluster.stores(2)
+        first.init({"v": np.zeros(2), "w": np.zeros(2)})
+        with pytest.raises(tensorkv.KeyTypeError, match=r"init\(3\): this store's keys are str, got int"):
+            second.init(3, np.zeros(2))
+        with pytest.raises(tensorkv.ValueMismatchError, match="rank 0's value is float64 of shape"):
+            second.init({"new": np.zeros(2), "w": np.zeros(3)})
+        # Rank 0 may just have made it.
+        second.init("w", np.ones(2))
+        assert second.pull("w").tolist() == [0, 0]
+
+
+def test_an_init_of_a_key_that_rank_0_has_re_created():
+    with Cluster(2, num_workers=2) as cluster:
+        first, second = cluster.stores(2)
+        first.init("w", np.zeros(2))
+        second.init("w", np.zeros(2))
+        first.delete("w")
+        first.init("w", np.zeros(3))
+        second.init("w", np.ones(3))
+        assert second.pull("w").tolist() == [0, 0, 0]
+
+
 def test_a_key_that_the_optimizer_cannot_update_stops_the_push_on_every_server():
     with Cluster(2) as cluster:
         kv = cluster.store()

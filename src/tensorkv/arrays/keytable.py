@@ -57,7 +57,14 @@ class KeyTable(dict[Key, V]):
             f"{'' if near else '; call init first'}"
         )
 
-    def check_new(self, keys: Iterable[Key]) -> None:
+    def check_type(self, verb: str, keys: Iterable[Key]) -> None:
+        """Raise KeyTypeError if one of some keys is of another type than those that are here."""
+        # Once: a dict from whose front many keys were deleted takes long to find its first one.
+        present = next(iter(self), None)
+        for key in keys:
+            _check_type(verb, key, present)
+
+    def check_new(self, keys: Sequence[Key]) -> None:
         """Raise if one of some keys cannot be added.
 
         Raises:
@@ -68,10 +75,8 @@ class KeyTable(dict[Key, V]):
             ...
         tensorkv.errors.KeyExistsError: init("w"): the key exists; push to it, or delete it first
         """
-        # Once: a dict from whose front many keys were deleted takes long to find its first one.
-        present = next(iter(self), None)
+        self.check_type("init", keys)
         for key in keys:
-            _check_type("init", key, present)
             if key in self:
                 raise KeyExistsError(f"init({quote(key)}): the key exists; push to it, or delete it first")
 

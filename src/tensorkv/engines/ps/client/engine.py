@@ -294,22 +294,30 @@ class PSEngine(Engine):
                     self._ask(messages.Unclaim(number=self._claims), [0])
 
     def _wait_for_keys(self, keys: Sequence[Key], specs: Sequence[KeySpec]) -> None:
+        """Wait until rank 0 has initialised keys; raise at once what it cannot make right."""
         deadline = time.monotonic() + self._timeout_s
-        while not all(key in self._keymap for key in keys):
+        left = dict(zip(keys, specs, strict=True))
+        while True:
+            # What this client knows of a key may be older than its last init.
+            self._keymap.refresh()
+            placed = self._keymap.placed
+            placed.check_type("init", left)
+            for key in [key for key in left if key in placed]:
+                spec, theirs = left.pop(key), placed[key].placement.spec
+                if (theirs.shape, theirs.dtype, theirs.is_table) != (spec.shape, spec.dtype, spec.is_table):
+                    raise ValueMismatchError(
+                        f"init({quote(key)}): rank 0's value is {interop.dtype_name(theirs.dtype)} of shape "
+                        f"{tuple(theirs.shape)}, here it is {interop.dtype_name(spec.dtype)} of shape "
+                        f"{tuple(spec.shape)}"
+                    )
+            if not left:
+                return
             if time.monotonic() > deadline:
-                missing = next(key for key in keys if key not in self._keymap)
+                missing = next(iter(left))
                 raise WaitTimeoutError(
                     f"init({quote(missing)}): rank 0 has not initialised it in {self._timeout_s:g} s"
                 )
             time.sleep(0.01)
-            self._keymap.refresh()
-        for key, spec in zip(keys, specs, strict=True):
-            theirs = self._keymap.find("init", key).spec
-            if (theirs.shape, theirs.dtype, theirs.is_table) != (spec.shape, spec.dtype, spec.is_table):
-                raise ValueMismatchError(
-                    f"init({quote(key)}): rank 0's value is {interop.dtype_name(theirs.dtype)} of shape "
-                    f"{tuple(theirs.shape)}, here it is {interop.dtype_name(spec.dtype)} of shape {tuple(spec.shape)}"
-                )
 
     def transfer(self, work: Callable[..., T], *args: Any) -> T:
         # In mode sync a call may wait for other workers, and for a rank with a lock that a handler's call would take.

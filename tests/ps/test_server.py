@@ -706,6 +706,28 @@ def test_a_worker_that_comes_again_is_waited_for_again():
         slow.join()
 
 
+def test_rounds_of_two_lists_of_keys_with_one_checksum():
+    """The CRC-32 of "plumless" is that of "buckeroo"."""
+    arrived = threading.Semaphore(0)
+
+    def fate(head):
+        if head["verb"] == "push":
+            arrived.release()
+        return NONE
+
+    with Cluster(mode="sync", num_workers=2, fate=fate) as cluster, ThreadPoolExecutor(4) as pool:
+        first, second = cluster.stores(2)
+        first.init(["plumless", "buckeroo"], [np.zeros(1, F32), np.zeros(1, F32)])
+        pushes = [(first, "plumless", 1), (second, "buckeroo", 20), (first, "buckeroo", 10), (second, "plumless", 2)]
+        waiting = []
+        for kv, key, number in pushes:
+            waiting.append(pool.submit(kv.push, key, np.full(1, number, F32)))
+            assert arrived.acquire(timeout=LIMIT_S)
+        for each in waiting:
+            each.result()
+        assert [first.pull(key).tolist() for key in ("plumless", "buckeroo")] == [[3], [30]]
+
+
 def test_a_round_that_fails_fails_for_everybody(monkeypatch):
     with Cluster(mode="sync", num_workers=2) as cluster:
         stores = cluster.stores(2)

@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -430,4 +431,4 @@ class Layout:
 
 def list_name(keys: Sequence[Key]) -> str:
     """Return a short name of a list of keys, the same for every worker."""
-    return f"{zlib.crc32(json.dumps(list(keys)).encode()):08x}"
+    return blake2b(json.dumps(list(keys)).encode(), digest_size=16).hexdigest()

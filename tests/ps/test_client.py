@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tensorkv
+from tensorkv import TensorSlice
 from tensorkv.engines import partition
 from tensorkv.shard import native
 from tests.support.amount import amount
@@ -22,7 +23,8 @@ from tensorkv.engines.ps.client import layout
 from tensorkv.engines.ps.client.data import DataClient
 from tensorkv.engines.ps.ray import handle
 from tensorkv.engines.ps.server.state import ServerState
-from tests.support.fake_servers import Cluster, together
+from tests.support.fake_servers import NONE, Cluster, together
+from tests.support.overdue import overdue
 
 DTYPES = [
     torch.float32,
@@ -308,6 +310,20 @@ def test_a_snapshot_fills_plain_outs(monkeypatch):
             assert raw(outs) == raw(list(values.values()))
             assert raw(snapshot.pull(["a", "b"])) == raw(list(values.values()))
             assert counts == {True: 2 * native.can_look(), False: 2 * (not native.can_look())}
+
+
+def test_a_pushpull_that_cannot_read_a_part_writes_no_out():
+    with Cluster() as cluster:
+        kv = cluster.store()
+        kv.init(["a", "b"], [np.zeros(4), np.zeros(4)])
+        whole, part = np.full(4, 7.0), np.full(2, 7.0)
+        cluster.actors[0].fate = lambda head: "lose request" if head["verb"] == "pull" else NONE
+        with overdue(), pytest.raises(tensorkv.PushOutcomeUnknownError):
+            kv.pushpull(["a", "b"], [np.ones(4), np.ones(4)], out=[whole, TensorSlice(part, (0,), (4,))])
+        assert (whole.tolist(), part.tolist()) == ([7] * 4, [7] * 2)
+        cluster.actors[0].fate = lambda head: NONE
+        kv.pull(["a", "b"], out=[whole, TensorSlice(part, (0,), (4,))])
+        assert (whole.tolist(), part.tolist()) == ([1] * 4, [1] * 2)
 
 
 def test_empty_lists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -108,10 +109,15 @@ class GivenOuts:
                     own.append(tensor)
                 else:
                     parts.append((key, part.region, [tensor]))
+        # An engine may read parts after whole values; if that fails, no out must have been written.
+        filled = [[torch.empty_like(out) for out in own] for own in whole] if parts else whole
         with together() if parts else nullcontext():
-            copy(self.keys, whole)
+            copy(self.keys, filled)
             if parts:
                 copy_parts(*map(list, zip(*parts, strict=True)))
+        if parts:
+            for out, value in zip(chain.from_iterable(whole), chain.from_iterable(filled), strict=True):
+                out.copy_(value)
         self.finish()
 
     def finish(self) -> None:

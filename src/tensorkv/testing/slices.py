@@ -113,8 +113,10 @@ class SliceContract:
         first, second, third, fourth = quarters(VALUE)
         if not self.push_some(kv, first, fourth):
             return
+        v = np.full(3, 7, F32)
         reads = [
             lambda: kv.pull("w"),
+            lambda: kv.pull(["v", "w"], out=[v, TensorSlice(np.empty((1, 6), F32), (0, 0), (4, 6))]),
             lambda: kv.pull(["v", "w"]),
             lambda: kv.pull("w", out=np.empty((4, 6))),
             lambda: kv.pull("w", region=slice(0, 1)),
@@ -130,6 +132,7 @@ class SliceContract:
         for read in reads:
             with pytest.raises(tensorkv.IncompleteValueError, match=r"lacks \[.*\] of \(4, 6\)"):
                 read()
+        assert v.tolist() == [7, 7, 7]
         with pytest.raises(tensorkv.ValueMismatchError, match="overlaps"):
             kv.push(["b", "w", "v"], [cut(np.ones((3, 1), F32), ((0, 0), (3, 1))), first, np.ones(3, F32)])
         assert not any(each.any() for each in kv.pull(["b", "v"]))

@@ -1540,6 +1540,21 @@ def test_pulls_wait_for_versions():
         timer.join()
 
 
+def test_a_pull_of_a_version_times_out_though_no_server_answers():
+    def fate(head):
+        return "lose request" if head["verb"] == "wait_for_version" else NONE
+
+    with Cluster(2, fate=fate) as cluster:
+        kv = cluster.store()
+        kv.init(["a", "b"], [np.zeros(3), np.zeros(3)])
+        out = np.full(3, 7.0)
+        for key, outs, said in [("a", out, r'pull\("a"\)'), (["a", "b"], [out, out + 1], r'pull\("a", \.\.\.\)')]:
+            said += ": version 1 has not come within 60 s, in which a server has not answered"
+            with overdue(), pytest.raises(tensorkv.WaitTimeoutError, match=said):
+                kv.pull(key, out=outs, min_version=1)
+        assert out.tolist() == [7, 7, 7]
+
+
 # ---------------------------------------------------------------- keys that other clients make and delete
 
 

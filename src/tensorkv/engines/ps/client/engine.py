@@ -31,6 +31,7 @@ from tensorkv.engines.transport.rendezvous import launched
 from tensorkv.errors import (
     ArgumentError,
     OptimizerError,
+    PushOutcomeUnknownError,
     ServerDeadError,
     TensorKVError,
     ValueMismatchError,
@@ -682,7 +683,16 @@ class PSEngine(Engine):
     def wait_for(self, keys: Sequence[Key], min_version: int, timeout_s: float) -> None:
         layout = self._keymap.layout("pull", tuple(dict.fromkeys(keys)))
         message = messages.WaitForVersion(min_version=min_version)
-        shield.run(self._send, [ServerRequest(each.server, message, each.keys) for each in layout.pushed], timeout_s)
+        requests = [ServerRequest(each.server, message, each.keys) for each in layout.pushed]
+        try:
+            shield.run(self._send, requests, timeout_s)
+        except PushOutcomeUnknownError as error:
+            # Nothing was pushed: the server was not reached, or its word on what it waits for has come too late.
+            named = quote(layout.keys[0]) + (", ..." if len(layout.keys) > 1 else "")
+            raise WaitTimeoutError(
+                f"pull({named}): version {min_version} has not come within {timeout_s:g} s, in which a server has not "
+                "answered"
+            ) from error
 
     # ------------------------------------------------------------ the end
 

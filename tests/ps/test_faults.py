@@ -776,7 +776,7 @@ def test_workers_load_a_trainer_s_state_together(monkeypatch):
 
 
 def test_the_numbers_of_rank_0_s_trainer_count(monkeypatch):
-    """For groups from the first push on, and for schedulers; the other worker's groups show them."""
+    """For groups from the first push on, for schedulers and ``learning_rate``; the other worker's groups show them."""
     groups = [{"params": "weight", "weight_decay": 0.1}, {"params": "bias", "lr": 0.2}]
     with two_workers(monkeypatch, num_servers=2) as (stores, both):
         models = [torch.nn.Linear(3, 2) for _ in stores]
@@ -790,6 +790,10 @@ def test_the_numbers_of_rank_0_s_trainer_count(monkeypatch):
             schedulers[rank].step()
             trainers[rank].step()
             rates = [0.1, 0.2] if rank else [0.05, 0.1]
+            for trainer in trainers:
+                assert [group["lr"] for group in trainer.param_groups] == rates
+        for rank, rates in [(1, [0.05, 0.1]), (0, [0.4, 0.4])]:
+            trainers[rank].learning_rate = 0.4
             for trainer in trainers:
                 assert [group["lr"] for group in trainer.param_groups] == rates
 

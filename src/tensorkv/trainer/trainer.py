@@ -272,7 +272,8 @@ class Trainer:
     def learning_rate(self) -> float:
         """The ``lr`` of the first parameter group. Setting it takes effect immediately, for every key of the store.
 
-        With ``update_on_store=False`` it takes effect for every group of the replicas' optimizers.
+        In ``dist_async`` with several workers only what rank 0 sets takes effect. With
+        ``update_on_store=False`` it takes effect for every group of the replicas' optimizers.
 
         Raises:
             OptimizerError: set to something else than a finite number of at least 0.

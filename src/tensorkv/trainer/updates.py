@@ -206,8 +206,9 @@ class StoreUpdate:
         return alike, [{word: n for word, n in own.items() if word not in alike} for own in changes], {}
 
     def set_everywhere(self, lr: float) -> None:
-        """Set the learning rate of every key of the store."""
-        self._kv.set_hyperparameters(lr=lr)
+        """Set the learning rate of every key of the store; with servers, that of rank 0 counts."""
+        if self._kv._engine.decides:
+            self._kv.set_hyperparameters(lr=lr)
 
     def _own(self, group: Group) -> dict[str, Any]:
         """Return the hyperparameters among a group's options."""

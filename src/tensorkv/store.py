@@ -1125,7 +1125,7 @@ class KVStore:
     @property
     def optimizer(self) -> dict[str, Any] | None:
         """The optimizer's name and hyperparameters as a dict, None without an optimizer."""
-        self._check_fork("optimizer")
+        self._begin("optimizer")
         spec = self._engine.optimizer
         if spec is None:
             return None

@@ -97,6 +97,9 @@ class LifeContract:
         for verb, arguments in calls.items():
             with pytest.raises(tensorkv.StoreClosedError, match="closed"):
                 getattr(kv, verb)(*arguments)
+        for name in ("last_push", "optimizer"):
+            with pytest.raises(tensorkv.StoreClosedError, match=f"^{name}: this store was closed"):
+                getattr(kv, name)
         with pytest.raises(tensorkv.StoreClosedError), kv:
             pass
         assert repr(kv) == f"KVStore({self.TYPE!r}, closed)"

@@ -115,7 +115,10 @@ def _is_safe(source: torch.dtype, target: torch.dtype) -> bool:
     if source in FLOAT8:
         return target in (*FLOATS, *COMPLEX)
     if source in _ML_DTYPES or target in _ML_DTYPES:
-        return source is torch.bool or (source is torch.bfloat16 and target in (*FLOATS[2:], *COMPLEX))
+        # bfloat16 has eight significant bits.
+        return source in (torch.bool, torch.int8, torch.uint8) or (
+            source is torch.bfloat16 and target in (*FLOATS[2:], *COMPLEX)
+        )
     if source in (torch.int64, torch.uint64) and (target.is_floating_point or target.is_complex):
         # NumPy calls these casts safe, though float64 holds integers up to 2^53 alone.
         return False

@@ -1,5 +1,6 @@
 """Rows, and arrays with unusual layouts, dtypes and surroundings."""
 
+import itertools
 import warnings
 
 import numpy as np
@@ -10,7 +11,21 @@ import tensorkv
 from tensorkv import Rows
 
 from . import surroundings
-from .values import F32, FIRST_ROWS, LAYOUTS, NO_ARRAYS, check_neighbours, ones, state
+from .values import (
+    DTYPES,
+    F32,
+    FIRST_ROWS,
+    FLOAT8,
+    LAYOUTS,
+    NO_ARRAYS,
+    can_hold,
+    check_neighbours,
+    extremes,
+    kind_of,
+    ones,
+    raw,
+    state,
+)
 
 
 class ArrayContract:
@@ -205,6 +220,38 @@ class ArrayContract:
                 kv.pushpull("big", [torch.ones(300_000)] * 2)
                 results.append([x.tolist() for x in (*outs, large[:5], *kv.pull(keys))])
         assert results[0] == results[1]
+
+    # ---------------------------------------------------------------- dtypes
+
+    def test_which_dtypes_a_part_may_have(self, kv):
+        """Each pair of dtypes, as the table of the contract has them."""
+        low = (*FLOAT8, torch.float16, torch.bfloat16, torch.float32)
+        kv.init([str(dtype) for dtype in DTYPES], [torch.zeros(4, dtype=dtype) for dtype in DTYPES])
+        for value, dtype in itertools.product(DTYPES, DTYPES):
+            key, part = str(value), extremes(dtype)
+            fits = kind_of(dtype) == kind_of(value) and (can_hold(value, dtype) or (dtype in low and value in low))
+            if dtype is value or (fits and value not in FLOAT8):
+                kv.push(key, part)
+                assert torch.equal(raw(kv.pull(key)), raw(part.to(value))), (dtype, value)
+            else:
+                before = raw(kv.pull(key))
+                with pytest.raises(tensorkv.ValueMismatchError, match="part 0 is"):
+                    kv.push(key, part)
+                assert torch.equal(raw(kv.pull(key)), before), (dtype, value)
+
+    def test_which_dtypes_an_out_may_have(self, kv):
+        """Each pair of dtypes, as the table of the contract has them."""
+        kv.init([str(dtype) for dtype in DTYPES], [extremes(dtype) for dtype in DTYPES])
+        for value, dtype in itertools.product(DTYPES, DTYPES):
+            key, out = str(value), torch.ones(4).to(dtype)
+            fits = kind_of(dtype) == kind_of(value) or can_hold(dtype, value)
+            if dtype is value or (fits and value not in FLOAT8 and dtype not in FLOAT8):
+                kv.pull(key, out=out)
+                assert torch.equal(raw(out), raw(extremes(value).to(dtype))), (value, dtype)
+            else:
+                with pytest.raises(tensorkv.ValueMismatchError, match="out 0 is"):
+                    kv.pull(key, out=out)
+                assert torch.equal(raw(out), raw(torch.ones(4).to(dtype))), (value, dtype)
 
     # ---------------------------------------------------------------- float8
 

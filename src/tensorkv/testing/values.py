@@ -98,6 +98,55 @@ FIRST_ROWS = {
 }
 
 
+DTYPES = [
+    torch.bool,
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex64, torch.complex128),
+]
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def kind_of(dtype):
+    """Return the kind of number of a dtype, within which a pull may round."""
+    if dtype.is_complex:
+        return "complex"
+    return "float" if dtype.is_floating_point else "bool" if dtype is torch.bool else "integer"
+
+
+def extremes(dtype):
+    """Return four numbers of a dtype, not all of which a dtype can hold that does not hold every number of it."""
+    if kind_of(dtype) == "bool":
+        return torch.tensor([False, True, True, False])
+    if kind_of(dtype) == "integer":
+        info = torch.iinfo(dtype)
+        return torch.tensor([info.min, info.max, info.max - 1, 1], dtype=dtype)
+    info = torch.finfo(dtype)
+    reals = torch.tensor([-info.max, info.tiny, 1 + info.eps, 0.5], dtype=torch.float64)
+    return (torch.complex(reals, reals.flip(0)) if dtype.is_complex else reals).to(dtype)
+
+
+def can_hold(out, dtype):
+    """Return whether one dtype can hold every number of another."""
+    value = extremes(dtype)
+    if dtype.is_complex and not out.is_complex:
+        return False
+    return _exact(value.to(out)) == _exact(value)
+
+
+def _exact(tensor):
+    """Return the numbers of a tensor, which Python compares exactly whatever their types are."""
+    if tensor.is_complex():
+        return tensor.to(torch.complex128).tolist()
+    return (tensor.double() if tensor.is_floating_point() else tensor).tolist()
+
+
+def raw(tensor):
+    """Return the bytes of a tensor."""
+    return tensor.contiguous().view(torch.uint8)
+
+
 def ones(*shape, dtype=F32):
     return np.ones(shape, dtype)
 

@@ -64,10 +64,9 @@ def test_single_values():
     assert arguments.single_values("init", {"a": 1, "b": 2}, None) == (["a", "b"], [1, 2])
     with pytest.raises(KeyExistsError, match="twice"):
         arguments.single_values("init", ["a", "b", "a"], [1, 2, 3])
-    with pytest.raises(ArgumentError, match="expected one"):
-        arguments.single_values("init", "a", [1])
-    with pytest.raises(ArgumentError, match="got 2 arrays"):
-        arguments.single_values("init", ["a"], [[1, 2]])
+    for key, value in [("a", [1]), (["a"], [[1]]), (["a"], [[1, 2]]), ({"a": (1,)}, None), (["a"], {"a": [1]})]:
+        with pytest.raises(ArgumentError, match=r'init\("a"\): got .*; expected one array, the value'):
+            arguments.single_values("init", key, value)
 
 
 def test_keys_of_keeps_repeats():

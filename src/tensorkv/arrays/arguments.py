@@ -19,6 +19,8 @@ Key = str | int
 _LISTS = (list, tuple)
 _LIST_TYPES = frozenset(_LISTS)
 _NO_KEY_LISTS = (bytes, bytearray, memoryview, set, frozenset)
+# Verbs that take one value for each key.
+_SINGLE = ("init", "broadcast")
 
 
 def is_key(key: Any) -> bool:
@@ -92,10 +94,6 @@ def single_values(verb: str, key: Any, value: Any) -> tuple[list[Key], list[Any]
         KeyExistsError: a key given twice.
         KeyTypeError, ArgumentError: as for ``pairs``.
     """
-    if is_key(key) and type(value) in _LISTS:
-        raise ArgumentError(
-            f"{verb}({quote(key)}): got {show(value)}; expected one array, the value that all devices share"
-        )
     if (
         type(key) is list
         and type(value) is list
@@ -111,9 +109,6 @@ def single_values(verb: str, key: Any, value: Any) -> tuple[list[Key], list[Any]
     if len(listed) != len(keys):
         twice = next(each for index, each in enumerate(listed) if each in listed[:index])
         raise KeyExistsError(f"{verb}: {quote(twice)} is given twice in one call")
-    for each, arrays in zip(keys, values, strict=True):
-        if len(arrays) != 1:
-            raise ArgumentError(f"{verb}({quote(each)}): got {len(arrays)} arrays; expected one, the value itself")
     return keys, [arrays[0] for arrays in values]
 
 
@@ -151,6 +146,10 @@ def _align(verb: str, what: str, keys: list[Any], values: Mapping[Any, Any]) -> 
 def _arrays(verb: str, what: str, key: Key, value: Any) -> list[Any]:
     if type(value) not in _LISTS:
         return [value]
+    if verb in _SINGLE and what == "value":
+        raise ArgumentError(
+            f"{verb}({quote(key)}): got {show(value)}; expected one array, the value that all devices share"
+        )
     if not value and (verb, what) != ("pushpull", "out"):
         raise ArgumentError(f"{verb}({quote(key)}): got an empty list; expected at least one {what}")
     for index, each in enumerate(value):

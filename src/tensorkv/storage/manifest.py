@@ -334,8 +334,9 @@ def _restore_releases(described: Any, present: Mapping[Key, Entry], tensors: Ten
         _check(is_known, f"the release {quote(name)} is not among the names that were used")
         entries = _restore_release(name, each, present, copies)
         held.append(SavedRelease(name, number, entries, owner, attempt, is_visible))
-    in_order = [each.number for each in held]
-    _check(in_order == sorted(in_order), "releases that are not in the order of their numbers")
+    in_order, shown = [each.number for each in held], [each.number for each in held if each.is_visible]
+    is_sorted = in_order == sorted(in_order) and len(set(shown)) == len(shown)
+    _check(is_sorted, "releases that are not in the order of their numbers")
     _check(not found, f"tensors that no release has: {', '.join(list(found)[:3])}")
     used = {id(entry) for each in held for entry in each.entries}
     _check(all(id(copy) in used for copy in copies), "a value that no release has")

@@ -388,13 +388,15 @@ def check_push(batch: Batch, entries: Sequence[Entry], rule: Rule, averages: boo
     for key, parts, entry in zip(batch.keys, batch.parts, entries, strict=True):
         spec, by_rows = entry.spec, False
         shape, dtype = spec.shape, spec.dtype
+        # Sums that are added to others are not rounded yet.
+        wide = dtype if batch.counts is None else interop.accumulator(dtype)
         for index, part in enumerate(parts):
             if isinstance(part, Rows):
                 by_rows = True
                 kind = part.values.dtype
             else:
                 kind = part.dtype
-            if part.shape != shape or (kind is not dtype and not interop.may_push(kind, dtype)):
+            if part.shape != shape or (kind is not dtype and kind is not wide and not interop.may_push(kind, dtype)):
                 raise _mismatch(batch, entry, index, part)
         if spec.is_table and not all(isinstance(part, Rows) for part in parts):
             raise ValueMismatchError(

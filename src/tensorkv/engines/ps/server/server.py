@@ -289,12 +289,12 @@ class Server:
         return self._pushed(request, keys)
 
     def _pending(self, request: Request[Push]) -> PendingPush:
-        batch = self._state.batch(request)
-        self._state.shard.check(batch)
+        batch, counts = self._state.batch(request), request.message.counts
         parts = [parts[0] for parts in batch.parts]
-        counts = request.message.counts
         if counts is not None and [type(count) is int and count > 0 for count in counts] != [True] * len(parts):
             raise ArgumentError("malformed push; expected the number of parts of each key")
+        batch.counts = counts or [1] * len(parts)
+        self._state.shard.check(batch)
         return PendingPush(request.sender.client, request.sender.seq, parts, _logged(request), counts=counts)
 
     def _describe_missing(self, name: str, number: int) -> str:

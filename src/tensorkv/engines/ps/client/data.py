@@ -240,6 +240,8 @@ class DataClient:
 
     def push_plain(self, call: PlainCall) -> None:
         """Push; pull if there are outs."""
+        # Of a push that is refused nothing is told.
+        self.last_push = PushResult()
         with self._compressing:
             coded, sending = self._encode_plain(call)
         if coded is None or sending is None:

@@ -33,6 +33,11 @@ class TestTwoServers(ServersContract):
     OPTIONS = {"num_servers": 2}
 
 
+class TestModeSync(ServersContract):
+    OPTIONS = {"mode": "sync"}
+    SLICES_TOGETHER = True
+
+
 @pytest.mark.parametrize("num_servers", [1, 2])
 def test_torch_s_schedulers_and_scaler_over_servers(num_servers, server_pool):
     def store():

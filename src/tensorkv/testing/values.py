@@ -147,6 +147,11 @@ def raw(tensor):
     return tensor.contiguous().view(torch.uint8)
 
 
+def counts_since(before, kv):
+    """Return how often a store has refused NaN or Inf, or left them out, since it has told of it before."""
+    return {what: count - before["nonfinite"][what] for what, count in kv.stats()["nonfinite"].items()}
+
+
 def ones(*shape, dtype=F32):
     return np.ones(shape, dtype)
 

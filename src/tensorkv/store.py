@@ -1256,10 +1256,16 @@ class KVStore:
             trainer.replace_pending(words, keys)
 
     @_collective
-    def _set_optimizer(self, spec: optimizers.OptimizerSpec) -> None:
-        """Set an optimizer with the hyperparameters of single keys."""
+    def _start_optimizer(self, spec: optimizers.OptimizerSpec) -> bool:
+        """Set an optimizer where there is none; return whether there was none."""
         self._begin("set_optimizer")
-        self._engine.protect(self._engine.set_optimizer, spec)
+        return self._engine.protect(self._engine.start_optimizer, spec)
+
+    @_collective
+    def _change_optimizer(self, spec: optimizers.OptimizerSpec) -> None:
+        """Replace all hyperparameters, those of single keys as well."""
+        self._begin("set_optimizer")
+        self._engine.protect(self._engine.change_optimizer, spec)
 
     @_collective
     def _agree(self, verb: str, what: Any) -> None:

@@ -30,6 +30,7 @@ from tensorkv.engines.ps.options import PSOptions
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.engines.ps.server.snapshot import SnapshotBarrier
 from tensorkv.engines.transport import channel, network
+from tensorkv.shard import optimizers
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.rules import Assign
 from tensorkv.storage import manifest
@@ -860,6 +861,27 @@ def test_a_change_of_the_rule_waits_for_rank_0_and_for_no_more_than_it():
         first.set_optimizer("sgd", lr=1.0)
         with pytest.raises(tensorkv.WorkerMismatchError, match="rank 0 has set sgd, this worker sets adam"):
             second.set_optimizer("adam")
+
+
+def test_rules_that_a_trainer_sets_are_not_counted():
+    """Rank 0 may have set one before another worker looks, and changes its numbers alone."""
+    sgd = optimizers.spec("sgd", {"lr": 1.0})
+    with Cluster(2, num_workers=2) as cluster, ThreadPoolExecutor(1) as pool:
+        first, second = cluster.stores(2)
+        started = pool.submit(second._start_optimizer, sgd)
+        with pytest.raises(TimeoutError):
+            started.result(0.1)
+        assert first._start_optimizer(sgd)
+        assert started.result()
+        assert not first._start_optimizer(sgd)
+        first._change_optimizer(optimizers.spec("sgd", {"lr": 2.0}))
+        waiting = pool.submit(second.set_optimizer, "adam")
+        with pytest.raises(TimeoutError):
+            waiting.result(0.1)
+        first.set_optimizer("adam")
+        waiting.result()
+        with pytest.raises(tensorkv.WorkerMismatchError, match="rank 0 has set adam, this worker sets sgd"):
+            second._start_optimizer(sgd)
 
 
 def test_a_client_that_does_not_know_of_a_bound_on_the_norm(small_pieces):

@@ -178,7 +178,7 @@ def test_an_optimizer_leaves_out_hyperparameters_of_keys_that_are_gone(in_snapsh
     own = optimizers.spec("sgd", {"lr": 0.1})
     own.overrides.update({"w": {"lr": 0.5}, "gone": {"lr": 0.2}})
     kv.delete("gone")
-    kv._set_optimizer(own)
+    kv._change_optimizer(own)
     if in_snapshot:
         assert shard_of(kv).log.snapshot(shard_of(kv))
     kv = reopened(kv, tmp_path)

@@ -266,6 +266,17 @@ class Engine(Reader):
         """Step an optimizer with each sum as the gradient."""
         raise self.lacks("set_optimizer")
 
+    def start_optimizer(self, spec: OptimizerSpec) -> bool:
+        """Set an optimizer where there is none, for a Trainer; return whether there was none."""
+        if self.optimizer is not None:
+            return False
+        self.set_optimizer(spec)
+        return True
+
+    def change_optimizer(self, spec: OptimizerSpec) -> None:
+        """Replace all numbers of the optimizer, for a Trainer on a worker that ``decides``."""
+        self.set_optimizer(spec)
+
     def set_hyperparameters(self, numbers: dict[str, Any], keys: Sequence[Key] | None) -> None:
         """Change numbers of the optimizer, for all keys or some."""
         raise self.lacks("set_hyperparameters")

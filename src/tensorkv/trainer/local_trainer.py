@@ -99,8 +99,8 @@ class LocalTrainer:
                 raise OptimizerError("LocalTrainer: the store has an update rule, and parameters are to be averaged")
             broadcast(kv, {key: [param] for key, param in self._params.items()})
             # Setting an equal optimizer again would reset the hyperparameters of single keys.
-            if not self._averages and kv.optimizer is None:
-                kv.set_optimizer(outer, **hyperparameters)
+            if not self._averages:
+                kv._start_optimizer(optimizers.spec(outer, hyperparameters))
         self._common = {key: param.detach().clone() for key, param in self._params.items()}
         self.steps = 0
         """Inner steps that were made."""

@@ -104,11 +104,9 @@ class StoreUpdate:
     def start(self) -> None:
         """Set the update rule, after the keys were created."""
         # Setting an equal optimizer again would reset the hyperparameters of single keys.
-        if self._kv.optimizer is None:
-            own = [self._own(group) for group in self.groups]
-            self._kv._set_optimizer(replace(self._spec, overrides=self._overrides(self._spec, own)))
-        else:
-            self.write([self._own(group) for group in self.groups])
+        own = [self._own(group) for group in self.groups]
+        if not self._kv._start_optimizer(replace(self._spec, overrides=self._overrides(self._spec, own))):
+            self.write(own)
 
     def add(self, group: Group, created: Sequence[str]) -> None:
         """Take in one more group, of which these keys are new; their parameters are in ``params`` already."""
@@ -192,7 +190,7 @@ class StoreUpdate:
             rule = StepOptimizer(spec)
             for numbers, keys in calls:
                 rule = rule.changed(numbers, keys)
-            self._kv._set_optimizer(rule.optimizer.spec)
+            self._kv._change_optimizer(rule.optimizer.spec)
 
     def _split(self, changes: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
         """Return the numbers for every key of the store, for each group alone, and for the tables alone.

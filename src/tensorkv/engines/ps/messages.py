@@ -179,7 +179,7 @@ class SetRule(Message):
 
     Args:
         optimizer: as plain data.
-        number: how often this client has set the rule, with this time.
+        number: how often this client has set the rule in calls that all workers make, with this time (0: it is none).
     """
 
     optimizer: dict[str, Any] | None = None

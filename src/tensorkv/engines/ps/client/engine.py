@@ -440,39 +440,61 @@ class PSEngine(Engine):
                 "set_updater: a function cannot be sent to servers as data; use set_optimizer, or a store of type "
                 '"local" or "dist_sync", which run functions in your process'
             )
-        self._set_rule("set_updater", None, lambda _: None)
+        self._set_rule("set_updater", None)
 
     def set_optimizer(self, spec: OptimizerSpec) -> None:
         self._check_whole(spec)
         self._check_clipping(spec)
+        self._set_rule("set_optimizer", spec)
 
-        def describe(server: int) -> dict[str, Any]:
-            servers_of = {key: self._keymap.find("set_optimizer", key).servers for key in spec.overrides}
-            own = {key: numbers for key, numbers in spec.overrides.items() if server in servers_of[key]}
-            return replace(spec, overrides=own).to_json()
-
-        self._set_rule("set_optimizer", spec.name, describe)
-
-    def _set_rule(self, verb: str, name: str | None, describe: Callable[[int], dict[str, Any] | None]) -> None:
-        """Set the rule on each server, or wait until rank 0 has set it as often as this worker.
-
-        Args:
-            verb: of the caller.
-            name: of the optimizer (None: assignment).
-            describe: returns what a server is sent of it.
-        """
+    def _set_rule(self, verb: str, spec: OptimizerSpec | None) -> None:
+        """Set an optimizer (None: assignment), or wait until rank 0 has set the rule as often as this worker."""
         self._rules += 1
         if self.decides:
-            rules = {server: messages.SetRule(optimizer=describe(server), number=self._rules) for server in self._all}
-            shield.run(self._send, [ServerRequest(server, rule) for server, rule in rules.items()])
+            self._send_rule(spec, self._rules)
         else:
             told = self._ask(messages.WaitForRule(number=self._rules))[0]
+            name = None if spec is None else spec.name
             if told["number"] == self._rules and told["name"] != name:
                 raise WorkerMismatchError(
                     f"{verb}: rank 0 has set {told['name'] or 'assignment'}, this worker sets {name or 'assignment'}; "
                     "all workers set the same rules in the same order"
                 )
         self._keymap.refresh()
+
+    def _send_rule(self, spec: OptimizerSpec | None, number: int = 0) -> None:
+        """Set an optimizer; the number says how often this client has set the rule in calls that all workers make."""
+        requests = []
+        for server in self._all:
+            described = None
+            if spec is not None:
+                servers_of = {key: self._keymap.find("set_optimizer", key).servers for key in spec.overrides}
+                own = {key: numbers for key, numbers in spec.overrides.items() if server in servers_of[key]}
+                described = replace(spec, overrides=own).to_json()
+            requests.append(ServerRequest(server, messages.SetRule(optimizer=described, number=number)))
+        shield.run(self._send, requests)
+
+    def change_optimizer(self, spec: OptimizerSpec) -> None:
+        self._check_whole(spec)
+        self._check_clipping(spec)
+        self._send_rule(spec)
+        self._keymap.refresh()
+
+    def start_optimizer(self, spec: OptimizerSpec) -> bool:
+        # Rank 0 may have set it before another worker looks, so this call is not counted.
+        if self.decides:
+            is_new = self.optimizer is None
+            if is_new:
+                self.change_optimizer(spec)
+            return is_new
+        deadline = time.monotonic() + self._timeout_s
+        while (found := self.optimizer) is None:
+            if time.monotonic() > deadline:
+                raise WaitTimeoutError(f"set_optimizer: rank 0 has not set {spec.name} in {self._timeout_s:g} s")
+            time.sleep(0.01)
+        if found.name != spec.name:
+            raise WorkerMismatchError(f"set_optimizer: rank 0 has set {found.name}, this worker sets {spec.name}")
+        return True
 
     def _check_clipping(self, spec: OptimizerSpec) -> None:
         """Raise if gradients are to be clipped by the norm of sums of which no server has all."""

@@ -379,12 +379,34 @@ def _is_jax_struct(array: Any) -> bool:
 
 
 def empty(shape: torch.Size, dtype: torch.dtype, origin: Origin) -> Any:
-    """Return a new array to be filled: NumPy's for NumPy where it has the dtype, else a tensor for ``give``."""
+    """Return a new array to be filled: NumPy's for NumPy where it has the dtype, else a tensor for ``give``.
+
+    Raises:
+        ArrayTypeError: ``give`` could not return it.
+    """
     if origin.library == "numpy" and dtype not in _ML_DTYPES:
         return np.empty(shape, _NUMPY_DTYPES[dtype])
+    check_give(dtype, origin)
     device = origin.device if origin.library == "torch" and origin.device is not None else "cpu"
     with outside_modes():
         return torch.empty(shape, dtype=dtype, device=device)
+
+
+def check_give(dtype: torch.dtype, origin: Origin) -> None:
+    """Raise what ``give`` would raise for a tensor of a dtype.
+
+    Raises:
+        ArrayTypeError: as ``give``.
+    """
+    if dtype in _ML_DTYPES and origin.library in ("numpy", "jax", "array-api"):
+        _ml_dtype(dtype_name(dtype))
+    if origin.library != "jax":
+        return
+    import jax
+
+    numpy_dtype = _NUMPY_DTYPES.get(dtype)
+    if numpy_dtype is not None and jax.dtypes.canonicalize_dtype(numpy_dtype) != numpy_dtype:
+        _check_cut(dtype, jax.device_put(np.empty(0, numpy_dtype)))
 
 
 def give(tensor: torch.Tensor, origin: Origin) -> Any:
@@ -436,12 +458,17 @@ def _give_jax(tensors: Sequence[torch.Tensor], device: Any) -> list[Any]:
     # ends the process if Python has ended. Of NumPy's arrays JAX itself lets go, in a thread of Python.
     arrays: list[Any] = jax.device_put([view(tensor.cpu(), NUMPY) for tensor in tensors], device)
     for tensor, array in zip(tensors, arrays, strict=True):
-        if array.dtype.name != dtype_name(tensor.dtype):
-            raise ArrayTypeError(
-                f"is {dtype_name(tensor.dtype)}, which JAX would cut down to {array.dtype.name}; "
-                'call jax.config.update("jax_enable_x64", True) first, or pull into another library'
-            )
+        _check_cut(tensor.dtype, array)
     return arrays
+
+
+def _check_cut(dtype: torch.dtype, array: Any) -> None:
+    """Raise ArrayTypeError if JAX has made an array of another dtype than was asked for."""
+    if array.dtype.name != dtype_name(dtype):
+        raise ArrayTypeError(
+            f"is {dtype_name(dtype)}, which JAX would cut down to {array.dtype.name}; "
+            'call jax.config.update("jax_enable_x64", True) first, or pull into another library'
+        )
 
 
 def view(tensor: torch.Tensor, origin: Origin) -> Any:

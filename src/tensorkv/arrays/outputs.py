@@ -154,6 +154,10 @@ class NewOuts:
         verb: for messages.
         keys: as the caller listed them; each place gets an array of its own.
         specs: of those keys.
+
+    Raises:
+        ArrayTypeError: the library of a key cannot have its array, and the call is to change nothing.
+        ValueMismatchError: a key holds a sparse table.
     """
 
     def __init__(self, verb: str, keys: Sequence[Key], specs: Sequence[KeySpec]) -> None:
@@ -161,7 +165,10 @@ class NewOuts:
         grouped: dict[Key, list[torch.Tensor]] = {}
         for key, spec in zip(keys, specs, strict=True):
             check_dense(verb, key, spec)
-            array = spec.new()
+            try:
+                array = interop.empty(spec.shape, spec.dtype, spec.origin)
+            except ArrayTypeError as error:
+                raise ArrayTypeError(f"{verb}({quote(key)}): the value {error}") from None
             self._made.append((array, spec))
             grouped.setdefault(key, []).append(interop.take(array))
         self.keys, self.tensors = list(grouped), list(grouped.values())
@@ -203,11 +210,13 @@ def describe_like(verb: str, key: Key, like: Any) -> tuple[tuple[int, ...], torc
     """Return the shape, dtype, library and device of the array that a key's new one is to be like.
 
     Raises:
-        ArrayTypeError: as ``like_origin``, or a dtype that no store holds.
+        ArrayTypeError: as ``like_origin``, or a dtype that no store holds, or that its library does not have.
     """
     try:
         origin = _origin(like)
-        return *interop.shape_and_dtype(like), origin
+        shape, dtype = interop.shape_and_dtype(like)
+        interop.check_give(dtype, origin)
+        return shape, dtype, origin
     except ArrayTypeError as error:
         raise ArrayTypeError(f"{verb}({quote(key)}): like {error}; give an array like the one to return") from None
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from tensorkv.errors import ArrayTypeError
+
 from . import interop
 from .rowinit import RowInit
 
@@ -30,8 +32,11 @@ class KeySpec:
     init: RowInit | None = None
 
     def new(self) -> Any:
-        """Return a new array to be filled, of NumPy or torch."""
-        return interop.empty(self.shape, self.dtype, self.origin)
+        """Return a new array to be filled, of NumPy or torch; None: its library cannot have it."""
+        try:
+            return interop.empty(self.shape, self.dtype, self.origin)
+        except ArrayTypeError:
+            return None
 
     def of(self, origin: interop.Origin) -> KeySpec:
         """Return the same for arrays of another library or device."""

@@ -1,6 +1,7 @@
 """Init, push, pushpull and broadcast: what is stored, and what is refused and changes nothing."""
 
 import math
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -490,6 +491,35 @@ class WriteContract:
         with pytest.raises(tensorkv.ValueMismatchError):
             kv.pushpull("w", 5 * ones(2), out=np.zeros(3, F32))
         assert state(kv) == before
+
+    def test_a_pushpull_that_cannot_return_its_arrays_changes_nothing(self, kv, monkeypatch):
+        jax = pytest.importorskip("jax")
+        ml_dtypes = pytest.importorskip("ml_dtypes")
+        jax.config.update("jax_enable_x64", True)
+        try:
+            kv.init(["d", "i"], [jax.numpy.zeros(2, "float64"), jax.numpy.zeros(2, "int64")])
+        finally:
+            jax.config.update("jax_enable_x64", False)
+        kv.init("h", np.zeros(2, ml_dtypes.bfloat16))
+        kv.init("w", ones(2))
+        one, half = np.ones(2), np.ones(2, ml_dtypes.bfloat16)
+        monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+        calls = {
+            r'^pushpull\("d"\): the value is float64, .*jax_enable_x64': lambda: kv.pushpull("d", one),
+            r'^pushpull\("i"\): the value is int64, .*jax_enable_x64': lambda: kv.pushpull(
+                ["w", "i"], [ones(2), one.astype(int)]
+            ),
+            r'^pushpull\("h"\): the value is bfloat16, .*ml_dtypes': lambda: kv.pushpull_tree(
+                {"w": ones(2), "h": half}
+            ),
+        }
+        for said, call in calls.items():
+            for _ in range(3):
+                with pytest.raises(tensorkv.ArrayTypeError, match=said):
+                    call()
+        assert {key: kv.info(key).version for key in kv.keys()} == {"d": 0, "i": 0, "h": 0, "w": 0}
+        kv.pushpull("d", one, out=one)
+        assert one.tolist() == [1, 1]
 
     def test_broadcast(self, kv, library):
         value = library.make([1, 2])

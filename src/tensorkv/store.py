@@ -729,7 +729,7 @@ class KVStore:
         wholes = [empty_whole(leaf) for leaf in new.values()]
         taken, specs = _take_values(verb, list(new), wholes)
         specs = [
-            spec if whole is leaf else spec.of(interop.origin(local_part(leaf)[0]))
+            spec if whole is leaf else spec.of(interop.origin(local_part(leaf)[0]).for_parts())
             for spec, whole, leaf in zip(specs, wholes, new.values(), strict=True)
         ]
         made: dict[Key, KeySpec] = dict(zip(new, specs, strict=True))
@@ -1699,9 +1699,8 @@ def _take_ids(verb: str, key: Key, spec: KeySpec, row_ids: Any) -> torch.Tensor:
 
 
 def _give_rows(rows: Rows, origin: interop.Origin) -> Rows:
-    # JAX has int64 only on demand, and seldom needs it for ids.
-    ids = rows.ids.int() if origin.library == "jax" and rows.num_rows <= 1 << 31 else rows.ids
-    return unchecked_rows(interop.give(ids, origin), interop.give(rows.values, origin), rows.num_rows)
+    ids = interop.give_ids(rows.ids, rows.num_rows, origin)
+    return unchecked_rows(ids, interop.give(rows.values, origin.for_parts()), rows.num_rows)
 
 
 def _regions(key: Any, region: Any) -> dict[Key, Any]:

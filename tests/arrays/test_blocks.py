@@ -116,3 +116,11 @@ def test_parts_that_are_not_rounded_are_named(part):
         with pytest.raises(tensorkv.ValueMismatchError, match=r'push\("w"\): part 0 is float32, .* float8_e4m3fn'):
             kv.push_tree({"w": part})
         assert not kv.pull("w").float().any()
+
+
+def test_scales_of_what_jax_divides():
+    jax = pytest.importorskip("jax")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None))
+    values, scale_inv = quantize_blocks(jax.device_put(np.ones((12, 4), np.float32), where))
+    assert (values.sharding, scale_inv.shape) == (where, (1, 1))

@@ -58,7 +58,7 @@ def quantize_blocks(array: Any) -> tuple[Any, Any]:
     scaled = (blocks / scale_inv[..., :, None, :, None]).clamp(-_MAX, _MAX)
     values = _whole_of(scaled, tensor.shape).to(DTYPE)
     origin = interop.origin(array)
-    return interop.give(values, origin), interop.give(scale_inv.contiguous(), origin)
+    return interop.give(values, origin), interop.give(scale_inv.contiguous(), origin.for_parts())
 
 
 def dequantize_blocks(values: Any, scale_inv: Any, *, dtype: torch.dtype = torch.float32) -> Any:

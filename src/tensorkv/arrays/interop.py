@@ -46,6 +46,12 @@ class Origin:
     library: str
     device: Any = None
 
+    def for_parts(self) -> Origin:
+        """Return what makes arrays of other shapes: JAX's sharding of a value does not divide its parts."""
+        if self.library != "jax" or self.device is None or _is_on_one_device(self.device):
+            return self
+        return Origin("jax")
+
 
 NUMPY = Origin("numpy")
 
@@ -386,14 +392,14 @@ def empty(shape: torch.Size, dtype: torch.dtype, origin: Origin) -> Any:
     """
     if origin.library == "numpy" and dtype not in _ML_DTYPES:
         return np.empty(shape, _NUMPY_DTYPES[dtype])
-    check_give(dtype, origin)
+    check_give(shape, dtype, origin)
     device = origin.device if origin.library == "torch" and origin.device is not None else "cpu"
     with outside_modes():
         return torch.empty(shape, dtype=dtype, device=device)
 
 
-def check_give(dtype: torch.dtype, origin: Origin) -> None:
-    """Raise what ``give`` would raise for a tensor of a dtype.
+def check_give(shape: Sequence[int], dtype: torch.dtype, origin: Origin) -> None:
+    """Raise what ``give`` would raise for a tensor of a shape and dtype.
 
     Raises:
         ArrayTypeError: as ``give``.
@@ -407,6 +413,22 @@ def check_give(dtype: torch.dtype, origin: Origin) -> None:
     numpy_dtype = _NUMPY_DTYPES.get(dtype)
     if numpy_dtype is not None and jax.dtypes.canonicalize_dtype(numpy_dtype) != numpy_dtype:
         _check_cut(dtype, jax.device_put(np.empty(0, numpy_dtype)))
+    sharding = origin.device
+    if sharding is None or _is_on_one_device(sharding):
+        return
+    try:
+        fits = not isinstance(sharding, jax.sharding.NamedSharding) or len(sharding.spec) <= len(shape)
+        sharding.shard_shape(tuple(shape))
+    except (AssertionError, ValueError):
+        fits = False
+    if not fits:
+        raise ArrayTypeError(
+            f"has the shape {tuple(shape)}, which {sharding} does not divide; choose an array with another sharding"
+        )
+
+
+def _is_on_one_device(sharding: Any) -> bool:
+    return isinstance(sharding, sys.modules["jax"].sharding.SingleDeviceSharding)
 
 
 def give(tensor: torch.Tensor, origin: Origin) -> Any:
@@ -432,6 +454,13 @@ def give(tensor: torch.Tensor, origin: Origin) -> Any:
             return cupy.from_dlpack(tensor.to(f"cuda:{origin.device.id}"))
     # A copy, which the library lets go of when and where it likes.
     return origin.device.asarray(view(tensor.cpu(), NUMPY), copy=True)
+
+
+def give_ids(ids: torch.Tensor, num_rows: int, origin: Origin) -> Any:
+    """Return ids of rows as an array of another library."""
+    # JAX has int64 only on demand, and seldom needs it for ids.
+    is_narrow = origin.library == "jax" and num_rows <= 1 << 31
+    return give(ids.int() if is_narrow else ids, origin.for_parts())
 
 
 def give_each(arrays: Sequence[Any], origins: Sequence[Origin]) -> list[Any]:

@@ -215,7 +215,7 @@ def describe_like(verb: str, key: Key, like: Any) -> tuple[tuple[int, ...], torc
     try:
         origin = _origin(like)
         shape, dtype = interop.shape_and_dtype(like)
-        interop.check_give(dtype, origin)
+        interop.check_give(shape, dtype, origin)
         return shape, dtype, origin
     except ArrayTypeError as error:
         raise ArrayTypeError(f"{verb}({quote(key)}): like {error}; give an array like the one to return") from None

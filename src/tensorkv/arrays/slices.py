@@ -300,7 +300,9 @@ def empty_whole(array: Any) -> Any:
     if local is array:
         return array
     _, dtype = interop.shape_and_dtype(local)
-    return interop.empty(torch.Size(array.shape if own is None else own.global_shape), dtype, interop.origin(local))
+    return interop.empty(
+        torch.Size(array.shape if own is None else own.global_shape), dtype, interop.origin(local).for_parts()
+    )
 
 
 def take_slice(array: Any) -> Slices | None:

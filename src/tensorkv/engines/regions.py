@@ -29,7 +29,8 @@ class RegionReader(Reader):
 
     def spec(self, verb: str, key: Key) -> KeySpec:
         whole = self._source.spec(verb, key)
-        return replace(whole, shape=Region.take(verb, key, self._wanted[key], whole).shape)
+        region = Region.take(verb, key, self._wanted[key], whole)
+        return replace(whole, shape=region.shape, origin=whole.origin.for_parts())
 
     def keys(self) -> list[Key]:
         return list(self._wanted)

@@ -76,7 +76,8 @@ class KeyChange:
         """Flat indices of elements, int32 or int64, or ids of rows, as an array of the key's library; or None."""
         if self.places is None:
             return None
-        return interop.give(elements.as_tensor(self.places.copy(), index_dtype(self.spec)), self.spec.origin)
+        found = elements.as_tensor(self.places.copy(), index_dtype(self.spec))
+        return interop.give(found, self.spec.origin.for_parts())
 
     @property
     def values(self) -> Any:
@@ -88,7 +89,8 @@ class KeyChange:
             found = found.reshape(0 if self.places is None else len(self.places) // 8, *self.spec.shape[1:])
         elif self.kind == "dense":
             found = found.reshape(self.spec.shape)
-        return interop.give(found, self.spec.origin)
+            return interop.give(found, self.spec.origin)
+        return interop.give(found, self.spec.origin.for_parts())
 
     @property
     def come(self) -> int:

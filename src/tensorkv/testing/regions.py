@@ -9,7 +9,7 @@ import torch
 import tensorkv
 from tensorkv import TensorSlice
 
-from .values import F32, VIEWS
+from .values import F32, VIEWS, ones
 
 REGIONS = [
     slice(2, 5),
@@ -70,6 +70,27 @@ class RegionContract:
         assert type(kv.pull("b", region=wanted[1], like=like)) is np.ndarray
         first, second = kv.pull(["a", "a"], region=[slice(0, 2), slice(0, 2)])
         assert first.tolist() == second.tolist() == [0, 1]
+
+    def test_parts_of_values_that_jax_divides(self, kv):
+        jax = pytest.importorskip("jax")
+        mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+        where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None))
+        value = np.arange(48, dtype=F32).reshape(12, 4)
+        divided = jax.device_put(value, where)
+        kv.init(["w", "b"], [divided, ones(12)])
+        assert np.array_equal(kv.pull("w"), value)
+        part = kv.pull("w", region=slice(0, 5))
+        assert isinstance(part, jax.Array)
+        assert np.array_equal(part, value[:5])
+        rows = kv.row_sparse_pull("w", row_ids=[5, 1, 2])
+        assert (rows.ids.tolist(), rows.values.tolist()) == ([1, 2, 5], value[[1, 2, 5]].tolist())
+        kv.set_optimizer("sgd", lr=0.5, ema=0.5)
+        assert kv.pull_ema("w", row_ids=[7]).values.tolist() == value[[7]].tolist()
+        for call in (lambda: kv.pull("b", like=divided), lambda: kv.pull(["w", "b"], like=divided)):
+            with pytest.raises(
+                tensorkv.ArrayTypeError, match=r'^pull\("b"\): the value has the shape \(12,\), which Named'
+            ):
+                call()
 
     def test_a_region_is_as_new_as_a_whole_value(self, kv):
         kv.init("w", np.zeros(4, F32))

@@ -235,6 +235,21 @@ class ReleaseContract:
             with pytest.raises(tensorkv.ArgumentError, match=r"since is 3"):
                 release.changes(since=3)
 
+    def test_changes_of_values_that_jax_divides(self, kv):
+        jax = pytest.importorskip("jax")
+        mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+        where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None))
+        start, some = full(0, 12, 4), full(0, 12, 4)
+        some[1, 2] = some[3, 3] = 5
+        kv.init(["some", "all"], [jax.device_put(start, where)] * 2)
+        kv.publish(self.at("a"))
+        kv.push(["some", "all"], [some, full(1, 12, 4)])
+        with published(kv, self.at("b")) as release:
+            patches = list(release.changes(since=self.at("a")).patches())
+        assert [name for name, *_ in patches] == ["some", "all"]
+        assert (patches[0].indices.tolist(), patches[0].values.tolist()) == ([6, 15], [5, 5])
+        assert np.array_equal(patches[1].values, full(1, 12, 4))
+
     def test_changes_since_a_release_that_is_gone_are_all_values(self, kv):
         kv.init({"w": full(1, 3), "b": full(2, 2)})
         kv.publish(self.at("a"))

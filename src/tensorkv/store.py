@@ -451,7 +451,7 @@ class KVStore:
                 average = entry.state.get(AVERAGE)
                 return entry.read_rows(ids) if average is None else average[ids].to(spec.dtype)
 
-        rows = _give_rows(Rows(ids, self._engine.protect(read), spec.shape[0]), spec.origin)
+        rows = _give_rows("pull_ema", key, Rows(ids, self._engine.protect(read), spec.shape[0]), spec.origin)
         self._metrics.add("pull_ema", start, [key], [rows.values.nbytes])
         return rows
 
@@ -808,7 +808,10 @@ class KVStore:
             if not isinstance(target, Rows):
                 raise ArrayTypeError(f"row_sparse_pull({quote(each)}): out is {show(target)}; expected Rows")
         found = self._engine.transfer(self._engine.pull_rows, listed, ids)
-        pulled = [_give_rows(rows, spec.origin) for rows, spec in zip(found, specs, strict=True)]
+        pulled = [
+            _give_rows("row_sparse_pull", each, rows, spec.origin)
+            for each, rows, spec in zip(listed, found, specs, strict=True)
+        ]
         self._metrics.add("row_sparse_pull", start, listed, [rows.values.nbytes for rows in pulled])
         if outs is None:
             return pulled[0] if single else pulled
@@ -1698,9 +1701,12 @@ def _take_ids(verb: str, key: Key, spec: KeySpec, row_ids: Any) -> torch.Tensor:
         raise type(error)(f"{verb}({quote(key)}): {error}") from None
 
 
-def _give_rows(rows: Rows, origin: interop.Origin) -> Rows:
-    ids = interop.give_ids(rows.ids, rows.num_rows, origin)
-    return unchecked_rows(ids, interop.give(rows.values, origin.for_parts()), rows.num_rows)
+def _give_rows(verb: str, key: Key, rows: Rows, origin: interop.Origin) -> Rows:
+    try:
+        ids, values = interop.give_ids(rows.ids, rows.num_rows, origin), interop.give(rows.values, origin.for_parts())
+    except ArrayTypeError as error:
+        raise ArrayTypeError(f"{verb}({quote(key)}): an array of rows {error}") from None
+    return unchecked_rows(ids, values, rows.num_rows)
 
 
 def _regions(key: Any, region: Any) -> dict[Key, Any]:

@@ -410,9 +410,8 @@ def check_give(shape: Sequence[int], dtype: torch.dtype, origin: Origin) -> None
         return
     import jax
 
-    numpy_dtype = _NUMPY_DTYPES.get(dtype)
-    if numpy_dtype is not None and jax.dtypes.canonicalize_dtype(numpy_dtype) != numpy_dtype:
-        _check_cut(dtype, jax.device_put(np.empty(0, numpy_dtype)))
+    if not _jax_has(dtype):
+        _check_cut(dtype, jax.device_put(np.empty(0, _NUMPY_DTYPES[dtype])))
     sharding = origin.device
     if sharding is None or _is_on_one_device(sharding):
         return
@@ -425,6 +424,12 @@ def check_give(shape: Sequence[int], dtype: torch.dtype, origin: Origin) -> None
         raise ArrayTypeError(
             f"has the shape {tuple(shape)}, which {sharding} does not divide; choose an array with another sharding"
         )
+
+
+def _jax_has(dtype: torch.dtype) -> bool:
+    """Return whether JAX makes arrays of a dtype in its present mode; those of 64 bits it has only on demand."""
+    numpy_dtype = _NUMPY_DTYPES.get(dtype)
+    return numpy_dtype is None or bool(sys.modules["jax"].dtypes.canonicalize_dtype(numpy_dtype) == numpy_dtype)
 
 
 def _is_on_one_device(sharding: Any) -> bool:
@@ -457,10 +462,10 @@ def give(tensor: torch.Tensor, origin: Origin) -> Any:
 
 
 def give_ids(ids: torch.Tensor, num_rows: int, origin: Origin) -> Any:
-    """Return ids of rows as an array of another library."""
-    # JAX has int64 only on demand, and seldom needs it for ids.
-    is_narrow = origin.library == "jax" and num_rows <= 1 << 31
-    return give(ids.int() if is_narrow else ids, origin.for_parts())
+    """Return ids of rows as an array of another library; those of JAX are int32 where they fit, unless it has int64."""
+    if origin.library == "jax" and (num_rows <= 1 << 31 or (not _jax_has(torch.int64) and bool((ids < 1 << 31).all()))):
+        ids = ids.int()
+    return give(ids, origin.for_parts())
 
 
 def give_each(arrays: Sequence[Any], origins: Sequence[Origin]) -> list[Any]:

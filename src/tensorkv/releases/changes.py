@@ -77,6 +77,8 @@ class KeyChange:
         if self.places is None:
             return None
         found = elements.as_tensor(self.places.copy(), index_dtype(self.spec))
+        if self.spec.is_table:
+            return interop.give_ids(found, self.spec.shape[0], self.spec.origin)
         return interop.give(found, self.spec.origin.for_parts())
 
     @property

@@ -291,14 +291,19 @@ class ReleaseContract:
             kv.delete("t")
         assert digests[0] != digests[1]
 
-    def test_changes_of_a_table_are_its_rows(self, kv):
-        kv.init("table", Rows([1, 4], np.array([[1, 2], [3, 4]], np.float32), 10))
+    @pytest.mark.parametrize("num_rows", [10, 1 << 40])
+    def test_changes_of_a_table_are_its_rows(self, kv, library, num_rows):
+        kv.init("table", Rows([1, 4], library.make([[1, 2], [3, 4]]), num_rows))
         kv.publish(self.at("a"))
-        kv.push("table", Rows([4, 7], np.array([[3, 5], [0, 0]], np.float32), 10))
+        kv.push("table", Rows([4, 7], library.make([[3, 5], [0, 0]]), num_rows))
         with published(kv, self.at("b")) as release:
             (change,) = release.changes(since=self.at("a"))
-            assert (change.kind, change.indices.tolist()) == ("rows", [4, 7])
-            assert change.values.tolist() == [[3, 5], [0, 0]]
+            assert (change.kind, library.read(change.indices).tolist()) == ("rows", [4, 7])
+            assert library.read(change.values).tolist() == [[3, 5], [0, 0]]
+            assert library.read(kv.row_sparse_pull("table", row_ids=[7, 1]).ids).tolist() == [1, 7]
+            if library.name == "jax" and num_rows > 10:
+                with pytest.raises(tensorkv.ArrayTypeError, match=r'^row_sparse_pull\("table"\): .*jax_enable_x64'):
+                    kv.row_sparse_pull("table", row_ids=[num_rows - 1])
             with pytest.raises(tensorkv.ArgumentError, match=r'apply_changes."table".: the key is a sparse table'):
                 tensorkv.apply_changes({"table": full(0, 10, 2)}, release.changes(since=self.at("a")))
 

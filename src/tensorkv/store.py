@@ -52,6 +52,7 @@ from .errors import (
     ArrayTypeError,
     ForkedStoreError,
     KeyNotFoundError,
+    KeyTypeError,
     OptimizerError,
     SnapshotError,
     SparseOutWarning,
@@ -1324,7 +1325,9 @@ class KVStore:
 
     def __contains__(self, key: object) -> bool:
         self._begin("in")
-        return type(key) is not bool and is_key(key) and key in self._engine
+        with suppress(KeyTypeError):
+            return check_key("in", key) in self._engine
+        return False
 
     def __len__(self) -> int:
         return len(self.keys())

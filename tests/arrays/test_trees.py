@@ -1,6 +1,7 @@
 """Trees have the same names and structure with JAX's registry and without it, and what is registered is a tree."""
 
 import dataclasses
+import enum
 import subprocess
 import sys
 from collections import OrderedDict, defaultdict, namedtuple
@@ -52,6 +53,21 @@ def test_with_and_without_jax(tree, prefix):
 
 def without_jax(monkeypatch):
     monkeypatch.delitem(sys.modules, "jax", raising=False)
+
+
+@pytest.mark.parametrize("has_jax", [True, False])
+def test_a_str_that_is_an_enum_is_its_value(has_jax, monkeypatch):
+    if has_jax:
+        pytest.importorskip("jax")
+    else:
+        without_jax(monkeypatch)
+
+    class Name(str, enum.Enum):  # noqa: UP042 - str(Name.W) is not its value
+        W = "w"
+
+    for tree in ({Name.W: [1]}, {"w": [1]}, {Name.W: [1]}):
+        assert flatten("push", tree, "net").names == ["net.w.0"]
+    assert flatten("push", {"a": 1}, "net", lambda path: Name.W).names == ["net.w"]
 
 
 @pytest.mark.parametrize("has_jax", [True, False])

@@ -39,7 +39,8 @@ def check_key(verb: str, key: Any) -> Key:
     if isinstance(key, str):
         if not key:
             raise KeyTypeError(f"{verb}: the key is an empty string; expected a non-empty str or an int")
-        return str(key)
+        # Of a str that is an Enum, str(key) is its name.
+        return str.__str__(key)
     return int(key)
 
 
@@ -68,6 +69,7 @@ def pairs(verb: str, what: str, key: Any, value: Any) -> tuple[list[Key], list[l
     else:
         listed, values = key_list(verb, key), value
         if isinstance(value, Mapping):
+            listed = keys_of(verb, listed)
             listed = list(dict.fromkeys(listed)) if what == "out" else listed
             values = _align(verb, what, listed, value)
         if type(values) not in _LISTS:
@@ -138,9 +140,10 @@ def check_one_type(verb: str, keys: Collection[Key]) -> None:
 
 
 def _align(verb: str, what: str, keys: list[Any], values: Mapping[Any, Any]) -> list[Any]:
-    if len(values) != len(keys) or any(key not in values for key in keys):
+    by_key = {check_key(verb, key): own for key, own in values.items()}
+    if len(by_key) != len(keys) or any(key not in by_key for key in keys):
         raise ArgumentError(f"{verb}: the {what} mapping has the keys {show(list(values))}; expected {show(keys)}")
-    return [values[key] for key in keys]
+    return [by_key[key] for key in keys]
 
 
 def _arrays(verb: str, what: str, key: Key, value: Any) -> list[Any]:

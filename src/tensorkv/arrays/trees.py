@@ -187,7 +187,8 @@ def _renamed(verb: str, flat: Flat, base: str, rename: Rename) -> Flat:
         if not isinstance(name, str):
             raise ArgumentError(f"{verb}: rename gives {quote(path)} the name {show(name)}; expected a str")
     return replace(
-        flat, names=check_names(verb, [f"{base}.{name}" if base and name else base or name for name in names])
+        flat,
+        names=check_names(verb, [f"{base}.{name}" if base and name else base or name for name in map(_word, names)]),
     )
 
 
@@ -285,6 +286,11 @@ def check_names(verb: str, names: list[str]) -> list[str]:
     return names
 
 
+def _word(key: Any) -> str:
+    """Return a key of a mapping, or an index, as a part of a path; of a str that is an Enum its value."""
+    return str.__str__(key) if isinstance(key, str) else str(key)
+
+
 # ---------------------------------------------------------------- with JAX
 
 
@@ -297,7 +303,13 @@ def _flatten_pytree(verb: str, tree_util: Any, tree: Any, base: str) -> Flat:
         names = _names.get((structure, base, text))
     if names is None:
         paths = [path for path, _ in tree_util.tree_flatten_with_path(tree)[0]]
-        words = [[tree_util.keystr((key,), simple=True) for key in path] for path in paths]
+        words = [
+            [
+                _word(key.key) if isinstance(key, tree_util.DictKey) else tree_util.keystr((key,), simple=True)
+                for key in path
+            ]
+            for path in paths
+        ]
         names = check_names(verb, [".".join([base, *path] if base else path) for path in words])
         keys = {type(key.key) for path in paths for key in path if isinstance(key, tree_util.DictKey)}
         if keys <= {str, int}:
@@ -335,7 +347,12 @@ def _walk_all(below: Iterable[Any], paths: Iterable[str | None], names: list[str
         else:
             words, inner = _children(tree)
             start = "" if path is None else f"{path}."
-            found = _walk_all(inner, [f"{start}{word}" for word in words], names, leaves)
+            found = _walk_all(
+                inner,
+                [f"{start}{word if type(word) is str or type(word) is int else _word(word)}" for word in words],
+                names,
+                leaves,
+            )
             structures.append((kind, getattr(tree, "default_factory", None), words, found))
     return structures
 

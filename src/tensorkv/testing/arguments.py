@@ -1,11 +1,18 @@
 """Keys, values, lists and mappings of them, as callers may write them."""
 
+from enum import Enum
+
 import numpy as np
 import pytest
 
 import tensorkv
 
 from .values import F32, ones
+
+
+class Name(str, Enum):  # noqa: UP042 - str(Name.W) is not its value
+    W = "w"
+    B = "b"
 
 
 class ArgumentContract:
@@ -32,6 +39,29 @@ class ArgumentContract:
     def test_a_numpy_str_is_a_str(self, kv):
         kv.init(np.str_("w"), ones(1))
         assert type(kv.keys()[0]) is str
+
+    def test_a_str_that_is_an_enum_is_its_value(self, kv):
+        kv.init(Name.W, ones(2))
+        kv.init_tree({"net": {Name.B: ones(1)}})
+        assert kv.keys() == ["w", "net.b"]
+        assert [type(key) for key in kv.keys()] == [str, str]
+        assert Name.W in kv
+        assert kv.info(Name.W) == kv.info("w")
+        kv.push(Name.W, 2 * ones(2))
+        kv.push([Name.W], {"w": 3 * ones(2)})
+        kv.push(["w"], {Name.W: 4 * ones(2)})
+        assert kv.pull([Name.W, "w"])[0].tolist() == [4, 4]
+        pulled = kv.pushpull({Name.W: 5 * ones(2)})
+        assert pulled[Name.W].tolist() == [5, 5]
+        kv.push_tree({"net": {Name.B: 6 * ones(1)}})
+        kv.push_tree({Name.W: 7 * ones(2)})
+        kv.push_tree({"any": 8 * ones(2)}, rename={"any": Name.W})
+        into = {Name.W: np.zeros(2, F32), "net": {Name.B: np.zeros(1, F32)}}
+        kv.pull_tree(into=into)
+        assert (into[Name.W].tolist(), into["net"][Name.B].tolist()) == ([8, 8], [6])
+        kv.delete(Name.W)
+        assert kv.keys() == ["net.b"]
+        assert Name.W not in kv
 
     @pytest.mark.parametrize("key", ["", True, False, np.True_, None, 1.0, 2j, b"w", object(), {1, 2}, np.ones(2)])
     def test_other_things_are_no_keys(self, kv, key):

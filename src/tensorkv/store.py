@@ -544,7 +544,7 @@ class KVStore:
 
         Returns:
             None with ``into``. A tree of new arrays with ``like``. Otherwise nested dicts of all keys that begin with
-            the prefix, as each key was initialised.
+            the prefix, as each key was initialised, without sparse tables (see ``row_sparse_pull``).
 
         Raises:
             KeyNotFoundError: the store has no key of that path, or none that begins with the prefix.
@@ -584,7 +584,8 @@ class KVStore:
             raise KeyNotFoundError(
                 f"pull_tree: no key {what}; the store has {show(keys[:3])}{', ...' * (len(keys) > 3)}"
             )
-        return trees.nest("pull_tree", dict(zip(names, self.pull(names), strict=True)), base)
+        dense = self._engine.protect(lambda: [key for key in names if not self._engine.spec("pull", key).is_table])
+        return trees.nest("pull_tree", dict(zip(dense, self.pull(dense), strict=True)), base)
 
     def _pull_like(self, keys: list[str], arrays: list[Any]) -> list[Any]:
         """Return the value of each key as an array of the shape, dtype, library and device of another array."""

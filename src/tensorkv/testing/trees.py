@@ -327,6 +327,16 @@ class TreeContract:
         with pytest.raises(tensorkv.ArgumentError, match='pull_tree: "policy" is an array and part of another name'):
             kv.pull_tree()
 
+    def test_a_tree_without_a_model_has_no_tables(self, kv):
+        kv.init_tree({"net": {"w": ones(2)}, "table": Rows(np.array([2]), ones(1, 2), 9)})
+        assert {name: value["w"].tolist() for name, value in kv.pull_tree().items()} == {"net": [1, 1]}
+        assert kv.pull_tree(prefix="table") == {}
+        if kv.is_capable("snapshot"):
+            with kv.snapshot() as snapshot:
+                assert list(snapshot.pull_tree()) == ["net"]
+        with pytest.raises(tensorkv.ValueMismatchError, match=r'pull\("table"\): the key holds rows of a sparse table'):
+            kv.pull_tree({"table": ones(9, 2)})
+
     def test_rows_in_a_tree(self, kv):
         kv.init_tree({"table": Rows(np.array([2]), ones(1, 2), 9), "w": ones(2)})
         kv.push_tree({"table": Rows(np.array([4]), ones(1, 2), 9), "w": ones(2)})

@@ -463,8 +463,8 @@ class KVStore:
 
         A tree is an array, or dicts, lists, tuples and NamedTuples of trees; where JAX was imported, any pytree. The
         key of an array is the path to it, joined with dots. None is a tree without arrays. A ``torch.nn.Module`` is a
-        tree of the parameters and buffers of its ``state_dict``; tied ones have one key, with the first of their
-        names.
+        tree, also inside of others, of the parameters and buffers of its ``state_dict``; tied ones have one key, with
+        the first of their names.
 
         Args:
             tree: of arrays of any library, or ``Rows``.

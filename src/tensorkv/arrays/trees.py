@@ -47,15 +47,16 @@ class Flat:
     rebuild: Callable[[Sequence[Any]], Any]
 
 
-def flatten(verb: str, tree: Any, prefix: str, rename: Rename | None = None) -> Flat:
+def flatten(verb: str, tree: Any, prefix: str, rename: Rename | None = None, *, all_names: bool = False) -> Flat:
     """Return the leaves of a tree with their names.
 
     Args:
         verb: for messages.
-        tree: nested dicts, lists, tuples, NamedTuples and None, or any pytree if JAX was imported; or a module of
-            torch, as a dict of its parameters and buffers.
+        tree: nested dicts, lists, tuples, NamedTuples and None, or any pytree if JAX was imported. Modules of torch
+            are dicts of their parameters and buffers.
         prefix: put before each name, joined with a dot; it may end with that dot.
         rename: other names, by path; or a function that returns the name of a path.
+        all_names: give tied tensors of modules inside of the tree all of their names, not the first one alone.
 
     Raises:
         ArgumentError: two leaves of one name, a leaf without a name, a tree that contains itself, an invalid prefix,
@@ -74,13 +75,28 @@ def flatten(verb: str, tree: Any, prefix: str, rename: Rename | None = None) -> 
         return _renamed(verb, flatten(verb, tree, ""), base, rename)
     jax = sys.modules.get("jax")
     try:
-        return _flatten(verb, tree, base) if jax is None else _flatten_pytree(verb, jax.tree_util, tree, base)
+        flat = _flatten(verb, tree, base) if jax is None else _flatten_pytree(verb, jax.tree_util, tree, base)
     except (RecursionError, SystemError):  # the latter from JAX's compiled code
         raise ArgumentError(f"{verb}: the tree contains itself, or is nested too deeply") from None
     except (TypeError, ValueError) as error:
         if isinstance(error, TensorKVError):
             raise
         raise ArgumentError(f"{verb}: the tree cannot be flattened: {error}") from error
+    if any(issubclass(kind, torch.nn.Module) for kind in set(map(type, flat.leaves))):
+        return flatten(verb, _with_states(flat, all_names=all_names), prefix)
+    return flat
+
+
+def _with_states(flat: Flat, *, all_names: bool) -> Any:
+    """Return a tree with the states of modules in their place; of tied tensors, also of two modules, the first name."""
+    seen: set[Any] = set()
+
+    def state(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.nn.Module):
+            return leaf
+        return leaf.state_dict() if all_names else state_of(leaf, seen)
+
+    return flat.rebuild(list(map(state, flat.leaves)))
 
 
 def flatten_as(dtype: Any, verb: str, tree: Any, prefix: str, rename: Rename | None = None) -> Flat:
@@ -146,8 +162,12 @@ def _in_blocks(verb: str, flat: Flat) -> Flat:
     return replace(flat, names=check_names(verb, names), leaves=leaves)
 
 
-def state_of(module: torch.nn.Module) -> OrderedDict[str, Any]:
+def state_of(module: torch.nn.Module, seen: set[Any] | None = None) -> OrderedDict[str, Any]:
     """Return the parameters and buffers of a module that a state_dict has; tied tensors once, by their first name.
+
+    Args:
+        module: of torch.
+        seen: places of tensors to leave out, to which those of this module are added.
 
     >>> module = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
     >>> module[1].weight = module[0].weight
@@ -155,7 +175,7 @@ def state_of(module: torch.nn.Module) -> OrderedDict[str, Any]:
     ['0.weight']
     """
     found: OrderedDict[str, Any] = OrderedDict()
-    seen = set()
+    seen = set() if seen is None else seen
     for name, value in module.state_dict().items():
         place = place_of(value)
         if place is None or place not in seen:

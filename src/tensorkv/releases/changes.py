@@ -577,7 +577,7 @@ def _apply_plain(tree: Any, changes: Changes, prefix: str) -> bool:
     if isinstance(held, Mapping) and not prefix and held.keys() == plain.cells.keys():
         names, leaves = list(held), list(held.values())
     else:
-        flat = trees.flatten("apply_changes", held, prefix)
+        flat = trees.flatten("apply_changes", held, prefix, all_names=True)
         names, leaves = list(flat.names), flat.leaves
         if len(names) != len(plain.cells) or not plain.cells.keys() >= set(names):
             return False
@@ -610,7 +610,7 @@ def _by_key(tree: Any, changes: Changes, prefix: str) -> Flat:
     if isinstance(held, Mapping) and not prefix and all(key in kinds for key in held):
         flat = Flat(list(held), list(held.values()), None, lambda arrays: dict(zip(held, arrays, strict=True)))
     else:
-        flat = trees.flatten("apply_changes", held, prefix)
+        flat = trees.flatten("apply_changes", held, prefix, all_names=True)
     flat = _without_tied(flat, kinds)
     names = set(flat.names)
     stem = trees.check_prefix("apply_changes", prefix)

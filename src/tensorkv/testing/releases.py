@@ -389,6 +389,31 @@ class ReleaseContract:
         assert torch.equal(read.bias, trained.bias)
         assert read.weight._version > before
 
+    @pytest.mark.parametrize("knows_base", [False, True])
+    def test_changes_into_modules_inside_of_a_tree(self, kv, knows_base):
+        torch.manual_seed(1)
+
+        def made():
+            return {"a": torch.nn.Linear(3, 2), "b": (torch.nn.Linear(2, 2), torch.ones(2))}
+
+        trained, read = made(), made()
+        for tree in (trained, read):
+            tree["b"][0].bias = tree["a"].bias
+        kv.init_tree(trained, prefix="net")
+        with published(kv, self.at("a")) as release:
+            release.pull_tree(into=read, prefix="net")
+            base = release.digest if knows_base else None
+        with torch.no_grad():
+            trained["a"].bias[1] += 1
+            trained["b"][0].weight[0, 1] += 1
+        kv.push_tree(trained, prefix="net")
+        with published(kv, self.at("b")) as release:
+            changes = release.changes(since=self.at("a"))
+        assert tensorkv.apply_changes(read, changes, prefix="net", base=base) is read
+        for mine, other in ((read["a"], trained["a"]), (read["b"][0], trained["b"][0])):
+            assert torch.equal(mine.weight, other.weight)
+            assert torch.equal(mine.bias, other.bias)
+
     def test_tied_tensors_are_written_once_and_undone_as_one(self, kv):
         model = torch.nn.Sequential(*(torch.nn.Linear(3, 3, bias=False) for _ in range(3)))
         model[2].weight = model[0].weight

@@ -448,6 +448,32 @@ class TreeContract:
             assert torch.equal(mine, other)
         assert read[2].weight is read[0].weight
 
+    def test_modules_inside_of_a_tree(self, kv):
+        torch.manual_seed(2)
+
+        def made():
+            found = {name: torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)) for name in ("pi", "v")}
+            found["v"][0].weight = found["pi"][0].weight
+            return {"nets": [found], "log_std": torch.zeros(1)}
+
+        trained, read = made(), made()
+        kv.init_tree(trained, prefix="rl")
+        names = [f"{name}.{n}.{kind}" for name in ("pi", "v") for n in (0, 1) for kind in ("weight", "bias")]
+        # The tied tensor has one key, with the first of its names.
+        names.remove("v.0.weight")
+        assert kv.keys() == ["rl.log_std", *(f"rl.nets.0.{name}" for name in names)]
+        with torch.no_grad():
+            trained["nets"][0]["v"][0].weight.add_(1)
+            trained["nets"][0]["v"][1].bias.add_(2)
+        kv.push_tree(trained, prefix="rl")
+        kv.pull_tree(into=read, prefix="rl")
+        for name in ("pi", "v"):
+            mine, other = (tree["nets"][0][name].state_dict() for tree in (read, trained))
+            assert all(torch.equal(mine[key], other[key]) for key in other)
+        like = kv.pull_tree(read, prefix="rl")
+        assert list(like["nets"][0]["v"]) == ["0.bias", "1.weight", "1.bias"]
+        assert kv.pushpull_tree(trained, prefix="rl", rename={})["log_std"] == 0
+
     def test_arrays_by_other_names(self, kv, library):
         tree = {"a": library.make([1, 2]), "deep": {"b": library.make([3])}}
         kv.init_tree(tree, prefix="net", rename={"deep.b": "bias"})

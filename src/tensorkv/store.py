@@ -494,7 +494,7 @@ class KVStore:
         """Begin a verb for trees: return the names and arrays of a tree, or of several that are parts."""
         self._check_open(verb)
         # Workers in lock step do not wait for one whose tree is refused.
-        with self._engine.collective(verb):
+        with self._engine.collective(verb), outside_modes():
             return flatten(verb, *tree)
 
     def push_tree(self, *parts: Any, prefix: str = "", rename: trees.Rename | None = None, priority: int = 0) -> None:
@@ -587,6 +587,7 @@ class KVStore:
         dense = self._engine.protect(lambda: [key for key in names if not self._engine.spec("pull", key).is_table])
         return trees.nest("pull_tree", dict(zip(dense, self.pull(dense), strict=True)), base)
 
+    @runs_outside_modes
     def _pull_like(self, keys: list[str], arrays: list[Any]) -> list[Any]:
         """Return the value of each key as an array of the shape, dtype, library and device of another array."""
         wanted = [describe_like("pull_tree", key, array) for key, array in zip(keys, arrays, strict=True)]
@@ -602,6 +603,7 @@ class KVStore:
         self._pull_into(keys, outs)
         return interop.give_each(outs, [spec.origin for spec in specs])
 
+    @runs_outside_modes
     def _pull_into(self, names: list[str], outs: list[Any]) -> None:
         """Fill arrays with values; only if that fails, look for values in blocks of float8, and restore them."""
         try:
@@ -687,6 +689,7 @@ class KVStore:
                 raise
         return push(rounded.names, values, priority=priority)
 
+    @runs_outside_modes
     def _in_blocks(self, verb: str, flat: trees.Flat, values: list[Any]) -> tuple[trees.Flat, list[Any]]:
         """Return the arrays of a push, those in two for which the store has values in blocks of float8."""
         names: list[str] = []
@@ -1623,6 +1626,7 @@ class Release(Snapshot):
         """Greater than those of all earlier releases of the store."""
 
     @property
+    @runs_outside_modes
     def digest(self) -> str:
         """A digest of all keys with their dtypes, shapes and bits, 32 hexadecimal digits.
 
@@ -1635,6 +1639,7 @@ class Release(Snapshot):
         self._opened("digest")._begin("digest")
         return self._reader.protect(self._reader.digest)
 
+    @runs_outside_modes
     def changes(self, since: str | Release) -> Changes:
         """Return what has changed since another release, bit by bit; ``apply_changes`` applies it.
 

@@ -134,6 +134,48 @@ def test_fake_tensors(type, tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("around", [FakeTensorMode, torch.inference_mode])
+def test_trees_and_releases(library, around, tmp_path):
+    """What trees of another dtype, changes of releases and blocks of float8 compute does not depend on modes either."""
+    pytest.importorskip("ml_dtypes")
+    numbers = np.random.default_rng(0).standard_normal((3, 130, 3)).astype(np.float32)
+    first, second, start = numbers if library == "numpy" else map(torch.from_numpy, numbers)
+
+    def plain(array):
+        # As torch's, which has no shape of its own in FakeTensorMode.
+        return np.asarray(array.float() if isinstance(array, torch.Tensor) else array, np.float32).tolist()
+
+    def run(surroundings):
+        found = []
+        with tensorkv.create() as kv:
+            with surroundings():
+                kv.init_tree({"w": first}, prefix="half", dtype="bfloat16")
+                kv.init_tree({"w": first}, prefix="blocks", dtype="float8_e4m3fn")
+                kv.init_tree({"w": start}, prefix="same")
+                kv.publish("a")
+                kv.push_tree({"w": second}, {"w": first}, prefix="blocks")
+                kv.push_tree({"w": second}, prefix="half")
+                into = {"w": np.zeros((130, 3), np.float32)}
+                kv.pull_tree(into=into, prefix="blocks")
+                like = kv.pull_tree({"w": first}, prefix="half")
+                kv.publish("b")
+                with kv.open_release("a") as release:
+                    held = release.pull_tree()
+                with kv.open_release("b") as release:
+                    digest, changes = release.digest, release.changes(since="a")
+                    given = [(each.indices, each.values) for each in changes]
+                tensorkv.save_changes(tmp_path / "changes", changes)
+                tensorkv.apply_changes(held, tensorkv.load_changes(tmp_path / "changes"))
+                whole = tensorkv.dequantize_blocks(*tensorkv.quantize_blocks(first))
+            found += [into["w"].tolist(), plain(like["w"]), plain(whole), digest]
+            found += [[None if part is None else plain(part) for part in pair] for pair in given]
+            found += [plain(array) for array in (held["half"]["w"], held["blocks"]["w"], held["same"]["w"])]
+        return found
+
+    assert run(around) == run(torch.enable_grad)
+
+
 @pytest.mark.parametrize(("count", "numel"), [(1, 3), (12, 3), (1, 300_000), (2, 100_000)])
 @pytest.mark.parametrize("verb", ["pull", "pushpull"])
 @pytest.mark.parametrize("nested", [False, True])

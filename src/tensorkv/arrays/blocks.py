@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tensorkv.errors import ArrayTypeError, NonFiniteError, ValueMismatchError, show
+from tensorkv.runtime.modes import runs_outside_modes
 
 from . import interop
 
@@ -20,6 +21,7 @@ _SIZE = 128
 _MAX = 448.0
 
 
+@runs_outside_modes
 def quantize_blocks(array: Any) -> tuple[Any, Any]:
     """Round an array to float8_e4m3fn, with a scale for each block of 128 x 128 elements of its last two axes.
 
@@ -61,6 +63,7 @@ def quantize_blocks(array: Any) -> tuple[Any, Any]:
     return interop.give(values, origin), interop.give(scale_inv.contiguous(), origin.for_parts())
 
 
+@runs_outside_modes
 def dequantize_blocks(values: Any, scale_inv: Any, *, dtype: torch.dtype = torch.float32) -> Any:
     """Return what ``quantize_blocks`` has rounded: each value times the scale of its block.
 

@@ -21,7 +21,7 @@ import torch
 import torch.utils.dlpack
 
 from tensorkv.errors import ArrayTypeError, show
-from tensorkv.runtime.modes import outside_modes
+from tensorkv.runtime.modes import outside_modes, runs_outside_modes
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -468,6 +468,7 @@ def give_ids(ids: torch.Tensor, num_rows: int, origin: Origin) -> Any:
     return give(ids, origin.for_parts())
 
 
+@runs_outside_modes
 def give_each(arrays: Sequence[Any], origins: Sequence[Origin]) -> list[Any]:
     """Return ``give`` of each tensor, others as they are; arrays of JAX are made together, which takes half as long."""
     given = list(arrays)

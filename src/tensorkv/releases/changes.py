@@ -20,6 +20,7 @@ from tensorkv.arrays.spec import KeySpec
 from tensorkv.arrays.trees import Flat
 from tensorkv.errors import ArgumentError, ArrayTypeError, ReleaseMismatchError, ValueMismatchError, quote, show
 from tensorkv.runtime import _compat, shield
+from tensorkv.runtime.modes import runs_outside_modes
 from tensorkv.shard import native
 from tensorkv.shard.entry import FrozenEntry
 from tensorkv.shard.pool import Pool
@@ -72,6 +73,7 @@ class KeyChange:
         return interop.dtype_name(self.spec.dtype)
 
     @property
+    @runs_outside_modes
     def indices(self) -> Any:
         """Flat indices of elements, int32 or int64, or ids of rows, as an array of the key's library; or None."""
         if self.places is None:
@@ -82,6 +84,7 @@ class KeyChange:
         return interop.give(found, self.spec.origin.for_parts())
 
     @property
+    @runs_outside_modes
     def values(self) -> Any:
         """The new elements, rows or value, as an array of the key's library; None if nothing has changed."""
         if self.content is None:
@@ -447,6 +450,7 @@ def _bits(rows: torch.Tensor) -> torch.Tensor:
 _pool = Pool()
 
 
+@runs_outside_modes
 def apply_changes(tree: Any, changes: Changes, *, prefix: str = "", base: str | None = None) -> Any:
     """Update arrays from one release to the next, bit for bit.
 

@@ -29,6 +29,7 @@ from tensorkv.arrays.arguments import Key, check_key
 from tensorkv.arrays.rowinit import RowInit
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import ArgumentError, CheckpointError, TensorKVError, show
+from tensorkv.runtime.modes import runs_outside_modes
 
 from .changes import KINDS, Changes, KeyChange
 from .elements import Bytes
@@ -97,6 +98,7 @@ def save_changes(path: str | os.PathLike[str], changes: Changes) -> None:
         raise CheckpointError(f"save_changes: {target} cannot be written: {error}") from error
 
 
+@runs_outside_modes
 def load_changes(path: str | os.PathLike[str]) -> Changes:
     """Read changes from a file that ``save_changes`` has written; nothing in it is trusted.
 

@@ -21,7 +21,7 @@ import torch
 import torch.utils.dlpack
 
 from tensorkv.errors import ArrayTypeError, show
-from tensorkv.runtime.modes import outside_modes, runs_outside_modes
+from tensorkv.runtime.modes import outside_modes
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -468,7 +468,6 @@ def give_ids(ids: torch.Tensor, num_rows: int, origin: Origin) -> Any:
     return give(ids, origin.for_parts())
 
 
-@runs_outside_modes
 def give_each(arrays: Sequence[Any], origins: Sequence[Origin]) -> list[Any]:
     """Return ``give`` of each tensor, others as they are; arrays of JAX are made together, which takes half as long."""
     given = list(arrays)
@@ -515,7 +514,8 @@ def view(tensor: torch.Tensor, origin: Origin) -> Any:
 
         return cupy.from_dlpack(tensor)
     if tensor.dtype in _ML_DTYPES:
-        return tensor.view(_ML_DTYPES[tensor.dtype]).numpy().view(_ml_dtype(dtype_name(tensor.dtype)))
+        with outside_modes():
+            return tensor.view(_ML_DTYPES[tensor.dtype]).numpy().view(_ml_dtype(dtype_name(tensor.dtype)))
     return tensor.numpy()
 
 

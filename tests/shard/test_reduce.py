@@ -106,7 +106,7 @@ def forget_peak():
 
 def memory_of_a_push(dtype, optimizer, is_strided):
     """How much memory a push needs for a while, in multiples of the value's size."""
-    parts = [np.ones((3_000_000, 10), np.float32).astype(dtype) for _ in range(4)]
+    parts = [np.ones((1_000_000, 10), np.float32).astype(dtype) for _ in range(4)]
     if is_strided:
         parts = [np.asfortranarray(part) for part in parts]
     with tensorkv.create() as kv:

@@ -40,7 +40,9 @@ def test_all_codecs_and_rules_give_the_bits_of_what_arrives(workers, options):
 @needs_hosts
 @pytest.mark.parametrize("per_host", amount([(2, 2)], [(1, 1), (2, 2), (1, 3), (3, 1)]), ids=str)
 def test_hosts_with_several_workers(per_host):
-    check_rules(run_over(per_host, "agree", "{}", *RULES), RULES)
+    # A function, a mean, a bound of the norm, and sums that are left out.
+    rules = amount(("updater", "adamw", "adam", "nadam"), RULES)
+    check_rules(run_over(per_host, "agree", "{}", *rules), rules)
 
 
 @needs_hosts

@@ -25,6 +25,12 @@ def hosts():
         yield cluster, made
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """Have Ray look twice a second, and not every three seconds, whether a host is there; it may answer as late."""
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")
+
+
 def trained(workers):
     """What one store makes of the pushes of ``train``, as bytes."""
     with tensorkv.create("local") as kv:
@@ -48,7 +54,7 @@ def test_servers_and_workers_on_two_hosts_make_what_one_store_makes(hosts, serve
         assert said == {"hosts": [made[index % 2].name for index in range(servers)], **trained(2)}
 
 
-def test_a_host_with_a_local_folder_dies_and_comes_back(hosts, tmp_path):
+def test_a_host_with_a_local_folder_dies_and_comes_back(impatient, hosts, tmp_path):
     """The push that was on its way waits for the host, is applied once, and nothing acknowledged is lost."""
     cluster, made = hosts
     path = tmp_path / "path"

@@ -561,7 +561,7 @@ def test_without_an_answer_in_time_the_outcome_is_unknown_and_the_store_stays_us
         try:
             for push in range(3):
                 said = pytest.raises(tensorkv.PushOutcomeUnknownError, match="applied once, or not at all")
-                with overdue(attempt_s=1.0), said:
+                with overdue(attempt_s=0.3), said:
                     kv.push("n", np.full(30_000, 10.0**push, F32))
         finally:
             os.kill(pid, signal.SIGCONT)

@@ -41,12 +41,48 @@ def library(request):
     return LIBRARIES[request.param]
 
 
+class KeptRay:
+    """A store on parameter servers that keeps one Ray for tests that follow one another: to start one takes seconds."""
+
+    def __init__(self):
+        self.store, self.is_in_use = None, False
+
+    def open(self):
+        if self.store is None:
+            self.store = tensorkv.create("dist_async", name="keeper of the tests")
+        return self.store
+
+    def close(self):
+        store, self.store = self.store, None
+        if store is not None:
+            store.close()
+
+
+kept_ray = KeptRay()
+
+
+def needs_ray_store(item):
+    return "ray_store" in getattr(item, "fixturenames", ())
+
+
 @pytest.fixture(scope="module")
 def ray_store():
-    """A store on parameter servers that keeps one Ray for all tests of a module: to start one takes seconds."""
+    """A store on parameter servers, with the Ray that tests of this module and of the modules beside it use."""
     pytest.importorskip("ray")
-    with tensorkv.create("dist_async", name="keeper of the tests") as keeper:
-        yield keeper
+    store, kept_ray.is_in_use = kept_ray.open(), True
+    yield store
+    kept_ray.is_in_use = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    # No test of another kind sees it.
+    if not (kept_ray.is_in_use or needs_ray_store(item)):
+        kept_ray.close()
+
+
+def pytest_sessionfinish():
+    kept_ray.close()
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +147,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.nodeid.startswith("tests/benchmarks/"):
             item.add_marker(pytest.mark.release)
+    # Those with Ray come together, so that it is started seldom.
+    items.sort(key=needs_ray_store, reverse=True)
 
 
 def _descriptors():

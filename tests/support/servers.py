@@ -6,6 +6,9 @@ from contextlib import ExitStack
 
 import tensorkv
 
+# Pools of several modules may be on one Ray, one after another.
+_names = (f"pool{number}" for number in itertools.count())
+
 
 class ServerPool:
     """Stores of type ``dist_async`` whose servers stay when a test closes the store; a context manager.
@@ -17,7 +20,6 @@ class ServerPool:
     def __init__(self, folder):
         self._empty = folder / "empty"
         self._kept = {}
-        self._names = (f"pool{number}" for number in itertools.count())
         self._stack = ExitStack()
 
     def __enter__(self):
@@ -33,7 +35,7 @@ class ServerPool:
             if keeper.stats()["clients"] == 1:
                 keeper.load(self._empty)
                 return name
-        name = next(self._names)
+        name = next(_names)
         with tensorkv.create("dist_async", name=name, num_workers=1, **options) as worker:
             worker.save(self._empty)
             # A reader, since the only rank of a worker is taken.

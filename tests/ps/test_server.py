@@ -1812,35 +1812,40 @@ LAYOUTS = [
 ]
 
 
-def nonsense(chance):
-    """A value that may stand anywhere in a head."""
-    return chance.choice(
-        [
-            None,
-            True,
-            -1,
-            0,
-            1,
-            2**70,
-            1.5,
-            float("inf"),
-            float("nan"),
-            "",
-            "w",
-            "x" * 5000,
-            [],
-            ["w"],
-            [[1]],
-            {},
-            {"w": [1, [0]]},
-            {"a": None},
-            [None] * 3,
-            {"kind": "store", "keys": [], "update": "assign"},
-        ]
-    )
+def nonsense(chance, types=()):
+    """A value that may stand anywhere in a head, of one of some types, or of any."""
+    values = [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        2**70,
+        1.5,
+        float("inf"),
+        float("nan"),
+        "",
+        "w",
+        "x" * 5000,
+        [],
+        ["w"],
+        [[1]],
+        {},
+        {"w": [1, [0]]},
+        {"a": None},
+        [None] * 3,
+        {"kind": "store", "keys": [], "update": "assign"},
+    ]
+    return chance.choice([each for each in values if type(each) in types] or values)
 
 
 SENDER_FIELDS = ["owner", "client", "seq", "rank", "servers", "poll_timeout_s", "no such field"]
+
+
+def contents(server):
+    """Return everything that a server holds, and which client may create and delete keys."""
+    reply = server._state.contents(True, visible_only=False)
+    return reply.head, reply.payload.numpy().tobytes(), server._tables.claimant
 
 
 @pytest.mark.parametrize("mode", ["async", "sync"])
@@ -1850,6 +1855,8 @@ def test_nonsense_is_an_error_and_changes_nothing_else(mode, tmp_path):
     with Cluster(2, mode=mode, path=str(tmp_path), durability="process") as cluster:
         kv = cluster.store()
         kv.init(["w", "t"], [np.arange(600, dtype=F32), Rows(np.array([2]), np.ones((1, 2), F32), 9)])
+        # A heartbeat drops releases that nobody finishes.
+        cluster.silence(kv, 0)
         server = cluster.servers[kv._engine._keymap.find("pull", "w").servers[0]]
         reading = {
             "pull",
@@ -1867,19 +1874,19 @@ def test_nonsense_is_an_error_and_changes_nothing_else(mode, tmp_path):
             "digests",
             "find_changes",
         }
+        before = contents(server)
         for number in range(3000):
             verb = chance.choice([*sorted(messages.VERBS), "nothing", None])
             head = {"verb": verb, "owner": "x", "client": f"x.{number}", "seq": 1, "poll_timeout_s": 0}
             own = [each.name for each in fields(messages.VERBS[verb])] if verb in messages.VERBS else []
             for name in own:
-                head[name] = nonsense(chance)
+                # What has the wrong type is refused at once.
+                types = messages._TYPES[messages.VERBS[verb]][name] if chance.random() < 0.9 else ()
+                head[name] = nonsense(chance, types)
             for name in chance.sample(SENDER_FIELDS, chance.choice([0, 0, 0, 1, 2])):
                 head[name] = nonsense(chance)
             if verb in (
-                "rule",
-                "delete",
                 "restore",
-                "init",
                 "prepare",
                 "leave",
                 "disconnect",
@@ -1890,19 +1897,27 @@ def test_nonsense_is_an_error_and_changes_nothing_else(mode, tmp_path):
                 # Such as would be obeyed are no nonsense.
                 head["seq"] = nonsense(chance) if chance.random() < 0.5 else None
                 head["rank"] = chance.choice(["x", -1, 7, [0]])
+            if verb == "delete":
+                head["keys"] = ["w", *chance.choice([[None], ["nothing"], [3], ["t", [1]]])]
+            elif verb == "publish":
+                head["release"] = f"r{number}"
             payload = chance.choice([b"", b"x", bytes(2400), bytes(16), b"\xff" * 40, b"\xff" * 32])
             reply = server.serve(head, chance.choice(LAYOUTS), payload)
             refused += "error" in reply.head
             if "error" in reply.head:
                 assert reply.head["error"][0] in dir(tensorkv.errors), reply.head
-            elif verb not in reading:
-                assert "wait_for" in reply.head or reply.payload is None
+                assert contents(server) == before, head
+            else:
+                assert verb in reading or "wait_for" in reply.head or reply.payload is None
+                # Some are no nonsense, such as a push of zeros.
+                before = contents(server)
         assert refused > 1500
         server._condition.set_poll_timeout(None)
         if mode == "async":
             kv.push("w", np.full(600, 5, F32))
             assert set(kv.pull("w").tolist()) == {5}
-        assert kv.row_sparse_pull("t", row_ids=[2, 3]).ids.tolist() == [2, 3]
+        assert kv.row_sparse_pull("t", row_ids=[2, 3]).values.tolist() == [[1, 1], [0, 0]]
+        assert (sorted(kv.keys()), kv.optimizer) == (["t", "w"], None)
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
 """What answers for a server whose folder is not there; in test_faults.py with real servers."""
 
+from unittest import mock
+
 import pytest
 
 from tensorkv.engines.ps.server import awaited
 from tensorkv.engines.ps.server.awaited import AwaitedServer, why_not_the_folder
 from tensorkv.storage.folder import Folder
 from tensorkv.storage.lock import FolderLock
-from tests.support.until import LIMIT_S
 
 
 def test_requests_wait_and_those_that_must_not_are_refused(monkeypatch):
@@ -36,15 +37,18 @@ def test_clients_without_heartbeats_wait_no_longer(monkeypatch):
 
 def test_a_request_is_held_no_longer_when_the_folder_is_there():
     server = AwaitedServer("lost", 30)
+    server._is_over = mock.Mock(wraps=server._is_over)
     server.end()
-    # Held, it would take half a second for each.
-    assert [server.serve({"verb": "pull", "owner": "a"}).head for _ in range(1000)][-1] == {"wait_for": "lost"}
+    assert server.serve({"verb": "pull", "owner": "a"}).head == {"wait_for": "lost"}
+    # Once it is set, no wait for it takes time.
+    assert server._is_over.mock_calls == [mock.call.set(), mock.call.wait(0.5)]
 
 
-def test_a_client_whose_time_is_nearly_over_is_answered_before_that(monkeypatch):
-    monkeypatch.setattr(awaited, "_PAUSE_S", LIMIT_S)
+def test_a_client_whose_time_is_nearly_over_is_answered_before_that():
     server = AwaitedServer("lost", 30)
+    server._is_over = mock.Mock(wraps=server._is_over)
     assert server.serve({"verb": "pull", "owner": "a", "poll_timeout_s": 0.01}).head == {"wait_for": "lost"}
+    server._is_over.wait.assert_called_once_with(0.01)
 
 
 @pytest.mark.parametrize(

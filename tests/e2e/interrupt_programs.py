@@ -375,20 +375,25 @@ def check_pushes(kv, acknowledged):
 # ------------------------------------------------------------ raising in workers that push in step
 
 
-def raise_in_step(times, is_pull):
+def raise_in_step(times):
     """Raise at random moments of pushes of ``dist_sync``; each has happened on every worker, or on none.
 
-    With ``is_pull`` a pull that waits for another worker is interrupted, too: it ends at once and has done nothing.
+    At the end a pull that waits for another worker is interrupted, too: it ends at once and has done nothing.
     """
     kv = tensorkv.create("dist_sync")
     rng, raised, pushes = random.Random(kv.rank), 0, 0
     signal.signal(signal.SIGALRM, lambda *_: boom())
     sizes = {"w": 6, "x": 100_000}
     kv.init({key: np.zeros(size, F32) for key, size in sizes.items()})
+
+    def check(expected):
+        for key, value in zip(sizes, kv.pull(list(sizes)), strict=True):
+            assert (value == expected).all(), f"{key} is {value[:3]} after {pushes} pushes, expected {expected}"
+
     while pushes < times:
         if pushes % 2 == 0:
             # So that no push has to wait for a worker that is behind, which would end the store.
-            kv.pull(list(sizes))
+            check(pushes * kv.num_workers)
         try:
             signal.setitimer(signal.ITIMER_REAL, 1e-6 + rng.random() * 4e-4)
             kv.push(list(sizes), [np.full(size, pushes + 1, F32) for size in sizes.values()])
@@ -400,8 +405,9 @@ def raise_in_step(times, is_pull):
             signal.setitimer(signal.ITIMER_REAL, 0)
         pushes = kv.info("w").version
         assert pushes == kv.info("x").version
+    check(times * kv.num_workers)
     zeros = [np.zeros(size, F32) for size in sizes.values()]
-    if is_pull and kv.rank == 0:
+    if kv.rank == 0:
         kv.push(list(sizes), zeros)
         out = np.full(6, 7, F32)
         with suppress(Boom):
@@ -411,13 +417,11 @@ def raise_in_step(times, is_pull):
             raise AssertionError("the pull was not interrupted")
         assert (out == 7).all()
         Path(os.environ["INTERRUPTED"]).touch()
-    elif is_pull:
+    else:
         while not os.path.exists(os.environ["INTERRUPTED"]):
             time.sleep(0.01)
         kv.push(list(sizes), zeros)
-    expected = 0 if is_pull else times * kv.num_workers
-    for key in sizes:
-        assert (kv.pull(key) == expected).all()
+    check(0)
     kv.close()
     return raised
 
@@ -437,7 +441,7 @@ def main(program, engine, *more):
     elif program == "control":
         count = raise_at_every_line(engine, CONTROL, ["assign"])
     elif program == "step":
-        count = raise_in_step(int(more[0]), "INTERRUPTED" in os.environ)
+        count = raise_in_step(int(more[0]))
     elif program == "pulls":
         count = pull_at_every_line_in_step()
     elif program == "calls":

@@ -213,7 +213,7 @@ def children(engine, folder):
     assert process.exitcode == 0
     try:
         list(torch.utils.data.DataLoader(Numbers(kv), num_workers=1, multiprocessing_context="fork"))
-        say("a loader has used the store")
+        raise AssertionError("a loader has used the store")
     except tensorkv.ForkedStoreError:
         pass
     for number in (3.0, 4.0):

@@ -16,7 +16,7 @@ import torch
 
 import tensorkv
 from tensorkv.engines import partition
-from tensorkv.engines.sync import checkpoint, group, order, push
+from tensorkv.engines.sync import checkpoint, group, host, order, push
 from tensorkv.shard import native
 from tests.support.until import until
 from tests.sync import stages
@@ -455,8 +455,6 @@ def plant_end(phase, how, rounds):
 
 def shorten_timeouts(path, victim):
     """Let a minute pass with each look at a worker of this host that others wait for, once a file is there."""
-    from tensorkv.engines.sync import host
-
     passed, suspect = [], host.HostGroup._suspect
 
     def look(self, awaited):
@@ -525,20 +523,34 @@ def patient():
         say("went on after a wait")
 
 
-def interrupted():
-    """Ctrl-C in a call that waits: this worker ends at once, and so do the others."""
-    kv = create()
+def interrupted(folder):
+    """Ctrl-C in a call that waits for rank 0: it ends at once, and that of rank 0 ends with an error."""
+    right, is_interrupted, is_told = host.HostGroup.wait, Path(folder, "interrupted"), Path(folder, "told")
+
+    def wait(*args):
+        host.HostGroup.wait = right
+        say("waits")
+        right(*args)
+
+    kv = create(timeout_s=60)
     kv.init("a", np.ones(3, F32))
     kv.pushpull("a", np.ones(3, F32))
-    if RANK == 0:
-        signal.pause()
-    try:
-        say("ready")
-        kv.pushpull("a", np.ones(3, F32))
-    except KeyboardInterrupt:
-        say("interrupted")
-    except tensorkv.TensorKVError as error:
-        say(type(error).__name__, "|", error)
+    if RANK == 1:
+        host.HostGroup.wait = wait
+        try:
+            kv.pushpull("a", np.ones(3, F32))
+        except KeyboardInterrupt:
+            say("interrupted")
+        is_interrupted.touch()
+        # Not the end of this process tells the other one.
+        until(is_told.exists)
+    else:
+        until(is_interrupted.exists)
+        try:
+            kv.pushpull("a", np.ones(3, F32))
+        except tensorkv.TensorKVError as error:
+            say(type(error).__name__, "|", error)
+        is_told.touch()
 
 
 # ------------------------------------------------------------ unequal batches, checkpoints, training

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import cache
 from pathlib import Path
 
@@ -269,14 +268,14 @@ def test_a_stopped_worker_is_named_after_the_timeout(phase, tmp_path):
         assert "rank 2 did not respond within 300 s" in text
 
 
-def test_ctrl_c_ends_every_worker():
-    with Team(2, PROGRAMS, "interrupted") as team:
-        until(lambda: "ready" in team.text(1))
-        time.sleep(0.5)
+def test_ctrl_c_ends_the_call_of_every_worker(tmp_path):
+    with Team(2, PROGRAMS, "interrupted", tmp_path) as team:
+        team.programs[1].wait_for("waits")
         team.processes[1].send_signal(signal.SIGINT)
-        team.programs[1].wait()
-        text = team.text(1)
-        assert "interrupted" in text
+        assert team.wait() == [0, 0], team.printed()
+        assert "interrupted" in team.text(1).splitlines()
+        assert errors_of(team.text(0)) == ["WorkerError"]
+        assert "rank 1 broke off" in team.text(0)
 
 
 def segments_of(pids):

@@ -63,12 +63,12 @@ def test_the_warning_names_the_callers_line():
 
 
 def test_nothing_is_pulled_of_a_table_into_rows():
-    rows = tensorkv.Rows(np.array([1]), np.ones((1, 1)), 5)
+    out = tensorkv.Rows(np.array([3]), np.full((1, 1), 7.0), 5)
     with tensorkv.create() as kv:
-        kv.init("t", rows)
+        kv.init("t", tensorkv.Rows(np.array([1]), np.ones((1, 1)), 5))
         with pytest.warns(tensorkv.SparseOutWarning):
-            kv.pull("t", out=rows)
-        assert rows.ids.tolist() == [1]
+            kv.pull("t", out=out)
+        assert (out.ids.tolist(), out.values.tolist()) == ([3], [[7]])
 
 
 def test_row_sparse_pull_of_several_keys_into_rows():

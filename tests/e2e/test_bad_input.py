@@ -68,7 +68,7 @@ CASES = {
     "shape in a batch": (
         lambda kv: kv.push(["w", "i"], [5 * arr(2, 3), arr(5, dtype=np.int32)]),
         e.ValueMismatchError,
-        "i",
+        '"i"',
     ),
     # outs
     "out list longer than keys": (lambda kv: kv.pull(["w"], out=[arr(2, 3)] * 2), e.ArgumentError, "1 key and 2 outs"),
@@ -90,8 +90,16 @@ CASES = {
     # rows
     "row out of range": (lambda kv: kv.push("w", Rows(np.array([2]), arr(1, 3), 2)), e.ValueMismatchError, "row id 2"),
     "negative row": (lambda kv: kv.push("w", Rows(np.array([-1]), arr(1, 3), 2)), e.ValueMismatchError, "row id -1"),
-    "rows of another height": (lambda kv: kv.push("w", Rows(np.array([2]), arr(1, 3), 9)), e.ValueMismatchError, "9"),
-    "rows of another width": (lambda kv: kv.push("w", Rows(np.array([1]), arr(1, 4), 2)), e.ValueMismatchError, "4"),
+    "rows of another height": (
+        lambda kv: kv.push("w", Rows(np.array([2]), arr(1, 3), 9)),
+        e.ValueMismatchError,
+        r"\(9, 3\)",
+    ),
+    "rows of another width": (
+        lambda kv: kv.push("w", Rows(np.array([1]), arr(1, 4), 2)),
+        e.ValueMismatchError,
+        r"\(2, 4\)",
+    ),
     "rows of another dtype": (
         lambda kv: kv.push("w", Rows(np.array([1]), arr(1, 3, dtype=np.float64), 2)),
         e.ValueMismatchError,

@@ -313,9 +313,11 @@ def test_what_is_saved_as_owed_is_of_one_push_whatever_other_threads_push(server
         kv.init("w", np.zeros((70, 30), F32))
         kv.set_optimizer("sgd", lr=0.1)
         kv.set_gradient_compression({"type": codec})
+        pushed = []
 
         def push():
             kv.push("w", rng.normal(size=(70, 30)).astype(F32))
+            pushed.append("w")
 
         push()
         data = kv._engine._data
@@ -330,6 +332,7 @@ def test_what_is_saved_as_owed_is_of_one_push_whatever_other_threads_push(server
 
         monkeypatch.setattr(kv._engine._keymap, "find", find_late)
         ((_, found),) = data.owed(0).items()
+        assert len(pushed) == 3
         assert np.array_equal(found.residual, expected.residual)
         assert {name: array.tolist() for name, array in found.memory.items()} == {
             name: array.tolist() for name, array in expected.memory.items()

@@ -2208,11 +2208,16 @@ def test_keys_are_listed_again_only_when_they_have_changed():
 def test_a_server_that_cannot_open_the_clients_memory_is_asked_through_ray(monkeypatch):
     with Cluster() as cluster:
         monkeypatch.setattr(channel.OpenSharedBuffers, "find", mock.Mock(side_effect=OSError("another PID namespace")))
+        actor = cluster.actors[0].actor
+        through_ray = mock.Mock(wraps=actor.serve)
+        monkeypatch.setattr(actor, "serve", through_ray)
         kv = cluster.store()
         kv.init("w", np.zeros(100_000, F32))
         kv.push("w", np.ones(100_000, F32))
         assert set(kv.pull("w").tolist()) == {1}
         assert kv.info("w").version == 1
+        verbs = [messages.split(call.args[0])[0]["verb"] for call in through_ray.mock_calls]
+        assert {"init", "push", "pull"}.issubset(verbs)
 
 
 def test_a_restarted_server_is_found_where_it_listens_now():

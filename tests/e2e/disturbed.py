@@ -270,7 +270,7 @@ def threads_that_read(kv):
 
 @contextmanager
 def handler(act, delay_s):
-    """Have a signal handler act once, after a while, in the main thread."""
+    """Have a signal handler act once, after a while, in the main thread; give a list that says whether it has."""
     fired = []
 
     def handle(*_):
@@ -284,6 +284,11 @@ def handler(act, delay_s):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def soon(rng):
+    """Return after how many seconds a signal is to come during a step; many steps take less than 0.1 ms."""
+    return 10 ** rng.uniform(-6, -2.7)
 
 
 def fork(kv, rng):
@@ -387,9 +392,11 @@ class Runner:
     def disturbed(self, side, seed, step, rng, folder, reference):
         """Make a step while something disturbs it; None: what it gives is not to be compared."""
         kind = step.get("disturb", "")
-        self.counts[kind or "undisturbed"] += 1
         if kind == "boom":
             return self.with_boom(side, seed, step, rng, reference)
+        # A step may be over before its signal comes.
+        if kind != "handler":
+            self.counts[kind or "undisturbed"] += 1
         with self.disturbance(kind, side, rng, folder):
             return outcome(side, seed, step)
 
@@ -401,7 +408,7 @@ class Runner:
         elif kind == "threads":
             around = threads_that_read(side.kv)
         elif kind == "handler":
-            around = handler(lambda: side.kv.pull(SMALL[-1]) if SMALL[-1] in side.kv else None, rng.random() * 2e-3)
+            around = handler(lambda: side.kv.pull(SMALL[-1]) if SMALL[-1] in side.kv else None, soon(rng))
         elif kind == "chdir":
             os.chdir(tempfile.gettempdir())
         elif kind == "fork":
@@ -415,10 +422,12 @@ class Runner:
         elif kind == "dtype":
             torch.set_default_dtype(torch.float64)
         try:
-            with around:
+            with around as fired:
                 yield
         finally:
             torch.set_default_dtype(torch.float32)
+        if kind == "handler" and fired:
+            self.counts["handler"] += 1
 
     def with_boom(self, side, seed, step, rng, reference):
         """Have a handler raise during a step; what did not happen is made again."""
@@ -429,8 +438,7 @@ class Runner:
 
         found = None
         try:
-            # Many steps take less than 0.1 ms.
-            with handler(boom, 10 ** rng.uniform(-6, -2.7)):
+            with handler(boom, soon(rng)):
                 found = outcome(side, seed, step)
         except Boom:
             self.counts["raised"] += 1

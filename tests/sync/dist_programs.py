@@ -400,7 +400,13 @@ def long_lists(shared_memory):
 # What is written in another way, and no mismatch.
 EQUAL = [("whole numbers", "the same as floats")]
 # Calls that are refused where they are made, with an error of their own.
-REFUSED = ("push more elements", "push another shape", "push another dtype", "unknown key", "no array")
+REFUSED = {
+    "push more elements": "ValueMismatchError",
+    "push another shape": "ValueMismatchError",
+    "push another dtype": "ValueMismatchError",
+    "unknown key": "KeyNotFoundError",
+    "no array": "ArrayTypeError",
+}
 
 # ------------------------------------------------------------ lost workers
 

@@ -207,7 +207,7 @@ def call_with_boom(kv, twin, call, line, what):
 
 def call_at_every_line(engine):
     """A handler that pulls, saves, pushes and looks at each line of a push: it sees whole pushes, and nothing hangs."""
-    folder, made = tempfile.mkdtemp(), 0
+    folder, made, version = tempfile.mkdtemp(), 0, 0
     kv = create(engine)
     keys = ["a", "b", "c"]
     kv.init(keys, [ones(key, 0) for key in keys])
@@ -233,10 +233,12 @@ def call_at_every_line(engine):
         kv.push(keys, [ones(key, 1e6) for key in keys])
 
     def look():
+        nonlocal version
         assert kv.stats()["verbs"]
         assert len(kv) == 3
         assert "a" in kv
-        assert kv.info("c").version >= 0
+        before, version = version, kv.info("c").version
+        assert version >= before, "a push was seen, and is not there any more"
 
     forms = {
         "list": lambda number: kv.push(keys, [ones(key, number) for key in keys]),

@@ -28,6 +28,13 @@ class TestDurable(Contract):
         # A log that is short enough for snapshots to be made on the way.
         return super().create(path=tempfile.mkdtemp(dir=self.folder), log_nbytes=2000, **options)
 
+    def test_snapshots_are_made_on_the_way(self, kv):
+        kv.init("w", np.zeros(100))
+        for number in range(8):
+            kv.push("w", np.full(100, number, np.float64))
+        kv.close()
+        assert list(self.folder.rglob("snapshot-*.tkv"))
+
     @pytest.fixture(autouse=True)
     def _folder(self, tmp_path):
         self.folder = tmp_path

@@ -263,11 +263,12 @@ class Actor:
             self.world.watch(self)
 
     def kill(self, down_s):
-        """End as by ``kill -9``; begin again later, if there is a folder."""
+        """End as by ``kill -9``, and begin again later, if there is a folder; return whether it ran."""
         if self.server is None:
-            return
+            return False
         self._end(ActorUnavailableError("killed", None))
         self.world.at(down_s, lambda: self.start(comes_back=True))
+        return True
 
     def stop(self):
         """End for good."""
@@ -409,16 +410,17 @@ class World(Loop):
             if head["verb"] != "push" or not others:
                 return 0.0
             self.faults.pop(0)
-            self.at(0.02 + self.chance.random() * 0.1, lambda: self.strike("kill", self.chance.choice(others)))
+            self.at(0.02 + self.chance.random() * 0.1, lambda: self.strike(kind, self.chance.choice(others)))
             return 0.5 + self.chance.random() * 3
         self.faults.pop(0)
         self.at(self.chance.random() * 0.03, lambda: self.strike(kind, self.chance.choice(self.actors)))
         return 0.0
 
     def strike(self, kind, actor):
-        self.happened.append((round(self.now - 1000, 3), kind, actor.index))
-        if kind == "kill":
-            actor.kill(self.chance.choice([0.05, 0.3, 3.0]) * (0.5 + self.chance.random()))
+        struck = actor.index
+        if kind in ("kill", "kill in push"):
+            if not actor.kill(self.chance.choice([0.05, 0.3, 3.0]) * (0.5 + self.chance.random())):
+                return
         elif kind == "still":
             actor.still_until = self.now + self.chance.random() * 10
         else:
@@ -428,7 +430,7 @@ class World(Loop):
             if not choices:
                 return
             process = self.chance.choice(choices)
-            self.happened[-1] = (*self.happened[-1][:2], process.name)
+            struck = process.name
             if kind == "client killed":
                 process.is_dead = True
                 self.open.discard(process)
@@ -437,6 +439,7 @@ class World(Loop):
             else:
                 process.still_until = self.now + self.chance.random() * 10
                 process.was_still = max(process.was_still, process.still_until - self.now)
+        self.happened.append((round(self.now - 1000, 3), kind, struck))
 
     # ------------------------------------------------------------ what is watched
 
@@ -559,7 +562,7 @@ class World(Loop):
                 self.problems.append(f"{waiting} still wait after {limit_s:g} s")
                 break
             self.step()
-        for thread in programs:
+        for thread in [thread for process in self.processes for thread in process.threads]:
             if thread.error is not None and not self.may_fail(thread.error):
                 self.problems.append(f"{thread.process.name}: {type(thread.error).__name__}: {thread.error}")
 

@@ -3,9 +3,7 @@
 import json
 import os
 import pickle
-import resource
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -569,16 +567,6 @@ def test_half_complex_pairs(tmp_path, victim):
 
 
 # ---------------------------------------------------------------- memory
-
-
-@pytest.fixture
-def little_memory():
-    """Let the process grow by less than what the manifests below claim."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGESIZE") + 2**30, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.mark.usefixtures("little_memory")

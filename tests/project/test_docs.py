@@ -35,7 +35,9 @@ USED = ("jax", "matplotlib", "optax", "ray", "rich", "sklearn")
 
 NOT_RUN = {
     r"(pip|python -m venv|\. |make|ruff|mypy|pytest|(sudo )?\.venv/bin/python) ?": "for a checkout, not a new folder",
-    r"(RAY_\w+=\S+ )*(ray|python(?! -m pytest)) ": "a Ray of one's own, on a port of the machine that all tests share",
+    r"RAY_AUTH_MODE=token ray start --head$": "a Ray of one's own, on a port of the machine that all tests share",
+    r"RAY_AUTH_MODE=token RAY_ADDRESS=HOST:6379 python worker\.py$": "on that Ray",
+    r"python examples/": "tests/project/test_examples.py runs them",
     r"torchrun --nnodes=2 ": "two hosts",
     r"tensorkv demo --replicas": "tests/cli/test_demo.py trains with replicas",
     r"tensorkv demo --store dist_async": "tests/cli/test_demo_servers.py runs it, in a new folder and home",

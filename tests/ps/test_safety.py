@@ -185,7 +185,7 @@ def test_a_store_that_starts_ray_listens_on_loopback_alone_and_asks_for_a_token(
         gcs = next(pid for pid in tree if "gcs_server" in Path(f"/proc/{pid}/cmdline").read_text())
         assert b"RAY_AUTH_MODE=token" in Path(f"/proc/{gcs}/environ").read_bytes().split(b"\0")
         if address is None:
-            return
+            pytest.skip("only the sockets were looked at: another host takes root")
         # The wire itself works: a port that is open to others is found.
         listen = (
             "import socket, sys; s = socket.create_server((sys.argv[1], 1711)); print(flush=True); sys.stdin.read()"

@@ -18,7 +18,7 @@ HOLD = """
 import os, sys
 from tensorkv.storage.folder import Folder
 from tensorkv.storage.lock import FolderLock
-lock = FolderLock(Folder(sys.argv[1]), 0)
+lock = FolderLock(Folder(sys.argv[1]), 0, stamp="of a server")
 if len(sys.argv) > 2 and not os.fork():
     sys.stdin.read()
     os._exit(0)
@@ -80,7 +80,7 @@ def test_a_store_that_is_dropped_lets_go_when_the_next_one_comes(tmp_path):
 
 def test_a_process_that_is_killed_lets_go(tmp_path):
     program = hold(tmp_path)
-    with pytest.raises(StorageError, match=rf"process {program.pid}\)"):
+    with pytest.raises(StorageError, match=rf"another store has this folder open \(process {program.pid}\); close it"):
         FolderLock(Folder(tmp_path), 0)
     program.kill()
     lock = FolderLock(Folder(tmp_path), LIMIT_S)

@@ -102,7 +102,7 @@ class FolderLock:
                 if time.monotonic() < deadline:
                     time.sleep(0.02)
                     continue
-                holder = os.pread(self._file.fileno(), 27, 17).decode("ascii", "replace").strip()
+                holder = os.pread(self._file.fileno(), 10, 17).decode("ascii", "replace").strip()
                 raise StorageError(
                     f"{self._folder.path}: another store has this folder open (process {holder}); "
                     "close it, or give another path"

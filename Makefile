@@ -17,12 +17,12 @@ demo: $(STAMP) ## Train a network on handwritten digits over four replicas; its 
 # Tests start hundreds of interpreters, and each would compile the package and the tests.
 test test-all: export PYTHONDONTWRITEBYTECODE :=
 
-# Three tests at a time on two cores: many wait for other processes, and each more costs imports of torch, JAX and Ray.
+# Four tests at a time on two cores: many wait for other processes, and each more costs imports of torch, JAX and Ray.
 test: $(STAMP) ## Test every behaviour, and each fault
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not release" $(PYTEST)
+	$(BIN)/python -m pytest -n 4 --dist worksteal -m "not release" $(PYTEST)
 
 test-all: $(STAMP) ## Test with all repetitions, planted faults and the benchmarks' tests, as before a release
-	TENSORKV_TESTS=all $(BIN)/python -m pytest -n 3 --dist worksteal $(PYTEST)
+	TENSORKV_TESTS=all $(BIN)/python -m pytest -n 4 --dist worksteal $(PYTEST)
 
 check: docs ## Check format, lint, types, the layers of packages and the documentation
 	$(BIN)/ruff format --check .

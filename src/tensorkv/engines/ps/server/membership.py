@@ -256,7 +256,7 @@ class Membership:
         with self._condition:
             self._condition.wait_for(
                 lambda: self._tables.rules[0] >= number,
-                lambda: f"rank 0, which has set {self._tables.rules[0]} update rules; this worker sets its {number}.",
+                lambda: f"rank 0, which has not set update rule number {number} yet, but {self._tables.rules[0]}",
             )
             return self._tables.rules
 

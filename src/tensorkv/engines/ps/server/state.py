@@ -13,7 +13,7 @@ import torch
 
 from tensorkv import compression
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.packing import Item, bytes_of, join_layout, json_keys, pack, unpack
+from tensorkv.arrays.packing import Item, bytes_of, cut, join_layout, json_keys, pack, unpack
 from tensorkv.arrays.rows import Rows, merge
 from tensorkv.arrays.slices import Slices, join_slices
 from tensorkv.arrays.spec import KeySpec
@@ -438,18 +438,14 @@ def _whole_parts(
     message, dtypes = request.message, {spec.dtype for spec in specs}
     if len(dtypes) > 1 or torch.bool in dtypes or any(spec.is_table for spec in specs) or not specs:
         return None
-    described = [("sum", spec.dtype, shape) for spec, shape in zip(specs, shapes, strict=True)]
-    numels = [shapes[index].numel() for index in message.indices]
     (dtype,) = dtypes
-    fits = sum(numels) * dtype.itemsize == len(request.payload) and len(set(message.keys)) == len(message.keys)
+    numels = [shape.numel() for shape in shapes]
+    nbytes = sum([numels[index] for index in message.indices]) * dtype.itemsize
+    fits = nbytes == len(request.payload) and len(set(message.keys)) == len(message.keys)
+    described = [("sum", dtype, shape) for shape in shapes]
     if not fits or join_layout(message.keys, described, message.indices) != request.layout:
         return None
-    pieces = torch.split(bytes_of(request.payload).view(dtype), numels)
-    # To view a piece takes as long as to copy it.
-    return [
-        piece if len(shapes[index]) == 1 else piece.view(shapes[index])
-        for piece, index in zip(pieces, message.indices, strict=True)
-    ]
+    return cut(bytes_of(request.payload), dtype, [shapes[index] for index in message.indices])
 
 
 def _new_entry(key: Key, spec: KeySpec, part: Part) -> Entry:

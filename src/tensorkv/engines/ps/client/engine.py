@@ -464,15 +464,14 @@ class PSEngine(Engine):
 
     def _send_rule(self, spec: OptimizerSpec | None, number: int = 0) -> None:
         """Set an optimizer; the number says how often this client has set the rule in calls that all workers make."""
-        requests = []
-        for server in self._all:
-            described = None
-            if spec is not None:
-                servers_of = {key: self._keymap.find("set_optimizer", key).servers for key in spec.overrides}
+        described: dict[int, dict[str, Any] | None] = dict.fromkeys(self._all)
+        if spec is not None:
+            servers_of = {key: self._keymap.find("set_optimizer", key).servers for key in spec.overrides}
+            for server in self._all:
                 own = {key: numbers for key, numbers in spec.overrides.items() if server in servers_of[key]}
-                described = replace(spec, overrides=own).to_json()
-            requests.append(ServerRequest(server, messages.SetRule(optimizer=described, number=number)))
-        shield.run(self._send, requests)
+                described[server] = replace(spec, overrides=own).to_json()
+        rules = {server: messages.SetRule(optimizer=each, number=number) for server, each in described.items()}
+        shield.run(self._send, [ServerRequest(server, rule) for server, rule in rules.items()])
 
     def change_optimizer(self, spec: OptimizerSpec) -> None:
         self._check_whole(spec)

@@ -1685,8 +1685,9 @@ def _take_values(verb: str, keys: Sequence[Key], values: Sequence[Any]) -> tuple
             spec = KeySpec(torch.Size(part.shape), part.values.dtype, interop.origin(library), True, part.init)
         else:
             origin = interop.origin(value)
+            # What is found here keeps its origin, whose id is no other's.
             found = dense.get(kind := (part.shape, part.dtype, id(origin)))
-            if found is not None and found.origin is origin:
+            if found is not None:
                 specs.append(found)
                 continue
             spec = dense[kind] = KeySpec(part.shape, part.dtype, origin, False)

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 def paused() -> Iterator[None]:
     """Make many objects in this block without a collection.
 
-    The collector looks at all objects of the process again and again while their number grows; at a quarter more than
-    before it looks at the oldest, too. Those that stay are looked at in vain.
+    While the number of objects grows, the collector runs again and again, and each full collection visits every
+    object of the process. Objects that stay alive make that wasted work.
     """
     if not gc.isenabled():
         yield

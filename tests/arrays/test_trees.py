@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import tensorkv
 from tensorkv.arrays import trees
 from tensorkv.arrays.trees import flatten
+from tensorkv.runtime.recent import Recent
 
 Pair = namedtuple("Pair", "one two")
 words = st.text("ab.0", max_size=3)
@@ -151,7 +152,7 @@ def test_registered_nodes(library):
 
 def test_names_are_cached_and_the_cache_is_bounded(monkeypatch):
     jax = pytest.importorskip("jax")
-    monkeypatch.setattr(trees, "_names", {})
+    monkeypatch.setattr(trees, "_names", Recent(8))
     walked = []
     walk = jax.tree_util.tree_flatten_with_path
     monkeypatch.setattr(jax.tree_util, "tree_flatten_with_path", lambda tree: walked.append(tree) or walk(tree))
@@ -159,9 +160,9 @@ def test_names_are_cached_and_the_cache_is_bounded(monkeypatch):
     assert flatten("push", {"a": [3, 4]}, "").names is first.names
     assert len(walked) == 1
     assert flatten("push", {"a": [3, 4]}, "net").names == ["net.a.0", "net.a.1"]
-    for count in range(3 * trees._MAX_NAMES):
+    for count in range(24):
         flatten("push", [0] * count, "x")
-    assert len(trees._names) <= trees._MAX_NAMES
+    assert len(trees._names) <= 8
 
 
 EQUAL = [0, False, np.int64(0), 0.0, "0", (1, 2)]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import tensorkv
-from tensorkv.compression import Codec, Compressor, names, parse, register, words_layout
+from tensorkv.compression import Codec, Compressor, names, parse, register
+from tensorkv.compression import layout as compression_layout
 from tensorkv.compression.codec import RUN, add_residual
 
 F32 = np.float32
@@ -251,7 +252,7 @@ def test_arrays_of_several_runs_are_as_those_of_one(monkeypatch):
             kv.set_gradient_compression(TWO_BITS, simulate=True)
             found.append([kv.pushpull("w", each).tobytes() for each in gradients])
         monkeypatch.setattr("tensorkv.compression.layout.RUN", 1 << 30)
-        words_layout.cache_clear()
+        compression_layout._layouts.clear()
     assert found[0] == found[1]
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from tensorkv.runtime.recent import Recent
 
 from . import interop
 from .arguments import Key
@@ -246,13 +247,23 @@ def keys_and_roles(layout: bytes) -> tuple[tuple[Key, ...], tuple[str, ...]]:
     return keys, roles
 
 
-@lru_cache(maxsize=32)
 def decode_layout(layout: bytes) -> tuple[Slot, ...]:
     """Check a layout and return the slot of each tensor.
 
     Raises:
         LayoutError: anything that ``encode_layout`` would not have written.
     """
+    slots = _decoded.get(layout)
+    if slots is None:
+        slots = _decode(layout)
+        _decoded.keep(layout, slots, len(slots))
+    return slots
+
+
+_decoded: Recent[bytes, tuple[Slot, ...]] = Recent(32)
+
+
+def _decode(layout: bytes) -> tuple[Slot, ...]:
     try:
         described = json.loads(layout)
         slots = []

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tensorkv.errors import ArgumentError, ArrayTypeError, NonFiniteError, TensorKVError, quote, show
+from tensorkv.runtime.recent import Recent
 
 from . import blocks, interop
 from .rows import is_rows
@@ -26,8 +27,7 @@ Rename = Mapping[str, str] | Callable[[str], str]
 """Names by path, or a function that returns the name of a path."""
 
 # Names of the trees seen last, by structure, prefix and, where keys are not all str, the structure's text.
-_names: dict[tuple[Any, str, str | None], list[str]] = {}
-_MAX_NAMES = 64
+_names: Recent[tuple[Any, str, str | None], list[str]] = Recent(64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,9 +333,7 @@ def _flatten_pytree(verb: str, tree_util: Any, tree: Any, base: str) -> Flat:
         names = check_names(verb, [".".join([base, *path] if base else path) for path in words])
         keys = {type(key.key) for path in paths for key in path if isinstance(key, tree_util.DictKey)}
         if keys <= {str, int}:
-            if len(_names) >= _MAX_NAMES:
-                _names.clear()
-            _names[structure, base, text if int in keys else None] = names
+            _names.keep((structure, base, text if int in keys else None), names, len(names))
     return Flat(names, leaves, structure, structure.unflatten)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from tensorkv.runtime.recent import Recent
 
 from .codec import RUN, Codec, Floats, Words
 
@@ -134,7 +135,6 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGN) * _ALIGN
 
 
-@lru_cache(maxsize=64)
 def words_layout(codec: Codec, shapes: tuple[tuple[int, ...], ...]) -> WordsLayout:
     """Return the layout of words.
 
@@ -143,7 +143,14 @@ def words_layout(codec: Codec, shapes: tuple[tuple[int, ...], ...]) -> WordsLayo
     >>> layout.places[2], len(layout.runs)
     (slice(25008, 25016, None), 4)
     """
-    return WordsLayout(codec, shapes)
+    layout = _layouts.get((codec, shapes))
+    if layout is None:
+        layout = WordsLayout(codec, shapes)
+        _layouts.keep((codec, shapes), layout, len(shapes))
+    return layout
+
+
+_layouts: Recent[tuple[Codec, tuple[tuple[int, ...], ...]], WordsLayout] = Recent(_REMEMBERED_LAYOUTS)
 
 
 class SumMemory:
@@ -151,7 +158,7 @@ class SumMemory:
 
     def __init__(self) -> None:
         self._flat: Floats = np.empty(0, np.float32)
-        self._views: dict[WordsLayout, list[list[torch.Tensor]]] = {}
+        self._views: Recent[WordsLayout, list[list[torch.Tensor]]] = Recent(_REMEMBERED_LAYOUTS)
 
     def of(self, layout: WordsLayout) -> tuple[Floats, list[list[torch.Tensor]]]:
         """Return memory for all sums, and the sum of each key in it, as the only part of that key."""
@@ -160,9 +167,8 @@ class SumMemory:
             self._views.clear()
         views = self._views.get(layout)
         if views is None:
-            if len(self._views) >= _REMEMBERED_LAYOUTS:
-                self._views.clear()
-            views = self._views[layout] = [[torch.from_numpy(each)] for each in layout.views(self._flat)]
+            views = [[torch.from_numpy(each)] for each in layout.views(self._flat)]
+            self._views.keep(layout, views, len(views))
         return self._flat, views
 
 

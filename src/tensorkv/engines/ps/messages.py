@@ -11,7 +11,6 @@ import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from functools import lru_cache
 from itertools import pairwise
 from types import UnionType
 from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
@@ -27,6 +26,7 @@ from tensorkv.arrays.slices import Slices
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import COMPRESSED_DTYPES, Codec, Words, decoded
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote, show
+from tensorkv.runtime.recent import Recent
 from tensorkv.shard.entry import Part
 
 # Bytes of the head and of the layout, before both.
@@ -806,13 +806,23 @@ _PAIRS = {"ids": "rows", "bounds": "slices"}
 _SECONDS = frozenset(_PAIRS.values())
 
 
-@lru_cache(maxsize=256)
 def push_layout(layout: bytes) -> PushLayout:
     """Decode the layout of a push; dtypes and shapes are checked when its parts are taken, or compared with values'.
 
     Raises:
         LayoutError, ArgumentError: the layout is malformed.
     """
+    found = _pushed.get(layout)
+    if found is None:
+        found = _push_layout(layout)
+        _pushed.keep(layout, found, len(found.keys))
+    return found
+
+
+_pushed: Recent[bytes, PushLayout] = Recent(256)
+
+
+def _push_layout(layout: bytes) -> PushLayout:
     keys, roles = keys_and_roles(layout)
     has_sums = set(roles) == {"sum"}
     fits = has_sums or all(
@@ -831,15 +841,20 @@ def push_layout(layout: bytes) -> PushLayout:
     return PushLayout(keys, has_sums, "bounds" in roles, layout)
 
 
-@lru_cache(maxsize=256)
 def keys_of(text: bytes) -> tuple[Key, ...]:
     """Decode the list of keys of a pull.
 
     >>> keys_of(b'["w", "b"]')
     ('w', 'b')
     """
-    try:
-        listed = json.loads(text)
-        return tuple(check_key("pull", key) for key in listed)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ArgumentError(f"invalid key list: {error}") from None
+    found = _pulled.get(text)
+    if found is None:
+        try:
+            found = tuple(check_key("pull", key) for key in json.loads(text))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ArgumentError(f"invalid key list: {error}") from None
+        _pulled.keep(text, found, len(found))
+    return found
+
+
+_pulled: Recent[bytes, tuple[Key, ...]] = Recent(256)

@@ -32,6 +32,7 @@ from tensorkv.compression import (
 )
 from tensorkv.engines.partition import Numbers
 from tensorkv.errors import NonFiniteError, TensorKVError, WorkerError, WorkerMismatchError, quote
+from tensorkv.runtime.recent import Recent
 from tensorkv.runtime.shield import Steps, finish
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Batch, Entry, Part
@@ -132,7 +133,7 @@ class Pushes:
         # Of compressed gradients, whose sums are made on each host.
         self._decisions_alone = Decisions(group, host, policy, is_repeated=True, counts=chain.is_last)
         self._coded_sums = SumMemory()
-        self._gradients: dict[tuple[Key, ...], PlainGradients] = {}
+        self._gradients: Recent[tuple[Key, ...], PlainGradients] = Recent(_MAX_GRADIENTS)
         # The last push of each key, until its values are known to be there.
         self._pending: dict[Key, AllReduce] = {}
         # By their keys, the least recently used first; and how many keys they name together.
@@ -443,15 +444,14 @@ class Pushes:
             wholes = [self._values[key].whole for key in keys]
             if not all(whole.dtype in COMPRESSED_DTYPES for whole in wholes):
                 return None
-            if len(self._gradients) >= _MAX_GRADIENTS:
-                self._gradients.clear()
             layout = words_layout(codec, tuple(tuple(whole.shape) for whole in wholes))
-            found = self._gradients[keys] = PlainGradients(
+            found = PlainGradients(
                 layout,
                 range(len(keys)),
                 [0] * len(keys),
                 is_float32=all(whole.dtype is torch.float32 for whole in wholes),
             )
+            self._gradients.keep(keys, found, len(keys))
         return found
 
     def _push_coded(

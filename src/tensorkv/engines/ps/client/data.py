@@ -22,6 +22,7 @@ from tensorkv.arrays.rows import Rows, unchecked_rows
 from tensorkv.arrays.slices import Slices
 from tensorkv.compression import Codec, Compressor, Owed, Sending, Source, Words
 from tensorkv.errors import KeyNotFoundError, OptimizerError, ValueMismatchError, quote
+from tensorkv.runtime.recent import Recent
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Batch, Part
 from tensorkv.shard.nonfinite import NonFinitePolicy
@@ -91,7 +92,7 @@ class DataClient:
         """What was found out about the last push."""
         self.compressor = Compressor()
         """Of the gradients of this worker, by key and server."""
-        self._coded: dict[Layout, CodedLayout] = {}
+        self._coded: Recent[Layout, CodedLayout] = Recent(_MAX_CODED)
         self._compressing = threading.Lock()
 
     def close(self) -> None:
@@ -258,9 +259,8 @@ class DataClient:
             return None, None
         coded = self._coded.get(call.layout)
         if coded is None or coded.words.codec is not codec:
-            if len(self._coded) >= _MAX_CODED:
-                self._coded.clear()
-            coded = self._coded[call.layout] = CodedLayout(call.layout, codec)
+            coded = CodedLayout(call.layout, codec)
+            self._coded.keep(call.layout, coded, len(call.layout.keys))
         sending = self.compressor.encode_all(call.verb, coded.sources, coded.gradients.of(call.batch))
         self.compressor.keep(sending)
         return coded, sending

@@ -22,6 +22,7 @@ from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rowinit import RowInit
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.engines.transport.shared_values import ValuesInPlace
+from tensorkv.runtime.recent import Recent
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.pool import Pool
@@ -35,7 +36,7 @@ _IN_PLACE_NBYTES = 1 << 20
 _IN_PLACE_MEAN_NBYTES = 16 << 10
 # Copies of more elements than this are divided between threads.
 _PARALLEL_NUMEL = 1 << 18
-_CACHED_LAYOUTS = 256
+_REMEMBERED_LAYOUTS = 256
 
 
 class KeyPlacement:
@@ -163,7 +164,7 @@ class PlacedKeys(KeyTable[PlacedKey]):
     ) -> None:
         super().__init__(placed)
         self._wide, self._pull_dtype, self.snapshot = wide, pull_dtype, snapshot
-        self._layouts: dict[tuple[Key, ...], Layout] = {}
+        self._layouts: Recent[tuple[Key, ...], Layout] = Recent(_REMEMBERED_LAYOUTS)
         self._entries: dict[Key, Entry] = {}
 
     def of_snapshot(self, snapshot: str | None) -> PlacedKeys:
@@ -204,9 +205,7 @@ class PlacedKeys(KeyTable[PlacedKey]):
         if layout is None:
             placements = [self[key].placement for key in keys]
             layout = Layout(keys, placements, wide=self._wide, pull_dtype=self._pull_dtype)
-            if len(self._layouts) >= _CACHED_LAYOUTS:
-                self._layouts.clear()
-            self._layouts[called] = layout
+            self._layouts.keep(called, layout, len(called))
         return layout
 
     def entry(self, key: Key) -> Entry:

@@ -19,13 +19,14 @@ from typing import Any
 from tensorkv.arrays.arguments import Key
 from tensorkv.compression import Traffic
 from tensorkv.errors import ReleaseNotFoundError, SnapshotError
+from tensorkv.runtime.recent import Recent
 from tensorkv.shard.entry import FrozenEntry
 from tensorkv.shard.releases import HeldRelease
 from tensorkv.shard.shard import Shard, ShardSnapshot
 from tensorkv.storage.dedup import AppliedRequests, process_of
 
 from .listing import listed
-from .values import Layouts, ServedValues
+from .values import REMEMBERED_LAYOUTS, Layouts, ServedValues
 from .wait import Condition
 
 # A snapshot whose client has died is aborted after so long.
@@ -138,7 +139,7 @@ class _Keys:
     contents: list[tuple[Key, int]]
     notes: list[Any]
     name: str = field(default_factory=partial(secrets.token_hex, 8))
-    layouts: Layouts = field(default_factory=dict)
+    layouts: Layouts = field(default_factory=partial(Recent, REMEMBERED_LAYOUTS))
 
 
 @dataclass(slots=True)

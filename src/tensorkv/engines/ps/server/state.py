@@ -20,6 +20,7 @@ from tensorkv.arrays.spec import KeySpec
 from tensorkv.compression import SumMemory, Traffic, WordsLayout, words_layout
 from tensorkv.errors import ArgumentError, SnapshotError, ValueMismatchError, quote, show
 from tensorkv.releases.finder import ChangeFinder
+from tensorkv.runtime.recent import Recent
 from tensorkv.shard import native
 from tensorkv.shard.changes import Publish, RequestIds, SetNotes, ShowRelease, Unpublish
 from tensorkv.shard.entry import Batch, Entry, FrozenEntry, Part
@@ -91,7 +92,7 @@ class ServerState:
         self.changes = ChangeFinder(self.shard, self._place_of)
         """Finds changes between releases."""
         # Of pushes whose parts are all compressed, and memory for these parts.
-        self._coded: dict[bytes, WordsLayout] = {}
+        self._coded: Recent[bytes, WordsLayout] = Recent(REMEMBERED_LAYOUTS)
         self._sums = SumMemory()
         self.inits = 0
         """How often keys were created, deleted or re-created, or their metadata set."""
@@ -151,9 +152,8 @@ class ServerState:
             layout = words_layout(codec, tuple(tuple(spec.shape) for spec in specs))
             if words_text(pushed.keys, layout.places) != request.layout or not can_code(specs):
                 return None
-            if len(self._coded) >= REMEMBERED_LAYOUTS:
-                self._coded.clear()
-            found = self._coded[request.layout] = layout
+            self._coded.keep(request.layout, layout, len(pushed.keys))
+            found = layout
         if len(request.payload) != found.nbytes:
             return None
         flat, parts = memory.of(found)

@@ -15,6 +15,7 @@ from tensorkv.arrays.regions import Region
 from tensorkv.arrays.spec import numbered
 from tensorkv.compression import Traffic
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote
+from tensorkv.runtime.recent import Recent
 from tensorkv.shard import native
 from tensorkv.shard.entry import slots_of
 from tensorkv.shard.shard import Shard
@@ -39,7 +40,7 @@ class ServedLayout(NamedTuple):
     nbytes: int
 
 
-Layouts = dict[tuple[tuple[Key, ...], str | None], ServedLayout]
+Layouts = Recent[tuple[tuple[Key, ...], str | None], ServedLayout]
 """Of lists of keys and the dtypes in which they are pulled, how their values lie in a reply."""
 
 
@@ -73,7 +74,7 @@ class ServedValues:
 
     def __init__(self, shard: Shard, traffic: Traffic, layouts: Layouts | None = None) -> None:
         self.shard, self._traffic = shard, traffic
-        self._layouts: Layouts = {} if layouts is None else layouts
+        self._layouts: Layouts = Recent(REMEMBERED_LAYOUTS) if layouts is None else layouts
 
     def forget_layouts(self) -> None:
         """Look at keys again, which may be others than before."""
@@ -180,9 +181,7 @@ class ServedValues:
                 itemsize, size = sizes[number]
                 nbytes += -nbytes % itemsize + size
             found = ServedLayout(layout, zlib.crc32(layout), nbytes)
-            if len(self._layouts) >= REMEMBERED_LAYOUTS:
-                self._layouts.clear()
-            self._layouts[keys, pull_dtype] = found
+            self._layouts.keep((keys, pull_dtype), found, len(keys))
         return found
 
 

@@ -1,11 +1,28 @@
 """Packing: every dtype, and layouts that no tensors have."""
 
+import json
+import math
+
 import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("hypothesis")
+from hypothesis import given
+from hypothesis import strategies as st
+
 from tensorkv.arrays import interop, packing
-from tensorkv.arrays.packing import Item, LayoutError, decode_layout, encode_layout, join_layout, pack, unpack
+from tensorkv.arrays.packing import (
+    Item,
+    LayoutError,
+    decode_layout,
+    encode_layout,
+    join_layout,
+    pack,
+    split_layout,
+    unpack,
+)
+from tensorkv.compiled import _layouts
 
 
 @pytest.mark.parametrize("dtype", sorted(interop.DTYPES, key=str), ids=str)
@@ -75,6 +92,98 @@ def test_a_joined_layout_is_an_encoded_one(keys):
     numbers = [index % 2 for index in range(len(keys))]
     tensors = [(key, *kinds[number]) for key, number in zip(keys, numbers, strict=True)]
     assert join_layout(keys, kinds, numbers) == encode_layout(tensors)
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def layouts(request, monkeypatch):
+    """Layouts are written and read with the compiled part, and without it."""
+    if request.param == "plain":
+        monkeypatch.setattr(packing, "_layouts", None)
+    elif packing._layouts is None:
+        pytest.skip("needs the compiled part")
+    return request.param
+
+
+KINDS = [
+    ("sum", torch.float32, [2, 3]),
+    ("ids", torch.int64, []),
+    ("sum", torch.bool, [0]),
+    ("sum", torch.float64, [1 << 40, 0]),
+    ("words", torch.uint8, [7]),
+]
+SHORT = [["w"], ["b", 'a "quoted" one\\', "two\nlines", "\x7f~ !", "ü\u2028\ud800", ""], [0, 3, -1, 1 << 70, -(10**18)]]
+
+
+@pytest.mark.parametrize("keys", [[], *SHORT, [f"layers.{n}" for n in range(300)], list(range(-5, 500))], ids=len)
+def test_a_layout_is_split_into_what_it_was_joined_of(keys, layouts):
+    numbers = [7 * place * place % len(KINDS) for place in range(len(keys))]
+    layout = join_layout(keys, KINDS, numbers)
+    described = [[role, interop.dtype_name(dtype), shape] for role, dtype, shape in KINDS]
+    assert json.loads(layout) == [[key, *described[number]] for key, number in zip(keys, numbers, strict=True)]
+    found = split_layout(layout)
+    assert found.keys == tuple(keys)
+    assert [KINDS[n] for n in numbers] == [
+        (role, getattr(torch, name), shape) for role, name, shape in (found.kinds[n] for n in found.numbers)
+    ]
+    ends = [slot.stop for slot in decode_layout(layout)]
+    at = 0
+    for number, end in zip(numbers, ends, strict=True):
+        _, dtype, shape = KINDS[number]
+        at += -at % dtype.itemsize + math.prod(shape) * dtype.itemsize
+        assert end == at
+
+
+def is_read_as_json_reads_it(layout):
+    """Whether the compiled part leaves a layout to json, or finds in it what json does, if that is anything."""
+    if _layouts is None:
+        pytest.skip("needs the compiled part")
+    found = _layouts.split(layout)
+    if found is None:
+        return True
+    keys, ends, numbers = found
+    try:
+        kinds = [json.loads(b"[" + end) for end in ends]
+    except ValueError:
+        with pytest.raises(ValueError, match=r"."):
+            json.loads(layout)
+        return True
+    return json.loads(layout) == [[key, *kinds[number]] for key, number in zip(keys, numbers, strict=True)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_compiled_part_reads_malformed_layouts_as_json_reads_them(layout):
+    assert is_read_as_json_reads_it(layout)
+
+
+PIECES = [b"[", b"]", b",", b'"', b"-", b"0", b"1", b"12", b"w", b"\\", b" ", b"\xff", b"{", b"true", b"."]
+
+
+@given(st.data())
+def test_the_compiled_part_reads_layouts_with_other_bytes_as_json_reads_them(data):
+    layout = join_layout(["w", 7], KINDS, [0, 1])
+    assert is_read_as_json_reads_it(layout)
+    assert _layouts.split(layout) is not None
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(layout)))
+        layout = layout[:at] + data.draw(st.sampled_from([b"", *PIECES])) + layout[at + data.draw(st.integers(0, 2)) :]
+    assert is_read_as_json_reads_it(layout)
+
+
+def test_places_end_before_numbers_that_memory_has_not(layouts):
+    assert packing.place([(1, 3), (8, 16), (4, 0)], [0, 1, 2, 0, 2])[0].tolist() == [0, 8, 24, 24, 28]
+    assert packing.place([(1, 1 << 61)], [0])[1] == 1 << 61
+    for count in (2, 9):
+        with pytest.raises(OverflowError):
+            packing.place([(1, 1 << 61)], [0] * count)
+    assert packing.place([], [])[1] == 0
+
+
+def test_a_number_without_a_kind_is_refused(layouts):
+    for call in (lambda: join_layout(["w"], KINDS, [9]), lambda: packing.place([(1, 3)], [1])):
+        with pytest.raises(IndexError):
+            call()
+    with pytest.raises(ValueError, match=r"."):
+        join_layout(["w"], KINDS, [0, 0])
 
 
 @pytest.mark.parametrize("stride", [0, 3])

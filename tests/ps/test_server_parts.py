@@ -367,8 +367,9 @@ def test_layouts_of_pushes():
     assert call.keys == ("w", "t")
     assert not call.has_sums
     assert push_layout(b'[["w","sum","float32",[2]],["n","sum","int64",[1]]]').has_sums
-    assert keys_of(b'["w",3]') == ("w", 3)
-    for bad in (b"", b"3", b"[true]", b'[""]', b"[null]", b"[" * 5000):
+    assert keys_of(b'["w","b"]') == ("w", "b")
+    assert keys_of(b"[3,-1]") == (3, -1)
+    for bad in (b"", b"3", b'["w",3]', b"[true]", b'[""]', b"[null]", b"[" * 5000):
         with pytest.raises((tensorkv.ArgumentError, tensorkv.KeyTypeError)):
             keys_of(bad)
 

@@ -118,9 +118,7 @@ def keys_of(verb: str, key: Any) -> list[Key]:
     """Return the keys of a call as they stand, repeats included."""
     if is_key(key):
         return [check_key(verb, key)]
-    keys = [check_key(verb, each) for each in key_list(verb, key)]
-    check_one_type(verb, keys)
-    return keys
+    return check_keys(verb, key_list(verb, key))
 
 
 def key_list(verb: str, keys: Any) -> list[Any]:
@@ -131,6 +129,20 @@ def key_list(verb: str, keys: Any) -> list[Any]:
             f"{verb}: invalid key {show(keys)}; expected a str, an int, or a list or mapping of them{hint}"
         )
     return list(keys)
+
+
+def check_keys(verb: str, keys: list[Any]) -> list[Key]:
+    """Return a list of keys as plain str or int.
+
+    Raises:
+        KeyTypeError: one is invalid, or they are of two types.
+    """
+    types = set(map(type, keys))
+    if types == {int} or (types == {str} and "" not in keys):
+        return keys
+    found = [check_key(verb, key) for key in keys]
+    check_one_type(verb, found)
+    return found
 
 
 def check_one_type(verb: str, keys: Collection[Key]) -> None:

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from tensorkv.compiled import _layouts
 from tensorkv.runtime.recent import Recent
 
 from . import interop
@@ -21,6 +23,7 @@ from .arguments import Key
 _DTYPES = {interop.dtype_name(dtype): dtype for dtype in interop.DTYPES}
 COMPACT = json.JSONEncoder(separators=(",", ":"))
 """Writes JSON without spaces; ``json.dumps`` would make an encoder for each call."""
+_MAX_NBYTES = 1 << 62
 
 
 class LayoutError(ValueError):
@@ -180,22 +183,16 @@ def encode_layout(tensors: Iterable[tuple[Key, str, torch.dtype, Sequence[int]]]
     >>> encode_layout([("w", "sum", torch.float32, [3]), ("n", "sum", torch.int64, [])])
     b'[["w","sum","float32",[3]],["n","sum","int64",[]]]'
     """
-    return join_slots(
-        COMPACT.encode([key, role, interop.dtype_name(dtype), list(shape)]) for key, role, dtype, shape in tensors
-    )
-
-
-def join_slots(slots: Iterable[str]) -> bytes:
-    """Return the layout of tensors, given what it says of each.
-
-    >>> join_slots(['["w","sum","float32",[3]]'])
-    b'[["w","sum","float32",[3]]]'
-    """
-    return f"[{','.join(slots)}]".encode()
+    kinds: dict[tuple[str, torch.dtype, tuple[int, ...]], int] = {}
+    keys, numbers = [], []
+    for key, role, dtype, shape in tensors:
+        keys.append(key)
+        numbers.append(kinds.setdefault((role, dtype, tuple(shape)), len(kinds)))
+    return join_layout(keys, list(kinds), numbers)
 
 
 def join_layout(
-    keys: Sequence[Key], kinds: Sequence[tuple[str, torch.dtype, Sequence[int]]], numbers: Sequence[int]
+    keys: Sequence[Key], kinds: Sequence[tuple[str, torch.dtype, Sequence[int]]], numbers: list[int]
 ) -> bytes:
     """Return what ``encode_layout`` does, for many tensors of a few kinds.
 
@@ -207,14 +204,35 @@ def join_layout(
     >>> join_layout(["w", "b", "c"], [("sum", torch.int8, [3]), ("sum", torch.float32, [])], [1, 0, 0])
     b'[["w","sum","float32",[]],["b","sum","int8",[3]],["c","sum","int8",[3]]]'
     """
-    return join_slots(encode_slots(keys, kinds, numbers))
+    ends = _ends_of(kinds)
+    if _layouts is not None:
+        joined: bytes = _layouts.join(keys, [end.encode() for end in ends], numbers, json.dumps)
+        return joined
+    return join_slots(_slots(keys, ends, numbers))
+
+
+def join_slots(slots: Iterable[str]) -> bytes:
+    """Return the layout of tensors, given what it says of each.
+
+    >>> join_slots(['["w","sum","float32",[3]]'])
+    b'[["w","sum","float32",[3]]]'
+    """
+    return f"[{','.join(slots)}]".encode()
 
 
 def encode_slots(
     keys: Sequence[Key], kinds: Sequence[tuple[str, torch.dtype, Sequence[int]]], numbers: Sequence[int]
 ) -> list[str]:
     """Return what a layout says of each of many tensors; arguments as for ``join_layout``."""
-    ends = [COMPACT.encode([role, interop.dtype_name(dtype), list(shape)])[1:] for role, dtype, shape in kinds]
+    return _slots(keys, _ends_of(kinds), numbers)
+
+
+def _ends_of(kinds: Sequence[tuple[str, torch.dtype, Sequence[int]]]) -> list[str]:
+    """Return what follows the key of a tensor of each kind."""
+    return [COMPACT.encode([role, interop.dtype_name(dtype), list(shape)])[1:] for role, dtype, shape in kinds]
+
+
+def _slots(keys: Sequence[Key], ends: Sequence[str], numbers: Sequence[int]) -> list[str]:
     return [f"[{key},{ends[number]}" for key, number in zip(json_keys(keys), numbers, strict=True)]
 
 
@@ -228,23 +246,48 @@ def json_keys(keys: Sequence[Key]) -> list[str]:
     return json.dumps(list(keys), separators=("\n", ":"))[1:-1].split("\n") if keys else []
 
 
-def keys_and_roles(layout: bytes) -> tuple[tuple[Key, ...], tuple[str, ...]]:
-    """Return the keys and the roles of a layout whose dtypes and shapes nobody has checked.
+class SplitLayout(NamedTuple):
+    """A layout whose dtypes and shapes nobody has checked.
+
+    Args:
+        keys: of each tensor.
+        kinds: role, dtype and shape.
+        numbers: of each tensor's kind.
+    """
+
+    keys: tuple[Key, ...]
+    kinds: Sequence[Sequence[Any]]
+    numbers: list[int]
+
+
+def split_layout(layout: bytes) -> SplitLayout:
+    """Do the opposite of ``join_layout``.
 
     Raises:
-        LayoutError: it has none.
+        LayoutError: it is not a list of lists that begin with a key and a role.
 
-    >>> keys_and_roles(b'[["w","sum","float32",[3]],["n","sum","int64",[]]]')
-    (('w', 'n'), ('sum', 'sum'))
+    >>> split_layout(b'[["w","sum","float32",[]],["b","sum","int8",[3]],["c","sum","int8",[3]]]')[1:]
+    ([['sum', 'float32', []], ['sum', 'int8', [3]]], [0, 1, 1])
     """
     try:
-        described = json.loads(layout)
-        keys, roles, _, _ = zip(*described, strict=True) if described else ((), (), (), ())
-        if set(map(type, roles)) - {str} or set(map(type, keys)) - {str, int}:
-            raise ValueError("expected str or int keys, and roles")
+        found = None if _layouts is None else _layouts.split(layout)
+        if found is not None:
+            keys, ends, numbers = found
+            return SplitLayout(keys, json.loads(b"[%s]" % b",".join(b"[" + end for end in ends)), numbers)
+        return _split(json.loads(layout))
     except (ValueError, TypeError, RecursionError) as error:
         raise LayoutError(f"malformed layout: {error}") from None
-    return keys, roles
+
+
+def _split(described: Any) -> SplitLayout:
+    kinds: dict[tuple[str, Any, str], tuple[int, Sequence[Any]]] = {}
+    keys, numbers = [], []
+    for key, role, dtype, shape in described:
+        if type(key) not in (str, int) or type(role) is not str:
+            raise ValueError(f"{key!r} {role!r}; expected a str or int key, and a role")
+        keys.append(key)
+        numbers.append(kinds.setdefault((role, dtype, repr(shape)), (len(kinds), (role, dtype, shape)))[0])
+    return SplitLayout(tuple(keys), [kind for _, kind in kinds.values()], numbers)
 
 
 def decode_layout(layout: bytes) -> tuple[Slot, ...]:
@@ -264,28 +307,56 @@ _decoded: Recent[bytes, tuple[Slot, ...]] = Recent(32)
 
 
 def _decode(layout: bytes) -> tuple[Slot, ...]:
+    keys, described, numbers = split_layout(layout)
     try:
-        described = json.loads(layout)
-        slots = []
-        # Most layouts have thousands of tensors of a few kinds.
-        kinds: dict[tuple[str, str, str], tuple[torch.dtype, torch.Size, int]] = {}
-        at = 0
-        for key, role, name, sizes in described:
-            kind = role, name, repr(sizes)
-            if kind not in kinds:
-                if type(role) is not str or not all(type(n) is int and n >= 0 for n in sizes):
-                    raise ValueError(f"{role!r} {sizes!r}")
-                dtype = _DTYPES[name]
-                kinds[kind] = dtype, torch.Size(sizes), math.prod(sizes) * dtype.itemsize
-            dtype, shape, nbytes = kinds[kind]
-            start = at + -at % dtype.itemsize
-            at = start + nbytes
-            if type(key) not in (str, int) or at >= 1 << 62:
-                raise ValueError(f"{key!r} {role!r} {sizes!r}")
-            slots.append(Slot(key, role, dtype, shape, start, at))
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError, RuntimeError) as error:
+        kinds = [_checked_kind(*kind) for kind in described]
+        sizes = [(dtype.itemsize, shape.numel() * dtype.itemsize) for _, dtype, shape in kinds]
+        starts, _ = place(sizes, numbers)
+    except (ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
         raise LayoutError(f"malformed layout: {error}") from None
-    return tuple(slots)
+    return tuple(
+        Slot(key, *kinds[number], start, start + sizes[number][1])
+        for key, number, start in zip(keys, numbers, starts.tolist(), strict=True)
+    )
+
+
+def _checked_kind(role: str, name: Any, shape: Any) -> tuple[str, torch.dtype, torch.Size]:
+    if type(shape) is not list or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"{role!r} {shape!r}")
+    dtype = _DTYPES[name]
+    if math.prod(shape) * dtype.itemsize >= _MAX_NBYTES:
+        raise OverflowError(f"{shape!r} of {name}")
+    return role, dtype, torch.Size(shape)
+
+
+def place(sizes: list[tuple[int, int]], numbers: list[int]) -> tuple[npt.NDArray[np.uint64], int]:
+    """Return where tensors of a few kinds begin that follow one another, and where the last one ends.
+
+    Args:
+        sizes: of each kind, the bytes of an element and of all.
+        numbers: of each tensor's kind.
+
+    Returns:
+        the first byte of each, and the byte after the last.
+
+    Raises:
+        OverflowError: at 2^62 bytes or later.
+
+    >>> place([(1, 3), (4, 8)], [0, 1, 0])
+    (array([ 0,  4, 12], dtype=uint64), 15)
+    """
+    if _layouts is not None:
+        column, end = _layouts.place(sizes, numbers)
+        return np.frombuffer(column, np.uint64), end
+    starts, at = [], 0
+    for number in numbers:
+        itemsize, nbytes = sizes[number]
+        at += -at % itemsize
+        starts.append(at)
+        at += nbytes
+    if at >= _MAX_NBYTES:
+        raise OverflowError("tensors of 2^62 bytes or more")
+    return np.array(starts, np.uint64), at
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

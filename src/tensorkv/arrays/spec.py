@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,6 +12,8 @@ from tensorkv.errors import ArrayTypeError
 
 from . import interop
 from .rowinit import RowInit
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +45,17 @@ class KeySpec:
         return replace(self, origin=origin)
 
 
-def numbered(specs: Sequence[KeySpec]) -> tuple[list[KeySpec], list[int]]:
-    """Return the objects among some specs, each once, and the number of each spec among them; many keys have few.
+def numbered(things: Iterable[T]) -> tuple[list[T], list[int]]:
+    """Return the objects among some, each once, and the number of each one among them.
 
-    Hashing a spec takes longer than what is mostly done with it, and most equal ones are one object.
+    Of many keys, most specs are the same few objects, and to hash one takes longer than what is mostly done with it.
 
     >>> one, other = (KeySpec(torch.Size([n]), torch.float32, interop.NUMPY, False) for n in (1, 2))
     >>> numbered([one, other, one]) == ([one, other], [0, 1, 0])
     True
     """
-    objects = {id(spec): spec for spec in specs}
-    numbers = {found: number for number, found in enumerate(objects)}
-    return list(objects.values()), [numbers[id(spec)] for spec in specs]
+    listed = list(things)
+    ids = list(map(id, listed))
+    objects = dict(zip(ids, listed, strict=True))
+    numbers = dict(zip(objects, range(len(objects)), strict=True))
+    return list(objects.values()), list(map(numbers.__getitem__, ids))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from zlib import crc32
 
-PARTS = ("_codecs", "_elements", "_native", "_shared", "_signals", "_tables")
+PARTS = ("_codecs", "_elements", "_layouts", "_native", "_shared", "_signals", "_tables")
 
 FOLDER = Path(__file__).parent
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from tensorkv.arrays import interop
-from tensorkv.arrays.arguments import Key, check_key, check_one_type
-from tensorkv.arrays.packing import COMPACT, Item, join_layout, keys_and_roles, unpack
+from tensorkv.arrays.arguments import Key, check_keys
+from tensorkv.arrays.packing import COMPACT, Item, join_layout, split_layout, unpack
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.slices import Slices
 from tensorkv.arrays.spec import KeySpec
@@ -753,17 +753,6 @@ def ids_of(item: Item) -> torch.Tensor:
     return ids
 
 
-def checked_keys(verb: str, keys: Sequence[Any]) -> list[Key]:
-    """Return the keys that a message lists.
-
-    Raises:
-        KeyTypeError: an invalid key, or keys of two types.
-    """
-    found = [check_key(verb, key) for key in keys]
-    check_one_type(verb, found)
-    return found
-
-
 def words_item(key: Key, words: Words) -> Item:
     """Return what a payload has of the words of a key, as numbers that begin where every dtype may."""
     return Item(key, "words", interop.take(words.view(np.int64)))
@@ -823,19 +812,21 @@ _pushed: Recent[bytes, PushLayout] = Recent(256)
 
 
 def _push_layout(layout: bytes) -> PushLayout:
-    keys, roles = keys_and_roles(layout)
-    has_sums = set(roles) == {"sum"}
-    fits = has_sums or all(
-        _PAIRS.get(role) == (after if after in _SECONDS else None) and (after not in _SECONDS or key == next_key)
-        for (key, role), (next_key, after) in pairwise(zip(keys, roles, strict=True))
-    )
-    is_whole = bool(keys) and roles[0] not in _SECONDS and _PAIRS.get(roles[-1]) is None
-    if not fits or not is_whole or set(roles) - {"sum", "words", *_PAIRS, *_SECONDS}:
-        raise ArgumentError(
-            "malformed push layout; expected sums, words, pairs of ids and rows, or pairs of bounds and slices"
-        )
+    keys, kinds, numbers = split_layout(layout)
+    roles = {role for role, _, _ in kinds}
+    has_sums = roles == {"sum"}
     if not has_sums:
-        keys = tuple(key for key, role in zip(keys, roles, strict=True) if role not in _SECONDS)
+        each = [kinds[number][0] for number in numbers]
+        fits = all(
+            _PAIRS.get(role) == (after if after in _SECONDS else None) and (after not in _SECONDS or key == next_key)
+            for (key, role), (next_key, after) in pairwise(zip(keys, each, strict=True))
+        )
+        is_whole = bool(keys) and each[0] not in _SECONDS and _PAIRS.get(each[-1]) is None
+        if not fits or not is_whole or roles - {"sum", "words", *_PAIRS, *_SECONDS}:
+            raise ArgumentError(
+                "malformed push layout; expected sums, words, pairs of ids and rows, or pairs of bounds and slices"
+            )
+        keys = tuple(key for key, role in zip(keys, each, strict=True) if role not in _SECONDS)
     if len(set(keys)) < len(keys):
         raise ArgumentError("duplicate key in a push layout")
     return PushLayout(keys, has_sums, "bounds" in roles, layout)
@@ -850,7 +841,7 @@ def keys_of(text: bytes) -> tuple[Key, ...]:
     found = _pulled.get(text)
     if found is None:
         try:
-            found = tuple(check_key("pull", key) for key in json.loads(text))
+            found = tuple(check_keys("pull", json.loads(text)))
         except (ValueError, TypeError, RecursionError) as error:
             raise ArgumentError(f"invalid key list: {error}") from None
         _pulled.keep(text, found, len(found))

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from hashlib import blake2b
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,10 @@ import torch
 from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.keytable import KeyTable
-from tensorkv.arrays.packing import Slot, decode_layout, join_layout
+from tensorkv.arrays.packing import Slot, decode_layout, join_layout, place
 from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rowinit import RowInit
-from tensorkv.arrays.spec import KeySpec
+from tensorkv.arrays.spec import KeySpec, numbered
 from tensorkv.engines.transport.shared_values import ValuesInPlace
 from tensorkv.runtime.recent import Recent
 from tensorkv.shard import native, reduce
@@ -37,6 +38,8 @@ _IN_PLACE_MEAN_NBYTES = 16 << 10
 # Copies of more elements than this are divided between threads.
 _PARALLEL_NUMEL = 1 << 18
 _REMEMBERED_LAYOUTS = 256
+
+_PLACEMENT_OF = attrgetter("placement")
 
 
 class KeyPlacement:
@@ -203,7 +206,7 @@ class PlacedKeys(KeyTable[PlacedKey]):
         called = tuple(keys)
         layout = self._layouts.get(called)
         if layout is None:
-            placements = [self[key].placement for key in keys]
+            placements = list(map(_PLACEMENT_OF, map(self.__getitem__, keys)))
             layout = Layout(keys, placements, wide=self._wide, pull_dtype=self._pull_dtype)
             self._layouts.keep(called, layout, len(called))
         return layout
@@ -249,13 +252,11 @@ Arrays = native.Batch | Sequence[Sequence[torch.Tensor]]
 
 def describe(keys: Sequence[Key], placed: Sequence[PlacedKey]) -> dict[str, list[Any]]:
     """Return the metadata of keys as columns, as ``Init`` has them: metadata that several keys share is listed once."""
-    placements = [each.placement for each in placed]
-    kinds = dict.fromkeys(placements)
-    numbers = {placement: number for number, placement in enumerate(kinds)}
+    kinds, numbers = numbered(each.placement for each in placed)
     return {
         "kinds": [placement.to_metadata() for placement in kinds],
         "keys": list(keys),
-        "indices": [numbers[placement] for placement in placements],
+        "indices": numbers,
         "orders": [each.order for each in placed],
     }
 
@@ -305,30 +306,27 @@ class ServerLayout:
         there = np.array([share.is_there for share in self._shares], bool)[indices]
         self.indices = np.flatnonzero(there)
         """The places in the call of the keys of which the server holds a piece."""
-        self._own = indices[there]
+        own = indices[there]
+        self._numbers: list[int] = own.tolist()
         self._keys = list(keys) if len(self.indices) == len(keys) else [keys[index] for index in self.indices.tolist()]
         numbers = [(share.first, share.count, share.itemsize) for share in self._shares]
-        firsts, counts, itemsizes = np.array(numbers, np.int64).reshape(-1, 3)[self._own].T
+        firsts, counts, itemsizes = np.array(numbers, np.int64).reshape(-1, 3)[own].T
         self._numel = int(counts.sum())
         itemsize_of = np.array([dtype.itemsize for dtype in dtypes], np.int64)
-        self.raw_nbytes = int((counts * itemsize_of[self._own]).sum())
+        self.raw_nbytes = int((counts * itemsize_of[own]).sum())
         """The bytes of the values in their own dtypes."""
         # As the compiled part takes pieces: place of the key in the call, first element, how many.
         self._pieces = np.stack([self.indices, firsts, counts], 1).tobytes()
-        starts, at = [], 0
-        for nbytes, itemsize in zip((counts * itemsizes).tolist(), itemsizes.tolist(), strict=True):
-            at += -at % itemsize
-            starts.append(at)
-            at += nbytes
-        self._starts, self.nbytes = np.array(starts, np.uint64), at
-        self._sizes, self.num_keys = counts * itemsizes, len(starts)
-        self.is_read_in_place = at >= _IN_PLACE_NBYTES and at >= _IN_PLACE_MEAN_NBYTES * len(starts)
+        sizes = [(share.itemsize, share.count * share.itemsize) for share in self._shares]
+        self._starts, self.nbytes = place(sizes, self._numbers)
+        self._sizes, self.num_keys = counts * itemsizes, len(self._keys)
+        self.is_read_in_place = self.nbytes >= max(_IN_PLACE_NBYTES, _IN_PLACE_MEAN_NBYTES * self.num_keys)
         """Whether the values are so large that it is worth a request more to read them where they are."""
 
     @cached_property
     def layout(self) -> bytes:
         """The description of the payload."""
-        return join_layout(self._keys, [share.described for share in self._shares], self._own.tolist())
+        return join_layout(self._keys, [share.described for share in self._shares], self._numbers)
 
     @cached_property
     def keys(self) -> bytes:
@@ -343,7 +341,7 @@ class ServerLayout:
     @cached_property
     def _places(self) -> Sequence[tuple[int, _Share, Slot]]:
         """Of each piece: the place of its key, its rows and its bytes, for arrays that are not plain."""
-        shares = [self._shares[number] for number in self._own.tolist()]
+        shares = [self._shares[number] for number in self._numbers]
         return list(zip(self.indices.tolist(), shares, decode_layout(self.layout), strict=True))
 
     def gather(self, room: torch.Tensor, parts: Arrays, pool: Pool) -> None:
@@ -406,9 +404,8 @@ class Layout:
         pull_dtype: str | None = None,
     ) -> None:
         self.keys, self.placements = list(keys), placements
-        distinct = list(dict.fromkeys(placements))
-        numbers = {placement: number for number, placement in enumerate(distinct)}
-        indices = np.array([numbers[placement] for placement in placements], np.int64)
+        distinct, numbers = numbered(placements)
+        indices = np.array(numbers, np.int64)
         servers = sorted({server for each in distinct for server in each.servers})
         dtypes = {each.spec.dtype for each in distinct}
         self.is_floating = all(dtype.is_floating_point for dtype in dtypes)

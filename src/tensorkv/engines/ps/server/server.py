@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from tensorkv import errors
-from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.arguments import Key, check_keys
 from tensorkv.arrays.packing import bytes_of, unpack
 from tensorkv.errors import (
     ArgumentError,
@@ -39,7 +39,7 @@ from tensorkv.shard.shard import ShardSnapshot
 from tensorkv.storage.dedup import process_of
 
 from .. import messages
-from ..messages import Message, Push, Reply, Request, checked_keys, keys_of, push_layout
+from ..messages import Message, Push, Reply, Request, keys_of, push_layout
 from ..options import PSOptions
 from ..released import encode_changes
 from .membership import Membership
@@ -404,7 +404,7 @@ class Server:
         return Reply({})
 
     def _delete(self, request: Request[messages.Delete]) -> Reply:
-        keys = checked_keys("delete", request.message.keys)
+        keys = check_keys("delete", request.message.keys)
         with self._condition:
             self._admit(request)
             before = self._changes
@@ -424,7 +424,7 @@ class Server:
 
     def _set_hyperparameters(self, request: Request[messages.SetHyperparameters]) -> Reply:
         numbers, keys = request.message.numbers, request.message.keys
-        keys = keys and checked_keys("set_hyperparameters", keys)
+        keys = keys and check_keys("set_hyperparameters", keys)
         with self._change(request) as ids:
             if ids:
                 self._state.shard.set_hyperparameters(numbers, keys, requests=ids)
@@ -573,7 +573,7 @@ class Server:
         message = request.message
         check_name("publish", message.release)
         check_keep("publish", message.keep)
-        keys = message.keys and checked_keys("publish", message.keys)
+        keys = message.keys and check_keys("publish", message.keys)
         with self._change(request) as ids:
             if ids:
                 self._state.shard.publish(message.release, keys, message.keep, requests=ids)

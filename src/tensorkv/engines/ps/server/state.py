@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tensorkv import compression
-from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.arguments import Key, check_keys
 from tensorkv.arrays.packing import Item, bytes_of, cut, join_layout, json_keys, pack, unpack
 from tensorkv.arrays.rows import Rows, merge
 from tensorkv.arrays.slices import Slices, join_slices
@@ -42,7 +42,6 @@ from ..messages import (
     Request,
     Restore,
     can_code,
-    checked_keys,
     push_layout,
     words_text,
 )
@@ -284,9 +283,7 @@ class ServerState:
             Which of the keys that the message lists are here; None if it means all.
         """
         keys = (
-            None
-            if message.keys is None
-            else [key for key in checked_keys("publish", message.keys) if key in self.shard]
+            None if message.keys is None else [key for key in check_keys("publish", message.keys) if key in self.shard]
         )
         self.shard.check_complete("publish", keys)
         change = Publish(name, message.number, keys, is_visible=False, owner=owner, attempt=message.attempt)
@@ -404,7 +401,7 @@ def new_entries(request: Request[Init], shard: Shard, server: int) -> list[Entry
     specs = [manifest.restore_spec("", kind, is_table=kind["table"] is True) for kind in kinds]
     if len(orders) != len(keys) or not all(type(order) is int for order in orders):
         raise ArgumentError("malformed init; expected the order of each key")
-    checked_keys("init", keys)
+    check_keys("init", keys)
     found = [specs[index] for index in message.indices]
     parts = _whole_parts(request, specs, [_shape_on(server, *each) for each in zip(kinds, specs, strict=True)])
     if parts is None:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 
 from tensorkv.arrays.arguments import Key
-from tensorkv.arrays.packing import decode_layout, encode_layout, join_layout, join_slots, layout_nbytes, unpack, views
+from tensorkv.arrays.packing import decode_layout, encode_layout, join_layout, layout_nbytes, place, unpack, views
 from tensorkv.arrays.regions import Region
 from tensorkv.arrays.spec import numbered
 from tensorkv.compression import Traffic
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote
 from tensorkv.runtime.recent import Recent
 from tensorkv.shard import native
-from tensorkv.shard.entry import slots_of
 from tensorkv.shard.shard import Shard
 
 from ..messages import Pull, PullRows, Reply, Request, ids_of, keys_of, pulled_dtype, room_for
+
+_SPEC_OF = attrgetter("spec")
 
 # Lists of keys that are pulled together.
 REMEMBERED_LAYOUTS = 1024
@@ -170,16 +172,13 @@ class ServedValues:
         found = self._layouts.get((keys, pull_dtype))
         entries = self.shard.entries(keys) if found is None else None
         if entries is not None:
-            specs, numbers = numbered([entry.spec for entry in entries])
+            specs, numbers = numbered(map(_SPEC_OF, entries))
             if any(spec.is_table for spec in specs):
                 return None
             # Named as the client names them: it compares.
             kinds = [("sum", pulled_dtype(spec.dtype, pull_dtype), spec.shape) for spec in specs]
-            layout = join_slots(slots_of(entries)) if pull_dtype is None else join_layout(keys, kinds, numbers)
-            sizes, nbytes = [(dtype.itemsize, shape.numel() * dtype.itemsize) for _, dtype, shape in kinds], 0
-            for number in numbers:
-                itemsize, size = sizes[number]
-                nbytes += -nbytes % itemsize + size
+            layout = join_layout(keys, kinds, numbers)
+            _, nbytes = place([(dtype.itemsize, shape.numel() * dtype.itemsize) for _, dtype, shape in kinds], numbers)
             found = ServedLayout(layout, zlib.crc32(layout), nbytes)
             self._layouts.keep((keys, pull_dtype), found, len(keys))
         return found

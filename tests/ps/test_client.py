@@ -19,7 +19,9 @@ pytest.importorskip("ray")
 
 from ray.exceptions import GetTimeoutError
 
+from tensorkv.engines.ps.client import data as client_data
 from tensorkv.engines.ps.client import layout
+from tensorkv.engines.ps.client.coded import CodedLayout
 from tensorkv.engines.ps.client.data import DataClient
 from tensorkv.engines.ps.ray import handle
 from tensorkv.engines.ps.server.state import ServerState
@@ -430,3 +432,16 @@ def test_a_large_reply_through_ray_arrives_though_the_wait_for_it_is_looked_at(m
     monkeypatch.setattr(handle, "ray", never)
     with pytest.raises(GetTimeoutError):
         handle.get(never, 0.3)
+
+
+def test_the_same_compression_in_another_store_is_worked_out_once(monkeypatch):
+    made = []
+    monkeypatch.setattr(client_data, "CodedLayout", lambda *args: made.append(args) or CodedLayout(*args))
+    for _ in range(2):
+        with Cluster() as cluster:
+            kv = cluster.store()
+            kv.init("w", np.zeros(9, np.float32))
+            kv.set_gradient_compression({"type": "1bit"})
+            for _ in range(3):
+                kv.push("w", np.ones(9, np.float32))
+    assert len(made) == 2

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from tensorkv.compiled import _layouts
+from tensorkv.errors import show
 from tensorkv.runtime.recent import Recent
 
 from . import interop
@@ -261,7 +262,7 @@ class SplitLayout(NamedTuple):
 
 
 def split_layout(layout: bytes) -> SplitLayout:
-    """Do the opposite of ``join_layout``.
+    """Undo ``join_layout``.
 
     Raises:
         LayoutError: it is not a list of lists that begin with a key and a role.
@@ -284,7 +285,7 @@ def _split(described: Any) -> SplitLayout:
     keys, numbers = [], []
     for key, role, dtype, shape in described:
         if type(key) not in (str, int) or type(role) is not str:
-            raise ValueError(f"{key!r} {role!r}; expected a str or int key, and a role")
+            raise ValueError(f"{show(key)}, {show(role)}; expected a str or int key, and a role")
         keys.append(key)
         numbers.append(kinds.setdefault((role, dtype, repr(shape)), (len(kinds), (role, dtype, shape)))[0])
     return SplitLayout(tuple(keys), [kind for _, kind in kinds.values()], numbers)
@@ -330,7 +331,9 @@ def _checked_kind(role: str, name: Any, shape: Any) -> tuple[str, torch.dtype, t
 
 
 def place(sizes: list[tuple[int, int]], numbers: list[int]) -> tuple[npt.NDArray[np.uint64], int]:
-    """Return where tensors of a few kinds begin that follow one another, and where the last one ends.
+    """Return where each of a row of tensors begins, and where the last one ends.
+
+    Each begins at the next multiple of its element's size.
 
     Args:
         sizes: of each kind, the bytes of an element and of all.

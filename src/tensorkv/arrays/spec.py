@@ -46,9 +46,9 @@ class KeySpec:
 
 
 def numbered(things: Iterable[T]) -> tuple[list[T], list[int]]:
-    """Return the objects among some, each once, and the number of each one among them.
+    """Return the distinct objects, and for each thing the number of its object.
 
-    Of many keys, most specs are the same few objects, and to hash one takes longer than what is mostly done with it.
+    Most keys share a few specs, and hashing a spec takes longer than what is mostly done with it.
 
     >>> one, other = (KeySpec(torch.Size([n]), torch.float32, interop.NUMPY, False) for n in (1, 2))
     >>> numbered([one, other, one]) == ([one, other], [0, 1, 0])

@@ -10,7 +10,7 @@
 
 #include "_module.h"
 
-/* What JSON has as it is in a string of ASCII. */
+/* Whether JSON writes a character unescaped. */
 static inline int is_plain(char c) { return c >= ' ' && c <= '~' && c != '"' && c != '\\'; }
 
 static inline int is_digit(char c) { return c >= '0' && c <= '9'; }
@@ -80,8 +80,8 @@ static PyObject *join(PyObject *module, PyObject *args) {
     PyObject *given, *given_ends, *numbers, *encode, *made = NULL;
     (void)module;
     if (!PyArg_ParseTuple(args, "OOO!O", &given, &given_ends, &PyList_Type, &numbers, &encode)) return NULL;
-    /* Lists of their own: encode may be any function. */
-    PyObject *keys = PySequence_List(given), *ends = PySequence_List(given_ends);
+    /* Copies, since encode may change what it was given from. */
+    PyObject *keys = PySequence_List(given), *ends = keys == NULL ? NULL : PySequence_List(given_ends);
     Text text = {NULL, 0, 0};
     Py_ssize_t count = keys == NULL ? 0 : PyList_Size(keys), kinds = ends == NULL ? 0 : PyList_Size(ends);
     if (keys == NULL || ends == NULL) goto end;
@@ -158,7 +158,7 @@ static int take_end(Cursor *cursor) {
     return takes(cursor, ']') && takes(cursor, ']');
 }
 
-/* The number of a kind, which is new or not; NULL with an error. */
+/* The number of a kind, added if it is new; NULL with an error. */
 static PyObject *number_of(PyObject *known, PyObject *ends, const char *start, Py_ssize_t size) {
     PyObject *end = PyBytes_FromStringAndSize(start, size), *number = NULL;
     if (end == NULL) return NULL;
@@ -205,9 +205,9 @@ static int read_all(Cursor *cursor, PyObject *keys, PyObject *ends, PyObject *nu
 
 PyDoc_STRVAR(split_doc,
              "split(layout)\n--\n\n"
-             "Do the opposite of join: return a tuple of keys, a list of ends and a list of numbers.\n\n"
+             "Undo join: return a tuple of keys, a list of ends and a list of numbers.\n\n"
              "Returns:\n"
-             "    None if it is not written the way that join writes it. Ends may still be no JSON.");
+             "    None if it is not written the way that join writes it. The ends may still be invalid JSON.");
 
 static PyObject *split(PyObject *module, PyObject *args) {
     Py_buffer layout;
@@ -238,7 +238,7 @@ static PyObject *split(PyObject *module, PyObject *args) {
 
 PyDoc_STRVAR(place_doc,
              "place(sizes, numbers)\n--\n\n"
-             "Find where tensors begin that follow one another, each at the next multiple of its element's size.\n\n"
+             "Find where each of a row of tensors begins: at the next multiple of its element's size.\n\n"
              "Args:\n"
              "    sizes: a list with the bytes of an element and of the whole, for each kind of tensor.\n"
              "    numbers: of each tensor's kind, a list.\n\n"
@@ -255,11 +255,17 @@ static PyObject *place(PyObject *module, PyObject *args) {
     Py_ssize_t kinds = PyList_Size(given), count = PyList_Size(numbers), kind = 0, i = 0;
     unsigned long long at = 0, (*sizes)[2] = PyMem_Calloc((size_t)kinds + 1, sizeof *sizes);
     if (sizes == NULL) return PyErr_NoMemory();
-    for (; kind < kinds && PyArg_ParseTuple(PyList_GetItem(given, kind), "KK", &sizes[kind][0], &sizes[kind][1]); kind++)
+    for (; kind < kinds; kind++) {
+        PyObject *pair = PyList_GetItem(given, kind), *itemsize, *nbytes;
+        if (!PyArg_ParseTuple(pair, "OO", &itemsize, &nbytes)) break;
+        sizes[kind][0] = PyLong_AsUnsignedLongLong(itemsize);
+        sizes[kind][1] = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLongLong(nbytes);
+        if (PyErr_Occurred()) break;
         if (sizes[kind][0] == 0 || sizes[kind][0] > most || sizes[kind][1] > most) {
-            PyErr_SetString(PyExc_OverflowError, "expected bytes");
+            PyErr_SetString(PyExc_OverflowError, "tensors of 2^62 bytes or more, or elements of none");
             break;
         }
+    }
     if (kind == kinds) starts = PyBytes_FromStringAndSize(NULL, 8 * count);
     char *column = starts == NULL ? NULL : PyBytes_AsString(starts);
     for (; column != NULL && i < count; i++) {

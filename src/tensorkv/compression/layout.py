@@ -168,7 +168,8 @@ class SumMemory:
         views = self._views.get(layout)
         if views is None:
             views = [[torch.from_numpy(each)] for each in layout.views(self._flat)]
-            self._views.keep(layout, views, len(views))
+            # A tensor takes as much as several keys elsewhere.
+            self._views.keep(layout, views, 4 * len(views))
         return self._flat, views
 
 

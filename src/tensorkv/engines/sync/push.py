@@ -63,8 +63,8 @@ from .schedule import (
 
 # Outputs that are larger together do not find the values in the cache afterwards.
 _PAST_CACHE_NBYTES = 4 << 20
-# How many schedules are remembered at least, and how often they may name each key together.
-_MIN_SCHEDULES, _MAX_NAMED = 256, 4
+# How often the schedules that are remembered may name each key together, unless they are few and name few keys.
+_MAX_NAMED, _FEW_SCHEDULES, _FEW_NAMES = 4, 256, 1 << 17
 # Lists of keys whose compressed pushes are remembered.
 _MAX_GRADIENTS = 64
 # What their staging buffers may take together: so many times the values, and at least so many bytes.
@@ -440,7 +440,7 @@ class Pushes:
         """Return what takes gradients of plain arrays; None: some are not compressed."""
         codec: Any = self._compressor.codec
         found = self._gradients.get(keys)
-        if found is None or found.layout.codec is not codec:
+        if found is None or found.layout.codec != codec:
             wholes = [self._values[key].whole for key in keys]
             if not all(whole.dtype in COMPRESSED_DTYPES for whole in wholes):
                 return None
@@ -451,7 +451,7 @@ class Pushes:
                 [0] * len(keys),
                 is_float32=all(whole.dtype is torch.float32 for whole in wholes),
             )
-            self._gradients.keep(keys, found, len(keys))
+            self._gradients.keep(keys, found, len(keys), len(self._values))
         return found
 
     def _push_coded(
@@ -834,7 +834,9 @@ class Pushes:
         return schedule
 
     def _make_schedule(self, keys: tuple[Key, ...]) -> Schedule:
-        while len(self._schedules) >= _MIN_SCHEDULES and self._num_named > _MAX_NAMED * len(self._values):
+        while self._num_named > _MAX_NAMED * len(self._values) and (
+            len(self._schedules) >= _FEW_SCHEDULES or self._num_named > _FEW_NAMES
+        ):
             self._drop_schedule(next(iter(self._schedules)))
         self._num_named += len(keys)
         values = [self._values[key] for key in keys]

@@ -258,9 +258,9 @@ class DataClient:
         if codec is None:
             return None, None
         coded = self._coded.get(call.layout)
-        if coded is None or coded.words.codec is not codec:
+        if coded is None or coded.words.codec != codec:
             coded = CodedLayout(call.layout, codec)
-            self._coded.keep(call.layout, coded, len(call.layout.keys))
+            self._coded.keep(call.layout, coded, len(coded.sources), len(self._keymap.placed))
         sending = self.compressor.encode_all(call.verb, coded.sources, coded.gradients.of(call.batch))
         self.compressor.keep(sending)
         return coded, sending

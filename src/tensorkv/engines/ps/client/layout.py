@@ -208,7 +208,7 @@ class PlacedKeys(KeyTable[PlacedKey]):
         if layout is None:
             placements = list(map(_PLACEMENT_OF, map(self.__getitem__, keys)))
             layout = Layout(keys, placements, wide=self._wide, pull_dtype=self._pull_dtype)
-            self._layouts.keep(called, layout, len(called))
+            self._layouts.keep(called, layout, layout.num_pieces, len(self))
         return layout
 
     def entry(self, key: Key) -> Entry:
@@ -418,6 +418,11 @@ class Layout:
             self.pulled = [
                 ServerLayout(server, self.keys, distinct, indices, pull_dtype=pull_dtype) for server in servers
             ]
+
+    @property
+    def num_pieces(self) -> int:
+        """How many pieces are described here."""
+        return sum(each.num_keys for each in {*self.pushed, *self.pulled})
 
     @cached_property
     def name(self) -> str:

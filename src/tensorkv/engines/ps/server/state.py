@@ -151,7 +151,7 @@ class ServerState:
             layout = words_layout(codec, tuple(tuple(spec.shape) for spec in specs))
             if words_text(pushed.keys, layout.places) != request.layout or not can_code(specs):
                 return None
-            self._coded.keep(request.layout, layout, len(pushed.keys))
+            self._coded.keep(request.layout, layout, len(pushed.keys), len(self.shard))
             found = layout
         if len(request.payload) != found.nbytes:
             return None
@@ -402,6 +402,8 @@ def new_entries(request: Request[Init], shard: Shard, server: int) -> list[Entry
     if len(orders) != len(keys) or not all(type(order) is int for order in orders):
         raise ArgumentError("malformed init; expected the order of each key")
     check_keys("init", keys)
+    if not all(type(index) is int and 0 <= index < len(kinds) for index in message.indices):
+        raise ArgumentError("malformed init; expected the number of each key's metadata")
     found = [specs[index] for index in message.indices]
     parts = _whole_parts(request, specs, [_shape_on(server, *each) for each in zip(kinds, specs, strict=True)])
     if parts is None:

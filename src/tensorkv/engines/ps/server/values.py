@@ -180,7 +180,7 @@ class ServedValues:
             layout = join_layout(keys, kinds, numbers)
             _, nbytes = place([(dtype.itemsize, shape.numel() * dtype.itemsize) for _, dtype, shape in kinds], numbers)
             found = ServedLayout(layout, zlib.crc32(layout), nbytes)
-            self._layouts.keep((keys, pull_dtype), found, len(keys))
+            self._layouts.keep((keys, pull_dtype), found, len(keys), len(self.shard))
         return found
 
 

@@ -63,8 +63,8 @@ from .schedule import (
 
 # Outputs that are larger together do not find the values in the cache afterwards.
 _PAST_CACHE_NBYTES = 4 << 20
-# How often the schedules that are remembered may name each key together, unless they are few and name few keys.
-_MAX_NAMED, _FEW_SCHEDULES, _FEW_NAMES = 4, 256, 1 << 17
+# How many schedules are remembered at least, and how often they may name each key together.
+_MIN_SCHEDULES, _MAX_NAMED = 256, 4
 # Lists of keys whose compressed pushes are remembered.
 _MAX_GRADIENTS = 64
 # What their staging buffers may take together: so many times the values, and at least so many bytes.
@@ -834,9 +834,7 @@ class Pushes:
         return schedule
 
     def _make_schedule(self, keys: tuple[Key, ...]) -> Schedule:
-        while self._num_named > _MAX_NAMED * len(self._values) and (
-            len(self._schedules) >= _FEW_SCHEDULES or self._num_named > _FEW_NAMES
-        ):
+        while len(self._schedules) >= _MIN_SCHEDULES and self._num_named > _MAX_NAMED * len(self._values):
             self._drop_schedule(next(iter(self._schedules)))
         self._num_named += len(keys)
         values = [self._values[key] for key in keys]

@@ -252,7 +252,7 @@ def test_arrays_of_several_runs_are_as_those_of_one(monkeypatch):
             kv.set_gradient_compression(TWO_BITS, simulate=True)
             found.append([kv.pushpull("w", each).tobytes() for each in gradients])
         monkeypatch.setattr("tensorkv.compression.layout.RUN", 1 << 30)
-        compression_layout._layouts.clear()
+        compression_layout._remembered.clear()
     assert found[0] == found[1]
 
 

@@ -143,14 +143,14 @@ def words_layout(codec: Codec, shapes: tuple[tuple[int, ...], ...]) -> WordsLayo
     >>> layout.places[2], len(layout.runs)
     (slice(25008, 25016, None), 4)
     """
-    layout = _layouts.get((codec, shapes))
+    layout = _remembered.get((codec, shapes))
     if layout is None:
         layout = WordsLayout(codec, shapes)
-        _layouts.keep((codec, shapes), layout, len(shapes))
+        _remembered.keep((codec, shapes), layout, len(shapes))
     return layout
 
 
-_layouts: Recent[tuple[Codec, tuple[tuple[int, ...], ...]], WordsLayout] = Recent(_REMEMBERED_LAYOUTS)
+_remembered: Recent[tuple[Codec, tuple[tuple[int, ...], ...]], WordsLayout] = Recent(_REMEMBERED_LAYOUTS)
 
 
 class SumMemory:

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from hashlib import blake2b
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -38,8 +37,6 @@ _IN_PLACE_MEAN_NBYTES = 16 << 10
 # Copies of more elements than this are divided between threads.
 _PARALLEL_NUMEL = 1 << 18
 _REMEMBERED_LAYOUTS = 256
-
-_PLACEMENT_OF = attrgetter("placement")
 
 
 class KeyPlacement:
@@ -206,7 +203,7 @@ class PlacedKeys(KeyTable[PlacedKey]):
         called = tuple(keys)
         layout = self._layouts.get(called)
         if layout is None:
-            placements = list(map(_PLACEMENT_OF, map(self.__getitem__, keys)))
+            placements = [self[key].placement for key in keys]
             layout = Layout(keys, placements, wide=self._wide, pull_dtype=self._pull_dtype)
             self._layouts.keep(called, layout, layout.num_pieces, len(self))
         return layout

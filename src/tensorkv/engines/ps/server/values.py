@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +20,6 @@ from tensorkv.shard import native
 from tensorkv.shard.shard import Shard
 
 from ..messages import Pull, PullRows, Reply, Request, ids_of, keys_of, pulled_dtype, room_for
-
-_SPEC_OF = attrgetter("spec")
 
 # Lists of keys that are pulled together.
 REMEMBERED_LAYOUTS = 1024
@@ -172,7 +169,7 @@ class ServedValues:
         found = self._layouts.get((keys, pull_dtype))
         entries = self.shard.entries(keys) if found is None else None
         if entries is not None:
-            specs, numbers = numbered(map(_SPEC_OF, entries))
+            specs, numbers = numbered(entry.spec for entry in entries)
             if any(spec.is_table for spec in specs):
                 return None
             # Named as the client names them: it compares.

@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+import resource
 from fractions import Fraction
 from itertools import pairwise
 
@@ -60,6 +61,23 @@ def run(case, dtype, size, cuts, *, step=native.step, steps=4):
             pieces = value[cut], grad[cut], [column[cut] for column in columns]
             step(kernel, *pieces, count, is_first=count == 1)
     return [value, *(state[column] for column in kernel.columns)]
+
+
+def resident_nbytes():
+    """Return how much memory this process has been given, and not only promised."""
+    with open("/proc/self/statm") as line:
+        return int(line.read().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize("case", ["momentum", "adamw", "centered"])
+def test_new_states_are_in_memory_before_a_step_reads_them(case):
+    name, numbers = CASES[case]
+    kernel = Kernel(name, optimizers.spec(name, numbers).numbers, ema=0.9)
+    # So large that malloc asks the system for each of them.
+    value = torch.zeros(10_000_000)
+    before = resident_nbytes()
+    block = kernel.fresh([value])
+    assert resident_nbytes() - before > 0.9 * sum(column.nbytes for column in block.columns)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

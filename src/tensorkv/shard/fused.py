@@ -19,6 +19,8 @@ import torch
 
 from tensorkv.arrays import interop
 
+from .pool import Pool
+
 DTYPES = interop.FLOATS
 NAMES = ("sgd", "adam", "adagrad", "rmsprop")
 _NUMBER_OF = {name: number for number, name in enumerate(NAMES)} | {"adamw": 1}
@@ -91,12 +93,27 @@ class Kernel:
             return ["square_avg", *(name for name, is_used in used.items() if is_used)]
         return ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if by["amsgrad"] else [])]
 
-    def fresh(self, values: Sequence[torch.Tensor]) -> StateBlock:
-        """Return the states of values of one dtype before their first step."""
+    def fresh(self, values: Sequence[torch.Tensor], pool: Pool | None = None) -> StateBlock:
+        """Return the states of values of one dtype before their first step.
+
+        Args:
+            values: one after another in the block.
+            pool: whose threads write the states (None: this one does).
+        """
         dtype, numel = values[0].dtype, sum([value.numel() for value in values])
-        # Of NumPy, whose memory the system clears when the first step comes to it.
-        own = self._columns_of_optimizer()
-        columns = [torch.from_numpy(np.zeros(numel, f"i{dtype.itemsize}")).view(dtype) for _ in own]
+        # Of NumPy, which asks for huge pages. A step reads before it writes: of memory that nobody has written, two
+        # threads would be given each page twice, and each would wait for the other.
+        bits = [np.empty(numel, f"i{dtype.itemsize}") for _ in self._columns_of_optimizer()]
+
+        def clear(start: int, stop: int) -> None:
+            for own in bits:
+                own[start:stop].fill(0)
+
+        if pool is None:
+            clear(0, numel)
+        else:
+            pool.share(numel, clear)
+        columns = [torch.from_numpy(own).view(dtype) for own in bits]
         if fill := self.numbers.get("initial_accumulator_value", 0):
             columns = [column.fill_(fill) for column in columns]
         if self.ema is not None:

@@ -28,6 +28,7 @@ from tensorkv.errors import OptimizerError, quote, show, suggestion
 from . import native
 from .fused import AVERAGE, FUSED, Kernel, average_of, move_average, runs
 from .fused import DTYPES as FUSED_DTYPES
+from .pool import Pool
 from .table import Columns, Table, address_rows, fill_with
 
 if TYPE_CHECKING:
@@ -475,7 +476,7 @@ class Optimizer:
         own = {key: self._kernel_of(first).compiled for key, first in self._like.items()}
         return self._kernel_of(None).compiled, own or None
 
-    def begin_all(self, entries: Sequence[Entry]) -> None:
+    def begin_all(self, entries: Sequence[Entry], pool: Pool) -> None:
         """Do ``begin`` for many keys of plain values; new states are marked, for the step that comes next."""
         fresh: dict[tuple[Key | None, torch.dtype], list[Entry]] = {}
         for entry in entries:
@@ -488,7 +489,7 @@ class Optimizer:
         for (own, _), members in fresh.items():
             values = [entry.tensor for entry in members]
             for start, stop in runs(values):
-                block = self._kernel_of(own).fresh(values[start:stop])
+                block = self._kernel_of(own).fresh(values[start:stop], pool)
                 native.place_states(members[start:stop], block.names, block.columns, block.steps, block.state)
 
     def begin(self, kernel: Kernel, key: Key, value: torch.Tensor, state: State) -> tuple[float, bool]:

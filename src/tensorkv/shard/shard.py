@@ -280,7 +280,7 @@ class Shard(native.ShardFields):
         """Add to the states of plain values what the optimizer's next step asks for."""
         if isinstance(self._rule, StepOptimizer):
             with kept():
-                self._rule.optimizer.begin_all(entries)
+                self._rule.optimizer.begin_all(entries, self.pool)
 
     def count_updates(self, keys: Sequence[Key]) -> None:
         """Count an update of values of which this shard holds nothing that has changed."""

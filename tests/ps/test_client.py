@@ -25,6 +25,7 @@ from tensorkv.engines.ps.client.coded import CodedLayout
 from tensorkv.engines.ps.client.data import DataClient
 from tensorkv.engines.ps.ray import handle
 from tensorkv.engines.ps.server.state import ServerState
+from tensorkv.engines.transport import channel
 from tests.support.fake_servers import NONE, Cluster, together
 from tests.support.overdue import overdue
 
@@ -254,6 +255,26 @@ def test_an_init_of_a_key_that_rank_0_has_re_created():
         first.init("w", np.zeros(3))
         second.init("w", np.ones(3))
         assert second.pull("w").tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_first_pushpull_of_all_keys_finds_the_memory_of_their_init(fits, monkeypatch):
+    made = mock.Mock(wraps=channel.Segment)
+    monkeypatch.setattr(channel, "Segment", made)
+    values = [np.full(40_000, float(number)) for number in range(4)]
+    if not fits:
+        monkeypatch.setattr(client_data, "_MAX_ROOM_NBYTES", 0)
+    with Cluster(2) as cluster:
+        kv = cluster.store()
+        kv.init(list(range(4)), values)
+        before = made.call_count
+        assert before > 0
+        outs = [np.empty(40_000) for _ in values]
+        for _ in range(2):
+            kv.pushpull(list(range(4)), values, out=outs)
+        assert [out[-1] for out in outs] == [0, 1, 2, 3]
+        # Each server opens it, too.
+        assert made.call_count - before == (0 if fits else 4)
 
 
 def test_a_key_that_the_optimizer_cannot_update_stops_the_push_on_every_server():

@@ -42,6 +42,8 @@ from .session import ServerRequest, Session, SessionPool
 Outs = Sequence[Sequence[torch.Tensor]]
 # Lists of keys whose compressed pushes are remembered.
 _MAX_CODED = 64
+# Values of up to so many bytes are created with room for a reply of the same size.
+_MAX_ROOM_NBYTES = 1 << 29
 
 
 class PlainCall(NamedTuple):
@@ -188,7 +190,9 @@ class DataClient:
             for each in new.layout(keys).pushed:
                 message = _init_of(each.indices.tolist(), keys, placed)
                 fill = partial(each.gather, parts=parts, pool=self._pool)
-                requests.append(ServerRequest(each.server, message, each.layout, each.nbytes, fill))
+                # A pushpull of all keys then finds its memory: the first touch of memory costs twenty copies.
+                room = each.nbytes if each.nbytes <= _MAX_ROOM_NBYTES else 0
+                requests.append(ServerRequest(each.server, message, each.layout, each.nbytes, fill, room))
         with self._sessions.take() as session:
             replies = session.send(requests)
             return {request.server: reply.head for request, reply in zip(requests, replies, strict=True)}

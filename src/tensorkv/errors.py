@@ -11,9 +11,9 @@ TensorKVError
 ├── NonFiniteError         (ValueError)    NaN or Inf pushed to a store with nonfinite="raise"
 ├── OptimizerError         (ValueError)    an unknown optimizer, an invalid hyperparameter, a value it cannot update
 ├── UpdaterError           (RuntimeError)  an updater that called its store, or returned an array
-├── CheckpointError        (ValueError)    a checkpoint or file of changes that is damaged, misfits or cannot be written
+├── CheckpointError        (ValueError)    a checkpoint or file of changes: damaged, of other keys, or not written
 ├── StorageError           (RuntimeError)  a store's folder that could not be opened, read or written
-├── SnapshotError          (RuntimeError)  a snapshot that was dropped, or one more than the store keeps
+├── SnapshotError          (RuntimeError)  a snapshot that was dropped, or one more than the store may hold
 ├── ReleaseNotFoundError   (KeyError)      a release that was never published, or was dropped
 ├── ReleaseExistsError     (ValueError)    a second release of one name
 ├── ReleaseMismatchError   (ValueError)    changes that are applied to other values than those they start from

@@ -97,8 +97,8 @@ def create(type: str = "local", **options: Any) -> KVStore:
             Ray cluster, which are started if no servers of this name run. ``tensorkv.engines.names()`` lists all
             types, with their aliases.
         **options: of the type. All take ``nonfinite``: ``"pass"`` (default), ``"raise"`` or ``"skip"`` updates
-            whose sum has NaN or Inf, or ``"skip_step"`` all of such a push; and ``reduce``: ``"sum"`` (default) or
-            ``"mean"`` of the parts of a push.
+            whose sum has NaN or Inf, or ``"skip_step"``, which skips the whole push; and ``reduce``: ``"sum"``
+            (default) or ``"mean"`` of the parts of a push.
             ``local``, ``device``: ``threads``; ``local`` also ``path``, ``durability`` and ``log_nbytes``, for a
             store that is kept in a folder.
             ``dist_sync``: ``timeout_s``, ``shared_memory``.

@@ -19,7 +19,7 @@ _MOST = np.float32(127)
 
 @dataclass(frozen=True)
 class Int8(Codec):
-    """A byte an element, in units of the largest element of its block of 1024 elements.
+    """A byte an element, in units of 1/127 of the largest element of its block of 1024 elements.
 
     With ``s = max(abs(v)) / 127`` over a block, ``q = rint(v / s)`` is sent, which stands for ``q * s``; a block whose
     ``s`` is zero sends zeros. Words are the scales as float32, then the bytes.

@@ -21,8 +21,8 @@ class PowerSGD(Codec):
     """A matrix ``M`` of n rows and m columns as ``P @ Q.T``, of n by rank and m by rank.
 
     One step of a subspace iteration: ``P`` is an orthonormal basis of ``M @ Q``, with the ``Q`` of the push before, and
-    the new ``Q`` is ``M.T @ P``. Dimensions after the first are one. Vectors, and matrices whose factors would not be
-    smaller, are sent whole. Words are ``P``, then ``Q``, as float32.
+    the new ``Q`` is ``M.T @ P``. All dimensions after the first are flattened into one. Vectors, and matrices whose
+    factors would not be smaller, are sent whole. Words are ``P``, then ``Q``, as float32.
 
     Args:
         rank: at least 1.

@@ -25,7 +25,7 @@ class TopK(Codec):
     Source: A. Aji and K. Heafield, "Sparse Communication for Distributed Gradient Descent", EMNLP 2017; S. Stich et
     al., "Sparsified SGD with Memory", NeurIPS 2018.
 
-    Limits: at most 2**31 - 1 elements; above a ratio of a half it sends more bytes than it saves.
+    Limits: at most 2**31 - 1 elements; above a ratio of one half it sends more bytes than no compression.
     """
 
     name: ClassVar[str] = "topk"

@@ -151,8 +151,8 @@ class Engine(Reader):
     """What decides where values are and how pushes are summed.
 
     ``KVStore.push``, ``pull`` and ``pushpull`` come in by the methods of these names; a class that overrides one sees
-    every such call. Their defaults parse the call and hand it to ``push_parts``, ``pull_into`` and ``pushpull_into`` by
-    ``transfer``.
+    every such call, except pulls of regions, which come in by ``pull_regions``. Their defaults parse the call and hand
+    it to ``push_parts``, ``pull_into`` and ``pushpull_into`` by ``transfer``.
     Tensors and Rows share the caller's memory: an engine reads them before its method returns, and keeps none.
     """
 

@@ -63,7 +63,16 @@ ROWWISE = frozenset(CLASSES) - {"adafactor", "muon"}
 _FUSED_BY_TORCH = FUSED - {"adagrad", "rmsprop"}
 # How a step is computed is the store's business, not a hyperparameter.
 _NOT_NUMBERS = frozenset({"self", "params", "foreach", "fused", "capturable", "differentiable"})
-_OTHER_WORDS = {"learning_rate": "lr", "wd": "weight_decay", "beta1": "betas", "beta2": "betas", "epsilon": "eps"}
+_OTHER_WORDS = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "beta1": "betas",
+    "beta2": "betas",
+    "epsilon": "eps",
+    "rho": "alpha",
+    "gamma1": "alpha",
+    "gamma2": "momentum",
+}
 # Words of MXNet's optimizers that are no hyperparameters here.
 _ELSEWHERE = {
     "lr_scheduler": "set lr with set_hyperparameters, or give Trainer.optimizer to a torch.optim.lr_scheduler",

@@ -55,7 +55,7 @@ class BaseContract(
         """Create a store without keys; override it where a type name and options are not enough.
 
         Args:
-            options: options that a test needs, such as ``nonfinite``; they go before ``OPTIONS``.
+            options: options that a test needs, such as ``nonfinite``; they override ``OPTIONS``.
         """
         return tensorkv.create(self.TYPE, **{**self.OPTIONS, **options})
 

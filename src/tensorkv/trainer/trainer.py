@@ -75,8 +75,8 @@ class Trainer:
             do not have every trained parameter once.
         ValueMismatchError: replicas whose parameters differ in shape or dtype.
         KeyExistsError: the store has a parameter's key; load after this, or give another ``prefix``.
-        OptimizerError: unknown optimizer or hyperparameter; or the store has another optimizer, or others:
-            a store has one optimizer for all its keys.
+        OptimizerError: unknown optimizer or hyperparameter; or the store already has a different optimizer or different
+            hyperparameters: one optimizer serves all keys of a store.
 
     The gradient is the **sum** over replicas and workers. Where each replica's loss is the mean over its
     part of the batch, a store with ``reduce="mean"`` gives the mean over the batch.

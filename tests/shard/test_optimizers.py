@@ -548,6 +548,7 @@ def test_names_that_are_no_optimizers(optimizer, words):
         ("sgd", {"learning_rate": 0.1}, 'did you mean "lr"'),
         ("sgd", {"lr_scheduler": "cosine"}, 'sgd has no "lr_scheduler"; set lr with set_hyperparameters, or give Trai'),
         ("adam", {"wd": 0.1}, 'did you mean "weight_decay"'),
+        ("rmsprop", {"rho": 0.9}, 'did you mean "alpha"'),
         ("adam", {"beta1": 0.1}, 'did you mean "betas"'),
         ("adam", {"epsilon": 0.1}, 'did you mean "eps"'),
         ("sgd", {"momentun": 0.1}, 'did you mean "momentum"'),

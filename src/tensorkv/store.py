@@ -44,7 +44,6 @@ from tensorkv.shard.norm import PushResult
 from tensorkv.shard.releases import check_keep, check_name
 from tensorkv.shard.rules import Assign, Updater, check_ids, check_outs, check_push
 from tensorkv.shard.table import Table
-from tensorkv.storage import checkpoint
 from tensorkv.storage.manifest import Contents
 
 from .errors import (
@@ -1188,15 +1187,15 @@ class KVStore:
         Args:
             path: a directory that ``save`` wrote.
             missing_ok: do nothing if no checkpoint was saved yet: the directory does not exist, or holds only what a
-                crash in the first save has left. A damaged checkpoint still raises. With several workers, rank 0
-                decides.
+                crash in the first save has left. A damaged checkpoint still raises. On servers, rank 0 looks; in
+                ``dist_sync`` every worker does, and they have to find the same.
 
         Returns:
             Whether a checkpoint was loaded.
 
         Raises:
             CheckpointError: not a checkpoint, or a damaged one, or one with releases in a type of store that has none;
-                the store has not changed.
+                or one that only some workers find; the store has not changed.
 
         >>> import tempfile, tensorkv, numpy as np
         >>> kv = tensorkv.create()
@@ -1213,12 +1212,9 @@ class KVStore:
         """
         self._begin("load")
         folder = folder_path("load", path)
-        if check_flag("missing_ok", missing_ok):
-            seen = "missing" if checkpoint.is_missing(folder) else "there"
-            # All do what rank 0 does, whatever they see.
-            if self._engine.protect(self._engine.broadcast_text, seen) == "missing":
-                return False
-        self._engine.protect(self._engine.load, folder, "store")
+        may_miss = check_flag("missing_ok", missing_ok)
+        if not self._engine.protect(partial(self._engine.load, folder, "store", missing_ok=may_miss)):
+            return False
         self._replace_pending()
         return True
 

@@ -732,6 +732,17 @@ def two_workers(monkeypatch, **options):
         yield [first, second], lambda do: [each.result(LIMIT_S) for each in [pool.submit(do, rank) for rank in (0, 1)]]
 
 
+def test_rank_0_looks_for_a_checkpoint_that_may_be_missing(tmp_path, monkeypatch):
+    with two_workers(monkeypatch, num_servers=2) as (stores, both):
+        paths = [tmp_path / "saved", tmp_path / "nowhere"]
+        both(lambda rank: stores[rank].init("w", np.ones(3, F32)))
+        assert both(lambda rank: stores[rank].load(paths[rank], missing_ok=True)) == [False, False]
+        both(lambda rank: stores[rank].save(paths[rank]))
+        both(lambda rank: stores[rank].push("w", np.full(3, 5, F32)))
+        assert both(lambda rank: stores[rank].load(paths[rank], missing_ok=True)) == [True, True]
+        assert [kv.pull("w").tolist() for kv in stores] == [[1, 1, 1]] * 2
+
+
 def test_workers_load_a_trainer_s_state_together(monkeypatch):
     """What they have afterwards, and after more steps, is what they had, bit for bit; and if it fails, too."""
     with two_workers(monkeypatch, mode="sync", num_servers=2) as (stores, both):

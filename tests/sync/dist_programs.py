@@ -1182,6 +1182,25 @@ def save_by_many(path):
         say("same after load", sorted(path.name[-17:] for path in Path(path).glob("data-*")))
 
 
+def own_folders(folder):
+    """Each worker is a host with a folder of its own at the same path, and the last one writes the checkpoint."""
+    os.makedirs(f"{folder}/{RANK}")
+    os.chdir(f"{folder}/{RANK}")
+    path = "/proc/self/cwd/saved"
+    with create(shared_memory=False) as kv:
+        kv.init("w", np.zeros(2, F32))
+        assert kv.load(path, missing_ok=True) is False
+        kv.push("w", np.ones(2, F32))
+        kv.save(path)
+        try:
+            say("loaded", kv.load(path, missing_ok=True))
+        except tensorkv.CheckpointError as error:
+            say("refused |", error)
+        kv.push("w", np.full(2, 2, F32))
+        assert kv.pull("w").tolist() == [2 * SIZE] * 2
+        say("goes on")
+
+
 def load(path, out):
     with create() as kv:
         kv.load(path)

@@ -456,6 +456,13 @@ def test_checkpoints_go_to_another_number_of_workers(optimizer, tmp_path):
             assert torch.allclose(torch.from_numpy(value), torch.from_numpy(other[key]), atol=1e-5), key
 
 
+def test_a_checkpoint_that_only_some_workers_find_is_an_error(tmp_path):
+    """Else training would begin again, and its first checkpoint would replace the one that is there."""
+    for text in run(3, PROGRAMS, "own_folders", tmp_path):
+        assert "refused | /proc/self/cwd/saved: a checkpoint is there on rank 2, and none on ranks 0, 1;" in text, text
+        assert "goes on" in text
+
+
 def test_more_workers_than_file_numbers_save_what_can_be_loaded(tmp_path):
     for text in run(3, PROGRAMS, "save_by_many", tmp_path / "saved"):
         assert "same after load ['00000.safetensors', '50000.safetensors']" in text, text

@@ -311,15 +311,24 @@ class Engine(Reader):
         with self.contents(releases=releases) as contents:
             checkpoint.write(path, replace(contents, kind=kind))
 
-    def load(self, path: str, kind: Kind) -> None:
-        """Read a checkpoint; on an error nothing has changed."""
+    def load(self, path: str, kind: Kind, *, missing_ok: bool = False) -> bool:
+        """Read a checkpoint, and return whether there is one; on an error nothing has changed.
+
+        Args:
+            path: of its directory.
+            kind: that it must have.
+            missing_ok: do nothing if none was saved there yet.
+        """
         if "checkpoint" not in self.capabilities:
             raise self.lacks("load")
+        if missing_ok and checkpoint.is_missing(path):
+            return False
         contents = checkpoint.read(path, kind)
         with checkpoint.naming(path):
             if "releases" not in self.capabilities:
                 refuse_releases(contents)
             self.restore(contents)
+        return True
 
     def snapshot(self) -> tuple[Reader, Mapping[Key, int]]:
         """Return all values as they are now, and how many updates each key has had."""
@@ -389,10 +398,6 @@ class Engine(Reader):
 
     def barrier(self) -> None:
         """Wait until every worker is here."""
-
-    def broadcast_text(self, text: str) -> str:
-        """Return rank 0's text to every worker."""
-        return text
 
     @property
     def joins_workers(self) -> Literal["sum", "mean", "alone"]:

@@ -30,6 +30,7 @@ from tensorkv.storage.manifest import Contents, Kind, Tensors
 
 from . import coded
 from .chain import Chain
+from .desync import name_ranks
 from .group import ProcessGroup
 from .host import HostGroup
 from .schedule import PartitionedEntry
@@ -91,6 +92,22 @@ class ShardedCheckpoint:
                 checkpoint.publish(path, token, {**body, "files": listed})
 
             self._on_all_ranks(publish if leads else None)
+
+    def is_missing(self, path: str) -> bool:
+        """Return whether no worker finds anything that was saved.
+
+        Raises:
+            CheckpointError: on every worker, if some find a checkpoint and others do not.
+        """
+        answers = self._group.all_gather_json(checkpoint.is_missing(path))
+        there, missing = ([rank for rank, each in enumerate(answers) if each is which] for which in (False, True))
+        if there and missing:
+            raise CheckpointError(
+                f"{path}: a checkpoint is there on {name_ranks(there)}, and none on {name_ranks(missing)}; all workers "
+                "load from one directory: move the checkpoint to a file system that all hosts share, and give its path "
+                "there"
+            )
+        return not there
 
     def read(self, path: str, kind: Kind) -> Contents:
         """Read a checkpoint on every worker and check that it fits.

@@ -21,14 +21,20 @@ def mismatch(number: int, calls: dict[str, list[int]]) -> WorkerMismatchError:
     first = _first_difference(calls)
     # Other workers are told the beginning of the message.
     most = 100 if first else 300
-    parts = [
-        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {shorten(text, most)}"
-        for text, ranks in calls.items()
-    ]
+    parts = [f"{name_ranks(ranks)}: {shorten(text, most)}" for text, ranks in calls.items()]
     return WorkerMismatchError(
         f"the workers' calls differ at collective call {number + 1}{first}: {'; '.join(parts)}. "
         f"Every worker must make the same calls with the same keys in the same order{_hint(calls)}"
     )
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Return ranks for a message.
+
+    >>> name_ranks([1]), name_ranks([0, 2])
+    ('rank 1', 'ranks 0, 2')
+    """
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def _hint(calls: Iterable[str]) -> str:

@@ -411,14 +411,16 @@ class DistEngine(Engine):
     # ------------------------------------------------------------ checkpoints, the end
 
     def save(self, path: str, kind: Kind, *, releases: bool = False) -> None:
-        text = describe("save", path=path, kind=kind)
-        with self._entered(text):
+        with self._entered(describe(_verb("save", kind), path=path)):
             self._checkpoint.save(path, kind)
 
-    def load(self, path: str, kind: Kind) -> None:
-        text = describe("load", path=path, kind=kind)
-        with self._entered(text):
+    def load(self, path: str, kind: Kind, *, missing_ok: bool = False) -> bool:
+        options = {"missing_ok": True} if missing_ok else {}
+        with self._entered(describe(_verb("load", kind), path=path, **options)):
+            if missing_ok and self._checkpoint.is_missing(path):
+                return False
             self._take_over(self._checkpoint.read(path, kind))
+            return True
 
     @contextmanager
     def contents(self, *, releases: bool = False) -> Iterator[Contents]:
@@ -489,10 +491,6 @@ class DistEngine(Engine):
             found = self._group.all_gather(torch.frombuffer(bytearray(mine + b"."), dtype=torch.uint8))
             return [bytes(each.numpy())[:-1] for each in found]
 
-    def broadcast_text(self, text: str) -> str:
-        with self._entered("broadcast_text"):
-            return str(self._group.all_gather_json(text)[0])
-
     def close(self) -> None:
         self._shard.refuse_reentry()
         try:
@@ -507,6 +505,11 @@ class DistEngine(Engine):
             self._values.clear()
             self._host.close()
             self._group.close()
+
+
+def _verb(verb: str, kind: Kind) -> str:
+    """Return the verb of the store that writes or reads a checkpoint of some kind."""
+    return f"{verb}_optimizer_states" if kind == "optimizer-states" else verb
 
 
 def _sees_whole(rule: Rule) -> bool:

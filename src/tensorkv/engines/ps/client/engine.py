@@ -611,6 +611,7 @@ class PSEngine(Engine):
             self._ask(messages.Barrier(number=self._barriers), [0])
 
     def broadcast_text(self, text: str) -> str:
+        """Return rank 0's text to every worker."""
         if self._options.num_workers == 1 or self._worker_rank is None:
             return text
         self._broadcasts += 1
@@ -652,32 +653,42 @@ class PSEngine(Engine):
 
         self._on_rank_0(write)
 
-    def load(self, path: str, kind: Kind) -> None:
+    def load(self, path: str, kind: Kind, *, missing_ok: bool = False) -> bool:
         owed: dict[Source, Owed] = {}
 
-        def read() -> None:
+        def read() -> bool:
+            if missing_ok and checkpoint.is_missing(path):
+                return False
             contents = checkpoint.read(path, kind)
             self._restore(contents)
             owed.update(contents.owed)
+            return True
 
-        self._on_rank_0(read)
+        if not self._on_rank_0(read):
+            return False
         self._keymap.refresh()
         self._spread_owed(owed)
+        return True
 
-    def _on_rank_0(self, call: Callable[[], Any]) -> None:
-        """Call a function on rank 0, and raise its error on every worker; a reader calls it for itself."""
+    def _on_rank_0(self, call: Callable[[], Any]) -> Any:
+        """Call a function on rank 0; return what it returns, or raise its error, on every worker.
+
+        A reader calls it for itself.
+        """
+        result: Any = None
         problem: TensorKVError | None = None
         if self.decides or self._worker_rank is None:
             try:
-                call()
+                result = call()
             except TensorKVError as error:
                 problem = error
-        mine = None if problem is None else errors.encode(problem)
-        told = json.loads(self.broadcast_text(json.dumps(mine)))
+        mine = [result, None if problem is None else errors.encode(problem)]
+        told, raised = json.loads(self.broadcast_text(json.dumps(mine)))
         if problem is not None:
             raise problem
-        if told is not None:
-            raise errors.decode(told)
+        if raised is not None:
+            raise errors.decode(raised)
+        return told
 
     def snapshot(self) -> tuple[RemoteSnapshot, Mapping[Key, int]]:
         """Hold the present values of all servers, at one point in time."""

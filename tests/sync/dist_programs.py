@@ -1010,6 +1010,47 @@ def state_stays():
         say("same state")
 
 
+def loaded_state(folder):
+    """After a load, too, hosts that update no value hold no optimizer state; with a codec all of them do."""
+
+    def hold_state():
+        with kv._engine._shard.frozen() as (entries, _):
+            return any(entry.state for entry in entries)
+
+    def train():
+        kv.push("a", np.ones(3, F32))
+        local.push("a", [np.ones(3, F32)] * SIZE)
+        assert np.array_equal(kv.pull("a"), local.pull("a"))
+
+    with create(shared_memory=False) as kv, tensorkv.create("local") as local:
+        for store in (kv, local):
+            store.init("a", np.zeros(3, F32))
+            store.set_optimizer("adam", lr=0.1)
+        train()
+        found = {"a push": hold_state()}
+        kv.save(f"{folder}/all")
+        kv.load(f"{folder}/all")
+        found["load"] = hold_state()
+        kv.save_optimizer_states(f"{folder}/states")
+        kv.load_optimizer_states(f"{folder}/states")
+        found["load_optimizer_states"] = hold_state()
+        with kv._engine.contents() as contents:
+            kept = contents
+        kv._engine.restore(kept)
+        found["restore"] = hold_state()
+        train()
+        kv.set_gradient_compression({"type": "fp16"})
+        train()
+        kv.save(f"{folder}/all")
+        kv.load(f"{folder}/all")
+        found["load with a codec"] = hold_state()
+        train()
+        kv.set_gradient_compression(None)
+        kv.load(f"{folder}/all")
+        found["load without it"] = hold_state()
+    say(found)
+
+
 def saved_state(folder):
     """Checkpoints of optimizers whose state has shapes of its own."""
     for name in ("adafactor", "muon", "adadelta"):

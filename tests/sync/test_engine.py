@@ -409,6 +409,17 @@ def test_owners_and_state_stay():
         assert "same state" in text
 
 
+def test_state_that_was_loaded_is_held_where_values_are_updated(tmp_path):
+    loads = ["load", "load_optimizer_states", "restore"]
+    for rank, text in enumerate(run(2, PROGRAMS, "loaded_state", tmp_path)):
+        expected = {
+            **dict.fromkeys(["a push", *loads], rank == 1),
+            "load with a codec": True,
+            "load without it": rank == 1,
+        }
+        assert text == f"{expected}\n"
+
+
 def test_state_of_other_shapes_is_saved(tmp_path):
     for text in run(2, PROGRAMS, "saved_state", tmp_path):
         assert "same after load" in text

@@ -40,7 +40,7 @@ from tensorkv.shard import native
 from tensorkv.shard.entry import Batch, Entry, KeyInfo, Part
 from tensorkv.shard.nonfinite import NonFinite, NonFinitePolicy
 from tensorkv.shard.norm import PushResult
-from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec
+from tensorkv.shard.optimizers import ROWWISE, OptimizerSpec, State
 from tensorkv.shard.reduce import Reduce
 from tensorkv.shard.rules import Assign, CallUpdater, Rule, StepOptimizer, Updater
 from tensorkv.shard.shard import Shard
@@ -447,9 +447,7 @@ class DistEngine(Engine):
         self._shard.restore_states([], contents.rule)
         self._repartition()
         kept = [
-            each
-            if isinstance(each.value, Table)
-            else each.copy(state=own_state(each, self._values[each.key], self._chain.owner))
+            each if isinstance(each.value, Table) else each.copy(state=self._own_state(each, self._values[each.key]))
             for each in contents.entries
         ]
         self._shard.restore_states(kept, None)
@@ -469,10 +467,15 @@ class DistEngine(Engine):
                 continue
             if self._host.local_rank == 0:
                 mine.whole.copy_(each.value)
-            mine.version, mine.state = each.version, own_state(each, mine, self._chain.owner)
+            mine.version, mine.state = each.version, self._own_state(each, mine)
             kept.append(mine)
         self._values.update(partitioned)
         checkpoint.put(self._shard, replace(contents, entries=kept))
+
+    def _own_state(self, saved: Entry, value: PartitionedEntry) -> State:
+        """Return what this worker keeps of a whole key's state, nothing if another host updates the key."""
+        updates = self._chain.is_last or self._compressor.codec is not None
+        return own_state(saved, value, self._chain.owner) if updates else {}
 
     def barrier(self) -> None:
         with self._entered("barrier"):

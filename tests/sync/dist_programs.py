@@ -626,6 +626,51 @@ def updater_raises():
         say("goes on")
 
 
+class OwnError(Exception):
+    pass
+
+
+RAISED = {
+    "group": lambda: ExceptionGroup("several", [ValueError("one")]),
+    "own": lambda: OwnError("planted"),
+}
+
+
+def updater_raises_types():
+    """Types that others cannot make of a message, and one that a generator cannot raise; the store goes on."""
+    here = []
+
+    def update(key, received, stored):
+        here.append(key)
+        raise RAISED[name]()
+
+    rows = tensorkv.Rows(np.array([2]), np.ones((1, 2), F32), 4)
+    calls = {
+        "plain": lambda kv: kv.push("e", np.ones(3, F32)),
+        "strided": lambda kv: kv.push("e", np.ones(6, F32)[::2]),
+        "pushpull": lambda kv: kv.pushpull("e", np.ones(3, F32)),
+        "rows": lambda kv: kv.push("d", rows),
+        "table": lambda kv: kv.push("t", tensorkv.Rows(np.array([1]), np.ones((1, 2), F32), 1000)),
+        "both": lambda kv: kv.push(["e", "d"], [np.ones(3, F32), rows]),
+    }
+    with create() as kv:
+        kv.init({"d": np.zeros((4, 2), F32), "e": np.zeros(3, F32)})
+        kv.init("t", tensorkv.Rows(np.array([1]), np.zeros((1, 2), F32), 1000))
+        kv.set_updater(update)
+        for name in RAISED:
+            for how, call in calls.items():
+                here.clear()
+                try:
+                    call(kv)
+                    say("nothing raised")
+                except (ExceptionGroup, StopIteration, OwnError, RuntimeError, TypeError) as error:
+                    say(name, how, "here" if here else "there", type(error).__name__)
+        kv.set_updater(None)
+        assert kv.info("e").version == kv.info("d").version == 0
+        assert kv.pushpull("e", np.ones(3, F32)).tolist() == [SIZE] * 3
+        say("goes on")
+
+
 def forgotten_close():
     """A process that ends without close, its last push being on the way."""
     kv = create(shared_memory=False)

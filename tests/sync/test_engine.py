@@ -21,7 +21,7 @@ from tests.support.hosts import CAN_MAKE, cut, two_hosts
 from tests.support.processes import call
 from tests.support.until import until
 from tests.support.workers import Team, free_port, run
-from tests.sync.dist_programs import EQUAL, PAIRS, PHASES, REFUSED
+from tests.sync.dist_programs import EQUAL, PAIRS, PHASES, RAISED, REFUSED
 
 PROGRAMS = "tests.sync.dist_programs"
 ROOT = Path(__file__).parents[2]
@@ -310,6 +310,18 @@ def test_what_an_updater_raises_reaches_every_worker(workers):
         assert text.count("raised") == 3
         assert "nothing raised" not in text
         assert "goes on" in text
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_what_an_updater_raises_has_its_type_where_that_can_be_made(workers):
+    texts = run(workers, PROGRAMS, "updater_raises_types")
+    assert all("goes on" in text for text in texts)
+    found = [line.split() for text in texts for line in text.splitlines() if line != "goes on"]
+    assert len(found) == workers * len(RAISED) * 6
+    for name, how, where, kind in found:
+        elsewhere = "StopIteration" if name == "stop" else "WorkerError"
+        assert kind == (type(RAISED[name]()).__name__ if where == "here" else elsewhere), (name, how, where)
+    assert {(name, where) for name, _, where, _ in found} == {(n, w) for n in RAISED for w in ("here", "there")}
 
 
 @pytest.mark.parametrize("repeat", range(amount(1, 3)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -87,10 +88,12 @@ def first_table(group: ProcessGroup, key: Key, value: Rows) -> Table:
 
 
 def raised_elsewhere(rank: int, key: Key, kind: str, message: str) -> Exception:
-    """Return what another worker's updater raised: of the same kind if Python or this package has it."""
+    """Return what another worker's updater raised: of the same kind if Python or this package can make it."""
     made: Any = getattr(builtins, kind, None) or getattr(errors, kind, None)
     if isinstance(made, type) and issubclass(made, Exception) and not issubclass(made, OSError | UnicodeError):
-        error: Exception = made(message)
-        error.add_note(f"raised by the updater of {quote(key)} on rank {rank}")
-        return error
+        # Some types, such as ExceptionGroup, are not made of a message alone.
+        with suppress(Exception):
+            error: Exception = made(message)
+            error.add_note(f"raised by the updater of {quote(key)} on rank {rank}")
+            return error
     return WorkerError(f"the updater of {quote(key)} raised on rank {rank}: {kind}: {message}")

@@ -632,6 +632,7 @@ class OwnError(Exception):
 
 RAISED = {
     "group": lambda: ExceptionGroup("several", [ValueError("one")]),
+    "stop": lambda: StopIteration("no more"),
     "own": lambda: OwnError("planted"),
 }
 

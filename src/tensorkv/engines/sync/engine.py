@@ -54,7 +54,7 @@ from .checkpoint import ShardedCheckpoint, own_state
 from .group import ProcessGroup, log
 from .host import HostGroup, describe
 from .order import CollectiveOrder
-from .push import Pushes
+from .push import Pushes, raising_failed
 from .schedule import PartitionedEntry
 
 
@@ -206,7 +206,7 @@ class DistEngine(Engine):
         # Only what a codec refuses is raised here; all other calls that cannot be made are parsed, and raise there.
         may_refuse = self._compressor.codec is not None and call.verb != "pull"
         with self.collective(call.verb) if may_refuse else nullcontext(), outside_modes():
-            return shield.run_steps(self._order.steps(self._pushes.try_compiled(call)))
+            return raising_failed(shield.run_steps, self._order.steps(self._pushes.try_compiled(call)))
 
     def push_parts(self, batch: Batch, priority: int) -> None:
         self._pushes.push(self._assembled(batch), None, priority)

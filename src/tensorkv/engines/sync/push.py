@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import compress
 from operator import not_
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -70,6 +70,7 @@ _MAX_GRADIENTS = 64
 # What their staging buffers may take together: so many times the values, and at least so many bytes.
 _MAX_STAGING, _MIN_STAGING_NBYTES = 4, 64 << 20
 
+T = TypeVar("T")
 Outs = Sequence[Sequence[torch.Tensor]]
 
 
@@ -79,6 +80,22 @@ class _UpdateFailedError(TensorKVError):
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+def raising_failed(make: Callable[[Steps[T]], T], steps: Steps[T]) -> T:
+    """Make the steps of a push, and raise what an updater has raised.
+
+    Not within the steps: a generator cannot raise StopIteration.
+    """
+    try:
+        return make(steps)
+    except _UpdateFailedError as error:
+        failed = error.error
+    try:
+        raise failed
+    finally:
+        # The traceback leads here, and with this would wait for the garbage collector.
+        del failed
 
 
 class _SharedSums:
@@ -285,7 +302,7 @@ class Pushes:
     def push(self, batch: Batch, outs: Outs | None, priority: int) -> None:
         """Push a batch; with outs, pull its keys."""
         with kept(), torch.no_grad():
-            finish(self._order.steps(self._push(batch, outs, priority)))
+            raising_failed(finish, self._order.steps(self._push(batch, outs, priority)))
 
     def _push(self, batch: Batch, outs: Outs | None, priority: int) -> Steps[None]:
         by_rows = [all(isinstance(part, Rows) for part in parts) for parts in batch.parts]
@@ -351,11 +368,10 @@ class Pushes:
             yield
         try:
             return (yield from push(self._host.enter(signature)))
-        except _UpdateFailedError as error:
-            failed = error.error
+        except _UpdateFailedError:
+            raise
         except BaseException as error:
             self._order.break_off(error, signature.text)
-        raise failed
 
     @property
     def _waits_for_messages(self) -> bool:

@@ -1,9 +1,15 @@
 """What a launcher has set, and what a worker makes of it."""
 
+import json
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
 import pytest
+from torch.distributed import TCPStore
 
 import tensorkv
-from tensorkv.engines.transport.rendezvous import launched
+from tensorkv.engines.transport.rendezvous import agree_on_start, launched
+from tests.support.until import LIMIT_S
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
@@ -78,6 +84,27 @@ def test_a_worker_that_cannot_find_the_others_says_what_to_set(variables, messag
         environment.setenv(name, text)
     with pytest.raises(tensorkv.ArgumentError, match=f"create: .*{message}.*torchrun"):
         tensorkv.create("dist_sync", timeout_s=1)
+
+
+def test_a_worker_names_the_one_that_is_missing():
+    """Rank 0 is there, and waits for rank 2, as do ranks 1 and 3."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("start", "announced")
+    store.set(f"announced/hello/{store.add('announced/turns', 1)}", json.dumps([3, "token"]))
+    with pytest.raises(tensorkv.RankDeadError, match=r"^rank 2 of 4 did not join within 1 s; check"):
+        agree_on_start(store, 1, 4, 1)
+
+
+def test_a_worker_says_that_rank_0_has_ended():
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = TCPStore("127.0.0.1", server.port, is_master=False)
+    server.set("start", "announced")
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(agree_on_start, client, 1, 3, LIMIT_S)
+        server.wait(["announced/hello/1"], timedelta(seconds=LIMIT_S))
+        del server
+        with pytest.raises(tensorkv.RankDeadError, match="rank 0 died or ended early, before all 3 workers had joined"):
+            waiting.result(LIMIT_S)
 
 
 def test_a_store_shows_that_a_worker_is_alone():

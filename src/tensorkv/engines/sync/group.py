@@ -19,7 +19,15 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from tensorkv import errors
-from tensorkv.engines.transport.rendezvous import agree_on_start, connect, get, host_id, launched, network_id
+from tensorkv.engines.transport.rendezvous import (
+    agree_on_start,
+    connect,
+    get,
+    host_id,
+    launched,
+    network_id,
+    store_keeper,
+)
 from tensorkv.engines.transport.segment import Segment, can_share, why_not_shared
 from tensorkv.errors import RankDeadError, TensorKVError, WorkerMismatchError
 from tensorkv.runtime import _compat, caller, forks
@@ -204,7 +212,7 @@ class ProcessGroup:
         self._error = error
         note = json.dumps([*errors.encode(error), self.rank])
         store = self._store
-        if _runs_store(self.rank):
+        if self.rank == 0 and store_keeper() == "rank 0":
             # One that is dead reads nothing.
             seconds = 2 * _ERROR_WAIT_S if isinstance(error, RankDeadError) else _READ_S
             atexit.register(self._wait_for_readers, store, seconds, forks.count)
@@ -236,8 +244,7 @@ class ProcessGroup:
         answer = self._ask_store("error")
         if isinstance(answer, dist.DistNetworkError):
             # The rendezvous store is gone, and with it the process that runs it.
-            keeper = "rank 0" if _runs_store(0) else "the launcher"
-            return RankDeadError(f"{keeper} died or ended early; restart all workers from a checkpoint")
+            return RankDeadError(f"{store_keeper()} died or ended early; restart all workers from a checkpoint")
         if not isinstance(answer, bytes):
             return otherwise
         *encoded, _ = json.loads(answer)
@@ -362,11 +369,6 @@ class ProcessGroup:
 def _cores() -> list[int]:
     """Return the cores that this process may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
-def _runs_store(rank: int) -> bool:
-    """Tell whether the rendezvous store ends with the process of a rank."""
-    return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def _within(seconds: float, do: Callable[[], Any]) -> Any:

@@ -157,18 +157,28 @@ def agree_on_start(store: Any, rank: int, size: int, timeout_s: float) -> str:
             store.set(f"{mine}/welcome/{token}", b"")
         return mine
     found, deadline = "", monotonic() + timeout_s
-    while monotonic() < deadline:
-        start = get(store, "start", 0, size, timeout_s).decode()
-        # First: rank 0 may have acknowledged this worker, and announced the next store of these workers since.
-        if found and store.check([f"{found}/welcome/{mine}"]):
-            return found
-        if start != found:
-            found = start
-            turn = store.add(f"{start}/turns", 1)
-            store.set(f"{start}/hello/{turn}", json.dumps([rank, mine]))
-            continue
-        sleep(_POLL_S)
-    raise RankDeadError(f"rank 0 of {size} did not join within {timeout_s:g} s")
+    try:
+        while monotonic() < deadline:
+            start = get(store, "start", 0, size, timeout_s).decode()
+            # First: rank 0 may have acknowledged this worker, and announced the next store of these workers since.
+            if found and store.check([f"{found}/welcome/{mine}"]):
+                return found
+            if start != found:
+                found = start
+                turn = store.add(f"{start}/turns", 1)
+                store.set(f"{start}/hello/{turn}", json.dumps([rank, mine]))
+                continue
+            sleep(_POLL_S)
+        missing = set(range(1, size)) - _answered(store, found)
+    except dist.DistNetworkError as error:
+        raise _store_ended(size) from error
+    raise _not_joined(min(missing, default=0), size, timeout_s)
+
+
+def _answered(store: Any, start: str) -> set[int]:
+    """Return the ranks that have answered an announcement of rank 0."""
+    answers = [f"{start}/hello/{turn}" for turn in range(1, 1 + store.add(f"{start}/turns", 0))]
+    return {json.loads(store.get(answer))[0] for answer in answers if store.check([answer])}
 
 
 def get(store: Any, key: str, rank: int, size: int, timeout_s: float) -> bytes:
@@ -176,9 +186,26 @@ def get(store: Any, key: str, rank: int, size: int, timeout_s: float) -> bytes:
     try:
         store.wait([key], timedelta(seconds=timeout_s))
         value: bytes = store.get(key)
+    except dist.DistNetworkError as error:
+        raise _store_ended(size) from error
     except dist.DistError as error:
-        raise RankDeadError(
-            f"rank {rank} of {size} did not join within {timeout_s:g} s; check that it is running and was started with "
-            "the same MASTER_ADDR and MASTER_PORT, or raise timeout_s"
-        ) from error
+        raise _not_joined(rank, size, timeout_s) from error
     return value
+
+
+def _not_joined(rank: int, size: int, timeout_s: float) -> RankDeadError:
+    return RankDeadError(
+        f"rank {rank} of {size} did not join within {timeout_s:g} s; check that it is running and was started with the "
+        "same MASTER_ADDR and MASTER_PORT, or raise timeout_s"
+    )
+
+
+def _store_ended(size: int) -> RankDeadError:
+    return RankDeadError(
+        f"{store_keeper()} died or ended early, before all {size} workers had joined; its output may say why"
+    )
+
+
+def store_keeper() -> str:
+    """Return whose process runs the rendezvous store, which ends with it."""
+    return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"

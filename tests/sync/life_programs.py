@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -97,6 +98,28 @@ def again():
     sums()
     sums()
     say("met")
+
+
+def fails_late():
+    """Workers have opened the memory that they share, and one does not say so in time."""
+    right = group.ProcessGroup._all_agree
+
+    def late(self, name, holds):
+        if RANK:
+            raise RuntimeError("planted")
+        self.timeout_s = 0.2
+        return right(self, name, holds)
+
+    group.ProcessGroup._all_agree = late
+    try:
+        create()
+    except (tensorkv.RankDeadError, RuntimeError) as error:
+        say(error)
+    opened = []
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            opened.append(os.readlink(f"/proc/self/fd/{number}"))
+    say("left open:", [name for name in opened if "memfd:tensorkv" in name])
 
 
 def in_turn(name):

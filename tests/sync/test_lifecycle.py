@@ -66,6 +66,14 @@ def test_a_store_that_could_not_be_created_is_created_at_the_next_try(signals):
     assert all("met" in text for text in texts)
 
 
+def test_a_create_that_fails_late_leaves_no_memory_open():
+    first, second = run(2, PROGRAMS, "fails_late")
+    assert "rank 1 of 2 did not join" in first
+    assert "planted" in second
+    for text in (first, second):
+        assert "left open: []" in text
+
+
 # ---------------------------------------------------------------- children
 
 

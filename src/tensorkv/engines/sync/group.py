@@ -145,35 +145,42 @@ class ProcessGroup:
         Returns:
             None for one worker alone on its host.
         """
-        if len(self.host_ranks) > 1:
-            self._control = self._open_control(nbytes_of(len(self.host_ranks)))
-        opened = self._control is not None or len(self.host_ranks) == 1
-        if any(len(each) > 1 for each in self.hosts) and not self._all_agree("opened", opened):
+        try:
+            opened = len(self.host_ranks) == 1 or self._open_control(nbytes_of(len(self.host_ranks)))
+            works = all(len(each) == 1 for each in self.hosts) or self._all_agree("opened", opened)
+        except BaseException:
+            self._close_control()
+            raise
+        if not works:
+            self._close_control()
             if self.rank == 0:
                 caller.warn("shared memory does not work between the workers; they use Gloo instead, which is slower")
-            if self._control is not None:
-                self._control.close_file()
-                self._control = None
             self.hosts, self.host_index = [[rank] for rank in range(self.size)], self.rank
             self._gloo = self._gloo or self._connect()
         return self._control
 
-    def _open_control(self, nbytes: int) -> Segment | None:
+    def _open_control(self, nbytes: int) -> bool:
+        """Open the memory that the workers of this host share; return whether that works."""
         first = self.host_ranks[0]
         name = f"control/{first}"
         try:
             if self.rank == first:
-                segment = Segment(nbytes)
-                self.put_text(name, segment.name)
+                self._control = Segment(nbytes)
+                self.put_text(name, self._control.name)
             else:
-                segment = Segment(nbytes, self._get(name, first).decode())
+                self._control = Segment(nbytes, self._get(name, first).decode())
         except OSError:
             if self.rank == first:
                 self.put_text(name, "")
-            return None
+            return False
         # Before the others count on it: they look for this lock once all have agreed that they opened the memory.
-        segment.mark_alive(self.host_ranks.index(self.rank))
-        return segment
+        self._control.mark_alive(self.host_ranks.index(self.rank))
+        return True
+
+    def _close_control(self) -> None:
+        if self._control is not None:
+            self._control.close_file()
+            self._control = None
 
     def _all_agree(self, name: str, holds: bool) -> bool:
         """Tell whether something holds for every worker."""

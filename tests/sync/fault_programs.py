@@ -168,6 +168,20 @@ def no_memory(shared_memory):
         outcome("pushpull", lambda: kv.pushpull("a", np.ones(3, F32)).tolist())
 
 
+def leave_without_memory():
+    """There is no memory for what others push while a worker has left, and then there is."""
+    right = host.Segment
+    with create() as kv:
+        kv.init("a", np.zeros(100_000, F32))
+        if RANK == 0:
+            host.Segment = Full
+            outcome("first push", lambda: kv.push("a", np.ones(100_000, F32)))
+            host.Segment = right
+            outcome("second push", lambda: kv.push("a", np.full(100_000, 2, F32)))
+        outcome("leave", kv.leave)
+        outcome("pull", lambda: np.unique(kv.pull("a")).tolist())
+
+
 def load_without_memory(path):
     """A checkpoint for which there is no memory leaves the store as it was."""
     right = host.Segment

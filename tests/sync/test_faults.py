@@ -56,6 +56,15 @@ def test_on_one_host_without_memory_the_store_goes_on():
         assert "pushpull gave [2.0, 2.0, 2.0]" in text
 
 
+def test_a_worker_that_has_left_goes_on_where_there_was_no_memory():
+    texts = run(2, PROGRAMS, "leave_without_memory")
+    assert "first push raised MemoryError" in texts[0]
+    assert "second push gave None" in texts[0]
+    for text in texts:
+        assert "leave gave None" in text
+        assert "pull gave [2.0]" in text
+
+
 def test_a_load_without_memory_changes_nothing(tmp_path):
     for text in run(2, PROGRAMS, "load_without_memory", tmp_path / "saved"):
         assert "load raised MemoryError" in text

@@ -47,7 +47,7 @@ from .allreduce import AllReduce, Update
 from .chain import Chain
 from .decision import Decisions
 from .group import ProcessGroup
-from .host import ENTRIES, LEFT, REFUSED, Collective, HostGroup, Signature, describe
+from .host import ENTRIES, LEFT, REFUSED, Collective, HostGroup, NoMemoryToShareError, Signature, describe
 from .order import CollectiveOrder, PushQueue
 from .schedule import (
     RING,
@@ -727,12 +727,16 @@ class Pushes:
 
     def leave(self) -> None:
         """Join the pushes of the others, without parts of this worker's, until every worker has left."""
+        # Every worker hears of these, and the store goes on after them.
+        common: list[type[BaseException]] = [_UpdateFailedError, NonFiniteError]
+        if len(self._group.hosts) == 1:
+            common.append(NoMemoryToShareError)
         with self._order.lock, kept(), torch.no_grad(), self._order.unbroken("leave"):
             self._order.check()
             self.drain()
             while (call := self._order.join()).digest != LEFT:
                 if call.digest != REFUSED:
-                    with suppress(_UpdateFailedError, NonFiniteError):
+                    with suppress(*common):
                         self._serve(call)
 
     def _serve(self, call: Collective) -> None:

@@ -138,6 +138,17 @@ def gathering(shared_memory):
         outcome("pull", lambda: kv.pull("a").tolist())
 
 
+def long_call():
+    """The last rank dies before a call whose text is longer than what workers tell each other of an error."""
+    names = [f"layer.{number:04}.weight" for number in range(100)]
+    with create() as kv:
+        kv.init(names, [np.zeros(3, F32)] * len(names))
+        kv.barrier()
+        if RANK == SIZE - 1:
+            die()
+        outcome("pushpull", lambda: kv.pushpull(names, [np.ones(3, F32)] * len(names)))
+
+
 class Full(host.Segment):
     """Memory that cannot be had."""
 

@@ -41,6 +41,14 @@ def test_who_dies_while_all_tell_all_ends_the_store(shared_memory):
     assert "pull raised RankDeadError" in text, text
 
 
+def test_who_dies_before_a_long_call_is_named_on_every_worker():
+    with Team(3, PROGRAMS, "long_call") as team:
+        assert team.wait() == [0, 0, -signal.SIGKILL], team.text(0)
+        texts = [team.text(rank) for rank in range(2)]
+    for text in texts:
+        assert re.search(r"pushpull raised RankDeadError \| pushpull .*: rank 2 died or ended early", text), text
+
+
 def test_a_host_without_memory_ends_the_store_everywhere():
     first, *others = run(3, PROGRAMS, "no_memory", False)
     assert "init raised MemoryError" in first

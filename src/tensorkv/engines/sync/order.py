@@ -185,7 +185,8 @@ class CollectiveOrder:
             left.append(self._chain.prev)
         if left:
             raise WorkerMismatchError(
-                f"{call.text}: rank {left[0]} has left; until all ranks have left, the others may only push and pull"
+                f"{call.text[:200]}: rank {left[0]} has left; until all ranks have left, the others may only push and "
+                "pull"
             )
         self.wait_for_all()
 
@@ -236,7 +237,7 @@ class CollectiveOrder:
         """Raise the error of the worker that ended the store first, or this one if the store goes on after it."""
         first = error
         if isinstance(error, RankDiedError):
-            first = self._host.abort(RankDeadError(f"{text}: {error}"))
+            first = self._host.abort(RankDeadError(f"{text[:200]}: {error}"))
         elif isinstance(error, RankDeadError | WorkerError | WorkerMismatchError):
             first = self._host.abort(error)
         if first is error:

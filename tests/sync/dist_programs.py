@@ -302,6 +302,8 @@ CALLS = {
     "push another dtype": lambda kv: kv.push("a", np.ones(3, np.int32)),
     "push rows": lambda kv: kv.push("c", tensorkv.Rows(np.array([1]), np.ones((1, 2), F32), 3)),
     "push dense c": lambda kv: kv.push("c", np.ones((3, 2), F32)),
+    "push slices of a": lambda kv: kv.push("a", tensorkv.TensorSlice(np.ones(3, F32), (0,), (3,))),
+    "pushpull slices of a": lambda kv: kv.pushpull("a", tensorkv.TensorSlice(np.ones(3, F32), (0,), (3,))),
     "push many": lambda kv: [kv.push("a", np.ones(3, F32)) for _ in range(3)],
     "pushpull a": lambda kv: kv.pushpull("a", np.ones(3, F32)),
     "init d": lambda kv: kv.init("d", np.ones(2, F32)),
@@ -320,6 +322,9 @@ CALLS = {
         kv.set_hyperparameters(weight_decay=0, lr=np.float32(2)),
         kv.set_hyperparameters("b", betas=[0.0, 0.25], lr=np.int64(0)),
     ],
+    "load": lambda kv: kv.load("/nowhere"),
+    "load if it is there": lambda kv: kv.load("/nowhere", missing_ok=True),
+    "load states": lambda kv: kv.load_optimizer_states("/nowhere"),
     "nothing": lambda kv: None,
     "unknown key": lambda kv: kv.push("nowhere", np.ones(3, F32)),
     "no array": lambda kv: kv.push("a", "text"),
@@ -369,6 +374,10 @@ PAIRS = [
     ("push a", "init d"),
     ("init d", "init another d"),
     ("init d", "push a"),
+    ("push a", "push slices of a"),
+    ("push slices of a", "pushpull slices of a"),
+    ("load if it is there", "load"),
+    ("load", "load states"),
     ("sgd", "adam"),
     ("sgd", "sgd with another lr"),
     ("sgd", "nothing"),
@@ -1332,6 +1341,15 @@ def own_libraries():
         assert type(kv.pull("a")) is (np.ndarray if RANK else torch.Tensor)
         assert kv.pull("a").tolist() == [1, 1]
     say("as before")
+
+
+def step_or_barrier():
+    """One worker makes a Trainer's step, which first asks which parameters have gradients; the other a barrier."""
+    with create() as kv:
+        trainer = tensorkv.Trainer(torch.nn.Linear(2, 1), kv, "sgd", lr=0.1, unused="agree")
+        with pytest.raises(tensorkv.WorkerMismatchError) as caught:
+            kv.barrier() if RANK else trainer.step()
+        say(caught.value)
 
 
 def train(overlap, update_on_store, shared_memory):

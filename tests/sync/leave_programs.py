@@ -158,15 +158,20 @@ def not_seen_before(pusher):
         say(type(error).__name__, "|", error)
 
 
-def left_and(verb, caller):
+def left_and(verb, caller, shared_memory="True"):
     """Others may not do more than push and pull while somebody has left."""
-    kv = create()
+    kv = create(shared_memory=shared_memory == "True")
     kv.init("a", np.zeros(5, F32))
+    kv.init(NAMES, [np.zeros(5, F32)] * len(NAMES))
     try:
         if int(caller) != RANK:
             kv.leave()
         elif verb == "barrier":
             kv.barrier()
+        elif verb == "push slices":
+            kv.push("a", tensorkv.TensorSlice(np.ones(5, F32), (0,), (5,)))
+        elif verb == "push many slices":
+            kv.push(NAMES, [tensorkv.TensorSlice(np.ones(5, F32), (0,), (5,))] * len(NAMES))
         else:
             kv.init("b", np.zeros(3, F32))
     except tensorkv.WorkerMismatchError as error:

@@ -37,6 +37,10 @@ FIRST = {
     ("push a", "push a, b"): 'first at keys[1] (rank 0: nothing, rank 1: "b")',
     ("push rows", "push dense c"): 'first at rows[0] of "c" (rank 0: true, rank 1: false)',
     ("init d", "init another d"): 'first at values[0][0][1] of "d" (rank 0: nothing, rank 1: 2)',
+    ("push a", "push slices of a"): 'first at slices (rank 0: nothing, rank 1: ["a"])',
+    ("push slices of a", "pushpull slices of a"): 'rank 1: pushpull {"slices": ["a"], "keys": ["a"]}',
+    ("load if it is there", "load"): "first at missing_ok (rank 0: true, rank 1: nothing)",
+    ("load", "load states"): 'rank 1: load_optimizer_states {"path": "/nowhere"}',
     ("sgd", "sgd with another lr"): "first at numbers.lr (rank 0: 0.1, rank 1: 0.2)",
 }
 
@@ -439,6 +443,11 @@ def test_state_of_other_shapes_is_saved(tmp_path):
 
 def test_averages_go_to_whole_outs_and_to_parts():
     assert run(2, PROGRAMS, "averages", "parts") == ["the same calls\n"] * 2
+
+
+def test_a_step_is_named_in_a_mismatch():
+    for text in run(2, PROGRAMS, "step_or_barrier"):
+        assert "rank 0: Trainer.step; rank 1: barrier" in text, text
 
 
 def test_averages_of_other_keys_are_a_mismatch():

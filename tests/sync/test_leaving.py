@@ -1,5 +1,7 @@
 """Unequal numbers of batches: those who have left serve the others, on one host and over several."""
 
+import re
+
 import pytest
 
 from tests.support.amount import ALL, amount
@@ -85,6 +87,13 @@ def test_others_may_only_push_and_pull(caller, verb):
     for text in run_over((1, 3), "left_and", verb, caller):
         assert "WorkerMismatchError" in text
         assert "has left" in text
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+@pytest.mark.parametrize("verb", ["push slices", "push many slices"])
+def test_others_may_not_push_slices(verb, shared_memory):
+    for text in run(3, PROGRAMS, "left_and", verb, 1, shared_memory):
+        assert re.search(r"WorkerMismatchError \| .*rank \d has left", text), text
 
 
 @needs_hosts

@@ -61,16 +61,16 @@ class Buffers:
 
     def start(self) -> None:
         """Give all replicas and workers the buffers of rank 0's first replica."""
-        self._synchronise("broadcast")
+        self._synchronise("Trainer", "broadcast")
 
     def synchronise(self) -> None:
         """Make the buffers equal, after a step."""
-        self._synchronise(self._mode)
+        self._synchronise("Trainer.step", self._mode)
 
-    def _synchronise(self, mode: str) -> None:
+    def _synchronise(self, verb: str, mode: str) -> None:
         groups = list(zip(*(replica.buffers() for replica in self._replicas), strict=True))
         mine = [_sum(group) if mode == "mean" and _has_mean(group[0]) else group[0] for group in groups]
-        told = self._kv._gather("step", b"".join(map(raw_bytes, mine)))
+        told = self._kv._gather(verb, b"".join(map(raw_bytes, mine)))
         place = 0
         with torch.no_grad():
             for group, own in zip(groups, mine, strict=True):

@@ -59,7 +59,7 @@ class Gradients:
         found = self.of(self._params)
         if self._unused != "agree":
             return found
-        bits = self._kv._gather("step", bytes(key in found for key in self._params))
+        bits = self._kv._gather("Trainer.step", bytes(key in found for key in self._params))
         used = [key for key, *marks in zip(self._params, *bits, strict=True) if any(marks)]
         return self._filled(found, used)
 

@@ -281,7 +281,7 @@ class StoreOptimizer(torch.optim.Optimizer):
             raise OptimizerError(
                 "Trainer: a GradScaler needs overlap=False, since gradients are unscaled after they are computed"
             )
-        if any(map(any, self._kv._gather("step", bytes([bool(found_inf)])))):
+        if any(map(any, self._kv._gather("Trainer.step", bytes([bool(found_inf)])))):
             for layer in self._tables:
                 layer.zero_grad()
             yield False

@@ -148,7 +148,7 @@ class Overlap:
 
     def _make_buckets(self) -> list[list[str]]:
         order = [*self._order, *(key for key in reversed(self._params) if key not in self._order)]
-        agreed = json.loads(self._kv._gather("step", json.dumps(order).encode())[0])
+        agreed = json.loads(self._kv._gather("Trainer.step", json.dumps(order).encode())[0])
         buckets: list[list[str]] = []
         room = 0
         for key in agreed:

@@ -230,7 +230,8 @@ class DistEngine(Engine):
         mine = {
             key: parts[0] for key, parts in zip(batch.keys, batch.parts, strict=True) if isinstance(parts[0], Slices)
         }
-        with self._entered(describe("push_slices", keys=batch.keys, slices=list(mine))):
+        # A worker that has left recognizes the call by its first word, since the end may be cut off.
+        with self._entered(describe(batch.verb, slices=list(mine), keys=batch.keys)):
             regions = [[region.bounds for region in own.regions] for own in mine.values()]
             found = self._group.all_gather_json(regions)
         for place, (key, own) in enumerate(mine.items()):

@@ -742,7 +742,7 @@ class Pushes:
     def _serve(self, call: Collective) -> None:
         """Take part in a push."""
         verb, _, rest = call.text.partition(" ")
-        if verb not in ("push", "pushpull"):
+        if verb not in ("push", "pushpull") or rest.startswith('{"slices"'):
             raise WorkerMismatchError(
                 f"rank {self._group.rank} has left; the others may push and pull only, not {call.text[:200]}"
             )

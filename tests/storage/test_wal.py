@@ -107,6 +107,23 @@ def test_zeros_in_the_middle_are_damage(tmp_path):
         lsns(segment)
 
 
+@pytest.mark.parametrize("kind", ["log", "snapshot"])
+def test_files_of_another_version_are_not_called_damaged(kind, folder_with_both, tmp_path):
+    folder = shutil.copytree(folder_with_both, tmp_path / "copy")
+    file = max(folder.glob(f"{kind}-*"))
+    data = file.read_bytes()
+    for rest in (data[4:], b"\x01" * 1000, b""):
+        file.write_bytes(b"tkv2" + rest)
+        with pytest.raises(StorageError, match="of another version, tkv2; this one reads tkv1") as caught:
+            open_wal(folder)
+        assert file.name in str(caught.value)
+        assert "truncate" not in str(caught.value)
+    # In the middle of a file it is damage.
+    file.write_bytes(data + b"tkv2" + data[4:])
+    with pytest.raises(StorageError, match=f"damaged at byte {len(data)}"):
+        open_wal(folder)
+
+
 # ---------------------------------------------------------------- single bits
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import struct
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ except ImportError:  # not built for this processor: zlib gives the same values 
     from zlib import crc32 as crc32
 
 MAGIC = b"tkv1"
+_ANY_MAGIC = re.compile(rb"tkv\d")
 # Magic, checksum of the rest of the frame, lsn, bytes of head, layout and payload, checksum of head and layout,
 # checksum of the payload.
 _FRAME = struct.Struct("<4sIQIIQII")
@@ -224,6 +226,7 @@ class Reader:
             if not stat.S_ISREG(status.st_mode):
                 raise StorageError(f"{self.file}: not a regular file")
             self._size = status.st_size
+            self._check_version()
             at = 0
             while at < self._size:
                 found = self._record(at)
@@ -235,6 +238,14 @@ class Reader:
                 yield lsn, record
         except OSError as error:
             raise StorageError(f"{self.file}: cannot be read: {error}") from error
+
+    def _check_version(self) -> None:
+        magic = bytes(self._bytes(0, min(len(MAGIC), self._size)))
+        if magic != MAGIC and _ANY_MAGIC.fullmatch(magic):
+            raise StorageError(
+                f"{self.file}: of another version, {magic.decode()}; this one reads {MAGIC.decode()}. Open the folder "
+                "with a version of tensorkv that reads it, and save a checkpoint there to pass the values on"
+            )
 
     def _record(self, at: int) -> tuple[int, Record, int] | None:
         start = at + FRAME_NBYTES

@@ -562,11 +562,14 @@ def test_models_share_a_store_by_prefix():
         assert kv.pull("counter").tolist() == [0, 0]
 
 
-def test_a_second_trainer_with_the_same_keys():
+@pytest.mark.parametrize(("update_on_store", "load"), [(True, "refresh"), (False, "load_state_dict")])
+def test_a_second_trainer_with_the_same_keys(update_on_store, load):
     with tensorkv.create() as kv:
-        Trainer(nn.Linear(2, 1), kv, lr=0.1)
-        with pytest.raises(tensorkv.KeyExistsError, match=r'"weight".*create the Trainer first'):
-            Trainer(nn.Linear(2, 1), kv, lr=0.1)
+        Trainer(nn.Linear(2, 1), kv, lr=0.1, update_on_store=update_on_store)
+        with pytest.raises(
+            tensorkv.KeyExistsError, match=rf'"weight".*create the Trainer first, then .*trainer.{load}'
+        ):
+            Trainer(nn.Linear(2, 1), kv, lr=0.1, update_on_store=update_on_store)
 
 
 def test_a_store_has_one_optimizer():
@@ -737,3 +740,17 @@ def test_a_checkpoint_of_another_model_is_named_by_the_refresh_after_it(tmp_path
         'Trainer.refresh: pull("0.weight"): no such key; the store has "b", "embedding"; call init first. '
         "A load replaces all keys by those of the checkpoint; load one of this model"
     )
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_store_that_sums_has_no_weights_to_refresh_from(steps):
+    model = _model()
+    with tensorkv.create() as kv:
+        trainer = Trainer(model, kv, lr=0.1, update_on_store=False)
+        _train(trainer, [model], steps)
+        before = _weights(model)
+        with pytest.raises(
+            tensorkv.ArgumentError, match=r"Trainer.refresh: .* sums of gradients, not weights; use state"
+        ):
+            trainer.refresh()
+    assert _equal(before, _weights(model))

@@ -54,7 +54,8 @@ class Trainer:
             such as ``"*.bias"`` (as of ``fnmatch``), and functions of a name. Every trained parameter is in one group.
         prefix: put before each name, so that several models can share a store.
         update_on_store: True: the store updates and replicas pull weights. False: the store only sums,
-            replicas pull the sum into ``.grad`` and step their own optimizers.
+            replicas pull the sum into ``.grad`` and step their own optimizers. Then the store, and ``kv.save``, have
+            sums of gradients and no weights after the first step; ``state_dict`` has them.
         overlap: push each gradient as soon as backward has computed it, so that communication overlaps with
             backward. Call ``step`` after each ``backward`` that is not within ``no_sync``. This helps where ``push``
             does not wait. The first backward only finds the order in which gradients are computed.
@@ -72,7 +73,8 @@ class Trainer:
 
     Raises:
         ArgumentError: not modules, nothing to train, replicas whose parameters differ in name, or parameter groups that
-            do not have every trained parameter once.
+            do not have every trained parameter once; with ``update_on_store=False``, a worker of ``dist_async`` that
+            comes late or in place of another, since the store has no weights for it.
         ValueMismatchError: replicas whose parameters differ in shape or dtype.
         KeyExistsError: the store has a parameter's key; load after this, or give another ``prefix``.
         OptimizerError: unknown optimizer or hyperparameter; or the store already has a different optimizer or different
@@ -140,9 +142,10 @@ class Trainer:
             try:
                 broadcast(kv, self._params)
             except KeyExistsError as error:
+                load = "kv.load(...) and trainer.refresh()" if update_on_store else "trainer.load_state_dict(...)"
                 raise KeyExistsError(
-                    f"Trainer: {error}. To resume from a checkpoint, create the Trainer first, then kv.load(...) and "
-                    "trainer.refresh(); for a second model, give a prefix"
+                    f"Trainer: {error}. To resume from a checkpoint, create the Trainer first, then {load}; for a "
+                    "second model, give a prefix"
                 ) from None
             self._update.start()
             if kept is not None:
@@ -191,8 +194,14 @@ class Trainer:
         """Pull the weights from the store into every replica, as after ``kv.load``.
 
         Raises:
+            ArgumentError: with ``update_on_store=False``, where the store holds sums of gradients and no weights.
             TensorKVError: as ``KVStore.pull``.
         """
+        if not self._update.on_store:
+            raise ArgumentError(
+                "Trainer.refresh: with update_on_store=False the store holds sums of gradients, not weights; use "
+                "state_dict() and load_state_dict()"
+            )
         outs = [[param.detach() for param in params] for params in self._params.values()]
         try:
             with torch.no_grad():

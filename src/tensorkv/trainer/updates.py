@@ -14,7 +14,7 @@ from torch import nn
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.keytable import KeyTable
 from tensorkv.arrays.rows import Rows
-from tensorkv.errors import ArgumentError, CheckpointError, OptimizerError, naming, show
+from tensorkv.errors import ArgumentError, CheckpointError, OptimizerError, naming, quote, show
 from tensorkv.shard import optimizers
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.nonfinite import clip
@@ -323,6 +323,7 @@ class WorkerUpdate:
     ) -> None:
         self._kv, self._params = kv, params
         self._refuse_optimizer()
+        self._refuse_sums()
         numbers = dict(numbers)
         if numbers.pop("ema", None) is not None:
             raise ArgumentError(
@@ -470,6 +471,19 @@ class WorkerUpdate:
             raise OptimizerError(
                 f"Trainer: the store has the optimizer {held['name']}, and with update_on_store=False it is to sum "
                 "only; use another store, or kv.set_updater(None)"
+            )
+
+    def _refuse_sums(self) -> None:
+        """Raise ArgumentError if a worker would take sums for weights: one that comes when others have pushed."""
+        if self._kv._engine.decides:
+            # It creates the keys, or gets a KeyExistsError.
+            return
+        pushed = next((key for key in self._params if key in self._kv and self._kv.info(key).version), None)
+        if pushed is not None:
+            raise ArgumentError(
+                f"Trainer: the store holds sums of gradients, not weights, as of {quote(pushed)}, so a worker that "
+                "comes late or in place of another cannot start from it; end the store, start all workers and have "
+                "each load a state_dict(), or use update_on_store=True"
             )
 
 

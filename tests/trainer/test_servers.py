@@ -1,0 +1,35 @@
+"""Trainers on parameter servers: what workers that wait for each other, or for nobody, cannot do."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import tensorkv
+from tensorkv import Trainer
+
+pytest.importorskip("ray")
+from tests.support.fake_servers import Cluster, together
+
+
+def _step(trainer, model, number=1.0):
+    trainer.zero_grad()
+    (model(torch.ones(1, 2)).sum() * number).backward()
+    trainer.step()
+
+
+def test_a_worker_that_comes_late_takes_no_sums_for_weights():
+    with Cluster(2, mode="sync", num_workers=2) as cluster:
+        stores = cluster.stores(2)
+        models = [nn.Linear(2, 1) for _ in stores]
+        make = partial(Trainer, optimizer="sgd", lr=0.1, update_on_store=False)
+        trainers = together(*[partial(make, *pair) for pair in zip(models, stores, strict=True)])
+        assert torch.equal(*(model.weight for model in models))
+        together(*[partial(_step, *pair) for pair in zip(trainers, models, strict=True)])
+        assert torch.equal(*(model.weight for model in models))
+        late = nn.Linear(2, 1)
+        before = late.weight.clone()
+        with pytest.raises(tensorkv.ArgumentError, match=r'Trainer: the store holds sums .* as of "weight".*=True'):
+            make(late, stores[1])
+        assert torch.equal(late.weight, before)

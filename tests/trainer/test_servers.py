@@ -33,3 +33,20 @@ def test_a_worker_that_comes_late_takes_no_sums_for_weights():
         with pytest.raises(tensorkv.ArgumentError, match=r'Trainer: the store holds sums .* as of "weight".*=True'):
             make(late, stores[1])
         assert torch.equal(late.weight, before)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_workers_whose_pushes_are_not_summed_need_the_store_to_update(overlap):
+    model = nn.Linear(2, 1)
+    with Cluster(num_workers=2) as cluster:
+        kv = cluster.store()
+        with pytest.raises(tensorkv.ArgumentError, match="update_on_store=False needs a store that sums"):
+            Trainer(model, kv, lr=0.1, update_on_store=False, overlap=overlap)
+        assert len(kv) == 0
+        Trainer(model, kv, lr=0.1, overlap=overlap)
+    with Cluster() as cluster:
+        # One worker has nobody to sum with.
+        trainer = Trainer(model, cluster.store(), "sgd", lr=0.1, update_on_store=False, overlap=overlap)
+        before = model.weight.clone()
+        _step(trainer, model)
+        assert torch.allclose(model.weight, before - 0.1)

@@ -73,8 +73,9 @@ class Trainer:
 
     Raises:
         ArgumentError: not modules, nothing to train, replicas whose parameters differ in name, or parameter groups that
-            do not have every trained parameter once; with ``update_on_store=False``, a worker of ``dist_async`` that
-            comes late or in place of another, since the store has no weights for it.
+            do not have every trained parameter once; with ``update_on_store=False``, several workers of
+            ``dist_async`` without ``mode="sync"``, whose pushes are not summed, or a worker that comes late or in
+            place of another, since the store has no weights for it.
         ValueMismatchError: replicas whose parameters differ in shape or dtype.
         KeyExistsError: the store has a parameter's key; load after this, or give another ``prefix``.
         OptimizerError: unknown optimizer or hyperparameter; or the store already has a different optimizer or different

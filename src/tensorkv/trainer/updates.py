@@ -322,6 +322,11 @@ class WorkerUpdate:
         overlaps: bool,
     ) -> None:
         self._kv, self._params = kv, params
+        if kv.num_workers > 1 and kv._engine.joins_workers == "alone":
+            raise ArgumentError(
+                "Trainer: update_on_store=False needs a store that sums over workers, and this one takes each worker's "
+                'push by itself; use update_on_store=True, or "dist_sync", or "dist_async" with mode="sync"'
+            )
         self._refuse_optimizer()
         self._refuse_sums()
         numbers = dict(numbers)

@@ -50,3 +50,37 @@ def test_workers_whose_pushes_are_not_summed_need_the_store_to_update(overlap):
         before = model.weight.clone()
         _step(trainer, model)
         assert torch.allclose(model.weight, before - 0.1)
+
+
+def test_workers_that_wait_for_each_other_and_cannot_agree():
+    """They would push different lists of keys, or a different number of times, and wait for each other in vain."""
+    model = nn.Linear(2, 1)
+    with Cluster(mode="sync", num_workers=2) as cluster:
+        kv = cluster.store()
+        with pytest.raises(tensorkv.ArgumentError, match=r'unused="agree" needs workers .* use unused="zero"'):
+            Trainer(model, kv, lr=0.1, unused="agree")
+        assert len(kv) == 0
+        trainer = Trainer(model, kv, lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+        before = model.weight.grad.clone()
+        with pytest.raises(tensorkv.OptimizerError, match="a GradScaler needs workers"):
+            scaler.step(trainer.optimizer)
+        assert not hasattr(trainer.optimizer, "found_inf")
+        assert torch.equal(model.weight.grad, before)
+        assert kv.info("weight").version == 0
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 2}, {"mode": "sync"}])
+def test_workers_that_need_not_agree(options):
+    model = nn.Linear(2, 1)
+    with Cluster(**options) as cluster:
+        kv = cluster.store()
+        trainer = Trainer(model, kv, lr=0.1, unused="agree")
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for factor, version in [(1.0, 1), (torch.inf, 1), (1.0, 2)]:
+            trainer.zero_grad()
+            scaler.scale(model(torch.ones(1, 2)).sum() * factor).backward()
+            scaler.step(trainer.optimizer)
+            scaler.update()
+            assert kv.info("weight").version == version

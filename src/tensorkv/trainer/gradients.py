@@ -18,7 +18,7 @@ Grads = dict[str, list[torch.Tensor]]
 UNUSED = ("skip", "agree", "zero")
 
 
-def check_unused(unused: Any, *, overlaps: bool) -> None:
+def check_unused(kv: KVStore, unused: Any, *, overlaps: bool) -> None:
     """Raise ArgumentError if a Trainer cannot have such an option."""
     if not isinstance(unused, str) or unused not in UNUSED:
         raise ArgumentError(f'unused is {show(unused)}; expected "skip", "agree" or "zero"')
@@ -27,6 +27,21 @@ def check_unused(unused: Any, *, overlaps: bool) -> None:
             'unused="agree" needs overlap=False, since it is known after backward only which parameters have a '
             'gradient; with overlap=True use unused="zero"'
         )
+    if unused == "agree" and cannot_agree(kv, kv._gather("Trainer", b"")):
+        raise ArgumentError(
+            'unused="agree" needs workers that can tell each other which gradients they have, as those of "dist_sync"; '
+            'use unused="zero"'
+        )
+
+
+def cannot_agree(kv: KVStore, told: Sequence[bytes]) -> bool:
+    """Return whether workers have to push alike and cannot tell each other what they push.
+
+    Args:
+        kv: the store.
+        told: what its workers have told each other.
+    """
+    return len(told) != kv.num_workers and kv._engine.joins_workers != "alone"
 
 
 class Gradients:

@@ -16,7 +16,7 @@ from tensorkv.store import KVStore
 
 from . import embedding
 from .buffers import Buffers
-from .gradients import Gradients
+from .gradients import Gradients, cannot_agree
 from .groups import Group, Params, group_of, options_of, parameters
 from .overlap import Overlap
 from .updates import StoreUpdate, WorkerUpdate, collective, number_of
@@ -281,7 +281,13 @@ class StoreOptimizer(torch.optim.Optimizer):
             raise OptimizerError(
                 "Trainer: a GradScaler needs overlap=False, since gradients are unscaled after they are computed"
             )
-        if any(map(any, self._kv._gather("Trainer.step", bytes([bool(found_inf)])))):
+        told = self._kv._gather("Trainer.step", bytes([bool(found_inf)]))
+        if cannot_agree(self._kv, told):
+            raise OptimizerError(
+                "Trainer: a GradScaler needs workers that can tell each other which steps they leave out, as those of "
+                '"dist_sync", or workers that do not wait for each other; autocast to bfloat16 needs no GradScaler'
+            )
+        if any(map(any, told)):
             for layer in self._tables:
                 layer.zero_grad()
             yield False

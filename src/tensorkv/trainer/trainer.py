@@ -61,7 +61,8 @@ class Trainer:
             does not wait. The first backward only finds the order in which gradients are computed.
         unused: what a step does with a parameter that has no gradient. ``"skip"``: it is not pushed and does not move;
             workers in lock step must have gradients of the same parameters. ``"agree"``: the same if no worker has one,
-            otherwise those without push zeros; workers in lock step first tell each other, which costs a message.
+            otherwise those without push zeros; workers in lock step first tell each other, which costs a message,
+            and those of ``dist_async`` with ``mode="sync"`` cannot.
             ``"zero"``: zeros are pushed, so weight decay and momentum move it.
         buffers: what happens to the modules' buffers, such as those of a batch norm. ``"local"``: each replica keeps
             its own. ``"broadcast"``: after each step all replicas and workers have those of rank 0's first replica.
@@ -136,7 +137,7 @@ class Trainer:
             with naming("Trainer"):
                 kind = StoreUpdate if check_flag("update_on_store", update_on_store) else WorkerUpdate
                 overlaps = check_flag("overlap", overlap)
-                check_unused(unused, overlaps=overlaps)
+                check_unused(kv, unused, overlaps=overlaps)
                 kept = None if check_buffers(buffers) == "local" else Buffers(kv, replicas, buffers)
                 self._update = kind(kv, optimizer, hyperparameters, self._params, groups, overlaps=overlaps)
                 self._update.tables = tables_of(layers, kv)

@@ -84,3 +84,38 @@ def test_workers_that_need_not_agree(options):
             scaler.step(trainer.optimizer)
             scaler.update()
             assert kv.info("weight").version == version
+
+
+def test_workers_push_the_same_buckets_whatever_order_backward_has(monkeypatch):
+    monkeypatch.setattr("tensorkv.trainer.overlap.BUCKET_NBYTES", 1)
+
+    class Turned(nn.Module):
+        """Two parameters, of which backward reaches one or the other first."""
+
+        def __init__(self, turned):
+            super().__init__()
+            self.a, self.b, self.turned = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2)), turned
+
+        def forward(self):
+            first, second = (self.b, self.a) if self.turned else (self.a, self.b)
+            return ((first * first).exp() * second).sum()
+
+    with Cluster(mode="sync", num_workers=2) as cluster:
+        stores, models = cluster.stores(2), [Turned(False), Turned(True)]
+        make = partial(Trainer, optimizer="sgd", lr=0.1, overlap=True)
+        trainers = together(*[partial(make, *pair) for pair in zip(models, stores, strict=True)])
+        orders = []
+
+        def train(model, trainer):
+            for _ in range(2):
+                trainer.zero_grad()
+                model().backward()
+                orders.append(list(trainer.optimizer._overlap._order))
+                trainer.step()
+
+        together(*[partial(train, *pair) for pair in zip(models, trainers, strict=True)])
+        assert ["a", "b"] in orders
+        assert ["b", "a"] in orders
+        assert torch.equal(models[0].a, models[1].a)
+        assert torch.equal(models[0].b, models[1].b)
+        assert stores[0].info("a").version == 2

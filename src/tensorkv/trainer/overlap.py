@@ -16,7 +16,7 @@ from tensorkv.errors import ArgumentError, WaitTimeoutError, quote
 from tensorkv.shard.norm import PushResult
 from tensorkv.store import KVStore
 
-from .gradients import Gradients, Grads
+from .gradients import Gradients, Grads, cannot_agree
 from .groups import Params
 
 # Long enough that a push costs bytes rather than calls, short enough that several fit into a backward pass.
@@ -26,8 +26,9 @@ BUCKET_NBYTES = 4 << 20
 class Overlap:
     """Pushes the gradients of replicas from hooks that run when backward has computed them.
 
-    Buckets hold parameters in the order in which the first backward on rank 0 has computed their gradients. Every
-    worker pushes them in this order, whichever is full first. The gradients of the first backward are pushed after it.
+    Buckets hold parameters in the order in which the first backward on rank 0 has computed their gradients, or in the
+    reverse order of the model where workers in ``mode="sync"`` cannot tell each other. Every worker pushes them in this
+    order, whichever is full first. The gradients of the first backward are pushed after it.
 
     Args:
         kv: the store.
@@ -148,7 +149,9 @@ class Overlap:
 
     def _make_buckets(self) -> list[list[str]]:
         order = [*self._order, *(key for key in reversed(self._params) if key not in self._order)]
-        agreed = json.loads(self._kv._gather("Trainer.step", json.dumps(order).encode())[0])
+        told = self._kv._gather("Trainer.step", json.dumps(order).encode())
+        # Workers that cannot tell each other take the usual order of a backward pass.
+        agreed = list(reversed(self._params)) if cannot_agree(self._kv, told) else json.loads(told[0])
         buckets: list[list[str]] = []
         room = 0
         for key in agreed:

@@ -155,6 +155,29 @@ def test_a_step_that_is_not_finite_moves_nothing(update_on_store):
             assert _equal(before, _weights(model)) is (step % 2 == 1)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("nonfinite", ["skip", "skip_step"])
+def test_a_step_that_replicas_leave_out_leaves_no_sums_of_others_in_grad(nonfinite, overlap):
+    """The store has kept what it had, which is no gradient of this step."""
+    replicas = [_model(), _model()]
+    with tensorkv.create(nonfinite=nonfinite) as kv:
+        trainer = Trainer(replicas, kv, "sgd", lr=0.1, update_on_store=False, overlap=overlap)
+        before = _weights(replicas[0])
+        for step in (0, 1):
+            for replica in replicas:
+                loss = _loss(replica, *_batch(0))
+                (loss if step else loss + replica[2].bias.sum() * torch.inf).backward()
+            assert trainer.step().found_inf is (step == 0)
+            for replica in replicas:
+                assert _equal(before, _weights(replica)) is (step == 0)
+                if step == 0:
+                    assert [param.grad for param in replica.parameters()] == [None] * 4
+        alone = _model()
+        _loss(alone, *_batch(0)).backward()
+        for mine, expected in zip(replicas[0].parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, 2 * expected.grad)
+
+
 def test_what_does_not_go_with_a_bound_on_the_norm():
     with pytest.raises(tensorkv.ArgumentError, match="use overlap=False"):
         Trainer(_model(), tensorkv.create(), lr=0.1, max_grad_norm=1.0, overlap=True)

@@ -162,12 +162,14 @@ class Trainer:
 
         Call it after ``backward`` on every replica. A parameter without a gradient in any replica is not
         pushed and does not move, unless ``unused`` says otherwise; where only some replicas have one, the others count
-        as nothing. Gradients stay until ``zero_grad``.
+        as nothing. Gradients stay until ``zero_grad``. With ``update_on_store=False``, ``.grad`` then has the sum, and
+        is None if the step was left out for NaN or Inf.
 
         Returns:
             ``found_inf``: whether a gradient had NaN or Inf (None: the store was created with ``nonfinite="pass"`` and
-            has no ``max_grad_norm``; with ``"skip_step"`` nothing has moved if so). ``grad_norm``: the norm of all
-            gradients before clipping, None without ``max_grad_norm``.
+            has no ``max_grad_norm``; with ``"skip_step"``, and with ``update_on_store=False`` also with ``"skip"``,
+            nothing has moved if so). ``grad_norm``: the norm of all gradients before clipping, None without
+            ``max_grad_norm``.
 
         Raises:
             TensorKVError: as ``KVStore.pushpull``; no parameter has changed, unless it is about a table in another

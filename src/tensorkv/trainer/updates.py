@@ -403,7 +403,9 @@ class WorkerUpdate:
             self._kv.pull(keys, out=sums)
         rule, self.last_push = StepOptimizer(self._scaling), pushed or self._kv.last_push
         if self.last_push.found_inf:
-            # The store has left sums out, and what was pulled are those of an earlier step.
+            # The store has left sums out, and what was pulled over gradients are those of an earlier step, or weights.
+            for param in (param for key in keys for param in self._params[key]):
+                param.grad = None
             return
         if rule.clipping is not None:
             squares = sum((SquareSum.of(totals[0], rule.clipping.rescale) for totals in sums), SquareSum())

@@ -34,7 +34,7 @@ Messages name the key, what was expected, what was given, and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from reprlib import Repr
@@ -223,6 +223,21 @@ def install_hint(extra: str) -> str:
     "in a checkout of tensorkv: pip install '.[ray]'"
     """
     return f"in a checkout of tensorkv: pip install '.[{extra}]'"
+
+
+def no_attribute(owner: object, name: str, foreign: Mapping[str, str]) -> AttributeError:
+    """Return the error about an attribute that an object does not have.
+
+    Args:
+        owner: the object.
+        name: of the attribute.
+        foreign: names that users of other packages may try, and what to use instead.
+
+    >>> no_attribute(3, "add", {"add": "use +"})
+    AttributeError("'int' object has no attribute 'add'; use +")
+    """
+    hint = f"; {foreign[name]}" if name in foreign else ""
+    return AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}{hint}", name=name, obj=owner)
 
 
 @contextmanager

@@ -60,6 +60,7 @@ from .errors import (
     UpdaterError,
     ValueMismatchError,
     naming,
+    no_attribute,
     quote,
     show,
 )
@@ -175,8 +176,7 @@ class KVStore:
     if not TYPE_CHECKING:  # so that type checkers report unknown names
 
         def __getattr__(self, name: str) -> Any:
-            hint = f"; {_FOREIGN_NAMES[name]}" if name in _FOREIGN_NAMES else ""
-            raise AttributeError(f"'KVStore' object has no attribute {name!r}{hint}", name=name, obj=self)
+            raise no_attribute(self, name, _FOREIGN_NAMES)
 
     # ------------------------------------------------------------ init, push, pull
 

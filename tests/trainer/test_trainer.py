@@ -92,6 +92,25 @@ def test_replicas_on_parts_of_a_batch_train_as_one_model_on_the_batch(name, numb
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("allreduce_grads", "step() sums gradients"),
+        ("load_states", "use load_state_dict(torch.load(fname))"),
+        ("save_states", "use torch.save(trainer.state_dict(), fname)"),
+        ("update", "use step()"),
+    ],
+)
+def test_names_of_mxnet_s_trainer_say_what_to_use(name, hint):
+    trainer = Trainer(nn.Linear(2, 1), tensorkv.create(), lr=0.1)
+    with pytest.raises(AttributeError) as caught:
+        getattr(trainer, name)
+    assert str(caught.value).startswith(f"'Trainer' object has no attribute '{name}'; {hint}")
+    assert (caught.value.name, caught.value.obj) == (name, trainer)
+    with pytest.raises(AttributeError, match=r"^'Trainer' object has no attribute 'stap'$"):
+        trainer.stap()
+
+
 @pytest.mark.parametrize("update_on_store", MODES)
 def test_the_gradient_is_the_sum_over_replicas(update_on_store):
     replicas = [nn.Linear(1, 1, bias=False) for _ in range(3)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from tensorkv.errors import (
     KeyNotFoundError,
     OptimizerError,
     naming,
+    no_attribute,
     quote,
     show,
 )
@@ -36,6 +37,14 @@ from .updates import StoreUpdate, WorkerUpdate, broadcast, collective
 
 # The parts of a state dict that are by key; ``overrides`` has the hyperparameters of single keys.
 _BY_KEY = ("weights", "state", "overrides")
+
+# Methods of MXNet's gluon.Trainer, and what to use instead.
+_FOREIGN_NAMES = {
+    "allreduce_grads": "step() sums gradients and steps; for sums alone use kv.pushpull in a store without optimizer",
+    "load_states": "use load_state_dict(torch.load(fname))",
+    "save_states": "use torch.save(trainer.state_dict(), fname)",
+    "update": "use step(); for gradients that are summed already, step an optimizer of torch",
+}
 
 
 class Trainer:
@@ -156,6 +165,11 @@ class Trainer:
                 kv, replicas, prefix, self._params, self._update, overlaps=overlaps, unused=unused, buffers=kept
             )
         """The ``torch.optim.Optimizer`` to give to schedulers, ``GradScaler`` and training frameworks."""
+
+    if not TYPE_CHECKING:  # so that type checkers report unknown names
+
+        def __getattr__(self, name: str) -> Any:
+            raise no_attribute(self, name, _FOREIGN_NAMES)
 
     def step(self) -> PushResult:
         """Push each parameter's gradients, summed over replicas, and update every replica.

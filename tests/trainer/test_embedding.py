@@ -664,7 +664,10 @@ def test_a_store_without_an_optimizer_is_refused(kv):
     layer.step()
     kv.set_updater(None)
     layer(torch.tensor([1])).sum().backward()
-    with pytest.raises(tensorkv.OptimizerError, match=r'"t": the store has no optimizer'):
+    with pytest.raises(tensorkv.OptimizerError, match=r'"t": the store has no optimizer, and gradients would replace'):
+        layer.step()
+    kv.set_updater(lambda key, received, stored: None)
+    with pytest.raises(tensorkv.OptimizerError, match=r'"t": the store has an updater, and tables need an optimizer'):
         layer.step()
     assert kv.info("t").version == 1
 

@@ -127,7 +127,7 @@ class TableLayer(nn.Module):
         make the same calls.
 
         Raises:
-            OptimizerError: the store has no optimizer, so gradients would replace rows.
+            OptimizerError: the store has no optimizer: gradients would replace rows, or reach an updater.
             TensorKVError: as ``KVStore.push``; the gradients are kept.
         """
         step([[self]])
@@ -308,12 +308,15 @@ def scale(layers: Iterable[TableLayer], factor: float) -> None:
 def check(layers: Iterable[TableLayer]) -> None:
     """Raise OptimizerError if the store of a layer has no optimizer."""
     for kv, key in {layer.kv: layer.key for layer in layers}.items():
-        # Servers are asked where this process knows of none.
-        if not kv._engine.has_optimizer and kv.optimizer is None:
-            raise OptimizerError(
-                f"{quote(key)}: the store has no optimizer, and gradients would replace rows; call "
-                "kv.set_optimizer first"
-            )
+        if kv._engine.has_optimizer:
+            continue
+        # Servers are asked where this process knows of none. Another worker may set one meanwhile: what is read second
+        # has it then.
+        assigns = kv._engine.assigns
+        if kv.optimizer is None:
+            lacks, has = "no optimizer, and gradients would replace rows", "an updater, and tables need an optimizer"
+            reason = lacks if assigns else has
+            raise OptimizerError(f"{quote(key)}: the store has {reason}; call kv.set_optimizer first")
 
 
 def step(replicas: Sequence[Sequence[TableLayer]], pushed: KVStore | None = None) -> None:

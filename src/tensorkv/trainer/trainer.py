@@ -187,7 +187,8 @@ class Trainer:
 
         Raises:
             TensorKVError: as ``KVStore.pushpull``; no parameter has changed, unless it is about a table in another
-                store, which is pushed after the parameters.
+                store or about ``buffers``, which come after the parameters. With ``update_on_store=False`` what the
+                optimizer of a replica raises, after the replicas before it have stepped.
             WorkerMismatchError: with ``unused="skip"``: workers have gradients of different parameters.
         """
         self.optimizer.step()

@@ -466,6 +466,9 @@ def test_a_grad_scaler_and_overlap_exclude_each_other():
 
 
 def test_a_state_of_other_groups_changes_nothing():
+    def with_lr(state, lr):
+        return {**state, "param_groups": [*state["param_groups"][:-1], {**state["param_groups"][-1], "lr": lr}]}
+
     model = _model()
     trainer = Trainer(model, tensorkv.create(), "adamw", lr=0.1, param_groups=programs.groups_of(model))
     optimizer = trainer.optimizer
@@ -478,6 +481,8 @@ def test_a_state_of_other_groups_changes_nothing():
         (lambda state: {**state, "state": {0: {"exp_avg": torch.ones(8, 6)}}}, 'lacks "step"'),
         (lambda state: {**state, "state": {0: 3}}, "the state of a parameter is 3"),
         (lambda state: {**state, "param_groups": [{**g, "lr": -1.0} for g in state["param_groups"]]}, "learning rate"),
+        (lambda state: with_lr(state, -1.0), "learning rate"),
+        (lambda state: with_lr(state, "fast"), "adamw: lr is 'fast'; expected"),
     ]:
         with pytest.raises(tensorkv.CheckpointError, match=message):
             optimizer.load_state_dict(change(copy.deepcopy(before)))

@@ -563,6 +563,7 @@ def _change(state, part, name, value):
         (lambda s: _change(s, "state", "bias", {"exp_avg": torch.ones(1)}), '"bias": the state of adam lacks'),
         (lambda s: _change(s, "state", "bias", 3), "load_state_dict"),
         (lambda s: _change(s, "overrides", "bias", {"wings": 2}), "wings"),
+        (lambda s: _change(s, "overrides", "bias", {"lr": -2.0}), "learning rate: -2"),
         (lambda s: _change(s, "overrides", "other", {"lr": 1.0}), 'only the state .* "other"'),
     ],
 )

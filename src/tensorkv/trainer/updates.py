@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -242,15 +243,17 @@ class StoreUpdate:
             groups: with all their options.
         """
         spec, keys = self._held("load_state_dict"), list(self._params)
-        everywhere, of_groups, of_tables = self._split([self._own(group) for group in groups])
-        spec = replace(spec, numbers={**spec.numbers, **everywhere})
+        with _as_checkpoint_errors():
+            everywhere, of_groups, of_tables = self._split([self._own(group) for group in groups])
+            spec = replace(spec, numbers={**spec.numbers, **everywhere})
+            overrides = self._overrides(spec, of_groups)
         weights = [torch.empty_like(replicas[0], requires_grad=False) for replicas in self._params.values()]
         self._kv.pull(keys, out=weights)
         self.load(
             {
                 "weights": dict(zip(keys, weights, strict=True)),
                 "state": state,
-                "overrides": self._overrides(spec, of_groups),
+                "overrides": overrides,
                 "optimizer": _without_overrides(spec),
             }
         )
@@ -284,21 +287,20 @@ class StoreUpdate:
     def _contents(self, state: dict[str, Any]) -> Contents:
         spec = self._held("load_state_dict")
         others = {key: own for key, own in spec.overrides.items() if key not in self._params}
-        try:
+        with _as_checkpoint_errors():
             overrides = [[key, dict(own)] for key, own in {**others, **state["overrides"]}.items()]
             loaded = OptimizerSpec.from_json({**state["optimizer"], "overrides": overrides})
+            rule = StepOptimizer(loaded)
             states = {
                 key: {name: _tensor(each) for name, each in state["state"].get(key, {}).items()} for key in self._params
             }
-        except (AttributeError, OptimizerError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"load_state_dict: {error}") from error
         if loaded.name != spec.name:
             raise CheckpointError(f"load_state_dict: the state is of {loaded.name}, the store has {spec.name}")
         entries = []
         for key in self._params:
             weight = _contiguous(state["weights"][key])
             entries.append(Entry(key, self._kv._engine.spec("load_state_dict", key), weight, 0, states[key]))
-        return Contents("keys", entries, StepOptimizer(loaded))
+        return Contents("keys", entries, rule)
 
     @staticmethod
     def _lacks_optimizer(verb: str) -> OptimizerError:
@@ -492,6 +494,15 @@ class WorkerUpdate:
                 "comes late or in place of another cannot start from it; end the store, start all workers and have "
                 "each load a state_dict(), or use update_on_store=True"
             )
+
+
+@contextmanager
+def _as_checkpoint_errors() -> Iterator[None]:
+    """Raise CheckpointError for what is wrong with a state that is loaded."""
+    try:
+        yield
+    except (AttributeError, OptimizerError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"load_state_dict: {error}") from error
 
 
 def _dense(grad: torch.Tensor) -> torch.Tensor:

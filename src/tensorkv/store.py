@@ -16,10 +16,10 @@ from tensorkv import compiled, compression, engines
 from tensorkv.arrays import blocks, interop, trees
 from tensorkv.arrays.arguments import (
     Key,
+    absolute_path,
     check_flag,
     check_key,
     check_timeout,
-    folder_path,
     is_key,
     keys_of,
     single_values,
@@ -1168,7 +1168,7 @@ class KVStore:
         [ReleaseInfo(name='step-1', number=1)]
         """
         self._begin("save")
-        folder = folder_path("save", path)
+        folder = absolute_path("save", path)
         if check_flag("save: releases", releases):
             self._begin_release("save(releases=True)")
         self._flush()
@@ -1211,7 +1211,7 @@ class KVStore:
         False
         """
         self._begin("load")
-        folder = folder_path("load", path)
+        folder = absolute_path("load", path)
         may_miss = check_flag("missing_ok", missing_ok)
         if not self._engine.protect(partial(self._engine.load, folder, "store", missing_ok=may_miss)):
             return False
@@ -1230,7 +1230,7 @@ class KVStore:
         if self._engine.optimizer is None:
             raise OptimizerError("save_optimizer_states: the store has no optimizer; call set_optimizer first")
         self._flush()
-        self._engine.protect(self._engine.save, folder_path("save_optimizer_states", path), "optimizer-states")
+        self._engine.protect(self._engine.save, absolute_path("save_optimizer_states", path), "optimizer-states")
 
     @_collective
     def load_optimizer_states(self, path: str | os.PathLike[str]) -> None:
@@ -1241,7 +1241,7 @@ class KVStore:
                 the store has not changed.
         """
         self._begin("load_optimizer_states")
-        self._engine.protect(self._engine.load, folder_path("load_optimizer_states", path), "optimizer-states")
+        self._engine.protect(self._engine.load, absolute_path("load_optimizer_states", path), "optimizer-states")
         self._replace_pending()
 
     # ------------------------------------------------------------ for Trainer

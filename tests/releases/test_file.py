@@ -217,11 +217,15 @@ def test_indices_that_a_store_does_not_give_are_refused(changes, tmp_path, place
 def test_what_cannot_be_read_or_written(changes, tmp_path):
     with pytest.raises(tensorkv.CheckpointError, match="cannot be read"):
         tensorkv.load_changes(tmp_path / "missing")
-    for path in (tmp_path / "missing" / "b.safetensors", ""):
-        with pytest.raises(tensorkv.CheckpointError, match="cannot be written"):
-            tensorkv.save_changes(path, changes)
+    with pytest.raises(tensorkv.CheckpointError, match="cannot be written"):
+        tensorkv.save_changes(tmp_path / "missing" / "b.safetensors", changes)
     with pytest.raises(tensorkv.ArgumentError, match="got None"):
         tensorkv.save_changes(tmp_path / "b", None)
+    for path in (5, None, b"b", ["b"], "", "a\0b"):
+        with pytest.raises(tensorkv.ArgumentError, match=r"save_changes: path is .*the path of a file, a str or"):
+            tensorkv.save_changes(path, changes)
+        with pytest.raises(tensorkv.ArgumentError, match=r"load_changes: path is .*the path of a file, a str or"):
+            tensorkv.load_changes(path)
     safetensors.numpy.save_file({"w": np.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(tensorkv.CheckpointError, match="cannot be read"):
         tensorkv.load_changes(tmp_path / "other.safetensors")

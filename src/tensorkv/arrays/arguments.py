@@ -202,21 +202,21 @@ def check_timeout(timeout_s: Any, name: str = "timeout_s") -> float:
     return float(timeout_s)
 
 
-def folder_path(verb: str, path: Any) -> str:
-    """Return the path of a folder as an absolute one, which a later change of the working directory does not move.
+def absolute_path(verb: str, path: Any, what: str = "folder") -> str:
+    """Return the path of a folder or a file as an absolute one, which a later change of directory does not move.
 
     Raises:
-        ArgumentError: not the path of a folder.
+        ArgumentError: not a path.
 
-    >>> folder_path("save", "/runs/../runs/first")
+    >>> absolute_path("save", "/runs/../runs/first")
     '/runs/../runs/first'
     """
-    folder = os.fspath(path) if isinstance(path, str | os.PathLike) else None
-    if not isinstance(folder, str) or not folder or "\0" in folder:
-        raise ArgumentError(f"{verb}: path is {show(path)}; expected the path of a folder, a str or a pathlib.Path")
+    given = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(given, str) or not given or "\0" in given:
+        raise ArgumentError(f"{verb}: path is {show(path)}; expected the path of a {what}, a str or a pathlib.Path")
     try:
         # Not os.path.abspath, which takes "link/.." for nothing where the system follows the link.
-        return str(Path(folder).absolute())
+        return str(Path(given).absolute())
     except OSError as error:
         raise ArgumentError(
             f"{verb}: path is {show(path)}, and the working directory that it starts from is gone ({error}); "

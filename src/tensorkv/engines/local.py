@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tensorkv.arrays.arguments import Key, folder_path
+from tensorkv.arrays.arguments import Key, absolute_path
 from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows
 from tensorkv.arrays.spec import KeySpec
@@ -158,14 +158,13 @@ class LocalEngine(ShardReader, Engine):
                 raise ArgumentError("create: durability and log_nbytes need a store in a folder; give path=")
             self._shard = Shard(on_device=on_device, nonfinite=nonfinite, reduce=reduce, threads=threads)
         elif on_device:
-            raise ArgumentError(
-                f'create: path is {folder_path("create", path)!r}; a "device" store cannot be in a folder, use "local"'
-            )
+            shown = repr(absolute_path("create", path))
+            raise ArgumentError(f'create: path is {shown}; a "device" store cannot be in a folder, use "local"')
         else:
             self._shard = self.protect(
                 partial(
                     open_shard,
-                    folder_path("create", path),
+                    absolute_path("create", path),
                     durability=durability,
                     log_nbytes=log_nbytes,
                     nonfinite=nonfinite,

@@ -25,7 +25,7 @@ import safetensors.numpy
 import torch
 
 from tensorkv.arrays import interop
-from tensorkv.arrays.arguments import Key, check_key
+from tensorkv.arrays.arguments import Key, absolute_path, check_key
 from tensorkv.arrays.rowinit import RowInit
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.errors import ArgumentError, CheckpointError, TensorKVError, show
@@ -47,7 +47,7 @@ def save_changes(path: str | os.PathLike[str], changes: Changes) -> None:
         changes: of ``Release.changes``.
 
     Raises:
-        ArgumentError: not changes.
+        ArgumentError: not changes, or not a path.
         CheckpointError: the file cannot be written.
 
     >>> import numpy as np, tempfile, tensorkv
@@ -64,6 +64,7 @@ def save_changes(path: str | os.PathLike[str], changes: Changes) -> None:
     """
     if not isinstance(changes, Changes):
         raise ArgumentError(f"save_changes: got {show(changes)}; expected what Release.changes returns")
+    target = Path(absolute_path("save_changes", path, "file"))
     tensors: dict[str, Bytes] = {}
     keys = []
     for number, each in enumerate(changes):
@@ -80,7 +81,6 @@ def save_changes(path: str | os.PathLike[str], changes: Changes) -> None:
         "blake2b": _checksum(tensors),
         "keys": keys,
     }
-    target = Path(path)
     try:
         temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}.tmp")
         data = safetensors.numpy.save(tensors, {"tensorkv": json.dumps(told)})
@@ -109,10 +109,12 @@ def load_changes(path: str | os.PathLike[str]) -> Changes:
         The changes. Arrays of JAX and CuPy come back as arrays of NumPy and torch, which need no device.
 
     Raises:
+        ArgumentError: not a path.
         CheckpointError: the file cannot be read, is damaged, or does not contain changes.
     """
+    source = absolute_path("load_changes", path, "file")
     try:
-        with safetensors.safe_open(os.fspath(path), "np") as file:
+        with safetensors.safe_open(source, "np") as file:
             told = json.loads((file.metadata() or {})["tensorkv"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         if told["format"] != _FORMAT:
@@ -140,7 +142,7 @@ def load_changes(path: str | os.PathLike[str]) -> Changes:
         ValueError,
         RecursionError,
     ) as error:
-        raise CheckpointError(f"load_changes: {os.fspath(path)} cannot be read: {error}") from error
+        raise CheckpointError(f"load_changes: {source} cannot be read: {error}") from error
     return changes
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tensorkv.arrays.arguments import check_flag, check_timeout, folder_path
+from tensorkv.arrays.arguments import absolute_path, check_flag, check_timeout
 from tensorkv.engines.transport.rendezvous import launched
 from tensorkv.errors import ArgumentError, quote, show
 from tensorkv.shard.nonfinite import MODES, NonFinite
@@ -87,7 +87,7 @@ class PSOptions:
         'process'
         """
         path = given.get("path")
-        options = cls(**{**given, "path": None if path is None else folder_path("create", path)})
+        options = cls(**{**given, "path": None if path is None else absolute_path("create", path)})
         # It travels as JSON.
         object.__setattr__(options, "placement", _plain(options.placement))
         options._check_client()

@@ -87,6 +87,19 @@ def test_what_has_no_blocks_is_refused(bad):
         dequantize_blocks(bad, torch.ones(1, 1))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_the_dtype_of_a_result_may_be_a_name(dtype):
+    pair = quantize_blocks(torch.ones(2, 300))
+    assert torch.equal(dequantize_blocks(*pair, dtype=dtype), dequantize_blocks(*pair, dtype=getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("dtype", ["int", "int32", torch.int32, "float17", "nn", None, np.float16])
+def test_other_dtypes_of_a_result_are_refused(dtype):
+    values, scales = quantize_blocks(torch.ones(2, 300))
+    with pytest.raises(tensorkv.ArgumentError, match=r"dequantize_blocks: dtype is .*; expected one of bfloat16"):
+        dequantize_blocks(values, scales, dtype=dtype)
+
+
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 def test_nan_and_inf_are_refused(number):
     array = torch.ones(2, 300)

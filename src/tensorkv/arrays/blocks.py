@@ -64,18 +64,20 @@ def quantize_blocks(array: Any) -> tuple[Any, Any]:
 
 
 @runs_outside_modes
-def dequantize_blocks(values: Any, scale_inv: Any, *, dtype: torch.dtype = torch.float32) -> Any:
+def dequantize_blocks(values: Any, scale_inv: Any, *, dtype: torch.dtype | str = torch.float32) -> Any:
     """Return what ``quantize_blocks`` has rounded: each value times the scale of its block.
 
     Args:
         values: in float8_e4m3fn, with at least two axes.
         scale_inv: of their blocks.
-        dtype: of the result, to which the products, made in float32, are rounded.
+        dtype: of the result, to which the products, made in float32, are rounded: a dtype of floating-point numbers, or
+            its name.
 
     Returns:
         an array of the library and device of the values.
 
     Raises:
+        ArgumentError: another dtype.
         ArrayTypeError: not arrays with two axes.
         ValueMismatchError: other scales than these values have.
 
@@ -83,7 +85,8 @@ def dequantize_blocks(values: Any, scale_inv: Any, *, dtype: torch.dtype = torch
     >>> dequantize_blocks(*quantize_blocks(np.array([[1.0, -0.25]], np.float32)))
     array([[ 1.  , -0.25]], dtype=float32)
     """
-    return interop.give(restore(values, scale_inv, dtype), interop.origin(values))
+    wanted = interop.take_dtype("dequantize_blocks", dtype, (*interop.FLOATS, *interop.FLOAT8))
+    return interop.give(restore(values, scale_inv, wanted), interop.origin(values))
 
 
 def restore(values: Any, scale_inv: Any, dtype: torch.dtype) -> torch.Tensor:

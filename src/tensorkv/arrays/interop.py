@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 
-from tensorkv.errors import ArrayTypeError, show
+from tensorkv.errors import ArgumentError, ArrayTypeError, show
 from tensorkv.runtime.modes import outside_modes
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -60,6 +60,22 @@ NUMPY = Origin("numpy")
 def dtype_name(dtype: torch.dtype) -> str:
     """Return ``"float32"`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
+
+
+def take_dtype(verb: str, dtype: Any, known: Sequence[torch.dtype]) -> torch.dtype:
+    """Return a dtype that is given as such or by its name.
+
+    Raises:
+        ArgumentError: none of those known.
+
+    >>> take_dtype("init_tree", "float16", FLOATS)
+    torch.float16
+    """
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(wanted, torch.dtype) or wanted not in known:
+        names = ", ".join(sorted(map(dtype_name, known)))
+        raise ArgumentError(f"{verb}: dtype is {show(dtype)}; expected one of {names}")
+    return wanted
 
 
 def family(dtype: torch.dtype) -> str:

@@ -119,12 +119,9 @@ def flatten_as(dtype: Any, verb: str, tree: Any, prefix: str, rename: Rename | N
     flat = flatten(verb, tree, prefix, rename)
     if dtype is None:
         return flat
-    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    wanted = interop.take_dtype(verb, dtype, (*interop.FLOATS, blocks.DTYPE))
     if wanted is blocks.DTYPE:
         return _in_blocks(verb, flat)
-    if not isinstance(wanted, torch.dtype) or wanted not in interop.FLOATS:
-        floats = ", ".join(sorted(map(interop.dtype_name, (*interop.FLOATS, blocks.DTYPE))))
-        raise ArgumentError(f"{verb}: dtype is {show(dtype)}; expected one of {floats}")
     return replace(flat, leaves=[_cast(verb, *each, wanted) for each in zip(flat.names, flat.leaves, strict=True)])
 
 

@@ -41,6 +41,7 @@ from tests.support.amount import amount
 
 pytest.importorskip("ray")
 
+from tensorkv.engines.ps.client import engine as ray_engine
 from tensorkv.engines.ps.client import rpc
 from tensorkv.engines.ps.client.engine import close_abandoned
 from tensorkv.engines.ps.client.rpc import ServerConnection
@@ -1022,6 +1023,66 @@ def test_barriers_and_who_is_missing():
         second = cluster.store()
         assert (second.rank, second._engine._barriers) == (1, 2)
         together(first.barrier, second.barrier)
+
+
+@pytest.mark.parametrize("verb", ["save", "load", "set_gradient_compression"])
+def test_whatever_fails_on_rank_0_is_raised_on_every_worker(verb, tmp_path, monkeypatch):
+    with Cluster(2, num_workers=2) as cluster:
+        first, second = cluster.stores(2)
+        first.init("n", np.ones(600, F32))
+        first.save(tmp_path)
+        second.save(tmp_path)
+        call = {"set_gradient_compression": lambda kv: kv.set_gradient_compression({"type": "2bit"})}.get(
+            verb, lambda kv: getattr(kv, verb)(tmp_path)
+        )
+        failing = mock.MagicMock(side_effect=RuntimeError("not enough memory"))
+        failing.__iter__ = failing
+        with monkeypatch.context() as patch:
+            patch.setattr(ray_engine.checkpoint, "write", failing)
+            patch.setattr(ray_engine.checkpoint, "read", failing)
+            patch.setattr(first._engine._data.compressor, "owed", failing)
+            with pytest.raises(RuntimeError, match="not enough memory"):
+                call(first)
+        with overdue(), pytest.raises(tensorkv.WorkerError, match="rank 0 failed: RuntimeError: not enough memory"):
+            call(second)
+        call(first)
+        with overdue():
+            call(second)
+
+
+@pytest.mark.parametrize("late", [0, 1], ids=["rank 0 is late", "rank 1 is late"])
+@pytest.mark.parametrize("is_compressed", [False, True])
+@pytest.mark.parametrize("verb", ["save", "load", "load missing_ok", "set_gradient_compression", "barrier", "leave"])
+def test_a_call_of_all_workers_that_timed_out_counts_as_made(verb, is_compressed, late, tmp_path):
+    def call(kv):
+        match verb:
+            case "set_gradient_compression":
+                kv.set_gradient_compression({"type": "2bit"})
+            case "barrier" | "leave":
+                getattr(kv, verb)()
+            case _:
+                getattr(kv, verb.split()[0])(tmp_path / "first", **dict.fromkeys(verb.split()[1:], True))
+
+    with Cluster(2, num_workers=2) as cluster:
+        workers = cluster.stores(2)
+        workers[0].init("n", np.ones(600, F32))
+        if is_compressed:
+            together(*(partial(kv.set_gradient_compression, {"type": "2bit", "threshold": 0.25}) for kv in workers))
+            together(*(partial(kv.push, "n", np.full(600, kv.rank + 0.125, F32)) for kv in workers))
+        together(*(partial(kv.save, tmp_path / "first") for kv in workers))
+        with contextlib.suppress(tensorkv.WaitTimeoutError), overdue():
+            call(workers[1 - late])
+        with contextlib.suppress(tensorkv.WaitTimeoutError), overdue():
+            call(workers[late])
+        # Both go on with the next calls, which meet.
+        together(*(partial(kv.save, tmp_path / "second") for kv in workers))
+        together(*(kv.barrier for kv in workers))
+        together(*(partial(kv.load, tmp_path / "second") for kv in workers))
+        engines = [kv._engine for kv in workers]
+        assert len({(each._barriers, each._broadcasts) for each in engines}) == 1
+        owed = [each._data.owed(rank) for rank, each in enumerate(engines)]
+        # Another codec begins with what is owed being pushed.
+        assert all(map(bool, owed)) == is_compressed or verb == "set_gradient_compression"
 
 
 def test_a_reader_saves_and_loads_by_itself(tmp_path):

@@ -295,8 +295,8 @@ class KeepOwed(Message):
     """Keep what a worker owes of compressed gradients, which is in the payload, until it was taken.
 
     Args:
-        token: of a save or load; what was kept for another one is dropped.
-        worker: its rank.
+        token: of a save or load; "" drops what is kept for any.
+        worker: its rank; what was kept for it before is dropped.
     """
 
     token: str
@@ -309,10 +309,12 @@ class TakeOwed(Message):
 
     Args:
         token, worker: as of ``KeepOwed``.
+        waits: reply when that worker has sent it, or is dead or has left.
     """
 
     token: str
     worker: int
+    waits: bool = False
 
 
 @dataclass(kw_only=True)

@@ -36,6 +36,7 @@ from tensorkv.errors import (
     TensorKVError,
     ValueMismatchError,
     WaitTimeoutError,
+    WorkerError,
     WorkerMismatchError,
     quote,
 )
@@ -371,8 +372,7 @@ class PSEngine(Engine):
     def set_gradient_compression(self, codec: Codec | None, *, simulate: bool) -> None:
         self._ensure_worker()
         mine = None if codec is None else codec.to_json()
-        known = [key for key, _ in self._data.compressor.owed]
-        theirs, keys = json.loads(self.broadcast_text(json.dumps([mine, list(dict.fromkeys(known))])))
+        theirs, keys = self._on_rank_0(lambda: [mine, list({key: None for key, _ in self._data.compressor.owed})])
         if theirs != mine:
             raise WorkerMismatchError(
                 f"set_gradient_compression: rank 0 has set {theirs}, rank {self._rank} {mine}; all workers have to set "
@@ -381,38 +381,26 @@ class PSEngine(Engine):
         self._data.set_compression(codec, keys)
         self._owes = True
 
-    def _gather_owed(self) -> dict[Source, Owed]:
-        """Return, on rank 0, what all workers owe; they call this together."""
-        rank, workers = self._worker_rank, range(self._options.num_workers)
-        if rank is None or not self._owes:
-            return {}
-        mine = self._data.owed(rank)
-        if len(workers) == 1:
-            return mine
-        token = self.broadcast_text(secrets.token_hex(8))
-        self._keep_owed(token, rank, mine)
-        self.barrier()
+    def _gather_owed(self, token: str) -> dict[Source, Owed]:
+        """Return what all workers have sent of what they owe, for a save on rank 0; wait for it."""
         found: dict[Source, Owed] = {}
-        if rank == 0:
-            for each in workers:
-                found |= self._take_owed(token, each)
-            self._keep_owed("", 0, {})
+        for rank in range(self._options.num_workers):
+            found |= self._take_owed(token, rank, waits=True)
+        self._keep_owed("", 0, {})
         return found
 
-    def _spread_owed(self, owed: Mapping[Source, Owed]) -> None:
-        """Have each worker owe what it owed according to a checkpoint, which rank 0 has read."""
-        rank, size = self._worker_rank, self._options.num_workers
-        if rank is None:
-            return
-        token = self.broadcast_text(secrets.token_hex(8) if owed else "")
-        self._owes = self._owes or bool(token)
-        if size == 1 or not token:
-            self._data.take_owed(owed_by(owed, rank, size))
-            return
-        for each in range(size) if rank == 0 else ():
-            self._keep_owed(token, each, owed_by(owed, each, size))
-        self.barrier()
-        self._data.take_owed(self._take_owed(token, rank))
+    def _spread_owed(self, owed: Mapping[Source, Owed]) -> str:
+        """Send what each other worker owed according to a checkpoint, which rank 0 has read.
+
+        Returns:
+            The token with which they take it; "" if no worker owed anything.
+        """
+        if not owed or self._worker_rank is None:
+            return ""
+        token, size = secrets.token_hex(8), self._options.num_workers
+        for rank in range(1, size):
+            self._keep_owed(token, rank, owed_by(owed, rank, size))
+        return token
 
     def _keep_owed(self, token: str, rank: int, owed: Mapping[Source, Owed]) -> None:
         items = []
@@ -421,8 +409,8 @@ class PSEngine(Engine):
             items += [Item(key, f"memory/{name}", torch.from_numpy(array)) for name, array in each.memory.items()]
         self._send([ServerRequest.of_tensors(0, messages.KeepOwed(token=token, worker=rank), pack(items))])
 
-    def _take_owed(self, token: str, rank: int) -> dict[Source, Owed]:
-        (reply,) = self._send([ServerRequest(0, messages.TakeOwed(token=token, worker=rank))])
+    def _take_owed(self, token: str, rank: int, *, waits: bool = False) -> dict[Source, Owed]:
+        (reply,) = shield.run(self._send, [ServerRequest(0, messages.TakeOwed(token=token, worker=rank, waits=waits))])
         found: dict[Source, Owed] = {}
         for item in unpack(reply.head["layout"].encode(), b"" if reply.payload is None else reply.payload.numpy().data):
             array = item.tensor.clone().numpy()
@@ -630,13 +618,12 @@ class PSEngine(Engine):
     @contextmanager
     def contents(self, *, releases: bool = False) -> Iterator[Contents]:
         # Those of other workers come with ``save`` alone, which all of them call.
-        owed = self._gather_owed() if self._options.num_workers == 1 else {}
+        is_alone = self._options.num_workers == 1 and self._worker_rank is not None
+        owed = self._data.owed(0) if is_alone and self._owes else {}
         yield replace(gather(self._snapshots.contents(releases=releases)), owed=owed)
 
     def restore(self, contents: Contents) -> None:
-        self._on_rank_0(partial(self._restore, contents))
-        self._keymap.refresh()
-        self._spread_owed(contents.owed)
+        self._load(lambda: contents)
 
     def _restore(self, contents: Contents) -> None:
         if isinstance(contents.rule, StepOptimizer):
@@ -645,50 +632,80 @@ class PSEngine(Engine):
             self._send(scatter(contents, self._keymap, len(self._servers)))
 
     def save(self, path: str, kind: Kind, *, releases: bool = False) -> None:
-        owed = self._gather_owed()
+        rank, token = self._worker_rank, f"save {self._broadcasts + 1}"
+        is_shared = rank is not None and self._options.num_workers > 1
+
+        def share() -> None:
+            # Also a worker that owes nothing: rank 0 may wait for it.
+            if rank is not None and is_shared:
+                self._keep_owed(token, rank, self._data.owed(rank))
 
         def write() -> None:
+            owed = self._gather_owed(token) if is_shared and self._owes else {}
             with self.contents(releases=releases) as contents:
-                checkpoint.write(path, replace(contents, kind=kind, owed=owed))
+                checkpoint.write(path, replace(contents, kind=kind, owed=owed or contents.owed))
 
-        self._on_rank_0(write)
+        self._on_rank_0(write, share)
 
     def load(self, path: str, kind: Kind, *, missing_ok: bool = False) -> bool:
-        owed: dict[Source, Owed] = {}
+        return self._load(lambda: None if missing_ok and checkpoint.is_missing(path) else checkpoint.read(path, kind))
 
-        def read() -> bool:
-            if missing_ok and checkpoint.is_missing(path):
-                return False
-            contents = checkpoint.read(path, kind)
+    def _load(self, read: Callable[[], Contents | None]) -> bool:
+        """Have rank 0 restore what it reads, and each worker owe what it owed then; return whether it has read any."""
+        owed: Mapping[Source, Owed] = {}
+
+        def load() -> str | None:
+            nonlocal owed
+            contents = read()
+            if contents is None:
+                return None
+            owed = contents.owed
+            token = self._spread_owed(owed)
             self._restore(contents)
-            owed.update(contents.owed)
-            return True
+            return token
 
-        if not self._on_rank_0(read):
+        token, rank = self._on_rank_0(load), self._worker_rank
+        if token is None:
             return False
         self._keymap.refresh()
-        self._spread_owed(owed)
+        if rank is not None:
+            self._owes = self._owes or bool(token)
+            others = self._take_owed(token, rank) if token and rank > 0 else {}
+            self._data.take_owed(owed_by(owed, 0, self._options.num_workers) if rank == 0 else others)
         return True
 
-    def _on_rank_0(self, call: Callable[[], Any]) -> Any:
-        """Call a function on rank 0; return what it returns, or raise its error, on every worker.
+    def _on_rank_0(self, call: Callable[[], Any], share: Callable[[], None] = lambda: None) -> Any:
+        """Call a function on rank 0; on every worker, return its result, which is plain data, or raise its error.
 
-        A reader calls it for itself.
+        A reader calls it for itself. Whatever a worker raises here, this call counts as made there, so that all workers
+        go on with the next one.
+
+        Args:
+            call: the function.
+            share: what every worker does before.
         """
+        number, is_mine = self._broadcasts + 1, self.decides or self._worker_rank is None
+        problem: Exception | None = None
+        failed: list[str] | None = None
         result: Any = None
-        problem: TensorKVError | None = None
-        if self.decides or self._worker_rank is None:
+        try:
             try:
-                result = call()
-            except TensorKVError as error:
-                problem = error
-        mine = [result, None if problem is None else errors.encode(problem)]
-        told, raised = json.loads(self.broadcast_text(json.dumps(mine)))
+                share()
+                result = call() if is_mine else None
+            except Exception as error:
+                if not is_mine:
+                    raise
+                # Of whatever kind: the others wait for it.
+                problem, text = error, f"rank 0 failed: {type(error).__name__}: {error}"
+                failed = errors.encode(error if isinstance(error, TensorKVError) else WorkerError(text))
+            failed, result = json.loads(self.broadcast_text(json.dumps([failed, result])))
+        finally:
+            self._broadcasts = number
         if problem is not None:
             raise problem
-        if raised is not None:
-            raise errors.decode(raised)
-        return told
+        if failed is not None:
+            raise errors.decode(failed)
+        return result
 
     def snapshot(self) -> tuple[RemoteSnapshot, Mapping[Key, int]]:
         """Hold the present values of all servers, at one point in time."""

@@ -101,8 +101,7 @@ class Server:
         # Of each client, what was found out about its last push to a round.
         self._results: dict[str, tuple[int, PushResult]] = {}
         # What workers owe, by rank, while it goes from them to a checkpoint or back; and its token.
-        self._owed: dict[int, tuple[bytes, bytes]] = {}
-        self._owed_token = ""
+        self._owed: dict[int, tuple[str, bytes, bytes]] = {}
         self._metrics = Metrics()
         self._resent = 0
         self.is_broken = False
@@ -668,17 +667,27 @@ class Server:
         # Raises if they do not fit together.
         unpack(request.layout, request.payload)
         with self._condition:
-            if message.token != self._owed_token:
-                self._owed, self._owed_token = {}, message.token
-            self._owed[message.worker] = request.layout, bytes(request.payload)
+            if message.token:
+                self._owed[message.worker] = message.token, request.layout, bytes(request.payload)
+            else:
+                self._owed.clear()
+            self._condition.notify_all()
         return Reply({})
 
     def _take_owed(self, request: Request[messages.TakeOwed]) -> Reply:
         message = request.message
+        nothing = message.token, b"[]", b""
         with self._condition:
-            kept = self._owed if message.token == self._owed_token else {}
-            layout, payload = kept.get(message.worker, (b"[]", b""))
+            if message.waits:
+                self._condition.wait_for(
+                    lambda: self._has_owed(message) or message.worker not in self._staleness.live(),
+                    lambda: f"{self._staleness.describe([message.worker])}, which have not sent their residuals yet",
+                )
+            _, layout, payload = self._owed[message.worker] if self._has_owed(message) else nothing
         return Reply({"layout": layout.decode()}, bytes_of(bytearray(payload)))
+
+    def _has_owed(self, message: messages.TakeOwed) -> bool:
+        return self._owed.get(message.worker, ("",))[0] == message.token
 
     # ------------------------------------------------------------ each change once
 

@@ -50,6 +50,7 @@ from tensorkv.storage.lock import FolderLock
         ({"path": "a\0b"}, "path is"),
         ({"name": "a/b"}, "without a slash"),
         ({"timeout_s": 0}, "timeout_s"),
+        ({"reader": 1}, "reader is 1"),
         ({"address": "localhost"}, "address is 'localhost'"),
         ({"address": "ray://localhost:10001"}, "address is 'ray://localhost:10001'"),
         ({"address": 6379}, "address is 6379"),

@@ -1346,6 +1346,29 @@ def test_a_worker_that_is_started_again_gets_the_rank_of_the_one_that_was_killed
         assert again.result(LIMIT_S).rank == 1
 
 
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_readers_that_a_launcher_has_started_take_no_rank_of_a_worker(mode, monkeypatch):
+    """As ranks of an inference engine, which begin before all workers are there."""
+    with Cluster(2, num_workers=2, mode=mode) as cluster:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        readers = []
+        for rank in ("0", "1"):
+            monkeypatch.setenv("RANK", rank)
+            readers.append(cluster.store(reader=True))
+        assert [kv.rank for kv in readers] == [2, 3]
+        monkeypatch.setenv("RANK", "0")
+        worker = cluster.store()
+        assert worker.rank == 0
+        worker.init("w", np.zeros(3, F32))
+        readers[1].close()
+        assert cluster.store(reader=True).rank == 3
+        if mode == "sync":
+            with pytest.raises(tensorkv.ArgumentError, match="only workers push"):
+                readers[0].push("w", np.ones(3, F32))
+        assert readers[0].rank == 2
+        assert readers[0].pull("w").tolist() == [0, 0, 0]
+
+
 def test_after_a_dead_server_the_others_stay_for_live_clients_alone():
     with Cluster(3, num_workers=3) as cluster:
         first, silent, last = cluster.stores(3)

@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait as futures_wait
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -164,11 +165,12 @@ class Cluster:
         self._patches.enter_context(mock.patch.object(cluster, "stop_servers"))
         return self
 
-    def store(self):
-        """A new client; each is the next rank."""
+    def store(self, **own):
+        """A new client with options of its own; each is the next rank."""
         places = [actor.find_place() for actor in self.actors]
         servers = [ServerHandle(actor) for actor in self.actors]
-        engine = ray_engine.PSEngine(servers, self.options, places, self._weights, LIMIT_S, started=False)
+        options = replace(self.options, **own)
+        engine = ray_engine.PSEngine(servers, options, places, self._weights, LIMIT_S, started=False)
         self._stores.append(KVStore(engine, "dist_async"))
         return self._stores[-1]
 

@@ -55,5 +55,5 @@ def _join(options: PSOptions, given: Mapping[str, Any], *, started: bool) -> PSE
             cluster.stop_servers(servers)
         raise
     weights = placement.weights(theirs, [place[3] for place in places])
-    own = replace(theirs, pull_dtype=options.pull_dtype)
+    own = replace(theirs, pull_dtype=options.pull_dtype, reader=options.reader)
     return PSEngine(servers, own, places, weights, options.timeout_s, started=started)

@@ -226,9 +226,15 @@ class Stats(Message):
 
 @dataclass(kw_only=True)
 class Connect(Message):
-    """Reply with a rank: the one that is asked for, or a free one."""
+    """Reply with a rank: the one that is asked for, or a free one.
+
+    Args:
+        wanted_rank: the one that is asked for.
+        reader: whether a free one is to be above those of workers.
+    """
 
     wanted_rank: int | None = None
+    reader: bool = False
 
 
 @dataclass(kw_only=True)

@@ -16,7 +16,7 @@ from tensorkv.shard.reduce import Reduce
 from .messages import PULL_DTYPES
 
 # Options of one client; the others are those of the store, and the same for all of its clients.
-_OF_CLIENT = ("name", "address", "timeout_s", "insecure", "pull_dtype")
+_OF_CLIENT = ("name", "address", "timeout_s", "insecure", "pull_dtype", "reader")
 
 
 def _world_size() -> int:
@@ -47,6 +47,7 @@ class PSOptions:
             heartbeats.
         pull_dtype: ``"bf16"`` or ``"fp16"``: values of float32 and float64, which servers keep as they are, are
             rounded to that dtype when this client pulls them, and travel in half the bytes or a quarter.
+        reader: whether this client is no worker, whatever ``RANK`` says: its rank is ``num_workers`` or above.
         name: of the store in its cluster.
         address: of a Ray cluster (default: ``RAY_ADDRESS``, else one is started on this machine).
         timeout_s: how long to wait for servers and other workers.
@@ -67,6 +68,7 @@ class PSOptions:
     keep: int = 4
     heartbeat_timeout_s: float = 30.0
     pull_dtype: str | None = None
+    reader: bool = False
     name: str = "tensorkv"
     address: str | None = None
     timeout_s: float = 300.0
@@ -97,6 +99,7 @@ class PSOptions:
     def _check_client(self) -> None:
         check_timeout(self.timeout_s)
         check_flag("insecure", self.insecure)
+        check_flag("reader", self.reader)
         if not isinstance(self.name, str) or not self.name or "/" in self.name:
             raise ArgumentError(f"create: name is {show(self.name)}; expected a str without a slash")
 

@@ -84,7 +84,7 @@ class PSEngine(Engine):
 
     Args:
         servers: of the store.
-        options: of the store, and the ``pull_dtype`` of this client.
+        options: of the store, and ``pull_dtype`` and ``reader`` of this client.
         places: of the servers.
         weights: of the servers, how much each can hold, compared with the others.
         timeout_s: how long to wait for servers and other workers.
@@ -162,11 +162,13 @@ class PSEngine(Engine):
 
     def _take_rank(self, wanted: int | None = None) -> int:
         rank, size = launched(strict=False)
-        if wanted is None and size > 1:
+        is_reader = self._options.reader
+        if wanted is None and size > 1 and not is_reader:
             wanted = rank
         with self._sessions.take() as session:
             try:
-                told = session.send([ServerRequest(0, messages.Connect(wanted_rank=wanted))])[0].head
+                connect = messages.Connect(wanted_rank=wanted, reader=is_reader)
+                told = session.send([ServerRequest(0, connect)])[0].head
             except ServerDeadError as error:
                 # It has ended since this process found it.
                 raise StoreEndingError(str(error)) from error
@@ -180,7 +182,7 @@ class PSEngine(Engine):
 
     def _ensure_worker(self) -> None:
         """Take the rank of a worker that has ended, if there is one: in mode sync only workers push."""
-        if self._options.mode != "sync" or self._worker_rank is not None:
+        if self._options.mode != "sync" or self._worker_rank is not None or self._options.reader:
             return
         close_abandoned()
         with self._ranking:

@@ -144,12 +144,13 @@ class Membership:
 
     # ------------------------------------------------------------ ranks
 
-    def take_rank(self, client: str, wanted: int | None) -> tuple[int, CollectiveCounts]:
+    def take_rank(self, client: str, wanted: int | None, *, is_reader: bool = False) -> tuple[int, CollectiveCounts]:
         """Return the rank of a new worker, and how many collective calls are completed for it.
 
         Args:
             client: that wants a rank.
             wanted: the rank (None: the first that no live worker has).
+            is_reader: whether the first is one that no worker may have.
 
         Returns:
             The rank and the counts: all that there were, if the worker replaces a dead one.
@@ -161,7 +162,8 @@ class Membership:
             others = set(self.clients()) - {client}
             holders = tables.holders
             mine = tables.members.get(client)
-            free = (rank for rank in range(len(holders) + 1) if holders.get(rank) not in others)
+            first = self._num_workers if is_reader else 0
+            free = (rank for rank in range(first, first + len(holders) + 1) if holders.get(rank) not in others)
             rank = wanted if wanted is not None else next(free) if mine is None else mine
             holder = holders.get(rank)
             if holder is not None and holder in others:

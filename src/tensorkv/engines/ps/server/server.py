@@ -460,7 +460,10 @@ class Server:
     # ------------------------------------------------------------ clients
 
     def _connect(self, request: Request[messages.Connect]) -> Reply:
-        rank, completed = self._membership.take_rank(str(request.sender.owner), request.message.wanted_rank)
+        message = request.message
+        rank, completed = self._membership.take_rank(
+            str(request.sender.owner), message.wanted_rank, is_reader=message.reader
+        )
         return Reply({"rank": rank, "completed": completed})
 
     def _heartbeat(self, request: Request[messages.Heartbeat]) -> Reply:

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("ray")
 from tensorkv.engines.ps.ray import _compat
+from tests.support.until import until
 
 
 def test_ray_reads_its_environment_and_its_token_again(monkeypatch):
@@ -53,6 +54,17 @@ _compat.shutdown()
 assert address not in _compat.cluster_addresses()
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_the_resources_for_which_an_actor_waits(ray_store):
+    import ray
+
+    waiting = ray.remote(num_cpus=0, resources={"nowhere": 2})(type("Waiting", (), {})).remote()
+    try:
+        until(lambda: _compat.awaited_resources(waiting) == {"nowhere": 2.0})
+    finally:
+        ray.kill(waiting)
+    assert _compat.awaited_resources(ray_store._engine._servers[0].actor) is None
 
 
 def test_a_node_may_take_long_to_start(monkeypatch):

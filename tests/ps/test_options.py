@@ -126,6 +126,20 @@ def test_a_client_that_connects_after_the_last_has_closed_starts_new_servers(mon
     cluster.leave.assert_called_once()
 
 
+@pytest.mark.parametrize("is_used", [False, True])
+@pytest.mark.parametrize("is_found", [False, True])
+def test_a_client_that_cannot_connect_ends_the_servers_that_it_has_started(is_found, is_used, monkeypatch):
+    """Not those of others, nor those that another client uses already."""
+    servers = [SimpleNamespace(actor="first")], PSOptions()
+    cluster = mock.Mock(find_servers=lambda *_: servers if is_found else None, make_servers=lambda *_: servers)
+    cluster.places.side_effect = KeyboardInterrupt
+    cluster.end_if_unused.return_value = not is_used
+    monkeypatch.setattr(ps_connect, "cluster", cluster)
+    with pytest.raises(KeyboardInterrupt):
+        ps_connect.connect({})
+    assert cluster.stop_servers.called is not (is_found or is_used)
+
+
 @pytest.mark.parametrize(("is_ending", "after_s"), [(True, 10), (False, 120)])
 def test_servers_without_clients_end_by_themselves(is_ending, after_s, monkeypatch):
     now = [0.0]

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("ray")
 import tensorkv
 from tensorkv.engines.ps.options import PSOptions
-from tensorkv.engines.ps.ray import placement
+from tensorkv.engines.ps.ray import cluster, placement
 from tensorkv.engines.ps.ray.placement import Node
 from tests.support.processes import call
 from tests.support.until import LIMIT_S
@@ -149,12 +149,12 @@ def place_on_two_nodes():
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    cluster.add_node(num_cpus=1, resources={"fast": 1})
-    common = {"address": cluster.address, "insecure": True, "timeout_s": LIMIT_S}
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    made.add_node(num_cpus=1, resources={"fast": 1})
+    common = {"address": made.address, "insecure": True, "timeout_s": LIMIT_S}
     told = {}
     try:
-        ray.init(address=cluster.address)
+        ray.init(address=made.address)
         ids = [node.id for node in placement.live_nodes()]
         chosen = {"server-0": {"resources": {"fast": 0.5}}, "server-1": {"node": ids[0]}}
         for name, wanted in {"spread": "spread", "chosen": chosen}.items():
@@ -168,10 +168,35 @@ def place_on_two_nodes():
             tensorkv.create("dist_async", name="late", placement=late, **{**common, "timeout_s": 1})
         except tensorkv.ArgumentError as error:
             told["error"] = str(error)
+        told |= wait_for_resources(ray, common)
     finally:
         ray.shutdown()
-        cluster.shutdown()
+        made.shutdown()
     print(json.dumps(told))
+
+
+def wait_for_resources(ray, common):
+    """Create stores of which a server waits for what another process has; tell what is raised."""
+    told = {}
+    holder = ray.remote(num_cpus=0, resources={"fast": 1})(type("Holder", (), {"here": lambda self: True})).remote()
+    ray.get(holder.here.remote())
+    busy = {**common, "name": "busy", "num_servers": 2}
+    place = {"server-1": {"resources": {"fast": 1}}}
+    try:
+        tensorkv.create("dist_async", placement=place, **{**busy, "timeout_s": 3})
+    except tensorkv.ServerDeadError as error:
+        told["waits"] = str(error)
+    # Neither server is left, so the name is free.
+    with tensorkv.create("dist_async", **busy) as kv:
+        told["placed again"] = kv.num_workers
+    # A process that was killed cannot end what it has started.
+    left, _ = cluster._make(PSOptions(name="left"), 0, placement.Place({"resources": {"fast": 1}}), "")
+    try:
+        tensorkv.create("dist_async", **{**common, "name": "left", "timeout_s": 3})
+    except tensorkv.ServerDeadError as error:
+        told["found"] = str(error)
+    ray.kill(left)
+    return told
 
 
 def test_servers_of_a_cluster_of_two_nodes():
@@ -183,6 +208,9 @@ def test_servers_of_a_cluster_of_two_nodes():
     assert told["hosts"] == [socket.gethostname()] * 2
     assert told["error"].count("CPU 1") == 2
     assert "nowhere" in told["error"]
+    for error in (told["waits"], told["found"]):
+        assert "waits for resources that no node has free (fast 1" in error
+    assert told["placed again"] == 1
 
 
 if __name__ == "__main__":

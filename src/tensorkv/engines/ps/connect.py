@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tensorkv.errors import ArgumentError
-
 from .client.engine import PSEngine, StoreEndingError, close_abandoned
 from .options import PSOptions
 from .ray import cluster, placement
@@ -50,10 +48,10 @@ def _join(options: PSOptions, given: Mapping[str, Any], *, started: bool) -> PSE
     options.check_same(given, theirs)
     try:
         places = cluster.places(servers, options.insecure, options.timeout_s)
-    except ArgumentError:
-        if found is None:
+        weights = placement.weights(theirs, [place[3] for place in places])
+        own = replace(theirs, pull_dtype=options.pull_dtype, reader=options.reader)
+        return PSEngine(servers, own, places, weights, options.timeout_s, started=started)
+    except BaseException:
+        if found is None and cluster.end_if_unused(servers[0].actor):
             cluster.stop_servers(servers)
         raise
-    weights = placement.weights(theirs, [place[3] for place in places])
-    own = replace(theirs, pull_dtype=options.pull_dtype, reader=options.reader)
-    return PSEngine(servers, own, places, weights, options.timeout_s, started=started)

@@ -12,12 +12,13 @@ from typing import Any
 import ray
 import ray._private.node as ray_node
 import ray._private.worker as worker
-from ray._private import ray_constants, services
+from ray._private import ray_constants, services, state
 from ray._raylet import (  # type: ignore[attr-defined]
     AuthenticationTokenLoader,
     Config,
     get_authentication_mode,
 )
+from ray.core.generated import gcs_pb2
 
 # Ray binds its sockets to the loopback interface if the address of its node is exactly this one, and to every
 # interface otherwise, whatever the address.
@@ -132,6 +133,15 @@ def cluster_addresses() -> list[str]:
     # Its cache may be older than a cluster.
     found.cache_clear()
     return list(found())
+
+
+def awaited_resources(actor: Any) -> dict[str, float] | None:
+    """Return the resources that an actor asks for and for which it is waiting; None: it is not waiting."""
+    accessor: Any = state.state._connect_and_get_accessor()
+    found = accessor.get_actor_info(actor._actor_id)
+    told: Any = gcs_pb2.ActorTableData  # type: ignore[attr-defined]
+    data = told.FromString(found) if found is not None else None
+    return dict(data.required_resources) if data is not None and data.state == told.PENDING_CREATION else None
 
 
 def leave_to_parent() -> None:

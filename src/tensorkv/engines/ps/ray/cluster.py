@@ -5,24 +5,25 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorAlreadyExistsError, ActorUnavailableError, RayActorError, RayError
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from tensorkv.engines.ps.server.awaited import check_num_servers, new_stamp
 from tensorkv.engines.transport.rendezvous import agree_on_start, connect, launched
 from tensorkv.errors import ArgumentError, RankDeadError, ServerDeadError, StorageError, TensorKVError, quote
 
+from ..messages import Disconnect, encode, join, split
 from ..options import PSOptions
 from . import _compat, fork, placement, safety
 from .actor import NAMESPACE, ServerActor, find_actor, spare_name, why
@@ -32,6 +33,8 @@ from .handle import ServerHandle
 _THREADS = 64
 _OBJECT_STORE_NBYTES = 1 << 30
 
+# How long a create that has failed waits for what it ends.
+_ENDING_S = 5.0
 # A cluster may start at the same time as its first workers.
 _STARTING_S = 10.0
 
@@ -304,7 +307,7 @@ def find_servers(name: str, timeout_s: float) -> tuple[list[ServerHandle], PSOpt
         if first is None:
             return None
         try:
-            options = PSOptions(**_ask(first.options, name, max(0.001, deadline - time.monotonic())))
+            options = PSOptions(**_ask(first, "options", name, max(0.001, deadline - time.monotonic())))
             actors = [first, *(_get(name, index) for index in range(1, options.num_servers))]
             if None not in actors:
                 has_spares = options.path is not None and options.spare
@@ -330,6 +333,7 @@ def make_servers(options: PSOptions) -> tuple[list[ServerHandle], PSOptions]:
 
     Raises:
         ArgumentError: a node that a server is to run on is not there.
+        ServerDeadError: a server waits in vain for its resources, or does not start.
         StorageError: a server's folder cannot be opened.
     """
     name, timeout_s = options.name, options.timeout_s
@@ -337,23 +341,43 @@ def make_servers(options: PSOptions) -> tuple[list[ServerHandle], PSOptions]:
     _wait_for_the_end(name, options.num_servers, timeout_s)
     places = placement.of_servers(options)
     stamps = [new_stamp(options.num_servers) for _ in places]
-    actors = [_make(options, *each) for each in zip(range(len(places)), places, stamps, strict=True)]
     has_spares = options.path is not None and options.spare
+    # Actors, and those of them that were started here and not by another client.
+    actors, own = [], []
     try:
+        for index, (place, stamp) in enumerate(zip(places, stamps, strict=True)):
+            actor, is_new = _make(options, index, place, stamp)
+            actors.append(actor)
+            own += [actor] if is_new else []
         for index, (actor, place, stamp) in enumerate(zip(actors, places, stamps, strict=True)):
-            _, _, _, node, theirs, *_ = _ask(actor.place, name, timeout_s)
-            if has_spares and theirs == stamp:
+            _, _, _, node, *_ = _ask(actor, "place", name, timeout_s)
+            if has_spares and actor in own:
                 # It starts while the store is used.
-                _make(options, index, placement.of_spare(place, node), stamp, is_spare=True)
-    except StorageError:
-        # The others would keep their folders, and the name, until they end by themselves.
-        for index, (actor, stamp) in enumerate(zip(actors, stamps, strict=True)):
-            _stop_own(ServerHandle(actor, partial(_get_spare, name, index) if has_spares else None), stamp, timeout_s)
+                own.append(_make(options, index, placement.of_spare(place, node), stamp, is_spare=True)[0])
+        found = find_servers(name, timeout_s)
+        if found is None:
+            raise ServerDeadError(f"create({name!r}): the servers ended at once")
+        return found
+    except BaseException:
+        # They would keep their folders, and the name, until they end by themselves; and one that waits for resources
+        # does not end.
+        if not actors or not end_if_unused(actors[0]):
+            raise
+        for actor in reversed(own):
+            ray.kill(actor)
         raise
-    found = find_servers(name, timeout_s)
-    if found is None:
-        raise ServerDeadError(f"create({name!r}): the servers ended at once")
-    return found
+
+
+def end_if_unused(first: Any) -> bool:
+    """Return whether no client uses a store; if so, its server 0, where clients connect first, refuses new ones."""
+    owner = secrets.token_hex(8)
+    message = join(encode(Disconnect(), {"owner": owner, "client": f"{owner}.0", "seq": 1}))
+    try:
+        head = split(ray.get(first.serve.remote(message), timeout=_ENDING_S))[0]
+    except RayError:
+        # No client is served before server 0 runs.
+        return True
+    return not head.get("clients") and not head.get("dead_clients")
 
 
 def _wait_for_the_end(name: str, num_servers: int, timeout_s: float) -> None:
@@ -398,13 +422,6 @@ def stop_servers(servers: Sequence[ServerHandle]) -> None:
         server.stop()
 
 
-def _stop_own(server: ServerHandle, stamp: str, timeout_s: float) -> None:
-    """End a server if it was started with a stamp, and not by another client, and has not ended already."""
-    with suppress(RayError):
-        if server.place(timeout_s)[4] == stamp:
-            server.stop()
-
-
 def _check_folders(options: PSOptions) -> None:
     if options.path is None:
         return
@@ -420,12 +437,14 @@ def _check_folders(options: PSOptions) -> None:
         )
 
 
-def _make(options: PSOptions, index: int, place: placement.Place, stamp: str, *, is_spare: bool = False) -> Any:
+def _make(
+    options: PSOptions, index: int, place: placement.Place, stamp: str, *, is_spare: bool = False
+) -> tuple[Any, bool]:
+    """Start a server, unless there is one; return its actor, and whether it is new."""
     of_actor: dict[str, Any] = {
         "name": spare_name(options.name, index, stamp) if is_spare else f"{options.name}/{index}",
         "namespace": NAMESPACE,
         "lifetime": "detached",
-        "get_if_exists": True,
         "num_cpus": 0,
         "max_concurrency": _THREADS,
         # A server without a folder would come back empty, unnoticed.
@@ -434,11 +453,12 @@ def _make(options: PSOptions, index: int, place: placement.Place, stamp: str, *,
         "enable_task_events": False,
         **place.options,
     }
-    return (
-        ray.remote(ServerActor)
-        .options(**of_actor)
-        .remote(json.dumps(options.of_store()), index, stamp, place.host, is_spare=is_spare)
-    )
+    actor = ray.remote(ServerActor).options(**of_actor)
+    try:
+        return actor.remote(json.dumps(options.of_store()), index, stamp, place.host, is_spare=is_spare), True
+    except ActorAlreadyExistsError:
+        # Another client was faster.
+        return ray.get_actor(of_actor["name"], namespace=NAMESPACE), False
 
 
 def _get(name: str, index: int) -> Any:
@@ -449,9 +469,20 @@ def _get_spare(name: str, index: int, stamp: str) -> Any:
     return find_actor(spare_name(name, index, stamp))
 
 
-def _ask(method: Any, name: str, timeout_s: float) -> Any:
+def _ask(actor: Any, method: str, name: str, timeout_s: float) -> Any:
     """Call an idempotent method of a server, and again while the server is being restarted."""
-    return _retry(lambda left: ray.get(method.remote(), timeout=left), name, timeout_s)
+    try:
+        return _retry(lambda left: ray.get(getattr(actor, method).remote(), timeout=left), name, timeout_s)
+    except ServerDeadError as error:
+        wanted = _compat.awaited_resources(actor)
+        if wanted is None:
+            raise
+        asked = ", ".join(f"{word} {amount:g}" for word, amount in sorted(wanted.items()))
+        raise ServerDeadError(
+            f"create({name!r}): a server of this name waits for resources that no node has free ({asked}; the nodes "
+            f"are {'; '.join(map(str, placement.live_nodes()))}); free them or add a node, let the process that has "
+            "started the servers end and give another placement=, or choose another name"
+        ) from error
 
 
 def _retry(call: Callable[[float], Any], name: str, timeout_s: float) -> Any:

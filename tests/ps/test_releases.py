@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import tensorkv
+from tensorkv.engines import partition
 from tensorkv.engines.ps import messages
 from tensorkv.engines.ps.client.releases import ReleaseClient
 from tensorkv.engines.ps.client.session import Session
@@ -857,3 +858,31 @@ def test_a_reader_goes_on_after_a_load_that_cannot_be_written(releases, tmp_path
             assert release.digest == digest
             with reader.open_release("step-2") as newer:
                 assert newer.changes(since="step-1").base == "step-1"
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+@pytest.mark.parametrize("pull_dtype", ["bf16", "fp16"])
+def test_changes_are_exact_for_a_client_whose_pulls_are_rounded(mode, pull_dtype, monkeypatch):
+    monkeypatch.setattr(partition, "_WHOLE", 1000)
+    rng = np.random.default_rng(0)
+    held = {"few": rng.standard_normal(500), "all": rng.standard_normal(500), "half": rng.standard_normal((120, 100))}
+    with Cluster(2, mode=mode) as cluster:
+        exact, rounded = cluster.store(), cluster.store(pull_dtype=pull_dtype)
+        exact.init(held)
+        exact.publish("a")
+        for name, stop in {"few": 1, "all": 500, "half": 60}.items():
+            changed = held[name].copy()
+            changed[:stop] += 1
+            exact.push(name, changed)
+        exact.init("new", rng.standard_normal(50))
+        exact.publish("b")
+        older, newer, right = exact.open_release("a"), rounded.open_release("b"), exact.open_release("b")
+        for name in ("all", "half"):
+            assert not np.array_equal(newer.pull(name), right.pull(name)), "the pull was not rounded"
+        changes = newer.changes(since="a")
+        kinds = {each.key: each.kind for each in changes}
+        assert kinds == {"few": "elements", "all": "dense", "half": "elements", "new": "dense"}
+        held["new"] = np.zeros(50)
+        assert changes.digest == right.digest
+        for name, array in tensorkv.apply_changes(held, changes, base=older.digest).items():
+            assert np.array_equal(array, right.pull(name)), name

@@ -1394,8 +1394,9 @@ def test_finding_servers_waits_until_all_are_there_or_the_store_has_ended(monkey
             there[1] = second
         return there.get(index)
 
-    def ask(method, name, timeout_s):
-        if method == "ending":
+    def ask(actor, method, name, timeout_s):
+        assert method == "options"
+        if actor.options == "ending":
             there.clear()
             raise tensorkv.ServerDeadError("it has just ended")
         return options

@@ -626,12 +626,12 @@ class DataClient:
 
     def _pull_once(self, layout: Layout, outs: Arrays, snapshot: str | None) -> None:
         near = [each for each in layout.pulled if self._same_host[each.server] and each.is_read_in_place]
-        if self.pull_dtype is not None:
+        if layout.pull_dtype is not None:
             near = []
         with self._sessions.take() as session:
             found: dict[int, Any] = {}
             # Before the last reply is here no out is written: the wait for it may fail, or be interrupted.
-            asked = [self._pull_request(each, snapshot, in_place=each in near) for each in layout.pulled]
+            asked = [self._pull_request(layout, each, snapshot, in_place=each in near) for each in layout.pulled]
             begun = []
             for each, reply in zip(layout.pulled, self._send(session, asked), strict=True):
                 if each not in near:
@@ -641,7 +641,7 @@ class DataClient:
                     # A read that was begun is ended also where the memory cannot be opened here.
                     with suppress(OSError):
                         found[each.server] = session.values_in_place(each.server, reply)
-            found |= self._pull_copies(session, [each for each in near if each.server not in found], snapshot)
+            found |= self._pull_copies(session, layout, [each for each in near if each.server not in found], snapshot)
             read = set()
             for each in layout.pulled:
                 with suppress(OSError) if each in near else nullcontext():
@@ -653,28 +653,30 @@ class DataClient:
                     read.discard(each.server)
             # They could not be read, or may have been changed meanwhile.
             lost = [each for each in layout.pulled if each.server not in read]
-            copies = self._pull_copies(session, lost, snapshot)
+            copies = self._pull_copies(session, layout, lost, snapshot)
             for each in lost:
                 each.scatter(copies[each.server], outs, self._pool)
         self._count_pulled(layout)
 
-    def _pull_request(self, pulled: ServerLayout, snapshot: str | None, *, in_place: bool = False) -> ServerRequest:
-        message = Pull(checksum=pulled.checksum, pull_dtype=self.pull_dtype, snapshot=snapshot, in_place=in_place)
+    def _pull_request(
+        self, layout: Layout, pulled: ServerLayout, snapshot: str | None, *, in_place: bool = False
+    ) -> ServerRequest:
+        message = Pull(checksum=pulled.checksum, pull_dtype=layout.pull_dtype, snapshot=snapshot, in_place=in_place)
         nbytes = 16 * pulled.num_keys if in_place else pulled.nbytes
         return ServerRequest(pulled.server, message, pulled.keys, reply_nbytes=nbytes)
 
     def _pull_copies(
-        self, session: Session, layouts: Sequence[ServerLayout], snapshot: str | None
+        self, session: Session, layout: Layout, wanted: Sequence[ServerLayout], snapshot: str | None
     ) -> dict[int, torch.Tensor]:
         """Return copies of values, by server."""
-        if not layouts:
+        if not wanted:
             return {}
-        replies = self._send(session, [self._pull_request(each, snapshot) for each in layouts])
-        return {each.server: reply.payload for each, reply in zip(layouts, replies, strict=True)}
+        replies = self._send(session, [self._pull_request(layout, each, snapshot) for each in wanted])
+        return {each.server: reply.payload for each, reply in zip(wanted, replies, strict=True)}
 
     def _count_pulled(self, layout: Layout) -> None:
         """Count pulled values if they travel in fewer bytes than they have."""
-        if self.pull_dtype is not None:
+        if layout.pull_dtype is not None:
             nbytes = sum(each.nbytes for each in layout.pulled), sum(each.raw_nbytes for each in layout.pulled)
             with self._compressing:
                 self.compressor.traffic.add_received(*nbytes)
@@ -693,12 +695,12 @@ class DataClient:
             if not wanted:
                 continue
             layout = encode_layout(
-                (keys[index], "region", pulled_dtype(placements[index].spec.dtype, self.pull_dtype), own.shape)
+                (keys[index], "region", pulled_dtype(placements[index].spec.dtype, placed.pull_dtype), own.shape)
                 for index, own, _ in wanted
             )
             message = Pull(
                 checksum=zlib.crc32(layout),
-                pull_dtype=self.pull_dtype,
+                pull_dtype=placed.pull_dtype,
                 snapshot=placed.snapshot,
                 regions=[own.bounds for _, own, _ in wanted],
             )
@@ -712,7 +714,7 @@ class DataClient:
                 for part, (index, own, first) in zip(views(reply.payload, slots), wanted, strict=True):
                     for out in outs[index]:
                         out[first : first + own.shape[0]].copy_(part)
-                    if self.pull_dtype is not None:
+                    if placed.pull_dtype is not None:
                         itemsize = placements[index].spec.dtype.itemsize
                         with self._compressing:
                             self.compressor.traffic.add_received(part.nbytes, part.numel() * itemsize)
@@ -738,7 +740,7 @@ class DataClient:
                     wanted.append((index, len(selected[0]), selected[1]))
                     # Before the rows of each key, as much as it takes to align them.
                     nbytes += found[index].itemsize + len(selected[0]) * found[index][:1].nbytes
-            message = PullRows(pull_dtype=self.pull_dtype, snapshot=placed.snapshot)
+            message = PullRows(pull_dtype=placed.pull_dtype, snapshot=placed.snapshot)
             requests.append(ServerRequest.of_tensors(server, message, pack(items), nbytes))
             chosen.append(wanted)
         with self._sessions.take() as session:
@@ -747,7 +749,7 @@ class DataClient:
                 items = unpack(reply.head["layout"].encode(), reply.payload.numpy().data)
                 for item, (index, count, places) in zip(items, wanted, strict=True):
                     values, target = item.tensor, found[index]
-                    kind = pulled_dtype(target.dtype, self.pull_dtype), (count, *target.shape[1:])
+                    kind = pulled_dtype(target.dtype, placed.pull_dtype), (count, *target.shape[1:])
                     if (values.dtype, values.shape) != kind:
                         self._keymap.refresh()
                         raise ValueMismatchError(
@@ -757,7 +759,7 @@ class DataClient:
                         target.copy_(values)
                     else:
                         interop.signed(target).index_copy_(0, places, interop.signed(values.to(target.dtype)))
-                    if self.pull_dtype is not None:
+                    if placed.pull_dtype is not None:
                         with self._compressing:
                             self.compressor.traffic.add_received(values.nbytes, values.numel() * target.itemsize)
         return [unchecked_rows(own, each, p.spec.shape[0]) for own, each, p in zip(ids, found, placements, strict=True)]

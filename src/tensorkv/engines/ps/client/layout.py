@@ -163,15 +163,20 @@ class PlacedKeys(KeyTable[PlacedKey]):
         snapshot: str | None = None,
     ) -> None:
         super().__init__(placed)
-        self._wide, self._pull_dtype, self.snapshot = wide, pull_dtype, snapshot
+        self._wide, self.pull_dtype, self.snapshot = wide, pull_dtype, snapshot
         self._layouts: Recent[tuple[Key, ...], Layout] = Recent(_REMEMBERED_LAYOUTS)
         self._entries: dict[Key, Entry] = {}
 
     def of_snapshot(self, snapshot: str | None) -> PlacedKeys:
         """Return the same keys as another snapshot has them (None: the present ones), which share their layouts."""
-        found = PlacedKeys(self, wide=self._wide, pull_dtype=self._pull_dtype, snapshot=snapshot)
+        found = PlacedKeys(self, wide=self._wide, pull_dtype=self.pull_dtype, snapshot=snapshot)
         found._layouts, found._entries = self._layouts, self._entries
         return found
+
+    @cached_property
+    def exact(self) -> PlacedKeys:
+        """The same keys, whose values are pulled as they are."""
+        return self if self.pull_dtype is None else PlacedKeys(self, wide=self._wide, snapshot=self.snapshot)
 
     def extended(self, new: Mapping[Key, PlacedKey]) -> PlacedKeys:
         """Return these keys with new ones after them, which share their layouts."""
@@ -183,7 +188,7 @@ class PlacedKeys(KeyTable[PlacedKey]):
 
     def without(self, keys: Iterable[Key]) -> PlacedKeys:
         """Return these keys without some of them."""
-        found = PlacedKeys(self, wide=self._wide, pull_dtype=self._pull_dtype, snapshot=self.snapshot)
+        found = PlacedKeys(self, wide=self._wide, pull_dtype=self.pull_dtype, snapshot=self.snapshot)
         gone = [found.pop(key) for key in keys]
         found.loads, found.next_order = self.loads - _loads_of(gone), self.next_order
         return found
@@ -204,7 +209,7 @@ class PlacedKeys(KeyTable[PlacedKey]):
         layout = self._layouts.get(called)
         if layout is None:
             placements = [self[key].placement for key in keys]
-            layout = Layout(keys, placements, wide=self._wide, pull_dtype=self._pull_dtype)
+            layout = Layout(keys, placements, wide=self._wide, pull_dtype=self.pull_dtype)
             self._layouts.keep(called, layout, layout.num_pieces, len(self))
         return layout
 
@@ -400,7 +405,7 @@ class Layout:
         wide: bool,
         pull_dtype: str | None = None,
     ) -> None:
-        self.keys, self.placements = list(keys), placements
+        self.keys, self.placements, self.pull_dtype = list(keys), placements, pull_dtype
         distinct, numbers = numbered(placements)
         indices = np.array(numbers, np.int64)
         servers = sorted({server for each in distinct for server in each.servers})

@@ -233,7 +233,10 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
         return release_digest((key, placed.placement.spec, digests[key]) for key, placed in self._placed.items())
 
     def changes(self, since: str) -> Changes:
-        """Return what has changed since another release; all values if a server does not hold that any more."""
+        """Return what has changed since another release; all values if a server does not hold that any more.
+
+        They are exact, whatever ``pull_dtype`` is: the digest is that of the values on the servers.
+        """
         replies = self._find_changes(since)
         base: str | None = since
         found = None if any(reply.head["base"] is None for reply in replies) else self._merged(since, replies)
@@ -243,7 +246,7 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
         return Changes(base, self.name, self._again(with_values, found, self._pull_whole))
 
     def _pull_whole(self, keys: Sequence[Key], outs: Outs) -> None:
-        self._data.pull(keys, outs, self._placed)
+        self._data.pull(keys, outs, self._placed.exact)
 
     def _find_changes(self, since: str | None) -> list[ServerReply]:
         message = FindChanges(release=self.name, since=since, snapshot=self._name)
@@ -294,7 +297,7 @@ class RemoteRelease(RemoteSnapshot, ReleaseReader):
             torch.empty(region.shape, dtype=dtype, device="cpu") for region, dtype in zip(regions, dtypes, strict=True)
         ]
         if wanted:
-            self._data.pull_regions(keys, regions, [[part] for part in parts], self._placed)
+            self._data.pull_regions(keys, regions, [[part] for part in parts], self._placed.exact)
         for (key, server, _), part in zip(wanted, parts, strict=True):
             changes[key][server] = changes[key][server]._replace(content=elements.bytes_of(part))
 

@@ -30,7 +30,7 @@ from tensorkv.engines.ps.options import PSOptions
 from tensorkv.engines.ps.server.server import Server
 from tensorkv.engines.ps.server.snapshot import SnapshotBarrier
 from tensorkv.engines.transport import channel, network
-from tensorkv.shard import optimizers
+from tensorkv.shard import native, optimizers
 from tensorkv.shard.entry import Entry
 from tensorkv.shard.rules import Assign
 from tensorkv.storage import manifest
@@ -506,6 +506,30 @@ def test_a_push_that_timed_out_says_whether_every_server_has_applied_it():
             assert told.value.applied is is_applied
             assert ("has been applied" in str(told.value)) is is_applied
         assert fast.pull(["a", "b"]) == [1, 1]
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_what_a_compressed_push_leaves_is_owed_if_it_was_applied_before_it_timed_out(is_plain, monkeypatch):
+    if not is_plain:
+        monkeypatch.setattr(native, "can_look", lambda: False)
+    with Cluster(num_workers=2, staleness=1) as cluster:
+        fast, _ = cluster.stores(2)
+        fast.init("n", np.zeros(1, F32))
+        count_up(fast)
+        fast.set_gradient_compression({"type": "2bit", "threshold": 0.5})
+        fast.push("n", np.full(1, 0.4, F32))
+        assert fast.pull("n")[0] == 0
+        with overdue(), pytest.raises(tensorkv.WaitTimeoutError) as told:
+            fast.push("n", np.full(1, 0.3, F32))
+        assert told.value.applied
+        assert fast.pull("n")[0] == 0.5
+        # Of 0.7 half was sent, and 0.2 is still owed.
+        owed = fast._engine._data.owed(0)
+        assert owed["n", 0].residual.item() == pytest.approx(0.2)
+        with overdue(), pytest.raises(tensorkv.WaitTimeoutError) as told:
+            fast.push("n", np.full(1, 0.4, F32))
+        assert not told.value.applied
+        assert fast._engine._data.owed(0)["n", 0].residual.item() == pytest.approx(0.2)
 
 
 def test_a_push_without_an_answer_after_a_wait_has_an_unknown_outcome(monkeypatch):

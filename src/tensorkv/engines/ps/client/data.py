@@ -21,7 +21,7 @@ from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows, unchecked_rows
 from tensorkv.arrays.slices import Slices
 from tensorkv.compression import Codec, Compressor, Owed, Sending, Source, Words
-from tensorkv.errors import KeyNotFoundError, OptimizerError, ValueMismatchError, quote
+from tensorkv.errors import KeyNotFoundError, OptimizerError, ValueMismatchError, WaitTimeoutError, quote
 from tensorkv.runtime.recent import Recent
 from tensorkv.shard import native, reduce
 from tensorkv.shard.entry import Batch, Part
@@ -287,15 +287,30 @@ class DataClient:
                 for pulled, reply in zip(call.layout.pulled, replies, strict=True):
                     if call.pulls:
                         pulled.scatter(reply.payload, call.batch, self._pool)
-        except BaseException:
-            with self._compressing:
-                self.compressor.undo(sending)
+        except BaseException as error:
+            self._settle(sending, error)
             raise
-        with self._compressing:
-            self.compressor.end(sending)
+        self._settle(sending)
         if call.pulls:
             self._count_pulled(call.layout)
         return _result_of(replies)
+
+    def _settle(
+        self, sending: Sending, error: BaseException | None = None, left_out: Collection[Key] = frozenset()
+    ) -> None:
+        """Let gradients count as sent if their push was applied, and otherwise owe what was owed before.
+
+        Args:
+            sending: the gradients.
+            error: that the push has raised.
+            left_out: keys that were not pushed.
+        """
+        with self._compressing:
+            if error is not None and not (isinstance(error, WaitTimeoutError) and error.applied):
+                self.compressor.undo(sending)
+                return
+            self.compressor.undo(sending, keys=left_out)
+            self.compressor.end(sending, without=left_out)
 
     def pull_plain(self, call: PlainCall) -> None:
         """Fill outs with values."""
@@ -367,6 +382,7 @@ class DataClient:
         with self._compressing:
             sending = self.compressor.encode(batch.verb, sources, pieces)
             self.compressor.keep(sending)
+        left_out: set[Key] = set()
         try:
             left_out, scale, result = self._decide_coded(batch, placed, totals, sending, clipping)
             keys = [key for key in batch.keys if key not in left_out]
@@ -374,13 +390,10 @@ class DataClient:
             requests = self._item_requests(batch, placed, totals, coded, scale, left_out)
             is_whole = outs is not None and not left_out and len({key for key, _ in sources}) == len(keys)
             told = self._send_coded(keys, requests, outs if is_whole else None, placed) if keys else None
-        except BaseException:
-            with self._compressing:
-                self.compressor.undo(sending)
+        except BaseException as error:
+            self._settle(sending, error, left_out)
             raise
-        with self._compressing:
-            self.compressor.undo(sending, keys=left_out)
-            self.compressor.end(sending, without=left_out)
+        self._settle(sending, left_out=left_out)
         if outs is not None and not is_whole:
             self.pull(batch.keys, outs)
         self.last_push = told or result

@@ -317,6 +317,21 @@ def test_a_snapshot_does_not_wait_for_a_request_that_a_server_has_refused():
             assert {key for key in keys[:3] if snapshot.pull(key).any()} == applied
 
 
+@pytest.mark.parametrize(("mode", "step"), [("async", "push"), ("sync", "batch")])
+@pytest.mark.parametrize("error", [MemoryError("none left"), RuntimeError("torch has none"), OSError("no device")])
+def test_a_snapshot_does_not_wait_for_a_push_that_has_failed_on_a_server(mode, step, error, small_pieces):
+    with Cluster(2, mode=mode) as cluster:
+        kv, other = cluster.stores(2)
+        kv.init("w", np.zeros(600, F32))
+        failing = mock.patch.object(cluster.servers[1]._state, step, mock.Mock(side_effect=error))
+        with failing, pytest.raises(tensorkv.WorkerError, match=f"server 1 failed: .*{error}"):
+            kv.push("w", np.ones(600, F32))
+        with other.snapshot() as snapshot:
+            assert sorted(set(snapshot.pull("w").tolist())) == [0, 1]
+        kv.push("w", np.full(600, 2, F32))
+        assert sorted(set(other.pull("w").tolist())) == [2]
+
+
 def test_a_snapshot_does_not_wait_for_a_push_whose_round_one_server_has_refused(small_pieces):
     with Cluster(2, mode="sync") as cluster:
         kv = cluster.store()

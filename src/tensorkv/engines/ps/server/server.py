@@ -130,18 +130,21 @@ class Server:
         except RetryLater as reason:
             is_applied = isinstance(request.message, Push) and self._has_applied(request)
             return Reply({"wait_for": str(reason), **({"applied": True} if is_applied else {})})
-        except TensorKVError as error:
-            return Reply({"error": errors.encode(error)})
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            text = f"malformed request {head.get('verb')}: {type(error).__name__}: {error}"
-            return Reply({"error": errors.encode(ArgumentError(text))})
-        except (MemoryError, OSError, RuntimeError) as error:
-            text = f"server {self.index} failed: {type(error).__name__}: {error}"
-            return Reply({"error": errors.encode(WorkerError(text))})
+        except Exception as error:
+            return Reply({"error": errors.encode(self._refusal(head.get("verb"), error))})
         moved = len(payload) + (0 if reply.payload is None else len(reply.payload))
         name = "pushpull" if isinstance(request.message, Push) and request.message.pulls else request.verb
         self._metrics.add(name, start, [name], [moved])
         return reply
+
+    def _refusal(self, verb: Any, error: Exception) -> TensorKVError:
+        """Return what a client is told of an error."""
+        if isinstance(error, TensorKVError):
+            return error
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, MemoryError | OSError | RuntimeError):
+            return WorkerError(f"server {self.index} failed: {text}")
+        return ArgumentError(f"malformed request {verb}: {text}")
 
     def _answer(self, request: Request[Message]) -> Reply:
         sender, message = request.sender, request.message
@@ -273,7 +276,8 @@ class Server:
                     number = next_number
                 elif number < next_number and not push.late:
                     return Reply({"moved": next_number})
-                pending = self._pending(request)
+                with self._refusing(request):
+                    pending = self._pending(request)
                 if push.late:
                     rounds.apply(keys, {sender.rank: pending})
                 else:
@@ -713,16 +717,26 @@ class Server:
             else:
                 words = _logged(request)
                 ids = [(sender.client, sender.seq, words) if words else (sender.client, sender.seq)]
-                try:
+                with self._refusing(request):
                     yield ids
-                except TensorKVError as error:
-                    # Other servers may have applied it, and a snapshot does not wait for it here.
-                    self._tables.refused[sender.client] = sender.seq, errors.decode(errors.encode(error))
-                    self._condition.notify_all()
-                    raise
                 # Where there is a log, it has counted them with the change.
                 self._tables.add(ids, keys)
             self._condition.notify_all()
+
+    @contextmanager
+    def _refusing(self, request: Request[Message]) -> Iterator[None]:
+        """Note an error of a change in this block, which ends its request here."""
+        sender = request.sender
+        try:
+            yield
+        except RetryLater:
+            raise
+        except Exception as error:
+            # Other servers may have applied it, and a snapshot does not wait for it here.
+            told = errors.decode(errors.encode(self._refusal(request.verb, error)))
+            self._tables.refused[sender.client] = sender.seq, told
+            self._condition.notify_all()
+            raise
 
     def _admit(self, request: Request[Message]) -> None:
         """Wait until a request may be applied; meanwhile an earlier message of the same request may have been."""

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -59,11 +60,14 @@ assert address not in _compat.cluster_addresses()
 def test_the_resources_for_which_an_actor_waits(ray_store):
     import ray
 
-    waiting = ray.remote(num_cpus=0, resources={"nowhere": 2})(type("Waiting", (), {})).remote()
+    made = ray.remote(type("Made", (), {"__init__": lambda self: time.sleep(100)}))
+    waiting, starting = made.options(num_cpus=0, resources={"nowhere": 2}).remote(), made.options(num_cpus=0).remote()
     try:
         until(lambda: _compat.awaited_resources(waiting) == {"nowhere": 2.0})
+        assert _compat.awaited_resources(starting) is None
     finally:
         ray.kill(waiting)
+        ray.kill(starting)
     assert _compat.awaited_resources(ray_store._engine._servers[0].actor) is None
 
 

@@ -17,6 +17,8 @@ from tests.support.processes import call
 from tests.support.until import LIMIT_S
 
 A, B, C = ("aa" * 28, "bb" * 28, "cc" * 28)
+# How long a create waits for a resource that is never free: long enough for another server to start.
+WAIT_S = 15
 HEAD = Node(A, "head", "10.0.0.1", {"CPU": 2, "memory": 1e9}, True)
 ONE = Node(B, "one", "10.0.0.2", {"CPU": 2, "memory": 4e9, "fast": 1}, False)
 TWO = Node(C, "two", "10.0.0.3", {"CPU": 2, "memory": 4e9}, False)
@@ -183,7 +185,7 @@ def wait_for_resources(ray, common):
     busy = {**common, "name": "busy", "num_servers": 2}
     place = {"server-1": {"resources": {"fast": 1}}}
     try:
-        tensorkv.create("dist_async", placement=place, **{**busy, "timeout_s": 3})
+        tensorkv.create("dist_async", placement=place, **{**busy, "timeout_s": WAIT_S})
     except tensorkv.ServerDeadError as error:
         told["waits"] = str(error)
     # Neither server is left, so the name is free.

@@ -136,12 +136,18 @@ def cluster_addresses() -> list[str]:
 
 
 def awaited_resources(actor: Any) -> dict[str, float] | None:
-    """Return the resources that an actor asks for and for which it is waiting; None: it is not waiting."""
-    accessor: Any = state.state._connect_and_get_accessor()
-    found = accessor.get_actor_info(actor._actor_id)
+    """Return the resources for which an actor waits, since no node has them free; None: it does not wait for any."""
+    known: Any = state.state
+    found = known._connect_and_get_accessor().get_actor_info(actor._actor_id)
     told: Any = gcs_pb2.ActorTableData  # type: ignore[attr-defined]
     data = told.FromString(found) if found is not None else None
-    return dict(data.required_resources) if data is not None and data.state == told.PENDING_CREATION else None
+    if data is None or data.state != told.PENDING_CREATION:
+        return None
+    wanted: dict[str, float] = dict(data.required_resources)
+    free: list[dict[str, float]] = list(known.available_resources_per_node().values())
+    # Where a node has them, the actor's process is starting.
+    is_starting = any(all(node.get(word, 0) >= amount for word, amount in wanted.items()) for node in free)
+    return None if is_starting else wanted
 
 
 def leave_to_parent() -> None:

@@ -10,7 +10,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorkv.engines.partition import Runs, borders, cut, lightest
+from tensorkv.engines.partition import Runs, borders, cut, lightest, pieces
 
 SHAPES = st.lists(st.integers(0, 2000), max_size=3).map(tuple)
 
@@ -35,6 +35,22 @@ def test_large_values_are_divided_where_vectors_end(shape, owners):
     sizes = [(high - low) * width for low, high in itertools.pairwise(found)]
     assert all(low * width % 64 == 0 for low in found[:-1])
     assert max(sizes) < 1.25 * sum(sizes) / owners
+
+
+@pytest.mark.parametrize("shape", [(100, 4097), (150, 4097), (64, 4099), (129, 30_001), (200, 2001, 3)])
+@pytest.mark.parametrize("owners", [2, 3, 4])
+def test_a_few_rows_of_odd_length_are_divided_as_evenly_as_they_can_be(shape, owners):
+    ends = np.array(borders(shape, owners, 0))
+    # A part is off by less than the 64 rows of a step.
+    assert np.abs(np.diff(ends) - shape[0] / owners).max() <= 64
+    assert ((ends[1:-1] % 64 == 0) | (ends[1:-1] == shape[0])).all()
+
+
+def test_what_has_too_few_rows_of_odd_length_goes_where_least_is():
+    assert borders((10, 30_001), 4, 2) == [0, 0, 0, 10, 10]
+    assert pieces((10, 30_001), [5, 3, 9]) == [(1, 0, 10)]
+    assert pieces((100, 4097), [0, 0]) == [(0, 0, 64), (1, 64, 100)]
+    assert pieces((100, 4097), [1, 1], weights=[1, 9]) == [(1, 0, 100)]
 
 
 def test_few_rows_have_one_owner():

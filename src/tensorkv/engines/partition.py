@@ -35,21 +35,25 @@ def borders(
         weights: of the owners' parts, positive (None: all are alike).
 
     >>> borders((1_000_000,), 4, 0)
-    [0, 249984, 499968, 749952, 1000000]
+    [0, 249984, 500032, 750016, 1000000]
     >>> borders((1_000_000,), 2, 0, weights=[3, 1])
-    [0, 749952, 1000000]
+    [0, 750016, 1000000]
     >>> borders((2, 3), 4, lead=1)
     [0, 0, 2, 2, 2]
     """
     rows = shape[0] if shape else 1
     numel = math.prod(shape)
+    undivided = [0] * (lead + 1) + [rows] * (owners - lead)
     if whole or numel < _WHOLE or rows < owners:
-        return [0] * (lead + 1) + [rows] * (owners - lead)
+        return undivided
     # torch computes the last few elements of an array otherwise than the rest, and they may round differently:
     # parts end where its vectors end.
     step = _VECTOR // math.gcd(_VECTOR, numel // rows)
     before = [0, *accumulate(weights or [1] * owners)]
-    return [rows * weight // before[-1] // step * step for weight in before[:-1]] + [rows]
+    unit = before[-1] * step
+    # The nearest multiples of a step.
+    found = [min(rows, (rows * weight + unit // 2) // unit * step) for weight in before[:-1]] + [rows]
+    return found if any(0 < end < rows for end in found) else undivided
 
 
 def lightest(loads: Sequence[int], weights: Sequence[int] | None = None) -> int:
@@ -184,7 +188,7 @@ def pieces(
         (server, first row, row after the last) for each piece, in the order of rows.
 
     >>> pieces((1_000_000,), [0, 0])
-    [(0, 0, 499968), (1, 499968, 1000000)]
+    [(0, 0, 500032), (1, 500032, 1000000)]
     >>> pieces((10,), [8, 0])
     [(1, 0, 10)]
     """

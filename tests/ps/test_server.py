@@ -1289,6 +1289,32 @@ def test_a_pull_finds_keys_that_another_client_has_re_created_on_other_servers(k
         assert outs[0][0] == 1
 
 
+def test_what_is_told_of_a_key_that_another_client_has_re_created_on_another_server():
+    with Cluster(2) as cluster:
+        first, second = cluster.stores(2)
+        for kv in (first, second):
+            kv._engine._ending.set()
+            kv._engine._heartbeats.join()
+        first.init("w", np.zeros(3, F32))
+        assert first.info("w").shape == (3,)
+        second.delete("w")
+        # It goes to the other server, where there is room.
+        second.init("large", np.zeros(1_000, F32))
+        second.init("w", np.zeros(5, F32))
+        second.push("w", np.ones(5, F32))
+        with pytest.raises(tensorkv.ValueMismatchError):
+            first.pull("w", out=np.empty(3, F32), min_version=1)
+        assert first.pull("w", min_version=1).tolist() == [1] * 5
+        second.delete("w")
+        second.delete("large")
+        second.init("w", np.zeros(2, F32))
+        found = first.info("w")
+        assert (found.shape, found.version, found.nbytes) == ((2,), 0, 8)
+        second.delete("w")
+        with pytest.raises(tensorkv.KeyNotFoundError, match=r'info\("w"\): no such key'):
+            first.info("w")
+
+
 def test_servers_end_with_the_last_client_and_not_while_another_may_only_be_busy():
     with Cluster(2, num_workers=3) as cluster:
         first, busy, last = cluster.stores(3)

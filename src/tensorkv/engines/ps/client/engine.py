@@ -30,6 +30,7 @@ from tensorkv.engines.ps.ray.metrics import merge_stats
 from tensorkv.engines.transport.rendezvous import launched
 from tensorkv.errors import (
     ArgumentError,
+    KeyNotFoundError,
     OptimizerError,
     PushOutcomeUnknownError,
     ServerDeadError,
@@ -560,6 +561,8 @@ class PSEngine(Engine):
         return self._keymap.find(verb, key).spec
 
     def info(self, key: Key) -> KeyInfo:
+        # Another client may have re-created it.
+        self._keymap.refresh()
         spec, servers = (placement := self._keymap.find("info", key)).spec, sorted(set(placement.servers))
         told = self._ask(messages.Info(key=key), servers)
         shape, dtype = tuple(spec.shape), interop.dtype_name(spec.dtype)
@@ -732,6 +735,14 @@ class PSEngine(Engine):
         return shield.run(self._releases.wait, after, timeout_s, lease_s)
 
     def wait_for(self, keys: Sequence[Key], min_version: int, timeout_s: float) -> None:
+        try:
+            self._wait_for(keys, min_version, timeout_s)
+        except KeyNotFoundError:
+            # Another client may have re-created it on another server.
+            self._keymap.refresh()
+            self._wait_for(keys, min_version, timeout_s)
+
+    def _wait_for(self, keys: Sequence[Key], min_version: int, timeout_s: float) -> None:
         layout = self._keymap.layout("pull", tuple(dict.fromkeys(keys)))
         message = messages.WaitForVersion(min_version=min_version)
         requests = [ServerRequest(each.server, message, each.keys) for each in layout.pushed]

@@ -23,6 +23,7 @@ from tensorkv.engines.ps.client import data as client_data
 from tensorkv.engines.ps.client import layout
 from tensorkv.engines.ps.client.coded import CodedLayout
 from tensorkv.engines.ps.client.data import DataClient
+from tensorkv.engines.ps.client.session import SessionPool
 from tensorkv.engines.ps.ray import handle
 from tensorkv.engines.ps.server.state import ServerState
 from tensorkv.engines.transport import channel
@@ -466,3 +467,37 @@ def test_the_same_compression_in_another_store_is_worked_out_once(monkeypatch):
             for _ in range(3):
                 kv.push("w", np.ones(9, np.float32))
     assert len(made) == 2
+
+
+def test_sessions_that_were_interrupted_are_let_go_and_still_count():
+    made = []
+
+    def make(number):
+        made.append(mock.Mock(number=number, is_idle=True, resent=1, socket_requests=2))
+        return made[-1]
+
+    def interrupted():
+        with pool.take() as session:
+            session.is_idle = False
+            raise KeyboardInterrupt
+
+    pool = SessionPool(make)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+    with pool.take() as idle:
+        pass
+    with pool.take() as again:
+        assert again is idle
+        assert (pool.resent, pool.socket_requests) == (4, 8)
+    assert pool._open == {idle}
+    pool.clear()
+    with pool.take() as session:
+        # Servers remember the last request of each session.
+        assert session.number == 4
+    pool.close()
+    assert not pool._open
+    assert [session.number for session in made] == [0, 1, 2, 3, 4]
+    assert (pool.resent, pool.socket_requests) == (5, 10)
+    for session in made:
+        session.close.assert_called_once()

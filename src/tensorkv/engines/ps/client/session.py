@@ -174,7 +174,10 @@ class SessionPool:
         self._lock = threading.Lock()
         self._closed = False
         self._free: list[Session] = []
-        self._all: list[Session] = []
+        self._open: set[Session] = set()
+        self._made = 0
+        # Of sessions that were closed: requests that were sent again, and over a socket.
+        self._resent = self._socket_requests = 0
 
     @contextmanager
     def take(self) -> Iterator[Session]:
@@ -188,8 +191,9 @@ class SessionPool:
                 raise StoreClosedError("this store was closed; create another")
             if not self._free:
                 # Numbers are not used twice: servers remember the last request of each session.
-                self._free.append(self._make(len(self._all)))
-                self._all.append(self._free[-1])
+                self._free.append(self._make(self._made))
+                self._made += 1
+                self._open.add(self._free[-1])
             session = self._free.pop()
         try:
             yield session
@@ -199,23 +203,31 @@ class SessionPool:
                 if session.is_idle and not self._closed:
                     self._free.append(session)
                 else:
-                    session.close()
+                    self._drop(session)
+
+    def _drop(self, session: Session) -> None:
+        session.close()
+        self._open.discard(session)
+        self._resent += session.resent
+        self._socket_requests += session.socket_requests
 
     @property
     def resent(self) -> int:
         """How many requests were sent again."""
-        return sum(session.resent for session in self._all)
+        with self._lock:
+            return self._resent + sum(session.resent for session in self._open)
 
     @property
     def socket_requests(self) -> int:
         """How many requests went over a socket instead of through Ray."""
-        return sum(session.socket_requests for session in self._all)
+        with self._lock:
+            return self._socket_requests + sum(session.socket_requests for session in self._open)
 
     def clear(self) -> None:
         """Drop idle sessions; the next one is a new session for servers."""
         with self._lock:
             for session in self._free:
-                session.close()
+                self._drop(session)
             self._free.clear()
 
     def close(self) -> None:

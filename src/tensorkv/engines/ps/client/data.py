@@ -72,7 +72,6 @@ class DataClient:
         is_sync: whether the sums of several workers are added before they are rounded, in rounds.
         nonfinite: checks sums before they are sent, so that no server refuses what another has applied.
         averages: whether a push takes the means of parts.
-        pull_dtype: in which values of float32 and float64 are pulled (None: in their own).
     """
 
     def __init__(
@@ -84,10 +83,9 @@ class DataClient:
         is_sync: bool,
         nonfinite: NonFinitePolicy,
         averages: bool,
-        pull_dtype: str | None = None,
     ) -> None:
         self._sessions, self._keymap, self._same_host, self._is_sync = sessions, keymap, list(same_host), is_sync
-        self._nonfinite, self._averages, self.pull_dtype = nonfinite, averages, pull_dtype
+        self._nonfinite, self._averages = nonfinite, averages
         self._pool = Pool()
         self._rounds = RoundNumbers()
         self.last_push = PushResult()
@@ -96,6 +94,11 @@ class DataClient:
         """Of the gradients of this worker, by key and server."""
         self._coded: Recent[Layout, CodedLayout] = Recent(_MAX_CODED)
         self._compressing = threading.Lock()
+
+    @property
+    def pull_dtype(self) -> str | None:
+        """In which values of float32 and float64 are pulled (None: in their own)."""
+        return self._keymap.placed.pull_dtype
 
     def close(self) -> None:
         """End the threads."""
@@ -275,7 +278,7 @@ class DataClient:
         for each, pulled in zip(coded.servers, call.layout.pulled, strict=True):
             message = Push(counts=self._counts(call.batch, each.indices), codec=codec)
             if call.pulls:
-                message.pulls, message.checksum, message.pull_dtype = True, pulled.checksum, self.pull_dtype
+                message.pulls, message.checksum, message.pull_dtype = True, pulled.checksum, call.layout.pull_dtype
             words = torch.from_numpy(sending.words[each.place])
             reply_nbytes = pulled.nbytes if call.pulls else 0
             requests.append(
@@ -472,7 +475,7 @@ class DataClient:
             targets = placed.look(keys, outs=outs)
             pulled = {each.server: each for each in placed.layout(keys).pulled}
             requests = [
-                _with(each, pulls=True, checksum=pulled[each.server].checksum, pull_dtype=self.pull_dtype)._replace(
+                _with(each, pulls=True, checksum=pulled[each.server].checksum, pull_dtype=placed.pull_dtype)._replace(
                     reply_nbytes=pulled[each.server].nbytes
                 )
                 for each in requests
@@ -505,7 +508,7 @@ class DataClient:
             own = self._counts(parts, pushed.indices)
             message = Push(counts=own, scale=scale)
             if outs is not None:
-                message.pulls, message.checksum, message.pull_dtype = True, pulled.checksum, self.pull_dtype
+                message.pulls, message.checksum, message.pull_dtype = True, pulled.checksum, layout.pull_dtype
             reply_nbytes = 0 if outs is None else pulled.nbytes
             requests.append(ServerRequest(pushed.server, message, pushed.layout, pushed.nbytes, fill, reply_nbytes))
         with self._sessions.take() as session:

@@ -123,7 +123,6 @@ class PSEngine(Engine):
             is_sync=is_sync,
             nonfinite=self._nonfinite,
             averages=options.reduce == "mean",
-            pull_dtype=options.pull_dtype,
         )
         self._snapshots = SnapshotClient(self._sessions, self._data, len(servers))
         self._releases = ReleaseClient(self._sessions, self._data, self._snapshots, len(servers))

@@ -98,7 +98,7 @@ class Job:
                     )
 
     def tell(self, kv, rank, step):
-        text = kv._engine.broadcast_text(f"step {step} of {rank}")
+        text = kv._engine._on_rank_0(lambda: f"step {step} of {rank}")
         if text != f"step {step} of 0":
             raise BrokenPromiseError(f"rank {rank} was told {text!r} at step {step}")
 

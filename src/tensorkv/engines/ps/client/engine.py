@@ -602,11 +602,10 @@ class PSEngine(Engine):
             self._barriers += 1
             self._ask(messages.Barrier(number=self._barriers), [0])
 
-    def broadcast_text(self, text: str) -> str:
-        """Return rank 0's text to every worker."""
+    def _broadcast(self, text: str) -> str:
+        """Return rank 0's text to every worker, as the present broadcast."""
         if self._options.num_workers == 1 or self._worker_rank is None:
             return text
-        self._broadcasts += 1
         mine = text if self._rank == 0 else None
         told: str = self._ask(messages.Broadcast(number=self._broadcasts, text=mine), [0])[0]["text"]
         return told
@@ -688,23 +687,21 @@ class PSEngine(Engine):
             call: the function.
             share: what every worker does before.
         """
-        number, is_mine = self._broadcasts + 1, self.decides or self._worker_rank is None
+        self._broadcasts += 1
+        is_mine = self.decides or self._worker_rank is None
         problem: Exception | None = None
         failed: list[str] | None = None
         result: Any = None
         try:
-            try:
-                share()
-                result = call() if is_mine else None
-            except Exception as error:
-                if not is_mine:
-                    raise
-                # Of whatever kind: the others wait for it.
-                problem, text = error, f"rank 0 failed: {type(error).__name__}: {error}"
-                failed = errors.encode(error if isinstance(error, TensorKVError) else WorkerError(text))
-            failed, result = json.loads(self.broadcast_text(json.dumps([failed, result])))
-        finally:
-            self._broadcasts = number
+            share()
+            result = call() if is_mine else None
+        except Exception as error:
+            if not is_mine:
+                raise
+            # Of whatever kind: the others wait for it.
+            problem, text = error, f"rank 0 failed: {type(error).__name__}: {error}"
+            failed = errors.encode(error if isinstance(error, TensorKVError) else WorkerError(text))
+        failed, result = json.loads(self._broadcast(json.dumps([failed, result])))
         if problem is not None:
             raise problem
         if failed is not None:

@@ -487,7 +487,9 @@ class WorkerUpdate:
         if self._kv._engine.decides:
             # It creates the keys, or gets a KeyExistsError.
             return
-        pushed = next((key for key in self._params if key in self._kv and self._kv.info(key).version), None)
+        # Asked once: servers are asked anew for each key that is missing.
+        held = set(self._kv.keys())
+        pushed = next((key for key in self._params if key in held and self._kv.info(key).version), None)
         if pushed is not None:
             raise ArgumentError(
                 f"Trainer: the store holds sums of gradients, not weights, as of {quote(pushed)}, so a worker that "

@@ -53,7 +53,7 @@ def test_workers_whose_pushes_are_not_summed_need_the_store_to_update(overlap):
 
 
 def test_workers_that_wait_for_each_other_and_cannot_agree():
-    """They would push different lists of keys, or a different number of times, and wait for each other in vain."""
+    """They would push different lists of keys, or a different number of times, and wait until the timeout."""
     model = nn.Linear(2, 1)
     with Cluster(mode="sync", num_workers=2) as cluster:
         kv = cluster.store()

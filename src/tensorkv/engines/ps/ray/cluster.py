@@ -333,7 +333,7 @@ def make_servers(options: PSOptions) -> tuple[list[ServerHandle], PSOptions]:
 
     Raises:
         ArgumentError: a node that a server is to run on is not there.
-        ServerDeadError: a server waits in vain for its resources, or does not start.
+        ServerDeadError: a server does not start within the timeout, as where no node has its resources free.
         StorageError: a server's folder cannot be opened.
     """
     name, timeout_s = options.name, options.timeout_s

@@ -107,6 +107,40 @@ def test_zeros_in_the_middle_are_damage(tmp_path):
         lsns(segment)
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_damaged_log_can_be_read_again_after_what_the_message_says(index, tmp_path):
+    write_segment(tmp_path, numbers(4))
+    wal, _ = open_wal(tmp_path)
+    for record in numbers(3):
+        wal.append(record)
+    wal.close()
+    segments = sorted(tmp_path.glob("log-*"))
+    data = bytearray(segments[index].read_bytes())
+    at = len(data) // (4 - index) * 2
+    data[at + 40] ^= 1
+    segments[index].write_bytes(data)
+    with pytest.raises(StorageError, match=f"{segments[index].name}: damaged at byte {at}: .* truncate") as caught:
+        open_wal(tmp_path)
+    assert ("remove the log files of higher numbers" in str(caught.value)) == (index == 0)
+    os.truncate(segments[index], at)
+    for later in segments[index + 1 :]:
+        later.unlink()
+    wal, found = open_wal(tmp_path)
+    wal.close()
+    assert [head["i"] for (head, _, _), _ in found] == [[0, 1], [0, 1, 2, 3, 0, 1]][index]
+
+
+def test_a_damaged_snapshot_is_not_to_be_truncated(folder_with_both, tmp_path):
+    folder = shutil.copytree(folder_with_both, tmp_path / "copy")
+    (file,) = folder.glob("snapshot-*")
+    data = bytearray(file.read_bytes())
+    data[40] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(StorageError, match=f"{file.name}: damaged at byte 0: ") as caught:
+        open_wal(folder)
+    assert str(caught.value).endswith("; restore the folder from a copy")
+
+
 @pytest.mark.parametrize("kind", ["log", "snapshot"])
 def test_files_of_another_version_are_not_called_damaged(kind, folder_with_both, tmp_path):
     folder = shutil.copytree(folder_with_both, tmp_path / "copy")

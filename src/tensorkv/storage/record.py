@@ -39,6 +39,7 @@ END = b"end\n"
 _MAX_HEAD_NBYTES = 1 << 28
 # One call of the system takes at most 1024 buffers and 2 GiB.
 _CALL_BUFFERS, _CALL_NBYTES = 512, 1 << 30
+RESTORE = "restore the folder from a copy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,13 +191,15 @@ class Reader:
     Args:
         folder: where the file is.
         name: of a regular file; links out of the folder are not followed.
+        remedy: what can be done where it is damaged, for the message.
 
     Raises:
         StorageError: the file cannot be read.
     """
 
-    def __init__(self, folder: Folder, name: str) -> None:
+    def __init__(self, folder: Folder, name: str, remedy: str = RESTORE) -> None:
         self.file = folder / name
+        self._remedy = remedy
         self.is_torn = False
         self.record_nbytes = 0
         """Bytes of the record that was yielded last."""
@@ -264,10 +267,7 @@ class Reader:
                 raise StorageError("a damaged record: its end mark does not match")
             return frame.lsn, record, end
         except StorageError as error:
-            raise StorageError(
-                f"{self.file}: damaged at byte {at}: {error}; restore the folder from a copy, or truncate the file "
-                "there and lose what was pushed since"
-            ) from None
+            raise StorageError(f"{self.file}: damaged at byte {at}: {error}; {self._remedy}") from None
 
     def _frame(self, at: int) -> Frame | None:
         """Return the frame; None where the log ends, with zeros or with an unfinished frame followed by zeros."""

@@ -416,13 +416,15 @@ class LogReader:
                 ended = each.head.get("verb") == "end"
                 yield each
         if not ended or reader.is_torn:
-            raise StorageError(f"{reader.file}: damaged: it ends early; restore the folder from a copy")
+            raise StorageError(f"{reader.file}: damaged: it ends early; {record.RESTORE}")
 
     def _read_segment(self, name: str, first: int, following: int | None) -> Iterator[Record]:
         if first > self.lsn + 1:
             self._missing(name, self.lsn + 1, first)
         expected = first
-        with record.Reader(self._folder, name) as reader:
+        later = "" if following is None else " and remove the log files of higher numbers"
+        remedy = f"{record.RESTORE}, or truncate the file there{later}; what was pushed since is lost then"
+        with record.Reader(self._folder, name, remedy) as reader:
             for lsn, each in reader.records():
                 # A process that took this writer for dead has begun the next segment where it found this one to end.
                 if following is not None and lsn >= following:
@@ -440,9 +442,7 @@ class LogReader:
             self._missing(name, self.lsn + 1, following)
 
     def _missing(self, name: str, lsn: int, found: int) -> NoReturn:
-        raise StorageError(
-            f"{self._folder / name}: record {lsn} is missing, {found} comes next; restore the folder from a copy"
-        )
+        raise StorageError(f"{self._folder / name}: record {lsn} is missing, {found} comes next; {record.RESTORE}")
 
 
 def _files(folder: Folder) -> tuple[list[tuple[int, str]], list[tuple[int, int, str]]]:

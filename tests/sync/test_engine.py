@@ -252,6 +252,7 @@ def test_a_killed_worker_is_named(phase, repeat):
         assert errors_of(text) == ["RankDeadError"], text
         assert "rank 2 died or ended early" in text
         assert "refuses RankDeadError" in text
+        assert "Traceback" not in text, "what runs at exit, after close"
 
 
 def test_a_worker_that_ends_early_is_named():

@@ -371,6 +371,8 @@ class ProcessGroup:
         """Let go of everything; a process group that existed before stays."""
         self._gloo = None
         self._store = None
+        # Its file is closed: it no longer tells who is alive.
+        self._control = None
 
 
 def _cores() -> list[int]:

@@ -174,6 +174,18 @@ def decode(data: Sequence[str]) -> TensorKVError:
     return (kind if is_known else TensorKVError)(text)  # type: ignore[misc]
 
 
+def message_of(error: BaseException) -> str:
+    """Return the message of anybody's error; its ``__str__`` may raise.
+
+    >>> message_of(ValueError("too long"))
+    'too long'
+    """
+    try:
+        return str(error)
+    except Exception:
+        return "its message cannot be shown"
+
+
 class SparseOutWarning(UserWarning):
     """``pull`` skipped a sparse ``out``, which ``row_sparse_pull`` fills."""
 

@@ -640,10 +640,16 @@ class OwnError(Exception):
 
 
 RAISED = {
+class SilentError(OwnError):
+    def __str__(self):
+        raise ValueError("no message")
+
+
     "group": lambda: ExceptionGroup("several", [ValueError("one")]),
     "stop": lambda: StopIteration("no more"),
     "own": lambda: OwnError("planted"),
 }
+    "silent": SilentError,
 
 
 def updater_raises_types():

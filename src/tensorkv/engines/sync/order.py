@@ -16,7 +16,7 @@ from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 
-from tensorkv.errors import RankDeadError, TensorKVError, WorkerError, WorkerMismatchError
+from tensorkv.errors import RankDeadError, TensorKVError, WorkerError, WorkerMismatchError, message_of
 from tensorkv.runtime import forks, shield
 from tensorkv.runtime.shield import Steps
 from tensorkv.shard.shard import Shard, kept
@@ -227,7 +227,7 @@ class CollectiveOrder:
             self._raise_first(error, text)
         # The workers of a host all know of missing memory, and go on; those of other hosts do not.
         if not isinstance(error, NoMemoryToShareError) or len(self._host.group.hosts) > 1:
-            how = f"{type(error).__name__}: {error}"
+            how = f"{type(error).__name__}: {message_of(error)}"
             self._host.abort(WorkerError(f"{text[:200]}: rank {self._host.group.rank} broke off: {how}"))
         if isinstance(error, NoMemoryToShareError):
             raise NoMemoryToShareError(f"{text[:200]}: {error}") from error

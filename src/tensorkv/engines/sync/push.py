@@ -31,7 +31,7 @@ from tensorkv.compression import (
     words_layout,
 )
 from tensorkv.engines.partition import Numbers
-from tensorkv.errors import NonFiniteError, TensorKVError, WorkerError, WorkerMismatchError, quote
+from tensorkv.errors import NonFiniteError, TensorKVError, WorkerError, WorkerMismatchError, message_of, quote
 from tensorkv.runtime.recent import Recent
 from tensorkv.runtime.shield import Steps, finish
 from tensorkv.shard import native, reduce
@@ -78,7 +78,7 @@ class _UpdateFailedError(TensorKVError):
     """What an updater has raised on a worker, known to all of them; so the store goes on."""
 
     def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
+        super().__init__(message_of(error))
         self.error = error
 
 
@@ -663,7 +663,7 @@ class Pushes:
             for _, error in mine:
                 raise error
             return
-        described = [[position, type(error).__name__, str(error)[:1000]] for position, error in mine]
+        described = [[position, type(error).__name__, message_of(error)[:1000]] for position, error in mine]
         found = self._group.all_gather_json(described)
         failed = [(rank, *each) for rank, own in enumerate(found) for each in own]
         for position in {position for _, position, _, _ in failed} - {position for position, _ in mine}:

@@ -29,12 +29,22 @@ def mismatch(number: int, calls: dict[str, list[int]]) -> WorkerMismatchError:
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
-    """Return ranks for a message.
+    """Return ascending ranks for a message, of any length.
 
     >>> name_ranks([1]), name_ranks([0, 2])
     ('rank 1', 'ranks 0, 2')
+    >>> name_ranks([0, 2, 3, 4, 5]), name_ranks(range(1, 64, 2))
+    ('ranks 0, 2-5', 'ranks 1, 3, 5, 7, 9, 11, 13, 15 and 24 more')
     """
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs[:8])
+    rest = sum(map(len, runs[8:]))
+    return f"rank{'s' if len(ranks) > 1 else ''} {text}" + (f" and {rest} more" if rest else "")
 
 
 def _hint(calls: Iterable[str]) -> str:

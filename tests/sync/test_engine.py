@@ -489,10 +489,12 @@ def test_checkpoints_go_to_another_number_of_workers(optimizer, tmp_path):
             assert torch.allclose(torch.from_numpy(value), torch.from_numpy(other[key]), atol=1e-5), key
 
 
-def test_a_checkpoint_that_only_some_workers_find_is_an_error(tmp_path):
-    """Else training would begin again, and its first checkpoint would replace the one that is there."""
+def test_workers_that_do_not_find_one_checkpoint_get_an_error(tmp_path):
+    """Else training would begin again on some, and its first checkpoint would replace one, or values would differ."""
     for text in run(3, PROGRAMS, "own_folders", tmp_path):
         assert "refused | /proc/self/cwd/saved: a checkpoint is there on rank 2, and none on ranks 0, 1;" in text, text
+        # Another one than on rank 0, although it fits.
+        assert text.count("differs | /proc/self/cwd/saved: ranks 1, 2 found another checkpoint") == 2, text
         assert "goes on" in text
 
 

@@ -15,6 +15,7 @@ import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,8 @@ def read(path: str, kind: Kind | None = None) -> Contents:
     folder = Path(path)
     try:
         with _locked(folder, exclusive=False):
-            body = read_manifest(path)
+            signed = _read_signed(path)
+            body = signed["body"]
             tensors: Tensors = {}
             for described in body["files"]:
                 read_here = _read_data(folder, described)
@@ -168,7 +170,7 @@ def read(path: str, kind: Kind | None = None) -> Contents:
         raise CheckpointError(
             f"{path}: holds {contents.kind}, expected {kind}; load it with the counterpart of the save that wrote it"
         )
-    return contents
+    return replace(contents, digest=signed["sha256"])
 
 
 def is_missing(path: str) -> bool:
@@ -185,6 +187,12 @@ def is_missing(path: str) -> bool:
 
 def read_manifest(path: str) -> dict[str, Any]:
     """Return the body of a checkpoint's manifest after checking its digest, without reading tensors."""
+    body: dict[str, Any] = _read_signed(path)["body"]
+    return body
+
+
+def _read_signed(path: str) -> dict[str, Any]:
+    """Return a checkpoint's manifest with its digest, which is checked."""
     file = Path(path) / MANIFEST
     try:
         text = _read_bytes(file, limit=_MANIFEST_BYTES)
@@ -208,7 +216,7 @@ def read_manifest(path: str) -> dict[str, Any]:
         raise CheckpointError(f"{file}: expected a list of files")
     if not exact or outer.get("sha256") != _digest(_canonical(body)):
         raise CheckpointError(f"{file}: damaged: its sha256 does not fit its contents")
-    return body
+    return outer
 
 
 def _open_folder(folder: Path) -> None:

@@ -50,6 +50,7 @@ class Contents:
         rule: None where an updater was in force, which cannot be saved.
         owed: what was not sent of compressed gradients, by key and worker.
         releases: of the store (None: they were not saved).
+        digest: of the manifest of the checkpoint that they were read from.
     """
 
     kind: Kind
@@ -57,6 +58,7 @@ class Contents:
     rule: Rule | None
     owed: Mapping[Source, Owed] = field(default_factory=dict)
     releases: SavedReleases | None = None
+    digest: str | None = None
 
 
 # ---------------------------------------------------------------- out

@@ -35,6 +35,10 @@ from .group import ProcessGroup
 from .host import HostGroup
 from .schedule import PartitionedEntry
 
+_ONE_DIRECTORY = (
+    "all workers load from one directory: move the checkpoint to a file system that all hosts share, and give its path "
+    "there"
+)
 # File numbers that each writer has for itself; names have room for five digits.
 _FILES, _ALL_FILES = 1000, 100_000
 
@@ -103,9 +107,8 @@ class ShardedCheckpoint:
         there, missing = ([rank for rank, each in enumerate(answers) if each is which] for which in (False, True))
         if there and missing:
             raise CheckpointError(
-                f"{path}: a checkpoint is there on {name_ranks(there)}, and none on {name_ranks(missing)}; all workers "
-                "load from one directory: move the checkpoint to a file system that all hosts share, and give its path "
-                "there"
+                f"{path}: a checkpoint is there on {name_ranks(there)}, and none on {name_ranks(missing)}; "
+                f"{_ONE_DIRECTORY}"
             )
         return not there
 
@@ -113,15 +116,22 @@ class ShardedCheckpoint:
         """Read a checkpoint on every worker and check that it fits.
 
         Raises:
-            CheckpointError: on every worker, if it does not on one.
+            CheckpointError: on every worker, if it does not on one, or if they have read different ones.
         """
         found: list[Contents] = []
 
-        def read() -> None:
+        def read() -> str | None:
             found.append(checkpoint.read(path, kind))
             self.check(found[0])
+            return found[0].digest
 
-        self._on_all_ranks(read)
+        digests = self._on_all_ranks(read)
+        others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if others:
+            raise CheckpointError(
+                f"{path}: {name_ranks(others)} found another checkpoint there than rank 0; {_ONE_DIRECTORY}; if "
+                "another program saves to that directory now, load when it has done so"
+            )
         return found[0]
 
     def check(self, contents: Contents) -> None:

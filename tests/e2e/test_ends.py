@@ -3,6 +3,7 @@
 import atexit
 import os
 import signal
+import subprocess
 import sys
 import threading
 
@@ -114,6 +115,36 @@ def test_calls_in_exit_handlers_work(engine, n, warm, late, tmp_path):
     with tensorkv.create() as kv:
         kv.load(tmp_path / "saved")
         assert kv.info("w").version == 2 + (warm == "warm")
+
+
+FINALIZER = """
+import sys
+import numpy as np, tensorkv
+
+class Run:
+    def __init__(self, **options):
+        self.kv = tensorkv.create("local", threads=2, **options)
+        self.kv.init("w", np.zeros(1_000_000, np.float32))
+        self.kv.push("w", np.ones(1_000_000, np.float32))
+        self.me = self
+
+    def __del__(self):
+        assert sys.is_finalizing()
+        self.kv.push("w", np.full(1_000_000, 2, np.float32))
+        assert self.kv.pull("w").tolist() == [2] * 1_000_000
+        self.kv.close()
+        print("done", flush=True)
+
+run = Run(**({"path": sys.argv[1]} if len(sys.argv) > 1 else {}))
+"""
+
+
+@pytest.mark.parametrize("engine", ["memory", "folder"])
+def test_calls_in_finalizers_at_the_end_of_the_interpreter_work(engine, tmp_path):
+    """Threads of the store have ended by then."""
+    command = [sys.executable, "-c", FINALIZER, *([str(tmp_path)] if engine == "folder" else [])]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
 
 
 def push_until_terminated(folder, n, how, acknowledged):

@@ -1,5 +1,7 @@
 """The pool runs everything to its end, leaves torch's threads as it found them, and ends when it is closed."""
 
+import os
+import signal
 import threading
 
 import pytest
@@ -79,6 +81,49 @@ def test_a_closed_pool_starts_again(pool):
     pool.close()
     assert not any(thread.name.startswith("tensorkv-pool") for thread in threading.enumerate())
     pool.run([int])
+
+
+def test_a_run_during_which_the_pool_is_closed_ends(pool, monkeypatch):
+    """As by another thread, or by a finalizer that the garbage collector runs."""
+
+    class ClosingShare(pool_module._Share):
+        def __init__(self, jobs):
+            super().__init__(jobs)
+            pool.close()
+
+    done = []
+    pool.run([lambda: done.append(0)] * 2)
+    monkeypatch.setattr(pool_module, "_Share", ClosingShare)
+    pool.run([lambda: done.append(1)] * 4)
+    assert done == [0, 0, 1, 1, 1, 1]
+
+
+def test_closing_beside_runs(pool):
+    done, stop = [], threading.Event()
+
+    def close():
+        while not stop.is_set():
+            pool.close()
+
+    closing = threading.Thread(target=close)
+    closing.start()
+    for turn in range(200):
+        pool.run([lambda turn=turn: done.append(turn)] * 2)
+    stop.set()
+    closing.join()
+    assert done == [turn for turn in range(200) for _ in range(2)]
+
+
+def test_a_child_that_is_forked_while_threads_are_started_starts_its_own():
+    pool = Pool(2)
+    with pool._starting:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            done = []
+            pool.run([lambda: done.append(threading.get_ident())] * 2)
+            os._exit(0 if len(done) == 2 and threading.get_ident() not in done else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_one_torch_thread_for_a_block():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -87,6 +88,7 @@ class Pool:
         self._threads: list[threading.Thread] = []
         self._process = 0
         self._starting = threading.Lock()
+        _pools.add(self)
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Run jobs that touch different memory; return when all have run, raise what a failed one raised.
@@ -94,15 +96,13 @@ class Pool:
         Args:
             jobs: at least one.
         """
-        if not self._start():
+        count = min(self.threads, len(jobs))
+        shares = [_Share(jobs[first::count]) for first in range(count)]
+        if not self._hand_over(shares):
             with OneTorchThread():
                 for job in jobs:
                     job()
             return
-        count = min(self.threads, len(jobs))
-        shares = [_Share(jobs[first::count]) for first in range(count)]
-        for share in shares:
-            self._shares.put(share)
         for share in shares:
             share.done.acquire()
         for share in shares:
@@ -133,18 +133,28 @@ class Pool:
         )
 
     def close(self) -> None:
-        """End the threads; a later ``run`` starts new ones."""
-        if self._end is not None:
-            self._end()
-            self._end = None
-        for thread in self._threads:
-            thread.join()
-        self._threads = []
-
-    def _start(self) -> bool:
-        """Start the threads, if this process has not; False where it cannot."""
+        """End the threads when they have done what they were given; a later ``run`` starts new ones."""
         with self._starting:
-            return (self._end is not None and self._process == os.getpid()) or self._start_threads()
+            ending, self._threads = self._threads, []
+            if self._end is not None:
+                self._end()
+                self._end = None
+        # The interpreter ends daemons without a word.
+        for thread in () if sys.is_finalizing() else ending:
+            thread.join()
+
+    def _hand_over(self, shares: Sequence[_Share]) -> bool:
+        """Give shares to the threads, which are started if they are not; False where that cannot be."""
+        # The lock: what is put behind the end of the threads, nobody takes.
+        with self._starting:
+            if sys.is_finalizing() or not (self._is_started() or self._start_threads()):
+                return False
+            for share in shares:
+                self._shares.put(share)
+            return True
+
+    def _is_started(self) -> bool:
+        return self._end is not None and self._process == os.getpid()
 
     def _start_threads(self) -> bool:
         outside = torch.get_num_threads()
@@ -200,6 +210,18 @@ def _serve(shares: SimpleQueue[_Share | None], ready: threading.Semaphore) -> No
         share.do()
         # Else its error, and what that leads to, would stay until the next one comes.
         del share
+
+
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+def _unlock_in_child() -> None:
+    """Let a forked child start threads: another thread of its parent may have been starting some."""
+    for pool in _pools:
+        pool._starting = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 def _end_threads(shares: SimpleQueue[_Share | None], count: int) -> None:

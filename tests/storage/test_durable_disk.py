@@ -101,6 +101,22 @@ def test_a_limit_on_the_size_of_files(kv, tmp_path):
     again.close()
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_nothing_is_told_of_a_push_that_was_not_written(stride, kv, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    kv.set_optimizer("sgd", lr=1.0, max_grad_norm=1.0)
+    gradient = np.ones(20_000, np.float32)[: 10_000 * stride : stride]
+    kv.push("w", gradient)
+    assert kv.last_push.grad_norm == 100
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", fail)
+        with pytest.raises(StorageError, match="No space left"):
+            kv.push("w", gradient)
+    assert kv.last_push == (None, None)
+
+
 @pytest.mark.parametrize("calls", [["pwritev"], ["fdatasync"], ["pwritev", "ftruncate"]])
 def test_a_disk_that_fails(calls, kv, tmp_path, monkeypatch):
     def fail(*_):

@@ -243,17 +243,22 @@ class Shard(native.ShardFields):
                 if is_begun:
                     self._run(batch)
                 return is_begun
+            result = None
             if self._decides:
                 clipping = self._rule.clipping if scale is None else None
+                # Of a push that is refused nothing is told.
+                self.last_push = PushResult()
                 decided = self._nonfinite.decide_plain(batch, clipping, self.pool)
                 if decided is None:
                     return False
-                found, self.last_push = decided
+                found, result = decided
                 batch.scale = found if scale is None else scale
             if self._steps is None or not self._begin(batch, self._entries, self._steps[0]):
                 return False
             sums = None if self.log is None else self._sums_of(batch)
             self._commit(PlainPush(batch, batch.cells, sums, requests=requests))
+            if result is not None:
+                self.last_push = result
             return True
 
     def _begin(self, batch: native.Batch, entries: dict[Key, Entry], step: Any) -> bool:
@@ -987,12 +992,12 @@ class Shard(native.ShardFields):
                 move_to_parts(entries, parts)
             gathered = dict(zip(batch.keys, parts, strict=True))
             with self._in_order(entries):
-                found = 1.0
+                found, result = 1.0, None
                 if self._decides or self.averages:
                     clipping = self._rule.clipping if scale is None else None
                     # Of a push that is refused nothing is told.
                     self.last_push = PushResult()
-                    kept, parts, found, self.last_push = self._nonfinite.decide(batch, entries, self.averages, clipping)
+                    kept, parts, found, result = self._nonfinite.decide(batch, entries, self.averages, clipping)
                     entries = list(kept)
                 scale = found if scale is None else scale
                 change = Push(entries, parts, outs, scale, slices, requests=requests)
@@ -1000,6 +1005,8 @@ class Shard(native.ShardFields):
                     counted = set(change.updated())
                     change.others = [key for key in pushed if key not in counted]
                 filled = self._commit(change)
+                if result is not None:
+                    self.last_push = result
             for entry in slices.ended:
                 # For the next slices, or the next change under a snapshot.
                 (memory,) = gathered[entry.key]

@@ -903,6 +903,45 @@ def test_a_change_of_the_rule_waits_for_rank_0_and_for_no_more_than_it():
             second.set_optimizer("adam")
 
 
+@pytest.mark.parametrize("has_set", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_reader_that_takes_a_rank_counts_the_rules_that_were_set(rank, has_set):
+    with Cluster(2, mode="sync", num_workers=2) as cluster, ThreadPoolExecutor(1) as pool:
+        stores = cluster.stores(3)
+        stores[0].init("w", np.zeros(3, F32))
+        stores[0].set_optimizer("sgd", lr=1.0)
+        stores[1].set_optimizer("sgd", lr=1.0)
+        if has_set:
+            stores[2].set_optimizer("sgd", lr=1.0)
+        cluster.drop(stores.pop(rank))
+        worker, reader = stores
+        pushing = pool.submit(reader.push, "w", np.ones(3, F32))
+        until(lambda: reader.rank == rank)
+        worker.push("w", np.ones(3, F32))
+        pushing.result(LIMIT_S)
+        first, second = sorted(stores, key=lambda kv: kv.rank)
+        waiting = pool.submit(second.set_optimizer, "adam")
+        with pytest.raises(TimeoutError):
+            waiting.result(0.1)
+        first.set_optimizer("adam")
+        waiting.result(LIMIT_S)
+
+
+def test_a_rule_that_rank_0_could_not_set_is_not_counted():
+    with Cluster(2, num_workers=2) as cluster, ThreadPoolExecutor(1) as pool:
+        first, second = cluster.stores(2)
+        planted = mock.patch.object(type(first._engine), "_send_rule", side_effect=tensorkv.StorageError("planted"))
+        with planted, pytest.raises(tensorkv.StorageError, match="planted"):
+            first.set_optimizer("sgd", lr=1.0)
+        first.set_optimizer("sgd", lr=1.0)
+        second.set_optimizer("sgd", lr=1.0)
+        waiting = pool.submit(second.set_optimizer, "adam")
+        with pytest.raises(TimeoutError):
+            waiting.result(0.1)
+        first.set_optimizer("adam")
+        waiting.result(LIMIT_S)
+
+
 def test_rules_that_a_trainer_sets_are_not_counted():
     """Rank 0 may have set one before another worker looks, and changes its numbers alone."""
     sgd = optimizers.spec("sgd", {"lr": 1.0})

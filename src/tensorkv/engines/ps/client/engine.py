@@ -126,7 +126,7 @@ class PSEngine(Engine):
         )
         self._snapshots = SnapshotClient(self._sessions, self._data, len(servers))
         self._releases = ReleaseClient(self._sessions, self._data, self._snapshots, len(servers))
-        self._claiming, self._claims = threading.Lock(), 0
+        self._claiming, self._claims, self._rules = threading.Lock(), 0, 0
         self._ranking = threading.Lock()
         self._all = range(len(servers))
         # A worker that is late, or waits for a slow server, must not be taken for dead.
@@ -175,7 +175,6 @@ class PSEngine(Engine):
         if "ending" in told:
             raise StoreEndingError("create: the last client has just closed this store, and its servers are ending")
         self._barriers, self._broadcasts, self._leaves = told["completed"]
-        self._rules = 0
         # This session was made without a rank.
         self._sessions.clear()
         return int(told["rank"])
@@ -198,6 +197,8 @@ class PSEngine(Engine):
                     self._owner = before
                     self._sessions.clear()
                     continue
+                # This process goes on where it is, and does not set again what the worker before it has set.
+                self._rules = max(self._rules, self._ask(messages.WaitForRule(number=0), [0])[0]["number"])
                 old.send([ServerRequest(server, messages.Disconnect()) for server in self._all])
                 old.close()
                 return
@@ -439,11 +440,13 @@ class PSEngine(Engine):
 
     def _set_rule(self, verb: str, spec: OptimizerSpec | None) -> None:
         """Set an optimizer (None: assignment), or wait until rank 0 has set the rule as often as this worker."""
-        self._rules += 1
         if self.decides:
-            self._send_rule(spec, self._rules)
+            # One that fails is made again.
+            self._send_rule(spec, self._rules + 1)
+            self._rules += 1
         else:
             told = self._ask(messages.WaitForRule(number=self._rules))[0]
+            self._rules += 1
             name = None if spec is None else spec.name
             if told["number"] == self._rules and told["name"] != name:
                 raise WorkerMismatchError(

@@ -688,6 +688,25 @@ def updater_raises_types():
         say("goes on")
 
 
+def closed_by_two_threads():
+    """The second thread comes when the first has met the other workers and takes the store down."""
+    kv = create()
+    kv.init("w", np.zeros(3, F32))
+    pushes, ended = kv._engine._pushes, []
+    second = threading.Thread(target=lambda: ended.append(kv.close()))
+
+    def closing():
+        second.start()
+        second.join(0.5)
+        say("second", "went on" if ended else "waits")
+        close()
+
+    close, pushes.close = pushes.close, closing
+    kv.close()
+    second.join()
+    say("closed", ended)
+
+
 def forgotten_close():
     """A process that ends without close, its last push being on the way."""
     kv = create(shared_memory=False)

@@ -329,6 +329,11 @@ def test_what_an_updater_raises_has_its_type_where_that_can_be_made(workers):
     assert {(name, where) for name, _, where, _ in found} == {(n, w) for n in RAISED for w in ("here", "there")}
 
 
+def test_two_threads_may_close_a_store():
+    for text in run(2, PROGRAMS, "closed_by_two_threads"):
+        assert text.splitlines() == ["second waits", "closed [None]"], text
+
+
 @pytest.mark.parametrize("repeat", range(amount(1, 3)))
 def test_a_process_may_end_without_close(repeat):
     for text in run(2, PROGRAMS, "forgotten_close"):

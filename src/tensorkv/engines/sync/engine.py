@@ -91,7 +91,7 @@ class DistEngine(Engine):
         self._values: dict[Key, PartitionedEntry] = {}
         # Bytes that each owner updates, and whether the rule has to see whole values.
         self._loads = [0] * self._chain.owners
-        self._keeps_whole = False
+        self._keeps_whole = self._is_closed = False
         self._policy = NonFinitePolicy(nonfinite, group.all_gather_json)
         self._compressor = Compressor()
         self._checkpoint = ShardedCheckpoint(
@@ -496,7 +496,13 @@ class DistEngine(Engine):
             return [bytes(each.numpy())[:-1] for each in found]
 
     def close(self) -> None:
-        self._shard.refuse_reentry()
+        if not self._is_closed:
+            self._shard.refuse_reentry()
+        with self._order.lock:
+            if not self._is_closed:
+                self._close()
+
+    def _close(self) -> None:
         try:
             if self._host.error is None:
                 with self._entered("close"):
@@ -504,6 +510,7 @@ class DistEngine(Engine):
         except RankDeadError as error:
             log.warning("tensorkv: close: %s", error)
         finally:
+            self._is_closed = True
             self._pushes.close()
             self._shard.close()
             self._values.clear()

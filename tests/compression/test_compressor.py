@@ -93,6 +93,17 @@ def test_nothing_is_lost_when_a_codec_changes(kv):
     assert kv.info("w").version == 4
 
 
+def test_an_updater_cannot_change_the_codec(kv):
+    def update(key, received, stored):
+        kv.set_gradient_compression({"type": "2bit", "threshold": 0.125}, simulate=True)
+
+    kv.set_updater(update)
+    with pytest.raises(tensorkv.UpdaterError, match="an updater called the store that runs it"):
+        kv.push("w", GRADIENT)
+    kv.set_updater(None)
+    assert kv.pushpull("w", GRADIENT).tolist() == SENT
+
+
 def test_a_value_that_is_assigned_owes_nothing(kv):
     kv.push("w", GRADIENT)
     kv.set_gradient_compression(None)

@@ -206,6 +206,7 @@ class LocalEngine(ShardReader, Engine):
         if codec is not None and self._shard.log is not None:
             raise ArgumentError("set_gradient_compression: a store in a folder (path=) cannot simulate compression")
         with self._compressing:
+            self._shard.refuse_calls_by_updater()
             self._compressor.change(codec, self._push_owed)
 
     def _push_owed(self, owed: dict[Key, list[Part]]) -> None:
@@ -248,8 +249,9 @@ class LocalEngine(ShardReader, Engine):
                 self._compressor.settle(sending, entries, versions)
 
     def delete(self, keys: Sequence[Key]) -> None:
-        self._shard.delete(keys)
+        # A push by another thread of a key that is made again owes something of its own.
         with self._compressing:
+            self._shard.delete(keys)
             self._compressor.forget(keys)
 
     def set_updater(self, updater: Updater | None) -> None:

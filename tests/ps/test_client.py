@@ -469,6 +469,19 @@ def test_the_same_compression_in_another_store_is_worked_out_once(monkeypatch):
     assert len(made) == 2
 
 
+def test_sessions_that_were_lent_when_the_pool_was_cleared_are_not_lent_again():
+    """Their requests have the old rank."""
+    pool = SessionPool(lambda number: mock.Mock(number=number, is_idle=True, resent=0, socket_requests=0))
+    with pool.take() as old:
+        pool.clear()
+        old.close.assert_not_called()
+    old.close.assert_called_once()
+    with pool.take() as session:
+        assert session.number == 1
+    with pool.take() as again:
+        assert again is session
+
+
 def test_sessions_that_were_interrupted_are_let_go_and_still_count():
     made = []
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import tensorkv
-from tensorkv import Rows, TensorSlice
+from tensorkv import Rows, TensorSlice, compression
 from tensorkv.arrays.interop import NUMPY
 from tensorkv.arrays.packing import Item, pack, raw_bytes
 from tensorkv.arrays.spec import KeySpec
@@ -1101,6 +1101,29 @@ def test_barriers_and_who_is_missing():
         second = cluster.store()
         assert (second.rank, second._engine._barriers) == (1, 2)
         together(first.barrier, second.barrier)
+
+
+@pytest.mark.parametrize(("step", "value"), [("_push_coded", 1), ("_decide_coded", 0.5)])
+@pytest.mark.parametrize("codec", [None, {"type": "2bit", "threshold": 4.0}])
+def test_another_thread_changes_the_codec_during_a_push(codec, step, value, monkeypatch):
+    """A gradient is pushed as it is, or decoded as it was encoded."""
+    with Cluster(1) as cluster:
+        kv = cluster.store()
+        kv.init("w", np.zeros(6, F32))
+        kv.set_gradient_compression({"type": "2bit", "threshold": 0.5})
+        made = getattr(kv._engine._data, step)
+
+        def change(*args):
+            monkeypatch.undo()
+            kv.set_gradient_compression(codec)
+            return made(*args)
+
+        monkeypatch.setattr(kv._engine._data, step, change)
+        kv.push("w", np.ones(12, F32)[::2])
+        assert kv._engine._data.compressor.codec == (codec and compression.parse(codec))
+        if codec is not None and step == "_push_coded":
+            value = 0
+        assert kv.pull("w").tolist() == [value] * 6
 
 
 @pytest.mark.parametrize("verb", ["save", "load", "set_gradient_compression"])

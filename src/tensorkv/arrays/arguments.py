@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def single_values(verb: str, key: Any, value: Any) -> tuple[list[Key], list[Any]
     keys, values = pairs(verb, "value", key, value)
     listed = [key] if is_key(key) else list(key)
     if len(listed) != len(keys):
-        twice = next(each for index, each in enumerate(listed) if each in listed[:index])
+        twice = next(each for each, times in Counter(listed).items() if times > 1)
         raise KeyExistsError(f"{verb}: {quote(twice)} is given twice in one call")
     return keys, [arrays[0] for arrays in values]
 

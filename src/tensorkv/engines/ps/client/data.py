@@ -383,14 +383,20 @@ class DataClient:
                 sources.append((key, server))
                 pieces.append(_piece(each, server, totals[key]))
         with self._compressing:
-            sending = self.compressor.encode(batch.verb, sources, pieces)
-            self.compressor.keep(sending)
+            sending = None if self.compressor.codec is None else self.compressor.encode(batch.verb, sources, pieces)
+            if sending is not None:
+                self.compressor.keep(sending)
+        if sending is None:
+            # Another thread has just taken the codec away.
+            self.push(batch, outs)
+            return
         left_out: set[Key] = set()
         try:
             left_out, scale, result = self._decide_coded(batch, placed, totals, sending, clipping)
             keys = [key for key in batch.keys if key not in left_out]
             coded = {source: sending.words_of(index) for index, source in enumerate(sources)}
-            requests = self._item_requests(batch, placed, totals, coded, scale, left_out)
+            codec = sending.layout.codec
+            requests = self._item_requests(batch, placed, totals, coded, scale, left_out, codec=codec)
             is_whole = outs is not None and not left_out and len({key for key, _ in sources}) == len(keys)
             told = self._send_coded(keys, requests, outs if is_whole else None, placed) if keys else None
         except BaseException as error:
@@ -435,6 +441,7 @@ class DataClient:
         scale: float | None,
         left_out: Collection[Key] = (),
         *,
+        codec: Codec | None = None,
         must_complete: bool = False,
     ) -> list[ServerRequest]:
         """Return a push to each server that holds pieces of a batch's keys, with an item for each piece.
@@ -446,9 +453,10 @@ class DataClient:
             coded: the words of pieces that are sent instead, by key and server.
             scale: of the gradients.
             left_out: keys that are not pushed.
+            codec: that has made the words.
             must_complete: as of ``Push``.
         """
-        codec = None if not coded or self.compressor.codec is None else self.compressor.codec.to_json()
+        described = None if not coded or codec is None else codec.to_json()
         placements = {place: placed[key].placement for place, key in enumerate(batch.keys) if key not in left_out}
         requests = []
         for server in _servers_of(list(placements.values())):
@@ -462,7 +470,7 @@ class DataClient:
                 else:
                     items.append(words_item(key, words))
             counts = self._counts(batch.parts, held)
-            message = Push(counts=counts, scale=scale, codec=codec, must_complete=must_complete)
+            message = Push(counts=counts, scale=scale, codec=described, must_complete=must_complete)
             requests.append(ServerRequest.of_tensors(server, message, pack(items)))
         return requests
 

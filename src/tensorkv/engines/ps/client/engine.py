@@ -240,7 +240,7 @@ class PSEngine(Engine):
                 owner, session = self._owner, self._make_session(-1)
             try:
                 # Told each time: a server that was restarted has forgotten it.
-                beat = messages.Heartbeat(given_up=[list(each) for each in self._given_up.items()] or None)
+                beat = messages.Heartbeat(given_up=[list(each) for each in tuple(self._given_up.items())] or None)
                 requests = [ServerRequest(server, beat) for server in self._all]
                 replies = session.send(requests, timeout_s=self._heartbeat_s)
                 told = [(reply.head["changes"], reply.head["rule"]) for reply in replies]
@@ -248,7 +248,7 @@ class PSEngine(Engine):
                     # Other clients have created, deleted or re-created keys, or changed the rule.
                     self._keymap.refresh(partial(self._list, session=session))
                     changes = told
-            except TensorKVError:
+            except (TensorKVError, MemoryError, OSError):
                 # The next call of the user gets the error.
                 continue
         session.close()
@@ -368,7 +368,8 @@ class PSEngine(Engine):
             replies = {request.server: reply.head for request, reply in zip(requests, sent, strict=True)}
             if not self._keymap.remove(keys, replies):
                 self._keymap.refresh()
-        self._data.forget(keys)
+            # Before another thread can make the keys again and owe something of them.
+            self._data.forget(keys)
 
     # ------------------------------------------------------------ compression
 
@@ -445,8 +446,8 @@ class PSEngine(Engine):
             self._send_rule(spec, self._rules + 1)
             self._rules += 1
         else:
-            told = self._ask(messages.WaitForRule(number=self._rules))[0]
             self._rules += 1
+            told = self._ask(messages.WaitForRule(number=self._rules))[0]
             name = None if spec is None else spec.name
             if told["number"] == self._rules and told["name"] != name:
                 raise WorkerMismatchError(
@@ -776,7 +777,9 @@ class PSEngine(Engine):
         try:
             self._ending.set()
             if not by_heartbeat:
-                self._heartbeats.join()
+                # The garbage collector may run a finalizer that closes a store in the heartbeat's own thread.
+                if self._heartbeats is not threading.current_thread():
+                    self._heartbeats.join()
                 if not self.is_abandoned:
                     close_abandoned()
             self._end()

@@ -175,7 +175,7 @@ class SessionPool:
         self._closed = False
         self._free: list[Session] = []
         self._open: set[Session] = set()
-        self._made = 0
+        self._made = self._times_cleared = 0
         # Of sessions that were closed: requests that were sent again, and over a socket.
         self._resent = self._socket_requests = 0
 
@@ -194,13 +194,13 @@ class SessionPool:
                 self._free.append(self._make(self._made))
                 self._made += 1
                 self._open.add(self._free[-1])
-            session = self._free.pop()
+            session, times = self._free.pop(), self._times_cleared
         try:
             yield session
         finally:
             with self._lock:
                 # A session that was interrupted may have a request on its way.
-                if session.is_idle and not self._closed:
+                if session.is_idle and times == self._times_cleared and not self._closed:
                     self._free.append(session)
                 else:
                     self._drop(session)
@@ -224,8 +224,9 @@ class SessionPool:
             return self._socket_requests + sum(session.socket_requests for session in self._open)
 
     def clear(self) -> None:
-        """Drop idle sessions; the next one is a new session for servers."""
+        """Drop all sessions, those in use when they come back; the next one is a new session for servers."""
         with self._lock:
+            self._times_cleared += 1
             for session in self._free:
                 self._drop(session)
             self._free.clear()

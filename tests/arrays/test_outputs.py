@@ -1,5 +1,7 @@
 """Outs: given ones are opened all or none, new ones are made for each place in the caller's list."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,17 @@ def test_arrays_that_torch_cannot_view_are_filled_at_the_end():
     assert flipped.tolist() == [0, 0]
     outs.finish()
     assert flipped.tolist() == [1, 2]
+
+
+def test_arrays_of_other_libraries_on_a_gpu_are_compared_by_the_tensors_that_view_them(monkeypatch):
+    """They have no method of torch, and what fills them is waited for at the end."""
+    done, tensors = [], [torch.zeros(3), torch.zeros(3)]
+    monkeypatch.setattr(interop, "target", lambda array: (tensors[array.index], lambda: done.append(array.index)))
+    given = [SimpleNamespace(index=0), SimpleNamespace(index=1)]
+    outs = GivenOuts("pull", ["a", "b"], given)
+    assert [own[0] is tensor for own, tensor in zip(outs.tensors, tensors, strict=True)] == [True, True]
+    with pytest.raises(ArgumentError, match="overlap"):
+        GivenOuts("pull", ["a", "b"], [given[0], given[0]])
 
 
 def test_checks():

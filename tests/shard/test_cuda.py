@@ -5,12 +5,16 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+import tensorkv
 from tensorkv.arrays import interop
 from tensorkv.arrays.slices import Slices, TensorSlice, take_slice
 from tensorkv.arrays.spec import KeySpec
 from tensorkv.shard import reduce, shard
 from tensorkv.shard.entry import Batch, Entry
 from tensorkv.shard.optimizers import Optimizer, spec
+from tensorkv.shard.table import Table
+from tensorkv.storage import checkpoint
+from tensorkv.storage.manifest import Contents
 
 
 class FakeTensor:
@@ -60,9 +64,56 @@ def test_only_cpu_values_with_cuda_parts_move():
     held = Entry("w", KeySpec(value.shape, value.dtype, interop.NUMPY, False), value)
     shard.move_to_parts([held], [[torch.ones(2)]])
     assert held.value is value
-    part = FakeTensor("meta")
-    shard.move_to_parts([held], [[part]])
+    held.state = {"step": torch.tensor(1.0), "row_var": torch.ones(1, 2), "momentum_buffer": torch.ones(2)}
+    shard.move_to_parts([held], [[torch.ones(2), FakeTensor("meta")]])
     assert held.value.is_meta
+    # As torch keeps them on a GPU.
+    assert {name: state.is_meta for name, state in held.state.items()} == {
+        "step": False,
+        "row_var": True,
+        "momentum_buffer": True,
+    }
+
+
+def test_a_value_that_leaves_the_gpu_is_not_waited_for(monkeypatch):
+    log, held = [], entry("cuda:0")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream(log, str(device)))
+    with shard.stream_order([held]):
+        held.value = FakeTensor("cpu")
+    assert (log, held.ready) == ([], None)
+
+
+def test_a_load_leaves_keys_that_it_keeps_where_they_are(monkeypatch):
+    """A key that was made on the CPU, and moved to the GPU by its first part there."""
+    moved = []
+    monkeypatch.setattr(Entry, "move", lambda entry, device: moved.append(entry.key))
+    with tensorkv.create("device") as kv:
+        kv.init({"kept": torch.ones(2), "loaded": torch.ones(2)})
+        held = kv._engine._shard
+        with held.frozen() as (entries, rule):
+            loaded = [each.copy() for each in entries if each.key == "loaded"]
+        checkpoint.put(held, Contents("keys", loaded, rule))
+        assert moved == ["loaded"]
+
+
+def test_rows_from_the_cpu_are_written_to_a_table_on_a_device():
+    """``index_copy_`` takes both from one device."""
+    table = Table(9, torch.Size([2]), torch.float32)
+    table.write(torch.tensor([1]), torch.ones(1, 2))
+    table.add_column("momentum_buffer", torch.float32, 0.0)
+    seen = []
+
+    class Seen(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function.__name__ == "index_copy_":
+                seen.append([arg.device.type for arg in args if isinstance(arg, torch.Tensor)])
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    table.to(torch.device("meta"))
+    table._columns["momentum_buffer"] = table._columns["momentum_buffer"].as_subclass(Seen)
+    table.write(torch.tensor([1]), torch.ones(1, 2), "momentum_buffer")
+    assert seen == [["meta"] * 3]
 
 
 class OnGpu(torch.Tensor):

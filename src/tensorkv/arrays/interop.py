@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -580,7 +580,7 @@ def target(out: Any) -> tuple[torch.Tensor, Finish | None]:
     if is_jax(out):
         raise ArrayTypeError("is a JAX array, which cannot be written; use what the call returns: like=x")
     tensor = _take_dlpack(out)
-    return _no_overlap(tensor), (torch.cuda.synchronize if tensor.is_cuda else None)
+    return _no_overlap(tensor), (partial(torch.cuda.synchronize, tensor.device) if tensor.is_cuda else None)
 
 
 def _refuse_masked() -> Any:

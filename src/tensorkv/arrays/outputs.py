@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 
 from tensorkv.errors import ArgumentError, ArrayTypeError, SparseOutWarning, ValueMismatchError, quote
@@ -66,11 +67,10 @@ class GivenOuts:
                     # A DTensor counts versions of its own beside those of its local shard.
                     if isinstance(given, torch.Tensor) and given is not array:
                         self._seen_by_autograd.append(given)
-                if finish is None:
-                    written.append(tensor)
-                else:
+                if finish is not None:
                     self._finishes.append(finish)
-                    written.append(array)
+                # Of an array that torch cannot view, a copy is filled first.
+                written.append(array if finish is not None and isinstance(array, np.ndarray) else tensor)
             self.tensors.append(tensors)
             self._slices.append(slices)
         if len(written) > 1:

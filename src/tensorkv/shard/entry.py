@@ -102,10 +102,10 @@ class Entry(Cell):
             interop.signed(self.value)[rows.ids] = interop.signed(rows.values)
 
     def move(self, device: torch.device) -> None:
-        """Bring the value, and the state that has its shape, to a device."""
+        """Bring the value to a device, and its state but for counts of steps, which torch keeps on the CPU."""
         self.value, self.spare = self.value.to(device), None
         for name, tensor in self.state.items():
-            if tensor.shape == self.spec.shape:
+            if tensor.ndim or tensor.shape == self.spec.shape:
                 self.state[name] = tensor.to(device)
 
     def info(self) -> KeyInfo:

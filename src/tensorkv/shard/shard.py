@@ -742,7 +742,9 @@ class Shard(native.ShardFields):
                 self._set_rule(rule)
             case Restore(entries=entries, rule=rule, releases=releases, notes=notes):
                 for entry in entries:
-                    self._to_device(entry)
+                    # Others are kept, where they are.
+                    if entry is not self._entries.get(entry.key):
+                        self._to_device(entry)
                 self._entries = KeyTable({entry.key: entry for entry in entries})
                 self._use(rule)
                 self._keep_overrides()
@@ -1200,12 +1202,15 @@ def stream_order(entries: Sequence[Entry]) -> Iterator[None]:
         yield
     finally:
         for entry in on_cuda:
-            entry.ready = torch.cuda.current_stream(entry.value.device).record_event()
+            # An entry that was replaced may have moved to the CPU.
+            if entry.value.device.type == "cuda":
+                entry.ready = torch.cuda.current_stream(entry.value.device).record_event()
 
 
 def move_to_parts(entries: Sequence[Entry], parts: Sequence[Sequence[Any]]) -> None:
     """Bring CPU values to the GPU where their parts are, once: from then on they stay there."""
     for entry, key_parts in zip(entries, parts, strict=True):
-        first = key_parts[0].values if isinstance(key_parts[0], Rows) else key_parts[0]
-        if first.is_cuda and entry.value.device.type == "cpu":
-            entry.move(first.device)
+        tensors = [part.values if isinstance(part, Rows) else part for part in key_parts]
+        device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+        if device is not None and entry.value.device.type == "cpu":
+            entry.move(device)

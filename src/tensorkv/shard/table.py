@@ -133,7 +133,7 @@ class Table:
         """Replace rows; ids are unique, and those not held yet are added."""
         places = self._hold(ids.cpu(), starts=column != "").to(self.device)
         target = self._columns[column]
-        interop.signed(target).index_copy_(0, places, interop.signed(rows.to(target.dtype)))
+        interop.signed(target).index_copy_(0, places, interop.signed(rows.to(target.device, target.dtype)))
 
     def addresses(self, ids: torch.Tensor) -> dict[str, bytes]:
         """Return where the rows of each column are in the CPU's memory until the table grows, as columns of addresses.

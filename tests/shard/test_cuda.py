@@ -83,6 +83,24 @@ def test_a_value_that_leaves_the_gpu_is_not_waited_for(monkeypatch):
     assert (log, held.ready) == ([], None)
 
 
+def test_outs_of_one_dtype_are_filled_together(monkeypatch):
+    """Kernels of a GPU take outs of one dtype, and no unsigned integers."""
+    copy, seen = torch._foreach_copy_, []
+
+    def copied(outs, values):
+        seen.append([(out.dtype, value.dtype) for out, value in zip(outs, values, strict=True)])
+        copy(outs, values)
+
+    with tensorkv.create("device") as kv:
+        kv.init({"a": torch.ones(2), "b": torch.full((2,), 2.5), "n": torch.full((2,), 65535, dtype=torch.uint16)})
+        outs = [torch.zeros(2), torch.zeros(2, dtype=torch.float16), torch.zeros(2, dtype=torch.uint16), torch.zeros(2)]
+        monkeypatch.setattr(torch, "_foreach_copy_", copied)
+        kv.pull(["a", "b", "n", "b"], out=outs)
+    assert [out.tolist() for out in outs] == [[1, 1], [2.5, 2.5], [65535, 65535], [2.5, 2.5]]
+    single, half, signed = torch.float32, torch.float16, torch.int16
+    assert seen == [[(single, single)] * 2, [(half, single)], [(signed, signed)]]
+
+
 def test_a_load_leaves_keys_that_it_keeps_where_they_are(monkeypatch):
     """A key that was made on the CPU, and moved to the GPU by its first part there."""
     moved = []

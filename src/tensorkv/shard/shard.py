@@ -822,6 +822,8 @@ class Shard(native.ShardFields):
         is_large = sum([out.numel() for out, _ in pairs]) >= _LARGE_NUMEL * len(pairs)
         if is_large and self.pool.is_worth([tensor for pair in pairs for tensor in pair]):
             self.pool.run(reduce.copies(pairs, self.pool.threads))
+        elif self.on_device:
+            _copy_by_dtype(pairs)
         elif pairs:
             torch._foreach_copy_([out for out, _ in pairs], [value for _, value in pairs])
 
@@ -1189,6 +1191,21 @@ def kept() -> AbstractContextManager[Any]:
 
 
 # ---------------------------------------------------------------- values on CUDA devices
+
+
+def _copy_by_dtype(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy tensors, each into the first one of its pair.
+
+    On a GPU, torch before 2.11 writes outs of several dtypes as if all had that of the first one
+    (https://github.com/pytorch/pytorch/issues/173383), and some versions have no kernel for unsigned integers.
+    """
+    groups: dict[tuple[torch.dtype, torch.dtype], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for out, value in pairs:
+        same = out.dtype is value.dtype
+        pair = (interop.signed(out), interop.signed(value)) if same else (out, value)
+        groups.setdefault((out.dtype, value.dtype), []).append(pair)
+    for group in groups.values():
+        torch._foreach_copy_([out for out, _ in group], [value for _, value in group])
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import pytest
 
 import tensorkv
 from tensorkv import SnapshotError
-from tensorkv.shard.releases import HeldRelease
 from tensorkv.shard.shard import ShardSnapshot
 
 
@@ -18,7 +17,8 @@ def test_readers_go_on_with_the_same_attempt_at_a_release_only():
         second, first = (ShardSnapshot(shard, shard.freeze()) for _ in range(2))
         releases.add("a", 1, second, "owner", "second attempt")
         before = releases.before_replace()
-        releases.restore({}, [HeldRelease("a", 1, first, "owner", "first attempt")])
+        releases.clear()
+        releases.add("a", 1, first, "owner", "first attempt")
         releases.take_readers(before)
         assert releases.lasting()[0].snapshot is first
         first.refuse_closed()

@@ -277,11 +277,9 @@ class Releases:
             held.is_kept = False
             self._drop_expired()
 
-    def restore(self, numbers: dict[str, int], held: Sequence[HeldRelease], generation: str = "") -> None:
-        """Take over names and releases; snapshots that readers have stay readable."""
-        self.numbers, self.generation = numbers, generation
-        self._last_number = max([*numbers.values(), *(each.number for each in held)], default=0)
-        self._held = {each.name: each for each in held}
+    def clear(self) -> None:
+        """Hold nothing, as a new store; snapshots that readers have stay readable."""
+        self.numbers, self.generation, self._last_number, self._held = {}, "", 0, {}
 
     def replace(self, numbers: Mapping[str, int], held: Sequence[HeldRelease], generation: str) -> None:
         """Hold other releases; ``drop_replaced`` drops those before. Names that were used stay used."""

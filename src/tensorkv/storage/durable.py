@@ -253,7 +253,7 @@ class DurableLog:
         """
         shard.apply(Restore([], Assign()))
         shard.notes.clear()
-        shard.releases.restore({}, [])
+        shard.releases.clear()
         self.applied.restore({}, {})
         self._digests.clear()
         tensors: manifest.Tensors = {}

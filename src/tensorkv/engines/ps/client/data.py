@@ -97,7 +97,7 @@ class DataClient:
 
     @property
     def pull_dtype(self) -> str | None:
-        """In which values of float32 and float64 are pulled (None: in their own)."""
+        """The dtype in which values of float32 and float64 are pulled (None: in their own)."""
         return self._keymap.placed.pull_dtype
 
     def close(self) -> None:

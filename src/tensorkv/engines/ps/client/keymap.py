@@ -68,7 +68,7 @@ class KeyMap:
     """
 
     def __init__(self, weights: Sequence[int], ask: Ask, *, wide: bool, pull_dtype: str | None) -> None:
-        self._weights, self._ask, self._wide, self._pull_dtype = weights, ask, wide, pull_dtype
+        self._weights, self._ask, self._wide = weights, ask, wide
         self._lock = threading.RLock()
         self._asked = self._answered = self._ruled = 0
         self._listings = [Listing(None, {})] * len(weights)
@@ -161,7 +161,7 @@ class KeyMap:
 
     def _join(self, listings: Sequence[Listing]) -> None:
         """Take over the keys that servers have listed."""
-        placed = PlacedKeys(wide=self._wide, pull_dtype=self._pull_dtype)
+        placed = PlacedKeys(wide=self._wide, pull_dtype=self.placed.pull_dtype)
         self._incomplete = {
             key: {server for server, listing in enumerate(listings) if key in listing.placed}
             for key in join_listings(listings, placed)

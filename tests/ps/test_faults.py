@@ -673,13 +673,13 @@ def test_a_cluster_that_others_can_reach_is_refused_without_a_token(ray_store, m
     nodes = [*ray.nodes(), node]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     # With a token, anywhere.
-    assert ray_cluster.places(servers, insecure=False, timeout_s=1) == places
+    assert ray_cluster.places(servers, "store", insecure=False, timeout_s=1) == places
     places[0][2] = 0
     with pytest.raises(tensorkv.ArgumentError, match=r"\(at 10\.1\.2\.3:1, 10\.1\.2\.3:2\) and asks for no token"):
-        ray_cluster.places(servers, insecure=False, timeout_s=1)
-    assert ray_cluster.places(servers, insecure=True, timeout_s=1) == places
+        ray_cluster.places(servers, "store", insecure=False, timeout_s=1)
+    assert ray_cluster.places(servers, "store", insecure=True, timeout_s=1) == places
     node["Alive"] = False
-    assert ray_cluster.places(servers, insecure=False, timeout_s=1) == places
+    assert ray_cluster.places(servers, "store", insecure=False, timeout_s=1) == places
 
 
 # ---------------------------------------------------------------- snapshots and versions

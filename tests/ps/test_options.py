@@ -14,7 +14,7 @@ import pytest
 import tensorkv
 
 pytest.importorskip("ray")
-from ray.exceptions import OutOfMemoryError, RayError
+from ray.exceptions import ActorAlreadyExistsError, OutOfMemoryError, RayError
 
 from tensorkv.engines.ps import connect as ps_connect
 from tensorkv.engines.ps.options import PSOptions
@@ -241,6 +241,18 @@ def test_folders_of_a_store_may_be_on_other_hosts(monkeypatch, tmp_path):
     (tmp_path / "away").rename(tmp_path / "server-1")
     ray_cluster._check_folders(options)
     ray_cluster._check_folders(PSOptions(path=str(tmp_path / "new"), num_servers=2))
+
+
+def test_a_server_whose_name_was_taken_by_a_create_that_has_failed_is_made(monkeypatch):
+    """The other client has ended its server by the time at which this one looks for it."""
+    taken = mock.Mock(side_effect=[ActorAlreadyExistsError("taken"), "made"])
+    monkeypatch.setattr(ray_cluster, "find_actor", lambda name: None)
+    monkeypatch.setattr(
+        ray_cluster.ray, "remote", lambda kind: SimpleNamespace(options=lambda **_: mock.Mock(remote=taken))
+    )
+    place = SimpleNamespace(options={}, host="")
+    assert ray_cluster._make(PSOptions(), 0, place, "stamp") == ("made", True)
+    assert taken.call_count == 2
 
 
 def test_the_documented_options_are_those_that_there_are():

@@ -47,7 +47,7 @@ def _join(options: PSOptions, given: Mapping[str, Any], *, started: bool) -> PSE
     servers, theirs = found or cluster.make_servers(options)
     options.check_same(given, theirs)
     try:
-        places = cluster.places(servers, options.insecure, options.timeout_s)
+        places = cluster.places(servers, options.name, options.insecure, options.timeout_s)
         weights = placement.weights(theirs, [place[3] for place in places])
         own = replace(theirs, pull_dtype=options.pull_dtype, reader=options.reader)
         return PSEngine(servers, own, places, weights, options.timeout_s, started=started)

@@ -397,13 +397,13 @@ def _wait_for_the_end(name: str, num_servers: int, timeout_s: float) -> None:
         time.sleep(0.05)
 
 
-def places(servers: Sequence[ServerHandle], insecure: bool, timeout_s: float) -> list[list[Any]]:
-    """Return each server's place; raise if other hosts can reach the cluster without a token.
+def places(servers: Sequence[ServerHandle], name: str, insecure: bool, timeout_s: float) -> list[list[Any]]:
+    """Return the place of each server of a store; raise if other hosts can reach the cluster without a token.
 
     Raises:
         ArgumentError: a cluster that other hosts can connect to and that asks for no token.
     """
-    found = [_retry(server.place, "place", timeout_s) for server in servers]
+    found = [_retry(server.place, name, timeout_s) for server in servers]
     if insecure or all(place[2] for place in found):
         return found
     addresses = _open_addresses()
@@ -454,11 +454,15 @@ def _make(
         **place.options,
     }
     actor = ray.remote(ServerActor).options(**of_actor)
-    try:
-        return actor.remote(json.dumps(options.of_store()), index, stamp, place.host, is_spare=is_spare), True
-    except ActorAlreadyExistsError:
-        # Another client was faster.
-        return ray.get_actor(of_actor["name"], namespace=NAMESPACE), False
+    while True:
+        try:
+            return actor.remote(json.dumps(options.of_store()), index, stamp, place.host, is_spare=is_spare), True
+        except ActorAlreadyExistsError:
+            # Another client was faster, and may have ended its servers since, if its create has failed.
+            found = find_actor(of_actor["name"])
+            if found is not None:
+                return found, False
+            time.sleep(0.01)
 
 
 def _get(name: str, index: int) -> Any:

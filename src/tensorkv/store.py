@@ -103,8 +103,8 @@ def create(type: str = "local", **options: Any) -> KVStore:
             store that is kept in a folder.
             ``dist_sync``: ``timeout_s``, ``shared_memory``.
             ``dist_async``: ``num_servers``, ``num_workers``, ``placement``, ``mode``, ``staleness``, ``path``,
-            ``durability``, ``spare``, ``keep``, ``heartbeat_timeout_s``, ``pull_dtype``, ``name``, ``address``,
-            ``timeout_s``, ``insecure``.
+            ``durability``, ``spare``, ``keep``, ``heartbeat_timeout_s``, ``pull_dtype``, ``reader``, ``name``,
+            ``address``, ``timeout_s``, ``insecure``.
 
     Raises:
         EngineNotFoundError: the type is unknown.
@@ -1626,7 +1626,8 @@ class Release(Snapshot):
     def digest(self) -> str:
         """A digest of all keys with their dtypes, shapes and bits, 32 hexadecimal digits.
 
-        Equal values have equal digests on every type of store. It is computed when it is first asked for.
+        Of tables, how rows start counts as well. Equal values have equal digests on every type of store. It is
+        computed when it is first asked for.
 
         Raises:
             ReleaseNotFoundError: the release was dropped.

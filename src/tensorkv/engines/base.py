@@ -267,7 +267,7 @@ class Engine(Reader):
         raise self.lacks("set_optimizer")
 
     def start_optimizer(self, spec: OptimizerSpec) -> bool:
-        """Set an optimizer where there is none, for a Trainer; return whether there was none."""
+        """Set an optimizer where there is none, for a Trainer; return whether it needs no change after that."""
         if self.optimizer is not None:
             return False
         self.set_optimizer(spec)

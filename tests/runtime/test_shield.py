@@ -523,6 +523,34 @@ def test_where_no_thread_can_be_started_the_caller_works(monkeypatch):
     assert shield.run(threading.get_ident) == threading.get_ident()
 
 
+def test_only_streams_that_differ_are_set(monkeypatch):
+    """On eight GPUs, of which the caller has a stream of its own on one: setting a stream takes memory on its GPU."""
+    here, seen = threading.local(), []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(("device", device)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: vars(here).get(str(device), (device, "default")))
+
+    def set_stream(stream):
+        setattr(here, str(stream[0]), stream)
+        seen.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "set_stream", set_stream)
+    monkeypatch.setattr(shield, "_servers", [])
+    set_stream((3, "own"))
+    seen.clear()
+    assert shield.run(torch.cuda.current_stream, 3) == (3, "own")
+    assert seen == [(3, "own"), ("device", 3)]
+    set_stream((3, "default"))
+    seen.clear()
+    assert shield.run(torch.cuda.current_stream, 3) == (3, "default")
+    assert seen == [(3, "default"), ("device", 3)]
+    seen.clear()
+    shield.run(int)
+    assert seen == [("device", 3)]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_has_threads_of_its_own():
     shield.run(int)

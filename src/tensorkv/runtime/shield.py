@@ -407,6 +407,8 @@ class _Streams:
 
     def enter(self) -> None:
         """Make them current in this thread."""
-        for stream in self._streams:
-            torch.cuda.set_stream(stream)
+        for device, stream in enumerate(self._streams):
+            # Setting one takes memory of its device, also where this process uses another.
+            if stream != torch.cuda.current_stream(device):
+                torch.cuda.set_stream(stream)
         torch.cuda.set_device(self._device)

@@ -1,6 +1,7 @@
 """Each private part of torch that tensorkv uses: it is there, and does what it is used for."""
 
 import ast
+import inspect
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -102,3 +103,10 @@ def test_increment_version_takes_many_tensors():
     outs = [torch.zeros(1), torch.zeros(1)]
     _compat.increment_version(outs)
     assert [out._version for out in outs] == [1, 1]
+
+
+def test_optimizers_ask_for_graphs_in_methods_that_can_be_replaced():
+    step = inspect.getsource(inspect.unwrap(torch.optim.Adam.step))
+    asked = [name for name in _compat.GRAPH_CHECKS if f"self.{name}()" in step]
+    assert asked
+    assert all(hasattr(torch.optim.Optimizer, name) for name in asked)

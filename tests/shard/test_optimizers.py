@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import tensorkv
 from tensorkv import OptimizerError, Rows
+from tensorkv.runtime import _compat
 from tensorkv.shard import optimizers
 from tensorkv.shard.fused import FUSED
 from tensorkv.shard.optimizers import CLASSES, ROWWISE, OptimizerSpec, spec
@@ -162,6 +163,22 @@ def test_odd_sizes_and_several_keys(name, numbers):
     expected = reference(name, numbers, starts, [[step[i] for i in kept] for step in steps])
     for i, value in zip(kept, expected, strict=True):
         torch.testing.assert_close(kv.pull(f"w{i}"), value, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_store_on_the_cpu_asks_no_gpu(name, monkeypatch):
+    """It would take memory there, and fail in a forked child."""
+
+    def ask(optimizer):
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    for check in _compat.GRAPH_CHECKS:
+        monkeypatch.setattr(torch.optim.Optimizer, check, ask, raising=False)
+    optimizers.initial_state.cache_clear()
+    start = torch.ones(4, 6)
+    kv = store({"w": start}, name)
+    kv.push("w", torch.ones(4, 6))
+    assert not torch.equal(kv.pull("w"), start)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128])

@@ -24,6 +24,7 @@ from tensorkv.arrays import interop
 from tensorkv.arrays.arguments import Key
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import OptimizerError, quote, show, suggestion
+from tensorkv.runtime import _compat
 
 from . import native
 from .fused import AVERAGE, FUSED, Kernel, average_of, move_average, runs
@@ -296,11 +297,13 @@ def _made_usual(cast: Sequence[str]) -> Iterator[None]:
 def _class(name: str) -> type[torch.optim.Optimizer]:
     """Return an optimizer's class with the methods that are called here as they were before torch decorated them.
 
-    The decorators import torch's compiler, which takes longer than importing torch.
+    The decorators import torch's compiler, which takes longer than importing torch. And without what asks a GPU for
+    graphs: a store on the CPU is not to take memory there, and cannot ask in a forked child.
     """
     base = getattr(torch.optim, CLASSES[name])
     step = torch.no_grad()(inspect.unwrap(base.step))
-    return type(base.__name__, (base,), {"add_param_group": inspect.unwrap(base.add_param_group), "step": step})
+    methods = {"add_param_group": inspect.unwrap(base.add_param_group), "step": step}
+    return type(base.__name__, (base,), {**methods, **dict.fromkeys(_compat.GRAPH_CHECKS, lambda _: None)})
 
 
 def _new(name: str, params: list[torch.Tensor], numbers: Mapping[str, Any], **how: Any) -> torch.optim.Optimizer:

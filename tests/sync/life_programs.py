@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch.distributed import TCPStore
 import tensorkv
 from tensorkv.engines.sync import group
 from tensorkv.engines.transport import rendezvous
+from tests.support.descriptors import open_files
 from tests.support.until import LIMIT_S
 from tests.sync.dist_programs import RANK, SIZE, create, say
 
@@ -115,11 +115,7 @@ def fails_late():
         create()
     except (tensorkv.RankDeadError, RuntimeError) as error:
         say(error)
-    opened = []
-    for number in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):
-            opened.append(os.readlink(f"/proc/self/fd/{number}"))
-    say("left open:", [name for name in opened if "memfd:tensorkv" in name])
+    say("left open:", open_files("/memfd:tensorkv"))
 
 
 def in_turn(name):

@@ -1,5 +1,6 @@
 """Channels: a client here, and a server in another process."""
 
+import gc
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from tensorkv.engines.transport import channel
 from tensorkv.engines.transport.channel import Connection, OpenSharedBuffers, SharedBuffers, SocketServer, connect
 from tensorkv.engines.transport.segment import can_share
 from tensorkv.runtime import shield
+from tests.support.descriptors import open_files
 from tests.support.processes import Program, run
 from tests.support.until import LIMIT_S, until
 
@@ -365,15 +367,16 @@ def test_a_server_lets_go_of_memory_that_was_closed(server):
 
 
 def test_buffers_keep_one_file_open_at_most():
-    before = len(os.listdir("/proc/self/fd"))
+    gc.collect()
+    before = len(open_files("/memfd:tensorkv"))
     mine, theirs = SharedBuffers(), OpenSharedBuffers()
     for nbytes in (10, 1000, 100_000):
         payload = mine.allocate(nbytes, nbytes)
         theirs.find(mine.describe())
         mine.replace(payload)
-        assert len(os.listdir("/proc/self/fd")) == before + 1
+        assert len(open_files("/memfd:tensorkv")) == before + 1
     mine.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_files("/memfd:tensorkv")) == before
 
 
 def test_what_a_server_cannot_open_is_an_error(monkeypatch):

@@ -1,5 +1,6 @@
 """Memory that processes share: words, locks that tell who lives, and nothing that is left."""
 
+import gc
 import os
 import struct
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from tensorkv.compiled import _shared
 from tensorkv.engines.transport.segment import LINE, Segment, can_share
 from tests.support.amount import amount
+from tests.support.descriptors import open_files
 from tests.support.until import LIMIT_S, until
 
 
@@ -101,7 +103,9 @@ def test_memory_that_is_not_there_is_missed_at_once():
 @pytest.mark.parametrize("step", ["posix_fallocate", "from_file"])
 def test_memory_that_cannot_be_had_leaves_no_file_open(step, monkeypatch):
     kept = Segment(4096)
-    before = len(os.listdir("/proc/self/fd"))
+    gc.collect()
+    before = open_files("/memfd:tensorkv")
+    assert before
     with monkeypatch.context() as patch:
         if step == "from_file":
             patch.setattr(torch.UntypedStorage, step, Mock(side_effect=RuntimeError("Too many open files")))
@@ -111,7 +115,7 @@ def test_memory_that_cannot_be_had_leaves_no_file_open(step, monkeypatch):
             patch.setattr(os, step, Mock(side_effect=OSError("No space left on device")))
         with pytest.raises(OSError, match=r"Too many|No space"):
             Segment(4096)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files("/memfd:tensorkv") == before
     kept.close_file()
 
 

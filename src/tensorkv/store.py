@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar, overload
 
 import torch
 
@@ -1338,8 +1338,20 @@ class KVStore:
     def __iter__(self) -> Iterator[Key]:
         return iter(self.keys())
 
-    def info(self, key: Key) -> KeyInfo:
-        """Describe a key: shape, dtype, device, version, nbytes, kind.
+    @overload
+    def info(self, key: Key) -> KeyInfo: ...
+
+    @overload
+    def info(self, key: Any) -> list[KeyInfo]: ...
+
+    def info(self, key: Any) -> KeyInfo | list[KeyInfo]:
+        """Describe a key, or a list of keys in one round trip: shape, dtype, device, version, nbytes, kind.
+
+        Args:
+            key: a key, or a list of keys.
+
+        Returns:
+            A KeyInfo (a list of them for a list of keys).
 
         Raises:
             KeyNotFoundError: the key was not initialised.
@@ -1351,7 +1363,8 @@ class KVStore:
         KeyInfo(shape=(2, 3), dtype='float32', device='cpu', version=0, nbytes=24, kind='dense')
         """
         self._begin("info")
-        return self._engine.info(check_key("info", key))
+        found = self._engine.info(keys_of("info", key))
+        return found[0] if is_key(key) else found
 
     @_collective
     def delete(self, key: Any) -> None:

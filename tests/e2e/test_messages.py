@@ -197,6 +197,7 @@ TAKEN = {
     "set_hyperparameters lr of a key": {"a float"},
     "save": PATH,
     "save_optimizer_states": PATH,
+    "info": {*NO_KEYS, "a dict of None", "a dict of generators"},
     "delete": {*NO_KEYS, "a dict of None", "a dict of generators"},
     "Trainer module": {"a module"},
     "Trainer replicas": {"a module"},

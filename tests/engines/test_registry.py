@@ -120,8 +120,8 @@ def test_the_least_that_an_engine_needs(registered):
         def spec(self, verb, key):
             return self._shard.entry(verb, key).spec
 
-        def info(self, key):
-            return self._shard.entry("info", key).info()
+        def info(self, keys):
+            return [self._shard.entry("info", key).info() for key in keys]
 
         def keys(self):
             return self._shard.keys()

@@ -361,6 +361,25 @@ def test_empty_lists():
         assert kv.info("a").version == 0
 
 
+def test_keys_are_described_together():
+    names = [f"k{number}" for number in range(40)]
+    with Cluster(3) as cluster:
+        kv, other = cluster.stores(2)
+        # One is on every server.
+        numels = [600 if name == "k7" else 2 for name in names]
+        kv.init(names, [np.zeros(numel) for numel in numels])
+        assert len(set(kv._engine._keymap.find("info", "k7").servers)) == 3
+        kv.push(names[5:], [np.ones(numel) for numel in numels[5:]])
+        backwards = names[::-1]
+        with mock.patch.object(other._engine, "_send", wraps=other._engine._send) as send:
+            found = other.info(backwards)
+        # The keys that there are, and what is asked.
+        assert [len(each.args[0]) for each in send.call_args_list] == [3, 3]
+        assert [info.version for info in found] == [1] * 35 + [0] * 5
+        assert [info.nbytes for info in found] == [numel * 8 for numel in numels[::-1]]
+        assert found == [other.info(name) for name in backwards]
+
+
 def test_a_rule_is_learnt_though_another_thread_deletes_a_key_meanwhile():
     with Cluster(2) as cluster:
         kv, other = cluster.stores(2)

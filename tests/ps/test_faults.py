@@ -336,7 +336,7 @@ class KillsInPush:
 
 def versions_of(kv, servers):
     """The version of "w" on each of some servers."""
-    return [told["version"] for told in kv._engine._ask(messages.Info(key="w"), servers)]
+    return [told["versions"][0] for told in kv._engine._ask(messages.Info(keys=["w"]), servers)]
 
 
 def test_a_clipped_push_is_whole_and_made_once_whenever_servers_are_killed(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Trainers on parameter servers: what workers that wait for each other, or for nobody, cannot do."""
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -33,6 +34,26 @@ def test_a_worker_that_comes_late_takes_no_sums_for_weights():
         with pytest.raises(tensorkv.ArgumentError, match=r'Trainer: the store holds sums .* as of "weight".*=True'):
             make(late, stores[1])
         assert torch.equal(late.weight, before)
+
+
+def test_a_worker_that_comes_late_asks_as_often_for_many_parameters_as_for_few():
+    counts = []
+    for layers in (1, 30):
+        with Cluster(2, mode="sync", num_workers=2) as cluster:
+            stores = cluster.stores(2)
+            model = nn.Sequential(*[nn.Linear(2, 1) for _ in range(layers)])
+            weights = dict(model.named_parameters())
+            stores[0].init(weights)
+            last = [*weights][-1]
+            together(*[partial(kv.push, last, weights[last]) for kv in stores])
+            engine = stores[1]._engine
+            with (
+                mock.patch.object(engine, "_send", wraps=engine._send) as send,
+                pytest.raises(tensorkv.ArgumentError, match=f'sums of gradients, not weights, as of "{last}"'),
+            ):
+                Trainer(model, stores[1], lr=0.1, update_on_store=False)
+            counts.append(len(send.call_args_list))
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("overlap", [False, True])

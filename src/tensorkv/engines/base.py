@@ -171,8 +171,8 @@ class Engine(Reader):
         """Sum the parts of each key, in their order, and update its value; the whole batch is checked first."""
 
     @abstractmethod
-    def info(self, key: Key) -> KeyInfo:
-        """Describe a key."""
+    def info(self, keys: Sequence[Key]) -> list[KeyInfo]:
+        """Describe keys, in their order."""
 
     # ------------------------------------------------------------ with a default
 
@@ -384,17 +384,18 @@ class Engine(Reader):
             WaitTimeoutError: the version did not come in time.
         """
         deadline = time.monotonic() + timeout_s
-        for key in keys:
-            while True:
+        while True:
+            for key in keys:
                 # Its errors begin with the verb of the call.
                 self.spec("pull", key)
-                version = self.info(key).version
-                if version >= min_version:
-                    break
-                if time.monotonic() >= deadline:
-                    what = f"version {min_version} has not come within {timeout_s:g} s; it is {version}"
-                    raise WaitTimeoutError(f"pull({quote(key)}): {what}")
-                time.sleep(POLL_S)
+            versions = {key: info.version for key, info in zip(keys, self.info(keys), strict=True)}
+            keys = [key for key, version in versions.items() if version < min_version]
+            if not keys:
+                return
+            if time.monotonic() >= deadline:
+                what = f"version {min_version} has not come within {timeout_s:g} s; it is {versions[keys[0]]}"
+                raise WaitTimeoutError(f"pull({quote(keys[0])}): {what}")
+            time.sleep(POLL_S)
 
     def barrier(self) -> None:
         """Wait until every worker is here."""

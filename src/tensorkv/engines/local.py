@@ -283,8 +283,8 @@ class LocalEngine(ShardReader, Engine):
     def skips_steps(self) -> bool:
         return self._shard.skips_steps
 
-    def info(self, key: Key) -> KeyInfo:
-        return self._shard.entry("info", key).info()
+    def info(self, keys: Sequence[Key]) -> list[KeyInfo]:
+        return [self._shard.entry("info", key).info() for key in keys]
 
     def stats(self) -> Mapping[str, Any]:
         counts = {"nonfinite": dict(self._shard.nonfinite_counts), **self._compressor.traffic.stats()}

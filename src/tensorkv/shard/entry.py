@@ -110,14 +110,7 @@ class Entry(Cell):
 
     def info(self) -> KeyInfo:
         """Describe the key."""
-        return KeyInfo(
-            tuple(self.spec.shape),
-            interop.dtype_name(self.value.dtype),
-            str(self.value.device),
-            self.version,
-            self.value.nbytes,
-            "rows" if self.spec.is_table else "dense",
-        )
+        return KeyInfo.of(self.spec, str(self.value.device), self.version, self.value.nbytes)
 
 
 def slots_of(entries: Sequence[Entry]) -> list[str]:
@@ -193,6 +186,12 @@ class KeyInfo:
     version: int
     nbytes: int
     kind: str
+
+    @classmethod
+    def of(cls, spec: KeySpec, device: str, version: int, nbytes: int) -> KeyInfo:
+        """Make it of what a key was initialised with, and what its value is by now."""
+        kind = "rows" if spec.is_table else "dense"
+        return cls(tuple(spec.shape), interop.dtype_name(spec.dtype), device, version, nbytes, kind)
 
 
 @dataclass(slots=True)

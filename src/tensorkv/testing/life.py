@@ -133,6 +133,10 @@ class LifeContract:
         assert kv.info("b") == tensorkv.KeyInfo((4,), "bfloat16", "cpu", 0, 8, "dense")
         kv.push("a", ones(2, 3))
         assert kv.info("a").version == 1
+        assert kv.info(["b", "a", "b"]) == [kv.info("b"), kv.info("a"), kv.info("b")]
+        assert kv.info([]) == []
+        with pytest.raises(tensorkv.KeyNotFoundError, match=r'^info\("c"\)'):
+            kv.info(["a", "c"])
         rank, size = self.PLACE
         place = f"{f'rank {rank} of {size}' if rank < size else 'a reader'}, " if self.TYPE.startswith("dist") else ""
         assert repr(kv) == f"KVStore({self.TYPE!r}, {place}2 keys)"

@@ -489,7 +489,8 @@ class WorkerUpdate:
             return
         # Asked once: servers are asked anew for each key that is missing.
         held = set(self._kv.keys())
-        pushed = next((key for key in self._params if key in held and self._kv.info(key).version), None)
+        keys = [key for key in self._params if key in held]
+        pushed = next((key for key, info in zip(keys, self._kv.info(keys), strict=True) if info.version), None)
         if pushed is not None:
             raise ArgumentError(
                 f"Trainer: the store holds sums of gradients, not weights, as of {quote(pushed)}, so a worker that "

@@ -214,9 +214,9 @@ class ListKeys(Message):
 
 @dataclass(kw_only=True)
 class Info(Message):
-    """Reply with version and size of a key."""
+    """Reply with the versions and sizes of keys."""
 
-    key: Any
+    keys: list[Any]
 
 
 @dataclass(kw_only=True)

@@ -388,13 +388,13 @@ class DistEngine(Engine):
     def spec(self, verb: str, key: Key) -> KeySpec:
         return self._shard.entry(verb, key).spec
 
-    def info(self, key: Key) -> KeyInfo:
-        return shield.run(self._info, key)
+    def info(self, keys: Sequence[Key]) -> list[KeyInfo]:
+        return shield.run(self._info, keys)
 
-    def _info(self, key: Key) -> KeyInfo:
+    def _info(self, keys: Sequence[Key]) -> list[KeyInfo]:
         with self._order.lock:
-            self._pushes.settle([key])
-            return self._whole(self._shard.entry("info", key)).info()
+            self._pushes.settle(keys)
+            return [self._whole(self._shard.entry("info", key)).info() for key in keys]
 
     def keys(self) -> list[Key]:
         return self._shard.keys()

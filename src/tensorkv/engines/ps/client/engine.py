@@ -563,14 +563,23 @@ class PSEngine(Engine):
     def spec(self, verb: str, key: Key) -> KeySpec:
         return self._keymap.find(verb, key).spec
 
-    def info(self, key: Key) -> KeyInfo:
-        # Another client may have re-created it.
+    def info(self, keys: Sequence[Key]) -> list[KeyInfo]:
+        # Another client may have re-created them.
         self._keymap.refresh()
-        spec, servers = (placement := self._keymap.find("info", key)).spec, sorted(set(placement.servers))
-        told = self._ask(messages.Info(key=key), servers)
-        shape, dtype = tuple(spec.shape), interop.dtype_name(spec.dtype)
-        kind = "rows" if spec.is_table else "dense"
-        return KeyInfo(shape, dtype, "cpu", told[0]["version"], sum(each["nbytes"] for each in told), kind)
+        placements = {key: self._keymap.find("info", key) for key in keys}
+        held: dict[int, list[Key]] = {}
+        for key, placement in placements.items():
+            for server in sorted(set(placement.servers)):
+                held.setdefault(server, []).append(key)
+        requests = [ServerRequest(server, messages.Info(keys=held[server])) for server in sorted(held)]
+        versions: dict[Key, int] = {}
+        nbytes = dict.fromkeys(placements, 0)
+        for request, reply in zip(requests, shield.run(self._send, requests), strict=True):
+            told = zip(held[request.server], reply.head["versions"], reply.head["nbytes"], strict=True)
+            for key, version, own in told:
+                versions.setdefault(key, version)
+                nbytes[key] += own
+        return [KeyInfo.of(placements[key].spec, "cpu", versions[key], nbytes[key]) for key in keys]
 
     def keys(self) -> list[Key]:
         self._keymap.refresh()

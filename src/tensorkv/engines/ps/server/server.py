@@ -455,8 +455,8 @@ class Server:
         return [self.incarnation, self._state.inits]
 
     def _info(self, request: Request[messages.Info]) -> Reply:
-        info = self._state.shard.entry("info", request.message.key).info()
-        return Reply({"version": info.version, "nbytes": info.nbytes})
+        found = [self._state.shard.entry("info", key) for key in request.message.keys]
+        return Reply({"versions": [each.version for each in found], "nbytes": [each.value.nbytes for each in found]})
 
     def _stats(self, request: Request[messages.Stats]) -> Reply:
         return Reply(self.stats())

@@ -22,6 +22,7 @@ from tensorkv.arrays.arguments import (
     check_timeout,
     is_key,
     keys_of,
+    plain_number,
     single_values,
 )
 from tensorkv.arrays.keytable import KeyTable, select
@@ -304,12 +305,13 @@ class KVStore:
         return call.end()
 
     def _wait_for(self, key: Any, min_version: int, timeout_s: float | None) -> None:
-        if type(min_version) is not int:
+        wanted = plain_number(min_version)
+        if type(wanted) is not int:
             raise ArgumentError(f"pull: min_version is {show(min_version)}; expected an int")
         with naming("pull"):
             seconds = WAIT_S if timeout_s is None else check_timeout(timeout_s)
         keys = keys_of("pull", list(key) if isinstance(key, Mapping) else key)
-        self._engine.wait_for(keys, min_version, seconds)
+        self._engine.wait_for(keys, wanted, seconds)
 
     def pushpull(self, key: Any, value: Any = None, out: Any = None, priority: int = 0) -> Any:
         """Push, then pull the same keys, in one trip.
@@ -879,7 +881,7 @@ class KVStore:
         array([0., 0.])
         """
         self._begin_release("publish", name)
-        check_keep(f"publish({quote(name)})", keep)
+        keep = check_keep(f"publish({quote(name)})", keep)
         chosen = None if keys is None else select("publish", keys, self.keys)
         self._engine.protect(self._engine.publish, name, chosen, keep)
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from tensorkv.arrays import arguments
 from tensorkv.arrays.arguments import check_key, is_key
@@ -89,3 +90,54 @@ def test_keys_become_plain(given, plain):
 def test_invalid_keys_are_refused(given):
     with pytest.raises(KeyTypeError, match="push"):
         check_key("push", given)
+
+
+NUMBERS = [np.int64(3), np.uint8(3), np.array(3), np.array([3]), torch.tensor(3)]
+
+
+@pytest.mark.parametrize("number", [3, *NUMBERS], ids=repr)
+def test_ints_of_libraries_are_ints(number):
+    found = arguments.check_int("size", number, 1)
+    assert (type(found), found) == (int, 3)
+
+
+@pytest.mark.parametrize("number", [True, np.True_, torch.tensor(True), 3.0, np.float32(3), "3", None, np.arange(3), 0])
+def test_what_is_no_int_in_range(number):
+    with pytest.raises(ArgumentError, match=r"^size is .*; expected an int of at least 1, or None$"):
+        arguments.check_int("size", number, 1, ", or None")
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=repr)
+def test_calls_take_the_ints_of_libraries(number):
+    three = torch.ones(3, 2)
+    with tensorkv.create(threads=np.int64(2)) as kv:
+        kv.init("t", Rows(np.array([1]), np.ones((1, 2)), number, init="normal", seed=number))
+        assert kv.info("t").shape == (3, 2)
+        kv.init("w", three)
+        for _ in range(3):
+            kv.push("w", three, priority=number)
+        assert kv.pull("w", min_version=number, timeout_s=number).tolist() == three.tolist()
+        assert kv.pull("w", priority=number).tolist() == three.tolist()
+        kv.publish("first", keep=number)
+        layer = Embedding(kv, "e", number, number, padding_idx=number - 1)
+        assert (layer.num_embeddings, layer.embedding_dim, layer.padding_idx) == (3, 3, 2)
+        assert all(type(each) is int for each in (layer.num_embeddings, layer.embedding_dim, layer.padding_idx))
+    model = torch.nn.Linear(2, 1)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert LocalTrainer(model, tensorkv.create(), inner, every=number)._every == 3
+
+
+@pytest.mark.parametrize("rate", [np.float32(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor([0.5])], ids=repr)
+def test_learning_rates_are_numbers_of_any_library(rate):
+    kv = tensorkv.create()
+    trainer = Trainer(torch.nn.Linear(2, 1), kv, "sgd", lr=rate)
+    assert trainer.learning_rate == 0.5
+    for change in (
+        lambda: kv.set_hyperparameters(lr=rate),
+        lambda: setattr(trainer, "learning_rate", rate),
+        lambda: trainer.optimizer.param_groups[0].update(lr=rate),
+    ):
+        trainer.learning_rate = 0.1
+        change()
+        trainer.optimizer.flush()
+        assert (kv.optimizer["lr"], type(kv.optimizer["lr"])) == (0.5, float)

@@ -580,7 +580,7 @@ def test_names_that_are_no_optimizers(optimizer, words):
         ("sgd", {"lr": None}, "lr is None"),
         ("sgd", {"lr": True}, "lr is True"),
         ("sgd", {"lr": 10**400}, "expected a finite number"),
-        ("sgd", {"lr": torch.tensor(0.1)}, "expected a finite number"),
+        ("sgd", {"lr": torch.ones(2)}, "expected a finite number"),
         ("sgd", {"lr": np.ones(2)}, "expected a finite number"),
         ("sgd", {"dampening": "x"}, "dampening is 'x'"),
         ("sgd", {"nesterov": "yes"}, "expected True or False"),

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +200,42 @@ def check_timeout(timeout_s: Any, name: str = "timeout_s") -> float:
     Raises:
         ArgumentError: not a number above 0.
     """
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < 1e9:
+def plain_number(number: Any) -> Any:
+    """Return a number of NumPy, or the one element of an array, as Python's; anything else as it is.
+
+    >>> plain_number(np.float64(0.5)), plain_number(np.array(3)), plain_number("x")
+    (0.5, 3, 'x')
+    """
+    if isinstance(number, np.generic):
+        return number.item()
+    shape = getattr(number, "shape", None)
+    if isinstance(shape, tuple) and prod(shape) == 1 and hasattr(number, "item"):
+        # Values that are not there yet, as in a function that JAX traces, have none.
+        with suppress(Exception):
+            found = number.item()
+            return found if isinstance(found, int | float | complex) else number
+    return number
+
+
+def check_int(name: str, number: Any, least: int, more: str = "") -> int:
+    """Return an option of a name as an int, also one of NumPy or of an array.
+
+    Args:
+        more: what else is expected, for the error.
+
+    Raises:
+        ArgumentError: not an int, or below ``least``.
+    """
+    found = plain_number(number)
+    if type(found) is not int or found < least:
+        raise ArgumentError(f"{name} is {show(number)}; expected an int of at least {least}{more}")
+    return found
+
+
+    found = plain_number(timeout_s)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < 1e9:
         raise ArgumentError(f"{name} is {show(timeout_s)}; expected a number of seconds above 0")
-    return float(timeout_s)
+    return float(found)
 
 
 def absolute_path(verb: str, path: Any, what: str = "folder") -> str:

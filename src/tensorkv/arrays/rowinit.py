@@ -20,7 +20,7 @@ from tensorkv.compiled import _tables
 from tensorkv.errors import ArgumentError, show
 
 from . import interop
-from .arguments import Key
+from .arguments import Key, plain_number
 
 # The numbers of each rule and their defaults, named as in torch.nn.init.
 NUMBERS: dict[str, dict[str, float]] = {
@@ -232,7 +232,7 @@ def _log(number: Floats) -> Floats:
 
 def _check_seed(seed: Any) -> int:
     """Return a seed as Python's own int; None is 0."""
-    number = 0 if seed is None else int(seed) if isinstance(seed, np.integer) else seed
+    number = 0 if seed is None else plain_number(seed)
     if type(number) is not int or not 0 <= number <= _MAX_SEED:
         raise ArgumentError(f"seed is {show(seed)}; expected an int in [0, 2**64)")
     return number

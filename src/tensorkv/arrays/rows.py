@@ -13,6 +13,7 @@ from tensorkv.compiled import _tables
 from tensorkv.errors import ArgumentError, ArrayTypeError, ValueMismatchError, naming, show
 
 from . import interop
+from .arguments import check_int
 from .rowinit import RowInit
 
 
@@ -67,6 +68,7 @@ class Rows:
                 raise ArgumentError('got parameters of a distribution without init; give init="normal" or "uniform"')
             if isinstance(self.ids, list | tuple | range):
                 self.ids = _listed_ids("ids", self.ids)
+            self.num_rows = check_int("num_rows", self.num_rows, 0)
             take_rows(self)
 
     @property
@@ -133,8 +135,7 @@ def take_rows(thing: Any) -> Rows:
     if not isinstance(thing, Rows):
         return _take_coo(thing)
     ids, values = _take_part(thing.ids, "ids"), _take_part(thing.values, "values")
-    if isinstance(thing.num_rows, bool) or not isinstance(thing.num_rows, int) or thing.num_rows < 0:
-        raise ArgumentError(f"num_rows is {show(thing.num_rows)}; expected an int of at least 0")
+    num_rows = check_int("num_rows", thing.num_rows, 0)
     if interop.family(ids.dtype) != "int" or ids.dtype is torch.uint64:
         raise ArrayTypeError(f"ids have dtype {interop.dtype_name(ids.dtype)}; expected integers, such as int64")
     if ids.ndim != 1 or values.ndim < 1 or len(ids) != len(values):
@@ -142,12 +143,12 @@ def take_rows(thing: Any) -> Rows:
             f"ids have shape {tuple(ids.shape)} and values {tuple(values.shape)}; "
             "expected (n,) and (n, ...) with the same n"
         )
-    _check_range(ids, thing.num_rows)
+    _check_range(ids, num_rows)
     if thing.init is not None:
         thing.init.check_dtype(values.dtype)
-    if ids is thing.ids and values is thing.values and ids.dtype is torch.int64:
+    if ids is thing.ids and values is thing.values and num_rows is thing.num_rows and ids.dtype is torch.int64:
         return thing
-    return unchecked_rows(ids.long(), values, thing.num_rows, thing.init)
+    return unchecked_rows(ids.long(), values, num_rows, thing.init)
 
 
 def _take_part(array: Any, name: str) -> torch.Tensor:
@@ -210,8 +211,9 @@ def merge(parts: list[Rows], dtype: torch.dtype | None = None, *, may_share: boo
     first = parts[0].values
     dtype = first.dtype if dtype is None else dtype
     is_sum = len(parts) == 1 and divisor == 1 and first.dtype is dtype and parts[0].ids.device == first.device
-    if may_share and is_sum and first.is_contiguous() and _rises(parts[0].ids):
-        return parts[0]
+    # The ids are always copies: rows are written where they say.
+    if may_share and is_sum and first.is_contiguous() and _rises(own := parts[0].ids.clone()):
+        return _checked(unchecked_rows(own, first, parts[0].num_rows, parts[0].init))
     wide = interop.accumulator(dtype)
     ids = torch.cat([part.ids.to(first.device) for part in parts])
     values = torch.cat([interop.signed(part.values.to(first.device, wide)) for part in parts])
@@ -228,7 +230,14 @@ def merge(parts: list[Rows], dtype: torch.dtype | None = None, *, may_share: boo
     merged = merged.view(wide)
     if divisor != 1:
         interop.divide(merged, divisor)
-    return unchecked_rows(unique, merged.to(dtype), parts[0].num_rows, parts[0].init)
+    return _checked(unchecked_rows(unique, merged.to(dtype), parts[0].num_rows, parts[0].init))
+
+
+def _checked(rows: Rows) -> Rows:
+    """Return rows with sorted ids, which are in range."""
+    if len(rows.ids) and rows.ids.is_cpu:
+        _check_bounds(int(rows.ids[0]), int(rows.ids[-1]), rows.num_rows)
+    return rows
 
 
 def _rises(ids: torch.Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from tensorkv.arrays.arguments import plain_number
 from tensorkv.compiled import _codecs
 from tensorkv.errors import ArgumentError, NonFiniteError, naming, quote, show, suggestion
 
@@ -145,7 +146,7 @@ def parse(params: Any) -> Codec | None:
             f'got {show(params)}; expected a dict such as {{"type": "2bit", "threshold": 0.5}}, or None'
         )
     # Python's numbers, as JSON has them.
-    given = {word: each.item() if isinstance(each, np.generic) else each for word, each in params.items()}
+    given = {word: plain_number(each) for word, each in params.items()}
     name = given.pop("type")
     if name == "none" and not given:
         return None

@@ -12,6 +12,8 @@ from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
 
+import numpy as np
+
 from tensorkv.errors import ArgumentError, EngineNotFoundError, install_hint, naming, quote, show, suggestion
 from tensorkv.shard.entry import Batch as Batch
 from tensorkv.shard.nonfinite import NonFinite
@@ -111,6 +113,7 @@ def build(name: Any, options: dict[str, Any]) -> Engine:
         raise EngineNotFoundError(
             f"create: no store type {show(name)}{suggestion(name, known)}; the types are {', '.join(known)}"
         )
+    options = {word: option.item() if isinstance(option, np.generic) else option for word, option in options.items()}
     signature = inspect.signature(factory)
     try:
         signature.bind(**options)

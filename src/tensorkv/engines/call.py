@@ -7,7 +7,7 @@ from operator import add
 from typing import Any
 
 from tensorkv.arrays import interop
-from tensorkv.arrays.arguments import Key, keys_of, pairs
+from tensorkv.arrays.arguments import Key, keys_of, pairs, plain_number
 from tensorkv.arrays.outputs import CopyParts, CopyValues, GivenOuts, NewOuts, Together, like_origin
 from tensorkv.arrays.rows import is_rows, take_rows
 from tensorkv.arrays.slices import Slices, join_slices, take_slice
@@ -147,7 +147,7 @@ class Call(native.Call):
 
 def check_priority(verb: str, priority: Any) -> None:
     """Raise ArgumentError if the priority of a call is not an int."""
-    if type(priority) is not int:
+    if type(plain_number(priority)) is not int:
         raise ArgumentError(f"{verb}: priority is {show(priority)}; expected an int")
 
 

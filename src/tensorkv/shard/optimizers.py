@@ -21,7 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from tensorkv.arrays import interop
-from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.arguments import Key, plain_number
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import OptimizerError, quote, show, suggestion
 from tensorkv.runtime import _compat
@@ -161,9 +161,9 @@ def spec(optimizer: Any, numbers: Mapping[str, Any]) -> OptimizerSpec:
     """
     name = _name(optimizer)
     numbers = dict(numbers)
-    rescale = _own(numbers.pop("rescale_grad", 1.0))
-    bounds = {word: _own(numbers.pop(word, None)) for word in ("clip_gradient", "max_grad_norm")}
-    ema = _own(numbers.pop("ema", None))
+    rescale = plain_number(numbers.pop("rescale_grad", 1.0))
+    bounds = {word: plain_number(numbers.pop(word, None)) for word in ("clip_gradient", "max_grad_norm")}
+    ema = plain_number(numbers.pop("ema", None))
     if not _is_finite(rescale):
         raise OptimizerError(f"rescale_grad is {show(rescale)}; expected a finite number, such as 1 / batch_size")
     for word, bound in bounds.items():
@@ -238,18 +238,13 @@ def _defaults(name: str) -> dict[str, Any]:
     return {word: p.default for word, p in parameters.items() if word not in _NOT_NUMBERS}
 
 
-def _own(number: Any) -> Any:
-    """Return NumPy's numbers as Python's."""
-    return number.item() if isinstance(number, np.generic) else number
-
-
 def _is_finite(number: Any) -> bool:
     return isinstance(number, int | float) and not isinstance(number, bool) and abs(number) <= sys.float_info.max
 
 
 def _plain(number: Any, default: Any) -> Any:
     """Return a number as Python's own if it is like the default; else raise ValueError with what is expected."""
-    number = _own(number)
+    number = plain_number(number)
     if isinstance(default, tuple):
         if not isinstance(number, list | tuple) or len(number) != len(default):
             raise ValueError(f"{len(default)} numbers")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tensorkv.arrays.arguments import check_int
 from tensorkv.errors import ArgumentError, ReleaseExistsError, ReleaseNotFoundError, quote, show, suggestion
 
 if TYPE_CHECKING:
@@ -37,9 +38,7 @@ def check_keep(verb: str, keep: Any) -> int | None:
     Raises:
         ArgumentError: not None or an int of at least 1.
     """
-    if keep is not None and (type(keep) is not int or keep < 1):
-        raise ArgumentError(f"{verb}: keep is {show(keep)}; expected an int of at least 1, or None")
-    return keep
+    return None if keep is None else check_int(f"{verb}: keep", keep, 1, ", or None")
 
 
 @dataclass(frozen=True, slots=True)

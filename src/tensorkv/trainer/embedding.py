@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from tensorkv.arrays import interop
+from tensorkv.arrays.arguments import check_int, plain_number
 from tensorkv.arrays.rows import Rows, merge
 from tensorkv.errors import (
     ArgumentError,
@@ -49,9 +50,8 @@ class TableLayer(nn.Module):
         name = type(self).__name__
         if not isinstance(kv, KVStore):
             raise ArgumentError(f"{name}: kv is {show(kv)}; expected a KVStore, from tensorkv.create()")
-        for word, size in {"num_embeddings": num_embeddings, "embedding_dim": embedding_dim}.items():
-            if type(size) is not int or size < 1:
-                raise ArgumentError(f"{name}: {word} is {show(size)}; expected an int of at least 1")
+        num_embeddings = check_int(f"{name}: num_embeddings", num_embeddings, 1)
+        embedding_dim = check_int(f"{name}: embedding_dim", embedding_dim, 1)
         if dtype not in interop.FLOATS:
             raise ArgumentError(f"{name}: dtype is {show(dtype)}; expected a floating-point torch.dtype")
         self.kv, self.key, self.dtype = kv, key, dtype
@@ -395,6 +395,7 @@ def _check_padding(padding_idx: Any, rows: int) -> int | None:
     """Return an id that may count from the end, as one that does not."""
     if padding_idx is None:
         return None
-    if type(padding_idx) is not int or not -rows <= padding_idx < rows:
+    found = plain_number(padding_idx)
+    if type(found) is not int or not -rows <= found < rows:
         raise ArgumentError(f"padding_idx is {show(padding_idx)}; expected an int in [-{rows}, {rows})")
-    return padding_idx % rows
+    return found % rows

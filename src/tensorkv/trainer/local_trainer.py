@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tensorkv.arrays.arguments import check_int
 from tensorkv.errors import ArgumentError, KeyNotFoundError, KeyTypeError, OptimizerError, naming, quote, show
 from tensorkv.shard import optimizers
 from tensorkv.store import KVStore
@@ -76,7 +77,8 @@ class LocalTrainer:
         if not isinstance(kv, KVStore):
             raise ArgumentError(f"LocalTrainer: kv is {show(kv)}; expected a KVStore, from tensorkv.create()")
         with kv._engine.collective("LocalTrainer"):
-            _check(model, inner, every, prefix)
+            _check(model, inner, prefix)
+            every = check_int("LocalTrainer: every", every, 1)
             if kv.num_workers > 1 and kv._engine.joins_workers == "sum":
                 raise ArgumentError(
                     'LocalTrainer: the store takes sums over workers; create it with reduce="mean", since the outer '
@@ -150,7 +152,7 @@ class LocalTrainer:
         torch._foreach_copy_(list(self._common.values()), own)
 
 
-def _check(model: Any, inner: Any, every: Any, prefix: Any) -> None:
+def _check(model: Any, inner: Any, prefix: Any) -> None:
     """Raise ArgumentError if an argument of a LocalTrainer is not what it has to be."""
     for name, given, kind, what in (
         ("model", model, nn.Module, "an nn.Module"),
@@ -159,8 +161,6 @@ def _check(model: Any, inner: Any, every: Any, prefix: Any) -> None:
     ):
         if not isinstance(given, kind):
             raise ArgumentError(f"LocalTrainer: {name} is {show(given)}; expected {what}")
-    if type(every) is not int or every < 1:
-        raise ArgumentError(f"LocalTrainer: every is {show(every)}; expected an int of at least 1")
 
 
 def _with_defaults(hyperparameters: dict[str, Any]) -> dict[str, Any]:

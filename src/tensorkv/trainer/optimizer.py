@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.arguments import Key, plain_number
 from tensorkv.errors import ArgumentError, CheckpointError, OptimizerError, naming, show
 from tensorkv.store import KVStore
 
@@ -19,7 +19,7 @@ from .buffers import Buffers
 from .gradients import Gradients, cannot_agree
 from .groups import Group, Params, group_of, options_of, parameters
 from .overlap import Overlap
-from .updates import StoreUpdate, WorkerUpdate, collective, number_of
+from .updates import StoreUpdate, WorkerUpdate, collective
 
 
 class StoreOptimizer(torch.optim.Optimizer):
@@ -127,7 +127,7 @@ class StoreOptimizer(torch.optim.Optimizer):
         changes = []
         for group, seen in zip(self._groups, self._seen, strict=True):
             # Most are the very objects that were read.
-            numbers = {word: number_of(group[word]) for word, number in seen.items() if group[word] is not number}
+            numbers = {word: plain_number(group[word]) for word, number in seen.items() if group[word] is not number}
             changes.append({word: number for word, number in numbers.items() if number != seen[word]})
         return changes
 
@@ -135,7 +135,7 @@ class StoreOptimizer(torch.optim.Optimizer):
         """Return the numbers among some changes that all groups have now, and the tables, too."""
         alike = {}
         for word in (word for change in changes for word in change):
-            first, *others = [number_of(group[word]) for group in self._groups]
+            first, *others = [plain_number(group[word]) for group in self._groups]
             if all(other == first for other in others):
                 alike[word] = first
         return alike

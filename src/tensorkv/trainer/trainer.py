@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tensorkv.arrays.arguments import check_flag
+from tensorkv.arrays.arguments import check_flag, plain_number
+from tensorkv.arrays.trees import plain_name
 from tensorkv.errors import (
     ArgumentError,
     CheckpointError,
@@ -317,9 +318,10 @@ class Trainer:
     @learning_rate.setter
     @collective("Trainer.learning_rate")
     def learning_rate(self, lr: float) -> None:
-        if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 <= lr < math.inf:
+        rate = plain_number(lr)
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
             raise OptimizerError(f"learning_rate is {show(lr)}; expected a finite number of at least 0")
-        self.optimizer.set_learning_rate(lr)
+        self.optimizer.set_learning_rate(rate)
 
     def set_learning_rate(self, lr: float) -> None:
         """Set ``learning_rate``; the name of MXNet's ``gluon.Trainer``."""

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from tensorkv.arrays.arguments import Key
+from tensorkv.arrays.arguments import Key, plain_number
 from tensorkv.arrays.keytable import KeyTable
 from tensorkv.arrays.rows import Rows
 from tensorkv.errors import ArgumentError, CheckpointError, OptimizerError, naming, quote, show
@@ -211,7 +211,7 @@ class StoreUpdate:
 
     def _own(self, group: Group) -> dict[str, Any]:
         """Return the hyperparameters among a group's options."""
-        return {word: number_of(number) for word, number in group.options.items() if word in self.defaults}
+        return {word: plain_number(number) for word, number in group.options.items() if word in self.defaults}
 
     def _overrides(self, spec: OptimizerSpec, numbers: Sequence[dict[str, Any]]) -> dict[Key, dict[str, Any]]:
         """Return, from the numbers of each group, those of single keys that are not those of all keys."""
@@ -521,11 +521,6 @@ def _check(spec: OptimizerSpec, options: Mapping[str, Any]) -> None:
     """Raise if a group cannot have such options."""
     check_options(spec.name, spec.numbers, options)
     optimizers.spec(spec.name, {**spec.numbers, **{w: n for w, n in options.items() if w in spec.numbers}})
-
-
-def number_of(option: Any) -> Any:
-    """Return an option of a group, a number if it is a tensor of one, as torch.optim takes learning rates."""
-    return option.item() if isinstance(option, torch.Tensor) and option.numel() == 1 else option
 
 
 def _without_overrides(spec: OptimizerSpec) -> dict[str, Any]:

@@ -13,11 +13,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from tensorkv.arrays import interop
-from tensorkv.arrays.arguments import Key, check_flag, check_timeout
+from tensorkv.arrays.arguments import Key, check_flag, check_timeout, plain_number
 from tensorkv.arrays.regions import Region
 from tensorkv.arrays.rows import Rows, unchecked_rows
 from tensorkv.arrays.slices import Slices, join_slices
@@ -536,7 +535,7 @@ def _comparable(data: Any) -> Any:
         return {word: _comparable(data[word]) for word in sorted(data)}
     if isinstance(data, list | tuple):
         return [_comparable(each) for each in data]
-    number = data.item() if isinstance(data, np.generic) else data
+    number = plain_number(data)
     if isinstance(number, int | float) and not isinstance(number, bool) and number == float(number):
         # Adding 0.0 takes the sign of a zero away.
         return float(number) + 0.0

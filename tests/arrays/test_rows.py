@@ -347,3 +347,17 @@ def test_a_part_with_its_ids_on_another_device_is_brought_together():
     merged = merge([part], may_share=True)
     assert merged.ids.device == merged.values.device
     assert merged.ids.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_ids_that_change_during_a_call_are_those_of_its_begin_or_refused(parts):
+    """Another thread may fill the caller's ids anew; rows are written where they say."""
+    ids, values = torch.tensor([1, 3]), torch.ones(2, 1)
+    rows = unchecked_rows(ids, values, 5)
+    merged = merge([rows] * parts, may_share=True)
+    ids[1] = 1 << 40
+    assert merged.ids.tolist() == [1, 3]
+    for wrong in (5, 1 << 40, -1):
+        ids[1] = wrong
+        with pytest.raises(ValueMismatchError, match=f"row id {wrong} is out of range; there are rows 0 to 4"):
+            merge([rows] * parts, may_share=True)

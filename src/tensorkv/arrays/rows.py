@@ -205,8 +205,11 @@ def merge(parts: list[Rows], dtype: torch.dtype | None = None, *, may_share: boo
         parts: at least one, all of one row shape.
         dtype: of the result (default: the first part's). float16 and bfloat16 are added in float32
             and rounded once.
-        may_share: return the only part itself if its ids are unique and sorted, and on the device of its values.
+        may_share: return the values of the only part themselves if its ids are unique, sorted and on the same device.
         divisor: of the sums, before they are rounded.
+
+    Raises:
+        ValueMismatchError: ids that another thread has changed since they were checked, and that name no rows.
     """
     first = parts[0].values
     dtype = first.dtype if dtype is None else dtype

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import tensorkv
 from tensorkv import OptimizerError, Rows
+from tensorkv.arrays.interop import dtype_name
 from tensorkv.runtime import _compat
 from tensorkv.shard import optimizers
 from tensorkv.shard.fused import FUSED
@@ -909,3 +910,61 @@ def test_a_key_that_is_deleted_and_made_again_has_no_numbers_of_its_own():
                 store.push("t", tensorkv.Rows(ids + step, values, 9))
         pulled = [store.row_sparse_pull("t", row_ids=range(9)).values for store in (kv, other)]
         assert torch.equal(*pulled)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_a_bound_beyond_a_dtype_clips_nothing(name, dtype, is_compiled, tmp_path, monkeypatch):
+    """Also after a load of what was saved."""
+    if not is_compiled:
+        monkeypatch.setattr(native, "_native", None)
+    found = []
+    for bound in (None, 1e300):
+        kv = store({"w": torch.ones(2, 3, dtype=dtype)}, name, lr=0.5, clip_gradient=bound, ema=0.5)
+        for _ in range(2):
+            kv.push("w", torch.full((2, 3), 3.0, dtype=dtype))
+        kv.save(tmp_path / f"{bound}")
+        with tensorkv.create() as other:
+            other.load(tmp_path / f"{bound}")
+            assert other.optimizer["clip_gradient"] == bound
+            found += [(each.pull("w"), each.pull_ema("w")) for each in (kv, other)]
+    assert all(torch.equal(*pair) for each in found[1:] for pair in zip(each, found[0], strict=True))
+
+
+WORDS = sorted(
+    (name, word)
+    for name in CLASSES
+    for word, number in spec(name, {}).numbers.items()
+    if isinstance(number, int | float) and not isinstance(number, bool)
+)
+
+
+@pytest.mark.parametrize(("name", "word"), WORDS)
+def test_numbers_beyond_a_dtype_are_infinite_or_refused(name, word, tmp_path):
+    """They are never torch's own error, and a folder that has them is opened again."""
+    for number in (65520.0, 1e39, 1e300):
+        try:
+            spec(name, {word: number})
+        except OptimizerError:
+            continue
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            with tensorkv.create(path=tmp_path / f"{number}{dtype}") as kv:
+                kv.init({"v": torch.ones(2, 1, dtype=dtype), "w": torch.ones(2, 1, dtype=dtype)})
+                kv.set_optimizer(name, ema=0.5)
+                kv.push(["v", "w"], [torch.ones(2, 1, dtype=dtype)] * 2)
+                kv.set_hyperparameters("w", **{word: number})
+                before = [*kv.pull_ema(["v", "w"]), *kv.pull(["v", "w"])]
+                versions = [info.version for info in kv.info(["v", "w"])]
+                refused = ""
+                try:
+                    kv.push(["v", "w"], [torch.ones(2, 1, dtype=dtype)] * 2)
+                except OptimizerError as error:
+                    refused = str(error)
+                if refused:
+                    assert refused.startswith(f'"w" is {dtype_name(dtype)}, which {name} cannot step: ')
+                    assert all(map(torch.equal, before, [*kv.pull_ema(["v", "w"]), *kv.pull(["v", "w"])]))
+                    assert [info.version for info in kv.info(["v", "w"])] == versions
+                assert refused or (name, word, dtype) != ("rprop", "lr", torch.float16)
+            with tensorkv.create(path=tmp_path / f"{number}{dtype}") as kv:
+                assert kv.optimizer["name"] == name

@@ -31,6 +31,17 @@ AVERAGE = "ema"
 _FEW = 1 << 20
 
 
+def number_in(dtype: torch.dtype, number: float) -> float:
+    """Return a number as a dtype has it: infinite beyond the dtype's own, which torch refuses to clamp to or fill with.
+
+    >>> number_in(torch.float16, 1e5), number_in(torch.float16, 0.5)
+    (inf, 0.5)
+    """
+    if not number or abs(number) <= torch.finfo(dtype).max:
+        return number
+    return torch.tensor(number, dtype=torch.float64, device="cpu").to(dtype).item()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Kernel:
     """The steps of one optimizer with its numbers.
@@ -115,7 +126,7 @@ class Kernel:
             pool.share(numel, clear)
         columns = [torch.from_numpy(own).view(dtype) for own in bits]
         if fill := self.numbers.get("initial_accumulator_value", 0):
-            columns = [column.fill_(fill) for column in columns]
+            columns = [column.fill_(number_in(dtype, fill)) for column in columns]
         if self.ema is not None:
             columns.append(torch.cat([average_of(value).view(-1) for value in values]))
         steps = None if self.name == "sgd" else torch.zeros(len(values), dtype=torch.float32, device="cpu")
@@ -150,7 +161,8 @@ class Kernel:
         if self.rescale_grad != 1:
             grad = grad * self.rescale_grad
         if self.clip_gradient is not None:
-            grad = grad.clamp(-self.clip_gradient, self.clip_gradient)
+            bound = number_in(grad.dtype, self.clip_gradient)
+            grad = grad.clamp(-bound, bound)
         if by["maximize"]:
             grad = -grad
         if decay and self.name != "adamw" and not by.get("decoupled_weight_decay", False):

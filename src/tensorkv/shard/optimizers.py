@@ -27,7 +27,7 @@ from tensorkv.errors import OptimizerError, quote, show, suggestion
 from tensorkv.runtime import _compat
 
 from . import native
-from .fused import AVERAGE, FUSED, Kernel, average_of, move_average, runs
+from .fused import AVERAGE, FUSED, Kernel, average_of, move_average, number_in, runs
 from .fused import DTYPES as FUSED_DTYPES
 from .pool import Pool
 from .table import Columns, Table, address_rows, fill_with
@@ -335,8 +335,10 @@ def scale_gradient(grad: torch.Tensor, spec: OptimizerSpec) -> None:
     """Rescale and clip a summed gradient in place."""
     if spec.rescale_grad != 1.0:
         grad.mul_(spec.rescale_grad)
-    if (bound := spec.clip_gradient) is not None:
-        (torch.view_as_real(grad) if grad.is_complex() else grad).clamp_(-bound, bound)
+    if spec.clip_gradient is not None:
+        real = torch.view_as_real(grad) if grad.is_complex() else grad
+        bound = number_in(real.dtype, spec.clip_gradient)
+        real.clamp_(-bound, bound)
 
 
 def finish(state: State, count: float) -> None:
@@ -385,6 +387,8 @@ class Optimizer:
             raise OptimizerError(
                 f"{quote(key)} is {interop.dtype_name(value.dtype)}, which {name} does not update; keep weights in at "
                 "least 16 bits, and float8 copies of them in a store without an optimizer"
+        # Why keys with the numbers of the first one, and of a dtype, cannot be stepped.
+        self._faults: dict[tuple[Key | None, torch.dtype], str | None] = {}
             )
         if value.dtype.is_complex and name not in ROWWISE:
             raise OptimizerError(
@@ -398,7 +402,31 @@ class Optimizer:
         if by_rows and name not in ROWWISE:
             raise OptimizerError(f"{name} needs whole gradients, and {quote(key)} was pushed as Rows")
         if name == "muon" and isinstance(value, torch.Tensor) and value.ndim != 2:
-            raise OptimizerError(f"muon updates matrices, and {quote(key)} has shape {tuple(value.shape)}")
+            raise OptimizerError(
+                f"muon updates matrices, and {quote(key)} has shape {tuple(value.shape)}; keep such keys in another "
+                "store, with another optimizer"
+            )
+
+    def _fault_of(self, own: Key | None, dtype: torch.dtype) -> str | None:
+        """Return why torch cannot step values of a dtype with numbers that it does not hold; None if it can."""
+        found = self._faults.get((own, dtype), "")
+        if found == "":
+            numbers = {**self.spec.numbers, **({} if own is None else self.spec.overrides[own])}
+            most = torch.finfo(dtype).max
+            found = None
+            if any(isinstance(number, int | float) and abs(number) > most for number in numbers.values()):
+                value, state = torch.zeros((2, 1), dtype=dtype, device="cpu"), State()
+                try:
+                    for _ in range(2):
+                        self._run(numbers, [value], [torch.zeros_like(value)], [state], fused=False)
+                except RuntimeError as error:
+                    found = str(error)
+            self._faults[own, dtype] = found
+        return found
+
+    def _has_kernel(self, value: torch.Tensor | Table) -> bool:
+        is_on_cpu = isinstance(value, Table) or value.is_cpu
+        return self.spec.name in FUSED and value.dtype in FUSED_DTYPES and is_on_cpu
 
     def step(
         self,
@@ -414,6 +442,9 @@ class Optimizer:
         """
         groups: dict[tuple[Any, ...], list[int]] = {}
         averages: dict[int, torch.Tensor] = {}
+        # Kernels take numbers beyond a dtype for infinite; torch may raise in the middle of a step.
+        if not self._has_kernel(value) and (why := self._fault_of(self._like.get(key), value.dtype)) is not None:
+            raise OptimizerError(f"{quote(key)} is {interop.dtype_name(value.dtype)}, which {name} cannot step: {why}")
         for index, (key, value, state) in enumerate(zip(keys, values, states, strict=True)):
             if not value.numel() and self.spec.name not in ROWWISE:
                 continue
@@ -447,9 +478,6 @@ class Optimizer:
             )
             for i, (elements, held) in padded.items():
                 _take_from_vectors(values[i], states[i], elements, held)
-        for index, average in averages.items():
-            move_average(average, values[index], self.spec.ema)  # type: ignore[arg-type]
-            states[index][AVERAGE] = average
 
     def _padded(self, key: Key, value: torch.Tensor, state: State) -> tuple[torch.Tensor, State] | None:
         """Return copies that torch computes in vectors alone; None where it rounds alike, or has to see the value."""
@@ -460,13 +488,27 @@ class Optimizer:
         fills = self._fills_of(key)
         held = {name: _in_vectors(each) if name in fills else each for name, each in state.items()}
         return _in_vectors(value), held
+        try:
+            self._run_groups(groups, keys, values, grads, states)
+        finally:
+            for index, average in averages.items():
+                states[index][AVERAGE] = average
+        for index, average in averages.items():
+            move_average(average, values[index], self.spec.ema)  # type: ignore[arg-type]
+
+    def _run_groups(
+        self,
+        groups: Mapping[tuple[Any, ...], Sequence[int]],
+        keys: Sequence[Key],
+        values: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor],
+        states: Sequence[State],
+    ) -> None:
+        """Step by torch.optim the members of each group together."""
 
     def kernel(self, key: Key, value: torch.Tensor) -> Kernel | None:
         """Return the step of a key as a kernel for slices, None where torch.optim has to see the whole value."""
-        spec = self.spec
-        if spec.name not in FUSED or not value.is_cpu or value.dtype not in FUSED_DTYPES:
-            return None
-        return self._kernel_of(self._like.get(key))
+        return self._kernel_of(self._like.get(key)) if self._has_kernel(value) else None
 
     def _kernel_of(self, own: Key | None) -> Kernel:
         """Return the kernel of a key that is the first with its numbers, or of all without numbers of their own."""

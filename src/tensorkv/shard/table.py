@@ -14,7 +14,7 @@ from tensorkv.arrays.rowinit import RowInit
 from tensorkv.arrays.rows import Rows
 from tensorkv.compiled import _tables
 
-from .fused import AVERAGE, average_of
+from .fused import AVERAGE, average_of, number_in
 from .index import new_index
 
 
@@ -282,5 +282,6 @@ class Columns:
 
 def fill_with(tensor: torch.Tensor, number: float) -> torch.Tensor:
     """Set every element, of complex ones both parts: so do torch's optimizers begin their state."""
-    (torch.view_as_real(tensor) if tensor.is_complex() else tensor).fill_(number)
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    real.fill_(number_in(real.dtype, number))
     return tensor

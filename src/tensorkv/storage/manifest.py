@@ -252,7 +252,8 @@ def restore_rule(described: Any) -> StepOptimizer:
         # Numbers that do not fit together show in a step: a first one and one that goes on.
         for key in ("", *rule.optimizer.spec.overrides):
             shape = (2, 1) if rule.optimizer.spec.name == "muon" else (2,)
-            value, state = torch.zeros(shape, dtype=torch.float32, device="cpu"), State()
+            # In the dtype in which set_optimizer has tried them.
+            value, state = torch.zeros(shape, dtype=torch.float64, device="cpu"), State()
             for _ in range(2):
                 rule.optimizer.step([key], [value], [torch.zeros_like(value)], [state])
     except Exception as error:  # torch raises what the numbers lead to

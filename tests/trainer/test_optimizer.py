@@ -13,6 +13,7 @@ from torch.optim import lr_scheduler
 
 import tensorkv
 from tensorkv import Trainer
+from tensorkv.shard.optimizers import CLASSES
 from tests.support.workers import run
 from tests.trainer import optimizer_programs as programs
 
@@ -489,6 +490,56 @@ def test_a_state_of_other_groups_changes_nothing():
         after = optimizer.state_dict()
         assert after["param_groups"] == before["param_groups"]
         assert all(torch.equal(after["state"][i]["exp_avg"], own["exp_avg"]) for i, own in before["state"].items())
+
+
+def _stepped(name, **options):
+    """The state_dict of an optimizer of torch after a step on a matrix."""
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = getattr(torch.optim, CLASSES[name])(model.parameters(), lr=0.1, **options)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_state_of_another_optimizer_is_refused(name):
+    model = nn.Linear(3, 2, bias=False)
+    trainer = Trainer(model, tensorkv.create(), name, lr=0.2)
+    optimizer = trainer.optimizer
+    model(torch.ones(1, 3)).sum().backward()
+    trainer.step()
+    before = optimizer.state_dict()
+    # AdamW is Adam with decoupled_weight_decay.
+    fits = {name, "adamw"} if name == "adam" else {name}
+    for other in CLASSES.keys() - fits:
+        with pytest.raises(tensorkv.CheckpointError, match=rf"of another optimizer than {name}|{name} has no state"):
+            optimizer.load_state_dict(_stepped(other))
+        after = optimizer.state_dict()
+        assert after["param_groups"] == before["param_groups"]
+        assert after["state"].keys() == before["state"].keys()
+        assert all(torch.equal(each, before["state"][0][word]) for word, each in after["state"].get(0, {}).items())
+    for other in fits:
+        optimizer.load_state_dict(_stepped(other))
+        assert trainer.learning_rate == 0.1
+
+
+def test_adamw_goes_on_from_adam_with_decoupled_decay_alone():
+    optimizer = Trainer(nn.Linear(3, 2, bias=False), tensorkv.create(), "adamw", lr=0.2).optimizer
+    with pytest.raises(
+        tensorkv.CheckpointError, match='of another optimizer than adamw: it has "decoupled_weight_decay"'
+    ):
+        optimizer.load_state_dict(_stepped("adam"))
+    optimizer.load_state_dict(_stepped("adam", decoupled_weight_decay=True))
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_states_of_older_versions_of_torch_are_loaded():
+    optimizer = Trainer(nn.Linear(3, 2, bias=False), tensorkv.create(), "adam", lr=0.2).optimizer
+    old = _stepped("adam")
+    for word in ("maximize", "decoupled_weight_decay"):
+        del old["param_groups"][0][word]
+    optimizer.load_state_dict(old)
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 # ---------------------------------------------------------------- parameter groups

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,7 +63,8 @@ ROWWISE = frozenset(CLASSES) - {"adafactor", "muon"}
 # Of those with a fused kernel here, every version of torch has one for GPUs.
 _FUSED_BY_TORCH = FUSED - {"adagrad", "rmsprop"}
 # How a step is computed is the store's business, not a hyperparameter.
-_NOT_NUMBERS = frozenset({"self", "params", "foreach", "fused", "capturable", "differentiable"})
+_HOW = frozenset({"foreach", "fused", "capturable", "differentiable"})
+_NOT_NUMBERS = _HOW | {"self", "params"}
 _OTHER_WORDS = {
     "learning_rate": "lr",
     "wd": "weight_decay",
@@ -187,6 +188,8 @@ def check_numbers(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
     for word, number in numbers.items():
         if word in _ELSEWHERE:
             raise OptimizerError(f"{name} has no {quote(word)}; {_ELSEWHERE[word]}")
+        if word in _HOW:
+            raise OptimizerError(f"{name}: leave {word} out; how a step is computed is the store's business")
         if word not in known:
             near = f' (did you mean "{_OTHER_WORDS[word]}"?)' if _OTHER_WORDS.get(word) in known else ""
             raise OptimizerError(
@@ -255,6 +258,23 @@ def _plain(number: Any, default: Any) -> Any:
     elif not _is_finite(number) and (default is not None or not isinstance(number, str | None)):
         raise ValueError("a finite number")
     return number
+
+
+# What older versions of torch did not write.
+_LATER = {"decoupled_weight_decay", "maximize"}
+
+
+def check_written_by(name: str, options: Mapping[str, Any]) -> None:
+    """Raise OptimizerError if the parameter group of a state_dict is not of an optimizer of this name."""
+    known = _defaults(name)
+    others = {word for each in CLASSES for word in _defaults(each)} - known.keys()
+    # Those of AdamW are Adam's with True.
+    if name == "adamw" and options.get("decoupled_weight_decay"):
+        others.remove("decoupled_weight_decay")
+    foreign, lacking = others & options.keys(), known.keys() - options.keys() - _LATER
+    if foreign or lacking:
+        which = f"has {quote(min(foreign))}" if foreign else f"lacks {quote(min(lacking))}"
+        raise OptimizerError(f"a parameter group is of another optimizer than {name}: it {which}")
 
 
 # With these torch.optim makes the numbers that count a parameter's steps.
@@ -347,6 +367,10 @@ def finish(state: State, count: float) -> None:
         state["step"].fill_(count)
 
 
+# Numbers with which optimizers keep all the state that they can have.
+_WITH_STATE = {"amsgrad": True, "centered": True, "momentum": 0.9}
+
+
 class Optimizer:
     """One torch.optim optimizer, stepped with the parameters of a push as its only ones.
 
@@ -363,6 +387,8 @@ class Optimizer:
         # For each key with numbers of its own, the first key that has the same; what is made for that one serves all.
         first: dict[int, Key] = {}
         self._like = {key: first.setdefault(id(own), key) for key, own in spec.overrides.items()}
+        # Why keys with the numbers of the first one, and of a dtype, cannot be stepped.
+        self._faults: dict[tuple[Key | None, torch.dtype], str | None] = {}
         self._fills = initial_state(spec.name, tuple(spec.numbers.items()))
         self._own_fills = {
             key: initial_state(spec.name, tuple({**spec.numbers, **spec.overrides[key]}.items()))
@@ -387,13 +413,14 @@ class Optimizer:
             raise OptimizerError(
                 f"{quote(key)} is {interop.dtype_name(value.dtype)}, which {name} does not update; keep weights in at "
                 "least 16 bits, and float8 copies of them in a store without an optimizer"
-        # Why keys with the numbers of the first one, and of a dtype, cannot be stepped.
-        self._faults: dict[tuple[Key | None, torch.dtype], str | None] = {}
             )
         if value.dtype.is_complex and name not in ROWWISE:
             raise OptimizerError(
                 f"{quote(key)} is {interop.dtype_name(value.dtype)}, and {name} updates real values only"
             )
+        # Kernels take numbers beyond a dtype for infinite; torch may raise in the middle of a step.
+        if not self._has_kernel(value) and (why := self._fault_of(self._like.get(key), value.dtype)) is not None:
+            raise OptimizerError(f"{quote(key)} is {interop.dtype_name(value.dtype)}, which {name} cannot step: {why}")
         if self.spec.ema is not None and isinstance(value, Table) and value.dtype in interop.LOW_PRECISION:
             raise OptimizerError(
                 f"{quote(key)} is a sparse table of {interop.dtype_name(value.dtype)}, and ema averages tables of "
@@ -442,9 +469,6 @@ class Optimizer:
         """
         groups: dict[tuple[Any, ...], list[int]] = {}
         averages: dict[int, torch.Tensor] = {}
-        # Kernels take numbers beyond a dtype for infinite; torch may raise in the middle of a step.
-        if not self._has_kernel(value) and (why := self._fault_of(self._like.get(key), value.dtype)) is not None:
-            raise OptimizerError(f"{quote(key)} is {interop.dtype_name(value.dtype)}, which {name} cannot step: {why}")
         for index, (key, value, state) in enumerate(zip(keys, values, states, strict=True)):
             if not value.numel() and self.spec.name not in ROWWISE:
                 continue
@@ -467,6 +491,23 @@ class Optimizer:
             alone = None if self.spec.name in ROWWISE else index
             # torch's fused kernels take either all new or no new parameters.
             groups.setdefault((own, fused, bool(state), alone), []).append(index)
+        try:
+            self._run_groups(groups, keys, values, grads, states)
+        finally:
+            for index, average in averages.items():
+                states[index][AVERAGE] = average
+        for index, average in averages.items():
+            move_average(average, values[index], self.spec.ema)  # type: ignore[arg-type]
+
+    def _run_groups(
+        self,
+        groups: Mapping[tuple[Any, ...], Sequence[int]],
+        keys: Sequence[Key],
+        values: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor],
+        states: Sequence[State],
+    ) -> None:
+        """Step by torch.optim the members of each group together."""
         for (own, fused, _, _), members in groups.items():
             padded = {i: each for i in members if (each := self._padded(keys[i], values[i], states[i])) is not None}
             self._run(
@@ -488,23 +529,6 @@ class Optimizer:
         fills = self._fills_of(key)
         held = {name: _in_vectors(each) if name in fills else each for name, each in state.items()}
         return _in_vectors(value), held
-        try:
-            self._run_groups(groups, keys, values, grads, states)
-        finally:
-            for index, average in averages.items():
-                states[index][AVERAGE] = average
-        for index, average in averages.items():
-            move_average(average, values[index], self.spec.ema)  # type: ignore[arg-type]
-
-    def _run_groups(
-        self,
-        groups: Mapping[tuple[Any, ...], Sequence[int]],
-        keys: Sequence[Key],
-        values: Sequence[torch.Tensor],
-        grads: Sequence[torch.Tensor],
-        states: Sequence[State],
-    ) -> None:
-        """Step by torch.optim the members of each group together."""
 
     def kernel(self, key: Key, value: torch.Tensor) -> Kernel | None:
         """Return the step of a key as a kernel for slices, None where torch.optim has to see the whole value."""
@@ -672,8 +696,15 @@ class Optimizer:
                 raise OptimizerError(f"{quote(key)}: the state of {self.spec.name} lacks {quote(name)}")
         # What is missing begins at the value.
         expected[AVERAGE] = (shape, interop.accumulator(value.dtype))
+        possible = {**dict.fromkeys(self._possible, (shape, value.dtype)), **expected}
+        for name in [*state, *columns]:
+            if name not in possible:
+                raise OptimizerError(
+                    f"{quote(key)}: {self.spec.name} has no state {quote(name)}; it has "
+                    f"{', '.join(each for each in possible if each != AVERAGE)}"
+                )
         for name, tensor in state.items():
-            wanted, dtype = expected.get(name, (shape, value.dtype))
+            wanted, dtype = possible[name]
             if tensor.shape != wanted or tensor.dtype is not dtype:
                 raise OptimizerError(
                     f"{quote(key)}: {quote(name)} of {self.spec.name} is {interop.dtype_name(tensor.dtype)} "
@@ -688,6 +719,15 @@ class Optimizer:
         if dtype not in self._probed:
             self._probed[dtype] = self._probe(probed, dtype)
         return {name: (shape if each == probed else each, kind) for name, (each, kind) in self._probed[dtype].items()}
+
+    @cached_property
+    def _possible(self) -> list[str]:
+        """The names of the state of a value with any numbers, which may have changed since it was made."""
+        if self.spec.name not in ROWWISE:
+            return []
+        on = {word: number for word, number in _WITH_STATE.items() if word in self.spec.numbers}
+        full = Optimizer(spec(self.spec.name, {**self.spec.numbers, **on}))
+        return list(full._probe(torch.Size((2,)), torch.float32))
 
     def _probe(self, shape: torch.Size, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Return what torch.optim makes of the state of a value."""

@@ -259,6 +259,8 @@ class StoreUpdate:
         )
         if of_tables and self.tables and self._kv._engine.decides:
             self._kv.set_hyperparameters(self.tables, **of_tables)
+            for group in groups:
+                optimizers.check_written_by(spec.name, group.options)
 
     def state(self) -> dict[str, Any]:
         return self._kv._state_dict(self._read)

@@ -363,6 +363,38 @@ def test_a_trainer_steps_the_layers_of_its_replicas(kv):
         Trainer(model, kv, "sgd", lr=0.5, prefix="other.", update_on_store=False)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_trainer_of_tables_alone(kv, overlap):
+    model = nn.ModuleList([Embedding(kv, "users", N, D, init=1.0), Embedding(kv, "items", N, D, init=1.0)])
+    trainer = Trainer(model, kv, "sgd", lr=0.5, overlap=overlap)
+    for _ in range(2):
+        trainer.zero_grad()
+        (model[0](torch.tensor([3])) * model[1](torch.tensor([4]))).sum().backward()
+        trainer.step()
+    # 1 - 0.5 * 1 for each, then 0.5 - 0.5 * 0.5.
+    assert whole(kv, "users")[2:5, 0].tolist() == [1, 0.25, 1]
+    assert whole(kv, "items")[3:6, 0].tolist() == [1, 0.25, 1]
+    trainer.learning_rate = 0.25
+    assert kv.optimizer["lr"] == 0.25
+    state = trainer.state_dict()
+    trainer.load_state_dict(state)
+    trainer.optimizer.load_state_dict(trainer.optimizer.state_dict())
+    trainer.refresh()
+    assert trainer.keys == []
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+def test_an_optimizer_that_cannot_step_tables_is_refused_at_once(kv, optimizer):
+    model = nn.Sequential(Embedding(kv, "t", N, D), nn.Linear(D, 1, bias=False))
+    with pytest.raises(
+        tensorkv.OptimizerError, match=f'Trainer: {optimizer} needs whole gradients.*table "t" are Rows'
+    ):
+        Trainer(model, kv, optimizer, lr=0.1)
+    assert kv.keys() == ["t"]
+    assert kv.optimizer is None
+    Trainer(model, kv, "adam", lr=0.1)
+
+
 def test_a_step_with_tables_is_one_call(kv):
     model = TableModel(kv)
     trainer = Trainer(model, kv, "sgd", lr=1.0)

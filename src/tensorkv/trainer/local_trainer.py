@@ -89,6 +89,11 @@ class LocalTrainer:
                 found = trained(parameters([model]))
             if not found:
                 raise ArgumentError("LocalTrainer: no parameter requires a gradient; there is nothing to train")
+            stepped = {id(param) for group in inner.param_groups for param in group["params"]}
+            if not any(id(own[0]) in stepped for own in found.values()):
+                raise ArgumentError(
+                    "LocalTrainer: inner has no parameter of the model; create it with model.parameters()"
+                )
             self._params = {prefix + name: own[0] for name, own in found.items()}
             if outer == "sgd":
                 hyperparameters = _with_defaults(hyperparameters)

@@ -132,6 +132,8 @@ class Trainer:
             named = parameters(replicas)
             self._params: Params = {prefix + name: each for name, each in trained(named).items()}
             if not self._params:
+            if not self._params and not layers:
+                raise ArgumentError("Trainer: no parameter requires a gradient; there is nothing to train")
                 raise ArgumentError("Trainer: no parameter requires a gradient; there is nothing to train")
             layers = layers_of(replicas)
             for layer in layers if hyperparameters.get("max_grad_norm") is not None else ():
@@ -149,6 +151,7 @@ class Trainer:
                 overlaps = check_flag("overlap", overlap)
                 check_unused(kv, unused, overlaps=overlaps)
                 kept = None if check_buffers(buffers) == "local" else Buffers(kv, replicas, buffers)
+                self._update.check_values()
                 self._update = kind(kv, optimizer, hyperparameters, self._params, groups, overlaps=overlaps)
                 self._update.tables = tables_of(layers, kv)
             try:

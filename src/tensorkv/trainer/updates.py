@@ -102,6 +102,17 @@ class StoreUpdate:
         with naming("Trainer"):
             check_rule(kv, spec)
 
+    def check_values(self) -> None:
+        """Raise OptimizerError if the optimizer cannot update a parameter or a table."""
+        optimizer = optimizers.Optimizer(self._spec)
+        for key, replicas in self._params.items():
+            optimizer.check(key, replicas[0].detach(), by_rows=False)
+        if self.tables and self._spec.name not in optimizers.ROWWISE:
+            raise OptimizerError(
+                f"{self._spec.name} needs whole gradients, and those of the table {quote(self.tables[0])} are Rows; "
+                "use another optimizer, or a torch.nn.Embedding"
+            )
+
     def start(self) -> None:
         """Set the update rule, after the keys were created."""
         # Setting an equal optimizer again would reset the hyperparameters of single keys.
@@ -111,7 +122,11 @@ class StoreUpdate:
 
     def add(self, group: Group, created: Sequence[str]) -> None:
         """Take in one more group, of which these keys are new; their parameters are in ``params`` already."""
-        _check(self._held("add_param_group"), group.options)
+        spec = self._held("add_param_group")
+        _check(spec, group.options)
+        optimizer = optimizers.Optimizer(spec)
+        for key in created:
+            optimizer.check(key, self._params[key][0].detach(), by_rows=False)
         broadcast(self._kv, {key: self._params[key] for key in created})
         self.groups.append(group)
         numbers = {**self.defaults, **self._own(group)}
@@ -244,6 +259,8 @@ class StoreUpdate:
         """
         spec, keys = self._held("load_state_dict"), list(self._params)
         with _as_checkpoint_errors():
+            for group in groups:
+                optimizers.check_written_by(spec.name, group.options)
             everywhere, of_groups, of_tables = self._split([self._own(group) for group in groups])
             spec = replace(spec, numbers={**spec.numbers, **everywhere})
             overrides = self._overrides(spec, of_groups)
@@ -259,8 +276,6 @@ class StoreUpdate:
         )
         if of_tables and self.tables and self._kv._engine.decides:
             self._kv.set_hyperparameters(self.tables, **of_tables)
-            for group in groups:
-                optimizers.check_written_by(spec.name, group.options)
 
     def state(self) -> dict[str, Any]:
         return self._kv._state_dict(self._read)
@@ -392,6 +407,9 @@ class WorkerUpdate:
 
     def _of(self, group: Group, replica: int) -> dict[str, Any]:
         return {"params": [self._params[key][replica] for key in group.keys], **group.options}
+
+    def check_values(self) -> None:
+        """Do nothing: torch.optim has checked the parameters."""
 
     def check_buckets(self) -> None:
         """Do nothing: sums do not step."""

@@ -798,3 +798,55 @@ def test_a_store_that_sums_has_no_weights_to_refresh_from(steps):
         ):
             trainer.refresh()
     assert _equal(before, _weights(model))
+
+
+@pytest.mark.parametrize("prefix", ["", "net."])
+def test_an_optimizer_that_cannot_step_a_parameter_is_refused_at_once(prefix):
+    model = nn.Linear(2, 2)
+    with tensorkv.create() as kv:
+        with pytest.raises(
+            tensorkv.OptimizerError, match=rf'Trainer: muon updates matrices, and "{prefix}bias" has shape \(2,\); keep'
+        ):
+            Trainer(model, kv, "muon", lr=0.1, prefix=prefix)
+        assert (kv.keys(), kv.optimizer) == ([], None)
+        trainer = Trainer(model, kv, "adam", lr=0.1, prefix=prefix)
+        assert kv.keys() == [f"{prefix}weight", f"{prefix}bias"]
+    with tensorkv.create() as kv:
+        model.bias.requires_grad_(False)
+        trainer = Trainer(model, kv, "muon", lr=0.1, prefix=prefix)
+        model.bias.requires_grad_(True)
+        with pytest.raises(tensorkv.OptimizerError, match="muon updates matrices"):
+            trainer.optimizer.add_param_group({"params": ["bias"]})
+        assert trainer.keys == kv.keys() == [f"{prefix}weight"]
+        model.weight.sum().backward()
+        trainer.step()
+
+
+@pytest.mark.parametrize("how", ["whole", "layer", "in place"])
+def test_compiled_modules_have_the_keys_of_plain_ones(how, tmp_path):
+    plain = _model()
+    compiled = copy.deepcopy(plain)
+    if how == "whole":
+        compiled = torch.compile(compiled, backend="eager")
+    elif how == "layer":
+        compiled[0] = torch.compile(compiled[0], backend="eager")
+    else:
+        compiled.compile(backend="eager")
+    with tensorkv.create() as kv, tensorkv.create() as other:
+        trainer = Trainer(compiled, kv, "sgd", lr=0.1, ema=0.5)
+        assert trainer.keys == [name for name, _ in plain.named_parameters()]
+        sum(param.square().sum() for param in compiled.parameters()).backward()
+        trainer.step()
+        kv.save(tmp_path / "kept")
+        Trainer(plain, other, "sgd", lr=0.1, ema=0.5)
+        other.load(tmp_path / "kept")
+        other.pull_tree(into=plain)
+        assert all(map(torch.equal, plain.parameters(), compiled.parameters()))
+        trainer.pull_ema(compiled)
+        trainer.pull_ema(plain)
+        assert all(map(torch.equal, plain.parameters(), compiled.parameters()))
+    with tensorkv.create() as kv:
+        kv.init_tree({"net": compiled})
+        assert kv.keys() == [f"net.{name}" for name in plain.state_dict()]
+        kv.pull_tree({"net": plain})
+        kv.pull_tree(into=compiled, prefix="net")

@@ -94,7 +94,7 @@ def _with_states(flat: Flat, *, all_names: bool) -> Any:
     def state(leaf: Any) -> Any:
         if not isinstance(leaf, torch.nn.Module):
             return leaf
-        return leaf.state_dict() if all_names else state_of(leaf, seen)
+        return _state_dict(leaf) if all_names else state_of(leaf, seen)
 
     return flat.rebuild(list(map(state, flat.leaves)))
 
@@ -173,12 +173,25 @@ def state_of(module: torch.nn.Module, seen: set[Any] | None = None) -> OrderedDi
     """
     found: OrderedDict[str, Any] = OrderedDict()
     seen = set() if seen is None else seen
-    for name, value in module.state_dict().items():
+    for name, value in _state_dict(module).items():
         place = place_of(value)
         if place is None or place not in seen:
             found[name] = value
             seen.add(place)
     return found
+
+
+def _state_dict(module: torch.nn.Module) -> dict[str, Any]:
+    return {plain_name(name): value for name, value in module.state_dict().items()}
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a tensor of a module as it is without ``torch.compile``, which wraps modules.
+
+    >>> plain_name("_orig_mod.0.weight"), plain_name("layers.1._orig_mod.bias")
+    ('0.weight', 'layers.1.bias')
+    """
+    return ".".join(word for word in name.split(".") if word != "_orig_mod")
 
 
 def place_of(array: Any) -> Any:
@@ -298,7 +311,8 @@ def check_names(verb: str, names: list[str]) -> list[str]:
         )
     if "" in names:
         raise ArgumentError(
-            f"{verb}: a leaf of the tree has no name; give a prefix, or a name in place of an empty one"
+            f"{verb}: a leaf of the tree has no name; give a prefix, or a name in place of an empty one. Trees are "
+            "made of dicts, lists, tuples and modules, and all else is a leaf"
         )
     return names
 

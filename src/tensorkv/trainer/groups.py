@@ -11,6 +11,7 @@ from torch import nn
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.keytable import select
+from tensorkv.arrays.trees import plain_name
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote, show, suggestion
 from tensorkv.shard.optimizers import OF_STORE
 
@@ -37,7 +38,7 @@ def parameters(replicas: Sequence[nn.Module]) -> Params:
     Raises:
         ArgumentError, ValueMismatchError: replicas whose parameters differ, or that share one.
     """
-    first, *others = [dict(replica.named_parameters()) for replica in replicas]
+    first, *others = [{plain_name(name): param for name, param in replica.named_parameters()} for replica in replicas]
     seen = {id(param) for param in first.values()}
     for index, other in enumerate(others, start=1):
         for name in [*first, *other]:

@@ -131,11 +131,9 @@ class Trainer:
             replicas = _replicas(model_or_replicas)
             named = parameters(replicas)
             self._params: Params = {prefix + name: each for name, each in trained(named).items()}
-            if not self._params:
+            layers = layers_of(replicas)
             if not self._params and not layers:
                 raise ArgumentError("Trainer: no parameter requires a gradient; there is nothing to train")
-                raise ArgumentError("Trainer: no parameter requires a gradient; there is nothing to train")
-            layers = layers_of(replicas)
             for layer in layers if hyperparameters.get("max_grad_norm") is not None else ():
                 if layer.kv is not kv:
                     raise ArgumentError(
@@ -151,9 +149,9 @@ class Trainer:
                 overlaps = check_flag("overlap", overlap)
                 check_unused(kv, unused, overlaps=overlaps)
                 kept = None if check_buffers(buffers) == "local" else Buffers(kv, replicas, buffers)
-                self._update.check_values()
                 self._update = kind(kv, optimizer, hyperparameters, self._params, groups, overlaps=overlaps)
                 self._update.tables = tables_of(layers, kv)
+                self._update.check_values()
             try:
                 broadcast(kv, self._params)
             except KeyExistsError as error:
@@ -256,7 +254,7 @@ class Trainer:
         """
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"Trainer.pull_ema: model is {show(model)}; expected an nn.Module")
-        params = {self._prefix + name: param.detach() for name, param in model.named_parameters()}
+        params = {self._prefix + plain_name(name): param.detach() for name, param in model.named_parameters()}
         lacking = [key for key in self._params if key not in params]
         if lacking:
             raise ArgumentError(f"Trainer.pull_ema: the model has no parameter for the key {quote(lacking[0])}")

@@ -80,6 +80,8 @@ _FOREIGN_NAMES = {
     "_set_updater": "use set_updater(updater)",
     "get_num_dead_node": "use dead_workers(), a list of ranks",
     "get": "use pull(key)",
+    "items": "use keys() and pull(keys)",
+    "values": "use keys() and pull(keys)",
     "handle": "there is no native handle; close() ends the store",
     "num_dead_node": "use dead_workers(), a list of ranks",
     "put": "use init(key, value) for a new key, then push(key, value)",
@@ -1356,7 +1358,7 @@ class KVStore:
             A KeyInfo (a list of them for a list of keys).
 
         Raises:
-            KeyNotFoundError: the key was not initialised.
+            KeyNotFoundError: a key was not initialised.
 
         >>> import tensorkv, numpy as np
         >>> kv = tensorkv.create()

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+import tensorkv
+from tensorkv import Embedding, LocalTrainer, Rows, Trainer
 from tensorkv.arrays import arguments
 from tensorkv.arrays.arguments import check_key, is_key
 from tensorkv.errors import ArgumentError, KeyExistsError, KeyTypeError
@@ -43,6 +45,14 @@ BAD = {
     "two types": (["a", 1], [1, 2], KeyTypeError, "two types"),
     "two types, mapping": ({"a": 1, 1: 2}, None, KeyTypeError, "two types"),
     "nested keys": ([["a"]], [1], KeyTypeError, "invalid key"),
+    "pairs": (
+        [("a", 1)],
+        None,
+        KeyTypeError,
+        r"\[\('a', 1\)\]; expected str or int. Of pairs of key and value make a map",
+    ),
+    "items": ({"a": 1}.items(), None, KeyTypeError, r"make a mapping, dict\(...\)"),
+    "keys alone": (["a"], None, ArgumentError, "one for each key, or in place of both a mapping of key to value$"),
 }
 
 

@@ -1,11 +1,23 @@
 """Arrays go in and out without a copy where that is possible."""
 
+import array as stdlib_array
+from collections import deque
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import tensorkv
 from tensorkv.arrays import interop
 from tensorkv.errors import ArrayTypeError
+
+
+class Series:
+    """Holds numbers and is no array, as those of pandas."""
+
+    def __array__(self, dtype=None, copy=None):
+        return np.zeros(2)
 
 
 @pytest.mark.parametrize("dtype", sorted(map(interop.dtype_name, interop.DTYPES)))
@@ -237,8 +249,41 @@ def test_overlap_is_found_by_elements_on_every_device(kind, dtype):
         (None, "is None, not an array; leave out keys that have no array, such as parameters without a gradient"),
         (3.0, r"is 3.0, not an array; wrap numbers with numpy.asarray\(x, dtype\)"),
         (object(), "is an object, not an array"),
+        (Series(), r"is a Series, not an array; give numpy.asarray\(x\)"),
+        (Series, "is the class Series, not an array"),
+        (stdlib_array.array("f", [1.0]), r"is array.*, not an array; give numpy.asarray\(x\)"),
+        (deque([1.0]), r"is deque\(\[1.0\]\), not an array; give numpy.asarray\(x\)"),
+        (nn.LazyLinear(2).weight, "is a parameter of a lazy module, without a shape yet; run the module once first"),
     ],
 )
 def test_what_is_not_an_array_is_named_with_a_hint(thing, message):
     with pytest.raises(ArrayTypeError, match=f"^{message}$"):
         interop.take(thing)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.functionalize])
+def test_tensors_inside_of_transforms_are_refused(transform):
+    """Each verb that takes arrays; nothing has changed."""
+    kv = tensorkv.create()
+    kv.init("w", np.zeros(2, np.float32))
+    calls = (
+        lambda x: kv.init("x", x),
+        lambda x: kv.push("w", x),
+        lambda x: kv.pushpull(["w"], [x]),
+        lambda x: kv.pull("w", out=x),
+    )
+    raised = []
+
+    def function(x):
+        for call in calls:
+            with pytest.raises(
+                tensorkv.ArrayTypeError, match=r"torch.func or torch.vmap transforms; call the store"
+            ) as e:
+                call(x)
+            raised.append(e)
+        return x.sum()
+
+    transform(function)(torch.ones(2, 2) if transform is torch.func.vmap else torch.ones(2))
+    assert len(raised) == len(calls)
+    assert kv.keys() == ["w"]
+    assert (kv.pull("w").tolist(), kv.info("w").version) == ([0, 0], 0)

@@ -76,9 +76,15 @@ def pairs(verb: str, what: str, key: Any, value: Any) -> tuple[list[Key], list[l
             listed = list(dict.fromkeys(listed)) if what == "out" else listed
             values = _align(verb, what, listed, value)
         if type(values) not in _LISTS:
+            if value is None and any(isinstance(each, tuple) for each in listed):
+                raise KeyTypeError(
+                    f"{verb}: the keys are {show(listed)}; expected str or int. Of pairs of key and {what} make a "
+                    "mapping, dict(...)"
+                )
+            hint = f", or in place of both a mapping of key to {what}" if value is None else ""
             raise ArgumentError(
                 f"{verb}: got {_count(len(listed), 'key')} and {show(value)} as {what}; expected a list of "
-                f"{_count(len(listed), what)}, one for each key"
+                f"{_count(len(listed), what)}, one for each key{hint}"
             )
         if len(values) != len(listed):
             raise ArgumentError(
@@ -194,12 +200,6 @@ def check_flag(name: str, flag: Any) -> bool:
     return flag
 
 
-def check_timeout(timeout_s: Any, name: str = "timeout_s") -> float:
-    """Return an option of a name as a float.
-
-    Raises:
-        ArgumentError: not a number above 0.
-    """
 def plain_number(number: Any) -> Any:
     """Return a number of NumPy, or the one element of an array, as Python's; anything else as it is.
 
@@ -232,6 +232,12 @@ def check_int(name: str, number: Any, least: int, more: str = "") -> int:
     return found
 
 
+def check_timeout(timeout_s: Any, name: str = "timeout_s") -> float:
+    """Return an option of a name as a float.
+
+    Raises:
+        ArgumentError: not a number above 0.
+    """
     found = plain_number(timeout_s)
     if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < 1e9:
         raise ArgumentError(f"{name} is {show(timeout_s)}; expected a number of seconds above 0")

@@ -8,8 +8,10 @@ and it does so only when the caller already has.
 
 from __future__ import annotations
 
+import array as stdlib_array
 import operator
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ import torch
 import torch.utils.dlpack
 
 from tensorkv.errors import ArgumentError, ArrayTypeError, show
+from tensorkv.runtime import _compat
 from tensorkv.runtime.modes import outside_modes
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -63,15 +66,21 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def take_dtype(verb: str, dtype: Any, known: Sequence[torch.dtype]) -> torch.dtype:
-    """Return a dtype that is given as such or by its name.
+    """Return a dtype that is given as such, of torch or NumPy, or by its name.
 
     Raises:
         ArgumentError: none of those known.
 
-    >>> take_dtype("init_tree", "float16", FLOATS)
-    torch.float16
+    >>> take_dtype("init_tree", "float16", FLOATS), take_dtype("init_tree", np.float16, FLOATS)
+    (torch.float16, torch.float16)
     """
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if isinstance(wanted, type) and issubclass(wanted, np.generic):
+        wanted = np.dtype(wanted)
+    # JAX's own, such as jax.numpy.bfloat16, has one of NumPy's.
+    numpys = getattr(wanted, "dtype", wanted)
+    if isinstance(numpys, np.dtype):
+        wanted = _BY_NAME.get(numpys.name)
     if not isinstance(wanted, torch.dtype) or wanted not in known:
         names = ", ".join(sorted(map(dtype_name, known)))
         raise ArgumentError(f"{verb}: dtype is {show(dtype)}; expected one of {names}")
@@ -209,6 +218,12 @@ def _take_torch(array: torch.Tensor) -> torch.Tensor:
             f"is a torch tensor of layout {array.layout}; give a dense tensor, Rows, "
             "or a sparse COO tensor with one sparse dimension"
         )
+    if torch.nn.parameter.is_lazy(array):
+        raise ArrayTypeError("is a parameter of a lazy module, without a shape yet; run the module once first")
+    if _compat.is_inside_transform(array):
+        raise ArrayTypeError(
+            "is a tensor inside of a function that torch.func or torch.vmap transforms; call the store outside of it"
+        )
     if array.is_meta or array.is_quantized or array.is_nested:
         kind = "meta" if array.is_meta else "quantized" if array.is_quantized else "nested"
         raise ArrayTypeError(f"is a {kind} tensor; give a dense tensor with numbers in memory")
@@ -262,12 +277,21 @@ def _take_dlpack(array: Any) -> torch.Tensor:
             hint = "; leave out keys that have no array, such as parameters without a gradient"
         elif isinstance(array, int | float | complex | list | tuple):
             hint = "; wrap numbers with numpy.asarray(x, dtype)"
+        elif _is_array_like(array):
+            hint = "; give numpy.asarray(x)"
         raise ArrayTypeError(f"is {show(array)}, not an array{hint}")
     try:
         tensor = torch.utils.dlpack.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise ArrayTypeError(f"is {show(array)} that DLPack cannot pass on: {error}") from error
     return _take_torch(tensor)
+
+
+def _is_array_like(thing: Any) -> bool:
+    """Return whether this is no array, but NumPy makes one of it."""
+    if isinstance(thing, type):
+        return False
+    return hasattr(thing, "__array__") or isinstance(thing, memoryview | stdlib_array.array | deque)
 
 
 def _take_jax(array: Any) -> torch.Tensor:

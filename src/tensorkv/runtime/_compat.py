@@ -17,6 +17,8 @@ num_dispatch_modes = torch._C._len_torch_dispatch_stack
 increment_version = torch._C._increment_version
 # Returns a block without them.
 without_dispatch_modes = _python_dispatch._disable_current_modes
+# Returns whether a tensor stands for others inside of a function that torch.func or torch.vmap transforms.
+is_inside_transform = torch._C._functorch.is_functorch_wrapped_tensor
 # Methods by which optimizers ask whether a graph is being captured, in newer and older versions: it initializes CUDA.
 GRAPH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 

@@ -471,6 +471,6 @@ def _mismatch(batch: Batch, entry: Entry, index: int, part: Part) -> ValueMismat
         )
     kind = part.dtype if isinstance(part, Rows) else interop.dtype_name(part.dtype)
     return ValueMismatchError(
-        f"{name} is {kind}, the key is {interop.dtype_name(entry.value.dtype)}; a push casts only where no number "
-        "changes: convert it first"
+        f"{name} is {kind}, the key is {interop.dtype_name(entry.value.dtype)}; a push casts to a wider dtype, "
+        "and between floats of up to 32 bits: convert it first"
     )

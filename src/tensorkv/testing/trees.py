@@ -66,7 +66,7 @@ class TreeContract:
         kv.pull_tree(into=into, prefix="net", strict=False)
         assert into["w"].tolist() == [4, 5]
 
-    @pytest.mark.parametrize("dtype", ["int32", "float8_e5m2", "complex64", 3, [], np.float32, "nothing"])
+    @pytest.mark.parametrize("dtype", ["int32", "float8_e5m2", "complex64", 3, [], np.int8, "nothing"])
     def test_a_tree_is_held_in_no_other_dtypes(self, kv, dtype):
         with pytest.raises(tensorkv.ArgumentError, match=r"dtype is .*; expected one of bfloat16, float16, float32"):
             kv.init_tree({"w": ones(2)}, dtype=dtype)

@@ -260,10 +260,6 @@ def _plain(number: Any, default: Any) -> Any:
     return number
 
 
-# What older versions of torch did not write.
-_LATER = {"decoupled_weight_decay", "maximize"}
-
-
 def check_written_by(name: str, options: Mapping[str, Any]) -> None:
     """Raise OptimizerError if the parameter group of a state_dict is not of an optimizer of this name."""
     known = _defaults(name)
@@ -271,7 +267,9 @@ def check_written_by(name: str, options: Mapping[str, Any]) -> None:
     # Those of AdamW are Adam's with True.
     if name == "adamw" and options.get("decoupled_weight_decay"):
         others.remove("decoupled_weight_decay")
-    foreign, lacking = others & options.keys(), known.keys() - options.keys() - _LATER
+    # What older versions of torch did not write.
+    later = {"maximize", "decoupled_weight_decay"} if name == "adam" else {"maximize"}
+    foreign, lacking = others & options.keys(), known.keys() - options.keys() - later
     if foreign or lacking:
         which = f"has {quote(min(foreign))}" if foreign else f"lacks {quote(min(lacking))}"
         raise OptimizerError(f"a parameter group is of another optimizer than {name}: it {which}")

@@ -482,10 +482,13 @@ class WorkerUpdate:
 
     def _load(self, packed: dict[str, Any]) -> None:
         try:
+            if self._spec is not None:
+                for group in packed["param_groups"]:
+                    optimizers.check_written_by(self._spec.name, group)
             # A copy, since an optimizer keeps the tensors that it is given.
             for each in self.optimizers:
                 each.load_state_dict(copy.deepcopy(packed))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OptimizerError, TypeError, ValueError) as error:
             raise CheckpointError(f"load_state_dict: not the state of such an optimizer: {error}") from error
 
     def load(self, state: dict[str, Any]) -> None:

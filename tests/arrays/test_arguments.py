@@ -1,5 +1,7 @@
 """Every form that callers may write becomes keys without repeats and a list of arrays for each."""
 
+import enum
+
 import numpy as np
 import pytest
 import torch
@@ -49,9 +51,9 @@ BAD = {
         [("a", 1)],
         None,
         KeyTypeError,
-        r"\[\('a', 1\)\]; expected str or int. Of pairs of key and value make a map",
+        r"\[\('a', 1\)\]; expected str or int; for pairs of key and value, pass a map",
     ),
-    "items": ({"a": 1}.items(), None, KeyTypeError, r"make a mapping, dict\(...\)"),
+    "items": ({"a": 1}.items(), None, KeyTypeError, r"pass a mapping, dict\(...\)"),
     "keys alone": (["a"], None, ArgumentError, "one for each key, or in place of both a mapping of key to value$"),
 }
 
@@ -105,7 +107,11 @@ def test_invalid_keys_are_refused(given):
 NUMBERS = [np.int64(3), np.uint8(3), np.array(3), np.array([3]), torch.tensor(3)]
 
 
-@pytest.mark.parametrize("number", [3, *NUMBERS], ids=repr)
+class Size(enum.IntEnum):
+    SMALL = 3
+
+
+@pytest.mark.parametrize("number", [3, Size.SMALL, *NUMBERS], ids=repr)
 def test_ints_of_libraries_are_ints(number):
     found = arguments.check_int("size", number, 1)
     assert (type(found), found) == (int, 3)
@@ -123,6 +129,8 @@ def test_calls_take_the_ints_of_libraries(number):
     with tensorkv.create(threads=np.int64(2)) as kv:
         kv.init("t", Rows(np.array([1]), np.ones((1, 2)), number, init="normal", seed=number))
         assert kv.info("t").shape == (3, 2)
+        kv.init("u", Rows(np.array([1]), np.ones((1, 2)), Size.SMALL, init=np.array(0.5)))
+        kv.init("v", Rows(np.array([1]), np.ones((1, 2)), 3, init="normal", std=torch.tensor(0.5)))
         kv.init("w", three)
         for _ in range(3):
             kv.push("w", three, priority=number)

@@ -93,7 +93,9 @@ def test_the_dtype_of_a_result_may_be_a_name(dtype):
     assert torch.equal(dequantize_blocks(*pair, dtype=dtype), dequantize_blocks(*pair, dtype=getattr(torch, dtype)))
 
 
-@pytest.mark.parametrize("dtype", ["int", "int32", torch.int32, "float17", "nn", None, np.int8, object])
+@pytest.mark.parametrize(
+    "dtype", ["int", "int32", torch.int32, "float17", "nn", None, np.int8, object, np.floating, np.zeros(2)]
+)
 def test_other_dtypes_of_a_result_are_refused(dtype):
     values, scales = quantize_blocks(torch.ones(2, 300))
     with pytest.raises(tensorkv.ArgumentError, match=r"dequantize_blocks: dtype is .*; expected one of bfloat16"):

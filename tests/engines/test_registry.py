@@ -6,6 +6,7 @@ import textwrap
 
 import numpy as np
 import pytest
+import torch
 
 import tensorkv
 from tensorkv import engines
@@ -104,6 +105,8 @@ def test_a_class_that_overrides_a_verb_sees_every_call(registered, verb):
 
 
 def test_the_least_that_an_engine_needs(registered):
+    priorities = []
+
     class Least(engines.Engine):
         def __init__(self):
             self._shard = Shard()
@@ -112,6 +115,7 @@ def test_the_least_that_an_engine_needs(registered):
             self._shard.init(keys, values, specs)
 
         def push_parts(self, batch, priority):
+            priorities.append(priority)
             self._shard.push(batch)
 
         def pull_into(self, keys, outs):
@@ -132,6 +136,10 @@ def test_the_least_that_an_engine_needs(registered):
     assert kv.pushpull("w", np.ones(2)).tolist() == [1, 1]
     assert kv.pull("w", min_version=1, timeout_s=5).tolist() == [1, 1]
     assert ("w" in kv, len(kv), kv.rank, kv.num_workers, kv.optimizer, kv.dead_workers()) == (True, 1, 0, 1, None, [])
+    # An engine gets ints, whatever the caller's are.
+    kv.push("w", np.ones(2), priority=np.int64(3))
+    kv.pushpull(["w"], [np.ones(2)], priority=torch.tensor(4))
+    assert [(type(each), each) for each in priorities] == [(int, 0), (int, 3), (int, 4)]
     kv.barrier()
     kv.leave()
     for call in (

@@ -268,3 +268,27 @@ def test_adding_in_order_of_occurrence_is_what_the_cpu_does():
     assert torch.equal(added, expected)
     backwards = torch.zeros(10, 3).index_add_(0, places.flip(0), values.flip(0))
     assert not torch.equal(backwards, expected), "the order makes no difference here"
+
+
+@pytest.mark.parametrize("optimizer", [None, "sgd", "adadelta"])
+def test_rows_whose_ids_change_meanwhile_leave_all_keys_alone(optimizer, monkeypatch):
+    """The second key's ids are found to be wrong when the first one's are merged already."""
+    kv = tensorkv.create()
+    kv.init({key: tensorkv.Rows([1], np.ones((1, 2)), 4) for key in "ab"})
+    if optimizer is not None:
+        kv.set_optimizer(optimizer, lr=0.5)
+    right, fired = rows.merge, []
+
+    def change(parts, *args, **kwargs):
+        if len(fired) == 1:
+            parts[0].ids[:] = 1 << 40
+        fired.append(parts)
+        return right(parts, *args, **kwargs)
+
+    monkeypatch.setattr(rows, "merge", change)
+    pushed = {key: tensorkv.Rows(torch.tensor([1]), torch.ones(1, 2, dtype=torch.float64), 4) for key in "ab"}
+    with pytest.raises(ValueMismatchError, match=f"row id {1 << 40} is out of range"):
+        kv.push(pushed)
+    assert len(fired) == 2
+    assert [info.version for info in kv.info(["a", "b"])] == [0, 0]
+    assert all(each.values.tolist() == [[1, 1]] for each in kv.row_sparse_pull(["a", "b"], row_ids=[[1], [1]]))

@@ -381,6 +381,7 @@ def test_a_trainer_of_tables_alone(kv, overlap):
     trainer.optimizer.load_state_dict(trainer.optimizer.state_dict())
     trainer.refresh()
     assert trainer.keys == []
+    assert repr(trainer) == "Trainer(0 keys, 1 replica)"
 
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
@@ -393,6 +394,18 @@ def test_an_optimizer_that_cannot_step_tables_is_refused_at_once(kv, optimizer):
     assert kv.keys() == ["t"]
     assert kv.optimizer is None
     Trainer(model, kv, "adam", lr=0.1)
+
+
+def test_a_table_that_comes_later_is_refused_at_once(kv):
+    model = nn.Sequential(nn.Linear(D, 2, bias=False), nn.Linear(2, 1, bias=False))
+    model[1].weight.requires_grad_(False)
+    trainer = Trainer(model, kv, "muon", lr=0.1)
+    model.append(Embedding(kv, "t", N, D))
+    model[1].weight.requires_grad_(True)
+    with pytest.raises(tensorkv.OptimizerError, match=r"add_param_group: muon needs whole gradients, and .* are Rows"):
+        trainer.optimizer.add_param_group({"params": ["1.weight"]})
+    assert trainer.keys == ["0.weight"]
+    assert kv.keys() == ["0.weight", "t"]
 
 
 def test_a_step_with_tables_is_one_call(kv):

@@ -163,6 +163,7 @@ def test_a_checkpoint_goes_on_with_the_same_bits(tmp_path):
         ({"outer": "sdg"}, tensorkv.OptimizerError, "sdg"),
         ({"lr": -1}, tensorkv.OptimizerError, "Invalid learning rate"),
         ({"model": torch.nn.ReLU()}, tensorkv.ArgumentError, "no parameter requires a gradient"),
+        ({"outer": "muon"}, tensorkv.OptimizerError, "LocalTrainer: muon updates matrices, and "),
         ({"inner": programs.inner_of(programs.model())}, tensorkv.ArgumentError, "inner has no parameter of the model"),
     ],
 )

@@ -501,11 +501,13 @@ def _stepped(name, **options):
     return optimizer.state_dict()
 
 
+@pytest.mark.parametrize("by_class", [False, True])
 @pytest.mark.parametrize("update_on_store", MODES)
 @pytest.mark.parametrize("name", CLASSES)
-def test_the_state_of_another_optimizer_is_refused(name, update_on_store):
+def test_the_state_of_another_optimizer_is_refused(name, update_on_store, by_class):
     model = nn.Linear(3, 2, bias=False)
-    trainer = Trainer(model, tensorkv.create(), name, lr=0.2, update_on_store=update_on_store)
+    given = getattr(torch.optim, CLASSES[name]) if by_class else name
+    trainer = Trainer(model, tensorkv.create(), given, lr=0.2, update_on_store=update_on_store)
     optimizer = trainer.optimizer
     model(torch.ones(1, 3)).sum().backward()
     trainer.step()
@@ -538,6 +540,33 @@ def test_adamw_goes_on_from_adam_with_decoupled_decay_alone(update_on_store):
         optimizer.load_state_dict(_stepped("adam"))
     optimizer.load_state_dict(_stepped("adam", decoupled_weight_decay=True))
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("update_on_store", MODES)
+def test_adam_goes_on_from_the_adamw_of_a_store(update_on_store):
+    """With AdamW's decay, which it keeps."""
+    models = [nn.Linear(3, 2, bias=False) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    first = Trainer(models[0], tensorkv.create(), "adamw", lr=0.1, weight_decay=0.5, update_on_store=update_on_store)
+    other = Trainer(models[1], tensorkv.create(), "adam", lr=0.3, update_on_store=update_on_store)
+    other.optimizer.load_state_dict(first.optimizer.state_dict())
+    for trainer, model in zip((first, other), models, strict=True):
+        model(torch.ones(1, 3)).sum().backward()
+        trainer.step()
+    assert torch.equal(models[0].weight, models[1].weight)
+    first.optimizer.load_state_dict(other.optimizer.state_dict())
+
+
+@pytest.mark.parametrize("update_on_store", MODES)
+def test_a_group_keeps_words_that_other_optimizers_have(update_on_store):
+    model = nn.Linear(3, 2)
+    groups = [{"params": [model.weight], "momentum": 0.5, "t0": 3}, {"params": [model.bias]}]
+    trainer = Trainer(model, tensorkv.create(), "adam", lr=0.1, param_groups=groups, update_on_store=update_on_store)
+    model(torch.ones(1, 3)).sum().backward()
+    trainer.step()
+    trainer.optimizer.load_state_dict(trainer.optimizer.state_dict())
+    trainer.load_state_dict(trainer.state_dict())
+    assert trainer.optimizer.param_groups[0]["t0"] == 3
 
 
 @pytest.mark.parametrize("update_on_store", MODES)

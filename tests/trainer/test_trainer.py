@@ -846,6 +846,17 @@ def test_compiled_modules_have_the_keys_of_plain_ones(how, tmp_path):
         trainer.pull_ema(plain)
         assert all(map(torch.equal, plain.parameters(), compiled.parameters()))
     with tensorkv.create() as kv:
+        kv.init_tree(compiled)
+        kv.publish("first")
+        kv.push_tree({name: value + 1 for name, value in plain.state_dict().items()})
+        kv.publish("second")
+        with kv.open_release("second") as second:
+            changes = second.changes(since="first")
+        before = _weights(plain)
+        for module in (compiled, plain):
+            tensorkv.apply_changes(module, changes)
+            assert all(torch.equal(a, b + 1) for a, b in zip(module.parameters(), before.values(), strict=True))
+    with tensorkv.create() as kv:
         kv.init_tree({"net": compiled})
         assert kv.keys() == [f"net.{name}" for name in plain.state_dict()]
         kv.pull_tree({"net": plain})

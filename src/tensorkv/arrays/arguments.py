@@ -78,8 +78,8 @@ def pairs(verb: str, what: str, key: Any, value: Any) -> tuple[list[Key], list[l
         if type(values) not in _LISTS:
             if value is None and any(isinstance(each, tuple) for each in listed):
                 raise KeyTypeError(
-                    f"{verb}: the keys are {show(listed)}; expected str or int. Of pairs of key and {what} make a "
-                    "mapping, dict(...)"
+                    f"{verb}: the keys are {show(listed)}; expected str or int; for pairs of key and {what}, "
+                    "pass a mapping, dict(...)"
                 )
             hint = f", or in place of both a mapping of key to {what}" if value is None else ""
             raise ArgumentError(
@@ -208,6 +208,9 @@ def plain_number(number: Any) -> Any:
     """
     if isinstance(number, np.generic):
         return number.item()
+    if isinstance(number, int) and not isinstance(number, bool):
+        # Of a subclass, such as an IntEnum.
+        return int(number)
     shape = getattr(number, "shape", None)
     if isinstance(shape, tuple) and prod(shape) == 1 and hasattr(number, "item"):
         # Values that are not there yet, as in a function that JAX traces, have none.
@@ -218,7 +221,7 @@ def plain_number(number: Any) -> Any:
 
 
 def check_int(name: str, number: Any, least: int, more: str = "") -> int:
-    """Return an option of a name as an int, also one of NumPy or of an array.
+    """Return an integer option as an int; those of NumPy and one-element arrays count.
 
     Args:
         more: what else is expected, for the error.

@@ -76,11 +76,12 @@ def take_dtype(verb: str, dtype: Any, known: Sequence[torch.dtype]) -> torch.dty
     """
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if isinstance(wanted, type) and issubclass(wanted, np.generic):
-        wanted = np.dtype(wanted)
-    # JAX's own, such as jax.numpy.bfloat16, has one of NumPy's.
-    numpys = getattr(wanted, "dtype", wanted)
-    if isinstance(numpys, np.dtype):
-        wanted = _BY_NAME.get(numpys.name)
+        wanted = _BY_NAME.get(wanted.__name__)
+    elif not hasattr(wanted, "shape") and isinstance(of_numpy := getattr(wanted, "dtype", None), np.dtype):
+        # JAX's own, such as jax.numpy.bfloat16.
+        wanted = _BY_NAME.get(of_numpy.name)
+    elif isinstance(wanted, np.dtype):
+        wanted = _BY_NAME.get(wanted.name)
     if not isinstance(wanted, torch.dtype) or wanted not in known:
         names = ", ".join(sorted(map(dtype_name, known)))
         raise ArgumentError(f"{verb}: dtype is {show(dtype)}; expected one of {names}")
@@ -208,18 +209,19 @@ def clean(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _take_torch(array: torch.Tensor) -> torch.Tensor:
-    if type(array) not in _PLAIN_TORCH and _dispatches(array):
-        raise ArrayTypeError(
-            f"is a {type(array).__name__}, a tensor that keeps no plain numbers of its own; "
-            "give a plain torch.Tensor (a DTensor's local one is .to_local())"
-        )
+    if type(array) not in _PLAIN_TORCH:
+        if torch.nn.parameter.is_lazy(array):
+            raise ArrayTypeError("is a parameter of a lazy module, without a shape yet; run the module once first")
+        if _dispatches(array):
+            raise ArrayTypeError(
+                f"is a {type(array).__name__}, a tensor that keeps no plain numbers of its own; "
+                "give a plain torch.Tensor (a DTensor's local one is .to_local())"
+            )
     if array.layout is not torch.strided:
         raise ArrayTypeError(
             f"is a torch tensor of layout {array.layout}; give a dense tensor, Rows, "
             "or a sparse COO tensor with one sparse dimension"
         )
-    if torch.nn.parameter.is_lazy(array):
-        raise ArrayTypeError("is a parameter of a lazy module, without a shape yet; run the module once first")
     if _compat.is_inside_transform(array):
         raise ArrayTypeError(
             "is a tensor inside of a function that torch.func or torch.vmap transforms; call the store outside of it"

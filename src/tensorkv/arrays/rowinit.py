@@ -65,7 +65,8 @@ class RowInit:
         >>> RowInit.of("normal", {"std": 0.01, "a": None})
         RowInit(name='normal', numbers=(0.0, 0.01), seed=0)
         """
-        given = {name: number for name, number in numbers.items() if number is not None}
+        init = plain_number(init)
+        given = {name: plain_number(number) for name, number in numbers.items() if number is not None}
         if _is_number(init):
             if given or seed is not None:
                 raise ArgumentError(f"init is the number {init}; expected no {', '.join(given) or 'seed'} beside it")

@@ -276,12 +276,13 @@ def take_ids(row_ids: Any, num_rows: int) -> torch.Tensor:
     ids = _take_part(row_ids, "row_ids")
     if interop.family(ids.dtype) != "int" or ids.dtype is torch.uint64:
         raise ArrayTypeError(f"row_ids have dtype {interop.dtype_name(ids.dtype)}; expected integers")
-    listed = ids.long().cpu().reshape(-1)
+    # A copy, since another thread may change the caller's.
+    listed = ids.to("cpu", torch.int64, copy=True).reshape(-1)
     if not len(listed):
         return listed
     low, high, rises = _scan(listed)
     _check_bounds(low, high, num_rows)
-    return listed.clone() if rises else torch.unique(listed)
+    return listed if rises else torch.unique(listed)
 
 
 def _listed_ids(name: str, ids: Sequence[Any]) -> np.ndarray[Any, Any]:

@@ -94,7 +94,7 @@ def _with_states(flat: Flat, *, all_names: bool) -> Any:
     def state(leaf: Any) -> Any:
         if not isinstance(leaf, torch.nn.Module):
             return leaf
-        return _state_dict(leaf) if all_names else state_of(leaf, seen)
+        return module_state(leaf) if all_names else state_of(leaf, seen)
 
     return flat.rebuild(list(map(state, flat.leaves)))
 
@@ -173,7 +173,7 @@ def state_of(module: torch.nn.Module, seen: set[Any] | None = None) -> OrderedDi
     """
     found: OrderedDict[str, Any] = OrderedDict()
     seen = set() if seen is None else seen
-    for name, value in _state_dict(module).items():
+    for name, value in module_state(module).items():
         place = place_of(value)
         if place is None or place not in seen:
             found[name] = value
@@ -181,7 +181,8 @@ def state_of(module: torch.nn.Module, seen: set[Any] | None = None) -> OrderedDi
     return found
 
 
-def _state_dict(module: torch.nn.Module) -> dict[str, Any]:
+def module_state(module: torch.nn.Module) -> dict[str, Any]:
+    """Return the ``state_dict`` of a module with plain names."""
     return {plain_name(name): value for name, value in module.state_dict().items()}
 
 

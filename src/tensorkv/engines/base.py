@@ -28,7 +28,7 @@ from tensorkv.shard.rules import Updater
 from tensorkv.storage import checkpoint
 from tensorkv.storage.manifest import Contents, Kind
 
-from .call import Call
+from .call import Call, check_priority
 
 T = TypeVar("T")
 Outs = Sequence[Sequence[torch.Tensor]]
@@ -181,7 +181,7 @@ class Engine(Reader):
         if self.try_compiled(call) or (call.view_jax() and self.try_compiled(call)):
             return
         with self.collective("push"), outside_modes():
-            self.transfer(self.push_parts, call.batch, call.priority)
+            self.transfer(self.push_parts, call.batch, check_priority(call.verb, call.priority))
 
     def pushpull(self, call: Call) -> None:
         """Check a call, apply its push and copy the new values into its outs, in one trip."""
@@ -193,7 +193,7 @@ class Engine(Reader):
             self.transfer(call.fill, self.spec, copy, self.pull_regions, self.together)
 
     def _push_and_copy_out(self, call: Call, keys: Sequence[Key], outs: Outs) -> None:
-        self.pushpull_into(call.batch, outs, call.priority)
+        self.pushpull_into(call.batch, outs, check_priority(call.verb, call.priority))
 
     def pushpull_into(self, batch: Batch, outs: Outs, priority: int) -> None:
         """Push, then copy the values of the batch's keys into tensors."""

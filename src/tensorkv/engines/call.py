@@ -145,10 +145,12 @@ class Call(native.Call):
         return self._batch.keys, list(map(add, pushed, pulled)) if pulled else pushed, result
 
 
-def check_priority(verb: str, priority: Any) -> None:
-    """Raise ArgumentError if the priority of a call is not an int."""
-    if type(plain_number(priority)) is not int:
+def check_priority(verb: str, priority: Any) -> int:
+    """Return the priority of a call as an int, or raise ArgumentError."""
+    found = plain_number(priority)
+    if type(found) is not int:
         raise ArgumentError(f"{verb}: priority is {show(priority)}; expected an int")
+    return found
 
 
 def take(verb: str, key: Key, index: int | None, array: Any) -> Any:

@@ -575,7 +575,7 @@ def _apply_plain(tree: Any, changes: Changes, prefix: str) -> bool:
     plain = changes.plain
     if plain is None:
         return False
-    held = tree.state_dict() if isinstance(tree, torch.nn.Module) else tree
+    held = trees.module_state(tree) if isinstance(tree, torch.nn.Module) else tree
     names: list[Any]
     leaves: list[Any]
     if isinstance(held, Mapping) and not prefix and held.keys() == plain.cells.keys():
@@ -610,7 +610,7 @@ def _apply_plain(tree: Any, changes: Changes, prefix: str) -> bool:
 def _by_key(tree: Any, changes: Changes, prefix: str) -> Flat:
     """Return the arrays of a tree by key, and check that they are those of the changes."""
     kinds = {each.key: each.kind for each in changes if each.kind != "deleted"}
-    held = tree.state_dict() if isinstance(tree, torch.nn.Module) else tree
+    held = trees.module_state(tree) if isinstance(tree, torch.nn.Module) else tree
     if isinstance(held, Mapping) and not prefix and all(key in kinds for key in held):
         flat = Flat(list(held), list(held.values()), None, lambda arrays: dict(zip(held, arrays, strict=True)))
     else:

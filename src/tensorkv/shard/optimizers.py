@@ -62,9 +62,9 @@ CLASSES: dict[str, str] = {
 ROWWISE = frozenset(CLASSES) - {"adafactor", "muon"}
 # Of those with a fused kernel here, every version of torch has one for GPUs.
 _FUSED_BY_TORCH = FUSED - {"adagrad", "rmsprop"}
-# How a step is computed is the store's business, not a hyperparameter.
-_HOW = frozenset({"foreach", "fused", "capturable", "differentiable"})
-_NOT_NUMBERS = _HOW | {"self", "params"}
+HOW = frozenset({"foreach", "fused", "capturable", "differentiable"})
+"""Arguments of torch.optim that say how a step is computed, which is the store's business and no hyperparameter."""
+_NOT_NUMBERS = HOW | {"self", "params"}
 _OTHER_WORDS = {
     "learning_rate": "lr",
     "wd": "weight_decay",
@@ -188,8 +188,8 @@ def check_numbers(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
     for word, number in numbers.items():
         if word in _ELSEWHERE:
             raise OptimizerError(f"{name} has no {quote(word)}; {_ELSEWHERE[word]}")
-        if word in _HOW:
-            raise OptimizerError(f"{name}: leave {word} out; how a step is computed is the store's business")
+        if word in HOW:
+            raise OptimizerError(f"{name}: leave {word} out; how a step is computed is no hyperparameter")
         if word not in known:
             near = f' (did you mean "{_OTHER_WORDS[word]}"?)' if _OTHER_WORDS.get(word) in known else ""
             raise OptimizerError(
@@ -260,15 +260,21 @@ def _plain(number: Any, default: Any) -> Any:
     return number
 
 
-def check_written_by(name: str, options: Mapping[str, Any]) -> None:
-    """Raise OptimizerError if the parameter group of a state_dict is not of an optimizer of this name."""
+def check_written_by(name: str, options: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise OptimizerError if the parameter group of a state_dict is not of an optimizer of this name.
+
+    Args:
+        options: of the group.
+        own: options of the group that it replaces, which may have words that no optimizer of this name has.
+    """
     known = _defaults(name)
-    others = {word for each in CLASSES for word in _defaults(each)} - known.keys()
-    # Those of AdamW are Adam's with True.
-    if name == "adamw" and options.get("decoupled_weight_decay"):
-        others.remove("decoupled_weight_decay")
+    others = {word for each in CLASSES for word in _defaults(each)} - known.keys() - own.keys()
+    if name == "adamw":
+        # Those of AdamW are Adam's with True.
+        decay = {"decoupled_weight_decay"}
+        others = others - decay if options.get("decoupled_weight_decay", True) else others | decay
     # What older versions of torch did not write.
-    later = {"maximize", "decoupled_weight_decay"} if name == "adam" else {"maximize"}
+    later = {"maximize", "decoupled_weight_decay"} if name in ("adam", "nadam") else {"maximize"}
     foreign, lacking = others & options.keys(), known.keys() - options.keys() - later
     if foreign or lacking:
         which = f"has {quote(min(foreign))}" if foreign else f"lacks {quote(min(lacking))}"
@@ -365,6 +371,18 @@ def finish(state: State, count: float) -> None:
         state["step"].fill_(count)
 
 
+def _within(dtype: torch.dtype, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return hyperparameters that a dtype holds: its largest number in place of those beyond it."""
+    most = torch.finfo(dtype).max
+
+    def held(number: Any) -> Any:
+        if isinstance(number, tuple):
+            return tuple(map(held, number))
+        return max(-most, min(number, most)) if isinstance(number, int | float) else number
+
+    return {word: held(number) for word, number in numbers.items()}
+
+
 # Numbers with which optimizers keep all the state that they can have.
 _WITH_STATE = {"amsgrad": True, "centered": True, "momentum": 0.9}
 
@@ -416,9 +434,6 @@ class Optimizer:
             raise OptimizerError(
                 f"{quote(key)} is {interop.dtype_name(value.dtype)}, and {name} updates real values only"
             )
-        # Kernels take numbers beyond a dtype for infinite; torch may raise in the middle of a step.
-        if not self._has_kernel(value) and (why := self._fault_of(self._like.get(key), value.dtype)) is not None:
-            raise OptimizerError(f"{quote(key)} is {interop.dtype_name(value.dtype)}, which {name} cannot step: {why}")
         if self.spec.ema is not None and isinstance(value, Table) and value.dtype in interop.LOW_PRECISION:
             raise OptimizerError(
                 f"{quote(key)} is a sparse table of {interop.dtype_name(value.dtype)}, and ema averages tables of "
@@ -432,14 +447,23 @@ class Optimizer:
                 "store, with another optimizer"
             )
 
+    def check_numbers(self, key: Key, value: torch.Tensor | Table) -> None:
+        """Raise OptimizerError where torch would in the middle of a step, for numbers that a dtype does not hold.
+
+        Kernels take them for infinite.
+        """
+        if not self._has_kernel(value) and (why := self._fault_of(self._like.get(key), value.dtype)) is not None:
+            raise OptimizerError(
+                f"{quote(key)} is {interop.dtype_name(value.dtype)}, which {self.spec.name} cannot step: {why}"
+            )
+
     def _fault_of(self, own: Key | None, dtype: torch.dtype) -> str | None:
         """Return why torch cannot step values of a dtype with numbers that it does not hold; None if it can."""
         found = self._faults.get((own, dtype), "")
         if found == "":
             numbers = {**self.spec.numbers, **({} if own is None else self.spec.overrides[own])}
-            most = torch.finfo(dtype).max
             found = None
-            if any(isinstance(number, int | float) and abs(number) > most for number in numbers.values()):
+            if _within(dtype, numbers) != numbers:
                 value, state = torch.zeros((2, 1), dtype=dtype, device="cpu"), State()
                 try:
                     for _ in range(2):
@@ -677,8 +701,12 @@ class Optimizer:
         if fused not in self._runners:
             how = {"fused": True} if fused else {"foreach": False} if self.spec.name != "muon" else {}
             anything = torch.zeros((2, 1), dtype=torch.float32, device="cpu")
+            # Those of each step come with it.
+            numbers = _within(anything.dtype, self.spec.numbers)
             with _usual_torch():
-                self._runners[fused] = _new(self.spec.name, [anything], self.spec.numbers, **how)
+                self._runners[fused] = _new(
+                    self.spec.name, [anything], _within(anything.dtype, self.spec.numbers), **how
+                )
         return self._runners[fused]
 
     def check_state(self, key: Key, value: torch.Tensor | Table, state: State) -> None:
@@ -725,12 +753,12 @@ class Optimizer:
             return []
         on = {word: number for word, number in _WITH_STATE.items() if word in self.spec.numbers}
         full = Optimizer(spec(self.spec.name, {**self.spec.numbers, **on}))
-        return list(full._probe(torch.Size((2,)), torch.float32))
+        return list(full._probe(torch.Size((2,)), torch.float64))
 
     def _probe(self, shape: torch.Size, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Return what torch.optim makes of the state of a value."""
         value, state = torch.zeros(shape, dtype=dtype, device="cpu"), State()
-        self._run(self.spec.numbers, [value], [torch.zeros_like(value)], [state], fused=False)
+        self._run(_within(dtype, self.spec.numbers), [value], [torch.zeros_like(value)], [state], fused=False)
         return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
 
     def _fills_of(self, key: Key) -> dict[str, float]:

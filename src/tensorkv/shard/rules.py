@@ -324,6 +324,7 @@ class StepOptimizer:
 
     def check(self, entry: Entry, *, by_rows: bool) -> None:
         self.optimizer.check(entry.key, entry.value, by_rows=by_rows)
+        self.optimizer.check_numbers(entry.key, entry.value)
 
     def apply(self, entries: Sequence[Entry], parts: Parts, pool: Pool) -> None:
         jobs: list[Job] = []
@@ -471,6 +472,6 @@ def _mismatch(batch: Batch, entry: Entry, index: int, part: Part) -> ValueMismat
         )
     kind = part.dtype if isinstance(part, Rows) else interop.dtype_name(part.dtype)
     return ValueMismatchError(
-        f"{name} is {kind}, the key is {interop.dtype_name(entry.value.dtype)}; a push casts to a wider dtype, "
-        "and between floats of up to 32 bits: convert it first"
+        f"{name} is {kind}, the key is {interop.dtype_name(entry.value.dtype)}; a push casts to wider dtypes "
+        "of the same kind, and between float16, bfloat16 and float32: convert it first"
     )

@@ -886,10 +886,16 @@ class Shard(native.ShardFields):
         """
         rest: tuple[list[Entry], list[list[Part]], list[Sequence[torch.Tensor]]] = ([], [], [])
         is_filled = len(outs) == len(entries)
+        # It may find ids that another thread has changed.
+        merged = {
+            entry.key: entry.merged(key_parts)
+            for entry, key_parts in zip(entries, parts, strict=True)
+            if all(isinstance(part, Rows) for part in key_parts)
+        }
         for position, (entry, key_parts) in enumerate(zip(entries, parts, strict=True)):
             own = outs[position] if is_filled else ()
-            if all(isinstance(part, Rows) for part in key_parts):
-                rule.apply_rows(entry, entry.merged(key_parts))
+            if entry.key in merged:
+                rule.apply_rows(entry, merged.pop(entry.key))
                 is_filled = is_filled and not own
             else:
                 rest[0].append(entry)

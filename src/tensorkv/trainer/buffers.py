@@ -10,6 +10,7 @@ from torch import nn
 
 from tensorkv.arrays import interop
 from tensorkv.arrays.packing import raw_bytes
+from tensorkv.arrays.trees import plain_name
 from tensorkv.errors import ArgumentError, quote, show
 from tensorkv.store import KVStore
 
@@ -40,7 +41,7 @@ class Buffers:
     def __init__(self, kv: KVStore, replicas: Sequence[nn.Module], mode: str) -> None:
         self._kv, self._replicas, self._mode = kv, replicas, mode
         found = [
-            [[name, interop.dtype_name(b.dtype), list(b.shape)] for name, b in replica.named_buffers()]
+            [[plain_name(name), interop.dtype_name(b.dtype), list(b.shape)] for name, b in replica.named_buffers()]
             for replica in replicas
         ]
         if any(each != found[0] for each in found):

@@ -13,7 +13,7 @@ from tensorkv.arrays import interop
 from tensorkv.arrays.keytable import select
 from tensorkv.arrays.trees import plain_name
 from tensorkv.errors import ArgumentError, ValueMismatchError, quote, show, suggestion
-from tensorkv.shard.optimizers import OF_STORE
+from tensorkv.shard.optimizers import HOW, OF_STORE
 
 # The parameter of every replica, by key or by name.
 Params = dict[str, list[nn.Parameter]]
@@ -157,17 +157,13 @@ def _names(verb: str, chosen: Any, params: Params) -> list[str]:
     return names
 
 
-# Words of torch.optim's groups that say how a step is computed.
-_HOW = {"foreach", "fused", "capturable", "differentiable"}
-
-
 def check_options(name: str, known: Iterable[str], options: Mapping[str, Any]) -> None:
     """Raise ArgumentError for an option of a group that holds for the whole store, or is a misspelled hyperparameter.
 
     torch.optim keeps what it does not know in a group, and so does a Trainer: some schedulers want it.
     """
     known = list(known)
-    for word in options.keys() - _HOW:
+    for word in options.keys() - HOW:
         if word in OF_STORE:
             raise ArgumentError(f"Trainer: {word} holds for all parameters; give it to the Trainer, not to a group")
         if word not in known and (near := suggestion(word, known)):

@@ -13,7 +13,7 @@ from tensorkv.shard import optimizers
 from tensorkv.store import KVStore
 
 from .groups import parameters, trained
-from .updates import broadcast, check_rule
+from .updates import broadcast, check_rule, check_values
 
 
 class LocalTrainer:
@@ -41,10 +41,11 @@ class LocalTrainer:
             ``nesterov=True``.
 
     Raises:
-        ArgumentError: not a module or an optimizer, nothing to train, ``every`` below 1, or a store that would take the
-            sum over workers.
+        ArgumentError: not a module or an optimizer, nothing to train, ``inner`` without a parameter of the model,
+            ``every`` below 1, or a store that would take the sum over workers.
         KeyExistsError: the store has a key of this name.
-        OptimizerError: an unknown outer optimizer or hyperparameter, or the store has another optimizer.
+        OptimizerError: an unknown outer optimizer or hyperparameter, one that cannot step a parameter, or the store has
+            another optimizer.
 
     All workers create it together, and step as often: one with fewer batches calls ``kv.leave()`` after its last step,
     and the others go on with the mean of those that are there.
@@ -101,13 +102,15 @@ class LocalTrainer:
             self._averages = averages and kv._engine.joins_workers != "alone"
             if not self._averages:
                 with naming("LocalTrainer"):
-                    check_rule(kv, optimizers.spec(outer, hyperparameters))
+                    spec = optimizers.spec(outer, hyperparameters)
+                    check_values(spec, self._params)
+                    check_rule(kv, spec)
             elif not kv._engine.assigns:
                 raise OptimizerError("LocalTrainer: the store has an update rule, and parameters are to be averaged")
             broadcast(kv, {key: [param] for key, param in self._params.items()})
             # Setting an equal optimizer again would reset the hyperparameters of single keys.
             if not self._averages:
-                kv._start_optimizer(optimizers.spec(outer, hyperparameters))
+                kv._start_optimizer(spec)
         self._common = {key: param.detach().clone() for key, param in self._params.items()}
         self.steps = 0
         """Inner steps that were made."""

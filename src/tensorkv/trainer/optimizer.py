@@ -197,6 +197,7 @@ class StoreOptimizer(torch.optim.Optimizer):
             ArgumentError: parameters of another model, or that are in a group already; with ``overlap=True`` a call
                 between ``backward`` and ``step``.
             KeyExistsError: the store has a key of such a name.
+            OptimizerError: the optimizer cannot step a parameter or a table.
         """
         if self._overlap is not None and self._overlap.has_pushed:
             raise ArgumentError(
@@ -206,6 +207,8 @@ class StoreOptimizer(torch.optim.Optimizer):
         with naming("add_param_group"):
             named = parameters(self._replicas)
             group = group_of("add_param_group", param_group, named, self._prefix, self._update.groups)
+            if self._update.on_store:
+                self._update.check_values((), embedding.tables_of(embedding.layers_of(self._replicas), self._kv))
         created = {key: named[key.removeprefix(self._prefix)] for key in group.keys}
         self._params.update(created)
         try:
@@ -361,7 +364,7 @@ class StoreOptimizer(torch.optim.Optimizer):
         packed: dict[str, Any] = {
             "state": {index[key]: own for key, own in self._update.optimizer_state().items() if own},
             "param_groups": [
-                {**shown, "params": [index[key] for key in group.keys]}
+                {**shown, **self._update.written, "params": [index[key] for key in group.keys]}
                 for group, shown in zip(self._update.groups, self.param_groups, strict=True)
             ],
         }

@@ -89,8 +89,8 @@ class Trainer:
             place of another, since the store has no weights for it.
         ValueMismatchError: replicas whose parameters differ in shape or dtype.
         KeyExistsError: the store has a parameter's key; load after this, or give another ``prefix``.
-        OptimizerError: unknown optimizer or hyperparameter; or the store already has a different optimizer or different
-            hyperparameters: one optimizer serves all keys of a store.
+        OptimizerError: unknown optimizer or hyperparameter; an optimizer that cannot step a parameter or a table; or
+            the store already has a different optimizer or different hyperparameters: one serves all keys of a store.
 
     The gradient is the **sum** over replicas and workers. Where each replica's loss is the mean over its
     part of the batch, a store with ``reduce="mean"`` gives the mean over the batch.
@@ -129,6 +129,7 @@ class Trainer:
             self._kv = kv
             self._prefix = prefix
             replicas = _replicas(model_or_replicas)
+            self._num_replicas = len(replicas)
             named = parameters(replicas)
             self._params: Params = {prefix + name: each for name, each in trained(named).items()}
             layers = layers_of(replicas)
@@ -151,7 +152,7 @@ class Trainer:
                 kept = None if check_buffers(buffers) == "local" else Buffers(kv, replicas, buffers)
                 self._update = kind(kv, optimizer, hyperparameters, self._params, groups, overlaps=overlaps)
                 self._update.tables = tables_of(layers, kv)
-                self._update.check_values()
+                self._update.check_values(list(self._params), self._update.tables)
             try:
                 broadcast(kv, self._params)
             except KeyExistsError as error:
@@ -380,7 +381,7 @@ class Trainer:
         self.optimizer.drop_pending()
 
     def __repr__(self) -> str:
-        count = len(next(iter(self._params.values())))
+        count = self._num_replicas
         where = "" if self._update.on_store else ", update_on_store=False"
         return f"Trainer({len(self._params)} keys, {count} replica{'' if count == 1 else 's'}{where})"
 

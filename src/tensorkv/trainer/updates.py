@@ -71,6 +71,18 @@ def check_rule(kv: KVStore, spec: OptimizerSpec) -> None:
         )
 
 
+def check_values(spec: OptimizerSpec, params: Mapping[str, nn.Parameter], tables: Sequence[Key] = ()) -> None:
+    """Raise OptimizerError if an optimizer cannot step parameters, or the tables of layers."""
+    optimizer = optimizers.Optimizer(spec)
+    for key, param in params.items():
+        optimizer.check(key, param.detach(), by_rows=False)
+    if tables and spec.name not in optimizers.ROWWISE:
+        raise OptimizerError(
+            f"{spec.name} needs whole gradients, and those of the table {quote(tables[0])} are Rows; use another "
+            "optimizer, or a torch.nn.Embedding"
+        )
+
+
 class StoreUpdate:
     """The store's optimizer steps; replicas pull the weights."""
 
@@ -92,6 +104,8 @@ class StoreUpdate:
         self._kv, self._params = kv, params
         spec = self._spec = optimizers.spec(optimizer, numbers)
         self.defaults = dict(spec.numbers)
+        # What torch writes into a group beside the numbers; by it Adam goes on from AdamW's.
+        self.written = {"decoupled_weight_decay": True} if spec.name == "adamw" else {}
         self.last_push = PushResult()
         """What was found out about the gradients of the last step."""
         if overlaps:
@@ -102,16 +116,9 @@ class StoreUpdate:
         with naming("Trainer"):
             check_rule(kv, spec)
 
-    def check_values(self) -> None:
-        """Raise OptimizerError if the optimizer cannot update a parameter or a table."""
-        optimizer = optimizers.Optimizer(self._spec)
-        for key, replicas in self._params.items():
-            optimizer.check(key, replicas[0].detach(), by_rows=False)
-        if self.tables and self._spec.name not in optimizers.ROWWISE:
-            raise OptimizerError(
-                f"{self._spec.name} needs whole gradients, and those of the table {quote(self.tables[0])} are Rows; "
-                "use another optimizer, or a torch.nn.Embedding"
-            )
+    def check_values(self, keys: Sequence[str], tables: Sequence[Key]) -> None:
+        """Raise OptimizerError if the optimizer cannot step some parameters and tables."""
+        check_values(self._spec, {key: self._params[key][0] for key in keys}, tables)
 
     def start(self) -> None:
         """Set the update rule, after the keys were created."""
@@ -124,9 +131,7 @@ class StoreUpdate:
         """Take in one more group, of which these keys are new; their parameters are in ``params`` already."""
         spec = self._held("add_param_group")
         _check(spec, group.options)
-        optimizer = optimizers.Optimizer(spec)
-        for key in created:
-            optimizer.check(key, self._params[key][0].detach(), by_rows=False)
+        self.check_values(created, ())
         broadcast(self._kv, {key: self._params[key] for key in created})
         self.groups.append(group)
         numbers = {**self.defaults, **self._own(group)}
@@ -259,8 +264,8 @@ class StoreUpdate:
         """
         spec, keys = self._held("load_state_dict"), list(self._params)
         with _as_checkpoint_errors():
-            for group in groups:
-                optimizers.check_written_by(spec.name, group.options)
+            for group, own in zip(groups, self.groups, strict=True):
+                optimizers.check_written_by(spec.name, group.options, own.options)
             everywhere, of_groups, of_tables = self._split([self._own(group) for group in groups])
             spec = replace(spec, numbers={**spec.numbers, **everywhere})
             overrides = self._overrides(spec, of_groups)
@@ -329,6 +334,7 @@ class WorkerUpdate:
 
     on_store = False
     tables: Sequence[Key] = ()
+    written: Mapping[str, Any] = {}
 
     def __init__(
         self,
@@ -364,6 +370,9 @@ class WorkerUpdate:
             optimizer = getattr(torch.optim, optimizers.CLASSES[spec.name])
             for group in groups:
                 _check(spec, group.options)
+        # None for optimizers that are not torch's.
+        kinds = {getattr(torch.optim, kind): name for name, kind in optimizers.CLASSES.items()}
+        self._name = kinds.get(optimizer) if isinstance(optimizer, type) else None
         if not callable(optimizer):
             raise OptimizerError(
                 f"Trainer: optimizer is {show(optimizer)}; with update_on_store=False expected a name, "
@@ -408,8 +417,8 @@ class WorkerUpdate:
     def _of(self, group: Group, replica: int) -> dict[str, Any]:
         return {"params": [self._params[key][replica] for key in group.keys], **group.options}
 
-    def check_values(self) -> None:
-        """Do nothing: torch.optim has checked the parameters."""
+    def check_values(self, keys: Sequence[str], tables: Sequence[Key]) -> None:
+        """Do nothing: torch.optim checks its parameters."""
 
     def check_buckets(self) -> None:
         """Do nothing: sums do not step."""
@@ -482,9 +491,10 @@ class WorkerUpdate:
 
     def _load(self, packed: dict[str, Any]) -> None:
         try:
-            if self._spec is not None:
-                for group in packed["param_groups"]:
-                    optimizers.check_written_by(self._spec.name, group)
+            if self._name is not None:
+                # torch counts the groups.
+                for group, own in zip(packed["param_groups"], self.optimizers[0].param_groups, strict=False):
+                    optimizers.check_written_by(self._name, group, own)
             # A copy, since an optimizer keeps the tensors that it is given.
             for each in self.optimizers:
                 each.load_state_dict(copy.deepcopy(packed))

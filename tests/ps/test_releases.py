@@ -16,6 +16,7 @@ import pytest
 import tensorkv
 from tensorkv.engines import partition
 from tensorkv.engines.ps import messages
+from tensorkv.engines.ps.client import releases as client_releases
 from tensorkv.engines.ps.client.releases import ReleaseClient
 from tensorkv.engines.ps.client.session import Session
 from tensorkv.releases import finder
@@ -580,6 +581,90 @@ def test_a_reader_does_not_wait_forever_for_a_release_that_one_server_has_not():
             reader.wait_release(timeout_s=0.2)
         kv.publish("b")
         assert reader.wait_release().name == "b"
+
+
+def lasting(cluster):
+    """The names of the releases of each server."""
+    return [[held.name for held in server._state.shard.releases.lasting()] for server in cluster.servers]
+
+
+def test_an_unpublished_release_is_dropped_by_every_server():
+    with Cluster(3) as cluster:
+        kv = cluster.store()
+        kv.init(values(0))
+        for name in "abc":
+            kv.publish(name)
+        for name, left in (("c", ["a", "b"]), ("a", ["b"]), ("b", [])):
+            kv.unpublish(name)
+            assert lasting(cluster) == [left] * 3
+
+
+@pytest.mark.parametrize("keys", [None, ["large", "small"]])
+def test_a_publish_whose_replies_are_lost_is_made(keys):
+    lost = []
+
+    def fate(head):
+        if head["verb"] in ("commit", "show_release") and lost.count(head["verb"]) < 2:
+            lost.append(head["verb"])
+            return "lose reply"
+        return "nothing"
+
+    with Cluster(2, fate=fate) as cluster:
+        kv, reader = cluster.stores(2)
+        kv.init(values(3))
+        kv.publish("a", keys=keys)
+        assert sorted(lost) == ["commit"] * 2 + ["show_release"] * 2
+        assert lasting(cluster) == [["a"]] * 2
+        with reader.open_release("a") as release:
+            assert number_in(release.pull(keys or list(SHAPES))) == 3
+
+
+@pytest.mark.parametrize("is_shown", [False, True])
+@pytest.mark.parametrize(
+    "problem", [tensorkv.StorageError("no room"), KeyboardInterrupt()], ids=["refused", "interrupted"]
+)
+def test_a_publish_that_fails_in_its_last_step_leaves_a_whole_release_or_none(problem, is_shown):
+    """The servers may have shown the release though the publisher got an error."""
+    with Cluster(2) as cluster:
+        kv, other = cluster.stores(2)
+        kv.init(values(0))
+        fired = []
+        send = Session.send
+
+        def fail_to_show(session, requests, **options):
+            is_last = isinstance(requests[0].message, messages.ShowRelease)
+            if is_last:
+                fired.append(requests)
+            if not is_last or is_shown:
+                replies = send(session, requests, **options)
+            if is_last:
+                raise problem
+            return replies
+
+        with mock.patch.object(Session, "send", fail_to_show), pytest.raises(type(problem)):
+            kv.publish("a")
+        assert len(fired) == 1
+        assert lasting(cluster) == [["a"] if is_shown else []] * 2
+        if is_shown:
+            with other.open_release("a") as release:
+                assert number_in(release.pull(list(SHAPES))) == 0
+        kv.push(values(1))
+        other.publish("b", keep=1)
+        assert lasting(cluster) == [["b"]] * 2
+
+
+def test_a_reader_waits_for_a_server_that_does_not_answer_as_long_as_it_was_told(monkeypatch):
+    monkeypatch.setattr(client_releases, "_RENEW_S", 0.2)
+    with Cluster(2) as cluster:
+        kv, reader = cluster.stores(2)
+        kv.init(values(0))
+        kv.publish("a")
+        reader.wait_release(timeout_s=LIMIT_S).close()
+        cluster.actors[1].paused.clear()
+        with pytest.raises(tensorkv.WaitTimeoutError, match=r"wait_release: .*0\.5 s"):
+            reader.wait_release(timeout_s=0.5)
+        cluster.actors[1].paused.set()
+        assert number_in(reader.wait_release(timeout_s=LIMIT_S).pull(list(SHAPES))) == 0
 
 
 @pytest.mark.parametrize(

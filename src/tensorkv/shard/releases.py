@@ -158,7 +158,7 @@ class Releases:
         """
         found = self.numbers.get(name)
         if found is None:
-            near = suggestion(name, self.numbers)
+            near = suggestion(name, reversed(self.numbers))
             raise ReleaseNotFoundError(f"no release {quote(name)} was published{near}; {self._describe()}")
         return found
 

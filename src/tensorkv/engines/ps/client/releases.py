@@ -91,8 +91,8 @@ class ReleaseClient:
             raise
         try:
             (told,) = self._ask([0], ShowRelease(release=name, keep=keep))
-        except SnapshotError:
-            # It took too long, or server 0 was restarted meanwhile.
+        except BaseException:
+            # It took too long, server 0 was restarted meanwhile or cannot write, a signal came ...
             self._forget(name)
             raise
         self._drop_others(told)
@@ -100,7 +100,10 @@ class ReleaseClient:
     def _forget(self, name: str) -> None:
         """Have servers drop a release that this client has begun, and that readers have not seen."""
         with suppress(TensorKVError):
-            self._ask(self.servers, Unpublish(release=name, missing_ok=True))
+            (told,) = self._ask([0], Unpublish(release=name, missing_ok=True))
+            # Server 0 may have shown it, though its reply was lost.
+            if name not in told.head["releases"]:
+                self._ask(self.servers[1:], Unpublish(release=name, missing_ok=True))
 
     def unpublish(self, name: str) -> None:
         """Drop a release, once nobody reads it."""
@@ -118,7 +121,7 @@ class ReleaseClient:
         (told,) = self._ask([0], ListReleases())
         return [(name, number) for name, number in told.head["releases"]]
 
-    def open(self, name: str, lease_s: float) -> RemoteRelease:
+    def open(self, name: str, lease_s: float, timeout_s: float | None = None) -> RemoteRelease:
         """Open a release for reading."""
         self._snapshots.drop_abandoned()
         token, before = secrets.token_hex(8), self._snapshots.told
@@ -129,12 +132,12 @@ class ReleaseClient:
         ]
         try:
             with self.sessions.take() as session:
-                told = [reply.head for reply in session.send(requests)]
+                told = [reply.head for reply in session.send(requests, timeout_s=timeout_s)]
             if len({each["generation"] for each in told}) > 1:
                 raise ReleaseNotFoundError(f"the release {quote(name)} is being replaced by load; open it again")
             return RemoteRelease(self, self._snapshots, name, token, lease_s, told, before)
         except TensorKVError:
-            self._snapshots.drop(token)
+            self._snapshots.drop(token, _RENEW_S)
             raise
 
     def wait(self, after: str | None, timeout_s: float, lease_s: float) -> RemoteRelease:
@@ -148,8 +151,12 @@ class ReleaseClient:
                 raise no_release(after, timeout_s) from error
             # Others may have dropped it meanwhile, or a load may not have reached all servers.
             if told.head["name"] is not None:
-                with suppress(ReleaseNotFoundError):
-                    return self.open(told.head["name"], lease_s)
+                try:
+                    return self.open(told.head["name"], lease_s, max(0.001, deadline - time.monotonic()))
+                except ReleaseNotFoundError:
+                    pass
+                except (WaitTimeoutError, PushOutcomeUnknownError) as error:
+                    raise no_release(after, timeout_s) from error
             if time.monotonic() >= deadline:
                 raise no_release(after, timeout_s)
             time.sleep(_PAUSE_S)

@@ -139,10 +139,11 @@ class SnapshotClient:
             found.append(ServerContents(manifest.restore(head["body"], tensors), placed))
         return found
 
-    def drop(self, name: str) -> None:
+    def drop(self, name: str, timeout_s: float | None = None) -> None:
         """Have every server release a snapshot."""
+        requests = [ServerRequest(server, DropSnapshot(snapshot=name)) for server in self._all]
         with suppress(TensorKVError), self._sessions.take() as session:
-            session.send([ServerRequest(server, DropSnapshot(snapshot=name)) for server in self._all])
+            session.send(requests, timeout_s=timeout_s)
 
     def _take_twice(self, commit: Commit) -> list[tuple[dict[str, Any], torch.Tensor]]:
         """Do as ``_take``, once more if a reply was lost or the snapshot was aborted because it took too long."""

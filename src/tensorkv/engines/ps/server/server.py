@@ -559,7 +559,7 @@ class Server:
             if name is not None and name in state.snapshots:
                 return Reply(state.snapshots.describe(name))
             if any((held.name, held.attempt) == (release, message.attempt) for held in state.shard.releases.hidden()):
-                return Reply({})
+                return Reply({"keys": state.listed_here(message)})
             taken: Reply = self._snapshot_barrier.commit(sender.client, sender.seq, message.wanted, take)
             return taken
 
@@ -599,7 +599,7 @@ class Server:
             owner = str(request.sender.owner)
             if ids and (not message.missing_ok or self._state.is_begun(message.release, owner)):
                 shard.unpublish(message.release, hidden_ok=message.missing_ok, requests=ids)
-            return self._told_releases()
+            return self._told_releases(shard.releases.numbers.get(message.release, 0))
 
     def _keep_releases(self, request: Request[messages.KeepReleases]) -> Reply:
         with self._change(request) as ids:
@@ -607,11 +607,16 @@ class Server:
                 self._state.keep_releases(request.message.number, request.message.releases, ids)
         return Reply({})
 
-    def _told_releases(self) -> Reply:
-        """Reply with the releases that stay, and the number of the newest that others need not keep."""
+    def _told_releases(self, dropped: int = 0) -> Reply:
+        """Reply with the releases that stay, and the number up to which others need not keep any but these.
+
+        Args:
+            dropped: the number of a release that was dropped, which may be the newest.
+        """
         releases = self._state.shard.releases
         held = releases.lasting()
         newest = max([each.number for each in held if each.is_visible], default=0)
+        newest = max(newest, dropped)
         told = {"releases": [each.name for each in held], "number": newest, "generation": releases.generation}
         return Reply(told)
 

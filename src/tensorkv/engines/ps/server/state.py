@@ -282,13 +282,15 @@ class ServerState:
         Returns:
             Which of the keys that the message lists are here; None if it means all.
         """
-        keys = (
-            None if message.keys is None else [key for key in check_keys("publish", message.keys) if key in self.shard]
-        )
+        keys = self.listed_here(message)
         self.shard.check_complete("publish", keys)
         change = Publish(name, message.number, keys, is_visible=False, owner=owner, attempt=message.attempt)
         self.shard.commit(change)
         return keys
+
+    def listed_here(self, message: Commit) -> list[Key] | None:
+        """Return which of the keys that a message lists are here; None if it means all."""
+        return None if message.keys is None else [k for k in check_keys("publish", message.keys) if k in self.shard]
 
     def is_begun(self, name: str, owner: str) -> bool:
         """Return whether a client has begun a release that readers do not see yet."""

@@ -37,6 +37,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from itertools import islice
 from reprlib import Repr
 from typing import Any
 
@@ -190,9 +191,16 @@ class SparseOutWarning(UserWarning):
     """``pull`` skipped a sparse ``out``, which ``row_sparse_pull`` fills."""
 
 
+# Choices that suggestion looks at.
+_COMPARED = 500
+
+
 def suggestion(word: object, choices: Iterable[object]) -> str:
     """Return ``' (did you mean "x"?)'`` for the choice nearest to ``word``, or ``''``."""
-    known = {str(choice): choice for choice in choices}
+    most = len(str(word)) // 3 + 1
+    known = {str(choice): choice for choice in choices if abs(len(str(choice)) - len(str(word))) <= most}
+    # Servers compare them while others wait.
+    known = dict(islice(known.items(), _COMPARED))
     near = get_close_matches(str(word), list(known), n=1)
     return f" (did you mean {quote(known[near[0]])}?)" if near else ""
 

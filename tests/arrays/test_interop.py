@@ -287,3 +287,24 @@ def test_tensors_inside_of_transforms_are_refused(transform):
     assert len(raised) == len(calls)
     assert kv.keys() == ["w"]
     assert (kv.pull("w").tolist(), kv.info("w").version) == ([0, 0], 0)
+
+
+@pytest.mark.parametrize("error", [BufferError("platform: tpu"), RuntimeError("no CUDA"), ValueError("stream")])
+def test_jax_arrays_on_devices_that_torch_does_not_have(error, monkeypatch):
+    jnp = pytest.importorskip("jax.numpy")
+    fired = []
+
+    def refuse(array):
+        fired.append(array)
+        raise error
+
+    monkeypatch.setattr(torch.utils.dlpack, "from_dlpack", refuse)
+    for dtype in ("float32", "bfloat16"):
+        assert interop.take(jnp.arange(3, dtype=dtype)).tolist() == [0, 1, 2]
+    assert len(fired) == 2
+
+
+def test_a_random_key_of_jax_is_refused_with_a_hint():
+    jax = pytest.importorskip("jax")
+    with pytest.raises(ArrayTypeError, match=r"dtype key<.*; of a key store jax\.random\.key_data\(x\)$"):
+        interop.take(jax.random.key(0))

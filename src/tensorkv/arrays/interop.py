@@ -301,7 +301,9 @@ def _take_jax(array: Any) -> torch.Tensor:
     if isinstance(array, jax.core.Tracer):
         raise ArrayTypeError("is a traced JAX array, which has no numbers yet; call the store outside of jit")
     if not jax.numpy.issubdtype(array.dtype, jax.numpy.number) and array.dtype != bool:
-        raise ArrayTypeError(_bad_dtype(str(array.dtype)))
+        is_key = jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key)
+        hint = "; of a key store jax.random.key_data(x)" if is_key else ""
+        raise ArrayTypeError(_bad_dtype(str(array.dtype)) + hint)
     if array.is_deleted():
         raise ArrayTypeError("is a JAX array that was deleted or donated, and has no elements any more")
     if array.is_fully_replicated:
@@ -314,7 +316,12 @@ def _take_jax(array: Any) -> torch.Tensor:
         )
     if len(array.devices()) > 1 or array.dtype.name not in _BY_NAME:
         return _take_numpy(np.asarray(array))
-    return _take_torch(torch.utils.dlpack.from_dlpack(array))
+    try:
+        tensor = torch.utils.dlpack.from_dlpack(array)
+    except (BufferError, RuntimeError, TypeError, ValueError):
+        # On a device that DLPack or this torch does not have, such as a TPU.
+        return _take_numpy(np.asarray(array))
+    return _take_torch(tensor)
 
 
 _BY_NAME = {dtype_name(dtype): dtype for dtype in DTYPES}

@@ -704,9 +704,7 @@ class Optimizer:
             # Those of each step come with it.
             numbers = _within(anything.dtype, self.spec.numbers)
             with _usual_torch():
-                self._runners[fused] = _new(
-                    self.spec.name, [anything], _within(anything.dtype, self.spec.numbers), **how
-                )
+                self._runners[fused] = _new(self.spec.name, [anything], numbers, **how)
         return self._runners[fused]
 
     def check_state(self, key: Key, value: torch.Tensor | Table, state: State) -> None:

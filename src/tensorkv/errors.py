@@ -197,11 +197,12 @@ _COMPARED = 500
 
 def suggestion(word: object, choices: Iterable[object]) -> str:
     """Return ``' (did you mean "x"?)'`` for the choice nearest to ``word``, or ``''``."""
-    most = len(str(word)) // 3 + 1
-    known = {str(choice): choice for choice in choices if abs(len(str(choice)) - len(str(word))) <= most}
+    text = str(word)
+    named = ((str(choice), choice) for choice in choices)
+    of_similar_length = (each for each in named if abs(len(each[0]) - len(text)) <= len(text) // 3 + 1)
     # Servers compare them while others wait.
-    known = dict(islice(known.items(), _COMPARED))
-    near = get_close_matches(str(word), list(known), n=1)
+    known = dict(islice(of_similar_length, _COMPARED))
+    near = get_close_matches(text, list(known), n=1)
     return f" (did you mean {quote(known[near[0]])}?)" if near else ""
 
 

@@ -14,7 +14,7 @@ from tensorkv.errors import ArrayTypeError
 
 
 class Series:
-    """Holds numbers and is no array, as those of pandas."""
+    """An array-like object, such as those of pandas."""
 
     def __array__(self, dtype=None, copy=None):
         return np.zeros(2)

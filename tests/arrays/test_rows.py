@@ -351,7 +351,7 @@ def test_a_part_with_its_ids_on_another_device_is_brought_together():
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_ids_that_change_during_a_call_are_read_once_or_refused(parts):
-    """Another thread may fill the caller's ids anew; rows are written where they say."""
+    """Another thread may overwrite the caller's ids, which are the indices that rows are written to."""
     ids, values = torch.tensor([1, 3]), torch.ones(2, 1)
     rows = unchecked_rows(ids, values, 5)
     merged = merge([rows] * parts, may_share=True)

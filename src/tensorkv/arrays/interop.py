@@ -290,7 +290,7 @@ def _take_dlpack(array: Any) -> torch.Tensor:
 
 
 def _is_array_like(thing: Any) -> bool:
-    """Return whether this is no array, but NumPy makes one of it."""
+    """Return whether NumPy can convert something that is not an array to one."""
     if isinstance(thing, type):
         return False
     return hasattr(thing, "__array__") or isinstance(thing, memoryview | stdlib_array.array | deque)

@@ -113,6 +113,7 @@ def build(name: Any, options: dict[str, Any]) -> Engine:
         raise EngineNotFoundError(
             f"create: no store type {show(name)}{suggestion(name, known)}; the types are {', '.join(known)}"
         )
+    # Not the elements of arrays: an engine of one's own may take arrays.
     options = {word: option.item() if isinstance(option, np.generic) else option for word, option in options.items()}
     signature = inspect.signature(factory)
     try:

@@ -224,9 +224,8 @@ def initial_state(name: str, numbers: tuple[tuple[str, Any], ...]) -> dict[str, 
 def _name(optimizer: Any) -> str:
     if isinstance(optimizer, str) and optimizer.lower() in CLASSES:
         return optimizer.lower()
-    for name, attribute in CLASSES.items():
-        if optimizer is getattr(torch.optim, attribute):
-            return name
+    if (name := name_of_class(optimizer)) is not None:
+        return name
     if isinstance(optimizer, torch.optim.Optimizer):
         what = f"an instance of {type(optimizer).__name__}; give its name and hyperparameters instead"
     elif isinstance(optimizer, type):
@@ -234,6 +233,11 @@ def _name(optimizer: Any) -> str:
     else:
         what = f"{show(optimizer)}{suggestion(str(optimizer).lower(), CLASSES)}"
     raise OptimizerError(f"no optimizer for a store: {what}; the names are {', '.join(CLASSES)}")
+
+
+def name_of_class(optimizer: Any) -> str | None:
+    """Return the name of a class of torch.optim; None if this is none of those that a store runs."""
+    return next((name for name, kind in CLASSES.items() if optimizer is getattr(torch.optim, kind)), None)
 
 
 def _defaults(name: str) -> dict[str, Any]:
@@ -406,10 +410,7 @@ class Optimizer:
         # Why keys with the numbers of the first one, and of a dtype, cannot be stepped.
         self._faults: dict[tuple[Key | None, torch.dtype], str | None] = {}
         self._fills = initial_state(spec.name, tuple(spec.numbers.items()))
-        self._own_fills = {
-            key: initial_state(spec.name, tuple({**spec.numbers, **spec.overrides[key]}.items()))
-            for key in first.values()
-        }
+        self._own_fills = {key: initial_state(spec.name, tuple(self._numbers(key).items())) for key in first.values()}
 
     def scaled(self, scale: float) -> Optimizer:
         """Return an optimizer that multiplies gradients by a number more than this one."""
@@ -459,19 +460,24 @@ class Optimizer:
 
     def _fault_of(self, own: Key | None, dtype: torch.dtype) -> str | None:
         """Return why torch cannot step values of a dtype with numbers that it does not hold; None if it can."""
-        found = self._faults.get((own, dtype), "")
-        if found == "":
-            numbers = {**self.spec.numbers, **({} if own is None else self.spec.overrides[own])}
-            found = None
-            if _within(dtype, numbers) != numbers:
-                value, state = torch.zeros((2, 1), dtype=dtype, device="cpu"), State()
-                try:
-                    for _ in range(2):
-                        self._run(numbers, [value], [torch.zeros_like(value)], [state], fused=False)
-                except RuntimeError as error:
-                    found = str(error)
-            self._faults[own, dtype] = found
-        return found
+        if (own, dtype) not in self._faults:
+            self._faults[own, dtype] = self._find_fault(self._numbers(own), dtype)
+        return self._faults[own, dtype]
+
+    def _find_fault(self, numbers: dict[str, Any], dtype: torch.dtype) -> str | None:
+        if _within(dtype, numbers) == numbers:
+            return None
+        value, state = torch.zeros((2, 1), dtype=dtype, device="cpu"), State()
+        try:
+            for _ in range(2):
+                self._run(numbers, [value], [torch.zeros_like(value)], [state], fused=False)
+        except RuntimeError as error:
+            return str(error)
+        return None
+
+    def _numbers(self, own: Key | None) -> dict[str, Any]:
+        """Return the numbers of a key that is the first with its own, or of all without numbers of their own."""
+        return self.spec.numbers if own is None else {**self.spec.numbers, **self.spec.overrides[own]}
 
     def _has_kernel(self, value: torch.Tensor | Table) -> bool:
         is_on_cpu = isinstance(value, Table) or value.is_cpu
@@ -533,7 +539,7 @@ class Optimizer:
         for (own, fused, _, _), members in groups.items():
             padded = {i: each for i in members if (each := self._padded(keys[i], values[i], states[i])) is not None}
             self._run(
-                {**self.spec.numbers, **self.spec.overrides.get(own, {})},
+                self._numbers(own),
                 [padded[i][0] if i in padded else values[i] for i in members],
                 [self._prepare(_in_vectors(grads[i]) if i in padded else grads[i]) for i in members],
                 [padded[i][1] if i in padded else states[i] for i in members],
@@ -559,9 +565,8 @@ class Optimizer:
     def _kernel_of(self, own: Key | None) -> Kernel:
         """Return the kernel of a key that is the first with its numbers, or of all without numbers of their own."""
         if own not in self._kernels:
-            numbers = {**self.spec.numbers, **({} if own is None else self.spec.overrides[own])}
             spec = self.spec
-            self._kernels[own] = Kernel(spec.name, numbers, spec.rescale_grad, spec.clip_gradient, spec.ema)
+            self._kernels[own] = Kernel(spec.name, self._numbers(own), spec.rescale_grad, spec.clip_gradient, spec.ema)
         return self._kernels[own]
 
     def plain_steps(self) -> tuple[Any, Any] | None:

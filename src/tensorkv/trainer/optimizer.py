@@ -207,8 +207,7 @@ class StoreOptimizer(torch.optim.Optimizer):
         with naming("add_param_group"):
             named = parameters(self._replicas)
             group = group_of("add_param_group", param_group, named, self._prefix, self._update.groups)
-            if self._update.on_store:
-                self._update.check_values((), embedding.tables_of(embedding.layers_of(self._replicas), self._kv))
+            self._update.check_values((), embedding.tables_of(embedding.layers_of(self._replicas), self._kv))
         created = {key: named[key.removeprefix(self._prefix)] for key in group.keys}
         self._params.update(created)
         try:

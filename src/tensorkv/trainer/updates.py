@@ -129,8 +129,7 @@ class StoreUpdate:
 
     def add(self, group: Group, created: Sequence[str]) -> None:
         """Take in one more group, of which these keys are new; their parameters are in ``params`` already."""
-        spec = self._held("add_param_group")
-        _check(spec, group.options)
+        _check(self._held("add_param_group"), group.options)
         self.check_values(created, ())
         broadcast(self._kv, {key: self._params[key] for key in created})
         self.groups.append(group)
@@ -371,8 +370,7 @@ class WorkerUpdate:
             for group in groups:
                 _check(spec, group.options)
         # None for optimizers that are not torch's.
-        kinds = {getattr(torch.optim, kind): name for name, kind in optimizers.CLASSES.items()}
-        self._name = kinds.get(optimizer) if isinstance(optimizer, type) else None
+        self._name = optimizers.name_of_class(optimizer)
         if not callable(optimizer):
             raise OptimizerError(
                 f"Trainer: optimizer is {show(optimizer)}; with update_on_store=False expected a name, "

@@ -615,8 +615,7 @@ class Server:
         """
         releases = self._state.shard.releases
         held = releases.lasting()
-        newest = max([each.number for each in held if each.is_visible], default=0)
-        newest = max(newest, dropped)
+        newest = max([dropped, *(each.number for each in held if each.is_visible)])
         told = {"releases": [each.name for each in held], "number": newest, "generation": releases.generation}
         return Reply(told)
 

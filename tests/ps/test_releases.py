@@ -583,6 +583,23 @@ def test_a_reader_does_not_wait_forever_for_a_release_that_one_server_has_not():
         assert reader.wait_release().name == "b"
 
 
+@contextlib.contextmanager
+def failing(kind, problem, *, is_sent=True):
+    """Expect a block to raise ``problem``, which sending a kind of message does, after it was sent or instead."""
+    fired, send = [], Session.send
+
+    def fail(session, requests, **options):
+        if not isinstance(requests[0].message, kind):
+            return send(session, requests, **options)
+        fired.append(requests)
+        if is_sent:
+            send(session, requests, **options)
+        raise problem
+
+    with mock.patch.object(Session, "send", fail), pytest.raises(type(problem)):
+        yield fired
+
+
 def lasting(cluster):
     """The names of the releases of each server."""
     return [[held.name for held in server._state.shard.releases.lasting()] for server in cluster.servers]
@@ -628,20 +645,7 @@ def test_a_publish_that_fails_in_its_last_step_leaves_a_whole_release_or_none(pr
     with Cluster(2) as cluster:
         kv, other = cluster.stores(2)
         kv.init(values(0))
-        fired = []
-        send = Session.send
-
-        def fail_to_show(session, requests, **options):
-            is_last = isinstance(requests[0].message, messages.ShowRelease)
-            if is_last:
-                fired.append(requests)
-            if not is_last or is_shown:
-                replies = send(session, requests, **options)
-            if is_last:
-                raise problem
-            return replies
-
-        with mock.patch.object(Session, "send", fail_to_show), pytest.raises(type(problem)):
+        with failing(messages.ShowRelease, problem, is_sent=is_shown) as fired:
             kv.publish("a")
         assert len(fired) == 1
         assert lasting(cluster) == [["a"] if is_shown else []] * 2
@@ -675,17 +679,7 @@ def test_a_publish_that_fails_leaves_nothing_behind(problem):
     with Cluster(2) as cluster:
         kv, other = cluster.stores(2)
         kv.init(values(0))
-        fired = []
-        send = Session.send
-
-        def fail_second_phase(session, requests, **options):
-            replies = send(session, requests, **options)
-            if isinstance(requests[0].message, messages.Commit):
-                fired.append(requests)
-                raise problem
-            return replies
-
-        with mock.patch.object(Session, "send", fail_second_phase), pytest.raises(type(problem)):
+        with failing(messages.Commit, problem) as fired:
             kv.publish("s1")
         assert len(fired) == 1
         for server in cluster.servers:
